@@ -1,0 +1,66 @@
+"""The laptop run: a 4 M parameter BTLM trained from nothing in under 6 minutes on 2 CPU cores.
+
+Command:  btlm train --config=configs/local_cpu.py --workdir=runs/local
+Hardware: 2 CPU cores, 3 GB of memory. Every key is btlm_3b_8k.py's; only the values differ.
+Its corpus is the documentation that the installed Python packages carry, so it needs no download.
+"""
+
+from ml_collections import ConfigDict
+
+TOKENS_PER_STEP = 16 * 256  # = 4 * 1024 = 4,096
+
+
+def get_config() -> ConfigDict:
+    return ConfigDict(
+        dict(
+            seed=1,
+            model=dict(
+                vocab_size=4096,
+                num_layers=4,
+                d_model=256,
+                num_heads=4,
+                d_ff=682,
+                layer_norm_eps=1e-5,
+                alibi_scaling=1.0,
+                dtype="float32",
+                attention="blockwise",
+                remat="none",
+                loss_chunk=256,
+            ),
+            mup=dict(
+                preset="btlm",
+                base_d_model=256,
+                base_d_ff=682.0,
+                base_num_layers=4,
+                init_std=0.073,
+                embedding_multiplier=14.6,
+                output_multiplier=2.22,
+            ),
+            curriculum=dict(
+                seq_len=(256, 1024),
+                batch_size=(16, 4),
+                num_tokens=(150 * TOKENS_PER_STEP, 50 * TOKENS_PER_STEP),
+            ),
+            optimizer=dict(
+                peak_learning_rate=0.012,
+                end_learning_rate=1.0198e-4,
+                warmup_tokens=20 * TOKENS_PER_STEP,
+                beta1=0.9,
+                beta2=0.95,
+                eps=1e-8,
+                weight_decay=0.1,
+                clip_norm=1.0,
+            ),
+            mesh=dict(tensor=1, accumulation=1),
+            data=dict(store="store", seed=1, max_epochs=1, prefetch=4),
+            corpus=dict(
+                source="installed_python",
+                max_bytes=48_000_000,
+                heldout_fraction=0.02,
+                heldout_bytes_per_source=400_000,
+            ),
+            evaluation=dict(every_steps=50, blocks_per_source=4, batch_size=4),
+            checkpoint=dict(every_steps=50, keep_last=2, keep_every=1000),
+            log=dict(every_steps=1, sample_prompt="Return the number of", sample_tokens=64),
+        )
+    )
