@@ -1,0 +1,201 @@
+"""Batches as global `jax.Array`s: token store + order -> `{inputs, targets, weights}`, read ahead on Grain's threads.
+
+Batch k is a function of (store, curriculum, seed, k) alone. Hosts, mesh, accumulation and threads decide only who reads
+which row, so a run may be resumed from any step on any mesh.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+from collections.abc import Callable, Iterable, Iterator
+
+import grain
+import jax
+import numpy as np
+from jax.sharding import NamedSharding
+
+from btlm_jax import store as store_format
+from btlm_jax.curriculum import Curriculum
+from btlm_jax.data.order import TrainingOrder, check_capacity
+from btlm_jax.data.reader import SplitReader, TokenStore
+from btlm_jax.store import Split
+
+MAX_READ_THREADS = 8
+
+Index = tuple[slice, ...]
+Rows = dict[str, np.ndarray]  # inputs_BT, targets_BT: int32; weights_BT: float32
+Batch = dict[str, jax.Array]  # the same keys and dtypes
+
+
+class TrainLoader:
+    """The training batches of a run.
+
+    A batch's leaves are [A, B/A, T]; row (a, r) of step k is sequence `(k - first_step)*B + a*(B/A) + r` of the step's
+    phase, whose B and T these are. `sharding` places such leaves, for example P(None, "fsdp").
+
+    Raises:
+      ValueError: the store does not serve the curriculum, or the mesh does not divide a batch.
+    """
+
+    def __init__(
+        self,
+        token_store: TokenStore,
+        *,
+        curriculum: Curriculum,
+        seed: int,
+        max_epochs: int,
+        accumulation: int,
+        prefetch: int,
+        sharding: NamedSharding,
+    ):
+        self._reader = token_store.split(store_format.TRAIN)
+        self._order = TrainingOrder(
+            curriculum=curriculum,
+            num_blocks=len(self._reader),
+            block_len=self._reader.block_len,
+            seed=seed,
+        )
+        self.use = check_capacity(self._order, max_epochs=max_epochs)
+        self._prefetch = prefetch
+        self._placements = [
+            make_placement(
+                sharding,
+                rows_shape=(accumulation, phase.batch_size // accumulation),
+                seq_len=phase.seq_len,
+            )
+            for phase in curriculum.phases
+        ]
+
+    def batches(self, *, first_step: int) -> Iterator[tuple[int, Batch]]:
+        """Yield (step, batch) from `first_step` to the curriculum's end; closing or dropping it stops its threads."""
+        steps = range(first_step, self._order.curriculum.num_steps)
+        with contextlib.closing(_read_ahead(self._read_step, steps, prefetch=self._prefetch)) as rows_of_steps:
+            for step, rows in zip(steps, rows_of_steps, strict=True):
+                yield step, self._placement(step).place(rows)
+
+    def _read_step(self, step: int) -> Rows:
+        """Read this process's rows of a step's batch."""
+        phase = self._order.curriculum.phase_at(step)
+        first = (step - phase.first_step) * phase.batch_size
+        sequences = [first + number for number in self._placement(step).row_numbers.tolist()]
+        windows = self._order.windows(phase, sequences=sequences)
+        starts = [(window.block, window.window * phase.seq_len) for window in windows]
+        return read_rows(self._reader, starts, seq_len=phase.seq_len)
+
+    def _placement(self, step: int) -> Placement:
+        return self._placements[self._order.curriculum.phase_at(step).index]
+
+
+def heldout_batches(
+    token_store: TokenStore,
+    *,
+    batch_size: int,
+    blocks_per_source: int,
+    prefetch: int,
+    sharding: NamedSharding,
+) -> Iterator[tuple[list[str], Batch]]:
+    """Yield (source of each row, batch) over the first `blocks_per_source` held-out blocks of every source.
+
+    Leaves are [batch_size, block_len], placed by `sharding`, for example P("fsdp"). Sources follow one another in the
+    order of their blocks; a source with fewer blocks gives all it has, so the split's num_blocks takes everything. The
+    last batch is filled with rows of zero weight, whose source is "".
+    """
+    reader = token_store.split(store_format.HELDOUT)
+    blocks = heldout_blocks(reader.split, blocks_per_source=blocks_per_source)
+    num_batches = -(-len(blocks) // batch_size)
+    sources = [source for source, _ in blocks] + [""] * (num_batches * batch_size - len(blocks))
+    placement = make_placement(sharding, rows_shape=(batch_size,), seq_len=reader.block_len)
+
+    def read_batch(index: int) -> Rows:
+        numbers = [index * batch_size + number for number in placement.row_numbers.tolist()]
+        starts = [(blocks[number][1], 0) for number in numbers if number < len(blocks)]
+        rows = read_rows(reader, starts, seq_len=reader.block_len)
+        missing = len(numbers) - len(starts)
+        return {name: np.pad(leaf, ((0, missing), (0, 0))) for name, leaf in rows.items()}
+
+    with contextlib.closing(_read_ahead(read_batch, range(num_batches), prefetch=prefetch)) as rows_of_batches:
+        for index, rows in enumerate(rows_of_batches):
+            yield sources[index * batch_size : (index + 1) * batch_size], placement.place(rows)
+
+
+def heldout_blocks(split: Split, *, blocks_per_source: int) -> list[tuple[str, int]]:
+    """Return (source, block) of the first `blocks_per_source` blocks of each source, in the order of the blocks."""
+    return [
+        (name, block)
+        for name, source in sorted(split.sources.items(), key=lambda item: item[1].first_block)
+        for block in range(source.first_block, source.first_block + min(blocks_per_source, source.num_blocks))
+    ]
+
+
+def read_rows(reader: SplitReader, starts: Iterable[tuple[int, int]], *, seq_len: int) -> Rows:
+    """Read one row for each (block, first target in the block): int32 inputs and targets, float32 weights, [rows, T].
+
+    A target's weight is 1, or 0 in the padding of a stream's last block.
+    """
+    starts = list(starts)
+    tokens_BT = np.zeros((len(starts), seq_len + 1), np.int32)
+    num_targets_B = np.zeros(len(starts), np.int64)
+    for row, (number, start) in enumerate(starts):
+        block = reader.read(number)
+        tokens_BT[row] = block.tokens[start : start + seq_len + 1]
+        num_targets_B[row] = block.num_targets - start
+    return {
+        "inputs_BT": tokens_BT[:, :-1],
+        "targets_BT": tokens_BT[:, 1:],
+        "weights_BT": (np.arange(seq_len) < num_targets_B[:, None]).astype(np.float32),
+    }
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
+class Placement:
+    """Which rows of a global batch this process reads, and how they become its part of global arrays."""
+
+    sharding: NamedSharding
+    shape: tuple[int, ...]  # of a leaf, T last
+    row_numbers: np.ndarray  # int64 [rows read], ascending; rows are numbered in C order of shape[:-1]
+    slot_of_row: np.ndarray  # int64 shape[:-1] -> place in row_numbers; -1 for rows that others read
+
+    def place(self, rows: Rows) -> Batch:
+        """Make the global arrays from this process's rows, in the order of row_numbers."""
+        return {
+            name: jax.make_array_from_callback(
+                self.shape, self.sharding, lambda index, leaf=leaf: self._part(leaf, index)
+            )
+            for name, leaf in rows.items()
+        }
+
+    def _part(self, leaf: np.ndarray, index: Index) -> np.ndarray:
+        return leaf[self.slot_of_row[index[:-1]]][..., index[-1]]
+
+
+def make_placement(sharding: NamedSharding, *, rows_shape: tuple[int, ...], seq_len: int) -> Placement:
+    """Make the placement of leaves [*rows_shape, seq_len] for this process.
+
+    Raises:
+      ValueError: the mesh does not divide the shape.
+    """
+    shape = (*rows_shape, seq_len)
+    sharding.shard_shape(shape)
+    row_numbers = needed_rows(sharding.addressable_devices_indices_map(shape).values(), rows_shape=rows_shape)
+    slot_of_row = np.full(rows_shape, -1)
+    slot_of_row.reshape(-1)[row_numbers] = np.arange(len(row_numbers))
+    return Placement(sharding=sharding, shape=shape, row_numbers=row_numbers, slot_of_row=slot_of_row)
+
+
+def needed_rows(indices: Iterable[Index], *, rows_shape: tuple[int, ...]) -> np.ndarray:
+    """Return, ascending and each once, the numbers of the rows that devices holding `indices` of a batch need."""
+    is_needed = np.zeros(rows_shape, bool)
+    for index in indices:
+        is_needed[index[:-1]] = True
+    return np.flatnonzero(is_needed)
+
+
+def _read_ahead(read: Callable[[int], Rows], numbers: range, *, prefetch: int) -> Iterator[Rows]:
+    """Yield read(n) for each number in order, computed up to `prefetch` ahead on threads; errors reach the consumer."""
+    options = grain.ReadOptions(num_threads=min(prefetch, MAX_READ_THREADS), prefetch_buffer_size=prefetch)
+    iterator = iter(grain.MapDataset.source(numbers).map(read).to_iter_dataset(options))
+    try:
+        yield from iterator
+    finally:
+        iterator.close()

@@ -1,0 +1,176 @@
+"""The order of training data as arithmetic: which window of which block is sequence j of a phase. No I/O, no state.
+
+Positions 0, 1, 2, ... enumerate blocks in training order over all epochs: with N blocks in the train split, position p
+is in epoch e = p // N and is block pi_e(p mod N), where pi_e is Grain's `index_shuffle` (a Feistel permutation).
+Each phase owns a contiguous run of positions, the last one everything from its first position on, so a run that is
+given more tokens in its last phase continues in the same order. The windows of a phase's positions within one epoch
+(a segment) are permuted once more, so that the windows of one block do not share a batch.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import hashlib
+import json
+import math
+from collections.abc import Iterable
+
+from grain.experimental import index_shuffle
+
+from btlm_jax.curriculum import Curriculum, Phase
+
+FEISTEL_ROUNDS = 4
+MAX_INDICES = 1 << 32  # index_shuffle computes in 32 bits and wraps silently beyond
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Window:
+    """`seq_len` targets of one block: those from `window * seq_len` on."""
+
+    block: int
+    window: int
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TrainingOrder:
+    """The order of a whole run, a pure function of its fields.
+
+    Raises:
+      ValueError: a phase's length does not divide block_len, a phase but the last is not whole blocks, or the
+        split has more windows than a 32-bit permutation can order.
+    """
+
+    curriculum: Curriculum
+    num_blocks: int  # N, of the train split
+    block_len: int  # targets in a block
+    seed: int
+
+    def __post_init__(self):
+        phases = self.curriculum.phases
+        for phase in phases:
+            number = phase.index + 1
+            if self.block_len % phase.seq_len:
+                raise ValueError(
+                    f"curriculum.seq_len={phase.seq_len} of phase {number} does not divide the token store's block "
+                    f"length {self.block_len}; choose a divisor, or build the store for this curriculum"
+                )
+            if phase != phases[-1] and phase.num_tokens % self.block_len:
+                nearest = math.lcm(self.block_len, phase.tokens_per_step)
+                raise ValueError(
+                    f"phase {number} trains {phase.num_tokens:,} tokens, which is not a whole number of the token "
+                    f"store's blocks of {self.block_len:,}; make curriculum.num_tokens of phase {number} a multiple "
+                    f"of {nearest:,}, or build the store with block length {self.curriculum.block_len:,}"
+                )
+            if self.num_blocks * self.windows_per_block(phase) > MAX_INDICES:
+                raise ValueError(
+                    f"{self.num_blocks:,} blocks of {self.block_len:,} have more than {MAX_INDICES:,} windows of "
+                    f"{phase.seq_len}, the most a 32-bit permutation orders; use longer sequences or fewer blocks"
+                )
+
+    def windows_per_block(self, phase: Phase) -> int:
+        """Return how many windows of the phase's length a block holds."""
+        return self.block_len // phase.seq_len
+
+    def first_position(self, phase: Phase) -> int:
+        """Return the first of the positions that the phase owns."""
+        return sum(earlier.num_tokens for earlier in self.curriculum.phases[: phase.index]) // self.block_len
+
+    def windows(self, phase: Phase, *, sequences: Iterable[int]) -> list[Window]:
+        """Return the window of each sequence number, counted from the phase's first sequence.
+
+        Numbers past the phase's end are answered too for the last phase: they are what a longer run would read.
+        """
+        return [self._window(phase, sequence) for sequence in sequences]
+
+    def _window(self, phase: Phase, sequence: int) -> Window:
+        per_block = self.windows_per_block(phase)
+        start = self.first_position(phase)
+        epoch = (start + sequence // per_block) // self.num_blocks
+        epoch_start = epoch * self.num_blocks
+        segment_start = max(start, epoch_start)
+        segment_end = epoch_start + self.num_blocks
+        if phase != self.curriculum.phases[-1]:
+            segment_end = min(segment_end, start + phase.num_tokens // self.block_len)
+        index = start * per_block + sequence - segment_start * per_block
+        num_windows = (segment_end - segment_start) * per_block
+        assert 0 <= index < num_windows, f"sequence {sequence} is not of phase {phase.index + 1}"
+        if per_block > 1:
+            index = _permuted(index, length=num_windows, seed=derived_seed("windows", self.seed, phase.index, epoch))
+        in_epoch = segment_start + index // per_block - epoch_start
+        block = _permuted(in_epoch, length=self.num_blocks, seed=derived_seed("blocks", self.seed, epoch))
+        return Window(block=block, window=index % per_block)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class StoreUse:
+    """How much of a store's train split a run reads, in targets; padding of the last block counts as targets."""
+
+    wanted_tokens: int
+    tokens_per_step: int
+    tokens_per_epoch: int
+    max_epochs: int
+
+    @property
+    def capacity_tokens(self) -> int:
+        return self.tokens_per_epoch * self.max_epochs
+
+    @property
+    def epochs(self) -> float:
+        return self.wanted_tokens / self.tokens_per_epoch
+
+    @property
+    def unused_tokens(self) -> int:
+        """What the epochs allowed hold beyond the run."""
+        return self.capacity_tokens - self.wanted_tokens
+
+    @property
+    def spare_steps(self) -> int:
+        """Whole steps by which the last phase could be longer."""
+        return self.unused_tokens // self.tokens_per_step
+
+    @property
+    def tail_tokens(self) -> int:
+        """The part of unused_tokens that fills no batch."""
+        return self.unused_tokens % self.tokens_per_step
+
+    def __str__(self) -> str:
+        return (
+            f"{self.wanted_tokens:,} tokens = {self.epochs:.3f} epochs of {self.tokens_per_epoch:,} "
+            f"(data.max_epochs={self.max_epochs}); unused {self.unused_tokens:,} = {self.spare_steps:,} steps and a "
+            f"tail of {self.tail_tokens:,} that fills no batch"
+        )
+
+
+def check_capacity(order: TrainingOrder, *, max_epochs: int) -> StoreUse:
+    """Check that the run fits into the epochs allowed, and return how much of the store it uses.
+
+    Raises:
+      ValueError: the curriculum wants more tokens than the store gives in `max_epochs` epochs.
+    """
+    use = StoreUse(
+        wanted_tokens=order.curriculum.num_tokens,
+        tokens_per_step=order.curriculum.tokens_per_step,
+        tokens_per_epoch=order.num_blocks * order.block_len,
+        max_epochs=max_epochs,
+    )
+    if use.wanted_tokens > use.capacity_tokens:
+        fitting = use.capacity_tokens // use.tokens_per_step * use.tokens_per_step
+        raise ValueError(
+            f"the curriculum wants {use.wanted_tokens:,} tokens, but the token store gives {order.num_blocks:,} "
+            f"blocks x {order.block_len:,} x {max_epochs} epochs = {use.capacity_tokens:,}: lower "
+            f"curriculum.num_tokens to {fitting:,} in all, build a larger store (corpus.max_bytes), or raise "
+            f"data.max_epochs to {-(-use.wanted_tokens // use.tokens_per_epoch)}"
+        )
+    return use
+
+
+@functools.lru_cache(maxsize=1024)
+def derived_seed(purpose: str, *numbers: int) -> int:
+    """Return a 32-bit seed: the first 4 bytes, little-endian, of blake2b over the JSON list `[purpose, *numbers]`."""
+    text = json.dumps([purpose, *numbers])
+    return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=4).digest(), "little")
+
+
+def _permuted(index: int, *, length: int, seed: int) -> int:
+    return index_shuffle(index, length - 1, seed, FEISTEL_ROUNDS)
