@@ -76,8 +76,8 @@ class MupConfig:
     """Parametrization: the preset and the values tuned on the base (proxy) model. Meaning in mup.py."""
 
     preset: str
-    base_d_model: int
-    base_d_ff: float  # not always whole: BTLM's is 682.6, so that 6826 is ten times as wide
+    base_d_model: float
+    base_d_ff: float  # not always whole: BTLM's is 682.6, which makes its 6826 ten times as wide
     base_num_layers: int  # read by completep only
     init_std: float
     embedding_multiplier: float

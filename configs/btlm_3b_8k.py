@@ -29,7 +29,7 @@ def get_config() -> ConfigDict:
             ),
             mup=dict(
                 preset="btlm",
-                base_d_model=256,
+                base_d_model=256.0,
                 base_d_ff=682.6,
                 base_num_layers=32,
                 init_std=0.073,

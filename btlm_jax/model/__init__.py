@@ -1,0 +1,11 @@
+"""The network: the only room that imports flax.linen.
+
+Axis letters, in names and in einsums: B batch, T query length, S key length, D model, N heads, H head dim, F mlp,
+V vocab, L layers.
+"""
+
+from btlm_jax.model.alibi import alibi_slopes
+from btlm_jax.model.parameters import ParameterInfo, init_params, parameter_table
+from btlm_jax.model.transformer import Btlm, make_model
+
+__all__ = ["Btlm", "ParameterInfo", "alibi_slopes", "init_params", "make_model", "parameter_table"]

@@ -1,0 +1,147 @@
+"""Next-token cross-entropy from hidden states, in chunks of positions: all the logits never exist at once.
+
+Under a mesh each device takes its own sequences (fsdp axis) and its own stretch of positions (tensor axis) against
+the whole table, so the vocabulary need not divide by anything. Differentiation is by a custom rule that forms the
+gradients of a chunk's logits while they are there: one pass, no recompute, no `[tokens, V]` array.
+"""
+
+from __future__ import annotations
+
+import functools
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import PartitionSpec
+
+from btlm_jax.sharding import FSDP, TENSOR
+
+
+def loss_sum(hidden_BTD, table_VD, targets_BT, weights_BT, *, output_scale: float, chunk: int):
+    """Return the scalar float32 sum over positions of weight * negative log-likelihood of the target.
+
+    logits = (hidden @ table^T) * output_scale, `chunk` positions of each sequence at a time. The float32 table_VD is
+    cast to the dtype of hidden_BTD, its logits and its gradient are accumulated in float32.
+    """
+
+    def local(hidden_BTD, table_VD, targets_BT, weights_BT):
+        total = _loss_sum(hidden_BTD, _varying(table_VD), targets_BT, weights_BT, output_scale, chunk)
+        return jax.lax.psum(total, (FSDP, TENSOR)) if _has_mesh() else total
+
+    return _per_device(local, out_spec=PartitionSpec())(hidden_BTD, table_VD, targets_BT, weights_BT)
+
+
+def token_losses(hidden_BTD, table_VD, targets_BT, *, output_scale: float, chunk: int):
+    """Return each position's float32 negative log-likelihood_BT, in chunks; for evaluation, not differentiated."""
+
+    def local(hidden_BTD, table_VD, targets_BT):
+        def losses_of(_, piece):
+            hidden_BCD, targets_BC = piece
+            logits_BCV = _logits(hidden_BCD, table_VD, output_scale)
+            return None, jax.nn.logsumexp(logits_BCV, -1) - _pick(logits_BCV, targets_BC)
+
+        pieces = (_chunked(hidden_BTD, chunk), _chunked(targets_BT, chunk))
+        _, losses = jax.lax.scan(losses_of, None, pieces)
+        return _unchunked(losses, targets_BT.shape[1])
+
+    return _per_device(local, out_spec=PartitionSpec(FSDP, TENSOR))(hidden_BTD, table_VD, targets_BT)
+
+
+def logits(hidden_BTD, table_VD, *, output_scale: float):
+    """Return all the logits_BTV in float32; for short sequences and tests only."""
+    return _logits(hidden_BTD, table_VD, output_scale)
+
+
+def _per_device(local, *, out_spec: PartitionSpec):
+    """Run `local` on each device's part of (hidden_BTD, table_VD, then [B, T] arrays); directly when there is no mesh."""
+
+    def run(hidden_BTD, table_VD, *positions_BT):
+        if not _has_mesh():
+            return local(hidden_BTD, table_VD, *positions_BT)
+        by_position = PartitionSpec(FSDP, TENSOR)
+        arguments = (
+            jax.sharding.reshard(hidden_BTD, PartitionSpec(FSDP, TENSOR, None)),
+            jax.sharding.reshard(table_VD, PartitionSpec(None, None)),
+            *(jax.sharding.reshard(x_BT, by_position) for x_BT in positions_BT),
+        )
+        return jax.shard_map(local, out_specs=out_spec)(*arguments)
+
+    return run
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5))
+def _loss_sum(hidden_BTD, table_VD, targets_BT, weights_BT, output_scale, chunk):
+    def add(total, piece):
+        hidden_BCD, targets_BC, weights_BC = piece
+        logits_BCV = _logits(hidden_BCD, table_VD, output_scale)
+        losses_BC = jax.nn.logsumexp(logits_BCV, -1) - _pick(logits_BCV, targets_BC)
+        return total + (weights_BC * losses_BC).sum(), None
+
+    total, _ = jax.lax.scan(add, _varying(jnp.zeros(())), tuple(_chunked(x, chunk) for x in (hidden_BTD, targets_BT, weights_BT)))
+    return total
+
+
+def _loss_sum_forward(hidden_BTD, table_VD, targets_BT, weights_BT, output_scale, chunk):
+    def add(carry, piece):
+        total, grad_VD = carry
+        hidden_BCD, targets_BC, weights_BC = piece
+        logits_BCV = _logits(hidden_BCD, table_VD, output_scale)
+        norm_BC = jax.nn.logsumexp(logits_BCV, -1)
+        losses_BC = norm_BC - _pick(logits_BCV, targets_BC)
+        probability_BCV = jnp.exp(logits_BCV - norm_BC[..., None])
+        delta_BCV = probability_BCV - _one_hot(targets_BC, table_VD.shape[0])
+        delta_BCV = (delta_BCV * (weights_BC * output_scale)[..., None]).astype(hidden_BCD.dtype)
+        grad_BCD = jnp.einsum("BCV,VD->BCD", delta_BCV, table_VD.astype(hidden_BCD.dtype))
+        grad_VD = grad_VD + jnp.einsum("BCV,BCD->VD", delta_BCV, hidden_BCD, preferred_element_type=jnp.float32)
+        return (total + (weights_BC * losses_BC).sum(), grad_VD), grad_BCD
+
+    zeros = (_varying(jnp.zeros(())), _varying(jnp.zeros(table_VD.shape)))
+    pieces = tuple(_chunked(x, chunk) for x in (hidden_BTD, targets_BT, weights_BT))
+    (total, grad_VD), grads = jax.lax.scan(add, zeros, pieces)
+    return total, (_unchunked(grads, hidden_BTD.shape[1]), grad_VD)
+
+
+def _loss_sum_backward(output_scale, chunk, gradients, cotangent):
+    grad_BTD, grad_VD = gradients
+    return (cotangent * grad_BTD).astype(grad_BTD.dtype), cotangent * grad_VD, None, None
+
+
+_loss_sum.defvjp(_loss_sum_forward, _loss_sum_backward)
+
+
+def _logits(hidden_BCD, table_VD, output_scale):
+    table_VD = table_VD.astype(hidden_BCD.dtype)
+    logits_BCV = jnp.einsum("BCD,VD->BCV", hidden_BCD, table_VD, preferred_element_type=jnp.float32)
+    return logits_BCV * output_scale
+
+
+def _one_hot(targets_BC, vocab_size: int):
+    return targets_BC[..., None] == jnp.arange(vocab_size)
+
+
+def _pick(logits_BCV, targets_BC):
+    # A masked sum rather than a gather: it fuses with the logsumexp and has no scatter for a gradient.
+    return jnp.where(_one_hot(targets_BC, logits_BCV.shape[-1]), logits_BCV, 0.0).sum(-1)
+
+
+def _has_mesh() -> bool:
+    return not jax.sharding.get_abstract_mesh().empty
+
+
+def _varying(x):
+    """Type a replicated value inside shard_map as one that may differ on every device; its gradient is then summed."""
+    return jax.lax.pcast(x, (FSDP, TENSOR), to="varying") if _has_mesh() else x
+
+
+def _chunked(x_BT, chunk: int):
+    """[B, T, ...] -> [T / chunk, B, chunk, ...], padded with zeros, whose weight is zero too."""
+    batch, length = x_BT.shape[:2]
+    chunk = min(chunk, length)
+    padding = [(0, 0), (0, -length % chunk)] + [(0, 0)] * (x_BT.ndim - 2)
+    x_BT = jnp.pad(x_BT, padding)
+    return jnp.swapaxes(x_BT.reshape(batch, -1, chunk, *x_BT.shape[2:]), 0, 1)
+
+
+def _unchunked(x, length: int):
+    """The inverse of `_chunked`."""
+    x_BT = jnp.swapaxes(x, 0, 1)
+    return x_BT.reshape(x_BT.shape[0], -1, *x_BT.shape[3:])[:, :length]

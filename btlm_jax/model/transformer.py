@@ -1,0 +1,168 @@
+"""The BTLM decoder: embedding, scanned pre-LayerNorm blocks of attention and SwiGLU, final LayerNorm.
+
+    x = E[inputs] * embedding_scale
+    for each block:  x = x + attention(LN(x));  x = x + mlp(LN(x))
+    logits = (LN_f(x) @ E^T) * output_scale          (in loss.py, which never forms all of them)
+
+Source: arXiv 2309.11568 and the published model code (`modeling_btlm.py`). HF's c_fc is `up` here, c_fc2 `gate`.
+"""
+
+from __future__ import annotations
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from btlm_jax.attention import attend
+from btlm_jax.config import ModelConfig
+from btlm_jax.model.alibi import alibi_slopes
+from btlm_jax.model.layers import Einsum, Embedding, LayerNorm
+from btlm_jax.mup import Parametrization
+from btlm_jax.sharding import RULES, AxisRules
+
+# What the backward pass finds saved of each block; the rest it computes again.
+_SAVED = {
+    "full": jax.checkpoint_policies.nothing_saveable,
+    "matmuls_saved": jax.checkpoint_policies.save_from_both_policies(
+        jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+        jax.checkpoint_policies.save_only_these_names("attention_out", "attention_lse"),
+    ),
+    "none": jax.checkpoint_policies.everything_saveable,
+}
+
+
+class Attention(nn.Module):
+    """Causal multi-head attention with ALiBi."""
+
+    config: ModelConfig
+    parametrization: Parametrization
+    rules: AxisRules
+
+    @nn.compact
+    def __call__(self, x_BTD):
+        D, N, H = self.config.d_model, self.config.num_heads, self.config.head_dim
+
+        def project(name: str):
+            return Einsum(
+                equation="BTD,DNH->BTNH",
+                kernel_shape=(D, N, H),
+                kernel_axes=("embed", "heads", "head_dim"),
+                bias_shape=(N, H),
+                bias_axes=("heads", "head_dim"),
+                out_axes=("batch", "length", "heads", "head_dim"),
+                parametrization=self.parametrization,
+                rules=self.rules,
+                name=name,
+            )(x_BTD)
+
+        q_BTNH, k_BSNH, v_BSNH = project("query"), project("key"), project("value")
+        slopes_N = jnp.asarray(alibi_slopes(N, scaling=self.config.alibi_scaling))
+        with jax.named_scope("attend"):
+            o_BTNH = attend(
+                q_BTNH,
+                k_BSNH,
+                v_BSNH,
+                slopes_N,
+                scale=self.parametrization.attention_scale,
+                implementation=self.config.attention,
+            )
+        return Einsum(
+            equation="BTNH,NHD->BTD",
+            kernel_shape=(N, H, D),
+            kernel_axes=("heads", "head_dim", "embed"),
+            bias_shape=(D,),
+            bias_axes=("norm",),
+            out_axes=("batch", "length", "act_embed"),
+            parametrization=self.parametrization,
+            rules=self.rules,
+            name="out",
+        )(o_BTNH)
+
+
+class Mlp(nn.Module):
+    """SwiGLU: down(up(x) * silu(gate(x)))."""
+
+    config: ModelConfig
+    parametrization: Parametrization
+    rules: AxisRules
+
+    @nn.compact
+    def __call__(self, x_BTD):
+        D, F = self.config.d_model, self.config.d_ff
+
+        def widen(name: str):
+            return Einsum(
+                equation="BTD,DF->BTF",
+                kernel_shape=(D, F),
+                kernel_axes=("embed", "mlp"),
+                bias_shape=(F,),
+                bias_axes=("mlp",),
+                out_axes=("batch", "length", "mlp"),
+                parametrization=self.parametrization,
+                rules=self.rules,
+                name=name,
+            )(x_BTD)
+
+        hidden_BTF = widen("up") * jax.nn.silu(widen("gate"))
+        return Einsum(
+            equation="BTF,FD->BTD",
+            kernel_shape=(F, D),
+            kernel_axes=("mlp", "embed"),
+            bias_shape=(D,),
+            bias_axes=("norm",),
+            out_axes=("batch", "length", "act_embed"),
+            parametrization=self.parametrization,
+            rules=self.rules,
+            name="down",
+        )(hidden_BTF)
+
+
+class Block(nn.Module):
+    """One pre-LayerNorm decoder block; returns (x_BTD, None) as nn.scan wants."""
+
+    config: ModelConfig
+    parametrization: Parametrization
+    rules: AxisRules
+
+    @nn.compact
+    def __call__(self, x_BTD):
+        parts = dict(parametrization=self.parametrization, rules=self.rules)
+        scale = self.parametrization.residual_scale
+
+        def norm(name: str):
+            return LayerNorm(eps=self.config.layer_norm_eps, name=name, **parts)(x_BTD)
+
+        x_BTD = x_BTD + scale * Attention(config=self.config, name="attention", **parts)(norm("ln_1"))
+        x_BTD = x_BTD + scale * Mlp(config=self.config, name="mlp", **parts)(norm("ln_2"))
+        return x_BTD, None
+
+
+class Btlm(nn.Module):
+    """The decoder up to and including the final LayerNorm: inputs_BT -> hidden_BTD."""
+
+    config: ModelConfig
+    parametrization: Parametrization
+    rules: AxisRules
+
+    @nn.compact
+    def __call__(self, inputs_BT):
+        parts = dict(parametrization=self.parametrization, rules=self.rules)
+        dtype = jnp.dtype(self.config.dtype)
+        x_BTD = Embedding(
+            vocab_size=self.config.vocab_size, d_model=self.config.d_model, dtype=dtype, name="embedding", **parts
+        )(inputs_BT)
+        x_BTD = x_BTD * self.parametrization.embedding_scale
+        blocks = nn.scan(
+            nn.remat(Block, prevent_cse=False, policy=_SAVED[self.config.remat]),
+            variable_axes={"params": 0},
+            split_rngs={"params": True},
+            length=self.config.num_layers,
+            metadata_params={nn.PARTITION_NAME: "layers"},
+        )
+        x_BTD, _ = blocks(config=self.config, name="blocks", **parts)(x_BTD)
+        return LayerNorm(eps=self.config.layer_norm_eps, name="ln_f", **parts)(x_BTD)
+
+
+def make_model(config: ModelConfig, parametrization: Parametrization) -> Btlm:
+    """Make the network; it holds no arrays."""
+    return Btlm(config=config, parametrization=parametrization, rules=RULES)
