@@ -1,5 +1,7 @@
-"""A writer of tiny token stores for tests, independent of btlm_jax.corpus. Token i of a stream is i, so a target's value
-names its place in the stream."""
+"""A writer of tiny token stores for tests, independent of btlm_jax.corpus.
+
+Token i of a stream is i, so that the value of a target names its place in the stream.
+"""
 
 import hashlib
 from pathlib import Path
