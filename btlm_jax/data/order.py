@@ -172,5 +172,8 @@ def derived_seed(purpose: str, *numbers: int) -> int:
     return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=4).digest(), "little")
 
 
+# Grain walks a domain of at least 2**16 whatever the length, so a call takes milliseconds for a store of a few blocks
+# (4 us from 2**16 on); the cache holds the whole permutations of such a store.
+@functools.lru_cache(maxsize=1 << 14)
 def _permuted(index: int, *, length: int, seed: int) -> int:
     return index_shuffle(index, length - 1, seed, FEISTEL_ROUNDS)
