@@ -1,0 +1,1 @@
+"""Reading: token store -> order -> global, sharded batches."""
