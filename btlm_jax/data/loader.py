@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 
 import grain
 import jax
@@ -128,12 +128,11 @@ def heldout_blocks(split: Split, *, blocks_per_source: int) -> list[tuple[str, i
     ]
 
 
-def read_rows(reader: SplitReader, starts: Iterable[tuple[int, int]], *, seq_len: int) -> Rows:
+def read_rows(reader: SplitReader, starts: Sequence[tuple[int, int]], *, seq_len: int) -> Rows:
     """Read one row for each (block, first target in the block): int32 inputs and targets, float32 weights, [rows, T].
 
     A target's weight is 1, or 0 in the padding of a stream's last block.
     """
-    starts = list(starts)
     tokens_BT = np.zeros((len(starts), seq_len + 1), np.int32)
     num_targets_B = np.zeros(len(starts), np.int64)
     for row, (number, start) in enumerate(starts):
