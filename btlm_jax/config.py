@@ -167,9 +167,7 @@ class CorpusConfig:
 
     def __post_init__(self):
         _require_choice("corpus.source", self.source, CORPUS_SOURCES)
-        _require_positive(
-            "corpus", max_bytes=self.max_bytes, heldout_bytes_per_source=self.heldout_bytes_per_source
-        )
+        _require_positive("corpus", max_bytes=self.max_bytes, heldout_bytes_per_source=self.heldout_bytes_per_source)
         _require(
             0 < self.heldout_fraction < 1,
             f"corpus.heldout_fraction={self.heldout_fraction} must be between 0 and 1",

@@ -110,8 +110,6 @@ def make_curriculum(
                 f"{per_step:,} tokens; the nearest are {down:,} and {down + per_step:,}"
             )
         num_steps = tokens // per_step
-        phases.append(
-            Phase(index=index, seq_len=length, batch_size=batch, first_step=first_step, num_steps=num_steps)
-        )
+        phases.append(Phase(index=index, seq_len=length, batch_size=batch, first_step=first_step, num_steps=num_steps))
         first_step += num_steps
     return Curriculum(phases=tuple(phases))

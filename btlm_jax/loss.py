@@ -1,6 +1,6 @@
 """Next-token cross-entropy from hidden states, in chunks of positions: all the logits never exist at once.
 
-Under a mesh each device takes its own sequences (fsdp axis) and its own stretch of positions (tensor axis) against
+Each device of the mesh takes its own sequences (fsdp axis) and its own stretch of positions (tensor axis) against
 the whole table, so the vocabulary need not divide by anything. Differentiation is by a custom rule that forms the
 gradients of a chunk's logits while they are there: one pass, no recompute, no `[tokens, V]` array.
 """
@@ -25,7 +25,7 @@ def loss_sum(hidden_BTD, table_VD, targets_BT, weights_BT, *, output_scale: floa
 
     def local(hidden_BTD, table_VD, targets_BT, weights_BT):
         total = _loss_sum(hidden_BTD, _varying(table_VD), targets_BT, weights_BT, output_scale, chunk)
-        return jax.lax.psum(total, (FSDP, TENSOR)) if _has_mesh() else total
+        return jax.lax.psum(total, (FSDP, TENSOR))
 
     return _per_device(local, out_spec=PartitionSpec())(hidden_BTD, table_VD, targets_BT, weights_BT)
 
@@ -47,16 +47,14 @@ def token_losses(hidden_BTD, table_VD, targets_BT, *, output_scale: float, chunk
 
 
 def logits(hidden_BTD, table_VD, *, output_scale: float):
-    """Return all the logits_BTV in float32; for short sequences and tests only."""
+    """Return all the logits_BTV in float32, of operands that are whole on every device; for few positions."""
     return _logits(hidden_BTD, table_VD, output_scale)
 
 
 def _per_device(local, *, out_spec: PartitionSpec):
-    """Run `local` on each device's part of (hidden_BTD, table_VD, then [B, T] arrays); directly when there is no mesh."""
+    """Run `local` on each device's part of (hidden_BTD, table_VD, then [B, T] arrays)."""
 
     def run(hidden_BTD, table_VD, *positions_BT):
-        if not _has_mesh():
-            return local(hidden_BTD, table_VD, *positions_BT)
         by_position = PartitionSpec(FSDP, TENSOR)
         arguments = (
             jax.sharding.reshard(hidden_BTD, PartitionSpec(FSDP, TENSOR, None)),
@@ -76,7 +74,9 @@ def _loss_sum(hidden_BTD, table_VD, targets_BT, weights_BT, output_scale, chunk)
         losses_BC = jax.nn.logsumexp(logits_BCV, -1) - _pick(logits_BCV, targets_BC)
         return total + (weights_BC * losses_BC).sum(), None
 
-    total, _ = jax.lax.scan(add, _varying(jnp.zeros(())), tuple(_chunked(x, chunk) for x in (hidden_BTD, targets_BT, weights_BT)))
+    total, _ = jax.lax.scan(
+        add, _varying(jnp.zeros(())), tuple(_chunked(x, chunk) for x in (hidden_BTD, targets_BT, weights_BT))
+    )
     return total
 
 
@@ -123,13 +123,9 @@ def _pick(logits_BCV, targets_BC):
     return jnp.where(_one_hot(targets_BC, logits_BCV.shape[-1]), logits_BCV, 0.0).sum(-1)
 
 
-def _has_mesh() -> bool:
-    return not jax.sharding.get_abstract_mesh().empty
-
-
 def _varying(x):
     """Type a replicated value inside shard_map as one that may differ on every device; its gradient is then summed."""
-    return jax.lax.pcast(x, (FSDP, TENSOR), to="varying") if _has_mesh() else x
+    return jax.lax.pcast(x, (FSDP, TENSOR), to="varying")
 
 
 def _chunked(x_BT, chunk: int):

@@ -110,7 +110,9 @@ def classify(axes: tuple[str, ...], *, leaf: str) -> str:
     own = tuple(axis for axis in axes if axis != "layers")
     found = _CLASS_OF_VECTOR.get(leaf) or _CLASS_OF_KERNEL.get(own)
     if found is None:
-        raise ValueError(f"parameter {leaf!r} with logical axes {axes} belongs to no class of mup.py; add its rule there")
+        raise ValueError(
+            f"parameter {leaf!r} with logical axes {axes} belongs to no class of mup.py; add its rule there"
+        )
     return found
 
 

@@ -46,6 +46,12 @@ def abstract_state(table, optimizer: optax.GradientTransformation, mesh: Mesh) -
     return jax.tree.map(with_sharding, state)
 
 
+def abstract_batch(shape: tuple[int, ...], sharding: NamedSharding) -> dict:
+    """Return the shapes, dtypes and shardings of a batch whose leaves have `shape`."""
+    dtypes = {"inputs_BT": jnp.int32, "targets_BT": jnp.int32, "weights_BT": jnp.float32}
+    return {name: jax.ShapeDtypeStruct(shape, dtype, sharding=sharding) for name, dtype in dtypes.items()}
+
+
 def make_train_step(
     model: Btlm, optimizer: optax.GradientTransformationExtraArgs, table, *, loss_chunk: int
 ) -> Callable:
@@ -122,8 +128,6 @@ def _new_state(params: dict, optimizer: optax.GradientTransformation) -> TrainSt
 
 
 def _replicated(x_BT):
-    if jax.sharding.get_abstract_mesh().empty:
-        return x_BT
     return jax.sharding.reshard(x_BT, PartitionSpec(None, None))
 
 

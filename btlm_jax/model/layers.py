@@ -85,7 +85,5 @@ def declare(module: nn.Module, name: str, shape: tuple[int, ...], axes: tuple[st
 
 
 def gather(kernel, axes: tuple[str, ...], rules: AxisRules):
-    """Gather a stored kernel along the fsdp axis for use; without a mesh there is nothing to gather."""
-    if jax.sharding.get_abstract_mesh().empty:
-        return kernel
+    """Gather a stored kernel along the fsdp axis for use."""
     return jax.sharding.reshard(kernel, rules.gathered_spec(*axes))

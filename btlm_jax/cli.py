@@ -1,0 +1,172 @@
+"""The command line, `btlm <verb> ...`: parse, build the config, call one function, return an exit code.
+
+Exit codes: 0 done, 1 error, 2 usage, 75 preempted and saved (run the same command again), 76 stopped on bad numbers.
+The only importer of absl.flags. Verbs import what they call late, so that `--help` answers at once.
+"""
+
+from __future__ import annotations
+
+import importlib
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from absl import flags
+from ml_collections import config_flags
+
+from btlm_jax import __version__
+from btlm_jax.config import TrainConfig, train_config_from
+
+DONE, ERROR, USAGE, PREEMPTED, BAD_NUMBERS = 0, 1, 2, 75, 76
+
+HELP = f"""btlm {__version__}: train BTLM-3B-8K style language models in JAX.
+
+usage: btlm <verb> [flags]        (btlm <verb> --help explains a verb)
+
+  train            train from a config, or resume what is in the workdir
+  corpus build     make the token store that a config names, without training
+  corpus verify    read a token store again and compare every byte with its manifest
+
+first:  btlm train --config=configs/local_cpu.py --workdir=runs/local
+"""
+
+TRAIN_HELP = """btlm train: train, or resume from the last checkpoint in the workdir.
+
+example:  btlm train --config=configs/local_cpu.py --workdir=runs/local --config.optimizer.peak_learning_rate=0.006
+
+The same command resumes: after a kill, a preemption (exit code 75) or with more tokens configured. On several hosts
+run it on each, with --distributed (TPU pods find each other) or with the three flags below it.
+"""
+
+CORPUS_HELP = """btlm corpus build | verify: make or check the token store of a config.
+
+examples:  btlm corpus build --config=configs/local_cpu.py --workdir=runs/local
+           btlm corpus verify --store=runs/local/store
+"""
+
+
+class UsageError(Exception):
+    """The command line was wrong; the message says how and what would be right."""
+
+
+def entry() -> None:
+    """Run the command line of this process and exit with its code."""
+    sys.exit(main(sys.argv[1:]))
+
+
+def main(arguments: Sequence[str]) -> int:
+    """Run one command and return its exit code."""
+    if not arguments or arguments[0] in ("-h", "--help", "help"):
+        print(HELP)
+        return DONE if arguments else USAGE
+    verb, *rest = arguments
+    try:
+        if verb == "train":
+            return _train(rest)
+        if verb == "corpus":
+            return _corpus(rest)
+        raise UsageError(f"unknown verb {verb!r}; verbs are train and corpus (btlm --help)")
+    except UsageError as error:
+        print(f"btlm: usage: {error}", file=sys.stderr)
+        return USAGE
+    except (ValueError, OSError) as error:
+        print(f"btlm {verb}: error: {error}", file=sys.stderr)
+        return ERROR
+
+
+def _train(arguments: Sequence[str]) -> int:
+    values = _run_flags()
+    flags.DEFINE_boolean("dry-run", False, "print the whole plan and exit", flag_values=values)
+    flags.DEFINE_boolean("distributed", False, "join the other hosts of a TPU pod slice", flag_values=values)
+    flags.DEFINE_string("coordinator", "", "host:port of process 0, for several processes", flag_values=values)
+    flags.DEFINE_integer("num_processes", 1, "how many processes there are", flag_values=values)
+    flags.DEFINE_integer("process_id", 0, "which of them this is", flag_values=values)
+    config = _parse(values, arguments, help_text=TRAIN_HELP)
+    if config is None:
+        return DONE
+    train = importlib.import_module("btlm_jax.train")
+    if values["dry-run"].value:
+        print(train.dry_run(config))
+        return DONE
+    train.start_processes(
+        distributed=values["distributed"].value,
+        coordinator=values["coordinator"].value,
+        num_processes=values["num_processes"].value,
+        process_id=values["process_id"].value,
+    )
+    outcome = train.train(config, workdir=_workdir(values))
+    return {"done": DONE, "preempted": PREEMPTED, "bad_numbers": BAD_NUMBERS}[outcome]
+
+
+def _corpus(arguments: Sequence[str]) -> int:
+    if not arguments or arguments[0] not in ("build", "verify", "--help", "-h"):
+        raise UsageError(f"btlm corpus needs build or verify, got {' '.join(arguments[:1]) or 'nothing'}")
+    if arguments[0] == "verify":
+        return _corpus_verify(arguments[1:])
+    values = _run_flags()
+    config = _parse(values, arguments[1:] if arguments[0] == "build" else ["--help"], help_text=CORPUS_HELP)
+    if config is None:
+        return DONE
+    prepare_store = importlib.import_module("btlm_jax.train").prepare_store
+    prepare_store(config, workdir=_workdir(values), log=print)
+    return DONE
+
+
+def _corpus_verify(arguments: Sequence[str]) -> int:
+    values = flags.FlagValues()
+    flags.DEFINE_string("store", "", "directory of the token store", flag_values=values)
+    flags.DEFINE_boolean("help", False, "show this help", short_name="h", flag_values=values)
+    _apply(values, arguments)
+    if values["help"].value:
+        print(CORPUS_HELP)
+        return DONE
+    if not values["store"].value:
+        raise UsageError("btlm corpus verify needs --store=DIR")
+    manifest = importlib.import_module("btlm_jax.data.reader").verify(Path(values["store"].value))
+    for name, split in manifest.splits.items():
+        print(f"{name}: {split.num_blocks:,} blocks, {split.num_tokens:,} tokens, {len(split.shards)} shards: intact")
+    print(f"fingerprint {manifest.fingerprint}")
+    return DONE
+
+
+def _run_flags() -> flags.FlagValues:
+    values = flags.FlagValues()
+    config_flags.DEFINE_config_file(
+        "config", None, "config file; --config.model.num_layers=2 changes a value", flag_values=values
+    )
+    flags.DEFINE_string("workdir", "", "directory of the run: checkpoints, metrics, plots", flag_values=values)
+    flags.DEFINE_boolean("help", False, "show this help", short_name="h", flag_values=values)
+    return values
+
+
+def _parse(values: flags.FlagValues, arguments: Sequence[str], *, help_text: str) -> TrainConfig | None:
+    """Parse the flags and return the config, or None when help was asked for and printed."""
+    if any(argument in ("--help", "-h", "-help") for argument in arguments):
+        print(help_text)
+        print(values.main_module_help() or values.get_help())
+        return None
+    _apply(values, arguments)
+    if values["config"].value is None:
+        raise UsageError("--config=FILE is needed, for example --config=configs/local_cpu.py")
+    try:
+        return train_config_from(values["config"].value.to_dict())
+    except ValueError as error:
+        raise UsageError(str(error)) from error
+
+
+def _apply(values: flags.FlagValues, arguments: Sequence[str]) -> None:
+    try:
+        rest = values(["btlm", *arguments])[1:]
+        # config_flags reads the file when its value is first asked for.
+        _ = [values[name].value for name in values]
+    except (flags.Error, AttributeError, KeyError, IndexError, OSError, TypeError, ValueError) as error:
+        message = error.args[0] if isinstance(error, KeyError) and error.args else str(error)
+        raise UsageError(" ".join(str(message).replace("\n", ". ").split())) from error
+    if rest:
+        raise UsageError(f"unexpected argument {rest[0]!r}; flags are --name=value")
+
+
+def _workdir(values: flags.FlagValues) -> Path:
+    if not values["workdir"].value:
+        raise UsageError("--workdir=DIR is needed: where checkpoints, metrics and plots go")
+    return Path(values["workdir"].value)
