@@ -90,7 +90,7 @@ def make_train_step(
         metrics = {
             "loss": loss / weight,
             "weight": weight,
-            "grad_norm": optax.global_norm(grads),
+            "grad_norm": optax.tree.norm(grads),
             **_class_norms("grad_norm", grads, table),
             **_class_norms("update_norm", updates, table),
         }
