@@ -32,9 +32,9 @@ class Checkpointer:
     """The checkpoints of one workdir."""
 
     def __init__(self, workdir: Path, *, config: CheckpointConfig):
-        self._directory = workdir.resolve() / CHECKPOINTS
+        self.directory = workdir.resolve() / CHECKPOINTS
         self._manager = ocp.CheckpointManager(
-            self._directory,
+            self.directory,
             options=ocp.CheckpointManagerOptions(
                 max_to_keep=config.keep_last,
                 keep_period=config.keep_every,
@@ -91,7 +91,7 @@ class Checkpointer:
             others = [other for other in self.steps() if other != step]
             remedy = f"delete it to go on from step {others[-1]}" if others else "delete it to start again"
             reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-            raise ValueError(f"checkpoint {self._directory / str(step)} cannot be read: {reason}; {remedy}") from error
+            raise ValueError(f"checkpoint {self.directory / str(step)} cannot be read: {reason}; {remedy}") from error
 
     def wait(self) -> None:
         """Wait until every started save is complete; raise the error of one that failed."""
