@@ -32,7 +32,7 @@ def learning_rate_at(config: OptimizerConfig, *, tokens: int, total_tokens: int)
     if total_tokens == config.warmup_tokens:
         return config.peak_learning_rate
     done = (tokens - config.warmup_tokens) / (total_tokens - config.warmup_tokens)
-    return config.peak_learning_rate + (config.end_learning_rate - config.peak_learning_rate) * done
+    return config.peak_learning_rate * (1 - done) + config.end_learning_rate * done
 
 
 def make_optimizer(config: OptimizerConfig, table) -> optax.GradientTransformationExtraArgs:

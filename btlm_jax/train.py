@@ -1,4 +1,4 @@
-"""The training run, in chapters: workdir, store, model, restore, compile, loop, report.
+"""The training run, in chapters: prepare, restore, loop, report.
 
 The only module that holds the whole config. `train` may be called again at any time: it goes on from the last complete
 checkpoint and ends with the same bits as a run that was never interrupted.
@@ -6,70 +6,36 @@ checkpoint and ends with the same bits as a run that was never interrupted.
 
 from __future__ import annotations
 
-import dataclasses
 import faulthandler
 import math
-import os
-import signal
 import sys
-import threading
-import time
-from collections.abc import Callable
+from collections.abc import Iterator
 from pathlib import Path
 
 import jax
 import numpy as np
-import optax
-from jax.experimental import multihost_utils
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from btlm_jax.checkpoint import Checkpointer, Position, check_same_run
 from btlm_jax.config import TrainConfig
-from btlm_jax.corpus.build import build_store
-from btlm_jax.data.loader import TrainLoader, heldout_batches
-from btlm_jax.data.reader import TokenStore, open_store
+from btlm_jax.data.loader import TrainLoader
 from btlm_jax.describe import describe_run
-from btlm_jax.evaluate.heldout import HeldoutResult, evaluate_heldout
 from btlm_jax.files import write_atomically
+from btlm_jax.interrupt import StopRequest
 from btlm_jax.metrics import GoodputLedger
-from btlm_jax.model import Btlm, make_model, parameter_table
+from btlm_jax.model import make_model, parameter_table
 from btlm_jax.mup import make_parametrization
-from btlm_jax.optimizer import learning_rate_at, make_optimizer
-from btlm_jax.report import finished_report, make_report
-from btlm_jax.sharding import FSDP, batch_sharding, check_divisible, make_mesh
-from btlm_jax.step import TrainState, abstract_batch, abstract_state, init_state, make_eval_step, make_train_step
-from btlm_jax.store import MANIFEST_FILE
+from btlm_jax.prepare import Run, log, make_run, make_workdir, prepare_store
+from btlm_jax.report import evaluate_some, finish_run, finished_report
+from btlm_jax.sharding import batch_sharding, check_divisible, make_mesh
+from btlm_jax.step import TrainState, abstract_state, init_state
 from btlm_jax.writers import MetricWriter
 
-DONE, PREEMPTED, BAD_NUMBERS = "done", "preempted", "bad_numbers"
-STALL_SECONDS = 1800.0  # after this long without a step every thread's stack goes to stderr, and the run goes on
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Run:
-    """What a run is made of, all of it fixed before the first step."""
-
-    config: TrainConfig
-    workdir: Path
-    mesh: Mesh
-    model: Btlm
-    table: dict  # the parameters' tree of ParameterInfo
-    optimizer: optax.GradientTransformationExtraArgs
-    token_store: TokenStore
-    train_steps: tuple[Callable, ...]  # one executable a phase
-    eval_step: Callable
-    ledger: GoodputLedger
-
-    def learning_rate(self, step: int) -> float:
-        """Return the learning rate of the update that completes `step` steps."""
-        curriculum = self.config.curriculum.table
-        return learning_rate_at(
-            self.config.optimizer, tokens=curriculum.tokens_seen(step), total_tokens=curriculum.num_tokens
-        )
+DONE, PREEMPTED, BAD_NUMBERS = "done", "preempted", "bad numbers"
+STALL_SECONDS = 1800.0  # this long without a step, and every thread's stack goes to stderr
 
 
 class BadNumbersError(Exception):
-    """A loss or gradient was not finite; the message names the step and what to look at."""
+    """A loss or a gradient was not finite; the message names the step."""
 
 
 def train(config: TrainConfig, *, workdir: Path) -> str:
@@ -79,23 +45,29 @@ def train(config: TrainConfig, *, workdir: Path) -> str:
       ValueError: the config, the store, the mesh or the checkpoint do not fit together; says which and how.
       OSError: a file cannot be read or written.
     """
-    ledger = GoodputLedger()
-    stop = _StopRequest()
+    ledger, stop = GoodputLedger(), StopRequest()
     make_workdir(workdir)
     mesh = make_mesh(devices=jax.devices(), tensor=config.mesh.tensor)
     check_divisible(config, mesh)
     checkpointer = Checkpointer(workdir, config=config.checkpoint)
     try:
         position = _last_position(checkpointer, config)
-        if finished := finished_report(workdir, config, step=position.step):
+        if finished := finished_report(config, workdir=workdir, step=position.step):
             log(finished)
             return DONE
+        log(_plan(config, mesh))
         with ledger.measure("corpus"):
-            token_store = prepare_store(config, workdir=workdir, log=log, expected=position.store_fingerprint)
-        run = _make_run(config, workdir=workdir, mesh=mesh, token_store=token_store, ledger=ledger)
-        state = _restore_or_init(run, checkpointer, position)
-        with jax.set_mesh(mesh), MetricWriter(workdir, config, first_step=position.step + 1, ledger=ledger) as writer:
-            return _train_from(run, state, position, checkpointer=checkpointer, writer=writer, stop=stop)
+            token_store = prepare_store(config, workdir=workdir, expected=position.store_fingerprint)
+        run = make_run(config, workdir=workdir, mesh=mesh, token_store=token_store, ledger=ledger)
+        if jax.process_index() == 0:
+            write_atomically(workdir / "config.json", config.to_json())
+        if position.step == 0:
+            state = init_state(run.model, run.optimizer, mesh, seed=config.seed)
+        else:
+            log(f"Resuming from step {position.step:,} ({position.tokens_seen:,} tokens)")
+            state = checkpointer.restore_state(position.step, abstract=abstract_state(run.table, run.optimizer, mesh))
+        with jax.set_mesh(mesh), _make_writer(run, first_step=position.step + 1) as writer:
+            return _train_from(run, state, position.step, checkpointer=checkpointer, writer=writer, stop=stop)
     finally:
         checkpointer.close()
 
@@ -103,8 +75,7 @@ def train(config: TrainConfig, *, workdir: Path) -> str:
 def dry_run(config: TrainConfig) -> str:
     """Return the whole plan of a run; only shapes are computed, so a 3B plan takes seconds."""
     mesh = make_mesh(devices=jax.devices(), tensor=config.mesh.tensor)
-    model = make_model(config.model, make_parametrization(config.mup, config.model))
-    plan = describe_run(config, parameter_table(model, mesh))
+    plan = _plan(config, mesh)
     try:
         check_divisible(config, mesh)
     except ValueError as error:
@@ -120,121 +91,13 @@ def start_processes(*, distributed: bool, coordinator: str, num_processes: int, 
         jax.distributed.initialize()
 
 
-def log(message: str) -> None:
-    """Print a line of the run's story, from process 0."""
-    if jax.process_index() == 0:
-        print(message, flush=True)
-
-
-# Chapter 1: the workdir and the token store.
-
-
-def make_workdir(workdir: Path) -> None:
-    """Create the workdir and prove that it can be written to.
-
-    Raises:
-      OSError: it cannot be created or written; names it.
-    """
-    try:
-        workdir.mkdir(parents=True, exist_ok=True)
-        probe = workdir / f".writable-{jax.process_index()}"
-        write_atomically(probe, "")
-        probe.unlink()
-    except OSError as error:
-        raise OSError(f"workdir {workdir} cannot be written: {error}; choose another --workdir") from error
-
-
-def store_directory(config: TrainConfig, *, workdir: Path) -> Path:
-    """Return where the token store is: data.store, taken from the workdir when it is relative."""
-    return workdir / config.data.store
-
-
-def prepare_store(config: TrainConfig, *, workdir: Path, log: Callable[[str], None], expected: str) -> TokenStore:
-    """Open the run's token store, making it first when it does not exist and the config says from what.
-
-    `expected` is the fingerprint that the checkpoint recorded, or "" without one.
-
-    Raises:
-      FileNotFoundError: there is no store and corpus.source is "prepared".
-      ValueError: the store does not fit the model or is not the checkpoint's.
-    """
-    directory = store_directory(config, workdir=workdir)
-    if not (directory / MANIFEST_FILE).is_file():
-        if config.corpus.source == "prepared" or directory.exists():
-            raise FileNotFoundError(
-                f"there is no token store in {directory}: it has no {MANIFEST_FILE}; point --config.data.store to one, "
-                'or let the run make one (config.corpus.source="installed_python") where nothing is yet'
-            )
-        if jax.process_index() == 0:
-            directory.parent.mkdir(parents=True, exist_ok=True)
-            build_store(
-                config.corpus,
-                vocab_size=config.model.vocab_size,
-                block_len=config.curriculum.table.block_len,
-                seed=config.data.seed,
-                directory=directory,
-                log=log,
-            )
-        multihost_utils.sync_global_devices("token store made")
-    token_store = open_store(directory, expected_fingerprint=expected)
-    vocab_size = token_store.manifest.tokenizer.vocab_size
-    if vocab_size > config.model.vocab_size:
-        raise ValueError(
-            f"token store {directory} has ids up to {vocab_size - 1:,}, but model.vocab_size={config.model.vocab_size:,}"
-        )
-    return token_store
-
-
-# Chapter 2: model, optimizer, executables.
-
-
-def _make_run(config: TrainConfig, *, workdir: Path, mesh: Mesh, token_store: TokenStore, ledger: GoodputLedger) -> Run:
+def _plan(config: TrainConfig, mesh: jax.sharding.Mesh) -> str:
     model = make_model(config.model, make_parametrization(config.mup, config.model))
-    table = parameter_table(model, mesh)
-    optimizer = make_optimizer(config.optimizer, table)
-    log(describe_run(config, table))
-    train_step = make_train_step(model, optimizer, table, loss_chunk=config.model.loss_chunk)
-    eval_step = make_eval_step(model, loss_chunk=config.model.loss_chunk)
-    state = abstract_state(table, optimizer, mesh)
-    learning_rate = jax.ShapeDtypeStruct((), np.float32)
-    # The executables of every phase exist before the first step: a phase switch costs nothing and cannot fail.
-    jax.config.update("jax_compilation_cache_dir", str(workdir.resolve() / "compile_cache"))
-    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
-    with ledger.measure("compile"), jax.set_mesh(mesh):
-        began = time.monotonic()
-        jitted = jax.jit(train_step, donate_argnums=0)
-        train_steps = tuple(
-            jitted.lower(state, _abstract_train_batch(config, phase, mesh), learning_rate).compile()
-            for phase in config.curriculum.table.phases
-        )
-        rows = (config.evaluation.batch_size, token_store.manifest.block_len)
-        heldout = abstract_batch(rows, NamedSharding(mesh, PartitionSpec(FSDP)))
-        compiled_eval_step = jax.jit(eval_step).lower(state.params, heldout).compile()
-        log(f"Compiled {len(train_steps)} phases and the evaluation in {time.monotonic() - began:.1f} s")
-    return Run(
-        config=config,
-        workdir=workdir,
-        mesh=mesh,
-        model=model,
-        table=table,
-        optimizer=optimizer,
-        token_store=token_store,
-        train_steps=train_steps,
-        eval_step=compiled_eval_step,
-        ledger=ledger,
-    )
-
-
-def _abstract_train_batch(config: TrainConfig, phase: Phase, mesh: Mesh) -> dict:
-    accumulation = config.mesh.accumulation
-    shape = (accumulation, phase.batch_size // accumulation, phase.seq_len)
-    return abstract_batch(shape, batch_sharding(mesh))
-
-
-# Chapter 3: where the run stands.
+    return describe_run(config, parameter_table(model, mesh))
 
 
 def _last_position(checkpointer: Checkpointer, config: TrainConfig) -> Position:
+    """Return where the workdir stands, after checking that `config` may go on from there."""
     steps = checkpointer.steps()
     if not steps:
         return Position(step=0, tokens_seen=0, store_fingerprint="")
@@ -247,89 +110,102 @@ def _last_position(checkpointer: Checkpointer, config: TrainConfig) -> Position:
             f"{curriculum.num_steps:,} steps ({curriculum.num_tokens:,} tokens): raise curriculum.num_tokens of the "
             "last phase, or choose another --workdir"
         )
-    assert position.tokens_seen == curriculum.tokens_seen(position.step)
     return position
 
 
-def _restore_or_init(run: Run, checkpointer: Checkpointer, position: Position) -> TrainState:
-    if position.step == 0:
-        return init_state(run.model, run.optimizer, run.mesh, seed=run.config.seed)
-    log(f"Resuming from step {position.step:,} ({position.tokens_seen:,} tokens)")
-    return checkpointer.restore_state(position.step, abstract=abstract_state(run.table, run.optimizer, run.mesh))
-
-
-# Chapter 4: the loop.
-
-
 def _train_from(
-    run: Run,
-    state: TrainState,
-    position: Position,
-    *,
-    checkpointer: Checkpointer,
-    writer: MetricWriter,
-    stop: StopRequest,
+    run: Run, state: TrainState, first_step: int, *, checkpointer: Checkpointer, writer: MetricWriter, stop: StopRequest
 ) -> str:
+    """Run the loop from step `first_step` to the end, then report."""
     config, curriculum = run.config, run.config.curriculum.table
-    loader = TrainLoader(
-        run.token_store,
-        curriculum=curriculum,
-        seed=config.data.seed,
-        max_epochs=config.data.max_epochs,
-        accumulation=config.mesh.accumulation,
-        prefetch=config.data.prefetch,
-        sharding=batch_sharding(run.mesh),
-    )
-    log(f"Data: {loader.use}")
     phase_ends = {phase.end_step for phase in curriculum.phases}
-    fingerprint = run.token_store.manifest.fingerprint
-    waiting = None  # the metrics of the last step, still on the device: fetched while the next one runs
-    batches = _measured(loader.batches(first_step=position.step), run.ledger)
+    waiting = None  # the last step's metrics, still on the device: fetched while the next step runs
+    batches = _batches(run, first_step=first_step)
     try:
         for index, batch in batches:
             faulthandler.dump_traceback_later(STALL_SECONDS, file=sys.stderr)
-            step, phase = index + 1, curriculum.phase_at(index)
+            step = index + 1  # how many steps are complete after this one
             learning_rate = run.learning_rate(step)
+            train_step = run.train_steps[curriculum.phase_at(index).index]
             with run.ledger.measure("step"):
-                state, metrics = run.train_steps[phase.index](state, batch, np.float32(learning_rate))
-                if waiting is not None:
+                state, metrics = train_step(state, batch, np.float32(learning_rate))
+                if waiting:
                     _record(writer, *waiting)
                 waiting = (step, learning_rate, metrics)
-                last = step == curriculum.num_steps
-                stopping = stop.agreed(step)
-                evaluating = last or step in phase_ends or step % config.evaluation.every_steps == 0
+                last, stopping = step == curriculum.num_steps, stop.agreed(step)
+                evaluating = step in phase_ends or step % config.evaluation.every_steps == 0
                 saving = last or stopping or step % config.checkpoint.every_steps == 0
                 if evaluating or saving:
-                    # Nothing is evaluated or saved before the numbers it came from are known to be finite.
+                    # What is evaluated or saved must be known to be finite first.
                     _record(writer, *waiting)
                     waiting = None
             if evaluating and not last:
-                _evaluate_some(run, state, writer, step=step)
+                writer.evaluation(step, evaluate_some(run, state.params))
             if saving:
                 with run.ledger.measure("checkpoint"):
-                    here = Position(step=step, tokens_seen=curriculum.tokens_seen(step), store_fingerprint=fingerprint)
-                    checkpointer.save(state, position=here, config=config)
-            if stopping and not last:
-                checkpointer.wait()
+                    checkpointer.save(state, position=_position(run, step), config=config)
+            if stopping:
+                with run.ledger.measure("checkpoint"):
+                    checkpointer.wait()
                 log(f"Preempted: saved at step {step:,}; run the same command to go on")
                 return PREEMPTED
     except BadNumbersError as error:
-        return _stop_on_bad_numbers(error, checkpointer, writer)
+        checkpointer.wait()
+        kept = checkpointer.steps()
+        writer.event(run.learning_rate, str(error))
+        log(
+            f"Stopped on bad numbers at {error}. "
+            + (f"The last good checkpoint is step {kept[-1]:,}. " if kept else "There is no checkpoint yet. ")
+            + f"metrics.jsonl in {run.workdir} has the norms of every class up to here; try a lower "
+            "optimizer.peak_learning_rate or float32"
+        )
+        return BAD_NUMBERS
     finally:
         faulthandler.cancel_dump_traceback_later()
         batches.close()
     with run.ledger.measure("checkpoint"):
         checkpointer.wait()
-    result = evaluate(run, state, blocks_per_source=EVERY_BLOCK)
-    writer.evaluation(curriculum.num_steps, result)
-    log(make_report(run, state, result))
+    finish_run(run, state.params, writer)
     return DONE
 
 
+def _batches(run: Run, *, first_step: int) -> Iterator[tuple[int, dict]]:
+    """Yield (step index, batch), with the time spent waiting for each in the ledger."""
+    data, mesh = run.config.data, run.config.mesh
+    loader = TrainLoader(
+        run.token_store,
+        curriculum=run.config.curriculum.table,
+        seed=data.seed,
+        max_epochs=data.max_epochs,
+        accumulation=mesh.accumulation,
+        prefetch=data.prefetch,
+        sharding=batch_sharding(run.mesh),
+    )
+    log(f"Data: {loader.use}")
+    batches = loader.batches(first_step=first_step)
+    try:
+        while True:
+            with run.ledger.measure("data wait"):
+                pair = next(batches, None)
+            if pair is None:
+                return
+            yield pair
+    finally:
+        batches.close()
+
+
+def _position(run: Run, step: int) -> Position:
+    return Position(
+        step=step,
+        tokens_seen=run.config.curriculum.table.tokens_seen(step),
+        store_fingerprint=run.token_store.manifest.fingerprint,
+    )
+
+
 def _record(writer: MetricWriter, step: int, learning_rate: float, metrics: dict) -> None:
+    """Fetch a step's metrics and write them; refuse to go on from numbers that are not finite."""
     values = {name: float(value) for name, value in jax.device_get(metrics).items()}
-    writer.train(step, learning_rate=learning_rate, **values)
-    bad = [name for name in ("loss", "grad_norm") if not math.isfinite(values[name])]
+    writer.train(step, learning_rate=learning_rate, metrics=values)
+    bad = [f"{name}={values[name]}" for name in ("loss", "grad_norm") if not math.isfinite(values[name])]
     if bad:
-        shown = ", ".join(f"{name}={values[name]}" for name in bad)
-        raise BadNumbersError(f"step {step:,}: {shown}, learning rate {learning_rate:.6g}")
+        raise BadNumbersError(f"step {step:,}: {', '.join(bad)} at learning rate {learning_rate:.6g}")

@@ -68,7 +68,9 @@ def test_all_the_logits_never_exist():
 def test_gradient_of_a_bfloat16_hidden_state_is_accumulated_in_float32(case):
     hidden_BTD, table_VD, targets_BT, weights_BT = case
     with jax.set_mesh(make_mesh(devices=jax.devices()[:1], tensor=1)):
-        grad = jax.grad(lambda h, t: loss_sum(h, t, targets_BT, weights_BT, output_scale=SCALE, chunk=1), argnums=(0, 1))
+        grad = jax.grad(
+            lambda h, t: loss_sum(h, t, targets_BT, weights_BT, output_scale=SCALE, chunk=1), argnums=(0, 1)
+        )
         low_BTD, low_VD = jax.jit(grad)(hidden_BTD.astype(jnp.bfloat16), table_VD)
         exact_BTD, exact_VD = jax.jit(grad)(hidden_BTD, table_VD)
     assert (low_BTD.dtype, low_VD.dtype) == (jnp.bfloat16, jnp.float32)

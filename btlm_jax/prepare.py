@@ -1,0 +1,155 @@
+"""What must stand before the first step: a workdir that can be written, the token store, and every executable."""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import jax
+import numpy as np
+import optax
+from jax.experimental import multihost_utils
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from btlm_jax.config import TrainConfig
+from btlm_jax.corpus.build import build_store
+from btlm_jax.curriculum import Phase
+from btlm_jax.data.reader import TokenStore, open_store
+from btlm_jax.files import write_atomically
+from btlm_jax.metrics import GoodputLedger
+from btlm_jax.model import Btlm, make_model, parameter_table
+from btlm_jax.mup import make_parametrization
+from btlm_jax.optimizer import learning_rate_at, make_optimizer
+from btlm_jax.sharding import FSDP, batch_sharding
+from btlm_jax.step import abstract_batch, abstract_state, make_eval_step, make_train_step
+from btlm_jax.store import MANIFEST_FILE
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Run:
+    """What a run is made of, all of it fixed before the first step."""
+
+    config: TrainConfig
+    workdir: Path
+    mesh: Mesh
+    model: Btlm
+    table: dict  # the parameters' tree of ParameterInfo
+    optimizer: optax.GradientTransformationExtraArgs
+    token_store: TokenStore
+    train_steps: tuple[Callable, ...]  # one executable a phase
+    eval_step: Callable
+    ledger: GoodputLedger
+
+    def learning_rate(self, step: int) -> float:
+        """Return the learning rate of the update that completes `step` steps."""
+        curriculum = self.config.curriculum.table
+        return learning_rate_at(
+            self.config.optimizer, tokens=curriculum.tokens_seen(step), total_tokens=curriculum.num_tokens
+        )
+
+
+def log(message: str) -> None:
+    """Print a line of the run's story, from process 0."""
+    if jax.process_index() == 0:
+        print(message, flush=True)
+
+
+def make_workdir(workdir: Path) -> None:
+    """Create the workdir and prove that it can be written to.
+
+    Raises:
+      OSError: it cannot be created or written; names it.
+    """
+    try:
+        workdir.mkdir(parents=True, exist_ok=True)
+        probe = workdir / f".writable-{jax.process_index()}"
+        write_atomically(probe, "")
+        probe.unlink()
+    except OSError as error:
+        raise OSError(f"workdir {workdir} cannot be written: {error}; choose another --workdir") from error
+
+
+def prepare_store(config: TrainConfig, *, workdir: Path, expected: str) -> TokenStore:
+    """Open the run's token store, making it first when nothing is there and the config says from what.
+
+    data.store is taken from the workdir when it is relative. `expected` is the fingerprint that the checkpoint
+    recorded, or "" without one.
+
+    Raises:
+      FileNotFoundError: there is no store and corpus.source is "prepared".
+      ValueError: the store does not fit the model or is not the checkpoint's.
+    """
+    directory = workdir / config.data.store
+    if not (directory / MANIFEST_FILE).is_file():
+        if config.corpus.source == "prepared" or directory.exists():
+            raise FileNotFoundError(
+                f"there is no token store in {directory}: it has no {MANIFEST_FILE}; point --config.data.store to one, "
+                'or let the run make one (--config.corpus.source=installed_python) where nothing is yet'
+            )
+        if jax.process_index() == 0:
+            directory.parent.mkdir(parents=True, exist_ok=True)
+            build_store(
+                config.corpus,
+                vocab_size=config.model.vocab_size,
+                block_len=config.curriculum.table.block_len,
+                seed=config.data.seed,
+                directory=directory,
+                log=log,
+            )
+        multihost_utils.sync_global_devices("token store made")
+    token_store = open_store(directory, expected_fingerprint=expected)
+    vocab_size = token_store.manifest.tokenizer.vocab_size
+    if vocab_size > config.model.vocab_size:
+        raise ValueError(
+            f"token store {directory} has {vocab_size:,} ids, but model.vocab_size={config.model.vocab_size:,}"
+        )
+    return token_store
+
+
+def make_run(
+    config: TrainConfig, *, workdir: Path, mesh: Mesh, token_store: TokenStore, ledger: GoodputLedger
+) -> Run:
+    """Build the model, the optimizer and the executables of every phase and of the evaluation.
+
+    They exist before the first step, so that the switch of phases costs nothing and cannot fail.
+    """
+    model = make_model(config.model, make_parametrization(config.mup, config.model))
+    table = parameter_table(model, mesh)
+    optimizer = make_optimizer(config.optimizer, table)
+    train_step = make_train_step(model, optimizer, table, loss_chunk=config.model.loss_chunk)
+    eval_step = make_eval_step(model, loss_chunk=config.model.loss_chunk)
+    state = abstract_state(table, optimizer, mesh)
+    learning_rate = jax.ShapeDtypeStruct((), np.float32)
+    jax.config.update("jax_compilation_cache_dir", str(workdir.resolve() / "compile_cache"))
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
+    began = time.monotonic()
+    with ledger.measure("compile"), jax.set_mesh(mesh):
+        jitted = jax.jit(train_step, donate_argnums=0)
+        train_steps = tuple(
+            jitted.lower(state, _abstract_train_batch(config, phase, mesh), learning_rate).compile()
+            for phase in config.curriculum.table.phases
+        )
+        rows = (config.evaluation.batch_size, token_store.manifest.block_len)
+        heldout = abstract_batch(rows, NamedSharding(mesh, PartitionSpec(FSDP)))
+        compiled_eval_step = jax.jit(eval_step).lower(state.params, heldout).compile()
+    log(f"Compiled {len(train_steps)} phases and the evaluation in {time.monotonic() - began:.1f} s")
+    return Run(
+        config=config,
+        workdir=workdir,
+        mesh=mesh,
+        model=model,
+        table=table,
+        optimizer=optimizer,
+        token_store=token_store,
+        train_steps=train_steps,
+        eval_step=compiled_eval_step,
+        ledger=ledger,
+    )
+
+
+def _abstract_train_batch(config: TrainConfig, phase: Phase, mesh: Mesh) -> dict:
+    accumulation = config.mesh.accumulation
+    shape = (accumulation, phase.batch_size // accumulation, phase.seq_len)
+    return abstract_batch(shape, batch_sharding(mesh))
