@@ -83,17 +83,14 @@ def _forward(q_GTH, k_GTH, v_GTH, slopes_G, *, scale):
         k_GEH, v_GEH, position_E = k_GTH[:, :last], v_GTH[:, :last], jnp.arange(last)
 
         def attend_queries(_, start, k_GEH=k_GEH, v_GEH=v_GEH, position_E=position_E):
-            position_C = start + jnp.arange(block)
-            # Softmax ignores what is added to a whole row: slope * (s - start) stands for slope * (s - t).
-            bias_GE = _alibi(slopes_G, position_E - start)
-            scores_GCE = jnp.einsum("GCH,GEH->GCE", _block_of(q_GTH, start, block), k_GEH) + bias_GE[:, None, :]
-            scores_GCE = jnp.where(position_E[None, None, :] <= position_C[None, :, None], scores_GCE, MASKED)
+            offset_CE = position_E[None, :] - (start + jnp.arange(block))[:, None]
+            scores_GCE = jnp.einsum("GCH,GEH->GCE", _block_of(q_GTH, start, block), k_GEH)
+            scores_GCE = jnp.where(offset_CE[None] <= 0, scores_GCE + _alibi(slopes_G, offset_CE), MASKED)
             max_GC = scores_GCE.max(axis=-1)
             weights_GCE = jnp.exp(scores_GCE - max_GC[:, :, None])
             sum_GC = weights_GCE.sum(axis=-1)
             o_GCH = jnp.einsum("GCE,GEH->GCH", weights_GCE, v_GEH) / sum_GC[:, :, None]
-            lse_GC = max_GC + jnp.log(sum_GC) - _alibi(slopes_G, position_C - start)
-            return None, (o_GCH.astype(dtype), lse_GC)
+            return None, (o_GCH.astype(dtype), max_GC + jnp.log(sum_GC))
 
         _, (o_XGCH, lse_XGC) = jax.lax.scan(attend_queries, None, jnp.arange(first, last, block))
         outputs.append(_unblocked(o_XGCH))
@@ -120,12 +117,10 @@ def _backward(q_GTH, k_GTH, v_GTH, slopes_G, o_GTH, lse_GT, do_GTH, *, scale):
         def differentiate_keys(
             dq_GHE, start, q_GEH=q_GEH, do_GEH=do_GEH, position_E=position_E, lse_GE=lse_GE, delta_GE=delta_GE
         ):
-            position_C = start + jnp.arange(block)
+            offset_CE = (start + jnp.arange(block))[:, None] - position_E[None, :]
             k_GCH, v_GCH = _block_of(k_GTH, start, block), _block_of(v_GTH, start, block)
-            scores_GCE = jnp.einsum("GCH,GEH->GCE", k_GCH, q_GEH) + _alibi(slopes_G, position_C - start)[:, :, None]
-            row_GE = lse_GE + _alibi(slopes_G, position_E - start)
-            weights_GCE = jnp.exp(scores_GCE - row_GE[:, None, :])
-            weights_GCE = jnp.where(position_C[None, :, None] <= position_E[None, None, :], weights_GCE, 0.0)
+            scores_GCE = jnp.einsum("GCH,GEH->GCE", k_GCH, q_GEH) + _alibi(slopes_G, offset_CE)
+            weights_GCE = jnp.where(offset_CE[None] <= 0, jnp.exp(scores_GCE - lse_GE[:, None, :]), 0.0)
             dweights_GCE = jnp.einsum("GCH,GEH->GCE", v_GCH, do_GEH)
             dscores_GCE = weights_GCE * (dweights_GCE - delta_GE[:, None, :])
             dk_GCH = jnp.einsum("GCE,GEH->GCH", dscores_GCE, q_GEH)
@@ -149,8 +144,8 @@ def _stages(length: int, block: int) -> list[tuple[int, int]]:
     return list(zip(bounds[:-1], bounds[1:], strict=True))
 
 
-def _alibi(slopes_G, offset_E):
-    return slopes_G[:, None] * offset_E[None, :].astype(jnp.float32)
+def _alibi(slopes_G, offset_CE):
+    return slopes_G[:, None, None] * offset_CE[None].astype(jnp.float32)
 
 
 def _block_of(x_GTH, start, block):

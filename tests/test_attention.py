@@ -1,0 +1,196 @@
+"""Attention against a float64 oracle written here, and its memory, causality and behaviour on meshes."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import PartitionSpec as P
+
+from btlm_jax.attention import IMPLEMENTATIONS, attend
+from btlm_jax.attention.blockwise import MAX_STAGES, POSITIONS_AT_ONCE, block_size
+
+NAMES = ("o", "dq", "dk", "dv")
+
+
+def make_inputs(*, B, T, N, H, dtype=np.float32, seed=0):
+    rng = np.random.default_rng(seed)
+    q, k, v, do = (jnp.asarray(rng.normal(size=(B, T, N, H)), dtype) for _ in range(4))
+    slopes_N = np.asarray([0.7 * 0.6**n for n in range(N)], np.float32)
+    return q, k, v, do, slopes_N
+
+
+def oracle(q, k, v, do, slopes_N, *, scale):
+    """Return o, dq, dk, dv in float64, from the definition and the softmax's Jacobian, one head at a time."""
+    q, k, v, do = (np.asarray(x, np.float64) for x in (q, k, v, do))
+    B, T, N, _ = q.shape
+    results = [np.zeros(q.shape) for _ in NAMES]
+    for b in range(B):
+        for n in range(N):
+            scores = np.full((T, T), -np.inf)
+            for t in range(T):
+                scores[t, : t + 1] = scale * k[b, : t + 1, n] @ q[b, t, n]
+                scores[t, : t + 1] -= np.float64(slopes_N[n]) * (t - np.arange(t + 1))
+            weights = np.exp(scores - scores.max(1, keepdims=True))
+            weights /= weights.sum(1, keepdims=True)
+            o = weights @ v[b, :, n]
+            dweights = do[b, :, n] @ v[b, :, n].T
+            dscores = weights * (dweights - (dweights * weights).sum(1, keepdims=True))
+            parts = (o, scale * dscores @ k[b, :, n], scale * dscores.T @ q[b, :, n], weights.T @ do[b, :, n])
+            for result, part in zip(results, parts, strict=True):
+                result[b, :, n] = part
+    return results
+
+
+@functools.partial(jax.jit, static_argnames=("scale", "implementation"))
+def attend_and_gradients(q, k, v, do, slopes_N, *, scale, implementation):
+    def function(q, k, v):
+        return attend(q, k, v, slopes_N, scale=scale, implementation=implementation)
+
+    o, vjp = jax.vjp(function, q, k, v)
+    return o, *vjp(do)
+
+
+def errors(results, expected):
+    """Return each result's largest error relative to the largest value expected, or to 1e-3 where that is smaller."""
+    return [
+        np.abs(np.asarray(result, np.float64) - value).max() / max(np.abs(value).max(), 1e-3)
+        for result, value in zip(results, expected, strict=True)
+    ]
+
+
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+@pytest.mark.parametrize(
+    "B, T, N, H",
+    [
+        (3, 1, 2, 5),
+        (2, 37, 4, 64),  # one block, not a power of two
+        (1, 131, 6, 80),  # three blocks of 64, the last one mostly padding
+        (2, 70, 32, 128),  # many heads, 64 at once
+        (5, 300, 3, 16),  # blocks of 128; 15 heads that 1024 // 384 does not divide
+    ],
+)
+def test_output_and_gradients_match_float64(implementation, B, T, N, H):
+    *inputs, slopes_N = make_inputs(B=B, T=T, N=N, H=H)
+    results = attend_and_gradients(*inputs, slopes_N, scale=3 / H, implementation=implementation)
+    for name, error in zip(NAMES, errors(results, oracle(*inputs, slopes_N, scale=3 / H)), strict=True):
+        assert error < 1e-6, name
+
+
+def test_blockwise_matches_float64_when_stages_hold_several_blocks():
+    T = 2048
+    assert T // block_size(T) > MAX_STAGES and T > POSITIONS_AT_ONCE
+    *inputs, slopes_N = make_inputs(B=1, T=T, N=2, H=80)
+    results = attend_and_gradients(*inputs, slopes_N, scale=1 / 80, implementation="blockwise")
+    for name, error in zip(NAMES, errors(results, oracle(*inputs, slopes_N, scale=1 / 80)), strict=True):
+        assert error < 1e-6, name
+
+
+def test_blockwise_survives_scores_far_beyond_the_range_of_exp():
+    q, k, v, do, slopes_N = make_inputs(B=1, T=150, N=2, H=8)
+    q, k = 30 * q, 30 * k
+    results = attend_and_gradients(q, k, v, do, slopes_N, scale=1.0, implementation="blockwise")
+    for name, error in zip(NAMES, errors(results, oracle(q, k, v, do, slopes_N, scale=1.0)), strict=True):
+        assert error < 1e-3, name  # one float32 rounding of a score of 10,000 is 1e-3
+
+
+def test_blockwise_in_bfloat16_errs_no_more_than_the_reference():
+    *inputs, slopes_N = make_inputs(B=2, T=140, N=4, H=64, dtype=jnp.bfloat16)
+    expected = oracle(*inputs, slopes_N, scale=1 / 8)
+    results = {
+        name: attend_and_gradients(*inputs, slopes_N, scale=1 / 8, implementation=name) for name in IMPLEMENTATIONS
+    }
+    assert all(x.dtype == jnp.bfloat16 for x in results["blockwise"])
+    blockwise, reference = (errors(results[name], expected) for name in ("blockwise", "reference"))
+    for name, ours, theirs in zip(NAMES, blockwise, reference, strict=True):
+        assert ours < 1.1 * theirs and ours < 8e-3, name
+
+
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+def test_no_output_depends_on_a_later_input(implementation):
+    t = 66
+    q, k, v, do, slopes_N = make_inputs(B=1, T=140, N=2, H=8)
+    do = jnp.zeros_like(do).at[:, t].set(do[:, t])
+    _, dq, dk, dv = attend_and_gradients(q, k, v, do, slopes_N, scale=1 / 8, implementation=implementation)
+    for gradient in (dq, dk, dv):
+        assert np.all(np.asarray(gradient[:, t + 1 :]) == 0)
+    assert np.all(np.any(np.asarray(dk[:, : t + 1]) != 0, axis=-1))
+
+
+def test_blockwise_memory_grows_with_the_block_not_with_the_square():
+    B, T, N, H = 1, 8192, 4, 16
+    shapes = [jax.ShapeDtypeStruct((B, T, N, H), jnp.float32)] * 4 + [jax.ShapeDtypeStruct((N,), jnp.float32)]
+    compiled = attend_and_gradients.lower(*shapes, scale=1 / H, implementation="blockwise").compile()
+    temporary = compiled.memory_analysis().temp_size_in_bytes
+    assert temporary < 8 * (T * block_size(T) * 4) + 12 * (B * T * N * H * 4)
+    assert temporary < N * T * T * 4 / 16
+
+
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+@pytest.mark.parametrize("mesh_shape", [(1, 1), (4, 2), (2, 4)])
+def test_meshes_change_nothing(implementation, mesh_shape):
+    """Value and gradients through scan, checkpoint and jit under explicit sharding equal those without a mesh."""
+    *inputs, slopes_N = make_inputs(B=4, T=70, N=4, H=10)
+    step = make_layers(implementation, slopes_N)
+    expected = jax.tree.leaves(step(*inputs))
+    devices = jax.devices()[: mesh_shape[0] * mesh_shape[1]]
+    with jax.set_mesh(jax.make_mesh(mesh_shape, ("fsdp", "tensor"), devices=devices)):
+        results = jax.tree.leaves(step(*(jax.device_put(x, P("fsdp", None, "tensor", None)) for x in inputs)))
+    for result, value in zip(results, expected, strict=True):
+        np.testing.assert_allclose(np.asarray(result), np.asarray(value), rtol=2e-5, atol=2e-5)
+    for gradient in results[1:]:
+        assert gradient.sharding.spec == P("fsdp", None, "tensor", None)
+
+
+def make_layers(implementation, slopes_N):
+    def loss(q, k, v, do):
+        def layer(q, _):
+            return q + attend(q, k, v, slopes_N, scale=0.1, implementation=implementation), None
+
+        saved = jax.checkpoint_policies.save_only_these_names("attention_out", "attention_lse")
+        out, _ = jax.lax.scan(jax.checkpoint(layer, policy=saved, prevent_cse=False), q, None, length=2)
+        return (out * do).sum() / do.size
+
+    return jax.jit(jax.value_and_grad(loss, argnums=(0, 1, 2)))
+
+
+def test_a_remat_policy_can_keep_the_output_and_the_log_sum_exp():
+    *inputs, slopes_N = make_inputs(B=1, T=70, N=2, H=8)
+
+    def count_exponentials(policy):
+        def function(q):
+            return attend(q, *inputs[1:3], slopes_N, scale=0.1, implementation="blockwise").sum()
+
+        return str(jax.make_jaxpr(jax.grad(jax.checkpoint(function, policy=policy)))(inputs[0])).count(" exp ")
+
+    saved = jax.checkpoint_policies.save_only_these_names("attention_out", "attention_lse")
+    assert count_exponentials(saved) < count_exponentials(jax.checkpoint_policies.nothing_saveable)
+
+
+def test_slopes_are_constants():
+    q, k, v, do, slopes_N = make_inputs(B=1, T=9, N=2, H=4)
+    for implementation in IMPLEMENTATIONS:
+        gradient = jax.grad(
+            lambda slopes_N, name=implementation: attend(q, k, v, slopes_N, scale=1.0, implementation=name).sum()
+        )(jnp.asarray(slopes_N))
+        assert np.all(np.asarray(gradient) == 0)
+
+
+def test_wrong_calls_are_refused():
+    q, k, v, _, slopes_N = make_inputs(B=4, T=8, N=2, H=4)
+    with pytest.raises(ValueError, match="'flash' is not known; allowed are reference, blockwise"):
+        attend(q, k, v, slopes_N, scale=1.0, implementation="flash")
+    with pytest.raises(ValueError, match="one shape"):
+        attend(q, k[:, :4], v, slopes_N, scale=1.0, implementation="blockwise")
+    with pytest.raises(ValueError, match="over 2 heads"):
+        attend(q, k, v, slopes_N[:1], scale=1.0, implementation="blockwise")
+    with jax.set_mesh(jax.make_mesh((2, 2), ("fsdp", "tensor"), devices=jax.devices()[:4])):
+        batch, length = P("fsdp", None, "tensor", None), P("fsdp", "tensor", None, None)
+        with pytest.raises(ValueError, match="cannot shard the length or the head dim"):
+            attend(*(jax.device_put(x, length) for x in (q, k, v)), slopes_N, scale=1.0, implementation="blockwise")
+        with pytest.raises(ValueError, match="sharded alike"):
+            attend(
+                jax.device_put(q, batch), *(jax.device_put(x, P("fsdp")) for x in (k, v)), slopes_N,
+                scale=1.0, implementation="blockwise",
+            )  # fmt: skip
