@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import importlib
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 from absl import flags
@@ -16,6 +16,7 @@ from ml_collections import config_flags
 
 from btlm_jax import __version__
 from btlm_jax.config import TrainConfig, train_config_from
+from btlm_jax.store import Manifest
 
 DONE, ERROR, USAGE, PREEMPTED, BAD_NUMBERS = 0, 1, 2, 75, 76
 
@@ -76,7 +77,7 @@ def main(arguments: Sequence[str]) -> int:
 
 def _train(arguments: Sequence[str]) -> int:
     values = _run_flags()
-    flags.DEFINE_boolean("dry-run", False, "print the whole plan and exit", flag_values=values)
+    flags.DEFINE_boolean("dry-run", False, "print the whole plan of the run and exit", flag_values=values)
     flags.DEFINE_boolean("distributed", False, "join the other hosts of a TPU pod slice", flag_values=values)
     flags.DEFINE_string("coordinator", "", "host:port of process 0, for several processes", flag_values=values)
     flags.DEFINE_integer("num_processes", 1, "how many processes there are", flag_values=values)
@@ -107,8 +108,11 @@ def _corpus(arguments: Sequence[str]) -> int:
     config = _parse(values, arguments[1:] if arguments[0] == "build" else ["--help"], help_text=CORPUS_HELP)
     if config is None:
         return DONE
-    prepare_store = importlib.import_module("btlm_jax.train").prepare_store
-    prepare_store(config, workdir=_workdir(values), log=print)
+    prepare = importlib.import_module("btlm_jax.prepare")
+    workdir = _workdir(values)
+    prepare.make_workdir(workdir)
+    token_store = prepare.prepare_store(config, workdir=workdir, expected="")
+    _print_store(token_store.manifest)
     return DONE
 
 
@@ -123,10 +127,17 @@ def _corpus_verify(arguments: Sequence[str]) -> int:
     if not values["store"].value:
         raise UsageError("btlm corpus verify needs --store=DIR")
     manifest = importlib.import_module("btlm_jax.data.reader").verify(Path(values["store"].value))
-    for name, split in manifest.splits.items():
-        print(f"{name}: {split.num_blocks:,} blocks, {split.num_tokens:,} tokens, {len(split.shards)} shards: intact")
-    print(f"fingerprint {manifest.fingerprint}")
+    print("every shard is as its manifest says")
+    _print_store(manifest)
     return DONE
+
+
+def _print_store(manifest: Manifest) -> None:
+    for name, split in manifest.splits.items():
+        print(f"{name}: {split.num_blocks:,} blocks, {split.num_tokens:,} tokens, {len(split.shards)} shards")
+        for source, part in split.sources.items():
+            print(f"  {source}: {part.num_documents:,} documents, {part.num_bytes:,} bytes, {part.num_tokens:,} tokens")
+    print(f"fingerprint {manifest.fingerprint}")
 
 
 def _run_flags() -> flags.FlagValues:
@@ -143,13 +154,18 @@ def _parse(values: flags.FlagValues, arguments: Sequence[str], *, help_text: str
     """Parse the flags and return the config, or None when help was asked for and printed."""
     if any(argument in ("--help", "-h", "-help") for argument in arguments):
         print(help_text)
-        print(values.main_module_help() or values.get_help())
+        print(_flag_help(values))
         return None
     _apply(values, arguments)
-    if values["config"].value is None:
+    try:
+        loaded = values["config"].value
+        loaded = loaded if loaded is None else loaded.to_dict()
+    except Exception as error:  # a config file is a program: anything may go wrong in it
+        raise UsageError(f"--config cannot be loaded: {_one_line(error)}") from error
+    if loaded is None:
         raise UsageError("--config=FILE is needed, for example --config=configs/local_cpu.py")
     try:
-        return train_config_from(values["config"].value.to_dict())
+        return train_config_from(loaded)
     except ValueError as error:
         raise UsageError(str(error)) from error
 
@@ -157,13 +173,27 @@ def _parse(values: flags.FlagValues, arguments: Sequence[str], *, help_text: str
 def _apply(values: flags.FlagValues, arguments: Sequence[str]) -> None:
     try:
         rest = values(["btlm", *arguments])[1:]
-        # config_flags reads the file when its value is first asked for.
-        _ = [values[name].value for name in values]
-    except (flags.Error, AttributeError, KeyError, IndexError, OSError, TypeError, ValueError) as error:
-        message = error.args[0] if isinstance(error, KeyError) and error.args else str(error)
-        raise UsageError(" ".join(str(message).replace("\n", ". ").split())) from error
+    except (AttributeError, KeyError, IndexError) as error:  # how config_flags reports a --config.x.y it cannot set
+        raise UsageError(f"unknown config key {_one_line(error)}") from error
+    except flags.Error as error:
+        raise UsageError(_one_line(error)) from error
+    except (OSError, TypeError, ValueError, SyntaxError) as error:
+        raise UsageError(f"--config cannot be loaded: {_one_line(error)}") from error
     if rest:
         raise UsageError(f"unexpected argument {rest[0]!r}; flags are --name=value")
+
+
+def _one_line(error: Exception) -> str:
+    # config_flags raises KeyErrors and AttributeErrors whose message is the repr of another message.
+    message = str(error).replace("\\n", "\n").replace("\\'", "'")
+    while message[:1] == message[-1:] == "'":
+        message = message[1:-1]
+    return " ".join(message.replace("'\n", "': ").split())
+
+
+def _flag_help(values: flags.FlagValues) -> str:
+    rows = [f"  --{name:<15} {values[name].help}" for name in values if name != "h" and "." not in name]
+    return "flags:\n" + "\n".join(rows) + "\n"
 
 
 def _workdir(values: flags.FlagValues) -> Path:

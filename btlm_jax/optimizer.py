@@ -54,7 +54,7 @@ def scale_each(multipliers) -> optax.GradientTransformation:
 
     def update(updates, state, params=None):
         del params
-        return jax.tree.map(lambda u, c: u if c == 1 else u * c, updates, multipliers), state
+        return jax.tree.map(lambda u, c: u * c, updates, multipliers), state
 
     return optax.GradientTransformation(lambda params: optax.EmptyState(), update)
 
@@ -63,7 +63,7 @@ def decay_each(decays) -> optax.GradientTransformation:
     """Add to each leaf of the updates its own constant times the parameter; stateless."""
 
     def update(updates, state, params):
-        return jax.tree.map(lambda u, p, c: u if c == 0 else u + c * p, updates, params, decays), state
+        return jax.tree.map(lambda u, p, c: u + c * p, updates, params, decays), state
 
     return optax.GradientTransformation(lambda params: optax.EmptyState(), update)
 
