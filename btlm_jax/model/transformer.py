@@ -154,7 +154,7 @@ class Btlm(nn.Module):
         x_BTD = x_BTD * self.parametrization.embedding_scale
         blocks = nn.scan(
             nn.remat(Block, prevent_cse=False, policy=_SAVED[self.config.remat]),
-            variable_axes={"params": 0},
+            variable_axes={"params": 0, "intermediates": 0},  # so that capture_intermediates sees every block
             split_rngs={"params": True},
             length=self.config.num_layers,
             metadata_params={nn.PARTITION_NAME: "layers"},
