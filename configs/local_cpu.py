@@ -56,8 +56,8 @@ def get_config() -> ConfigDict:
             corpus=dict(
                 source="installed_python",
                 max_bytes=48_000_000,
-                heldout_fraction=0.02,
-                heldout_bytes_per_source=400_000,
+                heldout_fraction=0.05,
+                heldout_bytes_per_source=250_000,
             ),
             evaluation=dict(every_steps=50, blocks_per_source=4, batch_size=4),
             checkpoint=dict(every_steps=50, keep_last=2, keep_every=1000),

@@ -1,0 +1,1 @@
+"""Making a token store: documents -> deduplicated -> split -> tokenizer -> packed blocks. Never imports the model."""

@@ -1,0 +1,106 @@
+"""Pack token streams into blocks, blocks into ArrayRecord shards, and describe them to TFDS."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import os
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+
+import numpy as np
+import tensorflow_datasets as tfds
+from array_record.python.array_record_module import ArrayRecordWriter
+
+from btlm_jax import store
+
+TFDS_VERSION = "1.0.0"
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Block:
+    """block_len + 1 tokens, of which the first num_targets after the first are targets; the rest is padding."""
+
+    tokens: np.ndarray
+    num_targets: int
+
+
+def pack(documents: Iterable[Sequence[int]], *, block_len: int, eos_id: int, dtype: str) -> Iterator[Block]:
+    """Yield the blocks of one stream `EOS document EOS document ... EOS`; the last is padded with EOS."""
+    pending = [np.asarray([eos_id], dtype)]
+    size = 1
+    for document in documents:
+        pending.append(np.asarray([*document, eos_id], dtype))
+        size += len(document) + 1
+        if size > block_len:
+            stream = np.concatenate(pending)
+            start = 0
+            while size - start > block_len:
+                yield Block(tokens=stream[start : start + block_len + 1], num_targets=block_len)
+                start += block_len
+            pending, size = [stream[start:]], size - start
+    rest = np.concatenate(pending)
+    if len(rest) > 1:  # a single token is the last target of the block before
+        padding = np.full(block_len + 1 - len(rest), eos_id, dtype)
+        yield Block(tokens=np.concatenate([rest, padding]), num_targets=len(rest) - 1)
+
+
+def write_shards(
+    directory: Path, *, split: str, blocks: Sequence[Block], block_len: int, dtype: str
+) -> list[store.Shard]:
+    """Write a split's shards and return what the manifest says of them."""
+    features = make_features(block_len=block_len, dtype=dtype)
+    groups = [blocks[start : start + store.BLOCKS_PER_SHARD] for start in range(0, len(blocks), store.BLOCKS_PER_SHARD)]
+    shards = []
+    for index, group in enumerate(groups):
+        path = directory / store.shard_name(split=split, index=index, num_shards=len(groups))
+        writer = ArrayRecordWriter(str(path), "group_size:1")
+        for block in group:
+            example = {"tokens": block.tokens, "num_targets": np.int32(block.num_targets)}
+            writer.write(features.serialize_example(example))
+        writer.close()
+        shards.append(
+            store.Shard(
+                file=path.name, num_blocks=len(group), num_bytes=path.stat().st_size, sha256=sync_and_hash(path)
+            )
+        )
+    return shards
+
+
+def write_tfds_metadata(directory: Path, splits: dict[str, store.Split], *, block_len: int, dtype: str) -> None:
+    """Write features.json and dataset_info.json, with which TFDS opens the shards without TensorFlow."""
+    template = tfds.core.ShardedFileTemplate(
+        data_dir=directory, dataset_name=store.DATASET_NAME, filetype_suffix="array_record"
+    )
+    infos = [
+        tfds.core.SplitInfo(
+            name=name,
+            shard_lengths=[shard.num_blocks for shard in split.shards],
+            num_bytes=sum(shard.num_bytes for shard in split.shards),
+            filename_template=template,
+        )
+        for name, split in splits.items()
+    ]
+    tfds.folder_dataset.write_metadata(
+        data_dir=str(directory),
+        features=make_features(block_len=block_len, dtype=dtype),
+        split_infos=infos,
+        version=TFDS_VERSION,
+        filename_template=template,
+        check_data=False,
+    )
+
+
+def make_features(*, block_len: int, dtype: str) -> tfds.features.FeaturesDict:
+    """Return the record layout of store.py as TFDS features."""
+    tokens = tfds.features.Tensor(
+        shape=(block_len + 1,), dtype=np.dtype(dtype).type, encoding=tfds.features.Encoding.BYTES
+    )
+    return tfds.features.FeaturesDict({"tokens": tokens, "num_targets": tfds.features.Scalar(np.int32)})
+
+
+def sync_and_hash(path: Path) -> str:
+    """Flush a file to disk and return the sha256 of its contents."""
+    with open(path, "rb") as file:
+        os.fsync(file.fileno())
+        return hashlib.file_digest(file, "sha256").hexdigest()
