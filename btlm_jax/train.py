@@ -21,7 +21,7 @@ from btlm_jax.data.loader import TrainLoader
 from btlm_jax.describe import describe_run
 from btlm_jax.files import write_atomically
 from btlm_jax.interrupt import StopRequest
-from btlm_jax.metrics import GoodputLedger
+from btlm_jax.metrics import FLOPS_CONVENTION, GoodputLedger, flops_per_token, peak_flops
 from btlm_jax.model import make_model, parameter_table
 from btlm_jax.mup import make_parametrization
 from btlm_jax.prepare import Run, log, make_run, make_workdir, prepare_store
@@ -35,7 +35,11 @@ STALL_SECONDS = 1800.0  # this long without a step, and every thread's stack goe
 
 
 class BadNumbersError(Exception):
-    """A loss or a gradient was not finite; the message names the step."""
+    """A loss or a gradient was not finite after `step` steps."""
+
+    def __init__(self, step: int, message: str):
+        super().__init__(f"step {step:,}: {message}")
+        self.step = step
 
 
 def train(config: TrainConfig, *, workdir: Path) -> str:
@@ -152,7 +156,7 @@ def _train_from(
     except BadNumbersError as error:
         checkpointer.wait()
         kept = checkpointer.steps()
-        writer.event(run.learning_rate, str(error))
+        writer.event(error.step, f"stopped on bad numbers at {error}")
         log(
             f"Stopped on bad numbers at {error}. "
             + (f"The last good checkpoint is step {kept[-1]:,}. " if kept else "There is no checkpoint yet. ")
@@ -194,6 +198,26 @@ def _batches(run: Run, *, first_step: int) -> Iterator[tuple[int, dict]]:
         batches.close()
 
 
+def _make_writer(run: Run, *, first_step: int) -> MetricWriter:
+    """Make the writer of the run's numbers, and say what MFU is a share of."""
+    config, curriculum = run.config, run.config.curriculum.table
+    num_devices, peak = jax.device_count(), peak_flops(jax.local_devices()[0])
+    log(
+        f"MFU is of {num_devices} x {peak.flops:.4g} = {num_devices * peak.flops:.4g} FLOP/s ({peak.source}), "
+        f"counting {FLOPS_CONVENTION}"
+    )
+    return MetricWriter(
+        run.workdir,
+        first_step=first_step,
+        curriculum=curriculum,
+        flops_of_phase=tuple(flops_per_token(config.model, seq_len=phase.seq_len) for phase in curriculum.phases),
+        peak_flops=num_devices * peak.flops,
+        log_every=config.log.every_steps,
+        is_writer=jax.process_index() == 0,
+        ledger=run.ledger,
+    )
+
+
 def _position(run: Run, step: int) -> Position:
     return Position(
         step=step,
@@ -208,4 +232,4 @@ def _record(writer: MetricWriter, step: int, learning_rate: float, metrics: dict
     writer.train(step, learning_rate=learning_rate, metrics=values)
     bad = [f"{name}={values[name]}" for name in ("loss", "grad_norm") if not math.isfinite(values[name])]
     if bad:
-        raise BadNumbersError(f"step {step:,}: {', '.join(bad)} at learning rate {learning_rate:.6g}")
+        raise BadNumbersError(step, f"{', '.join(bad)} at learning rate {learning_rate:.6g}")

@@ -211,14 +211,14 @@ class _Console:
             initial=first_step - 1,
             file=sys.stdout,
             disable=not self._is_terminal,
-            bar_format="step {n_fmt}/{total_fmt} {bar:12}{postfix}",
+            bar_format="step {n_fmt}/{total_fmt} {bar:12} {desc}",
             dynamic_ncols=True,
             miniters=1,
         )
 
     def train(self, step: int, fields: list[str], *, is_notable: bool, is_due: bool) -> None:
         if self._is_terminal:
-            self._bar.set_postfix_str(" | ".join(fields), refresh=False)
+            self._bar.set_description_str(" | ".join(fields), refresh=False)
             self._bar.update()
         elif is_notable or (is_due and time.monotonic() >= self._next_line):
             self._next_line = time.monotonic() + LINE_SECONDS
@@ -261,7 +261,7 @@ def _with_strings(value):
     if isinstance(value, (list, tuple)):
         return [_with_strings(item) for item in value]
     if isinstance(value, float) and not math.isfinite(value):
-        return repr(value)
+        return str(value)
     return value
 
 
