@@ -40,7 +40,7 @@ def finish_run(run: Run, params: dict, writer: MetricWriter) -> None:
     if jax.process_index() != 0:
         return
     plot_loss(read_metrics(run.workdir / METRICS_FILE), run.config.curriculum.table, run.workdir / "loss.png")
-    plot_position(result, run.workdir / "loss_by_position.png")
+    plot_position(result, run.workdir / "loss_by_position.png", seq_lens=run.config.curriculum.seq_len)
     summary = {
         "num_steps": step,
         "num_tokens": run.config.curriculum.table.num_tokens,

@@ -1,0 +1,151 @@
+"""The two plots of a run: loss while training, and loss by position. Matplotlib is imported when a plot is drawn."""
+
+from __future__ import annotations
+
+import io
+from pathlib import Path
+
+import numpy as np
+
+from btlm_jax.curriculum import Curriculum
+from btlm_jax.evaluate.heldout import HeldoutResult
+from btlm_jax.files import write_atomically
+
+SIZE = (9.0, 5.0)  # inches
+DPI = 120
+TRAIN, RATE, MARK, OVERALL = "#1f77b4", "#2ca02c", "#888888", "#000000"
+SOURCE_COLOURS = ("#d62728", "#9467bd", "#ff7f0e", "#8c564b", "#e377c2", "#17becf", "#bcbd22")
+SMOOTHING = 50  # the smoothed curve averages over 1/50 of the points
+ROBUST_PERCENTILE = 95.0  # the loss axis ends here: the first steps' transient would squash everything after it
+
+
+def plot_loss(metrics: list[dict], curriculum: Curriculum, path: Path) -> None:
+    """Draw training and held-out loss and the learning rate against tokens, with the curriculum's switches.
+
+    metrics: {"kind": "train", "tokens", "loss", "learning_rate"} and
+    {"kind": "eval", "tokens", "loss", "sources": {name: {"loss"}}}; other kinds are left alone.
+    """
+    train = [row for row in metrics if row["kind"] == "train"]
+    evaluations = [row for row in metrics if row["kind"] == "eval"]
+    figure, axes = _new_figure()
+    rate_axes = axes.twinx()
+    tokens, losses = _column(train, "tokens"), _column(train, "loss")
+    rate_axes.plot(tokens, _column(train, "learning_rate"), color=RATE, linewidth=0.8, alpha=0.7)
+    rate_axes.set_ylabel("learning rate", color=RATE)
+    rate_axes.tick_params(axis="y", colors=RATE)
+    rate_axes.set_ylim(bottom=0)
+    axes.plot(tokens, losses, color=TRAIN, linewidth=0.8, alpha=0.3, label="train")
+    axes.plot(tokens, smooth(losses), color=TRAIN, linewidth=1.8, label="train, smoothed")
+    _draw_evaluations(axes, evaluations)
+    _mark_switches(axes, curriculum)
+    note = _limit_loss(axes, losses, [row["loss"] for row in evaluations])
+    axes.set_xlabel("tokens" + note)
+    axes.set_ylabel("loss (nats per token)")
+    axes.set_xlim(0, curriculum.num_tokens)
+    axes.set_zorder(rate_axes.get_zorder() + 1)  # the losses over the thin rate
+    axes.patch.set_visible(False)
+    axes.legend(loc="upper right", fontsize=8)
+    _write(figure, path)
+
+
+def plot_position(result: HeldoutResult, path: Path, *, seq_lens: tuple[int, ...]) -> None:
+    """Draw held-out loss against position in bins that double, with the training lengths marked."""
+    from matplotlib.ticker import FuncFormatter, NullLocator
+
+    figure, axes = _new_figure()
+    bins = result.bins
+    edges = [bins[0].first - 0.5, *(bin_.last + 0.5 for bin_ in bins)]
+    losses = [bin_.loss for bin_ in bins]
+    axes.stairs(losses, edges, baseline=None, color=TRAIN, linewidth=1.2, alpha=0.6)
+    centres = [(bin_.first * bin_.last) ** 0.5 for bin_ in bins]
+    errors = [2 * bin_.standard_error for bin_ in bins]
+    axes.errorbar(centres, losses, yerr=errors, fmt="o", markersize=4, color=TRAIN, label="mean of bin, 2 std. errors")
+    for seq_len in sorted(set(seq_lens)):
+        axes.axvline(seq_len, color=MARK, linestyle="--", linewidth=1)
+        _write_at_top(axes, seq_len, f"trained at {seq_len:,} ", align="right")
+    axes.set_xscale("log", base=2)
+    axes.xaxis.set_major_formatter(FuncFormatter(lambda x, _: f"{x:g}"))
+    axes.xaxis.set_minor_locator(NullLocator())
+    axes.set_xlabel("position (tokens of context)")
+    axes.set_ylabel("held-out loss (nats per token)")
+    axes.legend(loc="upper center", fontsize=8)
+    _write(figure, path)
+
+
+def smooth(values: np.ndarray) -> np.ndarray:
+    """Return the centred moving mean over 1/50 of the values, over fewer of them at the ends."""
+    half = len(values) // SMOOTHING // 2
+    sums = np.concatenate([[0.0], np.cumsum(values)])
+    index = np.arange(len(values))
+    reach = np.minimum(half, np.minimum(index, len(values) - 1 - index))
+    return (sums[index + reach + 1] - sums[index - reach]) / (2 * reach + 1)
+
+
+def _draw_evaluations(axes, evaluations: list[dict]) -> None:
+    names = sorted({name for row in evaluations for name in row["sources"]})
+    for number, name in enumerate(names):
+        rows = [row for row in evaluations if name in row["sources"]]
+        axes.plot(
+            [row["tokens"] for row in rows],
+            [row["sources"][name]["loss"] for row in rows],
+            color=SOURCE_COLOURS[number % len(SOURCE_COLOURS)],
+            marker="o",
+            markersize=3,
+            linewidth=0.8,
+            label=f"held-out {name}",
+        )
+    axes.plot(
+        _column(evaluations, "tokens"),
+        _column(evaluations, "loss"),
+        color=OVERALL,
+        marker="s",
+        markersize=4,
+        linewidth=1,
+        label="held-out, all",
+    )
+
+
+def _mark_switches(axes, curriculum: Curriculum) -> None:
+    for before, after in zip(curriculum.phases, curriculum.phases[1:], strict=False):
+        tokens = curriculum.tokens_seen(after.first_step)
+        axes.axvline(tokens, color=MARK, linestyle="--", linewidth=1)
+        _write_at_top(axes, tokens, f"{before.seq_len:,} \u2192 {after.seq_len:,} ", align="right")
+
+
+def _limit_loss(axes, losses: np.ndarray, heldout: list[float]) -> str:
+    """Limit the loss axis to what most points need and return the words that say so, or ""."""
+    seen = np.concatenate([losses, heldout])
+    if not len(seen):
+        return ""
+    bottom, top = seen.min(), np.percentile(seen, ROBUST_PERCENTILE)
+    margin = 0.08 * max(top - bottom, 0.1)
+    axes.set_ylim(bottom - margin, top + margin)
+    return f"   (losses above {top + margin:.1f} are off the top, up to {seen.max():.1f})" if seen.max() > top else ""
+
+
+def _write_at_top(axes, x: float, text: str, *, align: str) -> None:
+    where = axes.get_xaxis_transform()
+    axes.text(x, 0.98, text, transform=where, ha=align, va="top", fontsize=8, color=MARK)
+
+
+def _column(rows: list[dict], name: str) -> np.ndarray:
+    return np.array([row[name] for row in rows], np.float64)
+
+
+def _new_figure():
+    """Return a figure with its own Agg canvas and its axes: no pyplot, so no state shared with the caller."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=SIZE, dpi=DPI, layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.add_subplot()
+    axes.grid(alpha=0.25)
+    return figure, axes
+
+
+def _write(figure, path: Path) -> None:
+    """Write the figure as PNG; without the software's version in it, the same data gives the same bytes."""
+    picture = io.BytesIO()
+    figure.savefig(picture, format="png", metadata={"Software": None})
+    write_atomically(path, picture.getvalue())
