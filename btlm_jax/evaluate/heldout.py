@@ -87,12 +87,14 @@ class HeldoutResult:
         """Return the first position of the first bin whose loss has risen, or 0.
 
         Risen means above the lowest bin before it by more than RISE and by more than two standard errors of the
-        difference: with few blocks, neighbouring bins differ by more than RISE through chance alone.
+        difference: with few blocks, neighbouring bins differ by more than RISE through chance alone. Bins of one
+        position are passed over, because their error is unknown.
         """
-        if not self.bins:
+        bins = [bin_ for bin_ in self.bins if bin_.first < bin_.last]
+        if not bins:
             return 0
-        lowest = self.bins[0]
-        for bin_ in self.bins[1:]:
+        lowest = bins[0]
+        for bin_ in bins[1:]:
             error = math.hypot(bin_.standard_error, lowest.standard_error)
             if bin_.loss - lowest.loss > max(RISE, 2 * error):
                 return bin_.first

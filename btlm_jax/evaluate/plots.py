@@ -25,6 +25,8 @@ def plot_loss(metrics: list[dict], curriculum: Curriculum, path: Path) -> None:
     metrics: {"kind": "train", "tokens", "loss", "learning_rate"} and
     {"kind": "eval", "tokens", "loss", "sources": {name: {"loss"}}}; other kinds are left alone.
     """
+    from matplotlib.ticker import EngFormatter
+
     train = [row for row in metrics if row["kind"] == "train"]
     evaluations = [row for row in metrics if row["kind"] == "eval"]
     figure, axes = _new_figure()
@@ -34,17 +36,17 @@ def plot_loss(metrics: list[dict], curriculum: Curriculum, path: Path) -> None:
     rate_axes.set_ylabel("learning rate", color=RATE)
     rate_axes.tick_params(axis="y", colors=RATE)
     rate_axes.set_ylim(bottom=0)
-    axes.plot(tokens, losses, color=TRAIN, linewidth=0.8, alpha=0.3, label="train")
+    axes.plot(tokens, losses, color=TRAIN, linewidth=0.8, alpha=0.35, label="train")
     axes.plot(tokens, smooth(losses), color=TRAIN, linewidth=1.8, label="train, smoothed")
     _draw_evaluations(axes, evaluations)
     _mark_switches(axes, curriculum)
-    note = _limit_loss(axes, losses, [row["loss"] for row in evaluations])
+    note = _limit_loss(axes, losses, evaluations)
     axes.set_xlabel("tokens" + note)
     axes.set_ylabel("loss (nats per token)")
-    axes.set_xlim(0, curriculum.num_tokens)
+    axes.set_xlim(0, 1.02 * curriculum.num_tokens)  # the last marker whole
+    axes.xaxis.set_major_formatter(EngFormatter(sep=" "))
     axes.set_zorder(rate_axes.get_zorder() + 1)  # the losses over the thin rate
     axes.patch.set_visible(False)
-    axes.legend(loc="upper right", fontsize=8)
     _write(figure, path)
 
 
@@ -62,13 +64,13 @@ def plot_position(result: HeldoutResult, path: Path, *, seq_lens: tuple[int, ...
     axes.errorbar(centres, losses, yerr=errors, fmt="o", markersize=4, color=TRAIN, label="mean of bin, 2 std. errors")
     for seq_len in sorted(set(seq_lens)):
         axes.axvline(seq_len, color=MARK, linestyle="--", linewidth=1)
-        _write_at_top(axes, seq_len, f"trained at {seq_len:,} ", align="right")
+        _label_mark(axes, seq_len, f"trained at {seq_len:,}")
     axes.set_xscale("log", base=2)
-    axes.xaxis.set_major_formatter(FuncFormatter(lambda x, _: f"{x:g}"))
+    axes.xaxis.set_major_formatter(FuncFormatter(lambda x, _: f"{x:,g}"))
     axes.xaxis.set_minor_locator(NullLocator())
     axes.set_xlabel("position (tokens of context)")
     axes.set_ylabel("held-out loss (nats per token)")
-    axes.legend(loc="upper center", fontsize=8)
+    axes.set_title(_rise_text(result), fontsize=10)
     _write(figure, path)
 
 
@@ -109,23 +111,42 @@ def _mark_switches(axes, curriculum: Curriculum) -> None:
     for before, after in zip(curriculum.phases, curriculum.phases[1:], strict=False):
         tokens = curriculum.tokens_seen(after.first_step)
         axes.axvline(tokens, color=MARK, linestyle="--", linewidth=1)
-        _write_at_top(axes, tokens, f"{before.seq_len:,} \u2192 {after.seq_len:,} ", align="right")
+        _label_mark(axes, tokens, f"length {before.seq_len:,} \u2192 {after.seq_len:,}")
 
 
-def _limit_loss(axes, losses: np.ndarray, heldout: list[float]) -> str:
-    """Limit the loss axis to what most points need and return the words that say so, or ""."""
-    seen = np.concatenate([losses, heldout])
+def _limit_loss(axes, losses: np.ndarray, evaluations: list[dict]) -> str:
+    """Limit the loss axis to most points and all of the last evaluation; return the words that say so, or ""."""
+    heldout = [[row["loss"], *(source["loss"] for source in row["sources"].values())] for row in evaluations]
+    seen = np.concatenate([losses, *heldout])
     if not len(seen):
         return ""
-    bottom, top = seen.min(), np.percentile(seen, ROBUST_PERCENTILE)
-    margin = 0.08 * max(top - bottom, 0.1)
-    axes.set_ylim(bottom - margin, top + margin)
-    return f"   (losses above {top + margin:.1f} are off the top, up to {seen.max():.1f})" if seen.max() > top else ""
+    bottom, robust = seen.min(), max([np.percentile(seen, ROBUST_PERCENTILE), *(heldout[-1] if heldout else [])])
+    margin = 0.08 * max(robust - bottom, 0.1)
+    top = robust + margin
+    axes.set_ylim(bottom - margin, top)
+    return f"   (losses above {top:.1f} are off the top, up to {seen.max():.1f})" if seen.max() > top else ""
 
 
-def _write_at_top(axes, x: float, text: str, *, align: str) -> None:
-    where = axes.get_xaxis_transform()
-    axes.text(x, 0.98, text, transform=where, ha=align, va="top", fontsize=8, color=MARK)
+def _label_mark(axes, x: float, text: str) -> None:
+    """Write `text` upwards at the left of the vertical line at `x`, so that lines close together keep their words."""
+    axes.annotate(
+        text,
+        (x, 0.98),
+        xycoords=axes.get_xaxis_transform(),
+        xytext=(-2, 0),
+        textcoords="offset points",
+        rotation=90,
+        ha="right",
+        va="top",
+        fontsize=8,
+        color=MARK,
+    )
+
+
+def _rise_text(result: HeldoutResult) -> str:
+    lowest = min(result.bins, key=lambda bin_: bin_.loss)
+    rise = f"rises at position {result.first_rise:,}" if result.first_rise else "does not rise after it"
+    return f"lowest {lowest.loss:.3f} at positions {lowest.first:,}\u2013{lowest.last:,}; " + rise
 
 
 def _column(rows: list[dict], name: str) -> np.ndarray:
@@ -145,7 +166,8 @@ def _new_figure():
 
 
 def _write(figure, path: Path) -> None:
-    """Write the figure as PNG; without the software's version in it, the same data gives the same bytes."""
+    """Write the figure as PNG, the legend above it; the same data gives the same bytes: no software version inside."""
     picture = io.BytesIO()
+    figure.legend(loc="outside upper center", ncols=4, fontsize=8, frameon=False)
     figure.savefig(picture, format="png", metadata={"Software": None})
     write_atomically(path, picture.getvalue())
