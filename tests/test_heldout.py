@@ -166,3 +166,10 @@ def test_first_rise_is_not_fooled_by_chance():
         found[name] = sum(by_position(mean + x_T, num_rows=32).first_rise > 0 for x_T in noise)
     assert found["falling"] <= 12
     assert found["rising"] >= 85
+
+
+def test_padding_rows_belong_to_no_source():
+    """Even with weights: the name alone tells them."""
+    batches = [(["code", ""], batch_of([[1, 2], [5, 6]], [2, 2]))]
+    result = evaluate_heldout(table_step, {"scale": 1.0}, batches, manifest=manifest_of(code=(4, 2)))
+    assert result.to_json()["loss"] == 1.5 and list(result.sources) == ["code"]
