@@ -86,7 +86,7 @@ def prepare_store(config: TrainConfig, *, workdir: Path, expected: str) -> Token
         if config.corpus.source == "prepared" or directory.exists():
             raise FileNotFoundError(
                 f"there is no token store in {directory}: it has no {MANIFEST_FILE}; point --config.data.store to one, "
-                'or let the run make one (--config.corpus.source=installed_python) where nothing is yet'
+                "or let the run make one (--config.corpus.source=installed_python) where nothing is yet"
             )
         if jax.process_index() == 0:
             directory.parent.mkdir(parents=True, exist_ok=True)
@@ -108,9 +108,7 @@ def prepare_store(config: TrainConfig, *, workdir: Path, expected: str) -> Token
     return token_store
 
 
-def make_run(
-    config: TrainConfig, *, workdir: Path, mesh: Mesh, token_store: TokenStore, ledger: GoodputLedger
-) -> Run:
+def make_run(config: TrainConfig, *, workdir: Path, mesh: Mesh, token_store: TokenStore, ledger: GoodputLedger) -> Run:
     """Build the model, the optimizer and the executables of every phase and of the evaluation.
 
     They exist before the first step, so that the switch of phases costs nothing and cannot fail.

@@ -24,7 +24,7 @@ def get_config() -> ConfigDict:
                 alibi_scaling=1.0,
                 dtype="float32",
                 attention="blockwise",
-                remat="none",
+                remat="matmuls_saved",
                 loss_chunk=256,
             ),
             mup=dict(
