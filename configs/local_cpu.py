@@ -7,7 +7,7 @@ Its corpus is the documentation that the installed Python packages carry, so it 
 
 from ml_collections import ConfigDict
 
-TOKENS_PER_STEP = 16 * 256  # = 4 * 1024 = 4,096
+TOKENS_PER_STEP = 8 * 128  # = 2 * 512 = 1,024
 
 
 def get_config() -> ConfigDict:
@@ -25,7 +25,7 @@ def get_config() -> ConfigDict:
                 dtype="float32",
                 attention="blockwise",
                 remat="matmuls_saved",
-                loss_chunk=256,
+                loss_chunk=128,
             ),
             mup=dict(
                 preset="btlm",
@@ -37,14 +37,14 @@ def get_config() -> ConfigDict:
                 output_multiplier=2.22,
             ),
             curriculum=dict(
-                seq_len=(256, 1024),
-                batch_size=(16, 4),
-                num_tokens=(150 * TOKENS_PER_STEP, 50 * TOKENS_PER_STEP),
+                seq_len=(128, 512),
+                batch_size=(8, 2),
+                num_tokens=(450 * TOKENS_PER_STEP, 150 * TOKENS_PER_STEP),
             ),
             optimizer=dict(
-                peak_learning_rate=0.012,
+                peak_learning_rate=0.006,
                 end_learning_rate=1.0198e-4,
-                warmup_tokens=20 * TOKENS_PER_STEP,
+                warmup_tokens=40 * TOKENS_PER_STEP,
                 beta1=0.9,
                 beta2=0.95,
                 eps=1e-8,
@@ -59,8 +59,8 @@ def get_config() -> ConfigDict:
                 heldout_fraction=0.05,
                 heldout_bytes_per_source=250_000,
             ),
-            evaluation=dict(every_steps=50, blocks_per_source=4, batch_size=4),
-            checkpoint=dict(every_steps=50, keep_last=2, keep_every=1000),
+            evaluation=dict(every_steps=150, blocks_per_source=8, batch_size=8),
+            checkpoint=dict(every_steps=100, keep_last=2, keep_every=1000),
             log=dict(every_steps=1, sample_prompt="Return the number of", sample_tokens=64),
         )
     )

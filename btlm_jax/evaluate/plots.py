@@ -75,12 +75,16 @@ def plot_position(result: HeldoutResult, path: Path, *, seq_lens: tuple[int, ...
 
 
 def smooth(values: np.ndarray) -> np.ndarray:
-    """Return the centred moving mean over 1/50 of the values, over fewer of them at the ends."""
+    """Return the centred moving mean over 1/50 of the values; over fewer at the start, over the last ones at the end.
+
+    So the fast fall at the start stays sharp, and the last point, where people look, is not a single batch's.
+    """
     half = len(values) // SMOOTHING // 2
     sums = np.concatenate([[0.0], np.cumsum(values)])
     index = np.arange(len(values))
-    reach = np.minimum(half, np.minimum(index, len(values) - 1 - index))
-    return (sums[index + reach + 1] - sums[index - reach]) / (2 * reach + 1)
+    first = np.minimum(np.maximum(index - half, 0), len(values) - 1 - 2 * half)
+    last = np.minimum(np.minimum(index + half, 2 * index), len(values) - 1)
+    return (sums[last + 1] - sums[first]) / (last + 1 - first)
 
 
 def _draw_evaluations(axes, evaluations: list[dict]) -> None:
