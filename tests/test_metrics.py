@@ -1,5 +1,6 @@
 """FLOPs by hand, peaks by name and by stopwatch, the ledger against a clock that only moves when told."""
 
+import itertools
 import types
 
 import jax
@@ -8,6 +9,7 @@ from tiny import config_dict, tiny_config
 
 from btlm_jax.config import train_config_from
 from btlm_jax.metrics import GoodputLedger, flops_per_token, peak_flops
+from btlm_jax.sharding import make_mesh
 
 
 class Clock:
@@ -73,9 +75,17 @@ def test_peak_of_known_devices(kind, flops):
     assert "data sheet" in peak.source
 
 
-def test_peak_of_a_cpu_is_measured_and_shared_by_its_simulated_devices():
+def test_peak_of_a_cpu_is_measured_and_shared_by_its_simulated_devices(monkeypatch):
+    # A stopwatch on which every matmul of 1,280 x 1,280 takes one second.
+    monkeypatch.setattr("btlm_jax.metrics.time", types.SimpleNamespace(perf_counter=itertools.count().__next__))
     peak = peak_flops(jax.devices()[3])
+    assert peak.flops == 2 * 1280**3 / 8
     assert "measured" in peak.source and "8 simulated" in peak.source
+
+
+def test_measured_peak_is_possible_and_needs_no_mesh_of_its_own_device():
+    with jax.set_mesh(make_mesh(devices=jax.devices(), tensor=2)):
+        peak = peak_flops(jax.devices()[3])
     # All devices together: between a slow core and the fastest server there is.
     assert 1e9 < peak.flops * jax.device_count() < 1e14
 
