@@ -1,0 +1,14 @@
+#!/usr/bin/env bash
+# Set up a virtual environment with CUDA and run a config on this machine's GPUs: launch/gpu.sh CONFIG WORKDIR [flags]
+set -euo pipefail
+cd "$(dirname "$0")/.."
+[ $# -ge 2 ] || { echo "usage: launch/gpu.sh CONFIG WORKDIR [flags]" >&2; exit 2; }
+config=$1 workdir=$2
+shift 2
+[ -x .venv/bin/btlm ] || { python3 -m venv .venv && .venv/bin/pip install -e '.[cuda]'; }
+# The launcher restarts a preempted run (exit code 75); any other code is the run's own end.
+while :; do
+  code=0
+  .venv/bin/btlm train --config="$config" --workdir="$workdir" "$@" || code=$?
+  [ "$code" -eq 75 ] || exit "$code"
+done

@@ -1,0 +1,102 @@
+"""The launchers, with stand-ins on PATH for what is not here."""
+
+import os
+import subprocess
+from pathlib import Path
+
+import pytest
+
+LAUNCH = Path(__file__).parent.parent / "launch"
+SLICE = {
+    "NAME": "pod",
+    "ZONE": "zone-a",
+    "TYPE": "v5litepod-256",
+    "CONFIG": "configs/btlm_3b_8k.py",
+    "WORKDIR": "/mnt/run",
+}
+
+
+def run(verb: str, folder: Path, *, gcloud: str, **settings: str) -> subprocess.CompletedProcess:
+    """Run launch/tpu.sh with a stand-in gcloud that logs its arguments and then runs `gcloud` (bash)."""
+    stand_in = folder / "gcloud"
+    stand_in.write_text(f'#!/usr/bin/env bash\necho "$@" >> {folder}/log\n{gcloud}\n')
+    stand_in.chmod(0o755)
+    environment = {"PATH": f"{folder}:{os.environ['PATH']}", **settings}
+    return subprocess.run(
+        [LAUNCH / "tpu.sh", verb], env=environment, capture_output=True, text=True, timeout=60, check=False
+    )
+
+
+def log_of(folder: Path) -> str:
+    return (folder / "log").read_text()
+
+
+@pytest.mark.parametrize("script", sorted(LAUNCH.glob("*.sh")), ids=lambda path: path.name)
+def test_scripts_are_valid_bash_and_executable(script):
+    subprocess.run(["bash", "-n", script], check=True)
+    assert os.access(script, os.X_OK)
+
+
+@pytest.mark.parametrize(
+    "kind, version",
+    [
+        ("v4-128", "tpu-ubuntu2204-base"),
+        ("v5litepod-256", "v2-alpha-tpuv5-lite"),
+        ("v5p-128", "v2-alpha-tpuv5"),
+        ("v6e-256", "v2-alpha-tpuv6e"),
+    ],
+)
+def test_up_asks_for_the_runtime_of_the_generation_and_waits(tmp_path, kind, version):
+    done = run("up", tmp_path, gcloud='[[ "$*" != *describe* ]] || echo ACTIVE', **SLICE | {"TYPE": kind, "SPOT": "1"})
+    assert done.returncode == 0, done.stderr
+    create, *_ = log_of(tmp_path).splitlines()
+    assert f"--runtime-version={version}" in create and f"--accelerator-type={kind}" in create
+    assert create.endswith("--spot") and "--zone=zone-a" in create
+
+
+def test_up_stops_when_the_slice_failed(tmp_path):
+    done = run("up", tmp_path, gcloud='[[ "$*" != *describe* ]] || echo FAILED', **SLICE)
+    assert done.returncode == 1 and "pod is FAILED" in done.stderr
+
+
+def test_run_starts_every_worker_detached(tmp_path):
+    done = run("run", tmp_path, gcloud="true", **SLICE, FLAGS="--config.seed=2")
+    assert done.returncode == 0, done.stderr
+    start = log_of(tmp_path).splitlines()[-1]
+    assert "--worker=all" in start and "nohup" in start
+    assert "btlm train --distributed --config=configs/btlm_3b_8k.py --workdir=/mnt/run --config.seed=2" in start
+
+
+def test_watch_restarts_a_preempted_run_and_returns_the_last_code(tmp_path):
+    codes = (
+        '[[ "$*" == *"cat btlm_jax/exit_code"* ]] || exit 0\n'
+        f'n=$(grep -c "cat btlm_jax" {tmp_path}/log)\n'
+        "(( n < 3 )) && echo 75 || echo 0"
+    )
+    done = run("watch", tmp_path, gcloud=codes, **SLICE)
+    assert done.returncode == 0 and "exit code 0" in done.stdout
+    assert log_of(tmp_path).count("nohup") == 2
+
+
+def test_watch_gives_up_after_too_many_restarts(tmp_path):
+    done = run("watch", tmp_path, gcloud='[[ "$*" != *"cat btlm_jax"* ]] || echo 75', **SLICE, MAX_RESTARTS="2")
+    assert done.returncode == 75 and "giving up" in done.stderr
+
+
+@pytest.mark.parametrize("verb, missing", [("up", "TYPE"), ("run", "CONFIG"), ("down", "NAME")])
+def test_a_missing_setting_is_named(tmp_path, verb, missing):
+    settings = {name: value for name, value in SLICE.items() if name != missing}
+    done = run(verb, tmp_path, gcloud="true", **settings)
+    assert done.returncode == 2 and f"set {missing}" in done.stderr
+    assert not (tmp_path / "log").exists()
+
+
+def test_an_unknown_type_and_an_unknown_verb_are_usage_errors(tmp_path):
+    assert "TYPE=h100 is not known" in run("up", tmp_path, gcloud="true", **SLICE | {"TYPE": "h100"}).stderr
+    assert run("launch", tmp_path, gcloud="true", **SLICE).returncode == 2
+
+
+def test_dry_run_calls_nothing(tmp_path):
+    done = run("up", tmp_path, gcloud="true", **SLICE, DRY_RUN="1")
+    assert "gcloud compute tpus queued-resources create pod" in done.stdout
+    assert not (tmp_path / "log").exists()
