@@ -24,6 +24,7 @@ SMOOTHING_STEPS = 20  # tokens/s and MFU on the console, and the ETA, are over t
 LINE_SECONDS = 2.0  # plain console lines come no faster
 TRAINING = ("step", "data wait")  # the ledger's categories that are the clock of tokens/s
 _REPLAYED = ("train", "eval")  # kinds of lines that a resumed run writes again; events and goodput are history
+_BAR_FIELDS = ("ETA", "loss", "len", "lr", "tok/s", "MFU")  # the first are what a narrow terminal shows
 _NOT_FINITE = {"nan": math.nan, "inf": math.inf, "-inf": -math.inf}
 
 
@@ -179,7 +180,7 @@ class MetricWriter:
         seconds = self._ledger.seconds()
         return sum(seconds.get(name, 0.0) for name in TRAINING)
 
-    def _fields(self, row: dict) -> list[str]:
+    def _fields(self, row: dict) -> dict[str, str]:
         seconds, tokens, flops = (sum(column) for column in zip(*self._pace, strict=True))
         left = seconds_left(
             self._curriculum,
@@ -187,16 +188,16 @@ class MetricWriter:
             step=row["step"],
             flops_rate=flops / seconds,
         )
-        return [
-            f"len {row['seq_len']:,}",
-            f"tokens {row['tokens']:,}",
-            f"loss {row['loss']:.4f}",
-            f"lr {row['learning_rate']:.3g}",
-            f"gnorm {row['grad_norm']:.3g}",
-            f"{tokens / seconds:,.0f} tok/s",
-            f"MFU {flops / seconds / self._peak_flops:.1%}",
-            f"ETA {datetime.timedelta(seconds=round(left))}",
-        ]
+        return {
+            "len": f"{row['seq_len']:,}",
+            "tokens": f"{row['tokens']:,}",
+            "loss": f"{row['loss']:.4f}",
+            "lr": f"{row['learning_rate']:.3g}",
+            "gnorm": f"{row['grad_norm']:.3g}",
+            "tok/s": f"{tokens / seconds:,.0f}",
+            "MFU": f"{flops / seconds / self._peak_flops:.1%}",
+            "ETA": f"{datetime.timedelta(seconds=round(left))}",
+        }
 
 
 class _Console:
@@ -211,18 +212,18 @@ class _Console:
             initial=first_step - 1,
             file=sys.stdout,
             disable=not self._is_terminal,
-            bar_format="step {n_fmt}/{total_fmt} {bar:12} {desc}",
+            bar_format="step {n_fmt}/{total_fmt} {bar} {desc}",
             dynamic_ncols=True,
             miniters=1,
         )
 
-    def train(self, step: int, fields: list[str], *, is_notable: bool, is_due: bool) -> None:
+    def train(self, step: int, fields: dict[str, str], *, is_notable: bool, is_due: bool) -> None:
         if self._is_terminal:
-            self._bar.set_description_str(" | ".join(fields), refresh=False)
+            self._bar.set_description_str(_line({name: fields[name] for name in _BAR_FIELDS}), refresh=False)
             self._bar.update()
         elif is_notable or (is_due and time.monotonic() >= self._next_line):
             self._next_line = time.monotonic() + LINE_SECONDS
-            self.message(" | ".join([f"step {step:,}/{self._total:,}", *fields]))
+            self.message(f"step {step:,}/{self._total:,} | {_line(fields)}")
 
     def message(self, text: str) -> None:
         """Print a line; on a terminal above the bar."""
@@ -231,6 +232,10 @@ class _Console:
 
     def close(self) -> None:
         self._bar.close()
+
+
+def _line(fields: dict[str, str]) -> str:
+    return " | ".join(f"{text} {name}" if name == "tok/s" else f"{name} {text}" for name, text in fields.items())
 
 
 def _drop_replayed(path: Path, *, first_step: int) -> None:
