@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -12,6 +13,7 @@ import numpy as np
 import optax
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from tqdm import tqdm
 
 from btlm_jax.config import TrainConfig
 from btlm_jax.corpus.build import build_store
@@ -53,7 +55,8 @@ class Run:
 def log(message: str) -> None:
     """Print a line of the run's story, from process 0."""
     if jax.process_index() == 0:
-        print(message, flush=True)
+        tqdm.write(message, file=sys.stdout)  # above the progress bar, when there is one
+        sys.stdout.flush()
 
 
 def make_workdir(workdir: Path) -> None:
