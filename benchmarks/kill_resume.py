@@ -24,6 +24,7 @@ import orbax.checkpoint as ocp
 
 MOMENTS = ("any time", "during a step", "during a save", "before the switch", "after the switch", "during evaluation")
 TIMING_KEYS = ("tokens_per_second", "mfu", "seconds")
+ENVIRONMENT = {"JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": "1"}
 POLL_SECONDS = 0.002
 GIVE_UP_SECONDS = 300.0
 
@@ -33,7 +34,7 @@ def start_run(config: Path, workdir: Path, *, changes: Sequence[str]) -> subproc
     command = [sys.executable, "-m", "btlm_jax", "train", f"--config={config}", f"--workdir={workdir}", *changes]
     workdir.mkdir(parents=True, exist_ok=True)
     with open(workdir / "output.txt", "ab") as output:
-        return subprocess.Popen(command, stdout=output, stderr=output, env=os.environ | {"JAX_PLATFORMS": "cpu"})
+        return subprocess.Popen(command, stdout=output, stderr=output, env=os.environ | ENVIRONMENT)
 
 
 def rows_of(workdir: Path) -> list[dict]:

@@ -88,7 +88,8 @@ def _sample(run: Run, params: dict) -> str:
             seed=run.config.seed,
             stop_id=tokenizer.eos_id,
         )
-    return tokenizer.decode(made)
+    # A young model makes control characters; a terminal would obey them.
+    return "".join(c if c.isprintable() or c == "\n" else "\N{REPLACEMENT CHARACTER}" for c in tokenizer.decode(made))
 
 
 def _summary_text(summary: dict, config: TrainConfig, workdir: Path) -> str:
