@@ -27,6 +27,7 @@ usage: btlm <verb> [flags]        (btlm <verb> --help explains a verb)
   train            train from a config, or resume what is in the workdir
   corpus build     make the token store that a config names, without training
   corpus verify    read a token store again and compare every byte with its manifest
+  tune coord-check prove on a CPU that the parametrization is right, and that wrong ones are caught (2 minutes)
 
 first:  btlm train --config=configs/local_cpu.py --workdir=runs/local
 """
@@ -43,6 +44,15 @@ CORPUS_HELP = """btlm corpus build | verify: make or check the token store of a 
 
 examples:  btlm corpus build --config=configs/local_cpu.py --workdir=runs/local
            btlm corpus verify --store=runs/local/store
+"""
+
+TUNE_HELP = """btlm tune coord-check: train tiny models at several widths and see that nothing depends on the width.
+
+example:  btlm tune coord-check --directory=runs/coord_check
+
+Prints a row for every parametrization: presets btlm and completep must be flat, standard parametrization and a dozen
+deliberately broken ones must be caught. Exit code 0 when all are as expected, 1 otherwise; a table and a plot stay in
+the directory.
 """
 
 
@@ -66,7 +76,9 @@ def main(arguments: Sequence[str]) -> int:
             return _train(rest)
         if verb == "corpus":
             return _corpus(rest)
-        raise UsageError(f"unknown verb {verb!r}; verbs are train and corpus (btlm --help)")
+        if verb == "tune":
+            return _tune(rest)
+        raise UsageError(f"unknown verb {verb!r}; verbs are train, corpus and tune (btlm --help)")
     except UsageError as error:
         print(f"btlm: usage: {error}", file=sys.stderr)
         return USAGE
@@ -130,6 +142,25 @@ def _corpus_verify(arguments: Sequence[str]) -> int:
     print("every shard is as its manifest says")
     _print_store(manifest)
     return DONE
+
+
+def _tune(arguments: Sequence[str]) -> int:
+    values = flags.FlagValues()
+    flags.DEFINE_string("directory", "", "where the table and the plot go", flag_values=values)
+    flags.DEFINE_boolean("help", False, "show this help", short_name="h", flag_values=values)
+    if not arguments or arguments[0] in ("--help", "-h") or "--help" in arguments[1:]:
+        print(TUNE_HELP)
+        return DONE if arguments else USAGE
+    if arguments[0] != "coord-check":
+        raise UsageError(f"btlm tune needs coord-check, got {arguments[0]!r}")
+    _apply(values, arguments[1:])
+    if not values["directory"].value:
+        raise UsageError("btlm tune coord-check needs --directory=DIR")
+    full = importlib.import_module("btlm_jax.tune.coord_check").FULL
+    report_coord_check = importlib.import_module("btlm_jax.tune.coord_report").report_coord_check
+    report = report_coord_check(full, directory=Path(values["directory"].value))
+    print(report.table)
+    return DONE if report.passed else ERROR
 
 
 def _print_store(manifest: Manifest) -> None:

@@ -165,4 +165,6 @@ def test_remat_changes_memory_and_not_gradients(remat, mesh):
     kept, expected = loss_and_grads(tiny_config(model__remat="none", model__num_layers=6))
     recomputed, found = loss_and_grads(tiny_config(model__remat=remat, model__num_layers=6))
     assert recomputed < kept
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=2e-4, atol=1e-4 * np.abs(b).max()), found, expected)
+    # The floor is for the key bias, whose true gradient is zero.
+    floor = 1e-6 * max(float(np.abs(leaf).max()) for leaf in jax.tree.leaves(expected))
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=2e-4, atol=floor), found, expected)
