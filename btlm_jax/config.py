@@ -235,7 +235,7 @@ class TrainConfig:
         table = self.curriculum.table
         _require(
             self.optimizer.warmup_tokens <= table.num_tokens,
-            f"optimizer.warmup_tokens={self.optimizer.warmup_tokens:,} is more than the run's {table.num_tokens:,} tokens",
+            f"optimizer.warmup_tokens={self.optimizer.warmup_tokens:,} is more than the run's {table.num_tokens:,}",
         )
         for phase in table.phases:
             _require(

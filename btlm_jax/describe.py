@@ -43,7 +43,10 @@ def _parameters(config: TrainConfig, table) -> Iterator[str]:
 
 def _phases(config: TrainConfig) -> Iterator[str]:
     table = config.curriculum.table
-    yield f"Curriculum: {table.num_steps:,} steps of {table.tokens_per_step:,} tokens, {table.num_tokens / 1e9:.2f} B tokens"
+    yield (
+        f"Curriculum: {table.num_steps:,} steps of {table.tokens_per_step:,} tokens, "
+        f"{table.num_tokens / 1e9:.2f} B tokens"
+    )
     for phase in table.phases:
         share = phase.num_tokens / table.num_tokens
         flops = flops_per_token(config.model, seq_len=phase.seq_len)

@@ -35,20 +35,21 @@ def token_losses(hidden_BTD, table_VD, targets_BT, *, output_scale: float, chunk
 
     def local(hidden_BTD, table_VD, targets_BT):
         def losses_of(_, piece):
-            hidden_BCD, targets_BC = piece
-            logits_BCV = _logits(hidden_BCD, table_VD, output_scale)
-            return None, jax.nn.logsumexp(logits_BCV, -1) - _pick(logits_BCV, targets_BC)
+            hidden_RD, targets_R = piece
+            logits_RV = _logits(hidden_RD, table_VD, output_scale)
+            return None, jax.nn.logsumexp(logits_RV, -1) - _pick(logits_RV, targets_R)
 
         pieces = (_chunked(hidden_BTD, chunk), _chunked(targets_BT, chunk))
         _, losses = jax.lax.scan(losses_of, None, pieces)
-        return _unchunked(losses, targets_BT.shape[1])
+        return _unchunked(losses, batch=targets_BT.shape[0], length=targets_BT.shape[1])
 
     return _per_device(local, out_spec=PartitionSpec(FSDP, TENSOR))(hidden_BTD, table_VD, targets_BT)
 
 
 def logits(hidden_BTD, table_VD, *, output_scale: float):
     """Return all the logits_BTV in float32, of operands that are whole on every device; for few positions."""
-    return _logits(hidden_BTD, table_VD, output_scale)
+    B, T, D = hidden_BTD.shape
+    return _logits(hidden_BTD.reshape(B * T, D), table_VD, output_scale).reshape(B, T, -1)
 
 
 def _per_device(local, *, out_spec: PartitionSpec):
@@ -69,10 +70,10 @@ def _per_device(local, *, out_spec: PartitionSpec):
 @functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5))
 def _loss_sum(hidden_BTD, table_VD, targets_BT, weights_BT, output_scale, chunk):
     def add(total, piece):
-        hidden_BCD, targets_BC, weights_BC = piece
-        logits_BCV = _logits(hidden_BCD, table_VD, output_scale)
-        losses_BC = jax.nn.logsumexp(logits_BCV, -1) - _pick(logits_BCV, targets_BC)
-        return total + (weights_BC * losses_BC).sum(), None
+        hidden_RD, targets_R, weights_R = piece
+        logits_RV = _logits(hidden_RD, table_VD, output_scale)
+        losses_R = jax.nn.logsumexp(logits_RV, -1) - _pick(logits_RV, targets_R)
+        return total + (weights_R * losses_R).sum(), None
 
     total, _ = jax.lax.scan(
         add, _varying(jnp.zeros(())), tuple(_chunked(x, chunk) for x in (hidden_BTD, targets_BT, weights_BT))
@@ -83,21 +84,22 @@ def _loss_sum(hidden_BTD, table_VD, targets_BT, weights_BT, output_scale, chunk)
 def _loss_sum_forward(hidden_BTD, table_VD, targets_BT, weights_BT, output_scale, chunk):
     def add(carry, piece):
         total, grad_VD = carry
-        hidden_BCD, targets_BC, weights_BC = piece
-        logits_BCV = _logits(hidden_BCD, table_VD, output_scale)
-        norm_BC = jax.nn.logsumexp(logits_BCV, -1)
-        losses_BC = norm_BC - _pick(logits_BCV, targets_BC)
-        probability_BCV = jnp.exp(logits_BCV - norm_BC[..., None])
-        delta_BCV = probability_BCV - _one_hot(targets_BC, table_VD.shape[0])
-        delta_BCV = (delta_BCV * (weights_BC * output_scale)[..., None]).astype(hidden_BCD.dtype)
-        grad_BCD = jnp.einsum("BCV,VD->BCD", delta_BCV, table_VD.astype(hidden_BCD.dtype))
-        grad_VD = grad_VD + jnp.einsum("BCV,BCD->VD", delta_BCV, hidden_BCD, preferred_element_type=jnp.float32)
-        return (total + (weights_BC * losses_BC).sum(), grad_VD), grad_BCD
+        hidden_RD, targets_R, weights_R = piece
+        logits_RV = _logits(hidden_RD, table_VD, output_scale)
+        norm_R = jax.nn.logsumexp(logits_RV, -1)
+        losses_R = norm_R - _pick(logits_RV, targets_R)
+        probability_RV = jnp.exp(logits_RV - norm_R[..., None])
+        delta_RV = probability_RV - _one_hot(targets_R, table_VD.shape[0])
+        delta_RV = (delta_RV * (weights_R * output_scale)[..., None]).astype(hidden_RD.dtype)
+        grad_RD = jnp.einsum("RV,VD->RD", delta_RV, table_VD.astype(hidden_RD.dtype))
+        grad_VD = grad_VD + jnp.einsum("RV,RD->VD", delta_RV, hidden_RD, preferred_element_type=jnp.float32)
+        return (total + (weights_R * losses_R).sum(), grad_VD), grad_RD
 
     zeros = (_varying(jnp.zeros(())), _varying(jnp.zeros(table_VD.shape)))
     pieces = tuple(_chunked(x, chunk) for x in (hidden_BTD, targets_BT, weights_BT))
     (total, grad_VD), grads = jax.lax.scan(add, zeros, pieces)
-    return total, (_unchunked(grads, hidden_BTD.shape[1]), grad_VD)
+    batch, length = hidden_BTD.shape[:2]
+    return total, (_unchunked(grads, batch=batch, length=length), grad_VD)
 
 
 def _loss_sum_backward(output_scale, chunk, gradients, cotangent):
@@ -108,19 +110,19 @@ def _loss_sum_backward(output_scale, chunk, gradients, cotangent):
 _loss_sum.defvjp(_loss_sum_forward, _loss_sum_backward)
 
 
-def _logits(hidden_BCD, table_VD, output_scale):
-    table_VD = table_VD.astype(hidden_BCD.dtype)
-    logits_BCV = jnp.einsum("BCD,VD->BCV", hidden_BCD, table_VD, preferred_element_type=jnp.float32)
-    return logits_BCV * output_scale
+def _logits(hidden_RD, table_VD, output_scale):
+    table_VD = table_VD.astype(hidden_RD.dtype)
+    logits_RV = jnp.einsum("RD,VD->RV", hidden_RD, table_VD, preferred_element_type=jnp.float32)
+    return logits_RV * output_scale
 
 
-def _one_hot(targets_BC, vocab_size: int):
-    return targets_BC[..., None] == jnp.arange(vocab_size)
+def _one_hot(targets_R, vocab_size: int):
+    return targets_R[..., None] == jnp.arange(vocab_size)
 
 
-def _pick(logits_BCV, targets_BC):
+def _pick(logits_RV, targets_R):
     # A masked sum rather than a gather: it fuses with the logsumexp and has no scatter for a gradient.
-    return jnp.where(_one_hot(targets_BC, logits_BCV.shape[-1]), logits_BCV, 0.0).sum(-1)
+    return jnp.where(_one_hot(targets_R, logits_RV.shape[-1]), logits_RV, 0.0).sum(-1)
 
 
 def _varying(x):
@@ -129,15 +131,17 @@ def _varying(x):
 
 
 def _chunked(x_BT, chunk: int):
-    """[B, T, ...] -> [T / chunk, B, chunk, ...], padded with zeros, whose weight is zero too."""
+    """[B, T, ...] -> [T / chunk, R = B * chunk, ...], padded with zeros, whose weight is zero too."""
     batch, length = x_BT.shape[:2]
     chunk = min(chunk, length)
     padding = [(0, 0), (0, -length % chunk)] + [(0, 0)] * (x_BT.ndim - 2)
-    x_BT = jnp.pad(x_BT, padding)
-    return jnp.swapaxes(x_BT.reshape(batch, -1, chunk, *x_BT.shape[2:]), 0, 1)
+    num_chunks = -(-length // chunk)
+    x_BT = jnp.pad(x_BT, padding).reshape(batch, num_chunks, chunk, *x_BT.shape[2:])
+    return jnp.swapaxes(x_BT, 0, 1).reshape(num_chunks, batch * chunk, *x_BT.shape[3:])
 
 
-def _unchunked(x, length: int):
+def _unchunked(x, *, batch: int, length: int):
     """The inverse of `_chunked`."""
-    x_BT = jnp.swapaxes(x, 0, 1)
-    return x_BT.reshape(x_BT.shape[0], -1, *x_BT.shape[3:])[:, :length]
+    num_chunks, rows = x.shape[:2]
+    x_BT = jnp.swapaxes(x.reshape(num_chunks, batch, rows // batch, *x.shape[2:]), 0, 1)
+    return x_BT.reshape(batch, num_chunks * rows // batch, *x.shape[2:])[:, :length]

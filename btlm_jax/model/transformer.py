@@ -16,7 +16,7 @@ import jax.numpy as jnp
 from btlm_jax.attention import attend
 from btlm_jax.config import ModelConfig
 from btlm_jax.model.alibi import alibi_slopes
-from btlm_jax.model.layers import Einsum, Embedding, LayerNorm
+from btlm_jax.model.layers import Embedding, LayerNorm, Linear
 from btlm_jax.mup import Parametrization
 from btlm_jax.sharding import RULES, AxisRules
 
@@ -43,13 +43,12 @@ class Attention(nn.Module):
         D, N, H = self.config.d_model, self.config.num_heads, self.config.head_dim
 
         def project(name: str):
-            return Einsum(
-                equation="BTD,DNH->BTNH",
-                kernel_shape=(D, N, H),
-                kernel_axes=("embed", "heads", "head_dim"),
-                bias_shape=(N, H),
-                bias_axes=("heads", "head_dim"),
-                out_axes=("batch", "length", "heads", "head_dim"),
+            return Linear(
+                in_shape=(D,),
+                in_axes=("embed",),
+                out_shape=(N, H),
+                out_axes=("heads", "head_dim"),
+                act_axes=("heads", "head_dim"),
                 parametrization=self.parametrization,
                 rules=self.rules,
                 name=name,
@@ -66,13 +65,12 @@ class Attention(nn.Module):
                 scale=self.parametrization.attention_scale,
                 implementation=self.config.attention,
             )
-        return Einsum(
-            equation="BTNH,NHD->BTD",
-            kernel_shape=(N, H, D),
-            kernel_axes=("heads", "head_dim", "embed"),
-            bias_shape=(D,),
-            bias_axes=("norm",),
-            out_axes=("batch", "length", "act_embed"),
+        return Linear(
+            in_shape=(N, H),
+            in_axes=("heads", "head_dim"),
+            out_shape=(D,),
+            out_axes=("embed",),
+            act_axes=("act_embed",),
             parametrization=self.parametrization,
             rules=self.rules,
             name="out",
@@ -91,26 +89,24 @@ class Mlp(nn.Module):
         D, F = self.config.d_model, self.config.d_ff
 
         def widen(name: str):
-            return Einsum(
-                equation="BTD,DF->BTF",
-                kernel_shape=(D, F),
-                kernel_axes=("embed", "mlp"),
-                bias_shape=(F,),
-                bias_axes=("mlp",),
-                out_axes=("batch", "length", "mlp"),
+            return Linear(
+                in_shape=(D,),
+                in_axes=("embed",),
+                out_shape=(F,),
+                out_axes=("mlp",),
+                act_axes=("mlp",),
                 parametrization=self.parametrization,
                 rules=self.rules,
                 name=name,
             )(x_BTD)
 
         hidden_BTF = widen("up") * jax.nn.silu(widen("gate"))
-        return Einsum(
-            equation="BTF,FD->BTD",
-            kernel_shape=(F, D),
-            kernel_axes=("mlp", "embed"),
-            bias_shape=(D,),
-            bias_axes=("norm",),
-            out_axes=("batch", "length", "act_embed"),
+        return Linear(
+            in_shape=(F,),
+            in_axes=("mlp",),
+            out_shape=(D,),
+            out_axes=("embed",),
+            act_axes=("act_embed",),
             parametrization=self.parametrization,
             rules=self.rules,
             name="down",
