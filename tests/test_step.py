@@ -47,6 +47,7 @@ def single():
     return run(tiny_config(), devices=1)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("devices, tensor, accumulation", [(8, 1, 1), (8, 2, 2), (8, 4, 1), (2, 1, 4), (1, 1, 8)])
 def test_every_mesh_and_accumulation_gives_the_same_step(single, devices, tensor, accumulation):
     config = tiny_config(mesh__tensor=tensor, mesh__accumulation=accumulation)
