@@ -7,8 +7,12 @@ moment leaves either the whole step or none. The only importer of orbax.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
+import os
+import re
+from collections.abc import Iterator
 from pathlib import Path
 
 import orbax.checkpoint as ocp
@@ -52,19 +56,21 @@ class Checkpointer:
         """Start saving; returns when the state is copied off the devices, so the next step may donate it.
 
         Raises:
-          OSError or orbax's own error: this save could not start, or an earlier one failed (disk full).
+          OSError: this save could not start, or an earlier one failed, for example because the disk is full; the
+            message names the last complete checkpoint.
         """
-        self._manager.check_for_errors()
-        if position.step in self._manager.all_steps():
-            return
-        self._manager.save(
-            position.step,
-            args=ocp.args.Composite(
-                state=ocp.args.StandardSave(state),
-                position=ocp.args.JsonSave(dataclasses.asdict(position)),
-                config=ocp.args.JsonSave(json.loads(config.to_json())),
-            ),
-        )
+        with self._saying_what_remains():
+            self._manager.check_for_errors()
+            if position.step in self._manager.all_steps():
+                return
+            self._manager.save(
+                position.step,
+                args=ocp.args.Composite(
+                    state=ocp.args.StandardSave(state),
+                    position=ocp.args.JsonSave(dataclasses.asdict(position)),
+                    config=ocp.args.JsonSave(json.loads(config.to_json())),
+                ),
+            )
 
     def read_facts(self, step: int) -> tuple[Position, TrainConfig]:
         """Return a checkpoint's position and config.
@@ -90,17 +96,48 @@ class Checkpointer:
         except Exception as error:  # orbax raises many kinds for a damaged step; the user needs one message
             others = [other for other in self.steps() if other != step]
             remedy = f"delete it to go on from step {others[-1]}" if others else "delete it to start again"
-            reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-            raise ValueError(f"checkpoint {self.directory / str(step)} cannot be read: {reason}; {remedy}") from error
+            raise ValueError(
+                f"checkpoint {self.directory / str(step)} cannot be read: {_reason(error)}; {remedy}"
+            ) from error
 
     def wait(self) -> None:
-        """Wait until every started save is complete; raise the error of one that failed."""
-        self._manager.wait_until_finished()
-        self._manager.check_for_errors()
+        """Wait until every started save is complete.
+
+        Raises:
+          OSError: one of them failed; the message names the last complete checkpoint.
+        """
+        with self._saying_what_remains():
+            self._manager.wait_until_finished()
+            self._manager.check_for_errors()
 
     def close(self) -> None:
-        """Wait for saves and release orbax's threads."""
-        self._manager.close()
+        """Wait for saves and release orbax's threads.
+
+        Raises:
+          OSError: a save failed that nobody waited for.
+        """
+        with self._saying_what_remains():
+            self._manager.close()
+
+    @contextlib.contextmanager
+    def _saying_what_remains(self) -> Iterator[None]:
+        try:
+            yield
+        except Exception as error:  # orbax raises many kinds, some of them tensorstore's; the user needs one message
+            complete = [int(path.name) for path in self.directory.iterdir() if path.name.isdigit()]
+            remains = f"the last complete checkpoint is step {max(complete):,}" if complete else "there is none yet"
+            raise OSError(
+                f"a checkpoint could not be written to {self.directory}: {_reason(error)}; {remains}; free some space "
+                "or mend the disk, and run the same command to go on"
+            ) from error
+
+
+def _reason(error: Exception) -> str:
+    """Return an error in one line; of tensorstore's nested messages about a file, what the operating system said."""
+    message = str(error).strip()
+    if found := re.search(r"os_error_code='(\d+)'", message):
+        return os.strerror(int(found[1]))
+    return message.splitlines()[0] if message else type(error).__name__
 
 
 # What a run may not change between its start and a resume: another value would be another run, not this one's rest.

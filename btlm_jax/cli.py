@@ -7,11 +7,13 @@ The only importer of absl.flags. Verbs import what they call late, so that `--he
 from __future__ import annotations
 
 import importlib
+import logging
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
 from absl import flags
+from absl import logging as absl_logging
 from ml_collections import config_flags
 
 from btlm_jax import __version__
@@ -62,6 +64,7 @@ class UsageError(Exception):
 
 def entry() -> None:
     """Run the command line of this process and exit with its code."""
+    _say_failed_saves_once()
     sys.exit(main(sys.argv[1:]))
 
 
@@ -87,6 +90,23 @@ def main(arguments: Sequence[str]) -> int:
         return ERROR
 
 
+def _say_failed_saves_once() -> None:
+    """Leave a failed checkpoint to the one line that `main` prints.
+
+    Orbax logs the same error from each of its threads, and the writes still in flight complain to an event loop that is
+    closed by then: hundreds of lines of traceback about one full disk.
+    """
+
+    def report_other(unraisable):
+        if str(unraisable.exc_value) != "Event loop is closed":
+            sys.__unraisablehook__(unraisable)
+
+    sys.unraisablehook = report_other
+    absl_logging.get_absl_logger().addFilter(
+        lambda record: record.levelno < logging.ERROR or "orbax" not in record.pathname
+    )
+
+
 def _train(arguments: Sequence[str]) -> int:
     values = _run_flags()
     flags.DEFINE_boolean("dry-run", False, "print the whole plan of the run and exit", flag_values=values)
@@ -108,7 +128,7 @@ def _train(arguments: Sequence[str]) -> int:
         process_id=values["process_id"].value,
     )
     outcome = train.train(config, workdir=_workdir(values))
-    return {"done": DONE, "preempted": PREEMPTED, "bad_numbers": BAD_NUMBERS}[outcome]
+    return {train.DONE: DONE, train.PREEMPTED: PREEMPTED, train.BAD_NUMBERS: BAD_NUMBERS}[outcome]
 
 
 def _corpus(arguments: Sequence[str]) -> int:

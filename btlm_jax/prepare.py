@@ -125,6 +125,8 @@ def make_run(config: TrainConfig, *, workdir: Path, mesh: Mesh, token_store: Tok
     learning_rate = jax.ShapeDtypeStruct((), np.float32)
     jax.config.update("jax_compilation_cache_dir", str(workdir.resolve() / "compile_cache"))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
+    # XLA's own caches put the directory into the executables' keys, so that a moved workdir would find none of them.
+    jax.config.update("jax_persistent_cache_enable_xla_caches", "none")
     began = time.monotonic()
     with ledger.measure("compile"), jax.set_mesh(mesh):
         jitted = jax.jit(train_step, donate_argnums=0)

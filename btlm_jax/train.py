@@ -28,7 +28,7 @@ from btlm_jax.prepare import Run, log, make_run, make_workdir, prepare_store
 from btlm_jax.report import evaluate_some, finish_run, finished_report
 from btlm_jax.sharding import batch_sharding, check_divisible, make_mesh
 from btlm_jax.step import TrainState, abstract_state, init_state
-from btlm_jax.writers import MetricWriter
+from btlm_jax.writers import METRICS_FILE, MetricWriter
 
 DONE, PREEMPTED, BAD_NUMBERS = "done", "preempted", "bad numbers"
 STALL_SECONDS = 1800.0  # this long without a step, and every thread's stack goes to stderr
@@ -124,11 +124,12 @@ def _train_from(
     config, curriculum = run.config, run.config.curriculum.table
     phase_ends = {phase.end_step for phase in curriculum.phases}
     waiting = None  # the last step's metrics, still on the device: fetched while the next step runs
+    step = first_step  # how many steps are complete
     batches = _batches(run, first_step=first_step)
     try:
         for index, batch in batches:
             faulthandler.dump_traceback_later(STALL_SECONDS, file=sys.stderr)
-            step = index + 1  # how many steps are complete after this one
+            step = index + 1
             learning_rate = run.learning_rate(step)
             train_step = run.train_steps[curriculum.phase_at(index).index]
             with run.ledger.measure("step"):
@@ -153,24 +154,31 @@ def _train_from(
                     checkpointer.wait()
                 log(f"Preempted: saved at step {step:,}; run the same command to go on")
                 return PREEMPTED
+        with run.ledger.measure("checkpoint"):
+            checkpointer.wait()
+        finish_run(run, state.params, writer)
+        return DONE
     except BadNumbersError as error:
-        checkpointer.wait()
-        kept = checkpointer.steps()
-        writer.event(error.step, f"stopped on bad numbers at {error}")
-        log(
-            f"Stopped on bad numbers at {error}. "
-            + (f"The last good checkpoint is step {kept[-1]:,}. " if kept else "There is no checkpoint yet. ")
-            + f"metrics.jsonl in {run.workdir} has the norms of every class up to here; try a lower "
-            "optimizer.peak_learning_rate or float32"
-        )
-        return BAD_NUMBERS
+        return _stop_on_bad_numbers(run, error, checkpointer=checkpointer, writer=writer)
+    except FloatingPointError as error:  # from an evaluation
+        return _stop_on_bad_numbers(run, BadNumbersError(step, str(error)), checkpointer=checkpointer, writer=writer)
     finally:
         faulthandler.cancel_dump_traceback_later()
         batches.close()
-    with run.ledger.measure("checkpoint"):
-        checkpointer.wait()
-    finish_run(run, state.params, writer)
-    return DONE
+
+
+def _stop_on_bad_numbers(run: Run, error: BadNumbersError, *, checkpointer: Checkpointer, writer: MetricWriter) -> str:
+    """Leave the last good checkpoint and say what happened, where the evidence is, and what to try."""
+    checkpointer.wait()
+    kept = checkpointer.steps()
+    writer.event(error.step, f"stopped on bad numbers at {error}")
+    log(
+        f"Stopped on bad numbers at {error}. "
+        + (f"The last good checkpoint is step {kept[-1]:,}. " if kept else "There is no checkpoint yet. ")
+        + f"The same command would stop there again. {run.workdir / METRICS_FILE} has the norms of every class up to "
+        "here; try a lower optimizer.peak_learning_rate, or model.dtype=float32 in a new workdir"
+    )
+    return BAD_NUMBERS
 
 
 def _batches(run: Run, *, first_step: int) -> Iterator[tuple[int, dict]]:
@@ -227,9 +235,14 @@ def _position(run: Run, step: int) -> Position:
 
 
 def _record(writer: MetricWriter, step: int, learning_rate: float, metrics: dict) -> None:
-    """Fetch a step's metrics and write them; refuse to go on from numbers that are not finite."""
+    """Fetch a step's metrics and write them; refuse to go on from numbers that are not finite.
+
+    The updates' norms are among them, so what is saved after a step that passes is finite too.
+    """
     values = {name: float(value) for name, value in jax.device_get(metrics).items()}
     writer.train(step, learning_rate=learning_rate, metrics=values)
-    bad = [f"{name}={values[name]}" for name in ("loss", "grad_norm") if not math.isfinite(values[name])]
+    bad = [f"{name}={value}" for name, value in values.items() if not math.isfinite(value)]
     if bad:
-        raise BadNumbersError(step, f"{', '.join(bad)} at learning rate {learning_rate:.6g}")
+        bad.sort(key=lambda text: not text.startswith("loss="))
+        more = f" and {len(bad) - 3} more" if len(bad) > 3 else ""
+        raise BadNumbersError(step, f"{', '.join(bad[:3])}{more} at learning rate {learning_rate:.6g}")

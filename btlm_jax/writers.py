@@ -137,7 +137,8 @@ class MetricWriter:
         is_notable = step in self._notable
         if is_notable or step % self._log_every == 0:
             for name in row.keys() - {"kind", "step", "seconds"}:
-                self._tensorboard.add_scalar(f"train/{name}", row[name], step)
+                if math.isfinite(row[name]):  # TensorBoard cannot draw the others; metrics.jsonl has them
+                    self._tensorboard.add_scalar(f"train/{name}", row[name], step)
         self._console.train(step, self._fields(row), is_notable=is_notable, is_due=step % self._log_every == 0)
 
     def evaluation(self, step: int, result: Result) -> None:
@@ -173,8 +174,12 @@ class MetricWriter:
         self._tensorboard.close()
 
     def _write(self, row: dict) -> None:
-        self._file.write(json.dumps(_with_strings(row), allow_nan=False) + "\n")
-        self._file.flush()
+        line = json.dumps(_with_strings(row), allow_nan=False) + "\n"
+        try:
+            self._file.write(line)
+            self._file.flush()
+        except OSError as error:
+            raise OSError(f"{self._workdir / METRICS_FILE} cannot be written: {error.strerror}") from error
 
     def _training_seconds(self) -> float:
         seconds = self._ledger.seconds()

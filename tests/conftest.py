@@ -11,19 +11,22 @@ os.environ.setdefault("MPLBACKEND", "agg")
 
 @pytest.fixture(scope="session")
 def token_store(tmp_path_factory):
-    """The directory of a tiny real token store, which no test may change."""
-    from run_command import make_token_store
+    """The directory of a small real token store, which no test may change."""
+    from real_store import build_real_store
 
-    return make_token_store(tmp_path_factory.mktemp("tiny") / "store")
+    directory = tmp_path_factory.mktemp("tiny") / "store"
+    build_real_store(directory)
+    return directory
 
 
 @pytest.fixture(scope="session")
 def tiny_run(token_store, tmp_path_factory):
     """(config file, workdir) of a tiny run that nothing disturbed, with all its checkpoints; no test may change it."""
-    from run_command import run_btlm, train_arguments, write_config
+    from real_store import write_config
+    from run_command import run_btlm, train_arguments
 
     folder = tmp_path_factory.mktemp("undisturbed")
-    config = write_config(folder / "config.py", store=token_store)
+    config = write_config(folder / "config.py", store=token_store, checkpoint__keep_last=50, log__sample_tokens=3)
     result = run_btlm(*train_arguments(config, folder / "run"))
     assert result.returncode == 0, result.stdout + result.stderr
     return config, folder / "run"

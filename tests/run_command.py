@@ -1,8 +1,6 @@
-"""The real command in a process of its own, on a tiny real token store: for tests where the process matters."""
+"""The real command in a process of its own, for tests where the process matters, and what it leaves behind."""
 
 import os
-import pprint
-import pydoc_data.topics
 import subprocess
 import sys
 from pathlib import Path
@@ -10,12 +8,9 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
-from tiny import TINY, config_dict
 
 from btlm_jax.checkpoint import Checkpointer
-from btlm_jax.config import CorpusConfig, train_config_from
-from btlm_jax.corpus import build
-from btlm_jax.corpus.installed import SOURCES, Document
+from btlm_jax.config import train_config_from
 from btlm_jax.model import make_model, parameter_table
 from btlm_jax.mup import make_parametrization
 from btlm_jax.optimizer import make_optimizer
@@ -23,54 +18,11 @@ from btlm_jax.sharding import make_mesh
 from btlm_jax.step import abstract_state
 from btlm_jax.writers import METRICS_FILE, read_metrics
 
-VOCAB_SIZE, BLOCK_LEN = 400, 48
 TOKENS_PER_STEP, PHASE_STEPS = 384, (6, 4)
 NUM_STEPS = sum(PHASE_STEPS)
 TIMEOUT = 150.0  # seconds; an idle machine needs about 10
 
-# What differs from TINY: the store's vocabulary, and every checkpoint kept, so that a test can choose where to go back.
-_CHANGES = {
-    "model.vocab_size": VOCAB_SIZE,
-    "corpus.source": "prepared",
-    "checkpoint.keep_last": 50,
-    "log.sample_tokens": 3,
-}
 _CLOCK = ("tokens_per_second", "mfu", "seconds")
-
-
-def make_token_store(directory: Path) -> Path:
-    """Build a token store of some 300,000 tokens: Python's own help topics, through the code of `btlm corpus build`."""
-    topics = sorted(pydoc_data.topics.topics.items())
-    documents = [
-        Document(id=name, source=SOURCES[index % len(SOURCES)], blocks=(text.strip(),))
-        for index, (name, text) in enumerate(topics)
-    ]
-    config = CorpusConfig(
-        source="installed_python", max_bytes=1_500_000, heldout_fraction=0.2, heldout_bytes_per_source=4_000
-    )
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(build, "installed_documents", lambda skipped: iter(documents))
-        build.build_store(
-            config, vocab_size=VOCAB_SIZE, block_len=BLOCK_LEN, seed=1, directory=directory, log=lambda line: None
-        )
-    return directory
-
-
-def write_config(path: Path, *, store: Path, **changes) -> Path:
-    """Write a tiny config file that trains on `store`; a change is written model__d_model=80."""
-    values = config_dict("local_cpu")
-    dotted = {**TINY, **_CHANGES, "data.store": str(store)}
-    dotted.update({key.replace("__", "."): value for key, value in changes.items()})
-    for key, value in dotted.items():
-        *sections, name = key.split(".")
-        target = values
-        for section in sections:
-            target = target[section]
-        assert name in target, key
-        target[name] = value
-    body = pprint.pformat(values)
-    path.write_text(f"from ml_collections import ConfigDict\n\n\ndef get_config():\n    return ConfigDict({body})\n")
-    return path
 
 
 def start_btlm(*arguments, num_devices: int = 1, **options) -> subprocess.Popen:
