@@ -31,12 +31,13 @@ _WORD = re.compile(r"[a-z]+")
 _COMMON_WORDS = frozenset("the of to and a in is for that be it with as this are not or by if on".split())
 
 # A triple-quoted string that begins a line (a docstring, or prose used as one); any other string, only to step over
-# it; a run of comment lines; a comment after code, only to step over it. Possessive, so that it cannot backtrack.
+# it; a run of comment lines; a comment after code, only to step over it. Possessive and
+# bounded, so that no file takes quadratic time.
 _PROSE = re.compile(
     r"""
       ^[ \t]*+[rRuU]?(?:\"\"\"((?:[^"\\]++|\\.|"(?!""))*+)\"\"\"|'''((?:[^'\\]++|\\.|'(?!''))*+)''')
     | [rRbBfFuU]{0,2}(?:\"\"\"(?:[^"\\]++|\\.|"(?!""))*+\"\"\"|'''(?:[^'\\]++|\\.|'(?!''))*+''')
-    | [rRbBfFuU]{0,2}(?:"(?:[^"\\\n]++|\\.)*+"|'(?:[^'\\\n]++|\\.)*+')
+    | [rRbBfFuU]{0,2}(?:"(?:[^"\\\n]++|\\.){0,1000}+"|'(?:[^'\\\n]++|\\.){0,1000}+')
     | ^[ \t]*+(\#[^\n]*+(?:\n[ \t]*+\#[^\n]*+)*+)
     | \#[^\n]*+
     """,
