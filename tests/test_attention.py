@@ -60,10 +60,10 @@ def errors(results, expected):
     ]
 
 
-@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 FLOAT32_ERROR = 2e-6  # about 16 units in the last place: sums are taken in an order that depends on the threads
 
 
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 @pytest.mark.parametrize(
     "B, T, N, H",
     [
