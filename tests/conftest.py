@@ -30,3 +30,20 @@ def tiny_run(token_store, tmp_path_factory):
     result = run_btlm(*train_arguments(config, folder / "run"))
     assert result.returncode == 0, result.stdout + result.stderr
     return config, folder / "run"
+
+
+@pytest.fixture
+def unfinished_run(tiny_run, tmp_path):
+    """(config, workdir): a copy of the undisturbed run whose last complete checkpoint is step 3."""
+    import shutil
+
+    from run_command import checkpoint_steps
+
+    config, finished = tiny_run
+    workdir = tmp_path / "run"
+    shutil.copytree(finished, workdir)
+    (workdir / "summary.json").unlink()
+    for step in checkpoint_steps(workdir):
+        if step > 3:
+            shutil.rmtree(workdir / "checkpoints" / str(step))
+    return config, workdir
