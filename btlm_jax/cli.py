@@ -9,6 +9,7 @@ from __future__ import annotations
 import importlib
 import logging
 import sys
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -94,7 +95,7 @@ def _say_failed_saves_once() -> None:
     """Leave a failed checkpoint to the one line that `main` prints.
 
     Orbax logs the same error from each of its threads, and the writes still in flight complain to an event loop that is
-    closed by then: hundreds of lines of traceback about one full disk.
+    closed by then, or are dropped with their errors unread: hundreds of lines of traceback about one full disk.
     """
 
     def report_other(unraisable):
@@ -102,6 +103,8 @@ def _say_failed_saves_once() -> None:
             sys.__unraisablehook__(unraisable)
 
     sys.unraisablehook = report_other
+    warnings.filterwarnings("ignore", message="coroutine .* was never awaited", category=RuntimeWarning)
+    logging.getLogger("asyncio").addFilter(lambda record: "exception was never retrieved" not in record.getMessage())
     absl_logging.get_absl_logger().addFilter(
         lambda record: record.levelno < logging.ERROR or "orbax" not in record.pathname
     )

@@ -23,10 +23,9 @@ from run_command import (
 def test_a_full_disk_keeps_the_last_good_checkpoint(tiny_run, unfinished_run):
     config, workdir = unfinished_run
 
-    def limit():
-        resource.setrlimit(resource.RLIMIT_FSIZE, (60_000, 60_000))
-
-    result = run_btlm(*train_arguments(config, workdir), preexec_fn=limit)
+    process = start_btlm(*train_arguments(config, workdir))
+    resource.prlimit(process.pid, resource.RLIMIT_FSIZE, (60_000, 60_000))  # a child's preexec_fn would fork under JAX
+    result = finish_btlm(process)
     assert_refused(result, code=1, said=("error: ",))
     assert checkpoint_steps(workdir) == [3]
     assert run_btlm(*train_arguments(config, workdir)).returncode == 0
