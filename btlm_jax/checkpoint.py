@@ -132,6 +132,24 @@ class Checkpointer:
             ) from error
 
 
+class CheckpointReader(Checkpointer):
+    """The checkpoints of a workdir whose run may be going on: nothing is written, unfinished saves are left alone.
+
+    Raises:
+      FileNotFoundError: there is no complete checkpoint.
+    """
+
+    def __init__(self, workdir: Path):
+        self.directory = workdir.resolve() / CHECKPOINTS
+        if not self.directory.is_dir() or not any(path.name.isdigit() for path in self.directory.iterdir()):
+            raise FileNotFoundError(f"there is no checkpoint in {workdir}; give the --workdir of a training run")
+        self._manager = ocp.CheckpointManager(
+            self.directory,
+            options=ocp.CheckpointManagerOptions(read_only=True),
+            item_names=("state", "position", "config"),
+        )
+
+
 def _reason(error: Exception) -> str:
     """Return an error in one line; of tensorstore's nested messages about a file, what the operating system said."""
     message = str(error).strip()

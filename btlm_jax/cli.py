@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import importlib
 import logging
+import re
 import sys
 import warnings
 from collections.abc import Sequence
@@ -28,6 +29,7 @@ HELP = f"""btlm {__version__}: train BTLM-3B-8K style language models in JAX.
 usage: btlm <verb> [flags]        (btlm <verb> --help explains a verb)
 
   train            train from a config, or resume what is in the workdir
+  generate         continue a prompt with a trained model
   corpus build     make the token store that a config names, without training
   corpus verify    read a token store again and compare every byte with its manifest
   tune coord-check prove on a CPU that the parametrization is right, and that wrong ones are caught (2 minutes)
@@ -41,6 +43,13 @@ example:  btlm train --config=configs/local_cpu.py --workdir=runs/local --config
 
 The same command resumes: after a kill, a preemption (exit code 75) or with more tokens configured. On several hosts
 run it on each, with --distributed (TPU pods find each other) or with the three flags below it.
+"""
+
+GENERATE_HELP = """btlm generate: continue a prompt with the last checkpoint of a run.
+
+example:  btlm generate --checkpoint=runs/local --prompt="Return the" --num_tokens=200 --temperature=0.7 --top_p=0.95
+
+The text appears as it is made; the speed goes to the error stream. The same seed gives the same text.
 """
 
 CORPUS_HELP = """btlm corpus build | verify: make or check the token store of a config.
@@ -65,7 +74,7 @@ class UsageError(Exception):
 
 def entry() -> None:
     """Run the command line of this process and exit with its code."""
-    _say_failed_saves_once()
+    _quiet_orbax()
     sys.exit(main(sys.argv[1:]))
 
 
@@ -78,11 +87,13 @@ def main(arguments: Sequence[str]) -> int:
     try:
         if verb == "train":
             return _train(rest)
+        if verb == "generate":
+            return _generate(rest)
         if verb == "corpus":
             return _corpus(rest)
         if verb == "tune":
             return _tune(rest)
-        raise UsageError(f"unknown verb {verb!r}; verbs are train, corpus and tune (btlm --help)")
+        raise UsageError(f"unknown verb {verb!r}; verbs are train, generate, corpus and tune (btlm --help)")
     except UsageError as error:
         print(f"btlm: usage: {error}", file=sys.stderr)
         return USAGE
@@ -91,7 +102,7 @@ def main(arguments: Sequence[str]) -> int:
         return ERROR
 
 
-def _say_failed_saves_once() -> None:
+def _quiet_orbax() -> None:
     """Leave a failed checkpoint to the one line that `main` prints.
 
     Orbax logs the same error from each of its threads, and the writes still in flight complain to an event loop that is
@@ -107,6 +118,9 @@ def _say_failed_saves_once() -> None:
     logging.getLogger("asyncio").addFilter(lambda record: "exception was never retrieved" not in record.getMessage())
     absl_logging.get_absl_logger().addFilter(
         lambda record: record.levelno < logging.ERROR or "orbax" not in record.pathname
+    )
+    absl_logging.get_absl_logger().addFilter(  # that a reader only reads needs no warning
+        lambda record: not re.search("read_only=True|is read only", record.getMessage())
     )
 
 
@@ -132,6 +146,41 @@ def _train(arguments: Sequence[str]) -> int:
     )
     outcome = train.train(config, workdir=_workdir(values))
     return {train.DONE: DONE, train.PREEMPTED: PREEMPTED, train.BAD_NUMBERS: BAD_NUMBERS}[outcome]
+
+
+def _generate(arguments: Sequence[str]) -> int:
+    values = flags.FlagValues()
+    flags.DEFINE_string("checkpoint", "", "workdir of a run: its last checkpoint is used", flag_values=values)
+    flags.DEFINE_string("prompt", "", "text to continue; empty: begin a document", flag_values=values)
+    flags.DEFINE_integer("num_tokens", 200, "at most so many new tokens", lower_bound=1, flag_values=values)
+    flags.DEFINE_float("temperature", 0.7, "0 takes the likeliest token", flag_values=values)
+    flags.DEFINE_integer("top_k", 0, "draw from so many likeliest tokens; 0: from all", flag_values=values)
+    flags.DEFINE_float("top_p", 1.0, "draw from the fewest tokens with this much probability", flag_values=values)
+    flags.DEFINE_float("min_p", 0.0, "draw from tokens this share as likely as the likeliest", flag_values=values)
+    flags.DEFINE_float("repetition_penalty", 1.0, "above 1 makes tokens seen less likely", flag_values=values)
+    flags.DEFINE_integer("seed", 0, "of the drawing", lower_bound=0, flag_values=values)
+    flags.DEFINE_boolean("help", False, "show this help", short_name="h", flag_values=values)
+    if any(argument in ("--help", "-h", "-help") for argument in arguments):
+        print(GENERATE_HELP)
+        print(_flag_help(values))
+        return DONE
+    _apply(values, arguments)
+    if not values["checkpoint"].value:
+        raise UsageError("btlm generate needs --checkpoint=DIR, the workdir of a run")
+    generate = importlib.import_module("btlm_jax.generate")
+    names = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty")
+    try:
+        sampling = generate.Sampling(**{name: values[name].value for name in names})
+    except ValueError as error:
+        raise UsageError(str(error)) from error
+    importlib.import_module("btlm_jax.serve").stream_continuation(
+        Path(values["checkpoint"].value),
+        prompt=values["prompt"].value,
+        num_tokens=values["num_tokens"].value,
+        sampling=sampling,
+        seed=values["seed"].value,
+    )
+    return DONE
 
 
 def _corpus(arguments: Sequence[str]) -> int:

@@ -15,14 +15,15 @@ from btlm_jax.data.loader import heldout_batches
 from btlm_jax.evaluate.heldout import HeldoutResult, evaluate_heldout
 from btlm_jax.evaluate.plots import plot_loss, plot_position
 from btlm_jax.files import write_atomically
-from btlm_jax.generate import continue_tokens
+from btlm_jax.generate import Sampling, continue_tokens
 from btlm_jax.prepare import Run, log
+from btlm_jax.serve import printable
 from btlm_jax.sharding import FSDP
 from btlm_jax.store import HELDOUT
 from btlm_jax.writers import METRICS_FILE, MetricWriter, read_metrics
 
 SUMMARY_FILE = "summary.json"
-SAMPLE_TEMPERATURE = 0.7
+SAMPLE = Sampling(temperature=0.7, top_k=0, top_p=1.0, min_p=0.0, repetition_penalty=1.0)
 
 
 def evaluate_some(run: Run, params: dict) -> HeldoutResult:
@@ -84,12 +85,11 @@ def _sample(run: Run, params: dict) -> str:
             run.mesh,
             prompt=[tokenizer.eos_id, *tokenizer.encode(run.config.log.sample_prompt)],
             num_tokens=run.config.log.sample_tokens,
-            temperature=SAMPLE_TEMPERATURE,
+            sampling=SAMPLE,
             seed=run.config.seed,
             stop_id=tokenizer.eos_id,
         )
-    # A young model makes control characters; a terminal would obey them.
-    return "".join(c if c.isprintable() or c == "\n" else "\N{REPLACEMENT CHARACTER}" for c in tokenizer.decode(made))
+    return printable(tokenizer.decode(made))
 
 
 def _summary_text(summary: dict, config: TrainConfig, workdir: Path) -> str:
@@ -113,5 +113,6 @@ def _summary_text(summary: dict, config: TrainConfig, workdir: Path) -> str:
         "  the same command with more tokens goes on from here:",
         f'  --config.curriculum.num_tokens="{longer}"',
         f"  tensorboard --logdir={workdir / 'tensorboard'}",
+        f'  btlm generate --checkpoint={workdir} --prompt="{config.log.sample_prompt}"',
     ]
     return "\n".join(lines)

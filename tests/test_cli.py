@@ -27,7 +27,7 @@ def refused(capsys, *arguments, code: int, said: str) -> None:
 @pytest.mark.parametrize(
     "arguments, said",
     [
-        (["trian"], "unknown verb 'trian'; verbs are train, corpus and tune"),
+        (["trian"], "unknown verb 'trian'; verbs are train, generate, corpus and tune"),
         (["train"], "--config=FILE is needed"),
         (["train", LOCAL], "--workdir=DIR is needed"),
         (["train", LOCAL, "extra"], "unexpected argument 'extra'"),
@@ -38,6 +38,9 @@ def refused(capsys, *arguments, code: int, said: str) -> None:
         (["train", LOCAL, "--config.model.num_heads=3"], "model.d_model=256 is not divisible by model.num_heads=3"),
         (["train", LOCAL, "--config.curriculum.batch_size=(8, 4)"], "tokens per step must be equal in all phases"),
         (["train", "--config=/nowhere.py"], "--config cannot be loaded"),
+        (["generate"], "needs --checkpoint=DIR"),
+        (["generate", "--checkpoint=x", "--top_p=2"], "top_p=2.0 is not allowed; it must be above 0 and up to 1"),
+        (["generate", "--checkpoint=x", "--num_tokens=0"], "num_tokens"),
         (["corpus"], "needs build or verify, got nothing"),
         (["corpus", "verify"], "needs --store=DIR"),
         (["tune", "lr"], "needs coord-check, got 'lr'"),
@@ -48,7 +51,9 @@ def test_a_wrong_command_line_is_a_usage_error(capsys, arguments, said):
     refused(capsys, *arguments, code=2, said=said)
 
 
-@pytest.mark.parametrize("arguments", [["--help"], ["train", "--help"], ["corpus", "build", "--help"], ["tune", "-h"]])
+@pytest.mark.parametrize(
+    "arguments", [["--help"], ["train", "--help"], ["generate", "-h"], ["corpus", "build", "--help"], ["tune", "-h"]]
+)
 def test_help_teaches_with_an_example(capsys, arguments):
     assert main(arguments) == 0
     assert "btlm train --config=" in (said := capsys.readouterr().out) or "example" in said

@@ -11,7 +11,7 @@ from safetensors.numpy import load_file
 from tiny import tiny_config
 
 from btlm_jax.config import ModelConfig, MupConfig
-from btlm_jax.generate import continue_tokens
+from btlm_jax.generate import GREEDY, continue_tokens
 from btlm_jax.loss import logits, token_losses
 from btlm_jax.model import alibi_slopes, init_params, make_model, parameter_table
 from btlm_jax.mup import make_parametrization
@@ -114,7 +114,7 @@ def test_greedy_continuations_equal_the_published_code(oracle, mesh):
     hf, weights, arrays = oracle
     model, params = model_of(hf, attention="blockwise"), jax.tree.map(jnp.asarray, params_of(hf, weights))
     for row in arrays["greedy"].tolist():
-        made = continue_tokens(model, params, mesh, prompt=row[:16], num_tokens=24, temperature=0.0, seed=0, stop_id=-1)
+        made = continue_tokens(model, params, mesh, prompt=row[:16], num_tokens=24, sampling=GREEDY, seed=0, stop_id=-1)
         assert made == row[16:]
 
 

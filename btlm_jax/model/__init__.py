@@ -5,7 +5,18 @@ V vocab, L layers, R rows (batch x length). The model runs under `jax.set_mesh` 
 """
 
 from btlm_jax.model.alibi import alibi_slopes
+from btlm_jax.model.cached import KVCache, extend, make_cache
 from btlm_jax.model.parameters import ParameterInfo, init_params, parameter_table
 from btlm_jax.model.transformer import Btlm, make_model
 
-__all__ = ["Btlm", "ParameterInfo", "alibi_slopes", "init_params", "make_model", "parameter_table"]
+__all__ = [
+    "Btlm",
+    "KVCache",
+    "ParameterInfo",
+    "alibi_slopes",
+    "extend",
+    "init_params",
+    "make_cache",
+    "make_model",
+    "parameter_table",
+]

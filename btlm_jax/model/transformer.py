@@ -9,6 +9,8 @@ Source: arXiv 2309.11568 and the published model code (`modeling_btlm.py`). HF's
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -37,6 +39,7 @@ class Attention(nn.Module):
     config: ModelConfig
     parametrization: Parametrization
     rules: AxisRules
+    attend: Callable  # (q_BTNH, k_BTNH, v_BTNH) -> o_BTNH
 
     @nn.compact
     def __call__(self, x_BTD):
@@ -54,17 +57,8 @@ class Attention(nn.Module):
                 name=name,
             )(x_BTD)
 
-        q_BTNH, k_BSNH, v_BSNH = project("query"), project("key"), project("value")
-        slopes_N = jnp.asarray(alibi_slopes(N, scaling=self.config.alibi_scaling))
         with jax.named_scope("attend"):
-            o_BTNH = attend(
-                q_BTNH,
-                k_BSNH,
-                v_BSNH,
-                slopes_N,
-                scale=self.parametrization.attention_scale,
-                implementation=self.config.attention,
-            )
+            o_BTNH = self.attend(project("query"), project("key"), project("value"))
         return Linear(
             in_shape=(N, H),
             in_axes=("heads", "head_dim"),
@@ -119,6 +113,7 @@ class Block(nn.Module):
     config: ModelConfig
     parametrization: Parametrization
     rules: AxisRules
+    attend: Callable
 
     @nn.compact
     def __call__(self, x_BTD):
@@ -128,7 +123,9 @@ class Block(nn.Module):
         def norm(name: str):
             return LayerNorm(eps=self.config.layer_norm_eps, name=name, **parts)(x_BTD)
 
-        x_BTD = x_BTD + scale * Attention(config=self.config, name="attention", **parts)(norm("ln_1"))
+        x_BTD = x_BTD + scale * Attention(config=self.config, attend=self.attend, name="attention", **parts)(
+            norm("ln_1")
+        )
         x_BTD = x_BTD + scale * Mlp(config=self.config, name="mlp", **parts)(norm("ln_2"))
         return x_BTD, None
 
@@ -155,8 +152,13 @@ class Btlm(nn.Module):
             length=self.config.num_layers,
             metadata_params={nn.PARTITION_NAME: "layers"},
         )
-        x_BTD, _ = blocks(config=self.config, name="blocks", **parts)(x_BTD)
+        x_BTD, _ = blocks(config=self.config, attend=self._attend, name="blocks", **parts)(x_BTD)
         return LayerNorm(eps=self.config.layer_norm_eps, name="ln_f", **parts)(x_BTD)
+
+    def _attend(self, q_BTNH, k_BSNH, v_BSNH):
+        slopes_N = jnp.asarray(alibi_slopes(self.config.num_heads, scaling=self.config.alibi_scaling))
+        scale = self.parametrization.attention_scale
+        return attend(q_BTNH, k_BSNH, v_BSNH, slopes_N, scale=scale, implementation=self.config.attention)
 
 
 def make_model(config: ModelConfig, parametrization: Parametrization) -> Btlm:
