@@ -90,6 +90,19 @@ class Checkpointer:
         """
         return self._restore(step, ocp.args.Composite(state=ocp.args.StandardRestore(abstract)))["state"]
 
+    def restore_params(self, step: int, *, abstract: dict) -> dict:
+        """Return a checkpoint's parameters alone, laid out as `abstract` says; the optimizer's state is not read.
+
+        Raises:
+          ValueError: they cannot be read; the message names the directory and what remains.
+        """
+        args = ocp.args.PyTreeRestore(
+            item={"params": abstract},
+            restore_args=ocp.checkpoint_utils.construct_restore_args({"params": abstract}),
+            partial_restore=True,
+        )
+        return self._restore(step, ocp.args.Composite(state=args))["state"]["params"]
+
     def _restore(self, step: int, args):
         try:
             return self._manager.restore(step, args=args)
@@ -148,6 +161,27 @@ class CheckpointReader(Checkpointer):
             options=ocp.CheckpointManagerOptions(read_only=True),
             item_names=("state", "position", "config"),
         )
+
+
+def write_params(directory: Path, params: dict) -> None:
+    """Write parameters (jax or NumPy arrays) alone to a new directory, complete when this returns."""
+    with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
+        checkpointer.save(directory.resolve(), args=ocp.args.PyTreeSave(params))
+
+
+def read_params(directory: Path, *, abstract: dict) -> dict:
+    """Return what `write_params` wrote, laid out as `abstract` says.
+
+    Raises:
+      ValueError: the directory is damaged, or its arrays are not of these shapes.
+    """
+    restore_args = ocp.checkpoint_utils.construct_restore_args(abstract)
+    try:
+        with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
+            args = ocp.args.PyTreeRestore(item=abstract, restore_args=restore_args)
+            return checkpointer.restore(directory.resolve(), args=args)
+    except Exception as error:  # orbax raises many kinds for a damaged directory; the user needs one message
+        raise ValueError(f"the parameters in {directory} cannot be read: {_reason(error)}") from error
 
 
 def _reason(error: Exception) -> str:

@@ -255,10 +255,15 @@ def train_config_from(mapping: Mapping) -> TrainConfig:
     Raises:
       ValueError: an unknown or missing key, a wrong type, or a value that a config refuses.
     """
-    return _from_mapping(TrainConfig, mapping, path="config")
+    return config_from(TrainConfig, mapping, path="config")
 
 
-def _from_mapping(cls: type, mapping: Mapping, *, path: str):
+def config_from(cls: type, mapping: Mapping, *, path: str):
+    """Make one of the configs above from a plain mapping; `path` is what errors call it.
+
+    Raises:
+      ValueError: as `train_config_from`.
+    """
     hints = typing.get_type_hints(cls)
     for key in mapping:
         if key not in hints:
@@ -275,7 +280,7 @@ def _convert(hint, value, *, path: str):
     if dataclasses.is_dataclass(hint):
         if not isinstance(value, Mapping):
             raise ValueError(f"{path} must be a table of keys, got {value!r}")
-        return _from_mapping(hint, value, path=path)
+        return config_from(hint, value, path=path)
     if hint == tuple[int, ...]:
         if not isinstance(value, (tuple, list)) or not all(type(item) is int for item in value):
             raise ValueError(f"{path}={value!r} must be a tuple of whole numbers, for example (2048, 8192)")

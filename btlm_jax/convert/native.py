@@ -1,0 +1,142 @@
+"""Our own forms of a model: a training run's last checkpoint, and a model directory that holds only the parameters.
+
+A model directory is `model.json` (config, parametrization, facts), `params/` (orbax) and the tokenizer's files.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+
+import jax
+from jax.sharding import Mesh
+
+from btlm_jax.checkpoint import CHECKPOINTS, CheckpointReader, read_params, write_params
+from btlm_jax.config import ModelConfig, MupConfig, config_from
+from btlm_jax.files import write_atomically
+from btlm_jax.model import Btlm, make_model, parameter_table
+from btlm_jax.mup import make_parametrization
+from btlm_jax.sharding import make_mesh
+
+MODEL_FILE, PARAMS = "model.json", "params"
+FORMAT = "btlm_jax model 1"
+SUMMARY_FILE = "summary.json"  # a finished run's
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ModelFacts:
+    """What `model.json` says of a model besides its weights."""
+
+    model: ModelConfig
+    mup: MupConfig
+    max_length: int  # longest trained length
+    notes: dict[str, str]  # how it was made, for a reader
+
+    def network(self) -> Btlm:
+        """Return the network; it holds no arrays."""
+        return make_model(self.model, make_parametrization(self.mup, self.model))
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class NativeModel:
+    """A model with its parameters on one device."""
+
+    facts: ModelFacts
+    params: dict
+    mesh: Mesh
+
+
+def is_run(directory: Path) -> bool:
+    """Whether this is a training run's workdir with a checkpoint."""
+    return (directory / CHECKPOINTS).is_dir()
+
+
+def is_model_directory(directory: Path) -> bool:
+    """Whether this is a directory that `write_model_directory` wrote."""
+    return (directory / MODEL_FILE).is_file()
+
+
+def read_run(workdir: Path) -> NativeModel:
+    """Read the parameters of a run's last checkpoint, also while the run goes on.
+
+    Raises:
+      FileNotFoundError: there is no checkpoint.
+      ValueError: it is damaged.
+    """
+    reader = CheckpointReader(workdir)
+    try:
+        step = reader.steps()[-1]
+        position, config = reader.read_facts(step)
+        notes = {"steps": f"{step:,}", "tokens": f"{position.tokens_seen:,}"} | _heldout_notes(workdir, step)
+        facts = ModelFacts(model=config.model, mup=config.mup, max_length=max(config.curriculum.seq_len), notes=notes)
+        mesh = one_device_mesh()
+        params = reader.restore_params(step, abstract=abstract_params(facts, mesh))
+    finally:
+        reader.close()
+    return NativeModel(facts=facts, params=params, mesh=mesh)
+
+
+def read_model_directory(directory: Path) -> NativeModel:
+    """Read what `write_model_directory` wrote.
+
+    Raises:
+      ValueError: `model.json` or the parameters are damaged.
+    """
+    facts, mesh = read_facts(directory), one_device_mesh()
+    return NativeModel(
+        facts=facts, params=read_params(directory / PARAMS, abstract=abstract_params(facts, mesh)), mesh=mesh
+    )
+
+
+def read_facts(directory: Path) -> ModelFacts:
+    """Read the `model.json` of a model directory.
+
+    Raises:
+      ValueError: it is damaged, or of another format.
+    """
+    path = directory / MODEL_FILE
+    try:
+        values = json.loads(path.read_text())
+        if values["format"] != FORMAT:
+            raise ValueError(f"its format is {values['format']!r}; this version reads {FORMAT!r}")
+        return ModelFacts(
+            model=config_from(ModelConfig, values["model"], path="model"),
+            mup=config_from(MupConfig, values["mup"], path="mup"),
+            max_length=int(values["max_length"]),
+            notes=values["notes"],
+        )
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{path} cannot be used: {error}") from error
+
+
+def write_model_directory(directory: Path, *, facts: ModelFacts, params: dict) -> None:
+    """Write the parameters, then `model.json`; the tokenizer's files are the caller's."""
+    write_params(directory / PARAMS, params)
+    write_facts(directory, facts)
+
+
+def write_facts(directory: Path, facts: ModelFacts) -> None:
+    """Write `model.json`."""
+    write_atomically(
+        directory / MODEL_FILE, json.dumps({"format": FORMAT} | dataclasses.asdict(facts), indent=2, sort_keys=True)
+    )
+
+
+def abstract_params(facts: ModelFacts, mesh: Mesh) -> dict:
+    """Return the parameters' tree of shapes, dtypes and shardings."""
+    return jax.tree.map(lambda info: info.abstract, parameter_table(facts.network(), mesh))
+
+
+def one_device_mesh() -> Mesh:
+    """Return the mesh of this process's first device."""
+    return make_mesh(devices=jax.local_devices()[:1], tensor=1)
+
+
+def _heldout_notes(workdir: Path, step: int) -> dict[str, str]:
+    path = workdir / SUMMARY_FILE
+    summary = json.loads(path.read_text()) if path.is_file() else {"num_steps": -1}
+    if summary["num_steps"] != step:
+        return {}
+    sources = summary["heldout"]["sources"].items()
+    return {f"held-out bits/byte, {name}": f"{source['bits_per_byte']:.4f}" for name, source in sources}

@@ -1,0 +1,111 @@
+"""Prove a conversion: the logits of what was read and of what was written, on the same tokens.
+
+The forward pass here reads one tensor at a time, in float32 NumPy, so that a model of any size is proven in little
+memory, and it shares no code with the JAX model nor with the PyTorch file that goes out.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Sequence
+
+import numpy as np
+
+from btlm_jax.convert.published import PublishedConfig, Tensors
+from btlm_jax.model import alibi_slopes
+
+HEAD = "lm_head.weight"
+PROBE = (
+    "The cat sat on the mat. def area(radius):\n    return 3.14159 * radius ** 2\n"
+    "In 1865 he wrote: \u201cWhat is not measured, is not known.\u201d \u00c9t\u00e9 \u2014 \u6570\u5b66 \U0001f600\n"
+)
+MAX_PROBE_LENGTH = 96
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Proof:
+    """How far two sets of logits are apart."""
+
+    what: str  # what was compared
+    num_tokens: int
+    largest: float  # |source - target|
+    scale: float  # largest |source|
+    tolerance: float  # of largest, relative to scale
+    same_top: float  # share of positions whose likeliest token is the same
+
+    @property
+    def holds(self) -> bool:
+        return bool(self.largest <= self.tolerance * self.scale)  # not so for NaN
+
+    def __str__(self) -> str:
+        sign = "within" if self.holds else "ABOVE"
+        return (
+            f"{self.what}: largest difference of logits {self.largest:.2e} (logits up to {self.scale:.3g}, "
+            f"{self.num_tokens} tokens, same likeliest token at {100 * self.same_top:.1f} %), "
+            f"{sign} the tolerance of {self.tolerance * self.scale:.2e}"
+        )
+
+
+def compare(what: str, source_TV: np.ndarray, target_TV: np.ndarray, *, tolerance: float) -> Proof:
+    """Compare two sets of logits; `tolerance` is relative to the largest logit."""
+    return Proof(
+        what=what,
+        num_tokens=len(source_TV),
+        largest=float(np.abs(source_TV - target_TV).max()),
+        scale=float(np.abs(source_TV).max()),
+        tolerance=tolerance,
+        same_top=float((source_TV.argmax(-1) == target_TV.argmax(-1)).mean()),
+    )
+
+
+def probe_ids(text_ids: Sequence[int], *, vocab_size: int) -> np.ndarray:
+    """Return the tokens to compare on: those of a text, or drawn ones when the model came without a tokenizer."""
+    if len(text_ids):
+        return np.asarray(text_ids[:MAX_PROBE_LENGTH], np.int64)
+    return np.random.default_rng(0).integers(0, vocab_size, MAX_PROBE_LENGTH)
+
+
+def streamed_logits(config: PublishedConfig, tensors: Tensors, ids_T: np.ndarray) -> np.ndarray:
+    """Return the float32 logits_TV after each token, as the published code computes them.
+
+    h = wte[ids] * mup_embeddings_scale; scores q.k/d (or /sqrt d) - slope * distance; MLP c_proj(c_fc(x) * silu(
+    c_fc2(x))); logits = lm_head(ln_f(h)) * mup_output_alpha * mup_width_scale (conversion facts of arXiv 2309.11568's
+    published model). Raises what reading a tensor raises.
+    """
+
+    def read(name: str) -> np.ndarray:
+        return tensors.read(name).astype(np.float32)
+
+    def linear(x_TD: np.ndarray, name: str) -> np.ndarray:
+        return x_TD @ read(f"{name}.weight") + read(f"{name}.bias")
+
+    def norm(x_TD: np.ndarray, name: str) -> np.ndarray:
+        x_TD = x_TD - x_TD.mean(-1, keepdims=True)
+        x_TD = x_TD / np.sqrt(np.square(x_TD).mean(-1, keepdims=True) + np.float32(config.layer_norm_epsilon))
+        return x_TD * read(f"{name}.weight") + read(f"{name}.bias")
+
+    x_TD = tensors.read("transformer.wte.weight")[ids_T].astype(np.float32) * np.float32(config.mup_embeddings_scale)
+    for layer in range(config.n_layer):
+        block = f"transformer.h.{layer}."
+        qkv_TC = linear(norm(x_TD, block + "ln_1"), block + "attn.c_attn")
+        x_TD = x_TD + linear(_attention(config, qkv_TC), block + "attn.c_proj")
+        normed_TD = norm(x_TD, block + "ln_2")
+        up_TF, gate_TF = linear(normed_TD, block + "mlp.c_fc"), linear(normed_TD, block + "mlp.c_fc2")
+        x_TD = x_TD + linear(up_TF * gate_TF / (1 + np.exp(-gate_TF)), block + "mlp.c_proj")
+    head_VD = read(HEAD if HEAD in tensors.shapes else "transformer.wte.weight")
+    return norm(x_TD, "transformer.ln_f") @ head_VD.T * np.float32(config.output_scale)
+
+
+def _attention(config: PublishedConfig, qkv_TC: np.ndarray) -> np.ndarray:
+    T = len(qkv_TC)
+    q_TNH, k_TNH, v_TNH = np.moveaxis(qkv_TC.reshape(T, 3, config.n_head, config.head_dim), 1, 0)
+    scale = 1 / config.head_dim if config.mup_scale_qk_dot_by_d else 1 / math.sqrt(config.head_dim)
+    distance_TS = np.arange(T)[:, None] - np.arange(T)[None]
+    slopes_N = alibi_slopes(config.n_head, scaling=config.alibi_scaling)
+    scores_NTS = np.einsum("TNH,SNH->NTS", q_TNH, k_TNH, optimize=True) * np.float32(scale)
+    scores_NTS -= slopes_N[:, None, None] * distance_TS.astype(np.float32)
+    scores_NTS = np.where(distance_TS >= 0, scores_NTS, -np.inf)
+    weights_NTS = np.exp(scores_NTS - scores_NTS.max(-1, keepdims=True))
+    weights_NTS /= weights_NTS.sum(-1, keepdims=True)
+    return np.einsum("NTS,SNH->TNH", weights_NTS, v_TNH, optimize=True).reshape(T, -1)

@@ -1,0 +1,149 @@
+"""Write a Hugging Face BTLM directory that today's transformers loads with `trust_remote_code=True`."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import shutil
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+import jax.numpy as jnp
+import numpy as np
+
+from btlm_jax import __version__
+from btlm_jax.convert.published import PublishedConfig, Tensors, tensor_shapes
+from btlm_jax.convert.safetensors_files import TensorToWrite, write_safetensors
+from btlm_jax.model import alibi_slopes
+
+SLOPES = "transformer.relative_pe.slopes"
+REMOTE_CODE = Path(__file__).parent / "remote_code"
+MODEL_FILES = ("configuration_btlm.py", "modeling_btlm.py")
+
+
+def write_hf(
+    directory: Path,
+    *,
+    config: PublishedConfig,
+    tensors: Tensors,
+    dtype: str,
+    max_shard_bytes: int,
+    notes: Mapping[str, str],
+    report: Callable[[str], None],
+) -> None:
+    """Write weights, configs, model code and a model card into `directory`; the tokenizer's files are the caller's."""
+    written = [to_write(tensors, name, shape, dtype, report) for name, shape in tensor_shapes(config).items()]
+    slopes_N1 = alibi_slopes(config.n_head, scaling=1.0)[:, None]  # float32 always: bfloat16 would round them
+    written.append(TensorToWrite(name=SLOPES, shape=slopes_N1.shape, dtype=slopes_N1.dtype, make=lambda: slopes_N1))
+    write_safetensors(directory, written, max_shard_bytes=max_shard_bytes, metadata={"format": "pt"})
+    _write_json(directory / "config.json", hf_config(config, dtype=dtype))
+    _write_json(
+        directory / "generation_config.json",
+        {"_from_model_config": True, "bos_token_id": config.bos_token_id, "eos_token_id": config.eos_token_id},
+    )
+    for name in MODEL_FILES:
+        shutil.copyfile(REMOTE_CODE / name, directory / name)
+    (directory / "README.md").write_text(model_card(config, dtype=dtype, notes=notes))
+
+
+def to_write(
+    tensors: Tensors, name: str, shape: tuple[int, ...], dtype: str, report: Callable[[str], None]
+) -> TensorToWrite:
+    """Return a tensor to be cast and written, zero-padded at the end of each axis to `shape`.
+
+    Raises, when its turn comes:
+      ValueError: a value of it is too large for `dtype`.
+    """
+
+    def make() -> np.ndarray:
+        report(name)
+        stored = tensors.read(name)
+        with np.errstate(over="ignore"):  # answered below
+            array = stored.astype(jnp.dtype(dtype))
+        if not np.isfinite(array.astype(np.float32)).all():
+            largest = float(np.abs(stored.astype(np.float32)).max())
+            raise ValueError(
+                f"tensor {name} has values up to {largest:.3g}, too large for {dtype}; use --dtype=bfloat16"
+            )
+        return np.pad(array, [(0, after - before) for before, after in zip(array.shape, shape, strict=True)])
+
+    return TensorToWrite(name=name, shape=shape, dtype=jnp.dtype(dtype), make=make)
+
+
+def padded(config: PublishedConfig, *, multiple: int) -> PublishedConfig:
+    """Return the config with n_inner rounded up; exact, since silu(0) = 0 and zero rows add nothing."""
+    return dataclasses.replace(config, n_inner=config.n_inner + -config.n_inner % multiple)
+
+
+def hf_config(config: PublishedConfig, *, dtype: str) -> dict:
+    """Return config.json's contents: only the newer (`mup_*`) keys, which no other model family reads otherwise."""
+    values = dataclasses.asdict(config)
+    factor = values.pop("alibi_scaling")
+    return {
+        **values,
+        "activation_function": "swiglu",
+        "alibi_scaling": None if factor == 1 else {"type": "linear", "factor": factor},
+        "architectures": ["BTLMLMHeadModel"],
+        "attn_pdrop": 0.0,
+        "auto_map": {
+            "AutoConfig": "configuration_btlm.BTLMConfig",
+            "AutoModel": "modeling_btlm.BTLMModel",
+            "AutoModelForCausalLM": "modeling_btlm.BTLMLMHeadModel",
+        },
+        "embd_pdrop": 0.0,
+        "model_type": "btlm",
+        "position_embedding_type": "alibi",
+        "reorder_and_upcast_attn": False,
+        "resid_pdrop": 0.0,
+        "scale_attn_by_inverse_layer_idx": False,
+        "scale_attn_weights": True,
+        "tie_word_embeddings": True,
+        "torch_dtype": dtype,
+        "use_cache": True,
+    }
+
+
+def model_card(config: PublishedConfig, *, dtype: str, notes: Mapping[str, str]) -> str:
+    """Return the README.md of an exported model: what it is, how it was made, how to load it."""
+    num_parameters = sum(int(np.prod(shape)) for shape in tensor_shapes(config).values())
+    rows = {
+        "parameters": f"{num_parameters:,}",
+        "layers, width, heads": f"{config.n_layer}, {config.n_embd:,}, {config.n_head}",
+        "feed-forward width": f"{config.n_inner:,} (SwiGLU)",
+        "vocabulary": f"{config.vocab_size:,}",
+        "positions": f"ALiBi, trained to {config.n_positions:,} tokens",
+        "weights": dtype,
+        **notes,
+    }
+    table = "\n".join(f"| {name} | {value} |" for name, value in rows.items())
+    return f"""---
+library_name: transformers
+pipeline_tag: text-generation
+tags: [btlm, mup, alibi]
+---
+
+# BTLM
+
+A decoder of the BTLM-3B-8K family (arXiv 2309.11568): ALiBi, SwiGLU, maximal update parametrization. Trained or
+converted with btlm_jax {__version__}.
+
+| | |
+|---|---|
+{table}
+
+```python
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+tokenizer = AutoTokenizer.from_pretrained(".", trust_remote_code=True)
+model = AutoModelForCausalLM.from_pretrained(".", trust_remote_code=True)
+inputs = tokenizer("The meaning of", return_tensors="pt")
+print(tokenizer.decode(model.generate(**inputs, max_new_tokens=50)[0]))
+```
+
+The model code in this directory is all that is needed besides PyTorch and transformers 5. Nothing is known here of the
+data's biases and of what the model should not be used for: whoever publishes it adds that.
+"""
+
+
+def _write_json(path: Path, values: dict) -> None:
+    path.write_text(json.dumps(values, indent=2, sort_keys=True) + "\n")
