@@ -3,7 +3,7 @@
 A token store is a directory:
 
     manifest.json                                      this file's subject
-    tokenizer.model                                    the tokenizer (`Manifest.tokenizer.file`)
+    tokenizer.model or tokenizer.json                  the tokenizer (`Manifest.tokenizer.file`)
     features.json, dataset_info.json                   TFDS metadata, so that TFDS opens it without TensorFlow
     tokens-<split>.array_record-00000-of-00003         shards, `group_size:1`, at most 8,192 blocks each
 
@@ -34,7 +34,7 @@ BLOCKS_PER_SHARD = 8192
 class Tokenizer:
     """Which tokenizer made the ids."""
 
-    kind: str  # "sentencepiece"
+    kind: str  # "sentencepiece" or "byte_level_bpe"
     file: str  # inside the store
     sha256: str
     vocab_size: int

@@ -1,4 +1,7 @@
-"""Tokenizers: train and load SentencePiece byte-pair models that give every text back unchanged. Its only importer."""
+"""Tokenizers that give every text back: train SentencePiece byte-pair models, load those and GPT-2's byte-level BPE.
+
+The only importer of sentencepiece.
+"""
 
 from __future__ import annotations
 
@@ -6,11 +9,16 @@ import hashlib
 import io
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
+from typing import Protocol
 
 import sentencepiece
 
 from btlm_jax import store
+from btlm_jax.corpus.byte_level import KIND as BYTE_LEVEL
+from btlm_jax.corpus.byte_level import MERGES_FILE, VOCAB_FILE, ByteLevelTokenizer, read_byte_level
+from btlm_jax.corpus.byte_level import STORED_FILE as BYTE_LEVEL_FILE
 
+SENTENCEPIECE = "sentencepiece"
 TOKENIZER_FILE = "tokenizer.model"
 UNK_ID, EOS_ID = 0, 1
 MIN_VOCAB_SIZE = 300  # 256 byte pieces, the control pieces, a newline and some letters
@@ -18,13 +26,46 @@ MAX_LINE_CHARACTERS = 4096
 SPACE_MARK = "\u2581"  # SentencePiece writes a space as this character, so a text that has it would not come back
 
 
+class Tokenizer(Protocol):
+    """Text to ids and back; no text makes `eos_id`."""
+
+    kind: str  # store.Tokenizer.kind
+    stored_file: str  # the name of the one file that holds it
+    contents: bytes  # of that file
+    eos_id: int
+    vocab_size: int
+
+    def encode(self, text: str) -> list[int]:
+        """Return the ids of a text."""
+
+    def encode_batch(self, texts: Sequence[str], *, num_threads: int) -> list[list[int]]:
+        """Return the ids of each text; the same for any number of threads."""
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """Return the text of ids; control ids give nothing."""
+
+
 class SentencePieceTokenizer:
     """Text to ids and back; no text makes `eos_id`."""
 
+    kind = SENTENCEPIECE
+    stored_file = TOKENIZER_FILE
+
     def __init__(self, model: bytes):
-        self._processor = sentencepiece.SentencePieceProcessor(model_proto=model)
+        """Read the contents of a model file.
+
+        Raises:
+          ValueError: it is damaged, or has no end-of-text piece.
+        """
+        try:
+            self._processor = sentencepiece.SentencePieceProcessor(model_proto=model)
+        except RuntimeError as error:
+            raise ValueError(f"this is no SentencePiece model: {error}") from error
+        self.contents = model
         self.eos_id = self._processor.eos_id()
         self.vocab_size = self._processor.vocab_size()
+        if self.eos_id < 0:
+            raise ValueError("this SentencePiece model has no end-of-text piece; train it with an eos_id of 0 or more")
 
     def encode(self, text: str) -> list[int]:
         """Return the ids of a text."""
@@ -75,7 +116,7 @@ def train_tokenizer(texts: Iterable[str], *, vocab_size: int) -> bytes:
     return model.getvalue()
 
 
-def load_tokenizer(directory: Path, tokenizer: store.Tokenizer) -> SentencePieceTokenizer:
+def load_tokenizer(directory: Path, tokenizer: store.Tokenizer) -> Tokenizer:
     """Load a store's tokenizer.
 
     Raises:
@@ -83,16 +124,53 @@ def load_tokenizer(directory: Path, tokenizer: store.Tokenizer) -> SentencePiece
       ValueError: its contents are not what the manifest says, or it is of an unknown kind.
     """
     path = directory / tokenizer.file
-    if tokenizer.kind != "sentencepiece":
+    if tokenizer.kind not in (SENTENCEPIECE, BYTE_LEVEL):
         raise ValueError(
-            f"tokenizer kind {tokenizer.kind!r} of {directory} is not known; this version reads sentencepiece"
+            f"tokenizer kind {tokenizer.kind!r} of {directory} is not known; this version reads "
+            f"{SENTENCEPIECE} and {BYTE_LEVEL}"
         )
     if not path.is_file():
         raise FileNotFoundError(f"token store {directory} lacks its tokenizer file {tokenizer.file}")
-    model = path.read_bytes()
-    if hashlib.sha256(model).hexdigest() != tokenizer.sha256:
+    contents = path.read_bytes()
+    if hashlib.sha256(contents).hexdigest() != tokenizer.sha256:
         raise ValueError(f"tokenizer {path} is not the one the manifest records; restore it or rebuild the store")
-    return SentencePieceTokenizer(model)
+    if tokenizer.kind == BYTE_LEVEL:
+        return ByteLevelTokenizer(contents, eos_id=tokenizer.eos_id)
+    return SentencePieceTokenizer(contents)
+
+
+def find_tokenizer(directory: Path) -> Tokenizer:
+    """Read the tokenizer of a Hugging Face directory, whichever kind of file it lies in.
+
+    A tokenizer.model comes first: the tokenizer.json beside it was made from it.
+
+    Raises:
+      FileNotFoundError: there is none.
+      ValueError: it is damaged, or of a kind that cannot be used.
+    """
+    path = directory / TOKENIZER_FILE
+    if path.is_file():
+        try:
+            return SentencePieceTokenizer(path.read_bytes())
+        except ValueError as error:
+            raise ValueError(f"{path} cannot be used: {error}") from error
+    if not any((directory / name).is_file() for name in (BYTE_LEVEL_FILE, VOCAB_FILE)):
+        raise FileNotFoundError(
+            f"{directory} holds no tokenizer: looked for {TOKENIZER_FILE}, {BYTE_LEVEL_FILE}, "
+            f"and {VOCAB_FILE} with {MERGES_FILE}"
+        )
+    return read_byte_level(directory)
+
+
+def stored_facts(tokenizer: Tokenizer) -> store.Tokenizer:
+    """Return what a manifest records of a tokenizer whose `contents` lie in its `stored_file`."""
+    return store.Tokenizer(
+        kind=tokenizer.kind,
+        file=tokenizer.stored_file,
+        sha256=hashlib.sha256(tokenizer.contents).hexdigest(),
+        vocab_size=tokenizer.vocab_size,
+        eos_id=tokenizer.eos_id,
+    )
 
 
 def _lines(texts: Iterable[str]) -> Iterator[str]:

@@ -1,0 +1,36 @@
+"""Small tokenizers of each kind, and texts that break careless ones."""
+
+from collections import Counter
+
+from hypothesis import strategies
+from real_store import made_up_documents
+from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
+
+TEXTS = [document.text for document in made_up_documents(Counter())]
+NASTY = [
+    "",
+    " ",
+    "  two leading spaces\n\n\n\ttabs\t\tand trailing  ",
+    "emoji \U0001f600, accents é e\u0301, Greek αβγ, CJK 漢字, ligature ﬁ, full width Ａ",
+    "</s><unk><0x41><|endoftext|> control pieces as text",
+    "carriage\r\nreturns\rand \x0b\x1f controls",
+    "x" * 20_000,
+]
+# SentencePiece keeps U+2581 for itself and writes it as a space; UTF-8 has no surrogates
+ANY_TEXT = strategies.text(strategies.characters(exclude_categories=["Cs"], exclude_characters="\u2581"))
+EOS = "<|endoftext|>"
+
+
+def tiny_byte_level(**changes) -> Tokenizer:
+    """A byte-level BPE of 300 tokens by the tokenizers library, with parts of it set to something else."""
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=299, initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False
+    )
+    tokenizer.train_from_iterator(TEXTS, trainer)
+    tokenizer.add_special_tokens([AddedToken(EOS, special=True, normalized=False)])
+    for name, value in changes.items():
+        setattr(tokenizer, name, value)
+    return tokenizer
