@@ -18,7 +18,7 @@ from btlm_jax.model import alibi_slopes
 
 SLOPES = "transformer.relative_pe.slopes"
 REMOTE_CODE = Path(__file__).parent / "remote_code"
-MODEL_FILES = ("configuration_btlm.py", "modeling_btlm.py")
+MODEL_FILES = ("configuration_btlm.py", "attention_btlm.py", "modeling_btlm.py")
 
 
 def write_hf(
@@ -41,8 +41,8 @@ def write_hf(
         directory / "generation_config.json",
         {"_from_model_config": True, "bos_token_id": config.bos_token_id, "eos_token_id": config.eos_token_id},
     )
-    for name in MODEL_FILES:
-        shutil.copyfile(REMOTE_CODE / name, directory / name)
+    for path in MODEL_FILES:
+        shutil.copyfile(path, directory / path.name)
     (directory / "README.md").write_text(model_card(config, dtype=dtype, notes=notes))
 
 
