@@ -6,6 +6,8 @@ layer is [D, 3D], columns q, k, v. So a published tensor is a row of ours flatte
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import jax
 import numpy as np
 
@@ -57,14 +59,19 @@ class NativeTensors:
         return tensor * np.float32(self._residual_scale) if own_name in _BRANCH_ENDS else tensor
 
 
-def read_params(tensors: Tensors, config: PublishedConfig, *, shapes: dict) -> dict:
+def read_params(tensors: Tensors, config: PublishedConfig, *, shapes: dict, report: Callable[[str], None]) -> dict:
     """Return our parameter tree, float32 NumPy arrays; `shapes` is its tree of jax.ShapeDtypeStruct."""
+
+    def read(name: str) -> np.ndarray:
+        report(name)
+        return tensors.read(name)
+
     params = jax.tree.map(lambda leaf: np.empty(leaf.shape, np.float32), shapes)
     for name, path in OTHER_NAMES.items():
-        _at(params, path)[...] = tensors.read(name)
+        _at(params, path)[...] = read(name)
     for layer in range(config.n_layer):
         for name, paths in BLOCK_NAMES.items():
-            tensor = tensors.read(f"transformer.h.{layer}.{name}")
+            tensor = read(f"transformer.h.{layer}.{name}")
             for path, part in zip(paths, np.split(tensor, len(paths), axis=-1), strict=True):
                 target = _at(params["blocks"], path)[layer]
                 target[...] = part.reshape(target.shape)

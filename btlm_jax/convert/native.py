@@ -12,8 +12,10 @@ from pathlib import Path
 import jax
 from jax.sharding import Mesh
 
+from btlm_jax import store
 from btlm_jax.checkpoint import CHECKPOINTS, CheckpointReader, read_params, write_params
 from btlm_jax.config import ModelConfig, MupConfig, config_from
+from btlm_jax.corpus.tokenizer import Tokenizer, load_tokenizer
 from btlm_jax.files import write_atomically
 from btlm_jax.model import Btlm, make_model, parameter_table
 from btlm_jax.mup import make_parametrization
@@ -31,6 +33,8 @@ class ModelFacts:
     model: ModelConfig
     mup: MupConfig
     max_length: int  # longest trained length
+    eos_id: int  # the token between documents
+    tokenizer: store.Tokenizer | None  # None: it came without one
     notes: dict[str, str]  # how it was made, for a reader
 
     def network(self) -> Btlm:
@@ -45,6 +49,7 @@ class NativeModel:
     facts: ModelFacts
     params: dict
     mesh: Mesh
+    tokenizer: Tokenizer | None
 
 
 def is_run(directory: Path) -> bool:
@@ -61,20 +66,29 @@ def read_run(workdir: Path) -> NativeModel:
     """Read the parameters of a run's last checkpoint, also while the run goes on.
 
     Raises:
-      FileNotFoundError: there is no checkpoint.
-      ValueError: it is damaged.
+      FileNotFoundError: there is no checkpoint, or the run's token store is not there.
+      ValueError: the checkpoint or the store's manifest is damaged.
     """
     reader = CheckpointReader(workdir)
     try:
         step = reader.steps()[-1]
         position, config = reader.read_facts(step)
         notes = {"steps": f"{step:,}", "tokens": f"{position.tokens_seen:,}"} | _heldout_notes(workdir, step)
-        facts = ModelFacts(model=config.model, mup=config.mup, max_length=max(config.curriculum.seq_len), notes=notes)
+        directory = workdir / config.data.store
+        recorded = store.read_manifest(directory).tokenizer
+        facts = ModelFacts(
+            model=config.model,
+            mup=config.mup,
+            max_length=max(config.curriculum.seq_len),
+            eos_id=recorded.eos_id,
+            tokenizer=recorded,
+            notes=notes,
+        )
         mesh = one_device_mesh()
         params = reader.restore_params(step, abstract=abstract_params(facts, mesh))
     finally:
         reader.close()
-    return NativeModel(facts=facts, params=params, mesh=mesh)
+    return NativeModel(facts=facts, params=params, mesh=mesh, tokenizer=load_tokenizer(directory, recorded))
 
 
 def read_model_directory(directory: Path) -> NativeModel:
@@ -84,9 +98,18 @@ def read_model_directory(directory: Path) -> NativeModel:
       ValueError: `model.json` or the parameters are damaged.
     """
     facts, mesh = read_facts(directory), one_device_mesh()
-    return NativeModel(
-        facts=facts, params=read_params(directory / PARAMS, abstract=abstract_params(facts, mesh)), mesh=mesh
-    )
+    params = read_params(directory / PARAMS, abstract=abstract_params(facts, mesh))
+    return NativeModel(facts=facts, params=params, mesh=mesh, tokenizer=read_tokenizer(directory, facts))
+
+
+def read_tokenizer(directory: Path, facts: ModelFacts) -> Tokenizer | None:
+    """Load the tokenizer of a model directory.
+
+    Raises:
+      FileNotFoundError: its file is missing.
+      ValueError: its contents are not the ones recorded.
+    """
+    return None if facts.tokenizer is None else load_tokenizer(directory, facts.tokenizer)
 
 
 def read_facts(directory: Path) -> ModelFacts:
@@ -104,20 +127,24 @@ def read_facts(directory: Path) -> ModelFacts:
             model=config_from(ModelConfig, values["model"], path="model"),
             mup=config_from(MupConfig, values["mup"], path="mup"),
             max_length=int(values["max_length"]),
+            eos_id=int(values["eos_id"]),
+            tokenizer=None if values["tokenizer"] is None else store.Tokenizer(**values["tokenizer"]),
             notes=values["notes"],
         )
     except (ValueError, KeyError, TypeError) as error:
         raise ValueError(f"{path} cannot be used: {error}") from error
 
 
-def write_model_directory(directory: Path, *, facts: ModelFacts, params: dict) -> None:
-    """Write the parameters, then `model.json`; the tokenizer's files are the caller's."""
+def write_model_directory(directory: Path, *, facts: ModelFacts, params: dict, tokenizer: Tokenizer | None) -> None:
+    """Write the parameters, the tokenizer and `model.json`; `facts` are those of this tokenizer."""
     write_params(directory / PARAMS, params)
-    write_facts(directory, facts)
+    write_facts(directory, facts, tokenizer=tokenizer)
 
 
-def write_facts(directory: Path, facts: ModelFacts) -> None:
-    """Write `model.json`."""
+def write_facts(directory: Path, facts: ModelFacts, *, tokenizer: Tokenizer | None) -> None:
+    """Write `model.json` and the tokenizer's file."""
+    if tokenizer is not None:
+        write_atomically(directory / tokenizer.stored_file, tokenizer.contents)
     write_atomically(
         directory / MODEL_FILE, json.dumps({"format": FORMAT} | dataclasses.asdict(facts), indent=2, sort_keys=True)
     )

@@ -22,6 +22,7 @@ from btlm_jax.convert.native import (
 from btlm_jax.convert.prove import streamed_logits
 from btlm_jax.convert.published import PublishedConfig, Tensors, read_published_config
 from btlm_jax.convert.read_hf import HuggingFaceTensors
+from btlm_jax.corpus.tokenizer import Tokenizer, find_tokenizer, stored_facts
 from btlm_jax.loss import logits
 from btlm_jax.mup import make_parametrization
 
@@ -35,6 +36,7 @@ class HuggingFaceSource:
         self.directory = directory
         self.config: PublishedConfig = read_published_config(directory / CONFIG_FILE)
         self.tensors: Tensors = HuggingFaceTensors(directory, self.config)
+        self.tokenizer = _tokenizer_of(directory, self.config)
         self.notes: dict[str, str] = {}
 
     def logits(self, ids_T: np.ndarray) -> np.ndarray:
@@ -45,11 +47,12 @@ class HuggingFaceSource:
 class NativeSource:
     """A training run's last checkpoint, or a model directory of ours."""
 
-    def __init__(self, native: NativeModel, *, eos_id: int):
+    def __init__(self, native: NativeModel):
         self.native = native
-        self.config = published_config(native.facts, eos_id=eos_id)
+        self.config = published_config(native.facts)
         scale = make_parametrization(native.facts.mup, native.facts.model).residual_scale
         self.tensors: Tensors = NativeTensors(native.params, self.config, residual_scale=scale)
+        self.tokenizer = native.tokenizer
         self.notes = native.facts.notes
 
     def logits(self, ids_T: np.ndarray) -> np.ndarray:
@@ -63,6 +66,16 @@ Source = HuggingFaceSource | NativeSource
 def is_hugging_face(directory: Path) -> bool:
     """Whether this looks like a Hugging Face directory: it has a config.json, and is none of ours."""
     return (directory / CONFIG_FILE).is_file() and not is_run(directory) and not is_model_directory(directory)
+
+
+def open_source(directory: Path) -> Source:
+    """Open a model of any readable form; its config, names and shapes are checked here, its values as they are read.
+
+    Raises:
+      FileNotFoundError: there is no model, or a file of it is missing.
+      ValueError: it is damaged, contradicts itself, or is of an architecture that cannot be computed.
+    """
+    return HuggingFaceSource(directory) if is_hugging_face(directory) else NativeSource(read_native(directory))
 
 
 def read_native(directory: Path) -> NativeModel:
@@ -91,7 +104,7 @@ def native_logits(native: NativeModel, ids_T: np.ndarray) -> np.ndarray:
         return np.asarray(logits(hidden_BTD, table_VD, output_scale=model.parametrization.output_scale))[0]
 
 
-def published_config(facts: ModelFacts, *, eos_id: int) -> PublishedConfig:
+def published_config(facts: ModelFacts) -> PublishedConfig:
     """Return a model of ours in published terms."""
     model, mup = facts.model, facts.mup
     return PublishedConfig(
@@ -108,12 +121,14 @@ def published_config(facts: ModelFacts, *, eos_id: int) -> PublishedConfig:
         mup_width_scale=_short(1 / make_parametrization(mup, model).width),
         mup_scale_qk_dot_by_d=mup.preset != "sp",
         alibi_scaling=model.alibi_scaling,
-        bos_token_id=eos_id,
-        eos_token_id=eos_id,
+        bos_token_id=facts.eos_id,
+        eos_token_id=facts.eos_id,
     )
 
 
-def model_facts(config: PublishedConfig, *, dtype: str, notes: dict[str, str]) -> ModelFacts:
+def model_facts(
+    config: PublishedConfig, *, dtype: str, tokenizer: Tokenizer | None, notes: dict[str, str]
+) -> ModelFacts:
     """Return a published model in our terms.
 
     Without q.k/head_dim the preset is standard parametrization, which has no width multiplier, so the width scale of
@@ -144,8 +159,23 @@ def model_facts(config: PublishedConfig, *, dtype: str, notes: dict[str, str]) -
             output_multiplier=config.mup_output_alpha if mup_like else _short(config.output_scale),
         ),
         max_length=config.n_positions,
+        eos_id=config.eos_token_id,
+        tokenizer=None if tokenizer is None else stored_facts(tokenizer),
         notes=notes,
     )
+
+
+def _tokenizer_of(directory: Path, config: PublishedConfig) -> Tokenizer | None:
+    try:
+        tokenizer = find_tokenizer(directory)
+    except FileNotFoundError:
+        return None
+    if tokenizer.vocab_size > config.vocab_size:
+        raise ValueError(
+            f"the tokenizer of {directory} has {tokenizer.vocab_size:,} ids, but config.json has only "
+            f"vocab_size={config.vocab_size:,}"
+        )
+    return tokenizer
 
 
 def _short(value: float) -> float:
