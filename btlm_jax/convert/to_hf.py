@@ -18,7 +18,7 @@ from btlm_jax.model import alibi_slopes
 
 SLOPES = "transformer.relative_pe.slopes"
 REMOTE_CODE = Path(__file__).parent / "remote_code"
-MODEL_FILES = ("configuration_btlm.py", "attention_btlm.py", "modeling_btlm.py")
+MODEL_FILES = tuple(sorted(REMOTE_CODE.glob("*_btlm.py")))
 
 
 def write_hf(
