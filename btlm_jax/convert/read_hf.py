@@ -10,6 +10,7 @@ import importlib
 import json
 import pickle
 import re
+import zipfile
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -162,7 +163,8 @@ class _PickledFile:
         except ImportError as error:
             raise ValueError(f"{path} needs PyTorch to be read; pip install 'btlm_jax[hf]'") from error
         try:
-            self._tensors = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
+            mapped = zipfile.is_zipfile(path)  # the format before PyTorch 1.6 cannot be
+            self._tensors = torch.load(path, map_location="cpu", mmap=mapped, weights_only=True)
         except (RuntimeError, pickle.UnpicklingError, EOFError, OSError) as error:
             reason = str(error).splitlines()[0] if str(error) else type(error).__name__
             raise ValueError(f"{path} is damaged or not a PyTorch state dict: {reason}") from error
