@@ -68,9 +68,7 @@ def convert(conversion: Conversion, *, say: Callable[[str], None]) -> list[Proof
         proofs = _write_and_prove(conversion, partial, say=say)
         failed = [str(proof) for proof in proofs if not proof.holds]
         if failed:
-            raise ValueError(
-                "the converted model does not compute the same, so it was not kept:\n  " + "\n  ".join(failed)
-            )
+            raise ValueError(f"what was written does not compute the same, so it was not kept: {'; '.join(failed)}")
         os.replace(partial, target)
     finally:
         _remove(partial)

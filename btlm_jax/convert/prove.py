@@ -92,9 +92,13 @@ def streamed_logits(config: PublishedConfig, tensors: Tensors, ids_T: np.ndarray
         x_TD = x_TD + linear(_attention(config, qkv_TC), block + "attn.c_proj")
         normed_TD = norm(x_TD, block + "ln_2")
         up_TF, gate_TF = linear(normed_TD, block + "mlp.c_fc"), linear(normed_TD, block + "mlp.c_fc2")
-        x_TD = x_TD + linear(up_TF * gate_TF / (1 + np.exp(-gate_TF)), block + "mlp.c_proj")
+        x_TD = x_TD + linear(up_TF * gate_TF * _sigmoid(gate_TF), block + "mlp.c_proj")
     head_VD = read(HEAD if HEAD in tensors.shapes else "transformer.wte.weight")
     return norm(x_TD, "transformer.ln_f") @ head_VD.T * np.float32(config.output_scale)
+
+
+def _sigmoid(x: np.ndarray) -> np.ndarray:
+    return (1 + np.tanh(x / 2)) / 2  # does not overflow
 
 
 def _attention(config: PublishedConfig, qkv_TC: np.ndarray) -> np.ndarray:
