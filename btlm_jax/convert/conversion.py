@@ -18,7 +18,7 @@ from btlm_jax.convert.native import abstract_params, one_device_mesh, read_model
 from btlm_jax.convert.prove import PROBE, Proof, compare, probe_ids, streamed_logits
 from btlm_jax.convert.published import read_published_config
 from btlm_jax.convert.read_hf import HuggingFaceTensors
-from btlm_jax.convert.source import CONFIG_FILE, Source, model_facts, native_logits, open_source
+from btlm_jax.convert.source import CONFIG_FILE, Source, native_logits, open_source
 from btlm_jax.convert.to_hf import padded, write_hf
 from btlm_jax.convert.tokenizer_files import write_tokenizer_files
 from btlm_jax.convert.transformers_logits import has_transformers, transformers_logits
@@ -108,8 +108,7 @@ def _write_and_prove(conversion: Conversion, directory: Path, *, say: Callable[[
 
 
 def _write_native(source: Source, directory: Path) -> None:
-    dtype = "bfloat16" if source.tensors.read("transformer.wte.weight").dtype.name == "bfloat16" else "float32"
-    facts = model_facts(source.config, dtype=dtype, tokenizer=source.tokenizer, notes=source.notes)
+    facts = source.facts()
     shapes = abstract_params(facts, one_device_mesh())
     with _progress(len(source.tensors.shapes)) as report:
         params = read_params(source.tensors, source.config, shapes=shapes, report=report)

@@ -10,12 +10,14 @@ import jax.numpy as jnp
 import numpy as np
 
 from btlm_jax.config import ModelConfig, MupConfig
-from btlm_jax.convert.names import NativeTensors
+from btlm_jax.convert.names import NativeTensors, read_params
 from btlm_jax.convert.native import (
     ModelFacts,
     NativeModel,
+    abstract_params,
     is_model_directory,
     is_run,
+    one_device_mesh,
     read_model_directory,
     read_run,
 )
@@ -39,6 +41,16 @@ class HuggingFaceSource:
         self.tokenizer = _tokenizer_of(directory, self.config)
         self.notes: dict[str, str] = {}
 
+    def facts(self) -> ModelFacts:
+        """Return the model in our terms; it computes in bfloat16 if that is what it is stored in."""
+        stored = self.tensors.read("transformer.wte.weight").dtype.name
+        return model_facts(
+            self.config,
+            dtype="bfloat16" if stored == "bfloat16" else "float32",
+            tokenizer=self.tokenizer,
+            notes=self.notes,
+        )
+
     def logits(self, ids_T: np.ndarray) -> np.ndarray:
         """Return the float32 logits_TV after each token."""
         return streamed_logits(self.config, self.tensors, ids_T)
@@ -54,6 +66,10 @@ class NativeSource:
         self.tensors: Tensors = NativeTensors(native.params, self.config, residual_scale=scale)
         self.tokenizer = native.tokenizer
         self.notes = native.facts.notes
+
+    def facts(self) -> ModelFacts:
+        """Return what is known of the model besides its weights."""
+        return self.native.facts
 
     def logits(self, ids_T: np.ndarray) -> np.ndarray:
         """Return the float32 logits_TV after each token, of the JAX model."""
@@ -76,6 +92,23 @@ def open_source(directory: Path) -> Source:
       ValueError: it is damaged, contradicts itself, or is of an architecture that cannot be computed.
     """
     return HuggingFaceSource(directory) if is_hugging_face(directory) else NativeSource(read_native(directory))
+
+
+def load_native(directory: Path) -> NativeModel:
+    """Load a model of any readable form into memory, float32.
+
+    Raises:
+      FileNotFoundError, ValueError: as `open_source`.
+    """
+    if not is_hugging_face(directory):
+        return read_native(directory)
+    source = HuggingFaceSource(directory)
+    facts = source.facts()
+    mesh = one_device_mesh()
+    params = read_params(source.tensors, source.config, shapes=abstract_params(facts, mesh), report=lambda name: None)
+    return NativeModel(
+        facts=facts, params=jax.device_put(params, mesh.devices.item()), mesh=mesh, tokenizer=source.tokenizer
+    )
 
 
 def read_native(directory: Path) -> NativeModel:

@@ -62,6 +62,7 @@ class SentencePieceTokenizer:
         except RuntimeError as error:
             raise ValueError(f"this is no SentencePiece model: {error}") from error
         self.contents = model
+        self.unk_id, self.bos_id = self._processor.unk_id(), self._processor.bos_id()  # -1 where there is none
         self.eos_id = self._processor.eos_id()
         self.vocab_size = self._processor.vocab_size()
         if self.eos_id < 0:

@@ -1,0 +1,58 @@
+"""Fold into the weights what other clients fix: the scale of the scores, an n_inner that blocks divide.
+
+llama.cpp always scores q.k/head_dim, and its block formats divide rows by 32 or 256. What cannot be folded is refused
+here, because the clients give wrong logits for it without a word.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+
+import numpy as np
+
+from btlm_jax.convert.published import PublishedConfig, Tensors, tensor_shapes
+
+_QKV = (".attn.c_attn.weight", ".attn.c_attn.bias")
+
+
+class FoldedTensors:
+    """A model's tensors after folding, by published name; see `published.Tensors`. `config` is the folded model's."""
+
+    def __init__(self, tensors: Tensors, config: PublishedConfig, *, pad_ffn: int):
+        """Take a model, and make its n_inner a multiple of `pad_ffn`: exact, as silu(0) = 0 and zero rows add nothing.
+
+        Raises:
+          ValueError: the model scales ALiBi, or a tensor is missing or of another shape than the config's.
+        """
+        if config.alibi_scaling != 1:
+            raise ValueError(
+                f"alibi_scaling={config.alibi_scaling:g} cannot be expressed in a Jais model: its clients ignore it "
+                "and give wrong logits; convert it with alibi_scaling 1, or keep it in the Hugging Face BTLM format"
+            )
+        for name, shape in tensor_shapes(config).items():
+            found = tensors.shapes.get(name)
+            if found is None or tuple(found) != shape:
+                raise ValueError(f"tensor {name} has shape {found}, but the config asks for {shape}")
+        self._tensors, self._source = tensors, config
+        n_inner = config.n_inner + -config.n_inner % pad_ffn
+        self.config = dataclasses.replace(config, n_inner=n_inner, mup_scale_qk_dot_by_d=True)
+        self.shapes = tensor_shapes(self.config)
+
+    def read(self, name: str) -> np.ndarray:
+        """Return one folded tensor, float32 if folding changed its values, else in the dtype it is stored in.
+
+        Raises:
+          ValueError: it came out with another shape than announced, or holds NaN or infinity.
+        """
+        array, announced = self._tensors.read(name), tuple(self._tensors.shapes[name])
+        if array.shape != announced:
+            raise ValueError(f"tensor {name} has shape {array.shape}, not {announced} as announced")
+        if not np.isfinite(array).all():
+            raise ValueError(f"tensor {name} holds values that are not finite; the model cannot be converted")
+        if name.endswith(_QKV) and not self._source.mup_scale_qk_dot_by_d:
+            array = array.astype(np.float32)
+            # (q sqrt(d)).k / d = q.k / sqrt(d); columns are q, k, v
+            array[..., : self._source.n_embd] *= np.float32(math.sqrt(self._source.head_dim))
+        widths = [(0, after - before) for before, after in zip(announced, self.shapes[name], strict=True)]
+        return np.pad(array, widths) if any(after for _, after in widths) else array

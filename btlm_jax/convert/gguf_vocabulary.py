@@ -1,0 +1,146 @@
+"""Tokenizers as GGUF stores them, so that llama.cpp makes the same ids of a text."""
+
+from __future__ import annotations
+
+import dataclasses
+import typing
+
+from btlm_jax.convert.sentencepiece_model import BPE, BYTE, CONTROL, NORMAL, UNUSED, parse_model
+from btlm_jax.corpus.byte_level import ByteLevelTokenizer
+from btlm_jax.corpus.tokenizer import SentencePieceTokenizer, Tokenizer
+
+if typing.TYPE_CHECKING:
+    from gguf import GGUFWriter
+
+_PADDING_SCORE = -10000.0
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ByteLevelVocabulary:
+    """GPT-2's byte-level BPE: its own pattern of words, no other special tokens than `special_ids`."""
+
+    tokens: tuple[str, ...]  # by id, in the visible characters that stand for bytes
+    merges: tuple[tuple[str, str], ...]  # first the ones that merge first
+    special_ids: frozenset[int]  # that no text makes
+    bos_id: int
+    eos_id: int
+
+    def __post_init__(self):
+        _check_ids(self, num_tokens=len(self.tokens))
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class SentencePieceVocabulary:
+    """A SentencePiece byte-pair model with byte fallback and without normalisation."""
+
+    pieces: tuple[str, ...]  # by id
+    scores: tuple[float, ...]
+    types: tuple[int, ...]  # SentencePiece's, which are GGUF's too
+    add_dummy_prefix: bool  # a text gets a space in front
+    bos_id: int
+    eos_id: int
+    unk_id: int
+
+    def __post_init__(self):
+        _check_ids(self, num_tokens=len(self.pieces))
+        if not len(self.pieces) == len(self.scores) == len(self.types):
+            raise ValueError(
+                f"{len(self.pieces)} pieces, {len(self.scores)} scores and {len(self.types)} types must be as many"
+            )
+        if self.types.count(BYTE) != 256:
+            raise ValueError(
+                f"this SentencePiece model has {self.types.count(BYTE)} byte pieces, not 256; llama.cpp stops at "
+                "characters that it does not know, so a model without byte fallback cannot be written as GGUF"
+            )
+
+
+Vocabulary = ByteLevelVocabulary | SentencePieceVocabulary
+
+
+def vocabulary_of(tokenizer: Tokenizer) -> Vocabulary:
+    """Return a tokenizer as GGUF stores it; where it has no begin-of-text token, that is the end-of-text token.
+
+    Raises:
+      ValueError: llama.cpp would make other ids of a text.
+    """
+    if isinstance(tokenizer, ByteLevelTokenizer):
+        if not tokenizer.is_gpt2:
+            raise ValueError(
+                "this tokenizer cuts words by another pattern than GPT-2's, or adds tokens to it; llama.cpp would make "
+                "other ids, so it cannot be written as GGUF"
+            )
+        return ByteLevelVocabulary(
+            tokens=tuple(tokenizer.tokens),
+            merges=tuple(tokenizer.merges),
+            special_ids=frozenset(tokenizer.special_ids),
+            bos_id=tokenizer.eos_id,
+            eos_id=tokenizer.eos_id,
+        )
+    if isinstance(tokenizer, SentencePieceTokenizer):
+        return _sentencepiece_vocabulary(tokenizer)
+    raise ValueError(f"a tokenizer of kind {tokenizer.kind!r} cannot be written as GGUF")
+
+
+def add_vocabulary(writer: GGUFWriter, vocabulary: Vocabulary | None, *, vocab_size: int) -> None:
+    """Add the tokenizer's keys; ids that no token has are called [PADi]. None is a model without a tokenizer.
+
+    Raises:
+      ValueError: there are more tokens than rows of the embedding.
+    """
+    if vocabulary is None:
+        writer.add_tokenizer_model("no_vocab")
+        return
+    is_byte_level = isinstance(vocabulary, ByteLevelVocabulary)
+    tokens = vocabulary.tokens if is_byte_level else vocabulary.pieces
+    missing = vocab_size - len(tokens)
+    if missing < 0:
+        raise ValueError(f"the tokenizer has {len(tokens)} tokens, but the model only {vocab_size} embeddings")
+    padding = [f"[PAD{number}]" for number in range(len(tokens), vocab_size)]
+    if is_byte_level:
+        writer.add_tokenizer_model("gpt2")
+        writer.add_tokenizer_pre("gpt-2")
+        types = [CONTROL if number in vocabulary.special_ids else NORMAL for number in range(len(tokens))]
+        writer.add_token_merges([" ".join(pair) for pair in vocabulary.merges])
+    else:
+        writer.add_tokenizer_model("llama")
+        types = vocabulary.types
+        writer.add_token_scores([*vocabulary.scores, *[_PADDING_SCORE] * missing])
+        writer.add_unk_token_id(vocabulary.unk_id)
+        writer.add_add_space_prefix(vocabulary.add_dummy_prefix)
+    writer.add_token_list([*tokens, *padding])
+    writer.add_token_types([*types, *[UNUSED] * missing])
+    writer.add_bos_token_id(vocabulary.bos_id)
+    writer.add_eos_token_id(vocabulary.eos_id)
+    writer.add_add_bos_token(False)  # documents follow each other in training; nothing starts them
+    writer.add_add_eos_token(False)
+
+
+def _sentencepiece_vocabulary(tokenizer: SentencePieceTokenizer) -> SentencePieceVocabulary:
+    model = parse_model(tokenizer.contents)
+    reasons = {
+        "it is not of byte-pair merges (model_type='bpe')": model.model_type != BPE,
+        "it rewrites characters (normalization_rule_name is not 'identity')": model.rewrites_characters,
+        "it removes extra spaces (remove_extra_whitespaces)": model.remove_extra_whitespaces,
+        "its spaces follow the word (treat_whitespace_as_suffix)": model.whitespace_as_suffix,
+        "it keeps spaces as they are (escape_whitespaces=false)": not model.escape_whitespaces,
+    }
+    for reason, holds in reasons.items():
+        if holds:
+            raise ValueError(
+                f"this SentencePiece model cannot be written as GGUF: {reason}, so llama.cpp would make other ids"
+            )
+    return SentencePieceVocabulary(
+        pieces=model.pieces,
+        scores=model.scores,
+        types=model.types,
+        add_dummy_prefix=model.add_dummy_prefix,
+        bos_id=tokenizer.bos_id if tokenizer.bos_id >= 0 else tokenizer.eos_id,
+        eos_id=tokenizer.eos_id,
+        unk_id=tokenizer.unk_id,
+    )
+
+
+def _check_ids(vocabulary: Vocabulary, *, num_tokens: int) -> None:
+    for field in dataclasses.fields(vocabulary):
+        if field.name.endswith("_id") and not 0 <= getattr(vocabulary, field.name) < num_tokens:
+            raise ValueError(f"{field.name}={getattr(vocabulary, field.name)} is none of the {num_tokens} tokens")

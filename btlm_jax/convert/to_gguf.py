@@ -1,0 +1,143 @@
+"""Write GGUF, the file of llama.cpp and what is built on it, in its architecture "jais": BTLM under another name."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import numpy as np
+
+from btlm_jax.convert.fold import FoldedTensors
+from btlm_jax.convert.ggml import FILE_TYPES, encode, import_gguf, num_bytes, row_encoder, tensor_type
+from btlm_jax.convert.gguf_vocabulary import Vocabulary, add_vocabulary
+from btlm_jax.convert.published import PublishedConfig, Tensors, block_shapes
+
+BLOCK_MULTIPLE = 256  # n_inner becomes a multiple of it: the largest block
+_MAX_ALIBI_BIAS = 8.0  # slopes 2**(-8 i / n_head)
+_QUANTIZATION_VERSION = 2  # of GGML's block formats
+_EMBEDDING, _OUTPUT = "token_embd.weight", "output.weight"
+
+# Published name, after "transformer.h.<layer>." for blocks -> GGUF name, after "blk.<layer>."; weight or bias follows.
+_BLOCK_NAMES = {
+    "ln_1": "attn_norm",
+    "attn.c_attn": "attn_qkv",
+    "attn.c_proj": "attn_output",
+    "ln_2": "ffn_norm",
+    "mlp.c_fc": "ffn_up",
+    "mlp.c_fc2": "ffn_gate",
+    "mlp.c_proj": "ffn_down",
+}
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class GGUFTensor:
+    """A tensor of the file: `scale` times a published one, transposed if that is Conv1D's [in, out]."""
+
+    name: str
+    published: str
+    shape: tuple[int, ...]  # row-major; GGUF writes it backwards
+    type_name: str
+    transposed: bool
+    scale: float
+
+
+def write_gguf(
+    path: Path,
+    *,
+    config: PublishedConfig,
+    tensors: Tensors,
+    tokenizer: Vocabulary | None,
+    file_type: str,
+    report: Callable[[str], None],
+) -> None:
+    """Write a model to `path`, one tensor in memory at a time; None is a model without a tokenizer.
+
+    The multipliers go into the weights: mup_embeddings_scale into token_embd, mup_output_alpha x mup_width_scale into
+    output (which is no longer tied), sqrt(head_dim) into q where the scores were divided by it. `report` is told each
+    tensor's GGUF name before it is written.
+
+    Raises:
+      ValueError: the model cannot be expressed, a value is not finite or too large, or a library is missing.
+      OSError: the file cannot be written. Nothing stays under `path` then.
+    """
+    if file_type not in FILE_TYPES:
+        raise ValueError(f"file_type={file_type!r} is not known; allowed are {', '.join(FILE_TYPES)}")
+    folded = FoldedTensors(tensors, config, pad_ffn=BLOCK_MULTIPLE)
+    entries = list(gguf_tensors(folded.config, file_type=file_type))
+    for type_name in {entry.type_name for entry in entries}:
+        row_encoder(type_name)  # a library that is missing is missing now, not after an hour
+    gguf = import_gguf()
+    partial = path.with_name(f".{path.name}.partial")
+    writer = gguf.GGUFWriter(partial, "jais")
+    try:
+        _add_keys(writer, folded.config, file_type=file_type)
+        add_vocabulary(writer, tokenizer, vocab_size=config.vocab_size)
+        for entry in entries:
+            writer.add_tensor_info(
+                entry.name, entry.shape, np.dtype(np.float32), num_bytes(entry.shape, entry.type_name),
+                raw_dtype=gguf.GGMLQuantizationType[entry.type_name],
+            )  # fmt: skip
+        writer.write_header_to_file()
+        writer.write_kv_data_to_file()
+        writer.write_ti_data_to_file()
+        for entry in entries:
+            report(entry.name)
+            writer.write_tensor_data(_encoded(folded, entry))
+        writer.close()
+        _sync(partial)
+        os.replace(partial, path)
+    finally:
+        writer.close()
+        partial.unlink(missing_ok=True)
+
+
+def gguf_tensors(config: PublishedConfig, *, file_type: str) -> Iterator[GGUFTensor]:
+    """Yield the tensors of a file in their order, for a folded model."""
+    D, V = config.n_embd, config.vocab_size
+
+    def entry(name: str, published: str, shape: tuple[int, ...], scale: float) -> GGUFTensor:
+        transposed = len(shape) == 2 and published != "transformer.wte.weight"
+        shape = shape[::-1] if transposed else shape
+        type_name = tensor_type(name, shape, file_type=file_type, num_layers=config.n_layer)
+        return GGUFTensor(
+            name=name, published=published, shape=shape, type_name=type_name, transposed=transposed, scale=scale
+        )
+
+    yield entry(_EMBEDDING, "transformer.wte.weight", (V, D), config.mup_embeddings_scale)
+    for layer in range(config.n_layer):
+        for published, shape in block_shapes(config).items():
+            module, kind = published.rsplit(".", 1)
+            yield entry(f"blk.{layer}.{_BLOCK_NAMES[module]}.{kind}", f"transformer.h.{layer}.{published}", shape, 1.0)
+    for kind in ("weight", "bias"):
+        yield entry(f"output_norm.{kind}", f"transformer.ln_f.{kind}", (D,), 1.0)
+    yield entry(_OUTPUT, "transformer.wte.weight", (V, D), config.output_scale)
+
+
+def _encoded(folded: FoldedTensors, entry: GGUFTensor) -> np.ndarray:
+    stored = folded.read(entry.published)
+    try:
+        return encode(stored.T if entry.transposed else stored, entry.type_name, scale=entry.scale)
+    except ValueError as error:
+        raise ValueError(f"tensor {entry.published}: {error}") from error
+
+
+def _add_keys(writer, config: PublishedConfig, *, file_type: str) -> None:
+    gguf = import_gguf()
+    writer.add_type("model")
+    writer.add_file_type(gguf.LlamaFileType[FILE_TYPES[file_type].code])
+    writer.add_quantization_version(_QUANTIZATION_VERSION)
+    writer.add_vocab_size(config.vocab_size)
+    writer.add_block_count(config.n_layer)
+    writer.add_context_length(config.n_positions)
+    writer.add_embedding_length(config.n_embd)
+    writer.add_feed_forward_length(config.n_inner)
+    writer.add_head_count(config.n_head)
+    writer.add_layer_norm_eps(config.layer_norm_epsilon)
+    writer.add_max_alibi_bias(_MAX_ALIBI_BIAS)
+
+
+def _sync(path: Path) -> None:
+    with open(path, "rb") as file:
+        os.fsync(file.fileno())

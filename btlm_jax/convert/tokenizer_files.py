@@ -1,0 +1,212 @@
+"""Write a tokenizer for Hugging Face, and prove before it gets its name that it makes the same ids.
+
+Byte-level BPE goes out as what it is, SentencePiece as a tokenizer.json made of its pieces beside the model itself.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import random
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+
+import tokenizers
+
+from btlm_jax.convert.sentencepiece_model import CONTROL, UNKNOWN, USER_DEFINED, as_tokenizer, parse_model
+from btlm_jax.corpus.byte_level import MERGES_FILE, VOCAB_FILE, ByteLevelTokenizer, read_byte_level
+from btlm_jax.corpus.tokenizer import SentencePieceTokenizer, Tokenizer
+from btlm_jax.files import write_atomically
+
+TOKENIZER_JSON, CONFIG_JSON, SPECIAL_JSON = "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json"
+GPT2_CLASS, PLAIN_CLASS = "GPT2Tokenizer", "PreTrainedTokenizerFast"
+PROBES = (
+    "",
+    " ",
+    "   ",
+    "\n",
+    "\n\n \n",
+    "Hello world",
+    " a space in front, two behind  ",
+    "It's what we've said: they'll come at 10:45, I'd guess (or 1,234.5%)... won't they?!",
+    "def area(radius):\n    if radius < 0:\n        raise ValueError(radius)\n\treturn 3.14 * radius ** 2  # tab\n",
+    '{"key": [1, 2.5e-3, null], "path": "C:\\\\dir"}\r\n<a href="x">b</a>',
+    "\u00c9t\u00e9, na\u00efve, Stra\u00dfe, \u0141\u00f3d\u017a, \u0130stanbul; e\u0301 in two parts",
+    "\u0413\u0434\u0435 \u043a\u043d\u0438\u0433\u0430? \u03a0\u03bf\u03cd \u03b5\u03af\u03bd\u03b1\u03b9;",
+    "\u6570\u5b66\u306f\u3001\u7f8e\u3057\u3044\u3002 \uc218\ud559 \u0917\u0923\u093f\u0924",
+    "\u0627\u0644\u0631\u064a\u0627\u0636\u064a\u0627\u062a \u05de\u05ea\u05de\u05d8\u05d9\u05e7\u05d4",
+    "\U0001f600\U0001f469\u200d\U0001f4bb\U0001f1e8\U0001f1ed\u2764\ufe0f",
+    "\x00\x01\x07\x0b\x1f\x7f\x85\xa0\u2028\ufeff\ufffd\ufffe",
+    "\uff21\ufb01\u00bd\u2460\u00b2",
+    "a" * 70 + " " * 33 + "=" * 65 + "\n" * 17 + "ab" * 40 + "0" * 50,
+    "<0x41><0x0A><s></s><unk><pad><|endoftext|>",
+)
+_NUM_DRAWN = 200  # texts of random tokens, which reach the whole vocabulary
+
+
+def write_tokenizer_files(
+    directory: Path, tokenizer: Tokenizer, *, model_max_length: int, more_probes: Sequence[str] = ()
+) -> list[Path]:
+    """Write the files with which `AutoTokenizer.from_pretrained(directory)` makes the same ids offline; return them.
+
+    Raises:
+      ValueError: the tokenizer cannot be expressed, or the written files make other ids or other text; nothing is kept.
+    """
+    if model_max_length < 1:
+        raise ValueError(f"model_max_length={model_max_length} must be at least 1")
+    with tempfile.TemporaryDirectory(dir=directory, prefix=".tokenizer-") as partial:
+        for name, contents in _files(tokenizer, model_max_length=model_max_length).items():
+            write_atomically(Path(partial) / name, contents)
+        prove_tokenizer_files(Path(partial), tokenizer, more_probes=more_probes)
+        written = [directory / path.name for path in sorted(Path(partial).iterdir())]
+        for path in written:
+            os.replace(Path(partial) / path.name, path)
+    return written
+
+
+def prove_tokenizer_files(directory: Path, tokenizer: Tokenizer, *, more_probes: Sequence[str] = ()) -> None:
+    """Compare the ids and the text back of the files in `directory`, by every library here that reads them.
+
+    Raises:
+      ValueError: they differ; it names the text and the first ids that do.
+    """
+    probes = [*PROBES, *_probes_of(tokenizer), *more_probes]
+    special, unk_id = _special_tokens(tokenizer), _unk_id(tokenizer)
+    for client, (encode, decode) in _clients(directory, tokenizer):
+        for text in probes:
+            expected, found = tokenizer.encode(text), encode(text)
+            if expected != found:
+                raise ValueError(
+                    f"{client} makes other ids than the tokenizer: {_first_difference(text, expected, found)}"
+                )
+            # an unknown character gives nothing back in one library and a sign in the other
+            if unk_id not in expected and decode(expected) != tokenizer.decode(expected):
+                raise ValueError(
+                    f"{client} turns the ids of {_shown(text)} into {_shown(decode(expected))}, "
+                    f"not {_shown(tokenizer.decode(expected))}"
+                )
+    if _has_transformers():
+        auto = _auto_tokenizer(directory)
+        by_name = auto(special["eos_token"], add_special_tokens=False)["input_ids"]
+        if by_name != [tokenizer.eos_id] or auto.eos_token_id != tokenizer.eos_id or len(auto) != tokenizer.vocab_size:
+            raise ValueError(
+                f"AutoTokenizer has eos_token_id={auto.eos_token_id}, {special['eos_token']!r} -> {by_name}, "
+                f"{len(auto)} tokens; the tokenizer has eos_id={tokenizer.eos_id}, {tokenizer.vocab_size} tokens"
+            )
+
+
+def _files(tokenizer: Tokenizer, *, model_max_length: int) -> dict[str, str | bytes]:
+    special = _special_tokens(tokenizer)
+    config = special | {
+        "model_max_length": model_max_length,
+        "add_prefix_space": False,
+        "clean_up_tokenization_spaces": False,
+        "tokenizer_class": PLAIN_CLASS,
+    }
+    files: dict[str, str | bytes] = {SPECIAL_JSON: _json(special)}
+    if isinstance(tokenizer, SentencePieceTokenizer):
+        converted = as_tokenizer(parse_model(tokenizer.contents), unk_id=_unk_id(tokenizer))
+        files |= {
+            TOKENIZER_JSON: _readable_by_old_clients(converted.to_str()),
+            tokenizer.stored_file: tokenizer.contents,
+        }
+    elif isinstance(tokenizer, ByteLevelTokenizer):
+        files[TOKENIZER_JSON] = _readable_by_old_clients(tokenizer.json)
+        if tokenizer.is_gpt2:  # other patterns of words cannot be told in these two files
+            config["tokenizer_class"] = GPT2_CLASS
+            files[VOCAB_FILE] = json.dumps({token: number for number, token in enumerate(tokenizer.tokens)})
+            files[MERGES_FILE] = "#version: 0.2\n" + "".join(f"{a} {b}\n" for a, b in tokenizer.merges)
+    else:
+        raise ValueError(f"a tokenizer of kind {tokenizer.kind!r} cannot be written for Hugging Face")
+    return files | {CONFIG_JSON: _json(config)}
+
+
+def _special_tokens(tokenizer: Tokenizer) -> dict[str, str]:
+    """Return the special tokens by their names in Hugging Face; GPT-2 has one for all."""
+    if isinstance(tokenizer, ByteLevelTokenizer):
+        return dict.fromkeys(("bos_token", "eos_token", "unk_token"), tokenizer.eos_token)
+    pieces = parse_model(tokenizer.contents).pieces
+    bos_id = tokenizer.bos_id if tokenizer.bos_id >= 0 else tokenizer.eos_id  # a document begins after another's end
+    return {
+        "bos_token": pieces[bos_id],
+        "eos_token": pieces[tokenizer.eos_id],
+        "unk_token": pieces[tokenizer.unk_id],
+    }
+
+
+def _unk_id(tokenizer: Tokenizer) -> int:
+    return tokenizer.unk_id if isinstance(tokenizer, SentencePieceTokenizer) else -1  # every byte is known to BPE
+
+
+def _readable_by_old_clients(contents: str) -> str:
+    """Write each merge as "a b", which every version of tokenizers reads; pairs are new in 0.20."""
+    body = json.loads(contents)
+    merges = body["model"].get("merges", [])
+    if merges and not any(" " in part for pair in merges for part in pair):
+        body["model"]["merges"] = [" ".join(pair) for pair in merges]
+    return json.dumps(body, ensure_ascii=False)
+
+
+def _probes_of(tokenizer: Tokenizer) -> Iterator[str]:
+    """Yield texts of random tokens, and the names of the pieces that are not ordinary at the start, middle and end."""
+    draw = random.Random(0)
+    for _ in range(_NUM_DRAWN):
+        yield tokenizer.decode([draw.randrange(tokenizer.vocab_size) for _ in range(30)])
+    names = list(_special_tokens(tokenizer).values())
+    if isinstance(tokenizer, SentencePieceTokenizer):
+        model = parse_model(tokenizer.contents)
+        names += [model.pieces[number] for kind in (CONTROL, UNKNOWN, USER_DEFINED) for number in model.ids_of(kind)]
+    for name in names:
+        yield f"{name}a{name} {name}{name} b {name}"
+
+
+Client = tuple[Callable[[str], list[int]], Callable[[list[int]], str]]
+
+
+def _clients(directory: Path, tokenizer: Tokenizer) -> Iterator[tuple[str, Client]]:
+    """Yield (name, (encode, decode)) of all that read the files; a special token's name is ordinary text to them."""
+    read = tokenizers.Tokenizer.from_file(str(directory / TOKENIZER_JSON))
+    read.encode_special_tokens = True
+    yield TOKENIZER_JSON, (lambda text: read.encode(text).ids, read.decode)
+    if (directory / VOCAB_FILE).is_file():
+        with tempfile.TemporaryDirectory() as alone:
+            for name in (VOCAB_FILE, MERGES_FILE, CONFIG_JSON):
+                (Path(alone) / name).symlink_to((directory / name).resolve())
+            pair = read_byte_level(Path(alone))
+        yield f"{VOCAB_FILE} with {MERGES_FILE}", (pair.encode, pair.decode)
+    if _has_transformers():
+        auto = _auto_tokenizer(directory)
+        yield (
+            "AutoTokenizer",
+            (
+                lambda text: auto(text, split_special_tokens=True, verbose=False)["input_ids"],
+                lambda ids: auto.decode(ids, skip_special_tokens=True),
+            ),
+        )
+
+
+def _has_transformers() -> bool:
+    return importlib.util.find_spec("transformers") is not None
+
+
+def _auto_tokenizer(directory: Path):
+    from transformers import AutoTokenizer
+
+    return AutoTokenizer.from_pretrained(directory, local_files_only=True, trust_remote_code=False)
+
+
+def _first_difference(text: str, expected: list[int], found: list[int]) -> str:
+    at = next(
+        (at for at, (a, b) in enumerate(zip(expected, found, strict=False)) if a != b), min(len(expected), len(found))
+    )
+    return f"for {_shown(text)} from the id at {at} on {found[at : at + 5]}, not {expected[at : at + 5]}"
+
+
+def _shown(text: str) -> str:
+    return repr(text if len(text) <= 120 else text[:120] + "...")
+
+
+def _json(values: dict) -> str:
+    return json.dumps(values, indent=2, ensure_ascii=False) + "\n"
