@@ -98,7 +98,7 @@ def test_the_files_are_read_back_as_the_same_tokenizer(written):
     again = find_tokenizer(directory)
     assert (again.kind, again.vocab_size, again.eos_id) == (tokenizer.kind, tokenizer.vocab_size, tokenizer.eos_id)
     assert again.encode_batch(TEXTS, num_threads=1) == tokenizer.encode_batch(TEXTS, num_threads=1)
-    expected = {"tokenizer.json", "tokenizer_config.json", "special_tokens_map.json"}
+    expected = {"tokenizer.json", "tokenizer_config.json"}
     expected |= {"byte-level": {"vocab.json", "merges.txt"}, "byte-level, own pattern": set()}.get(
         name, {"tokenizer.model"}
     )
@@ -182,7 +182,7 @@ def test_a_failed_proof_leaves_the_old_files(tmp_path, monkeypatch):
 TAMPERED = [
     ("tokenizer.json", lambda body: body["decoder"].update({"decoders": body["decoder"]["decoders"][1:]}), "turns the"),
     ("tokenizer.json", lambda body: body.update({"decoder": None}), "tokenizer.json turns the ids of"),
-    ("tokenizer.json", lambda body: body["added_tokens"].clear(), "AutoTokenizer"),
+    ("tokenizer.json", lambda body: body["added_tokens"].clear(), r"tokenizer.json reads '</s>' as the ids .*\[1\]"),
     ("tokenizer_config.json", lambda body: body.update({"eos_token": "<unk>"}), "has eos_token_id=0"),
     ("tokenizer_config.json", lambda body: body.update({"pad_token": "<new>"}), "401 tokens"),
 ]

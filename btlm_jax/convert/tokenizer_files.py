@@ -20,7 +20,8 @@ from btlm_jax.corpus.byte_level import MERGES_FILE, VOCAB_FILE, ByteLevelTokeniz
 from btlm_jax.corpus.tokenizer import SentencePieceTokenizer, Tokenizer
 from btlm_jax.files import write_atomically
 
-TOKENIZER_JSON, CONFIG_JSON, SPECIAL_JSON = "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json"
+# No special_tokens_map.json: AutoTokenizer lets it override tokenizer_config.json, which names the same tokens.
+TOKENIZER_JSON, CONFIG_JSON = "tokenizer.json", "tokenizer_config.json"
 GPT2_CLASS, PLAIN_CLASS = "GPT2Tokenizer", "PreTrainedTokenizerFast"
 PROBES = (
     "",
@@ -87,6 +88,13 @@ def prove_tokenizer_files(directory: Path, tokenizer: Tokenizer, *, more_probes:
                     f"{client} turns the ids of {_shown(text)} into {_shown(decode(expected))}, "
                     f"not {_shown(tokenizer.decode(expected))}"
                 )
+    plain = _tokenizer_json(directory)
+    by_name, text = plain.encode(special["eos_token"]).ids, plain.decode([tokenizer.eos_id])
+    if by_name != [tokenizer.eos_id] or text:
+        raise ValueError(
+            f"{TOKENIZER_JSON} reads {special['eos_token']!r} as the ids {by_name}, and writes its id as {text!r}; "
+            f"it must be [{tokenizer.eos_id}] and nothing"
+        )
     if _has_transformers():
         auto = _auto_tokenizer(directory)
         by_name = auto(special["eos_token"], add_special_tokens=False)["input_ids"]
@@ -105,7 +113,7 @@ def _files(tokenizer: Tokenizer, *, model_max_length: int) -> dict[str, str | by
         "clean_up_tokenization_spaces": False,
         "tokenizer_class": PLAIN_CLASS,
     }
-    files: dict[str, str | bytes] = {SPECIAL_JSON: _json(special)}
+    files: dict[str, str | bytes] = {}
     if isinstance(tokenizer, SentencePieceTokenizer):
         converted = as_tokenizer(parse_model(tokenizer.contents), unk_id=_unk_id(tokenizer))
         files |= {
@@ -167,7 +175,7 @@ Client = tuple[Callable[[str], list[int]], Callable[[list[int]], str]]
 
 def _clients(directory: Path, tokenizer: Tokenizer) -> Iterator[tuple[str, Client]]:
     """Yield (name, (encode, decode)) of all that read the files; a special token's name is ordinary text to them."""
-    read = tokenizers.Tokenizer.from_file(str(directory / TOKENIZER_JSON))
+    read = _tokenizer_json(directory)
     read.encode_special_tokens = True
     yield TOKENIZER_JSON, (lambda text: read.encode(text).ids, read.decode)
     if (directory / VOCAB_FILE).is_file():
@@ -185,6 +193,10 @@ def _clients(directory: Path, tokenizer: Tokenizer) -> Iterator[tuple[str, Clien
                 lambda ids: auto.decode(ids, skip_special_tokens=True),
             ),
         )
+
+
+def _tokenizer_json(directory: Path) -> tokenizers.Tokenizer:
+    return tokenizers.Tokenizer.from_file(str(directory / TOKENIZER_JSON))
 
 
 def _has_transformers() -> bool:
