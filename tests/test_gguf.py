@@ -277,6 +277,12 @@ def test_tokenizers_that_llama_cpp_would_read_otherwise_are_refused(tmp_path):
         vocabulary_of(trained(model_type="bpe", byte_fallback=True))
     with pytest.raises(ValueError, match="0 byte pieces, not 256"):
         vocabulary_of(trained(model_type="bpe", vocab_size=150, remove_extra_whitespaces=False))
+    with pytest.raises(ValueError, match="space in front of the text .* llama.cpp puts a space after each"):
+        vocabulary_of(
+            trained(
+                model_type="bpe", byte_fallback=True, remove_extra_whitespaces=False, user_defined_symbols=["<tag>"]
+            )
+        )
     vocabulary = vocabulary_of(sentencepiece_bpe(dummy_prefix=False))
     with pytest.raises(ValueError, match="400 tokens, but the model only 101 embeddings"):
         write(tmp_path / "m.gguf", OTHER, RandomTensors(OTHER), tokenizer=vocabulary)

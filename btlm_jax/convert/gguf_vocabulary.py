@@ -5,7 +5,16 @@ from __future__ import annotations
 import dataclasses
 import typing
 
-from btlm_jax.convert.sentencepiece_model import BPE, BYTE, CONTROL, NORMAL, UNUSED, parse_model
+from btlm_jax.convert.sentencepiece_model import (
+    BPE,
+    BYTE,
+    CONTROL,
+    NORMAL,
+    UNUSED,
+    USER_DEFINED,
+    parse_model,
+    symbols_inside,
+)
 from btlm_jax.corpus.byte_level import ByteLevelTokenizer
 from btlm_jax.corpus.tokenizer import SentencePieceTokenizer, Tokenizer
 
@@ -35,7 +44,7 @@ class SentencePieceVocabulary:
 
     pieces: tuple[str, ...]  # by id
     scores: tuple[float, ...]
-    types: tuple[int, ...]  # SentencePiece's, which are GGUF's too
+    types: tuple[int, ...]  # SentencePiece's numbers, which are GGUF's too
     add_dummy_prefix: bool  # a text gets a space in front
     bos_id: int
     eos_id: int
@@ -116,13 +125,23 @@ def add_vocabulary(writer: GGUFWriter, vocabulary: Vocabulary | None, *, vocab_s
 
 
 def _sentencepiece_vocabulary(tokenizer: SentencePieceTokenizer) -> SentencePieceVocabulary:
+    """Write symbols that the model itself finds as ordinary pieces.
+
+    Those that llama.cpp knows as user-defined cut a text, and it puts the space in front of the text after each of them
+    too (llama-vocab.cpp, is_prev_special).
+    """
     model = parse_model(tokenizer.contents)
+    inside = symbols_inside(model)
     reasons = {
         "it is not of byte-pair merges (model_type='bpe')": model.model_type != BPE,
         "it rewrites characters (normalization_rule_name is not 'identity')": model.rewrites_characters,
         "it removes extra spaces (remove_extra_whitespaces)": model.remove_extra_whitespaces,
         "its spaces follow the word (treat_whitespace_as_suffix)": model.whitespace_as_suffix,
         "it keeps spaces as they are (escape_whitespaces=false)": not model.escape_whitespaces,
+        "it puts a space in front of the text (add_dummy_prefix) and has user-defined symbols of several characters, "
+        "or whose character is in other pieces; llama.cpp puts a space after each of them": (
+            model.add_dummy_prefix and set(model.ids_of(USER_DEFINED)) - inside
+        ),
     }
     for reason, holds in reasons.items():
         if holds:
@@ -132,7 +151,7 @@ def _sentencepiece_vocabulary(tokenizer: SentencePieceTokenizer) -> SentencePiec
     return SentencePieceVocabulary(
         pieces=model.pieces,
         scores=model.scores,
-        types=model.types,
+        types=tuple(NORMAL if number in inside else kind for number, kind in enumerate(model.types)),
         add_dummy_prefix=model.add_dummy_prefix,
         bos_id=tokenizer.bos_id if tokenizer.bos_id >= 0 else tokenizer.eos_id,
         eos_id=tokenizer.eos_id,

@@ -77,7 +77,7 @@ def as_tokenizer(model: SentencePieceModel, *, unk_id: int) -> Tokenizer:
       ValueError: it cannot be expressed there.
     """
     _check_expressible(model)
-    inside = _inside_the_model(model)
+    inside = symbols_inside(model)
     tokenizer = Tokenizer(_unigram(model, unk_id) if model.model_type == UNIGRAM else _bpe(model, unk_id))
     if model.model_type == UNIGRAM:
         tokenizer.pre_tokenizer = _cut_names(model)
@@ -99,24 +99,8 @@ def as_tokenizer(model: SentencePieceModel, *, unk_id: int) -> Tokenizer:
     return tokenizer
 
 
-def _check_expressible(model: SentencePieceModel) -> None:
-    reasons = {
-        "it rewrites characters, such as nmt_nfkc does, which the tokenizers library does by whole graphemes, "
-        "so some texts get other ids; train with normalization_rule_name='identity'": model.rewrites_characters,
-        "it is of words or characters, not unigram or BPE": model.model_type not in (UNIGRAM, BPE),
-        "its spaces follow the word (treat_whitespace_as_suffix)": model.whitespace_as_suffix,
-        "it keeps spaces as they are (escape_whitespaces=false)": not model.escape_whitespaces,
-        "it has unused pieces": bool(model.ids_of(UNUSED)),
-        "a user-defined symbol of several characters after a dummy prefix cannot be told apart from one at the "
-        "start": model.add_dummy_prefix and set(model.ids_of(USER_DEFINED)) - _inside_the_model(model),
-    }
-    for reason, holds in reasons.items():
-        if holds:
-            raise ValueError(f"this SentencePiece model cannot be written for Hugging Face: {reason}")
-
-
-def _inside_the_model(model: SentencePieceModel) -> set[int]:
-    """Return the user-defined symbols that the model itself finds.
+def symbols_inside(model: SentencePieceModel) -> set[int]:
+    """Return the ids of the user-defined symbols that the model itself finds, as it finds any piece.
 
     Unigram finds them by their score. BPE finds a single character that no other piece has, as nothing merges with it.
     The others become added tokens, which cut the text before the normalizer sees it.
@@ -126,6 +110,22 @@ def _inside_the_model(model: SentencePieceModel) -> set[int]:
         return set(symbols)
     in_pieces = {letter for number in model.ids_of(NORMAL) for letter in model.pieces[number]}
     return {number for number in symbols if len(model.pieces[number]) == 1 and model.pieces[number] not in in_pieces}
+
+
+def _check_expressible(model: SentencePieceModel) -> None:
+    reasons = {
+        "it rewrites characters, such as nmt_nfkc does, which the tokenizers library does by whole graphemes, "
+        "so some texts get other ids; train with normalization_rule_name='identity'": model.rewrites_characters,
+        "it is of words or characters, not unigram or BPE": model.model_type not in (UNIGRAM, BPE),
+        "its spaces follow the word (treat_whitespace_as_suffix)": model.whitespace_as_suffix,
+        "it keeps spaces as they are (escape_whitespaces=false)": not model.escape_whitespaces,
+        "it has unused pieces": bool(model.ids_of(UNUSED)),
+        "a user-defined symbol of several characters after a dummy prefix cannot be told apart from one at the "
+        "start": model.add_dummy_prefix and set(model.ids_of(USER_DEFINED)) - symbols_inside(model),
+    }
+    for reason, holds in reasons.items():
+        if holds:
+            raise ValueError(f"this SentencePiece model cannot be written for Hugging Face: {reason}")
 
 
 def _bpe(model: SentencePieceModel, unk_id: int) -> models.BPE:
