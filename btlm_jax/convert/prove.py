@@ -7,13 +7,12 @@ memory, and it shares no code with the JAX model nor with the PyTorch file that 
 from __future__ import annotations
 
 import dataclasses
-import math
 from collections.abc import Sequence
 
 import numpy as np
 
+from btlm_jax.convert import forward
 from btlm_jax.convert.published import PublishedConfig, Tensors
-from btlm_jax.model import alibi_slopes
 
 HEAD = "lm_head.weight"
 PROBE = (
@@ -77,39 +76,19 @@ def streamed_logits(config: PublishedConfig, tensors: Tensors, ids_T: np.ndarray
     def read(name: str) -> np.ndarray:
         return tensors.read(name).astype(np.float32)
 
-    def linear(x_TD: np.ndarray, name: str) -> np.ndarray:
-        return x_TD @ read(f"{name}.weight") + read(f"{name}.bias")
+    def layers_of(prefix: str) -> tuple[forward.Layer, forward.Layer]:
+        def norm(x_BTD: np.ndarray, name: str) -> np.ndarray:
+            return forward.layer_norm(config, x_BTD, read(f"{prefix}{name}.weight"), read(f"{prefix}{name}.bias"))
 
-    def norm(x_TD: np.ndarray, name: str) -> np.ndarray:
-        x_TD = x_TD - x_TD.mean(-1, keepdims=True)
-        x_TD = x_TD / np.sqrt(np.square(x_TD).mean(-1, keepdims=True) + np.float32(config.layer_norm_epsilon))
-        return x_TD * read(f"{name}.weight") + read(f"{name}.bias")
+        def linear(x_BTK: np.ndarray, name: str) -> np.ndarray:
+            return x_BTK @ read(f"{prefix}{name}.weight") + read(f"{prefix}{name}.bias")
 
-    x_TD = tensors.read("transformer.wte.weight")[ids_T].astype(np.float32) * np.float32(config.mup_embeddings_scale)
+        return norm, linear
+
+    x_BTD = forward.embed(config, tensors.read("transformer.wte.weight"), ids_T[None])
     for layer in range(config.n_layer):
-        block = f"transformer.h.{layer}."
-        qkv_TC = linear(norm(x_TD, block + "ln_1"), block + "attn.c_attn")
-        x_TD = x_TD + linear(_attention(config, qkv_TC), block + "attn.c_proj")
-        normed_TD = norm(x_TD, block + "ln_2")
-        up_TF, gate_TF = linear(normed_TD, block + "mlp.c_fc"), linear(normed_TD, block + "mlp.c_fc2")
-        x_TD = x_TD + linear(up_TF * gate_TF * _sigmoid(gate_TF), block + "mlp.c_proj")
+        norm, linear = layers_of(f"transformer.h.{layer}.")
+        x_BTD = forward.block(config, x_BTD, norm=norm, linear=linear)
+    final_norm, _ = layers_of("transformer.")
     head_VD = read(HEAD if HEAD in tensors.shapes else "transformer.wte.weight")
-    return norm(x_TD, "transformer.ln_f") @ head_VD.T * np.float32(config.output_scale)
-
-
-def _sigmoid(x: np.ndarray) -> np.ndarray:
-    return (1 + np.tanh(x / 2)) / 2  # does not overflow
-
-
-def _attention(config: PublishedConfig, qkv_TC: np.ndarray) -> np.ndarray:
-    T = len(qkv_TC)
-    q_TNH, k_TNH, v_TNH = np.moveaxis(qkv_TC.reshape(T, 3, config.n_head, config.head_dim), 1, 0)
-    scale = 1 / config.head_dim if config.mup_scale_qk_dot_by_d else 1 / math.sqrt(config.head_dim)
-    distance_TS = np.arange(T)[:, None] - np.arange(T)[None]
-    slopes_N = alibi_slopes(config.n_head, scaling=config.alibi_scaling)
-    scores_NTS = np.einsum("TNH,SNH->NTS", q_TNH, k_TNH, optimize=True) * np.float32(scale)
-    scores_NTS -= slopes_N[:, None, None] * distance_TS.astype(np.float32)
-    scores_NTS = np.where(distance_TS >= 0, scores_NTS, -np.inf)
-    weights_NTS = np.exp(scores_NTS - scores_NTS.max(-1, keepdims=True))
-    weights_NTS /= weights_NTS.sum(-1, keepdims=True)
-    return np.einsum("NTS,SNH->TNH", weights_NTS, v_TNH, optimize=True).reshape(T, -1)
+    return final_norm(x_BTD, "ln_f")[0] @ head_VD.T * np.float32(config.output_scale)
