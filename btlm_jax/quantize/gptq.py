@@ -1,0 +1,65 @@
+"""GPTQ: round row after row, and let the rows that are still to come make up for each one's error.
+
+Frantar et al. 2022, "GPTQ: Accurate Post-Training Quantization for Generative Pre-trained Transformers"
+(arXiv:2210.17323), of which this is Algorithm 1. The paper's W is ours transposed: its columns are our rows, inputs k.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+from btlm_jax.quantize.grouped import MAX_CODE, Grouped, min_max_grid
+
+DAMPING = 0.01  # of the Hessian's mean diagonal, added to it (the paper's section 3.3, step 3)
+
+
+def gptq(w_KM: np.ndarray, group_size: int, *, hessian_KK: np.ndarray) -> Grouped:
+    """Round so that the outputs over the calibration inputs, |X W - X W_q|^2, stay close; the Hessian is X^T X.
+
+    With H^-1 = U^T U (U the upper Cholesky factor, step 3), row k has the error e = (w_k - q_k) / U_kk, and every
+    later row j gives way by U_kj e (equations 2 and 3). A block of the lazy batch update (step 2) is a group here, and
+    the group's grid is chosen when its turn comes, from the rows as they stand by then (section 4, "grouping").
+
+    Raises:
+      ValueError: as `round_to_nearest`, or the Hessian is not finite.
+    """
+    factor_KK = _inverse_factor(hessian_KK)
+    rest_KM = w_KM.astype(np.float32)  # the rows not yet rounded, as changed so far
+    codes_KM = np.empty(w_KM.shape, np.uint8)
+    grids = []
+    for start in range(0, len(w_KM), group_size):
+        group = slice(start, min(start + group_size, len(w_KM)))
+        grid = min_max_grid(rest_KM[group], group_size)
+        codes_KM[group], errors_IM = _round_group(rest_KM[group], grid, factor_KK[group, group])
+        rest_KM[group.stop :] -= factor_KK[group, group.stop :].T @ errors_IM
+        grids.append(grid)
+    return Grouped(
+        codes_KM=codes_KM,
+        scale_GM=np.concatenate([grid.scale_GM for grid in grids]),
+        offset_GM=np.concatenate([grid.offset_GM for grid in grids]),
+        group_size=group_size,
+    )
+
+
+def _round_group(w_IM: np.ndarray, grid, factor_II: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Return the codes of a group's rows, and each row's error over its place on the factor's diagonal."""
+    w_IM = w_IM.copy()
+    codes_IM, errors_IM = np.empty(w_IM.shape, np.uint8), np.empty_like(w_IM)
+    scale_M, offset_M = grid.scale_GM[0].astype(np.float32), grid.offset_GM[0].astype(np.float32)
+    step_M = np.where(scale_M > 0, scale_M, np.inf)  # a grid of one value has only code 0
+    for row in range(len(w_IM)):
+        codes_IM[row] = np.clip(np.rint((w_IM[row] - offset_M) / step_M), 0, MAX_CODE)
+        rounded_M = codes_IM[row] * scale_M + offset_M
+        errors_IM[row] = (w_IM[row] - rounded_M) / factor_II[row, row]
+        w_IM[row + 1 :] -= factor_II[row, row + 1 :, None] * errors_IM[row]
+    return codes_IM, errors_IM
+
+
+def _inverse_factor(hessian_KK: np.ndarray) -> np.ndarray:
+    """Return the float32 upper U_KK with U^T U = (H + damping)^-1; of a Hessian of zeros, which says nothing, 1."""
+    if not np.isfinite(hessian_KK).all():
+        raise ValueError("the calibration inputs are not finite")
+    damped_KK = hessian_KK.astype(np.float64)
+    mean = np.diagonal(damped_KK).mean()
+    damped_KK[np.diag_indices_from(damped_KK)] += DAMPING * mean if mean > 0 else 1.0
+    return np.linalg.cholesky(np.linalg.inv(damped_KK), upper=True).astype(np.float32)

@@ -1,0 +1,168 @@
+"""Round a whole model, block by block from its published tensors; one block is in memory at a time."""
+
+from __future__ import annotations
+
+import enum
+from collections.abc import Callable, Iterator
+
+import numpy as np
+
+from btlm_jax.convert import forward
+from btlm_jax.convert.published import PublishedConfig, Tensors, block_shapes
+from btlm_jax.quantize.awq import Block, scaled_block
+from btlm_jax.quantize.gptq import gptq
+from btlm_jax.quantize.grouped import Grouped, Grouped8, dequantize, round_to_nearest, round_to_nearest_8
+from btlm_jax.quantize.hqq import half_quadratic
+
+EMBEDDING = "transformer.wte.weight"
+FINAL_NORM = ("transformer.ln_f.weight", "transformer.ln_f.bias")
+
+Rounded = np.ndarray | Grouped | Grouped8
+
+
+class Method(enum.StrEnum):
+    """How a matrix is rounded."""
+
+    RTN = "rtn"
+    HQQ = "hqq"
+    GPTQ = "gptq"
+    AWQ = "awq"
+    AWQ_GPTQ = "awq+gptq"  # AWQ's scales, then GPTQ
+
+    @property
+    def is_calibrated(self) -> bool:
+        """Whether it needs token ids of the kind of text that the model is for."""
+        return self not in (Method.RTN, Method.HQQ)
+
+    @property
+    def is_scaled(self) -> bool:
+        """Whether AWQ's scales are folded in first."""
+        return self in (Method.AWQ, Method.AWQ_GPTQ)
+
+
+def quantize_model(
+    config: PublishedConfig,
+    tensors: Tensors,
+    *,
+    method: Method,
+    group_size: int,
+    embedding_bits: int,
+    calibration_BT: np.ndarray | None,
+    report: Callable[[str], None],
+) -> Iterator[tuple[str, Rounded]]:
+    """Yield every published tensor by name in the order of the network: matrices rounded, the rest float32.
+
+    A rounded matrix [in, out] keeps its orientation. The embedding [V, D] comes as w_DV, grouped along D as the
+    readout's matrix. Calibration activations run through what is rounded already (GPTQ's section 4).
+    `report` is called with the name of each tensor as it is worked on.
+
+    Raises:
+      ValueError: a tensor is not finite or too large; names it. Or the method lacks its calibration ids, or
+        embedding_bits is neither 4 nor 8.
+    """
+    if method.is_calibrated and (calibration_BT is None or calibration_BT.size == 0):
+        raise ValueError(f"method={method} needs calibration token ids; give some, or use {Method.RTN} or {Method.HQQ}")
+    report(EMBEDDING)
+    table = _named(EMBEDDING, _round_table, _read(tensors, EMBEDDING).T, group_size, embedding_bits)
+    yield EMBEDDING, table
+    x_BTD = None
+    if method.is_calibrated:
+        x_BTD = forward.embed(config, dequantize(table).T, calibration_BT)
+    del table
+    for layer in range(config.n_layer):
+        prefix = f"transformer.h.{layer}."
+        block = {name: _read(tensors, prefix + name) for name in block_shapes(config)}
+
+        def announce(name: str, prefix=prefix) -> str:
+            report(prefix + name)
+            return prefix + name
+
+        if method.is_calibrated:
+            rounded, x_BTD = _round_on(config, block, x_BTD, method=method, group_size=group_size, announce=announce)
+        else:
+            rounded = _round_alone(block, method=method, group_size=group_size, announce=announce)
+        for name in block:
+            yield prefix + name, rounded[name]
+    for name in FINAL_NORM:
+        report(name)
+        yield name, _read(tensors, name)
+
+
+def as_published(name: str, rounded: Rounded) -> np.ndarray:
+    """Return the float32 tensor in the published layout that a rounded one stands for."""
+    if isinstance(rounded, np.ndarray):
+        return rounded
+    return dequantize(rounded).T if name == EMBEDDING else dequantize(rounded)
+
+
+def _round_alone(block: Block, *, method: Method, group_size: int, announce: Callable[[str], str]) -> dict:
+    round_matrix = {Method.RTN: round_to_nearest, Method.HQQ: half_quadratic}[method]
+    return {
+        name: _named(announce(name), round_matrix, array, group_size) if array.ndim == 2 else array
+        for name, array in block.items()
+    }
+
+
+def _round_on(
+    config: PublishedConfig,
+    block: Block,
+    x_BTD: np.ndarray,
+    *,
+    method: Method,
+    group_size: int,
+    announce: Callable[[str], str],
+) -> tuple[dict, np.ndarray]:
+    """Return the rounded block and its output on the block's calibration input."""
+    if method.is_scaled:
+        block = scaled_block(block, _layer_inputs(config, block, x_BTD), group_size)
+    rounded = dict(block)
+
+    def linear(x_BTK: np.ndarray, name: str) -> np.ndarray:
+        weight, w_KM = f"{name}.weight", block[f"{name}.weight"]
+        if method == Method.AWQ:
+            rounded[weight] = _named(announce(weight), round_to_nearest, w_KM, group_size)
+        else:
+            x_RK = x_BTK.reshape(-1, x_BTK.shape[-1])
+            rounded[weight] = _named(announce(weight), gptq, w_KM, group_size, hessian_KK=x_RK.T @ x_RK)
+        return x_BTK @ dequantize(rounded[weight]) + block[f"{name}.bias"]
+
+    x_BTD = forward.block(config, x_BTD, norm=_norm_of(config, block), linear=linear)
+    return rounded, x_BTD
+
+
+def _layer_inputs(config: PublishedConfig, block: Block, x_BTD: np.ndarray) -> dict[str, np.ndarray]:
+    """Return the inputs x_RK of each matrix of the float block."""
+    inputs = {}
+
+    def linear(x_BTK: np.ndarray, name: str) -> np.ndarray:
+        inputs[name] = x_BTK.reshape(-1, x_BTK.shape[-1])
+        return x_BTK @ block[f"{name}.weight"] + block[f"{name}.bias"]
+
+    forward.block(config, x_BTD, norm=_norm_of(config, block), linear=linear)
+    return inputs
+
+
+def _norm_of(config: PublishedConfig, block: Block) -> forward.Layer:
+    return lambda x_BTD, name: forward.layer_norm(config, x_BTD, block[f"{name}.weight"], block[f"{name}.bias"])
+
+
+def _round_table(w_DV: np.ndarray, group_size: int, bits: int) -> Grouped | Grouped8:
+    if bits not in (4, 8):
+        raise ValueError(f"embedding_bits={bits} is not known; allowed are 4 and 8")
+    return half_quadratic(w_DV, group_size) if bits == 4 else round_to_nearest_8(w_DV, group_size)
+
+
+def _read(tensors: Tensors, name: str) -> np.ndarray:
+    array = tensors.read(name).astype(np.float32)
+    num_bad = int((~np.isfinite(array)).sum())
+    if num_bad:
+        raise ValueError(f"tensor {name} holds {num_bad:,} values that are not finite; the model cannot be quantized")
+    return array
+
+
+def _named(name: str, round_matrix: Callable, *arguments, **options) -> Grouped | Grouped8:
+    """Round, and say in an error which tensor it was."""
+    try:
+        return round_matrix(*arguments, **options)
+    except ValueError as error:
+        raise ValueError(f"tensor {name} cannot be quantized: {error}") from error
