@@ -1,0 +1,207 @@
+// Attention over the cache of keys and values; see cache.py for its layout, and for the same in JAX.
+//
+// Sizes: B rows, T new tokens, N heads, H head dim, S slots of all heads together.
+
+#include "lanes.h"
+
+namespace {
+
+constexpr int64_t kKeys = 64;       // worked on at a time
+constexpr float kLowest = -1e30f;   // below every score
+
+inline float one(float v) { return v; }
+inline float one(int8_t v) { return v; }
+inline float one(bf16 v) {
+  uint32_t wide = uint32_t{v.bits} << 16;
+  float out;
+  std::memcpy(&out, &wide, 4);
+  return out;
+}
+inline bf16 to_bf16(float v) {  // to nearest, ties to even
+  uint32_t bits;
+  std::memcpy(&bits, &v, 4);
+  if ((bits & 0x7fffffffu) > 0x7f800000u) return {0x7fc0};
+  return {static_cast<uint16_t>((bits + 0x7fffu + ((bits >> 16) & 1)) >> 16)};
+}
+
+// e^v for v <= 0, to 2 units in the last place: 2^n times a polynomial (Cephes, expf.c).
+inline f8 exp8(f8 v) {
+  v = v < -87.0f ? f8{} - 87.0f : v;
+  i8 n = __builtin_convertvector(v * 1.44269504f - 0.5f, i8);
+  f8 n_float = __builtin_convertvector(n, f8);
+  f8 r = v - n_float * 0.693359375f + n_float * 2.12194440e-4f;
+  f8 p = ((((1.9875691500e-4f * r + 1.3981999507e-3f) * r + 8.3334519073e-3f) * r + 4.1665795894e-2f) * r +
+          1.6666665459e-1f) * r + 5.0000001201e-1f;
+  p = p * r * r + r + 1.0f;
+  return p * reinterpret_cast<f8>((n + 127) << 23);
+}
+
+inline float sum(f8 v) { return ((v[0] + v[4]) + (v[1] + v[5])) + ((v[2] + v[6]) + (v[3] + v[7])); }
+
+inline void keep(const float* from, float* to, float*, int64_t H) { std::memcpy(to, from, H * sizeof(float)); }
+inline void keep(const float* from, bf16* to, float*, int64_t H) {
+  for (int64_t h = 0; h < H; ++h) to[h] = to_bf16(from[h]);
+}
+inline void keep(const float* from, int8_t* to, float* scale, int64_t H) {
+  float largest = 0;
+  for (int64_t h = 0; h < H; ++h) largest = std::max(largest, std::abs(from[h]));
+  *scale = largest / 127;
+  float inverse = largest > 0 ? 127 / largest : 0;
+  for (int64_t h = 0; h < H; ++h) to[h] = static_cast<int8_t>(__builtin_rintf(from[h] * inverse));
+}
+
+template <typename C>
+void widen(const C* from, const float* scales, float* to, int64_t count, int64_t H) {
+  for (int64_t j = 0; j < count; ++j, from += H, to += H) {
+    float scale = std::is_same_v<C, int8_t> ? scales[j] : 1.0f;
+    int64_t h = 0;
+    for (; h + kLanes <= H; h += kLanes) store(to + h, load(from + h) * scale);
+    for (; h < H; ++h) to[h] = one(from[h]) * scale;
+  }
+}
+
+inline float dot(const float* a, const float* b, int64_t H) {
+  f8 sums = {};
+  int64_t h = 0;
+  for (; h + kLanes <= H; h += kLanes) sums += load(a + h) * load(b + h);
+  float total = sum(sums);
+  for (; h < H; ++h) total += a[h] * b[h];
+  return total;
+}
+
+struct Head {  // one head of one row
+  int64_t slots, window, start, count, H, ld;
+  float slope, scale;
+};
+
+// Softmax over keys that come tile by tile: the largest score, the sum of weights and of weighted values so far.
+struct Running {
+  float largest = kLowest, total = 0;
+  std::vector<float> values;
+};
+
+void attend_tile(const Head& head, const float* q, const float* k, const float* v, int64_t first, int64_t keys,
+                 int64_t position, Running& run) {
+  int64_t low = std::max(first, position - head.window + 1), high = std::min(first + keys - 1, position);
+  if (low > high) return;
+  alignas(32) float weights[kKeys];
+  float largest = run.largest;
+  for (int64_t p = low; p <= high; ++p) {
+    float score = dot(q, k + (p - first) * head.H, head.H) * head.scale - head.slope * float(position - p);
+    weights[p - low] = score;
+    largest = std::max(largest, score);
+  }
+  int64_t count = high - low + 1;
+  for (int64_t j = count; j % kLanes; ++j) weights[j] = kLowest;
+  f8 sums = {};
+  for (int64_t j = 0; j < count; j += kLanes) {
+    f8 e = exp8(load(weights + j) - largest);
+    store(weights + j, e);
+    for (int64_t i = count - j; i < kLanes; ++i) e[i] = 0;
+    sums += e;
+  }
+  f8 old = exp8(f8{} + std::max(run.largest - largest, -87.0f));
+  float keep_old = run.total > 0 ? old[0] : 0.0f;
+  run.total = run.total * keep_old + sum(sums);
+  run.largest = largest;
+  const float* rows = v + (low - first) * head.H;
+  float* values = run.values.data();
+  int64_t h = 0;
+  for (; h + kLanes <= head.H; h += kLanes) {
+    f8 acc = load(values + h) * keep_old;
+    for (int64_t j = 0; j < count; ++j) acc += load(rows + j * head.H + h) * weights[j];
+    store(values + h, acc);
+  }
+  for (; h < head.H; ++h) {
+    float acc = values[h] * keep_old;
+    for (int64_t j = 0; j < count; ++j) acc += rows[j * head.H + h] * weights[j];
+    values[h] = acc;
+  }
+}
+
+// Keeps the new keys and values, then attends. Returns a bound on the share of weight that fell out of the window.
+template <typename C>
+float attend_head(const Head& head, const float* q, const float* k_new, const float* v_new, C* k, C* v, float* k_scale,
+                  float* v_scale, float* largest_key, float* out) {
+  int64_t H = head.H;
+  for (int64_t t = 0; t < head.count; ++t) {
+    int64_t slot = (head.start + t) % head.slots;
+    keep(k_new + t * head.ld, k + slot * H, k_scale + slot, H);
+    keep(v_new + t * head.ld, v + slot * H, v_scale + slot, H);
+    *largest_key = std::max(*largest_key, __builtin_sqrtf(dot(k_new + t * head.ld, k_new + t * head.ld, H)));
+  }
+  std::vector<Running> runs(head.count);
+  for (Running& run : runs) run.values.assign(H, 0.0f);
+  std::vector<float> wide(2 * kKeys * H);
+  int64_t end = head.start + head.count, first = std::max<int64_t>(0, head.start - head.window + 1);
+  while (first < end) {
+    int64_t slot = first % head.slots, keys = std::min({kKeys, head.slots - slot, end - first});
+    widen(k + slot * H, k_scale + slot, wide.data(), keys, H);
+    widen(v + slot * H, v_scale + slot, wide.data() + kKeys * H, keys, H);
+    for (int64_t t = 0; t < head.count; ++t) {
+      attend_tile(head, q + t * head.ld, wide.data(), wide.data() + kKeys * H, first, keys, head.start + t, runs[t]);
+    }
+    first += keys;
+  }
+  float lost = 0;
+  for (int64_t t = 0; t < head.count; ++t) {
+    const float* row = q + t * head.ld;
+    for (int64_t h = 0; h < H; ++h) out[t * head.ld + h] = runs[t].values[h] / runs[t].total;
+    if (head.start + t < head.window) continue;
+    float highest = __builtin_sqrtf(dot(row, row, H)) * *largest_key * head.scale - head.slope * float(head.window);
+    float share = __builtin_expf(std::min(highest - runs[t].largest, 80.0f)) / (1 - __builtin_expf(-head.slope));
+    lost = std::max(lost, share);
+  }
+  return lost;
+}
+
+ffi::Error attend(ffi::ThreadPool pool, ffi::Buffer<ffi::F32> q_BTNH, ffi::Buffer<ffi::F32> k_BTNH,
+                  ffi::Buffer<ffi::F32> v_BTNH, ffi::AnyBuffer k_LBSH, ffi::AnyBuffer, ffi::Buffer<ffi::F32>,
+                  ffi::Buffer<ffi::F32>, ffi::Buffer<ffi::F32>, ffi::Buffer<ffi::S32> starts_B,
+                  ffi::Buffer<ffi::S32> counts_B, ffi::Buffer<ffi::S32> layer, ffi::Buffer<ffi::F32> slopes_N,
+                  ffi::Buffer<ffi::S32> windows_N, ffi::Buffer<ffi::S32> firsts_N, float scale,
+                  ffi::ResultBuffer<ffi::F32> o_BTNH, ffi::Result<ffi::AnyBuffer> k_kept,
+                  ffi::Result<ffi::AnyBuffer> v_kept, ffi::ResultBuffer<ffi::F32> k_scales,
+                  ffi::ResultBuffer<ffi::F32> v_scales, ffi::ResultBuffer<ffi::F32> largest_keys_LBN,
+                  ffi::ResultBuffer<ffi::F32> lost_BN) {
+  auto dims = q_BTNH.dimensions();
+  int64_t B = dims[0], T = dims[1], N = dims[2], H = dims[3], S = k_LBSH.dimensions()[2];
+  int64_t at_layer = layer.typed_data()[0];
+  bool scaled = k_LBSH.element_type() == ffi::S8;
+  auto run = [&](int64_t task, auto* typed) {
+    using C = std::remove_pointer_t<decltype(typed)>;
+    int64_t b = task / N, n = N - 1 - task % N;  // the flattest slopes have the widest windows: they start first
+    int64_t first = firsts_N.typed_data()[n], next = n + 1 < N ? firsts_N.typed_data()[n + 1] : S;
+    Head head{next - first, windows_N.typed_data()[n], starts_B.typed_data()[b], counts_B.typed_data()[b],
+              H, N * H, slopes_N.typed_data()[n], scale};
+    int64_t from = b * T * N * H + n * H, slot = (at_layer * B + b) * S + first;
+    int64_t scale_slot = scaled ? slot : 0;
+    for (int64_t t = head.count; t < T; ++t) std::fill_n(o_BTNH->typed_data() + from + t * N * H, H, 0.0f);
+    lost_BN->typed_data()[b * N + n] = attend_head(
+        head, q_BTNH.typed_data() + from, k_BTNH.typed_data() + from, v_BTNH.typed_data() + from,
+        static_cast<C*>(k_kept->untyped_data()) + slot * H, static_cast<C*>(v_kept->untyped_data()) + slot * H,
+        k_scales->typed_data() + scale_slot, v_scales->typed_data() + scale_slot,
+        largest_keys_LBN->typed_data() + (at_layer * B + b) * N + n, o_BTNH->typed_data() + from);
+  };
+  int64_t longest = *std::max_element(starts_B.typed_data(), starts_B.typed_data() + B) + T;
+  parallel(pool, B * N, T * longest * H, [&](int64_t task) {
+    switch (k_LBSH.element_type()) {
+      case ffi::S8: return run(task, static_cast<int8_t*>(nullptr));
+      case ffi::BF16: return run(task, static_cast<bf16*>(nullptr));
+      default: return run(task, static_cast<float*>(nullptr));
+    }
+  });
+  return ffi::Error::Success();
+}
+
+}  // namespace
+
+#define F32_IN Arg<ffi::Buffer<ffi::F32>>()
+#define S32_IN Arg<ffi::Buffer<ffi::S32>>()
+#define F32_OUT Ret<ffi::Buffer<ffi::F32>>()
+
+XLA_FFI_DEFINE_HANDLER_SYMBOL(btlm_attend, attend,
+                              ffi::Ffi::Bind().Ctx<ffi::ThreadPool>().F32_IN.F32_IN.F32_IN
+                                  .Arg<ffi::AnyBuffer>().Arg<ffi::AnyBuffer>().F32_IN.F32_IN.F32_IN
+                                  .S32_IN.S32_IN.S32_IN.F32_IN.S32_IN.S32_IN.Attr<float>("scale")
+                                  .F32_OUT.Ret<ffi::AnyBuffer>().Ret<ffi::AnyBuffer>().F32_OUT.F32_OUT.F32_OUT.F32_OUT);

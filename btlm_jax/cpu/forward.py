@@ -1,0 +1,131 @@
+"""The network over a cache, with tiled weights and float32 activations: the same arithmetic as model/transformer.py."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from btlm_jax.cpu.cache import Cache, Layout, attend
+from btlm_jax.cpu.tiles import FloatTiles, Tiles, columns, float_tiles, matmul
+from btlm_jax.model import Btlm
+
+WEIGHT_DTYPES = ("float32", "bfloat16")
+_ALIGNMENT = 64  # of memory that JAX takes over without a copy
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Weights:
+    """A model's parameters: matrices in tiles, and vectors, float32, by name; the layers' are stacked."""
+
+    embedding: Tiles  # [1, D, V]: the readout; a token's embedding is a column
+    qkv: Tiles  # [L, D, 3 N H]
+    out: Tiles  # [L, N H, D]
+    up_gate: Tiles  # [L, D, 2 F]
+    down: Tiles  # [L, F, D]
+    vectors: dict[str, jax.Array]  # of blocks [L, width]: ln_1, qkv, out, ln_2, up_gate, down; and ln_f [width]
+
+
+def float_weights(params: dict, *, dtype: str) -> Weights:
+    """Return the weights of a parameter tree, its matrices in `dtype` (one of WEIGHT_DTYPES)."""
+    blocks, embedding = params["blocks"], params["embedding"]["embedding"]
+    attention, mlp = blocks["attention"], blocks["mlp"]
+
+    def stacked(*kernels, num_inputs: int) -> FloatTiles:
+        made = None
+        for layer in range(kernels[0].shape[0]):
+            parts = [np.asarray(kernel[layer]).reshape(num_inputs, -1) for kernel in kernels]
+            tiles = float_tiles(np.concatenate(parts, axis=1), dtype=dtype)
+            made = aligned((kernels[0].shape[0], *tiles.shape), tiles.dtype) if made is None else made
+            made[layer] = tiles
+        num_outputs = sum(part.shape[1] for part in parts)
+        return FloatTiles(data=taken_over(made), num_inputs=num_inputs, num_outputs=num_outputs)
+
+    L, D = blocks["ln_1"]["scale"].shape
+    F = mlp["up"]["kernel"].shape[2]
+    biases = {name: [attention[name]["bias"].reshape(L, -1)] for name in ("query", "key", "value", "out")}
+    vectors = {
+        "ln_1.scale": blocks["ln_1"]["scale"],
+        "ln_1.bias": blocks["ln_1"]["bias"],
+        "qkv.bias": jnp.concatenate(biases["query"] + biases["key"] + biases["value"], axis=1),
+        "out.bias": biases["out"][0],
+        "ln_2.scale": blocks["ln_2"]["scale"],
+        "ln_2.bias": blocks["ln_2"]["bias"],
+        "up_gate.bias": jnp.concatenate([mlp["up"]["bias"], mlp["gate"]["bias"]], axis=1),
+        "down.bias": mlp["down"]["bias"],
+        "ln_f.scale": params["ln_f"]["scale"],
+        "ln_f.bias": params["ln_f"]["bias"],
+    }
+    return Weights(
+        embedding=stacked(np.asarray(embedding).T[None], num_inputs=D),
+        qkv=stacked(*(attention[name]["kernel"] for name in ("query", "key", "value")), num_inputs=D),
+        out=stacked(attention["out"]["kernel"], num_inputs=D),
+        up_gate=stacked(mlp["up"]["kernel"], mlp["gate"]["kernel"], num_inputs=D),
+        down=stacked(mlp["down"]["kernel"], num_inputs=F),
+        vectors={name: jnp.asarray(vector, jnp.float32) for name, vector in vectors.items()},
+    )
+
+
+@functools.partial(jax.jit, static_argnames=("model", "layout"), donate_argnames="cache")
+def extend(model: Btlm, weights: Weights, cache: Cache, *, layout: Layout, inputs_BT, starts_B, counts_B):
+    """Run counts_B[b] new tokens of row b at positions starts_B[b], starts_B[b] + 1, ...; keep their keys and values.
+
+    Returns the float32 logits_BV after each row's last new token, the cache, and a bound on the share of attention that
+    lay outside the cache's windows (cache.py).
+    """
+    config, parametrization = model.config, model.parametrization
+    (B, T), N, H, F = inputs_BT.shape, config.num_heads, config.head_dim, config.d_ff
+    x_RD = columns(weights.embedding, inputs_BT.reshape(-1)) * parametrization.embedding_scale
+    blocks = {name: vector for name, vector in weights.vectors.items() if not name.startswith("ln_f")}
+
+    def block(carry, scanned):
+        x_RD, cache, lost = carry
+        layer, own = scanned
+        normed_RD = _norm(x_RD, own["ln_1.scale"], own["ln_1.bias"], eps=config.layer_norm_eps)
+        qkv_RM = matmul(normed_RD, weights.qkv, layer=layer) + own["qkv.bias"]
+        q_BTNH, k_BTNH, v_BTNH = (part.reshape(B, T, N, H) for part in jnp.split(qkv_RM, 3, axis=1))
+        o_BTNH, cache, lost_B = attend(
+            q_BTNH, k_BTNH, v_BTNH, cache, layout=layout, layer=layer, starts_B=starts_B, counts_B=counts_B,
+            scale=parametrization.attention_scale,
+        )  # fmt: skip
+        branch_RD = matmul(o_BTNH.reshape(B * T, N * H), weights.out, layer=layer) + own["out.bias"]
+        x_RD = x_RD + parametrization.residual_scale * branch_RD
+        normed_RD = _norm(x_RD, own["ln_2.scale"], own["ln_2.bias"], eps=config.layer_norm_eps)
+        wide_RM = matmul(normed_RD, weights.up_gate, layer=layer) + own["up_gate.bias"]
+        branch_RD = matmul(wide_RM[:, :F] * jax.nn.silu(wide_RM[:, F:]), weights.down, layer=layer) + own["down.bias"]
+        x_RD = x_RD + parametrization.residual_scale * branch_RD
+        return (x_RD, cache, jnp.maximum(lost, lost_B.max())), None
+
+    layers = jnp.arange(config.num_layers)
+    (x_RD, cache, lost), _ = jax.lax.scan(block, (x_RD, cache, jnp.float32(0)), (layers, blocks))
+    last_BD = jnp.take_along_axis(x_RD.reshape(B, T, -1), jnp.maximum(counts_B - 1, 0)[:, None, None], axis=1)[:, 0]
+    vectors = weights.vectors
+    last_BD = _norm(last_BD, vectors["ln_f.scale"], vectors["ln_f.bias"], eps=config.layer_norm_eps)
+    return matmul(last_BD, weights.embedding, layer=0) * parametrization.output_scale, cache, lost
+
+
+def num_bytes(weights: Weights) -> int:
+    """Return the size of all weights in memory."""
+    return sum(leaf.nbytes for leaf in jax.tree.leaves(weights))
+
+
+def aligned(shape: tuple[int, ...], dtype) -> np.ndarray:
+    """Return an uninitialised array that JAX can take over without a copy."""
+    size = int(np.prod(shape)) * np.dtype(dtype).itemsize
+    room = np.empty(size + _ALIGNMENT, np.uint8)
+    start = -room.ctypes.data % _ALIGNMENT
+    return room[start : start + size].view(dtype).reshape(shape)
+
+
+def taken_over(array: np.ndarray) -> jax.Array:
+    """Return the array as JAX's, without a copy where that can be; the caller must not write to it any more."""
+    return jax.device_put(array, jax.devices()[0], may_alias=True)
+
+
+def _norm(x_RD, scale_D, bias_D, *, eps: float):
+    centred_RD = x_RD - x_RD.mean(-1, keepdims=True)
+    return centred_RD * jax.lax.rsqrt(jnp.square(centred_RD).mean(-1, keepdims=True) + eps) * scale_D + bias_D

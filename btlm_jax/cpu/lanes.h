@@ -1,0 +1,65 @@
+// Eight floats at a time, and work shared between the threads of XLA's pool; for matmul.cc and attend.cc.
+
+#pragma once
+
+#include <algorithm>
+#include <atomic>
+#include <cstdint>
+#include <cstring>
+#include <memory>
+#include <thread>
+#include <type_traits>
+#include <vector>
+
+#ifdef __AVX2__
+#include <immintrin.h>
+#endif
+
+#include "xla/ffi/api/ffi.h"
+
+namespace ffi = xla::ffi;
+
+constexpr int64_t kLanes = 8;
+constexpr int64_t kWorthAThread = 1 << 17;  // multiply-adds below which starting other threads costs more than it saves
+
+typedef float f8 __attribute__((vector_size(32), aligned(4)));
+typedef int32_t i8 __attribute__((vector_size(32), aligned(4)));
+typedef int8_t s8x8 __attribute__((vector_size(8), aligned(1)));
+typedef uint16_t u16x8 __attribute__((vector_size(16), aligned(2)));
+typedef uint32_t u32x8 __attribute__((vector_size(32), aligned(4)));
+
+struct bf16 {
+  uint16_t bits;
+};
+
+inline f8 load(const float* p) { return *reinterpret_cast<const f8*>(p); }
+#ifdef __AVX2__  // GCC 12 takes the portable form below apart, lane by lane
+inline f8 load(const bf16* p) {
+  return (f8)_mm256_slli_epi32(_mm256_cvtepu16_epi32(_mm_loadu_si128((const __m128i*)p)), 16);
+}
+inline f8 load(const int8_t* p) {
+  return (f8)_mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64((const __m128i*)p)));
+}
+#else
+inline f8 load(const bf16* p) {
+  return (f8)(__builtin_convertvector(*reinterpret_cast<const u16x8*>(p), u32x8) << 16);
+}
+inline f8 load(const int8_t* p) { return __builtin_convertvector(*reinterpret_cast<const s8x8*>(p), f8); }
+#endif
+inline void store(float* p, f8 v) { *reinterpret_cast<f8*>(p) = v; }
+
+// Calls run(0) ... run(count - 1), also on the pool's other threads. Waits for started calls only, never for a thread.
+template <typename F>
+void parallel(ffi::ThreadPool pool, int64_t count, int64_t work, const F& run) {
+  struct State {
+    std::atomic<int64_t> next{0}, done{0};
+  };
+  int64_t helpers = work * count < kWorthAThread ? 0 : std::min<int64_t>(pool.num_threads(), count) - 1;
+  auto state = std::make_shared<State>();
+  auto work_off = [state, count, body = &run] {
+    for (int64_t i; (i = state->next.fetch_add(1)) < count; state->done.fetch_add(1)) (*body)(i);
+  };
+  for (int64_t i = 0; i < helpers; ++i) pool.Schedule(decltype(work_off)(work_off));
+  work_off();
+  while (state->done.load() < count) std::this_thread::yield();
+}

@@ -1,0 +1,211 @@
+// Products of few rows with large matrices, which read every weight once; see tiles.py for the same in JAX.
+//
+// Sizes: R rows, K inputs, M outputs. A matrix lies in tiles of 32 outputs, so that a task reads one stream of memory:
+// float32 as [layers, M/32, K, 32]; bfloat16 as 32-bit words of two inputs, [layers, M/32, K/2, 32], the first in the low
+// half; 4-bit codes as words of eight inputs, the first in the lowest bits, in groups of 64 inputs that share a scale and
+// an offset, [layers, M/32, K/64, 8, 32].
+
+#include "lanes.h"
+
+namespace {
+
+constexpr int64_t kTile = 32, kGroup = 64, kRows = 6;
+
+inline u32x8 words(const uint32_t* p) { return *reinterpret_cast<const u32x8*>(p); }
+inline f8 low_half(u32x8 pair) { return (f8)(pair << 16); }
+inline f8 high_half(u32x8 pair) { return (f8)(pair & 0xffff0000u); }
+// Code i of a word as the float 1 + code / 16: its bits below the leading one's, which costs no conversion.
+inline f8 code(u32x8 word, int i) {
+  u32x8 bits = i < 5 ? word << (19 - 4 * i) : word >> (4 * i - 19);
+  return (f8)((bits & 0x00780000u) | 0x3f800000u);
+}
+
+// y[RB][32] += x[RB][0..depth) . w[depth][32]
+template <int RB>
+inline void accumulate(const float* w, const float* x, int64_t ld_x, float* y, int64_t ld_y, int64_t depth) {
+  for (int64_t half = 0; half < kTile; half += 2 * kLanes) {
+    f8 sums[RB][2];
+    for (int r = 0; r < RB; ++r) {
+      sums[r][0] = load(y + r * ld_y + half);
+      sums[r][1] = load(y + r * ld_y + half + kLanes);
+    }
+    for (int64_t k = 0; k < depth; ++k) {
+      f8 w0 = load(w + k * kTile + half), w1 = load(w + k * kTile + half + kLanes);
+#pragma GCC unroll 8
+      for (int r = 0; r < RB; ++r) {
+        float x_rk = x[r * ld_x + k];
+        sums[r][0] += w0 * x_rk;
+        sums[r][1] += w1 * x_rk;
+      }
+    }
+    for (int r = 0; r < RB; ++r) {
+      store(y + r * ld_y + half, sums[r][0]);
+      store(y + r * ld_y + half + kLanes, sums[r][1]);
+    }
+  }
+}
+
+void accumulate_rows(const float* w, const float* x, int64_t ld_x, float* y, int64_t ld_y, int64_t depth, int64_t rows) {
+  for (; rows >= kRows; rows -= kRows, x += kRows * ld_x, y += kRows * ld_y) {
+    accumulate<kRows>(w, x, ld_x, y, ld_y, depth);
+  }
+  if (rows >= 3) {
+    accumulate<3>(w, x, ld_x, y, ld_y, depth);
+    rows -= 3, x += 3 * ld_x, y += 3 * ld_y;
+  }
+  for (; rows > 0; --rows, x += ld_x, y += ld_y) accumulate<1>(w, x, ld_x, y, ld_y, depth);
+}
+
+// One row, whose sums stay in registers.
+void one_row(const float* w, const float* x, float* y, int64_t depth) {
+  f8 sums[4] = {};
+  for (int64_t k = 0; k < depth; ++k, w += kTile) {
+    for (int c = 0; c < 4; ++c) sums[c] += load(w + c * kLanes) * x[k];
+  }
+  for (int c = 0; c < 4; ++c) store(y + c * kLanes, sums[c]);
+}
+
+void one_row(const uint32_t* w, const float* x, float* y, int64_t depth) {
+  f8 sums[4] = {};
+  for (int64_t k = 0; k < depth; k += 2, w += kTile) {
+    for (int c = 0; c < 4; ++c) {
+      u32x8 pair = words(w + c * kLanes);
+      sums[c] += low_half(pair) * x[k];
+      sums[c] += high_half(pair) * x[k + 1];
+    }
+  }
+  for (int c = 0; c < 4; ++c) store(y + c * kLanes, sums[c]);
+}
+
+// Rows are worked on in the tile's own [rows, 32] buffer, then go to their places in y[rows, M].
+template <typename Fill>
+void into_columns(int64_t tile, int64_t rows, int64_t M, float* y, const Fill& fill) {
+  std::vector<float> own(rows * kTile, 0.0f);
+  fill(own.data());
+  int64_t width = std::min(kTile, M - tile * kTile);
+  for (int64_t r = 0; r < rows; ++r) {
+    std::memcpy(y + r * M + tile * kTile, own.data() + r * kTile, width * sizeof(float));
+  }
+}
+
+template <typename W>
+void product(ffi::ThreadPool pool, const float* x, const W* w, float* y, int64_t R, int64_t K, int64_t M) {
+  constexpr int64_t kDepth = 128, kInputs = std::is_same_v<W, float> ? 1 : 2;
+  parallel(pool, (M + kTile - 1) / kTile, R * K * kTile, [=](int64_t tile) {
+    const W* stream = w + tile * K / kInputs * kTile;
+    into_columns(tile, R, M, y, [=](float* own) {
+      if (R == 1) return one_row(stream, x, own, K);
+      for (int64_t k = 0; k < K; k += kDepth) {
+        int64_t depth = std::min(kDepth, K - k);
+        if constexpr (kInputs == 1) {
+          accumulate_rows(stream + k * kTile, x + k, K, own, kTile, depth, R);
+        } else {
+          float wide[kDepth * kTile];
+          for (int64_t i = 0; i < depth / 2 * kTile; i += kLanes) {
+            u32x8 pair = words(stream + k / 2 * kTile + i);
+            float* to = wide + i / kTile * 2 * kTile + i % kTile;
+            store(to, low_half(pair));
+            store(to + kTile, high_half(pair));
+          }
+          accumulate_rows(wide, x + k, K, own, kTile, depth, R);
+        }
+      }
+    });
+  });
+}
+
+// y = x . (codes * scale + offset) over groups of 64 inputs; a sum of x * (1 + code / 16) becomes one of x * code.
+void one_row_int4(const uint32_t* codes, const bf16* scale, const bf16* offset, const float* x, const float* x_sums,
+                  int64_t groups, float* y) {
+  f8 sums[4] = {};
+  for (int64_t g = 0; g < groups; ++g, scale += kTile, offset += kTile) {
+    f8 own[4] = {};
+    for (int64_t word = 0; word < kGroup / 8; ++word, codes += kTile, x += 8) {
+      for (int c = 0; c < 4; ++c) {
+        u32x8 eight = words(codes + c * kLanes);
+#pragma GCC unroll 8
+        for (int i = 0; i < 8; ++i) own[c] += code(eight, i) * x[i];
+      }
+    }
+    for (int c = 0; c < 4; ++c) {
+      f8 of_codes = (own[c] - x_sums[g]) * 16.0f;
+      sums[c] += of_codes * load(scale + c * kLanes) + load(offset + c * kLanes) * x_sums[g];
+    }
+  }
+  for (int c = 0; c < 4; ++c) store(y + c * kLanes, sums[c]);
+}
+
+void widen_int4(const uint32_t* codes, const bf16* scale, const bf16* offset, float* wide) {
+  for (int c = 0; c < 4; ++c) {
+    f8 s = load(scale + c * kLanes) * 16.0f, o = load(offset + c * kLanes) - s;
+    for (int64_t word = 0; word < kGroup / 8; ++word) {
+      u32x8 eight = words(codes + word * kTile + c * kLanes);
+#pragma GCC unroll 8
+      for (int i = 0; i < 8; ++i) store(wide + (word * 8 + i) * kTile + c * kLanes, code(eight, i) * s + o);
+    }
+  }
+}
+
+void product_int4(ffi::ThreadPool pool, const float* x, const uint32_t* codes, const bf16* scale, const bf16* offset,
+                  float* y, int64_t R, int64_t groups, int64_t M) {
+  constexpr int64_t kWords = kGroup / 8 * kTile;
+  int64_t K = groups * kGroup;
+  std::vector<float> x_sums(R == 1 ? groups : 0);
+  for (size_t i = 0; i < x_sums.size() * kGroup; ++i) x_sums[i / kGroup] += x[i];
+  parallel(pool, (M + kTile - 1) / kTile, R * K * kTile, [=, &x_sums](int64_t tile) {
+    const uint32_t* own_codes = codes + tile * groups * kWords;
+    const bf16 *own_scale = scale + tile * groups * kTile, *own_offset = offset + tile * groups * kTile;
+    into_columns(tile, R, M, y, [=, &x_sums](float* own) {
+      if (R == 1) return one_row_int4(own_codes, own_scale, own_offset, x, x_sums.data(), groups, own);
+      float wide[kGroup * kTile];
+      for (int64_t g = 0; g < groups; ++g) {
+        widen_int4(own_codes + g * kWords, own_scale + g * kTile, own_offset + g * kTile, wide);
+        accumulate_rows(wide, x + g * kGroup, K, own, kTile, kGroup, R);
+      }
+    });
+  });
+}
+
+ffi::Error matmul(ffi::ThreadPool pool, ffi::Buffer<ffi::F32> x_RK, ffi::AnyBuffer w, ffi::Buffer<ffi::S32> layer,
+                  ffi::ResultBuffer<ffi::F32> y_RM) {
+  int64_t R = x_RK.dimensions()[0], K = x_RK.dimensions()[1], M = y_RM->dimensions()[1];
+  int64_t at = layer.typed_data()[0] * w.dimensions()[1] * w.dimensions()[2] * kTile;
+  const float* x = x_RK.typed_data();
+  if (w.element_type() == ffi::F32) {
+    product(pool, x, static_cast<const float*>(w.untyped_data()) + at, y_RM->typed_data(), R, K, M);
+  } else {
+    product(pool, x, static_cast<const uint32_t*>(w.untyped_data()) + at, y_RM->typed_data(), R, K, M);
+  }
+  return ffi::Error::Success();
+}
+
+ffi::Error matmul_int4(ffi::ThreadPool pool, ffi::Buffer<ffi::F32> x_RK, ffi::Buffer<ffi::U32> codes,
+                       ffi::Buffer<ffi::BF16> scale, ffi::Buffer<ffi::BF16> offset, ffi::Buffer<ffi::S32> layer,
+                       ffi::ResultBuffer<ffi::F32> y_RM) {
+  int64_t R = x_RK.dimensions()[0], M = y_RM->dimensions()[1];
+  int64_t tiles = codes.dimensions()[1], groups = codes.dimensions()[2], at = layer.typed_data()[0] * tiles * groups;
+  product_int4(pool, x_RK.typed_data(), codes.typed_data() + at * kGroup / 8 * kTile,
+               reinterpret_cast<const bf16*>(scale.untyped_data()) + at * kTile,
+               reinterpret_cast<const bf16*>(offset.untyped_data()) + at * kTile, y_RM->typed_data(), R, groups, M);
+  return ffi::Error::Success();
+}
+
+}  // namespace
+
+XLA_FFI_DEFINE_HANDLER_SYMBOL(btlm_matmul, matmul,
+                              ffi::Ffi::Bind()
+                                  .Ctx<ffi::ThreadPool>()
+                                  .Arg<ffi::Buffer<ffi::F32>>()
+                                  .Arg<ffi::AnyBuffer>()
+                                  .Arg<ffi::Buffer<ffi::S32>>()
+                                  .Ret<ffi::Buffer<ffi::F32>>());
+
+XLA_FFI_DEFINE_HANDLER_SYMBOL(btlm_matmul_int4, matmul_int4,
+                              ffi::Ffi::Bind()
+                                  .Ctx<ffi::ThreadPool>()
+                                  .Arg<ffi::Buffer<ffi::F32>>()
+                                  .Arg<ffi::Buffer<ffi::U32>>()
+                                  .Arg<ffi::Buffer<ffi::BF16>>()
+                                  .Arg<ffi::Buffer<ffi::BF16>>()
+                                  .Arg<ffi::Buffer<ffi::S32>>()
+                                  .Ret<ffi::Buffer<ffi::F32>>());

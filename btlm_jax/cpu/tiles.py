@@ -1,0 +1,127 @@
+"""Weights as the kernels read them: in tiles of 32 outputs, as float32, bfloat16 or 4-bit codes; and products with them.
+
+Letters: L layers, K inputs, M outputs, R rows, C tiles of 32 outputs, G groups of 64 inputs. matmul.cc has the layouts.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from btlm_jax.cpu.build import has_kernels
+
+TILE, GROUP = 32, 64
+_INPUTS_A_WORD = {"float32": 1, "bfloat16": 2, "int4": 8}
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class FloatTiles:
+    """Matrices [L, K, M] as float32 [L, C, K, 32], or as words of two bfloat16 [L, C, K/2, 32], uint32."""
+
+    data: jax.Array
+    num_inputs: int = dataclasses.field(metadata={"static": True})
+    num_outputs: int = dataclasses.field(metadata={"static": True})
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Int4Tiles:
+    """Matrices [L, K, M] as codes x scale + offset: words of eight codes [L, C, G, 8, 32], uint32, for each group 32."""
+
+    words: jax.Array
+    scale: jax.Array  # bfloat16 [L, C, G, 32]
+    offset: jax.Array  # bfloat16 [L, C, G, 32]
+    num_inputs: int = dataclasses.field(metadata={"static": True})
+    num_outputs: int = dataclasses.field(metadata={"static": True})
+
+
+Tiles = FloatTiles | Int4Tiles
+
+
+def float_tiles(matrix_KM: np.ndarray, *, dtype: str) -> np.ndarray:
+    """Return one matrix as `FloatTiles.data` has it, without the layers."""
+    K, M = matrix_KM.shape
+    per_word = _INPUTS_A_WORD[dtype]
+    padded_KM = np.pad(matrix_KM, ((0, -K % per_word), (0, -M % TILE))).astype(jnp.dtype(dtype))
+    tiles_CKM = padded_KM.reshape(len(padded_KM), -1, TILE).transpose(1, 0, 2)
+    if dtype == "float32":
+        return np.ascontiguousarray(tiles_CKM)
+    halves = tiles_CKM.view(np.uint16).astype(np.uint32)
+    return halves[:, 0::2] | halves[:, 1::2] << 16
+
+
+def int4_words(codes_KM: np.ndarray) -> np.ndarray:
+    """Return codes 0..15 of one matrix as `Int4Tiles.words` has them, without the layers; K is filled up with zeros."""
+    K, M = codes_KM.shape
+    padded_KM = np.pad(codes_KM, ((0, -K % GROUP), (0, -M % TILE))).astype(np.uint32)
+    eighths = padded_KM.reshape(-1, 8, 8, padded_KM.shape[1] // TILE, TILE)  # group, word, place, tile, output
+    shifted = eighths << (4 * np.arange(8, dtype=np.uint32))[None, None, :, None, None]
+    return np.ascontiguousarray(np.bitwise_or.reduce(shifted, axis=2).transpose(2, 0, 1, 3))
+
+
+def int4_factors(factors_GM: np.ndarray) -> np.ndarray:
+    """Return scales or offsets of one matrix as `Int4Tiles` has them, without the layers."""
+    G, M = factors_GM.shape
+    padded_GM = np.pad(factors_GM, ((0, 0), (0, -M % TILE))).astype(jnp.bfloat16)
+    return np.ascontiguousarray(padded_GM.reshape(G, -1, TILE).transpose(1, 0, 2))
+
+
+def matmul(x_RK, tiles: Tiles, *, layer):
+    """Return x_RK times the matrix of a layer, float32 [R, M]; `layer` is an int32 scalar."""
+    padded_RK = jnp.pad(x_RK, ((0, 0), (0, _padded_inputs(tiles) - x_RK.shape[1])))
+    if not has_kernels():
+        matrix_KM = _matrix(tiles, layer)
+        return jnp.matmul(padded_RK, matrix_KM, precision="highest")[:, : tiles.num_outputs]
+    out = jax.ShapeDtypeStruct((len(x_RK), tiles.num_outputs), jnp.float32)
+    at = jnp.reshape(layer, (1,)).astype(jnp.int32)
+    if isinstance(tiles, FloatTiles):
+        return jax.ffi.ffi_call("btlm_matmul", out)(padded_RK, tiles.data, at)
+    return jax.ffi.ffi_call("btlm_matmul_int4", out)(padded_RK, tiles.words, tiles.scale, tiles.offset, at)
+
+
+def columns(tiles: Tiles, wanted_R):
+    """Return columns of the first layer's matrix as rows, float32 [R, K]: the rows of an embedding kept as [D, V]."""
+    tile_R, lane_R = wanted_R // TILE, wanted_R % TILE
+    if isinstance(tiles, FloatTiles):
+        found_RK = _unpacked(tiles.data[0, tile_R, :, lane_R])
+    else:
+        scale_RG1, offset_RG1 = (part[0, tile_R, :, lane_R][:, :, None] for part in (tiles.scale, tiles.offset))
+        codes_RGK = _codes(tiles.words[0, tile_R, :, :, lane_R][..., None, :])[..., 0, :]
+        found_RK = (codes_RGK * scale_RG1.astype(jnp.float32) + offset_RG1.astype(jnp.float32)).reshape(len(tile_R), -1)
+    return found_RK[:, : tiles.num_inputs]
+
+
+def _padded_inputs(tiles: Tiles) -> int:
+    if isinstance(tiles, Int4Tiles):
+        return tiles.words.shape[2] * GROUP
+    return tiles.data.shape[2] * (1 if tiles.data.dtype == jnp.float32 else 2)
+
+
+def _matrix(tiles: Tiles, layer):
+    """Return the matrix of a layer, float32 [padded K, padded M]."""
+    at = lambda array: jax.lax.dynamic_index_in_dim(array, layer, keepdims=False)  # noqa: E731
+    if isinstance(tiles, FloatTiles):
+        tiles_CKM = jnp.swapaxes(_unpacked(jnp.swapaxes(at(tiles.data), 1, 2)), 1, 2)
+    else:
+        codes_CGKM = jnp.swapaxes(_codes(jnp.swapaxes(at(tiles.words), 2, 3)), 2, 3)
+        scale_CG1M, offset_CG1M = (at(part).astype(jnp.float32)[:, :, None] for part in (tiles.scale, tiles.offset))
+        tiles_CKM = (codes_CGKM * scale_CG1M + offset_CG1M).reshape(len(codes_CGKM), -1, TILE)
+    return jnp.swapaxes(tiles_CKM, 0, 1).reshape(tiles_CKM.shape[1], -1)
+
+
+def _unpacked(data):
+    """Return float32 data of float32 or pairs of bfloat16 along the last axis."""
+    if data.dtype == jnp.float32:
+        return data
+    pairs = jnp.stack([data << 16, data & jnp.uint32(0xFFFF0000)], axis=-1)
+    return jax.lax.bitcast_convert_type(pairs, jnp.float32).reshape(*data.shape[:-1], -1)
+
+
+def _codes(words):
+    """Return float32 codes [..., 64] of the words [..., 8] of groups."""
+    shifted = words[..., None] >> (4 * jnp.arange(8, dtype=jnp.uint32))
+    return (shifted & 15).astype(jnp.float32).reshape(*words.shape[:-1], GROUP)
