@@ -33,9 +33,9 @@ def tokenize(model: Path, texts: list[str]) -> list[list[int]]:
     return _call("_tokenize", str(model), texts)
 
 
-def quantize(rows_RC: np.ndarray, type_code: int, num_bytes: int) -> np.ndarray:
-    """Return the bytes [num_bytes] of llama.cpp's own quantizer."""
-    return _call("_quantize", rows_RC, type_code, num_bytes)
+def quantize(matrices: list[tuple[np.ndarray, int, int]]) -> list[np.ndarray]:
+    """Return the bytes [num_bytes] of llama.cpp's own quantizer for each (rows_RC, type code, num_bytes)."""
+    return _call("_quantize", matrices)
 
 
 def _call(function: str, *arguments):
@@ -152,11 +152,14 @@ def _tokenize(model: str, texts: list[str]) -> list[list[int]]:
     return found
 
 
-def _quantize(rows_RC: np.ndarray, type_code: int, num_bytes: int) -> np.ndarray:
-    rows_RC, out = np.ascontiguousarray(rows_RC, np.float32), np.zeros(num_bytes, np.uint8)
-    written = _library().ggml_quantize_chunk(type_code, rows_RC.ctypes.data, out.ctypes.data, 0, *rows_RC.shape, None)
-    assert written == num_bytes
-    return out
+def _quantize(matrices: list[tuple[np.ndarray, int, int]]) -> list[np.ndarray]:
+    library, found = _library(), []
+    for rows_RC, type_code, num_bytes in matrices:
+        rows_RC, out = np.ascontiguousarray(rows_RC, np.float32), np.zeros(num_bytes, np.uint8)
+        written = library.ggml_quantize_chunk(type_code, rows_RC.ctypes.data, out.ctypes.data, 0, *rows_RC.shape, None)
+        assert written == num_bytes
+        found.append(out)
+    return found
 
 
 if __name__ == "__main__":

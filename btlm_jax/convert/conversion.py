@@ -13,20 +13,36 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
+from btlm_jax.convert.fold import FoldedTensors
+from btlm_jax.convert.ggml import FILE_TYPES, import_gguf
+from btlm_jax.convert.gguf_vocabulary import vocabulary_of
 from btlm_jax.convert.names import read_params
 from btlm_jax.convert.native import abstract_params, one_device_mesh, read_model_directory, write_model_directory
 from btlm_jax.convert.prove import PROBE, Proof, compare, probe_ids, streamed_logits
-from btlm_jax.convert.published import read_published_config
+from btlm_jax.convert.prove_gguf import UnfoldedTensors, prove_tensors, prove_vocabulary
+from btlm_jax.convert.published import CONFIG_FILE, JAIS, read_published_config
+from btlm_jax.convert.read_gguf import GGUFFile, gguf_logits
 from btlm_jax.convert.read_hf import HuggingFaceTensors
-from btlm_jax.convert.source import CONFIG_FILE, Source, native_logits, open_source
+from btlm_jax.convert.source import Source, native_logits, open_source
+from btlm_jax.convert.to_gguf import write_gguf
 from btlm_jax.convert.to_hf import padded, write_hf
+from btlm_jax.convert.to_jais import write_jais
 from btlm_jax.convert.tokenizer_files import write_tokenizer_files
 from btlm_jax.convert.transformers_logits import has_transformers, transformers_logits
 
-FORMATS = ("hf", "native")
+FORMATS = ("hf", "native", "jais", "gguf")
+GGUF_SUFFIX = ".gguf"
 DTYPES = ("float32", "bfloat16", "float16")
+# n_inner becomes a multiple of it, unless another is asked for: llama.cpp's largest block.
+PAD_FFN = {"hf": 1, "native": 1, "jais": 256, "gguf": 256}
 # The largest difference of logits allowed, relative to the largest logit: rounding of weights to the dtype, or none.
 TOLERANCE = {"float32": 2e-5, "bfloat16": 3e-2, "float16": 4e-3}
+# The same for GGUF: of both models with the file's values; and of the file types, after every value was compared by
+# itself. Rounding to blocks changes a random model's logits this much; two models with nothing in common are 1.4 apart.
+SAME_VALUES_TOLERANCE = 1e-5
+GGUF_TOLERANCE = {
+    "F32": 1e-5, "F16": 4e-3, "BF16": 3e-2, "Q8_0": 0.1, "Q6_K": 0.2, "Q5_K_M": 0.4, "Q4_K_M": 0.8, "Q4_0": 1.0,
+}  # fmt: skip
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -34,23 +50,30 @@ class Conversion:
     """What to convert, and how."""
 
     source: Path
-    target: Path
+    target: Path  # a directory, or a .gguf file
     format: str
-    dtype: str  # of the written weights
+    dtype: str  # of the weights of hf and jais
+    file_type: str  # of gguf
     pad_ffn: int  # n_inner is zero-padded to a multiple of it; 1 leaves it
-    max_shard_bytes: int
+    max_shard_bytes: int  # of hf and jais
 
     def __post_init__(self):
-        for name, allowed in (("format", FORMATS), ("dtype", DTYPES)):
+        for name, allowed in (("format", FORMATS), ("dtype", DTYPES), ("file_type", FILE_TYPES)):
             if getattr(self, name) not in allowed:
                 raise ValueError(f"{name}={getattr(self, name)!r} is not known; allowed are {', '.join(allowed)}")
         for name in ("pad_ffn", "max_shard_bytes"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}={getattr(self, name)} must be at least 1")
+        is_gguf = self.target.suffix == GGUF_SUFFIX
+        if is_gguf != (self.format == "gguf"):
+            fault = f"a directory, not a {GGUF_SUFFIX} file" if is_gguf else f"a file that ends in {GGUF_SUFFIX}"
+            raise ValueError(f"target={self.target} must be {fault}, as format={self.format}")
 
 
 def convert(conversion: Conversion, *, say: Callable[[str], None]) -> list[Proof]:
     """Convert, prove, and rename into place; whatever fails, nothing stays under the target's name.
+
+    This is the only place where a target gets its name: all that writes, writes into a directory beside it.
 
     Raises:
       FileExistsError: the target exists.
@@ -69,15 +92,18 @@ def convert(conversion: Conversion, *, say: Callable[[str], None]) -> list[Proof
         failed = [str(proof) for proof in proofs if not proof.holds]
         if failed:
             raise ValueError(f"what was written does not compute the same, so it was not kept: {'; '.join(failed)}")
-        os.replace(partial, target)
+        os.replace(partial / target.name if conversion.format == "gguf" else partial, target)
     finally:
         _remove(partial)
-    size = sum(path.stat().st_size for path in target.rglob("*") if path.is_file())
+    files = [path for path in (target, *target.rglob("*")) if path.is_file()]
+    size = sum(path.stat().st_size for path in files)
     say(f"Done: {target}, {size / 1e6:,.1f} MB, in {time.perf_counter() - started:.1f} s.")
     return proofs
 
 
-def _write_and_prove(conversion: Conversion, directory: Path, *, say: Callable[[str], None]) -> list[Proof]:
+def _write_and_prove(conversion: Conversion, partial: Path, *, say: Callable[[str], None]) -> list[Proof]:
+    if conversion.format == "gguf":
+        import_gguf()  # a package that is missing is missing now, not after an hour
     source = open_source(conversion.source)
     config, tokenizer = source.config, source.tokenizer
     num_parameters = sum(int(np.prod(shape)) for shape in source.tensors.shapes.values())
@@ -87,24 +113,28 @@ def _write_and_prove(conversion: Conversion, directory: Path, *, say: Callable[[
     text_ids = () if tokenizer is None else tokenizer.encode(PROBE)
     ids_T = probe_ids(text_ids, vocab_size=config.vocab_size)
     expected_TV = source.logits(ids_T)
-    if conversion.format == "native":
-        _write_native(source, directory)
-        del source
-        return [_said(_prove_native(directory, ids_T, expected_TV), say)]
-    with _progress(len(source.tensors.shapes)) as report:
-        write_hf(
-            directory,
-            config=padded(config, multiple=conversion.pad_ffn),
-            tensors=source.tensors,
-            dtype=conversion.dtype,
-            max_shard_bytes=conversion.max_shard_bytes,
-            notes=source.notes,
-            report=report,
-        )
-    if tokenizer is not None:
-        write_tokenizer_files(directory, tokenizer, model_max_length=config.n_positions)
-    del source
-    return list(_prove_hf(directory, ids_T, expected_TV, dtype=conversion.dtype, say=say))
+    match conversion.format:
+        case "native":
+            _write_native(source, partial)
+            del source
+            found = _prove_native(partial, ids_T, expected_TV)
+        case "hf":
+            _write_hf(source, partial, conversion)
+            del source
+            found = _prove_hf(partial, ids_T, expected_TV, dtype=conversion.dtype, say=say)
+        case "jais":
+            _write_jais(source, partial, conversion)
+            del source
+            found = _prove_jais(partial, ids_T, expected_TV, dtype=conversion.dtype)
+        case "gguf":
+            path = partial / conversion.target.name
+            _write_gguf(source, path, conversion)
+            found = _prove_gguf(source, path, ids_T, expected_TV, conversion, say=say)
+    proofs = []
+    for proof in found:
+        say(str(proof))
+        proofs.append(proof)
+    return proofs
 
 
 def _write_native(source: Source, directory: Path) -> None:
@@ -115,9 +145,55 @@ def _write_native(source: Source, directory: Path) -> None:
     write_model_directory(directory, facts=facts, params=params, tokenizer=source.tokenizer)
 
 
-def _prove_native(directory: Path, ids_T: np.ndarray, expected_TV: np.ndarray) -> Proof:
+def _write_hf(source: Source, directory: Path, conversion: Conversion) -> None:
+    with _progress(len(source.tensors.shapes)) as report:
+        write_hf(
+            directory,
+            config=padded(source.config, multiple=conversion.pad_ffn),
+            tensors=source.tensors,
+            dtype=conversion.dtype,
+            max_shard_bytes=conversion.max_shard_bytes,
+            notes=source.notes,
+            report=report,
+        )
+    _write_tokenizer(source, directory)
+
+
+def _write_jais(source: Source, directory: Path, conversion: Conversion) -> None:
+    with _progress(len(source.tensors.shapes) + 1) as report:
+        write_jais(
+            directory,
+            config=source.config,
+            tensors=source.tensors,
+            dtype=conversion.dtype,
+            pad_ffn=conversion.pad_ffn,
+            max_shard_bytes=conversion.max_shard_bytes,
+            report=report,
+        )
+    _write_tokenizer(source, directory)
+
+
+def _write_tokenizer(source: Source, directory: Path) -> None:
+    if source.tokenizer is not None:
+        write_tokenizer_files(directory, source.tokenizer, model_max_length=source.config.n_positions)
+
+
+def _write_gguf(source: Source, path: Path, conversion: Conversion) -> None:
+    with _progress(len(source.tensors.shapes) + 1) as report:
+        write_gguf(
+            path,
+            config=source.config,
+            tensors=source.tensors,
+            tokenizer=None if source.tokenizer is None else vocabulary_of(source.tokenizer),
+            file_type=conversion.file_type,
+            pad_ffn=conversion.pad_ffn,
+            report=report,
+        )
+
+
+def _prove_native(directory: Path, ids_T: np.ndarray, expected_TV: np.ndarray) -> Iterator[Proof]:
     found_TV = native_logits(read_model_directory(directory), ids_T)
-    return compare("the written parameters in JAX", expected_TV, found_TV, tolerance=TOLERANCE["float32"])
+    yield compare("the written parameters in JAX", expected_TV, found_TV, tolerance=TOLERANCE["float32"])
 
 
 def _prove_hf(
@@ -125,18 +201,54 @@ def _prove_hf(
 ) -> Iterator[Proof]:
     config = read_published_config(directory / CONFIG_FILE)
     read_back_TV = streamed_logits(config, HuggingFaceTensors(directory, config), ids_T)
-    yield _said(compare("the written files", expected_TV, read_back_TV, tolerance=TOLERANCE[dtype]), say)
+    yield compare("the written files", expected_TV, read_back_TV, tolerance=TOLERANCE[dtype])
     if not has_transformers():
         say("PyTorch and transformers are not installed (pip install 'btlm_jax[hf]'), so the model code was not run")
         return
     client_TV = transformers_logits(directory, ids_T)
     # transformers computes in the dtype of the weights as well, which adds about as much rounding again
-    yield _said(compare("transformers", expected_TV, client_TV, tolerance=2 * TOLERANCE[dtype]), say)
+    yield compare("transformers", expected_TV, client_TV, tolerance=2 * TOLERANCE[dtype])
 
 
-def _said(proof: Proof, say: Callable[[str], None]) -> Proof:
-    say(str(proof))
-    return proof
+def _prove_jais(directory: Path, ids_T: np.ndarray, expected_TV: np.ndarray, *, dtype: str) -> Iterator[Proof]:
+    config = read_published_config(directory / CONFIG_FILE, model_type=JAIS)
+    tensors = HuggingFaceTensors(directory, config)
+    if not tensors.has_head:
+        raise ValueError("the written files lack lm_head.weight, without which llama.cpp cannot load a Jais model")
+    # Jais's clients always divide by head_dim (llama.cpp), or do as the config says, which must be the same
+    as_clients = dataclasses.replace(config, mup_scale_qk_dot_by_d=True, alibi_scaling=1.0)
+    found_TV = streamed_logits(as_clients, tensors, ids_T)
+    yield compare("the written files", expected_TV, found_TV, tolerance=TOLERANCE[dtype])
+
+
+def _prove_gguf(
+    source: Source,
+    path: Path,
+    ids_T: np.ndarray,
+    expected_TV: np.ndarray,
+    conversion: Conversion,
+    *,
+    say: Callable[[str], None],
+) -> Iterator[Proof]:
+    file, file_type = GGUFFile(path), conversion.file_type
+    folded = FoldedTensors(source.tensors, source.config, pad_ffn=conversion.pad_ffn)
+    with _progress(len(file.tensors)) as report:
+        errors = prove_tensors(file, folded, file_type=file_type, report=report)
+    rounding = ", ".join(f"{name} {100 * error:.0f} %" for name, error in errors.items())
+    say(f"all {len(file.tensors)} tensors read back; largest error, of what the type may round: {rounding}")
+    if source.tokenizer is not None:
+        prove_vocabulary(file, source.tokenizer, vocab_size=source.config.vocab_size)
+        say("the file's tokenizer makes the same ids of all probe texts")
+    found_TV = gguf_logits(file, ids_T)
+    unfolded = UnfoldedTensors(file, source.config, folded.config, file_type=file_type)
+    same_values_TV = streamed_logits(source.config, unfolded, ids_T)
+    yield compare(
+        "the file's values in the source's model and as llama.cpp computes them",
+        same_values_TV,
+        found_TV,
+        tolerance=SAME_VALUES_TOLERANCE,
+    )
+    yield compare("the written file", expected_TV, found_TV, tolerance=GGUF_TOLERANCE[file_type])
 
 
 @contextlib.contextmanager

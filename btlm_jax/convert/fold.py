@@ -50,9 +50,20 @@ class FoldedTensors:
             raise ValueError(f"tensor {name} has shape {array.shape}, not {announced} as announced")
         if not np.isfinite(array).all():
             raise ValueError(f"tensor {name} holds values that are not finite; the model cannot be converted")
-        if name.endswith(_QKV) and not self._source.mup_scale_qk_dot_by_d:
-            array = array.astype(np.float32)
-            # (q sqrt(d)).k / d = q.k / sqrt(d); columns are q, k, v
-            array[..., : self._source.n_embd] *= np.float32(math.sqrt(self._source.head_dim))
+        array = _times_query(array, name, self._source, factor=math.sqrt(self._source.head_dim))
         widths = [(0, after - before) for before, after in zip(announced, self.shapes[name], strict=True)]
         return np.pad(array, widths) if any(after for _, after in widths) else array
+
+
+def unfolded_query(array: np.ndarray, name: str, config: PublishedConfig) -> np.ndarray:
+    """Return a folded tensor with the scores' scale taken out again; `config` is the source's."""
+    return _times_query(array, name, config, factor=1 / math.sqrt(config.head_dim))
+
+
+def _times_query(array: np.ndarray, name: str, config: PublishedConfig, *, factor: float) -> np.ndarray:
+    """Multiply the query's columns, the first third: (q sqrt(d)).k / d = q.k / sqrt(d)."""
+    if config.mup_scale_qk_dot_by_d or not name.endswith(_QKV):
+        return array
+    array = array.astype(np.float32)
+    array[..., : config.n_embd] *= np.float32(factor)
+    return array

@@ -74,7 +74,7 @@ def streamed_logits(config: PublishedConfig, tensors: Tensors, ids_T: np.ndarray
     """
 
     def read(name: str) -> np.ndarray:
-        return tensors.read(name).astype(np.float32)
+        return tensors.read(name).astype(np.float32, copy=False)
 
     def layers_of(prefix: str) -> tuple[forward.Layer, forward.Layer]:
         def norm(x_BTD: np.ndarray, name: str) -> np.ndarray:

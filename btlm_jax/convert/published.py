@@ -13,6 +13,9 @@ from typing import Protocol
 
 import numpy as np
 
+CONFIG_FILE = "config.json"
+BTLM, JAIS = "btlm", "jais"  # model_type: the same model; Jais is the name that other projects know
+
 # The config keys of the first upload, and what they were called after it (2023-07-21).
 _OLD_KEYS = {"embeddings_scale": "mup_embeddings_scale", "scale_qk_dot_by_d": "mup_scale_qk_dot_by_d"}
 
@@ -102,8 +105,10 @@ def tensor_shapes(config: PublishedConfig) -> dict[str, tuple[int, ...]]:
     return shapes | {"transformer.ln_f.weight": (config.n_embd,), "transformer.ln_f.bias": (config.n_embd,)}
 
 
-def read_published_config(path: Path) -> PublishedConfig:
+def read_published_config(path: Path, *, model_type: str = BTLM) -> PublishedConfig:
     """Read a config.json of either generation of keys.
+
+    Only what was written here can be read as Jais: elsewhere its `width_scale` means the whole scale of the logits.
 
     Raises:
       FileNotFoundError: there is none.
@@ -117,10 +122,10 @@ def read_published_config(path: Path) -> PublishedConfig:
         raise ValueError(f"{path} is not JSON: {error}") from error
     if not isinstance(values, dict):
         raise ValueError(f"{path} must hold a JSON object, got a {type(values).__name__}")
-    if values.get("model_type") != "btlm":
+    if values.get("model_type") != model_type:
         raise ValueError(
             f"{path} describes model_type={values.get('model_type')!r}, architectures={values.get('architectures')}; "
-            "only model_type 'btlm' (BTLMLMHeadModel) can be read"
+            f"only model_type {model_type!r} can be read here"
         )
     try:
         return _published_config(values)

@@ -53,6 +53,11 @@ class HuggingFaceTensors:
             raise ValueError(f"tensor {name} of {self.directory} holds {bad:,} values that are not finite")
         return array
 
+    @property
+    def has_head(self) -> bool:
+        """Whether there is an lm_head.weight, which is then equal to the embedding."""
+        return HEAD in self._file_of
+
     def _check_names_and_shapes(self) -> None:
         missing = [name for name in self.shapes if name not in self._file_of]
         if missing:

@@ -22,13 +22,11 @@ from btlm_jax.convert.native import (
     read_run,
 )
 from btlm_jax.convert.prove import streamed_logits
-from btlm_jax.convert.published import PublishedConfig, Tensors, read_published_config
+from btlm_jax.convert.published import CONFIG_FILE, PublishedConfig, Tensors, read_published_config
 from btlm_jax.convert.read_hf import HuggingFaceTensors
 from btlm_jax.corpus.tokenizer import Tokenizer, find_tokenizer, stored_facts
 from btlm_jax.loss import logits
 from btlm_jax.mup import make_parametrization
-
-CONFIG_FILE = "config.json"
 
 
 class HuggingFaceSource:

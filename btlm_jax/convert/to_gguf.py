@@ -14,7 +14,6 @@ from btlm_jax.convert.ggml import FILE_TYPES, encode, import_gguf, num_bytes, ro
 from btlm_jax.convert.gguf_vocabulary import Vocabulary, add_vocabulary
 from btlm_jax.convert.published import PublishedConfig, Tensors, block_shapes
 
-BLOCK_MULTIPLE = 256  # n_inner becomes a multiple of it: the largest block
 _MAX_ALIBI_BIAS = 8.0  # slopes 2**(-8 i / n_head)
 _QUANTIZATION_VERSION = 2  # of GGML's block formats
 _EMBEDDING, _OUTPUT = "token_embd.weight", "output.weight"
@@ -50,9 +49,12 @@ def write_gguf(
     tensors: Tensors,
     tokenizer: Vocabulary | None,
     file_type: str,
+    pad_ffn: int,
     report: Callable[[str], None],
 ) -> None:
     """Write a model to `path`, one tensor in memory at a time; None is a model without a tokenizer.
+
+    n_inner is zero-padded to a multiple of `pad_ffn`, which must be one of the file type's block.
 
     The multipliers go into the weights: mup_embeddings_scale into token_embd, mup_output_alpha x mup_width_scale into
     output (which is no longer tied), sqrt(head_dim) into q where the scores were divided by it. `report` is told each
@@ -60,17 +62,14 @@ def write_gguf(
 
     Raises:
       ValueError: the model cannot be expressed, a value is not finite or too large, or a library is missing.
-      OSError: the file cannot be written. Nothing stays under `path` then.
+      OSError: the file cannot be written. A part of it may stay: `path` is the caller's temporary one.
     """
-    if file_type not in FILE_TYPES:
-        raise ValueError(f"file_type={file_type!r} is not known; allowed are {', '.join(FILE_TYPES)}")
-    folded = FoldedTensors(tensors, config, pad_ffn=BLOCK_MULTIPLE)
+    folded = FoldedTensors(tensors, config, pad_ffn=pad_ffn)
     entries = list(gguf_tensors(folded.config, file_type=file_type))
     for type_name in {entry.type_name for entry in entries}:
         row_encoder(type_name)  # a library that is missing is missing now, not after an hour
     gguf = import_gguf()
-    partial = path.with_name(f".{path.name}.partial")
-    writer = gguf.GGUFWriter(partial, "jais")
+    writer = gguf.GGUFWriter(path, "jais")
     try:
         _add_keys(writer, folded.config, file_type=file_type)
         add_vocabulary(writer, tokenizer, vocab_size=config.vocab_size)
@@ -85,12 +84,9 @@ def write_gguf(
         for entry in entries:
             report(entry.name)
             writer.write_tensor_data(_encoded(folded, entry))
-        writer.close()
-        _sync(partial)
-        os.replace(partial, path)
     finally:
         writer.close()
-        partial.unlink(missing_ok=True)
+    _sync(path)
 
 
 def gguf_tensors(config: PublishedConfig, *, file_type: str) -> Iterator[GGUFTensor]:

@@ -4,13 +4,11 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import os
-import shutil
 from collections.abc import Callable
 from pathlib import Path
 
 from btlm_jax.convert.fold import FoldedTensors
-from btlm_jax.convert.published import PublishedConfig, Tensors
+from btlm_jax.convert.published import CONFIG_FILE, JAIS, PublishedConfig, Tensors
 from btlm_jax.convert.safetensors_files import write_safetensors
 from btlm_jax.convert.to_hf import hf_config, to_write
 from btlm_jax.files import write_atomically
@@ -28,31 +26,22 @@ def write_jais(
     max_shard_bytes: int,
     report: Callable[[str], None],
 ) -> None:
-    """Write weights and config.json to `directory`, which must be new or empty; the tokenizer's files are the caller's.
+    """Write weights and config.json into `directory`, the caller's temporary one, as the tokenizer's files are.
 
     n_inner is zero-padded to a multiple of `pad_ffn`. There is an lm_head.weight equal to the embedding, which
     llama.cpp needs, and no relative_pe.slopes, which its converter stops at; all clients compute the slopes of n_head.
 
     Raises:
       ValueError: the model cannot be expressed, or a value is not finite or too large for `dtype`.
-      OSError: it cannot be written, or `directory` holds files. Nothing stays in `directory` then.
+      OSError: it cannot be written.
     """
-    if directory.exists() and any(directory.iterdir()):
-        raise FileExistsError(f"{directory} is not empty; delete it or write to another directory")
     folded = FoldedTensors(tensors, config, pad_ffn=pad_ffn)
     written = [to_write(folded, name, shape, dtype, report) for name, shape in folded.shapes.items()]
     head = to_write(folded, _EMBEDDING, folded.shapes[_EMBEDDING], dtype, report)
     written.append(dataclasses.replace(head, name=_HEAD))
-    partial = directory.with_name(f".{directory.name}.partial")
-    shutil.rmtree(partial, ignore_errors=True)  # of a process that was killed
-    try:
-        partial.mkdir(parents=True)
-        write_safetensors(partial, written, max_shard_bytes=max_shard_bytes, metadata={"format": "pt"})
-        values = json.dumps(jais_config(folded.config, dtype=dtype), indent=2, sort_keys=True)
-        write_atomically(partial / "config.json", values + "\n")
-        os.replace(partial, directory)
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
+    write_safetensors(directory, written, max_shard_bytes=max_shard_bytes, metadata={"format": "pt"})
+    values = json.dumps(jais_config(folded.config, dtype=dtype), indent=2, sort_keys=True)
+    write_atomically(directory / CONFIG_FILE, values + "\n")
 
 
 def jais_config(config: PublishedConfig, *, dtype: str) -> dict:
@@ -60,4 +49,4 @@ def jais_config(config: PublishedConfig, *, dtype: str) -> dict:
     values = hf_config(config, dtype=dtype)
     for key in ("auto_map", "alibi_scaling"):
         del values[key]
-    return values | {"architectures": ["JAISLMHeadModel"], "model_type": "jais"}
+    return values | {"architectures": ["JAISLMHeadModel"], "model_type": JAIS}

@@ -73,14 +73,14 @@ def prove_tokenizer_files(directory: Path, tokenizer: Tokenizer, *, more_probes:
     Raises:
       ValueError: they differ; it names the text and the first ids that do.
     """
-    probes = [*PROBES, *_probes_of(tokenizer), *more_probes]
+    probes = [*probe_texts(tokenizer), *more_probes]
     special, unk_id = _special_tokens(tokenizer), _unk_id(tokenizer)
     for client, (encode, decode) in _clients(directory, tokenizer):
         for text in probes:
             expected, found = tokenizer.encode(text), encode(text)
             if expected != found:
                 raise ValueError(
-                    f"{client} makes other ids than the tokenizer: {_first_difference(text, expected, found)}"
+                    f"{client} makes other ids than the tokenizer: {first_difference(text, expected, found)}"
                 )
             # an unknown character gives nothing back in one library and a sign in the other
             if unk_id not in expected and decode(expected) != tokenizer.decode(expected):
@@ -103,6 +103,28 @@ def prove_tokenizer_files(directory: Path, tokenizer: Tokenizer, *, more_probes:
                 f"AutoTokenizer has eos_token_id={auto.eos_token_id}, {special['eos_token']!r} -> {by_name}, "
                 f"{len(auto)} tokens; the tokenizer has eos_id={tokenizer.eos_id}, {tokenizer.vocab_size} tokens"
             )
+
+
+def probe_texts(tokenizer: Tokenizer) -> Iterator[str]:
+    """Yield nasty texts, texts of random tokens, and names of pieces that are not ordinary, between others."""
+    yield from PROBES
+    draw = random.Random(0)
+    for _ in range(_NUM_DRAWN):
+        yield tokenizer.decode([draw.randrange(tokenizer.vocab_size) for _ in range(30)])
+    names = list(_special_tokens(tokenizer).values())
+    if isinstance(tokenizer, SentencePieceTokenizer):
+        model = parse_model(tokenizer.contents)
+        names += [model.pieces[number] for kind in (CONTROL, UNKNOWN, USER_DEFINED) for number in model.ids_of(kind)]
+    for name in names:
+        yield f"{name}a{name} {name}{name} b {name}"
+        yield from (f"{name}{other}" for other in names)  # which may overlap
+
+
+def first_difference(text: str, expected: list[int], found: list[int]) -> str:
+    """Return in words where two lists of ids of a text differ first."""
+    pairs = enumerate(zip(expected, found, strict=False))
+    at = next((at for at, (a, b) in pairs if a != b), min(len(expected), len(found)))
+    return f"for {_shown(text)} from the id at {at} on {found[at : at + 5]}, not {expected[at : at + 5]}"
 
 
 def _files(tokenizer: Tokenizer, *, model_max_length: int) -> dict[str, str | bytes]:
@@ -157,19 +179,6 @@ def _readable_by_old_clients(contents: str) -> str:
     return json.dumps(body, ensure_ascii=False)
 
 
-def _probes_of(tokenizer: Tokenizer) -> Iterator[str]:
-    """Yield texts of random tokens, and the names of the pieces that are not ordinary at the start, middle and end."""
-    draw = random.Random(0)
-    for _ in range(_NUM_DRAWN):
-        yield tokenizer.decode([draw.randrange(tokenizer.vocab_size) for _ in range(30)])
-    names = list(_special_tokens(tokenizer).values())
-    if isinstance(tokenizer, SentencePieceTokenizer):
-        model = parse_model(tokenizer.contents)
-        names += [model.pieces[number] for kind in (CONTROL, UNKNOWN, USER_DEFINED) for number in model.ids_of(kind)]
-    for name in names:
-        yield f"{name}a{name} {name}{name} b {name}"
-
-
 Client = tuple[Callable[[str], list[int]], Callable[[list[int]], str]]
 
 
@@ -207,13 +216,6 @@ def _auto_tokenizer(directory: Path):
     from transformers import AutoTokenizer
 
     return AutoTokenizer.from_pretrained(directory, local_files_only=True, trust_remote_code=False)
-
-
-def _first_difference(text: str, expected: list[int], found: list[int]) -> str:
-    at = next(
-        (at for at, (a, b) in enumerate(zip(expected, found, strict=False)) if a != b), min(len(expected), len(found))
-    )
-    return f"for {_shown(text)} from the id at {at} on {found[at : at + 5]}, not {expected[at : at + 5]}"
 
 
 def _shown(text: str) -> str:

@@ -1,0 +1,123 @@
+"""Prove a GGUF file: every value against the source's, the same values in both models, the ids of texts.
+
+Block types change logits by more than some mistakes do, so their proof is in two steps that are both tight: no value is
+further off than its type rounds; and the source's model, with the file's values, computes what llama.cpp computes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import numpy as np
+
+from btlm_jax.convert.fold import FoldedTensors, unfolded_query
+from btlm_jax.convert.prove import HEAD
+from btlm_jax.convert.published import PublishedConfig, tensor_shapes
+from btlm_jax.convert.read_gguf import GGUFFile, GGUFTokenizer
+from btlm_jax.convert.to_gguf import GGUFTensor, gguf_tensors
+from btlm_jax.convert.tokenizer_files import first_difference, probe_texts
+from btlm_jax.corpus.tokenizer import Tokenizer
+
+_ROWS = 1024  # compared at a time
+
+# The largest error of a value, relative to the largest in its block: half the last bit, or one step of the block. K-
+# quants choose their steps for the least squares and cut off the extremes, which takes up to half a step more.
+_ROUNDING = {
+    "F32": 0.0, "F16": 2**-11, "BF16": 2**-8, "Q8_0": 1 / 127, "Q4_0": 1 / 8,
+    "Q4_K": 1.5 * 2 / 15, "Q5_K": 1.5 * 2 / 31, "Q6_K": 1.5 / 32,
+}  # fmt: skip
+_SCALE_ROUNDING = 2**-10  # relative, of a block's float16 scale
+# What a block's scale is multiplied with at most. Half the distance of the smallest float16 numbers, times this, is an
+# error that any value may have.
+_LARGEST_MULTIPLE = {
+    "F32": 0, "F16": 1, "BF16": 0, "Q8_0": 127, "Q4_0": 8, "Q4_K": 63 * 16, "Q5_K": 63 * 32, "Q6_K": 128 * 32,
+}  # fmt: skip
+_BLOCK = {"Q8_0": 32, "Q4_0": 32, "Q4_K": 256, "Q5_K": 256, "Q6_K": 256}  # others round each value by itself
+
+
+def prove_tensors(
+    file: GGUFFile, folded: FoldedTensors, *, file_type: str, report: Callable[[str], None]
+) -> dict[str, float]:
+    """Compare every value of a file with the source's; return the largest error by type, in what it may be at most.
+
+    `report` is told each tensor's name before it is compared.
+
+    Raises:
+      ValueError: a tensor is missing, of another shape or type, or has a value further off than its type rounds.
+    """
+    entries = {entry.name: entry for entry in gguf_tensors(folded.config, file_type=file_type)}
+    if file.tensors.keys() != entries.keys():
+        raise ValueError(f"tensors {sorted(file.tensors.keys() ^ entries.keys())} are missing or too many in the file")
+    errors = dict.fromkeys((entry.type_name for entry in entries.values()), 0.0)
+    for entry in entries.values():
+        report(entry.name)
+        stored = file.tensors[entry.name]
+        if (stored.shape, stored.type_name) != (entry.shape, entry.type_name):
+            raise ValueError(f"tensor {entry.name} of the file is {stored}, not {entry.type_name} {entry.shape}")
+        errors[entry.type_name] = max(errors[entry.type_name], _error_of(file, entry, folded.read(entry.published)))
+    return errors
+
+
+def _error_of(file: GGUFFile, entry: GGUFTensor, source: np.ndarray) -> float:
+    source = source.T if entry.transposed else source
+    block = _BLOCK.get(entry.type_name, 1)
+    rounding = _ROUNDING[entry.type_name] + (_SCALE_ROUNDING if block > 1 else 0)
+    smallest = _LARGEST_MULTIPLE[entry.type_name] * 2.0**-25
+    largest = 0.0
+    for start in range(0, len(source), _ROWS):
+        stop = min(start + _ROWS, len(source))
+        expected = source[start:stop].astype(np.float32) * np.float32(entry.scale)
+        found = file.rows(entry.name, start, stop)
+        errors = np.abs(found - expected).reshape(-1, block).max(-1)
+        highest = np.abs(expected).reshape(-1, block).max(-1)
+        allowed = rounding * highest + smallest
+        wrong = ~(errors <= allowed)  # NaN is wrong as well
+        if wrong.any():
+            at = int(wrong.argmax())
+            raise ValueError(
+                f"what was written is not the source, so it was not kept: in tensor {entry.name} ({entry.type_name}) "
+                f"{int(wrong.sum()):,} of {len(wrong):,} blocks from row {start} are wrong, the first by "
+                f"{errors[at]:.3g} with values up to {highest[at]:.3g}"
+            )
+        largest = max(largest, float((errors / np.maximum(allowed, np.float32(1e-30))).max()))
+    return largest
+
+
+class UnfoldedTensors:
+    """The file's values as the source's tensors, by published name; see `published.Tensors`. The head is its own."""
+
+    def __init__(self, file: GGUFFile, config: PublishedConfig, folded: PublishedConfig, *, file_type: str):
+        self._file, self._config = file, config
+        self.shapes = tensor_shapes(config) | {HEAD: (config.vocab_size, config.n_embd)}
+        entries = list(gguf_tensors(folded, file_type=file_type))
+        self._entry_of = {entry.published: entry for entry in reversed(entries)} | {HEAD: entries[-1]}
+
+    def read(self, name: str) -> np.ndarray:
+        """Return one tensor, float32."""
+        entry = self._entry_of[name]
+        stored = self._file.read(entry.name)
+        if entry.scale != 1:
+            stored /= np.float32(entry.scale)
+        stored = stored.T if entry.transposed else stored
+        array = stored[tuple(slice(size) for size in self.shapes[name])]  # without the padding
+        return unfolded_query(array, name, self._config)
+
+
+def prove_vocabulary(file: GGUFFile, tokenizer: Tokenizer, *, vocab_size: int) -> None:
+    """Compare the ids that llama.cpp makes by the file's keys with the tokenizer's.
+
+    Raises:
+      ValueError: they differ; it names the text and the first ids that do.
+    """
+    written = GGUFTokenizer(file.keys)
+    if (written.eos_id, written.num_tokens) != (tokenizer.eos_id, vocab_size):
+        raise ValueError(
+            f"the file has {written.num_tokens} tokens and eos_id={written.eos_id}; they must be {vocab_size} and "
+            f"{tokenizer.eos_id}"
+        )
+    for text in probe_texts(tokenizer):
+        expected, found = tokenizer.encode(text), written.encode(text)
+        if expected != found:
+            raise ValueError(
+                f"llama.cpp would make other ids than the tokenizer: {first_difference(text, expected, found)}"
+            )
