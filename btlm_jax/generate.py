@@ -1,12 +1,16 @@
 """Continue texts: prefill the prompts in pieces, then decode token by token over a cache of keys and values.
 
-Logits come from the device, tokens are drawn on the host: every process draws the same ones from the same seed.
+Logits come from the device, tokens are drawn on the host (sampling.py): every process draws the same from a seed. Ids
+only; text is in detokenize.py.
 """
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import enum
 import functools
+import time
 from collections.abc import Iterator, Sequence
 
 import jax
@@ -16,35 +20,156 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from btlm_jax.loss import logits
 from btlm_jax.model import Btlm, KVCache, extend, make_cache
+from btlm_jax.sampling import Sampling, draw, make_generator
 from btlm_jax.sharding import FSDP
 
 PREFILL_PIECE = 256  # tokens of a prompt that run at a time: scores take this times the cache's slots
 MIN_SLOTS = 128  # caches are powers of two from here, so that few shapes are ever compiled
+FIRST_STRETCH = 128  # new tokens that a cache has room for from the start; it doubles when it is full
+CACHE_DTYPES = ("float32", "bfloat16")
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Sampling:
-    """How a token is drawn; temperature 0 takes the likeliest, and then the rest has no effect but the penalty."""
+class Ending(enum.StrEnum):
+    """Why a text ended."""
 
-    temperature: float
-    top_k: int  # of so many likeliest tokens; 0: of all
-    top_p: float  # of the fewest likeliest tokens that have this much probability together; 1: of all
-    min_p: float  # of tokens at least this share as likely as the likeliest; 0: of all
-    repetition_penalty: float  # logits of tokens seen in the row are divided by it, or multiplied if negative; 1: none
-
-    def __post_init__(self):
-        for name, allowed, good in (
-            ("temperature", "0 or more", self.temperature >= 0),
-            ("top_k", "0 or more", self.top_k >= 0),
-            ("top_p", "above 0 and up to 1", 0 < self.top_p <= 1),
-            ("min_p", "from 0 up to 1", 0 <= self.min_p <= 1),
-            ("repetition_penalty", "above 0", self.repetition_penalty > 0),
-        ):
-            if not good:
-                raise ValueError(f"{name}={getattr(self, name)} is not allowed; it must be {allowed}")
+    LENGTH = "length"
+    END_OF_DOCUMENT = "end of document"
+    STOP_STRING = "stop string"
 
 
-GREEDY = Sampling(temperature=0.0, top_k=0, top_p=1.0, min_p=0.0, repetition_penalty=1.0)
+@dataclasses.dataclass(kw_only=True)
+class Speed:
+    """Where the time of generating went; the first call of each shape compiles, and is in no other number."""
+
+    compile_seconds: float = 0.0
+    prefill_seconds: float = 0.0
+    prefill_tokens: int = 0
+    decode_seconds: float = 0.0
+    decode_tokens: int = 0
+    shapes: set[tuple] = dataclasses.field(default_factory=set)
+
+    @contextlib.contextmanager
+    def measure_first(self) -> Iterator[None]:
+        """Count what happens inside as compilation."""
+        start = time.perf_counter()
+        yield
+        self.compile_seconds += time.perf_counter() - start
+
+    @contextlib.contextmanager
+    def measure_prefill(self, num_tokens: int) -> Iterator[None]:
+        """Count what happens inside as running a prompt's tokens."""
+        start = time.perf_counter()
+        yield
+        self.prefill_seconds += time.perf_counter() - start
+        self.prefill_tokens += num_tokens
+
+    @contextlib.contextmanager
+    def measure_decode(self, num_tokens: int) -> Iterator[None]:
+        """Count what happens inside as making new tokens."""
+        start = time.perf_counter()
+        yield
+        self.decode_seconds += time.perf_counter() - start
+        self.decode_tokens += num_tokens
+
+    def is_first(self, *shape: str | int) -> bool:
+        """Whether a call of this shape comes for the first time."""
+        known = shape in self.shapes
+        self.shapes.add(shape)
+        return not known
+
+
+class Batch:
+    """Prompts of any lengths that are continued together, until each has ended.
+
+    A row's tokens depend on its prompt and its random numbers, not on the other rows, up to the rounding of matmuls of
+    another size.
+    """
+
+    def __init__(
+        self,
+        model: Btlm,
+        params: dict,
+        mesh: Mesh,
+        *,
+        prompts: Sequence[Sequence[int]],
+        generators: Sequence[np.random.Generator],
+        num_rows: int,
+        num_tokens: int,
+        sampling: Sampling,
+        stop_id: int,
+        cache_dtype: str,
+        speed: Speed,
+    ):
+        """Take at least one prompt; up to `num_rows` the batch is filled, so that batches have one shape.
+
+        Raises:
+          ValueError: there is no prompt, one is empty or has a token outside the vocabulary, or a number is too small.
+        """
+        _check_prompts(prompts, vocab_size=model.config.vocab_size)
+        if num_tokens < 1:
+            raise ValueError(f"num_tokens={num_tokens} is not allowed; it must be 1 or more")
+        if cache_dtype not in CACHE_DTYPES:
+            raise ValueError(f"cache_dtype={cache_dtype!r} is not allowed; it must be one of {', '.join(CACHE_DTYPES)}")
+        self._sampling, self._generators, self._stop_id, self._speed = sampling, generators, stop_id, speed
+        num_rows = max(num_rows, len(prompts))
+        num_rows += -num_rows % mesh.shape[FSDP]
+        self._histories = [list(prompts[min(row, len(prompts) - 1)]) for row in range(num_rows)]
+        self._ends = [len(prompt) + num_tokens for prompt in prompts]
+        longest = max(map(len, prompts))
+        self._num_slots = _bucket(longest + min(num_tokens, FIRST_STRETCH))
+        self._decoder = _Decoder(
+            model, params, mesh, num_rows=num_rows, num_slots=self._num_slots, cache_dtype=cache_dtype
+        )
+        self._width = min(PREFILL_PIECE, _bucket(longest))
+        self._is_prefilled = False
+        self.going = set(range(len(prompts)))  # the rows that have not ended
+        self.endings: dict[int, Ending] = {}  # of the rows that have
+
+    def step(self) -> dict[int, int]:
+        """Make one more token of each row that goes on; return those, without the id that ends a document."""
+        logits_BV = self._decode() if self._is_prefilled else self._prefill()
+        drawn = {}
+        with self._speed.measure_decode(0):
+            for row in sorted(self.going):
+                token = self._draw(row, logits_BV[row])
+                if token != self._stop_id:
+                    drawn[row] = token
+        return drawn
+
+    def end(self, row: int, ending: Ending) -> None:
+        """Make no more tokens of a row."""
+        self.going.discard(row)
+        self.endings[row] = ending
+
+    def _prefill(self) -> np.ndarray:
+        self._is_prefilled = True
+        if self._speed.is_first("prefill", len(self._histories), self._width, self._num_slots):
+            with self._speed.measure_first():  # of one piece, which runs again below
+                self._decoder.prefill([history[: self._width] for history in self._histories])
+        with self._speed.measure_prefill(sum(len(self._histories[row]) for row in self.going)):
+            return self._decoder.prefill(self._histories)
+
+    def _draw(self, row: int, logits_V: np.ndarray) -> int:
+        history = self._histories[row]
+        token = draw(logits_V, history=history, sampling=self._sampling, generator=self._generators[row])
+        if token == self._stop_id:
+            self.end(row, Ending.END_OF_DOCUMENT)
+        else:
+            history.append(token)
+            if len(history) == self._ends[row]:
+                self.end(row, Ending.LENGTH)
+        return token
+
+    def _decode(self) -> np.ndarray:
+        while max(map(len, self._histories)) > self._num_slots:
+            self._num_slots *= 2
+            with self._speed.measure_first():
+                self._decoder.grow(self._num_slots)
+        if self._speed.is_first("decode", len(self._histories), self._num_slots):
+            with self._speed.measure_first():
+                return self._decoder.decode(self._histories)
+        with self._speed.measure_decode(len(self.going)):
+            return self._decoder.decode(self._histories)
 
 
 def generate(
@@ -61,33 +186,28 @@ def generate(
 ) -> Iterator[dict[int, int]]:
     """Yield up to `num_tokens` times {row: new token} of the rows that go on; `stop_id` ends a row and is not yielded.
 
-    A row's tokens depend on its own prompt, place and the seed, not on the other rows' prompts.
+    A row's tokens depend on its prompt and the seed, so equal prompts continue equally.
 
     Raises:
-      ValueError: there is no prompt, or one is empty or has a token outside the vocabulary.
+      ValueError: as `Batch`.
     """
-    _check_prompts(prompts, vocab_size=model.config.vocab_size)
-    num_rows = len(prompts) + -len(prompts) % mesh.shape[FSDP]
-    histories = [list(prompts[min(row, len(prompts) - 1)]) for row in range(num_rows)]
-    generators = [np.random.default_rng((seed, row)) for row in range(len(prompts))]
-    num_slots = _bucket(max(map(len, histories)) + num_tokens)
-    decoder = _Decoder(model, params, mesh, num_rows=num_rows, num_slots=num_slots, cache_dtype=cache_dtype)
-    logits_BV = decoder.prefill(histories)
-    going = set(range(len(prompts)))
-    for step in range(num_tokens):
-        drawn = {}
-        for row in sorted(going):
-            token = draw(logits_BV[row], history=histories[row], sampling=sampling, generator=generators[row])
-            if token == stop_id:
-                going.remove(row)
-            else:
-                histories[row].append(token)
-                drawn[row] = token
+    batch = Batch(
+        model,
+        params,
+        mesh,
+        prompts=prompts,
+        generators=[make_generator(seed, sample=0, prompt=prompt) for prompt in prompts],
+        num_rows=len(prompts),
+        num_tokens=num_tokens,
+        sampling=sampling,
+        stop_id=stop_id,
+        cache_dtype=cache_dtype,
+        speed=Speed(),
+    )
+    while batch.going:
+        drawn = batch.step()
         if drawn:
             yield drawn
-        if not going or step == num_tokens - 1:
-            return
-        logits_BV = decoder.decode(histories)
 
 
 def continue_tokens(
@@ -116,36 +236,12 @@ def continue_tokens(
     return [tokens[0] for tokens in made]
 
 
-def draw(logits_V: np.ndarray, *, history: Sequence[int], sampling: Sampling, generator: np.random.Generator) -> int:
-    """Draw the next token of a row whose tokens so far are `history`.
-
-    Penalty as in Keskar et al. 2019 (CTRL, arXiv:1909.05858) with the sign rule of Hugging Face's processor; then
-    temperature, top-k, top-p (Holtzman et al. 2020, arXiv:1904.09751) and min-p (Nguyen et al. 2024, arXiv:2407.01082),
-    each over what the ones before it left.
-    """
-    logits_V = logits_V.astype(np.float64)
-    seen = np.unique(np.asarray(history, np.int64))
-    penalty = sampling.repetition_penalty
-    logits_V[seen] = np.where(logits_V[seen] > 0, logits_V[seen] / penalty, logits_V[seen] * penalty)
-    if sampling.temperature == 0:
-        return int(logits_V.argmax())
-    order = np.argsort(-logits_V, kind="stable")
-    order = order[: sampling.top_k or len(order)]
-    scaled = logits_V[order] / sampling.temperature
-    weights = np.exp(scaled - scaled[0])
-    weights /= weights.sum()
-    before = np.cumsum(weights) - weights
-    kept = (before < sampling.top_p) & (weights >= sampling.min_p * weights[0])
-    kept[0] = True
-    weights = np.where(kept, weights, 0)
-    return int(generator.choice(order, p=weights / weights.sum()))
-
-
 class _Decoder:
     """The cache on the devices, and the step over it, compiled once for every shape it meets in the process."""
 
     def __init__(self, model: Btlm, params: dict, mesh: Mesh, *, num_rows: int, num_slots: int, cache_dtype: str):
         self._model, self._params, self._mesh = model, params, mesh
+        self._num_rows, self._dtype = num_rows, cache_dtype
         self._rows = NamedSharding(mesh, PartitionSpec(FSDP))
         self._cache = make_cache(model, mesh, batch_size=num_rows, num_slots=num_slots, dtype=cache_dtype)
 
@@ -171,6 +267,12 @@ class _Decoder:
         starts_B = np.array([len(history) - 1 for history in histories])
         return self._run(newest_B1, starts_B, np.zeros_like(starts_B))
 
+    def grow(self, num_slots: int) -> None:
+        """Copy the cache into one of `num_slots`, more than it has."""
+        empty = make_cache(self._model, self._mesh, batch_size=self._num_rows, num_slots=num_slots, dtype=self._dtype)
+        with jax.set_mesh(self._mesh):
+            self._cache = _copy_into(empty, self._cache)
+
     def _run(self, inputs_BT: np.ndarray, starts_B: np.ndarray, last_B: np.ndarray) -> np.ndarray:
         def place(values):
             values = values.astype(np.int32)
@@ -181,6 +283,16 @@ class _Decoder:
                 self._model, self._params, self._cache, place(inputs_BT), place(starts_B), place(last_B)
             )
         return np.asarray(logits_BV)
+
+
+@functools.partial(jax.jit, donate_argnums=0)
+def _copy_into(larger: KVCache, smaller: KVCache) -> KVCache:
+    """Put each array into the beginning of a larger one, whichever dim is longer."""
+
+    def copy(larger, smaller):
+        return jax.lax.dynamic_update_slice(larger, smaller, (0,) * larger.ndim)
+
+    return jax.tree.map(copy, larger, smaller)
 
 
 @functools.partial(jax.jit, static_argnums=0, donate_argnums=2)

@@ -15,8 +15,9 @@ from btlm_jax.data.loader import heldout_batches
 from btlm_jax.evaluate.heldout import HeldoutResult, evaluate_heldout
 from btlm_jax.evaluate.plots import plot_loss, plot_position
 from btlm_jax.files import write_atomically
-from btlm_jax.generate import Sampling, continue_tokens
+from btlm_jax.generate import continue_tokens
 from btlm_jax.prepare import Run, log
+from btlm_jax.sampling import Sampling
 from btlm_jax.serve import printable
 from btlm_jax.sharding import FSDP
 from btlm_jax.store import HELDOUT

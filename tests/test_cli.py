@@ -27,7 +27,7 @@ def refused(capsys, *arguments, code: int, said: str) -> None:
 @pytest.mark.parametrize(
     "arguments, said",
     [
-        (["trian"], "unknown verb 'trian'; verbs are train, generate, corpus and tune"),
+        (["trian"], "unknown verb 'trian'; verbs are train, generate, convert, corpus, tune (btlm --help)"),
         (["train"], "--config=FILE is needed"),
         (["train", LOCAL], "--workdir=DIR is needed"),
         (["train", LOCAL, "extra"], "unexpected argument 'extra'"),
@@ -40,7 +40,6 @@ def refused(capsys, *arguments, code: int, said: str) -> None:
         (["train", "--config=/nowhere.py"], "--config cannot be loaded"),
         (["generate"], "needs --checkpoint=DIR"),
         (["generate", "--checkpoint=x", "--top_p=2"], "top_p=2.0 is not allowed; it must be above 0 and up to 1"),
-        (["generate", "--checkpoint=x", "--num_tokens=0"], "num_tokens"),
         (["corpus"], "needs build or verify, got nothing"),
         (["corpus", "verify"], "needs --store=DIR"),
         (["tune", "lr"], "needs coord-check, got 'lr'"),

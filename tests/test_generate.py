@@ -7,10 +7,11 @@ import pytest
 from tiny import tiny_config
 
 from btlm_jax import generate as generation
-from btlm_jax.generate import GREEDY, Sampling, continue_tokens, draw, generate
+from btlm_jax.generate import Batch, Ending, Speed, continue_tokens, generate
 from btlm_jax.loss import logits
 from btlm_jax.model import extend, init_params, make_cache, make_model
 from btlm_jax.mup import make_parametrization
+from btlm_jax.sampling import GREEDY, Sampling, make_generator
 from btlm_jax.sharding import make_mesh
 
 PLAIN = {"top_k": 0, "top_p": 1.0, "min_p": 0.0, "repetition_penalty": 1.0}
@@ -27,12 +28,12 @@ def ids(*shape, seed=0):
     return np.random.default_rng(seed).integers(0, VOCAB, shape).astype(np.int32)
 
 
-def full_logits(model, params, mesh, row):
-    """The logits_TV of one row, by the whole forward pass on one device."""
+def full_logits(model, params, mesh, inputs_BT):
+    """The logits_BTV by the whole forward pass on one device."""
     with jax.set_mesh(mesh):
-        hidden_1TD = model.apply({"params": params}, jnp.asarray(row)[None])
+        hidden_BTD = model.apply({"params": params}, jnp.asarray(inputs_BT))
         table_VD = params["embedding"]["embedding"]
-        return np.asarray(logits(hidden_1TD, table_VD, output_scale=model.parametrization.output_scale))[0]
+        return np.asarray(logits(hidden_BTD, table_VD, output_scale=model.parametrization.output_scale))
 
 
 @pytest.fixture(scope="module")
@@ -55,21 +56,37 @@ def test_extending_in_pieces_equals_the_whole_pass_at_every_position(one_device)
 
 
 @pytest.mark.parametrize("shape", [(1, 1), (4, 2), (2, 4)], ids=str)
-def test_prompts_of_different_lengths_on_any_mesh_continue_as_alone(one_device, shape, monkeypatch):
+def test_decoding_is_the_whole_pass_for_mixed_lengths_across_growth_past_the_trained_length(
+    one_device, shape, monkeypatch
+):
     monkeypatch.setattr(generation, "PREFILL_PIECE", 16)  # the longest prompt takes three pieces
+    monkeypatch.setattr(generation, "MIN_SLOTS", 8)
+    monkeypatch.setattr(generation, "FIRST_STRETCH", 2)
+    grown, seen = [], []
+    for name in ("prefill", "decode"):
+        run = getattr(generation._Decoder, name)
+        spy = lambda self, histories, run=run: seen.append(run(self, histories)) or seen[-1]  # noqa: E731
+        monkeypatch.setattr(generation._Decoder, name, spy)
+    grow = generation._Decoder.grow
+    monkeypatch.setattr(generation._Decoder, "grow", lambda self, slots: grown.append(slots) or grow(self, slots))
     mesh = make_mesh(devices=jax.devices()[: shape[0] * shape[1]], tensor=shape[1])
-    model, params = model_and_params(mesh)
-    prompts = [ids(length, seed=length).tolist() for length in (5, 17, 47)]
+    model, params = model_and_params(mesh)  # trained at up to 48
+    prompts = [ids(length, seed=length).tolist() for length in (5, 17, 30)]
     made = [list(prompt) for prompt in prompts]
-    options = {"num_tokens": 12, "sampling": GREEDY, "seed": 0, "stop_id": -1, "cache_dtype": "float32"}
+    options = {"num_tokens": 37, "sampling": GREEDY, "seed": 0, "stop_id": -1, "cache_dtype": "float32"}
     for tokens in generate(model, params, mesh, prompts=prompts, **options):
         for row, token in tokens.items():
             made[row].append(token)
+    assert grown == [64, 128]
+    made_logits_BTV = np.stack(seen[-37:], axis=1)[:3]
     alone_model, alone_params = model_and_params(one_device)
-    for prompt, row in zip(prompts, made, strict=True):
-        assert len(row) == len(prompt) + 12
-        want = full_logits(alone_model, alone_params, one_device, np.asarray(row[:-1])).argmax(-1)
-        assert row[len(prompt) :] == want[len(prompt) - 1 :].tolist()
+    padded_BT = [np.pad(whole, (0, 67 - len(whole))) for whole in made]  # tokens to the right are never seen
+    want_BTV = full_logits(alone_model, alone_params, one_device, padded_BT)
+    for row, (prompt, whole) in enumerate(zip(prompts, made, strict=True)):
+        assert len(whole) == len(prompt) + 37
+        want_TV = want_BTV[row, len(prompt) - 1 : len(whole) - 1]
+        np.testing.assert_allclose(made_logits_BTV[row], want_TV, rtol=0, atol=2e-5)
+        assert whole[len(prompt) :] == want_TV.argmax(-1).tolist()
 
 
 def test_a_bfloat16_cache_is_near(one_device):
@@ -99,54 +116,66 @@ def test_a_stop_token_ends_its_row_only(one_device):
         assert [made[row] for made in stopped if row in made] == want
 
 
-def test_a_seed_gives_the_same_text_and_another_seed_another(one_device):
+def batch_of(model, params, mesh, prompts, *, samples, **changes):
+    generators = [make_generator(4, sample=sample, prompt=p) for sample, p in zip(samples, prompts, strict=True)]
+    options = {"num_rows": 5, "num_tokens": 10, "stop_id": -1, "cache_dtype": "float32", "speed": Speed()}
+    drawn = {"sampling": Sampling(temperature=1.5, **PLAIN)}
+    return Batch(model, params, mesh, prompts=prompts, generators=generators, **(options | drawn | changes))
+
+
+def tokens_of(batch) -> list[list[int]]:
+    made = [[] for _ in batch.going]
+    while batch.going:
+        for row, token in batch.step().items():
+            made[row].append(token)
+    return made
+
+
+def test_a_sample_depends_on_its_prompt_seed_and_number_and_not_on_its_batch_or_place(one_device):
     model, params = model_and_params(one_device)
-    options = {"prompt": ids(8).tolist(), "num_tokens": 10, "sampling": Sampling(temperature=1.5, **PLAIN)}
-    first, again, other = (
-        continue_tokens(model, params, one_device, seed=seed, stop_id=-1, **options) for seed in (4, 4, 5)
+    first, second = ids(8, seed=1).tolist(), ids(31, seed=2).tolist()
+    a, b, c, d = tokens_of(
+        batch_of(model, params, one_device, [first, first, second, second[:30]], samples=[0, 1, 0, 0])
     )
-    assert first == again != other
+    assert len({tuple(a), tuple(b), tuple(c), tuple(d)}) == 4
+    assert tokens_of(batch_of(model, params, one_device, [second, first], samples=[0, 1])) == [c, b]
+    options = {"prompt": first, "num_tokens": 10, "sampling": Sampling(temperature=1.5, **PLAIN), "stop_id": -1}
+    alone, other = (continue_tokens(model, params, one_device, seed=seed, **options) for seed in (4, 5))
+    assert alone == a != other
 
 
-LOGITS = np.log([0.4, 0.3, 0.2, 0.06, 0.04])[[3, 0, 4, 1, 2]]  # probabilities .06 .4 .04 .3 .2
-
-
-@pytest.mark.parametrize(
-    ("changes", "want"),
-    [
-        ({}, [0.06, 0.4, 0.04, 0.3, 0.2]),
-        ({"top_k": 2}, [0, 4 / 7, 0, 3 / 7, 0]),
-        ({"top_p": 0.65}, [0, 4 / 7, 0, 3 / 7, 0]),
-        ({"top_p": 0.75}, [0, 4 / 9, 0, 3 / 9, 2 / 9]),
-        ({"min_p": 0.45}, [0, 4 / 9, 0, 3 / 9, 2 / 9]),
-        ({"temperature": 0.5}, np.square([0.06, 0.4, 0.04, 0.3, 0.2]) / 0.2952),
-        ({"top_p": 1e-9}, [0, 1, 0, 0, 0]),
-    ],
-    ids=str,
-)
-def test_tokens_are_drawn_as_often_as_their_definition_says(changes, want):
-    sampling = Sampling(**{"temperature": 1.0, **PLAIN, **changes})
-    generator = np.random.default_rng(0)
-    drawn = [draw(LOGITS, history=[], sampling=sampling, generator=generator) for _ in range(4000)]
-    np.testing.assert_allclose(np.bincount(drawn, minlength=5) / 4000, want, atol=0.03)
-    assert not set(drawn) & set(np.flatnonzero(np.equal(want, 0)))
-
-
-def test_the_repetition_penalty_moves_seen_tokens_down_whatever_their_sign():
-    sampling = Sampling(**{**PLAIN, "temperature": 0.0, "repetition_penalty": 2.0})
-    generator = np.random.default_rng(0)
-    assert draw(np.array([3.0, 2.0, 1.0]), history=[0, 0], sampling=sampling, generator=generator) == 1
-    assert draw(np.array([-1.0, -1.5, -9.0]), history=[0], sampling=sampling, generator=generator) == 1
+def test_a_batch_says_why_rows_ended_and_where_the_time_went(one_device):
+    model, params = model_and_params(one_device)
+    prompts = [ids(length, seed=length).tolist() for length in (7, 6, 11)]
+    free = tokens_of(batch_of(model, params, one_device, prompts, samples=[0, 0, 0]))
+    stop_id = free[0][3]
+    assert free[0].index(stop_id) == 3 and stop_id not in free[1][:8] + free[2]
+    speed = Speed()
+    batch = batch_of(model, params, one_device, prompts, samples=[0, 0, 0], stop_id=stop_id, speed=speed)
+    made = [[], [], []]
+    while batch.going:
+        for row, token in batch.step().items():
+            made[row].append(token)
+        if len(made[1]) == 8:
+            batch.end(1, Ending.STOP_STRING)
+    assert made == [free[0][:3], free[1][:8], free[2]]
+    assert batch.endings == {0: "end of document", 1: "stop string", 2: "length"}
+    assert speed.prefill_tokens == 7 + 6 + 11
+    assert speed.decode_tokens == 3 * 2 + 2 * 4 + 2 * 1  # steps 3 and 4, up to 8, up to 10; step 2 compiled
+    assert min(speed.compile_seconds, speed.prefill_seconds, speed.decode_seconds) > 0
+    before = speed.compile_seconds
+    tokens_of(batch_of(model, params, one_device, prompts[:2], samples=[0, 0], speed=speed))
+    assert speed.compile_seconds == before  # the same shapes
 
 
 @pytest.mark.parametrize(
-    "changes",
-    [{"temperature": -0.1}, {"top_k": -1}, {"top_p": 0.0}, {"min_p": 1.5}, {"repetition_penalty": 0.0}],
-    ids=str,
+    ("changes", "said"),
+    [({"num_tokens": 0}, "num_tokens=0 .* 1 or more"), ({"cache_dtype": "int3"}, "'int3' .* one of float32, bfloat16")],
 )
-def test_impossible_sampling_is_refused(changes):
-    with pytest.raises(ValueError, match=next(iter(changes))):
-        Sampling(**{"temperature": 1.0, **PLAIN, **changes})
+def test_impossible_batches_are_refused(one_device, changes, said):
+    model, params = model_and_params(one_device)
+    with pytest.raises(ValueError, match=said):
+        batch_of(model, params, one_device, [[3]], samples=[0], **changes)
 
 
 @pytest.mark.parametrize(

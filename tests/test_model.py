@@ -11,10 +11,11 @@ from safetensors.numpy import load_file
 from tiny import tiny_config
 
 from btlm_jax.config import ModelConfig, MupConfig
-from btlm_jax.generate import GREEDY, continue_tokens
+from btlm_jax.generate import continue_tokens
 from btlm_jax.loss import logits, token_losses
 from btlm_jax.model import alibi_slopes, init_params, make_model, parameter_table
 from btlm_jax.mup import make_parametrization
+from btlm_jax.sampling import GREEDY
 from btlm_jax.sharding import make_mesh
 
 ORACLES = Path(__file__).parent / "golden" / "oracles"

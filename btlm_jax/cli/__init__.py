@@ -15,7 +15,7 @@ from collections.abc import Sequence
 from absl import logging as absl_logging
 
 from btlm_jax import __version__
-from btlm_jax.cli import making, using
+from btlm_jax.cli import generating, making, using
 from btlm_jax.cli.parse import BAD_NUMBERS, DONE, ERROR, PREEMPTED, USAGE, UsageError
 
 __all__ = ["BAD_NUMBERS", "DONE", "ERROR", "PREEMPTED", "USAGE", "UsageError", "entry", "main"]
@@ -25,7 +25,7 @@ HELP = f"""btlm {__version__}: train BTLM-3B-8K style language models in JAX.
 usage: btlm <verb> [flags]        (btlm <verb> --help explains a verb)
 
   train            train from a config, or resume what is in the workdir
-  generate         continue a prompt with a trained model
+  generate         continue texts with a trained model
   convert          make a model of another form: Hugging Face both ways
   corpus build     make the token store that a config names, without training
   corpus verify    read a token store again and compare every byte with its manifest
@@ -36,7 +36,7 @@ first:  btlm train --config=configs/local_cpu.py --workdir=runs/local
 
 VERBS = {
     "train": making.train,
-    "generate": using.generate,
+    "generate": generating.generate,
     "convert": using.convert,
     "corpus": making.corpus,
     "tune": making.tune,

@@ -1,4 +1,4 @@
-"""The verbs that use what was made: generate, convert."""
+"""The verb that makes a model of another form: convert."""
 
 from __future__ import annotations
 
@@ -9,13 +9,6 @@ from pathlib import Path
 from absl import flags
 
 from btlm_jax.cli.parse import DONE, UsageError, apply, flag_help
-
-GENERATE_HELP = """btlm generate: continue a prompt with the last checkpoint of a run.
-
-example:  btlm generate --checkpoint=runs/local --prompt="Return the" --num_tokens=200 --temperature=0.7 --top_p=0.95
-
-The text appears as it is made; the speed goes to the error stream. The same seed gives the same text.
-"""
 
 CONVERT_HELP = """btlm convert: make a model of another form, and prove that it computes the same.
 
@@ -36,42 +29,6 @@ FORMATS_OF_FLAG = {
     "pad_ffn": ("hf", "jais", "gguf"),
     "file_type": ("gguf",),
 }
-
-
-def generate(arguments: Sequence[str]) -> int:
-    """Run `btlm generate`; return the exit code."""
-    values = flags.FlagValues()
-    flags.DEFINE_string("checkpoint", "", "workdir of a run: its last checkpoint is used", flag_values=values)
-    flags.DEFINE_string("prompt", "", "text to continue; empty: begin a document", flag_values=values)
-    flags.DEFINE_integer("num_tokens", 200, "at most so many new tokens", lower_bound=1, flag_values=values)
-    flags.DEFINE_float("temperature", 0.7, "0 takes the likeliest token", flag_values=values)
-    flags.DEFINE_integer("top_k", 0, "draw from so many likeliest tokens; 0: from all", flag_values=values)
-    flags.DEFINE_float("top_p", 1.0, "draw from the fewest tokens with this much probability", flag_values=values)
-    flags.DEFINE_float("min_p", 0.0, "draw from tokens this share as likely as the likeliest", flag_values=values)
-    flags.DEFINE_float("repetition_penalty", 1.0, "above 1 makes tokens seen less likely", flag_values=values)
-    flags.DEFINE_integer("seed", 0, "of the drawing", lower_bound=0, flag_values=values)
-    flags.DEFINE_boolean("help", False, "show this help", short_name="h", flag_values=values)
-    if any(argument in ("--help", "-h", "-help") for argument in arguments):
-        print(GENERATE_HELP)
-        print(flag_help(values))
-        return DONE
-    apply(values, arguments)
-    if not values["checkpoint"].value:
-        raise UsageError("btlm generate needs --checkpoint=DIR, the workdir of a run")
-    generating = importlib.import_module("btlm_jax.generate")
-    names = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty")
-    try:
-        sampling = generating.Sampling(**{name: values[name].value for name in names})
-    except ValueError as error:
-        raise UsageError(str(error)) from error
-    importlib.import_module("btlm_jax.serve").stream_continuation(
-        Path(values["checkpoint"].value),
-        prompt=values["prompt"].value,
-        num_tokens=values["num_tokens"].value,
-        sampling=sampling,
-        seed=values["seed"].value,
-    )
-    return DONE
 
 
 def convert(arguments: Sequence[str]) -> int:
