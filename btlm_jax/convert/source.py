@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from pathlib import Path
 
 import jax
@@ -26,6 +27,7 @@ from btlm_jax.convert.published import CONFIG_FILE, PublishedConfig, Tensors, re
 from btlm_jax.convert.read_hf import HuggingFaceTensors
 from btlm_jax.corpus.tokenizer import Tokenizer, find_tokenizer, stored_facts
 from btlm_jax.loss import logits
+from btlm_jax.model import Btlm
 from btlm_jax.mup import make_parametrization
 
 
@@ -130,9 +132,13 @@ def native_logits(native: NativeModel, ids_T: np.ndarray) -> np.ndarray:
     """Return the float32 logits_TV after each token, computed in float32 by the JAX model."""
     model = dataclasses.replace(native.facts, model=dataclasses.replace(native.facts.model, dtype="float32")).network()
     with jax.set_mesh(native.mesh):
-        hidden_BTD = model.apply({"params": native.params}, jnp.asarray(ids_T, jnp.int32)[None])
-        table_VD = native.params["embedding"]["embedding"]
-        return np.asarray(logits(hidden_BTD, table_VD, output_scale=model.parametrization.output_scale))[0]
+        return np.asarray(_logits_BTV(native.params, jnp.asarray(ids_T, jnp.int32)[None], model=model))[0]
+
+
+@functools.partial(jax.jit, static_argnames="model")
+def _logits_BTV(params: dict, ids_BT: jax.Array, *, model: Btlm) -> jax.Array:
+    hidden_BTD = model.apply({"params": params}, ids_BT)
+    return logits(hidden_BTD, params["embedding"]["embedding"], output_scale=model.parametrization.output_scale)
 
 
 def published_config(facts: ModelFacts) -> PublishedConfig:
