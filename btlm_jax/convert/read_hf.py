@@ -48,8 +48,9 @@ class HuggingFaceTensors:
             raise ValueError(
                 f"tensor {name} of {self.directory} is {array.dtype}; only {', '.join(_READABLE)} can be read"
             )
-        if not np.isfinite(array.astype(np.float32)).all():
-            bad = int((~np.isfinite(array.astype(np.float32))).sum())
+        finite = np.isfinite(array)
+        if not finite.all():
+            bad = int((~finite).sum())
             raise ValueError(f"tensor {name} of {self.directory} holds {bad:,} values that are not finite")
         return array
 
