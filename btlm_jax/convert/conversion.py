@@ -103,7 +103,7 @@ def convert(conversion: Conversion, *, say: Callable[[str], None]) -> list[Proof
 
 def _write_and_prove(conversion: Conversion, partial: Path, *, say: Callable[[str], None]) -> list[Proof]:
     if conversion.format == "gguf":
-        import_gguf()  # a package that is missing is missing now, not after an hour
+        import_gguf()  # said before a source is read
     source = open_source(conversion.source)
     config, tokenizer = source.config, source.tokenizer
     num_parameters = sum(int(np.prod(shape)) for shape in source.tensors.shapes.values())
@@ -112,24 +112,27 @@ def _write_and_prove(conversion: Conversion, partial: Path, *, say: Callable[[st
         say("it comes without a tokenizer, so none is written, and the proof is on tokens drawn at random")
     text_ids = () if tokenizer is None else tokenizer.encode(PROBE)
     ids_T = probe_ids(text_ids, vocab_size=config.vocab_size)
-    expected_TV = source.logits(ids_T)
+    # Writing comes first, as it refuses what cannot be expressed before the first tensor is read.
     match conversion.format:
         case "native":
             _write_native(source, partial)
-            del source
+            expected_TV = source.logits(ids_T)
+            del source  # two models do not fit where one does
             found = _prove_native(partial, ids_T, expected_TV)
         case "hf":
             _write_hf(source, partial, conversion)
+            expected_TV = source.logits(ids_T)
             del source
             found = _prove_hf(partial, ids_T, expected_TV, dtype=conversion.dtype, say=say)
         case "jais":
             _write_jais(source, partial, conversion)
+            expected_TV = source.logits(ids_T)
             del source
             found = _prove_jais(partial, ids_T, expected_TV, dtype=conversion.dtype)
         case "gguf":
             path = partial / conversion.target.name
             _write_gguf(source, path, conversion)
-            found = _prove_gguf(source, path, ids_T, expected_TV, conversion, say=say)
+            found = _prove_gguf(source, path, ids_T, conversion, say=say)
     proofs = []
     for proof in found:
         say(str(proof))
@@ -146,6 +149,7 @@ def _write_native(source: Source, directory: Path) -> None:
 
 
 def _write_hf(source: Source, directory: Path, conversion: Conversion) -> None:
+    _write_tokenizer(source, directory)
     with _progress(len(source.tensors.shapes)) as report:
         write_hf(
             directory,
@@ -156,10 +160,10 @@ def _write_hf(source: Source, directory: Path, conversion: Conversion) -> None:
             notes=source.notes,
             report=report,
         )
-    _write_tokenizer(source, directory)
 
 
 def _write_jais(source: Source, directory: Path, conversion: Conversion) -> None:
+    _write_tokenizer(source, directory)
     with _progress(len(source.tensors.shapes) + 1) as report:
         write_jais(
             directory,
@@ -170,7 +174,6 @@ def _write_jais(source: Source, directory: Path, conversion: Conversion) -> None
             max_shard_bytes=conversion.max_shard_bytes,
             report=report,
         )
-    _write_tokenizer(source, directory)
 
 
 def _write_tokenizer(source: Source, directory: Path) -> None:
@@ -225,7 +228,6 @@ def _prove_gguf(
     source: Source,
     path: Path,
     ids_T: np.ndarray,
-    expected_TV: np.ndarray,
     conversion: Conversion,
     *,
     say: Callable[[str], None],
@@ -248,7 +250,7 @@ def _prove_gguf(
         found_TV,
         tolerance=SAME_VALUES_TOLERANCE,
     )
-    yield compare("the written file", expected_TV, found_TV, tolerance=GGUF_TOLERANCE[file_type])
+    yield compare("the written file", source.logits(ids_T), found_TV, tolerance=GGUF_TOLERANCE[file_type])
 
 
 @contextlib.contextmanager
