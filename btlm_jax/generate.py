@@ -39,43 +39,56 @@ class Ending(enum.StrEnum):
 
 @dataclasses.dataclass(kw_only=True)
 class Speed:
-    """Where the time of generating went; the first call of each shape compiles, and is in no other number."""
+    """Where the time of generating went: compilation, prompt tokens, new tokens.
+
+    A decoding call that compiles counts as compilation, its tokens left out; of prefill, what JAX says it compiled.
+    """
 
     compile_seconds: float = 0.0
     prefill_seconds: float = 0.0
     prefill_tokens: int = 0
     decode_seconds: float = 0.0
     decode_tokens: int = 0
-    shapes: set[tuple] = dataclasses.field(default_factory=set)
-
-    @contextlib.contextmanager
-    def measure_first(self) -> Iterator[None]:
-        """Count what happens inside as compilation."""
-        start = time.perf_counter()
-        yield
-        self.compile_seconds += time.perf_counter() - start
 
     @contextlib.contextmanager
     def measure_prefill(self, num_tokens: int) -> Iterator[None]:
         """Count what happens inside as running a prompt's tokens."""
         start = time.perf_counter()
-        yield
-        self.prefill_seconds += time.perf_counter() - start
+        with _compilation() as compiled:
+            yield
+        seconds = time.perf_counter() - start
+        self.compile_seconds += min(seconds, sum(compiled))
+        self.prefill_seconds += max(0.0, seconds - sum(compiled))
         self.prefill_tokens += num_tokens
 
     @contextlib.contextmanager
     def measure_decode(self, num_tokens: int) -> Iterator[None]:
         """Count what happens inside as making new tokens."""
         start = time.perf_counter()
-        yield
-        self.decode_seconds += time.perf_counter() - start
-        self.decode_tokens += num_tokens
+        with _compilation() as compiled:
+            yield
+        seconds = time.perf_counter() - start
+        if compiled:
+            self.compile_seconds += seconds
+        else:
+            self.decode_seconds += seconds
+            self.decode_tokens += num_tokens
 
-    def is_first(self, *shape: str | int) -> bool:
-        """Whether a call of this shape comes for the first time."""
-        known = shape in self.shapes
-        self.shapes.add(shape)
-        return not known
+
+@contextlib.contextmanager
+def _compilation() -> Iterator[list[float]]:
+    """Collect the seconds of every tracing, lowering and compiling inside."""
+    seconds: list[float] = []
+
+    def listen(name: str, duration: float, **_) -> None:
+        if name.startswith("/jax/core/compile/"):
+            seconds.append(duration)
+
+    jax.monitoring.register_event_duration_secs_listener(listen)
+    try:
+        yield seconds
+    finally:
+        jax.monitoring.unregister_event_duration_listener(listen)
 
 
 class Batch:
@@ -120,7 +133,6 @@ class Batch:
         self._decoder = _Decoder(
             model, params, mesh, num_rows=num_rows, num_slots=self._num_slots, cache_dtype=cache_dtype
         )
-        self._width = min(PREFILL_PIECE, _bucket(longest))
         self._is_prefilled = False
         self.going = set(range(len(prompts)))  # the rows that have not ended
         self.endings: dict[int, Ending] = {}  # of the rows that have
@@ -143,9 +155,6 @@ class Batch:
 
     def _prefill(self) -> np.ndarray:
         self._is_prefilled = True
-        if self._speed.is_first("prefill", len(self._histories), self._width, self._num_slots):
-            with self._speed.measure_first():  # of one piece, which runs again below
-                self._decoder.prefill([history[: self._width] for history in self._histories])
         with self._speed.measure_prefill(sum(len(self._histories[row]) for row in self.going)):
             return self._decoder.prefill(self._histories)
 
@@ -161,14 +170,10 @@ class Batch:
         return token
 
     def _decode(self) -> np.ndarray:
-        while max(map(len, self._histories)) > self._num_slots:
-            self._num_slots *= 2
-            with self._speed.measure_first():
-                self._decoder.grow(self._num_slots)
-        if self._speed.is_first("decode", len(self._histories), self._num_slots):
-            with self._speed.measure_first():
-                return self._decoder.decode(self._histories)
         with self._speed.measure_decode(len(self.going)):
+            while max(map(len, self._histories)) > self._num_slots:
+                self._num_slots *= 2
+                self._decoder.grow(self._num_slots)
             return self._decoder.decode(self._histories)
 
 

@@ -125,7 +125,7 @@ def check_output(path: Path) -> None:
 
 def printable(text: str) -> str:
     """Return the text with control characters replaced: a young model makes them, and a terminal would obey them."""
-    return "".join(c if c.isprintable() or c == "\n" else PARTIAL for c in text)
+    return "".join(c if c.isprintable() or c in "\n\t" else PARTIAL for c in text)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -259,12 +259,12 @@ def _note_length(native: NativeModel, wanted: Sequence[_Wanted], how: Continuing
 
 
 def _report(speed: Speed, *, num_tokens: int) -> None:
-    """Print the rates. Those of decoding and of prefill leave out the first call of each shape, which compiles."""
+    """Print where the time went; see Speed for what is in no rate."""
     prefill = speed.prefill_tokens / max(speed.prefill_seconds, 1e-9)
     decode = speed.decode_tokens / max(speed.decode_seconds, 1e-9)
     print(
         f"{num_tokens:,} new tokens\n"
-        f"  compile  {speed.compile_seconds:.2f} s: the first call of each shape, in neither rate below\n"
+        f"  compile  {speed.compile_seconds:.2f} s: the first call of each shape; in neither rate below\n"
         f"  prefill  {speed.prefill_tokens:,} prompt tokens in {speed.prefill_seconds:.2f} s: {prefill:,.1f} tokens/s\n"
         f"  decode   {speed.decode_tokens:,} new tokens in {speed.decode_seconds:.2f} s: {decode:,.1f} tokens/s",
         file=sys.stderr,

@@ -3,6 +3,7 @@
 import json
 import shutil
 
+import jax
 import pytest
 from published_files import ORACLES
 from tiny import tiny_config
@@ -149,6 +150,7 @@ def test_the_end_of_a_document_ends_a_text(untrained, tmp_path, monkeypatch):
 
 def test_the_speed_leaves_out_compilation_and_long_texts_are_noted(capsys, untrained, monkeypatch):
     monkeypatch.setattr(generation, "draw", lambda logits_V, **_: 70)
+    jax.clear_caches()
     assert main(["generate", f"--checkpoint={untrained}", "--prompt=", "--num_tokens=50"]) == 0
     said = capsys.readouterr().err
     assert "note: up to 51 tokens, past the 48 this model was trained at" in said
@@ -207,3 +209,7 @@ def test_the_cache_is_of_the_dtype_asked_for(untrained, monkeypatch, dtype, tmp_
     monkeypatch.setattr(generation._Decoder, "__init__", spy)
     written(untrained, tmp_path, PROMPTS[:1], "--num_tokens=1", f"--cache_dtype={dtype}")
     assert made == [dtype]
+
+
+def test_a_terminal_gets_no_control_characters():
+    assert printable("a\tb\n\x1b[2Jc\x07\r é") == "a\tb\n\ufffd[2Jc\ufffd\ufffd é"
