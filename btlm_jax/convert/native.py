@@ -112,8 +112,8 @@ def read_tokenizer(directory: Path, facts: ModelFacts) -> Tokenizer | None:
     return None if facts.tokenizer is None else load_tokenizer(directory, facts.tokenizer)
 
 
-def read_facts(directory: Path) -> ModelFacts:
-    """Read the `model.json` of a model directory.
+def read_facts(directory: Path, *, format: str = FORMAT) -> ModelFacts:
+    """Read the `model.json` of a model directory of a format.
 
     Raises:
       ValueError: it is damaged, or of another format.
@@ -121,8 +121,8 @@ def read_facts(directory: Path) -> ModelFacts:
     path = directory / MODEL_FILE
     try:
         values = json.loads(path.read_text())
-        if values["format"] != FORMAT:
-            raise ValueError(f"its format is {values['format']!r}; this version reads {FORMAT!r}")
+        if values["format"] != format:
+            raise ValueError(f"its format is {values['format']!r}, not {format!r}")
         return ModelFacts(
             model=config_from(ModelConfig, values["model"], path="model"),
             mup=config_from(MupConfig, values["mup"], path="mup"),
@@ -141,12 +141,12 @@ def write_model_directory(directory: Path, *, facts: ModelFacts, params: dict, t
     write_facts(directory, facts, tokenizer=tokenizer)
 
 
-def write_facts(directory: Path, facts: ModelFacts, *, tokenizer: Tokenizer | None) -> None:
+def write_facts(directory: Path, facts: ModelFacts, *, tokenizer: Tokenizer | None, format: str = FORMAT) -> None:
     """Write `model.json` and the tokenizer's file."""
     if tokenizer is not None:
         write_atomically(directory / tokenizer.stored_file, tokenizer.contents)
     write_atomically(
-        directory / MODEL_FILE, json.dumps({"format": FORMAT} | dataclasses.asdict(facts), indent=2, sort_keys=True)
+        directory / MODEL_FILE, json.dumps({"format": format} | dataclasses.asdict(facts), indent=2, sort_keys=True)
     )
 
 

@@ -38,6 +38,23 @@ inline f8 exp8(f8 v) {
 
 inline float sum(f8 v) { return ((v[0] + v[4]) + (v[1] + v[5])) + ((v[2] + v[6]) + (v[3] + v[7])); }
 
+// The sums of eight vectors as one.
+inline f8 sums_of(const f8* v) {
+  f8 pairs[4], fours[2];
+  for (int i = 0; i < 4; ++i) {  // lanes a0+a1 b0+b1 a2+a3 b2+b3 ...
+    f8 a = v[2 * i], b = v[2 * i + 1];
+    pairs[i] = __builtin_shuffle(a, b, (i8){0, 8, 2, 10, 4, 12, 6, 14}) +
+               __builtin_shuffle(a, b, (i8){1, 9, 3, 11, 5, 13, 7, 15});
+  }
+  for (int i = 0; i < 2; ++i) {
+    f8 a = pairs[2 * i], b = pairs[2 * i + 1];
+    fours[i] = __builtin_shuffle(a, b, (i8){0, 1, 8, 9, 4, 5, 12, 13}) +
+               __builtin_shuffle(a, b, (i8){2, 3, 10, 11, 6, 7, 14, 15});
+  }
+  return __builtin_shuffle(fours[0], fours[1], (i8){0, 1, 2, 3, 8, 9, 10, 11}) +
+         __builtin_shuffle(fours[0], fours[1], (i8){4, 5, 6, 7, 12, 13, 14, 15});
+}
+
 inline void keep(const float* from, float* to, float*, int64_t H) { std::memcpy(to, from, H * sizeof(float)); }
 inline void keep(const float* from, bf16* to, float*, int64_t H) {
   for (int64_t h = 0; h < H; ++h) to[h] = to_bf16(from[h]);
@@ -80,38 +97,68 @@ struct Running {
   std::vector<float> values;
 };
 
+// out[j] = q . k[j] for eight rows of k
+inline f8 eight_dots(const float* q, const float* k, int64_t H) {
+  f8 sums[kLanes] = {};
+  int64_t h = 0;
+  for (; h + kLanes <= H; h += kLanes) {
+    f8 own = load(q + h);
+#pragma GCC unroll 8
+    for (int j = 0; j < kLanes; ++j) sums[j] += own * load(k + j * H + h);
+  }
+  f8 out = sums_of(sums);
+  for (; h < H; ++h) {
+    for (int j = 0; j < kLanes; ++j) out[j] += q[h] * k[j * H + h];
+  }
+  return out;
+}
+
+// values[0..8 CHUNKS) = values * keep_old + weights . rows
+template <int CHUNKS>
+inline void weigh(const float* rows, const float* weights, int64_t count, int64_t H, float keep_old, float* values) {
+  f8 sums[CHUNKS];
+  for (int c = 0; c < CHUNKS; ++c) sums[c] = load(values + c * kLanes) * keep_old;
+  for (int64_t j = 0; j < count; ++j) {
+    float weight = weights[j];
+#pragma GCC unroll 4
+    for (int c = 0; c < CHUNKS; ++c) sums[c] += load(rows + j * H + c * kLanes) * weight;
+  }
+  for (int c = 0; c < CHUNKS; ++c) store(values + c * kLanes, sums[c]);
+}
+
+// Takes the keys at positions first .. first + keys - 1 into one query's softmax; k has room for eight rows more.
 void attend_tile(const Head& head, const float* q, const float* k, const float* v, int64_t first, int64_t keys,
                  int64_t position, Running& run) {
   int64_t low = std::max(first, position - head.window + 1), high = std::min(first + keys - 1, position);
   if (low > high) return;
-  alignas(32) float weights[kKeys];
-  float largest = run.largest;
-  for (int64_t p = low; p <= high; ++p) {
-    float score = dot(q, k + (p - first) * head.H, head.H) * head.scale - head.slope * float(position - p);
-    weights[p - low] = score;
-    largest = std::max(largest, score);
-  }
+  alignas(32) float weights[kKeys + kLanes];
+  const float lanes[kLanes] = {0, 1, 2, 3, 4, 5, 6, 7};
   int64_t count = high - low + 1;
-  for (int64_t j = count; j % kLanes; ++j) weights[j] = kLowest;
+  f8 highest = f8{} + run.largest;
+  for (int64_t j = 0; j < count; j += kLanes) {
+    f8 distance = float(position - low - j) - load(lanes);
+    f8 score = eight_dots(q, k + (low - first + j) * head.H, head.H) * head.scale - head.slope * distance;
+    score = distance < float(position - high) ? f8{} + kLowest : score;
+    store(weights + j, score);
+    highest = score > highest ? score : highest;
+  }
+  float largest = run.largest;
+  for (int i = 0; i < kLanes; ++i) largest = std::max(largest, highest[i]);
   f8 sums = {};
   for (int64_t j = 0; j < count; j += kLanes) {
-    f8 e = exp8(load(weights + j) - largest);
+    f8 score = load(weights + j), e = exp8(score - largest);
+    e = score <= kLowest ? f8{} : e;  // not so for NaN, which must be seen
     store(weights + j, e);
-    for (int64_t i = count - j; i < kLanes; ++i) e[i] = 0;
     sums += e;
   }
-  f8 old = exp8(f8{} + std::max(run.largest - largest, -87.0f));
-  float keep_old = run.total > 0 ? old[0] : 0.0f;
+  float keep_old = run.total > 0 ? exp8(f8{} + (run.largest - largest))[0] : 0.0f;
   run.total = run.total * keep_old + sum(sums);
   run.largest = largest;
   const float* rows = v + (low - first) * head.H;
   float* values = run.values.data();
   int64_t h = 0;
-  for (; h + kLanes <= head.H; h += kLanes) {
-    f8 acc = load(values + h) * keep_old;
-    for (int64_t j = 0; j < count; ++j) acc += load(rows + j * head.H + h) * weights[j];
-    store(values + h, acc);
-  }
+  for (; h + 4 * kLanes <= head.H; h += 4 * kLanes) weigh<4>(rows + h, weights, count, head.H, keep_old, values + h);
+  for (; h + kLanes <= head.H; h += kLanes) weigh<1>(rows + h, weights, count, head.H, keep_old, values + h);
   for (; h < head.H; ++h) {
     float acc = values[h] * keep_old;
     for (int64_t j = 0; j < count; ++j) acc += rows[j * head.H + h] * weights[j];
@@ -132,7 +179,7 @@ float attend_head(const Head& head, const float* q, const float* k_new, const fl
   }
   std::vector<Running> runs(head.count);
   for (Running& run : runs) run.values.assign(H, 0.0f);
-  std::vector<float> wide(2 * kKeys * H);
+  std::vector<float> wide((2 * kKeys + kLanes) * H);  // keys, then values
   int64_t end = head.start + head.count, first = std::max<int64_t>(0, head.start - head.window + 1);
   while (first < end) {
     int64_t slot = first % head.slots, keys = std::min({kKeys, head.slots - slot, end - first});

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from btlm_jax.cpu.cache import Cache, Layout, attend
-from btlm_jax.cpu.tiles import FloatTiles, Tiles, columns, float_tiles, matmul
+from btlm_jax.cpu.tiles import TILE, FloatTiles, Tiles, columns, float_tiles, matmul
 from btlm_jax.model import Btlm
 
 WEIGHT_DTYPES = ("float32", "bfloat16")
@@ -25,7 +25,7 @@ class Weights:
     embedding: Tiles  # [1, D, V]: the readout; a token's embedding is a column
     qkv: Tiles  # [L, D, 3 N H]
     out: Tiles  # [L, N H, D]
-    up_gate: Tiles  # [L, D, 2 F]
+    up_gate: Tiles  # [L, D, 2 F'], F' being F filled up to whole tiles
     down: Tiles  # [L, F, D]
     vectors: dict[str, jax.Array]  # of blocks [L, width]: ln_1, qkv, out, ln_2, up_gate, down; and ln_f [width]
 
@@ -47,6 +47,10 @@ def float_weights(params: dict, *, dtype: str) -> Weights:
 
     L, D = blocks["ln_1"]["scale"].shape
     F = mlp["up"]["kernel"].shape[2]
+
+    def to_tiles(array):
+        return np.pad(array, [(0, 0)] * (array.ndim - 1) + [(0, -F % TILE)])
+
     biases = {name: [attention[name]["bias"].reshape(L, -1)] for name in ("query", "key", "value", "out")}
     vectors = {
         "ln_1.scale": blocks["ln_1"]["scale"],
@@ -55,7 +59,7 @@ def float_weights(params: dict, *, dtype: str) -> Weights:
         "out.bias": biases["out"][0],
         "ln_2.scale": blocks["ln_2"]["scale"],
         "ln_2.bias": blocks["ln_2"]["bias"],
-        "up_gate.bias": jnp.concatenate([mlp["up"]["bias"], mlp["gate"]["bias"]], axis=1),
+        "up_gate.bias": np.concatenate([to_tiles(mlp[name]["bias"]) for name in ("up", "gate")], axis=1),
         "down.bias": mlp["down"]["bias"],
         "ln_f.scale": params["ln_f"]["scale"],
         "ln_f.bias": params["ln_f"]["bias"],
@@ -64,7 +68,7 @@ def float_weights(params: dict, *, dtype: str) -> Weights:
         embedding=stacked(np.asarray(embedding).T[None], num_inputs=D),
         qkv=stacked(*(attention[name]["kernel"] for name in ("query", "key", "value")), num_inputs=D),
         out=stacked(attention["out"]["kernel"], num_inputs=D),
-        up_gate=stacked(mlp["up"]["kernel"], mlp["gate"]["kernel"], num_inputs=D),
+        up_gate=stacked(*(to_tiles(mlp[name]["kernel"]) for name in ("up", "gate")), num_inputs=D),
         down=stacked(mlp["down"]["kernel"], num_inputs=F),
         vectors={name: jnp.asarray(vector, jnp.float32) for name, vector in vectors.items()},
     )
@@ -96,7 +100,8 @@ def extend(model: Btlm, weights: Weights, cache: Cache, *, layout: Layout, input
         x_RD = x_RD + parametrization.residual_scale * branch_RD
         normed_RD = _norm(x_RD, own["ln_2.scale"], own["ln_2.bias"], eps=config.layer_norm_eps)
         wide_RM = matmul(normed_RD, weights.up_gate, layer=layer) + own["up_gate.bias"]
-        branch_RD = matmul(wide_RM[:, :F] * jax.nn.silu(wide_RM[:, F:]), weights.down, layer=layer) + own["down.bias"]
+        up_RM, gate_RM = jnp.split(wide_RM, 2, axis=1)
+        branch_RD = matmul((up_RM * jax.nn.silu(gate_RM))[:, :F], weights.down, layer=layer) + own["down.bias"]
         x_RD = x_RD + parametrization.residual_scale * branch_RD
         return (x_RD, cache, jnp.maximum(lost, lost_B.max())), None
 

@@ -31,16 +31,25 @@ typedef uint32_t u32x8 __attribute__((vector_size(32), aligned(4)));
 struct bf16 {
   uint16_t bits;
 };
+struct f16 {
+  uint16_t bits;
+};
 
 inline f8 load(const float* p) { return *reinterpret_cast<const f8*>(p); }
-#ifdef __AVX2__  // GCC 12 takes the portable form below apart, lane by lane
+#if defined(__AVX2__) && defined(__F16C__)  // GCC 12 takes the portable form below apart, lane by lane
 inline f8 load(const bf16* p) {
   return (f8)_mm256_slli_epi32(_mm256_cvtepu16_epi32(_mm_loadu_si128((const __m128i*)p)), 16);
 }
 inline f8 load(const int8_t* p) {
   return (f8)_mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64((const __m128i*)p)));
 }
+inline f8 load(const f16* p) { return (f8)_mm256_cvtph_ps(_mm_loadu_si128((const __m128i*)p)); }
 #else
+inline f8 load(const f16* p) {  // exponents of 5 bits become ones of 8 in the product with 2^112
+  u32x8 wide = __builtin_convertvector(*reinterpret_cast<const u16x8*>(p), u32x8);
+  f8 magnitude = (f8)((wide & 0x7fff) << 13) * 0x1p112f;
+  return (f8)((u32x8)magnitude | (wide & 0x8000) << 16);
+}
 inline f8 load(const bf16* p) {
   return (f8)(__builtin_convertvector(*reinterpret_cast<const u16x8*>(p), u32x8) << 16);
 }

@@ -115,7 +115,7 @@ void product(ffi::ThreadPool pool, const float* x, const W* w, float* y, int64_t
 }
 
 // y = x . (codes * scale + offset) over groups of 64 inputs; a sum of x * (1 + code / 16) becomes one of x * code.
-void one_row_int4(const uint32_t* codes, const bf16* scale, const bf16* offset, const float* x, const float* x_sums,
+void one_row_int4(const uint32_t* codes, const f16* scale, const f16* offset, const float* x, const float* x_sums,
                   int64_t groups, float* y) {
   f8 sums[4] = {};
   for (int64_t g = 0; g < groups; ++g, scale += kTile, offset += kTile) {
@@ -135,7 +135,7 @@ void one_row_int4(const uint32_t* codes, const bf16* scale, const bf16* offset, 
   for (int c = 0; c < 4; ++c) store(y + c * kLanes, sums[c]);
 }
 
-void widen_int4(const uint32_t* codes, const bf16* scale, const bf16* offset, float* wide) {
+void widen_int4(const uint32_t* codes, const f16* scale, const f16* offset, float* wide) {
   for (int c = 0; c < 4; ++c) {
     f8 s = load(scale + c * kLanes) * 16.0f, o = load(offset + c * kLanes) - s;
     for (int64_t word = 0; word < kGroup / 8; ++word) {
@@ -146,7 +146,7 @@ void widen_int4(const uint32_t* codes, const bf16* scale, const bf16* offset, fl
   }
 }
 
-void product_int4(ffi::ThreadPool pool, const float* x, const uint32_t* codes, const bf16* scale, const bf16* offset,
+void product_int4(ffi::ThreadPool pool, const float* x, const uint32_t* codes, const f16* scale, const f16* offset,
                   float* y, int64_t R, int64_t groups, int64_t M) {
   constexpr int64_t kWords = kGroup / 8 * kTile;
   int64_t K = groups * kGroup;
@@ -154,7 +154,7 @@ void product_int4(ffi::ThreadPool pool, const float* x, const uint32_t* codes, c
   for (size_t i = 0; i < x_sums.size() * kGroup; ++i) x_sums[i / kGroup] += x[i];
   parallel(pool, (M + kTile - 1) / kTile, R * K * kTile, [=, &x_sums](int64_t tile) {
     const uint32_t* own_codes = codes + tile * groups * kWords;
-    const bf16 *own_scale = scale + tile * groups * kTile, *own_offset = offset + tile * groups * kTile;
+    const f16 *own_scale = scale + tile * groups * kTile, *own_offset = offset + tile * groups * kTile;
     into_columns(tile, R, M, y, [=, &x_sums](float* own) {
       if (R == 1) return one_row_int4(own_codes, own_scale, own_offset, x, x_sums.data(), groups, own);
       float wide[kGroup * kTile];
@@ -180,13 +180,13 @@ ffi::Error matmul(ffi::ThreadPool pool, ffi::Buffer<ffi::F32> x_RK, ffi::AnyBuff
 }
 
 ffi::Error matmul_int4(ffi::ThreadPool pool, ffi::Buffer<ffi::F32> x_RK, ffi::Buffer<ffi::U32> codes,
-                       ffi::Buffer<ffi::BF16> scale, ffi::Buffer<ffi::BF16> offset, ffi::Buffer<ffi::S32> layer,
+                       ffi::Buffer<ffi::F16> scale, ffi::Buffer<ffi::F16> offset, ffi::Buffer<ffi::S32> layer,
                        ffi::ResultBuffer<ffi::F32> y_RM) {
   int64_t R = x_RK.dimensions()[0], M = y_RM->dimensions()[1];
   int64_t tiles = codes.dimensions()[1], groups = codes.dimensions()[2], at = layer.typed_data()[0] * tiles * groups;
   product_int4(pool, x_RK.typed_data(), codes.typed_data() + at * kGroup / 8 * kTile,
-               reinterpret_cast<const bf16*>(scale.untyped_data()) + at * kTile,
-               reinterpret_cast<const bf16*>(offset.untyped_data()) + at * kTile, y_RM->typed_data(), R, groups, M);
+               reinterpret_cast<const f16*>(scale.untyped_data()) + at * kTile,
+               reinterpret_cast<const f16*>(offset.untyped_data()) + at * kTile, y_RM->typed_data(), R, groups, M);
   return ffi::Error::Success();
 }
 
@@ -205,7 +205,7 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(btlm_matmul_int4, matmul_int4,
                                   .Ctx<ffi::ThreadPool>()
                                   .Arg<ffi::Buffer<ffi::F32>>()
                                   .Arg<ffi::Buffer<ffi::U32>>()
-                                  .Arg<ffi::Buffer<ffi::BF16>>()
-                                  .Arg<ffi::Buffer<ffi::BF16>>()
+                                  .Arg<ffi::Buffer<ffi::F16>>()
+                                  .Arg<ffi::Buffer<ffi::F16>>()
                                   .Arg<ffi::Buffer<ffi::S32>>()
                                   .Ret<ffi::Buffer<ffi::F32>>());

@@ -33,8 +33,8 @@ class Int4Tiles:
     """Matrices [L, K, M] as codes x scale + offset: words of eight codes [L, C, G, 8, 32], uint32, for each group 32."""
 
     words: jax.Array
-    scale: jax.Array  # bfloat16 [L, C, G, 32]
-    offset: jax.Array  # bfloat16 [L, C, G, 32]
+    scale: jax.Array  # float16 [L, C, G, 32]
+    offset: jax.Array  # float16 [L, C, G, 32]
     num_inputs: int = dataclasses.field(metadata={"static": True})
     num_outputs: int = dataclasses.field(metadata={"static": True})
 
@@ -66,7 +66,7 @@ def int4_words(codes_KM: np.ndarray) -> np.ndarray:
 def int4_factors(factors_GM: np.ndarray) -> np.ndarray:
     """Return scales or offsets of one matrix as `Int4Tiles` has them, without the layers."""
     G, M = factors_GM.shape
-    padded_GM = np.pad(factors_GM, ((0, 0), (0, -M % TILE))).astype(jnp.bfloat16)
+    padded_GM = np.pad(factors_GM, ((0, 0), (0, -M % TILE))).astype(np.float16)
     return np.ascontiguousarray(padded_GM.reshape(G, -1, TILE).transpose(1, 0, 2))
 
 

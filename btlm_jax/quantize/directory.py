@@ -1,0 +1,211 @@
+"""A 4-bit model directory: `model.json`, the tokenizer's file, and weights laid out as the CPU kernels read them.
+
+The weights are one safetensors file with a published name for every vector, and three tensors for every rounded matrix:
+`<name>.words`, `<name>.scale`, `<name>.offset` (cpu/tiles.py has the layout; the embedding as [D, V]).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+
+import numpy as np
+
+from btlm_jax.convert.native import MODEL_FILE, ModelFacts, read_facts, read_tokenizer, write_facts
+from btlm_jax.convert.published import PublishedConfig, tensor_shapes
+from btlm_jax.convert.safetensors_files import SINGLE_FILE, TensorToWrite, write_safetensors
+from btlm_jax.convert.source import published_config
+from btlm_jax.corpus.tokenizer import Tokenizer
+from btlm_jax.cpu.forward import Weights, aligned, taken_over
+from btlm_jax.cpu.tiles import GROUP, TILE, Int4Tiles, int4_factors, int4_words
+from btlm_jax.quantize.grouped import Grouped, dequantize
+from btlm_jax.quantize.walk import EMBEDDING, Rounded
+
+FORMAT = "btlm_jax int4 model 1"
+_WORDS, _SCALE, _OFFSET = "words", "scale", "offset"
+_NUMPY = {"U32": np.uint32, "F16": np.float16, "F32": np.float32}
+
+# Our stacked matrices -> published ones side by side, each filled up to whole tiles; our vectors -> published ones.
+_MATRICES = {
+    "qkv": ("attn.c_attn",),
+    "out": ("attn.c_proj",),
+    "up_gate": ("mlp.c_fc", "mlp.c_fc2"),
+    "down": ("mlp.c_proj",),
+}
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Int4Model:
+    """A 4-bit model in memory."""
+
+    facts: ModelFacts
+    weights: Weights
+    tokenizer: Tokenizer | None
+
+
+def is_int4_directory(directory: Path) -> bool:
+    """Whether this is a directory that `write_int4_directory` wrote."""
+    path = directory / MODEL_FILE
+    return path.is_file() and FORMAT in path.read_text()
+
+
+def write_int4_directory(
+    directory: Path, *, facts: ModelFacts, rounded: Iterable[tuple[str, Rounded]], tokenizer: Tokenizer | None
+) -> None:
+    """Write what `quantize_model` yields, one tensor in memory at a time, in groups of cpu.tiles.GROUP inputs."""
+    written = list(_to_write(published_config(facts), iter(rounded)))
+    write_safetensors(directory, written, max_shard_bytes=1 << 62, metadata={"format": FORMAT})
+    write_facts(directory, facts, tokenizer=tokenizer, format=FORMAT)
+
+
+def read_int4_directory(directory: Path) -> Int4Model:
+    """Read a 4-bit model into memory, straight into the arrays that the kernels use.
+
+    Raises:
+      FileNotFoundError: a file is missing.
+      ValueError: a file is damaged, or does not fit model.json.
+    """
+    facts = read_facts(directory, format=FORMAT)
+    config, file = published_config(facts), _File(directory / SINGLE_FILE)
+    D, L = config.n_embd, config.n_layer
+    vectors = {"ln_f.scale": file.read("transformer.ln_f.weight"), "ln_f.bias": file.read("transformer.ln_f.bias")}
+    for ours, published in {"ln_1.scale": "ln_1.weight", "ln_1.bias": "ln_1.bias", "ln_2.scale": "ln_2.weight",
+                            "ln_2.bias": "ln_2.bias"}.items():  # fmt: skip
+        vectors[ours] = np.stack([file.read(f"transformer.h.{layer}.{published}") for layer in range(L)])
+    matrices = {}
+    for ours, modules in _MATRICES.items():
+        shapes = [tensor_shapes(config)[f"transformer.h.0.{module}.weight"] for module in modules]
+        names = [[f"transformer.h.{layer}.{module}.weight" for module in modules] for layer in range(L)]
+        matrices[ours] = _stacked(file, names, shapes)
+        vectors[f"{ours}.bias"] = np.stack([
+            np.concatenate([
+                np.pad(bias, (0, (-len(bias) % TILE) if len(modules) > 1 else 0))
+                for bias in (file.read(f"transformer.h.{layer}.{module}.bias") for module in modules)
+            ])
+            for layer in range(L)
+        ])  # fmt: skip
+    embedding = _stacked(file, [[EMBEDDING]], [(D, config.vocab_size)])
+    weights = Weights(embedding=embedding, vectors={k: taken_over(v) for k, v in vectors.items()}, **matrices)
+    return Int4Model(facts=facts, weights=weights, tokenizer=read_tokenizer(directory, facts))
+
+
+class Int4Tensors:
+    """The tensors that a 4-bit directory stands for, float32, by published name; see `convert.published.Tensors`."""
+
+    def __init__(self, directory: Path):
+        self._config = published_config(read_facts(directory, format=FORMAT))
+        self._file = _File(directory / SINGLE_FILE)
+        self.shapes = tensor_shapes(self._config)
+
+    def read(self, name: str) -> np.ndarray:
+        """Return one tensor."""
+        shape = self.shapes[name]
+        if len(shape) == 1:
+            return self._file.read(name)
+        K, M = shape[::-1] if name == EMBEDDING else shape
+        words_CGWM = self._file.read(f"{name}.{_WORDS}")
+        eighths = words_CGWM[..., None, :] >> (4 * np.arange(8, dtype=np.uint32))[:, None] & 15  # tile group word place
+        codes_KM = eighths.reshape(len(words_CGWM), -1, TILE).transpose(1, 0, 2).reshape(-1, len(words_CGWM) * TILE)
+        scale_GM, offset_GM = (
+            self._file.read(f"{name}.{part}").transpose(1, 0, 2).reshape(-1, len(words_CGWM) * TILE)[:, :M]
+            for part in (_SCALE, _OFFSET)
+        )
+        grouped = Grouped(
+            codes_KM=codes_KM[:K, :M].astype(np.uint8), scale_GM=scale_GM, offset_GM=offset_GM, group_size=GROUP
+        )
+        return dequantize(grouped).T if name == EMBEDDING else dequantize(grouped)
+
+
+def _to_write(config: PublishedConfig, rounded: Iterator[tuple[str, Rounded]]) -> Iterator[TensorToWrite]:
+    """Yield the file's tensors in the order in which `rounded` yields; each takes its turn when it is written."""
+
+    def take(name: str) -> Rounded:
+        found, value = next(rounded)
+        assert found == name, (found, name)
+        return value
+
+    for name, shape in tensor_shapes(config).items():
+        if len(shape) == 1:
+            yield TensorToWrite(name=name, shape=shape, dtype=np.dtype(np.float32), make=lambda name=name: take(name))
+            continue
+        K, M = shape[::-1] if name == EMBEDDING else shape
+        C, G, held = -(-M // TILE), -(-K // GROUP), []
+
+        def words(name=name, held=held) -> np.ndarray:
+            held.append(take(name))
+            return int4_words(held[0].codes_KM)
+
+        def factors(part: str, held=held) -> Callable[[], np.ndarray]:
+            return lambda: int4_factors(getattr(held[0], f"{part}_GM"))
+
+        yield TensorToWrite(name=f"{name}.{_WORDS}", shape=(C, G, 8, TILE), dtype=np.dtype(np.uint32), make=words)
+        for part in (_SCALE, _OFFSET):
+            made = factors(part)
+            yield TensorToWrite(name=f"{name}.{part}", shape=(C, G, TILE), dtype=np.dtype(np.float16), make=made)
+
+
+def _stacked(file: _File, names: list[list[str]], shapes: list[tuple[int, int]]) -> Int4Tiles:
+    """Read matrices of the same inputs side by side, layer by layer, into arrays that are made once."""
+    K, widths = shapes[0][0], [shape[1] for shape in shapes]
+    tiles, G = [-(-width // TILE) for width in widths], -(-K // GROUP)
+    made = {
+        _WORDS: aligned((len(names), sum(tiles), G, 8, TILE), np.uint32),
+        _SCALE: aligned((len(names), sum(tiles), G, TILE), np.float16),
+        _OFFSET: aligned((len(names), sum(tiles), G, TILE), np.float16),
+    }
+    for layer, parts in enumerate(names):
+        first = 0
+        for name, count in zip(parts, tiles, strict=True):
+            for part, array in made.items():
+                file.read_into(f"{name}.{part}", array[layer, first : first + count])
+            first += count
+    num_outputs = widths[0] if len(widths) == 1 else sum(tiles) * TILE
+    return Int4Tiles(**{part: taken_over(array) for part, array in made.items()}, num_inputs=K, num_outputs=num_outputs)
+
+
+class _File:
+    """A safetensors file, read without mapping it: mapped pages would count as the process's memory."""
+
+    def __init__(self, path: Path):
+        if not path.is_file():
+            raise FileNotFoundError(f"{path} is missing: the weights of a 4-bit model")
+        self._path, size = path, path.stat().st_size
+        try:
+            with open(path, "rb") as file:
+                length = int.from_bytes(file.read(8), "little")
+                self._header = json.loads(file.read(min(length, size)))
+            self._start = 8 + length
+            ends = [entry["data_offsets"][1] for name, entry in self._header.items() if name != "__metadata__"]
+        except (ValueError, KeyError, TypeError) as error:
+            raise ValueError(f"{path} is damaged or not a safetensors file: {error}") from error
+        if self._start + max(ends, default=0) != size:
+            raise ValueError(f"{path} is damaged: it has {size:,} bytes, not {self._start + max(ends, default=0):,}")
+
+    def read(self, name: str) -> np.ndarray:
+        entry = self._entry(name)
+        array = aligned(tuple(entry["shape"]), _NUMPY[entry["dtype"]])
+        self.read_into(name, array)
+        return array
+
+    def read_into(self, name: str, array: np.ndarray) -> None:
+        entry = self._entry(name)
+        if tuple(entry["shape"]) != array.shape or _NUMPY[entry["dtype"]] != array.dtype:
+            raise ValueError(
+                f"tensor {name} in {self._path} is {entry['dtype']} {tuple(entry['shape'])}, but model.json asks for "
+                f"{array.dtype} {array.shape}"
+            )
+        with open(self._path, "rb", buffering=0) as file:
+            file.seek(self._start + entry["data_offsets"][0])
+            view, done = memoryview(array.reshape(-1).view(np.uint8)), 0
+            while done < len(view):
+                count = file.readinto(view[done:])
+                if not count:
+                    raise ValueError(f"{self._path} ends within tensor {name}")
+                done += count
+
+    def _entry(self, name: str) -> dict:
+        if name not in self._header:
+            raise ValueError(f"{self._path} has no tensor {name}; model.json does not belong to it")
+        return self._header[name]
