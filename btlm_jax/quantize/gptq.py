@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from btlm_jax.quantize.grouped import MAX_CODE, Grouped, min_max_grid
+from btlm_jax.quantize.grouped import MAX_CODE, Grid, Grouped, check, min_max_grid
 
 DAMPING = 0.01  # of the Hessian's mean diagonal, added to it (the paper's section 3.3, step 3)
 
@@ -19,29 +19,40 @@ def gptq(w_KM: np.ndarray, group_size: int, *, hessian_KK: np.ndarray) -> Groupe
     With H^-1 = U^T U (U the upper Cholesky factor, step 3), row k has the error e = (w_k - q_k) / U_kk, and every
     later row j gives way by U_kj e (equations 2 and 3). A block of the lazy batch update (step 2) is a group here, and
     the group's grid is chosen when its turn comes, from the rows as they stand by then (section 4, "grouping").
+    Louder inputs come first, as in the authors' --act-order, but a group's rows stay together.
 
     Raises:
       ValueError: as `round_to_nearest`, or the Hessian is not finite.
     """
-    factor_KK = _inverse_factor(hessian_KK)
-    rest_KM = w_KM.astype(np.float32)  # the rows not yet rounded, as changed so far
+    check(w_KM, group_size)
+    if not np.isfinite(hessian_KK).all():
+        raise ValueError("the calibration inputs are not finite")
+    groups = loudest_first(np.diagonal(hessian_KK), group_size)
+    order_K = np.concatenate(groups)
+    factor_KK = _inverse_factor(hessian_KK[np.ix_(order_K, order_K)])
+    rest_KM = w_KM[order_K].astype(np.float32)  # the rows not yet rounded, as changed so far
     codes_KM = np.empty(w_KM.shape, np.uint8)
-    grids = []
-    for start in range(0, len(w_KM), group_size):
-        group = slice(start, min(start + group_size, len(w_KM)))
-        grid = min_max_grid(rest_KM[group], group_size)
-        codes_KM[group], errors_IM = _round_group(rest_KM[group], grid, factor_KK[group, group])
-        rest_KM[group.stop :] -= factor_KK[group, group.stop :].T @ errors_IM
-        grids.append(grid)
-    return Grouped(
-        codes_KM=codes_KM,
-        scale_GM=np.concatenate([grid.scale_GM for grid in grids]),
-        offset_GM=np.concatenate([grid.offset_GM for grid in grids]),
-        group_size=group_size,
-    )
+    scale_GM, offset_GM = np.empty((2, len(groups), w_KM.shape[1]), np.float16)
+    start = 0
+    for rows_I in groups:
+        turn = slice(start, start + len(rows_I))
+        grid = min_max_grid(rest_KM[turn], group_size)
+        codes_KM[rows_I], errors_IM = _round_group(rest_KM[turn], grid, factor_KK[turn, turn])
+        rest_KM[turn.stop :] -= factor_KK[turn, turn.stop :].T @ errors_IM
+        group = rows_I[0] // group_size
+        scale_GM[group], offset_GM[group] = grid.scale_GM[0], grid.offset_GM[0]
+        start = turn.stop
+    return Grouped(codes_KM=codes_KM, scale_GM=scale_GM, offset_GM=offset_GM, group_size=group_size)
 
 
-def _round_group(w_IM: np.ndarray, grid, factor_II: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+def loudest_first(power_K: np.ndarray, group_size: int) -> list[np.ndarray]:
+    """Return each group's inputs, the groups by the mean power of their inputs, the inputs in a group by their own."""
+    groups = [np.arange(start, min(start + group_size, len(power_K))) for start in range(0, len(power_K), group_size)]
+    groups.sort(key=lambda inputs_I: -power_K[inputs_I].mean())
+    return [inputs_I[np.argsort(-power_K[inputs_I], kind="stable")] for inputs_I in groups]
+
+
+def _round_group(w_IM: np.ndarray, grid: Grid, factor_II: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Return the codes of a group's rows, and each row's error over its place on the factor's diagonal."""
     w_IM = w_IM.copy()
     codes_IM, errors_IM = np.empty(w_IM.shape, np.uint8), np.empty_like(w_IM)
@@ -57,8 +68,6 @@ def _round_group(w_IM: np.ndarray, grid, factor_II: np.ndarray) -> tuple[np.ndar
 
 def _inverse_factor(hessian_KK: np.ndarray) -> np.ndarray:
     """Return the float32 upper U_KK with U^T U = (H + damping)^-1; of a Hessian of zeros, which says nothing, 1."""
-    if not np.isfinite(hessian_KK).all():
-        raise ValueError("the calibration inputs are not finite")
     damped_KK = hessian_KK.astype(np.float64)
     mean = np.diagonal(damped_KK).mean()
     damped_KK[np.diag_indices_from(damped_KK)] += DAMPING * mean if mean > 0 else 1.0

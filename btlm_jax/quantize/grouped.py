@@ -54,7 +54,7 @@ def round_to_nearest(w_KM: np.ndarray, group_size: int) -> Grouped:
     """Round each weight to the nearest of 16 values, evenly spaced from the group's smallest weight to its largest.
 
     Raises:
-      ValueError: a weight is not finite, or too large for float16.
+      ValueError: a weight is not finite or too large for float16, or the group size is below 1.
     """
     grid = min_max_grid(w_KM, group_size)
     return Grouped(
@@ -71,7 +71,7 @@ def round_to_nearest_8(w_KM: np.ndarray, group_size: int) -> Grouped8:
     Raises:
       ValueError: as `round_to_nearest`.
     """
-    _check(w_KM, group_size)
+    check(w_KM, group_size)
     largest_GM = np.maximum.reduceat(np.abs(w_KM), _starts(w_KM, group_size), axis=0)
     scale_GM = as_float16(largest_GM / _MAX_CODE_8)
     steps_KM = _in_steps(w_KM, spread(scale_GM, len(w_KM), group_size))
@@ -85,7 +85,7 @@ def min_max_grid(w_KM: np.ndarray, group_size: int) -> Grid:
     Raises:
       ValueError: as `round_to_nearest`.
     """
-    _check(w_KM, group_size)
+    check(w_KM, group_size)
     starts_G = _starts(w_KM, group_size)
     low_GM = np.minimum.reduceat(w_KM, starts_G, axis=0).astype(np.float32)
     high_GM = np.maximum.reduceat(w_KM, starts_G, axis=0).astype(np.float32)
@@ -111,9 +111,22 @@ def as_float16(x_GM: np.ndarray) -> np.ndarray:
       ValueError: a value is too large for it.
     """
     largest = float(np.abs(x_GM).max(initial=0.0))
-    if largest > np.finfo(np.float16).max:
+    if largest > float(np.finfo(np.float16).max):
         raise ValueError(f"a weight of {largest:.3g} is too large for the float16 of its group's scale")
     return x_GM.astype(np.float16)
+
+
+def check(w_KM: np.ndarray, group_size: int) -> None:
+    """Refuse what cannot be rounded.
+
+    Raises:
+      ValueError: a weight is not finite, or the group size is no size.
+    """
+    if group_size < 1:
+        raise ValueError(f"group_size={group_size} must be at least 1")
+    num_bad = int((~np.isfinite(w_KM)).sum())
+    if num_bad:
+        raise ValueError(f"{num_bad:,} of its weights are not finite")
 
 
 def _in_steps(above_KM: np.ndarray, scale_KM: np.ndarray) -> np.ndarray:
@@ -122,11 +135,3 @@ def _in_steps(above_KM: np.ndarray, scale_KM: np.ndarray) -> np.ndarray:
 
 def _starts(w_KM: np.ndarray, group_size: int) -> np.ndarray:
     return np.arange(0, len(w_KM), group_size)
-
-
-def _check(w_KM: np.ndarray, group_size: int) -> None:
-    if group_size < 1:
-        raise ValueError(f"group_size={group_size} must be at least 1")
-    num_bad = int((~np.isfinite(w_KM)).sum())
-    if num_bad:
-        raise ValueError(f"{num_bad:,} of its weights are not finite")

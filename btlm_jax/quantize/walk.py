@@ -17,6 +17,8 @@ from btlm_jax.quantize.hqq import half_quadratic
 EMBEDDING = "transformer.wte.weight"
 FINAL_NORM = ("transformer.ln_f.weight", "transformer.ln_f.bias")
 
+_TABLE_COLUMNS = 4096  # of the embedding, rounded at a time
+
 Rounded = np.ndarray | Grouped | Grouped8
 
 
@@ -54,7 +56,7 @@ def quantize_model(
 
     A rounded matrix [in, out] keeps its orientation. The embedding [V, D] comes as w_DV, grouped along D as the
     readout's matrix. Calibration activations run through what is rounded already (GPTQ's section 4).
-    `report` is called with the name of each tensor as it is worked on.
+    `report` is called once with each tensor's name.
 
     Raises:
       ValueError: a tensor is not finite or too large; names it. Or the method lacks its calibration ids, or
@@ -62,6 +64,8 @@ def quantize_model(
     """
     if method.is_calibrated and (calibration_BT is None or calibration_BT.size == 0):
         raise ValueError(f"method={method} needs calibration token ids; give some, or use {Method.RTN} or {Method.HQQ}")
+    if embedding_bits not in (4, 8):
+        raise ValueError(f"embedding_bits={embedding_bits} is not known; allowed are 4 and 8")
     report(EMBEDDING)
     table = _named(EMBEDDING, _round_table, _read(tensors, EMBEDDING).T, group_size, embedding_bits)
     yield EMBEDDING, table
@@ -73,16 +77,18 @@ def quantize_model(
         prefix = f"transformer.h.{layer}."
         block = {name: _read(tensors, prefix + name) for name in block_shapes(config)}
 
-        def announce(name: str, prefix=prefix) -> str:
+        def announced(name: str, round_matrix: Callable, *arguments, prefix=prefix, **options) -> Grouped:
             report(prefix + name)
-            return prefix + name
+            return _named(prefix + name, round_matrix, *arguments, **options)
 
         if method.is_calibrated:
-            rounded, x_BTD = _round_on(config, block, x_BTD, method=method, group_size=group_size, announce=announce)
+            block, x_BTD = _round_on(config, block, x_BTD, method=method, group_size=group_size, announced=announced)
         else:
-            rounded = _round_alone(block, method=method, group_size=group_size, announce=announce)
-        for name in block:
-            yield prefix + name, rounded[name]
+            block = _round_alone(block, method=method, group_size=group_size, announced=announced)
+        for name, rounded in block.items():
+            if isinstance(rounded, np.ndarray):
+                report(prefix + name)
+            yield prefix + name, rounded
     for name in FINAL_NORM:
         report(name)
         yield name, _read(tensors, name)
@@ -95,10 +101,10 @@ def as_published(name: str, rounded: Rounded) -> np.ndarray:
     return dequantize(rounded).T if name == EMBEDDING else dequantize(rounded)
 
 
-def _round_alone(block: Block, *, method: Method, group_size: int, announce: Callable[[str], str]) -> dict:
+def _round_alone(block: Block, *, method: Method, group_size: int, announced: Callable) -> dict[str, Rounded]:
     round_matrix = {Method.RTN: round_to_nearest, Method.HQQ: half_quadratic}[method]
     return {
-        name: _named(announce(name), round_matrix, array, group_size) if array.ndim == 2 else array
+        name: announced(name, round_matrix, array, group_size) if array.ndim == 2 else array
         for name, array in block.items()
     }
 
@@ -110,8 +116,8 @@ def _round_on(
     *,
     method: Method,
     group_size: int,
-    announce: Callable[[str], str],
-) -> tuple[dict, np.ndarray]:
+    announced: Callable,
+) -> tuple[dict[str, Rounded], np.ndarray]:
     """Return the rounded block and its output on the block's calibration input."""
     if method.is_scaled:
         block = scaled_block(block, _layer_inputs(config, block, x_BTD), group_size)
@@ -120,10 +126,10 @@ def _round_on(
     def linear(x_BTK: np.ndarray, name: str) -> np.ndarray:
         weight, w_KM = f"{name}.weight", block[f"{name}.weight"]
         if method == Method.AWQ:
-            rounded[weight] = _named(announce(weight), round_to_nearest, w_KM, group_size)
+            rounded[weight] = announced(weight, round_to_nearest, w_KM, group_size)
         else:
             x_RK = x_BTK.reshape(-1, x_BTK.shape[-1])
-            rounded[weight] = _named(announce(weight), gptq, w_KM, group_size, hessian_KK=x_RK.T @ x_RK)
+            rounded[weight] = announced(weight, gptq, w_KM, group_size, hessian_KK=x_RK.T @ x_RK)
         return x_BTK @ dequantize(rounded[weight]) + block[f"{name}.bias"]
 
     x_BTD = forward.block(config, x_BTD, norm=_norm_of(config, block), linear=linear)
@@ -147,9 +153,24 @@ def _norm_of(config: PublishedConfig, block: Block) -> forward.Layer:
 
 
 def _round_table(w_DV: np.ndarray, group_size: int, bits: int) -> Grouped | Grouped8:
-    if bits not in (4, 8):
-        raise ValueError(f"embedding_bits={bits} is not known; allowed are 4 and 8")
-    return half_quadratic(w_DV, group_size) if bits == 4 else round_to_nearest_8(w_DV, group_size)
+    """Round the embedding, some columns at a time: they are independent, and the whole has float32 temporaries."""
+    round_columns = half_quadratic if bits == 4 else round_to_nearest_8
+    columns = [
+        round_columns(w_DV[:, start : start + _TABLE_COLUMNS], group_size)
+        for start in range(0, w_DV.shape[1], _TABLE_COLUMNS)
+    ]
+
+    def joined(field: str) -> np.ndarray:
+        return np.concatenate([getattr(part, field) for part in columns], axis=1)
+
+    if bits == 8:
+        return Grouped8(codes_KM=joined("codes_KM"), scale_GM=joined("scale_GM"), group_size=group_size)
+    return Grouped(
+        codes_KM=joined("codes_KM"),
+        scale_GM=joined("scale_GM"),
+        offset_GM=joined("offset_GM"),
+        group_size=group_size,
+    )
 
 
 def _read(tensors: Tensors, name: str) -> np.ndarray:
