@@ -146,6 +146,18 @@ def test_an_oracle_becomes_a_gguf_that_llama_cpp_computes(tmp_path, name):
     assert [found.name for found in tmp_path.iterdir()] == ["m.gguf"]
 
 
+def test_a_model_directory_becomes_the_gguf_of_its_source(imported, tmp_path):
+    name, native = imported
+    if name == "tiny_pi_fix":
+        with pytest.raises(ValueError, match="alibi_scaling=4 cannot be expressed in a Jais model"):
+            make(native, tmp_path / "m.gguf", format="gguf")
+        assert list(tmp_path.iterdir()) == []
+        return
+    found, _ = make(native, tmp_path / "m.gguf", format="gguf", file_type="Q8_0", pad_ffn=32)
+    expected, _ = make(ORACLES / name, tmp_path / "from_hf.gguf", format="gguf", file_type="Q8_0", pad_ffn=32)
+    assert found.read_bytes() == expected.read_bytes()
+
+
 @pytest.mark.parametrize("file_type", [*FILE_TYPES])
 def test_every_file_type_is_proven(tmp_path, file_type):
     needs_256 = file_type.endswith(("_K", "_K_M"))

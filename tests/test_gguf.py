@@ -12,10 +12,11 @@ from published_files import ORACLES, oracle_array
 from tiny_tokenizers import EOS, NASTY, TEXTS, tiny_byte_level
 
 from btlm_jax.convert import ggml
+from btlm_jax.convert.fold import FoldedTensors
 from btlm_jax.convert.ggml import num_bytes
 from btlm_jax.convert.gguf_vocabulary import SentencePieceVocabulary, vocabulary_of
 from btlm_jax.convert.prove import streamed_logits
-from btlm_jax.convert.prove_gguf import prove_vocabulary
+from btlm_jax.convert.prove_gguf import prove_tensors, prove_vocabulary
 from btlm_jax.convert.published import PublishedConfig, read_published_config, tensor_shapes
 from btlm_jax.convert.read_gguf import GGUFFile, GGUFTokenizer, gguf_logits
 from btlm_jax.convert.read_hf import HuggingFaceTensors
@@ -228,6 +229,32 @@ def test_ids_are_read_back_as_llama_cpp_makes_them_where_the_tokenizer_makes_oth
     assert found == llama_cpp.tokenize(path, texts)
     with pytest.raises(ValueError, match="llama.cpp would make other ids than the tokenizer: for "):
         prove_vocabulary(GGUFFile(path), sentencepiece_bpe(dummy_prefix=True), vocab_size=len(cutting.pieces))
+
+
+DRAWN = {
+    "attn.c_attn": lambda random, shape: random.standard_t(1.2, shape),  # a few values far above the others
+    "attn.c_proj": lambda random, shape: np.where(random.random(shape) < 0.02, random.standard_normal(shape), 0),
+    "mlp.c_fc": lambda random, shape: 1e-4 * random.standard_normal(shape),  # scales below the smallest float16 steps
+    "mlp.c_fc2": lambda random, shape: 1 + 0.01 * random.standard_normal(shape),
+    "mlp.c_proj": lambda random, shape: random.exponential(1, shape),
+}
+
+
+@pytest.mark.parametrize("file_type", ggml.FILE_TYPES)
+def test_no_right_file_is_further_off_than_its_type_may_round(tmp_path, file_type):
+    config, random = dataclasses.replace(WIDE, n_layer=1), np.random.default_rng(0)
+    changed = {
+        name: DRAWN[kind](random, shape).clip(-6e4, 6e4)
+        for name, shape in tensor_shapes(config).items()
+        for kind in DRAWN
+        if name.endswith(f"{kind}.weight")
+    }
+    tensors = RandomTensors(config, **changed)
+    path = write(tmp_path / "m.gguf", config, tensors, file_type=file_type)
+    folded = FoldedTensors(tensors, config, pad_ffn=256)
+    errors = prove_tensors(GGUFFile(path), folded, file_type=file_type, report=lambda name: None)
+    assert errors.pop("F32") == 0
+    assert all(0.25 < error <= 1 for error in errors.values()), errors  # the bounds are not far above either
 
 
 def test_a_file_says_what_it_is(written):

@@ -133,7 +133,7 @@ _FIELDS = tuple(field.name for field in dataclasses.fields(Cache))
 
 def _attend_in_xla(q_BTNH, k_BTNH, v_BTNH, cache, layout, layer, starts_B, counts_B, scale):
     """Compute what attend.cc computes, one head at a time over all of its slots."""
-    B, T = q_BTNH.shape[:2]
+    (B, T), q_BTNH = q_BTNH.shape[:2], jnp.asarray(q_BTNH)
     slots_N, firsts_N = np.array(layout.slots), layout.firsts
     position_BT = starts_B[:, None] + jnp.arange(T)
     is_new_BT = jnp.arange(T) < counts_B[:, None]

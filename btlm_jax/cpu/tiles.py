@@ -1,6 +1,7 @@
-"""Weights as the kernels read them: in tiles of 32 outputs, as float32, bfloat16 or 4-bit codes; and products with them.
+"""Weights as the kernels read them, in tiles of 32 outputs: float32, bfloat16, 8-bit or 4-bit codes; and products.
 
-Letters: L layers, K inputs, M outputs, R rows, C tiles of 32 outputs, G groups of 64 inputs. matmul.cc has the layouts.
+Letters: L layers, K inputs, M outputs, R rows, C tiles of 32 outputs, G groups of 64 inputs. matmul.cc has the
+layouts.
 """
 
 from __future__ import annotations
@@ -30,9 +31,9 @@ class FloatTiles:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Int4Tiles:
-    """Matrices [L, K, M] as codes x scale + offset: words of eight codes [L, C, G, 8, 32], uint32, for each group 32."""
+    """Matrices [L, K, M] as codes x scale + offset; the codes lie in words of eight."""
 
-    words: jax.Array
+    words: jax.Array  # uint32 [L, C, G, 8, 32]
     scale: jax.Array  # float16 [L, C, G, 32]
     offset: jax.Array  # float16 [L, C, G, 32]
     num_inputs: int = dataclasses.field(metadata={"static": True})

@@ -1,0 +1,94 @@
+"""Products with tiled weights against float64, in the kernels and in XLA."""
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from btlm_jax.cpu import build, tiles
+from btlm_jax.cpu.tiles import FloatTiles, Int4Tiles, columns, float_tiles, int4_factors, int4_words, matmul
+
+SHAPES = [(40, 56), (171, 101), (64, 32), (7, 3), (200, 97)]  # inputs, outputs: whole tiles and groups, and not
+LAYERS = 3
+
+
+@pytest.fixture(params=["kernels", "XLA"])
+def way(request, monkeypatch):
+    """Compute in the compiled kernels, or without them."""
+    if request.param == "XLA":
+        monkeypatch.setattr(tiles, "has_kernels", lambda: False)
+    else:
+        assert build.has_kernels(), "no C++ compiler here?"
+    return request.param
+
+
+def random_int4(K, M, *, seed=0):
+    """Int4Tiles of random codes, and the float64 matrices that they stand for."""
+    random, G = np.random.default_rng(seed), -(-K // 64)
+    codes_LKM = random.integers(0, 16, (LAYERS, K, M)).astype(np.uint8)
+    scale_LGM, offset_LGM = (random.standard_normal((LAYERS, G, M)).astype(np.float16) for _ in range(2))
+    spread = [np.repeat(part.astype(np.float64), 64, axis=1)[:, :K] for part in (scale_LGM, offset_LGM)]
+    packed = {
+        "words": np.stack([int4_words(codes_KM) for codes_KM in codes_LKM]),
+        "scale": np.stack([int4_factors(scale_GM) for scale_GM in scale_LGM]),
+        "offset": np.stack([int4_factors(offset_GM) for offset_GM in offset_LGM]),
+    }
+    arrays = {name: jnp.asarray(array) for name, array in packed.items()}
+    return Int4Tiles(**arrays, num_inputs=K, num_outputs=M), codes_LKM * spread[0] + spread[1]
+
+
+def random_float(K, M, dtype, *, seed=0):
+    """FloatTiles of random values, and the float64 matrices that they stand for."""
+    matrices_LKM = np.random.default_rng(seed).standard_normal((LAYERS, K, M), np.float32)
+    data = np.stack([float_tiles(matrix_KM, dtype=dtype) for matrix_KM in matrices_LKM])
+    kept_LKM = matrices_LKM.astype(jnp.dtype(dtype)).astype(np.float64)
+    return FloatTiles(data=jnp.asarray(data), num_inputs=K, num_outputs=M), kept_LKM
+
+
+MAKE = {
+    "float32": lambda K, M: random_float(K, M, "float32"),
+    "bfloat16": lambda K, M: random_float(K, M, "bfloat16"),
+    "int4": random_int4,
+}
+
+
+@pytest.mark.parametrize("rows", [1, 2, 3, 13])  # of one, of three and of six at a time
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("kind", MAKE)
+def test_products(way, kind, shape, rows):
+    made, matrices_LKM = MAKE[kind](*shape)
+    x_RK = np.random.default_rng(1).standard_normal((rows, shape[0]), np.float32)
+    for layer in (0, 2):
+        found_RM = np.asarray(matmul(x_RK, made, layer=jnp.int32(layer)))
+        scale = np.abs(x_RK).astype(np.float64) @ np.abs(matrices_LKM[layer])
+        assert found_RM.shape == (rows, shape[1])
+        np.testing.assert_array_less(np.abs(found_RM - x_RK.astype(np.float64) @ matrices_LKM[layer]), 3e-6 * scale)
+
+
+@pytest.mark.parametrize("kind", MAKE)
+def test_a_product_shared_between_threads(way, kind):
+    made, matrices_LKM = MAKE[kind](640, 1000)
+    x_RK = np.random.default_rng(1).standard_normal((9, 640), np.float32)
+    for rows in (1, 9):
+        expected_RM = x_RK[:rows].astype(np.float64) @ matrices_LKM[1]
+        for _ in range(5):
+            found_RM = matmul(x_RK[:rows], made, layer=jnp.int32(1))
+            np.testing.assert_allclose(found_RM, expected_RM, atol=1e-5 * np.abs(expected_RM).max())
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("kind", MAKE)
+def test_columns_are_exact(kind, shape):
+    made, matrices_LKM = MAKE[kind](*shape)
+    wanted = np.array([0, shape[1] - 1, 2, 0])
+    found_RK = columns(made, jnp.asarray(wanted))
+    np.testing.assert_allclose(found_RK, matrices_LKM[0][:, wanted].T, rtol=2e-7, atol=3e-7)
+
+
+@pytest.mark.parametrize("kind", MAKE)
+def test_a_number_that_is_none_stays_one(way, kind):
+    made, _ = MAKE[kind](70, 40)
+    for rows in (1, 4):
+        x_RK = np.ones((rows, 70), np.float32)
+        x_RK[rows - 1, 69] = np.nan
+        found_RM = np.asarray(matmul(x_RK, made, layer=jnp.int32(1)))
+        assert np.isnan(found_RM[rows - 1]).all() and not np.isnan(found_RM[: rows - 1]).any()
