@@ -17,7 +17,7 @@ import jax
 
 _FOLDER = Path(__file__).parent
 _SOURCES = ("matmul.cc", "attend.cc")
-_TARGETS = ("btlm_matmul", "btlm_matmul_int4", "btlm_attend")
+_TARGETS = ("btlm_matmul", "btlm_matmul_int4", "btlm_matmul_int8", "btlm_attend")
 _FLAGS = ("-std=c++17", "-O3", "-fno-math-errno", "-fno-trapping-math", "-w", "-shared", "-fPIC")
 _COMPILERS = ("c++", "g++", "clang++")
 

@@ -3,7 +3,7 @@
 // Sizes: R rows, K inputs, M outputs. A matrix lies in tiles of 32 outputs, so that a task reads one stream of memory:
 // float32 as [layers, M/32, K, 32]; bfloat16 as 32-bit words of two inputs, [layers, M/32, K/2, 32], the first in the low
 // half; 4-bit codes as words of eight inputs, the first in the lowest bits, in groups of 64 inputs that share a scale and
-// an offset, [layers, M/32, K/64, 8, 32].
+// an offset, [layers, M/32, K/64, 8, 32]; signed 8-bit codes as words of four in groups that share a scale.
 
 #include "lanes.h"
 
@@ -19,6 +19,8 @@ inline f8 code(u32x8 word, int i) {
   u32x8 bits = i < 5 ? word << (19 - 4 * i) : word >> (4 * i - 19);
   return (f8)((bits & 0x00780000u) | 0x3f800000u);
 }
+// Signed byte i of a word.
+inline f8 byte(u32x8 word, int i) { return __builtin_convertvector((i8)(word << (24 - 8 * i)) >> 24, f8); }
 
 // y[RB][32] += x[RB][0..depth) . w[depth][32]
 template <int RB>
@@ -114,11 +116,12 @@ void product(ffi::ThreadPool pool, const float* x, const W* w, float* y, int64_t
   });
 }
 
-// y = x . (codes * scale + offset) over groups of 64 inputs; a sum of x * (1 + code / 16) becomes one of x * code.
-void one_row_int4(const uint32_t* codes, const f16* scale, const f16* offset, const float* x, const float* x_sums,
-                  int64_t groups, float* y) {
-  f8 sums[4] = {};
-  for (int64_t g = 0; g < groups; ++g, scale += kTile, offset += kTile) {
+// w = codes * scale + offset; a sum of x * (1 + code / 16) becomes one of x * code.
+struct Int4 {
+  static constexpr int64_t kWords = kGroup / 8 * kTile;  // of a group
+
+  static void one_row(const uint32_t* codes, const f16* scale, const f16* offset, const float* x, float x_sum,
+                      f8* sums) {
     f8 own[4] = {};
     for (int64_t word = 0; word < kGroup / 8; ++word, codes += kTile, x += 8) {
       for (int c = 0; c < 4; ++c) {
@@ -128,40 +131,74 @@ void one_row_int4(const uint32_t* codes, const f16* scale, const f16* offset, co
       }
     }
     for (int c = 0; c < 4; ++c) {
-      f8 of_codes = (own[c] - x_sums[g]) * 16.0f;
-      sums[c] += of_codes * load(scale + c * kLanes) + load(offset + c * kLanes) * x_sums[g];
+      f8 of_codes = (own[c] - x_sum) * 16.0f;
+      sums[c] += of_codes * load(scale + c * kLanes) + load(offset + c * kLanes) * x_sum;
     }
   }
-  for (int c = 0; c < 4; ++c) store(y + c * kLanes, sums[c]);
-}
 
-void widen_int4(const uint32_t* codes, const f16* scale, const f16* offset, float* wide) {
-  for (int c = 0; c < 4; ++c) {
-    f8 s = load(scale + c * kLanes) * 16.0f, o = load(offset + c * kLanes) - s;
-    for (int64_t word = 0; word < kGroup / 8; ++word) {
-      u32x8 eight = words(codes + word * kTile + c * kLanes);
+  static void widen(const uint32_t* codes, const f16* scale, const f16* offset, float* wide) {
+    for (int c = 0; c < 4; ++c) {
+      f8 s = load(scale + c * kLanes) * 16.0f, o = load(offset + c * kLanes) - s;
+      for (int64_t word = 0; word < kGroup / 8; ++word) {
+        u32x8 eight = words(codes + word * kTile + c * kLanes);
 #pragma GCC unroll 8
-      for (int i = 0; i < 8; ++i) store(wide + (word * 8 + i) * kTile + c * kLanes, code(eight, i) * s + o);
+        for (int i = 0; i < 8; ++i) store(wide + (word * 8 + i) * kTile + c * kLanes, code(eight, i) * s + o);
+      }
     }
   }
-}
+};
 
-void product_int4(ffi::ThreadPool pool, const float* x, const uint32_t* codes, const f16* scale, const f16* offset,
-                  float* y, int64_t R, int64_t groups, int64_t M) {
-  constexpr int64_t kWords = kGroup / 8 * kTile;
+// w = codes * scale
+struct Int8 {
+  static constexpr int64_t kWords = kGroup / 4 * kTile;  // of a group
+
+  static void one_row(const uint32_t* codes, const f16* scale, const f16*, const float* x, float, f8* sums) {
+    f8 own[4] = {};
+    for (int64_t word = 0; word < kGroup / 4; ++word, codes += kTile, x += 4) {
+      for (int c = 0; c < 4; ++c) {
+        u32x8 four = words(codes + c * kLanes);
+#pragma GCC unroll 4
+        for (int i = 0; i < 4; ++i) own[c] += byte(four, i) * x[i];
+      }
+    }
+    for (int c = 0; c < 4; ++c) sums[c] += own[c] * load(scale + c * kLanes);
+  }
+
+  static void widen(const uint32_t* codes, const f16* scale, const f16*, float* wide) {
+    for (int c = 0; c < 4; ++c) {
+      f8 s = load(scale + c * kLanes);
+      for (int64_t word = 0; word < kGroup / 4; ++word) {
+        u32x8 four = words(codes + word * kTile + c * kLanes);
+#pragma GCC unroll 4
+        for (int i = 0; i < 4; ++i) store(wide + (word * 4 + i) * kTile + c * kLanes, byte(four, i) * s);
+      }
+    }
+  }
+};
+
+// Codes in groups of 64 inputs. For Int8, offset is any pointer.
+template <typename Codes>
+void product_grouped(ffi::ThreadPool pool, const float* x, const uint32_t* codes, const f16* scale, const f16* offset,
+                     float* y, int64_t R, int64_t groups, int64_t M) {
   int64_t K = groups * kGroup;
   std::vector<float> x_sums(R == 1 ? groups : 0);
   for (size_t i = 0; i < x_sums.size() * kGroup; ++i) x_sums[i / kGroup] += x[i];
   parallel(pool, (M + kTile - 1) / kTile, R * K * kTile, [=, &x_sums](int64_t tile) {
-    const uint32_t* own_codes = codes + tile * groups * kWords;
+    const uint32_t* own_codes = codes + tile * groups * Codes::kWords;
     const f16 *own_scale = scale + tile * groups * kTile, *own_offset = offset + tile * groups * kTile;
     into_columns(tile, R, M, y, [=, &x_sums](float* own) {
-      if (R == 1) return one_row_int4(own_codes, own_scale, own_offset, x, x_sums.data(), groups, own);
+      f8 sums[4] = {};
       float wide[kGroup * kTile];
       for (int64_t g = 0; g < groups; ++g) {
-        widen_int4(own_codes + g * kWords, own_scale + g * kTile, own_offset + g * kTile, wide);
-        accumulate_rows(wide, x + g * kGroup, K, own, kTile, kGroup, R);
+        const uint32_t* group = own_codes + g * Codes::kWords;
+        if (R == 1) {
+          Codes::one_row(group, own_scale + g * kTile, own_offset + g * kTile, x + g * kGroup, x_sums[g], sums);
+        } else {
+          Codes::widen(group, own_scale + g * kTile, own_offset + g * kTile, wide);
+          accumulate_rows(wide, x + g * kGroup, K, own, kTile, kGroup, R);
+        }
       }
+      for (int c = 0; R == 1 && c < 4; ++c) store(own + c * kLanes, sums[c]);
     });
   });
 }
@@ -179,14 +216,16 @@ ffi::Error matmul(ffi::ThreadPool pool, ffi::Buffer<ffi::F32> x_RK, ffi::AnyBuff
   return ffi::Error::Success();
 }
 
-ffi::Error matmul_int4(ffi::ThreadPool pool, ffi::Buffer<ffi::F32> x_RK, ffi::Buffer<ffi::U32> codes,
-                       ffi::Buffer<ffi::F16> scale, ffi::Buffer<ffi::F16> offset, ffi::Buffer<ffi::S32> layer,
-                       ffi::ResultBuffer<ffi::F32> y_RM) {
+template <typename Codes>
+ffi::Error matmul_grouped(ffi::ThreadPool pool, ffi::Buffer<ffi::F32> x_RK, ffi::Buffer<ffi::U32> codes,
+                          ffi::Buffer<ffi::F16> scale, ffi::Buffer<ffi::F16> offset, ffi::Buffer<ffi::S32> layer,
+                          ffi::ResultBuffer<ffi::F32> y_RM) {
   int64_t R = x_RK.dimensions()[0], M = y_RM->dimensions()[1];
   int64_t tiles = codes.dimensions()[1], groups = codes.dimensions()[2], at = layer.typed_data()[0] * tiles * groups;
-  product_int4(pool, x_RK.typed_data(), codes.typed_data() + at * kGroup / 8 * kTile,
-               reinterpret_cast<const f16*>(scale.untyped_data()) + at * kTile,
-               reinterpret_cast<const f16*>(offset.untyped_data()) + at * kTile, y_RM->typed_data(), R, groups, M);
+  product_grouped<Codes>(pool, x_RK.typed_data(), codes.typed_data() + at * Codes::kWords,
+                         reinterpret_cast<const f16*>(scale.untyped_data()) + at * kTile,
+                         reinterpret_cast<const f16*>(offset.untyped_data()) + at * kTile, y_RM->typed_data(), R,
+                         groups, M);
   return ffi::Error::Success();
 }
 
@@ -200,12 +239,15 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(btlm_matmul, matmul,
                                   .Arg<ffi::Buffer<ffi::S32>>()
                                   .Ret<ffi::Buffer<ffi::F32>>());
 
-XLA_FFI_DEFINE_HANDLER_SYMBOL(btlm_matmul_int4, matmul_int4,
-                              ffi::Ffi::Bind()
-                                  .Ctx<ffi::ThreadPool>()
-                                  .Arg<ffi::Buffer<ffi::F32>>()
-                                  .Arg<ffi::Buffer<ffi::U32>>()
-                                  .Arg<ffi::Buffer<ffi::F16>>()
-                                  .Arg<ffi::Buffer<ffi::F16>>()
-                                  .Arg<ffi::Buffer<ffi::S32>>()
-                                  .Ret<ffi::Buffer<ffi::F32>>());
+#define GROUPED_BINDING              \
+  ffi::Ffi::Bind()                   \
+      .Ctx<ffi::ThreadPool>()        \
+      .Arg<ffi::Buffer<ffi::F32>>()  \
+      .Arg<ffi::Buffer<ffi::U32>>()  \
+      .Arg<ffi::Buffer<ffi::F16>>()  \
+      .Arg<ffi::Buffer<ffi::F16>>()  \
+      .Arg<ffi::Buffer<ffi::S32>>()  \
+      .Ret<ffi::Buffer<ffi::F32>>()
+
+XLA_FFI_DEFINE_HANDLER_SYMBOL(btlm_matmul_int4, matmul_grouped<Int4>, GROUPED_BINDING);
+XLA_FFI_DEFINE_HANDLER_SYMBOL(btlm_matmul_int8, matmul_grouped<Int8>, GROUPED_BINDING);

@@ -15,7 +15,7 @@ import numpy as np
 from btlm_jax.cpu.build import has_kernels
 
 TILE, GROUP = 32, 64
-_INPUTS_A_WORD = {"float32": 1, "bfloat16": 2, "int4": 8}
+_INPUTS_A_WORD = {"float32": 1, "bfloat16": 2}
 
 
 @jax.tree_util.register_dataclass
@@ -40,7 +40,18 @@ class Int4Tiles:
     num_outputs: int = dataclasses.field(metadata={"static": True})
 
 
-Tiles = FloatTiles | Int4Tiles
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Int8Tiles:
+    """Matrices [L, K, M] as codes -127..127 x scale; the codes lie in words of four."""
+
+    words: jax.Array  # uint32 [L, C, G, 16, 32]
+    scale: jax.Array  # float16 [L, C, G, 32]
+    num_inputs: int = dataclasses.field(metadata={"static": True})
+    num_outputs: int = dataclasses.field(metadata={"static": True})
+
+
+Tiles = FloatTiles | Int4Tiles | Int8Tiles
 
 
 def float_tiles(matrix_KM: np.ndarray, *, dtype: str) -> np.ndarray:
@@ -55,17 +66,22 @@ def float_tiles(matrix_KM: np.ndarray, *, dtype: str) -> np.ndarray:
     return halves[:, 0::2] | halves[:, 1::2] << 16
 
 
-def int4_words(codes_KM: np.ndarray) -> np.ndarray:
-    """Return codes 0..15 of one matrix as `Int4Tiles.words` has them, without the layers; K is filled up with zeros."""
+def words_of(codes_KM: np.ndarray) -> np.ndarray:
+    """Return codes of one matrix as `words` of Int4Tiles (uint8, 0..15) or Int8Tiles (int8), without the layers.
+
+    K is filled up with zeros.
+    """
+    bits = 8 if codes_KM.dtype == np.int8 else 4
+    per_word = 32 // bits
     K, M = codes_KM.shape
-    padded_KM = np.pad(codes_KM, ((0, -K % GROUP), (0, -M % TILE))).astype(np.uint32)
-    eighths = padded_KM.reshape(-1, 8, 8, padded_KM.shape[1] // TILE, TILE)  # group, word, place, tile, output
-    shifted = eighths << (4 * np.arange(8, dtype=np.uint32))[None, None, :, None, None]
+    padded_KM = np.pad(codes_KM, ((0, -K % GROUP), (0, -M % TILE))).view(np.uint8).astype(np.uint32)
+    places = padded_KM.reshape(-1, GROUP // per_word, per_word, padded_KM.shape[1] // TILE, TILE)
+    shifted = places << (bits * np.arange(per_word, dtype=np.uint32))[None, None, :, None, None]
     return np.ascontiguousarray(np.bitwise_or.reduce(shifted, axis=2).transpose(2, 0, 1, 3))
 
 
-def int4_factors(factors_GM: np.ndarray) -> np.ndarray:
-    """Return scales or offsets of one matrix as `Int4Tiles` has them, without the layers."""
+def factors_of(factors_GM: np.ndarray) -> np.ndarray:
+    """Return scales or offsets of one matrix as the tiles have them, without the layers."""
     G, M = factors_GM.shape
     padded_GM = np.pad(factors_GM, ((0, 0), (0, -M % TILE))).astype(np.float16)
     return np.ascontiguousarray(padded_GM.reshape(G, -1, TILE).transpose(1, 0, 2))
@@ -81,6 +97,8 @@ def matmul(x_RK, tiles: Tiles, *, layer):
     at = jnp.reshape(layer, (1,)).astype(jnp.int32)
     if isinstance(tiles, FloatTiles):
         return jax.ffi.ffi_call("btlm_matmul", out)(padded_RK, tiles.data, at)
+    if isinstance(tiles, Int8Tiles):
+        return jax.ffi.ffi_call("btlm_matmul_int8", out)(padded_RK, tiles.words, tiles.scale, tiles.scale, at)
     return jax.ffi.ffi_call("btlm_matmul_int4", out)(padded_RK, tiles.words, tiles.scale, tiles.offset, at)
 
 
@@ -90,14 +108,15 @@ def columns(tiles: Tiles, wanted_R):
     if isinstance(tiles, FloatTiles):
         found_RK = _unpacked(tiles.data[0, tile_R, :, lane_R])
     else:
-        scale_RG1, offset_RG1 = (part[0, tile_R, :, lane_R][:, :, None] for part in (tiles.scale, tiles.offset))
-        codes_RGK = _codes(tiles.words[0, tile_R, :, :, lane_R][..., None, :])[..., 0, :]
-        found_RK = (codes_RGK * scale_RG1.astype(jnp.float32) + offset_RG1.astype(jnp.float32)).reshape(len(tile_R), -1)
+        found_RGK = _codes(tiles.words[0, tile_R, :, :, lane_R]) * tiles.scale[0, tile_R, :, lane_R][..., None]
+        if isinstance(tiles, Int4Tiles):
+            found_RGK = found_RGK + tiles.offset[0, tile_R, :, lane_R][..., None]
+        found_RK = found_RGK.reshape(len(tile_R), -1)
     return found_RK[:, : tiles.num_inputs]
 
 
 def _padded_inputs(tiles: Tiles) -> int:
-    if isinstance(tiles, Int4Tiles):
+    if not isinstance(tiles, FloatTiles):
         return tiles.words.shape[2] * GROUP
     return tiles.data.shape[2] * (1 if tiles.data.dtype == jnp.float32 else 2)
 
@@ -108,9 +127,10 @@ def _matrix(tiles: Tiles, layer):
     if isinstance(tiles, FloatTiles):
         tiles_CKM = jnp.swapaxes(_unpacked(jnp.swapaxes(at(tiles.data), 1, 2)), 1, 2)
     else:
-        codes_CGKM = jnp.swapaxes(_codes(jnp.swapaxes(at(tiles.words), 2, 3)), 2, 3)
-        scale_CG1M, offset_CG1M = (at(part).astype(jnp.float32)[:, :, None] for part in (tiles.scale, tiles.offset))
-        tiles_CKM = (codes_CGKM * scale_CG1M + offset_CG1M).reshape(len(codes_CGKM), -1, TILE)
+        wide_CGKM = jnp.swapaxes(_codes(jnp.swapaxes(at(tiles.words), 2, 3)), 2, 3) * at(tiles.scale)[:, :, None]
+        if isinstance(tiles, Int4Tiles):
+            wide_CGKM = wide_CGKM + at(tiles.offset)[:, :, None]
+        tiles_CKM = wide_CGKM.reshape(len(wide_CGKM), -1, TILE)
     return jnp.swapaxes(tiles_CKM, 0, 1).reshape(tiles_CKM.shape[1], -1)
 
 
@@ -123,6 +143,11 @@ def _unpacked(data):
 
 
 def _codes(words):
-    """Return float32 codes [..., 64] of the words [..., 8] of groups."""
-    shifted = words[..., None] >> (4 * jnp.arange(8, dtype=jnp.uint32))
-    return (shifted & 15).astype(jnp.float32).reshape(*words.shape[:-1], GROUP)
+    """Return float32 codes [..., 64] of the words [..., 8 or 16] of groups: 0..15, or -127..127."""
+    per_word = GROUP // words.shape[-1]
+    places = words[..., None] << (32 // per_word * jnp.arange(per_word - 1, -1, -1, dtype=jnp.uint32))
+    if per_word == 8:
+        codes = places >> 28
+    else:
+        codes = jax.lax.bitcast_convert_type(places, jnp.int32) >> 24
+    return codes.astype(jnp.float32).reshape(*words.shape[:-1], GROUP)

@@ -1,14 +1,16 @@
 """A 4-bit model directory: `model.json`, the tokenizer's file, and weights laid out as the CPU kernels read them.
 
-The weights are one safetensors file with a published name for every vector, and three tensors for every rounded matrix:
-`<name>.words`, `<name>.scale`, `<name>.offset` (cpu/tiles.py has the layout; the embedding as [D, V]).
+The weights are one safetensors file with a published name for every vector, and three tensors for every 4-bit matrix:
+`<name>.words`, `<name>.scale`, `<name>.offset` (cpu/tiles.py has the layout). The embedding, as [D, V], has 8 bits and no
+offset: at 4 bits it alone costs five times what all other matrices do (benchmarks/results/int4_methods.md).
 """
 
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -19,11 +21,12 @@ from btlm_jax.convert.safetensors_files import SINGLE_FILE, TensorToWrite, write
 from btlm_jax.convert.source import published_config
 from btlm_jax.corpus.tokenizer import Tokenizer
 from btlm_jax.cpu.forward import Weights, aligned, taken_over
-from btlm_jax.cpu.tiles import GROUP, TILE, Int4Tiles, int4_factors, int4_words
-from btlm_jax.quantize.grouped import Grouped, dequantize
+from btlm_jax.cpu.tiles import GROUP, TILE, Int4Tiles, Int8Tiles, factors_of, words_of
+from btlm_jax.quantize.grouped import Grouped, Grouped8, dequantize
 from btlm_jax.quantize.walk import EMBEDDING, Rounded
 
 FORMAT = "btlm_jax int4 model 1"
+EMBEDDING_BITS = 8
 _WORDS, _SCALE, _OFFSET = "words", "scale", "offset"
 _NUMPY = {"U32": np.uint32, "F16": np.float16, "F32": np.float32}
 
@@ -54,7 +57,7 @@ def is_int4_directory(directory: Path) -> bool:
 def write_int4_directory(
     directory: Path, *, facts: ModelFacts, rounded: Iterable[tuple[str, Rounded]], tokenizer: Tokenizer | None
 ) -> None:
-    """Write what `quantize_model` yields, one tensor in memory at a time, in groups of cpu.tiles.GROUP inputs."""
+    """Write what `quantize_model` yields for groups of GROUP and EMBEDDING_BITS, one tensor in memory at a time."""
     written = list(_to_write(published_config(facts), iter(rounded)))
     write_safetensors(directory, written, max_shard_bytes=1 << 62, metadata={"format": FORMAT})
     write_facts(directory, facts, tokenizer=tokenizer, format=FORMAT)
@@ -106,16 +109,20 @@ class Int4Tensors:
             return self._file.read(name)
         K, M = shape[::-1] if name == EMBEDDING else shape
         words_CGWM = self._file.read(f"{name}.{_WORDS}")
-        eighths = words_CGWM[..., None, :] >> (4 * np.arange(8, dtype=np.uint32))[:, None] & 15  # tile group word place
-        codes_KM = eighths.reshape(len(words_CGWM), -1, TILE).transpose(1, 0, 2).reshape(-1, len(words_CGWM) * TILE)
-        scale_GM, offset_GM = (
-            self._file.read(f"{name}.{part}").transpose(1, 0, 2).reshape(-1, len(words_CGWM) * TILE)[:, :M]
-            for part in (_SCALE, _OFFSET)
+        C, per_word = len(words_CGWM), GROUP // words_CGWM.shape[2]
+        places = words_CGWM[..., None, :] >> (32 // per_word * np.arange(per_word, dtype=np.uint32))[:, None]
+        codes_KM = places.reshape(C, -1, TILE).transpose(1, 0, 2).reshape(-1, C * TILE)[:K, :M].astype(np.uint8)
+
+        def factors(part: str) -> np.ndarray:
+            return self._file.read(f"{name}.{part}").transpose(1, 0, 2).reshape(-1, C * TILE)[:, :M]
+
+        if name == EMBEDDING:
+            codes_KM = codes_KM.view(np.int8)
+            return dequantize(Grouped8(codes_KM=codes_KM, scale_GM=factors(_SCALE), group_size=GROUP)).T
+        codes_KM &= 15
+        return dequantize(
+            Grouped(codes_KM=codes_KM, scale_GM=factors(_SCALE), offset_GM=factors(_OFFSET), group_size=GROUP)
         )
-        grouped = Grouped(
-            codes_KM=codes_KM[:K, :M].astype(np.uint8), scale_GM=scale_GM, offset_GM=offset_GM, group_size=GROUP
-        )
-        return dequantize(grouped).T if name == EMBEDDING else dequantize(grouped)
 
 
 def _to_write(config: PublishedConfig, rounded: Iterator[tuple[str, Rounded]]) -> Iterator[TensorToWrite]:
@@ -131,30 +138,38 @@ def _to_write(config: PublishedConfig, rounded: Iterator[tuple[str, Rounded]]) -
             yield TensorToWrite(name=name, shape=shape, dtype=np.dtype(np.float32), make=lambda name=name: take(name))
             continue
         K, M = shape[::-1] if name == EMBEDDING else shape
-        C, G, held = -(-M // TILE), -(-K // GROUP), []
+        C, G, held, last = -(-M // TILE), -(-K // GROUP), {}, _parts(name)[-1]
 
         def words(name=name, held=held) -> np.ndarray:
-            held.append(take(name))
-            return int4_words(held[0].codes_KM)
+            held[name] = take(name)
+            return words_of(held[name].codes_KM)
 
-        def factors(part: str, held=held) -> Callable[[], np.ndarray]:
-            return lambda: int4_factors(getattr(held[0], f"{part}_GM"))
+        def factors(part: str, name=name, held=held, last=last) -> np.ndarray:
+            rounded = held.pop(name) if part == last else held[name]
+            return factors_of(getattr(rounded, f"{part}_GM"))
 
-        yield TensorToWrite(name=f"{name}.{_WORDS}", shape=(C, G, 8, TILE), dtype=np.dtype(np.uint32), make=words)
-        for part in (_SCALE, _OFFSET):
-            made = factors(part)
-            yield TensorToWrite(name=f"{name}.{part}", shape=(C, G, TILE), dtype=np.dtype(np.float16), make=made)
+        shape = (C, G, _words_a_group(name), TILE)
+        yield TensorToWrite(name=f"{name}.{_WORDS}", shape=shape, dtype=np.dtype(np.uint32), make=words)
+        for part in _parts(name):
+            make = functools.partial(factors, part)
+            yield TensorToWrite(name=f"{name}.{part}", shape=(C, G, TILE), dtype=np.dtype(np.float16), make=make)
 
 
-def _stacked(file: _File, names: list[list[str]], shapes: list[tuple[int, int]]) -> Int4Tiles:
+def _words_a_group(name: str) -> int:
+    return GROUP * (EMBEDDING_BITS if name == EMBEDDING else 4) // 32
+
+
+def _parts(name: str) -> tuple[str, ...]:
+    return (_SCALE,) if name == EMBEDDING else (_SCALE, _OFFSET)
+
+
+def _stacked(file: _File, names: list[list[str]], shapes: list[tuple[int, int]]) -> Int4Tiles | Int8Tiles:
     """Read matrices of the same inputs side by side, layer by layer, into arrays that are made once."""
     K, widths = shapes[0][0], [shape[1] for shape in shapes]
     tiles, G = [-(-width // TILE) for width in widths], -(-K // GROUP)
-    made = {
-        _WORDS: aligned((len(names), sum(tiles), G, 8, TILE), np.uint32),
-        _SCALE: aligned((len(names), sum(tiles), G, TILE), np.float16),
-        _OFFSET: aligned((len(names), sum(tiles), G, TILE), np.float16),
-    }
+    first_name = names[0][0]
+    made = {_WORDS: aligned((len(names), sum(tiles), G, _words_a_group(first_name), TILE), np.uint32)}
+    made |= {part: aligned((len(names), sum(tiles), G, TILE), np.float16) for part in _parts(first_name)}
     for layer, parts in enumerate(names):
         first = 0
         for name, count in zip(parts, tiles, strict=True):
@@ -162,7 +177,9 @@ def _stacked(file: _File, names: list[list[str]], shapes: list[tuple[int, int]])
                 file.read_into(f"{name}.{part}", array[layer, first : first + count])
             first += count
     num_outputs = widths[0] if len(widths) == 1 else sum(tiles) * TILE
-    return Int4Tiles(**{part: taken_over(array) for part, array in made.items()}, num_inputs=K, num_outputs=num_outputs)
+    kind = Int8Tiles if first_name == EMBEDDING else Int4Tiles
+    arrays = {part: taken_over(array) for part, array in made.items()}
+    return kind(**arrays, num_inputs=K, num_outputs=num_outputs)
 
 
 class _File:
