@@ -9,24 +9,20 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import enum
-import functools
 import time
 from collections.abc import Iterator, Sequence
 
 import jax
-import jax.numpy as jnp
 import numpy as np
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import Mesh
 
-from btlm_jax.loss import logits
-from btlm_jax.model import Btlm, KVCache, extend, make_cache
+from btlm_jax.cpu.forward import Weights
+from btlm_jax.decoders import CACHE_DTYPES, bucket, make_decoder
+from btlm_jax.model import Btlm
 from btlm_jax.sampling import Sampling, draw, make_generator
 from btlm_jax.sharding import FSDP
 
-PREFILL_PIECE = 256  # tokens of a prompt that run at a time: scores take this times the cache's slots
-MIN_SLOTS = 128  # caches are powers of two from here, so that few shapes are ever compiled
 FIRST_STRETCH = 128  # new tokens that a cache has room for from the start; it doubles when it is full
-CACHE_DTYPES = ("float32", "bfloat16")
 
 
 class Ending(enum.StrEnum):
@@ -101,7 +97,7 @@ class Batch:
     def __init__(
         self,
         model: Btlm,
-        params: dict,
+        params: dict | Weights,
         mesh: Mesh,
         *,
         prompts: Sequence[Sequence[int]],
@@ -129,8 +125,8 @@ class Batch:
         self._histories = [list(prompts[min(row, len(prompts) - 1)]) for row in range(num_rows)]
         self._ends = [len(prompt) + num_tokens for prompt in prompts]
         longest = max(map(len, prompts))
-        self._num_slots = _bucket(longest + min(num_tokens, FIRST_STRETCH))
-        self._decoder = _Decoder(
+        self._num_slots = bucket(longest + min(num_tokens, FIRST_STRETCH))
+        self._decoder = make_decoder(
             model, params, mesh, num_rows=num_rows, num_slots=self._num_slots, cache_dtype=cache_dtype
         )
         self._is_prefilled = False
@@ -179,7 +175,7 @@ class Batch:
 
 def generate(
     model: Btlm,
-    params: dict,
+    params: dict | Weights,
     mesh: Mesh,
     *,
     prompts: Sequence[Sequence[int]],
@@ -217,7 +213,7 @@ def generate(
 
 def continue_tokens(
     model: Btlm,
-    params: dict,
+    params: dict | Weights,
     mesh: Mesh,
     *,
     prompt: Sequence[int],
@@ -239,79 +235,6 @@ def continue_tokens(
         cache_dtype=model.config.dtype,
     )
     return [tokens[0] for tokens in made]
-
-
-class _Decoder:
-    """The cache on the devices, and the step over it, compiled once for every shape it meets in the process."""
-
-    def __init__(self, model: Btlm, params: dict, mesh: Mesh, *, num_rows: int, num_slots: int, cache_dtype: str):
-        self._model, self._params, self._mesh = model, params, mesh
-        self._num_rows, self._dtype = num_rows, cache_dtype
-        self._rows = NamedSharding(mesh, PartitionSpec(FSDP))
-        self._cache = make_cache(model, mesh, batch_size=num_rows, num_slots=num_slots, dtype=cache_dtype)
-
-    def prefill(self, histories: Sequence[Sequence[int]]) -> np.ndarray:
-        """Run the prompts; return the float32 logits_BV after each row's last token."""
-        lengths_B = np.array([len(history) for history in histories])
-        found = [None] * len(histories)
-        width = min(PREFILL_PIECE, _bucket(int(lengths_B.max())))
-        for start in range(0, int(lengths_B.max()), width):
-            pieces_BT = np.zeros((len(histories), width), np.int32)
-            for row, history in enumerate(histories):
-                piece = history[start : start + width]
-                pieces_BT[row, : len(piece)] = piece
-            last_B = lengths_B - 1 - start
-            logits_BV = self._run(pieces_BT, np.full(len(histories), start), np.clip(last_B, 0, width - 1))
-            for row in np.flatnonzero((last_B >= 0) & (last_B < width)):
-                found[row] = logits_BV[row]
-        return np.stack(found)
-
-    def decode(self, histories: Sequence[Sequence[int]]) -> np.ndarray:
-        """Run each row's newest token; return the float32 logits_BV after it."""
-        newest_B1 = np.array([[history[-1]] for history in histories])
-        starts_B = np.array([len(history) - 1 for history in histories])
-        return self._run(newest_B1, starts_B, np.zeros_like(starts_B))
-
-    def grow(self, num_slots: int) -> None:
-        """Copy the cache into one of `num_slots`, more than it has."""
-        empty = make_cache(self._model, self._mesh, batch_size=self._num_rows, num_slots=num_slots, dtype=self._dtype)
-        with jax.set_mesh(self._mesh):
-            self._cache = _copy_into(empty, self._cache)
-
-    def _run(self, inputs_BT: np.ndarray, starts_B: np.ndarray, last_B: np.ndarray) -> np.ndarray:
-        def place(values):
-            values = values.astype(np.int32)
-            return jax.make_array_from_callback(values.shape, self._rows, lambda index: values[index])
-
-        with jax.set_mesh(self._mesh):
-            logits_BV, self._cache = _extend_and_read(
-                self._model, self._params, self._cache, place(inputs_BT), place(starts_B), place(last_B)
-            )
-        return np.asarray(logits_BV)
-
-
-@functools.partial(jax.jit, donate_argnums=0)
-def _copy_into(larger: KVCache, smaller: KVCache) -> KVCache:
-    """Put each array into the beginning of a larger one, whichever dim is longer."""
-
-    def copy(larger, smaller):
-        return jax.lax.dynamic_update_slice(larger, smaller, (0,) * larger.ndim)
-
-    return jax.tree.map(copy, larger, smaller)
-
-
-@functools.partial(jax.jit, static_argnums=0, donate_argnums=2)
-def _extend_and_read(model: Btlm, params: dict, cache: KVCache, inputs_BT, starts_B, last_B):
-    hidden_BTD, cache = extend(model, params, cache, inputs_BT=inputs_BT, starts_B=starts_B)
-    hidden_BTD = jax.sharding.reshard(hidden_BTD, PartitionSpec(None, None, None))
-    last_B = jax.sharding.reshard(last_B, PartitionSpec(None))
-    hidden_B1D = jnp.take_along_axis(hidden_BTD, last_B[:, None, None], axis=1)
-    table_VD = jax.sharding.reshard(params["embedding"]["embedding"], PartitionSpec(None, None))
-    return logits(hidden_B1D, table_VD, output_scale=model.parametrization.output_scale)[:, 0], cache
-
-
-def _bucket(length: int) -> int:
-    return max(MIN_SLOTS, 1 << (length - 1).bit_length())
 
 
 def _check_prompts(prompts: Sequence[Sequence[int]], *, vocab_size: int) -> None:

@@ -11,15 +11,18 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from btlm_jax.convert.native import NativeModel
-from btlm_jax.convert.source import load_native
+from btlm_jax.cpu.forward import Weights
+from btlm_jax.cpu.tiles import Int4Tiles
+from btlm_jax.decoders import CACHE_DTYPES
 from btlm_jax.detokenize import PARTIAL, GrowingText
 from btlm_jax.files import write_atomically
-from btlm_jax.generate import CACHE_DTYPES, Batch, Ending, Speed
+from btlm_jax.generate import Batch, Ending, Speed
+from btlm_jax.loading import load_for_generation
 from btlm_jax.model import Btlm
 from btlm_jax.prompts import Prompt, check_text
 from btlm_jax.sampling import Sampling, make_generator
 
-MODEL_DTYPE = "model"  # the cache is in what the model computes in
+MODEL_DTYPE = "model"  # the cache is in what the model computes in, and in int8 where its weights have 4 bits
 PROGRESS_SECONDS = 2.0  # progress is shown no more often
 CLEAR_LINE = "\r\x1b[K"
 
@@ -67,14 +70,14 @@ class Continuation:
         return json.dumps({"prompt": self.prompt.text} | row | stop | self.prompt.beside, ensure_ascii=False)
 
 
-def load_for_text(directory: Path) -> NativeModel:
+def load_for_text(directory: Path, *, as_int4: bool) -> NativeModel:
     """Load a model with its tokenizer: a run's last checkpoint, a model directory, a Hugging Face directory.
 
     Raises:
       FileNotFoundError: there is no model or no tokenizer.
       ValueError: one of them is damaged.
     """
-    native = load_native(directory)
+    native = load_for_generation(directory, as_int4=as_int4)
     if native.tokenizer is None:
         raise FileNotFoundError(f"{directory} holds no tokenizer, which text needs; put its files beside the weights")
     return native
@@ -192,9 +195,14 @@ def _batch(
         num_tokens=how.num_tokens,
         sampling=how.sampling,
         stop_id=native.tokenizer.eos_id,
-        cache_dtype=model.config.dtype if how.cache_dtype == MODEL_DTYPE else how.cache_dtype,
+        cache_dtype=_cache_dtype(native) if how.cache_dtype == MODEL_DTYPE else how.cache_dtype,
         speed=speed,
     )
+
+
+def _cache_dtype(native: NativeModel) -> str:
+    has_4_bits = isinstance(native.params, Weights) and isinstance(native.params.down, Int4Tiles)
+    return "int8" if has_4_bits else native.facts.model.dtype
 
 
 def _pieces(batch: Batch, growing: Sequence[GrowingText]) -> Iterator[tuple[int, str]]:

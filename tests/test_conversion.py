@@ -24,7 +24,8 @@ from btlm_jax.corpus.tokenizer import find_tokenizer
 
 
 def make(source, target, **changes):
-    options = {"format": "hf", "dtype": "float32", "file_type": "F32", "pad_ffn": 1, "max_shard_bytes": 10**9} | changes
+    options = {"format": "hf", "dtype": "float32", "file_type": "F32", "pad_ffn": 1, "max_shard_bytes": 10**9}
+    options |= {"method": "rtn", "calibration": None} | changes
     lines = []
     proofs = convert(Conversion(source=source, target=target, **options), say=lines.append)
     assert all(proof.holds for proof in proofs)

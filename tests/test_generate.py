@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from tiny import tiny_config
 
+from btlm_jax import decoders
 from btlm_jax import generate as generation
 from btlm_jax.generate import Batch, Ending, Speed, continue_tokens, generate
 from btlm_jax.loss import logits
@@ -62,16 +63,16 @@ def test_extending_in_pieces_equals_the_whole_pass_at_every_position(one_device)
 def test_decoding_is_the_whole_pass_for_mixed_lengths_across_growth_past_the_trained_length(
     one_device, shape, monkeypatch
 ):
-    monkeypatch.setattr(generation, "PREFILL_PIECE", 16)  # the longest prompt takes three pieces
-    monkeypatch.setattr(generation, "MIN_SLOTS", 8)
+    monkeypatch.setattr(decoders, "PREFILL_PIECE", 16)  # the longest prompt takes three pieces
+    monkeypatch.setattr(decoders, "MIN_SLOTS", 8)
     monkeypatch.setattr(generation, "FIRST_STRETCH", 2)
     grown, seen = [], []
     for name in ("prefill", "decode"):
-        run = getattr(generation._Decoder, name)
+        run = getattr(decoders.ShardedDecoder, name)
         spy = lambda self, histories, run=run: seen.append(run(self, histories)) or seen[-1]  # noqa: E731
-        monkeypatch.setattr(generation._Decoder, name, spy)
-    grow = generation._Decoder.grow
-    monkeypatch.setattr(generation._Decoder, "grow", lambda self, slots: grown.append(slots) or grow(self, slots))
+        monkeypatch.setattr(decoders.ShardedDecoder, name, spy)
+    grow = decoders.ShardedDecoder.grow
+    monkeypatch.setattr(decoders.ShardedDecoder, "grow", lambda self, slots: grown.append(slots) or grow(self, slots))
     mesh = make_mesh(devices=jax.devices()[: shape[0] * shape[1]], tensor=shape[1])
     model, params = model_and_params(mesh)  # trained at up to 48
     prompts = [ids(length, seed=length).tolist() for length in (5, 17, 30)]

@@ -15,6 +15,7 @@ from btlm_jax.cli import main
 from btlm_jax.convert.conversion import Conversion, convert
 from btlm_jax.convert.native import ModelFacts, one_device_mesh, write_model_directory
 from btlm_jax.corpus.tokenizer import SentencePieceTokenizer, stored_facts, train_tokenizer
+from btlm_jax.cpu.decoder import CpuDecoder
 from btlm_jax.generate import continue_tokens
 from btlm_jax.model import init_params
 from btlm_jax.sampling import GREEDY
@@ -28,7 +29,7 @@ def continued(capsys, workdir, *flags) -> str:
 
 def test_the_stream_is_the_prompt_and_its_continuation(capsys, tiny_run):
     _, workdir = tiny_run
-    native = load_for_text(workdir)
+    native = load_for_text(workdir, as_int4=False)
     assert native.facts.notes["steps"] == "10"
     tokenizer = native.tokenizer
     prompt = [tokenizer.eos_id, *tokenizer.encode("def f")]
@@ -57,7 +58,8 @@ def test_every_form_of_a_model_writes_the_same(capsys, tiny_run, tmp_path):
     _, workdir = tiny_run
     wanted = continued(capsys, workdir, "--temperature=0")
     for target, format in ((tmp_path / "hf", "hf"), (tmp_path / "native", "native")):
-        options = {"dtype": "float32", "pad_ffn": 1, "max_shard_bytes": 10**9}
+        options = {"dtype": "float32", "file_type": "F32", "pad_ffn": 1, "max_shard_bytes": 10**9}
+        options |= {"method": "rtn", "calibration": None}
         convert(Conversion(source=workdir, target=target, format=format, **options), say=lambda line: None)
         assert continued(capsys, target, "--temperature=0") == wanted
 
@@ -199,14 +201,14 @@ def test_a_wrong_command_says_what_is_right(capsys, flags, code, said):
     assert said in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "int8"])
 def test_the_cache_is_of_the_dtype_asked_for(untrained, monkeypatch, dtype, tmp_path):
     made = []
-    make = generation._Decoder.__init__
+    make = CpuDecoder.__init__
     spy = lambda *arguments, cache_dtype, **rest: made.append(cache_dtype) or make(  # noqa: E731
         *arguments, cache_dtype=cache_dtype, **rest
     )
-    monkeypatch.setattr(generation._Decoder, "__init__", spy)
+    monkeypatch.setattr(CpuDecoder, "__init__", spy)
     written(untrained, tmp_path, PROMPTS[:1], "--num_tokens=1", f"--cache_dtype={dtype}")
     assert made == [dtype]
 

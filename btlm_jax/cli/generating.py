@@ -22,6 +22,8 @@ examples:
   btlm generate --checkpoint=runs/local --prompts_file=prompts.jsonl --batch_size=16 --output=texts.jsonl
       every prompt of a file (one a line, or {"prompt": ...} a line where it ends in .jsonl), with its text, number of
       tokens, and why it ended: length, end of document or stop string
+  btlm generate --checkpoint=local_int4 --prompt="def "
+      a 4-bit model (btlm convert --format=int4); --int4 does the same to any other model on the way
 
 --checkpoint is a training run, a converted model or a Hugging Face BTLM directory. Text goes to the output; progress
 and speed go to the error stream. A sample depends on its prompt, --seed and its number, not on the batch or its place.
@@ -64,7 +66,7 @@ def generate(arguments: Sequence[str]) -> int:
     output = values["output"].value
     if output:
         serve.check_output(Path(output))
-    native = serve.load_for_text(Path(values["checkpoint"].value))
+    native = serve.load_for_text(Path(values["checkpoint"].value), as_int4=values["int4"].value)
     if output:
         serve.save_continuations(native, asked, how=how, path=Path(output))
     elif values["prompts_file"].value or how.num_samples > 1:
@@ -91,7 +93,9 @@ def _flags() -> flags.FlagValues:
     flags.DEFINE_float("min_p", 0.0, "draw from tokens this share as likely as the likeliest", flag_values=values)
     flags.DEFINE_float("repetition_penalty", 1.0, "above 1 makes tokens seen less likely", flag_values=values)
     flags.DEFINE_string(
-        "cache_dtype", "model", "of keys and values: model (as it computes), float32, bfloat16", flag_values=values
+        "cache_dtype", "model", "of keys and values: float32, bfloat16, int8; model: as it computes, at 4 bits int8",
+        flag_values=values,
     )
+    flags.DEFINE_boolean("int4", False, "round the weights to 4 bits first", flag_values=values)
     flags.DEFINE_boolean("help", False, "show this help", short_name="h", flag_values=values)
     return values

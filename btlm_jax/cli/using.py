@@ -16,6 +16,7 @@ examples:  btlm convert --from=runs/local --to=local_hf                    a run
            btlm convert --from=btlm-3b-8k-base --to=btlm_native --format=native    Hugging Face -> ours
            btlm convert --from=local_hf --to=local.gguf --format=gguf --file_type=Q4_0    -> llama.cpp
            btlm convert --from=local_hf --to=local_jais --format=jais      -> vLLM up to 0.22, llama.cpp's converter
+           btlm convert --from=runs/local --to=local_int4 --format=int4    -> 4 bits for btlm generate
 
 --from is a training run, a directory that this verb wrote as hf or native, or a Hugging Face BTLM directory of any
 generation (safetensors or .bin, sharded or not). The logits of both are compared on real tokens before the target gets
@@ -28,6 +29,8 @@ FORMATS_OF_FLAG = {
     "max_shard_gb": ("hf", "jais"),
     "pad_ffn": ("hf", "jais", "gguf"),
     "file_type": ("gguf",),
+    "method": ("int4",),
+    "calibration": ("int4",),
 }
 
 
@@ -37,7 +40,7 @@ def convert(arguments: Sequence[str]) -> int:
     flags.DEFINE_string("from", "", "a run, a model directory or a Hugging Face directory", flag_values=values)
     flags.DEFINE_string("to", "", "directory, or .gguf file, to make; it must not exist", flag_values=values)
     flags.DEFINE_string(
-        "format", "hf", "hf (Hugging Face), native (ours), jais (for vLLM, llama.cpp) or gguf", flag_values=values
+        "format", "hf", "hf (Hugging Face), native (ours), jais (for vLLM), gguf, or int4 (ours)", flag_values=values
     )
     flags.DEFINE_string("dtype", "float32", "of hf and jais: float32, bfloat16 or float16", flag_values=values)
     flags.DEFINE_string(
@@ -47,6 +50,10 @@ def convert(arguments: Sequence[str]) -> int:
         "pad_ffn", None, "zero-pad the feed-forward width to a multiple; 256 for jais and gguf, otherwise 1",
         flag_values=values,
     )  # fmt: skip
+    flags.DEFINE_string("method", "gptq", "of int4: gptq, awq, awq+gptq; without a text hqq, rtn", flag_values=values)
+    flags.DEFINE_string(
+        "calibration", "", "of int4: a text file, 16,384 tokens are enough; a run has its own data", flag_values=values
+    )
     flags.DEFINE_float("max_shard_gb", 5.0, "size of a weights file, in 1e9 bytes", flag_values=values)
     flags.DEFINE_boolean("help", False, "show this help", short_name="h", flag_values=values)
     if any(argument in ("--help", "-h", "-help") for argument in arguments):
@@ -72,6 +79,8 @@ def convert(arguments: Sequence[str]) -> int:
             file_type=values["file_type"].value,
             pad_ffn=pad_ffn,
             max_shard_bytes=int(values["max_shard_gb"].value * 1e9),
+            method=values["method"].value,
+            calibration=Path(values["calibration"].value) if values["calibration"].value else None,
         )
     except ValueError as error:
         raise UsageError(str(error)) from error

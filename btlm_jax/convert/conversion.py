@@ -26,17 +26,20 @@ from btlm_jax.convert.read_hf import HuggingFaceTensors
 from btlm_jax.convert.source import Source, native_logits, open_source
 from btlm_jax.convert.to_gguf import write_gguf
 from btlm_jax.convert.to_hf import padded, write_hf
+from btlm_jax.convert.to_int4 import calibration_ids, prove_int4, write_int4
 from btlm_jax.convert.to_jais import write_jais
 from btlm_jax.convert.tokenizer_files import write_tokenizer_files
 from btlm_jax.convert.transformers_logits import has_transformers, transformers_logits
+from btlm_jax.quantize.walk import Method
 
-FORMATS = ("hf", "native", "jais", "gguf")
+FORMATS = ("hf", "native", "jais", "gguf", "int4")
 GGUF_SUFFIX = ".gguf"
 DTYPES = ("float32", "bfloat16", "float16")
 # n_inner becomes a multiple of it, unless another is asked for: llama.cpp's largest block.
-PAD_FFN = {"hf": 1, "native": 1, "jais": 256, "gguf": 256}
+PAD_FFN = {"hf": 1, "native": 1, "jais": 256, "gguf": 256, "int4": 1}
 # The largest difference of logits allowed, relative to the largest logit: rounding of weights to the dtype, or none.
 TOLERANCE = {"float32": 2e-5, "bfloat16": 3e-2, "float16": 4e-3}
+_CLIENT_TOKENS = 12  # in 16 bits: PyTorch on a CPU without 16-bit arithmetic takes 10 seconds for each of a 3B model
 # The same for GGUF: of both models with the file's values; and of the file types, after every value was compared by
 # itself. Rounding to blocks changes a random model's logits this much; two models with nothing in common are 1.4 apart.
 SAME_VALUES_TOLERANCE = 1e-5
@@ -56,9 +59,13 @@ class Conversion:
     file_type: str  # of gguf
     pad_ffn: int  # n_inner is zero-padded to a multiple of it; 1 leaves it
     max_shard_bytes: int  # of hf and jais
+    method: str  # of int4
+    calibration: Path | None  # a text for int4's methods that want one; None: the training data of a run
 
     def __post_init__(self):
-        for name, allowed in (("format", FORMATS), ("dtype", DTYPES), ("file_type", FILE_TYPES)):
+        for name, allowed in (
+            ("format", FORMATS), ("dtype", DTYPES), ("file_type", FILE_TYPES), ("method", tuple(Method)),
+        ):
             if getattr(self, name) not in allowed:
                 raise ValueError(f"{name}={getattr(self, name)!r} is not known; allowed are {', '.join(allowed)}")
         for name in ("pad_ffn", "max_shard_bytes"):
@@ -129,6 +136,9 @@ def _write_and_prove(conversion: Conversion, partial: Path, *, say: Callable[[st
             expected_TV = source.logits(ids_T)
             del source
             found = _prove_jais(partial, ids_T, expected_TV, dtype=conversion.dtype)
+        case "int4":
+            _write_int4(source, partial, conversion)
+            found = prove_int4(source, partial, ids_T)
         case "gguf":
             path = partial / conversion.target.name
             _write_gguf(source, path, conversion)
@@ -181,6 +191,14 @@ def _write_tokenizer(source: Source, directory: Path) -> None:
         write_tokenizer_files(directory, source.tokenizer, model_max_length=source.config.n_positions)
 
 
+def _write_int4(source: Source, directory: Path, conversion: Conversion) -> None:
+    method, ids_BT = Method(conversion.method), None
+    if method.is_calibrated:
+        ids_BT = calibration_ids(conversion.source, source.tokenizer, text=conversion.calibration)
+    with _progress(len(source.tensors.shapes)) as report:
+        write_int4(source, directory, method=method, calibration_BT=ids_BT, report=report)
+
+
 def _write_gguf(source: Source, path: Path, conversion: Conversion) -> None:
     with _progress(len(source.tensors.shapes) + 1) as report:
         write_gguf(
@@ -208,9 +226,10 @@ def _prove_hf(
     if not has_transformers():
         say("PyTorch and transformers are not installed (pip install 'btlm_jax[hf]'), so the model code was not run")
         return
-    client_TV = transformers_logits(directory, ids_T)
+    num_tokens = len(ids_T) if dtype == "float32" else _CLIENT_TOKENS
+    client_TV = transformers_logits(directory, ids_T[:num_tokens])
     # transformers computes in the dtype of the weights as well, which adds about as much rounding again
-    yield compare("transformers", expected_TV, client_TV, tolerance=2 * TOLERANCE[dtype])
+    yield compare("transformers", expected_TV[:num_tokens], client_TV, tolerance=2 * TOLERANCE[dtype])
 
 
 def _prove_jais(directory: Path, ids_T: np.ndarray, expected_TV: np.ndarray, *, dtype: str) -> Iterator[Proof]:

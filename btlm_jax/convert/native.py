@@ -16,6 +16,7 @@ from btlm_jax import store
 from btlm_jax.checkpoint import CHECKPOINTS, CheckpointReader, read_params, write_params
 from btlm_jax.config import ModelConfig, MupConfig, config_from
 from btlm_jax.corpus.tokenizer import Tokenizer, load_tokenizer
+from btlm_jax.cpu.forward import Weights
 from btlm_jax.files import write_atomically
 from btlm_jax.model import Btlm, make_model, parameter_table
 from btlm_jax.mup import make_parametrization
@@ -47,7 +48,7 @@ class NativeModel:
     """A model with its parameters on one device."""
 
     facts: ModelFacts
-    params: dict
+    params: dict | Weights  # in tiles where a CPU generates
     mesh: Mesh
     tokenizer: Tokenizer | None
 
@@ -89,6 +90,21 @@ def read_run(workdir: Path) -> NativeModel:
     finally:
         reader.close()
     return NativeModel(facts=facts, params=params, mesh=mesh, tokenizer=load_tokenizer(directory, recorded))
+
+
+def store_of_run(workdir: Path) -> Path:
+    """Return where the token store of a run is.
+
+    Raises:
+      FileNotFoundError: there is no checkpoint.
+      ValueError: it is damaged.
+    """
+    reader = CheckpointReader(workdir)
+    try:
+        _, config = reader.read_facts(reader.steps()[-1])
+    finally:
+        reader.close()
+    return workdir / config.data.store
 
 
 def read_model_directory(directory: Path) -> NativeModel:

@@ -32,13 +32,14 @@ class Weights:
 
 def float_weights(params: dict, *, dtype: str) -> Weights:
     """Return the weights of a parameter tree, its matrices in `dtype` (one of WEIGHT_DTYPES)."""
+    params = jax.tree.map(np.asarray, params)  # on the host, and so without the mesh
     blocks, embedding = params["blocks"], params["embedding"]["embedding"]
     attention, mlp = blocks["attention"], blocks["mlp"]
 
     def stacked(*kernels, num_inputs: int) -> FloatTiles:
         made = None
         for layer in range(kernels[0].shape[0]):
-            parts = [np.asarray(kernel[layer]).reshape(num_inputs, -1) for kernel in kernels]
+            parts = [kernel[layer].reshape(num_inputs, -1) for kernel in kernels]
             tiles = float_tiles(np.concatenate(parts, axis=1), dtype=dtype)
             made = aligned((kernels[0].shape[0], *tiles.shape), tiles.dtype) if made is None else made
             made[layer] = tiles
@@ -55,7 +56,7 @@ def float_weights(params: dict, *, dtype: str) -> Weights:
     vectors = {
         "ln_1.scale": blocks["ln_1"]["scale"],
         "ln_1.bias": blocks["ln_1"]["bias"],
-        "qkv.bias": jnp.concatenate(biases["query"] + biases["key"] + biases["value"], axis=1),
+        "qkv.bias": np.concatenate(biases["query"] + biases["key"] + biases["value"], axis=1),
         "out.bias": biases["out"][0],
         "ln_2.scale": blocks["ln_2"]["scale"],
         "ln_2.bias": blocks["ln_2"]["bias"],
@@ -65,12 +66,12 @@ def float_weights(params: dict, *, dtype: str) -> Weights:
         "ln_f.bias": params["ln_f"]["bias"],
     }
     return Weights(
-        embedding=stacked(np.asarray(embedding).T[None], num_inputs=D),
+        embedding=stacked(embedding.T[None], num_inputs=D),
         qkv=stacked(*(attention[name]["kernel"] for name in ("query", "key", "value")), num_inputs=D),
         out=stacked(attention["out"]["kernel"], num_inputs=D),
         up_gate=stacked(*(to_tiles(mlp[name]["kernel"]) for name in ("up", "gate")), num_inputs=D),
         down=stacked(mlp["down"]["kernel"], num_inputs=F),
-        vectors={name: jnp.asarray(vector, jnp.float32) for name, vector in vectors.items()},
+        vectors={name: jnp.asarray(vector) for name, vector in vectors.items()},
     )
 
 

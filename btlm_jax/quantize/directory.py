@@ -1,8 +1,8 @@
 """A 4-bit model directory: `model.json`, the tokenizer's file, and weights laid out as the CPU kernels read them.
 
 The weights are one safetensors file with a published name for every vector, and three tensors for every 4-bit matrix:
-`<name>.words`, `<name>.scale`, `<name>.offset` (cpu/tiles.py has the layout). The embedding, as [D, V], has 8 bits and no
-offset: at 4 bits it alone costs five times what all other matrices do (benchmarks/results/int4_methods.md).
+`<name>.words`, `<name>.scale`, `<name>.offset` (cpu/tiles.py has the layout). The embedding, as [D, V], has 8 bits and
+no offset: at 4 bits it alone costs five times what all other matrices do (benchmarks/results/int4_methods.md).
 """
 
 from __future__ import annotations
