@@ -7,15 +7,18 @@ import jax
 import numpy as np
 import pytest
 from published_files import NAMES, ORACLES, oracle_array
+from tiny import tiny_config
 
 from btlm_jax.cli import main
 from btlm_jax.convert import to_int4
 from btlm_jax.convert.conversion import Conversion, convert
+from btlm_jax.convert.native import ModelFacts, one_device_mesh, write_model_directory
 from btlm_jax.convert.prove import streamed_logits
-from btlm_jax.convert.source import load_native, open_source
+from btlm_jax.convert.source import open_source
 from btlm_jax.cpu import build, cache, tiles
 from btlm_jax.cpu.decoder import CpuDecoder
-from btlm_jax.cpu.forward import float_weights
+from btlm_jax.loading import load_for_generation
+from btlm_jax.model import init_params
 from btlm_jax.quantize.directory import Int4Tensors, read_int4_directory
 from btlm_jax.quantize.walk import Method, as_published, quantize_model
 
@@ -45,16 +48,31 @@ def decoded(model, weights, ids_BT, *, prefilled, cache_dtype="float32"):
 @pytest.mark.parametrize("way", ["kernels", "XLA"])
 @pytest.mark.parametrize("name", NAMES)
 def test_decoding_on_a_cpu_gives_the_original_logits(name, way, monkeypatch):
+    native = load_for_generation(ORACLES / name, as_int4=False)
     if way == "XLA":
         for module in (cache, tiles):
             monkeypatch.setattr(module, "has_kernels", lambda: False)
-    native = load_native(ORACLES / name)
-    weights = float_weights(native.params, dtype="float32")
     ids_BT, expected = oracle_array(name, "input_ids")[:, :70], oracle_array(name, "logits")[:, 40:70]
     jax.clear_caches()  # both ways are compiled under one name
-    found = decoded(native.facts.network(), weights, ids_BT, prefilled=41)
+    found = decoded(native.facts.network(), native.params, ids_BT, prefilled=41)
     jax.clear_caches()
     np.testing.assert_allclose(found, expected, atol=2e-5)
+
+
+@pytest.mark.parametrize("form", ["float32", "int4"])
+def test_a_residual_multiplier_counts_once(tmp_path, form):
+    config = tiny_config(mup__preset="completep", mup__base_num_layers=1, model__vocab_size=300)
+    facts = ModelFacts(model=config.model, mup=config.mup, max_length=48, eos_id=0, tokenizer=None, notes={})
+    params = init_params(facts.network(), one_device_mesh(), seed=5)
+    assert facts.network().parametrization.residual_scale != 1
+    write_model_directory(tmp_path / "m", facts=facts, params=params, tokenizer=None)
+    ids_T = np.arange(40, 70)
+    if form == "int4":
+        make(tmp_path / "m", tmp_path / "int4")  # the proof compares
+        return
+    native = load_for_generation(tmp_path / "m", as_int4=False)
+    found_BTV = decoded(native.facts.network(), native.params, ids_T[None], prefilled=3)
+    np.testing.assert_allclose(found_BTV[0], open_source(tmp_path / "m").logits(ids_T)[2:], atol=2e-5)
 
 
 def test_codes_come_back_as_they_were_rounded(rounded):

@@ -202,6 +202,12 @@ def model_facts(
     )
 
 
+def published_facts(source: Source) -> ModelFacts:
+    """Return a model in our terms as its published tensors are: a residual multiplier is in them already."""
+    facts = source.facts()
+    return model_facts(source.config, dtype=facts.model.dtype, tokenizer=source.tokenizer, notes=facts.notes)
+
+
 def _tokenizer_of(directory: Path, config: PublishedConfig) -> Tokenizer | None:
     try:
         tokenizer = find_tokenizer(directory)

@@ -10,7 +10,7 @@ import numpy as np
 
 from btlm_jax.convert.native import is_run, store_of_run
 from btlm_jax.convert.prove import Proof, compare, streamed_logits
-from btlm_jax.convert.source import Source
+from btlm_jax.convert.source import Source, published_facts
 from btlm_jax.corpus.tokenizer import Tokenizer
 from btlm_jax.cpu.decoder import CpuDecoder
 from btlm_jax.cpu.tiles import GROUP
@@ -50,7 +50,7 @@ def write_int4(
     source: Source, directory: Path, *, method: Method, calibration_BT: np.ndarray | None, report: Callable[[str], None]
 ) -> None:
     """Round a model to 4 bits, block by block, and write its directory."""
-    facts = source.facts()
+    facts = published_facts(source)
     notes = facts.notes | {"4 bits": f"{method}, groups of {GROUP}, embedding {EMBEDDING_BITS} bits"}
     rounded = quantize_model(
         source.config,

@@ -10,10 +10,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from btlm_jax.cpu.cache import Cache, Layout, attend
-from btlm_jax.cpu.tiles import TILE, FloatTiles, Tiles, columns, float_tiles, matmul
+from btlm_jax.cpu.tiles import Tiles, columns, matmul
 from btlm_jax.model import Btlm
 
-WEIGHT_DTYPES = ("float32", "bfloat16")
 _ALIGNMENT = 64  # of memory that JAX takes over without a copy
 
 
@@ -28,51 +27,6 @@ class Weights:
     up_gate: Tiles  # [L, D, 2 F'], F' being F filled up to whole tiles
     down: Tiles  # [L, F, D]
     vectors: dict[str, jax.Array]  # of blocks [L, width]: ln_1, qkv, out, ln_2, up_gate, down; and ln_f [width]
-
-
-def float_weights(params: dict, *, dtype: str) -> Weights:
-    """Return the weights of a parameter tree, its matrices in `dtype` (one of WEIGHT_DTYPES)."""
-    params = jax.tree.map(np.asarray, params)  # on the host, and so without the mesh
-    blocks, embedding = params["blocks"], params["embedding"]["embedding"]
-    attention, mlp = blocks["attention"], blocks["mlp"]
-
-    def stacked(*kernels, num_inputs: int) -> FloatTiles:
-        made = None
-        for layer in range(kernels[0].shape[0]):
-            parts = [kernel[layer].reshape(num_inputs, -1) for kernel in kernels]
-            tiles = float_tiles(np.concatenate(parts, axis=1), dtype=dtype)
-            made = aligned((kernels[0].shape[0], *tiles.shape), tiles.dtype) if made is None else made
-            made[layer] = tiles
-        num_outputs = sum(part.shape[1] for part in parts)
-        return FloatTiles(data=taken_over(made), num_inputs=num_inputs, num_outputs=num_outputs)
-
-    L, D = blocks["ln_1"]["scale"].shape
-    F = mlp["up"]["kernel"].shape[2]
-
-    def to_tiles(array):
-        return np.pad(array, [(0, 0)] * (array.ndim - 1) + [(0, -F % TILE)])
-
-    biases = {name: [attention[name]["bias"].reshape(L, -1)] for name in ("query", "key", "value", "out")}
-    vectors = {
-        "ln_1.scale": blocks["ln_1"]["scale"],
-        "ln_1.bias": blocks["ln_1"]["bias"],
-        "qkv.bias": np.concatenate(biases["query"] + biases["key"] + biases["value"], axis=1),
-        "out.bias": biases["out"][0],
-        "ln_2.scale": blocks["ln_2"]["scale"],
-        "ln_2.bias": blocks["ln_2"]["bias"],
-        "up_gate.bias": np.concatenate([to_tiles(mlp[name]["bias"]) for name in ("up", "gate")], axis=1),
-        "down.bias": mlp["down"]["bias"],
-        "ln_f.scale": params["ln_f"]["scale"],
-        "ln_f.bias": params["ln_f"]["bias"],
-    }
-    return Weights(
-        embedding=stacked(embedding.T[None], num_inputs=D),
-        qkv=stacked(*(attention[name]["kernel"] for name in ("query", "key", "value")), num_inputs=D),
-        out=stacked(attention["out"]["kernel"], num_inputs=D),
-        up_gate=stacked(*(to_tiles(mlp[name]["kernel"]) for name in ("up", "gate")), num_inputs=D),
-        down=stacked(mlp["down"]["kernel"], num_inputs=F),
-        vectors={name: jnp.asarray(vector) for name, vector in vectors.items()},
-    )
 
 
 @functools.partial(jax.jit, static_argnames=("model", "layout"), donate_argnames="cache")

@@ -10,7 +10,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import json
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -30,8 +30,8 @@ EMBEDDING_BITS = 8
 _WORDS, _SCALE, _OFFSET = "words", "scale", "offset"
 _NUMPY = {"U32": np.uint32, "F16": np.float16, "F32": np.float32}
 
-# Our stacked matrices -> published ones side by side, each filled up to whole tiles; our vectors -> published ones.
-_MATRICES = {
+# Our stacked matrices -> published ones, side by side, each filled up to whole tiles if there are several.
+MATRICES = {
     "qkv": ("attn.c_attn",),
     "out": ("attn.c_proj",),
     "up_gate": ("mlp.c_fc", "mlp.c_fc2"),
@@ -72,26 +72,34 @@ def read_int4_directory(directory: Path) -> Int4Model:
     """
     facts = read_facts(directory, format=FORMAT)
     config, file = published_config(facts), _File(directory / SINGLE_FILE)
-    D, L = config.n_embd, config.n_layer
-    vectors = {"ln_f.scale": file.read("transformer.ln_f.weight"), "ln_f.bias": file.read("transformer.ln_f.bias")}
-    for ours, published in {"ln_1.scale": "ln_1.weight", "ln_1.bias": "ln_1.bias", "ln_2.scale": "ln_2.weight",
-                            "ln_2.bias": "ln_2.bias"}.items():  # fmt: skip
-        vectors[ours] = np.stack([file.read(f"transformer.h.{layer}.{published}") for layer in range(L)])
     matrices = {}
-    for ours, modules in _MATRICES.items():
+    for ours, modules in MATRICES.items():
         shapes = [tensor_shapes(config)[f"transformer.h.0.{module}.weight"] for module in modules]
-        names = [[f"transformer.h.{layer}.{module}.weight" for module in modules] for layer in range(L)]
+        names = [[f"transformer.h.{layer}.{module}.weight" for module in modules] for layer in range(config.n_layer)]
         matrices[ours] = _stacked(file, names, shapes)
-        vectors[f"{ours}.bias"] = np.stack([
-            np.concatenate([
-                np.pad(bias, (0, (-len(bias) % TILE) if len(modules) > 1 else 0))
-                for bias in (file.read(f"transformer.h.{layer}.{module}.bias") for module in modules)
-            ])
-            for layer in range(L)
-        ])  # fmt: skip
-    embedding = _stacked(file, [[EMBEDDING]], [(D, config.vocab_size)])
+    vectors = stacked_vectors(config, file.read)
+    embedding = _stacked(file, [[EMBEDDING]], [(config.n_embd, config.vocab_size)])
     weights = Weights(embedding=embedding, vectors={k: taken_over(v) for k, v in vectors.items()}, **matrices)
     return Int4Model(facts=facts, weights=weights, tokenizer=read_tokenizer(directory, facts))
+
+
+def stacked_vectors(config: PublishedConfig, read: Callable[[str], np.ndarray]) -> dict[str, np.ndarray]:
+    """Return `cpu.forward.Weights.vectors` from published vectors."""
+
+    def of_layers(make: Callable[[str], np.ndarray]) -> np.ndarray:
+        return np.stack([make(f"transformer.h.{layer}.") for layer in range(config.n_layer)])
+
+    def bias(prefix: str, modules: tuple[str, ...]) -> np.ndarray:
+        parts = [read(f"{prefix}{module}.bias") for module in modules]
+        return parts[0] if len(parts) == 1 else np.concatenate([np.pad(part, (0, -len(part) % TILE)) for part in parts])
+
+    vectors = {"ln_f.scale": read("transformer.ln_f.weight"), "ln_f.bias": read("transformer.ln_f.bias")}
+    for norm in ("ln_1", "ln_2"):
+        vectors[f"{norm}.scale"] = of_layers(lambda prefix, norm=norm: read(f"{prefix}{norm}.weight"))
+        vectors[f"{norm}.bias"] = of_layers(lambda prefix, norm=norm: read(f"{prefix}{norm}.bias"))
+    for ours, modules in MATRICES.items():
+        vectors[f"{ours}.bias"] = of_layers(lambda prefix, modules=modules: bias(prefix, modules))
+    return vectors
 
 
 class Int4Tensors:
