@@ -556,6 +556,7 @@ def test_files_need_nothing_but_torch_and_transformers(directories):
 
 
 @pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:`torch.jit.script_method`:DeprecationWarning")  # PyTorch's own use of it
 @pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 1e-5), (torch.bfloat16, 1e-2)])
 def test_torch_compile_equals_eager(tiny, dtype, tolerance):
     tiny.to(dtype)

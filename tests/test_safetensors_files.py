@@ -12,7 +12,7 @@ from btlm_jax.convert.safetensors_files import TensorToWrite, write_safetensors
 ARRAYS = {
     "b": np.arange(15, dtype=np.float32).reshape(3, 5),
     "a": np.arange(7).astype(bfloat16),
-    "c": np.arange(12, dtype=np.uint8).reshape(2, 2, 3),
+    "c": np.arange(12, dtype=np.uint32).reshape(2, 2, 3),
     "d": np.float16(3.5).reshape(1),
 }
 

@@ -17,6 +17,9 @@ from transformers.pytorch_utils import Conv1D
 from .attention_btlm import alibi_slopes, eager_attention, sdpa_attention
 from .configuration_btlm import BTLMConfig
 
+# The name that outputs have for the keys and values so far: transformers 5.24 changed it. Arguments have either here.
+CACHE_FIELD = "cache" if "cache" in CausalLMOutputWithPast.__dataclass_fields__ else "past_key_values"
+
 
 class BTLMAttention(nn.Module):
     """Causal attention with ALiBi over all keys so far."""
@@ -163,18 +166,20 @@ class BTLMModel(BTLMPreTrainedModel):
         output_attentions=None,
         output_hidden_states=None,
         return_dict=None,
+        cache=None,
     ):
         """Return the final LayerNorm's output [B, T, D].
 
         Args:
           input_ids: [B, T]; or else inputs_embeds [B, T, D], as `wte` gives them.
           attention_mask: None or [B, past + T], 0 for keys not to see.
-          past_key_values: a transformers Cache; use_cache: whether to return one.
+          past_key_values, or cache: a transformers Cache; use_cache: whether to return one.
           output_attentions: also return each block's weights, which "sdpa" computes as "eager" does.
           output_hidden_states: also return the embeddings and each block's output, the last one normalized.
         """
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("give either input_ids or inputs_embeds")
+        past_key_values = cache if past_key_values is None else past_key_values
         x_BTD = self.wte(input_ids) if inputs_embeds is None else inputs_embeds
         x_BTD = self.drop(x_BTD * self.config.mup_embeddings_scale)
         if past_key_values is None and self._chosen(use_cache=use_cache):
@@ -194,9 +199,9 @@ class BTLMModel(BTLMPreTrainedModel):
         x_BTD = self.ln_f(x_BTD)
         output = BaseModelOutputWithPast(
             last_hidden_state=x_BTD,
-            past_key_values=past_key_values,
             hidden_states=(*hidden_states, x_BTD) if wants_hidden else None,
             attentions=tuple(attentions) if wants_weights else None,
+            **{CACHE_FIELD: past_key_values},
         )
         return output if self._chosen(return_dict=return_dict) else output.to_tuple()
 
@@ -256,11 +261,12 @@ class BTLMLMHeadModel(BTLMPreTrainedModel, GenerationMixin):
         self.lm_head = new_embeddings
 
     @staticmethod
-    def create_masks_for_generate(attention_mask, past_key_values, **_):
+    def create_masks_for_generate(attention_mask, past_key_values=None, cache=None, **_):
         """Keep generate's mask [B, keys so far] as [B, S] of a static cache: transformers' has no place for ALiBi."""
         if attention_mask is None:
             return None
-        return F.pad(attention_mask, (0, past_key_values.layers[0].max_cache_len - attention_mask.shape[1]), value=1)
+        static = cache if past_key_values is None else past_key_values
+        return F.pad(attention_mask, (0, static.layers[0].max_cache_len - attention_mask.shape[1]), value=1)
 
     def forward(
         self,
@@ -275,6 +281,7 @@ class BTLMLMHeadModel(BTLMPreTrainedModel, GenerationMixin):
         return_dict=None,
         logits_to_keep=0,
         num_items_in_batch=None,
+        cache=None,
     ):
         """Return logits [B, T, V], and the mean loss of labels [B, T] (-100: none), each predicted by the one before.
 
@@ -286,7 +293,7 @@ class BTLMLMHeadModel(BTLMPreTrainedModel, GenerationMixin):
         output = self.transformer(
             input_ids=input_ids,
             attention_mask=attention_mask,
-            past_key_values=past_key_values,
+            past_key_values=cache if past_key_values is None else past_key_values,
             inputs_embeds=inputs_embeds,
             use_cache=use_cache,
             output_attentions=output_attentions,
@@ -306,8 +313,8 @@ class BTLMLMHeadModel(BTLMPreTrainedModel, GenerationMixin):
         output = CausalLMOutputWithPast(
             loss=loss,
             logits=logits_BTV,
-            past_key_values=output.past_key_values,
             hidden_states=output.hidden_states,
             attentions=output.attentions,
+            **{CACHE_FIELD: output[CACHE_FIELD] if CACHE_FIELD in output else None},
         )
         return output if self._chosen(return_dict=return_dict) else output.to_tuple()
