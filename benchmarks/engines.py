@@ -161,38 +161,34 @@ def run_llama_cpp(model: Path, work: Work, *, flash_attention: bool, num_prompt_
     )
 
 
-def run_ours(directory: Path, work: Work) -> Timing:
+def run_ours(directory: Path, work: Work, *, cache: str) -> Timing:
     """Time this package as `btlm generate` uses it; it reads a whole prompt where others make up a cache."""
-    from btlm_jax.convert.source import load_native
     from btlm_jax.generate import generate
+    from btlm_jax.loading import load_for_generation
     from btlm_jax.sampling import GREEDY
 
     began = time.perf_counter()
-    native = load_native(directory)
+    native = load_for_generation(directory, as_int4=False)
     load, model = time.perf_counter() - began, native.facts.network()
 
-    def begin(prompt: list[int]) -> Iterator[int]:
-        num_tokens = 1 + _WARM_TOKENS + work.num_decoded
+    def run(prompt: list[int]) -> Iterator[int]:
         made = generate(
             model,
             native.params,
             native.mesh,
             prompts=[prompt],
-            num_tokens=num_tokens,
+            num_tokens=1 + _WARM_TOKENS + work.num_decoded,
             sampling=GREEDY,
             seed=0,
             stop_id=-1,
-            cache_dtype=model.config.dtype,
+            cache_dtype=cache,
         )
-        return (tokens[0] for tokens in made)
-
-    def run(prompt: list[int]) -> Iterator[int]:
-        tokens = begin(prompt)
+        tokens = (tokens[0] for tokens in made)
         next(tokens)
         return tokens
 
     prompt = work.prompt(model.config.vocab_size)
-    warm_up = _seconds(lambda: next(run(prompt)))
+    warm_up = _seconds(lambda: run(prompt))
     prefill = []
     for _ in range(work.num_prefills):
         stopwatch = Stopwatch()

@@ -31,6 +31,7 @@ QUIET = 0.1  # share of the machine that other processes may take in an interval
 OURS, TRANSFORMERS, LLAMA_CPP = "btlm_jax", "transformers", "llama.cpp"
 CONTEXTS = {("full", "4 bits"): (512, 2048, 8192)}
 USUAL_CONTEXTS = (512, 2048)
+NOT_MEASURED = ("full", "float32")  # 10.6 GB of weights: nobody runs it on such a machine
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -49,7 +50,7 @@ class Contender:
         if self.engine == LLAMA_CPP:
             flash = self.variant.endswith("flash attention")
             return run_llama_cpp(models / self.model, work, flash_attention=flash, num_prompt_batch=512)
-        return run_ours(models / self.model, work)
+        return run_ours(models / self.model, work, cache=self.variant.removesuffix(" cache"))
 
 
 def contenders(shape: str, precision: str) -> list[Contender]:
@@ -60,13 +61,13 @@ def contenders(shape: str, precision: str) -> list[Contender]:
         for type_name in ggufs[precision]
         for flash in ("", ", flash attention")
     ]
+    if precision == "4 bits":
+        return [*found, Contender(engine=OURS, model=f"{shape}-int4", variant="int8 cache")]
     directory = f"{shape}-{precision}"
-    if precision != "4 bits":
-        is_slow = precision == "bfloat16"  # PyTorch has no bfloat16 kernels for CPUs without AVX-512
-        for variant in ("dynamic cache", "static cache"):
-            found.append(Contender(engine=TRANSFORMERS, model=directory, variant=variant, is_slow=is_slow))
-        found.append(Contender(engine=OURS, model=directory))
-    return found
+    is_slow = precision == "bfloat16"  # PyTorch has no fast bfloat16 for CPUs without AVX-512
+    for variant in ("dynamic cache", "static cache") if shape == "small" else ("dynamic cache",):
+        found.append(Contender(engine=TRANSFORMERS, model=directory, variant=variant, is_slow=is_slow))
+    return [*found, Contender(engine=OURS, model=directory, variant=f"{precision} cache")]
 
 
 def work_of(contender: Contender, *, shape: str, context: int) -> Work:
@@ -198,14 +199,17 @@ def make_models(models: Path, shapes: Sequence[str], precisions: Sequence[str]) 
             directory = models / f"{shape}-{dtype}"
             if not directory.exists():
                 subprocess.run([sys.executable, here / "random_model.py", shape, dtype, directory], check=True)
+        source = models / f"{shape}-{'float32' if shape == 'small' else 'bfloat16'}"
         for precision in precisions:
-            for contender in contenders(shape, precision):
+            for contender in contenders(shape, precision) if (shape, precision) != NOT_MEASURED else ():
                 target = models / contender.model
-                if target.suffix == ".gguf" and not target.exists():
-                    source = models / f"{shape}-{'float32' if shape == 'small' else 'bfloat16'}"
+                if not target.exists():
                     file_type = target.stem.split("-")[1]
+                    flags = ["--format=int4", "--method=rtn"]
+                    if target.suffix == ".gguf":
+                        flags = ["--format=gguf", f"--file_type={file_type}"]
                     command = [sys.executable, "-m", "btlm_jax", "convert", f"--from={source}", f"--to={target}"]
-                    subprocess.run([*command, "--format=gguf", f"--file_type={file_type}"], check=True)
+                    subprocess.run([*command, *flags], check=True)
 
 
 def machine() -> str:
@@ -240,8 +244,8 @@ def main() -> None:
     rows = []
     for shape in arguments.shapes:
         for precision in arguments.precisions:
-            if (shape, precision) == ("full", "float32"):
-                continue  # 10.6 GB of weights: nobody runs it on such a machine
+            if (shape, precision) == NOT_MEASURED:
+                continue
             for context in CONTEXTS.get((shape, precision), USUAL_CONTEXTS):
                 if arguments.contexts and context not in arguments.contexts:
                     continue
