@@ -25,7 +25,12 @@ MIN_SLOTS = 128  # caches are powers of two from here, so that few shapes are ev
 
 
 class Decoder(Protocol):
-    """Rows of tokens, their keys and values kept."""
+    """Rows of tokens, their keys and values kept.
+
+    `lost` bounds the share of any head's attention, so far, that fell on keys which are no longer kept.
+    """
+
+    lost: float
 
     def prefill(self, histories: Sequence[Sequence[int]]) -> np.ndarray:
         """Run the prompts; return the float32 logits_BV after each row's last token."""
@@ -64,7 +69,7 @@ class ShardedDecoder:
 
     def __init__(self, model: Btlm, params: dict, mesh: Mesh, *, num_rows: int, num_slots: int, cache_dtype: str):
         self._model, self._params, self._mesh = model, params, mesh
-        self._num_rows, self._dtype = num_rows, cache_dtype
+        self._num_rows, self._dtype, self.lost = num_rows, cache_dtype, 0.0
         self._rows = NamedSharding(mesh, PartitionSpec(FSDP))
         self._cache = make_cache(model, mesh, batch_size=num_rows, num_slots=num_slots, dtype=cache_dtype)
 

@@ -133,6 +133,11 @@ class Batch:
         self.going = set(range(len(prompts)))  # the rows that have not ended
         self.endings: dict[int, Ending] = {}  # of the rows that have
 
+    @property
+    def lost(self) -> float:
+        """Return a bound on the share of any head's attention that fell on keys which are no longer kept."""
+        return self._decoder.lost
+
     def step(self) -> dict[int, int]:
         """Make one more token of each row that goes on; return those, without the id that ends a document."""
         logits_BV = self._decode() if self._is_prefilled else self._prefill()

@@ -23,6 +23,7 @@ from btlm_jax.prompts import Prompt, check_text
 from btlm_jax.sampling import Sampling, make_generator
 
 MODEL_DTYPE = "model"  # the cache is in what the model computes in, and in int8 where its weights have 4 bits
+NOTED_LOSS = 1e-6  # of attention, at which a user is warned; float32 rounds at 6e-8
 PROGRESS_SECONDS = 2.0  # progress is shown no more often
 CLEAR_LINE = "\r\x1b[K"
 
@@ -218,6 +219,12 @@ def _pieces(batch: Batch, growing: Sequence[GrowingText]) -> Iterator[tuple[int,
             yield shown(row, growing[row].push(token))
     for row, text in enumerate(growing):
         yield shown(row, text.finish())
+    if batch.lost > NOTED_LOSS:
+        print(
+            f"warning: up to {batch.lost:.1e} of a head's attention fell on keys outside its window of the cache, "
+            "which is made for a smaller spread of scores; the text may differ from the whole forward pass's",
+            file=sys.stderr,
+        )
 
 
 class _Progress:

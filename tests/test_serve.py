@@ -15,6 +15,7 @@ from btlm_jax.cli import main
 from btlm_jax.convert.conversion import Conversion, convert
 from btlm_jax.convert.native import ModelFacts, one_device_mesh, write_model_directory
 from btlm_jax.corpus.tokenizer import SentencePieceTokenizer, stored_facts, train_tokenizer
+from btlm_jax.cpu import cache
 from btlm_jax.cpu.decoder import CpuDecoder
 from btlm_jax.generate import continue_tokens
 from btlm_jax.model import init_params
@@ -158,6 +159,15 @@ def test_the_speed_leaves_out_compilation_and_long_texts_are_noted(capsys, untra
     assert "note: up to 51 tokens, past the 48 this model was trained at" in said
     for part in ("50 new tokens", "compile  ", "prefill  1 prompt tokens in ", "decode   48 new tokens in "):
         assert part in said
+
+
+def test_attention_that_the_cache_lost_is_said(capsys, untrained, monkeypatch):
+    arguments = ["generate", f"--checkpoint={untrained}", "--prompt=eta", "--num_tokens=50"]
+    assert main(arguments) == 0
+    assert "attention fell on keys outside" not in capsys.readouterr().err
+    monkeypatch.setattr(cache, "SPREAD", -12.0)
+    assert main(arguments) == 0
+    assert "of a head's attention fell on keys outside its window of the cache" in capsys.readouterr().err
 
 
 def test_a_failure_leaves_the_output_as_it_was(capsys, untrained, tmp_path, monkeypatch):
