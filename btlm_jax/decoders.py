@@ -54,7 +54,7 @@ def make_decoder(
         return CpuDecoder(model, params, num_rows=num_rows, num_slots=num_slots, cache_dtype=cache_dtype)
     if cache_dtype == "int8":
         raise ValueError(
-            "cache_dtype='int8' is not allowed on this backend; it is for 4-bit models, and for any model on one CPU"
+            "cache_dtype='int8' is not allowed here; it is for 4-bit models, and on a CPU with a C++ compiler for any"
         )
     return ShardedDecoder(model, params, mesh, num_rows=num_rows, num_slots=num_slots, cache_dtype=cache_dtype)
 

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
+import fcntl
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 
@@ -15,3 +18,30 @@ def write_atomically(path: Path, contents: str | bytes) -> None:
         file.flush()
         os.fsync(file.fileno())
     os.replace(temporary, path)
+
+
+@contextlib.contextmanager
+def only_writer(path: Path) -> Iterator[None]:
+    """Be the only process that makes `path`, by a locked file beside it; a process that is killed leaves it unlocked.
+
+    Raises:
+      FileExistsError: another process is making it.
+    """
+    lock = path.with_name(f".{path.name}.lock")
+    while True:
+        file = open(lock, "w")  # noqa: SIM115
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            file.close()
+            message = f"{path} is being made by another process; wait for it, or give another name"
+            raise FileExistsError(message) from None
+        with contextlib.suppress(FileNotFoundError):
+            if os.path.samestat(os.fstat(file.fileno()), lock.stat()):
+                break
+        file.close()  # whoever had it has just deleted it
+    try:
+        yield
+    finally:
+        lock.unlink()
+        file.close()

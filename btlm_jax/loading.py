@@ -34,6 +34,8 @@ def load_for_generation(directory: Path, *, as_int4: bool) -> NativeModel:
       FileNotFoundError, ValueError: there is no model, or it is damaged.
     """
     if is_int4_directory(directory):
+        if as_int4:
+            raise ValueError(f"{directory} has 4 bits already; leave out --int4")
         return _from_int4_directory(directory)
     if not as_int4 and not has_kernels():
         return load_native(directory)

@@ -89,13 +89,13 @@ def stream_continuation(native: NativeModel, prompt: Prompt, *, how: Continuing)
     speed = Speed()
     (wanted,) = _wanted(native, prompt, num_samples=1)
     _note_length(native, [wanted], how)
-    print(prompt.text, end="", flush=True)
     batch = _batch(native, native.facts.network(), [wanted], how, num_rows=1, speed=speed)
+    print(prompt.text, end="", flush=True)
     text = wanted.growing_text(native, how)
     for _, piece in _pieces(batch, [text]):
         print(printable(piece), end="", flush=True)
     print()
-    _report(speed, num_tokens=text.num_tokens)
+    _report(speed, num_tokens=text.num_tokens, lost=batch.lost)
 
 
 def print_continuations(native: NativeModel, prompts: Sequence[Prompt], *, how: Continuing) -> None:
@@ -156,7 +156,7 @@ def _continue_all(native: NativeModel, prompts: Sequence[Prompt], how: Continuin
     order = sorted(range(len(all_wanted)), key=lambda index: -len(all_wanted[index].ids))
     num_rows, model = min(how.batch_size, len(order)), native.facts.network()
     done: dict[int, Continuation] = {}
-    speed, next_index = Speed(), 0
+    speed, next_index, lost = Speed(), 0, 0.0
     progress = _Progress(num_texts=len(order), most_tokens=how.num_tokens, speed=speed)
     for start in range(0, len(order), num_rows):
         indices = order[start : start + num_rows]
@@ -177,10 +177,11 @@ def _continue_all(native: NativeModel, prompts: Sequence[Prompt], how: Continuin
                 stop_string=growing[row].stop,
             )
         progress.finish_batch(growing)
+        lost = max(lost, batch.lost)
         while next_index in done:
             yield done[next_index]
             next_index += 1
-    _report(speed, num_tokens=progress.num_tokens)
+    _report(speed, num_tokens=progress.num_tokens, lost=lost)
 
 
 def _batch(
@@ -219,12 +220,6 @@ def _pieces(batch: Batch, growing: Sequence[GrowingText]) -> Iterator[tuple[int,
             yield shown(row, growing[row].push(token))
     for row, text in enumerate(growing):
         yield shown(row, text.finish())
-    if batch.lost > NOTED_LOSS:
-        print(
-            f"warning: up to {batch.lost:.1e} of a head's attention fell on keys outside its window of the cache, "
-            "which is made for a smaller spread of scores; the text may differ from the whole forward pass's",
-            file=sys.stderr,
-        )
 
 
 class _Progress:
@@ -273,8 +268,14 @@ def _note_length(native: NativeModel, wanted: Sequence[_Wanted], how: Continuing
         print(f"note: up to {longest:,} tokens, past the {trained:,} this model was trained at", file=sys.stderr)
 
 
-def _report(speed: Speed, *, num_tokens: int) -> None:
-    """Print where the time went; see Speed for what is in no rate."""
+def _report(speed: Speed, *, num_tokens: int, lost: float) -> None:
+    """Print where the time went, see Speed for what is in no rate; and what the cache may have lost."""
+    if lost > NOTED_LOSS:
+        print(
+            f"warning: up to {min(lost, 1.0):.1e} of a head's attention may have fallen on keys outside its window of "
+            "the cache, which is made for a smaller spread of scores; the text may differ from a whole forward pass's",
+            file=sys.stderr,
+        )
     prefill = speed.prefill_tokens / max(speed.prefill_seconds, 1e-9)
     decode = speed.decode_tokens / max(speed.decode_seconds, 1e-9)
     print(

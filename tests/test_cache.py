@@ -174,11 +174,25 @@ def test_growth_changes_nothing(way, narrow, dtype):
     np.testing.assert_allclose(np.concatenate([before, after]), whole, rtol=0, atol=rounding)
 
 
-def test_a_number_that_is_none_is_seen(way):
+def test_the_bound_is_nearly_reached(narrow):
+    """One query whose own key has half the length of those that its head's window has just left out."""
+    layout, T, key = make_layout(CONFIG, length=250), 198, 6.0
+    qkv = np.zeros((3, 1, T, N, H), np.float32)
+    for n, window in enumerate(layout.windows):
+        qkv[1, 0, :, n, 0] = np.where(np.arange(T) <= T - 1 - window, key, -key)
+        qkv[1, 0, T - 1, n, 0] = key / 2
+    qkv[0, 0, T - 1, :, 0] = 2.0
+    _, lost = oracle(qkv[:, 0], layout, windowed=False)
+    _, _, bound_B = run(qkv, [[8]] * 24 + [[6]], layout=layout)
+    assert 0.02 < lost <= bound_B[0] < 1.2 * lost
+
+
+@pytest.mark.parametrize("dtype", cache.DTYPES)
+def test_a_number_that_is_none_is_seen(way, dtype):
     layout = make_layout(CONFIG, length=64)
     qkv = random_qkv(1, 30)
     qkv[1, 0, 20, 2, 3] = np.nan
-    (found,), _, _ = run(qkv, [[16], [14]], layout=layout)
+    (found,), _, _ = run(qkv, [[16], [14]], layout=layout, dtype=dtype)
     assert not np.isnan(found[:20]).any() and np.isnan(found[20:, 2]).all() and not np.isnan(found[:, 3]).any()
 
 

@@ -325,9 +325,13 @@ def test_a_killed_conversion_leaves_nothing_under_the_name_and_the_next_one_work
     arguments = ["convert", f"--from={ORACLES / 'tiny'}", f"--to={tmp_path / target}", f"--format={format}"]
     process = subprocess.Popen([sys.executable, "-c", code, *arguments], stdout=subprocess.PIPE, text=True)
     assert any(line == "written\n" for line in process.stdout)
+    before = sorted(tmp_path.rglob("*"))
+    with pytest.raises(FileExistsError, match="is being made by another process; wait for it, or give another name"):
+        make(ORACLES / "tiny", tmp_path / target, format=format)
+    assert sorted(tmp_path.rglob("*")) == before
     process.kill()
     process.communicate()
-    assert [path.name for path in tmp_path.iterdir()] == [f".{target}.partial"]
+    assert {path.name for path in tmp_path.iterdir()} == {f".{target}.partial", f".{target}.lock"}
     make(ORACLES / "tiny", tmp_path / target, format=format)
     assert [path.name for path in tmp_path.iterdir()] == [target]
 

@@ -1,5 +1,6 @@
 """4-bit models from end to end: converting, proving, loading, generating; and damaged ones."""
 
+import dataclasses
 import json
 import shutil
 
@@ -17,6 +18,8 @@ from btlm_jax.convert.prove import streamed_logits
 from btlm_jax.convert.source import open_source
 from btlm_jax.cpu import build, cache, tiles
 from btlm_jax.cpu.decoder import CpuDecoder
+from btlm_jax.data.loader import read_rows
+from btlm_jax.data.reader import open_store
 from btlm_jax.loading import load_for_generation
 from btlm_jax.model import init_params
 from btlm_jax.quantize.directory import Int4Tensors, read_int4_directory
@@ -105,6 +108,46 @@ def test_an_int8_cache_is_near(rounded):
     assert 0 < np.abs(exact - near).max() < 0.03 * np.abs(exact).max()
 
 
+def test_rows_of_mixed_lengths_prefill_decode_and_grow():
+    """Prompts that are whole pieces, and a cache that grows while they are decoded, against whole forward passes."""
+    native, source = load_for_generation(ORACLES / "tiny", as_int4=False), open_source(ORACLES / "tiny")
+    lengths, num_new, num_slots = (256, 505, 1), 12, 512
+    rows = np.random.default_rng(0).integers(0, native.facts.model.vocab_size, (3, 520))
+    expected = [source.logits(row[: length + num_new]) for row, length in zip(rows, lengths, strict=True)]
+    decoder = CpuDecoder(
+        native.facts.network(), native.params, num_rows=3, num_slots=num_slots, cache_dtype="float32"
+    )
+    found_BV = decoder.prefill([row[:length] for row, length in zip(rows, lengths, strict=True)])
+    for new in range(num_new):
+        for row, length in enumerate(lengths):
+            np.testing.assert_allclose(found_BV[row], expected[row][length - 1 + new], atol=2e-5)
+        if max(lengths) + new + 1 > num_slots:
+            num_slots *= 2
+            decoder.grow(num_slots)
+        found_BV = decoder.decode([row[: length + new + 1] for row, length in zip(rows, lengths, strict=True)])
+    assert num_slots == 1024
+
+
+def test_weights_stay_in_the_dtype_of_the_model(tmp_path):
+    options = dict(file_type="F32", pad_ffn=1, max_shard_bytes=10**9, method="rtn", calibration=None)
+    target = tmp_path / "hf"
+    convert(
+        Conversion(source=ORACLES / "tiny", target=target, format="hf", dtype="bfloat16", **options), say=lambda _: None
+    )
+    weights = {source: load_for_generation(source, as_int4=False).params for source in (ORACLES / "tiny", target)}
+    assert weights[ORACLES / "tiny"].down.data.dtype == "float32"
+    assert weights[target].down.data.dtype == weights[target].embedding.data.dtype == "uint32"  # pairs of bfloat16
+
+
+def test_calibration_is_spread_over_the_training_data(tiny_run):
+    _, workdir = tiny_run
+    ids_BT = to_int4.calibration_ids(workdir, None, text=None)
+    reader = open_store(to_int4.store_of_run(workdir), expected_fingerprint="").split("train")
+    ends = read_rows(reader, [(0, 0), (len(reader) - 1, 0)], seq_len=ids_BT.shape[1])["inputs_BT"]
+    np.testing.assert_array_equal(ids_BT[[0, -1]], ends)
+    assert len(ids_BT) == 32 and len(np.unique(ids_BT, axis=0)) > 1
+
+
 @pytest.mark.parametrize("method", ["gptq", "hqq"])
 def test_a_run_writes_text_at_4_bits(capsys, tiny_run, tmp_path, method):
     _, workdir = tiny_run
@@ -134,6 +177,8 @@ def test_a_text_to_calibrate_on(tiny_run, tmp_path):
     [
         ({"method": "gptq"}, "is no training run: give --calibration=TEXTFILE, or --method=hqq"),
         ({"method": "gptq", "calibration": ORACLES / "README.md"}, "holds no tokenizer to read"),
+        ({"method": "hqq", "calibration": ORACLES / "README.md"}, "says nothing about method=hqq; it is for gptq, awq"),
+        ({"method": "gptq", "calibration": ORACLES}, "is no file; give a text"),
         ({"method": "q4"}, "method='q4' is not known; allowed are rtn, hqq, gptq, awq"),
     ],
 )
@@ -164,24 +209,59 @@ def test_the_proof_sees_a_wrong_kernel(tmp_path, monkeypatch):
     assert not list(tmp_path.iterdir())
 
 
+def test_zeros_are_no_rounded_model(tmp_path, monkeypatch):
+    def zeroed(config, tensors, **options):
+        for name, value in quantize_model(config, tensors, **options):
+            is_embedding = name.endswith("wte.weight")
+            yield name, dataclasses.replace(value, scale_GM=0 * value.scale_GM) if is_embedding else value
+
+    monkeypatch.setattr(to_int4, "quantize_model", zeroed)
+    with pytest.raises(ValueError, match="does not compute the same.*the 4-bit model.*ABOVE"):
+        make(ORACLES / "tiny", tmp_path / "m")
+
+
 def cut(path):
     path.write_bytes(path.read_bytes()[:-100])
 
 
-def other_shape(path):
-    path = path.parent / "model.json"
-    values = json.loads(path.read_text())
-    values["model"]["d_ff"] = 300
-    path.write_text(json.dumps(values))
+def other_model(name, value):
+    def damage(path):
+        path = path.parent / "model.json"
+        values = json.loads(path.read_text())
+        values["model"][name] = value
+        path.write_text(json.dumps(values))
+
+    return damage
+
+
+def other_header(change):
+    def damage(path):
+        contents = path.read_bytes()
+        length = int.from_bytes(contents[:8], "little")
+        header = json.loads(contents[8 : 8 + length])
+        text = json.dumps(change(header) or header).encode()
+        path.write_bytes(len(text).to_bytes(8, "little") + text + contents[8 + length :])
+
+    return damage
+
+
+def other_entry(**changes):
+    return other_header(lambda header: header["transformer.ln_f.bias"].update(changes))
 
 
 @pytest.mark.parametrize(
     "damage,kind,message",
     [
         (cut, ValueError, r"model.safetensors is damaged: it has [\d,]+ bytes, not"),
-        (lambda path: path.write_bytes(b"\xff" * 900), ValueError, "damaged or not a safetensors file"),
+        (lambda path: path.write_bytes(b"\xff" * 900), ValueError, "is damaged or no file of 4-bit weights"),
         (lambda path: path.unlink(), FileNotFoundError, "is missing: the weights of a 4-bit model"),
-        (other_shape, ValueError, "but model.json asks for"),
+        (other_model("d_ff", 300), ValueError, "asks for a model of .*d_ff 300, but model.safetensors is of one of"),
+        (other_model("num_layers", 1), ValueError, "num_layers 1, .* but model.safetensors is of one of"),
+        (other_model("vocab_size", 511), ValueError, "vocab_size 511, num_layers 2"),
+        (other_entry(dtype="BF16"), ValueError, "is damaged or no file of 4-bit weights: 'BF16'"),
+        (other_entry(data_offsets=[0, 256]), ValueError, "the places of its tensors contradict their shapes"),
+        (other_entry(shape=[3]), ValueError, "the places of its tensors contradict their shapes"),
+        (other_header(lambda header: [1]), ValueError, "is damaged or no file of 4-bit weights"),
     ],
 )
 def test_damaged_directories(rounded, tmp_path, damage, kind, message):
@@ -194,7 +274,9 @@ def test_damaged_directories(rounded, tmp_path, damage, kind, message):
 
 def test_other_conversions_refuse_a_rounded_model(rounded, capsys, tmp_path):
     assert main(["convert", f"--from={rounded[1]}", f"--to={tmp_path / 'hf'}"]) == 1
-    assert "its format is 'btlm_jax int4 model 1'" in capsys.readouterr().err
+    assert "a 4-bit model is only for btlm generate" in capsys.readouterr().err
+    assert main(["generate", f"--checkpoint={rounded[1]}", "--int4"]) == 1
+    assert "has 4 bits already; leave out --int4" in capsys.readouterr().err
 
 
 def test_kernels_are_compiled_once(tmp_path, monkeypatch):
@@ -202,12 +284,33 @@ def test_kernels_are_compiled_once(tmp_path, monkeypatch):
     first = build._compiled()
     made = first.stat().st_mtime_ns
     assert first.parent == tmp_path / "btlm_jax" and build._compiled().stat().st_mtime_ns == made
-    assert [path.name for path in first.parent.iterdir()] == [first.name]
+    assert {path.name for path in first.parent.iterdir()} == {first.name, first.with_suffix(".sha256").name}
+    first.write_bytes(first.read_bytes()[:1000])  # as a power cut may leave it
+    assert build._compiled() == first and first.stat().st_size > 1000
+
+
+def test_other_sources_are_compiled_anew(tmp_path, monkeypatch):
+    before = build._fingerprint(["c++"])
+    shutil.copytree(build._FOLDER, tmp_path / "cpu", ignore=shutil.ignore_patterns("__pycache__"))
+    monkeypatch.setattr(build, "_FOLDER", tmp_path / "cpu")
+    assert build._fingerprint(["c++"]) == before != build._fingerprint(["c++", "-O2"])
+    with open(tmp_path / "cpu" / "attend.cc", "a") as file:
+        file.write("// other\n")
+    assert build._fingerprint(["c++"]) != before
+
+
+@pytest.mark.parametrize("has_home", [True, False])
+def test_where_nothing_can_be_kept_the_kernels_last_as_long_as_the_process(monkeypatch, has_home):
+    monkeypatch.setenv("XDG_CACHE_HOME", "/proc/nothing" if has_home else "")
+    monkeypatch.setattr(build.Path, "home", lambda: (_ for _ in ()).throw(RuntimeError("no home directory")))
+    place = build._place()
+    assert place.is_dir() and place.name.startswith("btlm_jax-")
+    shutil.rmtree(place)
 
 
 @pytest.mark.parametrize(
     "compiler,message",
-    [("", "no C++ compiler was found"), ("#!/bin/sh\necho no room >&2; exit 1", "failed: ['no room']")],
+    [("", "no C++ compiler was found"), ("#!/bin/sh\necho error: no room >&2; exit 1", "failed: error: no room")],
 )
 def test_without_a_compiler_one_warning_says_so(tmp_path, monkeypatch, caplog, compiler, message):
     (tmp_path / "bin").mkdir()

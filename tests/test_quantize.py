@@ -120,7 +120,7 @@ def test_awq_scales_leave_the_float_network_as_it_is(name):
             assert np.abs(np.log2(np.abs(scaled[f"{own}.weight"] / block[f"{own}.weight"]))).max() > 0.5, own
         arrays |= {f"transformer.h.{layer}.{own}": array for own, array in scaled.items()}
     for ids_T, expected_TV in zip(oracle_array(name, "input_ids"), oracle_array(name, "logits"), strict=True):
-        np.testing.assert_allclose(streamed_logits(config, Held(arrays), ids_T), expected_TV, atol=1e-5)
+        np.testing.assert_allclose(streamed_logits(config, Held(arrays), ids_T), expected_TV, atol=3e-5)
 
 
 @pytest.mark.parametrize("name", NAMES)

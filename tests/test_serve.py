@@ -164,10 +164,10 @@ def test_the_speed_leaves_out_compilation_and_long_texts_are_noted(capsys, untra
 def test_attention_that_the_cache_lost_is_said(capsys, untrained, monkeypatch):
     arguments = ["generate", f"--checkpoint={untrained}", "--prompt=eta", "--num_tokens=50"]
     assert main(arguments) == 0
-    assert "attention fell on keys outside" not in capsys.readouterr().err
+    assert "attention may have fallen" not in capsys.readouterr().err
     monkeypatch.setattr(cache, "SPREAD", -12.0)
     assert main(arguments) == 0
-    assert "of a head's attention fell on keys outside its window of the cache" in capsys.readouterr().err
+    assert "of a head's attention may have fallen on keys outside its window of the cache" in capsys.readouterr().err
 
 
 def test_a_failure_leaves_the_output_as_it_was(capsys, untrained, tmp_path, monkeypatch):
@@ -220,7 +220,8 @@ def test_the_cache_is_of_the_dtype_asked_for(untrained, monkeypatch, dtype, tmp_
     )
     monkeypatch.setattr(CpuDecoder, "__init__", spy)
     written(untrained, tmp_path, PROMPTS[:1], "--num_tokens=1", f"--cache_dtype={dtype}")
-    assert made == [dtype]
+    written(untrained, tmp_path, PROMPTS[:1], "--num_tokens=1", "--int4")
+    assert made == [dtype, "int8"]  # 4-bit models have a cache of 8 bits unless another is asked for
 
 
 def test_a_terminal_gets_no_control_characters():

@@ -1,5 +1,9 @@
 """Products with tiled weights against float64, in the kernels and in XLA."""
 
+import platform
+import subprocess
+
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -104,3 +108,36 @@ def test_a_number_that_is_none_stays_one(way, kind):
         x_RK[rows - 1, 69] = np.nan
         found_RM = np.asarray(matmul(x_RK, made, layer=jnp.int32(1)))
         assert np.isnan(found_RM[rows - 1]).all() and not np.isnan(found_RM[: rows - 1]).any()
+
+
+READ_ALL = """
+#include "lanes.h"
+#include <cstdio>
+#ifdef __SSE__
+#include <immintrin.h>
+#endif
+int main() {
+#ifdef __SSE__
+  _mm_setcsr(_mm_getcsr() | 0x8040);  // as XLA's threads: float32 below the normal ones is zero
+#endif
+  static uint16_t bits[65536];
+  static float values[65536];
+  for (int i = 0; i < 65536; ++i) bits[i] = i;
+  for (int i = 0; i < 65536; i += 8) store(values + i, load((const f16*)(bits + i)));
+  fwrite(values, 4, 65536, stdout);
+}
+"""
+
+
+@pytest.mark.parametrize("processor", ["this one", "any x86-64"])
+def test_every_float16_is_read_exactly(tmp_path, processor):
+    if processor != "this one" and platform.machine() != "x86_64":
+        pytest.skip("another kind of processor")
+    flag = build._machine_flag() if processor == "this one" else "-march=x86-64"
+    (tmp_path / "read.cc").write_text(READ_ALL)
+    includes = [f"-I{build._FOLDER}", f"-I{jax.ffi.include_dir()}"]
+    flags = [flag for flag in build._FLAGS if flag != "-shared"]
+    command = [build._compilers()[0], *flags, flag, *includes, tmp_path / "read.cc", "-o", tmp_path / "read"]
+    subprocess.run(command, check=True)
+    found = np.frombuffer(subprocess.run([tmp_path / "read"], check=True, capture_output=True).stdout, np.float32)
+    np.testing.assert_array_equal(found, np.arange(65536).astype(np.uint16).view(np.float16).astype(np.float32))

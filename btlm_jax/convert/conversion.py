@@ -30,6 +30,7 @@ from btlm_jax.convert.to_int4 import calibration_ids, prove_int4, write_int4
 from btlm_jax.convert.to_jais import write_jais
 from btlm_jax.convert.tokenizer_files import write_tokenizer_files
 from btlm_jax.convert.transformers_logits import has_transformers, transformers_logits
+from btlm_jax.files import only_writer
 from btlm_jax.quantize.walk import Method
 
 FORMATS = ("hf", "native", "jais", "gguf", "int4")
@@ -71,6 +72,15 @@ class Conversion:
         for name in ("pad_ffn", "max_shard_bytes"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}={getattr(self, name)} must be at least 1")
+        if self.calibration is not None:
+            calibrated = [method for method in Method if method.is_calibrated]
+            if self.format != "int4" or self.method not in calibrated:
+                raise ValueError(
+                    f"calibration={self.calibration} says nothing about method={self.method}; it is for "
+                    f"{', '.join(calibrated)}"
+                )
+            if not self.calibration.is_file():
+                raise ValueError(f"calibration={self.calibration} is no file; give a text")
         is_gguf = self.target.suffix == GGUF_SUFFIX
         if is_gguf != (self.format == "gguf"):
             fault = f"a directory, not a {GGUF_SUFFIX} file" if is_gguf else f"a file that ends in {GGUF_SUFFIX}"
@@ -89,19 +99,21 @@ def convert(conversion: Conversion, *, say: Callable[[str], None]) -> list[Proof
       OSError: the target cannot be written.
     """
     started, target = time.perf_counter(), conversion.target
-    if target.exists():
-        raise FileExistsError(f"{target} exists; delete it or give another --to")
     partial = target.with_name(f".{target.name}.partial")
-    _remove(partial)  # of a conversion that was killed
-    try:
-        partial.mkdir(parents=True)
-        proofs = _write_and_prove(conversion, partial, say=say)
-        failed = [str(proof) for proof in proofs if not proof.holds]
-        if failed:
-            raise ValueError(f"what was written does not compute the same, so it was not kept: {'; '.join(failed)}")
-        os.replace(partial / target.name if conversion.format == "gguf" else partial, target)
-    finally:
-        _remove(partial)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with only_writer(target):
+        if target.exists():
+            raise FileExistsError(f"{target} exists; delete it or give another --to")
+        _remove(partial)  # of a conversion that was killed
+        try:
+            partial.mkdir()
+            proofs = _write_and_prove(conversion, partial, say=say)
+            failed = [str(proof) for proof in proofs if not proof.holds]
+            if failed:
+                raise ValueError(f"what was written does not compute the same, so it was not kept: {'; '.join(failed)}")
+            os.replace(partial / target.name if conversion.format == "gguf" else partial, target)
+        finally:
+            _remove(partial)
     files = [path for path in (target, *target.rglob("*")) if path.is_file()]
     size = sum(path.stat().st_size for path in files)
     say(f"Done: {target}, {size / 1e6:,.1f} MB, in {time.perf_counter() - started:.1f} s.")

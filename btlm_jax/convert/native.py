@@ -138,7 +138,9 @@ def read_facts(directory: Path, *, format: str = FORMAT) -> ModelFacts:
     try:
         values = json.loads(path.read_text())
         if values["format"] != format:
-            raise ValueError(f"its format is {values['format']!r}, not {format!r}")
+            found, is_int4 = values["format"], "int4" in values["format"]
+            hint = "; a 4-bit model is only for btlm generate: give the one it was made of" if is_int4 else ""
+            raise ValueError(f"its format is {found!r}, not {format!r}{hint}")
         return ModelFacts(
             model=config_from(ModelConfig, values["model"], path="model"),
             mup=config_from(MupConfig, values["mup"], path="mup"),

@@ -21,8 +21,9 @@ from btlm_jax.quantize.walk import Method, quantize_model
 
 _CALIBRATION_ROWS, _CALIBRATION_LENGTH = 32, 512
 _SAME_VALUES_TOLERANCE = 1e-4  # of float32 sums in another order
-# Of a random model's logits; two models with nothing in common are about 1.4 apart, relative to the largest logit.
-_ROUNDING_TOLERANCE = 1.0
+# Relative to the largest logit. Trained models come to 0.01, tiny random ones to 0.5; a model of zeros would be 1
+# apart, one with nothing in common 1.4.
+_ROUNDING_TOLERANCE = 0.9
 
 
 def calibration_ids(directory: Path, tokenizer: Tokenizer | None, *, text: Path | None) -> np.ndarray:
@@ -34,7 +35,10 @@ def calibration_ids(directory: Path, tokenizer: Tokenizer | None, *, text: Path 
     if text is not None:
         if tokenizer is None:
             raise ValueError(f"{directory} holds no tokenizer to read {text} with; use --method=hqq, without a text")
-        ids = np.array(tokenizer.encode(text.read_text()))
+        try:
+            ids = np.array(tokenizer.encode(text.read_text(encoding="utf-8")))
+        except UnicodeDecodeError as error:
+            raise ValueError(f"calibration={text} is no text: {error}") from error
         num_rows = min(_CALIBRATION_ROWS, len(ids) // _CALIBRATION_LENGTH)
         if num_rows == 0:
             raise ValueError(f"calibration={text} has {len(ids):,} tokens; at least {_CALIBRATION_LENGTH:,} are needed")

@@ -43,16 +43,16 @@ inline f8 sums_of(const f8* v) {
   f8 pairs[4], fours[2];
   for (int i = 0; i < 4; ++i) {  // lanes a0+a1 b0+b1 a2+a3 b2+b3 ...
     f8 a = v[2 * i], b = v[2 * i + 1];
-    pairs[i] = __builtin_shuffle(a, b, (i8){0, 8, 2, 10, 4, 12, 6, 14}) +
-               __builtin_shuffle(a, b, (i8){1, 9, 3, 11, 5, 13, 7, 15});
+    pairs[i] = SHUFFLE(a, b, 0, 8, 2, 10, 4, 12, 6, 14) +
+               SHUFFLE(a, b, 1, 9, 3, 11, 5, 13, 7, 15);
   }
   for (int i = 0; i < 2; ++i) {
     f8 a = pairs[2 * i], b = pairs[2 * i + 1];
-    fours[i] = __builtin_shuffle(a, b, (i8){0, 1, 8, 9, 4, 5, 12, 13}) +
-               __builtin_shuffle(a, b, (i8){2, 3, 10, 11, 6, 7, 14, 15});
+    fours[i] = SHUFFLE(a, b, 0, 1, 8, 9, 4, 5, 12, 13) +
+               SHUFFLE(a, b, 2, 3, 10, 11, 6, 7, 14, 15);
   }
-  return __builtin_shuffle(fours[0], fours[1], (i8){0, 1, 2, 3, 8, 9, 10, 11}) +
-         __builtin_shuffle(fours[0], fours[1], (i8){4, 5, 6, 7, 12, 13, 14, 15});
+  return SHUFFLE(fours[0], fours[1], 0, 1, 2, 3, 8, 9, 10, 11) +
+         SHUFFLE(fours[0], fours[1], 4, 5, 6, 7, 12, 13, 14, 15);
 }
 
 inline void keep(const float* from, float* to, float*, int64_t H) { std::memcpy(to, from, H * sizeof(float)); }
@@ -60,11 +60,14 @@ inline void keep(const float* from, bf16* to, float*, int64_t H) {
   for (int64_t h = 0; h < H; ++h) to[h] = to_bf16(from[h]);
 }
 inline void keep(const float* from, int8_t* to, float* scale, int64_t H) {
-  float largest = 0;
-  for (int64_t h = 0; h < H; ++h) largest = std::max(largest, std::abs(from[h]));
-  *scale = largest / 127;
-  float inverse = largest > 0 ? 127 / largest : 0;
-  for (int64_t h = 0; h < H; ++h) to[h] = static_cast<int8_t>(__builtin_rintf(from[h] * inverse));
+  float largest = 0, none = 0;
+  for (int64_t h = 0; h < H; ++h) {
+    largest = std::max(largest, std::abs(from[h]));
+    none += from[h] - from[h];  // 0, or NaN if any is NaN or infinite
+  }
+  *scale = largest / 127 + none;
+  float inverse = largest > 0 && none == 0 ? 127 / largest : 0;
+  for (int64_t h = 0; h < H; ++h) to[h] = none != 0 ? 0 : static_cast<int8_t>(__builtin_rintf(from[h] * inverse));
 }
 
 template <typename C>

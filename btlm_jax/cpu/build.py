@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import ctypes
 import functools
 import hashlib
@@ -10,10 +11,13 @@ import os
 import platform
 import shutil
 import subprocess
+import sys
 import tempfile
 from pathlib import Path
 
 import jax
+
+from btlm_jax.files import write_atomically
 
 _FOLDER = Path(__file__).parent
 _SOURCES = ("matmul.cc", "attend.cc")
@@ -41,38 +45,64 @@ def has_kernels() -> bool:
 
 
 def _compiled() -> Path:
-    """Return the shared library for this machine, compiled if it is not there.
+    """Return the shared library for this machine, compiled if it is not there, or not as it was when it was made.
 
     Raises:
-      OSError: there is no compiler, it failed, or the library cannot be written.
+      OSError: there is no compiler, or none that can compile it.
     """
-    command = [_compiler(), *_FLAGS, _machine_flag()]
-    path = cache_directory() / f"kernels-{_fingerprint(command)}.so"
-    if path.is_file():
-        return path
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=path.parent, prefix=".kernels-") as scratch:
-        made = Path(scratch) / "kernels.so"
-        sources = [str(_FOLDER / source) for source in _SOURCES]
-        done = subprocess.run(
-            [*command, f"-I{jax.ffi.include_dir()}", *sources, "-o", str(made)], capture_output=True, text=True
-        )
-        if done.returncode:
-            raise OSError(f"{' '.join(command)} failed: {done.stderr.strip().splitlines()[-1:]}")
-        os.replace(made, path)
-    return path
+    place, failures = _place(), []
+    for compiler in _compilers():
+        command = [compiler, *_FLAGS, _machine_flag()]
+        path = place / f"kernels-{_fingerprint(command)}.so"
+        seal = path.with_suffix(".sha256")
+        if path.is_file() and seal.is_file() and seal.read_text() == _digest(path):
+            return path
+        print(f"compiling the kernels for this processor with {compiler}, once", file=sys.stderr)
+        with tempfile.TemporaryDirectory(dir=place, prefix=".kernels-") as scratch:
+            made = Path(scratch) / "kernels.so"
+            sources = [str(_FOLDER / source) for source in _SOURCES]
+            done = subprocess.run(
+                [*command, f"-I{jax.ffi.include_dir()}", *sources, "-o", str(made)], capture_output=True, text=True
+            )
+            if done.returncode == 0:
+                write_atomically(path, made.read_bytes())
+                write_atomically(seal, _digest(path))
+                return path
+            said = done.stderr.strip().splitlines()
+            failures.append(f"{' '.join(command)} failed: {next((x for x in said if 'error' in x), said[-1:])}")
+    raise OSError("; ".join(failures))
 
 
 def cache_directory() -> Path:
-    """Return the user's own folder for what is made once a machine."""
+    """Return the user's own folder for what is made once a machine.
+
+    Raises:
+      RuntimeError: the user has no home directory.
+    """
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "btlm_jax"
 
 
-def _compiler() -> str:
-    for name in (os.environ.get("CXX", ""), *_COMPILERS):
-        if name and shutil.which(name):
-            return name
-    raise OSError(f"no C++ compiler was found (looked for $CXX, {', '.join(_COMPILERS)}); install g++ or clang")
+def _place() -> Path:
+    """Return where to keep the library: the user's cache, or, where nothing can be kept, until this process ends."""
+    try:
+        directory = cache_directory()
+        directory.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=directory).close()
+    except (OSError, RuntimeError):
+        directory = Path(tempfile.mkdtemp(prefix="btlm_jax-"))
+        atexit.register(shutil.rmtree, directory, ignore_errors=True)
+    return directory
+
+
+def _compilers() -> list[str]:
+    named = [name for name in (os.environ.get("CXX", ""), *_COMPILERS) if name and shutil.which(name)]
+    if not named:
+        raise OSError(f"no C++ compiler was found (looked for $CXX, {', '.join(_COMPILERS)}); install g++ or clang")
+    return list(dict.fromkeys(named))
+
+
+def _digest(path: Path) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
 def _machine_flag() -> str:

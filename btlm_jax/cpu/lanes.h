@@ -4,6 +4,7 @@
 
 #include <algorithm>
 #include <atomic>
+#include <cmath>
 #include <cstdint>
 #include <cstring>
 #include <memory>
@@ -21,6 +22,12 @@ namespace ffi = xla::ffi;
 
 constexpr int64_t kLanes = 8;
 constexpr int64_t kWorthAThread = 1 << 17;  // multiply-adds below which starting other threads costs more than it saves
+
+#if defined(__clang__) || __GNUC__ >= 12
+#define SHUFFLE __builtin_shufflevector
+#else
+#define SHUFFLE(a, b, ...) __builtin_shuffle(a, b, (i8){__VA_ARGS__})
+#endif
 
 typedef float f8 __attribute__((vector_size(32), aligned(4)));
 typedef int32_t i8 __attribute__((vector_size(32), aligned(4)));
@@ -45,10 +52,13 @@ inline f8 load(const int8_t* p) {
 }
 inline f8 load(const f16* p) { return (f8)_mm256_cvtph_ps(_mm_loadu_si128((const __m128i*)p)); }
 #else
-inline f8 load(const f16* p) {  // exponents of 5 bits become ones of 8 in the product with 2^112
+inline f8 load(const f16* p) {  // no float32 on the way is below the normal ones, which XLA's threads take for zero
   u32x8 wide = __builtin_convertvector(*reinterpret_cast<const u16x8*>(p), u32x8);
-  f8 magnitude = (f8)((wide & 0x7fff) << 13) * 0x1p112f;
-  return (f8)((u32x8)magnitude | (wide & 0x8000) << 16);
+  u32x8 exponent = wide & 0x7c00, shifted = (wide & 0x7fff) << 13;
+  u32x8 tiny = (u32x8)(__builtin_convertvector((i8)(wide & 0x3ff), f8) * 0x1p-24f);
+  u32x8 usual = shifted + (112u << 23), none = shifted | 0x7f800000u;  // NaN and infinity
+  u32x8 magnitude = exponent == 0 ? tiny : exponent == 0x7c00 ? none : usual;
+  return (f8)(magnitude | (wide & 0x8000) << 16);
 }
 inline f8 load(const bf16* p) {
   return (f8)(__builtin_convertvector(*reinterpret_cast<const u16x8*>(p), u32x8) << 16);

@@ -10,6 +10,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import json
+import math
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
@@ -28,6 +29,7 @@ from btlm_jax.quantize.walk import EMBEDDING, Rounded
 FORMAT = "btlm_jax int4 model 1"
 EMBEDDING_BITS = 8
 _WORDS, _SCALE, _OFFSET = "words", "scale", "offset"
+_SHAPE, _SHAPE_FIELDS = "shape", ("vocab_size", "num_layers", "d_model", "num_heads", "d_ff")
 _NUMPY = {"U32": np.uint32, "F16": np.float16, "F32": np.float32}
 
 # Our stacked matrices -> published ones, side by side, each filled up to whole tiles if there are several.
@@ -59,7 +61,8 @@ def write_int4_directory(
 ) -> None:
     """Write what `quantize_model` yields for groups of GROUP and EMBEDDING_BITS, one tensor in memory at a time."""
     written = list(_to_write(published_config(facts), iter(rounded)))
-    write_safetensors(directory, written, max_shard_bytes=1 << 62, metadata={"format": FORMAT})
+    metadata = {"format": FORMAT, _SHAPE: _shape_of(facts)}
+    write_safetensors(directory, written, max_shard_bytes=1 << 62, metadata=metadata)
     write_facts(directory, facts, tokenizer=tokenizer, format=FORMAT)
 
 
@@ -70,9 +73,8 @@ def read_int4_directory(directory: Path) -> Int4Model:
       FileNotFoundError: a file is missing.
       ValueError: a file is damaged, or does not fit model.json.
     """
-    facts = read_facts(directory, format=FORMAT)
-    config, file = published_config(facts), _File(directory / SINGLE_FILE)
-    matrices = {}
+    facts, file = _opened(directory)
+    config, matrices = published_config(facts), {}
     for ours, modules in MATRICES.items():
         shapes = [tensor_shapes(config)[f"transformer.h.0.{module}.weight"] for module in modules]
         names = [[f"transformer.h.{layer}.{module}.weight" for module in modules] for layer in range(config.n_layer)]
@@ -106,8 +108,8 @@ class Int4Tensors:
     """The tensors that a 4-bit directory stands for, float32, by published name; see `convert.published.Tensors`."""
 
     def __init__(self, directory: Path):
-        self._config = published_config(read_facts(directory, format=FORMAT))
-        self._file = _File(directory / SINGLE_FILE)
+        facts, self._file = _opened(directory)
+        self._config = published_config(facts)
         self.shapes = tensor_shapes(self._config)
 
     def read(self, name: str) -> np.ndarray:
@@ -131,6 +133,27 @@ class Int4Tensors:
         return dequantize(
             Grouped(codes_KM=codes_KM, scale_GM=factors(_SCALE), offset_GM=factors(_OFFSET), group_size=GROUP)
         )
+
+
+def _opened(directory: Path) -> tuple[ModelFacts, _File]:
+    """Open a directory whose two files belong together."""
+    facts, file = read_facts(directory, format=FORMAT), _File(directory / SINGLE_FILE)
+    if file.metadata.get(_SHAPE) != _shape_of(facts):
+        raise ValueError(
+            f"{directory / MODEL_FILE} asks for a model of {_shape_of(facts)}, but {SINGLE_FILE} is of one of "
+            f"{file.metadata.get(_SHAPE)}"
+        )
+    if facts.tokenizer is not None and facts.tokenizer.vocab_size > facts.model.vocab_size:
+        raise ValueError(
+            f"the tokenizer of {directory} has {facts.tokenizer.vocab_size:,} ids, more than the model's "
+            f"{facts.model.vocab_size:,}"
+        )
+    return facts, file
+
+
+def _shape_of(facts: ModelFacts) -> str:
+    """Return what the tensors' sizes follow from, as one line."""
+    return ", ".join(f"{name} {getattr(facts.model, name)}" for name in _SHAPE_FIELDS)
 
 
 def _to_write(config: PublishedConfig, rounded: Iterator[tuple[str, Rounded]]) -> Iterator[TensorToWrite]:
@@ -200,13 +223,18 @@ class _File:
         try:
             with open(path, "rb") as file:
                 length = int.from_bytes(file.read(8), "little")
-                self._header = json.loads(file.read(min(length, size)))
-            self._start = 8 + length
-            ends = [entry["data_offsets"][1] for name, entry in self._header.items() if name != "__metadata__"]
-        except (ValueError, KeyError, TypeError) as error:
-            raise ValueError(f"{path} is damaged or not a safetensors file: {error}") from error
-        if self._start + max(ends, default=0) != size:
-            raise ValueError(f"{path} is damaged: it has {size:,} bytes, not {self._start + max(ends, default=0):,}")
+                self._entries = json.loads(file.read(min(length, size)))
+            self.metadata = self._entries.pop("__metadata__", {})
+            self._start = end = 8 + length
+            for entry in sorted(self._entries.values(), key=lambda entry: entry["data_offsets"]):
+                num_bytes = math.prod(entry["shape"]) * np.dtype(_NUMPY[entry["dtype"]]).itemsize
+                if entry["data_offsets"] != [end - self._start, end - self._start + num_bytes]:
+                    raise ValueError(f"the places of its tensors contradict their shapes: {entry}")
+                end += num_bytes
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise ValueError(f"{path} is damaged or no file of 4-bit weights: {error}") from error
+        if end != size:
+            raise ValueError(f"{path} is damaged: it has {size:,} bytes, not {end:,}")
 
     def read(self, name: str) -> np.ndarray:
         entry = self._entry(name)
@@ -231,6 +259,6 @@ class _File:
                 done += count
 
     def _entry(self, name: str) -> dict:
-        if name not in self._header:
+        if name not in self._entries:
             raise ValueError(f"{self._path} has no tensor {name}; model.json does not belong to it")
-        return self._header[name]
+        return self._entries[name]
