@@ -2,10 +2,10 @@
 
 Command: python benchmarks/generation.py [--models=/tmp/full] [--output=benchmarks/results/NAME.md]
 Needs pip install -e '.[hf,bench]' and xllamacpp (llama.cpp's C library), and 20 GB under --models, where random models
-are made once. Every measurement is a process of its own; the engines of a row take turns, round by round. An interval
-of a quarter of a second or more counts if other processes took less than a tenth of the machine's CPU time in it; a
-figure is the median of those, or, marked ~, of all where none was so quiet. The best of an engine's variants (cache,
-flash attention, 16-bit type) is its figure, for decode and prefill by themselves.
+are made once. Every measurement is a process of its own; the engines of a row take turns, round by round (small: three
+rounds, full: one). An interval of a quarter of a second or more counts if other processes took less than a tenth of the
+machine's CPU time in it; a figure is the median of those, or, marked ~, of all where none was so quiet. The best of an
+engine's variants (cache, flash attention, 16-bit type) is its figure, for decode and prefill by themselves.
 """
 
 from __future__ import annotations
@@ -27,6 +27,7 @@ from pathlib import Path
 from engines import Interval, Stopwatch, Timing, Work, run_llama_cpp, run_ours, run_transformers
 
 THREADS = 2
+ROUNDS = {"small": 3, "full": 1}
 QUIET = 0.1  # share of the machine that other processes may take in an interval that counts
 OURS, TRANSFORMERS, LLAMA_CPP = "btlm_jax", "transformers", "llama.cpp"
 CONTEXTS = {("full", "4 bits"): (512, 2048, 8192)}
@@ -140,10 +141,10 @@ def rate_of(intervals: Sequence[Interval]) -> Rate:
     )
 
 
-def rows_of(shape: str, precision: str, context: int, *, models: Path, rounds: int, patience: float) -> Iterator[str]:
+def rows_of(shape: str, precision: str, context: int, *, models: Path, patience: float) -> Iterator[str]:
     """Measure one model at one context; yield table rows."""
     timings: dict[Contender, list[Timing]] = {contender: [] for contender in contenders(shape, precision)}
-    for number in range(rounds):
+    for number in range(ROUNDS[shape]):
         for contender, found in timings.items():
             if number and contender.is_slow:
                 continue
@@ -229,7 +230,6 @@ def main() -> None:
     parser.add_argument("--shapes", nargs="*", default=["small", "full"])
     parser.add_argument("--precisions", nargs="*", default=["float32", "bfloat16", "4 bits"])
     parser.add_argument("--contexts", nargs="*", type=int, help="only these of the usual ones")
-    parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--patience", type=float, default=60, help="seconds to wait for a quiet machine, each time")
     parser.add_argument("--output", type=Path, help="write the table there too")
     parser.add_argument("--one", help="one measurement, as JSON")
@@ -249,15 +249,18 @@ def main() -> None:
             for context in CONTEXTS.get((shape, precision), USUAL_CONTEXTS):
                 if arguments.contexts and context not in arguments.contexts:
                     continue
-                settings = dict(models=arguments.models, rounds=arguments.rounds, patience=arguments.patience)
-                for row in rows_of(shape, precision, context, **settings):
+                for row in rows_of(shape, precision, context, models=arguments.models, patience=arguments.patience):
                     print(row, flush=True)
                     rows.append(row)
-    if arguments.output:
-        table = "\n".join((HEADER, *rows))
-        command = f"python benchmarks/generation.py --rounds={arguments.rounds}"
-        notes = __doc__.split("xllamacpp (llama.cpp's C library), ")[1].split("made once. ")[1]
-        arguments.output.write_text(f"# Generating on a CPU\n\n`{command}`\n\n{machine()}\n\n{notes}\n{table}\n")
+                if arguments.output:  # again after every model and context: it takes an hour
+                    arguments.output.write_text(report(rows))
+
+
+def report(rows: Sequence[str]) -> str:
+    """Return the table with what it was measured by."""
+    notes = __doc__.split("made once. ")[1]
+    table = "\n".join((HEADER, *rows))
+    return f"# Generating on a CPU\n\n`python benchmarks/generation.py`\n\n{machine()}\n\n{notes}\n{table}\n"
 
 
 if __name__ == "__main__":
