@@ -15,7 +15,7 @@ from collections.abc import Sequence
 from absl import logging as absl_logging
 
 from btlm_jax import __version__
-from btlm_jax.cli import generating, making, using
+from btlm_jax.cli import corpus, generating, making, using
 from btlm_jax.cli.parse import BAD_NUMBERS, DONE, ERROR, PREEMPTED, USAGE, UsageError
 
 __all__ = ["BAD_NUMBERS", "DONE", "ERROR", "PREEMPTED", "USAGE", "UsageError", "entry", "main"]
@@ -28,6 +28,7 @@ usage: btlm <verb> [flags]        (btlm <verb> --help explains a verb)
   generate         continue texts with a trained model
   convert          make a model of another form: Hugging Face both ways
   corpus build     make the token store that a config names, without training
+  corpus clean     make a corpus out of raw files, stage by stage (btlm corpus --help)
   corpus verify    read a token store again and compare every byte with its manifest
   tune coord-check prove on a CPU that the parametrization is right, and that wrong ones are caught (2 minutes)
 
@@ -38,7 +39,7 @@ VERBS = {
     "train": making.train,
     "generate": generating.generate,
     "convert": using.convert,
-    "corpus": making.corpus,
+    "corpus": corpus.corpus,
     "tune": making.tune,
 }
 

@@ -1,4 +1,4 @@
-"""The verbs that make things: train, corpus, tune."""
+"""The verbs that make things: train, tune."""
 
 from __future__ import annotations
 
@@ -20,7 +20,6 @@ from btlm_jax.cli.parse import (
     run_flags,
     workdir_of,
 )
-from btlm_jax.store import Manifest
 
 TRAIN_HELP = """btlm train: train, or resume from the last checkpoint in the workdir.
 
@@ -28,12 +27,6 @@ example:  btlm train --config=configs/local_cpu.py --workdir=runs/local --config
 
 The same command resumes: after a kill, a preemption (exit code 75) or with more tokens configured. On several hosts
 run it on each, with --distributed (TPU pods find each other) or with the three flags below it.
-"""
-
-CORPUS_HELP = """btlm corpus build | verify: make or check the token store of a config.
-
-examples:  btlm corpus build --config=configs/local_cpu.py --workdir=runs/local
-           btlm corpus verify --store=runs/local/store
 """
 
 TUNE_HELP = """btlm tune coord-check: train tiny models at several widths and see that nothing depends on the width.
@@ -71,40 +64,6 @@ def train(arguments: Sequence[str]) -> int:
     return {training.DONE: DONE, training.PREEMPTED: PREEMPTED, training.BAD_NUMBERS: BAD_NUMBERS}[outcome]
 
 
-def corpus(arguments: Sequence[str]) -> int:
-    """Run `btlm corpus`; return the exit code."""
-    if not arguments or arguments[0] not in ("build", "verify", "--help", "-h"):
-        raise UsageError(f"btlm corpus needs build or verify, got {' '.join(arguments[:1]) or 'nothing'}")
-    if arguments[0] == "verify":
-        return _corpus_verify(arguments[1:])
-    values = run_flags()
-    config = parse_config(values, arguments[1:] if arguments[0] == "build" else ["--help"], help_text=CORPUS_HELP)
-    if config is None:
-        return DONE
-    prepare = importlib.import_module("btlm_jax.prepare")
-    workdir = workdir_of(values)
-    prepare.make_workdir(workdir)
-    token_store = prepare.prepare_store(config, workdir=workdir, expected="")
-    _print_store(token_store.manifest)
-    return DONE
-
-
-def _corpus_verify(arguments: Sequence[str]) -> int:
-    values = flags.FlagValues()
-    flags.DEFINE_string("store", "", "directory of the token store", flag_values=values)
-    flags.DEFINE_boolean("help", False, "show this help", short_name="h", flag_values=values)
-    apply(values, arguments)
-    if values["help"].value:
-        print(CORPUS_HELP)
-        return DONE
-    if not values["store"].value:
-        raise UsageError("btlm corpus verify needs --store=DIR")
-    manifest = importlib.import_module("btlm_jax.data.reader").verify(Path(values["store"].value))
-    print("every shard is as its manifest says")
-    _print_store(manifest)
-    return DONE
-
-
 def tune(arguments: Sequence[str]) -> int:
     """Run `btlm tune`; return the exit code."""
     values = flags.FlagValues()
@@ -123,11 +82,3 @@ def tune(arguments: Sequence[str]) -> int:
     report = report_coord_check(full, directory=Path(values["directory"].value))
     print(report.table)
     return DONE if report.passed else ERROR
-
-
-def _print_store(manifest: Manifest) -> None:
-    for name, split in manifest.splits.items():
-        print(f"{name}: {split.num_blocks:,} blocks, {split.num_tokens:,} tokens, {len(split.shards)} shards")
-        for source, part in split.sources.items():
-            print(f"  {source}: {part.num_documents:,} documents, {part.num_bytes:,} bytes, {part.num_tokens:,} tokens")
-    print(f"fingerprint {manifest.fingerprint}")

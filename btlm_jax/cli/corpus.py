@@ -1,0 +1,161 @@
+"""The verbs of `btlm corpus`: from raw text to a token store, stage by stage."""
+
+from __future__ import annotations
+
+import importlib
+import os
+from collections.abc import Sequence
+from pathlib import Path
+
+from absl import flags
+
+from btlm_jax.cli.parse import DONE, UsageError, apply, flag_help, parse_config, run_flags, workdir_of
+from btlm_jax.store import Manifest
+
+HELP = """btlm corpus build | clean | verify: make or check a corpus and its token store.
+
+build makes the store that a config names out of what is installed. The other verbs are stages, each from a directory
+into a new one; a stage that was killed goes on where it was when the same command is given again.
+
+  clean    raw files -> repaired Unicode, short documents dropped
+  verify   read a stage's output or a token store again and compare every byte with its manifest
+
+examples:  btlm corpus build --config=configs/local_cpu.py --workdir=runs/local
+           btlm corpus clean --input=RAW --output=corpus/clean --workers=8
+           btlm corpus verify --store=runs/local/store
+"""
+
+CLEAN_HELP = """btlm corpus clean: read raw text, repair its Unicode as SlimPajama did, drop short documents.
+
+example:  btlm corpus clean --input=RAW --output=corpus/clean --workers=8
+
+RAW is a file or a folder of .jsonl, .jsonl.zst, .jsonl.gz, .parquet, .txt, .md or .rst files. A line of JSON is
+{"text": ..., "meta": {"redpajama_set_name": ...}}, or has "source" and "id". A bad line costs that line: it goes to
+quarantine/ with its file, line, offset and the reason. Exit code 1 if more lines are bad than --max_bad_rate allows.
+"""
+
+
+def corpus(arguments: Sequence[str]) -> int:
+    """Run `btlm corpus`; return the exit code."""
+    if arguments and arguments[0] in ("--help", "-h"):
+        print(HELP)
+        return DONE
+    if not arguments or arguments[0] not in VERBS:
+        raise UsageError(f"btlm corpus needs {' or '.join(VERBS)}, got {' '.join(arguments[:1]) or 'nothing'}")
+    return VERBS[arguments[0]](arguments[1:])
+
+
+def _build(arguments: Sequence[str]) -> int:
+    values = run_flags()
+    config = parse_config(values, arguments, help_text=HELP)
+    if config is None:
+        return DONE
+    prepare = importlib.import_module("btlm_jax.prepare")
+    workdir = workdir_of(values)
+    prepare.make_workdir(workdir)
+    token_store = prepare.prepare_store(config, workdir=workdir, expected="")
+    _print_store(token_store.manifest)
+    return DONE
+
+
+def _clean(arguments: Sequence[str]) -> int:
+    values = _stage_flags()
+    flags.DEFINE_string("source", "unnamed", "source of documents that do not say theirs", flag_values=values)
+    flags.DEFINE_string(
+        "on_bad_file", "fail", "of one cut short or damaged: fail, or keep-prefix, its beginning", flag_values=values
+    )
+    flags.DEFINE_float("max_bad_rate", 0.001, "share of bad lines that is accepted", flag_values=values)
+    if not _parse_stage(values, arguments, help_text=CLEAN_HELP):
+        return DONE
+    cleaning = importlib.import_module("btlm_jax.corpus.clean")
+    try:
+        config = cleaning.CleanConfig(
+            input=Path(values["input"].value),
+            default_source=values["source"].value,
+            on_bad_file=values["on_bad_file"].value,
+            max_bad_rate=values["max_bad_rate"].value,
+        )
+    except ValueError as error:
+        raise UsageError(str(error)) from error
+    _print_stage(cleaning.clean(config, **_common(values)))
+    return DONE
+
+
+def _stage_flags() -> flags.FlagValues:
+    values = flags.FlagValues()
+    flags.DEFINE_string("input", "", "where to read from", flag_values=values)
+    flags.DEFINE_string("output", "", "directory of this stage's work", flag_values=values)
+    flags.DEFINE_integer("workers", os.cpu_count(), "worker processes; the result is the same", flag_values=values)
+    flags.DEFINE_boolean("help", False, "show this help", short_name="h", flag_values=values)
+    return values
+
+
+def _parse_stage(values: flags.FlagValues, arguments: Sequence[str], *, help_text: str) -> bool:
+    """Parse the flags of a stage; return False when help was asked for and printed."""
+    if any(argument in ("--help", "-h", "-help") for argument in arguments):
+        print(help_text)
+        print(flag_help(values))
+        return False
+    apply(values, arguments)
+    for name in ("input", "output"):
+        if not values[name].value:
+            raise UsageError(f"--{name}=DIR is needed: {values[name].help}")
+    if values["workers"].value < 1:
+        raise UsageError(f"--workers={values['workers'].value} must be 1 or more")
+    return True
+
+
+def _common(values: flags.FlagValues) -> dict:
+    return {"output": Path(values["output"].value), "num_workers": values["workers"].value, "log": _log}
+
+
+def _log(line: str) -> None:
+    print(line, flush=True)
+
+
+def _print_stage(manifest: dict) -> None:
+    totals = manifest["totals"]
+    for source in sorted(totals["read"]):
+        came, went = totals["read"][source], totals["written"].get(source, {"documents": 0, "bytes": 0})
+        share = 100 * went["bytes"] / max(came["bytes"], 1)
+        print(
+            f"  {source}: {came['documents']:,} documents, {came['bytes']:,} bytes -> {went['documents']:,} documents, "
+            f"{went['bytes']:,} bytes ({share:.1f} %)"
+        )
+    for reason, count in sorted((totals["dropped"] | totals["bad"]).items()):
+        print(f"  {reason}: {count:,}")
+    print(f"fingerprint {manifest['fingerprint']}")
+
+
+def _verify(arguments: Sequence[str]) -> int:
+    values = flags.FlagValues()
+    flags.DEFINE_string("store", "", "directory of the token store, or of a stage's work", flag_values=values)
+    flags.DEFINE_boolean("help", False, "show this help", short_name="h", flag_values=values)
+    if any(argument in ("--help", "-h", "-help") for argument in arguments):
+        print(HELP)
+        print(flag_help(values))
+        return DONE
+    apply(values, arguments)
+    if not values["store"].value:
+        raise UsageError("btlm corpus verify needs --store=DIR")
+    directory = Path(values["store"].value)
+    if (directory / "plan.json").is_file():
+        manifest = importlib.import_module("btlm_jax.corpus.inputs").verify_stage(directory)
+        print("every file is as its manifest says")
+        _print_stage(manifest)
+        return DONE
+    manifest = importlib.import_module("btlm_jax.data.reader").verify(directory)
+    print("every shard is as its manifest says")
+    _print_store(manifest)
+    return DONE
+
+
+def _print_store(manifest: Manifest) -> None:
+    for name, split in manifest.splits.items():
+        print(f"{name}: {split.num_blocks:,} blocks, {split.num_tokens:,} tokens, {len(split.shards)} shards")
+        for source, part in split.sources.items():
+            print(f"  {source}: {part.num_documents:,} documents, {part.num_bytes:,} bytes, {part.num_tokens:,} tokens")
+    print(f"fingerprint {manifest.fingerprint}")
+
+
+VERBS = {"build": _build, "clean": _clean, "verify": _verify}

@@ -1,0 +1,154 @@
+"""The stage `clean`: raw files -> repaired Unicode, short documents dropped, `.jsonl.zst`.
+
+As SlimPajama did: `ftfy.fix_text(text, normalization="NFC")`, then documents under 200 normalised characters go.
+https://github.com/Cerebras/modelzoo, data_preparation/nlp/slimpajama/preprocessing
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import json
+import re
+from collections import Counter
+from pathlib import Path
+
+import ftfy
+
+from btlm_jax.corpus.inputs import make_tasks, raw_inputs
+from btlm_jax.corpus.normalize import is_shorter
+from btlm_jax.corpus.reading import BadFile, Defect, read_raw
+from btlm_jax.corpus.records import SUFFIX, AtomicFile, Record, RecordWriter
+from btlm_jax.corpus.stage import Input, Log, Stage, Task, Tick, run_stage
+from btlm_jax.corpus.tally import Tally
+
+RECIPE = 1  # raise when the steps change
+MIN_CHARACTERS = 200
+QUARANTINE_FOLDER = "quarantine"
+FAIL, KEEP_PREFIX = "fail", "keep-prefix"
+ON_BAD_FILE = (FAIL, KEEP_PREFIX)
+
+_FTFY = ftfy.TextFixerConfig(normalization="NFC", explain=False)
+_FTFY_WITHOUT_HTML = _FTFY._replace(unescape_html=False)
+_SUSPECT = re.compile(r"[^\t\n -%'-~]")  # every ASCII character that ftfy can change is no tab, newline or printable
+_SUSPECT_OR_AMPERSAND = re.compile(r"[^\t\n -%'-~]|&")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class CleanConfig:
+    """What to clean, and what to do with bad input."""
+
+    input: Path
+    default_source: str
+    on_bad_file: str
+    max_bad_rate: float
+
+    def __post_init__(self):
+        if self.on_bad_file not in ON_BAD_FILE:
+            raise ValueError(f"on_bad_file={self.on_bad_file!r} is not known; it may be {' or '.join(ON_BAD_FILE)}")
+        if not 0 <= self.max_bad_rate <= 1:
+            raise ValueError(f"max_bad_rate={self.max_bad_rate} must be between 0 and 1")
+        if not self.default_source:
+            raise ValueError("source='' must be a name")
+
+
+def clean(config: CleanConfig, *, output: Path, num_workers: int, log: Log) -> dict:
+    """Clean the raw files and return the manifest.
+
+    Raises:
+      FileNotFoundError: there are none.
+      ValueError: a file is bad, too many lines are, or nothing is left.
+    """
+    stage = Stage(
+        name="clean",
+        settings={
+            "recipe": RECIPE,
+            "ftfy": ftfy.__version__,
+            "min_characters": MIN_CHARACTERS,
+            "default_source": config.default_source,
+            "on_bad_file": config.on_bad_file,
+        },
+        tasks=make_tasks(raw_inputs(config.input)),
+        run=functools.partial(_clean_task, default_source=config.default_source, on_bad_file=config.on_bad_file),
+    )
+    check = functools.partial(_check, max_bad_rate=config.max_bad_rate, quarantine=output / QUARANTINE_FOLDER)
+    return run_stage(stage, output, num_workers=num_workers, log=log, check=check)
+
+
+def fixed(text: str) -> str:
+    """Return `ftfy.fix_text(text, normalization="NFC")`, calling it only for the lines that it can change.
+
+    ftfy works line by line; the one thing it carries over is that from the line of the first "<" on, the text is taken
+    for HTML, whose entities stay.
+    """
+    first_tag = text.find("<")
+    has_entities = text.find("&", 0, len(text) if first_tag < 0 else first_tag) >= 0
+    suspects = _SUSPECT_OR_AMPERSAND if has_entities else _SUSPECT
+    match = suspects.search(text)
+    if match is None:
+        return text
+    parts, done = [], 0
+    while match is not None:
+        start = text.rfind("\n", 0, match.start()) + 1
+        end = text.find("\n", match.start()) + 1 or len(text)
+        parts.append(text[done:start])
+        config = _FTFY_WITHOUT_HTML if 0 <= first_tag < start else _FTFY
+        parts.append(ftfy.fix_text(text[start:end], config))
+        done = end
+        match = suspects.search(text, done)
+    parts.append(text[done:])
+    return "".join(parts)
+
+
+def _clean_task(task: Task, directory: Path, tick: Tick, *, default_source: str, on_bad_file: str) -> dict:
+    tally, dropped, defects = Tally(), Counter(), []
+    name = f"documents-{task.index:05d}{SUFFIX}"
+    with RecordWriter(directory / name) as writer:
+        for item in task.inputs:
+            for found in _read(item, defects, default_source=default_source, on_bad_file=on_bad_file):
+                tally.read(found)
+                tick(1, found.num_bytes)
+                text = fixed(found.text)
+                if is_shorter(text, than=MIN_CHARACTERS):
+                    dropped["short"] += 1
+                    continue
+                record = dataclasses.replace(found, text=text)
+                tally.changed(found.text != text)
+                tally.wrote(record)
+                writer.add(record)
+    if defects:
+        folder = directory / QUARANTINE_FOLDER
+        folder.mkdir(exist_ok=True)
+        with AtomicFile(folder / f"{task.index:05d}.jsonl") as file:
+            for defect in defects:
+                file.write(json.dumps(dataclasses.asdict(defect)).encode() + b"\n")
+    bad = Counter({"quarantined": len(defects)})
+    return {"totals": tally.totals(dropped=dropped, bad=bad), "outputs": [tally.output(writer, directory / name)]}
+
+
+def _read(item: Input, defects: list[Defect], *, default_source: str, on_bad_file: str):
+    """Yield the documents of a file; put its defects aside."""
+    try:
+        for found in read_raw(item.path, name=item.name, default_source=default_source):
+            if isinstance(found, Record):
+                yield found
+            else:
+                defects.append(found)
+    except BadFile as error:
+        if on_bad_file == FAIL:
+            raise ValueError(
+                f"{item.path} cannot be used: {error}. --on_bad_file={KEEP_PREFIX} goes on with what comes before"
+            ) from error
+        defects.append(Defect(file=item.name, line=0, offset=0, reason=str(error), head=""))
+
+
+def _check(results: list[dict], *, max_bad_rate: float, quarantine: Path) -> None:
+    bad = sum(result["totals"]["bad"]["quarantined"] for result in results)
+    good = sum(part["documents"] for result in results for part in result["totals"]["read"].values())
+    if bad > max_bad_rate * (good + bad):
+        raise ValueError(
+            f"{bad:,} of {good + bad:,} lines are bad, which is more than max_bad_rate={max_bad_rate}; {quarantine} "
+            "says which and why. Finished work is kept: the same command with a higher --max_bad_rate accepts it"
+        )
+    if not any(result["totals"]["written"] for result in results):
+        raise ValueError("nothing is left: all documents are short, or there are none")

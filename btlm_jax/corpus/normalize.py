@@ -1,0 +1,59 @@
+"""Text as SlimPajama compares it: lower case, no ASCII punctuation, runs of white space one space, none at the ends.
+
+As an array of characters, which is what the short-document rule counts and what the signatures hash.
+https://github.com/Cerebras/modelzoo, data_preparation/nlp/slimpajama/dedup/to_hash.py
+"""
+
+from __future__ import annotations
+
+import string
+
+import numpy as np
+
+_PUNCTUATION = string.punctuation.encode()
+_SPACE = 0x20
+_DELETED = 0xFFFFFFFF  # no character
+_ASCII_SPACES = b"\t\n\x0b\x0c\r\x1c\x1d\x1e\x1f "
+_WIDE_SPACES = (0x85, 0xA0, 0x1680, *range(0x2000, 0x200B), 0x2028, 0x2029, 0x202F, 0x205F, 0x3000)  # what \s matches
+_TABLE = bytes.maketrans(
+    _ASCII_SPACES + string.ascii_uppercase.encode(), b" " * len(_ASCII_SPACES) + string.ascii_lowercase.encode()
+)
+_FIRST_ABOVE = max(_WIDE_SPACES) + 1
+_SOME = 2_000  # characters that nearly always decide whether a document is short
+
+
+def _wide_table() -> np.ndarray:
+    """Map a character below _FIRST_ABOVE to itself, to a space, or to _DELETED."""
+    table = np.arange(_FIRST_ABOVE + 1, dtype=np.uint32)
+    table[np.frombuffer(_PUNCTUATION, np.uint8)] = _DELETED
+    table[list(_ASCII_SPACES) + list(_WIDE_SPACES)] = _SPACE
+    return table
+
+
+_WIDE_TABLE = _wide_table()
+
+
+def normalized(text: str) -> np.ndarray:
+    """Return the characters of the normalised text, uint8 if all are ASCII, else uint32."""
+    if text.isascii():
+        codes = np.frombuffer(text.encode().translate(_TABLE, _PUNCTUATION), np.uint8)
+    else:
+        raw = np.frombuffer(text.lower().encode("utf-32-le", "surrogatepass"), np.uint32)
+        codes = np.where(raw < _FIRST_ABOVE, _WIDE_TABLE[np.minimum(raw, _FIRST_ABOVE)], raw)
+        codes = codes[codes != _DELETED]
+    if not len(codes):
+        return codes
+    is_space = codes == _SPACE
+    keep = np.empty(len(codes), bool)
+    keep[0] = not is_space[0]
+    np.logical_and(is_space[1:], is_space[:-1], out=keep[1:])
+    np.logical_not(keep[1:], out=keep[1:])
+    keep[-1] &= not is_space[-1]
+    codes = codes[keep]
+    # a run of spaces at the end has left its first
+    return codes[:-1] if len(codes) and codes[-1] == _SPACE else codes
+
+
+def is_shorter(text: str, *, than: int) -> bool:
+    """Return whether the normalised text has fewer characters; a longer text is decided by its beginning."""
+    return len(normalized(text[:_SOME])) < than and (len(text) <= _SOME or len(normalized(text)) < than)

@@ -1,0 +1,84 @@
+"""A stage's progress in one line: shards, documents and megabytes a second, time left, memory."""
+
+from __future__ import annotations
+
+import resource
+import time
+from collections.abc import Callable, Sequence
+from multiprocessing.context import BaseContext
+
+INTERVAL = 5.0  # seconds between lines
+
+
+class Progress:
+    """Counts what is done and says so every few seconds."""
+
+    interval = INTERVAL
+
+    def __init__(
+        self, stage: str, *, num_tasks: int, num_done: int, weights: Sequence[int], log: Callable[[str], None]
+    ):
+        self._stage, self._num_tasks, self._num_done, self._log = stage, num_tasks, num_done, log
+        self._weight_left = self._weight = sum(weights)
+        self._num_documents = self._num_bytes = 0
+        self._began = self._reported = time.monotonic()
+        if num_done:
+            log(f"{stage}: {num_done} of {num_tasks} shards were done before")
+
+    def tick(self, num_documents: int, num_bytes: int) -> None:
+        """Count what a task in this process has done since its last tick."""
+        self._num_documents += num_documents
+        self._num_bytes += num_bytes
+        self._report_if_due()
+
+    def count(self, counters: tuple) -> None:
+        """Take over what the workers have counted."""
+        self._num_documents, self._num_bytes = (counter.value for counter in counters)
+        self._report_if_due()
+
+    def task_done(self, weight: int) -> None:
+        """Count a finished shard."""
+        self._num_done += 1
+        self._weight_left -= weight
+        self._report_if_due()
+
+    def report(self) -> None:
+        """Say how far the stage is."""
+        self._reported = time.monotonic()
+        seconds = max(self._reported - self._began, 1e-9)
+        done = self._weight - self._weight_left
+        left = "unknown" if not done else _clock(seconds * self._weight_left / done)
+        self._log(
+            f"{self._stage}: {self._num_done}/{self._num_tasks} shards, {self._num_documents:,} documents, "
+            f"{self._num_documents / seconds:,.0f} documents/s, {self._num_bytes / 1e6 / seconds:.1f} MB/s, "
+            f"ETA {left}, at most {peak_megabytes():.0f} MB a process"
+        )
+
+    def _report_if_due(self) -> None:
+        if time.monotonic() - self._reported >= self.interval:
+            self.report()
+
+
+def make_counters(context: BaseContext) -> tuple:
+    """Return the two counters that workers share with the parent: documents, bytes."""
+    return context.Value("q", 0), context.Value("q", 0)
+
+
+def tick_of(counters: tuple) -> Callable[[int, int], None]:
+    """Return a worker's tick."""
+
+    def tick(num_documents: int, num_bytes: int) -> None:
+        for counter, more in zip(counters, (num_documents, num_bytes), strict=True):
+            with counter.get_lock():
+                counter.value += more
+
+    return tick
+
+
+def peak_megabytes() -> float:
+    """Return the largest resident memory that this process or an ended worker of it has had."""
+    return max(resource.getrusage(who).ru_maxrss for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)) / 1e3
+
+
+def _clock(seconds: float) -> str:
+    return f"{int(seconds) // 3600}:{int(seconds) // 60 % 60:02d}:{int(seconds) % 60:02d}"

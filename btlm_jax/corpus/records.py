@@ -1,0 +1,130 @@
+"""Documents between stages: one JSON object a line in `.jsonl.zst`, SlimPajama's shape plus `id` and `source`.
+
+Files are made of several zstd frames of about 16 MB of text, each with a checksum, and appear under their name only
+when they are complete. Raw files of other people are reading.py's subject.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from types import TracebackType
+
+import orjson
+import zstandard
+
+from btlm_jax.corpus.frames import BadFile, decompressed, lines_of, zstd_decompressor
+
+SUFFIX = ".jsonl.zst"
+SOURCE_KEY = "redpajama_set_name"  # where SlimPajama keeps a document's source, inside "meta"
+FRAME_BYTES = 16_000_000
+_LEVEL = 3  # SlimPajama's
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+class Record:
+    """One document."""
+
+    id: str
+    source: str
+    text: str
+    meta: dict
+
+    @property
+    def num_bytes(self) -> int:
+        return len(self.text.encode())
+
+
+def to_line(record: Record) -> bytes:
+    """Return the document as a line, the newline included."""
+    body = {
+        "text": record.text,
+        "meta": {**record.meta, SOURCE_KEY: record.source},
+        "id": record.id,
+        "source": record.source,
+    }
+    try:
+        return orjson.dumps(body, default=str, option=orjson.OPT_APPEND_NEWLINE)  # str: parquet has times and the like
+    except TypeError:  # an integer of more than 64 bits in meta
+        return json.dumps(body, ensure_ascii=False, default=str).encode() + b"\n"
+
+
+def read_records(path: Path) -> Iterator[Record]:
+    """Yield the documents of a file that a stage wrote.
+
+    Raises:
+      ValueError: it is damaged or cut short.
+    """
+    try:
+        with open(path, "rb") as file:
+            for _, _, line in lines_of(decompressed(file, zstd_decompressor)):
+                body = orjson.loads(line)
+                yield Record(id=body["id"], source=body["source"], text=body["text"], meta=body["meta"])
+    except (BadFile, orjson.JSONDecodeError, KeyError) as error:
+        raise ValueError(f"{path} is damaged: {error}; delete it and its record under done/, and run again") from error
+
+
+class AtomicFile:
+    """A file being written under a temporary name; it gets its own name when the block ends without an error."""
+
+    def __init__(self, path: Path):
+        self._path = path
+        self._temporary = path.with_name(f".{path.name}.tmp")
+        self._hash = hashlib.sha256()
+
+    def __enter__(self) -> AtomicFile:
+        self._file = open(self._temporary, "wb")
+        return self
+
+    def write(self, data: bytes | memoryview) -> None:
+        """Append bytes."""
+        self._hash.update(data)
+        self._file.write(data)
+
+    @property
+    def sha256(self) -> str:
+        """The hash of what was written so far."""
+        return self._hash.hexdigest()
+
+    def __exit__(self, kind: type | None, error: BaseException | None, traceback: TracebackType | None) -> None:
+        if kind is None:
+            self._file.flush()
+            os.fsync(self._file.fileno())
+        self._file.close()
+        if kind is None:
+            os.replace(self._temporary, self._path)
+        else:
+            self._temporary.unlink(missing_ok=True)
+
+
+class RecordWriter(AtomicFile):
+    """A `.jsonl.zst` being written."""
+
+    def __init__(self, path: Path):
+        super().__init__(path)
+        self._lines: list[bytes] = []
+        self._size = 0
+        self.num_documents = 0
+
+    def add(self, record: Record) -> None:
+        """Append a document."""
+        line = to_line(record)
+        self._lines.append(line)
+        self._size += len(line)
+        self.num_documents += 1
+        if self._size >= FRAME_BYTES:
+            self._end_frame()
+
+    def _end_frame(self) -> None:
+        compressor = zstandard.ZstdCompressor(level=_LEVEL, write_checksum=True)
+        self.write(compressor.compress(b"".join(self._lines)))
+        self._lines, self._size = [], 0
+
+    def __exit__(self, kind: type | None, error: BaseException | None, traceback: TracebackType | None) -> None:
+        if kind is None and self._lines:
+            self._end_frame()
+        super().__exit__(kind, error, traceback)

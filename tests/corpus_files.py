@@ -1,0 +1,23 @@
+"""Small raw corpora for the tests of the corpus stages."""
+
+import json
+import random
+from collections.abc import Sequence
+from pathlib import Path
+
+import zstandard
+
+
+def made_up_text(*, seed: int, num_words: int = 90) -> str:
+    """Return lines of made-up words, the same for the same seed."""
+    rng = random.Random(seed)
+    words = ["".join(rng.choices("etaoinshrdlu", k=rng.randint(2, 9))) for _ in range(num_words)]
+    return "\n".join(" ".join(words[start : start + 9]) for start in range(0, num_words, 9))
+
+
+def write_raw(path: Path, texts: Sequence[str], *, source: str) -> None:
+    """Write texts in SlimPajama's form, compressed if the name says so."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    rows = [{"text": text, "meta": {"redpajama_set_name": source}} for text in texts]
+    data = "".join(json.dumps(row) + "\n" for row in rows).encode()
+    path.write_bytes(zstandard.compress(data) if path.suffix == ".zst" else data)
