@@ -21,7 +21,8 @@ from btlm_jax.corpus.records import read_records
 
 PIECES = [
     "plain words ", "\n", "\r\n", "\r", "<b>", "&amp;", "&lt;i&gt;", "&eacute;", "\u201cquoted\u201d ", "schÃ¶n ",
-    "â€œ", "ﬁ", "Ａ", "e\u0301", "\x1b[31m", "\x00", "\x7f", "\x85", "\u2028", "\ufeff", "\ud800", "\xa0", "<", "&", "漢字",
+    "â€œ", "ﬁ", "Ａ", "e\u0301", "\x1b[31m", "\x00", "\x7f", "\x85", "\u2028", "\ufeff", "\ud800", "\xa0",
+    "<", "&", "漢字",
 ]  # fmt: skip
 MIXED = st.lists(st.sampled_from(PIECES), max_size=14).map("".join)
 

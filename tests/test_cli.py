@@ -40,7 +40,7 @@ def refused(capsys, *arguments, code: int, said: str) -> None:
         (["train", "--config=/nowhere.py"], "--config cannot be loaded"),
         (["generate"], "needs --checkpoint=DIR"),
         (["generate", "--checkpoint=x", "--top_p=2"], "top_p=2.0 is not allowed; it must be above 0 and up to 1"),
-        (["corpus"], "needs build or clean or verify, got nothing"),
+        (["corpus"], "needs one of build, clean, dedup, "),
         (["corpus", "verify"], "needs --store=DIR"),
         (["tune", "lr"], "needs coord-check, got 'lr'"),
         (["tune", "coord-check"], "needs --directory=DIR"),

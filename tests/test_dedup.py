@@ -7,8 +7,9 @@ from collections import Counter
 import numpy as np
 import pytest
 
-from btlm_jax.corpus.dedup import GRAM, signature, without_duplicates, without_repeated_blocks
+from btlm_jax.corpus.dedup import signature, without_duplicates, without_repeated_blocks
 from btlm_jax.corpus.installed import Document
+from btlm_jax.corpus.minhash import GRAM
 
 
 def words(seed: int, count: int) -> list[str]:

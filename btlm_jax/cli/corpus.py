@@ -12,16 +12,18 @@ from absl import flags
 from btlm_jax.cli.parse import DONE, UsageError, apply, flag_help, parse_config, run_flags, workdir_of
 from btlm_jax.store import Manifest
 
-HELP = """btlm corpus build | clean | verify: make or check a corpus and its token store.
+HELP = """btlm corpus build | clean | dedup | verify: make or check a corpus and its token store.
 
 build makes the store that a config names out of what is installed. The other verbs are stages, each from a directory
 into a new one; a stage that was killed goes on where it was when the same command is given again.
 
   clean    raw files -> repaired Unicode, short documents dropped
+  dedup    near-duplicates over all sources: one document of each cluster stays
   verify   read a stage's output or a token store again and compare every byte with its manifest
 
 examples:  btlm corpus build --config=configs/local_cpu.py --workdir=runs/local
            btlm corpus clean --input=RAW --output=corpus/clean --workers=8
+           btlm corpus dedup --input=corpus/clean --output=corpus/dedup --workers=8
            btlm corpus verify --store=runs/local/store
 """
 
@@ -34,6 +36,16 @@ RAW is a file or a folder of .jsonl, .jsonl.zst, .jsonl.gz, .parquet, .txt, .md 
 quarantine/ with its file, line, offset and the reason. Exit code 1 if more lines are bad than --max_bad_rate allows.
 """
 
+DEDUP_HELP = """btlm corpus dedup: find near-duplicates over the whole corpus and keep one document of each cluster.
+
+example:  btlm corpus dedup --input=corpus/clean --output=corpus/dedup --preset=strict --workers=8
+
+Both presets are MinHash of character 13-grams. slimpajama is as published: 9 bands of 13 of 128 permutations, nothing
+verified; it finds 0.4 of the pairs at a Jaccard similarity of 0.8. strict finds 0.96: 32 bands of 8 of 256 bins,
+verified by the share of equal bins (0.75). Of a cluster the longest document stays; among equally long ones a hash of
+id and text decides.
+"""
+
 
 def corpus(arguments: Sequence[str]) -> int:
     """Run `btlm corpus`; return the exit code."""
@@ -41,7 +53,7 @@ def corpus(arguments: Sequence[str]) -> int:
         print(HELP)
         return DONE
     if not arguments or arguments[0] not in VERBS:
-        raise UsageError(f"btlm corpus needs {' or '.join(VERBS)}, got {' '.join(arguments[:1]) or 'nothing'}")
+        raise UsageError(f"btlm corpus needs one of {', '.join(VERBS)}; got {arguments[0] if arguments else 'nothing'}")
     return VERBS[arguments[0]](arguments[1:])
 
 
@@ -78,6 +90,20 @@ def _clean(arguments: Sequence[str]) -> int:
     except ValueError as error:
         raise UsageError(str(error)) from error
     _print_stage(cleaning.clean(config, **_common(values)))
+    return DONE
+
+
+def _dedup(arguments: Sequence[str]) -> int:
+    values = _stage_flags()
+    flags.DEFINE_string("preset", "strict", "strict, or slimpajama as published", flag_values=values)
+    if not _parse_stage(values, arguments, help_text=DEDUP_HELP):
+        return DONE
+    presets = importlib.import_module("btlm_jax.corpus.lsh").PRESETS
+    if values["preset"].value not in presets:
+        raise UsageError(f"--preset={values['preset'].value} is not known; it may be {' or '.join(presets)}")
+    deduplicate = importlib.import_module("btlm_jax.corpus.deduplicate").deduplicate
+    source = Path(values["input"].value)
+    _print_stage(deduplicate(source, preset=values["preset"].value, **_common(values)))
     return DONE
 
 
@@ -158,4 +184,4 @@ def _print_store(manifest: Manifest) -> None:
     print(f"fingerprint {manifest.fingerprint}")
 
 
-VERBS = {"build": _build, "clean": _clean, "verify": _verify}
+VERBS = {"build": _build, "clean": _clean, "dedup": _dedup, "verify": _verify}

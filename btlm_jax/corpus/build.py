@@ -26,7 +26,7 @@ from btlm_jax.corpus.tokenizer import (
     train_tokenizer,
 )
 
-RECIPE = 1  # raise when the steps change, so that another recipe has another fingerprint
+RECIPE = 2  # raise when the steps change, so that another recipe has another fingerprint
 TOKENIZER_BYTES = 16_000_000  # of training text; more does not change the merges that matter
 ENCODE_THREADS = 2
 ENCODE_BATCH = 256

@@ -16,14 +16,13 @@ from pathlib import Path
 import ftfy
 
 from btlm_jax.corpus.inputs import make_tasks, raw_inputs
-from btlm_jax.corpus.normalize import is_shorter
+from btlm_jax.corpus.normalize import MIN_CHARACTERS, is_shorter
 from btlm_jax.corpus.reading import BadFile, Defect, read_raw
-from btlm_jax.corpus.records import SUFFIX, AtomicFile, Record, RecordWriter
+from btlm_jax.corpus.records import AtomicFile, Record, ShardWriter
 from btlm_jax.corpus.stage import Input, Log, Stage, Task, Tick, run_stage
 from btlm_jax.corpus.tally import Tally
 
 RECIPE = 1  # raise when the steps change
-MIN_CHARACTERS = 200
 QUARANTINE_FOLDER = "quarantine"
 FAIL, KEEP_PREFIX = "fail", "keep-prefix"
 ON_BAD_FILE = (FAIL, KEEP_PREFIX)
@@ -102,8 +101,7 @@ def fixed(text: str) -> str:
 
 def _clean_task(task: Task, directory: Path, tick: Tick, *, default_source: str, on_bad_file: str) -> dict:
     tally, dropped, defects = Tally(), Counter(), []
-    name = f"documents-{task.index:05d}{SUFFIX}"
-    with RecordWriter(directory / name) as writer:
+    with ShardWriter(directory, stem=f"documents-{task.index:05d}") as writer:
         for item in task.inputs:
             for found in _read(item, defects, default_source=default_source, on_bad_file=on_bad_file):
                 tally.read(found)
@@ -123,7 +121,7 @@ def _clean_task(task: Task, directory: Path, tick: Tick, *, default_source: str,
             for defect in defects:
                 file.write(json.dumps(dataclasses.asdict(defect)).encode() + b"\n")
     bad = Counter({"quarantined": len(defects)})
-    return {"totals": tally.totals(dropped=dropped, bad=bad), "outputs": [tally.output(writer, directory / name)]}
+    return {"totals": tally.totals(dropped=dropped, bad=bad), "outputs": writer.outputs}
 
 
 def _read(item: Input, defects: list[Defect], *, default_source: str, on_bad_file: str):

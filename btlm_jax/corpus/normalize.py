@@ -10,6 +10,7 @@ import string
 
 import numpy as np
 
+MIN_CHARACTERS = 200  # shorter documents are dropped, SlimPajama's rule
 _PUNCTUATION = string.punctuation.encode()
 _SPACE = 0x20
 _DELETED = 0xFFFFFFFF  # no character

@@ -22,6 +22,7 @@ from btlm_jax.corpus.frames import BadFile, decompressed, lines_of, zstd_decompr
 SUFFIX = ".jsonl.zst"
 SOURCE_KEY = "redpajama_set_name"  # where SlimPajama keeps a document's source, inside "meta"
 FRAME_BYTES = 16_000_000
+SHARD_BYTES = 256_000_000  # of lines in a file, so that later stages need little memory whatever came in
 _LEVEL = 3  # SlimPajama's
 
 
@@ -68,11 +69,49 @@ def read_records(path: Path) -> Iterator[Record]:
         raise ValueError(f"{path} is damaged: {error}; delete it and its record under done/, and run again") from error
 
 
+class ShardWriter:
+    """Writes files `stem-000.jsonl.zst`, `stem-001.jsonl.zst`, ...; `outputs` is what a manifest says of them."""
+
+    def __init__(self, directory: Path, *, stem: str):
+        self._directory, self._stem = directory, stem
+        self._writer: RecordWriter | None = None
+        self.outputs: list[dict] = []
+
+    def __enter__(self) -> ShardWriter:
+        return self
+
+    def add(self, record: Record) -> None:
+        """Append a document."""
+        if self._writer is None:
+            self._writer = RecordWriter(self._directory / f"{self._stem}-{len(self.outputs):03d}{SUFFIX}")
+            self._writer.__enter__()
+        self._writer.add(record)
+        if self._writer.num_line_bytes >= SHARD_BYTES:
+            self.__exit__(None, None, None)
+
+    def __exit__(self, kind: type | None, error: BaseException | None, traceback: TracebackType | None) -> None:
+        if self._writer is not None:
+            self._writer.__exit__(kind, error, traceback)
+            if kind is None:
+                self.outputs.append(describe_output(self._writer, num_documents=self._writer.num_documents))
+            self._writer = None
+
+
+def describe_output(file: AtomicFile, *, num_documents: int) -> dict:
+    """Return what a manifest says of a written file."""
+    return {
+        "file": file.path.name,
+        "num_documents": num_documents,
+        "num_bytes": file.path.stat().st_size,
+        "sha256": file.sha256,
+    }
+
+
 class AtomicFile:
     """A file being written under a temporary name; it gets its own name when the block ends without an error."""
 
     def __init__(self, path: Path):
-        self._path = path
+        self.path = path
         self._temporary = path.with_name(f".{path.name}.tmp")
         self._hash = hashlib.sha256()
 
@@ -96,7 +135,7 @@ class AtomicFile:
             os.fsync(self._file.fileno())
         self._file.close()
         if kind is None:
-            os.replace(self._temporary, self._path)
+            os.replace(self._temporary, self.path)
         else:
             self._temporary.unlink(missing_ok=True)
 
@@ -108,13 +147,14 @@ class RecordWriter(AtomicFile):
         super().__init__(path)
         self._lines: list[bytes] = []
         self._size = 0
-        self.num_documents = 0
+        self.num_documents = self.num_line_bytes = 0
 
     def add(self, record: Record) -> None:
         """Append a document."""
         line = to_line(record)
         self._lines.append(line)
         self._size += len(line)
+        self.num_line_bytes += len(line)
         self.num_documents += 1
         if self._size >= FRAME_BYTES:
             self._end_frame()

@@ -1,11 +1,10 @@
-"""What a task counts: documents and bytes in and out by source, lengths, and its output files."""
+"""What a task counts: documents and bytes in and out by source, lengths."""
 
 from __future__ import annotations
 
 from collections import Counter
-from pathlib import Path
 
-from btlm_jax.corpus.records import Record, RecordWriter
+from btlm_jax.corpus.records import Record
 
 
 class Tally:
@@ -39,16 +38,6 @@ class Tally:
             "changed": self._num_changed,
             "dropped": dict(dropped),
             "bad": dict(bad),
-        }
-
-    @staticmethod
-    def output(writer: RecordWriter, path: Path) -> dict:
-        """Return what a manifest says of a written file."""
-        return {
-            "file": path.name,
-            "num_documents": writer.num_documents,
-            "num_bytes": path.stat().st_size,
-            "sha256": writer.sha256,
         }
 
 

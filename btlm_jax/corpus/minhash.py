@@ -1,0 +1,95 @@
+"""Signatures of texts: MinHash of character 13-grams in NumPy, by many permutations or by one.
+
+Two texts of Jaccard similarity J agree in each number of their signatures with probability J. The one-permutation
+signature (Li, Owen, Zhang 2012) hashes each gram once: its top bits choose a bin, the smallest hash of each bin is
+kept. The other kind permutes all hashes once for each number, as datasketch does. Memory does not grow with the text.
+"""
+
+from __future__ import annotations
+
+import hashlib
+
+import numpy as np
+
+GRAM = 13
+_CHUNK = 1 << 17  # grams hashed at a time
+_PERMUTED = 1 << 10  # grams permuted at a time, so that the products stay in the cache
+_EMPTY = np.uint32(0xFFFFFFFF)
+_MULTIPLIER = np.uint32(2654435761)
+_BASE = 16777619
+
+
+def one_permutation(codes: np.ndarray, *, bins: int) -> np.ndarray:
+    """Return the one-permutation MinHash of an array of characters, uint32 [bins]."""
+    shift = np.uint32(32 - bins.bit_length() + 1)
+    edges = np.arange(bins, dtype=np.uint32) << shift
+    smallest = np.full(bins, _EMPTY)
+    for hashes in _gram_hashes(codes):
+        hashes.sort()
+        first = np.append(hashes, _EMPTY)[np.searchsorted(hashes, edges)]
+        first[first >> shift != np.arange(bins)] = _EMPTY  # the first of a later bin
+        np.minimum(smallest, first, out=smallest)
+    return _densify(smallest, smallest == _EMPTY)
+
+
+def many_permutations(codes: np.ndarray, *, permutations: int) -> np.ndarray:
+    """Return the MinHash of an array of characters, uint32 [permutations]."""
+    factors, offsets = _permutations(permutations)
+    smallest = np.full((permutations, 1), _EMPTY)
+    buffer = np.empty((permutations, _PERMUTED), np.uint32)
+    for hashes in _gram_hashes(codes):
+        for start in range(0, len(hashes), _PERMUTED):
+            some = hashes[start : start + _PERMUTED]
+            permuted = buffer[:, : len(some)]
+            np.multiply(factors, some, out=permuted)
+            permuted += offsets
+            np.minimum(smallest, permuted.min(axis=1, keepdims=True), out=smallest)
+    return smallest[:, 0]
+
+
+def _permutations(count: int) -> tuple[np.ndarray, np.ndarray]:
+    """Return odd factors and offsets, the same on every machine and for every version of NumPy."""
+    stream = hashlib.shake_128(b"btlm_jax minhash permutations").digest(8 * count)
+    factors, offsets = np.frombuffer(stream, "<u4").reshape(2, count, 1).astype(np.uint32)
+    return factors | np.uint32(1), offsets
+
+
+def _gram_hashes(codes: np.ndarray):
+    """Yield the hashes of the 13-grams, uint32, chunk by chunk; a shorter text is padded to one gram."""
+    if len(codes) < GRAM:
+        codes = np.pad(codes, (0, GRAM - len(codes)))
+    for start in range(0, len(codes) - GRAM + 1, _CHUNK):
+        yield _hash_grams(codes[start : start + _CHUNK + GRAM - 1])
+
+
+def _hash_grams(codes: np.ndarray) -> np.ndarray:
+    """Hash every run of 13: polynomial hashes of length 1, 2, 4, 8 by doubling, then 8 + 4 + 1, then mixed."""
+    one = (codes.astype(np.uint32) + np.uint32(1)) * np.uint32(0x9E3779B1)
+    two = _join(one, one, left_length=1, right_length=1)
+    four = _join(two, two, left_length=2, right_length=2)
+    eight = _join(four, four, left_length=4, right_length=4)
+    twelve = _join(eight, four, left_length=8, right_length=4)
+    mixed = _join(twelve, one, left_length=12, right_length=1)
+    mixed ^= mixed >> np.uint32(15)
+    mixed *= _MULTIPLIER
+    mixed ^= mixed >> np.uint32(13)
+    return mixed
+
+
+def _join(left: np.ndarray, right: np.ndarray, *, left_length: int, right_length: int) -> np.ndarray:
+    length = len(right) - left_length
+    joined = left[:length] * np.uint32(pow(_BASE, right_length, 1 << 32))
+    joined += right[left_length:]
+    return joined
+
+
+def _densify(bins: np.ndarray, empty: np.ndarray) -> np.ndarray:
+    """Fill each empty bin from the next full one to its right, marked by the distance (Shrivastava and Li 2014)."""
+    if not empty.any():
+        return bins
+    full = np.flatnonzero(~empty)
+    index = np.arange(len(bins))
+    position = np.searchsorted(full, index)
+    source = full[position % len(full)]
+    distance = (source - index) % len(bins)
+    return bins[source] + distance.astype(np.uint32) * _MULTIPLIER
