@@ -145,7 +145,7 @@ def test_strange_but_readable_lines_are_kept(tmp_path):
     assert half.text == "half \ufffd pair \U0001f600" and half.meta == {"\ufffd": ["\ufffd"]}
     assert (nul.text, nul.id, nul.source, nul.meta) == ("nul \0 in it", "7", "books", {"url": "u"})
     assert (empty.text, empty.source, empty.meta["meta"]) == ("", "mine", "a string")
-    with RecordWriter(tmp_path / "again.jsonl.zst") as writer:
+    with RecordWriter(tmp_path / "again.jsonl.zst", frame_bytes=5_000) as writer:
         for record in (half, nul):
             writer.add(record)
     again = read(tmp_path / "again.jsonl.zst")
@@ -160,10 +160,9 @@ def test_a_document_of_100_megabytes(tmp_path):
     assert first.text == text and len(rest) == len(BODIES)
 
 
-def test_our_files_have_frames_and_checksums_and_a_cut_one_is_refused(tmp_path, monkeypatch):
-    monkeypatch.setattr("btlm_jax.corpus.records.FRAME_BYTES", 5_000)
+def test_our_files_have_frames_and_checksums_and_a_cut_one_is_refused(tmp_path):
     records = expected("x")
-    with RecordWriter(tmp_path / "a.jsonl.zst") as writer:
+    with RecordWriter(tmp_path / "a.jsonl.zst", frame_bytes=5_000) as writer:
         for record in records:
             writer.add(record)
     data = (tmp_path / "a.jsonl.zst").read_bytes()
@@ -173,7 +172,7 @@ def test_our_files_have_frames_and_checksums_and_a_cut_one_is_refused(tmp_path, 
     (tmp_path / "a.jsonl.zst").write_bytes(data[:-3])
     with pytest.raises(ValueError, match="is damaged"):
         list(read_records(tmp_path / "a.jsonl.zst"))
-    with pytest.raises(KeyError), RecordWriter(tmp_path / "b.jsonl.zst") as writer:
+    with pytest.raises(KeyError), RecordWriter(tmp_path / "b.jsonl.zst", frame_bytes=5_000) as writer:
         writer.add(records[0])
         raise KeyError
     assert [path.name for path in tmp_path.iterdir()] == ["a.jsonl.zst"]

@@ -12,18 +12,20 @@ from absl import flags
 from btlm_jax.cli.parse import DONE, UsageError, apply, flag_help, parse_config, run_flags, workdir_of
 from btlm_jax.store import Manifest
 
-HELP = """btlm corpus build | clean | dedup | verify: make or check a corpus and its token store.
+HELP = """btlm corpus build | clean | dedup | split | verify: make or check a corpus and its token store.
 
 build makes the store that a config names out of what is installed. The other verbs are stages, each from a directory
 into a new one; a stage that was killed goes on where it was when the same command is given again.
 
   clean    raw files -> repaired Unicode, short documents dropped
   dedup    near-duplicates over all sources: one document of each cluster stays
+  split    train, validation and test by hash; nothing near the held-out text stays in train; shuffled
   verify   read a stage's output or a token store again and compare every byte with its manifest
 
 examples:  btlm corpus build --config=configs/local_cpu.py --workdir=runs/local
            btlm corpus clean --input=RAW --output=corpus/clean --workers=8
            btlm corpus dedup --input=corpus/clean --output=corpus/dedup --workers=8
+           btlm corpus split --input=corpus/dedup --output=corpus/split --workers=8
            btlm corpus verify --store=runs/local/store
 """
 
@@ -44,6 +46,15 @@ Both presets are MinHash of character 13-grams. slimpajama is as published: 9 ba
 verified; it finds 0.4 of the pairs at a Jaccard similarity of 0.8. strict finds 0.96: 32 bands of 8 of 256 bins,
 verified by the share of equal bins (0.75). Of a cluster the longest document stays; among equally long ones a hash of
 id and text decides.
+"""
+
+SPLIT_HELP = """btlm corpus split: part documents into train, validation and test; shuffle them.
+
+example:  btlm corpus split --input=corpus/dedup --output=corpus/split --evaluation=EVAL --weight=RedPajamaWikipedia=2
+
+A hash of the normalised text and the seed decides, so equal texts are never on both sides. Training documents that are
+near-duplicates of held-out ones (the strict rule of dedup) are dropped, and all documents that have a run of 13 words
+with the --evaluation texts. A weight takes a source's training documents so many times; fractions by hash.
 """
 
 
@@ -105,6 +116,39 @@ def _dedup(arguments: Sequence[str]) -> int:
     source = Path(values["input"].value)
     _print_stage(deduplicate(source, preset=values["preset"].value, **_common(values)))
     return DONE
+
+
+def _split(arguments: Sequence[str]) -> int:
+    values = _stage_flags()
+    flags.DEFINE_float("validation", 0.0017, "share of the documents", flag_values=values)
+    flags.DEFINE_float("test", 0.0017, "share of the documents", flag_values=values)
+    flags.DEFINE_integer("seed", 0, "of the hashes that decide", flag_values=values)
+    flags.DEFINE_multi_string("weight", [], "SOURCE=TIMES; may be given several times", flag_values=values)
+    flags.DEFINE_multi_string("evaluation", [], "raw file or folder not to train on; several times", flag_values=values)
+    if not _parse_stage(values, arguments, help_text=SPLIT_HELP):
+        return DONE
+    splitting = importlib.import_module("btlm_jax.corpus.split")
+    try:
+        config = splitting.SplitConfig(
+            input=Path(values["input"].value),
+            validation=values["validation"].value,
+            test=values["test"].value,
+            seed=values["seed"].value,
+            weights=dict(_weight(given) for given in values["weight"].value),
+            evaluation=tuple(Path(path) for path in values["evaluation"].value),
+        )
+    except ValueError as error:
+        raise UsageError(str(error)) from error
+    _print_stage(splitting.split(config, **_common(values)))
+    return DONE
+
+
+def _weight(given: str) -> tuple[str, float]:
+    source, _, times = given.rpartition("=")
+    try:
+        return source, float(times)
+    except ValueError as error:
+        raise UsageError(f"--weight={given} is not SOURCE=TIMES, for example --weight=RedPajamaWikipedia=2") from error
 
 
 def _stage_flags() -> flags.FlagValues:
@@ -184,4 +228,4 @@ def _print_store(manifest: Manifest) -> None:
     print(f"fingerprint {manifest.fingerprint}")
 
 
-VERBS = {"build": _build, "clean": _clean, "dedup": _dedup, "verify": _verify}
+VERBS = {"build": _build, "clean": _clean, "dedup": _dedup, "split": _split, "verify": _verify}

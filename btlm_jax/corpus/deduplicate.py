@@ -20,11 +20,12 @@ from pathlib import Path
 
 import numpy as np
 
+from btlm_jax.corpus.arrays import load_array, save_array
 from btlm_jax.corpus.inputs import read_stage, stage_inputs
 from btlm_jax.corpus.lsh import PRESETS, Clusters, Preset, all_agree, band_keys, bucket_pairs, survivors
 from btlm_jax.corpus.normalize import normalized
-from btlm_jax.corpus.records import AtomicFile, Record, ShardWriter, describe_output, read_records
-from btlm_jax.corpus.stage import Log, Stage, Task, Tick, run_stage
+from btlm_jax.corpus.records import Record, ShardWriter, read_records
+from btlm_jax.corpus.stage import Log, Stage, Task, Tick, accept, run_stage
 from btlm_jax.corpus.tally import Tally
 
 RECIPE = 1  # raise when the steps change
@@ -55,7 +56,7 @@ def deduplicate(source: Path, *, preset: str, output: Path, num_workers: int, lo
         "input": cleaned["fingerprint"],
     }
     work = {step: output / "work" / step for step in ("signatures", "pairs", "clusters")}
-    run = functools.partial(run_stage, num_workers=num_workers, log=log, check=_accept)
+    run = functools.partial(run_stage, num_workers=num_workers, log=log, check=accept)
     stage = functools.partial(Stage, settings=settings)
     step = functools.partial(_signature_task, preset=preset)
     run(stage(name="dedup signatures", tasks=tasks, run=step), work["signatures"])
@@ -73,10 +74,6 @@ def deduplicate(source: Path, *, preset: str, output: Path, num_workers: int, lo
     log(f"dedup: clusters by size up to {json.dumps(clusters['totals']['sizes'])}")
     step = functools.partial(_filter_task, clusters=work["clusters"])
     return run(stage(name="dedup", tasks=tasks, run=step), output)
-
-
-def _accept(results: list[dict]) -> None:
-    """Accept what the tasks wrote: they have refused already what cannot be used."""
 
 
 def rank(record: Record) -> int:
@@ -104,7 +101,7 @@ def _signature_task(task: Task, directory: Path, tick: Tick, *, preset: str) -> 
     }
     if rules.threshold:
         arrays["signatures"] = stacked
-    outputs = [_save(directory, f"{name}-{task.index:05d}", array) for name, array in arrays.items()]
+    outputs = [save_array(directory, f"{name}-{task.index:05d}", array) for name, array in arrays.items()]
     return {"totals": {}, "outputs": outputs}
 
 
@@ -124,15 +121,15 @@ def _pair_task(
     offsets = np.cumsum([0, *counts])
     keys, documents = [], []
     for shard in range(len(counts)):
-        ordered = _load(signatures, "keys", shard)[band]
+        ordered = load_array(signatures, f"keys-{shard:05d}")[band]
         begin = np.searchsorted(ordered, np.uint64(bounds[0]))
         end = len(ordered) if bounds[1] == 1 << 64 else np.searchsorted(ordered, np.uint64(bounds[1]))
         keys.append(ordered[begin:end])
-        documents.append(_load(signatures, "order", shard)[band, begin:end] + offsets[shard])
+        documents.append(load_array(signatures, f"order-{shard:05d}")[band, begin:end] + offsets[shard])
     agree = _SignatureCheck(signatures, offsets=offsets, rules=rules) if rules.threshold else all_agree
     pairs = bucket_pairs(np.concatenate(keys), np.concatenate(documents), agree=agree)
     tick(sum(map(len, keys)), 0)
-    return {"totals": {"pairs": len(pairs)}, "outputs": [_save(directory, f"pairs-{task.index:05d}", pairs)]}
+    return {"totals": {"pairs": len(pairs)}, "outputs": [save_array(directory, f"pairs-{task.index:05d}", pairs)]}
 
 
 class _SignatureCheck:
@@ -155,7 +152,7 @@ class _SignatureCheck:
         shards = np.searchsorted(self._offsets, documents, side="right") - 1
         for shard in np.unique(shards):
             own = shards == shard
-            rows[own] = _load(self._folder, "signatures", shard)[documents[own] - self._offsets[shard]]
+            rows[own] = load_array(self._folder, f"signatures-{shard:05d}")[documents[own] - self._offsets[shard]]
         return rows
 
 
@@ -165,24 +162,26 @@ def _cluster_task(
     num_documents = sum(counts)
     clusters = Clusters(num_documents)
     for index in range(num_files):
-        clusters.join(np.array(_load(pairs, "pairs", index)))
+        clusters.join(np.array(load_array(pairs, f"pairs-{index:05d}")))
     shards = range(len(counts))
     roots = clusters.roots(np.arange(num_documents))
     kept = survivors(
         roots,
-        lengths=np.concatenate([_load(signatures, "lengths", shard) for shard in shards]),
-        ranks=np.concatenate([_load(signatures, "ranks", shard) for shard in shards]),
+        lengths=np.concatenate([load_array(signatures, f"lengths-{shard:05d}") for shard in shards]),
+        ranks=np.concatenate([load_array(signatures, f"ranks-{shard:05d}") for shard in shards]),
     )
     tick(num_documents, 0)
     sizes = Counter(str(1 << int(size - 1).bit_length()) for size in np.bincount(roots) if size)
     offsets = np.cumsum([0, *counts])
-    outputs = [_save(directory, f"kept-{shard:05d}", kept[offsets[shard] : offsets[shard + 1]]) for shard in shards]
+    outputs = [
+        save_array(directory, f"kept-{shard:05d}", kept[offsets[shard] : offsets[shard + 1]]) for shard in shards
+    ]
     return {"totals": {"sizes": dict(sorted(sizes.items(), key=lambda item: int(item[0])))}, "outputs": outputs}
 
 
 def _filter_task(task: Task, directory: Path, tick: Tick, *, clusters: Path) -> dict:
     tally, dropped = Tally(), Counter()
-    kept = _load(clusters, "kept", task.index)
+    kept = load_array(clusters, f"kept-{task.index:05d}")
     with ShardWriter(directory, stem=f"documents-{task.index:05d}") as writer:
         for is_kept, record in zip(kept, read_records(task.inputs[0].path), strict=True):
             tally.read(record)
@@ -193,13 +192,3 @@ def _filter_task(task: Task, directory: Path, tick: Tick, *, clusters: Path) -> 
             else:
                 dropped["near-duplicates"] += 1
     return {"totals": tally.totals(dropped=dropped, bad=Counter()), "outputs": writer.outputs}
-
-
-def _save(directory: Path, stem: str, array: np.ndarray) -> dict:
-    with AtomicFile(directory / f"{stem}.npy") as file:
-        np.lib.format.write_array(file, array, allow_pickle=False)
-    return describe_output(file, num_documents=0)
-
-
-def _load(directory: Path, name: str, index: int) -> np.ndarray:
-    return np.load(directory / f"{name}-{index:05d}.npy", mmap_mode="r")

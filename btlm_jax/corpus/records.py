@@ -83,7 +83,8 @@ class ShardWriter:
     def add(self, record: Record) -> None:
         """Append a document."""
         if self._writer is None:
-            self._writer = RecordWriter(self._directory / f"{self._stem}-{len(self.outputs):03d}{SUFFIX}")
+            path = self._directory / f"{self._stem}-{len(self.outputs):03d}{SUFFIX}"
+            self._writer = RecordWriter(path, frame_bytes=FRAME_BYTES)
             self._writer.__enter__()
         self._writer.add(record)
         if self._writer.num_line_bytes >= SHARD_BYTES:
@@ -143,8 +144,9 @@ class AtomicFile:
 class RecordWriter(AtomicFile):
     """A `.jsonl.zst` being written."""
 
-    def __init__(self, path: Path):
+    def __init__(self, path: Path, *, frame_bytes: int):
         super().__init__(path)
+        self._frame_bytes = frame_bytes
         self._lines: list[bytes] = []
         self._size = 0
         self.num_documents = self.num_line_bytes = 0
@@ -156,7 +158,7 @@ class RecordWriter(AtomicFile):
         self._size += len(line)
         self.num_line_bytes += len(line)
         self.num_documents += 1
-        if self._size >= FRAME_BYTES:
+        if self._size >= self._frame_bytes:
             self._end_frame()
 
     def _end_frame(self) -> None:

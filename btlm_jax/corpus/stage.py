@@ -107,6 +107,10 @@ def run_stage(
         return _write_manifest(stage, directory, ordered)
 
 
+def accept(results: list[dict]) -> None:
+    """Accept what the tasks wrote: they have refused already what cannot be used."""
+
+
 def _run_here(
     stage: Stage, tasks: Sequence[Task], directory: Path, *, num_workers: int, progress: Progress
 ) -> Iterator[tuple[Task, dict]]:

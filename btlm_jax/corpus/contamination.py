@@ -1,0 +1,102 @@
+"""Find text that must not be trained on: near-duplicates of held-out documents, runs of 13 words of evaluation text."""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+import numpy as np
+
+from btlm_jax.corpus.frames import BadFile
+from btlm_jax.corpus.inputs import raw_inputs
+from btlm_jax.corpus.lsh import STRICT, band_keys
+from btlm_jax.corpus.normalize import normalized
+from btlm_jax.corpus.reading import read_raw
+from btlm_jax.corpus.records import Record
+
+WORDS = 13  # of a run that counts as seen, GPT-3's (arXiv 2005.14165, appendix C)
+_ODD = np.uint64(0x9E3779B97F4A7C15)
+
+
+def strict_signature(text: str) -> np.ndarray:
+    """Return the signature that near-duplicates of held-out documents are found by."""
+    return STRICT.signature(normalized(text))
+
+
+def no_signatures() -> np.ndarray:
+    """Return the signatures of no document."""
+    return np.empty((0, STRICT.bands * STRICT.rows), np.uint32)
+
+
+class HeldOut:
+    """The held-out documents' signatures, to compare others with. Arrays may lie on disk."""
+
+    def __init__(self, signatures: np.ndarray):
+        self._signatures = signatures
+        keys = band_keys(signatures, STRICT)
+        self._order = np.argsort(keys, axis=1, kind="stable")
+        self._keys = np.take_along_axis(keys, self._order, axis=1)
+
+    def has_near(self, texts: Sequence[str]) -> np.ndarray:
+        """Return for each text whether a held-out document is a near-duplicate of it."""
+        found = np.zeros(len(texts), bool)
+        if not len(self._signatures) or not len(texts):
+            return found
+        signatures = np.stack([strict_signature(text) for text in texts])
+        for band, keys in enumerate(band_keys(signatures, STRICT)):
+            begin, end = (np.searchsorted(self._keys[band], keys, side=side) for side in ("left", "right"))
+            for number in np.flatnonzero((end > begin) & ~found):
+                others = self._signatures[self._order[band, begin[number] : end[number]]]
+                found[number] = ((others == signatures[number]).mean(axis=1) >= STRICT.threshold).any()
+        return found
+
+
+def word_runs(text: str) -> np.ndarray:
+    """Return a hash of each run of 13 words of the normalised text, uint64; none of a shorter text."""
+    words = _words(normalized(text))
+    count = len(words) - WORDS + 1
+    if count <= 0:
+        return np.empty(0, np.uint64)
+    hashes = np.fromiter(map(zlib.crc32, words), np.uint64, len(words)) * _ODD
+    hashes ^= hashes >> np.uint64(29)
+    runs = np.zeros(count, np.uint64)
+    for place in range(WORDS):
+        runs = (runs ^ hashes[place : place + count]) * _ODD
+        runs ^= runs >> np.uint64(32)
+    return runs
+
+
+def evaluation_runs(paths: Iterable[Path]) -> np.ndarray:
+    """Return the sorted hashes of the runs of all texts of some raw files or folders.
+
+    Raises:
+      ValueError: a file or a line cannot be read, so that its text would not be found.
+    """
+    found = [np.empty(0, np.uint64)]
+    for path in paths:
+        for item in raw_inputs(path):
+            try:
+                for record in read_raw(item.path, name=item.name, default_source="evaluation"):
+                    if not isinstance(record, Record):
+                        raise BadFile(f"line {record.line}: {record.reason}")
+                    found.append(word_runs(record.text))
+            except BadFile as error:
+                raise ValueError(f"evaluation text {item.path} cannot be used: {error}") from error
+    return np.unique(np.concatenate(found))
+
+
+def shares_run(text: str, runs: np.ndarray) -> bool:
+    """Return whether a run of 13 words of the text is one of the sorted `runs`."""
+    own = word_runs(text)
+    place = np.searchsorted(runs, own)
+    return bool(len(runs) and (runs[np.minimum(place, len(runs) - 1)] == own).any())
+
+
+def _words(codes: np.ndarray) -> list[bytes]:
+    if not len(codes):
+        return []
+    if codes.dtype == np.uint8:
+        return codes.tobytes().split(b" ")
+    text = codes.astype("<u4").tobytes().decode("utf-32-le", "surrogatepass")
+    return text.encode("utf-8", "surrogatepass").split(b" ")
