@@ -1,3 +1,4 @@
+import dataclasses
 import threading
 
 import numpy as np
@@ -125,6 +126,32 @@ def test_read_and_verify_name_a_corrupt_shard(directory):
     with pytest.raises(ValueError, match=name) as error:
         verify(directory)
     assert store.shard_name(split=store.TRAIN, index=0, num_shards=3) not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    "split, change, said",
+    [
+        (store.TRAIN, {"num_tokens": TRAIN_TOKENS + 1}, "its manifest says"),
+        (store.TRAIN, {"sources": {"all": {"num_documents": 1}}}, "its manifest says"),
+        (
+            store.HELDOUT,
+            {"sources": {"b": {"num_blocks": 2}, "a": {"first_block": 2, "num_blocks": 3}}},
+            "block 2 does",
+        ),
+        (store.HELDOUT, {"sources": {"b": {"num_blocks": 5}, "a": {"num_blocks": 0}}}, "block 2 does not go on"),
+    ],
+)
+def test_verify_reads_the_streams_and_counts(directory, split, change, said):
+    manifest = store.read_manifest(directory)
+    found = manifest.splits[split]
+    sources = {
+        name: dataclasses.replace(source, **change.get("sources", {}).get(name, {}))
+        for name, source in found.sources.items()
+    }
+    found = dataclasses.replace(found, **{**change, "sources": sources})
+    store.write_manifest(directory, dataclasses.replace(manifest, splits=manifest.splits | {split: found}))
+    with pytest.raises(ValueError, match=said):
+        verify(directory)
 
 
 def test_verify_checks_the_tokenizer(directory):

@@ -1,6 +1,6 @@
 """A writer of tiny token stores for tests, independent of btlm_jax.corpus.
 
-Token i of a stream is i, so that the value of a target names its place in the stream.
+Token i of a stream is i, so that the value of a target names its place in the stream. No document ends in it.
 """
 
 import hashlib
@@ -58,7 +58,7 @@ def stream_blocks(*, first: int, num_targets: int, block_len: int) -> list[tuple
 
 def _source(num_tokens: int, *, first_block: int, num_blocks: int) -> store.Source:
     return store.Source(
-        num_documents=1, num_bytes=num_tokens, num_tokens=num_tokens, first_block=first_block, num_blocks=num_blocks
+        num_documents=0, num_bytes=num_tokens, num_tokens=num_tokens, first_block=first_block, num_blocks=num_blocks
     )
 
 

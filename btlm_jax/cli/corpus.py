@@ -12,7 +12,7 @@ from absl import flags
 from btlm_jax.cli.parse import DONE, UsageError, apply, flag_help, parse_config, run_flags, workdir_of
 from btlm_jax.store import Manifest
 
-HELP = """btlm corpus build | clean | dedup | split | verify: make or check a corpus and its token store.
+HELP = """btlm corpus build | clean | dedup | split | tokenize | verify: make or check a corpus and its token store.
 
 build makes the store that a config names out of what is installed. The other verbs are stages, each from a directory
 into a new one; a stage that was killed goes on where it was when the same command is given again.
@@ -20,12 +20,14 @@ into a new one; a stage that was killed goes on where it was when the same comma
   clean    raw files -> repaired Unicode, short documents dropped
   dedup    near-duplicates over all sources: one document of each cluster stays
   split    train, validation and test by hash; nothing near the held-out text stays in train; shuffled
+  tokenize the documents of split -> a token store
   verify   read a stage's output or a token store again and compare every byte with its manifest
 
 examples:  btlm corpus build --config=configs/local_cpu.py --workdir=runs/local
            btlm corpus clean --input=RAW --output=corpus/clean --workers=8
            btlm corpus dedup --input=corpus/clean --output=corpus/dedup --workers=8
            btlm corpus split --input=corpus/dedup --output=corpus/split --workers=8
+           btlm corpus tokenize --input=corpus/split --output=store --tokenizer=GPT2 --workers=8
            btlm corpus verify --store=runs/local/store
 """
 
@@ -55,6 +57,14 @@ example:  btlm corpus split --input=corpus/dedup --output=corpus/split --evaluat
 A hash of the normalised text and the seed decides, so equal texts are never on both sides. Training documents that are
 near-duplicates of held-out ones (the strict rule of dedup) are dropped, and all documents that have a run of 13 words
 with the --evaluation texts. A weight takes a source's training documents so many times; fractions by hash.
+"""
+
+TOKENIZE_HELP = """btlm corpus tokenize: encode the documents of btlm corpus split and pack them into a token store.
+
+example:  btlm corpus tokenize --input=corpus/split --output=store --tokenizer=GPT2 --workers=8
+
+The tokenizer is a folder with GPT-2's vocab.json and merges.txt, with a tokenizer.json of byte-level BPE, or with a
+SentencePiece tokenizer.model. Training takes the store with --config.data.store=store --config.corpus.source=prepared.
 """
 
 
@@ -143,6 +153,27 @@ def _split(arguments: Sequence[str]) -> int:
     return DONE
 
 
+def _tokenize(arguments: Sequence[str]) -> int:
+    values = _stage_flags()
+    flags.DEFINE_string("tokenizer", "", "directory of a tokenizer", flag_values=values)
+    flags.DEFINE_integer("block_len", 8192, "tokens of a block: the longest phase of training", flag_values=values)
+    if not _parse_stage(values, arguments, help_text=TOKENIZE_HELP):
+        return DONE
+    if not values["tokenizer"].value:
+        raise UsageError("--tokenizer=DIR is needed: a folder with vocab.json and merges.txt, or tokenizer.model")
+    if values["block_len"].value < 1:
+        raise UsageError(f"--block_len={values['block_len'].value} must be 1 or more")
+    tokenize = importlib.import_module("btlm_jax.corpus.tokenize").tokenize
+    manifest = tokenize(
+        Path(values["input"].value),
+        tokenizer=Path(values["tokenizer"].value),
+        block_len=values["block_len"].value,
+        **_common(values),
+    )
+    _print_store(manifest)
+    return DONE
+
+
 def _weight(given: str) -> tuple[str, float]:
     source, _, times = given.rpartition("=")
     try:
@@ -228,4 +259,4 @@ def _print_store(manifest: Manifest) -> None:
     print(f"fingerprint {manifest.fingerprint}")
 
 
-VERBS = {"build": _build, "clean": _clean, "dedup": _dedup, "split": _split, "verify": _verify}
+VERBS = {"build": _build, "clean": _clean, "dedup": _dedup, "split": _split, "tokenize": _tokenize, "verify": _verify}

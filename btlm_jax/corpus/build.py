@@ -195,7 +195,7 @@ def _write_train(
         for source in SOURCES
         if any(document.source == source for document in documents)
     }
-    return _split_of(directory, store.TRAIN, blocks, by_source, block_len=block_len, dtype=dtype)
+    return _split_of(directory, store.TRAIN, blocks, by_source)
 
 
 def _write_heldout(
@@ -210,7 +210,7 @@ def _write_heldout(
         packed = list(pack(own, block_len=block_len, eos_id=tokenizer.eos_id, dtype=dtype))
         by_source[source] = _source_of(documents, ids, source=source, first_block=len(blocks), num_blocks=len(packed))
         blocks += packed
-    return _split_of(directory, store.HELDOUT, blocks, by_source, block_len=block_len, dtype=dtype)
+    return _split_of(directory, store.HELDOUT, blocks, by_source)
 
 
 def _encode(documents: list[Document], tokenizer: SentencePieceTokenizer) -> list[list[int]]:
@@ -236,13 +236,11 @@ def _source_of(
     )
 
 
-def _split_of(
-    directory: Path, name: str, blocks: list[Block], sources: dict[str, store.Source], *, block_len: int, dtype: str
-) -> store.Split:
+def _split_of(directory: Path, name: str, blocks: list[Block], sources: dict[str, store.Source]) -> store.Split:
     return store.Split(
         num_blocks=len(blocks),
         num_tokens=sum(block.num_targets for block in blocks),
-        shards=tuple(write_shards(directory, split=name, blocks=blocks, block_len=block_len, dtype=dtype)),
+        shards=tuple(write_shards(directory, split=name, blocks=blocks)),
         sources=sources,
     )
 

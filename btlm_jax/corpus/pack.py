@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import tensorflow_datasets as tfds
 from array_record.python.array_record_module import ArrayRecordWriter
+from tensorflow_datasets.proto import tf_example_pb2, tf_feature_pb2
 
 from btlm_jax import store
 
@@ -34,37 +35,47 @@ def pack(documents: Iterable[Sequence[int]], *, block_len: int, eos_id: int, dty
         size += len(document) + 1
         if size > block_len:
             stream = np.concatenate(pending)
-            start = 0
-            while size - start > block_len:
-                yield Block(tokens=stream[start : start + block_len + 1], num_targets=block_len)
-                start += block_len
-            pending, size = [stream[start:]], size - start
-    rest = np.concatenate(pending)
-    if len(rest) > 1:  # a single token is the last target of the block before
-        padding = np.full(block_len + 1 - len(rest), eos_id, dtype)
-        yield Block(tokens=np.concatenate([rest, padding]), num_targets=len(rest) - 1)
+            whole = (size - 1) // block_len * block_len
+            yield from cut(stream[: whole + 1], block_len=block_len, eos_id=eos_id)
+            pending, size = [stream[whole:]], size - whole
+    yield from cut(np.concatenate(pending), block_len=block_len, eos_id=eos_id)
 
 
-def write_shards(
-    directory: Path, *, split: str, blocks: Sequence[Block], block_len: int, dtype: str
-) -> list[store.Shard]:
+def cut(stream: np.ndarray, *, block_len: int, eos_id: int) -> Iterator[Block]:
+    """Yield the blocks of a piece of a stream; its first token is a target of the piece before, or the first EOS."""
+    for start in range(0, len(stream) - 1, block_len):
+        tokens = stream[start : start + block_len + 1]
+        padding = np.full(block_len + 1 - len(tokens), eos_id, stream.dtype)
+        yield Block(tokens=np.concatenate([tokens, padding]), num_targets=len(tokens) - 1)
+
+
+def write_shards(directory: Path, *, split: str, blocks: Sequence[Block]) -> list[store.Shard]:
     """Write a split's shards and return what the manifest says of them."""
-    features = make_features(block_len=block_len, dtype=dtype)
     groups = [blocks[start : start + store.BLOCKS_PER_SHARD] for start in range(0, len(blocks), store.BLOCKS_PER_SHARD)]
     shards = []
     for index, group in enumerate(groups):
         path = directory / store.shard_name(split=split, index=index, num_shards=len(groups))
-        writer = ArrayRecordWriter(str(path), "group_size:1")
-        for block in group:
-            example = {"tokens": block.tokens, "num_targets": np.int32(block.num_targets)}
-            writer.write(features.serialize_example(example))
-        writer.close()
-        shards.append(
-            store.Shard(
-                file=path.name, num_blocks=len(group), num_bytes=path.stat().st_size, sha256=sync_and_hash(path)
-            )
-        )
+        shards.append(write_shard(path, blocks=group))
     return shards
+
+
+def write_shard(path: Path, *, blocks: Iterable[Block]) -> store.Shard:
+    """Write one shard and return what the manifest says of it."""
+    writer = ArrayRecordWriter(str(path), "group_size:1")
+    num_blocks = 0
+    for block in blocks:
+        writer.write(_serialized(block))
+        num_blocks += 1
+    writer.close()
+    return store.Shard(file=path.name, num_blocks=num_blocks, num_bytes=path.stat().st_size, sha256=sync_and_hash(path))
+
+
+def _serialized(block: Block) -> bytes:
+    """Return a block as TFDS serialises it, but with the fields in the same order in every process."""
+    tokens = tf_feature_pb2.Feature(bytes_list=tf_feature_pb2.BytesList(value=[block.tokens.tobytes()]))
+    num_targets = tf_feature_pb2.Feature(int64_list=tf_feature_pb2.Int64List(value=[block.num_targets]))
+    features = tf_feature_pb2.Features(feature={"tokens": tokens, "num_targets": num_targets})
+    return tf_example_pb2.Example(features=features).SerializeToString(deterministic=True)
 
 
 def write_tfds_metadata(directory: Path, splits: dict[str, store.Split], *, block_len: int, dtype: str) -> None:

@@ -113,7 +113,9 @@ def open_store(directory: Path, *, expected_fingerprint: str) -> TokenStore:
 
 
 def verify(directory: Path) -> Manifest:
-    """Hash every shard and the tokenizer again, compare with the manifest, and return it.
+    """Hash every shard and the tokenizer again, read every block, compare with the manifest, and return it.
+
+    The blocks of a stream must follow on one another, so that each token is a target exactly once.
 
     Raises:
       FileNotFoundError: a file of the store is missing.
@@ -128,7 +130,31 @@ def verify(directory: Path) -> Manifest:
             f"token store {directory} is damaged: the contents of {', '.join(damaged)} do not hash to what "
             f"{store.MANIFEST_FILE} records; restore or rebuild them"
         )
+    for name, split in manifest.splits.items():
+        reader = SplitReader(directory, manifest=manifest, split=split)
+        own = [(source.first_block, source.num_blocks) for source in split.sources.values() if source.num_blocks]
+        found = [_check_stream(reader, first, count, manifest) for first, count in own or [(0, split.num_blocks)]]
+        recorded = (split.num_tokens, sum(source.num_documents for source in split.sources.values()))
+        if tuple(map(sum, zip(*found, strict=True))) != recorded:
+            raise ValueError(
+                f"split {name} of {directory} has {found} (tokens, documents), its manifest says {recorded}"
+            )
     return manifest
+
+
+def _check_stream(reader: SplitReader, first: int, count: int, manifest: Manifest) -> tuple[int, int]:
+    """Return the targets and the ends of documents of a stream, after checking that its blocks make one."""
+    num_tokens = num_documents = 0
+    last = reader.read(first).tokens[0]
+    for number in range(first, first + count):
+        block = reader.read(number)
+        is_full = block.num_targets == manifest.block_len or number == first + count - 1
+        if block.tokens[0] != last or not is_full:
+            raise ValueError(f"block {number} does not go on where the block before it ended; rebuild the store")
+        last = block.tokens[-1]
+        num_tokens += block.num_targets
+        num_documents += int((block.tokens[1 : block.num_targets + 1] == manifest.tokenizer.eos_id).sum())
+    return num_tokens, num_documents
 
 
 def _instruction(directory: Path, shard: Shard) -> _FileInstruction:
