@@ -3,68 +3,36 @@
 from __future__ import annotations
 
 import importlib
-import os
 from collections.abc import Sequence
 from pathlib import Path
 
 from absl import flags
 
+from btlm_jax.cli import corpus_stages
+from btlm_jax.cli.corpus_stages import print_stage, print_store
 from btlm_jax.cli.parse import DONE, UsageError, apply, flag_help, parse_config, run_flags, workdir_of
-from btlm_jax.store import Manifest
 
-HELP = """btlm corpus build | clean | dedup | split | tokenize | verify: make or check a corpus and its token store.
+HELP = """btlm corpus VERB: make or check a corpus and its token store.
 
-build makes the store that a config names out of what is installed. The other verbs are stages, each from a directory
-into a new one; a stage that was killed goes on where it was when the same command is given again.
+  build      make the store that a config names out of what is installed, all at once
+  clean      raw files -> repaired Unicode, short documents dropped
+  dedup      near-duplicates over all sources: one document of each cluster stays
+  split      train, validation and test by hash; nothing near the held-out text stays in train; shuffled
+  tokenizer  train a SentencePiece tokenizer on the documents of split
+  tokenize   the documents of split -> a token store
+  stats      documents, bytes and tokens by source, lengths, clusters
+  verify     read a stage's output or a token store again and compare every byte with its manifest
 
-  clean    raw files -> repaired Unicode, short documents dropped
-  dedup    near-duplicates over all sources: one document of each cluster stays
-  split    train, validation and test by hash; nothing near the held-out text stays in train; shuffled
-  tokenize the documents of split -> a token store
-  verify   read a stage's output or a token store again and compare every byte with its manifest
+clean to tokenize are stages, each from a directory into a new one. A stage that was killed goes on where it was when
+the same command is given again; the result does not depend on kills or on --workers.
 
 examples:  btlm corpus build --config=configs/local_cpu.py --workdir=runs/local
            btlm corpus clean --input=RAW --output=corpus/clean --workers=8
            btlm corpus dedup --input=corpus/clean --output=corpus/dedup --workers=8
            btlm corpus split --input=corpus/dedup --output=corpus/split --workers=8
            btlm corpus tokenize --input=corpus/split --output=store --tokenizer=GPT2 --workers=8
+           btlm corpus stats --input=store
            btlm corpus verify --store=runs/local/store
-"""
-
-CLEAN_HELP = """btlm corpus clean: read raw text, repair its Unicode as SlimPajama did, drop short documents.
-
-example:  btlm corpus clean --input=RAW --output=corpus/clean --workers=8
-
-RAW is a file or a folder of .jsonl, .jsonl.zst, .jsonl.gz, .parquet, .txt, .md or .rst files. A line of JSON is
-{"text": ..., "meta": {"redpajama_set_name": ...}}, or has "source" and "id". A bad line costs that line: it goes to
-quarantine/ with its file, line, offset and the reason. Exit code 1 if more lines are bad than --max_bad_rate allows.
-"""
-
-DEDUP_HELP = """btlm corpus dedup: find near-duplicates over the whole corpus and keep one document of each cluster.
-
-example:  btlm corpus dedup --input=corpus/clean --output=corpus/dedup --preset=strict --workers=8
-
-Both presets are MinHash of character 13-grams. slimpajama is as published: 9 bands of 13 of 128 permutations, nothing
-verified; it finds 0.4 of the pairs at a Jaccard similarity of 0.8. strict finds 0.96: 32 bands of 8 of 256 bins,
-verified by the share of equal bins (0.75). Of a cluster the longest document stays; among equally long ones a hash of
-id and text decides.
-"""
-
-SPLIT_HELP = """btlm corpus split: part documents into train, validation and test; shuffle them.
-
-example:  btlm corpus split --input=corpus/dedup --output=corpus/split --evaluation=EVAL --weight=RedPajamaWikipedia=2
-
-A hash of the normalised text and the seed decides, so equal texts are never on both sides. Training documents that are
-near-duplicates of held-out ones (the strict rule of dedup) are dropped, and all documents that have a run of 13 words
-with the --evaluation texts. A weight takes a source's training documents so many times; fractions by hash.
-"""
-
-TOKENIZE_HELP = """btlm corpus tokenize: encode the documents of btlm corpus split and pack them into a token store.
-
-example:  btlm corpus tokenize --input=corpus/split --output=store --tokenizer=GPT2 --workers=8
-
-The tokenizer is a folder with GPT-2's vocab.json and merges.txt, with a tokenizer.json of byte-level BPE, or with a
-SentencePiece tokenizer.model. Training takes the store with --config.data.store=store --config.corpus.source=prepared.
 """
 
 
@@ -87,176 +55,54 @@ def _build(arguments: Sequence[str]) -> int:
     workdir = workdir_of(values)
     prepare.make_workdir(workdir)
     token_store = prepare.prepare_store(config, workdir=workdir, expected="")
-    _print_store(token_store.manifest)
+    print_store(token_store.manifest)
     return DONE
 
 
-def _clean(arguments: Sequence[str]) -> int:
-    values = _stage_flags()
-    flags.DEFINE_string("source", "unnamed", "source of documents that do not say theirs", flag_values=values)
-    flags.DEFINE_string(
-        "on_bad_file", "fail", "of one cut short or damaged: fail, or keep-prefix, its beginning", flag_values=values
-    )
-    flags.DEFINE_float("max_bad_rate", 0.001, "share of bad lines that is accepted", flag_values=values)
-    if not _parse_stage(values, arguments, help_text=CLEAN_HELP):
-        return DONE
-    cleaning = importlib.import_module("btlm_jax.corpus.clean")
-    try:
-        config = cleaning.CleanConfig(
-            input=Path(values["input"].value),
-            default_source=values["source"].value,
-            on_bad_file=values["on_bad_file"].value,
-            max_bad_rate=values["max_bad_rate"].value,
-        )
-    except ValueError as error:
-        raise UsageError(str(error)) from error
-    _print_stage(cleaning.clean(config, **_common(values)))
+def _stats(arguments: Sequence[str]) -> int:
+    directory = _directory(arguments, name="input", verb="stats")
+    if directory is not None:
+        print(importlib.import_module("btlm_jax.corpus.stats").describe(directory))
     return DONE
 
 
-def _dedup(arguments: Sequence[str]) -> int:
-    values = _stage_flags()
-    flags.DEFINE_string("preset", "strict", "strict, or slimpajama as published", flag_values=values)
-    if not _parse_stage(values, arguments, help_text=DEDUP_HELP):
-        return DONE
-    presets = importlib.import_module("btlm_jax.corpus.lsh").PRESETS
-    if values["preset"].value not in presets:
-        raise UsageError(f"--preset={values['preset'].value} is not known; it may be {' or '.join(presets)}")
-    deduplicate = importlib.import_module("btlm_jax.corpus.deduplicate").deduplicate
-    source = Path(values["input"].value)
-    _print_stage(deduplicate(source, preset=values["preset"].value, **_common(values)))
-    return DONE
-
-
-def _split(arguments: Sequence[str]) -> int:
-    values = _stage_flags()
-    flags.DEFINE_float("validation", 0.0017, "share of the documents", flag_values=values)
-    flags.DEFINE_float("test", 0.0017, "share of the documents", flag_values=values)
-    flags.DEFINE_integer("seed", 0, "of the hashes that decide", flag_values=values)
-    flags.DEFINE_multi_string("weight", [], "SOURCE=TIMES; may be given several times", flag_values=values)
-    flags.DEFINE_multi_string("evaluation", [], "raw file or folder not to train on; several times", flag_values=values)
-    if not _parse_stage(values, arguments, help_text=SPLIT_HELP):
-        return DONE
-    splitting = importlib.import_module("btlm_jax.corpus.split")
-    try:
-        config = splitting.SplitConfig(
-            input=Path(values["input"].value),
-            validation=values["validation"].value,
-            test=values["test"].value,
-            seed=values["seed"].value,
-            weights=dict(_weight(given) for given in values["weight"].value),
-            evaluation=tuple(Path(path) for path in values["evaluation"].value),
-        )
-    except ValueError as error:
-        raise UsageError(str(error)) from error
-    _print_stage(splitting.split(config, **_common(values)))
-    return DONE
-
-
-def _tokenize(arguments: Sequence[str]) -> int:
-    values = _stage_flags()
-    flags.DEFINE_string("tokenizer", "", "directory of a tokenizer", flag_values=values)
-    flags.DEFINE_integer("block_len", 8192, "tokens of a block: the longest phase of training", flag_values=values)
-    if not _parse_stage(values, arguments, help_text=TOKENIZE_HELP):
-        return DONE
-    if not values["tokenizer"].value:
-        raise UsageError("--tokenizer=DIR is needed: a folder with vocab.json and merges.txt, or tokenizer.model")
-    if values["block_len"].value < 1:
-        raise UsageError(f"--block_len={values['block_len'].value} must be 1 or more")
-    tokenize = importlib.import_module("btlm_jax.corpus.tokenize").tokenize
-    manifest = tokenize(
-        Path(values["input"].value),
-        tokenizer=Path(values["tokenizer"].value),
-        block_len=values["block_len"].value,
-        **_common(values),
-    )
-    _print_store(manifest)
-    return DONE
-
-
-def _weight(given: str) -> tuple[str, float]:
-    source, _, times = given.rpartition("=")
-    try:
-        return source, float(times)
-    except ValueError as error:
-        raise UsageError(f"--weight={given} is not SOURCE=TIMES, for example --weight=RedPajamaWikipedia=2") from error
-
-
-def _stage_flags() -> flags.FlagValues:
+def _directory(arguments: Sequence[str], *, name: str, verb: str) -> Path | None:
+    """Parse the one flag of a verb that only reads; return None when help was asked for and printed."""
     values = flags.FlagValues()
-    flags.DEFINE_string("input", "", "where to read from", flag_values=values)
-    flags.DEFINE_string("output", "", "directory of this stage's work", flag_values=values)
-    flags.DEFINE_integer("workers", os.cpu_count(), "worker processes; the result is the same", flag_values=values)
-    flags.DEFINE_boolean("help", False, "show this help", short_name="h", flag_values=values)
-    return values
-
-
-def _parse_stage(values: flags.FlagValues, arguments: Sequence[str], *, help_text: str) -> bool:
-    """Parse the flags of a stage; return False when help was asked for and printed."""
-    if any(argument in ("--help", "-h", "-help") for argument in arguments):
-        print(help_text)
-        print(flag_help(values))
-        return False
-    apply(values, arguments)
-    for name in ("input", "output"):
-        if not values[name].value:
-            raise UsageError(f"--{name}=DIR is needed: {values[name].help}")
-    if values["workers"].value < 1:
-        raise UsageError(f"--workers={values['workers'].value} must be 1 or more")
-    return True
-
-
-def _common(values: flags.FlagValues) -> dict:
-    return {"output": Path(values["output"].value), "num_workers": values["workers"].value, "log": _log}
-
-
-def _log(line: str) -> None:
-    print(line, flush=True)
-
-
-def _print_stage(manifest: dict) -> None:
-    totals = manifest["totals"]
-    for source in sorted(totals["read"]):
-        came, went = totals["read"][source], totals["written"].get(source, {"documents": 0, "bytes": 0})
-        share = 100 * went["bytes"] / max(came["bytes"], 1)
-        print(
-            f"  {source}: {came['documents']:,} documents, {came['bytes']:,} bytes -> {went['documents']:,} documents, "
-            f"{went['bytes']:,} bytes ({share:.1f} %)"
-        )
-    for reason, count in sorted((totals["dropped"] | totals["bad"]).items()):
-        print(f"  {reason}: {count:,}")
-    print(f"fingerprint {manifest['fingerprint']}")
-
-
-def _verify(arguments: Sequence[str]) -> int:
-    values = flags.FlagValues()
-    flags.DEFINE_string("store", "", "directory of the token store, or of a stage's work", flag_values=values)
+    flags.DEFINE_string(name, "", "directory of a token store, or of a stage's work", flag_values=values)
     flags.DEFINE_boolean("help", False, "show this help", short_name="h", flag_values=values)
     if any(argument in ("--help", "-h", "-help") for argument in arguments):
         print(HELP)
         print(flag_help(values))
-        return DONE
+        return None
     apply(values, arguments)
-    if not values["store"].value:
-        raise UsageError("btlm corpus verify needs --store=DIR")
-    directory = Path(values["store"].value)
+    if not values[name].value:
+        raise UsageError(f"btlm corpus {verb} needs --{name}=DIR")
+    return Path(values[name].value)
+
+
+def _verify(arguments: Sequence[str]) -> int:
+    directory = _directory(arguments, name="store", verb="verify")
+    if directory is None:
+        return DONE
     if (directory / "plan.json").is_file():
         manifest = importlib.import_module("btlm_jax.corpus.inputs").verify_stage(directory)
         print("every file is as its manifest says")
-        _print_stage(manifest)
+        print_stage(manifest)
         return DONE
     manifest = importlib.import_module("btlm_jax.data.reader").verify(directory)
     print("every shard is as its manifest says")
-    _print_store(manifest)
+    print_store(manifest)
     return DONE
 
 
-def _print_store(manifest: Manifest) -> None:
-    for name, split in manifest.splits.items():
-        print(f"{name}: {split.num_blocks:,} blocks, {split.num_tokens:,} tokens, {len(split.shards)} shards")
-        for source, part in split.sources.items():
-            print(f"  {source}: {part.num_documents:,} documents, {part.num_bytes:,} bytes, {part.num_tokens:,} tokens")
-    print(f"fingerprint {manifest.fingerprint}")
-
-
-VERBS = {"build": _build, "clean": _clean, "dedup": _dedup, "split": _split, "tokenize": _tokenize, "verify": _verify}
+VERBS = {
+    "build": _build,
+    "clean": corpus_stages.clean,
+    "dedup": corpus_stages.dedup,
+    "split": corpus_stages.split,
+    "tokenizer": corpus_stages.tokenizer,
+    "tokenize": corpus_stages.tokenize,
+    "stats": _stats,
+    "verify": _verify,
+}

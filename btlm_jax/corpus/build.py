@@ -21,13 +21,13 @@ from btlm_jax.corpus.installed import SOURCES, Document, describe_installation, 
 from btlm_jax.corpus.pack import Block, pack, sync_and_hash, write_shards, write_tfds_metadata
 from btlm_jax.corpus.tokenizer import (
     SPACE_MARK,
+    TOKENIZER_BYTES,
     TOKENIZER_FILE,
     SentencePieceTokenizer,
     train_tokenizer,
 )
 
 RECIPE = 2  # raise when the steps change, so that another recipe has another fingerprint
-TOKENIZER_BYTES = 16_000_000  # of training text; more does not change the merges that matter
 ENCODE_THREADS = 2
 ENCODE_BATCH = 256
 

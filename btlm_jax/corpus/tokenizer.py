@@ -20,6 +20,7 @@ from btlm_jax.corpus.byte_level import STORED_FILE as BYTE_LEVEL_FILE
 
 SENTENCEPIECE = "sentencepiece"
 TOKENIZER_FILE = "tokenizer.model"
+TOKENIZER_BYTES = 16_000_000  # of training text; more does not change the merges that matter
 UNK_ID, EOS_ID = 0, 1
 MIN_VOCAB_SIZE = 300  # 256 byte pieces, the control pieces, a newline and some letters
 MAX_LINE_CHARACTERS = 4096

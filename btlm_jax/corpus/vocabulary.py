@@ -1,0 +1,54 @@
+"""The stage `tokenizer`: training documents of `split` -> a SentencePiece tokenizer with byte fallback."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Iterator
+from pathlib import Path
+
+from btlm_jax.corpus.inputs import read_stage, stage_inputs
+from btlm_jax.corpus.records import AtomicFile, describe_output, read_records
+from btlm_jax.corpus.split import TRAIN
+from btlm_jax.corpus.stage import Log, Stage, Task, Tick, accept, run_stage
+from btlm_jax.corpus.tokenizer import TOKENIZER_BYTES, TOKENIZER_FILE, train_tokenizer
+
+RECIPE = 1  # raise when the steps change
+
+
+def make_tokenizer(source: Path, *, vocab_size: int, output: Path, log: Log) -> dict:
+    """Train a tokenizer on the first training documents, which are shuffled, and return the stage's manifest.
+
+    Raises:
+      FileNotFoundError: there is no finished split in `source`.
+      ValueError: the vocabulary is too small, or too large for the text, or `output` was begun otherwise.
+    """
+    documents = read_stage(source)
+    files = zip(stage_inputs(source, documents), documents["outputs"], strict=True)
+    inputs = tuple(item for item, file in files if file.get("split") == TRAIN)
+    if not inputs:
+        raise ValueError(f"{source} holds the stage {documents['stage']}; train on what btlm corpus split wrote")
+    stage = Stage(
+        name="tokenizer",
+        settings={"recipe": RECIPE, "vocab_size": vocab_size, "bytes": TOKENIZER_BYTES},
+        tasks=[Task(index=0, inputs=inputs, weight=1)],
+        run=functools.partial(_train_task, vocab_size=vocab_size),
+    )
+    return run_stage(stage, output, num_workers=1, log=log, check=accept)
+
+
+def _train_task(task: Task, directory: Path, tick: Tick, *, vocab_size: int) -> dict:
+    model = train_tokenizer(_texts(task, tick), vocab_size=vocab_size)
+    with AtomicFile(directory / TOKENIZER_FILE) as file:
+        file.write(model)
+    return {"totals": {}, "outputs": [describe_output(file, num_documents=0)]}
+
+
+def _texts(task: Task, tick: Tick) -> Iterator[str]:
+    size = 0
+    for item in task.inputs:
+        for record in read_records(item.path):
+            if size > TOKENIZER_BYTES:
+                return
+            size += record.num_bytes
+            tick(1, record.num_bytes)
+            yield record.text
