@@ -27,8 +27,11 @@ PIECES = [
 MIXED = st.lists(st.sampled_from(PIECES), max_size=14).map("".join)
 
 
-@settings(deadline=None, max_examples=300)
-@given(MIXED | st.text(max_size=40))
+TYPOGRAPHY = st.lists(st.sampled_from("\u2018\u2019\u201c\u201d\u2013\u2014\u2026aZ4.,$%&;<\n \t'\"éÂ£"), max_size=12)
+
+
+@settings(deadline=None, max_examples=600)
+@given(MIXED | st.text(max_size=40) | TYPOGRAPHY.map("".join))
 def test_fixed_is_ftfy_on_the_whole_text(text):
     assert fixed(text) == ftfy.fix_text(text, normalization="NFC")
 

@@ -29,8 +29,10 @@ ON_BAD_FILE = (FAIL, KEEP_PREFIX)
 
 _FTFY = ftfy.TextFixerConfig(normalization="NFC", explain=False)
 _FTFY_WITHOUT_HTML = _FTFY._replace(unescape_html=False)
-_SUSPECT = re.compile(r"[^\t\n -%'-~]")  # every ASCII character that ftfy can change is no tab, newline or printable
-_SUSPECT_OR_AMPERSAND = re.compile(r"[^\t\n -%'-~]|&")
+# Of what is not here, ftfy may change anything. Of these it changes nothing but the quotes: they are no sign of a wrong
+# encoding in the company of ASCII alone, and a line that has other characters is left to ftfy.
+_CALM = "\\t\\n -%'-~\u2018\u2019\u201c\u201d\u2013\u2014\u2026"
+_SUSPECT, _SUSPECT_OR_AMPERSAND = re.compile(f"[^&{_CALM}]"), re.compile(f"[^{_CALM}]")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -84,19 +86,25 @@ def fixed(text: str) -> str:
     has_entities = text.find("&", 0, len(text) if first_tag < 0 else first_tag) >= 0
     suspects = _SUSPECT_OR_AMPERSAND if has_entities else _SUSPECT
     match = suspects.search(text)
-    if match is None:
-        return text
     parts, done = [], 0
     while match is not None:
         start = text.rfind("\n", 0, match.start()) + 1
         end = text.find("\n", match.start()) + 1 or len(text)
-        parts.append(text[done:start])
+        parts.append(_straight(text[done:start]))
         config = _FTFY_WITHOUT_HTML if 0 <= first_tag < start else _FTFY
         parts.append(ftfy.fix_text(text[start:end], config))
         done = end
         match = suspects.search(text, done)
-    parts.append(text[done:])
+    parts.append(_straight(text[done:]))
     return "".join(parts)
+
+
+def _straight(text: str) -> str:
+    """Make curly quotes straight, as ftfy does."""
+    if text.isascii():
+        return text
+    text = text.replace("\u2018", "'").replace("\u2019", "'")
+    return text.replace("\u201c", '"').replace("\u201d", '"')
 
 
 def _clean_task(task: Task, directory: Path, tick: Tick, *, default_source: str, on_bad_file: str) -> dict:
