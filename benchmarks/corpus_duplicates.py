@@ -16,6 +16,7 @@ import argparse
 import json
 import os
 import random
+import re
 import subprocess
 import sys
 import sysconfig
@@ -140,8 +141,9 @@ def run_stage(folder: Path, verb: str, *flags: str, source: str, target: str, wo
     size = sum(count["bytes"] for count in read_stage(folder / target)["totals"]["read"].values()) / 1e6
     seconds = usage.ru_utime + usage.ru_stime
     wall = time.monotonic() - began
-    memory = usage.ru_maxrss / 1e3
-    print(f"{target:<22} {size:>7.0f} {seconds:>8.1f} {size / seconds:>9.1f} {wall:>8.1f} {memory:>13.0f}", flush=True)
+    said = re.findall(r"at most (\d+) MB a process", (folder / f"{target}.log").read_text())
+    memory = max(map(int, said))
+    print(f"{target:<22} {size:>7.0f} {seconds:>8.1f} {size / seconds:>9.1f} {wall:>8.1f} {memory:>13}", flush=True)
 
 
 def print_quality(folder: Path, order: list[str], texts: dict[str, str], similarities: dict[str, float]) -> None:

@@ -169,3 +169,20 @@ def test_shares_that_leave_nothing_are_refused(cleaned, capsys):
     assert "test=0.7 must be 0 or more and less than 0.5" in capsys.readouterr().err
     assert run_split(cleaned, "none", "--weight=A=0", "--weight=B=0", "--weight=C=0") == 1
     assert "no training document is left" in capsys.readouterr().err
+
+
+def test_documents_of_one_id_are_all_kept(tmp_path):
+    (tmp_path / "raw").mkdir()
+    rows = [json.dumps({"id": "same", "source": "A", "text": text}) for text in TEXTS]
+    (tmp_path / "raw" / "all.jsonl").write_text("\n".join(rows))
+    for verb, source in (("clean", "raw"), ("dedup", "clean")):
+        command = ["corpus", verb, f"--input={tmp_path / source}", f"--output={tmp_path / verb}", "--workers=1"]
+        assert main(command) == 0
+    (tmp_path / "clean").rename(tmp_path / "cleaned")
+    (tmp_path / "dedup").rename(tmp_path / "clean")
+    assert run_split(tmp_path, "split", "--weight=A=2") == 0
+    found = documents(tmp_path / "split")
+    train = Counter(record.text for record in found["train"])
+    assert set(train.values()) == {2}
+    heldout = [record.text for name in ("validation", "test") for record in found[name]]
+    assert sorted([*train, *heldout]) == sorted(TEXTS)

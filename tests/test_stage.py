@@ -3,6 +3,7 @@
 import fcntl
 import json
 import os
+import re
 import signal
 
 import pytest
@@ -43,6 +44,18 @@ def test_a_killed_worker_ends_the_stage_and_the_next_start_finishes_it(tmp_path)
     said = []
     assert run(stage(count), tmp_path / "a", num_workers=2, said=said) == run(stage(count), tmp_path / "b")
     assert "counting: 4/4 shards" in said[-1]
+
+
+def large(task, directory, tick):
+    data = bytearray(300_000_000 if task.index == 1 else 1)
+    data[::4096] = b"x" * len(data[::4096])
+    return count(task, directory, tick)
+
+
+def test_the_largest_memory_of_a_worker_is_told(tmp_path):
+    said = []
+    run(stage(large), tmp_path, num_workers=2, said=said)
+    assert int(re.search(r"at most (\d+) MB a process", said[-1])[1]) > 300
 
 
 def test_the_first_error_of_a_worker_is_told_and_totals_add_up(tmp_path):

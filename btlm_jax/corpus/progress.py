@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import re
 import resource
 import time
 from collections.abc import Callable, Sequence
 from multiprocessing.context import BaseContext
+from pathlib import Path
 
 INTERVAL = 5.0  # seconds between lines
 
@@ -21,6 +23,7 @@ class Progress:
         self._stage, self._num_tasks, self._num_done, self._log = stage, num_tasks, num_done, log
         self._weight_left = self._weight = sum(weights)
         self._num_documents = self._num_bytes = 0
+        self._worker_peak = 0
         self._began = self._reported = time.monotonic()
         if num_done:
             log(f"{stage}: {num_done} of {num_tasks} shards were done before")
@@ -33,7 +36,7 @@ class Progress:
 
     def count(self, counters: tuple) -> None:
         """Take over what the workers have counted."""
-        self._num_documents, self._num_bytes = (counter.value for counter in counters)
+        self._num_documents, self._num_bytes, self._worker_peak = (counter.value for counter in counters)
         self._report_if_due()
 
     def task_done(self, weight: int) -> None:
@@ -51,7 +54,7 @@ class Progress:
         self._log(
             f"{self._stage}: {self._num_done}/{self._num_tasks} shards, {self._num_documents:,} documents, "
             f"{self._num_documents / seconds:,.0f} documents/s, {self._num_bytes / 1e6 / seconds:.1f} MB/s, "
-            f"ETA {left}, at most {peak_megabytes():.0f} MB a process"
+            f"ETA {left}, at most {max(peak_bytes(), self._worker_peak) / 1e6:.0f} MB a process"
         )
 
     def _report_if_due(self) -> None:
@@ -60,24 +63,35 @@ class Progress:
 
 
 def make_counters(context: BaseContext) -> tuple:
-    """Return the two counters that workers share with the parent: documents, bytes."""
-    return context.Value("q", 0), context.Value("q", 0)
+    """Return the counters that workers share with the parent: documents, bytes of text, the largest memory of one."""
+    return tuple(context.Value("q", 0) for _ in range(3))
 
 
 def tick_of(counters: tuple) -> Callable[[int, int], None]:
     """Return a worker's tick."""
 
     def tick(num_documents: int, num_bytes: int) -> None:
-        for counter, more in zip(counters, (num_documents, num_bytes), strict=True):
+        for counter, more in zip(counters[:2], (num_documents, num_bytes), strict=True):
             with counter.get_lock():
                 counter.value += more
 
     return tick
 
 
-def peak_megabytes() -> float:
-    """Return the largest resident memory that this process or an ended worker of it has had."""
-    return max(resource.getrusage(who).ru_maxrss for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)) / 1e3
+def record_peak(counters: tuple) -> None:
+    """Tell the parent how much memory this worker has needed."""
+    with counters[2].get_lock():
+        counters[2].value = max(counters[2].value, peak_bytes())
+
+
+def peak_bytes() -> int:
+    """Return the largest resident memory that this process has had.
+
+    Linux says it itself; what getrusage says there begins with the memory of the process that started this one.
+    """
+    status = Path("/proc/self/status")
+    found = re.search(r"VmHWM:\s+(\d+) kB", status.read_text()) if status.is_file() else None
+    return 1024 * int(found[1]) if found else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 
 
 def _clock(seconds: float) -> str:

@@ -22,7 +22,7 @@ from btlm_jax.corpus.frames import BadFile, decompressed, lines_of, zstd_decompr
 SUFFIX = ".jsonl.zst"
 SOURCE_KEY = "redpajama_set_name"  # where SlimPajama keeps a document's source, inside "meta"
 FRAME_BYTES = 16_000_000
-SHARD_BYTES = 256_000_000  # of lines in a file, so that later stages need little memory whatever came in
+SHARD_BYTES = 128_000_000  # of lines in a file, so that later stages need little memory whatever came in
 _LEVEL = 3  # SlimPajama's
 
 

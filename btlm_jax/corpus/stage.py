@@ -24,7 +24,7 @@ from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 
-from btlm_jax.corpus.progress import Progress, make_counters, tick_of
+from btlm_jax.corpus.progress import Progress, make_counters, record_peak, tick_of
 from btlm_jax.files import write_atomically
 
 FORMAT = "btlm-corpus-stage"
@@ -133,6 +133,7 @@ def _run_in_pool(
                 progress.count(counters)
                 for future in ended:
                     yield running.pop(future), future.result()
+            progress.count(counters)
         except BrokenProcessPool as error:
             raise ValueError(
                 f"{stage.name}: a worker was killed, perhaps for its memory; finished work is kept: run the same "
@@ -151,7 +152,9 @@ def _begin_worker(counters: tuple) -> None:
 
 
 def _run_in_worker(run: Callable, task: Task, directory: Path) -> dict:
-    return run_task(run, task, directory, tick_of(_counters))
+    record = run_task(run, task, directory, tick_of(_counters))
+    record_peak(_counters)
+    return record
 
 
 def run_task(run: Callable[[Task, Path, Tick], dict], task: Task, directory: Path, tick: Tick) -> dict:
