@@ -1,10 +1,10 @@
 """How many planted near-duplicates each preset finds, how many of its pairs are such, and what each stage costs.
 
-Command:  python benchmarks/corpus_duplicates.py --directory=DIR [--megabytes=320] [--planted=2400] [--workers=1]
+Command:  python benchmarks/corpus_duplicates.py --directory=DIR [--megabytes=320] [--planted=2400] [--tokenizer=GPT2]
 
 Makes a corpus out of the text files of this installation (.py, .pyi, .md, .rst, .txt, .html, C headers), plants edited
 copies whose true Jaccard similarity over the published normalisation's character 13-grams is measured one by one, and
-runs `btlm corpus clean` and `dedup` on it with both presets, each a process of its own. Prints for every stage MB of
+runs the stages of `btlm corpus` on it, dedup with both presets, each a process of its own. Prints for every stage MB of
 text a second of the processor's time (all processes) and the largest memory of a process; for every preset the share of
 planted pairs that ended in one cluster, by similarity, and the true similarity of a sample of the pairs it found. DIR
 is kept; run again with the same arguments it only measures what was not done, so the first run's costs count.
@@ -47,6 +47,7 @@ def main() -> None:
     parser.add_argument("--megabytes", type=int, default=320)
     parser.add_argument("--planted", type=int, default=2_400)
     parser.add_argument("--workers", type=int, default=1)
+    parser.add_argument("--tokenizer", type=Path, help="folder with vocab.json and merges.txt, to pack a store as well")
     arguments = parser.parse_args()
     folder = arguments.directory
     if not (folder / "planted.json").is_file():
@@ -56,6 +57,10 @@ def main() -> None:
     for preset in ("slimpajama", "strict"):
         target = f"dedup_{preset}"
         run_stage(folder, "dedup", f"--preset={preset}", source="clean", target=target, workers=arguments.workers)
+    run_stage(folder, "split", source="dedup_strict", target="split", workers=arguments.workers)
+    if arguments.tokenizer:
+        chosen = f"--tokenizer={arguments.tokenizer}"
+        run_stage(folder, "tokenize", chosen, source="split", target="store", workers=arguments.workers)
     texts = {}
     order = []
     for output in read_stage(folder / "clean")["outputs"]:
@@ -138,7 +143,8 @@ def run_stage(folder: Path, verb: str, *flags: str, source: str, target: str, wo
         _, status, usage = os.wait4(process.pid, 0)
     if status:
         raise SystemExit(f"btlm corpus {verb} failed: {(folder / f'{target}.log').read_text()}")
-    size = sum(count["bytes"] for count in read_stage(folder / target)["totals"]["read"].values()) / 1e6
+    counts = read_stage(folder / (source if verb == "tokenize" else target))["totals"]
+    size = sum(count["bytes"] for count in counts["written" if verb == "tokenize" else "read"].values()) / 1e6
     seconds = usage.ru_utime + usage.ru_stime
     wall = time.monotonic() - began
     said = re.findall(r"at most (\d+) MB a process", (folder / f"{target}.log").read_text())

@@ -140,7 +140,7 @@ def test_word_runs_are_those_of_the_normalised_words(text):
 
 
 def test_near_duplicates_are_found_among_many():
-    heldout = HeldOut(np.stack([strict_signature(text) for text in TEXTS[:100]]))
+    heldout = HeldOut.of(np.stack([strict_signature(text) for text in TEXTS[:100]]))
     probes = [TEXTS[3] + " tail", TEXTS[150], TEXTS[99].upper(), TEXTS[151], TEXTS[3][: len(TEXTS[3]) // 2]]
     assert heldout.has_near(probes).tolist() == [True, False, True, False, False]
     assert heldout.has_near([]).tolist() == []

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import zlib
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -29,25 +30,32 @@ def no_signatures() -> np.ndarray:
     return np.empty((0, STRICT.bands * STRICT.rows), np.uint32)
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class HeldOut:
-    """The held-out documents' signatures, to compare others with. Arrays may lie on disk."""
+    """The held-out documents' signatures, to compare others with; arrays that may lie on disk."""
 
-    def __init__(self, signatures: np.ndarray):
-        self._signatures = signatures
+    signatures: np.ndarray
+    order: np.ndarray  # [bands, documents], by key
+    keys: np.ndarray  # in that order
+
+    @staticmethod
+    def of(signatures: np.ndarray) -> HeldOut:
+        """Sort the keys of signatures."""
         keys = band_keys(signatures, STRICT)
-        self._order = np.argsort(keys, axis=1, kind="stable")
-        self._keys = np.take_along_axis(keys, self._order, axis=1)
+        order = np.argsort(keys, axis=1, kind="stable")
+        keys = np.take_along_axis(keys, order, axis=1)
+        return HeldOut(signatures=signatures, order=order.astype(np.uint32), keys=keys)
 
     def has_near(self, texts: Sequence[str]) -> np.ndarray:
         """Return for each text whether a held-out document is a near-duplicate of it."""
         found = np.zeros(len(texts), bool)
-        if not len(self._signatures) or not len(texts):
+        if not len(self.signatures) or not len(texts):
             return found
         signatures = np.stack([strict_signature(text) for text in texts])
         for band, keys in enumerate(band_keys(signatures, STRICT)):
-            begin, end = (np.searchsorted(self._keys[band], keys, side=side) for side in ("left", "right"))
+            begin, end = (np.searchsorted(self.keys[band], keys, side=side) for side in ("left", "right"))
             for number in np.flatnonzero((end > begin) & ~found):
-                others = self._signatures[self._order[band, begin[number] : end[number]]]
+                others = self.signatures[self.order[band, begin[number] : end[number]]]
                 found[number] = ((others == signatures[number]).mean(axis=1) >= STRICT.threshold).any()
         return found
 

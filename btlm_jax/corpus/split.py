@@ -6,7 +6,7 @@
     .              a task a partition: near-duplicates of held-out documents dropped, the rest shuffled
 
 Everything is decided by hashes of the seed and the text, so nothing depends on workers. Memory is that of GATHER_BYTES
-of text and of the held-out signatures (1 kB a document).
+of text; `heldout` needs 2 kB a held-out document, whose tables the others read where they lie.
 """
 
 from __future__ import annotations
@@ -34,6 +34,7 @@ TRAIN, VALIDATION, TEST = "train", "validation", "test"
 GATHER_BYTES = 128_000_000  # of text shuffled at a time
 MAX_PARTITIONS = 128
 _PIECE_FRAME_BYTES = 1_000_000  # a task holds so much text of every partition
+_HELDOUT_ARRAYS = ("signatures", "order", "keys")
 _COMPARED = 512  # documents compared with the held-out ones at a time
 
 
@@ -132,7 +133,7 @@ def _assign_task(
 
 
 class _Pieces:
-    """Writes a task's documents to a file for each part; a part that has none gets an empty file."""
+    """Writes a task's documents to a file for each part that has some."""
 
     def __init__(self, directory: Path, *, task: int):
         self._directory, self._task = directory, task
@@ -145,6 +146,7 @@ class _Pieces:
         return self
 
     def add(self, part: str, record: Record) -> None:
+        """Append a document to a part."""
         if part not in self._writers:
             writer = RecordWriter(piece_path(self._directory, part, self._task), frame_bytes=_PIECE_FRAME_BYTES)
             self._writers[part] = self._stack.enter_context(writer)
@@ -167,7 +169,8 @@ def piece_path(directory: Path, part: str, task: int) -> Path:
 def _heldout_task(task: Task, directory: Path, tick: Tick, *, assigned: Path, num_files: int) -> dict:
     signatures = [load_array(assigned, f"signatures-{index:05d}") for index in range(num_files)]
     tick(sum(map(len, signatures)), 0)
-    return {"totals": {}, "outputs": [save_array(directory, "signatures", np.concatenate(signatures))]}
+    heldout = HeldOut.of(np.concatenate(signatures))
+    return {"totals": {}, "outputs": [save_array(directory, name, getattr(heldout, name)) for name in _HELDOUT_ARRAYS]}
 
 
 def _gather_task(
@@ -176,7 +179,10 @@ def _gather_task(
     part = parts[task.index]
     name = part.split("-")[0]
     tally, dropped = Tally(), Counter()
-    heldout = HeldOut(load_array(work["heldout"], "signatures") if name == TRAIN else no_signatures())
+    if name == TRAIN:
+        heldout = HeldOut(**{array: load_array(work["heldout"], array) for array in _HELDOUT_ARRAYS})
+    else:
+        heldout = HeldOut.of(no_signatures())
     with ShardWriter(directory, stem=part) as writer:
         for chunk in _chunks(work["assign"], part=part, num_files=num_files, seed=seed):
             kept = []
