@@ -4,6 +4,7 @@ import json
 import re
 import string
 import unicodedata
+from unittest import mock
 
 import ftfy
 import pytest
@@ -14,6 +15,7 @@ from hypothesis import strategies as st
 
 from btlm_jax.cli import main
 from btlm_jax.corpus import clean as cleaning
+from btlm_jax.corpus import normalize
 from btlm_jax.corpus.clean import fixed
 from btlm_jax.corpus.inputs import read_stage
 from btlm_jax.corpus.normalize import is_shorter, normalized
@@ -62,6 +64,16 @@ def test_normalized_is_the_published_normalization(text):
     assert normalized(text).tolist() == [ord(character) for character in expected]
     for than in (len(expected), len(expected) + 1):
         assert is_shorter(text, than=than) == (len(expected) < than)
+
+
+@settings(max_examples=200)
+@given(
+    st.text(st.characters(exclude_characters="\u03a3"), max_size=40)
+    | st.lists(st.sampled_from(["ab", " ", ". ", "\n", "é", "漢", "\U0001f600"])).map("".join)
+)
+def test_a_long_text_is_normalised_in_slices(text):
+    with mock.patch.object(normalize, "_SLICE", 5):
+        assert normalized(text).tolist() == [ord(character) for character in published_normalization(text)]
 
 
 def test_a_long_text_is_short_when_it_is_punctuation():

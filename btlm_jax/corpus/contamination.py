@@ -96,9 +96,11 @@ def evaluation_runs(paths: Iterable[Path]) -> np.ndarray:
 
 def shares_run(text: str, runs: np.ndarray) -> bool:
     """Return whether a run of 13 words of the text is one of the sorted `runs`."""
+    if not len(runs):
+        return False
     own = word_runs(text)
-    place = np.searchsorted(runs, own)
-    return bool(len(runs) and (runs[np.minimum(place, len(runs) - 1)] == own).any())
+    place = np.minimum(np.searchsorted(runs, own), len(runs) - 1)
+    return bool((runs[place] == own).any())
 
 
 def _words(codes: np.ndarray) -> list[bytes]:

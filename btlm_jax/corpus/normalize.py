@@ -7,6 +7,7 @@ https://github.com/Cerebras/modelzoo, data_preparation/nlp/slimpajama/dedup/to_h
 from __future__ import annotations
 
 import string
+from collections.abc import Iterator
 
 import numpy as np
 
@@ -20,6 +21,7 @@ _TABLE = bytes.maketrans(
     _ASCII_SPACES + string.ascii_uppercase.encode(), b" " * len(_ASCII_SPACES) + string.ascii_lowercase.encode()
 )
 _FIRST_ABOVE = max(_WIDE_SPACES) + 1
+_SLICE = 1 << 20  # characters normalised at a time
 _SOME = 2_000  # characters that nearly always decide whether a document is short
 
 
@@ -35,13 +37,9 @@ _WIDE_TABLE = _wide_table()
 
 
 def normalized(text: str) -> np.ndarray:
-    """Return the characters of the normalised text, uint8 if all are ASCII, else uint32."""
-    if text.isascii():
-        codes = np.frombuffer(text.encode().translate(_TABLE, _PUNCTUATION), np.uint8)
-    else:
-        raw = np.frombuffer(text.lower().encode("utf-32-le", "surrogatepass"), np.uint32)
-        codes = np.where(raw < _FIRST_ABOVE, _WIDE_TABLE[np.minimum(raw, _FIRST_ABOVE)], raw)
-        codes = codes[codes != _DELETED]
+    """Return the characters of the normalised text, in the smallest unsigned type that holds them."""
+    codes = [_codes(text[start:end]) for start, end in _slices(text)]
+    codes = np.concatenate(codes) if len(codes) > 1 else codes[0]
     if not len(codes):
         return codes
     is_space = codes == _SPACE
@@ -49,10 +47,29 @@ def normalized(text: str) -> np.ndarray:
     keep[0] = not is_space[0]
     np.logical_and(is_space[1:], is_space[:-1], out=keep[1:])
     np.logical_not(keep[1:], out=keep[1:])
-    keep[-1] &= not is_space[-1]
     codes = codes[keep]
     # a run of spaces at the end has left its first
     return codes[:-1] if len(codes) and codes[-1] == _SPACE else codes
+
+
+def _slices(text: str) -> Iterator[tuple[int, int]]:
+    """Yield where to cut a long text: after a space, as the lower case of a letter can depend on its neighbours."""
+    start = 0
+    while len(text) - start > _SLICE:
+        end = text.rfind(" ", start, start + _SLICE) + 1 or start + _SLICE
+        yield start, end
+        start = end
+    yield start, len(text)
+
+
+def _codes(text: str) -> np.ndarray:
+    """Return the characters in lower case, white space as spaces, punctuation deleted."""
+    if text.isascii():
+        return np.frombuffer(text.encode().translate(_TABLE, _PUNCTUATION), np.uint8)
+    raw = np.frombuffer(text.lower().encode("utf-32-le", "surrogatepass"), np.uint32)
+    codes = np.where(raw < _FIRST_ABOVE, _WIDE_TABLE[np.minimum(raw, _FIRST_ABOVE)], raw)
+    codes = codes[codes != _DELETED]
+    return codes.astype(np.uint16) if len(codes) and codes.max() < 1 << 16 else codes
 
 
 def is_shorter(text: str, *, than: int) -> bool:

@@ -34,6 +34,7 @@ TRAIN, VALIDATION, TEST = "train", "validation", "test"
 GATHER_BYTES = 128_000_000  # of text shuffled at a time
 MAX_PARTITIONS = 128
 _PIECE_FRAME_BYTES = 1_000_000  # a task holds so much text of every partition
+_HASHED = 1 << 20  # characters hashed at a time
 _HELDOUT_ARRAYS = ("signatures", "order", "keys")
 _COMPARED = 512  # documents compared with the held-out ones at a time
 
@@ -116,7 +117,7 @@ def _assign_task(
             if shares_run(record.text, runs):
                 dropped["has evaluation text"] += 1
                 continue
-            place = _hash("split", config.seed, normalized(record.text).astype("<u4").tobytes()) / 2**64
+            place = _place(record.text, seed=config.seed)
             if place < config.validation + config.test:
                 name = VALIDATION if place < config.validation else TEST
                 pieces.add(f"{name}-{sources.index(record.source):05d}", record)
@@ -231,6 +232,15 @@ def _copies(record: Record, *, weight: float, seed: int) -> int:
     """Return how often a document is taken: the whole part of the weight, and once more for its fraction of them."""
     fraction = _hash("weight", seed, record.id.encode()) / 2**64
     return int(weight) + (fraction < weight % 1)
+
+
+def _place(text: str, *, seed: int) -> float:
+    """Return a number from 0 to 1 that the seed and the normalised text decide."""
+    digest = hashlib.blake2b(digest_size=8, key=f"split {seed}".encode())
+    codes = normalized(text)
+    for start in range(0, len(codes), _HASHED):
+        digest.update(codes[start : start + _HASHED].astype("<u4").data)
+    return int.from_bytes(digest.digest(), "big") / 2**64
 
 
 def _hash(purpose: str, seed: int, data: bytes) -> int:
