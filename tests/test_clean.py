@@ -183,6 +183,11 @@ def test_a_file_cut_short_fails_or_gives_its_beginning(raw, capsys):
     assert totals["bad"] == {"quarantined": 1} and totals["read"]["A"]["documents"] == 40
 
 
+def test_the_output_may_not_be_in_the_input(raw, capsys):
+    assert run_clean(raw, "raw/clean") == 1
+    assert "so it would be read as input" in capsys.readouterr().err and not (raw / "raw" / "clean").exists()
+
+
 def test_an_input_without_documents_is_an_error(tmp_path, capsys):
     write_raw(tmp_path / "raw" / "a.jsonl", ["short"], source="A")
     assert run_clean(tmp_path) == 1 and "nothing is left: all documents are short" in capsys.readouterr().err

@@ -58,8 +58,10 @@ def clean(config: CleanConfig, *, output: Path, num_workers: int, log: Log) -> d
 
     Raises:
       FileNotFoundError: there are none.
-      ValueError: a file is bad, too many lines are, or nothing is left.
+      ValueError: a file is bad, too many lines are, nothing is left, or `output` lies where the raw files are.
     """
+    if output.resolve().is_relative_to(config.input.resolve()):
+        raise ValueError(f"output {output} lies in input {config.input}, so it would be read as input; choose another")
     stage = Stage(
         name="clean",
         settings={
