@@ -76,6 +76,12 @@ def test_a_long_text_is_normalised_in_slices(text):
         assert normalized(text).tolist() == [ord(character) for character in published_normalization(text)]
 
 
+def test_a_slice_ends_between_words_for_a_sigma_ends_a_word():
+    text = "ΑΒΣ ΑΣΑ ΣΑΣ Σ " * 3
+    with mock.patch.object(normalize, "_SLICE", 5):
+        assert normalized(text).tolist() == [ord(character) for character in published_normalization(text)]
+
+
 def test_a_long_text_is_short_when_it_is_punctuation():
     assert is_shorter("." * 5_000 + "x" * 199, than=200) and not is_shorter("." * 5_000 + "x" * 200, than=200)
 

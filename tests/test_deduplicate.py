@@ -1,5 +1,6 @@
 """Deduplication on disk: planted duplicates in several files; workers, order and kills change nothing."""
 
+import json
 import random
 import signal
 import subprocess
@@ -79,15 +80,45 @@ def test_the_longest_of_each_cluster_stays_and_everything_is_counted(cleaned, pr
 
 
 def test_the_survivor_does_not_depend_on_the_order(cleaned, tmp_path):
-    texts = [text for seed in range(8) for text in variants(seed)[:2]]  # equally long after cleaning or not
+    texts = [text for seed in range(8) for text in (variants(seed)[0], variants(seed)[0].upper())]  # equally long
     rows = []
-    for seed in (1, 2):
+    for seed in (1, 2, 3):
         random.Random(seed).shuffle(texts)
         folder = tmp_path / f"order{seed}"
         make_cleaned(folder, texts)
         assert main(arguments(folder)) == 0
         rows.append(sorted(kept_texts(folder / "dedup")))
-    assert rows[0] == rows[1] and len(rows[0]) == 8
+    assert rows[0] == rows[1] == rows[2] and len(rows[0]) == 8
+
+
+def test_of_equal_texts_the_id_decides(tmp_path):
+    ids = []
+    for seed in (1, 2, 3):
+        names = [f"id{number}" for number in range(9)]
+        random.Random(seed).shuffle(names)
+        folder = tmp_path / f"order{seed}"
+        (folder / "raw").mkdir(parents=True)
+        rows = [json.dumps({"id": name, "text": made_up_text(seed=int(name[2:]) % 3)}) for name in names]
+        (folder / "raw" / "all.jsonl").write_text("\n".join(rows))
+        clean = ["corpus", "clean", f"--input={folder / 'raw'}", f"--output={folder / 'clean'}", "--workers=1"]
+        assert main(clean) == main(arguments(folder)) == 0
+        found = read_stage(folder / "dedup")["outputs"]
+        ids.append({record.id for output in found for record in read_records(folder / "dedup" / output["file"])})
+    assert ids[0] == ids[1] == ids[2] and {int(name[2:]) % 3 for name in ids[0]} == {0, 1, 2}
+
+
+def test_only_verified_pairs_are_dropped(tmp_path):
+    """At a Jaccard of 0.6 four of ten pairs share one of 32 keys of 8, and none has 0.75 of the numbers in common."""
+    texts = []
+    for seed in range(40):
+        text = made_up_text(seed=seed, num_words=200)
+        kept = text[: 3 * len(text) // 4]
+        texts += [text, kept + made_up_text(seed=seed + 500, num_words=50)]
+    make_cleaned(tmp_path, texts)
+    assert main(arguments(tmp_path)) == 0
+    assert sorted(kept_texts(tmp_path / "dedup")) == sorted(texts)
+    assert main(arguments(tmp_path, "published", "--preset=slimpajama")) == 0
+    assert len(kept_texts(tmp_path / "published")) > 70
 
 
 def test_workers_and_partitions_change_nothing(cleaned, monkeypatch):

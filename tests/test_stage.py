@@ -68,6 +68,21 @@ def test_the_first_error_of_a_worker_is_told_and_totals_add_up(tmp_path):
     assert "40 documents" in said[-1] and "ETA 0:00:00" in said[-1] and "MB a process" in said[-1]
 
 
+def append(task, directory, tick):
+    with open(task.inputs[0].path, "a") as file:
+        file.write("more")
+    return count(task, directory, tick)
+
+
+def test_an_input_that_changes_while_it_is_read_is_refused(tmp_path):
+    (tmp_path / "raw.jsonl").write_text("text")
+    tasks = make_tasks(raw_inputs(tmp_path / "raw.jsonl"))
+    made = Stage(name="appending", settings={}, tasks=tasks, run=append)
+    with pytest.raises(ValueError, match="raw.jsonl changed while it was read; run again"):
+        run(made, tmp_path / "out")
+    assert list((tmp_path / "out" / "done").iterdir()) == []
+
+
 def test_two_processes_do_not_work_in_one_directory(tmp_path):
     with open(tmp_path / ".lock", "w") as file:
         fcntl.flock(file, fcntl.LOCK_EX)

@@ -28,7 +28,7 @@ example:  btlm corpus dedup --input=corpus/clean --output=corpus/dedup --preset=
 Both presets are MinHash of character 13-grams. slimpajama is as published: 9 bands of 13 of 128 permutations, nothing
 verified; it finds 0.4 of the pairs at a Jaccard similarity of 0.8. strict finds 0.96: 32 bands of 8 of 256 bins,
 verified by the share of equal bins (0.75). Of a cluster the longest document stays; among equally long ones a hash of
-id and text decides.
+the text, then of the id, decides.
 """
 
 SPLIT_HELP = """btlm corpus split: part documents into train, validation and test; shuffle them.

@@ -77,9 +77,12 @@ def deduplicate(source: Path, *, preset: str, output: Path, num_workers: int, lo
 
 
 def rank(record: Record) -> int:
-    """Return a number by which one of several equally long documents is chosen: of its id and text alone."""
-    digest = hashlib.blake2b(f"{record.id}\0{record.text}".encode(), digest_size=8)
-    return int.from_bytes(digest.digest(), "big")
+    """Return a number by which one of several equally long documents is chosen: of its text, then of its id.
+
+    An id may say where the document lay, so that it comes second.
+    """
+    parts = [hashlib.blake2b(part.encode(), digest_size=4).digest() for part in (record.text, record.id)]
+    return int.from_bytes(b"".join(parts), "big")
 
 
 def _signature_task(task: Task, directory: Path, tick: Tick, *, preset: str) -> dict:
