@@ -93,9 +93,7 @@ def _flags() -> flags.FlagValues:
     flags.DEFINE_float("min_p", 0.0, "draw from tokens this share as likely as the likeliest", flag_values=values)
     flags.DEFINE_float("repetition_penalty", 1.0, "above 1 makes tokens seen less likely", flag_values=values)
     flags.DEFINE_string(
-        "cache_dtype",
-        "model",
-        "of keys and values: float32, bfloat16, int8; model: as it computes, at 4 bits int8",
+        "cache_dtype", "model", "of keys and values: float32, bfloat16, int8; model: as it computes, at 4 bits int8",
         flag_values=values,
     )
     flags.DEFINE_boolean("int4", False, "round the weights to 4 bits first", flag_values=values)
