@@ -16,7 +16,7 @@ from btlm_jax.curriculum import Curriculum, make_curriculum
 
 PRESETS = ("btlm", "sp", "completep")
 DTYPES = ("float32", "bfloat16")
-ATTENTIONS = ("reference", "blockwise")
+ATTENTIONS = ("auto", "reference", "blockwise", "splash")
 REMATS = ("full", "matmuls_saved", "none")
 CORPUS_SOURCES = ("prepared", "installed_python")
 

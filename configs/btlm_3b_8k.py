@@ -23,7 +23,7 @@ def get_config() -> ConfigDict:
                 layer_norm_eps=1e-5,
                 alibi_scaling=1.0,
                 dtype="bfloat16",
-                attention="blockwise",
+                attention="auto",
                 remat="full",
                 loss_chunk=512,
             ),

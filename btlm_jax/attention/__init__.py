@@ -1,5 +1,7 @@
 """Causal attention with ALiBi: one entry point, `attend`, over implementations that agree."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 from jax.sharding import AxisType
@@ -7,8 +9,10 @@ from jax.sharding import PartitionSpec as P
 
 from btlm_jax.attention.blockwise import attend_blockwise
 from btlm_jax.attention.reference import attend_reference
+from btlm_jax.attention.splash import attend_splash
 
-IMPLEMENTATIONS = ("reference", "blockwise")
+IMPLEMENTATIONS = ("reference", "blockwise", "splash")
+AUTO = "auto"  # the fastest one for the devices: splash on TPUs, blockwise elsewhere
 
 
 def attend(
@@ -16,19 +20,26 @@ def attend(
 ) -> jax.Array:
     """Return softmax over s <= t of (scale * q_t . k_s - slopes * (t - s)), applied to v, as o_BTNH in q's dtype.
 
-    The softmax is float32 whatever the dtype. The slopes are constants: no gradient flows to them. Under an explicit
-    mesh each device attends with its own sequences and heads, so the length and the head dim must not be sharded.
+    `implementation` is one of IMPLEMENTATIONS or AUTO. The softmax is float32 whatever the dtype. The slopes are
+    constants: no gradient flows to them. Under an explicit mesh each device attends with its own sequences and heads,
+    so the length and the head dim must not be sharded.
 
     Raises:
       ValueError: an unknown implementation, shapes or shardings that do not fit together.
     """
+    is_tpu = _platform() == "tpu"
+    if implementation == AUTO:
+        implementation = "splash" if is_tpu else "blockwise"
     if implementation == "reference":
         attend_local = attend_reference
     elif implementation == "blockwise":
         attend_local = attend_blockwise
+    elif implementation == "splash":
+        attend_local = functools.partial(attend_splash, interpret=not is_tpu)
     else:
         raise ValueError(
-            f"attention implementation {implementation!r} is not known; allowed are {', '.join(IMPLEMENTATIONS)}"
+            f"attention implementation {implementation!r} is not known; allowed are "
+            f"{', '.join((AUTO, *IMPLEMENTATIONS))}"
         )
     _check_shapes(q_BTNH, k_BSNH, v_BSNH, slopes_N)
     slopes_N = jax.lax.stop_gradient(jnp.asarray(slopes_N, jnp.float32))
@@ -40,9 +51,16 @@ def attend(
         return local(q_BTNH, k_BSNH, v_BSNH, slopes_N)
     spec = _sharding_spec(q_BTNH, k_BSNH, v_BSNH)
     slopes_N = jax.sharding.reshard(slopes_N, P(spec[2]))
-    return jax.shard_map(local, in_specs=(spec, spec, spec, P(spec[2])), out_specs=spec)(
-        q_BTNH, k_BSNH, v_BSNH, slopes_N
-    )
+    # The splash kernel does not declare what its results vary over, which the check would need.
+    return jax.shard_map(
+        local, in_specs=(spec, spec, spec, P(spec[2])), out_specs=spec, check_vma=implementation != "splash"
+    )(q_BTNH, k_BSNH, v_BSNH, slopes_N)
+
+
+def _platform() -> str:
+    """Return the platform of the surrounding mesh's devices, which a compilation ahead of time need not have here."""
+    device = jax.sharding.get_abstract_mesh().abstract_device
+    return jax.default_backend() if device is None else device.platform
 
 
 def _check_shapes(q_BTNH: jax.Array, k_BSNH: jax.Array, v_BSNH: jax.Array, slopes_N: jax.Array) -> None:

@@ -182,7 +182,7 @@ def model_facts(
             layer_norm_eps=config.layer_norm_epsilon,
             alibi_scaling=config.alibi_scaling,
             dtype=dtype,
-            attention="blockwise",  # right on every backend, for training on from here
+            attention="auto",
             remat="full",
             loss_chunk=512,
         ),

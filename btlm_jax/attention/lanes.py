@@ -1,0 +1,55 @@
+"""ALiBi as extra lanes of q and k, for kernels that know no bias: q' . k' = q . k + slope * (s - t).
+
+Kernels multiply in bfloat16, whose 8 bits hold neither a slope nor a position, so both are split into parts that it
+holds exactly: a slope into three, a position into its multiple of 256 and the rest. The products are then exact and
+summed in float32. The lanes are constants: what a kernel returns as their gradient is cut off.
+"""
+
+import jax
+import jax.numpy as jnp
+
+NUM_PARTS = 3  # of a slope: 3 x 8 bits are a float32's 24
+NUM_LANES = 4 * NUM_PARTS
+MAX_LENGTH = 1 << 16  # the multiples of 256 below it have 8 bits
+
+
+def fold_alibi(q_BNTH: jax.Array, k_BNSH: jax.Array, slopes_N: jax.Array, *, width: int) -> tuple[jax.Array, jax.Array]:
+    """Return q and k with `width` lanes: the head dim, NUM_LANES of ALiBi, zeros.
+
+    Per part of a slope, q carries (slope, -coarse, slope, -fine) of its position and k (coarse, slope, fine, slope).
+    That is centred on the query, so a score is as small as what it stands for, and no row needs a large maximum.
+
+    Raises:
+      ValueError: more positions than two parts of 8 bits can count.
+    """
+    length, head_dim = q_BNTH.shape[2:]
+    if length > MAX_LENGTH:
+        raise ValueError(f"ALiBi inside q and k counts {MAX_LENGTH:,} positions; got a length of {length:,}")
+    assert width >= head_dim + NUM_LANES
+    before, after = head_dim, width - head_dim - NUM_LANES
+
+    def place(x_XA):  # next to the head dim: padding and adding fuses where concatenating would copy
+        return jnp.pad(x_XA, ((0, 0), (before, after)))
+
+    slope_NA = jnp.repeat(bfloat16_parts(slopes_N), 4, axis=1)
+    position_T = jnp.arange(length)
+    coarse_T, fine_T = position_T // 256 * 256, position_T % 256
+    position_TA = jnp.tile(jnp.stack([coarse_T, coarse_T, fine_T, fine_T], axis=1), NUM_PARTS).astype(jnp.float32)
+    is_even_A = (jnp.arange(NUM_LANES) % 2 == 0)[None]
+    q_lanes_NTW = place(jnp.where(is_even_A, slope_NA, 0))[:, None] + place(jnp.where(is_even_A, 0, -position_TA))[None]
+    k_lanes_NSW = place(jnp.where(is_even_A, 0, slope_NA))[:, None] + place(jnp.where(is_even_A, position_TA, 0))[None]
+    widen = ((0, 0), (0, 0), (0, 0), (0, width - head_dim))
+    q_BNTW = jnp.pad(q_BNTH, widen) + q_lanes_NTW[None].astype(q_BNTH.dtype)
+    k_BNSW = jnp.pad(k_BNSH, widen) + k_lanes_NSW[None].astype(k_BNSH.dtype)
+    return q_BNTW, k_BNSW
+
+
+def bfloat16_parts(x_N: jax.Array) -> jax.Array:
+    """Split float32 values into NUM_PARTS float32 summands_NP that bfloat16 holds exactly, largest first."""
+    parts, rest_N = [], x_N
+    for _ in range(NUM_PARTS):
+        # A cast there and back would not do: XLA may leave both out.
+        part_N = jax.lax.reduce_precision(rest_N, exponent_bits=8, mantissa_bits=7)
+        parts.append(part_N)
+        rest_N = rest_N - part_N
+    return jnp.stack(parts, axis=1)

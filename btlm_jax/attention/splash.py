@@ -1,0 +1,54 @@
+"""Attention by the splash kernel that ships with JAX for TPUs, with ALiBi inside q . k (see lanes.py).
+
+A TPU's tiles are 128 lanes wide, so a head dim of up to 116 carries ALiBi in lanes that would be padding: it costs
+nothing. Larger head dims pay for another tile. Off a TPU, Pallas interprets the kernel: slow, the same arithmetic.
+"""
+
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+from jax.experimental.pallas.ops.tpu import splash_attention
+
+from btlm_jax.attention.lanes import NUM_LANES, fold_alibi
+
+TILE = 128
+MAX_BLOCK = 512  # larger blocks compute more of the masked triangle and fill the vector memory
+
+
+def attend_splash(
+    q_BTNH: jax.Array, k_BSNH: jax.Array, v_BSNH: jax.Array, slopes_N: jax.Array, *, scale: float, interpret: bool
+) -> jax.Array:
+    """Attend in the kernel (same mathematics as `attend_reference`); products take operands in q's dtype."""
+    T, N, H = q_BTNH.shape[1:]
+    block = block_size(T)
+    padding = -T % block
+
+    def heads_first(x_BTNH):  # padding comes last: no real query sees its keys, and its outputs are cut off
+        return jnp.pad(x_BTNH.swapaxes(1, 2), ((0, 0), (0, 0), (0, padding), (0, 0)))
+
+    width = _round_up(H + NUM_LANES, TILE)
+    q_BNTW, k_BNSW = fold_alibi(heads_first(q_BTNH * scale), heads_first(k_BSNH), slopes_N, width=width)
+    kernel = _make_kernel(T + padding, N, block, interpret=interpret)
+    o_BNTH = jax.vmap(kernel)(q_BNTW, k_BNSW, heads_first(v_BSNH))
+    return o_BNTH[:, :, :T].swapaxes(1, 2)
+
+
+def block_size(length: int) -> int:
+    """Return how many positions a block of the kernel holds: whole tiles."""
+    return min(MAX_BLOCK, _round_up(length, TILE))
+
+
+def _make_kernel(length: int, num_heads: int, block: int, *, interpret: bool) -> Callable:
+    # dq apart from dk and dv: the kernel for all three writes a dq for each block of keys to memory and sums them.
+    sizes = splash_attention.BlockSizes(
+        block_q=block, block_kv=block, block_q_dkv=block, block_kv_dkv=block, block_q_dq=block, block_kv_dq=block
+    )
+    mask = splash_attention.MultiHeadMask([splash_attention.CausalMask((length, length))] * num_heads)
+    return splash_attention.make_splash_mha_single_device(
+        mask, block_sizes=sizes, residual_checkpoint_name="attention_out", interpret=interpret
+    )
+
+
+def _round_up(size: int, multiple: int) -> int:
+    return -(-size // multiple) * multiple
