@@ -9,7 +9,6 @@ from collections.abc import Callable
 from pathlib import Path
 
 import jax
-import numpy as np
 import optax
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
@@ -17,15 +16,14 @@ from tqdm import tqdm
 
 from btlm_jax.config import TrainConfig
 from btlm_jax.corpus.build import build_store
-from btlm_jax.curriculum import Phase
 from btlm_jax.data.reader import TokenStore, open_store
 from btlm_jax.files import write_atomically
 from btlm_jax.metrics import GoodputLedger
-from btlm_jax.model import Btlm, make_model, parameter_table
-from btlm_jax.mup import make_parametrization
-from btlm_jax.optimizer import learning_rate_at, make_optimizer
-from btlm_jax.sharding import FSDP, batch_sharding
-from btlm_jax.step import abstract_batch, abstract_state, make_eval_step, make_train_step
+from btlm_jax.model import Btlm
+from btlm_jax.optimizer import learning_rate_at
+from btlm_jax.program import make_program
+from btlm_jax.sharding import FSDP
+from btlm_jax.step import abstract_batch, make_eval_step
 from btlm_jax.store import MANIFEST_FILE
 
 
@@ -116,43 +114,30 @@ def make_run(config: TrainConfig, *, workdir: Path, mesh: Mesh, token_store: Tok
 
     They exist before the first step, so that the switch of phases costs nothing and cannot fail.
     """
-    model = make_model(config.model, make_parametrization(config.mup, config.model))
-    table = parameter_table(model, mesh)
-    optimizer = make_optimizer(config.optimizer, table)
-    train_step = make_train_step(model, optimizer, table, loss_chunk=config.model.loss_chunk)
-    eval_step = make_eval_step(model, loss_chunk=config.model.loss_chunk)
-    state = abstract_state(table, optimizer, mesh)
-    learning_rate = jax.ShapeDtypeStruct((), np.float32)
+    program = make_program(config, mesh)
+    eval_step = make_eval_step(program.model, loss_chunk=config.model.loss_chunk)
     jax.config.update("jax_compilation_cache_dir", str(workdir.resolve() / "compile_cache"))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
     # XLA's own caches put the directory into the executables' keys, so that a moved workdir would find none of them.
     jax.config.update("jax_persistent_cache_enable_xla_caches", "none")
     began = time.monotonic()
     with ledger.measure("compile"), jax.set_mesh(mesh):
-        jitted = jax.jit(train_step, donate_argnums=0)
         train_steps = tuple(
-            jitted.lower(state, _abstract_train_batch(config, phase, mesh), learning_rate).compile()
-            for phase in config.curriculum.table.phases
+            program.trace_train_step(phase).lower().compile() for phase in config.curriculum.table.phases
         )
         rows = (config.evaluation.batch_size, token_store.manifest.block_len)
         heldout = abstract_batch(rows, NamedSharding(mesh, PartitionSpec(FSDP)))
-        compiled_eval_step = jax.jit(eval_step).lower(state.params, heldout).compile()
+        compiled_eval_step = jax.jit(eval_step).lower(program.state.params, heldout).compile()
     log(f"Compiled {len(train_steps)} phases and the evaluation in {time.monotonic() - began:.1f} s")
     return Run(
         config=config,
         workdir=workdir,
         mesh=mesh,
-        model=model,
-        table=table,
-        optimizer=optimizer,
+        model=program.model,
+        table=program.table,
+        optimizer=program.optimizer,
         token_store=token_store,
         train_steps=train_steps,
         eval_step=compiled_eval_step,
         ledger=ledger,
     )
-
-
-def _abstract_train_batch(config: TrainConfig, phase: Phase, mesh: Mesh) -> dict:
-    accumulation = config.mesh.accumulation
-    shape = (accumulation, phase.batch_size // accumulation, phase.seq_len)
-    return abstract_batch(shape, batch_sharding(mesh))

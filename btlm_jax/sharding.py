@@ -73,6 +73,14 @@ def check_divisible(config: TrainConfig, mesh: Mesh) -> None:
       ValueError: naming every size that does not divide, by what, and what would.
     """
     fsdp, tensor = mesh.shape[FSDP], mesh.shape[TENSOR]
+    problems = divisibility_problems(config, fsdp=fsdp, tensor=tensor)
+    if problems:
+        layout = f"on {fsdp * tensor} devices as fsdp {fsdp} x tensor {tensor}"
+        raise ValueError(f"the config does not divide {layout}:\n  " + "\n  ".join(problems))
+
+
+def divisibility_problems(config: TrainConfig, *, fsdp: int, tensor: int) -> list[str]:
+    """Return a line for every size that a (fsdp, tensor) mesh does not divide: the size, by what, and what would do."""
     ways = fsdp * config.mesh.accumulation
     problems = []
     for name, size, by, reason in (
@@ -97,6 +105,4 @@ def check_divisible(config: TrainConfig, mesh: Mesh) -> None:
         if size % by:
             near = sorted({max(size // by * by, by), (size // by + 1) * by})
             problems.append(f"{name}={size} is not divisible by {by} ({reason}); nearest: {', '.join(map(str, near))}")
-    if problems:
-        layout = f"on {fsdp * tensor} devices as fsdp {fsdp} x tensor {tensor}"
-        raise ValueError(f"the config does not divide {layout}:\n  " + "\n  ".join(problems))
+    return problems

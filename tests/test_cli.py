@@ -27,7 +27,7 @@ def refused(capsys, *arguments, code: int, said: str) -> None:
 @pytest.mark.parametrize(
     "arguments, said",
     [
-        (["trian"], "unknown verb 'trian'; verbs are train, generate, convert, corpus, tune (btlm --help)"),
+        (["trian"], "unknown verb 'trian'; verbs are train, generate, convert, corpus, tune, plan (btlm --help)"),
         (["train"], "--config=FILE is needed"),
         (["train", LOCAL], "--workdir=DIR is needed"),
         (["train", LOCAL, "extra"], "unexpected argument 'extra'"),

@@ -10,12 +10,13 @@ import pytest
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 from test_attention import FLOAT32_ERROR, NAMES, attend_and_gradients, errors, make_inputs, oracle
-from tpu import needs_libtpu, tpu_devices
+from tpu import needs_libtpu
 
 from btlm_jax.attention import attend
 from btlm_jax.attention.lanes import MAX_LENGTH, NUM_LANES, bfloat16_parts, fold_alibi
 from btlm_jax.attention.splash import MAX_BLOCK, TILE, block_size
 from btlm_jax.model import alibi_slopes
+from btlm_jax.plan.chips import slice_devices
 
 
 def subjaxprs(jaxpr):
@@ -124,7 +125,7 @@ def test_no_array_grows_with_the_square_of_the_length():
 def test_it_compiles_for_a_tpu_at_8192_tokens(H):
     B, T, N = 2, 8192, 32
     assert block_size(T) == MAX_BLOCK
-    mesh = jax.make_mesh((2, 2), ("fsdp", "tensor"), devices=tpu_devices("v5e:2x2"))
+    mesh = jax.make_mesh((2, 2), ("fsdp", "tensor"), devices=slice_devices("v5e:2x2"))
     x = jax.ShapeDtypeStruct((B, T, N, H), jnp.bfloat16, sharding=NamedSharding(mesh, P("fsdp", None, "tensor", None)))
     slopes = jax.ShapeDtypeStruct((N,), jnp.float32, sharding=NamedSharding(mesh, P()))
     with jax.set_mesh(mesh):
@@ -140,7 +141,7 @@ def test_it_compiles_for_a_tpu_at_8192_tokens(H):
 @needs_libtpu
 def test_a_remat_policy_that_keeps_the_output_runs_the_forward_kernel_once():
     B, T, N, H = 1, 256, 2, 80
-    mesh = jax.make_mesh((1, 1), ("fsdp", "tensor"), devices=tpu_devices("v5e:2x2")[:1])
+    mesh = jax.make_mesh((1, 1), ("fsdp", "tensor"), devices=slice_devices("v5e:2x2")[:1])
     x = jax.ShapeDtypeStruct((B, T, N, H), jnp.bfloat16, sharding=NamedSharding(mesh, P()))
     slopes_N = alibi_slopes(N, scaling=1.0)
 

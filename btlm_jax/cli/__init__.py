@@ -15,7 +15,7 @@ from collections.abc import Sequence
 from absl import logging as absl_logging
 
 from btlm_jax import __version__
-from btlm_jax.cli import corpus, generating, making, using
+from btlm_jax.cli import corpus, generating, making, planning, using
 from btlm_jax.cli.parse import BAD_NUMBERS, DONE, ERROR, PREEMPTED, USAGE, UsageError
 
 __all__ = ["BAD_NUMBERS", "DONE", "ERROR", "PREEMPTED", "USAGE", "UsageError", "entry", "main"]
@@ -31,6 +31,7 @@ usage: btlm <verb> [flags]        (btlm <verb> --help explains a verb)
   corpus clean     make a corpus out of raw files, stage by stage (btlm corpus --help)
   corpus verify    read a token store again and compare every byte with its manifest
   tune coord-check prove on a CPU that the parametrization is right, and that wrong ones are caught (2 minutes)
+  plan             compile the train steps for a TPU slice that is not there: fits? how fast? how much?
 
 first:  btlm train --config=configs/local_cpu.py --workdir=runs/local
 """
@@ -41,6 +42,7 @@ VERBS = {
     "convert": using.convert,
     "corpus": corpus.corpus,
     "tune": making.tune,
+    "plan": planning.plan,
 }
 
 

@@ -46,7 +46,7 @@ def parameter_table(model: Btlm, mesh: Mesh):
         )
 
     with jax.set_mesh(mesh):
-        boxed = jax.eval_shape(lambda key: model.init(key, _example_inputs(model, mesh)), jax.random.key(0))["params"]
+        boxed = jax.eval_shape(lambda: model.init(jax.random.key(0), _example_inputs(model, mesh)))["params"]
     return jax.tree_util.tree_map_with_path(info, boxed, is_leaf=lambda leaf: isinstance(leaf, nn.LogicallyPartitioned))
 
 

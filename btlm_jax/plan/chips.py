@@ -1,0 +1,106 @@
+"""What is known of each TPU generation, and the devices of a slice to compile for, made by libtpu on any machine."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib.util
+import os
+import re
+
+import jax
+from jax.experimental import topologies
+
+GIB = 1 << 30
+_PLANE = ("2x2", "2x4", "4x4", "4x8", "8x8", "8x16", "16x16")
+_CUBE = ("2x2x1", "2x2x2", "2x2x4", "2x4x4", "4x4x4", "4x4x8", "4x8x8", "8x8x8", "8x8x16", "8x16x16")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Chip:
+    """One generation. Peak FLOP/s are in metrics.py, which takes them from a device's kind."""
+
+    name: str
+    hbm_bytes: int  # what the compiler gives a program; it names it when a program needs more
+    clock: float  # cycles/s
+    num_cores: int  # that one device is made of
+    link_bytes: float  # bytes/s of one direction of one link to a neighbour
+    # Instruction bundles of the splash kernel's inner loop for 512 x 512 positions, counted in the compiler's dump.
+    kernel_bundles: dict[str, int]
+    slices: tuple[str, ...]
+    options: dict[str, str]  # that libtpu wants beside the name
+
+
+CHIPS = {
+    chip.name: chip
+    for chip in (
+        Chip(
+            name="v4", hbm_bytes=int(30.75 * GIB), clock=1.05e9, num_cores=2, link_bytes=45e9,
+            kernel_bundles={"fwd": 1411, "dq": 1700, "dkv": 2150}, slices=_CUBE,
+            options={"chip_config_name": "megacore"},  # otherwise a device is half a chip
+        ),
+        Chip(
+            name="v5e", hbm_bytes=int(15.75 * GIB), clock=1.5e9, num_cores=1, link_bytes=45e9,
+            kernel_bundles={"fwd": 1038, "dq": 1362, "dkv": 1752}, slices=_PLANE, options={},
+        ),
+        Chip(
+            name="v5p", hbm_bytes=int(95.74 * GIB), clock=1.75e9, num_cores=2, link_bytes=90e9,
+            kernel_bundles={"fwd": 1016, "dq": 1360, "dkv": 1750}, slices=_CUBE, options={},
+        ),
+        Chip(
+            name="v6e", hbm_bytes=int(31.25 * GIB), clock=1.75e9, num_cores=1, link_bytes=90e9,
+            kernel_bundles={"fwd": 672, "dq": 780, "dkv": 1000}, slices=_PLANE, options={},
+        ),
+    )
+}  # fmt: skip
+
+
+def chip_of(topology: str) -> Chip:
+    """Return the chip of a topology such as "v5e:16x16".
+
+    Raises:
+      ValueError: it is not written like one, or of no known generation.
+    """
+    found = re.fullmatch(r"(\w+):\d+x\d+(x\d+)?", topology)
+    if not found or found[1] not in CHIPS:
+        allowed = "; ".join(f"{chip.name}:{{{','.join(chip.slices)}}}" for chip in CHIPS.values())
+        raise ValueError(f"--topology={topology!r} is not known; allowed are {allowed}")
+    return CHIPS[found[1]]
+
+
+def slice_devices(topology: str) -> list[jax.Device]:
+    """Return the devices of a slice; nothing can be put on them, but programs can be compiled for them.
+
+    Raises:
+      ValueError: there is no such slice, or libtpu is not installed.
+    """
+    chip = chip_of(topology)
+    if importlib.util.find_spec("libtpu") is None:
+        raise ValueError("compiling for TPUs needs libtpu, on any Linux machine: pip install 'btlm_jax[tpu]'")
+    _settle_libtpu()
+    try:
+        description = topologies.get_topology_desc(platform="tpu", topology_name=topology, **chip.options)
+    except jax.errors.JaxRuntimeError as error:
+        raise ValueError(
+            f"libtpu refuses --topology={topology}: {str(error).splitlines()[0]}; usual slices of {chip.name} are "
+            f"{', '.join(chip.slices)}"
+        ) from error
+    return list(description.devices)
+
+
+def num_chips(slice_shape: str) -> int:
+    """Return how many chips "4x8" or "4x4x8" has."""
+    sides = [int(side) for side in slice_shape.split("x")]
+    return sides[0] * sides[1] * (sides[2] if len(sides) == 3 else 1)
+
+
+def _settle_libtpu() -> None:
+    """Tell libtpu that there is no TPU here to look for, to lock, or to complain about."""
+    for name, value in (
+        ("TPU_SKIP_MDS_QUERY", "1"),
+        ("ALLOW_MULTIPLE_LIBTPU_LOAD", "1"),
+        ("TPU_WORKER_HOSTNAMES", "localhost"),
+        ("TPU_ACCELERATOR_TYPE", "v5litepod-4"),
+        ("TPU_STDERR_LOG_LEVEL", "3"),
+        ("TPU_MIN_LOG_LEVEL", "3"),
+    ):
+        os.environ.setdefault(name, value)

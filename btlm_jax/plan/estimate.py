@@ -1,0 +1,175 @@
+"""Compile one phase's train step for a slice, and predict its memory and its time. Nothing here has run on a TPU.
+
+The time is static arithmetic over the compiled program, after reference figures of the same kind; ASSUMPTIONS says
+what it leaves out. It is a range: every asynchronous exchange hidden behind computation, or none.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import re
+import time
+
+import jax
+
+from btlm_jax.curriculum import Phase
+from btlm_jax.metrics import flops_per_token, peak_flops
+from btlm_jax.plan.chips import GIB, Chip
+from btlm_jax.plan.executable import Collective, Executable, read_executable
+from btlm_jax.plan.work import Work, work_of
+from btlm_jax.program import Program
+
+ASSUMPTIONS = (
+    "XLA's own cycle estimate of every fusion x the trips of the loops around it / clock",
+    "splash kernel: instruction bundles of its inner loop + 300 a block of 512 x 512, / clock / cores",
+    "collectives: bytes x (n - 1) / n / (2 x link), all-reduce twice that, each alone on its links",
+    "low end: all asynchronous collectives hidden; high end: none hidden",
+    "left out: HBM stalls, input, checkpoints, evaluation, failures",
+)
+_KERNEL_OVERHEAD = 300  # bundles a block
+
+
+class DoesNotFitError(Exception):
+    """The compiler needs more memory than a chip has."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Memory:
+    """Bytes of one chip's HBM while a step runs. Outputs reuse the donated arguments, but for what is left over."""
+
+    available: int
+    parameters: int
+    optimizer: int
+    other_arguments: int  # the batch, and what tiles pad
+    outputs: int
+    temporaries: int  # activations, gradients, gathered weights
+    code: int
+
+    @property
+    def needed(self) -> int:
+        arguments = self.parameters + self.optimizer + self.other_arguments
+        return arguments + self.outputs + self.temporaries + self.code
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class StepTime:
+    """Predicted seconds of a step."""
+
+    computation: float
+    attention: float
+    exposed: float  # collectives that run alone
+    asynchronous: float  # collectives that may hide behind the rest
+
+    @property
+    def low(self) -> float:
+        return self.computation + self.attention + self.exposed
+
+    @property
+    def high(self) -> float:
+        return self.low + self.asynchronous
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class PhasePlan:
+    """What is predicted of one phase."""
+
+    phase: Phase
+    compile_seconds: float
+    memory: Memory
+    collectives: tuple[Collective, ...]
+    counted_flops: float  # a step, by the convention of metrics.py
+    executed_flops: float  # a step: recompute, masked halves of blocks and ALiBi's lanes too
+    peak_flops: float  # of the slice, a second
+    step_time: StepTime
+
+    def mfu(self, seconds: float) -> float:
+        return self.counted_flops / self.peak_flops / seconds
+
+
+def plan_phase(program: Program, phase: Phase, *, chip: Chip) -> PhasePlan:
+    """Compile the train step of a phase and read the result.
+
+    Raises:
+      DoesNotFitError: saying by how much.
+    """
+    traced = program.trace_train_step(phase)
+    began = time.monotonic()
+    try:
+        with jax.set_mesh(program.mesh):
+            compiled = traced.lower().compile()
+    except jax.errors.JaxRuntimeError as error:
+        state = _bytes_of(program.state)
+        raise DoesNotFitError(out_of_memory(str(error), state_bytes=state, chip=chip)) from error
+    num_chips = program.mesh.size
+    work = work_of(traced.jaxpr.jaxpr)
+    executable = read_executable(compiled.as_text(), num_devices=num_chips)
+    peak = peak_flops(program.mesh.devices.flat[0])
+    return PhasePlan(
+        phase=phase,
+        compile_seconds=time.monotonic() - began,
+        memory=_memory(program, compiled.memory_analysis(), chip=chip),
+        collectives=executable.collectives,
+        counted_flops=flops_per_token(program.config.model, seq_len=phase.seq_len) * phase.tokens_per_step,
+        executed_flops=work.flops,
+        peak_flops=peak.flops * num_chips,
+        step_time=_step_time(executable, work, chip=chip, num_chips=num_chips),
+    )
+
+
+def collective_seconds(collective: Collective, *, link_bytes: float) -> float:
+    """Return how long the exchanges of one kind take in a step, on a ring in both directions."""
+    passes = 2 if collective.kind == "all-reduce" else 1
+    share = (collective.num_devices - 1) / collective.num_devices
+    return collective.count * passes * collective.num_bytes * share / (2 * link_bytes)
+
+
+def out_of_memory(message: str, *, state_bytes: int, chip: Chip) -> str:
+    """Return how much is missing, from either form of the compiler's complaint: about everything, or a part.
+
+    Raises:
+      ValueError: it complains about something else.
+    """
+    if whole := re.search(r"Used ([\d.]+)G of ([\d.]+)G hbm", message):
+        needed = float(whole[1])
+    elif part := re.search(r"required for HLO (\w+) \(([\d.]+)G\) exceeds available HBM \([\d.]+G\)", message):
+        needed = float(part[2]) + (state_bytes / GIB if part[1] == "temporaries" else 0)
+    else:
+        raise ValueError(f"the step does not compile for {chip.name}: {message.splitlines()[0][:500]}")
+    available = chip.hbm_bytes / GIB
+    return f"needs {needed:.2f} GiB of a chip's {available:.2f} GiB, {needed - available:.2f} GiB too much"
+
+
+def _step_time(executable: Executable, work: Work, *, chip: Chip, num_chips: int) -> StepTime:
+    cycles = sum(
+        blocks / num_chips * (chip.kernel_bundles[name] + _KERNEL_OVERHEAD)
+        for name, blocks in work.kernel_blocks.items()
+    )
+    seconds = {False: 0.0, True: 0.0}
+    for collective in executable.collectives:
+        seconds[collective.is_asynchronous] += collective_seconds(collective, link_bytes=chip.link_bytes)
+    return StepTime(
+        computation=executable.num_cycles / chip.clock,
+        attention=cycles / chip.clock / chip.num_cores,
+        exposed=seconds[False],
+        asynchronous=seconds[True],
+    )
+
+
+def _memory(program: Program, stats, *, chip: Chip) -> Memory:
+    state = program.state
+    parameters, optimizer = _bytes_of(state.params), _bytes_of(state.opt_state)
+    return Memory(
+        available=chip.hbm_bytes,
+        parameters=parameters,
+        optimizer=optimizer,
+        other_arguments=stats.argument_size_in_bytes - parameters - optimizer,
+        outputs=stats.output_size_in_bytes - stats.alias_size_in_bytes,
+        temporaries=stats.temp_size_in_bytes,
+        code=stats.generated_code_size_in_bytes,
+    )
+
+
+def _bytes_of(tree) -> int:
+    """Return the bytes of a tree of abstract arrays on one device."""
+    return sum(leaf.dtype.itemsize * math.prod(leaf.sharding.shard_shape(leaf.shape)) for leaf in jax.tree.leaves(tree))

@@ -1,0 +1,145 @@
+"""Read a compiled TPU program's text: its collectives, its loops and the compiler's own estimate of its cycles."""
+
+from __future__ import annotations
+
+import collections
+import dataclasses
+import math
+import re
+
+_COLLECTIVES = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute")
+_BYTES = {
+    "pred": 1, "s8": 1, "u8": 1, "s16": 2, "u16": 2, "bf16": 2, "f16": 2,
+    "s32": 4, "u32": 4, "f32": 4, "s64": 8, "u64": 8, "f64": 8,
+}  # fmt: skip
+_HEAD = re.compile(r"(ENTRY )?%?([\w.\-]+) \(.*\{$")
+_INSTRUCTION = re.compile(r"  (?:ROOT )?%?([\w.\-]+) = (.*?) ([a-z][a-z0-9\-]*)\((.*)$")
+_CALLED = re.compile(r"(?:calls|to_apply|body)=%?([\w.\-]+)")
+_ARRAY = re.compile(r"\b([a-z]+[0-9]+|pred)\[([0-9,]*)\]")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Collective:
+    """One exchange between devices, as often as a step makes it."""
+
+    kind: str
+    num_bytes: int  # of the whole array on one device: what is gathered, reduced or exchanged
+    num_devices: int  # that take part
+    count: int  # a step
+    is_asynchronous: bool  # computation runs meanwhile
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Executable:
+    """What the text of a compiled program says about a step."""
+
+    collectives: tuple[Collective, ...]
+    num_cycles: int  # of everything but kernels and collectives, as the compiler estimates
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class _Instruction:
+    name: str
+    result: str  # its type
+    opcode: str
+    rest: str  # operands and attributes
+
+
+def read_executable(text: str, *, num_devices: int) -> Executable:
+    """Read the text of an optimised program for TPUs (`compiled.as_text()`)."""
+    computations, entry = _computations(text)
+    found: dict[str, list[tuple[_Instruction, str, int, bool]]] = collections.defaultdict(list)
+    num_cycles = 0
+    # (computation, how often a step runs it, inside a fusion?, asynchronously?)
+    waiting = [(entry, 1, False, False)]
+    while waiting:
+        name, count, is_fused, is_asynchronous = waiting.pop()
+        for instruction in computations[name]:
+            if instruction.opcode.removesuffix("-start") in _COLLECTIVES:
+                key = re.search(r"channel_id=(\d+)", instruction.rest)
+                found[key[1] if key else instruction.name].append((instruction, name, count, is_asynchronous))
+            cycles = re.search(r'"estimated_cycles":"(\d+)"', instruction.rest)
+            if cycles and not is_fused:  # a fusion's estimate covers what is in it
+                num_cycles += count * int(cycles[1])
+            times = _trip_count(instruction, computations) if instruction.opcode == "while" else 1
+            for called in _called(instruction):
+                inside = is_fused or instruction.opcode not in ("while", "conditional", "call")
+                waiting.append((called, count * times, inside, is_asynchronous or _is_asynchronous(instruction)))
+    exchanges = (_collective(places, num_devices=num_devices) for places in found.values())
+    return Executable(
+        collectives=tuple(exchange for exchange in exchanges if exchange.num_devices > 1), num_cycles=num_cycles
+    )
+
+
+def _computations(text: str) -> tuple[dict[str, list[_Instruction]], str]:
+    computations, entry, current = {}, "", []
+    for line in text.splitlines():
+        if head := _HEAD.match(line):
+            current = computations[head[2]] = []
+            entry = head[2] if head[1] else entry
+        elif found := _INSTRUCTION.match(line):
+            current.append(_Instruction(name=found[1], result=found[2], opcode=found[3], rest=found[4]))
+    assert entry, "this is not the text of a compiled program"
+    return computations, entry
+
+
+def _called(instruction: _Instruction) -> list[str]:
+    branches = re.search(r"branch_computations=\{([^}]*)\}", instruction.rest)
+    names = [name.strip().removeprefix("%") for name in branches[1].split(",")] if branches else []
+    return names + _CALLED.findall(instruction.rest)
+
+
+def _is_asynchronous(instruction: _Instruction) -> bool:
+    """Whether what an instruction calls are the pieces of a collective that run beside other work."""
+    is_piece = instruction.name.startswith("async-collective") or instruction.opcode.startswith("async-")
+    return is_piece or any(name.startswith("async_collective_fusion") for name in _called(instruction))
+
+
+def _trip_count(instruction: _Instruction, computations: dict[str, list[_Instruction]]) -> int:
+    """Return how often a loop runs: the constant that its condition compares the count from 0 with."""
+    condition = computations[re.search(r"condition=%?([\w.\-]+)", instruction.rest)[1]]
+    constants = {each.name: each.rest for each in condition if each.opcode == "constant"}
+    for each in condition:
+        if each.opcode == "compare" and "direction=LT" in each.rest:
+            for operand in re.findall(r"%([\w.\-]+)", each.rest.split(")")[0]):
+                if operand in constants:
+                    return int(constants[operand].split(")")[0])
+    raise ValueError(f"the loop {instruction.name} of the compiled program does not say how often it runs")
+
+
+def _collective(places: list[tuple[_Instruction, str, int, bool]], *, num_devices: int) -> Collective:
+    """Make one collective of the places where it stands: the compiler spreads one over several fusions."""
+    instruction, computation, count, _ = places[0]
+    kind = instruction.opcode.removesuffix("-start")
+    is_started = instruction.opcode != kind
+    sizes = [_num_bytes(*array) for array in _ARRAY.findall(instruction.result)]
+    # A started collective's result holds its operand too, except for all-reduce; the whole array is the larger.
+    num_bytes = max(sizes) if is_started and kind != "all-reduce" else sum(sizes)
+    group = _group_size(instruction.rest, num_devices=num_devices)
+    if kind == "reduce-scatter":
+        num_bytes *= 1 if is_started else group
+    if computation.startswith("all-reduce-scatter"):  # a fusion with the slice that follows
+        kind = "reduce-scatter"
+    return Collective(
+        kind=kind,
+        num_bytes=num_bytes,
+        num_devices=group,
+        count=count,
+        is_asynchronous=is_started or any(is_asynchronous for *_, is_asynchronous in places),
+    )
+
+
+def _num_bytes(dtype: str, dims: str) -> int:
+    return _BYTES[dtype] * math.prod(int(dim) for dim in dims.split(",") if dim)
+
+
+def _group_size(attributes: str, *, num_devices: int) -> int:
+    """Return how many devices exchange with each other, of the three ways in which that is written."""
+    if mesh := re.search(r"replica_groups=mesh\[([^\]]*)\] \{([^}]*)\}", attributes):
+        sizes = dict(re.findall(r"'(\w+)'=(\d+)", mesh[1]))
+        return math.prod(int(sizes[axis]) for axis in re.findall(r"'(\w+)'", mesh[2]))
+    if tiled := re.search(r"replica_groups=\[\d+,(\d+)\]", attributes):
+        return int(tiled[1])
+    if listed := re.search(r"replica_groups=\{\{([\d,]+)\}", attributes):
+        return len(listed[1].split(","))
+    return num_devices

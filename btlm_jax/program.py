@@ -1,0 +1,49 @@
+"""From a config and a mesh to the train steps: what `btlm train` runs is what `btlm plan` compiles."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import jax
+import numpy as np
+import optax
+from jax.sharding import Mesh
+
+from btlm_jax.config import TrainConfig
+from btlm_jax.curriculum import Phase
+from btlm_jax.model import Btlm, make_model, parameter_table
+from btlm_jax.mup import make_parametrization
+from btlm_jax.optimizer import make_optimizer
+from btlm_jax.sharding import batch_sharding
+from btlm_jax.step import TrainState, abstract_batch, abstract_state, make_train_step
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Program:
+    """What a config trains on a mesh, before anything is compiled or made."""
+
+    config: TrainConfig
+    mesh: Mesh
+    model: Btlm
+    table: dict  # the parameters' tree of ParameterInfo
+    optimizer: optax.GradientTransformationExtraArgs
+    state: TrainState  # abstract
+
+    def trace_train_step(self, phase: Phase) -> jax.stages.Traced:
+        """Trace the step of a phase; `.lower().compile()` makes its executable."""
+        step = make_train_step(self.model, self.optimizer, self.table, loss_chunk=self.config.model.loss_chunk)
+        accumulation = self.config.mesh.accumulation
+        shape = (accumulation, phase.batch_size // accumulation, phase.seq_len)
+        batch = abstract_batch(shape, batch_sharding(self.mesh))
+        learning_rate = jax.ShapeDtypeStruct((), np.float32)
+        with jax.set_mesh(self.mesh):
+            return jax.jit(step, donate_argnums=0).trace(self.state, batch, learning_rate)
+
+
+def make_program(config: TrainConfig, mesh: Mesh) -> Program:
+    """Put a config's model, optimizer and abstract state together."""
+    model = make_model(config.model, make_parametrization(config.mup, config.model))
+    table = parameter_table(model, mesh)
+    optimizer = make_optimizer(config.optimizer, table)
+    state = abstract_state(table, optimizer, mesh)
+    return Program(config=config, mesh=mesh, model=model, table=table, optimizer=optimizer, state=state)

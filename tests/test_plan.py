@@ -1,0 +1,255 @@
+"""Planning: what is read out of a compiled program, what is counted, what is refused, and the command end to end."""
+
+import dataclasses
+import json
+import sys
+from unittest import mock
+
+import jax
+import pytest
+from tiny import REPOSITORY, config_dict, tiny_config
+from tpu import needs_libtpu
+
+from btlm_jax.cli import main
+from btlm_jax.config import MeshConfig, train_config_from
+from btlm_jax.metrics import flops_per_token
+from btlm_jax.plan.chips import CHIPS, GIB, num_chips, slice_devices
+from btlm_jax.plan.estimate import collective_seconds, out_of_memory
+from btlm_jax.plan.executable import Collective, read_executable
+from btlm_jax.plan.slice_plan import layout_problems, layouts
+from btlm_jax.plan.work import work_of
+from btlm_jax.program import make_program
+from btlm_jax.sharding import make_mesh
+
+# Cut down from a compiled train step: a loop of 3 in a loop of 5, a collective spread over three fusions, an exchange
+# of a single device, a reduce-scatter in the form that the compiler gives it, and the three ways to write groups.
+PROGRAM = """HloModule jit_step, is_scheduled=true
+
+%sum (x: f32[], y: f32[]) -> f32[] {
+  %x = f32[]{:T(128)} parameter(0)
+  ROOT %add.1 = f32[]{:T(128)} add(%x, %x)
+}
+
+%start (p.0: bf16[1,10,60]) -> (bf16[1,10,60], bf16[1,40,60]) {
+  %p.0 = bf16[1,10,60]{2,0,1:T(2,128)(2,1)} parameter(0)
+  %all-gather.1 = bf16[1,40,60]{2,0,1:T(2,128)(2,1)} all-gather(%p.0), channel_id=7, replica_groups=mesh['a'=4,'b'=2] {'a'}, dimensions={1}
+  ROOT %t.0 = (bf16[1,10,60]{2,0,1}, bf16[1,40,60]{2,0,1}) tuple(%p.0, %all-gather.1)
+}
+
+%async_collective_fusion.2 (p.1: bf16[1,10,60]) -> bf16[1,40,60] {
+  %p.1 = bf16[1,10,60]{2,0,1:T(2,128)(2,1)} parameter(0)
+  %dot.9 = bf16[1,10,60]{2,0,1} add(%p.1, %p.1), backend_config={"window_config":{"estimated_cycles":"77"}}
+  ROOT %all-gather.2 = bf16[1,40,60]{2,0,1:T(2,128)(2,1)} all-gather(%p.1), channel_id=7, replica_groups=mesh['a'=4,'b'=2] {'a'}, dimensions={1}
+}
+
+%all-reduce-scatter (p.2: f32[16,100]) -> f32[4,100] {
+  %p.2 = f32[16,100]{1,0:T(8,128)} parameter(0)
+  %all-reduce.3 = f32[16,100]{1,0:T(8,128)} all-reduce(%p.2), channel_id=8, replica_groups={{0,1,2,3},{4,5,6,7}}, to_apply=%sum
+  ROOT %dynamic-slice.1 = f32[4,100]{1,0} dynamic-slice(%all-reduce.3, %p.2), dynamic_slice_sizes={4,100}
+}
+
+%inner_condition (p.3: (s32[])) -> pred[] {
+  %c.3 = s32[]{:T(128)} constant(3), metadata={op_name="lt"}
+  %p.3 = (s32[]{:T(128)}) parameter(0)
+  %g.3 = s32[]{:T(128)} get-tuple-element(%p.3), index=0
+  ROOT %lt.3 = pred[]{:T(512)} compare(%g.3, %c.3), direction=LT
+}
+
+%inner_body (p.4: (s32[])) -> (s32[]) {
+  %p.4 = (s32[]{:T(128)}) parameter(0)
+  %async-collective-start.1 = (bf16[1,10,60]{2,0,1}, bf16[1,40,60]{2,0,1}) fusion(%p.4), kind=kCustom, calls=%start, backend_config={"window_config":{"estimated_cycles":"10"}}
+  %fusion.2 = bf16[1,40,60]{2,0,1} fusion(%p.4), kind=kOutput, calls=%async_collective_fusion.2, backend_config={"window_config":{"estimated_cycles":"1000"}}
+  %all-reduce.9 = f32[9]{0} all-reduce(%p.4), channel_id=11, replica_groups={{0},{1},{2},{3},{4},{5},{6},{7}}, to_apply=%sum
+  ROOT %t.4 = (s32[]{:T(128)}) tuple(%p.4)
+}
+
+%outer_condition (p.5: (s32[])) -> pred[] {
+  %c.5 = s32[]{:T(128)} constant(5)
+  %p.5 = (s32[]{:T(128)}) parameter(0)
+  %g.5 = s32[]{:T(128)} get-tuple-element(%p.5), index=0
+  ROOT %lt.5 = pred[]{:T(512)} compare(%g.5, %c.5), direction=LT
+}
+
+%outer_body (p.6: (s32[])) -> (s32[]) {
+  %p.6 = (s32[]{:T(128)}) parameter(0)
+  %while.1 = (s32[]{:T(128)}) while(%p.6), condition=%inner_condition, body=%inner_body
+  %fusion.4 = f32[4,100]{1,0} fusion(%p.6), kind=kCustom, calls=%all-reduce-scatter
+  ROOT %t.6 = (s32[]{:T(128)}) tuple(%p.6)
+}
+
+ENTRY %main (p.7: s32[]) -> f32[] {
+  %p.7 = s32[]{:T(128)} parameter(0)
+  %while.2 = (s32[]{:T(128)}) while(%p.7), condition=%outer_condition, body=%outer_body
+  %all-reduce.5 = (f32[]{:T(128)}, /*index=1*/bf16[20]{0:T(1024)(128)(2,1)S(1)}) all-reduce(%p.7, %p.7), channel_id=9, replica_groups=[1,8]<=[8], to_apply=%sum
+  %collective-permute-start.1 = (f32[6]{0}, f32[6]{0}, u32[]{:S(2)}, u32[]{:S(2)}) collective-permute-start(%p.7), channel_id=10, source_target_pairs={{0,1},{1,0}}
+  ROOT %fusion.5 = f32[] fusion(%p.7), kind=kLoop, calls=%other, backend_config={"window_config":{"estimated_cycles":"5"}}
+}
+
+%other (p.8: s32[]) -> f32[] {
+  ROOT %p.8 = f32[] parameter(0)
+}
+"""  # noqa: E501
+
+
+def test_collectives_and_cycles_of_a_compiled_program():
+    read = read_executable(PROGRAM, num_devices=8)
+    assert read.num_cycles == 5 * 3 * (10 + 1000) + 5
+    expected = {
+        ("all-gather", 2 * 40 * 60, 4, 15, True),
+        ("reduce-scatter", 4 * 16 * 100, 4, 5, False),
+        ("all-reduce", 4 + 2 * 20, 8, 1, False),
+        ("collective-permute", 4 * 6, 8, 1, True),
+    }
+    assert {dataclasses.astuple(collective) for collective in read.collectives} == expected
+
+
+def test_seconds_of_a_ring():
+    gather = Collective(kind="all-gather", num_bytes=800, num_devices=4, count=3, is_asynchronous=False)
+    assert collective_seconds(gather, link_bytes=100) == 3 * 800 * 3 / 4 / 200
+    reduce = dataclasses.replace(gather, kind="all-reduce")
+    assert collective_seconds(reduce, link_bytes=100) == 2 * collective_seconds(gather, link_bytes=100)
+
+
+def test_both_complaints_about_memory_are_read():
+    chip = CHIPS["v5e"]
+    whole = "RESOURCE_EXHAUSTED: XLA:TPU compile permanent error. Ran out of memory in memory space hbm. " + (
+        "Used 19.25G of 15.75G hbm. Exceeded hbm capacity by 3.50G."
+    )
+    assert out_of_memory(whole, state_bytes=GIB, chip=chip) == (
+        "needs 19.25 GiB of a chip's 15.75 GiB, 3.50 GiB too much"
+    )
+    part = "the total memory required for HLO temporaries (113.21G) exceeds available HBM (15.75G)."
+    assert "needs 114.21 GiB" in out_of_memory(part, state_bytes=GIB, chip=chip)
+    with pytest.raises(ValueError, match="does not compile for v5e: Mosaic failed"):
+        out_of_memory("Mosaic failed to compile a kernel", state_bytes=GIB, chip=chip)
+
+
+@pytest.mark.parametrize("mesh_shape", [(8, 1), (2, 4)])
+@pytest.mark.parametrize("remat", ["none", "matmuls_saved", "full"])
+def test_executed_flops_are_the_closed_form(remat, mesh_shape):
+    """Attention with all scores computes twice what counts; remat computes what it did not save once more."""
+    config = tiny_config(
+        model__attention="reference", model__remat=remat, model__loss_chunk=12, mesh__tensor=mesh_shape[1]
+    )
+    phase = config.curriculum.table.phases[1]
+    program = make_program(config, make_mesh(devices=jax.devices(), tensor=mesh_shape[1]))
+    work = work_of(program.trace_train_step(phase).jaxpr.jaxpr)
+    model, T = config.model, phase.seq_len
+    L, D, F = model.num_layers, model.d_model, model.d_ff
+    again = {"none": 0, "matmuls_saved": 2 * L * D * T, "full": L * (8 * D * D + 6 * D * F + 4 * D * T)}[remat]
+    per_token = flops_per_token(model, seq_len=T) + 6 * L * D * T + again
+    if remat == "full":  # the block's last product, and the output's, have nothing that needs them again
+        per_token -= L * 2 * D * F
+    assert work.flops == pytest.approx(per_token * phase.tokens_per_step, rel=1e-9)
+    assert not any(work.kernel_blocks.values())
+
+
+def test_kernels_are_counted_by_the_blocks_of_the_lower_triangle():
+    T = 1536  # 3 x 3 blocks, 6 of them at or below the diagonal
+    config = tiny_config(
+        model__attention="splash", model__remat="full", curriculum__seq_len=(T, T), curriculum__batch_size=(8, 8),
+        curriculum__num_tokens=(8 * T, 8 * T), optimizer__warmup_tokens=8 * T,
+    )  # fmt: skip
+    program = make_program(config, make_mesh(devices=jax.devices(), tensor=2))
+    phase = config.curriculum.table.phases[0]
+    work = work_of(program.trace_train_step(phase).jaxpr.jaxpr)
+    blocks = 6 * phase.batch_size * config.model.num_heads * config.model.num_layers
+    assert work.kernel_blocks == {"fwd": 2 * blocks, "dq": blocks, "dkv": blocks}
+
+
+def test_the_paper_on_slices_that_its_batches_do_not_divide():
+    config = train_config_from(config_dict("btlm_3b_8k"))
+    assert layout_problems(config, num_devices=32, chip=CHIPS["v5e"]) == ()
+    first, second, *_, last = layout_problems(config, num_devices=256, chip=CHIPS["v5e"])
+    assert first.startswith("curriculum.batch_size of phase 1=1920 is not divisible by 256")
+    assert second.startswith("curriculum.batch_size of phase 2=480 is not divisible by 256")
+    assert last.startswith("no layout of this config divides 256 chips; slices that one divides: v5e:2x2, ")
+    wrong = dataclasses.replace(config, mesh=MeshConfig(tensor=3, accumulation=1))
+    assert layout_problems(wrong, num_devices=32, chip=CHIPS["v5e"])[0] == "mesh.tensor=3 does not divide the 32 chips"
+
+
+def test_layouts_divide_and_come_nearest_first():
+    config = train_config_from(config_dict("btlm_3b_8k"))
+    found = [(mesh.tensor, mesh.accumulation) for mesh in layouts(config, num_devices=16)]
+    assert found == [(1, 1), (1, 2), (2, 1), (1, 3), (2, 2)]
+    assert layouts(config, num_devices=256) == []
+
+
+@needs_libtpu
+@pytest.mark.parametrize("name", [f"{chip.name}:{shape}" for chip in CHIPS.values() for shape in chip.slices])
+def test_every_slice_named_exists_and_has_a_device_a_chip(name):
+    assert len(slice_devices(name)) == num_chips(name.partition(":")[2])
+
+
+LOCAL = f"--config={REPOSITORY / 'configs' / 'local_cpu.py'}"
+
+
+def run_plan(*arguments) -> int:
+    words = ["plan", LOCAL, *arguments]
+    with mock.patch.object(sys, "argv", ["btlm", *words]):  # config_flags looks there for what to change
+        return main(words)
+
+
+def test_slices_that_are_not_there_are_refused(capsys):
+    assert run_plan() == 2 and "needs --topology, for example" in capsys.readouterr().err
+    for topology in ("v7:2x2", "v5e", "v5e:2"):
+        assert run_plan(f"--topology={topology}") == 1
+        assert "is not known; allowed are v4:{2x2x1,2x2x2," in capsys.readouterr().err
+
+
+def test_without_libtpu_it_says_what_to_install(capsys):
+    with mock.patch("importlib.util.find_spec", return_value=None):
+        assert run_plan("--topology=v5e:2x2") == 1
+    assert "pip install 'btlm_jax[tpu]'" in capsys.readouterr().err
+
+
+@needs_libtpu
+def test_a_slice_that_libtpu_refuses_and_a_mesh_that_does_not_divide(capsys):
+    assert run_plan("--topology=v5e:3x3") == 1
+    assert "libtpu refuses --topology=v5e:3x3" in (said := capsys.readouterr().err) and "16x16" in said
+    assert run_plan("--topology=v5e:4x4") == 1
+    said = capsys.readouterr().out
+    assert "PROBLEM: curriculum.batch_size of phase 2=2 is not divisible by 16" in said
+    assert "no layout of this config divides 16 chips; slices that one divides: v5e:2x2" in said
+
+
+@needs_libtpu
+def test_the_command_end_to_end(capsys, tmp_path):
+    path = tmp_path / "plan.json"
+    changes = {
+        "model.vocab_size": 300, "model.num_layers": 2, "model.d_model": 64, "model.d_ff": 96, "model.loss_chunk": 64,
+        "curriculum.seq_len": "(256,)", "curriculum.batch_size": "(8,)", "curriculum.num_tokens": "(204800,)",
+        "mesh.tensor": 2, "mesh.accumulation": 2,
+    }  # fmt: skip
+    asked = [f"--config.{name}={value}" for name, value in changes.items()]
+    assert run_plan("--topology=v5e:2x2", f"--json={path}", "--usd-per-chip-hour=2", *asked) == 0
+    shown = capsys.readouterr()
+    assert "compiling phase 1 (8 x 256) for v5e:2x2" in shown.err and "done in" in shown.err
+    assert "to spare" in shown.out and "Step time assumes:" in shown.out and "Cost:" in shown.out
+    plan = json.loads(path.read_text())
+    assert plan["works"] and plan["num_chips"] == 4
+    (phase,) = plan["phases"]
+    memory = phase["memory"]
+    # AdamW has two moments for each parameter, and a counter.
+    assert 0 <= memory["optimizer"] - 2 * memory["parameters"] <= 8
+    assert sum(memory[name] for name in memory if name not in ("available", "needed")) == memory["needed"]
+    kinds = {collective["kind"] for collective in phase["collectives"]}
+    assert "all-gather" in kinds and kinds & {"all-reduce", "reduce-scatter"}
+    in_layers = [c for c in phase["collectives"] if c["count"] == 2 * 2]  # layers x micro-batches
+    assert sum(c["kind"] == "all-gather" for c in in_layers) >= 7  # the kernels of a block, forward
+    assert phase["executed_flops"] > phase["counted_flops"] > 0
+    low, high = phase["step_seconds"]["low"], phase["step_seconds"]["high"]
+    assert 0 < low <= high
+    assert plan["run"]["chip_hours"] == pytest.approx([4 * 100 * low / 3600, 4 * 100 * high / 3600])
+    assert plan["run"]["usd"] == pytest.approx([2 * hours for hours in plan["run"]["chip_hours"]])
+
+
+@needs_libtpu
+def test_a_config_that_does_not_fit(capsys):
+    changes = {
+        "model.num_layers": 1, "model.loss_chunk": 512, "model.vocab_size": 50257,
+        "curriculum.seq_len": "(512,)", "curriculum.batch_size": "(2048,)", "curriculum.num_tokens": "(1048576,)",
+    }  # fmt: skip
+    assert run_plan("--topology=v5e:2x2", *[f"--config.{name}={value}" for name, value in changes.items()]) == 1
+    said = capsys.readouterr().out
+    assert "PROBLEM: phase 1 (2,048 x 512) does not fit: it needs" in said and "GiB too much" in said
