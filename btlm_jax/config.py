@@ -16,7 +16,7 @@ from btlm_jax.curriculum import Curriculum, make_curriculum
 
 PRESETS = ("btlm", "sp", "completep")
 DTYPES = ("float32", "bfloat16")
-ATTENTIONS = ("auto", "reference", "blockwise", "splash")
+ATTENTIONS = ("auto", "reference", "blockwise", "splash", "gpu")
 REMATS = ("full", "matmuls_saved", "none")
 CORPUS_SOURCES = ("prepared", "installed_python")
 

@@ -13,7 +13,7 @@ from test_attention import FLOAT32_ERROR, NAMES, attend_and_gradients, errors, m
 from tpu import needs_libtpu
 
 from btlm_jax.attention import attend
-from btlm_jax.attention.lanes import MAX_LENGTH, NUM_LANES, bfloat16_parts, fold_alibi
+from btlm_jax.attention.lanes import MAX_LENGTH, NUM_LANES, alibi_lanes, bfloat16_parts
 from btlm_jax.attention.splash import MAX_BLOCK, TILE, block_size
 from btlm_jax.model import alibi_slopes
 from btlm_jax.plan.chips import slice_devices
@@ -76,13 +76,12 @@ def test_bfloat16_errs_like_the_reference_with_its_float32_bias():
 def test_the_lanes_hold_alibi_exactly(length):
     """Every lane is a bfloat16, and their products add up to slope x offset for every pair of positions."""
     slopes_N = alibi_slopes(6, scaling=1.7)
-    zeros = jnp.zeros((1, len(slopes_N), length, 2))
-    folded = jax.jit(functools.partial(fold_alibi, width=2 + NUM_LANES + 3))(zeros, zeros, slopes_N)
-    for x in folded:
+    lanes = jax.jit(functools.partial(alibi_lanes, length=length, head_dim=2, width=2 + NUM_LANES + 3))(slopes_N)
+    for x in lanes:
         np.testing.assert_array_equal(x, x.astype(jnp.bfloat16).astype(jnp.float32))
         assert not np.any(x[..., :2]) and not np.any(x[..., 2 + NUM_LANES :])
     t, s = np.random.default_rng(0).integers(length, size=(2, 2000))
-    q, k = (np.asarray(x, np.float64)[0] for x in folded)
+    q, k = (np.asarray(x, np.float64) for x in lanes)
     scores = np.einsum("NPW,NPW->NP", q[:, t], k[:, s])
     np.testing.assert_array_equal(scores, slopes_N[:, None].astype(np.float64) * (s - t)[None])
 
@@ -95,9 +94,8 @@ def test_slopes_are_split_without_loss():
 
 
 def test_a_length_that_the_lanes_cannot_count_is_refused():
-    x = jnp.zeros((1, 1, MAX_LENGTH + 1, 2))
     with pytest.raises(ValueError, match="counts 65,536 positions; got a length of 65,537"):
-        jax.eval_shape(functools.partial(fold_alibi, width=128), x, x, jnp.ones(1))
+        alibi_lanes(jnp.ones(1), length=MAX_LENGTH + 1, head_dim=80, width=128)
 
 
 def test_auto_on_a_cpu_calls_no_kernel():

@@ -8,11 +8,12 @@ from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
 
 from btlm_jax.attention.blockwise import attend_blockwise
+from btlm_jax.attention.gpu import attend_gpu, is_possible
 from btlm_jax.attention.reference import attend_reference
 from btlm_jax.attention.splash import attend_splash
 
-IMPLEMENTATIONS = ("reference", "blockwise", "splash")
-AUTO = "auto"  # the fastest one for the devices: splash on TPUs, blockwise elsewhere
+IMPLEMENTATIONS = ("reference", "blockwise", "splash", "gpu")
+AUTO = "auto"  # the one made for the devices: splash on TPUs, gpu on GPUs where it is possible, otherwise blockwise
 
 
 def attend(
@@ -27,15 +28,16 @@ def attend(
     Raises:
       ValueError: an unknown implementation, shapes or shardings that do not fit together.
     """
-    is_tpu = _platform() == "tpu"
     if implementation == AUTO:
-        implementation = "splash" if is_tpu else "blockwise"
+        implementation = _made_for_the_devices(q_BTNH)
     if implementation == "reference":
         attend_local = attend_reference
     elif implementation == "blockwise":
         attend_local = attend_blockwise
     elif implementation == "splash":
-        attend_local = functools.partial(attend_splash, interpret=not is_tpu)
+        attend_local = functools.partial(attend_splash, interpret=_platform() != "tpu")
+    elif implementation == "gpu":
+        attend_local = attend_gpu
     else:
         raise ValueError(
             f"attention implementation {implementation!r} is not known; allowed are "
@@ -51,10 +53,17 @@ def attend(
         return local(q_BTNH, k_BSNH, v_BSNH, slopes_N)
     spec = _sharding_spec(q_BTNH, k_BSNH, v_BSNH)
     slopes_N = jax.sharding.reshard(slopes_N, P(spec[2]))
-    # The splash kernel does not declare what its results vary over, which the check would need.
-    return jax.shard_map(
-        local, in_specs=(spec, spec, spec, P(spec[2])), out_specs=spec, check_vma=implementation != "splash"
-    )(q_BTNH, k_BSNH, v_BSNH, slopes_N)
+    # The kernels do not declare what their results vary over, which the check would need.
+    is_checked = implementation not in ("splash", "gpu")
+    return jax.shard_map(local, in_specs=(spec, spec, spec, P(spec[2])), out_specs=spec, check_vma=is_checked)(
+        q_BTNH, k_BSNH, v_BSNH, slopes_N
+    )
+
+
+def _made_for_the_devices(q_BTNH: jax.Array) -> str:
+    if _platform() == "tpu":
+        return "splash"
+    return "gpu" if _platform() == "gpu" and is_possible(q_BTNH) else "blockwise"
 
 
 def _platform() -> str:

@@ -13,8 +13,8 @@ NUM_LANES = 4 * NUM_PARTS
 MAX_LENGTH = 1 << 16  # the multiples of 256 below it have 8 bits
 
 
-def fold_alibi(q_BNTH: jax.Array, k_BNSH: jax.Array, slopes_N: jax.Array, *, width: int) -> tuple[jax.Array, jax.Array]:
-    """Return q and k with `width` lanes: the head dim, NUM_LANES of ALiBi, zeros.
+def alibi_lanes(slopes_N: jax.Array, *, length: int, head_dim: int, width: int) -> tuple[jax.Array, jax.Array]:
+    """Return what to add to q and to k, both [N, T, W], once `widen` has given them `width` lanes: zeros but for ALiBi.
 
     Per part of a slope, q carries (slope, -coarse, slope, -fine) of its position and k (coarse, slope, fine, slope).
     That is centred on the query, so a score is as small as what it stands for, and no row needs a large maximum.
@@ -22,14 +22,12 @@ def fold_alibi(q_BNTH: jax.Array, k_BNSH: jax.Array, slopes_N: jax.Array, *, wid
     Raises:
       ValueError: more positions than two parts of 8 bits can count.
     """
-    length, head_dim = q_BNTH.shape[2:]
     if length > MAX_LENGTH:
         raise ValueError(f"ALiBi inside q and k counts {MAX_LENGTH:,} positions; got a length of {length:,}")
     assert width >= head_dim + NUM_LANES
-    before, after = head_dim, width - head_dim - NUM_LANES
 
-    def place(x_XA):  # next to the head dim: padding and adding fuses where concatenating would copy
-        return jnp.pad(x_XA, ((0, 0), (before, after)))
+    def place(x_XA):
+        return jnp.pad(x_XA, ((0, 0), (head_dim, width - head_dim - NUM_LANES)))
 
     slope_NA = jnp.repeat(bfloat16_parts(slopes_N), 4, axis=1)
     position_T = jnp.arange(length)
@@ -37,11 +35,14 @@ def fold_alibi(q_BNTH: jax.Array, k_BNSH: jax.Array, slopes_N: jax.Array, *, wid
     position_TA = jnp.tile(jnp.stack([coarse_T, coarse_T, fine_T, fine_T], axis=1), NUM_PARTS).astype(jnp.float32)
     is_even_A = (jnp.arange(NUM_LANES) % 2 == 0)[None]
     q_lanes_NTW = place(jnp.where(is_even_A, slope_NA, 0))[:, None] + place(jnp.where(is_even_A, 0, -position_TA))[None]
-    k_lanes_NSW = place(jnp.where(is_even_A, 0, slope_NA))[:, None] + place(jnp.where(is_even_A, position_TA, 0))[None]
-    widen = ((0, 0), (0, 0), (0, 0), (0, width - head_dim))
-    q_BNTW = jnp.pad(q_BNTH, widen) + q_lanes_NTW[None].astype(q_BNTH.dtype)
-    k_BNSW = jnp.pad(k_BNSH, widen) + k_lanes_NSW[None].astype(k_BNSH.dtype)
-    return q_BNTW, k_BNSW
+    k_lanes_NTW = place(jnp.where(is_even_A, 0, slope_NA))[:, None] + place(jnp.where(is_even_A, position_TA, 0))[None]
+    return q_lanes_NTW, k_lanes_NTW
+
+
+def widen(x: jax.Array, lanes: jax.Array) -> jax.Array:
+    """Pad the last axis of x with zeros to that of `lanes` and add them: that fuses where concatenating would copy."""
+    padding = [(0, 0)] * (x.ndim - 1) + [(0, lanes.shape[-1] - x.shape[-1])]
+    return jnp.pad(x, padding) + lanes.astype(x.dtype)
 
 
 def bfloat16_parts(x_N: jax.Array) -> jax.Array:

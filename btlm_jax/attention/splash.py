@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 from jax.experimental.pallas.ops.tpu import splash_attention
 
-from btlm_jax.attention.lanes import NUM_LANES, fold_alibi
+from btlm_jax.attention.lanes import NUM_LANES, alibi_lanes, widen
 
 TILE = 128
 MAX_BLOCK = 512  # larger blocks compute more of the masked triangle and fill the vector memory
@@ -28,7 +28,8 @@ def attend_splash(
         return jnp.pad(x_BTNH.swapaxes(1, 2), ((0, 0), (0, 0), (0, padding), (0, 0)))
 
     width = _round_up(H + NUM_LANES, TILE)
-    q_BNTW, k_BNSW = fold_alibi(heads_first(q_BTNH * scale), heads_first(k_BSNH), slopes_N, width=width)
+    q_lanes_NTW, k_lanes_NSW = alibi_lanes(slopes_N, length=T + padding, head_dim=H, width=width)
+    q_BNTW, k_BNSW = widen(heads_first(q_BTNH * scale), q_lanes_NTW), widen(heads_first(k_BSNH), k_lanes_NSW)
     kernel = _make_kernel(T + padding, N, block, interpret=interpret)
     o_BNTH = jax.vmap(kernel)(q_BNTW, k_BNSW, heads_first(v_BSNH))
     return o_BNTH[:, :, :T].swapaxes(1, 2)
