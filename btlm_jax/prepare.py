@@ -123,7 +123,7 @@ def make_run(config: TrainConfig, *, workdir: Path, mesh: Mesh, token_store: Tok
     began = time.monotonic()
     with ledger.measure("compile"), jax.set_mesh(mesh):
         train_steps = tuple(
-            program.trace_train_step(phase).lower().compile() for phase in config.curriculum.table.phases
+            program.compile(program.trace_train_step(phase)) for phase in config.curriculum.table.phases
         )
         rows = (config.evaluation.batch_size, token_store.manifest.block_len)
         heldout = abstract_batch(rows, NamedSharding(mesh, PartitionSpec(FSDP)))

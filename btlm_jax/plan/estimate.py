@@ -96,8 +96,7 @@ def plan_phase(program: Program, phase: Phase, *, chip: Chip) -> PhasePlan:
     traced = program.trace_train_step(phase)
     began = time.monotonic()
     try:
-        with jax.set_mesh(program.mesh):
-            compiled = traced.lower().compile()
+        compiled = program.compile(traced)
     except jax.errors.JaxRuntimeError as error:
         state = _bytes_of(program.state)
         raise DoesNotFitError(out_of_memory(str(error), state_bytes=state, chip=chip)) from error
