@@ -14,11 +14,12 @@ from btlm_jax.cli import main
 from btlm_jax.config import MeshConfig, train_config_from
 from btlm_jax.metrics import flops_per_token
 from btlm_jax.plan.chips import CHIPS, GIB, num_chips, slice_devices
-from btlm_jax.plan.estimate import collective_seconds, out_of_memory
+from btlm_jax.plan.compiling import out_of_memory
+from btlm_jax.plan.estimate import collective_seconds
 from btlm_jax.plan.executable import Collective, read_executable
 from btlm_jax.plan.slice_plan import layout_problems, layouts
 from btlm_jax.plan.work import work_of
-from btlm_jax.program import make_program
+from btlm_jax.program import Program, make_program
 from btlm_jax.sharding import make_mesh
 
 # Cut down from a compiled train step: a loop of 3 in a loop of 5, a collective spread over three fusions, an exchange
@@ -222,7 +223,8 @@ def test_the_command_end_to_end(capsys, tmp_path):
         "mesh.tensor": 2, "mesh.accumulation": 2,
     }  # fmt: skip
     asked = [f"--config.{name}={value}" for name, value in changes.items()]
-    assert run_plan("--topology=v5p:2x2x1", f"--json={path}", "--usd-per-chip-hour=2", *asked) == 0
+    asked += ["--topology=v5p:2x2x1", f"--json={path}", f"--cache={tmp_path / 'cache'}", "--usd-per-chip-hour=2"]
+    assert run_plan(*asked) == 0
     shown = capsys.readouterr()
     assert "compiling phase 1 (8 x 256) for v5p:2x2x1" in shown.err and "done in" in shown.err
     assert "to spare" in shown.out and "Step time assumes:" in shown.out and "Cost:" in shown.out
@@ -243,14 +245,19 @@ def test_the_command_end_to_end(capsys, tmp_path):
     assert 0 < low <= high
     assert plan["run"]["chip_hours"] == pytest.approx([4 * 100 * low / 3600, 4 * 100 * high / 3600])
     assert plan["run"]["usd"] == pytest.approx([2 * hours for hours in plan["run"]["chip_hours"]])
+    with mock.patch.object(Program, "compile", side_effect=AssertionError("the cache has it")):
+        assert run_plan(*asked) == 0
+    assert json.loads(path.read_text()) == plan
 
 
 @needs_libtpu
-def test_a_config_that_does_not_fit(capsys):
+def test_a_config_that_does_not_fit(capsys, tmp_path):
     changes = {
         "model.num_layers": 1, "model.loss_chunk": 512, "model.vocab_size": 50257,
         "curriculum.seq_len": "(512,)", "curriculum.batch_size": "(2048,)", "curriculum.num_tokens": "(1048576,)",
     }  # fmt: skip
-    assert run_plan("--topology=v5e:2x2", *[f"--config.{name}={value}" for name, value in changes.items()]) == 1
+    asked = [f"--config.{name}={value}" for name, value in changes.items()]
+    assert run_plan("--topology=v5e:2x2", f"--cache={tmp_path}", *asked) == 1
+    assert list(tmp_path.iterdir()) == []
     said = capsys.readouterr().out
     assert "PROBLEM: phase 1 (2,048 x 512) does not fit: it needs" in said and "GiB too much" in said

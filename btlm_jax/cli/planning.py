@@ -40,7 +40,8 @@ def plan(arguments: Sequence[str]) -> int:
         raise UsageError(f"--usd-per-chip-hour={price:g} must not be negative")
     # This machine's own accelerators have no part in it.
     importlib.import_module("jax").config.update("jax_platforms", "cpu")
-    planned = importlib.import_module("btlm_jax.plan.slice_plan").plan_run(config, topology=topology, say=_say)
+    plan_run = importlib.import_module("btlm_jax.plan.slice_plan").plan_run
+    planned = plan_run(config, topology=topology, cache=Path(values["cache"].value).expanduser(), say=_say)
     report = importlib.import_module("btlm_jax.plan.report")
     if values["json"].value:
         content = json.dumps(report.plan_json(planned, usd_per_chip_hour=price), indent=2)
@@ -57,6 +58,10 @@ def _flags() -> flags.FlagValues:
     flags.DEFINE_string("topology", "", "the slice, for example v5e:16x16, v5p:4x4x8 or v6e:8x8", flag_values=values)
     flags.DEFINE_string("json", "", "file for the plan as JSON", flag_values=values)
     flags.DEFINE_float("usd-per-chip-hour", 0.0, "price of a chip; with it the plan has a cost", flag_values=values)
+    flags.DEFINE_string(
+        "cache", "~/.cache/btlm_jax/plan", "directory of what compilations said; the same one is not repeated",
+        flag_values=values,
+    )  # fmt: skip
     flags.DEFINE_boolean("help", False, "show this help", short_name="h", flag_values=values)
     return values
 

@@ -1,4 +1,4 @@
-"""Compile one phase's train step for a slice, and predict its memory and its time. Nothing here has run on a TPU.
+"""Predict the memory and the time of one phase's train step on a slice. Nothing here has run on a TPU.
 
 The time is static arithmetic over the compiled program, after reference figures of the same kind; ASSUMPTIONS says
 what it leaves out. It is a range: every asynchronous exchange hidden behind computation, or none.
@@ -8,15 +8,15 @@ from __future__ import annotations
 
 import dataclasses
 import math
-import re
-import time
+from pathlib import Path
 
 import jax
 
 from btlm_jax.curriculum import Phase
 from btlm_jax.metrics import flops_per_token, peak_flops
-from btlm_jax.plan.chips import GIB, Chip
-from btlm_jax.plan.executable import Collective, Executable, read_executable
+from btlm_jax.plan.chips import Chip
+from btlm_jax.plan.compiling import CompiledStep, compile_step
+from btlm_jax.plan.executable import Collective, Executable
 from btlm_jax.plan.work import Work, work_of
 from btlm_jax.program import Program
 
@@ -28,10 +28,6 @@ ASSUMPTIONS = (
     "left out: HBM stalls, input, checkpoints, evaluation, failures",
 )
 _KERNEL_OVERHEAD = 300  # bundles a block
-
-
-class DoesNotFitError(Exception):
-    """The compiler needs more memory than a chip has."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -87,32 +83,27 @@ class PhasePlan:
         return self.counted_flops / self.peak_flops / seconds
 
 
-def plan_phase(program: Program, phase: Phase, *, chip: Chip) -> PhasePlan:
-    """Compile the train step of a phase and read the result.
+def plan_phase(program: Program, phase: Phase, *, topology: str, chip: Chip, cache: Path) -> PhasePlan:
+    """Compile the train step of a phase, unless `cache` has what that says, and predict.
 
     Raises:
       DoesNotFitError: saying by how much.
     """
     traced = program.trace_train_step(phase)
-    began = time.monotonic()
-    try:
-        compiled = program.compile(traced)
-    except jax.errors.JaxRuntimeError as error:
-        state = _bytes_of(program.state)
-        raise DoesNotFitError(out_of_memory(str(error), state_bytes=state, chip=chip)) from error
+    step = compile_step(
+        program, traced, topology=topology, chip=chip, state_bytes=_bytes_of(program.state), cache=cache
+    )
     num_chips = program.mesh.size
     work = work_of(traced.jaxpr.jaxpr)
-    executable = read_executable(compiled.as_text(), num_devices=num_chips)
-    peak = peak_flops(program.mesh.devices.flat[0])
     return PhasePlan(
         phase=phase,
-        compile_seconds=time.monotonic() - began,
-        memory=_memory(program, compiled.memory_analysis(), chip=chip),
-        collectives=executable.collectives,
+        compile_seconds=step.seconds,
+        memory=_memory(program, step, chip=chip),
+        collectives=step.executable.collectives,
         counted_flops=flops_per_token(program.config.model, seq_len=phase.seq_len) * phase.tokens_per_step,
         executed_flops=work.flops,
-        peak_flops=peak.flops * num_chips,
-        step_time=_step_time(executable, work, chip=chip, num_chips=num_chips),
+        peak_flops=peak_flops(program.mesh.devices.flat[0]).flops * num_chips,
+        step_time=_step_time(step.executable, work, chip=chip, num_chips=num_chips),
     )
 
 
@@ -121,22 +112,6 @@ def collective_seconds(collective: Collective, *, link_bytes: float) -> float:
     passes = 2 if collective.kind == "all-reduce" else 1
     share = (collective.num_devices - 1) / collective.num_devices
     return collective.count * passes * collective.num_bytes * share / (2 * link_bytes)
-
-
-def out_of_memory(message: str, *, state_bytes: int, chip: Chip) -> str:
-    """Return how much is missing, from either form of the compiler's complaint: about everything, or a part.
-
-    Raises:
-      ValueError: it complains about something else.
-    """
-    if whole := re.search(r"Used ([\d.]+)G of ([\d.]+)G hbm", message):
-        needed = float(whole[1])
-    elif part := re.search(r"required for HLO (\w+) \(([\d.]+)G\) exceeds available HBM \([\d.]+G\)", message):
-        needed = float(part[2]) + (state_bytes / GIB if part[1] == "temporaries" else 0)
-    else:
-        raise ValueError(f"the step does not compile for {chip.name}: {message.splitlines()[0][:500]}")
-    available = chip.hbm_bytes / GIB
-    return f"needs {needed:.2f} GiB of a chip's {available:.2f} GiB, {needed - available:.2f} GiB too much"
 
 
 def _step_time(executable: Executable, work: Work, *, chip: Chip, num_chips: int) -> StepTime:
@@ -155,17 +130,17 @@ def _step_time(executable: Executable, work: Work, *, chip: Chip, num_chips: int
     )
 
 
-def _memory(program: Program, stats, *, chip: Chip) -> Memory:
+def _memory(program: Program, step: CompiledStep, *, chip: Chip) -> Memory:
     state = program.state
     parameters, optimizer = _bytes_of(state.params), _bytes_of(state.opt_state)
     return Memory(
         available=chip.hbm_bytes,
         parameters=parameters,
         optimizer=optimizer,
-        other_arguments=stats.argument_size_in_bytes - parameters - optimizer,
-        outputs=stats.output_size_in_bytes - stats.alias_size_in_bytes,
-        temporaries=stats.temp_size_in_bytes,
-        code=stats.generated_code_size_in_bytes,
+        other_arguments=step.argument_bytes - parameters - optimizer,
+        outputs=step.output_bytes - step.alias_bytes,
+        temporaries=step.temporary_bytes,
+        code=step.code_bytes,
     )
 
 

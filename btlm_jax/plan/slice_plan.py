@@ -8,10 +8,12 @@ import math
 import threading
 import time
 from collections.abc import Callable, Iterator
+from pathlib import Path
 
 from btlm_jax.config import MeshConfig, TrainConfig
 from btlm_jax.plan.chips import Chip, chip_of, num_chips, slice_devices
-from btlm_jax.plan.estimate import DoesNotFitError, PhasePlan, plan_phase
+from btlm_jax.plan.compiling import DoesNotFitError
+from btlm_jax.plan.estimate import PhasePlan, plan_phase
 from btlm_jax.program import make_program
 from btlm_jax.sharding import divisibility_problems, make_mesh
 
@@ -37,8 +39,8 @@ class SlicePlan:
         return sum(n * step.low for n, step in steps), sum(n * step.high for n, step in steps)
 
 
-def plan_run(config: TrainConfig, *, topology: str, say: Callable[[str], None]) -> SlicePlan:
-    """Compile every phase of a config for a slice; `say` hears of the progress.
+def plan_run(config: TrainConfig, *, topology: str, cache: Path, say: Callable[[str], None]) -> SlicePlan:
+    """Compile every phase of a config for a slice, or take it from `cache`; `say` hears of the progress.
 
     Raises:
       ValueError: there is no such slice, libtpu is not installed, or the config says what no slice could do.
@@ -54,7 +56,7 @@ def plan_run(config: TrainConfig, *, topology: str, say: Callable[[str], None]) 
         name = f"phase {phase.index + 1} ({phase.batch_size:,} x {phase.seq_len:,})"
         with _progress(f"compiling {name} for {topology}", say=say):
             try:
-                phases.append(plan_phase(program, phase, chip=chip))
+                phases.append(plan_phase(program, phase, topology=topology, chip=chip, cache=cache))
             except DoesNotFitError as error:
                 problems.append(
                     f"{name} does not fit: it {error}; try more mesh.accumulation, model.remat=full, or more chips"
