@@ -145,17 +145,18 @@ def test_executed_flops_are_the_closed_form(remat, mesh_shape):
     assert not any(work.kernel_blocks.values())
 
 
-def test_kernels_are_counted_by_the_blocks_of_the_lower_triangle():
+@pytest.mark.parametrize("remat, num_forwards", [("matmuls_saved", 1), ("full", 2)])
+def test_kernels_are_counted_by_the_blocks_of_the_lower_triangle(remat, num_forwards):
     T = 1536  # 3 x 3 blocks, 6 of them at or below the diagonal
     config = tiny_config(
-        model__attention="splash", model__remat="full", curriculum__seq_len=(T, T), curriculum__batch_size=(8, 8),
+        model__attention="splash", model__remat=remat, curriculum__seq_len=(T, T), curriculum__batch_size=(8, 8),
         curriculum__num_tokens=(8 * T, 8 * T), optimizer__warmup_tokens=8 * T,
     )  # fmt: skip
     program = make_program(config, make_mesh(devices=jax.devices(), tensor=2))
     phase = config.curriculum.table.phases[0]
     work = work_of(program.trace_train_step(phase).jaxpr.jaxpr)
     blocks = 6 * phase.batch_size * config.model.num_heads * config.model.num_layers
-    assert work.kernel_blocks == {"fwd": 2 * blocks, "dq": blocks, "dkv": blocks}
+    assert work.kernel_blocks == {"fwd": num_forwards * blocks, "dq": blocks, "dkv": blocks}
 
 
 def test_the_paper_on_slices_that_its_batches_do_not_divide():

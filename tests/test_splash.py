@@ -82,7 +82,7 @@ def test_the_lanes_hold_alibi_exactly(length):
         assert not np.any(x[..., :2]) and not np.any(x[..., 2 + NUM_LANES :])
     t, s = np.random.default_rng(0).integers(length, size=(2, 2000))
     q, k = (np.asarray(x, np.float64) for x in lanes)
-    scores = np.einsum("NPW,NPW->NP", q[:, t], k[:, s])
+    scores = np.einsum("PNW,PNW->NP", q[t], k[s])
     np.testing.assert_array_equal(scores, slopes_N[:, None].astype(np.float64) * (s - t)[None])
 
 

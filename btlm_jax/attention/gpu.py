@@ -25,10 +25,10 @@ def attend_gpu(
         )
     width = -(-(H + NUM_LANES) // 8) * 8
     # The kernel multiplies everything by the scale, ALiBi too.
-    q_lanes_NTW, k_lanes_NSW = alibi_lanes(slopes_N / scale, length=T, head_dim=H, width=width)
+    q_lanes_TNW, k_lanes_SNW = alibi_lanes(slopes_N / scale, length=T, head_dim=H, width=width)
     o_BTNW = jax.nn.dot_product_attention(
-        widen(q_BTNH, q_lanes_NTW.swapaxes(0, 1)),
-        widen(k_BSNH, k_lanes_NSW.swapaxes(0, 1)),
+        widen(q_BTNH, q_lanes_TNW),
+        widen(k_BSNH, k_lanes_SNW),
         jnp.pad(v_BSNH, ((0, 0), (0, 0), (0, 0), (0, width - H))),  # before Hopper, values are as wide as keys
         scale=scale,
         is_causal=True,

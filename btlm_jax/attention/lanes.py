@@ -14,7 +14,7 @@ MAX_LENGTH = 1 << 16  # the multiples of 256 below it have 8 bits
 
 
 def alibi_lanes(slopes_N: jax.Array, *, length: int, head_dim: int, width: int) -> tuple[jax.Array, jax.Array]:
-    """Return what to add to q and to k, both [N, T, W], once `widen` has given them `width` lanes: zeros but for ALiBi.
+    """Return what to add to q and to k, both [T, N, W], once `widen` has given them `width` lanes: zeros but for ALiBi.
 
     Per part of a slope, q carries (slope, -coarse, slope, -fine) of its position and k (coarse, slope, fine, slope).
     That is centred on the query, so a score is as small as what it stands for, and no row needs a large maximum.
@@ -34,9 +34,9 @@ def alibi_lanes(slopes_N: jax.Array, *, length: int, head_dim: int, width: int) 
     coarse_T, fine_T = position_T // 256 * 256, position_T % 256
     position_TA = jnp.tile(jnp.stack([coarse_T, coarse_T, fine_T, fine_T], axis=1), NUM_PARTS).astype(jnp.float32)
     is_even_A = (jnp.arange(NUM_LANES) % 2 == 0)[None]
-    q_lanes_NTW = place(jnp.where(is_even_A, slope_NA, 0))[:, None] + place(jnp.where(is_even_A, 0, -position_TA))[None]
-    k_lanes_NTW = place(jnp.where(is_even_A, 0, slope_NA))[:, None] + place(jnp.where(is_even_A, position_TA, 0))[None]
-    return q_lanes_NTW, k_lanes_NTW
+    q_slopes_NW, q_positions_TW = place(jnp.where(is_even_A, slope_NA, 0)), place(jnp.where(is_even_A, 0, -position_TA))
+    k_slopes_NW, k_positions_TW = place(jnp.where(is_even_A, 0, slope_NA)), place(jnp.where(is_even_A, position_TA, 0))
+    return q_slopes_NW[None] + q_positions_TW[:, None], k_slopes_NW[None] + k_positions_TW[:, None]
 
 
 def widen(x: jax.Array, lanes: jax.Array) -> jax.Array:
