@@ -10,14 +10,14 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import datetime
 import os
-import platform
 import shutil
 import subprocess
 import sys
 import time
 from pathlib import Path
+
+from machine import machine
 
 GOAL = 1.3  # peak memory over size of the file
 
@@ -43,6 +43,7 @@ CASES = (
     Case(source=SOURCE, target="jais", flags=("--format=jais", "--dtype=bfloat16"), kept=False),
     Case(source=SOURCE, target="Q4_0.gguf", flags=("--format=gguf", "--file_type=Q4_0"), kept=False),
     Case(source=SOURCE, target="BF16.gguf", flags=("--format=gguf", "--file_type=BF16"), kept=False),
+    Case(source=SOURCE, target="int4", flags=("--format=int4", "--method=rtn"), kept=False),
     Case(source=SOURCE, target="native", flags=("--format=native",), kept=True),
     Case(source="native", target="back", flags=("--format=hf", "--dtype=bfloat16"), kept=False),
 )
@@ -111,16 +112,6 @@ def _delete(path: Path) -> None:
     if path.is_dir():
         shutil.rmtree(path)
     path.unlink(missing_ok=True)
-
-
-def machine() -> str:
-    """Return what was measured on."""
-    model = next((line.split(":")[1].strip() for line in open("/proc/cpuinfo") if line.startswith("model name")), "?")
-    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
-    return (
-        f"{datetime.date.today()}, {model} (AVX2), {os.cpu_count()} cores, {memory:.0f} GiB, "
-        f"Python {platform.python_version()}"
-    )
 
 
 def main() -> int:

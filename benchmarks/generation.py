@@ -12,11 +12,8 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import datetime
-import importlib.metadata
 import json
 import os
-import platform
 import statistics
 import subprocess
 import sys
@@ -25,6 +22,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from engines import Interval, Stopwatch, Timing, Work, run_llama_cpp, run_ours, run_transformers
+from machine import has_bfloat16, machine
 
 THREADS = 2
 ROUNDS = {"small": 3, "full": 1}
@@ -65,7 +63,7 @@ def contenders(shape: str, precision: str) -> list[Contender]:
     if precision == "4 bits":
         return [*found, Contender(engine=OURS, model=f"{shape}-int4", variant="int8 cache")]
     directory = f"{shape}-{precision}"
-    is_slow = precision == "bfloat16"  # PyTorch has no fast bfloat16 for CPUs without AVX-512
+    is_slow = precision == "bfloat16" and not has_bfloat16()
     for variant in ("dynamic cache", "static cache") if shape == "small" else ("dynamic cache",):
         found.append(Contender(engine=TRANSFORMERS, model=directory, variant=variant, is_slow=is_slow))
     return [*found, Contender(engine=OURS, model=directory, variant=f"{precision} cache")]
@@ -213,17 +211,6 @@ def make_models(models: Path, shapes: Sequence[str], precisions: Sequence[str]) 
                     subprocess.run([*command, *flags], check=True)
 
 
-def machine() -> str:
-    """Return what was measured on."""
-    model = next((line.split(":")[1].strip() for line in open("/proc/cpuinfo") if line.startswith("model name")), "?")
-    versions = {name: importlib.metadata.version(name) for name in ("jax", "torch", "transformers", "xllamacpp")}
-    return (
-        f"{datetime.date.today()}, {model} (AVX2, no AVX-512), {os.cpu_count()} cores, "
-        f"Python {platform.python_version()}, {', '.join(' '.join(pair) for pair in versions.items())}; "
-        f"{THREADS} threads (torch.set_num_threads, llama.cpp's n_threads; ours takes the machine's)"
-    )
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--models", type=Path, default=Path("/tmp/full"))
@@ -240,7 +227,7 @@ def main() -> None:
         print(json.dumps(dataclasses.asdict(timing)))
         return
     make_models(arguments.models, arguments.shapes, arguments.precisions)
-    print(f"{machine()}\n\n{HEADER}", flush=True)
+    print(f"{setting()}\n\n{HEADER}", flush=True)
     rows = []
     for shape in arguments.shapes:
         for precision in arguments.precisions:
@@ -256,11 +243,17 @@ def main() -> None:
                     arguments.output.write_text(report(rows))
 
 
+def setting() -> str:
+    """Return what was measured on, and with how many threads."""
+    threads = f"{THREADS} threads (torch.set_num_threads, llama.cpp's n_threads; ours takes the machine's)"
+    return f"{machine('jax', 'torch', 'transformers', 'xllamacpp')}; {threads}"
+
+
 def report(rows: Sequence[str]) -> str:
     """Return the table with what it was measured by."""
     notes = __doc__.split("made once. ")[1]
     table = "\n".join((HEADER, *rows))
-    return f"# Generating on a CPU\n\n`python benchmarks/generation.py`\n\n{machine()}\n\n{notes}\n{table}\n"
+    return f"# Generating on a CPU\n\n`python benchmarks/generation.py`\n\n{setting()}\n\n{notes}\n{table}\n"
 
 
 if __name__ == "__main__":

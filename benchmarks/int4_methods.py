@@ -10,17 +10,15 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import datetime
 import json
 import math
-import os
-import platform
 from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
+from machine import machine
 
 from btlm_jax.convert.names import read_params
 from btlm_jax.convert.native import abstract_params
@@ -215,15 +213,6 @@ def rows(bench: Bench):
             yield int4_row(method, group_size=group_size, embedding_bits=8)
 
 
-def machine() -> str:
-    """Return what was measured on."""
-    model = next((line.split(":")[1].strip() for line in open("/proc/cpuinfo") if line.startswith("model name")), "?")
-    return (
-        f"{datetime.date.today()}, {model}, {os.cpu_count()} cores, Python {platform.python_version()}, "
-        f"JAX {jax.__version__}"
-    )
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--run", type=Path, required=True, help="workdir of a finished `btlm train`")
@@ -235,7 +224,7 @@ def main() -> None:
         lines.append(line)
     if arguments.output:
         title, command = "# What 4 bits cost", "`python benchmarks/int4_methods.py --run=WORKDIR`"
-        arguments.output.write_text("\n".join([title, "", command, "", machine(), "", *lines, ""]))
+        arguments.output.write_text("\n".join([title, "", command, "", machine("jax"), "", *lines, ""]))
 
 
 if __name__ == "__main__":

@@ -9,16 +9,16 @@ its causal flash kernel serves), whichever is faster; fused AdamW; the same clip
 from __future__ import annotations
 
 import argparse
-import datetime
 import importlib.util
 import json
 import os
-import platform
 import statistics
 import subprocess
 import sys
 import time
 from pathlib import Path
+
+from machine import machine
 
 SHAPES = ((4, 512), (1, 2048))  # sequences, tokens
 FRAMEWORKS = ("jax", "torch eager, mask", "torch eager, folded", "torch compile, mask", "torch compile, folded")
@@ -152,18 +152,6 @@ def table_of(*, rounds: int, steps: int) -> str:
     return "\n".join(lines)
 
 
-def machine() -> str:
-    """Return what was measured on."""
-    import jax
-    import torch
-
-    model = next((line.split(":")[1].strip() for line in open("/proc/cpuinfo") if line.startswith("model name")), "?")
-    return (
-        f"{datetime.date.today()}, {model}, {os.cpu_count()} cores, Python {platform.python_version()}, "
-        f"JAX {jax.__version__}, PyTorch {torch.__version__}, {THREADS} threads"
-    )
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=3)
@@ -175,7 +163,8 @@ def main() -> None:
         framework, batch, length = arguments.one
         print(json.dumps(run_one(framework, int(batch), int(length), steps=arguments.steps)))
         return
-    table = f"{machine()}\n\n{table_of(rounds=arguments.rounds, steps=arguments.steps)}\n"
+    setting = f"{machine('jax', 'torch')}, {THREADS} threads"
+    table = f"{setting}\n\n{table_of(rounds=arguments.rounds, steps=arguments.steps)}\n"
     print(table)
     if arguments.output:
         command = f"python benchmarks/train_step_cpu.py --rounds={arguments.rounds} --steps={arguments.steps}"
