@@ -29,12 +29,13 @@ ROOM_OF = {
     "zstandard": {"corpus"},
     "orjson": {"corpus"},
     "pyarrow": {"corpus"},
+    "fsspec": {"corpus"},
     "torch": {"convert"},
     "transformers": {"convert"},
     "gguf": {"convert"},
     "absl.flags": {"cli"},
     "tensorboardX": {"metrics", "writers"},
-    "matplotlib": {"evaluate", "tune"},
+    "matplotlib": {"corpus", "evaluate", "tune"},
 }
 NEVER = {("corpus", "model"), ("model", "data"), ("data", "corpus"), ("data", "model")}
 

@@ -114,6 +114,7 @@ BAD_LINES = [
     (b'{"meta": {}}', "there is no text"),
     (b'["text"]', "not an object but list"),
     (b"[" * 100_000, "not JSON"),
+    (b'{"text": "x", "deep": ' + b"[" * 985 + b"]" * 985 + b"}", "its values are nested more than 200 deep"),
 ]
 
 

@@ -198,3 +198,14 @@ def test_other_tokenizers_stay_with_their_own_library(prepared, tmp_path):
     (tmp_path / "swapped" / "merges.txt").write_text("\n".join(header + merges))
     swapped = read_byte_level(tmp_path / "swapped")
     assert not can_be_fast(swapped) and fastest(swapped) is swapped
+
+
+def test_a_store_that_lost_files_gets_them_again(prepared, tmp_path):
+    assert run(prepared, tmp_path / "store") == 0
+    before = {path.name: path.read_bytes() for path in (tmp_path / "store").iterdir() if path.is_file()}
+    first, second, *_ = sorted((tmp_path / "store").glob("tokens-*"))
+    first.unlink()
+    second.write_bytes(second.read_bytes()[:-1])
+    (tmp_path / "store" / "tokenizer.json").unlink()
+    assert run(prepared, tmp_path / "store") == 0
+    assert {path.name: path.read_bytes() for path in (tmp_path / "store").iterdir() if path.is_file()} == before

@@ -1,6 +1,7 @@
 """The command line, `btlm <verb> ...`: parse, build the config, call one function, return an exit code.
 
-Exit codes: 0 done, 1 error, 2 usage, 75 preempted and saved (run the same command again), 76 stopped on bad numbers.
+Exit codes: 0 done, 1 error, 2 usage, 75 preempted and saved (run the same command again), 76 stopped on bad numbers,
+130 interrupted by Ctrl-C.
 The only importer of absl.flags. Verbs import what they call late, so that `--help` answers at once.
 """
 
@@ -16,7 +17,7 @@ from absl import logging as absl_logging
 
 from btlm_jax import __version__
 from btlm_jax.cli import corpus, generating, making, planning, using
-from btlm_jax.cli.parse import BAD_NUMBERS, DONE, ERROR, PREEMPTED, USAGE, UsageError
+from btlm_jax.cli.parse import BAD_NUMBERS, DONE, ERROR, INTERRUPTED, PREEMPTED, USAGE, UsageError
 
 __all__ = ["BAD_NUMBERS", "DONE", "ERROR", "PREEMPTED", "USAGE", "UsageError", "entry", "main"]
 
@@ -68,6 +69,9 @@ def main(arguments: Sequence[str]) -> int:
     except (ValueError, OSError) as error:
         print(f"btlm {verb}: error: {error}", file=sys.stderr)
         return ERROR
+    except KeyboardInterrupt:
+        print(f"btlm {verb}: interrupted; the same command goes on where it can", file=sys.stderr)
+        return INTERRUPTED
 
 
 def _quiet_orbax() -> None:

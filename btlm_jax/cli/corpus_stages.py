@@ -16,9 +16,11 @@ CLEAN_HELP = """btlm corpus clean: read raw text, repair its Unicode as SlimPaja
 
 example:  btlm corpus clean --input=RAW --output=corpus/clean --workers=8
 
-RAW is a file or a folder of .jsonl, .jsonl.zst, .jsonl.gz, .parquet, .txt, .md or .rst files. A line of JSON is
-{"text": ..., "meta": {"redpajama_set_name": ...}}, or has "source" and "id". A bad line costs that line: it goes to
-quarantine/ with its file, line, offset and the reason. Exit code 1 if more lines are bad than --max_bad_rate allows.
+RAW is a file or a folder of .jsonl, .jsonl.zst, .jsonl.gz, .parquet, .txt, .md or .rst files, a Hugging Face
+dataset on disk, a local TFDS dataset in ArrayRecord, or a URL such as gs://bucket/folder or s3://bucket/folder. A line
+of JSON is {"text": ..., "meta": {"redpajama_set_name": ...}}, or has "source" and "id". A bad line costs that line: it
+goes to quarantine/ with its file, line, offset and the reason. Exit code 1 if more lines are bad than --max_bad_rate
+allows.
 """
 
 DEDUP_HELP = """btlm corpus dedup: find near-duplicates over the whole corpus and keep one document of each cluster.
@@ -67,9 +69,10 @@ def clean(arguments: Sequence[str]) -> int:
     if not _parse_stage(values, arguments, help_text=CLEAN_HELP):
         return DONE
     cleaning = importlib.import_module("btlm_jax.corpus.clean")
+    places = importlib.import_module("btlm_jax.corpus.places")
     try:
         config = cleaning.CleanConfig(
-            input=Path(values["input"].value),
+            input=places.place_of(values["input"].value),
             default_source=values["source"].value,
             on_bad_file=values["on_bad_file"].value,
             max_bad_rate=values["max_bad_rate"].value,
@@ -106,6 +109,7 @@ def split(arguments: Sequence[str]) -> int:
     if not _parse_stage(values, arguments, help_text=SPLIT_HELP):
         return DONE
     splitting = importlib.import_module("btlm_jax.corpus.split")
+    places = importlib.import_module("btlm_jax.corpus.places")
     try:
         config = splitting.SplitConfig(
             input=Path(values["input"].value),
@@ -113,7 +117,7 @@ def split(arguments: Sequence[str]) -> int:
             test=values["test"].value,
             seed=values["seed"].value,
             weights=dict(_weight(given) for given in values["weight"].value),
-            evaluation=tuple(Path(path) for path in values["evaluation"].value),
+            evaluation=tuple(map(places.place_of, values["evaluation"].value)),
         )
     except ValueError as error:
         raise UsageError(str(error)) from error

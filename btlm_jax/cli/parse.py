@@ -10,7 +10,7 @@ from ml_collections import config_flags
 
 from btlm_jax.config import TrainConfig, train_config_from
 
-DONE, ERROR, USAGE, PREEMPTED, BAD_NUMBERS = 0, 1, 2, 75, 76
+DONE, ERROR, USAGE, PREEMPTED, BAD_NUMBERS, INTERRUPTED = 0, 1, 2, 75, 76, 130
 
 
 class UsageError(Exception):

@@ -17,10 +17,12 @@ import ftfy
 
 from btlm_jax.corpus.inputs import make_tasks, raw_inputs
 from btlm_jax.corpus.normalize import MIN_CHARACTERS, is_shorter
+from btlm_jax.corpus.places import Place
 from btlm_jax.corpus.reading import BadFile, Defect, read_raw
 from btlm_jax.corpus.records import AtomicFile, Record, ShardWriter
-from btlm_jax.corpus.stage import Input, Log, Stage, Task, Tick, run_stage
+from btlm_jax.corpus.stage import Log, Stage, run_stage
 from btlm_jax.corpus.tally import Tally
+from btlm_jax.corpus.tasks import Input, Task, Tick
 
 RECIPE = 1  # raise when the steps change
 QUARANTINE_FOLDER = "quarantine"
@@ -39,7 +41,7 @@ _SUSPECT, _SUSPECT_OR_AMPERSAND = re.compile(f"[^&{_CALM}]"), re.compile(f"[^{_C
 class CleanConfig:
     """What to clean, and what to do with bad input."""
 
-    input: Path
+    input: Place
     default_source: str
     on_bad_file: str
     max_bad_rate: float
@@ -60,7 +62,7 @@ def clean(config: CleanConfig, *, output: Path, num_workers: int, log: Log) -> d
       FileNotFoundError: there are none.
       ValueError: a file is bad, too many lines are, nothing is left, or `output` lies where the raw files are.
     """
-    if output.resolve().is_relative_to(config.input.resolve()):
+    if isinstance(config.input, Path) and output.resolve().is_relative_to(config.input.resolve()):
         raise ValueError(f"output {output} lies in input {config.input}, so it would be read as input; choose another")
     stage = Stage(
         name="clean",
@@ -71,7 +73,7 @@ def clean(config: CleanConfig, *, output: Path, num_workers: int, log: Log) -> d
             "default_source": config.default_source,
             "on_bad_file": config.on_bad_file,
         },
-        tasks=make_tasks(raw_inputs(config.input)),
+        tasks=make_tasks(raw_inputs(config.input, log=log)),
         run=functools.partial(_clean_task, default_source=config.default_source, on_bad_file=config.on_bad_file),
     )
     check = functools.partial(_check, max_bad_rate=config.max_bad_rate, quarantine=output / QUARANTINE_FOLDER)
@@ -145,7 +147,7 @@ def _read(item: Input, defects: list[Defect], *, default_source: str, on_bad_fil
     except BadFile as error:
         if on_bad_file == FAIL:
             raise ValueError(
-                f"{item.path} cannot be used: {error}. --on_bad_file={KEEP_PREFIX} goes on with what comes before"
+                f"{item.name} cannot be used: {error}. --on_bad_file={KEEP_PREFIX} goes on with what comes before"
             ) from error
         defects.append(Defect(file=item.name, line=0, offset=0, reason=str(error), head=""))
 

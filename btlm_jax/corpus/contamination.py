@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
+import tempfile
 import zlib
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -13,8 +15,11 @@ from btlm_jax.corpus.frames import BadFile
 from btlm_jax.corpus.inputs import raw_inputs
 from btlm_jax.corpus.lsh import STRICT, band_keys
 from btlm_jax.corpus.normalize import normalized
+from btlm_jax.corpus.places import Place
 from btlm_jax.corpus.reading import read_raw
 from btlm_jax.corpus.records import Record
+from btlm_jax.corpus.stage import Log
+from btlm_jax.corpus.tasks import at_hand
 
 WORDS = 13  # of a run that counts as seen, GPT-3's (arXiv 2005.14165, appendix C)
 _ODD = np.uint64(0x9E3779B97F4A7C15)
@@ -75,17 +80,17 @@ def word_runs(text: str) -> np.ndarray:
     return runs
 
 
-def evaluation_runs(paths: Iterable[Path]) -> np.ndarray:
+def evaluation_runs(places: Iterable[Place], *, log: Log) -> np.ndarray:
     """Return the sorted hashes of the runs of all texts of some raw files or folders.
 
     Raises:
       ValueError: a file or a line cannot be read, so that its text would not be found.
     """
     found = [np.empty(0, np.uint64)]
-    for path in paths:
-        for item in raw_inputs(path):
+    for item in itertools.chain.from_iterable(raw_inputs(place, log=log) for place in places):
+        with at_hand([item], Path(tempfile.gettempdir())) as (local,):
             try:
-                for record in read_raw(item.path, name=item.name, default_source="evaluation"):
+                for record in read_raw(local.path, name=item.name, default_source="evaluation"):
                     if not isinstance(record, Record):
                         raise BadFile(f"line {record.line}: {record.reason}")
                     found.append(word_runs(record.text))

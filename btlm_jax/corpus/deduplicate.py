@@ -25,8 +25,9 @@ from btlm_jax.corpus.inputs import read_stage, stage_inputs
 from btlm_jax.corpus.lsh import PRESETS, Clusters, Preset, all_agree, band_keys, bucket_pairs, survivors
 from btlm_jax.corpus.normalize import normalized
 from btlm_jax.corpus.records import Record, ShardWriter, read_records
-from btlm_jax.corpus.stage import Log, Stage, Task, Tick, accept, run_stage
+from btlm_jax.corpus.stage import Log, Stage, accept, run_stage
 from btlm_jax.corpus.tally import Tally
+from btlm_jax.corpus.tasks import Task, Tick
 
 RECIPE = 1  # raise when the steps change
 PARTITION_DOCUMENTS = 1 << 22  # whose keys a task holds at a time

@@ -2,30 +2,109 @@
 
 from __future__ import annotations
 
+import dataclasses
+import itertools
 import json
+from collections import Counter
 from collections.abc import Sequence
-from pathlib import Path
+from pathlib import Path, PurePosixPath
+from typing import BinaryIO
 
-from btlm_jax.corpus.reading import SUFFIXES
-from btlm_jax.corpus.stage import FORMAT, MANIFEST_FILE, PLAN_FILE, TASK_BYTES, Input, Task, fingerprint_of, hash_file
+from btlm_jax.corpus.places import Place, find_files, opened
+from btlm_jax.corpus.reading import SUFFIXES, are_plain_lines, is_raw
+from btlm_jax.corpus.stage import FORMAT, MANIFEST_FILE, PLAN_FILE, Log, fingerprint_of
+from btlm_jax.corpus.tables import TFDS_SHARD
+from btlm_jax.corpus.tasks import Input, Task, hash_file
+
+TASK_BYTES = 64_000_000  # small input files share a task up to this size
+PIECE_BYTES = 128_000_000  # larger files of plain lines are read in pieces
+_CHUNK = 1 << 16
 
 
-def raw_inputs(root: Path) -> list[Input]:
-    """Return the raw text files under a folder, or the one file, in the order of their names.
+def raw_inputs(root: Place, *, log: Log) -> list[Input]:
+    """Return the raw text files under a folder, or the one file, in the order of their names; large ones in pieces.
 
     Raises:
-      FileNotFoundError: there is nothing.
+      FileNotFoundError: there is nothing, or a dataset's shards are not all there.
     """
-    if root.is_file():
-        return [Input(name=root.name, path=root, num_bytes=root.stat().st_size, sha256="")]
-    names = sorted(
-        path.relative_to(root).as_posix()
-        for path in root.rglob("*")
-        if path.is_file() and path.name.endswith(SUFFIXES) and not path.name.startswith(".")
-    )
-    if not names:
+    files = [file for file in find_files(root) if not file[0].rsplit("/", 1)[-1].startswith(".")]
+    if len(files) > 1 or files and files[0][1] != root:
+        stale = _stale_tables(files)
+        others = [name for name, _, _ in files if not is_raw(name) or name in stale]
+        files = [file for file in files if is_raw(file[0]) and file[0] not in stale]
+        _check_shards([name for name, _, _ in files])
+        if others and files:
+            log(f"{root}: {len(others):,} files of other kinds are not read, {others[0]} for one")
+    if not files:
         raise FileNotFoundError(f"{root} holds no file that ends in {', '.join(SUFFIXES)}")
-    return [Input(name=name, path=root / name, num_bytes=(root / name).stat().st_size, sha256="") for name in names]
+    whole = [Input(name=name, path=place, num_bytes=num_bytes, sha256="") for name, place, num_bytes in files]
+    return [piece for item in whole for piece in (_pieces(item) if _can_be_cut(item) else [item])]
+
+
+def _stale_tables(files: list[tuple[str, Place, int]]) -> set[str]:
+    """Return the .arrow files that are no part of the Hugging Face dataset they lie in: old ones, and caches.
+
+    Raises:
+      FileNotFoundError: a part is missing.
+    """
+    tables = {name for name, _, _ in files if name.endswith(".arrow")}
+    stale = {name for name in tables if PurePosixPath(name).name.startswith("cache-")}
+    for name, place, _ in files:
+        folder = PurePosixPath(name).parent
+        if PurePosixPath(name).name == "state.json" and any(PurePosixPath(table).parent == folder for table in tables):
+            with opened(place) as file:
+                state = json.load(file)
+            if "_data_files" not in state:
+                raise ValueError(f"{place} does not say which .arrow files its dataset has; give the files themselves")
+            parts = {str(folder / part["filename"]) for part in state["_data_files"]}
+            if missing := sorted(parts - tables):
+                raise FileNotFoundError(f"{place} names {missing[0]}, which is not there; fetch the dataset again")
+            stale |= {table for table in tables if PurePosixPath(table).parent == folder} - parts
+    return stale
+
+
+def _check_shards(names: list[str]) -> None:
+    """Refuse a TFDS dataset that lacks shards."""
+    shards = [match for match in map(TFDS_SHARD.fullmatch, names) if match]
+    for (stem, count), found in Counter((match[1], match[2]) for match in shards).items():
+        if found != int(count):
+            raise FileNotFoundError(f"of {stem} only {found} of {int(count)} shards are there; fetch the dataset again")
+
+
+def _can_be_cut(item: Input) -> bool:
+    if item.num_bytes <= PIECE_BYTES or not item.name.endswith(".jsonl"):
+        return False
+    with opened(item.path) as file:
+        return are_plain_lines(file.read(64))
+
+
+def _pieces(item: Input) -> list[Input]:
+    """Cut a file at ends of lines; a piece is named by where it begins, and its lines are counted from there."""
+    begins = [0]
+    with opened(item.path) as file:
+        while begins[-1] + PIECE_BYTES < item.num_bytes:
+            begins.append(_end_of_line(file, begins[-1] + PIECE_BYTES - 1))
+    return [
+        dataclasses.replace(
+            item,
+            name=f"{item.name}@{begin}" if begin else item.name,
+            num_bytes=end - begin,
+            begin=begin,
+            is_piece=True,
+        )
+        for begin, end in itertools.pairwise([*begins, item.num_bytes])
+        if begin < end
+    ]
+
+
+def _end_of_line(file: BinaryIO, offset: int) -> int:
+    """Return where the line that has the byte at `offset` ends, its newline included."""
+    file.seek(offset)
+    while chunk := file.read(_CHUNK):
+        if (found := chunk.find(b"\n")) >= 0:
+            return offset + found + 1
+        offset += len(chunk)
+    return offset
 
 
 def read_stage(directory: Path) -> dict:

@@ -60,13 +60,21 @@ def write_shards(directory: Path, *, split: str, blocks: Sequence[Block]) -> lis
 
 
 def write_shard(path: Path, *, blocks: Iterable[Block]) -> store.Shard:
-    """Write one shard and return what the manifest says of it."""
-    writer = ArrayRecordWriter(str(path), "group_size:1")
+    """Write one shard and return what the manifest says of it.
+
+    Raises:
+      OSError: it cannot be written; nothing is left of it.
+    """
     num_blocks = 0
-    for block in blocks:
-        writer.write(_serialized(block))
-        num_blocks += 1
-    writer.close()
+    try:
+        writer = ArrayRecordWriter(str(path), "group_size:1")
+        for block in blocks:
+            writer.write(_serialized(block))
+            num_blocks += 1
+        writer.close()
+    except RuntimeError as error:  # how it reports a full disk
+        path.unlink(missing_ok=True)
+        raise OSError(f"shard {path} cannot be written: {error}") from error
     return store.Shard(file=path.name, num_blocks=num_blocks, num_bytes=path.stat().st_size, sha256=sync_and_hash(path))
 
 

@@ -18,11 +18,12 @@ import orjson
 
 from btlm_jax.corpus.frames import CHUNK, BadFile, decompressed, gzip_decompressor, lines_of, zstd_decompressor
 from btlm_jax.corpus.records import SOURCE_KEY, Record
+from btlm_jax.corpus.tables import TFDS_SHARD, arrow_rows, parquet_rows, tfds_rows
 
 TEXT_SUFFIXES = (".txt", ".md", ".rst")
-SUFFIXES = (".jsonl", ".jsonl.zst", ".jsonl.gz", ".json.gz", ".zst", ".parquet", *TEXT_SUFFIXES)
-_PARQUET_ROWS = 256
+SUFFIXES = (".jsonl", ".jsonl.zst", ".jsonl.gz", ".json.gz", ".zst", ".parquet", ".arrow", *TEXT_SUFFIXES)
 _HEAD_OF_DEFECT = 200
+_MAX_DEPTH = 200  # orjson writes 254
 _ZSTD, _GZIP, _PARQUET = b"\x28\xb5\x2f\xfd", b"\x1f\x8b", b"PAR1"
 _ZSTD_SKIPPABLE = b"\x2a\x4d\x18"  # after a first byte of 0x50 to 0x5f
 _LFS = b"version https://git-lfs"
@@ -56,15 +57,37 @@ def read_raw(path: Path, *, name: str, default_source: str) -> Iterator[Record |
         if head.lstrip().lower().startswith(_HTML):
             raise BadFile("it is a web page, not data; the download gave an error page")
         if head.startswith(_PARQUET):
-            yield from _from_parquet(file, name=name, default_source=default_source)
+            yield from _from_rows(parquet_rows(file), name=name, default_source=default_source)
+        elif name.endswith(".arrow"):
+            yield from _from_rows(arrow_rows(file), name=name, default_source=default_source)
+        elif TFDS_SHARD.fullmatch(name):
+            yield from _from_rows(tfds_rows(path), name=name, default_source=default_source)
         elif name.endswith(TEXT_SUFFIXES):
             yield from _from_text(file.read(), name=name, default_source=default_source)
         else:
             yield from _from_lines(_chunks(file, head=head, name=name), name=name, default_source=default_source)
 
 
+def is_raw(name: str) -> bool:
+    """Return whether a file of that name is read when it is found in a folder."""
+    return name.endswith(SUFFIXES) or TFDS_SHARD.fullmatch(name) is not None
+
+
+def are_plain_lines(head: bytes) -> bool:
+    """Return whether a file that begins so is neither compressed, nor parquet, nor one of the known mistakes."""
+    return not (
+        head.startswith((_ZSTD, _GZIP, _PARQUET, _LFS))
+        or _is_skippable(head)
+        or head.lstrip().lower().startswith(_HTML)
+    )
+
+
+def _is_skippable(head: bytes) -> bool:
+    return head[1:4] == _ZSTD_SKIPPABLE and head[0] >> 4 == 5
+
+
 def _chunks(file: BinaryIO, *, head: bytes, name: str) -> Iterator[bytes]:
-    if head.startswith(_ZSTD) or (head[1:4] == _ZSTD_SKIPPABLE and head[0] >> 4 == 5):
+    if head.startswith(_ZSTD) or _is_skippable(head):
         yield from decompressed(file, zstd_decompressor)
     elif head.startswith(_GZIP):
         yield from decompressed(file, gzip_decompressor)
@@ -123,6 +146,8 @@ def _record(body: object, *, default_id: str, default_source: str) -> Record:
     meta = body.get("meta")
     meta = meta if isinstance(meta, dict) else {} if meta is None else {"meta": meta}
     others = {key: value for key, value in body.items() if key not in ("text", "meta", "id", "source")}
+    if _is_deep(others) or _is_deep(meta):
+        raise ValueError(f"its values are nested more than {_MAX_DEPTH} deep")
     source = body.get("source")
     source = source if isinstance(source, str) else meta.get(SOURCE_KEY)
     document = body.get("id")
@@ -134,6 +159,22 @@ def _record(body: object, *, default_id: str, default_source: str) -> Record:
     )
 
 
+def _is_deep(value: object) -> bool:
+    """Return whether lists and dicts are nested deeper than every reader and writer of JSON allows."""
+    level = [value]
+    for _ in range(_MAX_DEPTH):
+        level = [
+            inner
+            for item in level
+            if isinstance(item, dict | list)
+            for inner in (item.values() if isinstance(item, dict) else item)
+            if isinstance(inner, dict | list)
+        ]
+        if not level:
+            return False
+    return True
+
+
 def _from_text(data: bytes, *, name: str, default_source: str) -> Iterator[Record | Defect]:
     try:
         yield Record(id=name, source=default_source, text=data.decode("utf-8-sig"), meta={})
@@ -143,20 +184,9 @@ def _from_text(data: bytes, *, name: str, default_source: str) -> Iterator[Recor
         yield Defect(file=name, line=1, offset=0, reason=reason, head=head)
 
 
-def _from_parquet(file: BinaryIO, *, name: str, default_source: str) -> Iterator[Record | Defect]:
-    try:
-        import pyarrow
-        import pyarrow.parquet
-    except ImportError as error:
-        raise BadFile("parquet needs pyarrow: pip install 'btlm_jax[corpus]'") from error
-    number = 0
-    try:
-        for batch in pyarrow.parquet.ParquetFile(file).iter_batches(batch_size=_PARQUET_ROWS):
-            for body in batch.to_pylist():
-                number += 1
-                try:
-                    yield _record(body, default_id=f"{name}:{number}", default_source=default_source)
-                except ValueError as error:
-                    yield Defect(file=name, line=number, offset=0, reason=str(error), head=str(body)[:200])
-    except (pyarrow.ArrowException, OSError) as error:
-        raise BadFile(f"parquet is damaged after row {number:,}: {error}") from error
+def _from_rows(rows: Iterator[dict], *, name: str, default_source: str) -> Iterator[Record | Defect]:
+    for number, body in enumerate(rows, start=1):
+        try:
+            yield _record(body, default_id=f"{name}:{number}", default_source=default_source)
+        except ValueError as error:
+            yield Defect(file=name, line=number, offset=0, reason=str(error), head=str(body)[:_HEAD_OF_DEFECT])

@@ -10,6 +10,7 @@ import dataclasses
 import hashlib
 import json
 import os
+import secrets
 from collections.abc import Iterator
 from pathlib import Path
 from types import TracebackType
@@ -113,7 +114,7 @@ class AtomicFile:
 
     def __init__(self, path: Path):
         self.path = path
-        self._temporary = path.with_name(f".{path.name}.tmp")
+        self._temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")  # two processes never share it
         self._hash = hashlib.sha256()
 
     def __enter__(self) -> AtomicFile:
@@ -131,13 +132,14 @@ class AtomicFile:
         return self._hash.hexdigest()
 
     def __exit__(self, kind: type | None, error: BaseException | None, traceback: TracebackType | None) -> None:
-        if kind is None:
-            self._file.flush()
-            os.fsync(self._file.fileno())
-        self._file.close()
-        if kind is None:
-            os.replace(self._temporary, self.path)
-        else:
+        try:
+            with self._file:  # on a full disk even closing fails
+                if kind is None:
+                    self._file.flush()
+                    os.fsync(self._file.fileno())
+            if kind is None:
+                os.replace(self._temporary, self.path)
+        finally:
             self._temporary.unlink(missing_ok=True)
 
 
@@ -167,6 +169,10 @@ class RecordWriter(AtomicFile):
         self._lines, self._size = [], 0
 
     def __exit__(self, kind: type | None, error: BaseException | None, traceback: TracebackType | None) -> None:
-        if kind is None and self._lines:
-            self._end_frame()
+        try:
+            if kind is None and self._lines:
+                self._end_frame()
+        except BaseException as failed:
+            super().__exit__(type(failed), failed, failed.__traceback__)
+            raise
         super().__exit__(kind, error, traceback)

@@ -25,9 +25,11 @@ from btlm_jax.corpus.arrays import load_array, save_array
 from btlm_jax.corpus.contamination import HeldOut, evaluation_runs, no_signatures, shares_run, strict_signature
 from btlm_jax.corpus.inputs import read_stage, stage_inputs
 from btlm_jax.corpus.normalize import normalized
+from btlm_jax.corpus.places import Place
 from btlm_jax.corpus.records import SUFFIX, Record, RecordWriter, ShardWriter, describe_output, read_records
-from btlm_jax.corpus.stage import Log, Stage, Task, Tick, accept, run_stage
+from btlm_jax.corpus.stage import Log, Stage, accept, run_stage
 from btlm_jax.corpus.tally import Tally
+from btlm_jax.corpus.tasks import Task, Tick
 
 RECIPE = 1  # raise when the steps change
 TRAIN, VALIDATION, TEST = "train", "validation", "test"
@@ -48,7 +50,7 @@ class SplitConfig:
     test: float
     seed: int
     weights: dict[str, float]  # source -> how often its training documents are taken; 1 where it is not named
-    evaluation: tuple[Path, ...]  # raw files whose text may not be trained on
+    evaluation: tuple[Place, ...]  # raw files whose text may not be trained on
 
     def __post_init__(self):
         for name in ("validation", "test"):
@@ -75,7 +77,7 @@ def split(config: SplitConfig, *, output: Path, num_workers: int, log: Log) -> d
     num_bytes = sum(count["bytes"] for count in source["totals"]["written"].values())
     num_partitions = min(1 + num_bytes // GATHER_BYTES, MAX_PARTITIONS)
     (output / "work").mkdir(parents=True, exist_ok=True)
-    evaluation = save_array(output / "work", "evaluation", evaluation_runs(config.evaluation))
+    evaluation = save_array(output / "work", "evaluation", evaluation_runs(config.evaluation, log=log))
     settings = {
         "recipe": RECIPE,
         **{name: getattr(config, name) for name in ("validation", "test", "seed", "weights")},

@@ -12,6 +12,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import os
+import secrets
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
@@ -25,7 +26,8 @@ from btlm_jax.corpus.inputs import read_stage, stage_inputs
 from btlm_jax.corpus.pack import Block, cut, write_shard, write_tfds_metadata
 from btlm_jax.corpus.records import Record, read_records
 from btlm_jax.corpus.split import TEST, TRAIN, VALIDATION
-from btlm_jax.corpus.stage import Log, Stage, Task, Tick, accept, run_stage
+from btlm_jax.corpus.stage import Log, Stage, accept, run_stage
+from btlm_jax.corpus.tasks import Task, Tick
 from btlm_jax.corpus.tokenizer import SENTENCEPIECE, SPACE_MARK, find_tokenizer, stored_facts
 from btlm_jax.files import write_atomically
 
@@ -96,9 +98,10 @@ def tokenize(
         settings=settings | {"block_len": block_len},
         tasks=[Task(index=index, inputs=(), weight=1) for index in range(len(_shards(streams)))],
         run=step,
+        outputs_in="../..",
     )
     packed = run(packing, output / "work" / "shards")
-    if (output / store.MANIFEST_FILE).is_file():
+    if (output / store.MANIFEST_FILE).is_file() and (output / facts.file).is_file():
         return store.read_manifest(output)
     write_atomically(output / facts.file, chosen.contents)
     found = _store_splits(streams, encoded=encoded, packed=packed)
@@ -230,7 +233,7 @@ def _shard_task(
                 yield from cut(piece, block_len=block_len, eos_id=eos_id)
 
     path = target / store.shard_name(split=name, index=index, num_shards=count)
-    temporary = path.with_name(f".{path.name}.tmp")
+    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
     shard = write_shard(temporary, blocks=blocks())
     os.replace(temporary, path)
     tick(0, shard.num_bytes)

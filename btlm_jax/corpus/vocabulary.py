@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import functools
+import itertools
 from collections.abc import Iterator
 from pathlib import Path
 
 from btlm_jax.corpus.inputs import read_stage, stage_inputs
 from btlm_jax.corpus.records import AtomicFile, describe_output, read_records
 from btlm_jax.corpus.split import TRAIN
-from btlm_jax.corpus.stage import Log, Stage, Task, Tick, accept, run_stage
+from btlm_jax.corpus.stage import Log, Stage, accept, run_stage
+from btlm_jax.corpus.tasks import Task, Tick
 from btlm_jax.corpus.tokenizer import TOKENIZER_BYTES, TOKENIZER_FILE, train_tokenizer
 
 RECIPE = 1  # raise when the steps change
@@ -24,7 +26,9 @@ def make_tokenizer(source: Path, *, vocab_size: int, output: Path, log: Log) -> 
     """
     documents = read_stage(source)
     files = zip(stage_inputs(source, documents), documents["outputs"], strict=True)
-    inputs = tuple(item for item, file in files if file.get("split") == TRAIN)
+    training = [item for item, file in files if file.get("split") == TRAIN]
+    sizes = itertools.accumulate((item.num_bytes for item in training), initial=0)
+    inputs = tuple(item for item, before in zip(training, sizes, strict=False) if before <= TOKENIZER_BYTES)
     if not inputs:
         raise ValueError(f"{source} holds the stage {documents['stage']}; train on what btlm corpus split wrote")
     stage = Stage(
