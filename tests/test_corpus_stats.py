@@ -1,5 +1,7 @@
 """The tables of stats, and the whole way from raw files through a tokenizer of its own to a store that trains."""
 
+import unittest.mock
+
 import pytest
 from corpus_files import made_up_text, write_raw
 from real_store import write_config
@@ -7,6 +9,7 @@ from run_command import recorded, run_btlm, train_arguments
 
 from btlm_jax import store
 from btlm_jax.cli import main
+from btlm_jax.corpus import plots
 from btlm_jax.data.reader import verify
 
 TEXTS = [made_up_text(seed=seed, num_words=40 + 8 * (seed % 5)) for seed in range(300)]
@@ -34,6 +37,30 @@ def corpus(tmp_path_factory):
 def shown(capsys, directory) -> list[list[str]]:
     assert main(["corpus", "stats", f"--input={directory}"]) == 0
     return [line.split() for line in capsys.readouterr().out.splitlines()]
+
+
+def test_pictures_are_drawn_for_stages_and_stores(corpus, tmp_path):
+    for name, pictures in (
+        ("clean", {"bytes.png", "lengths.png"}),
+        ("dedup", {"bytes.png", "lengths.png", "clusters.png"}),
+        ("store", {"tokens-train.png", "tokens-heldout.png", "tokens-test.png"}),
+    ):
+        for target in (tmp_path / name, tmp_path / "again" / name):
+            assert main(["corpus", "stats", f"--input={corpus / name}", f"--plots={target}"]) == 0
+        drawn = {path.name: path.read_bytes() for path in (tmp_path / name).iterdir()}
+        assert drawn.keys() == pictures
+        assert drawn == {path.name: path.read_bytes() for path in (tmp_path / "again" / name).iterdir()}
+        assert all(data.startswith(b"\x89PNG") for data in drawn.values())
+    stage = plots.read_stage(corpus / "dedup")["totals"]
+    with unittest.mock.patch.object(plots, "_write", lambda figure, path: figure.axes[0]):
+        lengths = plots._histogram(tmp_path, stage["lengths"], label="x")
+        shares = plots._bars(tmp_path, {"web": 30, "books": 10}, label="x")
+    heights = {
+        text.get_text(): bar.get_height() for text, bar in zip(lengths.get_xticklabels(), lengths.patches, strict=True)
+    }
+    assert heights == {f"{int(size):,}": count for size, count in stage["lengths"].items()}
+    assert [bar.get_width() for bar in shares.patches] == [30, 10]
+    assert [text.get_text() for text in shares.texts] == ["30 (75.0 %)", "10 (25.0 %)"]
 
 
 def test_stats_of_stages_and_stores_are_the_counts(corpus, capsys):

@@ -21,6 +21,7 @@ HELP = """btlm corpus VERB: make or check a corpus and its token store.
   tokenizer  train a SentencePiece tokenizer on the documents of split
   tokenize   the documents of split -> a token store
   stats      documents, bytes and tokens by source, lengths, clusters
+  show       documents by number or id; clusters of duplicates
   verify     read a stage's output or a token store again and compare every byte with its manifest
 
 clean to tokenize are stages, each from a directory into a new one. A stage that was killed goes on where it was when
@@ -32,6 +33,7 @@ examples:  btlm corpus build --config=configs/local_cpu.py --workdir=runs/local
            btlm corpus split --input=corpus/dedup --output=corpus/split --workers=8
            btlm corpus tokenize --input=corpus/split --output=store --tokenizer=GPT2 --workers=8
            btlm corpus stats --input=store
+           btlm corpus show --input=corpus/dedup --clusters=3 --documents=corpus/clean
            btlm corpus verify --store=runs/local/store
 """
 
@@ -60,15 +62,55 @@ def _build(arguments: Sequence[str]) -> int:
 
 
 def _stats(arguments: Sequence[str]) -> int:
-    directory = _directory(arguments, name="input", verb="stats")
+    values = flags.FlagValues()
+    flags.DEFINE_string("plots", "", "directory to draw the same into, as PNG", flag_values=values)
+    directory = _directory(values, arguments, name="input", verb="stats")
     if directory is not None:
         print(importlib.import_module("btlm_jax.corpus.stats").describe(directory))
+        if values["plots"].value:
+            plot = importlib.import_module("btlm_jax.corpus.plots").plot
+            for path in plot(directory, target=Path(values["plots"].value)):
+                print(f"drew {path}")
     return DONE
 
 
-def _directory(arguments: Sequence[str], *, name: str, verb: str) -> Path | None:
-    """Parse the one flag of a verb that only reads; return None when help was asked for and printed."""
+def _show(arguments: Sequence[str]) -> int:
     values = flags.FlagValues()
+    flags.DEFINE_string("input", "", "directory of a stage's work", flag_values=values)
+    flags.DEFINE_integer("number", -1, "number of a document, from 0", flag_values=values)
+    flags.DEFINE_integer("count", 1, "documents from that number on", flag_values=values)
+    flags.DEFINE_string("id", "", "id of a document", flag_values=values)
+    flags.DEFINE_integer("clusters", 0, "clusters of dedup, the largest first", flag_values=values)
+    flags.DEFINE_string("documents", "", "with --clusters: the stage that dedup read", flag_values=values)
+    flags.DEFINE_integer("characters", 300, "with --clusters: of each document", flag_values=values)
+    flags.DEFINE_boolean("help", False, "show this help", short_name="h", flag_values=values)
+    if any(argument in ("--help", "-h", "-help") for argument in arguments):
+        print(HELP)
+        print(flag_help(values))
+        return DONE
+    apply(values, arguments)
+    chosen = {name: values[name].value for name in values}
+    asked = (chosen["number"] >= 0) + bool(chosen["id"]) + (chosen["clusters"] > 0)
+    if not chosen["input"] or asked != 1:
+        raise UsageError("btlm corpus show needs --input=DIR and one of --number=N, --id=ID or --clusters=N")
+    if chosen["clusters"] and not chosen["documents"]:
+        raise UsageError("--clusters needs --documents=DIR, the stage that dedup read")
+    show = importlib.import_module("btlm_jax.corpus.show")
+    directory = Path(chosen["input"])
+    if chosen["clusters"]:
+        source = Path(chosen["documents"])
+        found = show.clusters(directory, documents=source, count=chosen["clusters"], characters=chosen["characters"])
+    elif chosen["id"]:
+        found = show.by_id(directory, document=chosen["id"])
+    else:
+        found = show.by_number(directory, number=chosen["number"], count=chosen["count"])
+    for text in found:
+        print(text)
+    return DONE
+
+
+def _directory(values: flags.FlagValues, arguments: Sequence[str], *, name: str, verb: str) -> Path | None:
+    """Parse the flags of a verb that only reads a directory; return None when help was asked for and printed."""
     flags.DEFINE_string(name, "", "directory of a token store, or of a stage's work", flag_values=values)
     flags.DEFINE_boolean("help", False, "show this help", short_name="h", flag_values=values)
     if any(argument in ("--help", "-h", "-help") for argument in arguments):
@@ -82,7 +124,7 @@ def _directory(arguments: Sequence[str], *, name: str, verb: str) -> Path | None
 
 
 def _verify(arguments: Sequence[str]) -> int:
-    directory = _directory(arguments, name="store", verb="verify")
+    directory = _directory(flags.FlagValues(), arguments, name="store", verb="verify")
     if directory is None:
         return DONE
     if (directory / "plan.json").is_file():
@@ -104,5 +146,6 @@ VERBS = {
     "tokenizer": corpus_stages.tokenizer,
     "tokenize": corpus_stages.tokenize,
     "stats": _stats,
+    "show": _show,
     "verify": _verify,
 }
