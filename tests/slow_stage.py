@@ -1,6 +1,7 @@
 """A stage whose tasks take their time; `python slow_stage.py DIRECTORY WORKERS` runs it as `btlm corpus` would."""
 
 import os
+import signal
 import sys
 import time
 from pathlib import Path
@@ -28,5 +29,6 @@ def run_slowly(arguments) -> int:
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs begin without it
     cli.VERBS["corpus"] = run_slowly
     sys.exit(cli.main(["corpus", *sys.argv[1:]]))
