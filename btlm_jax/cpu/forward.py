@@ -1,4 +1,7 @@
-"""The network over a cache, with tiled weights and float32 activations: the same arithmetic as model/transformer.py."""
+"""The network over a cache, with tiled weights and float32 activations: the same arithmetic as model/transformer.py.
+
+Where the processor multiplies bfloat16, products of several rows with bfloat16 weights round the activations to it.
+"""
 
 from __future__ import annotations
 

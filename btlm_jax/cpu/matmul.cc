@@ -79,6 +79,54 @@ void one_row(const uint32_t* w, const float* x, float* y, int64_t depth) {
   for (int c = 0; c < 4; ++c) store(y + c * kLanes, sums[c]);
 }
 
+#ifdef __AVX512BF16__
+// The processor's own products of bfloat16, twice as fast; x is rounded too, as it is where such a model is trained.
+constexpr int64_t kPairRows = 12;
+
+// y[RB][32] += x[RB][0..pairs) . w[pairs][32]
+template <int RB>
+inline void accumulate_pairs(const uint32_t* w, const uint32_t* x, int64_t ld_x, float* y, int64_t pairs) {
+  __m512 sums[RB][2];
+  for (int r = 0; r < RB; ++r) {
+    for (int c = 0; c < 2; ++c) sums[r][c] = _mm512_loadu_ps(y + r * kTile + c * 16);
+  }
+  for (int64_t k = 0; k < pairs; ++k) {
+    __m512bh w0 = (__m512bh)_mm512_loadu_si512(w + k * kTile), w1 = (__m512bh)_mm512_loadu_si512(w + k * kTile + 16);
+#pragma GCC unroll 12
+    for (int r = 0; r < RB; ++r) {
+      __m512bh x_rk = (__m512bh)_mm512_set1_epi32(x[r * ld_x + k]);
+      sums[r][0] = _mm512_dpbf16_ps(sums[r][0], w0, x_rk);
+      sums[r][1] = _mm512_dpbf16_ps(sums[r][1], w1, x_rk);
+    }
+  }
+  for (int r = 0; r < RB; ++r) {
+    for (int c = 0; c < 2; ++c) _mm512_storeu_ps(y + r * kTile + c * 16, sums[r][c]);
+  }
+}
+
+void accumulate_pair_rows(const uint32_t* w, const uint32_t* x, int64_t ld_x, float* y, int64_t pairs, int64_t rows) {
+  for (; rows >= kPairRows; rows -= kPairRows, x += kPairRows * ld_x, y += kPairRows * kTile) {
+    accumulate_pairs<kPairRows>(w, x, ld_x, y, pairs);
+  }
+  for (; rows >= 3; rows -= 3, x += 3 * ld_x, y += 3 * kTile) accumulate_pairs<3>(w, x, ld_x, y, pairs);
+  for (; rows > 0; --rows, x += ld_x, y += kTile) accumulate_pairs<1>(w, x, ld_x, y, pairs);
+}
+
+// Rounds to bfloat16, two a word; count is even.
+std::vector<uint32_t> pairs_of(const float* x, int64_t count) {
+  std::vector<uint32_t> pairs(count / 2);
+  int64_t i = 0;
+  for (; i + 16 <= count; i += 16) {
+    _mm256_storeu_si256((__m256i*)(pairs.data() + i / 2), (__m256i)_mm512_cvtneps_pbh(_mm512_loadu_ps(x + i)));
+  }
+  for (; i < count; i += 2) {
+    __m128i two = (__m128i)_mm_cvtneps_pbh(_mm_setr_ps(x[i], x[i + 1], 0, 0));
+    pairs[i / 2] = _mm_cvtsi128_si32(two);
+  }
+  return pairs;
+}
+#endif
+
 // Rows are worked on in the tile's own [rows, 32] buffer, then go to their places in y[rows, M].
 template <typename Fill>
 void into_columns(int64_t tile, int64_t rows, int64_t M, float* y, const Fill& fill) {
@@ -93,6 +141,22 @@ void into_columns(int64_t tile, int64_t rows, int64_t M, float* y, const Fill& f
 template <typename W>
 void product(ffi::ThreadPool pool, const float* x, const W* w, float* y, int64_t R, int64_t K, int64_t M) {
   constexpr int64_t kDepth = 128, kInputs = std::is_same_v<W, float> ? 1 : 2;
+#ifdef __AVX512BF16__
+  if constexpr (kInputs == 2) {
+    if (R > 1) {
+      std::vector<uint32_t> rounded = pairs_of(x, R * K);
+      parallel(pool, (M + kTile - 1) / kTile, R * K * kTile, [=, pairs = rounded.data()](int64_t tile) {
+        into_columns(tile, R, M, y, [=](float* own) {
+          for (int64_t k = 0; k < K / 2; k += kDepth) {
+            int64_t depth = std::min(kDepth, K / 2 - k);
+            accumulate_pair_rows(w + (tile * K / 2 + k) * kTile, pairs + k, K / 2, own, depth, R);
+          }
+        });
+      });
+      return;
+    }
+  }
+#endif
   parallel(pool, (M + kTile - 1) / kTile, R * K * kTile, [=](int64_t tile) {
     const W* stream = w + tile * K / kInputs * kTile;
     into_columns(tile, R, M, y, [=](float* own) {
