@@ -10,7 +10,7 @@ from absl import flags
 
 from btlm_jax.cli import corpus_stages
 from btlm_jax.cli.corpus_stages import print_stage, print_store
-from btlm_jax.cli.parse import DONE, UsageError, apply, flag_help, parse_config, run_flags, workdir_of
+from btlm_jax.cli.parse import DONE, UsageError, parse_config, parse_flags, run_flags, workdir_of
 
 HELP = """btlm corpus VERB: make or check a corpus and its token store.
 
@@ -84,11 +84,8 @@ def _show(arguments: Sequence[str]) -> int:
     flags.DEFINE_string("documents", "", "with --clusters: the stage that dedup read", flag_values=values)
     flags.DEFINE_integer("characters", 300, "with --clusters: of each document", flag_values=values)
     flags.DEFINE_boolean("help", False, "show this help", short_name="h", flag_values=values)
-    if any(argument in ("--help", "-h", "-help") for argument in arguments):
-        print(HELP)
-        print(flag_help(values))
+    if not parse_flags(values, arguments, help_text=HELP):
         return DONE
-    apply(values, arguments)
     chosen = {name: values[name].value for name in values}
     asked = (chosen["number"] >= 0) + bool(chosen["id"]) + (chosen["clusters"] > 0)
     if not chosen["input"] or asked != 1:
@@ -113,11 +110,8 @@ def _directory(values: flags.FlagValues, arguments: Sequence[str], *, name: str,
     """Parse the flags of a verb that only reads a directory; return None when help was asked for and printed."""
     flags.DEFINE_string(name, "", "directory of a token store, or of a stage's work", flag_values=values)
     flags.DEFINE_boolean("help", False, "show this help", short_name="h", flag_values=values)
-    if any(argument in ("--help", "-h", "-help") for argument in arguments):
-        print(HELP)
-        print(flag_help(values))
+    if not parse_flags(values, arguments, help_text=HELP):
         return None
-    apply(values, arguments)
     if not values[name].value:
         raise UsageError(f"btlm corpus {verb} needs --{name}=DIR")
     return Path(values[name].value)

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from absl import flags
 
-from btlm_jax.cli.parse import DONE, UsageError, apply, flag_help
+from btlm_jax.cli.parse import DONE, UsageError, parse_flags
 from btlm_jax.store import Manifest
 
 CLEAN_HELP = """btlm corpus clean: read raw text, repair its Unicode as SlimPajama did, drop short documents.
@@ -188,11 +188,8 @@ def _flags_with_workers() -> flags.FlagValues:
 
 def _parse_stage(values: flags.FlagValues, arguments: Sequence[str], *, help_text: str) -> bool:
     """Parse the flags of a stage; return False when help was asked for and printed."""
-    if any(argument in ("--help", "-h", "-help") for argument in arguments):
-        print(help_text)
-        print(flag_help(values))
+    if not parse_flags(values, arguments, help_text=help_text):
         return False
-    apply(values, arguments)
     for name in ("input", "output"):
         if not values[name].value:
             raise UsageError(f"--{name}=DIR is needed: {values[name].help}")

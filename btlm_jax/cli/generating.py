@@ -8,7 +8,7 @@ from pathlib import Path
 
 from absl import flags
 
-from btlm_jax.cli.parse import DONE, UsageError, apply, flag_help
+from btlm_jax.cli.parse import DONE, UsageError, parse_flags
 
 GENERATE_HELP = """btlm generate: continue texts with a trained model.
 
@@ -35,11 +35,8 @@ SAMPLING_FLAGS = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty"
 def generate(arguments: Sequence[str]) -> int:
     """Run `btlm generate`; return the exit code."""
     values = _flags()
-    if any(argument in ("--help", "-h", "-help") for argument in arguments):
-        print(GENERATE_HELP)
-        print(flag_help(values))
+    if not parse_flags(values, arguments, help_text=GENERATE_HELP):
         return DONE
-    apply(values, arguments)
     if not values["checkpoint"].value:
         raise UsageError("btlm generate needs --checkpoint=DIR: a run, a converted model or a Hugging Face directory")
     if values["prompt"].present and values["prompts_file"].present:

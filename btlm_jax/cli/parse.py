@@ -17,11 +17,16 @@ class UsageError(Exception):
     """The command line was wrong; the message says how and what would be right."""
 
 
-def run_flags() -> flags.FlagValues:
+def config_flag() -> flags.FlagValues:
     values = flags.FlagValues()
     config_flags.DEFINE_config_file(
         "config", None, "config file; --config.model.num_layers=2 changes a value", flag_values=values
     )
+    return values
+
+
+def run_flags() -> flags.FlagValues:
+    values = config_flag()
     flags.DEFINE_string("workdir", "", "directory of the run: checkpoints, metrics, plots", flag_values=values)
     flags.DEFINE_boolean("help", False, "show this help", short_name="h", flag_values=values)
     return values
@@ -29,11 +34,8 @@ def run_flags() -> flags.FlagValues:
 
 def parse_config(values: flags.FlagValues, arguments: Sequence[str], *, help_text: str) -> TrainConfig | None:
     """Parse the flags and return the config, or None when help was asked for and printed."""
-    if any(argument in ("--help", "-h", "-help") for argument in arguments):
-        print(help_text)
-        print(flag_help(values))
+    if not parse_flags(values, arguments, help_text=help_text):
         return None
-    apply(values, arguments)
     try:
         loaded = values["config"].value
         loaded = loaded if loaded is None else loaded.to_dict()
@@ -45,6 +47,16 @@ def parse_config(values: flags.FlagValues, arguments: Sequence[str], *, help_tex
         return train_config_from(loaded)
     except ValueError as error:
         raise UsageError(str(error)) from error
+
+
+def parse_flags(values: flags.FlagValues, arguments: Sequence[str], *, help_text: str) -> bool:
+    """Parse the flags; return False when help was asked for and printed."""
+    if any(argument in ("--help", "-h", "-help") for argument in arguments):
+        print(help_text)
+        print(flag_help(values))
+        return False
+    apply(values, arguments)
+    return True
 
 
 def apply(values: flags.FlagValues, arguments: Sequence[str]) -> None:

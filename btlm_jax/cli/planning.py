@@ -9,9 +9,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from absl import flags
-from ml_collections import config_flags
 
-from btlm_jax.cli.parse import DONE, ERROR, UsageError, parse_config
+from btlm_jax.cli.parse import DONE, ERROR, UsageError, config_flag, parse_config
 from btlm_jax.files import write_atomically
 
 PLAN_HELP = """btlm plan: compile a config's train steps for a TPU slice, here, without one.
@@ -51,10 +50,7 @@ def plan(arguments: Sequence[str]) -> int:
 
 
 def _flags() -> flags.FlagValues:
-    values = flags.FlagValues()
-    config_flags.DEFINE_config_file(
-        "config", None, "config file; --config.model.num_layers=2 changes a value", flag_values=values
-    )
+    values = config_flag()
     flags.DEFINE_string("topology", "", "the slice, for example v5e:16x16, v5p:4x4x8 or v6e:8x8", flag_values=values)
     flags.DEFINE_string("json", "", "file for the plan as JSON", flag_values=values)
     flags.DEFINE_float("usd-per-chip-hour", 0.0, "price of a chip; with it the plan has a cost", flag_values=values)

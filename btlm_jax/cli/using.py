@@ -8,7 +8,7 @@ from pathlib import Path
 
 from absl import flags
 
-from btlm_jax.cli.parse import DONE, UsageError, apply, flag_help
+from btlm_jax.cli.parse import DONE, UsageError, parse_flags
 
 CONVERT_HELP = """btlm convert: make a model of another form, and prove that it computes the same.
 
@@ -56,11 +56,8 @@ def convert(arguments: Sequence[str]) -> int:
     )
     flags.DEFINE_float("max_shard_gb", 5.0, "size of a weights file, in 1e9 bytes", flag_values=values)
     flags.DEFINE_boolean("help", False, "show this help", short_name="h", flag_values=values)
-    if any(argument in ("--help", "-h", "-help") for argument in arguments):
-        print(CONVERT_HELP)
-        print(flag_help(values))
+    if not parse_flags(values, arguments, help_text=CONVERT_HELP):
         return DONE
-    apply(values, arguments)
     for name in ("from", "to"):
         if not values[name].value:
             raise UsageError(f"btlm convert needs --{name}=DIR")

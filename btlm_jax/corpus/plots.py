@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import io
 from pathlib import Path
 
 from btlm_jax import store
 from btlm_jax.corpus.inputs import read_stage
 from btlm_jax.corpus.stage import PLAN_FILE
-from btlm_jax.files import write_atomically
+from btlm_jax.figures import new_figure, write_figure
 
 SIZE, DPI = (8.0, 4.5), 100
 
@@ -43,7 +42,7 @@ def plot(directory: Path, *, target: Path) -> list[Path]:
 
 
 def _bars(path: Path, values: dict[str, int], *, label: str) -> Path:
-    figure, axes = _new_figure()
+    figure, axes = new_figure(size=SIZE, dpi=DPI)
     total = max(sum(values.values()), 1)
     bars = axes.barh(list(values), list(values.values()))
     axes.bar_label(bars, [f"{value:,} ({100 * value / total:.1f} %)" for value in values.values()], padding=4)
@@ -55,7 +54,7 @@ def _bars(path: Path, values: dict[str, int], *, label: str) -> Path:
 
 def _histogram(path: Path, counts: dict[str, int], *, label: str) -> Path:
     """Draw counts of what is at most a power of two; the counts may differ by orders of magnitude."""
-    figure, axes = _new_figure()
+    figure, axes = new_figure(size=SIZE, dpi=DPI)
     sizes = sorted(map(int, counts))
     bars = axes.bar([f"{size:,}" for size in sizes], [counts[str(size)] for size in sizes])
     axes.bar_label(bars, [f"{counts[str(size)]:,}" for size in sizes], fontsize=8)
@@ -66,21 +65,6 @@ def _histogram(path: Path, counts: dict[str, int], *, label: str) -> Path:
     return _write(figure, path)
 
 
-def _new_figure():
-    """Return a figure with its own Agg canvas and its axes: no pyplot, so no state shared with the caller."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=SIZE, dpi=DPI, layout="constrained")
-    FigureCanvasAgg(figure)
-    axes = figure.add_subplot()
-    axes.grid(alpha=0.25)
-    return figure, axes
-
-
 def _write(figure, path: Path) -> Path:
-    """Write the figure as PNG; the same data gives the same bytes: no software version inside."""
-    picture = io.BytesIO()
-    figure.savefig(picture, format="png", metadata={"Software": None})
-    write_atomically(path, picture.getvalue())
+    write_figure(figure, path)
     return path

@@ -11,7 +11,7 @@ import hashlib
 import json
 import os
 import secrets
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from types import TracebackType
 
@@ -53,6 +53,19 @@ def to_line(record: Record) -> bytes:
         return orjson.dumps(body, default=str, option=orjson.OPT_APPEND_NEWLINE)  # str: parquet has times and the like
     except TypeError:  # an integer of more than 64 bits in meta
         return json.dumps(body, ensure_ascii=False, default=str).encode() + b"\n"
+
+
+def batches(records: Iterable[Record], *, num_characters: int) -> Iterator[list[Record]]:
+    """Yield the documents in lists, each of which is full once its texts have `num_characters`."""
+    batch, size = [], 0
+    for record in records:
+        batch.append(record)
+        size += len(record.text)
+        if size >= num_characters:
+            yield batch
+            batch, size = [], 0
+    if batch:
+        yield batch
 
 
 def read_records(path: Path) -> Iterator[Record]:

@@ -26,7 +26,7 @@ from btlm_jax.corpus.contamination import HeldOut, evaluation_runs, no_signature
 from btlm_jax.corpus.inputs import read_stage, stage_inputs
 from btlm_jax.corpus.normalize import normalized
 from btlm_jax.corpus.places import Place
-from btlm_jax.corpus.records import SUFFIX, Record, RecordWriter, ShardWriter, describe_output, read_records
+from btlm_jax.corpus.records import SUFFIX, Record, RecordWriter, ShardWriter, batches, describe_output, read_records
 from btlm_jax.corpus.stage import Log, Stage, accept, run_stage
 from btlm_jax.corpus.tally import Tally
 from btlm_jax.corpus.tasks import Task, Tick
@@ -187,7 +187,8 @@ def _gather_task(
     else:
         heldout = HeldOut.of(no_signatures())
     with ShardWriter(directory, stem=part) as writer:
-        for chunk in _chunks(work["assign"], part=part, num_files=num_files, seed=seed):
+        documents = _documents(work["assign"], part=part, num_files=num_files, seed=seed)
+        for chunk in batches(documents, num_characters=GATHER_BYTES):
             kept = []
             for start in range(0, len(chunk), _COMPARED):
                 some = chunk[start : start + _COMPARED]
@@ -206,19 +207,12 @@ def _gather_task(
     return {"totals": totals | {"splits": {name: totals["written"]}}, "outputs": outputs}
 
 
-def _chunks(folder: Path, *, part: str, num_files: int, seed: int) -> Iterator[list[Record]]:
-    """Yield a part's documents in chunks of GATHER_BYTES; files come in a hashed order, so that sources mix."""
-    chunk, size = [], 0
+def _documents(folder: Path, *, part: str, num_files: int, seed: int) -> Iterator[Record]:
+    """Yield a part's documents; files come in a hashed order, so that sources mix."""
     for task in sorted(range(num_files), key=lambda number: _hash("files", seed, f"{part} {number}".encode())):
         path = piece_path(folder, part, task)
-        for record in read_records(path) if path.is_file() else ():
-            chunk.append(record)
-            size += len(record.text)
-            if size >= GATHER_BYTES:
-                yield chunk
-                chunk, size = [], 0
-    if chunk:
-        yield chunk
+        if path.is_file():
+            yield from read_records(path)
 
 
 def _shuffled(records: list[Record], *, seed: int) -> list[Record]:

@@ -24,7 +24,7 @@ from btlm_jax.corpus.arrays import load_array, save_array
 from btlm_jax.corpus.gpt2 import fastest
 from btlm_jax.corpus.inputs import read_stage, stage_inputs
 from btlm_jax.corpus.pack import Block, cut, write_shard, write_tfds_metadata
-from btlm_jax.corpus.records import Record, read_records
+from btlm_jax.corpus.records import batches, read_records
 from btlm_jax.corpus.split import TEST, TRAIN, VALIDATION
 from btlm_jax.corpus.stage import Log, Stage, accept, run_stage
 from btlm_jax.corpus.tasks import Task, Tick
@@ -180,7 +180,7 @@ def _tokens_task(task: Task, directory: Path, tick: Tick, *, tokenizer: Path, sh
     counts: dict[str, Counter] = {}
     dropped = Counter()
     pieces = [np.empty(0, dtype)]
-    for batch in _batches(task.inputs[0].path):
+    for batch in batches(read_records(task.inputs[0].path), num_characters=_BATCH_CHARACTERS):
         usable = [record for record in batch if encoder.kind != SENTENCEPIECE or SPACE_MARK not in record.text]
         dropped["has SentencePiece's space mark"] += len(batch) - len(usable)
         ids = encoder.encode_batch([record.text for record in usable], num_threads=1)
@@ -195,18 +195,6 @@ def _tokens_task(task: Task, directory: Path, tick: Tick, *, tokenizer: Path, sh
         "totals": {"dropped": dict(dropped)},
         "outputs": [{**output, "num_tokens": len(stream), "source": min(counts, default=""), "counts": counts}],
     }
-
-
-def _batches(path: Path) -> Iterator[list[Record]]:
-    batch, size = [], 0
-    for record in read_records(path):
-        batch.append(record)
-        size += len(record.text)
-        if size >= _BATCH_CHARACTERS:
-            yield batch
-            batch, size = [], 0
-    if batch:
-        yield batch
 
 
 def _shard_task(

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import io
 from pathlib import Path
 
 import numpy as np
 
 from btlm_jax.curriculum import Curriculum
 from btlm_jax.evaluate.heldout import HeldoutResult
-from btlm_jax.files import write_atomically
+from btlm_jax.figures import new_figure, write_figure
 
 SIZE = (9.0, 5.0)  # inches
 DPI = 120
@@ -29,7 +28,7 @@ def plot_loss(metrics: list[dict], curriculum: Curriculum, path: Path) -> None:
 
     train = [row for row in metrics if row["kind"] == "train"]
     evaluations = [row for row in metrics if row["kind"] == "eval"]
-    figure, axes = _new_figure()
+    figure, axes = new_figure(size=SIZE, dpi=DPI)
     rate_axes = axes.twinx()
     tokens, losses = _column(train, "tokens"), _column(train, "loss")
     rate_axes.plot(tokens, _column(train, "learning_rate"), color=RATE, linewidth=0.8, alpha=0.7)
@@ -54,7 +53,7 @@ def plot_position(result: HeldoutResult, path: Path, *, seq_lens: tuple[int, ...
     """Draw held-out loss against position in bins that double, with the training lengths marked."""
     from matplotlib.ticker import FuncFormatter, NullLocator
 
-    figure, axes = _new_figure()
+    figure, axes = new_figure(size=SIZE, dpi=DPI)
     bins = result.bins
     edges = [bins[0].first - 0.5, *(bin_.last + 0.5 for bin_ in bins)]
     losses = [bin_.loss for bin_ in bins]
@@ -157,21 +156,7 @@ def _column(rows: list[dict], name: str) -> np.ndarray:
     return np.array([row[name] for row in rows], np.float64)
 
 
-def _new_figure():
-    """Return a figure with its own Agg canvas and its axes: no pyplot, so no state shared with the caller."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=SIZE, dpi=DPI, layout="constrained")
-    FigureCanvasAgg(figure)
-    axes = figure.add_subplot()
-    axes.grid(alpha=0.25)
-    return figure, axes
-
-
 def _write(figure, path: Path) -> None:
-    """Write the figure as PNG, the legend above it; the same data gives the same bytes: no software version inside."""
-    picture = io.BytesIO()
+    """Write the figure as PNG, the legend above it."""
     figure.legend(loc="outside upper center", ncols=4, fontsize=8, frameon=False)
-    figure.savefig(picture, format="png", metadata={"Software": None})
-    write_atomically(path, picture.getvalue())
+    write_figure(figure, path)
