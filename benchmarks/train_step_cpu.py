@@ -57,7 +57,7 @@ def run_jax(batch: int, length: int, *, steps: int) -> dict:
     from btlm_jax.model import make_model, parameter_table
     from btlm_jax.mup import make_parametrization
     from btlm_jax.optimizer import make_optimizer
-    from btlm_jax.sharding import batch_sharding, make_mesh
+    from btlm_jax.sharding import RULES, batch_sharding, make_mesh
     from btlm_jax.step import init_state, make_train_step
 
     config = read_config(batch, length)
@@ -70,7 +70,7 @@ def run_jax(batch: int, length: int, *, steps: int) -> dict:
     rows = {"inputs_BT": tokens[..., :-1], "targets_BT": tokens[..., 1:]}
     rows["weights_BT"] = np.ones(rows["inputs_BT"].shape, np.float32)
     with jax.set_mesh(mesh):
-        arrays = jax.device_put(rows, batch_sharding(mesh))
+        arrays = jax.device_put(rows, batch_sharding(mesh, RULES))
         train_step = jax.jit(
             make_train_step(model, optimizer, table, loss_chunk=config.model.loss_chunk), donate_argnums=0
         )

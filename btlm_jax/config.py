@@ -17,7 +17,7 @@ from btlm_jax.curriculum import Curriculum, make_curriculum
 PRESETS = ("btlm", "sp", "completep")
 DTYPES = ("float32", "bfloat16")
 ATTENTIONS = ("auto", "reference", "blockwise", "splash", "gpu")
-REMATS = ("full", "matmuls_saved", "none")
+REMATS = ("full", "attention_saved", "matmuls_saved", "none")
 CORPUS_SOURCES = ("prepared", "installed_python")
 
 
@@ -133,13 +133,14 @@ class OptimizerConfig:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class MeshConfig:
-    """How the devices and the step are divided. The fsdp axis takes the devices that `tensor` leaves."""
+    """How the devices and the step are divided. The fsdp axis takes the devices that the others leave."""
 
     tensor: int  # ways that heads and d_ff are split
+    context: int  # ways that a sequence's positions are split, at most: a phase with sequences enough splits those
     accumulation: int  # micro-batches a step
 
     def __post_init__(self):
-        _require_positive("mesh", tensor=self.tensor, accumulation=self.accumulation)
+        _require_positive("mesh", tensor=self.tensor, context=self.context, accumulation=self.accumulation)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -1,39 +1,48 @@
 """Next-token cross-entropy from hidden states, in chunks of positions: all the logits never exist at once.
 
-Each device of the mesh takes its own sequences (fsdp axis) and its own stretch of positions (tensor axis) against
-the whole table, so the vocabulary need not divide by anything. Differentiation is by a custom rule that forms the
-gradients of a chunk's logits while they are there: one pass, no recompute, no `[tokens, V]` array.
+Each device of the mesh takes its own sequences and its own stretch of positions, which the tensor axis splits too,
+against the whole table, so the vocabulary need not divide by anything. Differentiation is by a custom rule that forms
+the gradients of a chunk's logits while they are there: one pass, no recompute, no `[tokens, V]` array.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 
 import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 
-from btlm_jax.sharding import FSDP, TENSOR
+from btlm_jax.collectives import gather_table, scatter_table_gradient
+from btlm_jax.sharding import MESH_AXES, TENSOR, AxisRules
 
 
-def loss_sum(hidden_BTD, table_VD, targets_BT, weights_BT, *, output_scale: float, chunk: int):
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class _How:
+    """What the custom rule needs to know beside arrays."""
+
+    output_scale: float
+    chunk: int
+    rules: AxisRules
+
+
+def loss_sum(hidden_BTD, table_VD, targets_BT, weights_BT, *, output_scale: float, chunk: int, rules: AxisRules):
     """Return the scalar float32 sum over positions of weight * negative log-likelihood of the target.
 
     logits = (hidden @ table^T) * output_scale, `chunk` positions of each sequence at a time. The float32 table_VD is
     cast to the dtype of hidden_BTD, its logits and its gradient are accumulated in float32.
     """
-
-    def local(hidden_BTD, table_VD, targets_BT, weights_BT):
-        total = _loss_sum(hidden_BTD, _varying(table_VD), targets_BT, weights_BT, output_scale, chunk)
-        return jax.lax.psum(total, (FSDP, TENSOR))
-
-    return _per_device(local, out_spec=PartitionSpec())(hidden_BTD, table_VD, targets_BT, weights_BT)
+    how = _How(output_scale=output_scale, chunk=chunk, rules=rules)
+    return _loss_sum(how, hidden_BTD, table_VD, targets_BT, weights_BT)
 
 
-def token_losses(hidden_BTD, table_VD, targets_BT, *, output_scale: float, chunk: int):
+def token_losses(hidden_BTD, table_VD, targets_BT, *, output_scale: float, chunk: int, rules: AxisRules):
     """Return each position's float32 negative log-likelihood_BT, in chunks; for evaluation, not differentiated."""
 
     def local(hidden_BTD, table_VD, targets_BT):
+        table_VD = gather_table(table_VD, dtype=hidden_BTD.dtype)
+
         def losses_of(_, piece):
             hidden_RD, targets_R = piece
             logits_RV = _logits(hidden_RD, table_VD, output_scale)
@@ -43,7 +52,8 @@ def token_losses(hidden_BTD, table_VD, targets_BT, *, output_scale: float, chunk
         _, losses = jax.lax.scan(losses_of, None, pieces)
         return _unchunked(losses, batch=targets_BT.shape[0], length=targets_BT.shape[1])
 
-    return _per_device(local, out_spec=PartitionSpec(FSDP, TENSOR))(hidden_BTD, table_VD, targets_BT)
+    mapped = _per_device(local, rules, out_specs=PartitionSpec(*_by_position(rules)))
+    return mapped(hidden_BTD, table_VD, targets_BT)
 
 
 def logits(hidden_BTD, table_VD, *, output_scale: float):
@@ -52,62 +62,81 @@ def logits(hidden_BTD, table_VD, *, output_scale: float):
     return _logits(hidden_BTD.reshape(B * T, D), table_VD, output_scale).reshape(B, T, -1)
 
 
-def _per_device(local, *, out_spec: PartitionSpec):
-    """Run `local` on each device's part of (hidden_BTD, table_VD, then [B, T] arrays)."""
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _loss_sum(how: _How, hidden_BTD, table_VD, targets_BT, weights_BT):
+    def local(hidden_BTD, table_VD, targets_BT, weights_BT):
+        table_VD = gather_table(table_VD, dtype=hidden_BTD.dtype)
 
-    def run(hidden_BTD, table_VD, *positions_BT):
-        by_position = PartitionSpec(FSDP, TENSOR)
-        arguments = (
-            jax.sharding.reshard(hidden_BTD, PartitionSpec(FSDP, TENSOR, None)),
-            jax.sharding.reshard(table_VD, PartitionSpec(None, None)),
-            *(jax.sharding.reshard(x_BT, by_position) for x_BT in positions_BT),
-        )
-        return jax.shard_map(local, out_specs=out_spec)(*arguments)
+        def add(total, piece):
+            hidden_RD, targets_R, weights_R = piece
+            logits_RV = _logits(hidden_RD, table_VD, how.output_scale)
+            return total + (weights_R * (jax.nn.logsumexp(logits_RV, -1) - _pick(logits_RV, targets_R))).sum(), None
 
-    return run
+        pieces = tuple(_chunked(x, how.chunk) for x in (hidden_BTD, targets_BT, weights_BT))
+        total, _ = jax.lax.scan(add, _varying(jnp.zeros(())), pieces)
+        return jax.lax.psum(total, MESH_AXES)
 
-
-@functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5))
-def _loss_sum(hidden_BTD, table_VD, targets_BT, weights_BT, output_scale, chunk):
-    def add(total, piece):
-        hidden_RD, targets_R, weights_R = piece
-        logits_RV = _logits(hidden_RD, table_VD, output_scale)
-        losses_R = jax.nn.logsumexp(logits_RV, -1) - _pick(logits_RV, targets_R)
-        return total + (weights_R * losses_R).sum(), None
-
-    total, _ = jax.lax.scan(
-        add, _varying(jnp.zeros(())), tuple(_chunked(x, chunk) for x in (hidden_BTD, targets_BT, weights_BT))
-    )
-    return total
+    return _per_device(local, how.rules, out_specs=PartitionSpec())(hidden_BTD, table_VD, targets_BT, weights_BT)
 
 
-def _loss_sum_forward(hidden_BTD, table_VD, targets_BT, weights_BT, output_scale, chunk):
-    def add(carry, piece):
-        total, grad_VD = carry
-        hidden_RD, targets_R, weights_R = piece
-        logits_RV = _logits(hidden_RD, table_VD, output_scale)
-        norm_R = jax.nn.logsumexp(logits_RV, -1)
-        losses_R = norm_R - _pick(logits_RV, targets_R)
-        probability_RV = jnp.exp(logits_RV - norm_R[..., None])
-        delta_RV = probability_RV - _one_hot(targets_R, table_VD.shape[0])
-        delta_RV = (delta_RV * (weights_R * output_scale)[..., None]).astype(hidden_RD.dtype)
-        grad_RD = jnp.einsum("RV,VD->RD", delta_RV, table_VD.astype(hidden_RD.dtype))
-        grad_VD = grad_VD + jnp.einsum("RV,RD->VD", delta_RV, hidden_RD, preferred_element_type=jnp.float32)
-        return (total + (weights_R * losses_R).sum(), grad_VD), grad_RD
+def _loss_sum_forward(how: _How, hidden_BTD, table_VD, targets_BT, weights_BT):
+    def local(hidden_BTD, table_VD, targets_BT, weights_BT):
+        table_VD = gather_table(table_VD, dtype=hidden_BTD.dtype)
 
-    zeros = (_varying(jnp.zeros(())), _varying(jnp.zeros(table_VD.shape)))
-    pieces = tuple(_chunked(x, chunk) for x in (hidden_BTD, targets_BT, weights_BT))
-    (total, grad_VD), grads = jax.lax.scan(add, zeros, pieces)
-    batch, length = hidden_BTD.shape[:2]
-    return total, (_unchunked(grads, batch=batch, length=length), grad_VD)
+        def add(carry, piece):
+            total, grad_VD = carry
+            hidden_RD, targets_R, weights_R = piece
+            logits_RV = _logits(hidden_RD, table_VD, how.output_scale)
+            norm_R = jax.nn.logsumexp(logits_RV, -1)
+            losses_R = norm_R - _pick(logits_RV, targets_R)
+            probability_RV = jnp.exp(logits_RV - norm_R[..., None])
+            delta_RV = probability_RV - _one_hot(targets_R, table_VD.shape[0])
+            delta_RV = (delta_RV * (weights_R * how.output_scale)[..., None]).astype(hidden_RD.dtype)
+            grad_RD = jnp.einsum("RV,VD->RD", delta_RV, table_VD)
+            grad_VD = grad_VD + jnp.einsum("RV,RD->VD", delta_RV, hidden_RD, preferred_element_type=jnp.float32)
+            return (total + (weights_R * losses_R).sum(), grad_VD), grad_RD
+
+        zeros = _varying(jnp.zeros(())), _varying(jnp.zeros(table_VD.shape, jnp.float32))
+        pieces = tuple(_chunked(x, how.chunk) for x in (hidden_BTD, targets_BT, weights_BT))
+        (total, grad_VD), grads = jax.lax.scan(add, zeros, pieces)
+        grad_BTD = _unchunked(grads, batch=hidden_BTD.shape[0], length=hidden_BTD.shape[1])
+        return jax.lax.psum(total, MESH_AXES), grad_BTD, scatter_table_gradient(grad_VD)
+
+    out_specs = (PartitionSpec(), PartitionSpec(*_by_position(how.rules), None), how.rules.spec("vocab", "embed"))
+    mapped = _per_device(local, how.rules, out_specs=out_specs)
+    total, grad_BTD, grad_VD = mapped(hidden_BTD, table_VD, targets_BT, weights_BT)
+    grad_BTD = jax.sharding.reshard(grad_BTD, how.rules.spec("batch", "length", "act_embed"))
+    return total, (grad_BTD, grad_VD)
 
 
-def _loss_sum_backward(output_scale, chunk, gradients, cotangent):
+def _loss_sum_backward(how: _How, gradients, cotangent):
+    del how
     grad_BTD, grad_VD = gradients
     return (cotangent * grad_BTD).astype(grad_BTD.dtype), cotangent * grad_VD, None, None
 
 
 _loss_sum.defvjp(_loss_sum_forward, _loss_sum_backward)
+
+
+def _per_device(local, rules: AxisRules, *, out_specs):
+    """Run `local` on each device's part of (hidden_BTD, the stored table_VD, then [B, T] arrays)."""
+
+    def run(hidden_BTD, table_VD, *positions_BT):
+        by_position = PartitionSpec(*_by_position(rules))
+        arguments = (
+            jax.sharding.reshard(hidden_BTD, PartitionSpec(*by_position, None)),
+            jax.sharding.reshard(table_VD, rules.spec("vocab", "embed")),
+            *(jax.sharding.reshard(x_BT, by_position) for x_BT in positions_BT),
+        )
+        return jax.shard_map(local, out_specs=out_specs)(*arguments)
+
+    return run
+
+
+def _by_position(rules: AxisRules) -> tuple:
+    """Return what splits [B, T]: positions are split over `tensor` too."""
+    length = rules.length if isinstance(rules.length, tuple) else () if rules.length is None else (rules.length,)
+    return rules.batch, (*length, TENSOR)
 
 
 def _logits(hidden_RD, table_VD, output_scale):
@@ -126,8 +155,8 @@ def _pick(logits_RV, targets_R):
 
 
 def _varying(x):
-    """Type a replicated value inside shard_map as one that may differ on every device; its gradient is then summed."""
-    return jax.lax.pcast(x, (FSDP, TENSOR), to="varying")
+    """Type a replicated value inside shard_map as one that may differ on every device."""
+    return jax.lax.pcast(x, MESH_AXES, to="varying")
 
 
 def _chunked(x_BT, chunk: int):

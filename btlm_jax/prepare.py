@@ -11,7 +11,7 @@ from pathlib import Path
 import jax
 import optax
 from jax.experimental import multihost_utils
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import Mesh
 from tqdm import tqdm
 
 from btlm_jax.config import TrainConfig
@@ -22,7 +22,7 @@ from btlm_jax.metrics import GoodputLedger
 from btlm_jax.model import Btlm
 from btlm_jax.optimizer import learning_rate_at
 from btlm_jax.program import make_program
-from btlm_jax.sharding import FSDP
+from btlm_jax.sharding import evaluation_sharding
 from btlm_jax.step import abstract_batch, make_eval_step
 from btlm_jax.store import MANIFEST_FILE
 
@@ -126,7 +126,7 @@ def make_run(config: TrainConfig, *, workdir: Path, mesh: Mesh, token_store: Tok
             program.compile(program.trace_train_step(phase)) for phase in config.curriculum.table.phases
         )
         rows = (config.evaluation.batch_size, token_store.manifest.block_len)
-        heldout = abstract_batch(rows, NamedSharding(mesh, PartitionSpec(FSDP)))
+        heldout = abstract_batch(rows, evaluation_sharding(mesh))
         compiled_eval_step = jax.jit(eval_step).lower(program.state.params, heldout).compile()
     log(f"Compiled {len(train_steps)} phases and the evaluation in {time.monotonic() - began:.1f} s")
     return Run(

@@ -14,7 +14,7 @@ from btlm_jax.curriculum import Phase
 from btlm_jax.model import Btlm, make_model, parameter_table
 from btlm_jax.mup import make_parametrization
 from btlm_jax.optimizer import make_optimizer
-from btlm_jax.sharding import batch_sharding
+from btlm_jax.sharding import AxisRules, batch_sharding, rules_for
 from btlm_jax.step import TrainState, abstract_batch, abstract_state, make_train_step
 
 # Gather weights beside computation. A v5e does so unasked, a v5p only when told to (seen in its compiled step).
@@ -38,12 +38,17 @@ class Program:
     optimizer: optax.GradientTransformationExtraArgs
     state: TrainState  # abstract
 
+    def rules_for(self, phase: Phase) -> AxisRules:
+        """Return how a phase's batch is split over the mesh."""
+        return rules_for(phase.batch_size, mesh=self.mesh, accumulation=self.config.mesh.accumulation)
+
     def trace_train_step(self, phase: Phase) -> jax.stages.Traced:
         """Trace the step of a phase, for `compile`."""
-        step = make_train_step(self.model, self.optimizer, self.table, loss_chunk=self.config.model.loss_chunk)
-        accumulation = self.config.mesh.accumulation
+        rules, accumulation = self.rules_for(phase), self.config.mesh.accumulation
+        model = self.model.clone(rules=rules)
+        step = make_train_step(model, self.optimizer, self.table, loss_chunk=self.config.model.loss_chunk)
         shape = (accumulation, phase.batch_size // accumulation, phase.seq_len)
-        batch = abstract_batch(shape, batch_sharding(self.mesh))
+        batch = abstract_batch(shape, batch_sharding(self.mesh, rules))
         learning_rate = jax.ShapeDtypeStruct((), np.float32)
         with jax.set_mesh(self.mesh):
             return jax.jit(step, donate_argnums=0).trace(self.state, batch, learning_rate)

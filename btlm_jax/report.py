@@ -6,7 +6,6 @@ import json
 from pathlib import Path
 
 import jax
-from jax.sharding import NamedSharding, PartitionSpec
 
 from btlm_jax.checkpoint import CHECKPOINTS
 from btlm_jax.config import TrainConfig
@@ -19,7 +18,7 @@ from btlm_jax.generate import continue_tokens
 from btlm_jax.prepare import Run, log
 from btlm_jax.sampling import Sampling
 from btlm_jax.serve import printable
-from btlm_jax.sharding import FSDP
+from btlm_jax.sharding import evaluation_sharding
 from btlm_jax.store import HELDOUT
 from btlm_jax.writers import METRICS_FILE, MetricWriter, read_metrics
 
@@ -71,7 +70,7 @@ def _evaluate(run: Run, params: dict, *, blocks_per_source: int) -> HeldoutResul
         batch_size=run.config.evaluation.batch_size,
         blocks_per_source=blocks_per_source,
         prefetch=run.config.data.prefetch,
-        sharding=NamedSharding(run.mesh, PartitionSpec(FSDP)),
+        sharding=evaluation_sharding(run.mesh),
     )
     with run.ledger.measure("evaluation"):
         return evaluate_heldout(run.eval_step, params, batches, manifest=run.token_store.manifest)

@@ -1,108 +1,165 @@
 """The device mesh and the rules that map a tensor's logical axes onto it.
 
-A logical axis is the name that a parameter or an activation is born with ("embed", "heads", ...); a mesh axis is
-"fsdp" (data parallel, parameters sharded) or "tensor" (heads and d_ff split). The mesh is in explicit mode: the
-sharding of every array is part of its type, and a mistake is an error at trace time, on one CPU device too.
+A logical axis is the name that a parameter or an activation is born with ("embed", "heads", ...). A mesh axis is one of
+
+    fsdp      splits sequences, and the stored parameters
+    shared    splits sequences in phases whose batch has enough of them, positions in the others
+    context   splits the positions of a sequence
+    tensor    splits heads and d_ff in use, and the stored parameters
+
+The mesh is in explicit mode: the sharding of every array is part of its type, and a mistake is an error at trace time,
+on one CPU device too.
 """
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+import math
+from collections.abc import Iterator, Sequence
 
 import jax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from btlm_jax.config import TrainConfig
+from btlm_jax.config import MeshConfig, TrainConfig
 
-FSDP, TENSOR = "fsdp", "tensor"
+FSDP, SHARED, CONTEXT, TENSOR = MESH_AXES = ("fsdp", "shared", "context", "tensor")
+
+Axes = str | tuple[str, ...] | None
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class AxisRules:
-    """Which mesh axis each logical axis is split over; None is not split.
+    """Which mesh axes each logical axis is split over; None is not split.
 
-    `embed` is the model dim of a weight as it is stored, `act_embed` that of an activation. Vectors that are added to
-    activations carry `norm` and are replicated, because `embed` shares the batch's mesh axis.
+    `embed`, `heads` and `mlp` are the dims of a weight as it is stored: `embed` alone is split, so that the others need
+    not divide by anything. `act_...` are those of an activation. Vectors, which are added to activations, carry `norm`
+    for the model dim.
     """
 
-    accumulation: str | None = None
-    batch: str | None = FSDP
-    length: str | None = None
-    act_embed: str | None = None
-    layers: str | None = None
-    vocab: str | None = None  # 50,257 divides by nothing; the loss splits positions over `tensor` instead
-    embed: str | None = FSDP
-    heads: str | None = TENSOR
-    head_dim: str | None = None
-    mlp: str | None = TENSOR
-    norm: str | None = None
+    accumulation: Axes = None
+    batch: Axes = FSDP
+    length: Axes = (SHARED, CONTEXT)
+    act_embed: Axes = None
+    act_heads: Axes = TENSOR
+    act_mlp: Axes = TENSOR
+    layers: Axes = None
+    vocab: Axes = None  # 50,257 divides by nothing; the loss splits positions over `tensor` instead
+    embed: Axes = (FSDP, TENSOR)
+    heads: Axes = None
+    head_dim: Axes = None
+    mlp: Axes = None
+    norm: Axes = None
 
     def spec(self, *axes: str) -> PartitionSpec:
         """Return the PartitionSpec of a tensor with these logical axes."""
         return PartitionSpec(*(getattr(self, axis) for axis in axes))
 
-    def gathered_spec(self, *axes: str) -> PartitionSpec:
-        """Return the spec of a weight in use: as stored, but whole along the fsdp axis."""
-        return PartitionSpec(*(None if getattr(self, axis) == FSDP else getattr(self, axis) for axis in axes))
+
+RULES = AxisRules()  # the most ways for positions, the fewest for sequences
+MANY_SEQUENCES = AxisRules(batch=(FSDP, SHARED), length=CONTEXT)
+WHOLE_SEQUENCES = AxisRules(length=None)  # for decoding, where a sequence's positions come one by one
 
 
-RULES = AxisRules()
-
-
-def make_mesh(*, devices: Sequence[jax.Device], tensor: int) -> Mesh:
-    """Make the explicit (fsdp, tensor) mesh over `devices`; fsdp takes what `tensor` leaves.
+def make_mesh(*, devices: Sequence[jax.Device], tensor: int, context: int = 1, shared: int = 1) -> Mesh:
+    """Make the explicit mesh over `devices`; fsdp takes what the others leave.
 
     Raises:
-      ValueError: `tensor` does not divide the number of devices.
+      ValueError: the other axes do not divide the number of devices.
     """
-    if len(devices) % tensor:
-        raise ValueError(f"mesh.tensor={tensor} does not divide the {len(devices)} devices of this run")
-    return jax.make_mesh((len(devices) // tensor, tensor), (FSDP, TENSOR), devices=tuple(devices))
+    if len(devices) % (tensor * context * shared):
+        ways = f"mesh.tensor={tensor}" + (f" x mesh.context={context * shared}" if context * shared > 1 else "")
+        raise ValueError(f"{ways} does not divide the {len(devices)} devices of this run")
+    fsdp = len(devices) // (tensor * context * shared)
+    return jax.make_mesh((fsdp, shared, context, tensor), MESH_AXES, devices=tuple(devices))
 
 
-def batch_sharding(mesh: Mesh) -> NamedSharding:
+def make_run_mesh(config: TrainConfig, *, devices: Sequence[jax.Device]) -> Mesh:
+    """Make the mesh of a run: sequences are split no more ways than some phase's batch can fill.
+
+    Raises:
+      ValueError: mesh.tensor x mesh.context does not divide the number of devices.
+    """
+    tensor, ways = config.mesh.tensor, config.mesh.context
+    fsdp = len(devices) // (tensor * ways)
+    batches = [phase.batch_size for phase in config.curriculum.table.phases]
+    shared = max(
+        (
+            shared
+            for shared in _divisors(ways)
+            if any(batch % (max(fsdp, 1) * config.mesh.accumulation * shared) == 0 for batch in batches)
+        ),
+        default=1,
+    )
+    return make_mesh(devices=devices, tensor=tensor, context=ways // shared, shared=shared)
+
+
+def rules_for(batch_size: int, *, mesh: Mesh, accumulation: int) -> AxisRules:
+    """Return the rules of a phase: positions are split the fewest ways that its batch allows."""
+    is_filled = batch_size % (mesh.shape[FSDP] * mesh.shape[SHARED] * accumulation) == 0
+    return MANY_SEQUENCES if is_filled else RULES
+
+
+def batch_sharding(mesh: Mesh, rules: AxisRules) -> NamedSharding:
     """Return the sharding of a training batch's leaves [A, B/A, T]."""
-    return NamedSharding(mesh, RULES.spec("accumulation", "batch", "length"))
+    return NamedSharding(mesh, rules.spec("accumulation", "batch", "length"))
 
 
-def check_divisible(config: TrainConfig, mesh: Mesh) -> None:
-    """Check that everything the mesh splits divides evenly.
+def evaluation_sharding(mesh: Mesh) -> NamedSharding:
+    """Return the sharding of an evaluation batch's leaves [B, T]."""
+    return NamedSharding(mesh, RULES.spec("batch", "length"))
+
+
+def check_divisible(config: TrainConfig, *, num_devices: int) -> None:
+    """Check that everything the config's mesh splits divides evenly.
 
     Raises:
       ValueError: naming every size that does not divide, by what, and what would.
     """
-    fsdp, tensor = mesh.shape[FSDP], mesh.shape[TENSOR]
-    problems = divisibility_problems(config, fsdp=fsdp, tensor=tensor)
-    if problems:
-        layout = f"on {fsdp * tensor} devices as fsdp {fsdp} x tensor {tensor}"
+    if problems := divisibility_problems(config, num_devices=num_devices):
+        layout = f"on {num_devices} devices as {describe_mesh(config.mesh, num_devices=num_devices)}"
         raise ValueError(f"the config does not divide {layout}:\n  " + "\n  ".join(problems))
 
 
-def divisibility_problems(config: TrainConfig, *, fsdp: int, tensor: int) -> list[str]:
-    """Return a line for every size that a (fsdp, tensor) mesh does not divide: the size, by what, and what would do."""
-    ways = fsdp * config.mesh.accumulation
-    problems = []
-    for name, size, by, reason in (
-        *(
-            (
-                f"curriculum.batch_size of phase {phase.index + 1}",
-                phase.batch_size,
-                ways,
-                f"mesh fsdp {fsdp} x mesh.accumulation {config.mesh.accumulation}",
-            )
-            for phase in config.curriculum.table.phases
-        ),
-        *(
-            (f"curriculum.seq_len of phase {phase.index + 1}", phase.seq_len, tensor, f"mesh.tensor {tensor}")
-            for phase in config.curriculum.table.phases
-        ),
-        ("evaluation.batch_size", config.evaluation.batch_size, fsdp, f"mesh fsdp {fsdp}"),
-        ("model.d_model", config.model.d_model, fsdp, f"mesh fsdp {fsdp}"),
-        ("model.num_heads", config.model.num_heads, tensor, f"mesh.tensor {tensor}"),
-        ("model.d_ff", config.model.d_ff, tensor, f"mesh.tensor {tensor}"),
-    ):
-        if size % by:
-            near = sorted({max(size // by * by, by), (size // by + 1) * by})
-            problems.append(f"{name}={size} is not divisible by {by} ({reason}); nearest: {', '.join(map(str, near))}")
-    return problems
+def describe_mesh(mesh: MeshConfig, *, num_devices: int) -> str:
+    """Return the axes of a config's mesh on so many devices, for example "fsdp 32 x context 8 x tensor 1"."""
+    return f"fsdp {num_devices // (mesh.tensor * mesh.context)} x context {mesh.context} x tensor {mesh.tensor}"
+
+
+def divisibility_problems(config: TrainConfig, *, num_devices: int) -> list[str]:
+    """Return a line for every size that the config's mesh on so many devices does not divide, and what would do."""
+    mesh = config.mesh
+    if num_devices % (mesh.tensor * mesh.context):
+        ways = f"mesh.tensor={mesh.tensor} x mesh.context={mesh.context}"
+        return [f"{ways} does not divide the {num_devices} devices"]
+    fsdp = num_devices // (mesh.tensor * mesh.context)
+    return [
+        f"{name}={size} is not divisible by {by} ({reason}); nearest: "
+        + ", ".join(map(str, sorted({max(size // by * by, by), (size // by + 1) * by})))
+        for name, size, by, reason in _divisions(config, fsdp=fsdp)
+        if size % by
+    ]
+
+
+def _divisions(config: TrainConfig, *, fsdp: int) -> Iterator[tuple[str, int, int, str]]:
+    """Yield (name, size, by, why) of everything that is split."""
+    mesh = config.mesh
+    batch_ways = f"mesh fsdp {fsdp} x mesh.accumulation {mesh.accumulation}"
+    inner, inner_ways = mesh.tensor * mesh.context, f"mesh.tensor {mesh.tensor} x mesh.context {mesh.context}"
+    for phase in config.curriculum.table.phases:
+        name = f"of phase {phase.index + 1}"
+        yield f"curriculum.batch_size {name}", phase.batch_size, fsdp * mesh.accumulation, batch_ways
+        yield f"curriculum.seq_len {name}", phase.seq_len, inner, inner_ways
+    yield "evaluation.batch_size", config.evaluation.batch_size, fsdp, f"mesh fsdp {fsdp}"
+    stored_ways = f"mesh fsdp {fsdp} x mesh.tensor {mesh.tensor}"
+    yield "model.d_model", config.model.d_model, fsdp * mesh.tensor, stored_ways
+    yield "model.num_heads", config.model.num_heads, inner, inner_ways
+
+
+def _divisors(number: int) -> list[int]:
+    return [divisor for divisor in range(1, number + 1) if number % divisor == 0]
+
+
+def num_ways(mesh: Mesh | jax.sharding.AbstractMesh, axes: Axes) -> int:
+    """Return into how many parts these mesh axes split."""
+    names = () if axes is None else (axes,) if isinstance(axes, str) else axes
+    return math.prod(mesh.shape[name] for name in names)

@@ -71,6 +71,7 @@ def make_train_step(
             micro["weights_BT"],
             output_scale=model.parametrization.output_scale,
             chunk=loss_chunk,
+            rules=model.rules,
         )
 
     def train_step(state: TrainState, batch: dict, learning_rate) -> tuple[TrainState, dict]:
@@ -110,6 +111,7 @@ def make_eval_step(model: Btlm, *, loss_chunk: int) -> Callable:
             batch["targets_BT"],
             output_scale=model.parametrization.output_scale,
             chunk=loss_chunk,
+            rules=model.rules,
         )
         losses_BT, weights_BT = _replicated(losses_BT), _replicated(batch["weights_BT"])
         losses_BT = losses_BT * weights_BT

@@ -26,7 +26,7 @@ from btlm_jax.model import make_model, parameter_table
 from btlm_jax.mup import make_parametrization
 from btlm_jax.prepare import Run, log, make_run, make_workdir, prepare_store
 from btlm_jax.report import evaluate_some, finish_run, finished_report
-from btlm_jax.sharding import batch_sharding, check_divisible, make_mesh
+from btlm_jax.sharding import batch_sharding, check_divisible, make_run_mesh, rules_for
 from btlm_jax.step import TrainState, abstract_state, init_state
 from btlm_jax.writers import METRICS_FILE, MetricWriter
 
@@ -51,8 +51,8 @@ def train(config: TrainConfig, *, workdir: Path) -> str:
     """
     ledger, stop = GoodputLedger(), StopRequest()
     make_workdir(workdir)
-    mesh = make_mesh(devices=jax.devices(), tensor=config.mesh.tensor)
-    check_divisible(config, mesh)
+    check_divisible(config, num_devices=jax.device_count())
+    mesh = make_run_mesh(config, devices=jax.devices())
     checkpointer = Checkpointer(workdir, config=config.checkpoint)
     try:
         position = _last_position(checkpointer, config)
@@ -78,10 +78,10 @@ def train(config: TrainConfig, *, workdir: Path) -> str:
 
 def dry_run(config: TrainConfig) -> str:
     """Return the whole plan of a run; only shapes are computed, so a 3B plan takes seconds."""
-    mesh = make_mesh(devices=jax.devices(), tensor=config.mesh.tensor)
+    mesh = make_run_mesh(config, devices=jax.devices())
     plan = _plan(config, mesh)
     try:
-        check_divisible(config, mesh)
+        check_divisible(config, num_devices=mesh.size)
     except ValueError as error:
         plan += f"\n\nNote: {error}"
     return plan
@@ -183,15 +183,16 @@ def _stop_on_bad_numbers(run: Run, error: BadNumbersError, *, checkpointer: Chec
 
 def _batches(run: Run, *, first_step: int) -> Iterator[tuple[int, dict]]:
     """Yield (step index, batch), with the time spent waiting for each in the ledger."""
-    data, mesh = run.config.data, run.config.mesh
+    data, accumulation, phases = run.config.data, run.config.mesh.accumulation, run.config.curriculum.table.phases
+    rules = [rules_for(phase.batch_size, mesh=run.mesh, accumulation=accumulation) for phase in phases]
     loader = TrainLoader(
         run.token_store,
         curriculum=run.config.curriculum.table,
         seed=data.seed,
         max_epochs=data.max_epochs,
-        accumulation=mesh.accumulation,
+        accumulation=accumulation,
         prefetch=data.prefetch,
-        sharding=batch_sharding(run.mesh),
+        shardings=[batch_sharding(run.mesh, each) for each in rules],
     )
     log(f"Data: {loader.use}")
     batches = loader.batches(first_step=first_step)

@@ -51,7 +51,7 @@ def get_config() -> ConfigDict:
                 weight_decay=0.1,
                 clip_norm=1.0,
             ),
-            mesh=dict(tensor=1, accumulation=1),
+            mesh=dict(tensor=1, context=1, accumulation=1),
             data=dict(store="store", seed=1, max_epochs=1, prefetch=4),
             corpus=dict(
                 source="installed_python",

@@ -2,6 +2,7 @@
 
 import functools
 import itertools
+import math
 
 import jax
 import jax.numpy as jnp
@@ -132,20 +133,28 @@ def test_blockwise_memory_grows_with_the_block_not_with_the_square():
 
 
 @pytest.mark.parametrize(
-    "implementation, mesh_shape", [*itertools.product(PORTABLE, [(1, 1), (4, 2), (2, 4)]), ("splash", (2, 4))]
+    "implementation, mesh_shape",
+    [
+        *itertools.product(PORTABLE, [(1, 1, 1, 1), (4, 1, 1, 2), (2, 1, 1, 4), (1, 2, 2, 2), (1, 1, 4, 1)]),
+        ("splash", (2, 1, 2, 2)),
+    ],
 )
 def test_meshes_change_nothing(implementation, mesh_shape):
-    """Value and gradients through scan, checkpoint and jit under explicit sharding equal those without a mesh."""
-    *inputs, slopes_N = make_inputs(B=4, T=70, N=4, H=10)
+    """Value and gradients through scan, checkpoint and jit under explicit sharding equal those without a mesh.
+
+    Positions are split over two axes, heads over one: on 2 x 2 x 2 devices each attends with 1 of the 8 heads.
+    """
+    *inputs, slopes_N = make_inputs(B=4, T=72, N=8, H=10)
     step = make_layers(implementation, slopes_N)
     expected = jax.tree.leaves(step(*inputs))
-    devices = jax.devices()[: mesh_shape[0] * mesh_shape[1]]
-    with jax.set_mesh(jax.make_mesh(mesh_shape, ("fsdp", "tensor"), devices=devices)):
-        results = jax.tree.leaves(step(*(jax.device_put(x, P("fsdp", None, "tensor", None)) for x in inputs)))
+    axes = ("fsdp", "shared", "context", "tensor")
+    spec = P("fsdp", ("shared", "context"), "tensor", None)
+    with jax.set_mesh(jax.make_mesh(mesh_shape, axes, devices=jax.devices()[: math.prod(mesh_shape)])):
+        results = jax.tree.leaves(step(*(jax.device_put(x, spec) for x in inputs)))
     for result, value in zip(results, expected, strict=True):
         np.testing.assert_allclose(np.asarray(result), np.asarray(value), rtol=2e-5, atol=2e-5)
     for gradient in results[1:]:
-        assert gradient.sharding.spec == P("fsdp", None, "tensor", None)
+        assert gradient.sharding.spec == spec
 
 
 def make_layers(implementation, slopes_N):
@@ -191,9 +200,12 @@ def test_wrong_calls_are_refused():
     with pytest.raises(ValueError, match="over 2 heads"):
         attend(q, k, v, slopes_N[:1], scale=1.0, implementation="blockwise")
     with jax.set_mesh(jax.make_mesh((2, 2), ("fsdp", "tensor"), devices=jax.devices()[:4])):
-        batch, length = P("fsdp", None, "tensor", None), P("fsdp", "tensor", None, None)
-        with pytest.raises(ValueError, match="cannot shard the length or the head dim"):
-            attend(*(jax.device_put(x, length) for x in (q, k, v)), slopes_N, scale=1.0, implementation="blockwise")
+        batch, head_dim = P("fsdp", None, "tensor", None), P("fsdp", None, None, "tensor")
+        with pytest.raises(ValueError, match="cannot shard the head dim"):
+            attend(*(jax.device_put(x, head_dim) for x in (q, k, v)), slopes_N, scale=1.0, implementation="blockwise")
+        with pytest.raises(ValueError, match="over 2 heads cannot be split 4 ways"):
+            both = P(None, "fsdp", "tensor", None)
+            attend(*(jax.device_put(x, both) for x in (q, k, v)), slopes_N, scale=1.0, implementation="blockwise")
         with pytest.raises(ValueError, match="sharded alike"):
             attend(
                 jax.device_put(q, batch), *(jax.device_put(x, P("fsdp")) for x in (k, v)), slopes_N,

@@ -3,13 +3,13 @@
 import jax
 import numpy as np
 import pytest
-from jax.sharding import NamedSharding, PartitionSpec
 from tiny import tiny_config
 
 from btlm_jax.model import make_model, parameter_table
 from btlm_jax.mup import CLASSES, make_parametrization
 from btlm_jax.optimizer import make_optimizer
-from btlm_jax.sharding import FSDP, batch_sharding, make_mesh
+from btlm_jax.program import make_program
+from btlm_jax.sharding import RULES, batch_sharding, evaluation_sharding, make_mesh, make_run_mesh
 from btlm_jax.step import abstract_batch, abstract_state, init_state, make_eval_step, make_train_step
 
 
@@ -24,20 +24,21 @@ def host_batch(config, *, phase: int, seed: int):
 
 def run(config, *, devices: int, steps: int = 2):
     """Take a step of each phase in turn; return the losses, the norms and the final parameters."""
-    mesh = make_mesh(devices=jax.devices()[:devices], tensor=config.mesh.tensor)
-    model = make_model(config.model, make_parametrization(config.mup, config.model))
-    table = parameter_table(model, mesh)
-    optimizer = make_optimizer(config.optimizer, table)
-    state = init_state(model, optimizer, mesh, seed=5)
+    mesh = make_run_mesh(config, devices=jax.devices()[:devices])
+    program = make_program(config, mesh)
+    model, phases = program.model, config.curriculum.table.phases
+    state = init_state(model, program.optimizer, mesh, seed=5)
     metrics_of_steps = []
     with jax.set_mesh(mesh):
-        step = jax.jit(make_train_step(model, optimizer, table, loss_chunk=config.model.loss_chunk), donate_argnums=0)
         for index in range(steps):
-            rows = host_batch(config, phase=index % 2, seed=index)
+            phase = phases[index % 2]
+            step = program.compile(program.trace_train_step(phase))
+            rows = host_batch(config, phase=phase.index, seed=index)
             split = {k: v.reshape(config.mesh.accumulation, -1, v.shape[-1]) for k, v in rows.items()}
-            state, metrics = step(state, jax.device_put(split, batch_sharding(mesh)), 0.01)
+            batch = jax.device_put(split, batch_sharding(mesh, program.rules_for(phase)))
+            state, metrics = step(state, batch, np.float32(0.01))
             metrics_of_steps.append(jax.device_get(metrics))
-        heldout = jax.device_put(rows, NamedSharding(mesh, PartitionSpec(FSDP)))
+        heldout = jax.device_put(rows, evaluation_sharding(mesh))
         sums = jax.jit(make_eval_step(model, loss_chunk=config.model.loss_chunk))(state.params, heldout)
     return metrics_of_steps, jax.device_get(state), jax.device_get(sums)
 
@@ -48,9 +49,12 @@ def single():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("devices, tensor, accumulation", [(8, 1, 1), (8, 2, 2), (8, 4, 1), (2, 1, 4), (1, 1, 8)])
-def test_every_mesh_and_accumulation_gives_the_same_step(single, devices, tensor, accumulation):
-    config = tiny_config(mesh__tensor=tensor, mesh__accumulation=accumulation)
+@pytest.mark.parametrize(
+    "devices, tensor, context, accumulation",
+    [(8, 1, 1, 1), (8, 2, 1, 2), (8, 4, 1, 1), (2, 1, 1, 4), (1, 1, 1, 8), (8, 1, 4, 2), (8, 1, 4, 4), (8, 2, 2, 4)],
+)
+def test_every_mesh_and_accumulation_gives_the_same_step(single, devices, tensor, context, accumulation):
+    config = tiny_config(mesh__tensor=tensor, mesh__context=context, mesh__accumulation=accumulation)
     metrics, state, sums = run(config, devices=devices)
     for found, expected in zip(metrics, single[0], strict=True):
         assert found.keys() == expected.keys()
@@ -124,7 +128,7 @@ def test_tied_embedding_gradients_are_finite_and_equal_across_batch_shapes_under
             cut = {k: v[None, :, :length].copy() for k, v in rows.items()}
             cut["weights_BT"][..., 24:] = 0
             _, metrics = step(
-                init_state(model, optimizer, mesh, seed=5), jax.device_put(cut, batch_sharding(mesh)), 0.01
+                init_state(model, optimizer, mesh, seed=5), jax.device_put(cut, batch_sharding(mesh, RULES)), 0.01
             )
             norms.append(float(metrics["grad_norm/embedding"]))
     assert np.isfinite(norms).all() and norms[0] == norms[2]
@@ -135,5 +139,5 @@ def test_abstract_batch_names_the_leaves_of_a_batch():
     config = tiny_config()
     mesh = make_mesh(devices=jax.devices()[:1], tensor=1)
     rows = {k: v[None] for k, v in host_batch(config, phase=0, seed=0).items()}
-    abstract = abstract_batch(rows["inputs_BT"].shape, batch_sharding(mesh))
+    abstract = abstract_batch(rows["inputs_BT"].shape, batch_sharding(mesh, RULES))
     assert {k: (v.shape, v.dtype) for k, v in abstract.items()} == {k: (v.shape, v.dtype) for k, v in rows.items()}

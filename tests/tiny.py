@@ -23,7 +23,7 @@ TINY = {
     "model.num_layers": 2,
     "model.d_model": 40,
     "model.num_heads": 4,
-    "model.d_ff": 56,
+    "model.d_ff": 54,
     "model.loss_chunk": 20,
     "mup.base_d_model": 20.0,
     "mup.base_d_ff": 24.0,

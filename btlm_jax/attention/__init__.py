@@ -1,9 +1,11 @@
 """Causal attention with ALiBi: one entry point, `attend`, over implementations that agree."""
 
 import functools
+import math
 
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
 
@@ -22,8 +24,11 @@ def attend(
     """Return softmax over s <= t of (scale * q_t . k_s - slopes * (t - s)), applied to v, as o_BTNH in q's dtype.
 
     `implementation` is one of IMPLEMENTATIONS or AUTO. The softmax is float32 whatever the dtype. The slopes are
-    constants: no gradient flows to them. Under an explicit mesh each device attends with its own sequences and heads,
-    so the length and the head dim must not be sharded.
+    constants: no gradient flows to them. Under an explicit mesh each device attends with its own sequences and heads.
+    A sharded length is exchanged for heads, of which each device then has a share at all positions, and back
+    (Ulysses, arXiv 2309.14509); the mesh axes of the length must divide the heads.
+
+    For remat, q, k and v are named attention_query, attention_key and attention_value where they are attended with.
 
     Raises:
       ValueError: an unknown implementation, shapes or shardings that do not fit together.
@@ -46,18 +51,44 @@ def attend(
     _check_shapes(q_BTNH, k_BSNH, v_BSNH, slopes_N)
     slopes_N = jax.lax.stop_gradient(jnp.asarray(slopes_N, jnp.float32))
 
-    def local(q_BTNH, k_BSNH, v_BSNH, slopes_N):
-        return attend_local(q_BTNH, k_BSNH, v_BSNH, slopes_N, scale=scale)
+    def local(q_BTNH, k_BSNH, v_BSNH, slopes_N, length_axes=()):
+        q_BTNH, k_BSNH, v_BSNH = (
+            checkpoint_name(_positions_for_heads(x, length_axes), f"attention_{name}")
+            for x, name in ((q_BTNH, "query"), (k_BSNH, "key"), (v_BSNH, "value"))
+        )
+        o_BTNH = attend_local(q_BTNH, k_BSNH, v_BSNH, slopes_N, scale=scale)
+        return _heads_for_positions(o_BTNH, length_axes)
 
-    if AxisType.Explicit not in jax.sharding.get_abstract_mesh().axis_types:
+    mesh = jax.sharding.get_abstract_mesh()
+    if AxisType.Explicit not in mesh.axis_types:
         return local(q_BTNH, k_BSNH, v_BSNH, slopes_N)
     spec = _sharding_spec(q_BTNH, k_BSNH, v_BSNH)
-    slopes_N = jax.sharding.reshard(slopes_N, P(spec[2]))
+    length_axes, heads_axes = (tuple(axis for axis in _names(spec[dim]) if mesh.shape[axis] > 1) for dim in (1, 2))
+    _check_heads(q_BTNH.shape[2], mesh=mesh, length_axes=length_axes, heads_axes=heads_axes)
+    slopes_spec = P((*heads_axes, *length_axes))
+    slopes_N = jax.sharding.reshard(slopes_N, slopes_spec)
     # The kernels do not declare what their results vary over, which the check would need.
     is_checked = implementation not in ("splash", "gpu")
-    return jax.shard_map(local, in_specs=(spec, spec, spec, P(spec[2])), out_specs=spec, check_vma=is_checked)(
-        q_BTNH, k_BSNH, v_BSNH, slopes_N
+    mapped = jax.shard_map(
+        functools.partial(local, length_axes=length_axes),
+        in_specs=(spec, spec, spec, slopes_spec),
+        out_specs=spec,
+        check_vma=is_checked,
     )
+    return mapped(q_BTNH, k_BSNH, v_BSNH, slopes_N)
+
+
+def _positions_for_heads(x_BTNH: jax.Array, axes: tuple[str, ...]) -> jax.Array:
+    """Give away positions of most heads and get all positions of a few; inside shard_map."""
+    return jax.lax.all_to_all(x_BTNH, axes, split_axis=2, concat_axis=1, tiled=True) if axes else x_BTNH
+
+
+def _heads_for_positions(x_BTNH: jax.Array, axes: tuple[str, ...]) -> jax.Array:
+    return jax.lax.all_to_all(x_BTNH, axes, split_axis=1, concat_axis=2, tiled=True) if axes else x_BTNH
+
+
+def _names(axes) -> tuple[str, ...]:
+    return () if axes is None else (axes,) if isinstance(axes, str) else tuple(axes)
 
 
 def _made_for_the_devices(q_BTNH: jax.Array) -> str:
@@ -86,9 +117,18 @@ def _sharding_spec(q_BTNH: jax.Array, k_BSNH: jax.Array, v_BSNH: jax.Array) -> P
     specs = [P(*jax.typeof(x).sharding.spec) for x in (q_BTNH, k_BSNH, v_BSNH)]
     if not specs[0] == specs[1] == specs[2]:
         raise ValueError(f"attention needs q, k and v sharded alike; got {specs[0]}, {specs[1]} and {specs[2]}")
-    if specs[0][1] is not None or specs[0][3] is not None:
+    if specs[0][3] is not None:
         raise ValueError(
-            f"attention cannot shard the length or the head dim; got {specs[0]} for [batch, length, heads, head dim]: "
-            "reshard batch and heads only"
+            f"attention cannot shard the head dim; got {specs[0]} for [batch, length, heads, head dim]: "
+            "reshard batch, length and heads only"
         )
     return specs[0]
+
+
+def _check_heads(num_heads: int, *, mesh, length_axes: tuple[str, ...], heads_axes: tuple[str, ...]) -> None:
+    ways = math.prod(mesh.shape[axis] for axis in (*heads_axes, *length_axes))
+    if num_heads % ways:
+        raise ValueError(
+            f"attention over {num_heads} heads cannot be split {ways} ways, by heads over {heads_axes} and by length "
+            f"over {length_axes}: the number of heads must be divisible by that"
+        )

@@ -32,7 +32,7 @@ class TrainLoader:
     """The training batches of a run.
 
     A batch's leaves are [A, B/A, T]; row (a, r) of step k is sequence `(k - first_step)*B + a*(B/A) + r` of the step's
-    phase, whose B and T these are. `sharding` places such leaves, for example P(None, "fsdp").
+    phase, whose B and T these are. `shardings` place such leaves, one for each phase, for example P(None, "fsdp").
 
     Raises:
       ValueError: the store does not serve the curriculum, or the mesh does not divide a batch.
@@ -47,7 +47,7 @@ class TrainLoader:
         max_epochs: int,
         accumulation: int,
         prefetch: int,
-        sharding: NamedSharding,
+        shardings: Sequence[NamedSharding],
     ):
         self._reader = token_store.split(store_format.TRAIN)
         self._order = TrainingOrder(
@@ -64,7 +64,7 @@ class TrainLoader:
                 rows_shape=(accumulation, phase.batch_size // accumulation),
                 seq_len=phase.seq_len,
             )
-            for phase in curriculum.phases
+            for phase, sharding in zip(curriculum.phases, shardings, strict=True)
         ]
 
     def batches(self, *, first_step: int) -> Iterator[tuple[int, Batch]]:

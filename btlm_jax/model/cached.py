@@ -17,6 +17,7 @@ from jax.sharding import PartitionSpec as P
 from btlm_jax.model.alibi import alibi_slopes
 from btlm_jax.model.layers import Embedding, LayerNorm
 from btlm_jax.model.transformer import Block, Btlm
+from btlm_jax.sharding import WHOLE_SEQUENCES
 
 
 @jax.tree_util.register_dataclass
@@ -36,7 +37,7 @@ def make_cache(model: Btlm, mesh: Mesh, *, batch_size: int, num_slots: int, dtyp
     """Make an empty cache on the mesh: rows over fsdp, heads over tensor."""
     config = model.config
     shape = (config.num_layers, batch_size, num_slots, config.num_heads, config.head_dim)
-    sharding = NamedSharding(mesh, _cache_spec(model))
+    sharding = NamedSharding(mesh, _cache_spec())
     return KVCache(
         k_LBSNH=jnp.zeros(shape, jnp.dtype(dtype), device=sharding),
         v_LBSNH=jnp.zeros(shape, jnp.dtype(dtype), device=sharding),
@@ -49,9 +50,9 @@ def extend(model: Btlm, params: dict, cache: KVCache, *, inputs_BT, starts_B):
     Equal to the last T positions of the whole forward pass. A position outside the cache is not kept: the caller makes
     the cache large enough. Memory for scores is O(T * slots) a head, so long prompts come in pieces.
     """
-    config, parts = model.config, dict(parametrization=model.parametrization, rules=model.rules)
+    config, parts = model.config, dict(parametrization=model.parametrization, rules=WHOLE_SEQUENCES)
     dtype = jnp.dtype(config.dtype)
-    starts_B = jax.sharding.reshard(starts_B, model.rules.spec("batch"))
+    starts_B = jax.sharding.reshard(starts_B, WHOLE_SEQUENCES.spec("batch"))
     embedding = Embedding(vocab_size=config.vocab_size, d_model=config.d_model, dtype=dtype, **parts)
     x_BTD = embedding.apply({"params": params["embedding"]}, inputs_BT) * model.parametrization.embedding_scale
 
@@ -74,13 +75,13 @@ def extend(model: Btlm, params: dict, cache: KVCache, *, inputs_BT, starts_B):
     return norm.apply({"params": params["ln_f"]}, x_BTD), cache
 
 
-def _cache_spec(model: Btlm) -> P:
-    return model.rules.spec("layers", "batch", "length", "heads", "head_dim")
+def _cache_spec() -> P:
+    return WHOLE_SEQUENCES.spec("layers", "batch", "length", "act_heads", "head_dim")
 
 
 def _attend_cached(model: Btlm, q_BTNH, k_BTNH, v_BTNH, cache: KVCache, starts_B, layer):
     """Write keys and values into one layer of the cache and attend to it; each device has its own rows and heads."""
-    rules, scale = model.rules, model.parametrization.attention_scale
+    rules, scale = WHOLE_SEQUENCES, model.parametrization.attention_scale
     slopes_N = jnp.asarray(alibi_slopes(model.config.num_heads, scaling=model.config.alibi_scaling), jnp.float32)
 
     def local(q_BTNH, k_BTNH, v_BTNH, k_LBSNH, v_LBSNH, starts_B, slopes_N, layer):
@@ -99,8 +100,8 @@ def _attend_cached(model: Btlm, q_BTNH, k_BTNH, v_BTNH, cache: KVCache, starts_B
         o_BTNH = jnp.einsum("BNTS,BSNH->BTNH", weights_BNTS, v_BSNH, preferred_element_type=jnp.float32)
         return o_BTNH.astype(q_BTNH.dtype), k_LBSNH, v_LBSNH
 
-    new, kept = rules.spec("batch", "length", "heads", "head_dim"), _cache_spec(model)
-    rows, heads = rules.spec("batch"), rules.spec("heads")
+    new, kept = rules.spec("batch", "length", "act_heads", "head_dim"), _cache_spec()
+    rows, heads = rules.spec("batch"), rules.spec("act_heads")
     mapped = jax.shard_map(local, in_specs=(new, new, new, kept, kept, rows, heads, P()), out_specs=(new, kept, kept))
     slopes_N = jax.sharding.reshard(slopes_N, heads)
     o_BTNH, k_LBSNH, v_LBSNH = mapped(q_BTNH, k_BTNH, v_BTNH, cache.k_LBSNH, cache.v_LBSNH, starts_B, slopes_N, layer)

@@ -1,55 +1,44 @@
 """The four layers everything is built from. Each declares its parameters once: shape, logical axes, rule.
 
-Parameters are float32; each layer casts to the dtype of its input in plain sight. A kernel is gathered along the fsdp
-axis where it is used, after the cast, and its gradient goes back the same way.
+Parameters are float32 and split over devices; projection.py and lookup.py turn them into what is used.
 """
 
 from __future__ import annotations
 
-import math
-
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-from jax.sharding import PartitionSpec
+from jax.ad_checkpoint import checkpoint_name
 
+from btlm_jax.model.lookup import look_up
+from btlm_jax.model.projection import Projection, project
 from btlm_jax.mup import Parametrization
 from btlm_jax.sharding import AxisRules
 
 
 class Linear(nn.Module):
-    """Multiply the dims of x_BT... after batch and length by a kernel, and add a bias.
-
-    The product is of two matrices, rows being batch x length: XLA:CPU takes transposed matrices as they are in the
-    backward pass, but copies operands of higher rank into new layouts first (measured: 1.2 times the whole step).
-    """
+    """Project the dims of x_BT... after batch and length (see projection.py)."""
 
     in_shape: tuple[int, ...]
     in_axes: tuple[str, ...]
     out_shape: tuple[int, ...]
     out_axes: tuple[str, ...]
-    act_axes: tuple[str, ...]  # the output's axes as an activation, which a bias shares
     parametrization: Parametrization
     rules: AxisRules
 
     @nn.compact
     def __call__(self, x):
-        axes = (*self.in_axes, *self.out_axes)
-        kernel = declare(self, "kernel", (*self.in_shape, *self.out_shape), axes)
-        bias_axes = tuple("norm" if axis == "act_embed" else axis for axis in self.act_axes)
+        kernel = declare(self, "kernel", (*self.in_shape, *self.out_shape), (*self.in_axes, *self.out_axes))
+        bias_axes = tuple("norm" if axis == "embed" else axis for axis in self.out_axes)
         bias = declare(self, "bias", self.out_shape, bias_axes)
-        kernel = gather(kernel.astype(x.dtype), axes, self.rules)
-        batch, length = x.shape[:2]
-        rows, width_in, width_out = batch * length, math.prod(self.in_shape), math.prod(self.out_shape)
-        # Of axes merged into one, only the first is ever split.
-        row_axis, in_axis = self.rules.batch, self.rules.gathered_spec(*self.in_axes)[0]
-        out_axis = self.rules.spec(*self.act_axes)[0]
-        x_RK = jax.lax.reshape(x, (rows, width_in), out_sharding=PartitionSpec(row_axis, in_axis))
-        kernel_KM = jax.lax.reshape(kernel, (width_in, width_out), out_sharding=PartitionSpec(in_axis, out_axis))
-        y_RM = jnp.matmul(x_RK, kernel_KM, out_sharding=PartitionSpec(row_axis, out_axis))
-        y_RM = y_RM + jax.lax.reshape(bias.astype(x.dtype), (1, width_out), out_sharding=PartitionSpec(None, out_axis))
-        spec = self.rules.spec("batch", "length", *self.act_axes)
-        return jax.lax.reshape(y_RM, (batch, length, *self.out_shape), out_sharding=spec)
+        projection = Projection(
+            in_shape=self.in_shape,
+            in_axes=self.in_axes,
+            out_shape=self.out_shape,
+            out_axes=self.out_axes,
+            rules=self.rules,
+        )
+        return checkpoint_name(project(projection, x, kernel, bias), self.name)
 
 
 class Embedding(nn.Module):
@@ -63,12 +52,8 @@ class Embedding(nn.Module):
 
     @nn.compact
     def __call__(self, inputs_BT):
-        axes = ("vocab", "embed")
-        table_VD = declare(self, "embedding", (self.vocab_size, self.d_model), axes)
-        # Look up, then cast: the lookup's gradient adds up over tokens, and bfloat16 would round at each addition.
-        table_VD = gather(table_VD, axes, self.rules)
-        x_BTD = table_VD.at[inputs_BT].get(out_sharding=self.rules.spec("batch", "length", "act_embed"))
-        return x_BTD.astype(self.dtype)
+        table_VD = declare(self, "embedding", (self.vocab_size, self.d_model), ("vocab", "embed"))
+        return look_up(self.rules, self.dtype, table_VD, inputs_BT)
 
 
 class LayerNorm(nn.Module):
@@ -98,9 +83,5 @@ def declare(module: nn.Module, name: str, shape: tuple[int, ...], axes: tuple[st
             return jnp.full(shape, rule.init_mean, jnp.float32)
         return rule.init_std * jax.random.truncated_normal(key, -2, 2, shape, jnp.float32)
 
-    return module.param(name, nn.with_logical_partitioning(init, axes), shape)
-
-
-def gather(kernel, axes: tuple[str, ...], rules: AxisRules):
-    """Gather a stored kernel along the fsdp axis for use."""
-    return jax.sharding.reshard(kernel, rules.gathered_spec(*axes))
+    parameter = module.param(name, nn.with_logical_partitioning(init, axes), shape)
+    return jax.sharding.reshard(parameter, module.rules.spec(*axes))  # it is born whole; in a state it is split already

@@ -11,6 +11,7 @@ from jax.sharding import Mesh, NamedSharding
 
 from btlm_jax.model.transformer import Btlm
 from btlm_jax.mup import ParameterRule
+from btlm_jax.sharding import num_ways
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -62,5 +63,5 @@ def init_params(model: Btlm, mesh: Mesh, *, seed: int):
 
 
 def _example_inputs(model: Btlm, mesh: Mesh):
-    batch = mesh.shape["fsdp"]
-    return jnp.zeros((batch, 8), jnp.int32, out_sharding=NamedSharding(mesh, model.rules.spec("batch", "length")))
+    shape = num_ways(mesh, model.rules.batch), 8 * num_ways(mesh, model.rules.length)
+    return jnp.zeros(shape, jnp.int32, out_sharding=NamedSharding(mesh, model.rules.spec("batch", "length")))

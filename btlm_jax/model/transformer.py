@@ -22,13 +22,13 @@ from btlm_jax.model.layers import Embedding, LayerNorm, Linear
 from btlm_jax.mup import Parametrization
 from btlm_jax.sharding import RULES, AxisRules
 
-# What the backward pass finds saved of each block; the rest it computes again.
+# What the backward pass finds saved of each block; the rest it computes again. Names are given in attention/ and by
+# the projections, which carry their own.
+_ATTENTION = tuple(f"attention_{name}" for name in ("query", "key", "value", "out", "lse"))
 _SAVED = {
     "full": jax.checkpoint_policies.nothing_saveable,
-    "matmuls_saved": jax.checkpoint_policies.save_from_both_policies(
-        jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
-        jax.checkpoint_policies.save_only_these_names("attention_out", "attention_lse"),
-    ),
+    "attention_saved": jax.checkpoint_policies.save_only_these_names(*_ATTENTION),
+    "matmuls_saved": jax.checkpoint_policies.save_only_these_names(*_ATTENTION, "out", "up", "gate"),
     "none": jax.checkpoint_policies.everything_saveable,
 }
 
@@ -51,7 +51,6 @@ class Attention(nn.Module):
                 in_axes=("embed",),
                 out_shape=(N, H),
                 out_axes=("heads", "head_dim"),
-                act_axes=("heads", "head_dim"),
                 parametrization=self.parametrization,
                 rules=self.rules,
                 name=name,
@@ -64,7 +63,6 @@ class Attention(nn.Module):
             in_axes=("heads", "head_dim"),
             out_shape=(D,),
             out_axes=("embed",),
-            act_axes=("act_embed",),
             parametrization=self.parametrization,
             rules=self.rules,
             name="out",
@@ -88,7 +86,6 @@ class Mlp(nn.Module):
                 in_axes=("embed",),
                 out_shape=(F,),
                 out_axes=("mlp",),
-                act_axes=("mlp",),
                 parametrization=self.parametrization,
                 rules=self.rules,
                 name=name,
@@ -100,7 +97,6 @@ class Mlp(nn.Module):
             in_axes=("mlp",),
             out_shape=(D,),
             out_axes=("embed",),
-            act_axes=("act_embed",),
             parametrization=self.parametrization,
             rules=self.rules,
             name="down",
@@ -161,6 +157,6 @@ class Btlm(nn.Module):
         return attend(q_BTNH, k_BSNH, v_BSNH, slopes_N, scale=scale, implementation=self.config.attention)
 
 
-def make_model(config: ModelConfig, parametrization: Parametrization) -> Btlm:
-    """Make the network; it holds no arrays."""
-    return Btlm(config=config, parametrization=parametrization, rules=RULES)
+def make_model(config: ModelConfig, parametrization: Parametrization, *, rules: AxisRules = RULES) -> Btlm:
+    """Make the network; it holds no arrays. `rules` say how its activations are split over the mesh."""
+    return Btlm(config=config, parametrization=parametrization, rules=rules)

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import collections
 import dataclasses
 import math
 import re
 
 _COLLECTIVES = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute")
+_REDUCE_SCATTER_FUSION = "all-reduce-scatter"  # what the name of such a fusion begins with
 _BYTES = {
     "pred": 1, "s8": 1, "u8": 1, "s16": 2, "u16": 2, "bf16": 2, "f16": 2,
     "s32": 4, "u32": 4, "f32": 4, "s64": 8, "u64": 8, "f64": 8,
@@ -48,27 +48,26 @@ class _Instruction:
 def read_executable(text: str, *, num_devices: int) -> Executable:
     """Read the text of an optimised program for TPUs (`compiled.as_text()`)."""
     computations, entry = _computations(text)
-    found: dict[str, list[tuple[_Instruction, str, int, bool]]] = collections.defaultdict(list)
-    num_cycles = 0
-    # (computation, how often a step runs it, inside a fusion?, asynchronously?)
-    waiting = [(entry, 1, False, False)]
+    exchanges, num_cycles = [], 0
+    waiting = [(entry, 1, False)]  # (computation, how often a step runs it, inside a fusion?)
     while waiting:
-        name, count, is_fused, is_asynchronous = waiting.pop()
-        for instruction in computations[name]:
-            if instruction.opcode.removesuffix("-start") in _COLLECTIVES:
-                key = re.search(r"channel_id=(\d+)", instruction.rest)
-                found[key[1] if key else instruction.name].append((instruction, name, count, is_asynchronous))
+        name, count, is_fused = waiting.pop()
+        instructions = computations[name]
+        is_begun = any("AsyncCollectiveStart" in each.rest for each in instructions)
+        for instruction in instructions:
+            if instruction.opcode.removesuffix("-start") in _COLLECTIVES and (
+                # The compiler spreads an asynchronous one over several fusions and writes it in each: the first counts.
+                not is_fused or is_begun or name.startswith(_REDUCE_SCATTER_FUSION)
+            ):
+                exchanges.append(_collective(instruction, name, count=count, is_begun=is_begun, ways=num_devices))
             cycles = re.search(r'"estimated_cycles":"(\d+)"', instruction.rest)
             if cycles and not is_fused:  # a fusion's estimate covers what is in it
                 num_cycles += count * int(cycles[1])
             times = _trip_count(instruction, computations) if instruction.opcode == "while" else 1
             for called in _called(instruction):
                 inside = is_fused or instruction.opcode not in ("while", "conditional", "call")
-                waiting.append((called, count * times, inside, is_asynchronous or _is_asynchronous(instruction)))
-    exchanges = (_collective(places, num_devices=num_devices) for places in found.values())
-    return Executable(
-        collectives=tuple(exchange for exchange in exchanges if exchange.num_devices > 1), num_cycles=num_cycles
-    )
+                waiting.append((called, count * times, inside))
+    return Executable(collectives=tuple(each for each in exchanges if each.num_devices > 1), num_cycles=num_cycles)
 
 
 def _computations(text: str) -> tuple[dict[str, list[_Instruction]], str]:
@@ -89,12 +88,6 @@ def _called(instruction: _Instruction) -> list[str]:
     return names + _CALLED.findall(instruction.rest)
 
 
-def _is_asynchronous(instruction: _Instruction) -> bool:
-    """Whether what an instruction calls are the pieces of a collective that run beside other work."""
-    is_piece = instruction.name.startswith("async-collective") or instruction.opcode.startswith("async-")
-    return is_piece or any(name.startswith("async_collective_fusion") for name in _called(instruction))
-
-
 def _trip_count(instruction: _Instruction, computations: dict[str, list[_Instruction]]) -> int:
     """Return how often a loop runs: the constant that its condition compares the count from 0 with."""
     condition = computations[re.search(r"condition=%?([\w.\-]+)", instruction.rest)[1]]
@@ -107,25 +100,25 @@ def _trip_count(instruction: _Instruction, computations: dict[str, list[_Instruc
     raise ValueError(f"the loop {instruction.name} of the compiled program does not say how often it runs")
 
 
-def _collective(places: list[tuple[_Instruction, str, int, bool]], *, num_devices: int) -> Collective:
-    """Make one collective of the places where it stands: the compiler spreads one over several fusions."""
-    instruction, computation, count, _ = places[0]
+def _collective(
+    instruction: _Instruction, computation: str, *, count: int, is_begun: bool, ways: int
+) -> Collective:
     kind = instruction.opcode.removesuffix("-start")
     is_started = instruction.opcode != kind
     sizes = [_num_bytes(*array) for array in _ARRAY.findall(instruction.result)]
     # A started collective's result holds its operand too, except for all-reduce; the whole array is the larger.
     num_bytes = max(sizes) if is_started and kind != "all-reduce" else sum(sizes)
-    group = _group_size(instruction.rest, num_devices=num_devices)
+    group = _group_size(instruction.rest, num_devices=ways)
     if kind == "reduce-scatter":
         num_bytes *= 1 if is_started else group
-    if computation.startswith("all-reduce-scatter"):  # a fusion with the slice that follows
+    if computation.startswith(_REDUCE_SCATTER_FUSION):  # with the slice that follows
         kind = "reduce-scatter"
     return Collective(
         kind=kind,
         num_bytes=num_bytes,
         num_devices=group,
         count=count,
-        is_asynchronous=is_started or any(is_asynchronous for *_, is_asynchronous in places),
+        is_asynchronous=is_started or is_begun,
     )
 
 

@@ -10,17 +10,15 @@ from btlm_jax.metrics import FLOPS_CONVENTION
 from btlm_jax.plan.chips import GIB
 from btlm_jax.plan.estimate import ASSUMPTIONS, PhasePlan, collective_seconds
 from btlm_jax.plan.slice_plan import SlicePlan
+from btlm_jax.sharding import describe_mesh
 
 _HOUR = 3600.0
 
 
 def plan_table(plan: SlicePlan, *, usd_per_chip_hour: float) -> str:
     """Return the plan in lines; without a price (0) it has no cost."""
-    fsdp = plan.num_chips // plan.mesh.tensor
-    lines = [
-        f"{plan.topology}: {plan.num_chips} chips as fsdp {fsdp} x tensor {plan.mesh.tensor}, "
-        f"mesh.accumulation {plan.mesh.accumulation}"
-    ]
+    layout = describe_mesh(plan.mesh, num_devices=plan.num_chips)
+    lines = [f"{plan.topology}: {plan.num_chips} chips as {layout}, mesh.accumulation {plan.mesh.accumulation}"]
     lines += [f"PROBLEM: {problem}" for problem in plan.problems]
     for phase in plan.phases:
         lines += ["", *_phase_lines(plan, phase)]

@@ -15,7 +15,7 @@ from btlm_jax.plan.chips import Chip, chip_of, num_chips, slice_devices
 from btlm_jax.plan.compiling import DoesNotFitError
 from btlm_jax.plan.estimate import PhasePlan, plan_phase
 from btlm_jax.program import make_program
-from btlm_jax.sharding import divisibility_problems, make_mesh
+from btlm_jax.sharding import divisibility_problems, make_run_mesh
 
 _MAX_LAYOUTS = 5  # that are suggested
 _PROGRESS_SECONDS = 15.0
@@ -50,7 +50,7 @@ def plan_run(config: TrainConfig, *, topology: str, cache: Path, say: Callable[[
     made = dict(topology=topology, chip=chip, num_chips=len(devices), mesh=config.mesh)
     if problems := layout_problems(config, num_devices=len(devices), chip=chip):
         return SlicePlan(**made, problems=problems, phases=())
-    program = make_program(config, make_mesh(devices=devices, tensor=config.mesh.tensor))
+    program = make_program(config, make_run_mesh(config, devices=devices))
     problems, phases = [], []
     for phase in config.curriculum.table.phases:
         name = f"phase {phase.index + 1} ({phase.batch_size:,} x {phase.seq_len:,})"
@@ -66,15 +66,14 @@ def plan_run(config: TrainConfig, *, topology: str, cache: Path, say: Callable[[
 
 def layout_problems(config: TrainConfig, *, num_devices: int, chip: Chip) -> tuple[str, ...]:
     """Return what the config's mesh does not divide on so many devices, and then the nearest layouts that work."""
-    tensor = config.mesh.tensor
-    if num_devices % tensor:
-        problems = [f"mesh.tensor={tensor} does not divide the {num_devices} chips"]
-    else:
-        problems = divisibility_problems(config, fsdp=num_devices // tensor, tensor=tensor)
+    problems = divisibility_problems(config, num_devices=num_devices)
     if not problems:
         return ()
     if works := layouts(config, num_devices=num_devices):
-        shown = "; ".join(f"mesh.tensor={mesh.tensor} mesh.accumulation={mesh.accumulation}" for mesh in works)
+        shown = "; ".join(
+            f"mesh.tensor={mesh.tensor} mesh.context={mesh.context} mesh.accumulation={mesh.accumulation}"
+            for mesh in works
+        )
         return (*problems, f"layouts of this config that divide {num_devices} chips: {shown}")
     slices = [shape for shape in chip.slices if layouts(config, num_devices=num_chips(shape))]
     shown = ", ".join(f"{chip.name}:{shape}" for shape in slices) or "none"
@@ -85,17 +84,17 @@ def layouts(config: TrainConfig, *, num_devices: int) -> list[MeshConfig]:
     """Return the layouts that divide everything on so many devices, nearest to the config's first."""
 
     def distance(mesh: MeshConfig) -> float:
-        return abs(math.log(mesh.tensor / config.mesh.tensor)) + abs(
-            math.log(mesh.accumulation / config.mesh.accumulation)
-        )
+        now = dataclasses.astuple(config.mesh)
+        return sum(abs(math.log(there / here)) for there, here in zip(dataclasses.astuple(mesh), now, strict=True))
 
     batch = math.gcd(*(phase.batch_size for phase in config.curriculum.table.phases))
     found = [
         mesh
         for tensor in _divisors(num_devices)
+        for context in _divisors(num_devices // tensor)
         for accumulation in _divisors(batch)
-        for mesh in (MeshConfig(tensor=tensor, accumulation=accumulation),)
-        if not divisibility_problems(dataclasses.replace(config, mesh=mesh), fsdp=num_devices // tensor, tensor=tensor)
+        for mesh in (MeshConfig(tensor=tensor, context=context, accumulation=accumulation),)
+        if not divisibility_problems(dataclasses.replace(config, mesh=mesh), num_devices=num_devices)
     ]
     return sorted(found, key=distance)[:_MAX_LAYOUTS]
 

@@ -23,7 +23,7 @@ from btlm_jax.config import ModelConfig, MupConfig, OptimizerConfig
 from btlm_jax.model import Btlm, ParameterInfo, make_model, parameter_table
 from btlm_jax.mup import make_parametrization
 from btlm_jax.optimizer import make_optimizer
-from btlm_jax.sharding import batch_sharding, make_mesh
+from btlm_jax.sharding import RULES, batch_sharding, make_mesh
 from btlm_jax.step import TrainState, make_train_step
 from btlm_jax.tune.mutations import CASES, Case
 
@@ -243,7 +243,7 @@ def run_case(case: Case, model: Btlm, program, mesh: Mesh, *, seed: int) -> dict
     }
     probe_BT = np.frombuffer(TEXT, np.uint8)[-3 * SEQ_LEN :].astype(np.int32).reshape(3, SEQ_LEN)
     with jax.set_mesh(mesh):
-        batch = jax.device_put(batch, batch_sharding(mesh))
+        batch = jax.device_put(batch, batch_sharding(mesh, RULES))
         return jax.device_get(program(params, rules, batch, jnp.asarray(probe_BT)))
 
 
