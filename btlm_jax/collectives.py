@@ -1,7 +1,7 @@
 """How a stored weight becomes one in use, and a gradient goes back: exchanges between devices, inside `jax.shard_map`.
 
 A weight is stored in float32, split along its model dim over (fsdp, tensor). In use it has the activations' dtype, is
-whole along the model dim, and its other dim is padded with zeros to a multiple of the tensor axis and split over that.
+whole along the model dim and split along its other dim over tensor.
 Its gradient is float32 when it is summed over the devices, and never whole on all of them: each gets the sum of its own
 part (reduce-scatter over fsdp), then adds it up over the axes that hold copies of that part.
 """
@@ -18,21 +18,17 @@ COPIES = (SHARED, CONTEXT)  # the axes whose devices store the same part of ever
 
 def gather_kernel(stored_XX: jax.Array, *, dtype: jnp.dtype, embed_dim: int) -> jax.Array:
     """Return a stored matrix as it is used on this device; `embed_dim` (0 or 1) is the dim that was split."""
-    other_dim = 1 - embed_dim
     part_XX = stored_XX.astype(dtype)
-    if (ways := jax.lax.axis_size(TENSOR)) > 1:
-        part_XX = _pad(part_XX, other_dim, padded_size(part_XX.shape[other_dim], ways))
-        part_XX = jax.lax.all_to_all(part_XX, TENSOR, split_axis=other_dim, concat_axis=embed_dim, tiled=True)
+    if jax.lax.axis_size(TENSOR) > 1:
+        part_XX = jax.lax.all_to_all(part_XX, TENSOR, split_axis=1 - embed_dim, concat_axis=embed_dim, tiled=True)
     return jax.lax.all_gather(part_XX, FSDP, axis=embed_dim, tiled=True)
 
 
-def scatter_kernel_gradient(grad_XX: jax.Array, *, embed_dim: int, other_size: int) -> jax.Array:
-    """Return the sum over devices of gradients of a matrix in use, as it is stored; `other_size` is before padding."""
-    other_dim = 1 - embed_dim
+def scatter_kernel_gradient(grad_XX: jax.Array, *, embed_dim: int) -> jax.Array:
+    """Return the sum over all devices of the gradients of a matrix in use, as it is stored."""
     part_XX = jax.lax.psum_scatter(grad_XX, FSDP, scatter_dimension=embed_dim, tiled=True)
     if jax.lax.axis_size(TENSOR) > 1:
-        part_XX = jax.lax.all_to_all(part_XX, TENSOR, split_axis=embed_dim, concat_axis=other_dim, tiled=True)
-        part_XX = jax.lax.slice_in_dim(part_XX, 0, other_size, axis=other_dim)
+        part_XX = jax.lax.all_to_all(part_XX, TENSOR, split_axis=embed_dim, concat_axis=1 - embed_dim, tiled=True)
     return jax.lax.psum(part_XX, COPIES)
 
 
@@ -41,27 +37,23 @@ def gather_table(stored_VD: jax.Array, *, dtype: jnp.dtype) -> jax.Array:
     return jax.lax.all_gather(stored_VD.astype(dtype), (FSDP, TENSOR), axis=1, tiled=True)
 
 
-def scatter_table_gradient(grad_VD: jax.Array) -> jax.Array:
-    """Return the sum over all devices of gradients of the whole table, as it is stored."""
-    return jax.lax.psum(jax.lax.psum_scatter(grad_VD, (FSDP, TENSOR), scatter_dimension=1, tiled=True), COPIES)
+def scatter_table_gradient(grad_DV: jax.Array) -> jax.Array:
+    """Return the sum over all devices of gradients of the whole table, transposed, as it is stored: [V, D / ways].
+
+    The first dim is the one that XLA:TPU scatters; for the last it would send everything to everyone.
+    """
+    part_DV = jax.lax.psum_scatter(grad_DV, (FSDP, TENSOR), scatter_dimension=0, tiled=True)
+    return jax.lax.psum(part_DV, COPIES).T
 
 
-def own_part(x: jax.Array, *, dim: int, size: int) -> jax.Array:
-    """Return this device's part along the tensor axis of a vector or matrix, padded as `gather_kernel` pads."""
+def own_part(x_M: jax.Array) -> jax.Array:
+    """Return this device's part of a vector along the tensor axis."""
+    part = x_M.shape[0] // jax.lax.axis_size(TENSOR)
+    return jax.lax.dynamic_slice_in_dim(x_M, jax.lax.axis_index(TENSOR) * part, part)
+
+
+def put_parts_together(x_M: jax.Array) -> jax.Array:
+    """Return the whole vector of which `own_part` takes parts, zero but for this device's."""
     ways = jax.lax.axis_size(TENSOR)
-    if ways == 1:
-        return x
-    padded = _pad(x, dim, padded_size(size, ways))
-    part = padded.shape[dim] // ways
-    return jax.lax.dynamic_slice_in_dim(padded, jax.lax.axis_index(TENSOR) * part, part, axis=dim)
-
-
-def padded_size(size: int, ways: int) -> int:
-    """Return the next multiple of `ways`."""
-    return -(-size // ways) * ways
-
-
-def _pad(x: jax.Array, dim: int, size: int) -> jax.Array:
-    padding = [(0, 0)] * x.ndim
-    padding[dim] = (0, size - x.shape[dim])
-    return jnp.pad(x, padding)
+    whole_M = jnp.zeros(x_M.shape[0] * ways, x_M.dtype)
+    return jax.lax.dynamic_update_slice_in_dim(whole_M, x_M, jax.lax.axis_index(TENSOR) * x_M.shape[0], axis=0)

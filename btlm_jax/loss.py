@@ -33,6 +33,8 @@ def loss_sum(hidden_BTD, table_VD, targets_BT, weights_BT, *, output_scale: floa
     logits = (hidden @ table^T) * output_scale, `chunk` positions of each sequence at a time. The float32 table_VD is
     cast to the dtype of hidden_BTD, its logits and its gradient are accumulated in float32.
     """
+    hidden_BTD = jax.sharding.reshard(hidden_BTD, rules.spec("batch", "length", "act_embed"))
+    table_VD = jax.sharding.reshard(table_VD, rules.spec("vocab", "embed"))
     how = _How(output_scale=output_scale, chunk=chunk, rules=rules)
     return _loss_sum(how, hidden_BTD, table_VD, targets_BT, weights_BT)
 
@@ -84,7 +86,7 @@ def _loss_sum_forward(how: _How, hidden_BTD, table_VD, targets_BT, weights_BT):
         table_VD = gather_table(table_VD, dtype=hidden_BTD.dtype)
 
         def add(carry, piece):
-            total, grad_VD = carry
+            total, grad_DV = carry
             hidden_RD, targets_R, weights_R = piece
             logits_RV = _logits(hidden_RD, table_VD, how.output_scale)
             norm_R = jax.nn.logsumexp(logits_RV, -1)
@@ -93,14 +95,14 @@ def _loss_sum_forward(how: _How, hidden_BTD, table_VD, targets_BT, weights_BT):
             delta_RV = probability_RV - _one_hot(targets_R, table_VD.shape[0])
             delta_RV = (delta_RV * (weights_R * how.output_scale)[..., None]).astype(hidden_RD.dtype)
             grad_RD = jnp.einsum("RV,VD->RD", delta_RV, table_VD)
-            grad_VD = grad_VD + jnp.einsum("RV,RD->VD", delta_RV, hidden_RD, preferred_element_type=jnp.float32)
-            return (total + (weights_R * losses_R).sum(), grad_VD), grad_RD
+            grad_DV = grad_DV + jnp.einsum("RD,RV->DV", hidden_RD, delta_RV, preferred_element_type=jnp.float32)
+            return (total + (weights_R * losses_R).sum(), grad_DV), grad_RD
 
-        zeros = _varying(jnp.zeros(())), _varying(jnp.zeros(table_VD.shape, jnp.float32))
+        zeros = _varying(jnp.zeros(())), _varying(jnp.zeros(table_VD.shape[::-1], jnp.float32))
         pieces = tuple(_chunked(x, how.chunk) for x in (hidden_BTD, targets_BT, weights_BT))
-        (total, grad_VD), grads = jax.lax.scan(add, zeros, pieces)
+        (total, grad_DV), grads = jax.lax.scan(add, zeros, pieces)
         grad_BTD = _unchunked(grads, batch=hidden_BTD.shape[0], length=hidden_BTD.shape[1])
-        return jax.lax.psum(total, MESH_AXES), grad_BTD, scatter_table_gradient(grad_VD)
+        return jax.lax.psum(total, MESH_AXES), grad_BTD, scatter_table_gradient(grad_DV)
 
     out_specs = (PartitionSpec(), PartitionSpec(*_by_position(how.rules), None), how.rules.spec("vocab", "embed"))
     mapped = _per_device(local, how.rules, out_specs=out_specs)

@@ -159,6 +159,12 @@ def _divisors(number: int) -> list[int]:
     return [divisor for divisor in range(1, number + 1) if number % divisor == 0]
 
 
+def platform() -> str:
+    """Return the platform of the surrounding mesh's devices, which a compilation ahead of time need not have here."""
+    device = jax.sharding.get_abstract_mesh().abstract_device
+    return jax.default_backend() if device is None else device.platform
+
+
 def num_ways(mesh: Mesh | jax.sharding.AbstractMesh, axes: Axes) -> int:
     """Return into how many parts these mesh axes split."""
     names = () if axes is None else (axes,) if isinstance(axes, str) else axes

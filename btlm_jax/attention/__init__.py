@@ -5,26 +5,35 @@ import math
 
 import jax
 import jax.numpy as jnp
-from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
 
 from btlm_jax.attention.blockwise import attend_blockwise
 from btlm_jax.attention.gpu import attend_gpu, is_possible
+from btlm_jax.attention.lanes import named
 from btlm_jax.attention.reference import attend_reference
 from btlm_jax.attention.splash import attend_splash
+from btlm_jax.sharding import platform
 
 IMPLEMENTATIONS = ("reference", "blockwise", "splash", "gpu")
 AUTO = "auto"  # the one made for the devices: splash on TPUs, gpu on GPUs where it is possible, otherwise blockwise
 
 
 def attend(
-    q_BTNH: jax.Array, k_BSNH: jax.Array, v_BSNH: jax.Array, slopes_N: jax.Array, *, scale: float, implementation: str
+    q_BTNH: jax.Array,
+    k_BSNH: jax.Array,
+    v_BSNH: jax.Array,
+    slopes_N: jax.Array,
+    *,
+    scale: float,
+    implementation: str,
+    spare_lanes: int = 0,
 ) -> jax.Array:
     """Return softmax over s <= t of (scale * q_t . k_s - slopes * (t - s)), applied to v, as o_BTNH in q's dtype.
 
     `implementation` is one of IMPLEMENTATIONS or AUTO. The softmax is float32 whatever the dtype. The slopes are
-    constants: no gradient flows to them. Under an explicit mesh each device attends with its own sequences and heads.
+    constants: no gradient flows to them. The last `spare_lanes` of q, k and v are zero; a
+    kernel may use them. Under an explicit mesh each device attends with its own sequences and heads.
     A sharded length is exchanged for heads, of which each device then has a share at all positions, and back
     (Ulysses, arXiv 2309.14509); the mesh axes of the length must divide the heads.
 
@@ -40,7 +49,7 @@ def attend(
     elif implementation == "blockwise":
         attend_local = attend_blockwise
     elif implementation == "splash":
-        attend_local = functools.partial(attend_splash, interpret=_platform() != "tpu")
+        attend_local = functools.partial(attend_splash, spare_lanes=spare_lanes, interpret=platform() != "tpu")
     elif implementation == "gpu":
         attend_local = attend_gpu
     else:
@@ -52,10 +61,9 @@ def attend(
     slopes_N = jax.lax.stop_gradient(jnp.asarray(slopes_N, jnp.float32))
 
     def local(q_BTNH, k_BSNH, v_BSNH, slopes_N, length_axes=()):
-        q_BTNH, k_BSNH, v_BSNH = (
-            checkpoint_name(_positions_for_heads(x, length_axes), f"attention_{name}")
-            for x, name in ((q_BTNH, "query"), (k_BSNH, "key"), (v_BSNH, "value"))
-        )
+        q_BTNH, k_BSNH, v_BSNH = (_positions_for_heads(x, length_axes) for x in (q_BTNH, k_BSNH, v_BSNH))
+        if implementation != "splash":  # which names what it makes of them
+            q_BTNH, k_BSNH, v_BSNH = named(q_BTNH, k_BSNH, v_BSNH)
         o_BTNH = attend_local(q_BTNH, k_BSNH, v_BSNH, slopes_N, scale=scale)
         return _heads_for_positions(o_BTNH, length_axes)
 
@@ -92,15 +100,9 @@ def _names(axes) -> tuple[str, ...]:
 
 
 def _made_for_the_devices(q_BTNH: jax.Array) -> str:
-    if _platform() == "tpu":
+    if platform() == "tpu":
         return "splash"
-    return "gpu" if _platform() == "gpu" and is_possible(q_BTNH) else "blockwise"
-
-
-def _platform() -> str:
-    """Return the platform of the surrounding mesh's devices, which a compilation ahead of time need not have here."""
-    device = jax.sharding.get_abstract_mesh().abstract_device
-    return jax.default_backend() if device is None else device.platform
+    return "gpu" if platform() == "gpu" and is_possible(q_BTNH) else "blockwise"
 
 
 def _check_shapes(q_BTNH: jax.Array, k_BSNH: jax.Array, v_BSNH: jax.Array, slopes_N: jax.Array) -> None:

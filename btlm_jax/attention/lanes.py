@@ -7,6 +7,7 @@ summed in float32. The lanes are constants: what a kernel returns as their gradi
 
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 
 NUM_PARTS = 3  # of a slope: 3 x 8 bits are a float32's 24
 NUM_LANES = 4 * NUM_PARTS
@@ -37,6 +38,11 @@ def alibi_lanes(slopes_N: jax.Array, *, length: int, head_dim: int, width: int) 
     q_slopes_NW, q_positions_TW = place(jnp.where(is_even_A, slope_NA, 0)), place(jnp.where(is_even_A, 0, -position_TA))
     k_slopes_NW, k_positions_TW = place(jnp.where(is_even_A, 0, slope_NA)), place(jnp.where(is_even_A, position_TA, 0))
     return q_slopes_NW[None] + q_positions_TW[:, None], k_slopes_NW[None] + k_positions_TW[:, None]
+
+
+def named(q: jax.Array, k: jax.Array, v: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Name what the backward pass needs, for remat policies: attention_query, attention_key and attention_value."""
+    return tuple(checkpoint_name(x, f"attention_{name}") for x, name in ((q, "query"), (k, "key"), (v, "value")))
 
 
 def widen(x: jax.Array, lanes: jax.Array) -> jax.Array:

@@ -10,17 +10,28 @@ import jax
 import jax.numpy as jnp
 from jax.experimental.pallas.ops.tpu import splash_attention
 
-from btlm_jax.attention.lanes import NUM_LANES, alibi_lanes, widen
+from btlm_jax.attention.lanes import NUM_LANES, alibi_lanes, named, widen
 
 TILE = 128
 MAX_BLOCK = 512  # larger blocks compute more of the masked triangle and fill the vector memory
 
 
 def attend_splash(
-    q_BTNH: jax.Array, k_BSNH: jax.Array, v_BSNH: jax.Array, slopes_N: jax.Array, *, scale: float, interpret: bool
+    q_BTNH: jax.Array,
+    k_BSNH: jax.Array,
+    v_BSNH: jax.Array,
+    slopes_N: jax.Array,
+    *,
+    scale: float,
+    spare_lanes: int,
+    interpret: bool,
 ) -> jax.Array:
-    """Attend in the kernel (same mathematics as `attend_reference`); products take operands in q's dtype."""
-    T, N, H = q_BTNH.shape[1:]
+    """Attend in the kernel (same mathematics as `attend_reference`); products take operands in q's dtype.
+
+    ALiBi takes the last `spare_lanes` of q and k, which are zero, or as many more as it needs.
+    """
+    T, N, W = q_BTNH.shape[1:]
+    H = W - spare_lanes
     block = block_size(T)
     padding = -T % block
 
@@ -29,9 +40,11 @@ def attend_splash(
 
     # Widened before heads come first: then XLA moves q and k once (3 % fewer of its cycles in a layer on a v5e).
     q_lanes_TNW, k_lanes_SNW = alibi_lanes(slopes_N, length=T, head_dim=H, width=_round_up(H + NUM_LANES, TILE))
-    q_BNTW, k_BNSW = heads_first(widen(q_BTNH * scale, q_lanes_TNW)), heads_first(widen(k_BSNH, k_lanes_SNW))
+    q_BNTW, k_BNSW, v_BNSW = named(
+        heads_first(widen(q_BTNH * scale, q_lanes_TNW)), heads_first(widen(k_BSNH, k_lanes_SNW)), heads_first(v_BSNH)
+    )
     kernel = _make_kernel(T + padding, N, block, interpret=interpret)
-    o_BNTH = jax.vmap(kernel)(q_BNTW, k_BNSW, heads_first(v_BSNH))
+    o_BNTH = jax.vmap(kernel)(q_BNTW, k_BNSW, v_BNSW)
     return o_BNTH[:, :, :T].swapaxes(1, 2)
 
 

@@ -61,10 +61,12 @@ def extend(model: Btlm, params: dict, cache: KVCache, *, inputs_BT, starts_B):
         layer, layer_params = scanned
         kept = []
 
-        def attend(q_BTNH, k_BTNH, v_BTNH):
+        def attend(q_BTNW, k_BTNW, v_BTNW):
+            # The head dim may be padded for the hardware (see projection.py); the cache's is not.
+            q_BTNH, k_BTNH, v_BTNH = (x[..., : config.head_dim] for x in (q_BTNW, k_BTNW, v_BTNW))
             o_BTNH, updated = _attend_cached(model, q_BTNH, k_BTNH, v_BTNH, cache, starts_B, layer)
             kept.append(updated)
-            return o_BTNH
+            return jnp.pad(o_BTNH, ((0, 0), (0, 0), (0, 0), (0, q_BTNW.shape[-1] - config.head_dim)))
 
         x_BTD, _ = Block(config=config, attend=attend, **parts).apply({"params": layer_params}, x_BTD)
         return (x_BTD, kept.pop()), None

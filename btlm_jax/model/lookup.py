@@ -7,8 +7,8 @@ import functools
 import jax
 import jax.numpy as jnp
 
-from btlm_jax.collectives import COPIES, gather_table
-from btlm_jax.sharding import FSDP, TENSOR, AxisRules
+from btlm_jax.collectives import gather_table, scatter_table_gradient
+from btlm_jax.sharding import TENSOR, AxisRules
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
@@ -35,11 +35,9 @@ def _backward(rules: AxisRules, dtype: jnp.dtype, residuals: tuple, dx_BTD: jax.
 
     def local(inputs_BT, dx_BTD):
         whole_VD = jnp.zeros((table_VD.shape[0], dx_BTD.shape[-1]), jnp.float32)
-        grad_VD = whole_VD.at[inputs_BT].add(dx_BTD.astype(jnp.float32))
-        part_VD = jax.lax.psum_scatter(grad_VD, FSDP, scatter_dimension=1, tiled=True)
-        width = part_VD.shape[1] // jax.lax.axis_size(TENSOR)
-        part_VD = jax.lax.dynamic_slice_in_dim(part_VD, jax.lax.axis_index(TENSOR) * width, width, axis=1)
-        return jax.lax.psum(part_VD, COPIES)
+        # The devices of the tensor axis hold the same dx: the sum over them is so many times too large.
+        grad_VD = whole_VD.at[inputs_BT].add(dx_BTD.astype(jnp.float32) / jax.lax.axis_size(TENSOR))
+        return scatter_table_gradient(jax.lax.pcast(grad_VD, TENSOR, to="varying").T)
 
     specs = (rules.spec("batch", "length"), rules.spec("batch", "length", "act_embed"))
     grad_VD = jax.shard_map(local, in_specs=specs, out_specs=rules.spec("vocab", "embed"))(inputs_BT, dx_BTD)

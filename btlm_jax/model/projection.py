@@ -18,8 +18,10 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 
-from btlm_jax.collectives import COPIES, gather_kernel, own_part, scatter_kernel_gradient
-from btlm_jax.sharding import FSDP, TENSOR, AxisRules
+from btlm_jax.collectives import COPIES, gather_kernel, own_part, put_parts_together, scatter_kernel_gradient
+from btlm_jax.sharding import FSDP, TENSOR, AxisRules, platform
+
+TILE = 128  # lanes of a TPU's vectors
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -42,10 +44,10 @@ class Projection:
         return 0 if self.is_from_model_dim else 1
 
     @property
-    def hidden_size(self) -> int:
-        return math.prod(self.out_shape if self.is_from_model_dim else self.in_shape)
+    def hidden_shape(self) -> tuple[int, ...]:
+        return self.out_shape if self.is_from_model_dim else self.in_shape
 
-    def specs(self) -> tuple:
+    def specs(self) -> tuple[PartitionSpec, ...]:
         """Return the specs of x, kernel, bias and y."""
         spec = self.rules.spec
         return (
@@ -55,75 +57,87 @@ class Projection:
             spec("batch", "length", *map(_as_activation, self.out_axes)),
         )
 
-    def matrix(self, kernel: jax.Array) -> jax.Array:
-        """Return this device's part of the stored kernel as a matrix."""
-        rows = math.prod(kernel.shape[: len(self.in_shape)])
-        return kernel.reshape(rows, kernel.size // rows)
+    def matrix(self, kernel: jax.Array, used: tuple[int, ...]) -> jax.Array:
+        """Return this device's part of the stored kernel as a matrix, its hidden dims padded to `used`."""
+        if self.is_from_model_dim:
+            return _padded(kernel, (kernel.shape[0], *used)).reshape(kernel.shape[0], math.prod(used))
+        return _padded(kernel, (*used, kernel.shape[-1])).reshape(math.prod(used), kernel.shape[-1])
+
+    def as_stored(self, matrix: jax.Array, used: tuple[int, ...]) -> jax.Array:
+        """Return what `matrix` was made of."""
+        if self.is_from_model_dim:
+            return _cut(matrix.reshape(matrix.shape[0], *used), (matrix.shape[0], *self.hidden_shape))
+        return _cut(matrix.reshape(*used, matrix.shape[1]), (*self.hidden_shape, matrix.shape[1]))
+
+
+def used_shape(hidden_shape: tuple[int, ...], *, tensor: int) -> tuple[int, ...]:
+    """Return a hidden shape, (d_ff,) or (heads, head dim), as it is in use: padded for the hardware.
+
+    A TPU keeps the last dim in tiles of 128 and lays an activation whose last dim is none of them out the other way
+    round, which costs a copy at every turn. A head dim of up to half a tile would be padded too much.
+    """
+    *outer, last = hidden_shape
+    tile = TILE if platform() == "tpu" and last > TILE // 2 else 1
+    multiple = tile * tensor if not outer else tile
+    return *outer, -(-last // multiple) * multiple
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def project(projection: Projection, x: jax.Array, kernel: jax.Array, bias: jax.Array) -> jax.Array:
     """Return x [B, T, *in] @ kernel [*in, *out] + bias [*out] as [B, T, *out] in x's dtype.
 
-    Kernel and bias are float32, as stored. Where `tensor` does not divide a hidden dim of one axis, that dim is padded
-    in y, and must be in x, to the next size that it does; there y is 0 and x must be.
+    Kernel and bias are float32, as stored. Hidden dims of x and y have their `used_shape`: what is beyond the kernel is
+    0 in y, and ignored in x.
     """
 
     def local(x, kernel, bias):
-        kernel_KM = gather_kernel(projection.matrix(kernel), dtype=x.dtype, embed_dim=projection.embed_dim)
+        used = used_shape(projection.hidden_shape, tensor=jax.lax.axis_size(TENSOR))
+        kernel_KM = gather_kernel(projection.matrix(kernel, used), dtype=x.dtype, embed_dim=projection.embed_dim)
         y_RM = _rows(x) @ kernel_KM
         if projection.is_from_model_dim:
-            bias_M = own_part(bias.reshape(-1), dim=0, size=projection.hidden_size)
+            bias_M = own_part(_padded(bias, used).reshape(-1))
         else:
             y_RM, bias_M = jax.lax.psum(y_RM, TENSOR), bias
         y_RM = y_RM + bias_M.astype(x.dtype)
-        return y_RM.reshape(*x.shape[:2], *_local_shape(projection, y_RM.shape[1]))
+        last = used[1:] if projection.is_from_model_dim else ()
+        return y_RM.reshape(*x.shape[:2], y_RM.shape[1] // math.prod(last), *last)
 
     x_spec, kernel_spec, bias_spec, y_spec = projection.specs()
     return jax.shard_map(local, in_specs=(x_spec, kernel_spec, bias_spec), out_specs=y_spec)(x, kernel, bias)
 
 
 def _forward(projection: Projection, x: jax.Array, kernel: jax.Array, bias: jax.Array):
-    return project(projection, x, kernel, bias), (x, kernel, bias)
+    return project(projection, x, kernel, bias), (x, kernel)
 
 
 def _backward(projection: Projection, residuals: tuple, dy: jax.Array) -> tuple:
     def local(x, kernel, dy):
+        used = used_shape(projection.hidden_shape, tensor=jax.lax.axis_size(TENSOR))
         x_RK, dy_RM = _rows(x), _rows(dy)
-        kernel_KM = gather_kernel(projection.matrix(kernel), dtype=x.dtype, embed_dim=projection.embed_dim)
+        kernel_KM = gather_kernel(projection.matrix(kernel, used), dtype=x.dtype, embed_dim=projection.embed_dim)
         dx_RK = dy_RM @ kernel_KM.T
+        dkernel_KM = jax.lax.dot_general(x_RK, dy_RM, (((0,), (0,)), ((), ())), preferred_element_type=jnp.float32)
+        dkernel_KM = scatter_kernel_gradient(dkernel_KM, embed_dim=projection.embed_dim)
+        dbias_M, axes = dy_RM.sum(0, dtype=jnp.float32), (FSDP, *COPIES)
         if projection.is_from_model_dim:
             dx_RK = jax.lax.psum(dx_RK, TENSOR)
-        dkernel_KM = jax.lax.dot_general(x_RK, dy_RM, (((0,), (0,)), ((), ())), preferred_element_type=jnp.float32)
-        dkernel = scatter_kernel_gradient(
-            dkernel_KM, embed_dim=projection.embed_dim, other_size=projection.hidden_size
-        ).reshape(kernel.shape)
-        return dx_RK.reshape(x.shape), dkernel, _bias_gradient(projection, dy_RM)
+            dbias_M, axes = _cut(put_parts_together(dbias_M).reshape(used), projection.out_shape), (*axes, TENSOR)
+        return dx_RK.reshape(x.shape), projection.as_stored(dkernel_KM, used), jax.lax.psum(dbias_M, axes)
 
-    x, kernel, bias = residuals
     x_spec, kernel_spec, bias_spec, y_spec = projection.specs()
     mapped = jax.shard_map(local, in_specs=(x_spec, kernel_spec, y_spec), out_specs=(x_spec, kernel_spec, bias_spec))
-    dx, dkernel, dbias = mapped(x, kernel, dy)
-    return dx, dkernel, dbias
+    return mapped(*residuals, dy)
 
 
 project.defvjp(_forward, _backward)
 
 
-def _bias_gradient(projection: Projection, dy_RM: jax.Array) -> jax.Array:
-    dbias_M = dy_RM.sum(0, dtype=jnp.float32)
-    if projection.is_from_model_dim and (ways := jax.lax.axis_size(TENSOR)) > 1:
-        part = dbias_M.shape[0]
-        whole_M = jnp.zeros(part * ways, jnp.float32)
-        dbias_M = jax.lax.dynamic_update_slice_in_dim(whole_M, dbias_M, jax.lax.axis_index(TENSOR) * part, axis=0)
-        dbias_M = dbias_M[: projection.hidden_size]
-    axes = (FSDP, *COPIES, TENSOR) if projection.is_from_model_dim else (FSDP, *COPIES)
-    return jax.lax.psum(dbias_M, axes).reshape(projection.out_shape)
+def _padded(x: jax.Array, shape: tuple[int, ...]) -> jax.Array:
+    return jnp.pad(x, [(0, new - old) for old, new in zip(x.shape, shape, strict=True)])
 
 
-def _local_shape(projection: Projection, width: int) -> tuple[int, ...]:
-    """Return the shape of y's dims after batch and length on one device: of several, only the first is split."""
-    return (width // math.prod(projection.out_shape[1:]), *projection.out_shape[1:])
+def _cut(x: jax.Array, shape: tuple[int, ...]) -> jax.Array:
+    return x[tuple(slice(size) for size in shape)]
 
 
 def _as_activation(axis: str) -> str:
