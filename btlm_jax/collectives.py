@@ -10,8 +10,9 @@ from __future__ import annotations
 
 import jax
 import jax.numpy as jnp
+from jax.experimental.layout import Layout, with_layout_constraint
 
-from btlm_jax.sharding import CONTEXT, FSDP, SHARED, TENSOR
+from btlm_jax.sharding import CONTEXT, FSDP, SHARED, TENSOR, platform
 
 COPIES = (SHARED, CONTEXT)  # the axes whose devices store the same part of every weight
 
@@ -26,7 +27,7 @@ def gather_kernel(stored_XX: jax.Array, *, dtype: jnp.dtype, embed_dim: int) -> 
 
 def scatter_kernel_gradient(grad_XX: jax.Array, *, embed_dim: int) -> jax.Array:
     """Return the sum over all devices of the gradients of a matrix in use, as it is stored."""
-    part_XX = jax.lax.psum_scatter(grad_XX, FSDP, scatter_dimension=embed_dim, tiled=True)
+    part_XX = jax.lax.psum_scatter(_outermost(grad_XX, embed_dim), FSDP, scatter_dimension=embed_dim, tiled=True)
     if jax.lax.axis_size(TENSOR) > 1:
         part_XX = jax.lax.all_to_all(part_XX, TENSOR, split_axis=embed_dim, concat_axis=1 - embed_dim, tiled=True)
     return jax.lax.psum(part_XX, COPIES)
@@ -38,12 +39,19 @@ def gather_table(stored_VD: jax.Array, *, dtype: jnp.dtype) -> jax.Array:
 
 
 def scatter_table_gradient(grad_DV: jax.Array) -> jax.Array:
-    """Return the sum over all devices of gradients of the whole table, transposed, as it is stored: [V, D / ways].
-
-    The first dim is the one that XLA:TPU scatters; for the last it would send everything to everyone.
-    """
-    part_DV = jax.lax.psum_scatter(grad_DV, (FSDP, TENSOR), scatter_dimension=0, tiled=True)
+    """Return the sum over all devices of gradients of the whole table, transposed, as it is stored: [V, D / ways]."""
+    part_DV = jax.lax.psum_scatter(_outermost(grad_DV, 0), (FSDP, TENSOR), scatter_dimension=0, tiled=True)
     return jax.lax.psum(part_DV, COPIES).T
+
+
+def _outermost(grad_XX: jax.Array, dim: int) -> jax.Array:
+    """Put a matrix into memory so that it can be scattered along `dim`.
+
+    A TPU scatters along the outer dim in memory; along the inner one XLA has it send everything to everyone instead.
+    """
+    if platform() != "tpu":
+        return grad_XX
+    return with_layout_constraint(grad_XX, Layout(major_to_minor=(dim, 1 - dim)))
 
 
 def own_part(x_M: jax.Array) -> jax.Array:

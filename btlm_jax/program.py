@@ -21,6 +21,7 @@ from btlm_jax.step import TrainState, abstract_batch, abstract_state, make_train
 TPU_OPTIONS = {
     "xla_enable_async_all_gather": "true",
     "xla_tpu_enable_async_collective_fusion": "true",
+    "xla_tpu_enable_async_all_to_all": "true",
     "xla_tpu_enable_async_collective_fusion_fuse_all_gather": "true",
     "xla_tpu_enable_async_collective_fusion_fuse_reduce_scatter": "true",
     "xla_tpu_enable_async_collective_fusion_multiple_steps": "true",

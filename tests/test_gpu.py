@@ -69,7 +69,7 @@ def test_it_lowers_to_cudnn_alone_and_under_a_mesh(hopper):
 
 
 def test_auto_takes_it_on_a_gpu_where_it_is_possible(hopper):
-    with mock.patch("btlm_jax.attention._platform", return_value="gpu"):
+    with mock.patch("btlm_jax.attention.platform", return_value="gpu"):
         for head_dim, dtype, num_kernels in ((80, jnp.bfloat16, 2), (80, jnp.float32, 0), (128, jnp.bfloat16, 0)):
             *inputs, slopes_N = make_inputs(B=1, T=24, N=2, H=head_dim, dtype=dtype)
             assert len(kernels(*inputs, slopes_N, implementation="auto")) == num_kernels

@@ -62,7 +62,7 @@ def make_loader(
         max_epochs=max_epochs,
         accumulation=accumulation,
         prefetch=prefetch,
-        sharding=NamedSharding(make_mesh(fsdp, tensor), P(None, "fsdp")),
+        shardings=[NamedSharding(make_mesh(fsdp, tensor), P(None, "fsdp")) for _ in curriculum.phases],
     )
 
 

@@ -45,7 +45,8 @@ def test_sum_and_gradients_equal_the_plain_loss(case, chunk, layout):
     mesh = make_mesh(devices=jax.devices()[: math.prod(layout)], context=layout[1], tensor=layout[2])
     with jax.set_mesh(mesh):
         found, found_grads = jax.jit(jax.value_and_grad(chunked, argnums=(0, 1)))(*case)
-        losses_BT = jax.jit(lambda h, t, y: token_losses(h, t, y, output_scale=SCALE, chunk=chunk, rules=RULES))(*case[:3])
+        evaluated = jax.jit(lambda *arrays: token_losses(*arrays, output_scale=SCALE, chunk=chunk, rules=RULES))
+        losses_BT = evaluated(*case[:3])
     np.testing.assert_allclose(found, expected, rtol=1e-5)
     for found_grad, expected_grad in zip(found_grads, expected_grads, strict=True):
         np.testing.assert_allclose(found_grad, expected_grad, rtol=1e-4, atol=1e-5)

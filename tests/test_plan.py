@@ -20,7 +20,7 @@ from btlm_jax.plan.executable import Collective, read_executable
 from btlm_jax.plan.slice_plan import layout_problems, layouts
 from btlm_jax.plan.work import work_of
 from btlm_jax.program import Program, make_program
-from btlm_jax.sharding import make_mesh
+from btlm_jax.sharding import make_run_mesh
 
 # Cut down from a compiled train step: a loop of 3 in a loop of 5, a collective spread over three fusions, an exchange
 # of a single device, a reduce-scatter in the form that the compiler gives it, and the three ways to write groups.
@@ -33,19 +33,19 @@ PROGRAM = """HloModule jit_step, is_scheduled=true
 
 %start (p.0: bf16[1,10,60]) -> (bf16[1,10,60], bf16[1,40,60]) {
   %p.0 = bf16[1,10,60]{2,0,1:T(2,128)(2,1)} parameter(0)
-  %all-gather.1 = bf16[1,40,60]{2,0,1:T(2,128)(2,1)} all-gather(%p.0), channel_id=7, replica_groups=mesh['a'=4,'b'=2] {'a'}, dimensions={1}
-  ROOT %t.0 = (bf16[1,10,60]{2,0,1}, bf16[1,40,60]{2,0,1}) tuple(%p.0, %all-gather.1)
+  %all-gather.1 = bf16[1,40,60]{2,0,1:T(2,128)(2,1)} all-gather(%p.0), channel_id=1, replica_groups=mesh['a'=4,'b'=2] {'a'}, dimensions={1}
+  ROOT %custom-call.1 = (bf16[1,10,60]{2,0,1}, bf16[1,40,60]{2,0,1}) custom-call(%all-gather.1), custom_call_target="AsyncCollectiveStart"
 }
 
 %async_collective_fusion.2 (p.1: bf16[1,10,60]) -> bf16[1,40,60] {
   %p.1 = bf16[1,10,60]{2,0,1:T(2,128)(2,1)} parameter(0)
   %dot.9 = bf16[1,10,60]{2,0,1} add(%p.1, %p.1), backend_config={"window_config":{"estimated_cycles":"77"}}
-  ROOT %all-gather.2 = bf16[1,40,60]{2,0,1:T(2,128)(2,1)} all-gather(%p.1), channel_id=7, replica_groups=mesh['a'=4,'b'=2] {'a'}, dimensions={1}
+  ROOT %all-gather.2 = bf16[1,40,60]{2,0,1:T(2,128)(2,1)} all-gather(%p.1), channel_id=1, replica_groups=mesh['a'=4,'b'=2] {'a'}, dimensions={1}
 }
 
 %all-reduce-scatter (p.2: f32[16,100]) -> f32[4,100] {
   %p.2 = f32[16,100]{1,0:T(8,128)} parameter(0)
-  %all-reduce.3 = f32[16,100]{1,0:T(8,128)} all-reduce(%p.2), channel_id=8, replica_groups={{0,1,2,3},{4,5,6,7}}, to_apply=%sum
+  %all-reduce.3 = f32[16,100]{1,0:T(8,128)} all-reduce(%p.2), channel_id=1, replica_groups={{0,1,2,3},{4,5,6,7}}, to_apply=%sum
   ROOT %dynamic-slice.1 = f32[4,100]{1,0} dynamic-slice(%all-reduce.3, %p.2), dynamic_slice_sizes={4,100}
 }
 
@@ -60,7 +60,7 @@ PROGRAM = """HloModule jit_step, is_scheduled=true
   %p.4 = (s32[]{:T(128)}) parameter(0)
   %async-collective-start.1 = (bf16[1,10,60]{2,0,1}, bf16[1,40,60]{2,0,1}) fusion(%p.4), kind=kCustom, calls=%start, backend_config={"window_config":{"estimated_cycles":"10"}}
   %fusion.2 = bf16[1,40,60]{2,0,1} fusion(%p.4), kind=kOutput, calls=%async_collective_fusion.2, backend_config={"window_config":{"estimated_cycles":"1000"}}
-  %all-reduce.9 = f32[9]{0} all-reduce(%p.4), channel_id=11, replica_groups={{0},{1},{2},{3},{4},{5},{6},{7}}, to_apply=%sum
+  %all-reduce.9 = f32[9]{0} all-reduce(%p.4), channel_id=1, replica_groups={{0},{1},{2},{3},{4},{5},{6},{7}}, to_apply=%sum
   ROOT %t.4 = (s32[]{:T(128)}) tuple(%p.4)
 }
 
@@ -81,8 +81,8 @@ PROGRAM = """HloModule jit_step, is_scheduled=true
 ENTRY %main (p.7: s32[]) -> f32[] {
   %p.7 = s32[]{:T(128)} parameter(0)
   %while.2 = (s32[]{:T(128)}) while(%p.7), condition=%outer_condition, body=%outer_body
-  %all-reduce.5 = (f32[]{:T(128)}, /*index=1*/bf16[20]{0:T(1024)(128)(2,1)S(1)}) all-reduce(%p.7, %p.7), channel_id=9, replica_groups=[1,8]<=[8], to_apply=%sum
-  %collective-permute-start.1 = (f32[6]{0}, f32[6]{0}, u32[]{:S(2)}, u32[]{:S(2)}) collective-permute-start(%p.7), channel_id=10, source_target_pairs={{0,1},{1,0}}
+  %all-reduce.5 = (f32[]{:T(128)}, /*index=1*/bf16[20]{0:T(1024)(128)(2,1)S(1)}) all-reduce(%p.7, %p.7), channel_id=1, replica_groups=[1,8]<=[8], to_apply=%sum
+  %collective-permute-start.1 = (f32[6]{0}, f32[6]{0}, u32[]{:S(2)}, u32[]{:S(2)}) collective-permute-start(%p.7), channel_id=1, source_target_pairs={{0,1},{1,0}}
   ROOT %fusion.5 = f32[] fusion(%p.7), kind=kLoop, calls=%other, backend_config={"window_config":{"estimated_cycles":"5"}}
 }
 
@@ -125,15 +125,15 @@ def test_both_complaints_about_memory_are_read():
         out_of_memory("Mosaic failed to compile a kernel", state_bytes=GIB, chip=chip)
 
 
-@pytest.mark.parametrize("mesh_shape", [(8, 1), (2, 4)])
+@pytest.mark.parametrize("tensor", [1, 4])
 @pytest.mark.parametrize("remat", ["none", "matmuls_saved", "full"])
-def test_executed_flops_are_the_closed_form(remat, mesh_shape):
+def test_executed_flops_are_the_closed_form(remat, tensor):
     """Attention with all scores computes twice what counts; remat computes what it did not save once more."""
     config = tiny_config(
-        model__attention="reference", model__remat=remat, model__loss_chunk=12, mesh__tensor=mesh_shape[1]
+        model__attention="reference", model__remat=remat, model__loss_chunk=12, model__d_ff=56, mesh__tensor=tensor
     )
     phase = config.curriculum.table.phases[1]
-    program = make_program(config, make_mesh(devices=jax.devices(), tensor=mesh_shape[1]))
+    program = make_program(config, make_run_mesh(config, devices=jax.devices()))
     work = work_of(program.trace_train_step(phase).jaxpr.jaxpr)
     model, T = config.model, phase.seq_len
     L, D, F = model.num_layers, model.d_model, model.d_ff
@@ -150,9 +150,9 @@ def test_kernels_are_counted_by_the_blocks_of_the_lower_triangle(remat, num_forw
     T = 1536  # 3 x 3 blocks, 6 of them at or below the diagonal
     config = tiny_config(
         model__attention="splash", model__remat=remat, curriculum__seq_len=(T, T), curriculum__batch_size=(8, 8),
-        curriculum__num_tokens=(8 * T, 8 * T), optimizer__warmup_tokens=8 * T,
+        curriculum__num_tokens=(8 * T, 8 * T), optimizer__warmup_tokens=8 * T, mesh__tensor=2,
     )  # fmt: skip
-    program = make_program(config, make_mesh(devices=jax.devices(), tensor=2))
+    program = make_program(config, make_run_mesh(config, devices=jax.devices()))
     phase = config.curriculum.table.phases[0]
     work = work_of(program.trace_train_step(phase).jaxpr.jaxpr)
     blocks = 6 * phase.batch_size * config.model.num_heads * config.model.num_layers
@@ -165,16 +165,21 @@ def test_the_paper_on_slices_that_its_batches_do_not_divide():
     first, second, *_, last = layout_problems(config, num_devices=256, chip=CHIPS["v5e"])
     assert first.startswith("curriculum.batch_size of phase 1=1920 is not divisible by 256")
     assert second.startswith("curriculum.batch_size of phase 2=480 is not divisible by 256")
-    assert last.startswith("no layout of this config divides 256 chips; slices that one divides: v5e:2x2, ")
-    wrong = dataclasses.replace(config, mesh=MeshConfig(tensor=3, accumulation=1))
-    assert layout_problems(wrong, num_devices=32, chip=CHIPS["v5e"])[0] == "mesh.tensor=3 does not divide the 32 chips"
+    assert last.startswith("layouts of this config that divide 256 chips: mesh.tensor=1 mesh.context=8 mesh.accum")
+    last = layout_problems(config, num_devices=7, chip=CHIPS["v5e"])[-1]
+    assert last.startswith("no layout of this config divides 7 chips; slices that one divides: v5e:2x2, ")
+    wrong = dataclasses.replace(config, mesh=MeshConfig(tensor=3, context=1, accumulation=1))
+    said = layout_problems(wrong, num_devices=32, chip=CHIPS["v5e"])[0]
+    assert said == "mesh.tensor=3 x mesh.context=1 does not divide the 32 devices"
 
 
 def test_layouts_divide_and_come_nearest_first():
     config = train_config_from(config_dict("btlm_3b_8k"))
-    found = [(mesh.tensor, mesh.accumulation) for mesh in layouts(config, num_devices=16)]
-    assert found == [(1, 1), (1, 2), (2, 1), (1, 3), (2, 2)]
-    assert layouts(config, num_devices=256) == []
+    found = [dataclasses.astuple(mesh) for mesh in layouts(config, num_devices=16)]  # tensor, context, accumulation
+    assert found == [(1, 1, 1), (1, 1, 2), (1, 2, 1), (2, 1, 1), (1, 1, 3)]
+    found = [dataclasses.astuple(mesh) for mesh in layouts(config, num_devices=256)]
+    assert found[0] == (1, 8, 1) and (2, 4, 1) in found
+    assert layouts(config, num_devices=7) == []
 
 
 @needs_libtpu

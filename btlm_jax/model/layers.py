@@ -53,6 +53,7 @@ class Embedding(nn.Module):
     @nn.compact
     def __call__(self, inputs_BT):
         table_VD = declare(self, "embedding", (self.vocab_size, self.d_model), ("vocab", "embed"))
+        inputs_BT = jax.sharding.reshard(inputs_BT, self.rules.spec("batch", "length"))
         return look_up(self.rules, self.dtype, table_VD, inputs_BT)
 
 

@@ -3,9 +3,6 @@
 The kernel is gathered in the activations' dtype for each use, forward and backward, and its gradient is computed,
 summed over devices (reduce-scatter) and returned in float32. The hidden dim is split over `tensor`: a projection into
 it needs no exchange forward, one out of it sums partial products.
-
-The products are of two matrices, rows R being batch x length: XLA:CPU takes transposed matrices as they are in the
-backward pass, but copies operands of higher rank into new layouts first (measured: 1.2 times the whole step).
 """
 
 from __future__ import annotations
@@ -57,17 +54,73 @@ class Projection:
             spec("batch", "length", *map(_as_activation, self.out_axes)),
         )
 
-    def matrix(self, kernel: jax.Array, used: tuple[int, ...]) -> jax.Array:
-        """Return this device's part of the stored kernel as a matrix, its hidden dims padded to `used`."""
+    def used(self) -> tuple[int, ...]:
+        """Return the hidden shape as all devices together use it; inside shard_map."""
+        return used_shape(self.hidden_shape, tensor=jax.lax.axis_size(TENSOR))
+
+    def matrix(self, kernel: jax.Array) -> jax.Array:
+        """Return this device's part of the stored kernel as a matrix, its hidden dims padded for use."""
+        used = self.used()
         if self.is_from_model_dim:
             return _padded(kernel, (kernel.shape[0], *used)).reshape(kernel.shape[0], math.prod(used))
         return _padded(kernel, (*used, kernel.shape[-1])).reshape(math.prod(used), kernel.shape[-1])
 
-    def as_stored(self, matrix: jax.Array, used: tuple[int, ...]) -> jax.Array:
+    def as_stored(self, matrix: jax.Array) -> jax.Array:
         """Return what `matrix` was made of."""
         if self.is_from_model_dim:
-            return _cut(matrix.reshape(matrix.shape[0], *used), (matrix.shape[0], *self.hidden_shape))
-        return _cut(matrix.reshape(*used, matrix.shape[1]), (*self.hidden_shape, matrix.shape[1]))
+            return _cut(matrix.reshape(matrix.shape[0], *self.used()), (matrix.shape[0], *self.hidden_shape))
+        return _cut(matrix.reshape(*self.used(), matrix.shape[1]), (*self.hidden_shape, matrix.shape[1]))
+
+    def product(self) -> _Product:
+        """Return how x, kernel and y are laid out when they are multiplied."""
+        if platform() != "tpu":
+            return _Product(x="RK", kernel="KM", y="RM")
+        hidden, activation = ("NH", "BNTH") if len(self.hidden_shape) == 2 else ("F", "BTF")
+        if self.is_from_model_dim:
+            return _Product(x="BTD", kernel=f"D{hidden}", y=activation)
+        return _Product(x=activation, kernel=f"{hidden}D", y="BTD")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class _Product:
+    """The dims of x, kernel and y in the product.
+
+    XLA:CPU takes transposed matrices as they are in the backward pass, but copies operands of higher rank into new
+    layouts first (measured: 1.2 times the whole step), so rows R are batch x length there. On a TPU heads come first,
+    as the attention kernel wants them, and XLA writes them so: of matrices it made them in up to three copies each.
+    """
+
+    x: str
+    kernel: str
+    y: str
+
+    def forward(self, x, kernel):
+        return jnp.einsum(f"{self.x},{self.kernel}->{self.y}", x, kernel)
+
+    def x_gradient(self, dy, kernel):
+        return jnp.einsum(f"{self.y},{self.kernel}->{self.x}", dy, kernel)
+
+    def kernel_gradient(self, x, dy):
+        return jnp.einsum(f"{self.x},{self.y}->{self.kernel}", x, dy, preferred_element_type=jnp.float32)
+
+    def bias_gradient(self, dy):
+        over = tuple(dim for dim, letter in enumerate(self.y) if letter in "BTR")
+        return dy.sum(over, dtype=jnp.float32)
+
+    def shape_kernel(self, kernel_KM: jax.Array, used: tuple[int, ...]) -> jax.Array:
+        """Return the kernel with the product's dims; `used` is the hidden shape of all devices together."""
+        if len(self.kernel) == 2:
+            return kernel_KM
+        if self.kernel == "DNH":
+            return kernel_KM.reshape(kernel_KM.shape[0], kernel_KM.shape[1] // used[1], used[1])
+        return kernel_KM.reshape(kernel_KM.shape[0] // used[1], used[1], kernel_KM.shape[1])
+
+
+def _arranged(x: jax.Array, dims: str) -> jax.Array:
+    """[B, T, ...] -> as a product's `dims`."""
+    if dims == "BNTH":
+        return x.swapaxes(1, 2)
+    return x if dims[0] == "B" else x.reshape(x.shape[0] * x.shape[1], math.prod(x.shape[2:]))
 
 
 def used_shape(hidden_shape: tuple[int, ...], *, tensor: int) -> tuple[int, ...]:
@@ -91,16 +144,19 @@ def project(projection: Projection, x: jax.Array, kernel: jax.Array, bias: jax.A
     """
 
     def local(x, kernel, bias):
-        used = used_shape(projection.hidden_shape, tensor=jax.lax.axis_size(TENSOR))
-        kernel_KM = gather_kernel(projection.matrix(kernel, used), dtype=x.dtype, embed_dim=projection.embed_dim)
-        y_RM = _rows(x) @ kernel_KM
+        product, used = projection.product(), projection.used()
+        kernel_KM = gather_kernel(projection.matrix(kernel), dtype=x.dtype, embed_dim=projection.embed_dim)
+        y = product.forward(_arranged(x, product.x), product.shape_kernel(kernel_KM, used))
         if projection.is_from_model_dim:
-            bias_M = own_part(_padded(bias, used).reshape(-1))
+            last = used[1:]
+            bias = own_part(_padded(bias, used).reshape(-1))
         else:
-            y_RM, bias_M = jax.lax.psum(y_RM, TENSOR), bias
-        y_RM = y_RM + bias_M.astype(x.dtype)
-        last = used[1:] if projection.is_from_model_dim else ()
-        return y_RM.reshape(*x.shape[:2], y_RM.shape[1] // math.prod(last), *last)
+            last = ()
+            y = jax.lax.psum(y, TENSOR)
+        if product.y == "BNTH":
+            return (y + bias.astype(x.dtype).reshape(y.shape[1], 1, used[1])).swapaxes(1, 2)
+        y = y + bias.astype(x.dtype)
+        return y.reshape(*x.shape[:2], y.shape[-1] // math.prod(last), *last)
 
     x_spec, kernel_spec, bias_spec, y_spec = projection.specs()
     return jax.shard_map(local, in_specs=(x_spec, kernel_spec, bias_spec), out_specs=y_spec)(x, kernel, bias)
@@ -112,17 +168,19 @@ def _forward(projection: Projection, x: jax.Array, kernel: jax.Array, bias: jax.
 
 def _backward(projection: Projection, residuals: tuple, dy: jax.Array) -> tuple:
     def local(x, kernel, dy):
-        used = used_shape(projection.hidden_shape, tensor=jax.lax.axis_size(TENSOR))
-        x_RK, dy_RM = _rows(x), _rows(dy)
-        kernel_KM = gather_kernel(projection.matrix(kernel, used), dtype=x.dtype, embed_dim=projection.embed_dim)
-        dx_RK = dy_RM @ kernel_KM.T
-        dkernel_KM = jax.lax.dot_general(x_RK, dy_RM, (((0,), (0,)), ((), ())), preferred_element_type=jnp.float32)
+        product, used = projection.product(), projection.used()
+        kernel_KM = gather_kernel(projection.matrix(kernel), dtype=x.dtype, embed_dim=projection.embed_dim)
+        x_product, dy_product = _arranged(x, product.x), _arranged(dy, product.y)
+        dx = product.x_gradient(dy_product, product.shape_kernel(kernel_KM, used))
+        dkernel_KM = product.kernel_gradient(x_product, dy_product).reshape(kernel_KM.shape)
         dkernel_KM = scatter_kernel_gradient(dkernel_KM, embed_dim=projection.embed_dim)
-        dbias_M, axes = dy_RM.sum(0, dtype=jnp.float32), (FSDP, *COPIES)
+        dbias, axes = product.bias_gradient(dy_product), (FSDP, *COPIES)
         if projection.is_from_model_dim:
-            dx_RK = jax.lax.psum(dx_RK, TENSOR)
-            dbias_M, axes = _cut(put_parts_together(dbias_M).reshape(used), projection.out_shape), (*axes, TENSOR)
-        return dx_RK.reshape(x.shape), projection.as_stored(dkernel_KM, used), jax.lax.psum(dbias_M, axes)
+            dx = jax.lax.psum(dx, TENSOR)
+            dbias = _cut(put_parts_together(dbias.reshape(-1)).reshape(used), projection.out_shape)
+            axes = (*axes, TENSOR)
+        dx = dx.swapaxes(1, 2) if product.x == "BNTH" else dx.reshape(x.shape)
+        return dx, projection.as_stored(dkernel_KM), jax.lax.psum(dbias, axes)
 
     x_spec, kernel_spec, bias_spec, y_spec = projection.specs()
     mapped = jax.shard_map(local, in_specs=(x_spec, kernel_spec, y_spec), out_specs=(x_spec, kernel_spec, bias_spec))
@@ -142,9 +200,3 @@ def _cut(x: jax.Array, shape: tuple[int, ...]) -> jax.Array:
 
 def _as_activation(axis: str) -> str:
     return axis if axis == "head_dim" else f"act_{axis}"
-
-
-def _rows(x: jax.Array) -> jax.Array:
-    """[B, T, ...] -> [R, ...as one dim]."""
-    rows = x.shape[0] * x.shape[1]
-    return x.reshape(rows, x.size // rows)
