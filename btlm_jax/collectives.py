@@ -15,6 +15,7 @@ from jax.experimental.layout import Layout, with_layout_constraint
 from btlm_jax.sharding import CONTEXT, FSDP, SHARED, TENSOR, platform
 
 COPIES = (SHARED, CONTEXT)  # the axes whose devices store the same part of every weight
+TABLE_PIECE = 8192  # tokens whose gradients are scattered at a time
 
 
 def gather_kernel(stored_XX: jax.Array, *, dtype: jnp.dtype, embed_dim: int) -> jax.Array:
@@ -39,9 +40,15 @@ def gather_table(stored_VD: jax.Array, *, dtype: jnp.dtype) -> jax.Array:
 
 
 def scatter_table_gradient(grad_DV: jax.Array) -> jax.Array:
-    """Return the sum over all devices of gradients of the whole table, transposed, as it is stored: [V, D / ways]."""
-    part_DV = jax.lax.psum_scatter(_outermost(grad_DV, 0), (FSDP, TENSOR), scatter_dimension=0, tiled=True)
-    return jax.lax.psum(part_DV, COPIES).T
+    """Return the sum over all devices of gradients of the whole table, transposed, as it is stored: [V, D / ways].
+
+    In pieces, because XLA:TPU has a very large matrix sent to everyone.
+    """
+    pieces = jnp.split(grad_DV, list(range(TABLE_PIECE, grad_DV.shape[1], TABLE_PIECE)), axis=1)
+    parts = [
+        jax.lax.psum_scatter(_outermost(piece, 0), (FSDP, TENSOR), scatter_dimension=0, tiled=True) for piece in pieces
+    ]
+    return jax.lax.psum(jnp.concatenate(parts, axis=1), COPIES).T
 
 
 def _outermost(grad_XX: jax.Array, dim: int) -> jax.Array:

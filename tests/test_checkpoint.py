@@ -59,7 +59,7 @@ def test_a_checkpoint_restores_onto_any_mesh(saved, devices, tensor):
     checkpointer.close()
     assert_equal_states(state, expected)
     assert state.params["blocks"]["mlp"]["up"]["kernel"].sharding == NamedSharding(
-        mesh, PartitionSpec(None, "fsdp", "tensor")
+        mesh, PartitionSpec(None, ("fsdp", "tensor"), None)
     )
 
 

@@ -117,7 +117,7 @@ def test_a_workdir_that_cannot_be_written(capsys, token_store, tmp_path):
 
 def test_a_checkpoint_of_another_architecture_or_store(capsys, unfinished_run, token_store, tmp_path):
     config, workdir = unfinished_run
-    said = "model.d_ff: checkpoint 56, config 64"
+    said = "model.d_ff: checkpoint 54, config 64"
     refused(capsys, *train_arguments(config, workdir), "--config.model.d_ff=64", code=1, said=said)
     other = tmp_path / "other"
     shutil.copytree(token_store, other)

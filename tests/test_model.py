@@ -16,7 +16,7 @@ from btlm_jax.loss import logits, token_losses
 from btlm_jax.model import alibi_slopes, init_params, make_model, parameter_table
 from btlm_jax.mup import make_parametrization
 from btlm_jax.sampling import GREEDY
-from btlm_jax.sharding import make_mesh
+from btlm_jax.sharding import RULES, make_mesh
 
 ORACLES = Path(__file__).parent / "golden" / "oracles"
 TOLERANCE = 2e-5
@@ -107,7 +107,7 @@ def test_logits_and_losses_equal_the_published_code(oracle, attention):
     np.testing.assert_allclose(
         logits(hidden_BTD, table_VD, output_scale=scale), arrays["logits"], rtol=0, atol=TOLERANCE
     )
-    losses_BT = token_losses(hidden_BTD[:, :-1], table_VD, inputs_BT[:, 1:], output_scale=scale, chunk=32)
+    losses_BT = token_losses(hidden_BTD[:, :-1], table_VD, inputs_BT[:, 1:], output_scale=scale, chunk=32, rules=RULES)
     np.testing.assert_allclose(losses_BT, arrays["nll"], rtol=0, atol=TOLERANCE)
 
 

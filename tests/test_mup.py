@@ -195,5 +195,6 @@ def initial_loss(width: int) -> float:
             jax.numpy.asarray(tokens_BT[:, 1:]),
             output_scale=model.parametrization.output_scale,
             chunk=32,
+                rules=model.rules,
         )
     return float(losses_BT.mean())

@@ -23,7 +23,7 @@ from btlm_jax.config import ModelConfig, MupConfig, OptimizerConfig
 from btlm_jax.model import Btlm, ParameterInfo, make_model, parameter_table
 from btlm_jax.mup import make_parametrization
 from btlm_jax.optimizer import make_optimizer
-from btlm_jax.sharding import RULES, batch_sharding, make_mesh
+from btlm_jax.sharding import RULES, WHOLE_SEQUENCES, batch_sharding, make_mesh
 from btlm_jax.step import TrainState, make_train_step
 from btlm_jax.tune.mutations import CASES, Case
 
@@ -200,6 +200,7 @@ def make_program(model: Btlm, mesh: Mesh, *, num_steps: int):
 
 def probe_activations(model: Btlm, params, probe_BT) -> dict[str, jax.Array]:
     """Return what the embedding and every block compute on the probe; blocks' are stacked [L, B, T, ...]."""
+    model = model.clone(rules=WHOLE_SEQUENCES)  # scores are of one position and another
     _, captured = model.apply({"params": params}, probe_BT, capture_intermediates=True, mutable=["intermediates"])
     embedding, blocks = captured["intermediates"]["embedding"], captured["intermediates"]["blocks"]
     attention = {name: blocks["attention"][name]["__call__"][0] for name in ("query", "key", "value", "out")}
