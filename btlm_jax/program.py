@@ -17,16 +17,24 @@ from btlm_jax.optimizer import make_optimizer
 from btlm_jax.sharding import AxisRules, batch_sharding, rules_for
 from btlm_jax.step import TrainState, abstract_batch, abstract_state, make_train_step
 
-# Gather weights beside computation. A v5e does so unasked, a v5p only when told to (seen in its compiled step).
-TPU_OPTIONS = {
+# Exchange beside computation. A v5e does some of it unasked, a v5p only when told to (seen in its compiled step).
+_TPU_OPTIONS = {
     "xla_enable_async_all_gather": "true",
     "xla_tpu_enable_async_collective_fusion": "true",
-    "xla_tpu_enable_async_all_to_all": "true",
     "xla_tpu_enable_async_collective_fusion_fuse_all_gather": "true",
     "xla_tpu_enable_async_collective_fusion_fuse_reduce_scatter": "true",
     "xla_tpu_enable_async_collective_fusion_multiple_steps": "true",
     "xla_tpu_overlap_compute_collective_tc": "true",
 }
+
+
+def compiler_options(device: jax.Device) -> dict[str, str]:
+    """Return what a step is compiled with for a kind of device."""
+    if device.platform != "tpu":
+        return {}
+    if "lite" in device.device_kind:  # libtpu 0.0.42 aborts on asynchronous all-to-alls for v5e and v6e
+        return _TPU_OPTIONS
+    return _TPU_OPTIONS | {"xla_tpu_enable_async_all_to_all": "true"}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -57,9 +65,8 @@ class Program:
 
     def compile(self, traced: jax.stages.Traced) -> jax.stages.Compiled:
         """Make the executable of a traced step."""
-        is_tpu = self.mesh.devices.flat[0].platform == "tpu"
         with jax.set_mesh(self.mesh):
-            return traced.lower().compile(compiler_options=TPU_OPTIONS if is_tpu else {})
+            return traced.lower().compile(compiler_options=compiler_options(self.mesh.devices.flat[0]))
 
 
 def make_program(config: TrainConfig, mesh: Mesh) -> Program:

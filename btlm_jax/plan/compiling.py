@@ -16,7 +16,7 @@ import jax
 from btlm_jax.files import write_atomically
 from btlm_jax.plan.chips import GIB, Chip
 from btlm_jax.plan.executable import Collective, Executable, read_executable
-from btlm_jax.program import TPU_OPTIONS, Program
+from btlm_jax.program import Program, compiler_options
 
 
 class DoesNotFitError(Exception):
@@ -44,7 +44,7 @@ def compile_step(
     Raises:
       DoesNotFitError: saying by how much; that is not kept.
     """
-    kept = cache / f"{_key(traced, topology=topology)}.json"
+    kept = cache / f"{_key(traced, topology=topology, device=program.mesh.devices.flat[0])}.json"
     if kept.is_file():
         return _from_json(kept.read_text())
     began = time.monotonic()
@@ -83,12 +83,12 @@ def out_of_memory(message: str, *, state_bytes: int, chip: Chip) -> str:
     return f"needs {needed:.2f} GiB of a chip's {available:.2f} GiB, {needed - available:.2f} GiB too much"
 
 
-def _key(traced: jax.stages.Traced, *, topology: str) -> str:
+def _key(traced: jax.stages.Traced, *, topology: str, device: jax.Device) -> str:
     """Return a hash of all that decides the result: the program, the slice, the options and the compiler."""
     parts = {
         "program": traced.lower().as_text(),
         "topology": topology,
-        "options": TPU_OPTIONS,
+        "options": compiler_options(device),
         "environment": os.environ.get("LIBTPU_INIT_ARGS", ""),
         "versions": [importlib.metadata.version(name) for name in ("jaxlib", "libtpu")],
         "reader": Path(__file__).with_name("executable.py").read_text(),
