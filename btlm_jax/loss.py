@@ -86,7 +86,7 @@ def _loss_sum_forward(how: _How, hidden_BTD, table_VD, targets_BT, weights_BT):
         table_VD = gather_table(table_VD, dtype=hidden_BTD.dtype)
 
         def add(carry, piece):
-            total, grad_DV = carry
+            total, grad_VD = carry
             hidden_RD, targets_R, weights_R = piece
             logits_RV = _logits(hidden_RD, table_VD, how.output_scale)
             norm_R = jax.nn.logsumexp(logits_RV, -1)
@@ -95,14 +95,14 @@ def _loss_sum_forward(how: _How, hidden_BTD, table_VD, targets_BT, weights_BT):
             delta_RV = probability_RV - _one_hot(targets_R, table_VD.shape[0])
             delta_RV = (delta_RV * (weights_R * how.output_scale)[..., None]).astype(hidden_RD.dtype)
             grad_RD = jnp.einsum("RV,VD->RD", delta_RV, table_VD)
-            grad_DV = grad_DV + jnp.einsum("RD,RV->DV", hidden_RD, delta_RV, preferred_element_type=jnp.float32)
-            return (total + (weights_R * losses_R).sum(), grad_DV), grad_RD
+            grad_VD = grad_VD + jnp.einsum("RV,RD->VD", delta_RV, hidden_RD, preferred_element_type=jnp.float32)
+            return (total + (weights_R * losses_R).sum(), grad_VD), grad_RD
 
-        zeros = _varying(jnp.zeros(())), _varying(jnp.zeros(table_VD.shape[::-1], jnp.float32))
+        zeros = _varying(jnp.zeros(())), _varying(jnp.zeros(table_VD.shape, jnp.float32))
         pieces = tuple(_chunked(x, how.chunk) for x in (hidden_BTD, targets_BT, weights_BT))
-        (total, grad_DV), grads = jax.lax.scan(add, zeros, pieces)
+        (total, grad_VD), grads = jax.lax.scan(add, zeros, pieces)
         grad_BTD = _unchunked(grads, batch=hidden_BTD.shape[0], length=hidden_BTD.shape[1])
-        return jax.lax.psum(total, MESH_AXES), grad_BTD, scatter_table_gradient(grad_DV)
+        return jax.lax.psum(total, MESH_AXES), grad_BTD, scatter_table_gradient(grad_VD)
 
     out_specs = (PartitionSpec(), PartitionSpec(*_by_position(how.rules), None), how.rules.spec("vocab", "embed"))
     mapped = _per_device(local, how.rules, out_specs=out_specs)

@@ -37,7 +37,7 @@ def _backward(rules: AxisRules, dtype: jnp.dtype, residuals: tuple, dx_BTD: jax.
         whole_VD = jnp.zeros((table_VD.shape[0], dx_BTD.shape[-1]), jnp.float32)
         # The devices of the tensor axis hold the same dx: the sum over them is so many times too large.
         grad_VD = whole_VD.at[inputs_BT].add(dx_BTD.astype(jnp.float32) / jax.lax.axis_size(TENSOR))
-        return scatter_table_gradient(jax.lax.pcast(grad_VD, TENSOR, to="varying").T)
+        return scatter_table_gradient(jax.lax.pcast(grad_VD, TENSOR, to="varying"))
 
     specs = (rules.spec("batch", "length"), rules.spec("batch", "length", "act_embed"))
     grad_VD = jax.shard_map(local, in_specs=specs, out_specs=rules.spec("vocab", "embed"))(inputs_BT, dx_BTD)
