@@ -28,6 +28,7 @@ _ATTENTION = tuple(f"attention_{name}" for name in ("query", "key", "value", "ou
 _SAVED = {
     "full": jax.checkpoint_policies.nothing_saveable,
     "attention_saved": jax.checkpoint_policies.save_only_these_names(*_ATTENTION),
+    "out_recomputed": jax.checkpoint_policies.save_only_these_names(*_ATTENTION, "up", "gate"),
     "matmuls_saved": jax.checkpoint_policies.save_only_these_names(*_ATTENTION, "out", "up", "gate"),
     "none": jax.checkpoint_policies.everything_saveable,
 }
