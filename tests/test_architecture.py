@@ -10,7 +10,8 @@ PACKAGE = Path(__file__).parent.parent / "btlm_jax"
 LAYER = {
     "config": 0, "curriculum": 0, "store": 0, "files": 0, "figures": 0,
     "mup": 1, "sharding": 1, "metrics": 1, "writers": 1,
-    "collectives": 2, "model": 2, "cpu": 2, "attention": 2, "loss": 2, "optimizer": 2, "data": 2, "corpus": 2, "sampling": 2,
+    "attention": 2, "collectives": 2, "corpus": 2, "cpu": 2, "data": 2, "loss": 2, "model": 2, "optimizer": 2,
+    "sampling": 2,
     "step": 3, "checkpoint": 3, "decoders": 3, "detokenize": 3,
     "convert": 4, "describe": 4, "evaluate": 4, "generate": 4, "interrupt": 4, "loading": 4, "plan": 4, "prepare": 4,
     "program": 4, "prompts": 4, "quantize": 4, "report": 4, "serve": 4, "train": 4, "tune": 4,
