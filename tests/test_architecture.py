@@ -30,6 +30,7 @@ ROOM_OF = {
     "orjson": {"corpus"},
     "pyarrow": {"corpus"},
     "fsspec": {"corpus"},
+    "ray": {"corpus"},
     "torch": {"convert"},
     "transformers": {"convert"},
     "gguf": {"convert"},
