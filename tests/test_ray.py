@@ -7,6 +7,7 @@ import socket
 import subprocess
 import sys
 import time
+import types
 from pathlib import Path
 
 import pytest
@@ -88,6 +89,14 @@ def test_what_a_task_raises_is_raised_here_and_what_has_begun_is_kept(workers, t
     assert len(begun(tmp_path / "out")) == done < 4
     run(count, tmp_path / "out", workers)
     assert begun(tmp_path / "out") == {f"begun-{index}": 1 for index in range(5)}
+
+
+def test_a_machine_without_the_program_is_told(workers, tmp_path, monkeypatch):
+    missing = types.ModuleType("not_on_the_cluster")
+    exec("def step(task, directory, tick): pass", missing.__dict__)
+    monkeypatch.setitem(sys.modules, missing.__name__, missing)
+    with pytest.raises(ValueError, match="needs this installation .*No module named 'not_on_the_cluster'"):
+        run(missing.step, tmp_path / "out", workers)
 
 
 def start(directory, *flags):

@@ -1,6 +1,7 @@
 """The Slurm executor over a Slurm of this machine (fake_slurm.py): the same bytes, and nothing lost when jobs die."""
 
 import os
+import pickle
 import signal
 from pathlib import Path
 
@@ -12,10 +13,12 @@ from counting_stage import begun, count, counting, die, refuse, write
 from slow_run import is_alive, start_slow_stage
 from slow_stage import END, slow_stage
 
-from btlm_jax.cli import main
+from btlm_jax.cli import USAGE, main
 from btlm_jax.corpus import slurm
 from btlm_jax.corpus.slurm import SlurmWorkers
+from btlm_jax.corpus.slurm_worker import WORK, Work, claim_path, work
 from btlm_jax.corpus.stage import accept, run_stage
+from btlm_jax.corpus.tasks import record_path
 from btlm_jax.corpus.workers import LocalWorkers
 
 
@@ -136,3 +139,32 @@ def test_what_slurm_refuses_is_told(cluster, tmp_path, monkeypatch, capsys):
     monkeypatch.setenv("PATH", "/nowhere")
     assert main([*command[:-2], f"--output={tmp_path / 'two'}", "--executor=slurm", "--workers=2"]) == 1
     assert "sbatch is not installed here; give --executor=slurm on a login node" in capsys.readouterr().err
+
+
+def test_a_job_that_starts_anew_takes_up_its_own_task_and_no_other(tmp_path):
+    stage = counting(count)
+    for folder in ("out/done", "slurm/claims", "slurm/failed"):
+        (tmp_path / folder).mkdir(parents=True)
+    plan = Work(run=stage.run, tasks=tuple(stage.tasks), directory=tmp_path / "out")
+    (tmp_path / "slurm" / WORK).write_bytes(pickle.dumps(plan))
+    for index, worker in ((0, "1.0"), (1, "0.0"), (2, "1.0")):
+        claim_path(tmp_path / "slurm", stage.tasks[index]).symlink_to(worker)
+    record_path(tmp_path / "out", stage.tasks[2]).touch()  # had been done before the machine was lost
+    assert work(tmp_path / "slurm", array_task="1", process="0") == 0
+    assert begun(tmp_path / "out") == {"begun-0": 1, "begun-3": 1, "begun-4": 1}
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--executor=dask"], "--executor=dask is not known; it may be local, ray or slurm"),
+        (["--executor=slurm"], "--workers=N is needed: how many tasks run at a time"),
+        (["--executor=ray", "--workers=0"], "--workers=0 must be 1 or more: how many tasks run at a time"),
+        (["--executor=slurm", "--workers=2", "--ray_address=a:1"], "--ray_address needs --executor=ray; it is slurm"),
+        (["--sbatch=--mem=4G"], "--sbatch needs --executor=slurm; it is local"),
+        (["--executor=slurm", "--workers=2", "--sbatch='--mem"], "cannot be split into options: No closing quotation"),
+    ],
+)
+def test_flags_that_contradict_each_other_are_refused(flags, message, capsys):
+    assert main(["corpus", "dedup", "--input=x", "--output=y", *flags]) == USAGE
+    assert message in capsys.readouterr().err

@@ -22,6 +22,8 @@ directories and this installation under the same paths.
   ray     tasks of a Ray cluster: --ray_address=HOST:PORT (or RAY_ADDRESS), else one on this machine
   slurm   jobs of one array, given on a login node: --sbatch='--partition=cpu --mem-per-cpu=4G --time=12:00:00'. Ctrl-C
           cancels the array. A command that is killed leaves it at work; the same command finds it again.
+
+example:  btlm corpus clean --input=RAW --output=corpus/clean --executor=slurm --workers=200 --sbatch='--time=4:00:00'
 """
 
 
@@ -29,7 +31,7 @@ def define_worker_flags(values: flags.FlagValues) -> None:
     """Define the flags."""
     flags.DEFINE_string("executor", LOCAL, f"{LOCAL}, {RAY} or {SLURM}", flag_values=values)
     flags.DEFINE_integer(
-        "workers", 0, "tasks at a time; 0: one a processor (local). The result is the same", flag_values=values
+        "workers", 0, "tasks at a time, by default one a processor (local); the result is the same", flag_values=values
     )
     flags.DEFINE_string("ray_address", "", "HOST:PORT of a Ray cluster's head", flag_values=values)
     flags.DEFINE_string("sbatch", "", "further options of sbatch, in one string", flag_values=values)

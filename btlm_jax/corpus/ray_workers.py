@@ -129,6 +129,11 @@ def _record(ray: ModuleType, reference: object, *, name: str, task: Task) -> dic
     except ray.exceptions.RayTaskError as error:
         if isinstance(error.cause, (ValueError, OSError)):
             raise error.cause from None
+        if isinstance(error.cause, ray.exceptions.RaySystemError) or "failed to import" in str(error.cause):
+            raise ValueError(
+                f"{name}: the machine that had {task} cannot load what it is to do; every machine of the Ray cluster "
+                f"needs this installation under the same path: {str(error).strip().splitlines()[-1]}"
+            ) from None
         raise
     except ray.exceptions.RayError as error:  # a lost process or machine, a killer of those that take too much memory
         raise ValueError(
