@@ -1,7 +1,8 @@
 """Slurm's commands on one machine, as far as the tests need them: jobs of an array are processes of this machine.
 
 `install(folder)` puts sbatch, squeue, scancel, sacct and srun into a folder for PATH. An array has two nodes; what
-does not fit is pending. A file DOWN in the folder makes squeue fail once, as a restarting controller does.
+does not fit is pending; for good, if there is a file HELD in the folder. DOWN makes squeue fail once, as a restarting
+controller does.
 """
 
 import argparse
@@ -17,7 +18,7 @@ from pathlib import Path
 
 VERBS = ("sbatch", "squeue", "scancel", "sacct", "srun")
 NUM_NODES = 2
-DOWN = "down"
+HELD, DOWN = "held", "down"
 
 
 def install(folder: Path) -> None:
@@ -41,12 +42,12 @@ def _state(folder: Path) -> Iterator[list[dict]]:
         fcntl.flock(lock, fcntl.LOCK_EX)
         jobs = json.loads(path.read_text()) if path.is_file() else []
         for job in jobs:
-            _update(job)
+            _update(job, is_held=(folder / HELD).exists())
         yield jobs
         path.write_text(json.dumps(jobs))
 
 
-def _update(job: dict) -> None:
+def _update(job: dict, *, is_held: bool) -> None:
     """See which of a job's processes have ended, and start what is pending."""
     for index, element in enumerate(job["elements"]):
         ended = Path(job["code"].replace("%a", str(index)))
@@ -55,7 +56,7 @@ def _update(job: dict) -> None:
             killed = {137: "OUT_OF_MEMORY", 143: "CANCELLED"}
             element["state"] = killed.get(element["code"], "FAILED" if element["code"] else "COMPLETED")
         running = sum(element["state"] == "RUNNING" for element in job["elements"])
-        if element["state"] == "PENDING" and running < NUM_NODES:
+        if element["state"] == "PENDING" and running < NUM_NODES and not (is_held and index >= NUM_NODES):
             element["pid"] = _start(job, index)
             element["state"] = "RUNNING"
 
@@ -90,7 +91,7 @@ def _sbatch(folder: Path, arguments: list[str]) -> None:
         job = {"number": number, "name": given.job_name, "output": given.output, "script": given.script}
         job |= {"chdir": given.chdir, "code": str(folder / f"code-{number}-%a"), "partition": given.partition}
         jobs.append(job | {"elements": [{"state": "PENDING", "code": 0} for _ in range(count)]})
-        _update(jobs[-1])
+        _update(jobs[-1], is_held=(folder / HELD).exists())
     print(f"{number};cluster")
 
 

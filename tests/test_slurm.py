@@ -16,8 +16,8 @@ from slow_stage import END, slow_stage
 from btlm_jax.cli import USAGE, main
 from btlm_jax.corpus import slurm
 from btlm_jax.corpus.slurm import SlurmWorkers
-from btlm_jax.corpus.slurm_worker import WORK, Work, claim_path, work
-from btlm_jax.corpus.stage import accept, run_stage
+from btlm_jax.corpus.slurm_worker import CLAIMS, FAILED, WORK, Work, claim_path, work
+from btlm_jax.corpus.stage import Stage, accept, run_stage
 from btlm_jax.corpus.tasks import record_path
 from btlm_jax.corpus.workers import LocalWorkers
 
@@ -57,11 +57,13 @@ def test_every_stage_gives_the_store_that_local_workers_give(cluster, tmp_path):
 def test_jobs_share_all_tasks_each_is_done_once_and_counted(cluster, tmp_path):
     said = []
     (tmp_path / "out").mkdir()
-    (cluster / fake_slurm.DOWN).touch()
+    for name in (fake_slurm.DOWN, fake_slurm.HELD):
+        (cluster / name).touch()
     manifest = run(count, tmp_path / "out", said=said)
     assert begun(tmp_path / "out") == {f"begun-{index}": 1 for index in range(5)}
     assert manifest == run(count, tmp_path / "local", workers=LocalWorkers(1))
-    assert len(fake_slurm.jobs_of(cluster)[0]["elements"]) == 3
+    states = [element["state"] for element in fake_slurm.jobs_of(cluster)[0]["elements"]]
+    assert states == ["COMPLETED", "COMPLETED", "CANCELLED"]
     assert "submitted as Slurm job 100, 3 jobs; Ctrl-C cancels it" in said[0]
     assert any("Unable to contact slurm controller" in line for line in said)
     assert "5/5 shards, 50 documents" in said[-1] and not (tmp_path / "out" / "slurm").exists()
@@ -141,17 +143,30 @@ def test_what_slurm_refuses_is_told(cluster, tmp_path, monkeypatch, capsys):
     assert "sbatch is not installed here; give --executor=slurm on a login node" in capsys.readouterr().err
 
 
-def test_a_job_that_starts_anew_takes_up_its_own_task_and_no_other(tmp_path):
+def prepare_by_hand(folder) -> Stage:
+    """Write what a job finds in `folder`/slurm."""
     stage = counting(count)
-    for folder in ("out/done", "slurm/claims", "slurm/failed"):
-        (tmp_path / folder).mkdir(parents=True)
-    plan = Work(run=stage.run, tasks=tuple(stage.tasks), directory=tmp_path / "out")
-    (tmp_path / "slurm" / WORK).write_bytes(pickle.dumps(plan))
+    for made in ("out/done", f"slurm/{CLAIMS}", f"slurm/{FAILED}"):
+        (folder / made).mkdir(parents=True)
+    plan = Work(run=stage.run, tasks=tuple(stage.tasks), directory=folder / "out")
+    (folder / "slurm" / WORK).write_bytes(pickle.dumps(plan))
+    return stage
+
+
+def test_a_job_that_starts_anew_takes_up_its_own_task_and_no_other(tmp_path):
+    stage = prepare_by_hand(tmp_path)
     for index, worker in ((0, "1.0"), (1, "0.0"), (2, "1.0")):
         claim_path(tmp_path / "slurm", stage.tasks[index]).symlink_to(worker)
     record_path(tmp_path / "out", stage.tasks[2]).touch()  # had been done before the machine was lost
     assert work(tmp_path / "slurm", array_task="1", process="0") == 0
     assert begun(tmp_path / "out") == {"begun-0": 1, "begun-3": 1, "begun-4": 1}
+
+
+def test_no_task_begins_after_one_has_failed(tmp_path):
+    prepare_by_hand(tmp_path)
+    (tmp_path / "slurm" / FAILED / "00004").touch()
+    assert work(tmp_path / "slurm", array_task="1", process="0") == 0
+    assert begun(tmp_path / "out") == {}
 
 
 @pytest.mark.parametrize(
