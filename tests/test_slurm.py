@@ -139,8 +139,10 @@ def test_what_slurm_refuses_is_told(cluster, tmp_path, monkeypatch, capsys):
     assert main([*command, "--workers=2", "--sbatch=--partition=closed"]) == 1
     assert "sbatch failed: sbatch: error: invalid partition specified: closed" in capsys.readouterr().err
     monkeypatch.setenv("PATH", "/nowhere")
-    assert main([*command[:-2], f"--output={tmp_path / 'two'}", "--executor=slurm", "--workers=2"]) == 1
+    command[-2] = f"--output={tmp_path / 'two'}"
+    assert main([*command, "--workers=2"]) == 1
     assert "sbatch is not installed here; give --executor=slurm on a login node" in capsys.readouterr().err
+    assert main([*command[:-1], "--workers=1"]) == 0  # nothing is left to wait for
 
 
 def prepare_by_hand(folder) -> Stage:

@@ -60,6 +60,8 @@ class SlurmWorkers:
         """Run tasks, as `Workers` says; Ctrl-C cancels the job, a watcher that is killed leaves it at work."""
         if not tasks:
             return
+        if shutil.which("sbatch") is None:
+            raise _not_here("sbatch")
         for task in tasks:
             record_path(directory, task).unlink(missing_ok=True)  # its outputs are gone
         job = _prepare(Work(run=run, tasks=tuple(tasks), directory=directory.absolute()), name=name, log=self.log)
@@ -222,8 +224,11 @@ def _slurm(command: Sequence[str]) -> str:
     try:
         made = subprocess.run(command, capture_output=True, text=True, check=False)
     except FileNotFoundError as error:
-        message = f"{command[0]} is not installed here; give --executor=slurm on a login node of a Slurm cluster"
-        raise OSError(message) from error
+        raise _not_here(command[0]) from error
     if made.returncode:
         raise OSError(f"{command[0]} failed: {' '.join(made.stderr.split()) or f'exit code {made.returncode}'}")
     return made.stdout
+
+
+def _not_here(command: str) -> OSError:
+    return OSError(f"{command} is not installed here; give --executor=slurm on a login node of a Slurm cluster")
