@@ -23,6 +23,7 @@ from btlm_jax.corpus.workers import LocalWorkers
 
 ENVIRONMENT = os.environ | {"PYTHONPATH": str(Path(__file__).parent)}  # where workers find the tests' functions
 START_SECONDS = 150.0  # of a Ray; an idle machine needs 5
+TRIES = 3  # Ray gives its parts 30 s to start, which a busy machine may need
 
 
 @pytest.fixture(scope="module")
@@ -34,18 +35,20 @@ def head():
     flags = [f"--port={port}", "--node-ip-address=127.0.0.1", "--num-cpus=2", "--include-dashboard=false"]
     flags += ["--disable-usage-stats", "--object-store-memory=100000000"]
     command = [str(Path(sys.executable).with_name("ray")), "start", "--head", "--block", *flags]
-    process = subprocess.Popen(command, env=ENVIRONMENT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-    with process.stdout as said:
-        told = []
-        for line in said:
-            told.append(line)
-            if "--block" in line:  # the last thing it says
-                break
-        else:
-            pytest.fail("".join(told))
-        yield f"127.0.0.1:{port}"
-        process.terminate()
-        process.wait(timeout=60)
+    options = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+    for _ in range(TRIES):
+        process = subprocess.Popen(command, env=ENVIRONMENT, **options)
+        said = [""]
+        while "--block" not in said[-1] and (line := process.stdout.readline()):  # the last thing it says
+            said.append(line)
+        if process.poll() is None and "--block" in said[-1]:
+            break
+        process.communicate()
+    else:
+        pytest.fail("".join(said))
+    yield f"127.0.0.1:{port}"
+    process.terminate()
+    process.communicate(timeout=60)
 
 
 @pytest.fixture(scope="module")
@@ -77,7 +80,8 @@ def test_all_tasks_are_done_once_and_counted(workers, tmp_path, monkeypatch):
 def test_a_killed_worker_ends_the_stage_and_the_next_start_finishes_it(workers, tmp_path):
     with pytest.raises(ValueError, match=r"the worker that had task 2 was killed.*Finished work is kept"):
         run(die, tmp_path / "out", workers)
-    assert len(list((tmp_path / "out" / "done").iterdir())) in (2, 3)
+    done = {path.stem for path in (tmp_path / "out" / "done").iterdir()}
+    assert {"00000", "00001"} <= done and "00002" not in done
     run(count, tmp_path / "out", workers)
     assert begun(tmp_path / "out") == {f"begun-{index}": 1 for index in range(5)}
 
@@ -85,8 +89,7 @@ def test_a_killed_worker_ends_the_stage_and_the_next_start_finishes_it(workers, 
 def test_what_a_task_raises_is_raised_here_and_what_has_begun_is_kept(workers, tmp_path):
     with pytest.raises(ValueError, match="^task 0 cannot be done$"):
         run(refuse, tmp_path / "out", workers)
-    done = len(list((tmp_path / "out" / "done").iterdir()))
-    assert len(begun(tmp_path / "out")) == done < 4
+    assert len(begun(tmp_path / "out")) == len(list((tmp_path / "out" / "done").iterdir()))
     run(count, tmp_path / "out", workers)
     assert begun(tmp_path / "out") == {f"begun-{index}": 1 for index in range(5)}
 
@@ -100,7 +103,12 @@ def test_a_machine_without_the_program_is_told(workers, tmp_path, monkeypatch):
 
 
 def start(directory, *flags):
-    return start_slow_stage(directory, num_workers=2, flags=["--executor=ray", *flags], seconds=START_SECONDS)
+    for left in reversed(range(TRIES)):
+        try:
+            return start_slow_stage(directory, num_workers=2, flags=["--executor=ray", *flags], seconds=START_SECONDS)
+        except AssertionError as error:
+            if not left or "Ray cannot start" not in str(error):
+                raise
 
 
 @pytest.mark.slow

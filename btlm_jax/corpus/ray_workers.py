@@ -90,7 +90,7 @@ class RayWorkers:
                 chosen |= {"include_dashboard": False}
             try:
                 ray.init(**chosen, log_to_driver=False, logging_level="error")
-            except (RuntimeError, ConnectionError, ray.exceptions.RayError) as error:
+            except Exception as error:  # which is what Ray raises, for one, when its parts need more than 30 s to start
                 raise OSError(_refusal(self._address, error)) from error
             self._ray = ray
         return self._ray
