@@ -11,6 +11,7 @@ settings.load_profile("gate")
 os.environ["JAX_PLATFORMS"] = "cpu"
 os.environ["JAX_NUM_CPU_DEVICES"] = "8"
 os.environ.setdefault("MPLBACKEND", "agg")
+os.environ["RAY_AUTH_MODE"], os.environ["RAY_AUTH_TOKEN"] = "token", "only-for-tests" * 4  # read by importing ray
 
 
 @pytest.fixture(scope="session")

@@ -21,3 +21,9 @@ def write_raw(path: Path, texts: Sequence[str], *, source: str) -> None:
     rows = [{"text": text, "meta": {"redpajama_set_name": source}} for text in texts]
     data = "".join(json.dumps(row) + "\n" for row in rows).encode()
     path.write_bytes(zstandard.compress(data) if path.suffix == ".zst" else data)
+
+
+def contents(directory: Path) -> dict[str, bytes]:
+    """Return every file by its name, but for what only restarts read."""
+    files = [path for path in directory.rglob("*") if path.is_file() and path.parent.name != "done"]
+    return {str(path.relative_to(directory)): path.read_bytes() for path in files}

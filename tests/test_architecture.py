@@ -31,6 +31,7 @@ ROOM_OF = {
     "orjson": {"corpus"},
     "pyarrow": {"corpus"},
     "fsspec": {"corpus"},
+    "ray": {"corpus"},
     "torch": {"convert"},
     "transformers": {"convert"},
     "gguf": {"convert"},

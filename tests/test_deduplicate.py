@@ -7,7 +7,7 @@ import subprocess
 import sys
 
 import pytest
-from corpus_files import made_up_text, write_raw
+from corpus_files import contents, made_up_text, write_raw
 
 from btlm_jax.cli import main
 from btlm_jax.corpus import deduplicate as deduplicating
@@ -49,11 +49,6 @@ def arguments(folder, name="dedup", *flags) -> list[str]:
 def kept_texts(directory) -> list[str]:
     manifest = read_stage(directory)
     return [record.text for output in manifest["outputs"] for record in read_records(directory / output["file"])]
-
-
-def contents(directory) -> dict:
-    files = [path for path in directory.rglob("*") if path.is_file() and path.parent.name != "done"]
-    return {str(path.relative_to(directory)): path.read_bytes() for path in files}
 
 
 @pytest.mark.parametrize("preset", ["strict", "slimpajama"])

@@ -11,6 +11,7 @@ import pytest
 from btlm_jax.corpus.inputs import TASK_BYTES, make_tasks, raw_inputs, read_stage
 from btlm_jax.corpus.stage import Stage, run_stage
 from btlm_jax.corpus.tasks import Input, Task
+from btlm_jax.corpus.workers import LocalWorkers
 
 TASKS = [Task(index=index, inputs=(), weight=1) for index in range(4)]
 
@@ -36,7 +37,7 @@ def stage(run) -> Stage:
 
 def run(made: Stage, directory, *, num_workers=1, said=None) -> dict:
     log = [].append if said is None else said.append
-    return run_stage(made, directory, num_workers=num_workers, log=log, check=lambda results: None)
+    return run_stage(made, directory, workers=LocalWorkers(num_workers), log=log, check=lambda results: None)
 
 
 def test_a_killed_worker_ends_the_stage_and_the_next_start_finishes_it(tmp_path):

@@ -3,46 +3,19 @@
 import os
 import resource
 import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 
 import numpy as np
 import pytest
 from corpus_files import made_up_text, write_raw
+from slow_run import is_alive, start_slow_stage
 
 from btlm_jax.cli import main
 from btlm_jax.corpus import inputs
 from btlm_jax.corpus.inputs import raw_inputs, read_stage
 from btlm_jax.corpus.pack import Block, write_shard
 from btlm_jax.corpus.records import AtomicFile, Record, RecordWriter, read_records
-
-SLOW_STAGE = Path(__file__).with_name("slow_stage.py")
-
-
-def start_slow_stage(directory: Path, *, num_workers: int) -> tuple[subprocess.Popen, list[int]]:
-    """Return the process and its workers' ids, once they are at work."""
-    process = subprocess.Popen(
-        [sys.executable, SLOW_STAGE, directory, str(num_workers)],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        start_new_session=True,  # so that Ctrl-C reaches them all, and not us
-    )
-    deadline = time.monotonic() + 60
-    while len(found := [path.read_text() for path in directory.glob("began-*")]) < num_workers or not all(found):
-        assert process.poll() is None and time.monotonic() < deadline, process.communicate()
-        time.sleep(0.05)
-    return process, list(map(int, found))
-
-
-def is_alive(pid: int) -> bool:
-    status = Path(f"/proc/{pid}/status")
-    try:
-        return "State:\tZ" not in status.read_text()
-    except FileNotFoundError:
-        return False
 
 
 @pytest.mark.parametrize("num_workers", [1, 2])

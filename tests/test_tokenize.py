@@ -1,6 +1,5 @@
 """From split documents to a token store: every token once, in order, counted, whatever was killed."""
 
-import json
 import random
 import shutil
 
@@ -8,7 +7,7 @@ import numpy as np
 import pytest
 import tensorflow_datasets as tfds
 import tiny_tokenizers
-from corpus_files import made_up_text, write_raw
+from corpus_files import contents, made_up_text, write_raw
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -39,10 +38,7 @@ def prepared(tmp_path_factory):
         for verb, source, flags in (("clean", "raw", []), ("split", "clean", ["--validation=0.1", "--test=0.1"])):
             command = ["corpus", verb, f"--input={folder / source}", f"--output={folder / verb}", "--workers=1", *flags]
             assert main(command) == 0
-    (folder / "bpe").mkdir()
-    tiny_tokenizers.tiny_byte_level().model.save(str(folder / "bpe"))
-    vocabulary = json.loads((folder / "bpe" / "vocab.json").read_text()) | {tiny_tokenizers.EOS: 299}
-    (folder / "bpe" / "vocab.json").write_text(json.dumps(vocabulary))
+    tiny_tokenizers.write_gpt2_files(folder / "bpe")
     (folder / "pieces").mkdir()
     (folder / "pieces" / "tokenizer.model").write_bytes(train_tokenizer(tiny_tokenizers.TEXTS, vocab_size=400))
     return folder
@@ -104,11 +100,6 @@ def test_the_store_holds_every_document_once_and_in_order(prepared, tmp_path, to
             assert part.num_tokens == sum(len(stored.encode(record.text)) + 1 for record in own)
     source = tfds.builder_from_directory(str(tmp_path / "store")).as_data_source(store.TRAIN)
     np.testing.assert_array_equal(source[3]["tokens"], opened.split(store.TRAIN).read(3).tokens)
-
-
-def contents(directory) -> dict:
-    files = [path for path in directory.rglob("*") if path.is_file() and path.parent.name != "done"]
-    return {str(path.relative_to(directory)): path.read_bytes() for path in files}
 
 
 def test_two_workers_and_any_kill_give_the_same_bytes(prepared, tmp_path, monkeypatch):

@@ -1,6 +1,8 @@
 """Small tokenizers of each kind, and texts that break careless ones."""
 
+import json
 from collections import Counter
+from pathlib import Path
 
 from hypothesis import strategies
 from real_store import made_up_documents
@@ -34,3 +36,11 @@ def tiny_byte_level(**changes) -> Tokenizer:
     for name, value in changes.items():
         setattr(tokenizer, name, value)
     return tokenizer
+
+
+def write_gpt2_files(folder: Path) -> None:
+    """Make a folder of the tiny byte-level BPE's vocab.json and merges.txt, which is what GPT-2's tokenizer has."""
+    folder.mkdir()
+    tiny_byte_level().model.save(str(folder))
+    vocabulary = json.loads((folder / "vocab.json").read_text()) | {EOS: 299}
+    (folder / "vocab.json").write_text(json.dumps(vocabulary))

@@ -25,7 +25,8 @@ HELP = """btlm corpus VERB: make or check a corpus and its token store.
   verify     read a stage's output or a token store again and compare every byte with its manifest
 
 clean to tokenize are stages, each from a directory into a new one. A stage that was killed goes on where it was when
-the same command is given again; the result does not depend on kills or on --workers.
+the same command is given again; the result does not depend on kills, on --workers, or on --executor, which takes them
+to a Ray or Slurm cluster.
 
 examples:  btlm corpus build --config=configs/local_cpu.py --workdir=runs/local
            btlm corpus clean --input=RAW --output=corpus/clean --workers=8

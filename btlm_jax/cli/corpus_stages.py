@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib
-import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from absl import flags
 
+from btlm_jax.cli.corpus_workers import HELP as WORKERS_HELP
+from btlm_jax.cli.corpus_workers import check_worker_flags, chosen_workers, define_worker_flags
 from btlm_jax.cli.parse import DONE, UsageError, parse_flags
 from btlm_jax.store import Manifest
 
@@ -79,7 +81,8 @@ def clean(arguments: Sequence[str]) -> int:
         )
     except ValueError as error:
         raise UsageError(str(error)) from error
-    print_stage(cleaning.clean(config, **_common(values)))
+    with _common(values) as common:
+        print_stage(cleaning.clean(config, **common))
     return DONE
 
 
@@ -94,7 +97,8 @@ def dedup(arguments: Sequence[str]) -> int:
         raise UsageError(f"--preset={values['preset'].value} is not known; it may be {' or '.join(presets)}")
     deduplicate = importlib.import_module("btlm_jax.corpus.deduplicate").deduplicate
     source = Path(values["input"].value)
-    print_stage(deduplicate(source, preset=values["preset"].value, **_common(values)))
+    with _common(values) as common:
+        print_stage(deduplicate(source, preset=values["preset"].value, **common))
     return DONE
 
 
@@ -121,7 +125,8 @@ def split(arguments: Sequence[str]) -> int:
         )
     except ValueError as error:
         raise UsageError(str(error)) from error
-    print_stage(splitting.split(config, **_common(values)))
+    with _common(values) as common:
+        print_stage(splitting.split(config, **common))
     return DONE
 
 
@@ -154,13 +159,14 @@ def tokenize(arguments: Sequence[str]) -> int:
     if values["block_len"].value < 1:
         raise UsageError(f"--block_len={values['block_len'].value} must be 1 or more")
     tokenize = importlib.import_module("btlm_jax.corpus.tokenize").tokenize
-    manifest = tokenize(
-        Path(values["input"].value),
-        tokenizer=Path(values["tokenizer"].value),
-        block_len=values["block_len"].value,
-        **_common(values),
-    )
-    print_store(manifest)
+    with _common(values) as common:
+        manifest = tokenize(
+            Path(values["input"].value),
+            tokenizer=Path(values["tokenizer"].value),
+            block_len=values["block_len"].value,
+            **common,
+        )
+        print_store(manifest)
     return DONE
 
 
@@ -182,24 +188,27 @@ def _stage_flags() -> flags.FlagValues:
 
 def _flags_with_workers() -> flags.FlagValues:
     values = _stage_flags()
-    flags.DEFINE_integer("workers", os.cpu_count(), "worker processes; the result is the same", flag_values=values)
+    define_worker_flags(values)
     return values
 
 
 def _parse_stage(values: flags.FlagValues, arguments: Sequence[str], *, help_text: str) -> bool:
     """Parse the flags of a stage; return False when help was asked for and printed."""
-    if not parse_flags(values, arguments, help_text=help_text):
+    has_workers = "workers" in values
+    if not parse_flags(values, arguments, help_text=f"{help_text}\n{WORKERS_HELP}" if has_workers else help_text):
         return False
     for name in ("input", "output"):
         if not values[name].value:
             raise UsageError(f"--{name}=DIR is needed: {values[name].help}")
-    if "workers" in values and values["workers"].value < 1:
-        raise UsageError(f"--workers={values['workers'].value} must be 1 or more")
+    if has_workers:
+        check_worker_flags(values)
     return True
 
 
-def _common(values: flags.FlagValues) -> dict:
-    return {"output": Path(values["output"].value), "num_workers": values["workers"].value, "log": _log}
+@contextlib.contextmanager
+def _common(values: flags.FlagValues) -> Iterator[dict]:
+    with chosen_workers(values, log=_log) as workers:
+        yield {"output": Path(values["output"].value), "workers": workers, "log": _log}
 
 
 def _log(line: str) -> None:

@@ -23,6 +23,7 @@ from btlm_jax.corpus.records import AtomicFile, Record, ShardWriter
 from btlm_jax.corpus.stage import Log, Stage, run_stage
 from btlm_jax.corpus.tally import Tally
 from btlm_jax.corpus.tasks import Input, Task, Tick
+from btlm_jax.corpus.workers import Workers
 
 RECIPE = 1  # raise when the steps change
 QUARANTINE_FOLDER = "quarantine"
@@ -55,7 +56,7 @@ class CleanConfig:
             raise ValueError("source='' must be a name")
 
 
-def clean(config: CleanConfig, *, output: Path, num_workers: int, log: Log) -> dict:
+def clean(config: CleanConfig, *, output: Path, workers: Workers, log: Log) -> dict:
     """Clean the raw files and return the manifest.
 
     Raises:
@@ -77,7 +78,7 @@ def clean(config: CleanConfig, *, output: Path, num_workers: int, log: Log) -> d
         run=functools.partial(_clean_task, default_source=config.default_source, on_bad_file=config.on_bad_file),
     )
     check = functools.partial(_check, max_bad_rate=config.max_bad_rate, quarantine=output / QUARANTINE_FOLDER)
-    return run_stage(stage, output, num_workers=num_workers, log=log, check=check)
+    return run_stage(stage, output, workers=workers, log=log, check=check)
 
 
 def fixed(text: str) -> str:

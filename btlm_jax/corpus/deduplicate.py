@@ -28,13 +28,14 @@ from btlm_jax.corpus.records import Record, ShardWriter, read_records
 from btlm_jax.corpus.stage import Log, Stage, accept, run_stage
 from btlm_jax.corpus.tally import Tally
 from btlm_jax.corpus.tasks import Task, Tick
+from btlm_jax.corpus.workers import Workers
 
 RECIPE = 1  # raise when the steps change
 PARTITION_DOCUMENTS = 1 << 22  # whose keys a task holds at a time
 _COMPARED = 1 << 13  # pairs of signatures compared at a time
 
 
-def deduplicate(source: Path, *, preset: str, output: Path, num_workers: int, log: Log) -> dict:
+def deduplicate(source: Path, *, preset: str, output: Path, workers: Workers, log: Log) -> dict:
     """Deduplicate what a finished stage wrote and return the manifest.
 
     Raises:
@@ -57,7 +58,7 @@ def deduplicate(source: Path, *, preset: str, output: Path, num_workers: int, lo
         "input": cleaned["fingerprint"],
     }
     work = {step: output / "work" / step for step in ("signatures", "pairs", "clusters")}
-    run = functools.partial(run_stage, num_workers=num_workers, log=log, check=accept)
+    run = functools.partial(run_stage, workers=workers, log=log, check=accept)
     stage = functools.partial(Stage, settings=settings)
     step = functools.partial(_signature_task, preset=preset)
     run(stage(name="dedup signatures", tasks=tasks, run=step), work["signatures"])

@@ -32,18 +32,23 @@ class Progress:
         """Count what a task in this process has done since its last tick."""
         self._num_documents += num_documents
         self._num_bytes += num_bytes
-        self._report_if_due()
+        self.report_if_due()
 
     def count(self, counters: tuple) -> None:
         """Take over what the workers have counted."""
         self._num_documents, self._num_bytes, self._worker_peak = (counter.value for counter in counters)
-        self._report_if_due()
+        self.report_if_due()
+
+    def count_record(self, counted: dict) -> None:
+        """Take over what a task on another machine has counted."""
+        self._worker_peak = max(self._worker_peak, counted["peak_bytes"])
+        self.tick(counted["documents"], counted["bytes"])
 
     def task_done(self, weight: int) -> None:
         """Count a finished shard."""
         self._num_done += 1
         self._weight_left -= weight
-        self._report_if_due()
+        self.report_if_due()
 
     def report(self) -> None:
         """Say how far the stage is."""
@@ -57,7 +62,8 @@ class Progress:
             f"ETA {left}, at most {max(peak_bytes(), self._worker_peak) / 1e6:.0f} MB a process"
         )
 
-    def _report_if_due(self) -> None:
+    def report_if_due(self) -> None:
+        """Say how far the stage is, unless that was said a moment ago."""
         if time.monotonic() - self._reported >= self.interval:
             self.report()
 

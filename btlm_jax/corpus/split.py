@@ -30,6 +30,7 @@ from btlm_jax.corpus.records import SUFFIX, Record, RecordWriter, ShardWriter, b
 from btlm_jax.corpus.stage import Log, Stage, accept, run_stage
 from btlm_jax.corpus.tally import Tally
 from btlm_jax.corpus.tasks import Task, Tick
+from btlm_jax.corpus.workers import Workers
 
 RECIPE = 1  # raise when the steps change
 TRAIN, VALIDATION, TEST = "train", "validation", "test"
@@ -61,7 +62,7 @@ class SplitConfig:
                 raise ValueError(f"the weight {weight} of {source} must be between 0 and 100")
 
 
-def split(config: SplitConfig, *, output: Path, num_workers: int, log: Log) -> dict:
+def split(config: SplitConfig, *, output: Path, workers: Workers, log: Log) -> dict:
     """Split what a finished stage wrote and return the manifest; its outputs say their `split`.
 
     Raises:
@@ -85,7 +86,7 @@ def split(config: SplitConfig, *, output: Path, num_workers: int, log: Log) -> d
         "partitions": num_partitions,
         "input": source["fingerprint"],
     }
-    run = functools.partial(run_stage, num_workers=num_workers, log=log)
+    run = functools.partial(run_stage, workers=workers, log=log)
     stage = functools.partial(Stage, settings=settings)
     work = {step: output / "work" / step for step in ("assign", "heldout")}
     tasks = [Task(index=index, inputs=(item,), weight=item.num_bytes) for index, item in enumerate(inputs)]

@@ -23,8 +23,9 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 from btlm_jax.corpus.progress import Progress
+from btlm_jax.corpus.slurm import wait_for_earlier_job
 from btlm_jax.corpus.tasks import DONE_FOLDER, Run, Task, finished
-from btlm_jax.corpus.workers import run_tasks
+from btlm_jax.corpus.workers import Workers
 from btlm_jax.files import write_atomically
 
 FORMAT = "btlm-corpus-stage"
@@ -51,7 +52,7 @@ class Stage:
 
 
 def run_stage(
-    stage: Stage, directory: Path, *, num_workers: int, log: Log, check: Callable[[list[dict]], None]
+    stage: Stage, directory: Path, *, workers: Workers, log: Log, check: Callable[[list[dict]], None]
 ) -> dict:
     """Run what is not done yet and return the manifest.
 
@@ -65,6 +66,7 @@ def run_stage(
     outputs = directory / stage.outputs_in
     with _locked(directory):
         _check_plan(stage, directory)
+        wait_for_earlier_job(directory, name=stage.name, log=log)
         for folder in (directory, directory / DONE_FOLDER, outputs):
             _delete_leftovers(folder)
         records = {task.index: finished(task, directory, outputs=outputs) for task in stage.tasks}
@@ -85,7 +87,7 @@ def run_stage(
             records[task.index] = record
             progress.task_done(task.weight)
 
-        run_tasks(stage.run, waiting, directory, name=stage.name, num_workers=num_workers, progress=progress, done=done)
+        workers.run_tasks(stage.run, waiting, directory, name=stage.name, progress=progress, done=done)
         progress.report()
         ordered = [records[task.index] for task in stage.tasks]
         check([record["result"] for record in ordered])

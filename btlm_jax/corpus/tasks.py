@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 from btlm_jax.corpus.places import Place, hash_part, stamp_of
+from btlm_jax.corpus.progress import peak_bytes
 from btlm_jax.corpus.records import AtomicFile
 
 DONE_FOLDER = "done"
@@ -38,19 +39,31 @@ class Task:
     inputs: tuple[Input, ...]
     weight: int
 
+    def __str__(self) -> str:
+        names = [item.name for item in self.inputs]
+        return f"task {self.index}" + (f" ({names[0]}{' and more' * (len(names) > 1)})" if names else "")
+
 
 Run = Callable[[Task, Path, Tick], dict]  # picklable; writes into the directory; returns what done/ keeps
 
 
 def run_task(run: Run, task: Task, directory: Path, tick: Tick) -> dict:
-    """Run one task whole, keep its record under done/, and return it."""
+    """Run one task whole, keep its record under done/, and return it; `counted` in it is for watchers far away."""
+    counted = {"documents": 0, "bytes": 0}
+
+    def count(num_documents: int, num_bytes: int) -> None:
+        counted["documents"] += num_documents
+        counted["bytes"] += num_bytes
+        tick(num_documents, num_bytes)
+
     stamps = [stamp_of(item.path) for item in task.inputs]
     with at_hand(task.inputs, directory) as inputs:
-        result = run(dataclasses.replace(task, inputs=inputs), directory, tick)
+        result = run(dataclasses.replace(task, inputs=inputs), directory, count)
     for item, stamp in zip(task.inputs, stamps, strict=True):
         if stamp_of(item.path) != stamp:
             raise ValueError(f"{item.path} changed while it was read; run again when nothing writes to it")
-    record = {"stamps": stamps, "sha256": [item.sha256 for item in inputs], "result": result}
+    counted["peak_bytes"] = peak_bytes()
+    record = {"stamps": stamps, "sha256": [item.sha256 for item in inputs], "counted": counted, "result": result}
     with AtomicFile(record_path(directory, task)) as file:
         file.write(json.dumps(record).encode())
     return record

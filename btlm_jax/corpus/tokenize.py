@@ -29,6 +29,7 @@ from btlm_jax.corpus.split import TEST, TRAIN, VALIDATION
 from btlm_jax.corpus.stage import Log, Stage, accept, run_stage
 from btlm_jax.corpus.tasks import Task, Tick
 from btlm_jax.corpus.tokenizer import SENTENCEPIECE, SPACE_MARK, find_tokenizer, stored_facts
+from btlm_jax.corpus.workers import Workers
 from btlm_jax.files import write_atomically
 
 RECIPE = 1  # raise when the steps change
@@ -62,7 +63,7 @@ class _Stream:
 
 
 def tokenize(
-    source: Path, *, tokenizer: Path, block_len: int, output: Path, num_workers: int, log: Log
+    source: Path, *, tokenizer: Path, block_len: int, output: Path, workers: Workers, log: Log
 ) -> store.Manifest:
     """Make a token store out of what `split` wrote and return its manifest.
 
@@ -81,7 +82,7 @@ def tokenize(
         Task(index=index, inputs=(item,), weight=item.num_bytes)
         for index, item in enumerate(stage_inputs(source, documents))
     ]
-    run = functools.partial(run_stage, num_workers=num_workers, log=log, check=accept)
+    run = functools.partial(run_stage, workers=workers, log=log, check=accept)
     tokens = output / "work" / "tokens"
     step = functools.partial(_tokens_task, tokenizer=tokenizer, sha256=facts.sha256, dtype=dtype)
     encoded = run(Stage(name="tokenize", settings=settings, tasks=tasks, run=step), tokens)

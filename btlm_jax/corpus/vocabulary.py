@@ -13,6 +13,7 @@ from btlm_jax.corpus.split import TRAIN
 from btlm_jax.corpus.stage import Log, Stage, accept, run_stage
 from btlm_jax.corpus.tasks import Task, Tick
 from btlm_jax.corpus.tokenizer import TOKENIZER_BYTES, TOKENIZER_FILE, train_tokenizer
+from btlm_jax.corpus.workers import LocalWorkers
 
 RECIPE = 1  # raise when the steps change
 
@@ -37,7 +38,7 @@ def make_tokenizer(source: Path, *, vocab_size: int, output: Path, log: Log) -> 
         tasks=[Task(index=0, inputs=inputs, weight=1)],
         run=functools.partial(_train_task, vocab_size=vocab_size),
     )
-    return run_stage(stage, output, num_workers=1, log=log, check=accept)
+    return run_stage(stage, output, workers=LocalWorkers(1), log=log, check=accept)
 
 
 def _train_task(task: Task, directory: Path, tick: Tick, *, vocab_size: int) -> dict:

@@ -1,4 +1,4 @@
-"""Who runs a stage's tasks: this process, or worker processes of this machine.
+"""Who runs a stage's tasks: this process, or worker processes of this machine. Clusters have modules of their own.
 
 The result is the same. An interrupted or failed run leaves finished tasks with their records and nothing of the others.
 """
@@ -6,6 +6,7 @@ The result is the same. An interrupted or failed run leaves finished tasks with 
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import itertools
 import multiprocessing
 import multiprocessing.connection
@@ -16,6 +17,7 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
+from typing import Protocol
 
 from btlm_jax.corpus.progress import Progress, make_counters, record_peak, tick_of
 from btlm_jax.corpus.tasks import Run, Task, run_task
@@ -25,19 +27,35 @@ _QUEUED = 2  # tasks that are handed out for each worker
 Done = Callable[[Task, dict], None]
 
 
-def run_tasks(
-    run: Run, tasks: Sequence[Task], directory: Path, *, name: str, num_workers: int, progress: Progress, done: Done
-) -> None:
-    """Run tasks and call `done` with each that ends, in any order; at the first failure start no more and raise it.
+class Workers(Protocol):
+    """Who runs tasks: the processes of one machine, or of many that share the stage's directory."""
 
-    Raises:
-      ValueError: a task refused its input, or a worker was killed.
-    """
-    if num_workers == 1:
-        for task in tasks:
-            done(task, run_task(run, task, directory, progress.tick))
-    elif tasks:
-        _run_in_pool(run, tasks, directory, name=name, count=num_workers, progress=progress, done=done)
+    def run_tasks(
+        self, run: Run, tasks: Sequence[Task], directory: Path, *, name: str, progress: Progress, done: Done
+    ) -> None:
+        """Run tasks and call `done` with each that ends, in any order; at the first failure start no more and raise it.
+
+        Raises:
+          ValueError: a task refused its input, or a worker was killed.
+          OSError: a task cannot read or write, or the workers cannot be reached.
+        """
+
+
+@dataclasses.dataclass(frozen=True)
+class LocalWorkers:
+    """This process, or `count` processes that it starts."""
+
+    count: int
+
+    def run_tasks(
+        self, run: Run, tasks: Sequence[Task], directory: Path, *, name: str, progress: Progress, done: Done
+    ) -> None:
+        """Run tasks, as `Workers` says."""
+        if self.count == 1:
+            for task in tasks:
+                done(task, run_task(run, task, directory, progress.tick))
+        elif tasks:
+            _run_in_pool(run, tasks, directory, name=name, count=self.count, progress=progress, done=done)
 
 
 def _run_in_pool(
@@ -89,11 +107,12 @@ _counters: tuple = ()
 def _begin_worker(counters: tuple) -> None:
     global _counters  # a spawned process gets shared memory at its start only
     _counters = counters
-    signal.signal(signal.SIGTERM, _leave)
+    signal.signal(signal.SIGTERM, leave)
     threading.Thread(target=_end_with_parent, daemon=True).start()
 
 
-def _leave(signum, frame):
+def leave(signum, frame):
+    """End this process as an exception does, so that unfinished files are deleted."""
     raise SystemExit(128 + signum)
 
 
