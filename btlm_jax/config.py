@@ -17,7 +17,7 @@ from btlm_jax.curriculum import Curriculum, make_curriculum
 PRESETS = ("btlm", "sp", "completep")
 DTYPES = ("float32", "bfloat16")
 ATTENTIONS = ("auto", "reference", "blockwise", "splash", "gpu")
-REMATS = ("full", "attention_saved", "matmuls_saved", "none")
+REMATS = ("full", "attention_saved", "matmuls_saved", "none")  # from what keeps the least to what keeps the most
 CORPUS_SOURCES = ("prepared", "installed_python")
 
 

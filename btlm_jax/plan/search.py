@@ -1,0 +1,164 @@
+"""Search the layouts of a config on a slice for the fastest that fits, compiling as few of them as may be.
+
+Layouts are tried in the order of a rough guess of their step time. Not compiled is what cannot win: what needs more
+than a chip has by its state and saved activations alone; what needs at least the memory of one that did not fit; what
+saves memory at the expense of time while one that has memory to spare does not.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Sequence
+
+import jax
+
+from btlm_jax.config import REMATS, TrainConfig
+from btlm_jax.metrics import flops_per_token, peak_flops
+from btlm_jax.plan.chips import GIB, Chip, chip_of, slice_devices
+from btlm_jax.plan.compiling import CompileCache, NoCompilationsLeftError
+from btlm_jax.plan.layout import Layout
+from btlm_jax.plan.slice_plan import SlicePlan, dividing_meshes, layout_problems, plan_until_misfit
+
+SPARE = 0.1  # of a chip's memory, that the best layout leaves
+
+# For a token and a layer, arrays that each remat keeps for the backward pass: so many of d_model, so many of d_ff.
+# No more than it does keep, so that a bound made of them is one.
+_KEPT = {"full": (1, 0), "attention_saved": (5, 0), "matmuls_saved": (5, 2), "none": (5, 2)}
+# How much of the forward pass is computed again. Only the order of trying depends on it.
+_COMPUTED_AGAIN = {"full": 1.0, "attention_saved": 0.75, "matmuls_saved": 0.1, "none": 0.0}
+_MATMUL_SPEED = 0.6  # of the peak; as above
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Skipped:
+    """A layout that divides and was not compiled, and why."""
+
+    layout: Layout
+    reason: str
+    detail: str
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Search:
+    """What came of a search."""
+
+    topology: str
+    num_chips: int
+    tried: tuple[SlicePlan, ...]  # the best first
+    skipped: tuple[Skipped, ...]
+    problems: tuple[str, ...]  # why there was nothing to try
+
+    @property
+    def best(self) -> SlicePlan | None:
+        return self.tried[0] if self.tried and self.tried[0].works else None
+
+
+def search_layouts(
+    config: TrainConfig, *, topology: str, cache: CompileCache, say: Callable[[str], None]
+) -> Search:
+    """Try the layouts of a config on a slice, the most promising first; `say` hears of the progress.
+
+    Raises:
+      ValueError: there is no such slice, or libtpu is not installed.
+    """
+    chip, devices = chip_of(topology), slice_devices(topology)
+    waiting = promising_layouts(config, chip=chip, devices=devices)
+    problems = () if waiting else layout_problems(config, num_devices=len(devices), chip=chip)
+    tried: list[SlicePlan] = []
+    skipped: list[Skipped] = []
+    for index, layout in enumerate(waiting):
+        if skip := _skip(layout, tried, config=config, chip=chip, num_chips=len(devices)):
+            skipped.append(skip)
+            continue
+        say(f"layout {index + 1} of {len(waiting)}: {layout}; {_outlook(cache, config, left=len(waiting) - index)}")
+        try:
+            tried.append(plan_until_misfit(layout.applied_to(config), topology=topology, cache=cache, say=say))
+        except NoCompilationsLeftError as error:
+            skipped += [Skipped(layout=each, reason="not reached", detail=str(error)) for each in waiting[index:]]
+            break
+        say(_outcome(tried[-1]))
+    return Search(
+        topology=topology,
+        num_chips=len(devices),
+        tried=tuple(sorted(tried, key=_rank)),
+        skipped=tuple(skipped),
+        problems=problems,
+    )
+
+
+def promising_layouts(config: TrainConfig, *, chip: Chip, devices: Sequence[jax.Device]) -> list[Layout]:
+    """Return every layout that divides, by a rough guess of its step time."""
+    layouts = [
+        Layout(mesh=mesh, remat=remat)
+        for mesh in dividing_meshes(config, num_devices=len(devices))
+        for remat in REMATS
+    ]
+    peak = peak_flops(devices[0]).flops
+    return sorted(layouts, key=lambda layout: _rough_seconds(config, layout, chip=chip, chips=len(devices), peak=peak))
+
+
+def least_bytes(config: TrainConfig, layout: Layout, *, num_chips: int) -> int:
+    """Return what a chip needs at least: its share of parameters and moments, and of what the backward pass is kept."""
+    model = config.model
+    num_d, num_f = _KEPT[layout.remat]
+    width = num_d * model.d_model + num_f * model.d_ff
+    tokens = config.curriculum.table.tokens_per_step // layout.mesh.accumulation
+    activations = tokens * model.num_layers * width * (2 if model.dtype == "bfloat16" else 4)
+    return (12 * _matrix_parameters(config) + activations) // num_chips
+
+
+def _skip(
+    layout: Layout, tried: Sequence[SlicePlan], *, config: TrainConfig, chip: Chip, num_chips: int
+) -> Skipped | None:
+    """Return why a layout need not be compiled, or None."""
+    least = least_bytes(config, layout, num_chips=num_chips)
+    if least > chip.hbm_bytes:
+        detail = f"state and saved activations alone are {least / GIB:.1f} of {chip.hbm_bytes / GIB:.2f} GiB"
+        return Skipped(layout=layout, reason="too large", detail=detail)
+    for plan in tried:
+        if plan.misfits and layout.needs_what_needs(plan.layout):
+            return Skipped(layout=layout, reason="too large", detail=f"needs no less than {plan.layout}")
+        if plan.works and plan.spare >= SPARE and plan.layout.needs_what_needs(layout):
+            return Skipped(layout=layout, reason="slower", detail=f"saves memory that {plan.layout} has to spare")
+    return None
+
+
+def _rank(plan: SlicePlan) -> tuple:
+    """Sort key: those with memory to spare, those that just fit, each by time; then the others by what they need."""
+    if not plan.works:
+        return 2, plan.needed
+    return int(plan.spare < SPARE), sum(plan.seconds)
+
+
+def _rough_seconds(config: TrainConfig, layout: Layout, *, chip: Chip, chips: int, peak: float) -> float:
+    """Guess a step's time: matrix products, weights gathered and gradients scattered, activations exchanged."""
+    model, mesh = config.model, layout.mesh
+    phases = config.curriculum.table.phases
+    flops = sum(flops_per_token(model, seq_len=phase.seq_len) * phase.tokens_per_step for phase in phases) / len(phases)
+    computing = flops * (1 + _COMPUTED_AGAIN[layout.remat] / 3) / (chips * peak * _MATMUL_SPEED)
+    weights = 3 * 2 * _matrix_parameters(config) / mesh.tensor * mesh.accumulation
+    activations = 2 * model.d_model * model.num_layers * config.curriculum.table.tokens_per_step / chips
+    # Both halves of a block, forward and backward, reduce the activations of all that share a sequence.
+    shared = 2 * 4 * activations * (mesh.tensor - 1)
+    return computing + (weights + shared) / (2 * chip.link_bytes)
+
+
+def _matrix_parameters(config: TrainConfig) -> int:
+    model = config.model
+    block = 4 * model.d_model * model.d_model + 3 * model.d_model * model.d_ff
+    return model.num_layers * block + model.vocab_size * model.d_model
+
+
+def _outlook(cache: CompileCache, config: TrainConfig, *, left: int) -> str:
+    most = min(left * len(config.curriculum.table.phases), cache.max_compiles - cache.num_compiled)
+    if not cache.num_compiled:
+        return f"at most {most:.0f} compilations to go"
+    minutes = most * cache.seconds / cache.num_compiled / 60
+    return f"{cache.num_compiled} compilations made, at most {most:.0f} to go, about {minutes:.0f} min"
+
+
+def _outcome(plan: SlicePlan) -> str:
+    if not plan.works:
+        return f"  {plan.problems[0]}"
+    low, high = (seconds / 86_400 for seconds in plan.seconds)
+    return f"  fits with {plan.spare:.0%} to spare; the run takes {low:.1f} to {high:.1f} days"
