@@ -15,7 +15,7 @@ from pathlib import Path
 from btlm_jax.config import TrainConfig, train_config_from
 from btlm_jax.files import write_atomically
 from btlm_jax.metrics import FLOPS_CONVENTION
-from btlm_jax.plan.chips import Chip
+from btlm_jax.plan.chips import Chip, topology_named
 from btlm_jax.plan.compiling import CompileCache, compiler_versions
 from btlm_jax.plan.estimate import ASSUMPTIONS, PhasePlan
 from btlm_jax.plan.layout import Layout, layout_of
@@ -39,7 +39,7 @@ def read_pod_config(path: Path) -> PodConfig:
     """Load a config file of the folder.
 
     Raises:
-      ValueError: it lacks TOPOLOGY or OTHERS, or a config refuses its values.
+      ValueError: it lacks TOPOLOGY or OTHERS, names no known slice, or a config refuses its values.
     """
     module = runpy.run_path(str(path))
     if missing := {"TOPOLOGY", "OTHERS", "get_config"} - module.keys():
@@ -53,7 +53,7 @@ def read_pod_config(path: Path) -> PodConfig:
             others.append(Layout(mesh=dataclasses.replace(own.mesh, **mesh), remat=change.get("remat", own.remat)))
         except TypeError as error:
             raise ValueError(f"{path}: OTHERS has {change}; keys are those of mesh, and remat: {error}") from error
-    return PodConfig(name=path.stem, topology=module["TOPOLOGY"], config=config, others=tuple(others))
+    return PodConfig(name=path.stem, topology=topology_named(module["TOPOLOGY"]), config=config, others=tuple(others))
 
 
 def make_table(path: Path, *, cache: CompileCache, say: Callable[[str], None]) -> list[str]:

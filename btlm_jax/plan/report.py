@@ -47,6 +47,7 @@ def plan_json(plan: SlicePlan, *, usd_per_chip_hour: float) -> dict:
         "works": plan.works,
         "problems": list(plan.problems),
         "phases": [_phase_json(phase) for phase in plan.phases],
+        "misfits": [dataclasses.asdict(misfit) for misfit in plan.misfits],
         "run": whole if plan.works else None,
         "flops_convention": FLOPS_CONVENTION,
         "assumptions": list(ASSUMPTIONS),

@@ -20,6 +20,7 @@ from btlm_jax.plan.layout import Layout
 from btlm_jax.plan.slice_plan import SlicePlan, dividing_meshes, layout_problems, plan_until_misfit
 
 SPARE = 0.1  # of a chip's memory, that the best layout leaves
+TOO_LARGE, SLOWER, NOT_REACHED = "too large", "slower", "not reached"  # why a layout is not compiled
 
 # For a token and a layer, arrays that each remat keeps for the backward pass: so many of d_model, so many of d_ff.
 # No more than it does keep, so that a bound made of them is one.
@@ -34,7 +35,7 @@ class Skipped:
     """A layout that divides and was not compiled, and why."""
 
     layout: Layout
-    reason: str
+    reason: str  # one of the three above
     detail: str
 
 
@@ -74,7 +75,7 @@ def search_layouts(
         try:
             tried.append(plan_until_misfit(layout.applied_to(config), topology=topology, cache=cache, say=say))
         except NoCompilationsLeftError as error:
-            skipped += [Skipped(layout=each, reason="not reached", detail=str(error)) for each in waiting[index:]]
+            skipped += [Skipped(layout=each, reason=NOT_REACHED, detail=str(error)) for each in waiting[index:]]
             break
         say(_outcome(tried[-1]))
     return Search(
@@ -114,12 +115,12 @@ def _skip(
     least = least_bytes(config, layout, num_chips=num_chips)
     if least > chip.hbm_bytes:
         detail = f"state and saved activations alone are {least / GIB:.1f} of {chip.hbm_bytes / GIB:.2f} GiB"
-        return Skipped(layout=layout, reason="too large", detail=detail)
+        return Skipped(layout=layout, reason=TOO_LARGE, detail=detail)
     for plan in tried:
         if plan.misfits and layout.needs_what_needs(plan.layout):
-            return Skipped(layout=layout, reason="too large", detail=f"needs no less than {plan.layout}")
+            return Skipped(layout=layout, reason=TOO_LARGE, detail=f"needs no less than {plan.layout}")
         if plan.works and plan.spare >= SPARE and plan.layout.needs_what_needs(layout):
-            return Skipped(layout=layout, reason="slower", detail=f"saves memory that {plan.layout} has to spare")
+            return Skipped(layout=layout, reason=SLOWER, detail=f"saves memory that {plan.layout} has to spare")
     return None
 
 

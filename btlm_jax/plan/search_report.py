@@ -8,7 +8,7 @@ import dataclasses
 from btlm_jax.plan.chips import GIB
 from btlm_jax.plan.estimate import PhasePlan
 from btlm_jax.plan.report import plan_json
-from btlm_jax.plan.search import SPARE, Search
+from btlm_jax.plan.search import NOT_REACHED, SPARE, Search
 from btlm_jax.plan.slice_plan import SlicePlan
 
 _DAY = 86_400.0
@@ -28,8 +28,10 @@ def search_table(search: Search) -> str:
             lines += [f"None leaves {SPARE:.0%} of a chip's memory, as a run should."]
         lines += ["Predicted, not measured; btlm plan with the flags of a layout prints the assumptions. The best:"]
         lines += [search.best.layout.flags]
-    elif search.tried:
-        lines += ["None fits: try a slice with more chips, or a larger --max-compiles."]
+    elif any(skip.reason == NOT_REACHED for skip in search.skipped):
+        lines += ["None of these fits: the same command with a larger --max-compiles tries more."]
+    elif not search.problems:
+        lines += ["None fits: try a slice with more chips."]
     return "\n".join(lines)
 
 

@@ -1,0 +1,193 @@
+"""The search for a layout: it finds what trying everything finds, with fewer compilations, and can be interrupted."""
+
+import ast
+import dataclasses
+import json
+import math
+import sys
+import types
+from unittest import mock
+
+import pytest
+from tiny import REPOSITORY, config_dict
+from tpu import needs_libtpu
+
+from btlm_jax.cli import main
+from btlm_jax.config import REMATS, MeshConfig, train_config_from
+from btlm_jax.plan import search
+from btlm_jax.plan.chips import CHIPS, GIB
+from btlm_jax.plan.compiling import NoCompilationsLeftError
+from btlm_jax.plan.estimate import Memory, PhasePlan, StepTime
+from btlm_jax.plan.layout import Layout, layout_of
+from btlm_jax.plan.search_report import search_table
+from btlm_jax.plan.slice_plan import Misfit, SlicePlan
+from btlm_jax.program import Program
+
+CONFIG = train_config_from(config_dict("btlm_3b_8k"))
+CHIP = CHIPS["v5e"]
+DEVICES = [types.SimpleNamespace(device_kind="TPU v5 lite")] * 32
+KEPT = {"full": 1.1, "attention_saved": 5.2, "matmuls_saved": 10.5, "none": 17}  # above search._KEPT
+AGAIN = {"full": 1.0, "attention_saved": 0.7, "matmuls_saved": 0.1, "none": 0.0}
+
+
+def imagined(config, **_) -> SlicePlan:
+    """Stand in for compiling: memory and time by a formula."""
+    layout, phase = layout_of(config), config.curriculum.table.phases[0]
+    mesh = layout.mesh
+    gib = 1.0 + 19.5 * KEPT[layout.remat] / mesh.accumulation + 0.2 * mesh.tensor
+    seconds = 30 * (3 + AGAIN[layout.remat]) / 4 + 0.2 * mesh.accumulation + 2 * (mesh.tensor - 1)
+    needed = int(gib * GIB)
+    phases, misfits = (), ()
+    if needed > CHIP.hbm_bytes:
+        misfits = (Misfit(phase=phase, program="", needed=needed, available=CHIP.hbm_bytes),)
+    else:
+        memory = Memory(
+            available=CHIP.hbm_bytes, parameters=0, optimizer=0, other_arguments=0, outputs=0, temporaries=needed,
+            code=0,
+        )  # fmt: skip
+        time = StepTime(computation=seconds, attention=0.0, exposed=0.0, asynchronous=1.0)
+        phases = (
+            PhasePlan(
+                phase=phase, program="", compile_seconds=1.0, memory=memory, collectives=(), counted_flops=1.0,
+                executed_flops=1.0, peak_flops=1.0, step_time=time,
+            ),
+        )  # fmt: skip
+    return SlicePlan(
+        topology="v5e:4x8", chip=CHIP, num_chips=32, layout=layout, phases=phases, misfits=misfits, obstacles=()
+    )
+
+
+def search_imagined(config=CONFIG, *, compiling=imagined):
+    said = []
+    with (
+        mock.patch.object(search, "slice_devices", return_value=DEVICES),
+        mock.patch.object(search, "plan_until_misfit", side_effect=compiling) as compiled,
+    ):
+        found = search.search_layouts(
+            config, topology="v5e:4x8", cache=mock.Mock(num_compiled=0, max_compiles=math.inf), say=said.append
+        )
+    return found, compiled.call_count, said
+
+
+def test_it_finds_what_trying_everything_finds_with_fewer_compilations():
+    found, num_compiled, said = search_imagined()
+    every = search.promising_layouts(CONFIG, chip=CHIP, devices=DEVICES)
+    plans = [imagined(layout.applied_to(CONFIG)) for layout in every]
+    roomy = [plan for plan in plans if plan.works and plan.spare >= search.SPARE]
+    assert found.best == min(roomy, key=lambda plan: sum(plan.seconds))
+    assert found.best.layout.flags in search_table(found).splitlines()[-1]
+    assert len(found.tried) == num_compiled < len(every) / 3
+    assert {plan.layout for plan in found.tried} | {skip.layout for skip in found.skipped} == set(every)
+    assert any(plan.misfits for plan in found.tried)
+    assert f" of {len(every)}: mesh.tensor=1 " in said[0] and "compilations to go" in said[0]
+    # What was held to be too large is, and what was held to be slower is.
+    for skip in found.skipped:
+        plan = imagined(skip.layout.applied_to(CONFIG))
+        assert plan.misfits if skip.reason == "too large" else sum(plan.seconds) > sum(found.best.seconds)
+
+
+def test_the_best_leaves_a_tenth_if_any_does_and_otherwise_that_is_said():
+    def tight(config, **_):
+        plan = imagined(config)
+        for phase in plan.phases:
+            object.__setattr__(phase.memory, "temporaries", int(CHIP.hbm_bytes * 0.95))
+        return plan
+
+    found, *_ = search_imagined(compiling=tight)
+    assert found.best.spare == pytest.approx(0.05) and "None leaves 10% of a chip's memory" in search_table(found)
+    assert all(skip.reason != "slower" for skip in found.skipped)
+
+
+def test_what_does_not_compile_is_no_layout_but_ends_nothing():
+    def broken(config, **_):
+        return dataclasses.replace(imagined(config), phases=(), misfits=(), obstacles=("Mosaic failed",))
+
+    found, num_compiled, _ = search_imagined(compiling=broken)
+    assert found.best is None and num_compiled > 3
+    assert "Mosaic failed" in search_table(found) and "None fits" in search_table(found)
+
+
+def test_out_of_compilations_the_rest_is_named():
+    calls = []
+
+    def limited(config, **_):
+        calls.append(config)
+        if len(calls) > 2:
+            raise NoCompilationsLeftError("--max-compiles=2 compilations have been made")
+        return imagined(config)
+
+    found, *_ = search_imagined(compiling=limited)
+    assert len(found.tried) == 2
+    assert "not reached" in {skip.reason for skip in found.skipped}
+    assert "(--max-compiles=2 compilations have been made)" in search_table(found)
+
+
+def test_a_slice_that_nothing_divides_has_its_problems_said():
+    values = config_dict("btlm_3b_8k")
+    values["evaluation"]["batch_size"] = 7
+    found, num_compiled, _ = search_imagined(train_config_from(values))
+    assert num_compiled == 0 and found.best is None
+    assert "PROBLEM: evaluation.batch_size=7 is not divisible by 32" in search_table(found)
+
+
+def test_memory_only_grows_with_the_micro_batch_and_with_what_is_kept():
+    def layout(accumulation: int, remat: str, tensor: int = 1) -> Layout:
+        return Layout(mesh=MeshConfig(tensor=tensor, accumulation=accumulation), remat=remat)
+
+    base = layout(3, "matmuls_saved")
+    assert all(layout(1, remat).needs_what_needs(base) for remat in ("matmuls_saved", "none"))
+    assert base.needs_what_needs(base) and base.needs_what_needs(layout(3, "full"))
+    for other in (layout(5, "none"), layout(1, "full"), layout(1, "none", tensor=2)):
+        assert not other.needs_what_needs(base)
+    assert set(REMATS) <= KEPT.keys() and sorted(REMATS, key=KEPT.get) == list(REMATS)
+
+
+SIZES = {
+    "model.vocab_size": 300, "model.num_layers": 16, "model.d_model": 256, "model.d_ff": 1024,
+    "model.dtype": "bfloat16", "model.loss_chunk": 512, "curriculum.seq_len": "(512,)",
+    "curriculum.batch_size": "(768,)", "curriculum.num_tokens": "(3932160,)",
+}  # fmt: skip
+
+
+def search_command(folder, *arguments, **sizes) -> tuple[int, dict]:
+    """Run the command; return its exit code and its JSON."""
+    words = ["plan", f"--config={REPOSITORY / 'configs' / 'local_cpu.py'}", "--topology=v5e:2x2", "--search"]
+    words += [f"--config.{name}={value}" for name, value in {**SIZES, **sizes}.items()]
+    words += [f"--json={folder / 'search.json'}", f"--cache={folder / 'cache'}", *arguments]
+    with mock.patch.object(sys, "argv", ["btlm", *words]):  # config_flags looks there for what to change
+        code = main(words)
+    return code, json.loads((folder / "search.json").read_text())
+
+
+@needs_libtpu
+def test_interrupted_it_goes_on_with_what_did_not_fit(capsys, tmp_path):
+    code, found = search_command(tmp_path, "--max-compiles=2")
+    said = capsys.readouterr()
+    assert code == 1 and found["best_flags"] == "" and "None of these fits" in said.out
+    assert "1 compilations made, at most 1 to go, about" in said.err
+    assert [plan["problems"][0].split(":")[0] for plan in found["tried"]] == 2 * ["phase 1 (768 x 512) does not fit"]
+    values = config_dict("local_cpu")
+    for name, value in SIZES.items():
+        section, key = name.split(".")
+        values[section][key] = ast.literal_eval(value) if str(value).startswith("(") else value
+    for plan in found["tried"]:  # the bound is one, and not an empty one
+        layout = Layout(mesh=MeshConfig(**plan["mesh"]), remat=plan["remat"])
+        least = search.least_bytes(train_config_from(values), layout, num_chips=4)
+        assert least < plan["misfits"][0]["needed"] < 5 * least
+    with mock.patch.object(Program, "compile", side_effect=AssertionError("the cache has it")):
+        code, again = search_command(tmp_path, "--max-compiles=0")
+    assert code == 1 and again["tried"] == found["tried"] != []
+    assert {skip["reason"] for skip in again["skipped"]} == {"not reached"}
+
+
+@needs_libtpu
+def test_the_command_prints_flags_that_fit(capsys, tmp_path):
+    sizes = {
+        "model.num_layers": 2, "model.d_model": 64, "model.d_ff": 96, "model.loss_chunk": 64,
+        "curriculum.seq_len": "(256,)", "curriculum.batch_size": "(8,)", "curriculum.num_tokens": "(204800,)",
+    }  # fmt: skip
+    code, found = search_command(tmp_path, "--max-compiles=1", **sizes)
+    assert code == 0 and capsys.readouterr().out.endswith(found["best_flags"] + "\n")
+    (plan,) = found["tried"]
+    assert plan["works"] and plan["run"]["days"] and not plan["misfits"]
+    assert found["best_flags"] == Layout(mesh=MeshConfig(**plan["mesh"]), remat=plan["remat"]).flags
