@@ -9,53 +9,22 @@ import types
 from unittest import mock
 
 import pytest
+from imagined_plan import KEPT, imagined
 from tiny import REPOSITORY, config_dict
 from tpu import needs_libtpu
 
 from btlm_jax.cli import main
 from btlm_jax.config import REMATS, MeshConfig, train_config_from
 from btlm_jax.plan import search
-from btlm_jax.plan.chips import CHIPS, GIB
+from btlm_jax.plan.chips import CHIPS
 from btlm_jax.plan.compiling import NoCompilationsLeftError
-from btlm_jax.plan.estimate import Memory, PhasePlan, StepTime
-from btlm_jax.plan.layout import Layout, layout_of
+from btlm_jax.plan.layout import Layout
 from btlm_jax.plan.search_report import search_table
-from btlm_jax.plan.slice_plan import Misfit, SlicePlan
 from btlm_jax.program import Program
 
 CONFIG = train_config_from(config_dict("btlm_3b_8k"))
 CHIP = CHIPS["v5e"]
 DEVICES = [types.SimpleNamespace(device_kind="TPU v5 lite")] * 32
-KEPT = {"full": 1.1, "attention_saved": 5.2, "matmuls_saved": 10.5, "none": 17}  # above search._KEPT
-AGAIN = {"full": 1.0, "attention_saved": 0.7, "matmuls_saved": 0.1, "none": 0.0}
-
-
-def imagined(config, **_) -> SlicePlan:
-    """Stand in for compiling: memory and time by a formula."""
-    layout, phase = layout_of(config), config.curriculum.table.phases[0]
-    mesh = layout.mesh
-    gib = 1.0 + 19.5 * KEPT[layout.remat] / mesh.accumulation + 0.2 * mesh.tensor
-    seconds = 30 * (3 + AGAIN[layout.remat]) / 4 + 0.2 * mesh.accumulation + 2 * (mesh.tensor - 1)
-    needed = int(gib * GIB)
-    phases, misfits = (), ()
-    if needed > CHIP.hbm_bytes:
-        misfits = (Misfit(phase=phase, program="", needed=needed, available=CHIP.hbm_bytes),)
-    else:
-        memory = Memory(
-            available=CHIP.hbm_bytes, parameters=0, optimizer=0, other_arguments=0, outputs=0, temporaries=needed,
-            code=0,
-        )  # fmt: skip
-        time = StepTime(computation=seconds, attention=0.0, exposed=0.0, asynchronous=1.0)
-        phases = (
-            PhasePlan(
-                phase=phase, program="", compile_seconds=1.0, memory=memory, collectives=(), counted_flops=1.0,
-                executed_flops=1.0, peak_flops=1.0, step_time=time,
-            ),
-        )  # fmt: skip
-    return SlicePlan(
-        topology="v5e:4x8", chip=CHIP, num_chips=32, layout=layout, phases=phases, misfits=misfits, obstacles=()
-    )
-
 
 def search_imagined(config=CONFIG, *, compiling=imagined):
     said = []
@@ -72,7 +41,7 @@ def search_imagined(config=CONFIG, *, compiling=imagined):
 def test_it_finds_what_trying_everything_finds_with_fewer_compilations():
     found, num_compiled, said = search_imagined()
     every = search.promising_layouts(CONFIG, chip=CHIP, devices=DEVICES)
-    plans = [imagined(layout.applied_to(CONFIG)) for layout in every]
+    plans = [imagined(layout.applied_to(CONFIG), topology="v5e:4x8") for layout in every]
     roomy = [plan for plan in plans if plan.works and plan.spare >= search.SPARE]
     assert found.best == min(roomy, key=lambda plan: sum(plan.seconds))
     assert found.best.layout.flags in search_table(found).splitlines()[-1]
@@ -82,13 +51,13 @@ def test_it_finds_what_trying_everything_finds_with_fewer_compilations():
     assert f" of {len(every)}: mesh.tensor=1 " in said[0] and "compilations to go" in said[0]
     # What was held to be too large is, and what was held to be slower is.
     for skip in found.skipped:
-        plan = imagined(skip.layout.applied_to(CONFIG))
+        plan = imagined(skip.layout.applied_to(CONFIG), topology="v5e:4x8")
         assert plan.misfits if skip.reason == "too large" else sum(plan.seconds) > sum(found.best.seconds)
 
 
 def test_the_best_leaves_a_tenth_if_any_does_and_otherwise_that_is_said():
-    def tight(config, **_):
-        plan = imagined(config)
+    def tight(config, **options):
+        plan = imagined(config, **options)
         for phase in plan.phases:
             object.__setattr__(phase.memory, "temporaries", int(CHIP.hbm_bytes * 0.95))
         return plan
@@ -99,8 +68,8 @@ def test_the_best_leaves_a_tenth_if_any_does_and_otherwise_that_is_said():
 
 
 def test_what_does_not_compile_is_no_layout_but_ends_nothing():
-    def broken(config, **_):
-        return dataclasses.replace(imagined(config), phases=(), misfits=(), obstacles=("Mosaic failed",))
+    def broken(config, **options):
+        return dataclasses.replace(imagined(config, **options), phases=(), misfits=(), obstacles=("Mosaic failed",))
 
     found, num_compiled, _ = search_imagined(compiling=broken)
     assert found.best is None and num_compiled > 3
@@ -110,11 +79,11 @@ def test_what_does_not_compile_is_no_layout_but_ends_nothing():
 def test_out_of_compilations_the_rest_is_named():
     calls = []
 
-    def limited(config, **_):
+    def limited(config, **options):
         calls.append(config)
         if len(calls) > 2:
             raise NoCompilationsLeftError("--max-compiles=2 compilations have been made")
-        return imagined(config)
+        return imagined(config, **options)
 
     found, *_ = search_imagined(compiling=limited)
     assert len(found.tried) == 2
@@ -160,6 +129,7 @@ def search_command(folder, *arguments, **sizes) -> tuple[int, dict]:
 
 
 @needs_libtpu
+@pytest.mark.slow
 def test_interrupted_it_goes_on_with_what_did_not_fit(capsys, tmp_path):
     code, found = search_command(tmp_path, "--max-compiles=2")
     said = capsys.readouterr()
@@ -181,6 +151,7 @@ def test_interrupted_it_goes_on_with_what_did_not_fit(capsys, tmp_path):
 
 
 @needs_libtpu
+@pytest.mark.slow
 def test_the_command_prints_flags_that_fit(capsys, tmp_path):
     sizes = {
         "model.num_layers": 2, "model.d_model": 64, "model.d_ff": 96, "model.loss_chunk": 64,

@@ -90,8 +90,8 @@ def check_fits(config: TrainConfig, *, config_file: Path, chip: str, num_chips: 
                 f"{layout} does not fit on {num_chips} chips of {chip}: {_compared(layout, row)}, by {table}. "
                 f"{_what_fits(rows)}; or look for others: {command} --search"
             )
-    if found := [row for row in rows if row.layout == layout]:
-        return f"{layout} fits on {num_chips} chips of {chip}, by {table}: {found[0].needed / GIB:.2f} GiB of a chip's"
+    if any(row.layout == layout for row in rows):
+        return f"{layout} fits on {num_chips} chips of {chip}, by {table}"
     return (
         f"{table} does not have {layout} on {num_chips} chips of {chip}, so whether it fits is not known; to see: "
         f"{command} {layout.flags}"
