@@ -16,10 +16,11 @@ from tpu import needs_libtpu
 from btlm_jax.cli import main
 from btlm_jax.config import REMATS, MeshConfig, train_config_from
 from btlm_jax.plan import search
-from btlm_jax.plan.chips import CHIPS
+from btlm_jax.plan.chips import CHIPS, GIB
 from btlm_jax.plan.compiling import NoCompilationsLeftError
 from btlm_jax.plan.layout import Layout
 from btlm_jax.plan.search_report import search_table
+from btlm_jax.plan.slice_plan import Misfit
 from btlm_jax.program import Program
 
 CONFIG = train_config_from(config_dict("btlm_3b_8k"))
@@ -104,10 +105,27 @@ def test_memory_only_grows_with_the_micro_batch_and_with_what_is_kept():
         return Layout(mesh=MeshConfig(tensor=tensor, accumulation=accumulation), remat=remat)
 
     base = layout(3, "matmuls_saved")
-    assert all(layout(1, remat).needs_what_needs(base) for remat in ("matmuls_saved", "none"))
-    assert base.needs_what_needs(base) and base.needs_what_needs(layout(3, "full"))
-    for other in (layout(5, "none"), layout(1, "full"), layout(1, "none", tensor=2)):
-        assert not other.needs_what_needs(base)
+    assert all(layout(1, remat).share_needed(base) == 1 for remat in ("matmuls_saved", "none"))
+    assert base.share_needed(base) == base.share_needed(layout(3, "full")) == 1
+    assert layout(15, "none").share_needed(base) == 3 / 15
+    for other in (layout(5, "full"), layout(1, "full"), layout(1, "none", tensor=2)):
+        assert other.share_needed(base) == 0
+
+
+@pytest.mark.parametrize("needed, is_skipped", [(48, True), (46, False)])
+def test_more_micro_batches_divide_what_is_needed_at_best(needed, is_skipped):
+    """With 5 of them what needs 48 GiB needs at least 16 of 15.75 GiB with 15."""
+    def layout_with(accumulation: int) -> Layout:
+        return Layout(mesh=dataclasses.replace(CONFIG.mesh, accumulation=accumulation), remat="full")
+
+    tried = imagined(layout_with(5).applied_to(CONFIG), topology="v5e:4x8")
+    misfit = Misfit(phase=CONFIG.curriculum.table.phases[0], program="", needed=needed * GIB, available=0)
+    tried = dataclasses.replace(tried, phases=(), misfits=(misfit,))
+    found = search._skip(layout_with(15), [tried], config=CONFIG, chip=CHIP, num_chips=32)
+    assert (found is not None) == is_skipped
+
+
+def test_remats_are_ordered_by_what_they_keep():
     assert set(REMATS) <= KEPT.keys() and sorted(REMATS, key=KEPT.get) == list(REMATS)
 
 

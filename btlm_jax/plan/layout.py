@@ -32,14 +32,16 @@ class Layout:
         model = dataclasses.replace(config.model, remat=self.remat)
         return dataclasses.replace(config, mesh=self.mesh, model=model)
 
-    def needs_what_needs(self, other: Layout) -> bool:
-        """Whether this needs at least the memory of `other`: micro-batches as large or larger, no less kept of each."""
+    def share_needed(self, other: Layout) -> float:
+        """Return the share of the memory of `other` that this needs at least.
+
+        1 with micro-batches as large or larger and no less kept of each; with n times as many micro-batches 1 / n,
+        because at most everything shrinks with them; 0 where nothing follows.
+        """
         as_many = dataclasses.replace(self.mesh, accumulation=other.mesh.accumulation)
-        return (
-            as_many == other.mesh
-            and self.mesh.accumulation <= other.mesh.accumulation
-            and REMATS.index(self.remat) >= REMATS.index(other.remat)
-        )
+        if as_many != other.mesh or REMATS.index(self.remat) < REMATS.index(other.remat):
+            return 0.0
+        return min(1.0, other.mesh.accumulation / self.mesh.accumulation)
 
 
 def layout_of(config: TrainConfig) -> Layout:

@@ -85,7 +85,7 @@ def check_fits(config: TrainConfig, *, config_file: Path, chip: str, num_chips: 
     topology = usual_topology(CHIPS[chip], count=num_chips) or f"{chip}:AxBxC"
     command = f"btlm plan --config={config_file} --topology={topology}"
     for row in rows:
-        if not row.fits and layout.needs_what_needs(row.layout):
+        if not row.fits and layout.share_needed(row.layout) == 1:
             raise ValueError(
                 f"{layout} does not fit on {num_chips} chips of {chip}: {_compared(layout, row)}, by {table}. "
                 f"{_what_fits(rows)}; or look for others: {command} --search"

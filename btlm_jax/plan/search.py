@@ -1,8 +1,8 @@
 """Search the layouts of a config on a slice for the fastest that fits, compiling as few of them as may be.
 
 Layouts are tried in the order of a rough guess of their step time. Not compiled is what cannot win: what needs more
-than a chip has by its state and saved activations alone; what needs at least the memory of one that did not fit; what
-saves memory at the expense of time while one that has memory to spare does not.
+than a chip has by its state and saved activations alone, or by what one that was compiled needs; what saves memory at
+the expense of time while one that has memory to spare does not.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ TOO_LARGE, SLOWER, NOT_REACHED = "too large", "slower", "not reached"  # why a l
 
 # For a token and a layer, arrays that each remat keeps for the backward pass: so many of d_model, so many of d_ff.
 # No more than it does keep, so that a bound made of them is one.
-_KEPT = {"full": (1, 0), "attention_saved": (5, 0), "matmuls_saved": (5, 2), "none": (5, 2)}
+_KEPT = {"full": (1, 0), "attention_saved": (5, 0), "matmuls_saved": (5, 2), "none": (10, 5)}
 # How much of the forward pass is computed again. Only the order of trying depends on it.
 _COMPUTED_AGAIN = {"full": 1.0, "attention_saved": 0.75, "matmuls_saved": 0.1, "none": 0.0}
 _MATMUL_SPEED = 0.6  # of the peak; as above
@@ -117,9 +117,11 @@ def _skip(
         detail = f"state and saved activations alone are {least / GIB:.1f} of {chip.hbm_bytes / GIB:.2f} GiB"
         return Skipped(layout=layout, reason=TOO_LARGE, detail=detail)
     for plan in tried:
-        if plan.misfits and layout.needs_what_needs(plan.layout):
-            return Skipped(layout=layout, reason=TOO_LARGE, detail=f"needs no less than {plan.layout}")
-        if plan.works and plan.spare >= SPARE and plan.layout.needs_what_needs(layout):
+        least = plan.needed * layout.share_needed(plan.layout)
+        if least > chip.hbm_bytes:
+            detail = f"needs {least / GIB:.2f} GiB at least, by what {plan.layout} needs"
+            return Skipped(layout=layout, reason=TOO_LARGE, detail=detail)
+        if plan.works and plan.spare >= SPARE and plan.layout.share_needed(layout) == 1:
             return Skipped(layout=layout, reason=SLOWER, detail=f"saves memory that {plan.layout} has to spare")
     return None
 
