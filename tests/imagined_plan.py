@@ -9,7 +9,7 @@ from btlm_jax.plan.layout import layout_of
 from btlm_jax.plan.slice_plan import Misfit, SlicePlan
 
 # For BTLM-3B on 32 chips, a little above what search.py says that a layout needs at least.
-KEPT = {"full": 1.1, "attention_saved": 5.2, "matmuls_saved": 10.5, "none": 17}
+KEPT = {"full": 1.1, "attention_saved": 5.2, "matmuls_saved": 12, "none": 26}
 _AGAIN = {"full": 1.0, "attention_saved": 0.7, "matmuls_saved": 0.1, "none": 0.0}
 _GATHER = Collective(kind="all-gather", num_bytes=3 * GIB, num_devices=4, count=5, is_asynchronous=True)
 
@@ -17,8 +17,8 @@ _GATHER = Collective(kind="all-gather", num_bytes=3 * GIB, num_devices=4, count=
 def imagined(config: TrainConfig, *, topology: str, **_) -> SlicePlan:
     """Stand in for `plan_until_misfit`."""
     layout, phases = layout_of(config), config.curriculum.table.phases
-    gib = 1.0 + 19.5 * KEPT[layout.remat] / layout.mesh.accumulation + 0.2 * layout.mesh.tensor
-    seconds = 30 * (3 + _AGAIN[layout.remat]) / 4 + 0.2 * layout.mesh.accumulation + 2 * (layout.mesh.tensor - 1)
+    gib = 1.0 * layout.mesh.context + 0.2 * layout.mesh.tensor + 19.5 * KEPT[layout.remat] / layout.mesh.accumulation
+    seconds = 30 * (3 + _AGAIN[layout.remat]) / 4 + 0.2 * layout.mesh.accumulation + 2 * (layout.mesh.tensor * layout.mesh.context - 1)
     needed, chip = int(gib * GIB), chip_of(topology)
     fits = needed <= chip.hbm_bytes
     misfit = Misfit(phase=phases[0], program="hash", needed=needed, available=chip.hbm_bytes)

@@ -24,7 +24,7 @@ from btlm_jax.plan.pod_table import check_devices, check_fits, read_table, table
 CONFIG = """import runpy
 
 TOPOLOGY = "v5e:4x8"
-OTHERS = (dict(accumulation=3, remat="matmuls_saved"), dict(remat="matmuls_saved"))
+OTHERS = (dict(accumulation=3, remat="matmuls_saved"), dict(remat="attention_saved"))
 
 
 def get_config():
@@ -51,11 +51,12 @@ def make(folder: Path) -> list[str]:
         return making.make_table(folder / "table.json", cache=mock.Mock(), say=lambda line: None)
 
 
-def config_of(folder: Path, *, accumulation: int = 15, remat: str = "full") -> TrainConfig:
+def config_of(folder: Path, **changes) -> TrainConfig:
+    """Return the folder's config with changes to mesh.accumulation or model.remat."""
     config = making.read_pod_config(folder / "v5e_32.py").config
     layout = layout_of(config)
-    mesh = dataclasses.replace(layout.mesh, accumulation=accumulation)
-    return dataclasses.replace(layout, mesh=mesh, remat=remat).applied_to(config)
+    mesh = dataclasses.replace(layout.mesh, accumulation=changes.get("accumulation", layout.mesh.accumulation))
+    return dataclasses.replace(layout, mesh=mesh, remat=changes.get("remat", layout.remat)).applied_to(config)
 
 
 def check(folder: Path, config, *, chip: str = "v5e", num_chips: int = 32) -> str:
@@ -77,8 +78,9 @@ def test_the_table_has_a_row_for_each_layout_with_what_it_needs_and_takes(pods):
     ]
     assert table["versions"]["jax"] == jax.__version__
     text = (pods / "table.md").read_text()
-    assert "| `v5e_32.py` | v5e:4x8 | tensor 1, accumulation 15, remat full | 1,920 x 2,048 | 2.63 of 15.75 " in text
-    assert "| &nbsp;&nbsp;v5e_32 | v5e:4x8 | tensor 1, accumulation 3, remat matmuls_saved | 1,920 x 2,048 |" in text
+    mesh = "v5e:4x8 | tensor 1, context 1"
+    assert f"| `v5e_32.py` | {mesh}, accumulation 15, remat full | 1,920 x 2,048 | 2.63 of 15.75 " in text
+    assert f"| &nbsp;&nbsp;v5e_32 | {mesh}, accumulation 3, remat matmuls_saved | 1,920 x 2,048 |" in text
     assert text.count("| **no** |") == 1 and "all-gather 0.0 / 15.0" in text
 
 
@@ -86,7 +88,7 @@ def test_what_is_wrong_with_a_folder_is_named(pods):
     text = (pods / "v5e_32.py").read_text()
     (pods / "v5e_32.py").write_text(text.replace("accumulation = 15", "accumulation = 1"))
     (problem,) = make(pods)
-    assert problem.startswith("v5e_32, mesh.tensor=1 mesh.accumulation=1 model.remat=full: phase 1 (1,920 x 2,048) ")
+    assert problem.startswith(f"v5e_32, {layout_of(config_of(pods))}: phase 1 (1,920 x 2,048) does not fit")
     for old, new, said in (
         ("OTHERS", "OTHER", "lacks OTHERS; see another file"),
         ("accumulation=3,", "micro=3,", "OTHERS has {'micro': 3, 'remat': .*}; keys are those of mesh, and remat"),
@@ -113,8 +115,8 @@ def test_a_layout_that_does_not_fit_is_refused_and_those_that_fit_are_named(pods
     said = str(refused.value)
     assert f"mesh.accumulation={accumulation} model.remat={remat} does not fit on 32 chips of v5e" in said
     assert ("it needs no less than mesh.tensor=1" in said) == (remat == "none")
-    assert "needs 69.45 GiB of a chip's 15.75 GiB" in said and f"by {pods / 'table.json'}" in said
-    assert "What fits there: --config.mesh.tensor=1 --config.mesh.accumulation=15 --config.model.remat=full " in said
+    assert "needs 79.20 GiB of a chip's 15.75 GiB" in said and f"by {pods / 'table.json'}" in said
+    assert f"What fits there: {layout_of(config_of(pods)).flags} (2.63 of 15.75 GiB); " in said
     assert f"btlm plan --config={pods / 'v5e_32.py'} --topology=v5e:4x8 --search" in said
 
 

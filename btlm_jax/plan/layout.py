@@ -35,13 +35,22 @@ class Layout:
     def share_needed(self, other: Layout) -> float:
         """Return the share of the memory of `other` that this needs at least.
 
-        1 with micro-batches as large or larger and no less kept of each; with n times as many micro-batches 1 / n,
-        because at most everything shrinks with them; 0 where nothing follows.
+        1 with micro-batches as large or larger, no less kept of each, and the state copied over as many chips; with n
+        times as many micro-batches 1 / n, because at most everything shrinks with them; 0 where nothing follows.
         """
-        as_many = dataclasses.replace(self.mesh, accumulation=other.mesh.accumulation)
-        if as_many != other.mesh or REMATS.index(self.remat) < REMATS.index(other.remat):
+        keeps_as_much = REMATS.index(self.remat) >= REMATS.index(other.remat)
+        if self.mesh.tensor != other.mesh.tensor or self.mesh.context < other.mesh.context or not keeps_as_much:
             return 0.0
         return min(1.0, other.mesh.accumulation / self.mesh.accumulation)
+
+    def gives_up_time_for_memory(self, other: Layout) -> bool:
+        """Whether this exchanges and computes at least what `other` does: nothing but memory could be said for it."""
+        return (
+            self.mesh.tensor == other.mesh.tensor
+            and self.mesh.context >= other.mesh.context
+            and self.mesh.accumulation >= other.mesh.accumulation
+            and REMATS.index(self.remat) <= REMATS.index(other.remat)
+        )
 
 
 def layout_of(config: TrainConfig) -> Layout:
