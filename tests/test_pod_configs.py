@@ -18,6 +18,7 @@ from btlm_jax.plan.report import collectives_by_kind
 from btlm_jax.plan.search import SPARE
 from btlm_jax.plan.slice_plan import layout_problems, program_on
 from btlm_jax.plan.table_text import table_text
+from btlm_jax.sharding import make_run_mesh
 
 FOLDER = REPOSITORY / "configs" / "pods"
 FILES = sorted(FOLDER.glob("*.py"))
@@ -36,6 +37,15 @@ def test_every_pod_divides_and_fits_with_memory_to_spare(file):
     assert row["needed_bytes"] < (1 - SPARE) * row["available_bytes"] == (1 - SPARE) * chip.hbm_bytes
     assert [phase["fits"] for phase in row["phases"]] == [True, True]
     assert all(phase["collectives"] and 0 < phase["mfu"][0] <= phase["mfu"][1] < 1 for phase in row["phases"])
+
+
+@needs_libtpu
+@pytest.mark.parametrize("file", FILES, ids=lambda file: file.stem)
+def test_every_pod_has_a_mesh_of_its_slice(file):
+    pod = read_pod_config(file)
+    mesh = make_run_mesh(pod.config, devices=slice_devices(pod.topology))
+    ways = pod.config.mesh
+    assert mesh.shape["shared"] * mesh.shape["context"] == ways.context and mesh.shape["tensor"] == ways.tensor
 
 
 def test_every_row_is_of_a_config_or_of_its_others():
