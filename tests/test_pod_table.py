@@ -18,6 +18,7 @@ from btlm_jax.config import TrainConfig
 from btlm_jax.metrics import peak_flops
 from btlm_jax.plan import make_table as making
 from btlm_jax.plan.chips import CHIPS, chip_of_device
+from btlm_jax.plan.compiling import CompileCache
 from btlm_jax.plan.layout import layout_of
 from btlm_jax.plan.pod_table import check_devices, check_fits, read_table, table_beside
 
@@ -47,8 +48,9 @@ def pods(tmp_path):
 
 
 def make(folder: Path) -> list[str]:
+    cache = CompileCache(directory=folder, max_compiles=0)
     with mock.patch.object(making, "plan_until_misfit", side_effect=imagined):
-        return making.make_table(folder / "table.json", cache=mock.Mock(), say=lambda line: None)
+        return making.make_table(folder / "table.json", cache=cache, say=lambda line: None)
 
 
 def config_of(folder: Path, **changes) -> TrainConfig:

@@ -6,6 +6,7 @@ import json
 import math
 import sys
 import types
+from pathlib import Path
 from unittest import mock
 
 import pytest
@@ -17,7 +18,7 @@ from btlm_jax.cli import main
 from btlm_jax.config import REMATS, MeshConfig, train_config_from
 from btlm_jax.plan import search
 from btlm_jax.plan.chips import CHIPS, GIB
-from btlm_jax.plan.compiling import NoCompilationsLeftError
+from btlm_jax.plan.compiling import CompileCache, NoCompilationsLeftError
 from btlm_jax.plan.layout import Layout
 from btlm_jax.plan.search_report import search_table
 from btlm_jax.plan.slice_plan import Misfit
@@ -34,7 +35,7 @@ def search_imagined(config=CONFIG, *, compiling=imagined):
         mock.patch.object(search, "plan_until_misfit", side_effect=compiling) as compiled,
     ):
         found = search.search_layouts(
-            config, topology="v5e:4x8", cache=mock.Mock(num_compiled=0, max_compiles=math.inf), say=said.append
+            config, topology="v5e:4x8", cache=CompileCache(directory=Path(), max_compiles=math.inf), say=said.append
         )
     return found, compiled.call_count, said
 
@@ -158,6 +159,13 @@ def search_command(folder, *arguments, **sizes) -> tuple[int, dict]:
     with mock.patch.object(sys, "argv", ["btlm", *words]):  # config_flags looks there for what to change
         code = main(words)
     return code, json.loads((folder / "search.json").read_text())
+
+
+def test_the_outlook_is_of_the_compilations_allowed_and_of_those_made():
+    cache = CompileCache(directory=Path(), max_compiles=12)
+    assert cache.outlook(layouts=4, phases=2) == "at most 8 compilations to go"
+    cache.num_compiled, cache.seconds = 3, 360.0
+    assert cache.outlook(layouts=40, phases=2) == "3 compilations made, at most 9 to go, about 18 min"
 
 
 @needs_libtpu

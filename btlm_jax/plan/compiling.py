@@ -78,6 +78,14 @@ class CompileCache:
             raise DoesNotFitError(program=key, needed=values["needed_bytes"], available=chip.hbm_bytes)
         return CompiledStep(program=key, executable=_executable(values.pop("executable")), **values)
 
+    def outlook(self, *, layouts: int, phases: int) -> str:
+        """Return what is left to do and how long that may take when so many layouts have not been looked at."""
+        most = min(layouts * phases, self.max_compiles - self.num_compiled)
+        if not self.num_compiled:
+            return f"at most {most:.0f} compilations to go"
+        minutes = most * self.seconds / self.num_compiled / 60
+        return f"{self.num_compiled} compilations made, at most {most:.0f} to go, about {minutes:.0f} min"
+
     def _compile(
         self, program: Program, traced: jax.stages.Traced, *, chip: Chip, state_bytes: int, key: str, kept: Path
     ) -> None:

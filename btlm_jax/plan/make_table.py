@@ -70,7 +70,8 @@ def make_table(path: Path, *, cache: CompileCache, say: Callable[[str], None]) -
     wanted = [(pod, layout) for pod in pods for layout in (layout_of(pod.config), *pod.others)]
     rows, wrong = [], []
     for number, (pod, layout) in enumerate(wanted, start=1):
-        say(f"{number} of {len(wanted)}: {pod.name} on {pod.topology}, {layout}")
+        outlook = cache.outlook(layouts=len(wanted) - number + 1, phases=len(pod.config.curriculum.table.phases))
+        say(f"{number} of {len(wanted)}: {pod.name} on {pod.topology}, {layout}; {outlook}")
         config = layout.applied_to(pod.config)
         plan = plan_until_misfit(config, topology=pod.topology, cache=cache, say=say)
         if plan.obstacles or (not plan.works and layout == layout_of(pod.config)):

@@ -79,7 +79,8 @@ def search_layouts(
     skipped, waiting = _sift(waiting, lambda guess: _skip_by_bound(guess, config=config, chip=chip, chips=len(devices)))
     while waiting:
         guess, *rest = waiting
-        say(f"{len(tried) + 1}. {guess.layout}; {_outlook(cache, config, left=len(waiting))}")
+        outlook = cache.outlook(layouts=len(waiting), phases=len(config.curriculum.table.phases))
+        say(f"{len(tried) + 1}. {guess.layout}; {outlook}")
         try:
             plan = plan_until_misfit(guess.layout.applied_to(config), topology=topology, cache=cache, say=say)
         except NoCompilationsLeftError as error:
@@ -181,14 +182,6 @@ def _matrix_parameters(config: TrainConfig) -> int:
     model = config.model
     block = 4 * model.d_model * model.d_model + 3 * model.d_model * model.d_ff
     return model.num_layers * block + model.vocab_size * model.d_model
-
-
-def _outlook(cache: CompileCache, config: TrainConfig, *, left: int) -> str:
-    most = min(left * len(config.curriculum.table.phases), cache.max_compiles - cache.num_compiled)
-    if not cache.num_compiled:
-        return f"at most {most:.0f} compilations to go"
-    minutes = most * cache.seconds / cache.num_compiled / 60
-    return f"{cache.num_compiled} compilations made, at most {most:.0f} to go, about {minutes:.0f} min"
 
 
 def _outcome(plan: SlicePlan) -> str:
