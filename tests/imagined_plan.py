@@ -17,8 +17,9 @@ _GATHER = Collective(kind="all-gather", num_bytes=3 * GIB, num_devices=4, count=
 def imagined(config: TrainConfig, *, topology: str, **_) -> SlicePlan:
     """Stand in for `plan_until_misfit`."""
     layout, phases = layout_of(config), config.curriculum.table.phases
-    gib = 1.0 * layout.mesh.context + 0.2 * layout.mesh.tensor + 19.5 * KEPT[layout.remat] / layout.mesh.accumulation
-    seconds = 30 * (3 + _AGAIN[layout.remat]) / 4 + 0.2 * layout.mesh.accumulation + 2 * (layout.mesh.tensor * layout.mesh.context - 1)
+    mesh = layout.mesh
+    gib = 1.0 * mesh.context + 0.2 * mesh.tensor + 19.5 * KEPT[layout.remat] / mesh.accumulation
+    seconds = 30 * (3 + _AGAIN[layout.remat]) / 4 + 0.2 * mesh.accumulation + 2 * (mesh.tensor * mesh.context - 1)
     needed, chip = int(gib * GIB), chip_of(topology)
     fits = needed <= chip.hbm_bytes
     misfit = Misfit(phase=phases[0], program="hash", needed=needed, available=chip.hbm_bytes)
