@@ -24,6 +24,7 @@ from btlm_jax.interrupt import StopRequest
 from btlm_jax.metrics import FLOPS_CONVENTION, GoodputLedger, flops_per_token, peak_flops
 from btlm_jax.model import make_model, parameter_table
 from btlm_jax.mup import make_parametrization
+from btlm_jax.plan.pod_table import check_devices
 from btlm_jax.prepare import Run, log, make_run, make_workdir, prepare_store
 from btlm_jax.report import evaluate_some, finish_run, finished_report
 from btlm_jax.sharding import batch_sharding, check_divisible, make_run_mesh, rules_for
@@ -42,14 +43,19 @@ class BadNumbersError(Exception):
         self.step = step
 
 
-def train(config: TrainConfig, *, workdir: Path) -> str:
+def train(config: TrainConfig, *, config_file: Path, workdir: Path) -> str:
     """Train `config` in `workdir` to its end, from wherever the workdir stands; return DONE, PREEMPTED or BAD_NUMBERS.
 
+    `config_file` is where the config is from: the table of layouts is beside it.
+
     Raises:
-      ValueError: the config, the store, the mesh or the checkpoint do not fit together; says which and how.
+      ValueError: the config, the store, the mesh or the checkpoint do not fit together, or the step not the chips'
+        memory; says which and how.
       OSError: a file cannot be read or written.
     """
     ledger, stop = GoodputLedger(), StopRequest()
+    if known := check_devices(config, jax.devices(), config_file=config_file):
+        log(known)
     make_workdir(workdir)
     check_divisible(config, num_devices=jax.device_count())
     mesh = make_run_mesh(config, devices=jax.devices())

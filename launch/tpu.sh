@@ -9,11 +9,12 @@
 #
 # Set NAME, ZONE, TYPE (for example v5litepod-256), CONFIG and WORKDIR (a folder that every worker sees: a
 # Filestore or gcsfuse mount). Optional: PROJECT, SPOT=1, FLAGS, MAX_RESTARTS. DRY_RUN=1 prints each gcloud command
-# instead of running it.
+# instead of running it. `up` and `run` first ask the checked-in table, through this checkout's `btlm plan --check`,
+# whether CONFIG fits TYPE, and stop if it does not.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
-usage() { sed -n '2,14s/^# \{0,1\}//p' "$0"; exit 2; }
+usage() { sed -n '2,16s/^# \{0,1\}//p' "$0"; exit 2; }
 need() { for name in "$@"; do [ -n "${!name:-}" ] || { echo "launch/tpu.sh: set $name" >&2; exit 2; }; done; }
 gc() {
   if [ -n "${DRY_RUN:-}" ]; then echo "gcloud $*"; else gcloud "$@"; fi
@@ -31,12 +32,25 @@ runtime() {
   esac
 }
 
+check_fits() {
+  # FLAGS is read as the shell of a worker will read it; what changes the config is what matters here.
+  local words=() changes=() word
+  eval "words=(${FLAGS:-})"
+  for word in "${words[@]}"; do [[ $word != --config.* ]] || changes+=("$word"); done
+  PATH=$PATH:.venv/bin command -v btlm > /dev/null || {
+    echo "launch/tpu.sh: no btlm here to check the layout with: python3 -m venv .venv && .venv/bin/pip install -e ." >&2
+    exit 2
+  }
+  PATH=$PATH:.venv/bin btlm plan --check --topology="$TYPE" --config="$CONFIG" "${changes[@]}" || exit 1
+}
+
 state() { gc compute tpus queued-resources describe "$NAME" $(place) --format='value(state.state)'; }
 
 up() {
-  need NAME ZONE TYPE
+  need NAME ZONE TYPE CONFIG
   local version
   version=$(runtime)
+  check_fits
   gc compute tpus queued-resources create "$NAME" $(place) --node-id="$NAME" --accelerator-type="$TYPE" \
     --runtime-version="$version" ${SPOT:+--spot}
   [ -z "${DRY_RUN:-}" ] || return 0
@@ -50,8 +64,9 @@ up() {
 }
 
 run() {
-  need NAME ZONE CONFIG WORKDIR
+  need NAME ZONE TYPE CONFIG WORKDIR
   local folder
+  check_fits
   folder=$(mktemp -d)
   git archive --format=tar.gz -o "$folder/btlm_jax.tar.gz" HEAD
   gc compute tpus tpu-vm scp "$folder/btlm_jax.tar.gz" "$NAME": $(place) --worker=all

@@ -10,8 +10,10 @@ from tiny import CONFIGS, REPOSITORY, config_dict, tiny_config
 
 from btlm_jax.config import TrainConfig, train_config_from
 
+NAMES = [str(path.relative_to(REPOSITORY / "configs").with_suffix("")) for path in CONFIGS]
 
-@pytest.mark.parametrize("name", [path.stem for path in CONFIGS])
+
+@pytest.mark.parametrize("name", NAMES)
 def test_every_config_file_makes_a_config_that_survives_json(name):
     config = train_config_from(config_dict(name))
     assert train_config_from(json.loads(config.to_json())) == config
@@ -21,7 +23,7 @@ def test_config_files_differ_in_values_only():
     def keys(mapping: dict) -> dict:
         return {key: keys(value) if isinstance(value, dict) else type(value) for key, value in mapping.items()}
 
-    first, *others = [keys(config_dict(path.stem)) for path in CONFIGS]
+    first, *others = [keys(config_dict(name)) for name in NAMES]
     assert all(other == first for other in others)
 
 

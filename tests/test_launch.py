@@ -1,26 +1,30 @@
 """The launchers, with stand-ins on PATH for what is not here."""
 
 import os
+import shutil
 import subprocess
 from pathlib import Path
 
 import pytest
 
+REFUSING = 'echo "$@" >> "$(dirname "$0")/asked"; echo "it does not fit" >&2; exit 1'
 LAUNCH = Path(__file__).parent.parent / "launch"
 SLICE = {
     "NAME": "pod",
     "ZONE": "zone-a",
     "TYPE": "v5litepod-256",
-    "CONFIG": "configs/btlm_3b_8k.py",
+    "CONFIG": "configs/pods/v5e_256.py",
     "WORKDIR": "/mnt/run",
 }
 
 
-def run(verb: str, folder: Path, *, gcloud: str, **settings: str) -> subprocess.CompletedProcess:
-    """Run launch/tpu.sh with a stand-in gcloud that logs its arguments and then runs `gcloud` (bash)."""
-    stand_in = folder / "gcloud"
-    stand_in.write_text(f'#!/usr/bin/env bash\necho "$@" >> {folder}/log\n{gcloud}\n')
-    stand_in.chmod(0o755)
+def run(
+    verb: str, folder: Path, *, gcloud: str, btlm: str = "true", **settings: str
+) -> subprocess.CompletedProcess:
+    """Run launch/tpu.sh with stand-ins (bash): a gcloud that logs its arguments and then runs `gcloud`, and a btlm."""
+    for name, script in (("gcloud", f'echo "$@" >> {folder}/log\n{gcloud}'), ("btlm", btlm)):
+        (folder / name).write_text(f"#!/usr/bin/env bash\n{script}\n")
+        (folder / name).chmod(0o755)
     environment = {"PATH": f"{folder}:{os.environ['PATH']}", **settings}
     return subprocess.run(
         [LAUNCH / "tpu.sh", verb], env=environment, capture_output=True, text=True, timeout=60, check=False
@@ -64,7 +68,32 @@ def test_run_starts_every_worker_detached(tmp_path):
     assert done.returncode == 0, done.stderr
     start = log_of(tmp_path).splitlines()[-1]
     assert "--worker=all" in start and "nohup" in start
-    assert "btlm train --distributed --config=configs/btlm_3b_8k.py --workdir=/mnt/run --config.seed=2" in start
+    assert "btlm train --distributed --config=configs/pods/v5e_256.py --workdir=/mnt/run --config.seed=2" in start
+
+
+@pytest.mark.parametrize("verb", ["up", "run"])
+def test_what_does_not_fit_is_neither_created_nor_copied(tmp_path, verb):
+    flags = """--config.mesh.tensor=2 --config.curriculum.seq_len="(4, 8)" --unrelated"""
+    done = run(verb, tmp_path, gcloud="true", btlm=REFUSING, **SLICE, FLAGS=flags)
+    assert done.returncode == 1 and "it does not fit" in done.stderr
+    assert not (tmp_path / "log").exists()
+    asked = "plan --check --topology=v5litepod-256 --config=configs/pods/v5e_256.py"
+    changes = "--config.mesh.tensor=2 --config.curriculum.seq_len=(4, 8)"
+    assert (tmp_path / "asked").read_text() == f"{asked} {changes}\n"
+
+
+def test_without_btlm_here_nothing_is_created(tmp_path):
+    lean = tmp_path / "lean"
+    lean.mkdir()
+    for tool in ("bash", "dirname", "env"):
+        (lean / tool).symlink_to(shutil.which(tool))
+    root = tmp_path / "checkout" / "launch"
+    root.mkdir(parents=True)
+    shutil.copy(LAUNCH / "tpu.sh", root)
+    done = subprocess.run(
+        [root / "tpu.sh", "up"], env={"PATH": str(lean), **SLICE}, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 2 and "no btlm here to check the layout with" in done.stderr
 
 
 def test_watch_restarts_a_preempted_run_and_returns_the_last_code(tmp_path):

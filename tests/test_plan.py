@@ -13,11 +13,11 @@ from tpu import needs_libtpu
 from btlm_jax.cli import main
 from btlm_jax.config import MeshConfig, train_config_from
 from btlm_jax.metrics import flops_per_token
-from btlm_jax.plan.chips import CHIPS, GIB, num_chips, slice_devices
-from btlm_jax.plan.compiling import out_of_memory
+from btlm_jax.plan.chips import CHIPS, GIB, num_chips, slice_devices, topology_named
+from btlm_jax.plan.compiling import needed_bytes
 from btlm_jax.plan.estimate import collective_seconds
 from btlm_jax.plan.executable import Collective, read_executable
-from btlm_jax.plan.slice_plan import layout_problems, layouts
+from btlm_jax.plan.slice_plan import dividing_meshes, layout_problems
 from btlm_jax.plan.work import work_of
 from btlm_jax.program import Program, make_program
 from btlm_jax.sharding import make_run_mesh
@@ -118,13 +118,11 @@ def test_both_complaints_about_memory_are_read():
     whole = "RESOURCE_EXHAUSTED: XLA:TPU compile permanent error. Ran out of memory in memory space hbm. " + (
         "Used 19.25G of 15.75G hbm. Exceeded hbm capacity by 3.50G."
     )
-    assert out_of_memory(whole, state_bytes=GIB, chip=chip) == (
-        "needs 19.25 GiB of a chip's 15.75 GiB, 3.50 GiB too much"
-    )
+    assert needed_bytes(whole, state_bytes=GIB, chip=chip) == 19.25 * GIB
     part = "the total memory required for HLO temporaries (113.21G) exceeds available HBM (15.75G)."
-    assert "needs 114.21 GiB" in out_of_memory(part, state_bytes=GIB, chip=chip)
+    assert needed_bytes(part, state_bytes=GIB, chip=chip) == pytest.approx(114.21 * GIB, abs=1)
     with pytest.raises(ValueError, match="does not compile for v5e: Mosaic failed"):
-        out_of_memory("Mosaic failed to compile a kernel", state_bytes=GIB, chip=chip)
+        needed_bytes("Mosaic failed to compile a kernel", state_bytes=GIB, chip=chip)
 
 
 @pytest.mark.parametrize("tensor", [1, 4])
@@ -177,11 +175,12 @@ def test_the_paper_on_slices_that_its_batches_do_not_divide():
 
 def test_layouts_divide_and_come_nearest_first():
     config = train_config_from(config_dict("btlm_3b_8k"))
-    found = [dataclasses.astuple(mesh) for mesh in layouts(config, num_devices=16)]  # tensor, context, accumulation
-    assert found == [(1, 1, 1), (1, 1, 2), (1, 2, 1), (2, 1, 1), (1, 1, 3)]
-    found = [dataclasses.astuple(mesh) for mesh in layouts(config, num_devices=256)]
+    # tensor, context, accumulation
+    found = [dataclasses.astuple(mesh) for mesh in dividing_meshes(config, num_devices=16)]
+    assert found[:5] == [(1, 1, 1), (1, 1, 2), (1, 2, 1), (2, 1, 1), (1, 1, 3)]
+    found = [dataclasses.astuple(mesh) for mesh in dividing_meshes(config, num_devices=256)]
     assert found[0] == (1, 8, 1) and (2, 4, 1) in found
-    assert layouts(config, num_devices=7) == []
+    assert dividing_meshes(config, num_devices=7) == []
 
 
 @needs_libtpu
@@ -201,7 +200,7 @@ def run_plan(*arguments) -> int:
 
 def test_slices_that_are_not_there_are_refused(capsys):
     assert run_plan() == 2 and "needs --topology, for example" in capsys.readouterr().err
-    for topology in ("v7:2x2", "v5e", "v5e:2"):
+    for topology in ("v7:2x2", "v5e", "v5e:2", "v5p-7", "h100-8"):
         assert run_plan(f"--topology={topology}") == 1
         assert "is not known; allowed are v4:{2x2x1,2x2x2," in capsys.readouterr().err
 
@@ -210,6 +209,34 @@ def test_without_libtpu_it_says_what_to_install(capsys):
     with mock.patch("importlib.util.find_spec", return_value=None):
         assert run_plan("--topology=v5e:2x2") == 1
     assert "pip install 'btlm_jax[tpu]'" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "kind, topology, count",
+    [
+        ("v5litepod-256", "v5e:16x16", 256),
+        ("v5p-256", "v5p:4x4x8", 128),
+        ("v4-8", "v4:2x2x1", 4),
+        ("v6e-64", "v6e:8x8", 64),
+    ],
+)
+def test_accelerator_types_count_cores_where_a_chip_has_two(kind, topology, count):
+    assert topology_named(kind) == topology_named(topology) == topology
+    assert num_chips(topology.partition(":")[2]) == count
+
+
+@pytest.mark.parametrize(
+    "arguments, said",
+    [
+        (["--topology=v5e:2x2", "--search", "--check"], "give one of --search and --check"),
+        (["--topology=v5e:2x2", "--max-compiles=3"], "--max-compiles says nothing without --search"),
+        (["--topology=v5e:2x2", "--check", "--json=x"], "--json says nothing to --check"),
+        (["--topology=v5e:2x2", "--search", "--max-compiles=-1"], "--max-compiles=-1 must not be negative"),
+        (["--table=x"], "leave out the other two flags"),
+    ],
+)
+def test_flags_of_another_mode_are_refused(capsys, arguments, said):
+    assert run_plan(*arguments) == 2 and said in capsys.readouterr().err
 
 
 @needs_libtpu
@@ -265,7 +292,10 @@ def test_a_config_that_does_not_fit(capsys, tmp_path):
         "curriculum.seq_len": "(512,)", "curriculum.batch_size": "(2048,)", "curriculum.num_tokens": "(1048576,)",
     }  # fmt: skip
     asked = [f"--config.{name}={value}" for name, value in changes.items()]
-    assert run_plan("--topology=v5e:2x2", f"--cache={tmp_path}", *asked) == 1
-    assert list(tmp_path.iterdir()) == []
+    asked += ["--topology=v5litepod-4", f"--cache={tmp_path}"]
+    assert run_plan(*asked) == 1
     said = capsys.readouterr().out
-    assert "PROBLEM: phase 1 (2,048 x 512) does not fit: it needs" in said and "GiB too much" in said
+    assert "PROBLEM: phase 1 (2,048 x 512) does not fit: it needs" in said and "GiB too much; try more" in said
+    with mock.patch.object(Program, "compile", side_effect=AssertionError("the cache has it")):
+        assert run_plan(*asked) == 1
+    assert capsys.readouterr().out == said

@@ -1,20 +1,17 @@
 """Tiny configs for tests: every size different, so that a swapped axis cannot hide."""
 
-import importlib.util
+import runpy
 from pathlib import Path
 
 from btlm_jax.config import TrainConfig, train_config_from
 
 REPOSITORY = Path(__file__).parent.parent
-CONFIGS = sorted((REPOSITORY / "configs").glob("*.py"))
+CONFIGS = sorted((REPOSITORY / "configs").rglob("*.py"))
 
 
 def config_dict(name: str) -> dict:
-    """Return the plain dict of a file under configs/."""
-    spec = importlib.util.spec_from_file_location(name, REPOSITORY / "configs" / f"{name}.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module.get_config().to_dict()
+    """Return the plain dict of a file under configs/; those of a folder there are called "pods/v5e_256"."""
+    return runpy.run_path(str(REPOSITORY / "configs" / f"{name}.py"))["get_config"]().to_dict()
 
 
 # 8 x 24 = 4 x 48 tokens a step, 6 + 4 steps.

@@ -16,6 +16,7 @@ from btlm_jax.cli.parse import (
     USAGE,
     UsageError,
     apply,
+    config_file,
     parse_config,
     run_flags,
     workdir_of,
@@ -60,7 +61,7 @@ def train(arguments: Sequence[str]) -> int:
         num_processes=values["num_processes"].value,
         process_id=values["process_id"].value,
     )
-    outcome = training.train(config, workdir=workdir_of(values))
+    outcome = training.train(config, config_file=config_file(values), workdir=workdir_of(values))
     return {training.DONE: DONE, training.PREEMPTED: PREEMPTED, training.BAD_NUMBERS: BAD_NUMBERS}[outcome]
 
 

@@ -49,6 +49,11 @@ def parse_config(values: flags.FlagValues, arguments: Sequence[str], *, help_tex
         raise UsageError(str(error)) from error
 
 
+def config_file(values: flags.FlagValues) -> Path:
+    """Return the file that --config named."""
+    return Path(config_flags.get_config_filename(values["config"]))
+
+
 def parse_flags(values: flags.FlagValues, arguments: Sequence[str], *, help_text: str) -> bool:
     """Parse the flags; return False when help was asked for and printed."""
     if any(argument in ("--help", "-h", "-help") for argument in arguments):

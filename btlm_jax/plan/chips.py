@@ -28,6 +28,8 @@ class Chip:
     kernel_bundles: dict[str, int]
     slices: tuple[str, ...]
     options: dict[str, str]  # that libtpu wants beside the name
+    kinds: tuple[str, ...]  # what its devices call themselves
+    accelerator: str  # what Google Cloud calls its slices, before the number
 
 
 CHIPS = {
@@ -37,34 +39,61 @@ CHIPS = {
             name="v4", hbm_bytes=int(30.75 * GIB), clock=1.05e9, num_cores=2, link_bytes=45e9,
             kernel_bundles={"fwd": 1411, "dq": 1700, "dkv": 2150}, slices=_CUBE,
             options={"chip_config_name": "megacore"},  # otherwise a device is half a chip
+            kinds=("TPU v4",), accelerator="v4",
         ),
         Chip(
             name="v5e", hbm_bytes=int(15.75 * GIB), clock=1.5e9, num_cores=1, link_bytes=45e9,
             kernel_bundles={"fwd": 1038, "dq": 1362, "dkv": 1752}, slices=_PLANE, options={},
+            kinds=("TPU v5 lite", "TPU v5e"), accelerator="v5litepod",
         ),
         Chip(
             name="v5p", hbm_bytes=int(95.74 * GIB), clock=1.75e9, num_cores=2, link_bytes=90e9,
             kernel_bundles={"fwd": 1016, "dq": 1360, "dkv": 1750}, slices=_CUBE, options={},
+            kinds=("TPU v5", "TPU v5p"), accelerator="v5p",
         ),
         Chip(
             name="v6e", hbm_bytes=int(31.25 * GIB), clock=1.75e9, num_cores=1, link_bytes=90e9,
             kernel_bundles={"fwd": 672, "dq": 780, "dkv": 1000}, slices=_PLANE, options={},
+            kinds=("TPU v6 lite", "TPU v6e"), accelerator="v6e",
         ),
     )
 }  # fmt: skip
 
 
-def chip_of(topology: str) -> Chip:
-    """Return the chip of a topology such as "v5e:16x16".
+def topology_named(name: str) -> str:
+    """Return the topology that `name` is, or that an accelerator type of Google Cloud is: v5litepod-256 is v5e:16x16.
 
     Raises:
-      ValueError: it is not written like one, or of no known generation.
+      ValueError: it is neither.
     """
-    found = re.fullmatch(r"(\w+):\d+x\d+(x\d+)?", topology)
-    if not found or found[1] not in CHIPS:
-        allowed = "; ".join(f"{chip.name}:{{{','.join(chip.slices)}}}" for chip in CHIPS.values())
-        raise ValueError(f"--topology={topology!r} is not known; allowed are {allowed}")
-    return CHIPS[found[1]]
+    if found := re.fullmatch(r"(\w+)-(\d+)", name):
+        for chip in CHIPS.values():
+            shapes = [shape for shape in chip.slices if _accelerator_number(chip, shape) == int(found[2])]
+            if chip.accelerator == found[1] and shapes:
+                return f"{chip.name}:{shapes[0]}"
+    elif (found := re.fullmatch(r"(\w+):\d+x\d+(x\d+)?", name)) and found[1] in CHIPS:
+        return name
+    topologies_ = "; ".join(f"{chip.name}:{{{','.join(chip.slices)}}}" for chip in CHIPS.values())
+    types = "; ".join(
+        f"{chip.accelerator}-{{{','.join(str(_accelerator_number(chip, shape)) for shape in chip.slices)}}}"
+        for chip in CHIPS.values()
+    )
+    raise ValueError(f"--topology={name!r} is not known; allowed are {topologies_}, or accelerator types: {types}")
+
+
+def chip_of(topology: str) -> Chip:
+    """Return the chip of a topology that `topology_named` returned."""
+    return CHIPS[topology.partition(":")[0]]
+
+
+def chip_of_device(device: jax.Device) -> Chip | None:
+    """Return the chip that a device of this machine is, or None for what is no TPU, or one of no known generation."""
+    return next((chip for chip in CHIPS.values() if device.device_kind in chip.kinds), None)
+
+
+def usual_topology(chip: Chip, *, count: int) -> str:
+    """Return the usual slice of so many chips, or "" if there is none."""
+    return next((f"{chip.name}:{shape}" for shape in chip.slices if num_chips(shape) == count), "")
 
 
 def slice_devices(topology: str) -> list[jax.Device]:
@@ -91,6 +120,11 @@ def num_chips(slice_shape: str) -> int:
     """Return how many chips "4x8" or "4x4x8" has."""
     sides = [int(side) for side in slice_shape.split("x")]
     return sides[0] * sides[1] * (sides[2] if len(sides) == 3 else 1)
+
+
+def _accelerator_number(chip: Chip, slice_shape: str) -> int:
+    """Return the number in an accelerator type, which counts cores where a chip has two."""
+    return num_chips(slice_shape) * chip.num_cores
 
 
 def _settle_libtpu() -> None:

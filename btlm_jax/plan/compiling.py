@@ -22,11 +22,23 @@ from btlm_jax.program import Program, compiler_options
 class DoesNotFitError(Exception):
     """The compiler needs more memory than a chip has."""
 
+    def __init__(self, *, program: str, needed: int, available: int):
+        super().__init__(
+            f"needs {needed / GIB:.2f} GiB of a chip's {available / GIB:.2f} GiB, {(needed - available) / GIB:.2f} GiB "
+            "too much"
+        )
+        self.program, self.needed, self.available = program, needed, available
+
+
+class NoCompilationsLeftError(Exception):
+    """A step would have to be compiled, and as many as allowed have been."""
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class CompiledStep:
     """What a compilation said: bytes of a device, and what its text says."""
 
+    program: str  # a hash of all that decides the rest
     argument_bytes: int
     output_bytes: int
     alias_bytes: int  # outputs that take the place of donated arguments
@@ -36,51 +48,87 @@ class CompiledStep:
     seconds: float  # that compiling took
 
 
-def compile_step(
-    program: Program, traced: jax.stages.Traced, *, topology: str, chip: Chip, state_bytes: int, cache: Path
-) -> CompiledStep:
-    """Compile a traced step, or read from `cache` what compiling the same program for the same slice said.
+@dataclasses.dataclass(kw_only=True)
+class CompileCache:
+    """A directory of what compilations said, "does not fit" too, and how many more may be made."""
 
-    Raises:
-      DoesNotFitError: saying by how much; that is not kept.
-    """
-    kept = cache / f"{_key(traced, topology=topology, device=program.mesh.devices.flat[0])}.json"
-    if kept.is_file():
-        return _from_json(kept.read_text())
-    began = time.monotonic()
-    try:
-        compiled = program.compile(traced)
-    except jax.errors.JaxRuntimeError as error:
-        raise DoesNotFitError(out_of_memory(str(error), state_bytes=state_bytes, chip=chip)) from error
-    stats = compiled.memory_analysis()
-    step = CompiledStep(
-        argument_bytes=stats.argument_size_in_bytes,
-        output_bytes=stats.output_size_in_bytes,
-        alias_bytes=stats.alias_size_in_bytes,
-        temporary_bytes=stats.temp_size_in_bytes,
-        code_bytes=stats.generated_code_size_in_bytes,
-        executable=read_executable(compiled.as_text(), num_devices=program.mesh.size),
-        seconds=time.monotonic() - began,
-    )
-    cache.mkdir(parents=True, exist_ok=True)
-    write_atomically(kept, json.dumps(dataclasses.asdict(step)))
-    return step
+    directory: Path
+    max_compiles: float  # math.inf: as many as needed
+    num_compiled: int = 0
+    seconds: float = 0.0  # that those took
+
+    def compile_step(
+        self, program: Program, traced: jax.stages.Traced, *, topology: str, chip: Chip, state_bytes: int
+    ) -> CompiledStep:
+        """Compile a traced step, or read what compiling the same program for the same slice said.
+
+        Raises:
+          DoesNotFitError: saying by how much.
+          NoCompilationsLeftError: it is not kept, and `max_compiles` have been made.
+          ValueError: the compiler complains about something other than memory.
+        """
+        key = _key(traced, topology=topology, device=program.mesh.devices.flat[0])
+        kept = self.directory / f"{key}.json"
+        if not kept.is_file():
+            if self.num_compiled >= self.max_compiles:
+                raise NoCompilationsLeftError(f"--max-compiles={self.max_compiles} compilations have been made")
+            self._compile(program, traced, chip=chip, state_bytes=state_bytes, key=key, kept=kept)
+        values = json.loads(kept.read_text())
+        if "needed_bytes" in values:
+            raise DoesNotFitError(program=key, needed=values["needed_bytes"], available=chip.hbm_bytes)
+        return CompiledStep(program=key, executable=_executable(values.pop("executable")), **values)
+
+    def outlook(self, *, layouts: int, phases: int) -> str:
+        """Return what is left to do and how long that may take when so many layouts have not been looked at."""
+        most = min(layouts * phases, self.max_compiles - self.num_compiled)
+        if not self.num_compiled:
+            return f"at most {most:.0f} compilations to go"
+        minutes = most * self.seconds / self.num_compiled / 60
+        return f"{self.num_compiled} compilations made, at most {most:.0f} to go, about {minutes:.0f} min"
+
+    def _compile(
+        self, program: Program, traced: jax.stages.Traced, *, chip: Chip, state_bytes: int, key: str, kept: Path
+    ) -> None:
+        began = time.monotonic()
+        self.num_compiled += 1
+        try:
+            compiled = program.compile(traced)
+        except jax.errors.JaxRuntimeError as error:
+            said = {"needed_bytes": needed_bytes(str(error), state_bytes=state_bytes, chip=chip)}
+        else:
+            stats = compiled.memory_analysis()
+            said = {
+                "argument_bytes": stats.argument_size_in_bytes,
+                "output_bytes": stats.output_size_in_bytes,
+                "alias_bytes": stats.alias_size_in_bytes,
+                "temporary_bytes": stats.temp_size_in_bytes,
+                "code_bytes": stats.generated_code_size_in_bytes,
+                "executable": dataclasses.asdict(
+                    read_executable(compiled.as_text(), num_devices=program.mesh.size)
+                ),
+                "seconds": time.monotonic() - began,
+            }
+        self.seconds += time.monotonic() - began
+        self.directory.mkdir(parents=True, exist_ok=True)
+        write_atomically(kept, json.dumps(said))
 
 
-def out_of_memory(message: str, *, state_bytes: int, chip: Chip) -> str:
-    """Return how much is missing, from either form of the compiler's complaint: about everything, or a part.
+def needed_bytes(message: str, *, state_bytes: int, chip: Chip) -> int:
+    """Return how much is needed, from either form of the compiler's complaint: about everything, or a part.
 
     Raises:
       ValueError: it complains about something else.
     """
     if whole := re.search(r"Used ([\d.]+)G of ([\d.]+)G hbm", message):
-        needed = float(whole[1])
-    elif part := re.search(r"required for HLO (\w+) \(([\d.]+)G\) exceeds available HBM \([\d.]+G\)", message):
-        needed = float(part[2]) + (state_bytes / GIB if part[1] == "temporaries" else 0)
-    else:
-        raise ValueError(f"the step does not compile for {chip.name}: {message.splitlines()[0][:500]}")
-    available = chip.hbm_bytes / GIB
-    return f"needs {needed:.2f} GiB of a chip's {available:.2f} GiB, {needed - available:.2f} GiB too much"
+        return int(float(whole[1]) * GIB)
+    if part := re.search(r"required for HLO (\w+) \(([\d.]+)G\) exceeds available HBM \([\d.]+G\)", message):
+        return int(float(part[2]) * GIB) + (state_bytes if part[1] == "temporaries" else 0)
+    raise ValueError(f"the step does not compile for {chip.name}: {message.splitlines()[0][:500]}")
+
+
+def compiler_versions() -> dict[str, str]:
+    """Return the versions of what compiles."""
+    return {name: importlib.metadata.version(name) for name in ("jax", "jaxlib", "libtpu")}
 
 
 def _key(traced: jax.stages.Traced, *, topology: str, device: jax.Device) -> str:
@@ -90,14 +138,12 @@ def _key(traced: jax.stages.Traced, *, topology: str, device: jax.Device) -> str
         "topology": topology,
         "options": compiler_options(device),
         "environment": os.environ.get("LIBTPU_INIT_ARGS", ""),
-        "versions": [importlib.metadata.version(name) for name in ("jaxlib", "libtpu")],
+        "versions": compiler_versions(),
         "reader": Path(__file__).with_name("executable.py").read_text(),
     }
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:32]
 
 
-def _from_json(text: str) -> CompiledStep:
-    values = json.loads(text)
-    read = values.pop("executable")
-    collectives = tuple(Collective(**collective) for collective in read["collectives"])
-    return CompiledStep(executable=Executable(collectives=collectives, num_cycles=read["num_cycles"]), **values)
+def _executable(values: dict) -> Executable:
+    collectives = tuple(Collective(**collective) for collective in values["collectives"])
+    return Executable(collectives=collectives, num_cycles=values["num_cycles"])

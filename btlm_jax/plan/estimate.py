@@ -8,14 +8,13 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from pathlib import Path
 
 import jax
 
 from btlm_jax.curriculum import Phase
 from btlm_jax.metrics import flops_per_token, peak_flops
 from btlm_jax.plan.chips import Chip
-from btlm_jax.plan.compiling import CompiledStep, compile_step
+from btlm_jax.plan.compiling import CompileCache, CompiledStep
 from btlm_jax.plan.executable import Collective, Executable
 from btlm_jax.plan.work import Work, work_of
 from btlm_jax.program import Program
@@ -72,6 +71,7 @@ class PhasePlan:
     """What is predicted of one phase."""
 
     phase: Phase
+    program: str  # a hash of all that decides what compiling says
     compile_seconds: float
     memory: Memory
     collectives: tuple[Collective, ...]
@@ -84,20 +84,23 @@ class PhasePlan:
         return self.counted_flops / self.peak_flops / seconds
 
 
-def plan_phase(program: Program, phase: Phase, *, topology: str, chip: Chip, cache: Path) -> PhasePlan:
+def plan_phase(program: Program, phase: Phase, *, topology: str, chip: Chip, cache: CompileCache) -> PhasePlan:
     """Compile the train step of a phase, unless `cache` has what that says, and predict.
 
     Raises:
       DoesNotFitError: saying by how much.
+      NoCompilationsLeftError: `cache` may compile no more.
+      ValueError: it does not compile, for another reason than memory.
     """
     traced = program.trace_train_step(phase)
-    step = compile_step(
-        program, traced, topology=topology, chip=chip, state_bytes=_bytes_of(program.state), cache=cache
+    step = cache.compile_step(
+        program, traced, topology=topology, chip=chip, state_bytes=state_bytes(program)
     )
     num_chips = program.mesh.size
     work = work_of(traced.jaxpr.jaxpr)
     return PhasePlan(
         phase=phase,
+        program=step.program,
         compile_seconds=step.seconds,
         memory=_memory(program, step, chip=chip),
         collectives=step.executable.collectives,
@@ -113,6 +116,11 @@ def collective_seconds(collective: Collective, *, link_bytes: float) -> float:
     n = collective.num_devices
     passes = {"all-reduce": 2 * (n - 1) / n, "all-to-all": n / 4}.get(collective.kind, (n - 1) / n)
     return collective.count * passes * collective.num_bytes / (2 * link_bytes)
+
+
+def state_bytes(program: Program) -> int:
+    """Return the bytes of parameters and optimizer on one device, which every step needs."""
+    return _bytes_of(program.state)
 
 
 def _step_time(executable: Executable, work: Work, *, chip: Chip, num_chips: int) -> StepTime:

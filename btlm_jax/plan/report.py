@@ -7,7 +7,7 @@ import dataclasses
 from collections.abc import Iterator
 
 from btlm_jax.metrics import FLOPS_CONVENTION
-from btlm_jax.plan.chips import GIB
+from btlm_jax.plan.chips import GIB, Chip
 from btlm_jax.plan.estimate import ASSUMPTIONS, PhasePlan, collective_seconds
 from btlm_jax.plan.slice_plan import SlicePlan
 from btlm_jax.sharding import describe_mesh
@@ -17,12 +17,12 @@ _HOUR = 3600.0
 
 def plan_table(plan: SlicePlan, *, usd_per_chip_hour: float) -> str:
     """Return the plan in lines; without a price (0) it has no cost."""
-    layout = describe_mesh(plan.mesh, num_devices=plan.num_chips)
-    lines = [f"{plan.topology}: {plan.num_chips} chips as {layout}, mesh.accumulation {plan.mesh.accumulation}"]
+    axes = describe_mesh(plan.layout.mesh, num_devices=plan.num_chips)
+    lines = [f"{plan.topology}: {plan.num_chips} chips as {axes}; {plan.layout}"]
     lines += [f"PROBLEM: {problem}" for problem in plan.problems]
     for phase in plan.phases:
         lines += ["", *_phase_lines(plan, phase)]
-    if plan.phases and not plan.problems:
+    if plan.works:
         lines += ["", *_run_lines(plan, usd_per_chip_hour=usd_per_chip_hour)]
     if plan.phases:
         lines += ["", f"Predicted, not measured. FLOPs counted: {FLOPS_CONVENTION}.", "Step time assumes:"]
@@ -42,14 +42,27 @@ def plan_json(plan: SlicePlan, *, usd_per_chip_hour: float) -> dict:
     return {
         "topology": plan.topology,
         "num_chips": plan.num_chips,
-        "mesh": dataclasses.asdict(plan.mesh),
-        "works": not plan.problems,
+        "mesh": dataclasses.asdict(plan.layout.mesh),
+        "remat": plan.layout.remat,
+        "works": plan.works,
         "problems": list(plan.problems),
         "phases": [_phase_json(phase) for phase in plan.phases],
-        "run": None if plan.problems else whole,
+        "misfits": [dataclasses.asdict(misfit) for misfit in plan.misfits],
+        "run": whole if plan.works else None,
         "flops_convention": FLOPS_CONVENTION,
         "assumptions": list(ASSUMPTIONS),
     }
+
+
+def collectives_by_kind(each: PhasePlan, *, chip: Chip) -> dict[tuple[str, bool], list[float]]:
+    """Return count, bytes and seconds of a step's collectives by (kind, asynchronous?), the slowest first."""
+    totals: dict[tuple[str, bool], list[float]] = collections.defaultdict(lambda: [0, 0, 0.0])
+    for collective in each.collectives:
+        total = totals[collective.kind, collective.is_asynchronous]
+        total[0] += collective.count
+        total[1] += collective.count * collective.num_bytes
+        total[2] += collective_seconds(collective, link_bytes=chip.link_bytes)
+    return dict(sorted(totals.items(), key=lambda item: -item[1][2]))
 
 
 def _phase_lines(plan: SlicePlan, each: PhasePlan) -> Iterator[str]:
@@ -73,7 +86,7 @@ def _phase_lines(plan: SlicePlan, each: PhasePlan) -> Iterator[str]:
         f"({each.executed_flops / each.counted_flops:.2f} times)"
     )
     yield "  collectives    kind               count      GiB  seconds"
-    for (kind, asynchronous), (count, num_bytes, seconds) in _by_kind(plan, each).items():
+    for (kind, asynchronous), (count, num_bytes, seconds) in collectives_by_kind(each, chip=plan.chip).items():
         how = "asynchronous" if asynchronous else "alone"
         yield f"    {how:<12} {kind:<18} {count:>5} {_gib(num_bytes):>8} {seconds:>8.3f}"
     yield (
@@ -94,21 +107,11 @@ def _run_lines(plan: SlicePlan, *, usd_per_chip_hour: float) -> Iterator[str]:
         yield f"Cost: {costs[0]:,.0f} to {costs[1]:,.0f} USD at {usd_per_chip_hour:g} a chip-hour"
 
 
-def _by_kind(plan: SlicePlan, each: PhasePlan) -> dict[tuple[str, bool], list[float]]:
-    """Return count, bytes and seconds of a step's collectives by (kind, asynchronous?), the slowest first."""
-    totals: dict[tuple[str, bool], list[float]] = collections.defaultdict(lambda: [0, 0, 0.0])
-    for collective in each.collectives:
-        total = totals[collective.kind, collective.is_asynchronous]
-        total[0] += collective.count
-        total[1] += collective.count * collective.num_bytes
-        total[2] += collective_seconds(collective, link_bytes=plan.chip.link_bytes)
-    return dict(sorted(totals.items(), key=lambda item: -item[1][2]))
-
-
 def _phase_json(each: PhasePlan) -> dict:
     step = each.step_time
     return {
         "phase": dataclasses.asdict(each.phase),
+        "program": each.program,
         "compile_seconds": each.compile_seconds,
         "memory": {**dataclasses.asdict(each.memory), "needed": each.memory.needed},
         "collectives": [dataclasses.asdict(collective) for collective in each.collectives],

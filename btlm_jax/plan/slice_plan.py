@@ -7,30 +7,70 @@ import dataclasses
 import math
 import threading
 import time
-from collections.abc import Callable, Iterator
-from pathlib import Path
+from collections.abc import Callable, Iterator, Sequence
+
+import jax
 
 from btlm_jax.config import MeshConfig, TrainConfig
-from btlm_jax.plan.chips import Chip, chip_of, num_chips, slice_devices
-from btlm_jax.plan.compiling import DoesNotFitError
+from btlm_jax.curriculum import Phase
+from btlm_jax.plan.chips import GIB, Chip, chip_of, num_chips, slice_devices
+from btlm_jax.plan.compiling import CompileCache, DoesNotFitError
 from btlm_jax.plan.estimate import PhasePlan, plan_phase
-from btlm_jax.program import make_program
+from btlm_jax.plan.layout import Layout, layout_of, mesh_text
+from btlm_jax.program import Program, make_program
 from btlm_jax.sharding import divisibility_problems, make_run_mesh
 
+_MORE_MEMORY = "try more mesh.accumulation, model.remat=full, or more chips"
 _MAX_LAYOUTS = 5  # that are suggested
 _PROGRESS_SECONDS = 15.0
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class Misfit:
+    """A phase whose step needs more memory than a chip has."""
+
+    phase: Phase
+    program: str  # as PhasePlan's
+    needed: int
+    available: int
+
+    def __str__(self) -> str:
+        return (
+            f"{phase_name(self.phase)} does not fit: it needs {self.needed / GIB:.2f} GiB of a chip's "
+            f"{self.available / GIB:.2f} GiB, {(self.needed - self.available) / GIB:.2f} GiB too much"
+        )
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class SlicePlan:
-    """What a run would need and take on a slice; `problems` says why it would not run, if it would not."""
+    """What a run would need and take on a slice, or why it would not run."""
 
     topology: str
     chip: Chip
     num_chips: int
-    mesh: MeshConfig
-    problems: tuple[str, ...]
-    phases: tuple[PhasePlan, ...]  # those that compiled
+    layout: Layout
+    phases: tuple[PhasePlan, ...]  # those that fit
+    misfits: tuple[Misfit, ...]  # those that do not
+    obstacles: tuple[str, ...]  # why nothing was compiled, or could be
+
+    @property
+    def works(self) -> bool:
+        return not self.misfits and not self.obstacles
+
+    @property
+    def problems(self) -> tuple[str, ...]:
+        """Everything because of which it would not run."""
+        return (*self.obstacles, *(f"{misfit}; {_MORE_MEMORY}" for misfit in self.misfits))
+
+    @property
+    def needed(self) -> int:
+        """Bytes of a chip's memory, in the phase that needs the most."""
+        return max((each.needed for each in (*(plan.memory for plan in self.phases), *self.misfits)), default=0)
+
+    @property
+    def spare(self) -> float:
+        """The share of a chip's memory that is left."""
+        return 1 - self.needed / self.chip.hbm_bytes
 
     @property
     def seconds(self) -> tuple[float, float]:
@@ -39,29 +79,72 @@ class SlicePlan:
         return sum(n * step.low for n, step in steps), sum(n * step.high for n, step in steps)
 
 
-def plan_run(config: TrainConfig, *, topology: str, cache: Path, say: Callable[[str], None]) -> SlicePlan:
+def plan_run(config: TrainConfig, *, topology: str, cache: CompileCache, say: Callable[[str], None]) -> SlicePlan:
     """Compile every phase of a config for a slice, or take it from `cache`; `say` hears of the progress.
 
     Raises:
-      ValueError: there is no such slice, libtpu is not installed, or the config says what no slice could do.
+      ValueError: there is no such slice, libtpu is not installed, or the step does not compile.
+      NoCompilationsLeftError: `cache` may compile no more.
     """
-    chip = chip_of(topology)
     devices = slice_devices(topology)
-    made = dict(topology=topology, chip=chip, num_chips=len(devices), mesh=config.mesh)
-    if problems := layout_problems(config, num_devices=len(devices), chip=chip):
-        return SlicePlan(**made, problems=problems, phases=())
-    program = make_program(config, make_run_mesh(config, devices=devices))
-    problems, phases = [], []
-    for phase in config.curriculum.table.phases:
-        name = f"phase {phase.index + 1} ({phase.batch_size:,} x {phase.seq_len:,})"
-        with _progress(f"compiling {name} for {topology}", say=say):
+    if problems := layout_problems(config, num_devices=len(devices), chip=chip_of(topology)):
+        return _slice_plan(config, topology=topology, num_chips=len(devices), results=(), obstacles=problems)
+    results = tuple(_plan_phases(program_on(config, devices), topology=topology, cache=cache, say=say))
+    return _slice_plan(config, topology=topology, num_chips=len(devices), results=results, obstacles=())
+
+
+def plan_until_misfit(
+    config: TrainConfig, *, topology: str, cache: CompileCache, say: Callable[[str], None]
+) -> SlicePlan:
+    """Do as `plan_run` with a layout that divides, but compile nothing after a phase that does not fit.
+
+    What does not compile for another reason than memory is an obstacle of the plan.
+
+    Raises:
+      NoCompilationsLeftError: `cache` may compile no more.
+    """
+    devices = slice_devices(topology)
+    results, obstacles = [], ()
+    try:
+        for result in _plan_phases(program_on(config, devices), topology=topology, cache=cache, say=say):
+            results.append(result)
+            if isinstance(result, Misfit):
+                break
+    except ValueError as error:
+        obstacles = (str(error),)
+    return _slice_plan(config, topology=topology, num_chips=len(devices), results=tuple(results), obstacles=obstacles)
+
+
+def program_on(config: TrainConfig, devices: Sequence[jax.Device]) -> Program:
+    """Return what a config trains on these devices.
+
+    Raises:
+      ValueError: its mesh does not divide them.
+    """
+    return make_program(config, make_run_mesh(config, devices=devices))
+
+
+def _plan_phases(
+    program: Program, *, topology: str, cache: CompileCache, say: Callable[[str], None]
+) -> Iterator[PhasePlan | Misfit]:
+    """Yield the plan of one phase after the other, each compiled only when it is asked for.
+
+    Raises:
+      ValueError: a step does not compile, for another reason than memory.
+      NoCompilationsLeftError: `cache` may compile no more.
+    """
+    for phase in program.config.curriculum.table.phases:
+        with _progress(f"compiling {phase_name(phase)} for {topology}", say=say):
             try:
-                phases.append(plan_phase(program, phase, topology=topology, chip=chip, cache=cache))
+                plan = plan_phase(program, phase, topology=topology, chip=chip_of(topology), cache=cache)
             except DoesNotFitError as error:
-                problems.append(
-                    f"{name} does not fit: it {error}; try more mesh.accumulation, model.remat=full, or more chips"
-                )
-    return SlicePlan(**made, problems=tuple(problems), phases=tuple(phases))
+                plan = Misfit(phase=phase, program=error.program, needed=error.needed, available=error.available)
+        yield plan
+
+
+def phase_name(phase: Phase) -> str:
+    """Return what a phase is called in what people read."""
+    return f"phase {phase.index + 1} ({phase.batch_size:,} x {phase.seq_len:,})"
 
 
 def layout_problems(config: TrainConfig, *, num_devices: int, chip: Chip) -> tuple[str, ...]:
@@ -69,19 +152,16 @@ def layout_problems(config: TrainConfig, *, num_devices: int, chip: Chip) -> tup
     problems = divisibility_problems(config, num_devices=num_devices)
     if not problems:
         return ()
-    if works := layouts(config, num_devices=num_devices):
-        shown = "; ".join(
-            f"mesh.tensor={mesh.tensor} mesh.context={mesh.context} mesh.accumulation={mesh.accumulation}"
-            for mesh in works
-        )
+    if works := dividing_meshes(config, num_devices=num_devices)[:_MAX_LAYOUTS]:
+        shown = "; ".join(map(mesh_text, works))
         return (*problems, f"layouts of this config that divide {num_devices} chips: {shown}")
-    slices = [shape for shape in chip.slices if layouts(config, num_devices=num_chips(shape))]
+    slices = [shape for shape in chip.slices if dividing_meshes(config, num_devices=num_chips(shape))]
     shown = ", ".join(f"{chip.name}:{shape}" for shape in slices) or "none"
     return (*problems, f"no layout of this config divides {num_devices} chips; slices that one divides: {shown}")
 
 
-def layouts(config: TrainConfig, *, num_devices: int) -> list[MeshConfig]:
-    """Return the layouts that divide everything on so many devices, nearest to the config's first."""
+def dividing_meshes(config: TrainConfig, *, num_devices: int) -> list[MeshConfig]:
+    """Return the meshes that divide everything on so many devices, nearest to the config's first."""
 
     def distance(mesh: MeshConfig) -> float:
         now = dataclasses.astuple(config.mesh)
@@ -96,7 +176,26 @@ def layouts(config: TrainConfig, *, num_devices: int) -> list[MeshConfig]:
         for mesh in (MeshConfig(tensor=tensor, context=context, accumulation=accumulation),)
         if not divisibility_problems(dataclasses.replace(config, mesh=mesh), num_devices=num_devices)
     ]
-    return sorted(found, key=distance)[:_MAX_LAYOUTS]
+    return sorted(found, key=distance)
+
+
+def _slice_plan(
+    config: TrainConfig,
+    *,
+    topology: str,
+    num_chips: int,
+    results: tuple[PhasePlan | Misfit, ...],
+    obstacles: tuple[str, ...],
+) -> SlicePlan:
+    return SlicePlan(
+        topology=topology,
+        chip=chip_of(topology),
+        num_chips=num_chips,
+        layout=layout_of(config),
+        phases=tuple(each for each in results if isinstance(each, PhasePlan)),
+        misfits=tuple(each for each in results if isinstance(each, Misfit)),
+        obstacles=obstacles,
+    )
 
 
 def _divisors(number: int) -> list[int]:

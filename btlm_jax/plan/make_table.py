@@ -1,0 +1,128 @@
+"""Make the table of layouts that were compiled for the slices of configs/pods/: table.json, and table.md to read.
+
+A config file there has, beside get_config(), TOPOLOGY, the slice that it is for, and OTHERS, layouts that stand in the
+table too, because people will try them: each a dict of what differs from the config's mesh and model.remat.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import runpy
+from collections.abc import Callable
+from pathlib import Path
+
+from btlm_jax.config import TrainConfig, train_config_from
+from btlm_jax.files import write_atomically
+from btlm_jax.metrics import FLOPS_CONVENTION
+from btlm_jax.plan.chips import Chip, topology_named
+from btlm_jax.plan.compiling import CompileCache, compiler_versions
+from btlm_jax.plan.estimate import ASSUMPTIONS, PhasePlan
+from btlm_jax.plan.layout import Layout, layout_of
+from btlm_jax.plan.pod_table import trains
+from btlm_jax.plan.report import collectives_by_kind
+from btlm_jax.plan.slice_plan import Misfit, SlicePlan, plan_until_misfit
+from btlm_jax.plan.table_text import table_text
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class PodConfig:
+    """A config file of the folder."""
+
+    name: str
+    topology: str
+    config: TrainConfig
+    others: tuple[Layout, ...]
+
+
+def read_pod_config(path: Path) -> PodConfig:
+    """Load a config file of the folder.
+
+    Raises:
+      ValueError: it lacks TOPOLOGY or OTHERS, names no known slice, or a config refuses its values.
+    """
+    module = runpy.run_path(str(path))
+    if missing := {"TOPOLOGY", "OTHERS", "get_config"} - module.keys():
+        raise ValueError(f"{path} lacks {', '.join(sorted(missing))}; see another file of its folder")
+    config = train_config_from(module["get_config"]().to_dict())
+    own = layout_of(config)
+    others = []
+    for change in module["OTHERS"]:
+        mesh = {name: value for name, value in change.items() if name != "remat"}
+        try:
+            others.append(Layout(mesh=dataclasses.replace(own.mesh, **mesh), remat=change.get("remat", own.remat)))
+        except TypeError as error:
+            raise ValueError(f"{path}: OTHERS has {change}; keys are those of mesh, and remat: {error}") from error
+    return PodConfig(name=path.stem, topology=topology_named(module["TOPOLOGY"]), config=config, others=tuple(others))
+
+
+def make_table(path: Path, *, cache: CompileCache, say: Callable[[str], None]) -> list[str]:
+    """Compile every layout of the folder of `path`, write the table there, and return what is wrong with it.
+
+    Raises:
+      ValueError: the folder has no config, or one that does not load.
+      NoCompilationsLeftError: `cache` may compile no more; what it compiled is kept.
+    """
+    files = sorted(path.parent.glob("*.py"))
+    if not files:
+        raise ValueError(f"{path.parent} has no config files to make a table of; see configs/pods/")
+    pods = [read_pod_config(file) for file in files]
+    wanted = [(pod, layout) for pod in pods for layout in (layout_of(pod.config), *pod.others)]
+    rows, wrong = [], []
+    for number, (pod, layout) in enumerate(wanted, start=1):
+        outlook = cache.outlook(layouts=len(wanted) - number + 1, phases=len(pod.config.curriculum.table.phases))
+        say(f"{number} of {len(wanted)}: {pod.name} on {pod.topology}, {layout}; {outlook}")
+        config = layout.applied_to(pod.config)
+        plan = plan_until_misfit(config, topology=pod.topology, cache=cache, say=say)
+        if plan.obstacles or (not plan.works and layout == layout_of(pod.config)):
+            wrong += [f"{pod.name}, {layout}: {problem}" for problem in plan.problems]
+        if not plan.obstacles:
+            rows.append(table_row(plan, config, name=pod.name, is_config=layout == layout_of(pod.config)))
+    table = {
+        "made_by": f"btlm plan --table=configs/pods/{path.name}",
+        "versions": compiler_versions(),
+        "flops_convention": FLOPS_CONVENTION,
+        "assumptions": list(ASSUMPTIONS),
+        "rows": rows,
+    }
+    write_atomically(path, json.dumps(table, indent=1) + "\n")
+    write_atomically(path.with_suffix(".md"), table_text(table))
+    return wrong
+
+
+def table_row(plan: SlicePlan, config: TrainConfig, *, name: str, is_config: bool) -> dict:
+    """Return one layout as the table has it; bytes of one chip, seconds of one step."""
+    return {
+        "name": name,
+        "is_config": is_config,  # as the file of that name has it, not one of its OTHERS
+        "topology": plan.topology,
+        "chip": plan.chip.name,
+        "num_chips": plan.num_chips,
+        "layout": {"mesh": dataclasses.asdict(plan.layout.mesh), "remat": plan.layout.remat},
+        "trains": trains(config),
+        "fits": plan.works,
+        "needed_bytes": plan.needed,
+        "available_bytes": plan.chip.hbm_bytes,
+        "days": [seconds / 86_400 for seconds in plan.seconds] if plan.works else None,
+        "phases": [_phase(each, chip=plan.chip) for each in (*plan.phases, *plan.misfits)],
+    }
+
+
+def _phase(each: PhasePlan | Misfit, *, chip: Chip) -> dict:
+    phase = {"batch_size": each.phase.batch_size, "seq_len": each.phase.seq_len, "program": each.program}
+    if isinstance(each, Misfit):
+        return {**phase, "fits": False, "needed_bytes": each.needed}
+    step = each.step_time
+    return {
+        **phase,
+        "fits": True,
+        "needed_bytes": each.memory.needed,
+        "memory": dataclasses.asdict(each.memory),
+        "collectives": [
+            {"kind": kind, "is_asynchronous": asynchronous, "count": count, "bytes": num_bytes, "seconds": seconds}
+            for (kind, asynchronous), (count, num_bytes, seconds) in collectives_by_kind(each, chip=chip).items()
+        ],
+        "executed_flops": each.executed_flops,
+        "step_seconds": [step.low, step.high],
+        "mfu": [each.mfu(step.high), each.mfu(step.low)],
+    }

@@ -1,0 +1,55 @@
+"""The table of layouts as Markdown."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from btlm_jax.plan.chips import GIB
+
+
+def table_text(table: dict) -> str:
+    """Return a table as Markdown."""
+    versions = ", ".join(f"{name} {version}" for name, version in table["versions"].items())
+    lines = [
+        "# Layouts compiled for TPU slices",
+        "",
+        f"Made by `{table['made_by']}` with {versions}. Predicted, not measured on a TPU.",
+        "A row is a config file of this folder or, indented, another layout of its model. `btlm train` and",
+        "`launch/tpu.sh` refuse what does not fit. Names count chips: v5p_128 and v4_128 are what Google Cloud calls",
+        "v5p-256 and v4-256, after their cores.",
+        "",
+        "| config | slice | layout | phase | GiB a chip | fits | step, s | MFU | GiB exchanged alone / beside work |",
+        "|---|---|---|---|---|---|---|---|---|",
+    ]
+    lines += [line for row in table["rows"] for line in _row_lines(row)]
+    lines += ["", "Step time is a range out of the compiler's own estimates:", ""]
+    lines += [f"- {assumption}" for assumption in table["assumptions"]]
+    lines += [f"- MFU counts {table['flops_convention']}", ""]
+    return "\n".join(lines)
+
+
+def _row_lines(row: dict) -> Iterator[str]:
+    name = f"`{row['name']}.py`" if row["is_config"] else f"&nbsp;&nbsp;{row['name']}"
+    parts = {**row["layout"]["mesh"], "remat": row["layout"]["remat"]}
+    layout = ", ".join(f"{key} {value}" for key, value in parts.items())
+    for index, phase in enumerate(row["phases"]):
+        head = f"| {name} | {row['topology']} | {layout} " if not index else "| | | "
+        memory = f"{phase['needed_bytes'] / GIB:.2f} of {row['available_bytes'] / GIB:.2f}"
+        shown = f"{head}| {phase['batch_size']:,} x {phase['seq_len']:,} | {memory} "
+        if not phase["fits"]:
+            yield f"{shown}| **no** | | | |"
+            continue
+        spare = 1 - phase["needed_bytes"] / row["available_bytes"]
+        low, high = phase["step_seconds"]
+        worst, best = phase["mfu"]
+        yield (
+            f"{shown}| {spare:.0%} to spare | {low:.2f} to {high:.2f} | {worst:.1%} to {best:.1%} | "
+            f"{_exchanged(phase)} |"
+        )
+
+
+def _exchanged(phase: dict) -> str:
+    by_kind: dict[str, list[float]] = {}
+    for each in phase["collectives"]:
+        by_kind.setdefault(each["kind"], [0.0, 0.0])[each["is_asynchronous"]] += each["bytes"] / GIB
+    return ", ".join(f"{kind} {alone:.1f} / {beside:.1f}" for kind, (alone, beside) in by_kind.items())
