@@ -10,7 +10,7 @@ from pathlib import Path
 from ml_collections import ConfigDict
 
 TOPOLOGY = "v4:4x4x8"
-OTHERS = (dict(accumulation=1), dict(remat="none"))  # in the table too
+OTHERS = (dict(accumulation=1),)  # in the table too
 
 
 def get_config() -> ConfigDict:

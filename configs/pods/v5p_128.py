@@ -10,11 +10,11 @@ from pathlib import Path
 from ml_collections import ConfigDict
 
 TOPOLOGY = "v5p:4x4x8"
-OTHERS = (dict(remat="none"),)  # in the table too
+OTHERS = ()
 
 
 def get_config() -> ConfigDict:
     config = runpy.run_path(str(Path(__file__).parent.parent / "btlm_3b_8k.py"))["get_config"]()
     config.mesh.update(tensor=1, context=4, accumulation=1)
-    config.model.remat = "matmuls_saved"
+    config.model.update(remat="matmuls_saved", loss_chunk=1024)
     return config

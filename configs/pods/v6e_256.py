@@ -10,11 +10,11 @@ from pathlib import Path
 from ml_collections import ConfigDict
 
 TOPOLOGY = "v6e:16x16"
-OTHERS = (dict(accumulation=1), dict(remat="none"))  # in the table too
+OTHERS = ()
 
 
 def get_config() -> ConfigDict:
     config = runpy.run_path(str(Path(__file__).parent.parent / "btlm_3b_8k.py"))["get_config"]()
-    config.mesh.update(tensor=1, context=8, accumulation=3)
-    config.model.remat = "matmuls_saved"
+    config.mesh.update(tensor=1, context=8, accumulation=1)
+    config.model.update(remat="attention_saved", loss_chunk=1024)
     return config
