@@ -4,9 +4,9 @@ Command: python benchmarks/attention.py [--device=cuda] [--quick] [--output=benc
 Needs pip install -e '.[bench]'. On a CPU in float32, on a GPU in bfloat16 (ours is then cuDNN's kernel with ALiBi in
 spare lanes). Every contender is a process of its own; they take turns, round by round, and wait while another runs. The
 median over rounds is the figure; the least says more where other work disturbs. Memory is the peak of a call beyond its
-inputs, with results and bias: on a CPU the growth of the resident set, on a GPU what the framework's allocator says. The
-slopes are the model's own. Keys that they put out of reach cost ours nothing; a row without that gain stands beside it
-("every key in reach": slopes so small that none is left out), and one without ALiBi beside that.
+inputs, with results and bias: on a CPU the growth of the resident set, on a GPU what the framework's allocator says.
+The slopes are the model's own. Keys that they put out of reach cost ours nothing; a row without that gain stands beside
+it ("every key in reach": slopes so small that none is left out), and one without ALiBi beside that.
 """
 
 from __future__ import annotations
