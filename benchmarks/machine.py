@@ -34,3 +34,22 @@ def processor() -> str:
 def has_bfloat16() -> bool:
     """Whether the processor multiplies bfloat16, without which PyTorch takes some hundred times longer."""
     return _VECTORS["avx512_bf16"] in processor()
+
+
+def accelerator(device: str) -> str:
+    """Return what to add for a GPU: its name."""
+    if device == "cpu":
+        return ""
+    import torch
+
+    return f", {torch.cuda.get_device_name()}"
+
+
+def free_bytes(device: str) -> int:
+    """Return the memory that is free on a device."""
+    if device == "cpu":
+        lines = Path("/proc/meminfo").read_text().splitlines()
+        return 1024 * int(next(line.split()[1] for line in lines if line.startswith("MemAvailable")))
+    import torch
+
+    return torch.cuda.mem_get_info()[0]

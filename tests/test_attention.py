@@ -11,7 +11,7 @@ import pytest
 from jax.sharding import PartitionSpec as P
 
 from btlm_jax.attention import attend
-from btlm_jax.attention.blockwise import MAX_STAGES, POSITIONS_AT_ONCE, block_size
+from btlm_jax.attention.blockwise import BLOCK, MAX_WIDTHS, NEGLIGIBLE, block_size
 
 NAMES = ("o", "dq", "dk", "dv")
 PORTABLE = ("reference", "blockwise")  # held to one tolerance here; test_splash.py and test_gpu.py have the kernels'
@@ -73,9 +73,10 @@ FLOAT32_ERROR = 2e-6  # about 16 units in the last place: sums are taken in an o
     [
         (3, 1, 2, 5),
         (2, 37, 4, 64),  # one block, not a power of two
-        (1, 131, 6, 80),  # three blocks of 64, the last one mostly padding
-        (2, 70, 32, 128),  # many heads, 64 at once
-        (5, 300, 3, 16),  # blocks of 128; 15 heads that 1024 // 384 does not divide
+        (1, 261, 6, 80),  # two blocks, the last position of the second padding
+        (2, 70, 32, 128),  # many heads, of which 4 run at once and 7 could
+        (5, 170, 3, 16),  # 15 heads that 512 // 170 divides
+        (1, 1098, 3, 24),  # five blocks, two positions of padding
     ],
 )
 def test_output_and_gradients_match_float64(implementation, B, T, N, H):
@@ -85,13 +86,33 @@ def test_output_and_gradients_match_float64(implementation, B, T, N, H):
         assert error < FLOAT32_ERROR, name
 
 
-def test_blockwise_matches_float64_when_stages_hold_several_blocks():
-    T = 2048
-    assert T // block_size(T) > MAX_STAGES and T > POSITIONS_AT_ONCE
+def test_blockwise_matches_float64_when_blocks_share_widths():
+    T = 2400
+    assert T // block_size(T) > MAX_WIDTHS
     *inputs, slopes_N = make_inputs(B=1, T=T, N=2, H=80)
+    slopes_N = np.asarray([0.3, 1e-4], np.float32)  # the first head looks 150 positions back, the second everywhere
     results = attend_and_gradients(*inputs, slopes_N, scale=1 / 80, implementation="blockwise")
     for name, error in zip(NAMES, errors(results, oracle(*inputs, slopes_N, scale=1 / 80)), strict=True):
         assert error < FLOAT32_ERROR, name
+
+
+def test_blockwise_keeps_a_far_key_whose_score_outweighs_its_distance():
+    T, H = 1100, 8
+    q, k, v, do, _ = make_inputs(B=1, T=T, N=1, H=H)
+    q, k = q.at[..., 0].set(8.0), k.at[:, 0, :, 0].set(8.0)  # 64 nats for key 0, 55 off for the last query's distance
+    slopes_N = np.asarray([0.05], np.float32)
+    assert slopes_N[0] * T > NEGLIGIBLE  # without regard to scores, key 0 would be out of reach
+    results = attend_and_gradients(q, k, v, do, slopes_N, scale=1.0, implementation="blockwise")
+    for name, error in zip(NAMES, errors(results, oracle(q, k, v, do, slopes_N, scale=1.0)), strict=True):
+        assert error < 2e-5, name  # one float32 rounding of a score of 64 is 4e-6
+
+
+def test_blockwise_does_not_read_keys_that_cannot_count():
+    q, k, v, do, _ = make_inputs(B=1, T=4 * BLOCK, N=1, H=8)
+    v = v.at[:, 0].set(jnp.inf)
+    o, dq, *_ = attend_and_gradients(q, k, v, do, np.asarray([1.0], np.float32), scale=0.1, implementation="blockwise")
+    assert not np.isfinite(np.asarray(o[:, 0])).any()
+    assert np.isfinite(np.asarray(o[:, 2 * BLOCK :])).all() and np.isfinite(np.asarray(dq[:, 2 * BLOCK :])).all()
 
 
 def test_blockwise_survives_scores_far_beyond_the_range_of_exp():

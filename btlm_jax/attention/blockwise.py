@@ -1,12 +1,15 @@
-"""Attention by blocks of rows, for any backend: memory grows with T * block, not T * T. Laid out for XLA on a CPU.
+"""Attention by blocks, for any backend: memory grows with T * block, not T * T. Laid out for XLA on a CPU.
 
-The forward pass takes a block of queries against all keys that it may see; the backward pass takes a block of keys
-against all queries that may see it and computes the scores again from q, k and the saved log-sum-exp (the gradients
-of FlashAttention, Dao et al. 2022, arXiv:2205.14135, appendix B.4). The triangle is cut in at most `MAX_STAGES`
-stages: inside one, every block has the same static shape and they run as one loop, so that compile time does not
-grow with T. A few sequences' heads at a time keep a block's scores in the cache.
+The forward pass takes a block of queries against the keys that it may see; the backward pass takes a block of keys
+against the queries that may see it and computes the scores again from q, k and the saved log-sum-exp (the gradients
+of FlashAttention, Dao et al. 2022, arXiv:2205.14135, appendix B.4). How wide a block's span is, depends on where the
+block lies and on how far ALiBi lets its head look; one of at most `MAX_WIDTHS` static widths is chosen at run time,
+so that one loop serves all blocks and compile time does not grow with T.
 
-Letters beside the house's: G heads of sequences, C positions of one block, E keys (or queries) that a stage spans.
+Scores lie transposed, [E, C], and products of [E, ...] with them give [H, C]: of the layouts of a product of such
+narrow matrices, these are the ones that XLA:CPU runs on all cores.
+
+Letters beside the house's: G heads of sequences, C positions of one block, E positions of a span, X blocks.
 """
 
 import functools
@@ -15,24 +18,29 @@ import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
-MAX_STAGES = 8
-POSITIONS_AT_ONCE = 1024  # heads of sequences run together while their positions do not exceed this
+MAX_WIDTHS = 8
+BLOCK = 256
+POSITIONS_AT_ONCE = 2 * BLOCK  # heads of sequences run together up to this; only of one block, as they share its width
 MASKED = -1e30  # finite, so that no inf - inf can occur
+NEGLIGIBLE = 37.0  # exp(-37) < 2**-53: beside a weight this much larger, another is nothing even in float64
 
 
 def block_size(length: int) -> int:
-    """Return how many positions a block holds: 128, or 64 up to length 256, or the whole of a shorter sequence.
+    """Return how many positions a block holds: the length in equal parts of at most BLOCK.
 
-    Measured on 2 CPU cores at lengths 256 to 8,192: smaller blocks starve the matrix units, larger ones leave the
+    Measured on 2 CPU cores at lengths 128 to 8,192: smaller blocks starve the matrix units, larger ones leave the
     cache and compute more of the masked triangle.
     """
-    return min(length, 64 if length <= 256 else 128)
+    return -(-length // -(-length // BLOCK))
 
 
 def attend_blockwise(
     q_BTNH: jax.Array, k_BSNH: jax.Array, v_BSNH: jax.Array, slopes_N: jax.Array, *, scale: float
 ) -> jax.Array:
-    """Attend block by block in float32 (same mathematics as `attend_reference`); bfloat16 is cast as it is read."""
+    """Attend block by block in float32 (same mathematics as `attend_reference`); bfloat16 is cast as it is read.
+
+    Keys whose weight ALiBi makes negligible are left out, whatever q and k are: see `_reach`.
+    """
     B, T, N, H = q_BTNH.shape
     padding = -T % block_size(T)
 
@@ -68,94 +76,105 @@ def _by_few_heads(function, *arrays):
     at_once = max(1, min(num_heads, POSITIONS_AT_ONCE // length))
     while num_heads % at_once:
         at_once -= 1
-    pieces = tuple(x.reshape(num_heads // at_once, at_once, *x.shape[1:]) for x in arrays)
-    results = jax.lax.map(lambda piece: function(*piece), pieces)
-    return tuple(x.reshape(num_heads, *x.shape[2:]) for x in results)
+    return jax.lax.map(lambda piece: function(*piece), arrays, batch_size=at_once if at_once > 1 else None)
 
 
-def _forward(q_GTH, k_GTH, v_GTH, slopes_G, *, scale):
-    """Return the output in q's dtype and the float32 log-sum-exp of each row of scores."""
-    length, block = q_GTH.shape[1], block_size(q_GTH.shape[1])
-    dtype = q_GTH.dtype
-    q_GTH, k_GTH, v_GTH = q_GTH.astype(jnp.float32) * scale, k_GTH.astype(jnp.float32), v_GTH.astype(jnp.float32)
-    outputs, lses = [], []
-    for first, last in _stages(length, block):
-        k_GEH, v_GEH, position_E = k_GTH[:, :last], v_GTH[:, :last], jnp.arange(last)
+def _forward(q_TH, k_TH, v_TH, slope, *, scale):
+    """Return one head's output in q's dtype and the float32 log-sum-exp of each row of scores."""
+    length, block = q_TH.shape[0], block_size(q_TH.shape[0])
+    reach = _reach(q_TH, k_TH, slope, scale)
 
-        def attend_queries(_, start, k_GEH=k_GEH, v_GEH=v_GEH, position_E=position_E):
-            offset_CE = position_E[None, :] - (start + jnp.arange(block))[:, None]
-            scores_GCE = jnp.einsum("GCH,GEH->GCE", _block_of(q_GTH, start, block), k_GEH)
-            scores_GCE = jnp.where(offset_CE[None] <= 0, scores_GCE + _alibi(slopes_G, offset_CE), MASKED)
-            max_GC = scores_GCE.max(axis=-1)
-            weights_GCE = jnp.exp(scores_GCE - max_GC[:, :, None])
-            sum_GC = weights_GCE.sum(axis=-1)
-            o_GCH = jnp.einsum("GCE,GEH->GCH", weights_GCE, v_GEH) / sum_GC[:, :, None]
-            return None, (o_GCH.astype(dtype), max_GC + jnp.log(sum_GC))
+    q_HT = q_TH.T
 
-        _, (o_XGCH, lse_XGC) = jax.lax.scan(attend_queries, None, jnp.arange(first, last, block))
-        outputs.append(_unblocked(o_XGCH))
-        lses.append(_unblocked(lse_XGC))
-    return jnp.concatenate(outputs, axis=1), jnp.concatenate(lses, axis=1)
+    def attend_queries(_, start):
+        q_HC = _slice(q_HT, start, block, axis=1) * scale
+
+        def over_keys(width):
+            first = jnp.maximum(start + block - width, 0)
+            k_EH, v_EH = _slice(k_TH, first, width), _slice(v_TH, first, width)
+            offset_EC = (first + jnp.arange(width))[:, None] - (start + jnp.arange(block))[None, :]
+            scores_EC = k_EH @ q_HC + slope * offset_EC.astype(jnp.float32)
+            scores_EC = jnp.where(offset_EC <= 0, scores_EC, MASKED)
+            max_C = scores_EC.max(axis=0)
+            weights_EC = jnp.exp(scores_EC - max_C[None, :])
+            sum_C = weights_EC.sum(axis=0)
+            o_HC = jnp.einsum("EH,EC->HC", v_EH, weights_EC) / sum_C[None, :]
+            return o_HC.astype(q_TH.dtype), max_C + jnp.log(sum_C)
+
+        return None, _with_width(start + block - jnp.maximum(start - reach, 0), over_keys, length)
+
+    _, (o_XHC, lse_XC) = jax.lax.scan(attend_queries, None, jnp.arange(0, length, block))
+    return _unblocked(o_XHC), lse_XC.reshape(length)
 
 
-def _backward(q_GTH, k_GTH, v_GTH, slopes_G, o_GTH, lse_GT, do_GTH, *, scale):
-    """Return the gradients of q, k and v in q's dtype.
+def _backward(q_TH, k_TH, v_TH, slope, o_TH, lse_T, do_TH, *, scale):
+    """Return the gradients of one head's q, k and v in q's dtype."""
+    length, block, dtype = q_TH.shape[0], block_size(q_TH.shape[0]), q_TH.dtype
+    reach = _reach(q_TH, k_TH, slope, scale)
+    # A product and not a sum of products, which XLA:CPU takes ten times as long for.
+    delta_T = jnp.einsum("TH,TH->T", do_TH, o_TH, preferred_element_type=jnp.float32)
 
-    Scores are transposed, keys by queries, and dq is summed as [G,H,T]: then no product has its left operand stored
-    transposed, which on a CPU halves a product's speed.
+    k_HT, v_HT = k_TH.T, v_TH.T
+
+    def differentiate_keys(dq_HT, start):
+        k_HC, v_HC = _slice(k_HT, start, block, axis=1) * scale, _slice(v_HT, start, block, axis=1)
+
+        def over_queries(width):
+            first = jnp.minimum(start, length - width)
+            q_EH, do_EH = _slice(q_TH, first, width), _slice(do_TH, first, width)
+            lse_E, delta_E = _slice(lse_T, first, width), _slice(delta_T, first, width)
+            offset_EC = (start + jnp.arange(block))[None, :] - (first + jnp.arange(width))[:, None]
+            scores_EC = q_EH @ k_HC + slope * offset_EC.astype(jnp.float32)
+            weights_EC = jnp.where(offset_EC <= 0, jnp.exp(scores_EC - lse_E[:, None]), 0.0)
+            dscores_EC = weights_EC * (do_EH @ v_HC - delta_E[:, None])
+            dk_HC = jnp.einsum("EH,EC->HC", q_EH, dscores_EC) * scale
+            dv_HC = jnp.einsum("EH,EC->HC", do_EH, weights_EC)
+            dq_HE = jnp.einsum("HC,EC->HE", k_HC, dscores_EC)
+            dq_HE = dq_HE + _slice(dq_HT, first, width, axis=1)
+            dq_new_HT = jax.lax.dynamic_update_slice_in_dim(dq_HT, dq_HE, first, axis=1)
+            return dq_new_HT, (dk_HC.astype(dtype), dv_HC.astype(dtype))
+
+        return _with_width(jnp.minimum(block + reach, length - start), over_queries, length)
+
+    zeros_HT = _zeros_like(q_TH.T).astype(jnp.float32)
+    dq_HT, (dk_XHC, dv_XHC) = jax.lax.scan(differentiate_keys, zeros_HT, jnp.arange(0, length, block))
+    return dq_HT.T.astype(dtype), _unblocked(dk_XHC), _unblocked(dv_XHC)
+
+
+def _reach(q_TH, k_TH, slope, scale):
+    """Return how many positions back a key can lie and still count, for any query of a head.
+
+    A score differs from that of the query's own position, which row and key always share, by 2 * scale * max|q| *
+    max|k| at most, less slope * distance. Where that leaves less than -NEGLIGIBLE, the key's weight is below the
+    largest one's rounding error.
     """
-    length, block = q_GTH.shape[1], block_size(q_GTH.shape[1])
-    dtype = q_GTH.dtype
-    delta_GT = jnp.sum(do_GTH.astype(jnp.float32) * o_GTH.astype(jnp.float32), axis=-1)
-    q_GTH, k_GTH, v_GTH, do_GTH = (x.astype(jnp.float32) for x in (q_GTH, k_GTH, v_GTH, do_GTH))
-    q_GTH = q_GTH * scale
-    dq_GHT, dks, dvs = _zeros_like(q_GTH[:, :0].swapaxes(1, 2)), [], []
-    for first, last in reversed(_stages(length, block)):
-        q_GEH, do_GEH, position_E = q_GTH[:, first:], do_GTH[:, first:], jnp.arange(first, length)
-        lse_GE, delta_GE = lse_GT[:, first:], delta_GT[:, first:]
+    length = q_TH.shape[0]
 
-        def differentiate_keys(
-            dq_GHE, start, q_GEH=q_GEH, do_GEH=do_GEH, position_E=position_E, lse_GE=lse_GE, delta_GE=delta_GE
-        ):
-            offset_CE = (start + jnp.arange(block))[:, None] - position_E[None, :]
-            k_GCH, v_GCH = _block_of(k_GTH, start, block), _block_of(v_GTH, start, block)
-            scores_GCE = jnp.einsum("GCH,GEH->GCE", k_GCH, q_GEH) + _alibi(slopes_G, offset_CE)
-            weights_GCE = jnp.where(offset_CE[None] <= 0, jnp.exp(scores_GCE - lse_GE[:, None, :]), 0.0)
-            dweights_GCE = jnp.einsum("GCH,GEH->GCE", v_GCH, do_GEH)
-            dscores_GCE = weights_GCE * (dweights_GCE - delta_GE[:, None, :])
-            dk_GCH = jnp.einsum("GCE,GEH->GCH", dscores_GCE, q_GEH)
-            dv_GCH = jnp.einsum("GCE,GEH->GCH", weights_GCE, do_GEH)
-            dq_GHE = dq_GHE + jnp.einsum("GHC,GCE->GHE", k_GCH.swapaxes(1, 2), dscores_GCE)
-            return dq_GHE, (dk_GCH.astype(dtype), dv_GCH.astype(dtype))
+    def longest(x_TH):
+        return jnp.sqrt(jnp.square(x_TH.astype(jnp.float32)).sum(-1).max())
 
-        dq_GHE = jnp.pad(dq_GHT, ((0, 0), (0, 0), (last - first, 0)))
-        dq_GHT, (dk_XGCH, dv_XGCH) = jax.lax.scan(differentiate_keys, dq_GHE, jnp.arange(first, last, block))
-        dks.append(_unblocked(dk_XGCH))
-        dvs.append(_unblocked(dv_XGCH))
-    dq_GTH = (dq_GHT.swapaxes(1, 2) * scale).astype(dtype)
-    return dq_GTH, jnp.concatenate(dks[::-1], axis=1), jnp.concatenate(dvs[::-1], axis=1)
+    nats = 2 * scale * longest(q_TH) * longest(k_TH) + NEGLIGIBLE
+    # What is not finite, or has no slope, fails the comparison.
+    return jnp.where(slope * length > nats, jnp.ceil(nats / slope), length).astype(jnp.int32)
 
 
-def _stages(length: int, block: int) -> list[tuple[int, int]]:
-    """Cut the blocks into at most MAX_STAGES runs of nearly equal length; return each run's first and last position."""
+def _with_width(needed, function, length: int):
+    """Call `function` with the smallest width that holds `needed` positions."""
+    block = block_size(length)
     num_blocks = length // block
-    num_stages = min(MAX_STAGES, num_blocks)
-    bounds = [block * (stage * num_blocks // num_stages) for stage in range(num_stages + 1)]
-    return list(zip(bounds[:-1], bounds[1:], strict=True))
+    num_widths = min(MAX_WIDTHS, num_blocks)
+    widths = [-(-num_blocks * (choice + 1) // num_widths) * block for choice in range(num_widths)]
+    branches = [functools.partial(function, width) for width in widths]
+    return jax.lax.switch(jnp.sum(needed > jnp.asarray(widths[:-1], jnp.int32)), branches)
 
 
-def _alibi(slopes_G, offset_CE):
-    return slopes_G[:, None, None] * offset_CE[None].astype(jnp.float32)
+def _slice(x, start, size: int, *, axis: int = 0):
+    return jax.lax.dynamic_slice_in_dim(x, start, size, axis).astype(jnp.float32)
 
 
-def _block_of(x_GTH, start, block):
-    return jax.lax.dynamic_slice_in_dim(x_GTH, start, block, axis=1)
-
-
-def _unblocked(x):
-    """[X, G, C, ...] -> [G, X * C, ...]."""
-    x = x.swapaxes(0, 1)
-    return x.reshape(x.shape[0], -1, *x.shape[3:])
+def _unblocked(x_XHC):
+    """[X, H, C] -> [T, H]."""
+    return x_XHC.swapaxes(1, 2).reshape(-1, x_XHC.shape[1])
 
 
 def _zeros_like(x):
