@@ -12,6 +12,7 @@ from absl import flags
 from btlm_jax.cli.corpus_workers import HELP as WORKERS_HELP
 from btlm_jax.cli.corpus_workers import check_worker_flags, chosen_workers, define_worker_flags
 from btlm_jax.cli.parse import DONE, UsageError, parse_flags
+from btlm_jax.places import place_of
 from btlm_jax.store import Manifest
 
 CLEAN_HELP = """btlm corpus clean: read raw text, repair its Unicode as SlimPajama did, drop short documents.
@@ -56,7 +57,8 @@ TOKENIZE_HELP = """btlm corpus tokenize: encode the documents of btlm corpus spl
 example:  btlm corpus tokenize --input=corpus/split --output=store --tokenizer=GPT2 --workers=8
 
 The tokenizer is a folder with GPT-2's vocab.json and merges.txt, with a tokenizer.json of byte-level BPE, or with a
-SentencePiece tokenizer.model. Training takes the store with --config.data.store=store --config.corpus.source=prepared.
+SentencePiece tokenizer.model. Training takes the store with --config.data.store=store --config.corpus.source=prepared;
+copied to a bucket, as --config.data.store=gs://bucket/store: it is read there, block by block, and not fetched first.
 """
 
 
@@ -71,10 +73,9 @@ def clean(arguments: Sequence[str]) -> int:
     if not _parse_stage(values, arguments, help_text=CLEAN_HELP):
         return DONE
     cleaning = importlib.import_module("btlm_jax.corpus.clean")
-    places = importlib.import_module("btlm_jax.corpus.places")
     try:
         config = cleaning.CleanConfig(
-            input=places.place_of(values["input"].value),
+            input=place_of(values["input"].value),
             default_source=values["source"].value,
             on_bad_file=values["on_bad_file"].value,
             max_bad_rate=values["max_bad_rate"].value,
@@ -113,7 +114,6 @@ def split(arguments: Sequence[str]) -> int:
     if not _parse_stage(values, arguments, help_text=SPLIT_HELP):
         return DONE
     splitting = importlib.import_module("btlm_jax.corpus.split")
-    places = importlib.import_module("btlm_jax.corpus.places")
     try:
         config = splitting.SplitConfig(
             input=Path(values["input"].value),
@@ -121,7 +121,7 @@ def split(arguments: Sequence[str]) -> int:
             test=values["test"].value,
             seed=values["seed"].value,
             weights=dict(_weight(given) for given in values["weight"].value),
-            evaluation=tuple(map(places.place_of, values["evaluation"].value)),
+            evaluation=tuple(map(place_of, values["evaluation"].value)),
         )
     except ValueError as error:
         raise UsageError(str(error)) from error
@@ -141,7 +141,7 @@ def tokenizer(arguments: Sequence[str]) -> int:
         Path(values["input"].value),
         vocab_size=values["vocab_size"].value,
         output=Path(values["output"].value),
-        log=_log,
+        log=log,
     )
     print(f"fingerprint {manifest['fingerprint']}")
     return DONE
@@ -207,11 +207,12 @@ def _parse_stage(values: flags.FlagValues, arguments: Sequence[str], *, help_tex
 
 @contextlib.contextmanager
 def _common(values: flags.FlagValues) -> Iterator[dict]:
-    with chosen_workers(values, log=_log) as workers:
-        yield {"output": Path(values["output"].value), "workers": workers, "log": _log}
+    with chosen_workers(values, log=log) as workers:
+        yield {"output": Path(values["output"].value), "workers": workers, "log": log}
 
 
-def _log(line: str) -> None:
+def log(line: str) -> None:
+    """Print a line at once."""
     print(line, flush=True)
 
 

@@ -15,11 +15,11 @@ from btlm_jax.corpus.frames import BadFile
 from btlm_jax.corpus.inputs import raw_inputs
 from btlm_jax.corpus.lsh import STRICT, band_keys
 from btlm_jax.corpus.normalize import normalized
-from btlm_jax.corpus.places import Place
 from btlm_jax.corpus.reading import read_raw
 from btlm_jax.corpus.records import Record
 from btlm_jax.corpus.stage import Log
 from btlm_jax.corpus.tasks import at_hand
+from btlm_jax.places import Place
 
 WORDS = 13  # of a run that counts as seen, GPT-3's (arXiv 2005.14165, appendix C)
 _ODD = np.uint64(0x9E3779B97F4A7C15)

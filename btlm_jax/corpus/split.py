@@ -25,12 +25,12 @@ from btlm_jax.corpus.arrays import load_array, save_array
 from btlm_jax.corpus.contamination import HeldOut, evaluation_runs, no_signatures, shares_run, strict_signature
 from btlm_jax.corpus.inputs import read_stage, stage_inputs
 from btlm_jax.corpus.normalize import normalized
-from btlm_jax.corpus.places import Place
 from btlm_jax.corpus.records import SUFFIX, Record, RecordWriter, ShardWriter, batches, describe_output, read_records
 from btlm_jax.corpus.stage import Log, Stage, accept, run_stage
 from btlm_jax.corpus.tally import Tally
 from btlm_jax.corpus.tasks import Task, Tick
 from btlm_jax.corpus.workers import Workers
+from btlm_jax.places import Place
 
 RECIPE = 1  # raise when the steps change
 TRAIN, VALIDATION, TEST = "train", "validation", "test"

@@ -17,6 +17,7 @@ from btlm_jax import store
 from btlm_jax.corpus.byte_level import KIND as BYTE_LEVEL
 from btlm_jax.corpus.byte_level import MERGES_FILE, VOCAB_FILE, ByteLevelTokenizer, read_byte_level
 from btlm_jax.corpus.byte_level import STORED_FILE as BYTE_LEVEL_FILE
+from btlm_jax.places import Place, inside, read_bytes
 
 SENTENCEPIECE = "sentencepiece"
 TOKENIZER_FILE = "tokenizer.model"
@@ -118,22 +119,24 @@ def train_tokenizer(texts: Iterable[str], *, vocab_size: int) -> bytes:
     return model.getvalue()
 
 
-def load_tokenizer(directory: Path, tokenizer: store.Tokenizer) -> Tokenizer:
+def load_tokenizer(directory: Place, tokenizer: store.Tokenizer) -> Tokenizer:
     """Load a store's tokenizer.
 
     Raises:
       FileNotFoundError: its file is missing.
+      OSError: it cannot be reached.
       ValueError: its contents are not what the manifest says, or it is of an unknown kind.
     """
-    path = directory / tokenizer.file
+    path = inside(directory, tokenizer.file)
     if tokenizer.kind not in (SENTENCEPIECE, BYTE_LEVEL):
         raise ValueError(
             f"tokenizer kind {tokenizer.kind!r} of {directory} is not known; this version reads "
             f"{SENTENCEPIECE} and {BYTE_LEVEL}"
         )
-    if not path.is_file():
-        raise FileNotFoundError(f"token store {directory} lacks its tokenizer file {tokenizer.file}")
-    contents = path.read_bytes()
+    try:
+        contents = read_bytes(path)
+    except FileNotFoundError as error:
+        raise FileNotFoundError(f"token store {directory} lacks its tokenizer file {tokenizer.file}") from error
     if hashlib.sha256(contents).hexdigest() != tokenizer.sha256:
         raise ValueError(f"tokenizer {path} is not the one the manifest records; restore it or rebuild the store")
     if tokenizer.kind == BYTE_LEVEL:
