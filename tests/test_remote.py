@@ -70,6 +70,7 @@ def test_batches_from_google_cloud_storage_are_those_of_the_disk(directory, monk
         assert verify(f"{bucket}/a/store", log=print) == local.manifest
 
 
+@pytest.mark.slow
 def test_a_run_reads_its_store_from_google_cloud_storage(tmp_path, monkeypatch, capsys):
     manifest = build_real_store(tmp_path / "store")
     files = [path for path in (tmp_path / "store").rglob("*") if path.is_file()]

@@ -19,7 +19,7 @@ HELP = """btlm corpus VERB: make or check a corpus and its token store.
   clean      raw files -> repaired Unicode, short documents dropped
   dedup      near-duplicates over all sources: one document of each cluster stays
   split      train, validation and test by hash; nothing near the held-out text stays in train; shuffled
-  tokenizer  train a SentencePiece tokenizer on the documents of split
+  tokenizer  train a tokenizer on the documents of split: SentencePiece or byte-level BPE
   tokenize   the documents of split -> a token store
   stats      documents, bytes and tokens by source, lengths, clusters
   show       documents by number or id; clusters of duplicates
