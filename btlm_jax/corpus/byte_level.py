@@ -12,6 +12,8 @@ from pathlib import Path
 
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
 
+from btlm_jax.corpus.boundaries import GPT2_BOUNDARY, NO_BOUNDARY
+
 KIND = "byte_level_bpe"
 STORED_FILE = "tokenizer.json"
 VOCAB_FILE, MERGES_FILE = "vocab.json", "merges.txt"
@@ -38,6 +40,7 @@ class ByteLevelTokenizer:
         self.eos_id = eos_id
         self.eos_token = self._tokenizer.id_to_token(eos_id)
         self.vocab_size = self._tokenizer.get_vocab_size()
+        self.boundary = GPT2_BOUNDARY if self.is_gpt2 else NO_BOUNDARY
 
     @property
     def json(self) -> str:

@@ -25,6 +25,7 @@ SOURCE_KEY = "redpajama_set_name"  # where SlimPajama keeps a document's source,
 FRAME_BYTES = 16_000_000
 SHARD_BYTES = 128_000_000  # of lines in a file, so that later stages need little memory whatever came in
 _LEVEL = 3  # SlimPajama's
+_PIECE_CHARACTERS = 1 << 20
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
@@ -38,7 +39,13 @@ class Record:
 
     @property
     def num_bytes(self) -> int:
-        return len(self.text.encode())
+        return sum(map(len, utf8_pieces(self.text)))
+
+
+def utf8_pieces(text: str) -> Iterator[bytes]:
+    """Yield a text in UTF-8, a long one piece by piece."""
+    for start in range(0, len(text), _PIECE_CHARACTERS):
+        yield text[start : start + _PIECE_CHARACTERS].encode()
 
 
 def to_line(record: Record) -> bytes:
@@ -76,11 +83,14 @@ def read_records(path: Path) -> Iterator[Record]:
     """
     try:
         with open(path, "rb") as file:
-            for _, _, line in lines_of(decompressed(file, zstd_decompressor)):
-                body = orjson.loads(line)
-                yield Record(id=body["id"], source=body["source"], text=body["text"], meta=body["meta"])
+            yield from map(_record_of, lines_of(decompressed(file, zstd_decompressor)))  # keeps none of them
     except (BadFile, orjson.JSONDecodeError, KeyError) as error:
         raise ValueError(f"{path} is damaged: {error}; delete it and its record under done/, and run again") from error
+
+
+def _record_of(numbered: tuple[int, int, bytes]) -> Record:
+    body = orjson.loads(numbered[2])
+    return Record(id=body["id"], source=body["source"], text=body["text"], meta=body["meta"])
 
 
 class ShardWriter:
