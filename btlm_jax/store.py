@@ -19,9 +19,9 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
-import os
 from pathlib import Path
 
+from btlm_jax.files import write_atomically
 from btlm_jax.places import Place, inside, read_bytes, sizes_in
 
 MANIFEST_FILE = "manifest.json"
@@ -108,13 +108,7 @@ def write_manifest(directory: Path, manifest: Manifest) -> None:
         "fingerprint": manifest.fingerprint,
         **dataclasses.asdict(manifest),
     }
-    final = directory / MANIFEST_FILE
-    temporary = final.with_name(final.name + ".tmp")
-    with open(temporary, "w", encoding="utf-8") as file:
-        json.dump(body, file, indent=2, sort_keys=True)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, final)
+    write_atomically(directory / MANIFEST_FILE, json.dumps(body, indent=2, sort_keys=True))
 
 
 def read_manifest(directory: Place) -> Manifest:

@@ -11,7 +11,7 @@ from pathlib import Path
 from absl import flags
 
 from btlm_jax.cli.parse import DONE, ERROR, UsageError, config_flag, parse_config
-from btlm_jax.files import write_atomically
+from btlm_jax.files import cache_directory, write_atomically
 
 PLAN_HELP = """btlm plan: compile a config's train steps for a TPU slice, here, without one.
 
@@ -40,7 +40,8 @@ def plan(arguments: Sequence[str]) -> int:
     # This machine's own accelerators have no part in it.
     importlib.import_module("jax").config.update("jax_platforms", "cpu")
     plan_run = importlib.import_module("btlm_jax.plan.slice_plan").plan_run
-    planned = plan_run(config, topology=topology, cache=Path(values["cache"].value).expanduser(), say=_say)
+    cache = Path(values["cache"].value).expanduser() if values["cache"].value else cache_directory() / "plan"
+    planned = plan_run(config, topology=topology, cache=cache, say=_say)
     report = importlib.import_module("btlm_jax.plan.report")
     if values["json"].value:
         content = json.dumps(report.plan_json(planned, usd_per_chip_hour=price), indent=2)
@@ -55,7 +56,7 @@ def _flags() -> flags.FlagValues:
     flags.DEFINE_string("json", "", "file for the plan as JSON", flag_values=values)
     flags.DEFINE_float("usd-per-chip-hour", 0.0, "price of a chip; with it the plan has a cost", flag_values=values)
     flags.DEFINE_string(
-        "cache", "~/.cache/btlm_jax/plan", "directory of what compilations said; the same one is not repeated",
+        "cache", "", "directory of what compilations said, the same one is not repeated; or plan/ in the user's cache",
         flag_values=values,
     )  # fmt: skip
     flags.DEFINE_boolean("help", False, "show this help", short_name="h", flag_values=values)

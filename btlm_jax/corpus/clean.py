@@ -19,11 +19,12 @@ import ftfy
 from btlm_jax.corpus.inputs import make_tasks, raw_inputs
 from btlm_jax.corpus.normalize import MIN_CHARACTERS, is_shorter
 from btlm_jax.corpus.reading import BadFile, Defect, read_raw
-from btlm_jax.corpus.records import AtomicFile, Record, ShardWriter
+from btlm_jax.corpus.records import Record, ShardWriter
 from btlm_jax.corpus.stage import Log, Stage, run_stage
 from btlm_jax.corpus.tally import Tally
 from btlm_jax.corpus.tasks import Input, Task, Tick
 from btlm_jax.corpus.workers import Workers
+from btlm_jax.files import AtomicFile
 from btlm_jax.places import Place
 
 RECIPE = 1  # raise when the steps change

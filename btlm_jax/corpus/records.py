@@ -7,10 +7,7 @@ when they are complete. Raw files of other people are reading.py's subject.
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import json
-import os
-import secrets
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from types import TracebackType
@@ -19,6 +16,7 @@ import orjson
 import zstandard
 
 from btlm_jax.corpus.frames import BadFile, decompressed, lines_of, zstd_decompressor
+from btlm_jax.files import AtomicFile
 
 SUFFIX = ".jsonl.zst"
 SOURCE_KEY = "redpajama_set_name"  # where SlimPajama keeps a document's source, inside "meta"
@@ -130,40 +128,6 @@ def describe_output(file: AtomicFile, *, num_documents: int) -> dict:
         "num_bytes": file.path.stat().st_size,
         "sha256": file.sha256,
     }
-
-
-class AtomicFile:
-    """A file being written under a temporary name; it gets its own name when the block ends without an error."""
-
-    def __init__(self, path: Path):
-        self.path = path
-        self._temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")  # two processes never share it
-        self._hash = hashlib.sha256()
-
-    def __enter__(self) -> AtomicFile:
-        self._file = open(self._temporary, "wb")
-        return self
-
-    def write(self, data: bytes | memoryview) -> None:
-        """Append bytes."""
-        self._hash.update(data)
-        self._file.write(data)
-
-    @property
-    def sha256(self) -> str:
-        """The hash of what was written so far."""
-        return self._hash.hexdigest()
-
-    def __exit__(self, kind: type | None, error: BaseException | None, traceback: TracebackType | None) -> None:
-        try:
-            with self._file:  # on a full disk even closing fails
-                if kind is None:
-                    self._file.flush()
-                    os.fsync(self._file.fileno())
-            if kind is None:
-                os.replace(self._temporary, self.path)
-        finally:
-            self._temporary.unlink(missing_ok=True)
 
 
 class RecordWriter(AtomicFile):

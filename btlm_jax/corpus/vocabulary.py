@@ -9,12 +9,13 @@ from pathlib import Path
 
 from btlm_jax.corpus import byte_level
 from btlm_jax.corpus.inputs import read_stage, stage_inputs
-from btlm_jax.corpus.records import AtomicFile, describe_output, read_records
+from btlm_jax.corpus.records import describe_output, read_records
 from btlm_jax.corpus.split import TRAIN
 from btlm_jax.corpus.stage import Log, Stage, accept, run_stage
 from btlm_jax.corpus.tasks import Task, Tick
 from btlm_jax.corpus.tokenizer import SENTENCEPIECE, TOKENIZER_BYTES, TOKENIZER_FILE, train_tokenizer
 from btlm_jax.corpus.workers import LocalWorkers
+from btlm_jax.files import AtomicFile
 
 RECIPE = 1  # raise when the steps change
 KINDS = (SENTENCEPIECE, byte_level.KIND)
