@@ -29,7 +29,7 @@ from btlm_jax.corpus.byte_level import read_byte_level
 from btlm_jax.corpus.clean import fixed
 from btlm_jax.corpus.gpt2 import fastest
 from btlm_jax.corpus.lsh import SLIMPAJAMA, STRICT
-from btlm_jax.corpus.normalize import MIN_CHARACTERS, is_shorter, normalized
+from btlm_jax.corpus.normalize import MIN_CHARACTERS, is_shorter, normalized_pieces
 from btlm_jax.corpus.pack import pack
 
 ROUNDS = 3
@@ -116,12 +116,12 @@ def published_normalization(text: str) -> str:
 
 def strict(texts: Sequence[str]) -> list[np.ndarray]:
     """Return the signatures of the preset strict."""
-    return [STRICT.signature(normalized(text)) for text in texts]
+    return [STRICT.signature(normalized_pieces(text)) for text in texts]
 
 
 def slimpajama(texts: Sequence[str]) -> list[np.ndarray]:
     """Return the signatures of the preset slimpajama."""
-    return [SLIMPAJAMA.signature(normalized(text)) for text in texts]
+    return [SLIMPAJAMA.signature(normalized_pieces(text)) for text in texts]
 
 
 def published_signature(texts: Sequence[str]) -> list[datasketch.MinHash]:

@@ -147,7 +147,7 @@ class MeshConfig:
 class DataConfig:
     """Reading: which token store, in which order, how far ahead."""
 
-    store: str  # directory; a relative path is taken from the workdir
+    store: str  # directory, taken from the workdir if relative, or a URL that fsspec opens: gs://bucket/store
     seed: int
     max_epochs: int  # passes over the store that the curriculum may take
     prefetch: int  # batches read ahead of the step

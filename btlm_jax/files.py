@@ -1,23 +1,71 @@
-"""Write files so that a reader sees the old contents or the new, never a part."""
+"""Write files so that a reader sees the old contents or the new, never a part; and where a machine's cache is."""
 
 from __future__ import annotations
 
 import contextlib
 import fcntl
+import hashlib
 import os
+import secrets
 from collections.abc import Iterator
 from pathlib import Path
+from types import TracebackType
 
 
 def write_atomically(path: Path, contents: str | bytes) -> None:
-    """Write to a temporary name beside `path`, sync it to disk, and rename it over `path`."""
-    data = contents.encode() if isinstance(contents, str) else contents
-    temporary = path.with_name(f".{path.name}.tmp")
-    with open(temporary, "wb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
+    """Give a file its new contents, all at once.
+
+    Raises:
+      OSError: it cannot be written; the old contents stay.
+    """
+    with AtomicFile(path) as file:
+        file.write(contents.encode() if isinstance(contents, str) else contents)
+
+
+class AtomicFile:
+    """A file being written under a temporary name; it gets its own name when the block ends without an error."""
+
+    def __init__(self, path: Path):
+        self.path = path
+        self._temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")  # two processes never share it
+        self._hash = hashlib.sha256()
+
+    def __enter__(self) -> AtomicFile:
+        self._file = open(self._temporary, "wb")
+        return self
+
+    def write(self, data: bytes | memoryview) -> None:
+        """Append bytes."""
+        self._hash.update(data)
+        self._file.write(data)
+
+    @property
+    def sha256(self) -> str:
+        """The hash of what was written so far."""
+        return self._hash.hexdigest()
+
+    def __exit__(self, kind: type | None, error: BaseException | None, traceback: TracebackType | None) -> None:
+        try:
+            with self._file:  # on a full disk even closing fails
+                if kind is None:
+                    self._file.flush()
+                    os.fsync(self._file.fileno())
+            if kind is None:
+                os.replace(self._temporary, self.path)
+        finally:
+            self._temporary.unlink(missing_ok=True)
+
+
+def cache_directory() -> Path:
+    """Return the user's own folder for what is made once a machine.
+
+    Raises:
+      OSError: the user has no home directory.
+    """
+    try:
+        return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "btlm_jax"
+    except RuntimeError as error:
+        raise OSError(f"there is no home directory to keep a cache in: {error}; set XDG_CACHE_HOME") from error
 
 
 @contextlib.contextmanager

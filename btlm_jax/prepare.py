@@ -21,6 +21,7 @@ from btlm_jax.files import write_atomically
 from btlm_jax.metrics import GoodputLedger
 from btlm_jax.model import Btlm
 from btlm_jax.optimizer import learning_rate_at
+from btlm_jax.places import place_under
 from btlm_jax.program import make_program
 from btlm_jax.sharding import evaluation_sharding
 from btlm_jax.step import abstract_batch, make_eval_step
@@ -75,15 +76,16 @@ def make_workdir(workdir: Path) -> None:
 def prepare_store(config: TrainConfig, *, workdir: Path, expected: str) -> TokenStore:
     """Open the run's token store, making it first when nothing is there and the config says from what.
 
-    data.store is taken from the workdir when it is relative. `expected` is the fingerprint that the checkpoint
-    recorded, or "" without one.
+    data.store is taken from the workdir when it is relative; behind a URL nothing is made. `expected` is what the
+    checkpoint recorded as fingerprint, or "" without one.
 
     Raises:
-      FileNotFoundError: there is no store and corpus.source is "prepared".
+      FileNotFoundError: there is no store and corpus.source is "prepared", or it should be behind a URL.
+      OSError: the URL cannot be reached.
       ValueError: the store does not fit the model or is not the checkpoint's.
     """
-    directory = workdir / config.data.store
-    if not (directory / MANIFEST_FILE).is_file():
+    directory = place_under(workdir, config.data.store)
+    if isinstance(directory, Path) and not (directory / MANIFEST_FILE).is_file():
         if config.corpus.source == "prepared" or directory.exists():
             raise FileNotFoundError(
                 f"there is no token store in {directory}: it has no {MANIFEST_FILE}; point --config.data.store to one, "

@@ -1,6 +1,6 @@
 """The token store's manifest: its schema, its fingerprint, its checks. The one file format both wings meet at.
 
-A token store is a directory:
+A token store is a directory, or a folder behind a URL for those who only read it:
 
     manifest.json                                      this file's subject
     tokenizer.model or tokenizer.json                  the tokenizer (`Manifest.tokenizer.file`)
@@ -19,8 +19,10 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
-import os
 from pathlib import Path
+
+from btlm_jax.files import write_atomically
+from btlm_jax.places import Place, inside, read_bytes, sizes_in
 
 MANIFEST_FILE = "manifest.json"
 DATASET_NAME = "tokens"
@@ -106,27 +108,24 @@ def write_manifest(directory: Path, manifest: Manifest) -> None:
         "fingerprint": manifest.fingerprint,
         **dataclasses.asdict(manifest),
     }
-    final = directory / MANIFEST_FILE
-    temporary = final.with_name(final.name + ".tmp")
-    with open(temporary, "w", encoding="utf-8") as file:
-        json.dump(body, file, indent=2, sort_keys=True)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, final)
+    write_atomically(directory / MANIFEST_FILE, json.dumps(body, indent=2, sort_keys=True))
 
 
-def read_manifest(directory: Path) -> Manifest:
+def read_manifest(directory: Place) -> Manifest:
     """Read and check a store's manifest.
 
     Raises:
       FileNotFoundError: there is no manifest in `directory`.
+      OSError: it cannot be reached.
       ValueError: it is not valid JSON, not of this format, lacks a field, or its contents do not give its fingerprint.
     """
-    path = directory / MANIFEST_FILE
-    if not path.is_file():
-        raise FileNotFoundError(f"{directory} is not a token store: it has no {MANIFEST_FILE}")
+    path = inside(directory, MANIFEST_FILE)
     try:
-        body = json.loads(path.read_text(encoding="utf-8"))
+        contents = read_bytes(path)
+    except (FileNotFoundError, NotADirectoryError) as error:
+        raise FileNotFoundError(f"{directory} is not a token store: it has no {MANIFEST_FILE}") from error
+    try:
+        body = json.loads(contents)
         found = (body.pop("format"), body.pop("format_version"))
         written = body.pop("fingerprint")
         if found != (FORMAT, FORMAT_VERSION):
@@ -148,24 +147,25 @@ def read_manifest(directory: Path) -> Manifest:
     return manifest
 
 
-def check_shards(directory: Path, manifest: Manifest) -> None:
+def check_shards(directory: Place, manifest: Manifest) -> None:
     """Check that every shard and the tokenizer are present at their recorded size (contents are not re-hashed).
 
     Raises:
       FileNotFoundError: a shard or the tokenizer file is missing.
+      OSError: the place cannot be reached.
       ValueError: a shard has another size than the manifest says, so it was truncated or replaced.
     """
-    if not (directory / manifest.tokenizer.file).is_file():
+    sizes = sizes_in(directory)
+    if manifest.tokenizer.file not in sizes:
         raise FileNotFoundError(f"token store {directory} lacks its tokenizer file {manifest.tokenizer.file}")
     for split in manifest.splits.values():
         for shard in split.shards:
-            path = directory / shard.file
-            if not path.is_file():
+            if shard.file not in sizes:
                 raise FileNotFoundError(f"token store {directory} lacks shard {shard.file}; restore or rebuild it")
-            if path.stat().st_size != shard.num_bytes:
+            if sizes[shard.file] != shard.num_bytes:
                 raise ValueError(
-                    f"shard {path} is {path.stat().st_size:,} bytes, its manifest says {shard.num_bytes:,}: "
-                    "truncated or replaced; restore or rebuild it"
+                    f"shard {inside(directory, shard.file)} is {sizes[shard.file]:,} bytes, its manifest says "
+                    f"{shard.num_bytes:,}: truncated or replaced; restore or rebuild it"
                 )
 
 

@@ -45,7 +45,7 @@ def build_real_store(directory: Path) -> Manifest:
         )
 
 
-def write_config(path: Path, *, store: Path, **changes) -> Path:
+def write_config(path: Path, *, store: Path | str, **changes) -> Path:
     """Write a config file: the tiny config on that store; a change is written model__d_model=80."""
     values = config_dict("local_cpu")
     dotted = {**TINY, "model.vocab_size": VOCAB_SIZE, "data.store": str(store), "corpus.source": "prepared"}

@@ -11,9 +11,9 @@ from absl import flags
 from btlm_jax import cli
 from btlm_jax.cli.corpus_workers import chosen_workers, define_worker_flags
 from btlm_jax.cli.parse import apply
-from btlm_jax.corpus.records import AtomicFile
 from btlm_jax.corpus.stage import Stage, accept, run_stage
 from btlm_jax.corpus.tasks import Task
+from btlm_jax.files import AtomicFile
 
 END = "end"  # a file that lets the tasks end
 

@@ -8,7 +8,7 @@ import pytest
 PACKAGE = Path(__file__).parent.parent / "btlm_jax"
 
 LAYER = {
-    "config": 0, "curriculum": 0, "store": 0, "files": 0, "figures": 0,
+    "config": 0, "curriculum": 0, "store": 0, "files": 0, "figures": 0, "places": 0,
     "mup": 1, "sharding": 1, "metrics": 1, "writers": 1,
     "attention": 2, "collectives": 2, "corpus": 2, "cpu": 2, "data": 2, "loss": 2, "model": 2, "optimizer": 2,
     "sampling": 2,
@@ -27,10 +27,10 @@ ROOM_OF = {
     "tokenizers": {"corpus", "convert"},
     "tiktoken": {"corpus"},
     "ftfy": {"corpus"},
-    "zstandard": {"corpus"},
+    "zstandard": {"corpus", "data"},
     "orjson": {"corpus"},
     "pyarrow": {"corpus"},
-    "fsspec": {"corpus"},
+    "fsspec": {"places"},
     "ray": {"corpus"},
     "torch": {"convert"},
     "transformers": {"convert"},

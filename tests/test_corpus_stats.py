@@ -10,7 +10,7 @@ from run_command import recorded, run_btlm, train_arguments
 from btlm_jax import store
 from btlm_jax.cli import main
 from btlm_jax.corpus import plots
-from btlm_jax.data.reader import verify
+from btlm_jax.data.verify import verify
 
 TEXTS = [made_up_text(seed=seed, num_words=40 + 8 * (seed % 5)) for seed in range(300)]
 
@@ -115,7 +115,7 @@ def test_what_cannot_be_described_or_trained_on_is_refused(corpus, tmp_path, cap
 
 
 def test_every_document_reached_the_store_once(corpus):
-    manifest = verify(corpus / "store")
+    manifest = verify(corpus / "store", log=print)
     parts = [part for split in manifest.splits.values() for part in split.sources.values()]
     assert sum(part.num_documents for part in parts) == 300
     assert sum(part.num_bytes for part in parts) == sum(len(text) for text in TEXTS)

@@ -20,10 +20,10 @@ from btlm_jax.convert.prove_gguf import prove_tensors, prove_vocabulary
 from btlm_jax.convert.published import PublishedConfig, read_published_config, tensor_shapes
 from btlm_jax.convert.read_gguf import GGUFFile, GGUFTokenizer, gguf_logits
 from btlm_jax.convert.read_hf import HuggingFaceTensors
-from btlm_jax.convert.sentencepiece_model import BYTE, NORMAL, USER_DEFINED
 from btlm_jax.convert.to_gguf import gguf_tensors, write_gguf
 from btlm_jax.convert.tokenizer_files import PROBES
 from btlm_jax.corpus.byte_level import ByteLevelTokenizer
+from btlm_jax.corpus.sentencepiece_model import BYTE, NORMAL, USER_DEFINED
 from btlm_jax.corpus.tokenizer import SentencePieceTokenizer, train_tokenizer
 
 # As different as llama.cpp allows: heads no power of two, scores over sqrt(head_dim), a width no block divides.

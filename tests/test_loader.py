@@ -240,8 +240,8 @@ import test_loader
 token_store = test_loader.open_store(Path(directory), expected_fingerprint="")
 loader = test_loader.make_loader(token_store, accumulation=2, fsdp=2, tensor=2)
 reads = []
-read = loader._reader.read
-loader._reader.read = lambda block: reads.append(block) or read(block)
+read_many = loader._reader.read_many
+loader._reader.read_many = lambda blocks: reads.extend(blocks) or read_many(blocks)
 shards = {}
 for step, batch in loader.batches(first_step=1):
     for name, leaf in batch.items():

@@ -12,8 +12,8 @@ from btlm_jax.corpus.lsh import PRESETS, SLIMPAJAMA, STRICT, Clusters, all_agree
 from btlm_jax.corpus.minhash import GRAM, many_permutations, one_permutation
 
 KERNELS = {
-    "one": lambda codes: one_permutation(codes, bins=256),
-    "many": lambda codes: many_permutations(codes, permutations=117),
+    "one": lambda codes: one_permutation([codes], bins=256),
+    "many": lambda codes: many_permutations([codes], permutations=117),
 }
 
 
@@ -68,7 +68,7 @@ def test_the_published_preset_finds_what_theory_says():
             b = edited(a, share=share, seed=seed + 1_000)
             similarities.append(jaccard(a, b))
             for name, preset in PRESETS.items():
-                signatures = np.stack([preset.signature(codes) for codes in (a, b)])
+                signatures = np.stack([preset.signature([codes]) for codes in (a, b)])
                 shares_key = (band_keys(signatures, preset)[:, 0] == band_keys(signatures, preset)[:, 1]).any()
                 agrees = (signatures[0] == signatures[1]).mean() >= preset.threshold
                 found[name][index] += (shares_key and agrees) / 150

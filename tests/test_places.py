@@ -10,10 +10,11 @@ import pyarrow.parquet
 import pytest
 from corpus_files import made_up_text, write_raw
 
+from btlm_jax import places
 from btlm_jax.cli import main
-from btlm_jax.corpus import inputs, places, tasks
+from btlm_jax.corpus import inputs, tasks
 from btlm_jax.corpus.inputs import read_stage
-from btlm_jax.corpus.places import find_files, hash_part, place_of, stamp_of
+from btlm_jax.places import find_files, hash_part, place_of, stamp_of
 
 
 @pytest.fixture
@@ -84,19 +85,14 @@ def test_a_transfer_that_ends_early_is_an_error_and_is_tidied_up(raw, memory, mo
 
 
 def test_google_cloud_storage_on_loopback(raw, monkeypatch):
-    monkeypatch.setenv("GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT", "false")  # asks another server, over TLS, for a minute
-    gcsfs = pytest.importorskip("gcsfs", reason="gcsfs is not installed")
     objects = {f"raw/{name}": data for name, data in files_of(raw / "raw").items()}
-    with fake_gcs.serve(objects) as endpoint:
-        monkeypatch.setitem(fsspec.config.conf, "gs", {"endpoint_url": endpoint, "token": "anon"})
-        gcsfs.GCSFileSystem.clear_instance_cache()
-        assert clean(raw / "raw", raw / "local") == clean(f"gs://{fake_gcs.BUCKET}/raw", raw / "remote") == 0
+    with fake_gcs.connected(objects, monkeypatch) as bucket:
+        assert clean(raw / "raw", raw / "local") == clean(f"{bucket}/raw", raw / "remote") == 0
         assert contents(raw / "remote") == contents(raw / "local")
-        url = f"gs://{fake_gcs.BUCKET}/raw/two.jsonl"
+        url = f"{bucket}/raw/two.jsonl"
         before = stamp_of(url)
         objects["raw/two.jsonl"] = objects["raw/two.jsonl"].replace(b"a", b"b", 1)
         assert stamp_of(url) != before
-    gcsfs.GCSFileSystem.clear_instance_cache()
 
 
 def test_a_missing_library_is_named(raw, monkeypatch, capsys):

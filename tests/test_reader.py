@@ -7,7 +7,8 @@ import tensorflow_datasets as tfds
 from tiny_store import stream_blocks, write_store
 
 from btlm_jax import store
-from btlm_jax.data.reader import open_store, verify
+from btlm_jax.data.reader import open_store
+from btlm_jax.data.verify import verify
 
 BLOCK_LEN, TRAIN_TOKENS, BLOCKS_PER_SHARD = 24, 13 * 24 + 7, 5
 
@@ -48,7 +49,7 @@ def test_read_agrees_with_tfds(directory):
     )
     reader = open_store(directory, expected_fingerprint="").split(store.HELDOUT)
     for number in range(len(reader)):
-        example = features.deserialize_example_np(reader._source[number])
+        example = features.deserialize_example_np(next(reader._records.read([number])))
         np.testing.assert_array_equal(reader.read(number).tokens, example["tokens"])
         assert reader.read(number).num_targets == example["num_targets"]
 
@@ -117,14 +118,14 @@ def flip_tokens_of_block(path, first_token):
 
 
 def test_read_and_verify_name_a_corrupt_shard(directory):
-    assert verify(directory) == store.read_manifest(directory)
+    assert verify(directory, log=print) == store.read_manifest(directory)
     name = store.shard_name(split=store.TRAIN, index=1, num_shards=3)
     flip_tokens_of_block(directory / name, first_token=7 * BLOCK_LEN)
     reader = open_store(directory, expected_fingerprint="").split(store.TRAIN)
     with pytest.raises(ValueError, match=f"block 7 in shard .*{name}"):
         reader.read(7)
     with pytest.raises(ValueError, match=name) as error:
-        verify(directory)
+        verify(directory, log=print)
     assert store.shard_name(split=store.TRAIN, index=0, num_shards=3) not in str(error.value)
 
 
@@ -151,13 +152,13 @@ def test_verify_reads_the_streams_and_counts(directory, split, change, said):
     found = dataclasses.replace(found, **{**change, "sources": sources})
     store.write_manifest(directory, dataclasses.replace(manifest, splits=manifest.splits | {split: found}))
     with pytest.raises(ValueError, match=said):
-        verify(directory)
+        verify(directory, log=print)
 
 
 def test_verify_checks_the_tokenizer(directory):
     (directory / "tokenizer.model").write_bytes(b"other tokenizer")
     with pytest.raises(ValueError, match="tokenizer.model"):
-        verify(directory)
+        verify(directory, log=print)
 
 
 def test_read_refuses_a_shard_of_another_block_length(directory, tmp_path_factory):

@@ -15,7 +15,8 @@ from btlm_jax.cli import main
 from btlm_jax.corpus import inputs
 from btlm_jax.corpus.inputs import raw_inputs, read_stage
 from btlm_jax.corpus.pack import Block, write_shard
-from btlm_jax.corpus.records import AtomicFile, Record, RecordWriter, read_records
+from btlm_jax.corpus.records import Record, RecordWriter, read_records
+from btlm_jax.files import AtomicFile
 
 
 @pytest.mark.parametrize("num_workers", [1, 2])

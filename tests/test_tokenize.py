@@ -20,7 +20,8 @@ from btlm_jax.corpus.gpt2 import FastGpt2Tokenizer, can_be_fast, fastest
 from btlm_jax.corpus.inputs import read_stage
 from btlm_jax.corpus.records import read_records
 from btlm_jax.corpus.tokenizer import SentencePieceTokenizer, load_tokenizer, train_tokenizer
-from btlm_jax.data.reader import open_store, verify
+from btlm_jax.data.reader import open_store
+from btlm_jax.data.verify import verify
 
 MARK = "\u2581"  # SentencePiece's own, which it cannot give back
 TEXTS = [made_up_text(seed=seed, num_words=50) + (f" é{MARK}\n" if seed % 10 == 0 else " é\n") for seed in range(120)]
@@ -78,7 +79,7 @@ def streams_of(opened, name: str) -> dict[str, list[int]]:
 @pytest.mark.parametrize("tokenizer", ["bpe", "pieces"])
 def test_the_store_holds_every_document_once_and_in_order(prepared, tmp_path, tokenizer):
     assert run(prepared, tmp_path / "store", tokenizer=tokenizer) == 0
-    manifest = verify(tmp_path / "store")
+    manifest = verify(tmp_path / "store", log=print)
     opened = open_store(tmp_path / "store", expected_fingerprint=manifest.fingerprint)
     assert [len(manifest.splits[name].shards) > 1 for name in (store.TRAIN, store.HELDOUT)] == [True, True]
     stored = load_tokenizer(tmp_path / "store", manifest.tokenizer)

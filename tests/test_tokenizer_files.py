@@ -13,9 +13,10 @@ from tiny_tokenizers import ANY_TEXT, EOS, TEXTS, tiny_byte_level
 from tokenizers import Regex, pre_tokenizers
 
 from btlm_jax.convert import tokenizer_files
-from btlm_jax.convert.sentencepiece_model import BYTE, CONTROL, UNKNOWN, USER_DEFINED, as_tokenizer, parse_model
+from btlm_jax.convert.sentencepiece_model import as_tokenizer
 from btlm_jax.convert.tokenizer_files import prove_tokenizer_files, write_tokenizer_files
 from btlm_jax.corpus.byte_level import ByteLevelTokenizer
+from btlm_jax.corpus.sentencepiece_model import BYTE, CONTROL, UNKNOWN, USER_DEFINED, parse_model
 from btlm_jax.corpus.tokenizer import SentencePieceTokenizer, find_tokenizer, train_tokenizer
 
 transformers = pytest.importorskip("transformers")  # without it only the other clients are compared

@@ -9,8 +9,9 @@ from pathlib import Path
 from absl import flags
 
 from btlm_jax.cli import corpus_stages
-from btlm_jax.cli.corpus_stages import print_stage, print_store
+from btlm_jax.cli.corpus_stages import log, print_stage, print_store
 from btlm_jax.cli.parse import DONE, UsageError, parse_config, parse_flags, run_flags, workdir_of
+from btlm_jax.places import Place, place_of
 
 HELP = """btlm corpus VERB: make or check a corpus and its token store.
 
@@ -18,7 +19,7 @@ HELP = """btlm corpus VERB: make or check a corpus and its token store.
   clean      raw files -> repaired Unicode, short documents dropped
   dedup      near-duplicates over all sources: one document of each cluster stays
   split      train, validation and test by hash; nothing near the held-out text stays in train; shuffled
-  tokenizer  train a SentencePiece tokenizer on the documents of split
+  tokenizer  train a tokenizer on the documents of split: SentencePiece or byte-level BPE
   tokenize   the documents of split -> a token store
   stats      documents, bytes and tokens by source, lengths, clusters
   show       documents by number or id; clusters of duplicates
@@ -36,6 +37,7 @@ examples:  btlm corpus build --config=configs/local_cpu.py --workdir=runs/local
            btlm corpus stats --input=store
            btlm corpus show --input=corpus/dedup --clusters=3 --documents=corpus/clean
            btlm corpus verify --store=runs/local/store
+           btlm corpus verify --store=gs://bucket/store
 """
 
 
@@ -107,27 +109,27 @@ def _show(arguments: Sequence[str]) -> int:
     return DONE
 
 
-def _directory(values: flags.FlagValues, arguments: Sequence[str], *, name: str, verb: str) -> Path | None:
+def _directory(values: flags.FlagValues, arguments: Sequence[str], *, name: str, verb: str) -> Place | None:
     """Parse the flags of a verb that only reads a directory; return None when help was asked for and printed."""
-    flags.DEFINE_string(name, "", "directory of a token store, or of a stage's work", flag_values=values)
+    flags.DEFINE_string(name, "", "token store (directory or URL), or directory of a stage's work", flag_values=values)
     flags.DEFINE_boolean("help", False, "show this help", short_name="h", flag_values=values)
     if not parse_flags(values, arguments, help_text=HELP):
         return None
     if not values[name].value:
         raise UsageError(f"btlm corpus {verb} needs --{name}=DIR")
-    return Path(values[name].value)
+    return place_of(values[name].value)
 
 
 def _verify(arguments: Sequence[str]) -> int:
     directory = _directory(flags.FlagValues(), arguments, name="store", verb="verify")
     if directory is None:
         return DONE
-    if (directory / "plan.json").is_file():
+    if isinstance(directory, Path) and (directory / "plan.json").is_file():
         manifest = importlib.import_module("btlm_jax.corpus.inputs").verify_stage(directory)
         print("every file is as its manifest says")
         print_stage(manifest)
         return DONE
-    manifest = importlib.import_module("btlm_jax.data.reader").verify(directory)
+    manifest = importlib.import_module("btlm_jax.data.verify").verify(directory, log=log)
     print("every shard is as its manifest says")
     print_store(manifest)
     return DONE

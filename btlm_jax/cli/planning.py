@@ -13,7 +13,7 @@ from absl import flags
 
 from btlm_jax.cli.parse import DONE, ERROR, UsageError, config_file, config_flag, parse_config, parse_flags
 from btlm_jax.config import TrainConfig
-from btlm_jax.files import write_atomically
+from btlm_jax.files import cache_directory, write_atomically
 
 PLAN_HELP = """btlm plan: compile a config's train steps for a TPU slice, here, without one.
 
@@ -135,9 +135,8 @@ def _cache(values: flags.FlagValues, mode: str):
     most = values["max-compiles"].value
     if most < 0:
         raise UsageError(f"--max-compiles={most} must not be negative")
-    return cache(
-        directory=Path(values["cache"].value).expanduser(), max_compiles=most if mode == "search" else math.inf
-    )
+    directory = Path(values["cache"].value).expanduser() if values["cache"].value else cache_directory() / "plan"
+    return cache(directory=directory, max_compiles=most if mode == "search" else math.inf)
 
 
 def _use_no_accelerator() -> None:
@@ -158,7 +157,7 @@ def _flags() -> flags.FlagValues:
     flags.DEFINE_string("json", "", "file for the plan, or the search, as JSON", flag_values=values)
     flags.DEFINE_float("usd-per-chip-hour", 0.0, "price of a chip; with it the plan has a cost", flag_values=values)
     flags.DEFINE_string(
-        "cache", "~/.cache/btlm_jax/plan", "directory of what compilations said; the same one is not repeated",
+        "cache", "", "directory of what compilations said, the same one is not repeated; or plan/ in the user's cache",
         flag_values=values,
     )  # fmt: skip
     flags.DEFINE_boolean("help", False, "show this help", short_name="h", flag_values=values)

@@ -5,7 +5,9 @@ from __future__ import annotations
 import dataclasses
 import typing
 
-from btlm_jax.convert.sentencepiece_model import (
+from btlm_jax.convert.sentencepiece_model import symbols_inside
+from btlm_jax.corpus.byte_level import ByteLevelTokenizer
+from btlm_jax.corpus.sentencepiece_model import (
     BPE,
     BYTE,
     CONTROL,
@@ -13,9 +15,7 @@ from btlm_jax.convert.sentencepiece_model import (
     UNUSED,
     USER_DEFINED,
     parse_model,
-    symbols_inside,
 )
-from btlm_jax.corpus.byte_level import ByteLevelTokenizer
 from btlm_jax.corpus.tokenizer import SentencePieceTokenizer, Tokenizer
 
 if typing.TYPE_CHECKING:

@@ -20,6 +20,7 @@ from btlm_jax.cpu.forward import Weights
 from btlm_jax.files import write_atomically
 from btlm_jax.model import Btlm, make_model, parameter_table
 from btlm_jax.mup import make_parametrization
+from btlm_jax.places import Place, place_under
 from btlm_jax.sharding import make_mesh
 
 MODEL_FILE, PARAMS = "model.json", "params"
@@ -75,7 +76,7 @@ def read_run(workdir: Path) -> NativeModel:
         step = reader.steps()[-1]
         position, config = reader.read_facts(step)
         notes = {"steps": f"{step:,}", "tokens": f"{position.tokens_seen:,}"} | _heldout_notes(workdir, step)
-        directory = workdir / config.data.store
+        directory = place_under(workdir, config.data.store)
         recorded = store.read_manifest(directory).tokenizer
         facts = ModelFacts(
             model=config.model,
@@ -92,7 +93,7 @@ def read_run(workdir: Path) -> NativeModel:
     return NativeModel(facts=facts, params=params, mesh=mesh, tokenizer=load_tokenizer(directory, recorded))
 
 
-def store_of_run(workdir: Path) -> Path:
+def store_of_run(workdir: Path) -> Place:
     """Return where the token store of a run is.
 
     Raises:
@@ -104,7 +105,7 @@ def store_of_run(workdir: Path) -> Path:
         _, config = reader.read_facts(reader.steps()[-1])
     finally:
         reader.close()
-    return workdir / config.data.store
+    return place_under(workdir, config.data.store)
 
 
 def read_model_directory(directory: Path) -> NativeModel:

@@ -17,7 +17,7 @@ import numpy as np
 from tokenizers import Tokenizer, models, pre_tokenizers
 
 from btlm_jax.convert.ggml import import_gguf
-from btlm_jax.convert.sentencepiece_model import SPACE_MARK, USER_DEFINED
+from btlm_jax.corpus.sentencepiece_model import SPACE_MARK, USER_DEFINED
 
 _ROWS = 1024  # of a matrix, read at a time: a block type takes some copies
 

@@ -1,73 +1,24 @@
-"""What a SentencePiece model file says, read without protobuf, whose versions quarrel; and how to say it elsewhere.
-
-The file is a protocol buffer, `ModelProto` of
-https://github.com/google/sentencepiece/blob/master/src/sentencepiece_model.proto.
-"""
+"""A SentencePiece model said in the terms of the tokenizers library."""
 
 from __future__ import annotations
 
-import dataclasses
 import itertools
 import re
-import struct
-from collections.abc import Iterator
 
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
 
-NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = 1, 2, 3, 4, 5, 6  # SentencePiece.Type
-UNIGRAM, BPE = 1, 2  # TrainerSpec.ModelType; 3 is word, 4 is char
-SPACE_MARK = "\u2581"
-_PIECES, _TRAINER, _NORMALIZER, _DENORMALIZER = 1, 2, 3, 5
-_VARINT, _FIXED64, _BYTES, _FIXED32 = 0, 1, 2, 5
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class SentencePieceModel:
-    """A model file; see the defaults of the .proto."""
-
-    pieces: tuple[str, ...]
-    scores: tuple[float, ...]
-    types: tuple[int, ...]
-    model_type: int
-    byte_fallback: bool
-    whitespace_as_suffix: bool
-    add_dummy_prefix: bool
-    remove_extra_whitespaces: bool
-    escape_whitespaces: bool
-    rewrites_characters: bool  # it has a table of characters to replace, such as nmt_nfkc's
-
-    def ids_of(self, kind: int) -> list[int]:
-        """Return the ids of the pieces of a type."""
-        return [number for number, found in enumerate(self.types) if found == kind]
-
-
-def parse_model(contents: bytes) -> SentencePieceModel:
-    """Parse a model file.
-
-    Raises:
-      ValueError: it is damaged.
-    """
-    try:
-        model = list(_fields(contents))
-        pieces = [dict(_fields(value)) for number, value in model if number == _PIECES]
-        only = {
-            number: dict(_fields(value)) for number, value in model if number != _PIECES and isinstance(value, bytes)
-        }
-        trainer, normalizer = only.get(_TRAINER, {}), only.get(_NORMALIZER, {})
-        return SentencePieceModel(
-            pieces=tuple(piece.get(1, b"").decode() for piece in pieces),
-            scores=tuple(struct.unpack("<f", piece.get(2, bytes(4)))[0] for piece in pieces),
-            types=tuple(piece.get(3, NORMAL) for piece in pieces),
-            model_type=trainer.get(3, UNIGRAM),
-            byte_fallback=bool(trainer.get(35, 0)),
-            whitespace_as_suffix=bool(trainer.get(24, 0)),
-            add_dummy_prefix=bool(normalizer.get(3, 1)),
-            remove_extra_whitespaces=bool(normalizer.get(4, 1)),
-            escape_whitespaces=bool(normalizer.get(5, 1)),
-            rewrites_characters=bool(normalizer.get(2, b"") or only.get(_DENORMALIZER, {}).get(2, b"")),
-        )
-    except (IndexError, struct.error, UnicodeDecodeError) as error:
-        raise ValueError(f"this is no SentencePiece model: {error!r}") from error
+from btlm_jax.corpus.sentencepiece_model import (
+    BPE,
+    BYTE,
+    CONTROL,
+    NORMAL,
+    SPACE_MARK,
+    UNIGRAM,
+    UNKNOWN,
+    UNUSED,
+    USER_DEFINED,
+    SentencePieceModel,
+)
 
 
 def as_tokenizer(model: SentencePieceModel, *, unk_id: int) -> Tokenizer:
@@ -180,33 +131,3 @@ def _cut_names(model: SentencePieceModel) -> pre_tokenizers.Split:
         at = free[0] if free else 1
         cuts.add(f"(?<={re.escape(name[:at])})(?={re.escape(name[at:])})")
     return pre_tokenizers.Split(Regex("|".join(sorted(cuts))), "isolated")
-
-
-def _fields(data: bytes) -> Iterator[tuple[int, int | bytes]]:
-    """Yield (field number, value) of a protocol buffer message."""
-    at = 0
-    while at < len(data):
-        key, at = _varint(data, at)
-        number, wire = key >> 3, key & 7
-        if wire == _VARINT:
-            value, at = _varint(data, at)
-        else:
-            if wire == _BYTES:
-                size, at = _varint(data, at)
-            elif wire in (_FIXED32, _FIXED64):
-                size = 4 if wire == _FIXED32 else 8
-            else:
-                raise IndexError(f"wire type {wire} at byte {at}")
-            value, at = data[at : at + size], at + size
-            if at > len(data):
-                raise IndexError(f"it ends inside field {number}")
-        yield number, value
-
-
-def _varint(data: bytes, at: int) -> tuple[int, int]:
-    value, shift = 0, 0
-    while True:
-        value |= (data[at] & 0x7F) << shift
-        at, shift = at + 1, shift + 7
-        if data[at - 1] < 0x80:
-            return value, at

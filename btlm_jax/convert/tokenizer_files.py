@@ -15,8 +15,9 @@ from pathlib import Path
 
 import tokenizers
 
-from btlm_jax.convert.sentencepiece_model import CONTROL, UNKNOWN, USER_DEFINED, as_tokenizer, parse_model
+from btlm_jax.convert.sentencepiece_model import as_tokenizer
 from btlm_jax.corpus.byte_level import MERGES_FILE, VOCAB_FILE, ByteLevelTokenizer, read_byte_level
+from btlm_jax.corpus.sentencepiece_model import CONTROL, UNKNOWN, USER_DEFINED, parse_model
 from btlm_jax.corpus.tokenizer import SentencePieceTokenizer, Tokenizer
 from btlm_jax.files import write_atomically
 

@@ -6,7 +6,8 @@ from pathlib import Path
 
 import numpy as np
 
-from btlm_jax.corpus.records import AtomicFile, describe_output
+from btlm_jax.corpus.records import describe_output
+from btlm_jax.files import AtomicFile
 
 
 def save_array(directory: Path, stem: str, array: np.ndarray) -> dict:

@@ -19,8 +19,8 @@ from btlm_jax.config import CorpusConfig
 from btlm_jax.corpus.dedup import without_duplicates, without_repeated_blocks
 from btlm_jax.corpus.installed import SOURCES, Document, describe_installation, installed_documents
 from btlm_jax.corpus.pack import Block, pack, sync_and_hash, write_shards, write_tfds_metadata
+from btlm_jax.corpus.sentencepiece_model import SPACE_MARK
 from btlm_jax.corpus.tokenizer import (
-    SPACE_MARK,
     TOKENIZER_BYTES,
     TOKENIZER_FILE,
     SentencePieceTokenizer,

@@ -1,4 +1,4 @@
-"""GPT-2's byte-level BPE: vocab.json and merges.txt, or a tokenizer.json of that kind. Only what gives every text back.
+"""GPT-2's byte-level BPE: vocab.json and merges.txt, a tokenizer.json of that kind, or trained. Gives every text back.
 
 A text is cut into words by a pattern, each word becomes its UTF-8 bytes, each byte is written as a visible character,
 and pairs merge in the order of the merges (https://github.com/openai/gpt-2/blob/master/src/encoder.py).
@@ -7,15 +7,18 @@ and pairs merge in the order of the merges (https://github.com/openai/gpt-2/blob
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
-from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
+from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
+
+from btlm_jax.corpus.boundaries import GPT2_BOUNDARY, NO_BOUNDARY
 
 KIND = "byte_level_bpe"
 STORED_FILE = "tokenizer.json"
 VOCAB_FILE, MERGES_FILE = "vocab.json", "merges.txt"
 END_OF_TEXT = "<|endoftext|>"
+MIN_VOCAB_SIZE = 257  # the 256 bytes and the end of text
 _GPT2_STEPS = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True}
 _STEPS_THAT_CUT = ("Split", "Digits", "Punctuation")  # these only cut the text; others also drop or replace characters
 
@@ -37,6 +40,7 @@ class ByteLevelTokenizer:
         self.eos_id = eos_id
         self.eos_token = self._tokenizer.id_to_token(eos_id)
         self.vocab_size = self._tokenizer.get_vocab_size()
+        self.boundary = GPT2_BOUNDARY if self.is_gpt2 else NO_BOUNDARY
 
     @property
     def json(self) -> str:
@@ -84,6 +88,30 @@ class ByteLevelTokenizer:
         return self._tokenizer.decode(list(ids), skip_special_tokens=True)
 
 
+def train_byte_level(texts: Iterable[str], *, vocab_size: int) -> bytes:
+    """Train merges on texts cut by GPT-2's pattern; return the contents of a tokenizer.json, END_OF_TEXT the last id.
+
+    The same texts give the same bytes, whatever their order and the number of threads.
+
+    Raises:
+      ValueError: the vocabulary is too small, or too large for these texts.
+    """
+    if vocab_size < MIN_VOCAB_SIZE:
+        raise ValueError(f"vocab_size={vocab_size} is too small for byte-level BPE: {MIN_VOCAB_SIZE} or more")
+    tokenizer = _like_gpt2(models.BPE())
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size - 1, initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False
+    )
+    tokenizer.train_from_iterator(texts, trainer)
+    tokenizer.add_special_tokens([AddedToken(END_OF_TEXT, special=True, normalized=False)])
+    if tokenizer.get_vocab_size() != vocab_size:
+        raise ValueError(
+            f"no tokenizer of {vocab_size:,} tokens can be trained on this text: every word is one token at "
+            f"{tokenizer.get_vocab_size():,}; ask for at most that, or give more text"
+        )
+    return tokenizer.to_str().encode()
+
+
 def read_byte_level(directory: Path) -> ByteLevelTokenizer:
     """Read the tokenizer.json of a Hugging Face directory, or its vocab.json and merges.txt.
 
@@ -122,15 +150,20 @@ def _from_vocabulary(directory: Path) -> bytes:
     if (directory / "added_tokens.json").is_file():
         raise ValueError(f"{directory} has an added_tokens.json besides {VOCAB_FILE}; save it as a {STORED_FILE} first")
     try:
-        tokenizer = Tokenizer(models.BPE.from_file(str(vocab), str(merges)))
+        tokenizer = _like_gpt2(models.BPE.from_file(str(vocab), str(merges)))
     except Exception as error:  # the library raises nothing narrower
         raise ValueError(f"{vocab} and {MERGES_FILE} are damaged or not of one tokenizer: {error}") from error
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
     eos_token = _eos_token(directory)
     if tokenizer.token_to_id(eos_token) is not None:
         tokenizer.add_special_tokens([AddedToken(eos_token, special=True, normalized=False)])
     return tokenizer.to_str().encode()
+
+
+def _like_gpt2(model: models.BPE) -> Tokenizer:
+    tokenizer = Tokenizer(model)
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    return tokenizer
 
 
 def _eos_token(directory: Path) -> str:

@@ -11,19 +11,21 @@ import functools
 import json
 import re
 from collections import Counter
+from collections.abc import Iterator
 from pathlib import Path
 
 import ftfy
 
 from btlm_jax.corpus.inputs import make_tasks, raw_inputs
 from btlm_jax.corpus.normalize import MIN_CHARACTERS, is_shorter
-from btlm_jax.corpus.places import Place
 from btlm_jax.corpus.reading import BadFile, Defect, read_raw
-from btlm_jax.corpus.records import AtomicFile, Record, ShardWriter
+from btlm_jax.corpus.records import Record, ShardWriter
 from btlm_jax.corpus.stage import Log, Stage, run_stage
 from btlm_jax.corpus.tally import Tally
 from btlm_jax.corpus.tasks import Input, Task, Tick
 from btlm_jax.corpus.workers import Workers
+from btlm_jax.files import AtomicFile
+from btlm_jax.places import Place
 
 RECIPE = 1  # raise when the steps change
 QUARANTINE_FOLDER = "quarantine"
@@ -82,7 +84,12 @@ def clean(config: CleanConfig, *, output: Path, workers: Workers, log: Log) -> d
 
 
 def fixed(text: str) -> str:
-    """Return `ftfy.fix_text(text, normalization="NFC")`, calling it only for the lines that it can change.
+    """Return `ftfy.fix_text(text, normalization="NFC")`, calling it only for the lines that it can change."""
+    return "".join(fixed_pieces(text))
+
+
+def fixed_pieces(text: str) -> Iterator[str]:
+    """Yield the fixed text piece by piece.
 
     ftfy works line by line; the one thing it carries over is that from the line of the first "<" on, the text is taken
     for HTML, whose entities stay.
@@ -90,18 +97,16 @@ def fixed(text: str) -> str:
     first_tag = text.find("<")
     has_entities = text.find("&", 0, len(text) if first_tag < 0 else first_tag) >= 0
     suspects = _SUSPECT_OR_AMPERSAND if has_entities else _SUSPECT
-    match = suspects.search(text)
-    parts, done = [], 0
+    match, done = suspects.search(text), 0
     while match is not None:
         start = text.rfind("\n", 0, match.start()) + 1
         end = text.find("\n", match.start()) + 1 or len(text)
-        parts.append(_straight(text[done:start]))
+        yield _straight(text[done:start])
         config = _FTFY_WITHOUT_HTML if 0 <= first_tag < start else _FTFY
-        parts.append(ftfy.fix_text(text[start:end], config))
+        yield ftfy.fix_text(text[start:end], config)
         done = end
         match = suspects.search(text, done)
-    parts.append(_straight(text[done:]))
-    return "".join(parts)
+    yield _straight(text[done:])
 
 
 def _straight(text: str) -> str:
@@ -119,14 +124,18 @@ def _clean_task(task: Task, directory: Path, tick: Tick, *, default_source: str,
             for found in _read(item, defects, default_source=default_source, on_bad_file=on_bad_file):
                 tally.read(found)
                 tick(1, found.num_bytes)
-                text = fixed(found.text)
-                if is_shorter(text, than=MIN_CHARACTERS):
+                data = b"".join(piece.encode() for piece in fixed_pieces(found.text))
+                tally.changed(data != found.text.encode())
+                others = dataclasses.replace(found, text="")
+                del found  # here and below: of a long document as little is held as can be
+                record = dataclasses.replace(others, text=data.decode())
+                del data
+                if is_shorter(record.text, than=MIN_CHARACTERS):
                     dropped["short"] += 1
-                    continue
-                record = dataclasses.replace(found, text=text)
-                tally.changed(found.text != text)
-                tally.wrote(record)
-                writer.add(record)
+                else:
+                    tally.wrote(record)
+                    writer.add(record)
+                del record
     if defects:
         folder = directory / QUARANTINE_FOLDER
         folder.mkdir(exist_ok=True)
@@ -137,14 +146,16 @@ def _clean_task(task: Task, directory: Path, tick: Tick, *, default_source: str,
     return {"totals": tally.totals(dropped=dropped, bad=bad), "outputs": writer.outputs}
 
 
-def _read(item: Input, defects: list[Defect], *, default_source: str, on_bad_file: str):
+def _read(item: Input, defects: list[Defect], *, default_source: str, on_bad_file: str) -> Iterator[Record]:
     """Yield the documents of a file; put its defects aside."""
+
+    def is_document(found: Record | Defect) -> bool:
+        if isinstance(found, Defect):
+            defects.append(found)
+        return isinstance(found, Record)
+
     try:
-        for found in read_raw(item.path, name=item.name, default_source=default_source):
-            if isinstance(found, Record):
-                yield found
-            else:
-                defects.append(found)
+        yield from filter(is_document, read_raw(item.path, name=item.name, default_source=default_source))
     except BadFile as error:
         if on_bad_file == FAIL:
             raise ValueError(

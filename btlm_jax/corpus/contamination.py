@@ -6,7 +6,7 @@ import dataclasses
 import itertools
 import tempfile
 import zlib
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -14,12 +14,12 @@ import numpy as np
 from btlm_jax.corpus.frames import BadFile
 from btlm_jax.corpus.inputs import raw_inputs
 from btlm_jax.corpus.lsh import STRICT, band_keys
-from btlm_jax.corpus.normalize import normalized
-from btlm_jax.corpus.places import Place
+from btlm_jax.corpus.normalize import normalized_pieces
 from btlm_jax.corpus.reading import read_raw
 from btlm_jax.corpus.records import Record
 from btlm_jax.corpus.stage import Log
 from btlm_jax.corpus.tasks import at_hand
+from btlm_jax.places import Place
 
 WORDS = 13  # of a run that counts as seen, GPT-3's (arXiv 2005.14165, appendix C)
 _ODD = np.uint64(0x9E3779B97F4A7C15)
@@ -27,7 +27,7 @@ _ODD = np.uint64(0x9E3779B97F4A7C15)
 
 def strict_signature(text: str) -> np.ndarray:
     """Return the signature that near-duplicates of held-out documents are found by."""
-    return STRICT.signature(normalized(text))
+    return STRICT.signature(normalized_pieces(text))
 
 
 def no_signatures() -> np.ndarray:
@@ -65,19 +65,20 @@ class HeldOut:
         return found
 
 
-def word_runs(text: str) -> np.ndarray:
-    """Return a hash of each run of 13 words of the normalised text, uint64; none of a shorter text."""
-    words = _words(normalized(text))
-    count = len(words) - WORDS + 1
-    if count <= 0:
-        return np.empty(0, np.uint64)
-    hashes = np.fromiter(map(zlib.crc32, words), np.uint64, len(words)) * _ODD
-    hashes ^= hashes >> np.uint64(29)
-    runs = np.zeros(count, np.uint64)
-    for place in range(WORDS):
-        runs = (runs ^ hashes[place : place + count]) * _ODD
-        runs ^= runs >> np.uint64(32)
-    return runs
+def word_runs(text: str) -> Iterator[np.ndarray]:
+    """Yield a hash of each run of 13 words of the normalised text, uint64, piece by piece; none of a shorter text."""
+    last = np.empty(0, np.uint64)
+    for words in _words(text):
+        hashes = np.fromiter(map(zlib.crc32, words), np.uint64, len(words)) * _ODD
+        hashes = np.concatenate([last, hashes ^ hashes >> np.uint64(29)])
+        count = len(hashes) - WORDS + 1
+        if count > 0:
+            runs = np.zeros(count, np.uint64)
+            for place in range(WORDS):
+                runs = (runs ^ hashes[place : place + count]) * _ODD
+                runs ^= runs >> np.uint64(32)
+            yield runs
+        last = hashes[1 - WORDS :]  # begins the runs that the next piece ends
 
 
 def evaluation_runs(places: Iterable[Place], *, log: Log) -> np.ndarray:
@@ -93,7 +94,7 @@ def evaluation_runs(places: Iterable[Place], *, log: Log) -> np.ndarray:
                 for record in read_raw(local.path, name=item.name, default_source="evaluation"):
                     if not isinstance(record, Record):
                         raise BadFile(f"line {record.line}: {record.reason}")
-                    found.append(word_runs(record.text))
+                    found.extend(word_runs(record.text))
             except BadFile as error:
                 raise ValueError(f"evaluation text {item.path} cannot be used: {error}") from error
     return np.unique(np.concatenate(found))
@@ -103,15 +104,24 @@ def shares_run(text: str, runs: np.ndarray) -> bool:
     """Return whether a run of 13 words of the text is one of the sorted `runs`."""
     if not len(runs):
         return False
-    own = word_runs(text)
-    place = np.minimum(np.searchsorted(runs, own), len(runs) - 1)
-    return bool((runs[place] == own).any())
+    for own in word_runs(text):
+        place = np.minimum(np.searchsorted(runs, own), len(runs) - 1)
+        if (runs[place] == own).any():
+            return True
+    return False
 
 
-def _words(codes: np.ndarray) -> list[bytes]:
-    if not len(codes):
-        return []
-    if codes.dtype == np.uint8:
-        return codes.tobytes().split(b" ")
-    text = codes.astype("<u4").tobytes().decode("utf-32-le", "surrogatepass")
-    return text.encode("utf-8", "surrogatepass").split(b" ")
+def _words(text: str) -> Iterator[list[bytes]]:
+    """Yield the words of the normalised text, piece by piece."""
+    rest = b""
+    for codes in normalized_pieces(text):
+        *words, rest = (rest + _utf8(codes)).split(b" ")
+        yield words
+    if rest:
+        yield [rest]
+
+
+def _utf8(codes: np.ndarray) -> bytes:
+    if codes.dtype == np.uint8:  # ASCII
+        return codes.tobytes()
+    return codes.astype("<u4").tobytes().decode("utf-32-le", "surrogatepass").encode("utf-8", "surrogatepass")

@@ -71,4 +71,5 @@ def without_duplicates(documents: list[Document], skipped: Counter) -> list[Docu
 
 def signature(text: str) -> np.ndarray:
     """Return the one-permutation MinHash of the text's character 13-grams, uint32 [256]."""
-    return one_permutation(np.frombuffer(_SPACE.sub(" ", text.lower()).encode("utf-8", "replace"), np.uint8), bins=BINS)
+    data = _SPACE.sub(" ", text.lower()).encode("utf-8", "replace")
+    return one_permutation([np.frombuffer(data, np.uint8)], bins=BINS)

@@ -23,8 +23,8 @@ import numpy as np
 from btlm_jax.corpus.arrays import load_array, save_array
 from btlm_jax.corpus.inputs import read_stage, stage_inputs
 from btlm_jax.corpus.lsh import PRESETS, Clusters, Preset, all_agree, band_keys, bucket_pairs, survivors
-from btlm_jax.corpus.normalize import normalized
-from btlm_jax.corpus.records import Record, ShardWriter, read_records
+from btlm_jax.corpus.normalize import normalized_pieces
+from btlm_jax.corpus.records import Record, ShardWriter, read_records, utf8_pieces
 from btlm_jax.corpus.stage import Log, Stage, accept, run_stage
 from btlm_jax.corpus.tally import Tally
 from btlm_jax.corpus.tasks import Task, Tick
@@ -83,15 +83,18 @@ def rank(record: Record) -> int:
 
     An id may say where the document lay, so that it comes second.
     """
-    parts = [hashlib.blake2b(part.encode(), digest_size=4).digest() for part in (record.text, record.id)]
-    return int.from_bytes(b"".join(parts), "big")
+    digests = [hashlib.blake2b(digest_size=4) for _ in range(2)]
+    for digest, text in zip(digests, (record.text, record.id), strict=True):
+        for piece in utf8_pieces(text):
+            digest.update(piece)
+    return int.from_bytes(b"".join(digest.digest() for digest in digests), "big")
 
 
 def _signature_task(task: Task, directory: Path, tick: Tick, *, preset: str) -> dict:
     rules = PRESETS[preset]
     signatures, lengths, ranks = [], [], []
     for record in read_records(task.inputs[0].path):
-        signatures.append(rules.signature(normalized(record.text)))
+        signatures.append(rules.signature(normalized_pieces(record.text)))
         lengths.append(len(record.text))
         ranks.append(rank(record))
         tick(1, record.num_bytes)

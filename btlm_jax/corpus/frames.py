@@ -48,22 +48,27 @@ def decompressed(file: BinaryIO, make: Callable) -> Iterator[bytes]:
 
 
 def lines_of(chunks: Iterator[bytes]) -> Iterator[tuple[int, int, bytes]]:
-    """Yield (number, offset, line); a long line is joined once, when it is whole."""
+    """Yield (number, offset, line); a long line is joined once, when it is whole, and not kept here."""
     parts: list[bytes] = []
     size, number, offset = 0, 1, 0
     for chunk in chunks:
-        *whole, rest = chunk.split(b"\n")
-        for line in whole:
-            if parts:
-                line = b"".join([*parts, line])
-                parts, size = [], 0
-            yield number, offset, line
-            number += 1
-            offset += len(line) + 1
+        *ends, rest = chunk.split(b"\n")
+        for end in ends:
+            parts.append(end)
+            size += len(end)
+            yield number, offset, _taken(parts)
+            number, offset, size = number + 1, offset + size + 1, 0
         if rest:
             parts.append(rest)
             size += len(rest)
             if size > MAX_LINE_BYTES:
                 raise BadFile(f"line {number} is over {MAX_LINE_BYTES:,} bytes long: these are not lines of JSON")
     if parts:
-        yield number, offset, b"".join(parts)
+        yield number, offset, _taken(parts)
+
+
+def _taken(parts: list[bytes]) -> bytes:
+    """Empty a list and return its parts as one."""
+    line = b"".join(parts)
+    parts.clear()
+    return line

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import tiktoken
 from tokenizers import pre_tokenizers
 
+from btlm_jax.corpus.boundaries import GPT2_BOUNDARY
 from btlm_jax.corpus.byte_level import ByteLevelTokenizer
 from btlm_jax.corpus.tokenizer import Tokenizer
 
@@ -16,6 +17,8 @@ _PATTERN = r"""'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\
 
 class FastGpt2Tokenizer:
     """A ByteLevelTokenizer of GPT-2's kind that encodes with tiktoken."""
+
+    boundary = GPT2_BOUNDARY
 
     def __init__(self, tokenizer: ByteLevelTokenizer):
         """Take over the vocabulary of a tokenizer that `can_be_fast`."""

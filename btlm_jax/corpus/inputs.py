@@ -10,11 +10,11 @@ from collections.abc import Sequence
 from pathlib import Path, PurePosixPath
 from typing import BinaryIO
 
-from btlm_jax.corpus.places import Place, find_files, opened
 from btlm_jax.corpus.reading import SUFFIXES, are_plain_lines, is_raw
 from btlm_jax.corpus.stage import FORMAT, MANIFEST_FILE, PLAN_FILE, Log, fingerprint_of
 from btlm_jax.corpus.tables import TFDS_SHARD
 from btlm_jax.corpus.tasks import Input, Task, hash_file
+from btlm_jax.places import Place, find_files, opened
 
 TASK_BYTES = 64_000_000  # small input files share a task up to this size
 PIECE_BYTES = 128_000_000  # larger files of plain lines are read in pieces

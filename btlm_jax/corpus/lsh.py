@@ -6,7 +6,7 @@ Works on arrays alone. A document is a number; numbers follow the names of the i
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 import numpy as np
 
@@ -21,18 +21,18 @@ class Preset:
     """How near-duplicates are found: each of `bands` keys is made of `rows` numbers of the signature."""
 
     name: str
-    signature: Callable[[np.ndarray], np.ndarray]
+    signature: Callable[[Iterable[np.ndarray]], np.ndarray]  # of pieces of an array of characters
     bands: int
     rows: int
     threshold: float  # share of equal numbers that makes a pair; 0: whatever shares a key
 
 
-def _slimpajama_signature(codes: np.ndarray) -> np.ndarray:
-    return many_permutations(codes, permutations=9 * 13)  # of the published 128, the 117 that its bands use
+def _slimpajama_signature(pieces: Iterable[np.ndarray]) -> np.ndarray:
+    return many_permutations(pieces, permutations=9 * 13)  # of the published 128, the 117 that its bands use
 
 
-def _strict_signature(codes: np.ndarray) -> np.ndarray:
-    return one_permutation(codes, bins=256)
+def _strict_signature(pieces: Iterable[np.ndarray]) -> np.ndarray:
+    return one_permutation(pieces, bins=256)
 
 
 # As published: https://github.com/Cerebras/modelzoo, data_preparation/nlp/slimpajama/dedup

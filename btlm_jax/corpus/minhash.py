@@ -8,6 +8,7 @@ kept. The other kind permutes all hashes once for each number, as datasketch doe
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Iterable, Iterator
 
 import numpy as np
 
@@ -19,12 +20,12 @@ _MULTIPLIER = np.uint32(2654435761)
 _BASE = 16777619
 
 
-def one_permutation(codes: np.ndarray, *, bins: int) -> np.ndarray:
-    """Return the one-permutation MinHash of an array of characters, uint32 [bins]."""
+def one_permutation(pieces: Iterable[np.ndarray], *, bins: int) -> np.ndarray:
+    """Return the one-permutation MinHash of pieces of an array of characters, uint32 [bins]."""
     shift = np.uint32(32 - bins.bit_length() + 1)
     edges = np.arange(bins, dtype=np.uint32) << shift
     smallest = np.full(bins, _EMPTY)
-    for hashes in _gram_hashes(codes):
+    for hashes in _gram_hashes(pieces):
         hashes.sort()
         first = np.append(hashes, _EMPTY)[np.searchsorted(hashes, edges)]
         first[first >> shift != np.arange(bins)] = _EMPTY  # the first of a later bin
@@ -32,12 +33,12 @@ def one_permutation(codes: np.ndarray, *, bins: int) -> np.ndarray:
     return _densify(smallest, smallest == _EMPTY)
 
 
-def many_permutations(codes: np.ndarray, *, permutations: int) -> np.ndarray:
-    """Return the MinHash of an array of characters, uint32 [permutations]."""
+def many_permutations(pieces: Iterable[np.ndarray], *, permutations: int) -> np.ndarray:
+    """Return the MinHash of pieces of an array of characters, uint32 [permutations]."""
     factors, offsets = _permutations(permutations)
     smallest = np.full((permutations, 1), _EMPTY)
     buffer = np.empty((permutations, _PERMUTED), np.uint32)
-    for hashes in _gram_hashes(codes):
+    for hashes in _gram_hashes(pieces):
         for start in range(0, len(hashes), _PERMUTED):
             some = hashes[start : start + _PERMUTED]
             permuted = buffer[:, : len(some)]
@@ -54,12 +55,17 @@ def _permutations(count: int) -> tuple[np.ndarray, np.ndarray]:
     return factors | np.uint32(1), offsets
 
 
-def _gram_hashes(codes: np.ndarray):
+def _gram_hashes(pieces: Iterable[np.ndarray]) -> Iterator[np.ndarray]:
     """Yield the hashes of the 13-grams, uint32, chunk by chunk; a shorter text is padded to one gram."""
-    if len(codes) < GRAM:
-        codes = np.pad(codes, (0, GRAM - len(codes)))
-    for start in range(0, len(codes) - GRAM + 1, _CHUNK):
-        yield _hash_grams(codes[start : start + _CHUNK + GRAM - 1])
+    last, is_short = np.empty(0, np.uint8), True
+    for codes in pieces:
+        codes = np.concatenate([last, codes]) if len(last) else codes
+        for start in range(0, len(codes) - GRAM + 1, _CHUNK):
+            is_short = False
+            yield _hash_grams(codes[start : start + _CHUNK + GRAM - 1])
+        last = codes[1 - GRAM :]  # begins the grams that the next piece ends
+    if is_short:
+        yield _hash_grams(np.pad(last, (0, GRAM - len(last))))
 
 
 def _hash_grams(codes: np.ndarray) -> np.ndarray:

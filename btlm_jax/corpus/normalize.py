@@ -21,6 +21,7 @@ _TABLE = bytes.maketrans(
     _ASCII_SPACES + string.ascii_uppercase.encode(), b" " * len(_ASCII_SPACES) + string.ascii_lowercase.encode()
 )
 _FIRST_ABOVE = max(_WIDE_SPACES) + 1
+_NOTHING, _ONE_SPACE = np.empty(0, np.uint8), np.full(1, _SPACE, np.uint8)
 _SLICE = 1 << 20  # characters normalised at a time
 _SOME = 2_000  # characters that nearly always decide whether a document is short
 
@@ -38,18 +39,26 @@ _WIDE_TABLE = _wide_table()
 
 def normalized(text: str) -> np.ndarray:
     """Return the characters of the normalised text, in the smallest unsigned type that holds them."""
-    codes = [_codes(text[start:end]) for start, end in _slices(text)]
-    codes = np.concatenate(codes) if len(codes) > 1 else codes[0]
-    if not len(codes):
-        return codes
-    is_space = codes == _SPACE
-    keep = np.empty(len(codes), bool)
-    keep[0] = not is_space[0]
-    np.logical_and(is_space[1:], is_space[:-1], out=keep[1:])
-    np.logical_not(keep[1:], out=keep[1:])
-    codes = codes[keep]
-    # a run of spaces at the end has left its first
-    return codes[:-1] if len(codes) and codes[-1] == _SPACE else codes
+    return np.concatenate([_NOTHING, *normalized_pieces(text)])
+
+
+def normalized_pieces(text: str) -> Iterator[np.ndarray]:
+    """Yield the characters of the normalised text, a long one piece by piece, so that memory does not grow with it."""
+    is_begun = is_space_due = False  # of a run of spaces the first is put out when something follows
+    for start, end in _slices(text):
+        codes = _codes(text[start:end])
+        if is_space_due:
+            codes = np.concatenate([_ONE_SPACE, codes])
+        is_space = codes == _SPACE
+        keep = ~is_space
+        keep[1:] |= ~is_space[:-1]
+        keep[:1] |= is_begun
+        codes = codes[keep]
+        is_space_due = bool(len(codes) and codes[-1] == _SPACE)
+        codes = codes[: len(codes) - is_space_due]
+        if len(codes):
+            is_begun = True
+            yield codes
 
 
 def _slices(text: str) -> Iterator[tuple[int, int]]:
@@ -74,4 +83,5 @@ def _codes(text: str) -> np.ndarray:
 
 def is_shorter(text: str, *, than: int) -> bool:
     """Return whether the normalised text has fewer characters; a longer text is decided by its beginning."""
-    return len(normalized(text[:_SOME])) < than and (len(text) <= _SOME or len(normalized(text)) < than)
+    begin = len(normalized(text[:_SOME]))
+    return begin < than and (len(text) <= _SOME or sum(map(len, normalized_pieces(text))) < than)

@@ -8,18 +8,19 @@ from btlm_jax import store
 from btlm_jax.corpus.inputs import read_stage
 from btlm_jax.corpus.stage import PLAN_FILE
 from btlm_jax.figures import new_figure, write_figure
+from btlm_jax.places import Place
 
 SIZE, DPI = (8.0, 4.5), 100
 
 
-def plot(directory: Path, *, target: Path) -> list[Path]:
-    """Write the pictures of a finished stage or of a token store as PNG and return their paths.
+def plot(directory: Place, *, target: Path) -> list[Path]:
+    """Write the pictures of a finished stage, or of a token store (or its URL), as PNG and return their paths.
 
     Raises:
       FileNotFoundError: there is neither.
     """
     target.mkdir(parents=True, exist_ok=True)
-    if not (directory / PLAN_FILE).is_file():
+    if not isinstance(directory, Path) or not (directory / PLAN_FILE).is_file():
         return [
             _bars(
                 target / f"tokens-{name}.png",

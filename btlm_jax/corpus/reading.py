@@ -9,6 +9,7 @@ zstandard, fsspec and datatrove read silently short, raises BadFile after its go
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 from collections.abc import Iterator
 from pathlib import Path
@@ -100,17 +101,22 @@ def _chunks(file: BinaryIO, *, head: bytes, name: str) -> Iterator[bytes]:
 
 
 def _from_lines(chunks: Iterator[bytes], *, name: str, default_source: str) -> Iterator[Record | Defect]:
-    for number, offset, line in lines_of(chunks):
-        if number == 1:
-            line = line.removeprefix(b"\xef\xbb\xbf")
-        if not line.strip():
-            continue
-        try:
-            body = _parse(line)
-            yield _record(body, default_id=f"{name}:{number}", default_source=default_source)
-        except ValueError as error:
-            head = line[:_HEAD_OF_DEFECT].decode("utf-8", "replace")
-            yield Defect(file=name, line=number, offset=offset, reason=str(error), head=head)
+    found_in = functools.partial(_found_in, name=name, default_source=default_source)
+    return filter(None, map(found_in, lines_of(chunks)))  # neither keeps a line or a document, which may be long
+
+
+def _found_in(numbered: tuple[int, int, bytes], *, name: str, default_source: str) -> Record | Defect | None:
+    """Return what a line holds; None if it is empty."""
+    number, offset, line = numbered
+    if number == 1:
+        line = line.removeprefix(b"\xef\xbb\xbf")
+    if not line.strip():
+        return None
+    try:
+        return _record(_parse(line), default_id=f"{name}:{number}", default_source=default_source)
+    except ValueError as error:
+        head = line[:_HEAD_OF_DEFECT].decode("utf-8", "replace")
+        return Defect(file=name, line=number, offset=offset, reason=str(error), head=head)
 
 
 def _parse(line: bytes) -> object:

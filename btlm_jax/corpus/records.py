@@ -7,10 +7,7 @@ when they are complete. Raw files of other people are reading.py's subject.
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import json
-import os
-import secrets
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from types import TracebackType
@@ -19,12 +16,14 @@ import orjson
 import zstandard
 
 from btlm_jax.corpus.frames import BadFile, decompressed, lines_of, zstd_decompressor
+from btlm_jax.files import AtomicFile
 
 SUFFIX = ".jsonl.zst"
 SOURCE_KEY = "redpajama_set_name"  # where SlimPajama keeps a document's source, inside "meta"
 FRAME_BYTES = 16_000_000
 SHARD_BYTES = 128_000_000  # of lines in a file, so that later stages need little memory whatever came in
 _LEVEL = 3  # SlimPajama's
+_PIECE_CHARACTERS = 1 << 20
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
@@ -38,7 +37,13 @@ class Record:
 
     @property
     def num_bytes(self) -> int:
-        return len(self.text.encode())
+        return sum(map(len, utf8_pieces(self.text)))
+
+
+def utf8_pieces(text: str) -> Iterator[bytes]:
+    """Yield a text in UTF-8, a long one piece by piece."""
+    for start in range(0, len(text), _PIECE_CHARACTERS):
+        yield text[start : start + _PIECE_CHARACTERS].encode()
 
 
 def to_line(record: Record) -> bytes:
@@ -76,11 +81,14 @@ def read_records(path: Path) -> Iterator[Record]:
     """
     try:
         with open(path, "rb") as file:
-            for _, _, line in lines_of(decompressed(file, zstd_decompressor)):
-                body = orjson.loads(line)
-                yield Record(id=body["id"], source=body["source"], text=body["text"], meta=body["meta"])
+            yield from map(_record_of, lines_of(decompressed(file, zstd_decompressor)))  # keeps none of them
     except (BadFile, orjson.JSONDecodeError, KeyError) as error:
         raise ValueError(f"{path} is damaged: {error}; delete it and its record under done/, and run again") from error
+
+
+def _record_of(numbered: tuple[int, int, bytes]) -> Record:
+    body = orjson.loads(numbered[2])
+    return Record(id=body["id"], source=body["source"], text=body["text"], meta=body["meta"])
 
 
 class ShardWriter:
@@ -120,40 +128,6 @@ def describe_output(file: AtomicFile, *, num_documents: int) -> dict:
         "num_bytes": file.path.stat().st_size,
         "sha256": file.sha256,
     }
-
-
-class AtomicFile:
-    """A file being written under a temporary name; it gets its own name when the block ends without an error."""
-
-    def __init__(self, path: Path):
-        self.path = path
-        self._temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")  # two processes never share it
-        self._hash = hashlib.sha256()
-
-    def __enter__(self) -> AtomicFile:
-        self._file = open(self._temporary, "wb")
-        return self
-
-    def write(self, data: bytes | memoryview) -> None:
-        """Append bytes."""
-        self._hash.update(data)
-        self._file.write(data)
-
-    @property
-    def sha256(self) -> str:
-        """The hash of what was written so far."""
-        return self._hash.hexdigest()
-
-    def __exit__(self, kind: type | None, error: BaseException | None, traceback: TracebackType | None) -> None:
-        try:
-            with self._file:  # on a full disk even closing fails
-                if kind is None:
-                    self._file.flush()
-                    os.fsync(self._file.fileno())
-            if kind is None:
-                os.replace(self._temporary, self.path)
-        finally:
-            self._temporary.unlink(missing_ok=True)
 
 
 class RecordWriter(AtomicFile):

@@ -10,9 +10,9 @@ import socket
 import sys
 from pathlib import Path
 
-from btlm_jax.corpus.records import AtomicFile
 from btlm_jax.corpus.tasks import Run, Task, record_path, run_task
 from btlm_jax.corpus.workers import leave
+from btlm_jax.files import AtomicFile
 
 WORK, CLAIMS, FAILED = "work.pickle", "claims", "failed"
 

@@ -24,20 +24,19 @@ import numpy as np
 from btlm_jax.corpus.arrays import load_array, save_array
 from btlm_jax.corpus.contamination import HeldOut, evaluation_runs, no_signatures, shares_run, strict_signature
 from btlm_jax.corpus.inputs import read_stage, stage_inputs
-from btlm_jax.corpus.normalize import normalized
-from btlm_jax.corpus.places import Place
+from btlm_jax.corpus.normalize import normalized_pieces
 from btlm_jax.corpus.records import SUFFIX, Record, RecordWriter, ShardWriter, batches, describe_output, read_records
 from btlm_jax.corpus.stage import Log, Stage, accept, run_stage
 from btlm_jax.corpus.tally import Tally
 from btlm_jax.corpus.tasks import Task, Tick
 from btlm_jax.corpus.workers import Workers
+from btlm_jax.places import Place
 
 RECIPE = 1  # raise when the steps change
 TRAIN, VALIDATION, TEST = "train", "validation", "test"
 GATHER_BYTES = 128_000_000  # of text shuffled at a time
 MAX_PARTITIONS = 128
 _PIECE_FRAME_BYTES = 1_000_000  # a task holds so much text of every partition
-_HASHED = 1 << 20  # characters hashed at a time
 _HELDOUT_ARRAYS = ("signatures", "order", "keys")
 _COMPARED = 512  # documents compared with the held-out ones at a time
 
@@ -234,9 +233,8 @@ def _copies(record: Record, *, weight: float, seed: int) -> int:
 def _place(text: str, *, seed: int) -> float:
     """Return a number from 0 to 1 that the seed and the normalised text decide."""
     digest = hashlib.blake2b(digest_size=8, key=f"split {seed}".encode())
-    codes = normalized(text)
-    for start in range(0, len(codes), _HASHED):
-        digest.update(codes[start : start + _HASHED].astype("<u4").data)
+    for codes in normalized_pieces(text):
+        digest.update(codes.astype("<u4").data)
     return int.from_bytes(digest.digest(), "big") / 2**64
 
 

@@ -8,18 +8,19 @@ from pathlib import Path
 from btlm_jax import store
 from btlm_jax.corpus.inputs import read_stage
 from btlm_jax.corpus.stage import PLAN_FILE
+from btlm_jax.places import Place
 
 _BAR = 40  # characters of the longest bar
 
 
-def describe(directory: Path) -> str:
-    """Return the tables of a finished stage's directory or of a token store.
+def describe(directory: Place) -> str:
+    """Return the tables of a finished stage's directory, or of a token store, which may lie behind a URL.
 
     Raises:
       FileNotFoundError: there is neither.
       ValueError: its manifest is damaged.
     """
-    if (directory / PLAN_FILE).is_file():
+    if isinstance(directory, Path) and (directory / PLAN_FILE).is_file():
         return _describe_stage(directory)
     return _describe_store(store.read_manifest(directory))
 

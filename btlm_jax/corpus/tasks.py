@@ -10,9 +10,9 @@ import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
-from btlm_jax.corpus.places import Place, hash_part, stamp_of
 from btlm_jax.corpus.progress import peak_bytes
-from btlm_jax.corpus.records import AtomicFile
+from btlm_jax.files import AtomicFile
+from btlm_jax.places import Place, hash_part, stamp_of
 
 DONE_FOLDER = "done"
 

@@ -21,20 +21,21 @@ import numpy as np
 
 from btlm_jax import store
 from btlm_jax.corpus.arrays import load_array, save_array
+from btlm_jax.corpus.boundaries import pieces_of
 from btlm_jax.corpus.gpt2 import fastest
 from btlm_jax.corpus.inputs import read_stage, stage_inputs
 from btlm_jax.corpus.pack import Block, cut, write_shard, write_tfds_metadata
-from btlm_jax.corpus.records import batches, read_records
+from btlm_jax.corpus.records import read_records
+from btlm_jax.corpus.sentencepiece_model import SPACE_MARK
 from btlm_jax.corpus.split import TEST, TRAIN, VALIDATION
 from btlm_jax.corpus.stage import Log, Stage, accept, run_stage
 from btlm_jax.corpus.tasks import Task, Tick
-from btlm_jax.corpus.tokenizer import SENTENCEPIECE, SPACE_MARK, find_tokenizer, stored_facts
+from btlm_jax.corpus.tokenizer import SENTENCEPIECE, find_tokenizer, stored_facts
 from btlm_jax.corpus.workers import Workers
 from btlm_jax.files import write_atomically
 
 RECIPE = 1  # raise when the steps change
 STORE_SPLITS = {TRAIN: store.TRAIN, VALIDATION: store.HELDOUT, TEST: "test"}
-_BATCH_CHARACTERS = 1_000_000  # encoded at a time
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -179,18 +180,20 @@ def _tokens_task(task: Task, directory: Path, tick: Tick, *, tokenizer: Path, sh
     if stored_facts(encoder).sha256 != sha256:
         raise ValueError(f"the tokenizer in {tokenizer} changed while its texts were encoded")
     counts: dict[str, Counter] = {}
-    dropped = Counter()
-    pieces = [np.empty(0, dtype)]
-    for batch in batches(read_records(task.inputs[0].path), num_characters=_BATCH_CHARACTERS):
-        usable = [record for record in batch if encoder.kind != SENTENCEPIECE or SPACE_MARK not in record.text]
-        dropped["has SentencePiece's space mark"] += len(batch) - len(usable)
-        ids = encoder.encode_batch([record.text for record in usable], num_threads=1)
-        for record, made in zip(usable, ids, strict=True):
-            made.append(encoder.eos_id)
-            counts.setdefault(record.source, Counter()).update(documents=1, bytes=record.num_bytes, tokens=len(made))
-            pieces.append(np.array(made, dtype))
-        tick(len(batch), sum(record.num_bytes for record in batch))
-    stream = np.concatenate(pieces)
+    dropped = Counter({"has SentencePiece's space mark": 0})
+    parts = [np.empty(0, dtype)]
+    for record in read_records(task.inputs[0].path):
+        tick(1, record.num_bytes)
+        if encoder.kind == SENTENCEPIECE and SPACE_MARK in record.text:
+            dropped["has SentencePiece's space mark"] += 1
+            continue
+        ids = [np.array(encoder.encode(piece), dtype) for piece in pieces_of(record.text, encoder.boundary)]
+        ids.append(np.array([encoder.eos_id], dtype))
+        num_tokens = sum(map(len, ids))
+        counts.setdefault(record.source, Counter()).update(documents=1, bytes=record.num_bytes, tokens=num_tokens)
+        parts += ids
+        del record  # a long one is not held while the next is read
+    stream = np.concatenate(parts)
     output = save_array(directory, f"tokens-{task.index:05d}", stream)
     return {
         "totals": {"dropped": dict(dropped)},

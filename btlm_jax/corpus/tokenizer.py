@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import io
+import re
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Protocol
@@ -14,9 +15,12 @@ from typing import Protocol
 import sentencepiece
 
 from btlm_jax import store
+from btlm_jax.corpus.boundaries import NEWLINE_BOUNDARY, NO_BOUNDARY
 from btlm_jax.corpus.byte_level import KIND as BYTE_LEVEL
 from btlm_jax.corpus.byte_level import MERGES_FILE, VOCAB_FILE, ByteLevelTokenizer, read_byte_level
 from btlm_jax.corpus.byte_level import STORED_FILE as BYTE_LEVEL_FILE
+from btlm_jax.corpus.sentencepiece_model import USER_DEFINED, parse_model
+from btlm_jax.places import Place, inside, read_bytes
 
 SENTENCEPIECE = "sentencepiece"
 TOKENIZER_FILE = "tokenizer.model"
@@ -24,7 +28,6 @@ TOKENIZER_BYTES = 16_000_000  # of training text; more does not change the merge
 UNK_ID, EOS_ID = 0, 1
 MIN_VOCAB_SIZE = 300  # 256 byte pieces, the control pieces, a newline and some letters
 MAX_LINE_CHARACTERS = 4096
-SPACE_MARK = "\u2581"  # SentencePiece writes a space as this character, so a text that has it would not come back
 
 
 class Tokenizer(Protocol):
@@ -35,6 +38,7 @@ class Tokenizer(Protocol):
     contents: bytes  # of that file
     eos_id: int
     vocab_size: int
+    boundary: re.Pattern  # before what matches it, a text can be cut: the pieces have the ids of the whole
 
     def encode(self, text: str) -> list[int]:
         """Return the ids of a text."""
@@ -66,6 +70,7 @@ class SentencePieceTokenizer:
         self.unk_id, self.bos_id = self._processor.unk_id(), self._processor.bos_id()  # -1 where there is none
         self.eos_id = self._processor.eos_id()
         self.vocab_size = self._processor.vocab_size()
+        self.boundary = NEWLINE_BOUNDARY if _encodes_by_lines(model) else NO_BOUNDARY
         if self.eos_id < 0:
             raise ValueError("this SentencePiece model has no end-of-text piece; train it with an eos_id of 0 or more")
 
@@ -118,22 +123,24 @@ def train_tokenizer(texts: Iterable[str], *, vocab_size: int) -> bytes:
     return model.getvalue()
 
 
-def load_tokenizer(directory: Path, tokenizer: store.Tokenizer) -> Tokenizer:
+def load_tokenizer(directory: Place, tokenizer: store.Tokenizer) -> Tokenizer:
     """Load a store's tokenizer.
 
     Raises:
       FileNotFoundError: its file is missing.
+      OSError: it cannot be reached.
       ValueError: its contents are not what the manifest says, or it is of an unknown kind.
     """
-    path = directory / tokenizer.file
+    path = inside(directory, tokenizer.file)
     if tokenizer.kind not in (SENTENCEPIECE, BYTE_LEVEL):
         raise ValueError(
             f"tokenizer kind {tokenizer.kind!r} of {directory} is not known; this version reads "
             f"{SENTENCEPIECE} and {BYTE_LEVEL}"
         )
-    if not path.is_file():
-        raise FileNotFoundError(f"token store {directory} lacks its tokenizer file {tokenizer.file}")
-    contents = path.read_bytes()
+    try:
+        contents = read_bytes(path)
+    except FileNotFoundError as error:
+        raise FileNotFoundError(f"token store {directory} lacks its tokenizer file {tokenizer.file}") from error
     if hashlib.sha256(contents).hexdigest() != tokenizer.sha256:
         raise ValueError(f"tokenizer {path} is not the one the manifest records; restore it or rebuild the store")
     if tokenizer.kind == BYTE_LEVEL:
@@ -173,6 +180,14 @@ def stored_facts(tokenizer: Tokenizer) -> store.Tokenizer:
         vocab_size=tokenizer.vocab_size,
         eos_id=tokenizer.eos_id,
     )
+
+
+def _encodes_by_lines(contents: bytes) -> bool:
+    """Return whether no piece of a model reaches over a newline, nor any of its rules: as those trained here."""
+    model = parse_model(contents)
+    rules = (model.add_dummy_prefix, model.remove_extra_whitespaces, model.rewrites_characters)
+    symbols = [model.pieces[number] for number in model.ids_of(USER_DEFINED)]
+    return symbols == ["\n"] and not any(rules) and not model.whitespace_as_suffix
 
 
 def _lines(texts: Iterable[str]) -> Iterator[str]:

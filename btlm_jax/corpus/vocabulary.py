@@ -1,4 +1,4 @@
-"""The stage `tokenizer`: training documents of `split` -> a SentencePiece tokenizer with byte fallback."""
+"""The stage `tokenizer`: training documents of `split` -> SentencePiece with byte fallback, or byte-level BPE."""
 
 from __future__ import annotations
 
@@ -7,19 +7,24 @@ import itertools
 from collections.abc import Iterator
 from pathlib import Path
 
+from btlm_jax.corpus import byte_level
 from btlm_jax.corpus.inputs import read_stage, stage_inputs
-from btlm_jax.corpus.records import AtomicFile, describe_output, read_records
+from btlm_jax.corpus.records import describe_output, read_records
 from btlm_jax.corpus.split import TRAIN
 from btlm_jax.corpus.stage import Log, Stage, accept, run_stage
 from btlm_jax.corpus.tasks import Task, Tick
-from btlm_jax.corpus.tokenizer import TOKENIZER_BYTES, TOKENIZER_FILE, train_tokenizer
+from btlm_jax.corpus.tokenizer import SENTENCEPIECE, TOKENIZER_BYTES, TOKENIZER_FILE, train_tokenizer
 from btlm_jax.corpus.workers import LocalWorkers
+from btlm_jax.files import AtomicFile
 
 RECIPE = 1  # raise when the steps change
+KINDS = (SENTENCEPIECE, byte_level.KIND)
 
 
-def make_tokenizer(source: Path, *, vocab_size: int, output: Path, log: Log) -> dict:
+def make_tokenizer(source: Path, *, kind: str, vocab_size: int, output: Path, log: Log) -> dict:
     """Train a tokenizer on the first training documents, which are shuffled, and return the stage's manifest.
+
+    `kind` is one of KINDS.
 
     Raises:
       FileNotFoundError: there is no finished split in `source`.
@@ -34,17 +39,19 @@ def make_tokenizer(source: Path, *, vocab_size: int, output: Path, log: Log) -> 
         raise ValueError(f"{source} holds the stage {documents['stage']}; train on what btlm corpus split wrote")
     stage = Stage(
         name="tokenizer",
-        settings={"recipe": RECIPE, "vocab_size": vocab_size, "bytes": TOKENIZER_BYTES},
+        settings={"recipe": RECIPE, "kind": kind, "vocab_size": vocab_size, "bytes": TOKENIZER_BYTES},
         tasks=[Task(index=0, inputs=inputs, weight=1)],
-        run=functools.partial(_train_task, vocab_size=vocab_size),
+        run=functools.partial(_train_task, kind=kind, vocab_size=vocab_size),
     )
     return run_stage(stage, output, workers=LocalWorkers(1), log=log, check=accept)
 
 
-def _train_task(task: Task, directory: Path, tick: Tick, *, vocab_size: int) -> dict:
-    model = train_tokenizer(_texts(task, tick), vocab_size=vocab_size)
-    with AtomicFile(directory / TOKENIZER_FILE) as file:
-        file.write(model)
+def _train_task(task: Task, directory: Path, tick: Tick, *, kind: str, vocab_size: int) -> dict:
+    is_byte_level = kind == byte_level.KIND
+    train = byte_level.train_byte_level if is_byte_level else train_tokenizer
+    contents = train(_texts(task, tick), vocab_size=vocab_size)
+    with AtomicFile(directory / (byte_level.STORED_FILE if is_byte_level else TOKENIZER_FILE)) as file:
+        file.write(contents)
     return {"totals": {}, "outputs": [describe_output(file, num_documents=0)]}
 
 

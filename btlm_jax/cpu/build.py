@@ -17,7 +17,7 @@ from pathlib import Path
 
 import jax
 
-from btlm_jax.files import write_atomically
+from btlm_jax.files import cache_directory, write_atomically
 
 _FOLDER = Path(__file__).parent
 _SOURCES = ("matmul.cc", "attend.cc")
@@ -73,22 +73,13 @@ def _compiled() -> Path:
     raise OSError("; ".join(failures))
 
 
-def cache_directory() -> Path:
-    """Return the user's own folder for what is made once a machine.
-
-    Raises:
-      RuntimeError: the user has no home directory.
-    """
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "btlm_jax"
-
-
 def _place() -> Path:
     """Return where to keep the library: the user's cache, or, where nothing can be kept, until this process ends."""
     try:
         directory = cache_directory()
         directory.mkdir(parents=True, exist_ok=True)
         tempfile.TemporaryFile(dir=directory).close()
-    except (OSError, RuntimeError):
+    except OSError:
         directory = Path(tempfile.mkdtemp(prefix="btlm_jax-"))
         atexit.register(shutil.rmtree, directory, ignore_errors=True)
     return directory

@@ -135,8 +135,8 @@ def read_rows(reader: SplitReader, starts: Sequence[tuple[int, int]], *, seq_len
     """
     tokens_BT = np.zeros((len(starts), seq_len + 1), np.int32)
     num_targets_B = np.zeros(len(starts), np.int64)
-    for row, (number, start) in enumerate(starts):
-        block = reader.read(number)
+    blocks = reader.read_many([number for number, _ in starts])
+    for row, (block, (_, start)) in enumerate(zip(blocks, starts, strict=True)):
         tokens_BT[row] = block.tokens[start : start + seq_len + 1]
         num_targets_B[row] = block.num_targets - start
     return {

@@ -1,5 +1,7 @@
 """Random access to a token store: block number -> its tokens, through Grain on ArrayRecord. Knows nothing of training.
 
+A store behind a URL is read by ranges of bytes (remote.py).
+
 A record is a serialised `tf.train.Example`, so TFDS opens the same files; it is parsed here with TFDS's own protocol
 buffer, without TensorFlow.
 """
@@ -8,8 +10,8 @@ from __future__ import annotations
 
 import bisect
 import dataclasses
-import hashlib
 import itertools
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -19,6 +21,8 @@ from google.protobuf.message import DecodeError
 from tensorflow_datasets.proto import tf_example_pb2
 
 from btlm_jax import store
+from btlm_jax.data.remote import RemoteRecords
+from btlm_jax.places import Place, inside
 from btlm_jax.store import Manifest, Shard, Split
 
 
@@ -39,29 +43,57 @@ class _FileInstruction:
     examples_in_shard: int
 
 
+class LocalRecords:
+    """Random access to the records of shards on a disk; safe to use from many threads."""
+
+    def __init__(self, directory: Path, shards: Sequence[Shard]):
+        self._source = grain.sources.ArrayRecordDataSource([_instruction(directory, shard) for shard in shards])
+
+    def __len__(self) -> int:
+        return len(self._source)
+
+    def read(self, records: Sequence[int]) -> Iterator[bytes]:
+        """Return an iterator over records.
+
+        Raises:
+          RuntimeError: one is damaged; from the iterator.
+        """
+        return (self._source[record] for record in records)
+
+
 class SplitReader:
     """Random access to the blocks of one split; safe to use from many threads."""
 
-    def __init__(self, directory: Path, *, manifest: Manifest, split: Split):
+    def __init__(self, directory: Place, *, manifest: Manifest, split: Split):
         self.split = split
         self.block_len = manifest.block_len
         self._directory = directory
         self._dtype = np.dtype(manifest.dtype)
         self._shard_ends = list(itertools.accumulate(shard.num_blocks for shard in split.shards))
-        self._source = grain.sources.ArrayRecordDataSource([_instruction(directory, shard) for shard in split.shards])
+        records = LocalRecords if isinstance(directory, Path) else RemoteRecords
+        self._records = records(directory, split.shards)
 
     def __len__(self) -> int:
-        return len(self._source)
+        return len(self._records)
 
     def read(self, block: int) -> Block:
-        """Read one block.
+        """Read one block; raises what `read_many` raises."""
+        return self.read_many([block])[0]
+
+    def read_many(self, blocks: Sequence[int]) -> list[Block]:
+        """Read blocks; behind a URL all are asked for at once.
 
         Raises:
-          ValueError: the block's record is unreadable or not a block of this store; names the shard and the block.
+          OSError: they cannot be reached.
+          ValueError: a block's record is unreadable or not a block of this store; names the shard and the block.
         """
-        assert 0 <= block < len(self), f"block {block} of {len(self)}"
+        assert all(0 <= block < len(self) for block in blocks), f"a block of {blocks} is not one of {len(self)}"
+        records = self._records.read(blocks)
+        return [self._next(records, block) for block in blocks]
+
+    def _next(self, records: Iterator[bytes], block: int) -> Block:
         try:
-            example = tf_example_pb2.Example.FromString(self._source[block])
+            example = tf_example_pb2.Example.FromString(next(records))
             feature = example.features.feature
             tokens = np.frombuffer(feature["tokens"].bytes_list.value[0], self._dtype)
             num_targets = feature["num_targets"].int64_list.value[0]
@@ -72,7 +104,7 @@ class SplitReader:
         except (RuntimeError, DecodeError, IndexError, ValueError) as error:
             shard = self.split.shards[bisect.bisect_right(self._shard_ends, block)]
             raise ValueError(
-                f"block {block} in shard {self._directory / shard.file} is unreadable: {error}; "
+                f"block {block} in shard {inside(self._directory, shard.file)} is unreadable: {error}; "
                 "restore the shard from its source, or rebuild the store"
             ) from error
         return Block(tokens, num_targets)
@@ -82,7 +114,7 @@ class SplitReader:
 class TokenStore:
     """An open token store."""
 
-    directory: Path
+    directory: Place
     manifest: Manifest
 
     def split(self, name: str) -> SplitReader:
@@ -93,7 +125,7 @@ class TokenStore:
         return SplitReader(self.directory, manifest=self.manifest, split=self.manifest.splits[name])
 
 
-def open_store(directory: Path, *, expected_fingerprint: str) -> TokenStore:
+def open_store(directory: Place, *, expected_fingerprint: str) -> TokenStore:
     """Open a token store and check that it is whole and the expected one.
 
     `expected_fingerprint` is what the run's checkpoint recorded, or "" at a first start.
@@ -112,51 +144,6 @@ def open_store(directory: Path, *, expected_fingerprint: str) -> TokenStore:
     return TokenStore(directory=directory, manifest=manifest)
 
 
-def verify(directory: Path) -> Manifest:
-    """Hash every shard and the tokenizer again, read every block, compare with the manifest, and return it.
-
-    The blocks of a stream must follow on one another, so that each token is a target exactly once.
-
-    Raises:
-      FileNotFoundError: a file of the store is missing.
-      ValueError: some files are damaged; names them all.
-    """
-    manifest = open_store(directory, expected_fingerprint="").manifest
-    recorded = {shard.file: shard.sha256 for split in manifest.splits.values() for shard in split.shards}
-    recorded[manifest.tokenizer.file] = manifest.tokenizer.sha256
-    damaged = [file for file, sha256 in recorded.items() if _sha256(directory / file) != sha256]
-    if damaged:
-        raise ValueError(
-            f"token store {directory} is damaged: the contents of {', '.join(damaged)} do not hash to what "
-            f"{store.MANIFEST_FILE} records; restore or rebuild them"
-        )
-    for name, split in manifest.splits.items():
-        reader = SplitReader(directory, manifest=manifest, split=split)
-        own = [(source.first_block, source.num_blocks) for source in split.sources.values() if source.num_blocks]
-        found = [_check_stream(reader, first, count, manifest) for first, count in own or [(0, split.num_blocks)]]
-        recorded = (split.num_tokens, sum(source.num_documents for source in split.sources.values()))
-        if tuple(map(sum, zip(*found, strict=True))) != recorded:
-            raise ValueError(
-                f"split {name} of {directory} has {found} (tokens, documents), its manifest says {recorded}"
-            )
-    return manifest
-
-
-def _check_stream(reader: SplitReader, first: int, count: int, manifest: Manifest) -> tuple[int, int]:
-    """Return the targets and the ends of documents of a stream, after checking that its blocks make one."""
-    num_tokens = num_documents = 0
-    last = reader.read(first).tokens[0]
-    for number in range(first, first + count):
-        block = reader.read(number)
-        is_full = block.num_targets == manifest.block_len or number == first + count - 1
-        if block.tokens[0] != last or not is_full:
-            raise ValueError(f"block {number} does not go on where the block before it ended; rebuild the store")
-        last = block.tokens[-1]
-        num_tokens += block.num_targets
-        num_documents += int((block.tokens[1 : block.num_targets + 1] == manifest.tokenizer.eos_id).sum())
-    return num_tokens, num_documents
-
-
 def _instruction(directory: Path, shard: Shard) -> _FileInstruction:
     return _FileInstruction(
         filename=str(directory / shard.file),
@@ -164,8 +151,3 @@ def _instruction(directory: Path, shard: Shard) -> _FileInstruction:
         take=shard.num_blocks,
         examples_in_shard=shard.num_blocks,
     )
-
-
-def _sha256(path: Path) -> str:
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -1,0 +1,140 @@
+"""ArrayRecord's bytes, for reading a record by a range of them where the library cannot: behind a URL.
+
+A file is a row of chunks, its records one a chunk (`group_size:1`); then a chunk with the place of each, the footer;
+then, in the last 64 KiB, a chunk with the place of the footer. Every 64 KiB a block header of 24 bytes interrupts.
+https://github.com/google/array_record/blob/main/cpp/layout.proto
+https://github.com/google/riegeli/blob/master/doc/riegeli_records_file_format.md
+"""
+
+from __future__ import annotations
+
+import struct
+from collections.abc import Iterator
+
+import numpy as np
+import zstandard
+
+from btlm_jax.data.highway import highway_hash_64
+
+POSTSCRIPT_BYTES = _BLOCK = 1 << 16
+_BLOCK_HEADER = 24
+_HASH_KEY = struct.unpack("<4Q", b"Riegeli/records\n" * 2)
+_HEADER = struct.Struct("<QQQB7sQ")  # of a chunk: its hash, size and hash of the data, type, records, decoded size
+_SIMPLE = ord("r")
+_UNCOMPRESSED, _ZSTD = 0, ord("z")
+_MAGIC = 0x71930E704FDAE05E
+
+
+def likely_tail_bytes(num_records: int) -> int:
+    """Return how much of a file's end holds its footer, most often: 6 compressed bytes a record were measured."""
+    return 2 * POSTSCRIPT_BYTES + 8 * num_records
+
+
+def footer_begin(tail: bytes, *, file_bytes: int) -> int:
+    """Return where the footer begins, by the last bytes of a file.
+
+    Raises:
+      ValueError: the file does not end as an ArrayRecord file does.
+    """
+    begin = file_bytes - POSTSCRIPT_BYTES
+    if begin < 0 or begin % _BLOCK or len(tail) < POSTSCRIPT_BYTES:
+        raise ValueError("it is no ArrayRecord file")
+    fields = _fields(_chunk(tail[-POSTSCRIPT_BYTES:], begin=begin)[0])  # it is there three times
+    if fields.get(2) != _MAGIC or not 0 < fields.get(1, 0) < begin:
+        raise ValueError("its postscript is not that of an ArrayRecord file")
+    return fields[1]
+
+
+def chunk_begins(footer: bytes, *, begin: int) -> np.ndarray:
+    """Return where each record's chunk begins, and where the last one ends.
+
+    `footer` is the file from `begin`, where the footer begins, on.
+
+    Raises:
+      ValueError: it is damaged, or has chunks of several records.
+    """
+    _, *chunks = _chunk(footer, begin=begin)
+    fields = [_fields(chunk) for chunk in chunks]
+    if any(chunk.get(3) != 1 for chunk in fields):
+        raise ValueError("its records are not one a chunk (group_size:1)")
+    begins = np.array([*(chunk.get(1, 0) for chunk in fields), begin], np.min_scalar_type(begin))
+    if np.any(begins[1:] <= begins[:-1]):
+        raise ValueError("its footer is not in order")
+    return begins
+
+
+def only_record(data: bytes, *, begin: int) -> bytes:
+    """Return the record of a chunk; `data` is the file from `begin`, where the chunk begins, to its end or further.
+
+    Raises:
+      ValueError: it is damaged, or not a chunk of one record.
+    """
+    records = _chunk(data, begin=begin)
+    if len(records) != 1:
+        raise ValueError(f"its chunk at byte {begin:,} has {len(records)} records")
+    return records[0]
+
+
+def _chunk(data: bytes, *, begin: int) -> list[bytes]:
+    """Return the records of the chunk that begins at `begin` in the file, as does `data`."""
+    plain = b"".join(_without_block_headers(data, begin=begin))
+    if len(plain) < _HEADER.size:
+        raise ValueError(f"its chunk at byte {begin:,} is cut short")
+    header_hash, data_size, data_hash, kind, count, decoded_size = _HEADER.unpack_from(plain)
+    body = memoryview(plain)[_HEADER.size : _HEADER.size + data_size]
+    if header_hash != highway_hash_64(plain[8 : _HEADER.size], key=_HASH_KEY):
+        raise ValueError(f"the header of its chunk at byte {begin:,} does not have its hash")
+    if len(body) != data_size or data_hash != highway_hash_64(body, key=_HASH_KEY):
+        raise ValueError(f"its chunk at byte {begin:,} does not have its hash")
+    if kind != _SIMPLE:
+        raise ValueError(f"its chunk at byte {begin:,} is of type {kind}; only simple chunks can be read by ranges")
+    compression, (size, values_begin) = body[0], _varint(body, 1)
+    values_begin, sizes = values_begin + size, body[values_begin : values_begin + size]
+    sizes = list(_varints(_decompressed(sizes, compression)))
+    values = _decompressed(body[values_begin:], compression)
+    if len(sizes) != int.from_bytes(count, "little") or sum(sizes) != decoded_size or decoded_size != len(values):
+        raise ValueError(f"its chunk at byte {begin:,} has other sizes than its header")
+    ends = np.cumsum(sizes).tolist()
+    return [values[end - size : end] for end, size in zip(ends, sizes, strict=True)]
+
+
+def _without_block_headers(data: bytes, *, begin: int) -> Iterator[bytes]:
+    start = 0
+    for header in range(-begin % _BLOCK, len(data), _BLOCK):
+        yield data[start:header]
+        start = header + _BLOCK_HEADER
+    yield data[start:]
+
+
+def _decompressed(data: memoryview, compression: int) -> bytes:
+    if compression == _UNCOMPRESSED:
+        return bytes(data)
+    if compression != _ZSTD:
+        raise ValueError(f"it is compressed by {chr(compression)!r}; only zstd and none can be read by ranges")
+    size, start = _varint(data, 0)
+    try:
+        return zstandard.ZstdDecompressor().decompress(data[start:], max_output_size=size)
+    except zstandard.ZstdError as error:
+        raise ValueError(f"its compressed data is damaged: {error}") from error
+
+
+def _fields(message: bytes) -> dict[int, int]:
+    """Return the numbers of a protocol buffer message that has nothing else."""
+    values = _varints(message)
+    return {tag >> 3: value for tag, value in zip(values, values, strict=True)}
+
+
+def _varints(data: bytes) -> Iterator[int]:
+    place = 0
+    while place < len(data):
+        value, place = _varint(data, place)
+        yield value
+
+
+def _varint(data: bytes | memoryview, place: int) -> tuple[int, int]:
+    """Return the number that begins at a place, seven bits a byte, and the place after it."""
+    value = shift = 0
+    while data[place] & 0x80:
+        value |= (data[place] & 0x7F) << shift
+        place, shift = place + 1, shift + 7
+    return value | data[place] << shift, place + 1

@@ -1,0 +1,151 @@
+"""Read a whole token store again: every byte against the manifest, every block against the one before it."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import hashlib
+import itertools
+import shutil
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+from btlm_jax.data.reader import Block, SplitReader, open_store
+from btlm_jax.places import Place, hash_part, inside, read_bytes
+from btlm_jax.store import MANIFEST_FILE, Manifest, Shard, Split
+
+INTERVAL = 5.0  # seconds between lines of progress
+
+
+def verify(directory: Place, *, log: Callable[[str], None]) -> Manifest:
+    """Hash every shard and the tokenizer again, read every block, compare with the manifest, and return it.
+
+    The blocks of a stream must follow on one another, so that each token is a target exactly once. Of a store behind a
+    URL one shard at a time is copied to the folder of temporary files.
+
+    Raises:
+      FileNotFoundError: a file of the store is missing.
+      OSError: there is no room for a shard, or it cannot be reached.
+      ValueError: some files are damaged; names them all.
+    """
+    manifest = open_store(directory, expected_fingerprint="").manifest
+    reading = _Reading(directory, manifest, log)
+    reading.check_tokenizer()
+    for name, split in manifest.splits.items():
+        with contextlib.closing(reading.blocks(split)) as blocks:
+            found = _check_streams(enumerate(blocks), name=f"{name} of {directory}", split=split, manifest=manifest)
+        recorded = (split.num_tokens, sum(source.num_documents for source in split.sources.values()))
+        if tuple(map(sum, zip(*found, strict=True))) != recorded:
+            raise ValueError(
+                f"split {name} of {directory} has {found} (tokens, documents), its manifest says {recorded}"
+            )
+    return manifest
+
+
+def _check_streams(
+    blocks: Iterator[tuple[int, Block]], *, name: str, split: Split, manifest: Manifest
+) -> list[tuple[int, int]]:
+    """Return what `_check_stream` does of each stream of a split, after checking that each block is of one stream."""
+    found, end = [], 0
+    own = sorted((source.first_block, source.num_blocks) for source in split.sources.values() if source.num_blocks)
+    for first, count in own or [(0, split.num_blocks)]:
+        if first != end:
+            break
+        end = first + count
+        found.append(_check_stream(itertools.islice(blocks, count), last=end - 1, manifest=manifest))
+    if next(blocks, None) is not None or end != split.num_blocks:
+        raise ValueError(f"block {end} of split {name} is of no source, or of two, by its manifest; rebuild the store")
+    return found
+
+
+def _check_stream(blocks: Iterator[tuple[int, Block]], *, last: int, manifest: Manifest) -> tuple[int, int]:
+    """Return the targets and the ends of documents of a stream, after checking that its blocks make one."""
+    num_tokens = num_documents = 0
+    token = None
+    for number, block in blocks:
+        is_full = block.num_targets == manifest.block_len or number == last
+        if token not in (None, block.tokens[0]) or not is_full:
+            raise ValueError(f"block {number} does not go on where the block before it ended; rebuild the store")
+        token = block.tokens[-1]
+        num_tokens += block.num_targets
+        num_documents += int((block.tokens[1 : block.num_targets + 1] == manifest.tokenizer.eos_id).sum())
+    return num_tokens, num_documents
+
+
+class _Reading:
+    """One pass over the files of a store, in the order of its blocks; says how far it is."""
+
+    def __init__(self, directory: Place, manifest: Manifest, log: Callable[[str], None]):
+        self._directory, self._manifest, self._log = directory, manifest, log
+        self._left = [shard for split in manifest.splits.values() for shard in split.shards]
+        self._num_bytes = sum(shard.num_bytes for shard in self._left)
+        self._began = self._reported = time.monotonic()
+
+    def check_tokenizer(self) -> None:
+        """Hash the tokenizer's file.
+
+        Raises:
+          ValueError: it is damaged; names the damaged shards too.
+        """
+        file, sha256 = self._manifest.tokenizer.file, self._manifest.tokenizer.sha256
+        if hashlib.sha256(read_bytes(inside(self._directory, file))).hexdigest() != sha256:
+            raise self._damaged([file])
+
+    def blocks(self, split: Split) -> Iterator[Block]:
+        """Yield the blocks of a split, each shard hashed before its first.
+
+        Raises:
+          ValueError: a shard is damaged; names the damaged ones that follow, too.
+        """
+        for shard in split.shards:
+            with self._at_hand(shard) as (folder, file, sha256):
+                if sha256 != shard.sha256:
+                    raise self._damaged([shard.file])
+                local = dataclasses.replace(split, shards=(dataclasses.replace(shard, file=file),))
+                reader = SplitReader(folder, manifest=self._manifest, split=local)
+                yield from map(reader.read, range(shard.num_blocks))
+
+    def _damaged(self, files: list[str]) -> ValueError:
+        while self._left:
+            shard = self._left[0]
+            with self._at_hand(shard) as (_, _, sha256):
+                files += [shard.file] if sha256 != shard.sha256 else []
+        return ValueError(
+            f"token store {self._directory} is damaged: the contents of {', '.join(files)} do not hash to what "
+            f"{MANIFEST_FILE} records; restore or rebuild them"
+        )
+
+    @contextlib.contextmanager
+    def _at_hand(self, shard: Shard) -> Iterator[tuple[Path, str, str]]:
+        """Yield the folder and the name of a local file that has a shard's contents, and their sha256."""
+        place = inside(self._directory, shard.file)
+        whole = dict(begin=0, num_bytes=shard.num_bytes)
+        self._left.remove(shard)
+        if isinstance(self._directory, Path):
+            yield self._directory, shard.file, hash_part(place, copy_to=None, **whole)
+        else:
+            room = shutil.disk_usage(tempfile.gettempdir()).free
+            if room < shard.num_bytes:
+                raise OSError(
+                    f"{tempfile.gettempdir()} has {room:,} bytes free, shard {place} has {shard.num_bytes:,}; free "
+                    "some, or name another folder as TMPDIR"
+                )
+            with tempfile.NamedTemporaryFile(prefix="btlm-verify-") as file:
+                sha256 = hash_part(place, copy_to=file, **whole)
+                file.flush()
+                path = Path(file.name)
+                yield path.parent, path.name, sha256
+        self._report_if_due()
+
+    def _report_if_due(self) -> None:
+        if time.monotonic() - self._reported < INTERVAL:
+            return
+        self._reported = time.monotonic()
+        left = sum(shard.num_bytes for shard in self._left)
+        done, seconds = self._num_bytes - left, self._reported - self._began
+        self._log(
+            f"verify: {done / 1e9:.2f} of {self._num_bytes / 1e9:.2f} GB, {done / 1e6 / seconds:.1f} MB/s, "
+            f"{seconds * left / done:.0f} s left"
+        )
