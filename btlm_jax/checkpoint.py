@@ -80,6 +80,7 @@ class Checkpointer:
         """
         args = ocp.args.Composite(position=ocp.args.JsonRestore(), config=ocp.args.JsonRestore())
         found = self._restore(step, args)
+        found["config"]["mesh"].setdefault("context", 1)  # older checkpoints were written before it could be another
         return Position(**found["position"]), train_config_from(found["config"])
 
     def restore_state(self, step: int, *, abstract: TrainState) -> TrainState:

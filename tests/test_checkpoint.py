@@ -1,6 +1,8 @@
 """Checkpoints: exact, atomic, restorable onto any mesh, and refused when they are of another run or damaged."""
 
 import dataclasses
+import json
+from unittest import mock
 
 import jax
 import numpy as np
@@ -61,6 +63,18 @@ def test_a_checkpoint_restores_onto_any_mesh(saved, devices, tensor):
     assert state.params["blocks"]["mlp"]["up"]["kernel"].sharding == NamedSharding(
         mesh, PartitionSpec(None, ("fsdp", "tensor"), None)
     )
+
+
+def test_a_checkpoint_from_before_mesh_context_is_read(tmp_path):
+    config, mesh, model, optimizer, _ = build(devices=1, tensor=1)
+    checkpointer = Checkpointer(tmp_path, config=KEEP)
+    older = json.loads(config.to_json())
+    del older["mesh"]["context"]
+    with mock.patch.object(type(config), "to_json", return_value=json.dumps(older)):
+        checkpointer.save(init_state(model, optimizer, mesh, seed=4), position=position(1), config=config)
+    checkpointer.wait()
+    assert checkpointer.read_facts(1) == (position(1), config)
+    checkpointer.close()
 
 
 def test_donating_the_state_right_after_save_does_not_reach_the_checkpoint(tmp_path):
