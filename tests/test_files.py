@@ -58,10 +58,10 @@ def test_plan_keeps_what_it_compiled_there(monkeypatch, tmp_path, flags, expecte
     asked = []
 
     def plan_run(config, *, cache, **_):
-        asked.append(cache)
+        asked.append(cache.directory)
         raise ValueError("enough")
 
     monkeypatch.setitem(sys.modules, "btlm_jax.plan.slice_plan", SimpleNamespace(plan_run=plan_run))
     config = Path(__file__).parent.parent / "configs" / "local_cpu.py"
     assert main(["plan", f"--config={config}", "--topology=v5e:2x2", *flags]) == 1
-    assert [cache.absolute() for cache in asked] == [tmp_path / expected]
+    assert [directory.absolute() for directory in asked] == [tmp_path / expected]
