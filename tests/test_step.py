@@ -51,7 +51,7 @@ def single():
 @pytest.mark.slow
 @pytest.mark.parametrize(
     "devices, tensor, context, accumulation",
-    [(8, 1, 1, 1), (8, 2, 1, 2), (8, 4, 1, 1), (2, 1, 1, 4), (1, 1, 1, 8), (8, 1, 4, 2), (8, 1, 4, 4), (8, 2, 2, 4)],
+    [(8, 1, 1, 1), (8, 4, 1, 1), (1, 1, 1, 8), (8, 1, 4, 4), (8, 2, 2, 4)],
 )
 def test_every_mesh_and_accumulation_gives_the_same_step(single, devices, tensor, context, accumulation):
     config = tiny_config(mesh__tensor=tensor, mesh__context=context, mesh__accumulation=accumulation)
