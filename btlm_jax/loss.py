@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 
 from btlm_jax.collectives import gather_table, scatter_table_gradient
-from btlm_jax.sharding import MESH_AXES, TENSOR, AxisRules
+from btlm_jax.sharding import MESH_AXES, TENSOR, AxisRules, axis_names
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -137,8 +137,7 @@ def _per_device(local, rules: AxisRules, *, out_specs):
 
 def _by_position(rules: AxisRules) -> tuple:
     """Return what splits [B, T]: positions are split over `tensor` too."""
-    length = rules.length if isinstance(rules.length, tuple) else () if rules.length is None else (rules.length,)
-    return rules.batch, (*length, TENSOR)
+    return rules.batch, (*axis_names(rules.length), TENSOR)
 
 
 def _logits(hidden_RD, table_VD, output_scale):

@@ -90,7 +90,7 @@ def make_run_mesh(config: TrainConfig, *, devices: Sequence[jax.Device]) -> Mesh
     shared = max(
         (
             shared
-            for shared in _divisors(ways)
+            for shared in divisors(ways)
             if any(batch % (max(fsdp, 1) * config.mesh.accumulation * shared) == 0 for batch in batches)
         ),
         default=1,
@@ -160,7 +160,8 @@ def _divisions(config: TrainConfig, *, fsdp: int) -> Iterator[tuple[str, int, in
     yield "model.num_heads", config.model.num_heads, inner, inner_ways
 
 
-def _divisors(number: int) -> list[int]:
+def divisors(number: int) -> list[int]:
+    """Return what divides a number, ascending."""
     return [divisor for divisor in range(1, number + 1) if number % divisor == 0]
 
 
@@ -172,5 +173,9 @@ def platform() -> str:
 
 def num_ways(mesh: Mesh | jax.sharding.AbstractMesh, axes: Axes) -> int:
     """Return into how many parts these mesh axes split."""
-    names = () if axes is None else (axes,) if isinstance(axes, str) else axes
-    return math.prod(mesh.shape[name] for name in names)
+    return math.prod(mesh.shape[name] for name in axis_names(axes))
+
+
+def axis_names(axes: Axes) -> tuple[str, ...]:
+    """Return mesh axes, as a rule or an entry of a PartitionSpec has them, one by one."""
+    return () if axes is None else (axes,) if isinstance(axes, str) else tuple(axes)

@@ -1,7 +1,6 @@
 """Causal attention with ALiBi: one entry point, `attend`, over implementations that agree."""
 
 import functools
-import math
 
 import jax
 import jax.numpy as jnp
@@ -13,7 +12,7 @@ from btlm_jax.attention.gpu import attend_gpu, is_possible
 from btlm_jax.attention.lanes import named
 from btlm_jax.attention.reference import attend_reference
 from btlm_jax.attention.splash import attend_splash
-from btlm_jax.sharding import platform
+from btlm_jax.sharding import axis_names, num_ways, platform
 
 IMPLEMENTATIONS = ("reference", "blockwise", "splash", "gpu")
 AUTO = "auto"  # the one made for the devices: splash on TPUs, gpu on GPUs where it is possible, otherwise blockwise
@@ -71,7 +70,7 @@ def attend(
     if AxisType.Explicit not in mesh.axis_types:
         return local(q_BTNH, k_BSNH, v_BSNH, slopes_N)
     spec = _sharding_spec(q_BTNH, k_BSNH, v_BSNH)
-    length_axes, heads_axes = (tuple(axis for axis in _names(spec[dim]) if mesh.shape[axis] > 1) for dim in (1, 2))
+    length_axes, heads_axes = (tuple(axis for axis in axis_names(spec[dim]) if mesh.shape[axis] > 1) for dim in (1, 2))
     _check_heads(q_BTNH.shape[2], mesh=mesh, length_axes=length_axes, heads_axes=heads_axes)
     slopes_spec = P((*heads_axes, *length_axes))
     slopes_N = jax.sharding.reshard(slopes_N, slopes_spec)
@@ -109,10 +108,6 @@ def _exchange(x_BXXH: jax.Array, axes: tuple[str, ...], *, split_dim: int, join_
     return jnp.moveaxis(pieces, 0, join_dim).reshape(shape)
 
 
-def _names(axes) -> tuple[str, ...]:
-    return () if axes is None else (axes,) if isinstance(axes, str) else tuple(axes)
-
-
 def _made_for_the_devices(q_BTNH: jax.Array) -> str:
     if platform() == "tpu":
         return "splash"
@@ -142,7 +137,7 @@ def _sharding_spec(q_BTNH: jax.Array, k_BSNH: jax.Array, v_BSNH: jax.Array) -> P
 
 
 def _check_heads(num_heads: int, *, mesh, length_axes: tuple[str, ...], heads_axes: tuple[str, ...]) -> None:
-    ways = math.prod(mesh.shape[axis] for axis in (*heads_axes, *length_axes))
+    ways = num_ways(mesh, (*heads_axes, *length_axes))
     if num_heads % ways:
         raise ValueError(
             f"attention over {num_heads} heads cannot be split {ways} ways, by heads over {heads_axes} and by length "

@@ -12,7 +12,7 @@ from pathlib import Path
 from types import ModuleType
 
 from btlm_jax.corpus.progress import Progress
-from btlm_jax.corpus.tasks import Run, Task, run_task
+from btlm_jax.corpus.tasks import Run, Task, count_nothing, run_task
 from btlm_jax.corpus.workers import Done
 
 _CONNECT_SECONDS = 10.0
@@ -151,8 +151,4 @@ def _wait(ray: ModuleType, running: dict, *, timeout: float | None) -> None:
 
 def _run_there(run: Run, task: Task, directory: Path, folder: Path) -> dict:
     os.chdir(folder)  # relative paths are the command's
-    return run_task(run, task, directory, _ignore)
-
-
-def _ignore(num_documents: int, num_bytes: int) -> None:
-    """Count nothing: the task's record tells the watcher."""
+    return run_task(run, task, directory, count_nothing)

@@ -10,7 +10,7 @@ import socket
 import sys
 from pathlib import Path
 
-from btlm_jax.corpus.tasks import Run, Task, record_path, run_task
+from btlm_jax.corpus.tasks import Run, Task, count_nothing, record_path, run_task
 from btlm_jax.corpus.workers import leave
 from btlm_jax.files import AtomicFile
 
@@ -39,7 +39,7 @@ def work(folder: Path, *, array_task: str, process: str) -> int:
             continue
         print(f"{task} on {socket.gethostname()}", flush=True)
         try:
-            run_task(todo.run, task, todo.directory, _ignore)
+            run_task(todo.run, task, todo.directory, count_nothing)
         except (ValueError, OSError) as error:
             with AtomicFile(folder / FAILED / f"{task.index:05d}") as file:
                 file.write(pickle.dumps(error))
@@ -60,10 +60,6 @@ def _claim(folder: Path, task: Task, *, worker: str) -> bool:
     except FileExistsError:
         return os.readlink(path) == worker
     return True
-
-
-def _ignore(num_documents: int, num_bytes: int) -> None:
-    """Count nothing: the task's record tells the watcher."""
 
 
 if __name__ == "__main__":

@@ -69,6 +69,10 @@ def run_task(run: Run, task: Task, directory: Path, tick: Tick) -> dict:
     return record
 
 
+def count_nothing(num_documents: int, num_bytes: int) -> None:
+    """Be the tick of a task whose watcher is on another machine: the task's record tells it."""
+
+
 def finished(task: Task, directory: Path, *, outputs: Path) -> dict | None:
     """Return the record of a finished task; None if it is not, or if what it wrote is gone or of another size.
 

@@ -18,7 +18,7 @@ from btlm_jax.plan.compiling import CompileCache, DoesNotFitError
 from btlm_jax.plan.estimate import PhasePlan, plan_phase
 from btlm_jax.plan.layout import Layout, layout_of, mesh_text
 from btlm_jax.program import Program, make_program
-from btlm_jax.sharding import divisibility_problems, make_run_mesh
+from btlm_jax.sharding import divisibility_problems, divisors, make_run_mesh
 
 _MORE_MEMORY = "try more mesh.accumulation, model.remat=full, or more chips"
 _MAX_LAYOUTS = 5  # that are suggested
@@ -170,9 +170,9 @@ def dividing_meshes(config: TrainConfig, *, num_devices: int) -> list[MeshConfig
     batch = math.gcd(*(phase.batch_size for phase in config.curriculum.table.phases))
     found = [
         mesh
-        for tensor in _divisors(num_devices)
-        for context in _divisors(num_devices // tensor)
-        for accumulation in _divisors(batch)
+        for tensor in divisors(num_devices)
+        for context in divisors(num_devices // tensor)
+        for accumulation in divisors(batch)
         for mesh in (MeshConfig(tensor=tensor, context=context, accumulation=accumulation),)
         if not divisibility_problems(dataclasses.replace(config, mesh=mesh), num_devices=num_devices)
     ]
@@ -196,10 +196,6 @@ def _slice_plan(
         misfits=tuple(each for each in results if isinstance(each, Misfit)),
         obstacles=obstacles,
     )
-
-
-def _divisors(number: int) -> list[int]:
-    return [divisor for divisor in range(1, number + 1) if number % divisor == 0]
 
 
 @contextlib.contextmanager
