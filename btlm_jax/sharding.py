@@ -171,6 +171,12 @@ def platform() -> str:
     return jax.default_backend() if device is None else device.platform
 
 
+def device_kind() -> str:
+    """Return what the devices of the surrounding mesh call themselves ("TPU v5 lite"), here or ahead of time."""
+    device = jax.sharding.get_abstract_mesh().abstract_device
+    return jax.devices()[0].device_kind if device is None else device.device_kind
+
+
 def num_ways(mesh: Mesh | jax.sharding.AbstractMesh, axes: Axes) -> int:
     """Return into how many parts these mesh axes split."""
     return math.prod(mesh.shape[name] for name in axis_names(axes))

@@ -10,6 +10,7 @@ import pytest
 from tiny import REPOSITORY, config_dict, tiny_config
 from tpu import needs_libtpu
 
+from btlm_jax.attention.tpu import BACKWARD, FORWARD
 from btlm_jax.cli import main
 from btlm_jax.config import MeshConfig, train_config_from
 from btlm_jax.metrics import flops_per_token
@@ -18,7 +19,7 @@ from btlm_jax.plan.compiling import needed_bytes
 from btlm_jax.plan.estimate import collective_seconds
 from btlm_jax.plan.executable import Collective, read_executable
 from btlm_jax.plan.slice_plan import dividing_meshes, layout_problems
-from btlm_jax.plan.work import work_of
+from btlm_jax.plan.work import DIAGONAL, work_of
 from btlm_jax.program import Program, make_program
 from btlm_jax.sharding import make_run_mesh
 
@@ -145,18 +146,26 @@ def test_executed_flops_are_the_closed_form(remat, tensor):
     assert not any(work.kernel_blocks.values())
 
 
+@pytest.mark.parametrize("attention", ["tpu", "splash"])
 @pytest.mark.parametrize("remat, num_forwards", [("matmuls_saved", 1), ("full", 2)])
-def test_kernels_are_counted_by_the_blocks_of_the_lower_triangle(remat, num_forwards):
+def test_kernels_are_counted_by_the_blocks_of_the_lower_triangle(remat, num_forwards, attention):
     T = 1536  # 3 x 3 blocks, 6 of them at or below the diagonal
     config = tiny_config(
-        model__attention="splash", model__remat=remat, curriculum__seq_len=(T, T), curriculum__batch_size=(8, 8),
+        model__attention=attention, model__remat=remat, curriculum__seq_len=(T, T), curriculum__batch_size=(8, 8),
         curriculum__num_tokens=(8 * T, 8 * T), optimizer__warmup_tokens=8 * T, mesh__tensor=2,
     )  # fmt: skip
     program = make_program(config, make_run_mesh(config, devices=jax.devices()))
     phase = config.curriculum.table.phases[0]
     work = work_of(program.trace_train_step(phase).jaxpr.jaxpr)
-    blocks = 6 * phase.batch_size * config.model.num_heads * config.model.num_layers
-    assert work.kernel_blocks == {"fwd": num_forwards * blocks, "dq": blocks, "dkv": blocks}
+    heads = phase.batch_size * config.model.num_heads * config.model.num_layers
+    if attention == "splash":
+        assert work.kernel_blocks == {"fwd": num_forwards * 6 * heads, "dq": 6 * heads, "dkv": 6 * heads}
+        assert work.kernel_steps == (num_forwards + 2) * 6 * heads
+    else:  # of which 3 on the diagonal; a program takes all the heads that a device has
+        expected = {FORWARD: num_forwards * 3 * heads, BACKWARD: 3 * heads}
+        assert work.kernel_blocks == expected | {name + DIAGONAL: blocks for name, blocks in expected.items()}
+        heads_together = config.model.num_heads // 2
+        assert work.kernel_steps == (num_forwards + 1) * 6 * heads / heads_together
 
 
 def test_the_paper_on_slices_that_its_batches_do_not_divide():

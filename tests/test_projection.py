@@ -94,8 +94,8 @@ def test_what_a_tpu_pads():
     with on_a("tpu"):
         assert used_shape((6826,), tensor=1) == (6912,)
         assert used_shape((6826,), tensor=4) == (7168,)
-        assert used_shape((32, 80), tensor=4) == (32, 128)
-        assert used_shape((4, 64), tensor=1) == (4, 64)  # twice as wide would be too much
+        assert used_shape((32, 80), tensor=4) == (32, 80)  # side by side they fill tiles
+        assert used_shape((48,), tensor=1) == (48,)  # more than twice as wide would be too much
     with on_a("cpu"):
         assert used_shape((6826,), tensor=1) == (6826,)
         assert used_shape((6826,), tensor=4) == (6828,)

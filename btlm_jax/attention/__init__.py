@@ -12,10 +12,11 @@ from btlm_jax.attention.gpu import attend_gpu, is_possible
 from btlm_jax.attention.lanes import named
 from btlm_jax.attention.reference import attend_reference
 from btlm_jax.attention.splash import attend_splash
+from btlm_jax.attention.tpu import attend_tpu
 from btlm_jax.sharding import axis_names, num_ways, platform
 
-IMPLEMENTATIONS = ("reference", "blockwise", "splash", "gpu")
-AUTO = "auto"  # the one made for the devices: splash on TPUs, gpu on GPUs where it is possible, otherwise blockwise
+IMPLEMENTATIONS = ("reference", "blockwise", "tpu", "splash", "gpu")
+AUTO = "auto"  # the one made for the devices: tpu on TPUs, gpu on GPUs where it is possible, otherwise blockwise
 
 
 def attend(
@@ -26,13 +27,11 @@ def attend(
     *,
     scale: float,
     implementation: str,
-    spare_lanes: int = 0,
 ) -> jax.Array:
     """Return softmax over s <= t of (scale * q_t . k_s - slopes * (t - s)), applied to v, as o_BTNH in q's dtype.
 
     `implementation` is one of IMPLEMENTATIONS or AUTO. The softmax is float32 whatever the dtype. The slopes are
-    constants: no gradient flows to them. The last `spare_lanes` of q, k and v are zero; a
-    kernel may use them. Under an explicit mesh each device attends with its own sequences and heads.
+    constants: no gradient flows to them. Under an explicit mesh each device attends with its own sequences and heads.
     A sharded length is exchanged for heads, of which each device then has a share at all positions, and back
     (Ulysses, arXiv 2309.14509); the mesh axes of the length must divide the heads.
 
@@ -47,8 +46,9 @@ def attend(
         attend_local = attend_reference
     elif implementation == "blockwise":
         attend_local = attend_blockwise
-    elif implementation == "splash":
-        attend_local = functools.partial(attend_splash, spare_lanes=spare_lanes, interpret=platform() != "tpu")
+    elif implementation in ("tpu", "splash"):
+        kernels = attend_tpu if implementation == "tpu" else attend_splash
+        attend_local = functools.partial(kernels, interpret=platform() != "tpu")
     elif implementation == "gpu":
         attend_local = attend_gpu
     else:
@@ -61,7 +61,7 @@ def attend(
 
     def local(q_BTNH, k_BSNH, v_BSNH, slopes_N, length_axes=()):
         q_BTNH, k_BSNH, v_BSNH = (_positions_for_heads(x, length_axes) for x in (q_BTNH, k_BSNH, v_BSNH))
-        if implementation != "splash":  # which names what it makes of them
+        if implementation not in ("tpu", "splash"):  # which name what they make of them
             q_BTNH, k_BSNH, v_BSNH = named(q_BTNH, k_BSNH, v_BSNH)
         o_BTNH = attend_local(q_BTNH, k_BSNH, v_BSNH, slopes_N, scale=scale)
         return _heads_for_positions(o_BTNH, length_axes)
@@ -75,7 +75,7 @@ def attend(
     slopes_spec = P((*heads_axes, *length_axes))
     slopes_N = jax.sharding.reshard(slopes_N, slopes_spec)
     # The kernels do not declare what their results vary over, which the check would need.
-    is_checked = implementation not in ("splash", "gpu")
+    is_checked = implementation not in ("tpu", "splash", "gpu")
     mapped = jax.shard_map(
         functools.partial(local, length_axes=length_axes),
         in_specs=(spec, spec, spec, slopes_spec),
@@ -87,30 +87,36 @@ def attend(
 
 def _positions_for_heads(x_BTNH: jax.Array, axes: tuple[str, ...]) -> jax.Array:
     """Give away positions of most heads and get all positions of a few; inside shard_map."""
-    return _exchange(x_BTNH.swapaxes(1, 2), axes, split_dim=1, join_dim=2).swapaxes(1, 2) if axes else x_BTNH
+    return _exchange(x_BTNH, axes, split_dim=2, join_dim=1)
 
 
 def _heads_for_positions(x_BTNH: jax.Array, axes: tuple[str, ...]) -> jax.Array:
-    return _exchange(x_BTNH.swapaxes(1, 2), axes, split_dim=2, join_dim=1).swapaxes(1, 2) if axes else x_BTNH
+    return _exchange(x_BTNH, axes, split_dim=1, join_dim=2)
 
 
-def _exchange(x_BXXH: jax.Array, axes: tuple[str, ...], *, split_dim: int, join_dim: int) -> jax.Array:
+def _exchange(x_BTNH: jax.Array, axes: tuple[str, ...], *, split_dim: int, join_dim: int) -> jax.Array:
     """All-to-all from parts of one dim to parts of the other.
 
-    Its pieces are brought together outermost: left to itself, XLA:TPU copies more (2 % of a step's cycles on v5e-256).
+    The lanes of heads stay side by side, as projections and kernels have them, and the pieces are brought together
+    outermost: left to itself, XLA:TPU copies more (2 % of a step's cycles on v5e-256).
     """
-    ways, shape = jax.lax.axis_size(axes), list(x_BXXH.shape)
+    if not axes:
+        return x_BTNH
+    ways, head_dim = jax.lax.axis_size(axes), x_BTNH.shape[3]
+    x_BTM = x_BTNH.reshape(*x_BTNH.shape[:2], -1)
+    shape = list(x_BTM.shape)
     shape[split_dim : split_dim + 1] = [ways, shape[split_dim] // ways]
-    pieces = jnp.moveaxis(x_BXXH.reshape(shape), split_dim, 0)
+    pieces = jnp.moveaxis(x_BTM.reshape(shape), split_dim, 0)
     pieces = jax.lax.all_to_all(pieces, axes, split_axis=0, concat_axis=0, tiled=True)
     shape = list(pieces.shape[1:])
     shape[join_dim] *= ways
-    return jnp.moveaxis(pieces, 0, join_dim).reshape(shape)
+    x_BTM = jnp.moveaxis(pieces, 0, join_dim).reshape(shape)
+    return x_BTM.reshape(*x_BTM.shape[:2], -1, head_dim)
 
 
 def _made_for_the_devices(q_BTNH: jax.Array) -> str:
     if platform() == "tpu":
-        return "splash"
+        return "tpu"
     return "gpu" if platform() == "gpu" and is_possible(q_BTNH) else "blockwise"
 
 

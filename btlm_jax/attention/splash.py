@@ -23,15 +23,10 @@ def attend_splash(
     slopes_N: jax.Array,
     *,
     scale: float,
-    spare_lanes: int,
     interpret: bool,
 ) -> jax.Array:
-    """Attend in the kernel (same mathematics as `attend_reference`); products take operands in q's dtype.
-
-    ALiBi takes the last `spare_lanes` of q and k, which are zero, or as many more as it needs.
-    """
-    T, N, W = q_BTNH.shape[1:]
-    H = W - spare_lanes
+    """Attend in the kernel (same mathematics as `attend_reference`); products take operands in q's dtype."""
+    T, N, H = q_BTNH.shape[1:]
     block = block_size(T)
     padding = -T % block
 

@@ -75,10 +75,7 @@ class Projection:
         """Return how x, kernel and y are laid out when they are multiplied."""
         if platform() != "tpu":
             return _Product(x="RK", kernel="KM", y="RM")
-        hidden, activation = ("NH", "BNTH") if len(self.hidden_shape) == 2 else ("F", "BTF")
-        if self.is_from_model_dim:
-            return _Product(x="BTD", kernel=f"D{hidden}", y=activation)
-        return _Product(x=activation, kernel=f"{hidden}D", y="BTD")
+        return _Product(x="BTK", kernel="KM", y="BTM")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -86,8 +83,8 @@ class _Product:
     """The dims of x, kernel and y in the product.
 
     XLA:CPU takes transposed matrices as they are in the backward pass, but copies operands of higher rank into new
-    layouts first (measured: 1.2 times the whole step), so rows R are batch x length there. On a TPU heads come first,
-    as the attention kernel wants them, and XLA writes them so: of matrices it made them in up to three copies each.
+    layouts first (measured: 1.2 times the whole step), so rows R are batch x length there. XLA:TPU writes [B, T, ...]
+    into what remat saves of all layers at once, but copies matrices there. Heads lie side by side on both.
     """
 
     x: str
@@ -107,32 +104,25 @@ class _Product:
         over = tuple(dim for dim, letter in enumerate(self.y) if letter in "BTR")
         return dy.sum(over, dtype=jnp.float32)
 
-    def shape_kernel(self, kernel_KM: jax.Array, used: tuple[int, ...]) -> jax.Array:
-        """Return the kernel with the product's dims; `used` is the hidden shape of all devices together."""
-        if len(self.kernel) == 2:
-            return kernel_KM
-        if self.kernel == "DNH":
-            return kernel_KM.reshape(kernel_KM.shape[0], kernel_KM.shape[1] // used[1], used[1])
-        return kernel_KM.reshape(kernel_KM.shape[0] // used[1], used[1], kernel_KM.shape[1])
-
 
 def _arranged(x: jax.Array, dims: str) -> jax.Array:
     """[B, T, ...] -> as a product's `dims`."""
-    if dims == "BNTH":
-        return x.swapaxes(1, 2)
-    return x if dims[0] == "B" else x.reshape(x.shape[0] * x.shape[1], math.prod(x.shape[2:]))
+    rows = x.shape[:2] if dims[0] == "B" else (x.shape[0] * x.shape[1],)
+    return x.reshape(*rows, math.prod(x.shape[2:]))
 
 
 def used_shape(hidden_shape: tuple[int, ...], *, tensor: int) -> tuple[int, ...]:
     """Return a hidden shape, (d_ff,) or (heads, head dim), as it is in use: padded for the hardware.
 
     A TPU keeps the last dim in tiles of 128 and lays an activation whose last dim is none of them out the other way
-    round, which costs a copy at every turn. A head dim of up to half a tile would be padded too much.
+    round, which costs a copy at every turn. Heads lie side by side and need no padding of their own.
     """
     *outer, last = hidden_shape
+    if outer:
+        return hidden_shape
     tile = TILE if platform() == "tpu" and last > TILE // 2 else 1
-    multiple = tile * tensor if not outer else tile
-    return *outer, -(-last // multiple) * multiple
+    multiple = tile * tensor
+    return (-(-last // multiple) * multiple,)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
@@ -146,15 +136,13 @@ def project(projection: Projection, x: jax.Array, kernel: jax.Array, bias: jax.A
     def local(x, kernel, bias):
         product, used = projection.product(), projection.used()
         kernel_KM = gather_kernel(projection.matrix(kernel), dtype=x.dtype, embed_dim=projection.embed_dim)
-        y = product.forward(_arranged(x, product.x), product.shape_kernel(kernel_KM, used))
+        y = product.forward(_arranged(x, product.x), kernel_KM)
         if projection.is_from_model_dim:
             last = used[1:]
             bias = own_part(_padded(bias, used).reshape(-1))
         else:
             last = ()
             y = jax.lax.psum(y, TENSOR)
-        if product.y == "BNTH":
-            return (y + bias.astype(x.dtype).reshape(y.shape[1], 1, used[1])).swapaxes(1, 2)
         y = y + bias.astype(x.dtype)
         return y.reshape(*x.shape[:2], y.shape[-1] // math.prod(last), *last)
 
@@ -171,16 +159,15 @@ def _backward(projection: Projection, residuals: tuple, dy: jax.Array) -> tuple:
         product, used = projection.product(), projection.used()
         kernel_KM = gather_kernel(projection.matrix(kernel), dtype=x.dtype, embed_dim=projection.embed_dim)
         x_product, dy_product = _arranged(x, product.x), _arranged(dy, product.y)
-        dx = product.x_gradient(dy_product, product.shape_kernel(kernel_KM, used))
-        dkernel_KM = product.kernel_gradient(x_product, dy_product).reshape(kernel_KM.shape)
+        dx = product.x_gradient(dy_product, kernel_KM)
+        dkernel_KM = product.kernel_gradient(x_product, dy_product)
         dkernel_KM = scatter_kernel_gradient(dkernel_KM, embed_dim=projection.embed_dim)
         dbias, axes = product.bias_gradient(dy_product), (FSDP, *COPIES)
         if projection.is_from_model_dim:
             dx = jax.lax.psum(dx, TENSOR)
             dbias = _cut(put_parts_together(dbias.reshape(-1)).reshape(used), projection.out_shape)
             axes = (*axes, TENSOR)
-        dx = dx.swapaxes(1, 2) if product.x == "BNTH" else dx.reshape(x.shape)
-        return dx, projection.as_stored(dkernel_KM), jax.lax.psum(dbias, axes)
+        return dx.reshape(x.shape), projection.as_stored(dkernel_KM), jax.lax.psum(dbias, axes)
 
     x_spec, kernel_spec, bias_spec, y_spec = projection.specs()
     mapped = jax.shard_map(local, in_specs=(x_spec, kernel_spec, y_spec), out_specs=(x_spec, kernel_spec, bias_spec))

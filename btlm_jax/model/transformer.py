@@ -153,19 +153,9 @@ class Btlm(nn.Module):
         return LayerNorm(eps=self.config.layer_norm_eps, name="ln_f", **parts)(x_BTD)
 
     def _attend(self, q_BTNH, k_BSNH, v_BSNH):
-        # The head dim may be padded for the hardware (see projection.py).
-        spare_lanes = q_BTNH.shape[-1] - self.config.head_dim
         slopes_N = jnp.asarray(alibi_slopes(self.config.num_heads, scaling=self.config.alibi_scaling))
         scale = self.parametrization.attention_scale
-        return attend(
-            q_BTNH,
-            k_BSNH,
-            v_BSNH,
-            slopes_N,
-            scale=scale,
-            implementation=self.config.attention,
-            spare_lanes=spare_lanes,
-        )
+        return attend(q_BTNH, k_BSNH, v_BSNH, slopes_N, scale=scale, implementation=self.config.attention)
 
 
 def make_model(config: ModelConfig, parametrization: Parametrization, *, rules: AxisRules = RULES) -> Btlm:

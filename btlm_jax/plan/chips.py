@@ -10,6 +10,9 @@ import re
 import jax
 from jax.experimental import topologies
 
+from btlm_jax.attention.tpu import BACKWARD, FORWARD
+from btlm_jax.plan.work import DIAGONAL
+
 GIB = 1 << 30
 _PLANE = ("2x2", "2x4", "4x4", "4x8", "8x8", "8x16", "16x16")
 _CUBE = ("2x2x1", "2x2x2", "2x2x4", "2x4x4", "4x4x4", "4x4x8", "4x8x8", "8x8x8", "8x8x16", "8x16x16")
@@ -24,12 +27,21 @@ class Chip:
     clock: float  # cycles/s
     num_cores: int  # that one device is made of
     link_bytes: float  # bytes/s of one direction of one link to a neighbour
-    # Instruction bundles of the splash kernel's inner loop for 512 x 512 positions, counted in the compiler's dump.
-    kernel_bundles: dict[str, int]
+    kernel_bundles: dict[str, int]  # see _bundles
     slices: tuple[str, ...]
     options: dict[str, str]  # that libtpu wants beside the name
     kinds: tuple[str, ...]  # what its devices call themselves
     accelerator: str  # what Google Cloud calls its slices, before the number
+
+
+def _bundles(*, splash: tuple[int, int, int], forward: tuple[int, int], backward: tuple[int, int]) -> dict[str, int]:
+    """Return instruction bundles of attention kernels for 512 x 512 positions of a head, from libtpu 0.0.42's dump.
+
+    `splash`: of the inner loops of its three kernels. `forward`, `backward`: of attention/tpu.py with 8 heads of 80
+    lanes, off the diagonal and on it; a head's share of parting and joining heads is in them.
+    """
+    names = ("fwd", "dq", "dkv", FORWARD, FORWARD + DIAGONAL, BACKWARD, BACKWARD + DIAGONAL)
+    return dict(zip(names, (*splash, *forward, *backward), strict=True))
 
 
 CHIPS = {
@@ -37,23 +49,27 @@ CHIPS = {
     for chip in (
         Chip(
             name="v4", hbm_bytes=int(30.75 * GIB), clock=1.05e9, num_cores=2, link_bytes=45e9,
-            kernel_bundles={"fwd": 1411, "dq": 1700, "dkv": 2150}, slices=_CUBE,
+            kernel_bundles=_bundles(splash=(1411, 1700, 2150), forward=(2800, 3440), backward=(3208, 4188)),
+            slices=_CUBE,
             options={"chip_config_name": "megacore"},  # otherwise a device is half a chip
             kinds=("TPU v4",), accelerator="v4",
         ),
         Chip(
             name="v5e", hbm_bytes=int(15.75 * GIB), clock=1.5e9, num_cores=1, link_bytes=45e9,
-            kernel_bundles={"fwd": 1038, "dq": 1362, "dkv": 1752}, slices=_PLANE, options={},
+            kernel_bundles=_bundles(splash=(1038, 1362, 1752), forward=(1258, 1420), backward=(2349, 2631)),
+            slices=_PLANE, options={},
             kinds=("TPU v5 lite", "TPU v5e"), accelerator="v5litepod",
         ),
         Chip(
             name="v5p", hbm_bytes=int(95.74 * GIB), clock=1.75e9, num_cores=2, link_bytes=90e9,
-            kernel_bundles={"fwd": 1016, "dq": 1360, "dkv": 1750}, slices=_CUBE, options={},
+            kernel_bundles=_bundles(splash=(1016, 1360, 1750), forward=(1295, 1407), backward=(2365, 2620)),
+            slices=_CUBE, options={},
             kinds=("TPU v5", "TPU v5p"), accelerator="v5p",
         ),
         Chip(
             name="v6e", hbm_bytes=int(31.25 * GIB), clock=1.75e9, num_cores=1, link_bytes=90e9,
-            kernel_bundles={"fwd": 672, "dq": 780, "dkv": 1000}, slices=_PLANE, options={},
+            kernel_bundles=_bundles(splash=(672, 780, 1000), forward=(967, 1000), backward=(1388, 1573)),
+            slices=_PLANE, options={},
             kinds=("TPU v6 lite", "TPU v6e"), accelerator="v6e",
         ),
     )

@@ -21,13 +21,13 @@ from btlm_jax.program import Program
 
 ASSUMPTIONS = (
     "XLA's own cycle estimate of every fusion x the trips of the loops around it / clock",
-    "splash kernel: instruction bundles of its inner loop + 300 a block of 512 x 512, / clock / cores",
+    "attention kernels: instruction bundles of their loops, as compiled, + 300 a program, / clock / cores",
     "collectives: bytes x (n - 1) / n / (2 x link), all-reduce twice that, all-to-all bytes x n / 4 / (2 x link), "
     "each alone on its links",
     "low end: all asynchronous collectives hidden; high end: none hidden",
     "left out: HBM stalls, input, checkpoints, evaluation, failures",
 )
-_KERNEL_OVERHEAD = 300  # bundles a block
+_KERNEL_OVERHEAD = 300  # bundles a program
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -124,16 +124,14 @@ def state_bytes(program: Program) -> int:
 
 
 def _step_time(executable: Executable, work: Work, *, chip: Chip, num_chips: int) -> StepTime:
-    cycles = sum(
-        blocks / num_chips * (chip.kernel_bundles[name] + _KERNEL_OVERHEAD)
-        for name, blocks in work.kernel_blocks.items()
-    )
+    bundles = work.kernel_steps * _KERNEL_OVERHEAD
+    bundles += sum(blocks * chip.kernel_bundles[name] for name, blocks in work.kernel_blocks.items())
     seconds = {False: 0.0, True: 0.0}
     for collective in executable.collectives:
         seconds[collective.is_asynchronous] += collective_seconds(collective, link_bytes=chip.link_bytes)
     return StepTime(
         computation=executable.num_cycles / chip.clock,
-        attention=cycles / chip.clock / chip.num_cores,
+        attention=bundles / num_chips / chip.clock / chip.num_cores,
         exposed=seconds[False],
         asynchronous=seconds[True],
     )

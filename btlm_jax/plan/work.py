@@ -11,7 +11,11 @@ import math
 
 import jax.extend
 
+from btlm_jax.attention.tpu import BACKWARD, FORWARD
+
 BLOCK = 512  # kernels' work is counted in squares of so many positions
+_STEPS = "steps"
+DIAGONAL = "_diagonal"  # ends a kernel's name for squares on the diagonal, and what is done once for each of them
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -19,14 +23,16 @@ class Work:
     """What all devices together compute in a step."""
 
     flops: float  # of matrix products, in kernels too
-    kernel_blocks: dict[str, float]  # for "fwd", "dq" and "dkv": BLOCK x BLOCK squares of one head of one sequence
+    kernel_blocks: dict[str, float]  # of each kernel: BLOCK x BLOCK squares of one head of one sequence
+    kernel_steps: float  # programs of all kernels
 
 
 def work_of(jaxpr) -> Work:
     """Count the work of a jaxpr. What nothing needs is left out, as the compiler leaves it out."""
-    blocks: dict[str, float] = collections.Counter()
+    blocks: collections.Counter[str] = collections.Counter()
     flops = _flops(jaxpr, len(jaxpr.outvars) * [True], 1.0, blocks)
-    return Work(flops=flops, kernel_blocks={name: blocks[name] for name in ("fwd", "dq", "dkv")})
+    steps = blocks.pop(_STEPS, 0.0)
+    return Work(flops=flops, kernel_blocks=dict(blocks), kernel_steps=steps)
 
 
 def _flops(jaxpr, is_needed: list[bool], times: float, blocks: dict[str, float]) -> float:
@@ -68,27 +74,50 @@ def _flops_of_equation(equation, wanted: list[bool], times: float, blocks: dict[
 
 
 def _flops_of_kernel(equation, times: float, blocks: dict[str, float]) -> float:
-    """Count a kernel of causal attention: of the n x n pairs of blocks of a head it runs the lower n (n + 1) / 2."""
     params = equation.params
     name = str(params["name"] if "name" in params else params["name_and_src_info"])
+    for own in (FORWARD, BACKWARD):
+        if name.startswith(own):
+            return _flops_of_own_kernel(equation, own, times, blocks)
     (kind,) = (kind for kind in ("fwd", "dkv", "dq") if f"_{kind}_" in name)
-    body = params["jaxpr"]
+    return _flops_of_splash(equation, kind, times, blocks)
+
+
+def _flops_of_own_kernel(equation, name: str, times: float, blocks: dict[str, float]) -> float:
+    """Count a kernel of attention/tpu.py: one program for a pair of blocks and a few heads."""
+    params = equation.params
+    grid, slopes = params["grid_mapping"].grid, equation.invars[1].aval
+    queries = equation.outvars[0].aval  # the output, or the gradient of queries, [B, T, M]
+    block = params["grid_mapping"].block_mappings[0].block_aval.shape[1]
+    programs, heads = math.prod(grid), slopes.shape[0] // grid[1]
+    area, diagonal = (block / BLOCK) ** 2, programs / grid[2] * queries.shape[1] / block
+    blocks[_STEPS] += times * programs
+    blocks[name] += times * (programs - diagonal) * heads * area
+    blocks[name + DIAGONAL] += times * diagonal * heads * area
+    # On and off the diagonal it runs different code for the same products: one of the two.
+    return times * programs * max(_flops_of_body([each], 1.0) for each in params["jaxpr"].eqns)
+
+
+def _flops_of_splash(equation, kind: str, times: float, blocks: dict[str, float]) -> float:
+    """Count a kernel of causal attention: of the n x n pairs of blocks of a head it runs the lower n (n + 1) / 2."""
+    params = equation.params
     grid = params["grid_mapping"].grid
     num_blocks = grid[-1]  # of one sequence: queries and keys have blocks of one size
     runs = times * math.prod(grid) * (num_blocks + 1) / (2 * num_blocks)
     length = max(operand.aval.shape[-2] for operand in equation.invars if operand.aval.ndim >= 3)
+    blocks[_STEPS] += runs
     blocks[kind] += runs * (length / num_blocks / BLOCK) ** 2
-    return _flops_everything(body, runs)
+    return _flops_of_body(params["jaxpr"].eqns, runs)
 
 
-def _flops_everything(jaxpr, times: float) -> float:
+def _flops_of_body(equations, times: float) -> float:
     """Return the FLOPs of a kernel's body, whose results are its writes."""
     total = 0.0
-    for equation in jaxpr.eqns:
+    for equation in equations:
         if equation.primitive.name == "dot_general":
             total += _flops_of_equation(equation, [True], times, {})
         parts = [
-            _flops_everything(part.jaxpr if hasattr(part, "jaxpr") else part, times)
+            _flops_of_body((part.jaxpr if hasattr(part, "jaxpr") else part).eqns, times)
             for part in jax.extend.core.jaxprs_in_params(equation.params)
         ]
         length = equation.params.get("length", 1) if equation.primitive.name == "scan" else 1
