@@ -14,8 +14,8 @@ from btlm_jax.attention import attend
 from btlm_jax.attention.blockwise import BLOCK, MAX_WIDTHS, NEGLIGIBLE, block_size
 
 NAMES = ("o", "dq", "dk", "dv")
-PORTABLE = ("reference", "blockwise")  # held to one tolerance here; test_splash.py and test_gpu.py have the kernels'
-RUN_HERE = (*PORTABLE, "splash")  # the kernel interpreted
+PORTABLE = ("reference", "blockwise")  # held to one tolerance; kernels have files of their own
+RUN_HERE = (*PORTABLE, "tpu", "splash")  # kernels interpreted
 
 
 def make_inputs(*, B, T, N, H, dtype=np.float32, seed=0):
@@ -157,6 +157,7 @@ def test_blockwise_memory_grows_with_the_block_not_with_the_square():
     "implementation, mesh_shape",
     [
         *itertools.product(PORTABLE, [(1, 1, 1, 1), (4, 1, 1, 2), (2, 1, 1, 4), (1, 2, 2, 2), (1, 1, 4, 1)]),
+        ("tpu", (2, 1, 2, 2)),
         ("splash", (2, 1, 2, 2)),
     ],
 )

@@ -8,6 +8,7 @@ from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
 
 from btlm_jax.attention.blockwise import attend_blockwise
+from btlm_jax.attention.exchange import heads_for_positions, in_pieces, joined, num_pieces, positions_for_heads
 from btlm_jax.attention.gpu import attend_gpu, is_possible
 from btlm_jax.attention.lanes import named
 from btlm_jax.attention.reference import attend_reference
@@ -60,11 +61,16 @@ def attend(
     slopes_N = jax.lax.stop_gradient(jnp.asarray(slopes_N, jnp.float32))
 
     def local(q_BTNH, k_BSNH, v_BSNH, slopes_N, length_axes=()):
-        q_BTNH, k_BSNH, v_BSNH = (_positions_for_heads(x, length_axes) for x in (q_BTNH, k_BSNH, v_BSNH))
-        if implementation not in ("tpu", "splash"):  # which name what they make of them
-            q_BTNH, k_BSNH, v_BSNH = named(q_BTNH, k_BSNH, v_BSNH)
-        o_BTNH = attend_local(q_BTNH, k_BSNH, v_BSNH, slopes_N, scale=scale)
-        return _heads_for_positions(o_BTNH, length_axes)
+        head_dim = q_BTNH.shape[3]
+        q_SBTM, k_SBTM, v_SBTM = (positions_for_heads(x, length_axes) for x in (q_BTNH, k_BSNH, v_BSNH))
+        if implementation == "tpu":  # which takes pieces as they come
+            o_SBTM = attend_local(q_SBTM, k_SBTM, v_SBTM, slopes_N, scale=scale)
+            return heads_for_positions(o_SBTM, length_axes, head_dim=head_dim)
+        q_BTNH, k_BTNH, v_BTNH = (joined(x, head_dim=head_dim) for x in (q_SBTM, k_SBTM, v_SBTM))
+        if implementation != "splash":  # which names what it makes of them
+            q_BTNH, k_BTNH, v_BTNH = named(q_BTNH, k_BTNH, v_BTNH)
+        o_BTNH = attend_local(q_BTNH, k_BTNH, v_BTNH, slopes_N, scale=scale)
+        return heads_for_positions(in_pieces(o_BTNH, num_pieces(length_axes)), length_axes, head_dim=head_dim)
 
     mesh = jax.sharding.get_abstract_mesh()
     if AxisType.Explicit not in mesh.axis_types:
@@ -83,35 +89,6 @@ def attend(
         check_vma=is_checked,
     )
     return mapped(q_BTNH, k_BSNH, v_BSNH, slopes_N)
-
-
-def _positions_for_heads(x_BTNH: jax.Array, axes: tuple[str, ...]) -> jax.Array:
-    """Give away positions of most heads and get all positions of a few; inside shard_map."""
-    return _exchange(x_BTNH, axes, split_dim=2, join_dim=1)
-
-
-def _heads_for_positions(x_BTNH: jax.Array, axes: tuple[str, ...]) -> jax.Array:
-    return _exchange(x_BTNH, axes, split_dim=1, join_dim=2)
-
-
-def _exchange(x_BTNH: jax.Array, axes: tuple[str, ...], *, split_dim: int, join_dim: int) -> jax.Array:
-    """All-to-all from parts of one dim to parts of the other.
-
-    The lanes of heads stay side by side, as projections and kernels have them, and the pieces are brought together
-    outermost: left to itself, XLA:TPU copies more (2 % of a step's cycles on v5e-256).
-    """
-    if not axes:
-        return x_BTNH
-    ways, head_dim = jax.lax.axis_size(axes), x_BTNH.shape[3]
-    x_BTM = x_BTNH.reshape(*x_BTNH.shape[:2], -1)
-    shape = list(x_BTM.shape)
-    shape[split_dim : split_dim + 1] = [ways, shape[split_dim] // ways]
-    pieces = jnp.moveaxis(x_BTM.reshape(shape), split_dim, 0)
-    pieces = jax.lax.all_to_all(pieces, axes, split_axis=0, concat_axis=0, tiled=True)
-    shape = list(pieces.shape[1:])
-    shape[join_dim] *= ways
-    x_BTM = jnp.moveaxis(pieces, 0, join_dim).reshape(shape)
-    return x_BTM.reshape(*x_BTM.shape[:2], -1, head_dim)
 
 
 def _made_for_the_devices(q_BTNH: jax.Array) -> str:

@@ -29,46 +29,59 @@ _MIB = 1 << 20
 
 
 def attend_tpu(
-    q_BTNH: jax.Array, k_BSNH: jax.Array, v_BSNH: jax.Array, slopes_N: jax.Array, *, scale: float, interpret: bool
+    q_SBTM: jax.Array, k_SBTM: jax.Array, v_SBTM: jax.Array, slopes_N: jax.Array, *, scale: float, interpret: bool
 ) -> jax.Array:
-    """Attend in the kernels (same mathematics as `attend_reference`); products take operands in q's dtype."""
-    B, T, N, H = q_BTNH.shape
-    padding = -T % block_size(T)
+    """Attend in the kernels (same mathematics as `attend_reference`); products take operands in q's dtype.
 
-    def flat(x):  # padding comes last: no real query sees its keys, and its outputs are cut off
-        return jnp.pad(x.reshape(B, T, N * H), ((0, 0), (0, padding), (0, 0)))
+    The length lies in S pieces one after the other, as exchanges between devices leave it (exchange.py).
+    """
+    S, B, T, M = q_SBTM.shape
+    heads = Heads(num=slopes_N.shape[0], dim=M // slopes_N.shape[0], scale=scale)
+    if S > 1 and (T % TILE or _queries_at_once(heads, S * T, block_size(T)) * block_size(T) < S * T):
+        o_1BTM = attend_tpu(*map(_joined, (q_SBTM, k_SBTM, v_SBTM)), slopes_N, scale=scale, interpret=interpret)
+        return jnp.moveaxis(o_1BTM.reshape(B, S, T, M), 1, 0)
 
-    q_BTM, k_BTM, v_BTM = named(flat(q_BTNH), flat(k_BSNH), flat(v_BSNH))
-    heads = Heads(num=N, dim=H, scale=scale)
-    return _attend(heads, interpret, q_BTM, k_BTM, v_BTM, slopes_N)[:, :T].reshape(B, T, N, H)
+    def padded(x):  # padding comes last: no real query sees its keys, and its outputs are cut off
+        return jnp.pad(x, ((0, 0), (0, 0), (0, -T % block_size(T)), (0, 0)))
+
+    o_SBTM = _attend(heads, interpret, *named(padded(q_SBTM), padded(k_SBTM), padded(v_SBTM)), slopes_N)
+    return o_SBTM[:, :, :T]
+
+
+def _joined(x_SBTM: jax.Array) -> jax.Array:
+    S, B, T, M = x_SBTM.shape
+    return jnp.moveaxis(x_SBTM, 0, 1).reshape(1, B, S * T, M)
 
 
 def block_size(length: int) -> int:
-    """Return how many positions a block of the kernels holds: whole tiles."""
-    return min(256 if device_kind() in SMALL else 512, -(-length // TILE) * TILE)
+    """Return how many positions a block of the kernels holds: whole tiles, that make up a length of whole tiles."""
+    size = min(256 if device_kind() in SMALL else 512, -(-length // TILE) * TILE)
+    while length % TILE == 0 and length % size:
+        size -= TILE
+    return size
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
-def _attend(heads: Heads, interpret: bool, q_BTM, k_BTM, v_BTM, slopes_N):
-    return _attend_forward(heads, interpret, q_BTM, k_BTM, v_BTM, slopes_N)[0]
+def _attend(heads: Heads, interpret: bool, q_SBTM, k_SBTM, v_SBTM, slopes_N):
+    return _attend_forward(heads, interpret, q_SBTM, k_SBTM, v_SBTM, slopes_N)[0]
 
 
-def _attend_forward(heads: Heads, interpret: bool, q_BTM, k_BTM, v_BTM, slopes_N):
-    (B, T, M), dtype = q_BTM.shape, q_BTM.dtype
+def _attend_forward(heads: Heads, interpret: bool, q_SBTM, k_SBTM, v_SBTM, slopes_N):
+    (S, B, T, M), dtype = q_SBTM.shape, q_SBTM.dtype
     G, H, C = heads.together, heads.dim, block_size(T)
     # Parted keys and values stay in vector memory for the queries to come, where there is room for all.
-    kept = T // C if T * G * (heads.width + H) * dtype.itemsize <= _room() else 1
-    queries, keys, rows = _blocks(heads, C)
-    o_BTM, lse_BXGT = _call(
+    kept = S * T // C if S * T * G * (heads.width + H) * dtype.itemsize <= _room() else 1
+    queries, keys, rows = _blocks(heads, T // C, C)
+    o_SBTM, lse_SBXGT = _call(
         functools.partial(forward_kernel, heads=heads),
-        _pairs(T // C),
+        _pairs(S * T // C),
         name=FORWARD,
         grid=(B, heads.num // G),
         in_specs=[queries, queries, queries] if kept > 1 else [queries, keys, keys],
         out_specs=[queries, rows],
         out_shape=[
-            jax.ShapeDtypeStruct((B, T, M), dtype),
-            jax.ShapeDtypeStruct((B, heads.num // G, G, T), jnp.float32),
+            jax.ShapeDtypeStruct((S, B, T, M), dtype),
+            jax.ShapeDtypeStruct((S, B, heads.num // G, G, T), jnp.float32),
         ],
         scratch_shapes=[
             pltpu.VMEM(*parted(dtype, G, C, heads.width)),
@@ -78,47 +91,55 @@ def _attend_forward(heads: Heads, interpret: bool, q_BTM, k_BTM, v_BTM, slopes_N
             pltpu.VMEM((G, H, C), jnp.float32),
         ],
         interpret=interpret,
-    )(slopes_N, q_BTM, k_BTM, v_BTM)
-    o_BTM, lse_BXGT = checkpoint_name(o_BTM, "attention_out"), checkpoint_name(lse_BXGT, "attention_lse")
-    return o_BTM, (q_BTM, k_BTM, v_BTM, slopes_N, o_BTM, lse_BXGT)
+    )(slopes_N, q_SBTM, k_SBTM, v_SBTM)
+    o_SBTM, lse_SBXGT = checkpoint_name(o_SBTM, "attention_out"), checkpoint_name(lse_SBXGT, "attention_lse")
+    return o_SBTM, (q_SBTM, k_SBTM, v_SBTM, slopes_N, o_SBTM, lse_SBXGT)
 
 
-def _attend_backward(heads: Heads, interpret: bool, residuals, do_BTM):
-    q_BTM, k_BTM, v_BTM, slopes_N, o_BTM, lse_BXGT = residuals
-    T, C = q_BTM.shape[1], block_size(q_BTM.shape[1])
+def _attend_backward(heads: Heads, interpret: bool, residuals, do_SBTM):
+    q_SBTM, k_SBTM, v_SBTM, slopes_N, o_SBTM, lse_SBXGT = residuals
+    S, _, T, _ = q_SBTM.shape
+    C = block_size(T)
+    num_blocks = S * T // C
     # A product with zeros and ones sums over each head's lanes, where a reshape to heads would move them all.
     is_of_head_NM = np.repeat(np.eye(heads.num, dtype=np.float32), heads.dim, axis=1)
-    product_BTM = do_BTM.astype(jnp.float32) * o_BTM.astype(jnp.float32)
-    delta_BNT = jnp.einsum("BTM,NM->BNT", product_BTM, is_of_head_NM, precision="highest")
-    inputs = slopes_N, q_BTM, k_BTM, v_BTM, do_BTM, lse_BXGT, delta_BNT.reshape(lse_BXGT.shape)
-    # The gradients of so many blocks of queries fit into vector memory at a time.
-    num_queries = max(1, min(T // C, _room() // (C * heads.together * heads.dim * 4)))
+    product_SBTM = do_SBTM.astype(jnp.float32) * o_SBTM.astype(jnp.float32)
+    delta_SBNT = jnp.einsum("SBTM,NM->SBNT", product_SBTM, is_of_head_NM, precision="highest")
+    inputs = slopes_N, q_SBTM, k_SBTM, v_SBTM, do_SBTM, lse_SBXGT, delta_SBNT.reshape(lse_SBXGT.shape)
+    num_queries = _queries_at_once(heads, S * T, C)
     spans = [
-        _differentiate(heads, range(first, min(first + num_queries, T // C)), inputs, interpret)
-        for first in range(0, T // C, num_queries)
+        _differentiate(heads, range(first, min(first + num_queries, num_blocks)), inputs, interpret)
+        for first in range(0, num_blocks, num_queries)
     ]
-    dq_BTM = jnp.concatenate([dq for dq, _, _ in spans], axis=1)
 
     def total(parts):  # of keys that a span sees: those up to its end
-        whole = [jnp.pad(part, ((0, 0), (0, T - part.shape[1]), (0, 0))) for part in parts]
-        return functools.reduce(jnp.add, whole).astype(q_BTM.dtype)
+        whole = [jnp.pad(part, ((0, 0), (0, 0), (0, T - part.shape[2]), (0, 0))) for part in parts]
+        return functools.reduce(jnp.add, whole).astype(q_SBTM.dtype)
 
-    return dq_BTM, total([dk for _, dk, _ in spans]), total([dv for _, _, dv in spans]), None
+    dq_SBTM = jnp.concatenate([dq for dq, _, _ in spans], axis=2)
+    return dq_SBTM, total([dk for _, dk, _ in spans]), total([dv for _, _, dv in spans]), None
 
 
 _attend.defvjp(_attend_forward, _attend_backward)
 
 
+def _queries_at_once(heads: Heads, length: int, size: int) -> int:
+    """Return the gradients of how many blocks of `size` queries fit into vector memory at a time."""
+    return max(1, min(length // size, _room() // (size * heads.together * heads.dim * 4)))
+
+
 def _differentiate(heads: Heads, span: range, inputs: tuple, interpret: bool):
     """Return dq of the blocks of queries in `span`, and their part of dk and dv of the keys that they see."""
-    q_BTM = inputs[1]
-    (B, T, M), dtype = q_BTM.shape, q_BTM.dtype
+    q_SBTM = inputs[1]
+    (S, B, T, M), dtype = q_SBTM.shape, q_SBTM.dtype
     G, H, W, C = heads.together, heads.dim, heads.width, block_size(T)
-    queries, keys, rows = _blocks(heads, C)
-    of_span = pl.BlockSpec(
-        (1, C, G * H), lambda b, x, p, pairs, slopes: (b, jnp.maximum(pairs[1, p] - span.start, 0), x)
-    )
-    partial = dtype if len(span) == T // C else jnp.float32
+    queries, keys, rows = _blocks(heads, T // C, C)
+    of_span, *_ = _blocks(heads, T // C, C, lambda pair: jnp.maximum(pair[1] - span.start, 0))
+    partial = dtype if len(span) == S * T // C else jnp.float32
+
+    def result(num_blocks: int, dtype):
+        return jax.ShapeDtypeStruct((S, B, num_blocks * C // S, M), dtype)
+
     return _call(
         functools.partial(backward_kernel, heads=heads, span=span),
         _pairs(span.stop, first=span.start, by_keys=True),
@@ -126,10 +147,7 @@ def _differentiate(heads: Heads, span: range, inputs: tuple, interpret: bool):
         grid=(B, heads.num // G),
         in_specs=[queries, keys, keys, queries, rows, rows],
         out_specs=[of_span, keys, keys],
-        out_shape=[
-            jax.ShapeDtypeStruct((B, len(span) * C, M), dtype),
-            *2 * [jax.ShapeDtypeStruct((B, span.stop * C, M), partial)],
-        ],
+        out_shape=[result(len(span), dtype), result(span.stop, partial), result(span.stop, partial)],
         scratch_shapes=[
             *4 * [pltpu.VMEM(*parted(dtype, G, C, W))],
             pltpu.VMEM((G, H, C), dtype),
@@ -140,13 +158,25 @@ def _differentiate(heads: Heads, span: range, inputs: tuple, interpret: bool):
     )(*inputs)
 
 
-def _blocks(heads: Heads, C: int) -> tuple[pl.BlockSpec, pl.BlockSpec, pl.BlockSpec]:
-    """Return how programs take blocks of queries and of keys out of [B, T, M], and of queries' numbers [B, X, G, T]."""
-    shape = (1, C, heads.together * heads.dim)
+def _blocks(heads: Heads, num: int, size: int, query=lambda pair: pair[0]) -> tuple[pl.BlockSpec, ...]:
+    """Return how programs take blocks of queries and of keys, `num` in each piece, and what is kept of queries."""
+
+    def place(choose):
+        def at(b, x, p, pairs, slopes):
+            block = choose((pairs[0, p], pairs[1, p]))
+            return block // num, b, block % num, x
+
+        return at
+
+    def place_rows(*indices):
+        piece, b, block, x = place(query)(*indices)
+        return piece, b, x, 0, block
+
+    shape = (1, 1, size, heads.together * heads.dim)
     return (
-        pl.BlockSpec(shape, lambda b, x, p, pairs, slopes: (b, pairs[0, p], x)),
-        pl.BlockSpec(shape, lambda b, x, p, pairs, slopes: (b, pairs[1, p], x)),
-        pl.BlockSpec((1, 1, heads.together, C), lambda b, x, p, pairs, slopes: (b, x, 0, pairs[0, p])),
+        pl.BlockSpec(shape, place(query)),
+        pl.BlockSpec(shape, place(lambda pair: pair[1])),
+        pl.BlockSpec((1, 1, 1, heads.together, size), place_rows),
     )
 
 

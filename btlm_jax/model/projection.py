@@ -13,10 +13,11 @@ import math
 
 import jax
 import jax.numpy as jnp
+from jax.experimental.layout import Layout, with_layout_constraint
 from jax.sharding import PartitionSpec
 
 from btlm_jax.collectives import COPIES, gather_kernel, own_part, put_parts_together, scatter_kernel_gradient
-from btlm_jax.sharding import FSDP, TENSOR, AxisRules, platform
+from btlm_jax.sharding import FSDP, TENSOR, AxisRules, num_ways, platform
 
 TILE = 128  # lanes of a TPU's vectors
 
@@ -75,7 +76,12 @@ class Projection:
         """Return how x, kernel and y are laid out when they are multiplied."""
         if platform() != "tpu":
             return _Product(x="RK", kernel="KM", y="RM")
-        return _Product(x="BTK", kernel="KM", y="BTM")
+        pieces = num_ways(jax.sharding.get_abstract_mesh(), self.rules.length) if len(self.hidden_shape) == 2 else 1
+        if pieces == 1:
+            return _Product(x="BTK", kernel="KM", y="BTM")
+        if self.is_from_model_dim:
+            return _Product(x="BTK", kernel="KSM", y="SBTM", pieces=pieces)
+        return _Product(x="SBTK", kernel="SKM", y="BTM", pieces=pieces)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -84,12 +90,14 @@ class _Product:
 
     XLA:CPU takes transposed matrices as they are in the backward pass, but copies operands of higher rank into new
     layouts first (measured: 1.2 times the whole step), so rows R are batch x length there. XLA:TPU writes [B, T, ...]
-    into what remat saves of all layers at once, but copies matrices there. Heads lie side by side on both.
+    into what remat saves of all layers at once, but copies matrices there. Heads lie side by side on both; on a TPU in
+    S groups of them where attention exchanges positions for heads (attention/exchange.py), which saves the copies.
     """
 
     x: str
     kernel: str
     y: str
+    pieces: int = 1  # S
 
     def forward(self, x, kernel):
         return jnp.einsum(f"{self.x},{self.kernel}->{self.y}", x, kernel)
@@ -102,13 +110,27 @@ class _Product:
 
     def bias_gradient(self, dy):
         over = tuple(dim for dim, letter in enumerate(self.y) if letter in "BTR")
-        return dy.sum(over, dtype=jnp.float32)
+        return dy.sum(over, dtype=jnp.float32).reshape(-1)
 
+    def arranged_kernel(self, kernel_KM: jax.Array) -> jax.Array:
+        if "S" not in self.kernel:
+            return kernel_KM
+        split, shape = self.kernel.index("S"), list(kernel_KM.shape)
+        shape[split : split + 1] = [self.pieces, shape[split] // self.pieces]
+        return kernel_KM.reshape(shape)
 
-def _arranged(x: jax.Array, dims: str) -> jax.Array:
-    """[B, T, ...] -> as a product's `dims`."""
-    rows = x.shape[:2] if dims[0] == "B" else (x.shape[0] * x.shape[1],)
-    return x.reshape(*rows, math.prod(x.shape[2:]))
+    def arranged(self, x: jax.Array, dims: str) -> jax.Array:
+        """[B, T, ...] -> as the product's `dims`."""
+        B, T, *rest = x.shape
+        if "R" in dims:
+            return x.reshape(B * T, math.prod(rest))
+        if "S" in dims:
+            return jnp.moveaxis(x.reshape(B, T, self.pieces, math.prod(rest) // self.pieces), 2, 0)
+        return x.reshape(B, T, math.prod(rest))
+
+    def restored(self, x: jax.Array, dims: str, shape: tuple[int, ...]) -> jax.Array:
+        """Undo `arranged`."""
+        return (jnp.moveaxis(x, 0, 2) if "S" in dims else x).reshape(shape)
 
 
 def used_shape(hidden_shape: tuple[int, ...], *, tensor: int) -> tuple[int, ...]:
@@ -136,15 +158,14 @@ def project(projection: Projection, x: jax.Array, kernel: jax.Array, bias: jax.A
     def local(x, kernel, bias):
         product, used = projection.product(), projection.used()
         kernel_KM = gather_kernel(projection.matrix(kernel), dtype=x.dtype, embed_dim=projection.embed_dim)
-        y = product.forward(_arranged(x, product.x), kernel_KM)
+        y = _in_order(product.forward(product.arranged(x, product.x), product.arranged_kernel(kernel_KM)))
         if projection.is_from_model_dim:
-            last = used[1:]
             bias = own_part(_padded(bias, used).reshape(-1))
+            last = (bias.shape[0] // math.prod(used[1:]), *used[1:])
         else:
-            last = ()
-            y = jax.lax.psum(y, TENSOR)
-        y = y + bias.astype(x.dtype)
-        return y.reshape(*x.shape[:2], y.shape[-1] // math.prod(last), *last)
+            y, last = jax.lax.psum(y, TENSOR), bias.shape
+        y = y + product.arranged(bias.astype(x.dtype)[None, None], product.y)
+        return product.restored(y, product.y, (*x.shape[:2], *last))
 
     x_spec, kernel_spec, bias_spec, y_spec = projection.specs()
     return jax.shard_map(local, in_specs=(x_spec, kernel_spec, bias_spec), out_specs=y_spec)(x, kernel, bias)
@@ -158,16 +179,16 @@ def _backward(projection: Projection, residuals: tuple, dy: jax.Array) -> tuple:
     def local(x, kernel, dy):
         product, used = projection.product(), projection.used()
         kernel_KM = gather_kernel(projection.matrix(kernel), dtype=x.dtype, embed_dim=projection.embed_dim)
-        x_product, dy_product = _arranged(x, product.x), _arranged(dy, product.y)
-        dx = product.x_gradient(dy_product, kernel_KM)
-        dkernel_KM = product.kernel_gradient(x_product, dy_product)
+        x_product, dy_product = product.arranged(x, product.x), product.arranged(dy, product.y)
+        dx = _in_order(product.x_gradient(dy_product, product.arranged_kernel(kernel_KM)))
+        dkernel_KM = product.kernel_gradient(x_product, dy_product).reshape(kernel_KM.shape)
         dkernel_KM = scatter_kernel_gradient(dkernel_KM, embed_dim=projection.embed_dim)
         dbias, axes = product.bias_gradient(dy_product), (FSDP, *COPIES)
         if projection.is_from_model_dim:
             dx = jax.lax.psum(dx, TENSOR)
-            dbias = _cut(put_parts_together(dbias.reshape(-1)).reshape(used), projection.out_shape)
+            dbias = _cut(put_parts_together(dbias).reshape(used), projection.out_shape)
             axes = (*axes, TENSOR)
-        return dx.reshape(x.shape), projection.as_stored(dkernel_KM), jax.lax.psum(dbias, axes)
+        return product.restored(dx, product.x, x.shape), projection.as_stored(dkernel_KM), jax.lax.psum(dbias, axes)
 
     x_spec, kernel_spec, bias_spec, y_spec = projection.specs()
     mapped = jax.shard_map(local, in_specs=(x_spec, kernel_spec, y_spec), out_specs=(x_spec, kernel_spec, bias_spec))
@@ -175,6 +196,11 @@ def _backward(projection: Projection, residuals: tuple, dy: jax.Array) -> tuple:
 
 
 project.defvjp(_forward, _backward)
+
+
+def _in_order(x: jax.Array) -> jax.Array:
+    """Have a TPU keep x with its last dim innermost: it may choose another for a product, and copy what is saved."""
+    return with_layout_constraint(x, Layout(major_to_minor=tuple(range(x.ndim)))) if platform() == "tpu" else x
 
 
 def _padded(x: jax.Array, shape: tuple[int, ...]) -> jax.Array:

@@ -1,0 +1,46 @@
+"""Positions for heads and back, where a length is split over devices (Ulysses, arXiv 2309.14509); inside shard_map.
+
+What goes out and comes in lies in pieces [S, B, T, M], one for each of the S devices: S groups of heads of a device's
+own positions before the exchange, S spans of positions of its own heads after it. A piece keeps its heads side by side
+in M lanes, as projections and kernels have them.
+"""
+
+import jax
+import jax.numpy as jnp
+
+Axes = tuple[str, ...]
+
+
+def positions_for_heads(x_BTNH: jax.Array, axes: Axes) -> jax.Array:
+    """Give away most heads of the own positions; return pieces_SBTM, which together are all positions of few heads."""
+    B, T, N, H = x_BTNH.shape
+    ways = num_pieces(axes)
+    return _exchange(jnp.moveaxis(x_BTNH.reshape(B, T, ways, N // ways * H), 2, 0), axes)
+
+
+def heads_for_positions(x_SBTM: jax.Array, axes: Axes, *, head_dim: int) -> jax.Array:
+    """Undo `positions_for_heads`."""
+    S, B, T, M = x_SBTM.shape
+    return jnp.moveaxis(_exchange(x_SBTM, axes), 0, 2).reshape(B, T, S * M // head_dim, head_dim)
+
+
+def joined(x_SBTM: jax.Array, *, head_dim: int) -> jax.Array:
+    """Return all positions of pieces, x_BTNH."""
+    S, B, T, M = x_SBTM.shape
+    return jnp.moveaxis(x_SBTM, 0, 1).reshape(B, S * T, M // head_dim, head_dim)
+
+
+def in_pieces(x_BTNH: jax.Array, num: int) -> jax.Array:
+    """Undo `joined`."""
+    B, T, N, H = x_BTNH.shape
+    return jnp.moveaxis(x_BTNH.reshape(B, num, T // num, N * H), 1, 0)
+
+
+def num_pieces(axes: Axes) -> int:
+    return jax.lax.axis_size(axes) if axes else 1
+
+
+def _exchange(pieces_SBTM: jax.Array, axes: Axes) -> jax.Array:
+    if not axes:
+        return pieces_SBTM
+    return jax.lax.all_to_all(pieces_SBTM, axes, split_axis=0, concat_axis=0, tiled=True)
