@@ -6,7 +6,8 @@ heads in vector memory, so that nothing is padded, transposed or copied in HBM. 
 visited; the backward pass computes the scores once for all three gradients (FlashAttention, arXiv:2205.14135, appendix
 B.4). Off a TPU, Pallas interprets the kernels: slow, the same arithmetic.
 
-Letters beside the house's: G heads of one program, M = heads x head dim, X groups of heads, P pairs of blocks.
+Letters beside the house's: S pieces of the length, A = S x B, G heads of one program, M = heads x head dim, X groups of
+heads, C positions of a block, P pairs of blocks.
 """
 
 import functools
@@ -42,10 +43,10 @@ def attend_tpu(
         return jnp.moveaxis(o_1BTM.reshape(B, S, T, M), 1, 0)
 
     def padded(x):  # padding comes last: no real query sees its keys, and its outputs are cut off
-        return jnp.pad(x, ((0, 0), (0, 0), (0, -T % block_size(T)), (0, 0)))
+        return jnp.pad(x.reshape(S * B, T, M), ((0, 0), (0, -T % block_size(T)), (0, 0)))
 
-    o_SBTM = _attend(heads, interpret, *named(padded(q_SBTM), padded(k_SBTM), padded(v_SBTM)), slopes_N)
-    return o_SBTM[:, :, :T]
+    o_ATM = _attend(heads, S, interpret, *named(padded(q_SBTM), padded(k_SBTM), padded(v_SBTM)), slopes_N)
+    return o_ATM[:, :T].reshape(S, B, T, M)
 
 
 def _joined(x_SBTM: jax.Array) -> jax.Array:
@@ -61,27 +62,27 @@ def block_size(length: int) -> int:
     return size
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
-def _attend(heads: Heads, interpret: bool, q_SBTM, k_SBTM, v_SBTM, slopes_N):
-    return _attend_forward(heads, interpret, q_SBTM, k_SBTM, v_SBTM, slopes_N)[0]
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
+def _attend(heads: Heads, S: int, interpret: bool, q_ATM, k_ATM, v_ATM, slopes_N):
+    return _attend_forward(heads, S, interpret, q_ATM, k_ATM, v_ATM, slopes_N)[0]
 
 
-def _attend_forward(heads: Heads, interpret: bool, q_SBTM, k_SBTM, v_SBTM, slopes_N):
-    (S, B, T, M), dtype = q_SBTM.shape, q_SBTM.dtype
+def _attend_forward(heads: Heads, S: int, interpret: bool, q_ATM, k_ATM, v_ATM, slopes_N):
+    (A, T, M), dtype = q_ATM.shape, q_ATM.dtype
     G, H, C = heads.together, heads.dim, block_size(T)
     # Parted keys and values stay in vector memory for the queries to come, where there is room for all.
     kept = S * T // C if S * T * G * (heads.width + H) * dtype.itemsize <= _room() else 1
-    queries, keys, rows = _blocks(heads, T // C, C)
-    o_SBTM, lse_SBXGT = _call(
+    queries, keys, rows = _blocks(heads, A // S, T // C, C)
+    o_ATM, lse_AXGT = _call(
         functools.partial(forward_kernel, heads=heads),
         _pairs(S * T // C),
         name=FORWARD,
-        grid=(B, heads.num // G),
+        grid=(A // S, heads.num // G),
         in_specs=[queries, queries, queries] if kept > 1 else [queries, keys, keys],
         out_specs=[queries, rows],
         out_shape=[
-            jax.ShapeDtypeStruct((S, B, T, M), dtype),
-            jax.ShapeDtypeStruct((S, B, heads.num // G, G, T), jnp.float32),
+            jax.ShapeDtypeStruct((A, T, M), dtype),
+            jax.ShapeDtypeStruct((A, heads.num // G, G, T), jnp.float32),
         ],
         scratch_shapes=[
             pltpu.VMEM(*parted(dtype, G, C, heads.width)),
@@ -91,33 +92,32 @@ def _attend_forward(heads: Heads, interpret: bool, q_SBTM, k_SBTM, v_SBTM, slope
             pltpu.VMEM((G, H, C), jnp.float32),
         ],
         interpret=interpret,
-    )(slopes_N, q_SBTM, k_SBTM, v_SBTM)
-    o_SBTM, lse_SBXGT = checkpoint_name(o_SBTM, "attention_out"), checkpoint_name(lse_SBXGT, "attention_lse")
-    return o_SBTM, (q_SBTM, k_SBTM, v_SBTM, slopes_N, o_SBTM, lse_SBXGT)
+    )(slopes_N, q_ATM, k_ATM, v_ATM)
+    o_ATM, lse_AXGT = checkpoint_name(o_ATM, "attention_out"), checkpoint_name(lse_AXGT, "attention_lse")
+    return o_ATM, (q_ATM, k_ATM, v_ATM, slopes_N, o_ATM, lse_AXGT)
 
 
-def _attend_backward(heads: Heads, interpret: bool, residuals, do_SBTM):
-    q_SBTM, k_SBTM, v_SBTM, slopes_N, o_SBTM, lse_SBXGT = residuals
-    S, _, T, _ = q_SBTM.shape
-    C = block_size(T)
+def _attend_backward(heads: Heads, S: int, interpret: bool, residuals, do_ATM):
+    q_ATM, k_ATM, v_ATM, slopes_N, o_ATM, lse_AXGT = residuals
+    T, C = q_ATM.shape[1], block_size(q_ATM.shape[1])
     num_blocks = S * T // C
     # A product with zeros and ones sums over each head's lanes, where a reshape to heads would move them all.
     is_of_head_NM = np.repeat(np.eye(heads.num, dtype=np.float32), heads.dim, axis=1)
-    product_SBTM = do_SBTM.astype(jnp.float32) * o_SBTM.astype(jnp.float32)
-    delta_SBNT = jnp.einsum("SBTM,NM->SBNT", product_SBTM, is_of_head_NM, precision="highest")
-    inputs = slopes_N, q_SBTM, k_SBTM, v_SBTM, do_SBTM, lse_SBXGT, delta_SBNT.reshape(lse_SBXGT.shape)
+    product_ATM = do_ATM.astype(jnp.float32) * o_ATM.astype(jnp.float32)
+    delta_ANT = jnp.einsum("ATM,NM->ANT", product_ATM, is_of_head_NM, precision="highest")
+    inputs = slopes_N, q_ATM, k_ATM, v_ATM, do_ATM, lse_AXGT, delta_ANT.reshape(lse_AXGT.shape)
     num_queries = _queries_at_once(heads, S * T, C)
     spans = [
-        _differentiate(heads, range(first, min(first + num_queries, num_blocks)), inputs, interpret)
+        _differentiate(heads, S, range(first, min(first + num_queries, num_blocks)), inputs, interpret)
         for first in range(0, num_blocks, num_queries)
     ]
 
     def total(parts):  # of keys that a span sees: those up to its end
-        whole = [jnp.pad(part, ((0, 0), (0, 0), (0, T - part.shape[2]), (0, 0))) for part in parts]
-        return functools.reduce(jnp.add, whole).astype(q_SBTM.dtype)
+        whole = [jnp.pad(part, ((0, 0), (0, T - part.shape[1]), (0, 0))) for part in parts]
+        return functools.reduce(jnp.add, whole).astype(q_ATM.dtype)
 
-    dq_SBTM = jnp.concatenate([dq for dq, _, _ in spans], axis=2)
-    return dq_SBTM, total([dk for _, dk, _ in spans]), total([dv for _, _, dv in spans]), None
+    dq_ATM = jnp.concatenate([dq for dq, _, _ in spans], axis=1)
+    return dq_ATM, total([dk for _, dk, _ in spans]), total([dv for _, _, dv in spans]), None
 
 
 _attend.defvjp(_attend_forward, _attend_backward)
@@ -128,23 +128,22 @@ def _queries_at_once(heads: Heads, length: int, size: int) -> int:
     return max(1, min(length // size, _room() // (size * heads.together * heads.dim * 4)))
 
 
-def _differentiate(heads: Heads, span: range, inputs: tuple, interpret: bool):
+def _differentiate(heads: Heads, S: int, span: range, inputs: tuple, interpret: bool):
     """Return dq of the blocks of queries in `span`, and their part of dk and dv of the keys that they see."""
-    q_SBTM = inputs[1]
-    (S, B, T, M), dtype = q_SBTM.shape, q_SBTM.dtype
+    (A, T, M), dtype = inputs[1].shape, inputs[1].dtype
     G, H, W, C = heads.together, heads.dim, heads.width, block_size(T)
-    queries, keys, rows = _blocks(heads, T // C, C)
-    of_span, *_ = _blocks(heads, T // C, C, lambda pair: jnp.maximum(pair[1] - span.start, 0))
+    queries, keys, rows = _blocks(heads, A // S, T // C, C)
+    of_span, *_ = _blocks(heads, A // S, T // C, C, lambda pair: jnp.maximum(pair[1] - span.start, 0))
     partial = dtype if len(span) == S * T // C else jnp.float32
 
     def result(num_blocks: int, dtype):
-        return jax.ShapeDtypeStruct((S, B, num_blocks * C // S, M), dtype)
+        return jax.ShapeDtypeStruct((A, num_blocks * C // S, M), dtype)
 
     return _call(
         functools.partial(backward_kernel, heads=heads, span=span),
         _pairs(span.stop, first=span.start, by_keys=True),
         name=BACKWARD,
-        grid=(B, heads.num // G),
+        grid=(A // S, heads.num // G),
         in_specs=[queries, keys, keys, queries, rows, rows],
         out_specs=[of_span, keys, keys],
         out_shape=[result(len(span), dtype), result(span.stop, partial), result(span.stop, partial)],
@@ -158,25 +157,25 @@ def _differentiate(heads: Heads, span: range, inputs: tuple, interpret: bool):
     )(*inputs)
 
 
-def _blocks(heads: Heads, num: int, size: int, query=lambda pair: pair[0]) -> tuple[pl.BlockSpec, ...]:
+def _blocks(heads: Heads, B: int, num: int, size: int, query=lambda pair: pair[0]) -> tuple[pl.BlockSpec, ...]:
     """Return how programs take blocks of queries and of keys, `num` in each piece, and what is kept of queries."""
 
     def place(choose):
         def at(b, x, p, pairs, slopes):
             block = choose((pairs[0, p], pairs[1, p]))
-            return block // num, b, block % num, x
+            return block // num * B + b, block % num, x
 
         return at
 
     def place_rows(*indices):
-        piece, b, block, x = place(query)(*indices)
-        return piece, b, x, 0, block
+        a, block, x = place(query)(*indices)
+        return a, x, 0, block
 
-    shape = (1, 1, size, heads.together * heads.dim)
+    shape = (1, size, heads.together * heads.dim)
     return (
         pl.BlockSpec(shape, place(query)),
         pl.BlockSpec(shape, place(lambda pair: pair[1])),
-        pl.BlockSpec((1, 1, 1, heads.together, size), place_rows),
+        pl.BlockSpec((1, 1, heads.together, size), place_rows),
     )
 
 

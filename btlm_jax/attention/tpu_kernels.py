@@ -57,7 +57,7 @@ def forward_kernel(
     pairs_ref, slopes_ref, q_ref, k_ref, v_ref, o_ref, lse_ref, q_GRW, k_XGRW, v_XGHC, max_G1C, sum_G1C, o_GHC, *, heads
 ):
     """Take keys block by block, keep the largest score and the sum of weights so far (algorithm 1 of the paper)."""
-    G, C, dtype = q_GRW.shape[0], q_ref.shape[2], q_ref.dtype
+    G, C, dtype = q_GRW.shape[0], q_ref.shape[1], q_ref.dtype
     group, pair = pl.program_id(1), pl.program_id(2)
     i, j = pairs_ref[0, pair], pairs_ref[1, pair]
     is_kept = k_XGRW.shape[0] > 1
@@ -74,7 +74,7 @@ def forward_kernel(
     def take_keys():
         at = i if is_kept else 0
         _part(k_ref, k_XGRW.at[at], heads)
-        v_words = _words(v_ref[0, 0])
+        v_words = _words(v_ref[0])
         for n in range(G):
             v_XGHC[at, n] = _rows(_from_words(_head(v_words, n, heads), dtype), n, heads)
 
@@ -103,7 +103,7 @@ def forward_kernel(
     def end():
         for n in range(G):
             # ALiBi counts from the first query of a block, in the backward pass too: what is left out cancels.
-            lse_ref[0, 0, 0, n : n + 1] = max_G1C[n] + jnp.log(sum_G1C[n])
+            lse_ref[0, 0, n : n + 1] = max_G1C[n] + jnp.log(sum_G1C[n])
         _join([_lanes(o_GHC[n] * (1.0 / sum_G1C[n]), n, heads) for n in range(G)], o_ref, heads)
 
 
@@ -112,7 +112,7 @@ def backward_kernel(
     q_GRW, k_GRW, v_GRW, do_GRW, k_GHC, dk_GCW, dv_GCW, dq_XGHC, *, heads, span,
 ):  # fmt: skip
     """Take the queries of `span` block by block for each block of keys, and add up all three gradients."""
-    G, C, dtype = q_GRW.shape[0], q_ref.shape[2], q_ref.dtype
+    G, C, dtype = q_GRW.shape[0], q_ref.shape[1], q_ref.dtype
     group, pair = pl.program_id(1), pl.program_id(2)
     i, j = pairs_ref[0, pair], pairs_ref[1, pair]
 
@@ -141,7 +141,7 @@ def backward_kernel(
         def differentiate_head(n, _):
             slope = slopes_ref[group * G + n]
             offset = slope * ((j - i) * C).astype(jnp.float32)
-            lse_1C, delta_1C = lse_ref[0, 0, 0, pl.ds(n, 1), :], delta_ref[0, 0, 0, pl.ds(n, 1), :]
+            lse_1C, delta_1C = lse_ref[0, 0, pl.ds(n, 1), :], delta_ref[0, 0, pl.ds(n, 1), :]
             q_CW, k_CW, v_CW, do_CW = (_from_words(ref[n], dtype) for ref in (q_GRW, k_GRW, v_GRW, do_GRW))
             weights_CC = jnp.exp(_scores(k_CW, q_CW, slope, heads) - (lse_1C - offset))
             if is_diagonal:
@@ -182,7 +182,7 @@ def _is_past(size: int):
 
 def _part(ref, heads_GRW, heads: Heads):
     """Write the heads of a block apart from each other, each in whole tiles with zeros beside it."""
-    words_RM = _words(ref[0, 0])
+    words_RM = _words(ref[0])
     for n in range(heads_GRW.shape[0]):
         heads_GRW[n] = _head(words_RM, n, heads)
 
@@ -211,7 +211,7 @@ def _join(heads_CW: list, ref, heads: Heads):
             if lanes.start < last and lanes.stop > first:
                 x = head[:, part : part + TILE]
                 joined = x if joined is None else jnp.where(_is_within(x, tile, lanes), x, joined)
-        ref[0, 0, :, first:last] = _from_words(joined, ref.dtype)[:, : last - first]
+        ref[0, :, first:last] = _from_words(joined, ref.dtype)[:, : last - first]
 
 
 def _is_within(x, tile: int, lanes: range):

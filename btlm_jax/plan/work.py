@@ -87,10 +87,10 @@ def _flops_of_own_kernel(equation, name: str, times: float, blocks: dict[str, fl
     """Count a kernel of attention/tpu.py: one program for a pair of blocks and a few heads."""
     params = equation.params
     grid, slopes = params["grid_mapping"].grid, equation.invars[1].aval
-    queries = equation.outvars[0].aval  # the output, or the gradient of queries, [S, B, T, M]
-    block = params["grid_mapping"].block_mappings[0].block_aval.shape[2]
+    queries = equation.outvars[0].aval  # the output, or the gradient of queries, [pieces x B, T, M]
+    block = params["grid_mapping"].block_mappings[0].block_aval.shape[1]
     programs, heads = math.prod(grid), slopes.shape[0] // grid[1]
-    area, diagonal = (block / BLOCK) ** 2, programs / grid[2] * queries.shape[0] * queries.shape[2] / block
+    area, diagonal = (block / BLOCK) ** 2, programs / grid[2] / grid[0] * queries.shape[0] * queries.shape[1] / block
     blocks[_STEPS] += times * programs
     blocks[name] += times * (programs - diagonal) * heads * area
     blocks[name + DIAGONAL] += times * diagonal * heads * area
