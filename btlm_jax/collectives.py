@@ -57,6 +57,11 @@ def put_parts_together(x_M: jax.Array) -> jax.Array:
     return jax.lax.dynamic_update_slice_in_dim(whole_M, x_M, jax.lax.axis_index(TENSOR) * x_M.shape[0], axis=0)
 
 
+def in_order(x: jax.Array) -> jax.Array:
+    """Have a TPU keep x with its last dim innermost: left to itself it may choose another, and copy later."""
+    return with_layout_constraint(x, Layout(major_to_minor=tuple(range(x.ndim)))) if platform() == "tpu" else x
+
+
 # An exchange of a device with itself is left out here: XLA:CPU would copy (10 % of a step).
 
 

@@ -8,6 +8,8 @@ in M lanes, as projections and kernels have them.
 import jax
 import jax.numpy as jnp
 
+from btlm_jax.collectives import in_order
+
 Axes = tuple[str, ...]
 
 
@@ -43,4 +45,4 @@ def num_pieces(axes: Axes) -> int:
 def _exchange(pieces_SBTM: jax.Array, axes: Axes) -> jax.Array:
     if not axes:
         return pieces_SBTM
-    return jax.lax.all_to_all(pieces_SBTM, axes, split_axis=0, concat_axis=0, tiled=True)
+    return in_order(jax.lax.all_to_all(in_order(pieces_SBTM), axes, split_axis=0, concat_axis=0, tiled=True))

@@ -5,6 +5,8 @@ Parameters are float32 and split over devices; projection.py and lookup.py turn 
 
 from __future__ import annotations
 
+import functools
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -58,7 +60,7 @@ class Embedding(nn.Module):
 
 
 class LayerNorm(nn.Module):
-    """Normalise over the model dim with float32 statistics; scale and bias."""
+    """Normalise over the model dim with float32 statistics; scale and bias (arXiv:1607.06450)."""
 
     eps: float
     parametrization: Parametrization
@@ -68,11 +70,36 @@ class LayerNorm(nn.Module):
     def __call__(self, x_BTD):
         scale_D = declare(self, "scale", (x_BTD.shape[-1],), ("norm",))
         bias_D = declare(self, "bias", (x_BTD.shape[-1],), ("norm",))
-        x32_BTD = x_BTD.astype(jnp.float32)
-        centred_BTD = x32_BTD - x32_BTD.mean(-1, keepdims=True)
-        variance_BT1 = jnp.square(centred_BTD).mean(-1, keepdims=True)
-        y_BTD = centred_BTD * jax.lax.rsqrt(variance_BT1 + self.eps) * scale_D[None, None] + bias_D[None, None]
-        return y_BTD.astype(x_BTD.dtype)
+        return _normalise(self.eps, x_BTD, scale_D, bias_D)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _normalise(eps: float, x_BTD, scale_D, bias_D):
+    return _normalise_forward(eps, x_BTD, scale_D, bias_D)[0]
+
+
+def _normalise_forward(eps: float, x_BTD, scale_D, bias_D):
+    x32_BTD = x_BTD.astype(jnp.float32)
+    # One pass over x for both: E[x^2] - E[x]^2 loses bits only where the mean is many standard deviations from 0.
+    mean_BT1 = x32_BTD.mean(-1, keepdims=True)
+    variance_BT1 = jnp.maximum(jnp.square(x32_BTD).mean(-1, keepdims=True) - jnp.square(mean_BT1), 0)
+    mean_BT1 = checkpoint_name(mean_BT1, "norm_mean")
+    inverse_BT1 = checkpoint_name(jax.lax.rsqrt(variance_BT1 + eps), "norm_inverse")
+    y_BTD = (x32_BTD - mean_BT1) * inverse_BT1 * scale_D[None, None] + bias_D[None, None]
+    return y_BTD.astype(x_BTD.dtype), (x_BTD, scale_D, mean_BT1, inverse_BT1)
+
+
+def _normalise_backward(eps: float, residuals, dy_BTD):
+    del eps
+    x_BTD, scale_D, mean_BT1, inverse_BT1 = residuals
+    normal_BTD, dy32_BTD = (x_BTD.astype(jnp.float32) - mean_BT1) * inverse_BT1, dy_BTD.astype(jnp.float32)
+    slope_BTD = dy32_BTD * scale_D[None, None]
+    along_BT1 = (slope_BTD * normal_BTD).mean(-1, keepdims=True)
+    dx_BTD = inverse_BT1 * (slope_BTD - slope_BTD.mean(-1, keepdims=True) - normal_BTD * along_BT1)
+    return dx_BTD.astype(x_BTD.dtype), (dy32_BTD * normal_BTD).sum((0, 1)), dy32_BTD.sum((0, 1))
+
+
+_normalise.defvjp(_normalise_forward, _normalise_backward)
 
 
 def declare(module: nn.Module, name: str, shape: tuple[int, ...], axes: tuple[str, ...]) -> jax.Array:

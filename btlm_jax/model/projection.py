@@ -13,10 +13,9 @@ import math
 
 import jax
 import jax.numpy as jnp
-from jax.experimental.layout import Layout, with_layout_constraint
 from jax.sharding import PartitionSpec
 
-from btlm_jax.collectives import COPIES, gather_kernel, own_part, put_parts_together, scatter_kernel_gradient
+from btlm_jax.collectives import COPIES, gather_kernel, in_order, own_part, put_parts_together, scatter_kernel_gradient
 from btlm_jax.sharding import FSDP, TENSOR, AxisRules, num_ways, platform
 
 TILE = 128  # lanes of a TPU's vectors
@@ -158,7 +157,7 @@ def project(projection: Projection, x: jax.Array, kernel: jax.Array, bias: jax.A
     def local(x, kernel, bias):
         product, used = projection.product(), projection.used()
         kernel_KM = gather_kernel(projection.matrix(kernel), dtype=x.dtype, embed_dim=projection.embed_dim)
-        y = _in_order(product.forward(product.arranged(x, product.x), product.arranged_kernel(kernel_KM)))
+        y = in_order(product.forward(product.arranged(x, product.x), product.arranged_kernel(kernel_KM)))
         if projection.is_from_model_dim:
             bias = own_part(_padded(bias, used).reshape(-1))
             last = (bias.shape[0] // math.prod(used[1:]), *used[1:])
@@ -180,7 +179,7 @@ def _backward(projection: Projection, residuals: tuple, dy: jax.Array) -> tuple:
         product, used = projection.product(), projection.used()
         kernel_KM = gather_kernel(projection.matrix(kernel), dtype=x.dtype, embed_dim=projection.embed_dim)
         x_product, dy_product = product.arranged(x, product.x), product.arranged(dy, product.y)
-        dx = _in_order(product.x_gradient(dy_product, product.arranged_kernel(kernel_KM)))
+        dx = in_order(product.x_gradient(dy_product, product.arranged_kernel(kernel_KM)))
         dkernel_KM = product.kernel_gradient(x_product, dy_product).reshape(kernel_KM.shape)
         dkernel_KM = scatter_kernel_gradient(dkernel_KM, embed_dim=projection.embed_dim)
         dbias, axes = product.bias_gradient(dy_product), (FSDP, *COPIES)
@@ -196,11 +195,6 @@ def _backward(projection: Projection, residuals: tuple, dy: jax.Array) -> tuple:
 
 
 project.defvjp(_forward, _backward)
-
-
-def _in_order(x: jax.Array) -> jax.Array:
-    """Have a TPU keep x with its last dim innermost: it may choose another for a product, and copy what is saved."""
-    return with_layout_constraint(x, Layout(major_to_minor=tuple(range(x.ndim)))) if platform() == "tpu" else x
 
 
 def _padded(x: jax.Array, shape: tuple[int, ...]) -> jax.Array:

@@ -22,9 +22,10 @@ from btlm_jax.model.layers import Embedding, LayerNorm, Linear
 from btlm_jax.mup import Parametrization
 from btlm_jax.sharding import RULES, AxisRules
 
-# What the backward pass finds saved of each block; the rest it computes again. Names are given in attention/ and by
-# the projections, which carry their own.
-_ATTENTION = tuple(f"attention_{name}" for name in ("query", "key", "value", "out", "lse"))
+# What the backward pass finds saved of each block; the rest it computes again. Names are given in attention/, by norms
+# and by the projections, which carry their own.
+_NORM = ("norm_mean", "norm_inverse")
+_ATTENTION = (*_NORM, *(f"attention_{name}" for name in ("query", "key", "value", "out", "lse")))
 _SAVED = {
     "full": jax.checkpoint_policies.nothing_saveable,
     "attention_saved": jax.checkpoint_policies.save_only_these_names(*_ATTENTION),
