@@ -8,7 +8,7 @@ from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
 
 from btlm_jax.attention.blockwise import attend_blockwise
-from btlm_jax.attention.exchange import heads_for_positions, in_pieces, joined, num_pieces, positions_for_heads
+from btlm_jax.attention.exchange import exchanged, in_pieces, joined, num_pieces, own_positions, positions_for_heads
 from btlm_jax.attention.gpu import attend_gpu, is_possible
 from btlm_jax.attention.lanes import named
 from btlm_jax.attention.reference import attend_reference
@@ -63,14 +63,15 @@ def attend(
     def local(q_BTNH, k_BSNH, v_BSNH, slopes_N, length_axes=()):
         head_dim = q_BTNH.shape[3]
         q_SBTM, k_SBTM, v_SBTM = (positions_for_heads(x, length_axes) for x in (q_BTNH, k_BSNH, v_BSNH))
-        if implementation == "tpu":  # which takes pieces as they come
-            o_SBTM = attend_local(q_SBTM, k_SBTM, v_SBTM, slopes_N, scale=scale)
-            return heads_for_positions(o_SBTM, length_axes, head_dim=head_dim)
+        if implementation == "tpu":  # which takes pieces as they come, and exchanges its output itself
+            o_SBTM = attend_local(q_SBTM, k_SBTM, v_SBTM, slopes_N, scale=scale, axes=length_axes)
+            return own_positions(o_SBTM, head_dim=head_dim)
         q_BTNH, k_BTNH, v_BTNH = (joined(x, head_dim=head_dim) for x in (q_SBTM, k_SBTM, v_SBTM))
         if implementation != "splash":  # which names what it makes of them
             q_BTNH, k_BTNH, v_BTNH = named(q_BTNH, k_BTNH, v_BTNH)
         o_BTNH = attend_local(q_BTNH, k_BTNH, v_BTNH, slopes_N, scale=scale)
-        return heads_for_positions(in_pieces(o_BTNH, num_pieces(length_axes)), length_axes, head_dim=head_dim)
+        o_SBTM = exchanged(in_pieces(o_BTNH, num_pieces(length_axes)), length_axes)
+        return own_positions(o_SBTM, head_dim=head_dim)
 
     mesh = jax.sharding.get_abstract_mesh()
     if AxisType.Explicit not in mesh.axis_types:

@@ -17,13 +17,20 @@ def positions_for_heads(x_BTNH: jax.Array, axes: Axes) -> jax.Array:
     """Give away most heads of the own positions; return pieces_SBTM, which together are all positions of few heads."""
     B, T, N, H = x_BTNH.shape
     ways = num_pieces(axes)
-    return _exchange(jnp.moveaxis(x_BTNH.reshape(B, T, ways, N // ways * H), 2, 0), axes)
+    return exchanged(jnp.moveaxis(x_BTNH.reshape(B, T, ways, N // ways * H), 2, 0), axes)
 
 
-def heads_for_positions(x_SBTM: jax.Array, axes: Axes, *, head_dim: int) -> jax.Array:
-    """Undo `positions_for_heads`."""
+def own_positions(x_SBTM: jax.Array, *, head_dim: int) -> jax.Array:
+    """Return x_BTNH of all heads at the own positions, of pieces that have been exchanged back."""
     S, B, T, M = x_SBTM.shape
-    return jnp.moveaxis(_exchange(x_SBTM, axes), 0, 2).reshape(B, T, S * M // head_dim, head_dim)
+    return jnp.moveaxis(x_SBTM, 0, 2).reshape(B, T, S * M // head_dim, head_dim)
+
+
+def exchanged(pieces_SBXX: jax.Array, axes: Axes) -> jax.Array:
+    """Give every device one piece and get one of each: from groups of heads to spans of positions, or back."""
+    if not axes:
+        return pieces_SBXX
+    return in_order(jax.lax.all_to_all(in_order(pieces_SBXX), axes, split_axis=0, concat_axis=0, tiled=True))
 
 
 def joined(x_SBTM: jax.Array, *, head_dim: int) -> jax.Array:
@@ -40,9 +47,3 @@ def in_pieces(x_BTNH: jax.Array, num: int) -> jax.Array:
 
 def num_pieces(axes: Axes) -> int:
     return jax.lax.axis_size(axes) if axes else 1
-
-
-def _exchange(pieces_SBTM: jax.Array, axes: Axes) -> jax.Array:
-    if not axes:
-        return pieces_SBTM
-    return in_order(jax.lax.all_to_all(in_order(pieces_SBTM), axes, split_axis=0, concat_axis=0, tiled=True))

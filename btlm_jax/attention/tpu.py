@@ -10,6 +10,7 @@ Letters beside the house's: S pieces of the length, A = S x B, G heads of one pr
 heads, C positions of a block, P pairs of blocks.
 """
 
+import dataclasses
 import functools
 import math
 
@@ -20,6 +21,7 @@ from jax.ad_checkpoint import checkpoint_name
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
+from btlm_jax.attention.exchange import Axes, exchanged
 from btlm_jax.attention.lanes import named
 from btlm_jax.attention.tpu_kernels import TILE, Heads, backward_kernel, forward_kernel, parted
 from btlm_jax.sharding import device_kind
@@ -30,28 +32,56 @@ _MIB = 1 << 20
 
 
 def attend_tpu(
-    q_SBTM: jax.Array, k_SBTM: jax.Array, v_SBTM: jax.Array, slopes_N: jax.Array, *, scale: float, interpret: bool
+    q_SBTM: jax.Array,
+    k_SBTM: jax.Array,
+    v_SBTM: jax.Array,
+    slopes_N: jax.Array,
+    *,
+    scale: float,
+    axes: Axes,
+    interpret: bool,
 ) -> jax.Array:
     """Attend in the kernels (same mathematics as `attend_reference`); products take operands in q's dtype.
 
-    The length lies in S pieces one after the other, as exchanges between devices leave it (exchange.py).
+    The length lies in S pieces one after the other, as `positions_for_heads` over the mesh axes leaves it; the output
+    has been exchanged back (exchange.py), and so it is saved: its projection needs it that way.
     """
-    S, B, T, M = q_SBTM.shape
-    heads = Heads(num=slopes_N.shape[0], dim=M // slopes_N.shape[0], scale=scale)
-    if S > 1 and (T % TILE or _queries_at_once(heads, S * T, block_size(T)) * block_size(T) < S * T):
-        o_1BTM = attend_tpu(*map(_joined, (q_SBTM, k_SBTM, v_SBTM)), slopes_N, scale=scale, interpret=interpret)
-        return jnp.moveaxis(o_1BTM.reshape(B, S, T, M), 1, 0)
-
-    def padded(x):  # padding comes last: no real query sees its keys, and its outputs are cut off
-        return jnp.pad(x.reshape(S * B, T, M), ((0, 0), (0, -T % block_size(T)), (0, 0)))
-
-    o_ATM = _attend(heads, S, interpret, *named(padded(q_SBTM), padded(k_SBTM), padded(v_SBTM)), slopes_N)
-    return o_ATM[:, :T].reshape(S, B, T, M)
+    how = _How(
+        heads=Heads(num=slopes_N.shape[0], dim=q_SBTM.shape[3] // slopes_N.shape[0], scale=scale),
+        axes=axes,
+        interpret=interpret,
+    )
+    return _attend(how, *named(q_SBTM, k_SBTM, v_SBTM), slopes_N)
 
 
-def _joined(x_SBTM: jax.Array) -> jax.Array:
-    S, B, T, M = x_SBTM.shape
-    return jnp.moveaxis(x_SBTM, 0, 1).reshape(1, B, S * T, M)
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class _How:
+    """What the custom rule needs to know beside arrays."""
+
+    heads: Heads
+    axes: Axes
+    interpret: bool
+
+    def num_pieces(self, x_SBTM: jax.Array) -> int:
+        """Return S, or 1 where kernels cannot take pieces: a block must lie in one, and all gradients fit at once."""
+        S, _, T, _ = x_SBTM.shape
+        fits = _queries_at_once(self.heads, S * T, block_size(T)) * block_size(T) >= S * T
+        return S if T % TILE == 0 and fits else 1
+
+    def arranged(self, x_SBTM: jax.Array) -> jax.Array:
+        """Return what the kernels take, x_ATM."""
+        S, B, T, M = x_SBTM.shape
+        if self.num_pieces(x_SBTM) < S:
+            S, T, x_SBTM = 1, S * T, jnp.moveaxis(x_SBTM, 0, 1)
+        # Padding comes last: no real query sees its keys, and its outputs are cut off.
+        return jnp.pad(x_SBTM.reshape(S * B, T, M), ((0, 0), (0, -T % block_size(T)), (0, 0)))
+
+    def restored(self, x_ATM: jax.Array, like_SBTM: jax.Array) -> jax.Array:
+        """Undo `arranged`."""
+        S, B, T, M = like_SBTM.shape
+        if self.num_pieces(like_SBTM) < S:
+            return jnp.moveaxis(x_ATM[:, : S * T].reshape(B, S, T, M), 1, 0)
+        return x_ATM[:, :T].reshape(S, B, T, M)
 
 
 def block_size(length: int) -> int:
@@ -62,18 +92,43 @@ def block_size(length: int) -> int:
     return size
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
-def _attend(heads: Heads, S: int, interpret: bool, q_ATM, k_ATM, v_ATM, slopes_N):
-    return _attend_forward(heads, S, interpret, q_ATM, k_ATM, v_ATM, slopes_N)[0]
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _attend(how: _How, q_SBTM, k_SBTM, v_SBTM, slopes_N):
+    return _attend_forward(how, q_SBTM, k_SBTM, v_SBTM, slopes_N)[0]
 
 
-def _attend_forward(heads: Heads, S: int, interpret: bool, q_ATM, k_ATM, v_ATM, slopes_N):
+def _attend_forward(how: _How, q_SBTM, k_SBTM, v_SBTM, slopes_N):
+    qkv_ATM = map(how.arranged, (q_SBTM, k_SBTM, v_SBTM))
+    o_ATM, lse_AXGT = _forward(how.heads, how.num_pieces(q_SBTM), slopes_N, *qkv_ATM, how.interpret)
+    o_SBTM = checkpoint_name(exchanged(how.restored(o_ATM, q_SBTM), how.axes), "attention_out")
+    lse_AXGT = checkpoint_name(lse_AXGT, "attention_lse")
+    return o_SBTM, (q_SBTM, k_SBTM, v_SBTM, slopes_N, o_SBTM, lse_AXGT)
+
+
+def _attend_backward(how: _How, residuals, do_SBTM):
+    q_SBTM, k_SBTM, v_SBTM, slopes_N, o_SBTM, lse_AXGT = residuals
+    # A product with zeros and ones sums over each head's lanes, where a reshape to heads would move them all.
+    is_of_head_NM = np.repeat(np.eye(how.heads.num, dtype=np.float32), how.heads.dim, axis=1)
+    product_SBTM = do_SBTM.astype(jnp.float32) * o_SBTM.astype(jnp.float32)
+    delta_SBNT = jnp.einsum("SBTM,NM->SBNT", product_SBTM, is_of_head_NM, precision="highest")
+    delta_SBTN = exchanged(delta_SBNT, how.axes).swapaxes(2, 3)
+    delta_AXGT = how.arranged(delta_SBTN).swapaxes(1, 2).reshape(lse_AXGT.shape)
+    qkvdo_ATM = map(how.arranged, (q_SBTM, k_SBTM, v_SBTM, exchanged(do_SBTM, how.axes)))
+    inputs = slopes_N, *qkvdo_ATM, lse_AXGT, delta_AXGT
+    gradients_ATM = _backward(how.heads, how.num_pieces(q_SBTM), inputs, how.interpret)
+    return *(how.restored(x_ATM, q_SBTM) for x_ATM in gradients_ATM), None
+
+
+_attend.defvjp(_attend_forward, _attend_backward)
+
+
+def _forward(heads: Heads, S: int, slopes_N, q_ATM, k_ATM, v_ATM, interpret: bool):
     (A, T, M), dtype = q_ATM.shape, q_ATM.dtype
     G, H, C = heads.together, heads.dim, block_size(T)
     # Parted keys and values stay in vector memory for the queries to come, where there is room for all.
     kept = S * T // C if S * T * G * (heads.width + H) * dtype.itemsize <= _room() else 1
     queries, keys, rows = _blocks(heads, A // S, T // C, C)
-    o_ATM, lse_AXGT = _call(
+    return _call(
         functools.partial(forward_kernel, heads=heads),
         _pairs(S * T // C),
         name=FORWARD,
@@ -93,20 +148,13 @@ def _attend_forward(heads: Heads, S: int, interpret: bool, q_ATM, k_ATM, v_ATM, 
         ],
         interpret=interpret,
     )(slopes_N, q_ATM, k_ATM, v_ATM)
-    o_ATM, lse_AXGT = checkpoint_name(o_ATM, "attention_out"), checkpoint_name(lse_AXGT, "attention_lse")
-    return o_ATM, (q_ATM, k_ATM, v_ATM, slopes_N, o_ATM, lse_AXGT)
 
 
-def _attend_backward(heads: Heads, S: int, interpret: bool, residuals, do_ATM):
-    q_ATM, k_ATM, v_ATM, slopes_N, o_ATM, lse_AXGT = residuals
-    T, C = q_ATM.shape[1], block_size(q_ATM.shape[1])
-    num_blocks = S * T // C
-    # A product with zeros and ones sums over each head's lanes, where a reshape to heads would move them all.
-    is_of_head_NM = np.repeat(np.eye(heads.num, dtype=np.float32), heads.dim, axis=1)
-    product_ATM = do_ATM.astype(jnp.float32) * o_ATM.astype(jnp.float32)
-    delta_ANT = jnp.einsum("ATM,NM->ANT", product_ATM, is_of_head_NM, precision="highest")
-    inputs = slopes_N, q_ATM, k_ATM, v_ATM, do_ATM, lse_AXGT, delta_ANT.reshape(lse_AXGT.shape)
-    num_queries = _queries_at_once(heads, S * T, C)
+def _backward(heads: Heads, S: int, inputs: tuple, interpret: bool):
+    """Return dq, dk and dv in as many spans of queries as vector memory needs; S > 1 pieces only in one."""
+    T, dtype = inputs[1].shape[1], inputs[1].dtype
+    num_blocks = S * T // block_size(T)
+    num_queries = _queries_at_once(heads, S * T, block_size(T))
     spans = [
         _differentiate(heads, S, range(first, min(first + num_queries, num_blocks)), inputs, interpret)
         for first in range(0, num_blocks, num_queries)
@@ -114,13 +162,10 @@ def _attend_backward(heads: Heads, S: int, interpret: bool, residuals, do_ATM):
 
     def total(parts):  # of keys that a span sees: those up to its end
         whole = [jnp.pad(part, ((0, 0), (0, T - part.shape[1]), (0, 0))) for part in parts]
-        return functools.reduce(jnp.add, whole).astype(q_ATM.dtype)
+        return functools.reduce(jnp.add, whole).astype(dtype)
 
     dq_ATM = jnp.concatenate([dq for dq, _, _ in spans], axis=1)
-    return dq_ATM, total([dk for _, dk, _ in spans]), total([dv for _, _, dv in spans]), None
-
-
-_attend.defvjp(_attend_forward, _attend_backward)
+    return dq_ATM, total([dk for _, dk, _ in spans]), total([dv for _, _, dv in spans])
 
 
 def _queries_at_once(heads: Heads, length: int, size: int) -> int:
