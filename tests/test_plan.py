@@ -112,6 +112,8 @@ def test_seconds_of_a_ring():
     assert collective_seconds(reduce, link_bytes=100) == 2 * collective_seconds(gather, link_bytes=100)
     exchange = dataclasses.replace(gather, kind="all-to-all", num_devices=8)
     assert collective_seconds(exchange, link_bytes=100) == 3 * 800 * 8 / 4 / 200
+    handed_on = dataclasses.replace(gather, kind="collective-permute")  # one way, over one link
+    assert collective_seconds(handed_on, link_bytes=100) == 3 * 800 / 100
 
 
 def test_both_complaints_about_memory_are_read():

@@ -23,7 +23,7 @@ ASSUMPTIONS = (
     "XLA's own cycle estimate of every fusion x the trips of the loops around it / clock",
     "attention kernels: instruction bundles of their loops, as compiled, + 300 a program, / clock / cores",
     "collectives: bytes x (n - 1) / n / (2 x link), all-reduce twice that, all-to-all bytes x n / 4 / (2 x link), "
-    "each alone on its links",
+    "collective-permute bytes / link, as to a neighbour, each alone on its links",
     "low end: all asynchronous collectives hidden; high end: none hidden",
     "left out: HBM stalls, input, checkpoints, evaluation, failures",
 )
@@ -112,9 +112,11 @@ def plan_phase(program: Program, phase: Phase, *, topology: str, chip: Chip, cac
 
 
 def collective_seconds(collective: Collective, *, link_bytes: float) -> float:
-    """Return how long the exchanges of one kind take in a step, on a ring in both directions."""
+    """Return how long the exchanges of one kind take in a step, on a ring in both directions but for permutes."""
     n = collective.num_devices
-    passes = {"all-reduce": 2 * (n - 1) / n, "all-to-all": n / 4}.get(collective.kind, (n - 1) / n)
+    passes = {"all-reduce": 2 * (n - 1) / n, "all-to-all": n / 4, "collective-permute": 2}.get(
+        collective.kind, (n - 1) / n
+    )
     return collective.count * passes * collective.num_bytes / (2 * link_bytes)
 
 
