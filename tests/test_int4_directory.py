@@ -281,22 +281,22 @@ def test_other_conversions_refuse_a_rounded_model(rounded, capsys, tmp_path):
 
 def test_kernels_are_compiled_once(tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    first = build._compiled()
+    first = build._compiled(build._GENERATION)
     made = first.stat().st_mtime_ns
-    assert first.parent == tmp_path / "btlm_jax" and build._compiled().stat().st_mtime_ns == made
+    assert first.parent == tmp_path / "btlm_jax" and build._compiled(build._GENERATION).stat().st_mtime_ns == made
     assert {path.name for path in first.parent.iterdir()} == {first.name, first.with_suffix(".sha256").name}
     first.write_bytes(first.read_bytes()[:1000])  # as a power cut may leave it
-    assert build._compiled() == first and first.stat().st_size > 1000
+    assert build._compiled(build._GENERATION) == first and first.stat().st_size > 1000
 
 
 def test_other_sources_are_compiled_anew(tmp_path, monkeypatch):
-    before = build._fingerprint(["c++"])
+    before = build._fingerprint(["c++"], build._GENERATION)
     shutil.copytree(build._FOLDER, tmp_path / "cpu", ignore=shutil.ignore_patterns("__pycache__"))
     monkeypatch.setattr(build, "_FOLDER", tmp_path / "cpu")
-    assert build._fingerprint(["c++"]) == before != build._fingerprint(["c++", "-O2"])
+    assert build._fingerprint(["c++"], build._GENERATION) == before != build._fingerprint(["c++", "-O2"], build._GENERATION)
     with open(tmp_path / "cpu" / "attend.cc", "a") as file:
         file.write("// other\n")
-    assert build._fingerprint(["c++"]) != before
+    assert build._fingerprint(["c++"], build._GENERATION) != before
 
 
 @pytest.mark.parametrize("has_home", [True, False])

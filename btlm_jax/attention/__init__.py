@@ -8,14 +8,16 @@ from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
 
 from btlm_jax.attention.blockwise import attend_blockwise
+from btlm_jax.attention.cpu import attend_cpu
 from btlm_jax.attention.gpu import attend_gpu, is_possible
 from btlm_jax.attention.lanes import named
 from btlm_jax.attention.reference import attend_reference
 from btlm_jax.attention.splash import attend_splash
+from btlm_jax.cpu.build import has_training_kernels
 from btlm_jax.sharding import axis_names, num_ways, platform
 
-IMPLEMENTATIONS = ("reference", "blockwise", "splash", "gpu")
-AUTO = "auto"  # the one made for the devices: splash on TPUs, gpu on GPUs where it is possible, otherwise blockwise
+IMPLEMENTATIONS = ("reference", "blockwise", "cpu", "splash", "gpu")
+AUTO = "auto"  # the one made for the devices: splash on TPUs, gpu and cpu where they are possible, otherwise blockwise
 
 
 def attend(
@@ -47,6 +49,8 @@ def attend(
         attend_local = attend_reference
     elif implementation == "blockwise":
         attend_local = attend_blockwise
+    elif implementation == "cpu":
+        attend_local = attend_cpu
     elif implementation == "splash":
         attend_local = functools.partial(attend_splash, spare_lanes=spare_lanes, interpret=platform() != "tpu")
     elif implementation == "gpu":
@@ -75,7 +79,7 @@ def attend(
     slopes_spec = P((*heads_axes, *length_axes))
     slopes_N = jax.sharding.reshard(slopes_N, slopes_spec)
     # The kernels do not declare what their results vary over, which the check would need.
-    is_checked = implementation not in ("splash", "gpu")
+    is_checked = implementation not in ("cpu", "splash", "gpu")
     mapped = jax.shard_map(
         functools.partial(local, length_axes=length_axes),
         in_specs=(spec, spec, spec, slopes_spec),
@@ -111,7 +115,9 @@ def _exchange(x_BXXH: jax.Array, axes: tuple[str, ...], *, split_dim: int, join_
 def _made_for_the_devices(q_BTNH: jax.Array) -> str:
     if platform() == "tpu":
         return "splash"
-    return "gpu" if platform() == "gpu" and is_possible(q_BTNH) else "blockwise"
+    if platform() == "gpu":
+        return "gpu" if is_possible(q_BTNH) else "blockwise"
+    return "cpu" if platform() == "cpu" and has_training_kernels() else "blockwise"
 
 
 def _check_shapes(q_BTNH: jax.Array, k_BSNH: jax.Array, v_BSNH: jax.Array, slopes_N: jax.Array) -> None:
