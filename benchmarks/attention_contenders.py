@@ -19,6 +19,7 @@ HEAD_DIM = 80
 SCALE = 1 / HEAD_DIM
 OURS = "btlm_jax"
 EVERY_KEY = "btlm_jax, every key in reach"
+BLOCKWISE = "btlm_jax, blockwise (XLA)"
 NO_ALIBI = "btlm_jax, every key, no ALiBi"
 ANYWHERE = (
     OURS,
@@ -130,8 +131,8 @@ def _jax_function(name: str, shape: Shape, slopes_N) -> Callable:
     def library(q, k, v, bias_NTT):
         return jax.nn.dot_product_attention(q, k, v, bias=bias_NTT[None], scale=SCALE)
 
-    def ours(q, k, v, bias_NTT, slopes_N=slopes_N):
-        return attend(q, k, v, slopes_N, scale=SCALE, implementation="auto")
+    def ours(q, k, v, bias_NTT, slopes_N=slopes_N, implementation="auto"):
+        return attend(q, k, v, slopes_N, scale=SCALE, implementation=implementation)
 
     def no_alibi(q, k, v, bias_NTT):
         if shape.device == "cpu":
@@ -141,6 +142,7 @@ def _jax_function(name: str, shape: Shape, slopes_N) -> Callable:
     return {
         OURS: ours,
         EVERY_KEY: functools.partial(ours, slopes_N=slopes_N * 1e-9),
+        BLOCKWISE: functools.partial(ours, implementation="blockwise"),
         NO_ALIBI: no_alibi,
         "jax.nn.dot_product_attention, bias": library,
         "jax naive, bias": naive,

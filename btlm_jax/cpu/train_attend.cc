@@ -188,6 +188,15 @@ void forward(ffi::ThreadPool pool, const Shape& shape, const C* q, const C* k, c
   });
 }
 
+// Sums over rows, in the order of `product`: where o is one row of v, the gradient of its score is then exactly 0.
+void sum_products(const float* a, const float* b, int64_t rows, float* sums) {
+  for (int64_t c = 0; c < kTile; c += kWide) {
+    wide own = {};
+    for (int64_t i = 0; i < rows; ++i) own += load_wide(a + i * kTile + c) * load_wide(b + i * kTile + c);
+    store_wide(sums + c, own);
+  }
+}
+
 // What the tasks of the backward pass share: q and do transposed, dq as far as it is summed, all [G, tiles, H, 64].
 struct Shared {
   float *q, *d_o, *dq;
@@ -270,7 +279,7 @@ void backward(ffi::ThreadPool pool, const Shape& shape, const C* q, const C* k, 
                 std::vector<std::atomic<int64_t>>(G * tiles)};
   parallel(pool, G * tiles, kTile * W * 8, [&](int64_t task) {
     int64_t g = task / tiles, tile = task % tiles, first = tile * kTile, count = shape.count(tile);
-    Floats rows(kTile * W), o_rows(kTile * W);
+    Floats rows(kTile * W), o_rows(kTile * W), o_columns(columns);
     widen(shape, k, g, first, count, rows.data);
     reach.keys[task] = reach.longest(rows.data, count);
     widen(shape, q, g, first, count, rows.data);
@@ -279,10 +288,9 @@ void backward(ffi::ThreadPool pool, const Shape& shape, const C* q, const C* k, 
     widen(shape, d_o, g, first, count, rows.data);
     widen(shape, o, g, first, count, o_rows.data);
     to_columns(shape, rows.data, count, shared.d_o + task * columns);
-    for (int64_t j = 0; j < count; ++j) {
-      shared.delta[task * kTile + j] = dot(rows.data + j * W, o_rows.data + j * W, W);
-      shared.lse[task * kTile + j] = lse[g * shape.T + first + j];
-    }
+    to_columns(shape, o_rows.data, count, o_columns.data);
+    sum_products(shared.d_o + task * columns, o_columns.data, shape.H, shared.delta.data() + task * kTile);
+    std::copy_n(lse + g * shape.T + first, count, shared.lse.data() + task * kTile);
   });
   for (int64_t i = 0; i < G * tiles; ++i) {
     shared.turns[i] = std::max<int64_t>(0, i % tiles * kTile - reach.of(i / tiles)) / kBlock;
