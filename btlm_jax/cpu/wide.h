@@ -101,16 +101,14 @@ void product(Left<STORED> a, const float* b, int64_t ld_b, float* c, int64_t ld_
       j += width * kWide;
     };
     using std::integral_constant;
-    if (kVectors == 4 && vectors == 5) {
-      group(integral_constant<int, 4>(), integral_constant<int, 5>());
+    if (kVectors == 4 && (vectors == 5 || vectors == 3)) {
+      group(integral_constant<int, 8>(), integral_constant<int, 3>());
     } else if (vectors >= kVectors) {
       group(integral_constant<int, 6>(), integral_constant<int, kVectors>());
-    } else if (kVectors == 4 && vectors == 3) {
-      group(integral_constant<int, 6>(), integral_constant<int, 3>());
     } else if (kVectors == 4 && vectors == 2) {
-      group(integral_constant<int, 6>(), integral_constant<int, 2>());
+      group(integral_constant<int, 8>(), integral_constant<int, 2>());
     } else {
-      group(integral_constant<int, 6>(), integral_constant<int, 1>());
+      group(integral_constant<int, 8>(), integral_constant<int, 1>());
     }
   }
 }
