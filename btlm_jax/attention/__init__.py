@@ -8,12 +8,11 @@ from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
 
 from btlm_jax.attention.blockwise import attend_blockwise
-from btlm_jax.attention.cpu import attend_cpu
+from btlm_jax.attention.cpu import attend_cpu, has_kernels_for
 from btlm_jax.attention.gpu import attend_gpu, is_possible
 from btlm_jax.attention.lanes import named
 from btlm_jax.attention.reference import attend_reference
 from btlm_jax.attention.splash import attend_splash
-from btlm_jax.cpu.build import has_training_kernels
 from btlm_jax.sharding import axis_names, num_ways, platform
 
 IMPLEMENTATIONS = ("reference", "blockwise", "cpu", "splash", "gpu")
@@ -117,7 +116,7 @@ def _made_for_the_devices(q_BTNH: jax.Array) -> str:
         return "splash"
     if platform() == "gpu":
         return "gpu" if is_possible(q_BTNH) else "blockwise"
-    return "cpu" if platform() == "cpu" and has_training_kernels() else "blockwise"
+    return "cpu" if platform() == "cpu" and has_kernels_for(q_BTNH) else "blockwise"
 
 
 def _check_shapes(q_BTNH: jax.Array, k_BSNH: jax.Array, v_BSNH: jax.Array, slopes_N: jax.Array) -> None:

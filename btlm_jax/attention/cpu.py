@@ -20,13 +20,19 @@ def attend_cpu(
     Keys whose weight ALiBi makes negligible are left out, as in blockwise.py.
 
     Raises:
-      ValueError: there are no kernels here, or none for the dtype.
+      ValueError: there are no kernels here for such queries.
     """
-    if not has_training_kernels():
-        raise ValueError("attention implementation 'cpu' needs a CPU and a C++ compiler: use 'blockwise' or 'auto'")
-    if q_BTNH.dtype not in (jnp.float32, jnp.bfloat16):
-        raise ValueError(f"attention implementation 'cpu' takes float32 and bfloat16; got {q_BTNH.dtype}")
+    if not has_kernels_for(q_BTNH):
+        raise ValueError(
+            "attention implementation 'cpu' takes float32 and bfloat16, on a CPU with a C++ compiler; got "
+            f"{q_BTNH.dtype} on {jax.default_backend()}: use 'blockwise', or 'auto', which takes what there is"
+        )
     return _attend(q_BTNH, k_BTNH, v_BTNH, slopes_N, scale)
+
+
+def has_kernels_for(q_BTNH: jax.Array) -> bool:
+    """Whether there are kernels here that take such queries."""
+    return q_BTNH.dtype in (jnp.float32, jnp.bfloat16) and has_training_kernels()
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
@@ -54,7 +60,6 @@ def _attend_backward(scale, residuals, do_BTNH):
 
 
 _attend.defvjp(_attend_forward, _attend_backward)
-
 
 
 def _like(x: jax.Array) -> jax.ShapeDtypeStruct:

@@ -18,18 +18,18 @@ typedef int32_t wide_int __attribute__((vector_size(4 * kWide), aligned(4)));
 inline wide load_wide(const float* p) { return *reinterpret_cast<const wide*>(p); }
 inline void store_wide(float* p, wide v) { *reinterpret_cast<wide*>(p) = v; }
 
-// e^v to 2 units in the last place for v <= 64: 2^n times a polynomial in the rest; below -86 next to nothing or 0.
+// e^v to 2 units in the last place for v <= 80: 2^n times a polynomial in the rest; below -87 next to nothing or 0.
 inline wide exp_wide(wide v) {
-  v *= 1.44269504f;
 #ifdef __AVX512F__
-  wide n = (wide)_mm512_roundscale_ps((__m512)v, 0);
+  v = (wide)_mm512_max_ps((__m512)(wide{} - 110.0f), (__m512)v);  // the second if it is NaN
+  wide n = (wide)_mm512_roundscale_ps((__m512)(v * 1.44269504f), 0);
 #else
-  v = v < -125.0f ? wide{} - 125.0f : v;
-  wide shifted = v + 0x1.8p23f, n = shifted - 0x1.8p23f;  // the last bits of `shifted` are n
+  v = v < -87.0f ? wide{} - 87.0f : v;
+  wide shifted = v * 1.44269504f + 0x1.8p23f, n = shifted - 0x1.8p23f;  // the last bits of `shifted` are n
 #endif
-  wide r = v - n;
-  wide p = (((((1.5353362e-4f * r + 1.3398874e-3f) * r + 9.618437e-3f) * r + 5.5503324e-2f) * r + 0.24022648f) * r +
-            0.6931472f) * r + 1.0f;
+  wide r = v - n * 0.693359375f + n * 2.12194440e-4f;
+  wide p = (((((1.38145848e-3f * r + 8.36872309e-3f) * r + 4.1668389e-2f) * r + 0.166665211f) * r + 0.49999994f) * r +
+            1.0f) * r + 1.0f;
 #ifdef __AVX512F__
   return (wide)_mm512_scalef_ps((__m512)p, (__m512)n);
 #else
