@@ -1,4 +1,4 @@
-"""Attention by C++ kernels of our own (cpu/train_attend.cc), for CPUs: what blockwise.py does, one call a direction."""
+"""Attention by C++ kernels of our own (cpu/causal.h), for CPUs: what blockwise.py does, one call a direction."""
 
 import functools
 

@@ -21,7 +21,7 @@ import jax
 from btlm_jax.files import cache_directory, write_atomically
 
 _FOLDER = Path(__file__).parent
-_HEADERS = ("lanes.h", "wide.h")
+_HEADERS = ("lanes.h", "wide.h", "causal.h")
 _FLAGS = ("-std=c++17", "-O3", "-fno-math-errno", "-fno-trapping-math", "-w", "-shared", "-fPIC")
 _COMPILERS = ("c++", "g++", "clang++")
 
@@ -44,7 +44,7 @@ _GENERATION = _Library(
 )
 _TRAINING = _Library(
     name="training",
-    sources=("train_attend.cc",),
+    sources=("causal_forward.cc", "causal_backward.cc"),
     targets=("btlm_causal_forward", "btlm_causal_backward"),
     slow_without="attention of training on this CPU takes up to twice as long",
 )

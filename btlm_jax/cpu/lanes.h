@@ -1,4 +1,4 @@
-// Eight floats at a time, and work shared between the threads of XLA's pool; for matmul.cc and attend.cc.
+// Eight floats at a time, and work shared between the threads of XLA's pool; for matmul.cc, attend.cc and causal.h.
 
 #pragma once
 
