@@ -1,12 +1,13 @@
 """Time and memory of attention's forward and backward pass: ours against PyTorch's and JAX's, with ALiBi, head dim 80.
 
 Command: python benchmarks/attention.py [--device=cuda] [--quick] [--output=benchmarks/results/NAME.md]
-Needs pip install -e '.[bench]'. On a CPU in float32, on a GPU in bfloat16 (ours is then cuDNN's kernel with ALiBi in
-spare lanes). Every contender is a process of its own; they take turns, round by round, and wait while another runs. The
-median over rounds is the figure; the least says more where other work disturbs. Memory is the peak of a call beyond its
-inputs, with results and bias: on a CPU the growth of the resident set, on a GPU what the framework's allocator says.
-The slopes are the model's own. Keys that they put out of reach cost ours nothing; a row without that gain stands beside
-it ("every key in reach": slopes so small that none is left out), and one without ALiBi beside that.
+Needs pip install -e '.[bench]'. On a CPU in float32 (ours are the C++ kernels), on a GPU in bfloat16 (ours is then
+cuDNN's kernel with ALiBi in spare lanes). Every contender is a process of its own; they take turns, round by round, and
+wait while another runs. The median over rounds is the figure; the least says more where other work disturbs. Memory is
+the peak of a call beyond its inputs, with results and bias: on a CPU the growth of the resident set, on a GPU what the
+framework's allocator says. The slopes are the model's own. Keys that they put out of reach cost ours nothing; a row
+without that gain stands beside it ("every key in reach": slopes so small that none is left out), on a CPU our form in
+XLA too, on a GPU one without ALiBi.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ import time
 from pathlib import Path
 
 import numpy as np
-from attention_contenders import ANYWHERE, EVERY_KEY, NO_ALIBI, ON_GPU, OURS, Shape, make_contender
+from attention_contenders import CONTENDERS, EVERY_KEY, NO_ALIBI, OURS, Shape, make_contender
 from machine import accelerator, free_bytes, machine
 
 CPU_HEADS = {512: 32, 2048: 8, 8192: 4, 16384: 2, 32768: 1}
@@ -111,7 +112,7 @@ def ask(process: subprocess.Popen):
 
 def compare(shape: Shape, *, rounds: int) -> list[str]:
     """Measure all contenders on a shape; return the table's rows."""
-    names = ANYWHERE + (ON_GPU if shape.device == "cuda" else ())
+    names = CONTENDERS[shape.device]
     skipped, processes, facts, seconds = {}, {}, {}, {}
     with contextlib.ExitStack() as stack:
         for name in names:

@@ -7,9 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import importlib.util
 from collections.abc import Callable
-from pathlib import Path
 
 import numpy as np
 
@@ -19,18 +17,19 @@ HEAD_DIM = 80
 SCALE = 1 / HEAD_DIM
 OURS = "btlm_jax"
 EVERY_KEY = "btlm_jax, every key in reach"
+BLOCKWISE = "btlm_jax, blockwise (XLA)"
 NO_ALIBI = "btlm_jax, every key, no ALiBi"
-ANYWHERE = (
-    OURS,
-    EVERY_KEY,
-    NO_ALIBI,
+PEERS = (
     "torch SDPA, mask",
     "torch SDPA flash, ALiBi folded",
     "torch eager, bias",
     "jax.nn.dot_product_attention, bias",
     "jax naive, bias",
 )
-ON_GPU = ("torch FlexAttention, ALiBi",)
+CONTENDERS = {
+    "cpu": (OURS, EVERY_KEY, BLOCKWISE, *PEERS),
+    "cuda": (OURS, EVERY_KEY, NO_ALIBI, *PEERS, "torch FlexAttention, ALiBi"),
+}
 # How many [N, T, T] arrays exist at once, mask and bias included; the others hold none.
 SQUARES = {
     "torch SDPA, mask": 1,
@@ -74,7 +73,7 @@ class Contender:
 
 
 def make_contender(name: str, shape: Shape) -> Contender:
-    """Make one of ANYWHERE or ON_GPU in this process."""
+    """Make one of CONTENDERS in this process."""
     rng = np.random.default_rng(0)
     size = (shape.batch, shape.length, shape.heads, HEAD_DIM)
     inputs = [rng.standard_normal(size, np.float32) for _ in range(4)]
@@ -130,31 +129,20 @@ def _jax_function(name: str, shape: Shape, slopes_N) -> Callable:
     def library(q, k, v, bias_NTT):
         return jax.nn.dot_product_attention(q, k, v, bias=bias_NTT[None], scale=SCALE)
 
-    def ours(q, k, v, bias_NTT, slopes_N=slopes_N):
-        return attend(q, k, v, slopes_N, scale=SCALE, implementation="auto")
+    def ours(q, k, v, bias_NTT, slopes_N=slopes_N, implementation="auto"):
+        return attend(q, k, v, slopes_N, scale=SCALE, implementation=implementation)
 
     def no_alibi(q, k, v, bias_NTT):
-        if shape.device == "cpu":
-            return _blockwise_without_alibi()(q, k, v, slopes_N * 1e-9, scale=SCALE)
         return jax.nn.dot_product_attention(q, k, v, scale=SCALE, is_causal=True, implementation="cudnn")
 
     return {
         OURS: ours,
         EVERY_KEY: functools.partial(ours, slopes_N=slopes_N * 1e-9),
+        BLOCKWISE: functools.partial(ours, implementation="blockwise"),
         NO_ALIBI: no_alibi,
         "jax.nn.dot_product_attention, bias": library,
         "jax naive, bias": naive,
     }[name]
-
-
-def _blockwise_without_alibi() -> Callable:
-    """Return our blockwise attention out of its own source, less the two terms that add ALiBi."""
-    spec = importlib.util.find_spec("btlm_jax.attention.blockwise")
-    source, term = Path(spec.origin).read_text(), " + slope * offset_EC.astype(jnp.float32)"
-    assert source.count(term) == 2
-    module = importlib.util.module_from_spec(spec)
-    exec(compile(source.replace(term, ""), spec.origin, "exec"), module.__dict__)
-    return module.attend_blockwise
 
 
 def _make_torch(name: str, shape: Shape, inputs, slopes_N) -> Contender:

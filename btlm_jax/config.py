@@ -16,7 +16,7 @@ from btlm_jax.curriculum import Curriculum, make_curriculum
 
 PRESETS = ("btlm", "sp", "completep")
 DTYPES = ("float32", "bfloat16")
-ATTENTIONS = ("auto", "reference", "blockwise", "tpu", "splash", "gpu")
+ATTENTIONS = ("auto", "reference", "blockwise", "cpu", "tpu", "splash", "gpu")
 REMATS = ("full", "attention_saved", "out_recomputed", "matmuls_saved", "none")  # the first keeps the least
 CORPUS_SOURCES = ("prepared", "installed_python")
 

@@ -1,6 +1,7 @@
 """4-bit models from end to end: converting, proving, loading, generating; and damaged ones."""
 
 import dataclasses
+import functools
 import json
 import shutil
 
@@ -281,22 +282,23 @@ def test_other_conversions_refuse_a_rounded_model(rounded, capsys, tmp_path):
 
 def test_kernels_are_compiled_once(tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    first = build._compiled()
+    first = build._compiled(build._GENERATION)
     made = first.stat().st_mtime_ns
-    assert first.parent == tmp_path / "btlm_jax" and build._compiled().stat().st_mtime_ns == made
+    assert first.parent == tmp_path / "btlm_jax" and build._compiled(build._GENERATION).stat().st_mtime_ns == made
     assert {path.name for path in first.parent.iterdir()} == {first.name, first.with_suffix(".sha256").name}
     first.write_bytes(first.read_bytes()[:1000])  # as a power cut may leave it
-    assert build._compiled() == first and first.stat().st_size > 1000
+    assert build._compiled(build._GENERATION) == first and first.stat().st_size > 1000
 
 
 def test_other_sources_are_compiled_anew(tmp_path, monkeypatch):
-    before = build._fingerprint(["c++"])
+    fingerprint = functools.partial(build._fingerprint, library=build._GENERATION)
+    before = fingerprint(["c++"])
     shutil.copytree(build._FOLDER, tmp_path / "cpu", ignore=shutil.ignore_patterns("__pycache__"))
     monkeypatch.setattr(build, "_FOLDER", tmp_path / "cpu")
-    assert build._fingerprint(["c++"]) == before != build._fingerprint(["c++", "-O2"])
+    assert fingerprint(["c++"]) == before != fingerprint(["c++", "-O2"])
     with open(tmp_path / "cpu" / "attend.cc", "a") as file:
         file.write("// other\n")
-    assert build._fingerprint(["c++"]) != before
+    assert fingerprint(["c++"]) != before
 
 
 @pytest.mark.parametrize("has_home", [True, False])
@@ -312,7 +314,7 @@ def test_where_nothing_can_be_kept_the_kernels_last_as_long_as_the_process(monke
     "compiler,message",
     [("", "no C++ compiler was found"), ("#!/bin/sh\necho error: no room >&2; exit 1", "failed: error: no room")],
 )
-def test_without_a_compiler_one_warning_says_so(tmp_path, monkeypatch, caplog, compiler, message):
+def test_without_a_compiler_a_warning_says_what_is_slow(tmp_path, monkeypatch, caplog, compiler, message):
     (tmp_path / "bin").mkdir()
     if compiler:
         (tmp_path / "bin" / "c++").write_text(compiler)
@@ -320,5 +322,6 @@ def test_without_a_compiler_one_warning_says_so(tmp_path, monkeypatch, caplog, c
     monkeypatch.setenv("PATH", str(tmp_path / "bin"))
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     monkeypatch.delenv("CXX", raising=False)
-    assert build.has_kernels.__wrapped__() is False
-    assert message in caplog.text and not list((tmp_path / "cache").rglob("*.so"))
+    assert build.has_kernels.__wrapped__() is False and build.has_training_kernels.__wrapped__() is False
+    assert "generation on this CPU is slow, " in caplog.text and "attention of training on this CPU" in caplog.text
+    assert caplog.text.count(message) == 2 and not list((tmp_path / "cache").rglob("*.so"))

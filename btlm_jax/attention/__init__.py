@@ -8,6 +8,7 @@ from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
 
 from btlm_jax.attention.blockwise import attend_blockwise
+from btlm_jax.attention.cpu import attend_cpu, has_kernels_for
 from btlm_jax.attention.exchange import exchanged, in_pieces, joined, num_pieces, own_positions, positions_for_heads
 from btlm_jax.attention.gpu import attend_gpu, is_possible
 from btlm_jax.attention.lanes import named
@@ -16,8 +17,8 @@ from btlm_jax.attention.splash import attend_splash
 from btlm_jax.attention.tpu import attend_tpu
 from btlm_jax.sharding import axis_names, num_ways, platform
 
-IMPLEMENTATIONS = ("reference", "blockwise", "tpu", "splash", "gpu")
-AUTO = "auto"  # the one made for the devices: tpu on TPUs, gpu on GPUs where it is possible, otherwise blockwise
+IMPLEMENTATIONS = ("reference", "blockwise", "cpu", "tpu", "splash", "gpu")
+AUTO = "auto"  # the one made for the devices: tpu on TPUs, gpu and cpu where they are possible, otherwise blockwise
 
 
 def attend(
@@ -47,6 +48,8 @@ def attend(
         attend_local = attend_reference
     elif implementation == "blockwise":
         attend_local = attend_blockwise
+    elif implementation == "cpu":
+        attend_local = attend_cpu
     elif implementation in ("tpu", "splash"):
         kernels = attend_tpu if implementation == "tpu" else attend_splash
         attend_local = functools.partial(kernels, interpret=platform() != "tpu")
@@ -82,7 +85,7 @@ def attend(
     slopes_spec = P((*heads_axes, *length_axes))
     slopes_N = jax.sharding.reshard(slopes_N, slopes_spec)
     # The kernels do not declare what their results vary over, which the check would need.
-    is_checked = implementation not in ("tpu", "splash", "gpu")
+    is_checked = implementation not in ("cpu", "tpu", "splash", "gpu")
     mapped = jax.shard_map(
         functools.partial(local, length_axes=length_axes),
         in_specs=(spec, spec, spec, slopes_spec),
@@ -95,7 +98,9 @@ def attend(
 def _made_for_the_devices(q_BTNH: jax.Array) -> str:
     if platform() == "tpu":
         return "tpu"
-    return "gpu" if platform() == "gpu" and is_possible(q_BTNH) else "blockwise"
+    if platform() == "gpu":
+        return "gpu" if is_possible(q_BTNH) else "blockwise"
+    return "cpu" if platform() == "cpu" and has_kernels_for(q_BTNH) else "blockwise"
 
 
 def _check_shapes(q_BTNH: jax.Array, k_BSNH: jax.Array, v_BSNH: jax.Array, slopes_N: jax.Array) -> None:

@@ -9,21 +9,6 @@ namespace {
 constexpr int64_t kKeys = 64;       // worked on at a time
 constexpr float kLowest = -1e30f;   // below every score
 
-inline float one(float v) { return v; }
-inline float one(int8_t v) { return v; }
-inline float one(bf16 v) {
-  uint32_t wide = uint32_t{v.bits} << 16;
-  float out;
-  std::memcpy(&out, &wide, 4);
-  return out;
-}
-inline bf16 to_bf16(float v) {  // to nearest, ties to even
-  uint32_t bits;
-  std::memcpy(&bits, &v, 4);
-  if ((bits & 0x7fffffffu) > 0x7f800000u) return {0x7fc0};
-  return {static_cast<uint16_t>((bits + 0x7fffu + ((bits >> 16) & 1)) >> 16)};
-}
-
 // e^v for v <= 0, to 2 units in the last place: 2^n times a polynomial (Cephes, expf.c).
 inline f8 exp8(f8 v) {
   v = v < -87.0f ? f8{} - 87.0f : v;

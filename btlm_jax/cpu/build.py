@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import atexit
 import ctypes
+import dataclasses
 import functools
 import hashlib
 import logging
@@ -20,31 +21,65 @@ import jax
 from btlm_jax.files import cache_directory, write_atomically
 
 _FOLDER = Path(__file__).parent
-_SOURCES = ("matmul.cc", "attend.cc")
-_TARGETS = ("btlm_matmul", "btlm_matmul_int4", "btlm_matmul_int8", "btlm_attend")
+_HEADERS = ("lanes.h", "wide.h", "causal.h")
 _FLAGS = ("-std=c++17", "-O3", "-fno-math-errno", "-fno-trapping-math", "-w", "-shared", "-fPIC")
 _COMPILERS = ("c++", "g++", "clang++")
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class _Library:
+    """Kernels that are compiled together, as they are needed together."""
+
+    name: str
+    sources: tuple[str, ...]
+    targets: tuple[str, ...]
+    slow_without: str
+
+
+_GENERATION = _Library(
+    name="kernels",
+    sources=("matmul.cc", "attend.cc"),
+    targets=("btlm_matmul", "btlm_matmul_int4", "btlm_matmul_int8", "btlm_attend"),
+    slow_without="generation on this CPU is slow",
+)
+_TRAINING = _Library(
+    name="training",
+    sources=("causal_forward.cc", "causal_backward.cc"),
+    targets=("btlm_causal_forward", "btlm_causal_backward"),
+    slow_without="attention of training on this CPU takes up to twice as long",
+)
+
+
 @functools.cache
 def has_kernels() -> bool:
-    """Whether products and attention run in the compiled kernels: on a CPU, where there is a compiler.
+    """Whether products and attention of generation run in the compiled kernels: on a CPU, where there is a compiler.
 
     Without them the same is computed by XLA, several times slower; one warning says why.
     """
+    return _is_registered(_GENERATION)
+
+
+@functools.cache
+def has_training_kernels() -> bool:
+    """Whether there are the compiled kernels of attention/cpu.py, as `has_kernels` has it."""
+    return _is_registered(_TRAINING)
+
+
+def _is_registered(library: _Library) -> bool:
+    """Hand a library's kernels to XLA, if that can be."""
     if jax.default_backend() != "cpu":
         return False
     try:
-        library = ctypes.CDLL(str(_compiled()))
+        loaded = ctypes.CDLL(str(_compiled(library)))
     except OSError as error:
-        logging.warning("generation on this CPU is slow, for its kernels cannot be compiled: %s", error)
+        logging.warning("%s, for its kernels cannot be compiled: %s", library.slow_without, error)
         return False
-    for name in _TARGETS:
-        jax.ffi.register_ffi_target(name, jax.ffi.pycapsule(getattr(library, name)), platform="cpu")
+    for name in library.targets:
+        jax.ffi.register_ffi_target(name, jax.ffi.pycapsule(getattr(loaded, name)), platform="cpu")
     return True
 
 
-def _compiled() -> Path:
+def _compiled(library: _Library) -> Path:
     """Return the shared library for this machine, compiled if it is not there, or not as it was when it was made.
 
     Raises:
@@ -53,14 +88,14 @@ def _compiled() -> Path:
     place, failures = _place(), []
     for compiler in _compilers():
         command = [compiler, *_FLAGS, _machine_flag()]
-        path = place / f"kernels-{_fingerprint(command)}.so"
+        path = place / f"{library.name}-{_fingerprint(command, library)}.so"
         seal = path.with_suffix(".sha256")
         if path.is_file() and seal.is_file() and seal.read_text() == _digest(path):
             return path
         print(f"compiling the kernels for this processor with {compiler}, once", file=sys.stderr)
         with tempfile.TemporaryDirectory(dir=place, prefix=".kernels-") as scratch:
             made = Path(scratch) / "kernels.so"
-            sources = [str(_FOLDER / source) for source in _SOURCES]
+            sources = [str(_FOLDER / source) for source in library.sources]
             done = subprocess.run(
                 [*command, f"-I{jax.ffi.include_dir()}", *sources, "-o", str(made)], capture_output=True, text=True
             )
@@ -100,10 +135,10 @@ def _machine_flag() -> str:
     return "-march=native" if platform.machine() in ("x86_64", "AMD64") else "-mcpu=native"
 
 
-def _fingerprint(command: list[str]) -> str:
+def _fingerprint(command: list[str], library: _Library) -> str:
     """Return what changes with the sources, the compiler's command, the interface and the processor."""
     digest = hashlib.sha256(" ".join([*command, jax.lib.__version__, platform.machine()]).encode())
-    for name in ("lanes.h", *_SOURCES):
+    for name in (*_HEADERS, *library.sources):
         digest.update((_FOLDER / name).read_bytes())
     processor = Path("/proc/cpuinfo")
     if processor.is_file():  # one home directory may serve different machines

@@ -1,4 +1,4 @@
-// Eight floats at a time, and work shared between the threads of XLA's pool; for matmul.cc and attend.cc.
+// Eight floats at a time, and work shared between the threads of XLA's pool; for matmul.cc, attend.cc and causal.h.
 
 #pragma once
 
@@ -66,6 +66,21 @@ inline f8 load(const bf16* p) {
 inline f8 load(const int8_t* p) { return __builtin_convertvector(*reinterpret_cast<const s8x8*>(p), f8); }
 #endif
 inline void store(float* p, f8 v) { *reinterpret_cast<f8*>(p) = v; }
+
+inline float one(float v) { return v; }
+inline float one(int8_t v) { return v; }
+inline float one(bf16 v) {
+  uint32_t wide = uint32_t{v.bits} << 16;
+  float out;
+  std::memcpy(&out, &wide, 4);
+  return out;
+}
+inline bf16 to_bf16(float v) {  // to nearest, ties to even
+  uint32_t bits;
+  std::memcpy(&bits, &v, 4);
+  if ((bits & 0x7fffffffu) > 0x7f800000u) return {0x7fc0};
+  return {static_cast<uint16_t>((bits + 0x7fffu + ((bits >> 16) & 1)) >> 16)};
+}
 
 // Calls run(0) ... run(count - 1), also on the pool's other threads. Waits for started calls only, never for a thread.
 template <typename F>
