@@ -16,5 +16,5 @@ OTHERS = ()
 def get_config() -> ConfigDict:
     config = runpy.run_path(str(Path(__file__).parent.parent / "btlm_3b_8k.py"))["get_config"]()
     config.mesh.update(tensor=1, context=4, accumulation=1)
-    config.model.update(remat="matmuls_saved", loss_chunk=1024)
+    config.model.update(remat="matmuls_saved", loss_chunk=2048)
     return config
