@@ -26,8 +26,6 @@ _TPU_OPTIONS = {
     "xla_tpu_enable_async_collective_fusion_multiple_steps": "true",
     "xla_tpu_overlap_compute_collective_tc": "true",
 }
-
-
 # KiB of vector memory for one fusion, of 64 MiB on a v5p, 128 on a v5e and v6e (a v4's 16 are the default's): products
 # work on larger blocks, and a v6e's and v5e's gradients are reduced without padding (read in compiled steps).
 _SCOPED_VMEM_KIB = {"TPU v5": 32768, "TPU v5 lite": 65536, "TPU v6 lite": 65536}
