@@ -5,13 +5,9 @@ import dataclasses
 import numpy as np
 import pytest
 
-from btlm_jax.tune.coord_check import FULL, CaseResult, Design, coord_check
+from btlm_jax.tune.coord_check import FULL, CaseResult, Design
 from btlm_jax.tune.coord_report import format_table, report_coord_check, write_plot
-from btlm_jax.tune.mutations import BTLM, CASES, NO_HIDDEN_INIT, NO_HIDDEN_LEARNING_RATE, NO_OUTPUT_SCALE
-
-SMALL = dataclasses.replace(
-    FULL, cases=(BTLM, NO_HIDDEN_LEARNING_RATE, NO_HIDDEN_INIT, NO_OUTPUT_SCALE), widths=(64, 256)
-)
+from btlm_jax.tune.mutations import BTLM, CASES, NO_OUTPUT_SCALE
 
 
 def result(case, *, slope: float, spread: float, design: Design = FULL) -> CaseResult:
@@ -60,13 +56,8 @@ def test_a_senseless_design_is_refused(change):
         dataclasses.replace(FULL, **change)
 
 
-def test_core_cases():
-    results = coord_check(SMALL)
-    assert all(r.is_as_expected for r in results), format_table(results)
-
-
 @pytest.mark.slow
 def test_every_case(tmp_path):
-    report = report_coord_check(FULL, directory=tmp_path)
+    report = report_coord_check(dataclasses.replace(FULL, seeds=(0, 1, 2)), directory=tmp_path)
     assert report.passed, report.table
     assert (tmp_path / "coord_check.txt").read_text() == report.table + "\n"
