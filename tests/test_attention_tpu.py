@@ -31,7 +31,7 @@ from btlm_jax.plan.chips import slice_devices
     ],
 )
 def test_output_and_gradients_match_float64(B, T, N, H, together):
-    assert Heads(num=N, dim=H, scale=1.0).together == together
+    assert Heads(num=N, dim=H, scale=1.0, itemsize=4).together == together
     *inputs, slopes_N = make_inputs(B=B, T=T, N=N, H=H)
     results = attend_and_gradients(*inputs, slopes_N, scale=3 / H, implementation="tpu")
     # ALiBi is counted from a block's first query, whose distance comes off again: a rounding of the largest score.
@@ -45,7 +45,7 @@ def test_little_vector_memory_changes_no_bit():
     *inputs, slopes_N = make_inputs(B=1, T=700, N=2, H=64)
 
     def run():
-        with mock.patch.object(tpu, "block_size", lambda length: 256):
+        with mock.patch.object(tpu, "block_size", lambda heads, length: 256):
             return attend_and_gradients.__wrapped__(*inputs, slopes_N, scale=1 / 64, implementation="tpu")
 
     whole = run()

@@ -47,7 +47,12 @@ def attend_tpu(
     has been exchanged back (exchange.py), and so it is saved: its projection needs it that way.
     """
     how = _How(
-        heads=Heads(num=slopes_N.shape[0], dim=q_SBTM.shape[3] // slopes_N.shape[0], scale=scale),
+        heads=Heads(
+            num=slopes_N.shape[0],
+            dim=q_SBTM.shape[3] // slopes_N.shape[0],
+            scale=scale,
+            itemsize=q_SBTM.dtype.itemsize,
+        ),
         axes=axes,
         interpret=interpret,
     )
@@ -65,7 +70,8 @@ class _How:
     def num_pieces(self, x_SBTM: jax.Array) -> int:
         """Return S, or 1 where kernels cannot take pieces: a block must lie in one, and all gradients fit at once."""
         S, _, T, _ = x_SBTM.shape
-        fits = _queries_at_once(self.heads, S * T, block_size(T)) * block_size(T) >= S * T
+        size = block_size(self.heads, T)
+        fits = _queries_at_once(self.heads, S * T, size) * size >= S * T
         return S if T % TILE == 0 and fits else 1
 
     def arranged(self, x_SBTM: jax.Array) -> jax.Array:
@@ -74,7 +80,7 @@ class _How:
         if self.num_pieces(x_SBTM) < S:
             S, T, x_SBTM = 1, S * T, jnp.moveaxis(x_SBTM, 0, 1)
         # Padding comes last: no real query sees its keys, and its outputs are cut off.
-        return jnp.pad(x_SBTM.reshape(S * B, T, M), ((0, 0), (0, -T % block_size(T)), (0, 0)))
+        return jnp.pad(x_SBTM.reshape(S * B, T, M), ((0, 0), (0, -T % block_size(self.heads, T)), (0, 0)))
 
     def restored(self, x_ATM: jax.Array, like_SBTM: jax.Array) -> jax.Array:
         """Undo `arranged`."""
@@ -84,9 +90,12 @@ class _How:
         return x_ATM[:, :T].reshape(S, B, T, M)
 
 
-def block_size(length: int) -> int:
+def block_size(heads: Heads, length: int) -> int:
     """Return how many positions a block of the kernels holds: whole tiles, that make up a length of whole tiles."""
-    size = min(256 if device_kind() in SMALL else 512, -(-length // TILE) * TILE)
+    most, room = (256, _MIB // 2) if device_kind() in SMALL else (512, 2 * _MIB)
+    while most > TILE and most * heads.together * heads.width * heads.itemsize > room:
+        most //= 2
+    size = min(most, -(-length // TILE) * TILE)
     while length % TILE == 0 and length % size:
         size -= TILE
     return size
@@ -124,7 +133,7 @@ _attend.defvjp(_attend_forward, _attend_backward)
 
 def _forward(heads: Heads, S: int, slopes_N, q_ATM, k_ATM, v_ATM, interpret: bool):
     (A, T, M), dtype = q_ATM.shape, q_ATM.dtype
-    G, H, C = heads.together, heads.dim, block_size(T)
+    G, H, C = heads.together, heads.dim, block_size(heads, T)
     # Parted keys and values stay in vector memory for the queries to come, where there is room for all.
     kept = S * T // C if S * T * G * (heads.width + H) * dtype.itemsize <= _room() else 1
     queries, keys, rows = _blocks(heads, A // S, T // C, C)
@@ -153,8 +162,8 @@ def _forward(heads: Heads, S: int, slopes_N, q_ATM, k_ATM, v_ATM, interpret: boo
 def _backward(heads: Heads, S: int, inputs: tuple, interpret: bool):
     """Return dq, dk and dv in as many spans of queries as vector memory needs; S > 1 pieces only in one."""
     T, dtype = inputs[1].shape[1], inputs[1].dtype
-    num_blocks = S * T // block_size(T)
-    num_queries = _queries_at_once(heads, S * T, block_size(T))
+    num_blocks = S * T // block_size(heads, T)
+    num_queries = _queries_at_once(heads, S * T, block_size(heads, T))
     spans = [
         _differentiate(heads, S, range(first, min(first + num_queries, num_blocks)), inputs, interpret)
         for first in range(0, num_blocks, num_queries)
@@ -176,7 +185,7 @@ def _queries_at_once(heads: Heads, length: int, size: int) -> int:
 def _differentiate(heads: Heads, S: int, span: range, inputs: tuple, interpret: bool):
     """Return dq of the blocks of queries in `span`, and their part of dk and dv of the keys that they see."""
     (A, T, M), dtype = inputs[1].shape, inputs[1].dtype
-    G, H, W, C = heads.together, heads.dim, heads.width, block_size(T)
+    G, H, W, C = heads.together, heads.dim, heads.width, block_size(heads, T)
     queries, keys, rows = _blocks(heads, A // S, T // C, C)
     of_span, *_ = _blocks(heads, A // S, T // C, C, lambda pair: jnp.maximum(pair[1] - span.start, 0))
     partial = dtype if len(span) == S * T // C else jnp.float32

@@ -24,11 +24,12 @@ _PLAIN, _TRANSPOSED = (((1,), (0,)), ((), ())), (((1,), (1,)), ((), ()))  # a @ 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Heads:
-    """The heads of q, k and v, and the scale of their scores."""
+    """The heads of q, k and v, the scale of their scores, and the bytes of a number."""
 
     num: int
     dim: int
     scale: float
+    itemsize: int
 
     @property
     def together(self) -> int:

@@ -134,7 +134,7 @@ def compiler_versions() -> dict[str, str]:
 def _key(traced: jax.stages.Traced, *, topology: str, device: jax.Device) -> str:
     """Return a hash of all that decides the result: the program, the slice, the options and the compiler."""
     parts = {
-        "program": traced.lower().as_text(),
+        "program": _text(traced),
         "topology": topology,
         "options": compiler_options(device),
         "environment": os.environ.get("LIBTPU_INIT_ARGS", ""),
@@ -142,6 +142,17 @@ def _key(traced: jax.stages.Traced, *, topology: str, device: jax.Device) -> str
         "reader": Path(__file__).with_name("executable.py").read_text(),
     }
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:32]
+
+
+def _text(traced: jax.stages.Traced) -> str:
+    """Return a traced step without the places in source files, which kernels carry and which decide nothing."""
+    name = "jax_traceback_in_locations_limit"
+    limit = getattr(jax.config, name)
+    jax.config.update(name, 0)
+    try:
+        return traced.lower().as_text()
+    finally:
+        jax.config.update(name, limit)
 
 
 def _executable(values: dict) -> Executable:
