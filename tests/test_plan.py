@@ -8,7 +8,7 @@ from unittest import mock
 import jax
 import pytest
 from tiny import REPOSITORY, config_dict, tiny_config
-from tpu import needs_libtpu
+from tpu import needs_libtpu, quickly_compiled  # noqa: F401
 
 from btlm_jax.attention.tpu import BACKWARD, FORWARD
 from btlm_jax.cli import main
@@ -91,6 +91,8 @@ ENTRY %main (p.7: s32[]) -> f32[] {
   ROOT %p.8 = f32[] parameter(0)
 }
 """  # noqa: E501
+
+pytestmark = pytest.mark.usefixtures("quickly_compiled")
 
 
 def test_collectives_and_cycles_of_a_compiled_program():

@@ -12,7 +12,7 @@ from unittest import mock
 import pytest
 from imagined_plan import KEPT, imagined
 from tiny import REPOSITORY, config_dict
-from tpu import needs_libtpu
+from tpu import needs_libtpu, quickly_compiled  # noqa: F401
 
 from btlm_jax.cli import main
 from btlm_jax.config import REMATS, MeshConfig, train_config_from
@@ -23,6 +23,8 @@ from btlm_jax.plan.layout import Layout
 from btlm_jax.plan.search_report import search_table
 from btlm_jax.plan.slice_plan import Misfit
 from btlm_jax.program import Program
+
+pytestmark = pytest.mark.usefixtures("quickly_compiled")
 
 CONFIG = train_config_from(config_dict("btlm_3b_8k"))
 CHIP = CHIPS["v5e"]
@@ -38,7 +40,6 @@ def search_imagined(config=CONFIG, *, compiling=imagined):
             config, topology="v5e:4x8", cache=CompileCache(directory=Path(), max_compiles=math.inf), say=said.append
         )
     return found, compiled.call_count, said
-
 
 def test_it_finds_what_trying_everything_finds_with_fewer_compilations():
     found, num_compiled, said = search_imagined()
