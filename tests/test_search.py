@@ -30,6 +30,7 @@ CONFIG = train_config_from(config_dict("btlm_3b_8k"))
 CHIP = CHIPS["v5e"]
 DEVICES = [types.SimpleNamespace(device_kind="TPU v5 lite")] * 32
 
+
 def search_imagined(config=CONFIG, *, compiling=imagined):
     said = []
     with (
@@ -40,6 +41,7 @@ def search_imagined(config=CONFIG, *, compiling=imagined):
             config, topology="v5e:4x8", cache=CompileCache(directory=Path(), max_compiles=math.inf), say=said.append
         )
     return found, compiled.call_count, said
+
 
 def test_it_finds_what_trying_everything_finds_with_fewer_compilations():
     found, num_compiled, said = search_imagined()
