@@ -6,7 +6,7 @@ import re
 import jax
 import pytest
 from tiny import tiny_config
-from tpu import needs_libtpu
+from tpu import needs_libtpu, quickly_compiled  # noqa: F401
 
 from btlm_jax.plan.chips import slice_devices
 from btlm_jax.plan.executable import read_executable
@@ -33,7 +33,7 @@ def compile_phase(index: int):
 
 
 @pytest.fixture(scope="module")
-def second_phase():
+def second_phase(quickly_compiled):  # noqa: F811
     program, compiled = compile_phase(1)
     return program, compiled.as_text(), read_executable(compiled.as_text(), num_devices=8)
 
