@@ -167,14 +167,16 @@ def divisors(number: int) -> list[int]:
 
 def platform() -> str:
     """Return the platform of the surrounding mesh's devices, which a compilation ahead of time need not have here."""
-    device = jax.sharding.get_abstract_mesh().abstract_device
-    return jax.default_backend() if device is None else device.platform
+    return _device().platform
 
 
 def device_kind() -> str:
     """Return what the devices of the surrounding mesh call themselves ("TPU v5 lite"), here or ahead of time."""
-    device = jax.sharding.get_abstract_mesh().abstract_device
-    return jax.devices()[0].device_kind if device is None else device.device_kind
+    return _device().device_kind
+
+
+def _device():
+    return jax.sharding.get_abstract_mesh().abstract_device or jax.devices()[0]
 
 
 def num_ways(mesh: Mesh | jax.sharding.AbstractMesh, axes: Axes) -> int:

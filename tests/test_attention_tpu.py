@@ -10,10 +10,16 @@ import pytest
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 from test_attention import FLOAT32_ERROR, NAMES, attend_and_gradients, errors, make_inputs, oracle
-from test_splash import num_kernels, num_kernels_compiled, subjaxprs
+from test_splash import (
+    num_kernels,
+    num_kernels_compiled,
+    num_kernels_under_remat,
+    root_mean_square_errors,
+    subjaxprs,
+)
 from tpu import needs_libtpu
 
-from btlm_jax.attention import attend, tpu
+from btlm_jax.attention import tpu
 from btlm_jax.attention.tpu_kernels import Heads
 from btlm_jax.model import alibi_slopes
 from btlm_jax.plan.chips import slice_devices
@@ -60,16 +66,9 @@ def test_bfloat16_errs_like_the_reference():
     *inputs, _ = make_inputs(B=1, T=1300, N=8, H=80, dtype=jnp.bfloat16)
     slopes_N = alibi_slopes(32, scaling=1.0)[[0, 2, 5, 9, 14, 20, 26, 31]]  # from steep to flat
     expected = oracle(*inputs, slopes_N, scale=1 / 80)
-
-    def root_mean_square_errors(implementation):
-        results = attend_and_gradients(*inputs, slopes_N, scale=1 / 80, implementation=implementation)
-        assert all(x.dtype == jnp.bfloat16 for x in results)
-        return [
-            np.linalg.norm(np.asarray(result, np.float64) - value) / np.linalg.norm(value)
-            for result, value in zip(results, expected, strict=True)
-        ]
-
-    ours, reference = root_mean_square_errors("tpu"), root_mean_square_errors("reference")
+    ours, reference = (
+        root_mean_square_errors(name, *inputs, slopes_N, expected=expected) for name in ("tpu", "reference")
+    )
     # The kernels round weights and the gradients of scores to bfloat16, which the reference does not.
     for name, error, theirs in zip(NAMES, ours, reference, strict=True):
         assert error < 1.8 * theirs and error < 4e-3, name
@@ -120,19 +119,4 @@ def test_they_compile_for_tpus(topology, T, N, H, kernels):
 
 @needs_libtpu
 def test_a_remat_policy_that_keeps_the_output_runs_the_forward_kernel_once():
-    B, T, N, H = 1, 256, 8, 80
-    mesh = jax.make_mesh((1, 1), ("fsdp", "tensor"), devices=slice_devices("v5e:2x2")[:1])
-    x = jax.ShapeDtypeStruct((B, T, N, H), jnp.bfloat16, sharding=NamedSharding(mesh, P()))
-    slopes_N = alibi_slopes(N, scaling=1.0)
-
-    def kernels(policy):
-        def function(q, k, v):
-            return jnp.square(attend(q, k, v, slopes_N, scale=1 / H, implementation="tpu")).sum()
-
-        step = jax.value_and_grad(jax.checkpoint(function, policy=policy), argnums=(0, 1, 2))
-        with jax.set_mesh(mesh):
-            return num_kernels_compiled(jax.jit(step).lower(x, x, x).compile())
-
-    saved = jax.checkpoint_policies.save_only_these_names("attention_out", "attention_lse")
-    assert kernels(saved) == 2
-    assert kernels(jax.checkpoint_policies.nothing_saveable) == 3
+    assert num_kernels_under_remat("tpu", num_heads=8) == (2, 3)

@@ -13,8 +13,8 @@ from test_attention import FLOAT32_ERROR, NAMES, attend_and_gradients, errors, m
 from tpu import needs_libtpu
 
 from btlm_jax.attention import attend
-from btlm_jax.attention.lanes import MAX_LENGTH, NUM_LANES, alibi_lanes, bfloat16_parts
-from btlm_jax.attention.splash import MAX_BLOCK, TILE, block_size
+from btlm_jax.attention.lanes import MAX_LENGTH, NUM_LANES, TILE, alibi_lanes, bfloat16_parts
+from btlm_jax.attention.splash import MAX_BLOCK, block_size
 from btlm_jax.model import alibi_slopes
 from btlm_jax.plan.chips import slice_devices
 
@@ -52,20 +52,24 @@ def test_output_and_gradients_match_float64(B, T, N, H, scaling):
         assert error < allowed, name
 
 
+def root_mean_square_errors(implementation, *inputs, expected):
+    """Return each result's error relative to what is expected, of inputs in bfloat16 and the model's scale."""
+    scale = 1 / inputs[0].shape[-1]
+    results = attend_and_gradients(*inputs, scale=scale, implementation=implementation)
+    assert all(x.dtype == jnp.bfloat16 for x in results)
+    return [
+        np.linalg.norm(np.asarray(result, np.float64) - value) / np.linalg.norm(value)
+        for result, value in zip(results, expected, strict=True)
+    ]
+
+
 def test_bfloat16_errs_like_the_reference_with_its_float32_bias():
     *inputs, _ = make_inputs(B=1, T=1300, N=3, H=80, dtype=jnp.bfloat16)
     slopes_N = alibi_slopes(32, scaling=1.0)[[0, 5, 31]]  # steep, in between, flat
     expected = oracle(*inputs, slopes_N, scale=1 / 80)
-
-    def root_mean_square_errors(implementation):
-        results = attend_and_gradients(*inputs, slopes_N, scale=1 / 80, implementation=implementation)
-        assert all(x.dtype == jnp.bfloat16 for x in results)
-        return [
-            np.linalg.norm(np.asarray(result, np.float64) - value) / np.linalg.norm(value)
-            for result, value in zip(results, expected, strict=True)
-        ]
-
-    splash, reference = root_mean_square_errors("splash"), root_mean_square_errors("reference")
+    splash, reference = (
+        root_mean_square_errors(name, *inputs, slopes_N, expected=expected) for name in ("splash", "reference")
+    )
     assert splash[0] < reference[0] < 3e-3
     # The kernel rounds q x scale and the gradient of the scores to bfloat16, which the reference does not.
     for name, ours, theirs in zip(NAMES[1:], splash[1:], reference[1:], strict=True):
@@ -138,22 +142,26 @@ def test_it_compiles_for_a_tpu_at_8192_tokens(H):
 
 @needs_libtpu
 def test_a_remat_policy_that_keeps_the_output_runs_the_forward_kernel_once():
-    B, T, N, H = 1, 256, 2, 80
+    assert num_kernels_under_remat("splash", num_heads=2) == (3, 4)  # forward, dq, dk with dv; forward again
+
+
+def num_kernels_under_remat(implementation, *, num_heads: int) -> tuple[int, int]:
+    """Return how many kernels value and gradients run where remat keeps the output, and where it keeps nothing."""
+    B, T, N, H = 1, 256, num_heads, 80
     mesh = jax.make_mesh((1, 1), ("fsdp", "tensor"), devices=slice_devices("v5e:2x2")[:1])
     x = jax.ShapeDtypeStruct((B, T, N, H), jnp.bfloat16, sharding=NamedSharding(mesh, P()))
     slopes_N = alibi_slopes(N, scaling=1.0)
 
     def kernels(policy):
         def function(q, k, v):
-            return jnp.square(attend(q, k, v, slopes_N, scale=1 / H, implementation="splash")).sum()
+            return jnp.square(attend(q, k, v, slopes_N, scale=1 / H, implementation=implementation)).sum()
 
         step = jax.value_and_grad(jax.checkpoint(function, policy=policy), argnums=(0, 1, 2))
         with jax.set_mesh(mesh):
             return num_kernels_compiled(jax.jit(step).lower(x, x, x).compile())
 
     saved = jax.checkpoint_policies.save_only_these_names("attention_out", "attention_lse")
-    assert kernels(saved) == 3  # forward, dq, dk with dv
-    assert kernels(jax.checkpoint_policies.nothing_saveable) == 4
+    return kernels(saved), kernels(jax.checkpoint_policies.nothing_saveable)
 
 
 def num_kernels_compiled(compiled) -> int:

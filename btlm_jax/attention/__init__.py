@@ -9,7 +9,7 @@ from jax.sharding import PartitionSpec as P
 
 from btlm_jax.attention.blockwise import attend_blockwise
 from btlm_jax.attention.cpu import attend_cpu, has_kernels_for
-from btlm_jax.attention.exchange import exchanged, in_pieces, joined, num_pieces, own_positions, positions_for_heads
+from btlm_jax.attention.exchange import exchanged, in_pieces, joined, own_positions, positions_for_heads
 from btlm_jax.attention.gpu import attend_gpu, is_possible
 from btlm_jax.attention.lanes import named
 from btlm_jax.attention.reference import attend_reference
@@ -64,16 +64,17 @@ def attend(
     slopes_N = jax.lax.stop_gradient(jnp.asarray(slopes_N, jnp.float32))
 
     def local(q_BTNH, k_BSNH, v_BSNH, slopes_N, length_axes=()):
-        head_dim = q_BTNH.shape[3]
+        B, *_, head_dim = q_BTNH.shape
         q_SBTM, k_SBTM, v_SBTM = (positions_for_heads(x, length_axes) for x in (q_BTNH, k_BSNH, v_BSNH))
         if implementation == "tpu":  # which takes pieces as they come, and exchanges its output itself
             o_SBTM = attend_local(q_SBTM, k_SBTM, v_SBTM, slopes_N, scale=scale, axes=length_axes)
             return own_positions(o_SBTM, head_dim=head_dim)
-        q_BTNH, k_BTNH, v_BTNH = (joined(x, head_dim=head_dim) for x in (q_SBTM, k_SBTM, v_SBTM))
+        all_positions = (B, q_SBTM.shape[0] * q_SBTM.shape[2], -1, head_dim)
+        q_BTNH, k_BTNH, v_BTNH = (joined(x).reshape(all_positions) for x in (q_SBTM, k_SBTM, v_SBTM))
         if implementation != "splash":  # which names what it makes of them
             q_BTNH, k_BTNH, v_BTNH = named(q_BTNH, k_BTNH, v_BTNH)
         o_BTNH = attend_local(q_BTNH, k_BTNH, v_BTNH, slopes_N, scale=scale)
-        o_SBTM = exchanged(in_pieces(o_BTNH, num_pieces(length_axes)), length_axes)
+        o_SBTM = exchanged(in_pieces(o_BTNH.reshape(*all_positions[:2], -1), len(q_SBTM)), length_axes)
         return own_positions(o_SBTM, head_dim=head_dim)
 
     mesh = jax.sharding.get_abstract_mesh()

@@ -9,14 +9,13 @@ import jax
 import jax.numpy as jnp
 
 from btlm_jax.collectives import in_order
-
-Axes = tuple[str, ...]
+from btlm_jax.sharding import Axes, num_ways
 
 
 def positions_for_heads(x_BTNH: jax.Array, axes: Axes) -> jax.Array:
     """Give away most heads of the own positions; return pieces_SBTM, which together are all positions of few heads."""
     B, T, N, H = x_BTNH.shape
-    ways = num_pieces(axes)
+    ways = num_ways(jax.sharding.get_abstract_mesh(), axes)
     return exchanged(jnp.moveaxis(x_BTNH.reshape(B, T, ways, N // ways * H), 2, 0), axes)
 
 
@@ -33,17 +32,13 @@ def exchanged(pieces_SBXX: jax.Array, axes: Axes) -> jax.Array:
     return in_order(jax.lax.all_to_all(in_order(pieces_SBXX), axes, split_axis=0, concat_axis=0, tiled=True))
 
 
-def joined(x_SBTM: jax.Array, *, head_dim: int) -> jax.Array:
-    """Return all positions of pieces, x_BTNH."""
+def joined(x_SBTM: jax.Array) -> jax.Array:
+    """Return all positions of pieces one after the other, x_BTM."""
     S, B, T, M = x_SBTM.shape
-    return jnp.moveaxis(x_SBTM, 0, 1).reshape(B, S * T, M // head_dim, head_dim)
+    return jnp.moveaxis(x_SBTM, 0, 1).reshape(B, S * T, M)
 
 
-def in_pieces(x_BTNH: jax.Array, num: int) -> jax.Array:
+def in_pieces(x_BTM: jax.Array, num: int) -> jax.Array:
     """Undo `joined`."""
-    B, T, N, H = x_BTNH.shape
-    return jnp.moveaxis(x_BTNH.reshape(B, num, T // num, N * H), 1, 0)
-
-
-def num_pieces(axes: Axes) -> int:
-    return jax.lax.axis_size(axes) if axes else 1
+    B, T, M = x_BTM.shape
+    return jnp.moveaxis(x_BTM.reshape(B, num, T // num, M), 1, 0)

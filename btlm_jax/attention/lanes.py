@@ -9,9 +9,15 @@ import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
+TILE = 128  # lanes of a TPU's vectors
 NUM_PARTS = 3  # of a slope: 3 x 8 bits are a float32's 24
 NUM_LANES = 4 * NUM_PARTS
 MAX_LENGTH = 1 << 16  # the multiples of 256 below it have 8 bits
+
+
+def whole_tiles(size: int) -> int:
+    """Return a number of lanes rounded up to whole tiles."""
+    return -(-size // TILE) * TILE
 
 
 def alibi_lanes(slopes_N: jax.Array, *, length: int, head_dim: int, width: int) -> tuple[jax.Array, jax.Array]:

@@ -21,10 +21,10 @@ from jax.ad_checkpoint import checkpoint_name
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from btlm_jax.attention.exchange import Axes, exchanged
-from btlm_jax.attention.lanes import named
-from btlm_jax.attention.tpu_kernels import TILE, Heads, backward_kernel, forward_kernel, parted
-from btlm_jax.sharding import device_kind
+from btlm_jax.attention.exchange import exchanged, in_pieces, joined
+from btlm_jax.attention.lanes import TILE, named, whole_tiles
+from btlm_jax.attention.tpu_kernels import Heads, backward_kernel, forward_kernel, parted
+from btlm_jax.sharding import Axes, device_kind
 
 FORWARD, BACKWARD = "alibi_forward", "alibi_backward"  # the kernels' names in a compiled program
 SMALL = ("TPU v2", "TPU v3", "TPU v4")  # 16 MiB of vector memory a core; later ones have 64 or more
@@ -77,16 +77,16 @@ class _How:
     def arranged(self, x_SBTM: jax.Array) -> jax.Array:
         """Return what the kernels take, x_ATM."""
         S, B, T, M = x_SBTM.shape
-        if self.num_pieces(x_SBTM) < S:
-            S, T, x_SBTM = 1, S * T, jnp.moveaxis(x_SBTM, 0, 1)
+        x_ATM = joined(x_SBTM) if self.num_pieces(x_SBTM) < S else x_SBTM.reshape(S * B, T, M)
         # Padding comes last: no real query sees its keys, and its outputs are cut off.
-        return jnp.pad(x_SBTM.reshape(S * B, T, M), ((0, 0), (0, -T % block_size(self.heads, T)), (0, 0)))
+        padding = -x_ATM.shape[1] % block_size(self.heads, x_ATM.shape[1])
+        return jnp.pad(x_ATM, ((0, 0), (0, padding), (0, 0)))
 
     def restored(self, x_ATM: jax.Array, like_SBTM: jax.Array) -> jax.Array:
         """Undo `arranged`."""
         S, B, T, M = like_SBTM.shape
         if self.num_pieces(like_SBTM) < S:
-            return jnp.moveaxis(x_ATM[:, : S * T].reshape(B, S, T, M), 1, 0)
+            return in_pieces(x_ATM[:, : S * T], S)
         return x_ATM[:, :T].reshape(S, B, T, M)
 
 
@@ -95,7 +95,7 @@ def block_size(heads: Heads, length: int) -> int:
     most, room = (256, _MIB // 2) if device_kind() in SMALL else (512, 2 * _MIB)
     while most > TILE and most * heads.together * heads.width * heads.itemsize > room:
         most //= 2
-    size = min(most, -(-length // TILE) * TILE)
+    size = min(most, whole_tiles(length))
     while length % TILE == 0 and length % size:
         size -= TILE
     return size

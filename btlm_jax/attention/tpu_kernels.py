@@ -17,7 +17,8 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-TILE = 128  # lanes
+from btlm_jax.attention.lanes import TILE, whole_tiles
+
 MASKED = -1e30  # finite, so that no inf - inf can occur
 _PLAIN, _TRANSPOSED = (((1,), (0,)), ((), ())), (((1,), (1,)), ((), ()))  # a @ b, a @ b.T
 
@@ -40,7 +41,7 @@ class Heads:
     @property
     def width(self) -> int:
         """Return W."""
-        return -(-self.dim // TILE) * TILE
+        return whole_tiles(self.dim)
 
     def lanes(self, n: int) -> range:
         """Return where head n of a program lies in its block."""

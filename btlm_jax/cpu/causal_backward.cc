@@ -115,8 +115,11 @@ void backward(ffi::ThreadPool pool, const Shape& shape, const C* q, const C* k, 
     sum_products(shared.d_o + task * columns, o_columns.data, shape.H, shared.delta.data() + task * kTile);
     std::copy_n(lse + g * shape.T + first, count, shared.lse.data() + task * kTile);
   });
-  for (int64_t i = 0; i < G * tiles; ++i) {
-    shared.turns[i] = std::max<int64_t>(0, i % tiles * kTile - reach.of(i / tiles)) / kBlock;
+  for (int64_t g = 0; g < G; ++g) {
+    int64_t back = reach.of(g);
+    for (int64_t tile = 0; tile < tiles; ++tile) {
+      shared.turns[g * tiles + tile] = std::max<int64_t>(0, tile * kTile - back) / kBlock;
+    }
   }
   parallel(pool, (shape.T + kBlock - 1) / kBlock * G, shape.T * kBlock * W, [&](int64_t task) {
     int64_t g = task % G, block = task / G;  // the one with most queries first

@@ -15,10 +15,9 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 
+from btlm_jax.attention.lanes import TILE
 from btlm_jax.collectives import COPIES, gather_kernel, in_order, own_part, put_parts_together, scatter_kernel_gradient
 from btlm_jax.sharding import FSDP, TENSOR, AxisRules, num_ways, platform
-
-TILE = 128  # lanes of a TPU's vectors
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
