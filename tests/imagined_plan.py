@@ -49,5 +49,5 @@ def _phase(phase: Phase, *, needed: int, available: int, seconds: float) -> Phas
         counted_flops=30.0,
         executed_flops=40.0,
         peak_flops=2.0,
-        step_time=StepTime(computation=seconds, attention=0.0, exposed=0.0, asynchronous=1.0),
+        step_time=StepTime(computation=seconds, attention=0.0, negligible=0.0, exposed=0.0, asynchronous=1.0),
     )

@@ -15,6 +15,7 @@ from btlm_jax.attention.blockwise import BLOCK, MAX_WIDTHS, NEGLIGIBLE, block_si
 
 NAMES = ("o", "dq", "dk", "dv")
 OURS = ("blockwise", "cpu")
+LEAVING_OUT = (*OURS, "tpu")  # keys that ALiBi puts out of a head's sight
 PORTABLE = ("reference", *OURS)  # held to one tolerance; kernels of other devices have files of their own
 RUN_HERE = (*PORTABLE, "tpu", "splash")  # kernels interpreted
 
@@ -104,7 +105,7 @@ def test_blockwise_matches_float64_when_blocks_share_widths():
         assert error < FLOAT32_ERROR, name
 
 
-@pytest.mark.parametrize("implementation", OURS)
+@pytest.mark.parametrize("implementation", LEAVING_OUT)
 def test_keeps_a_far_key_whose_score_outweighs_its_distance(implementation):
     T, H = 1100, 8
     q, k, v, do, _ = make_inputs(B=1, T=T, N=1, H=H)
@@ -116,14 +117,14 @@ def test_keeps_a_far_key_whose_score_outweighs_its_distance(implementation):
         assert error < 2e-5, name  # one float32 rounding of a score of 64 is 4e-6
 
 
-@pytest.mark.parametrize("implementation", OURS)
-def test_does_not_read_keys_that_cannot_count(implementation):
-    q, k, v, do, _ = make_inputs(B=1, T=4 * BLOCK, N=1, H=8)
+@pytest.mark.parametrize("implementation, block", [("blockwise", BLOCK), ("cpu", BLOCK), ("tpu", 512)])
+def test_does_not_read_keys_that_cannot_count(implementation, block):
+    q, k, v, do, _ = make_inputs(B=1, T=4 * block, N=1, H=8)
     v = v.at[:, 0].set(jnp.inf)
     slopes_N = np.asarray([1.0], np.float32)
     o, dq, *_ = attend_and_gradients(q, k, v, do, slopes_N, scale=0.1, implementation=implementation)
     assert not np.isfinite(np.asarray(o[:, 0])).any()
-    assert np.isfinite(np.asarray(o[:, 2 * BLOCK :])).all() and np.isfinite(np.asarray(dq[:, 2 * BLOCK :])).all()
+    assert np.isfinite(np.asarray(o[:, 2 * block :])).all() and np.isfinite(np.asarray(dq[:, 2 * block :])).all()
 
 
 @pytest.mark.parametrize("implementation", OURS)

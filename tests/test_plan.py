@@ -1,11 +1,14 @@
 """Planning: what is read out of a compiled program, what is counted, what is refused, and the command end to end."""
 
 import dataclasses
+import itertools
 import json
+import math
 import sys
 from unittest import mock
 
 import jax
+import numpy as np
 import pytest
 from tiny import REPOSITORY, config_dict, tiny_config
 from tpu import needs_libtpu, quickly_compiled  # noqa: F401
@@ -16,10 +19,10 @@ from btlm_jax.config import MeshConfig, train_config_from
 from btlm_jax.metrics import flops_per_token
 from btlm_jax.plan.chips import CHIPS, GIB, num_chips, slice_devices, topology_named
 from btlm_jax.plan.compiling import needed_bytes
-from btlm_jax.plan.estimate import collective_seconds
-from btlm_jax.plan.executable import Collective, read_executable
+from btlm_jax.plan.estimate import collective_seconds, step_time
+from btlm_jax.plan.executable import Collective, Executable, read_executable
 from btlm_jax.plan.slice_plan import dividing_meshes, layout_problems
-from btlm_jax.plan.work import DIAGONAL, work_of
+from btlm_jax.plan.work import DIAGONAL, NEAR, Work, work_of
 from btlm_jax.program import Program, make_program
 from btlm_jax.sharding import make_run_mesh
 
@@ -147,7 +150,7 @@ def test_executed_flops_are_the_closed_form(remat, tensor):
     if remat == "full":  # the block's last product, and the output's, have nothing that needs them again
         per_token -= L * 2 * D * F
     assert work.flops == pytest.approx(per_token * phase.tokens_per_step, rel=1e-9)
-    assert not any(work.kernel_blocks.values())
+    assert not work.kernel_blocks
 
 
 @pytest.mark.parametrize("attention", ["tpu", "splash"])
@@ -163,13 +166,41 @@ def test_kernels_are_counted_by_the_blocks_of_the_lower_triangle(remat, num_forw
     work = work_of(program.trace_train_step(phase).jaxpr.jaxpr)
     heads = phase.batch_size * config.model.num_heads * config.model.num_layers
     if attention == "splash":
-        assert work.kernel_blocks == {"fwd": num_forwards * 6 * heads, "dq": 6 * heads, "dkv": 6 * heads}
+        assert work.kernel_blocks == {
+            ("fwd", NEAR): num_forwards * 6 * heads, ("dq", NEAR): 6 * heads, ("dkv", NEAR): 6 * heads,
+        }  # fmt: skip
         assert work.kernel_steps == (num_forwards + 2) * 6 * heads
-    else:  # of which 3 on the diagonal; a program takes all the heads that a device has
-        expected = {FORWARD: num_forwards * 3 * heads, BACKWARD: 3 * heads}
-        assert work.kernel_blocks == expected | {name + DIAGONAL: blocks for name, blocks in expected.items()}
+    else:  # of which 3 on the diagonal, 2 beside it; a program takes all the heads that a device has
+        expected = {}
+        for name, times in ((FORWARD, num_forwards), (BACKWARD, 1)):
+            expected |= {(name + DIAGONAL, NEAR): 3 * times * heads}
+            expected |= {(name, 0): 2 * times * heads, (name, 512): times * heads}
+        assert work.kernel_blocks == expected
         heads_together = config.model.num_heads // 2
         assert work.kernel_steps == (num_forwards + 1) * 6 * heads / heads_together
+
+
+def test_attention_takes_as_long_as_on_the_device_that_sees_the_most():
+    chip, T, block = CHIPS["v5e"], 8192, 512
+    slopes_XN = np.array([[0.5, 0.002], [0.1, 0.03]])
+    num_blocks = T // block
+    pairs = {(FORWARD, (apart - 1) * block): 4 * (num_blocks - apart) for apart in range(1, num_blocks)}
+    work = Work(flops=0.0, kernel_blocks=pairs | {(FORWARD + DIAGONAL, NEAR): 4 * num_blocks}, kernel_steps=0)
+    step = step_time(Executable(num_cycles=0, collectives=()), work, slopes_XN=slopes_XN, chip=chip, num_chips=2)
+    bundles = chip.kernel_bundles
+
+    def seconds_of(slopes):  # a head of each of two sequences, or two of one: all the same
+        visits = 0
+        for query, key in itertools.combinations_with_replacement(range(num_blocks), 2):
+            nearest = (key - query) * block - block + 1
+            seen = [nearest <= (64 + 24 * math.log(2) - math.log(1 - math.exp(-slope))) / slope for slope in slopes]
+            visits += sum(seen) * bundles[FORWARD + DIAGONAL if query == key else FORWARD]
+        return visits / chip.clock
+
+    everything = 2 * (num_blocks * bundles[FORWARD + DIAGONAL] + num_blocks * (num_blocks - 1) / 2 * bundles[FORWARD])
+    assert step.high == step.attention == pytest.approx(everything / chip.clock)
+    assert step.low == pytest.approx(max(map(seconds_of, slopes_XN)))
+    assert seconds_of(slopes_XN[1]) < step.low < step.high
 
 
 def test_the_paper_on_slices_that_its_batches_do_not_divide():

@@ -4,7 +4,8 @@ Several heads lie side by side in the lanes of [batch, length, heads x head dim]
 tiles of 128. A program of the kernels (tpu_kernels.py) reads whole tiles of as many heads as fill them and parts the
 heads in vector memory, so that nothing is padded, transposed or copied in HBM. Blocks above the diagonal are not
 visited; the backward pass computes the scores once for all three gradients (FlashAttention, arXiv:2205.14135, appendix
-B.4). Off a TPU, Pallas interprets the kernels: slow, the same arithmetic.
+B.4). So are not those that ALiBi puts out of a head's reach, which follows from how long queries and keys are, so that
+nothing that counts is left out whatever they are. Off a TPU, Pallas interprets the kernels: slow, the same arithmetic.
 
 Letters beside the house's: S pieces of the length, A = S x B, G heads of one program, M = heads x head dim, X groups of
 heads, C positions of a block, P pairs of blocks.
@@ -23,6 +24,7 @@ from jax.experimental.pallas import tpu as pltpu
 
 from btlm_jax.attention.exchange import exchanged, in_pieces, joined
 from btlm_jax.attention.lanes import TILE, named, whole_tiles
+from btlm_jax.attention.reach import largest_spread, reach
 from btlm_jax.attention.tpu_kernels import Heads, backward_kernel, forward_kernel, parted
 from btlm_jax.sharding import Axes, device_kind
 
@@ -74,6 +76,13 @@ class _How:
         fits = _queries_at_once(self.heads, S * T, size) * size >= S * T
         return S if T % TILE == 0 and fits else 1
 
+    def reach(self, q_SBTM: jax.Array, k_SBTM: jax.Array, slopes_N: jax.Array) -> jax.Array:
+        """Return how far back the heads of each sequence see, whole positions int32 [B, N]."""
+        spread_BN = largest_spread(q_SBTM, k_SBTM, num_heads=self.heads.num, scale=self.heads.scale)
+        reach_BN, length = reach(spread_BN, slopes_N), q_SBTM.shape[0] * q_SBTM.shape[2]
+        # What is not finite fails the comparison, and sees everything.
+        return jnp.where(reach_BN < length, reach_BN, length).astype(jnp.int32)
+
     def arranged(self, x_SBTM: jax.Array) -> jax.Array:
         """Return what the kernels take, x_ATM."""
         S, B, T, M = x_SBTM.shape
@@ -108,14 +117,15 @@ def _attend(how: _How, q_SBTM, k_SBTM, v_SBTM, slopes_N):
 
 def _attend_forward(how: _How, q_SBTM, k_SBTM, v_SBTM, slopes_N):
     qkv_ATM = map(how.arranged, (q_SBTM, k_SBTM, v_SBTM))
-    o_ATM, lse_AXGT = _forward(how.heads, how.num_pieces(q_SBTM), slopes_N, *qkv_ATM, how.interpret)
+    reach_BN = checkpoint_name(how.reach(q_SBTM, k_SBTM, slopes_N), "attention_reach")
+    o_ATM, lse_AXGT = _forward(how.heads, how.num_pieces(q_SBTM), slopes_N, reach_BN, *qkv_ATM, how.interpret)
     o_SBTM = checkpoint_name(exchanged(how.restored(o_ATM, q_SBTM), how.axes), "attention_out")
     lse_AXGT = checkpoint_name(lse_AXGT, "attention_lse")
-    return o_SBTM, (q_SBTM, k_SBTM, v_SBTM, slopes_N, o_SBTM, lse_AXGT)
+    return o_SBTM, (q_SBTM, k_SBTM, v_SBTM, slopes_N, reach_BN, o_SBTM, lse_AXGT)
 
 
 def _attend_backward(how: _How, residuals, do_SBTM):
-    q_SBTM, k_SBTM, v_SBTM, slopes_N, o_SBTM, lse_AXGT = residuals
+    q_SBTM, k_SBTM, v_SBTM, slopes_N, reach_BN, o_SBTM, lse_AXGT = residuals
     # A product with zeros and ones sums over each head's lanes, where a reshape to heads would move them all.
     is_of_head_NM = np.repeat(np.eye(how.heads.num, dtype=np.float32), how.heads.dim, axis=1)
     product_SBTM = do_SBTM.astype(jnp.float32) * o_SBTM.astype(jnp.float32)
@@ -123,7 +133,7 @@ def _attend_backward(how: _How, residuals, do_SBTM):
     delta_SBTN = exchanged(delta_SBNT, how.axes).swapaxes(2, 3)
     delta_AXGT = how.arranged(delta_SBTN).swapaxes(1, 2).reshape(lse_AXGT.shape)
     qkvdo_ATM = map(how.arranged, (q_SBTM, k_SBTM, v_SBTM, exchanged(do_SBTM, how.axes)))
-    inputs = slopes_N, *qkvdo_ATM, lse_AXGT, delta_AXGT
+    inputs = slopes_N, reach_BN, *qkvdo_ATM, lse_AXGT, delta_AXGT
     gradients_ATM = _backward(how.heads, how.num_pieces(q_SBTM), inputs, how.interpret)
     return *(how.restored(x_ATM, q_SBTM) for x_ATM in gradients_ATM), None
 
@@ -131,7 +141,7 @@ def _attend_backward(how: _How, residuals, do_SBTM):
 _attend.defvjp(_attend_forward, _attend_backward)
 
 
-def _forward(heads: Heads, S: int, slopes_N, q_ATM, k_ATM, v_ATM, interpret: bool):
+def _forward(heads: Heads, S: int, slopes_N, reach_BN, q_ATM, k_ATM, v_ATM, interpret: bool):
     (A, T, M), dtype = q_ATM.shape, q_ATM.dtype
     G, H, C = heads.together, heads.dim, block_size(heads, T)
     # Parted keys and values stay in vector memory for the queries to come, where there is room for all.
@@ -156,12 +166,12 @@ def _forward(heads: Heads, S: int, slopes_N, q_ATM, k_ATM, v_ATM, interpret: boo
             pltpu.VMEM((G, H, C), jnp.float32),
         ],
         interpret=interpret,
-    )(slopes_N, q_ATM, k_ATM, v_ATM)
+    )(slopes_N, reach_BN, q_ATM, k_ATM, v_ATM)
 
 
 def _backward(heads: Heads, S: int, inputs: tuple, interpret: bool):
     """Return dq, dk and dv in as many spans of queries as vector memory needs; S > 1 pieces only in one."""
-    T, dtype = inputs[1].shape[1], inputs[1].dtype
+    T, dtype = inputs[2].shape[1], inputs[2].dtype
     num_blocks = S * T // block_size(heads, T)
     num_queries = _queries_at_once(heads, S * T, block_size(heads, T))
     spans = [
@@ -184,7 +194,7 @@ def _queries_at_once(heads: Heads, length: int, size: int) -> int:
 
 def _differentiate(heads: Heads, S: int, span: range, inputs: tuple, interpret: bool):
     """Return dq of the blocks of queries in `span`, and their part of dk and dv of the keys that they see."""
-    (A, T, M), dtype = inputs[1].shape, inputs[1].dtype
+    (A, T, M), dtype = inputs[2].shape, inputs[2].dtype
     G, H, W, C = heads.together, heads.dim, heads.width, block_size(heads, T)
     queries, keys, rows = _blocks(heads, A // S, T // C, C)
     of_span, *_ = _blocks(heads, A // S, T // C, C, lambda pair: jnp.maximum(pair[1] - span.start, 0))
@@ -215,7 +225,7 @@ def _blocks(heads: Heads, B: int, num: int, size: int, query=lambda pair: pair[0
     """Return how programs take blocks of queries and of keys, `num` in each piece, and what is kept of queries."""
 
     def place(choose):
-        def at(b, x, p, pairs, slopes):
+        def at(b, x, p, pairs, *_):
             block = choose((pairs[0, p], pairs[1, p]))
             return block // num * B + b, block % num, x
 
@@ -249,7 +259,7 @@ def _call(kernel, pairs_2P: np.ndarray, *, name: str, grid, in_specs, out_specs,
     compiled = pl.pallas_call(
         kernel,
         grid_spec=pltpu.PrefetchScalarGridSpec(
-            num_scalar_prefetch=2,
+            num_scalar_prefetch=3,
             grid=(*grid, pairs_2P.shape[1]),
             in_specs=in_specs,
             out_specs=out_specs,

@@ -4,6 +4,8 @@ Heads are parted without moving a lane: lane l of a block is lane l mod W of its
 by masks alone. Products over the head dim do not mind the order, for both operands lie alike. Scores lie transposed,
 [keys, queries]: then maxima and sums run along sublanes, and every product but those for the scores is a plain one.
 
+A head leaves out keys that ALiBi puts beyond its reach (reach.py), whole blocks at a time.
+
 Letters beside the house's: G heads of one program, M their lanes, W the head dim in whole tiles, C positions of a
 block, R rows of words (two positions of bfloat16 in each), X blocks that are kept.
 """
@@ -56,12 +58,17 @@ def parted(dtype: jnp.dtype, *shape: int) -> tuple[tuple[int, ...], jnp.dtype]:
 
 
 def forward_kernel(
-    pairs_ref, slopes_ref, q_ref, k_ref, v_ref, o_ref, lse_ref, q_GRW, k_XGRW, v_XGHC, max_G1C, sum_G1C, o_GHC, *, heads
-):
+    pairs_ref, slopes_ref, reach_ref, q_ref, k_ref, v_ref, o_ref, lse_ref,
+    q_GRW, k_XGRW, v_XGHC, max_G1C, sum_G1C, o_GHC, *, heads,
+):  # fmt: skip
     """Take keys block by block, keep the largest score and the sum of weights so far (algorithm 1 of the paper)."""
     G, C, dtype = q_GRW.shape[0], q_ref.shape[1], q_ref.dtype
-    group, pair = pl.program_id(1), pl.program_id(2)
+    b, group, pair = (pl.program_id(dim) for dim in range(3))
     i, j = pairs_ref[0, pair], pairs_ref[1, pair]
+
+    def sees(n):
+        return reach_ref[b, group * G + n] > (i - j - 1) * C  # the nearest key is one further than that
+
     is_kept = k_XGRW.shape[0] > 1
     slot = j if is_kept else 0
 
@@ -81,7 +88,7 @@ def forward_kernel(
             v_XGHC[at, n] = _rows(_from_words(_head(v_words, n, heads), dtype), n, heads)
 
     def attend(is_diagonal: bool):
-        def attend_head(n, _):
+        def attend_head(n):
             slope = slopes_ref[group * G + n]
             offset = slope * ((j - i) * C).astype(jnp.float32)  # of all the block's scores
             q_CW, k_CW = _from_words(q_GRW[n], dtype), _from_words(k_XGRW[slot, n], dtype)
@@ -96,7 +103,7 @@ def forward_kernel(
             sum_G1C[n] = shrink_1C * sum_G1C[n] + weights_CC.sum(0, keepdims=True)
             o_GHC[n] = shrink_1C * o_GHC[n] + _dot(v_XGHC[slot, n], weights_CC.astype(dtype), _PLAIN)
 
-        jax.lax.fori_loop(0, G, attend_head, None)
+        _for_each_head(G, attend_head, sees)
 
     pl.when(j < i)(functools.partial(attend, is_diagonal=False))
     pl.when(j == i)(functools.partial(attend, is_diagonal=True))
@@ -110,13 +117,17 @@ def forward_kernel(
 
 
 def backward_kernel(
-    pairs_ref, slopes_ref, q_ref, k_ref, v_ref, do_ref, lse_ref, delta_ref, dq_ref, dk_ref, dv_ref,
+    pairs_ref, slopes_ref, reach_ref, q_ref, k_ref, v_ref, do_ref, lse_ref, delta_ref, dq_ref, dk_ref, dv_ref,
     q_GRW, k_GRW, v_GRW, do_GRW, k_GHC, dk_GCW, dv_GCW, dq_XGHC, *, heads, span,
 ):  # fmt: skip
     """Take the queries of `span` block by block for each block of keys, and add up all three gradients."""
     G, C, dtype = q_GRW.shape[0], q_ref.shape[1], q_ref.dtype
-    group, pair = pl.program_id(1), pl.program_id(2)
+    b, group, pair = (pl.program_id(dim) for dim in range(3))
     i, j = pairs_ref[0, pair], pairs_ref[1, pair]
+
+    def sees(n):
+        return reach_ref[b, group * G + n] > (i - j - 1) * C  # the nearest key is one further than that
+
 
     @pl.when(i == jnp.maximum(j, span.start))
     def begin_keys():
@@ -136,11 +147,13 @@ def backward_kernel(
     def begin_queries():
         dq_XGHC[i - span.start] = jnp.zeros(dq_XGHC.shape[1:], dq_XGHC.dtype)
 
-    _part(q_ref, q_GRW, heads)
-    _part(do_ref, do_GRW, heads)
+    @pl.when(functools.reduce(jnp.logical_or, map(sees, range(G))))
+    def take_queries():
+        _part(q_ref, q_GRW, heads)
+        _part(do_ref, do_GRW, heads)
 
     def differentiate(is_diagonal: bool):
-        def differentiate_head(n, _):
+        def differentiate_head(n):
             slope = slopes_ref[group * G + n]
             offset = slope * ((j - i) * C).astype(jnp.float32)
             lse_1C, delta_1C = lse_ref[0, 0, pl.ds(n, 1), :], delta_ref[0, 0, pl.ds(n, 1), :]
@@ -155,7 +168,7 @@ def backward_kernel(
             dk_GCW[n] = dk_CW if is_diagonal else dk_GCW[n] + dk_CW
             dq_XGHC[i - span.start, n] += _dot(k_GHC[n], dscores_CC, _PLAIN)
 
-        jax.lax.fori_loop(0, G, differentiate_head, None)
+        _for_each_head(G, differentiate_head, sees)
 
     pl.when(j < i)(functools.partial(differentiate, is_diagonal=False))
     pl.when(j == i)(functools.partial(differentiate, is_diagonal=True))
@@ -168,6 +181,15 @@ def backward_kernel(
     def end_keys():
         _join([dk_GCW[n] * heads.scale for n in range(G)], dk_ref, heads)
         _join([dv_GCW[n] for n in range(G)], dv_ref, heads)
+
+
+def _for_each_head(num: int, visit, sees) -> None:
+    """Visit those heads of a program that see a key of this block from a query of the other."""
+
+    def step(n, _):
+        pl.when(sees(n))(functools.partial(visit, n))
+
+    jax.lax.fori_loop(0, num, step, None)
 
 
 def _scores(k_CW, q_CW, slope, heads: Heads):

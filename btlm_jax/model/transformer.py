@@ -19,13 +19,14 @@ from btlm_jax.attention import attend
 from btlm_jax.config import ModelConfig
 from btlm_jax.model.alibi import alibi_slopes
 from btlm_jax.model.layers import Embedding, LayerNorm, Linear
+from btlm_jax.model.projection import heads_as_held
 from btlm_jax.mup import Parametrization
 from btlm_jax.sharding import RULES, AxisRules
 
 # What the backward pass finds saved of each block; the rest it computes again. Names are given in attention/, by norms
 # and by the projections, which carry their own.
 _NORM = ("norm_mean", "norm_inverse")
-_ATTENTION = (*_NORM, *(f"attention_{name}" for name in ("query", "key", "value", "out", "lse")))
+_ATTENTION = (*_NORM, *(f"attention_{name}" for name in ("query", "key", "value", "out", "lse", "reach")))
 _SAVED = {
     "full": jax.checkpoint_policies.nothing_saveable,
     "attention_saved": jax.checkpoint_policies.save_only_these_names(*_ATTENTION),
@@ -155,6 +156,7 @@ class Btlm(nn.Module):
 
     def _attend(self, q_BTNH, k_BSNH, v_BSNH):
         slopes_N = jnp.asarray(alibi_slopes(self.config.num_heads, scaling=self.config.alibi_scaling))
+        slopes_N = slopes_N[heads_as_held(self.config.num_heads, self.rules)]
         scale = self.parametrization.attention_scale
         return attend(q_BTNH, k_BSNH, v_BSNH, slopes_N, scale=scale, implementation=self.config.attention)
 

@@ -49,26 +49,26 @@ CHIPS = {
     for chip in (
         Chip(
             name="v4", hbm_bytes=int(30.75 * GIB), clock=1.05e9, num_cores=2, link_bytes=45e9,
-            kernel_bundles=_bundles(splash=(1411, 1700, 2150), forward=(2800, 3440), backward=(3208, 4188)),
+            kernel_bundles=_bundles(splash=(1411, 1700, 2150), forward=(2860, 3468), backward=(3256, 4252)),
             slices=_CUBE,
             options={"chip_config_name": "megacore"},  # otherwise a device is half a chip
             kinds=("TPU v4",), accelerator="v4",
         ),
         Chip(
             name="v5e", hbm_bytes=int(15.75 * GIB), clock=1.5e9, num_cores=1, link_bytes=45e9,
-            kernel_bundles=_bundles(splash=(1038, 1362, 1752), forward=(1258, 1420), backward=(2349, 2631)),
+            kernel_bundles=_bundles(splash=(1038, 1362, 1752), forward=(1285, 1454), backward=(2377, 2653)),
             slices=_PLANE, options={},
             kinds=("TPU v5 lite", "TPU v5e"), accelerator="v5litepod",
         ),
         Chip(
             name="v5p", hbm_bytes=int(95.74 * GIB), clock=1.75e9, num_cores=2, link_bytes=90e9,
-            kernel_bundles=_bundles(splash=(1016, 1360, 1750), forward=(1295, 1407), backward=(2365, 2620)),
+            kernel_bundles=_bundles(splash=(1016, 1360, 1750), forward=(1321, 1432), backward=(2396, 2642)),
             slices=_CUBE, options={},
             kinds=("TPU v5", "TPU v5p"), accelerator="v5p",
         ),
         Chip(
             name="v6e", hbm_bytes=int(31.25 * GIB), clock=1.75e9, num_cores=1, link_bytes=90e9,
-            kernel_bundles=_bundles(splash=(672, 780, 1000), forward=(967, 1000), backward=(1388, 1573)),
+            kernel_bundles=_bundles(splash=(672, 780, 1000), forward=(995, 1025), backward=(1412, 1591)),
             slices=_PLANE, options={},
             kinds=("TPU v6 lite", "TPU v6e"), accelerator="v6e",
         ),

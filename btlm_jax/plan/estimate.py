@@ -1,7 +1,8 @@
 """Predict the memory and the time of one phase's train step on a slice. Nothing here has run on a TPU.
 
 The time is static arithmetic over the compiled program, after reference figures of the same kind; ASSUMPTIONS says
-what it leaves out. It is a range: every asynchronous exchange hidden behind computation, or none.
+what it leaves out. It is a range: every asynchronous exchange hidden behind computation and every block of keys that
+ALiBi puts out of sight left out, or none.
 """
 
 from __future__ import annotations
@@ -10,21 +11,29 @@ import dataclasses
 import math
 
 import jax
+import numpy as np
 
+from btlm_jax.attention.reach import reach
 from btlm_jax.curriculum import Phase
 from btlm_jax.metrics import flops_per_token, peak_flops
+from btlm_jax.model.alibi import alibi_slopes
+from btlm_jax.model.projection import heads_as_held
 from btlm_jax.plan.chips import Chip
 from btlm_jax.plan.compiling import CompileCache, CompiledStep
 from btlm_jax.plan.executable import Collective, Executable
 from btlm_jax.plan.work import Work, work_of
 from btlm_jax.program import Program
+from btlm_jax.sharding import axis_names, num_ways
 
+SPREAD = 64.0  # nats; a head whose q and k are longer sees further
 ASSUMPTIONS = (
     "XLA's own cycle estimate of every fusion x the trips of the loops around it / clock",
-    "attention kernels: instruction bundles of their loops, as compiled, + 300 a program, / clock / cores",
+    "attention kernels: instruction bundles of their loops, as compiled, + 300 a program, / clock / cores, on the "
+    "device whose heads see the most",
     "collectives: bytes x (n - 1) / n / (2 x link), all-reduce twice that, all-to-all bytes x n / 4 / (2 x link), "
     "collective-permute bytes / link, as to a neighbour, each alone on its links",
-    "low end: all asynchronous collectives hidden; high end: none hidden",
+    "low end: all asynchronous collectives hidden, and q and k so short that ALiBi puts many keys out of sight: the "
+    f"scores of a row spread by {SPREAD:.0f} nats at most without it; high end: nothing hidden, all keys seen",
     "left out: HBM stalls, input, checkpoints, evaluation, failures",
 )
 _KERNEL_OVERHEAD = 300  # bundles a program
@@ -53,17 +62,18 @@ class StepTime:
     """Predicted seconds of a step."""
 
     computation: float
-    attention: float
+    attention: float  # of all keys
+    negligible: float  # attention with keys that ALiBi puts out of sight
     exposed: float  # collectives that run alone
     asynchronous: float  # collectives that may hide behind the rest
 
     @property
     def low(self) -> float:
-        return self.computation + self.attention + self.exposed
+        return self.computation + self.attention - self.negligible + self.exposed
 
     @property
     def high(self) -> float:
-        return self.low + self.asynchronous
+        return self.low + self.negligible + self.asynchronous
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -107,7 +117,9 @@ def plan_phase(program: Program, phase: Phase, *, topology: str, chip: Chip, cac
         counted_flops=flops_per_token(program.config.model, seq_len=phase.seq_len) * phase.tokens_per_step,
         executed_flops=work.flops,
         peak_flops=peak_flops(program.mesh.devices.flat[0]).flops * num_chips,
-        step_time=_step_time(step.executable, work, chip=chip, num_chips=num_chips),
+        step_time=step_time(
+            step.executable, work, slopes_XN=_slopes_of_devices(program, phase), chip=chip, num_chips=num_chips
+        ),
     )
 
 
@@ -125,18 +137,31 @@ def state_bytes(program: Program) -> int:
     return _bytes_of(program.state)
 
 
-def _step_time(executable: Executable, work: Work, *, chip: Chip, num_chips: int) -> StepTime:
-    bundles = work.kernel_steps * _KERNEL_OVERHEAD
-    bundles += sum(blocks * chip.kernel_bundles[name] for name, blocks in work.kernel_blocks.items())
+def step_time(executable: Executable, work: Work, *, slopes_XN: np.ndarray, chip: Chip, num_chips: int) -> StepTime:
+    """Predict a step's time; `slopes_XN` are those of the X devices' heads that share sequences."""
+    reach_XN = np.asarray(reach(SPREAD, slopes_XN))
+    bundles = seen_X = work.kernel_steps * _KERNEL_OVERHEAD
+    for (name, distance), blocks in work.kernel_blocks.items():
+        bundles += blocks * chip.kernel_bundles[name]
+        seen_X = seen_X + blocks * chip.kernel_bundles[name] * (reach_XN > distance).mean(1)
     seconds = {False: 0.0, True: 0.0}
     for collective in executable.collectives:
         seconds[collective.is_asynchronous] += collective_seconds(collective, link_bytes=chip.link_bytes)
     return StepTime(
         computation=executable.num_cycles / chip.clock,
         attention=bundles / num_chips / chip.clock / chip.num_cores,
+        negligible=float(bundles - seen_X.max()) / num_chips / chip.clock / chip.num_cores,
         exposed=seconds[False],
         asynchronous=seconds[True],
     )
+
+
+def _slopes_of_devices(program: Program, phase: Phase) -> np.ndarray:
+    """Return the slopes of the heads with which each of X devices attends."""
+    model, rules = program.config.model, program.rules_for(phase)
+    heads = heads_as_held(model.num_heads, rules, mesh=program.mesh)
+    ways = num_ways(program.mesh, (*axis_names(rules.act_heads), *axis_names(rules.length)))
+    return alibi_slopes(model.num_heads, scaling=model.alibi_scaling)[heads].reshape(ways, -1)
 
 
 def _memory(program: Program, step: CompiledStep, *, chip: Chip) -> Memory:

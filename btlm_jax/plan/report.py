@@ -91,7 +91,8 @@ def _phase_lines(plan: SlicePlan, each: PhasePlan) -> Iterator[str]:
         yield f"    {how:<12} {kind:<18} {count:>5} {_gib(num_bytes):>8} {seconds:>8.3f}"
     yield (
         f"  step           {step.low:.3f} to {step.high:.3f} s: computation {step.computation:.3f}, attention "
-        f"{step.attention:.3f}, collectives alone {step.exposed:.3f}, asynchronous {step.asynchronous:.3f}"
+        f"{step.attention:.3f} (of that with keys out of sight {step.negligible:.3f}), collectives alone "
+        f"{step.exposed:.3f}, asynchronous {step.asynchronous:.3f}"
     )
     yield f"  MFU            {each.mfu(step.high):.1%} to {each.mfu(step.low):.1%}"
 

@@ -15,6 +15,7 @@ from btlm_jax.attention.tpu import BACKWARD, FORWARD
 
 BLOCK = 512  # kernels' work is counted in squares of so many positions
 _STEPS = "steps"
+NEAR = -1
 DIAGONAL = "_diagonal"  # ends a kernel's name for squares on the diagonal, and what is done once for each of them
 
 
@@ -23,19 +24,21 @@ class Work:
     """What all devices together compute in a step."""
 
     flops: float  # of matrix products, in kernels too
-    kernel_blocks: dict[str, float]  # of each kernel: BLOCK x BLOCK squares of one head of one sequence
+    # BLOCK x BLOCK squares of one head of one sequence, by kernel and by how many positions lie between the last key
+    # and the first query; those that are computed whatever ALiBi says stand at NEAR.
+    kernel_blocks: dict[tuple[str, int], float]
     kernel_steps: float  # programs of all kernels
 
 
 def work_of(jaxpr) -> Work:
     """Count the work of a jaxpr. What nothing needs is left out, as the compiler leaves it out."""
-    blocks: collections.Counter[str] = collections.Counter()
+    blocks: collections.Counter = collections.Counter()
     flops = _flops(jaxpr, len(jaxpr.outvars) * [True], 1.0, blocks)
     steps = blocks.pop(_STEPS, 0.0)
     return Work(flops=flops, kernel_blocks=dict(blocks), kernel_steps=steps)
 
 
-def _flops(jaxpr, is_needed: list[bool], times: float, blocks: dict[str, float]) -> float:
+def _flops(jaxpr, is_needed: list[bool], times: float, blocks: dict) -> float:
     """Return the FLOPs of running a jaxpr `times` times for those of its results that are needed."""
     needed = {id(out) for out, wanted in zip(jaxpr.outvars, is_needed, strict=True) if wanted}
     total = 0.0
@@ -48,7 +51,7 @@ def _flops(jaxpr, is_needed: list[bool], times: float, blocks: dict[str, float])
     return total
 
 
-def _flops_of_equation(equation, wanted: list[bool], times: float, blocks: dict[str, float]) -> float:
+def _flops_of_equation(equation, wanted: list[bool], times: float, blocks: dict) -> float:
     name, params = equation.primitive.name, equation.params
     if name == "dot_general":
         (contracted, _), _ = params["dimension_numbers"]
@@ -73,7 +76,7 @@ def _flops_of_equation(equation, wanted: list[bool], times: float, blocks: dict[
     )
 
 
-def _flops_of_kernel(equation, times: float, blocks: dict[str, float]) -> float:
+def _flops_of_kernel(equation, times: float, blocks: dict) -> float:
     params = equation.params
     name = str(params["name"] if "name" in params else params["name_and_src_info"])
     for own in (FORWARD, BACKWARD):
@@ -83,22 +86,25 @@ def _flops_of_kernel(equation, times: float, blocks: dict[str, float]) -> float:
     return _flops_of_splash(equation, kind, times, blocks)
 
 
-def _flops_of_own_kernel(equation, name: str, times: float, blocks: dict[str, float]) -> float:
+def _flops_of_own_kernel(equation, name: str, times: float, blocks: dict) -> float:
     """Count a kernel of attention/tpu.py: one program for a pair of blocks and a few heads."""
     params = equation.params
     grid, slopes = params["grid_mapping"].grid, equation.invars[1].aval
     queries = equation.outvars[0].aval  # the output, or the gradient of queries, [pieces x B, T, M]
     block = params["grid_mapping"].block_mappings[0].block_aval.shape[1]
-    programs, heads = math.prod(grid), slopes.shape[0] // grid[1]
-    area, diagonal = (block / BLOCK) ** 2, programs / grid[2] / grid[0] * queries.shape[0] * queries.shape[1] / block
+    programs, num_pairs = math.prod(grid), grid[2]
+    squares = times * grid[0] * slopes.shape[0] * (block / BLOCK) ** 2  # of each pair of blocks
+    num_queries = queries.shape[0] * queries.shape[1] // block // grid[0]
+    num_keys = (num_pairs + num_queries * (num_queries - 1) // 2) // num_queries  # the queries are the last of them
     blocks[_STEPS] += times * programs
-    blocks[name] += times * (programs - diagonal) * heads * area
-    blocks[name + DIAGONAL] += times * diagonal * heads * area
+    blocks[name + DIAGONAL, NEAR] += squares * num_queries
+    for apart in range(1, num_keys):
+        blocks[name, (apart - 1) * block] += squares * min(num_queries, num_keys - apart)
     # On and off the diagonal it runs different code for the same products: one of the two.
     return times * programs * max(_flops_of_body([each], 1.0) for each in params["jaxpr"].eqns)
 
 
-def _flops_of_splash(equation, kind: str, times: float, blocks: dict[str, float]) -> float:
+def _flops_of_splash(equation, kind: str, times: float, blocks: dict) -> float:
     """Count a kernel of causal attention: of the n x n pairs of blocks of a head it runs the lower n (n + 1) / 2."""
     params = equation.params
     grid = params["grid_mapping"].grid
@@ -106,7 +112,7 @@ def _flops_of_splash(equation, kind: str, times: float, blocks: dict[str, float]
     runs = times * math.prod(grid) * (num_blocks + 1) / (2 * num_blocks)
     length = max(operand.aval.shape[-2] for operand in equation.invars if operand.aval.ndim >= 3)
     blocks[_STEPS] += runs
-    blocks[kind] += runs * (length / num_blocks / BLOCK) ** 2
+    blocks[kind, NEAR] += runs * (length / num_blocks / BLOCK) ** 2
     return _flops_of_body(params["jaxpr"].eqns, runs)
 
 
