@@ -51,6 +51,11 @@ class AxisRules:
     mlp: Axes = None
     norm: Axes = None
 
+    @property
+    def heads_in_attention(self) -> tuple[str, ...]:
+        """Return the mesh axes that heads are split over once each device has whole sequences of its share."""
+        return *axis_names(self.act_heads), *axis_names(self.length)
+
     def spec(self, *axes: str) -> PartitionSpec:
         """Return the PartitionSpec of a tensor with these logical axes."""
         return PartitionSpec(*(getattr(self, axis) for axis in axes))

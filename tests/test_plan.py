@@ -22,7 +22,7 @@ from btlm_jax.plan.compiling import needed_bytes
 from btlm_jax.plan.estimate import collective_seconds, step_time
 from btlm_jax.plan.executable import Collective, Executable, read_executable
 from btlm_jax.plan.slice_plan import dividing_meshes, layout_problems
-from btlm_jax.plan.work import DIAGONAL, NEAR, Work, work_of
+from btlm_jax.plan.work import DIAGONAL, OUT_OF_SIGHT, Work, work_of
 from btlm_jax.program import Program, make_program
 from btlm_jax.sharding import make_run_mesh
 
@@ -150,7 +150,7 @@ def test_executed_flops_are_the_closed_form(remat, tensor):
     if remat == "full":  # the block's last product, and the output's, have nothing that needs them again
         per_token -= L * 2 * D * F
     assert work.flops == pytest.approx(per_token * phase.tokens_per_step, rel=1e-9)
-    assert not work.kernel_blocks
+    assert not work.kernel_blocks and not work.distant_blocks
 
 
 @pytest.mark.parametrize("attention", ["tpu", "splash"])
@@ -166,16 +166,17 @@ def test_kernels_are_counted_by_the_blocks_of_the_lower_triangle(remat, num_forw
     work = work_of(program.trace_train_step(phase).jaxpr.jaxpr)
     heads = phase.batch_size * config.model.num_heads * config.model.num_layers
     if attention == "splash":
-        assert work.kernel_blocks == {
-            ("fwd", NEAR): num_forwards * 6 * heads, ("dq", NEAR): 6 * heads, ("dkv", NEAR): 6 * heads,
-        }  # fmt: skip
+        assert work.kernel_blocks == {"fwd": num_forwards * 6 * heads, "dq": 6 * heads, "dkv": 6 * heads}
+        assert not work.distant_blocks
         assert work.kernel_steps == (num_forwards + 2) * 6 * heads
     else:  # of which 3 on the diagonal, 2 beside it; a program takes all the heads that a device has
-        expected = {}
-        for name, times in ((FORWARD, num_forwards), (BACKWARD, 1)):
-            expected |= {(name + DIAGONAL, NEAR): 3 * times * heads}
-            expected |= {(name, 0): 2 * times * heads, (name, 512): times * heads}
-        assert work.kernel_blocks == expected
+        expected = {FORWARD: num_forwards * 3 * heads, BACKWARD: 3 * heads}
+        assert work.kernel_blocks == expected | {name + DIAGONAL: blocks for name, blocks in expected.items()}
+        assert work.distant_blocks == {
+            (name, distance): blocks / 3 * share
+            for name, blocks in expected.items()
+            for distance, share in ((0, 2), (512, 1))
+        }
         heads_together = config.model.num_heads // 2
         assert work.kernel_steps == (num_forwards + 1) * 6 * heads / heads_together
 
@@ -185,7 +186,8 @@ def test_attention_takes_as_long_as_on_the_device_that_sees_the_most():
     slopes_XN = np.array([[0.5, 0.002], [0.1, 0.03]])
     num_blocks = T // block
     pairs = {(FORWARD, (apart - 1) * block): 4 * (num_blocks - apart) for apart in range(1, num_blocks)}
-    work = Work(flops=0.0, kernel_blocks=pairs | {(FORWARD + DIAGONAL, NEAR): 4 * num_blocks}, kernel_steps=0)
+    blocks = {FORWARD: sum(pairs.values()), FORWARD + DIAGONAL: 4 * num_blocks}
+    work = Work(flops=0.0, kernel_blocks=blocks, distant_blocks=pairs, kernel_steps=0)
     step = step_time(Executable(num_cycles=0, collectives=()), work, slopes_XN=slopes_XN, chip=chip, num_chips=2)
     bundles = chip.kernel_bundles
 
@@ -193,14 +195,23 @@ def test_attention_takes_as_long_as_on_the_device_that_sees_the_most():
         visits = 0
         for query, key in itertools.combinations_with_replacement(range(num_blocks), 2):
             nearest = (key - query) * block - block + 1
-            seen = [nearest <= (64 + 24 * math.log(2) - math.log(1 - math.exp(-slope))) / slope for slope in slopes]
-            visits += sum(seen) * bundles[FORWARD + DIAGONAL if query == key else FORWARD]
+            for slope in slopes:
+                sees = nearest <= (64 + 24 * math.log(2) - math.log(1 - math.exp(-slope))) / slope
+                kind = FORWARD + DIAGONAL if query == key else FORWARD if sees else FORWARD + OUT_OF_SIGHT
+                visits += bundles[kind]
         return visits / chip.clock
 
     everything = 2 * (num_blocks * bundles[FORWARD + DIAGONAL] + num_blocks * (num_blocks - 1) / 2 * bundles[FORWARD])
     assert step.high == step.attention == pytest.approx(everything / chip.clock)
     assert step.low == pytest.approx(max(map(seconds_of, slopes_XN)))
     assert seconds_of(slopes_XN[1]) < step.low < step.high
+
+
+def test_a_step_without_kernels_of_ours_is_timed_too():
+    work = Work(flops=0.0, kernel_blocks={}, distant_blocks={}, kernel_steps=0)
+    executable = Executable(num_cycles=3_000_000_000, collectives=())
+    step = step_time(executable, work, slopes_XN=np.ones((2, 2)), chip=CHIPS["v5e"], num_chips=2)
+    assert step.low == step.high == 2.0
 
 
 def test_the_paper_on_slices_that_its_batches_do_not_divide():

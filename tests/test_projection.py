@@ -63,7 +63,7 @@ def test_values_and_gradients_equal_the_plain_product(mesh_shape, platform, side
     )
     with on_a(platform), jax.set_mesh(mesh):
         used = used_shape(projection.hidden_shape, tensor=tensor)
-        held = heads_as_held(used[0], RULES) if side == "heads" else np.arange(used[0])
+        held = heads_as_held(used[0], RULES, mesh=mesh) if side == "heads" else np.arange(used[0])
         if is_from_model_dim:
             dy = widened(dy, used)[:, :, held]
         else:

@@ -8,10 +8,11 @@ from btlm_jax.attention.reach import dealt, largest_spread, reach
 from btlm_jax.model import alibi_slopes
 
 
+@pytest.mark.parametrize("xp", [np, jnp])
 @pytest.mark.parametrize("spread", [0.0, 5.0, 64.0])
-def test_beyond_its_reach_a_head_sees_less_than_a_rounding(spread):
+def test_beyond_its_reach_a_head_sees_less_than_a_rounding(spread, xp):
     slopes_N = alibi_slopes(32, scaling=1.0).astype(np.float64)
-    reach_N = np.asarray(reach(spread, slopes_N), np.float64)
+    reach_N = np.asarray(reach(spread, xp.asarray(slopes_N), xp=xp), np.float64)
 
     def weight_beyond(distance_N):
         return np.exp(spread - slopes_N * (distance_N + 1)) / (1 - np.exp(-slopes_N))
@@ -21,7 +22,7 @@ def test_beyond_its_reach_a_head_sees_less_than_a_rounding(spread):
 
 
 def test_a_head_without_a_slope_sees_everything():
-    assert np.isinf(reach(5.0, np.zeros(2))).all()
+    assert np.isinf(reach(5.0, jnp.zeros(2))).all()
 
 
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
@@ -45,6 +46,6 @@ def test_every_head_is_dealt_once(num_heads, ways):
 
 def test_devices_see_much_the_same():
     assert dealt(8, ways=2).tolist() == [0, 3, 4, 7, 1, 2, 5, 6]
-    seen = np.minimum(np.asarray(reach(64.0, alibi_slopes(32, scaling=1.0))), 8192)
+    seen = np.minimum(reach(64.0, alibi_slopes(32, scaling=1.0), xp=np), 8192)
     as_dealt, in_turn = (seen[heads].reshape(8, 4).sum(1) for heads in (dealt(32, ways=8), np.arange(32)))
     assert as_dealt.max() < 1.1 * as_dealt.mean() and in_turn.max() > 2 * in_turn.mean()

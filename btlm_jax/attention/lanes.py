@@ -7,6 +7,7 @@ summed in float32. The lanes are constants: what a kernel returns as their gradi
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.ad_checkpoint import checkpoint_name
 
 TILE = 128  # lanes of a TPU's vectors
@@ -18,6 +19,14 @@ MAX_LENGTH = 1 << 16  # the multiples of 256 below it have 8 bits
 def whole_tiles(size: int) -> int:
     """Return a number of lanes rounded up to whole tiles."""
     return -(-size // TILE) * TILE
+
+
+def lanes_of_heads(num_heads: int, head_dim: int) -> np.ndarray:
+    """Return which lanes are whose where heads lie side by side, float32 [N, M] of zeros and ones.
+
+    A product with it sums over each head's lanes, where a reshape to heads would have a TPU move them all.
+    """
+    return np.repeat(np.eye(num_heads, dtype=np.float32), head_dim, axis=1)
 
 
 def alibi_lanes(slopes_N: jax.Array, *, length: int, head_dim: int, width: int) -> tuple[jax.Array, jax.Array]:

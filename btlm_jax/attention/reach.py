@@ -1,29 +1,31 @@
-"""How far back ALiBi lets a head see, and how heads are dealt to devices so that all have the same to do."""
+"""How far back ALiBi lets a head see, and how heads are dealt to devices so that all have as much to do."""
 
 import math
+import types
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-ROUNDING = 24 * math.log(2)  # nats from a weight to half a unit in float32's last place
+from btlm_jax.attention.lanes import lanes_of_heads
+
+SPREAD = 64.0  # nats by which scores of a row are taken to differ at most, where nothing is known of them
+_ROUNDING = 24 * math.log(2)  # nats from a weight to half a unit in float32's last place
 
 
-def reach(spread, slopes):
-    """Return how many positions back a key can lie and still count, as floats, inf for a head without a slope.
+def reach(spread, slopes, *, xp: types.ModuleType = jnp):
+    """Return how many positions back a key can lie and still count, not rounded; inf for a head without a slope.
 
     Let scores of a row, without ALiBi, lie within `spread` nats of each other. Relative to the weight of the query's
     own position, all keys further back than w together weigh at most e^spread * sum over d > w of e^(-slope d); the
-    reach is the w for which that is half a unit in float32's last place. Shapes broadcast.
+    reach is the w for which that is half a unit in float32's last place. Shapes broadcast; `xp` is numpy or jax.numpy.
     """
-    slopes = jnp.asarray(slopes, jnp.float32)
-    return jnp.where(slopes > 0, (spread + ROUNDING - jnp.log(-jnp.expm1(-slopes))) / slopes, jnp.inf)
+    return xp.where(slopes > 0, (spread + _ROUNDING - xp.log(-xp.expm1(-slopes))) / slopes, xp.inf)
 
 
 def largest_spread(q_SBTM: jax.Array, k_SBTM: jax.Array, *, num_heads: int, scale: float) -> jax.Array:
     """Return a bound of how far apart the scores of a row are, float32 [B, N]: 2 * scale * max |q| * max |k|."""
-    M = q_SBTM.shape[-1]
-    is_of_head_NM = np.repeat(np.eye(num_heads, dtype=q_SBTM.dtype), M // num_heads, axis=1)
+    is_of_head_NM = lanes_of_heads(num_heads, q_SBTM.shape[3] // num_heads).astype(q_SBTM.dtype)
 
     def longest(x_SBTM):  # squares are rounded, to 8 bits at worst
         square_SBNT = jnp.einsum("SBTM,NM->SBNT", x_SBTM * x_SBTM, is_of_head_NM, preferred_element_type=jnp.float32)
@@ -33,14 +35,14 @@ def largest_spread(q_SBTM: jax.Array, k_SBTM: jax.Array, *, num_heads: int, scal
 
 
 def dealt(num_heads: int, *, ways: int) -> np.ndarray:
-    """Return the heads in the order in which devices hold them, each device as many one after the other.
+    """Return the heads in the order in which devices hold them; each has its share of them side by side.
 
     A head's slope says how much there is to compute for it, so heads are dealt like cards, to and fro: of 8 heads and
-    2 devices, one holds 0, 3, 4 and 7.
+    2 devices, one holds 0, 3, 4 and 7. Where `ways` does not divide them, which `attend` refuses, they stay in order.
     """
     heads = np.arange(num_heads)
     if num_heads % ways:
         return heads
-    rounds = heads.reshape(-1, ways)
+    rounds = heads.reshape(num_heads // ways, ways)
     rounds[1::2] = rounds[1::2, ::-1]
-    return rounds.T.reshape(-1)
+    return rounds.T.reshape(num_heads)

@@ -4,8 +4,11 @@ Several heads lie side by side in the lanes of [batch, length, heads x head dim]
 tiles of 128. A program of the kernels (tpu_kernels.py) reads whole tiles of as many heads as fill them and parts the
 heads in vector memory, so that nothing is padded, transposed or copied in HBM. Blocks above the diagonal are not
 visited; the backward pass computes the scores once for all three gradients (FlashAttention, arXiv:2205.14135, appendix
-B.4). So are not those that ALiBi puts out of a head's reach, which follows from how long queries and keys are, so that
-nothing that counts is left out whatever they are. Off a TPU, Pallas interprets the kernels: slow, the same arithmetic.
+B.4). Off a TPU, Pallas interprets the kernels: slow, the same arithmetic.
+
+A head computes nothing for blocks of keys that ALiBi puts out of its reach. That follows, sequence by sequence, from
+the largest norms of its queries and keys: what is left out of a row has, all weights together, less than half a unit in
+float32's last place, whatever q and k are.
 
 Letters beside the house's: S pieces of the length, A = S x B, G heads of one program, M = heads x head dim, X groups of
 heads, C positions of a block, P pairs of blocks.
@@ -23,7 +26,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from btlm_jax.attention.exchange import exchanged, in_pieces, joined
-from btlm_jax.attention.lanes import TILE, named, whole_tiles
+from btlm_jax.attention.lanes import TILE, lanes_of_heads, named, whole_tiles
 from btlm_jax.attention.reach import largest_spread, reach
 from btlm_jax.attention.tpu_kernels import Heads, backward_kernel, forward_kernel, parted
 from btlm_jax.sharding import Axes, device_kind
@@ -126,8 +129,7 @@ def _attend_forward(how: _How, q_SBTM, k_SBTM, v_SBTM, slopes_N):
 
 def _attend_backward(how: _How, residuals, do_SBTM):
     q_SBTM, k_SBTM, v_SBTM, slopes_N, reach_BN, o_SBTM, lse_AXGT = residuals
-    # A product with zeros and ones sums over each head's lanes, where a reshape to heads would move them all.
-    is_of_head_NM = np.repeat(np.eye(how.heads.num, dtype=np.float32), how.heads.dim, axis=1)
+    is_of_head_NM = lanes_of_heads(how.heads.num, how.heads.dim)
     product_SBTM = do_SBTM.astype(jnp.float32) * o_SBTM.astype(jnp.float32)
     delta_SBNT = jnp.einsum("SBTM,NM->SBNT", product_SBTM, is_of_head_NM, precision="highest")
     delta_SBTN = exchanged(delta_SBNT, how.axes).swapaxes(2, 3)

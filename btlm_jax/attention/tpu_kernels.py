@@ -128,7 +128,6 @@ def backward_kernel(
     def sees(n):
         return reach_ref[b, group * G + n] > (i - j - 1) * C  # the nearest key is one further than that
 
-
     @pl.when(i == jnp.maximum(j, span.start))
     def begin_keys():
         _part(k_ref, k_GRW, heads)

@@ -11,19 +11,17 @@ Letters: L layers, B rows, T new tokens, N heads, H head dim, S slots of all hea
 from __future__ import annotations
 
 import dataclasses
-import math
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from btlm_jax.attention.reach import SPREAD, reach
 from btlm_jax.config import ModelConfig
 from btlm_jax.cpu.build import has_kernels
 from btlm_jax.model.alibi import alibi_slopes
 
 MAX_PIECE = 256  # tokens that may be added at a time
-SPREAD = 64.0  # nats by which the scores of a query may differ before a window cuts off anything but rounding
-_ROUNDING = 24 * math.log(2)  # nats from a weight to half a unit in float32's last place
 DTYPES = ("float32", "bfloat16", "int8")
 
 
@@ -61,11 +59,10 @@ class Cache:
 def make_layout(config: ModelConfig, *, length: int) -> Layout:
     """Return the layout for sequences of up to `length` tokens.
 
-    A window w leaves out at most sum over distances d >= w of e^(SPREAD - slope d), relative to the weight of the
-    likeliest key; it is the smallest for which that is below half a unit in float32's last place.
+    A window is as long as a head's reach where scores spread over SPREAD nats (attention/reach.py).
     """
     slopes = alibi_slopes(config.num_heads, scaling=config.alibi_scaling)
-    windows = [math.ceil((SPREAD + _ROUNDING - math.log(-math.expm1(-slope))) / slope) for slope in slopes.tolist()]
+    windows = np.ceil(reach(SPREAD, slopes.astype(np.float64), xp=np)).astype(int).tolist()
     slots = [min(window + MAX_PIECE, length) for window in windows]
     return Layout(length, tuple(slopes.tolist()), tuple(windows), tuple(slots))
 

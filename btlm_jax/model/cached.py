@@ -14,9 +14,8 @@ import jax.numpy as jnp
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from btlm_jax.model.alibi import alibi_slopes
 from btlm_jax.model.layers import Embedding, LayerNorm
-from btlm_jax.model.projection import heads_as_held
+from btlm_jax.model.projection import slopes_as_held
 from btlm_jax.model.transformer import Block, Btlm
 from btlm_jax.sharding import WHOLE_SEQUENCES
 
@@ -85,8 +84,7 @@ def _cache_spec() -> P:
 def _attend_cached(model: Btlm, q_BTNH, k_BTNH, v_BTNH, cache: KVCache, starts_B, layer):
     """Write keys and values into one layer of the cache and attend to it; each device has its own rows and heads."""
     rules, scale = WHOLE_SEQUENCES, model.parametrization.attention_scale
-    slopes_N = jnp.asarray(alibi_slopes(model.config.num_heads, scaling=model.config.alibi_scaling), jnp.float32)
-    slopes_N = slopes_N[heads_as_held(model.config.num_heads, rules)]
+    slopes_N = slopes_as_held(model.config, rules, mesh=jax.sharding.get_abstract_mesh())
 
     def local(q_BTNH, k_BTNH, v_BTNH, k_LBSNH, v_LBSNH, starts_B, slopes_N, layer):
         B, T = q_BTNH.shape[:2]

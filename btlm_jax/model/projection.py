@@ -2,7 +2,8 @@
 
 The kernel is gathered in the activations' dtype for each use, forward and backward, and its gradient is computed,
 summed over devices (reduce-scatter) and returned in float32. The hidden dim is split over `tensor`: a projection into
-it needs no exchange forward, one out of it sums partial products.
+it needs no exchange forward, one out of it sums partial products. Heads lie in activations in another order than in
+what is stored: as `heads_as_held` deals them to devices.
 """
 
 from __future__ import annotations
@@ -19,7 +20,9 @@ from jax.sharding import AbstractMesh, Mesh, PartitionSpec
 from btlm_jax.attention.lanes import TILE
 from btlm_jax.attention.reach import dealt
 from btlm_jax.collectives import COPIES, gather_kernel, in_order, own_part, put_parts_together, scatter_kernel_gradient
-from btlm_jax.sharding import FSDP, TENSOR, AxisRules, axis_names, num_ways, platform
+from btlm_jax.config import ModelConfig
+from btlm_jax.model.alibi import alibi_slopes
+from btlm_jax.sharding import FSDP, TENSOR, AxisRules, num_ways, platform
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -87,7 +90,7 @@ class Projection:
     def _in_order(self, x, dim: int, order):
         if len(self.hidden_shape) == 1:
             return x
-        heads = heads_as_held(self.hidden_shape[0], self.rules)
+        heads = heads_as_held(self.hidden_shape[0], self.rules, mesh=jax.sharding.get_abstract_mesh())
         return x if (heads[1:] > heads[:-1]).all() else jnp.take(x, order(heads), axis=dim)
 
     def product(self) -> _Product:
@@ -126,15 +129,20 @@ class _Product:
     def kernel_gradient(self, x, dy):
         return jnp.einsum(f"{self.x},{self.y}->{self.kernel}", x, dy, preferred_element_type=jnp.float32)
 
-    def bias_gradient(self, dy, *, is_ready: bool):
-        """Sum dy over all rows; it `is_ready` where no product just makes it, which could take sums on its way."""
+    def bias_gradient(self, dy):
         over = tuple(dim for dim, letter in enumerate(self.y) if letter in "BTR")
-        if not is_ready or platform() != "tpu":
-            return dy.sum(over, dtype=jnp.float32).reshape(-1)
-        # A product with as many rows of ones as a tile has: XLA takes one row for a sum, 20 times as slow (v5e).
-        ones = jnp.ones((8, *(dy.shape[dim] for dim in over)), dy.dtype)
-        rest = self.y.replace("BT", "")
-        sums = jnp.einsum(f"XBT,{self.y}->X{rest}", ones, dy, preferred_element_type=jnp.float32)
+        return dy.sum(over, dtype=jnp.float32).reshape(-1)
+
+    def bias_gradient_as_product(self, dy):
+        """Sum dy over its rows in the matrix unit of a TPU: for a dy that is not just being made by a product.
+
+        Rows of ones as many as a tile has, for XLA takes a single one for a sum, which it says is 20 times as slow.
+        """
+        ones, sums = jnp.ones((8, *dy.shape[self.y.index("B") :][:2]), dy.dtype), self.y.replace("BT", "")
+        precision = "highest" if dy.dtype == jnp.float32 else None
+        sums = jnp.einsum(
+            f"XBT,{self.y}->X{sums}", ones, dy, precision=precision, preferred_element_type=jnp.float32
+        )
         return sums[0].reshape(-1)
 
     def arranged_kernel(self, kernel_KM: jax.Array) -> jax.Array:
@@ -158,13 +166,15 @@ class _Product:
         return (jnp.moveaxis(x, 0, 2) if "S" in dims else x).reshape(shape)
 
 
-def heads_as_held(num_heads: int, rules: AxisRules, *, mesh: Mesh | AbstractMesh | None = None) -> np.ndarray:
-    """Return the heads in the order in which activations hold them over a mesh, by default the surrounding one.
+def heads_as_held(num_heads: int, rules: AxisRules, *, mesh: Mesh | AbstractMesh) -> np.ndarray:
+    """Return the heads in the order in which activations hold them; each device attends with a run of them."""
+    return dealt(num_heads, ways=num_ways(mesh, rules.heads_in_attention))
 
-    Each device attends with a run of them.
-    """
-    ways = (*axis_names(rules.act_heads), *axis_names(rules.length))
-    return dealt(num_heads, ways=num_ways(mesh or jax.sharding.get_abstract_mesh(), ways))
+
+def slopes_as_held(config: ModelConfig, rules: AxisRules, *, mesh: Mesh | AbstractMesh) -> jax.Array:
+    """Return ALiBi's slopes of the heads as activations hold them, float32 [N]."""
+    slopes_N = jnp.asarray(alibi_slopes(config.num_heads, scaling=config.alibi_scaling))
+    return slopes_N[heads_as_held(config.num_heads, rules, mesh=mesh)]
 
 
 def used_shape(hidden_shape: tuple[int, ...], *, tensor: int) -> tuple[int, ...]:
@@ -185,6 +195,7 @@ def used_shape(hidden_shape: tuple[int, ...], *, tensor: int) -> tuple[int, ...]
 def project(projection: Projection, x: jax.Array, kernel: jax.Array, bias: jax.Array) -> jax.Array:
     """Return x [B, T, *in] @ kernel [*in, *out] + bias [*out] as [B, T, *out] in x's dtype.
 
+    Heads of x or y are those of kernel and bias in the order of `heads_as_held`.
     Kernel and bias are float32, as stored. Hidden dims of x and y have their `used_shape`: what is beyond the kernel is
     0 in y, and ignored in x.
     """
@@ -217,8 +228,10 @@ def _backward(projection: Projection, residuals: tuple, dy: jax.Array) -> tuple:
         dx = in_order(product.x_gradient(dy_product, product.arranged_kernel(kernel_KM)))
         dkernel_KM = product.kernel_gradient(x_product, dy_product).reshape(kernel_KM.shape)
         dkernel_KM = scatter_kernel_gradient(dkernel_KM, embed_dim=projection.embed_dim)
-        is_ready = len(projection.hidden_shape) == 2 or not projection.is_from_model_dim
-        dbias, axes = product.bias_gradient(dy_product, is_ready=is_ready), (FSDP, *COPIES)
+        # The products that make the gradients of `up` and `gate` take the sums on their way.
+        is_product = platform() == "tpu" and projection.out_axes != ("mlp",)
+        bias_gradient = product.bias_gradient_as_product if is_product else product.bias_gradient
+        dbias, axes = bias_gradient(dy_product), (FSDP, *COPIES)
         if projection.is_from_model_dim:
             dx = jax.lax.psum(dx, TENSOR)
             dbias = projection.collected(put_parts_together(dbias).reshape(used), dim=0)

@@ -17,9 +17,8 @@ import jax.numpy as jnp
 
 from btlm_jax.attention import attend
 from btlm_jax.config import ModelConfig
-from btlm_jax.model.alibi import alibi_slopes
 from btlm_jax.model.layers import Embedding, LayerNorm, Linear
-from btlm_jax.model.projection import heads_as_held
+from btlm_jax.model.projection import slopes_as_held
 from btlm_jax.mup import Parametrization
 from btlm_jax.sharding import RULES, AxisRules
 
@@ -42,7 +41,7 @@ class Attention(nn.Module):
     config: ModelConfig
     parametrization: Parametrization
     rules: AxisRules
-    attend: Callable  # (q_BTNH, k_BTNH, v_BTNH) -> o_BTNH
+    attend: Callable  # (q_BTNH, k_BTNH, v_BTNH) -> o_BTNH, heads in the order of `heads_as_held`
 
     @nn.compact
     def __call__(self, x_BTD):
@@ -155,8 +154,7 @@ class Btlm(nn.Module):
         return LayerNorm(eps=self.config.layer_norm_eps, name="ln_f", **parts)(x_BTD)
 
     def _attend(self, q_BTNH, k_BSNH, v_BSNH):
-        slopes_N = jnp.asarray(alibi_slopes(self.config.num_heads, scaling=self.config.alibi_scaling))
-        slopes_N = slopes_N[heads_as_held(self.config.num_heads, self.rules)]
+        slopes_N = slopes_as_held(self.config, self.rules, mesh=jax.sharding.get_abstract_mesh())
         scale = self.parametrization.attention_scale
         return attend(q_BTNH, k_BSNH, v_BSNH, slopes_N, scale=scale, implementation=self.config.attention)
 

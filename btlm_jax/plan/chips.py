@@ -11,7 +11,7 @@ import jax
 from jax.experimental import topologies
 
 from btlm_jax.attention.tpu import BACKWARD, FORWARD
-from btlm_jax.plan.work import DIAGONAL
+from btlm_jax.plan.work import DIAGONAL, OUT_OF_SIGHT
 
 GIB = 1 << 30
 _PLANE = ("2x2", "2x4", "4x4", "4x8", "8x8", "8x16", "16x16")
@@ -34,14 +34,23 @@ class Chip:
     accelerator: str  # what Google Cloud calls its slices, before the number
 
 
-def _bundles(*, splash: tuple[int, int, int], forward: tuple[int, int], backward: tuple[int, int]) -> dict[str, int]:
+def _bundles(
+    *,
+    splash: tuple[int, int, int],
+    forward: tuple[int, int],
+    backward: tuple[int, int],
+    out_of_sight: tuple[int, int],
+) -> dict[str, int]:
     """Return instruction bundles of attention kernels for 512 x 512 positions of a head, from libtpu 0.0.42's dump.
 
     `splash`: of the inner loops of its three kernels. `forward`, `backward`: of attention/tpu.py with 8 heads of 80
-    lanes, off the diagonal and on it; a head's share of parting and joining heads is in them.
+    lanes, off the diagonal and on it; a head's share of parting and joining heads is in them. `out_of_sight`: what is
+    left of the two off the diagonal, at most, where ALiBi puts the keys out of sight: parting heads beside others that
+    see.
     """
     names = ("fwd", "dq", "dkv", FORWARD, FORWARD + DIAGONAL, BACKWARD, BACKWARD + DIAGONAL)
-    return dict(zip(names, (*splash, *forward, *backward), strict=True))
+    unseen = (FORWARD + OUT_OF_SIGHT, BACKWARD + OUT_OF_SIGHT)
+    return dict(zip((*names, *unseen), (*splash, *forward, *backward, *out_of_sight), strict=True))
 
 
 CHIPS = {
@@ -49,26 +58,34 @@ CHIPS = {
     for chip in (
         Chip(
             name="v4", hbm_bytes=int(30.75 * GIB), clock=1.05e9, num_cores=2, link_bytes=45e9,
-            kernel_bundles=_bundles(splash=(1411, 1700, 2150), forward=(2860, 3468), backward=(3256, 4252)),
+            kernel_bundles=_bundles(
+                splash=(1411, 1700, 2150), forward=(2860, 3468), backward=(3256, 4252), out_of_sight=(440, 320)
+            ),
             slices=_CUBE,
             options={"chip_config_name": "megacore"},  # otherwise a device is half a chip
             kinds=("TPU v4",), accelerator="v4",
         ),
         Chip(
             name="v5e", hbm_bytes=int(15.75 * GIB), clock=1.5e9, num_cores=1, link_bytes=45e9,
-            kernel_bundles=_bundles(splash=(1038, 1362, 1752), forward=(1285, 1454), backward=(2377, 2653)),
+            kernel_bundles=_bundles(
+                splash=(1038, 1362, 1752), forward=(1285, 1454), backward=(2377, 2653), out_of_sight=(20, 80)
+            ),
             slices=_PLANE, options={},
             kinds=("TPU v5 lite", "TPU v5e"), accelerator="v5litepod",
         ),
         Chip(
             name="v5p", hbm_bytes=int(95.74 * GIB), clock=1.75e9, num_cores=2, link_bytes=90e9,
-            kernel_bundles=_bundles(splash=(1016, 1360, 1750), forward=(1321, 1432), backward=(2396, 2642)),
+            kernel_bundles=_bundles(
+                splash=(1016, 1360, 1750), forward=(1321, 1432), backward=(2396, 2642), out_of_sight=(20, 80)
+            ),
             slices=_CUBE, options={},
             kinds=("TPU v5", "TPU v5p"), accelerator="v5p",
         ),
         Chip(
             name="v6e", hbm_bytes=int(31.25 * GIB), clock=1.75e9, num_cores=1, link_bytes=90e9,
-            kernel_bundles=_bundles(splash=(672, 780, 1000), forward=(995, 1025), backward=(1412, 1591)),
+            kernel_bundles=_bundles(
+                splash=(672, 780, 1000), forward=(995, 1025), backward=(1412, 1591), out_of_sight=(20, 55)
+            ),
             slices=_PLANE, options={},
             kinds=("TPU v6 lite", "TPU v6e"), accelerator="v6e",
         ),

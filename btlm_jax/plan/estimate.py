@@ -13,19 +13,17 @@ import math
 import jax
 import numpy as np
 
-from btlm_jax.attention.reach import reach
+from btlm_jax.attention.reach import SPREAD, reach
 from btlm_jax.curriculum import Phase
 from btlm_jax.metrics import flops_per_token, peak_flops
-from btlm_jax.model.alibi import alibi_slopes
-from btlm_jax.model.projection import heads_as_held
+from btlm_jax.model.projection import slopes_as_held
 from btlm_jax.plan.chips import Chip
 from btlm_jax.plan.compiling import CompileCache, CompiledStep
 from btlm_jax.plan.executable import Collective, Executable
-from btlm_jax.plan.work import Work, work_of
+from btlm_jax.plan.work import OUT_OF_SIGHT, Work, work_of
 from btlm_jax.program import Program
-from btlm_jax.sharding import axis_names, num_ways
+from btlm_jax.sharding import num_ways
 
-SPREAD = 64.0  # nats; a head whose q and k are longer sees further
 ASSUMPTIONS = (
     "XLA's own cycle estimate of every fusion x the trips of the loops around it / clock",
     "attention kernels: instruction bundles of their loops, as compiled, + 300 a program, / clock / cores, on the "
@@ -86,7 +84,7 @@ class PhasePlan:
     memory: Memory
     collectives: tuple[Collective, ...]
     counted_flops: float  # a step, by the convention of metrics.py
-    executed_flops: float  # a step: recompute, masked halves of blocks and ALiBi's lanes too
+    executed_flops: float  # a step that sees all keys: recompute, masked halves of blocks and ALiBi's lanes too
     peak_flops: float  # of the slice, a second
     step_time: StepTime
 
@@ -139,18 +137,20 @@ def state_bytes(program: Program) -> int:
 
 def step_time(executable: Executable, work: Work, *, slopes_XN: np.ndarray, chip: Chip, num_chips: int) -> StepTime:
     """Predict a step's time; `slopes_XN` are those of the X devices' heads that share sequences."""
-    reach_XN = np.asarray(reach(SPREAD, slopes_XN))
-    bundles = seen_X = work.kernel_steps * _KERNEL_OVERHEAD
-    for (name, distance), blocks in work.kernel_blocks.items():
-        bundles += blocks * chip.kernel_bundles[name]
-        seen_X = seen_X + blocks * chip.kernel_bundles[name] * (reach_XN > distance).mean(1)
+    reach_XN = reach(SPREAD, slopes_XN, xp=np)
+    bundles = work.kernel_steps * _KERNEL_OVERHEAD
+    bundles += sum(blocks * chip.kernel_bundles[name] for name, blocks in work.kernel_blocks.items())
+    saved_X = np.zeros(len(slopes_XN))
+    for (name, distance), blocks in work.distant_blocks.items():
+        saved = chip.kernel_bundles[name] - chip.kernel_bundles[name + OUT_OF_SIGHT]
+        saved_X += blocks * saved * (reach_XN <= distance).mean(1)
     seconds = {False: 0.0, True: 0.0}
     for collective in executable.collectives:
         seconds[collective.is_asynchronous] += collective_seconds(collective, link_bytes=chip.link_bytes)
     return StepTime(
         computation=executable.num_cycles / chip.clock,
         attention=bundles / num_chips / chip.clock / chip.num_cores,
-        negligible=float(bundles - seen_X.max()) / num_chips / chip.clock / chip.num_cores,
+        negligible=float(saved_X.min()) / num_chips / chip.clock / chip.num_cores,
         exposed=seconds[False],
         asynchronous=seconds[True],
     )
@@ -159,9 +159,9 @@ def step_time(executable: Executable, work: Work, *, slopes_XN: np.ndarray, chip
 def _slopes_of_devices(program: Program, phase: Phase) -> np.ndarray:
     """Return the slopes of the heads with which each of X devices attends."""
     model, rules = program.config.model, program.rules_for(phase)
-    heads = heads_as_held(model.num_heads, rules, mesh=program.mesh)
-    ways = num_ways(program.mesh, (*axis_names(rules.act_heads), *axis_names(rules.length)))
-    return alibi_slopes(model.num_heads, scaling=model.alibi_scaling)[heads].reshape(ways, -1)
+    ways = num_ways(program.mesh, rules.heads_in_attention)
+    slopes_N = np.asarray(slopes_as_held(model, rules, mesh=program.mesh))
+    return slopes_N.reshape(ways, model.num_heads // ways)
 
 
 def _memory(program: Program, step: CompiledStep, *, chip: Chip) -> Memory:

@@ -83,7 +83,7 @@ def _phase_lines(plan: SlicePlan, each: PhasePlan) -> Iterator[str]:
     )
     yield (
         f"  FLOPs a step   {each.counted_flops:.4g} counted, {each.executed_flops:.4g} executed "
-        f"({each.executed_flops / each.counted_flops:.2f} times)"
+        f"({each.executed_flops / each.counted_flops:.2f} times) where all keys are seen"
     )
     yield "  collectives    kind               count      GiB  seconds"
     for (kind, asynchronous), (count, num_bytes, seconds) in collectives_by_kind(each, chip=plan.chip).items():

@@ -15,7 +15,7 @@ from btlm_jax.attention.tpu import BACKWARD, FORWARD
 
 BLOCK = 512  # kernels' work is counted in squares of so many positions
 _STEPS = "steps"
-NEAR = -1
+OUT_OF_SIGHT = "_out_of_sight"  # ends a kernel's name for what is left of squares that a head leaves out
 DIAGONAL = "_diagonal"  # ends a kernel's name for squares on the diagonal, and what is done once for each of them
 
 
@@ -24,9 +24,10 @@ class Work:
     """What all devices together compute in a step."""
 
     flops: float  # of matrix products, in kernels too
-    # BLOCK x BLOCK squares of one head of one sequence, by kernel and by how many positions lie between the last key
-    # and the first query; those that are computed whatever ALiBi says stand at NEAR.
-    kernel_blocks: dict[tuple[str, int], float]
+    # BLOCK x BLOCK squares of one head of one sequence, by kernel: all of them, and those that a head leaves out where it
+    # does not see so far, by how many positions lie between the last key and the first query.
+    kernel_blocks: dict[str, float]
+    distant_blocks: dict[tuple[str, int], float]
     kernel_steps: float  # programs of all kernels
 
 
@@ -35,7 +36,8 @@ def work_of(jaxpr) -> Work:
     blocks: collections.Counter = collections.Counter()
     flops = _flops(jaxpr, len(jaxpr.outvars) * [True], 1.0, blocks)
     steps = blocks.pop(_STEPS, 0.0)
-    return Work(flops=flops, kernel_blocks=dict(blocks), kernel_steps=steps)
+    distant = {key: blocks.pop(key) for key in list(blocks) if isinstance(key, tuple)}
+    return Work(flops=flops, kernel_blocks=dict(blocks), distant_blocks=distant, kernel_steps=steps)
 
 
 def _flops(jaxpr, is_needed: list[bool], times: float, blocks: dict) -> float:
@@ -97,9 +99,11 @@ def _flops_of_own_kernel(equation, name: str, times: float, blocks: dict) -> flo
     num_queries = queries.shape[0] * queries.shape[1] // block // grid[0]
     num_keys = (num_pairs + num_queries * (num_queries - 1) // 2) // num_queries  # the queries are the last of them
     blocks[_STEPS] += times * programs
-    blocks[name + DIAGONAL, NEAR] += squares * num_queries
+    blocks[name + DIAGONAL] += squares * num_queries
     for apart in range(1, num_keys):
-        blocks[name, (apart - 1) * block] += squares * min(num_queries, num_keys - apart)
+        count = min(num_queries, num_keys - apart)
+        blocks[name] += squares * count
+        blocks[name, (apart - 1) * block] += squares * count
     # On and off the diagonal it runs different code for the same products: one of the two.
     return times * programs * max(_flops_of_body([each], 1.0) for each in params["jaxpr"].eqns)
 
@@ -112,7 +116,7 @@ def _flops_of_splash(equation, kind: str, times: float, blocks: dict) -> float:
     runs = times * math.prod(grid) * (num_blocks + 1) / (2 * num_blocks)
     length = max(operand.aval.shape[-2] for operand in equation.invars if operand.aval.ndim >= 3)
     blocks[_STEPS] += runs
-    blocks[kind, NEAR] += runs * (length / num_blocks / BLOCK) ** 2
+    blocks[kind] += runs * (length / num_blocks / BLOCK) ** 2
     return _flops_of_body(params["jaxpr"].eqns, runs)
 
 
