@@ -24,8 +24,8 @@ class Work:
     """What all devices together compute in a step."""
 
     flops: float  # of matrix products, in kernels too
-    # BLOCK x BLOCK squares of one head of one sequence, by kernel: all of them, and those that a head leaves out where it
-    # does not see so far, by how many positions lie between the last key and the first query.
+    # BLOCK x BLOCK squares of one head of one sequence, by kernel: all of them, and those that a head leaves out where
+    # it does not see so far, by how many positions lie between the last key and the first query.
     kernel_blocks: dict[str, float]
     distant_blocks: dict[tuple[str, int], float]
     kernel_steps: float  # programs of all kernels
