@@ -131,7 +131,9 @@ def _attend_backward(how: _How, residuals, do_SBTM):
     q_SBTM, k_SBTM, v_SBTM, slopes_N, reach_BN, o_SBTM, lse_AXGT = residuals
     is_of_head_NM = lanes_of_heads(how.heads.num, how.heads.dim)
     product_SBTM = do_SBTM.astype(jnp.float32) * o_SBTM.astype(jnp.float32)
-    delta_SBNT = jnp.einsum("SBTM,NM->SBNT", product_SBTM, is_of_head_NM, precision="highest")
+    # A product of two bfloat16 has 16 bits, which three passes hold as six do.
+    precision = "high" if do_SBTM.dtype == o_SBTM.dtype == jnp.bfloat16 else "highest"
+    delta_SBNT = jnp.einsum("SBTM,NM->SBNT", product_SBTM, is_of_head_NM, precision=precision)
     delta_SBTN = exchanged(delta_SBNT, how.axes).swapaxes(2, 3)
     delta_AXGT = how.arranged(delta_SBTN).swapaxes(1, 2).reshape(lse_AXGT.shape)
     qkvdo_ATM = map(how.arranged, (q_SBTM, k_SBTM, v_SBTM, exchanged(do_SBTM, how.axes)))
