@@ -59,7 +59,7 @@ CHIPS = {
         Chip(
             name="v4", hbm_bytes=int(30.75 * GIB), clock=1.05e9, num_cores=2, link_bytes=45e9,
             kernel_bundles=_bundles(
-                splash=(1411, 1700, 2150), forward=(2860, 3468), backward=(3256, 4252), out_of_sight=(440, 320)
+                splash=(1411, 1700, 2150), forward=(2856, 3464), backward=(3248, 4256), out_of_sight=(452, 328)
             ),
             slices=_CUBE,
             options={"chip_config_name": "megacore"},  # otherwise a device is half a chip
@@ -68,7 +68,7 @@ CHIPS = {
         Chip(
             name="v5e", hbm_bytes=int(15.75 * GIB), clock=1.5e9, num_cores=1, link_bytes=45e9,
             kernel_bundles=_bundles(
-                splash=(1038, 1362, 1752), forward=(1285, 1454), backward=(2377, 2653), out_of_sight=(20, 80)
+                splash=(1038, 1362, 1752), forward=(1278, 1447), backward=(2375, 2651), out_of_sight=(18, 83)
             ),
             slices=_PLANE, options={},
             kinds=("TPU v5 lite", "TPU v5e"), accelerator="v5litepod",
@@ -76,7 +76,7 @@ CHIPS = {
         Chip(
             name="v5p", hbm_bytes=int(95.74 * GIB), clock=1.75e9, num_cores=2, link_bytes=90e9,
             kernel_bundles=_bundles(
-                splash=(1016, 1360, 1750), forward=(1321, 1432), backward=(2396, 2642), out_of_sight=(20, 80)
+                splash=(1016, 1360, 1750), forward=(1314, 1425), backward=(2390, 2640), out_of_sight=(18, 83)
             ),
             slices=_CUBE, options={},
             kinds=("TPU v5", "TPU v5p"), accelerator="v5p",
@@ -84,7 +84,7 @@ CHIPS = {
         Chip(
             name="v6e", hbm_bytes=int(31.25 * GIB), clock=1.75e9, num_cores=1, link_bytes=90e9,
             kernel_bundles=_bundles(
-                splash=(672, 780, 1000), forward=(995, 1025), backward=(1412, 1591), out_of_sight=(20, 55)
+                splash=(672, 780, 1000), forward=(988, 1018), backward=(1406, 1589), out_of_sight=(18, 54)
             ),
             slices=_PLANE, options={},
             kinds=("TPU v6 lite", "TPU v6e"), accelerator="v6e",
