@@ -65,10 +65,7 @@ def forward_kernel(
     G, C, dtype = q_GRW.shape[0], q_ref.shape[1], q_ref.dtype
     b, group, pair = (pl.program_id(dim) for dim in range(3))
     i, j = pairs_ref[0, pair], pairs_ref[1, pair]
-
-    def sees(n):
-        return reach_ref[b, group * G + n] > (i - j - 1) * C  # the nearest key is one further than that
-
+    sees = _sight(reach_ref, b, group, i, j, G=G, C=C)
     is_kept = k_XGRW.shape[0] > 1
     slot = j if is_kept else 0
 
@@ -124,9 +121,7 @@ def backward_kernel(
     G, C, dtype = q_GRW.shape[0], q_ref.shape[1], q_ref.dtype
     b, group, pair = (pl.program_id(dim) for dim in range(3))
     i, j = pairs_ref[0, pair], pairs_ref[1, pair]
-
-    def sees(n):
-        return reach_ref[b, group * G + n] > (i - j - 1) * C  # the nearest key is one further than that
+    sees = _sight(reach_ref, b, group, i, j, G=G, C=C)
 
     @pl.when(i == jnp.maximum(j, span.start))
     def begin_keys():
@@ -180,6 +175,11 @@ def backward_kernel(
     def end_keys():
         _join([dk_GCW[n] * heads.scale for n in range(G)], dk_ref, heads)
         _join([dv_GCW[n] for n in range(G)], dv_ref, heads)
+
+
+def _sight(reach_ref, b, group, i, j, *, G: int, C: int):
+    """Return the function that says of a program's head n whether a query of block i sees a key of block j."""
+    return lambda n: reach_ref[b, group * G + n] > (i - j - 1) * C  # the nearest key is one further than that
 
 
 def _for_each_head(num: int, visit, sees) -> None:

@@ -81,17 +81,20 @@ class Projection:
 
     def dealt(self, x: jax.Array, *, dim: int) -> jax.Array:
         """Return a dim of heads in the order in which devices hold them; another hidden dim as it is."""
-        return self._in_order(x, dim, lambda heads: heads)
+        heads = self._heads_as_held()
+        return x if heads is None else jnp.take(x, heads, axis=dim)
 
     def collected(self, x: jax.Array, *, dim: int) -> jax.Array:
         """Undo `dealt`."""
-        return self._in_order(x, dim, np.argsort)
+        heads = self._heads_as_held()
+        return x if heads is None else jnp.take(x, np.argsort(heads), axis=dim)
 
-    def _in_order(self, x, dim: int, order):
+    def _heads_as_held(self) -> np.ndarray | None:
+        """Return the order of heads in activations, or None where it is the stored one, which needs no copy."""
         if len(self.hidden_shape) == 1:
-            return x
+            return None
         heads = heads_as_held(self.hidden_shape[0], self.rules, mesh=jax.sharding.get_abstract_mesh())
-        return x if (heads[1:] > heads[:-1]).all() else jnp.take(x, order(heads), axis=dim)
+        return None if (heads == np.arange(len(heads))).all() else heads
 
     def product(self) -> _Product:
         """Return how x, kernel and y are laid out when they are multiplied."""
@@ -138,10 +141,14 @@ class _Product:
 
         Rows of ones as many as a tile has, for XLA takes a single one for a sum, which it says is 20 times as slow.
         """
-        ones, sums = jnp.ones((8, *dy.shape[self.y.index("B") :][:2]), dy.dtype), self.y.replace("BT", "")
-        precision = "highest" if dy.dtype == jnp.float32 else None
+        B, T = (dy.shape[self.y.index(dim)] for dim in "BT")
+        columns = self.y.replace("BT", "")
         sums = jnp.einsum(
-            f"XBT,{self.y}->X{sums}", ones, dy, precision=precision, preferred_element_type=jnp.float32
+            f"XBT,{self.y}->X{columns}",
+            jnp.ones((8, B, T), dy.dtype),
+            dy,
+            precision="highest" if dy.dtype == jnp.float32 else None,
+            preferred_element_type=jnp.float32,
         )
         return sums[0].reshape(-1)
 

@@ -14,7 +14,6 @@ import jax.extend
 from btlm_jax.attention.tpu import BACKWARD, FORWARD
 
 BLOCK = 512  # kernels' work is counted in squares of so many positions
-_STEPS = "steps"
 OUT_OF_SIGHT = "_out_of_sight"  # ends a kernel's name for what is left of squares that a head leaves out
 DIAGONAL = "_diagonal"  # ends a kernel's name for squares on the diagonal, and what is done once for each of them
 
@@ -33,14 +32,26 @@ class Work:
 
 def work_of(jaxpr) -> Work:
     """Count the work of a jaxpr. What nothing needs is left out, as the compiler leaves it out."""
-    blocks: collections.Counter = collections.Counter()
-    flops = _flops(jaxpr, len(jaxpr.outvars) * [True], 1.0, blocks)
-    steps = blocks.pop(_STEPS, 0.0)
-    distant = {key: blocks.pop(key) for key in list(blocks) if isinstance(key, tuple)}
-    return Work(flops=flops, kernel_blocks=dict(blocks), distant_blocks=distant, kernel_steps=steps)
+    kernels = _Kernels()
+    flops = _flops(jaxpr, len(jaxpr.outvars) * [True], 1.0, kernels)
+    return Work(
+        flops=flops,
+        kernel_blocks=dict(kernels.blocks),
+        distant_blocks=dict(kernels.distant_blocks),
+        kernel_steps=kernels.steps,
+    )
 
 
-def _flops(jaxpr, is_needed: list[bool], times: float, blocks: dict) -> float:
+@dataclasses.dataclass
+class _Kernels:
+    """What is counted of kernels on the way; see Work."""
+
+    blocks: collections.Counter[str] = dataclasses.field(default_factory=collections.Counter)
+    distant_blocks: collections.Counter[tuple[str, int]] = dataclasses.field(default_factory=collections.Counter)
+    steps: float = 0.0
+
+
+def _flops(jaxpr, is_needed: list[bool], times: float, kernels: _Kernels) -> float:
     """Return the FLOPs of running a jaxpr `times` times for those of its results that are needed."""
     needed = {id(out) for out, wanted in zip(jaxpr.outvars, is_needed, strict=True) if wanted}
     total = 0.0
@@ -48,47 +59,47 @@ def _flops(jaxpr, is_needed: list[bool], times: float, blocks: dict) -> float:
         wanted = [id(out) in needed for out in equation.outvars]
         if not any(wanted):
             continue
-        total += _flops_of_equation(equation, wanted, times, blocks)
+        total += _flops_of_equation(equation, wanted, times, kernels)
         needed |= {id(operand) for operand in equation.invars}
     return total
 
 
-def _flops_of_equation(equation, wanted: list[bool], times: float, blocks: dict) -> float:
+def _flops_of_equation(equation, wanted: list[bool], times: float, kernels: _Kernels) -> float:
     name, params = equation.primitive.name, equation.params
     if name == "dot_general":
         (contracted, _), _ = params["dimension_numbers"]
         left = equation.invars[0].aval.shape
         return times * 2.0 * equation.outvars[0].aval.size * math.prod(left[dim] for dim in contracted)
     if name == "pallas_call":
-        return _flops_of_kernel(equation, times, blocks)
+        return _flops_of_kernel(equation, times, kernels)
     inner = [part.jaxpr if hasattr(part, "jaxpr") else part for part in jax.extend.core.jaxprs_in_params(params)]
     if name == "cond":
-        return max(_flops(part, wanted, times, blocks) for part in inner)
+        return max(_flops(part, wanted, times, kernels) for part in inner)
     if name == "scan":
         (body,) = inner
         # A carry is needed if a later iteration needs it; taking all of them is right for training steps.
         carries = params["num_carry"] * [True]
-        return _flops(body, carries + wanted[params["num_carry"] :], times * params["length"], blocks)
+        return _flops(body, carries + wanted[params["num_carry"] :], times * params["length"], kernels)
     if name == "shard_map":
         (body,) = inner  # its shapes are those of one device
-        return _flops(body, wanted, times * params["mesh"].size, blocks)
+        return _flops(body, wanted, times * params["mesh"].size, kernels)
     return sum(
-        _flops(part, wanted if len(part.outvars) == len(wanted) else len(part.outvars) * [True], times, blocks)
+        _flops(part, wanted if len(part.outvars) == len(wanted) else len(part.outvars) * [True], times, kernels)
         for part in inner
     )
 
 
-def _flops_of_kernel(equation, times: float, blocks: dict) -> float:
+def _flops_of_kernel(equation, times: float, kernels: _Kernels) -> float:
     params = equation.params
     name = str(params["name"] if "name" in params else params["name_and_src_info"])
     for own in (FORWARD, BACKWARD):
         if name.startswith(own):
-            return _flops_of_own_kernel(equation, own, times, blocks)
+            return _flops_of_own_kernel(equation, own, times, kernels)
     (kind,) = (kind for kind in ("fwd", "dkv", "dq") if f"_{kind}_" in name)
-    return _flops_of_splash(equation, kind, times, blocks)
+    return _flops_of_splash(equation, kind, times, kernels)
 
 
-def _flops_of_own_kernel(equation, name: str, times: float, blocks: dict) -> float:
+def _flops_of_own_kernel(equation, name: str, times: float, kernels: _Kernels) -> float:
     """Count a kernel of attention/tpu.py: one program for a pair of blocks and a few heads."""
     params = equation.params
     grid, slopes = params["grid_mapping"].grid, equation.invars[1].aval
@@ -98,25 +109,25 @@ def _flops_of_own_kernel(equation, name: str, times: float, blocks: dict) -> flo
     squares = times * grid[0] * slopes.shape[0] * (block / BLOCK) ** 2  # of each pair of blocks
     num_queries = queries.shape[0] * queries.shape[1] // block // grid[0]
     num_keys = (num_pairs + num_queries * (num_queries - 1) // 2) // num_queries  # the queries are the last of them
-    blocks[_STEPS] += times * programs
-    blocks[name + DIAGONAL] += squares * num_queries
+    kernels.steps += times * programs
+    kernels.blocks[name + DIAGONAL] += squares * num_queries
     for apart in range(1, num_keys):
         count = min(num_queries, num_keys - apart)
-        blocks[name] += squares * count
-        blocks[name, (apart - 1) * block] += squares * count
+        kernels.blocks[name] += squares * count
+        kernels.distant_blocks[name, (apart - 1) * block] += squares * count
     # On and off the diagonal it runs different code for the same products: one of the two.
     return times * programs * max(_flops_of_body([each], 1.0) for each in params["jaxpr"].eqns)
 
 
-def _flops_of_splash(equation, kind: str, times: float, blocks: dict) -> float:
+def _flops_of_splash(equation, kind: str, times: float, kernels: _Kernels) -> float:
     """Count a kernel of causal attention: of the n x n pairs of blocks of a head it runs the lower n (n + 1) / 2."""
     params = equation.params
     grid = params["grid_mapping"].grid
     num_blocks = grid[-1]  # of one sequence: queries and keys have blocks of one size
     runs = times * math.prod(grid) * (num_blocks + 1) / (2 * num_blocks)
     length = max(operand.aval.shape[-2] for operand in equation.invars if operand.aval.ndim >= 3)
-    blocks[_STEPS] += runs
-    blocks[kind] += runs * (length / num_blocks / BLOCK) ** 2
+    kernels.steps += runs
+    kernels.blocks[kind] += runs * (length / num_blocks / BLOCK) ** 2
     return _flops_of_body(params["jaxpr"].eqns, runs)
 
 
@@ -125,7 +136,7 @@ def _flops_of_body(equations, times: float) -> float:
     total = 0.0
     for equation in equations:
         if equation.primitive.name == "dot_general":
-            total += _flops_of_equation(equation, [True], times, {})
+            total += _flops_of_equation(equation, [True], times, _Kernels())
         parts = [
             _flops_of_body((part.jaxpr if hasattr(part, "jaxpr") else part).eqns, times)
             for part in jax.extend.core.jaxprs_in_params(equation.params)
