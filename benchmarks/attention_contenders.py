@@ -11,7 +11,7 @@ from collections.abc import Callable
 
 import numpy as np
 
-from btlm_jax.model.alibi import alibi_slopes
+from btlm_jax.attention.alibi import alibi_slopes
 
 HEAD_DIM = 80
 SCALE = 1 / HEAD_DIM

@@ -27,11 +27,11 @@ from pathlib import Path
 import numpy as np
 import zstandard
 
-from btlm_jax.corpus.inputs import read_stage
-from btlm_jax.corpus.lsh import Clusters
-from btlm_jax.corpus.minhash import GRAM
-from btlm_jax.corpus.normalize import normalized
-from btlm_jax.corpus.records import read_records
+from btlm_jax.corpus.engine.inputs import read_stage
+from btlm_jax.corpus.near_duplicates.lsh import Clusters
+from btlm_jax.corpus.near_duplicates.minhash import GRAM
+from btlm_jax.corpus.near_duplicates.normalize import normalized
+from btlm_jax.corpus.readers.records import read_records
 
 SUFFIXES = (".py", ".pyi", ".md", ".rst", ".txt", ".html", ".h", ".hpp", ".cpp", ".c")
 FILES = 16

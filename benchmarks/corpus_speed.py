@@ -25,12 +25,12 @@ import datasketch
 import ftfy
 import numpy as np
 
-from btlm_jax.corpus.byte_level import read_byte_level
-from btlm_jax.corpus.clean import fixed
-from btlm_jax.corpus.gpt2 import fastest
-from btlm_jax.corpus.lsh import SLIMPAJAMA, STRICT
-from btlm_jax.corpus.normalize import MIN_CHARACTERS, is_shorter, normalized_pieces
+from btlm_jax.corpus.near_duplicates.lsh import SLIMPAJAMA, STRICT
+from btlm_jax.corpus.near_duplicates.normalize import MIN_CHARACTERS, is_shorter, normalized_pieces
 from btlm_jax.corpus.pack import pack
+from btlm_jax.corpus.stages.clean import fixed
+from btlm_jax.tokenizers.byte_level import read_byte_level
+from btlm_jax.tokenizers.gpt2 import fastest
 
 ROUNDS = 3
 DOCUMENT_CHARACTERS = 10_000

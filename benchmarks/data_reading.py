@@ -24,11 +24,11 @@ from array_record.python.array_record_module import ArrayRecordWriter
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from btlm_jax import store
-from btlm_jax.curriculum import Curriculum, Phase, make_curriculum
+from btlm_jax.data import store
 from btlm_jax.data.loader import TrainLoader, read_rows
 from btlm_jax.data.order import TrainingOrder
 from btlm_jax.data.reader import SplitReader, TokenStore, open_store
+from btlm_jax.recipe.curriculum import Curriculum, Phase, make_curriculum
 
 BLOCK_LEN, NUM_BLOCKS, VOCAB_SIZE = 1024, 4096, 4096
 STEPS, REPEATS, PREFETCH = 200, 5, 4

@@ -99,7 +99,7 @@ def run_transformers(directory: Path, work: Work, *, cache: str) -> Timing:
 
 def run_llama_cpp(model: Path, work: Work, *, flash_attention: bool, num_prompt_batch: int) -> Timing:
     """Time llama.cpp's own C library: float16 cache, weights in memory of its own (no mapping of the file)."""
-    import llama_cpp
+    from support import llama_cpp
 
     library = llama_cpp._library()
     silence = ctypes.CFUNCTYPE(None, ctypes.c_int, ctypes.c_char_p, ctypes.c_void_p)(lambda *_: None)
@@ -163,9 +163,9 @@ def run_llama_cpp(model: Path, work: Work, *, flash_attention: bool, num_prompt_
 
 def run_ours(directory: Path, work: Work, *, cache: str) -> Timing:
     """Time this package as `btlm generate` uses it; it reads a whole prompt where others make up a cache."""
-    from btlm_jax.generate import generate
-    from btlm_jax.loading import load_for_generation
-    from btlm_jax.sampling import GREEDY
+    from btlm_jax.decode.batch import generate
+    from btlm_jax.decode.sampling import GREEDY
+    from btlm_jax.generate.loading import load_for_generation
 
     began = time.perf_counter()
     native = load_for_generation(directory, as_int4=False)

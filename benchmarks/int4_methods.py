@@ -20,19 +20,19 @@ import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 from machine import machine
 
-from btlm_jax.convert.names import read_params
-from btlm_jax.convert.native import abstract_params
-from btlm_jax.convert.source import NativeSource, load_native
 from btlm_jax.data.loader import heldout_batches, read_rows
 from btlm_jax.data.reader import open_store
-from btlm_jax.evaluate.heldout import SourceLoss, evaluate_heldout
-from btlm_jax.loss import logits
+from btlm_jax.data.store import HELDOUT, TRAIN
+from btlm_jax.hub.native import abstract_params
+from btlm_jax.hub.source import NativeSource, load_native
+from btlm_jax.hub.tensor_names import read_params
 from btlm_jax.model import Btlm
-from btlm_jax.mup import make_parametrization
-from btlm_jax.quantize.walk import Method, as_published, quantize_model
-from btlm_jax.sharding import FSDP, RULES
-from btlm_jax.step import make_eval_step
-from btlm_jax.store import HELDOUT, TRAIN
+from btlm_jax.model.loss import logits
+from btlm_jax.parallel.mesh import FSDP, RULES
+from btlm_jax.quantize.quantize_model import Method, as_published, quantize_model
+from btlm_jax.recipe.mup import make_parametrization
+from btlm_jax.train.heldout import SourceLoss, evaluate_heldout
+from btlm_jax.train.step import make_eval_step
 
 BATCH = 8
 KL_BLOCKS = 8  # of each source

@@ -23,9 +23,7 @@ def machine(*packages: str) -> str:
 
 def processor() -> str:
     """Return the processor's name and what its vectors can do."""
-    facts = dict(
-        line.split(":", 1) for line in reversed(Path("/proc/cpuinfo").read_text().splitlines()) if ":" in line
-    )
+    facts = dict(line.split(":", 1) for line in reversed(Path("/proc/cpuinfo").read_text().splitlines()) if ":" in line)
     facts = {name.strip(): value.strip() for name, value in facts.items()}
     vectors = [said for flag, said in _VECTORS.items() if flag in facts.get("flags", "").split()]
     return f"{facts.get('model name', platform.machine())} ({vectors[0] if vectors else 'no AVX2'})"

@@ -13,8 +13,8 @@ from pathlib import Path
 
 import numpy as np
 
-from btlm_jax.convert.published import PublishedConfig, tensor_shapes
 from btlm_jax.convert.to_hf import write_hf
+from btlm_jax.hub.published import PublishedConfig, tensor_shapes
 
 _BASE_WIDTH, _INIT_STD = 256, 0.073  # of the published recipe
 _SEED = 1

@@ -21,7 +21,7 @@ from pathlib import Path
 from machine import machine
 from steps import make_jax_step, read_config
 
-from btlm_jax.figures import new_figure, write_figure
+from btlm_jax.display.plotting import new_figure, write_figure
 
 TOKENS = 8192  # a step, whatever T is
 LENGTHS, LAYERS = (512, 1024, 2048, 4096, 8192), (2, 4, 8, 16, 32)

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import numpy as np
 
-from btlm_jax.config import TrainConfig, train_config_from
+from btlm_jax.recipe.config import TrainConfig, train_config_from
 
 CONFIG = Path(__file__).parent.parent / "configs" / "local_cpu.py"
 # d_model, num_layers, num_heads, d_ff, vocab_size; head dims 64, 80 (BTLM's own) and 64.
@@ -56,9 +56,9 @@ def make_jax_step(config: TrainConfig) -> Step:
     """Compile our step and make its state."""
     import jax
 
-    from btlm_jax.program import make_program
-    from btlm_jax.sharding import batch_sharding, make_mesh
-    from btlm_jax.step import init_state
+    from btlm_jax.parallel.mesh import batch_sharding, make_mesh
+    from btlm_jax.train.program import make_program
+    from btlm_jax.train.step import init_state
 
     program = make_program(config, make_mesh(devices=jax.devices()[:1], tensor=1))
     (phase,) = config.curriculum.table.phases

@@ -7,10 +7,10 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from btlm_jax.attention.lanes import NUM_LANES, alibi_lanes
-from btlm_jax.config import TrainConfig
-from btlm_jax.model.alibi import alibi_slopes
-from btlm_jax.mup import make_parametrization
+from btlm_jax.attention.alibi import alibi_slopes
+from btlm_jax.attention.alibi_lanes import NUM_LANES, alibi_lanes
+from btlm_jax.recipe.config import TrainConfig
+from btlm_jax.recipe.mup import make_parametrization
 
 ATTENTIONS = ("mask", "folded", "flex")  # SDPA with a bias; SDPA with ALiBi in lanes of q and k; FlexAttention
 

@@ -17,7 +17,7 @@ os.environ["RAY_AUTH_MODE"], os.environ["RAY_AUTH_TOKEN"] = "token", "only-for-t
 @pytest.fixture(scope="session")
 def token_store(tmp_path_factory):
     """The directory of a small real token store, which no test may change."""
-    from real_store import build_real_store
+    from support.real_store import build_real_store
 
     directory = tmp_path_factory.mktemp("tiny") / "store"
     build_real_store(directory)
@@ -27,8 +27,8 @@ def token_store(tmp_path_factory):
 @pytest.fixture(scope="session")
 def tiny_run(token_store, tmp_path_factory):
     """(config file, workdir) of a tiny run that nothing disturbed, with all its checkpoints; no test may change it."""
-    from real_store import write_config
-    from run_command import run_btlm, train_arguments
+    from support.real_store import write_config
+    from support.run_command import run_btlm, train_arguments
 
     folder = tmp_path_factory.mktemp("undisturbed")
     config = write_config(folder / "config.py", store=token_store, checkpoint__keep_last=50, log__sample_tokens=3)
@@ -42,7 +42,7 @@ def unfinished_run(tiny_run, tmp_path):
     """(config, workdir): a copy of the undisturbed run whose last complete checkpoint is step 3."""
     import shutil
 
-    from run_command import checkpoint_steps
+    from support.run_command import checkpoint_steps
 
     config, finished = tiny_run
     workdir = tmp_path / "run"

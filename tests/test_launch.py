@@ -18,9 +18,7 @@ SLICE = {
 }
 
 
-def run(
-    verb: str, folder: Path, *, gcloud: str, btlm: str = "true", **settings: str
-) -> subprocess.CompletedProcess:
+def run(verb: str, folder: Path, *, gcloud: str, btlm: str = "true", **settings: str) -> subprocess.CompletedProcess:
     """Run launch/tpu.sh with stand-ins (bash): a gcloud that logs its arguments and then runs `gcloud`, and a btlm."""
     for name, script in (("gcloud", f'echo "$@" >> {folder}/log\n{gcloud}'), ("btlm", btlm)):
         (folder / name).write_text(f"#!/usr/bin/env bash\n{script}\n")

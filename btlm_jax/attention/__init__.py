@@ -7,15 +7,15 @@ import jax.numpy as jnp
 from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
 
+from btlm_jax.attention.alibi_lanes import named
 from btlm_jax.attention.blockwise import attend_blockwise
 from btlm_jax.attention.cpu import attend_cpu, has_kernels_for
-from btlm_jax.attention.exchange import exchanged, in_pieces, joined, own_positions, positions_for_heads
 from btlm_jax.attention.gpu import attend_gpu, is_possible
-from btlm_jax.attention.lanes import named
 from btlm_jax.attention.reference import attend_reference
 from btlm_jax.attention.splash import attend_splash
 from btlm_jax.attention.tpu import attend_tpu
-from btlm_jax.sharding import axis_names, num_ways, platform
+from btlm_jax.attention.ulysses import exchanged, in_pieces, joined, own_positions, positions_for_heads
+from btlm_jax.parallel.mesh import axis_names, num_ways, platform
 
 IMPLEMENTATIONS = ("reference", "blockwise", "cpu", "tpu", "splash", "gpu")
 AUTO = "auto"  # the one made for the devices: tpu on TPUs, gpu and cpu where they are possible, otherwise blockwise

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.ad_checkpoint import checkpoint_name
 
-from btlm_jax.cpu.build import has_training_kernels
+from btlm_jax.kernels.build import has_training_kernels
 
 TILE, LANES = 64, 16  # kTile of the kernels, and what they fill the head dim up to a multiple of
 

@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
-from btlm_jax.attention.lanes import NUM_LANES, alibi_lanes, widen
+from btlm_jax.attention.alibi_lanes import NUM_LANES, alibi_lanes, widen
 
 MAX_HEAD_DIM = 128 - NUM_LANES  # cuDNN's limit before Hopper; BTLM's 80 becomes 96
 

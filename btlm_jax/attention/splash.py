@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 from jax.experimental.pallas.ops.tpu import splash_attention
 
-from btlm_jax.attention.lanes import NUM_LANES, alibi_lanes, named, whole_tiles, widen
+from btlm_jax.attention.alibi_lanes import NUM_LANES, alibi_lanes, named, whole_tiles, widen
 
 MAX_BLOCK = 512  # larger blocks compute more of the masked triangle and fill the vector memory
 

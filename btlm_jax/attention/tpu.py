@@ -25,11 +25,11 @@ from jax.ad_checkpoint import checkpoint_name
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from btlm_jax.attention.exchange import exchanged, in_pieces, joined
-from btlm_jax.attention.lanes import TILE, lanes_of_heads, named, whole_tiles
-from btlm_jax.attention.reach import largest_spread, reach
+from btlm_jax.attention.alibi_lanes import TILE, lanes_of_heads, named, whole_tiles
+from btlm_jax.attention.alibi_window import largest_spread, reach
 from btlm_jax.attention.tpu_kernels import Heads, backward_kernel, forward_kernel, parted
-from btlm_jax.sharding import Axes, device_kind
+from btlm_jax.attention.ulysses import exchanged, in_pieces, joined
+from btlm_jax.parallel.mesh import Axes, device_kind
 
 FORWARD, BACKWARD = "alibi_forward", "alibi_backward"  # the kernels' names in a compiled program
 SMALL = ("TPU v2", "TPU v3", "TPU v4")  # 16 MiB of vector memory a core; later ones have 64 or more

@@ -16,7 +16,7 @@ from collections.abc import Sequence
 from absl import logging as absl_logging
 
 from btlm_jax import __version__
-from btlm_jax.cli import corpus, generating, making, planning, using
+from btlm_jax.cli import convert, corpus, generate, plan, train, tune
 from btlm_jax.cli.parse import BAD_NUMBERS, DONE, ERROR, INTERRUPTED, PREEMPTED, USAGE, UsageError
 
 __all__ = ["BAD_NUMBERS", "DONE", "ERROR", "PREEMPTED", "USAGE", "UsageError", "entry", "main"]
@@ -38,12 +38,12 @@ first:  btlm train --config=configs/local_cpu.py --workdir=runs/local
 """
 
 VERBS = {
-    "train": making.train,
-    "generate": generating.generate,
-    "convert": using.convert,
+    "train": train.train,
+    "generate": generate.generate,
+    "convert": convert.convert,
     "corpus": corpus.corpus,
-    "tune": making.tune,
-    "plan": planning.plan,
+    "tune": tune.tune,
+    "plan": plan.plan,
 }
 
 

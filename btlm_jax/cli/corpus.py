@@ -11,7 +11,8 @@ from absl import flags
 from btlm_jax.cli import corpus_stages
 from btlm_jax.cli.corpus_stages import log, print_stage, print_store
 from btlm_jax.cli.parse import DONE, UsageError, parse_config, parse_flags, run_flags, workdir_of
-from btlm_jax.places import Place, place_of
+from btlm_jax.cli.train import build_store
+from btlm_jax.storage.location import Place, place_of
 
 HELP = """btlm corpus VERB: make or check a corpus and its token store.
 
@@ -56,10 +57,10 @@ def _build(arguments: Sequence[str]) -> int:
     config = parse_config(values, arguments, help_text=HELP)
     if config is None:
         return DONE
-    prepare = importlib.import_module("btlm_jax.prepare")
+    prepare = importlib.import_module("btlm_jax.train.setup")
     workdir = workdir_of(values)
     prepare.make_workdir(workdir)
-    token_store = prepare.prepare_store(config, workdir=workdir, expected="")
+    token_store = prepare.prepare_store(config, workdir=workdir, expected="", build_store=build_store)
     print_store(token_store.manifest)
     return DONE
 
@@ -69,9 +70,9 @@ def _stats(arguments: Sequence[str]) -> int:
     flags.DEFINE_string("plots", "", "directory to draw the same into, as PNG", flag_values=values)
     directory = _directory(values, arguments, name="input", verb="stats")
     if directory is not None:
-        print(importlib.import_module("btlm_jax.corpus.stats").describe(directory))
+        print(importlib.import_module("btlm_jax.corpus.inspect.stats").describe(directory))
         if values["plots"].value:
-            plot = importlib.import_module("btlm_jax.corpus.plots").plot
+            plot = importlib.import_module("btlm_jax.corpus.inspect.plots").plot
             for path in plot(directory, target=Path(values["plots"].value)):
                 print(f"drew {path}")
     return DONE
@@ -95,7 +96,7 @@ def _show(arguments: Sequence[str]) -> int:
         raise UsageError("btlm corpus show needs --input=DIR and one of --number=N, --id=ID or --clusters=N")
     if chosen["clusters"] and not chosen["documents"]:
         raise UsageError("--clusters needs --documents=DIR, the stage that dedup read")
-    show = importlib.import_module("btlm_jax.corpus.show")
+    show = importlib.import_module("btlm_jax.corpus.inspect.show")
     directory = Path(chosen["input"])
     if chosen["clusters"]:
         source = Path(chosen["documents"])
@@ -125,7 +126,7 @@ def _verify(arguments: Sequence[str]) -> int:
     if directory is None:
         return DONE
     if isinstance(directory, Path) and (directory / "plan.json").is_file():
-        manifest = importlib.import_module("btlm_jax.corpus.inputs").verify_stage(directory)
+        manifest = importlib.import_module("btlm_jax.corpus.engine.inputs").verify_stage(directory)
         print("every file is as its manifest says")
         print_stage(manifest)
         return DONE

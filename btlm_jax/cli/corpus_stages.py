@@ -12,8 +12,8 @@ from absl import flags
 from btlm_jax.cli.corpus_workers import HELP as WORKERS_HELP
 from btlm_jax.cli.corpus_workers import check_worker_flags, chosen_workers, define_worker_flags
 from btlm_jax.cli.parse import DONE, UsageError, parse_flags
-from btlm_jax.places import place_of
-from btlm_jax.store import Manifest
+from btlm_jax.data.store import Manifest
+from btlm_jax.storage.location import place_of
 
 CLEAN_HELP = """btlm corpus clean: read raw text, repair its Unicode as SlimPajama did, drop short documents.
 
@@ -75,7 +75,7 @@ def clean(arguments: Sequence[str]) -> int:
     flags.DEFINE_float("max_bad_rate", 0.001, "share of bad lines that is accepted", flag_values=values)
     if not _parse_stage(values, arguments, help_text=CLEAN_HELP):
         return DONE
-    cleaning = importlib.import_module("btlm_jax.corpus.clean")
+    cleaning = importlib.import_module("btlm_jax.corpus.stages.clean")
     try:
         config = cleaning.CleanConfig(
             input=place_of(values["input"].value),
@@ -96,10 +96,10 @@ def dedup(arguments: Sequence[str]) -> int:
     flags.DEFINE_string("preset", "strict", "strict, or slimpajama as published", flag_values=values)
     if not _parse_stage(values, arguments, help_text=DEDUP_HELP):
         return DONE
-    presets = importlib.import_module("btlm_jax.corpus.lsh").PRESETS
+    presets = importlib.import_module("btlm_jax.corpus.near_duplicates.lsh").PRESETS
     if values["preset"].value not in presets:
         raise UsageError(f"--preset={values['preset'].value} is not known; it may be {' or '.join(presets)}")
-    deduplicate = importlib.import_module("btlm_jax.corpus.deduplicate").deduplicate
+    deduplicate = importlib.import_module("btlm_jax.corpus.stages.dedup").deduplicate
     source = Path(values["input"].value)
     with _common(values) as common:
         print_stage(deduplicate(source, preset=values["preset"].value, **common))
@@ -116,7 +116,7 @@ def split(arguments: Sequence[str]) -> int:
     flags.DEFINE_multi_string("evaluation", [], "raw file or folder not to train on; several times", flag_values=values)
     if not _parse_stage(values, arguments, help_text=SPLIT_HELP):
         return DONE
-    splitting = importlib.import_module("btlm_jax.corpus.split")
+    splitting = importlib.import_module("btlm_jax.corpus.stages.split")
     try:
         config = splitting.SplitConfig(
             input=Path(values["input"].value),
@@ -140,7 +140,7 @@ def tokenizer(arguments: Sequence[str]) -> int:
     flags.DEFINE_integer("vocab_size", 32000, "tokens, the 256 bytes included", flag_values=values)
     if not _parse_stage(values, arguments, help_text=TOKENIZER_HELP):
         return DONE
-    vocabulary = importlib.import_module("btlm_jax.corpus.vocabulary")
+    vocabulary = importlib.import_module("btlm_jax.corpus.stages.tokenizer")
     if values["kind"].value not in vocabulary.KINDS:
         raise UsageError(f"--kind={values['kind'].value} is not known; it may be {' or '.join(vocabulary.KINDS)}")
     manifest = vocabulary.make_tokenizer(
@@ -167,7 +167,7 @@ def tokenize(arguments: Sequence[str]) -> int:
         )
     if values["block_len"].value < 1:
         raise UsageError(f"--block_len={values['block_len'].value} must be 1 or more")
-    tokenize = importlib.import_module("btlm_jax.corpus.tokenize").tokenize
+    tokenize = importlib.import_module("btlm_jax.corpus.stages.tokenize").tokenize
     with _common(values) as common:
         manifest = tokenize(
             Path(values["input"].value),

@@ -64,11 +64,11 @@ def chosen_workers(values: flags.FlagValues, *, log: Callable[[str], None]) -> I
     count = values["workers"].value
     if values["executor"].value == RAY:
         address = values["ray_address"].value or os.environ.get("RAY_ADDRESS", "")
-        ray_workers = importlib.import_module("btlm_jax.corpus.ray_workers")
+        ray_workers = importlib.import_module("btlm_jax.corpus.engine.ray_workers")
         with ray_workers.RayWorkers(count=count, address=address) as workers:
             yield workers
     elif values["executor"].value == SLURM:
-        slurm = importlib.import_module("btlm_jax.corpus.slurm")
+        slurm = importlib.import_module("btlm_jax.corpus.engine.slurm")
         yield slurm.SlurmWorkers(count=count, options=tuple(shlex.split(values["sbatch"].value)), log=log)
     else:
-        yield importlib.import_module("btlm_jax.corpus.workers").LocalWorkers(count or os.cpu_count())
+        yield importlib.import_module("btlm_jax.corpus.engine.workers").LocalWorkers(count or os.cpu_count())

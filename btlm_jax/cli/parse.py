@@ -8,7 +8,7 @@ from pathlib import Path
 from absl import flags
 from ml_collections import config_flags
 
-from btlm_jax.config import TrainConfig, train_config_from
+from btlm_jax.recipe.config import TrainConfig, train_config_from
 
 DONE, ERROR, USAGE, PREEMPTED, BAD_NUMBERS, INTERRUPTED = 0, 1, 2, 75, 76, 130
 

@@ -14,24 +14,25 @@ import numpy as np
 from tqdm import tqdm
 
 from btlm_jax.convert.fold import FoldedTensors
-from btlm_jax.convert.ggml import FILE_TYPES, import_gguf
 from btlm_jax.convert.gguf_vocabulary import vocabulary_of
-from btlm_jax.convert.names import read_params
-from btlm_jax.convert.native import abstract_params, one_device_mesh, read_model_directory, write_model_directory
-from btlm_jax.convert.prove import PROBE, Proof, compare, probe_ids, streamed_logits
+from btlm_jax.convert.prove import PROBE, Proof, compare, probe_ids
 from btlm_jax.convert.prove_gguf import UnfoldedTensors, prove_tensors, prove_vocabulary
-from btlm_jax.convert.published import CONFIG_FILE, JAIS, read_published_config
-from btlm_jax.convert.read_gguf import GGUFFile, gguf_logits
-from btlm_jax.convert.read_hf import HuggingFaceTensors
-from btlm_jax.convert.source import Source, native_logits, open_source
 from btlm_jax.convert.to_gguf import write_gguf
 from btlm_jax.convert.to_hf import padded, write_hf
 from btlm_jax.convert.to_int4 import calibration_ids, prove_int4, write_int4
 from btlm_jax.convert.to_jais import write_jais
 from btlm_jax.convert.tokenizer_files import write_tokenizer_files
 from btlm_jax.convert.transformers_logits import has_transformers, transformers_logits
-from btlm_jax.files import only_writer
-from btlm_jax.quantize.walk import Method
+from btlm_jax.hub.ggml import FILE_TYPES, import_gguf
+from btlm_jax.hub.gguf import GGUFFile, gguf_logits
+from btlm_jax.hub.huggingface import HuggingFaceTensors
+from btlm_jax.hub.native import abstract_params, one_device_mesh, read_model_directory, write_model_directory
+from btlm_jax.hub.numpy_network import streamed_logits
+from btlm_jax.hub.published import CONFIG_FILE, JAIS, read_published_config
+from btlm_jax.hub.source import Source, native_logits, open_source
+from btlm_jax.hub.tensor_names import read_params
+from btlm_jax.quantize.quantize_model import Method
+from btlm_jax.storage.files import only_writer
 
 FORMATS = ("hf", "native", "jais", "gguf", "int4")
 GGUF_SUFFIX = ".gguf"
@@ -65,7 +66,10 @@ class Conversion:
 
     def __post_init__(self):
         for name, allowed in (
-            ("format", FORMATS), ("dtype", DTYPES), ("file_type", FILE_TYPES), ("method", tuple(Method)),
+            ("format", FORMATS),
+            ("dtype", DTYPES),
+            ("file_type", FILE_TYPES),
+            ("method", tuple(Method)),
         ):
             if getattr(self, name) not in allowed:
                 raise ValueError(f"{name}={getattr(self, name)!r} is not known; allowed are {', '.join(allowed)}")

@@ -11,7 +11,7 @@ import math
 
 import numpy as np
 
-from btlm_jax.convert.published import PublishedConfig, Tensors, tensor_shapes
+from btlm_jax.hub.published import PublishedConfig, Tensors, tensor_shapes
 
 _QKV = (".attn.c_attn.weight", ".attn.c_attn.bias")
 

@@ -5,18 +5,10 @@ from __future__ import annotations
 import dataclasses
 import typing
 
-from btlm_jax.convert.sentencepiece_model import symbols_inside
-from btlm_jax.corpus.byte_level import ByteLevelTokenizer
-from btlm_jax.corpus.sentencepiece_model import (
-    BPE,
-    BYTE,
-    CONTROL,
-    NORMAL,
-    UNUSED,
-    USER_DEFINED,
-    parse_model,
-)
-from btlm_jax.corpus.tokenizer import SentencePieceTokenizer, Tokenizer
+from btlm_jax.convert.sentencepiece_to_hf import symbols_inside
+from btlm_jax.tokenizers.byte_level import ByteLevelTokenizer
+from btlm_jax.tokenizers.sentencepiece_proto import BPE, BYTE, CONTROL, NORMAL, UNUSED, USER_DEFINED, parse_model
+from btlm_jax.tokenizers.tokenizer import SentencePieceTokenizer, Tokenizer
 
 if typing.TYPE_CHECKING:
     from gguf import GGUFWriter

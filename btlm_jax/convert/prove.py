@@ -11,10 +11,6 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from btlm_jax.convert import forward
-from btlm_jax.convert.published import PublishedConfig, Tensors
-
-HEAD = "lm_head.weight"
 PROBE = (
     "The cat sat on the mat. def area(radius):\n    return 3.14159 * radius ** 2\n"
     "In 1865 he wrote: \u201cWhat is not measured, is not known.\u201d \u00c9t\u00e9 \u2014 \u6570\u5b66 \U0001f600\n"
@@ -63,32 +59,3 @@ def probe_ids(text_ids: Sequence[int], *, vocab_size: int) -> np.ndarray:
     if len(text_ids):
         return np.asarray(text_ids[:MAX_PROBE_LENGTH], np.int64)
     return np.random.default_rng(0).integers(0, vocab_size, MAX_PROBE_LENGTH)
-
-
-def streamed_logits(config: PublishedConfig, tensors: Tensors, ids_T: np.ndarray) -> np.ndarray:
-    """Return the float32 logits_TV after each token, as the published code computes them.
-
-    h = wte[ids] * mup_embeddings_scale; scores q.k/d (or /sqrt d) - slope * distance; MLP c_proj(c_fc(x) * silu(
-    c_fc2(x))); logits = lm_head(ln_f(h)) * mup_output_alpha * mup_width_scale (conversion facts of arXiv 2309.11568's
-    published model). Raises what reading a tensor raises.
-    """
-
-    def read(name: str) -> np.ndarray:
-        return tensors.read(name).astype(np.float32, copy=False)
-
-    def layers_of(prefix: str) -> tuple[forward.Layer, forward.Layer]:
-        def norm(x_BTD: np.ndarray, name: str) -> np.ndarray:
-            return forward.layer_norm(config, x_BTD, read(f"{prefix}{name}.weight"), read(f"{prefix}{name}.bias"))
-
-        def linear(x_BTK: np.ndarray, name: str) -> np.ndarray:
-            return x_BTK @ read(f"{prefix}{name}.weight") + read(f"{prefix}{name}.bias")
-
-        return norm, linear
-
-    x_BTD = forward.embed(config, tensors.read("transformer.wte.weight"), ids_T[None])
-    for layer in range(config.n_layer):
-        norm, linear = layers_of(f"transformer.h.{layer}.")
-        x_BTD = forward.block(config, x_BTD, norm=norm, linear=linear)
-    final_norm, _ = layers_of("transformer.")
-    head_VD = read(HEAD if HEAD in tensors.shapes else "transformer.wte.weight")
-    return final_norm(x_BTD, "ln_f")[0] @ head_VD.T * np.float32(config.output_scale)

@@ -10,9 +10,9 @@ from pathlib import Path
 import numpy as np
 
 from btlm_jax.convert.fold import FoldedTensors
-from btlm_jax.convert.ggml import FILE_TYPES, encode, import_gguf, num_bytes, row_encoder, tensor_type
 from btlm_jax.convert.gguf_vocabulary import Vocabulary, add_vocabulary
-from btlm_jax.convert.published import PublishedConfig, Tensors, block_shapes
+from btlm_jax.hub.ggml import FILE_TYPES, encode, import_gguf, num_bytes, row_encoder, tensor_type
+from btlm_jax.hub.published import PublishedConfig, Tensors, block_shapes
 
 _MAX_ALIBI_BIAS = 8.0  # slopes 2**(-8 i / n_head)
 _QUANTIZATION_VERSION = 2  # of GGML's block formats

@@ -12,9 +12,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from btlm_jax import __version__
-from btlm_jax.convert.published import PublishedConfig, Tensors, tensor_shapes
-from btlm_jax.convert.safetensors_files import TensorToWrite, write_safetensors
-from btlm_jax.model import alibi_slopes
+from btlm_jax.attention.alibi import alibi_slopes
+from btlm_jax.hub.published import PublishedConfig, Tensors, tensor_shapes
+from btlm_jax.hub.safetensors_files import TensorToWrite, write_safetensors
 
 SLOPES = "transformer.relative_pe.slopes"
 REMOTE_CODE = Path(__file__).parent / "remote_code"

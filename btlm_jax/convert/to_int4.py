@@ -8,16 +8,17 @@ from pathlib import Path
 
 import numpy as np
 
-from btlm_jax.convert.native import is_run, store_of_run
-from btlm_jax.convert.prove import Proof, compare, streamed_logits
-from btlm_jax.convert.source import Source, published_facts
-from btlm_jax.corpus.tokenizer import Tokenizer
-from btlm_jax.cpu.decoder import CpuDecoder
-from btlm_jax.cpu.tiles import GROUP
+from btlm_jax.convert.prove import Proof, compare
 from btlm_jax.data.loader import read_rows
 from btlm_jax.data.reader import open_store
-from btlm_jax.quantize.directory import EMBEDDING_BITS, Int4Tensors, read_int4_directory, write_int4_directory
-from btlm_jax.quantize.walk import Method, quantize_model
+from btlm_jax.decode.cpu_decoder import CpuDecoder
+from btlm_jax.hub.native import is_run, store_of_run
+from btlm_jax.hub.numpy_network import streamed_logits
+from btlm_jax.hub.source import Source, published_facts
+from btlm_jax.kernels.tiles import GROUP
+from btlm_jax.quantize.int4_directory import EMBEDDING_BITS, Int4Tensors, read_int4_directory, write_int4_directory
+from btlm_jax.quantize.quantize_model import Method, quantize_model
+from btlm_jax.tokenizers.tokenizer import Tokenizer
 
 _CALIBRATION_ROWS, _CALIBRATION_LENGTH = 32, 512
 _SAME_VALUES_TOLERANCE = 1e-4  # of float32 sums in another order
@@ -73,9 +74,7 @@ def write_int4(
 def prove_int4(source: Source, directory: Path, ids_T: np.ndarray) -> Iterator[Proof]:
     """Compare the logits of the written model with those of its codes' values, and with the source's."""
     model = read_int4_directory(directory)
-    decoder = CpuDecoder(
-        model.facts.network(), model.weights, num_rows=1, num_slots=len(ids_T), cache_dtype="float32"
-    )
+    decoder = CpuDecoder(model.facts.network(), model.weights, num_rows=1, num_slots=len(ids_T), cache_dtype="float32")
     found_TV = [decoder.prefill([ids_T[:1]])]
     found_TV += [decoder.decode([ids_T[: end + 1]]) for end in range(1, len(ids_T))]
     found_TV = np.concatenate(found_TV)

@@ -8,10 +8,10 @@ from collections.abc import Callable
 from pathlib import Path
 
 from btlm_jax.convert.fold import FoldedTensors
-from btlm_jax.convert.published import CONFIG_FILE, JAIS, PublishedConfig, Tensors
-from btlm_jax.convert.safetensors_files import write_safetensors
 from btlm_jax.convert.to_hf import hf_config, to_write
-from btlm_jax.files import write_atomically
+from btlm_jax.hub.published import CONFIG_FILE, JAIS, PublishedConfig, Tensors
+from btlm_jax.hub.safetensors_files import write_safetensors
+from btlm_jax.storage.files import write_atomically
 
 _HEAD, _EMBEDDING = "lm_head.weight", "transformer.wte.weight"
 

@@ -15,11 +15,11 @@ from pathlib import Path
 
 import tokenizers
 
-from btlm_jax.convert.sentencepiece_model import as_tokenizer
-from btlm_jax.corpus.byte_level import MERGES_FILE, VOCAB_FILE, ByteLevelTokenizer, read_byte_level
-from btlm_jax.corpus.sentencepiece_model import CONTROL, UNKNOWN, USER_DEFINED, parse_model
-from btlm_jax.corpus.tokenizer import SentencePieceTokenizer, Tokenizer
-from btlm_jax.files import write_atomically
+from btlm_jax.convert.sentencepiece_to_hf import as_tokenizer
+from btlm_jax.storage.files import write_atomically
+from btlm_jax.tokenizers.byte_level import MERGES_FILE, VOCAB_FILE, ByteLevelTokenizer, read_byte_level
+from btlm_jax.tokenizers.sentencepiece_proto import CONTROL, UNKNOWN, USER_DEFINED, parse_model
+from btlm_jax.tokenizers.tokenizer import SentencePieceTokenizer, Tokenizer
 
 # No special_tokens_map.json: AutoTokenizer lets it override tokenizer_config.json, which names the same tokens.
 TOKENIZER_JSON, CONFIG_JSON = "tokenizer.json", "tokenizer_config.json"

@@ -13,7 +13,7 @@ import tensorflow_datasets as tfds
 from array_record.python.array_record_module import ArrayRecordWriter
 from tensorflow_datasets.proto import tf_example_pb2, tf_feature_pb2
 
-from btlm_jax import store
+from btlm_jax.data import store
 
 TFDS_VERSION = "1.0.0"
 

@@ -14,7 +14,7 @@ from collections.abc import Iterator
 import numpy as np
 import zstandard
 
-from btlm_jax.data.highway import highway_hash_64
+from btlm_jax.data.highwayhash import highway_hash_64
 
 POSTSCRIPT_BYTES = _BLOCK = 1 << 16
 _BLOCK_HEADER = 24

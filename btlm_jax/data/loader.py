@@ -15,11 +15,11 @@ import jax
 import numpy as np
 from jax.sharding import NamedSharding
 
-from btlm_jax import store as store_format
-from btlm_jax.curriculum import Curriculum
+from btlm_jax.data import store as store_format
 from btlm_jax.data.order import TrainingOrder, check_capacity
 from btlm_jax.data.reader import SplitReader, TokenStore
-from btlm_jax.store import Split
+from btlm_jax.data.store import Split
+from btlm_jax.recipe.curriculum import Curriculum
 
 MAX_READ_THREADS = 8
 

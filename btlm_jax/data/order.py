@@ -18,7 +18,7 @@ from collections.abc import Iterable
 
 from grain.experimental import index_shuffle
 
-from btlm_jax.curriculum import Curriculum, Phase
+from btlm_jax.recipe.curriculum import Curriculum, Phase
 
 FEISTEL_ROUNDS = 4
 MAX_INDICES = 1 << 32  # index_shuffle computes in 32 bits and wraps silently beyond

@@ -20,10 +20,10 @@ import numpy as np
 from google.protobuf.message import DecodeError
 from tensorflow_datasets.proto import tf_example_pb2
 
-from btlm_jax import store
+from btlm_jax.data import store
 from btlm_jax.data.remote import RemoteRecords
-from btlm_jax.places import Place, inside
-from btlm_jax.store import Manifest, Shard, Split
+from btlm_jax.data.store import Manifest, Shard, Split
+from btlm_jax.storage.location import Place, inside
 
 
 class Block(NamedTuple):

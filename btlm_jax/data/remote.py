@@ -13,8 +13,8 @@ from collections.abc import Iterator, Sequence
 import numpy as np
 
 from btlm_jax.data.array_record import chunk_begins, footer_begin, likely_tail_bytes, only_record
-from btlm_jax.places import Part, RangeReader, inside
-from btlm_jax.store import Shard
+from btlm_jax.data.store import Shard
+from btlm_jax.storage.location import Part, RangeReader, inside
 
 
 class RemoteRecords:

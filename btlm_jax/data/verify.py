@@ -13,8 +13,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from btlm_jax.data.reader import Block, SplitReader, open_store
-from btlm_jax.places import Place, hash_part, inside, read_bytes
-from btlm_jax.store import MANIFEST_FILE, Manifest, Shard, Split
+from btlm_jax.data.store import MANIFEST_FILE, Manifest, Shard, Split
+from btlm_jax.storage.location import Place, hash_part, inside, read_bytes
 
 INTERVAL = 5.0  # seconds between lines of progress
 

@@ -1,22 +1,16 @@
-"""The network: the only room that imports flax.linen.
+"""The network: the only folder that imports flax.linen.
 
 Axis letters, in names and in einsums: B batch, T query length, S key length, D model, N heads, H head dim, F mlp,
 V vocab, L layers, R rows (batch x length). The model runs under `jax.set_mesh` of a (fsdp, tensor) mesh.
 """
 
-from btlm_jax.model.alibi import alibi_slopes
-from btlm_jax.model.cached import KVCache, extend, make_cache
 from btlm_jax.model.parameters import ParameterInfo, init_params, parameter_table
 from btlm_jax.model.transformer import Btlm, make_model
 
 __all__ = [
     "Btlm",
-    "KVCache",
     "ParameterInfo",
-    "alibi_slopes",
-    "extend",
     "init_params",
-    "make_cache",
     "make_model",
     "parameter_table",
 ]

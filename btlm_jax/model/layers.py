@@ -14,8 +14,8 @@ from jax.ad_checkpoint import checkpoint_name
 
 from btlm_jax.model.lookup import look_up
 from btlm_jax.model.projection import Projection, project
-from btlm_jax.mup import Parametrization
-from btlm_jax.sharding import AxisRules
+from btlm_jax.parallel.mesh import AxisRules
+from btlm_jax.recipe.mup import Parametrization
 
 
 class Linear(nn.Module):

@@ -7,8 +7,8 @@ import functools
 import jax
 import jax.numpy as jnp
 
-from btlm_jax.collectives import gather_table, scatter_table_gradient
-from btlm_jax.sharding import TENSOR, AxisRules
+from btlm_jax.parallel.collectives import gather_table, scatter_table_gradient
+from btlm_jax.parallel.mesh import TENSOR, AxisRules
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
@@ -20,9 +20,7 @@ def look_up(rules: AxisRules, dtype: jnp.dtype, table_VD: jax.Array, inputs_BT: 
 
     specs = (rules.spec("vocab", "embed"), rules.spec("batch", "length"))
     # Every device of the tensor axis looks the same rows up, which the check cannot see.
-    mapped = jax.shard_map(
-        local, in_specs=specs, out_specs=rules.spec("batch", "length", "act_embed"), check_vma=False
-    )
+    mapped = jax.shard_map(local, in_specs=specs, out_specs=rules.spec("batch", "length", "act_embed"), check_vma=False)
     return mapped(table_VD, inputs_BT)
 
 

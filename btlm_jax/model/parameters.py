@@ -10,8 +10,8 @@ import jax.numpy as jnp
 from jax.sharding import Mesh, NamedSharding
 
 from btlm_jax.model.transformer import Btlm
-from btlm_jax.mup import ParameterRule
-from btlm_jax.sharding import num_ways
+from btlm_jax.parallel.mesh import num_ways
+from btlm_jax.recipe.mup import ParameterRule
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

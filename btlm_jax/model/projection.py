@@ -17,12 +17,19 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import AbstractMesh, Mesh, PartitionSpec
 
-from btlm_jax.attention.lanes import TILE
-from btlm_jax.attention.reach import dealt
-from btlm_jax.collectives import COPIES, gather_kernel, in_order, own_part, put_parts_together, scatter_kernel_gradient
-from btlm_jax.config import ModelConfig
-from btlm_jax.model.alibi import alibi_slopes
-from btlm_jax.sharding import FSDP, TENSOR, AxisRules, num_ways, platform
+from btlm_jax.attention.alibi import alibi_slopes
+from btlm_jax.attention.alibi_lanes import TILE
+from btlm_jax.parallel.collectives import (
+    COPIES,
+    gather_kernel,
+    in_order,
+    own_part,
+    put_parts_together,
+    scatter_kernel_gradient,
+)
+from btlm_jax.parallel.head_order import dealt
+from btlm_jax.parallel.mesh import FSDP, TENSOR, AxisRules, num_ways, platform
+from btlm_jax.recipe.config import ModelConfig
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

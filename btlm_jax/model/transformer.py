@@ -16,11 +16,11 @@ import jax
 import jax.numpy as jnp
 
 from btlm_jax.attention import attend
-from btlm_jax.config import ModelConfig
 from btlm_jax.model.layers import Embedding, LayerNorm, Linear
 from btlm_jax.model.projection import slopes_as_held
-from btlm_jax.mup import Parametrization
-from btlm_jax.sharding import RULES, AxisRules
+from btlm_jax.parallel.mesh import RULES, AxisRules
+from btlm_jax.recipe.config import ModelConfig
+from btlm_jax.recipe.mup import Parametrization
 
 # What the backward pass finds saved of each block; the rest it computes again. Names are given in attention/, by norms
 # and by the projections, which carry their own.

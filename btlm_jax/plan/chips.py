@@ -11,7 +11,7 @@ import jax
 from jax.experimental import topologies
 
 from btlm_jax.attention.tpu import BACKWARD, FORWARD
-from btlm_jax.plan.work import DIAGONAL, OUT_OF_SIGHT
+from btlm_jax.plan.flop_count import DIAGONAL, OUT_OF_SIGHT
 
 GIB = 1 << 30
 _PLANE = ("2x2", "2x4", "4x4", "4x8", "8x8", "8x16", "16x16")

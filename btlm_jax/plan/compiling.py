@@ -13,10 +13,10 @@ from pathlib import Path
 
 import jax
 
-from btlm_jax.files import write_atomically
 from btlm_jax.plan.chips import GIB, Chip
 from btlm_jax.plan.executable import Collective, Executable, read_executable
-from btlm_jax.program import Program, compiler_options
+from btlm_jax.storage.files import write_atomically
+from btlm_jax.train.program import Program, compiler_options
 
 
 class DoesNotFitError(Exception):
@@ -103,9 +103,7 @@ class CompileCache:
                 "alias_bytes": stats.alias_size_in_bytes,
                 "temporary_bytes": stats.temp_size_in_bytes,
                 "code_bytes": stats.generated_code_size_in_bytes,
-                "executable": dataclasses.asdict(
-                    read_executable(compiled.as_text(), num_devices=program.mesh.size)
-                ),
+                "executable": dataclasses.asdict(read_executable(compiled.as_text(), num_devices=program.mesh.size)),
                 "seconds": time.monotonic() - began,
             }
         self.seconds += time.monotonic() - began

@@ -13,16 +13,16 @@ import math
 import jax
 import numpy as np
 
-from btlm_jax.attention.reach import SPREAD, reach
-from btlm_jax.curriculum import Phase
-from btlm_jax.metrics import flops_per_token, peak_flops
+from btlm_jax.attention.alibi_window import SPREAD, reach
 from btlm_jax.model.projection import slopes_as_held
+from btlm_jax.parallel.mesh import num_ways
 from btlm_jax.plan.chips import Chip
 from btlm_jax.plan.compiling import CompileCache, CompiledStep
 from btlm_jax.plan.executable import Collective, Executable
-from btlm_jax.plan.work import OUT_OF_SIGHT, Work, work_of
-from btlm_jax.program import Program
-from btlm_jax.sharding import num_ways
+from btlm_jax.plan.flop_count import OUT_OF_SIGHT, Work, work_of
+from btlm_jax.recipe.curriculum import Phase
+from btlm_jax.train.metrics import flops_per_token, peak_flops
+from btlm_jax.train.program import Program
 
 ASSUMPTIONS = (
     "XLA's own cycle estimate of every fusion x the trips of the loops around it / clock",
@@ -101,9 +101,7 @@ def plan_phase(program: Program, phase: Phase, *, topology: str, chip: Chip, cac
       ValueError: it does not compile, for another reason than memory.
     """
     traced = program.trace_train_step(phase)
-    step = cache.compile_step(
-        program, traced, topology=topology, chip=chip, state_bytes=state_bytes(program)
-    )
+    step = cache.compile_step(program, traced, topology=topology, chip=chip, state_bytes=state_bytes(program))
     num_chips = program.mesh.size
     work = work_of(traced.jaxpr.jaxpr)
     return PhasePlan(

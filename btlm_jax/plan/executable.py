@@ -100,9 +100,7 @@ def _trip_count(instruction: _Instruction, computations: dict[str, list[_Instruc
     raise ValueError(f"the loop {instruction.name} of the compiled program does not say how often it runs")
 
 
-def _collective(
-    instruction: _Instruction, computation: str, *, count: int, is_begun: bool, ways: int
-) -> Collective:
+def _collective(instruction: _Instruction, computation: str, *, count: int, is_begun: bool, ways: int) -> Collective:
     kind = instruction.opcode.removesuffix("-start")
     is_started = instruction.opcode != kind
     sizes = [_num_bytes(*array) for array in _ARRAY.findall(instruction.result)]

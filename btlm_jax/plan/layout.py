@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 
-from btlm_jax.config import REMATS, MeshConfig, TrainConfig
+from btlm_jax.recipe.config import REMATS, MeshConfig, TrainConfig
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -12,17 +12,17 @@ import runpy
 from collections.abc import Callable
 from pathlib import Path
 
-from btlm_jax.config import TrainConfig, train_config_from
-from btlm_jax.files import write_atomically
-from btlm_jax.metrics import FLOPS_CONVENTION
 from btlm_jax.plan.chips import Chip, topology_named
 from btlm_jax.plan.compiling import CompileCache, compiler_versions
 from btlm_jax.plan.estimate import ASSUMPTIONS, PhasePlan
 from btlm_jax.plan.layout import Layout, layout_of
+from btlm_jax.plan.plan_report import collectives_by_kind
 from btlm_jax.plan.pod_table import trains
-from btlm_jax.plan.report import collectives_by_kind
 from btlm_jax.plan.slice_plan import Misfit, SlicePlan, plan_until_misfit
 from btlm_jax.plan.table_text import table_text
+from btlm_jax.recipe.config import TrainConfig, train_config_from
+from btlm_jax.storage.files import write_atomically
+from btlm_jax.train.metrics import FLOPS_CONVENTION
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -12,9 +12,9 @@ from pathlib import Path
 
 import jax
 
-from btlm_jax.config import MeshConfig, TrainConfig, config_from
 from btlm_jax.plan.chips import CHIPS, GIB, chip_of_device, usual_topology
 from btlm_jax.plan.layout import Layout, layout_of
+from btlm_jax.recipe.config import MeshConfig, TrainConfig, config_from
 
 TABLE_FILE = "table.json"
 POD_FOLDER = "pods"
@@ -78,9 +78,7 @@ def check_fits(config: TrainConfig, *, config_file: Path, chip: str, num_chips: 
     """
     table, layout = table_beside(config_file), layout_of(config)
     rows = [
-        row
-        for row in read_table(table)
-        if (row.chip, row.num_chips, row.trains) == (chip, num_chips, trains(config))
+        row for row in read_table(table) if (row.chip, row.num_chips, row.trains) == (chip, num_chips, trains(config))
     ]
     topology = usual_topology(CHIPS[chip], count=num_chips) or f"{chip}:AxBxC"
     command = f"btlm plan --config={config_file} --topology={topology}"

@@ -13,12 +13,12 @@ from collections.abc import Callable, Sequence
 
 import jax
 
-from btlm_jax.config import REMATS, TrainConfig
-from btlm_jax.metrics import flops_per_token, peak_flops
 from btlm_jax.plan.chips import GIB, Chip, chip_of, slice_devices
 from btlm_jax.plan.compiling import CompileCache, NoCompilationsLeftError
 from btlm_jax.plan.layout import Layout
 from btlm_jax.plan.slice_plan import SlicePlan, dividing_meshes, layout_problems, plan_until_misfit
+from btlm_jax.recipe.config import REMATS, TrainConfig
+from btlm_jax.train.metrics import flops_per_token, peak_flops
 
 SPARE = 0.1  # of a chip's memory, that the best layout leaves
 TOO_LARGE, SLOWER, NOT_REACHED = "too large", "slower", "not reached"  # why a layout is not compiled
@@ -64,9 +64,7 @@ class Search:
         return self.tried[0] if self.tried and self.tried[0].works else None
 
 
-def search_layouts(
-    config: TrainConfig, *, topology: str, cache: CompileCache, say: Callable[[str], None]
-) -> Search:
+def search_layouts(config: TrainConfig, *, topology: str, cache: CompileCache, say: Callable[[str], None]) -> Search:
     """Try the layouts of a config on a slice, the most promising first; `say` hears of the progress.
 
     Raises:
@@ -121,9 +119,7 @@ def least_bytes(config: TrainConfig, layout: Layout, *, num_chips: int) -> int:
     return (12 * _matrix_parameters(config) * layout.mesh.context + activations) // num_chips
 
 
-def _sift(
-    guesses: Sequence[Guess], skip: Callable[[Guess], Skipped | None]
-) -> tuple[list[Skipped], list[Guess]]:
+def _sift(guesses: Sequence[Guess], skip: Callable[[Guess], Skipped | None]) -> tuple[list[Skipped], list[Guess]]:
     """Return those that `skip` has a reason against, and the others."""
     found = [(guess, skip(guess)) for guess in guesses]
     return [skipped for _, skipped in found if skipped], [guess for guess, skipped in found if not skipped]

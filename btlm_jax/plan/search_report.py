@@ -7,7 +7,7 @@ import dataclasses
 
 from btlm_jax.plan.chips import GIB
 from btlm_jax.plan.estimate import PhasePlan
-from btlm_jax.plan.report import plan_json
+from btlm_jax.plan.plan_report import plan_json
 from btlm_jax.plan.search import NOT_REACHED, SPARE, Search
 from btlm_jax.plan.slice_plan import SlicePlan
 

@@ -11,14 +11,15 @@ from collections.abc import Callable, Iterator, Sequence
 
 import jax
 
-from btlm_jax.config import MeshConfig, TrainConfig
-from btlm_jax.curriculum import Phase
+from btlm_jax.parallel.divisibility import divisibility_problems, divisors
+from btlm_jax.parallel.mesh import make_run_mesh
 from btlm_jax.plan.chips import GIB, Chip, chip_of, num_chips, slice_devices
 from btlm_jax.plan.compiling import CompileCache, DoesNotFitError
 from btlm_jax.plan.estimate import PhasePlan, plan_phase
 from btlm_jax.plan.layout import Layout, layout_of, mesh_text
-from btlm_jax.program import Program, make_program
-from btlm_jax.sharding import divisibility_problems, divisors, make_run_mesh
+from btlm_jax.recipe.config import MeshConfig, TrainConfig
+from btlm_jax.recipe.curriculum import Phase
+from btlm_jax.train.program import Program, make_program
 
 _MORE_MEMORY = "try more mesh.accumulation, model.remat=full, or more chips"
 _MAX_LAYOUTS = 5  # that are suggested

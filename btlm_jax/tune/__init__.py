@@ -1,0 +1,1 @@
+"""Checking and tuning the parametrization: the coordinate check and its mutations."""

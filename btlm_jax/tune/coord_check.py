@@ -19,12 +19,12 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from btlm_jax.config import ModelConfig, MupConfig, OptimizerConfig
 from btlm_jax.model import Btlm, ParameterInfo, make_model, parameter_table
-from btlm_jax.mup import make_parametrization
-from btlm_jax.optimizer import make_optimizer
-from btlm_jax.sharding import RULES, WHOLE_SEQUENCES, batch_sharding, make_mesh
-from btlm_jax.step import TrainState, make_train_step
+from btlm_jax.parallel.mesh import RULES, WHOLE_SEQUENCES, batch_sharding, make_mesh
+from btlm_jax.recipe.config import ModelConfig, MupConfig, OptimizerConfig
+from btlm_jax.recipe.mup import make_parametrization
+from btlm_jax.recipe.optimizer import make_optimizer
+from btlm_jax.train.step import TrainState, make_train_step
 from btlm_jax.tune.mutations import CASES, Case
 
 TEXT = (

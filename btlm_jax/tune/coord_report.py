@@ -7,7 +7,7 @@ import io
 from collections.abc import Sequence
 from pathlib import Path
 
-from btlm_jax.files import write_atomically
+from btlm_jax.storage.files import write_atomically
 from btlm_jax.tune.coord_check import CaseResult, Design, coord_check
 
 

@@ -9,7 +9,7 @@ import dataclasses
 import math
 from collections.abc import Callable
 
-from btlm_jax.mup import HIDDEN_CLASSES, ParameterRule, Parametrization
+from btlm_jax.recipe.mup import HIDDEN_CLASSES, ParameterRule, Parametrization
 
 ForwardChange = Callable[[Parametrization], Parametrization]
 RuleChange = Callable[[ParameterRule, Parametrization], ParameterRule]

@@ -1,0 +1,1 @@
+"""How a stage runs: tasks, workers (local, Slurm, Ray), progress, manifests, resuming."""

@@ -1,0 +1,177 @@
+"""Find a stage's input files: raw ones, or what another stage wrote; share them out to tasks."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import json
+from collections import Counter
+from collections.abc import Sequence
+from pathlib import Path, PurePosixPath
+from typing import BinaryIO
+
+from btlm_jax.corpus.engine.stage import FORMAT, MANIFEST_FILE, PLAN_FILE, Log, fingerprint_of
+from btlm_jax.corpus.engine.tasks import Input, Task, hash_file
+from btlm_jax.corpus.readers.raw import SUFFIXES, are_plain_lines, is_raw
+from btlm_jax.corpus.readers.tables import TFDS_SHARD
+from btlm_jax.storage.location import Place, find_files, opened
+
+TASK_BYTES = 64_000_000  # small input files share a task up to this size
+PIECE_BYTES = 128_000_000  # larger files of plain lines are read in pieces
+_CHUNK = 1 << 16
+
+
+def raw_inputs(root: Place, *, log: Log) -> list[Input]:
+    """Return the raw text files under a folder, or the one file, in the order of their names; large ones in pieces.
+
+    Raises:
+      FileNotFoundError: there is nothing, or a dataset's shards are not all there.
+    """
+    files = [file for file in find_files(root) if not file[0].rsplit("/", 1)[-1].startswith(".")]
+    if len(files) > 1 or files and files[0][1] != root:
+        stale = _stale_tables(files)
+        others = [name for name, _, _ in files if not is_raw(name) or name in stale]
+        files = [file for file in files if is_raw(file[0]) and file[0] not in stale]
+        _check_shards([name for name, _, _ in files])
+        if others and files:
+            log(f"{root}: {len(others):,} files of other kinds are not read, {others[0]} for one")
+    if not files:
+        raise FileNotFoundError(f"{root} holds no file that ends in {', '.join(SUFFIXES)}")
+    whole = [Input(name=name, path=place, num_bytes=num_bytes, sha256="") for name, place, num_bytes in files]
+    return [piece for item in whole for piece in (_pieces(item) if _can_be_cut(item) else [item])]
+
+
+def _stale_tables(files: list[tuple[str, Place, int]]) -> set[str]:
+    """Return the .arrow files that are no part of the Hugging Face dataset they lie in: old ones, and caches.
+
+    Raises:
+      FileNotFoundError: a part is missing.
+    """
+    tables = {name for name, _, _ in files if name.endswith(".arrow")}
+    stale = {name for name in tables if PurePosixPath(name).name.startswith("cache-")}
+    for name, place, _ in files:
+        folder = PurePosixPath(name).parent
+        if PurePosixPath(name).name == "state.json" and any(PurePosixPath(table).parent == folder for table in tables):
+            with opened(place) as file:
+                state = json.load(file)
+            if "_data_files" not in state:
+                raise ValueError(f"{place} does not say which .arrow files its dataset has; give the files themselves")
+            parts = {str(folder / part["filename"]) for part in state["_data_files"]}
+            if missing := sorted(parts - tables):
+                raise FileNotFoundError(f"{place} names {missing[0]}, which is not there; fetch the dataset again")
+            stale |= {table for table in tables if PurePosixPath(table).parent == folder} - parts
+    return stale
+
+
+def _check_shards(names: list[str]) -> None:
+    """Refuse a TFDS dataset that lacks shards."""
+    shards = [match for match in map(TFDS_SHARD.fullmatch, names) if match]
+    for (stem, count), found in Counter((match[1], match[2]) for match in shards).items():
+        if found != int(count):
+            raise FileNotFoundError(f"of {stem} only {found} of {int(count)} shards are there; fetch the dataset again")
+
+
+def _can_be_cut(item: Input) -> bool:
+    if item.num_bytes <= PIECE_BYTES or not item.name.endswith(".jsonl"):
+        return False
+    with opened(item.path) as file:
+        return are_plain_lines(file.read(64))
+
+
+def _pieces(item: Input) -> list[Input]:
+    """Cut a file at ends of lines; a piece is named by where it begins, and its lines are counted from there."""
+    begins = [0]
+    with opened(item.path) as file:
+        while begins[-1] + PIECE_BYTES < item.num_bytes:
+            begins.append(_end_of_line(file, begins[-1] + PIECE_BYTES - 1))
+    return [
+        dataclasses.replace(
+            item,
+            name=f"{item.name}@{begin}" if begin else item.name,
+            num_bytes=end - begin,
+            begin=begin,
+            is_piece=True,
+        )
+        for begin, end in itertools.pairwise([*begins, item.num_bytes])
+        if begin < end
+    ]
+
+
+def _end_of_line(file: BinaryIO, offset: int) -> int:
+    """Return where the line that has the byte at `offset` ends, its newline included."""
+    file.seek(offset)
+    while chunk := file.read(_CHUNK):
+        if (found := chunk.find(b"\n")) >= 0:
+            return offset + found + 1
+        offset += len(chunk)
+    return offset
+
+
+def read_stage(directory: Path) -> dict:
+    """Return the manifest of a finished stage.
+
+    Raises:
+      FileNotFoundError: there is no finished stage in `directory`.
+      ValueError: the manifest is damaged.
+    """
+    path = directory / MANIFEST_FILE
+    if not path.is_file():
+        is_begun = (directory / PLAN_FILE).is_file()
+        found = "an unfinished stage; give its command again" if is_begun else "no stage's work"
+        raise FileNotFoundError(f"{directory} holds {found}: it has no {MANIFEST_FILE}")
+    try:
+        manifest = json.loads(path.read_bytes())
+        if manifest["format"] != FORMAT:
+            raise ValueError(f"its format is {manifest['format']!r}")
+        if fingerprint_of(manifest) != manifest["fingerprint"]:
+            raise ValueError("its contents do not give its fingerprint")
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{path} is not the manifest of a stage, or damaged: {error}") from error
+    return manifest
+
+
+def stage_inputs(directory: Path, manifest: dict) -> list[Input]:
+    """Return the files that a finished stage wrote."""
+    return [
+        Input(
+            name=output["file"],
+            path=directory / output["file"],
+            num_bytes=output["num_bytes"],
+            sha256=output["sha256"],
+        )
+        for output in manifest["outputs"]
+    ]
+
+
+def verify_stage(directory: Path) -> dict:
+    """Hash every file that a finished stage wrote, compare with its manifest, and return that.
+
+    Raises:
+      FileNotFoundError: it is not finished, or a file is missing.
+      ValueError: files are damaged; names them all.
+    """
+    manifest = read_stage(directory)
+    inputs = stage_inputs(directory, manifest)
+    damaged = [item.name for item in inputs if hash_file(item.path) != item.sha256]
+    if damaged:
+        raise ValueError(
+            f"{directory} is damaged: the contents of {', '.join(damaged)} do not hash to what {MANIFEST_FILE} records;"
+            " delete them and their records under done/, and give the stage's command again"
+        )
+    return manifest
+
+
+def make_tasks(inputs: Sequence[Input]) -> list[Task]:
+    """Share files out in order: each task takes files until it has TASK_BYTES."""
+    groups: list[list[Input]] = []
+    size = TASK_BYTES
+    for item in inputs:
+        if size + item.num_bytes > TASK_BYTES:
+            groups.append([])
+            size = 0
+        groups[-1].append(item)
+        size += item.num_bytes
+    return [
+        Task(index=index, inputs=tuple(group), weight=1 + sum(item.num_bytes for item in group))
+        for index, group in enumerate(groups)
+    ]

@@ -1,0 +1,1 @@
+"""Looking at a corpus: documents, statistics, plots."""

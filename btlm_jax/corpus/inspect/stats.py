@@ -1,0 +1,101 @@
+"""What a stage or a token store holds, as tables for people. Reads manifests only, so it answers at once."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from btlm_jax.corpus.engine.inputs import read_stage
+from btlm_jax.corpus.engine.stage import PLAN_FILE
+from btlm_jax.data import store
+from btlm_jax.storage.location import Place
+
+_BAR = 40  # characters of the longest bar
+
+
+def describe(directory: Place) -> str:
+    """Return the tables of a finished stage's directory, or of a token store, which may lie behind a URL.
+
+    Raises:
+      FileNotFoundError: there is neither.
+      ValueError: its manifest is damaged.
+    """
+    if isinstance(directory, Path) and (directory / PLAN_FILE).is_file():
+        return _describe_stage(directory)
+    return _describe_store(store.read_manifest(directory))
+
+
+def _describe_stage(directory: Path) -> str:
+    manifest = read_stage(directory)
+    totals = manifest["totals"]
+    parts = [
+        f"stage {manifest['stage']}, {len(manifest['outputs'])} files",
+        _sources(totals["read"], totals["written"]),
+    ]
+    for name, written in totals.get("splits", {}).items():
+        parts.append(f"split {name}\n" + _sources(written, written))
+    parts.append("documents by length in characters, up to\n" + _bars(totals["lengths"]))
+    clusters = directory / "work" / "clusters"
+    if clusters.is_dir():
+        parts.append("clusters by number of documents, up to\n" + _bars(read_stage(clusters)["totals"]["sizes"]))
+    reasons = {"changed": totals["changed"], **totals["dropped"], **totals["bad"]}
+    parts.append("\n".join(f"{reason}: {count:,} documents" for reason, count in reasons.items()))
+    return "\n\n".join(parts)
+
+
+def _sources(read: dict, written: dict) -> str:
+    rows = [("source", "documents in", "MB in", "documents out", "MB out", "share", "kept")]
+    total = max(sum(count["bytes"] for count in written.values()), 1)
+    for source in sorted(read):
+        came, went = read[source], written.get(source, {"documents": 0, "bytes": 0})
+        rows.append(
+            (
+                source,
+                f"{came['documents']:,}",
+                f"{came['bytes'] / 1e6:,.2f}",
+                f"{went['documents']:,}",
+                f"{went['bytes'] / 1e6:,.2f}",
+                f"{100 * went['bytes'] / total:.1f} %",
+                f"{100 * went['bytes'] / max(came['bytes'], 1):.1f} %",
+            )
+        )
+    return _table(rows)
+
+
+def _describe_store(manifest: store.Manifest) -> str:
+    parts = [
+        f"token store, blocks of {manifest.block_len:,} tokens, {manifest.dtype}, {manifest.tokenizer.kind} of "
+        f"{manifest.tokenizer.vocab_size:,} ids"
+    ]
+    for name, split in manifest.splits.items():
+        rows = [("source", "documents", "MB", "tokens", "share", "bytes/token")]
+        for source, part in split.sources.items():
+            rows.append(
+                (
+                    source,
+                    f"{part.num_documents:,}",
+                    f"{part.num_bytes / 1e6:,.2f}",
+                    f"{part.num_tokens:,}",
+                    f"{100 * part.num_tokens / split.num_tokens:.1f} %",
+                    f"{part.num_bytes / part.num_tokens:.2f}",
+                )
+            )
+        parts.append(f"split {name}, {split.num_blocks:,} blocks, {split.num_tokens:,} tokens\n" + _table(rows))
+    return "\n\n".join(parts)
+
+
+def _table(rows: Sequence[Sequence[str]]) -> str:
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    lines = [
+        "  ".join(
+            [row[0].ljust(widths[0])] + [cell.rjust(width) for cell, width in zip(row[1:], widths[1:], strict=True)]
+        )
+        for row in rows
+    ]
+    return "\n".join(line.rstrip() for line in lines)
+
+
+def _bars(counts: dict[str, int]) -> str:
+    most = max(counts.values(), default=1)
+    rows = sorted(counts.items(), key=lambda item: int(item[0]))
+    return "\n".join(f"{int(size):>13,} {count:>13,} {'#' * -(-_BAR * count // most)}" for size, count in rows)

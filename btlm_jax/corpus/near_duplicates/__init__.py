@@ -1,0 +1,1 @@
+"""Near-duplicate detection: normalisation, MinHash signatures, locality-sensitive hashing."""

@@ -1,0 +1,165 @@
+"""Documents between stages: one JSON object a line in `.jsonl.zst`, SlimPajama's shape plus `id` and `source`.
+
+Files are made of several zstd frames of about 16 MB of text, each with a checksum, and appear under their name only
+when they are complete. Raw files of other people are reading.py's subject.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from types import TracebackType
+
+import orjson
+import zstandard
+
+from btlm_jax.corpus.readers.frames import BadFile, decompressed, lines_of, zstd_decompressor
+from btlm_jax.storage.files import AtomicFile
+
+SUFFIX = ".jsonl.zst"
+SOURCE_KEY = "redpajama_set_name"  # where SlimPajama keeps a document's source, inside "meta"
+FRAME_BYTES = 16_000_000
+SHARD_BYTES = 128_000_000  # of lines in a file, so that later stages need little memory whatever came in
+_LEVEL = 3  # SlimPajama's
+_PIECE_CHARACTERS = 1 << 20
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+class Record:
+    """One document."""
+
+    id: str
+    source: str
+    text: str
+    meta: dict
+
+    @property
+    def num_bytes(self) -> int:
+        return sum(map(len, utf8_pieces(self.text)))
+
+
+def utf8_pieces(text: str) -> Iterator[bytes]:
+    """Yield a text in UTF-8, a long one piece by piece."""
+    for start in range(0, len(text), _PIECE_CHARACTERS):
+        yield text[start : start + _PIECE_CHARACTERS].encode()
+
+
+def to_line(record: Record) -> bytes:
+    """Return the document as a line, the newline included."""
+    body = {
+        "text": record.text,
+        "meta": {**record.meta, SOURCE_KEY: record.source},
+        "id": record.id,
+        "source": record.source,
+    }
+    try:
+        return orjson.dumps(body, default=str, option=orjson.OPT_APPEND_NEWLINE)  # str: parquet has times and the like
+    except TypeError:  # an integer of more than 64 bits in meta
+        return json.dumps(body, ensure_ascii=False, default=str).encode() + b"\n"
+
+
+def batches(records: Iterable[Record], *, num_characters: int) -> Iterator[list[Record]]:
+    """Yield the documents in lists, each of which is full once its texts have `num_characters`."""
+    batch, size = [], 0
+    for record in records:
+        batch.append(record)
+        size += len(record.text)
+        if size >= num_characters:
+            yield batch
+            batch, size = [], 0
+    if batch:
+        yield batch
+
+
+def read_records(path: Path) -> Iterator[Record]:
+    """Yield the documents of a file that a stage wrote.
+
+    Raises:
+      ValueError: it is damaged or cut short.
+    """
+    try:
+        with open(path, "rb") as file:
+            yield from map(_record_of, lines_of(decompressed(file, zstd_decompressor)))  # keeps none of them
+    except (BadFile, orjson.JSONDecodeError, KeyError) as error:
+        raise ValueError(f"{path} is damaged: {error}; delete it and its record under done/, and run again") from error
+
+
+def _record_of(numbered: tuple[int, int, bytes]) -> Record:
+    body = orjson.loads(numbered[2])
+    return Record(id=body["id"], source=body["source"], text=body["text"], meta=body["meta"])
+
+
+class ShardWriter:
+    """Writes files `stem-000.jsonl.zst`, `stem-001.jsonl.zst`, ...; `outputs` is what a manifest says of them."""
+
+    def __init__(self, directory: Path, *, stem: str):
+        self._directory, self._stem = directory, stem
+        self._writer: RecordWriter | None = None
+        self.outputs: list[dict] = []
+
+    def __enter__(self) -> ShardWriter:
+        return self
+
+    def add(self, record: Record) -> None:
+        """Append a document."""
+        if self._writer is None:
+            path = self._directory / f"{self._stem}-{len(self.outputs):03d}{SUFFIX}"
+            self._writer = RecordWriter(path, frame_bytes=FRAME_BYTES)
+            self._writer.__enter__()
+        self._writer.add(record)
+        if self._writer.num_line_bytes >= SHARD_BYTES:
+            self.__exit__(None, None, None)
+
+    def __exit__(self, kind: type | None, error: BaseException | None, traceback: TracebackType | None) -> None:
+        if self._writer is not None:
+            self._writer.__exit__(kind, error, traceback)
+            if kind is None:
+                self.outputs.append(describe_output(self._writer, num_documents=self._writer.num_documents))
+            self._writer = None
+
+
+def describe_output(file: AtomicFile, *, num_documents: int) -> dict:
+    """Return what a manifest says of a written file."""
+    return {
+        "file": file.path.name,
+        "num_documents": num_documents,
+        "num_bytes": file.path.stat().st_size,
+        "sha256": file.sha256,
+    }
+
+
+class RecordWriter(AtomicFile):
+    """A `.jsonl.zst` being written."""
+
+    def __init__(self, path: Path, *, frame_bytes: int):
+        super().__init__(path)
+        self._frame_bytes = frame_bytes
+        self._lines: list[bytes] = []
+        self._size = 0
+        self.num_documents = self.num_line_bytes = 0
+
+    def add(self, record: Record) -> None:
+        """Append a document."""
+        line = to_line(record)
+        self._lines.append(line)
+        self._size += len(line)
+        self.num_line_bytes += len(line)
+        self.num_documents += 1
+        if self._size >= self._frame_bytes:
+            self._end_frame()
+
+    def _end_frame(self) -> None:
+        compressor = zstandard.ZstdCompressor(level=_LEVEL, write_checksum=True)
+        self.write(compressor.compress(b"".join(self._lines)))
+        self._lines, self._size = [], 0
+
+    def __exit__(self, kind: type | None, error: BaseException | None, traceback: TracebackType | None) -> None:
+        try:
+            if kind is None and self._lines:
+                self._end_frame()
+        except BaseException as failed:
+            super().__exit__(type(failed), failed, failed.__traceback__)
+            raise
+        super().__exit__(kind, error, traceback)

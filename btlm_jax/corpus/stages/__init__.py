@@ -1,0 +1,1 @@
+"""The stages from raw text to tokens: clean, dedup, split, tokenizer, tokenize."""

@@ -1,0 +1,202 @@
+"""The stage `dedup`: near-duplicates over the whole corpus, one document of each cluster kept. Four steps on disk:
+
+    work/signatures   a task a file: keys of every band, sorted; signatures; lengths and ranks
+    work/pairs        a task a band and range of keys: documents that share a key, verified
+    work/clusters     one task: pairs to connected components, components to the documents that stay
+    .                 a task a file: the documents that stay
+
+A step starts when the one before is complete, so nothing is taken for finished because nothing came for a while. Memory
+is that of one file's signatures, of a range of keys, or 8 bytes a document of the corpus in `clusters`.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import json
+from collections import Counter
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+
+from btlm_jax.corpus.engine.arrays import load_array, save_array
+from btlm_jax.corpus.engine.counts import Tally
+from btlm_jax.corpus.engine.inputs import read_stage, stage_inputs
+from btlm_jax.corpus.engine.stage import Log, Stage, accept, run_stage
+from btlm_jax.corpus.engine.tasks import Task, Tick
+from btlm_jax.corpus.engine.workers import Workers
+from btlm_jax.corpus.near_duplicates.lsh import PRESETS, Clusters, Preset, all_agree, band_keys, bucket_pairs, survivors
+from btlm_jax.corpus.near_duplicates.normalize import normalized_pieces
+from btlm_jax.corpus.readers.records import Record, ShardWriter, read_records, utf8_pieces
+
+RECIPE = 1  # raise when the steps change
+PARTITION_DOCUMENTS = 1 << 22  # whose keys a task holds at a time
+_COMPARED = 1 << 13  # pairs of signatures compared at a time
+
+
+def deduplicate(source: Path, *, preset: str, output: Path, workers: Workers, log: Log) -> dict:
+    """Deduplicate what a finished stage wrote and return the manifest.
+
+    Raises:
+      FileNotFoundError: there is no finished stage in `source`.
+      ValueError: the input is damaged, or `output` was begun otherwise.
+    """
+    rules = PRESETS[preset]
+    cleaned = read_stage(source)
+    tasks = [
+        Task(index=index, inputs=(item,), weight=item.num_bytes)
+        for index, item in enumerate(stage_inputs(source, cleaned))
+    ]
+    counts = [file["num_documents"] for file in cleaned["outputs"]]
+    settings = {
+        "recipe": RECIPE,
+        "preset": rules.name,
+        "bands": rules.bands,
+        "rows": rules.rows,
+        "threshold": rules.threshold,
+        "input": cleaned["fingerprint"],
+    }
+    work = {step: output / "work" / step for step in ("signatures", "pairs", "clusters")}
+    run = functools.partial(run_stage, workers=workers, log=log, check=accept)
+    stage = functools.partial(Stage, settings=settings)
+    step = functools.partial(_signature_task, preset=preset)
+    run(stage(name="dedup signatures", tasks=tasks, run=step), work["signatures"])
+    num_partitions = 1 + sum(counts) // PARTITION_DOCUMENTS
+    ranges = [Task(index=index, inputs=(), weight=1) for index in range(rules.bands * num_partitions)]
+    step = functools.partial(
+        _pair_task, preset=preset, counts=counts, signatures=work["signatures"], num_partitions=num_partitions
+    )
+    run(stage(name="dedup pairs", tasks=ranges, run=step), work["pairs"])
+    step = functools.partial(
+        _cluster_task, counts=counts, signatures=work["signatures"], pairs=work["pairs"], num_files=len(ranges)
+    )
+    whole = [Task(index=0, inputs=(), weight=1)]
+    clusters = run(stage(name="dedup clusters", tasks=whole, run=step), work["clusters"])
+    log(f"dedup: clusters by size up to {json.dumps(clusters['totals']['sizes'])}")
+    step = functools.partial(_filter_task, clusters=work["clusters"])
+    return run(stage(name="dedup", tasks=tasks, run=step), output)
+
+
+def rank(record: Record) -> int:
+    """Return a number by which one of several equally long documents is chosen: of its text, then of its id.
+
+    An id may say where the document lay, so that it comes second.
+    """
+    digests = [hashlib.blake2b(digest_size=4) for _ in range(2)]
+    for digest, text in zip(digests, (record.text, record.id), strict=True):
+        for piece in utf8_pieces(text):
+            digest.update(piece)
+    return int.from_bytes(b"".join(digest.digest() for digest in digests), "big")
+
+
+def _signature_task(task: Task, directory: Path, tick: Tick, *, preset: str) -> dict:
+    rules = PRESETS[preset]
+    signatures, lengths, ranks = [], [], []
+    for record in read_records(task.inputs[0].path):
+        signatures.append(rules.signature(normalized_pieces(record.text)))
+        lengths.append(len(record.text))
+        ranks.append(rank(record))
+        tick(1, record.num_bytes)
+    stacked = np.stack(signatures)
+    keys = band_keys(stacked, rules)
+    order = np.argsort(keys, axis=1, kind="stable").astype(np.uint32)
+    arrays = {
+        "keys": np.take_along_axis(keys, order.astype(np.int64), axis=1),
+        "order": order,
+        "lengths": np.array(lengths, np.int64),
+        "ranks": np.array(ranks, np.uint64),
+    }
+    if rules.threshold:
+        arrays["signatures"] = stacked
+    outputs = [save_array(directory, f"{name}-{task.index:05d}", array) for name, array in arrays.items()]
+    return {"totals": {}, "outputs": outputs}
+
+
+def _pair_task(
+    task: Task,
+    directory: Path,
+    tick: Tick,
+    *,
+    preset: str,
+    counts: Sequence[int],
+    signatures: Path,
+    num_partitions: int,
+) -> dict:
+    rules = PRESETS[preset]
+    band, partition = divmod(task.index, num_partitions)
+    bounds = [((partition + end) << 64) // num_partitions for end in (0, 1)]
+    offsets = np.cumsum([0, *counts])
+    keys, documents = [], []
+    for shard in range(len(counts)):
+        ordered = load_array(signatures, f"keys-{shard:05d}")[band]
+        begin = np.searchsorted(ordered, np.uint64(bounds[0]))
+        end = len(ordered) if bounds[1] == 1 << 64 else np.searchsorted(ordered, np.uint64(bounds[1]))
+        keys.append(ordered[begin:end])
+        documents.append(load_array(signatures, f"order-{shard:05d}")[band, begin:end] + offsets[shard])
+    agree = _SignatureCheck(signatures, offsets=offsets, rules=rules) if rules.threshold else all_agree
+    pairs = bucket_pairs(np.concatenate(keys), np.concatenate(documents), agree=agree)
+    tick(sum(map(len, keys)), 0)
+    return {"totals": {"pairs": len(pairs)}, "outputs": [save_array(directory, f"pairs-{task.index:05d}", pairs)]}
+
+
+class _SignatureCheck:
+    """Whether two documents' signatures have enough equal numbers; reads them where they lie."""
+
+    def __init__(self, folder: Path, *, offsets: np.ndarray, rules: Preset):
+        self._folder, self._offsets, self._threshold = folder, offsets, rules.threshold
+        self._width = rules.bands * rules.rows
+
+    def __call__(self, first: np.ndarray, second: np.ndarray) -> np.ndarray:
+        agree = np.empty(len(first), bool)
+        for start in range(0, len(first), _COMPARED):
+            part = slice(start, start + _COMPARED)
+            equal = self._rows(first[part]) == self._rows(second[part])
+            agree[part] = equal.mean(axis=1) >= self._threshold
+        return agree
+
+    def _rows(self, documents: np.ndarray) -> np.ndarray:
+        rows = np.empty((len(documents), self._width), np.uint32)
+        shards = np.searchsorted(self._offsets, documents, side="right") - 1
+        for shard in np.unique(shards):
+            own = shards == shard
+            rows[own] = load_array(self._folder, f"signatures-{shard:05d}")[documents[own] - self._offsets[shard]]
+        return rows
+
+
+def _cluster_task(
+    task: Task, directory: Path, tick: Tick, *, counts: Sequence[int], signatures: Path, pairs: Path, num_files: int
+) -> dict:
+    num_documents = sum(counts)
+    clusters = Clusters(num_documents)
+    for index in range(num_files):
+        clusters.join(np.array(load_array(pairs, f"pairs-{index:05d}")))
+    shards = range(len(counts))
+    roots = clusters.roots(np.arange(num_documents))
+    kept = survivors(
+        roots,
+        lengths=np.concatenate([load_array(signatures, f"lengths-{shard:05d}") for shard in shards]),
+        ranks=np.concatenate([load_array(signatures, f"ranks-{shard:05d}") for shard in shards]),
+    )
+    tick(num_documents, 0)
+    sizes = Counter(str(1 << int(size - 1).bit_length()) for size in np.bincount(roots) if size)
+    offsets = np.cumsum([0, *counts])
+    outputs = [
+        save_array(directory, f"kept-{shard:05d}", kept[offsets[shard] : offsets[shard + 1]]) for shard in shards
+    ]
+    return {"totals": {"sizes": dict(sorted(sizes.items(), key=lambda item: int(item[0])))}, "outputs": outputs}
+
+
+def _filter_task(task: Task, directory: Path, tick: Tick, *, clusters: Path) -> dict:
+    tally, dropped = Tally(), Counter()
+    kept = load_array(clusters, f"kept-{task.index:05d}")
+    with ShardWriter(directory, stem=f"documents-{task.index:05d}") as writer:
+        for is_kept, record in zip(kept, read_records(task.inputs[0].path), strict=True):
+            tally.read(record)
+            tick(1, record.num_bytes)
+            if is_kept:
+                tally.wrote(record)
+                writer.add(record)
+            else:
+                dropped["near-duplicates"] += 1
+    return {"totals": tally.totals(dropped=dropped, bad=Counter()), "outputs": writer.outputs}

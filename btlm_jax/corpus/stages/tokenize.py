@@ -1,0 +1,232 @@
+"""The stage `tokenize`: split documents -> the token store of store.py.
+
+    work/tokens    a task a file: its documents' ids, each document ended by EOS, and what they count
+    work/shards    a task a shard of the store: its stretch of the stream, cut into blocks
+
+Where a shard begins follows from the counts, so shards are written in any order. `train` is one stream over the files
+in order; the validation documents become the split `heldout`, the test documents `test`, one stream a source in each.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import os
+import secrets
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+
+from btlm_jax.corpus.engine.arrays import load_array, save_array
+from btlm_jax.corpus.engine.inputs import read_stage, stage_inputs
+from btlm_jax.corpus.engine.stage import Log, Stage, accept, run_stage
+from btlm_jax.corpus.engine.tasks import Task, Tick
+from btlm_jax.corpus.engine.workers import Workers
+from btlm_jax.corpus.pack import Block, cut, write_shard, write_tfds_metadata
+from btlm_jax.corpus.readers.records import read_records
+from btlm_jax.corpus.stages.split import TEST, TRAIN, VALIDATION
+from btlm_jax.data import store
+from btlm_jax.storage.files import write_atomically
+from btlm_jax.tokenizers.boundaries import pieces_of
+from btlm_jax.tokenizers.gpt2 import fastest
+from btlm_jax.tokenizers.sentencepiece_proto import SPACE_MARK
+from btlm_jax.tokenizers.tokenizer import SENTENCEPIECE, find_tokenizer, stored_facts
+
+RECIPE = 1  # raise when the steps change
+STORE_SPLITS = {TRAIN: store.TRAIN, VALIDATION: store.HELDOUT, TEST: "test"}
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class _Stream:
+    """One packed stream of a split: EOS, then the pieces' tokens; and the number of its first block."""
+
+    source: str
+    pieces: tuple[int, ...]  # task numbers of work/tokens
+    sizes: tuple[int, ...]  # their tokens
+    first_block: int
+    block_len: int
+
+    @property
+    def num_blocks(self) -> int:
+        return -(-sum(self.sizes) // self.block_len)
+
+    def read(self, begin: int, end: int, *, folder: Path, eos_id: int, dtype: str) -> np.ndarray:
+        """Return a stretch of the stream."""
+        parts = [np.full(1, eos_id, dtype)] if begin == 0 else []
+        start = 1
+        for piece, size in zip(self.pieces, self.sizes, strict=True):
+            if start < end and start + size > begin:
+                parts.append(load_array(folder, f"tokens-{piece:05d}")[max(begin - start, 0) : end - start])
+            start += size
+        return np.concatenate(parts)
+
+
+def tokenize(
+    source: Path, *, tokenizer: Path, block_len: int, output: Path, workers: Workers, log: Log
+) -> store.Manifest:
+    """Make a token store out of what `split` wrote and return its manifest.
+
+    Raises:
+      FileNotFoundError: there is no finished split, or no tokenizer.
+      ValueError: the input is damaged or was not split, the tokenizer cannot be used, or `output` was begun otherwise.
+    """
+    documents = read_stage(source)
+    if documents["stage"] != "split":
+        raise ValueError(f"{source} holds the stage {documents['stage']}; tokenize what btlm corpus split wrote")
+    chosen = find_tokenizer(tokenizer)
+    facts = stored_facts(chosen)
+    dtype = store.token_dtype(facts.vocab_size)
+    settings = {"recipe": RECIPE, "input": documents["fingerprint"], "tokenizer": facts.sha256, "eos_id": facts.eos_id}
+    tasks = [
+        Task(index=index, inputs=(item,), weight=item.num_bytes)
+        for index, item in enumerate(stage_inputs(source, documents))
+    ]
+    run = functools.partial(run_stage, workers=workers, log=log, check=accept)
+    tokens = output / "work" / "tokens"
+    step = functools.partial(_tokens_task, tokenizer=tokenizer, sha256=facts.sha256, dtype=dtype)
+    encoded = run(Stage(name="tokenize", settings=settings, tasks=tasks, run=step), tokens)
+    splits = [file["split"] for file in documents["outputs"]]
+    streams = _streams(encoded, splits=splits, block_len=block_len)
+    for name, store_name in ((TRAIN, store.TRAIN), (VALIDATION, store.HELDOUT)):
+        if store_name not in streams:
+            raise ValueError(f"{source} has no {name} document that this tokenizer can encode; split otherwise")
+    step = functools.partial(
+        _shard_task, splits=streams, tokens=tokens, target=output, eos_id=facts.eos_id, dtype=dtype, block_len=block_len
+    )
+    packing = Stage(
+        name="pack",
+        settings=settings | {"block_len": block_len},
+        tasks=[Task(index=index, inputs=(), weight=1) for index in range(len(_shards(streams)))],
+        run=step,
+        outputs_in="../..",
+    )
+    packed = run(packing, output / "work" / "shards")
+    if (output / store.MANIFEST_FILE).is_file() and (output / facts.file).is_file():
+        return store.read_manifest(output)
+    write_atomically(output / facts.file, chosen.contents)
+    found = _store_splits(streams, encoded=encoded, packed=packed)
+    write_tfds_metadata(output, found, block_len=block_len, dtype=dtype)
+    made_by = {"stage": "tokenize", **settings, "dropped": encoded["totals"]["dropped"]}
+    manifest = store.Manifest(block_len=block_len, dtype=dtype, tokenizer=facts, splits=found, made_by=made_by)
+    store.write_manifest(output, manifest)
+    return manifest
+
+
+def _streams(encoded: dict, *, splits: list[str], block_len: int) -> dict[str, list[_Stream]]:
+    """Return each store split's streams: of `train` one, of the others one a source."""
+    outputs = encoded["outputs"]
+    found: dict[str, list[_Stream]] = {}
+    for name, store_name in STORE_SPLITS.items():
+        own = [index for index, split in enumerate(splits) if split == name and outputs[index]["num_tokens"]]
+        sources = [""][: len(own)] if name == TRAIN else sorted({outputs[index]["source"] for index in own})
+        first_block = 0
+        for source in sources:
+            pieces = tuple(index for index in own if name == TRAIN or outputs[index]["source"] == source)
+            stream = _Stream(
+                source=source,
+                pieces=pieces,
+                sizes=tuple(outputs[index]["num_tokens"] for index in pieces),
+                first_block=first_block,
+                block_len=block_len,
+            )
+            first_block += stream.num_blocks
+            found.setdefault(store_name, []).append(stream)
+    return found
+
+
+def _store_splits(streams: dict[str, list[_Stream]], *, encoded: dict, packed: dict) -> dict[str, store.Split]:
+    """Return what the store's manifest says of its splits."""
+    shards: dict[str, list[store.Shard]] = {}
+    for (name, _, _), shard in zip(_shards(streams), packed["outputs"], strict=True):
+        shards.setdefault(name, []).append(store.Shard(**shard))
+    found = {}
+    for name, parts in streams.items():
+        sources = {}
+        for part in parts:
+            totals: dict[str, Counter] = {}
+            for piece in part.pieces:
+                for source, counts in encoded["outputs"][piece]["counts"].items():
+                    totals.setdefault(source, Counter()).update(counts)
+            for source, count in sorted(totals.items()):
+                sources[source] = store.Source(
+                    num_documents=count["documents"],
+                    num_bytes=count["bytes"],
+                    num_tokens=count["tokens"],
+                    first_block=0 if name == store.TRAIN else part.first_block,
+                    num_blocks=0 if name == store.TRAIN else part.num_blocks,
+                )
+        found[name] = store.Split(
+            num_blocks=sum(part.num_blocks for part in parts),
+            num_tokens=sum(sum(part.sizes) for part in parts),
+            shards=tuple(shards[name]),
+            sources=sources,
+        )
+    return found
+
+
+def _shards(splits: dict[str, list[_Stream]]) -> list[tuple[str, int, int]]:
+    """Return (split, index, number of shards) of every shard of the store."""
+    shards = []
+    for name, streams in splits.items():
+        count = -(-sum(stream.num_blocks for stream in streams) // store.BLOCKS_PER_SHARD)
+        shards += [(name, index, count) for index in range(count)]
+    return shards
+
+
+def _tokens_task(task: Task, directory: Path, tick: Tick, *, tokenizer: Path, sha256: str, dtype: str) -> dict:
+    encoder = fastest(find_tokenizer(tokenizer))
+    if stored_facts(encoder).sha256 != sha256:
+        raise ValueError(f"the tokenizer in {tokenizer} changed while its texts were encoded")
+    counts: dict[str, Counter] = {}
+    dropped = Counter({"has SentencePiece's space mark": 0})
+    parts = [np.empty(0, dtype)]
+    for record in read_records(task.inputs[0].path):
+        tick(1, record.num_bytes)
+        if encoder.kind == SENTENCEPIECE and SPACE_MARK in record.text:
+            dropped["has SentencePiece's space mark"] += 1
+            continue
+        ids = [np.array(encoder.encode(piece), dtype) for piece in pieces_of(record.text, encoder.boundary)]
+        ids.append(np.array([encoder.eos_id], dtype))
+        num_tokens = sum(map(len, ids))
+        counts.setdefault(record.source, Counter()).update(documents=1, bytes=record.num_bytes, tokens=num_tokens)
+        parts += ids
+        del record  # a long one is not held while the next is read
+    stream = np.concatenate(parts)
+    output = save_array(directory, f"tokens-{task.index:05d}", stream)
+    return {
+        "totals": {"dropped": dict(dropped)},
+        "outputs": [{**output, "num_tokens": len(stream), "source": min(counts, default=""), "counts": counts}],
+    }
+
+
+def _shard_task(
+    task: Task,
+    directory: Path,
+    tick: Tick,
+    *,
+    splits: dict[str, list[_Stream]],
+    tokens: Path,
+    target: Path,
+    eos_id: int,
+    dtype: str,
+    block_len: int,
+) -> dict:
+    name, index, count = _shards(splits)[task.index]
+
+    def blocks() -> Iterator[Block]:
+        begin, end = index * store.BLOCKS_PER_SHARD, (index + 1) * store.BLOCKS_PER_SHARD
+        for stream in splits[name]:
+            first = max(begin - stream.first_block, 0)
+            last = min(end - stream.first_block, stream.num_blocks)
+            if first < last:
+                piece = stream.read(first * block_len, last * block_len + 1, folder=tokens, eos_id=eos_id, dtype=dtype)
+                yield from cut(piece, block_len=block_len, eos_id=eos_id)
+
+    path = target / store.shard_name(split=name, index=index, num_shards=count)
+    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
+    shard = write_shard(temporary, blocks=blocks())
+    os.replace(temporary, path)
+    tick(0, shard.num_bytes)
+    return {"totals": {}, "outputs": [dataclasses.asdict(dataclasses.replace(shard, file=path.name))]}

@@ -1,0 +1,178 @@
+"""The token store's manifest: its schema, its fingerprint, its checks. The one file format both wings meet at.
+
+A token store is a directory, or a folder behind a URL for those who only read it:
+
+    manifest.json                                      this file's subject
+    tokenizer.model or tokenizer.json                  the tokenizer (`Manifest.tokenizer.file`)
+    features.json, dataset_info.json                   TFDS metadata, so that TFDS opens it without TensorFlow
+    tokens-<split>.array_record-00000-of-00003         shards, `group_size:1`, at most 8,192 blocks each
+
+Block b of a split is `stream[b*T : b*T + T + 1]` (T = block_len) of one packed token stream
+`EOS document EOS document ... EOS`, so each document token is a target exactly once. Each record is a TFDS example
+`{"tokens": uint16 or uint32 [T + 1] stored as bytes, "num_targets": int32}`; num_targets is T but in the last block
+of a stream, which is padded with EOS. `train` is one stream over all sources, documents shuffled; `heldout` is one
+stream a source, its blocks contiguous. Nothing here touches JAX, TFDS or Grain.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+from pathlib import Path
+
+from btlm_jax.storage.files import write_atomically
+from btlm_jax.storage.location import Place, inside, read_bytes, sizes_in
+
+MANIFEST_FILE = "manifest.json"
+DATASET_NAME = "tokens"
+FORMAT = "btlm-token-store"
+FORMAT_VERSION = 1
+TRAIN, HELDOUT = "train", "heldout"
+BLOCKS_PER_SHARD = 8192
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Tokenizer:
+    """Which tokenizer made the ids."""
+
+    kind: str  # "sentencepiece" or "byte_level_bpe"
+    file: str  # inside the store
+    sha256: str
+    vocab_size: int
+    eos_id: int
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Shard:
+    """One ArrayRecord file of a split."""
+
+    file: str
+    num_blocks: int
+    num_bytes: int
+    sha256: str
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Source:
+    """What one source gave to a split. first_block and num_blocks are 0 in `train`, whose blocks mix sources."""
+
+    num_documents: int
+    num_bytes: int  # UTF-8 bytes of the documents' text
+    num_tokens: int  # targets, end-of-document tokens included
+    first_block: int
+    num_blocks: int
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Split:
+    """The shards of a split, in order, and where its text came from."""
+
+    num_blocks: int
+    num_tokens: int  # targets in all
+    shards: tuple[Shard, ...]
+    sources: dict[str, Source]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Manifest:
+    """Everything that identifies a token store."""
+
+    block_len: int
+    dtype: str  # "uint16" up to 65,536 ids, else "uint32"
+    tokenizer: Tokenizer
+    splits: dict[str, Split]
+    made_by: dict  # how it was made: settings, versions, inputs; no times, so that the same input gives the same bytes
+
+    @property
+    def fingerprint(self) -> str:
+        """Return a sha256 over every field of the manifest, so over every byte of every shard."""
+        return hashlib.sha256(json.dumps(dataclasses.asdict(self), sort_keys=True).encode()).hexdigest()
+
+
+def token_dtype(vocab_size: int) -> str:
+    """Return the smallest of the two stored dtypes that holds every id."""
+    return "uint16" if vocab_size <= 1 << 16 else "uint32"
+
+
+def shard_name(*, split: str, index: int, num_shards: int) -> str:
+    """Return the TFDS file name of a shard."""
+    return f"{DATASET_NAME}-{split}.array_record-{index:05d}-of-{num_shards:05d}"
+
+
+def write_manifest(directory: Path, manifest: Manifest) -> None:
+    """Write manifest.json atomically; it is the last file of a store to appear, so its presence means complete."""
+    body = {
+        "format": FORMAT,
+        "format_version": FORMAT_VERSION,
+        "fingerprint": manifest.fingerprint,
+        **dataclasses.asdict(manifest),
+    }
+    write_atomically(directory / MANIFEST_FILE, json.dumps(body, indent=2, sort_keys=True))
+
+
+def read_manifest(directory: Place) -> Manifest:
+    """Read and check a store's manifest.
+
+    Raises:
+      FileNotFoundError: there is no manifest in `directory`.
+      OSError: it cannot be reached.
+      ValueError: it is not valid JSON, not of this format, lacks a field, or its contents do not give its fingerprint.
+    """
+    path = inside(directory, MANIFEST_FILE)
+    try:
+        contents = read_bytes(path)
+    except (FileNotFoundError, NotADirectoryError) as error:
+        raise FileNotFoundError(f"{directory} is not a token store: it has no {MANIFEST_FILE}") from error
+    try:
+        body = json.loads(contents)
+        found = (body.pop("format"), body.pop("format_version"))
+        written = body.pop("fingerprint")
+        if found != (FORMAT, FORMAT_VERSION):
+            raise ValueError(f"it is of format {found}, this version reads {(FORMAT, FORMAT_VERSION)}")
+        manifest = Manifest(
+            block_len=body["block_len"],
+            dtype=body["dtype"],
+            tokenizer=Tokenizer(**body["tokenizer"]),
+            splits={name: _split_from(split) for name, split in body["splits"].items()},
+            made_by=body["made_by"],
+        )
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f"{path} is corrupt: {type(error).__name__}: {error}; rebuild the store") from error
+    if manifest.fingerprint != written:
+        raise ValueError(
+            f"{path} is corrupt: its contents hash to {manifest.fingerprint[:12]} but it says {written[:12]}; "
+            "rebuild the store"
+        )
+    return manifest
+
+
+def check_shards(directory: Place, manifest: Manifest) -> None:
+    """Check that every shard and the tokenizer are present at their recorded size (contents are not re-hashed).
+
+    Raises:
+      FileNotFoundError: a shard or the tokenizer file is missing.
+      OSError: the place cannot be reached.
+      ValueError: a shard has another size than the manifest says, so it was truncated or replaced.
+    """
+    sizes = sizes_in(directory)
+    if manifest.tokenizer.file not in sizes:
+        raise FileNotFoundError(f"token store {directory} lacks its tokenizer file {manifest.tokenizer.file}")
+    for split in manifest.splits.values():
+        for shard in split.shards:
+            if shard.file not in sizes:
+                raise FileNotFoundError(f"token store {directory} lacks shard {shard.file}; restore or rebuild it")
+            if sizes[shard.file] != shard.num_bytes:
+                raise ValueError(
+                    f"shard {inside(directory, shard.file)} is {sizes[shard.file]:,} bytes, its manifest says "
+                    f"{shard.num_bytes:,}: truncated or replaced; restore or rebuild it"
+                )
+
+
+def _split_from(body: dict) -> Split:
+    return Split(
+        num_blocks=body["num_blocks"],
+        num_tokens=body["num_tokens"],
+        shards=tuple(Shard(**shard) for shard in body["shards"]),
+        sources={name: Source(**source) for name, source in body["sources"].items()},
+    )

@@ -1,0 +1,1 @@
+"""Tokens in, tokens out: caches, sampling, decoders for meshes and for CPUs."""

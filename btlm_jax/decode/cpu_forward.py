@@ -1,0 +1,60 @@
+"""The network over a cache, with tiled weights and float32 activations: the same arithmetic as model/transformer.py.
+
+Where the processor multiplies bfloat16, products of several rows with bfloat16 weights round the activations to it.
+"""
+
+from __future__ import annotations
+
+import functools
+
+import jax
+import jax.numpy as jnp
+
+from btlm_jax.decode.cpu_cache import Cache, Layout, attend
+from btlm_jax.kernels.tiles import columns, matmul
+from btlm_jax.kernels.weights import Weights
+from btlm_jax.model import Btlm
+
+
+@functools.partial(jax.jit, static_argnames=("model", "layout"), donate_argnames="cache")
+def extend(model: Btlm, weights: Weights, cache: Cache, *, layout: Layout, inputs_BT, starts_B, counts_B):
+    """Run counts_B[b] new tokens of row b at positions starts_B[b], starts_B[b] + 1, ...; keep their keys and values.
+
+    Returns the float32 logits_BV after each row's last new token, the cache, and a bound on the share of attention that
+    lay outside the cache's windows (cache.py).
+    """
+    config, parametrization = model.config, model.parametrization
+    (B, T), N, H, F = inputs_BT.shape, config.num_heads, config.head_dim, config.d_ff
+    x_RD = columns(weights.embedding, inputs_BT.reshape(-1)) * parametrization.embedding_scale
+    blocks = {name: vector for name, vector in weights.vectors.items() if not name.startswith("ln_f")}
+
+    def block(carry, scanned):
+        x_RD, cache, lost = carry
+        layer, own = scanned
+        normed_RD = _norm(x_RD, own["ln_1.scale"], own["ln_1.bias"], eps=config.layer_norm_eps)
+        qkv_RM = matmul(normed_RD, weights.qkv, layer=layer) + own["qkv.bias"]
+        q_BTNH, k_BTNH, v_BTNH = (part.reshape(B, T, N, H) for part in jnp.split(qkv_RM, 3, axis=1))
+        o_BTNH, cache, lost_B = attend(
+            q_BTNH, k_BTNH, v_BTNH, cache, layout=layout, layer=layer, starts_B=starts_B, counts_B=counts_B,
+            scale=parametrization.attention_scale,
+        )  # fmt: skip
+        branch_RD = matmul(o_BTNH.reshape(B * T, N * H), weights.out, layer=layer) + own["out.bias"]
+        x_RD = x_RD + parametrization.residual_scale * branch_RD
+        normed_RD = _norm(x_RD, own["ln_2.scale"], own["ln_2.bias"], eps=config.layer_norm_eps)
+        wide_RM = matmul(normed_RD, weights.up_gate, layer=layer) + own["up_gate.bias"]
+        up_RM, gate_RM = jnp.split(wide_RM, 2, axis=1)
+        branch_RD = matmul((up_RM * jax.nn.silu(gate_RM))[:, :F], weights.down, layer=layer) + own["down.bias"]
+        x_RD = x_RD + parametrization.residual_scale * branch_RD
+        return (x_RD, cache, jnp.maximum(lost, lost_B.max())), None
+
+    layers = jnp.arange(config.num_layers)
+    (x_RD, cache, lost), _ = jax.lax.scan(block, (x_RD, cache, jnp.float32(0)), (layers, blocks))
+    last_BD = jnp.take_along_axis(x_RD.reshape(B, T, -1), jnp.maximum(counts_B - 1, 0)[:, None, None], axis=1)[:, 0]
+    vectors = weights.vectors
+    last_BD = _norm(last_BD, vectors["ln_f.scale"], vectors["ln_f.bias"], eps=config.layer_norm_eps)
+    return matmul(last_BD, weights.embedding, layer=0) * parametrization.output_scale, cache, lost
+
+
+def _norm(x_RD, scale_D, bias_D, *, eps: float):
+    centred_RD = x_RD - x_RD.mean(-1, keepdims=True)
+    return centred_RD * jax.lax.rsqrt(jnp.square(centred_RD).mean(-1, keepdims=True) + eps) * scale_D + bias_D

@@ -1,0 +1,110 @@
+"""The same blocks over a cache of keys and values: prefill and decode. What was computed of earlier tokens is kept.
+
+A row's tokens sit at its positions 0, 1, ... from the left, whatever the other rows hold, so batches of different
+lengths need no padding on the left and no mask: a token sees the cache up to its own position. Slots right of a row's
+end may hold leftovers of padding; each is overwritten before any token can see it.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from btlm_jax.model.layers import Embedding, LayerNorm
+from btlm_jax.model.projection import slopes_as_held
+from btlm_jax.model.transformer import Block, Btlm
+from btlm_jax.parallel.mesh import WHOLE_SEQUENCES
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class KVCache:
+    """Keys and values of every layer, batch row, position slot and head, in the cache's dtype."""
+
+    k_LBSNH: jax.Array
+    v_LBSNH: jax.Array
+
+    @property
+    def num_slots(self) -> int:
+        return self.k_LBSNH.shape[2]
+
+
+def make_cache(model: Btlm, mesh: Mesh, *, batch_size: int, num_slots: int, dtype: str) -> KVCache:
+    """Make an empty cache on the mesh: rows over fsdp, heads over tensor."""
+    config = model.config
+    shape = (config.num_layers, batch_size, num_slots, config.num_heads, config.head_dim)
+    sharding = NamedSharding(mesh, _cache_spec())
+    return KVCache(
+        k_LBSNH=jnp.zeros(shape, jnp.dtype(dtype), device=sharding),
+        v_LBSNH=jnp.zeros(shape, jnp.dtype(dtype), device=sharding),
+    )
+
+
+def extend(model: Btlm, params: dict, cache: KVCache, *, inputs_BT, starts_B):
+    """Run new tokens, those of row b at positions starts_B[b], starts_B[b] + 1, ...; return hidden_BTD and the cache.
+
+    Equal to the last T positions of the whole forward pass. A position outside the cache is not kept: the caller makes
+    the cache large enough. Memory for scores is O(T * slots) a head, so long prompts come in pieces.
+    """
+    config, parts = model.config, dict(parametrization=model.parametrization, rules=WHOLE_SEQUENCES)
+    dtype = jnp.dtype(config.dtype)
+    starts_B = jax.sharding.reshard(starts_B, WHOLE_SEQUENCES.spec("batch"))
+    embedding = Embedding(vocab_size=config.vocab_size, d_model=config.d_model, dtype=dtype, **parts)
+    x_BTD = embedding.apply({"params": params["embedding"]}, inputs_BT) * model.parametrization.embedding_scale
+
+    def block(carry, scanned):
+        x_BTD, cache = carry
+        layer, layer_params = scanned
+        kept = []
+
+        def attend(q_BTNW, k_BTNW, v_BTNW):
+            # The head dim may be padded for the hardware (see projection.py); the cache's is not.
+            q_BTNH, k_BTNH, v_BTNH = (x[..., : config.head_dim] for x in (q_BTNW, k_BTNW, v_BTNW))
+            o_BTNH, updated = _attend_cached(model, q_BTNH, k_BTNH, v_BTNH, cache, starts_B, layer)
+            kept.append(updated)
+            return jnp.pad(o_BTNH, ((0, 0), (0, 0), (0, 0), (0, q_BTNW.shape[-1] - config.head_dim)))
+
+        x_BTD, _ = Block(config=config, attend=attend, **parts).apply({"params": layer_params}, x_BTD)
+        return (x_BTD, kept.pop()), None
+
+    layers = jnp.arange(config.num_layers)
+    (x_BTD, cache), _ = jax.lax.scan(block, (x_BTD, cache), (layers, params["blocks"]))
+    norm = LayerNorm(eps=config.layer_norm_eps, **parts)
+    return norm.apply({"params": params["ln_f"]}, x_BTD), cache
+
+
+def _cache_spec() -> P:
+    return WHOLE_SEQUENCES.spec("layers", "batch", "length", "act_heads", "head_dim")
+
+
+def _attend_cached(model: Btlm, q_BTNH, k_BTNH, v_BTNH, cache: KVCache, starts_B, layer):
+    """Write keys and values into one layer of the cache and attend to it; each device has its own rows and heads."""
+    rules, scale = WHOLE_SEQUENCES, model.parametrization.attention_scale
+    slopes_N = slopes_as_held(model.config, rules, mesh=jax.sharding.get_abstract_mesh())
+
+    def local(q_BTNH, k_BTNH, v_BTNH, k_LBSNH, v_LBSNH, starts_B, slopes_N, layer):
+        B, T = q_BTNH.shape[:2]
+        position_BT = starts_B[:, None] + jnp.arange(T)[None]
+        rows_B1 = jnp.arange(B)[:, None]
+        k_LBSNH = k_LBSNH.at[layer, rows_B1, position_BT].set(k_BTNH.astype(k_LBSNH.dtype), mode="drop")
+        v_LBSNH = v_LBSNH.at[layer, rows_B1, position_BT].set(v_BTNH.astype(v_LBSNH.dtype), mode="drop")
+        k_BSNH = jax.lax.dynamic_index_in_dim(k_LBSNH, layer, keepdims=False).astype(q_BTNH.dtype)
+        v_BSNH = jax.lax.dynamic_index_in_dim(v_LBSNH, layer, keepdims=False).astype(q_BTNH.dtype)
+        offset_BTS = jnp.arange(k_BSNH.shape[1])[None, None] - position_BT[:, :, None]
+        scores_BNTS = scale * jnp.einsum("BTNH,BSNH->BNTS", q_BTNH, k_BSNH, preferred_element_type=jnp.float32)
+        bias_BNTS = slopes_N[None, :, None, None] * offset_BTS[:, None].astype(jnp.float32)
+        scores_BNTS = jnp.where(offset_BTS[:, None] <= 0, scores_BNTS + bias_BNTS, -jnp.inf)
+        weights_BNTS = jax.nn.softmax(scores_BNTS, axis=-1).astype(v_BSNH.dtype)
+        o_BTNH = jnp.einsum("BNTS,BSNH->BTNH", weights_BNTS, v_BSNH, preferred_element_type=jnp.float32)
+        return o_BTNH.astype(q_BTNH.dtype), k_LBSNH, v_LBSNH
+
+    new, kept = rules.spec("batch", "length", "act_heads", "head_dim"), _cache_spec()
+    rows, heads = rules.spec("batch"), rules.spec("act_heads")
+    mapped = jax.shard_map(local, in_specs=(new, new, new, kept, kept, rows, heads, P()), out_specs=(new, kept, kept))
+    slopes_N = jax.sharding.reshard(slopes_N, heads)
+    o_BTNH, k_LBSNH, v_LBSNH = mapped(q_BTNH, k_BTNH, v_BTNH, cache.k_LBSNH, cache.v_LBSNH, starts_B, slopes_N, layer)
+    return o_BTNH, KVCache(k_LBSNH=k_LBSNH, v_LBSNH=v_LBSNH)

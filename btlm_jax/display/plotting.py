@@ -1,0 +1,27 @@
+"""Figures without pyplot, so with no state shared with the caller, as files. Matplotlib is imported when drawing."""
+
+from __future__ import annotations
+
+import io
+from pathlib import Path
+
+from btlm_jax.storage.files import write_atomically
+
+
+def new_figure(*, size: tuple[float, float], dpi: int):
+    """Return a figure of a size in inches with its own Agg canvas, and its axes."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=size, dpi=dpi, layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.add_subplot()
+    axes.grid(alpha=0.25)
+    return figure, axes
+
+
+def write_figure(figure, path: Path) -> None:
+    """Write the figure as PNG; the same data gives the same bytes: no software version inside."""
+    picture = io.BytesIO()
+    figure.savefig(picture, format="png", metadata={"Software": None})
+    write_atomically(path, picture.getvalue())

@@ -1,0 +1,1 @@
+"""Text in, text out: prompts, loading a model of any form, streaming."""

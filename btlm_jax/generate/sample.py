@@ -1,0 +1,27 @@
+"""The sample at the end of a training run: what the model makes of the config's prompt."""
+
+from __future__ import annotations
+
+from btlm_jax.decode.batch import continue_tokens
+from btlm_jax.decode.sampling import Sampling
+from btlm_jax.display.terminal import printable
+from btlm_jax.tokenizers.tokenizer import load_tokenizer
+from btlm_jax.train.setup import Run
+
+SAMPLING = Sampling(temperature=0.7, top_k=0, top_p=1.0, min_p=0.0, repetition_penalty=1.0)
+
+
+def continue_prompt(run: Run, params: dict) -> str:
+    """Return the continuation of log.sample_prompt, printable."""
+    tokenizer = load_tokenizer(run.token_store.directory, run.token_store.manifest.tokenizer)
+    made = continue_tokens(
+        run.model,
+        params,
+        run.mesh,
+        prompt=[tokenizer.eos_id, *tokenizer.encode(run.config.log.sample_prompt)],
+        num_tokens=run.config.log.sample_tokens,
+        sampling=SAMPLING,
+        seed=run.config.seed,
+        stop_id=tokenizer.eos_id,
+    )
+    return printable(tokenizer.decode(made))

@@ -1,0 +1,1 @@
+"""Models as data: the published layout, readers of every form, and the network in NumPy."""

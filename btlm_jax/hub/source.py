@@ -1,0 +1,226 @@
+"""What a conversion reads: any form of a model, as published config, tensors, tokenizer, and logits to compare with."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from btlm_jax.hub.huggingface import HuggingFaceTensors
+from btlm_jax.hub.native import (
+    ModelFacts,
+    NativeModel,
+    abstract_params,
+    is_model_directory,
+    is_run,
+    one_device_mesh,
+    read_model_directory,
+    read_run,
+)
+from btlm_jax.hub.numpy_network import streamed_logits
+from btlm_jax.hub.published import CONFIG_FILE, PublishedConfig, Tensors, read_published_config
+from btlm_jax.hub.tensor_names import NativeTensors, read_params
+from btlm_jax.model import Btlm
+from btlm_jax.model.loss import logits
+from btlm_jax.recipe.config import ModelConfig, MupConfig
+from btlm_jax.recipe.mup import make_parametrization
+from btlm_jax.tokenizers.tokenizer import Tokenizer, find_tokenizer, stored_facts
+
+
+class HuggingFaceSource:
+    """A Hugging Face BTLM directory."""
+
+    def __init__(self, directory: Path):
+        self.directory = directory
+        self.config: PublishedConfig = read_published_config(directory / CONFIG_FILE)
+        self.tensors: Tensors = HuggingFaceTensors(directory, self.config)
+        self.tokenizer = _tokenizer_of(directory, self.config)
+        self.notes: dict[str, str] = {}
+
+    def facts(self) -> ModelFacts:
+        """Return the model in our terms; it computes in bfloat16 if that is what it is stored in."""
+        stored = self.tensors.read("transformer.wte.weight").dtype.name
+        return model_facts(
+            self.config,
+            dtype="bfloat16" if stored == "bfloat16" else "float32",
+            tokenizer=self.tokenizer,
+            notes=self.notes,
+        )
+
+    def logits(self, ids_T: np.ndarray) -> np.ndarray:
+        """Return the float32 logits_TV after each token."""
+        return streamed_logits(self.config, self.tensors, ids_T)
+
+
+class NativeSource:
+    """A training run's last checkpoint, or a model directory of ours."""
+
+    def __init__(self, native: NativeModel):
+        self.native = native
+        self.config = published_config(native.facts)
+        scale = make_parametrization(native.facts.mup, native.facts.model).residual_scale
+        self.tensors: Tensors = NativeTensors(native.params, self.config, residual_scale=scale)
+        self.tokenizer = native.tokenizer
+        self.notes = native.facts.notes
+
+    def facts(self) -> ModelFacts:
+        """Return what is known of the model besides its weights."""
+        return self.native.facts
+
+    def logits(self, ids_T: np.ndarray) -> np.ndarray:
+        """Return the float32 logits_TV after each token, of the JAX model."""
+        return native_logits(self.native, ids_T)
+
+
+Source = HuggingFaceSource | NativeSource
+
+
+def is_hugging_face(directory: Path) -> bool:
+    """Whether this looks like a Hugging Face directory: it has a config.json, and is none of ours."""
+    return (directory / CONFIG_FILE).is_file() and not is_run(directory) and not is_model_directory(directory)
+
+
+def open_source(directory: Path) -> Source:
+    """Open a model of any readable form; its config, names and shapes are checked here, its values as they are read.
+
+    Raises:
+      FileNotFoundError: there is no model, or a file of it is missing.
+      ValueError: it is damaged, contradicts itself, or is of an architecture that cannot be computed.
+    """
+    return HuggingFaceSource(directory) if is_hugging_face(directory) else NativeSource(read_native(directory))
+
+
+def load_native(directory: Path) -> NativeModel:
+    """Load a model of any readable form into memory, float32.
+
+    Raises:
+      FileNotFoundError, ValueError: as `open_source`.
+    """
+    if not is_hugging_face(directory):
+        return read_native(directory)
+    source = HuggingFaceSource(directory)
+    facts = source.facts()
+    mesh = one_device_mesh()
+    params = read_params(source.tensors, source.config, shapes=abstract_params(facts, mesh), report=lambda name: None)
+    return NativeModel(
+        facts=facts, params=jax.device_put(params, mesh.devices.item()), mesh=mesh, tokenizer=source.tokenizer
+    )
+
+
+def read_native(directory: Path) -> NativeModel:
+    """Read a run or a model directory.
+
+    Raises:
+      FileNotFoundError: it is neither.
+      ValueError: it is damaged.
+    """
+    if is_run(directory):
+        return read_run(directory)
+    if is_model_directory(directory):
+        return read_model_directory(directory)
+    raise FileNotFoundError(
+        f"{directory} holds no model: looked for checkpoints/ (a training run), model.json (a converted model) and "
+        "config.json (a Hugging Face checkpoint)"
+    )
+
+
+def native_logits(native: NativeModel, ids_T: np.ndarray) -> np.ndarray:
+    """Return the float32 logits_TV after each token, computed in float32 by the JAX model."""
+    model = dataclasses.replace(native.facts, model=dataclasses.replace(native.facts.model, dtype="float32")).network()
+    with jax.set_mesh(native.mesh):
+        return np.asarray(_logits_BTV(native.params, jnp.asarray(ids_T, jnp.int32)[None], model=model))[0]
+
+
+@functools.partial(jax.jit, static_argnames="model")
+def _logits_BTV(params: dict, ids_BT: jax.Array, *, model: Btlm) -> jax.Array:
+    hidden_BTD = model.apply({"params": params}, ids_BT)
+    return logits(hidden_BTD, params["embedding"]["embedding"], output_scale=model.parametrization.output_scale)
+
+
+def published_config(facts: ModelFacts) -> PublishedConfig:
+    """Return a model of ours in published terms."""
+    model, mup = facts.model, facts.mup
+    return PublishedConfig(
+        vocab_size=model.vocab_size,
+        n_positions=facts.max_length,
+        n_embd=model.d_model,
+        n_layer=model.num_layers,
+        n_head=model.num_heads,
+        n_inner=model.d_ff,
+        layer_norm_epsilon=model.layer_norm_eps,
+        initializer_range=mup.init_std,
+        mup_embeddings_scale=mup.embedding_multiplier,
+        mup_output_alpha=mup.output_multiplier,
+        mup_width_scale=_short(1 / make_parametrization(mup, model).width),
+        mup_scale_qk_dot_by_d=mup.preset != "sp",
+        alibi_scaling=model.alibi_scaling,
+        bos_token_id=facts.eos_id,
+        eos_token_id=facts.eos_id,
+    )
+
+
+def model_facts(
+    config: PublishedConfig, *, dtype: str, tokenizer: Tokenizer | None, notes: dict[str, str]
+) -> ModelFacts:
+    """Return a published model in our terms.
+
+    Without q.k/head_dim the preset is standard parametrization, which has no width multiplier, so the width scale of
+    the logits goes into the output multiplier.
+    """
+    mup_like = config.mup_scale_qk_dot_by_d
+    return ModelFacts(
+        model=ModelConfig(
+            vocab_size=config.vocab_size,
+            num_layers=config.n_layer,
+            d_model=config.n_embd,
+            num_heads=config.n_head,
+            d_ff=config.n_inner,
+            layer_norm_eps=config.layer_norm_epsilon,
+            alibi_scaling=config.alibi_scaling,
+            dtype=dtype,
+            attention="auto",
+            remat="full",
+            loss_chunk=512,
+        ),
+        mup=MupConfig(
+            preset="btlm" if mup_like else "sp",
+            base_d_model=_short(config.n_embd * config.mup_width_scale),
+            base_d_ff=_short(config.n_inner * config.mup_width_scale),
+            base_num_layers=config.n_layer,
+            init_std=config.initializer_range,
+            embedding_multiplier=config.mup_embeddings_scale,
+            output_multiplier=config.mup_output_alpha if mup_like else _short(config.output_scale),
+        ),
+        max_length=config.n_positions,
+        eos_id=config.eos_token_id,
+        tokenizer=None if tokenizer is None else stored_facts(tokenizer),
+        notes=notes,
+    )
+
+
+def published_facts(source: Source) -> ModelFacts:
+    """Return a model in our terms as its published tensors are: a residual multiplier is in them already."""
+    facts = source.facts()
+    return model_facts(source.config, dtype=facts.model.dtype, tokenizer=source.tokenizer, notes=facts.notes)
+
+
+def _tokenizer_of(directory: Path, config: PublishedConfig) -> Tokenizer | None:
+    try:
+        tokenizer = find_tokenizer(directory)
+    except FileNotFoundError:
+        return None
+    if tokenizer.vocab_size > config.vocab_size:
+        raise ValueError(
+            f"the tokenizer of {directory} has {tokenizer.vocab_size:,} ids, but config.json has only "
+            f"vocab_size={config.vocab_size:,}"
+        )
+    return tokenizer
+
+
+def _short(value: float) -> float:
+    """Return the float without the last digits of rounding noise, so that 2560 / 256 -> 0.1 comes back as 0.1."""
+    return float(f"{value:.14g}")

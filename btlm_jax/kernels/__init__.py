@@ -1,0 +1,1 @@
+"""C++ kernels for CPUs: their sources, their build, and weights laid out as they read them."""

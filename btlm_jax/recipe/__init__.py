@@ -1,0 +1,1 @@
+"""The paper as data: configs, curriculum, muP, optimizer and learning rate."""

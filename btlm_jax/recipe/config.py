@@ -1,0 +1,293 @@
+"""Frozen, typed configs, made strictly from a config file's ConfigDict; validated at birth.
+
+Defaults live in the files under configs/ and nowhere else. A key the code does not know, a missing key and a
+value of the wrong type are errors here, before anything is built. Nothing here touches JAX.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import json
+import typing
+from collections.abc import Mapping
+
+from btlm_jax.recipe.curriculum import Curriculum, make_curriculum
+
+PRESETS = ("btlm", "sp", "completep")
+DTYPES = ("float32", "bfloat16")
+ATTENTIONS = ("auto", "reference", "blockwise", "cpu", "tpu", "splash", "gpu")
+REMATS = ("full", "attention_saved", "out_recomputed", "matmuls_saved", "none")  # the first keeps the least
+CORPUS_SOURCES = ("prepared", "installed_python")
+
+
+def _require(condition: bool, message: str) -> None:
+    if not condition:
+        raise ValueError(message)
+
+
+def _require_choice(name: str, value: str, allowed: tuple[str, ...]) -> None:
+    _require(value in allowed, f"{name}={value!r} is not known; allowed are {', '.join(allowed)}")
+
+
+def _require_positive(prefix: str, **values: float) -> None:
+    for name, value in values.items():
+        _require(value > 0, f"{prefix}.{name}={value} must be positive")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ModelConfig:
+    """Shape and numerics of the network; letters as in DESIGN: L layers, D d_model, N heads, F d_ff, V vocab."""
+
+    vocab_size: int
+    num_layers: int
+    d_model: int
+    num_heads: int
+    d_ff: int
+    layer_norm_eps: float
+    alibi_scaling: float  # ALiBi slopes are divided by this; 1.0 as trained, > 1 interpolates positions
+    dtype: str  # of activations and matmuls; parameters, softmax, norms' statistics and the loss are float32
+    attention: str
+    remat: str  # what the backward pass keeps of each block: see model/transformer.py
+    loss_chunk: int  # positions of each sequence whose logits exist at one time
+
+    def __post_init__(self):
+        _require_positive(
+            "model", vocab_size=self.vocab_size, num_layers=self.num_layers, d_model=self.d_model,
+            num_heads=self.num_heads, d_ff=self.d_ff, layer_norm_eps=self.layer_norm_eps,
+            loss_chunk=self.loss_chunk,
+        )  # fmt: skip
+        _require(
+            self.d_model % self.num_heads == 0,
+            f"model.d_model={self.d_model} is not divisible by model.num_heads={self.num_heads}",
+        )
+        _require(self.alibi_scaling >= 1, f"model.alibi_scaling={self.alibi_scaling} must be at least 1")
+        _require_choice("model.dtype", self.dtype, DTYPES)
+        _require_choice("model.attention", self.attention, ATTENTIONS)
+        _require_choice("model.remat", self.remat, REMATS)
+
+    @property
+    def head_dim(self) -> int:
+        return self.d_model // self.num_heads
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class MupConfig:
+    """Parametrization: the preset and the values tuned on the base (proxy) model. Meaning in mup.py."""
+
+    preset: str
+    base_d_model: float
+    base_d_ff: float  # not always whole: BTLM's is 682.6, which makes its 6826 ten times as wide
+    base_num_layers: int  # read by completep only
+    init_std: float
+    embedding_multiplier: float
+    output_multiplier: float
+
+    def __post_init__(self):
+        _require_choice("mup.preset", self.preset, PRESETS)
+        _require_positive(
+            "mup", base_d_model=self.base_d_model, base_d_ff=self.base_d_ff, base_num_layers=self.base_num_layers,
+            init_std=self.init_std, embedding_multiplier=self.embedding_multiplier,
+            output_multiplier=self.output_multiplier,
+        )  # fmt: skip
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class CurriculumConfig:
+    """The phase table, one tuple entry a phase; `table` is its meaning."""
+
+    seq_len: tuple[int, ...]
+    batch_size: tuple[int, ...]  # global, in sequences
+    num_tokens: tuple[int, ...]
+
+    def __post_init__(self):
+        _ = self.table
+
+    @property
+    def table(self) -> Curriculum:
+        return make_curriculum(seq_len=self.seq_len, batch_size=self.batch_size, num_tokens=self.num_tokens)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class OptimizerConfig:
+    """AdamW with a linear warm-up and a linear decay, both counted in tokens."""
+
+    peak_learning_rate: float
+    end_learning_rate: float
+    warmup_tokens: int
+    beta1: float
+    beta2: float
+    eps: float
+    weight_decay: float
+    clip_norm: float
+
+    def __post_init__(self):
+        _require_positive(
+            "optimizer", peak_learning_rate=self.peak_learning_rate, eps=self.eps, clip_norm=self.clip_norm
+        )
+        for name in ("end_learning_rate", "warmup_tokens", "weight_decay"):
+            _require(getattr(self, name) >= 0, f"optimizer.{name}={getattr(self, name)} must not be negative")
+        for name in ("beta1", "beta2"):
+            _require(0 <= getattr(self, name) < 1, f"optimizer.{name}={getattr(self, name)} must be in [0, 1)")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class MeshConfig:
+    """How the devices and the step are divided. The fsdp axis takes the devices that the others leave."""
+
+    tensor: int  # ways that heads and d_ff are split
+    context: int  # ways that a sequence's positions are split, at most: a phase with sequences enough splits those
+    accumulation: int  # micro-batches a step
+
+    def __post_init__(self):
+        _require_positive("mesh", tensor=self.tensor, context=self.context, accumulation=self.accumulation)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class DataConfig:
+    """Reading: which token store, in which order, how far ahead."""
+
+    store: str  # directory, taken from the workdir if relative, or a URL that fsspec opens: gs://bucket/store
+    seed: int
+    max_epochs: int  # passes over the store that the curriculum may take
+    prefetch: int  # batches read ahead of the step
+
+    def __post_init__(self):
+        _require(bool(self.store), "data.store is empty; give the directory of a token store")
+        _require_positive("data", max_epochs=self.max_epochs, prefetch=self.prefetch)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class CorpusConfig:
+    """Making the store when data.store does not exist; "prepared" means that it must exist."""
+
+    source: str
+    max_bytes: int  # UTF-8 bytes of documents taken, after deduplication
+    heldout_fraction: float  # of documents, by hash
+    heldout_bytes_per_source: int  # cap on the held-out text of each source
+
+    def __post_init__(self):
+        _require_choice("corpus.source", self.source, CORPUS_SOURCES)
+        _require_positive("corpus", max_bytes=self.max_bytes, heldout_bytes_per_source=self.heldout_bytes_per_source)
+        _require(
+            0 < self.heldout_fraction < 1,
+            f"corpus.heldout_fraction={self.heldout_fraction} must be between 0 and 1",
+        )
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class EvaluationConfig:
+    """Held-out loss: every so many steps on a few blocks of each source, at the end on all of them."""
+
+    every_steps: int
+    blocks_per_source: int
+    batch_size: int  # sequences of the store's block length
+
+    def __post_init__(self):
+        _require_positive(
+            "evaluation", every_steps=self.every_steps, blocks_per_source=self.blocks_per_source,
+            batch_size=self.batch_size,
+        )  # fmt: skip
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class CheckpointConfig:
+    """When a checkpoint is written and which are kept."""
+
+    every_steps: int
+    keep_last: int
+    keep_every: int  # steps; checkpoints at its multiples are never deleted
+
+    def __post_init__(self):
+        _require_positive(
+            "checkpoint", every_steps=self.every_steps, keep_last=self.keep_last, keep_every=self.keep_every
+        )
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class LogConfig:
+    """How often metrics are written, and what is printed at the end."""
+
+    every_steps: int
+    sample_prompt: str
+    sample_tokens: int
+
+    def __post_init__(self):
+        _require_positive("log", every_steps=self.every_steps, sample_tokens=self.sample_tokens)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TrainConfig:
+    """A whole run."""
+
+    seed: int
+    model: ModelConfig
+    mup: MupConfig
+    curriculum: CurriculumConfig
+    optimizer: OptimizerConfig
+    mesh: MeshConfig
+    data: DataConfig
+    corpus: CorpusConfig
+    evaluation: EvaluationConfig
+    checkpoint: CheckpointConfig
+    log: LogConfig
+
+    def __post_init__(self):
+        table = self.curriculum.table
+        _require(
+            self.optimizer.warmup_tokens <= table.num_tokens,
+            f"optimizer.warmup_tokens={self.optimizer.warmup_tokens:,} is more than the run's {table.num_tokens:,}",
+        )
+        for phase in table.phases:
+            _require(
+                phase.batch_size % self.mesh.accumulation == 0,
+                f"curriculum.batch_size={phase.batch_size} of phase {phase.index + 1} is not divisible by "
+                f"mesh.accumulation={self.mesh.accumulation}",
+            )
+
+    def to_json(self) -> str:
+        """Return the config as sorted, indented JSON; `train_config_from` reads it back to an equal config."""
+        return json.dumps(dataclasses.asdict(self), indent=2, sort_keys=True)
+
+
+def train_config_from(mapping: Mapping) -> TrainConfig:
+    """Make a TrainConfig from a plain mapping: a config file's `ConfigDict.to_dict()`, or parsed JSON.
+
+    Raises:
+      ValueError: an unknown or missing key, a wrong type, or a value that a config refuses.
+    """
+    return config_from(TrainConfig, mapping, path="config")
+
+
+def config_from(cls: type, mapping: Mapping, *, path: str):
+    """Make one of the configs above from a plain mapping; `path` is what errors call it.
+
+    Raises:
+      ValueError: as `train_config_from`.
+    """
+    hints = typing.get_type_hints(cls)
+    for key in mapping:
+        if key not in hints:
+            close = difflib.get_close_matches(key, hints, n=1)
+            hint = f"; did you mean {close[0]!r}?" if close else f"; known keys are {', '.join(hints)}"
+            raise ValueError(f"unknown config key {path}.{key}{hint}")
+    for key in hints:
+        if key not in mapping:
+            raise ValueError(f"config key {path}.{key} is missing")
+    return cls(**{key: _convert(hint, mapping[key], path=f"{path}.{key}") for key, hint in hints.items()})
+
+
+def _convert(hint, value, *, path: str):
+    if dataclasses.is_dataclass(hint):
+        if not isinstance(value, Mapping):
+            raise ValueError(f"{path} must be a table of keys, got {value!r}")
+        return config_from(hint, value, path=path)
+    if hint == tuple[int, ...]:
+        if not isinstance(value, (tuple, list)) or not all(type(item) is int for item in value):
+            raise ValueError(f"{path}={value!r} must be a tuple of whole numbers, for example (2048, 8192)")
+        return tuple(value)
+    if hint is float and type(value) is int:
+        return float(value)
+    if type(value) is not hint:
+        raise ValueError(f"{path}={value!r} must be of type {hint.__name__}, not {type(value).__name__}")
+    return value

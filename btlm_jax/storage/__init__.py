@@ -1,0 +1,1 @@
+"""Atomic files, and paths that may be URLs."""

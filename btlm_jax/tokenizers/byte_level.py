@@ -1,0 +1,241 @@
+"""GPT-2's byte-level BPE: vocab.json and merges.txt, a tokenizer.json of that kind, or trained. Gives every text back.
+
+A text is cut into words by a pattern, each word becomes its UTF-8 bytes, each byte is written as a visible character,
+and pairs merge in the order of the merges (https://github.com/openai/gpt-2/blob/master/src/encoder.py).
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
+
+from btlm_jax.tokenizers.boundaries import GPT2_BOUNDARY, NO_BOUNDARY
+
+KIND = "byte_level_bpe"
+STORED_FILE = "tokenizer.json"
+VOCAB_FILE, MERGES_FILE = "vocab.json", "merges.txt"
+END_OF_TEXT = "<|endoftext|>"
+MIN_VOCAB_SIZE = 257  # the 256 bytes and the end of text
+_GPT2_STEPS = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True}
+_STEPS_THAT_CUT = ("Split", "Digits", "Punctuation")  # these only cut the text; others also drop or replace characters
+
+
+class ByteLevelTokenizer:
+    """Text to ids and back; no text makes `eos_id`, nor the id of another special token."""
+
+    kind = KIND
+    stored_file = STORED_FILE
+
+    def __init__(self, contents: bytes, *, eos_id: int):
+        """Read the contents of a tokenizer.json.
+
+        Raises:
+          ValueError: it is damaged, not byte-level BPE, would change texts, or `eos_id` is not in it.
+        """
+        self.contents = contents
+        self._tokenizer = _read(contents, eos_id=eos_id)
+        self.eos_id = eos_id
+        self.eos_token = self._tokenizer.id_to_token(eos_id)
+        self.vocab_size = self._tokenizer.get_vocab_size()
+        self.boundary = GPT2_BOUNDARY if self.is_gpt2 else NO_BOUNDARY
+
+    @property
+    def json(self) -> str:
+        """The tokenizer as today's tokenizer.json, nothing in it that it would not use."""
+        return self._tokenizer.to_str()
+
+    @property
+    def is_gpt2(self) -> bool:
+        """Whether vocab.json and merges.txt say all of it: GPT-2's pattern, no special token but the end of text."""
+        body = json.loads(self.json)
+        return (
+            body["pre_tokenizer"] == _GPT2_STEPS
+            and not body["model"]["ignore_merges"]
+            and len(body["added_tokens"]) == 1
+        )
+
+    @property
+    def tokens(self) -> list[str]:
+        """The tokens by id, in the visible characters that stand for bytes."""
+        return [self._tokenizer.id_to_token(token) for token in range(self.vocab_size)]
+
+    @property
+    def merges(self) -> list[tuple[str, str]]:
+        """The pairs that merge, first the ones that merge first."""
+        return [tuple(pair) for pair in json.loads(self.json)["model"]["merges"]]
+
+    @property
+    def special_ids(self) -> list[int]:
+        """The ids that no text makes and that decode to nothing."""
+        added = self._tokenizer.get_added_tokens_decoder()
+        return sorted(token for token, facts in added.items() if facts.special)
+
+    def encode(self, text: str) -> list[int]:
+        """Return the ids of a text."""
+        return self._tokenizer.encode(text, add_special_tokens=False).ids
+
+    def encode_batch(self, texts: Sequence[str], *, num_threads: int) -> list[list[int]]:
+        """Return the ids of each text; on this thread if `num_threads` is 1, else on all that the library has."""
+        if num_threads == 1:
+            return [self.encode(text) for text in texts]
+        return [found.ids for found in self._tokenizer.encode_batch_fast(list(texts), add_special_tokens=False)]
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """Return the text of ids; special ids give nothing."""
+        return self._tokenizer.decode(list(ids), skip_special_tokens=True)
+
+
+def train_byte_level(texts: Iterable[str], *, vocab_size: int) -> bytes:
+    """Train merges on texts cut by GPT-2's pattern; return the contents of a tokenizer.json, END_OF_TEXT the last id.
+
+    The same texts give the same bytes, whatever their order and the number of threads.
+
+    Raises:
+      ValueError: the vocabulary is too small, or too large for these texts.
+    """
+    if vocab_size < MIN_VOCAB_SIZE:
+        raise ValueError(f"vocab_size={vocab_size} is too small for byte-level BPE: {MIN_VOCAB_SIZE} or more")
+    tokenizer = _like_gpt2(models.BPE())
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size - 1, initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False
+    )
+    tokenizer.train_from_iterator(texts, trainer)
+    tokenizer.add_special_tokens([AddedToken(END_OF_TEXT, special=True, normalized=False)])
+    if tokenizer.get_vocab_size() != vocab_size:
+        raise ValueError(
+            f"no tokenizer of {vocab_size:,} tokens can be trained on this text: every word is one token at "
+            f"{tokenizer.get_vocab_size():,}; ask for at most that, or give more text"
+        )
+    return tokenizer.to_str().encode()
+
+
+def read_byte_level(directory: Path) -> ByteLevelTokenizer:
+    """Read the tokenizer.json of a Hugging Face directory, or its vocab.json and merges.txt.
+
+    Raises:
+      FileNotFoundError: it has neither.
+      ValueError: what it has is damaged, not byte-level BPE, or has no end-of-text token.
+    """
+    stored = directory / STORED_FILE
+    contents = stored.read_bytes() if stored.is_file() else _from_vocabulary(directory)
+    where = stored if stored.is_file() else directory / VOCAB_FILE
+    try:
+        body = json.loads(contents)
+        eos_token = _eos_token(directory)
+        vocabulary = body["model"]["vocab"]
+        added = {token["content"]: token["id"] for token in body.get("added_tokens", [])}
+        eos_id = added[eos_token] if eos_token in added else dict(vocabulary).get(eos_token, -1)
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{where} is damaged or not a tokenizer: {error!r}") from error
+    try:
+        if eos_id < 0:
+            _check_kind(body)
+            raise ValueError(
+                f"it lacks the end-of-text token {eos_token!r}; name another as eos_token in tokenizer_config.json"
+            )
+        return ByteLevelTokenizer(contents, eos_id=eos_id)
+    except ValueError as error:
+        raise ValueError(f"{where} cannot be used: {error}") from error
+
+
+def _from_vocabulary(directory: Path) -> bytes:
+    """Return vocab.json and merges.txt as the contents of a tokenizer.json."""
+    vocab, merges = directory / VOCAB_FILE, directory / MERGES_FILE
+    for path in (vocab, merges):
+        if not path.is_file():
+            raise FileNotFoundError(f"{directory} lacks {path.name}, and has no {STORED_FILE}")
+    if (directory / "added_tokens.json").is_file():
+        raise ValueError(f"{directory} has an added_tokens.json besides {VOCAB_FILE}; save it as a {STORED_FILE} first")
+    try:
+        tokenizer = _like_gpt2(models.BPE.from_file(str(vocab), str(merges)))
+    except Exception as error:  # the library raises nothing narrower
+        raise ValueError(f"{vocab} and {MERGES_FILE} are damaged or not of one tokenizer: {error}") from error
+    eos_token = _eos_token(directory)
+    if tokenizer.token_to_id(eos_token) is not None:
+        tokenizer.add_special_tokens([AddedToken(eos_token, special=True, normalized=False)])
+    return tokenizer.to_str().encode()
+
+
+def _like_gpt2(model: models.BPE) -> Tokenizer:
+    tokenizer = Tokenizer(model)
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    return tokenizer
+
+
+def _eos_token(directory: Path) -> str:
+    for name in ("tokenizer_config.json", "special_tokens_map.json"):
+        path = directory / name
+        if path.is_file():
+            try:
+                token = json.loads(path.read_bytes()).get("eos_token")
+            except (ValueError, AttributeError) as error:
+                raise ValueError(f"{path} is not a JSON object: {error}") from error
+            if token:
+                return token if isinstance(token, str) else token["content"]
+    return END_OF_TEXT
+
+
+def _read(contents: bytes, *, eos_id: int) -> Tokenizer:
+    try:
+        body = json.loads(contents)
+        _check_kind(body)
+        body |= {"truncation": None, "padding": None, "post_processor": None}  # they cut or add ids
+        body["model"] |= {"type": "BPE", "dropout": None}
+        tokenizer = Tokenizer.from_str(json.dumps(body))
+    except ValueError:
+        raise
+    except Exception as error:  # the library raises nothing narrower
+        raise ValueError(f"{STORED_FILE} is damaged: {error!r}") from error
+    eos_token = tokenizer.id_to_token(eos_id)
+    if eos_token is None:
+        raise ValueError(f"{STORED_FILE} has no token of id {eos_id}, which was to be the end of a text")
+    tokenizer.add_special_tokens([AddedToken(eos_token, special=True, normalized=False)])
+    tokenizer.encode_special_tokens = True  # a special token's name in a text is ordinary text
+    _check_vocabulary(tokenizer)
+    return tokenizer
+
+
+def _check_kind(body: dict) -> None:
+    """Check that this is byte-level BPE that gives every text back."""
+    model, normalizer = body["model"], body.get("normalizer")
+    kind = model.get("type", "BPE" if "merges" in model else "unknown")
+    steps = body.get("pre_tokenizer") or {"type": "none"}
+    decoder = (body.get("decoder") or {"type": "none"})["type"]
+    *cuts, last = steps["pretokenizers"] if steps["type"] == "Sequence" else [steps]
+    found = f"{kind} with pre-tokenizer {'+'.join(step['type'] for step in (*cuts, last))} and decoder {decoder}"
+    if kind != "BPE" or last["type"] != "ByteLevel" or decoder != "ByteLevel":
+        raise ValueError(f"{STORED_FILE} is {found}; only byte-level BPE can be read (BPE, ByteLevel, ByteLevel)")
+    changes = [normalizer["type"]] if normalizer else []
+    changes += [step["type"] for step in cuts if not _only_cuts(step)]
+    changes += ["add_prefix_space"] if last.get("add_prefix_space", True) else []
+    changes += [part for part in ("continuing_subword_prefix", "end_of_word_suffix") if model.get(part)]
+    changes += [
+        f"strip around {token['content']!r}"
+        for token in body.get("added_tokens", [])
+        if not token["special"] and (token["lstrip"] or token["rstrip"])
+    ]
+    if changes:
+        raise ValueError(f"{STORED_FILE} would not give every text back, as it has: {', '.join(changes)}")
+
+
+def _only_cuts(step: dict) -> bool:
+    return step["type"] in _STEPS_THAT_CUT and step.get("behavior") != "Removed"
+
+
+def _check_vocabulary(tokenizer: Tokenizer) -> None:
+    vocabulary = tokenizer.get_vocab()
+    if sorted(vocabulary.values()) != list(range(len(vocabulary))):
+        raise ValueError(f"the ids of {STORED_FILE} are not 0 to {len(vocabulary) - 1}, each once")
+    alphabet = set(pre_tokenizers.ByteLevel.alphabet())
+    missing = alphabet - vocabulary.keys()
+    if missing:
+        raise ValueError(f"{STORED_FILE} lacks {len(missing)} of the 256 bytes, one of them {min(missing)!r}")
+    made = alphabet | {"".join(pair) for pair in json.loads(tokenizer.to_str())["model"]["merges"]}
+    for number, token in tokenizer.get_added_tokens_decoder().items():
+        reached = token.content in made or number in tokenizer.encode(token.content, add_special_tokens=False).ids
+        if token.special and reached:
+            raise ValueError(f"text can make the special token {token.content!r} (id {number}) of {STORED_FILE}")

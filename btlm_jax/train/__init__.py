@@ -1,0 +1,1 @@
+"""The training run: setup, loop, step, checkpoints, metrics, held-out loss, finish."""

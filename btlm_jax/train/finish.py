@@ -1,0 +1,100 @@
+"""Evaluation during a run, and its end: held-out loss, plots, a sample, and a summary of where everything is."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import jax
+
+from btlm_jax.data.loader import heldout_batches
+from btlm_jax.data.store import HELDOUT
+from btlm_jax.parallel.mesh import evaluation_sharding
+from btlm_jax.recipe.config import TrainConfig
+from btlm_jax.storage.files import write_atomically
+from btlm_jax.train.checkpoint import CHECKPOINTS
+from btlm_jax.train.heldout import HeldoutResult, evaluate_heldout
+from btlm_jax.train.metric_writer import METRICS_FILE, MetricWriter, read_metrics
+from btlm_jax.train.plots import plot_loss, plot_position
+from btlm_jax.train.setup import Run, log
+
+SUMMARY_FILE = "summary.json"
+ContinuePrompt = Callable[[Run, dict], str]  # (run, parameters) -> what the model makes of log.sample_prompt
+
+
+def evaluate_some(run: Run, params: dict) -> HeldoutResult:
+    """Return the held-out loss over the first few blocks of each source: cheap enough to follow during training."""
+    return _evaluate(run, params, blocks_per_source=run.config.evaluation.blocks_per_source)
+
+
+def finish_run(run: Run, params: dict, writer: MetricWriter, *, continue_prompt: ContinuePrompt) -> None:
+    """Evaluate on all held-out text, draw the plots, continue the prompt, write and print the summary."""
+    step = run.config.curriculum.table.num_steps
+    result = _evaluate(run, params, blocks_per_source=run.token_store.manifest.splits[HELDOUT].num_blocks)
+    writer.evaluation(step, result)
+    with run.ledger.measure("sample"):
+        sample = continue_prompt(run, params)
+    writer.finish()
+    if jax.process_index() != 0:
+        return
+    plot_loss(read_metrics(run.workdir / METRICS_FILE), run.config.curriculum.table, run.workdir / "loss.png")
+    plot_position(result, run.workdir / "loss_by_position.png", seq_lens=run.config.curriculum.seq_len)
+    summary = {
+        "num_steps": step,
+        "num_tokens": run.config.curriculum.table.num_tokens,
+        "heldout": result.to_json(),
+        "sample": {"prompt": run.config.log.sample_prompt, "continuation": sample},
+        "seconds": run.ledger.seconds(),
+    }
+    write_atomically(run.workdir / SUMMARY_FILE, json.dumps(summary, indent=2))
+    log(_summary_text(summary, run.config, run.workdir))
+
+
+def finished_report(config: TrainConfig, *, workdir: Path, step: int) -> str:
+    """Return what to say when the run is already complete, or "" when there is something left to do."""
+    path = workdir / SUMMARY_FILE
+    if step == 0 or step != config.curriculum.table.num_steps or not path.is_file():
+        return ""
+    summary = json.loads(path.read_text())
+    if summary["num_steps"] != step:
+        return ""
+    return f"Already done: {workdir} has trained its {step:,} steps.\n" + _summary_text(summary, config, workdir)
+
+
+def _evaluate(run: Run, params: dict, *, blocks_per_source: int) -> HeldoutResult:
+    batches = heldout_batches(
+        run.token_store,
+        batch_size=run.config.evaluation.batch_size,
+        blocks_per_source=blocks_per_source,
+        prefetch=run.config.data.prefetch,
+        sharding=evaluation_sharding(run.mesh),
+    )
+    with run.ledger.measure("evaluation"):
+        return evaluate_heldout(run.eval_step, params, batches, manifest=run.token_store.manifest)
+
+
+def _summary_text(summary: dict, config: TrainConfig, workdir: Path) -> str:
+    heldout, table = summary["heldout"], config.curriculum.table
+    longer = (*config.curriculum.num_tokens[:-1], config.curriculum.num_tokens[-1] + 100 * table.tokens_per_step)
+    rows = [
+        f"  {name:<12} {source['loss']:.4f} nats/token   {source['bits_per_byte']:.4f} bits/byte"
+        for name, source in heldout["sources"].items()
+    ]
+    lines = [
+        "",
+        f"Done: {summary['num_steps']:,} steps, {summary['num_tokens']:,} tokens.",
+        "Held-out loss:",
+        *rows,
+        f"Sample: {summary['sample']['prompt']}\u2502{summary['sample']['continuation']}",
+        "Where everything is:",
+        f"  {workdir / 'loss.png'}, {workdir / 'loss_by_position.png'}   the curves",
+        f"  {workdir / METRICS_FILE}, {workdir / 'tensorboard'}   every number",
+        f"  {workdir / CHECKPOINTS}   checkpoints    {workdir / SUMMARY_FILE}   this, as JSON",
+        "What to run next:",
+        "  the same command with more tokens goes on from here:",
+        f'  --config.curriculum.num_tokens="{longer}"',
+        f"  tensorboard --logdir={workdir / 'tensorboard'}",
+        f'  btlm generate --checkpoint={workdir} --prompt="{config.log.sample_prompt}"',
+    ]
+    return "\n".join(lines)

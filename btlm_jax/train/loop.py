@@ -1,0 +1,276 @@
+"""The training run, in chapters: prepare, restore, loop, report.
+
+The only module that holds the whole config. `train` may be called again at any time: it goes on from the last complete
+checkpoint and ends with the same bits as a run that was never interrupted.
+"""
+
+from __future__ import annotations
+
+import faulthandler
+import math
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+
+import jax
+import numpy as np
+
+from btlm_jax.data.loader import TrainLoader
+from btlm_jax.parallel.divisibility import check_divisible
+from btlm_jax.parallel.mesh import batch_sharding, make_run_mesh, rules_for
+from btlm_jax.recipe.config import TrainConfig
+from btlm_jax.storage.files import write_atomically
+from btlm_jax.train.checkpoint import Checkpointer, Position, check_same_run
+from btlm_jax.train.finish import ContinuePrompt, evaluate_some, finish_run, finished_report
+from btlm_jax.train.metric_writer import METRICS_FILE, MetricWriter
+from btlm_jax.train.metrics import FLOPS_CONVENTION, GoodputLedger, flops_per_token, peak_flops
+from btlm_jax.train.preemption import StopRequest
+from btlm_jax.train.program import make_program
+from btlm_jax.train.run_summary import describe_run
+from btlm_jax.train.setup import BuildStore, Run, log, make_run, make_workdir, prepare_store
+from btlm_jax.train.step import TrainState, abstract_state, init_state
+
+DONE, PREEMPTED, BAD_NUMBERS = "done", "preempted", "bad numbers"
+CheckDevices = Callable[[TrainConfig, Sequence[jax.Device]], str]  # -> what is known of the layout, or ""
+STALL_SECONDS = 1800.0  # this long without a step, and every thread's stack goes to stderr
+
+
+class BadNumbersError(Exception):
+    """A loss or a gradient was not finite after `step` steps."""
+
+    def __init__(self, step: int, message: str):
+        super().__init__(f"step {step:,}: {message}")
+        self.step = step
+
+
+def train(
+    config: TrainConfig,
+    *,
+    workdir: Path,
+    check_devices: CheckDevices,
+    build_store: BuildStore,
+    continue_prompt: ContinuePrompt,
+) -> str:
+    """Train `config` in `workdir` to its end, from wherever the workdir stands; return DONE, PREEMPTED or BAD_NUMBERS.
+
+    What belongs to folders above this one is handed in: `check_devices` refuses a layout that is known not to fit the
+    chips, `build_store` makes the token store that the config describes, `continue_prompt` makes the sample at the end.
+
+    Raises:
+      ValueError: the config, the store, the mesh or the checkpoint do not fit together, or the step not the chips'
+        memory; says which and how.
+      OSError: a file cannot be read or written.
+    """
+    ledger, stop = GoodputLedger(), StopRequest()
+    if known := check_devices(config, jax.devices()):
+        log(known)
+    make_workdir(workdir)
+    check_divisible(config, num_devices=jax.device_count())
+    mesh = make_run_mesh(config, devices=jax.devices())
+    checkpointer = Checkpointer(workdir, config=config.checkpoint)
+    try:
+        position = _last_position(checkpointer, config)
+        if finished := finished_report(config, workdir=workdir, step=position.step):
+            log(finished)
+            return DONE
+        program = make_program(config, mesh)
+        log(describe_run(config, program.table))
+        with ledger.measure("corpus"):
+            token_store = prepare_store(
+                config, workdir=workdir, expected=position.store_fingerprint, build_store=build_store
+            )
+        run = make_run(program, workdir=workdir, token_store=token_store, ledger=ledger)
+        if jax.process_index() == 0:
+            write_atomically(workdir / "config.json", config.to_json())
+        if position.step == 0:
+            state = init_state(run.model, run.optimizer, mesh, seed=config.seed)
+        else:
+            log(f"Resuming from step {position.step:,} ({position.tokens_seen:,} tokens)")
+            state = checkpointer.restore_state(position.step, abstract=abstract_state(run.table, run.optimizer, mesh))
+        with jax.set_mesh(mesh), _make_writer(run, first_step=position.step + 1) as writer:
+            return _train_from(
+                run,
+                state,
+                position.step,
+                checkpointer=checkpointer,
+                writer=writer,
+                stop=stop,
+                continue_prompt=continue_prompt,
+            )
+    finally:
+        checkpointer.close()
+
+
+def dry_run(config: TrainConfig) -> str:
+    """Return the whole plan of a run; only shapes are computed, so a 3B plan takes seconds."""
+    mesh = make_run_mesh(config, devices=jax.devices())
+    plan = describe_run(config, make_program(config, mesh).table)
+    try:
+        check_divisible(config, num_devices=mesh.size)
+    except ValueError as error:
+        plan += f"\n\nNote: {error}"
+    return plan
+
+
+def start_processes(*, distributed: bool, coordinator: str, num_processes: int, process_id: int) -> None:
+    """Join the other processes of this run, if there are any; must come before anything touches a device."""
+    if coordinator:
+        jax.distributed.initialize(coordinator, num_processes=num_processes, process_id=process_id)
+    elif distributed:
+        jax.distributed.initialize()
+
+
+def _last_position(checkpointer: Checkpointer, config: TrainConfig) -> Position:
+    """Return where the workdir stands, after checking that `config` may go on from there."""
+    steps = checkpointer.steps()
+    if not steps:
+        return Position(step=0, tokens_seen=0, store_fingerprint="")
+    position, saved = checkpointer.read_facts(steps[-1])
+    check_same_run(saved, config, where=str(checkpointer.directory / str(steps[-1])))
+    curriculum = config.curriculum.table
+    if position.step > curriculum.num_steps:
+        raise ValueError(
+            f"the checkpoint is at step {position.step:,} ({position.tokens_seen:,} tokens), past the configured "
+            f"{curriculum.num_steps:,} steps ({curriculum.num_tokens:,} tokens): raise curriculum.num_tokens of the "
+            "last phase, or choose another --workdir"
+        )
+    return position
+
+
+def _train_from(
+    run: Run,
+    state: TrainState,
+    first_step: int,
+    *,
+    checkpointer: Checkpointer,
+    writer: MetricWriter,
+    stop: StopRequest,
+    continue_prompt: ContinuePrompt,
+) -> str:
+    """Run the loop from step `first_step` to the end, then report."""
+    config, curriculum = run.config, run.config.curriculum.table
+    phase_ends = {phase.end_step for phase in curriculum.phases}
+    waiting = None  # the last step's metrics, still on the device: fetched while the next step runs
+    step = first_step  # how many steps are complete
+    batches = _batches(run, first_step=first_step)
+    try:
+        for index, batch in batches:
+            faulthandler.dump_traceback_later(STALL_SECONDS, file=sys.stderr)
+            step = index + 1
+            learning_rate = run.learning_rate(step)
+            train_step = run.train_steps[curriculum.phase_at(index).index]
+            with run.ledger.measure("step"):
+                state, metrics = train_step(state, batch, np.float32(learning_rate))
+                if waiting:
+                    _record(writer, *waiting)
+                waiting = (step, learning_rate, metrics)
+                last, stopping = step == curriculum.num_steps, stop.agreed(step)
+                evaluating = step in phase_ends or step % config.evaluation.every_steps == 0
+                saving = last or stopping or step % config.checkpoint.every_steps == 0
+                if evaluating or saving:
+                    # What is evaluated or saved must be known to be finite first.
+                    _record(writer, *waiting)
+                    waiting = None
+            if evaluating and not last:
+                writer.evaluation(step, evaluate_some(run, state.params))
+            if saving:
+                with run.ledger.measure("checkpoint"):
+                    checkpointer.save(state, position=_position(run, step), config=config)
+            if stopping:
+                with run.ledger.measure("checkpoint"):
+                    checkpointer.wait()
+                log(f"Preempted: saved at step {step:,}; run the same command to go on")
+                return PREEMPTED
+        with run.ledger.measure("checkpoint"):
+            checkpointer.wait()
+        finish_run(run, state.params, writer, continue_prompt=continue_prompt)
+        return DONE
+    except BadNumbersError as error:
+        return _stop_on_bad_numbers(run, error, checkpointer=checkpointer, writer=writer)
+    except FloatingPointError as error:  # from an evaluation
+        return _stop_on_bad_numbers(run, BadNumbersError(step, str(error)), checkpointer=checkpointer, writer=writer)
+    finally:
+        faulthandler.cancel_dump_traceback_later()
+        batches.close()
+
+
+def _stop_on_bad_numbers(run: Run, error: BadNumbersError, *, checkpointer: Checkpointer, writer: MetricWriter) -> str:
+    """Leave the last good checkpoint and say what happened, where the evidence is, and what to try."""
+    checkpointer.wait()
+    kept = checkpointer.steps()
+    writer.event(error.step, f"stopped on bad numbers at {error}")
+    log(
+        f"Stopped on bad numbers at {error}. "
+        + (f"The last good checkpoint is step {kept[-1]:,}. " if kept else "There is no checkpoint yet. ")
+        + f"The same command would stop there again. {run.workdir / METRICS_FILE} has the norms of every class up to "
+        "here; try a lower optimizer.peak_learning_rate, or model.dtype=float32 in a new workdir"
+    )
+    return BAD_NUMBERS
+
+
+def _batches(run: Run, *, first_step: int) -> Iterator[tuple[int, dict]]:
+    """Yield (step index, batch), with the time spent waiting for each in the ledger."""
+    data, accumulation, phases = run.config.data, run.config.mesh.accumulation, run.config.curriculum.table.phases
+    rules = [rules_for(phase.batch_size, mesh=run.mesh, accumulation=accumulation) for phase in phases]
+    loader = TrainLoader(
+        run.token_store,
+        curriculum=run.config.curriculum.table,
+        seed=data.seed,
+        max_epochs=data.max_epochs,
+        accumulation=accumulation,
+        prefetch=data.prefetch,
+        shardings=[batch_sharding(run.mesh, each) for each in rules],
+    )
+    log(f"Data: {loader.use}")
+    batches = loader.batches(first_step=first_step)
+    try:
+        while True:
+            with run.ledger.measure("data wait"):
+                pair = next(batches, None)
+            if pair is None:
+                return
+            yield pair
+    finally:
+        batches.close()
+
+
+def _make_writer(run: Run, *, first_step: int) -> MetricWriter:
+    """Make the writer of the run's numbers, and say what MFU is a share of."""
+    config, curriculum = run.config, run.config.curriculum.table
+    num_devices, peak = jax.device_count(), peak_flops(jax.local_devices()[0])
+    log(
+        f"MFU is of {num_devices} x {peak.flops:.4g} = {num_devices * peak.flops:.4g} FLOP/s ({peak.source}), "
+        f"counting {FLOPS_CONVENTION}"
+    )
+    return MetricWriter(
+        run.workdir,
+        first_step=first_step,
+        curriculum=curriculum,
+        flops_of_phase=tuple(flops_per_token(config.model, seq_len=phase.seq_len) for phase in curriculum.phases),
+        peak_flops=num_devices * peak.flops,
+        log_every=config.log.every_steps,
+        is_writer=jax.process_index() == 0,
+        ledger=run.ledger,
+    )
+
+
+def _position(run: Run, step: int) -> Position:
+    return Position(
+        step=step,
+        tokens_seen=run.config.curriculum.table.tokens_seen(step),
+        store_fingerprint=run.token_store.manifest.fingerprint,
+    )
+
+
+def _record(writer: MetricWriter, step: int, learning_rate: float, metrics: dict) -> None:
+    """Fetch a step's metrics and write them; refuse to go on from numbers that are not finite.
+
+    The updates' norms are among them, so what is saved after a step that passes is finite too.
+    """
+    values = {name: float(value) for name, value in jax.device_get(metrics).items()}
+    writer.train(step, learning_rate=learning_rate, metrics=values)
+    bad = [f"{name}={value}" for name, value in values.items() if not math.isfinite(value)]
+    if bad:
+        bad.sort(key=lambda text: not text.startswith("loss="))
+        more = f" and {len(bad) - 3} more" if len(bad) > 3 else ""
+        raise BadNumbersError(step, f"{', '.join(bad[:3])}{more} at learning rate {learning_rate:.6g}")

@@ -1,0 +1,284 @@
+"""Where a run's numbers go: metrics.jsonl (every step, every bit), TensorBoard, and a console line or bar."""
+
+from __future__ import annotations
+
+import collections
+import datetime
+import json
+import math
+import sys
+import time
+from pathlib import Path
+from types import TracebackType
+from typing import Protocol, TextIO
+
+from tqdm import tqdm
+
+from btlm_jax.recipe.curriculum import Curriculum
+from btlm_jax.storage.files import write_atomically
+from btlm_jax.train.metrics import GoodputLedger
+
+METRICS_FILE = "metrics.jsonl"
+TENSORBOARD_DIRECTORY = "tensorboard"
+SMOOTHING_STEPS = 20  # tokens/s and MFU on the console, and the ETA, are over the last so many steps
+LINE_SECONDS = 2.0  # plain console lines come no faster
+TRAINING = ("step", "data wait")  # the ledger's categories that are the clock of tokens/s
+_REPLAYED = ("train", "eval")  # kinds of lines that a resumed run writes again; events and goodput are history
+_BAR_FIELDS = ("ETA", "loss", "len", "lr", "tok/s", "MFU")  # the first are what a narrow terminal shows
+_NOT_FINITE = {"nan": math.nan, "inf": math.inf, "-inf": -math.inf}
+
+
+class Result(Protocol):
+    """A held-out result: its JSON has "loss" and, by source, "sources" with "loss" and "bits_per_byte"."""
+
+    def to_json(self) -> dict: ...
+
+
+def read_metrics(path: Path) -> list[dict]:
+    """Return the lines of a metrics file, "nan", "inf" and "-inf" as floats, without a half-written last line.
+
+    Raises:
+      ValueError: another line is damaged; names it.
+    """
+    lines = path.read_bytes().split(b"\n")
+    rows = []
+    for number, line in enumerate(lines, start=1):
+        row = _parsed(line)
+        if row is not None:
+            rows.append(_with_floats(row))
+        elif number < len(lines):
+            raise ValueError(f"{path}, line {number}: not a JSON object; delete that line to read the rest")
+    return rows
+
+
+def seconds_left(curriculum: Curriculum, *, flops_of_phase: tuple[float, ...], step: int, flops_rate: float) -> float:
+    """Return how long training goes on after `step` steps, where a token of each phase costs its own FLOPs."""
+    left = 0.0
+    for phase, flops in zip(curriculum.phases, flops_of_phase, strict=True):
+        left += max(0, phase.end_step - max(step, phase.first_step)) * phase.tokens_per_step * flops
+    return left / flops_rate
+
+
+class MetricWriter:
+    """Write what a run measures; a step is how many are complete. Without `is_writer` nothing is written.
+
+    Entering drops the train and eval lines from `first_step` on, which a killed run may have written after its last
+    checkpoint and this one writes again. Leaving writes where the time went.
+    """
+
+    def __init__(
+        self,
+        workdir: Path,
+        *,
+        first_step: int,
+        curriculum: Curriculum,
+        flops_of_phase: tuple[float, ...],
+        peak_flops: float,
+        log_every: int,
+        is_writer: bool,
+        ledger: GoodputLedger,
+    ):
+        """Take FLOPs per token of each phase, and the peak FLOP/s of all devices together."""
+        self._workdir = workdir
+        self._first_step = self._last_step = first_step
+        self._curriculum = curriculum
+        self._flops_of_phase = flops_of_phase
+        self._peak_flops = peak_flops
+        self._log_every = log_every
+        self._is_writer = is_writer
+        self._ledger = ledger
+        self._notable = {first_step, *(phase.end_step for phase in curriculum.phases)}
+        self._pace = collections.deque(maxlen=SMOOTHING_STEPS)  # (seconds, tokens, FLOP) of the last steps
+        self._is_open = False
+
+    def __enter__(self) -> MetricWriter:
+        if self._is_writer:
+            from tensorboardX import SummaryWriter
+
+            path = self._workdir / METRICS_FILE
+            _drop_replayed(path, first_step=self._first_step)
+            self._file: TextIO = open(path, "a", encoding="utf-8")
+            self._tensorboard = SummaryWriter(str(self._workdir / TENSORBOARD_DIRECTORY), purge_step=self._first_step)
+            self._console = _Console(total=self._curriculum.num_steps, first_step=self._first_step)
+            self._clock = self._training_seconds()
+            self._last_step = self._first_step - 1
+            self._is_open = True
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self.finish()
+
+    def train(self, step: int, *, learning_rate: float, metrics: dict[str, float]) -> None:
+        """Record a train step; what depends on time comes last in its line."""
+        if not self._is_open:
+            return
+        clock = self._training_seconds()
+        seconds, self._clock = max(clock - self._clock, 1e-9), clock
+        phase = self._curriculum.phase_at(step - 1)
+        flops = phase.tokens_per_step * self._flops_of_phase[phase.index]
+        if step == self._first_step + 1:
+            self._pace.clear()  # the first step waits for the first batch to be read, and says little about the rest
+        self._pace.append((seconds, phase.tokens_per_step, flops))
+        self._last_step = step
+        row = {
+            "kind": "train",
+            "step": step,
+            "tokens": self._curriculum.tokens_seen(step),
+            "seq_len": phase.seq_len,
+            "learning_rate": learning_rate,
+            **metrics,
+            "tokens_per_second": phase.tokens_per_step / seconds,
+            "mfu": flops / seconds / self._peak_flops,
+            "seconds": seconds,
+        }
+        self._write(row)
+        is_notable = step in self._notable
+        if is_notable or step % self._log_every == 0:
+            for name in row.keys() - {"kind", "step", "seconds"}:
+                if math.isfinite(row[name]):  # TensorBoard cannot draw the others; metrics.jsonl has them
+                    self._tensorboard.add_scalar(f"train/{name}", row[name], step)
+        self._console.train(step, self._fields(row), is_notable=is_notable, is_due=step % self._log_every == 0)
+
+    def evaluation(self, step: int, result: Result) -> None:
+        """Record a held-out result."""
+        if not self._is_open:
+            return
+        values = result.to_json()
+        self._write({"kind": "eval", "step": step, "tokens": self._curriculum.tokens_seen(step), **values})
+        self._tensorboard.add_scalar("heldout/all", values["loss"], step)
+        parts = [f"step {step:,}/{self._curriculum.num_steps:,}", f"held-out loss {values['loss']:.4f}"]
+        for name, source in values["sources"].items():
+            self._tensorboard.add_scalar(f"heldout/{name}", source["loss"], step)
+            self._tensorboard.add_scalar(f"heldout_bits_per_byte/{name}", source["bits_per_byte"], step)
+            parts.append(f"{name} {source['loss']:.4f} ({source['bits_per_byte']:.4f} bits/byte)")
+        self._console.message(" | ".join(parts))
+
+    def event(self, step: int, message: str) -> None:
+        """Record something that happened at `step`; it stays in the file whatever the run does next."""
+        if not self._is_open:
+            return
+        self._write({"kind": "event", "step": step, "message": message})
+        self._console.message(f"step {step:,}/{self._curriculum.num_steps:,} | {message}")
+
+    def finish(self) -> None:
+        """Record where the time went, and close everything; nothing can be recorded after it."""
+        if not self._is_open:
+            return
+        self._is_open = False
+        self._write({"kind": "goodput", "step": self._last_step, "seconds": self._ledger.seconds()})
+        self._console.close()
+        self._console.message(self._ledger.describe())
+        self._file.close()
+        self._tensorboard.close()
+
+    def _write(self, row: dict) -> None:
+        line = json.dumps(_with_strings(row), allow_nan=False) + "\n"
+        try:
+            self._file.write(line)
+            self._file.flush()
+        except OSError as error:
+            raise OSError(f"{self._workdir / METRICS_FILE} cannot be written: {error.strerror}") from error
+
+    def _training_seconds(self) -> float:
+        seconds = self._ledger.seconds()
+        return sum(seconds.get(name, 0.0) for name in TRAINING)
+
+    def _fields(self, row: dict) -> dict[str, str]:
+        seconds, tokens, flops = (sum(column) for column in zip(*self._pace, strict=True))
+        left = seconds_left(
+            self._curriculum,
+            flops_of_phase=self._flops_of_phase,
+            step=row["step"],
+            flops_rate=flops / seconds,
+        )
+        return {
+            "len": f"{row['seq_len']:,}",
+            "tokens": f"{row['tokens']:,}",
+            "loss": f"{row['loss']:.4f}",
+            "lr": f"{row['learning_rate']:.3g}",
+            "gnorm": f"{row['grad_norm']:.3g}",
+            "tok/s": f"{tokens / seconds:,.0f}",
+            "MFU": f"{flops / seconds / self._peak_flops:.1%}",
+            "ETA": f"{datetime.timedelta(seconds=round(left))}",
+        }
+
+
+class _Console:
+    """A bar on a terminal; elsewhere plain lines, few enough to read."""
+
+    def __init__(self, *, total: int, first_step: int):
+        self._total = total
+        self._next_line = 0.0
+        self._is_terminal = sys.stdout.isatty()
+        self._bar = tqdm(
+            total=total,
+            initial=first_step - 1,
+            file=sys.stdout,
+            disable=not self._is_terminal,
+            bar_format="step {n_fmt}/{total_fmt} {bar} {desc}",
+            dynamic_ncols=True,
+            miniters=1,
+        )
+
+    def train(self, step: int, fields: dict[str, str], *, is_notable: bool, is_due: bool) -> None:
+        if self._is_terminal:
+            self._bar.set_description_str(_line({name: fields[name] for name in _BAR_FIELDS}), refresh=False)
+            self._bar.update()
+        elif is_notable or (is_due and time.monotonic() >= self._next_line):
+            self._next_line = time.monotonic() + LINE_SECONDS
+            self.message(f"step {step:,}/{self._total:,} | {_line(fields)}")
+
+    def message(self, text: str) -> None:
+        """Print a line; on a terminal above the bar."""
+        tqdm.write(text, file=sys.stdout)
+        sys.stdout.flush()
+
+    def close(self) -> None:
+        self._bar.close()
+
+
+def _line(fields: dict[str, str]) -> str:
+    return " | ".join(f"{text} {name}" if name == "tok/s" else f"{name} {text}" for name, text in fields.items())
+
+
+def _drop_replayed(path: Path, *, first_step: int) -> None:
+    """Rewrite the file without the train and eval lines from `first_step` on, and without lines that are damaged."""
+    if not path.exists():
+        return
+    lines = path.read_bytes().split(b"\n")
+    rows = ((line, _parsed(line)) for line in lines)
+    kept = [line for line, row in rows if row and not (row["kind"] in _REPLAYED and row["step"] >= first_step)]
+    contents = b"".join(line + b"\n" for line in kept)
+    if contents != b"\n".join(lines):
+        write_atomically(path, contents)
+
+
+def _parsed(line: bytes) -> dict | None:
+    """Return the JSON object of a line, or None for what a write that was cut short leaves."""
+    try:
+        row = json.loads(line)
+    except ValueError:
+        return None
+    return row if isinstance(row, dict) else None
+
+
+def _with_strings(value):
+    """Return the value with floats that JSON does not know as strings."""
+    if isinstance(value, dict):
+        return {name: _with_strings(item) for name, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_with_strings(item) for item in value]
+    if isinstance(value, float) and not math.isfinite(value):
+        return str(value)
+    return value
+
+
+def _with_floats(value):
+    """Undo `_with_strings`."""
+    if isinstance(value, dict):
+        return {name: _with_floats(item) for name, item in value.items()}
+    if isinstance(value, list):
+        return [_with_floats(item) for item in value]
+    return _NOT_FINITE.get(value, value) if isinstance(value, str) else value

@@ -1,0 +1,128 @@
+"""Where the work and the time go: FLOPs of a token, the peak they are compared with, and wall seconds by category."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import datetime
+import time
+from collections.abc import Callable, Iterator
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from btlm_jax.recipe.config import ModelConfig
+
+FLOPS_CONVENTION = (
+    "6 FLOP per matrix parameter and token, embedding counted once as the readout, plus 6 L D T of causal attention "
+    "counted once; recompute, padding, biases and norms not counted"
+)
+
+# Dense bfloat16 FLOP/s of one device by a part of its kind, from the makers' data sheets. The first match counts.
+_PEAKS = (
+    ("TPU v4", 275e12),
+    ("TPU v5 lite", 197e12),
+    ("TPU v5e", 197e12),
+    ("TPU v5", 459e12),  # v5p calls itself "TPU v5" or "TPU v5p"
+    ("TPU v6 lite", 918e12),
+    ("TPU v6e", 918e12),
+    ("A100", 312e12),
+    ("H100 PCIe", 756e12),
+    ("H100 NVL", 835e12),
+    ("H100", 989e12),
+    ("H200", 989e12),
+)
+_MEASUREMENTS = 6
+
+
+def flops_per_token(model: ModelConfig, *, seq_len: int) -> float:
+    """Return the FLOPs of training on one token of a sequence of `seq_len`, forward and backward.
+
+    A matrix parameter multiplies and adds once forward and twice backward: 6. Causal attention does two T x T matmuls
+    of width D a layer and sees half of each: 6 L D T for both passes (arXiv 2204.02311, appendix B, halved).
+    """
+    L, D, F, V = model.num_layers, model.d_model, model.d_ff, model.vocab_size
+    matrix_parameters = L * (4 * D * D + 3 * D * F) + V * D
+    return float(6 * matrix_parameters + 6 * L * D * seq_len)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Peak:
+    """The most FLOP/s that one device can do, and where the number is from."""
+
+    flops: float
+    source: str
+
+
+def peak_flops(device: jax.Device) -> Peak:
+    """Return the peak of one device: from the table, or measured where the table does not know its kind."""
+    for kind, flops in _PEAKS:
+        if kind in device.device_kind:
+            return Peak(flops=flops, source=f"data sheet of {kind}, dense bfloat16")
+    return _measured_peak(device)
+
+
+class GoodputLedger:
+    """Wall seconds by category, for one thread; a category inside another stops the outer one's count."""
+
+    def __init__(self, clock: Callable[[], float] = time.monotonic):
+        self._clock = clock
+        self._began = self._charged = clock()
+        self._seconds: dict[str, float] = {}
+        self._running: list[str] = []
+
+    @contextlib.contextmanager
+    def measure(self, name: str) -> Iterator[None]:
+        """Count the time inside the `with` block to category `name`."""
+        self._charge()
+        self._running.append(name)
+        try:
+            yield
+        finally:
+            self._charge()
+            self._running.pop()
+
+    def seconds(self) -> dict[str, float]:
+        """Return the seconds of every category up to now, the running one included, and the "total" since the start."""
+        self._charge()
+        return {**self._seconds, "total": self._charged - self._began}
+
+    def describe(self) -> str:
+        """Return one line: the total, and each category's share of it, largest first."""
+        seconds = self.seconds()
+        total = seconds.pop("total")
+        seconds["other"] = total - sum(seconds.values())
+        shares = [
+            f"{name} {value / total if total else 0:.1%}"
+            for name, value in sorted(seconds.items(), key=lambda item: -item[1])
+        ]
+        return f"Time {datetime.timedelta(seconds=round(total))}: {', '.join(shares)}"
+
+    def _charge(self) -> None:
+        now = self._clock()
+        if self._running:
+            name = self._running[-1]
+            self._seconds[name] = self._seconds.get(name, 0.0) + now - self._charged
+        self._charged = now
+
+
+def _measured_peak(device: jax.Device) -> Peak:
+    """Time a square matmul, the fastest of several; a CPU's cores serve all its simulated devices together."""
+    is_cpu = device.platform == "cpu"
+    size, dtype = (1280, jnp.float32) if is_cpu else (8192, jnp.bfloat16)
+    sharing = jax.local_device_count() if is_cpu else 1
+    # Its own mesh: the caller's may span devices that this array is not on.
+    with jax.set_mesh(jax.sharding.Mesh(np.array([device]), ("one",))):
+        x = jax.device_put(np.ones((size, size), dtype), device)
+        matmul = jax.jit(jnp.matmul)
+        matmul(x, x).block_until_ready()
+        times = []
+        for _ in range(_MEASUREMENTS):
+            began = time.perf_counter()
+            matmul(x, x).block_until_ready()
+            times.append(time.perf_counter() - began)
+    source = f"measured on {device.device_kind}: {jnp.dtype(dtype).name} matmul of {size:,} x {size:,}"
+    if sharing > 1:
+        source += f", shared by {sharing} simulated devices"
+    return Peak(flops=2 * size**3 / min(times) / sharing, source=source)

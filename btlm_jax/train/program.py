@@ -1,0 +1,84 @@
+"""From a config and a mesh to the train steps: what `btlm train` runs is what `btlm plan` compiles."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import jax
+import numpy as np
+import optax
+from jax.sharding import Mesh
+
+from btlm_jax.model import Btlm, make_model, parameter_table
+from btlm_jax.parallel.mesh import AxisRules, batch_sharding, rules_for
+from btlm_jax.recipe.config import TrainConfig
+from btlm_jax.recipe.curriculum import Phase
+from btlm_jax.recipe.mup import make_parametrization
+from btlm_jax.recipe.optimizer import make_optimizer
+from btlm_jax.train.step import TrainState, abstract_batch, abstract_state, make_train_step
+
+# Exchange beside computation. A v5e does some of it unasked, a v5p only when told to (seen in its compiled step).
+_TPU_OPTIONS = {
+    "xla_enable_async_all_gather": "true",
+    "xla_tpu_enable_async_collective_fusion": "true",
+    "xla_tpu_enable_async_collective_fusion_fuse_all_gather": "true",
+    "xla_tpu_enable_async_collective_fusion_fuse_reduce_scatter": "true",
+    "xla_tpu_enable_async_collective_fusion_multiple_steps": "true",
+    "xla_tpu_overlap_compute_collective_tc": "true",
+}
+# KiB of vector memory for one fusion, of 64 MiB on a v5p, 128 on a v5e and v6e (a v4's 16 are the default's): products
+# work on larger blocks, and a v6e's and v5e's gradients are reduced without padding (read in compiled steps).
+_SCOPED_VMEM_KIB = {"TPU v5": 32768, "TPU v5 lite": 65536, "TPU v6 lite": 65536}
+
+
+def compiler_options(device: jax.Device) -> dict[str, str]:
+    """Return what a step is compiled with for a kind of device."""
+    if device.platform != "tpu":
+        return {}
+    options = dict(_TPU_OPTIONS)
+    if "lite" not in device.device_kind:  # libtpu 0.0.42 refuses asynchronous all-to-alls, or aborts, on v5e and v6e
+        options["xla_tpu_enable_async_all_to_all"] = "true"
+    if kib := _SCOPED_VMEM_KIB.get(device.device_kind):
+        options["xla_tpu_scoped_vmem_limit_kib"] = str(kib)
+    return options
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Program:
+    """What a config trains on a mesh, before anything is compiled or made."""
+
+    config: TrainConfig
+    mesh: Mesh
+    model: Btlm
+    table: dict  # the parameters' tree of ParameterInfo
+    optimizer: optax.GradientTransformationExtraArgs
+    state: TrainState  # abstract
+
+    def rules_for(self, phase: Phase) -> AxisRules:
+        """Return how a phase's batch is split over the mesh."""
+        return rules_for(phase.batch_size, mesh=self.mesh, accumulation=self.config.mesh.accumulation)
+
+    def trace_train_step(self, phase: Phase) -> jax.stages.Traced:
+        """Trace the step of a phase, for `compile`."""
+        rules, accumulation = self.rules_for(phase), self.config.mesh.accumulation
+        model = self.model.clone(rules=rules)
+        step = make_train_step(model, self.optimizer, self.table, loss_chunk=self.config.model.loss_chunk)
+        shape = (accumulation, phase.batch_size // accumulation, phase.seq_len)
+        batch = abstract_batch(shape, batch_sharding(self.mesh, rules))
+        learning_rate = jax.ShapeDtypeStruct((), np.float32)
+        with jax.set_mesh(self.mesh):
+            return jax.jit(step, donate_argnums=0).trace(self.state, batch, learning_rate)
+
+    def compile(self, traced: jax.stages.Traced) -> jax.stages.Compiled:
+        """Make the executable of a traced step."""
+        with jax.set_mesh(self.mesh):
+            return traced.lower().compile(compiler_options=compiler_options(self.mesh.devices.flat[0]))
+
+
+def make_program(config: TrainConfig, mesh: Mesh) -> Program:
+    """Put a config's model, optimizer and abstract state together."""
+    model = make_model(config.model, make_parametrization(config.mup, config.model))
+    table = parameter_table(model, mesh)
+    optimizer = make_optimizer(config.optimizer, table)
+    state = abstract_state(table, optimizer, mesh)
+    return Program(config=config, mesh=mesh, model=model, table=table, optimizer=optimizer, state=state)

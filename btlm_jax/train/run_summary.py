@@ -1,0 +1,114 @@
+"""The plan of a run in words and numbers: what `btlm train --dry-run` prints and a run logs at its start."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+
+import jax
+
+from btlm_jax.recipe.config import TrainConfig
+from btlm_jax.recipe.optimizer import learning_rate_at
+from btlm_jax.train.metrics import FLOPS_CONVENTION, flops_per_token
+
+_GB = 1e9
+
+
+def describe_run(config: TrainConfig, table) -> str:
+    """Return the whole plan; `table` is the model's tree of ParameterInfo."""
+    sections = (
+        _parameters(config, table),
+        _phases(config),
+        _schedule(config),
+        _memory(table),
+        _parameter_rows(config, table),
+    )
+    return "\n\n".join("\n".join(section) for section in sections)
+
+
+def num_parameters(table) -> int:
+    """Return how many parameters the tree of ParameterInfo holds."""
+    return sum(math.prod(info.shape) for info in jax.tree.leaves(table))
+
+
+def _parameters(config: TrainConfig, table) -> Iterator[str]:
+    model = config.model
+    yield f"Model: {num_parameters(table):,} parameters"
+    yield (
+        f"  {model.num_layers} layers, d_model {model.d_model}, {model.num_heads} heads x {model.head_dim}, "
+        f"d_ff {model.d_ff}, vocabulary {model.vocab_size:,}, compute in {model.dtype}"
+    )
+    yield f"  parametrization {config.mup.preset}: d_model / base = {model.d_model} / {config.mup.base_d_model:g}"
+
+
+def _phases(config: TrainConfig) -> Iterator[str]:
+    table = config.curriculum.table
+    yield (
+        f"Curriculum: {table.num_steps:,} steps of {table.tokens_per_step:,} tokens, "
+        f"{table.num_tokens / 1e9:.2f} B tokens"
+    )
+    for phase in table.phases:
+        share = phase.num_tokens / table.num_tokens
+        flops = flops_per_token(config.model, seq_len=phase.seq_len)
+        yield (
+            f"  phase {phase.index + 1}: {phase.num_steps:,} steps of {phase.batch_size:,} x {phase.seq_len:,} = "
+            f"{phase.tokens_per_step:,} tokens; {phase.num_tokens:,} tokens ({share:.2%}); "
+            f"{flops / 1e9:.4g} GFLOP a token"
+        )
+    total = sum(p.num_tokens * flops_per_token(config.model, seq_len=p.seq_len) for p in table.phases)
+    yield f"  {total:.4g} FLOP in all ({FLOPS_CONVENTION})"
+
+
+def _schedule(config: TrainConfig) -> Iterator[str]:
+    optimizer, table = config.optimizer, config.curriculum.table
+
+    def rate(step: int) -> float:
+        tokens = table.tokens_seen(step)
+        return learning_rate_at(optimizer, tokens=tokens, total_tokens=table.num_tokens)
+
+    warmup = optimizer.warmup_tokens / table.tokens_per_step
+    yield (
+        f"Schedule: warm-up {warmup:g} steps ({optimizer.warmup_tokens:,} tokens) to {optimizer.peak_learning_rate:g}, "
+        f"then linear to {rate(table.num_steps):.5g} at the end"
+    )
+    for phase in table.phases[1:]:
+        yield (
+            f"  LR at the switch to {phase.seq_len:,} (first step of phase {phase.index + 1}, step "
+            f"{phase.first_step + 1:,}): {rate(phase.first_step + 1):.6g}"
+        )
+    yield (
+        f"  AdamW beta ({optimizer.beta1:g}, {optimizer.beta2:g}), eps {optimizer.eps:g}, weight decay "
+        f"{optimizer.weight_decay:g} coupled to the learning rate, clip at global norm {optimizer.clip_norm:g}"
+    )
+
+
+def _memory(table) -> Iterator[str]:
+    infos = jax.tree.leaves(table)
+    whole = 4 * num_parameters(table)
+    mine = sum(4 * math.prod(info.sharding.shard_shape(info.shape)) for info in infos)
+    mesh = infos[0].sharding.mesh
+    yield (
+        f"Memory, float32 state (parameters + 2 AdamW moments): {3 * whole / _GB:.4g} GB in all, "
+        f"{3 * mine / _GB:.4g} GB a device on this mesh ({', '.join(f'{k} {v}' for k, v in mesh.shape.items())}); "
+        f"gradients {mine / _GB:.4g} GB more while a step runs, activations on top"
+    )
+
+
+def _parameter_rows(config: TrainConfig, table) -> Iterator[str]:
+    optimizer, steps = config.optimizer, config.curriculum.table.num_steps
+    yield "Parameters (init std before the cut at two sigma; tau = 1 / (LR x weight decay x steps), AdamW's memory)"
+    yield (
+        f"  {'parameter':<30} {'shape':<22} {'class':<13} {'init':>10} {'LR mult':>8} {'peak LR':>9} "
+        f"{'decay':>7} {'eps':>8} {'tau':>7}"
+    )
+    for info in jax.tree.leaves(table):
+        rule = info.rule
+        peak = optimizer.peak_learning_rate * rule.learning_rate
+        decay = optimizer.weight_decay * rule.weight_decay
+        init = f"{rule.init_std:.6g}" if rule.init_std else f"= {rule.init_mean:g}"
+        tau = f"{1 / (peak * decay * steps):.4f}" if decay else "-"
+        shape = " x ".join(map(str, info.shape))
+        yield (
+            f"  {info.path:<30} {shape:<22} {rule.parameter_class:<13} {init:>10} {rule.learning_rate:>8.5g} "
+            f"{peak:>9.4g} {decay:>7.3g} {optimizer.eps * rule.eps:>8.2g} {tau:>7}"
+        )

@@ -1,0 +1,141 @@
+"""The training state and the two compiled functions: train_step and eval_step."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+import optax
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from btlm_jax.model import Btlm, init_params
+from btlm_jax.model.loss import loss_sum, token_losses
+from btlm_jax.recipe.mup import CLASSES
+
+
+@flax.struct.dataclass
+class TrainState:
+    """What a step turns into the next: float32 parameters, the optimizer's state, and how many steps were taken."""
+
+    step: jax.Array
+    params: dict
+    opt_state: optax.OptState
+
+
+def init_state(model: Btlm, optimizer: optax.GradientTransformation, mesh: Mesh, *, seed: int) -> TrainState:
+    """Make the state of step 0 on its devices."""
+    params = init_params(model, mesh, seed=seed)
+    with jax.set_mesh(mesh):
+        return jax.jit(lambda params: _new_state(params, optimizer))(params)
+
+
+def abstract_state(table, optimizer: optax.GradientTransformation, mesh: Mesh) -> TrainState:
+    """Return the state's shapes, dtypes and shardings; nothing is computed. `table` is a tree of ParameterInfo."""
+    params = jax.tree.map(lambda info: info.abstract, table)
+    with jax.set_mesh(mesh):
+        state = jax.eval_shape(lambda params: _new_state(params, optimizer), params)
+    replicated = NamedSharding(mesh, PartitionSpec())
+
+    def with_sharding(leaf):
+        spec = getattr(leaf.sharding, "spec", None)
+        sharding = NamedSharding(mesh, spec) if spec else replicated
+        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
+
+    return jax.tree.map(with_sharding, state)
+
+
+def abstract_batch(shape: tuple[int, ...], sharding: NamedSharding) -> dict:
+    """Return the shapes, dtypes and shardings of a batch whose leaves have `shape`."""
+    dtypes = {"inputs_BT": jnp.int32, "targets_BT": jnp.int32, "weights_BT": jnp.float32}
+    return {name: jax.ShapeDtypeStruct(shape, dtype, sharding=sharding) for name, dtype in dtypes.items()}
+
+
+def make_train_step(
+    model: Btlm, optimizer: optax.GradientTransformationExtraArgs, table, *, loss_chunk: int
+) -> Callable:
+    """Make train_step(state, batch, learning_rate) -> (state, metrics), not yet jitted.
+
+    batch: {"inputs_BT", "targets_BT": int32, "weights_BT": float32}, leaves [A, B/A, T]; gradients are summed over the
+    A micro-batches and divided by the sum of all weights, so that every token counts the same.
+    metrics: loss (nats a token), weight (targets counted), grad_norm (before clipping), and for every class of mup.py
+    grad_norm/<class> and update_norm/<class>; float32 scalars left on the device.
+    """
+
+    def micro_loss(params, micro):
+        return loss_sum(
+            model.apply({"params": params}, micro["inputs_BT"]),
+            params["embedding"]["embedding"],
+            micro["targets_BT"],
+            micro["weights_BT"],
+            output_scale=model.parametrization.output_scale,
+            chunk=loss_chunk,
+            rules=model.rules,
+        )
+
+    def train_step(state: TrainState, batch: dict, learning_rate) -> tuple[TrainState, dict]:
+        def accumulate(carry, micro):
+            loss, grads = jax.value_and_grad(micro_loss)(state.params, micro)
+            return jax.tree.map(jnp.add, carry, (loss, grads)), None
+
+        if batch["inputs_BT"].shape[0] == 1:
+            loss, grads = jax.value_and_grad(micro_loss)(state.params, jax.tree.map(lambda x: x[0], batch))
+        else:
+            zeros = (jnp.zeros((), jnp.float32), jax.tree.map(jnp.zeros_like, state.params))
+            (loss, grads), _ = jax.lax.scan(accumulate, zeros, batch)
+        weight = batch["weights_BT"].sum()
+        grads = jax.tree.map(lambda g: g / weight, grads)
+        with jax.named_scope("optimizer"):
+            updates, opt_state = optimizer.update(grads, state.opt_state, state.params, learning_rate=learning_rate)
+        metrics = {
+            "loss": loss / weight,
+            "weight": weight,
+            "grad_norm": optax.tree.norm(grads),
+            **_class_norms("grad_norm", grads, table),
+            **_class_norms("update_norm", updates, table),
+        }
+        params = optax.apply_updates(state.params, updates)
+        return TrainState(step=state.step + 1, params=params, opt_state=opt_state), metrics
+
+    return train_step
+
+
+def make_eval_step(model: Btlm, *, loss_chunk: int) -> Callable:
+    """Make eval_step(params, batch) -> sums of the weighted losses, replicated: loss_B, weight_B, loss_T, weight_T."""
+
+    def eval_step(params: dict, batch: dict) -> dict:
+        losses_BT = token_losses(
+            model.apply({"params": params}, batch["inputs_BT"]),
+            params["embedding"]["embedding"],
+            batch["targets_BT"],
+            output_scale=model.parametrization.output_scale,
+            chunk=loss_chunk,
+            rules=model.rules,
+        )
+        losses_BT, weights_BT = _replicated(losses_BT), _replicated(batch["weights_BT"])
+        losses_BT = losses_BT * weights_BT
+        return {
+            "loss_B": losses_BT.sum(1),
+            "weight_B": weights_BT.sum(1),
+            "loss_T": losses_BT.sum(0),
+            "weight_T": weights_BT.sum(0),
+        }
+
+    return eval_step
+
+
+def _new_state(params: dict, optimizer: optax.GradientTransformation) -> TrainState:
+    return TrainState(step=jnp.zeros((), jnp.int32), params=params, opt_state=optimizer.init(params))
+
+
+def _replicated(x_BT):
+    return jax.sharding.reshard(x_BT, PartitionSpec(None, None))
+
+
+def _class_norms(name: str, tree, table) -> dict:
+    """Return the root of the sum of squares over every parameter of each class."""
+    squares = {parameter_class: [] for parameter_class in CLASSES}
+    for leaf, info in zip(jax.tree.leaves(tree), jax.tree.leaves(table), strict=True):
+        squares[info.rule.parameter_class].append(jnp.square(leaf).sum())
+    return {f"{name}/{parameter_class}": jnp.sqrt(sum(parts)) for parameter_class, parts in squares.items()}

@@ -1,0 +1,127 @@
+"""The TPU kernels that take heads side by side: against float64 in interpret mode, and compiled for TPUs."""
+
+import functools
+from unittest import mock
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
+from support.attention import (
+    FLOAT32_ERROR,
+    NAMES,
+    attend_and_gradients,
+    errors,
+    make_inputs,
+    num_kernels,
+    num_kernels_compiled,
+    num_kernels_under_remat,
+    oracle,
+    root_mean_square_errors,
+    subjaxprs,
+)
+from support.tpu import needs_libtpu
+
+from btlm_jax.attention import tpu
+from btlm_jax.attention.alibi import alibi_slopes
+from btlm_jax.attention.tpu_kernels import Heads
+from btlm_jax.plan.chips import slice_devices
+
+
+@pytest.mark.parametrize(
+    "B, T, N, H, together",
+    [
+        (1, 150, 4, 64, 2),  # one block, partly padding; two programs of two heads
+        (2, 131, 6, 80, 6),  # heads that fill no whole tiles
+        (1, 600, 8, 80, 8),  # two blocks; heads across the border of tiles
+        (1, 70, 32, 128, 1),
+        (1, 140, 2, 192, 2),  # heads of a tile and a half
+        (1, 1100, 3, 24, 3),  # three blocks
+    ],
+)
+def test_output_and_gradients_match_float64(B, T, N, H, together):
+    assert Heads(num=N, dim=H, scale=1.0, itemsize=4).together == together
+    *inputs, slopes_N = make_inputs(B=B, T=T, N=N, H=H)
+    results = attend_and_gradients(*inputs, slopes_N, scale=3 / H, implementation="tpu")
+    # ALiBi is counted from a block's first query, whose distance comes off again: a rounding of the largest score.
+    allowed = FLOAT32_ERROR + slopes_N.max() * 512 * 2.0**-24
+    for name, error in zip(NAMES, errors(results, oracle(*inputs, slopes_N, scale=3 / H)), strict=True):
+        assert error < allowed, name
+
+
+def test_little_vector_memory_changes_no_bit():
+    """Keys parted again for every block of queries, and the backward pass in three spans."""
+    *inputs, slopes_N = make_inputs(B=1, T=700, N=2, H=64)
+
+    def run():
+        with mock.patch.object(tpu, "block_size", lambda heads, length: 256):
+            return attend_and_gradients.__wrapped__(*inputs, slopes_N, scale=1 / 64, implementation="tpu")
+
+    whole = run()
+    with mock.patch.object(tpu, "_room", lambda: 1):
+        parts = run()
+    assert num_kernels(functools.partial(run)) == 2
+    for name, one, other in zip(NAMES, whole, parts, strict=True):
+        np.testing.assert_array_equal(np.asarray(one), np.asarray(other), err_msg=name)
+
+
+def test_bfloat16_errs_like_the_reference():
+    *inputs, _ = make_inputs(B=1, T=1300, N=8, H=80, dtype=jnp.bfloat16)
+    slopes_N = alibi_slopes(32, scaling=1.0)[[0, 2, 5, 9, 14, 20, 26, 31]]  # from steep to flat
+    expected = oracle(*inputs, slopes_N, scale=1 / 80)
+    ours, reference = (
+        root_mean_square_errors(name, *inputs, slopes_N, expected=expected) for name in ("tpu", "reference")
+    )
+    # The kernels round weights and the gradients of scores to bfloat16, which the reference does not.
+    for name, error, theirs in zip(NAMES, ours, reference, strict=True):
+        assert error < 1.8 * theirs and error < 4e-3, name
+
+
+def test_no_array_grows_with_the_square_of_the_length_or_is_wider_than_the_heads():
+    B, T, N, H = 1, 8192, 8, 80
+    x = jax.ShapeDtypeStruct((B, T, N, H), jnp.bfloat16)
+    step = functools.partial(attend_and_gradients, scale=1 / H, implementation="tpu")
+    jaxpr = jax.make_jaxpr(step)(x, x, x, x, jax.ShapeDtypeStruct((N,), jnp.float32)).jaxpr
+    sizes = [value.aval.size for part in subjaxprs(jaxpr) for each in part.eqns for value in each.outvars]
+    assert max(sizes) == B * T * N * H
+
+
+def compile_for(topology: str, *, B: int, T: int, N: int, H: int):
+    """Compile forward and backward for a chip of a slice."""
+    mesh = jax.make_mesh((1, 1), ("fsdp", "tensor"), devices=slice_devices(topology)[:1])
+    x = jax.ShapeDtypeStruct((B, T, N * H), jnp.bfloat16, sharding=NamedSharding(mesh, P()))
+    slopes = jax.ShapeDtypeStruct((N,), jnp.float32, sharding=NamedSharding(mesh, P()))
+
+    def step(slopes_N, *inputs):  # side by side, as projections write and read them
+        inputs = [x.reshape(B, T, N, H) for x in inputs]
+        results = attend_and_gradients(*inputs, slopes_N, scale=1 / H, implementation="auto")
+        return [x.reshape(B, T, N * H) for x in results]
+
+    with jax.set_mesh(mesh):
+        return jax.jit(step).lower(slopes, x, x, x, x).compile()
+
+
+@needs_libtpu
+@pytest.mark.parametrize(
+    "topology, T, N, H, kernels",
+    [
+        ("v5e:2x2", 8192, 4, 80, 2),  # as context parallelism leaves them
+        ("v5p:2x2x1", 8192, 32, 80, 2),
+        ("v6e:2x2", 2048, 12, 64, 2),
+        ("v4:2x2x1", 2048, 32, 80, 3),  # little vector memory: the backward pass in two spans
+        ("v4:2x2x1", 8192, 16, 80, 7),
+    ],
+)
+def test_they_compile_for_tpus(topology, T, N, H, kernels):
+    compiled = compile_for(topology, B=1, T=T, N=N, H=H)
+    assert num_kernels_compiled(compiled) == kernels
+    # Beside results the log-sum-exp and its like, in float32; where there are spans, their sums of dk and dv.
+    rows = N * T * 4
+    assert compiled.memory_analysis().temp_size_in_bytes <= 3 * rows + (kernels > 2) * 6 * rows * H
+
+
+@needs_libtpu
+def test_a_remat_policy_that_keeps_the_output_runs_the_forward_kernel_once():
+    assert num_kernels_under_remat("tpu", num_heads=8) == (2, 3)

@@ -1,0 +1,180 @@
+"""Deduplication on disk: planted duplicates in several files; workers, order and kills change nothing."""
+
+import json
+import random
+import signal
+import subprocess
+import sys
+
+import pytest
+from support.corpus_files import contents, made_up_text, write_raw
+
+from btlm_jax.cli import main
+from btlm_jax.corpus.engine.inputs import read_stage
+from btlm_jax.corpus.readers.records import read_records
+from btlm_jax.corpus.stages import dedup as deduplicating
+
+NUM_CLUSTERS, NUM_SINGLES = 12, 20
+
+
+def variants(seed: int) -> list[str]:
+    """Return a text, a copy in other case and punctuation, and an edited, longer one with a Jaccard of about 0.9."""
+    text = made_up_text(seed=seed, num_words=150)
+    return [text, text.upper().replace(" ", ",  "), text + " " + made_up_text(seed=seed + 999, num_words=9)]
+
+
+def documents() -> list[str]:
+    texts = [text for seed in range(NUM_CLUSTERS) for text in variants(seed)]
+    return texts + [made_up_text(seed=5_000 + seed) for seed in range(NUM_SINGLES)]
+
+
+def make_cleaned(folder, texts, *, num_files=4) -> None:
+    """Write texts to raw files, a task and a shard each, and clean them."""
+    for number in range(num_files):
+        write_raw(folder / "raw" / f"{number}.jsonl", texts[number::num_files], source=f"S{number}")
+    assert main(["corpus", "clean", f"--input={folder / 'raw'}", f"--output={folder / 'clean'}", "--workers=1"]) == 0
+
+
+@pytest.fixture
+def cleaned(tmp_path, monkeypatch):
+    monkeypatch.setattr("btlm_jax.corpus.engine.inputs.TASK_BYTES", 1)
+    make_cleaned(tmp_path, documents())
+    return tmp_path
+
+
+def arguments(folder, name="dedup", *flags) -> list[str]:
+    return ["corpus", "dedup", f"--input={folder / 'clean'}", f"--output={folder / name}", "--workers=1", *flags]
+
+
+def kept_texts(directory) -> list[str]:
+    manifest = read_stage(directory)
+    return [record.text for output in manifest["outputs"] for record in read_records(directory / output["file"])]
+
+
+@pytest.mark.parametrize("preset", ["strict", "slimpajama"])
+def test_the_longest_of_each_cluster_stays_and_everything_is_counted(cleaned, preset, capsys):
+    assert main(arguments(cleaned, "dedup", f"--preset={preset}")) == 0
+    kept = kept_texts(cleaned / "dedup")
+    texts = documents()
+    singles = set(texts[3 * NUM_CLUSTERS :])
+    found = {number for number, text in enumerate(texts) if text in set(kept)}
+    longest = {3 * seed + max(range(3), key=lambda place: len(texts[3 * seed + place])) for seed in range(NUM_CLUSTERS)}
+    assert singles <= set(kept)
+    if preset == "strict":
+        assert found == longest | set(range(3 * NUM_CLUSTERS, len(texts)))
+        assert len(kept) == NUM_CLUSTERS + NUM_SINGLES
+    else:  # misses some at 0.9, never the copy that is equal after normalisation
+        assert longest <= found and len(kept) <= 2 * NUM_CLUSTERS + NUM_SINGLES
+    totals = read_stage(cleaned / "dedup")["totals"]
+    assert sum(count["documents"] for count in totals["read"].values()) == len(texts)
+    assert sum(count["documents"] for count in totals["written"].values()) == len(kept)
+    assert sum(count["bytes"] for count in totals["written"].values()) == sum(len(text.encode()) for text in kept)
+    assert totals["dropped"] == {"near-duplicates": len(texts) - len(kept)}
+    assert f"near-duplicates: {len(texts) - len(kept)}" in capsys.readouterr().out
+    assert main(["corpus", "verify", f"--store={cleaned / 'dedup'}"]) == 0
+
+
+def test_the_survivor_does_not_depend_on_the_order(cleaned, tmp_path):
+    texts = [text for seed in range(8) for text in (variants(seed)[0], variants(seed)[0].upper())]  # equally long
+    rows = []
+    for seed in (1, 2, 3):
+        random.Random(seed).shuffle(texts)
+        folder = tmp_path / f"order{seed}"
+        make_cleaned(folder, texts)
+        assert main(arguments(folder)) == 0
+        rows.append(sorted(kept_texts(folder / "dedup")))
+    assert rows[0] == rows[1] == rows[2] and len(rows[0]) == 8
+
+
+def test_of_equal_texts_the_id_decides(tmp_path):
+    ids = []
+    for seed in (1, 2, 3):
+        names = [f"id{number}" for number in range(9)]
+        random.Random(seed).shuffle(names)
+        folder = tmp_path / f"order{seed}"
+        (folder / "raw").mkdir(parents=True)
+        rows = [json.dumps({"id": name, "text": made_up_text(seed=int(name[2:]) % 3)}) for name in names]
+        (folder / "raw" / "all.jsonl").write_text("\n".join(rows))
+        clean = ["corpus", "clean", f"--input={folder / 'raw'}", f"--output={folder / 'clean'}", "--workers=1"]
+        assert main(clean) == main(arguments(folder)) == 0
+        found = read_stage(folder / "dedup")["outputs"]
+        ids.append({record.id for output in found for record in read_records(folder / "dedup" / output["file"])})
+    assert ids[0] == ids[1] == ids[2] and {int(name[2:]) % 3 for name in ids[0]} == {0, 1, 2}
+
+
+def test_only_verified_pairs_are_dropped(tmp_path):
+    """At a Jaccard of 0.6 four of ten pairs share one of 32 keys of 8, and none has 0.75 of the numbers in common."""
+    texts = []
+    for seed in range(40):
+        text = made_up_text(seed=seed, num_words=200)
+        kept = text[: 3 * len(text) // 4]
+        texts += [text, kept + made_up_text(seed=seed + 500, num_words=50)]
+    make_cleaned(tmp_path, texts)
+    assert main(arguments(tmp_path)) == 0
+    assert sorted(kept_texts(tmp_path / "dedup")) == sorted(texts)
+    assert main(arguments(tmp_path, "published", "--preset=slimpajama")) == 0
+    assert len(kept_texts(tmp_path / "published")) > 70
+
+
+def test_workers_and_partitions_change_nothing(cleaned, monkeypatch):
+    assert main(arguments(cleaned)) == main(arguments(cleaned, "two", "--workers=2")) == 0
+    expected = contents(cleaned / "dedup")
+    assert contents(cleaned / "two") == expected
+    monkeypatch.setattr(deduplicating, "PARTITION_DOCUMENTS", 10)
+    monkeypatch.setattr(deduplicating, "_COMPARED", 3)
+    assert main(arguments(cleaned, "ranges")) == 0
+    assert kept_texts(cleaned / "ranges") == kept_texts(cleaned / "dedup")
+    assert len(list((cleaned / "ranges" / "work" / "pairs").glob("pairs-*"))) == 32 * 6
+
+
+KILLED = """
+import os, signal, sys
+from btlm_jax.cli import main
+
+real, left = os.replace, [int(sys.argv[1])]
+
+def replace(source, target):
+    left[0] -= 1
+    if left[0] == 0:
+        os.kill(os.getpid(), signal.SIGKILL)
+    real(source, target)
+
+os.replace = replace
+sys.exit(main(sys.argv[2:]))
+"""
+
+
+def test_a_dedup_that_is_killed_ten_times_gives_the_same_bytes(cleaned):
+    """Kill it as it is about to give a file its name, anywhere in its four steps; the temporary file stays behind."""
+    assert main(arguments(cleaned, "undisturbed")) == 0
+    rng = random.Random(3)
+    kills = 0
+    while True:
+        command = [sys.executable, "-c", KILLED, str(rng.randint(2, 18)), *arguments(cleaned, "killed")]
+        result = subprocess.run(command, capture_output=True, text=True)
+        if result.returncode == 0:
+            break
+        assert result.returncode == -signal.SIGKILL, result.stderr
+        kills += 1
+    assert kills >= 10
+    found = contents(cleaned / "killed")
+    assert {name: data for name, data in found.items() if not name.endswith(".tmp")} == contents(
+        cleaned / "undisturbed"
+    )
+
+
+def test_changed_or_unfinished_input_is_refused(cleaned, capsys):
+    assert main(arguments(cleaned)) == 0
+    assert main(arguments(cleaned, "dedup", "--preset=slimpajama")) == 1
+    assert "bands=32 then, 9 now" in capsys.readouterr().err
+    shard = cleaned / "clean" / read_stage(cleaned / "clean")["outputs"][0]["file"]
+    data = shard.read_bytes()
+    shard.write_bytes(data[:-1] + b"x")
+    assert main(arguments(cleaned, "other")) == 1
+    assert "is not what the stage that wrote it recorded" in capsys.readouterr().err
+    assert main(["corpus", "verify", f"--store={cleaned / 'clean'}"]) == 1
+    assert f"the contents of {shard.name} do not hash" in capsys.readouterr().err
+    (cleaned / "clean" / "manifest.json").unlink()
+    assert main(arguments(cleaned, "third")) == 1
+    assert "an unfinished stage; give its command again" in capsys.readouterr().err
+    assert main(arguments(cleaned, "fourth", "--preset=fast")) == 2

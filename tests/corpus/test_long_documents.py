@@ -1,0 +1,143 @@
+"""Long documents: what is computed piece by piece is what the whole gives, in memory that stays under 1 GB."""
+
+import json
+import os
+import re
+import subprocess
+import sys
+from unittest import mock
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from support.corpus_files import made_up_text, write_raw
+from support.tiny_tokenizers import NASTY, TEXTS, tiny_byte_level
+
+from btlm_jax.corpus.near_duplicates import normalize
+from btlm_jax.corpus.near_duplicates.lsh import PRESETS
+from btlm_jax.corpus.near_duplicates.normalize import normalized, normalized_pieces
+from btlm_jax.corpus.readers import records
+from btlm_jax.corpus.readers.records import Record
+from btlm_jax.corpus.stages import contamination
+from btlm_jax.corpus.stages.contamination import word_runs
+from btlm_jax.tokenizers import boundaries
+from btlm_jax.tokenizers.boundaries import pieces_of
+from btlm_jax.tokenizers.byte_level import ByteLevelTokenizer, train_byte_level
+from btlm_jax.tokenizers.gpt2 import fastest
+from btlm_jax.tokenizers.tokenizer import SentencePieceTokenizer, train_tokenizer
+
+SPACES = ["a \n\n  b\n \n\n\nc  d   e\n\t\tf \n'll we're"] * 300  # merges of every kind of run
+BYTE_LEVEL = ByteLevelTokenizer(train_byte_level([*TEXTS, *SPACES], vocab_size=500), eos_id=499)
+TOKENIZERS = {
+    "tiktoken": fastest(BYTE_LEVEL),
+    "tokenizers": BYTE_LEVEL,
+    "sentencepiece": SentencePieceTokenizer(train_tokenizer(TEXTS, vocab_size=400)),
+}
+# What stands around a place where a text could be cut: spaces of all kinds, contractions, marks, digits, controls.
+ATOMS = [" ", " ", "\n", "\n", "\t", "\r", "\xa0", "\u2028", "\x1c", "\x85", "a", "'s", "'", "12", "!", "é", "e\u0301"]
+ATOMS += ["漢", "\U0001f600", "\u200d", "\x00", " eta", "\u3000", "</s>", "<|endoftext|>", "İ", "Σ"]
+TEXT = st.lists(st.sampled_from(ATOMS) | st.characters(exclude_categories=["Cs"], exclude_characters="\u2581")).map(
+    "".join
+)
+
+
+@pytest.mark.parametrize("name", TOKENIZERS)
+@settings(max_examples=400, deadline=None)
+@given(text=TEXT)
+def test_the_ids_of_pieces_are_those_of_the_whole(name, text):
+    tokenizer = TOKENIZERS[name]
+    with mock.patch.object(boundaries, "PIECE_CHARACTERS", 1):
+        pieces = list(pieces_of(text, tokenizer.boundary))
+    assert "".join(pieces) == text
+    assert [token for piece in pieces for token in tokenizer.encode(piece)] == tokenizer.encode(text)
+
+
+@pytest.mark.parametrize("name", TOKENIZERS)
+def test_real_texts_are_cut_often(name):
+    text = "\n".join([*TEXTS[:40], *NASTY])
+    with mock.patch.object(boundaries, "PIECE_CHARACTERS", 50):
+        pieces = list(pieces_of(text, TOKENIZERS[name].boundary))
+    assert len(pieces) > len(text) / 500
+    assert [token for piece in pieces for token in TOKENIZERS[name].encode(piece)] == TOKENIZERS[name].encode(text)
+
+
+def test_other_tokenizers_are_given_whole_texts():
+    pattern = tiny_byte_level()
+    body = json.loads(pattern.to_str())
+    body["pre_tokenizer"] = {
+        "type": "Sequence",
+        "pretokenizers": [{"type": "Digits", "individual_digits": True}, body["pre_tokenizer"]],
+    }
+    assert ByteLevelTokenizer(json.dumps(body).encode(), eos_id=299).boundary == boundaries.NO_BOUNDARY
+    with mock.patch.object(boundaries, "PIECE_CHARACTERS", 2):
+        assert list(pieces_of("a b c d\ne", boundaries.NO_BOUNDARY)) == ["a b c d\ne"]
+
+
+@settings(max_examples=200, deadline=None)
+@given(text=TEXT, size=st.integers(1, 9))
+def test_normalised_pieces_are_the_normalised_whole(text, size):
+    whole = normalized(text)
+    with mock.patch.object(normalize, "_SLICE", size):
+        pieces = list(normalized_pieces(text))
+        if "\u0307" not in text.lower() and "Σ" not in text:  # whose lower case depends on their neighbours
+            assert np.array_equal(np.concatenate([np.empty(0, np.uint8), *pieces]), whole)
+        assert all(map(len, pieces))
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.lists(st.integers(0, 9), max_size=200), st.lists(st.integers(0, 200), max_size=4))
+def test_signatures_of_pieces_are_those_of_the_whole(codes, cuts):
+    codes = np.array(codes, np.uint8)
+    pieces = np.split(codes, sorted(min(cut, len(codes)) for cut in cuts))
+    for preset in PRESETS.values():
+        assert np.array_equal(preset.signature(pieces), preset.signature([codes]))
+
+
+def test_runs_of_words_do_not_depend_on_the_pieces():
+    text = " ".join(TEXTS[:3]) + " 漢字 naïve"
+    whole = np.concatenate(list(word_runs(text)))
+    with mock.patch.object(normalize, "_SLICE", 7):
+        found = list(word_runs(text))
+    assert len(found) > 50 and np.array_equal(np.concatenate(found), whole)
+    assert contamination.shares_run(text, np.sort(whole)[-1:])
+
+
+@given(text=TEXT)
+def test_sizes_are_those_of_utf8(text):
+    with mock.patch.object(records, "_PIECE_CHARACTERS", 3):
+        assert Record(id="", source="", text=text, meta={}).num_bytes == len(text.encode())
+
+
+MEASURED = """
+import re, sys
+from btlm_jax.cli import main
+code = main(["corpus", *sys.argv[1:], "--workers=1"])
+print("peak", re.search(r"VmHWM:\\s+(\\d+) kB", open("/proc/self/status").read())[1])
+sys.exit(code)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not os.path.exists("/proc/self/status"), reason="measures memory as Linux says it")
+def test_a_document_of_100_megabytes_stays_under_a_gigabyte(tmp_path):
+    """In every stage, though the text has emoji, with which a character takes four bytes; two follow one another."""
+    page = "\n".join(made_up_text(seed=seed) for seed in range(1500))
+    lines = [line + " \U0001f600" if number % 50 == 0 else line for number, line in enumerate(page.split(". "))]
+    page = ".\n".join(lines)
+    long = page * (100_000_000 // len(page.encode()) + 1)
+    texts = [long, *(made_up_text(seed=seed) for seed in range(40))]
+    write_raw(tmp_path / "raw" / "one.jsonl.zst", texts, source="books")
+    tiny_byte_level().save(str(tmp_path / "tokenizer.json"))
+    peaks = {}
+    for verb, source, *flags in (
+        ("clean", "raw"),
+        ("dedup", "clean"),
+        ("split", "dedup", "--validation=0.1", "--test=0.1"),
+        ("tokenize", "split", f"--tokenizer={tmp_path}", "--block_len=512"),
+    ):
+        places = [f"--input={tmp_path / source}", f"--output={tmp_path / verb}"]
+        ran = subprocess.run([sys.executable, "-c", MEASURED, verb, *places, *flags], capture_output=True, text=True)
+        assert ran.returncode == 0, ran.stderr
+        peaks[verb] = 1024 * int(re.search(r"peak (\d+)", ran.stdout)[1])
+    assert max(peaks.values()) < 1e9, peaks

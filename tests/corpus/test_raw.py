@@ -1,0 +1,179 @@
+"""Reading raw files: every format gives the same documents, every defect is named, nothing is read silently short."""
+
+import gzip
+import json
+
+import pyarrow
+import pyarrow.parquet
+import pytest
+import zstandard
+
+from btlm_jax.corpus.readers.raw import BadFile, Defect, read_raw
+from btlm_jax.corpus.readers.records import Record, RecordWriter, read_records, to_line
+
+BODIES = [
+    {"text": f"text {number} é \u2028 line\nbreak", "meta": {"redpajama_set_name": "RedPajamaC4", "n": number}}
+    for number in range(400)
+]
+LINES = b"".join(json.dumps(body).encode() + b"\n" for body in BODIES)
+
+
+def read(path, name: str = "") -> list:
+    return list(read_raw(path, name=name or path.name, default_source="mine"))
+
+
+def write(folder, name: str, data: bytes):
+    path = folder / name
+    path.write_bytes(data)
+    return path
+
+
+def expected(name: str) -> list[Record]:
+    return [
+        Record(id=f"{name}:{number + 1}", source="RedPajamaC4", text=body["text"], meta=body["meta"])
+        for number, body in enumerate(BODIES)
+    ]
+
+
+def frames(data: bytes, count: int, compress) -> bytes:
+    size = len(data) // count + 1
+    return b"".join(compress(data[start : start + size]) for start in range(0, len(data), size))
+
+
+ZSTD = zstandard.ZstdCompressor(write_checksum=True).compress
+
+
+@pytest.mark.parametrize(
+    "name, data",
+    [
+        ("a.jsonl", LINES),
+        ("no_newline.jsonl", LINES[:-1]),
+        ("marked.jsonl", b"\xef\xbb\xbf" + LINES),
+        ("windows.jsonl", LINES.replace(b"\n", b"\r\n")),
+        ("a.jsonl.zst", ZSTD(LINES)),
+        ("many.jsonl.zst", frames(LINES, 7, ZSTD)),
+        ("skippable.jsonl.zst", b"\x50\x2a\x4d\x18\x04\0\0\0abcd" + ZSTD(LINES)),
+        ("a.jsonl.gz", gzip.compress(LINES)),
+        ("many.jsonl.gz", frames(LINES, 5, gzip.compress) + bytes(512)),
+        ("named_wrongly.jsonl", gzip.compress(LINES)),
+    ],
+)
+def test_every_format_gives_the_same_documents(tmp_path, name, data):
+    assert read(write(tmp_path, name, data)) == expected(name)
+
+
+def test_parquet_and_text(tmp_path):
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(BODIES), tmp_path / "a.parquet")
+    assert read(tmp_path / "a.parquet") == expected("a.parquet")
+    path = write(tmp_path, "book.txt", "\ufeffOnce\r\nupon é".encode())
+    assert read(path, "x/book.txt") == [Record(id="x/book.txt", source="mine", text="Once\r\nupon é", meta={})]
+    (defect,) = read(write(tmp_path, "latin.txt", b"caf\xe9"))
+    assert defect.reason == "not UTF-8: byte 0xe9 at 3"
+
+
+@pytest.mark.parametrize("name, data", [("a.jsonl.zst", frames(LINES, 4, ZSTD)), ("a.jsonl.gz", gzip.compress(LINES))])
+@pytest.mark.parametrize("cut", [1, 5, 700])
+def test_a_file_cut_short_gives_its_beginning_and_then_an_error(tmp_path, name, data, cut):
+    found = []
+    with pytest.raises(BadFile, match="cut short; fetch it again"):
+        for record in read_raw(write(tmp_path, name, data[:-cut]), name=name, default_source="mine"):
+            found.append(record)
+    assert found == expected(name)[: len(found)]
+    if name.endswith("zst"):
+        assert len(found) >= 200  # three whole frames of four come through
+
+
+def test_a_flipped_bit_is_found_by_the_checksum(tmp_path):
+    data = bytearray(ZSTD(LINES))
+    data[len(data) // 2] ^= 4
+    with pytest.raises(BadFile, match="damaged"):
+        read(write(tmp_path, "a.jsonl.zst", bytes(data)))
+
+
+@pytest.mark.parametrize(
+    "name, data, said",
+    [
+        ("a.jsonl.zst", b"version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 9\n", "Git LFS pointer"),
+        ("a.jsonl", b"\n<!DOCTYPE HTML><html><body>404</body></html>", "web page"),
+        ("a.jsonl.gz", b"<HTML>", "web page"),
+        ("a.jsonl.zst", LINES, r"ends in .zst, but its contents are not that"),
+        ("a.jsonl.zst", b"", r"ends in .zst, but it is empty"),
+        ("a.parquet", b"PAR1 and no more", "parquet is damaged"),
+    ],
+)
+def test_what_is_no_data_is_recognised(tmp_path, name, data, said):
+    with pytest.raises(BadFile, match=said):
+        read(write(tmp_path, name, data))
+
+
+BAD_LINES = [
+    (b'{"text": "cut', "not JSON"),
+    (b'{"text": "caf\xe9"}', "not UTF-8: byte 0xe9 at 13"),
+    (b'{"text": null}', "text is null"),
+    (b'{"text": 3, "meta": {}}', "text is int"),
+    (b'{"meta": {}}', "there is no text"),
+    (b'["text"]', "not an object but list"),
+    (b"[" * 100_000, "not JSON"),
+    (b'{"text": "x", "deep": ' + b"[" * 985 + b"]" * 985 + b"}", "its values are nested more than 200 deep"),
+]
+
+
+def test_a_bad_line_costs_one_line_and_is_named(tmp_path):
+    good = [to_line(record) for record in expected("x")]
+    data, places = b"", []
+    for index, (bad, _) in enumerate(BAD_LINES):
+        data += good[index] + b"\n"  # an empty line is nothing, not a defect
+        places.append((3 * index + 3, len(data)))
+        data += bad + b"\n"
+    found = read(write(tmp_path, "bad.jsonl", data + good[99]))
+    records = [record for record in found if isinstance(record, Record)]
+    assert records == [*expected("x")[: len(BAD_LINES)], expected("x")[99]]
+    defects = [defect for defect in found if isinstance(defect, Defect)]
+    assert [(defect.line, defect.offset) for defect in defects] == places
+    for defect, (bad, reason) in zip(defects, BAD_LINES, strict=True):
+        assert defect.file == "bad.jsonl" and defect.reason.startswith(reason)
+        assert data[defect.offset :].startswith(bad) and defect.head == bad[:200].decode("utf-8", "replace")
+
+
+def test_strange_but_readable_lines_are_kept(tmp_path):
+    lines = [
+        rb'{"text": "half \ud809 pair \ud83d\ude00", "meta": {"\udc00": ["\ud800"]}}',
+        b'{"text": "nul \\u0000 in it", "meta": null, "url": "u", "id": 7, "source": "books"}',
+        b'{"text": "", "meta": "a string", "big": 123456789012345678901234567890}',
+    ]
+    path = write(tmp_path, "strange.jsonl", b"\n".join(lines))
+    half, nul, empty = read(path)
+    assert half.text == "half \ufffd pair \U0001f600" and half.meta == {"\ufffd": ["\ufffd"]}
+    assert (nul.text, nul.id, nul.source, nul.meta) == ("nul \0 in it", "7", "books", {"url": "u"})
+    assert (empty.text, empty.source, empty.meta["meta"]) == ("", "mine", "a string")
+    with RecordWriter(tmp_path / "again.jsonl.zst", frame_bytes=5_000) as writer:
+        for record in (half, nul):
+            writer.add(record)
+    again = read(tmp_path / "again.jsonl.zst")
+    assert again == list(read_records(tmp_path / "again.jsonl.zst"))
+    assert [(record.id, record.text) for record in again] == [(half.id, half.text), (nul.id, nul.text)]
+
+
+def test_a_document_of_100_megabytes(tmp_path):
+    text = "0123456789" * 10_000_000
+    path = write(tmp_path, "large.jsonl", json.dumps({"text": text}).encode() + b"\n" + LINES)
+    first, *rest = read(path)
+    assert first.text == text and len(rest) == len(BODIES)
+
+
+def test_our_files_have_frames_and_checksums_and_a_cut_one_is_refused(tmp_path):
+    records = expected("x")
+    with RecordWriter(tmp_path / "a.jsonl.zst", frame_bytes=5_000) as writer:
+        for record in records:
+            writer.add(record)
+    data = (tmp_path / "a.jsonl.zst").read_bytes()
+    assert data.count(b"\x28\xb5\x2f\xfd") > 5 and zstandard.get_frame_parameters(data).has_checksum
+    found = list(read_records(tmp_path / "a.jsonl.zst"))
+    assert [(record.id, record.text) for record in found] == [(record.id, record.text) for record in records]
+    (tmp_path / "a.jsonl.zst").write_bytes(data[:-3])
+    with pytest.raises(ValueError, match="is damaged"):
+        list(read_records(tmp_path / "a.jsonl.zst"))
+    with pytest.raises(KeyError), RecordWriter(tmp_path / "b.jsonl.zst", frame_bytes=5_000) as writer:
+        writer.add(records[0])
+        raise KeyError
+    assert [path.name for path in tmp_path.iterdir()] == ["a.jsonl.zst"]

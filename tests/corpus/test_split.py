@@ -1,0 +1,188 @@
+"""Splitting: every document on one side, nothing of the held-out or evaluation text in train, by hashes alone."""
+
+import json
+import re
+import string
+from collections import Counter
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from support.corpus_files import made_up_text, write_raw
+
+from btlm_jax.cli import main
+from btlm_jax.corpus.engine.inputs import read_stage
+from btlm_jax.corpus.readers.records import read_records
+from btlm_jax.corpus.stages import split as splitting
+from btlm_jax.corpus.stages.contamination import WORDS, HeldOut, shares_run, strict_signature, word_runs
+
+SOURCES = ("A", "B", "C")
+TEXTS = [made_up_text(seed=seed, num_words=60) for seed in range(240)]
+
+
+@pytest.fixture
+def cleaned(tmp_path, monkeypatch):
+    """A cleaned folder of 240 documents in 3 files, a source and a task each."""
+    monkeypatch.setattr("btlm_jax.corpus.engine.inputs.TASK_BYTES", 1)
+    return make_cleaned(tmp_path, TEXTS)
+
+
+def make_cleaned(folder, texts):
+    for number, source in enumerate(SOURCES):
+        write_raw(folder / "raw" / f"{number}.jsonl", texts[number::3], source=source)
+    assert main(["corpus", "clean", f"--input={folder / 'raw'}", f"--output={folder / 'clean'}", "--workers=1"]) == 0
+    return folder
+
+
+def run_split(folder, name="split", *flags) -> int:
+    return main(
+        ["corpus", "split", f"--input={folder / 'clean'}", f"--output={folder / name}", "--workers=1",
+         "--validation=0.1", "--test=0.05", *flags]
+    )  # fmt: skip
+
+
+def documents(directory) -> dict[str, list]:
+    found = {"train": [], "validation": [], "test": []}
+    for output in read_stage(directory)["outputs"]:
+        found[output["split"]] += read_records(directory / output["file"])
+    return found
+
+
+def texts_of(directory, name: str) -> list[str]:
+    return [record.text for record in documents(directory)[name]]
+
+
+def test_every_document_is_in_one_split_and_counted(cleaned):
+    assert run_split(cleaned) == 0
+    found = documents(cleaned / "split")
+    assert sorted(record.text for records in found.values() for record in records) == sorted(TEXTS)
+    assert 12 <= len(found["validation"]) <= 36 and 4 <= len(found["test"]) <= 24
+    counted = read_stage(cleaned / "split")["totals"]["splits"]
+    for name, records in found.items():
+        by_source = Counter(record.source for record in records)
+        assert {source: count["documents"] for source, count in counted[name].items()} == by_source
+        sizes = Counter()
+        for record in records:
+            sizes[record.source] += len(record.text.encode())
+        assert {source: count["bytes"] for source, count in counted[name].items()} == sizes
+    for name in ("validation", "test"):  # one file a source
+        for output in read_stage(cleaned / "split")["outputs"]:
+            if output["split"] == name:
+                assert len({record.source for record in read_records(cleaned / "split" / output["file"])}) == 1
+    assert main(["corpus", "verify", f"--store={cleaned / 'split'}"]) == 0
+
+
+def test_train_is_shuffled_and_the_seed_decides(cleaned):
+    assert run_split(cleaned) == run_split(cleaned, "other", "--seed=1") == 0
+    order = [record.source for record in documents(cleaned / "split")["train"]]
+    changes = sum(a != b for a, b in zip(order, order[1:], strict=False))
+    assert changes > len(order) / 2  # sources are mixed: by chance two thirds
+    assert texts_of(cleaned / "split", "train") != texts_of(cleaned / "other", "train")
+    assert set(texts_of(cleaned / "split", "test")) != set(texts_of(cleaned / "other", "test"))
+
+
+def contents(directory) -> dict:
+    return {path.name: path.read_bytes() for path in directory.iterdir() if path.is_file()}
+
+
+def test_workers_change_nothing_and_partitions_lose_nothing(cleaned, monkeypatch):
+    monkeypatch.setattr(splitting, "GATHER_BYTES", 20_000)
+    assert run_split(cleaned) == run_split(cleaned, "two", "--workers=2") == 0
+    assert len(list((cleaned / "split").glob("train-*"))) >= 4
+    found = documents(cleaned / "split")
+    assert sorted(record.text for records in found.values() for record in records) == sorted(TEXTS)
+    assert contents(cleaned / "split").keys() == contents(cleaned / "two").keys()
+    assert contents(cleaned / "split") == contents(cleaned / "two")
+
+
+def test_equal_texts_share_a_split_and_near_ones_leave_train(tmp_path, monkeypatch):
+    monkeypatch.setattr("btlm_jax.corpus.engine.inputs.TASK_BYTES", 1)
+    copies = [text.upper().replace(" ", " - ") for text in TEXTS[:120]]
+    near = [text + " tail" for text in TEXTS[120:]]
+    make_cleaned(tmp_path, TEXTS + copies + near)
+    assert run_split(tmp_path) == 0
+    side = {}
+    for name, records in documents(tmp_path / "split").items():
+        for record in records:
+            side[record.text] = name
+    heldout = {text for text, name in side.items() if name != "train"}
+    assert all(side[text] == side[copy] for text, copy in zip(TEXTS, copies, strict=False) if text in side)
+    for text, other in zip(TEXTS[120:], near, strict=True):
+        if (text in heldout) != (other in heldout):  # the one in train is gone
+            assert len({text, other} & side.keys()) == 1
+    dropped = read_stage(tmp_path / "split")["totals"]["dropped"]["near a held-out document"]
+    assert dropped == 480 - len(side) > 10
+
+
+def test_evaluation_text_is_found_by_13_words(cleaned, capsys):
+    words = TEXTS[7].split()
+    evaluation = ["question: " + " ".join(words[20 : 20 + WORDS]).upper() + "?", " ".join(TEXTS[8].split()[:12])]
+    (cleaned / "evaluation.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in evaluation))
+    assert run_split(cleaned, "split", f"--evaluation={cleaned / 'evaluation.jsonl'}") == 0
+    everything = [record.text for records in documents(cleaned / "split").values() for record in records]
+    assert sorted(everything) == sorted(set(TEXTS) - {TEXTS[7]})
+    assert "'has evaluation text': 1" in capsys.readouterr().out
+    (cleaned / "evaluation.jsonl").write_text("{}")
+    assert run_split(cleaned, "other", f"--evaluation={cleaned / 'evaluation.jsonl'}") == 1
+    assert "line 1: there is no text" in capsys.readouterr().err
+
+
+@given(st.text(max_size=80) | st.lists(st.sampled_from("abcdé"), min_size=10, max_size=40).map(" ".join))
+def test_word_runs_are_those_of_the_normalised_words(text):
+    cleaned = text.lower().translate(str.maketrans("", "", string.punctuation))
+    words = re.sub(r"\s+", " ", cleaned).strip().split(" ")
+    runs = {tuple(words[start : start + WORDS]) for start in range(len(words) - WORDS + 1)}
+    found = np.concatenate([np.empty(0, np.uint64), *word_runs(text)])
+    assert len(set(found.tolist())) == len(runs)
+    assert shares_run(text, np.unique(found)) == bool(runs)
+    assert not shares_run(text, np.unique(np.concatenate(list(word_runs("some other words " * 9)))))
+
+
+def test_near_duplicates_are_found_among_many():
+    heldout = HeldOut.of(np.stack([strict_signature(text) for text in TEXTS[:100]]))
+    probes = [TEXTS[3] + " tail", TEXTS[150], TEXTS[99].upper(), TEXTS[151], TEXTS[3][: len(TEXTS[3]) // 2]]
+    assert heldout.has_near(probes).tolist() == [True, False, True, False, False]
+    assert heldout.has_near([]).tolist() == []
+
+
+def test_weights_take_a_source_so_many_times(cleaned, capsys):
+    assert run_split(cleaned) == 0
+    assert run_split(cleaned, "weighted", "--weight=A=2.5", "--weight=C=0") == 0
+    plain, weighted = (documents(cleaned / name) for name in ("split", "weighted"))
+    before = Counter(record.source for record in plain["train"])
+    after = Counter(record.source for record in weighted["train"])
+    assert after["B"] == before["B"] and after["C"] == 0
+    assert 2.25 * before["A"] < after["A"] < 2.75 * before["A"]
+    times = Counter(record.text for record in weighted["train"] if record.source == "A")
+    assert set(times.values()) == {2, 3}
+    for name in ("validation", "test"):
+        assert weighted[name] == plain[name]
+    assert run_split(cleaned, "unknown", "--weight=D=2") == 1
+    assert "weights name D, which is no source; there are A, B, C" in capsys.readouterr().err
+    assert run_split(cleaned, "unknown", "--weight=A") == 2
+    assert run_split(cleaned, "unknown", "--weight=A=-1") == 2
+
+
+def test_shares_that_leave_nothing_are_refused(cleaned, capsys):
+    assert run_split(cleaned, "split", "--test=0.7") == 2
+    assert "test=0.7 must be 0 or more and less than 0.5" in capsys.readouterr().err
+    assert run_split(cleaned, "none", "--weight=A=0", "--weight=B=0", "--weight=C=0") == 1
+    assert "no training document is left" in capsys.readouterr().err
+
+
+def test_documents_of_one_id_are_all_kept(tmp_path):
+    (tmp_path / "raw").mkdir()
+    rows = [json.dumps({"id": "same", "source": "A", "text": text}) for text in TEXTS]
+    (tmp_path / "raw" / "all.jsonl").write_text("\n".join(rows))
+    for verb, source in (("clean", "raw"), ("dedup", "clean")):
+        command = ["corpus", verb, f"--input={tmp_path / source}", f"--output={tmp_path / verb}", "--workers=1"]
+        assert main(command) == 0
+    (tmp_path / "clean").rename(tmp_path / "cleaned")
+    (tmp_path / "dedup").rename(tmp_path / "clean")
+    assert run_split(tmp_path, "split", "--weight=A=2") == 0
+    found = documents(tmp_path / "split")
+    train = Counter(record.text for record in found["train"])
+    assert set(train.values()) == {2}
+    heldout = [record.text for name in ("validation", "test") for record in found[name]]
+    assert sorted([*train, *heldout]) == sorted(TEXTS)

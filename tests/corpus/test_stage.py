@@ -1,0 +1,121 @@
+"""Running a stage: what happens to workers, locks and manifests when something goes wrong."""
+
+import fcntl
+import json
+import os
+import re
+import signal
+
+import pytest
+
+from btlm_jax.corpus.engine.inputs import TASK_BYTES, make_tasks, raw_inputs, read_stage
+from btlm_jax.corpus.engine.stage import Stage, run_stage
+from btlm_jax.corpus.engine.tasks import Input, Task
+from btlm_jax.corpus.engine.workers import LocalWorkers
+
+TASKS = [Task(index=index, inputs=(), weight=1) for index in range(4)]
+
+
+def count(task, directory, tick):
+    tick(10, 2_000_000)
+    return {"totals": {"seen": {"all": 1 + task.index}}, "outputs": []}
+
+
+def die(task, directory, tick):
+    if task.index == 2:
+        os.kill(os.getpid(), signal.SIGKILL)
+    return count(task, directory, tick)
+
+
+def refuse(task, directory, tick):
+    raise ValueError(f"task {task.index} cannot be done")
+
+
+def stage(run) -> Stage:
+    return Stage(name="counting", settings={"recipe": 1}, tasks=TASKS, run=run)
+
+
+def run(made: Stage, directory, *, num_workers=1, said=None) -> dict:
+    log = [].append if said is None else said.append
+    return run_stage(made, directory, workers=LocalWorkers(num_workers), log=log, check=lambda results: None)
+
+
+def test_a_killed_worker_ends_the_stage_and_the_next_start_finishes_it(tmp_path):
+    with pytest.raises(ValueError, match="a worker was killed, perhaps for its memory; finished work is kept"):
+        run(stage(die), tmp_path / "a", num_workers=2)
+    said = []
+    assert run(stage(count), tmp_path / "a", num_workers=2, said=said) == run(stage(count), tmp_path / "b")
+    assert "counting: 4/4 shards" in said[-1]
+
+
+def large(task, directory, tick):
+    data = bytearray(300_000_000 if task.index == 1 else 1)
+    data[::4096] = b"x" * len(data[::4096])
+    return count(task, directory, tick)
+
+
+def test_the_largest_memory_of_a_worker_is_told(tmp_path):
+    said = []
+    run(stage(large), tmp_path, num_workers=2, said=said)
+    assert int(re.search(r"at most (\d+) MB a process", said[-1])[1]) > 300
+
+
+def test_the_first_error_of_a_worker_is_told_and_totals_add_up(tmp_path):
+    with pytest.raises(ValueError, match="task . cannot be done"):
+        run(stage(refuse), tmp_path, num_workers=2)
+    assert list((tmp_path / "done").iterdir()) == []
+    said = []
+    manifest = run(stage(count), tmp_path, num_workers=2, said=said)
+    assert manifest["totals"] == {"seen": {"all": 10}} and read_stage(tmp_path) == manifest
+    assert "40 documents" in said[-1] and "ETA 0:00:00" in said[-1] and "MB a process" in said[-1]
+
+
+def append(task, directory, tick):
+    with open(task.inputs[0].path, "a") as file:
+        file.write("more")
+    return count(task, directory, tick)
+
+
+def test_an_input_that_changes_while_it_is_read_is_refused(tmp_path):
+    (tmp_path / "raw.jsonl").write_text("text")
+    tasks = make_tasks(raw_inputs(tmp_path / "raw.jsonl", log=print))
+    made = Stage(name="appending", settings={}, tasks=tasks, run=append)
+    with pytest.raises(ValueError, match="raw.jsonl changed while it was read; run again"):
+        run(made, tmp_path / "out")
+    assert list((tmp_path / "out" / "done").iterdir()) == []
+
+
+def test_two_processes_do_not_work_in_one_directory(tmp_path):
+    with open(tmp_path / ".lock", "w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        with pytest.raises(ValueError, match="another process is working"):
+            run(stage(count), tmp_path)
+
+
+def test_a_damaged_manifest_is_refused(tmp_path):
+    run(stage(count), tmp_path)
+    path = tmp_path / "manifest.json"
+    body = json.loads(path.read_text())
+    body["totals"]["seen"]["all"] = 11
+    path.write_text(json.dumps(body))
+    with pytest.raises(ValueError, match="its contents do not give its fingerprint"):
+        read_stage(tmp_path)
+    path.write_text("{")
+    with pytest.raises(ValueError, match="damaged"):
+        read_stage(tmp_path)
+
+
+def test_files_share_tasks_in_order_up_to_a_size(tmp_path):
+    sizes = [TASK_BYTES // 2, TASK_BYTES // 2, 1, TASK_BYTES * 3, 5, 6]
+    inputs = [Input(name=str(n), path=tmp_path, num_bytes=size, sha256="") for n, size in enumerate(sizes)]
+    tasks = make_tasks(inputs)
+    assert [[int(item.name) for item in task.inputs] for task in tasks] == [[0, 1], [2], [3], [4, 5]]
+    assert [task.index for task in tasks] == [0, 1, 2, 3]
+
+
+def test_raw_files_are_found_by_suffix_in_the_order_of_their_names(tmp_path):
+    for name in ("b/2.jsonl", "a.jsonl.zst", "b/1.txt", "b/picture.png", ".hidden.jsonl"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_bytes(b"x")
+    assert [item.name for item in raw_inputs(tmp_path, log=print)] == ["a.jsonl.zst", "b/1.txt", "b/2.jsonl"]
+    assert [item.name for item in raw_inputs(tmp_path / "b" / "2.jsonl", log=print)] == ["2.jsonl"]

@@ -1,0 +1,114 @@
+"""Datasets of other libraries on disk: every row once, none of a file that is not part of the dataset."""
+
+import json
+
+import numpy as np
+import pyarrow
+import pyarrow.ipc
+import pytest
+import tensorflow_datasets as tfds
+from array_record.python.array_record_module import ArrayRecordWriter
+from support.corpus_files import made_up_text
+
+from btlm_jax.cli import main
+from btlm_jax.corpus.engine.inputs import read_stage
+from btlm_jax.corpus.readers.raw import BadFile, read_raw
+from btlm_jax.corpus.readers.records import read_records
+
+ROWS = [{"text": made_up_text(seed=seed), "source": "AB"[seed % 2], "stars": seed} for seed in range(30)]
+
+
+def clean(folder) -> int:
+    return main(["corpus", "clean", f"--input={folder / 'raw'}", f"--output={folder / 'clean'}", "--workers=1"])
+
+
+def written(folder) -> list:
+    outputs = read_stage(folder / "clean")["outputs"]
+    return [record for output in outputs for record in read_records(folder / "clean" / output["file"])]
+
+
+def write_arrow(path, rows, *, make=pyarrow.ipc.new_stream) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    table = pyarrow.Table.from_pylist(rows)
+    with pyarrow.OSFile(str(path), "wb") as file, make(file, table.schema) as writer:
+        writer.write_table(table, max_chunksize=7)
+
+
+@pytest.mark.parametrize("make", [pyarrow.ipc.new_stream, pyarrow.ipc.new_file])
+def test_a_hugging_face_dataset_on_disk(tmp_path, capsys, make):
+    parts = [f"data-{index:05d}-of-00002.arrow" for index in range(2)]
+    train = tmp_path / "raw" / "train"
+    for part, rows in zip(parts, (ROWS[:17], ROWS[17:]), strict=True):
+        write_arrow(train / part, rows, make=make)
+    write_arrow(train / "data-00000-of-00001.arrow", ROWS)  # of an earlier save
+    write_arrow(tmp_path / "raw" / "cache-1234.arrow", ROWS)
+    (train / "state.json").write_text(json.dumps({"_data_files": [{"filename": part} for part in parts]}))
+    assert clean(tmp_path) == 0
+    found = written(tmp_path)
+    assert [(record.text, record.source) for record in found] == [(row["text"], row["source"]) for row in ROWS]
+    assert found[17].id == "train/data-00001-of-00002.arrow:1" and found[17].meta["stars"] == 17
+    assert "files of other kinds are not read" in capsys.readouterr().out
+    (train / "state.json").rename(train / "kept.json")
+    (train / "state.json").write_text("{}")
+    assert clean(tmp_path) == 1 and "does not say which .arrow files" in capsys.readouterr().err
+    (train / "kept.json").rename(train / "state.json")
+    (train / parts[1]).unlink()
+    assert clean(tmp_path) == 1 and "data-00001-of-00002.arrow, which is not there" in capsys.readouterr().err
+
+
+def test_a_table_cut_short_is_bad(tmp_path):
+    write_arrow(tmp_path / "a.arrow", ROWS)
+    data = (tmp_path / "a.arrow").read_bytes()
+    (tmp_path / "a.arrow").write_bytes(data[: len(data) // 2])
+    with pytest.raises(BadFile, match="Arrow is damaged after row 7|Arrow is damaged after row 14"):
+        list(read_raw(tmp_path / "a.arrow", name="a.arrow", default_source="x"))
+
+
+FEATURES = tfds.features.FeaturesDict(
+    {"text": tfds.features.Text(), "stars": tfds.features.Scalar(np.int64), "source": tfds.features.Text()}
+)
+
+
+@pytest.fixture
+def tfds_folder(tmp_path):
+    """A TFDS dataset of two shards, as its own tools describe it."""
+    folder = tmp_path / "raw" / "ds" / "1.0.0"
+    folder.mkdir(parents=True)
+    for index, rows in enumerate((ROWS[:17], ROWS[17:])):
+        writer = ArrayRecordWriter(str(folder / f"ds-train.array_record-{index:05d}-of-00002"), "group_size:1")
+        for row in rows:
+            writer.write(FEATURES.serialize_example(row))
+        writer.close()
+    template = tfds.core.ShardedFileTemplate(data_dir=folder, dataset_name="ds", filetype_suffix="array_record")
+    info = tfds.core.SplitInfo(name="train", shard_lengths=[17, 13], num_bytes=1, filename_template=template)
+    tfds.folder_dataset.write_metadata(
+        data_dir=str(folder), features=FEATURES, split_infos=[info], version="1.0.0", filename_template=template,
+        check_data=False,
+    )  # fmt: skip
+    return folder
+
+
+def test_a_tfds_dataset_gives_what_tfds_reads(tfds_folder, tmp_path, capsys):
+    assert clean(tmp_path) == 0
+    found = written(tmp_path)
+    theirs = tfds.builder_from_directory(str(tfds_folder)).as_data_source("train")
+    assert [(record.text, record.source, record.meta["stars"]) for record in found] == [
+        (row["text"].decode(), row["source"].decode(), int(row["stars"])) for row in theirs
+    ]
+    assert len(found) == 30
+    shard = tfds_folder / "ds-train.array_record-00001-of-00002"
+    data = shard.read_bytes()
+    shard.write_bytes(data[: len(data) // 2])
+    with pytest.raises(BadFile, match="damaged"):
+        list(read_raw(shard, name=shard.name, default_source="x"))
+    shard.unlink()
+    assert clean(tmp_path) == 1 and "only 1 of 2 shards are there" in capsys.readouterr().err
+    (tfds_folder / "features.json").unlink()
+    with pytest.raises(BadFile, match="no features.json"):
+        list(
+            read_raw(
+                tfds_folder / "ds-train.array_record-00000-of-00002",
+                name="ds-train.array_record-00000-of-00002",
+                default_source="x",
+            )
+        )

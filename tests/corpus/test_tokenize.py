@@ -1,0 +1,203 @@
+"""From split documents to a token store: every token once, in order, counted, whatever was killed."""
+
+import random
+import shutil
+
+import numpy as np
+import pytest
+import tensorflow_datasets as tfds
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from support import tiny_tokenizers
+from support.corpus_files import contents, made_up_text, write_raw
+
+from btlm_jax.cli import main
+from btlm_jax.cli.parse import INTERRUPTED
+from btlm_jax.corpus.engine.inputs import read_stage
+from btlm_jax.corpus.readers.records import read_records
+from btlm_jax.corpus.stages import tokenize as tokenizing
+from btlm_jax.data import store
+from btlm_jax.data.reader import open_store
+from btlm_jax.data.verify import verify
+from btlm_jax.tokenizers.byte_level import read_byte_level
+from btlm_jax.tokenizers.gpt2 import FastGpt2Tokenizer, can_be_fast, fastest
+from btlm_jax.tokenizers.tokenizer import SentencePieceTokenizer, load_tokenizer, train_tokenizer
+
+MARK = "\u2581"  # SentencePiece's own, which it cannot give back
+TEXTS = [made_up_text(seed=seed, num_words=50) + (f" é{MARK}\n" if seed % 10 == 0 else " é\n") for seed in range(120)]
+SOURCES = ("A", "B")
+
+
+@pytest.fixture(scope="module")
+def prepared(tmp_path_factory):
+    """A folder with split documents and the two kinds of tokenizers."""
+    folder = tmp_path_factory.mktemp("prepared")
+    for number, source in enumerate(SOURCES):
+        write_raw(folder / "raw" / f"{number}.jsonl", TEXTS[number::2], source=source)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("btlm_jax.corpus.stages.split.GATHER_BYTES", 8_000)
+        for verb, source, flags in (("clean", "raw", []), ("split", "clean", ["--validation=0.1", "--test=0.1"])):
+            command = ["corpus", verb, f"--input={folder / source}", f"--output={folder / verb}", "--workers=1", *flags]
+            assert main(command) == 0
+    tiny_tokenizers.write_gpt2_files(folder / "bpe")
+    (folder / "pieces").mkdir()
+    (folder / "pieces" / "tokenizer.model").write_bytes(train_tokenizer(tiny_tokenizers.TEXTS, vocab_size=400))
+    return folder
+
+
+def run(folder, output, *flags, tokenizer="bpe", block_len=64) -> int:
+    return main(
+        ["corpus", "tokenize", f"--input={folder / 'split'}", f"--output={output}", f"--block_len={block_len}",
+         f"--tokenizer={folder / tokenizer}", "--workers=1", *flags]
+    )  # fmt: skip
+
+
+@pytest.fixture(autouse=True)
+def small_shards(monkeypatch):
+    monkeypatch.setattr(store, "BLOCKS_PER_SHARD", 7)
+
+
+def documents(folder, name: str) -> list:
+    outputs = [output for output in read_stage(folder / "split")["outputs"] if output["split"] == name]
+    return [record for output in outputs for record in read_records(folder / "split" / output["file"])]
+
+
+def streams_of(opened, name: str) -> dict[str, list[int]]:
+    """Return the targets of each stream of a split."""
+    reader, split = opened.split(name), opened.manifest.splits[name]
+    stretches = {source: (part.first_block, part.num_blocks) for source, part in split.sources.items()}
+    if name == store.TRAIN:
+        stretches = {"": (0, split.num_blocks)}
+    found = {}
+    for source, (first, count) in stretches.items():
+        blocks = [reader.read(number) for number in range(first, first + count)]
+        assert all(a.tokens[-1] == b.tokens[0] for a, b in zip(blocks, blocks[1:], strict=False))
+        found[source] = [token for block in blocks for token in block.tokens[1 : block.num_targets + 1].tolist()]
+    return found
+
+
+@pytest.mark.parametrize("tokenizer", ["bpe", "pieces"])
+def test_the_store_holds_every_document_once_and_in_order(prepared, tmp_path, tokenizer):
+    assert run(prepared, tmp_path / "store", tokenizer=tokenizer) == 0
+    manifest = verify(tmp_path / "store", log=print)
+    opened = open_store(tmp_path / "store", expected_fingerprint=manifest.fingerprint)
+    assert [len(manifest.splits[name].shards) > 1 for name in (store.TRAIN, store.HELDOUT)] == [True, True]
+    stored = load_tokenizer(tmp_path / "store", manifest.tokenizer)
+    for name, store_name in tokenizing.STORE_SPLITS.items():
+        expected = documents(prepared, name)
+        if tokenizer == "pieces":
+            assert manifest.made_by["dropped"] == {"has SentencePiece's space mark": 12}
+            expected = [record for record in expected if MARK not in record.text]
+        parts = {"": expected} if name == "train" else {
+            source: [record for record in expected if record.source == source] for source in SOURCES
+        }  # fmt: skip
+        for source, records in parts.items():
+            wanted = [token for record in records for token in [*stored.encode(record.text), stored.eos_id]]
+            assert streams_of(opened, store_name)[source] == wanted
+        for source, part in manifest.splits[store_name].sources.items():
+            own = [record for record in expected if record.source == source]
+            assert part.num_documents == len(own) > 0
+            assert part.num_bytes == sum(len(record.text.encode()) for record in own)
+            assert part.num_tokens == sum(len(stored.encode(record.text)) + 1 for record in own)
+    source = tfds.builder_from_directory(str(tmp_path / "store")).as_data_source(store.TRAIN)
+    np.testing.assert_array_equal(source[3]["tokens"], opened.split(store.TRAIN).read(3).tokens)
+
+
+def test_two_workers_and_any_kill_give_the_same_bytes(prepared, tmp_path, monkeypatch):
+    assert run(prepared, tmp_path / "one") == 0
+    expected = contents(tmp_path / "one")
+    real, rng, kills = tokenizing.os.replace, random.Random(5), 0
+    while True:
+        left = [rng.randint(2, 9)]
+
+        def replace(source, target, left=left):
+            left[0] -= 1
+            if left[0] == 0:
+                raise KeyboardInterrupt
+            real(source, target)
+
+        monkeypatch.setattr("os.replace", replace)
+        code = run(prepared, tmp_path / "killed")
+        if code == 0:
+            break
+        kills += 1
+        assert code == INTERRUPTED and kills < 60
+    monkeypatch.undo()
+    monkeypatch.setattr(store, "BLOCKS_PER_SHARD", 7)
+    assert kills >= 3 and contents(tmp_path / "killed") == expected
+    assert run(prepared, tmp_path / "killed") == 0  # says that it is done
+
+
+def test_workers_of_their_own_give_the_same_store(prepared, tmp_path, monkeypatch):
+    monkeypatch.undo()  # spawned workers have the real size of a shard
+    assert run(prepared, tmp_path / "one") == run(prepared, tmp_path / "two", "--workers=2") == 0
+    assert contents(tmp_path / "one") == contents(tmp_path / "two")
+
+
+def test_what_does_not_fit_is_refused(prepared, tmp_path, capsys):
+    assert run(prepared, tmp_path / "store") == 0
+    assert run(prepared, tmp_path / "store", block_len=32) == 1
+    assert "block_len=64 then, 32 now" in capsys.readouterr().err
+    assert run(prepared, tmp_path / "store", tokenizer="pieces") == 1
+    assert "was begun otherwise" in capsys.readouterr().err
+    assert run(prepared, tmp_path / "other", f"--input={prepared / 'clean'}") == 1
+    assert "holds the stage clean; tokenize what btlm corpus split wrote" in capsys.readouterr().err
+    assert run(prepared, tmp_path / "other", tokenizer="nothing") == 1
+    assert run(prepared, tmp_path / "other", "--tokenizer=") == 2
+    assert run(prepared, tmp_path / "other", block_len=0) == 2
+    shutil.copytree(prepared / "clean", tmp_path / "clean")
+    split = ["corpus", "split", f"--input={tmp_path / 'clean'}", f"--output={tmp_path / 'split'}", "--workers=1"]
+    assert main([*split, "--validation=0"]) == 0
+    assert run(tmp_path, tmp_path / "other", f"--tokenizer={prepared / 'bpe'}") == 1
+    assert "has no validation document that" in capsys.readouterr().err
+
+
+@settings(deadline=None)
+@given(
+    st.text(max_size=60)
+    | st.lists(st.sampled_from(["it's", " the", "\n\n", "  ", "42", "é", "…", "\t", "et"])).map("".join)
+)
+def test_tiktoken_gives_the_ids_of_the_tokenizers_library(fast_and_slow, text):
+    fast, slow = fast_and_slow
+    assert fast.encode(text) == slow.encode(text)
+    assert fast.decode(fast.encode(text)) == text
+    assert fast.encode_batch([text, "a"], num_threads=2) == fast.encode_batch([text, "a"], num_threads=1)
+
+
+@pytest.fixture(scope="module")
+def fast_and_slow(prepared):
+    slow = read_byte_level(prepared / "bpe")
+    fast = fastest(slow)
+    assert isinstance(fast, FastGpt2Tokenizer)
+    return fast, slow
+
+
+def test_tiktoken_on_whole_texts(fast_and_slow):
+    fast, slow = fast_and_slow
+    for text in [*TEXTS, *tiny_tokenizers.TEXTS[:60], *tiny_tokenizers.NASTY]:
+        assert fast.encode(text) == slow.encode(text)
+    assert (fast.vocab_size, fast.eos_id, fast.contents) == (slow.vocab_size, slow.eos_id, slow.contents)
+    assert fast.eos_id not in fast.encode(tiny_tokenizers.EOS)
+
+
+def test_other_tokenizers_stay_with_their_own_library(prepared, tmp_path):
+    pieces = SentencePieceTokenizer((prepared / "pieces" / "tokenizer.model").read_bytes())
+    assert fastest(pieces) is pieces
+    shutil.copytree(prepared / "bpe", tmp_path / "swapped")
+    merges = (tmp_path / "swapped" / "merges.txt").read_text().splitlines()
+    header = [merges.pop(0)] if merges[0].startswith("#") else []
+    merges[0], merges[1] = merges[1], merges[0]  # the ids no longer follow the merges
+    (tmp_path / "swapped" / "merges.txt").write_text("\n".join(header + merges))
+    swapped = read_byte_level(tmp_path / "swapped")
+    assert not can_be_fast(swapped) and fastest(swapped) is swapped
+
+
+def test_a_store_that_lost_files_gets_them_again(prepared, tmp_path):
+    assert run(prepared, tmp_path / "store") == 0
+    before = {path.name: path.read_bytes() for path in (tmp_path / "store").iterdir() if path.is_file()}
+    first, second, *_ = sorted((tmp_path / "store").glob("tokens-*"))
+    first.unlink()
+    second.write_bytes(second.read_bytes()[:-1])
+    (tmp_path / "store" / "tokenizer.json").unlink()
+    assert run(prepared, tmp_path / "store") == 0
+    assert {path.name: path.read_bytes() for path in (tmp_path / "store").iterdir() if path.is_file()} == before

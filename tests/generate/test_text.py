@@ -1,0 +1,231 @@
+"""`btlm generate`: over a real run's checkpoint, and many texts of a model with random weights."""
+
+import json
+import shutil
+
+import jax
+import pytest
+from support.published_files import ORACLES
+from support.tiny import tiny_config
+from support.tiny_tokenizers import TEXTS
+
+from btlm_jax.cli import main
+from btlm_jax.convert.conversion import Conversion, convert
+from btlm_jax.decode import batch as generation
+from btlm_jax.decode import cpu_cache as cache
+from btlm_jax.decode.batch import continue_tokens
+from btlm_jax.decode.cpu_decoder import CpuDecoder
+from btlm_jax.decode.sampling import GREEDY
+from btlm_jax.display.terminal import printable
+from btlm_jax.generate import text as serve
+from btlm_jax.generate.text import load_for_text
+from btlm_jax.hub.native import ModelFacts, one_device_mesh, write_model_directory
+from btlm_jax.model import init_params
+from btlm_jax.tokenizers.tokenizer import SentencePieceTokenizer, stored_facts, train_tokenizer
+
+
+def continued(capsys, workdir, *flags) -> str:
+    assert main(["generate", f"--checkpoint={workdir}", "--prompt=def f", "--num_tokens=12", *flags]) == 0
+    return capsys.readouterr().out
+
+
+def test_the_stream_is_the_prompt_and_its_continuation(capsys, tiny_run):
+    _, workdir = tiny_run
+    native = load_for_text(workdir, as_int4=False)
+    assert native.facts.notes["steps"] == "10"
+    tokenizer = native.tokenizer
+    prompt = [tokenizer.eos_id, *tokenizer.encode("def f")]
+    options = {"prompt": prompt, "num_tokens": 12, "sampling": GREEDY, "seed": 0, "stop_id": tokenizer.eos_id}
+    made = continue_tokens(native.facts.network(), native.params, native.mesh, **options)
+    want = "def f" + printable(tokenizer.decode(made)) + "\n"
+    assert continued(capsys, workdir, "--temperature=0") == want
+
+
+def test_a_seed_gives_the_same_text(capsys, tiny_run):
+    _, workdir = tiny_run
+    first, again, other = (continued(capsys, workdir, "--temperature=2", f"--seed={seed}") for seed in (1, 1, 2))
+    assert first == again != other
+
+
+def test_a_save_in_progress_is_left_alone(capsys, tiny_run, tmp_path):
+    workdir = tmp_path / "run"
+    shutil.copytree(tiny_run[1], workdir, symlinks=True)
+    unfinished = workdir / "checkpoints" / "11.orbax-checkpoint-tmp"
+    unfinished.mkdir()
+    continued(capsys, workdir)
+    assert unfinished.is_dir()
+
+
+def test_every_form_of_a_model_writes_the_same(capsys, tiny_run, tmp_path):
+    _, workdir = tiny_run
+    wanted = continued(capsys, workdir, "--temperature=0")
+    for target, format in ((tmp_path / "hf", "hf"), (tmp_path / "native", "native")):
+        options = {"dtype": "float32", "file_type": "F32", "pad_ffn": 1, "max_shard_bytes": 10**9}
+        options |= {"method": "rtn", "calibration": None}
+        convert(Conversion(source=workdir, target=target, format=format, **options), say=lambda line: None)
+        assert continued(capsys, target, "--temperature=0") == wanted
+
+
+@pytest.mark.parametrize(
+    ("folder", "message"), [("", "holds no model: looked for"), ("checkpoints", "is no checkpoint in")]
+)
+def test_a_directory_without_a_model(capsys, tmp_path, folder, message):
+    (tmp_path / folder).mkdir(exist_ok=True)
+    assert main(["generate", f"--checkpoint={tmp_path}"]) == 1
+    assert message in capsys.readouterr().err
+
+
+def test_a_model_without_a_tokenizer(capsys):
+    assert main(["generate", f"--checkpoint={ORACLES / 'tiny'}"]) == 1
+    assert "holds no tokenizer, which text needs" in capsys.readouterr().err
+
+
+@pytest.fixture(scope="module")
+def untrained(tmp_path_factory):
+    """The directory of a model with random weights, whose texts are all sorts of tokens."""
+    directory = tmp_path_factory.mktemp("untrained")
+    config = tiny_config(model__vocab_size=400)
+    tokenizer = SentencePieceTokenizer(train_tokenizer(TEXTS, vocab_size=400))
+    facts = ModelFacts(
+        model=config.model, mup=config.mup, max_length=48, eos_id=1, tokenizer=stored_facts(tokenizer), notes={}
+    )
+    params = init_params(facts.network(), one_device_mesh(), seed=5)
+    write_model_directory(directory, facts=facts, params=params, tokenizer=tokenizer)
+    return directory
+
+
+def written(directory, tmp_path, prompts, *flags) -> list[dict]:
+    """The rows of the output for a file of prompts."""
+    source, output = tmp_path / "prompts.jsonl", tmp_path / "texts.jsonl"
+    source.write_text("".join(json.dumps(prompt) + "\n" for prompt in prompts))
+    files = [f"--prompts_file={source}", f"--output={output}"]
+    assert main(["generate", f"--checkpoint={directory}", "--temperature=1.7", *files, *flags]) == 0
+    return [json.loads(line) for line in output.read_text().splitlines()]
+
+
+PROMPTS = [{"prompt": "eta"}, {"prompt": "", "id": 7}, {"prompt": "oin shr dlu " * 3}]
+
+
+def test_texts_do_not_depend_on_their_batch(capsys, untrained, tmp_path, monkeypatch):
+    flags = ("--num_tokens=11", "--num_samples=2", "--seed=3")
+    wanted = written(untrained, tmp_path, PROMPTS, *flags, "--batch_size=2")
+    assert [(row["prompt"], row["sample"]) for row in wanted] == [(p["prompt"], n) for p in PROMPTS for n in (0, 1)]
+    assert [row.get("id") for row in wanted] == [None, None, 7, 7, None, None]
+    assert len({row["text"] for row in wanted}) == 6
+    assert all(row["num_tokens"] == 11 and row["ended_by"] == "length" for row in wanted)
+    monkeypatch.setattr(serve, "PROGRESS_SECONDS", 0.0)
+    capsys.readouterr()
+    assert written(untrained, tmp_path, PROMPTS, *flags, "--batch_size=4") == wanted
+    said = capsys.readouterr().err
+    for part in ("0 of 6 texts, 1 tokens, ", "4 of 6 texts, 44 tokens, ", "tokens/s, ETA at most 0:", "66 new tokens"):
+        assert part in said
+    assert f"wrote 6 texts to {tmp_path / 'texts.jsonl'}" in said
+    assert written(untrained, tmp_path, PROMPTS[::-1], *flags, "--batch_size=2")[4:] == wanted[:2]
+    arguments = ["generate", f"--checkpoint={untrained}", "--temperature=1.7", "--prompt=eta", *flags]
+    assert main([*arguments, "--num_samples=1"]) == 0
+    assert capsys.readouterr().out == "eta" + printable(wanted[0]["text"]) + "\n"
+    assert main(arguments) == 0
+    assert capsys.readouterr().out == "".join(
+        f"--- prompt 1, sample {n + 1}: 11 tokens, ended by length\neta{printable(wanted[n]['text'])}\n" for n in (0, 1)
+    )
+
+
+def test_stop_strings_end_texts_before_they_begin(capsys, untrained, tmp_path):
+    free = written(untrained, tmp_path, PROMPTS, "--num_tokens=30")
+    stop, other = free[0]["text"][9:13], free[2]["text"][20:23]
+    assert stop not in free[1]["text"] + free[2]["text"] and other not in free[0]["text"] + free[1]["text"]
+    stopped = written(untrained, tmp_path, PROMPTS, "--num_tokens=30", f"--stop={stop}", f"--stop={other}")
+    for row, found in ((0, stop), (2, other)):
+        assert stopped[row]["text"] == free[row]["text"][: free[row]["text"].index(found)]
+        assert (stopped[row]["ended_by"], stopped[row]["stop_string"]) == ("stop string", found)
+        assert stopped[row]["num_tokens"] < 30
+    assert stopped[1] == free[1]
+    capsys.readouterr()
+    flags = ["--prompt=eta", "--num_tokens=30", "--temperature=1.7", f"--stop={stop}"]
+    assert main(["generate", f"--checkpoint={untrained}", *flags]) == 0
+    assert capsys.readouterr().out == "eta" + printable(stopped[0]["text"]) + "\n"
+
+
+def test_the_end_of_a_document_ends_a_text(untrained, tmp_path, monkeypatch):
+    monkeypatch.setattr(generation, "draw", lambda logits_V, *, history, **_: 1 if len(history) == 6 else 70)
+    (row,) = written(untrained, tmp_path, [{"prompt": ""}])
+    assert (row["ended_by"], row["num_tokens"]) == ("end of document", 5)
+
+
+def test_the_speed_leaves_out_compilation_and_long_texts_are_noted(capsys, untrained, monkeypatch):
+    monkeypatch.setattr(generation, "draw", lambda logits_V, **_: 70)
+    jax.clear_caches()
+    assert main(["generate", f"--checkpoint={untrained}", "--prompt=", "--num_tokens=50"]) == 0
+    said = capsys.readouterr().err
+    assert "note: up to 51 tokens, past the 48 this model was trained at" in said
+    for part in ("50 new tokens", "compile  ", "prefill  1 prompt tokens in ", "decode   48 new tokens in "):
+        assert part in said
+
+
+def test_attention_that_the_cache_lost_is_said(capsys, untrained, monkeypatch):
+    arguments = ["generate", f"--checkpoint={untrained}", "--prompt=eta", "--num_tokens=50"]
+    assert main(arguments) == 0
+    assert "attention may have fallen" not in capsys.readouterr().err
+    monkeypatch.setattr(cache, "SPREAD", -12.0)
+    assert main(arguments) == 0
+    assert "of a head's attention may have fallen on keys outside its window of the cache" in capsys.readouterr().err
+
+
+def test_a_failure_leaves_the_output_as_it_was(capsys, untrained, tmp_path, monkeypatch):
+    (tmp_path / "texts.jsonl").write_text("before")
+    (tmp_path / "prompts.txt").write_text("eta\n")
+
+    def fail(logits_V, **_):
+        raise ValueError("the model's logits are not finite")
+
+    monkeypatch.setattr(generation, "draw", fail)
+    files = [f"--prompts_file={tmp_path / 'prompts.txt'}", f"--output={tmp_path / 'texts.jsonl'}"]
+    assert main(["generate", f"--checkpoint={untrained}", *files]) == 1
+    assert "btlm generate: error: the model's logits are not finite" in capsys.readouterr().err
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["prompts.txt", "texts.jsonl"]
+    assert (tmp_path / "texts.jsonl").read_text() == "before"
+
+
+@pytest.mark.parametrize(
+    ("flags", "code", "said"),
+    [
+        (["--num_tokens=0"], 2, "num_tokens=0 is not allowed; it must be 1 or more"),
+        (["--num_samples=0"], 2, "num_samples=0 is not allowed; it must be 1 or more"),
+        (["--batch_size=-1"], 2, "batch_size=-1 is not allowed; it must be 1 or more"),
+        (["--seed=-1"], 2, "seed=-1 is not allowed; it must be 0 or more"),
+        (["--temperature=-0.5"], 2, "temperature=-0.5 is not allowed; it must be 0 or more"),
+        (["--temperature=nan"], 2, "temperature=nan is not allowed; it must be 0 or more"),
+        (["--stop=a", "--stop="], 2, "stop='' is not allowed; a stop string needs a character"),
+        (["--stop=\udcff"], 2, "stop='\\udcff' is not valid Unicode"),
+        (["--prompt=\udcff"], 2, "--prompt is not valid Unicode"),
+        (["--cache_dtype=int3"], 2, "cache_dtype=int3 is not allowed; it must be one of model, float32, bfloat16"),
+        (["--prompt=", "--prompts_file=x"], 2, "--prompt and --prompts_file are both given; give one of them"),
+        (["--output="], 2, "--output= is empty; give the name of a file"),
+        (["--prompts_file="], 2, "--prompts_file= is empty; give the name of a file"),
+        (["--prompts_file=nowhere.txt"], 1, "there is no file of prompts nowhere.txt"),
+        (["--output=nowhere/x.jsonl"], 1, "output=nowhere/x.jsonl cannot be written: there is no directory nowhere"),
+        (["--output=."], 1, "output=. is a directory; give the name of a file"),
+    ],
+)  # fmt: skip
+def test_a_wrong_command_says_what_is_right(capsys, flags, code, said):
+    assert main(["generate", "--checkpoint=never loaded", *flags]) == code
+    assert said in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "int8"])
+def test_the_cache_is_of_the_dtype_asked_for(untrained, monkeypatch, dtype, tmp_path):
+    made = []
+    make = CpuDecoder.__init__
+
+    def spy(*arguments, cache_dtype, **rest):
+        made.append(cache_dtype)
+        make(*arguments, cache_dtype=cache_dtype, **rest)
+
+    monkeypatch.setattr(CpuDecoder, "__init__", spy)
+    written(untrained, tmp_path, PROMPTS[:1], "--num_tokens=1", f"--cache_dtype={dtype}")
+    written(untrained, tmp_path, PROMPTS[:1], "--num_tokens=1", "--int4")
+    assert made == [dtype, "int8"]  # 4-bit models have a cache of 8 bits unless another is asked for
+
+
+def test_a_terminal_gets_no_control_characters():
+    assert printable("a\tb\n\x1b[2Jc\x07\r é") == "a\tb\n\ufffd[2Jc\ufffd\ufffd é"

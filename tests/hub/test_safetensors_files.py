@@ -1,0 +1,61 @@
+"""Streamed safetensors against the library's reader."""
+
+import json
+
+import numpy as np
+import pytest
+from ml_dtypes import bfloat16
+from safetensors.numpy import load_file
+
+from btlm_jax.hub.safetensors_files import TensorToWrite, write_safetensors
+
+ARRAYS = {
+    "b": np.arange(15, dtype=np.float32).reshape(3, 5),
+    "a": np.arange(7).astype(bfloat16),
+    "c": np.arange(12, dtype=np.uint32).reshape(2, 2, 3),
+    "d": np.float16(3.5).reshape(1),
+}
+
+
+def announced(**changes):
+    return [
+        TensorToWrite(name=name, shape=array.shape, dtype=array.dtype, make=lambda array=array: array)
+        for name, array in (ARRAYS | changes).items()
+    ]
+
+
+@pytest.mark.parametrize("max_shard_bytes", [1, 70, 10**9])
+def test_the_library_reads_the_same(tmp_path, max_shard_bytes):
+    files = write_safetensors(tmp_path, announced(), max_shard_bytes=max_shard_bytes, metadata={"format": "pt"})
+    assert sorted(files) == sorted(tmp_path.iterdir())
+    shards = [file for file in files if file.suffix == ".safetensors"]
+    assert len(shards) == {1: 4, 70: 2, 10**9: 1}[max_shard_bytes]
+    found = {name: (array, file.name) for file in shards for name, array in load_file(file).items()}
+    assert found.keys() == ARRAYS.keys()
+    for name, array in ARRAYS.items():
+        assert found[name][0].dtype == array.dtype
+        np.testing.assert_array_equal(found[name][0], array)
+    if len(shards) > 1:
+        index = json.loads((tmp_path / "model.safetensors.index.json").read_text())
+        assert index["weight_map"] == {name: file for name, (_, file) in found.items()}
+        assert index["metadata"]["total_size"] == sum(array.nbytes for array in ARRAYS.values())
+
+
+def test_one_tensor_at_a_time_exists(tmp_path):
+    alive = []
+
+    def make(name):
+        assert not alive or alive[-1] != name
+        alive.append(name)
+        return np.zeros(4, np.float32)
+
+    tensors = [TensorToWrite(name=n, shape=(4,), dtype=np.dtype("float32"), make=lambda n=n: make(n)) for n in "xyz"]
+    assert alive == []
+    write_safetensors(tmp_path, tensors, max_shard_bytes=1000, metadata={})
+    assert alive == ["x", "y", "z"]
+
+
+def test_another_shape_than_announced(tmp_path):
+    wrong = TensorToWrite(name="w", shape=(2,), dtype=np.dtype("float32"), make=lambda: np.zeros(3, np.float32))
+    with pytest.raises(ValueError, match=r"tensor w came out as float32 \(3,\), not float32 \(2,\)"):
+        write_safetensors(tmp_path, [wrong], max_shard_bytes=100, metadata={})

@@ -1,0 +1,199 @@
+"""The table of layouts: what it is made of, what it says, and that train and the launcher listen to it."""
+
+import dataclasses
+import json
+import subprocess
+import sys
+import types
+from pathlib import Path
+from unittest import mock
+
+import jax
+import pytest
+from support.imagined_plan import imagined
+from support.tiny import REPOSITORY
+
+from btlm_jax.cli import main
+from btlm_jax.plan import make_table as making
+from btlm_jax.plan.chips import CHIPS, chip_of_device
+from btlm_jax.plan.compiling import CompileCache
+from btlm_jax.plan.layout import layout_of
+from btlm_jax.plan.pod_table import check_devices, check_fits, read_table, table_beside
+from btlm_jax.recipe.config import TrainConfig
+from btlm_jax.train.metrics import peak_flops
+
+CONFIG = """import runpy
+
+TOPOLOGY = "v5e:4x8"
+OTHERS = (dict(accumulation=3, remat="matmuls_saved"), dict(remat="attention_saved"))
+
+
+def get_config():
+    config = runpy.run_path({base!r})["get_config"]()
+    config.mesh.accumulation = 15
+    return config
+"""
+
+UNFITTING = ["--config.mesh.accumulation=3", "--config.model.remat=matmuls_saved"]
+
+
+@pytest.fixture
+def pods(tmp_path):
+    """A folder with one config, BTLM-3B on v5e:4x8: with 15 micro-batches all fits, with 3 the saved matmuls do not."""
+    folder = tmp_path / "pods"
+    folder.mkdir()
+    (folder / "v5e_32.py").write_text(CONFIG.format(base=str(REPOSITORY / "configs" / "btlm_3b_8k.py")))
+    assert make(folder) == []
+    return folder
+
+
+def make(folder: Path) -> list[str]:
+    cache = CompileCache(directory=folder, max_compiles=0)
+    with mock.patch.object(making, "plan_until_misfit", side_effect=imagined):
+        return making.make_table(folder / "table.json", cache=cache, say=lambda line: None)
+
+
+def config_of(folder: Path, **changes) -> TrainConfig:
+    """Return the folder's config with changes to mesh.accumulation or model.remat."""
+    config = making.read_pod_config(folder / "v5e_32.py").config
+    layout = layout_of(config)
+    mesh = dataclasses.replace(layout.mesh, accumulation=changes.get("accumulation", layout.mesh.accumulation))
+    return dataclasses.replace(layout, mesh=mesh, remat=changes.get("remat", layout.remat)).applied_to(config)
+
+
+def check(folder: Path, config, *, chip: str = "v5e", num_chips: int = 32) -> str:
+    return check_fits(config, config_file=folder / "v5e_32.py", chip=chip, num_chips=num_chips)
+
+
+def test_the_table_has_a_row_for_each_layout_with_what_it_needs_and_takes(pods):
+    table = json.loads((pods / "table.json").read_text())
+    assert [(row["is_config"], row["layout"]["mesh"]["accumulation"], row["fits"]) for row in table["rows"]] == [
+        (True, 15, True), (False, 3, False), (False, 15, True)
+    ]  # fmt: skip
+    first, second, _ = table["rows"]
+    assert [(phase["batch_size"], phase["seq_len"]) for phase in first["phases"]] == [(1920, 2048), (480, 8192)]
+    assert first["phases"][1]["mfu"] == [pytest.approx(15 / 34), pytest.approx(15 / 33)]
+    (gathers,) = first["phases"][0]["collectives"]
+    assert (gathers["kind"], gathers["count"], gathers["bytes"]) == ("all-gather", 5, 5 * 3 * 2**30)
+    assert second["phases"] == [
+        {"batch_size": 1920, "seq_len": 2048, "program": "hash", "fits": False, "needed_bytes": second["needed_bytes"]}
+    ]
+    assert table["versions"]["jax"] == jax.__version__
+    text = (pods / "table.md").read_text()
+    mesh = "v5e:4x8 | tensor 1, context 1"
+    assert f"| `v5e_32.py` | {mesh}, accumulation 15, remat full | 1,920 x 2,048 | 2.63 of 15.75 " in text
+    assert f"| &nbsp;&nbsp;v5e_32 | {mesh}, accumulation 3, remat matmuls_saved | 1,920 x 2,048 |" in text
+    assert text.count("| **no** |") == 1 and "all-gather 0.0 / 15.0" in text
+
+
+def test_what_is_wrong_with_a_folder_is_named(pods):
+    text = (pods / "v5e_32.py").read_text()
+    (pods / "v5e_32.py").write_text(text.replace("accumulation = 15", "accumulation = 1"))
+    (problem,) = make(pods)
+    assert problem.startswith(f"v5e_32, {layout_of(config_of(pods))}: phase 1 (1,920 x 2,048) does not fit")
+    for old, new, said in (
+        ("OTHERS", "OTHER", "lacks OTHERS; see another file"),
+        ("accumulation=3,", "micro=3,", "OTHERS has {'micro': 3, 'remat': .*}; keys are those of mesh, and remat"),
+        ("v5e:4x8", "v5e-32", "is not known; allowed are"),
+    ):
+        (pods / "v5e_32.py").write_text(text.replace(old, new))
+        with pytest.raises(ValueError, match=said):
+            make(pods)
+    with pytest.raises(ValueError, match="has no config files"):
+        make(pods.parent)
+
+
+def test_a_layout_that_fits_is_confirmed_whatever_else_is_trained(pods):
+    assert "fits on 32 chips of v5e" in check(pods, config_of(pods))
+    config = config_of(pods)
+    faster = dataclasses.replace(config.optimizer, peak_learning_rate=0.1)
+    assert "fits on 32" in check(pods, dataclasses.replace(config, optimizer=faster, seed=7))
+
+
+@pytest.mark.parametrize("accumulation, remat", [(3, "matmuls_saved"), (1, "none")])
+def test_a_layout_that_does_not_fit_is_refused_and_those_that_fit_are_named(pods, accumulation, remat):
+    with pytest.raises(ValueError) as refused:
+        check(pods, config_of(pods, accumulation=accumulation, remat=remat))
+    said = str(refused.value)
+    assert f"mesh.accumulation={accumulation} model.remat={remat} does not fit on 32 chips of v5e" in said
+    assert ("it needs no less than mesh.tensor=1" in said) == (remat == "none")
+    assert "needs 79.20 GiB of a chip's 15.75 GiB" in said and f"by {pods / 'table.json'}" in said
+    assert f"What fits there: {layout_of(config_of(pods)).flags} (2.63 of 15.75 GiB); " in said
+    assert f"btlm plan --config={pods / 'v5e_32.py'} --topology=v5e:4x8 --search" in said
+
+
+def test_what_the_table_does_not_have_is_said_with_the_command_that_finds_out(pods):
+    config = config_of(pods)
+    longer = dataclasses.replace(config, model=dataclasses.replace(config.model, loss_chunk=1024))
+    for asked, where in (
+        (config_of(pods, accumulation=5), {}),
+        (longer, {}),
+        (config_of(pods, accumulation=3, remat="matmuls_saved"), {"chip": "v5p"}),
+        (config_of(pods, accumulation=3, remat="matmuls_saved"), {"num_chips": 16}),
+    ):
+        said = check(pods, asked, **where)
+        assert "so whether it fits is not known" in said
+        assert f"btlm plan --config={pods / 'v5e_32.py'} --topology={where.get('chip', 'v5e')}:" in said
+        assert f"--config.mesh.accumulation={asked.mesh.accumulation}" in said
+
+
+def test_the_table_is_in_the_folder_pods_of_or_beside_the_config():
+    assert table_beside(Path("configs/btlm_3b_8k.py")) == Path("configs/pods/table.json")
+    assert table_beside(Path("configs/pods/v5e_256.py")) == Path("configs/pods/table.json")
+
+
+@pytest.mark.parametrize("damage", [lambda text: text[:100], lambda text: text.replace("tensor", "tensors")])
+def test_a_damaged_table_is_an_error_that_says_how_to_make_it_again(pods, damage):
+    table = pods / "table.json"
+    table.write_text(damage(table.read_text()))
+    with pytest.raises(ValueError, match=f"btlm plan --table={table}"):
+        read_table(table)
+
+
+def test_every_kind_of_device_is_one_chip_with_a_peak():
+    kinds = [kind for chip in CHIPS.values() for kind in chip.kinds]
+    assert len(set(kinds)) == len(kinds)
+    for chip in CHIPS.values():
+        for kind in chip.kinds:
+            device = types.SimpleNamespace(device_kind=kind)
+            assert chip_of_device(device) is chip and peak_flops(device).source.startswith("data sheet")
+    assert chip_of_device(jax.devices()[0]) is None
+
+
+def train(capsys, *arguments) -> tuple[int, str]:
+    words = ["train", *map(str, arguments)]
+    with mock.patch.object(sys, "argv", ["btlm", *words]):  # config_flags looks there for what to change
+        code = main(words)
+    return code, capsys.readouterr().err
+
+
+def test_train_refuses_before_it_makes_anything(pods, capsys):
+    devices = [types.SimpleNamespace(device_kind="TPU v5 lite")] * 32
+    workdir = pods / "run"
+    arguments = [f"--config={pods / 'v5e_32.py'}", f"--workdir={workdir}", *UNFITTING]
+    with mock.patch.object(jax, "devices", return_value=devices):
+        code, said = train(capsys, *arguments)
+    assert code == 1 and "does not fit on 32 chips of v5e" in said and "What fits there: " in said
+    assert not workdir.exists()
+    assert "fits on 32" in check_devices(config_of(pods), devices, config_file=pods / "v5e_32.py")
+    too_large = config_of(pods, accumulation=3, remat="matmuls_saved")
+    assert check_devices(too_large, jax.devices(), config_file=pods / "v5e_32.py") == ""
+
+
+def test_the_launcher_refuses_by_the_same_table(pods):
+    stand_in = pods / "btlm"
+    stand_in.write_text(f'#!/usr/bin/env bash\nexec {sys.executable} -m btlm_jax "$@"\n')
+    stand_in.chmod(0o755)
+    settings = {"NAME": "pod", "ZONE": "z", "TYPE": "v5litepod-32", "CONFIG": str(pods / "v5e_32.py"), "WORKDIR": "/w"}
+
+    def launch(**more: str) -> subprocess.CompletedProcess:
+        environment = {"PATH": f"{pods}:/usr/bin:/bin", "DRY_RUN": "1", **settings, **more}
+        command = [REPOSITORY / "launch" / "tpu.sh", "up"]
+        return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120, check=False)
+
+    done = launch()
+    assert done.returncode == 0 and "fits on 32 chips of v5e" in done.stdout and "resources create" in done.stdout
+    done = launch(FLAGS=" ".join(UNFITTING))
+    assert done.returncode == 1 and "does not fit on 32 chips of v5e" in done.stderr and "create" not in done.stdout
+    done = launch(FLAGS="--config.mesh.accumulation=2")
+    assert done.returncode == 1 and "curriculum.batch_size of phase 2=480 is not divisible by 64" in done.stderr

@@ -1,0 +1,207 @@
+"""The search for a layout: it finds what trying everything finds, with fewer compilations, and can be interrupted."""
+
+import ast
+import dataclasses
+import json
+import math
+import sys
+import types
+from pathlib import Path
+from unittest import mock
+
+import pytest
+from support.imagined_plan import KEPT, imagined
+from support.tiny import REPOSITORY, config_dict
+from support.tpu import needs_libtpu, quickly_compiled  # noqa: F401
+
+from btlm_jax.cli import main
+from btlm_jax.plan import search
+from btlm_jax.plan.chips import CHIPS, GIB
+from btlm_jax.plan.compiling import CompileCache, NoCompilationsLeftError
+from btlm_jax.plan.layout import Layout
+from btlm_jax.plan.search_report import search_table
+from btlm_jax.plan.slice_plan import Misfit
+from btlm_jax.recipe.config import REMATS, MeshConfig, train_config_from
+from btlm_jax.train.program import Program
+
+pytestmark = pytest.mark.usefixtures("quickly_compiled")
+
+CONFIG = train_config_from(config_dict("btlm_3b_8k"))
+CHIP = CHIPS["v5e"]
+DEVICES = [types.SimpleNamespace(device_kind="TPU v5 lite")] * 32
+
+
+def search_imagined(config=CONFIG, *, compiling=imagined):
+    said = []
+    with (
+        mock.patch.object(search, "slice_devices", return_value=DEVICES),
+        mock.patch.object(search, "plan_until_misfit", side_effect=compiling) as compiled,
+    ):
+        found = search.search_layouts(
+            config, topology="v5e:4x8", cache=CompileCache(directory=Path(), max_compiles=math.inf), say=said.append
+        )
+    return found, compiled.call_count, said
+
+
+def test_it_finds_what_trying_everything_finds_with_fewer_compilations():
+    found, num_compiled, said = search_imagined()
+    every = [guess.layout for guess in search.promising_layouts(CONFIG, chip=CHIP, devices=DEVICES)]
+    plans = [imagined(layout.applied_to(CONFIG), topology="v5e:4x8") for layout in every]
+    roomy = [plan for plan in plans if plan.works and plan.spare >= search.SPARE]
+    assert found.best == min(roomy, key=lambda plan: sum(plan.seconds))
+    assert found.best.layout.flags in search_table(found).splitlines()[-1]
+    assert len(found.tried) == num_compiled < len(every) / 30
+    assert {plan.layout for plan in found.tried} | {skip.layout for skip in found.skipped} == set(every)
+    assert any(plan.misfits for plan in found.tried)
+    assert said[0].startswith("1. mesh.tensor=1 ") and "compilations to go" in said[0]
+    # What was held to be too large is, and what was held to be slower is.
+    for skip in found.skipped:
+        plan = imagined(skip.layout.applied_to(CONFIG), topology="v5e:4x8")
+        slower = plan.misfits or sum(plan.seconds) > sum(found.best.seconds)
+        assert plan.misfits if skip.reason == "too large" else slower
+
+
+def test_the_best_leaves_a_tenth_if_any_does_and_otherwise_that_is_said():
+    def tight(config, **options):
+        plan = imagined(config, **options)
+        for phase in plan.phases:
+            object.__setattr__(phase.memory, "temporaries", int(CHIP.hbm_bytes * 0.95))
+        return plan
+
+    found, *_ = search_imagined(compiling=tight)
+    assert found.best.spare == pytest.approx(0.05) and "None leaves 10% of a chip's memory" in search_table(found)
+    assert all(skip.reason != "slower" for skip in found.skipped)
+
+
+def test_what_does_not_compile_is_no_layout_but_ends_nothing():
+    def broken(config, **options):
+        if len(calls) == 6:
+            raise NoCompilationsLeftError("that was enough")
+        calls.append(config)
+        return dataclasses.replace(imagined(config, **options), phases=(), misfits=(), obstacles=("Mosaic failed",))
+
+    calls = []
+    found, *_ = search_imagined(compiling=broken)
+    assert found.best is None and len(found.tried) == 6
+    assert search_table(found).count("Mosaic failed") == 6 and "None of these fits" in search_table(found)
+
+
+def test_out_of_compilations_the_rest_is_named():
+    calls = []
+
+    def limited(config, **options):
+        calls.append(config)
+        if len(calls) > 2:
+            raise NoCompilationsLeftError("--max-compiles=2 compilations have been made")
+        return imagined(config, **options)
+
+    found, *_ = search_imagined(compiling=limited)
+    assert len(found.tried) == 2
+    assert "not reached" in {skip.reason for skip in found.skipped}
+    assert "(--max-compiles=2 compilations have been made)" in search_table(found)
+
+
+def test_a_slice_that_nothing_divides_has_its_problems_said():
+    values = config_dict("btlm_3b_8k")
+    values["evaluation"]["batch_size"] = 7
+    values["model"]["num_heads"] = 20
+    found, num_compiled, _ = search_imagined(train_config_from(values))
+    assert num_compiled == 0 and found.best is None
+    assert "PROBLEM: evaluation.batch_size=7 is not divisible by 32" in search_table(found)
+
+
+def layout(accumulation: int, remat: str, *, tensor: int = 1, context: int = 2) -> Layout:
+    return Layout(mesh=MeshConfig(tensor=tensor, context=context, accumulation=accumulation), remat=remat)
+
+
+def test_memory_grows_with_the_micro_batch_with_what_is_kept_and_with_copies_of_the_state():
+    base = layout(3, "matmuls_saved")
+    for other in (layout(1, "matmuls_saved"), layout(3, "none"), layout(3, "matmuls_saved", context=4), base):
+        assert other.share_needed(base) == 1
+    assert layout(15, "none").share_needed(base) == 3 / 15
+    for other in (layout(5, "full"), layout(1, "full"), layout(1, "none", tensor=2), layout(1, "none", context=1)):
+        assert other.share_needed(base) == 0
+
+
+def test_time_grows_with_micro_batches_with_recomputing_and_with_positions_split():
+    base = layout(3, "matmuls_saved")
+    for other in (layout(5, "matmuls_saved"), layout(3, "full"), layout(3, "matmuls_saved", context=4), base):
+        assert other.gives_up_time_for_memory(base)
+    for other in (layout(1, "full"), layout(5, "none"), layout(3, "full", tensor=2), layout(3, "full", context=1)):
+        assert not other.gives_up_time_for_memory(base)
+
+
+@pytest.mark.parametrize("needed, is_skipped", [(48, True), (46, False)])
+def test_more_micro_batches_divide_what_is_needed_at_best(needed, is_skipped):
+    """With 5 of them what needs 48 GiB needs at least 16 of 15.75 GiB with 15."""
+
+    tried = imagined(layout(5, "full").applied_to(CONFIG), topology="v5e:4x8")
+    misfit = Misfit(phase=CONFIG.curriculum.table.phases[0], program="", needed=needed * GIB, available=0)
+    tried = dataclasses.replace(tried, phases=(), misfits=(misfit,))
+    now, then = (search.Guess(layout=layout(number, "full"), seconds=1.0) for number in (5, 15))
+    assert (search._skip_after(now, tried, then) is not None) == is_skipped
+
+
+def test_remats_are_ordered_by_what_they_keep():
+    assert KEPT.keys() == search._KEPT.keys() == search._COMPUTED_AGAIN.keys() == set(REMATS)
+    assert sorted(REMATS, key=KEPT.get) == list(REMATS)
+
+
+SIZES = {
+    "model.vocab_size": 300, "model.num_layers": 40, "model.d_model": 256, "model.d_ff": 1024,
+    "model.dtype": "bfloat16", "model.loss_chunk": 512, "curriculum.seq_len": "(512,)",
+    "curriculum.batch_size": "(1536,)", "curriculum.num_tokens": "(7864320,)",
+}  # fmt: skip
+
+
+def search_command(folder, *arguments, **sizes) -> tuple[int, dict]:
+    """Run the command; return its exit code and its JSON."""
+    words = ["plan", f"--config={REPOSITORY / 'configs' / 'local_cpu.py'}", "--topology=v5e:2x2", "--search"]
+    words += [f"--config.{name}={value}" for name, value in {**SIZES, **sizes}.items()]
+    words += [f"--json={folder / 'search.json'}", f"--cache={folder / 'cache'}", *arguments]
+    with mock.patch.object(sys, "argv", ["btlm", *words]):  # config_flags looks there for what to change
+        code = main(words)
+    return code, json.loads((folder / "search.json").read_text())
+
+
+def test_the_outlook_is_of_the_compilations_allowed_and_of_those_made():
+    cache = CompileCache(directory=Path(), max_compiles=12)
+    assert cache.outlook(layouts=4, phases=2) == "at most 8 compilations to go"
+    cache.num_compiled, cache.seconds = 3, 360.0
+    assert cache.outlook(layouts=40, phases=2) == "3 compilations made, at most 9 to go, about 18 min"
+
+
+@needs_libtpu
+@pytest.mark.slow
+def test_interrupted_it_goes_on_with_what_did_not_fit(capsys, tmp_path):
+    code, found = search_command(tmp_path, "--max-compiles=2")
+    said = capsys.readouterr()
+    assert "1 compilations made, at most 1 to go, about" in said.err and len(found["tried"]) == 2
+    misfits = [plan for plan in found["tried"] if plan["misfits"]]
+    assert misfits and all(plan["problems"][0].startswith("phase 1 (1,536 x 512) does not fit") for plan in misfits)
+    values = config_dict("local_cpu")
+    for name, value in SIZES.items():
+        section, key = name.split(".")
+        values[section][key] = ast.literal_eval(value) if str(value).startswith("(") else value
+    for plan in misfits:  # the bound is one, and not an empty one
+        layout = Layout(mesh=MeshConfig(**plan["mesh"]), remat=plan["remat"])
+        least = search.least_bytes(train_config_from(values), layout, num_chips=4)
+        assert least < plan["misfits"][0]["needed"] < 5 * least
+    with mock.patch.object(Program, "compile", side_effect=AssertionError("the cache has it")):
+        again_code, again = search_command(tmp_path, "--max-compiles=0")
+    assert again_code == code and again["tried"] == found["tried"]
+    assert "not reached" in {skip["reason"] for skip in again["skipped"]} <= {"not reached", "too large"}
+
+
+@needs_libtpu
+@pytest.mark.slow
+def test_the_command_prints_flags_that_fit(capsys, tmp_path):
+    sizes = {
+        "model.num_layers": 2, "model.d_model": 64, "model.d_ff": 96, "model.loss_chunk": 64,
+        "curriculum.seq_len": "(256,)", "curriculum.batch_size": "(8,)", "curriculum.num_tokens": "(204800,)",
+    }  # fmt: skip
+    code, found = search_command(tmp_path, "--max-compiles=1", **sizes)
+    assert code == 0 and capsys.readouterr().out.endswith(found["best_flags"] + "\n")
+    (plan,) = found["tried"]
+    assert plan["works"] and plan["run"]["days"] and not plan["misfits"]
+    assert found["best_flags"] == Layout(mesh=MeshConfig(**plan["mesh"]), remat=plan["remat"]).flags

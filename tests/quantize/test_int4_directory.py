@@ -1,0 +1,326 @@
+"""4-bit models from end to end: converting, proving, loading, generating; and damaged ones."""
+
+import dataclasses
+import functools
+import json
+import shutil
+
+import jax
+import numpy as np
+import pytest
+from support.published_files import NAMES, ORACLES, oracle_array
+from support.tiny import tiny_config
+
+from btlm_jax.cli import main
+from btlm_jax.convert import to_int4
+from btlm_jax.convert.conversion import Conversion, convert
+from btlm_jax.data.loader import read_rows
+from btlm_jax.data.reader import open_store
+from btlm_jax.decode import cpu_cache as cache
+from btlm_jax.decode.cpu_decoder import CpuDecoder
+from btlm_jax.generate.loading import load_for_generation
+from btlm_jax.hub.native import ModelFacts, one_device_mesh, write_model_directory
+from btlm_jax.hub.numpy_network import streamed_logits
+from btlm_jax.hub.source import open_source
+from btlm_jax.kernels import build, tiles
+from btlm_jax.model import init_params
+from btlm_jax.quantize.int4_directory import Int4Tensors, read_int4_directory
+from btlm_jax.quantize.quantize_model import Method, as_published, quantize_model
+
+
+def make(source, target, **changes):
+    options = {"dtype": "float32", "file_type": "F32", "pad_ffn": 1, "max_shard_bytes": 10**9, "method": "rtn"}
+    lines, options = [], options | {"calibration": None} | changes
+    proofs = convert(Conversion(source=source, target=target, format="int4", **options), say=lines.append)
+    assert all(proof.holds for proof in proofs)
+    return target, "\n".join(lines)
+
+
+@pytest.fixture(scope="module", params=NAMES)
+def rounded(request, tmp_path_factory):
+    return request.param, make(ORACLES / request.param, tmp_path_factory.mktemp("int4") / "m")[0]
+
+
+def decoded(model, weights, ids_BT, *, prefilled, cache_dtype="float32"):
+    """The logits_BTV after positions prefilled - 1 and later: a prefill, then token by token."""
+    decoder = CpuDecoder(model, weights, num_rows=len(ids_BT), num_slots=128, cache_dtype=cache_dtype)
+    found = [decoder.prefill([row[:prefilled] for row in ids_BT])]
+    for end in range(prefilled + 1, ids_BT.shape[1] + 1):
+        found.append(decoder.decode([row[:end] for row in ids_BT]))
+    return np.stack(found, axis=1)
+
+
+@pytest.mark.parametrize("way", ["kernels", "XLA"])
+@pytest.mark.parametrize("name", NAMES)
+def test_decoding_on_a_cpu_gives_the_original_logits(name, way, monkeypatch):
+    native = load_for_generation(ORACLES / name, as_int4=False)
+    if way == "XLA":
+        for module in (cache, tiles):
+            monkeypatch.setattr(module, "has_kernels", lambda: False)
+    ids_BT, expected = oracle_array(name, "input_ids")[:, :70], oracle_array(name, "logits")[:, 40:70]
+    jax.clear_caches()  # both ways are compiled under one name
+    found = decoded(native.facts.network(), native.params, ids_BT, prefilled=41)
+    jax.clear_caches()
+    np.testing.assert_allclose(found, expected, atol=2e-5)
+
+
+@pytest.mark.parametrize("form", ["float32", "int4"])
+def test_a_residual_multiplier_counts_once(tmp_path, form):
+    config = tiny_config(mup__preset="completep", mup__base_num_layers=1, model__vocab_size=300)
+    facts = ModelFacts(model=config.model, mup=config.mup, max_length=48, eos_id=0, tokenizer=None, notes={})
+    params = init_params(facts.network(), one_device_mesh(), seed=5)
+    assert facts.network().parametrization.residual_scale != 1
+    write_model_directory(tmp_path / "m", facts=facts, params=params, tokenizer=None)
+    ids_T = np.arange(40, 70)
+    if form == "int4":
+        make(tmp_path / "m", tmp_path / "int4")  # the proof compares
+        return
+    native = load_for_generation(tmp_path / "m", as_int4=False)
+    found_BTV = decoded(native.facts.network(), native.params, ids_T[None], prefilled=3)
+    np.testing.assert_allclose(found_BTV[0], open_source(tmp_path / "m").logits(ids_T)[2:], atol=2e-5)
+
+
+def test_codes_come_back_as_they_were_rounded(rounded):
+    name, directory = rounded
+    source, stored = open_source(ORACLES / name), Int4Tensors(directory)
+    made = quantize_model(
+        source.config, source.tensors, method=Method.RTN, group_size=64, embedding_bits=8, calibration_BT=None,
+        report=lambda name: None,
+    )  # fmt: skip
+    for tensor, value in made:
+        np.testing.assert_array_equal(stored.read(tensor), as_published(tensor, value), err_msg=tensor)
+
+
+def test_the_kernels_compute_what_the_codes_stand_for(rounded):
+    name, directory = rounded
+    model, ids_BT = read_int4_directory(directory), oracle_array(name, "input_ids")
+    found = decoded(model.facts.network(), model.weights, ids_BT, prefilled=90)
+    for row, ids_T in enumerate(ids_BT):
+        expected_TV = streamed_logits(open_source(ORACLES / name).config, Int4Tensors(directory), ids_T)
+        np.testing.assert_allclose(found[row], expected_TV[89:], atol=2e-5 * np.abs(expected_TV).max())
+
+
+def test_an_int8_cache_is_near(rounded):
+    name, directory = rounded
+    model, ids_BT = read_int4_directory(directory), oracle_array(name, "input_ids")[:, :60]
+    exact, near = (
+        decoded(model.facts.network(), model.weights, ids_BT, prefilled=30, cache_dtype=dtype)
+        for dtype in ("float32", "int8")
+    )
+    assert 0 < np.abs(exact - near).max() < 0.03 * np.abs(exact).max()
+
+
+def test_rows_of_mixed_lengths_prefill_decode_and_grow():
+    """Prompts that are whole pieces, and a cache that grows while they are decoded, against whole forward passes."""
+    native, source = load_for_generation(ORACLES / "tiny", as_int4=False), open_source(ORACLES / "tiny")
+    lengths, num_new, num_slots = (256, 505, 1), 12, 512
+    rows = np.random.default_rng(0).integers(0, native.facts.model.vocab_size, (3, 520))
+    expected = [source.logits(row[: length + num_new]) for row, length in zip(rows, lengths, strict=True)]
+    decoder = CpuDecoder(native.facts.network(), native.params, num_rows=3, num_slots=num_slots, cache_dtype="float32")
+    found_BV = decoder.prefill([row[:length] for row, length in zip(rows, lengths, strict=True)])
+    for new in range(num_new):
+        for row, length in enumerate(lengths):
+            np.testing.assert_allclose(found_BV[row], expected[row][length - 1 + new], atol=2e-5)
+        if max(lengths) + new + 1 > num_slots:
+            num_slots *= 2
+            decoder.grow(num_slots)
+        found_BV = decoder.decode([row[: length + new + 1] for row, length in zip(rows, lengths, strict=True)])
+    assert num_slots == 1024
+
+
+def test_weights_stay_in_the_dtype_of_the_model(tmp_path):
+    options = dict(file_type="F32", pad_ffn=1, max_shard_bytes=10**9, method="rtn", calibration=None)
+    target = tmp_path / "hf"
+    convert(
+        Conversion(source=ORACLES / "tiny", target=target, format="hf", dtype="bfloat16", **options), say=lambda _: None
+    )
+    weights = {source: load_for_generation(source, as_int4=False).params for source in (ORACLES / "tiny", target)}
+    assert weights[ORACLES / "tiny"].down.data.dtype == "float32"
+    assert weights[target].down.data.dtype == weights[target].embedding.data.dtype == "uint32"  # pairs of bfloat16
+
+
+def test_calibration_is_spread_over_the_training_data(tiny_run):
+    _, workdir = tiny_run
+    ids_BT = to_int4.calibration_ids(workdir, None, text=None)
+    reader = open_store(to_int4.store_of_run(workdir), expected_fingerprint="").split("train")
+    ends = read_rows(reader, [(0, 0), (len(reader) - 1, 0)], seq_len=ids_BT.shape[1])["inputs_BT"]
+    np.testing.assert_array_equal(ids_BT[[0, -1]], ends)
+    assert len(ids_BT) == 32 and len(np.unique(ids_BT, axis=0)) > 1
+
+
+@pytest.mark.parametrize("method", ["gptq", "hqq"])
+def test_a_run_writes_text_at_4_bits(capsys, tiny_run, tmp_path, method):
+    _, workdir = tiny_run
+    target, said = make(workdir, tmp_path / "m", method=method)
+    assert f"{method}, groups of 64" in json.loads((target / "model.json").read_text())["notes"]["4 bits"]
+    assert "the codes' values, and the kernels" in said
+    texts = {}
+    for name, flags in {"directory": [f"--checkpoint={target}"], "run": [f"--checkpoint={workdir}", "--int4"]}.items():
+        assert main(["generate", *flags, "--prompt=def f", "--num_tokens=9", "--temperature=0"]) == 0
+        texts[name] = capsys.readouterr().out
+        assert texts[name].startswith("def f")
+    if method == "hqq":
+        assert texts["directory"] == texts["run"]
+
+
+def test_a_text_to_calibrate_on(tiny_run, tmp_path):
+    text = tmp_path / "text.txt"
+    text.write_text("def area(radius):\n    return 3.14159 * radius ** 2\n" * 200)
+    _, workdir = tiny_run
+    first, _ = make(workdir, tmp_path / "a", method="gptq", calibration=text)
+    other, _ = make(workdir, tmp_path / "b", method="gptq")
+    assert (first / "model.safetensors").read_bytes() != (other / "model.safetensors").read_bytes()
+
+
+@pytest.mark.parametrize(
+    "changes,message",
+    [
+        ({"method": "gptq"}, "is no training run: give --calibration=TEXTFILE, or --method=hqq"),
+        ({"method": "gptq", "calibration": ORACLES / "README.md"}, "holds no tokenizer to read"),
+        ({"method": "hqq", "calibration": ORACLES / "README.md"}, "says nothing about method=hqq; it is for gptq, awq"),
+        ({"method": "gptq", "calibration": ORACLES}, "is no file; give a text"),
+        ({"method": "q4"}, "method='q4' is not known; allowed are rtn, hqq, gptq, awq"),
+    ],
+)
+def test_refusals_leave_nothing(tmp_path, changes, message):
+    with pytest.raises(ValueError, match=message):
+        make(ORACLES / "tiny", tmp_path / "m", **changes)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_short_text_is_refused(tiny_run, tmp_path):
+    (tmp_path / "text.txt").write_text("too short")
+    with pytest.raises(ValueError, match=r"text.txt has \d+ tokens; at least 512 are needed"):
+        make(tiny_run[1], tmp_path / "m", method="gptq", calibration=tmp_path / "text.txt")
+
+
+def test_the_proof_sees_a_wrong_kernel(tmp_path, monkeypatch):
+    read = to_int4.read_int4_directory
+
+    def wrong(directory):
+        found = read(directory)
+        vectors = found.weights.vectors
+        vectors["down.bias"] = vectors["down.bias"] * 1.1
+        return found
+
+    monkeypatch.setattr(to_int4, "read_int4_directory", wrong)
+    with pytest.raises(ValueError, match="does not compute the same.*the codes' values, and the kernels.*ABOVE"):
+        make(ORACLES / "tiny", tmp_path / "m")
+    assert not list(tmp_path.iterdir())
+
+
+def test_zeros_are_no_rounded_model(tmp_path, monkeypatch):
+    def zeroed(config, tensors, **options):
+        for name, value in quantize_model(config, tensors, **options):
+            is_embedding = name.endswith("wte.weight")
+            yield name, dataclasses.replace(value, scale_GM=0 * value.scale_GM) if is_embedding else value
+
+    monkeypatch.setattr(to_int4, "quantize_model", zeroed)
+    with pytest.raises(ValueError, match="does not compute the same.*the 4-bit model.*ABOVE"):
+        make(ORACLES / "tiny", tmp_path / "m")
+
+
+def cut(path):
+    path.write_bytes(path.read_bytes()[:-100])
+
+
+def other_model(name, value):
+    def damage(path):
+        path = path.parent / "model.json"
+        values = json.loads(path.read_text())
+        values["model"][name] = value
+        path.write_text(json.dumps(values))
+
+    return damage
+
+
+def other_header(change):
+    def damage(path):
+        contents = path.read_bytes()
+        length = int.from_bytes(contents[:8], "little")
+        header = json.loads(contents[8 : 8 + length])
+        text = json.dumps(change(header) or header).encode()
+        path.write_bytes(len(text).to_bytes(8, "little") + text + contents[8 + length :])
+
+    return damage
+
+
+def other_entry(**changes):
+    return other_header(lambda header: header["transformer.ln_f.bias"].update(changes))
+
+
+@pytest.mark.parametrize(
+    "damage,kind,message",
+    [
+        (cut, ValueError, r"model.safetensors is damaged: it has [\d,]+ bytes, not"),
+        (lambda path: path.write_bytes(b"\xff" * 900), ValueError, "is damaged or no file of 4-bit weights"),
+        (lambda path: path.unlink(), FileNotFoundError, "is missing: the weights of a 4-bit model"),
+        (other_model("d_ff", 300), ValueError, "asks for a model of .*d_ff 300, but model.safetensors is of one of"),
+        (other_model("num_layers", 1), ValueError, "num_layers 1, .* but model.safetensors is of one of"),
+        (other_model("vocab_size", 511), ValueError, "vocab_size 511, num_layers 2"),
+        (other_entry(dtype="BF16"), ValueError, "is damaged or no file of 4-bit weights: 'BF16'"),
+        (other_entry(data_offsets=[0, 256]), ValueError, "the places of its tensors contradict their shapes"),
+        (other_entry(shape=[3]), ValueError, "the places of its tensors contradict their shapes"),
+        (other_header(lambda header: [1]), ValueError, "is damaged or no file of 4-bit weights"),
+    ],
+)
+def test_damaged_directories(rounded, tmp_path, damage, kind, message):
+    directory = tmp_path / "m"
+    shutil.copytree(rounded[1], directory)
+    damage(directory / "model.safetensors")
+    with pytest.raises(kind, match=message):
+        read_int4_directory(directory)
+
+
+def test_other_conversions_refuse_a_rounded_model(rounded, capsys, tmp_path):
+    assert main(["convert", f"--from={rounded[1]}", f"--to={tmp_path / 'hf'}"]) == 1
+    assert "a 4-bit model is only for btlm generate" in capsys.readouterr().err
+    assert main(["generate", f"--checkpoint={rounded[1]}", "--int4"]) == 1
+    assert "has 4 bits already; leave out --int4" in capsys.readouterr().err
+
+
+def test_kernels_are_compiled_once(tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    first = build._compiled(build._GENERATION)
+    made = first.stat().st_mtime_ns
+    assert first.parent == tmp_path / "btlm_jax" and build._compiled(build._GENERATION).stat().st_mtime_ns == made
+    assert {path.name for path in first.parent.iterdir()} == {first.name, first.with_suffix(".sha256").name}
+    first.write_bytes(first.read_bytes()[:1000])  # as a power cut may leave it
+    assert build._compiled(build._GENERATION) == first and first.stat().st_size > 1000
+
+
+def test_other_sources_are_compiled_anew(tmp_path, monkeypatch):
+    fingerprint = functools.partial(build._fingerprint, library=build._GENERATION)
+    before = fingerprint(["c++"])
+    shutil.copytree(build._FOLDER, tmp_path / "cpu", ignore=shutil.ignore_patterns("__pycache__"))
+    monkeypatch.setattr(build, "_FOLDER", tmp_path / "cpu")
+    assert fingerprint(["c++"]) == before != fingerprint(["c++", "-O2"])
+    with open(tmp_path / "cpu" / "attend.cc", "a") as file:
+        file.write("// other\n")
+    assert fingerprint(["c++"]) != before
+
+
+@pytest.mark.parametrize("has_home", [True, False])
+def test_where_nothing_can_be_kept_the_kernels_last_as_long_as_the_process(monkeypatch, has_home):
+    monkeypatch.setenv("XDG_CACHE_HOME", "/proc/nothing" if has_home else "")
+    monkeypatch.setattr(build.Path, "home", lambda: (_ for _ in ()).throw(RuntimeError("no home directory")))
+    place = build._place()
+    assert place.is_dir() and place.name.startswith("btlm_jax-")
+    shutil.rmtree(place)
+
+
+@pytest.mark.parametrize(
+    "compiler,message",
+    [("", "no C++ compiler was found"), ("#!/bin/sh\necho error: no room >&2; exit 1", "failed: error: no room")],
+)
+def test_without_a_compiler_a_warning_says_what_is_slow(tmp_path, monkeypatch, caplog, compiler, message):
+    (tmp_path / "bin").mkdir()
+    if compiler:
+        (tmp_path / "bin" / "c++").write_text(compiler)
+        (tmp_path / "bin" / "c++").chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path / "bin"))
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.delenv("CXX", raising=False)
+    assert build.has_kernels.__wrapped__() is False and build.has_training_kernels.__wrapped__() is False
+    assert "generation on this CPU is slow, " in caplog.text and "attention of training on this CPU" in caplog.text
+    assert caplog.text.count(message) == 2 and not list((tmp_path / "cache").rglob("*.so"))

@@ -1,0 +1,67 @@
+"""Files appear whole or not at all, whoever writes beside; a machine's cache is where the user says."""
+
+import json
+import sys
+import threading
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+
+from btlm_jax.cli import main
+from btlm_jax.storage.files import AtomicFile, cache_directory, write_atomically
+
+
+def test_writers_of_one_file_do_not_disturb_each_other(tmp_path):
+    path = tmp_path / "file.json"
+    texts = [json.dumps([number] * 50_000) for number in range(6)]
+    threads = [threading.Thread(target=lambda text=text: [write_atomically(path, text) for _ in range(5)])
+               for text in texts]  # fmt: skip
+    for thread in threads:
+        thread.start()
+    found = set()
+    while any(thread.is_alive() for thread in threads):
+        if path.is_file():
+            found.add(path.read_text())
+    for thread in threads:
+        thread.join()
+    assert found | {path.read_text()} <= set(texts)
+    assert [path.name for path in tmp_path.iterdir()] == ["file.json"]
+
+
+def test_a_failed_writer_leaves_the_old_contents_and_nothing_else(tmp_path):
+    path = tmp_path / "file"
+    write_atomically(path, "old")
+    with pytest.raises(KeyError), AtomicFile(path) as file:
+        file.write(b"new")
+        raise KeyError
+    assert path.read_text() == "old" and list(tmp_path.iterdir()) == [path]
+    write_atomically(path, b"new")
+    assert path.read_bytes() == b"new"
+
+
+def test_the_cache_is_where_the_user_says(monkeypatch, tmp_path):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    assert cache_directory() == tmp_path / "btlm_jax"
+    monkeypatch.setenv("XDG_CACHE_HOME", "")
+    monkeypatch.setenv("HOME", "/home/somebody")
+    assert cache_directory() == Path("/home/somebody/.cache/btlm_jax")
+    monkeypatch.setattr(Path, "home", lambda: (_ for _ in ()).throw(RuntimeError("no home")))
+    with pytest.raises(OSError, match="no home; set XDG_CACHE_HOME"):
+        cache_directory()
+
+
+@pytest.mark.parametrize("flags, expected", [([], "btlm_jax/plan"), (["--cache=other"], "other")])
+def test_plan_keeps_what_it_compiled_there(monkeypatch, tmp_path, flags, expected):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.chdir(tmp_path)
+    asked = []
+
+    def plan_run(config, *, cache, **_):
+        asked.append(cache.directory)
+        raise ValueError("enough")
+
+    monkeypatch.setitem(sys.modules, "btlm_jax.plan.slice_plan", SimpleNamespace(plan_run=plan_run))
+    config = Path(__file__).parents[2] / "configs" / "local_cpu.py"
+    assert main(["plan", f"--config={config}", "--topology=v5e:2x2", *flags]) == 1
+    assert [directory.absolute() for directory in asked] == [tmp_path / expected]

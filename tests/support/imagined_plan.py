@@ -1,0 +1,53 @@
+"""Plans that nothing compiled: memory and time of a layout by a formula, for tests of what is done with plans."""
+
+from btlm_jax.plan.chips import GIB, chip_of, num_chips
+from btlm_jax.plan.estimate import Memory, PhasePlan, StepTime
+from btlm_jax.plan.executable import Collective
+from btlm_jax.plan.layout import layout_of
+from btlm_jax.plan.slice_plan import Misfit, SlicePlan
+from btlm_jax.recipe.config import TrainConfig
+from btlm_jax.recipe.curriculum import Phase
+
+# For BTLM-3B on 32 chips, a little above what search.py says that a layout needs at least.
+KEPT = {"full": 1.1, "attention_saved": 5.2, "out_recomputed": 11.5, "matmuls_saved": 12, "none": 26}
+_AGAIN = {"full": 1.0, "attention_saved": 0.7, "out_recomputed": 0.2, "matmuls_saved": 0.1, "none": 0.0}
+_GATHER = Collective(kind="all-gather", num_bytes=3 * GIB, num_devices=4, count=5, is_asynchronous=True)
+
+
+def imagined(config: TrainConfig, *, topology: str, **_) -> SlicePlan:
+    """Stand in for `plan_until_misfit`."""
+    layout, phases = layout_of(config), config.curriculum.table.phases
+    mesh = layout.mesh
+    gib = 1.0 * mesh.context + 0.2 * mesh.tensor + 19.5 * KEPT[layout.remat] / mesh.accumulation
+    seconds = 30 * (3 + _AGAIN[layout.remat]) / 4 + 0.2 * mesh.accumulation + 2 * (mesh.tensor * mesh.context - 1)
+    needed, chip = int(gib * GIB), chip_of(topology)
+    fits = needed <= chip.hbm_bytes
+    misfit = Misfit(phase=phases[0], program="hash", needed=needed, available=chip.hbm_bytes)
+    return SlicePlan(
+        topology=topology,
+        chip=chip,
+        num_chips=num_chips(topology.partition(":")[2]),
+        layout=layout,
+        phases=tuple(_phase(phase, needed=needed, available=chip.hbm_bytes, seconds=seconds) for phase in phases)
+        if fits
+        else (),
+        misfits=() if fits else (misfit,),
+        obstacles=(),
+    )
+
+
+def _phase(phase: Phase, *, needed: int, available: int, seconds: float) -> PhasePlan:
+    memory = Memory(
+        available=available, parameters=0, optimizer=0, other_arguments=0, outputs=0, temporaries=needed, code=0
+    )
+    return PhasePlan(
+        phase=phase,
+        program="hash",
+        compile_seconds=1.0,
+        memory=memory,
+        collectives=(_GATHER,),
+        counted_flops=30.0,
+        executed_flops=40.0,
+        peak_flops=2.0,
+        step_time=StepTime(computation=seconds, attention=0.0, negligible=0.0, exposed=0.0, asynchronous=1.0),
+    )

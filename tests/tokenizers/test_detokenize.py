@@ -1,0 +1,130 @@
+"""Text as it comes: equal to decoding everything at once, final when shown, cheap, and without stop strings."""
+
+import io
+
+import pytest
+import sentencepiece
+from hypothesis import given, settings, strategies
+from support.tiny_tokenizers import TEXTS, tiny_byte_level
+
+from btlm_jax.tokenizers.byte_level import ByteLevelTokenizer
+from btlm_jax.tokenizers.detokenize import PARTIAL, Detokenizer, GrowingText, StopFinder
+from btlm_jax.tokenizers.tokenizer import SentencePieceTokenizer, train_tokenizer
+
+NASTY = "naïve 漢字かな 😀👩‍💻 a\ufffdb\n  é"
+
+
+def like_llama() -> bytes:
+    """A SentencePiece model that puts a space before every text, and drops it where a text begins."""
+    model = io.BytesIO()
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(TEXTS), model_writer=model, vocab_size=370, model_type="bpe", byte_fallback=True,
+        normalization_rule_name="identity", remove_extra_whitespaces=False, num_threads=1, minloglevel=2,
+    )  # fmt: skip
+    return model.getvalue()
+
+
+TOKENIZERS = {
+    "byte-level": ByteLevelTokenizer(tiny_byte_level().to_str().encode(), eos_id=299),
+    "sentencepiece": SentencePieceTokenizer(train_tokenizer(TEXTS, vocab_size=400)),
+    "sentencepiece like Llama's": SentencePieceTokenizer(like_llama()),
+}
+each_tokenizer = pytest.mark.parametrize("name", TOKENIZERS)
+
+
+def pieces(tokenizer, ids, *, begins_text) -> list[str]:
+    detokenizer = Detokenizer(tokenizer, begins_text=begins_text)
+    return [*map(detokenizer.push, ids), detokenizer.finish()]
+
+
+def after(tokenizer, prompt, ids) -> str:
+    return tokenizer.decode([*prompt, *ids])[len(tokenizer.decode(prompt)) :]
+
+
+def bytes_of(tokenizer) -> list[int]:
+    """Ids that stand for single bytes, most of which are no character alone."""
+    return [token for token in range(tokenizer.vocab_size) if PARTIAL in tokenizer.decode([token])]
+
+
+@each_tokenizer
+def test_pieces_are_the_whole_text_for_any_ids(name):
+    tokenizer = TOKENIZERS[name]
+    any_id = strategies.integers(0, tokenizer.vocab_size - 1)
+    half = strategies.sampled_from(bytes_of(tokenizer))
+
+    @settings(max_examples=300, deadline=None, database=None, derandomize=True)
+    @given(strategies.lists(any_id | half, max_size=30))
+    def check(ids):
+        assert "".join(pieces(tokenizer, ids, begins_text=True)) == tokenizer.decode(ids)
+        for prompt in ("etaoin é", " "):
+            prompt_ids = tokenizer.encode(prompt)
+            assert "".join(pieces(tokenizer, ids, begins_text=False)) == after(tokenizer, prompt_ids, ids)
+
+    check()
+
+
+@each_tokenizer
+def test_no_half_character_is_shown_and_no_whole_one_waits(name):
+    tokenizer = TOKENIZERS[name]
+    ids = tokenizer.encode(NASTY)
+    assert len(ids) > len(NASTY)  # characters are split over ids
+    detokenizer, shown = Detokenizer(tokenizer, begins_text=True), ""
+    for count, token in enumerate(ids, start=1):
+        shown += detokenizer.push(token)
+        assert NASTY.startswith(shown)
+        whole = tokenizer.decode(ids[:count])
+        assert len(shown) >= len(whole.rstrip(PARTIAL))
+    assert shown == NASTY
+
+
+@each_tokenizer
+def test_a_long_text_is_not_decoded_again_and_again(name, monkeypatch):
+    tokenizer = TOKENIZERS[name]
+    decoded = []
+    decode = tokenizer.decode
+    monkeypatch.setattr(tokenizer, "decode", lambda ids: decoded.append(len(ids)) or decode(ids), raising=False)
+    broken = bytes_of(tokenizer)
+    for ids in (tokenizer.encode(NASTY * 30), broken[:5] * 200, broken[-1:] * 1000):
+        decoded.clear()
+        pieces(tokenizer, ids, begins_text=False)
+        assert max(decoded) < 30 and sum(decoded) < 40 * len(ids)
+
+
+@pytest.mark.parametrize(
+    ("stops", "text", "want", "found"),
+    [
+        (["END"], "the END of it", "the ", "END"),
+        (["END"], "the EN", "the EN", ""),
+        (["aab"], "caaab", "ca", "aab"),
+        (["abc", "b"], "xabc", "xa", "b"),  # the first that is complete
+        (["bc", "abc"], "xabc", "x", "abc"),  # of those, the longest
+        (["\n\n", "#"], "a\n# b", "a\n", "#"),
+        ([], "anything", "anything", ""),
+        (["x"], "xx", "", "x"),
+        (["ababac"], "abababacc", "ab", "ababac"),
+    ],
+)
+def test_a_stop_string_is_found_however_the_text_is_cut(stops, text, want, found):
+    for size in range(1, len(text) + 1):
+        finder, shown = StopFinder(stops), ""
+        for start in range(0, len(text), size):
+            shown += finder.push(text[start : start + size])
+            assert want.startswith(shown)
+        assert (shown + finder.finish(), finder.found) == (want, found)
+
+
+@each_tokenizer
+def test_a_stop_string_is_found_across_tokens(name):
+    tokenizer = TOKENIZERS[name]
+    text = GrowingText(tokenizer, begins_text=True, stops=["字か", "never"])
+    shown = ["".join(text.push(token)) for token in tokenizer.encode(NASTY)]
+    assert "".join(shown) + text.finish() == "naïve 漢" and text.stop == "字か"
+
+
+@each_tokenizer
+def test_a_stop_string_of_broken_bytes_is_found_at_the_end(name):
+    tokenizer = TOKENIZERS[name]
+    text = GrowingText(tokenizer, begins_text=False, stops=[PARTIAL])
+    ids = [*tokenizer.encode("eta"), bytes_of(tokenizer)[0]]
+    shown = "".join(map(text.push, ids)) + text.finish()
+    assert shown == after(tokenizer, tokenizer.encode("x"), ids[:-1]) and text.stop == PARTIAL

@@ -1,0 +1,152 @@
+"""Checkpoints: exact, atomic, restorable onto any mesh, and refused when they are of another run or damaged."""
+
+import dataclasses
+import json
+from unittest import mock
+
+import jax
+import numpy as np
+import pytest
+from jax.sharding import NamedSharding, PartitionSpec
+from support.tiny import tiny_config
+
+from btlm_jax.model import make_model, parameter_table
+from btlm_jax.parallel.mesh import make_mesh
+from btlm_jax.recipe.config import CheckpointConfig
+from btlm_jax.recipe.mup import make_parametrization
+from btlm_jax.recipe.optimizer import make_optimizer
+from btlm_jax.train.checkpoint import Checkpointer, Position, check_same_run
+from btlm_jax.train.step import abstract_state, init_state
+
+KEEP = CheckpointConfig(every_steps=1, keep_last=2, keep_every=10)
+
+
+def build(*, devices: int, tensor: int):
+    config = tiny_config(mesh__tensor=tensor)
+    mesh = make_mesh(devices=jax.devices()[:devices], tensor=tensor)
+    model = make_model(config.model, make_parametrization(config.mup, config.model))
+    table = parameter_table(model, mesh)
+    optimizer = make_optimizer(config.optimizer, table)
+    return config, mesh, model, optimizer, abstract_state(table, optimizer, mesh)
+
+
+def position(step: int) -> Position:
+    return Position(step=step, tokens_seen=384 * step, store_fingerprint="abc")
+
+
+def assert_equal_states(found, expected):
+    jax.tree.map(lambda a, b: np.testing.assert_array_equal(np.asarray(a), np.asarray(b)), found, expected)
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory):
+    """A workdir with checkpoint 7, saved from a 4 x 2 mesh, and the state on the host."""
+    workdir = tmp_path_factory.mktemp("run")
+    config, mesh, model, optimizer, _ = build(devices=8, tensor=2)
+    state = init_state(model, optimizer, mesh, seed=4)
+    checkpointer = Checkpointer(workdir, config=KEEP)
+    checkpointer.save(state, position=position(7), config=config)
+    checkpointer.wait()
+    checkpointer.close()
+    return workdir, jax.device_get(state)
+
+
+@pytest.mark.parametrize("devices, tensor", [(8, 2), (8, 4), (1, 1)])
+def test_a_checkpoint_restores_onto_any_mesh(saved, devices, tensor):
+    workdir, expected = saved
+    config, mesh, _, _, abstract = build(devices=devices, tensor=tensor)
+    checkpointer = Checkpointer(workdir, config=KEEP)
+    state = checkpointer.restore_state(7, abstract=abstract)
+    assert checkpointer.read_facts(7) == (position(7), tiny_config(mesh__tensor=2))
+    checkpointer.close()
+    assert_equal_states(state, expected)
+    assert state.params["blocks"]["mlp"]["up"]["kernel"].sharding == NamedSharding(
+        mesh, PartitionSpec(None, ("fsdp", "tensor"), None)
+    )
+
+
+def test_a_checkpoint_from_before_mesh_context_is_read(tmp_path):
+    config, mesh, model, optimizer, _ = build(devices=1, tensor=1)
+    checkpointer = Checkpointer(tmp_path, config=KEEP)
+    older = json.loads(config.to_json())
+    del older["mesh"]["context"]
+    with mock.patch.object(type(config), "to_json", return_value=json.dumps(older)):
+        checkpointer.save(init_state(model, optimizer, mesh, seed=4), position=position(1), config=config)
+    checkpointer.wait()
+    assert checkpointer.read_facts(1) == (position(1), config)
+    checkpointer.close()
+
+
+def test_donating_the_state_right_after_save_does_not_reach_the_checkpoint(tmp_path):
+    config, mesh, model, optimizer, abstract = build(devices=1, tensor=1)
+    state = init_state(model, optimizer, mesh, seed=4)
+    expected = jax.tree.map(np.array, state)
+    overwrite = jax.jit(lambda state: jax.tree.map(lambda x: x * 0 + 1, state), donate_argnums=0)
+    checkpointer = Checkpointer(tmp_path, config=KEEP)
+    checkpointer.save(state, position=position(1), config=config)
+    for _ in range(5):
+        state = overwrite(state)
+    jax.block_until_ready(state)
+    checkpointer.wait()
+    assert_equal_states(checkpointer.restore_state(1, abstract=abstract), expected)
+    checkpointer.close()
+
+
+def test_the_last_ones_and_every_so_many_are_kept(tmp_path):
+    config, mesh, model, optimizer, _ = build(devices=1, tensor=1)
+    state = init_state(model, optimizer, mesh, seed=4)
+    checkpointer = Checkpointer(tmp_path, config=KEEP)
+    for step in (5, 10, 15, 20, 25, 26):
+        checkpointer.save(state, position=position(step), config=config)
+    checkpointer.wait()
+    assert checkpointer.steps() == [10, 20, 25, 26]
+    checkpointer.close()
+
+
+def test_an_unfinished_save_is_not_a_checkpoint(tmp_path):
+    unfinished = tmp_path / "checkpoints" / "9.orbax-checkpoint-tmp"
+    unfinished.mkdir(parents=True)
+    (unfinished / "state").mkdir()
+    checkpointer = Checkpointer(tmp_path, config=KEEP)
+    assert checkpointer.steps() == []
+    checkpointer.close()
+
+
+def test_a_damaged_checkpoint_is_named_with_the_remedy(saved, tmp_path):
+    config, mesh, model, optimizer, abstract = build(devices=1, tensor=1)
+    state = init_state(model, optimizer, mesh, seed=4)
+    checkpointer = Checkpointer(tmp_path, config=KEEP)
+    for step in (3, 4):
+        checkpointer.save(state, position=position(step), config=config)
+    checkpointer.wait()
+    for path in (tmp_path / "checkpoints" / "4" / "state").rglob("*"):
+        if path.is_file() and path.stat().st_size > 10_000:
+            path.write_bytes(path.read_bytes()[:5_000])
+    with pytest.raises(ValueError, match=r"checkpoints/4 cannot be read: .*; delete it to go on from step 3"):
+        checkpointer.restore_state(4, abstract=abstract)
+    checkpointer.close()
+
+
+@pytest.mark.parametrize(
+    "change, named",
+    [
+        ({"model__d_model": 80}, "model.d_model: checkpoint 40, config 80"),
+        ({"model__alibi_scaling": 2.0}, "model.alibi_scaling"),
+        ({"mup__init_std": 0.1}, "mup: "),
+        ({"seed": 9}, "seed: checkpoint 1, config 9"),
+        ({"data__seed": 9}, "data.seed"),
+        ({"curriculum__num_tokens": (5 * 384, 5 * 384)}, "before the last phase"),
+    ],
+)
+def test_another_run_is_refused(change, named):
+    with pytest.raises(ValueError, match=named):
+        check_same_run(tiny_config(), tiny_config(**change), where="somewhere")
+
+
+def test_a_longer_run_on_another_mesh_is_the_same_run():
+    longer = tiny_config(curriculum__num_tokens=(6 * 384, 9 * 384), mesh__tensor=2, checkpoint__every_steps=50)
+    check_same_run(tiny_config(), longer, where="somewhere")
+
+
+def test_positions_are_plain_json_numbers():
+    assert all(type(value) in (int, str) for value in dataclasses.asdict(position(10**9)).values())

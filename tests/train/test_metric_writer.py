@@ -1,0 +1,305 @@
+"""The metrics file to the bit and through kills, rates and the ETA against a clock that only moves when told."""
+
+import io
+import json
+import math
+import struct
+import types
+
+import pytest
+from tensorboardX.proto.event_pb2 import Event
+
+from btlm_jax.recipe.curriculum import make_curriculum
+from btlm_jax.train.metric_writer import METRICS_FILE, TENSORBOARD_DIRECTORY, MetricWriter, read_metrics, seconds_left
+from btlm_jax.train.metrics import GoodputLedger
+
+# 4 steps of 12 x 16 and 5 steps of 4 x 48, 192 tokens each; a token costs 1e6 and 3e6 FLOP.
+CURRICULUM = make_curriculum(seq_len=(16, 48), batch_size=(12, 4), num_tokens=(4 * 192, 5 * 192))
+FLOPS_OF_PHASE = (1e6, 3e6)
+PEAK = 1e9
+
+
+class Clock:
+    """Seconds that pass only by assignment."""
+
+    now = 100.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+class FakeRun:
+    """A loop without a model: `step` takes its seconds in the ledger and is recorded."""
+
+    def __init__(self, workdir, *, first_step=1, log_every=1, is_writer=True):
+        self.clock = Clock()
+        self.ledger = GoodputLedger(self.clock)
+        self.writer = MetricWriter(
+            workdir,
+            first_step=first_step,
+            curriculum=CURRICULUM,
+            flops_of_phase=FLOPS_OF_PHASE,
+            peak_flops=PEAK,
+            log_every=log_every,
+            is_writer=is_writer,
+            ledger=self.ledger,
+        )
+
+    def spend(self, name, seconds):
+        with self.ledger.measure(name):
+            self.clock.now += seconds
+
+    def step(self, step, *, seconds=2.0, loss=4.5):
+        self.spend("step", seconds)
+        self.writer.train(step, learning_rate=0.01 / step, metrics={"loss": loss, "grad_norm": 0.5})
+
+
+def result(loss=3.25):
+    sources = {"code": {"loss": loss, "bits_per_byte": 1.5}, "prose": {"loss": 2 * loss, "bits_per_byte": 0.75}}
+    return types.SimpleNamespace(to_json=lambda: {"loss": loss, "sources": sources})
+
+
+def rows_of(workdir, kind):
+    return [row for row in read_metrics(workdir / METRICS_FILE) if row["kind"] == kind]
+
+
+def tensorboard_scalars(workdir) -> set[tuple[str, int]]:
+    """Return (tag, step) of every scalar, by reading the TFRecords: length, its checksum, event, its checksum."""
+    scalars = set()
+    for path in (workdir / TENSORBOARD_DIRECTORY).iterdir():
+        data = path.read_bytes()
+        while data:
+            (length,) = struct.unpack("<Q", data[:8])
+            event = Event.FromString(data[12 : 12 + length])
+            scalars |= {(value.tag, event.step) for value in event.summary.value}
+            data = data[16 + length :]
+    return scalars
+
+
+def test_every_step_has_a_line_with_what_depends_on_time_last(tmp_path):
+    run = FakeRun(tmp_path, log_every=100)
+    with run.writer:
+        for step in range(1, 10):
+            run.step(step)
+    rows = rows_of(tmp_path, "train")
+    assert [row["step"] for row in rows] == list(range(1, 10))
+    assert list(rows[5]) == [
+        "kind", "step", "tokens", "seq_len", "learning_rate", "loss", "grad_norm",
+        "tokens_per_second", "mfu", "seconds",
+    ]  # fmt: skip
+    # Step 6 is in the second phase: 192 tokens of 3 MFLOP in 2 s, of a peak of 1 GFLOP/s.
+    assert rows[5] == {
+        "kind": "train", "step": 6, "tokens": 6 * 192, "seq_len": 48, "learning_rate": 0.01 / 6, "loss": 4.5,
+        "grad_norm": 0.5, "tokens_per_second": 96.0, "mfu": 0.288, "seconds": 2.0,
+    }  # fmt: skip
+    assert [row["seq_len"] for row in rows] == [16] * 4 + [48] * 5
+
+
+def test_lines_are_on_disk_before_the_next_step(tmp_path):
+    run = FakeRun(tmp_path)
+    with run.writer:
+        run.step(1)
+        assert len((tmp_path / METRICS_FILE).read_bytes().splitlines()) == 1
+
+
+@pytest.mark.parametrize("loss", [0.1 + 0.2, 1 / 3, 5e-324, struct.unpack("<f", b"\xcd\xcc\x8c\x40")[0], -0.0])
+def test_floats_come_back_bit_equal(tmp_path, loss):
+    run = FakeRun(tmp_path)
+    with run.writer:
+        run.step(1, loss=loss)
+    (row,) = rows_of(tmp_path, "train")
+    assert struct.pack("<d", row["loss"]) == struct.pack("<d", loss)
+
+
+@pytest.mark.parametrize(("loss", "text"), [(math.nan, "nan"), (math.inf, "inf"), (-math.inf, "-inf")])
+def test_numbers_that_are_not_finite_are_strings_in_strict_json(tmp_path, loss, text):
+    run = FakeRun(tmp_path)
+    with run.writer:
+        run.step(1, loss=loss)
+        run.writer.evaluation(1, result(loss))
+
+    def refuse(constant):
+        raise AssertionError(f"{constant} is not JSON")
+
+    lines = (tmp_path / METRICS_FILE).read_text().splitlines()
+    assert json.loads(lines[0], parse_constant=refuse)["loss"] == text
+    train, evaluation, _ = read_metrics(tmp_path / METRICS_FILE)
+    for value in (train["loss"], evaluation["loss"], evaluation["sources"]["code"]["loss"]):
+        assert repr(value) == repr(loss)
+
+
+def test_resuming_drops_what_it_writes_again_and_a_half_written_line(tmp_path):
+    run = FakeRun(tmp_path)
+    with run.writer:
+        for step in (1, 2, 3):
+            run.step(step)
+        run.writer.evaluation(3, result())
+        run.step(4)
+        run.writer.evaluation(4, result())
+        run.writer.event(4, "seen")
+        run.step(5)
+    path = tmp_path / METRICS_FILE
+    lines = path.read_bytes().splitlines(keepends=True)
+    path.write_bytes(b"".join(lines) + b'{"kind": "train", "step": 6, "los')
+    resumed = FakeRun(tmp_path, first_step=4)
+    with resumed.writer:
+        # Steps 1 to 3 and the evaluation after them, untouched to the byte; then the event and where the time went.
+        assert path.read_bytes() == b"".join([*lines[:4], lines[6], lines[8]])
+        for step in range(4, 10):
+            resumed.step(step)
+    assert [row["step"] for row in rows_of(tmp_path, "train")] == list(range(1, 10))
+    assert [row["step"] for row in rows_of(tmp_path, "eval")] == [3]
+    assert [row["message"] for row in rows_of(tmp_path, "event")] == ["seen"]
+    assert [row["step"] for row in rows_of(tmp_path, "goodput")] == [5, 9]
+    assert [file.name for file in tmp_path.glob(".*")] == []
+
+
+def test_resumed_lines_are_the_uninterrupted_ones(tmp_path):
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    for workdir, sessions in ((whole, [(1, 10)]), (parts, [(1, 6), (4, 10)])):
+        workdir.mkdir()
+        for first, end in sessions:
+            run = FakeRun(workdir, first_step=first)
+            with run.writer:
+                for step in range(first, end):
+                    run.step(step, loss=10 / step)
+    assert rows_of(whole, "train") == rows_of(parts, "train")
+
+
+def test_a_resume_with_nothing_to_drop_leaves_the_file_alone(tmp_path):
+    run = FakeRun(tmp_path)
+    with run.writer:
+        run.step(1)
+    before = (tmp_path / METRICS_FILE).stat().st_ino
+    with FakeRun(tmp_path, first_step=2).writer:
+        assert (tmp_path / METRICS_FILE).stat().st_ino == before
+
+
+def test_reading_ignores_a_half_written_last_line_only(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    path.write_bytes(b'{"kind": "train", "step": 1}\n{"kind": "tr')
+    assert read_metrics(path) == [{"kind": "train", "step": 1}]
+    path.write_bytes(b'{"kind": "train", "step": 1}\n{"kind": "tr\n{"kind": "train", "step": 3}\n')
+    with pytest.raises(ValueError, match="line 2"):
+        read_metrics(path)
+
+
+def test_pauses_do_not_count(tmp_path):
+    run = FakeRun(tmp_path)
+    with run.writer:
+        run.step(1)
+        run.spend("evaluation", 500)
+        run.spend("checkpoint", 700)
+        run.clock.now += 900
+        run.spend("data wait", 1)
+        run.step(2, seconds=3)
+    assert rows_of(tmp_path, "train")[1]["seconds"] == 4
+    assert rows_of(tmp_path, "train")[1]["tokens_per_second"] == 48
+
+
+@pytest.mark.parametrize(
+    ("step", "flop"),
+    [(0, 192 * (4 * 1e6 + 5 * 3e6)), (3, 192 * (1 * 1e6 + 5 * 3e6)), (4, 192 * 5 * 3e6), (7, 192 * 2 * 3e6), (9, 0)],
+)
+def test_time_left_counts_each_phase_at_its_own_cost(step, flop):
+    left = seconds_left(CURRICULUM, flops_of_phase=FLOPS_OF_PHASE, step=step, flops_rate=4e6)
+    assert left == pytest.approx(flop / 4e6)
+
+
+def test_console_lines_show_a_smoothed_pace(tmp_path, capsys):
+    run = FakeRun(tmp_path)
+    with run.writer:
+        run.step(1, seconds=1000)  # reads the first batch: not part of the pace
+        run.step(2, seconds=1)
+        run.step(3, seconds=2)
+        run.step(4, seconds=3)
+    lines = capsys.readouterr().out.splitlines()
+    # Steps 2 to 4 did 576 tokens of 1 MFLOP in 6 s: 96 tokens and 96 MFLOP a second; 2,880 MFLOP are left.
+    assert lines[1] == (
+        "step 4/9 | len 16 | tokens 768 | loss 4.5000 | lr 0.0025 | gnorm 0.5 | 96 tok/s | MFU 9.6% | ETA 0:00:30"
+    )
+    assert lines[2].startswith("Time 0:16:46: step 100.0%")
+
+
+@pytest.mark.parametrize(("log_every", "shown"), [(3, [1, 4, 9]), (1, [1, 4, 9])])
+def test_console_shows_first_last_phase_ends_and_no_flood(tmp_path, capsys, log_every, shown):
+    run = FakeRun(tmp_path, log_every=log_every)
+    with run.writer:
+        for step in range(1, 10):
+            run.step(step)
+    lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("step")]
+    assert [int(line.split("/")[0].removeprefix("step ")) for line in lines] == shown
+
+
+def test_console_shows_due_steps_once_two_seconds_have_passed(tmp_path, capsys, monkeypatch):
+    wall = Clock()
+    monkeypatch.setattr("btlm_jax.train.metric_writer.time", types.SimpleNamespace(monotonic=wall))
+    run = FakeRun(tmp_path, log_every=2)
+    with run.writer:
+        for step in range(1, 10):
+            wall.now += 0.6
+            run.step(step)
+    lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("step")]
+    # Of steps 2, 6 and 8, step 2 is 0.6 s after step 1, step 6 is 1.2 s and step 8 2.4 s after step 4.
+    assert [int(line.split("/")[0].removeprefix("step ")) for line in lines] == [1, 4, 8, 9]
+
+
+def test_a_terminal_gets_a_bar_and_messages_on_lines_of_their_own(tmp_path, monkeypatch):
+    terminal = io.StringIO()
+    terminal.isatty = lambda: True
+    monkeypatch.setattr("sys.stdout", terminal)
+    run = FakeRun(tmp_path, first_step=3)
+    with run.writer:
+        run.step(3)
+        run.writer.event(3, "noted")
+        run.step(4)
+    shown = terminal.getvalue()
+    assert "step 3/9" in shown and "loss 4.5000" in shown and "ETA" in shown
+    messages = [line.split("\r")[-1] for line in shown.split("\n")]
+    assert "step 3/9 | noted" in messages
+    assert any(message.startswith("Time") for message in messages)
+
+
+def test_tensorboard_has_due_steps_and_heldout_sources(tmp_path):
+    run = FakeRun(tmp_path, log_every=3)
+    with run.writer:
+        for step in range(1, 10):
+            run.step(step)
+        run.writer.evaluation(9, result())
+    scalars = tensorboard_scalars(tmp_path)
+    assert {step for tag, step in scalars if tag == "train/loss"} == {1, 3, 4, 6, 9}
+    assert {("heldout/code", 9), ("heldout/prose", 9), ("heldout/all", 9), ("train/mfu", 4)} <= scalars
+
+
+def test_an_evaluation_is_one_line(tmp_path, capsys):
+    run = FakeRun(tmp_path)
+    with run.writer:
+        run.step(1)
+        capsys.readouterr()
+        run.writer.evaluation(1, result())
+        assert capsys.readouterr().out == (
+            "step 1/9 | held-out loss 3.2500 | code 3.2500 (1.5000 bits/byte) | prose 6.5000 (0.7500 bits/byte)\n"
+        )
+    (row,) = rows_of(tmp_path, "eval")
+    assert row == {"kind": "eval", "step": 1, "tokens": 192, **result().to_json()}
+
+
+def test_goodput_is_written_once_even_when_the_run_fails(tmp_path):
+    run = FakeRun(tmp_path)
+    with pytest.raises(OSError), run.writer:
+        run.step(1)
+        run.spend("checkpoint", 7)
+        raise OSError
+    run.writer.finish()
+    (row,) = rows_of(tmp_path, "goodput")
+    assert row == {"kind": "goodput", "step": 1, "seconds": {"step": 2, "checkpoint": 7, "total": 9}}
+
+
+def test_a_second_process_writes_nothing(tmp_path, capsys):
+    run = FakeRun(tmp_path, is_writer=False)
+    with run.writer:
+        run.step(1)
+        run.writer.evaluation(1, result())
+        run.writer.event(1, "unheard")
+    assert list(tmp_path.iterdir()) == []
+    assert capsys.readouterr().out == ""

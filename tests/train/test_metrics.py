@@ -1,0 +1,134 @@
+"""FLOPs by hand, peaks by name and by stopwatch, the ledger against a clock that only moves when told."""
+
+import itertools
+import types
+
+import jax
+import pytest
+from support.tiny import config_dict, tiny_config
+
+from btlm_jax.parallel.mesh import make_mesh
+from btlm_jax.recipe.config import train_config_from
+from btlm_jax.train.metrics import GoodputLedger, flops_per_token, peak_flops
+
+
+class Clock:
+    """Seconds that pass only by assignment."""
+
+    now = 100.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+def device(kind: str):
+    return types.SimpleNamespace(device_kind=kind, platform="gpu")
+
+
+@pytest.mark.parametrize("seq_len", [2048, 8192])
+def test_flops_of_btlm_3b_by_hand(seq_len):
+    # Of each layer: q, k, v, out of 2560 x 2560; up, gate, down of 2560 x 6826.
+    per_layer = 4 * 6_553_600 + 3 * 17_474_560
+    matrices = 32 * per_layer + 50_257 * 2560
+    # Scores and weighted values: 2 x (2 x 2560) FLOP for each of T / 2 keys, thrice with backward.
+    attention = 32 * 3 * (2 * 2 * 2560 * seq_len / 2)
+    model = train_config_from(config_dict("btlm_3b_8k")).model
+    assert flops_per_token(model, seq_len=seq_len) == 6 * matrices + attention
+
+
+def test_flops_count_what_the_compiler_counts():
+    # XLA counts every multiplication of a forward pass; without attention it is a third of training's.
+    model = tiny_config().model
+    D, F, V, L = model.d_model, model.d_ff, model.vocab_size, model.num_layers
+
+    def forward(x_D, attention_LDD, mlp_LDF, down_LFD, embedding_VD):
+        for layer in range(L):
+            for matrix in range(4):
+                x_D = x_D @ attention_LDD[layer, matrix]
+            x_D = ((x_D @ mlp_LDF[layer, 0]) * (x_D @ mlp_LDF[layer, 1])) @ down_LFD[layer]
+        return embedding_VD @ x_D
+
+    shapes = [(D,), (L, 4, D, D), (L, 2, D, F), (L, F, D), (V, D)]
+    cost = (
+        jax.jit(forward).lower(*(jax.ShapeDtypeStruct(shape, "float32") for shape in shapes)).compile().cost_analysis()
+    )
+    assert 3 * cost["flops"] == pytest.approx(flops_per_token(model, seq_len=0), rel=0.02)
+
+
+@pytest.mark.parametrize(
+    ("kind", "flops"),
+    [
+        ("TPU v4", 275e12),
+        ("TPU v5 lite", 197e12),
+        ("TPU v5", 459e12),
+        ("TPU v5p", 459e12),
+        ("TPU v6 lite", 918e12),
+        ("NVIDIA A100-SXM4-80GB", 312e12),
+        ("NVIDIA H100 80GB HBM3", 989e12),
+        ("NVIDIA H100 PCIe", 756e12),
+        ("NVIDIA H200", 989e12),
+    ],
+)
+def test_peak_of_known_devices(kind, flops):
+    peak = peak_flops(device(kind))
+    assert peak.flops == flops
+    assert "data sheet" in peak.source
+
+
+def test_peak_of_a_cpu_is_measured_and_shared_by_its_simulated_devices(monkeypatch):
+    # A stopwatch on which every matmul of 1,280 x 1,280 takes one second.
+    monkeypatch.setattr("btlm_jax.train.metrics.time", types.SimpleNamespace(perf_counter=itertools.count().__next__))
+    peak = peak_flops(jax.devices()[3])
+    assert peak.flops == 2 * 1280**3 / 8
+    assert "measured" in peak.source and "8 simulated" in peak.source
+
+
+def test_measured_peak_is_possible_and_needs_no_mesh_of_its_own_device():
+    with jax.set_mesh(make_mesh(devices=jax.devices(), tensor=2)):
+        peak = peak_flops(jax.devices()[3])
+    # All devices together: between a slow core and the fastest server there is.
+    assert 1e9 < peak.flops * jax.device_count() < 1e14
+
+
+def test_ledger_counts_each_second_once():
+    clock = Clock()
+    ledger = GoodputLedger(clock)
+    clock.now += 1
+    with ledger.measure("step"):
+        clock.now += 20
+        with ledger.measure("checkpoint"):
+            clock.now += 300
+        clock.now += 4000
+    with ledger.measure("step"):
+        clock.now += 50_000
+    assert ledger.seconds() == {"step": 54_020, "checkpoint": 300, "total": 54_321}
+
+
+def test_ledger_counts_the_category_that_is_running():
+    clock = Clock()
+    ledger = GoodputLedger(clock)
+    with ledger.measure("step"):
+        clock.now += 3
+        assert ledger.seconds() == {"step": 3, "total": 3}
+        clock.now += 4
+    assert ledger.seconds() == {"step": 7, "total": 7}
+
+
+def test_ledger_counts_a_category_that_raised():
+    clock = Clock()
+    ledger = GoodputLedger(clock)
+    with pytest.raises(OSError), ledger.measure("corpus"):
+        clock.now += 5
+        raise OSError
+    clock.now += 7
+    assert ledger.seconds() == {"corpus": 5, "total": 12}
+
+
+def test_ledger_describes_shares_largest_first():
+    clock = Clock()
+    ledger = GoodputLedger(clock)
+    for name, seconds in (("data wait", 36), ("step", 3168)):
+        with ledger.measure(name):
+            clock.now += seconds
+    clock.now += 396
+    assert ledger.describe() == "Time 1:00:00: step 88.0%, other 11.0%, data wait 1.0%"

@@ -1,0 +1,77 @@
+"""The real command in processes: a full disk, bad numbers, SIGTERM, and two processes as one run."""
+
+import resource
+import signal
+import socket
+
+import pytest
+from support.real_store import write_config
+from support.run_command import (
+    NUM_STEPS,
+    assert_refused,
+    assert_same_run,
+    checkpoint_steps,
+    finish_btlm,
+    recorded,
+    run_btlm,
+    start_btlm,
+    train_arguments,
+)
+
+
+@pytest.mark.slow
+def test_a_full_disk_keeps_the_last_good_checkpoint(tiny_run, unfinished_run):
+    config, workdir = unfinished_run
+
+    process = start_btlm(*train_arguments(config, workdir))
+    resource.prlimit(process.pid, resource.RLIMIT_FSIZE, (60_000, 60_000))  # a child's preexec_fn would fork under JAX
+    result = finish_btlm(process)
+    assert_refused(result, code=1, said=("error: ",))
+    assert checkpoint_steps(workdir) == [3]
+    assert run_btlm(*train_arguments(config, workdir)).returncode == 0
+    assert_same_run(workdir, tiny_run[1], config)
+
+
+@pytest.mark.slow
+def test_bad_numbers_stop_with_76_and_are_not_saved(unfinished_run):
+    config, workdir = unfinished_run
+    result = run_btlm(*train_arguments(config, workdir), "--config.optimizer.peak_learning_rate=1e38")
+    assert result.returncode == 76, result.stdout + result.stderr
+    assert "Stopped on bad numbers at step" in result.stdout and "last good checkpoint is step 3" in result.stdout
+    assert checkpoint_steps(workdir) == [3]
+
+
+@pytest.mark.slow
+def test_sigterm_saves_and_exits_with_75_and_the_rest_is_the_same(tiny_run, tmp_path):
+    config, finished = tiny_run
+    process = start_btlm(*train_arguments(config, tmp_path / "run"))
+    for line in process.stdout:  # the plan is printed before the first step
+        if line.startswith("Model:"):
+            break
+    process.send_signal(signal.SIGTERM)
+    result = finish_btlm(process)
+    assert result.returncode == 75, result.stdout + result.stderr
+    (saved,) = checkpoint_steps(tmp_path / "run")
+    assert 1 <= saved < NUM_STEPS and f"Preempted: saved at step {saved}" in result.stdout
+    assert run_btlm(*train_arguments(config, tmp_path / "run")).returncode == 0
+    assert_same_run(tmp_path / "run", finished, config)
+
+
+@pytest.mark.slow
+def test_two_processes_give_the_losses_of_one(token_store, tmp_path):
+    config = write_config(tmp_path / "config.py", store=token_store, log__sample_tokens=3)
+    alone = run_btlm(*train_arguments(config, tmp_path / "alone"), num_devices=2)
+    assert alone.returncode == 0, alone.stdout + alone.stderr
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = free.getsockname()[1]
+    flags = [f"--coordinator=localhost:{port}", "--num_processes=2"]
+    pair = [start_btlm(*train_arguments(config, tmp_path / "pair"), *flags, f"--process_id={i}") for i in range(2)]
+    for process in pair:
+        result = finish_btlm(process)
+        assert result.returncode == 0, result.stdout + result.stderr
+    for kind, name in (("train", "loss"), ("train", "grad_norm"), ("eval", "loss")):
+        found, expected = ([row[name] for row in recorded(tmp_path / run, kind)] for run in ("pair", "alone"))
+        assert found == pytest.approx(expected, rel=1e-6)
+        assert len(found) == (NUM_STEPS if kind == "train" else len(expected)) > 0
+    assert run_btlm(*train_arguments(config, tmp_path / "pair"), num_devices=1).returncode == 0  # "already done"
