@@ -39,15 +39,15 @@ def _require_positive(prefix: str, **values: float) -> None:
 class ModelConfig:
     """Shape and numerics of the network; letters as in DESIGN: L layers, D d_model, N heads, F d_ff, V vocab."""
 
-    vocab_size: int
-    num_layers: int
-    d_model: int
-    num_heads: int
-    d_ff: int
-    layer_norm_eps: float
+    vocab_size: int  # V, at least the number of ids of the token store's tokenizer
+    num_layers: int  # L
+    d_model: int  # D
+    num_heads: int  # N; each head has d_model / num_heads dims
+    d_ff: int  # F, width of the SwiGLU layer
+    layer_norm_eps: float  # added to the variance of every LayerNorm
     alibi_scaling: float  # ALiBi slopes are divided by this; 1.0 as trained, > 1 interpolates positions
     dtype: str  # of activations and matmuls; parameters, softmax, norms' statistics and the loss are float32
-    attention: str
+    attention: str  # implementation of attention; "auto" takes the fastest for the devices: see attention/__init__.py
     remat: str  # what the backward pass keeps of each block: see model/transformer.py
     loss_chunk: int  # positions of each sequence whose logits exist at one time
 
@@ -75,13 +75,13 @@ class ModelConfig:
 class MupConfig:
     """Parametrization: the preset and the values tuned on the base (proxy) model. Meaning in mup.py."""
 
-    preset: str
-    base_d_model: float
+    preset: str  # parametrization: see mup.py
+    base_d_model: float  # d_model of the model whose values were tuned: widths are relative to it
     base_d_ff: float  # not always whole: BTLM's is 682.6, which makes its 6826 ten times as wide
     base_num_layers: int  # read by completep only
-    init_std: float
-    embedding_multiplier: float
-    output_multiplier: float
+    init_std: float  # standard deviation of initial weights at the base width
+    embedding_multiplier: float  # factor on the looked-up embeddings
+    output_multiplier: float  # factor on the logits, before division by d_model / base_d_model
 
     def __post_init__(self):
         _require_choice("mup.preset", self.preset, PRESETS)
@@ -96,9 +96,9 @@ class MupConfig:
 class CurriculumConfig:
     """The phase table, one tuple entry a phase; `table` is its meaning."""
 
-    seq_len: tuple[int, ...]
-    batch_size: tuple[int, ...]  # global, in sequences
-    num_tokens: tuple[int, ...]
+    seq_len: tuple[int, ...]  # T of each phase; every one divides the longest
+    batch_size: tuple[int, ...]  # global, in sequences; seq_len x batch_size is the same in every phase
+    num_tokens: tuple[int, ...]  # of each phase, a whole number of steps
 
     def __post_init__(self):
         _ = self.table
@@ -112,14 +112,14 @@ class CurriculumConfig:
 class OptimizerConfig:
     """AdamW with a linear warm-up and a linear decay, both counted in tokens."""
 
-    peak_learning_rate: float
-    end_learning_rate: float
-    warmup_tokens: int
-    beta1: float
-    beta2: float
-    eps: float
-    weight_decay: float
-    clip_norm: float
+    peak_learning_rate: float  # reached after warmup_tokens, for classes with multiplier 1
+    end_learning_rate: float  # of the last step
+    warmup_tokens: int  # tokens of the linear warm-up from 0
+    beta1: float  # decay of AdamW's first moment
+    beta2: float  # decay of AdamW's second moment
+    eps: float  # AdamW's epsilon, outside the bias-corrected root
+    weight_decay: float  # coupled to each parameter's learning rate
+    clip_norm: float  # largest global norm of the gradients
 
     def __post_init__(self):
         _require_positive(
@@ -148,7 +148,7 @@ class DataConfig:
     """Reading: which token store, in which order, how far ahead."""
 
     store: str  # directory, taken from the workdir if relative, or a URL that fsspec opens: gs://bucket/store
-    seed: int
+    seed: int  # of the order of blocks and windows, and of an installed_python corpus
     max_epochs: int  # passes over the store that the curriculum may take
     prefetch: int  # batches read ahead of the step
 
@@ -161,7 +161,7 @@ class DataConfig:
 class CorpusConfig:
     """Making the store when data.store does not exist; "prepared" means that it must exist."""
 
-    source: str
+    source: str  # "prepared", or "installed_python": documentation of the installed packages
     max_bytes: int  # UTF-8 bytes of documents taken, after deduplication
     heldout_fraction: float  # of documents, by hash
     heldout_bytes_per_source: int  # cap on the held-out text of each source
@@ -179,8 +179,8 @@ class CorpusConfig:
 class EvaluationConfig:
     """Held-out loss: every so many steps on a few blocks of each source, at the end on all of them."""
 
-    every_steps: int
-    blocks_per_source: int
+    every_steps: int  # steps between evaluations during training
+    blocks_per_source: int  # blocks of each source in those evaluations
     batch_size: int  # sequences of the store's block length
 
     def __post_init__(self):
@@ -194,8 +194,8 @@ class EvaluationConfig:
 class CheckpointConfig:
     """When a checkpoint is written and which are kept."""
 
-    every_steps: int
-    keep_last: int
+    every_steps: int  # steps between checkpoints
+    keep_last: int  # newest checkpoints that are kept
     keep_every: int  # steps; checkpoints at its multiples are never deleted
 
     def __post_init__(self):
@@ -208,9 +208,9 @@ class CheckpointConfig:
 class LogConfig:
     """How often metrics are written, and what is printed at the end."""
 
-    every_steps: int
-    sample_prompt: str
-    sample_tokens: int
+    every_steps: int  # steps between lines of metrics on the console and in TensorBoard
+    sample_prompt: str  # continued at the end of the run
+    sample_tokens: int  # length of that continuation
 
     def __post_init__(self):
         _require_positive("log", every_steps=self.every_steps, sample_tokens=self.sample_tokens)
@@ -220,7 +220,7 @@ class LogConfig:
 class TrainConfig:
     """A whole run."""
 
-    seed: int
+    seed: int  # of the initial parameters
     model: ModelConfig
     mup: MupConfig
     curriculum: CurriculumConfig
