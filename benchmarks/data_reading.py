@@ -128,7 +128,7 @@ def write_random_store(directory: Path) -> None:
     writer.close()
     shard = store.Shard(file=path.name, num_blocks=NUM_BLOCKS, num_bytes=path.stat().st_size, sha256="")
     (directory / "tokenizer.model").touch()
-    tokenizer = store.Tokenizer(kind="none", file="tokenizer.model", sha256="", vocab_size=VOCAB_SIZE, eos_id=0)
+    tokenizer = store.TokenizerInfo(kind="none", file="tokenizer.model", sha256="", vocab_size=VOCAB_SIZE, eos_id=0)
     split = store.Split(num_blocks=NUM_BLOCKS, num_tokens=NUM_BLOCKS * BLOCK_LEN, shards=(shard,), sources={})
     manifest = store.Manifest(
         block_len=BLOCK_LEN, dtype="uint16", tokenizer=tokenizer, splits={store.TRAIN: split}, made_by={}

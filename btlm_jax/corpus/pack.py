@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import hashlib
 import os
 from collections.abc import Iterable, Iterator, Sequence
@@ -14,19 +13,12 @@ from array_record.python.array_record_module import ArrayRecordWriter
 from tensorflow_datasets.proto import tf_example_pb2, tf_feature_pb2
 
 from btlm_jax.data import store
+from btlm_jax.data.store import TokenBlock
 
 TFDS_VERSION = "1.0.0"
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Block:
-    """block_len + 1 tokens, of which the first num_targets after the first are targets; the rest is padding."""
-
-    tokens: np.ndarray
-    num_targets: int
-
-
-def pack(documents: Iterable[Sequence[int]], *, block_len: int, eos_id: int, dtype: str) -> Iterator[Block]:
+def pack(documents: Iterable[Sequence[int]], *, block_len: int, eos_id: int, dtype: str) -> Iterator[TokenBlock]:
     """Yield the blocks of one stream `EOS document EOS document ... EOS`; the last is padded with EOS."""
     pending = [np.asarray([eos_id], dtype)]
     size = 1
@@ -41,15 +33,15 @@ def pack(documents: Iterable[Sequence[int]], *, block_len: int, eos_id: int, dty
     yield from cut(np.concatenate(pending), block_len=block_len, eos_id=eos_id)
 
 
-def cut(stream: np.ndarray, *, block_len: int, eos_id: int) -> Iterator[Block]:
+def cut(stream: np.ndarray, *, block_len: int, eos_id: int) -> Iterator[TokenBlock]:
     """Yield the blocks of a piece of a stream; its first token is a target of the piece before, or the first EOS."""
     for start in range(0, len(stream) - 1, block_len):
         tokens = stream[start : start + block_len + 1]
         padding = np.full(block_len + 1 - len(tokens), eos_id, stream.dtype)
-        yield Block(tokens=np.concatenate([tokens, padding]), num_targets=len(tokens) - 1)
+        yield TokenBlock(tokens=np.concatenate([tokens, padding]), num_targets=len(tokens) - 1)
 
 
-def write_shards(directory: Path, *, split: str, blocks: Sequence[Block]) -> list[store.Shard]:
+def write_shards(directory: Path, *, split: str, blocks: Sequence[TokenBlock]) -> list[store.Shard]:
     """Write a split's shards and return what the manifest says of them."""
     groups = [blocks[start : start + store.BLOCKS_PER_SHARD] for start in range(0, len(blocks), store.BLOCKS_PER_SHARD)]
     shards = []
@@ -59,7 +51,7 @@ def write_shards(directory: Path, *, split: str, blocks: Sequence[Block]) -> lis
     return shards
 
 
-def write_shard(path: Path, *, blocks: Iterable[Block]) -> store.Shard:
+def write_shard(path: Path, *, blocks: Iterable[TokenBlock]) -> store.Shard:
     """Write one shard and return what the manifest says of it.
 
     Raises:
@@ -78,7 +70,7 @@ def write_shard(path: Path, *, blocks: Iterable[Block]) -> store.Shard:
     return store.Shard(file=path.name, num_blocks=num_blocks, num_bytes=path.stat().st_size, sha256=sync_and_hash(path))
 
 
-def _serialized(block: Block) -> bytes:
+def _serialized(block: TokenBlock) -> bytes:
     """Return a block as TFDS serialises it, but with the fields in the same order in every process."""
     tokens = tf_feature_pb2.Feature(bytes_list=tf_feature_pb2.BytesList(value=[block.tokens.tobytes()]))
     num_targets = tf_feature_pb2.Feature(int64_list=tf_feature_pb2.Int64List(value=[block.num_targets]))

@@ -13,7 +13,6 @@ import dataclasses
 import itertools
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import NamedTuple
 
 import grain
 import numpy as np
@@ -22,15 +21,8 @@ from tensorflow_datasets.proto import tf_example_pb2
 
 from btlm_jax.data import store
 from btlm_jax.data.remote import RemoteRecords
-from btlm_jax.data.store import Manifest, Shard, Split
+from btlm_jax.data.store import Manifest, Shard, Split, TokenBlock
 from btlm_jax.storage.location import Place, inside
-
-
-class Block(NamedTuple):
-    """One record of the store."""
-
-    tokens: np.ndarray  # [block_len + 1], of the store's dtype, read-only
-    num_targets: int  # block_len, but less in the padded last block of a stream
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -76,11 +68,11 @@ class SplitReader:
     def __len__(self) -> int:
         return len(self._records)
 
-    def read(self, block: int) -> Block:
+    def read(self, block: int) -> TokenBlock:
         """Read one block; raises what `read_many` raises."""
         return self.read_many([block])[0]
 
-    def read_many(self, blocks: Sequence[int]) -> list[Block]:
+    def read_many(self, blocks: Sequence[int]) -> list[TokenBlock]:
         """Read blocks; behind a URL all are asked for at once.
 
         Raises:
@@ -91,7 +83,7 @@ class SplitReader:
         records = self._records.read(blocks)
         return [self._next(records, block) for block in blocks]
 
-    def _next(self, records: Iterator[bytes], block: int) -> Block:
+    def _next(self, records: Iterator[bytes], block: int) -> TokenBlock:
         try:
             example = tf_example_pb2.Example.FromString(next(records))
             feature = example.features.feature
@@ -107,7 +99,7 @@ class SplitReader:
                 f"block {block} in shard {inside(self._directory, shard.file)} is unreadable: {error}; "
                 "restore the shard from its source, or rebuild the store"
             ) from error
-        return Block(tokens, num_targets)
+        return TokenBlock(tokens, num_targets)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

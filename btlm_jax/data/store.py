@@ -20,6 +20,9 @@ import dataclasses
 import hashlib
 import json
 from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
 
 from btlm_jax.storage.files import write_atomically
 from btlm_jax.storage.location import Place, inside, read_bytes, sizes_in
@@ -32,8 +35,15 @@ TRAIN, HELDOUT = "train", "heldout"
 BLOCKS_PER_SHARD = 8192
 
 
+class TokenBlock(NamedTuple):
+    """One record of a store: block_len + 1 tokens, of which the first `num_targets` after the first are targets."""
+
+    tokens: np.ndarray  # [block_len + 1], of the store's dtype
+    num_targets: int  # block_len, but less in the last block of a stream, which is padded
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Tokenizer:
+class TokenizerInfo:
     """Which tokenizer made the ids."""
 
     kind: str  # "sentencepiece" or "byte_level_bpe"
@@ -80,7 +90,7 @@ class Manifest:
 
     block_len: int
     dtype: str  # "uint16" up to 65,536 ids, else "uint32"
-    tokenizer: Tokenizer
+    tokenizer: TokenizerInfo
     splits: dict[str, Split]
     made_by: dict  # how it was made: settings, versions, inputs; no times, so that the same input gives the same bytes
 
@@ -133,7 +143,7 @@ def read_manifest(directory: Place) -> Manifest:
         manifest = Manifest(
             block_len=body["block_len"],
             dtype=body["dtype"],
-            tokenizer=Tokenizer(**body["tokenizer"]),
+            tokenizer=TokenizerInfo(**body["tokenizer"]),
             splits={name: _split_from(split) for name, split in body["splits"].items()},
             made_by=body["made_by"],
         )

@@ -12,8 +12,8 @@ import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from btlm_jax.data.reader import Block, SplitReader, open_store
-from btlm_jax.data.store import MANIFEST_FILE, Manifest, Shard, Split
+from btlm_jax.data.reader import SplitReader, open_store
+from btlm_jax.data.store import MANIFEST_FILE, Manifest, Shard, Split, TokenBlock
 from btlm_jax.storage.location import Place, hash_part, inside, read_bytes
 
 INTERVAL = 5.0  # seconds between lines of progress
@@ -45,7 +45,7 @@ def verify(directory: Place, *, log: Callable[[str], None]) -> Manifest:
 
 
 def _check_streams(
-    blocks: Iterator[tuple[int, Block]], *, name: str, split: Split, manifest: Manifest
+    blocks: Iterator[tuple[int, TokenBlock]], *, name: str, split: Split, manifest: Manifest
 ) -> list[tuple[int, int]]:
     """Return what `_check_stream` does of each stream of a split, after checking that each block is of one stream."""
     found, end = [], 0
@@ -60,7 +60,7 @@ def _check_streams(
     return found
 
 
-def _check_stream(blocks: Iterator[tuple[int, Block]], *, last: int, manifest: Manifest) -> tuple[int, int]:
+def _check_stream(blocks: Iterator[tuple[int, TokenBlock]], *, last: int, manifest: Manifest) -> tuple[int, int]:
     """Return the targets and the ends of documents of a stream, after checking that its blocks make one."""
     num_tokens = num_documents = 0
     token = None
@@ -93,7 +93,7 @@ class _Reading:
         if hashlib.sha256(read_bytes(inside(self._directory, file))).hexdigest() != sha256:
             raise self._damaged([file])
 
-    def blocks(self, split: Split) -> Iterator[Block]:
+    def blocks(self, split: Split) -> Iterator[TokenBlock]:
         """Yield the blocks of a split, each shard hashed before its first.
 
         Raises:

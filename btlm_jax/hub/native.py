@@ -36,7 +36,7 @@ class ModelFacts:
     mup: MupConfig
     max_length: int  # longest trained length
     eos_id: int  # the token between documents
-    tokenizer: store.Tokenizer | None  # None: it came without one
+    tokenizer: store.TokenizerInfo | None  # None: it came without one
     notes: dict[str, str]  # how it was made, for a reader
 
     def network(self) -> Btlm:
@@ -147,7 +147,7 @@ def read_facts(directory: Path, *, format: str = FORMAT) -> ModelFacts:
             mup=config_from(MupConfig, values["mup"], path="mup"),
             max_length=int(values["max_length"]),
             eos_id=int(values["eos_id"]),
-            tokenizer=None if values["tokenizer"] is None else store.Tokenizer(**values["tokenizer"]),
+            tokenizer=None if values["tokenizer"] is None else store.TokenizerInfo(**values["tokenizer"]),
             notes=values["notes"],
         )
     except (ValueError, KeyError, TypeError) as error:

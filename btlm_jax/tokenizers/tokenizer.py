@@ -33,7 +33,7 @@ MAX_LINE_CHARACTERS = 4096
 class Tokenizer(Protocol):
     """Text to ids and back; no text makes `eos_id`."""
 
-    kind: str  # store.Tokenizer.kind
+    kind: str  # store.TokenizerInfo.kind
     stored_file: str  # the name of the one file that holds it
     contents: bytes  # of that file
     eos_id: int
@@ -123,7 +123,7 @@ def train_tokenizer(texts: Iterable[str], *, vocab_size: int) -> bytes:
     return model.getvalue()
 
 
-def load_tokenizer(directory: Place, tokenizer: store.Tokenizer) -> Tokenizer:
+def load_tokenizer(directory: Place, tokenizer: store.TokenizerInfo) -> Tokenizer:
     """Load a store's tokenizer.
 
     Raises:
@@ -171,9 +171,9 @@ def find_tokenizer(directory: Path) -> Tokenizer:
     return read_byte_level(directory)
 
 
-def stored_facts(tokenizer: Tokenizer) -> store.Tokenizer:
+def stored_facts(tokenizer: Tokenizer) -> store.TokenizerInfo:
     """Return what a manifest records of a tokenizer whose `contents` lie in its `stored_file`."""
-    return store.Tokenizer(
+    return store.TokenizerInfo(
         kind=tokenizer.kind,
         file=tokenizer.stored_file,
         sha256=hashlib.sha256(tokenizer.contents).hexdigest(),

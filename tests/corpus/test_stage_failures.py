@@ -14,8 +14,9 @@ from support.slow_run import is_alive, start_slow_stage
 from btlm_jax.cli import main
 from btlm_jax.corpus.engine import inputs
 from btlm_jax.corpus.engine.inputs import raw_inputs, read_stage
-from btlm_jax.corpus.pack import Block, write_shard
+from btlm_jax.corpus.pack import write_shard
 from btlm_jax.corpus.readers.records import Record, RecordWriter, read_records
+from btlm_jax.data.store import TokenBlock
 from btlm_jax.storage.files import AtomicFile
 
 
@@ -74,7 +75,7 @@ def test_a_full_disk_is_an_error_that_leaves_nothing(tmp_path, small_disk):
         file.write(noise.bytes(20_005))  # the last bytes are in a buffer that closing cannot write
     with pytest.raises(OSError, match="too large"), RecordWriter(tmp_path / "b", frame_bytes=1 << 30) as writer:
         writer.add(Record(id="a", source="b", text=text, meta={}))
-    blocks = [Block(tokens=noise.integers(0, 60_000, 6_001, np.uint16), num_targets=6_000)] * 9
+    blocks = [TokenBlock(tokens=noise.integers(0, 60_000, 6_001, np.uint16), num_targets=6_000)] * 9
     with pytest.raises(OSError, match="shard .*c cannot be written: .*too large"):
         write_shard(tmp_path / "c", blocks=blocks)
     assert list(tmp_path.iterdir()) == []

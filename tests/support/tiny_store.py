@@ -30,7 +30,7 @@ def write_store(
         store.TRAIN: _write_split(directory, store.TRAIN, train_blocks, train_source, blocks_per_shard),
         store.HELDOUT: _write_split(directory, store.HELDOUT, heldout_blocks, sources, blocks_per_shard),
     }
-    tokenizer = store.Tokenizer(
+    tokenizer = store.TokenizerInfo(
         kind="sentencepiece",
         file="tokenizer.model",
         sha256=hashlib.sha256(b"tiny tokenizer").hexdigest(),

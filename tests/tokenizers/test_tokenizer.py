@@ -55,7 +55,7 @@ def test_sizes_that_cannot_be_trained_are_refused():
 
 def test_a_store_loads_only_its_own_tokenizer(model, tmp_path):
     (tmp_path / "tokenizer.model").write_bytes(model)
-    facts = store.Tokenizer(
+    facts = store.TokenizerInfo(
         kind="sentencepiece",
         file="tokenizer.model",
         sha256=hashlib.sha256(model).hexdigest(),

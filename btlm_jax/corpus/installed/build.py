@@ -16,8 +16,9 @@ from pathlib import Path
 
 from btlm_jax.corpus.installed.documents import SOURCES, Document, describe_installation, installed_documents
 from btlm_jax.corpus.installed.duplicates import without_duplicates, without_repeated_blocks
-from btlm_jax.corpus.pack import Block, pack, sync_and_hash, write_shards, write_tfds_metadata
+from btlm_jax.corpus.pack import pack, sync_and_hash, write_shards, write_tfds_metadata
 from btlm_jax.data import store
+from btlm_jax.data.store import TokenBlock
 from btlm_jax.recipe.config import CorpusConfig
 from btlm_jax.tokenizers.sentencepiece_proto import SPACE_MARK
 from btlm_jax.tokenizers.tokenizer import TOKENIZER_BYTES, TOKENIZER_FILE, SentencePieceTokenizer, train_tokenizer
@@ -81,7 +82,7 @@ def _build(
     clock.done(f"packed {splits[store.TRAIN].num_tokens:,} training tokens", documents)
     manifest = store.Manifest(
         **layout,
-        tokenizer=store.Tokenizer(
+        tokenizer=store.TokenizerInfo(
             kind="sentencepiece",
             file=TOKENIZER_FILE,
             sha256=sync_and_hash(directory / TOKENIZER_FILE),
@@ -198,7 +199,7 @@ def _write_heldout(
 ) -> store.Split:
     """Write one stream a source, its blocks contiguous."""
     ids = _encode(documents, tokenizer)
-    blocks: list[Block] = []
+    blocks: list[TokenBlock] = []
     by_source = {}
     for source in SOURCES:
         own = [made for document, made in zip(documents, ids, strict=True) if document.source == source]
@@ -231,7 +232,7 @@ def _source_of(
     )
 
 
-def _split_of(directory: Path, name: str, blocks: list[Block], sources: dict[str, store.Source]) -> store.Split:
+def _split_of(directory: Path, name: str, blocks: list[TokenBlock], sources: dict[str, store.Source]) -> store.Split:
     return store.Split(
         num_blocks=len(blocks),
         num_tokens=sum(block.num_targets for block in blocks),

@@ -24,10 +24,11 @@ from btlm_jax.corpus.engine.inputs import read_stage, stage_inputs
 from btlm_jax.corpus.engine.stage import Log, Stage, accept, run_stage
 from btlm_jax.corpus.engine.tasks import Task, Tick
 from btlm_jax.corpus.engine.workers import Workers
-from btlm_jax.corpus.pack import Block, cut, write_shard, write_tfds_metadata
+from btlm_jax.corpus.pack import cut, write_shard, write_tfds_metadata
 from btlm_jax.corpus.readers.records import read_records
 from btlm_jax.corpus.stages.split import TEST, TRAIN, VALIDATION
 from btlm_jax.data import store
+from btlm_jax.data.store import TokenBlock
 from btlm_jax.storage.files import write_atomically
 from btlm_jax.tokenizers.boundaries import pieces_of
 from btlm_jax.tokenizers.gpt2 import fastest
@@ -215,7 +216,7 @@ def _shard_task(
 ) -> dict:
     name, index, count = _shards(splits)[task.index]
 
-    def blocks() -> Iterator[Block]:
+    def blocks() -> Iterator[TokenBlock]:
         begin, end = index * store.BLOCKS_PER_SHARD, (index + 1) * store.BLOCKS_PER_SHARD
         for stream in splits[name]:
             first = max(begin - stream.first_block, 0)
