@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import os
-import shutil
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
-from tqdm import tqdm
 
 from btlm_jax.convert.fold import FoldedTensors
 from btlm_jax.convert.gguf_vocabulary import vocabulary_of
@@ -23,6 +20,7 @@ from btlm_jax.convert.to_int4 import calibration_ids, prove_int4, write_int4
 from btlm_jax.convert.to_jais import write_jais
 from btlm_jax.convert.tokenizer_files import write_tokenizer_files
 from btlm_jax.convert.transformers_logits import has_transformers, transformers_logits
+from btlm_jax.display.progress import item_bar
 from btlm_jax.hub.ggml import FILE_TYPES, import_gguf
 from btlm_jax.hub.gguf import GGUFFile, gguf_logits
 from btlm_jax.hub.huggingface import HuggingFaceTensors
@@ -32,7 +30,7 @@ from btlm_jax.hub.published import CONFIG_FILE, JAIS, read_published_config
 from btlm_jax.hub.source import Source, native_logits, open_source
 from btlm_jax.hub.tensor_names import read_params
 from btlm_jax.quantize.quantize_model import Method
-from btlm_jax.storage.files import only_writer
+from btlm_jax.storage.files import only_writer, scratch_directory
 
 FORMATS = ("hf", "native", "jais", "gguf", "int4")
 GGUF_SUFFIX = ".gguf"
@@ -103,21 +101,16 @@ def convert(conversion: Conversion, *, say: Callable[[str], None]) -> list[Proof
       OSError: the target cannot be written.
     """
     started, target = time.perf_counter(), conversion.target
-    partial = target.with_name(f".{target.name}.partial")
     target.parent.mkdir(parents=True, exist_ok=True)
     with only_writer(target):
         if target.exists():
             raise FileExistsError(f"{target} exists; delete it or give another --to")
-        _remove(partial)  # of a conversion that was killed
-        try:
-            partial.mkdir()
+        with scratch_directory(target) as partial:
             proofs = _write_and_prove(conversion, partial, say=say)
             failed = [str(proof) for proof in proofs if not proof.holds]
             if failed:
                 raise ValueError(f"what was written does not compute the same, so it was not kept: {'; '.join(failed)}")
             os.replace(partial / target.name if conversion.format == "gguf" else partial, target)
-        finally:
-            _remove(partial)
     files = [path for path in (target, *target.rglob("*")) if path.is_file()]
     size = sum(path.stat().st_size for path in files)
     say(f"Done: {target}, {size / 1e6:,.1f} MB, in {time.perf_counter() - started:.1f} s.")
@@ -169,14 +162,14 @@ def _write_and_prove(conversion: Conversion, partial: Path, *, say: Callable[[st
 def _write_native(source: Source, directory: Path) -> None:
     facts = source.facts()
     shapes = abstract_params(facts, one_device_mesh())
-    with _progress(len(source.tensors.shapes)) as report:
+    with item_bar(len(source.tensors.shapes), unit="tensor") as report:
         params = read_params(source.tensors, source.config, shapes=shapes, report=report)
     write_model_directory(directory, facts=facts, params=params, tokenizer=source.tokenizer)
 
 
 def _write_hf(source: Source, directory: Path, conversion: Conversion) -> None:
     _write_tokenizer(source, directory)
-    with _progress(len(source.tensors.shapes)) as report:
+    with item_bar(len(source.tensors.shapes), unit="tensor") as report:
         write_hf(
             directory,
             config=padded(source.config, multiple=conversion.pad_ffn),
@@ -190,7 +183,7 @@ def _write_hf(source: Source, directory: Path, conversion: Conversion) -> None:
 
 def _write_jais(source: Source, directory: Path, conversion: Conversion) -> None:
     _write_tokenizer(source, directory)
-    with _progress(len(source.tensors.shapes) + 1) as report:
+    with item_bar(len(source.tensors.shapes) + 1, unit="tensor") as report:
         write_jais(
             directory,
             config=source.config,
@@ -211,12 +204,12 @@ def _write_int4(source: Source, directory: Path, conversion: Conversion) -> None
     method, ids_BT = Method(conversion.method), None
     if method.is_calibrated:
         ids_BT = calibration_ids(conversion.source, source.tokenizer, text=conversion.calibration)
-    with _progress(len(source.tensors.shapes)) as report:
+    with item_bar(len(source.tensors.shapes), unit="tensor") as report:
         write_int4(source, directory, method=method, calibration_BT=ids_BT, report=report)
 
 
 def _write_gguf(source: Source, path: Path, conversion: Conversion) -> None:
-    with _progress(len(source.tensors.shapes) + 1) as report:
+    with item_bar(len(source.tensors.shapes) + 1, unit="tensor") as report:
         write_gguf(
             path,
             config=source.config,
@@ -269,7 +262,7 @@ def _prove_gguf(
 ) -> Iterator[Proof]:
     file, file_type = GGUFFile(path), conversion.file_type
     folded = FoldedTensors(source.tensors, source.config, pad_ffn=conversion.pad_ffn)
-    with _progress(len(file.tensors)) as report:
+    with item_bar(len(file.tensors), unit="tensor") as report:
         errors = prove_tensors(file, folded, file_type=file_type, report=report)
     rounding = ", ".join(f"{name} {100 * error:.0f} %" for name, error in errors.items())
     say(f"all {len(file.tensors)} tensors read back; largest error, of what the type may round: {rounding}")
@@ -286,20 +279,3 @@ def _prove_gguf(
         tolerance=SAME_VALUES_TOLERANCE,
     )
     yield compare("the written file", source.logits(ids_T), found_TV, tolerance=GGUF_TOLERANCE[file_type])
-
-
-@contextlib.contextmanager
-def _progress(total: int) -> Iterator[Callable[[str], None]]:
-    """Show a bar of tensors on a terminal; yield what reports that the next one is being worked on."""
-    with tqdm(total=total, unit="tensor", disable=None, leave=False) as bar:
-
-        def report(name: str) -> None:
-            bar.set_postfix_str(name, refresh=False)
-            bar.update()
-
-        yield report
-
-
-def _remove(path: Path) -> None:
-    if path.exists():
-        shutil.rmtree(path)

@@ -15,6 +15,7 @@ import numpy as np
 import zstandard
 
 from btlm_jax.data.highwayhash import highway_hash_64
+from btlm_jax.storage.protobuf import read_fields, read_varint, read_varints
 
 POSTSCRIPT_BYTES = _BLOCK = 1 << 16
 _BLOCK_HEADER = 24
@@ -39,7 +40,7 @@ def footer_begin(tail: bytes, *, file_bytes: int) -> int:
     begin = file_bytes - POSTSCRIPT_BYTES
     if begin < 0 or begin % _BLOCK or len(tail) < POSTSCRIPT_BYTES:
         raise ValueError("it is no ArrayRecord file")
-    fields = _fields(_chunk(tail[-POSTSCRIPT_BYTES:], begin=begin)[0])  # it is there three times
+    fields = dict(read_fields(_chunk(tail[-POSTSCRIPT_BYTES:], begin=begin)[0]))  # it is there three times
     if fields.get(2) != _MAGIC or not 0 < fields.get(1, 0) < begin:
         raise ValueError("its postscript is not that of an ArrayRecord file")
     return fields[1]
@@ -54,7 +55,7 @@ def chunk_begins(footer: bytes, *, begin: int) -> np.ndarray:
       ValueError: it is damaged, or has chunks of several records.
     """
     _, *chunks = _chunk(footer, begin=begin)
-    fields = [_fields(chunk) for chunk in chunks]
+    fields = [dict(read_fields(chunk)) for chunk in chunks]
     if any(chunk.get(3) != 1 for chunk in fields):
         raise ValueError("its records are not one a chunk (group_size:1)")
     begins = np.array([*(chunk.get(1, 0) for chunk in fields), begin], np.min_scalar_type(begin))
@@ -88,9 +89,9 @@ def _chunk(data: bytes, *, begin: int) -> list[bytes]:
         raise ValueError(f"its chunk at byte {begin:,} does not have its hash")
     if kind != _SIMPLE:
         raise ValueError(f"its chunk at byte {begin:,} is of type {kind}; only simple chunks can be read by ranges")
-    compression, (size, values_begin) = body[0], _varint(body, 1)
+    compression, (size, values_begin) = body[0], read_varint(body, 1)
     values_begin, sizes = values_begin + size, body[values_begin : values_begin + size]
-    sizes = list(_varints(_decompressed(sizes, compression)))
+    sizes = list(read_varints(_decompressed(sizes, compression)))
     values = _decompressed(body[values_begin:], compression)
     if len(sizes) != int.from_bytes(count, "little") or sum(sizes) != decoded_size or decoded_size != len(values):
         raise ValueError(f"its chunk at byte {begin:,} has other sizes than its header")
@@ -111,30 +112,8 @@ def _decompressed(data: memoryview, compression: int) -> bytes:
         return bytes(data)
     if compression != _ZSTD:
         raise ValueError(f"it is compressed by {chr(compression)!r}; only zstd and none can be read by ranges")
-    size, start = _varint(data, 0)
+    size, start = read_varint(data, 0)
     try:
         return zstandard.ZstdDecompressor().decompress(data[start:], max_output_size=size)
     except zstandard.ZstdError as error:
         raise ValueError(f"its compressed data is damaged: {error}") from error
-
-
-def _fields(message: bytes) -> dict[int, int]:
-    """Return the numbers of a protocol buffer message that has nothing else."""
-    values = _varints(message)
-    return {tag >> 3: value for tag, value in zip(values, values, strict=True)}
-
-
-def _varints(data: bytes) -> Iterator[int]:
-    place = 0
-    while place < len(data):
-        value, place = _varint(data, place)
-        yield value
-
-
-def _varint(data: bytes | memoryview, place: int) -> tuple[int, int]:
-    """Return the number that begins at a place, seven bits a byte, and the place after it."""
-    value = shift = 0
-    while data[place] & 0x80:
-        value |= (data[place] & 0x7F) << shift
-        place, shift = place + 1, shift + 7
-    return value | data[place] << shift, place + 1

@@ -14,6 +14,7 @@ from pathlib import Path
 
 from btlm_jax.data.reader import SplitReader, open_store
 from btlm_jax.data.store import MANIFEST_FILE, Manifest, Shard, Split, TokenBlock
+from btlm_jax.display.progress import RateLimit
 from btlm_jax.storage.location import Place, hash_part, inside, read_bytes
 
 INTERVAL = 5.0  # seconds between lines of progress
@@ -81,7 +82,7 @@ class _Reading:
         self._directory, self._manifest, self._log = directory, manifest, log
         self._left = [shard for split in manifest.splits.values() for shard in split.shards]
         self._num_bytes = sum(shard.num_bytes for shard in self._left)
-        self._began = self._reported = time.monotonic()
+        self._start, self._rate_limit = time.monotonic(), RateLimit(INTERVAL, is_due_at_start=False)
 
     def check_tokenizer(self) -> None:
         """Hash the tokenizer's file.
@@ -140,11 +141,11 @@ class _Reading:
         self._report_if_due()
 
     def _report_if_due(self) -> None:
-        if time.monotonic() - self._reported < INTERVAL:
+        if not self._rate_limit.is_due():
             return
-        self._reported = time.monotonic()
+        self._rate_limit.restart()
         left = sum(shard.num_bytes for shard in self._left)
-        done, seconds = self._num_bytes - left, self._reported - self._began
+        done, seconds = self._num_bytes - left, time.monotonic() - self._start
         self._log(
             f"verify: {done / 1e9:.2f} of {self._num_bytes / 1e9:.2f} GB, {done / 1e6 / seconds:.1f} MB/s, "
             f"{seconds * left / done:.0f} s left"

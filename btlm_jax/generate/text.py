@@ -13,6 +13,7 @@ from pathlib import Path
 from btlm_jax.decode.batch import Batch, Ending, Speed
 from btlm_jax.decode.decoder import CACHE_DTYPES
 from btlm_jax.decode.sampling import Sampling, make_generator
+from btlm_jax.display.progress import RateLimit, StatusLine
 from btlm_jax.display.terminal import printable
 from btlm_jax.generate.loading import load_for_generation
 from btlm_jax.generate.prompts import Prompt, check_text
@@ -26,7 +27,6 @@ from btlm_jax.tokenizers.detokenize import GrowingText
 MODEL_DTYPE = "model"  # the cache is in what the model computes in, and in int8 where its weights have 4 bits
 NOTED_LOSS = 1e-6  # of attention, at which a user is warned; float32 rounds at 6e-8
 PROGRESS_SECONDS = 2.0  # progress is shown no more often
-CLEAR_LINE = "\r\x1b[K"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -223,35 +223,31 @@ class _Progress:
 
     def __init__(self, *, num_texts: int, most_tokens: int, speed: Speed):
         self._num_texts, self._most_tokens, self._speed = num_texts, most_tokens, speed
-        self._start = self._last = time.monotonic()
-        self._is_terminal = sys.stderr.isatty()
+        self._start = time.monotonic()
+        self._line, self._rate_limit = StatusLine(sys.stderr), RateLimit(PROGRESS_SECONDS, is_due_at_start=False)
         self._num_before = 0  # texts of the batches before, and their tokens
         self.num_tokens = 0
 
     def show(self, in_work: Sequence[GrowingText], *, going: set[int]) -> None:
         """Say how far the batch in work has come, if it is time."""
-        now = time.monotonic()
-        if now - self._last < PROGRESS_SECONDS:
+        if not self._rate_limit.is_due():
             return
-        self._last = now
+        self._rate_limit.restart()
         num_done = self._num_before + len(in_work) - len(going)
         num_tokens = self.num_tokens + sum(text.num_tokens for text in in_work)
-        rate = num_tokens / max(now - self._start - self._speed.compile_seconds, 1e-9)
+        rate = num_tokens / max(time.monotonic() - self._start - self._speed.compile_seconds, 1e-9)
         left = (self._num_texts - num_done) * self._most_tokens - sum(in_work[row].num_tokens for row in going)
         minutes, seconds = divmod(int(left / rate), 60)
-        line = (
+        self._line.show(
             f"{num_done:,} of {self._num_texts:,} texts, {num_tokens:,} tokens, {rate:,.1f} tokens/s, "
             f"ETA at most {minutes}:{seconds:02}"
         )
-        print(CLEAR_LINE + line if self._is_terminal else line, end="" if self._is_terminal else "\n", file=sys.stderr)
-        sys.stderr.flush()
 
     def finish_batch(self, finished: Sequence[GrowingText]) -> None:
         """Count a batch as done, and leave the terminal's line to what is printed next."""
         self._num_before += len(finished)
         self.num_tokens += sum(text.num_tokens for text in finished)
-        if self._is_terminal:
-            print(CLEAR_LINE, end="", file=sys.stderr, flush=True)
+        self._line.clear()
 
 
 def _ending(made: Continuation) -> str:

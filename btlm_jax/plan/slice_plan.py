@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import math
-import threading
-import time
 from collections.abc import Callable, Iterator, Sequence
 
 import jax
 
+from btlm_jax.display.progress import heartbeat
 from btlm_jax.parallel.divisibility import divisibility_problems, divisors
 from btlm_jax.parallel.mesh import make_run_mesh
 from btlm_jax.plan.chips import GIB, Chip, chip_of, num_chips, slice_devices
@@ -135,7 +133,9 @@ def _plan_phases(
       NoCompilationsLeftError: `cache` may compile no more.
     """
     for phase in program.config.curriculum.table.phases:
-        with _progress(f"compiling {phase_name(phase)} for {topology}", say=say):
+        what = f"compiling {phase_name(phase)} for {topology}"
+        say(f"{what}: a minute or several")
+        with heartbeat(what, seconds=_PROGRESS_SECONDS, say=say):
             try:
                 plan = plan_phase(program, phase, topology=topology, chip=chip_of(topology), cache=cache)
             except DoesNotFitError as error:
@@ -197,26 +197,3 @@ def _slice_plan(
         misfits=tuple(each for each in results if isinstance(each, Misfit)),
         obstacles=obstacles,
     )
-
-
-@contextlib.contextmanager
-def _progress(what: str, *, say: Callable[[str], None]) -> Iterator[None]:
-    """Say what is being done, that it still is every few seconds, and how long it took."""
-    began, done = time.monotonic(), threading.Event()
-
-    def seconds() -> str:
-        return f"{time.monotonic() - began:.0f} s"
-
-    def tick() -> None:
-        while not done.wait(_PROGRESS_SECONDS):
-            say(f"{what}: {seconds()}")
-
-    say(f"{what}: a minute or several")
-    ticker = threading.Thread(target=tick, daemon=True)
-    ticker.start()
-    try:
-        yield
-    finally:
-        done.set()
-        ticker.join()
-    say(f"{what}: done in {seconds()}")

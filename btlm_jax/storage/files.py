@@ -7,9 +7,14 @@ import fcntl
 import hashlib
 import os
 import secrets
+import shutil
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from types import TracebackType
+from typing import BinaryIO
+
+_TEMPORARY_SUFFIX = ".tmp"
 
 
 def write_atomically(path: Path, contents: str | bytes) -> None:
@@ -27,11 +32,13 @@ class AtomicFile:
 
     def __init__(self, path: Path):
         self.path = path
-        self._temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")  # two processes never share it
         self._hash = hashlib.sha256()
 
     def __enter__(self) -> AtomicFile:
-        self._file = open(self._temporary, "wb")
+        with contextlib.ExitStack() as stack:
+            temporary = stack.enter_context(renamed_at_end(self.path))
+            self._file = stack.enter_context(open(temporary, "wb"))
+            self._stack = stack.pop_all()
         return self
 
     def write(self, data: bytes | memoryview) -> None:
@@ -41,19 +48,58 @@ class AtomicFile:
 
     @property
     def sha256(self) -> str:
-        """The hash of what was written so far."""
+        """The sha256 of the bytes written so far."""
         return self._hash.hexdigest()
 
     def __exit__(self, kind: type | None, error: BaseException | None, traceback: TracebackType | None) -> None:
-        try:
-            with self._file:  # on a full disk even closing fails
-                if kind is None:
-                    self._file.flush()
-                    os.fsync(self._file.fileno())
-            if kind is None:
-                os.replace(self._temporary, self.path)
-        finally:
-            self._temporary.unlink(missing_ok=True)
+        if kind is not None:
+            self._stack.__exit__(kind, error, traceback)
+            return
+        with self._stack:  # on a full disk even closing fails, and then the file is not renamed
+            self._file.flush()
+            os.fsync(self._file.fileno())
+
+
+@contextlib.contextmanager
+def renamed_at_end(path: Path) -> Iterator[Path]:
+    """Yield a temporary name beside `path`; rename that file to `path` when the block ends without an error.
+
+    Whoever writes the file must have flushed it to disk by then. After an error the file is deleted.
+    """
+    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}{_TEMPORARY_SUFFIX}")  # unique to this process
+    try:
+        yield temporary
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def local_scratch_file(folder: Path, *, prefix: str) -> Iterator[BinaryIO]:
+    """Yield an open, named file in a folder, which is deleted when the block ends."""
+    with tempfile.NamedTemporaryFile(dir=folder, prefix=f".{prefix}-", suffix=_TEMPORARY_SUFFIX) as file:
+        yield file
+
+
+def delete_temporary_files(folder: Path) -> None:
+    """Delete the unfinished files that killed processes have left in a folder."""
+    for path in folder.glob(f".*{_TEMPORARY_SUFFIX}"):
+        path.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def scratch_directory(target: Path) -> Iterator[Path]:
+    """Yield an empty directory beside `target` in which its contents are made; the caller renames it, or a part of it.
+
+    What has not been renamed is deleted at the end of the block; what a killed process left, at its beginning.
+    """
+    scratch = target.with_name(f".{target.name}.partial")
+    shutil.rmtree(scratch, ignore_errors=True)
+    scratch.mkdir(parents=True)
+    try:
+        yield scratch
+    finally:
+        shutil.rmtree(scratch, ignore_errors=True)
 
 
 def cache_directory() -> Path:
@@ -70,26 +116,36 @@ def cache_directory() -> Path:
 
 @contextlib.contextmanager
 def only_writer(path: Path) -> Iterator[None]:
-    """Be the only process that makes `path`, by a locked file beside it; a process that is killed leaves it unlocked.
+    """Be the only process that makes `path`, by a locked file beside it.
 
     Raises:
       FileExistsError: another process is making it.
     """
-    lock = path.with_name(f".{path.name}.lock")
+    message = f"{path} is being made by another process; wait for it, or give another name"
+    with exclusive_lock(path.with_name(f".{path.name}.lock"), message=message):
+        yield
+
+
+@contextlib.contextmanager
+def exclusive_lock(lock: Path, *, message: str) -> Iterator[None]:
+    """Hold a lock file, which is deleted at the end of the block; a process that is killed leaves it unlocked.
+
+    Raises:
+      FileExistsError: another process holds it; says `message`.
+    """
     while True:
         file = open(lock, "w")  # noqa: SIM115
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             file.close()
-            message = f"{path} is being made by another process; wait for it, or give another name"
             raise FileExistsError(message) from None
         with contextlib.suppress(FileNotFoundError):
             if os.path.samestat(os.fstat(file.fileno()), lock.stat()):
                 break
-        file.close()  # whoever had it has just deleted it
+        file.close()  # its last holder deleted it between our open and our lock
     try:
         yield
     finally:
-        lock.unlink()
+        lock.unlink(missing_ok=True)
         file.close()

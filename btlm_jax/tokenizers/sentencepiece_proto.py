@@ -8,13 +8,13 @@ from __future__ import annotations
 
 import dataclasses
 import struct
-from collections.abc import Iterator
+
+from btlm_jax.storage.protobuf import read_fields
 
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = 1, 2, 3, 4, 5, 6  # SentencePiece.Type
 UNIGRAM, BPE = 1, 2  # TrainerSpec.ModelType; 3 is word, 4 is char
 SPACE_MARK = "\u2581"  # stands for a space, so a text that has it would not come back
-_PIECES, _TRAINER, _NORMALIZER, _DENORMALIZER = 1, 2, 3, 5
-_VARINT, _FIXED64, _BYTES, _FIXED32 = 0, 1, 2, 5
+_PIECES, _TRAINER, _NORMALIZER, _DENORMALIZER = _MESSAGES = 1, 2, 3, 5  # numbers of ModelProto's fields
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -44,10 +44,12 @@ def parse_model(contents: bytes) -> SentencePieceModel:
       ValueError: it is damaged.
     """
     try:
-        model = list(_fields(contents))
-        pieces = [dict(_fields(value)) for number, value in model if number == _PIECES]
+        model = list(read_fields(contents))
+        pieces = [dict(read_fields(value)) for number, value in model if number == _PIECES]
         only = {
-            number: dict(_fields(value)) for number, value in model if number != _PIECES and isinstance(value, bytes)
+            number: dict(read_fields(value))
+            for number, value in model
+            if number != _PIECES and isinstance(value, bytes)
         }
         trainer, normalizer = only.get(_TRAINER, {}), only.get(_NORMALIZER, {})
         return SentencePieceModel(
@@ -62,35 +64,5 @@ def parse_model(contents: bytes) -> SentencePieceModel:
             escape_whitespaces=bool(normalizer.get(5, 1)),
             rewrites_characters=bool(normalizer.get(2, b"") or only.get(_DENORMALIZER, {}).get(2, b"")),
         )
-    except (IndexError, struct.error, UnicodeDecodeError) as error:
+    except (ValueError, struct.error) as error:
         raise ValueError(f"this is no SentencePiece model: {error!r}") from error
-
-
-def _fields(data: bytes) -> Iterator[tuple[int, int | bytes]]:
-    """Yield (field number, value) of a protocol buffer message."""
-    at = 0
-    while at < len(data):
-        key, at = _varint(data, at)
-        number, wire = key >> 3, key & 7
-        if wire == _VARINT:
-            value, at = _varint(data, at)
-        else:
-            if wire == _BYTES:
-                size, at = _varint(data, at)
-            elif wire in (_FIXED32, _FIXED64):
-                size = 4 if wire == _FIXED32 else 8
-            else:
-                raise IndexError(f"wire type {wire} at byte {at}")
-            value, at = data[at : at + size], at + size
-            if at > len(data):
-                raise IndexError(f"it ends inside field {number}")
-        yield number, value
-
-
-def _varint(data: bytes, at: int) -> tuple[int, int]:
-    value, shift = 0, 0
-    while True:
-        value |= (data[at] & 0x7F) << shift
-        at, shift = at + 1, shift + 7
-        if data[at - 1] < 0x80:
-            return value, at

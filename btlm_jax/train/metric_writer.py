@@ -6,14 +6,11 @@ import collections
 import datetime
 import json
 import math
-import sys
-import time
 from pathlib import Path
 from types import TracebackType
 from typing import Protocol, TextIO
 
-from tqdm import tqdm
-
+from btlm_jax.display.progress import StepBar, print_line
 from btlm_jax.recipe.curriculum import Curriculum
 from btlm_jax.storage.files import write_atomically
 from btlm_jax.train.metrics import GoodputLedger
@@ -99,7 +96,9 @@ class MetricWriter:
             _drop_replayed(path, first_step=self._first_step)
             self._file: TextIO = open(path, "a", encoding="utf-8")
             self._tensorboard = SummaryWriter(str(self._workdir / TENSORBOARD_DIRECTORY), purge_step=self._first_step)
-            self._console = _Console(total=self._curriculum.num_steps, first_step=self._first_step)
+            self._bar = StepBar(
+                total=self._curriculum.num_steps, first_step=self._first_step, line_seconds=LINE_SECONDS
+            )
             self._clock = self._training_seconds()
             self._last_step = self._first_step - 1
             self._is_open = True
@@ -139,7 +138,14 @@ class MetricWriter:
             for name in row.keys() - {"kind", "step", "seconds"}:
                 if math.isfinite(row[name]):  # TensorBoard cannot draw the others; metrics.jsonl has them
                     self._tensorboard.add_scalar(f"train/{name}", row[name], step)
-        self._console.train(step, self._fields(row), is_notable=is_notable, is_due=step % self._log_every == 0)
+        fields = self._fields(row)
+        self._bar.update(
+            step,
+            bar_text=_line({name: fields[name] for name in _BAR_FIELDS}),
+            line_text=_line(fields),
+            is_notable=is_notable,
+            is_due=step % self._log_every == 0,
+        )
 
     def evaluation(self, step: int, result: Result) -> None:
         """Record a held-out result."""
@@ -153,14 +159,14 @@ class MetricWriter:
             self._tensorboard.add_scalar(f"heldout/{name}", source["loss"], step)
             self._tensorboard.add_scalar(f"heldout_bits_per_byte/{name}", source["bits_per_byte"], step)
             parts.append(f"{name} {source['loss']:.4f} ({source['bits_per_byte']:.4f} bits/byte)")
-        self._console.message(" | ".join(parts))
+        print_line(" | ".join(parts))
 
     def event(self, step: int, message: str) -> None:
         """Record something that happened at `step`; it stays in the file whatever the run does next."""
         if not self._is_open:
             return
         self._write({"kind": "event", "step": step, "message": message})
-        self._console.message(f"step {step:,}/{self._curriculum.num_steps:,} | {message}")
+        print_line(f"step {step:,}/{self._curriculum.num_steps:,} | {message}")
 
     def finish(self) -> None:
         """Record where the time went, and close everything; nothing can be recorded after it."""
@@ -168,8 +174,8 @@ class MetricWriter:
             return
         self._is_open = False
         self._write({"kind": "goodput", "step": self._last_step, "seconds": self._ledger.seconds()})
-        self._console.close()
-        self._console.message(self._ledger.describe())
+        self._bar.close()
+        print_line(self._ledger.describe())
         self._file.close()
         self._tensorboard.close()
 
@@ -203,40 +209,6 @@ class MetricWriter:
             "MFU": f"{flops / seconds / self._peak_flops:.1%}",
             "ETA": f"{datetime.timedelta(seconds=round(left))}",
         }
-
-
-class _Console:
-    """A bar on a terminal; elsewhere plain lines, few enough to read."""
-
-    def __init__(self, *, total: int, first_step: int):
-        self._total = total
-        self._next_line = 0.0
-        self._is_terminal = sys.stdout.isatty()
-        self._bar = tqdm(
-            total=total,
-            initial=first_step - 1,
-            file=sys.stdout,
-            disable=not self._is_terminal,
-            bar_format="step {n_fmt}/{total_fmt} {bar} {desc}",
-            dynamic_ncols=True,
-            miniters=1,
-        )
-
-    def train(self, step: int, fields: dict[str, str], *, is_notable: bool, is_due: bool) -> None:
-        if self._is_terminal:
-            self._bar.set_description_str(_line({name: fields[name] for name in _BAR_FIELDS}), refresh=False)
-            self._bar.update()
-        elif is_notable or (is_due and time.monotonic() >= self._next_line):
-            self._next_line = time.monotonic() + LINE_SECONDS
-            self.message(f"step {step:,}/{self._total:,} | {_line(fields)}")
-
-    def message(self, text: str) -> None:
-        """Print a line; on a terminal above the bar."""
-        tqdm.write(text, file=sys.stdout)
-        sys.stdout.flush()
-
-    def close(self) -> None:
-        self._bar.close()
 
 
 def _line(fields: dict[str, str]) -> str:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -13,10 +12,10 @@ import jax
 import optax
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh
-from tqdm import tqdm
 
 from btlm_jax.data.reader import TokenStore, open_store
 from btlm_jax.data.store import MANIFEST_FILE, Manifest
+from btlm_jax.display.progress import print_line
 from btlm_jax.model import Btlm
 from btlm_jax.parallel.mesh import evaluation_sharding
 from btlm_jax.recipe.config import CorpusConfig, TrainConfig
@@ -69,8 +68,7 @@ class Run:
 def log(message: str) -> None:
     """Print a line of the run's story, from process 0."""
     if jax.process_index() == 0:
-        tqdm.write(message, file=sys.stdout)  # above the progress bar, when there is one
-        sys.stdout.flush()
+        print_line(message)
 
 
 def make_workdir(workdir: Path) -> None:

@@ -21,7 +21,7 @@ from btlm_jax.corpus.engine.ray_workers import RayWorkers
 from btlm_jax.corpus.engine.stage import accept, run_stage
 from btlm_jax.corpus.engine.workers import LocalWorkers
 
-ENVIRONMENT = os.environ | {"PYTHONPATH": str(Path(__file__).parents[1])}  # where workers find the tests' functions
+ENVIRONMENT = os.environ | {"PYTHONPATH": ":".join(sys.path)}  # where workers find the tests' functions
 START_SECONDS = 150.0  # of a Ray; an idle machine needs 5
 TRIES = 3  # Ray gives its parts 30 s to start, which a busy machine may need
 

@@ -3,7 +3,7 @@
 import os
 import pickle
 import signal
-from pathlib import Path
+import sys
 
 import pytest
 from support import fake_slurm
@@ -28,7 +28,7 @@ def cluster(tmp_path, monkeypatch):
     folder = tmp_path / "slurm"
     fake_slurm.install(folder)
     monkeypatch.setenv("PATH", f"{folder}:{os.environ['PATH']}")
-    monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parents[1]))
+    monkeypatch.setenv("PYTHONPATH", ":".join(sys.path))
     monkeypatch.setattr(slurm, "POLL_SECONDS", 0.1)
     monkeypatch.setattr(slurm, "VISIBLE_SECONDS", 0.3)
     yield folder

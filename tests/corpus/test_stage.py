@@ -88,7 +88,7 @@ def test_an_input_that_changes_while_it_is_read_is_refused(tmp_path):
 def test_two_processes_do_not_work_in_one_directory(tmp_path):
     with open(tmp_path / ".lock", "w") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
-        with pytest.raises(ValueError, match="another process is working"):
+        with pytest.raises(FileExistsError, match="another process is working"):
             run(stage(count), tmp_path)
 
 

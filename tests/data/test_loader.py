@@ -4,7 +4,6 @@ import subprocess
 import sys
 import threading
 import time
-from pathlib import Path
 
 import jax
 import numpy as np
@@ -222,7 +221,7 @@ def test_two_processes_read_their_halves_of_the_same_batches(tmp_path):
     processes = [
         subprocess.Popen(
             [sys.executable, "-c", PROCESS, address, str(process), str(tmp_path)],
-            env=environment | {"PYTHONPATH": str(Path(__file__).parents[1])},
+            env=environment | {"PYTHONPATH": ":".join(sys.path)},
         )
         for process in range(2)
     ]

@@ -1,5 +1,6 @@
 """Starts slow_stage.py in a process of its own, to be interrupted or killed."""
 
+import os
 import subprocess
 import sys
 import time
@@ -18,6 +19,7 @@ def start_slow_stage(
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
+        env=os.environ | {"PYTHONPATH": ":".join(sys.path)},  # where the process finds `support`
         start_new_session=True,  # so that Ctrl-C reaches them all, and not us
     )
     deadline = time.monotonic() + seconds

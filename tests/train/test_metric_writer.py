@@ -233,7 +233,7 @@ def test_console_shows_first_last_phase_ends_and_no_flood(tmp_path, capsys, log_
 
 def test_console_shows_due_steps_once_two_seconds_have_passed(tmp_path, capsys, monkeypatch):
     wall = Clock()
-    monkeypatch.setattr("btlm_jax.train.metric_writer.time", types.SimpleNamespace(monotonic=wall))
+    monkeypatch.setattr("btlm_jax.display.progress.time", types.SimpleNamespace(monotonic=wall))
     run = FakeRun(tmp_path, log_every=2)
     with run.writer:
         for step in range(1, 10):

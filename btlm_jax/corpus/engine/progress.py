@@ -9,6 +9,8 @@ from collections.abc import Callable, Sequence
 from multiprocessing.context import BaseContext
 from pathlib import Path
 
+from btlm_jax.display.progress import RateLimit
+
 INTERVAL = 5.0  # seconds between lines
 
 
@@ -24,7 +26,7 @@ class Progress:
         self._weight_left = self._weight = sum(weights)
         self._num_documents = self._num_bytes = 0
         self._worker_peak = 0
-        self._began = self._reported = time.monotonic()
+        self._start, self._rate_limit = time.monotonic(), RateLimit(self.interval, is_due_at_start=False)
         if num_done:
             log(f"{stage}: {num_done} of {num_tasks} shards were done before")
 
@@ -52,8 +54,8 @@ class Progress:
 
     def report(self) -> None:
         """Say how far the stage is."""
-        self._reported = time.monotonic()
-        seconds = max(self._reported - self._began, 1e-9)
+        self._rate_limit.restart()
+        seconds = max(time.monotonic() - self._start, 1e-9)
         done = self._weight - self._weight_left
         left = "unknown" if not done else _clock(seconds * self._weight_left / done)
         self._log(
@@ -64,7 +66,7 @@ class Progress:
 
     def report_if_due(self) -> None:
         """Say how far the stage is, unless that was said a moment ago."""
-        if time.monotonic() - self._reported >= self.interval:
+        if self._rate_limit.is_due():
             self.report()
 
 

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from btlm_jax.corpus.engine.tasks import Run, Task, count_nothing, record_path, run_task
 from btlm_jax.corpus.engine.workers import leave
-from btlm_jax.storage.files import AtomicFile
+from btlm_jax.storage.files import write_atomically
 
 WORK, CLAIMS, FAILED = "work.pickle", "claims", "failed"
 
@@ -41,8 +41,7 @@ def work(folder: Path, *, array_task: str, process: str) -> int:
         try:
             run_task(todo.run, task, todo.directory, count_nothing)
         except (ValueError, OSError) as error:
-            with AtomicFile(folder / FAILED / f"{task.index:05d}") as file:
-                file.write(pickle.dumps(error))
+            write_atomically(folder / FAILED / f"{task.index:05d}", pickle.dumps(error))
             print(f"{task} failed: {error}", flush=True)
             return 1
     return 0

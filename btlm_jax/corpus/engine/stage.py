@@ -14,23 +14,21 @@ holds times or paths of this machine.
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
-import fcntl
 import hashlib
 import json
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from btlm_jax.corpus.engine.progress import Progress
 from btlm_jax.corpus.engine.slurm import wait_for_earlier_job
 from btlm_jax.corpus.engine.tasks import DONE_FOLDER, Run, Task, finished
 from btlm_jax.corpus.engine.workers import Workers
-from btlm_jax.storage.files import write_atomically
+from btlm_jax.storage.files import delete_temporary_files, exclusive_lock, write_atomically
 
 FORMAT = "btlm-corpus-stage"
 FORMAT_VERSION = 1
-PLAN_FILE, MANIFEST_FILE = "plan.json", "manifest.json"
+PLAN_FILE, MANIFEST_FILE, LOCK_FILE = "plan.json", "manifest.json", ".lock"
 
 Log = Callable[[str], None]
 
@@ -60,15 +58,17 @@ def run_stage(
 
     Raises:
       ValueError: the directory holds another plan's work, an input changed, or a task refused its input.
+      FileExistsError: another process is working in the directory.
       OSError: something cannot be read or written.
     """
     (directory / DONE_FOLDER).mkdir(parents=True, exist_ok=True)
     outputs = directory / stage.outputs_in
-    with _locked(directory):
+    message = f"another process is working in {directory}; wait for it"
+    with exclusive_lock(directory / LOCK_FILE, message=message):
         _check_plan(stage, directory)
         wait_for_earlier_job(directory, name=stage.name, log=log)
         for folder in (directory, directory / DONE_FOLDER, outputs):
-            _delete_leftovers(folder)
+            delete_temporary_files(folder)
         records = {task.index: finished(task, directory, outputs=outputs) for task in stage.tasks}
         waiting = [task for task in stage.tasks if records[task.index] is None]
         if (directory / MANIFEST_FILE).is_file() and not waiting:
@@ -96,12 +96,6 @@ def run_stage(
 
 def accept(results: list[dict]) -> None:
     """Accept what the tasks wrote: they have refused already what cannot be used."""
-
-
-def _delete_leftovers(folder: Path) -> None:
-    """Delete the unfinished files of processes that were killed."""
-    for path in folder.glob(".*.tmp"):
-        path.unlink(missing_ok=True)
 
 
 def _check_plan(stage: Stage, directory: Path) -> None:
@@ -156,13 +150,3 @@ def _add(total: dict, part: dict) -> None:
             _add(total.setdefault(key, {}), value)
         else:
             total[key] = total.get(key, 0) + value
-
-
-@contextlib.contextmanager
-def _locked(directory: Path) -> Iterator[None]:
-    with open(directory / ".lock", "w") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise ValueError(f"another process is working in {directory}; wait for it") from error
-        yield

@@ -6,12 +6,11 @@ import contextlib
 import dataclasses
 import hashlib
 import json
-import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 from btlm_jax.corpus.engine.progress import peak_bytes
-from btlm_jax.storage.files import AtomicFile
+from btlm_jax.storage.files import local_scratch_file, write_atomically
 from btlm_jax.storage.location import Place, hash_part, stamp_of
 
 DONE_FOLDER = "done"
@@ -64,8 +63,7 @@ def run_task(run: Run, task: Task, directory: Path, tick: Tick) -> dict:
             raise ValueError(f"{item.path} changed while it was read; run again when nothing writes to it")
     counted["peak_bytes"] = peak_bytes()
     record = {"stamps": stamps, "sha256": [item.sha256 for item in inputs], "counted": counted, "result": result}
-    with AtomicFile(record_path(directory, task)) as file:
-        file.write(json.dumps(record).encode())
+    write_atomically(record_path(directory, task), json.dumps(record))
     return record
 
 
@@ -113,7 +111,7 @@ def _at_hand(item: Input, folder: Path, stack: contextlib.ExitStack) -> Input:
     if isinstance(item.path, Path) and not item.is_piece:
         local, sha256 = item.path, hash_file(item.path)
     else:
-        file = stack.enter_context(tempfile.NamedTemporaryFile(dir=folder, prefix=".input-", suffix=".tmp"))
+        file = stack.enter_context(local_scratch_file(folder, prefix="input"))
         sha256 = hash_part(item.path, begin=item.begin, num_bytes=item.num_bytes, copy_to=file)
         file.flush()
         local = Path(file.name)

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import hashlib
 import os
-import shutil
 import time
 from collections import Counter
 from collections.abc import Callable
@@ -20,6 +19,7 @@ from btlm_jax.corpus.pack import pack, sync_and_hash, write_shards, write_tfds_m
 from btlm_jax.data import store
 from btlm_jax.data.store import TokenBlock
 from btlm_jax.recipe.config import CorpusConfig
+from btlm_jax.storage.files import scratch_directory
 from btlm_jax.tokenizers.sentencepiece_proto import SPACE_MARK
 from btlm_jax.tokenizers.tokenizer import TOKENIZER_BYTES, TOKENIZER_FILE, SentencePieceTokenizer, train_tokenizer
 
@@ -42,15 +42,9 @@ def build_store(
     """
     if directory.exists():
         raise FileExistsError(f"{directory} exists already; delete it to build the token store again")
-    temporary = directory.with_name(f".{directory.name}.building")
-    shutil.rmtree(temporary, ignore_errors=True)  # left by a build that was killed
-    temporary.mkdir(parents=True)
-    try:
-        manifest = _build(config, vocab_size=vocab_size, block_len=block_len, seed=seed, directory=temporary, log=log)
-        os.replace(temporary, directory)
-    except BaseException:
-        shutil.rmtree(temporary, ignore_errors=True)
-        raise
+    with scratch_directory(directory) as scratch:
+        manifest = _build(config, vocab_size=vocab_size, block_len=block_len, seed=seed, directory=scratch, log=log)
+        os.replace(scratch, directory)
     return manifest
 
 

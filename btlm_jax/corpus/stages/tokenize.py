@@ -11,8 +11,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import os
-import secrets
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
@@ -29,7 +27,7 @@ from btlm_jax.corpus.readers.records import read_records
 from btlm_jax.corpus.stages.split import TEST, TRAIN, VALIDATION
 from btlm_jax.data import store
 from btlm_jax.data.store import TokenBlock
-from btlm_jax.storage.files import write_atomically
+from btlm_jax.storage.files import renamed_at_end, write_atomically
 from btlm_jax.tokenizers.boundaries import pieces_of
 from btlm_jax.tokenizers.gpt2 import fastest
 from btlm_jax.tokenizers.sentencepiece_proto import SPACE_MARK
@@ -226,8 +224,7 @@ def _shard_task(
                 yield from cut(piece, block_len=block_len, eos_id=eos_id)
 
     path = target / store.shard_name(split=name, index=index, num_shards=count)
-    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
-    shard = write_shard(temporary, blocks=blocks())
-    os.replace(temporary, path)
+    with renamed_at_end(path) as temporary:
+        shard = write_shard(temporary, blocks=blocks())
     tick(0, shard.num_bytes)
     return {"totals": {}, "outputs": [dataclasses.asdict(dataclasses.replace(shard, file=path.name))]}
