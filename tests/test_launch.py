@@ -25,7 +25,7 @@ def run(verb: str, folder: Path, *, gcloud: str, btlm: str = "true", **settings:
         (folder / name).chmod(0o755)
     environment = {"PATH": f"{folder}:{os.environ['PATH']}", **settings}
     return subprocess.run(
-        [LAUNCH / "tpu.sh", verb], env=environment, capture_output=True, text=True, timeout=60, check=False
+        [LAUNCH / "tpu.sh", verb], env=environment, capture_output=True, text=True, timeout=300, check=False
     )
 
 

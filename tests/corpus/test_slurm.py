@@ -100,7 +100,7 @@ def test_a_task_whose_output_is_gone_is_done_again(cluster, tmp_path):
 def test_ctrl_c_cancels_the_array_and_leaves_nothing_half_written(cluster, tmp_path):
     process, pids = start_slow_stage(tmp_path / "out", num_workers=2, flags=["--executor=slurm"])
     os.killpg(process.pid, signal.SIGINT)
-    _, errors = process.communicate(timeout=60)
+    _, errors = process.communicate(timeout=120)
     assert process.returncode == 130
     assert errors == "btlm corpus: interrupted; the same command goes on where it can\n"
     assert not any(map(is_alive, pids)) and list((tmp_path / "out").glob(".output*")) == []

@@ -19,14 +19,16 @@ from btlm_jax.corpus.readers.records import Record, RecordWriter, read_records
 from btlm_jax.data.store import TokenBlock
 from btlm_jax.storage.files import AtomicFile
 
+SECONDS = 100.0  # that workers may take to end on a busy machine; a task left alone takes 300
+
 
 @pytest.mark.parametrize("num_workers", [1, 2])
 def test_ctrl_c_ends_all_in_one_line_with_nothing_half_written(tmp_path, num_workers):
     process, pids = start_slow_stage(tmp_path, num_workers=num_workers)
     began = time.monotonic()
     os.killpg(process.pid, signal.SIGINT)
-    _, errors = process.communicate(timeout=30)
-    assert process.returncode == 130 and time.monotonic() - began < 20
+    _, errors = process.communicate(timeout=120)
+    assert process.returncode == 130 and time.monotonic() - began < SECONDS
     assert errors == "btlm corpus: interrupted; the same command goes on where it can\n"
     assert not any(map(is_alive, pids))
     assert list(tmp_path.glob("*output*")) == list(tmp_path.glob(".*.tmp")) == list((tmp_path / "done").iterdir()) == []
@@ -36,7 +38,7 @@ def test_workers_end_with_a_parent_that_is_killed_and_the_next_start_tidies_up(t
     process, pids = start_slow_stage(tmp_path, num_workers=2)
     process.kill()
     process.wait()
-    deadline = time.monotonic() + 20
+    deadline = time.monotonic() + SECONDS
     while any(map(is_alive, pids)):
         assert time.monotonic() < deadline
         time.sleep(0.05)

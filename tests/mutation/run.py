@@ -146,7 +146,9 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--results", type=Path, required=True, help="JSON lines; appended to")
     parser.add_argument("--modules", nargs="*", default=list(TESTS), choices=list(TESTS))
-    parser.add_argument("--per_module", type=int, default=60, help="mutants of each module, drawn by a fixed seed; 0: all")
+    parser.add_argument(
+        "--per_module", type=int, default=60, help="mutants of each module, drawn by a fixed seed; 0: all"
+    )
     parser.add_argument("--again", action="store_true", help="run again what survived so far, and nothing else")
     parser.add_argument("--seconds", type=float, default=float("inf"), help="start no mutant after so long")
     given = parser.parse_args()

@@ -189,7 +189,7 @@ def test_the_launcher_refuses_by_the_same_table(pods):
     def launch(**more: str) -> subprocess.CompletedProcess:
         environment = {"PATH": f"{pods}:/usr/bin:/bin", "DRY_RUN": "1", **settings, **more}
         command = [REPOSITORY / "launch" / "tpu.sh", "up"]
-        return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120, check=False)
+        return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300, check=False)
 
     done = launch()
     assert done.returncode == 0 and "fits on 32 chips of v5e" in done.stdout and "resources create" in done.stdout

@@ -20,7 +20,7 @@ from btlm_jax.train.step import abstract_state
 
 TOKENS_PER_STEP, PHASE_STEPS = 384, (6, 4)
 NUM_STEPS = sum(PHASE_STEPS)
-TIMEOUT = 150.0  # seconds; an idle machine needs about 10
+TIMEOUT = 400.0  # seconds; an idle machine needs about 10
 
 _CLOCK = ("tokens_per_second", "mfu", "seconds")
 

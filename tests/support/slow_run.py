@@ -11,7 +11,7 @@ SLOW_STAGE = Path(__file__).with_name("slow_stage.py")
 
 
 def start_slow_stage(
-    directory: Path, *, num_workers: int, flags: Sequence[str] = (), seconds: float = 60.0
+    directory: Path, *, num_workers: int, flags: Sequence[str] = (), seconds: float = 200.0
 ) -> tuple[subprocess.Popen, list[int]]:
     """Return the process and its workers' ids, once they are at work."""
     process = subprocess.Popen(

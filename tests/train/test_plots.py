@@ -123,4 +123,4 @@ def test_matplotlib_is_imported_only_to_draw_and_pyplot_never(tmp_path):
         "plots.plot_loss([], table, pathlib.Path(sys.argv[1]))\n"
         "assert 'matplotlib' in sys.modules and 'matplotlib.pyplot' not in sys.modules\n"
     )
-    subprocess.run([sys.executable, "-c", program, str(tmp_path / "plot.png")], check=True, timeout=60)
+    subprocess.run([sys.executable, "-c", program, str(tmp_path / "plot.png")], check=True, timeout=300)
