@@ -6,7 +6,7 @@
 
 Each mutant of mutants.py is imported in place of its module in a process of its own, forked from one that has imported
 JAX and touched no device; no file is changed. The tests of the module stop at the first that fails. Results are
-appended to a file, so a run that was stopped goes on. Exit code 1: a mutant survived that survivors.md does not justify.
+appended to a file, so a run that was stopped goes on. Exit code 1: one survived that survivors.md does not justify.
 """
 
 from __future__ import annotations
