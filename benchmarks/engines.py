@@ -169,7 +169,7 @@ def run_ours(directory: Path, work: Work, *, cache: str) -> Timing:
 
     began = time.perf_counter()
     native = load_for_generation(directory, as_int4=False)
-    load, model = time.perf_counter() - began, native.facts.network()
+    load, model = time.perf_counter() - began, native.metadata.network()
 
     def run(prompt: list[int]) -> Iterator[int]:
         made = generate(

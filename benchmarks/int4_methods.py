@@ -29,7 +29,7 @@ from btlm_jax.hub.tensor_names import read_params
 from btlm_jax.model import Btlm
 from btlm_jax.model.loss import logits
 from btlm_jax.parallel.mesh import FSDP, RULES
-from btlm_jax.quantize.quantize_model import Method, as_published, quantize_model
+from btlm_jax.quantize.quantize_model import Method, dequantize_tensor, quantize_model
 from btlm_jax.recipe.mup import make_parametrization
 from btlm_jax.train.heldout import SourceLoss, evaluate_heldout
 from btlm_jax.train.step import make_eval_step
@@ -96,18 +96,20 @@ class Bench:
             calibration_BT=ids_BT if method.is_calibrated else None,
             report=lambda name: None,
         )
-        return self.params_of({name: as_published(name, rounded) for name, rounded in made})
+        return self.params_of({name: dequantize_tensor(name, rounded) for name, rounded in made})
 
     def params_of(self, arrays: dict[str, np.ndarray]) -> dict:
         """Return our parameter tree of published tensors."""
-        shapes = abstract_params(self.native.facts, self.native.mesh)
+        shapes = abstract_params(self.native.metadata, self.native.mesh)
         params = read_params(_Held(arrays), self.source.config, shapes=shapes, report=lambda name: None)
         return jax.device_put(params, self.native.mesh.devices.item())
 
     def reader(self, network: type[Btlm], *, dtype: str):
         """Return params -> Measured, for a network that computes in `dtype`."""
-        config = dataclasses.replace(self.native.facts.model, dtype=dtype)
-        model = network(config=config, parametrization=make_parametrization(self.native.facts.mup, config), rules=RULES)
+        config = dataclasses.replace(self.native.metadata.model, dtype=dtype)
+        model = network(
+            config=config, parametrization=make_parametrization(self.native.metadata.mup, config), rules=RULES
+        )
         eval_step = jax.jit(make_eval_step(model, loss_chunk=config.loss_chunk))
 
         @jax.jit

@@ -49,7 +49,7 @@ def generate(arguments: Sequence[str]) -> int:
     serve = importlib.import_module("btlm_jax.generate.text")
     try:
         prompts.check_text(values["prompt"].value, name="--prompt")
-        how = serve.Continuing(
+        how = serve.GenerationConfig(
             sampling=sampling.Sampling(**{name: values[name].value for name in SAMPLING_FLAGS}),
             stops=tuple(values["stop"].value),
             **{name: values[name].value for name in ("num_tokens", "num_samples", "batch_size", "seed", "cache_dtype")},
@@ -63,13 +63,13 @@ def generate(arguments: Sequence[str]) -> int:
     output = values["output"].value
     if output:
         serve.check_output(Path(output))
-    native = serve.load_for_text(Path(values["checkpoint"].value), as_int4=values["int4"].value)
+    native = serve.load_with_tokenizer(Path(values["checkpoint"].value), as_int4=values["int4"].value)
     if output:
-        serve.save_continuations(native, asked, how=how, path=Path(output))
+        serve.save_completions(native, asked, how=how, path=Path(output))
     elif values["prompts_file"].value or how.num_samples > 1:
-        serve.print_continuations(native, asked, how=how)
+        serve.print_completions(native, asked, how=how)
     else:
-        serve.stream_continuation(native, asked[0], how=how)
+        serve.stream_completion(native, asked[0], how=how)
     return DONE
 
 

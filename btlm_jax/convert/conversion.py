@@ -160,11 +160,11 @@ def _write_and_prove(conversion: Conversion, partial: Path, *, say: Callable[[st
 
 
 def _write_native(source: Source, directory: Path) -> None:
-    facts = source.facts()
-    shapes = abstract_params(facts, one_device_mesh())
+    metadata = source.metadata()
+    shapes = abstract_params(metadata, one_device_mesh())
     with item_bar(len(source.tensors.shapes), unit="tensor") as report:
         params = read_params(source.tensors, source.config, shapes=shapes, report=report)
-    write_model_directory(directory, facts=facts, params=params, tokenizer=source.tokenizer)
+    write_model_directory(directory, metadata=metadata, params=params, tokenizer=source.tokenizer)
 
 
 def _write_hf(source: Source, directory: Path, conversion: Conversion) -> None:

@@ -21,7 +21,7 @@ from btlm_jax.tokenizers.sentencepiece_proto import (
 )
 
 
-def as_tokenizer(model: SentencePieceModel, *, unk_id: int) -> Tokenizer:
+def to_hf_tokenizer(model: SentencePieceModel, *, unk_id: int) -> Tokenizer:
     """Return the same tokenizer for the tokenizers library.
 
     Raises:

@@ -14,7 +14,7 @@ from btlm_jax.data.reader import open_store
 from btlm_jax.decode.cpu_decoder import CpuDecoder
 from btlm_jax.hub.native import is_run, store_of_run
 from btlm_jax.hub.numpy_network import streamed_logits
-from btlm_jax.hub.source import Source, published_facts
+from btlm_jax.hub.source import Source, published_metadata
 from btlm_jax.kernels.tiles import GROUP
 from btlm_jax.quantize.int4_directory import EMBEDDING_BITS, Int4Tensors, read_int4_directory, write_int4_directory
 from btlm_jax.quantize.quantize_model import Method, quantize_model
@@ -55,8 +55,8 @@ def write_int4(
     source: Source, directory: Path, *, method: Method, calibration_BT: np.ndarray | None, report: Callable[[str], None]
 ) -> None:
     """Round a model to 4 bits, block by block, and write its directory."""
-    facts = published_facts(source)
-    notes = facts.notes | {"4 bits": f"{method}, groups of {GROUP}, embedding {EMBEDDING_BITS} bits"}
+    metadata = published_metadata(source)
+    notes = metadata.notes | {"4 bits": f"{method}, groups of {GROUP}, embedding {EMBEDDING_BITS} bits"}
     rounded = quantize_model(
         source.config,
         source.tensors,
@@ -67,14 +67,16 @@ def write_int4(
         report=report,
     )
     write_int4_directory(
-        directory, facts=dataclasses.replace(facts, notes=notes), rounded=rounded, tokenizer=source.tokenizer
+        directory, metadata=dataclasses.replace(metadata, notes=notes), rounded=rounded, tokenizer=source.tokenizer
     )
 
 
 def prove_int4(source: Source, directory: Path, ids_T: np.ndarray) -> Iterator[Proof]:
     """Compare the logits of the written model with those of its codes' values, and with the source's."""
     model = read_int4_directory(directory)
-    decoder = CpuDecoder(model.facts.network(), model.weights, num_rows=1, num_slots=len(ids_T), cache_dtype="float32")
+    decoder = CpuDecoder(
+        model.metadata.network(), model.weights, num_rows=1, num_slots=len(ids_T), cache_dtype="float32"
+    )
     found_TV = [decoder.prefill([ids_T[:1]])]
     found_TV += [decoder.decode([ids_T[: end + 1]]) for end in range(1, len(ids_T))]
     found_TV = np.concatenate(found_TV)

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import tokenizers
 
-from btlm_jax.convert.sentencepiece_to_hf import as_tokenizer
+from btlm_jax.convert.sentencepiece_to_hf import to_hf_tokenizer
 from btlm_jax.storage.files import write_atomically
 from btlm_jax.tokenizers.byte_level import MERGES_FILE, VOCAB_FILE, ByteLevelTokenizer, read_byte_level
 from btlm_jax.tokenizers.sentencepiece_proto import CONTROL, UNKNOWN, USER_DEFINED, parse_model
@@ -138,7 +138,7 @@ def _files(tokenizer: Tokenizer, *, model_max_length: int) -> dict[str, str | by
     }
     files: dict[str, str | bytes] = {}
     if isinstance(tokenizer, SentencePieceTokenizer):
-        converted = as_tokenizer(parse_model(tokenizer.contents), unk_id=_unk_id(tokenizer))
+        converted = to_hf_tokenizer(parse_model(tokenizer.contents), unk_id=_unk_id(tokenizer))
         files |= {
             TOKENIZER_JSON: _readable_by_old_clients(converted.to_str()),
             tokenizer.stored_file: tokenizer.contents,

@@ -10,7 +10,7 @@ import numpy as np
 
 from btlm_jax.hub.native import NativeModel, one_device_mesh
 from btlm_jax.hub.published import PublishedConfig, Tensors, tensor_shapes
-from btlm_jax.hub.source import load_native, open_source, published_facts
+from btlm_jax.hub.source import load_native, open_source, published_metadata
 from btlm_jax.kernels.build import has_kernels
 from btlm_jax.kernels.tiles import GROUP, TILE, FloatTiles, float_tiles
 from btlm_jax.kernels.weights import Weights, aligned, taken_over
@@ -40,16 +40,16 @@ def load_for_generation(directory: Path, *, as_int4: bool) -> NativeModel:
     if not as_int4 and not has_kernels():
         return load_native(directory)
     source = open_source(directory)
-    facts = published_facts(source)
+    metadata = published_metadata(source)
     if not as_int4:
-        weights = float_weights(source.config, source.tensors, dtype=facts.model.dtype)
-        return NativeModel(facts=facts, params=weights, mesh=one_device_mesh(), tokenizer=source.tokenizer)
+        weights = float_weights(source.config, source.tensors, dtype=metadata.model.dtype)
+        return NativeModel(metadata=metadata, params=weights, mesh=one_device_mesh(), tokenizer=source.tokenizer)
     rounded = quantize_model(
         source.config, source.tensors, method=Method.HQQ, group_size=GROUP, embedding_bits=EMBEDDING_BITS,
         calibration_BT=None, report=lambda name: None,
     )  # fmt: skip
     with tempfile.TemporaryDirectory() as scratch:
-        write_int4_directory(Path(scratch), facts=facts, rounded=rounded, tokenizer=source.tokenizer)
+        write_int4_directory(Path(scratch), metadata=metadata, rounded=rounded, tokenizer=source.tokenizer)
         return _from_int4_directory(Path(scratch))
 
 
@@ -85,4 +85,4 @@ def float_weights(config: PublishedConfig, tensors: Tensors, *, dtype: str) -> W
 
 def _from_int4_directory(directory: Path) -> NativeModel:
     read = read_int4_directory(directory)
-    return NativeModel(facts=read.facts, params=read.weights, mesh=one_device_mesh(), tokenizer=read.tokenizer)
+    return NativeModel(metadata=read.metadata, params=read.weights, mesh=one_device_mesh(), tokenizer=read.tokenizer)

@@ -25,12 +25,12 @@ from btlm_jax.storage.files import write_atomically
 from btlm_jax.tokenizers.detokenize import GrowingText
 
 MODEL_DTYPE = "model"  # the cache is in what the model computes in, and in int8 where its weights have 4 bits
-NOTED_LOSS = 1e-6  # of attention, at which a user is warned; float32 rounds at 6e-8
+DROPPED_ATTENTION_WARNING = 1e-6  # of attention, at which a user is warned; float32 rounds at 6e-8
 PROGRESS_SECONDS = 2.0  # progress is shown no more often
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Continuing:
+class GenerationConfig:
     """How prompts are to be continued."""
 
     num_tokens: int  # at most, of each text
@@ -55,7 +55,7 @@ class Continuing:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Continuation:
+class Completion:
     """A text that was made; the stop string is not in it, its tokens are counted."""
 
     prompt: Prompt
@@ -72,7 +72,7 @@ class Continuation:
         return json.dumps({"prompt": self.prompt.text} | row | stop | self.prompt.beside, ensure_ascii=False)
 
 
-def load_for_text(directory: Path, *, as_int4: bool) -> NativeModel:
+def load_with_tokenizer(directory: Path, *, as_int4: bool) -> NativeModel:
     """Load a model with its tokenizer: a run's last checkpoint, a model directory, a Hugging Face directory.
 
     Raises:
@@ -85,12 +85,12 @@ def load_for_text(directory: Path, *, as_int4: bool) -> NativeModel:
     return native
 
 
-def stream_continuation(native: NativeModel, prompt: Prompt, *, how: Continuing) -> None:
+def stream_completion(native: NativeModel, prompt: Prompt, *, how: GenerationConfig) -> None:
     """Print a prompt and its first sample as it is made; the speed goes to the error stream."""
     speed = Speed()
-    (wanted,) = _wanted(native, prompt, num_samples=1)
+    (wanted,) = _requests(native, prompt, num_samples=1)
     _note_length(native, [wanted], how)
-    batch = _batch(native, native.facts.network(), [wanted], how, num_rows=1, speed=speed)
+    batch = _batch(native, native.metadata.network(), [wanted], how, num_rows=1, speed=speed)
     print(prompt.text, end="", flush=True)
     text = wanted.growing_text(native, how)
     for _, piece in _pieces(batch, [text]):
@@ -99,17 +99,17 @@ def stream_continuation(native: NativeModel, prompt: Prompt, *, how: Continuing)
     _report(speed, num_tokens=text.num_tokens, lost=batch.lost)
 
 
-def print_continuations(native: NativeModel, prompts: Sequence[Prompt], *, how: Continuing) -> None:
+def print_completions(native: NativeModel, prompts: Sequence[Prompt], *, how: GenerationConfig) -> None:
     """Print every sample of every prompt, in order; progress and the speed go to the error stream."""
-    for number, made in enumerate(_continue_all(native, prompts, how)):
+    for number, made in enumerate(_complete_all(native, prompts, how)):
         title = f"prompt {number // how.num_samples + 1}, sample {made.sample + 1}"
         print(f"--- {title}: {made.num_tokens:,} tokens, ended by {_ending(made)}")
         print(made.prompt.text + printable(made.text), flush=True)
 
 
-def save_continuations(native: NativeModel, prompts: Sequence[Prompt], *, how: Continuing, path: Path) -> None:
+def save_completions(native: NativeModel, prompts: Sequence[Prompt], *, how: GenerationConfig, path: Path) -> None:
     """Write every sample of every prompt as JSON lines, in order, at the end and at once."""
-    lines = [made.to_json() + "\n" for made in _continue_all(native, prompts, how)]
+    lines = [made.to_json() + "\n" for made in _complete_all(native, prompts, how)]
     write_atomically(path, "".join(lines))
     print(f"wrote {len(lines):,} texts to {path}", file=sys.stderr)
 
@@ -129,29 +129,29 @@ def check_output(path: Path) -> None:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class _Wanted:
+class _Request:
     """A sample of a prompt that is to be made."""
 
     prompt: Prompt
     sample: int
     ids: list[int]
 
-    def growing_text(self, native: NativeModel, how: Continuing) -> GrowingText:
+    def growing_text(self, native: NativeModel, how: GenerationConfig) -> GrowingText:
         return GrowingText(native.tokenizer, begins_text=not self.prompt.text, stops=how.stops)
 
 
-def _wanted(native: NativeModel, prompt: Prompt, *, num_samples: int) -> list[_Wanted]:
+def _requests(native: NativeModel, prompt: Prompt, *, num_samples: int) -> list[_Request]:
     ids = [native.tokenizer.eos_id, *native.tokenizer.encode(prompt.text)]  # a document begins after another's end
-    return [_Wanted(prompt=prompt, sample=sample, ids=ids) for sample in range(num_samples)]
+    return [_Request(prompt=prompt, sample=sample, ids=ids) for sample in range(num_samples)]
 
 
-def _continue_all(native: NativeModel, prompts: Sequence[Prompt], how: Continuing) -> Iterator[Continuation]:
+def _complete_all(native: NativeModel, prompts: Sequence[Prompt], how: GenerationConfig) -> Iterator[Completion]:
     """Yield every continuation in order. Batches are of prompts of similar length, the longest first."""
-    all_wanted = [one for prompt in prompts for one in _wanted(native, prompt, num_samples=how.num_samples)]
+    all_wanted = [one for prompt in prompts for one in _requests(native, prompt, num_samples=how.num_samples)]
     _note_length(native, all_wanted, how)
     order = sorted(range(len(all_wanted)), key=lambda index: -len(all_wanted[index].ids))
-    num_rows, model = min(how.batch_size, len(order)), native.facts.network()
-    done: dict[int, Continuation] = {}
+    num_rows, model = min(how.batch_size, len(order)), native.metadata.network()
+    done: dict[int, Completion] = {}
     speed, next_index, lost = Speed(), 0, 0.0
     progress = _Progress(num_texts=len(order), most_tokens=how.num_tokens, speed=speed)
     for start in range(0, len(order), num_rows):
@@ -164,7 +164,7 @@ def _continue_all(native: NativeModel, prompts: Sequence[Prompt], how: Continuin
             shown[row].append(piece)
             progress.show(growing, going=batch.going)
         for row, index in enumerate(indices):
-            done[index] = Continuation(
+            done[index] = Completion(
                 prompt=wanted[row].prompt,
                 sample=wanted[row].sample,
                 text="".join(shown[row]),
@@ -181,7 +181,7 @@ def _continue_all(native: NativeModel, prompts: Sequence[Prompt], how: Continuin
 
 
 def _batch(
-    native: NativeModel, model: Btlm, wanted: Sequence[_Wanted], how: Continuing, *, num_rows: int, speed: Speed
+    native: NativeModel, model: Btlm, wanted: Sequence[_Request], how: GenerationConfig, *, num_rows: int, speed: Speed
 ) -> Batch:
     return Batch(
         model,
@@ -200,7 +200,7 @@ def _batch(
 
 def _cache_dtype(native: NativeModel) -> str:
     has_4_bits = isinstance(native.params, Weights) and isinstance(native.params.down, Int4Tiles)
-    return "int8" if has_4_bits else native.facts.model.dtype
+    return "int8" if has_4_bits else native.metadata.model.dtype
 
 
 def _pieces(batch: Batch, growing: Sequence[GrowingText]) -> Iterator[tuple[int, str]]:
@@ -250,19 +250,19 @@ class _Progress:
         self._line.clear()
 
 
-def _ending(made: Continuation) -> str:
+def _ending(made: Completion) -> str:
     return f"{made.ended_by} {made.stop_string!r}" if made.stop_string else str(made.ended_by)
 
 
-def _note_length(native: NativeModel, wanted: Sequence[_Wanted], how: Continuing) -> None:
-    longest, trained = max(len(one.ids) for one in wanted) + how.num_tokens, native.facts.max_length
+def _note_length(native: NativeModel, wanted: Sequence[_Request], how: GenerationConfig) -> None:
+    longest, trained = max(len(one.ids) for one in wanted) + how.num_tokens, native.metadata.max_length
     if longest > trained:
         print(f"note: up to {longest:,} tokens, past the {trained:,} this model was trained at", file=sys.stderr)
 
 
 def _report(speed: Speed, *, num_tokens: int, lost: float) -> None:
     """Print where the time went, see Speed for what is in no rate; and what the cache may have lost."""
-    if lost > NOTED_LOSS:
+    if lost > DROPPED_ATTENTION_WARNING:
         print(
             f"warning: up to {min(lost, 1.0):.1e} of a head's attention may have fallen on keys outside its window of "
             "the cache, which is made for a smaller spread of scores; the text may differ from a whole forward pass's",

@@ -1,6 +1,6 @@
 """Our own forms of a model: a training run's last checkpoint, and a model directory that holds only the parameters.
 
-A model directory is `model.json` (config, parametrization, facts), `params/` (orbax) and the tokenizer's files.
+A model directory is `model.json` (config, parametrization, metadata), `params/` (orbax) and the tokenizer's files.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ SUMMARY_FILE = "summary.json"  # a finished run's
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class ModelFacts:
+class ModelMetadata:
     """What `model.json` says of a model besides its weights."""
 
     model: ModelConfig
@@ -48,7 +48,7 @@ class ModelFacts:
 class NativeModel:
     """A model with its parameters on one device."""
 
-    facts: ModelFacts
+    metadata: ModelMetadata
     params: dict | Weights  # in tiles where a CPU generates
     mesh: Mesh
     tokenizer: Tokenizer | None
@@ -78,7 +78,7 @@ def read_run(workdir: Path) -> NativeModel:
         notes = {"steps": f"{step:,}", "tokens": f"{position.tokens_seen:,}"} | _heldout_notes(workdir, step)
         directory = place_under(workdir, config.data.store)
         recorded = store.read_manifest(directory).tokenizer
-        facts = ModelFacts(
+        metadata = ModelMetadata(
             model=config.model,
             mup=config.mup,
             max_length=max(config.curriculum.seq_len),
@@ -87,10 +87,10 @@ def read_run(workdir: Path) -> NativeModel:
             notes=notes,
         )
         mesh = one_device_mesh()
-        params = reader.restore_params(step, abstract=abstract_params(facts, mesh))
+        params = reader.restore_params(step, abstract=abstract_params(metadata, mesh))
     finally:
         reader.close()
-    return NativeModel(facts=facts, params=params, mesh=mesh, tokenizer=load_tokenizer(directory, recorded))
+    return NativeModel(metadata=metadata, params=params, mesh=mesh, tokenizer=load_tokenizer(directory, recorded))
 
 
 def store_of_run(workdir: Path) -> Place:
@@ -114,22 +114,22 @@ def read_model_directory(directory: Path) -> NativeModel:
     Raises:
       ValueError: `model.json` or the parameters are damaged.
     """
-    facts, mesh = read_facts(directory), one_device_mesh()
-    params = read_params(directory / PARAMS, abstract=abstract_params(facts, mesh))
-    return NativeModel(facts=facts, params=params, mesh=mesh, tokenizer=read_tokenizer(directory, facts))
+    metadata, mesh = read_metadata(directory), one_device_mesh()
+    params = read_params(directory / PARAMS, abstract=abstract_params(metadata, mesh))
+    return NativeModel(metadata=metadata, params=params, mesh=mesh, tokenizer=read_tokenizer(directory, metadata))
 
 
-def read_tokenizer(directory: Path, facts: ModelFacts) -> Tokenizer | None:
+def read_tokenizer(directory: Path, metadata: ModelMetadata) -> Tokenizer | None:
     """Load the tokenizer of a model directory.
 
     Raises:
       FileNotFoundError: its file is missing.
       ValueError: its contents are not the ones recorded.
     """
-    return None if facts.tokenizer is None else load_tokenizer(directory, facts.tokenizer)
+    return None if metadata.tokenizer is None else load_tokenizer(directory, metadata.tokenizer)
 
 
-def read_facts(directory: Path, *, format: str = FORMAT) -> ModelFacts:
+def read_metadata(directory: Path, *, format: str = FORMAT) -> ModelMetadata:
     """Read the `model.json` of a model directory of a format.
 
     Raises:
@@ -142,7 +142,7 @@ def read_facts(directory: Path, *, format: str = FORMAT) -> ModelFacts:
             found, is_int4 = values["format"], "int4" in values["format"]
             hint = "; a 4-bit model is only for btlm generate: give the one it was made of" if is_int4 else ""
             raise ValueError(f"its format is {found!r}, not {format!r}{hint}")
-        return ModelFacts(
+        return ModelMetadata(
             model=config_from(ModelConfig, values["model"], path="model"),
             mup=config_from(MupConfig, values["mup"], path="mup"),
             max_length=int(values["max_length"]),
@@ -154,24 +154,28 @@ def read_facts(directory: Path, *, format: str = FORMAT) -> ModelFacts:
         raise ValueError(f"{path} cannot be used: {error}") from error
 
 
-def write_model_directory(directory: Path, *, facts: ModelFacts, params: dict, tokenizer: Tokenizer | None) -> None:
-    """Write the parameters, the tokenizer and `model.json`; `facts` are those of this tokenizer."""
+def write_model_directory(
+    directory: Path, *, metadata: ModelMetadata, params: dict, tokenizer: Tokenizer | None
+) -> None:
+    """Write the parameters, the tokenizer and `model.json`; `metadata` are those of this tokenizer."""
     write_params(directory / PARAMS, params)
-    write_facts(directory, facts, tokenizer=tokenizer)
+    write_metadata(directory, metadata, tokenizer=tokenizer)
 
 
-def write_facts(directory: Path, facts: ModelFacts, *, tokenizer: Tokenizer | None, format: str = FORMAT) -> None:
+def write_metadata(
+    directory: Path, metadata: ModelMetadata, *, tokenizer: Tokenizer | None, format: str = FORMAT
+) -> None:
     """Write `model.json` and the tokenizer's file."""
     if tokenizer is not None:
         write_atomically(directory / tokenizer.stored_file, tokenizer.contents)
     write_atomically(
-        directory / MODEL_FILE, json.dumps({"format": format} | dataclasses.asdict(facts), indent=2, sort_keys=True)
+        directory / MODEL_FILE, json.dumps({"format": format} | dataclasses.asdict(metadata), indent=2, sort_keys=True)
     )
 
 
-def abstract_params(facts: ModelFacts, mesh: Mesh) -> dict:
+def abstract_params(metadata: ModelMetadata, mesh: Mesh) -> dict:
     """Return the parameters' tree of shapes, dtypes and shardings."""
-    return jax.tree.map(lambda info: info.abstract, parameter_table(facts.network(), mesh))
+    return jax.tree.map(lambda info: info.abstract, parameter_table(metadata.network(), mesh))
 
 
 def one_device_mesh() -> Mesh:

@@ -12,7 +12,7 @@ import numpy as np
 
 from btlm_jax.hub.huggingface import HuggingFaceTensors
 from btlm_jax.hub.native import (
-    ModelFacts,
+    ModelMetadata,
     NativeModel,
     abstract_params,
     is_model_directory,
@@ -41,10 +41,10 @@ class HuggingFaceSource:
         self.tokenizer = _tokenizer_of(directory, self.config)
         self.notes: dict[str, str] = {}
 
-    def facts(self) -> ModelFacts:
+    def metadata(self) -> ModelMetadata:
         """Return the model in our terms; it computes in bfloat16 if that is what it is stored in."""
         stored = self.tensors.read("transformer.wte.weight").dtype.name
-        return model_facts(
+        return model_metadata(
             self.config,
             dtype="bfloat16" if stored == "bfloat16" else "float32",
             tokenizer=self.tokenizer,
@@ -61,15 +61,15 @@ class NativeSource:
 
     def __init__(self, native: NativeModel):
         self.native = native
-        self.config = published_config(native.facts)
-        scale = make_parametrization(native.facts.mup, native.facts.model).residual_scale
+        self.config = published_config(native.metadata)
+        scale = make_parametrization(native.metadata.mup, native.metadata.model).residual_scale
         self.tensors: Tensors = NativeTensors(native.params, self.config, residual_scale=scale)
         self.tokenizer = native.tokenizer
-        self.notes = native.facts.notes
+        self.notes = native.metadata.notes
 
-    def facts(self) -> ModelFacts:
+    def metadata(self) -> ModelMetadata:
         """Return what is known of the model besides its weights."""
-        return self.native.facts
+        return self.native.metadata
 
     def logits(self, ids_T: np.ndarray) -> np.ndarray:
         """Return the float32 logits_TV after each token, of the JAX model."""
@@ -103,11 +103,13 @@ def load_native(directory: Path) -> NativeModel:
     if not is_hugging_face(directory):
         return read_native(directory)
     source = HuggingFaceSource(directory)
-    facts = source.facts()
+    metadata = source.metadata()
     mesh = one_device_mesh()
-    params = read_params(source.tensors, source.config, shapes=abstract_params(facts, mesh), report=lambda name: None)
+    params = read_params(
+        source.tensors, source.config, shapes=abstract_params(metadata, mesh), report=lambda name: None
+    )
     return NativeModel(
-        facts=facts, params=jax.device_put(params, mesh.devices.item()), mesh=mesh, tokenizer=source.tokenizer
+        metadata=metadata, params=jax.device_put(params, mesh.devices.item()), mesh=mesh, tokenizer=source.tokenizer
     )
 
 
@@ -130,7 +132,9 @@ def read_native(directory: Path) -> NativeModel:
 
 def native_logits(native: NativeModel, ids_T: np.ndarray) -> np.ndarray:
     """Return the float32 logits_TV after each token, computed in float32 by the JAX model."""
-    model = dataclasses.replace(native.facts, model=dataclasses.replace(native.facts.model, dtype="float32")).network()
+    model = dataclasses.replace(
+        native.metadata, model=dataclasses.replace(native.metadata.model, dtype="float32")
+    ).network()
     with jax.set_mesh(native.mesh):
         return np.asarray(_logits_BTV(native.params, jnp.asarray(ids_T, jnp.int32)[None], model=model))[0]
 
@@ -141,12 +145,12 @@ def _logits_BTV(params: dict, ids_BT: jax.Array, *, model: Btlm) -> jax.Array:
     return logits(hidden_BTD, params["embedding"]["embedding"], output_scale=model.parametrization.output_scale)
 
 
-def published_config(facts: ModelFacts) -> PublishedConfig:
+def published_config(metadata: ModelMetadata) -> PublishedConfig:
     """Return a model of ours in published terms."""
-    model, mup = facts.model, facts.mup
+    model, mup = metadata.model, metadata.mup
     return PublishedConfig(
         vocab_size=model.vocab_size,
-        n_positions=facts.max_length,
+        n_positions=metadata.max_length,
         n_embd=model.d_model,
         n_layer=model.num_layers,
         n_head=model.num_heads,
@@ -158,21 +162,21 @@ def published_config(facts: ModelFacts) -> PublishedConfig:
         mup_width_scale=_short(1 / make_parametrization(mup, model).width),
         mup_scale_qk_dot_by_d=mup.preset != "sp",
         alibi_scaling=model.alibi_scaling,
-        bos_token_id=facts.eos_id,
-        eos_token_id=facts.eos_id,
+        bos_token_id=metadata.eos_id,
+        eos_token_id=metadata.eos_id,
     )
 
 
-def model_facts(
+def model_metadata(
     config: PublishedConfig, *, dtype: str, tokenizer: Tokenizer | None, notes: dict[str, str]
-) -> ModelFacts:
+) -> ModelMetadata:
     """Return a published model in our terms.
 
     Without q.k/head_dim the preset is standard parametrization, which has no width multiplier, so the width scale of
     the logits goes into the output multiplier.
     """
     mup_like = config.mup_scale_qk_dot_by_d
-    return ModelFacts(
+    return ModelMetadata(
         model=ModelConfig(
             vocab_size=config.vocab_size,
             num_layers=config.n_layer,
@@ -202,10 +206,10 @@ def model_facts(
     )
 
 
-def published_facts(source: Source) -> ModelFacts:
+def published_metadata(source: Source) -> ModelMetadata:
     """Return a model in our terms as its published tensors are: a residual multiplier is in them already."""
-    facts = source.facts()
-    return model_facts(source.config, dtype=facts.model.dtype, tokenizer=source.tokenizer, notes=facts.notes)
+    metadata = source.metadata()
+    return model_metadata(source.config, dtype=metadata.model.dtype, tokenizer=source.tokenizer, notes=metadata.notes)
 
 
 def _tokenizer_of(directory: Path, config: PublishedConfig) -> Tokenizer | None:

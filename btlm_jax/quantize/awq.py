@@ -13,10 +13,10 @@ from btlm_jax.quantize.grouped import dequantize, round_to_nearest
 NUM_EXPONENTS = 20  # alpha = 0, 1/20, ..., 19/20 (the authors' grid search)
 SEARCH_TOKENS = 512  # calibration tokens that each candidate's error is measured on, evenly apart
 
-Block = dict[str, np.ndarray]  # a block's float32 tensors, named as in `published.block_shapes`
+BlockTensors = dict[str, np.ndarray]  # a block's float32 tensors, named as in `published.block_shapes`
 
 
-def scaled_block(block: Block, inputs: dict[str, np.ndarray], group_size: int) -> Block:
+def scaled_block(block: BlockTensors, inputs: dict[str, np.ndarray], group_size: int) -> BlockTensors:
     """Return the block with scaled weights, which computes the same: diag(s)^-1 goes into what makes each input.
 
     That is the gain and bias of ln_1 for c_attn and of ln_2 for c_fc and c_fc2, the columns of c_attn that make the

@@ -8,12 +8,12 @@ from __future__ import annotations
 
 import numpy as np
 
-from btlm_jax.quantize.grouped import MAX_CODE, Grid, Grouped, check, min_max_grid
+from btlm_jax.quantize.grouped import MAX_CODE, Grid, Int4Matrix, check_weights, min_max_grid
 
 DAMPING = 0.01  # of the Hessian's mean diagonal, added to it (the paper's section 3.3, step 3)
 
 
-def gptq(w_KM: np.ndarray, group_size: int, *, hessian_KK: np.ndarray) -> Grouped:
+def gptq(w_KM: np.ndarray, group_size: int, *, hessian_KK: np.ndarray) -> Int4Matrix:
     """Round so that the outputs over the calibration inputs, |X W - X W_q|^2, stay close; the Hessian is X^T X.
 
     With H^-1 = U^T U (U the upper Cholesky factor, step 3), row k has the error e = (w_k - q_k) / U_kk, and every
@@ -24,10 +24,10 @@ def gptq(w_KM: np.ndarray, group_size: int, *, hessian_KK: np.ndarray) -> Groupe
     Raises:
       ValueError: as `round_to_nearest`, or the Hessian is not finite.
     """
-    check(w_KM, group_size)
+    check_weights(w_KM, group_size)
     if not np.isfinite(hessian_KK).all():
         raise ValueError("the calibration inputs are not finite")
-    groups = loudest_first(np.diagonal(hessian_KK), group_size)
+    groups = activation_order(np.diagonal(hessian_KK), group_size)
     order_K = np.concatenate(groups)
     factor_KK = _inverse_factor(hessian_KK[np.ix_(order_K, order_K)])
     rest_KM = w_KM[order_K].astype(np.float32)  # the rows not yet rounded, as changed so far
@@ -42,10 +42,10 @@ def gptq(w_KM: np.ndarray, group_size: int, *, hessian_KK: np.ndarray) -> Groupe
         group = rows_I[0] // group_size
         scale_GM[group], offset_GM[group] = grid.scale_GM[0], grid.offset_GM[0]
         start = turn.stop
-    return Grouped(codes_KM=codes_KM, scale_GM=scale_GM, offset_GM=offset_GM, group_size=group_size)
+    return Int4Matrix(codes_KM=codes_KM, scale_GM=scale_GM, offset_GM=offset_GM, group_size=group_size)
 
 
-def loudest_first(power_K: np.ndarray, group_size: int) -> list[np.ndarray]:
+def activation_order(power_K: np.ndarray, group_size: int) -> list[np.ndarray]:
     """Return each group's inputs, the groups by the mean power of their inputs, the inputs in a group by their own."""
     groups = [np.arange(start, min(start + group_size, len(power_K))) for start in range(0, len(power_K), group_size)]
     groups.sort(key=lambda inputs_I: -power_K[inputs_I].mean())

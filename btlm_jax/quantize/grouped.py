@@ -15,7 +15,7 @@ _MAX_CODE_8 = 127  # 8 bits: codes are -127..127
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
-class Grouped:
+class Int4Matrix:
     """A matrix in 4 bits: w_km ~= codes_km * scale_gm + offset_gm, g = k // group_size."""
 
     codes_KM: np.ndarray  # uint8, 0..15, one a byte
@@ -25,7 +25,7 @@ class Grouped:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
-class Grouped8:
+class Int8Matrix:
     """A matrix in 8 bits: w_km ~= codes_km * scale_gm, g = k // group_size."""
 
     codes_KM: np.ndarray  # int8, -127..127
@@ -41,23 +41,23 @@ class Grid:
     offset_GM: np.ndarray  # float16
 
 
-def dequantize(grouped: Grouped | Grouped8) -> np.ndarray:
+def dequantize(grouped: Int4Matrix | Int8Matrix) -> np.ndarray:
     """Return the float32 w_KM that the codes stand for."""
-    scale_KM = spread(grouped.scale_GM, len(grouped.codes_KM), grouped.group_size)
+    scale_KM = expand_groups(grouped.scale_GM, len(grouped.codes_KM), grouped.group_size)
     w_KM = grouped.codes_KM.astype(np.float32) * scale_KM
-    if isinstance(grouped, Grouped8):
+    if isinstance(grouped, Int8Matrix):
         return w_KM
-    return w_KM + spread(grouped.offset_GM, len(w_KM), grouped.group_size)
+    return w_KM + expand_groups(grouped.offset_GM, len(w_KM), grouped.group_size)
 
 
-def round_to_nearest(w_KM: np.ndarray, group_size: int) -> Grouped:
+def round_to_nearest(w_KM: np.ndarray, group_size: int) -> Int4Matrix:
     """Round each weight to the nearest of 16 values, evenly spaced from the group's smallest weight to its largest.
 
     Raises:
       ValueError: a weight is not finite or too large for float16, or the group size is below 1.
     """
     grid = min_max_grid(w_KM, group_size)
-    return Grouped(
+    return Int4Matrix(
         codes_KM=nearest_codes(w_KM, grid, group_size),
         scale_GM=grid.scale_GM,
         offset_GM=grid.offset_GM,
@@ -65,18 +65,18 @@ def round_to_nearest(w_KM: np.ndarray, group_size: int) -> Grouped:
     )
 
 
-def round_to_nearest_8(w_KM: np.ndarray, group_size: int) -> Grouped8:
+def round_to_nearest_int8(w_KM: np.ndarray, group_size: int) -> Int8Matrix:
     """Round each weight to the nearest of 255 values, evenly spaced and symmetric up to the group's largest magnitude.
 
     Raises:
       ValueError: as `round_to_nearest`.
     """
-    check(w_KM, group_size)
-    largest_GM = np.maximum.reduceat(np.abs(w_KM), _starts(w_KM, group_size), axis=0)
-    scale_GM = as_float16(largest_GM / _MAX_CODE_8)
-    steps_KM = _in_steps(w_KM, spread(scale_GM, len(w_KM), group_size))
+    check_weights(w_KM, group_size)
+    largest_GM = np.maximum.reduceat(np.abs(w_KM), _group_starts(w_KM, group_size), axis=0)
+    scale_GM = to_float16(largest_GM / _MAX_CODE_8)
+    steps_KM = _divide_where_positive(w_KM, expand_groups(scale_GM, len(w_KM), group_size))
     codes_KM = np.clip(np.rint(steps_KM), -_MAX_CODE_8, _MAX_CODE_8).astype(np.int8)
-    return Grouped8(codes_KM=codes_KM, scale_GM=scale_GM, group_size=group_size)
+    return Int8Matrix(codes_KM=codes_KM, scale_GM=scale_GM, group_size=group_size)
 
 
 def min_max_grid(w_KM: np.ndarray, group_size: int) -> Grid:
@@ -85,26 +85,26 @@ def min_max_grid(w_KM: np.ndarray, group_size: int) -> Grid:
     Raises:
       ValueError: as `round_to_nearest`.
     """
-    check(w_KM, group_size)
-    starts_G = _starts(w_KM, group_size)
+    check_weights(w_KM, group_size)
+    starts_G = _group_starts(w_KM, group_size)
     low_GM = np.minimum.reduceat(w_KM, starts_G, axis=0).astype(np.float32)
     high_GM = np.maximum.reduceat(w_KM, starts_G, axis=0).astype(np.float32)
-    return Grid(scale_GM=as_float16((high_GM - low_GM) / MAX_CODE), offset_GM=as_float16(low_GM))
+    return Grid(scale_GM=to_float16((high_GM - low_GM) / MAX_CODE), offset_GM=to_float16(low_GM))
 
 
 def nearest_codes(w_KM: np.ndarray, grid: Grid, group_size: int) -> np.ndarray:
     """Return the uint8 code of the grid's value nearest to each weight; 0 where the grid has only one value."""
-    above_KM = w_KM - spread(grid.offset_GM, len(w_KM), group_size)
-    steps_KM = _in_steps(above_KM, spread(grid.scale_GM, len(w_KM), group_size))
+    above_KM = w_KM - expand_groups(grid.offset_GM, len(w_KM), group_size)
+    steps_KM = _divide_where_positive(above_KM, expand_groups(grid.scale_GM, len(w_KM), group_size))
     return np.clip(np.rint(steps_KM), 0, MAX_CODE).astype(np.uint8)
 
 
-def spread(x_GM: np.ndarray, num_inputs: int, group_size: int) -> np.ndarray:
+def expand_groups(x_GM: np.ndarray, num_inputs: int, group_size: int) -> np.ndarray:
     """Return float32 x_KM: what each row's group has."""
     return np.repeat(x_GM.astype(np.float32), group_size, axis=0)[:num_inputs]
 
 
-def as_float16(x_GM: np.ndarray) -> np.ndarray:
+def to_float16(x_GM: np.ndarray) -> np.ndarray:
     """Round to float16.
 
     Raises:
@@ -116,7 +116,7 @@ def as_float16(x_GM: np.ndarray) -> np.ndarray:
     return x_GM.astype(np.float16)
 
 
-def check(w_KM: np.ndarray, group_size: int) -> None:
+def check_weights(w_KM: np.ndarray, group_size: int) -> None:
     """Refuse what cannot be rounded.
 
     Raises:
@@ -129,9 +129,9 @@ def check(w_KM: np.ndarray, group_size: int) -> None:
         raise ValueError(f"{num_bad:,} of its weights are not finite")
 
 
-def _in_steps(above_KM: np.ndarray, scale_KM: np.ndarray) -> np.ndarray:
+def _divide_where_positive(above_KM: np.ndarray, scale_KM: np.ndarray) -> np.ndarray:
     return np.divide(above_KM, scale_KM, out=np.zeros_like(scale_KM), where=scale_KM > 0)
 
 
-def _starts(w_KM: np.ndarray, group_size: int) -> np.ndarray:
+def _group_starts(w_KM: np.ndarray, group_size: int) -> np.ndarray:
     return np.arange(0, len(w_KM), group_size)

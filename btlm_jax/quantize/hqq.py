@@ -9,13 +9,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from btlm_jax.quantize.grouped import MAX_CODE, Grid, Grouped, min_max_grid, nearest_codes
+from btlm_jax.quantize.grouped import MAX_CODE, Grid, Int4Matrix, min_max_grid, nearest_codes
 
 P_NORM = 0.7  # p < 1 of the error's norm: most weights exact, a few far off
 BETA, KAPPA, NUM_STEPS = 10.0, 1.01, 20  # the authors' settings
 
 
-def half_quadratic(w_KM: np.ndarray, group_size: int) -> Grouped:
+def half_quadratic(w_KM: np.ndarray, group_size: int) -> Int4Matrix:
     """Round to the min-max grid, its offset moved to where sum |error|^p is least, p < 1; the scale stays.
 
     The problem argmin_z |W - Q_z^-1(Q_z(W))|_p gets an auxiliary W_e and is solved by turns (the paper's sp_1, sp_2):
@@ -37,7 +37,7 @@ def half_quadratic(w_KM: np.ndarray, group_size: int) -> Grouped:
     offset_GM = np.asarray(_best_offset(w_GIM, weight_GI1, grid.scale_GM, grid.offset_GM))
     moved = Grid(scale_GM=grid.scale_GM, offset_GM=offset_GM)
     codes_KM = nearest_codes(w_KM, moved, group_size)
-    return Grouped(codes_KM=codes_KM, scale_GM=moved.scale_GM, offset_GM=offset_GM, group_size=group_size)
+    return Int4Matrix(codes_KM=codes_KM, scale_GM=moved.scale_GM, offset_GM=offset_GM, group_size=group_size)
 
 
 @jax.jit

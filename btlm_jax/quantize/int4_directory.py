@@ -16,14 +16,14 @@ from pathlib import Path
 
 import numpy as np
 
-from btlm_jax.hub.native import MODEL_FILE, ModelFacts, read_facts, read_tokenizer, write_facts
+from btlm_jax.hub.native import MODEL_FILE, ModelMetadata, read_metadata, read_tokenizer, write_metadata
 from btlm_jax.hub.published import PublishedConfig, tensor_shapes
 from btlm_jax.hub.safetensors_files import SINGLE_FILE, TensorToWrite, write_safetensors
 from btlm_jax.hub.source import published_config
 from btlm_jax.kernels.tiles import GROUP, TILE, Int4Tiles, Int8Tiles, factors_of, words_of
 from btlm_jax.kernels.weights import Weights, aligned, taken_over
-from btlm_jax.quantize.grouped import Grouped, Grouped8, dequantize
-from btlm_jax.quantize.quantize_model import EMBEDDING, Rounded
+from btlm_jax.quantize.grouped import Int4Matrix, Int8Matrix, dequantize
+from btlm_jax.quantize.quantize_model import EMBEDDING, QuantizedTensor
 from btlm_jax.tokenizers.tokenizer import Tokenizer
 
 FORMAT = "btlm_jax int4 model 1"
@@ -45,7 +45,7 @@ MATRICES = {
 class Int4Model:
     """A 4-bit model in memory."""
 
-    facts: ModelFacts
+    metadata: ModelMetadata
     weights: Weights
     tokenizer: Tokenizer | None
 
@@ -57,13 +57,17 @@ def is_int4_directory(directory: Path) -> bool:
 
 
 def write_int4_directory(
-    directory: Path, *, facts: ModelFacts, rounded: Iterable[tuple[str, Rounded]], tokenizer: Tokenizer | None
+    directory: Path,
+    *,
+    metadata: ModelMetadata,
+    rounded: Iterable[tuple[str, QuantizedTensor]],
+    tokenizer: Tokenizer | None,
 ) -> None:
     """Write what `quantize_model` yields for groups of GROUP and EMBEDDING_BITS, one tensor in memory at a time."""
-    written = list(_to_write(published_config(facts), iter(rounded)))
-    metadata = {"format": FORMAT, _SHAPE: _shape_of(facts)}
-    write_safetensors(directory, written, max_shard_bytes=1 << 62, metadata=metadata)
-    write_facts(directory, facts, tokenizer=tokenizer, format=FORMAT)
+    written = list(_to_write(published_config(metadata), iter(rounded)))
+    header = {"format": FORMAT, _SHAPE: _shape_of(metadata)}
+    write_safetensors(directory, written, max_shard_bytes=1 << 62, metadata=header)
+    write_metadata(directory, metadata, tokenizer=tokenizer, format=FORMAT)
 
 
 def read_int4_directory(directory: Path) -> Int4Model:
@@ -73,8 +77,8 @@ def read_int4_directory(directory: Path) -> Int4Model:
       FileNotFoundError: a file is missing.
       ValueError: a file is damaged, or does not fit model.json.
     """
-    facts, file = _opened(directory)
-    config, matrices = published_config(facts), {}
+    metadata, file = _opened(directory)
+    config, matrices = published_config(metadata), {}
     for ours, modules in MATRICES.items():
         shapes = [tensor_shapes(config)[f"transformer.h.0.{module}.weight"] for module in modules]
         names = [[f"transformer.h.{layer}.{module}.weight" for module in modules] for layer in range(config.n_layer)]
@@ -82,7 +86,7 @@ def read_int4_directory(directory: Path) -> Int4Model:
     vectors = stacked_vectors(config, file.read)
     embedding = _stacked(file, [[EMBEDDING]], [(config.n_embd, config.vocab_size)])
     weights = Weights(embedding=embedding, vectors={k: taken_over(v) for k, v in vectors.items()}, **matrices)
-    return Int4Model(facts=facts, weights=weights, tokenizer=read_tokenizer(directory, facts))
+    return Int4Model(metadata=metadata, weights=weights, tokenizer=read_tokenizer(directory, metadata))
 
 
 def stacked_vectors(config: PublishedConfig, read: Callable[[str], np.ndarray]) -> dict[str, np.ndarray]:
@@ -108,8 +112,8 @@ class Int4Tensors:
     """The tensors that a 4-bit directory stands for, float32, by published name; see `convert.published.Tensors`."""
 
     def __init__(self, directory: Path):
-        facts, self._file = _opened(directory)
-        self._config = published_config(facts)
+        metadata, self._file = _opened(directory)
+        self._config = published_config(metadata)
         self.shapes = tensor_shapes(self._config)
 
     def read(self, name: str) -> np.ndarray:
@@ -128,38 +132,38 @@ class Int4Tensors:
 
         if name == EMBEDDING:
             codes_KM = codes_KM.view(np.int8)
-            return dequantize(Grouped8(codes_KM=codes_KM, scale_GM=factors(_SCALE), group_size=GROUP)).T
+            return dequantize(Int8Matrix(codes_KM=codes_KM, scale_GM=factors(_SCALE), group_size=GROUP)).T
         codes_KM &= 15
         return dequantize(
-            Grouped(codes_KM=codes_KM, scale_GM=factors(_SCALE), offset_GM=factors(_OFFSET), group_size=GROUP)
+            Int4Matrix(codes_KM=codes_KM, scale_GM=factors(_SCALE), offset_GM=factors(_OFFSET), group_size=GROUP)
         )
 
 
-def _opened(directory: Path) -> tuple[ModelFacts, _File]:
+def _opened(directory: Path) -> tuple[ModelMetadata, _File]:
     """Open a directory whose two files belong together."""
-    facts, file = read_facts(directory, format=FORMAT), _File(directory / SINGLE_FILE)
-    if file.metadata.get(_SHAPE) != _shape_of(facts):
+    metadata, file = read_metadata(directory, format=FORMAT), _File(directory / SINGLE_FILE)
+    if file.metadata.get(_SHAPE) != _shape_of(metadata):
         raise ValueError(
-            f"{directory / MODEL_FILE} asks for a model of {_shape_of(facts)}, but {SINGLE_FILE} is of one of "
+            f"{directory / MODEL_FILE} asks for a model of {_shape_of(metadata)}, but {SINGLE_FILE} is of one of "
             f"{file.metadata.get(_SHAPE)}"
         )
-    if facts.tokenizer is not None and facts.tokenizer.vocab_size > facts.model.vocab_size:
+    if metadata.tokenizer is not None and metadata.tokenizer.vocab_size > metadata.model.vocab_size:
         raise ValueError(
-            f"the tokenizer of {directory} has {facts.tokenizer.vocab_size:,} ids, more than the model's "
-            f"{facts.model.vocab_size:,}"
+            f"the tokenizer of {directory} has {metadata.tokenizer.vocab_size:,} ids, more than the model's "
+            f"{metadata.model.vocab_size:,}"
         )
-    return facts, file
+    return metadata, file
 
 
-def _shape_of(facts: ModelFacts) -> str:
+def _shape_of(metadata: ModelMetadata) -> str:
     """Return what the tensors' sizes follow from, as one line."""
-    return ", ".join(f"{name} {getattr(facts.model, name)}" for name in _SHAPE_FIELDS)
+    return ", ".join(f"{name} {getattr(metadata.model, name)}" for name in _SHAPE_FIELDS)
 
 
-def _to_write(config: PublishedConfig, rounded: Iterator[tuple[str, Rounded]]) -> Iterator[TensorToWrite]:
+def _to_write(config: PublishedConfig, rounded: Iterator[tuple[str, QuantizedTensor]]) -> Iterator[TensorToWrite]:
     """Yield the file's tensors in the order in which `rounded` yields; each takes its turn when it is written."""
 
-    def take(name: str) -> Rounded:
+    def take(name: str) -> QuantizedTensor:
         found, value = next(rounded)
         assert found == name, (found, name)
         return value

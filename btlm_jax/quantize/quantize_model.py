@@ -9,17 +9,17 @@ import numpy as np
 
 from btlm_jax.hub import numpy_network as forward
 from btlm_jax.hub.published import PublishedConfig, Tensors, block_shapes
-from btlm_jax.quantize.awq import Block, scaled_block
+from btlm_jax.quantize.awq import BlockTensors, scaled_block
 from btlm_jax.quantize.gptq import gptq
-from btlm_jax.quantize.grouped import Grouped, Grouped8, dequantize, round_to_nearest, round_to_nearest_8
+from btlm_jax.quantize.grouped import Int4Matrix, Int8Matrix, dequantize, round_to_nearest, round_to_nearest_int8
 from btlm_jax.quantize.hqq import half_quadratic
 
 EMBEDDING = "transformer.wte.weight"
 FINAL_NORM = ("transformer.ln_f.weight", "transformer.ln_f.bias")
 
-_TABLE_COLUMNS = 4096  # of the embedding, rounded at a time
+_EMBEDDING_COLUMNS = 4096  # of the embedding, rounded at a time
 
-Rounded = np.ndarray | Grouped | Grouped8
+QuantizedTensor = np.ndarray | Int4Matrix | Int8Matrix
 
 
 class Method(enum.StrEnum):
@@ -51,7 +51,7 @@ def quantize_model(
     embedding_bits: int,
     calibration_BT: np.ndarray | None,
     report: Callable[[str], None],
-) -> Iterator[tuple[str, Rounded]]:
+) -> Iterator[tuple[str, QuantizedTensor]]:
     """Yield every published tensor by name in the order of the network: matrices rounded, the rest float32.
 
     A rounded matrix [in, out] keeps its orientation. The embedding [V, D] comes as w_DV, grouped along D as the
@@ -77,7 +77,7 @@ def quantize_model(
         prefix = f"transformer.h.{layer}."
         block = {name: _read(tensors, prefix + name) for name in block_shapes(config)}
 
-        def announced(name: str, round_matrix: Callable, *arguments, prefix=prefix, **options) -> Grouped:
+        def announced(name: str, round_matrix: Callable, *arguments, prefix=prefix, **options) -> Int4Matrix:
             report(prefix + name)
             return _named(prefix + name, round_matrix, *arguments, **options)
 
@@ -94,14 +94,16 @@ def quantize_model(
         yield name, _read(tensors, name)
 
 
-def as_published(name: str, rounded: Rounded) -> np.ndarray:
+def dequantize_tensor(name: str, rounded: QuantizedTensor) -> np.ndarray:
     """Return the float32 tensor in the published layout that a rounded one stands for."""
     if isinstance(rounded, np.ndarray):
         return rounded
     return dequantize(rounded).T if name == EMBEDDING else dequantize(rounded)
 
 
-def _round_alone(block: Block, *, method: Method, group_size: int, announced: Callable) -> dict[str, Rounded]:
+def _round_alone(
+    block: BlockTensors, *, method: Method, group_size: int, announced: Callable
+) -> dict[str, QuantizedTensor]:
     round_matrix = {Method.RTN: round_to_nearest, Method.HQQ: half_quadratic}[method]
     return {
         name: announced(name, round_matrix, array, group_size) if array.ndim == 2 else array
@@ -111,13 +113,13 @@ def _round_alone(block: Block, *, method: Method, group_size: int, announced: Ca
 
 def _round_on(
     config: PublishedConfig,
-    block: Block,
+    block: BlockTensors,
     x_BTD: np.ndarray,
     *,
     method: Method,
     group_size: int,
     announced: Callable,
-) -> tuple[dict[str, Rounded], np.ndarray]:
+) -> tuple[dict[str, QuantizedTensor], np.ndarray]:
     """Return the rounded block and its output on the block's calibration input."""
     if method.is_scaled:
         block = scaled_block(block, _layer_inputs(config, block, x_BTD), group_size)
@@ -136,7 +138,7 @@ def _round_on(
     return rounded, x_BTD
 
 
-def _layer_inputs(config: PublishedConfig, block: Block, x_BTD: np.ndarray) -> dict[str, np.ndarray]:
+def _layer_inputs(config: PublishedConfig, block: BlockTensors, x_BTD: np.ndarray) -> dict[str, np.ndarray]:
     """Return the inputs x_RK of each matrix of the float block."""
     inputs = {}
 
@@ -148,24 +150,24 @@ def _layer_inputs(config: PublishedConfig, block: Block, x_BTD: np.ndarray) -> d
     return inputs
 
 
-def _norm_of(config: PublishedConfig, block: Block) -> forward.Layer:
+def _norm_of(config: PublishedConfig, block: BlockTensors) -> forward.Layer:
     return lambda x_BTD, name: forward.layer_norm(config, x_BTD, block[f"{name}.weight"], block[f"{name}.bias"])
 
 
-def _round_table(w_DV: np.ndarray, group_size: int, bits: int) -> Grouped | Grouped8:
+def _round_table(w_DV: np.ndarray, group_size: int, bits: int) -> Int4Matrix | Int8Matrix:
     """Round the embedding, some columns at a time: they are independent, and the whole has float32 temporaries."""
-    round_columns = half_quadratic if bits == 4 else round_to_nearest_8
+    round_columns = half_quadratic if bits == 4 else round_to_nearest_int8
     columns = [
-        round_columns(w_DV[:, start : start + _TABLE_COLUMNS], group_size)
-        for start in range(0, w_DV.shape[1], _TABLE_COLUMNS)
+        round_columns(w_DV[:, start : start + _EMBEDDING_COLUMNS], group_size)
+        for start in range(0, w_DV.shape[1], _EMBEDDING_COLUMNS)
     ]
 
     def joined(field: str) -> np.ndarray:
         return np.concatenate([getattr(part, field) for part in columns], axis=1)
 
     if bits == 8:
-        return Grouped8(codes_KM=joined("codes_KM"), scale_GM=joined("scale_GM"), group_size=group_size)
-    return Grouped(
+        return Int8Matrix(codes_KM=joined("codes_KM"), scale_GM=joined("scale_GM"), group_size=group_size)
+    return Int4Matrix(
         codes_KM=joined("codes_KM"),
         scale_GM=joined("scale_GM"),
         offset_GM=joined("offset_GM"),
@@ -181,7 +183,7 @@ def _read(tensors: Tensors, name: str) -> np.ndarray:
     return array
 
 
-def _named(name: str, round_matrix: Callable, *arguments, **options) -> Grouped | Grouped8:
+def _named(name: str, round_matrix: Callable, *arguments, **options) -> Int4Matrix | Int8Matrix:
     """Round, and say in an error which tensor it was."""
     try:
         return round_matrix(*arguments, **options)

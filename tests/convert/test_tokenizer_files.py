@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from support.tiny_tokenizers import ANY_TEXT, EOS, TEXTS, own_pattern, tiny_byte_level, trained
 
 from btlm_jax.convert import tokenizer_files
-from btlm_jax.convert.sentencepiece_to_hf import as_tokenizer
+from btlm_jax.convert.sentencepiece_to_hf import to_hf_tokenizer
 from btlm_jax.convert.tokenizer_files import prove_tokenizer_files, write_tokenizer_files
 from btlm_jax.tokenizers.byte_level import ByteLevelTokenizer
 from btlm_jax.tokenizers.sentencepiece_proto import BYTE, CONTROL, UNKNOWN, USER_DEFINED, parse_model
@@ -148,12 +148,12 @@ def test_what_cannot_be_expressed_is_refused(message, tmp_path):
 
 def test_a_failed_proof_leaves_the_old_files(tmp_path, monkeypatch):
     def without_last_merge(model, *, unk_id):
-        body = json.loads(as_tokenizer(model, unk_id=unk_id).to_str())
+        body = json.loads(to_hf_tokenizer(model, unk_id=unk_id).to_str())
         del body["model"]["merges"][-1]
         return tokenizers.Tokenizer.from_str(json.dumps(body))
 
     (tmp_path / "tokenizer.json").write_text("of before")
-    monkeypatch.setattr(tokenizer_files, "as_tokenizer", without_last_merge)
+    monkeypatch.setattr(tokenizer_files, "to_hf_tokenizer", without_last_merge)
     with pytest.raises(ValueError, match=r"tokenizer.json makes other ids than the tokenizer: for .* not \["):
         write_tokenizer_files(tmp_path, MADE["ours"](), model_max_length=64)
     assert [(path.name, path.read_text()) for path in tmp_path.iterdir()] == [("tokenizer.json", "of before")]

@@ -18,8 +18,8 @@ from btlm_jax.decode.cpu_decoder import CpuDecoder
 from btlm_jax.decode.sampling import GREEDY
 from btlm_jax.display.terminal import printable
 from btlm_jax.generate import text as serve
-from btlm_jax.generate.text import load_for_text
-from btlm_jax.hub.native import ModelFacts, one_device_mesh, write_model_directory
+from btlm_jax.generate.text import load_with_tokenizer
+from btlm_jax.hub.native import ModelMetadata, one_device_mesh, write_model_directory
 from btlm_jax.model import init_params
 from btlm_jax.tokenizers.tokenizer import SentencePieceTokenizer, stored_facts, train_tokenizer
 
@@ -31,12 +31,12 @@ def continued(capsys, workdir, *flags) -> str:
 
 def test_the_stream_is_the_prompt_and_its_continuation(capsys, tiny_run):
     _, workdir = tiny_run
-    native = load_for_text(workdir, as_int4=False)
-    assert native.facts.notes["steps"] == "10"
+    native = load_with_tokenizer(workdir, as_int4=False)
+    assert native.metadata.notes["steps"] == "10"
     tokenizer = native.tokenizer
     prompt = [tokenizer.eos_id, *tokenizer.encode("def f")]
     options = {"prompt": prompt, "num_tokens": 12, "sampling": GREEDY, "seed": 0, "stop_id": tokenizer.eos_id}
-    made = continue_tokens(native.facts.network(), native.params, native.mesh, **options)
+    made = continue_tokens(native.metadata.network(), native.params, native.mesh, **options)
     want = "def f" + printable(tokenizer.decode(made)) + "\n"
     assert continued(capsys, workdir, "--temperature=0") == want
 
@@ -86,11 +86,11 @@ def untrained(tmp_path_factory):
     directory = tmp_path_factory.mktemp("untrained")
     config = tiny_config(model__vocab_size=400)
     tokenizer = SentencePieceTokenizer(train_tokenizer(TEXTS, vocab_size=400))
-    facts = ModelFacts(
+    metadata = ModelMetadata(
         model=config.model, mup=config.mup, max_length=48, eos_id=1, tokenizer=stored_facts(tokenizer), notes={}
     )
-    params = init_params(facts.network(), one_device_mesh(), seed=5)
-    write_model_directory(directory, facts=facts, params=params, tokenizer=tokenizer)
+    params = init_params(metadata.network(), one_device_mesh(), seed=5)
+    write_model_directory(directory, metadata=metadata, params=params, tokenizer=tokenizer)
     return directory
 
 

@@ -19,13 +19,13 @@ from btlm_jax.data.reader import open_store
 from btlm_jax.decode import cpu_cache as cache
 from btlm_jax.decode.cpu_decoder import CpuDecoder
 from btlm_jax.generate.loading import load_for_generation
-from btlm_jax.hub.native import ModelFacts, one_device_mesh, write_model_directory
+from btlm_jax.hub.native import ModelMetadata, one_device_mesh, write_model_directory
 from btlm_jax.hub.numpy_network import streamed_logits
 from btlm_jax.hub.source import open_source
 from btlm_jax.kernels import build, tiles
 from btlm_jax.model import init_params
 from btlm_jax.quantize.int4_directory import Int4Tensors, read_int4_directory
-from btlm_jax.quantize.quantize_model import Method, as_published, quantize_model
+from btlm_jax.quantize.quantize_model import Method, dequantize_tensor, quantize_model
 
 
 def make(source, target, **changes):
@@ -59,7 +59,7 @@ def test_decoding_on_a_cpu_gives_the_original_logits(name, way, monkeypatch):
             monkeypatch.setattr(module, "has_kernels", lambda: False)
     ids_BT, expected = oracle_array(name, "input_ids")[:, :70], oracle_array(name, "logits")[:, 40:70]
     jax.clear_caches()  # both ways are compiled under one name
-    found = decoded(native.facts.network(), native.params, ids_BT, prefilled=41)
+    found = decoded(native.metadata.network(), native.params, ids_BT, prefilled=41)
     jax.clear_caches()
     np.testing.assert_allclose(found, expected, atol=2e-5)
 
@@ -67,16 +67,16 @@ def test_decoding_on_a_cpu_gives_the_original_logits(name, way, monkeypatch):
 @pytest.mark.parametrize("form", ["float32", "int4"])
 def test_a_residual_multiplier_counts_once(tmp_path, form):
     config = tiny_config(mup__preset="completep", mup__base_num_layers=1, model__vocab_size=300)
-    facts = ModelFacts(model=config.model, mup=config.mup, max_length=48, eos_id=0, tokenizer=None, notes={})
-    params = init_params(facts.network(), one_device_mesh(), seed=5)
-    assert facts.network().parametrization.residual_scale != 1
-    write_model_directory(tmp_path / "m", facts=facts, params=params, tokenizer=None)
+    metadata = ModelMetadata(model=config.model, mup=config.mup, max_length=48, eos_id=0, tokenizer=None, notes={})
+    params = init_params(metadata.network(), one_device_mesh(), seed=5)
+    assert metadata.network().parametrization.residual_scale != 1
+    write_model_directory(tmp_path / "m", metadata=metadata, params=params, tokenizer=None)
     ids_T = np.arange(40, 70)
     if form == "int4":
         make(tmp_path / "m", tmp_path / "int4")  # the proof compares
         return
     native = load_for_generation(tmp_path / "m", as_int4=False)
-    found_BTV = decoded(native.facts.network(), native.params, ids_T[None], prefilled=3)
+    found_BTV = decoded(native.metadata.network(), native.params, ids_T[None], prefilled=3)
     np.testing.assert_allclose(found_BTV[0], open_source(tmp_path / "m").logits(ids_T)[2:], atol=2e-5)
 
 
@@ -88,13 +88,13 @@ def test_codes_come_back_as_they_were_rounded(rounded):
         report=lambda name: None,
     )  # fmt: skip
     for tensor, value in made:
-        np.testing.assert_array_equal(stored.read(tensor), as_published(tensor, value), err_msg=tensor)
+        np.testing.assert_array_equal(stored.read(tensor), dequantize_tensor(tensor, value), err_msg=tensor)
 
 
 def test_the_kernels_compute_what_the_codes_stand_for(rounded):
     name, directory = rounded
     model, ids_BT = read_int4_directory(directory), oracle_array(name, "input_ids")
-    found = decoded(model.facts.network(), model.weights, ids_BT, prefilled=90)
+    found = decoded(model.metadata.network(), model.weights, ids_BT, prefilled=90)
     for row, ids_T in enumerate(ids_BT):
         expected_TV = streamed_logits(open_source(ORACLES / name).config, Int4Tensors(directory), ids_T)
         np.testing.assert_allclose(found[row], expected_TV[89:], atol=2e-5 * np.abs(expected_TV).max())
@@ -104,7 +104,7 @@ def test_an_int8_cache_is_near(rounded):
     name, directory = rounded
     model, ids_BT = read_int4_directory(directory), oracle_array(name, "input_ids")[:, :60]
     exact, near = (
-        decoded(model.facts.network(), model.weights, ids_BT, prefilled=30, cache_dtype=dtype)
+        decoded(model.metadata.network(), model.weights, ids_BT, prefilled=30, cache_dtype=dtype)
         for dtype in ("float32", "int8")
     )
     assert 0 < np.abs(exact - near).max() < 0.03 * np.abs(exact).max()
@@ -114,9 +114,11 @@ def test_rows_of_mixed_lengths_prefill_decode_and_grow():
     """Prompts that are whole pieces, and a cache that grows while they are decoded, against whole forward passes."""
     native, source = load_for_generation(ORACLES / "tiny", as_int4=False), open_source(ORACLES / "tiny")
     lengths, num_new, num_slots = (256, 505, 1), 12, 512
-    rows = np.random.default_rng(0).integers(0, native.facts.model.vocab_size, (3, 520))
+    rows = np.random.default_rng(0).integers(0, native.metadata.model.vocab_size, (3, 520))
     expected = [source.logits(row[: length + num_new]) for row, length in zip(rows, lengths, strict=True)]
-    decoder = CpuDecoder(native.facts.network(), native.params, num_rows=3, num_slots=num_slots, cache_dtype="float32")
+    decoder = CpuDecoder(
+        native.metadata.network(), native.params, num_rows=3, num_slots=num_slots, cache_dtype="float32"
+    )
     found_BV = decoder.prefill([row[:length] for row, length in zip(rows, lengths, strict=True)])
     for new in range(num_new):
         for row, length in enumerate(lengths):

@@ -11,9 +11,9 @@ from btlm_jax.hub.published import PublishedConfig, block_shapes, read_published
 from btlm_jax.quantize import quantize_model as walk
 from btlm_jax.quantize.awq import scaled_block
 from btlm_jax.quantize.gptq import gptq
-from btlm_jax.quantize.grouped import Grouped, Grouped8, dequantize, round_to_nearest, round_to_nearest_8
+from btlm_jax.quantize.grouped import Int4Matrix, Int8Matrix, dequantize, round_to_nearest, round_to_nearest_int8
 from btlm_jax.quantize.hqq import half_quadratic
-from btlm_jax.quantize.quantize_model import EMBEDDING, Method, as_published, quantize_model
+from btlm_jax.quantize.quantize_model import EMBEDDING, Method, dequantize_tensor, quantize_model
 
 GROUP = 16  # divides neither n_embd nor n_inner
 # Every size different.
@@ -55,7 +55,7 @@ def quantized(config, tensors, **changes):
 
 
 def as_tensors(rounded):
-    return Held({name: as_published(name, value) for name, value in rounded})
+    return Held({name: dequantize_tensor(name, value) for name, value in rounded})
 
 
 def oracle(name):
@@ -72,33 +72,33 @@ def test_every_matrix_is_rounded_and_nothing_else(method, bits):
     assert sorted(reported) == sorted(rounded)
     for name, value in rounded.items():
         if name == EMBEDDING:
-            assert isinstance(value, {4: Grouped, 8: Grouped8}[bits])
+            assert isinstance(value, {4: Int4Matrix, 8: Int8Matrix}[bits])
             assert value.codes_KM.shape == (SMALL.n_embd, SMALL.vocab_size)
         elif len(tensors.shapes[name]) == 2:
-            assert isinstance(value, Grouped) and value.codes_KM.shape == tensors.shapes[name]
+            assert isinstance(value, Int4Matrix) and value.codes_KM.shape == tensors.shapes[name]
             assert value.scale_GM.shape == (-(-tensors.shapes[name][0] // GROUP), tensors.shapes[name][1])
         else:
             assert value.dtype == np.float32
             if not method.is_scaled:
                 np.testing.assert_array_equal(value, tensors.arrays[name])
-        assert as_published(name, value).shape == tensors.shapes[name]
+        assert dequantize_tensor(name, value).shape == tensors.shapes[name]
 
 
 @pytest.mark.parametrize(("method", "rounding"), [(Method.RTN, round_to_nearest), (Method.HQQ, half_quadratic)])
 def test_methods_without_calibration_round_each_matrix_by_itself(method, rounding):
     tensors = random_tensors()
     for name, value in quantized(SMALL, tensors, method=method, calibration_BT=None):
-        if name != EMBEDDING and isinstance(value, Grouped):
+        if name != EMBEDDING and isinstance(value, Int4Matrix):
             np.testing.assert_array_equal(dequantize(value), dequantize(rounding(tensors.arrays[name], GROUP)))
 
 
 def test_the_embedding_is_rounded_along_the_model_dim(monkeypatch):
-    monkeypatch.setattr(walk, "_TABLE_COLUMNS", 30)
+    monkeypatch.setattr(walk, "_EMBEDDING_COLUMNS", 30)
     tensors = random_tensors()
-    for bits, rounding in ((4, half_quadratic), (8, round_to_nearest_8)):
+    for bits, rounding in ((4, half_quadratic), (8, round_to_nearest_int8)):
         name, table = next(quantized(SMALL, tensors, embedding_bits=bits))
         expected_DV = dequantize(rounding(tensors.arrays[EMBEDDING].T, GROUP))
-        np.testing.assert_array_equal(as_published(name, table), expected_DV.T)
+        np.testing.assert_array_equal(dequantize_tensor(name, table), expected_DV.T)
 
 
 @pytest.mark.parametrize("name", NAMES)

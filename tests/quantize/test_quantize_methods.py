@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 
 from btlm_jax.quantize.awq import NUM_EXPONENTS, best_scale
-from btlm_jax.quantize.gptq import DAMPING, gptq, loudest_first
-from btlm_jax.quantize.grouped import Grouped, dequantize, min_max_grid, round_to_nearest, round_to_nearest_8
+from btlm_jax.quantize.gptq import DAMPING, activation_order, gptq
+from btlm_jax.quantize.grouped import Int4Matrix, dequantize, min_max_grid, round_to_nearest, round_to_nearest_int8
 from btlm_jax.quantize.hqq import BETA, KAPPA, NUM_STEPS, P_NORM, half_quadratic
 
 K, M, GROUP = 22, 5, 8  # groups of 8, 8 and 6 inputs
@@ -17,7 +17,7 @@ def on_eye(w_KM, group_size):
 
 
 METHODS = [round_to_nearest, half_quadratic, on_eye]
-EVERY = [*METHODS, round_to_nearest_8]
+EVERY = [*METHODS, round_to_nearest_int8]
 
 
 def weights(seed=0, shape=(K, M)):
@@ -36,7 +36,7 @@ def output_error(x_RK, w_KM, grouped):
     return np.square(x_RK.astype(np.float64) @ (w_KM - dequantize(grouped))).sum()
 
 
-def assert_same(found: Grouped, expected: Grouped):
+def assert_same(found: Int4Matrix, expected: Int4Matrix):
     np.testing.assert_array_equal(found.codes_KM, expected.codes_KM)
     np.testing.assert_array_equal(found.scale_GM, expected.scale_GM)
     np.testing.assert_array_equal(found.offset_GM, expected.offset_GM)
@@ -62,7 +62,7 @@ def test_nearest_takes_the_nearest_of_sixteen_values_between_the_extremes_of_its
 
 def test_eight_bits_take_the_nearest_of_255_values_around_zero():
     w_KM = weights()
-    grouped = round_to_nearest_8(w_KM, GROUP)
+    grouped = round_to_nearest_int8(w_KM, GROUP)
     assert grouped.codes_KM.dtype == np.int8 and grouped.scale_GM.dtype == np.float16
     for g, group in enumerate(GROUPS):
         for m in range(M):
@@ -78,7 +78,7 @@ def test_a_group_of_one_value_keeps_it(round_matrix):
     w_KM = weights()
     w_KM[GROUPS[1], 2], w_KM[GROUPS[2], 0] = -0.3125, 0.0
     found_KM = dequantize(round_matrix(w_KM, GROUP))
-    tolerance = 2**-9 if round_matrix is round_to_nearest_8 else 0  # of -0.3125, which is no float16 times 127
+    tolerance = 2**-9 if round_matrix is round_to_nearest_int8 else 0  # of -0.3125, which is no float16 times 127
     np.testing.assert_allclose(found_KM[GROUPS[1], 2], -0.3125, rtol=tolerance)
     np.testing.assert_array_equal(found_KM[GROUPS[2], 0], 0)
 
@@ -96,7 +96,7 @@ def test_any_group_size_serves(round_matrix, group_size):
 @pytest.mark.parametrize(("value", "message"), [(np.nan, "not finite"), (-np.inf, "not finite"), (4e6, "too large")])
 def test_what_float16_cannot_scale_is_refused(round_matrix, value, message):
     w_KM = weights()
-    w_KM[4, 1] = value * (127 if round_matrix is round_to_nearest_8 else 1)
+    w_KM[4, 1] = value * (127 if round_matrix is round_to_nearest_int8 else 1)
     with pytest.raises(ValueError, match=message):
         round_matrix(w_KM, GROUP)
 
@@ -164,7 +164,7 @@ def test_gptq_is_optimal_brain_quantization_in_a_fixed_order():
 
 
 def test_gptq_takes_the_loudest_group_first_and_in_it_the_loudest_input():
-    assert [inputs_I.tolist() for inputs_I in loudest_first(np.array([1, 2, 3, 9, 8, 1, 7]), 3)] == [
+    assert [inputs_I.tolist() for inputs_I in activation_order(np.array([1, 2, 3, 9, 8, 1, 7]), 3)] == [
         [6], [3, 4, 5], [2, 1, 0],
     ]  # fmt: skip
 
