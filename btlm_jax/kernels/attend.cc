@@ -2,7 +2,7 @@
 //
 // Sizes: B rows, T new tokens, N heads, H head dim, S slots of all heads together.
 
-#include "lanes.h"
+#include "simd.h"
 
 namespace {
 

@@ -1,4 +1,15 @@
-"""Compile the kernels with the machine's own C++ compiler, once a machine, and hand them to XLA."""
+"""Compile the C++ kernels, at first use or ahead, and hand them to XLA.
+
+Where a library is looked for, in this order:
+
+1. built ahead, in PREBUILT beside this file (`build_ahead`, which `btlm build-kernels` and the wheel's build call), if
+   it is of these sources, this interface of XLA and instructions that this CPU has; if not, one warning says why
+2. the user's cache, where step 3 keeps it, for this very processor
+3. compiled now, for this processor, with the machine's own compiler: 10 to 20 seconds, once a machine
+
+Kernels for other instructions may round otherwise (fused multiply-adds, the order of sums), so runs that must repeat
+each other to the bit use kernels built for one architecture.
+"""
 
 from __future__ import annotations
 
@@ -7,9 +18,11 @@ import ctypes
 import dataclasses
 import functools
 import hashlib
+import json
 import logging
 import os
 import platform
+import re
 import shutil
 import subprocess
 import sys
@@ -20,10 +33,40 @@ import jax
 
 from btlm_jax.storage.files import cache_directory, write_atomically
 
+# Sizes that the sources and Python share; the sources are compiled with each as BTLM_<its name>.
+TILE_OUTPUTS = 32  # outputs of a tile of weights (matmul.cc, tiles.py)
+GROUP_INPUTS = 64  # inputs of a 4- or 8-bit matrix that share a scale (matmul.cc, tiles.py)
+QUERY_TILE = 64  # queries whose scores are in the cache at a time (causal.h, attention/cpu.py)
+HEAD_DIM_MULTIPLE = 16  # a head dim is padded to whole vectors of so many floats (causal.h, attention/cpu.py)
+
+NATIVE = "native"  # the architecture of the CPU that compiles
 _FOLDER = Path(__file__).parent
-_HEADERS = ("lanes.h", "wide.h", "causal.h")
-_FLAGS = ("-std=c++17", "-O3", "-fno-math-errno", "-fno-trapping-math", "-w", "-shared", "-fPIC")
+PREBUILT = _FOLDER / "prebuilt"
+_HEADERS = ("simd.h", "wide.h", "causal.h")
+_SIZES = {
+    "TILE_OUTPUTS": TILE_OUTPUTS,
+    "GROUP_INPUTS": GROUP_INPUTS,
+    "QUERY_TILE": QUERY_TILE,
+    "HEAD_DIM_MULTIPLE": HEAD_DIM_MULTIPLE,
+}
+_FLAGS = (
+    *("-std=c++17", "-O3", "-fno-math-errno", "-fno-trapping-math", "-w", "-shared", "-fPIC"),
+    *(f"-DBTLM_{name}={size}" for name, size in _SIZES.items()),
+)
 _COMPILERS = ("c++", "g++", "clang++")
+# What a compiler defines where it may use an instruction set, and the name of that set in /proc/cpuinfo.
+_INSTRUCTION_SETS = {
+    "__SSE3__": "pni", "__SSSE3__": "ssse3", "__SSE4_1__": "sse4_1", "__SSE4_2__": "sse4_2", "__POPCNT__": "popcnt",
+    "__AVX__": "avx", "__AVX2__": "avx2", "__FMA__": "fma", "__F16C__": "f16c", "__BMI__": "bmi1", "__BMI2__": "bmi2",
+    "__LZCNT__": "abm", "__MOVBE__": "movbe", "__ADX__": "adx", "__GFNI__": "gfni", "__AVXVNNI__": "avx_vnni",
+    "__AVX512F__": "avx512f", "__AVX512BW__": "avx512bw", "__AVX512CD__": "avx512cd", "__AVX512DQ__": "avx512dq",
+    "__AVX512VL__": "avx512vl", "__AVX512IFMA__": "avx512ifma", "__AVX512VBMI__": "avx512vbmi",
+    "__AVX512VBMI2__": "avx512_vbmi2", "__AVX512VNNI__": "avx512_vnni", "__AVX512BITALG__": "avx512_bitalg",
+    "__AVX512VPOPCNTDQ__": "avx512_vpopcntdq", "__AVX512BF16__": "avx512_bf16", "__AVX512FP16__": "avx512_fp16",
+    "__ARM_FEATURE_ATOMICS": "atomics", "__ARM_FEATURE_DOTPROD": "asimddp", "__ARM_FEATURE_MATMUL_INT8": "i8mm",
+    "__ARM_FEATURE_FP16_VECTOR_ARITHMETIC": "asimdhp", "__ARM_FEATURE_BF16_VECTOR_ARITHMETIC": "bf16",
+    "__ARM_FEATURE_SVE": "sve", "__ARM_FEATURE_SVE2": "sve2",
+}  # fmt: skip
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -61,8 +104,43 @@ def has_kernels() -> bool:
 
 @functools.cache
 def has_training_kernels() -> bool:
-    """Whether there are the compiled kernels of attention/cpu.py, as `has_kernels` has it."""
+    """Whether the compiled kernels of attention/cpu.py are there, under the same conditions as `has_kernels`."""
     return _is_registered(_TRAINING)
+
+
+def build_ahead(directory: Path, *, architecture: str) -> list[Path]:
+    """Compile all kernels into `directory`, each library beside a JSON file that says what it fits; return the paths.
+
+    In PREBUILT, inside the package, they are found at run time; another directory is for whoever packages them.
+    `architecture` is what the compiler's -march takes (-mcpu on Arm): "x86-64-v3", "x86-64-v4", or NATIVE. Existing
+    files are replaced.
+
+    Raises:
+      OSError: there is no compiler, none that can compile for the architecture, or the directory cannot be written.
+    """
+    directory.mkdir(parents=True, exist_ok=True)
+    return [_build_ahead(library, directory, architecture=architecture) for library in (_GENERATION, _TRAINING)]
+
+
+def _build_ahead(library: _Library, directory: Path, *, architecture: str) -> Path:
+    path, failures = directory / f"{library.name}.so", []
+    for compiler in _compilers():
+        command = _command(compiler, architecture=architecture)
+        try:
+            contents = _compile(command, library)
+        except OSError as error:
+            failures.append(str(error))
+            continue
+        description = {
+            **_requirements(library),
+            "architecture": architecture,
+            "instruction_sets": _instruction_sets(command),
+            "sha256": hashlib.sha256(contents).hexdigest(),
+        }
+        write_atomically(path, contents)
+        write_atomically(path.with_suffix(".json"), json.dumps(description, indent=1) + "\n")
+        return path
+    raise OSError("; ".join(failures))
 
 
 def _is_registered(library: _Library) -> bool:
@@ -70,7 +148,7 @@ def _is_registered(library: _Library) -> bool:
     if jax.default_backend() != "cpu":
         return False
     try:
-        loaded = ctypes.CDLL(str(_compiled(library)))
+        loaded = _load(library)
     except OSError as error:
         logging.warning("%s, for its kernels cannot be compiled: %s", library.slow_without, error)
         return False
@@ -79,37 +157,119 @@ def _is_registered(library: _Library) -> bool:
     return True
 
 
+def _load(library: _Library) -> ctypes.CDLL:
+    """Load a library built ahead if it fits, otherwise one that is compiled on this machine.
+
+    Raises:
+      OSError: it must be compiled, and cannot be.
+    """
+    path = PREBUILT / f"{library.name}.so"
+    if path.is_file():
+        try:
+            _check_fits(path, library)
+            return ctypes.CDLL(str(path))
+        except OSError as error:
+            logging.warning("%s, built ahead, is ignored: %s", path, error)
+    return ctypes.CDLL(str(_compiled(library)))
+
+
+def _check_fits(path: Path, library: _Library) -> None:
+    """Refuse a library built ahead that is not of these sources, or not for this interface, system or CPU.
+
+    Raises:
+      OSError: it is not, and what would fit.
+    """
+    try:
+        description = json.loads(path.with_suffix(".json").read_text())
+    except (OSError, ValueError) as error:
+        raise OSError(f"its description cannot be read ({error}); run btlm build-kernels again") from error
+    for name, needed in _requirements(library).items():
+        if description.get(name) != needed:
+            raise OSError(f"it was built for {name} {description.get(name)}, and here is {needed}")
+    lacking = sorted(set(description["instruction_sets"]) - _cpu_instruction_sets())
+    if lacking:
+        raise OSError(f"it was built for {description['architecture']}, and this CPU has no {', '.join(lacking)}")
+    if description["sha256"] != _digest(path):
+        raise OSError("its contents are not those that were built; run btlm build-kernels again")
+
+
+def _requirements(library: _Library) -> dict[str, str]:
+    """Return what must be the same where a library is built and where it is used, beside the CPU's instructions."""
+    digest = hashlib.sha256(" ".join(_FLAGS).encode())
+    for name in (*_HEADERS, *library.sources):
+        digest.update((_FOLDER / name).read_bytes())
+    header = (Path(jax.ffi.include_dir()) / "xla/ffi/api/c_api.h").read_text()
+    version = ".".join(re.findall(r"#define XLA_FFI_API_(?:MAJOR|MINOR) (\d+)", header))
+    return {
+        "sources": digest.hexdigest(),
+        "xla_ffi_version": version,
+        "system": f"{sys.platform}-{platform.machine()}",
+    }
+
+
+def _instruction_sets(command: list[str]) -> list[str]:
+    """Return the instruction sets that a compiler's command may use, by their names in /proc/cpuinfo."""
+    listing = subprocess.run(
+        [*command, "-dM", "-E", "-x", "c++", os.devnull], capture_output=True, text=True, check=True
+    ).stdout
+    defined = {line.split()[1] for line in listing.splitlines()}
+    return sorted(name for macro, name in _INSTRUCTION_SETS.items() if macro in defined)
+
+
+def _cpu_instruction_sets() -> set[str]:
+    """Return what this CPU can do by /proc/cpuinfo; nothing where there is no such file (macOS)."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return set()
+    return {name for line in lines if line.startswith(("flags", "Features")) for name in line.split(":")[1].split()}
+
+
 def _compiled(library: _Library) -> Path:
-    """Return the shared library for this machine, compiled if it is not there, or not as it was when it was made.
+    """Return the shared library for this processor, from the cache or compiled now.
 
     Raises:
       OSError: there is no compiler, or none that can compile it.
     """
-    place, failures = _place(), []
+    directory, failures = _cache(), []
     for compiler in _compilers():
-        command = [compiler, *_FLAGS, _machine_flag()]
-        path = place / f"{library.name}-{_fingerprint(command, library)}.so"
+        command = _command(compiler, architecture=NATIVE)
+        path = directory / f"{library.name}-{_fingerprint(command, library)}.so"
         seal = path.with_suffix(".sha256")
         if path.is_file() and seal.is_file() and seal.read_text() == _digest(path):
             return path
         print(f"compiling the kernels for this processor with {compiler}, once", file=sys.stderr)
-        with tempfile.TemporaryDirectory(dir=place, prefix=".kernels-") as scratch:
-            made = Path(scratch) / "kernels.so"
-            sources = [str(_FOLDER / source) for source in library.sources]
-            done = subprocess.run(
-                [*command, f"-I{jax.ffi.include_dir()}", *sources, "-o", str(made)], capture_output=True, text=True
-            )
-            if done.returncode == 0:
-                write_atomically(path, made.read_bytes())
-                write_atomically(seal, _digest(path))
-                return path
-            said = done.stderr.strip().splitlines()
-            failures.append(f"{' '.join(command)} failed: {next((x for x in said if 'error' in x), said[-1:])}")
+        try:
+            contents = _compile(command, library)
+        except OSError as error:
+            failures.append(str(error))
+            continue
+        write_atomically(path, contents)
+        write_atomically(seal, _digest(path))
+        return path
     raise OSError("; ".join(failures))
 
 
-def _place() -> Path:
-    """Return where to keep the library: the user's cache, or, where nothing can be kept, until this process ends."""
+def _compile(command: list[str], library: _Library) -> bytes:
+    """Return the contents of a library.
+
+    Raises:
+      OSError: the compiler refuses, with the first line that says why.
+    """
+    with tempfile.TemporaryDirectory(prefix="btlm_jax-kernels-") as scratch:
+        output = Path(scratch) / "kernels.so"
+        sources = [str(_FOLDER / source) for source in library.sources]
+        process = subprocess.run(
+            [*command, f"-I{jax.ffi.include_dir()}", *sources, "-o", str(output)], capture_output=True, text=True
+        )
+        if process.returncode == 0:
+            return output.read_bytes()
+    lines = process.stderr.strip().splitlines()
+    raise OSError(f"{' '.join(command)} failed: {next((line for line in lines if 'error' in line), lines[-1:])}")
+
+
+def _cache() -> Path:
+    """Return where to keep libraries: the user's cache, or a temporary folder where that cannot be written."""
     try:
         directory = cache_directory()
         directory.mkdir(parents=True, exist_ok=True)
@@ -121,25 +281,24 @@ def _place() -> Path:
 
 
 def _compilers() -> list[str]:
-    named = [name for name in (os.environ.get("CXX", ""), *_COMPILERS) if name and shutil.which(name)]
-    if not named:
+    installed = [name for name in (os.environ.get("CXX", ""), *_COMPILERS) if name and shutil.which(name)]
+    if not installed:
         raise OSError(f"no C++ compiler was found (looked for $CXX, {', '.join(_COMPILERS)}); install g++ or clang")
-    return list(dict.fromkeys(named))
+    return list(dict.fromkeys(installed))
+
+
+def _command(compiler: str, *, architecture: str) -> list[str]:
+    flag = "-march" if platform.machine() in ("x86_64", "AMD64") else "-mcpu"
+    return [compiler, *_FLAGS, f"{flag}={architecture}"]
 
 
 def _digest(path: Path) -> str:
     return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
-def _machine_flag() -> str:
-    return "-march=native" if platform.machine() in ("x86_64", "AMD64") else "-mcpu=native"
-
-
 def _fingerprint(command: list[str], library: _Library) -> str:
-    """Return what changes with the sources, the compiler's command, the interface and the processor."""
-    digest = hashlib.sha256(" ".join([*command, jax.lib.__version__, platform.machine()]).encode())
-    for name in (*_HEADERS, *library.sources):
-        digest.update((_FOLDER / name).read_bytes())
+    """Return a hash of the sources, the compiler's command, XLA's interface and the processor: a name in the cache."""
+    digest = hashlib.sha256(" ".join([*command, jax.lib.__version__, *_requirements(library).values()]).encode())
     processor = Path("/proc/cpuinfo")
     if processor.is_file():  # one home directory may serve different machines
         lines = processor.read_text().splitlines()

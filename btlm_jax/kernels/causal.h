@@ -15,7 +15,7 @@
 
 namespace {
 
-constexpr int64_t kTile = 64, kBlock = 128;
+constexpr int64_t kTile = BTLM_QUERY_TILE, kBlock = 128;
 constexpr float kLowest = -1e30f;      // below every score, and finite: no inf - inf
 constexpr float kNegligible = 37.0f;   // as in blockwise.py
 
@@ -25,7 +25,7 @@ struct Shape {
   const float* slopes;
   int64_t heads() const { return B * N; }
   int64_t tiles() const { return (T + kTile - 1) / kTile; }
-  int64_t width() const { return (H + 15) / 16 * 16; }
+  int64_t width() const { return (H + BTLM_HEAD_DIM_MULTIPLE - 1) / BTLM_HEAD_DIM_MULTIPLE * BTLM_HEAD_DIM_MULTIPLE; }
   int64_t row() const { return N * H; }
   int64_t start(int64_t g, int64_t t) const { return ((g / N * T + t) * N + g % N) * H; }  // in [B, T, N, H]
   int64_t count(int64_t tile) const { return std::min(kTile, T - tile * kTile); }

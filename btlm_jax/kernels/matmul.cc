@@ -5,11 +5,11 @@
 // half; 4-bit codes as words of eight inputs, the first in the lowest bits, in groups of 64 inputs that share a scale and
 // an offset, [layers, M/32, K/64, 8, 32]; signed 8-bit codes as words of four in groups that share a scale.
 
-#include "lanes.h"
+#include "simd.h"
 
 namespace {
 
-constexpr int64_t kTile = 32, kGroup = 64, kRows = 6;
+constexpr int64_t kTile = BTLM_TILE_OUTPUTS, kGroup = BTLM_GROUP_INPUTS, kRows = 6;
 
 inline u32x8 words(const uint32_t* p) { return *reinterpret_cast<const u32x8*>(p); }
 inline f8 low_half(u32x8 pair) { return (f8)(pair << 16); }

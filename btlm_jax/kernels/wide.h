@@ -2,7 +2,7 @@
 
 #pragma once
 
-#include "lanes.h"
+#include "simd.h"
 
 #if defined(__AVX512F__)
 constexpr int kWide = 16, kVectors = 4;  // 6 rows of 4 vectors are summed in 24 of 32 registers

@@ -1,7 +1,6 @@
 """4-bit models from end to end: converting, proving, loading, generating; and damaged ones."""
 
 import dataclasses
-import functools
 import json
 import shutil
 
@@ -22,7 +21,7 @@ from btlm_jax.generate.loading import load_for_generation
 from btlm_jax.hub.native import ModelMetadata, one_device_mesh, write_model_directory
 from btlm_jax.hub.numpy_network import streamed_logits
 from btlm_jax.hub.source import open_source
-from btlm_jax.kernels import build, tiles
+from btlm_jax.kernels import tiles
 from btlm_jax.model import init_params
 from btlm_jax.quantize.int4_directory import Int4Tensors, read_int4_directory
 from btlm_jax.quantize.quantize_model import Method, dequantize_tensor, quantize_model
@@ -279,50 +278,3 @@ def test_other_conversions_refuse_a_rounded_model(rounded, capsys, tmp_path):
     assert "a 4-bit model is only for btlm generate" in capsys.readouterr().err
     assert main(["generate", f"--checkpoint={rounded[1]}", "--int4"]) == 1
     assert "has 4 bits already; leave out --int4" in capsys.readouterr().err
-
-
-def test_kernels_are_compiled_once(tmp_path, monkeypatch):
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    first = build._compiled(build._GENERATION)
-    made = first.stat().st_mtime_ns
-    assert first.parent == tmp_path / "btlm_jax" and build._compiled(build._GENERATION).stat().st_mtime_ns == made
-    assert {path.name for path in first.parent.iterdir()} == {first.name, first.with_suffix(".sha256").name}
-    first.write_bytes(first.read_bytes()[:1000])  # as a power cut may leave it
-    assert build._compiled(build._GENERATION) == first and first.stat().st_size > 1000
-
-
-def test_other_sources_are_compiled_anew(tmp_path, monkeypatch):
-    fingerprint = functools.partial(build._fingerprint, library=build._GENERATION)
-    before = fingerprint(["c++"])
-    shutil.copytree(build._FOLDER, tmp_path / "cpu", ignore=shutil.ignore_patterns("__pycache__"))
-    monkeypatch.setattr(build, "_FOLDER", tmp_path / "cpu")
-    assert fingerprint(["c++"]) == before != fingerprint(["c++", "-O2"])
-    with open(tmp_path / "cpu" / "attend.cc", "a") as file:
-        file.write("// other\n")
-    assert fingerprint(["c++"]) != before
-
-
-@pytest.mark.parametrize("has_home", [True, False])
-def test_where_nothing_can_be_kept_the_kernels_last_as_long_as_the_process(monkeypatch, has_home):
-    monkeypatch.setenv("XDG_CACHE_HOME", "/proc/nothing" if has_home else "")
-    monkeypatch.setattr(build.Path, "home", lambda: (_ for _ in ()).throw(RuntimeError("no home directory")))
-    place = build._place()
-    assert place.is_dir() and place.name.startswith("btlm_jax-")
-    shutil.rmtree(place)
-
-
-@pytest.mark.parametrize(
-    "compiler,message",
-    [("", "no C++ compiler was found"), ("#!/bin/sh\necho error: no room >&2; exit 1", "failed: error: no room")],
-)
-def test_without_a_compiler_a_warning_says_what_is_slow(tmp_path, monkeypatch, caplog, compiler, message):
-    (tmp_path / "bin").mkdir()
-    if compiler:
-        (tmp_path / "bin" / "c++").write_text(compiler)
-        (tmp_path / "bin" / "c++").chmod(0o755)
-    monkeypatch.setenv("PATH", str(tmp_path / "bin"))
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    monkeypatch.delenv("CXX", raising=False)
-    assert build.has_kernels.__wrapped__() is False and build.has_training_kernels.__wrapped__() is False
-    assert "generation on this CPU is slow, " in caplog.text and "attention of training on this CPU" in caplog.text
-    assert caplog.text.count(message) == 2 and not list((tmp_path / "cache").rglob("*.so"))

@@ -1,0 +1,128 @@
+"""How the C++ kernels are built: once a processor, ahead for a named one, and what is said where they cannot be."""
+
+import functools
+import json
+import shutil
+import subprocess
+
+import pytest
+
+from btlm_jax.kernels import build
+
+
+def test_kernels_are_compiled_once(tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    first = build._compiled(build._GENERATION)
+    written = first.stat().st_mtime_ns
+    assert first.parent == tmp_path / "btlm_jax" and build._compiled(build._GENERATION).stat().st_mtime_ns == written
+    assert {path.name for path in first.parent.iterdir()} == {first.name, first.with_suffix(".sha256").name}
+    first.write_bytes(first.read_bytes()[:1000])  # as a power cut may leave it
+    assert build._compiled(build._GENERATION) == first and first.stat().st_size > 1000
+
+
+def test_other_sources_are_compiled_anew(tmp_path, monkeypatch):
+    fingerprint = functools.partial(build._fingerprint, library=build._GENERATION)
+    before = fingerprint(["c++"])
+    shutil.copytree(build._FOLDER, tmp_path / "sources", ignore=shutil.ignore_patterns("__pycache__"))
+    monkeypatch.setattr(build, "_FOLDER", tmp_path / "sources")
+    assert fingerprint(["c++"]) == before != fingerprint(["c++", "-O2"])
+    with open(tmp_path / "sources" / "attend.cc", "a") as file:
+        file.write("// other\n")
+    assert fingerprint(["c++"]) != before
+
+
+@pytest.mark.parametrize("has_home", [True, False])
+def test_where_nothing_can_be_kept_the_kernels_last_as_long_as_the_process(monkeypatch, has_home):
+    monkeypatch.setenv("XDG_CACHE_HOME", "/proc/nothing" if has_home else "")
+    monkeypatch.setattr(build.Path, "home", lambda: (_ for _ in ()).throw(RuntimeError("no home directory")))
+    directory = build._cache()
+    assert directory.is_dir() and directory.name.startswith("btlm_jax-")
+    shutil.rmtree(directory)
+
+
+@pytest.mark.parametrize(
+    "compiler,message",
+    [("", "no C++ compiler was found"), ("#!/bin/sh\necho error: no room >&2; exit 1", "failed: error: no room")],
+)
+def test_without_a_compiler_a_warning_says_what_is_slow(tmp_path, monkeypatch, caplog, compiler, message):
+    (tmp_path / "bin").mkdir()
+    if compiler:
+        (tmp_path / "bin" / "c++").write_text(compiler)
+        (tmp_path / "bin" / "c++").chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path / "bin"))
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.delenv("CXX", raising=False)
+    assert build.has_kernels.__wrapped__() is False and build.has_training_kernels.__wrapped__() is False
+    assert "generation on this CPU is slow, " in caplog.text and "attention of training on this CPU" in caplog.text
+    assert caplog.text.count(message) == 2 and not list((tmp_path / "cache").rglob("*.so"))
+
+
+@pytest.fixture(scope="module")
+def built_once(tmp_path_factory):
+    return build.build_ahead(tmp_path_factory.mktemp("prebuilt"), architecture=build.NATIVE)
+
+
+@pytest.fixture
+def built_ahead(built_once, monkeypatch):
+    """Kernels built ahead for this CPU, where they are looked for; compiling anything else fails the test."""
+    monkeypatch.setattr(build, "PREBUILT", built_once[0].parent)
+    monkeypatch.setattr(build, "_compiled", lambda library: pytest.fail(f"{library.name} was compiled again"))
+    return built_once
+
+
+def test_kernels_built_ahead_are_loaded_without_a_compiler(built_ahead, monkeypatch):
+    assert [path.name for path in built_ahead] == ["kernels.so", "training.so"]
+    monkeypatch.setenv("PATH", "")
+    for library in (build._GENERATION, build._TRAINING):
+        loaded = build._load(library)
+        assert loaded._name == str(build.PREBUILT / f"{library.name}.so")
+        assert all(hasattr(loaded, target) for target in library.targets)
+
+
+def test_kernels_built_ahead_that_do_not_fit_are_ignored_with_one_line(built_ahead, monkeypatch, caplog):
+    path = built_ahead[1]
+    description = json.loads(path.with_suffix(".json").read_text())
+    assert "avx2" in description["instruction_sets"] or build.platform.machine() != "x86_64"
+    monkeypatch.setattr(build, "_compiled", lambda library: path)
+    cases = {
+        "this CPU has no avx9000": {"instruction_sets": ["avx9000"]},
+        "built for sources 12": {"sources": "12"},
+        "built for xla_ffi_version 9.9, and here is 0": {"xla_ffi_version": "9.9"},
+        "built for system plan9-mips": {"system": "plan9-mips"},
+        "not those that were built": {"sha256": "0"},
+    }
+    for message, changes in cases.items():
+        caplog.clear()
+        path.with_suffix(".json").write_text(json.dumps(description | changes))
+        build._load(build._TRAINING)
+        assert len(caplog.records) == 1 and message in caplog.text and f"{path}, built ahead, is ignored" in caplog.text
+    path.with_suffix(".json").unlink()
+    caplog.clear()
+    build._load(build._TRAINING)
+    assert "its description cannot be read" in caplog.text
+
+
+def test_an_architecture_names_the_instructions_that_it_needs():
+    if build.platform.machine() != "x86_64":
+        pytest.skip("names of x86-64")
+    needs = {
+        name: set(build._instruction_sets(build._command(build._compilers()[0], architecture=name)))
+        for name in ("x86-64", "x86-64-v3", "x86-64-v4", build.NATIVE)
+    }
+    assert not needs["x86-64"] and {"avx2", "fma", "f16c", "bmi2"} <= needs["x86-64-v3"] < needs["x86-64-v4"]
+    assert needs[build.NATIVE] <= build._cpu_instruction_sets()  # every name is the kernel's
+
+
+def test_an_architecture_that_the_compiler_does_not_know_is_refused(tmp_path):
+    with pytest.raises(OSError, match="-m(arch|cpu)=nothing failed: .*error"):
+        build.build_ahead(tmp_path, architecture="nothing")
+
+
+def test_sizes_have_one_home():
+    """The sources take the sizes that they share with Python from the command, and do not compile without them."""
+    for name, source in (("TILE_OUTPUTS", "matmul.cc"), ("QUERY_TILE", "causal_forward.cc")):
+        command = [
+            flag for flag in build._command(build._compilers()[0], architecture=build.NATIVE) if name not in flag
+        ]
+        command += ["-fsyntax-only", f"-I{build.jax.ffi.include_dir()}", str(build._FOLDER / source)]
+        assert subprocess.run(command, capture_output=True).returncode != 0
