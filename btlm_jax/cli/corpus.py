@@ -12,7 +12,7 @@ from btlm_jax.cli import corpus_stages
 from btlm_jax.cli.corpus_stages import log, print_stage, print_store
 from btlm_jax.cli.parse import DONE, UsageError, parse_config, parse_flags, run_flags, workdir_of
 from btlm_jax.cli.train import build_store
-from btlm_jax.storage.location import Place, place_of
+from btlm_jax.storage.location import PathOrUrl, parse_location
 
 HELP = """btlm corpus VERB: make or check a corpus and its token store.
 
@@ -110,7 +110,7 @@ def _show(arguments: Sequence[str]) -> int:
     return DONE
 
 
-def _directory(values: flags.FlagValues, arguments: Sequence[str], *, name: str, verb: str) -> Place | None:
+def _directory(values: flags.FlagValues, arguments: Sequence[str], *, name: str, verb: str) -> PathOrUrl | None:
     """Parse the flags of a verb that only reads a directory; return None when help was asked for and printed."""
     flags.DEFINE_string(name, "", "token store (directory or URL), or directory of a stage's work", flag_values=values)
     flags.DEFINE_boolean("help", False, "show this help", short_name="h", flag_values=values)
@@ -118,7 +118,7 @@ def _directory(values: flags.FlagValues, arguments: Sequence[str], *, name: str,
         return None
     if not values[name].value:
         raise UsageError(f"btlm corpus {verb} needs --{name}=DIR")
-    return place_of(values[name].value)
+    return parse_location(values[name].value)
 
 
 def _verify(arguments: Sequence[str]) -> int:

@@ -13,7 +13,7 @@ from btlm_jax.cli.corpus_workers import HELP as WORKERS_HELP
 from btlm_jax.cli.corpus_workers import check_worker_flags, chosen_workers, define_worker_flags
 from btlm_jax.cli.parse import DONE, UsageError, parse_flags
 from btlm_jax.data.store import Manifest
-from btlm_jax.storage.location import place_of
+from btlm_jax.storage.location import parse_location
 
 CLEAN_HELP = """btlm corpus clean: read raw text, repair its Unicode as SlimPajama did, drop short documents.
 
@@ -78,7 +78,7 @@ def clean(arguments: Sequence[str]) -> int:
     cleaning = importlib.import_module("btlm_jax.corpus.stages.clean")
     try:
         config = cleaning.CleanConfig(
-            input=place_of(values["input"].value),
+            input=parse_location(values["input"].value),
             default_source=values["source"].value,
             on_bad_file=values["on_bad_file"].value,
             max_bad_rate=values["max_bad_rate"].value,
@@ -124,7 +124,7 @@ def split(arguments: Sequence[str]) -> int:
             test=values["test"].value,
             seed=values["seed"].value,
             weights=dict(_weight(given) for given in values["weight"].value),
-            evaluation=tuple(map(place_of, values["evaluation"].value)),
+            evaluation=tuple(map(parse_location, values["evaluation"].value)),
         )
     except ValueError as error:
         raise UsageError(str(error)) from error

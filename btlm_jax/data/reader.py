@@ -22,7 +22,7 @@ from tensorflow_datasets.proto import tf_example_pb2
 from btlm_jax.data import store
 from btlm_jax.data.remote import RemoteRecords
 from btlm_jax.data.store import Manifest, Shard, Split, TokenBlock
-from btlm_jax.storage.location import Place, inside
+from btlm_jax.storage.location import PathOrUrl, join_location
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -56,7 +56,7 @@ class LocalRecords:
 class SplitReader:
     """Random access to the blocks of one split; safe to use from many threads."""
 
-    def __init__(self, directory: Place, *, manifest: Manifest, split: Split):
+    def __init__(self, directory: PathOrUrl, *, manifest: Manifest, split: Split):
         self.split = split
         self.block_len = manifest.block_len
         self._directory = directory
@@ -96,7 +96,7 @@ class SplitReader:
         except (RuntimeError, DecodeError, IndexError, ValueError) as error:
             shard = self.split.shards[bisect.bisect_right(self._shard_ends, block)]
             raise ValueError(
-                f"block {block} in shard {inside(self._directory, shard.file)} is unreadable: {error}; "
+                f"block {block} in shard {join_location(self._directory, shard.file)} is unreadable: {error}; "
                 "restore the shard from its source, or rebuild the store"
             ) from error
         return TokenBlock(tokens, num_targets)
@@ -106,7 +106,7 @@ class SplitReader:
 class TokenStore:
     """An open token store."""
 
-    directory: Place
+    directory: PathOrUrl
     manifest: Manifest
 
     def split(self, name: str) -> SplitReader:
@@ -117,7 +117,7 @@ class TokenStore:
         return SplitReader(self.directory, manifest=self.manifest, split=self.manifest.splits[name])
 
 
-def open_store(directory: Place, *, expected_fingerprint: str) -> TokenStore:
+def open_store(directory: PathOrUrl, *, expected_fingerprint: str) -> TokenStore:
     """Open a token store and check that it is whole and the expected one.
 
     `expected_fingerprint` is what the run's checkpoint recorded, or "" at a first start.

@@ -14,7 +14,7 @@ import numpy as np
 
 from btlm_jax.data.array_record import chunk_begins, footer_begin, likely_tail_bytes, only_record
 from btlm_jax.data.store import Shard
-from btlm_jax.storage.location import Part, RangeReader, inside
+from btlm_jax.storage.location import ByteRange, RangeReader, join_location
 
 
 class RemoteRecords:
@@ -42,7 +42,7 @@ class RemoteRecords:
         for record, shard in zip(records, shards, strict=True):
             number = record - self._ends[shard] + self._shards[shard].num_blocks
             begin, end = self._chunks[shard][number : number + 2].tolist()
-            parts.append(Part(self._shards[shard].file, begin, end))
+            parts.append(ByteRange(self._shards[shard].file, begin, end))
         found = self._ranges.read(parts)
         return (only_record(data, begin=part.begin) for data, part in zip(found, parts, strict=True))
 
@@ -54,7 +54,7 @@ class RemoteRecords:
                 self._chunks[number] = self._chunks_of(shard, tail)
             except ValueError as error:
                 raise ValueError(
-                    f"shard {inside(self._directory, shard.file)} is unreadable: {error}; "
+                    f"shard {join_location(self._directory, shard.file)} is unreadable: {error}; "
                     "restore the shard from its source, or rebuild the store"
                 ) from error
 
@@ -68,5 +68,5 @@ class RemoteRecords:
         return begins
 
 
-def _tail(shard: Shard, *, num_bytes: int) -> Part:
-    return Part(shard.file, max(shard.num_bytes - num_bytes, 0), shard.num_bytes)
+def _tail(shard: Shard, *, num_bytes: int) -> ByteRange:
+    return ByteRange(shard.file, max(shard.num_bytes - num_bytes, 0), shard.num_bytes)

@@ -25,7 +25,7 @@ from typing import NamedTuple
 import numpy as np
 
 from btlm_jax.storage.files import write_atomically
-from btlm_jax.storage.location import Place, inside, read_bytes, sizes_in
+from btlm_jax.storage.location import PathOrUrl, join_location, list_sizes, read_bytes
 
 MANIFEST_FILE = "manifest.json"
 DATASET_NAME = "tokens"
@@ -121,7 +121,7 @@ def write_manifest(directory: Path, manifest: Manifest) -> None:
     write_atomically(directory / MANIFEST_FILE, json.dumps(body, indent=2, sort_keys=True))
 
 
-def read_manifest(directory: Place) -> Manifest:
+def read_manifest(directory: PathOrUrl) -> Manifest:
     """Read and check a store's manifest.
 
     Raises:
@@ -129,7 +129,7 @@ def read_manifest(directory: Place) -> Manifest:
       OSError: it cannot be reached.
       ValueError: it is not valid JSON, not of this format, lacks a field, or its contents do not give its fingerprint.
     """
-    path = inside(directory, MANIFEST_FILE)
+    path = join_location(directory, MANIFEST_FILE)
     try:
         contents = read_bytes(path)
     except (FileNotFoundError, NotADirectoryError) as error:
@@ -157,7 +157,7 @@ def read_manifest(directory: Place) -> Manifest:
     return manifest
 
 
-def check_shards(directory: Place, manifest: Manifest) -> None:
+def check_shards(directory: PathOrUrl, manifest: Manifest) -> None:
     """Check that every shard and the tokenizer are present at their recorded size (contents are not re-hashed).
 
     Raises:
@@ -165,7 +165,7 @@ def check_shards(directory: Place, manifest: Manifest) -> None:
       OSError: the place cannot be reached.
       ValueError: a shard has another size than the manifest says, so it was truncated or replaced.
     """
-    sizes = sizes_in(directory)
+    sizes = list_sizes(directory)
     if manifest.tokenizer.file not in sizes:
         raise FileNotFoundError(f"token store {directory} lacks its tokenizer file {manifest.tokenizer.file}")
     for split in manifest.splits.values():
@@ -174,7 +174,7 @@ def check_shards(directory: Place, manifest: Manifest) -> None:
                 raise FileNotFoundError(f"token store {directory} lacks shard {shard.file}; restore or rebuild it")
             if sizes[shard.file] != shard.num_bytes:
                 raise ValueError(
-                    f"shard {inside(directory, shard.file)} is {sizes[shard.file]:,} bytes, its manifest says "
+                    f"shard {join_location(directory, shard.file)} is {sizes[shard.file]:,} bytes, its manifest says "
                     f"{shard.num_bytes:,}: truncated or replaced; restore or rebuild it"
                 )
 

@@ -15,12 +15,12 @@ from pathlib import Path
 from btlm_jax.data.reader import SplitReader, open_store
 from btlm_jax.data.store import MANIFEST_FILE, Manifest, Shard, Split, TokenBlock
 from btlm_jax.display.progress import RateLimit
-from btlm_jax.storage.location import Place, hash_part, inside, read_bytes
+from btlm_jax.storage.location import PathOrUrl, hash_range, join_location, read_bytes
 
 INTERVAL = 5.0  # seconds between lines of progress
 
 
-def verify(directory: Place, *, log: Callable[[str], None]) -> Manifest:
+def verify(directory: PathOrUrl, *, log: Callable[[str], None]) -> Manifest:
     """Hash every shard and the tokenizer again, read every block, compare with the manifest, and return it.
 
     The blocks of a stream must follow on one another, so that each token is a target exactly once. Of a store behind a
@@ -78,7 +78,7 @@ def _check_stream(blocks: Iterator[tuple[int, TokenBlock]], *, last: int, manife
 class _Reading:
     """One pass over the files of a store, in the order of its blocks; says how far it is."""
 
-    def __init__(self, directory: Place, manifest: Manifest, log: Callable[[str], None]):
+    def __init__(self, directory: PathOrUrl, manifest: Manifest, log: Callable[[str], None]):
         self._directory, self._manifest, self._log = directory, manifest, log
         self._left = [shard for split in manifest.splits.values() for shard in split.shards]
         self._num_bytes = sum(shard.num_bytes for shard in self._left)
@@ -91,7 +91,7 @@ class _Reading:
           ValueError: it is damaged; names the damaged shards too.
         """
         file, sha256 = self._manifest.tokenizer.file, self._manifest.tokenizer.sha256
-        if hashlib.sha256(read_bytes(inside(self._directory, file))).hexdigest() != sha256:
+        if hashlib.sha256(read_bytes(join_location(self._directory, file))).hexdigest() != sha256:
             raise self._damaged([file])
 
     def blocks(self, split: Split) -> Iterator[TokenBlock]:
@@ -121,11 +121,11 @@ class _Reading:
     @contextlib.contextmanager
     def _at_hand(self, shard: Shard) -> Iterator[tuple[Path, str, str]]:
         """Yield the folder and the name of a local file that has a shard's contents, and their sha256."""
-        place = inside(self._directory, shard.file)
+        place = join_location(self._directory, shard.file)
         whole = dict(begin=0, num_bytes=shard.num_bytes)
         self._left.remove(shard)
         if isinstance(self._directory, Path):
-            yield self._directory, shard.file, hash_part(place, copy_to=None, **whole)
+            yield self._directory, shard.file, hash_range(place, copy_to=None, **whole)
         else:
             room = shutil.disk_usage(tempfile.gettempdir()).free
             if room < shard.num_bytes:
@@ -134,7 +134,7 @@ class _Reading:
                     "some, or name another folder as TMPDIR"
                 )
             with tempfile.NamedTemporaryFile(prefix="btlm-verify-") as file:
-                sha256 = hash_part(place, copy_to=file, **whole)
+                sha256 = hash_range(place, copy_to=file, **whole)
                 file.flush()
                 path = Path(file.name)
                 yield path.parent, path.name, sha256

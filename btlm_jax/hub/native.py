@@ -19,7 +19,7 @@ from btlm_jax.parallel.mesh import make_mesh
 from btlm_jax.recipe.config import ModelConfig, MupConfig, config_from
 from btlm_jax.recipe.mup import make_parametrization
 from btlm_jax.storage.files import write_atomically
-from btlm_jax.storage.location import Place, place_under
+from btlm_jax.storage.location import PathOrUrl, resolve_location
 from btlm_jax.tokenizers.tokenizer import Tokenizer, load_tokenizer
 from btlm_jax.train.checkpoint import CHECKPOINTS, CheckpointReader, read_params, write_params
 
@@ -76,7 +76,7 @@ def read_run(workdir: Path) -> NativeModel:
         step = reader.steps()[-1]
         position, config = reader.read_facts(step)
         notes = {"steps": f"{step:,}", "tokens": f"{position.tokens_seen:,}"} | _heldout_notes(workdir, step)
-        directory = place_under(workdir, config.data.store)
+        directory = resolve_location(workdir, config.data.store)
         recorded = store.read_manifest(directory).tokenizer
         metadata = ModelMetadata(
             model=config.model,
@@ -93,7 +93,7 @@ def read_run(workdir: Path) -> NativeModel:
     return NativeModel(metadata=metadata, params=params, mesh=mesh, tokenizer=load_tokenizer(directory, recorded))
 
 
-def store_of_run(workdir: Path) -> Place:
+def store_of_run(workdir: Path) -> PathOrUrl:
     """Return where the token store of a run is.
 
     Raises:
@@ -105,7 +105,7 @@ def store_of_run(workdir: Path) -> Place:
         _, config = reader.read_facts(reader.steps()[-1])
     finally:
         reader.close()
-    return place_under(workdir, config.data.store)
+    return resolve_location(workdir, config.data.store)
 
 
 def read_model_directory(directory: Path) -> NativeModel:

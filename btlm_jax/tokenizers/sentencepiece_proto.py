@@ -14,7 +14,7 @@ from btlm_jax.storage.protobuf import read_fields
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = 1, 2, 3, 4, 5, 6  # SentencePiece.Type
 UNIGRAM, BPE = 1, 2  # TrainerSpec.ModelType; 3 is word, 4 is char
 SPACE_MARK = "\u2581"  # stands for a space, so a text that has it would not come back
-_PIECES, _TRAINER, _NORMALIZER, _DENORMALIZER = _MESSAGES = 1, 2, 3, 5  # numbers of ModelProto's fields
+_PIECES, _TRAINER, _NORMALIZER, _DENORMALIZER = 1, 2, 3, 5  # numbers of ModelProto's fields
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -15,7 +15,7 @@ from typing import Protocol
 import sentencepiece
 
 from btlm_jax.data import store
-from btlm_jax.storage.location import Place, inside, read_bytes
+from btlm_jax.storage.location import PathOrUrl, join_location, read_bytes
 from btlm_jax.tokenizers.boundaries import NEWLINE_BOUNDARY, NO_BOUNDARY
 from btlm_jax.tokenizers.byte_level import KIND as BYTE_LEVEL
 from btlm_jax.tokenizers.byte_level import MERGES_FILE, VOCAB_FILE, ByteLevelTokenizer, read_byte_level
@@ -123,7 +123,7 @@ def train_tokenizer(texts: Iterable[str], *, vocab_size: int) -> bytes:
     return model.getvalue()
 
 
-def load_tokenizer(directory: Place, tokenizer: store.TokenizerInfo) -> Tokenizer:
+def load_tokenizer(directory: PathOrUrl, tokenizer: store.TokenizerInfo) -> Tokenizer:
     """Load a store's tokenizer.
 
     Raises:
@@ -131,7 +131,7 @@ def load_tokenizer(directory: Place, tokenizer: store.TokenizerInfo) -> Tokenize
       OSError: it cannot be reached.
       ValueError: its contents are not what the manifest says, or it is of an unknown kind.
     """
-    path = inside(directory, tokenizer.file)
+    path = join_location(directory, tokenizer.file)
     if tokenizer.kind not in (SENTENCEPIECE, BYTE_LEVEL):
         raise ValueError(
             f"tokenizer kind {tokenizer.kind!r} of {directory} is not known; this version reads "

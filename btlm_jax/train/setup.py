@@ -21,7 +21,7 @@ from btlm_jax.parallel.mesh import evaluation_sharding
 from btlm_jax.recipe.config import CorpusConfig, TrainConfig
 from btlm_jax.recipe.optimizer import learning_rate_at
 from btlm_jax.storage.files import write_atomically
-from btlm_jax.storage.location import place_under
+from btlm_jax.storage.location import resolve_location
 from btlm_jax.train.metrics import GoodputLedger
 from btlm_jax.train.program import Program
 from btlm_jax.train.step import abstract_batch, make_eval_step
@@ -97,7 +97,7 @@ def prepare_store(config: TrainConfig, *, workdir: Path, expected: str, build_st
       OSError: the URL cannot be reached.
       ValueError: the store does not fit the model or is not the checkpoint's.
     """
-    directory = place_under(workdir, config.data.store)
+    directory = resolve_location(workdir, config.data.store)
     if isinstance(directory, Path) and not (directory / MANIFEST_FILE).is_file():
         if config.corpus.source == "prepared" or directory.exists():
             raise FileNotFoundError(

@@ -20,7 +20,7 @@ from btlm_jax.data.loader import heldout_batches
 from btlm_jax.data.reader import open_store
 from btlm_jax.data.verify import verify
 from btlm_jax.hub.native import read_run, store_of_run
-from btlm_jax.storage import location as places
+from btlm_jax.storage import location
 from btlm_jax.train.metric_writer import METRICS_FILE, read_metrics
 from btlm_jax.train.setup import prepare_store
 
@@ -42,7 +42,7 @@ def directory(tmp_path):
 @pytest.fixture
 def memory(directory, monkeypatch):
     """The store in fsspec's memory, by name of the file; failures are not waited for."""
-    monkeypatch.setattr(places, "_WAITS", (0.0, 0.001))
+    monkeypatch.setattr(location, "_RETRY_SECONDS", (0.0, 0.001))
     system = fsspec.filesystem("memory")
     system.store.clear()
     for path in directory.iterdir():
@@ -114,8 +114,8 @@ def test_little_more_is_read_than_the_blocks_that_are_wanted(tmp_path, memory, m
         memory.pipe(f"/bucket/big/{path.name}", path.read_bytes())
     reader = open_store("memory://bucket/big", expected_fingerprint="").split(store.TRAIN)
     asked = []
-    read = places.RangeReader.read
-    monkeypatch.setattr(places.RangeReader, "read", lambda self, parts: asked.extend(parts) or read(self, parts))
+    read = location.RangeReader.read
+    monkeypatch.setattr(location.RangeReader, "read", lambda self, parts: asked.extend(parts) or read(self, parts))
     for blocks in ([3, 391], [17], [5]):
         assert [block.tokens[0] for block in reader.read_many(blocks)] == [2000 * number % 65536 for number in blocks]
     assert [part.end - part.begin > 5000 for part in asked] == [True, False, False, False, False]

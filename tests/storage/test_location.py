@@ -1,5 +1,6 @@
 """Raw text behind URLs gives the documents of local files; what goes wrong on the way is said in one line."""
 
+import hashlib
 import sys
 from pathlib import Path
 
@@ -13,8 +14,7 @@ from support.corpus_files import made_up_text, write_raw
 from btlm_jax.cli import main
 from btlm_jax.corpus.engine import inputs, tasks
 from btlm_jax.corpus.engine.inputs import read_stage
-from btlm_jax.storage import location as places
-from btlm_jax.storage.location import find_files, hash_part, place_of, stamp_of
+from btlm_jax.storage.location import hash_range, list_files, parse_location, version_stamp
 
 
 @pytest.fixture
@@ -75,9 +75,9 @@ def test_evaluation_text_may_be_behind_a_url(raw, memory):
 
 def test_a_transfer_that_ends_early_is_an_error_and_is_tidied_up(raw, memory, monkeypatch, capsys):
     memory.pipe("/bucket/a.jsonl", (raw / "raw" / "two.jsonl").read_bytes())
-    monkeypatch.setattr(tasks, "stamp_of", lambda place: [0])
-    real = find_files
-    monkeypatch.setattr(inputs, "find_files", lambda root: [(name, at, size + 7) for name, at, size in real(root)])
+    monkeypatch.setattr(tasks, "version_stamp", lambda place: [0])
+    real = list_files
+    monkeypatch.setattr(inputs, "list_files", lambda root: [(name, at, size + 7) for name, at, size in real(root)])
     monkeypatch.setattr(inputs, "PIECE_BYTES", 1 << 30)
     assert clean("memory://bucket", raw / "out") == 1
     assert "a.jsonl ended 7 bytes before it should" in capsys.readouterr().err
@@ -90,9 +90,9 @@ def test_google_cloud_storage_on_loopback(raw, monkeypatch):
         assert clean(raw / "raw", raw / "local") == clean(f"{bucket}/raw", raw / "remote") == 0
         assert contents(raw / "remote") == contents(raw / "local")
         url = f"{bucket}/raw/two.jsonl"
-        before = stamp_of(url)
+        before = version_stamp(url)
         objects["raw/two.jsonl"] = objects["raw/two.jsonl"].replace(b"a", b"b", 1)
-        assert stamp_of(url) != before
+        assert version_stamp(url) != before
 
 
 def test_a_missing_library_is_named(raw, monkeypatch, capsys):
@@ -104,13 +104,13 @@ def test_a_missing_library_is_named(raw, monkeypatch, capsys):
     assert clean("nonsense://bucket/raw", raw / "out") == 1 and "nonsense" in capsys.readouterr().err
 
 
-def test_places_are_paths_or_urls(tmp_path):
-    assert place_of("a/b") == Path("a/b") and place_of("gs://a/b") == "gs://a/b"
+def test_locations_are_paths_or_urls(tmp_path):
+    assert parse_location("a/b") == Path("a/b") and parse_location("gs://a/b") == "gs://a/b"
     (tmp_path / "a").write_bytes(b"0123456789")
-    assert find_files(tmp_path) == find_files(tmp_path / "a") == [("a", tmp_path / "a", 10)]
+    assert list_files(tmp_path) == list_files(tmp_path / "a") == [("a", tmp_path / "a", 10)]
     url = f"file://{tmp_path}"
-    assert [name for name, _, _ in find_files(url)] == ["a"]
+    assert [name for name, _, _ in list_files(url)] == ["a"]
     for place in (tmp_path / "a", f"{url}/a"):
-        assert hash_part(place, begin=3, num_bytes=4, copy_to=None) == places.hashlib.sha256(b"3456").hexdigest()
+        assert hash_range(place, begin=3, num_bytes=4, copy_to=None) == hashlib.sha256(b"3456").hexdigest()
     with pytest.raises(FileNotFoundError, match="neither a file nor a folder"):
-        find_files(tmp_path / "b")
+        list_files(tmp_path / "b")

@@ -14,20 +14,20 @@ from btlm_jax.corpus.engine.stage import FORMAT, MANIFEST_FILE, PLAN_FILE, Log, 
 from btlm_jax.corpus.engine.tasks import Input, Task, hash_file
 from btlm_jax.corpus.readers.raw import SUFFIXES, are_plain_lines, is_raw
 from btlm_jax.corpus.readers.tables import TFDS_SHARD
-from btlm_jax.storage.location import Place, find_files, opened
+from btlm_jax.storage.location import PathOrUrl, list_files, open_binary
 
 TASK_BYTES = 64_000_000  # small input files share a task up to this size
 PIECE_BYTES = 128_000_000  # larger files of plain lines are read in pieces
 _CHUNK = 1 << 16
 
 
-def raw_inputs(root: Place, *, log: Log) -> list[Input]:
+def raw_inputs(root: PathOrUrl, *, log: Log) -> list[Input]:
     """Return the raw text files under a folder, or the one file, in the order of their names; large ones in pieces.
 
     Raises:
       FileNotFoundError: there is nothing, or a dataset's shards are not all there.
     """
-    files = [file for file in find_files(root) if not file[0].rsplit("/", 1)[-1].startswith(".")]
+    files = [file for file in list_files(root) if not file[0].rsplit("/", 1)[-1].startswith(".")]
     if len(files) > 1 or files and files[0][1] != root:
         stale = _stale_tables(files)
         others = [name for name, _, _ in files if not is_raw(name) or name in stale]
@@ -41,7 +41,7 @@ def raw_inputs(root: Place, *, log: Log) -> list[Input]:
     return [piece for item in whole for piece in (_pieces(item) if _can_be_cut(item) else [item])]
 
 
-def _stale_tables(files: list[tuple[str, Place, int]]) -> set[str]:
+def _stale_tables(files: list[tuple[str, PathOrUrl, int]]) -> set[str]:
     """Return the .arrow files that are no part of the Hugging Face dataset they lie in: old ones, and caches.
 
     Raises:
@@ -52,7 +52,7 @@ def _stale_tables(files: list[tuple[str, Place, int]]) -> set[str]:
     for name, place, _ in files:
         folder = PurePosixPath(name).parent
         if PurePosixPath(name).name == "state.json" and any(PurePosixPath(table).parent == folder for table in tables):
-            with opened(place) as file:
+            with open_binary(place) as file:
                 state = json.load(file)
             if "_data_files" not in state:
                 raise ValueError(f"{place} does not say which .arrow files its dataset has; give the files themselves")
@@ -74,14 +74,14 @@ def _check_shards(names: list[str]) -> None:
 def _can_be_cut(item: Input) -> bool:
     if item.num_bytes <= PIECE_BYTES or not item.name.endswith(".jsonl"):
         return False
-    with opened(item.path) as file:
+    with open_binary(item.path) as file:
         return are_plain_lines(file.read(64))
 
 
 def _pieces(item: Input) -> list[Input]:
     """Cut a file at ends of lines; a piece is named by where it begins, and its lines are counted from there."""
     begins = [0]
-    with opened(item.path) as file:
+    with open_binary(item.path) as file:
         while begins[-1] + PIECE_BYTES < item.num_bytes:
             begins.append(_end_of_line(file, begins[-1] + PIECE_BYTES - 1))
     return [

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from btlm_jax.corpus.engine.progress import peak_bytes
 from btlm_jax.storage.files import local_scratch_file, write_atomically
-from btlm_jax.storage.location import Place, hash_part, stamp_of
+from btlm_jax.storage.location import PathOrUrl, hash_range, version_stamp
 
 DONE_FOLDER = "done"
 
@@ -23,7 +23,7 @@ class Input:
     """One input file, or a piece of one; sha256 is "" for a raw file, which is hashed when its task reads it."""
 
     name: str
-    path: Place
+    path: PathOrUrl
     num_bytes: int
     sha256: str
     begin: int = 0
@@ -55,11 +55,11 @@ def run_task(run: Run, task: Task, directory: Path, tick: Tick) -> dict:
         counted["bytes"] += num_bytes
         tick(num_documents, num_bytes)
 
-    stamps = [stamp_of(item.path) for item in task.inputs]
+    stamps = [version_stamp(item.path) for item in task.inputs]
     with at_hand(task.inputs, directory) as inputs:
         result = run(dataclasses.replace(task, inputs=inputs), directory, count)
     for item, stamp in zip(task.inputs, stamps, strict=True):
-        if stamp_of(item.path) != stamp:
+        if version_stamp(item.path) != stamp:
             raise ValueError(f"{item.path} changed while it was read; run again when nothing writes to it")
     counted["peak_bytes"] = peak_bytes()
     record = {"stamps": stamps, "sha256": [item.sha256 for item in inputs], "counted": counted, "result": result}
@@ -84,7 +84,7 @@ def finished(task: Task, directory: Path, *, outputs: Path) -> dict | None:
     if not all(_is_whole(outputs / output["file"], output) for output in record["result"]["outputs"]):
         return None
     for item, stamp, sha256 in zip(task.inputs, record["stamps"], record["sha256"], strict=True):
-        if stamp_of(item.path) != stamp and _hash(item) != sha256:
+        if version_stamp(item.path) != stamp and _hash(item) != sha256:
             raise ValueError(
                 f"input {item.path} changed after it was processed; choose another --output, or delete {directory}"
             )
@@ -112,7 +112,7 @@ def _at_hand(item: Input, folder: Path, stack: contextlib.ExitStack) -> Input:
         local, sha256 = item.path, hash_file(item.path)
     else:
         file = stack.enter_context(local_scratch_file(folder, prefix="input"))
-        sha256 = hash_part(item.path, begin=item.begin, num_bytes=item.num_bytes, copy_to=file)
+        sha256 = hash_range(item.path, begin=item.begin, num_bytes=item.num_bytes, copy_to=file)
         file.flush()
         local = Path(file.name)
     if item.sha256 and sha256 != item.sha256:
@@ -129,7 +129,7 @@ def hash_file(path: Path) -> str:
 def _hash(item: Input) -> str:
     if isinstance(item.path, Path) and not item.is_piece:
         return hash_file(item.path)
-    return hash_part(item.path, begin=item.begin, num_bytes=item.num_bytes, copy_to=None)
+    return hash_range(item.path, begin=item.begin, num_bytes=item.num_bytes, copy_to=None)
 
 
 def _is_whole(path: Path, output: dict) -> bool:

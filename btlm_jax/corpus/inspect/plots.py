@@ -8,12 +8,12 @@ from btlm_jax.corpus.engine.inputs import read_stage
 from btlm_jax.corpus.engine.stage import PLAN_FILE
 from btlm_jax.data import store
 from btlm_jax.display.plotting import new_figure, write_figure
-from btlm_jax.storage.location import Place
+from btlm_jax.storage.location import PathOrUrl
 
 SIZE, DPI = (8.0, 4.5), 100
 
 
-def plot(directory: Place, *, target: Path) -> list[Path]:
+def plot(directory: PathOrUrl, *, target: Path) -> list[Path]:
     """Write the pictures of a finished stage, or of a token store (or its URL), as PNG and return their paths.
 
     Raises:

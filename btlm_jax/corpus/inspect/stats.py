@@ -8,12 +8,12 @@ from pathlib import Path
 from btlm_jax.corpus.engine.inputs import read_stage
 from btlm_jax.corpus.engine.stage import PLAN_FILE
 from btlm_jax.data import store
-from btlm_jax.storage.location import Place
+from btlm_jax.storage.location import PathOrUrl
 
 _BAR = 40  # characters of the longest bar
 
 
-def describe(directory: Place) -> str:
+def describe(directory: PathOrUrl) -> str:
     """Return the tables of a finished stage's directory, or of a token store, which may lie behind a URL.
 
     Raises:

@@ -25,7 +25,7 @@ from btlm_jax.corpus.near_duplicates.normalize import MIN_CHARACTERS, is_shorter
 from btlm_jax.corpus.readers.raw import BadFile, Defect, read_raw
 from btlm_jax.corpus.readers.records import Record, ShardWriter
 from btlm_jax.storage.files import AtomicFile
-from btlm_jax.storage.location import Place
+from btlm_jax.storage.location import PathOrUrl
 
 RECIPE = 1  # raise when the steps change
 QUARANTINE_FOLDER = "quarantine"
@@ -44,7 +44,7 @@ _SUSPECT, _SUSPECT_OR_AMPERSAND = re.compile(f"[^&{_CALM}]"), re.compile(f"[^{_C
 class CleanConfig:
     """What to clean, and what to do with bad input."""
 
-    input: Place
+    input: PathOrUrl
     default_source: str
     on_bad_file: str
     max_bad_rate: float

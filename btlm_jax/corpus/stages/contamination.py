@@ -19,7 +19,7 @@ from btlm_jax.corpus.near_duplicates.normalize import normalized_pieces
 from btlm_jax.corpus.readers.frames import BadFile
 from btlm_jax.corpus.readers.raw import read_raw
 from btlm_jax.corpus.readers.records import Record
-from btlm_jax.storage.location import Place
+from btlm_jax.storage.location import PathOrUrl
 
 WORDS = 13  # of a run that counts as seen, GPT-3's (arXiv 2005.14165, appendix C)
 _ODD = np.uint64(0x9E3779B97F4A7C15)
@@ -81,7 +81,7 @@ def word_runs(text: str) -> Iterator[np.ndarray]:
         last = hashes[1 - WORDS :]  # begins the runs that the next piece ends
 
 
-def evaluation_runs(places: Iterable[Place], *, log: Log) -> np.ndarray:
+def evaluation_runs(places: Iterable[PathOrUrl], *, log: Log) -> np.ndarray:
     """Return the sorted hashes of the runs of all texts of some raw files or folders.
 
     Raises:

@@ -38,7 +38,7 @@ from btlm_jax.corpus.readers.records import (
     read_records,
 )
 from btlm_jax.corpus.stages.contamination import HeldOut, evaluation_runs, no_signatures, shares_run, strict_signature
-from btlm_jax.storage.location import Place
+from btlm_jax.storage.location import PathOrUrl
 
 RECIPE = 1  # raise when the steps change
 TRAIN, VALIDATION, TEST = "train", "validation", "test"
@@ -58,7 +58,7 @@ class SplitConfig:
     test: float
     seed: int
     weights: dict[str, float]  # source -> how often its training documents are taken; 1 where it is not named
-    evaluation: tuple[Place, ...]  # raw files whose text may not be trained on
+    evaluation: tuple[PathOrUrl, ...]  # raw files whose text may not be trained on
 
     def __post_init__(self):
         for name in ("validation", "test"):
