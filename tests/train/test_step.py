@@ -1,8 +1,13 @@
-"""The train step: the same numbers on every mesh, for every accumulation, in float32 and nearly so in bfloat16."""
+"""The train step: the plain loss and its gradients, the same on every mesh, for every accumulation, nearly in bfloat16."""
+
+import dataclasses
 
 import jax
+import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
+from jax.sharding import PartitionSpec
 from support.tiny import tiny_config
 
 from btlm_jax.model import make_model, parameter_table
@@ -10,7 +15,14 @@ from btlm_jax.parallel.mesh import RULES, batch_sharding, evaluation_sharding, m
 from btlm_jax.recipe.mup import CLASSES, make_parametrization
 from btlm_jax.recipe.optimizer import make_optimizer
 from btlm_jax.train.program import make_program
-from btlm_jax.train.step import abstract_batch, abstract_state, init_state, make_eval_step, make_train_step
+from btlm_jax.train.step import (
+    TrainState,
+    abstract_batch,
+    abstract_state,
+    init_state,
+    make_eval_step,
+    make_train_step,
+)
 
 
 def host_batch(config, *, phase: int, seed: int):
@@ -22,25 +34,36 @@ def host_batch(config, *, phase: int, seed: int):
     return {"inputs_BT": tokens[:, :-1], "targets_BT": tokens[:, 1:], "weights_BT": weights}
 
 
-def run(config, *, devices: int, steps: int = 2):
-    """Take a step of each phase in turn; return the losses, the norms and the final parameters."""
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Run:
+    """What two steps, one of each phase, gave; everything on the host."""
+
+    metrics: list[dict]
+    params: list[dict]  # before the first step, after it, after the second
+    state: TrainState
+    sums: dict  # of the evaluation of the second batch with the final parameters
+
+
+def run(config, *, devices: int) -> Run:
+    """Take a step of each phase in turn."""
     mesh = make_run_mesh(config, devices=jax.devices()[:devices])
     program = make_program(config, mesh)
     model, phases = program.model, config.curriculum.table.phases
     state = init_state(model, program.optimizer, mesh, seed=5)
-    metrics_of_steps = []
+    metrics_of_steps, params_of_steps = [], [jax.device_get(state.params)]
     with jax.set_mesh(mesh):
-        for index in range(steps):
-            phase = phases[index % 2]
+        for index, phase in enumerate(phases):
             step = program.compile(program.trace_train_step(phase))
             rows = host_batch(config, phase=phase.index, seed=index)
             split = {k: v.reshape(config.mesh.accumulation, -1, v.shape[-1]) for k, v in rows.items()}
             batch = jax.device_put(split, batch_sharding(mesh, program.rules_for(phase)))
             state, metrics = step(state, batch, np.float32(0.01))
             metrics_of_steps.append(jax.device_get(metrics))
+            params_of_steps.append(jax.device_get(state.params))
         heldout = jax.device_put(rows, evaluation_sharding(mesh))
         sums = jax.jit(make_eval_step(model, loss_chunk=config.model.loss_chunk))(state.params, heldout)
-    return metrics_of_steps, jax.device_get(state), jax.device_get(sums)
+    state, sums = jax.device_get((state, sums))
+    return Run(metrics=metrics_of_steps, params=params_of_steps, state=state, sums=sums)
 
 
 @pytest.fixture(scope="module")
@@ -55,19 +78,19 @@ def single():
 )
 def test_every_mesh_and_accumulation_gives_the_same_step(single, devices, tensor, context, accumulation):
     config = tiny_config(mesh__tensor=tensor, mesh__context=context, mesh__accumulation=accumulation)
-    metrics, state, sums = run(config, devices=devices)
-    for found, expected in zip(metrics, single[0], strict=True):
+    result = run(config, devices=devices)
+    for found, expected in zip(result.metrics, single.metrics, strict=True):
         assert found.keys() == expected.keys()
         for name, value in expected.items():
             # Adam turns a gradient of rounding size into a step of full size: the second step is compared more loosely.
             np.testing.assert_allclose(found[name], value, rtol=2e-4, err_msg=name)
-    np.testing.assert_allclose(metrics[0]["loss"], single[0][0]["loss"], rtol=1e-6)
-    np.testing.assert_allclose(metrics[0]["grad_norm"], single[0][0]["grad_norm"], rtol=1e-5)
-    for name, value in single[2].items():
-        np.testing.assert_allclose(sums[name], value, rtol=1e-3, err_msg=name)
+    np.testing.assert_allclose(result.metrics[0]["loss"], single.metrics[0]["loss"], rtol=1e-6)
+    np.testing.assert_allclose(result.metrics[0]["grad_norm"], single.metrics[0]["grad_norm"], rtol=1e-5)
+    for name, value in single.sums.items():
+        np.testing.assert_allclose(result.sums[name], value, rtol=1e-3, err_msg=name)
     # The floor is for the key bias, whose true gradient is zero: softmax ignores what it adds to every score of a row.
     # Gradients themselves: after one moment update from zero, mu is (1 - beta1) times the clipped gradient.
-    found_mu, expected_mu = (adam_mu(part.opt_state) for part in (state, single[1]))
+    found_mu, expected_mu = (adam_mu(part.state.opt_state) for part in (result, single))
     jax.tree.map(
         lambda a, b: np.testing.assert_allclose(a, b, atol=1e-3 * np.abs(b).max() + 1e-9, rtol=0), found_mu, expected_mu
     )
@@ -80,16 +103,70 @@ def adam_mu(opt_state):
 def test_tokens_and_not_micro_batches_are_weighted(single):
     config = tiny_config()
     rows = host_batch(config, phase=0, seed=0)
-    assert single[0][0]["weight"] == rows["weights_BT"].sum()
+    assert single.metrics[0]["weight"] == rows["weights_BT"].sum()
     by_quarter = rows["weights_BT"].reshape(4, -1).sum(1)
     assert by_quarter.max() > 1.2 * by_quarter.min()  # otherwise the accumulation test could not tell
 
 
-def test_metrics_name_every_class(single):
-    for kind in ("grad_norm", "update_norm"):
-        assert {f"{kind}/{c}" for c in CLASSES} <= single[0][0].keys()
-        squares = [single[0][0][f"grad_norm/{c}"] ** 2 for c in CLASSES]
-    np.testing.assert_allclose(sum(squares), single[0][0]["grad_norm"] ** 2, rtol=1e-5)
+@pytest.fixture(scope="module")
+def plain():
+    """Return (losses_BT from parameters and rows, the class of each leaf): the model on one device, all its logits."""
+    config = tiny_config()
+    mesh = make_mesh(devices=jax.devices()[:1], tensor=1)
+    model = make_model(config.model, make_parametrization(config.mup, config.model))
+
+    @jax.jit
+    def losses_of(params, rows):
+        hidden_BTD = model.apply({"params": params}, rows["inputs_BT"])
+        hidden_BTD = jax.sharding.reshard(hidden_BTD, PartitionSpec())
+        logits_BTV = jnp.einsum("BTD,VD->BTV", hidden_BTD, params["embedding"]["embedding"], precision="highest")
+        log_probability_BTV = jax.nn.log_softmax(logits_BTV * model.parametrization.output_scale)
+        return -jnp.take_along_axis(log_probability_BTV, rows["targets_BT"][..., None], -1)[..., 0]
+
+    with jax.set_mesh(mesh):
+        yield losses_of, jax.tree.map(lambda info: info.rule.parameter_class, parameter_table(model, mesh))
+
+
+def norms_of_classes(tree, classes) -> dict:
+    """Return, in float64, the norm of all the leaves of each class together."""
+    squares = dict.fromkeys(CLASSES, 0.0)
+    for leaf, name in zip(jax.tree.leaves(tree), jax.tree.leaves(classes), strict=True):
+        squares[name] += np.square(np.asarray(leaf, np.float64)).sum()
+    return {name: value**0.5 for name, value in squares.items()}
+
+
+def test_metrics_are_those_of_the_plain_loss(single, plain):
+    losses_of, classes = plain
+    config = tiny_config()
+
+    def mean_loss(params, rows):
+        return (losses_of(params, rows) * rows["weights_BT"]).sum() / rows["weights_BT"].sum()
+
+    rows = host_batch(config, phase=0, seed=0)
+    loss, grads = jax.value_and_grad(mean_loss)(single.params[0], rows)
+    found = single.metrics[0]
+    np.testing.assert_allclose(found["loss"], loss, rtol=1e-5)
+    np.testing.assert_allclose(found["grad_norm"], optax.tree.norm(grads), rtol=1e-4)
+    for name, norm in norms_of_classes(grads, classes).items():
+        np.testing.assert_allclose(found[f"grad_norm/{name}"], norm, rtol=1e-3, err_msg=name)
+    for step, found in enumerate(single.metrics):
+        moved = jax.tree.map(np.subtract, single.params[step + 1], single.params[step])
+        for name, norm in norms_of_classes(moved, classes).items():
+            np.testing.assert_allclose(found[f"update_norm/{name}"], norm, rtol=1e-3, err_msg=name)
+    assert single.state.step == len(single.metrics) == 2
+    assert found.keys() == {"loss", "weight", "grad_norm"} | {
+        f"{kind}_norm/{name}" for kind in ("grad", "update") for name in CLASSES
+    }
+
+
+def test_evaluation_sums_the_plain_losses(single, plain):
+    rows = host_batch(tiny_config(), phase=1, seed=1)
+    losses_BT = np.asarray(plain[0](single.params[2], rows), np.float64) * rows["weights_BT"]
+    expected = {"loss_B": losses_BT.sum(1), "loss_T": losses_BT.sum(0)}
+    expected |= {"weight_B": rows["weights_BT"].sum(1), "weight_T": rows["weights_BT"].sum(0)}
+    assert single.sums.keys() == expected.keys()
+    for name, value in expected.items():
+        np.testing.assert_allclose(single.sums[name], value, rtol=1e-4, err_msg=name)
 
 
 def test_abstract_state_is_the_state():
@@ -107,8 +184,8 @@ def test_abstract_state_is_the_state():
 
 
 def test_bfloat16_is_near_float32(single):
-    metrics, _, _ = run(tiny_config(model__dtype="bfloat16"), devices=1)
-    for found, expected in zip(metrics, single[0], strict=True):
+    result = run(tiny_config(model__dtype="bfloat16"), devices=1)
+    for found, expected in zip(result.metrics, single.metrics, strict=True):
         np.testing.assert_allclose(found["loss"], expected["loss"], rtol=2e-3)
         np.testing.assert_allclose(found["grad_norm"], expected["grad_norm"], rtol=3e-2)
 
