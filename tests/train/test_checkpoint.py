@@ -1,10 +1,10 @@
 """Checkpoints: exact, atomic, restorable onto any mesh, and refused when they are of another run or damaged."""
 
-import dataclasses
 import json
 from unittest import mock
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.sharding import NamedSharding, PartitionSpec
@@ -51,6 +51,13 @@ def saved(tmp_path_factory):
     return workdir, jax.device_get(state)
 
 
+@pytest.fixture(scope="module")
+def single():
+    """(config, state, its abstract state) on one device; no test may change the state."""
+    config, mesh, model, optimizer, abstract = build(devices=1, tensor=1)
+    return config, init_state(model, optimizer, mesh, seed=4), abstract
+
+
 @pytest.mark.parametrize("devices, tensor", [(8, 2), (8, 4), (1, 1)])
 def test_a_checkpoint_restores_onto_any_mesh(saved, devices, tensor):
     workdir, expected = saved
@@ -65,22 +72,21 @@ def test_a_checkpoint_restores_onto_any_mesh(saved, devices, tensor):
     )
 
 
-def test_a_checkpoint_from_before_mesh_context_is_read(tmp_path):
-    config, mesh, model, optimizer, _ = build(devices=1, tensor=1)
+def test_a_checkpoint_from_before_mesh_context_is_read(single, tmp_path):
+    config, state, _ = single
     checkpointer = Checkpointer(tmp_path, config=KEEP)
     older = json.loads(config.to_json())
     del older["mesh"]["context"]
     with mock.patch.object(type(config), "to_json", return_value=json.dumps(older)):
-        checkpointer.save(init_state(model, optimizer, mesh, seed=4), position=position(1), config=config)
+        checkpointer.save(state, position=position(1), config=config)
     checkpointer.wait()
     assert checkpointer.read_facts(1) == (position(1), config)
     checkpointer.close()
 
 
-def test_donating_the_state_right_after_save_does_not_reach_the_checkpoint(tmp_path):
-    config, mesh, model, optimizer, abstract = build(devices=1, tensor=1)
-    state = init_state(model, optimizer, mesh, seed=4)
-    expected = jax.tree.map(np.array, state)
+def test_donating_the_state_right_after_save_does_not_reach_the_checkpoint(single, tmp_path):
+    config, expected, abstract = single
+    state = jax.tree.map(jnp.copy, expected)
     overwrite = jax.jit(lambda state: jax.tree.map(lambda x: x * 0 + 1, state), donate_argnums=0)
     checkpointer = Checkpointer(tmp_path, config=KEEP)
     checkpointer.save(state, position=position(1), config=config)
@@ -92,9 +98,8 @@ def test_donating_the_state_right_after_save_does_not_reach_the_checkpoint(tmp_p
     checkpointer.close()
 
 
-def test_the_last_ones_and_every_so_many_are_kept(tmp_path):
-    config, mesh, model, optimizer, _ = build(devices=1, tensor=1)
-    state = init_state(model, optimizer, mesh, seed=4)
+def test_the_last_ones_and_every_so_many_are_kept(single, tmp_path):
+    config, state, _ = single
     checkpointer = Checkpointer(tmp_path, config=KEEP)
     for step in (5, 10, 15, 20, 25, 26):
         checkpointer.save(state, position=position(step), config=config)
@@ -112,9 +117,8 @@ def test_an_unfinished_save_is_not_a_checkpoint(tmp_path):
     checkpointer.close()
 
 
-def test_a_damaged_checkpoint_is_named_with_the_remedy(saved, tmp_path):
-    config, mesh, model, optimizer, abstract = build(devices=1, tensor=1)
-    state = init_state(model, optimizer, mesh, seed=4)
+def test_a_damaged_checkpoint_is_named_with_the_remedy(single, tmp_path):
+    config, state, abstract = single
     checkpointer = Checkpointer(tmp_path, config=KEEP)
     for step in (3, 4):
         checkpointer.save(state, position=position(step), config=config)
@@ -148,5 +152,13 @@ def test_a_longer_run_on_another_mesh_is_the_same_run():
     check_same_run(tiny_config(), longer, where="somewhere")
 
 
-def test_positions_are_plain_json_numbers():
-    assert all(type(value) in (int, str) for value in dataclasses.asdict(position(10**9)).values())
+def test_a_checkpoint_s_position_and_config_are_plain_json(saved):
+    workdir, _ = saved
+    folder = workdir / "checkpoints" / "7"
+    assert json.loads((folder / "position" / "metadata").read_text()) == {
+        "step": 7,
+        "tokens_seen": 384 * 7,
+        "store_fingerprint": "abc",
+    }
+    config = json.loads((folder / "config" / "metadata").read_text())
+    assert config == json.loads(tiny_config(mesh__tensor=2).to_json())
