@@ -125,3 +125,12 @@ def test_no_module_imports_relatively():
         if path.parent.name != "remote_code":  # is copied out of the package, where only relative imports work
             nodes = ast.walk(ast.parse(path.read_text()))
             assert not [node for node in nodes if isinstance(node, ast.ImportFrom) and node.level], path
+
+
+def test_tests_share_code_in_support_only():
+    paths = [path for path in Path(__file__).parent.rglob("*.py")]
+    names = {path.stem for path in paths if path.stem.startswith("test_")}
+    assert len(names) > 50
+    for path in paths:
+        imported = {part for name in imports_of(path.read_text()) for part in name.split(".")}
+        assert not imported & names, path
