@@ -17,6 +17,7 @@ def test_btlm_numbers():
     assert table.num_tokens == 627_714_293_760  # 627.71 B
     assert table.phases[0].num_tokens / table.num_tokens == 0.75
     assert table.block_len == 8192
+    assert hash(table) == hash(train_config_from(config_dict("btlm_3b_8k")).curriculum.table)
 
 
 @given(st.lists(st.tuples(st.sampled_from([1, 2, 4, 8]), st.integers(1, 9)), min_size=1, max_size=4))
@@ -43,8 +44,15 @@ def test_phase_at_equals_enumeration(spec):
         ((), (), (), "need one entry a phase"),
         ((4, 8), (6, 4), (24, 32), "phase 2 has 8 x 4 = 32 tokens a step, but phase 1 has 4 x 6 = 24"),
         ((3, 8), (8, 3), (24, 24), "3 does not divide the longest length 8"),
-        ((4, 8), (6, 3), (24, 30), "not a whole number of steps of 24 tokens; the nearest are 24 and 48"),
-        ((4, 8), (6, 3), (0, 24), "must be positive in every phase"),
+        (
+            (4, 8),
+            (6, 3),
+            (24, 30),
+            "phase 2 is 30, not a whole number of steps of 24 tokens; the nearest are 24 and 48",
+        ),
+        ((0, 8), (6, 3), (24, 24), r"curriculum.seq_len=\(0, 8\) must be positive in every phase"),
+        ((4, 8), (6, -3), (24, 24), r"curriculum.batch_size=\(6, -3\) must be positive"),
+        ((4, 8), (6, 3), (0, 24), r"curriculum.num_tokens=\(0, 24\) must be positive"),
     ],
 )
 def test_an_impossible_table_is_refused(seq_len, batch_size, num_tokens, message):
