@@ -37,7 +37,7 @@ def _require_positive(prefix: str, **values: float) -> None:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ModelConfig:
-    """Shape and numerics of the network; letters as in DESIGN: L layers, D d_model, N heads, F d_ff, V vocab."""
+    """Shape and numerics of the network; axis letters: L layers, D d_model, N heads, F d_ff, V vocab."""
 
     vocab_size: int  # V, at least the number of ids of the token store's tokenizer
     num_layers: int  # L

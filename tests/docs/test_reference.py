@@ -1,0 +1,46 @@
+"""The configuration reference: every field has a meaning and a reader, and readers are found where they are."""
+
+import pytest
+from support.docs_scripts import DOCS, load_script
+
+from btlm_jax.recipe import config
+
+generate_reference = load_script("generate_reference.py")
+
+FIELDS = [field for section in generate_reference.sections() for field in section.fields]
+
+
+@pytest.mark.parametrize("field", FIELDS, ids=lambda field: field.key)
+def test_every_field_has_a_meaning_and_is_read(field):
+    assert field.meaning, "say in recipe/config.py, beside the field, what it is"
+    assert field.readers, "nothing reads it: delete it"
+
+
+def test_every_key_of_a_config_is_there():
+    defined = generate_reference._example_values("local_cpu")
+    keys = {f"{name}.{key}" for name, value in defined.items() if isinstance(value, dict) for key in value} | {"seed"}
+    assert {field.key for field in FIELDS} == keys
+
+
+def test_allowed_values_are_those_of_the_checks():
+    allowed = {field.key: field.allowed for field in FIELDS}
+    assert allowed["model.attention"] == (", ".join(config.ATTENTIONS),)
+    assert allowed["model.d_model"] == ("> 0", "d_model % num_heads == 0")
+    assert allowed["optimizer.beta1"] == ("0 <= beta1 < 1",)
+    assert allowed["optimizer.weight_decay"] == (">= 0",)
+    assert allowed["corpus.heldout_fraction"] == ("0 < heldout_fraction < 1",)
+
+
+def test_readers_are_found_through_types():
+    readers = {field.key: field.readers for field in FIELDS}
+    assert "recipe/optimizer.py" in readers["optimizer.beta1"]
+    assert "train/loop.py" in readers["log.every_steps"]
+    assert "train/loop.py" not in readers["corpus.max_bytes"]
+    # The same name in another class is not a reader: a phase has a batch_size too.
+    assert not any(reader.startswith("data/") for reader in readers["curriculum.batch_size"])
+
+
+def test_the_page_has_the_reference():
+    page = (DOCS / "reference" / "configuration.md").read_text()
+    shown = generate_reference.on_page_markdown(page)
+    assert all(f"`{field.key}`" in shown for field in FIELDS) and generate_reference.MARKER not in shown
