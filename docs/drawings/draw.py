@@ -193,9 +193,9 @@ def mesh() -> Drawing:
     drawing.box(356, 492, 174, 64, kind="a", label="y: its sequences,\nits half of M")
     for number, line in enumerate(
         (
-            "A projection into heads or d_ff needs no exchange of activations; one out",
-            "of them is summed over tensor. Where the other two axes are above 1, their",
-            "devices store copies, and gradients are summed over them too.",
+            "A projection into heads or d_ff needs no exchange of activations; one",
+            "out of them is summed over tensor. Where the other two axes are above",
+            "1, their devices store copies, and gradients are summed over them too.",
         )
     ):
         drawing.soft(16, 584 + 18 * number, line)
