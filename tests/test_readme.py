@@ -10,7 +10,6 @@ import pytest
 from support.docs_scripts import ROOT, markdown_pages
 
 from btlm_jax import cli
-from btlm_jax.cli.parse import config_flag, parse_config
 
 PAGES = {path.relative_to(ROOT).as_posix(): path.read_text() for path in markdown_pages()}
 COMMANDS = sorted(
@@ -70,8 +69,11 @@ def test_every_btlm_command_parses(arguments, capsys):
 @pytest.mark.parametrize("arguments", CONFIGS, ids=" ".join)
 def test_every_config_exists_and_takes_its_values(arguments, monkeypatch):
     monkeypatch.chdir(ROOT)
+    planned = []
+    monkeypatch.setattr("btlm_jax.train.loop.dry_run", lambda config: planned.append(config) or "the plan")
+    arguments = ["train", *arguments, "--dry-run"]
     monkeypatch.setattr(sys, "argv", ["btlm", *arguments])  # where config_flags looks for --config.x.y
-    assert parse_config(config_flag(), arguments, help_text="") is not None
+    assert cli.main(arguments) == cli.DONE and len(planned) == 1
 
 
 @pytest.mark.parametrize("arguments", DRY_RUNS, ids=" ".join)
