@@ -23,7 +23,7 @@ from pathlib import Path
 from machine import accelerator, machine
 from steps import config_of_size, make_jax_step, make_torch_step
 
-from btlm_jax.train.metrics import FLOPS_CONVENTION, flops_per_token, peak_flops
+from btlm_jax.train.flops import FLOPS_CONVENTION, flops_per_token, peak_flops
 
 OURS = "btlm_jax"
 CPU_PEERS = tuple(f"torch {mode}, {attention}" for mode in ("eager", "compile") for attention in ("mask", "folded"))

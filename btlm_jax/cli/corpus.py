@@ -57,10 +57,18 @@ def _build(arguments: Sequence[str]) -> int:
     config = parse_config(values, arguments, help_text=HELP)
     if config is None:
         return DONE
-    prepare = importlib.import_module("btlm_jax.train.setup")
+    setup = importlib.import_module("btlm_jax.train.setup")
     workdir = workdir_of(values)
-    prepare.make_workdir(workdir)
-    token_store = prepare.prepare_store(config, workdir=workdir, expected="", build_store=build_store)
+    setup.make_workdir(workdir)
+    token_store = setup.prepare_store(
+        config.data,
+        corpus=config.corpus,
+        vocab_size=config.model.vocab_size,
+        block_len=config.curriculum.table.block_len,
+        workdir=workdir,
+        expected_fingerprint="",
+        build_store=build_store,
+    )
     print_store(token_store.manifest)
     return DONE
 

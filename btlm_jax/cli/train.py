@@ -44,7 +44,7 @@ def train(arguments: Sequence[str]) -> int:
     if values["dry-run"].value:
         print(training.dry_run(config))
         return DONE
-    training.start_processes(
+    importlib.import_module("btlm_jax.train.setup").start_processes(
         distributed=values["distributed"].value,
         coordinator=values["coordinator"].value,
         num_processes=values["num_processes"].value,
@@ -55,14 +55,23 @@ def train(arguments: Sequence[str]) -> int:
         workdir=workdir_of(values),
         check_devices=functools.partial(_check_devices, config_file=config_file(values)),
         build_store=build_store,
-        continue_prompt=importlib.import_module("btlm_jax.generate.sample").continue_prompt,
+        continue_prompt=continue_prompt,
     )
     return {training.DONE: DONE, training.PREEMPTED: PREEMPTED, training.BAD_NUMBERS: BAD_NUMBERS}[outcome]
 
 
 def build_store(*arguments, **keywords):
-    """Make a token store; what makes it is imported only where there is none yet."""
+    """Make a token store; the modules that do are imported only where there is none yet."""
     return importlib.import_module("btlm_jax.corpus.installed.build").build_store(*arguments, **keywords)
+
+
+def continue_prompt(run, params: dict) -> str:
+    """Generate the sample at the end of a run.
+
+    Decoding is imported here, after the last step: the last checkpoint is complete by then, so an error loses nothing,
+    and the same command would do the end again.
+    """
+    return importlib.import_module("btlm_jax.generate.sample").continue_prompt(run, params)
 
 
 def _check_devices(config: TrainConfig, devices: Sequence, *, config_file: Path) -> str:

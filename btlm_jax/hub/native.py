@@ -21,11 +21,11 @@ from btlm_jax.recipe.mup import make_parametrization
 from btlm_jax.storage.files import write_atomically
 from btlm_jax.storage.location import PathOrUrl, resolve_location
 from btlm_jax.tokenizers.tokenizer import Tokenizer, load_tokenizer
-from btlm_jax.train.checkpoint import CHECKPOINTS, CheckpointReader, read_params, write_params
+from btlm_jax.train import CHECKPOINTS, SUMMARY_FILE
+from btlm_jax.train.checkpoint import CheckpointReader, read_params, write_params
 
 MODEL_FILE, PARAMS = "model.json", "params"
 FORMAT = "btlm_jax model 1"
-SUMMARY_FILE = "summary.json"  # a finished run's
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -74,7 +74,7 @@ def read_run(workdir: Path) -> NativeModel:
     reader = CheckpointReader(workdir)
     try:
         step = reader.steps()[-1]
-        position, config = reader.read_facts(step)
+        position, config = reader.read_metadata(step)
         notes = {"steps": f"{step:,}", "tokens": f"{position.tokens_seen:,}"} | _heldout_notes(workdir, step)
         directory = resolve_location(workdir, config.data.store)
         recorded = store.read_manifest(directory).tokenizer
@@ -102,7 +102,7 @@ def store_of_run(workdir: Path) -> PathOrUrl:
     """
     reader = CheckpointReader(workdir)
     try:
-        _, config = reader.read_facts(reader.steps()[-1])
+        _, config = reader.read_metadata(reader.steps()[-1])
     finally:
         reader.close()
     return resolve_location(workdir, config.data.store)

@@ -21,7 +21,7 @@ from btlm_jax.plan.compiling import CompileCache, CompiledStep
 from btlm_jax.plan.executable import Collective, Executable
 from btlm_jax.plan.flop_count import OUT_OF_SIGHT, Work, work_of
 from btlm_jax.recipe.curriculum import Phase
-from btlm_jax.train.metrics import flops_per_token, peak_flops
+from btlm_jax.train.flops import flops_per_token, peak_flops
 from btlm_jax.train.program import Program
 
 ASSUMPTIONS = (
@@ -83,7 +83,7 @@ class PhasePlan:
     compile_seconds: float
     memory: Memory
     collectives: tuple[Collective, ...]
-    counted_flops: float  # a step, by the convention of metrics.py
+    counted_flops: float  # a step, by the convention of flops.py
     executed_flops: float  # a step that sees all keys: recompute, masked halves of blocks and ALiBi's lanes too
     peak_flops: float  # of the slice, a second
     step_time: StepTime

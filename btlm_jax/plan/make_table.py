@@ -22,7 +22,7 @@ from btlm_jax.plan.slice_plan import Misfit, SlicePlan, plan_until_misfit
 from btlm_jax.plan.table_text import table_text
 from btlm_jax.recipe.config import TrainConfig, train_config_from
 from btlm_jax.storage.files import write_atomically
-from btlm_jax.train.metrics import FLOPS_CONVENTION
+from btlm_jax.train.flops import FLOPS_CONVENTION
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

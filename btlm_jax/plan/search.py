@@ -18,7 +18,7 @@ from btlm_jax.plan.compiling import CompileCache, NoCompilationsLeftError
 from btlm_jax.plan.layout import Layout
 from btlm_jax.plan.slice_plan import SlicePlan, dividing_meshes, layout_problems, plan_until_misfit
 from btlm_jax.recipe.config import REMATS, TrainConfig
-from btlm_jax.train.metrics import flops_per_token, peak_flops
+from btlm_jax.train.flops import flops_per_token, peak_flops
 
 SPARE = 0.1  # of a chip's memory, that the best layout leaves
 TOO_LARGE, SLOWER, NOT_REACHED = "too large", "slower", "not reached"  # why a layout is not compiled

@@ -1,1 +1,9 @@
-"""The training run: setup, loop, step, checkpoints, metrics, held-out loss, finish."""
+"""The training run: setup, loop, step, checkpoints, metrics, held-out loss, finish. Here: the names in its workdir."""
+
+CONFIG_FILE = "config.json"  # of the start that ran last
+CHECKPOINTS = "checkpoints"  # directory; one directory a step
+METRICS_FILE = "metrics.jsonl"  # a line a step, an evaluation or an event
+TENSORBOARD = "tensorboard"  # directory
+COMPILE_CACHE = "compile_cache"  # directory of JAX's compilation cache
+LOSS_PLOT, POSITION_PLOT = "loss.png", "loss_by_position.png"
+SUMMARY_FILE = "summary.json"  # of a finished run

@@ -14,13 +14,13 @@ import os
 import re
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import orbax.checkpoint as ocp
 
 from btlm_jax.recipe.config import CheckpointConfig, TrainConfig, train_config_from
+from btlm_jax.train import CHECKPOINTS
 from btlm_jax.train.step import TrainState
-
-CHECKPOINTS = "checkpoints"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -59,7 +59,7 @@ class Checkpointer:
           OSError: this save could not start, or an earlier one failed, for example because the disk is full; the
             message names the last complete checkpoint.
         """
-        with self._saying_what_remains():
+        with self._naming_the_last_checkpoint():
             self._manager.check_for_errors()
             if position.step in self._manager.all_steps():
                 return
@@ -72,16 +72,16 @@ class Checkpointer:
                 ),
             )
 
-    def read_facts(self, step: int) -> tuple[Position, TrainConfig]:
+    def read_metadata(self, step: int) -> tuple[Position, TrainConfig]:
         """Return a checkpoint's position and config.
 
         Raises:
           ValueError: they cannot be read; the message names the directory and what remains.
         """
         args = ocp.args.Composite(position=ocp.args.JsonRestore(), config=ocp.args.JsonRestore())
-        found = self._restore(step, args)
-        found["config"]["mesh"].setdefault("context", 1)  # older checkpoints were written before it could be another
-        return Position(**found["position"]), train_config_from(found["config"])
+        metadata = self._restore(step, args)
+        metadata["config"]["mesh"].setdefault("context", 1)  # checkpoints from before mesh.context do not have it
+        return Position(**metadata["position"]), train_config_from(metadata["config"])
 
     def restore_state(self, step: int, *, abstract: TrainState) -> TrainState:
         """Return a checkpoint's state, laid out as `abstract` says, whatever mesh it was saved from.
@@ -104,12 +104,12 @@ class Checkpointer:
         )
         return self._restore(step, ocp.args.Composite(state=args))["state"]["params"]
 
-    def _restore(self, step: int, args):
+    def _restore(self, step: int, args: ocp.args.Composite) -> Any:  # a mapping by item
         try:
             return self._manager.restore(step, args=args)
         except Exception as error:  # orbax raises many kinds for a damaged step; the user needs one message
-            others = [other for other in self.steps() if other != step]
-            remedy = f"delete it to go on from step {others[-1]}" if others else "delete it to start again"
+            other_steps = [other for other in self.steps() if other != step]
+            remedy = f"delete it to go on from step {other_steps[-1]}" if other_steps else "delete it to start again"
             raise ValueError(
                 f"checkpoint {self.directory / str(step)} cannot be read: {_reason(error)}; {remedy}"
             ) from error
@@ -120,7 +120,7 @@ class Checkpointer:
         Raises:
           OSError: one of them failed; the message names the last complete checkpoint.
         """
-        with self._saying_what_remains():
+        with self._naming_the_last_checkpoint():
             self._manager.wait_until_finished()
             self._manager.check_for_errors()
 
@@ -130,24 +130,25 @@ class Checkpointer:
         Raises:
           OSError: a save failed that nobody waited for.
         """
-        with self._saying_what_remains():
+        with self._naming_the_last_checkpoint():
             self._manager.close()
 
     @contextlib.contextmanager
-    def _saying_what_remains(self) -> Iterator[None]:
+    def _naming_the_last_checkpoint(self) -> Iterator[None]:
+        """Turn any error of a save into an OSError that names the last complete checkpoint."""
         try:
             yield
         except Exception as error:  # orbax raises many kinds, some of them tensorstore's; the user needs one message
             complete = [int(path.name) for path in self.directory.iterdir() if path.name.isdigit()]
-            remains = f"the last complete checkpoint is step {max(complete):,}" if complete else "there is none yet"
+            last = f"the last complete checkpoint is step {max(complete):,}" if complete else "there is none yet"
             raise OSError(
-                f"a checkpoint could not be written to {self.directory}: {_reason(error)}; {remains}; free some space "
+                f"a checkpoint could not be written to {self.directory}: {_reason(error)}; {last}; free some space "
                 "or mend the disk, and run the same command to go on"
             ) from error
 
 
 class CheckpointReader(Checkpointer):
-    """The checkpoints of a workdir whose run may be going on: nothing is written, unfinished saves are left alone.
+    """Read-only access to the checkpoints of a workdir whose run may still be going on: unfinished saves stay.
 
     Raises:
       FileNotFoundError: there is no complete checkpoint.
@@ -188,20 +189,41 @@ def read_params(directory: Path, *, abstract: dict) -> dict:
 def _reason(error: Exception) -> str:
     """Return an error in one line; of tensorstore's nested messages about a file, what the operating system said."""
     message = str(error).strip()
-    if found := re.search(r"os_error_code='(\d+)'", message):
-        return os.strerror(int(found[1]))
+    if code := re.search(r"os_error_code='(\d+)'", message):
+        return os.strerror(int(code[1]))
     return message.splitlines()[0] if message else type(error).__name__
 
 
-# What a run may not change between its start and a resume: another value would be another run, not this one's rest.
+# What may not change between the start of a run and a resume: with another value it would be another run.
 _FIXED = ("seed", "mup", "data.seed", "curriculum.seq_len", "curriculum.batch_size")
 _FIXED_MODEL = ("vocab_size", "num_layers", "d_model", "num_heads", "d_ff", "layer_norm_eps", "alibi_scaling", "dtype")
 
 
-def check_same_run(saved: TrainConfig, config: TrainConfig, *, where: str) -> None:
-    """Check that `config` continues the run that wrote `saved`: everything but numbers of convenience is equal.
+def last_position(checkpointer: Checkpointer, config: TrainConfig) -> Position:
+    """Return where the workdir's run stands, step 0 without a checkpoint, having checked that `config` continues it.
 
-    Only the last phase's tokens may change, up or down but not below what was trained.
+    Raises:
+      ValueError: the checkpoint cannot be read, is of another run, or is past the configured end.
+    """
+    steps = checkpointer.steps()
+    if not steps:
+        return Position(step=0, tokens_seen=0, store_fingerprint="")
+    position, saved = checkpointer.read_metadata(steps[-1])
+    check_same_run(saved, config, where=str(checkpointer.directory / str(steps[-1])))
+    curriculum = config.curriculum.table
+    if position.step > curriculum.num_steps:
+        raise ValueError(
+            f"the checkpoint is at step {position.step:,} ({position.tokens_seen:,} tokens), past the configured "
+            f"{curriculum.num_steps:,} steps ({curriculum.num_tokens:,} tokens): raise curriculum.num_tokens of the "
+            "last phase, or choose another --workdir"
+        )
+    return position
+
+
+def check_same_run(saved: TrainConfig, config: TrainConfig, *, where: str) -> None:
+    """Check that `config` continues the run that wrote `saved`: what decides the numbers trained is equal.
+
+    Of the curriculum only the last phase's tokens may change.
 
     Raises:
       ValueError: naming each key that differs, with both values.

@@ -1,4 +1,4 @@
-"""Evaluation during a run, and its end: held-out loss, plots, a sample, and a summary of where everything is."""
+"""Held-out evaluation during a run, and its end: final evaluation, plots, a sample, and a summary."""
 
 from __future__ import annotations
 
@@ -11,20 +11,19 @@ import jax
 from btlm_jax.data.loader import heldout_batches
 from btlm_jax.data.store import HELDOUT
 from btlm_jax.parallel.mesh import evaluation_sharding
-from btlm_jax.recipe.config import TrainConfig
+from btlm_jax.recipe.config import CurriculumConfig
 from btlm_jax.storage.files import write_atomically
-from btlm_jax.train.checkpoint import CHECKPOINTS
+from btlm_jax.train import CHECKPOINTS, LOSS_PLOT, METRICS_FILE, POSITION_PLOT, SUMMARY_FILE, TENSORBOARD
 from btlm_jax.train.heldout import HeldoutResult, evaluate_heldout
-from btlm_jax.train.metric_writer import METRICS_FILE, MetricWriter, read_metrics
+from btlm_jax.train.metric_writer import MetricWriter, read_metrics
 from btlm_jax.train.plots import plot_loss, plot_position
 from btlm_jax.train.setup import Run, log
 
-SUMMARY_FILE = "summary.json"
-ContinuePrompt = Callable[[Run, dict], str]  # (run, parameters) -> what the model makes of log.sample_prompt
+ContinuePrompt = Callable[[Run, dict], str]  # (run, parameters) -> the continuation of log.sample_prompt
 
 
 def evaluate_some(run: Run, params: dict) -> HeldoutResult:
-    """Return the held-out loss over the first few blocks of each source: cheap enough to follow during training."""
+    """Return the held-out loss over the first evaluation.blocks_per_source blocks of each source."""
     return _evaluate(run, params, blocks_per_source=run.config.evaluation.blocks_per_source)
 
 
@@ -38,8 +37,8 @@ def finish_run(run: Run, params: dict, writer: MetricWriter, *, continue_prompt:
     writer.finish()
     if jax.process_index() != 0:
         return
-    plot_loss(read_metrics(run.workdir / METRICS_FILE), run.config.curriculum.table, run.workdir / "loss.png")
-    plot_position(result, run.workdir / "loss_by_position.png", seq_lens=run.config.curriculum.seq_len)
+    plot_loss(read_metrics(run.workdir / METRICS_FILE), run.config.curriculum.table, run.workdir / LOSS_PLOT)
+    plot_position(result, run.workdir / POSITION_PLOT, seq_lens=run.config.curriculum.seq_len)
     summary = {
         "num_steps": step,
         "num_tokens": run.config.curriculum.table.num_tokens,
@@ -48,18 +47,18 @@ def finish_run(run: Run, params: dict, writer: MetricWriter, *, continue_prompt:
         "seconds": run.ledger.seconds(),
     }
     write_atomically(run.workdir / SUMMARY_FILE, json.dumps(summary, indent=2))
-    log(_summary_text(summary, run.config, run.workdir))
+    log(_summary_text(summary, run.config.curriculum, run.workdir))
 
 
-def finished_report(config: TrainConfig, *, workdir: Path, step: int) -> str:
-    """Return what to say when the run is already complete, or "" when there is something left to do."""
+def finished_report(curriculum: CurriculumConfig, *, workdir: Path, step: int) -> str:
+    """Return the report of a run whose checkpoint is at `step` if it is complete, or "" if it has steps left."""
     path = workdir / SUMMARY_FILE
-    if step == 0 or step != config.curriculum.table.num_steps or not path.is_file():
+    if step == 0 or step != curriculum.table.num_steps or not path.is_file():
         return ""
     summary = json.loads(path.read_text())
     if summary["num_steps"] != step:
         return ""
-    return f"Already done: {workdir} has trained its {step:,} steps.\n" + _summary_text(summary, config, workdir)
+    return f"Already done: {workdir} has trained its {step:,} steps.\n" + _summary_text(summary, curriculum, workdir)
 
 
 def _evaluate(run: Run, params: dict, *, blocks_per_source: int) -> HeldoutResult:
@@ -74,9 +73,10 @@ def _evaluate(run: Run, params: dict, *, blocks_per_source: int) -> HeldoutResul
         return evaluate_heldout(run.eval_step, params, batches, manifest=run.token_store.manifest)
 
 
-def _summary_text(summary: dict, config: TrainConfig, workdir: Path) -> str:
-    heldout, table = summary["heldout"], config.curriculum.table
-    longer = (*config.curriculum.num_tokens[:-1], config.curriculum.num_tokens[-1] + 100 * table.tokens_per_step)
+def _summary_text(summary: dict, curriculum: CurriculumConfig, workdir: Path) -> str:
+    heldout, prompt = summary["heldout"], summary["sample"]["prompt"]
+    more_tokens = curriculum.num_tokens[-1] + 100 * curriculum.table.tokens_per_step
+    longer = (*curriculum.num_tokens[:-1], more_tokens)
     rows = [
         f"  {name:<12} {source['loss']:.4f} nats/token   {source['bits_per_byte']:.4f} bits/byte"
         for name, source in heldout["sources"].items()
@@ -86,15 +86,15 @@ def _summary_text(summary: dict, config: TrainConfig, workdir: Path) -> str:
         f"Done: {summary['num_steps']:,} steps, {summary['num_tokens']:,} tokens.",
         "Held-out loss:",
         *rows,
-        f"Sample: {summary['sample']['prompt']}\u2502{summary['sample']['continuation']}",
+        f"Sample: {prompt}\u2502{summary['sample']['continuation']}",
         "Where everything is:",
-        f"  {workdir / 'loss.png'}, {workdir / 'loss_by_position.png'}   the curves",
-        f"  {workdir / METRICS_FILE}, {workdir / 'tensorboard'}   every number",
+        f"  {workdir / LOSS_PLOT}, {workdir / POSITION_PLOT}   the curves",
+        f"  {workdir / METRICS_FILE}, {workdir / TENSORBOARD}   every number",
         f"  {workdir / CHECKPOINTS}   checkpoints    {workdir / SUMMARY_FILE}   this, as JSON",
         "What to run next:",
         "  the same command with more tokens goes on from here:",
         f'  --config.curriculum.num_tokens="{longer}"',
-        f"  tensorboard --logdir={workdir / 'tensorboard'}",
-        f'  btlm generate --checkpoint={workdir} --prompt="{config.log.sample_prompt}"',
+        f"  tensorboard --logdir={workdir / TENSORBOARD}",
+        f'  btlm generate --checkpoint={workdir} --prompt="{prompt}"',
     ]
     return "\n".join(lines)

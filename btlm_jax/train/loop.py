@@ -1,30 +1,33 @@
-"""The training run, in chapters: prepare, restore, loop, report.
+"""The training run, in chapters: prepare, restore, loop, finish.
 
-The only module that holds the whole config. `train` may be called again at any time: it goes on from the last complete
-checkpoint and ends with the same bits as a run that was never interrupted.
+`train` may be called again at any time: it goes on from the last complete checkpoint and ends with the same bits as a
+run that was never interrupted. All code that the steps need is imported before the first of them.
 """
 
 from __future__ import annotations
 
 import faulthandler
 import math
+import signal
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from pathlib import Path
 
 import jax
 import numpy as np
+from jax.experimental import multihost_utils
 
-from btlm_jax.data.loader import TrainLoader
+from btlm_jax.data.loader import Batch, TrainLoader
 from btlm_jax.parallel.divisibility import check_divisible
 from btlm_jax.parallel.mesh import batch_sharding, make_run_mesh, rules_for
 from btlm_jax.recipe.config import TrainConfig
 from btlm_jax.storage.files import write_atomically
-from btlm_jax.train.checkpoint import Checkpointer, Position, check_same_run
+from btlm_jax.train import CONFIG_FILE, METRICS_FILE
+from btlm_jax.train.checkpoint import Checkpointer, Position, last_position
 from btlm_jax.train.finish import ContinuePrompt, evaluate_some, finish_run, finished_report
-from btlm_jax.train.metric_writer import METRICS_FILE, MetricWriter
-from btlm_jax.train.metrics import FLOPS_CONVENTION, GoodputLedger, flops_per_token, peak_flops
-from btlm_jax.train.preemption import StopRequest
+from btlm_jax.train.flops import FLOPS_CONVENTION, flops_per_token, peak_flops
+from btlm_jax.train.goodput import GoodputLedger
+from btlm_jax.train.metric_writer import MetricWriter
 from btlm_jax.train.program import make_program
 from btlm_jax.train.run_summary import describe_run
 from btlm_jax.train.setup import BuildStore, Run, log, make_run, make_workdir, prepare_store
@@ -57,31 +60,37 @@ def train(
     chips, `build_store` makes the token store that the config describes, `continue_prompt` makes the sample at the end.
 
     Raises:
-      ValueError: the config, the store, the mesh or the checkpoint do not fit together, or the step not the chips'
-        memory; says which and how.
+      ValueError: the config, the store, the mesh or the checkpoint do not fit together, or the step does not fit the
+        chips' memory; says which and how.
       OSError: a file cannot be read or written.
     """
     ledger, stop = GoodputLedger(), StopRequest()
-    if known := check_devices(config, jax.devices()):
-        log(known)
+    if layout_note := check_devices(config, jax.devices()):
+        log(layout_note)
     make_workdir(workdir)
     check_divisible(config, num_devices=jax.device_count())
     mesh = make_run_mesh(config, devices=jax.devices())
     checkpointer = Checkpointer(workdir, config=config.checkpoint)
     try:
-        position = _last_position(checkpointer, config)
-        if finished := finished_report(config, workdir=workdir, step=position.step):
-            log(finished)
+        position = last_position(checkpointer, config)
+        if report := finished_report(config.curriculum, workdir=workdir, step=position.step):
+            log(report)
             return DONE
         program = make_program(config, mesh)
         log(describe_run(config, program.table))
         with ledger.measure("corpus"):
             token_store = prepare_store(
-                config, workdir=workdir, expected=position.store_fingerprint, build_store=build_store
+                config.data,
+                corpus=config.corpus,
+                vocab_size=config.model.vocab_size,
+                block_len=config.curriculum.table.block_len,
+                workdir=workdir,
+                expected_fingerprint=position.store_fingerprint,
+                build_store=build_store,
             )
         run = make_run(program, workdir=workdir, token_store=token_store, ledger=ledger)
         if jax.process_index() == 0:
-            write_atomically(workdir / "config.json", config.to_json())
+            write_atomically(workdir / CONFIG_FILE, config.to_json())
         if position.step == 0:
             state = init_state(run.model, run.optimizer, mesh, seed=config.seed)
         else:
@@ -112,29 +121,27 @@ def dry_run(config: TrainConfig) -> str:
     return plan
 
 
-def start_processes(*, distributed: bool, coordinator: str, num_processes: int, process_id: int) -> None:
-    """Join the other processes of this run, if there are any; must come before anything touches a device."""
-    if coordinator:
-        jax.distributed.initialize(coordinator, num_processes=num_processes, process_id=process_id)
-    elif distributed:
-        jax.distributed.initialize()
+class StopRequest:
+    """Detect SIGTERM or a TPU preemption notice; all processes agree after which step to stop.
 
+    With one process this is a SIGTERM handler. With several, JAX's preemption service receives the signal of any of
+    them and broadcasts one step, after which all save the same checkpoint.
+    """
 
-def _last_position(checkpointer: Checkpointer, config: TrainConfig) -> Position:
-    """Return where the workdir stands, after checking that `config` may go on from there."""
-    steps = checkpointer.steps()
-    if not steps:
-        return Position(step=0, tokens_seen=0, store_fingerprint="")
-    position, saved = checkpointer.read_facts(steps[-1])
-    check_same_run(saved, config, where=str(checkpointer.directory / str(steps[-1])))
-    curriculum = config.curriculum.table
-    if position.step > curriculum.num_steps:
-        raise ValueError(
-            f"the checkpoint is at step {position.step:,} ({position.tokens_seen:,} tokens), past the configured "
-            f"{curriculum.num_steps:,} steps ({curriculum.num_tokens:,} tokens): raise curriculum.num_tokens of the "
-            "last phase, or choose another --workdir"
-        )
-    return position
+    def __init__(self):
+        self._is_received = False
+        if jax.process_count() == 1:
+            signal.signal(signal.SIGTERM, self._on_signal)
+
+    def is_agreed(self, step: int) -> bool:
+        """Return whether to stop after `step`; every process gets the same answer for the same step."""
+        if jax.process_count() == 1:
+            return self._is_received
+        return multihost_utils.reached_preemption_sync_point(step)
+
+    def _on_signal(self, signum, frame):
+        del signum, frame
+        self._is_received = True
 
 
 def _train_from(
@@ -147,10 +154,10 @@ def _train_from(
     stop: StopRequest,
     continue_prompt: ContinuePrompt,
 ) -> str:
-    """Run the loop from step `first_step` to the end, then report."""
+    """Run the loop from step `first_step` to the end, then finish."""
     config, curriculum = run.config, run.config.curriculum.table
     phase_ends = {phase.end_step for phase in curriculum.phases}
-    waiting = None  # the last step's metrics, still on the device: fetched while the next step runs
+    pending = None  # the last step's metrics, still on the device: fetched while the next step runs
     step = first_step  # how many steps are complete
     batches = _batches(run, first_step=first_step)
     try:
@@ -161,22 +168,22 @@ def _train_from(
             train_step = run.train_steps[curriculum.phase_at(index).index]
             with run.ledger.measure("step"):
                 state, metrics = train_step(state, batch, np.float32(learning_rate))
-                if waiting:
-                    _record(writer, *waiting)
-                waiting = (step, learning_rate, metrics)
-                last, stopping = step == curriculum.num_steps, stop.agreed(step)
-                evaluating = step in phase_ends or step % config.evaluation.every_steps == 0
-                saving = last or stopping or step % config.checkpoint.every_steps == 0
-                if evaluating or saving:
+                if pending:
+                    _record(writer, *pending)
+                pending = (step, learning_rate, metrics)
+                is_last, is_stopping = step == curriculum.num_steps, stop.is_agreed(step)
+                is_evaluating = step in phase_ends or step % config.evaluation.every_steps == 0
+                is_saving = is_last or is_stopping or step % config.checkpoint.every_steps == 0
+                if is_evaluating or is_saving:
                     # What is evaluated or saved must be known to be finite first.
-                    _record(writer, *waiting)
-                    waiting = None
-            if evaluating and not last:
+                    _record(writer, *pending)
+                    pending = None
+            if is_evaluating and not is_last:
                 writer.evaluation(step, evaluate_some(run, state.params))
-            if saving:
+            if is_saving:
                 with run.ledger.measure("checkpoint"):
                     checkpointer.save(state, position=_position(run, step), config=config)
-            if stopping:
+            if is_stopping:
                 with run.ledger.measure("checkpoint"):
                     checkpointer.wait()
                 log(f"Preempted: saved at step {step:,}; run the same command to go on")
@@ -194,22 +201,8 @@ def _train_from(
         batches.close()
 
 
-def _stop_on_bad_numbers(run: Run, error: BadNumbersError, *, checkpointer: Checkpointer, writer: MetricWriter) -> str:
-    """Leave the last good checkpoint and say what happened, where the evidence is, and what to try."""
-    checkpointer.wait()
-    kept = checkpointer.steps()
-    writer.event(error.step, f"stopped on bad numbers at {error}")
-    log(
-        f"Stopped on bad numbers at {error}. "
-        + (f"The last good checkpoint is step {kept[-1]:,}. " if kept else "There is no checkpoint yet. ")
-        + f"The same command would stop there again. {run.workdir / METRICS_FILE} has the norms of every class up to "
-        "here; try a lower optimizer.peak_learning_rate, or model.dtype=float32 in a new workdir"
-    )
-    return BAD_NUMBERS
-
-
-def _batches(run: Run, *, first_step: int) -> Iterator[tuple[int, dict]]:
-    """Yield (step index, batch), with the time spent waiting for each in the ledger."""
+def _batches(run: Run, *, first_step: int) -> Generator[tuple[int, Batch]]:
+    """Yield (step index, batch), and count the time spent waiting for each."""
     data, accumulation, phases = run.config.data, run.config.mesh.accumulation, run.config.curriculum.table.phases
     rules = [rules_for(phase.batch_size, mesh=run.mesh, accumulation=accumulation) for phase in phases]
     loader = TrainLoader(
@@ -234,8 +227,39 @@ def _batches(run: Run, *, first_step: int) -> Iterator[tuple[int, dict]]:
         batches.close()
 
 
+def _record(writer: MetricWriter, step: int, learning_rate: float, metrics: dict[str, jax.Array]) -> None:
+    """Fetch a step's metrics and write them; refuse to go on from numbers that are not finite.
+
+    The updates' norms are among them, so what is saved after a step that passes is finite too.
+
+    Raises:
+      BadNumbersError: names the values that are not finite.
+    """
+    values = {name: float(value) for name, value in jax.device_get(metrics).items()}
+    writer.train(step, learning_rate=learning_rate, metrics=values)
+    bad = [f"{name}={value}" for name, value in values.items() if not math.isfinite(value)]
+    if bad:
+        bad.sort(key=lambda text: not text.startswith("loss="))
+        more = f" and {len(bad) - 3} more" if len(bad) > 3 else ""
+        raise BadNumbersError(step, f"{', '.join(bad[:3])}{more} at learning rate {learning_rate:.6g}")
+
+
+def _stop_on_bad_numbers(run: Run, error: BadNumbersError, *, checkpointer: Checkpointer, writer: MetricWriter) -> str:
+    """Wait for the last good checkpoint and log what happened, where the evidence is, and what to try."""
+    checkpointer.wait()
+    steps = checkpointer.steps()
+    writer.event(error.step, f"stopped on bad numbers at {error}")
+    log(
+        f"Stopped on bad numbers at {error}. "
+        + (f"The last good checkpoint is step {steps[-1]:,}. " if steps else "There is no checkpoint yet. ")
+        + f"The same command would stop there again. {run.workdir / METRICS_FILE} has the norms of every class up to "
+        "here; try a lower optimizer.peak_learning_rate, or model.dtype=float32 in a new workdir"
+    )
+    return BAD_NUMBERS
+
+
 def _make_writer(run: Run, *, first_step: int) -> MetricWriter:
-    """Make the writer of the run's numbers, and say what MFU is a share of."""
+    """Make the writer of the run's numbers, and log which peak MFU is a share of."""
     config, curriculum = run.config, run.config.curriculum.table
     num_devices, peak = jax.device_count(), peak_flops(jax.local_devices()[0])
     log(
@@ -260,17 +284,3 @@ def _position(run: Run, step: int) -> Position:
         tokens_seen=run.config.curriculum.table.tokens_seen(step),
         store_fingerprint=run.token_store.manifest.fingerprint,
     )
-
-
-def _record(writer: MetricWriter, step: int, learning_rate: float, metrics: dict) -> None:
-    """Fetch a step's metrics and write them; refuse to go on from numbers that are not finite.
-
-    The updates' norms are among them, so what is saved after a step that passes is finite too.
-    """
-    values = {name: float(value) for name, value in jax.device_get(metrics).items()}
-    writer.train(step, learning_rate=learning_rate, metrics=values)
-    bad = [f"{name}={value}" for name, value in values.items() if not math.isfinite(value)]
-    if bad:
-        bad.sort(key=lambda text: not text.startswith("loss="))
-        more = f" and {len(bad) - 3} more" if len(bad) > 3 else ""
-        raise BadNumbersError(step, f"{', '.join(bad[:3])}{more} at learning rate {learning_rate:.6g}")

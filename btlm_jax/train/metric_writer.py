@@ -13,10 +13,9 @@ from typing import Protocol, TextIO
 from btlm_jax.display.progress import StepBar, print_line
 from btlm_jax.recipe.curriculum import Curriculum
 from btlm_jax.storage.files import write_atomically
-from btlm_jax.train.metrics import GoodputLedger
+from btlm_jax.train import METRICS_FILE, TENSORBOARD
+from btlm_jax.train.goodput import GoodputLedger
 
-METRICS_FILE = "metrics.jsonl"
-TENSORBOARD_DIRECTORY = "tensorboard"
 SMOOTHING_STEPS = 20  # tokens/s and MFU on the console, and the ETA, are over the last so many steps
 LINE_SECONDS = 2.0  # plain console lines come no faster
 TRAINING = ("step", "data wait")  # the ledger's categories that are the clock of tokens/s
@@ -95,7 +94,7 @@ class MetricWriter:
             path = self._workdir / METRICS_FILE
             _drop_replayed(path, first_step=self._first_step)
             self._file: TextIO = open(path, "a", encoding="utf-8")
-            self._tensorboard = SummaryWriter(str(self._workdir / TENSORBOARD_DIRECTORY), purge_step=self._first_step)
+            self._tensorboard = SummaryWriter(str(self._workdir / TENSORBOARD), purge_step=self._first_step)
             self._bar = StepBar(
                 total=self._curriculum.num_steps, first_step=self._first_step, line_seconds=LINE_SECONDS
             )

@@ -7,60 +7,59 @@ from collections.abc import Iterator
 
 import jax
 
-from btlm_jax.recipe.config import TrainConfig
+from btlm_jax.recipe.config import CurriculumConfig, ModelConfig, MupConfig, OptimizerConfig, TrainConfig
 from btlm_jax.recipe.optimizer import learning_rate_at
-from btlm_jax.train.metrics import FLOPS_CONVENTION, flops_per_token
+from btlm_jax.train.flops import FLOPS_CONVENTION, flops_per_token
 
 _GB = 1e9
 
 
-def describe_run(config: TrainConfig, table) -> str:
+def describe_run(config: TrainConfig, table: dict) -> str:
     """Return the whole plan; `table` is the model's tree of ParameterInfo."""
     sections = (
-        _parameters(config, table),
-        _phases(config),
-        _schedule(config),
+        _parameters(config.model, config.mup, table),
+        _phases(config.curriculum, config.model),
+        _schedule(config.optimizer, config.curriculum),
         _memory(table),
-        _parameter_rows(config, table),
+        _parameter_rows(config.optimizer, table, num_steps=config.curriculum.table.num_steps),
     )
     return "\n\n".join("\n".join(section) for section in sections)
 
 
-def num_parameters(table) -> int:
+def num_parameters(table: dict) -> int:
     """Return how many parameters the tree of ParameterInfo holds."""
     return sum(math.prod(info.shape) for info in jax.tree.leaves(table))
 
 
-def _parameters(config: TrainConfig, table) -> Iterator[str]:
-    model = config.model
+def _parameters(model: ModelConfig, mup: MupConfig, table: dict) -> Iterator[str]:
     yield f"Model: {num_parameters(table):,} parameters"
     yield (
         f"  {model.num_layers} layers, d_model {model.d_model}, {model.num_heads} heads x {model.head_dim}, "
         f"d_ff {model.d_ff}, vocabulary {model.vocab_size:,}, compute in {model.dtype}"
     )
-    yield f"  parametrization {config.mup.preset}: d_model / base = {model.d_model} / {config.mup.base_d_model:g}"
+    yield f"  parametrization {mup.preset}: d_model / base = {model.d_model} / {mup.base_d_model:g}"
 
 
-def _phases(config: TrainConfig) -> Iterator[str]:
-    table = config.curriculum.table
+def _phases(curriculum: CurriculumConfig, model: ModelConfig) -> Iterator[str]:
+    table = curriculum.table
     yield (
         f"Curriculum: {table.num_steps:,} steps of {table.tokens_per_step:,} tokens, "
         f"{table.num_tokens / 1e9:.2f} B tokens"
     )
     for phase in table.phases:
         share = phase.num_tokens / table.num_tokens
-        flops = flops_per_token(config.model, seq_len=phase.seq_len)
+        flops = flops_per_token(model, seq_len=phase.seq_len)
         yield (
             f"  phase {phase.index + 1}: {phase.num_steps:,} steps of {phase.batch_size:,} x {phase.seq_len:,} = "
             f"{phase.tokens_per_step:,} tokens; {phase.num_tokens:,} tokens ({share:.2%}); "
             f"{flops / 1e9:.4g} GFLOP a token"
         )
-    total = sum(p.num_tokens * flops_per_token(config.model, seq_len=p.seq_len) for p in table.phases)
+    total = sum(p.num_tokens * flops_per_token(model, seq_len=p.seq_len) for p in table.phases)
     yield f"  {total:.4g} FLOP in all ({FLOPS_CONVENTION})"
 
 
-def _schedule(config: TrainConfig) -> Iterator[str]:
-    optimizer, table = config.optimizer, config.curriculum.table
+def _schedule(optimizer: OptimizerConfig, curriculum: CurriculumConfig) -> Iterator[str]:
+    table = curriculum.table
 
     def rate(step: int) -> float:
         tokens = table.tokens_seen(step)
@@ -82,20 +81,19 @@ def _schedule(config: TrainConfig) -> Iterator[str]:
     )
 
 
-def _memory(table) -> Iterator[str]:
+def _memory(table: dict) -> Iterator[str]:
     infos = jax.tree.leaves(table)
     whole = 4 * num_parameters(table)
-    mine = sum(4 * math.prod(info.sharding.shard_shape(info.shape)) for info in infos)
-    mesh = infos[0].sharding.mesh
+    per_device = sum(4 * math.prod(info.sharding.shard_shape(info.shape)) for info in infos)
+    axes = ", ".join(f"{name} {size}" for name, size in infos[0].sharding.mesh.shape.items())
     yield (
         f"Memory, float32 state (parameters + 2 AdamW moments): {3 * whole / _GB:.4g} GB in all, "
-        f"{3 * mine / _GB:.4g} GB a device on this mesh ({', '.join(f'{k} {v}' for k, v in mesh.shape.items())}); "
-        f"gradients {mine / _GB:.4g} GB more while a step runs, activations on top"
+        f"{3 * per_device / _GB:.4g} GB a device on this mesh ({axes}); "
+        f"gradients {per_device / _GB:.4g} GB more while a step runs, activations on top"
     )
 
 
-def _parameter_rows(config: TrainConfig, table) -> Iterator[str]:
-    optimizer, steps = config.optimizer, config.curriculum.table.num_steps
+def _parameter_rows(optimizer: OptimizerConfig, table: dict, *, num_steps: int) -> Iterator[str]:
     yield "Parameters (init std before the cut at two sigma; tau = 1 / (LR x weight decay x steps), AdamW's memory)"
     yield (
         f"  {'parameter':<30} {'shape':<22} {'class':<13} {'init':>10} {'LR mult':>8} {'peak LR':>9} "
@@ -106,7 +104,7 @@ def _parameter_rows(config: TrainConfig, table) -> Iterator[str]:
         peak = optimizer.peak_learning_rate * rule.learning_rate
         decay = optimizer.weight_decay * rule.weight_decay
         init = f"{rule.init_std:.6g}" if rule.init_std else f"= {rule.init_mean:g}"
-        tau = f"{1 / (peak * decay * steps):.4f}" if decay else "-"
+        tau = f"{1 / (peak * decay * num_steps):.4f}" if decay else "-"
         shape = " x ".join(map(str, info.shape))
         yield (
             f"  {info.path:<30} {shape:<22} {rule.parameter_class:<13} {init:>10} {rule.learning_rate:>8.5g} "

@@ -1,4 +1,4 @@
-"""What must stand before the first step: a workdir that can be written, the token store, and every executable."""
+"""Before the first step: join the other processes, check the workdir, make or open the store, compile every step."""
 
 from __future__ import annotations
 
@@ -18,17 +18,18 @@ from btlm_jax.data.store import MANIFEST_FILE, Manifest
 from btlm_jax.display.progress import print_line
 from btlm_jax.model import Btlm
 from btlm_jax.parallel.mesh import evaluation_sharding
-from btlm_jax.recipe.config import CorpusConfig, TrainConfig
+from btlm_jax.recipe.config import CorpusConfig, DataConfig, TrainConfig
 from btlm_jax.recipe.optimizer import learning_rate_at
 from btlm_jax.storage.files import write_atomically
 from btlm_jax.storage.location import resolve_location
-from btlm_jax.train.metrics import GoodputLedger
+from btlm_jax.train import COMPILE_CACHE
+from btlm_jax.train.goodput import GoodputLedger
 from btlm_jax.train.program import Program
 from btlm_jax.train.step import abstract_batch, make_eval_step
 
 
 class BuildStore(Protocol):
-    """Makes the token store that a config describes."""
+    """Make the token store that a config describes."""
 
     def __call__(
         self,
@@ -44,7 +45,7 @@ class BuildStore(Protocol):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Run:
-    """What a run is made of, all of it fixed before the first step."""
+    """The parts of a run, all fixed before the first step."""
 
     config: TrainConfig
     workdir: Path
@@ -66,13 +67,21 @@ class Run:
 
 
 def log(message: str) -> None:
-    """Print a line of the run's story, from process 0."""
+    """Print a line, in process 0 only."""
     if jax.process_index() == 0:
         print_line(message)
 
 
+def start_processes(*, distributed: bool, coordinator: str, num_processes: int, process_id: int) -> None:
+    """Join the other processes of this run, if there are any; must come before anything touches a device."""
+    if coordinator:
+        jax.distributed.initialize(coordinator, num_processes=num_processes, process_id=process_id)
+    elif distributed:
+        jax.distributed.initialize()
+
+
 def make_workdir(workdir: Path) -> None:
-    """Create the workdir and prove that it can be written to.
+    """Create the workdir, and write a file to it to see that this works.
 
     Raises:
       OSError: it cannot be created or written; names it.
@@ -86,20 +95,29 @@ def make_workdir(workdir: Path) -> None:
         raise OSError(f"workdir {workdir} cannot be written: {error}; choose another --workdir") from error
 
 
-def prepare_store(config: TrainConfig, *, workdir: Path, expected: str, build_store: BuildStore) -> TokenStore:
-    """Open the run's token store, making it first when nothing is there and the config says from what.
+def prepare_store(
+    data: DataConfig,
+    *,
+    corpus: CorpusConfig,
+    vocab_size: int,
+    block_len: int,
+    workdir: Path,
+    expected_fingerprint: str,
+    build_store: BuildStore,
+) -> TokenStore:
+    """Open the run's token store; if there is none and `corpus` names a source, build it first.
 
-    data.store is taken from the workdir when it is relative; behind a URL nothing is made. `expected` is what the
-    checkpoint recorded as fingerprint, or "" without one. `build_store` makes a store.
+    A relative `data.store` is below the workdir; a store behind a URL is never built. `expected_fingerprint` is the one
+    that the checkpoint recorded, or "" without a checkpoint.
 
     Raises:
-      FileNotFoundError: there is no store and corpus.source is "prepared", or it should be behind a URL.
+      FileNotFoundError: there is no store, and corpus.source is "prepared" or data.store is a URL.
       OSError: the URL cannot be reached.
       ValueError: the store does not fit the model or is not the checkpoint's.
     """
-    directory = resolve_location(workdir, config.data.store)
+    directory = resolve_location(workdir, data.store)
     if isinstance(directory, Path) and not (directory / MANIFEST_FILE).is_file():
-        if config.corpus.source == "prepared" or directory.exists():
+        if corpus.source == "prepared" or directory.exists():
             raise FileNotFoundError(
                 f"there is no token store in {directory}: it has no {MANIFEST_FILE}; point --config.data.store to one, "
                 "or let the run make one (--config.corpus.source=installed_python) where nothing is yet"
@@ -107,33 +125,31 @@ def prepare_store(config: TrainConfig, *, workdir: Path, expected: str, build_st
         if jax.process_index() == 0:
             directory.parent.mkdir(parents=True, exist_ok=True)
             build_store(
-                config.corpus,
-                vocab_size=config.model.vocab_size,
-                block_len=config.curriculum.table.block_len,
-                seed=config.data.seed,
+                corpus,
+                vocab_size=vocab_size,
+                block_len=block_len,
+                seed=data.seed,
                 directory=directory,
                 log=log,
             )
         multihost_utils.sync_global_devices("token store made")
-    token_store = open_store(directory, expected_fingerprint=expected)
-    vocab_size = token_store.manifest.tokenizer.vocab_size
-    if vocab_size > config.model.vocab_size:
-        raise ValueError(
-            f"token store {directory} has {vocab_size:,} ids, but model.vocab_size={config.model.vocab_size:,}"
-        )
+    token_store = open_store(directory, expected_fingerprint=expected_fingerprint)
+    num_ids = token_store.manifest.tokenizer.vocab_size
+    if num_ids > vocab_size:
+        raise ValueError(f"token store {directory} has {num_ids:,} ids, but model.vocab_size={vocab_size:,}")
     return token_store
 
 
 def make_run(program: Program, *, workdir: Path, token_store: TokenStore, ledger: GoodputLedger) -> Run:
-    """Compile the train step of every phase and the evaluation.
+    """Compile the train step of every phase and the evaluation step.
 
-    They exist before the first step, so that the switch of phases costs nothing and cannot fail.
+    All before the first step, so that a change of phase costs nothing and cannot fail.
     """
     config, mesh = program.config, program.mesh
     eval_step = make_eval_step(program.model, loss_chunk=config.model.loss_chunk)
-    jax.config.update("jax_compilation_cache_dir", str(workdir.resolve() / "compile_cache"))
+    jax.config.update("jax_compilation_cache_dir", str(workdir.resolve() / COMPILE_CACHE))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
-    # XLA's own caches put the directory into the executables' keys, so that a moved workdir would find none of them.
+    # With XLA's own caches the directory is part of the executables' keys, and a moved workdir would find none of them.
     jax.config.update("jax_persistent_cache_enable_xla_caches", "none")
     began = time.monotonic()
     with ledger.measure("compile"), jax.set_mesh(mesh):

@@ -2,6 +2,7 @@
 
 import dataclasses
 import logging
+from unittest import mock
 
 import fsspec
 import numpy as np
@@ -21,7 +22,8 @@ from btlm_jax.data.reader import open_store
 from btlm_jax.data.verify import verify
 from btlm_jax.hub.native import read_run, store_of_run
 from btlm_jax.storage import location
-from btlm_jax.train.metric_writer import METRICS_FILE, read_metrics
+from btlm_jax.train import METRICS_FILE
+from btlm_jax.train.metric_writer import read_metrics
 from btlm_jax.train.setup import prepare_store
 
 SHARD = "tokens-train.array_record-00001-of-00004"
@@ -90,7 +92,15 @@ def test_a_run_reads_its_store_from_google_cloud_storage(tmp_path, monkeypatch, 
         del objects["store/manifest.json"]
         config = tiny_config(data__store=f"{bucket}/store")
         with pytest.raises(FileNotFoundError, match=f"{bucket}/store is not a token store: it has no manifest.json"):
-            prepare_store(config, workdir=tmp_path / "other", expected="")
+            prepare_store(
+                config.data,
+                corpus=config.corpus,
+                vocab_size=config.model.vocab_size,
+                block_len=48,
+                workdir=tmp_path / "other",
+                expected_fingerprint="",
+                build_store=mock.Mock(side_effect=AssertionError),
+            )
         assert not (tmp_path / "other").exists()  # nothing is made in place of a URL
 
 

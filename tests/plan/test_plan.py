@@ -23,7 +23,7 @@ from btlm_jax.plan.executable import Collective, Executable, read_executable
 from btlm_jax.plan.flop_count import DIAGONAL, OUT_OF_SIGHT, Work, work_of
 from btlm_jax.plan.slice_plan import dividing_meshes, layout_problems
 from btlm_jax.recipe.config import MeshConfig, train_config_from
-from btlm_jax.train.metrics import flops_per_token
+from btlm_jax.train.flops import flops_per_token
 from btlm_jax.train.program import Program, make_program
 
 # Cut down from a compiled train step: a loop of 3 in a loop of 5, a collective spread over three fusions, an exchange

@@ -20,7 +20,7 @@ from btlm_jax.plan.compiling import CompileCache
 from btlm_jax.plan.layout import layout_of
 from btlm_jax.plan.pod_table import check_devices, check_fits, read_table, table_beside
 from btlm_jax.recipe.config import TrainConfig
-from btlm_jax.train.metrics import peak_flops
+from btlm_jax.train.flops import peak_flops
 
 CONFIG = """import runpy
 

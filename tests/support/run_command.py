@@ -14,8 +14,9 @@ from btlm_jax.parallel.mesh import make_mesh
 from btlm_jax.recipe.config import train_config_from
 from btlm_jax.recipe.mup import make_parametrization
 from btlm_jax.recipe.optimizer import make_optimizer
+from btlm_jax.train import METRICS_FILE
 from btlm_jax.train.checkpoint import Checkpointer
-from btlm_jax.train.metric_writer import METRICS_FILE, read_metrics
+from btlm_jax.train.metric_writer import read_metrics
 from btlm_jax.train.step import abstract_state
 
 TOKENS_PER_STEP, PHASE_STEPS = 384, (6, 4)

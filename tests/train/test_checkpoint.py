@@ -64,7 +64,7 @@ def test_a_checkpoint_restores_onto_any_mesh(saved, devices, tensor):
     config, mesh, _, _, abstract = build(devices=devices, tensor=tensor)
     checkpointer = Checkpointer(workdir, config=KEEP)
     state = checkpointer.restore_state(7, abstract=abstract)
-    assert checkpointer.read_facts(7) == (position(7), tiny_config(mesh__tensor=2))
+    assert checkpointer.read_metadata(7) == (position(7), tiny_config(mesh__tensor=2))
     checkpointer.close()
     assert_equal_states(state, expected)
     assert state.params["blocks"]["mlp"]["up"]["kernel"].sharding == NamedSharding(
@@ -80,7 +80,7 @@ def test_a_checkpoint_from_before_mesh_context_is_read(single, tmp_path):
     with mock.patch.object(type(config), "to_json", return_value=json.dumps(older)):
         checkpointer.save(state, position=position(1), config=config)
     checkpointer.wait()
-    assert checkpointer.read_facts(1) == (position(1), config)
+    assert checkpointer.read_metadata(1) == (position(1), config)
     checkpointer.close()
 
 

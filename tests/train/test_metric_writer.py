@@ -10,8 +10,9 @@ import pytest
 from tensorboardX.proto.event_pb2 import Event
 
 from btlm_jax.recipe.curriculum import make_curriculum
-from btlm_jax.train.metric_writer import METRICS_FILE, TENSORBOARD_DIRECTORY, MetricWriter, read_metrics, seconds_left
-from btlm_jax.train.metrics import GoodputLedger
+from btlm_jax.train import METRICS_FILE, TENSORBOARD
+from btlm_jax.train.goodput import GoodputLedger
+from btlm_jax.train.metric_writer import MetricWriter, read_metrics, seconds_left
 
 # 4 steps of 12 x 16 and 5 steps of 4 x 48, 192 tokens each; a token costs 1e6 and 3e6 FLOP.
 CURRICULUM = make_curriculum(seq_len=(16, 48), batch_size=(12, 4), num_tokens=(4 * 192, 5 * 192))
@@ -66,7 +67,7 @@ def rows_of(workdir, kind):
 def tensorboard_scalars(workdir) -> set[tuple[str, int]]:
     """Return (tag, step) of every scalar, by reading the TFRecords: length, its checksum, event, its checksum."""
     scalars = set()
-    for path in (workdir / TENSORBOARD_DIRECTORY).iterdir():
+    for path in (workdir / TENSORBOARD).iterdir():
         data = path.read_bytes()
         while data:
             (length,) = struct.unpack("<Q", data[:8])

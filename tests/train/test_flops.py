@@ -1,4 +1,4 @@
-"""FLOPs by hand, peaks by name and by stopwatch, the ledger against a clock that only moves when told."""
+"""FLOPs by hand and by the compiler, peaks by name and by stopwatch."""
 
 import itertools
 import types
@@ -9,16 +9,7 @@ from support.tiny import config_dict, tiny_config
 
 from btlm_jax.parallel.mesh import make_mesh
 from btlm_jax.recipe.config import train_config_from
-from btlm_jax.train.metrics import GoodputLedger, flops_per_token, peak_flops
-
-
-class Clock:
-    """Seconds that pass only by assignment."""
-
-    now = 100.0
-
-    def __call__(self) -> float:
-        return self.now
+from btlm_jax.train.flops import flops_per_token, peak_flops
 
 
 def device(kind: str):
@@ -77,7 +68,7 @@ def test_peak_of_known_devices(kind, flops):
 
 def test_peak_of_a_cpu_is_measured_and_shared_by_its_simulated_devices(monkeypatch):
     # A stopwatch on which every matmul of 1,280 x 1,280 takes one second.
-    monkeypatch.setattr("btlm_jax.train.metrics.time", types.SimpleNamespace(perf_counter=itertools.count().__next__))
+    monkeypatch.setattr("btlm_jax.train.flops.time", types.SimpleNamespace(perf_counter=itertools.count().__next__))
     peak = peak_flops(jax.devices()[3])
     assert peak.flops == 2 * 1280**3 / 8
     assert "measured" in peak.source and "8 simulated" in peak.source
@@ -88,47 +79,3 @@ def test_measured_peak_is_possible_and_needs_no_mesh_of_its_own_device():
         peak = peak_flops(jax.devices()[3])
     # All devices together: between a slow core and the fastest server there is.
     assert 1e9 < peak.flops * jax.device_count() < 1e14
-
-
-def test_ledger_counts_each_second_once():
-    clock = Clock()
-    ledger = GoodputLedger(clock)
-    clock.now += 1
-    with ledger.measure("step"):
-        clock.now += 20
-        with ledger.measure("checkpoint"):
-            clock.now += 300
-        clock.now += 4000
-    with ledger.measure("step"):
-        clock.now += 50_000
-    assert ledger.seconds() == {"step": 54_020, "checkpoint": 300, "total": 54_321}
-
-
-def test_ledger_counts_the_category_that_is_running():
-    clock = Clock()
-    ledger = GoodputLedger(clock)
-    with ledger.measure("step"):
-        clock.now += 3
-        assert ledger.seconds() == {"step": 3, "total": 3}
-        clock.now += 4
-    assert ledger.seconds() == {"step": 7, "total": 7}
-
-
-def test_ledger_counts_a_category_that_raised():
-    clock = Clock()
-    ledger = GoodputLedger(clock)
-    with pytest.raises(OSError), ledger.measure("corpus"):
-        clock.now += 5
-        raise OSError
-    clock.now += 7
-    assert ledger.seconds() == {"corpus": 5, "total": 12}
-
-
-def test_ledger_describes_shares_largest_first():
-    clock = Clock()
-    ledger = GoodputLedger(clock)
-    for name, seconds in (("data wait", 36), ("step", 3168)):
-        with ledger.measure(name):
-            clock.now += seconds
-    clock.now += 396
-    assert ledger.describe() == "Time 1:00:00: step 88.0%, other 11.0%, data wait 1.0%"
