@@ -1,1 +1,1 @@
-"""Reading: token store -> order -> global, sharded batches."""
+"""Reading training data: token store -> order of windows -> global, sharded batches."""

@@ -1,7 +1,8 @@
-"""ArrayRecord's bytes, for reading a record by a range of them where the library cannot: behind a URL.
+"""The bytes of an ArrayRecord file, to read single records by ranges of bytes, which its library cannot do with a URL.
 
-A file is a row of chunks, its records one a chunk (`group_size:1`); then a chunk with the place of each, the footer;
-then, in the last 64 KiB, a chunk with the place of the footer. Every 64 KiB a block header of 24 bytes interrupts.
+A file is a sequence of chunks: one a record (`group_size:1`), then the footer, which lists the offsets of the records'
+chunks, then the postscript in the last 64 KiB, which has the offset of the footer. A block header of 24 bytes is
+inserted every 64 KiB.
 https://github.com/google/array_record/blob/main/cpp/layout.proto
 https://github.com/google/riegeli/blob/master/doc/riegeli_records_file_format.md
 """
@@ -27,12 +28,12 @@ _MAGIC = 0x71930E704FDAE05E
 
 
 def likely_tail_bytes(num_records: int) -> int:
-    """Return how much of a file's end holds its footer, most often: 6 compressed bytes a record were measured."""
+    """Return how many bytes at a file's end hold its footer in most cases; measured: 6 compressed bytes a record."""
     return 2 * POSTSCRIPT_BYTES + 8 * num_records
 
 
-def footer_begin(tail: bytes, *, file_bytes: int) -> int:
-    """Return where the footer begins, by the last bytes of a file.
+def footer_offset(tail: bytes, *, file_bytes: int) -> int:
+    """Return the offset of the footer, from the last bytes of a file: its postscript at least.
 
     Raises:
       ValueError: the file does not end as an ArrayRecord file does.
@@ -40,16 +41,16 @@ def footer_begin(tail: bytes, *, file_bytes: int) -> int:
     begin = file_bytes - POSTSCRIPT_BYTES
     if begin < 0 or begin % _BLOCK or len(tail) < POSTSCRIPT_BYTES:
         raise ValueError("it is no ArrayRecord file")
-    fields = dict(read_fields(_chunk(tail[-POSTSCRIPT_BYTES:], begin=begin)[0]))  # it is there three times
+    fields = dict(read_fields(_chunk(tail[-POSTSCRIPT_BYTES:], begin=begin)[0]))  # its record is there three times
     if fields.get(2) != _MAGIC or not 0 < fields.get(1, 0) < begin:
         raise ValueError("its postscript is not that of an ArrayRecord file")
     return fields[1]
 
 
-def chunk_begins(footer: bytes, *, begin: int) -> np.ndarray:
-    """Return where each record's chunk begins, and where the last one ends.
+def chunk_offsets(footer: bytes, *, begin: int) -> np.ndarray:
+    """Return the offset of each record's chunk, and the end of the last one.
 
-    `footer` is the file from `begin`, where the footer begins, on.
+    `footer` are the bytes of the file from `begin`, the footer's offset, on.
 
     Raises:
       ValueError: it is damaged, or has chunks of several records.
@@ -58,14 +59,14 @@ def chunk_begins(footer: bytes, *, begin: int) -> np.ndarray:
     fields = [dict(read_fields(chunk)) for chunk in chunks]
     if any(chunk.get(3) != 1 for chunk in fields):
         raise ValueError("its records are not one a chunk (group_size:1)")
-    begins = np.array([*(chunk.get(1, 0) for chunk in fields), begin], np.min_scalar_type(begin))
-    if np.any(begins[1:] <= begins[:-1]):
+    offsets = np.array([*(chunk.get(1, 0) for chunk in fields), begin], np.min_scalar_type(begin))
+    if np.any(offsets[1:] <= offsets[:-1]):
         raise ValueError("its footer is not in order")
-    return begins
+    return offsets
 
 
-def only_record(data: bytes, *, begin: int) -> bytes:
-    """Return the record of a chunk; `data` is the file from `begin`, where the chunk begins, to its end or further.
+def parse_record(data: bytes, *, begin: int) -> bytes:
+    """Return the record of a chunk; `data` are the bytes of the file from `begin`, the chunk's offset, on.
 
     Raises:
       ValueError: it is damaged, or not a chunk of one record.
@@ -77,13 +78,13 @@ def only_record(data: bytes, *, begin: int) -> bytes:
 
 
 def _chunk(data: bytes, *, begin: int) -> list[bytes]:
-    """Return the records of the chunk that begins at `begin` in the file, as does `data`."""
-    plain = b"".join(_without_block_headers(data, begin=begin))
-    if len(plain) < _HEADER.size:
+    """Return the records of the chunk at offset `begin` of the file; `data` are the bytes from there on."""
+    chunk = b"".join(_without_block_headers(data, begin=begin))
+    if len(chunk) < _HEADER.size:
         raise ValueError(f"its chunk at byte {begin:,} is cut short")
-    header_hash, data_size, data_hash, kind, count, decoded_size = _HEADER.unpack_from(plain)
-    body = memoryview(plain)[_HEADER.size : _HEADER.size + data_size]
-    if header_hash != highway_hash_64(plain[8 : _HEADER.size], key=_HASH_KEY):
+    header_hash, data_size, data_hash, kind, count, decoded_size = _HEADER.unpack_from(chunk)
+    body = memoryview(chunk)[_HEADER.size : _HEADER.size + data_size]
+    if header_hash != highway_hash_64(chunk[8 : _HEADER.size], key=_HASH_KEY):
         raise ValueError(f"the header of its chunk at byte {begin:,} does not have its hash")
     if len(body) != data_size or data_hash != highway_hash_64(body, key=_HASH_KEY):
         raise ValueError(f"its chunk at byte {begin:,} does not have its hash")

@@ -1,4 +1,4 @@
-"""HighwayHash-64, by which riegeli, and so ArrayRecord, marks its chunks; no package for Python has it.
+"""HighwayHash-64, the hash in the chunks of Riegeli files, and so of ArrayRecord files. No Python package computes it.
 
 https://arxiv.org/abs/1612.06257, https://github.com/google/highwayhash/blob/master/c/highwayhash.c
 """
@@ -15,27 +15,27 @@ Key = tuple[int, int, int, int]
 
 
 def highway_hash_64(data: bytes | memoryview, *, key: Key) -> int:
-    """Return the 64-bit hash of some bytes."""
-    state = _start(key)
+    """Return HighwayHash-64 of `data`."""
+    state = _initial_state(key)
     whole = len(data) & ~31
     state = _update(state, _PACKET.iter_unpack(data[:whole]))
     if len(data) > whole:
-        state = _update_rest(state, bytes(data[whole:]))
+        state = _update_remainder(state, bytes(data[whole:]))
     for _ in range(4):
         v0 = state[:4]
-        state = _update(state, [tuple(_swapped(v0[lane]) for lane in (2, 3, 0, 1))])
+        state = _update(state, [tuple(_swap_halves(v0[lane]) for lane in (2, 3, 0, 1))])
     return (state[0] + state[4] + state[8] + state[12]) & _ALL
 
 
-def _start(key: Key) -> tuple[int, ...]:
-    """Return v0, v1, mul0 and mul1, four lanes each."""
+def _initial_state(key: Key) -> tuple[int, ...]:
+    """Return the initial state: v0, v1, mul0 and mul1, four lanes each."""
     v0 = [mul ^ part for mul, part in zip(_MUL0, key, strict=True)]
-    v1 = [mul ^ _swapped(part) for mul, part in zip(_MUL1, key, strict=True)]
+    v1 = [mul ^ _swap_halves(part) for mul, part in zip(_MUL1, key, strict=True)]
     return (*v0, *v1, *_MUL0, *_MUL1)
 
 
 def _update(state, packets):
-    """Mix packets of four lanes in. Written out lane by lane, as this is the loop over all the bytes."""
+    """Update the state with packets of four lanes. Unrolled by lane, because this loop sees every byte."""
     a0, a1, a2, a3, b0, b1, b2, b3, m0, m1, m2, m3, n0, n1, n2, n3 = state
     for p0, p1, p2, p3 in packets:
         b0 = (b0 + m0 + p0) & _ALL
@@ -54,19 +54,19 @@ def _update(state, packets):
         n1 ^= (a1 & _LOW) * (b1 >> 32)
         n2 ^= (a2 & _LOW) * (b2 >> 32)
         n3 ^= (a3 & _LOW) * (b3 >> 32)
-        a0 = (a0 + _zipped_even(b0, b1)) & _ALL
-        a1 = (a1 + _zipped_odd(b0, b1)) & _ALL
-        a2 = (a2 + _zipped_even(b2, b3)) & _ALL
-        a3 = (a3 + _zipped_odd(b2, b3)) & _ALL
-        b0 = (b0 + _zipped_even(a0, a1)) & _ALL
-        b1 = (b1 + _zipped_odd(a0, a1)) & _ALL
-        b2 = (b2 + _zipped_even(a2, a3)) & _ALL
-        b3 = (b3 + _zipped_odd(a2, a3)) & _ALL
+        a0 = (a0 + _zip_even(b0, b1)) & _ALL
+        a1 = (a1 + _zip_odd(b0, b1)) & _ALL
+        a2 = (a2 + _zip_even(b2, b3)) & _ALL
+        a3 = (a3 + _zip_odd(b2, b3)) & _ALL
+        b0 = (b0 + _zip_even(a0, a1)) & _ALL
+        b1 = (b1 + _zip_odd(a0, a1)) & _ALL
+        b2 = (b2 + _zip_even(a2, a3)) & _ALL
+        b3 = (b3 + _zip_odd(a2, a3)) & _ALL
     return a0, a1, a2, a3, b0, b1, b2, b3, m0, m1, m2, m3, n0, n1, n2, n3
 
 
-def _zipped_even(even: int, odd: int) -> int:
-    """Return the bytes of a pair of lanes in the order that becomes the even lane."""
+def _zip_even(even: int, odd: int) -> int:
+    """Return what ZipperMergeAndAdd adds to the even lane: bytes of a pair of lanes, permuted."""
     return (
         ((even & 0xFF000000) | (odd & 0xFF00000000)) >> 24
         | ((even & 0xFF0000000000) | (odd & 0xFF000000000000)) >> 16
@@ -77,8 +77,8 @@ def _zipped_even(even: int, odd: int) -> int:
     )
 
 
-def _zipped_odd(even: int, odd: int) -> int:
-    """Return the bytes of a pair of lanes in the order that becomes the odd lane."""
+def _zip_odd(even: int, odd: int) -> int:
+    """Return what ZipperMergeAndAdd adds to the odd lane: bytes of a pair of lanes, permuted."""
     return (
         ((odd & 0xFF000000) | (even & 0xFF00000000)) >> 24
         | odd & 0xFF0000
@@ -90,25 +90,25 @@ def _zipped_odd(even: int, odd: int) -> int:
     )
 
 
-def _update_rest(state: tuple[int, ...], rest: bytes) -> tuple[int, ...]:
-    """Mix the last 1 to 31 bytes in."""
-    size, words = len(rest), len(rest) & ~3
-    tail, packet = rest[words:], bytearray(32)
+def _update_remainder(state: tuple[int, ...], remainder: bytes) -> tuple[int, ...]:
+    """Update the state with the last 1 to 31 bytes."""
+    size, words = len(remainder), len(remainder) & ~3
+    tail, packet = remainder[words:], bytearray(32)
     v0 = [(lane + (size << 32) + size) & _ALL for lane in state[:4]]
-    v1 = [_rotated_halves(lane, size) for lane in state[4:8]]
-    packet[:words] = rest[:words]
+    v1 = [_rotate_halves(lane, size) for lane in state[4:8]]
+    packet[:words] = remainder[:words]
     if size & 16:
-        packet[28:] = rest[-4:]
+        packet[28:] = remainder[-4:]
     elif tail:
         packet[16:19] = bytes((tail[0], tail[len(tail) >> 1], tail[-1]))
     return _update((*v0, *v1, *state[8:]), [_PACKET.unpack(packet)])
 
 
-def _rotated_halves(lane: int, count: int) -> int:
+def _rotate_halves(lane: int, count: int) -> int:
     low, high = lane & _LOW, lane >> 32
     low, high = ((half << count | half >> (32 - count)) & _LOW for half in (low, high))
     return high << 32 | low
 
 
-def _swapped(lane: int) -> int:
+def _swap_halves(lane: int) -> int:
     return (lane >> 32) | (lane & _LOW) << 32

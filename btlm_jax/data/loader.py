@@ -1,14 +1,14 @@
 """Batches as global `jax.Array`s: token store + order -> `{inputs, targets, weights}`, read ahead on Grain's threads.
 
-Batch k is a function of (store, curriculum, seed, k) alone. Hosts, mesh, accumulation and threads decide only who reads
-which row, so a run may be resumed from any step on any mesh.
+Batch k is a function of (store, curriculum, seed, k) alone. Hosts, mesh, accumulation and threads decide only which
+process reads which row, so a run may be resumed from any step on any mesh.
 """
 
 from __future__ import annotations
 
 import contextlib
 import dataclasses
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Sequence
 
 import grain
 import jax
@@ -67,8 +67,8 @@ class TrainLoader:
             for phase, sharding in zip(curriculum.phases, shardings, strict=True)
         ]
 
-    def batches(self, *, first_step: int) -> Iterator[tuple[int, Batch]]:
-        """Yield (step, batch) from `first_step` to the curriculum's end; closing or dropping it stops its threads."""
+    def batches(self, *, first_step: int) -> Generator[tuple[int, Batch]]:
+        """Yield (step, batch) from `first_step` to the curriculum's end; closing the generator stops its threads."""
         steps = range(first_step, self._order.curriculum.num_steps)
         with contextlib.closing(_read_ahead(self._read_step, steps, prefetch=self._prefetch)) as rows_of_steps:
             for step, rows in zip(steps, rows_of_steps, strict=True):
@@ -94,12 +94,12 @@ def heldout_batches(
     blocks_per_source: int,
     prefetch: int,
     sharding: NamedSharding,
-) -> Iterator[tuple[list[str], Batch]]:
+) -> Generator[tuple[list[str], Batch]]:
     """Yield (source of each row, batch) over the first `blocks_per_source` held-out blocks of every source.
 
-    Leaves are [batch_size, block_len], placed by `sharding`, for example P("fsdp"). Sources follow one another in the
-    order of their blocks; a source with fewer blocks gives all it has, so the split's num_blocks takes everything. The
-    last batch is filled with rows of zero weight, whose source is "".
+    Leaves are [batch_size, block_len], placed by `sharding`, for example P("fsdp"). Sources come in the order of their
+    blocks; of a source with fewer blocks all are read, so the split's num_blocks reads everything. The last batch is
+    filled with rows of zero weight, whose source is "".
     """
     reader = token_store.split(store_format.HELDOUT)
     blocks = heldout_blocks(reader.split, blocks_per_source=blocks_per_source)
@@ -148,12 +148,12 @@ def read_rows(reader: SplitReader, starts: Sequence[tuple[int, int]], *, seq_len
 
 @dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
 class Placement:
-    """Which rows of a global batch this process reads, and how they become its part of global arrays."""
+    """Which rows of a global batch this process reads, and which of them go to which of its devices."""
 
     sharding: NamedSharding
     shape: tuple[int, ...]  # of a leaf, T last
     row_numbers: np.ndarray  # int64 [rows read], ascending; rows are numbered in C order of shape[:-1]
-    slot_of_row: np.ndarray  # int64 shape[:-1] -> place in row_numbers; -1 for rows that others read
+    slot_of_row: np.ndarray  # int64, shape[:-1]: index into row_numbers; -1 for rows that only other processes read
 
     def place(self, rows: Rows) -> Batch:
         """Make the global arrays from this process's rows, in the order of row_numbers."""
@@ -164,7 +164,8 @@ class Placement:
             for name, leaf in rows.items()
         }
 
-    def _part(self, leaf: np.ndarray, index: Index) -> np.ndarray:
+    def _part(self, leaf: np.ndarray, index: Index | None) -> np.ndarray:
+        assert index is not None  # which JAX allows for devices of other processes only
         return leaf[self.slot_of_row[index[:-1]]][..., index[-1]]
 
 
@@ -176,22 +177,23 @@ def make_placement(sharding: NamedSharding, *, rows_shape: tuple[int, ...], seq_
     """
     shape = (*rows_shape, seq_len)
     sharding.shard_shape(shape)
-    row_numbers = needed_rows(sharding.addressable_devices_indices_map(shape).values(), rows_shape=rows_shape)
+    indices = [index for index in sharding.addressable_devices_indices_map(shape).values() if index is not None]
+    row_numbers = needed_rows(indices, rows_shape=rows_shape)
     slot_of_row = np.full(rows_shape, -1)
     slot_of_row.reshape(-1)[row_numbers] = np.arange(len(row_numbers))
     return Placement(sharding=sharding, shape=shape, row_numbers=row_numbers, slot_of_row=slot_of_row)
 
 
 def needed_rows(indices: Iterable[Index], *, rows_shape: tuple[int, ...]) -> np.ndarray:
-    """Return, ascending and each once, the numbers of the rows that devices holding `indices` of a batch need."""
+    """Return the sorted, distinct numbers of the rows that devices with the parts `indices` of a batch need."""
     is_needed = np.zeros(rows_shape, bool)
     for index in indices:
         is_needed[index[:-1]] = True
     return np.flatnonzero(is_needed)
 
 
-def _read_ahead(read: Callable[[int], Rows], numbers: range, *, prefetch: int) -> Iterator[Rows]:
-    """Yield read(n) for each number in order, computed up to `prefetch` ahead on threads; errors reach the consumer."""
+def _read_ahead(read: Callable[[int], Rows], numbers: range, *, prefetch: int) -> Generator[Rows]:
+    """Yield read(n) of each number in order, up to `prefetch` ahead on threads; errors are raised to the consumer."""
     options = grain.ReadOptions(num_threads=min(prefetch, MAX_READ_THREADS), prefetch_buffer_size=prefetch)
     iterator = iter(grain.MapDataset.source(numbers).map(read).to_iter_dataset(options))
     try:

@@ -1,10 +1,10 @@
-"""The order of training data as arithmetic: which window of which block is sequence j of a phase. No I/O, no state.
+"""The order of training data, as arithmetic: which window of which block is sequence j of a phase. No I/O, no state.
 
 Positions 0, 1, 2, ... enumerate blocks in training order over all epochs: with N blocks in the train split, position p
 is in epoch e = p // N and is block pi_e(p mod N), where pi_e is Grain's `index_shuffle` (a Feistel permutation).
-Each phase owns a contiguous run of positions, the last one everything from its first position on, so a run that is
-given more tokens in its last phase continues in the same order. The windows of a phase's positions within one epoch
-(a segment) are permuted once more, so that the windows of one block do not share a batch.
+Each phase owns a contiguous range of positions; the last phase owns all from its first position on, so a run whose last
+phase gets more tokens continues in the same order. The windows of a phase's positions within one epoch (a segment) are
+permuted again, so that the windows of one block are not in one batch.
 """
 
 from __future__ import annotations
@@ -79,7 +79,7 @@ class TrainingOrder:
     def windows(self, phase: Phase, *, sequences: Iterable[int]) -> list[Window]:
         """Return the window of each sequence number, counted from the phase's first sequence.
 
-        Numbers past the phase's end are answered too for the last phase: they are what a longer run would read.
+        In the last phase numbers past its end are allowed too: they are what a longer run would read.
         """
         return [self._window(phase, sequence) for sequence in sequences]
 
@@ -104,9 +104,9 @@ class TrainingOrder:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class StoreUse:
-    """How much of a store's train split a run reads, in targets; padding of the last block counts as targets."""
+    """How much of a store's train split a run reads, in targets; padding of the last block is counted as targets."""
 
-    wanted_tokens: int
+    curriculum_tokens: int
     tokens_per_step: int
     tokens_per_epoch: int
     max_epochs: int
@@ -117,12 +117,12 @@ class StoreUse:
 
     @property
     def epochs(self) -> float:
-        return self.wanted_tokens / self.tokens_per_epoch
+        return self.curriculum_tokens / self.tokens_per_epoch
 
     @property
     def unused_tokens(self) -> int:
-        """What the epochs allowed hold beyond the run."""
-        return self.capacity_tokens - self.wanted_tokens
+        """Tokens of the allowed epochs that the run does not read."""
+        return self.capacity_tokens - self.curriculum_tokens
 
     @property
     def spare_steps(self) -> int:
@@ -136,7 +136,7 @@ class StoreUse:
 
     def __str__(self) -> str:
         return (
-            f"{self.wanted_tokens:,} tokens = {self.epochs:.3f} epochs of {self.tokens_per_epoch:,} "
+            f"{self.curriculum_tokens:,} tokens = {self.epochs:.3f} epochs of {self.tokens_per_epoch:,} "
             f"(data.max_epochs={self.max_epochs}); unused {self.unused_tokens:,} = {self.spare_steps:,} steps and a "
             f"tail of {self.tail_tokens:,} that fills no batch"
         )
@@ -149,18 +149,18 @@ def check_capacity(order: TrainingOrder, *, max_epochs: int) -> StoreUse:
       ValueError: the curriculum wants more tokens than the store gives in `max_epochs` epochs.
     """
     use = StoreUse(
-        wanted_tokens=order.curriculum.num_tokens,
+        curriculum_tokens=order.curriculum.num_tokens,
         tokens_per_step=order.curriculum.tokens_per_step,
         tokens_per_epoch=order.num_blocks * order.block_len,
         max_epochs=max_epochs,
     )
-    if use.wanted_tokens > use.capacity_tokens:
+    if use.curriculum_tokens > use.capacity_tokens:
         fitting = use.capacity_tokens // use.tokens_per_step * use.tokens_per_step
         raise ValueError(
-            f"the curriculum wants {use.wanted_tokens:,} tokens, but the token store gives {order.num_blocks:,} "
+            f"the curriculum wants {use.curriculum_tokens:,} tokens, but the token store gives {order.num_blocks:,} "
             f"blocks x {order.block_len:,} x {max_epochs} epochs = {use.capacity_tokens:,}: lower "
             f"curriculum.num_tokens to {fitting:,} in all, build a larger store (corpus.max_bytes), or raise "
-            f"data.max_epochs to {-(-use.wanted_tokens // use.tokens_per_epoch)}"
+            f"data.max_epochs to {-(-use.curriculum_tokens // use.tokens_per_epoch)}"
         )
     return use
 
@@ -172,8 +172,8 @@ def derived_seed(purpose: str, *numbers: int) -> int:
     return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=4).digest(), "little")
 
 
-# Grain walks a domain of at least 2**16 whatever the length, so a call takes milliseconds for a store of a few blocks
-# (4 us from 2**16 on); the cache holds the whole permutations of such a store.
+# Grain permutes a domain of at least 2**16 and repeats until the result is below `length`, so that a call takes
+# milliseconds for a store of a few blocks (4 us from 2**16 on). The cache holds whole permutations of such a store.
 @functools.lru_cache(maxsize=1 << 14)
 def _permuted(index: int, *, length: int, seed: int) -> int:
     return index_shuffle(index, length - 1, seed, FEISTEL_ROUNDS)

@@ -1,9 +1,7 @@
-"""Random access to a token store: block number -> its tokens, through Grain on ArrayRecord. Knows nothing of training.
+"""Random access to a token store: block number -> its tokens, through Grain on ArrayRecord. Nothing here trains.
 
-A store behind a URL is read by ranges of bytes (remote.py).
-
-A record is a serialised `tf.train.Example`, so TFDS opens the same files; it is parsed here with TFDS's own protocol
-buffer, without TensorFlow.
+A record is a serialised `tf.train.Example`, so that TFDS can open the same files; it is parsed here with TFDS's own
+protocol buffer, without TensorFlow. A store behind a URL is read by ranges of bytes (remote.py).
 """
 
 from __future__ import annotations
@@ -13,6 +11,7 @@ import dataclasses
 import itertools
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Protocol
 
 import grain
 import numpy as np
@@ -20,9 +19,16 @@ from google.protobuf.message import DecodeError
 from tensorflow_datasets.proto import tf_example_pb2
 
 from btlm_jax.data import store
-from btlm_jax.data.remote import RemoteRecords
 from btlm_jax.data.store import Manifest, Shard, Split, TokenBlock
 from btlm_jax.storage.location import PathOrUrl, join_location
+
+
+class Records(Protocol):
+    """Random access to the serialised records of a split's shards."""
+
+    def __len__(self) -> int: ...
+
+    def read(self, records: Sequence[int]) -> Iterator[bytes]: ...
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -39,10 +45,20 @@ class LocalRecords:
     """Random access to the records of shards on a disk; safe to use from many threads."""
 
     def __init__(self, directory: Path, shards: Sequence[Shard]):
-        self._source = grain.sources.ArrayRecordDataSource([_instruction(directory, shard) for shard in shards])
+        files = [
+            _FileInstruction(
+                filename=str(directory / shard.file),
+                skip=0,
+                take=shard.num_blocks,
+                examples_in_shard=shard.num_blocks,
+            )
+            for shard in shards
+        ]
+        self._source = grain.sources.ArrayRecordDataSource(files)  # pyright: ignore[reportArgumentType] # frozen is fine
+        self._num_records = sum(shard.num_blocks for shard in shards)
 
     def __len__(self) -> int:
-        return len(self._source)
+        return self._num_records
 
     def read(self, records: Sequence[int]) -> Iterator[bytes]:
         """Return an iterator over records.
@@ -62,8 +78,7 @@ class SplitReader:
         self._directory = directory
         self._dtype = np.dtype(manifest.dtype)
         self._shard_ends = list(itertools.accumulate(shard.num_blocks for shard in split.shards))
-        records = LocalRecords if isinstance(directory, Path) else RemoteRecords
-        self._records = records(directory, split.shards)
+        self._records = _open_records(directory, split.shards)
 
     def __len__(self) -> int:
         return len(self._records)
@@ -85,7 +100,9 @@ class SplitReader:
 
     def _next(self, records: Iterator[bytes], block: int) -> TokenBlock:
         try:
-            example = tf_example_pb2.Example.FromString(next(records))
+            example = tf_example_pb2.Example.FromString(  # pyright: ignore[reportAttributeAccessIssue] # made at import
+                next(records)
+            )
             feature = example.features.feature
             tokens = np.frombuffer(feature["tokens"].bytes_list.value[0], self._dtype)
             num_targets = feature["num_targets"].int64_list.value[0]
@@ -136,10 +153,9 @@ def open_store(directory: PathOrUrl, *, expected_fingerprint: str) -> TokenStore
     return TokenStore(directory=directory, manifest=manifest)
 
 
-def _instruction(directory: Path, shard: Shard) -> _FileInstruction:
-    return _FileInstruction(
-        filename=str(directory / shard.file),
-        skip=0,
-        take=shard.num_blocks,
-        examples_in_shard=shard.num_blocks,
-    )
+def _open_records(directory: PathOrUrl, shards: Sequence[Shard]) -> Records:
+    if isinstance(directory, Path):
+        return LocalRecords(directory, shards)
+    from btlm_jax.data.remote import RemoteRecords  # our own reader of ArrayRecord's bytes: a local store needs none
+
+    return RemoteRecords(directory, shards)

@@ -1,8 +1,8 @@
-"""The token store's manifest: its schema, its fingerprint, its checks. The one file format both wings meet at.
+"""The format of a token store, which corpus/ writes and training reads: the manifest, its fingerprint, its checks.
 
-A token store is a directory, or a folder behind a URL for those who only read it:
+A token store is a directory; one that is only read may be a folder behind a URL:
 
-    manifest.json                                      this file's subject
+    manifest.json                                      written and read by this module
     tokenizer.model or tokenizer.json                  the tokenizer (`Manifest.tokenizer.file`)
     features.json, dataset_info.json                   TFDS metadata, so that TFDS opens it without TensorFlow
     tokens-<split>.array_record-00000-of-00003         shards, `group_size:1`, at most 8,192 blocks each
@@ -11,7 +11,7 @@ Block b of a split is `stream[b*T : b*T + T + 1]` (T = block_len) of one packed 
 `EOS document EOS document ... EOS`, so each document token is a target exactly once. Each record is a TFDS example
 `{"tokens": uint16 or uint32 [T + 1] stored as bytes, "num_targets": int32}`; num_targets is T but in the last block
 of a stream, which is padded with EOS. `train` is one stream over all sources, documents shuffled; `heldout` is one
-stream a source, its blocks contiguous. Nothing here touches JAX, TFDS or Grain.
+stream a source, its blocks contiguous. Nothing here uses JAX, TFDS or Grain.
 """
 
 from __future__ import annotations
@@ -65,7 +65,7 @@ class Shard:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Source:
-    """What one source gave to a split. first_block and num_blocks are 0 in `train`, whose blocks mix sources."""
+    """The share of one source in a split. first_block and num_blocks are 0 in `train`, whose blocks mix sources."""
 
     num_documents: int
     num_bytes: int  # UTF-8 bytes of the documents' text
@@ -76,7 +76,7 @@ class Source:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Split:
-    """The shards of a split, in order, and where its text came from."""
+    """The shards of a split, in order, and its sources."""
 
     num_blocks: int
     num_tokens: int  # targets in all
@@ -92,11 +92,11 @@ class Manifest:
     dtype: str  # "uint16" up to 65,536 ids, else "uint32"
     tokenizer: TokenizerInfo
     splits: dict[str, Split]
-    made_by: dict  # how it was made: settings, versions, inputs; no times, so that the same input gives the same bytes
+    made_by: dict  # settings, versions and inputs of the build; no times, so that the same input gives the same bytes
 
     @property
     def fingerprint(self) -> str:
-        """Return a sha256 over every field of the manifest, so over every byte of every shard."""
+        """Return a sha256 over every field of the manifest: with the shards' hashes in it, over the whole store."""
         return hashlib.sha256(json.dumps(dataclasses.asdict(self), sort_keys=True).encode()).hexdigest()
 
 
@@ -111,7 +111,7 @@ def shard_name(*, split: str, index: int, num_shards: int) -> str:
 
 
 def write_manifest(directory: Path, manifest: Manifest) -> None:
-    """Write manifest.json atomically; it is the last file of a store to appear, so its presence means complete."""
+    """Write manifest.json atomically, as the last file of a store: where it is, the store is complete."""
     body = {
         "format": FORMAT,
         "format_version": FORMAT_VERSION,
@@ -136,10 +136,10 @@ def read_manifest(directory: PathOrUrl) -> Manifest:
         raise FileNotFoundError(f"{directory} is not a token store: it has no {MANIFEST_FILE}") from error
     try:
         body = json.loads(contents)
-        found = (body.pop("format"), body.pop("format_version"))
-        written = body.pop("fingerprint")
-        if found != (FORMAT, FORMAT_VERSION):
-            raise ValueError(f"it is of format {found}, this version reads {(FORMAT, FORMAT_VERSION)}")
+        file_format = (body.pop("format"), body.pop("format_version"))
+        fingerprint = body.pop("fingerprint")
+        if file_format != (FORMAT, FORMAT_VERSION):
+            raise ValueError(f"it is of format {file_format}, this version reads {(FORMAT, FORMAT_VERSION)}")
         manifest = Manifest(
             block_len=body["block_len"],
             dtype=body["dtype"],
@@ -149,9 +149,9 @@ def read_manifest(directory: PathOrUrl) -> Manifest:
         )
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"{path} is corrupt: {type(error).__name__}: {error}; rebuild the store") from error
-    if manifest.fingerprint != written:
+    if manifest.fingerprint != fingerprint:
         raise ValueError(
-            f"{path} is corrupt: its contents hash to {manifest.fingerprint[:12]} but it says {written[:12]}; "
+            f"{path} is corrupt: its contents hash to {manifest.fingerprint[:12]} but it says {fingerprint[:12]}; "
             "rebuild the store"
         )
     return manifest

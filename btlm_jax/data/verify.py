@@ -1,4 +1,4 @@
-"""Read a whole token store again: every byte against the manifest, every block against the one before it."""
+"""Verify a whole token store: hash every file and compare with the manifest, and check that blocks are consecutive."""
 
 from __future__ import annotations
 
@@ -9,8 +9,9 @@ import itertools
 import shutil
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from pathlib import Path
+from typing import BinaryIO, cast
 
 from btlm_jax.data.reader import SplitReader, open_store
 from btlm_jax.data.store import MANIFEST_FILE, Manifest, Shard, Split, TokenBlock
@@ -21,10 +22,10 @@ INTERVAL = 5.0  # seconds between lines of progress
 
 
 def verify(directory: PathOrUrl, *, log: Callable[[str], None]) -> Manifest:
-    """Hash every shard and the tokenizer again, read every block, compare with the manifest, and return it.
+    """Hash every shard and the tokenizer, read every block, compare with the manifest, and return the manifest.
 
-    The blocks of a stream must follow on one another, so that each token is a target exactly once. Of a store behind a
-    URL one shard at a time is copied to the folder of temporary files.
+    The first token of a block must be the last of the block before it in its stream, so that each token is a target
+    exactly once. From a store behind a URL one shard at a time is copied to the folder of temporary files.
 
     Raises:
       FileNotFoundError: a file of the store is missing.
@@ -36,11 +37,11 @@ def verify(directory: PathOrUrl, *, log: Callable[[str], None]) -> Manifest:
     reading.check_tokenizer()
     for name, split in manifest.splits.items():
         with contextlib.closing(reading.blocks(split)) as blocks:
-            found = _check_streams(enumerate(blocks), name=f"{name} of {directory}", split=split, manifest=manifest)
+            counts = _check_streams(enumerate(blocks), name=f"{name} of {directory}", split=split, manifest=manifest)
         recorded = (split.num_tokens, sum(source.num_documents for source in split.sources.values()))
-        if tuple(map(sum, zip(*found, strict=True))) != recorded:
+        if tuple(map(sum, zip(*counts, strict=True))) != recorded:
             raise ValueError(
-                f"split {name} of {directory} has {found} (tokens, documents), its manifest says {recorded}"
+                f"split {name} of {directory} has {counts} (tokens, documents), its manifest says {recorded}"
             )
     return manifest
 
@@ -48,21 +49,21 @@ def verify(directory: PathOrUrl, *, log: Callable[[str], None]) -> Manifest:
 def _check_streams(
     blocks: Iterator[tuple[int, TokenBlock]], *, name: str, split: Split, manifest: Manifest
 ) -> list[tuple[int, int]]:
-    """Return what `_check_stream` does of each stream of a split, after checking that each block is of one stream."""
-    found, end = [], 0
+    """Check that each block of a split belongs to one stream; return (targets, documents) of each stream."""
+    counts, end = [], 0
     own = sorted((source.first_block, source.num_blocks) for source in split.sources.values() if source.num_blocks)
     for first, count in own or [(0, split.num_blocks)]:
         if first != end:
             break
         end = first + count
-        found.append(_check_stream(itertools.islice(blocks, count), last=end - 1, manifest=manifest))
+        counts.append(_check_stream(itertools.islice(blocks, count), last=end - 1, manifest=manifest))
     if next(blocks, None) is not None or end != split.num_blocks:
         raise ValueError(f"block {end} of split {name} is of no source, or of two, by its manifest; rebuild the store")
-    return found
+    return counts
 
 
 def _check_stream(blocks: Iterator[tuple[int, TokenBlock]], *, last: int, manifest: Manifest) -> tuple[int, int]:
-    """Return the targets and the ends of documents of a stream, after checking that its blocks make one."""
+    """Check that blocks are consecutive pieces of one stream; return how many targets and ends of documents it has."""
     num_tokens = num_documents = 0
     token = None
     for number, block in blocks:
@@ -76,12 +77,12 @@ def _check_stream(blocks: Iterator[tuple[int, TokenBlock]], *, last: int, manife
 
 
 class _Reading:
-    """One pass over the files of a store, in the order of its blocks; says how far it is."""
+    """One pass over the files of a store, in the order of its blocks; logs its progress."""
 
     def __init__(self, directory: PathOrUrl, manifest: Manifest, log: Callable[[str], None]):
         self._directory, self._manifest, self._log = directory, manifest, log
-        self._left = [shard for split in manifest.splits.values() for shard in split.shards]
-        self._num_bytes = sum(shard.num_bytes for shard in self._left)
+        self._remaining = [shard for split in manifest.splits.values() for shard in split.shards]
+        self._num_bytes = sum(shard.num_bytes for shard in self._remaining)
         self._start, self._rate_limit = time.monotonic(), RateLimit(INTERVAL, is_due_at_start=False)
 
     def check_tokenizer(self) -> None:
@@ -94,14 +95,14 @@ class _Reading:
         if hashlib.sha256(read_bytes(join_location(self._directory, file))).hexdigest() != sha256:
             raise self._damaged([file])
 
-    def blocks(self, split: Split) -> Iterator[TokenBlock]:
-        """Yield the blocks of a split, each shard hashed before its first.
+    def blocks(self, split: Split) -> Generator[TokenBlock]:
+        """Yield the blocks of a split; each shard is hashed before its first block.
 
         Raises:
-          ValueError: a shard is damaged; names the damaged ones that follow, too.
+          ValueError: a shard is damaged; names it and all damaged shards after it.
         """
         for shard in split.shards:
-            with self._at_hand(shard) as (folder, file, sha256):
+            with self._local_copy(shard) as (folder, file, sha256):
                 if sha256 != shard.sha256:
                     raise self._damaged([shard.file])
                 local = dataclasses.replace(split, shards=(dataclasses.replace(shard, file=file),))
@@ -109,9 +110,9 @@ class _Reading:
                 yield from map(reader.read, range(shard.num_blocks))
 
     def _damaged(self, files: list[str]) -> ValueError:
-        while self._left:
-            shard = self._left[0]
-            with self._at_hand(shard) as (_, _, sha256):
+        while self._remaining:
+            shard = self._remaining[0]
+            with self._local_copy(shard) as (_, _, sha256):
                 files += [shard.file] if sha256 != shard.sha256 else []
         return ValueError(
             f"token store {self._directory} is damaged: the contents of {', '.join(files)} do not hash to what "
@@ -119,22 +120,23 @@ class _Reading:
         )
 
     @contextlib.contextmanager
-    def _at_hand(self, shard: Shard) -> Iterator[tuple[Path, str, str]]:
-        """Yield the folder and the name of a local file that has a shard's contents, and their sha256."""
-        place = join_location(self._directory, shard.file)
-        whole = dict(begin=0, num_bytes=shard.num_bytes)
-        self._left.remove(shard)
+    def _local_copy(self, shard: Shard) -> Iterator[tuple[Path, str, str]]:
+        """Yield the folder and the name of a local file with the contents of a shard, and their sha256."""
+        location = join_location(self._directory, shard.file)
+        self._remaining.remove(shard)
         if isinstance(self._directory, Path):
-            yield self._directory, shard.file, hash_range(place, copy_to=None, **whole)
+            yield self._directory, shard.file, hash_range(location, begin=0, num_bytes=shard.num_bytes, copy_to=None)
         else:
-            room = shutil.disk_usage(tempfile.gettempdir()).free
-            if room < shard.num_bytes:
+            folder = tempfile.gettempdir()
+            free_bytes = shutil.disk_usage(folder).free
+            if free_bytes < shard.num_bytes:
                 raise OSError(
-                    f"{tempfile.gettempdir()} has {room:,} bytes free, shard {place} has {shard.num_bytes:,}; free "
-                    "some, or name another folder as TMPDIR"
+                    f"{folder} has {free_bytes:,} bytes free, shard {location} has {shard.num_bytes:,}; free some, or "
+                    "name another folder as TMPDIR"
                 )
             with tempfile.NamedTemporaryFile(prefix="btlm-verify-") as file:
-                sha256 = hash_range(place, copy_to=file, **whole)
+                copy_to = cast(BinaryIO, file)  # which it is, but not by its type
+                sha256 = hash_range(location, begin=0, num_bytes=shard.num_bytes, copy_to=copy_to)
                 file.flush()
                 path = Path(file.name)
                 yield path.parent, path.name, sha256
@@ -144,9 +146,9 @@ class _Reading:
         if not self._rate_limit.is_due():
             return
         self._rate_limit.restart()
-        left = sum(shard.num_bytes for shard in self._left)
-        done, seconds = self._num_bytes - left, time.monotonic() - self._start
+        remaining = sum(shard.num_bytes for shard in self._remaining)
+        done, seconds = self._num_bytes - remaining, time.monotonic() - self._start
         self._log(
             f"verify: {done / 1e9:.2f} of {self._num_bytes / 1e9:.2f} GB, {done / 1e6 / seconds:.1f} MB/s, "
-            f"{seconds * left / done:.0f} s left"
+            f"{seconds * remaining / done:.0f} s left"
         )

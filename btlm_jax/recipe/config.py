@@ -278,7 +278,7 @@ def config_from(cls: type, mapping: Mapping, *, path: str):
 
 
 def _convert(hint, value, *, path: str):
-    if dataclasses.is_dataclass(hint):
+    if isinstance(hint, type) and dataclasses.is_dataclass(hint):
         if not isinstance(value, Mapping):
             raise ValueError(f"{path} must be a table of keys, got {value!r}")
         return config_from(hint, value, path=path)

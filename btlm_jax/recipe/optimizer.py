@@ -35,7 +35,7 @@ def learning_rate_at(config: OptimizerConfig, *, tokens: int, total_tokens: int)
     return config.peak_learning_rate * (1 - done) + config.end_learning_rate * done
 
 
-def make_optimizer(config: OptimizerConfig, table) -> optax.GradientTransformationExtraArgs:
+def make_optimizer(config: OptimizerConfig, table: dict) -> optax.GradientTransformationExtraArgs:
     """Make the chain for parameters described by `table` (a tree of ParameterInfo); `update` takes learning_rate=."""
     rules = jax.tree.map(lambda info: info.rule, table)
     return optax.chain(
@@ -62,7 +62,7 @@ def scale_each(multipliers) -> optax.GradientTransformation:
 def decay_each(decays) -> optax.GradientTransformation:
     """Add to each leaf of the updates its own constant times the parameter; stateless."""
 
-    def update(updates, state, params):
+    def update(updates, state, params=None):
         return jax.tree.map(lambda u, p, c: u + c * p, updates, params, decays), state
 
     return optax.GradientTransformation(lambda params: optax.EmptyState(), update)
@@ -76,4 +76,7 @@ def scale_by_given_learning_rate() -> optax.GradientTransformationExtraArgs:
         rate = jnp.asarray(learning_rate, jnp.float32)
         return jax.tree.map(lambda u: -rate * u, updates), state
 
-    return optax.GradientTransformationExtraArgs(lambda params: optax.EmptyState(), update)
+    return optax.GradientTransformationExtraArgs(
+        lambda params: optax.EmptyState(),
+        update,  # pyright: ignore[reportArgumentType] # optax types `update` as if it had no extra arguments
+    )

@@ -230,8 +230,8 @@ def check_same_run(saved: TrainConfig, config: TrainConfig, *, where: str) -> No
     """
     keys = [*_FIXED, *(f"model.{name}" for name in _FIXED_MODEL)]
     pairs = [(key, _value(saved, key), _value(config, key)) for key in keys]
-    earlier = [phases.curriculum.num_tokens[:-1] for phases in (saved, config)]
-    pairs.append(("curriculum.num_tokens before the last phase", *earlier))
+    saved_phases, phases = saved.curriculum.num_tokens[:-1], config.curriculum.num_tokens[:-1]
+    pairs.append(("curriculum.num_tokens before the last phase", saved_phases, phases))
     differing = [f"{key}: checkpoint {old!r}, config {new!r}" for key, old, new in pairs if old != new]
     if differing:
         raise ValueError(
@@ -241,8 +241,8 @@ def check_same_run(saved: TrainConfig, config: TrainConfig, *, where: str) -> No
         )
 
 
-def _value(config: TrainConfig, key: str):
-    value = config
+def _value(config: TrainConfig, key: str) -> Any:
+    value: Any = config
     for name in key.split("."):
         value = getattr(value, name)
     return value

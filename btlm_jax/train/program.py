@@ -31,11 +31,11 @@ _TPU_OPTIONS = {
 _SCOPED_VMEM_KIB = {"TPU v5": 32768, "TPU v5 lite": 65536, "TPU v6 lite": 65536}
 
 
-def compiler_options(device: jax.Device) -> dict[str, str]:
+def compiler_options(device: jax.Device) -> dict[str, str | bool]:
     """Return what a step is compiled with for a kind of device."""
     if device.platform != "tpu":
         return {}
-    options = dict(_TPU_OPTIONS)
+    options: dict[str, str | bool] = {**_TPU_OPTIONS}
     if "lite" not in device.device_kind:  # libtpu 0.0.42 refuses asynchronous all-to-alls, or aborts, on v5e and v6e
         options["xla_tpu_enable_async_all_to_all"] = "true"
     if kib := _SCOPED_VMEM_KIB.get(device.device_kind):

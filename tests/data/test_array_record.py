@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from btlm_jax.data import array_record
-from btlm_jax.data.array_record import chunk_begins, footer_begin, likely_tail_bytes, only_record
+from btlm_jax.data.array_record import chunk_offsets, footer_offset, likely_tail_bytes, parse_record
 from btlm_jax.data.highwayhash import highway_hash_64
 
 # What every riegeli file begins with, by its specification: a block header and the chunk "file signature".
@@ -26,9 +26,9 @@ def write(path, records, options):
 
 
 def read(data, *, num_records):
-    begin = footer_begin(data[-likely_tail_bytes(num_records) :], file_bytes=len(data))
-    begins = chunk_begins(data[begin:], begin=begin).tolist()
-    return [only_record(data[first:last], begin=first) for first, last in zip(begins[:-1], begins[1:], strict=True)]
+    begin = footer_offset(data[-likely_tail_bytes(num_records) :], file_bytes=len(data))
+    begins = chunk_offsets(data[begin:], begin=begin).tolist()
+    return [parse_record(data[first:last], begin=first) for first, last in zip(begins[:-1], begins[1:], strict=True)]
 
 
 def test_the_hash_is_that_of_the_specification():
@@ -69,20 +69,20 @@ def test_block_headers_anywhere_in_a_chunk_are_left_out(tmp_path):
 def test_every_damaged_byte_of_a_chunk_is_noticed(tmp_path, options):
     record = np.random.default_rng(5).integers(0, 9, 40).astype(np.uint16).tobytes()
     data = write(tmp_path / "file", [record], options)
-    begin = footer_begin(data, file_bytes=len(data))
-    first, last = chunk_begins(data[begin:], begin=begin).tolist()
+    begin = footer_offset(data, file_bytes=len(data))
+    first, last = chunk_offsets(data[begin:], begin=begin).tolist()
     for place in range(first, last):
         damaged = bytearray(data[first:last])
         damaged[place - first] ^= 1
         with pytest.raises(ValueError, match=f"at byte {first}"):
-            only_record(bytes(damaged), begin=first)
+            parse_record(bytes(damaged), begin=first)
     for place in range(begin, begin + 60):
         damaged = bytearray(data[begin:])
         damaged[place - begin] ^= 1
         with pytest.raises(ValueError, match=f"at byte {begin}"):
-            chunk_begins(bytes(damaged), begin=begin)
+            chunk_offsets(bytes(damaged), begin=begin)
     with pytest.raises(ValueError, match="cut short"):
-        only_record(data[first : first + 30], begin=first)
+        parse_record(data[first : first + 30], begin=first)
 
 
 @pytest.mark.parametrize(
@@ -102,9 +102,9 @@ def test_what_is_written_otherwise_is_refused(tmp_path, options, said):
 def test_other_files_are_refused():
     for data in (b"", b"nothing", bytes(1 << 17), bytes((1 << 17) + 1)):
         with pytest.raises(ValueError, match="ArrayRecord file|have its hash"):
-            footer_begin(data, file_bytes=len(data))
+            footer_offset(data, file_bytes=len(data))
 
 
 def test_the_tail_that_is_asked_for_holds_the_footer(tmp_path):
     data = write(tmp_path / "file", [b"%d" % number * 40 for number in range(3000)], "group_size:1,uncompressed")
-    assert len(data) - footer_begin(data, file_bytes=len(data)) <= likely_tail_bytes(3000)
+    assert len(data) - footer_offset(data, file_bytes=len(data)) <= likely_tail_bytes(3000)

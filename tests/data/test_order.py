@@ -57,7 +57,7 @@ def test_every_token_is_a_target_once_an_epoch(run):
     order, max_epochs = run
     use = check_capacity(order, max_epochs=max_epochs)
     targets = targets_of_run(order, first_step=0, end_step=order.curriculum.num_steps)
-    assert len(targets) == use.wanted_tokens == use.capacity_tokens - use.unused_tokens
+    assert len(targets) == use.curriculum_tokens == use.capacity_tokens - use.unused_tokens
     assert use.unused_tokens == use.spare_steps * use.tokens_per_step + use.tail_tokens
     per_epoch = order.num_blocks * order.block_len
     for epoch in range(max_epochs):
