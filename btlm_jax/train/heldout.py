@@ -1,10 +1,10 @@
-"""Held-out loss: per source, in bits per byte, and by position; sums are accumulated on the host in float64."""
+"""Held-out loss by source, in nats per token and bits per byte, and by position; sums are float64, on the host."""
 
 from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 
 import numpy as np
 
@@ -17,7 +17,7 @@ MAX_EXPONENT = 700.0  # e^710 exceeds float64, and JSON has no infinity
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class SourceLoss:
-    """What was evaluated of one source: the summed loss in nats, over how many tokens, of how many UTF-8 bytes."""
+    """The loss of one source: nats summed over `num_tokens` targets, whose text has `num_bytes` UTF-8 bytes."""
 
     nats: float
     num_tokens: int
@@ -30,12 +30,12 @@ class SourceLoss:
 
     @property
     def perplexity(self) -> float:
-        """Return e^loss, at most e^700."""
+        """Return e^loss, limited to e^700."""
         return math.exp(min(self.loss, MAX_EXPONENT))
 
     @property
     def bits_per_byte(self) -> float:
-        """Return nats / ln 2 / bytes: unlike nats a token, comparable between tokenizers."""
+        """Return nats / ln 2 / bytes; unlike nats a token, it can be compared between tokenizers."""
         return self.nats / math.log(2) / self.num_bytes
 
 
@@ -60,7 +60,7 @@ class HeldoutResult:
 
     @property
     def total(self) -> SourceLoss:
-        """Return all sources as one: every token counts the same."""
+        """Return the loss over all sources together: every token has the same weight."""
         parts = self.sources.values()
         return SourceLoss(
             nats=math.fsum(part.nats for part in parts),
@@ -70,12 +70,12 @@ class HeldoutResult:
 
     @property
     def mean_of_sources(self) -> float:
-        """Return the mean of the sources' losses in nats a token: every source counts the same."""
+        """Return the mean of the sources' losses in nats a token: every source has the same weight."""
         return math.fsum(part.loss for part in self.sources.values()) / len(self.sources)
 
     @property
     def bins(self) -> tuple[PositionBin, ...]:
-        """Return the loss in bins of positions 1, 2, 3-4, 5-8, ...; bins without targets are left out."""
+        """Return the loss in bins of positions 1, 2, 3-4, 5-8, ...; bins without targets are omitted."""
         edges = [0]
         while edges[-1] < len(self.weight_T):
             edges.append(min(max(2 * edges[-1], 1), len(self.weight_T)))
@@ -86,9 +86,9 @@ class HeldoutResult:
     def first_rise(self) -> int:
         """Return the first position of the first bin whose loss has risen, or 0.
 
-        Risen means above the lowest bin before it by more than RISE and by more than two standard errors of the
-        difference: with few blocks, neighbouring bins differ by more than RISE through chance alone. Bins of one
-        position are passed over, because their error is unknown.
+        A bin has risen if its loss is above the lowest bin before it by more than RISE and by more than two standard
+        errors of the difference: with few blocks, neighbouring bins differ by more than RISE by chance. Bins of one
+        position are ignored, because their error is unknown.
         """
         bins = [bin_ for bin_ in self.bins if bin_.first < bin_.last]
         if not bins:
@@ -102,7 +102,7 @@ class HeldoutResult:
         return 0
 
     def to_json(self) -> dict:
-        """Return the losses as plain numbers, lists and dicts; of the positions, the bins."""
+        """Return the losses as JSON's numbers, lists and dicts; by position only the bins."""
         total = self.total
         return {
             "loss": total.loss,
@@ -137,10 +137,10 @@ def evaluate_heldout(
     *,
     manifest: Manifest,
 ) -> HeldoutResult:
-    """Return the loss over `batches` of (source of each row, batch); rows of source "" fill their batch, weigh nothing.
+    """Return the loss over `batches` of (source of each row, batch); rows of source "" are padding of zero weight.
 
-    eval_step(params, batch) gives sums of loss in nats and of weights, by row and by position: loss_B, weight_B,
-    loss_T, weight_T. A source's bytes are those of the manifest, in proportion to the tokens evaluated.
+    eval_step(params, batch) returns sums of the loss in nats and of the weights, by row and by position: loss_B,
+    weight_B, loss_T, weight_T. A source's bytes are those of the manifest, in proportion to the tokens evaluated.
 
     Raises:
       ValueError: there was nothing to evaluate.
@@ -176,25 +176,27 @@ def evaluate_heldout(
     )
 
 
-def _one_late(eval_step: Callable, params: dict, batches: Iterable):
-    """Yield (sources, sums in float64) of each batch, fetched while the device is busy with the next one."""
-    waiting: list[tuple[list[str], dict]] = []
+def _one_late(
+    eval_step: Callable[[dict, dict], dict], params: dict, batches: Iterable[tuple[list[str], dict]]
+) -> Iterator[tuple[list[str], dict[str, np.ndarray]]]:
+    """Yield (sources, sums in float64) of each batch, fetched while the device computes the next one."""
+    pending: list[tuple[list[str], dict]] = []
     for sources, batch in batches:
-        waiting.append((sources, eval_step(params, batch)))
-        if len(waiting) > 1:
-            yield _fetch(*waiting.pop(0))
-    for sources, sums in waiting:
+        pending.append((sources, eval_step(params, batch)))
+        if len(pending) > 1:
+            yield _fetch(*pending.pop(0))
+    for sources, sums in pending:
         yield _fetch(sources, sums)
 
 
-def _fetch(sources: list[str], sums: dict) -> tuple[list[str], dict]:
+def _fetch(sources: list[str], sums: dict) -> tuple[list[str], dict[str, np.ndarray]]:
     return sources, {name: np.asarray(x, np.float64) for name, x in sums.items()}
 
 
 def _position_bin(result: HeldoutResult, part: slice) -> PositionBin:
     loss_P, weight_P = result.loss_T[part], result.weight_T[part]
     loss = loss_P.sum() / weight_P.sum()
-    # Each position's share of the mean's error, as of a ratio of sums: (loss - mean * weight) / total weight.
+    # The contribution of each position to the error of a ratio of sums: (loss - mean * weight) / total weight.
     error_P = (loss_P - loss * weight_P) / weight_P.sum()
     num_positions = len(weight_P)
     return PositionBin(

@@ -1,4 +1,4 @@
-"""Where a run's numbers go: metrics.jsonl (every step, every bit), TensorBoard, and a console line or bar."""
+"""Record a run's numbers: metrics.jsonl (every step, exact), TensorBoard, and a console line or bar."""
 
 from __future__ import annotations
 
@@ -16,22 +16,22 @@ from btlm_jax.storage.files import write_atomically
 from btlm_jax.train import METRICS_FILE, TENSORBOARD
 from btlm_jax.train.goodput import GoodputLedger
 
-SMOOTHING_STEPS = 20  # tokens/s and MFU on the console, and the ETA, are over the last so many steps
-LINE_SECONDS = 2.0  # plain console lines come no faster
-TRAINING = ("step", "data wait")  # the ledger's categories that are the clock of tokens/s
-_REPLAYED = ("train", "eval")  # kinds of lines that a resumed run writes again; events and goodput are history
-_BAR_FIELDS = ("ETA", "loss", "len", "lr", "tok/s", "MFU")  # the first are what a narrow terminal shows
+SMOOTHING_STEPS = 20  # tokens/s, MFU and the ETA on the console are means over this many steps
+LINE_SECONDS = 2.0  # between lines of the console, at least
+TRAINING = ("step", "data wait")  # the ledger's categories whose seconds count for tokens/s and MFU
+_REPLAYED = ("train", "eval")  # kinds of lines that a resumed run writes again; it never removes events and goodput
+_BAR_FIELDS = ("ETA", "loss", "len", "lr", "tok/s", "MFU")  # a narrow terminal cuts off the last ones
 _NOT_FINITE = {"nan": math.nan, "inf": math.inf, "-inf": -math.inf}
 
 
 class Result(Protocol):
-    """A held-out result: its JSON has "loss" and, by source, "sources" with "loss" and "bits_per_byte"."""
+    """A held-out result whose JSON has "loss" and "sources"; of each source "loss" and "bits_per_byte"."""
 
     def to_json(self) -> dict: ...
 
 
 def read_metrics(path: Path) -> list[dict]:
-    """Return the lines of a metrics file, "nan", "inf" and "-inf" as floats, without a half-written last line.
+    """Return the lines of a metrics file, "nan", "inf" and "-inf" as floats; an incomplete last line is left out.
 
     Raises:
       ValueError: another line is damaged; names it.
@@ -47,19 +47,25 @@ def read_metrics(path: Path) -> list[dict]:
     return rows
 
 
-def seconds_left(curriculum: Curriculum, *, flops_of_phase: tuple[float, ...], step: int, flops_rate: float) -> float:
-    """Return how long training goes on after `step` steps, where a token of each phase costs its own FLOPs."""
-    left = 0.0
-    for phase, flops in zip(curriculum.phases, flops_of_phase, strict=True):
-        left += max(0, phase.end_step - max(step, phase.first_step)) * phase.tokens_per_step * flops
-    return left / flops_rate
+def remaining_seconds(
+    curriculum: Curriculum, *, flops_of_phase: tuple[float, ...], step: int, flops_rate: float
+) -> float:
+    """Return the time that the steps after `step` will take: their FLOPs divided by `flops_rate`, in FLOP/s.
+
+    `flops_of_phase` are the FLOPs of a token in each phase.
+    """
+    flops = 0.0
+    for phase, flops_per_token in zip(curriculum.phases, flops_of_phase, strict=True):
+        num_steps = max(0, phase.end_step - max(step, phase.first_step))
+        flops += num_steps * phase.tokens_per_step * flops_per_token
+    return flops / flops_rate
 
 
 class MetricWriter:
-    """Write what a run measures; a step is how many are complete. Without `is_writer` nothing is written.
+    """Write what a run measures; `step` is the number of complete steps. Without `is_writer` nothing is written.
 
-    Entering drops the train and eval lines from `first_step` on, which a killed run may have written after its last
-    checkpoint and this one writes again. Leaving writes where the time went.
+    Entering removes the train and eval lines from `first_step` on: a killed run may have written them after its last
+    checkpoint, and this run writes them again. Leaving writes the ledger's seconds.
     """
 
     def __init__(
@@ -92,7 +98,7 @@ class MetricWriter:
             from tensorboardX import SummaryWriter
 
             path = self._workdir / METRICS_FILE
-            _drop_replayed(path, first_step=self._first_step)
+            _remove_replayed(path, first_step=self._first_step)
             self._file: TextIO = open(path, "a", encoding="utf-8")
             self._tensorboard = SummaryWriter(str(self._workdir / TENSORBOARD), purge_step=self._first_step)
             self._bar = StepBar(
@@ -109,7 +115,7 @@ class MetricWriter:
         self.finish()
 
     def train(self, step: int, *, learning_rate: float, metrics: dict[str, float]) -> None:
-        """Record a train step; what depends on time comes last in its line."""
+        """Record a train step; the values that depend on time are the last in its line."""
         if not self._is_open:
             return
         clock = self._training_seconds()
@@ -117,7 +123,7 @@ class MetricWriter:
         phase = self._curriculum.phase_at(step - 1)
         flops = phase.tokens_per_step * self._flops_of_phase[phase.index]
         if step == self._first_step + 1:
-            self._pace.clear()  # the first step waits for the first batch to be read, and says little about the rest
+            self._pace.clear()  # the first step waits for the first batch to be read: it is slower than the others
         self._pace.append((seconds, phase.tokens_per_step, flops))
         self._last_step = step
         row = {
@@ -161,14 +167,14 @@ class MetricWriter:
         print_line(" | ".join(parts))
 
     def event(self, step: int, message: str) -> None:
-        """Record something that happened at `step`; it stays in the file whatever the run does next."""
+        """Record an event at `step`; no later start of the run removes it."""
         if not self._is_open:
             return
         self._write({"kind": "event", "step": step, "message": message})
         print_line(f"step {step:,}/{self._curriculum.num_steps:,} | {message}")
 
     def finish(self) -> None:
-        """Record where the time went, and close everything; nothing can be recorded after it."""
+        """Record the seconds by category, and close the files; after it nothing can be recorded."""
         if not self._is_open:
             return
         self._is_open = False
@@ -192,7 +198,7 @@ class MetricWriter:
 
     def _fields(self, row: dict) -> dict[str, str]:
         seconds, tokens, flops = (sum(column) for column in zip(*self._pace, strict=True))
-        left = seconds_left(
+        eta = remaining_seconds(
             self._curriculum,
             flops_of_phase=self._flops_of_phase,
             step=row["step"],
@@ -206,7 +212,7 @@ class MetricWriter:
             "gnorm": f"{row['grad_norm']:.3g}",
             "tok/s": f"{tokens / seconds:,.0f}",
             "MFU": f"{flops / seconds / self._peak_flops:.1%}",
-            "ETA": f"{datetime.timedelta(seconds=round(left))}",
+            "ETA": f"{datetime.timedelta(seconds=round(eta))}",
         }
 
 
@@ -214,7 +220,7 @@ def _line(fields: dict[str, str]) -> str:
     return " | ".join(f"{text} {name}" if name == "tok/s" else f"{name} {text}" for name, text in fields.items())
 
 
-def _drop_replayed(path: Path, *, first_step: int) -> None:
+def _remove_replayed(path: Path, *, first_step: int) -> None:
     """Rewrite the file without the train and eval lines from `first_step` on, and without lines that are damaged."""
     if not path.exists():
         return
@@ -227,7 +233,7 @@ def _drop_replayed(path: Path, *, first_step: int) -> None:
 
 
 def _parsed(line: bytes) -> dict | None:
-    """Return the JSON object of a line, or None for what a write that was cut short leaves."""
+    """Return the JSON object of a line, or None if it is not one: the process was killed while it wrote the line."""
     try:
         row = json.loads(line)
     except ValueError:
@@ -236,7 +242,7 @@ def _parsed(line: bytes) -> dict | None:
 
 
 def _with_strings(value):
-    """Return the value with floats that JSON does not know as strings."""
+    """Return the value with the floats that JSON does not have as strings."""
     if isinstance(value, dict):
         return {name: _with_strings(item) for name, item in value.items()}
     if isinstance(value, (list, tuple)):

@@ -1,4 +1,4 @@
-"""The two plots of a run: loss while training, and loss by position. Matplotlib is imported when a plot is drawn."""
+"""The two plots of a run: loss over training, and loss by position. Matplotlib is imported when a plot is drawn."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ DPI = 120
 TRAIN, RATE, MARK, OVERALL = "#1f77b4", "#2ca02c", "#888888", "#000000"
 SOURCE_COLOURS = ("#d62728", "#9467bd", "#ff7f0e", "#8c564b", "#e377c2", "#17becf", "#bcbd22")
 SMOOTHING = 50  # the smoothed curve averages over 1/50 of the points
-ROBUST_PERCENTILE = 95.0  # the loss axis ends here: the first steps' transient would squash everything after it
+ROBUST_PERCENTILE = 95.0  # the loss axis ends here, because with the first steps on it the others would look flat
 
 
 def plot_loss(metrics: list[dict], curriculum: Curriculum, path: Path) -> None:
     """Draw training and held-out loss and the learning rate against tokens, with the curriculum's switches.
 
     metrics: {"kind": "train", "tokens", "loss", "learning_rate"} and
-    {"kind": "eval", "tokens", "loss", "sources": {name: {"loss"}}}; other kinds are left alone.
+    {"kind": "eval", "tokens", "loss", "sources": {name: {"loss"}}}; other kinds are ignored.
     """
     from matplotlib.ticker import EngFormatter
 
@@ -42,15 +42,15 @@ def plot_loss(metrics: list[dict], curriculum: Curriculum, path: Path) -> None:
     note = _limit_loss(axes, losses, evaluations)
     axes.set_xlabel("tokens" + note)
     axes.set_ylabel("loss (nats per token)")
-    axes.set_xlim(0, 1.02 * curriculum.num_tokens)  # the last marker whole
+    axes.set_xlim(0, 1.02 * curriculum.num_tokens)  # so that the last marker is drawn whole
     axes.xaxis.set_major_formatter(EngFormatter(sep=" "))
-    axes.set_zorder(rate_axes.get_zorder() + 1)  # the losses over the thin rate
+    axes.set_zorder(rate_axes.get_zorder() + 1)  # losses in front of the learning rate
     axes.patch.set_visible(False)
     _write(figure, path)
 
 
 def plot_position(result: HeldoutResult, path: Path, *, seq_lens: tuple[int, ...]) -> None:
-    """Draw held-out loss against position in bins that double, with the training lengths marked."""
+    """Draw held-out loss against position, in bins of doubling width, and mark the training lengths."""
     from matplotlib.ticker import FuncFormatter, NullLocator
 
     figure, axes = new_figure(size=SIZE, dpi=DPI)
@@ -74,9 +74,10 @@ def plot_position(result: HeldoutResult, path: Path, *, seq_lens: tuple[int, ...
 
 
 def smooth(values: np.ndarray) -> np.ndarray:
-    """Return the centred moving mean over 1/50 of the values; over fewer at the start, over the last ones at the end.
+    """Return the centred moving mean over 1/50 of the values.
 
-    So the fast fall at the start stays sharp, and the last point, where people look, is not a single batch's.
+    At the start the window is smaller, so that the fast fall stays sharp; at the end it stays whole and ends with the
+    last value, so that the last point is not the loss of a single batch.
     """
     half = len(values) // SMOOTHING // 2
     sums = np.concatenate([[0.0], np.cumsum(values)])
@@ -118,12 +119,13 @@ def _mark_switches(axes, curriculum: Curriculum) -> None:
 
 
 def _limit_loss(axes, losses: np.ndarray, evaluations: list[dict]) -> str:
-    """Limit the loss axis to most points and all of the last evaluation; return the words that say so, or ""."""
+    """Limit the loss axis to most points and all of the last evaluation; return a note of what is outside, or ""."""
     heldout = [[row["loss"], *(source["loss"] for source in row["sources"].values())] for row in evaluations]
     seen = np.concatenate([losses, *heldout])
     if not len(seen):
         return ""
-    bottom, robust = seen.min(), max([np.percentile(seen, ROBUST_PERCENTILE), *(heldout[-1] if heldout else [])])
+    bottom = float(seen.min())
+    robust = max([float(np.percentile(seen, ROBUST_PERCENTILE)), *(heldout[-1] if heldout else [])])
     margin = 0.08 * max(robust - bottom, 0.1)
     top = robust + margin
     axes.set_ylim(bottom - margin, top)
@@ -131,7 +133,7 @@ def _limit_loss(axes, losses: np.ndarray, evaluations: list[dict]) -> str:
 
 
 def _label_mark(axes, x: float, text: str) -> None:
-    """Write `text` upwards at the left of the vertical line at `x`, so that lines close together keep their words."""
+    """Write `text` upwards at the left of the vertical line at `x`: labels of lines close together do not overlap."""
     axes.annotate(
         text,
         (x, 0.98),

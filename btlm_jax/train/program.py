@@ -1,4 +1,4 @@
-"""From a config and a mesh to the train steps: what `btlm train` runs is what `btlm plan` compiles."""
+"""From a config and a mesh to compiled train steps: `btlm train` runs and `btlm plan` examines the same program."""
 
 from __future__ import annotations
 
@@ -17,7 +17,8 @@ from btlm_jax.recipe.mup import make_parametrization
 from btlm_jax.recipe.optimizer import make_optimizer
 from btlm_jax.train.step import TrainState, abstract_batch, abstract_state, make_train_step
 
-# Exchange beside computation. A v5e does some of it unasked, a v5p only when told to (seen in its compiled step).
+# Collectives that overlap with computation. By default XLA makes some of them asynchronous on a v5e and none on a v5p
+# (read in compiled steps).
 _TPU_OPTIONS = {
     "xla_enable_async_all_gather": "true",
     "xla_tpu_enable_async_collective_fusion": "true",
@@ -26,13 +27,13 @@ _TPU_OPTIONS = {
     "xla_tpu_enable_async_collective_fusion_multiple_steps": "true",
     "xla_tpu_overlap_compute_collective_tc": "true",
 }
-# KiB of vector memory for one fusion, of 64 MiB on a v5p, 128 on a v5e and v6e (a v4's 16 are the default's): products
-# work on larger blocks, and a v6e's and v5e's gradients are reduced without padding (read in compiled steps).
+# KiB of vector memory (VMEM) for one fusion. A v5p has 64 MiB of it, a v5e and v6e 128, a v4 only the default's 16.
+# With more, products use larger blocks, and a v5e and v6e reduce gradients without padding (read in compiled steps).
 _SCOPED_VMEM_KIB = {"TPU v5": 32768, "TPU v5 lite": 65536, "TPU v6 lite": 65536}
 
 
 def compiler_options(device: jax.Device) -> dict[str, str | bool]:
-    """Return what a step is compiled with for a kind of device."""
+    """Return XLA's options for the train step on this kind of device."""
     if device.platform != "tpu":
         return {}
     options: dict[str, str | bool] = {**_TPU_OPTIONS}
@@ -45,7 +46,7 @@ def compiler_options(device: jax.Device) -> dict[str, str | bool]:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Program:
-    """What a config trains on a mesh, before anything is compiled or made."""
+    """The model, optimizer and abstract state of a config on a mesh; nothing is compiled or allocated yet."""
 
     config: TrainConfig
     mesh: Mesh
@@ -55,7 +56,7 @@ class Program:
     state: TrainState  # abstract
 
     def rules_for(self, phase: Phase) -> AxisRules:
-        """Return how a phase's batch is split over the mesh."""
+        """Return the sharding rules of a phase, which depend on its batch size."""
         return rules_for(phase.batch_size, mesh=self.mesh, accumulation=self.config.mesh.accumulation)
 
     def trace_train_step(self, phase: Phase) -> jax.stages.Traced:
@@ -70,13 +71,13 @@ class Program:
             return jax.jit(step, donate_argnums=0).trace(self.state, batch, learning_rate)
 
     def compile(self, traced: jax.stages.Traced) -> jax.stages.Compiled:
-        """Make the executable of a traced step."""
+        """Compile a traced step for the mesh's devices."""
         with jax.set_mesh(self.mesh):
             return traced.lower().compile(compiler_options=compiler_options(self.mesh.devices.flat[0]))
 
 
 def make_program(config: TrainConfig, mesh: Mesh) -> Program:
-    """Put a config's model, optimizer and abstract state together."""
+    """Make the model, optimizer and abstract state of a config."""
     model = make_model(config.model, make_parametrization(config.mup, config.model))
     table = parameter_table(model, mesh)
     optimizer = make_optimizer(config.optimizer, table)

@@ -1,4 +1,4 @@
-"""The plan of a run in words and numbers: what `btlm train --dry-run` prints and a run logs at its start."""
+"""The plan of a run as text: what `btlm train --dry-run` prints and a run logs at its start."""
 
 from __future__ import annotations
 

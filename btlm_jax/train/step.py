@@ -17,7 +17,7 @@ from btlm_jax.recipe.mup import CLASSES
 
 @flax.struct.dataclass
 class TrainState:
-    """What a step turns into the next: float32 parameters, the optimizer's state, and how many steps were taken."""
+    """The state that a step updates: the number of steps taken, float32 parameters, and the optimizer's state."""
 
     step: jax.Array
     params: dict
@@ -25,14 +25,14 @@ class TrainState:
 
 
 def init_state(model: Btlm, optimizer: optax.GradientTransformation, mesh: Mesh, *, seed: int) -> TrainState:
-    """Make the state of step 0 on its devices."""
+    """Initialize the state of step 0, sharded over the mesh."""
     params = init_params(model, mesh, seed=seed)
     with jax.set_mesh(mesh):
         return jax.jit(lambda params: _new_state(params, optimizer))(params)
 
 
-def abstract_state(table, optimizer: optax.GradientTransformation, mesh: Mesh) -> TrainState:
-    """Return the state's shapes, dtypes and shardings; nothing is computed. `table` is a tree of ParameterInfo."""
+def abstract_state(table: dict, optimizer: optax.GradientTransformation, mesh: Mesh) -> TrainState:
+    """Return the shapes, dtypes and shardings of the state; nothing is computed. `table` is a tree of ParameterInfo."""
     params = jax.tree.map(lambda info: info.abstract, table)
     with jax.set_mesh(mesh):
         state = jax.eval_shape(lambda params: _new_state(params, optimizer), params)
@@ -53,7 +53,7 @@ def abstract_batch(shape: tuple[int, ...], sharding: NamedSharding) -> dict:
 
 
 def make_train_step(
-    model: Btlm, optimizer: optax.GradientTransformationExtraArgs, table, *, loss_chunk: int
+    model: Btlm, optimizer: optax.GradientTransformationExtraArgs, table: dict, *, loss_chunk: int
 ) -> Callable:
     """Make train_step(state, batch, learning_rate) -> (state, metrics), not yet jitted.
 
@@ -133,9 +133,9 @@ def _replicated(x_BT):
     return jax.sharding.reshard(x_BT, PartitionSpec(None, None))
 
 
-def _class_norms(name: str, tree, table) -> dict:
-    """Return the root of the sum of squares over every parameter of each class."""
-    squares = {parameter_class: [] for parameter_class in CLASSES}
+def _class_norms(name: str, tree: dict, table: dict) -> dict:
+    """Return the norm of each class: the root of the sum of squares over all its parameters."""
+    squares: dict[str, list[jax.Array]] = {parameter_class: [] for parameter_class in CLASSES}
     for leaf, info in zip(jax.tree.leaves(tree), jax.tree.leaves(table), strict=True):
         squares[info.rule.parameter_class].append(jnp.square(leaf).sum())
     return {f"{name}/{parameter_class}": jnp.sqrt(sum(parts)) for parameter_class, parts in squares.items()}

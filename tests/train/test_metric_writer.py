@@ -12,7 +12,7 @@ from tensorboardX.proto.event_pb2 import Event
 from btlm_jax.recipe.curriculum import make_curriculum
 from btlm_jax.train import METRICS_FILE, TENSORBOARD
 from btlm_jax.train.goodput import GoodputLedger
-from btlm_jax.train.metric_writer import MetricWriter, read_metrics, seconds_left
+from btlm_jax.train.metric_writer import MetricWriter, read_metrics, remaining_seconds
 
 # 4 steps of 12 x 16 and 5 steps of 4 x 48, 192 tokens each; a token costs 1e6 and 3e6 FLOP.
 CURRICULUM = make_curriculum(seq_len=(16, 48), batch_size=(12, 4), num_tokens=(4 * 192, 5 * 192))
@@ -203,7 +203,7 @@ def test_pauses_do_not_count(tmp_path):
     [(0, 192 * (4 * 1e6 + 5 * 3e6)), (3, 192 * (1 * 1e6 + 5 * 3e6)), (4, 192 * 5 * 3e6), (7, 192 * 2 * 3e6), (9, 0)],
 )
 def test_time_left_counts_each_phase_at_its_own_cost(step, flop):
-    left = seconds_left(CURRICULUM, flops_of_phase=FLOPS_OF_PHASE, step=step, flops_rate=4e6)
+    left = remaining_seconds(CURRICULUM, flops_of_phase=FLOPS_OF_PHASE, step=step, flops_rate=4e6)
     assert left == pytest.approx(flop / 4e6)
 
 
