@@ -7,7 +7,7 @@ docstrings:
 
 Two texts after the name take a part, from the line that holds the first to the one that holds the second:
 
-    <!-- from btlm_jax/train/loop.py: _train_from, "for index, batch" to "waiting = (step" -->
+    <!-- from btlm_jax/train/loop.py: _train_from, "for index, batch" to "pending = (step" -->
 """
 
 from __future__ import annotations
