@@ -1,3 +1,3 @@
-"""Train BTLM-3B-8K style language models in JAX. See README.md for the map of the files."""
+"""Train BTLM-3B-8K style language models in JAX. See docs/internals/map.md for the map of the files."""
 
 __version__ = "0.1.0"

@@ -59,7 +59,8 @@ def reference() -> str:
     return "\n\n".join(_section_text(section, values) for section in sections())
 
 
-def sections() -> list[Section]:
+@functools.cache
+def sections() -> tuple[Section, ...]:
     """Return every section of a config, the keys of the whole config first."""
     tree = ast.parse(CONFIG.read_text())
     classes = {node.name: node for node in tree.body if isinstance(node, ast.ClassDef)}
@@ -81,7 +82,7 @@ def sections() -> list[Section]:
             if ast.unparse(annotation) not in classes
         )
         found.append(Section(name=prefix, summary=ast.get_docstring(node) or "", fields=fields))
-    return found
+    return tuple(found)
 
 
 def find_readers() -> dict[tuple[str, str], set[str]]:

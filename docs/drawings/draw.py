@@ -266,13 +266,13 @@ def alibi_lanes() -> Drawing:
         (404, 140, "n", "zeros to a tile"),
     ):
         drawing.box(x, 70, width, 32, kind=kind, label=label)
-    columns = (16, 96, 210, 324, 440)
-    for x, title in zip(columns, ("lane", "in q", "in k", "product", ""), strict=True):
+    columns = (16, 96, 210, 324)
+    for x, title in zip(columns, ("lane", "in q", "in k", "product"), strict=True):
         drawing.head(x, 132, title)
     for lane, (q, k, product) in enumerate(zip(q_lanes, k_lanes, products, strict=True)):
         y = 140 + 20 * lane
         drawing.box(16, y, 410, 20, kind=COLOURS[lane // 4])
-        for x, text in zip(columns, (str(lane), f"{q:.7g}", f"{k:.7g}", f"{product:.6g}"), strict=False):
+        for x, text in zip(columns, (str(lane), f"{q:.7g}", f"{k:.7g}", f"{product:.6g}"), strict=True):
             drawing.code(x + 6, y + 15, text)
     for part in range(NUM_PARTS):
         drawing.text(440, 184 + 80 * part, f"part {part + 1}")

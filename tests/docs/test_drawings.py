@@ -27,7 +27,7 @@ def test_a_drawing_can_be_read_aloud_and_stays_inside_its_frame(name):
     _, _, width, height = map(float, root.get("viewBox").split())
     for text in root.iter(f"{SVG}text"):
         wide = "code" in text.get("class", "") or "head" in text.get("class", "")
-        length = (8.3 if wide else 7.4) * len(text.text)  # units of a 14 px letter, at most, on average
+        length = (8.3 if wide else 7.3) * len(text.text)  # units of a 14 px letter, at most, on average
         x, y = float(text.get("x")), float(text.get("y"))
         start = x - {"middle": length / 2, "end": length}.get(text.get("text-anchor"), 0)
         assert start >= 0 and start + length <= width and 10 < y < height, text.text
