@@ -172,7 +172,7 @@ def mesh() -> Drawing:
     for part in range(fsdp * tensor):
         drawing.box(16, 276 + 20 * part, 150, 20, kind=COLOURS[part // tensor], label=str(part))
     drawing.head(380, 244, "The same, in use")
-    drawing.soft(380, 262, "bfloat16, all of D, M in 2")
+    drawing.soft(380, 262, "bfloat16, M in 2 parts")
     drawing.box(380, 276, 75, 160, kind="n", label="devices\n0 2 4 6")
     drawing.box(455, 276, 75, 160, kind="n", label="devices\n1 3 5 7")
     drawing.arrow(180, 320, 368, 320)
@@ -277,8 +277,8 @@ def alibi_lanes() -> Drawing:
     for part in range(NUM_PARTS):
         drawing.text(440, 184 + 80 * part, f"part {part + 1}")
     drawing.head(16, 404, f"sum {sum(products):.4f} = slope × ({key} − {query})")
-    drawing.soft(16, 428, "A slope is three bfloat16 numbers, a position a multiple of 256 and a rest:")
-    drawing.soft(16, 445, "bfloat16 has 8 bits and holds each exactly; products add up in float32.")
+    drawing.soft(16, 428, "A slope is a sum of three bfloat16 numbers, a position of two. Each is")
+    drawing.soft(16, 445, "exact in bfloat16's 8 bits, and the products add up in float32.")
     return drawing
 
 
