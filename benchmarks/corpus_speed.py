@@ -28,9 +28,9 @@ import numpy as np
 from btlm_jax.corpus.near_duplicates.lsh import SLIMPAJAMA, STRICT
 from btlm_jax.corpus.near_duplicates.normalize import MIN_CHARACTERS, is_shorter, normalized_pieces
 from btlm_jax.corpus.pack import pack
-from btlm_jax.corpus.stages.clean import fixed
+from btlm_jax.corpus.stages.clean import fix_unicode
 from btlm_jax.tokenizers.byte_level import read_byte_level
-from btlm_jax.tokenizers.gpt2 import fastest
+from btlm_jax.tokenizers.gpt2 import fastest_tokenizer
 
 ROUNDS = 3
 DOCUMENT_CHARACTERS = 10_000
@@ -56,7 +56,7 @@ def main() -> None:
         compare("signature, slimpajama", name, documents, slimpajama, published_signature, part=100)
         if arguments.tokenizer:
             slow = read_byte_level(arguments.tokenizer)
-            fast = fastest(slow)
+            fast = fastest_tokenizer(slow)
             compare(
                 "tokenize and pack",
                 name,
@@ -100,7 +100,7 @@ def rate(work: Callable[[Sequence[str]], object], documents: Sequence[str]) -> f
 
 def clean(texts: Sequence[str]) -> list[str]:
     """Return what clean keeps."""
-    return [text for text in map(fixed, texts) if not is_shorter(text, than=MIN_CHARACTERS)]
+    return [text for text in map(fix_unicode, texts) if not is_shorter(text, than=MIN_CHARACTERS)]
 
 
 def published_clean(texts: Sequence[str]) -> list[str]:

@@ -80,7 +80,7 @@ def _stats(arguments: Sequence[str]) -> int:
     if directory is not None:
         print(importlib.import_module("btlm_jax.corpus.inspect.stats").describe(directory))
         if values["plots"].value:
-            plot = importlib.import_module("btlm_jax.corpus.inspect.plots").plot
+            plot = importlib.import_module("btlm_jax.corpus.inspect.charts").plot
             for path in plot(directory, target=Path(values["plots"].value)):
                 print(f"drew {path}")
     return DONE

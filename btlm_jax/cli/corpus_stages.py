@@ -140,10 +140,10 @@ def tokenizer(arguments: Sequence[str]) -> int:
     flags.DEFINE_integer("vocab_size", 32000, "tokens, the 256 bytes included", flag_values=values)
     if not _parse_stage(values, arguments, help_text=TOKENIZER_HELP):
         return DONE
-    vocabulary = importlib.import_module("btlm_jax.corpus.stages.tokenizer")
+    vocabulary = importlib.import_module("btlm_jax.corpus.stages.train_tokenizer")
     if values["kind"].value not in vocabulary.KINDS:
         raise UsageError(f"--kind={values['kind'].value} is not known; it may be {' or '.join(vocabulary.KINDS)}")
-    manifest = vocabulary.make_tokenizer(
+    manifest = vocabulary.train_tokenizer_stage(
         Path(values["input"].value),
         kind=values["kind"].value,
         vocab_size=values["vocab_size"].value,

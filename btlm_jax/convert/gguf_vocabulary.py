@@ -7,8 +7,9 @@ import typing
 
 from btlm_jax.convert.sentencepiece_to_hf import symbols_inside
 from btlm_jax.tokenizers.byte_level import ByteLevelTokenizer
+from btlm_jax.tokenizers.sentencepiece_bpe import SentencePieceTokenizer
 from btlm_jax.tokenizers.sentencepiece_proto import BPE, BYTE, CONTROL, NORMAL, UNUSED, USER_DEFINED, parse_model
-from btlm_jax.tokenizers.tokenizer import SentencePieceTokenizer, Tokenizer
+from btlm_jax.tokenizers.tokenizer import Tokenizer
 
 if typing.TYPE_CHECKING:
     from gguf import GGUFWriter
@@ -65,7 +66,7 @@ def vocabulary_of(tokenizer: Tokenizer) -> Vocabulary:
       ValueError: llama.cpp would make other ids of a text.
     """
     if isinstance(tokenizer, ByteLevelTokenizer):
-        if not tokenizer.is_gpt2:
+        if not tokenizer.has_gpt2_rules:
             raise ValueError(
                 "this tokenizer cuts words by another pattern than GPT-2's, or adds tokens to it; llama.cpp would make "
                 "other ids, so it cannot be written as GGUF"
@@ -132,7 +133,7 @@ def _sentencepiece_vocabulary(tokenizer: SentencePieceTokenizer) -> SentencePiec
         "it keeps spaces as they are (escape_whitespaces=false)": not model.escape_whitespaces,
         "it puts a space in front of the text (add_dummy_prefix) and has user-defined symbols of several characters, "
         "or whose character is in other pieces; llama.cpp puts a space after each of them": (
-            model.add_dummy_prefix and set(model.ids_of(USER_DEFINED)) - inside
+            model.add_dummy_prefix and set(model.ids_of_type(USER_DEFINED)) - inside
         ),
     }
     for reason, holds in reasons.items():

@@ -42,9 +42,9 @@ def to_hf_tokenizer(model: SentencePieceModel, *, unk_id: int) -> Tokenizer:
     if model.add_dummy_prefix or model.remove_extra_whitespaces:
         back.append(decoders.Strip(" ", 1, 0))
     tokenizer.decoder = decoders.Sequence(back)
-    for number in model.ids_of(CONTROL) + model.ids_of(UNKNOWN):
+    for number in model.ids_of_type(CONTROL) + model.ids_of_type(UNKNOWN):
         tokenizer.add_special_tokens([AddedToken(model.pieces[number], special=True, normalized=False)])
-    for number in set(model.ids_of(USER_DEFINED)) - inside:
+    for number in set(model.ids_of_type(USER_DEFINED)) - inside:
         piece = model.pieces[number]
         tokenizer.add_tokens([AddedToken(piece, special=False, normalized=SPACE_MARK in piece)])
     return tokenizer
@@ -56,10 +56,10 @@ def symbols_inside(model: SentencePieceModel) -> set[int]:
     Unigram finds them by their score. BPE finds a single character that no other piece has, as nothing merges with it.
     The others become added tokens, which cut the text before the normalizer sees it.
     """
-    symbols = model.ids_of(USER_DEFINED)
+    symbols = model.ids_of_type(USER_DEFINED)
     if model.model_type == UNIGRAM:
         return set(symbols)
-    in_pieces = {letter for number in model.ids_of(NORMAL) for letter in model.pieces[number]}
+    in_pieces = {letter for number in model.ids_of_type(NORMAL) for letter in model.pieces[number]}
     return {number for number in symbols if len(model.pieces[number]) == 1 and model.pieces[number] not in in_pieces}
 
 
@@ -70,9 +70,9 @@ def _check_expressible(model: SentencePieceModel) -> None:
         "it is of words or characters, not unigram or BPE": model.model_type not in (UNIGRAM, BPE),
         "its spaces follow the word (treat_whitespace_as_suffix)": model.whitespace_as_suffix,
         "it keeps spaces as they are (escape_whitespaces=false)": not model.escape_whitespaces,
-        "it has unused pieces": bool(model.ids_of(UNUSED)),
+        "it has unused pieces": bool(model.ids_of_type(UNUSED)),
         "a user-defined symbol of several characters after a dummy prefix cannot be told apart from one at the "
-        "start": model.add_dummy_prefix and set(model.ids_of(USER_DEFINED)) - symbols_inside(model),
+        "start": model.add_dummy_prefix and set(model.ids_of_type(USER_DEFINED)) - symbols_inside(model),
     }
     for reason, holds in reasons.items():
         if holds:
@@ -85,7 +85,7 @@ def _bpe(model: SentencePieceModel, unk_id: int) -> models.BPE:
     SentencePiece takes the leftmost of several splits instead, which differs only in runs of one repeated piece, and
     there the longest left part is the leftmost.
     """
-    normal = {model.pieces[number]: number for number in model.ids_of(NORMAL)}
+    normal = {model.pieces[number]: number for number in model.ids_of_type(NORMAL)}
     merges = []
     for piece in sorted(normal, key=lambda piece: -model.scores[normal[piece]]):
         for at in range(len(piece) - 1, 0, -1):
@@ -106,7 +106,7 @@ def _unigram(model: SentencePieceModel, unk_id: int) -> models.Unigram:
 
     A user-defined symbol scores (its bytes) * (the best score) - 0.1 (unigram_model.cc, EncodeOptimized).
     """
-    normal = [model.scores[number] for number in model.ids_of(NORMAL)]
+    normal = [model.scores[number] for number in model.ids_of_type(NORMAL)]
     lowest, best = min(normal), max(normal)
     vocabulary = []
     for piece, score, kind in zip(model.pieces, model.scores, model.types, strict=True):
@@ -123,9 +123,9 @@ def _cut_names(model: SentencePieceModel) -> pre_tokenizers.Split:
 
     The cut is between two characters that no piece has side by side, where there are such, so it changes nothing else.
     """
-    pairs = {a + b for number in model.ids_of(NORMAL) for a, b in itertools.pairwise(model.pieces[number])}
+    pairs = {a + b for number in model.ids_of_type(NORMAL) for a, b in itertools.pairwise(model.pieces[number])}
     cuts = set()
-    for number in model.ids_of(CONTROL) + model.ids_of(UNKNOWN) + model.ids_of(BYTE):
+    for number in model.ids_of_type(CONTROL) + model.ids_of_type(UNKNOWN) + model.ids_of_type(BYTE):
         name = model.pieces[number]
         free = [at for at in range(1, len(name)) if name[at - 1 : at + 1] not in pairs]
         at = free[0] if free else 1

@@ -18,8 +18,9 @@ import tokenizers
 from btlm_jax.convert.sentencepiece_to_hf import to_hf_tokenizer
 from btlm_jax.storage.files import write_atomically
 from btlm_jax.tokenizers.byte_level import MERGES_FILE, VOCAB_FILE, ByteLevelTokenizer, read_byte_level
+from btlm_jax.tokenizers.sentencepiece_bpe import SentencePieceTokenizer
 from btlm_jax.tokenizers.sentencepiece_proto import CONTROL, UNKNOWN, USER_DEFINED, parse_model
-from btlm_jax.tokenizers.tokenizer import SentencePieceTokenizer, Tokenizer
+from btlm_jax.tokenizers.tokenizer import Tokenizer
 
 # No special_tokens_map.json: AutoTokenizer lets it override tokenizer_config.json, which names the same tokens.
 TOKENIZER_JSON, CONFIG_JSON = "tokenizer.json", "tokenizer_config.json"
@@ -115,7 +116,9 @@ def probe_texts(tokenizer: Tokenizer) -> Iterator[str]:
     names = list(_special_tokens(tokenizer).values())
     if isinstance(tokenizer, SentencePieceTokenizer):
         model = parse_model(tokenizer.contents)
-        names += [model.pieces[number] for kind in (CONTROL, UNKNOWN, USER_DEFINED) for number in model.ids_of(kind)]
+        names += [
+            model.pieces[number] for kind in (CONTROL, UNKNOWN, USER_DEFINED) for number in model.ids_of_type(kind)
+        ]
     for name in names:
         yield f"{name}a{name} {name}{name} b {name}"
         yield from (f"{name}{other}" for other in names)  # which may overlap
@@ -145,7 +148,7 @@ def _files(tokenizer: Tokenizer, *, model_max_length: int) -> dict[str, str | by
         }
     elif isinstance(tokenizer, ByteLevelTokenizer):
         files[TOKENIZER_JSON] = _readable_by_old_clients(tokenizer.json)
-        if tokenizer.is_gpt2:  # other patterns of words cannot be told in these two files
+        if tokenizer.has_gpt2_rules:  # other patterns of words cannot be told in these two files
             config["tokenizer_class"] = GPT2_CLASS
             files[VOCAB_FILE] = json.dumps({token: number for number, token in enumerate(tokenizer.tokens)})
             files[MERGES_FILE] = "#version: 0.2\n" + "".join(f"{a} {b}\n" for a, b in tokenizer.merges)

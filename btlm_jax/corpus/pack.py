@@ -1,9 +1,7 @@
-"""Pack token streams into blocks, blocks into ArrayRecord shards, and describe them to TFDS."""
+"""Pack token streams into blocks and blocks into ArrayRecord shards; write the metadata with which TFDS opens them."""
 
 from __future__ import annotations
 
-import hashlib
-import os
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
@@ -14,6 +12,7 @@ from tensorflow_datasets.proto import tf_example_pb2, tf_feature_pb2
 
 from btlm_jax.data import store
 from btlm_jax.data.store import TokenBlock
+from btlm_jax.storage.files import sync_and_hash
 
 TFDS_VERSION = "1.0.0"
 
@@ -28,13 +27,13 @@ def pack(documents: Iterable[Sequence[int]], *, block_len: int, eos_id: int, dty
         if size > block_len:
             stream = np.concatenate(pending)
             whole = (size - 1) // block_len * block_len
-            yield from cut(stream[: whole + 1], block_len=block_len, eos_id=eos_id)
+            yield from cut_into_blocks(stream[: whole + 1], block_len=block_len, eos_id=eos_id)
             pending, size = [stream[whole:]], size - whole
-    yield from cut(np.concatenate(pending), block_len=block_len, eos_id=eos_id)
+    yield from cut_into_blocks(np.concatenate(pending), block_len=block_len, eos_id=eos_id)
 
 
-def cut(stream: np.ndarray, *, block_len: int, eos_id: int) -> Iterator[TokenBlock]:
-    """Yield the blocks of a piece of a stream; its first token is a target of the piece before, or the first EOS."""
+def cut_into_blocks(stream: np.ndarray, *, block_len: int, eos_id: int) -> Iterator[TokenBlock]:
+    """Yield the blocks of a piece of a stream; its first token is the last target of the piece before, or EOS."""
     for start in range(0, len(stream) - 1, block_len):
         tokens = stream[start : start + block_len + 1]
         padding = np.full(block_len + 1 - len(tokens), eos_id, stream.dtype)
@@ -42,7 +41,7 @@ def cut(stream: np.ndarray, *, block_len: int, eos_id: int) -> Iterator[TokenBlo
 
 
 def write_shards(directory: Path, *, split: str, blocks: Sequence[TokenBlock]) -> list[store.Shard]:
-    """Write a split's shards and return what the manifest says of them."""
+    """Write a split's shards and return their manifest entries."""
     groups = [blocks[start : start + store.BLOCKS_PER_SHARD] for start in range(0, len(blocks), store.BLOCKS_PER_SHARD)]
     shards = []
     for index, group in enumerate(groups):
@@ -52,10 +51,10 @@ def write_shards(directory: Path, *, split: str, blocks: Sequence[TokenBlock]) -
 
 
 def write_shard(path: Path, *, blocks: Iterable[TokenBlock]) -> store.Shard:
-    """Write one shard and return what the manifest says of it.
+    """Write one shard and return its manifest entry.
 
     Raises:
-      OSError: it cannot be written; nothing is left of it.
+      OSError: it cannot be written; the unfinished file is deleted.
     """
     num_blocks = 0
     try:
@@ -64,14 +63,14 @@ def write_shard(path: Path, *, blocks: Iterable[TokenBlock]) -> store.Shard:
             writer.write(_serialized(block))
             num_blocks += 1
         writer.close()
-    except RuntimeError as error:  # how it reports a full disk
+    except RuntimeError as error:  # ArrayRecord's error for a full disk
         path.unlink(missing_ok=True)
         raise OSError(f"shard {path} cannot be written: {error}") from error
     return store.Shard(file=path.name, num_blocks=num_blocks, num_bytes=path.stat().st_size, sha256=sync_and_hash(path))
 
 
 def _serialized(block: TokenBlock) -> bytes:
-    """Return a block as TFDS serialises it, but with the fields in the same order in every process."""
+    """Serialise a block as TFDS does, but with the fields in the same order in every process."""
     tokens = tf_feature_pb2.Feature(bytes_list=tf_feature_pb2.BytesList(value=[block.tokens.tobytes()]))
     num_targets = tf_feature_pb2.Feature(int64_list=tf_feature_pb2.Int64List(value=[block.num_targets]))
     features = tf_feature_pb2.Features(feature={"tokens": tokens, "num_targets": num_targets})
@@ -103,15 +102,8 @@ def write_tfds_metadata(directory: Path, splits: dict[str, store.Split], *, bloc
 
 
 def make_features(*, block_len: int, dtype: str) -> tfds.features.FeaturesDict:
-    """Return the record layout of store.py as TFDS features."""
+    """Return the record format of data/store.py as TFDS features."""
     tokens = tfds.features.Tensor(
         shape=(block_len + 1,), dtype=np.dtype(dtype).type, encoding=tfds.features.Encoding.BYTES
     )
     return tfds.features.FeaturesDict({"tokens": tokens, "num_targets": tfds.features.Scalar(np.int32)})
-
-
-def sync_and_hash(path: Path) -> str:
-    """Flush a file to disk and return the sha256 of its contents."""
-    with open(path, "rb") as file:
-        os.fsync(file.fileno())
-        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -22,7 +22,7 @@ from btlm_jax.kernels.tiles import Int4Tiles
 from btlm_jax.kernels.weights import Weights
 from btlm_jax.model import Btlm
 from btlm_jax.storage.files import write_atomically
-from btlm_jax.tokenizers.detokenize import GrowingText
+from btlm_jax.tokenizers.detokenize import StreamDecoder
 
 MODEL_DTYPE = "model"  # the cache is in what the model computes in, and in int8 where its weights have 4 bits
 DROPPED_ATTENTION_WARNING = 1e-6  # of attention, at which a user is warned; float32 rounds at 6e-8
@@ -136,8 +136,8 @@ class _Request:
     sample: int
     ids: list[int]
 
-    def growing_text(self, native: NativeModel, how: GenerationConfig) -> GrowingText:
-        return GrowingText(native.tokenizer, begins_text=not self.prompt.text, stops=how.stops)
+    def growing_text(self, native: NativeModel, how: GenerationConfig) -> StreamDecoder:
+        return StreamDecoder(native.tokenizer, begins_text=not self.prompt.text, stops=how.stops)
 
 
 def _requests(native: NativeModel, prompt: Prompt, *, num_samples: int) -> list[_Request]:
@@ -203,7 +203,7 @@ def _cache_dtype(native: NativeModel) -> str:
     return "int8" if has_4_bits else native.metadata.model.dtype
 
 
-def _pieces(batch: Batch, growing: Sequence[GrowingText]) -> Iterator[tuple[int, str]]:
+def _pieces(batch: Batch, growing: Sequence[StreamDecoder]) -> Iterator[tuple[int, str]]:
     """Yield (row, text that may now be shown) until every row has ended."""
 
     def shown(row: int, piece: str) -> tuple[int, str]:
@@ -228,7 +228,7 @@ class _Progress:
         self._num_before = 0  # texts of the batches before, and their tokens
         self.num_tokens = 0
 
-    def show(self, in_work: Sequence[GrowingText], *, going: set[int]) -> None:
+    def show(self, in_work: Sequence[StreamDecoder], *, going: set[int]) -> None:
         """Say how far the batch in work has come, if it is time."""
         if not self._rate_limit.is_due():
             return
@@ -243,7 +243,7 @@ class _Progress:
             f"ETA at most {minutes}:{seconds:02}"
         )
 
-    def finish_batch(self, finished: Sequence[GrowingText]) -> None:
+    def finish_batch(self, finished: Sequence[StreamDecoder]) -> None:
         """Count a batch as done, and leave the terminal's line to what is printed next."""
         self._num_before += len(finished)
         self.num_tokens += sum(text.num_tokens for text in finished)

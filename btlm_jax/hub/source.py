@@ -28,7 +28,7 @@ from btlm_jax.model import Btlm
 from btlm_jax.model.loss import logits
 from btlm_jax.recipe.config import ModelConfig, MupConfig
 from btlm_jax.recipe.mup import make_parametrization
-from btlm_jax.tokenizers.tokenizer import Tokenizer, find_tokenizer, stored_facts
+from btlm_jax.tokenizers.tokenizer import Tokenizer, find_tokenizer, tokenizer_info
 
 
 class HuggingFaceSource:
@@ -201,7 +201,7 @@ def model_metadata(
         ),
         max_length=config.n_positions,
         eos_id=config.eos_token_id,
-        tokenizer=None if tokenizer is None else stored_facts(tokenizer),
+        tokenizer=None if tokenizer is None else tokenizer_info(tokenizer),
         notes=notes,
     )
 

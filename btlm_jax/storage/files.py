@@ -60,6 +60,19 @@ class AtomicFile:
             os.fsync(self._file.fileno())
 
 
+def hash_file(path: Path) -> str:
+    """Return the sha256 of a file's contents."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def sync_and_hash(path: Path) -> str:
+    """Flush a file that another library has written to disk; return the sha256 of its contents."""
+    with open(path, "rb") as file:
+        os.fsync(file.fileno())
+    return hash_file(path)
+
+
 @contextlib.contextmanager
 def renamed_at_end(path: Path) -> Iterator[Path]:
     """Yield a temporary name beside `path`; rename that file to `path` when the block ends without an error.
@@ -75,7 +88,7 @@ def renamed_at_end(path: Path) -> Iterator[Path]:
 
 
 @contextlib.contextmanager
-def local_scratch_file(folder: Path, *, prefix: str) -> Iterator[BinaryIO]:
+def scratch_file(folder: Path, *, prefix: str) -> Iterator[BinaryIO]:
     """Yield an open, named file in a folder, which is deleted when the block ends."""
     with tempfile.NamedTemporaryFile(dir=folder, prefix=f".{prefix}-", suffix=_TEMPORARY_SUFFIX) as file:
         yield file

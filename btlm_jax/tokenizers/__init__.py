@@ -1,1 +1,1 @@
-"""Every tokenizer (SentencePiece, byte-level BPE, GPT-2), and text from tokens as they arrive."""
+"""Tokenizers: SentencePiece, byte-level BPE, GPT-2; and text from tokens as they are generated."""

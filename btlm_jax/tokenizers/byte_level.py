@@ -1,30 +1,32 @@
-"""GPT-2's byte-level BPE: vocab.json and merges.txt, a tokenizer.json of that kind, or trained. Gives every text back.
+"""Byte-level BPE as GPT-2's: read from vocab.json and merges.txt or tokenizer.json, or trained. Gives every text back.
 
-A text is cut into words by a pattern, each word becomes its UTF-8 bytes, each byte is written as a visible character,
-and pairs merge in the order of the merges (https://github.com/openai/gpt-2/blob/master/src/encoder.py).
+A pattern splits a text into words, each word becomes its UTF-8 bytes, each byte is written as a visible character, and
+pairs are merged in the order of the merges (https://github.com/openai/gpt-2/blob/master/src/encoder.py).
 """
 
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
 
-from btlm_jax.tokenizers.boundaries import GPT2_BOUNDARY, NO_BOUNDARY
-
+# A space or newline between two other characters always starts a word of GPT-2's pattern, and the text before it is
+# split as at the end of a text. (What Python counts as white space, the pattern does too.)
+GPT2_BOUNDARY = re.compile(r"(?<=\S)[ \n](?=\S)")
 KIND = "byte_level_bpe"
 STORED_FILE = "tokenizer.json"
 VOCAB_FILE, MERGES_FILE = "vocab.json", "merges.txt"
 END_OF_TEXT = "<|endoftext|>"
-MIN_VOCAB_SIZE = 257  # the 256 bytes and the end of text
+MIN_VOCAB_SIZE = 257  # 256 bytes and the end of text
 _GPT2_STEPS = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True}
-_STEPS_THAT_CUT = ("Split", "Digits", "Punctuation")  # these only cut the text; others also drop or replace characters
+_SPLITTING_STEPS = ("Split", "Digits", "Punctuation")  # others also drop or replace characters
 
 
 class ByteLevelTokenizer:
-    """Text to ids and back; no text makes `eos_id`, nor the id of another special token."""
+    """Text to ids and back; no text is encoded as `eos_id` or as another special token."""
 
     kind = KIND
     stored_file = STORED_FILE
@@ -38,18 +40,18 @@ class ByteLevelTokenizer:
         self.contents = contents
         self._tokenizer = _read(contents, eos_id=eos_id)
         self.eos_id = eos_id
-        self.eos_token = self._tokenizer.id_to_token(eos_id)
+        self.eos_token = self.token(eos_id)
         self.vocab_size = self._tokenizer.get_vocab_size()
-        self.boundary = GPT2_BOUNDARY if self.is_gpt2 else NO_BOUNDARY
+        self.boundary = GPT2_BOUNDARY if self.has_gpt2_rules else None
 
     @property
     def json(self) -> str:
-        """The tokenizer as today's tokenizer.json, nothing in it that it would not use."""
+        """The tokenizer as a tokenizer.json of the installed library, without the parts that it would not use."""
         return self._tokenizer.to_str()
 
     @property
-    def is_gpt2(self) -> bool:
-        """Whether vocab.json and merges.txt say all of it: GPT-2's pattern, no special token but the end of text."""
+    def has_gpt2_rules(self) -> bool:
+        """Whether vocab.json and merges.txt describe it fully: GPT-2's pattern, one special token, the end of text."""
         body = json.loads(self.json)
         return (
             body["pre_tokenizer"] == _GPT2_STEPS
@@ -60,28 +62,34 @@ class ByteLevelTokenizer:
     @property
     def tokens(self) -> list[str]:
         """The tokens by id, in the visible characters that stand for bytes."""
-        return [self._tokenizer.id_to_token(token) for token in range(self.vocab_size)]
+        return [self.token(number) for number in range(self.vocab_size)]
+
+    def token(self, number: int) -> str:
+        """Return the token of an id, in the visible characters that stand for bytes."""
+        token = self._tokenizer.id_to_token(number)
+        assert token is not None, f"{number} is not one of {self._tokenizer.get_vocab_size()} ids"
+        return token
 
     @property
     def merges(self) -> list[tuple[str, str]]:
-        """The pairs that merge, first the ones that merge first."""
-        return [tuple(pair) for pair in json.loads(self.json)["model"]["merges"]]
+        """The pairs that are merged, in order."""
+        return [(left, right) for left, right in json.loads(self.json)["model"]["merges"]]
 
     @property
     def special_ids(self) -> list[int]:
-        """The ids that no text makes and that decode to nothing."""
+        """The ids that no text is encoded as and that decode to nothing."""
         added = self._tokenizer.get_added_tokens_decoder()
-        return sorted(token for token, facts in added.items() if facts.special)
+        return sorted(token for token, properties in added.items() if properties.special)
 
     def encode(self, text: str) -> list[int]:
         """Return the ids of a text."""
         return self._tokenizer.encode(text, add_special_tokens=False).ids
 
     def encode_batch(self, texts: Sequence[str], *, num_threads: int) -> list[list[int]]:
-        """Return the ids of each text; on this thread if `num_threads` is 1, else on all that the library has."""
+        """Return the ids of each text; on this thread if `num_threads` is 1, else on all threads of the library."""
         if num_threads == 1:
             return [self.encode(text) for text in texts]
-        return [found.ids for found in self._tokenizer.encode_batch_fast(list(texts), add_special_tokens=False)]
+        return [encoding.ids for encoding in self._tokenizer.encode_batch_fast(list(texts), add_special_tokens=False)]
 
     def decode(self, ids: Sequence[int]) -> str:
         """Return the text of ids; special ids give nothing."""
@@ -89,7 +97,7 @@ class ByteLevelTokenizer:
 
 
 def train_byte_level(texts: Iterable[str], *, vocab_size: int) -> bytes:
-    """Train merges on texts cut by GPT-2's pattern; return the contents of a tokenizer.json, END_OF_TEXT the last id.
+    """Train merges on texts split by GPT-2's pattern; return a tokenizer.json in which END_OF_TEXT is the last id.
 
     The same texts give the same bytes, whatever their order and the number of threads.
 
@@ -117,11 +125,11 @@ def read_byte_level(directory: Path) -> ByteLevelTokenizer:
 
     Raises:
       FileNotFoundError: it has neither.
-      ValueError: what it has is damaged, not byte-level BPE, or has no end-of-text token.
+      ValueError: they are damaged, not byte-level BPE, or have no end-of-text token.
     """
-    stored = directory / STORED_FILE
-    contents = stored.read_bytes() if stored.is_file() else _from_vocabulary(directory)
-    where = stored if stored.is_file() else directory / VOCAB_FILE
+    is_stored = (directory / STORED_FILE).is_file()
+    contents = (directory / STORED_FILE).read_bytes() if is_stored else _from_vocabulary(directory)
+    path = directory / (STORED_FILE if is_stored else VOCAB_FILE)
     try:
         body = json.loads(contents)
         eos_token = _eos_token(directory)
@@ -129,7 +137,7 @@ def read_byte_level(directory: Path) -> ByteLevelTokenizer:
         added = {token["content"]: token["id"] for token in body.get("added_tokens", [])}
         eos_id = added[eos_token] if eos_token in added else dict(vocabulary).get(eos_token, -1)
     except (ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"{where} is damaged or not a tokenizer: {error!r}") from error
+        raise ValueError(f"{path} is damaged or not a tokenizer: {error!r}") from error
     try:
         if eos_id < 0:
             _check_kind(body)
@@ -138,7 +146,7 @@ def read_byte_level(directory: Path) -> ByteLevelTokenizer:
             )
         return ByteLevelTokenizer(contents, eos_id=eos_id)
     except ValueError as error:
-        raise ValueError(f"{where} cannot be used: {error}") from error
+        raise ValueError(f"{path} cannot be used: {error}") from error
 
 
 def _from_vocabulary(directory: Path) -> bytes:
@@ -183,7 +191,7 @@ def _read(contents: bytes, *, eos_id: int) -> Tokenizer:
     try:
         body = json.loads(contents)
         _check_kind(body)
-        body |= {"truncation": None, "padding": None, "post_processor": None}  # they cut or add ids
+        body |= {"truncation": None, "padding": None, "post_processor": None}  # these would drop or add ids
         body["model"] |= {"type": "BPE", "dropout": None}
         tokenizer = Tokenizer.from_str(json.dumps(body))
     except ValueError:
@@ -203,14 +211,16 @@ def _check_kind(body: dict) -> None:
     """Check that this is byte-level BPE that gives every text back."""
     model, normalizer = body["model"], body.get("normalizer")
     kind = model.get("type", "BPE" if "merges" in model else "unknown")
-    steps = body.get("pre_tokenizer") or {"type": "none"}
+    steps: dict = body.get("pre_tokenizer") or {"type": "none"}
     decoder = (body.get("decoder") or {"type": "none"})["type"]
-    *cuts, last = steps["pretokenizers"] if steps["type"] == "Sequence" else [steps]
-    found = f"{kind} with pre-tokenizer {'+'.join(step['type'] for step in (*cuts, last))} and decoder {decoder}"
+    *splits, last = steps["pretokenizers"] if steps["type"] == "Sequence" else [steps]
+    description = (
+        f"{kind} with pre-tokenizer {'+'.join(step['type'] for step in (*splits, last))} and decoder {decoder}"
+    )
     if kind != "BPE" or last["type"] != "ByteLevel" or decoder != "ByteLevel":
-        raise ValueError(f"{STORED_FILE} is {found}; only byte-level BPE can be read (BPE, ByteLevel, ByteLevel)")
+        raise ValueError(f"{STORED_FILE} is {description}; only byte-level BPE can be read (BPE, ByteLevel, ByteLevel)")
     changes = [normalizer["type"]] if normalizer else []
-    changes += [step["type"] for step in cuts if not _only_cuts(step)]
+    changes += [step["type"] for step in splits if not _only_splits(step)]
     changes += ["add_prefix_space"] if last.get("add_prefix_space", True) else []
     changes += [part for part in ("continuing_subword_prefix", "end_of_word_suffix") if model.get(part)]
     changes += [
@@ -222,8 +232,8 @@ def _check_kind(body: dict) -> None:
         raise ValueError(f"{STORED_FILE} would not give every text back, as it has: {', '.join(changes)}")
 
 
-def _only_cuts(step: dict) -> bool:
-    return step["type"] in _STEPS_THAT_CUT and step.get("behavior") != "Removed"
+def _only_splits(step: dict) -> bool:
+    return step["type"] in _SPLITTING_STEPS and step.get("behavior") != "Removed"
 
 
 def _check_vocabulary(tokenizer: Tokenizer) -> None:
@@ -234,8 +244,10 @@ def _check_vocabulary(tokenizer: Tokenizer) -> None:
     missing = alphabet - vocabulary.keys()
     if missing:
         raise ValueError(f"{STORED_FILE} lacks {len(missing)} of the 256 bytes, one of them {min(missing)!r}")
-    made = alphabet | {"".join(pair) for pair in json.loads(tokenizer.to_str())["model"]["merges"]}
+    producible = alphabet | {"".join(pair) for pair in json.loads(tokenizer.to_str())["model"]["merges"]}
     for number, token in tokenizer.get_added_tokens_decoder().items():
-        reached = token.content in made or number in tokenizer.encode(token.content, add_special_tokens=False).ids
-        if token.special and reached:
+        is_producible = (
+            token.content in producible or number in tokenizer.encode(token.content, add_special_tokens=False).ids
+        )
+        if token.special and is_producible:
             raise ValueError(f"text can make the special token {token.content!r} (id {number}) of {STORED_FILE}")

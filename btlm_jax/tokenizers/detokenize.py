@@ -1,6 +1,7 @@
-"""Ids to text as they come: never half a character, nothing of a stop string, no id decoded more than a few times.
+"""Streaming detokenizer: text from ids as they are generated, without incomplete characters or parts of a stop string.
 
-Works for any tokenizer through its `decode`, so what comes out is what `decode` of all ids at once gives.
+Uses only the tokenizer's `decode`, and gives the text that `decode` of all ids at once gives. Each id is decoded a
+bounded number of times.
 """
 
 from __future__ import annotations
@@ -10,40 +11,40 @@ from collections.abc import Sequence
 from btlm_jax.display.terminal import PARTIAL
 from btlm_jax.tokenizers.tokenizer import Tokenizer
 
-MOST_MISSING = 3  # a character has up to 4 bytes, so up to 3 may wait for the rest, each decoded to PARTIAL
+MAX_PENDING = 3  # bytes of an incomplete character (of up to 4 bytes), each decoded to PARTIAL
 
 
 class Detokenizer:
-    """The text of ids that follow a prompt, in pieces that are final when they are given out.
+    """The text of ids that follow a prompt, in pieces that are final when they are returned.
 
-    Equal to decode(prompt + ids) without decode(prompt): some tokenizers drop a space where a text begins, so ids after
-    a prompt are decoded after an anchor, whose text is then cut off.
+    The pieces together are decode(prompt + ids) without decode(prompt). Some tokenizers drop a space at the beginning
+    of a text, so ids after a prompt are decoded together with an anchor in front, whose text is then removed.
     """
 
     def __init__(self, tokenizer: Tokenizer, *, begins_text: bool):
-        """Take whether nothing but control ids stands before the ids."""
+        """Begin; `begins_text` tells whether only control ids come before the ids."""
         self._tokenizer = tokenizer
         self._anchor = tokenizer.encode("a")
         self._anchor_text = tokenizer.decode(self._anchor)
         self._begins_text = begins_text
         self._tail: list[int] = []  # the ids whose text may not be final
-        self._given = 0  # characters of the tail's text that were given out
+        self._num_returned = 0  # characters of the tail's text that have been returned
 
     def push(self, token: int) -> str:
-        """Take the next id; return the text that is now certain."""
+        """Take the next id; return the text that has become final."""
         self._tail.append(token)
         text = self._decode(self._tail)
-        certain = len(text) - min(MOST_MISSING, len(text) - len(text.rstrip(PARTIAL)))
-        new, self._given = text[self._given : certain], max(self._given, certain)
-        if certain == len(text):
+        num_final = len(text) - min(MAX_PENDING, len(text) - len(text.rstrip(PARTIAL)))
+        new, self._num_returned = text[self._num_returned : num_final], max(self._num_returned, num_final)
+        if num_final == len(text):
             self._forget(len(self._tail), text)
-        elif len(self._tail) > MOST_MISSING:
+        elif len(self._tail) > MAX_PENDING:
             self._forget_broken_characters(text)
         return new
 
     def finish(self) -> str:
-        """Return the rest: bytes that no id will complete any more."""
-        return self._decode(self._tail)[self._given :]
+        """Return the remaining text: incomplete characters that no id will complete."""
+        return self._decode(self._tail)[self._num_returned :]
 
     def _decode(self, ids: Sequence[int]) -> str:
         return self._tokenizer.decode(ids) if self._begins_text else self._decode_later(ids)
@@ -52,21 +53,22 @@ class Detokenizer:
         return self._tokenizer.decode([*self._anchor, *ids])[len(self._anchor_text) :]
 
     def _forget(self, num_ids: int, text: str) -> None:
-        """Drop the tail's first ids, whose text was given out; keep them while the whole text is still empty."""
+        """Drop the tail's first ids, whose text has been returned; keep them while the whole text is still empty."""
         if text or not self._begins_text:
             self._begins_text = False
             self._tail = self._tail[num_ids:]
-            self._given -= len(text)
+            self._num_returned -= len(text)
 
     def _forget_broken_characters(self, text: str) -> None:
-        """Cut a long tail where no character straddles: only there its parts' texts are the text of the whole.
+        """Shorten a long tail, at a point that no character straddles: only there do the parts' texts make up the text.
 
-        A straddling one is whole or impossible MOST_MISSING bytes later, and its halves decode to more characters.
+        A straddling character is complete or invalid after MAX_PENDING more bytes, and its parts would decode to more
+        characters than it.
         """
-        cut = len(self._tail) - MOST_MISSING
+        cut = len(self._tail) - MAX_PENDING
         first, last = self._decode(self._tail[:cut]), self._tail[cut:]
         if (
-            0 < len(first) <= self._given
+            0 < len(first) <= self._num_returned
             and first + self._decode_later(last) == text
             and all(self._decode_later([token]) for token in last)
         ):
@@ -74,16 +76,16 @@ class Detokenizer:
 
 
 class StopFinder:
-    """Let text through up to the stop string that is complete first, holding back what may be the beginning of one."""
+    """Pass text on up to the first complete stop string, holding back what may be the beginning of one."""
 
     def __init__(self, stops: Sequence[str]):
-        """Take strings that are not empty."""
+        """Look for any of `stops`, none of which is empty."""
         self._stops = stops
         self._held = ""
-        self.found = ""  # the stop string, once there is one
+        self.found = ""  # the stop string, once one is complete
 
     def push(self, text: str) -> str:
-        """Take more text; return what may be shown, which after a stop string is nothing."""
+        """Take more text; return what is not part of a stop string: nothing once one was found."""
         if self.found:
             return ""
         text = self._held + text
@@ -96,12 +98,12 @@ class StopFinder:
         return text[: len(text) - held]
 
     def finish(self) -> str:
-        """Return what was held back and turned out to be no stop string."""
+        """Return the text that was held back and is not part of a stop string."""
         return "" if self.found else self._held
 
 
-class GrowingText:
-    """The text of a row's new tokens: `push` and `finish` return what may now be shown."""
+class StreamDecoder:
+    """The text of generated tokens; `push` and `finish` return what can be shown now."""
 
     def __init__(self, tokenizer: Tokenizer, *, begins_text: bool, stops: Sequence[str]):
         self._detokenizer = Detokenizer(tokenizer, begins_text=begins_text)
@@ -119,11 +121,11 @@ class GrowingText:
         return self._finder.push(self._detokenizer.push(token))
 
     def finish(self) -> str:
-        """Say that no more ids come."""
+        """End the text; return what was held back."""
         return self._finder.push(self._detokenizer.finish()) + self._finder.finish()
 
 
 def _overlap(text: str, stop: str) -> int:
-    """Return how much of the end of the text is a beginning of the stop string."""
+    """Return the length of the longest end of the text that is a beginning of the stop string."""
     most = min(len(text), len(stop) - 1)
     return next((size for size in range(most, 0, -1) if text.endswith(stop[:size])), 0)

@@ -7,8 +7,7 @@ from collections.abc import Sequence
 import tiktoken
 from tokenizers import pre_tokenizers
 
-from btlm_jax.tokenizers.boundaries import GPT2_BOUNDARY
-from btlm_jax.tokenizers.byte_level import ByteLevelTokenizer
+from btlm_jax.tokenizers.byte_level import GPT2_BOUNDARY, ByteLevelTokenizer
 from btlm_jax.tokenizers.tokenizer import Tokenizer
 
 # https://github.com/openai/gpt-2/blob/master/src/encoder.py
@@ -21,7 +20,7 @@ class FastGpt2Tokenizer:
     boundary = GPT2_BOUNDARY
 
     def __init__(self, tokenizer: ByteLevelTokenizer):
-        """Take over the vocabulary of a tokenizer that `can_be_fast`."""
+        """Use the vocabulary of a tokenizer for which `tiktoken_gives_same_ids`."""
         self._tokenizer = tokenizer
         self.kind, self.stored_file, self.contents = tokenizer.kind, tokenizer.stored_file, tokenizer.contents
         self.eos_id, self.vocab_size = tokenizer.eos_id, tokenizer.vocab_size
@@ -52,19 +51,20 @@ class FastGpt2Tokenizer:
         return self._tokenizer.decode(ids)
 
 
-def fastest(tokenizer: Tokenizer) -> Tokenizer:
-    """Return the same tokenizer, through tiktoken where that gives the same ids."""
-    is_fast = isinstance(tokenizer, ByteLevelTokenizer) and can_be_fast(tokenizer)
-    return FastGpt2Tokenizer(tokenizer) if is_fast else tokenizer
+def fastest_tokenizer(tokenizer: Tokenizer) -> Tokenizer:
+    """Return the tokenizer through tiktoken if that gives the same ids, else as it is."""
+    if isinstance(tokenizer, ByteLevelTokenizer) and tiktoken_gives_same_ids(tokenizer):
+        return FastGpt2Tokenizer(tokenizer)
+    return tokenizer
 
 
-def can_be_fast(tokenizer: ByteLevelTokenizer) -> bool:
-    """Return whether tiktoken, which merges what has the smallest id, merges in the order of the merges.
+def tiktoken_gives_same_ids(tokenizer: ByteLevelTokenizer) -> bool:
+    """Return whether tiktoken, which merges the pair whose token has the smallest id, gives the same ids.
 
-    It is so when GPT-2's pattern cuts the text and the merges make their tokens in the order of the ids, each token by
-    one merge only; a token that no merge makes, tiktoken would make all the same.
+    It does if GPT-2's pattern splits the text, and the merges produce the tokens in the order of their ids, each by one
+    merge. (tiktoken would also produce a token that no merge does.)
     """
-    if not tokenizer.is_gpt2:
+    if not tokenizer.has_gpt2_rules:
         return False
     alphabet = set(pre_tokenizers.ByteLevel.alphabet())
     others = [token for token in tokenizer.tokens if token not in alphabet and token != tokenizer.eos_token]
@@ -72,7 +72,7 @@ def can_be_fast(tokenizer: ByteLevelTokenizer) -> bool:
 
 
 def _byte_of_character() -> dict[str, int]:
-    """Return the byte that each visible character stands for; printable Latin-1 stands for itself."""
+    """Return the byte that each visible character stands for: printable Latin-1 for itself, others from U+0100 on."""
     shown = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
     hidden = [byte for byte in range(256) if byte not in shown]
-    return {chr(byte): byte for byte in shown} | {chr(256 + place): byte for place, byte in enumerate(hidden)}
+    return {chr(byte): byte for byte in shown} | {chr(256 + index): byte for index, byte in enumerate(hidden)}

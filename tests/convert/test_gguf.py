@@ -23,8 +23,8 @@ from btlm_jax.hub.huggingface import HuggingFaceTensors
 from btlm_jax.hub.numpy_network import streamed_logits
 from btlm_jax.hub.published import PublishedConfig, read_published_config, tensor_shapes
 from btlm_jax.tokenizers.byte_level import ByteLevelTokenizer
+from btlm_jax.tokenizers.sentencepiece_bpe import SentencePieceTokenizer, train_sentencepiece
 from btlm_jax.tokenizers.sentencepiece_proto import BYTE, NORMAL, USER_DEFINED
-from btlm_jax.tokenizers.tokenizer import SentencePieceTokenizer, train_tokenizer
 
 # As different as llama.cpp allows: heads no power of two, scores over sqrt(head_dim), a width no block divides.
 OTHER = PublishedConfig(
@@ -169,7 +169,7 @@ def test_ffn_is_padded_with_zeros(written):
 
 
 def sentencepiece_bpe(*, dummy_prefix):
-    contents = train_tokenizer(TEXTS, vocab_size=400)
+    contents = train_sentencepiece(TEXTS, vocab_size=400)
     if not dummy_prefix:
         return SentencePieceTokenizer(contents)
     from support.tiny_tokenizers import trained

@@ -14,8 +14,9 @@ from btlm_jax.convert import tokenizer_files
 from btlm_jax.convert.sentencepiece_to_hf import to_hf_tokenizer
 from btlm_jax.convert.tokenizer_files import prove_tokenizer_files, write_tokenizer_files
 from btlm_jax.tokenizers.byte_level import ByteLevelTokenizer
+from btlm_jax.tokenizers.sentencepiece_bpe import SentencePieceTokenizer, train_sentencepiece
 from btlm_jax.tokenizers.sentencepiece_proto import BYTE, CONTROL, UNKNOWN, USER_DEFINED, parse_model
-from btlm_jax.tokenizers.tokenizer import SentencePieceTokenizer, find_tokenizer, train_tokenizer
+from btlm_jax.tokenizers.tokenizer import find_tokenizer
 
 transformers = pytest.importorskip("transformers")  # without it only the other clients are compared
 
@@ -25,7 +26,7 @@ SYMBOLS = ["\n", "<tag>", "\t\t"]
 MADE = {
     "byte-level": lambda: ByteLevelTokenizer(tiny_byte_level().to_str().encode(), eos_id=299),
     "byte-level, own pattern": lambda: ByteLevelTokenizer(own_pattern().to_str().encode(), eos_id=299),
-    "ours": lambda: SentencePieceTokenizer(train_tokenizer(TEXTS, vocab_size=400)),
+    "ours": lambda: SentencePieceTokenizer(train_sentencepiece(TEXTS, vocab_size=400)),
     "BPE, symbols": lambda: trained(model_type="bpe", user_defined_symbols=SYMBOLS, **PLAIN),
     "BPE, dummy prefix": lambda: trained(
         model_type="bpe", byte_fallback=True, remove_extra_whitespaces=False, user_defined_symbols=["\n"]
@@ -108,7 +109,7 @@ def test_a_model_file_is_read_as_sentencepiece_reads_it(written):
     assert list(model.pieces) == [library.id_to_piece(i) for i in ids]
     assert list(model.scores) == [library.get_score(i) for i in ids]
     for kind, is_kind in [(BYTE, library.is_byte), (CONTROL, library.is_control), (UNKNOWN, library.is_unknown)]:
-        assert model.ids_of(kind) == [i for i in ids if is_kind(i)]
+        assert model.ids_of_type(kind) == [i for i in ids if is_kind(i)]
 
 
 def test_settings_of_a_model_file_are_read():
@@ -119,7 +120,7 @@ def test_settings_of_a_model_file_are_read():
         0,
         0,
     )
-    assert [first.pieces[number] for number in first.ids_of(USER_DEFINED)] == SYMBOLS
+    assert [first.pieces[number] for number in first.ids_of_type(USER_DEFINED)] == SYMBOLS
     second = parse_model(trained(model_type="unigram", treat_whitespace_as_suffix=True, vocab_size=150).contents)
     assert (second.model_type, second.byte_fallback, second.add_dummy_prefix, second.remove_extra_whitespaces) == (
         1, 0, 1, 1,

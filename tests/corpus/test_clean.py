@@ -19,7 +19,7 @@ from btlm_jax.corpus.near_duplicates import normalize
 from btlm_jax.corpus.near_duplicates.normalize import is_shorter, normalized
 from btlm_jax.corpus.readers.records import read_records
 from btlm_jax.corpus.stages import clean as cleaning
-from btlm_jax.corpus.stages.clean import fixed
+from btlm_jax.corpus.stages.clean import fix_unicode
 
 PIECES = [
     "plain words ", "\n", "\r\n", "\r", "<b>", "&amp;", "&lt;i&gt;", "&eacute;", "\u201cquoted\u201d ", "schÃ¶n ",
@@ -35,7 +35,7 @@ TYPOGRAPHY = st.lists(st.sampled_from("\u2018\u2019\u201c\u201d\u2013\u2014\u202
 @settings(deadline=None, max_examples=600)
 @given(MIXED | st.text(max_size=40) | TYPOGRAPHY.map("".join))
 def test_fixed_is_ftfy_on_the_whole_text(text):
-    assert fixed(text) == ftfy.fix_text(text, normalization="NFC")
+    assert fix_unicode(text) == ftfy.fix_text(text, normalization="NFC")
 
 
 def test_fixed_is_ftfy_where_html_begins_and_in_very_long_lines():
@@ -45,7 +45,7 @@ def test_fixed_is_ftfy_where_html_begins_and_in_very_long_lines():
         "a &amp; " + "x" * 1_100_000 + "<b> &amp; \u201c\n&amp;",
         "x" * 999_999 + "e\u0301",
     ):
-        assert fixed(text) == ftfy.fix_text(text, normalization="NFC")
+        assert fix_unicode(text) == ftfy.fix_text(text, normalization="NFC")
 
 
 def published_normalization(text: str) -> str:

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from btlm_jax.corpus.installed.documents import Document
-from btlm_jax.corpus.installed.duplicates import signature, without_duplicates, without_repeated_blocks
+from btlm_jax.corpus.installed.duplicates import drop_near_duplicates, drop_repeated_paragraphs, signature
 from btlm_jax.corpus.near_duplicates.minhash import GRAM
 
 
@@ -60,7 +60,7 @@ def test_near_duplicates_go_and_the_longest_stays():
         documents.append(doc(f"{seed}d", " ".join(longer)))
         expected += [f"{seed}c", f"{seed}d"]
     skipped = Counter()
-    kept = [document.id for document in without_duplicates(documents, skipped)]
+    kept = [document.id for document in drop_near_duplicates(documents, skipped)]
     lengths = {document.id: len(document.text) for document in documents}
     clusters = [max((f"{s}a", f"{s}b", f"{s}d"), key=lambda name: lengths[name]) for s in range(30)]
     assert sorted(kept) == sorted(clusters + [f"{s}c" for s in range(30)])
@@ -70,13 +70,13 @@ def test_near_duplicates_go_and_the_longest_stays():
 def test_equal_documents_keep_the_first_by_id_and_order_is_kept():
     text = " ".join(words(1, 300))
     documents = [doc("z", text), doc("other", " ".join(words(2, 300))), doc("b", text)]
-    assert [document.id for document in without_duplicates(documents, Counter())] == ["other", "b"]
+    assert [document.id for document in drop_near_duplicates(documents, Counter())] == ["other", "b"]
 
 
 def test_short_texts_do_not_collide():
     documents = [doc(str(i), word) for i, word in enumerate(sorted(set(words(3, 200))))]
-    assert len(without_duplicates(documents, Counter())) == len(documents)
-    assert without_duplicates([], Counter()) == []
+    assert len(drop_near_duplicates(documents, Counter())) == len(documents)
+    assert drop_near_duplicates([], Counter()) == []
 
 
 def test_a_paragraph_stays_in_the_first_document_that_has_it():
@@ -88,6 +88,6 @@ def test_a_paragraph_stays_in_the_first_document_that_has_it():
         Document(id="c", source="docs", blocks=(header, "Only this besides.")),
     ]
     skipped = Counter()
-    kept = without_repeated_blocks(documents, skipped)
+    kept = drop_repeated_paragraphs(documents, skipped)
     assert [document.blocks for document in kept] == [(header, first), ("Short.", second, "Short.")]
     assert skipped == {"repeated paragraphs": 2, "short documents": 1}

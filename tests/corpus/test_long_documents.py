@@ -20,19 +20,18 @@ from btlm_jax.corpus.near_duplicates.normalize import normalized, normalized_pie
 from btlm_jax.corpus.readers import records
 from btlm_jax.corpus.readers.records import Record
 from btlm_jax.corpus.stages import contamination
-from btlm_jax.corpus.stages.contamination import word_runs
-from btlm_jax.tokenizers import boundaries
-from btlm_jax.tokenizers.boundaries import pieces_of
+from btlm_jax.corpus.stages.contamination import word_ngrams
 from btlm_jax.tokenizers.byte_level import ByteLevelTokenizer, train_byte_level
-from btlm_jax.tokenizers.gpt2 import fastest
-from btlm_jax.tokenizers.tokenizer import SentencePieceTokenizer, train_tokenizer
+from btlm_jax.tokenizers.gpt2 import fastest_tokenizer
+from btlm_jax.tokenizers.sentencepiece_bpe import SentencePieceTokenizer, train_sentencepiece
+from btlm_jax.tokenizers.tokenizer import split_for_encoding
 
 SPACES = ["a \n\n  b\n \n\n\nc  d   e\n\t\tf \n'll we're"] * 300  # merges of every kind of run
 BYTE_LEVEL = ByteLevelTokenizer(train_byte_level([*TEXTS, *SPACES], vocab_size=500), eos_id=499)
 TOKENIZERS = {
-    "tiktoken": fastest(BYTE_LEVEL),
+    "tiktoken": fastest_tokenizer(BYTE_LEVEL),
     "tokenizers": BYTE_LEVEL,
-    "sentencepiece": SentencePieceTokenizer(train_tokenizer(TEXTS, vocab_size=400)),
+    "sentencepiece": SentencePieceTokenizer(train_sentencepiece(TEXTS, vocab_size=400)),
 }
 # What stands around a place where a text could be cut: spaces of all kinds, contractions, marks, digits, controls.
 ATOMS = [" ", " ", "\n", "\n", "\t", "\r", "\xa0", "\u2028", "\x1c", "\x85", "a", "'s", "'", "12", "!", "é", "e\u0301"]
@@ -47,8 +46,8 @@ TEXT = st.lists(st.sampled_from(ATOMS) | st.characters(exclude_categories=["Cs"]
 @given(text=TEXT)
 def test_the_ids_of_pieces_are_those_of_the_whole(name, text):
     tokenizer = TOKENIZERS[name]
-    with mock.patch.object(boundaries, "PIECE_CHARACTERS", 1):
-        pieces = list(pieces_of(text, tokenizer.boundary))
+    with mock.patch("btlm_jax.tokenizers.tokenizer.PIECE_CHARACTERS", 1):
+        pieces = list(split_for_encoding(text, tokenizer.boundary))
     assert "".join(pieces) == text
     assert [token for piece in pieces for token in tokenizer.encode(piece)] == tokenizer.encode(text)
 
@@ -56,8 +55,8 @@ def test_the_ids_of_pieces_are_those_of_the_whole(name, text):
 @pytest.mark.parametrize("name", TOKENIZERS)
 def test_real_texts_are_cut_often(name):
     text = "\n".join([*TEXTS[:40], *NASTY])
-    with mock.patch.object(boundaries, "PIECE_CHARACTERS", 50):
-        pieces = list(pieces_of(text, TOKENIZERS[name].boundary))
+    with mock.patch("btlm_jax.tokenizers.tokenizer.PIECE_CHARACTERS", 50):
+        pieces = list(split_for_encoding(text, TOKENIZERS[name].boundary))
     assert len(pieces) > len(text) / 500
     assert [token for piece in pieces for token in TOKENIZERS[name].encode(piece)] == TOKENIZERS[name].encode(text)
 
@@ -69,9 +68,9 @@ def test_other_tokenizers_are_given_whole_texts():
         "type": "Sequence",
         "pretokenizers": [{"type": "Digits", "individual_digits": True}, body["pre_tokenizer"]],
     }
-    assert ByteLevelTokenizer(json.dumps(body).encode(), eos_id=299).boundary == boundaries.NO_BOUNDARY
-    with mock.patch.object(boundaries, "PIECE_CHARACTERS", 2):
-        assert list(pieces_of("a b c d\ne", boundaries.NO_BOUNDARY)) == ["a b c d\ne"]
+    assert ByteLevelTokenizer(json.dumps(body).encode(), eos_id=299).boundary is None
+    with mock.patch("btlm_jax.tokenizers.tokenizer.PIECE_CHARACTERS", 2):
+        assert list(split_for_encoding("a b c d\ne", None)) == ["a b c d\ne"]
 
 
 @settings(max_examples=200, deadline=None)
@@ -96,11 +95,11 @@ def test_signatures_of_pieces_are_those_of_the_whole(codes, cuts):
 
 def test_runs_of_words_do_not_depend_on_the_pieces():
     text = " ".join(TEXTS[:3]) + " 漢字 naïve"
-    whole = np.concatenate(list(word_runs(text)))
+    whole = np.concatenate(list(word_ngrams(text)))
     with mock.patch.object(normalize, "_SLICE", 7):
-        found = list(word_runs(text))
+        found = list(word_ngrams(text))
     assert len(found) > 50 and np.array_equal(np.concatenate(found), whole)
-    assert contamination.shares_run(text, np.sort(whole)[-1:])
+    assert contamination.shares_ngram(text, np.sort(whole)[-1:])
 
 
 @given(text=TEXT)

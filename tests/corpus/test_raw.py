@@ -8,8 +8,8 @@ import pyarrow.parquet
 import pytest
 import zstandard
 
-from btlm_jax.corpus.readers.raw import BadFile, Defect, read_raw
-from btlm_jax.corpus.readers.records import Record, RecordWriter, read_records, to_line
+from btlm_jax.corpus.readers.raw import BadFileError, Defect, read_raw
+from btlm_jax.corpus.readers.records import Record, RecordWriter, read_records, record_to_line
 
 BODIES = [
     {"text": f"text {number} é \u2028 line\nbreak", "meta": {"redpajama_set_name": "RedPajamaC4", "n": number}}
@@ -75,7 +75,7 @@ def test_parquet_and_text(tmp_path):
 @pytest.mark.parametrize("cut", [1, 5, 700])
 def test_a_file_cut_short_gives_its_beginning_and_then_an_error(tmp_path, name, data, cut):
     found = []
-    with pytest.raises(BadFile, match="cut short; fetch it again"):
+    with pytest.raises(BadFileError, match="cut short; fetch it again"):
         for record in read_raw(write(tmp_path, name, data[:-cut]), name=name, default_source="mine"):
             found.append(record)
     assert found == expected(name)[: len(found)]
@@ -86,7 +86,7 @@ def test_a_file_cut_short_gives_its_beginning_and_then_an_error(tmp_path, name, 
 def test_a_flipped_bit_is_found_by_the_checksum(tmp_path):
     data = bytearray(ZSTD(LINES))
     data[len(data) // 2] ^= 4
-    with pytest.raises(BadFile, match="damaged"):
+    with pytest.raises(BadFileError, match="damaged"):
         read(write(tmp_path, "a.jsonl.zst", bytes(data)))
 
 
@@ -102,7 +102,7 @@ def test_a_flipped_bit_is_found_by_the_checksum(tmp_path):
     ],
 )
 def test_what_is_no_data_is_recognised(tmp_path, name, data, said):
-    with pytest.raises(BadFile, match=said):
+    with pytest.raises(BadFileError, match=said):
         read(write(tmp_path, name, data))
 
 
@@ -119,7 +119,7 @@ BAD_LINES = [
 
 
 def test_a_bad_line_costs_one_line_and_is_named(tmp_path):
-    good = [to_line(record) for record in expected("x")]
+    good = [record_to_line(record) for record in expected("x")]
     data, places = b"", []
     for index, (bad, _) in enumerate(BAD_LINES):
         data += good[index] + b"\n"  # an empty line is nothing, not a defect

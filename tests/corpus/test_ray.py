@@ -18,7 +18,7 @@ from support.slow_run import is_alive, start_slow_stage
 
 from btlm_jax.cli import main
 from btlm_jax.corpus.engine.ray_workers import RayWorkers
-from btlm_jax.corpus.engine.stage import accept, run_stage
+from btlm_jax.corpus.engine.stage import accept_all, run_stage
 from btlm_jax.corpus.engine.workers import LocalWorkers
 
 ENVIRONMENT = os.environ | {"PYTHONPATH": ":".join(sys.path)}  # where workers find the tests' functions
@@ -59,7 +59,7 @@ def workers(head):
 
 def run(step, directory, by, said=None) -> dict:
     log = ([] if said is None else said).append
-    return run_stage(counting(step), directory, workers=by, log=log, check=accept)
+    return run_stage(counting(step), directory, workers=by, log=log, check=accept_all)
 
 
 @pytest.mark.slow
@@ -96,7 +96,7 @@ def test_what_a_task_raises_is_raised_here_and_what_has_begun_is_kept(workers, t
 
 def test_a_machine_without_the_program_is_told(workers, tmp_path, monkeypatch):
     missing = types.ModuleType("not_on_the_cluster")
-    exec("def step(task, directory, tick): pass", missing.__dict__)
+    exec("def step(task, directory, heartbeat): pass", missing.__dict__)
     monkeypatch.setitem(sys.modules, missing.__name__, missing)
     with pytest.raises(ValueError, match="needs this installation .*No module named 'not_on_the_cluster'"):
         run(missing.step, tmp_path / "out", workers)

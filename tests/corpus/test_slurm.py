@@ -16,8 +16,15 @@ from support.slow_stage import END, slow_stage
 from btlm_jax.cli import USAGE, main
 from btlm_jax.corpus.engine import slurm
 from btlm_jax.corpus.engine.slurm import SlurmWorkers
-from btlm_jax.corpus.engine.slurm_worker import CLAIMS, FAILED, WORK, Work, claim_path, work
-from btlm_jax.corpus.engine.stage import Stage, accept, run_stage
+from btlm_jax.corpus.engine.slurm_worker import (
+    CLAIMS_FOLDER,
+    FAILED_FOLDER,
+    WORK_FILE,
+    TaskList,
+    claim_path,
+    run_unclaimed_tasks,
+)
+from btlm_jax.corpus.engine.stage import Stage, accept_all, run_stage
 from btlm_jax.corpus.engine.tasks import record_path
 from btlm_jax.corpus.engine.workers import LocalWorkers
 
@@ -39,7 +46,7 @@ def cluster(tmp_path, monkeypatch):
 def run(step, directory, *, workers=None, said=None, count=3) -> dict:
     log = ([] if said is None else said).append
     workers = workers or SlurmWorkers(count=count, options=("--partition=cpu",), log=log)
-    return run_stage(counting(step), directory, workers=workers, log=log, check=accept)
+    return run_stage(counting(step), directory, workers=workers, log=log, check=accept_all)
 
 
 @pytest.mark.slow
@@ -129,7 +136,7 @@ def test_a_start_waits_for_the_jobs_of_one_that_was_killed(cluster, tmp_path, mo
 
 
 def run_again(directory, log=print):
-    run_stage(slow_stage(), directory, workers=LocalWorkers(1), log=log, check=accept)
+    run_stage(slow_stage(), directory, workers=LocalWorkers(1), log=log, check=accept_all)
 
 
 def test_what_slurm_refuses_is_told(cluster, tmp_path, monkeypatch, capsys):
@@ -148,10 +155,10 @@ def test_what_slurm_refuses_is_told(cluster, tmp_path, monkeypatch, capsys):
 def prepare_by_hand(folder) -> Stage:
     """Write what a job finds in `folder`/slurm."""
     stage = counting(count)
-    for made in ("out/done", f"slurm/{CLAIMS}", f"slurm/{FAILED}"):
+    for made in ("out/done", f"slurm/{CLAIMS_FOLDER}", f"slurm/{FAILED_FOLDER}"):
         (folder / made).mkdir(parents=True)
-    plan = Work(run=stage.run, tasks=tuple(stage.tasks), directory=folder / "out")
-    (folder / "slurm" / WORK).write_bytes(pickle.dumps(plan))
+    plan = TaskList(run=stage.run, tasks=tuple(stage.tasks), directory=folder / "out")
+    (folder / "slurm" / WORK_FILE).write_bytes(pickle.dumps(plan))
     return stage
 
 
@@ -160,14 +167,14 @@ def test_a_job_that_starts_anew_takes_up_its_own_task_and_no_other(tmp_path):
     for index, worker in ((0, "1.0"), (1, "0.0"), (2, "1.0")):
         claim_path(tmp_path / "slurm", stage.tasks[index]).symlink_to(worker)
     record_path(tmp_path / "out", stage.tasks[2]).touch()  # had been done before the machine was lost
-    assert work(tmp_path / "slurm", array_task="1", process="0") == 0
+    assert run_unclaimed_tasks(tmp_path / "slurm", array_task="1", process="0") == 0
     assert begun(tmp_path / "out") == {"begun-0": 1, "begun-3": 1, "begun-4": 1}
 
 
 def test_no_task_begins_after_one_has_failed(tmp_path):
     prepare_by_hand(tmp_path)
-    (tmp_path / "slurm" / FAILED / "00004").touch()
-    assert work(tmp_path / "slurm", array_task="1", process="0") == 0
+    (tmp_path / "slurm" / FAILED_FOLDER / "00004").touch()
+    assert run_unclaimed_tasks(tmp_path / "slurm", array_task="1", process="0") == 0
     assert begun(tmp_path / "out") == {}
 
 

@@ -15,7 +15,7 @@ from btlm_jax.cli import main
 from btlm_jax.corpus.engine.inputs import read_stage
 from btlm_jax.corpus.readers.records import read_records
 from btlm_jax.corpus.stages import split as splitting
-from btlm_jax.corpus.stages.contamination import WORDS, HeldOut, shares_run, strict_signature, word_runs
+from btlm_jax.corpus.stages.contamination import WORDS, HeldOut, shares_ngram, strict_signature, word_ngrams
 
 SOURCES = ("A", "B", "C")
 TEXTS = [made_up_text(seed=seed, num_words=60) for seed in range(240)]
@@ -133,17 +133,17 @@ def test_word_runs_are_those_of_the_normalised_words(text):
     cleaned = text.lower().translate(str.maketrans("", "", string.punctuation))
     words = re.sub(r"\s+", " ", cleaned).strip().split(" ")
     runs = {tuple(words[start : start + WORDS]) for start in range(len(words) - WORDS + 1)}
-    found = np.concatenate([np.empty(0, np.uint64), *word_runs(text)])
+    found = np.concatenate([np.empty(0, np.uint64), *word_ngrams(text)])
     assert len(set(found.tolist())) == len(runs)
-    assert shares_run(text, np.unique(found)) == bool(runs)
-    assert not shares_run(text, np.unique(np.concatenate(list(word_runs("some other words " * 9)))))
+    assert shares_ngram(text, np.unique(found)) == bool(runs)
+    assert not shares_ngram(text, np.unique(np.concatenate(list(word_ngrams("some other words " * 9)))))
 
 
 def test_near_duplicates_are_found_among_many():
-    heldout = HeldOut.of(np.stack([strict_signature(text) for text in TEXTS[:100]]))
+    heldout = HeldOut.index(np.stack([strict_signature(text) for text in TEXTS[:100]]))
     probes = [TEXTS[3] + " tail", TEXTS[150], TEXTS[99].upper(), TEXTS[151], TEXTS[3][: len(TEXTS[3]) // 2]]
-    assert heldout.has_near(probes).tolist() == [True, False, True, False, False]
-    assert heldout.has_near([]).tolist() == []
+    assert heldout.has_near_duplicate(probes).tolist() == [True, False, True, False, False]
+    assert heldout.has_near_duplicate([]).tolist() == []
 
 
 def test_weights_take_a_source_so_many_times(cleaned, capsys):

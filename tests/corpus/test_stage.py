@@ -16,18 +16,18 @@ from btlm_jax.corpus.engine.workers import LocalWorkers
 TASKS = [Task(index=index, inputs=(), weight=1) for index in range(4)]
 
 
-def count(task, directory, tick):
-    tick(10, 2_000_000)
+def count(task, directory, heartbeat):
+    heartbeat(10, 2_000_000)
     return {"totals": {"seen": {"all": 1 + task.index}}, "outputs": []}
 
 
-def die(task, directory, tick):
+def die(task, directory, heartbeat):
     if task.index == 2:
         os.kill(os.getpid(), signal.SIGKILL)
-    return count(task, directory, tick)
+    return count(task, directory, heartbeat)
 
 
-def refuse(task, directory, tick):
+def refuse(task, directory, heartbeat):
     raise ValueError(f"task {task.index} cannot be done")
 
 
@@ -48,10 +48,10 @@ def test_a_killed_worker_ends_the_stage_and_the_next_start_finishes_it(tmp_path)
     assert "counting: 4/4 shards" in said[-1]
 
 
-def large(task, directory, tick):
+def large(task, directory, heartbeat):
     data = bytearray(300_000_000 if task.index == 1 else 1)
     data[::4096] = b"x" * len(data[::4096])
-    return count(task, directory, tick)
+    return count(task, directory, heartbeat)
 
 
 def test_the_largest_memory_of_a_worker_is_told(tmp_path):
@@ -70,10 +70,10 @@ def test_the_first_error_of_a_worker_is_told_and_totals_add_up(tmp_path):
     assert "40 documents" in said[-1] and "ETA 0:00:00" in said[-1] and "MB a process" in said[-1]
 
 
-def append(task, directory, tick):
+def append(task, directory, heartbeat):
     with open(task.inputs[0].path, "a") as file:
         file.write("more")
-    return count(task, directory, tick)
+    return count(task, directory, heartbeat)
 
 
 def test_an_input_that_changes_while_it_is_read_is_refused(tmp_path):
@@ -107,7 +107,7 @@ def test_a_damaged_manifest_is_refused(tmp_path):
 
 def test_files_share_tasks_in_order_up_to_a_size(tmp_path):
     sizes = [TASK_BYTES // 2, TASK_BYTES // 2, 1, TASK_BYTES * 3, 5, 6]
-    inputs = [Input(name=str(n), path=tmp_path, num_bytes=size, sha256="") for n, size in enumerate(sizes)]
+    inputs = [Input(name=str(n), location=tmp_path, num_bytes=size, sha256="") for n, size in enumerate(sizes)]
     tasks = make_tasks(inputs)
     assert [[int(item.name) for item in task.inputs] for task in tasks] == [[0, 1], [2], [3], [4, 5]]
     assert [task.index for task in tasks] == [0, 1, 2, 3]

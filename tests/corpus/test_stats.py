@@ -8,7 +8,7 @@ from support.real_store import write_config
 from support.run_command import recorded, run_btlm, train_arguments
 
 from btlm_jax.cli import main
-from btlm_jax.corpus.inspect import plots
+from btlm_jax.corpus.inspect import charts
 from btlm_jax.data import store
 from btlm_jax.data.verify import verify
 
@@ -51,10 +51,10 @@ def test_pictures_are_drawn_for_stages_and_stores(corpus, tmp_path):
         assert drawn.keys() == pictures
         assert drawn == {path.name: path.read_bytes() for path in (tmp_path / "again" / name).iterdir()}
         assert all(data.startswith(b"\x89PNG") for data in drawn.values())
-    stage = plots.read_stage(corpus / "dedup")["totals"]
-    with unittest.mock.patch.object(plots, "_write", lambda figure, path: figure.axes[0]):
-        lengths = plots._histogram(tmp_path, stage["lengths"], label="x")
-        shares = plots._bars(tmp_path, {"web": 30, "books": 10}, label="x")
+    stage = charts.read_stage(corpus / "dedup")["totals"]
+    with unittest.mock.patch.object(charts, "_write", lambda figure, path: figure.axes[0]):
+        lengths = charts._histogram(tmp_path, stage["lengths"], label="x")
+        shares = charts._bars(tmp_path, {"web": 30, "books": 10}, label="x")
     heights = {
         text.get_text(): bar.get_height() for text, bar in zip(lengths.get_xticklabels(), lengths.patches, strict=True)
     }

@@ -12,7 +12,7 @@ from support.corpus_files import made_up_text
 
 from btlm_jax.cli import main
 from btlm_jax.corpus.engine.inputs import read_stage
-from btlm_jax.corpus.readers.raw import BadFile, read_raw
+from btlm_jax.corpus.readers.raw import BadFileError, read_raw
 from btlm_jax.corpus.readers.records import read_records
 
 ROWS = [{"text": made_up_text(seed=seed), "source": "AB"[seed % 2], "stars": seed} for seed in range(30)]
@@ -60,7 +60,7 @@ def test_a_table_cut_short_is_bad(tmp_path):
     write_arrow(tmp_path / "a.arrow", ROWS)
     data = (tmp_path / "a.arrow").read_bytes()
     (tmp_path / "a.arrow").write_bytes(data[: len(data) // 2])
-    with pytest.raises(BadFile, match="Arrow is damaged after row 7|Arrow is damaged after row 14"):
+    with pytest.raises(BadFileError, match="Arrow is damaged after row 7|Arrow is damaged after row 14"):
         list(read_raw(tmp_path / "a.arrow", name="a.arrow", default_source="x"))
 
 
@@ -99,12 +99,12 @@ def test_a_tfds_dataset_gives_what_tfds_reads(tfds_folder, tmp_path, capsys):
     shard = tfds_folder / "ds-train.array_record-00001-of-00002"
     data = shard.read_bytes()
     shard.write_bytes(data[: len(data) // 2])
-    with pytest.raises(BadFile, match="damaged"):
+    with pytest.raises(BadFileError, match="damaged"):
         list(read_raw(shard, name=shard.name, default_source="x"))
     shard.unlink()
     assert clean(tmp_path) == 1 and "only 1 of 2 shards are there" in capsys.readouterr().err
     (tfds_folder / "features.json").unlink()
-    with pytest.raises(BadFile, match="no features.json"):
+    with pytest.raises(BadFileError, match="no features.json"):
         list(
             read_raw(
                 tfds_folder / "ds-train.array_record-00000-of-00002",

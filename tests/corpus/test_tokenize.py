@@ -1,5 +1,6 @@
 """From split documents to a token store: every token once, in order, counted, whatever was killed."""
 
+import os
 import random
 import shutil
 
@@ -20,8 +21,9 @@ from btlm_jax.data import store
 from btlm_jax.data.reader import open_store
 from btlm_jax.data.verify import verify
 from btlm_jax.tokenizers.byte_level import read_byte_level
-from btlm_jax.tokenizers.gpt2 import FastGpt2Tokenizer, can_be_fast, fastest
-from btlm_jax.tokenizers.tokenizer import SentencePieceTokenizer, load_tokenizer, train_tokenizer
+from btlm_jax.tokenizers.gpt2 import FastGpt2Tokenizer, fastest_tokenizer, tiktoken_gives_same_ids
+from btlm_jax.tokenizers.sentencepiece_bpe import SentencePieceTokenizer, train_sentencepiece
+from btlm_jax.tokenizers.tokenizer import load_tokenizer
 
 MARK = "\u2581"  # SentencePiece's own, which it cannot give back
 TEXTS = [made_up_text(seed=seed, num_words=50) + (f" é{MARK}\n" if seed % 10 == 0 else " é\n") for seed in range(120)]
@@ -41,7 +43,7 @@ def prepared(tmp_path_factory):
             assert main(command) == 0
     tiny_tokenizers.write_gpt2_files(folder / "bpe")
     (folder / "pieces").mkdir()
-    (folder / "pieces" / "tokenizer.model").write_bytes(train_tokenizer(tiny_tokenizers.TEXTS, vocab_size=400))
+    (folder / "pieces" / "tokenizer.model").write_bytes(train_sentencepiece(tiny_tokenizers.TEXTS, vocab_size=400))
     return folder
 
 
@@ -106,7 +108,7 @@ def test_the_store_holds_every_document_once_and_in_order(prepared, tmp_path, to
 def test_two_workers_and_any_kill_give_the_same_bytes(prepared, tmp_path, monkeypatch):
     assert run(prepared, tmp_path / "one") == 0
     expected = contents(tmp_path / "one")
-    real, rng, kills = tokenizing.os.replace, random.Random(5), 0
+    real, rng, kills = os.replace, random.Random(5), 0
     while True:
         left = [rng.randint(2, 9)]
 
@@ -167,7 +169,7 @@ def test_tiktoken_gives_the_ids_of_the_tokenizers_library(fast_and_slow, text):
 @pytest.fixture(scope="module")
 def fast_and_slow(prepared):
     slow = read_byte_level(prepared / "bpe")
-    fast = fastest(slow)
+    fast = fastest_tokenizer(slow)
     assert isinstance(fast, FastGpt2Tokenizer)
     return fast, slow
 
@@ -182,14 +184,14 @@ def test_tiktoken_on_whole_texts(fast_and_slow):
 
 def test_other_tokenizers_stay_with_their_own_library(prepared, tmp_path):
     pieces = SentencePieceTokenizer((prepared / "pieces" / "tokenizer.model").read_bytes())
-    assert fastest(pieces) is pieces
+    assert fastest_tokenizer(pieces) is pieces
     shutil.copytree(prepared / "bpe", tmp_path / "swapped")
     merges = (tmp_path / "swapped" / "merges.txt").read_text().splitlines()
     header = [merges.pop(0)] if merges[0].startswith("#") else []
     merges[0], merges[1] = merges[1], merges[0]  # the ids no longer follow the merges
     (tmp_path / "swapped" / "merges.txt").write_text("\n".join(header + merges))
     swapped = read_byte_level(tmp_path / "swapped")
-    assert not can_be_fast(swapped) and fastest(swapped) is swapped
+    assert not tiktoken_gives_same_ids(swapped) and fastest_tokenizer(swapped) is swapped
 
 
 def test_a_store_that_lost_files_gets_them_again(prepared, tmp_path):

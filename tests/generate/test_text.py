@@ -21,7 +21,8 @@ from btlm_jax.generate import text as serve
 from btlm_jax.generate.text import load_with_tokenizer
 from btlm_jax.hub.native import ModelMetadata, one_device_mesh, write_model_directory
 from btlm_jax.model import init_params
-from btlm_jax.tokenizers.tokenizer import SentencePieceTokenizer, stored_facts, train_tokenizer
+from btlm_jax.tokenizers.sentencepiece_bpe import SentencePieceTokenizer, train_sentencepiece
+from btlm_jax.tokenizers.tokenizer import tokenizer_info
 
 
 def continued(capsys, workdir, *flags) -> str:
@@ -85,9 +86,9 @@ def untrained(tmp_path_factory):
     """The directory of a model with random weights, whose texts are all sorts of tokens."""
     directory = tmp_path_factory.mktemp("untrained")
     config = tiny_config(model__vocab_size=400)
-    tokenizer = SentencePieceTokenizer(train_tokenizer(TEXTS, vocab_size=400))
+    tokenizer = SentencePieceTokenizer(train_sentencepiece(TEXTS, vocab_size=400))
     metadata = ModelMetadata(
-        model=config.model, mup=config.mup, max_length=48, eos_id=1, tokenizer=stored_facts(tokenizer), notes={}
+        model=config.model, mup=config.mup, max_length=48, eos_id=1, tokenizer=tokenizer_info(tokenizer), notes={}
     )
     params = init_params(metadata.network(), one_device_mesh(), seed=5)
     write_model_directory(directory, metadata=metadata, params=params, tokenizer=tokenizer)

@@ -5,10 +5,10 @@ import signal
 from pathlib import Path
 
 from btlm_jax.corpus.engine.stage import Stage
-from btlm_jax.corpus.engine.tasks import Run, Task
+from btlm_jax.corpus.engine.tasks import Task, TaskFunction
 
 
-def counting(run: Run) -> Stage:
+def counting(run: TaskFunction) -> Stage:
     tasks = [Task(index=index, inputs=(), weight=1) for index in range(5)]
     return Stage(name="counting things", settings={}, tasks=tasks, run=run)
 
@@ -18,26 +18,26 @@ def begun(directory: Path) -> dict[str, int]:
     return {path.name: path.stat().st_size for path in directory.glob("begun-*")}
 
 
-def count(task, directory, tick):
+def count(task, directory, heartbeat):
     with open(directory / f"begun-{task.index}", "a") as file:
         file.write("x")
-    tick(10, 2_000_000)
+    heartbeat(10, 2_000_000)
     return {"totals": {"seen": 1 + task.index}, "outputs": []}
 
 
-def die(task, directory, tick):
+def die(task, directory, heartbeat):
     if task.index == 2:
         os.kill(os.getpid(), signal.SIGKILL)
-    return count(task, directory, tick)
+    return count(task, directory, heartbeat)
 
 
-def refuse(task, directory, tick):
+def refuse(task, directory, heartbeat):
     if task.index == 0:
         raise ValueError("task 0 cannot be done")
-    return count(task, directory, tick)
+    return count(task, directory, heartbeat)
 
 
-def write(task, directory, tick):
+def write(task, directory, heartbeat):
     (directory / f"written-{task.index}").write_text("x")
     output = {"file": f"written-{task.index}", "num_bytes": 1}
-    return count(task, directory, tick) | {"outputs": [output]}
+    return count(task, directory, heartbeat) | {"outputs": [output]}

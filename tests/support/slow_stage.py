@@ -11,14 +11,14 @@ from absl import flags
 from btlm_jax import cli
 from btlm_jax.cli.corpus_workers import chosen_workers, define_worker_flags
 from btlm_jax.cli.parse import apply
-from btlm_jax.corpus.engine.stage import Stage, accept, run_stage
+from btlm_jax.corpus.engine.stage import Stage, accept_all, run_stage
 from btlm_jax.corpus.engine.tasks import Task
 from btlm_jax.storage.files import AtomicFile
 
 END = "end"  # a file that lets the tasks end
 
 
-def slow(task, directory, tick):
+def slow(task, directory, heartbeat):
     with AtomicFile(directory / f"output-{task.index}") as file:
         file.write(b"half")
         (directory / f"began-{task.index}").write_text(str(os.getpid()))
@@ -39,7 +39,7 @@ def run_slowly(arguments) -> int:
     define_worker_flags(values)
     apply(values, given)
     with chosen_workers(values, log=print) as workers:
-        run_stage(slow_stage(), Path(directory), workers=workers, log=print, check=accept)
+        run_stage(slow_stage(), Path(directory), workers=workers, log=print, check=accept_all)
     return 0
 
 

@@ -11,7 +11,7 @@ from hypothesis import strategies
 from support.real_store import made_up_documents
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 
-from btlm_jax.tokenizers.tokenizer import SentencePieceTokenizer
+from btlm_jax.tokenizers.sentencepiece_bpe import SentencePieceTokenizer
 
 TEXTS = [document.text for document in made_up_documents(Counter())]
 NASTY = [

@@ -8,8 +8,8 @@ from hypothesis import given, settings, strategies
 from support.tiny_tokenizers import TEXTS, tiny_byte_level
 
 from btlm_jax.tokenizers.byte_level import ByteLevelTokenizer
-from btlm_jax.tokenizers.detokenize import PARTIAL, Detokenizer, GrowingText, StopFinder
-from btlm_jax.tokenizers.tokenizer import SentencePieceTokenizer, train_tokenizer
+from btlm_jax.tokenizers.detokenize import PARTIAL, Detokenizer, StopFinder, StreamDecoder
+from btlm_jax.tokenizers.sentencepiece_bpe import SentencePieceTokenizer, train_sentencepiece
 
 NASTY = "naïve 漢字かな 😀👩‍💻 a\ufffdb\n  é"
 
@@ -26,7 +26,7 @@ def like_llama() -> bytes:
 
 TOKENIZERS = {
     "byte-level": ByteLevelTokenizer(tiny_byte_level().to_str().encode(), eos_id=299),
-    "sentencepiece": SentencePieceTokenizer(train_tokenizer(TEXTS, vocab_size=400)),
+    "sentencepiece": SentencePieceTokenizer(train_sentencepiece(TEXTS, vocab_size=400)),
     "sentencepiece like Llama's": SentencePieceTokenizer(like_llama()),
 }
 each_tokenizer = pytest.mark.parametrize("name", TOKENIZERS)
@@ -116,7 +116,7 @@ def test_a_stop_string_is_found_however_the_text_is_cut(stops, text, want, found
 @each_tokenizer
 def test_a_stop_string_is_found_across_tokens(name):
     tokenizer = TOKENIZERS[name]
-    text = GrowingText(tokenizer, begins_text=True, stops=["字か", "never"])
+    text = StreamDecoder(tokenizer, begins_text=True, stops=["字か", "never"])
     shown = ["".join(text.push(token)) for token in tokenizer.encode(NASTY)]
     assert "".join(shown) + text.finish() == "naïve 漢" and text.stop == "字か"
 
@@ -124,7 +124,7 @@ def test_a_stop_string_is_found_across_tokens(name):
 @each_tokenizer
 def test_a_stop_string_of_broken_bytes_is_found_at_the_end(name):
     tokenizer = TOKENIZERS[name]
-    text = GrowingText(tokenizer, begins_text=False, stops=[PARTIAL])
+    text = StreamDecoder(tokenizer, begins_text=False, stops=[PARTIAL])
     ids = [*tokenizer.encode("eta"), bytes_of(tokenizer)[0]]
     shown = "".join(map(text.push, ids)) + text.finish()
     assert shown == after(tokenizer, tokenizer.encode("x"), ids[:-1]) and text.stop == PARTIAL

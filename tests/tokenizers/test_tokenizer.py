@@ -11,13 +11,8 @@ from tokenizers import AddedToken, Regex, Tokenizer, models, normalizers, pre_to
 
 from btlm_jax.data import store
 from btlm_jax.tokenizers.byte_level import ByteLevelTokenizer, read_byte_level
-from btlm_jax.tokenizers.tokenizer import (
-    SentencePieceTokenizer,
-    find_tokenizer,
-    load_tokenizer,
-    stored_facts,
-    train_tokenizer,
-)
+from btlm_jax.tokenizers.sentencepiece_bpe import SentencePieceTokenizer, train_sentencepiece
+from btlm_jax.tokenizers.tokenizer import find_tokenizer, load_tokenizer, tokenizer_info
 
 TINY = tiny_byte_level().to_str().encode()
 BYTE_LEVEL = ByteLevelTokenizer(TINY, eos_id=299)
@@ -25,7 +20,7 @@ BYTE_LEVEL = ByteLevelTokenizer(TINY, eos_id=299)
 
 @pytest.fixture(scope="module")
 def model() -> bytes:
-    return train_tokenizer(TEXTS, vocab_size=400)
+    return train_sentencepiece(TEXTS, vocab_size=400)
 
 
 @pytest.mark.parametrize("text", NASTY, ids=range(len(NASTY)))
@@ -39,7 +34,7 @@ def test_every_text_comes_back_without_control_ids(model, text):
 
 
 def test_training_and_encoding_are_deterministic(model):
-    assert train_tokenizer(TEXTS, vocab_size=400) == model
+    assert train_sentencepiece(TEXTS, vocab_size=400) == model
     tokenizer = SentencePieceTokenizer(model)
     alone = [tokenizer.encode(text) for text in TEXTS]
     assert all(tokenizer.encode_batch(TEXTS, num_threads=threads) == alone for threads in (1, 2, 5))
@@ -48,9 +43,9 @@ def test_training_and_encoding_are_deterministic(model):
 
 def test_sizes_that_cannot_be_trained_are_refused():
     with pytest.raises(ValueError, match="model.vocab_size=200 is too small"):
-        train_tokenizer(TEXTS, vocab_size=200)
+        train_sentencepiece(TEXTS, vocab_size=200)
     with pytest.raises(ValueError, match="no tokenizer of 50000 pieces can be trained"):
-        train_tokenizer(["too little"], vocab_size=50_000)
+        train_sentencepiece(["too little"], vocab_size=50_000)
 
 
 def test_a_store_loads_only_its_own_tokenizer(model, tmp_path):
@@ -62,7 +57,7 @@ def test_a_store_loads_only_its_own_tokenizer(model, tmp_path):
         vocab_size=400,
         eos_id=1,
     )
-    assert stored_facts(SentencePieceTokenizer(model)) == facts
+    assert tokenizer_info(SentencePieceTokenizer(model)) == facts
     assert load_tokenizer(tmp_path, facts).encode("eta") == SentencePieceTokenizer(model).encode("eta")
     with pytest.raises(ValueError, match="is not the one the manifest records"):
         load_tokenizer(tmp_path, dataclasses.replace(facts, sha256="0" * 64))
@@ -74,7 +69,7 @@ def test_a_store_loads_only_its_own_tokenizer(model, tmp_path):
 
 def test_a_store_loads_a_byte_level_tokenizer(tmp_path):
     (tmp_path / "tokenizer.json").write_bytes(TINY)
-    facts = stored_facts(BYTE_LEVEL)
+    facts = tokenizer_info(BYTE_LEVEL)
     assert dataclasses.astuple(facts)[:2] == ("byte_level_bpe", "tokenizer.json") and facts.vocab_size == 300
     assert load_tokenizer(tmp_path, facts).encode(TEXTS[0]) == BYTE_LEVEL.encode(TEXTS[0])
     with pytest.raises(ValueError, match="has no token of id 300"):
@@ -205,7 +200,7 @@ def test_another_pattern_of_words_is_kept():
     other.add_tokens([AddedToken("<tag>", special=False)])
     other.add_special_tokens(["<pad>"])
     read = ByteLevelTokenizer(other.to_str().encode(), eos_id=299)
-    assert BYTE_LEVEL.is_gpt2 and not read.is_gpt2 and read.special_ids == [299, 301]
+    assert BYTE_LEVEL.has_gpt2_rules and not read.has_gpt2_rules and read.special_ids == [299, 301]
     ids = read.encode("12 eta<tag><pad>")
     assert read.decode(ids) == "12 eta<tag><pad>" and 300 in ids and 301 not in ids
     in_pieces = [id for piece in ("12", " ", "eta") for id in BYTE_LEVEL.encode(piece)]

@@ -1,4 +1,4 @@
-"""Find a stage's input files: raw ones, or what another stage wrote; share them out to tasks."""
+"""Find a stage's input files (raw files, or the output of another stage) and divide them into tasks."""
 
 from __future__ import annotations
 
@@ -10,10 +10,12 @@ from collections.abc import Sequence
 from pathlib import Path, PurePosixPath
 from typing import BinaryIO
 
-from btlm_jax.corpus.engine.stage import FORMAT, MANIFEST_FILE, PLAN_FILE, Log, fingerprint_of
-from btlm_jax.corpus.engine.tasks import Input, Task, hash_file
+from btlm_jax.corpus.engine.progress import Log
+from btlm_jax.corpus.engine.stage import FORMAT, MANIFEST_FILE, PLAN_FILE, fingerprint_of
+from btlm_jax.corpus.engine.tasks import Input, Task
 from btlm_jax.corpus.readers.raw import SUFFIXES, are_plain_lines, is_raw
 from btlm_jax.corpus.readers.tables import TFDS_SHARD
+from btlm_jax.storage.files import hash_file
 from btlm_jax.storage.location import PathOrUrl, list_files, open_binary
 
 TASK_BYTES = 64_000_000  # small input files share a task up to this size
@@ -22,10 +24,10 @@ _CHUNK = 1 << 16
 
 
 def raw_inputs(root: PathOrUrl, *, log: Log) -> list[Input]:
-    """Return the raw text files under a folder, or the one file, in the order of their names; large ones in pieces.
+    """Return the raw text files below a folder, or a single file, in the order of their names; large ones in pieces.
 
     Raises:
-      FileNotFoundError: there is nothing, or a dataset's shards are not all there.
+      FileNotFoundError: there is no raw file, or shards of a dataset are missing.
     """
     files = [file for file in list_files(root) if not file[0].rsplit("/", 1)[-1].startswith(".")]
     if len(files) > 1 or files and files[0][1] != root:
@@ -37,51 +39,59 @@ def raw_inputs(root: PathOrUrl, *, log: Log) -> list[Input]:
             log(f"{root}: {len(others):,} files of other kinds are not read, {others[0]} for one")
     if not files:
         raise FileNotFoundError(f"{root} holds no file that ends in {', '.join(SUFFIXES)}")
-    whole = [Input(name=name, path=place, num_bytes=num_bytes, sha256="") for name, place, num_bytes in files]
-    return [piece for item in whole for piece in (_pieces(item) if _can_be_cut(item) else [item])]
+    whole = [Input(name=name, location=at, num_bytes=num_bytes, sha256="") for name, at, num_bytes in files]
+    return [piece for item in whole for piece in (_pieces(item) if _is_divisible(item) else [item])]
 
 
 def _stale_tables(files: list[tuple[str, PathOrUrl, int]]) -> set[str]:
-    """Return the .arrow files that are no part of the Hugging Face dataset they lie in: old ones, and caches.
+    """Return the .arrow files in the folder of a Hugging Face dataset that are not part of it: old ones, and caches.
 
     Raises:
-      FileNotFoundError: a part is missing.
+      FileNotFoundError: a part of the dataset is missing.
     """
     tables = {name for name, _, _ in files if name.endswith(".arrow")}
     stale = {name for name in tables if PurePosixPath(name).name.startswith("cache-")}
-    for name, place, _ in files:
+    for name, location, _ in files:
         folder = PurePosixPath(name).parent
         if PurePosixPath(name).name == "state.json" and any(PurePosixPath(table).parent == folder for table in tables):
-            with open_binary(place) as file:
+            with open_binary(location) as file:
                 state = json.load(file)
             if "_data_files" not in state:
-                raise ValueError(f"{place} does not say which .arrow files its dataset has; give the files themselves")
+                raise ValueError(
+                    f"{location} does not say which .arrow files its dataset has; give the files themselves"
+                )
             parts = {str(folder / part["filename"]) for part in state["_data_files"]}
             if missing := sorted(parts - tables):
-                raise FileNotFoundError(f"{place} names {missing[0]}, which is not there; fetch the dataset again")
+                raise FileNotFoundError(f"{location} names {missing[0]}, which is not there; fetch the dataset again")
             stale |= {table for table in tables if PurePosixPath(table).parent == folder} - parts
     return stale
 
 
 def _check_shards(names: list[str]) -> None:
-    """Refuse a TFDS dataset that lacks shards."""
+    """Check that no shard of a TFDS dataset is missing.
+
+    Raises:
+      FileNotFoundError: one is.
+    """
     shards = [match for match in map(TFDS_SHARD.fullmatch, names) if match]
-    for (stem, count), found in Counter((match[1], match[2]) for match in shards).items():
-        if found != int(count):
-            raise FileNotFoundError(f"of {stem} only {found} of {int(count)} shards are there; fetch the dataset again")
+    for (stem, count), num_found in Counter((match[1], match[2]) for match in shards).items():
+        if num_found != int(count):
+            raise FileNotFoundError(
+                f"of {stem} only {num_found} of {int(count)} shards are there; fetch the dataset again"
+            )
 
 
-def _can_be_cut(item: Input) -> bool:
+def _is_divisible(item: Input) -> bool:
     if item.num_bytes <= PIECE_BYTES or not item.name.endswith(".jsonl"):
         return False
-    with open_binary(item.path) as file:
+    with open_binary(item.location) as file:
         return are_plain_lines(file.read(64))
 
 
 def _pieces(item: Input) -> list[Input]:
-    """Cut a file at ends of lines; a piece is named by where it begins, and its lines are counted from there."""
+    """Divide a file at ends of lines. A piece is named by its offset, and its lines are counted from there."""
     begins = [0]
-    with open_binary(item.path) as file:
+    with open_binary(item.location) as file:
         while begins[-1] + PIECE_BYTES < item.num_bytes:
             begins.append(_end_of_line(file, begins[-1] + PIECE_BYTES - 1))
     return [
@@ -98,11 +108,11 @@ def _pieces(item: Input) -> list[Input]:
 
 
 def _end_of_line(file: BinaryIO, offset: int) -> int:
-    """Return where the line that has the byte at `offset` ends, its newline included."""
+    """Return the end, newline included, of the line that contains the byte at `offset`."""
     file.seek(offset)
     while chunk := file.read(_CHUNK):
-        if (found := chunk.find(b"\n")) >= 0:
-            return offset + found + 1
+        if (newline := chunk.find(b"\n")) >= 0:
+            return offset + newline + 1
         offset += len(chunk)
     return offset
 
@@ -116,9 +126,9 @@ def read_stage(directory: Path) -> dict:
     """
     path = directory / MANIFEST_FILE
     if not path.is_file():
-        is_begun = (directory / PLAN_FILE).is_file()
-        found = "an unfinished stage; give its command again" if is_begun else "no stage's work"
-        raise FileNotFoundError(f"{directory} holds {found}: it has no {MANIFEST_FILE}")
+        is_started = (directory / PLAN_FILE).is_file()
+        contents = "an unfinished stage; give its command again" if is_started else "no stage's work"
+        raise FileNotFoundError(f"{directory} holds {contents}: it has no {MANIFEST_FILE}")
     try:
         manifest = json.loads(path.read_bytes())
         if manifest["format"] != FORMAT:
@@ -135,7 +145,7 @@ def stage_inputs(directory: Path, manifest: dict) -> list[Input]:
     return [
         Input(
             name=output["file"],
-            path=directory / output["file"],
+            location=directory / output["file"],
             num_bytes=output["num_bytes"],
             sha256=output["sha256"],
         )
@@ -144,15 +154,15 @@ def stage_inputs(directory: Path, manifest: dict) -> list[Input]:
 
 
 def verify_stage(directory: Path) -> dict:
-    """Hash every file that a finished stage wrote, compare with its manifest, and return that.
+    """Compare the hash of every file that a finished stage wrote with its manifest; return the manifest.
 
     Raises:
       FileNotFoundError: it is not finished, or a file is missing.
       ValueError: files are damaged; names them all.
     """
     manifest = read_stage(directory)
-    inputs = stage_inputs(directory, manifest)
-    damaged = [item.name for item in inputs if hash_file(item.path) != item.sha256]
+    outputs = manifest["outputs"]
+    damaged = [output["file"] for output in outputs if hash_file(directory / output["file"]) != output["sha256"]]
     if damaged:
         raise ValueError(
             f"{directory} is damaged: the contents of {', '.join(damaged)} do not hash to what {MANIFEST_FILE} records;"
@@ -162,7 +172,7 @@ def verify_stage(directory: Path) -> dict:
 
 
 def make_tasks(inputs: Sequence[Input]) -> list[Task]:
-    """Share files out in order: each task takes files until it has TASK_BYTES."""
+    """Divide files into tasks in order: each task gets consecutive files up to TASK_BYTES, but at least one."""
     groups: list[list[Input]] = []
     size = TASK_BYTES
     for item in inputs:

@@ -1,4 +1,4 @@
-"""A stage's progress in one line: shards, documents and megabytes a second, time left, memory."""
+"""A stage's progress in one line: shards, documents and megabytes per second, time left, memory."""
 
 from __future__ import annotations
 
@@ -7,21 +7,31 @@ import resource
 import time
 from collections.abc import Callable, Sequence
 from multiprocessing.context import BaseContext
+from multiprocessing.sharedctypes import Synchronized
 from pathlib import Path
+from typing import NamedTuple
 
 from btlm_jax.display.progress import RateLimit
 
 INTERVAL = 5.0  # seconds between lines
 
+Log = Callable[[str], None]
+
+
+class SharedCounters(NamedTuple):
+    """What workers count in memory shared with their parent."""
+
+    num_documents: Synchronized
+    num_bytes: Synchronized  # of text
+    peak_bytes: Synchronized  # largest resident memory of one worker
+
 
 class Progress:
-    """Counts what is done and says so every few seconds."""
+    """Counts finished work and logs it every few seconds."""
 
     interval = INTERVAL
 
-    def __init__(
-        self, stage: str, *, num_tasks: int, num_done: int, weights: Sequence[int], log: Callable[[str], None]
-    ):
+    def __init__(self, stage: str, *, num_tasks: int, num_done: int, weights: Sequence[int], log: Log):
         self._stage, self._num_tasks, self._num_done, self._log = stage, num_tasks, num_done, log
         self._weight_left = self._weight = sum(weights)
         self._num_documents = self._num_bytes = 0
@@ -30,21 +40,21 @@ class Progress:
         if num_done:
             log(f"{stage}: {num_done} of {num_tasks} shards were done before")
 
-    def tick(self, num_documents: int, num_bytes: int) -> None:
-        """Count what a task in this process has done since its last tick."""
+    def add(self, num_documents: int, num_bytes: int) -> None:
+        """Add what a task in this process has done since its last call: its heartbeat."""
         self._num_documents += num_documents
         self._num_bytes += num_bytes
         self.report_if_due()
 
-    def count(self, counters: tuple) -> None:
-        """Take over what the workers have counted."""
+    def read_counters(self, counters: SharedCounters) -> None:
+        """Take over the totals of the worker processes."""
         self._num_documents, self._num_bytes, self._worker_peak = (counter.value for counter in counters)
         self.report_if_due()
 
-    def count_record(self, counted: dict) -> None:
-        """Take over what a task on another machine has counted."""
+    def add_record(self, counted: dict) -> None:
+        """Add what a task on another machine has counted."""
         self._worker_peak = max(self._worker_peak, counted["peak_bytes"])
-        self.tick(counted["documents"], counted["bytes"])
+        self.add(counted["documents"], counted["bytes"])
 
     def task_done(self, weight: int) -> None:
         """Count a finished shard."""
@@ -53,53 +63,53 @@ class Progress:
         self.report_if_due()
 
     def report(self) -> None:
-        """Say how far the stage is."""
+        """Log a line."""
         self._rate_limit.restart()
         seconds = max(time.monotonic() - self._start, 1e-9)
-        done = self._weight - self._weight_left
-        left = "unknown" if not done else _clock(seconds * self._weight_left / done)
+        weight_done = self._weight - self._weight_left
+        eta = "unknown" if not weight_done else _clock(seconds * self._weight_left / weight_done)
         self._log(
             f"{self._stage}: {self._num_done}/{self._num_tasks} shards, {self._num_documents:,} documents, "
             f"{self._num_documents / seconds:,.0f} documents/s, {self._num_bytes / 1e6 / seconds:.1f} MB/s, "
-            f"ETA {left}, at most {max(peak_bytes(), self._worker_peak) / 1e6:.0f} MB a process"
+            f"ETA {eta}, at most {max(peak_bytes(), self._worker_peak) / 1e6:.0f} MB a process"
         )
 
     def report_if_due(self) -> None:
-        """Say how far the stage is, unless that was said a moment ago."""
+        """Log a line, unless the last one is less than `interval` seconds old."""
         if self._rate_limit.is_due():
             self.report()
 
 
-def make_counters(context: BaseContext) -> tuple:
-    """Return the counters that workers share with the parent: documents, bytes of text, the largest memory of one."""
-    return tuple(context.Value("q", 0) for _ in range(3))
+def make_counters(context: BaseContext) -> SharedCounters:
+    """Return counters at zero, for the workers of a multiprocessing context."""
+    return SharedCounters(*(context.Value("q", 0) for _ in SharedCounters._fields))
 
 
-def tick_of(counters: tuple) -> Callable[[int, int], None]:
-    """Return a worker's tick."""
+def shared_heartbeat(counters: SharedCounters) -> Callable[[int, int], None]:
+    """Return a heartbeat that adds to the shared counters."""
 
-    def tick(num_documents: int, num_bytes: int) -> None:
-        for counter, more in zip(counters[:2], (num_documents, num_bytes), strict=True):
+    def heartbeat(num_documents: int, num_bytes: int) -> None:
+        for counter, more in ((counters.num_documents, num_documents), (counters.num_bytes, num_bytes)):
             with counter.get_lock():
                 counter.value += more
 
-    return tick
+    return heartbeat
 
 
-def record_peak(counters: tuple) -> None:
-    """Tell the parent how much memory this worker has needed."""
-    with counters[2].get_lock():
-        counters[2].value = max(counters[2].value, peak_bytes())
+def record_peak(counters: SharedCounters) -> None:
+    """Record this worker's largest memory in the shared counters."""
+    with counters.peak_bytes.get_lock():
+        counters.peak_bytes.value = max(counters.peak_bytes.value, peak_bytes())
 
 
 def peak_bytes() -> int:
     """Return the largest resident memory that this process has had.
 
-    Linux says it itself; what getrusage says there begins with the memory of the process that started this one.
+    Read from /proc on Linux, where getrusage's value starts at that of the process that forked this one.
     """
     status = Path("/proc/self/status")
-    found = re.search(r"VmHWM:\s+(\d+) kB", status.read_text()) if status.is_file() else None
-    return 1024 * int(found[1]) if found else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    match = re.search(r"VmHWM:\s+(\d+) kB", status.read_text()) if status.is_file() else None
+    return 1024 * int(match[1]) if match else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 
 
 def _clock(seconds: float) -> str:

@@ -1,4 +1,4 @@
-"""Run a stage's tasks on a Ray cluster: one that is there, or one that lives on this machine until the command ends."""
+"""Run a stage's tasks on a Ray cluster: an existing one, or one on this machine that is started for this command."""
 
 from __future__ import annotations
 
@@ -12,18 +12,18 @@ from pathlib import Path
 from types import ModuleType
 
 from btlm_jax.corpus.engine.progress import Progress
-from btlm_jax.corpus.engine.tasks import Run, Task, count_nothing, run_task
-from btlm_jax.corpus.engine.workers import Done
+from btlm_jax.corpus.engine.tasks import Task, TaskFunction, no_heartbeat, run_task
+from btlm_jax.corpus.engine.workers import OnDone
 
 _CONNECT_SECONDS = 10.0
-_TIDY_SECONDS = 20.0  # for tasks to delete what they have half written
-_STORE_BYTES = 100_000_000  # of Ray's object store, which carries records only; by default it takes 30 % of the memory
+_CANCEL_SECONDS = 20.0  # for cancelled tasks to delete their unfinished files
+_STORE_BYTES = 100_000_000  # of Ray's object store, which holds only records; Ray's default is 30 % of the memory
 
 
 class RayWorkers:
-    """At most `count` tasks at a time, each on one processor of the cluster at `address`; "" is one of our own.
+    """Run at most `count` tasks at a time, each on one CPU of the cluster at `address`; "" starts a cluster here.
 
-    A context manager; Ray starts with the first task and ends with the block.
+    A context manager: Ray starts with the first task and stops at the end of the block.
     """
 
     def __init__(self, *, count: int, address: str):
@@ -33,49 +33,56 @@ class RayWorkers:
     def __enter__(self) -> RayWorkers:
         return self
 
-    def __exit__(self, *raised) -> None:
+    def __exit__(self, *exception) -> None:
         if self._ray is not None:
             self._ray.shutdown()
             self._ray = None
 
     def run_tasks(
-        self, run: Run, tasks: Sequence[Task], directory: Path, *, name: str, progress: Progress, done: Done
+        self,
+        run: TaskFunction,
+        tasks: Sequence[Task],
+        directory: Path,
+        *,
+        name: str,
+        progress: Progress,
+        on_done: OnDone,
     ) -> None:
-        """Run tasks, as `Workers` says.
+        """Run tasks; see `Workers`.
 
         Raises:
-          ValueError: besides, Ray is not installed.
-          OSError: besides, there is no cluster at the address.
+          ValueError: as `Workers`, or Ray is not installed.
+          OSError: as `Workers`, or there is no cluster at the address.
         """
         if not tasks:
             return
-        ray = self._started()
-        step = ray.remote(num_cpus=1, max_retries=0)(_run_there)
+        ray = self._start()
+        remote_task = ray.remote(num_cpus=1, max_retries=0)(_run_in_folder)
         shared = ray.put(run)
         waiting, running = iter(tasks), {}
         try:
             while True:
                 for task in itertools.islice(waiting, self._count - len(running)):
-                    running[step.remote(shared, task, directory, Path.cwd())] = task
+                    running[remote_task.remote(shared, task, directory, Path.cwd())] = task
                 if not running:
                     break
                 ended, _ = ray.wait(list(running), timeout=progress.interval)
                 for reference in ended:
                     task = running.pop(reference)
                     record = _record(ray, reference, name=name, task=task)
-                    progress.count_record(record["counted"])
-                    done(task, record)
+                    progress.add_record(record["counted"])
+                    on_done(task, record)
                 progress.report_if_due()
         except KeyboardInterrupt:
             for reference in running:
                 ray.cancel(reference)  # raises KeyboardInterrupt in the task
-            _wait(ray, running, timeout=_TIDY_SECONDS)
+            _wait(ray, running, timeout=_CANCEL_SECONDS)
             raise
         except Exception:
             _wait(ray, running, timeout=None)
             raise
 
-    def _started(self) -> ModuleType:
+    def _start(self) -> ModuleType:
         if self._ray is None:
             os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
             try:
@@ -84,19 +91,21 @@ class RayWorkers:
                 raise ValueError("--executor=ray needs Ray: pip install 'btlm_jax[ray]'") from error
             if self._address:
                 _check_address(self._address)
-                chosen = {"address": self._address}
+                options = {"address": self._address}
             else:
-                chosen = {"address": "local", "num_cpus": self._count, "object_store_memory": _STORE_BYTES}
-                chosen |= {"include_dashboard": False}
+                options = {"address": "local", "num_cpus": self._count, "object_store_memory": _STORE_BYTES}
+                options |= {"include_dashboard": False}
             try:
-                ray.init(**chosen, log_to_driver=False, logging_level="error")
-            except Exception as error:  # which is what Ray raises, for one, when its parts need more than 30 s to start
-                raise OSError(_refusal(self._address, error)) from error
+                ray.init(**options, log_to_driver=False, logging_level="error")
+            except (
+                Exception
+            ) as error:  # Ray raises just this, for example when its processes take more than 30 s to start
+                raise OSError(_start_error(self._address, error)) from error
             self._ray = ray
         return self._ray
 
 
-def _refusal(address: str, error: Exception) -> str:
+def _start_error(address: str, error: Exception) -> str:
     if not address:
         return f"Ray cannot start on this machine: {error}"
     return (
@@ -106,7 +115,7 @@ def _refusal(address: str, error: Exception) -> str:
 
 
 def _check_address(address: str) -> None:
-    """Refuse at once what Ray would try for minutes."""
+    """Raise at once for an address that Ray would try for minutes."""
     host, _, port = address.rpartition(":")
     if not host or "/" in host or not port.isdecimal():
         raise ValueError(
@@ -123,7 +132,7 @@ def _check_address(address: str) -> None:
 
 
 def _record(ray: ModuleType, reference: object, *, name: str, task: Task) -> dict:
-    """Return the record of a task that has ended, or raise what the task raised."""
+    """Return the record of a finished task, or raise the error of a failed one."""
     try:
         return ray.get(reference)
     except ray.exceptions.RayTaskError as error:
@@ -135,7 +144,7 @@ def _record(ray: ModuleType, reference: object, *, name: str, task: Task) -> dic
                 f"needs this installation under the same path: {str(error).strip().splitlines()[-1]}"
             ) from None
         raise
-    except ray.exceptions.RayError as error:  # a lost process or machine, a killer of those that take too much memory
+    except ray.exceptions.RayError as error:  # a lost process or machine, or Ray's memory monitor killed it
         raise ValueError(
             f"{name}: the worker that had {task} was killed, perhaps for its memory; Ray says: "
             f"{' '.join(str(error).split())} (its logs are in /tmp/ray/session_latest/logs of the machine). Finished "
@@ -149,6 +158,6 @@ def _wait(ray: ModuleType, running: dict, *, timeout: float | None) -> None:
             ray.wait(list(running), num_returns=len(running), timeout=timeout)
 
 
-def _run_there(run: Run, task: Task, directory: Path, folder: Path) -> dict:
-    os.chdir(folder)  # relative paths are the command's
-    return run_task(run, task, directory, count_nothing)
+def _run_in_folder(run: TaskFunction, task: Task, directory: Path, folder: Path) -> dict:
+    os.chdir(folder)  # paths are relative to the command's working directory
+    return run_task(run, task, directory, no_heartbeat)

@@ -1,15 +1,15 @@
 """Run one stage of the pipeline: tasks in worker processes, each restartable, and a manifest when all are done.
 
-A stage's directory holds
+A stage's directory contains
 
     plan.json             written first: stage, settings, inputs, tasks; a start with another plan is refused
-    done/00003.json       what task 3 read and wrote; it appears last, so a killed task is redone whole
-    quarantine/           bad lines, a file a task that found some
-    manifest.json         written last: the plan, the totals by source, every output with its sha256
+    done/00003.json       what task 3 read and wrote; written last, so a task that was killed is repeated whole
+    quarantine/           bad lines, one file per task that found any
+    manifest.json         written at the end: the plan, the totals by source, every output with its sha256
 
-A task is a fixed list of input files and a pure function of them, so nothing depends on the number of workers, on their
-order, or on how often they were killed. A task whose outputs are gone, or of another size, is done again. No manifest
-holds times or paths of this machine.
+A task is a fixed list of input files and a pure function of them, so nothing depends on the number of workers, on the
+order in which they finish, or on restarts. A task whose outputs are missing, or of another size, is repeated. The
+manifest contains no times and no paths of this machine.
 """
 
 from __future__ import annotations
@@ -20,9 +20,9 @@ import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from btlm_jax.corpus.engine.progress import Progress
+from btlm_jax.corpus.engine.progress import Log, Progress
 from btlm_jax.corpus.engine.slurm import wait_for_earlier_job
-from btlm_jax.corpus.engine.tasks import DONE_FOLDER, Run, Task, finished
+from btlm_jax.corpus.engine.tasks import DONE_FOLDER, Task, TaskFunction, finished_record
 from btlm_jax.corpus.engine.workers import Workers
 from btlm_jax.storage.files import delete_temporary_files, exclusive_lock, write_atomically
 
@@ -30,18 +30,16 @@ FORMAT = "btlm-corpus-stage"
 FORMAT_VERSION = 1
 PLAN_FILE, MANIFEST_FILE, LOCK_FILE = "plan.json", "manifest.json", ".lock"
 
-Log = Callable[[str], None]
-
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Stage:
-    """What to do, and everything that the bytes written depend on: `settings` and the tasks' inputs."""
+    """A stage: `settings` and the tasks' inputs determine every byte that it writes."""
 
     name: str
     settings: dict
     tasks: Sequence[Task]
-    run: Run
-    outputs_in: str = "."  # where the tasks write, seen from the stage's directory
+    run: TaskFunction
+    output_folder: str = "."  # where the tasks write, relative to the stage's directory
 
     @property
     def plan(self) -> dict:
@@ -52,24 +50,26 @@ class Stage:
 def run_stage(
     stage: Stage, directory: Path, *, workers: Workers, log: Log, check: Callable[[list[dict]], None]
 ) -> dict:
-    """Run what is not done yet and return the manifest.
+    """Run the tasks that are not done yet and return the manifest.
 
-    `check` sees the records of all tasks before the manifest is written, and may refuse them.
+    `check` gets the results of all tasks before the manifest is written; it raises ValueError to refuse them.
 
     Raises:
-      ValueError: the directory holds another plan's work, an input changed, or a task refused its input.
+      ValueError: the directory has been used with another plan, an input changed, or a task refused its input.
       FileExistsError: another process is working in the directory.
       OSError: something cannot be read or written.
     """
     (directory / DONE_FOLDER).mkdir(parents=True, exist_ok=True)
-    outputs = directory / stage.outputs_in
+    outputs = directory / stage.output_folder
     message = f"another process is working in {directory}; wait for it"
     with exclusive_lock(directory / LOCK_FILE, message=message):
         _check_plan(stage, directory)
         wait_for_earlier_job(directory, name=stage.name, log=log)
         for folder in (directory, directory / DONE_FOLDER, outputs):
             delete_temporary_files(folder)
-        records = {task.index: finished(task, directory, outputs=outputs) for task in stage.tasks}
+        records: dict[int, dict | None] = {
+            task.index: finished_record(task, directory, outputs=outputs) for task in stage.tasks
+        }
         waiting = [task for task in stage.tasks if records[task.index] is None]
         if (directory / MANIFEST_FILE).is_file() and not waiting:
             log(f"{stage.name}: done already, in {directory}")
@@ -83,39 +83,40 @@ def run_stage(
             log=log,
         )
 
-        def done(task: Task, record: dict) -> None:
+        def on_done(task: Task, record: dict) -> None:
             records[task.index] = record
             progress.task_done(task.weight)
 
-        workers.run_tasks(stage.run, waiting, directory, name=stage.name, progress=progress, done=done)
+        workers.run_tasks(stage.run, waiting, directory, name=stage.name, progress=progress, on_done=on_done)
         progress.report()
-        ordered = [records[task.index] for task in stage.tasks]
+        ordered = [record for task in stage.tasks if (record := records[task.index]) is not None]
+        assert len(ordered) == len(stage.tasks)
         check([record["result"] for record in ordered])
         return _write_manifest(stage, directory, ordered)
 
 
-def accept(results: list[dict]) -> None:
-    """Accept what the tasks wrote: they have refused already what cannot be used."""
+def accept_all(results: list[dict]) -> None:
+    """Accept all results: the `check` of a stage whose tasks refuse unusable input themselves."""
 
 
 def _check_plan(stage: Stage, directory: Path) -> None:
-    """Keep the plan, or compare it with the one that the directory was begun with."""
+    """Write the plan, or compare it with the one that the directory was started with."""
     path = directory / PLAN_FILE
     plan = json.loads(json.dumps(stage.plan))
     if not path.is_file():
         write_atomically(path, json.dumps(plan, indent=1, sort_keys=True))
         return
-    begun = json.loads(path.read_bytes())
-    if begun == plan:
+    started = json.loads(path.read_bytes())
+    if started == plan:
         return
     changes = [
-        f"{key}={begun['settings'].get(key)!r} then, {plan['settings'].get(key)!r} now"
-        for key in sorted(begun["settings"].keys() | plan["settings"].keys())
-        if begun["settings"].get(key) != plan["settings"].get(key)
+        f"{key}={started['settings'].get(key)!r} then, {plan['settings'].get(key)!r} now"
+        for key in sorted(started["settings"].keys() | plan["settings"].keys())
+        if started["settings"].get(key) != plan["settings"].get(key)
     ]
-    if begun["stage"] != plan["stage"]:
-        changes = [f"stage {begun['stage']} then, {plan['stage']} now"]
-    elif begun["tasks"] != plan["tasks"]:
+    if started["stage"] != plan["stage"]:
+        changes = [f"stage {started['stage']} then, {plan['stage']} now"]
+    elif started["tasks"] != plan["tasks"]:
         changes.append("the input files are others, or of other sizes or contents")
     raise ValueError(f"{directory} was begun otherwise: {'; '.join(changes)}; choose another --output, or delete it")
 
@@ -138,13 +139,13 @@ def _write_manifest(stage: Stage, directory: Path, records: list[dict]) -> dict:
 
 
 def fingerprint_of(manifest: dict) -> str:
-    """Return the sha256 over everything else that a stage's manifest says."""
+    """Return the sha256 over all other fields of a stage's manifest."""
     rest = {key: value for key, value in manifest.items() if key != "fingerprint"}
     return hashlib.sha256(json.dumps(rest, sort_keys=True).encode()).hexdigest()
 
 
 def _add(total: dict, part: dict) -> None:
-    """Add nested counts."""
+    """Add the counts of nested dicts to `total`."""
     for key, value in part.items():
         if isinstance(value, dict):
             _add(total.setdefault(key, {}), value)

@@ -1,29 +1,28 @@
-"""One task of a stage: its input files, made local, and the record under done/ that appears when it is finished."""
+"""One task of a stage: its input files, copied to this machine if they are remote, and its record under done/."""
 
 from __future__ import annotations
 
 import contextlib
 import dataclasses
-import hashlib
 import json
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 from btlm_jax.corpus.engine.progress import peak_bytes
-from btlm_jax.storage.files import local_scratch_file, write_atomically
+from btlm_jax.storage.files import hash_file, scratch_file, write_atomically
 from btlm_jax.storage.location import PathOrUrl, hash_range, version_stamp
 
 DONE_FOLDER = "done"
 
-Tick = Callable[[int, int], None]  # (documents, bytes of text) since the last call
+Heartbeat = Callable[[int, int], None]  # takes (documents, bytes of text) processed since the last call
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Input:
-    """One input file, or a piece of one; sha256 is "" for a raw file, which is hashed when its task reads it."""
+    """An input file or a piece of one. The sha256 is "" for a raw file, which is hashed when its task reads it."""
 
     name: str
-    path: PathOrUrl
+    location: PathOrUrl
     num_bytes: int
     sha256: str
     begin: int = 0
@@ -31,8 +30,17 @@ class Input:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class LocalInput:
+    """An input as a whole file on this machine, with the hash of its contents."""
+
+    name: str
+    path: Path
+    sha256: str
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class Task:
-    """A share of a stage's work; `weight` is what the ETA counts."""
+    """A part of a stage's work; the ETA counts tasks by their `weight`."""
 
     index: int
     inputs: tuple[Input, ...]
@@ -43,39 +51,54 @@ class Task:
         return f"task {self.index}" + (f" ({names[0]}{' and more' * (len(names) > 1)})" if names else "")
 
 
-Run = Callable[[Task, Path, Tick], dict]  # picklable; writes into the directory; returns what done/ keeps
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class LocalTask:
+    """A task as its function sees it: every input a local file."""
+
+    index: int
+    inputs: tuple[LocalInput, ...]
 
 
-def run_task(run: Run, task: Task, directory: Path, tick: Tick) -> dict:
-    """Run one task whole, keep its record under done/, and return it; `counted` in it is for watchers far away."""
+# (task, the stage's directory to write to, heartbeat) -> what the record keeps as "result"; can be pickled.
+TaskFunction = Callable[[LocalTask, Path, Heartbeat], dict]
+
+
+def run_task(function: TaskFunction, task: Task, directory: Path, heartbeat: Heartbeat) -> dict:
+    """Run one task whole, write its record under done/, and return it.
+
+    The record's "counted" is the sum of the heartbeats, for a parent on another machine.
+
+    Raises:
+      ValueError: an input changed while it was read, or is not what its sha256 says.
+    """
     counted = {"documents": 0, "bytes": 0}
 
     def count(num_documents: int, num_bytes: int) -> None:
         counted["documents"] += num_documents
         counted["bytes"] += num_bytes
-        tick(num_documents, num_bytes)
+        heartbeat(num_documents, num_bytes)
 
-    stamps = [version_stamp(item.path) for item in task.inputs]
-    with at_hand(task.inputs, directory) as inputs:
-        result = run(dataclasses.replace(task, inputs=inputs), directory, count)
+    stamps = [version_stamp(item.location) for item in task.inputs]
+    with local_copies(task.inputs, directory) as inputs:
+        result = function(LocalTask(index=task.index, inputs=inputs), directory, count)
     for item, stamp in zip(task.inputs, stamps, strict=True):
-        if version_stamp(item.path) != stamp:
-            raise ValueError(f"{item.path} changed while it was read; run again when nothing writes to it")
+        if version_stamp(item.location) != stamp:
+            raise ValueError(f"{item.location} changed while it was read; run again when nothing writes to it")
     counted["peak_bytes"] = peak_bytes()
     record = {"stamps": stamps, "sha256": [item.sha256 for item in inputs], "counted": counted, "result": result}
     write_atomically(record_path(directory, task), json.dumps(record))
     return record
 
 
-def count_nothing(num_documents: int, num_bytes: int) -> None:
-    """Be the tick of a task whose watcher is on another machine: the task's record tells it."""
+def no_heartbeat(num_documents: int, num_bytes: int) -> None:
+    """Do nothing: the heartbeat of a task whose parent is on another machine and reads the counts from its record."""
 
 
-def finished(task: Task, directory: Path, *, outputs: Path) -> dict | None:
-    """Return the record of a finished task; None if it is not, or if what it wrote is gone or of another size.
+def finished_record(task: Task, directory: Path, *, outputs: Path) -> dict | None:
+    """Return the record of a finished task; None if there is none, or an output in `outputs` is missing or cut short.
 
     Raises:
-      ValueError: its inputs are not the same any more.
+      ValueError: its inputs have changed since.
     """
     path = record_path(directory, task)
     if not path.is_file():
@@ -84,52 +107,46 @@ def finished(task: Task, directory: Path, *, outputs: Path) -> dict | None:
     if not all(_is_whole(outputs / output["file"], output) for output in record["result"]["outputs"]):
         return None
     for item, stamp, sha256 in zip(task.inputs, record["stamps"], record["sha256"], strict=True):
-        if version_stamp(item.path) != stamp and _hash(item) != sha256:
+        if version_stamp(item.location) != stamp and _hash_input(item) != sha256:
             raise ValueError(
-                f"input {item.path} changed after it was processed; choose another --output, or delete {directory}"
+                f"input {item.location} changed after it was processed; choose another --output, or delete {directory}"
             )
     return record
 
 
 def record_path(directory: Path, task: Task) -> Path:
-    """Return where a task's record is kept."""
+    """Return the path of a task's record."""
     return directory / DONE_FOLDER / f"{task.index:05d}.json"
 
 
 @contextlib.contextmanager
-def at_hand(inputs: Sequence[Input], folder: Path) -> Iterator[tuple[Input, ...]]:
-    """Yield the inputs as whole local files with their hashes; remote files and pieces are copied for the time being.
+def local_copies(inputs: Sequence[Input], folder: Path) -> Iterator[tuple[LocalInput, ...]]:
+    """Yield the inputs as whole local files; remote files and pieces are copied to `folder` while the block runs.
 
     Raises:
-      ValueError: one is not what its sha256 says.
+      ValueError: the contents of one do not have its sha256.
     """
     with contextlib.ExitStack() as stack:
-        yield tuple(_at_hand(item, folder, stack) for item in inputs)
+        yield tuple(_local_copy(item, folder, stack) for item in inputs)
 
 
-def _at_hand(item: Input, folder: Path, stack: contextlib.ExitStack) -> Input:
-    if isinstance(item.path, Path) and not item.is_piece:
-        local, sha256 = item.path, hash_file(item.path)
+def _local_copy(item: Input, folder: Path, stack: contextlib.ExitStack) -> LocalInput:
+    if isinstance(item.location, Path) and not item.is_piece:
+        path, sha256 = item.location, hash_file(item.location)
     else:
-        file = stack.enter_context(local_scratch_file(folder, prefix="input"))
-        sha256 = hash_range(item.path, begin=item.begin, num_bytes=item.num_bytes, copy_to=file)
+        file = stack.enter_context(scratch_file(folder, prefix="input"))
+        sha256 = hash_range(item.location, begin=item.begin, num_bytes=item.num_bytes, copy_to=file)
         file.flush()
-        local = Path(file.name)
+        path = Path(file.name)
     if item.sha256 and sha256 != item.sha256:
-        raise ValueError(f"{item.path} is not what the stage that wrote it recorded; make it again")
-    return dataclasses.replace(item, path=local, sha256=sha256)
+        raise ValueError(f"{item.location} is not what the stage that wrote it recorded; make it again")
+    return LocalInput(name=item.name, path=path, sha256=sha256)
 
 
-def hash_file(path: Path) -> str:
-    """Return the sha256 of a file's contents."""
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def _hash(item: Input) -> str:
-    if isinstance(item.path, Path) and not item.is_piece:
-        return hash_file(item.path)
-    return hash_range(item.path, begin=item.begin, num_bytes=item.num_bytes, copy_to=None)
+def _hash_input(item: Input) -> str:
+    if isinstance(item.location, Path) and not item.is_piece:
+        return hash_file(item.location)
+    return hash_range(item.location, begin=item.begin, num_bytes=item.num_bytes, copy_to=None)
 
 
 def _is_whole(path: Path, output: dict) -> bool:

@@ -1,6 +1,6 @@
-"""Who runs a stage's tasks: this process, or worker processes of this machine. Clusters have modules of their own.
+"""Executors of a stage's tasks: this process, or worker processes on this machine (see slurm.py, ray_workers.py too).
 
-The result is the same. An interrupted or failed run leaves finished tasks with their records and nothing of the others.
+All write the same bytes. An interrupted or failed run leaves finished tasks with their records and nothing else.
 """
 
 from __future__ import annotations
@@ -19,81 +19,102 @@ from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 from typing import Protocol
 
-from btlm_jax.corpus.engine.progress import Progress, make_counters, record_peak, tick_of
-from btlm_jax.corpus.engine.tasks import Run, Task, run_task
+from btlm_jax.corpus.engine.progress import Progress, SharedCounters, make_counters, record_peak, shared_heartbeat
+from btlm_jax.corpus.engine.tasks import Task, TaskFunction, run_task
 
-_QUEUED = 2  # tasks that are handed out for each worker
+_QUEUED_PER_WORKER = 2  # tasks submitted ahead, so that no worker waits for the parent
 
-Done = Callable[[Task, dict], None]
+OnDone = Callable[[Task, dict], None]  # takes a finished task and its record
 
 
 class Workers(Protocol):
-    """Who runs tasks: the processes of one machine, or of many that share the stage's directory."""
+    """An executor of tasks, on one machine or on several that share the stage's directory."""
 
     def run_tasks(
-        self, run: Run, tasks: Sequence[Task], directory: Path, *, name: str, progress: Progress, done: Done
+        self,
+        run: TaskFunction,
+        tasks: Sequence[Task],
+        directory: Path,
+        *,
+        name: str,
+        progress: Progress,
+        on_done: OnDone,
     ) -> None:
-        """Run tasks and call `done` with each that ends, in any order; at the first failure start no more and raise it.
+        """Run tasks, calling `on_done` for each that finishes, in any order; raise the first failure, starting no more.
 
         Raises:
-          ValueError: a task refused its input, or a worker was killed.
+          ValueError: a task refused its input, or a worker process was killed.
           OSError: a task cannot read or write, or the workers cannot be reached.
         """
 
 
 @dataclasses.dataclass(frozen=True)
 class LocalWorkers:
-    """This process, or `count` processes that it starts."""
+    """Run tasks in this process, or in `count` processes that it starts."""
 
     count: int
 
     def run_tasks(
-        self, run: Run, tasks: Sequence[Task], directory: Path, *, name: str, progress: Progress, done: Done
+        self,
+        run: TaskFunction,
+        tasks: Sequence[Task],
+        directory: Path,
+        *,
+        name: str,
+        progress: Progress,
+        on_done: OnDone,
     ) -> None:
-        """Run tasks, as `Workers` says."""
+        """Run tasks; see `Workers`."""
         if self.count == 1:
             for task in tasks:
-                done(task, run_task(run, task, directory, progress.tick))
+                on_done(task, run_task(run, task, directory, progress.add))
         elif tasks:
-            _run_in_pool(run, tasks, directory, name=name, count=self.count, progress=progress, done=done)
+            _run_in_pool(run, tasks, directory, name=name, count=self.count, progress=progress, on_done=on_done)
 
 
 def _run_in_pool(
-    run: Run, tasks: Sequence[Task], directory: Path, *, name: str, count: int, progress: Progress, done: Done
+    run: TaskFunction,
+    tasks: Sequence[Task],
+    directory: Path,
+    *,
+    name: str,
+    count: int,
+    progress: Progress,
+    on_done: OnDone,
 ) -> None:
-    context = multiprocessing.get_context("spawn")  # the parent has threads, which a fork would leave in any state
+    context = multiprocessing.get_context("spawn")  # the parent has threads, whose locks a fork would copy in any state
     counters = make_counters(context)
-    others = set(multiprocessing.active_children())
+    earlier_children = set(multiprocessing.active_children())
     waiting = iter(tasks)
     running: dict[Future, Task] = {}
-    with ProcessPoolExecutor(count, context, initializer=_begin_worker, initargs=(counters,)) as pool:
+    with ProcessPoolExecutor(count, context, initializer=_init_worker, initargs=(counters,)) as pool:
         try:
             while True:
                 with _interrupts_blocked():
-                    for task in itertools.islice(waiting, _QUEUED * count - len(running)):
+                    for task in itertools.islice(waiting, _QUEUED_PER_WORKER * count - len(running)):
                         running[pool.submit(_run_in_worker, run, task, directory)] = task
                 if not running:
                     break
                 ended, _ = wait(running, timeout=progress.interval, return_when=FIRST_COMPLETED)
-                progress.count(counters)
+                progress.read_counters(counters)
                 for future in ended:
-                    done(running.pop(future), future.result())
+                    on_done(running.pop(future), future.result())
         except BrokenProcessPool as error:
             raise ValueError(
                 f"{name}: a worker was killed, perhaps for its memory; finished work is kept: run the same "
                 "command again, with fewer --workers if memory is short"
             ) from error
         except KeyboardInterrupt:
-            for process in set(multiprocessing.active_children()) - others:
+            for process in set(multiprocessing.active_children()) - earlier_children:
                 process.terminate()
             raise
         finally:
-            pool.shutdown(cancel_futures=True)  # waits for the tasks that run
+            pool.shutdown(cancel_futures=True)  # waits for running tasks
 
 
 @contextlib.contextmanager
 def _interrupts_blocked() -> Iterator[None]:
-    """Hold Ctrl-C back; a process started here never sees it, so that its parent decides what becomes of it."""
+    """Block SIGINT; processes started inside inherit that and never see Ctrl-C, so that only the parent handles it."""
     before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
     try:
         yield
@@ -101,31 +122,34 @@ def _interrupts_blocked() -> Iterator[None]:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
-_counters: tuple = ()
+_counters: SharedCounters | None = None
 
 
-def _begin_worker(counters: tuple) -> None:
-    global _counters  # a spawned process gets shared memory at its start only
+def _init_worker(counters: SharedCounters) -> None:
+    global _counters  # shared memory reaches a spawned process only through its initializer
     _counters = counters
-    signal.signal(signal.SIGTERM, leave)
-    threading.Thread(target=_end_with_parent, daemon=True).start()
+    signal.signal(signal.SIGTERM, exit_on_signal)
+    threading.Thread(target=_exit_with_parent, daemon=True).start()
 
 
-def leave(signum, frame):
-    """End this process as an exception does, so that unfinished files are deleted."""
+def exit_on_signal(signum, frame):
+    """Handle a signal by raising SystemExit, so that unfinished files are deleted on the way out."""
     raise SystemExit(128 + signum)
 
 
-def _end_with_parent() -> None:
-    """End this process when its parent is gone, whose next run would do the same task beside it."""
-    multiprocessing.connection.wait([multiprocessing.parent_process().sentinel])
+def _exit_with_parent() -> None:
+    """Exit when the parent has died: its next start would run the same task at the same time."""
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+    multiprocessing.connection.wait([parent.sentinel])
     os._exit(1)
 
 
-def _run_in_worker(run: Run, task: Task, directory: Path) -> dict:
+def _run_in_worker(run: TaskFunction, task: Task, directory: Path) -> dict:
+    assert _counters is not None
     try:
-        record = run_task(run, task, directory, tick_of(_counters))
+        record = run_task(run, task, directory, shared_heartbeat(_counters))
     except SystemExit:
-        os._exit(1)  # its files are tidied up; the pool would go on with the next task
+        os._exit(1)  # its files are deleted by now; a normal exit would let the pool start the next task
     record_peak(_counters)
     return record

@@ -1,1 +1,1 @@
-"""Looking at a corpus: documents, statistics, plots."""
+"""Inspect a corpus: documents, statistics, charts."""

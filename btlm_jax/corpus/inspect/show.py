@@ -1,4 +1,4 @@
-"""Documents of a stage for people to read: by number, by id, or as the clusters that dedup found."""
+"""Print documents of a stage: by number, by id, or by the clusters that dedup found."""
 
 from __future__ import annotations
 
@@ -7,17 +7,16 @@ from pathlib import Path
 
 import numpy as np
 
-from btlm_jax.corpus.engine.arrays import load_array
 from btlm_jax.corpus.engine.inputs import read_stage
 from btlm_jax.corpus.near_duplicates.lsh import Clusters
-from btlm_jax.corpus.readers.records import Record, read_records
+from btlm_jax.corpus.readers.records import Record, load_array, read_records
 
 _RULE = "-" * 80
-_SHOWN = 5  # documents of a cluster
+_MAX_MEMBERS = 5  # of a cluster that are shown
 
 
 def by_number(directory: Path, *, number: int, count: int) -> Iterator[str]:
-    """Yield `count` documents from the one of that number on, counted from 0 over the stage's files.
+    """Yield `count` documents starting at `number`, counted from 0 over the stage's files.
 
     Raises:
       ValueError: there is no such document.
@@ -26,24 +25,24 @@ def by_number(directory: Path, *, number: int, count: int) -> Iterator[str]:
     total = sum(output["num_documents"] for output in manifest["outputs"])
     if not 0 <= number < total:
         raise ValueError(f"{directory} has the documents 0 to {total - 1:,}, not {number:,}")
-    for place, record in _documents(directory, manifest, range(number, min(number + count, total))):
-        yield _text(record, place=f"document {place:,}")
+    for index, record in _documents(directory, manifest, range(number, min(number + count, total))):
+        yield _text(record, title=f"document {index:,}")
 
 
 def by_id(directory: Path, *, document: str) -> Iterator[str]:
-    """Yield the documents of that id; more than one if ids repeat.
+    """Yield the documents with that id; more than one if ids repeat.
 
     Raises:
       ValueError: there is none.
     """
     manifest = read_stage(directory)
     total = sum(output["num_documents"] for output in manifest["outputs"])
-    is_found = False
-    for place, record in _documents(directory, manifest, range(total)):
+    num_shown = 0
+    for number, record in _documents(directory, manifest, range(total)):
         if record.id == document:
-            is_found = True
-            yield _text(record, place=f"document {place:,}")
-    if not is_found:
+            num_shown += 1
+            yield _text(record, title=f"document {number:,}")
+    if not num_shown:
         raise ValueError(f"{directory} has no document of id {document!r}")
 
 
@@ -51,7 +50,7 @@ def clusters(directory: Path, *, documents: Path, count: int, characters: int) -
     """Yield the largest clusters that dedup found in the stage `documents`, with the beginnings of some documents.
 
     Raises:
-      ValueError: `directory` is no work of dedup, or of other documents.
+      ValueError: `directory` is not the output of dedup, or not of these documents.
     """
     manifest, source = read_stage(directory), read_stage(documents)
     if manifest["stage"] != "dedup":
@@ -59,39 +58,39 @@ def clusters(directory: Path, *, documents: Path, count: int, characters: int) -
     if manifest["settings"]["input"] != source["fingerprint"]:
         raise ValueError(f"{directory} was not made of {documents}")
     counts = [output["num_documents"] for output in source["outputs"]]
-    found = Clusters(sum(counts))
+    components = Clusters(sum(counts))
     for output in read_stage(directory / "work" / "pairs")["outputs"]:
-        found.join(np.array(load_array(directory / "work" / "pairs", output["file"].removesuffix(".npy"))))
-    roots = found.roots(np.arange(sum(counts)))
+        components.join(np.array(load_array(directory / "work" / "pairs", output["file"].removesuffix(".npy"))))
+    roots = components.roots(np.arange(sum(counts)))
     work = directory / "work" / "clusters"
-    kept = np.concatenate([load_array(work, f"kept-{shard:05d}") for shard in range(len(counts))])
+    is_kept = np.concatenate([load_array(work, f"kept-{shard:05d}") for shard in range(len(counts))])
     sizes = np.bincount(roots, minlength=len(roots))
     largest = np.argsort(-sizes, kind="stable")[:count]
     for root in largest[sizes[largest] > 1]:
         members = np.flatnonzero(roots == root)
-        shown = sorted({*members[:_SHOWN].tolist(), *members[kept[members]].tolist()})
+        shown = sorted({*members[:_MAX_MEMBERS].tolist(), *members[is_kept[members]].tolist()})
         yield f"{_RULE}\ncluster of {len(members):,} documents"
-        for place, record in _documents(documents, source, shown):
-            yield _text(record, place="stays" if kept[place] else "goes", characters=characters)
+        for number, record in _documents(documents, source, shown):
+            yield _text(record, title="stays" if is_kept[number] else "goes", characters=characters)
 
 
 def _documents(directory: Path, manifest: dict, numbers: range | list[int]) -> Iterator[tuple[int, Record]]:
-    """Yield the documents of some ascending numbers; opens only the files that have some."""
-    wanted, first = np.asarray(numbers), 0
+    """Yield (number, document) for ascending numbers, opening only the files that contain them."""
+    all_numbers, first = np.asarray(numbers), 0
     for output in manifest["outputs"]:
         end = first + output["num_documents"]
-        own = wanted[np.searchsorted(wanted, first) : np.searchsorted(wanted, end)]
+        own = all_numbers[np.searchsorted(all_numbers, first) : np.searchsorted(all_numbers, end)]
         if len(own):
-            chosen = set(own.tolist())
-            for place, record in enumerate(read_records(directory / output["file"]), start=first):
-                if place in chosen:
-                    yield place, record
-                if place >= own[-1]:
+            in_file = set(own.tolist())
+            for number, record in enumerate(read_records(directory / output["file"]), start=first):
+                if number in in_file:
+                    yield number, record
+                if number >= own[-1]:
                     break
         first = end
 
 
-def _text(record: Record, *, place: str, characters: int = 1 << 62) -> str:
-    rest = f"\n... {len(record.text) - characters:,} more" if len(record.text) > characters else ""
-    head = f"{place}: {record.id}, source {record.source}, {len(record.text):,} characters"
-    return f"{_RULE}\n{head}\n{record.text[:characters]}{rest}"
+def _text(record: Record, *, title: str, characters: int = 1 << 62) -> str:
+    remainder = f"\n... {len(record.text) - characters:,} more" if len(record.text) > characters else ""
+    head = f"{title}: {record.id}, source {record.source}, {len(record.text):,} characters"
+    return f"{_RULE}\n{head}\n{record.text[:characters]}{remainder}"

@@ -1,4 +1,4 @@
-"""What a stage or a token store holds, as tables for people. Reads manifests only, so it answers at once."""
+"""Tables of what a stage or a token store contains. Reads only manifests, so it takes no time."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ from btlm_jax.corpus.engine.stage import PLAN_FILE
 from btlm_jax.data import store
 from btlm_jax.storage.location import PathOrUrl
 
-_BAR = 40  # characters of the longest bar
+_BAR_WIDTH = 40  # characters of the longest bar
 
 
 def describe(directory: PathOrUrl) -> str:
-    """Return the tables of a finished stage's directory, or of a token store, which may lie behind a URL.
+    """Return the tables of a finished stage, or of a token store (or its URL).
 
     Raises:
-      FileNotFoundError: there is neither.
+      FileNotFoundError: `directory` is neither.
       ValueError: its manifest is damaged.
     """
     if isinstance(directory, Path) and (directory / PLAN_FILE).is_file():
@@ -47,16 +47,16 @@ def _sources(read: dict, written: dict) -> str:
     rows = [("source", "documents in", "MB in", "documents out", "MB out", "share", "kept")]
     total = max(sum(count["bytes"] for count in written.values()), 1)
     for source in sorted(read):
-        came, went = read[source], written.get(source, {"documents": 0, "bytes": 0})
+        before, after = read[source], written.get(source, {"documents": 0, "bytes": 0})
         rows.append(
             (
                 source,
-                f"{came['documents']:,}",
-                f"{came['bytes'] / 1e6:,.2f}",
-                f"{went['documents']:,}",
-                f"{went['bytes'] / 1e6:,.2f}",
-                f"{100 * went['bytes'] / total:.1f} %",
-                f"{100 * went['bytes'] / max(came['bytes'], 1):.1f} %",
+                f"{before['documents']:,}",
+                f"{before['bytes'] / 1e6:,.2f}",
+                f"{after['documents']:,}",
+                f"{after['bytes'] / 1e6:,.2f}",
+                f"{100 * after['bytes'] / total:.1f} %",
+                f"{100 * after['bytes'] / max(before['bytes'], 1):.1f} %",
             )
         )
     return _table(rows)
@@ -96,6 +96,6 @@ def _table(rows: Sequence[Sequence[str]]) -> str:
 
 
 def _bars(counts: dict[str, int]) -> str:
-    most = max(counts.values(), default=1)
+    largest = max(counts.values(), default=1)
     rows = sorted(counts.items(), key=lambda item: int(item[0]))
-    return "\n".join(f"{int(size):>13,} {count:>13,} {'#' * -(-_BAR * count // most)}" for size, count in rows)
+    return "\n".join(f"{int(size):>13,} {count:>13,} {'#' * -(-_BAR_WIDTH * count // largest)}" for size, count in rows)

@@ -1,1 +1,1 @@
-"""The corpus of the local run: text that Python installations carry, deduplicated, as a token store."""
+"""The corpus of the local run: the documentation in this Python installation, deduplicated, as a token store."""

@@ -1,7 +1,7 @@
-"""Build the embedded corpus: installed documents -> deduplicated -> split -> tokenizer -> token store.
+"""Build a token store of the installed documentation: documents -> deduplicated -> split -> tokenizer -> token store.
 
-The whole is a pure function of the installed packages and the settings: the same packages give the same bytes, so the
-same fingerprint. It is made in a temporary directory beside its final name and renamed when complete.
+It is a pure function of the installed packages and the settings: the same packages give the same bytes, so the same
+fingerprint. It is made in a temporary directory beside its final name and renamed when complete.
 """
 
 from __future__ import annotations
@@ -10,24 +10,27 @@ import hashlib
 import os
 import time
 from collections import Counter
-from collections.abc import Callable
 from pathlib import Path
 
+from btlm_jax.corpus.engine.progress import Log
 from btlm_jax.corpus.installed.documents import SOURCES, Document, describe_installation, installed_documents
-from btlm_jax.corpus.installed.duplicates import without_duplicates, without_repeated_blocks
-from btlm_jax.corpus.pack import pack, sync_and_hash, write_shards, write_tfds_metadata
+from btlm_jax.corpus.installed.duplicates import drop_near_duplicates, drop_repeated_paragraphs
+from btlm_jax.corpus.pack import pack, write_shards, write_tfds_metadata
 from btlm_jax.data import store
 from btlm_jax.data.store import TokenBlock
 from btlm_jax.recipe.config import CorpusConfig
-from btlm_jax.storage.files import scratch_directory
+from btlm_jax.storage.files import scratch_directory, sync_and_hash
+from btlm_jax.tokenizers.sentencepiece_bpe import (
+    TOKENIZER_BYTES,
+    TOKENIZER_FILE,
+    SentencePieceTokenizer,
+    train_sentencepiece,
+)
 from btlm_jax.tokenizers.sentencepiece_proto import SPACE_MARK
-from btlm_jax.tokenizers.tokenizer import TOKENIZER_BYTES, TOKENIZER_FILE, SentencePieceTokenizer, train_tokenizer
 
-RECIPE = 2  # raise when the steps change, so that another recipe has another fingerprint
+RECIPE = 2  # raise when the steps change, so that the fingerprint changes
 ENCODE_THREADS = 2
 ENCODE_BATCH = 256
-
-Log = Callable[[str], None]
 
 
 def build_store(
@@ -55,13 +58,13 @@ def _build(
     dropped: Counter = Counter()
     documents = list(installed_documents(dropped))
     clock.done("read the installed documentation", documents)
-    documents = without_repeated_blocks(documents, dropped)
-    documents = without_duplicates(documents, dropped)
+    documents = drop_repeated_paragraphs(documents, dropped)
+    documents = drop_near_duplicates(documents, dropped)
     clock.done("deduplicated", documents)
     documents = _take(documents, max_bytes=config.max_bytes, seed=seed, dropped=dropped)
     train, heldout = _split(documents, config=config, seed=seed, dropped=dropped)
     clock.done(f"took at most {config.max_bytes / 1e6:.0f} MB, {len(heldout)} documents of it held out", documents)
-    model = train_tokenizer(_some_texts(train, max_bytes=TOKENIZER_BYTES), vocab_size=vocab_size)
+    model = train_sentencepiece(_some_texts(train, max_bytes=TOKENIZER_BYTES), vocab_size=vocab_size)
     tokenizer = SentencePieceTokenizer(model)
     (directory / TOKENIZER_FILE).write_bytes(model)
     clock.done(f"trained a tokenizer of {tokenizer.vocab_size:,} pieces", train)
@@ -103,15 +106,15 @@ def _build(
 
 
 class _StageClock:
-    """Tell each stage's documents, size, time and rate as it ends."""
+    """Logs each stage's documents, size, time and rate at its end."""
 
     def __init__(self, log: Log):
         self._log = log
-        self._began = time.monotonic()
+        self._start = time.monotonic()
 
     def done(self, what: str, documents: list[Document]) -> None:
-        seconds = time.monotonic() - self._began
-        self._began = time.monotonic()
+        seconds = time.monotonic() - self._start
+        self._start = time.monotonic()
         megabytes = sum(len(block) for document in documents for block in document.blocks) / 1e6
         self._log(
             f"Corpus: {what}: {len(documents):,} documents, {megabytes:.1f} M characters, {seconds:.1f} s, "
@@ -120,8 +123,8 @@ class _StageClock:
 
 
 def _take(documents: list[Document], *, max_bytes: int, seed: int, dropped: Counter) -> list[Document]:
-    """Return documents in an order that `seed` and their ids decide, up to max_bytes: a representative sample."""
-    taken, size = [], 0
+    """Return a representative sample of up to max_bytes, in the order of a hash of `seed` and the document's id."""
+    sample, size = [], 0
     for document in sorted(documents, key=lambda document: _hash("order", seed, document.id)):
         num_bytes = len(document.text.encode("utf-8", "replace"))
         if SPACE_MARK in document.text:
@@ -129,15 +132,15 @@ def _take(documents: list[Document], *, max_bytes: int, seed: int, dropped: Coun
         elif size + num_bytes > max_bytes:
             dropped["over corpus.max_bytes"] += 1
         else:
-            taken.append(document)
+            sample.append(document)
             size += num_bytes
-    return taken
+    return sample
 
 
 def _split(
     documents: list[Document], *, config: CorpusConfig, seed: int, dropped: Counter
 ) -> tuple[list[Document], list[Document]]:
-    """Split by a hash of the text; what is over a source's held-out cap is trained on by neither."""
+    """Split by a hash of the text; documents above a source's held-out limit are in neither part."""
     train, heldout = [], []
     size = Counter()
     for document in documents:
@@ -177,7 +180,7 @@ def _some_texts(documents: list[Document], *, max_bytes: int) -> list[str]:
 def _write_train(
     directory: Path, documents: list[Document], tokenizer: SentencePieceTokenizer, *, block_len: int, dtype: str
 ) -> store.Split:
-    """Write one stream over all sources, in the documents' shuffled order."""
+    """Write one stream of all sources, in the documents' shuffled order."""
     ids = _encode(documents, tokenizer)
     blocks = list(pack(ids, block_len=block_len, eos_id=tokenizer.eos_id, dtype=dtype))
     by_source = {
@@ -191,12 +194,12 @@ def _write_train(
 def _write_heldout(
     directory: Path, documents: list[Document], tokenizer: SentencePieceTokenizer, *, block_len: int, dtype: str
 ) -> store.Split:
-    """Write one stream a source, its blocks contiguous."""
+    """Write one stream per source, each in contiguous blocks."""
     ids = _encode(documents, tokenizer)
     blocks: list[TokenBlock] = []
     by_source = {}
     for source in SOURCES:
-        own = [made for document, made in zip(documents, ids, strict=True) if document.source == source]
+        own = [row for document, row in zip(documents, ids, strict=True) if document.source == source]
         packed = list(pack(own, block_len=block_len, eos_id=tokenizer.eos_id, dtype=dtype))
         by_source[source] = _source_of(documents, ids, source=source, first_block=len(blocks), num_blocks=len(packed))
         blocks += packed
@@ -216,11 +219,11 @@ def _encode(documents: list[Document], tokenizer: SentencePieceTokenizer) -> lis
 def _source_of(
     documents: list[Document], ids: list[list[int]], *, source: str, first_block: int, num_blocks: int
 ) -> store.Source:
-    own = [(document, made) for document, made in zip(documents, ids, strict=True) if document.source == source]
+    own = [(document, row) for document, row in zip(documents, ids, strict=True) if document.source == source]
     return store.Source(
         num_documents=len(own),
         num_bytes=sum(len(document.text.encode()) for document, _ in own),
-        num_tokens=sum(len(made) + 1 for _, made in own),
+        num_tokens=sum(len(row) + 1 for _, row in own),
         first_block=first_block,
         num_blocks=num_blocks,
     )
@@ -236,7 +239,7 @@ def _split_of(directory: Path, name: str, blocks: list[TokenBlock], sources: dic
 
 
 def _write_heldout_text(directory: Path, documents: list[Document]) -> dict[str, str]:
-    """Write the held-out text itself, to compare bits per byte with other compressors; return sha256 by file."""
+    """Write the held-out text, to compare bits per byte with other compressors; return the sha256 of each file."""
     folder = directory / "heldout"
     folder.mkdir()
     hashes = {}

@@ -1,8 +1,8 @@
-"""Documents that a Python installation carries: docstrings, comments and documentation files.
+"""Documents in a Python installation: docstrings, comments and documentation files.
 
-A document is what one file says in prose: the docstrings and comment paragraphs of a `.py` file, or the text of a
-`.md`, `.rst` or `.txt` file. Its id is relative to the installation, so nothing of the machine's paths is kept, and the
-order is that of the ids.
+A document is the prose of one file: the docstrings and comment paragraphs of a `.py` file, or the text of a `.md`,
+`.rst` or `.txt` file. Its id is a path relative to the installation, so it does not depend on the machine, and
+documents come in the order of their ids.
 """
 
 from __future__ import annotations
@@ -21,17 +21,17 @@ from pathlib import Path
 STDLIB, PACKAGES, DOCS = "stdlib", "packages", "docs"
 SOURCES = (STDLIB, PACKAGES, DOCS)
 MAX_FILE_BYTES = 4_000_000
-OWN_DISTRIBUTION = "btlm_jax"  # what this project says of itself changes with every commit
+OWN_DISTRIBUTION = "btlm_jax"  # is left out, as its text changes with every commit
 
 _SKIPPED_FOLDERS = {"test", "tests", "testing", "idle_test", "site-packages", "dist-packages", "__pycache__"}
 _DOC_SUFFIXES = {".md", ".rst", ".txt"}
-# Licences and lists, by name; _is_prose finds the lists that have other names.
+# Licences and lists, by file name; _is_prose finds other lists.
 _SKIPPED_DOCS = re.compile(r"licen[cs]e|copying|notice|authors|record|sources|top_level|entry_points|requires", re.I)
 _WORD = re.compile(r"[a-z]+")
 _COMMON_WORDS = frozenset("the of to and a in is for that be it with as this are not or by if on".split())
 
-# A triple-quoted string that begins a line (a docstring, or prose used as one); any other string, only to step over
-# it; a run of comment lines; a comment after code, only to step over it. Possessive and
+# Matches, in this order: a triple-quoted string at the start of a line (a docstring, or prose used as one); any other
+# string, to skip it; consecutive comment lines; a comment after code, to skip it. Quantifiers are possessive or
 # bounded, so that no file takes quadratic time.
 _PROSE = re.compile(
     r"""
@@ -48,7 +48,7 @@ _COMMENT_MARK = re.compile(r"^[ \t]*#+[:!]?[ ]?", re.MULTILINE)
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Document:
-    """The prose of one file, as paragraphs (a docstring or a run of comments each)."""
+    """The prose of one file in paragraphs, each a docstring or consecutive comment lines."""
 
     id: str
     source: str
@@ -60,7 +60,7 @@ class Document:
 
 
 def installed_documents(skipped: Counter) -> Iterator[Document]:
-    """Yield every document of this installation; count what is left out in `skipped`, by reason."""
+    """Yield every document of this installation; count skipped ones in `skipped`, by reason."""
     yield from _stdlib_documents(skipped)
     for topic, text in sorted(pydoc_data.topics.topics.items()):
         yield Document(id=f"stdlib/pydoc_data/topics/{topic}", source=DOCS, blocks=(text.strip(),))
@@ -72,7 +72,7 @@ def installed_documents(skipped: Counter) -> Iterator[Document]:
 
 
 def installed_distributions() -> list[importlib.metadata.Distribution]:
-    """Return the installed packages but this one, each once, by name."""
+    """Return the installed packages except this one, each once, sorted by name."""
     by_name = {}
     for distribution in importlib.metadata.distributions():
         name = distribution.name.lower().replace("-", "_")
@@ -82,13 +82,13 @@ def installed_distributions() -> list[importlib.metadata.Distribution]:
 
 
 def describe_installation() -> dict:
-    """Return which Python and which packages the documents come from."""
+    """Return the versions of Python and of the packages that the documents come from."""
     packages = {distribution.name: distribution.version for distribution in installed_distributions()}
     return {"python": ".".join(map(str, sys.version_info[:3])), "packages": packages}
 
 
 def prose_of_python(text: str) -> tuple[str, ...]:
-    """Return the docstrings and comment paragraphs of Python source, in order, without their marks."""
+    """Return the docstrings and comment paragraphs of Python source, in order, without quotes and comment marks."""
     blocks = []
     for match in _PROSE.finditer(text):
         if match.lastindex == 3:
@@ -121,7 +121,7 @@ def _documents_of(path: Path, *, name: str, python_source: str, skipped: Counter
 
 
 def _is_prose(text: str) -> bool:
-    """Return whether at least one word in 20 is one of the commonest English words; in tables and lists none is."""
+    """Return whether at least one word in 20 is a very common English word, which tables and lists hardly contain."""
     words = _WORD.findall(text.lower())
     return 20 * sum(word in _COMMON_WORDS for word in words) >= len(words) > 0
 

@@ -1,7 +1,7 @@
-"""Deduplication in memory, for a corpus of some ten thousand documents: repeated paragraphs, then near-duplicates.
+"""Deduplicate some ten thousand documents in memory: first repeated paragraphs, then near-duplicates.
 
-Near-duplicates are found as everywhere (lsh.py), by one-permutation signatures of the lower-case text with its
-punctuation. deduplicate.py is for corpora that do not fit into memory.
+Near-duplicates are found with lsh.py, by one-permutation MinHash of the lower-case text with its punctuation.
+stages/dedup.py is for corpora that do not fit into memory.
 """
 
 from __future__ import annotations
@@ -20,13 +20,13 @@ from btlm_jax.corpus.near_duplicates.normalize import MIN_CHARACTERS
 
 BINS = STRICT.bands * STRICT.rows
 THRESHOLD = 0.8
-MIN_BLOCK_CHARACTERS = 60  # shorter paragraphs may repeat: "Returns:", "Example"
+MIN_BLOCK_CHARACTERS = 60  # of a paragraph; shorter ones may repeat, such as "Returns:"
 
 _SPACE = re.compile(r"\s+")
 
 
-def without_repeated_blocks(documents: Iterable[Document], skipped: Counter) -> list[Document]:
-    """Keep each paragraph in the first document that has it, which drops licence headers; drop what is then short."""
+def drop_repeated_paragraphs(documents: Iterable[Document], skipped: Counter) -> list[Document]:
+    """Keep each paragraph in the first document that has it, which drops licence headers; then drop short documents."""
     seen: set[bytes] = set()
     kept = []
     for document in documents:
@@ -39,16 +39,16 @@ def without_repeated_blocks(documents: Iterable[Document], skipped: Counter) -> 
                     continue
                 seen.add(digest)
             blocks.append(block)
-        rest = Document(id=document.id, source=document.source, blocks=tuple(blocks))
-        if len(rest.text) < MIN_CHARACTERS:
+        shortened = Document(id=document.id, source=document.source, blocks=tuple(blocks))
+        if len(shortened.text) < MIN_CHARACTERS:
             skipped["short documents"] += 1
         else:
-            kept.append(rest)
+            kept.append(shortened)
     return kept
 
 
-def without_duplicates(documents: list[Document], skipped: Counter) -> list[Document]:
-    """Return one document of each cluster of near-duplicates: the longest, by id among equals; order is kept."""
+def drop_near_duplicates(documents: list[Document], skipped: Counter) -> list[Document]:
+    """Return one document of each cluster of near-duplicates, in order: the longest, of equally long ones by id."""
     if not documents:
         return []
     signatures = np.stack([signature(document.text) for document in documents])
@@ -60,13 +60,13 @@ def without_duplicates(documents: list[Document], skipped: Counter) -> list[Docu
     clusters = Clusters(len(documents))
     for keys in band_keys(signatures, STRICT):
         clusters.join(bucket_pairs(keys, numbers, agree=agree))
-    kept = survivors(
+    is_kept = survivors(
         clusters.roots(numbers),
         lengths=np.array([len(document.text) for document in documents]),
         ranks=np.unique([document.id for document in documents], return_inverse=True)[1],
     )
-    skipped["near-duplicate documents"] += len(documents) - int(kept.sum())
-    return [documents[index] for index in np.flatnonzero(kept)]
+    skipped["near-duplicate documents"] += len(documents) - int(is_kept.sum())
+    return [documents[index] for index in np.flatnonzero(is_kept)]
 
 
 def signature(text: str) -> np.ndarray:

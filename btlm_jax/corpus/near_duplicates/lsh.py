@@ -1,6 +1,6 @@
 """Near-duplicates by locality-sensitive hashing: signatures, keys of their bands, pairs, clusters, survivors.
 
-Works on arrays alone. A document is a number; numbers follow the names of the input files, not the order of arrival.
+Works on arrays. A document is a number; documents are numbered in the order of the input files' names.
 """
 
 from __future__ import annotations
@@ -12,23 +12,23 @@ import numpy as np
 
 from btlm_jax.corpus.near_duplicates.minhash import many_permutations, one_permutation
 
-MAX_ROUNDS = 32  # of comparing a bucket with one of its documents
+MAX_ROUNDS = 32  # of bucket_pairs
 _ODD = np.uint64(0x9E3779B97F4A7C15)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Preset:
-    """How near-duplicates are found: each of `bands` keys is made of `rows` numbers of the signature."""
+    """Parameters of the search: each of `bands` keys is a hash of `rows` numbers of the signature."""
 
     name: str
-    signature: Callable[[Iterable[np.ndarray]], np.ndarray]  # of pieces of an array of characters
+    signature: Callable[[Iterable[np.ndarray]], np.ndarray]  # takes character codes in pieces
     bands: int
     rows: int
-    threshold: float  # share of equal numbers that makes a pair; 0: whatever shares a key
+    threshold: float  # least share of equal numbers in a pair; 0: every pair that shares a key
 
 
 def _slimpajama_signature(pieces: Iterable[np.ndarray]) -> np.ndarray:
-    return many_permutations(pieces, permutations=9 * 13)  # of the published 128, the 117 that its bands use
+    return many_permutations(pieces, permutations=9 * 13)  # the 117 of the published 128 that its bands use
 
 
 def _strict_signature(pieces: Iterable[np.ndarray]) -> np.ndarray:
@@ -42,7 +42,7 @@ PRESETS = {preset.name: preset for preset in (SLIMPAJAMA, STRICT)}
 
 
 def band_keys(signatures: np.ndarray, preset: Preset) -> np.ndarray:
-    """Return the key of every band of each signature, uint64 [bands, documents]."""
+    """Return the key of every band, uint64 [bands, documents], of signatures [documents, numbers]."""
     rows = signatures.reshape(len(signatures), preset.bands, preset.rows)
     keys = np.zeros((preset.bands, len(signatures)), np.uint64)
     for row in range(preset.rows):
@@ -57,43 +57,44 @@ def bucket_pairs(
 ) -> np.ndarray:
     """Return the pairs of documents that share a key and agree, int64 [pairs, 2].
 
-    A bucket's first document is compared with all the others; those that differ from it form the next round's bucket.
+    The first document of each bucket (the documents that share a key) is compared with the others; those that do not
+    agree with it form the bucket of the next round. MAX_ROUNDS bounds the comparisons in a large bucket.
     """
     order = np.lexsort((documents, keys))
     keys, documents = keys[order], documents[order].astype(np.int64)
-    found = [np.empty((0, 2), np.int64)]
+    pairs = [np.empty((0, 2), np.int64)]
     for _ in range(MAX_ROUNDS):
         if not len(keys):
             break
         starts = np.flatnonzero(np.append(True, keys[1:] != keys[:-1]))
         first = np.repeat(documents[starts], np.diff(np.append(starts, len(keys))))
         others = np.flatnonzero(first != documents)
-        good = agree(first[others], documents[others])
-        found.append(np.stack([first[others], documents[others]], axis=1)[good])
-        rest = others[~good]
-        keys, documents = keys[rest], documents[rest]
-    return np.concatenate(found)
+        agrees = agree(first[others], documents[others])
+        pairs.append(np.stack([first[others], documents[others]], axis=1)[agrees])
+        remaining = others[~agrees]
+        keys, documents = keys[remaining], documents[remaining]
+    return np.concatenate(pairs)
 
 
 def all_agree(first: np.ndarray, second: np.ndarray) -> np.ndarray:
-    """Accept every pair: what shares a key is a duplicate."""
+    """Accept every pair that shares a key."""
     return np.ones(len(first), bool)
 
 
 class Clusters:
-    """Connected components, pair by pair; each document's parent is a smaller number, or itself at the root."""
+    """Connected components, by union-find; each document's parent has a smaller number, or is itself at a root."""
 
     def __init__(self, num_documents: int):
         self._parent = np.arange(num_documents)
 
     def join(self, pairs: np.ndarray) -> None:
-        """Make each pair one cluster; the result does not depend on the order."""
+        """Merge the clusters of each pair of an array [pairs, 2]; the result does not depend on their order."""
         while len(pairs):
             roots = self.roots(pairs)
             low, high = roots.min(axis=1), roots.max(axis=1)
-            apart = low != high
-            np.minimum.at(self._parent, high[apart], low[apart])
-            pairs = roots[apart]  # of two that hang the same root elsewhere, one is left for the next round
+            is_apart = low != high
+            np.minimum.at(self._parent, high[is_apart], low[is_apart])
+            pairs = roots[is_apart]  # if two pairs give one root different parents, the next round merges these
 
     def roots(self, documents: np.ndarray) -> np.ndarray:
         """Return the smallest number of each document's cluster."""
@@ -105,9 +106,9 @@ class Clusters:
 
 
 def survivors(roots: np.ndarray, *, lengths: np.ndarray, ranks: Sequence | np.ndarray) -> np.ndarray:
-    """Return which documents stay, bool: of each cluster the longest; among equals the smallest rank."""
+    """Return which documents are kept, bool [documents]: of each cluster the longest, of equals the smallest rank."""
     order = np.lexsort((ranks, -lengths.astype(np.int64), roots))
     is_first = np.append(True, np.diff(roots[order]) != 0)[: len(roots)]
-    kept = np.zeros(len(roots), bool)
-    kept[order[is_first]] = True
-    return kept
+    is_kept = np.zeros(len(roots), bool)
+    is_kept[order[is_first]] = True
+    return is_kept

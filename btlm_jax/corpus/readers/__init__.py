@@ -1,1 +1,1 @@
-"""Documents out of files: JSON lines, Parquet, Arrow, TFDS, plain text; compressed or not."""
+"""Read documents from files: JSON lines, Parquet, Arrow, TFDS, plain text; compressed or not."""

@@ -1,7 +1,7 @@
-"""Documents between stages: one JSON object a line in `.jsonl.zst`, SlimPajama's shape plus `id` and `source`.
+"""The files that stages exchange: documents in `.jsonl.zst`, arrays in `.npy`. Raw input files are raw.py's subject.
 
-Files are made of several zstd frames of about 16 MB of text, each with a checksum, and appear under their name only
-when they are complete. Raw files of other people are reading.py's subject.
+A document is a line of JSON as in SlimPajama, with `id` and `source` added. A `.jsonl.zst` file consists of zstd frames
+of about 16 MB of text, each with a checksum. Files get their name only when they are complete.
 """
 
 from __future__ import annotations
@@ -12,18 +12,19 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from types import TracebackType
 
+import numpy as np
 import orjson
 import zstandard
 
-from btlm_jax.corpus.readers.frames import BadFile, decompressed, lines_of, zstd_decompressor
+from btlm_jax.corpus.readers.frames import BadFileError, decompress_frames, split_lines, zstd_decompressor
 from btlm_jax.storage.files import AtomicFile
 
 SUFFIX = ".jsonl.zst"
-SOURCE_KEY = "redpajama_set_name"  # where SlimPajama keeps a document's source, inside "meta"
+SOURCE_KEY = "redpajama_set_name"  # of a document's source inside "meta", from SlimPajama
 FRAME_BYTES = 16_000_000
-SHARD_BYTES = 128_000_000  # of lines in a file, so that later stages need little memory whatever came in
+SHARD_BYTES = 128_000_000  # of lines in a file: bounds the memory of later stages, however large the raw files are
 _LEVEL = 3  # SlimPajama's
-_PIECE_CHARACTERS = 1 << 20
+_PIECE_CHARACTERS = 1 << 20  # encoded at a time
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
@@ -41,13 +42,13 @@ class Record:
 
 
 def utf8_pieces(text: str) -> Iterator[bytes]:
-    """Yield a text in UTF-8, a long one piece by piece."""
+    """Yield a text in UTF-8, in pieces, so that memory does not grow with it."""
     for start in range(0, len(text), _PIECE_CHARACTERS):
         yield text[start : start + _PIECE_CHARACTERS].encode()
 
 
-def to_line(record: Record) -> bytes:
-    """Return the document as a line, the newline included."""
+def record_to_line(record: Record) -> bytes:
+    """Return the document as a line of JSON with its newline."""
     body = {
         "text": record.text,
         "meta": {**record.meta, SOURCE_KEY: record.source},
@@ -55,13 +56,13 @@ def to_line(record: Record) -> bytes:
         "source": record.source,
     }
     try:
-        return orjson.dumps(body, default=str, option=orjson.OPT_APPEND_NEWLINE)  # str: parquet has times and the like
+        return orjson.dumps(body, default=str, option=orjson.OPT_APPEND_NEWLINE)  # str: Parquet has dates and times
     except TypeError:  # an integer of more than 64 bits in meta
         return json.dumps(body, ensure_ascii=False, default=str).encode() + b"\n"
 
 
-def batches(records: Iterable[Record], *, num_characters: int) -> Iterator[list[Record]]:
-    """Yield the documents in lists, each of which is full once its texts have `num_characters`."""
+def batch_records(records: Iterable[Record], *, num_characters: int) -> Iterator[list[Record]]:
+    """Yield lists of documents, each ended by the document with which its texts reach `num_characters`."""
     batch, size = [], 0
     for record in records:
         batch.append(record)
@@ -81,18 +82,18 @@ def read_records(path: Path) -> Iterator[Record]:
     """
     try:
         with open(path, "rb") as file:
-            yield from map(_record_of, lines_of(decompressed(file, zstd_decompressor)))  # keeps none of them
-    except (BadFile, orjson.JSONDecodeError, KeyError) as error:
+            yield from map(_parse_record, split_lines(decompress_frames(file, zstd_decompressor)))  # keeps no record
+    except (BadFileError, orjson.JSONDecodeError, KeyError) as error:
         raise ValueError(f"{path} is damaged: {error}; delete it and its record under done/, and run again") from error
 
 
-def _record_of(numbered: tuple[int, int, bytes]) -> Record:
-    body = orjson.loads(numbered[2])
+def _parse_record(numbered_line: tuple[int, int, bytes]) -> Record:
+    body = orjson.loads(numbered_line[2])
     return Record(id=body["id"], source=body["source"], text=body["text"], meta=body["meta"])
 
 
 class ShardWriter:
-    """Writes files `stem-000.jsonl.zst`, `stem-001.jsonl.zst`, ...; `outputs` is what a manifest says of them."""
+    """Writes files `stem-000.jsonl.zst`, `stem-001.jsonl.zst`, ...; `outputs` are their manifest entries."""
 
     def __init__(self, directory: Path, *, stem: str):
         self._directory, self._stem = directory, stem
@@ -116,12 +117,12 @@ class ShardWriter:
         if self._writer is not None:
             self._writer.__exit__(kind, error, traceback)
             if kind is None:
-                self.outputs.append(describe_output(self._writer, num_documents=self._writer.num_documents))
+                self.outputs.append(output_entry(self._writer, num_documents=self._writer.num_documents))
             self._writer = None
 
 
-def describe_output(file: AtomicFile, *, num_documents: int) -> dict:
-    """Return what a manifest says of a written file."""
+def output_entry(file: AtomicFile, *, num_documents: int) -> dict:
+    """Return the manifest entry of a written file."""
     return {
         "file": file.path.name,
         "num_documents": num_documents,
@@ -131,7 +132,7 @@ def describe_output(file: AtomicFile, *, num_documents: int) -> dict:
 
 
 class RecordWriter(AtomicFile):
-    """A `.jsonl.zst` being written."""
+    """A `.jsonl.zst` file being written."""
 
     def __init__(self, path: Path, *, frame_bytes: int):
         super().__init__(path)
@@ -142,7 +143,7 @@ class RecordWriter(AtomicFile):
 
     def add(self, record: Record) -> None:
         """Append a document."""
-        line = to_line(record)
+        line = record_to_line(record)
         self._lines.append(line)
         self._size += len(line)
         self.num_line_bytes += len(line)
@@ -159,7 +160,19 @@ class RecordWriter(AtomicFile):
         try:
             if kind is None and self._lines:
                 self._end_frame()
-        except BaseException as failed:
-            super().__exit__(type(failed), failed, failed.__traceback__)
+        except BaseException as write_error:
+            super().__exit__(type(write_error), write_error, write_error.__traceback__)
             raise
         super().__exit__(kind, error, traceback)
+
+
+def save_array(directory: Path, stem: str, array: np.ndarray) -> dict:
+    """Write `stem.npy` and return its manifest entry."""
+    with AtomicFile(directory / f"{stem}.npy") as file:
+        np.lib.format.write_array(file, array, allow_pickle=False)
+    return output_entry(file, num_documents=0)
+
+
+def load_array(directory: Path, stem: str) -> np.ndarray:
+    """Return an array of a stage, memory-mapped: only what is used is read."""
+    return np.load(directory / f"{stem}.npy", mmap_mode="r")

@@ -1,1 +1,1 @@
-"""The stages from raw text to tokens: clean, dedup, split, tokenizer, tokenize."""
+"""The stages from raw text to tokens: clean, dedup, split, train_tokenizer, tokenize."""

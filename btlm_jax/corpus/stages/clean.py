@@ -1,6 +1,6 @@
-"""The stage `clean`: raw files -> repaired Unicode, short documents dropped, `.jsonl.zst`.
+"""The stage `clean`: raw files -> documents with repaired Unicode in `.jsonl.zst`; short documents are dropped.
 
-As SlimPajama did: `ftfy.fix_text(text, normalization="NFC")`, then documents under 200 normalised characters go.
+As for SlimPajama: `ftfy.fix_text(text, normalization="NFC")`, then documents under 200 normalised characters dropped.
 https://github.com/Cerebras/modelzoo, data_preparation/nlp/slimpajama/preprocessing
 """
 
@@ -13,16 +13,18 @@ import re
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
+from typing import TypeGuard
 
 import ftfy
 
-from btlm_jax.corpus.engine.counts import Tally
+from btlm_jax.corpus.engine.counts import DocumentCounts
 from btlm_jax.corpus.engine.inputs import make_tasks, raw_inputs
-from btlm_jax.corpus.engine.stage import Log, Stage, run_stage
-from btlm_jax.corpus.engine.tasks import Input, Task, Tick
+from btlm_jax.corpus.engine.progress import Log
+from btlm_jax.corpus.engine.stage import Stage, run_stage
+from btlm_jax.corpus.engine.tasks import Heartbeat, LocalInput, LocalTask
 from btlm_jax.corpus.engine.workers import Workers
 from btlm_jax.corpus.near_duplicates.normalize import MIN_CHARACTERS, is_shorter
-from btlm_jax.corpus.readers.raw import BadFile, Defect, read_raw
+from btlm_jax.corpus.readers.raw import BadFileError, Defect, read_raw
 from btlm_jax.corpus.readers.records import Record, ShardWriter
 from btlm_jax.storage.files import AtomicFile
 from btlm_jax.storage.location import PathOrUrl
@@ -34,10 +36,10 @@ ON_BAD_FILE = (FAIL, KEEP_PREFIX)
 
 _FTFY = ftfy.TextFixerConfig(normalization="NFC", explain=False)
 _FTFY_WITHOUT_HTML = _FTFY._replace(unescape_html=False)
-# Of what is not here, ftfy may change anything. Of these it changes nothing but the quotes: they are no sign of a wrong
-# encoding in the company of ASCII alone, and a line that has other characters is left to ftfy.
-_CALM = "\\t\\n -%'-~\u2018\u2019\u201c\u201d\u2013\u2014\u2026"
-_SUSPECT, _SUSPECT_OR_AMPERSAND = re.compile(f"[^&{_CALM}]"), re.compile(f"[^{_CALM}]")
+# In a line of only these characters ftfy changes nothing but the curly quotes: next to ASCII alone they are no sign of
+# a wrong encoding. Lines with any other character are passed to ftfy.
+_UNCHANGED = "\\t\\n -%'-~\u2018\u2019\u201c\u201d\u2013\u2014\u2026"
+_SUSPECT, _SUSPECT_OR_AMPERSAND = re.compile(f"[^&{_UNCHANGED}]"), re.compile(f"[^{_UNCHANGED}]")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -62,8 +64,8 @@ def clean(config: CleanConfig, *, output: Path, workers: Workers, log: Log) -> d
     """Clean the raw files and return the manifest.
 
     Raises:
-      FileNotFoundError: there are none.
-      ValueError: a file is bad, too many lines are, nothing is left, or `output` lies where the raw files are.
+      FileNotFoundError: there are no raw files.
+      ValueError: a file is bad, too many lines are bad, no document is left, or `output` is inside the input folder.
     """
     if isinstance(config.input, Path) and output.resolve().is_relative_to(config.input.resolve()):
         raise ValueError(f"output {output} lies in input {config.input}, so it would be read as input; choose another")
@@ -83,57 +85,59 @@ def clean(config: CleanConfig, *, output: Path, workers: Workers, log: Log) -> d
     return run_stage(stage, output, workers=workers, log=log, check=check)
 
 
-def fixed(text: str) -> str:
-    """Return `ftfy.fix_text(text, normalization="NFC")`, calling it only for the lines that it can change."""
-    return "".join(fixed_pieces(text))
+def fix_unicode(text: str) -> str:
+    """Return `ftfy.fix_text(text, normalization="NFC")`, calling it only for lines that it may change."""
+    return "".join(fix_unicode_pieces(text))
 
 
-def fixed_pieces(text: str) -> Iterator[str]:
-    """Yield the fixed text piece by piece.
+def fix_unicode_pieces(text: str) -> Iterator[str]:
+    """Yield the fixed text in pieces.
 
-    ftfy works line by line; the one thing it carries over is that from the line of the first "<" on, the text is taken
-    for HTML, whose entities stay.
+    ftfy works line by line, but for one state: after the line with the first "<" it takes the text for HTML, and leaves
+    entities such as &amp; as they are.
     """
     first_tag = text.find("<")
     has_entities = text.find("&", 0, len(text) if first_tag < 0 else first_tag) >= 0
     suspects = _SUSPECT_OR_AMPERSAND if has_entities else _SUSPECT
-    match, done = suspects.search(text), 0
+    match, num_done = suspects.search(text), 0
     while match is not None:
         start = text.rfind("\n", 0, match.start()) + 1
         end = text.find("\n", match.start()) + 1 or len(text)
-        yield _straight(text[done:start])
+        yield _straighten_quotes(text[num_done:start])
         config = _FTFY_WITHOUT_HTML if 0 <= first_tag < start else _FTFY
         yield ftfy.fix_text(text[start:end], config)
-        done = end
-        match = suspects.search(text, done)
-    yield _straight(text[done:])
+        num_done = end
+        match = suspects.search(text, num_done)
+    yield _straighten_quotes(text[num_done:])
 
 
-def _straight(text: str) -> str:
-    """Make curly quotes straight, as ftfy does."""
+def _straighten_quotes(text: str) -> str:
+    """Replace curly quotes by straight ones, as ftfy does."""
     if text.isascii():
         return text
     text = text.replace("\u2018", "'").replace("\u2019", "'")
     return text.replace("\u201c", '"').replace("\u201d", '"')
 
 
-def _clean_task(task: Task, directory: Path, tick: Tick, *, default_source: str, on_bad_file: str) -> dict:
-    tally, dropped, defects = Tally(), Counter(), []
+def _clean_task(
+    task: LocalTask, directory: Path, heartbeat: Heartbeat, *, default_source: str, on_bad_file: str
+) -> dict:
+    counts, dropped, defects = DocumentCounts(), Counter(), []
     with ShardWriter(directory, stem=f"documents-{task.index:05d}") as writer:
         for item in task.inputs:
-            for found in _read(item, defects, default_source=default_source, on_bad_file=on_bad_file):
-                tally.read(found)
-                tick(1, found.num_bytes)
-                data = b"".join(piece.encode() for piece in fixed_pieces(found.text))
-                tally.changed(data != found.text.encode())
-                others = dataclasses.replace(found, text="")
-                del found  # here and below: of a long document as little is held as can be
+            for raw in _read(item, defects, default_source=default_source, on_bad_file=on_bad_file):
+                counts.count_read(raw)
+                heartbeat(1, raw.num_bytes)
+                data = b"".join(piece.encode() for piece in fix_unicode_pieces(raw.text))
+                counts.count_changed(data != raw.text.encode())
+                others = dataclasses.replace(raw, text="")
+                del raw  # here and below: to hold as few copies of a long document as possible
                 record = dataclasses.replace(others, text=data.decode())
                 del data
                 if is_shorter(record.text, than=MIN_CHARACTERS):
                     dropped["short"] += 1
                 else:
-                    tally.wrote(record)
+                    counts.count_written(record)
                     writer.add(record)
                 del record
     if defects:
@@ -143,20 +147,20 @@ def _clean_task(task: Task, directory: Path, tick: Tick, *, default_source: str,
             for defect in defects:
                 file.write(json.dumps(dataclasses.asdict(defect)).encode() + b"\n")
     bad = Counter({"quarantined": len(defects)})
-    return {"totals": tally.totals(dropped=dropped, bad=bad), "outputs": writer.outputs}
+    return {"totals": counts.totals(dropped=dropped, bad=bad), "outputs": writer.outputs}
 
 
-def _read(item: Input, defects: list[Defect], *, default_source: str, on_bad_file: str) -> Iterator[Record]:
-    """Yield the documents of a file; put its defects aside."""
+def _read(item: LocalInput, defects: list[Defect], *, default_source: str, on_bad_file: str) -> Iterator[Record]:
+    """Yield the documents of a file; append its defects to `defects`."""
 
-    def is_document(found: Record | Defect) -> bool:
-        if isinstance(found, Defect):
-            defects.append(found)
-        return isinstance(found, Record)
+    def is_record(value: Record | Defect) -> TypeGuard[Record]:
+        if isinstance(value, Defect):
+            defects.append(value)
+        return isinstance(value, Record)
 
     try:
-        yield from filter(is_document, read_raw(item.path, name=item.name, default_source=default_source))
-    except BadFile as error:
+        yield from filter(is_record, read_raw(item.path, name=item.name, default_source=default_source))
+    except BadFileError as error:
         if on_bad_file == FAIL:
             raise ValueError(
                 f"{item.name} cannot be used: {error}. --on_bad_file={KEEP_PREFIX} goes on with what comes before"

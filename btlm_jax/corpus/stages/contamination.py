@@ -1,4 +1,4 @@
-"""Find text that must not be trained on: near-duplicates of held-out documents, runs of 13 words of evaluation text."""
+"""Find text that must not be trained on: near-duplicates of held-out documents, and 13-grams of evaluation text."""
 
 from __future__ import annotations
 
@@ -12,113 +12,113 @@ from pathlib import Path
 import numpy as np
 
 from btlm_jax.corpus.engine.inputs import raw_inputs
-from btlm_jax.corpus.engine.stage import Log
-from btlm_jax.corpus.engine.tasks import at_hand
+from btlm_jax.corpus.engine.progress import Log
+from btlm_jax.corpus.engine.tasks import local_copies
 from btlm_jax.corpus.near_duplicates.lsh import STRICT, band_keys
 from btlm_jax.corpus.near_duplicates.normalize import normalized_pieces
-from btlm_jax.corpus.readers.frames import BadFile
+from btlm_jax.corpus.readers.frames import BadFileError
 from btlm_jax.corpus.readers.raw import read_raw
 from btlm_jax.corpus.readers.records import Record
 from btlm_jax.storage.location import PathOrUrl
 
-WORDS = 13  # of a run that counts as seen, GPT-3's (arXiv 2005.14165, appendix C)
+WORDS = 13  # of an n-gram that counts as contamination, as for GPT-3 (arXiv 2005.14165, appendix C)
 _ODD = np.uint64(0x9E3779B97F4A7C15)
 
 
 def strict_signature(text: str) -> np.ndarray:
-    """Return the signature that near-duplicates of held-out documents are found by."""
+    """Return the MinHash signature by which near-duplicates of held-out documents are found, uint32 [bins]."""
     return STRICT.signature(normalized_pieces(text))
 
 
 def no_signatures() -> np.ndarray:
-    """Return the signatures of no document."""
+    """Return the signatures of an empty set of documents."""
     return np.empty((0, STRICT.bands * STRICT.rows), np.uint32)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class HeldOut:
-    """The held-out documents' signatures, to compare others with; arrays that may lie on disk."""
+    """An index of the held-out documents' signatures; its arrays may be memory-mapped."""
 
-    signatures: np.ndarray
-    order: np.ndarray  # [bands, documents], by key
-    keys: np.ndarray  # in that order
+    signatures: np.ndarray  # uint32 [documents, bins]
+    order: np.ndarray  # uint32 [bands, documents]: documents sorted by the key of their band
+    keys: np.ndarray  # uint64 [bands, documents], sorted
 
     @staticmethod
-    def of(signatures: np.ndarray) -> HeldOut:
-        """Sort the keys of signatures."""
+    def index(signatures: np.ndarray) -> HeldOut:
+        """Index the signatures of held-out documents."""
         keys = band_keys(signatures, STRICT)
         order = np.argsort(keys, axis=1, kind="stable")
         keys = np.take_along_axis(keys, order, axis=1)
         return HeldOut(signatures=signatures, order=order.astype(np.uint32), keys=keys)
 
-    def has_near(self, texts: Sequence[str]) -> np.ndarray:
-        """Return for each text whether a held-out document is a near-duplicate of it."""
-        found = np.zeros(len(texts), bool)
+    def has_near_duplicate(self, texts: Sequence[str]) -> np.ndarray:
+        """Return for each text whether a held-out document is a near-duplicate of it, bool [texts]."""
+        has_near = np.zeros(len(texts), bool)
         if not len(self.signatures) or not len(texts):
-            return found
+            return has_near
         signatures = np.stack([strict_signature(text) for text in texts])
         for band, keys in enumerate(band_keys(signatures, STRICT)):
             begin, end = (np.searchsorted(self.keys[band], keys, side=side) for side in ("left", "right"))
-            for number in np.flatnonzero((end > begin) & ~found):
+            for number in np.flatnonzero((end > begin) & ~has_near):
                 others = self.signatures[self.order[band, begin[number] : end[number]]]
-                found[number] = ((others == signatures[number]).mean(axis=1) >= STRICT.threshold).any()
-        return found
+                has_near[number] = ((others == signatures[number]).mean(axis=1) >= STRICT.threshold).any()
+        return has_near
 
 
-def word_runs(text: str) -> Iterator[np.ndarray]:
-    """Yield a hash of each run of 13 words of the normalised text, uint64, piece by piece; none of a shorter text."""
+def word_ngrams(text: str) -> Iterator[np.ndarray]:
+    """Yield the hashes of all 13-grams of words of the normalised text, uint64 [n-grams], in pieces."""
     last = np.empty(0, np.uint64)
     for words in _words(text):
         hashes = np.fromiter(map(zlib.crc32, words), np.uint64, len(words)) * _ODD
         hashes = np.concatenate([last, hashes ^ hashes >> np.uint64(29)])
         count = len(hashes) - WORDS + 1
         if count > 0:
-            runs = np.zeros(count, np.uint64)
-            for place in range(WORDS):
-                runs = (runs ^ hashes[place : place + count]) * _ODD
-                runs ^= runs >> np.uint64(32)
-            yield runs
-        last = hashes[1 - WORDS :]  # begins the runs that the next piece ends
+            ngrams = np.zeros(count, np.uint64)
+            for offset in range(WORDS):
+                ngrams = (ngrams ^ hashes[offset : offset + count]) * _ODD
+                ngrams ^= ngrams >> np.uint64(32)
+            yield ngrams
+        last = hashes[1 - WORDS :]  # starts the n-grams that end in the next piece
 
 
-def evaluation_runs(places: Iterable[PathOrUrl], *, log: Log) -> np.ndarray:
-    """Return the sorted hashes of the runs of all texts of some raw files or folders.
+def evaluation_ngrams(locations: Iterable[PathOrUrl], *, log: Log) -> np.ndarray:
+    """Return the sorted hashes of all 13-grams in some raw files or folders, uint64 [n-grams].
 
     Raises:
-      ValueError: a file or a line cannot be read, so that its text would not be found.
+      ValueError: a file or a line cannot be read, so its text would be missed.
     """
-    found = [np.empty(0, np.uint64)]
-    for item in itertools.chain.from_iterable(raw_inputs(place, log=log) for place in places):
-        with at_hand([item], Path(tempfile.gettempdir())) as (local,):
+    ngrams = [np.empty(0, np.uint64)]
+    for item in itertools.chain.from_iterable(raw_inputs(location, log=log) for location in locations):
+        with local_copies([item], Path(tempfile.gettempdir())) as (local,):
             try:
                 for record in read_raw(local.path, name=item.name, default_source="evaluation"):
                     if not isinstance(record, Record):
-                        raise BadFile(f"line {record.line}: {record.reason}")
-                    found.extend(word_runs(record.text))
-            except BadFile as error:
-                raise ValueError(f"evaluation text {item.path} cannot be used: {error}") from error
-    return np.unique(np.concatenate(found))
+                        raise BadFileError(f"line {record.line}: {record.reason}")
+                    ngrams.extend(word_ngrams(record.text))
+            except BadFileError as error:
+                raise ValueError(f"evaluation text {item.location} cannot be used: {error}") from error
+    return np.unique(np.concatenate(ngrams))
 
 
-def shares_run(text: str, runs: np.ndarray) -> bool:
-    """Return whether a run of 13 words of the text is one of the sorted `runs`."""
-    if not len(runs):
+def shares_ngram(text: str, ngrams: np.ndarray) -> bool:
+    """Return whether one of the text's 13-grams is among the sorted `ngrams`."""
+    if not len(ngrams):
         return False
-    for own in word_runs(text):
-        place = np.minimum(np.searchsorted(runs, own), len(runs) - 1)
-        if (runs[place] == own).any():
+    for own in word_ngrams(text):
+        position = np.minimum(np.searchsorted(ngrams, own), len(ngrams) - 1)
+        if (ngrams[position] == own).any():
             return True
     return False
 
 
 def _words(text: str) -> Iterator[list[bytes]]:
-    """Yield the words of the normalised text, piece by piece."""
-    rest = b""
+    """Yield the words of the normalised text, in pieces."""
+    unfinished = b""
     for codes in normalized_pieces(text):
-        *words, rest = (rest + _utf8(codes)).split(b" ")
+        *words, unfinished = (unfinished + _utf8(codes)).split(b" ")
         yield words
-    if rest:
-        yield [rest]
+    if unfinished:
+        yield [unfinished]
 
 
 def _utf8(codes: np.ndarray) -> bytes:

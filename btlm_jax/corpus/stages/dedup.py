@@ -1,12 +1,12 @@
-"""The stage `dedup`: near-duplicates over the whole corpus, one document of each cluster kept. Four steps on disk:
+"""The stage `dedup`: find near-duplicates over the whole corpus, keep one document of each cluster. Four steps on disk:
 
-    work/signatures   a task a file: keys of every band, sorted; signatures; lengths and ranks
-    work/pairs        a task a band and range of keys: documents that share a key, verified
-    work/clusters     one task: pairs to connected components, components to the documents that stay
-    .                 a task a file: the documents that stay
+    work/signatures   a task per file: keys of every band, sorted; signatures; lengths and ranks
+    work/pairs        a task per band and range of keys: pairs of documents that share a key, verified
+    work/clusters     one task: pairs -> connected components -> which documents are kept
+    .                 a task per file: the documents that are kept
 
-A step starts when the one before is complete, so nothing is taken for finished because nothing came for a while. Memory
-is that of one file's signatures, of a range of keys, or 8 bytes a document of the corpus in `clusters`.
+Each step starts when the one before is complete. The memory needed is that of one file's signatures, of a range of
+keys, or in `clusters` 8 bytes per document of the corpus.
 """
 
 from __future__ import annotations
@@ -20,18 +20,18 @@ from pathlib import Path
 
 import numpy as np
 
-from btlm_jax.corpus.engine.arrays import load_array, save_array
-from btlm_jax.corpus.engine.counts import Tally
+from btlm_jax.corpus.engine.counts import DocumentCounts
 from btlm_jax.corpus.engine.inputs import read_stage, stage_inputs
-from btlm_jax.corpus.engine.stage import Log, Stage, accept, run_stage
-from btlm_jax.corpus.engine.tasks import Task, Tick
+from btlm_jax.corpus.engine.progress import Log
+from btlm_jax.corpus.engine.stage import Stage, accept_all, run_stage
+from btlm_jax.corpus.engine.tasks import Heartbeat, LocalTask, Task
 from btlm_jax.corpus.engine.workers import Workers
 from btlm_jax.corpus.near_duplicates.lsh import PRESETS, Clusters, Preset, all_agree, band_keys, bucket_pairs, survivors
 from btlm_jax.corpus.near_duplicates.normalize import normalized_pieces
-from btlm_jax.corpus.readers.records import Record, ShardWriter, read_records, utf8_pieces
+from btlm_jax.corpus.readers.records import Record, ShardWriter, load_array, read_records, save_array, utf8_pieces
 
 RECIPE = 1  # raise when the steps change
-PARTITION_DOCUMENTS = 1 << 22  # whose keys a task holds at a time
+PARTITION_DOCUMENTS = 1 << 22  # a task holds the keys of so many documents
 _COMPARED = 1 << 13  # pairs of signatures compared at a time
 
 
@@ -58,7 +58,7 @@ def deduplicate(source: Path, *, preset: str, output: Path, workers: Workers, lo
         "input": cleaned["fingerprint"],
     }
     work = {step: output / "work" / step for step in ("signatures", "pairs", "clusters")}
-    run = functools.partial(run_stage, workers=workers, log=log, check=accept)
+    run = functools.partial(run_stage, workers=workers, log=log, check=accept_all)
     stage = functools.partial(Stage, settings=settings)
     step = functools.partial(_signature_task, preset=preset)
     run(stage(name="dedup signatures", tasks=tasks, run=step), work["signatures"])
@@ -79,9 +79,9 @@ def deduplicate(source: Path, *, preset: str, output: Path, workers: Workers, lo
 
 
 def rank(record: Record) -> int:
-    """Return a number by which one of several equally long documents is chosen: of its text, then of its id.
+    """Return a hash that decides between equally long documents: of the text, then of the id.
 
-    An id may say where the document lay, so that it comes second.
+    The id comes second because it may depend on the name of the file that the document came from.
     """
     digests = [hashlib.blake2b(digest_size=4) for _ in range(2)]
     for digest, text in zip(digests, (record.text, record.id), strict=True):
@@ -90,14 +90,14 @@ def rank(record: Record) -> int:
     return int.from_bytes(b"".join(digest.digest() for digest in digests), "big")
 
 
-def _signature_task(task: Task, directory: Path, tick: Tick, *, preset: str) -> dict:
+def _signature_task(task: LocalTask, directory: Path, heartbeat: Heartbeat, *, preset: str) -> dict:
     rules = PRESETS[preset]
     signatures, lengths, ranks = [], [], []
     for record in read_records(task.inputs[0].path):
         signatures.append(rules.signature(normalized_pieces(record.text)))
         lengths.append(len(record.text))
         ranks.append(rank(record))
-        tick(1, record.num_bytes)
+        heartbeat(1, record.num_bytes)
     stacked = np.stack(signatures)
     keys = band_keys(stacked, rules)
     order = np.argsort(keys, axis=1, kind="stable").astype(np.uint32)
@@ -114,9 +114,9 @@ def _signature_task(task: Task, directory: Path, tick: Tick, *, preset: str) -> 
 
 
 def _pair_task(
-    task: Task,
+    task: LocalTask,
     directory: Path,
-    tick: Tick,
+    heartbeat: Heartbeat,
     *,
     preset: str,
     counts: Sequence[int],
@@ -136,12 +136,12 @@ def _pair_task(
         documents.append(load_array(signatures, f"order-{shard:05d}")[band, begin:end] + offsets[shard])
     agree = _SignatureCheck(signatures, offsets=offsets, rules=rules) if rules.threshold else all_agree
     pairs = bucket_pairs(np.concatenate(keys), np.concatenate(documents), agree=agree)
-    tick(sum(map(len, keys)), 0)
+    heartbeat(sum(map(len, keys)), 0)
     return {"totals": {"pairs": len(pairs)}, "outputs": [save_array(directory, f"pairs-{task.index:05d}", pairs)]}
 
 
 class _SignatureCheck:
-    """Whether two documents' signatures have enough equal numbers; reads them where they lie."""
+    """Check whether two documents' signatures have enough equal numbers; reads them from memory-mapped files."""
 
     def __init__(self, folder: Path, *, offsets: np.ndarray, rules: Preset):
         self._folder, self._offsets, self._threshold = folder, offsets, rules.threshold
@@ -165,7 +165,14 @@ class _SignatureCheck:
 
 
 def _cluster_task(
-    task: Task, directory: Path, tick: Tick, *, counts: Sequence[int], signatures: Path, pairs: Path, num_files: int
+    task: LocalTask,
+    directory: Path,
+    heartbeat: Heartbeat,
+    *,
+    counts: Sequence[int],
+    signatures: Path,
+    pairs: Path,
+    num_files: int,
 ) -> dict:
     num_documents = sum(counts)
     clusters = Clusters(num_documents)
@@ -178,7 +185,7 @@ def _cluster_task(
         lengths=np.concatenate([load_array(signatures, f"lengths-{shard:05d}") for shard in shards]),
         ranks=np.concatenate([load_array(signatures, f"ranks-{shard:05d}") for shard in shards]),
     )
-    tick(num_documents, 0)
+    heartbeat(num_documents, 0)
     sizes = Counter(str(1 << int(size - 1).bit_length()) for size in np.bincount(roots) if size)
     offsets = np.cumsum([0, *counts])
     outputs = [
@@ -187,16 +194,16 @@ def _cluster_task(
     return {"totals": {"sizes": dict(sorted(sizes.items(), key=lambda item: int(item[0])))}, "outputs": outputs}
 
 
-def _filter_task(task: Task, directory: Path, tick: Tick, *, clusters: Path) -> dict:
-    tally, dropped = Tally(), Counter()
+def _filter_task(task: LocalTask, directory: Path, heartbeat: Heartbeat, *, clusters: Path) -> dict:
+    counts, dropped = DocumentCounts(), Counter()
     kept = load_array(clusters, f"kept-{task.index:05d}")
     with ShardWriter(directory, stem=f"documents-{task.index:05d}") as writer:
         for is_kept, record in zip(kept, read_records(task.inputs[0].path), strict=True):
-            tally.read(record)
-            tick(1, record.num_bytes)
+            counts.count_read(record)
+            heartbeat(1, record.num_bytes)
             if is_kept:
-                tally.wrote(record)
+                counts.count_written(record)
                 writer.add(record)
             else:
                 dropped["near-duplicates"] += 1
-    return {"totals": tally.totals(dropped=dropped, bad=Counter()), "outputs": writer.outputs}
+    return {"totals": counts.totals(dropped=dropped, bad=Counter()), "outputs": writer.outputs}

@@ -1,12 +1,12 @@
-"""The stage `split`: documents -> train, validation, test; what is in the held-out or evaluation text leaves train.
+"""The stage `split`: documents -> train, validation, test, without held-out or evaluation text in train.
 
-    work/assign    a task a file: a document's split by the hash of its normalised text, so equal texts share a split;
-                   training documents scattered over partitions by another hash
-    work/heldout   one task: the signatures of all held-out documents
-    .              a task a partition: near-duplicates of held-out documents dropped, the rest shuffled
+    work/assign    a task per file: a document's split by the hash of its normalised text, so equal texts share a split;
+                   training documents are scattered over partitions by another hash
+    work/heldout   one task: an index of the signatures of all held-out documents
+    .              a task per partition: near-duplicates of held-out documents dropped, the others shuffled
 
-Everything is decided by hashes of the seed and the text, so nothing depends on workers. Memory is that of GATHER_BYTES
-of text; `heldout` needs 2 kB a held-out document, whose tables the others read where they lie.
+Hashes of the seed and the text decide everything, so nothing depends on workers. A task needs the memory of
+GATHER_BYTES of text; `heldout` needs 2 kB per held-out document, and the last step maps its tables into memory.
 """
 
 from __future__ import annotations
@@ -21,11 +21,11 @@ from pathlib import Path
 
 import numpy as np
 
-from btlm_jax.corpus.engine.arrays import load_array, save_array
-from btlm_jax.corpus.engine.counts import Tally
+from btlm_jax.corpus.engine.counts import DocumentCounts
 from btlm_jax.corpus.engine.inputs import read_stage, stage_inputs
-from btlm_jax.corpus.engine.stage import Log, Stage, accept, run_stage
-from btlm_jax.corpus.engine.tasks import Task, Tick
+from btlm_jax.corpus.engine.progress import Log
+from btlm_jax.corpus.engine.stage import Stage, accept_all, run_stage
+from btlm_jax.corpus.engine.tasks import Heartbeat, LocalTask, Task
 from btlm_jax.corpus.engine.workers import Workers
 from btlm_jax.corpus.near_duplicates.normalize import normalized_pieces
 from btlm_jax.corpus.readers.records import (
@@ -33,18 +33,26 @@ from btlm_jax.corpus.readers.records import (
     Record,
     RecordWriter,
     ShardWriter,
-    batches,
-    describe_output,
+    batch_records,
+    load_array,
+    output_entry,
     read_records,
+    save_array,
 )
-from btlm_jax.corpus.stages.contamination import HeldOut, evaluation_runs, no_signatures, shares_run, strict_signature
+from btlm_jax.corpus.stages.contamination import (
+    HeldOut,
+    evaluation_ngrams,
+    no_signatures,
+    shares_ngram,
+    strict_signature,
+)
 from btlm_jax.storage.location import PathOrUrl
 
 RECIPE = 1  # raise when the steps change
 TRAIN, VALIDATION, TEST = "train", "validation", "test"
 GATHER_BYTES = 128_000_000  # of text shuffled at a time
 MAX_PARTITIONS = 128
-_PIECE_FRAME_BYTES = 1_000_000  # a task holds so much text of every partition
+_PIECE_FRAME_BYTES = 1_000_000  # of text that a task buffers for each partition
 _HELDOUT_ARRAYS = ("signatures", "order", "keys")
 _COMPARED = 512  # documents compared with the held-out ones at a time
 
@@ -57,8 +65,8 @@ class SplitConfig:
     validation: float  # share of the documents
     test: float
     seed: int
-    weights: dict[str, float]  # source -> how often its training documents are taken; 1 where it is not named
-    evaluation: tuple[PathOrUrl, ...]  # raw files whose text may not be trained on
+    weights: dict[str, float]  # source -> how often its training documents are repeated; 1 if it is not named
+    evaluation: tuple[PathOrUrl, ...]  # raw files whose text must not be trained on
 
     def __post_init__(self):
         for name in ("validation", "test"):
@@ -70,11 +78,11 @@ class SplitConfig:
 
 
 def split(config: SplitConfig, *, output: Path, workers: Workers, log: Log) -> dict:
-    """Split what a finished stage wrote and return the manifest; its outputs say their `split`.
+    """Split what a finished stage wrote and return the manifest, whose outputs name their `split`.
 
     Raises:
       FileNotFoundError: there is no finished stage, or no evaluation text.
-      ValueError: the input is damaged, a weight's source is not there, or `output` was begun otherwise.
+      ValueError: the input is damaged, a weight's source does not exist, or `output` was begun otherwise.
     """
     source = read_stage(config.input)
     sources = sorted(source["totals"]["written"])
@@ -85,7 +93,7 @@ def split(config: SplitConfig, *, output: Path, workers: Workers, log: Log) -> d
     num_bytes = sum(count["bytes"] for count in source["totals"]["written"].values())
     num_partitions = min(1 + num_bytes // GATHER_BYTES, MAX_PARTITIONS)
     (output / "work").mkdir(parents=True, exist_ok=True)
-    evaluation = save_array(output / "work", "evaluation", evaluation_runs(config.evaluation, log=log))
+    evaluation = save_array(output / "work", "evaluation", evaluation_ngrams(config.evaluation, log=log))
     settings = {
         "recipe": RECIPE,
         **{name: getattr(config, name) for name in ("validation", "test", "seed", "weights")},
@@ -98,38 +106,44 @@ def split(config: SplitConfig, *, output: Path, workers: Workers, log: Log) -> d
     work = {step: output / "work" / step for step in ("assign", "heldout")}
     tasks = [Task(index=index, inputs=(item,), weight=item.num_bytes) for index, item in enumerate(inputs)]
     step = functools.partial(_assign_task, config=config, sources=sources, num_partitions=num_partitions)
-    assigned = run(stage(name="split assign", tasks=tasks, run=step), work["assign"], check=accept)
+    assigned = run(stage(name="split assign", tasks=tasks, run=step), work["assign"], check=accept_all)
     log(f"split assign: dropped {assigned['totals']['dropped']}")
     step = functools.partial(_heldout_task, assigned=work["assign"], num_files=len(tasks))
     whole = [Task(index=0, inputs=(), weight=1)]
-    run(stage(name="split heldout", tasks=whole, run=step), work["heldout"], check=accept)
+    run(stage(name="split heldout", tasks=whole, run=step), work["heldout"], check=accept_all)
     parts = [f"{TRAIN}-{partition:05d}" for partition in range(num_partitions)]
     parts += [f"{name}-{number:05d}" for name in (VALIDATION, TEST) for number in range(len(sources))]
     step = functools.partial(_gather_task, parts=parts, num_files=len(tasks), work=work, seed=config.seed)
     gathering = [Task(index=index, inputs=(), weight=1) for index in range(len(parts))]
-    return run(stage(name="split", tasks=gathering, run=step), output, check=_check)
+    return run(stage(name="split", tasks=gathering, run=step), output, check=_check_train)
 
 
-def _check(results: list[dict]) -> None:
+def _check_train(results: list[dict]) -> None:
     if not any(output["split"] == TRAIN for result in results for output in result["outputs"]):
         raise ValueError("no training document is left")
 
 
 def _assign_task(
-    task: Task, directory: Path, tick: Tick, *, config: SplitConfig, sources: list[str], num_partitions: int
+    task: LocalTask,
+    directory: Path,
+    heartbeat: Heartbeat,
+    *,
+    config: SplitConfig,
+    sources: list[str],
+    num_partitions: int,
 ) -> dict:
-    runs = load_array(directory.parent, "evaluation")
-    tally, dropped, signatures = Tally(), Counter(), []
+    ngrams = load_array(directory.parent, "evaluation")
+    counts, dropped, signatures = DocumentCounts(), Counter(), []
     with _Pieces(directory, task=task.index) as pieces:
         for record in read_records(task.inputs[0].path):
-            tally.read(record)
-            tick(1, record.num_bytes)
-            if shares_run(record.text, runs):
+            counts.count_read(record)
+            heartbeat(1, record.num_bytes)
+            if shares_ngram(record.text, ngrams):
                 dropped["has evaluation text"] += 1
                 continue
-            place = _place(record.text, seed=config.seed)
-            if place < config.validation + config.test:
-                name = VALIDATION if place < config.validation else TEST
+            position = _position(record.text, seed=config.seed)
+            if position < config.validation + config.test:
+                name = VALIDATION if position < config.validation else TEST
                 pieces.add(f"{name}-{sources.index(record.source):05d}", record)
                 signatures.append(strict_signature(record.text))
                 continue
@@ -140,11 +154,11 @@ def _assign_task(
                 pieces.add(f"{TRAIN}-{partition:05d}", record)
     stacked = np.stack(signatures) if signatures else no_signatures()
     outputs = [*pieces.outputs, save_array(directory, f"signatures-{task.index:05d}", stacked)]
-    return {"totals": tally.totals(dropped=dropped, bad=Counter()), "outputs": outputs}
+    return {"totals": counts.totals(dropped=dropped, bad=Counter()), "outputs": outputs}
 
 
 class _Pieces:
-    """Writes a task's documents to a file for each part that has some."""
+    """Writes a task's documents, one file for each part of the split."""
 
     def __init__(self, directory: Path, *, task: int):
         self._directory, self._task = directory, task
@@ -167,56 +181,64 @@ class _Pieces:
         self._stack.__exit__(*raised)
         if raised[0] is None:
             self.outputs = [
-                describe_output(writer, num_documents=writer.num_documents)
-                for _, writer in sorted(self._writers.items())
+                output_entry(writer, num_documents=writer.num_documents) for _, writer in sorted(self._writers.items())
             ]
 
 
 def piece_path(directory: Path, part: str, task: int) -> Path:
-    """Return where a task puts the documents of a part."""
+    """Return the path of the file with the documents of a part that come from one task."""
     return directory / f"{part}-of-{task:05d}{SUFFIX}"
 
 
-def _heldout_task(task: Task, directory: Path, tick: Tick, *, assigned: Path, num_files: int) -> dict:
+def _heldout_task(task: LocalTask, directory: Path, heartbeat: Heartbeat, *, assigned: Path, num_files: int) -> dict:
     signatures = [load_array(assigned, f"signatures-{index:05d}") for index in range(num_files)]
-    tick(sum(map(len, signatures)), 0)
-    heldout = HeldOut.of(np.concatenate(signatures))
+    heartbeat(sum(map(len, signatures)), 0)
+    heldout = HeldOut.index(np.concatenate(signatures))
     return {"totals": {}, "outputs": [save_array(directory, name, getattr(heldout, name)) for name in _HELDOUT_ARRAYS]}
 
 
 def _gather_task(
-    task: Task, directory: Path, tick: Tick, *, parts: list[str], num_files: int, work: dict[str, Path], seed: int
+    task: LocalTask,
+    directory: Path,
+    heartbeat: Heartbeat,
+    *,
+    parts: list[str],
+    num_files: int,
+    work: dict[str, Path],
+    seed: int,
 ) -> dict:
     part = parts[task.index]
     name = part.split("-")[0]
-    tally, dropped = Tally(), Counter()
+    counts, dropped = DocumentCounts(), Counter()
     if name == TRAIN:
         heldout = HeldOut(**{array: load_array(work["heldout"], array) for array in _HELDOUT_ARRAYS})
     else:
-        heldout = HeldOut.of(no_signatures())
+        heldout = HeldOut.index(no_signatures())
     with ShardWriter(directory, stem=part) as writer:
         documents = _documents(work["assign"], part=part, num_files=num_files, seed=seed)
-        for chunk in batches(documents, num_characters=GATHER_BYTES):
-            kept = []
+        for chunk in batch_records(documents, num_characters=GATHER_BYTES):
+            kept_records = []
             for start in range(0, len(chunk), _COMPARED):
-                some = chunk[start : start + _COMPARED]
-                for record, is_near in zip(some, heldout.has_near([record.text for record in some]), strict=True):
-                    tally.read(record)
-                    tick(1, record.num_bytes)
+                compared = chunk[start : start + _COMPARED]
+                for record, is_near in zip(
+                    compared, heldout.has_near_duplicate([record.text for record in compared]), strict=True
+                ):
+                    counts.count_read(record)
+                    heartbeat(1, record.num_bytes)
                     if is_near:
                         dropped["near a held-out document"] += 1
                     else:
-                        kept.append(record)
-            for record in _shuffled(kept, seed=seed):
-                tally.wrote(record)
+                        kept_records.append(record)
+            for record in _shuffled(kept_records, seed=seed):
+                counts.count_written(record)
                 writer.add(record)
-    totals = tally.totals(dropped=dropped, bad=Counter())
+    totals = counts.totals(dropped=dropped, bad=Counter())
     outputs = [{**output, "split": name} for output in writer.outputs]
     return {"totals": totals | {"splits": {name: totals["written"]}}, "outputs": outputs}
 
 
 def _documents(folder: Path, *, part: str, num_files: int, seed: int) -> Iterator[Record]:
-    """Yield a part's documents; files come in a hashed order, so that sources mix."""
+    """Yield a part's documents, the files in the order of a hash, so that sources mix."""
     for task in sorted(range(num_files), key=lambda number: _hash("files", seed, f"{part} {number}".encode())):
         path = piece_path(folder, part, task)
         if path.is_file():
@@ -224,7 +246,7 @@ def _documents(folder: Path, *, part: str, num_files: int, seed: int) -> Iterato
 
 
 def _shuffled(records: list[Record], *, seed: int) -> list[Record]:
-    """Return the documents by a hash of their ids; of several copies each has a place of its own."""
+    """Return the documents in the order of a hash of their ids and, for repeated documents, the number of the copy."""
     copies, keys = Counter(), []
     for record in records:
         keys.append(_hash("order", seed, f"{record.id} {copies[record.id]}".encode()))
@@ -233,13 +255,13 @@ def _shuffled(records: list[Record], *, seed: int) -> list[Record]:
 
 
 def _copies(record: Record, *, weight: float, seed: int) -> int:
-    """Return how often a document is taken: the whole part of the weight, and once more for its fraction of them."""
+    """Return how often to repeat a document: the weight rounded down, or up for its fraction of the documents."""
     fraction = _hash("weight", seed, record.id.encode()) / 2**64
     return int(weight) + (fraction < weight % 1)
 
 
-def _place(text: str, *, seed: int) -> float:
-    """Return a number from 0 to 1 that the seed and the normalised text decide."""
+def _position(text: str, *, seed: int) -> float:
+    """Return a hash of the seed and the normalised text, scaled to 0 up to 1."""
     digest = hashlib.blake2b(digest_size=8, key=f"split {seed}".encode())
     for codes in normalized_pieces(text):
         digest.update(codes.astype("<u4").data)

@@ -1,10 +1,10 @@
-"""The stage `tokenize`: split documents -> the token store of store.py.
+"""The stage `tokenize`: split documents -> a token store (data/store.py).
 
-    work/tokens    a task a file: its documents' ids, each document ended by EOS, and what they count
-    work/shards    a task a shard of the store: its stretch of the stream, cut into blocks
+    work/tokens    a task per file: its documents' ids, each document followed by EOS, and their counts
+    work/shards    a task per shard of the store: its range of the stream, divided into blocks
 
-Where a shard begins follows from the counts, so shards are written in any order. `train` is one stream over the files
-in order; the validation documents become the split `heldout`, the test documents `test`, one stream a source in each.
+A shard's range follows from the counts, so shards are written in any order. `train` is one stream over the files in
+order; the validation documents become the split `heldout`, the test documents `test`, with one stream per source.
 """
 
 from __future__ import annotations
@@ -17,21 +17,21 @@ from pathlib import Path
 
 import numpy as np
 
-from btlm_jax.corpus.engine.arrays import load_array, save_array
 from btlm_jax.corpus.engine.inputs import read_stage, stage_inputs
-from btlm_jax.corpus.engine.stage import Log, Stage, accept, run_stage
-from btlm_jax.corpus.engine.tasks import Task, Tick
+from btlm_jax.corpus.engine.progress import Log
+from btlm_jax.corpus.engine.stage import Stage, accept_all, run_stage
+from btlm_jax.corpus.engine.tasks import Heartbeat, LocalTask, Task
 from btlm_jax.corpus.engine.workers import Workers
-from btlm_jax.corpus.pack import cut, write_shard, write_tfds_metadata
-from btlm_jax.corpus.readers.records import read_records
+from btlm_jax.corpus.pack import cut_into_blocks, write_shard, write_tfds_metadata
+from btlm_jax.corpus.readers.records import load_array, read_records, save_array
 from btlm_jax.corpus.stages.split import TEST, TRAIN, VALIDATION
 from btlm_jax.data import store
 from btlm_jax.data.store import TokenBlock
 from btlm_jax.storage.files import renamed_at_end, write_atomically
-from btlm_jax.tokenizers.boundaries import pieces_of
-from btlm_jax.tokenizers.gpt2 import fastest
+from btlm_jax.tokenizers.gpt2 import fastest_tokenizer
+from btlm_jax.tokenizers.sentencepiece_bpe import SENTENCEPIECE
 from btlm_jax.tokenizers.sentencepiece_proto import SPACE_MARK
-from btlm_jax.tokenizers.tokenizer import SENTENCEPIECE, find_tokenizer, stored_facts
+from btlm_jax.tokenizers.tokenizer import find_tokenizer, split_for_encoding, tokenizer_info
 
 RECIPE = 1  # raise when the steps change
 STORE_SPLITS = {TRAIN: store.TRAIN, VALIDATION: store.HELDOUT, TEST: "test"}
@@ -39,12 +39,12 @@ STORE_SPLITS = {TRAIN: store.TRAIN, VALIDATION: store.HELDOUT, TEST: "test"}
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class _Stream:
-    """One packed stream of a split: EOS, then the pieces' tokens; and the number of its first block."""
+    """One packed stream of a split: EOS, then the tokens of its pieces."""
 
     source: str
-    pieces: tuple[int, ...]  # task numbers of work/tokens
-    sizes: tuple[int, ...]  # their tokens
-    first_block: int
+    pieces: tuple[int, ...]  # indices of tasks of work/tokens
+    sizes: tuple[int, ...]  # number of tokens of each piece
+    first_block: int  # its number in the split
     block_len: int
 
     @property
@@ -52,7 +52,7 @@ class _Stream:
         return -(-sum(self.sizes) // self.block_len)
 
     def read(self, begin: int, end: int, *, folder: Path, eos_id: int, dtype: str) -> np.ndarray:
-        """Return a stretch of the stream."""
+        """Return the tokens from `begin` up to `end` of the stream."""
         parts = [np.full(1, eos_id, dtype)] if begin == 0 else []
         start = 1
         for piece, size in zip(self.pieces, self.sizes, strict=True):
@@ -65,7 +65,7 @@ class _Stream:
 def tokenize(
     source: Path, *, tokenizer: Path, block_len: int, output: Path, workers: Workers, log: Log
 ) -> store.Manifest:
-    """Make a token store out of what `split` wrote and return its manifest.
+    """Make a token store from the output of `split` and return its manifest.
 
     Raises:
       FileNotFoundError: there is no finished split, or no tokenizer.
@@ -74,17 +74,17 @@ def tokenize(
     documents = read_stage(source)
     if documents["stage"] != "split":
         raise ValueError(f"{source} holds the stage {documents['stage']}; tokenize what btlm corpus split wrote")
-    chosen = find_tokenizer(tokenizer)
-    facts = stored_facts(chosen)
-    dtype = store.token_dtype(facts.vocab_size)
-    settings = {"recipe": RECIPE, "input": documents["fingerprint"], "tokenizer": facts.sha256, "eos_id": facts.eos_id}
+    loaded = find_tokenizer(tokenizer)
+    info = tokenizer_info(loaded)
+    dtype = store.token_dtype(info.vocab_size)
+    settings = {"recipe": RECIPE, "input": documents["fingerprint"], "tokenizer": info.sha256, "eos_id": info.eos_id}
     tasks = [
         Task(index=index, inputs=(item,), weight=item.num_bytes)
         for index, item in enumerate(stage_inputs(source, documents))
     ]
-    run = functools.partial(run_stage, workers=workers, log=log, check=accept)
+    run = functools.partial(run_stage, workers=workers, log=log, check=accept_all)
     tokens = output / "work" / "tokens"
-    step = functools.partial(_tokens_task, tokenizer=tokenizer, sha256=facts.sha256, dtype=dtype)
+    step = functools.partial(_tokens_task, tokenizer=tokenizer, sha256=info.sha256, dtype=dtype)
     encoded = run(Stage(name="tokenize", settings=settings, tasks=tasks, run=step), tokens)
     splits = [file["split"] for file in documents["outputs"]]
     streams = _streams(encoded, splits=splits, block_len=block_len)
@@ -92,31 +92,31 @@ def tokenize(
         if store_name not in streams:
             raise ValueError(f"{source} has no {name} document that this tokenizer can encode; split otherwise")
     step = functools.partial(
-        _shard_task, splits=streams, tokens=tokens, target=output, eos_id=facts.eos_id, dtype=dtype, block_len=block_len
+        _shard_task, splits=streams, tokens=tokens, target=output, eos_id=info.eos_id, dtype=dtype, block_len=block_len
     )
     packing = Stage(
         name="pack",
         settings=settings | {"block_len": block_len},
         tasks=[Task(index=index, inputs=(), weight=1) for index in range(len(_shards(streams)))],
         run=step,
-        outputs_in="../..",
+        output_folder="../..",
     )
     packed = run(packing, output / "work" / "shards")
-    if (output / store.MANIFEST_FILE).is_file() and (output / facts.file).is_file():
+    if (output / store.MANIFEST_FILE).is_file() and (output / info.file).is_file():
         return store.read_manifest(output)
-    write_atomically(output / facts.file, chosen.contents)
-    found = _store_splits(streams, encoded=encoded, packed=packed)
-    write_tfds_metadata(output, found, block_len=block_len, dtype=dtype)
+    write_atomically(output / info.file, loaded.contents)
+    store_splits = _store_splits(streams, encoded=encoded, packed=packed)
+    write_tfds_metadata(output, store_splits, block_len=block_len, dtype=dtype)
     made_by = {"stage": "tokenize", **settings, "dropped": encoded["totals"]["dropped"]}
-    manifest = store.Manifest(block_len=block_len, dtype=dtype, tokenizer=facts, splits=found, made_by=made_by)
+    manifest = store.Manifest(block_len=block_len, dtype=dtype, tokenizer=info, splits=store_splits, made_by=made_by)
     store.write_manifest(output, manifest)
     return manifest
 
 
 def _streams(encoded: dict, *, splits: list[str], block_len: int) -> dict[str, list[_Stream]]:
-    """Return each store split's streams: of `train` one, of the others one a source."""
+    """Return the streams of each split of the store: one for `train`, one per source for the others."""
     outputs = encoded["outputs"]
-    found: dict[str, list[_Stream]] = {}
+    streams: dict[str, list[_Stream]] = {}
     for name, store_name in STORE_SPLITS.items():
         own = [index for index, split in enumerate(splits) if split == name and outputs[index]["num_tokens"]]
         sources = [""][: len(own)] if name == TRAIN else sorted({outputs[index]["source"] for index in own})
@@ -131,16 +131,16 @@ def _streams(encoded: dict, *, splits: list[str], block_len: int) -> dict[str, l
                 block_len=block_len,
             )
             first_block += stream.num_blocks
-            found.setdefault(store_name, []).append(stream)
-    return found
+            streams.setdefault(store_name, []).append(stream)
+    return streams
 
 
 def _store_splits(streams: dict[str, list[_Stream]], *, encoded: dict, packed: dict) -> dict[str, store.Split]:
-    """Return what the store's manifest says of its splits."""
+    """Return the splits for the store's manifest."""
     shards: dict[str, list[store.Shard]] = {}
     for (name, _, _), shard in zip(_shards(streams), packed["outputs"], strict=True):
         shards.setdefault(name, []).append(store.Shard(**shard))
-    found = {}
+    store_splits = {}
     for name, parts in streams.items():
         sources = {}
         for part in parts:
@@ -156,13 +156,13 @@ def _store_splits(streams: dict[str, list[_Stream]], *, encoded: dict, packed: d
                     first_block=0 if name == store.TRAIN else part.first_block,
                     num_blocks=0 if name == store.TRAIN else part.num_blocks,
                 )
-        found[name] = store.Split(
+        store_splits[name] = store.Split(
             num_blocks=sum(part.num_blocks for part in parts),
             num_tokens=sum(sum(part.sizes) for part in parts),
             shards=tuple(shards[name]),
             sources=sources,
         )
-    return found
+    return store_splits
 
 
 def _shards(splits: dict[str, list[_Stream]]) -> list[tuple[str, int, int]]:
@@ -174,24 +174,26 @@ def _shards(splits: dict[str, list[_Stream]]) -> list[tuple[str, int, int]]:
     return shards
 
 
-def _tokens_task(task: Task, directory: Path, tick: Tick, *, tokenizer: Path, sha256: str, dtype: str) -> dict:
-    encoder = fastest(find_tokenizer(tokenizer))
-    if stored_facts(encoder).sha256 != sha256:
+def _tokens_task(
+    task: LocalTask, directory: Path, heartbeat: Heartbeat, *, tokenizer: Path, sha256: str, dtype: str
+) -> dict:
+    encoder = fastest_tokenizer(find_tokenizer(tokenizer))
+    if tokenizer_info(encoder).sha256 != sha256:
         raise ValueError(f"the tokenizer in {tokenizer} changed while its texts were encoded")
     counts: dict[str, Counter] = {}
     dropped = Counter({"has SentencePiece's space mark": 0})
     parts = [np.empty(0, dtype)]
     for record in read_records(task.inputs[0].path):
-        tick(1, record.num_bytes)
+        heartbeat(1, record.num_bytes)
         if encoder.kind == SENTENCEPIECE and SPACE_MARK in record.text:
             dropped["has SentencePiece's space mark"] += 1
             continue
-        ids = [np.array(encoder.encode(piece), dtype) for piece in pieces_of(record.text, encoder.boundary)]
+        ids = [np.array(encoder.encode(piece), dtype) for piece in split_for_encoding(record.text, encoder.boundary)]
         ids.append(np.array([encoder.eos_id], dtype))
         num_tokens = sum(map(len, ids))
         counts.setdefault(record.source, Counter()).update(documents=1, bytes=record.num_bytes, tokens=num_tokens)
         parts += ids
-        del record  # a long one is not held while the next is read
+        del record  # so that a long one is not held while the next is read
     stream = np.concatenate(parts)
     output = save_array(directory, f"tokens-{task.index:05d}", stream)
     return {
@@ -201,9 +203,9 @@ def _tokens_task(task: Task, directory: Path, tick: Tick, *, tokenizer: Path, sh
 
 
 def _shard_task(
-    task: Task,
+    task: LocalTask,
     directory: Path,
-    tick: Tick,
+    heartbeat: Heartbeat,
     *,
     splits: dict[str, list[_Stream]],
     tokens: Path,
@@ -221,10 +223,10 @@ def _shard_task(
             last = min(end - stream.first_block, stream.num_blocks)
             if first < last:
                 piece = stream.read(first * block_len, last * block_len + 1, folder=tokens, eos_id=eos_id, dtype=dtype)
-                yield from cut(piece, block_len=block_len, eos_id=eos_id)
+                yield from cut_into_blocks(piece, block_len=block_len, eos_id=eos_id)
 
     path = target / store.shard_name(split=name, index=index, num_shards=count)
     with renamed_at_end(path) as temporary:
         shard = write_shard(temporary, blocks=blocks())
-    tick(0, shard.num_bytes)
+    heartbeat(0, shard.num_bytes)
     return {"totals": {}, "outputs": [dataclasses.asdict(dataclasses.replace(shard, file=path.name))]}

@@ -19,7 +19,7 @@ from btlm_jax.data import store
 from btlm_jax.data.verify import verify
 from btlm_jax.tokenizers.byte_level import ByteLevelTokenizer, train_byte_level
 from btlm_jax.tokenizers.detokenize import Detokenizer
-from btlm_jax.tokenizers.gpt2 import FastGpt2Tokenizer, fastest
+from btlm_jax.tokenizers.gpt2 import FastGpt2Tokenizer, fastest_tokenizer
 from btlm_jax.tokenizers.tokenizer import find_tokenizer, load_tokenizer
 
 VOCAB_SIZE = 601
@@ -38,7 +38,7 @@ def contents() -> bytes:
 @pytest.fixture(scope="module")
 def fast_and_slow(contents):
     """The tokenizer through tiktoken, and the trained file in the tokenizers library as anybody reads it."""
-    return fastest(ByteLevelTokenizer(contents, eos_id=VOCAB_SIZE - 1)), tokenizers.Tokenizer.from_str(
+    return fastest_tokenizer(ByteLevelTokenizer(contents, eos_id=VOCAB_SIZE - 1)), tokenizers.Tokenizer.from_str(
         contents.decode()
     )
 
@@ -67,7 +67,7 @@ def test_training_is_deterministic_and_learns(contents, fast_and_slow):
     assert sum(len(fast.encode(text)) for text in TEXTS) < 0.5 * sum(map(len, TEXTS))
     assert train_byte_level(reversed([*TEXTS, *RUNS]), vocab_size=VOCAB_SIZE) == contents
     code = (
-        "import hashlib, test_tokenizer_stage as t;"
+        "import hashlib, test_train_tokenizer as t;"
         "print(hashlib.sha256(t.train_byte_level([*t.TEXTS, *t.RUNS], vocab_size=t.VOCAB_SIZE)).hexdigest())"
     )
     environment = os.environ | {
@@ -92,7 +92,7 @@ def test_files_for_hugging_face_and_back(contents, tmp_path):
     write_tokenizer_files(tmp_path, tokenizer, model_max_length=64, more_probes=TEXTS)  # proves them
     assert {"vocab.json", "merges.txt", "tokenizer.json"} < {path.name for path in tmp_path.iterdir()}
     (tmp_path / "tokenizer.json").unlink()
-    again = fastest(find_tokenizer(tmp_path))
+    again = fastest_tokenizer(find_tokenizer(tmp_path))
     assert isinstance(again, FastGpt2Tokenizer)
     assert again.encode_batch(TEXTS, num_threads=2) == tokenizer.encode_batch(TEXTS, num_threads=1)
 

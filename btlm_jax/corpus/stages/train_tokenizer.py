@@ -1,4 +1,4 @@
-"""The stage `tokenizer`: training documents of `split` -> SentencePiece with byte fallback, or byte-level BPE."""
+"""The stage `tokenizer`: train SentencePiece with byte fallback, or byte-level BPE, on documents of `split`."""
 
 from __future__ import annotations
 
@@ -8,20 +8,21 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from btlm_jax.corpus.engine.inputs import read_stage, stage_inputs
-from btlm_jax.corpus.engine.stage import Log, Stage, accept, run_stage
-from btlm_jax.corpus.engine.tasks import Task, Tick
+from btlm_jax.corpus.engine.progress import Log
+from btlm_jax.corpus.engine.stage import Stage, accept_all, run_stage
+from btlm_jax.corpus.engine.tasks import Heartbeat, LocalTask, Task
 from btlm_jax.corpus.engine.workers import LocalWorkers
-from btlm_jax.corpus.readers.records import describe_output, read_records
+from btlm_jax.corpus.readers.records import output_entry, read_records
 from btlm_jax.corpus.stages.split import TRAIN
 from btlm_jax.storage.files import AtomicFile
 from btlm_jax.tokenizers import byte_level
-from btlm_jax.tokenizers.tokenizer import SENTENCEPIECE, TOKENIZER_BYTES, TOKENIZER_FILE, train_tokenizer
+from btlm_jax.tokenizers.sentencepiece_bpe import SENTENCEPIECE, TOKENIZER_BYTES, TOKENIZER_FILE, train_sentencepiece
 
 RECIPE = 1  # raise when the steps change
 KINDS = (SENTENCEPIECE, byte_level.KIND)
 
 
-def make_tokenizer(source: Path, *, kind: str, vocab_size: int, output: Path, log: Log) -> dict:
+def train_tokenizer_stage(source: Path, *, kind: str, vocab_size: int, output: Path, log: Log) -> dict:
     """Train a tokenizer on the first training documents, which are shuffled, and return the stage's manifest.
 
     `kind` is one of KINDS.
@@ -43,24 +44,24 @@ def make_tokenizer(source: Path, *, kind: str, vocab_size: int, output: Path, lo
         tasks=[Task(index=0, inputs=inputs, weight=1)],
         run=functools.partial(_train_task, kind=kind, vocab_size=vocab_size),
     )
-    return run_stage(stage, output, workers=LocalWorkers(1), log=log, check=accept)
+    return run_stage(stage, output, workers=LocalWorkers(1), log=log, check=accept_all)
 
 
-def _train_task(task: Task, directory: Path, tick: Tick, *, kind: str, vocab_size: int) -> dict:
+def _train_task(task: LocalTask, directory: Path, heartbeat: Heartbeat, *, kind: str, vocab_size: int) -> dict:
     is_byte_level = kind == byte_level.KIND
-    train = byte_level.train_byte_level if is_byte_level else train_tokenizer
-    contents = train(_texts(task, tick), vocab_size=vocab_size)
+    train = byte_level.train_byte_level if is_byte_level else train_sentencepiece
+    contents = train(_texts(task, heartbeat), vocab_size=vocab_size)
     with AtomicFile(directory / (byte_level.STORED_FILE if is_byte_level else TOKENIZER_FILE)) as file:
         file.write(contents)
-    return {"totals": {}, "outputs": [describe_output(file, num_documents=0)]}
+    return {"totals": {}, "outputs": [output_entry(file, num_documents=0)]}
 
 
-def _texts(task: Task, tick: Tick) -> Iterator[str]:
+def _texts(task: LocalTask, heartbeat: Heartbeat) -> Iterator[str]:
     size = 0
     for item in task.inputs:
         for record in read_records(item.path):
             if size > TOKENIZER_BYTES:
                 return
             size += record.num_bytes
-            tick(1, record.num_bytes)
+            heartbeat(1, record.num_bytes)
             yield record.text

@@ -1,4 +1,4 @@
-"""What a stage or a token store holds, as pictures: lengths of documents, sizes of clusters, shares of the sources."""
+"""Charts of a stage or a token store: lengths of documents, sizes of clusters, shares of the sources."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ SIZE, DPI = (8.0, 4.5), 100
 
 
 def plot(directory: PathOrUrl, *, target: Path) -> list[Path]:
-    """Write the pictures of a finished stage, or of a token store (or its URL), as PNG and return their paths.
+    """Write charts of a finished stage, or of a token store (or its URL), as PNG and return their paths.
 
     Raises:
-      FileNotFoundError: there is neither.
+      FileNotFoundError: `directory` is neither.
     """
     target.mkdir(parents=True, exist_ok=True)
     if not isinstance(directory, Path) or not (directory / PLAN_FILE).is_file():
@@ -54,7 +54,7 @@ def _bars(path: Path, values: dict[str, int], *, label: str) -> Path:
 
 
 def _histogram(path: Path, counts: dict[str, int], *, label: str) -> Path:
-    """Draw counts of what is at most a power of two; the counts may differ by orders of magnitude."""
+    """Draw counts by upper limits, powers of two, on a log scale."""
     figure, axes = new_figure(size=SIZE, dpi=DPI)
     sizes = sorted(map(int, counts))
     bars = axes.bar([f"{size:,}" for size in sizes], [counts[str(size)] for size in sizes])

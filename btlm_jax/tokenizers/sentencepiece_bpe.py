@@ -1,0 +1,108 @@
+"""SentencePiece models: load one, or train byte pairs that give every text back. The only importer of sentencepiece."""
+
+from __future__ import annotations
+
+import io
+import re
+from collections.abc import Iterable, Iterator, Sequence
+
+import sentencepiece
+
+from btlm_jax.tokenizers.sentencepiece_proto import USER_DEFINED, parse_model
+
+SENTENCEPIECE = "sentencepiece"
+TOKENIZER_FILE = "tokenizer.model"
+TOKENIZER_BYTES = 16_000_000  # of training text; more does not change the merges that matter
+UNK_ID, EOS_ID = 0, 1
+MIN_VOCAB_SIZE = 300  # 256 byte pieces, the control pieces, a newline and some letters
+MAX_LINE_CHARACTERS = 4096
+NEWLINE_BOUNDARY = re.compile(r"\n")  # of models in which the newline is a symbol of its own
+
+
+class SentencePieceTokenizer:
+    """Text to ids and back; no text is encoded as `eos_id`."""
+
+    kind = SENTENCEPIECE
+    stored_file = TOKENIZER_FILE
+
+    def __init__(self, model: bytes):
+        """Read the contents of a model file.
+
+        Raises:
+          ValueError: it is damaged, or has no end-of-text piece.
+        """
+        try:
+            self._processor = sentencepiece.SentencePieceProcessor(model_proto=model)
+        except RuntimeError as error:
+            raise ValueError(f"this is no SentencePiece model: {error}") from error
+        self.contents = model
+        self.unk_id, self.bos_id = self._processor.unk_id(), self._processor.bos_id()  # -1 where there is none
+        self.eos_id = self._processor.eos_id()
+        self.vocab_size = self._processor.vocab_size()
+        self.boundary = NEWLINE_BOUNDARY if _encodes_by_lines(model) else None
+        if self.eos_id < 0:
+            raise ValueError("this SentencePiece model has no end-of-text piece; train it with an eos_id of 0 or more")
+
+    def encode(self, text: str) -> list[int]:
+        """Return the ids of a text."""
+        return self._processor.encode(text, out_type=int)
+
+    def encode_batch(self, texts: Sequence[str], *, num_threads: int) -> list[list[int]]:
+        """Return the ids of each text; the same for any number of threads."""
+        return self._processor.encode(list(texts), out_type=int, num_threads=num_threads)
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """Return the text of ids; control ids give nothing."""
+        return self._processor.decode(list(ids))
+
+
+def train_sentencepiece(texts: Iterable[str], *, vocab_size: int) -> bytes:
+    """Train a byte-pair model with byte fallback and no normalisation; return the model file's contents.
+
+    Raises:
+      ValueError: the vocabulary is too small, or too large for these texts.
+    """
+    if vocab_size < MIN_VOCAB_SIZE:
+        raise ValueError(
+            f"model.vocab_size={vocab_size} is too small for a byte-fallback tokenizer: {MIN_VOCAB_SIZE} or more"
+        )
+    model = io.BytesIO()
+    try:
+        sentencepiece.SentencePieceTrainer.train(
+            sentence_iterator=_lines(texts),
+            model_writer=model,
+            vocab_size=vocab_size,
+            model_type="bpe",
+            normalization_rule_name="identity",
+            remove_extra_whitespaces=False,
+            add_dummy_prefix=False,
+            allow_whitespace_only_pieces=True,
+            byte_fallback=True,
+            user_defined_symbols=["\n"],
+            unk_id=UNK_ID,
+            eos_id=EOS_ID,
+            bos_id=-1,
+            pad_id=-1,
+            num_threads=1,
+            max_sentence_length=4 * MAX_LINE_CHARACTERS,
+            minloglevel=2,
+        )
+    except RuntimeError as error:
+        raise ValueError(f"no tokenizer of {vocab_size} pieces can be trained on this text: {error}") from error
+    return model.getvalue()
+
+
+def _encodes_by_lines(contents: bytes) -> bool:
+    """Return whether neither a piece of the model nor any of its rules crosses a newline, as in those trained here."""
+    model = parse_model(contents)
+    rules = (model.add_dummy_prefix, model.remove_extra_whitespaces, model.rewrites_characters)
+    symbols = [model.pieces[number] for number in model.ids_of_type(USER_DEFINED)]
+    return symbols == ["\n"] and not any(rules) and not model.whitespace_as_suffix
+
+
+def _lines(texts: Iterable[str]) -> Iterator[str]:
+    """Yield pieces of lines: SentencePiece trains on lines, and the newline is a symbol of its own."""
+    for text in texts:
+        for line in text.split("\n"):
+            for start in range(0, len(line), MAX_LINE_CHARACTERS):
+                yield line[start : start + MAX_LINE_CHARACTERS]
