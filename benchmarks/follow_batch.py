@@ -11,6 +11,7 @@ its limit.
 from __future__ import annotations
 
 import contextlib
+import functools
 import os
 import runpy
 import sys
@@ -30,7 +31,7 @@ from btlm_jax.corpus.pack import pack, write_shards
 from btlm_jax.data import store
 from btlm_jax.data.loader import TrainLoader
 from btlm_jax.data.reader import open_store
-from btlm_jax.model.projection import Projection, project
+from btlm_jax.model.projection import make_projection, project_scheduled
 from btlm_jax.parallel.mesh import RULES, batch_sharding, make_run_mesh
 from btlm_jax.recipe.config import TrainConfig, train_config_from
 from btlm_jax.recipe.optimizer import learning_rate_at
@@ -112,22 +113,23 @@ def follow_batch(directory: Path) -> Calls:
         tokens = curriculum.tokens_seen(step + 1)
         rate = learning_rate_at(config.optimizer, tokens=tokens, total_tokens=curriculum.num_tokens)
         state, _ = train_step(state, batch, np.float32(rate))
-    assert any(np.any(old != new) for old, new in zip(jax.tree.leaves(before), jax.tree.leaves(state.params), strict=True))
+    assert any(
+        np.any(old != new) for old, new in zip(jax.tree.leaves(before), jax.tree.leaves(state.params), strict=True)
+    )
     return calls
 
 
 def follow_product() -> Calls:
-    """Record the projection `up` of one layer, forward and backward."""
-    projection = Projection(in_shape=(D,), in_axes=("embed",), out_shape=(F,), out_axes=("mlp",), rules=RULES)
+    """Record the product of one layer's projection `up`, forward and backward."""
     mesh = make_run_mesh(_config(), devices=jax.devices()[:1])
     calls = Calls()
     with jax.set_mesh(mesh):
-        arrays = [
-            jax.device_put(jnp.ones(shape), jax.NamedSharding(mesh, spec))
-            for shape, spec in zip(((B, T, D), (D, F), (F,)), projection.specs(), strict=False)
-        ]
+        projection = make_projection(in_shape=(D,), in_axes=("embed",), out_shape=(F,), out_axes=("mlp",), rules=RULES)
+        x_BTD = jax.device_put(jnp.ones((B, T, D)), jax.NamedSharding(mesh, projection.x_spec))
+        kernel_DF = jax.device_put(jnp.ones((D, F)), jax.NamedSharding(mesh, projection.kernel_spec))
+        bias_F = jax.device_put(jnp.ones(F), jax.NamedSharding(mesh, projection.bias_spec))
         with calls.recorded():
-            y_BTF, pull = jax.vjp(lambda x, kernel, bias: project(projection, x, kernel, bias), *arrays)
+            y_BTF, pull = jax.vjp(functools.partial(project_scheduled, projection), x_BTD, kernel_DF, bias_F)
             pull(y_BTF)
     return calls
 
@@ -176,7 +178,9 @@ def _pack_store(directory: Path, *, block_len: int) -> None:
         for name in (store.TRAIN, store.HELDOUT)
     }
     (directory / "tokenizer.model").write_bytes(b"")  # nothing here reads it
-    tokenizer = store.Tokenizer(kind="sentencepiece", file="tokenizer.model", sha256="", vocab_size=V, eos_id=eos_id)
+    tokenizer = store.TokenizerInfo(
+        kind="sentencepiece", file="tokenizer.model", sha256="", vocab_size=V, eos_id=eos_id
+    )
     store.write_manifest(
         directory, store.Manifest(block_len=block_len, dtype=dtype, tokenizer=tokenizer, splits=splits, made_by={})
     )

@@ -8,7 +8,7 @@ in M lanes, as projections and kernels have them.
 import jax
 import jax.numpy as jnp
 
-from btlm_jax.parallel.collectives import in_order
+from btlm_jax.parallel.collectives import with_row_major_layout
 from btlm_jax.parallel.mesh import Axes, num_ways
 
 
@@ -29,7 +29,9 @@ def exchanged(pieces_SBXX: jax.Array, axes: Axes) -> jax.Array:
     """Give every device one piece and get one of each: from groups of heads to spans of positions, or back."""
     if not axes:
         return pieces_SBXX
-    return in_order(jax.lax.all_to_all(in_order(pieces_SBXX), axes, split_axis=0, concat_axis=0, tiled=True))
+    return with_row_major_layout(
+        jax.lax.all_to_all(with_row_major_layout(pieces_SBXX), axes, split_axis=0, concat_axis=0, tiled=True)
+    )
 
 
 def joined(x_SBTM: jax.Array) -> jax.Array:

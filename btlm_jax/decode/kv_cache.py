@@ -15,8 +15,7 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from btlm_jax.model.layers import Embedding, LayerNorm
-from btlm_jax.model.projection import slopes_as_held
-from btlm_jax.model.transformer import Block, Btlm
+from btlm_jax.model.transformer import Block, Btlm, device_slopes
 from btlm_jax.parallel.mesh import WHOLE_SEQUENCES
 
 
@@ -68,7 +67,9 @@ def extend(model: Btlm, params: dict, cache: KVCache, *, inputs_BT, starts_B):
             kept.append(updated)
             return jnp.pad(o_BTNH, ((0, 0), (0, 0), (0, 0), (0, q_BTNW.shape[-1] - config.head_dim)))
 
-        x_BTD, _ = Block(config=config, attend=attend, **parts).apply({"params": layer_params}, x_BTD)
+        x_BTD, _ = Block(config=config, project=model.project, attend=attend, **parts).apply(
+            {"params": layer_params}, x_BTD
+        )
         return (x_BTD, kept.pop()), None
 
     layers = jnp.arange(config.num_layers)
@@ -84,7 +85,7 @@ def _cache_spec() -> P:
 def _attend_cached(model: Btlm, q_BTNH, k_BTNH, v_BTNH, cache: KVCache, starts_B, layer):
     """Write keys and values into one layer of the cache and attend to it; each device has its own rows and heads."""
     rules, scale = WHOLE_SEQUENCES, model.parametrization.attention_scale
-    slopes_N = slopes_as_held(model.config, rules, mesh=jax.sharding.get_abstract_mesh())
+    slopes_N = device_slopes(model.config, rules, mesh=jax.sharding.get_abstract_mesh())
 
     def local(q_BTNH, k_BTNH, v_BTNH, k_LBSNH, v_LBSNH, starts_B, slopes_N, layer):
         B, T = q_BTNH.shape[:2]

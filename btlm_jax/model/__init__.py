@@ -1,7 +1,7 @@
 """The network: the only folder that imports flax.linen.
 
 Axis letters, in names and in einsums: B batch, T query length, S key length, D model, N heads, H head dim, F mlp,
-V vocab, L layers, R rows (batch x length). The model runs under `jax.set_mesh` of a (fsdp, tensor) mesh.
+V vocab, L layers, R rows (batch x length). The model runs under `jax.set_mesh` of a mesh of parallel/mesh.py.
 """
 
 from btlm_jax.model.parameters import ParameterInfo, init_params, parameter_table

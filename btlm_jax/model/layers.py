@@ -1,6 +1,7 @@
-"""The four layers everything is built from. Each declares its parameters once: shape, logical axes, rule.
+"""The three layers everything is built from: Linear, Embedding, LayerNorm; and how a layer declares a parameter.
 
-Parameters are float32 and split over devices; projection.py and lookup.py turn them into what is used.
+A parameter is declared once, by its shape and logical axes, from which its initializer and its sharding follow. It is
+float32 and split over devices; projection.py and `look_up` turn it into what is used on a device.
 """
 
 from __future__ import annotations
@@ -12,14 +13,14 @@ import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
-from btlm_jax.model.lookup import look_up
-from btlm_jax.model.projection import Projection, project
-from btlm_jax.parallel.mesh import AxisRules
+from btlm_jax.model.projection import Project, make_projection
+from btlm_jax.parallel.collectives import gather_table, scatter_table_gradient
+from btlm_jax.parallel.mesh import TENSOR, AxisRules
 from btlm_jax.recipe.mup import Parametrization
 
 
 class Linear(nn.Module):
-    """Project the dims of x_BT... after batch and length (see projection.py)."""
+    """Project x [B, T, *in_shape] to [B, T, *out_shape]: x @ kernel + bias (see projection.py)."""
 
     in_shape: tuple[int, ...]
     in_axes: tuple[str, ...]
@@ -27,24 +28,25 @@ class Linear(nn.Module):
     out_axes: tuple[str, ...]
     parametrization: Parametrization
     rules: AxisRules
+    project: Project
 
     @nn.compact
-    def __call__(self, x):
+    def __call__(self, x: jax.Array) -> jax.Array:
         kernel = declare(self, "kernel", (*self.in_shape, *self.out_shape), (*self.in_axes, *self.out_axes))
         bias_axes = tuple("norm" if axis == "embed" else axis for axis in self.out_axes)
         bias = declare(self, "bias", self.out_shape, bias_axes)
-        projection = Projection(
+        projection = make_projection(
             in_shape=self.in_shape,
             in_axes=self.in_axes,
             out_shape=self.out_shape,
             out_axes=self.out_axes,
             rules=self.rules,
         )
-        return checkpoint_name(project(projection, x, kernel, bias), self.name)
+        return checkpoint_name(self.project(projection, x, kernel, bias), self.name)
 
 
 class Embedding(nn.Module):
-    """Hold the tied table_VD: look tokens up, and hand the table out for the readout."""
+    """Look tokens up in the embedding table, which the readout shares: inputs_BT -> x_BTD."""
 
     vocab_size: int
     d_model: int
@@ -53,7 +55,7 @@ class Embedding(nn.Module):
     rules: AxisRules
 
     @nn.compact
-    def __call__(self, inputs_BT):
+    def __call__(self, inputs_BT: jax.Array) -> jax.Array:
         table_VD = declare(self, "embedding", (self.vocab_size, self.d_model), ("vocab", "embed"))
         inputs_BT = jax.sharding.reshard(inputs_BT, self.rules.spec("batch", "length"))
         return look_up(self.rules, self.dtype, table_VD, inputs_BT)
@@ -67,7 +69,7 @@ class LayerNorm(nn.Module):
     rules: AxisRules
 
     @nn.compact
-    def __call__(self, x_BTD):
+    def __call__(self, x_BTD: jax.Array) -> jax.Array:
         scale_D = declare(self, "scale", (x_BTD.shape[-1],), ("norm",))
         bias_D = declare(self, "bias", (x_BTD.shape[-1],), ("norm",))
         return _normalise(self.eps, x_BTD, scale_D, bias_D)
@@ -80,7 +82,7 @@ def _normalise(eps: float, x_BTD, scale_D, bias_D):
 
 def _normalise_forward(eps: float, x_BTD, scale_D, bias_D):
     x32_BTD = x_BTD.astype(jnp.float32)
-    # One pass over x for both: E[x^2] - E[x]^2 loses bits only where the mean is many standard deviations from 0.
+    # One pass over x for both moments: E[x^2] - E[x]^2 loses bits only where the mean is many deviations from 0.
     mean_BT1 = x32_BTD.mean(-1, keepdims=True)
     variance_BT1 = jnp.maximum(jnp.square(x32_BTD).mean(-1, keepdims=True) - jnp.square(mean_BT1), 0)
     mean_BT1 = checkpoint_name(mean_BT1, "norm_mean")
@@ -93,9 +95,9 @@ def _normalise_backward(eps: float, residuals, dy_BTD):
     del eps
     x_BTD, scale_D, mean_BT1, inverse_BT1 = residuals
     normal_BTD, dy32_BTD = (x_BTD.astype(jnp.float32) - mean_BT1) * inverse_BT1, dy_BTD.astype(jnp.float32)
-    slope_BTD = dy32_BTD * scale_D[None, None]
-    along_BT1 = (slope_BTD * normal_BTD).mean(-1, keepdims=True)
-    dx_BTD = inverse_BT1 * (slope_BTD - slope_BTD.mean(-1, keepdims=True) - normal_BTD * along_BT1)
+    dnormal_BTD = dy32_BTD * scale_D[None, None]
+    projection_BT1 = (dnormal_BTD * normal_BTD).mean(-1, keepdims=True)
+    dx_BTD = inverse_BT1 * (dnormal_BTD - dnormal_BTD.mean(-1, keepdims=True) - normal_BTD * projection_BT1)
     return dx_BTD.astype(x_BTD.dtype), (dy32_BTD * normal_BTD).sum((0, 1)), dy32_BTD.sum((0, 1))
 
 
@@ -112,4 +114,40 @@ def declare(module: nn.Module, name: str, shape: tuple[int, ...], axes: tuple[st
         return rule.init_std * jax.random.truncated_normal(key, -2, 2, shape, jnp.float32)
 
     parameter = module.param(name, nn.with_logical_partitioning(init, axes), shape)
-    return jax.sharding.reshard(parameter, module.rules.spec(*axes))  # it is born whole; in a state it is split already
+    # A new parameter is whole on every device, one of a training state is split already.
+    return jax.sharding.reshard(parameter, module.rules.spec(*axes))
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def look_up(rules: AxisRules, dtype: jnp.dtype, table_VD: jax.Array, inputs_BT: jax.Array) -> jax.Array:
+    """Return the rows x_BTD of the stored float32 table in `dtype`; the table's gradient is summed in float32."""
+
+    def local(table_VD, inputs_BT):
+        return gather_table(table_VD, dtype=dtype)[inputs_BT]
+
+    specs = (rules.spec("vocab", "embed"), rules.spec("batch", "length"))
+    # All devices of the tensor axis look the same rows up, which the check cannot see.
+    mapped = jax.shard_map(local, in_specs=specs, out_specs=rules.spec("batch", "length", "act_embed"), check_vma=False)
+    return mapped(table_VD, inputs_BT)
+
+
+def _look_up_forward(rules: AxisRules, dtype: jnp.dtype, table_VD: jax.Array, inputs_BT: jax.Array):
+    return look_up(rules, dtype, table_VD, inputs_BT), (table_VD, inputs_BT)
+
+
+def _look_up_backward(rules: AxisRules, dtype: jnp.dtype, residuals: tuple, dx_BTD: jax.Array):
+    del dtype
+    table_VD, inputs_BT = residuals
+
+    def local(inputs_BT, dx_BTD):
+        zeros_VD = jnp.zeros((table_VD.shape[0], dx_BTD.shape[-1]), jnp.float32)
+        # The devices of the tensor axis hold the same dx, so the sum over them counts it that many times.
+        grad_VD = zeros_VD.at[inputs_BT].add(dx_BTD.astype(jnp.float32) / jax.lax.axis_size(TENSOR))
+        return scatter_table_gradient(jax.lax.pcast(grad_VD, TENSOR, to="varying"))
+
+    specs = (rules.spec("batch", "length"), rules.spec("batch", "length", "act_embed"))
+    grad_VD = jax.shard_map(local, in_specs=specs, out_specs=rules.spec("vocab", "embed"))(inputs_BT, dx_BTD)
+    return grad_VD, None
+
+
+look_up.defvjp(_look_up_forward, _look_up_backward)

@@ -1,8 +1,8 @@
-"""Next-token cross-entropy from hidden states, in chunks of positions: all the logits never exist at once.
+"""Next-token cross-entropy from hidden states, in chunks of positions: never do the logits of all of them exist.
 
-Each device of the mesh takes its own sequences and its own stretch of positions, which the tensor axis splits too,
-against the whole table, so the vocabulary need not divide by anything. Differentiation is by a custom rule that forms
-the gradients of a chunk's logits while they are there: one pass, no recompute, no `[tokens, V]` array.
+Each device computes the loss of its own sequences and positions, which the tensor axis splits too, with the whole
+embedding table, so the vocabulary need not divide by anything. A custom derivative rule forms the gradients of a
+chunk's logits in the forward pass, while the logits exist: one pass, no recomputation, no `[tokens, V]` array.
 """
 
 from __future__ import annotations
@@ -19,100 +19,121 @@ from btlm_jax.parallel.mesh import MESH_AXES, TENSOR, AxisRules, axis_names
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class _How:
-    """What the custom rule needs to know beside arrays."""
+class _LossStatics:
+    """The arguments of the custom derivative rule that are not arrays."""
 
     output_scale: float
     chunk: int
     rules: AxisRules
 
 
-def loss_sum(hidden_BTD, table_VD, targets_BT, weights_BT, *, output_scale: float, chunk: int, rules: AxisRules):
-    """Return the scalar float32 sum over positions of weight * negative log-likelihood of the target.
+def loss_sum(
+    hidden_BTD: jax.Array,
+    table_VD: jax.Array,
+    targets_BT: jax.Array,
+    weights_BT: jax.Array,
+    *,
+    output_scale: float,
+    chunk: int,
+    rules: AxisRules,
+) -> jax.Array:
+    """Return the float32 scalar sum over positions of weight * negative log-likelihood of the target, in nats.
 
-    logits = (hidden @ table^T) * output_scale, `chunk` positions of each sequence at a time. The float32 table_VD is
-    cast to the dtype of hidden_BTD, its logits and its gradient are accumulated in float32.
+    logits = (hidden @ table^T) * output_scale, of `chunk` positions of each sequence at a time. The float32 table_VD is
+    cast to the dtype of hidden_BTD; logits and the table's gradient are accumulated in float32.
     """
     hidden_BTD = jax.sharding.reshard(hidden_BTD, rules.spec("batch", "length", "act_embed"))
     table_VD = jax.sharding.reshard(table_VD, rules.spec("vocab", "embed"))
-    how = _How(output_scale=output_scale, chunk=chunk, rules=rules)
-    return _loss_sum(how, hidden_BTD, table_VD, targets_BT, weights_BT)
+    statics = _LossStatics(output_scale=output_scale, chunk=chunk, rules=rules)
+    return _loss_sum(statics, hidden_BTD, table_VD, targets_BT, weights_BT)
 
 
-def token_losses(hidden_BTD, table_VD, targets_BT, *, output_scale: float, chunk: int, rules: AxisRules):
-    """Return each position's float32 negative log-likelihood_BT, in chunks; for evaluation, not differentiated."""
+def token_losses(
+    hidden_BTD: jax.Array,
+    table_VD: jax.Array,
+    targets_BT: jax.Array,
+    *,
+    output_scale: float,
+    chunk: int,
+    rules: AxisRules,
+) -> jax.Array:
+    """Return each position's negative log-likelihood_BT, float32, in nats; for evaluation, not differentiated."""
 
     def local(hidden_BTD, table_VD, targets_BT):
         table_VD = gather_table(table_VD, dtype=hidden_BTD.dtype)
 
-        def losses_of(_, piece):
-            hidden_RD, targets_R = piece
+        def chunk_losses(_, chunk_arrays):
+            hidden_RD, targets_R = chunk_arrays
             logits_RV = _logits(hidden_RD, table_VD, output_scale)
             return None, jax.nn.logsumexp(logits_RV, -1) - _pick(logits_RV, targets_R)
 
-        pieces = (_chunked(hidden_BTD, chunk), _chunked(targets_BT, chunk))
-        _, losses = jax.lax.scan(losses_of, None, pieces)
-        return _unchunked(losses, batch=targets_BT.shape[0], length=targets_BT.shape[1])
+        chunks = (_split_chunks(hidden_BTD, chunk), _split_chunks(targets_BT, chunk))
+        _, losses = jax.lax.scan(chunk_losses, None, chunks)
+        return _merge_chunks(losses, batch=targets_BT.shape[0], length=targets_BT.shape[1])
 
     mapped = _per_device(local, rules, out_specs=PartitionSpec(*_by_position(rules)))
     return mapped(hidden_BTD, table_VD, targets_BT)
 
 
-def logits(hidden_BTD, table_VD, *, output_scale: float):
-    """Return all the logits_BTV in float32, of operands that are whole on every device; for few positions."""
+def logits(hidden_BTD: jax.Array, table_VD: jax.Array, *, output_scale: float) -> jax.Array:
+    """Return logits_BTV in float32 of all positions at once, so few; operands are whole on every device."""
     B, T, D = hidden_BTD.shape
     return _logits(hidden_BTD.reshape(B * T, D), table_VD, output_scale).reshape(B, T, -1)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _loss_sum(how: _How, hidden_BTD, table_VD, targets_BT, weights_BT):
+def _loss_sum(statics: _LossStatics, hidden_BTD, table_VD, targets_BT, weights_BT):
     def local(hidden_BTD, table_VD, targets_BT, weights_BT):
         table_VD = gather_table(table_VD, dtype=hidden_BTD.dtype)
 
-        def add(total, piece):
-            hidden_RD, targets_R, weights_R = piece
-            logits_RV = _logits(hidden_RD, table_VD, how.output_scale)
+        def add(total, chunk_arrays):
+            hidden_RD, targets_R, weights_R = chunk_arrays
+            logits_RV = _logits(hidden_RD, table_VD, statics.output_scale)
             return total + (weights_R * (jax.nn.logsumexp(logits_RV, -1) - _pick(logits_RV, targets_R))).sum(), None
 
-        pieces = tuple(_chunked(x, how.chunk) for x in (hidden_BTD, targets_BT, weights_BT))
-        total, _ = jax.lax.scan(add, _varying(jnp.zeros(())), pieces)
+        chunks = tuple(_split_chunks(x, statics.chunk) for x in (hidden_BTD, targets_BT, weights_BT))
+        total, _ = jax.lax.scan(add, _varying(jnp.zeros(())), chunks)
         return jax.lax.psum(total, MESH_AXES)
 
-    return _per_device(local, how.rules, out_specs=PartitionSpec())(hidden_BTD, table_VD, targets_BT, weights_BT)
+    return _per_device(local, statics.rules, out_specs=PartitionSpec())(hidden_BTD, table_VD, targets_BT, weights_BT)
 
 
-def _loss_sum_forward(how: _How, hidden_BTD, table_VD, targets_BT, weights_BT):
+def _loss_sum_forward(statics: _LossStatics, hidden_BTD, table_VD, targets_BT, weights_BT):
     def local(hidden_BTD, table_VD, targets_BT, weights_BT):
         table_VD = gather_table(table_VD, dtype=hidden_BTD.dtype)
 
-        def add(carry, piece):
+        def add(carry, chunk_arrays):
             total, grad_VD = carry
-            hidden_RD, targets_R, weights_R = piece
-            logits_RV = _logits(hidden_RD, table_VD, how.output_scale)
+            hidden_RD, targets_R, weights_R = chunk_arrays
+            logits_RV = _logits(hidden_RD, table_VD, statics.output_scale)
             norm_R = jax.nn.logsumexp(logits_RV, -1)
             losses_R = norm_R - _pick(logits_RV, targets_R)
             probability_RV = jnp.exp(logits_RV - norm_R[..., None])
             delta_RV = probability_RV - _one_hot(targets_R, table_VD.shape[0])
-            delta_RV = (delta_RV * (weights_R * how.output_scale)[..., None]).astype(hidden_RD.dtype)
+            delta_RV = (delta_RV * (weights_R * statics.output_scale)[..., None]).astype(hidden_RD.dtype)
             grad_RD = jnp.einsum("RV,VD->RD", delta_RV, table_VD)
             grad_VD = grad_VD + jnp.einsum("RV,RD->VD", delta_RV, hidden_RD, preferred_element_type=jnp.float32)
             return (total + (weights_R * losses_R).sum(), grad_VD), grad_RD
 
         zeros = _varying(jnp.zeros(())), _varying(jnp.zeros(table_VD.shape, jnp.float32))
-        pieces = tuple(_chunked(x, how.chunk) for x in (hidden_BTD, targets_BT, weights_BT))
-        (total, grad_VD), grads = jax.lax.scan(add, zeros, pieces)
-        grad_BTD = _unchunked(grads, batch=hidden_BTD.shape[0], length=hidden_BTD.shape[1])
+        chunks = tuple(_split_chunks(x, statics.chunk) for x in (hidden_BTD, targets_BT, weights_BT))
+        (total, grad_VD), grads = jax.lax.scan(add, zeros, chunks)
+        grad_BTD = _merge_chunks(grads, batch=hidden_BTD.shape[0], length=hidden_BTD.shape[1])
         return jax.lax.psum(total, MESH_AXES), grad_BTD, scatter_table_gradient(grad_VD)
 
-    out_specs = (PartitionSpec(), PartitionSpec(*_by_position(how.rules), None), how.rules.spec("vocab", "embed"))
-    mapped = _per_device(local, how.rules, out_specs=out_specs)
+    out_specs = (
+        PartitionSpec(),
+        PartitionSpec(*_by_position(statics.rules), None),
+        statics.rules.spec("vocab", "embed"),
+    )
+    mapped = _per_device(local, statics.rules, out_specs=out_specs)
     total, grad_BTD, grad_VD = mapped(hidden_BTD, table_VD, targets_BT, weights_BT)
-    grad_BTD = jax.sharding.reshard(grad_BTD, how.rules.spec("batch", "length", "act_embed"))
+    grad_BTD = jax.sharding.reshard(grad_BTD, statics.rules.spec("batch", "length", "act_embed"))
     return total, (grad_BTD, grad_VD)
 
 
-def _loss_sum_backward(how: _How, gradients, cotangent):
-    del how
+def _loss_sum_backward(statics: _LossStatics, gradients, cotangent):
+    del statics
     grad_BTD, grad_VD = gradients
     return (cotangent * grad_BTD).astype(grad_BTD.dtype), cotangent * grad_VD, None, None
 
@@ -121,7 +142,7 @@ _loss_sum.defvjp(_loss_sum_forward, _loss_sum_backward)
 
 
 def _per_device(local, rules: AxisRules, *, out_specs):
-    """Run `local` on each device's part of (hidden_BTD, the stored table_VD, then [B, T] arrays)."""
+    """Have `local` run on each device's part of (hidden_BTD, the stored table_VD, then [B, T] arrays)."""
 
     def run(hidden_BTD, table_VD, *positions_BT):
         by_position = PartitionSpec(*_by_position(rules))
@@ -136,7 +157,7 @@ def _per_device(local, rules: AxisRules, *, out_specs):
 
 
 def _by_position(rules: AxisRules) -> tuple:
-    """Return what splits [B, T]: positions are split over `tensor` too."""
+    """Return the mesh axes that split [B, T] here: positions are split over `tensor` too."""
     return rules.batch, (*axis_names(rules.length), TENSOR)
 
 
@@ -156,11 +177,11 @@ def _pick(logits_RV, targets_R):
 
 
 def _varying(x):
-    """Type a replicated value inside shard_map as one that may differ on every device."""
+    """Give a replicated value the type, inside shard_map, of one that may differ on every device."""
     return jax.lax.pcast(x, MESH_AXES, to="varying")
 
 
-def _chunked(x_BT, chunk: int):
+def _split_chunks(x_BT, chunk: int):
     """[B, T, ...] -> [T / chunk, R = B * chunk, ...], padded with zeros, whose weight is zero too."""
     batch, length = x_BT.shape[:2]
     chunk = min(chunk, length)
@@ -170,8 +191,8 @@ def _chunked(x_BT, chunk: int):
     return jnp.swapaxes(x_BT, 0, 1).reshape(num_chunks, batch * chunk, *x_BT.shape[3:])
 
 
-def _unchunked(x, *, batch: int, length: int):
-    """The inverse of `_chunked`."""
+def _merge_chunks(x, *, batch: int, length: int):
+    """Undo `_split_chunks`."""
     num_chunks, rows = x.shape[:2]
     x_BT = jnp.swapaxes(x.reshape(num_chunks, batch, rows // batch, *x.shape[2:]), 0, 1)
     return x_BT.reshape(batch, num_chunks * rows // batch, *x.shape[2:])[:, :length]

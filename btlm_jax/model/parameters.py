@@ -1,4 +1,4 @@
-"""Parameters as a tree: shapes, logical axes, rules, specs; and making them, sharded from birth."""
+"""The parameters as a tree: shape, logical axes, rule and sharding of each; and making them, split over the mesh."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from btlm_jax.recipe.mup import ParameterRule
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ParameterInfo:
-    """Everything that is known of a parameter before it exists."""
+    """What is known of a parameter before it is made."""
 
     path: str
     shape: tuple[int, ...]
@@ -29,8 +29,8 @@ class ParameterInfo:
         return jax.ShapeDtypeStruct(self.shape, jnp.float32, sharding=self.sharding)
 
 
-def parameter_table(model: Btlm, mesh: Mesh):
-    """Return the parameters' tree with a ParameterInfo at every leaf; nothing is computed.
+def parameter_table(model: Btlm, mesh: Mesh) -> dict:
+    """Return the tree of parameters with a ParameterInfo at every leaf; nothing is computed.
 
     Raises:
       ValueError: a parameter belongs to no class of mup.py.
@@ -51,8 +51,8 @@ def parameter_table(model: Btlm, mesh: Mesh):
     return jax.tree_util.tree_map_with_path(info, boxed, is_leaf=lambda leaf: isinstance(leaf, nn.LogicallyPartitioned))
 
 
-def init_params(model: Btlm, mesh: Mesh, *, seed: int):
-    """Make the parameters on their devices; the values depend on the seed alone, not on the mesh."""
+def init_params(model: Btlm, mesh: Mesh, *, seed: int) -> dict:
+    """Make the parameters, split over the mesh; their values depend on the seed alone."""
     shardings = jax.tree.map(lambda info: info.sharding, parameter_table(model, mesh))
 
     def init(key):
@@ -62,6 +62,6 @@ def init_params(model: Btlm, mesh: Mesh, *, seed: int):
         return jax.jit(init, out_shardings=shardings)(jax.random.key(seed))
 
 
-def _example_inputs(model: Btlm, mesh: Mesh):
+def _example_inputs(model: Btlm, mesh: Mesh) -> jax.Array:
     shape = num_ways(mesh, model.rules.batch), 8 * num_ways(mesh, model.rules.length)
     return jnp.zeros(shape, jnp.int32, out_sharding=NamedSharding(mesh, model.rules.spec("batch", "length")))

@@ -1,9 +1,12 @@
-"""y = x @ kernel + bias between the model dim and a hidden one, with its gradients and what devices exchange for them.
+"""y = x @ kernel + bias between the model dim and a hidden dim: one signature, two implementations that agree.
 
-The kernel is gathered in the activations' dtype for each use, forward and backward, and its gradient is computed,
-summed over devices (reduce-scatter) and returned in float32. The hidden dim is split over `tensor`: a projection into
-it needs no exchange forward, one out of it sums partial products. Heads lie in activations in another order than in
-what is stored: as `heads_as_held` deals them to devices.
+`project_plain` is one einsum, whose shardings tell XLA what devices must exchange: the page to read, and the oracle of
+`project_scheduled`, which runs. That one says itself what is exchanged, when and in which dtype: the kernel is gathered
+in the activations' dtype for each use, forward and backward; its gradient is computed, summed over devices
+(reduce-scatter) and returned in float32.
+
+In both the hidden dim is split over the tensor axis: a projection into it exchanges no activations forward, one out of
+it sums partial products. Activations hold heads in the order of `device_head_order`, stored weights in their own.
 """
 
 from __future__ import annotations
@@ -11,263 +14,246 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import AbstractMesh, Mesh, PartitionSpec
+from jax.sharding import PartitionSpec
 
-from btlm_jax.attention.alibi import alibi_slopes
 from btlm_jax.attention.alibi_lanes import TILE
 from btlm_jax.parallel.collectives import (
-    COPIES,
+    REPLICA_AXES,
     gather_kernel,
-    in_order,
-    own_part,
-    put_parts_together,
     scatter_kernel_gradient,
+    with_row_major_layout,
 )
-from btlm_jax.parallel.head_order import dealt
-from btlm_jax.parallel.mesh import FSDP, TENSOR, AxisRules, num_ways, platform
-from btlm_jax.recipe.config import ModelConfig
+from btlm_jax.parallel.mesh import FSDP, TENSOR, AxisRules, device_head_order, num_ways, platform
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Projection:
-    """A projection's shapes, without batch and length, and the kernel's logical axes; one side is ("embed",)."""
+    """How a projection is computed on the current mesh: what `make_projection` decides before anything is multiplied.
 
-    in_shape: tuple[int, ...]
-    in_axes: tuple[str, ...]
-    out_shape: tuple[int, ...]
-    out_axes: tuple[str, ...]
-    rules: AxisRules
-
-    @property
-    def is_from_model_dim(self) -> bool:
-        return self.in_axes == ("embed",)
-
-    @property
-    def embed_dim(self) -> int:
-        """Return which dim of the kernel as a matrix is the model dim."""
-        return 0 if self.is_from_model_dim else 1
-
-    @property
-    def hidden_shape(self) -> tuple[int, ...]:
-        return self.out_shape if self.is_from_model_dim else self.in_shape
-
-    def specs(self) -> tuple[PartitionSpec, ...]:
-        """Return the specs of x, kernel, bias and y."""
-        spec = self.rules.spec
-        return (
-            spec("batch", "length", *map(_as_activation, self.in_axes)),
-            spec(*self.in_axes, *self.out_axes),
-            PartitionSpec(*(None for _ in self.out_shape)),
-            spec("batch", "length", *map(_as_activation, self.out_axes)),
-        )
-
-    def used(self) -> tuple[int, ...]:
-        """Return the hidden shape as all devices together use it; inside shard_map."""
-        return used_shape(self.hidden_shape, tensor=jax.lax.axis_size(TENSOR))
-
-    def matrix(self, kernel: jax.Array) -> jax.Array:
-        """Return this device's part of the stored kernel as a matrix, its hidden dims as they are in use."""
-        used = self.used()
-        if self.is_from_model_dim:
-            kernel = self.dealt(_padded(kernel, (kernel.shape[0], *used)), dim=1)
-            return kernel.reshape(kernel.shape[0], math.prod(used))
-        kernel = self.dealt(_padded(kernel, (*used, kernel.shape[-1])), dim=0)
-        return kernel.reshape(math.prod(used), kernel.shape[-1])
-
-    def as_stored(self, matrix: jax.Array) -> jax.Array:
-        """Return what `matrix` was made of."""
-        if self.is_from_model_dim:
-            kernel = self.collected(matrix.reshape(matrix.shape[0], *self.used()), dim=1)
-            return _cut(kernel, (matrix.shape[0], *self.hidden_shape))
-        kernel = self.collected(matrix.reshape(*self.used(), matrix.shape[1]), dim=0)
-        return _cut(kernel, (*self.hidden_shape, matrix.shape[1]))
-
-    def dealt(self, x: jax.Array, *, dim: int) -> jax.Array:
-        """Return a dim of heads in the order in which devices hold them; another hidden dim as it is."""
-        heads = self._heads_as_held()
-        return x if heads is None else jnp.take(x, heads, axis=dim)
-
-    def collected(self, x: jax.Array, *, dim: int) -> jax.Array:
-        """Undo `dealt`."""
-        heads = self._heads_as_held()
-        return x if heads is None else jnp.take(x, np.argsort(heads), axis=dim)
-
-    def _heads_as_held(self) -> np.ndarray | None:
-        """Return the order of heads in activations, or None where it is the stored one, which needs no copy."""
-        if len(self.hidden_shape) == 1:
-            return None
-        heads = heads_as_held(self.hidden_shape[0], self.rules, mesh=jax.sharding.get_abstract_mesh())
-        return None if (heads == np.arange(len(heads))).all() else heads
-
-    def product(self) -> _Product:
-        """Return how x, kernel and y are laid out when they are multiplied."""
-        if platform() != "tpu":
-            return _Product(x="RK", kernel="KM", y="RM")
-        pieces = num_ways(jax.sharding.get_abstract_mesh(), self.rules.length) if len(self.hidden_shape) == 2 else 1
-        if pieces == 1:
-            return _Product(x="BTK", kernel="KM", y="BTM")
-        if self.is_from_model_dim:
-            return _Product(x="BTK", kernel="KSM", y="SBTM", pieces=pieces)
-        return _Product(x="SBTK", kernel="SKM", y="BTM", pieces=pieces)
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class _Product:
-    """The dims of x, kernel and y in the product.
-
-    XLA:CPU takes transposed matrices as they are in the backward pass, but copies operands of higher rank into new
-    layouts first (measured: 1.2 times the whole step), so rows R are batch x length there. XLA:TPU writes [B, T, ...]
-    into what remat saves of all layers at once, but copies matrices there. Heads lie side by side on both; on a TPU in
-    S groups of them where attention exchanges positions for heads (attention/exchange.py), which saves the copies.
+    As a matrix a kernel has its hidden dims as one. The scheduled product has the dims B batch, T length, R rows (batch
+    x length), K and M (the kernel's as a matrix) and S, groups of heads.
     """
 
-    x: str
-    kernel: str
-    y: str
-    pieces: int = 1  # S
+    embed_dim: (
+        int  # which dim of the matrix is the model dim: 0 for a projection into the hidden dim, 1 for one out of it
+    )
+    hidden_shape: tuple[int, ...]  # as stored: (d_ff,) or (heads, head dim)
+    padded_shape: tuple[int, ...]  # as activations have it
+    head_order: tuple[int, ...]  # of activations; empty where it is the stored one, which needs no copy
+    x_spec: PartitionSpec
+    kernel_spec: PartitionSpec
+    bias_spec: PartitionSpec
+    y_spec: PartitionSpec
+    x_dims: str
+    kernel_dims: str
+    y_dims: str
+    num_groups: int  # S
+    kernel_shape: tuple[int, ...]  # of kernel_dims, on one device
+    y_shape: tuple[int, ...]  # on one device, without batch and length
+    is_bias_gradient_a_product: bool
 
-    def forward(self, x, kernel):
-        return jnp.einsum(f"{self.x},{self.kernel}->{self.y}", x, kernel)
+    def to_device_order(self, stored: jax.Array, *, dim: int) -> jax.Array:
+        """Return a stored kernel or bias with its hidden dims, from `dim` on, merged: padded, heads in device order."""
+        end = dim + len(self.hidden_shape)
+        shape = (*stored.shape[:dim], *self.padded_shape, *stored.shape[end:])
+        x = jnp.pad(stored, [(0, new - old) for old, new in zip(stored.shape, shape, strict=True)])
+        if self.head_order:
+            x = jnp.take(x, np.array(self.head_order), axis=dim)
+        return x.reshape(*shape[:dim], math.prod(self.padded_shape), *shape[end:])
 
-    def x_gradient(self, dy, kernel):
-        return jnp.einsum(f"{self.y},{self.kernel}->{self.x}", dy, kernel)
+    def to_stored_order(self, x: jax.Array, *, dim: int) -> jax.Array:
+        """Undo `to_device_order`."""
+        x = x.reshape(*x.shape[:dim], *self.padded_shape, *x.shape[dim + 1 :])
+        if self.head_order:
+            x = jnp.take(x, np.argsort(self.head_order), axis=dim)
+        end = dim + len(self.hidden_shape)
+        shape = (*x.shape[:dim], *self.hidden_shape, *x.shape[end:])
+        return x[tuple(slice(size) for size in shape)]
 
-    def kernel_gradient(self, x, dy):
-        return jnp.einsum(f"{self.x},{self.y}->{self.kernel}", x, dy, preferred_element_type=jnp.float32)
-
-    def bias_gradient(self, dy):
-        over = tuple(dim for dim, letter in enumerate(self.y) if letter in "BTR")
-        return dy.sum(over, dtype=jnp.float32).reshape(-1)
-
-    def bias_gradient_as_product(self, dy):
-        """Sum dy over its rows in the matrix unit of a TPU: for a dy that is not just being made by a product.
-
-        Rows of ones as many as a tile has, for XLA takes a single one for a sum, which it says is 20 times as slow.
-        """
-        B, T = (dy.shape[self.y.index(dim)] for dim in "BT")
-        columns = self.y.replace("BT", "")
-        sums = jnp.einsum(
-            f"XBT,{self.y}->X{columns}",
-            jnp.ones((8, B, T), dy.dtype),
-            dy,
-            precision="highest" if dy.dtype == jnp.float32 else None,
-            preferred_element_type=jnp.float32,
-        )
-        return sums[0].reshape(-1)
-
-    def arranged_kernel(self, kernel_KM: jax.Array) -> jax.Array:
-        if "S" not in self.kernel:
-            return kernel_KM
-        split, shape = self.kernel.index("S"), list(kernel_KM.shape)
-        shape[split : split + 1] = [self.pieces, shape[split] // self.pieces]
-        return kernel_KM.reshape(shape)
-
-    def arranged(self, x: jax.Array, dims: str) -> jax.Array:
-        """[B, T, ...] -> as the product's `dims`."""
+    def to_layout(self, x: jax.Array, dims: str) -> jax.Array:
+        """[B, T, ...] -> the dims that an activation has in the product."""
         B, T, *rest = x.shape
         if "R" in dims:
             return x.reshape(B * T, math.prod(rest))
         if "S" in dims:
-            return jnp.moveaxis(x.reshape(B, T, self.pieces, math.prod(rest) // self.pieces), 2, 0)
+            return jnp.moveaxis(x.reshape(B, T, self.num_groups, math.prod(rest) // self.num_groups), 2, 0)
         return x.reshape(B, T, math.prod(rest))
 
-    def restored(self, x: jax.Array, dims: str, shape: tuple[int, ...]) -> jax.Array:
-        """Undo `arranged`."""
-        return (jnp.moveaxis(x, 0, 2) if "S" in dims else x).reshape(shape)
+
+Project = Callable[[Projection, jax.Array, jax.Array, jax.Array], jax.Array]  # of both implementations
 
 
-def heads_as_held(num_heads: int, rules: AxisRules, *, mesh: Mesh | AbstractMesh) -> np.ndarray:
-    """Return the heads in the order in which activations hold them; each device attends with a run of them."""
-    return dealt(num_heads, ways=num_ways(mesh, rules.heads_in_attention))
+def project_plain(projection: Projection, x: jax.Array, kernel: jax.Array, bias: jax.Array) -> jax.Array:
+    """Return x [B, T, *in] @ kernel [*in, *out] + bias [*out] as [B, T, *out] in x's dtype.
 
-
-def slopes_as_held(config: ModelConfig, rules: AxisRules, *, mesh: Mesh | AbstractMesh) -> jax.Array:
-    """Return ALiBi's slopes of the heads as activations hold them, float32 [N]."""
-    slopes_N = jnp.asarray(alibi_slopes(config.num_heads, scaling=config.alibi_scaling))
-    return slopes_N[heads_as_held(config.num_heads, rules, mesh=mesh)]
-
-
-def used_shape(hidden_shape: tuple[int, ...], *, tensor: int) -> tuple[int, ...]:
-    """Return a hidden shape, (d_ff,) or (heads, head dim), as it is in use: padded for the hardware.
-
-    A TPU keeps the last dim in tiles of 128 and lays an activation whose last dim is none of them out the other way
-    round, which costs a copy at every turn. Heads lie side by side and need no padding of their own.
+    Kernel and bias are float32, as stored. The hidden dims of x or y have their `padded_shape`, heads in the order of
+    `device_head_order`: what is beyond the kernel is 0 in y, and ignored in x. The kernel is rounded to x's dtype;
+    products and the kernel's gradient are float32.
     """
-    *outer, last = hidden_shape
-    if outer:
-        return hidden_shape
-    tile = TILE if platform() == "tpu" and last > TILE // 2 else 1
-    multiple = tile * tensor
-    return (-(-last // multiple) * multiple,)
+    hidden = "NH"[-len(projection.hidden_shape) :]
+    rounded = kernel + jax.lax.stop_gradient(kernel.astype(x.dtype).astype(jnp.float32) - kernel)
+    whole_XX = jax.sharding.reshard(rounded, PartitionSpec(*(None for _ in kernel.shape)))
+    whole_XX = projection.to_device_order(whole_XX, dim=1 - projection.embed_dim)
+    if projection.embed_dim == 0:
+        product, spec = f"BTD,D{hidden}->BT{hidden}", PartitionSpec(None, *projection.y_spec[2:])
+        kernel = whole_XX.reshape(whole_XX.shape[0], *projection.padded_shape)
+        bias = projection.to_device_order(bias, dim=0).reshape(projection.padded_shape)
+    else:
+        product, spec = f"BT{hidden},{hidden}D->BTD", PartitionSpec(*projection.x_spec[2:], None)
+        kernel = whole_XX.reshape(*projection.padded_shape, whole_XX.shape[1])
+    bias = jax.sharding.reshard(bias, PartitionSpec(*projection.y_spec[2:]))
+    kernel = jax.sharding.reshard(kernel, spec)
+    y = jnp.einsum(product, x.astype(jnp.float32), kernel, out_sharding=projection.y_spec)
+    return (y + bias[None, None]).astype(x.dtype)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def project(projection: Projection, x: jax.Array, kernel: jax.Array, bias: jax.Array) -> jax.Array:
-    """Return x [B, T, *in] @ kernel [*in, *out] + bias [*out] as [B, T, *out] in x's dtype.
-
-    Heads of x or y are those of kernel and bias in the order of `heads_as_held`.
-    Kernel and bias are float32, as stored. Hidden dims of x and y have their `used_shape`: what is beyond the kernel is
-    0 in y, and ignored in x.
-    """
+def project_scheduled(projection: Projection, x: jax.Array, kernel: jax.Array, bias: jax.Array) -> jax.Array:
+    """Do as `project_plain`, but multiply in x's dtype and exchange as the module says."""
+    into_hidden, x_dims, y_dims = projection.embed_dim == 0, projection.x_dims, projection.y_dims
 
     def local(x, kernel, bias):
-        product, used = projection.product(), projection.used()
-        kernel_KM = gather_kernel(projection.matrix(kernel), dtype=x.dtype, embed_dim=projection.embed_dim)
-        y = in_order(product.forward(product.arranged(x, product.x), product.arranged_kernel(kernel_KM)))
-        if projection.is_from_model_dim:
-            bias = own_part(projection.dealt(_padded(bias, used), dim=0).reshape(-1))
-            last = (bias.shape[0] // math.prod(used[1:]), *used[1:])
+        kernel_KM = projection.to_device_order(kernel, dim=1 - projection.embed_dim)
+        kernel_KM = gather_kernel(kernel_KM, dtype=x.dtype, embed_dim=projection.embed_dim)
+        x_laid_out, in_use = projection.to_layout(x, x_dims), kernel_KM.reshape(projection.kernel_shape)
+        y = with_row_major_layout(jnp.einsum(f"{x_dims},{projection.kernel_dims}->{y_dims}", x_laid_out, in_use))
+        if into_hidden:  # each device adds its own part of the bias
+            bias = projection.to_device_order(bias, dim=0)
+            size = bias.shape[0] // jax.lax.axis_size(TENSOR)
+            bias = jax.lax.dynamic_slice_in_dim(bias, jax.lax.axis_index(TENSOR) * size, size)
         else:
-            y, last = jax.lax.psum(y, TENSOR), bias.shape
-        y = y + product.arranged(bias.astype(x.dtype)[None, None], product.y)
-        return product.restored(y, product.y, (*x.shape[:2], *last))
+            y = jax.lax.psum(y, TENSOR)
+        y = y + projection.to_layout(bias.astype(x.dtype)[None, None], y_dims)
+        return (jnp.moveaxis(y, 0, 2) if "S" in y_dims else y).reshape(*x.shape[:2], *projection.y_shape)
 
-    x_spec, kernel_spec, bias_spec, y_spec = projection.specs()
-    return jax.shard_map(local, in_specs=(x_spec, kernel_spec, bias_spec), out_specs=y_spec)(x, kernel, bias)
+    in_specs = projection.x_spec, projection.kernel_spec, projection.bias_spec
+    return jax.shard_map(local, in_specs=in_specs, out_specs=projection.y_spec)(x, kernel, bias)
 
 
 def _forward(projection: Projection, x: jax.Array, kernel: jax.Array, bias: jax.Array):
-    return project(projection, x, kernel, bias), (x, kernel)
+    return project_scheduled(projection, x, kernel, bias), (x, kernel)
 
 
-def _backward(projection: Projection, residuals: tuple, dy: jax.Array) -> tuple:
+def _backward(projection: Projection, residuals: tuple[jax.Array, jax.Array], dy: jax.Array):
+    into_hidden, x_dims, y_dims = projection.embed_dim == 0, projection.x_dims, projection.y_dims
+
     def local(x, kernel, dy):
-        product, used = projection.product(), projection.used()
-        kernel_KM = gather_kernel(projection.matrix(kernel), dtype=x.dtype, embed_dim=projection.embed_dim)
-        x_product, dy_product = product.arranged(x, product.x), product.arranged(dy, product.y)
-        dx = in_order(product.x_gradient(dy_product, product.arranged_kernel(kernel_KM)))
-        dkernel_KM = product.kernel_gradient(x_product, dy_product).reshape(kernel_KM.shape)
-        dkernel_KM = scatter_kernel_gradient(dkernel_KM, embed_dim=projection.embed_dim)
+        kernel_KM = projection.to_device_order(kernel, dim=1 - projection.embed_dim)
+        kernel_KM = gather_kernel(kernel_KM, dtype=x.dtype, embed_dim=projection.embed_dim)
+        x_laid_out, dy_laid_out = projection.to_layout(x, x_dims), projection.to_layout(dy, y_dims)
+        in_use, kernel_dims = kernel_KM.reshape(projection.kernel_shape), projection.kernel_dims
+        dx = with_row_major_layout(jnp.einsum(f"{y_dims},{kernel_dims}->{x_dims}", dy_laid_out, in_use))
+        product = f"{x_dims},{y_dims}->{kernel_dims}"
+        dkernel = jnp.einsum(product, x_laid_out, dy_laid_out, preferred_element_type=jnp.float32)
+        dkernel_KM = scatter_kernel_gradient(dkernel.reshape(kernel_KM.shape), embed_dim=projection.embed_dim)
+        if projection.is_bias_gradient_a_product:
+            dbias = _sum_rows_by_product(dy_laid_out, y_dims)
+        else:
+            rows = tuple(dim for dim, letter in enumerate(y_dims) if letter in "BTR")
+            dbias = dy_laid_out.sum(rows, dtype=jnp.float32).reshape(-1)
+        axes = (FSDP, *REPLICA_AXES)
+        if into_hidden:  # each device has the gradient of its own part of the bias
+            dx, size = jax.lax.psum(dx, TENSOR), dbias.shape[0]
+            zeros = jnp.zeros(size * jax.lax.axis_size(TENSOR), dbias.dtype)
+            dbias = jax.lax.dynamic_update_slice_in_dim(zeros, dbias, jax.lax.axis_index(TENSOR) * size, axis=0)
+            dbias, axes = projection.to_stored_order(dbias, dim=0), (*axes, TENSOR)
+        dx = (jnp.moveaxis(dx, 0, 2) if "S" in x_dims else dx).reshape(x.shape)
+        dkernel = projection.to_stored_order(dkernel_KM, dim=1 - projection.embed_dim)
+        return dx, dkernel, jax.lax.psum(dbias, axes)
+
+    in_specs = projection.x_spec, projection.kernel_spec, projection.y_spec
+    out_specs = projection.x_spec, projection.kernel_spec, projection.bias_spec
+    return jax.shard_map(local, in_specs=in_specs, out_specs=out_specs)(*residuals, dy)
+
+
+project_scheduled.defvjp(_forward, _backward)
+
+
+def make_projection(
+    *,
+    in_shape: tuple[int, ...],
+    in_axes: tuple[str, ...],
+    out_shape: tuple[int, ...],
+    out_axes: tuple[str, ...],
+    rules: AxisRules,
+) -> Projection:
+    """Decide how x [B, T, *in_shape] and y [B, T, *out_shape] are multiplied on the current mesh.
+
+    Axes are the kernel's logical ones; those of one side are ("embed",).
+
+    XLA:CPU takes transposed matrices as they are in the backward pass, but copies operands of higher rank into new
+    layouts first (1.2 times the whole step; LOG.md, 2026-11-23), so batch and length are one dim there. XLA:TPU writes
+    [B, T, ...] into what remat saves of all layers at once, but copies matrices there. Heads and their dims are one dim
+    on both; on a TPU in S groups of heads where attention exchanges positions for heads (attention/ulysses.py), which
+    saves the copies there.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    into_hidden = in_axes == ("embed",)
+    hidden_shape, d_model = (out_shape, in_shape[0]) if into_hidden else (in_shape, out_shape[0])
+    hidden_used = padded_shape(hidden_shape, tensor=mesh.shape[TENSOR])
+    has_heads = len(hidden_shape) == 2
+    order = tuple(device_head_order(hidden_shape[0], rules, mesh=mesh).tolist()) if has_heads else ()
+    num_groups = num_ways(mesh, rules.length) if has_heads and platform() == "tpu" else 1
+    if num_groups > 1:
+        dims = ("BTK", "KSM", "SBTM") if into_hidden else ("SBTK", "SKM", "BTM")
+    else:
+        dims = ("BTK", "KM", "BTM") if platform() == "tpu" else ("RK", "KM", "RM")
+    groups = (num_groups,) if num_groups > 1 else ()
+    local_hidden = (*groups, math.prod(hidden_used) // mesh.shape[TENSOR] // num_groups)
+    local_shape = (hidden_used[0] // mesh.shape[TENSOR], *hidden_used[1:])
+
+    def activation_spec(axes: tuple[str, ...]) -> PartitionSpec:
+        return rules.spec("batch", "length", *(axis if axis == "head_dim" else f"act_{axis}" for axis in axes))
+
+    return Projection(
+        embed_dim=0 if into_hidden else 1,
+        hidden_shape=hidden_shape,
+        padded_shape=hidden_used,
+        head_order=() if order == tuple(range(len(order))) else order,
+        x_spec=activation_spec(in_axes),
+        kernel_spec=rules.spec(*in_axes, *out_axes),
+        bias_spec=PartitionSpec(*(None for _ in out_shape)),
+        y_spec=activation_spec(out_axes),
+        x_dims=dims[0],
+        kernel_dims=dims[1],
+        y_dims=dims[2],
+        num_groups=num_groups,
+        kernel_shape=(d_model, *local_hidden) if into_hidden else (*local_hidden, d_model),
+        y_shape=local_shape if into_hidden else out_shape,
         # The products that make the gradients of `up` and `gate` take the sums on their way.
-        is_product = platform() == "tpu" and projection.out_axes != ("mlp",)
-        bias_gradient = product.bias_gradient_as_product if is_product else product.bias_gradient
-        dbias, axes = bias_gradient(dy_product), (FSDP, *COPIES)
-        if projection.is_from_model_dim:
-            dx = jax.lax.psum(dx, TENSOR)
-            dbias = projection.collected(put_parts_together(dbias).reshape(used), dim=0)
-            dbias = _cut(dbias, projection.out_shape)
-            axes = (*axes, TENSOR)
-        return product.restored(dx, product.x, x.shape), projection.as_stored(dkernel_KM), jax.lax.psum(dbias, axes)
-
-    x_spec, kernel_spec, bias_spec, y_spec = projection.specs()
-    mapped = jax.shard_map(local, in_specs=(x_spec, kernel_spec, y_spec), out_specs=(x_spec, kernel_spec, bias_spec))
-    return mapped(*residuals, dy)
+        is_bias_gradient_a_product=platform() == "tpu" and out_axes != ("mlp",),
+    )
 
 
-project.defvjp(_forward, _backward)
+def padded_shape(hidden_shape: tuple[int, ...], *, tensor: int) -> tuple[int, ...]:
+    """Return a hidden shape, (d_ff,) or (heads, head dim), as activations have it: padded for the hardware.
+
+    A TPU stores the last dim in tiles of 128 and gives an activation whose last dim is no multiple of that another
+    layout, which costs a copy at each use. Heads and their dims are one dim there and need no padding.
+    """
+    *heads, size = hidden_shape
+    if heads:
+        return hidden_shape
+    multiple = tensor * (TILE if platform() == "tpu" and size > TILE // 2 else 1)
+    return (-(-size // multiple) * multiple,)
 
 
-def _padded(x: jax.Array, shape: tuple[int, ...]) -> jax.Array:
-    return jnp.pad(x, [(0, new - old) for old, new in zip(x.shape, shape, strict=True)])
+def _sum_rows_by_product(dy: jax.Array, dims: str) -> jax.Array:
+    """Return the float32 sum of dy over batch and length, in a TPU's matrix unit: for a dy that no product just made.
 
-
-def _cut(x: jax.Array, shape: tuple[int, ...]) -> jax.Array:
-    return x[tuple(slice(size) for size in shape)]
-
-
-def _as_activation(axis: str) -> str:
-    return axis if axis == "head_dim" else f"act_{axis}"
+    As many rows of ones as a tile has, for XLA takes a single one for a sum, 20 times as slow by its own estimate.
+    """
+    B, T = (dy.shape[dims.index(dim)] for dim in "BT")
+    sums = jnp.einsum(
+        f"XBT,{dims}->X{dims.replace('BT', '')}",
+        jnp.ones((8, B, T), dy.dtype),
+        dy,
+        precision="highest" if dy.dtype == jnp.float32 else None,
+        preferred_element_type=jnp.float32,
+    )
+    return sums[0].reshape(-1)

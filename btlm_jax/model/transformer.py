@@ -9,21 +9,24 @@ Source: arXiv 2309.11568 and the published model code (`modeling_btlm.py`). HF's
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from jax.sharding import AbstractMesh, Mesh
 
 from btlm_jax.attention import attend
+from btlm_jax.attention.alibi import alibi_slopes
 from btlm_jax.model.layers import Embedding, LayerNorm, Linear
-from btlm_jax.model.projection import slopes_as_held
-from btlm_jax.parallel.mesh import RULES, AxisRules
+from btlm_jax.model.projection import Project, project_scheduled
+from btlm_jax.parallel.mesh import RULES, AxisRules, device_head_order
 from btlm_jax.recipe.config import ModelConfig
 from btlm_jax.recipe.mup import Parametrization
 
-# What the backward pass finds saved of each block; the rest it computes again. Names are given in attention/, by norms
-# and by the projections, which carry their own.
+# What is saved of each block for the backward pass, by checkpoint name; the rest is computed again. The names are given
+# in attention/, by the norms, and by the linear layers, which give their own.
 _NORM = ("norm_mean", "norm_inverse")
 _ATTENTION = (*_NORM, *(f"attention_{name}" for name in ("query", "key", "value", "out", "lse", "reach")))
 _SAVED = {
@@ -36,95 +39,71 @@ _SAVED = {
 
 
 class Attention(nn.Module):
-    """Causal multi-head attention with ALiBi."""
+    """Causal multi-head attention with ALiBi: x_BTD -> [B, T, D]."""
 
     config: ModelConfig
     parametrization: Parametrization
     rules: AxisRules
-    attend: Callable  # (q_BTNH, k_BTNH, v_BTNH) -> o_BTNH, heads in the order of `heads_as_held`
+    project: Project
+    attend: Callable  # (q_BTNH, k_BTNH, v_BTNH) -> o_BTNH, heads in the order of `device_head_order`
 
     @nn.compact
-    def __call__(self, x_BTD):
+    def __call__(self, x_BTD: jax.Array) -> jax.Array:
         D, N, H = self.config.d_model, self.config.num_heads, self.config.head_dim
-
-        def project(name: str):
-            return Linear(
-                in_shape=(D,),
-                in_axes=("embed",),
-                out_shape=(N, H),
-                out_axes=("heads", "head_dim"),
-                parametrization=self.parametrization,
-                rules=self.rules,
-                name=name,
-            )(x_BTD)
-
+        linear = functools.partial(Linear, parametrization=self.parametrization, rules=self.rules, project=self.project)
+        into_heads = functools.partial(
+            linear, in_shape=(D,), in_axes=("embed",), out_shape=(N, H), out_axes=("heads", "head_dim")
+        )
         with jax.named_scope("attend"):
-            o_BTNH = self.attend(project("query"), project("key"), project("value"))
-        return Linear(
-            in_shape=(N, H),
-            in_axes=("heads", "head_dim"),
-            out_shape=(D,),
-            out_axes=("embed",),
-            parametrization=self.parametrization,
-            rules=self.rules,
-            name="out",
-        )(o_BTNH)
+            o_BTNH = self.attend(*(into_heads(name=name)(x_BTD) for name in ("query", "key", "value")))
+        return linear(in_shape=(N, H), in_axes=("heads", "head_dim"), out_shape=(D,), out_axes=("embed",), name="out")(
+            o_BTNH
+        )
 
 
 class Mlp(nn.Module):
-    """SwiGLU: down(up(x) * silu(gate(x)))."""
+    """SwiGLU: x_BTD -> down(up(x) * silu(gate(x)))."""
 
     config: ModelConfig
     parametrization: Parametrization
     rules: AxisRules
+    project: Project
 
     @nn.compact
-    def __call__(self, x_BTD):
+    def __call__(self, x_BTD: jax.Array) -> jax.Array:
         D, F = self.config.d_model, self.config.d_ff
-
-        def widen(name: str):
-            return Linear(
-                in_shape=(D,),
-                in_axes=("embed",),
-                out_shape=(F,),
-                out_axes=("mlp",),
-                parametrization=self.parametrization,
-                rules=self.rules,
-                name=name,
-            )(x_BTD)
-
-        hidden_BTF = widen("up") * jax.nn.silu(widen("gate"))
-        return Linear(
-            in_shape=(F,),
-            in_axes=("mlp",),
-            out_shape=(D,),
-            out_axes=("embed",),
-            parametrization=self.parametrization,
-            rules=self.rules,
-            name="down",
-        )(hidden_BTF)
+        linear = functools.partial(Linear, parametrization=self.parametrization, rules=self.rules, project=self.project)
+        widen = functools.partial(linear, in_shape=(D,), in_axes=("embed",), out_shape=(F,), out_axes=("mlp",))
+        hidden_BTF = widen(name="up")(x_BTD) * jax.nn.silu(widen(name="gate")(x_BTD))
+        return linear(in_shape=(F,), in_axes=("mlp",), out_shape=(D,), out_axes=("embed",), name="down")(hidden_BTF)
 
 
 class Block(nn.Module):
-    """One pre-LayerNorm decoder block; returns (x_BTD, None) as nn.scan wants."""
+    """One pre-LayerNorm decoder block: x_BTD -> (x_BTD, None), as nn.scan wants it."""
 
     config: ModelConfig
     parametrization: Parametrization
     rules: AxisRules
-    attend: Callable
+    project: Project
+    attend: Callable  # as Attention's
 
     @nn.compact
-    def __call__(self, x_BTD):
-        parts = dict(parametrization=self.parametrization, rules=self.rules)
-        scale = self.parametrization.residual_scale
-
-        def norm(name: str):
-            return LayerNorm(eps=self.config.layer_norm_eps, name=name, **parts)(x_BTD)
-
-        x_BTD = x_BTD + scale * Attention(config=self.config, attend=self.attend, name="attention", **parts)(
-            norm("ln_1")
+    def __call__(self, x_BTD: jax.Array) -> tuple[jax.Array, None]:
+        parametrization, rules, scale = self.parametrization, self.rules, self.parametrization.residual_scale
+        norm = functools.partial(
+            LayerNorm, eps=self.config.layer_norm_eps, parametrization=parametrization, rules=rules
         )
-        x_BTD = x_BTD + scale * Mlp(config=self.config, name="mlp", **parts)(norm("ln_2"))
+        attention = Attention(
+            config=self.config,
+            parametrization=parametrization,
+            rules=rules,
+            project=self.project,
+            attend=self.attend,
+            name="attention",
+        )
+        mlp = Mlp(config=self.config, parametrization=parametrization, rules=rules, project=self.project, name="mlp")
+        x_BTD = x_BTD + scale * attention(norm(name="ln_1")(x_BTD))
+        x_BTD = x_BTD + scale * mlp(norm(name="ln_2")(x_BTD))
         return x_BTD, None
 
 
@@ -134,31 +113,60 @@ class Btlm(nn.Module):
     config: ModelConfig
     parametrization: Parametrization
     rules: AxisRules
+    project: Project
 
     @nn.compact
-    def __call__(self, inputs_BT):
-        parts = dict(parametrization=self.parametrization, rules=self.rules)
-        dtype = jnp.dtype(self.config.dtype)
-        x_BTD = Embedding(
-            vocab_size=self.config.vocab_size, d_model=self.config.d_model, dtype=dtype, name="embedding", **parts
-        )(inputs_BT)
-        x_BTD = x_BTD * self.parametrization.embedding_scale
+    def __call__(self, inputs_BT: jax.Array) -> jax.Array:
+        config, parametrization, rules = self.config, self.parametrization, self.rules
+        embedding = Embedding(
+            vocab_size=config.vocab_size,
+            d_model=config.d_model,
+            dtype=jnp.dtype(config.dtype),
+            parametrization=parametrization,
+            rules=rules,
+            name="embedding",
+        )
+        x_BTD = embedding(inputs_BT) * parametrization.embedding_scale
         blocks = nn.scan(
-            nn.remat(Block, prevent_cse=False, policy=_SAVED[self.config.remat]),
+            nn.remat(Block, prevent_cse=False, policy=_SAVED[config.remat]),
             variable_axes={"params": 0, "intermediates": 0},  # so that capture_intermediates sees every block
             split_rngs={"params": True},
-            length=self.config.num_layers,
+            length=config.num_layers,
             metadata_params={nn.PARTITION_NAME: "layers"},
         )
-        x_BTD, _ = blocks(config=self.config, attend=self._attend, name="blocks", **parts)(x_BTD)
-        return LayerNorm(eps=self.config.layer_norm_eps, name="ln_f", **parts)(x_BTD)
+        x_BTD, _ = blocks(
+            config=config,
+            parametrization=parametrization,
+            rules=rules,
+            project=self.project,
+            attend=self._attend,
+            name="blocks",
+        )(x_BTD)
+        norm = LayerNorm(eps=config.layer_norm_eps, parametrization=parametrization, rules=rules, name="ln_f")
+        return norm(x_BTD)
 
-    def _attend(self, q_BTNH, k_BSNH, v_BSNH):
-        slopes_N = slopes_as_held(self.config, self.rules, mesh=jax.sharding.get_abstract_mesh())
+    def _attend(self, q_BTNH: jax.Array, k_BSNH: jax.Array, v_BSNH: jax.Array) -> jax.Array:
+        slopes_N = device_slopes(self.config, self.rules, mesh=jax.sharding.get_abstract_mesh())
         scale = self.parametrization.attention_scale
         return attend(q_BTNH, k_BSNH, v_BSNH, slopes_N, scale=scale, implementation=self.config.attention)
 
 
-def make_model(config: ModelConfig, parametrization: Parametrization, *, rules: AxisRules = RULES) -> Btlm:
-    """Make the network; it holds no arrays. `rules` say how its activations are split over the mesh."""
-    return Btlm(config=config, parametrization=parametrization, rules=rules)
+def make_model(
+    config: ModelConfig,
+    parametrization: Parametrization,
+    *,
+    rules: AxisRules = RULES,
+    project: Project = project_scheduled,  # pyright: ignore[reportArgumentType] # custom_vjp hides its signature
+) -> Btlm:
+    """Make the network; it holds no arrays.
+
+    `rules` say how its activations are split over the mesh, `project` how they are multiplied with weights (see
+    projection.py).
+    """
+    return Btlm(config=config, parametrization=parametrization, rules=rules, project=project)
+
+
+def device_slopes(config: ModelConfig, rules: AxisRules, *, mesh: Mesh | AbstractMesh) -> jax.Array:
+    """Return ALiBi's slopes of the heads in the order of `device_head_order`, float32 [N]."""
+    slopes_N = jnp.asarray(alibi_slopes(config.num_heads, scaling=config.alibi_scaling))
+    return slopes_N[device_head_order(config.num_heads, rules, mesh=mesh)]

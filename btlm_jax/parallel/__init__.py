@@ -1,1 +1,1 @@
-"""The device mesh, sharding rules, collectives, and the order of heads on devices."""
+"""The device mesh, sharding rules, the order of heads on devices, and exchanges of weights and their gradients."""

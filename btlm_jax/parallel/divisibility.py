@@ -1,4 +1,4 @@
-"""What a mesh must divide, checked before anything is built."""
+"""Check, before anything is built, that the mesh divides every size that it splits."""
 
 from __future__ import annotations
 
@@ -8,10 +8,10 @@ from btlm_jax.recipe.config import MeshConfig, TrainConfig
 
 
 def check_divisible(config: TrainConfig, *, num_devices: int) -> None:
-    """Check that everything the config's mesh splits divides evenly.
+    """Check that the config's mesh on so many devices divides every size that it splits.
 
     Raises:
-      ValueError: naming every size that does not divide, by what, and what would.
+      ValueError: it does not; names each size, its divisor, and the nearest sizes that would do.
     """
     if problems := divisibility_problems(config, num_devices=num_devices):
         layout = f"on {num_devices} devices as {describe_mesh(config.mesh, num_devices=num_devices)}"
@@ -24,7 +24,7 @@ def describe_mesh(mesh: MeshConfig, *, num_devices: int) -> str:
 
 
 def divisibility_problems(config: TrainConfig, *, num_devices: int) -> list[str]:
-    """Return a line for every size that the config's mesh on so many devices does not divide, and what would do."""
+    """Return, for each size that the mesh on so many devices does not divide, a line with the nearest that it does."""
     mesh = config.mesh
     if num_devices % (mesh.tensor * mesh.context):
         ways = f"mesh.tensor={mesh.tensor} x mesh.context={mesh.context}"
@@ -39,12 +39,12 @@ def divisibility_problems(config: TrainConfig, *, num_devices: int) -> list[str]
 
 
 def divisors(number: int) -> list[int]:
-    """Return what divides a number, ascending."""
+    """Return the divisors of a number, ascending."""
     return [divisor for divisor in range(1, number + 1) if number % divisor == 0]
 
 
 def _divisions(config: TrainConfig, *, fsdp: int) -> Iterator[tuple[str, int, int, str]]:
-    """Yield (name, size, by, why) of everything that is split."""
+    """Yield (name, size, divisor, what the divisor is made of) of everything that is split."""
     mesh = config.mesh
     batch_ways = f"mesh fsdp {fsdp} x mesh.accumulation {mesh.accumulation}"
     inner, inner_ways = mesh.tensor * mesh.context, f"mesh.tensor {mesh.tensor} x mesh.context {mesh.context}"

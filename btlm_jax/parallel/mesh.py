@@ -1,11 +1,11 @@
-"""The device mesh and the rules that map a tensor's logical axes onto it.
+"""The device mesh, the rules that map a tensor's logical axes onto it, and the order of heads on devices.
 
-A logical axis is the name that a parameter or an activation is born with ("embed", "heads", ...). A mesh axis is one of
+A logical axis is the name of a dim of a parameter or an activation ("embed", "heads", ...). The mesh axes are
 
-    fsdp      splits sequences, and the stored parameters
-    shared    splits sequences in phases whose batch has enough of them, positions in the others
-    context   splits the positions of a sequence
-    tensor    splits heads and d_ff in use, and the stored parameters
+    FSDP               splits sequences, and the stored parameters
+    BATCH_OR_CONTEXT   splits sequences in phases whose batch has enough of them, positions in the others
+    CONTEXT            splits the positions of a sequence
+    TENSOR             splits heads and d_ff in use, and the stored parameters
 
 The mesh is in explicit mode: the sharding of every array is part of its type, and a mistake is an error at trace time,
 on one CPU device too.
@@ -18,13 +18,16 @@ import math
 from collections.abc import Sequence
 
 import jax
+import numpy as np
 from jax.experimental import mesh_utils
-from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 
 from btlm_jax.parallel.divisibility import divisors
 from btlm_jax.recipe.config import TrainConfig
 
-FSDP, SHARED, CONTEXT, TENSOR = MESH_AXES = ("fsdp", "shared", "context", "tensor")
+# The second is "shared" in checkpoints' shardings and in the text of programs, by whose hash `btlm plan` and
+# configs/pods/table.json know them: another name there would have every program compiled again.
+FSDP, BATCH_OR_CONTEXT, CONTEXT, TENSOR = MESH_AXES = ("fsdp", "shared", "context", "tensor")
 
 Axes = str | tuple[str, ...] | None
 
@@ -40,7 +43,7 @@ class AxisRules:
 
     accumulation: Axes = None
     batch: Axes = FSDP
-    length: Axes = (SHARED, CONTEXT)
+    length: Axes = (BATCH_OR_CONTEXT, CONTEXT)
     act_embed: Axes = None
     act_heads: Axes = TENSOR
     act_mlp: Axes = TENSOR
@@ -63,28 +66,37 @@ class AxisRules:
 
 
 RULES = AxisRules()  # the most ways for positions, the fewest for sequences
-MANY_SEQUENCES = AxisRules(batch=(FSDP, SHARED), length=CONTEXT)
+MANY_SEQUENCES = AxisRules(batch=(FSDP, BATCH_OR_CONTEXT), length=CONTEXT)
 WHOLE_SEQUENCES = AxisRules(length=None)  # for decoding, where a sequence's positions come one by one
 
 
-def make_mesh(*, devices: Sequence[jax.Device], tensor: int, context: int = 1, shared: int = 1) -> Mesh:
+def make_mesh(
+    *,
+    devices: Sequence[jax.Device],  # pyright: ignore[reportInvalidTypeForm] # jax declares it as a variable
+    tensor: int,
+    context: int = 1,
+    batch_or_context: int = 1,
+) -> Mesh:
     """Make the explicit mesh over `devices`; fsdp takes what the others leave.
 
     Raises:
       ValueError: the other axes do not divide the number of devices.
     """
-    if len(devices) % (tensor * context * shared):
-        ways = f"mesh.tensor={tensor}" + (f" x mesh.context={context * shared}" if context * shared > 1 else "")
+    length_ways = batch_or_context * context
+    if len(devices) % (length_ways * tensor):
+        ways = f"mesh.tensor={tensor}" + (f" x mesh.context={length_ways}" if length_ways > 1 else "")
         raise ValueError(f"{ways} does not divide the {len(devices)} devices of this run")
-    fsdp = len(devices) // (tensor * context * shared)
+    shape = (len(devices) // (length_ways * tensor), batch_or_context, context, tensor)
     # jax.make_mesh refuses an axis that is part of a side of a TPU slice, except on a v5e: 32 x 4 x 2 on 16 x 16.
-    placed = mesh_utils.create_device_mesh(
-        (fsdp, shared, context, tensor), tuple(devices), allow_split_physical_axes=True
-    )
-    return Mesh(placed, MESH_AXES, axis_types=(AxisType.Explicit,) * len(MESH_AXES))
+    device_array = mesh_utils.create_device_mesh(shape, tuple(devices), allow_split_physical_axes=True)
+    return Mesh(device_array, MESH_AXES, axis_types=(AxisType.Explicit,) * len(MESH_AXES))
 
 
-def make_run_mesh(config: TrainConfig, *, devices: Sequence[jax.Device]) -> Mesh:
+def make_run_mesh(
+    config: TrainConfig,
+    *,
+    devices: Sequence[jax.Device],  # pyright: ignore[reportInvalidTypeForm] # jax declares it as a variable
+) -> Mesh:
     """Make the mesh of a run: sequences are split no more ways than some phase's batch can fill.
 
     Raises:
@@ -93,20 +105,20 @@ def make_run_mesh(config: TrainConfig, *, devices: Sequence[jax.Device]) -> Mesh
     tensor, ways = config.mesh.tensor, config.mesh.context
     fsdp = len(devices) // (tensor * ways)
     batches = [phase.batch_size for phase in config.curriculum.table.phases]
-    shared = max(
+    batch_ways = max(
         (
-            shared
-            for shared in divisors(ways)
-            if any(batch % (max(fsdp, 1) * config.mesh.accumulation * shared) == 0 for batch in batches)
+            divisor
+            for divisor in divisors(ways)
+            if any(batch % (max(fsdp, 1) * config.mesh.accumulation * divisor) == 0 for batch in batches)
         ),
         default=1,
     )
-    return make_mesh(devices=devices, tensor=tensor, context=ways // shared, shared=shared)
+    return make_mesh(devices=devices, tensor=tensor, context=ways // batch_ways, batch_or_context=batch_ways)
 
 
 def rules_for(batch_size: int, *, mesh: Mesh, accumulation: int) -> AxisRules:
     """Return the rules of a phase: positions are split the fewest ways that its batch allows."""
-    is_filled = batch_size % (mesh.shape[FSDP] * mesh.shape[SHARED] * accumulation) == 0
+    is_filled = batch_size % (mesh.shape[FSDP] * mesh.shape[BATCH_OR_CONTEXT] * accumulation) == 0
     return MANY_SEQUENCES if is_filled else RULES
 
 
@@ -120,25 +132,41 @@ def evaluation_sharding(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, RULES.spec("batch", "length"))
 
 
+def device_head_order(num_heads: int, rules: AxisRules, *, mesh: Mesh | AbstractMesh) -> np.ndarray:
+    """Return the heads [N] in the order of activations; each device attends with a contiguous share of them."""
+    return balanced_head_order(num_heads, ways=num_ways(mesh, rules.heads_in_attention))
+
+
+def balanced_head_order(num_heads: int, *, ways: int) -> np.ndarray:
+    """Return the heads [N] in an order whose contiguous shares, one for each of `ways` devices, cost much the same.
+
+    A steeper ALiBi slope makes a shorter window and so less work, and slopes fall with the number of the head; so heads
+    are assigned in boustrophedon order: of 8 heads, the first of 2 devices has 0, 3, 4 and 7. Where `ways` does not
+    divide the heads, which `attend` refuses, they keep their order.
+    """
+    heads = np.arange(num_heads)
+    if num_heads % ways:
+        return heads
+    rounds = heads.reshape(num_heads // ways, ways)
+    rounds[1::2] = rounds[1::2, ::-1]
+    return rounds.T.reshape(num_heads)
+
+
 def platform() -> str:
-    """Return the platform of the surrounding mesh's devices, which a compilation ahead of time need not have here."""
-    return _device().platform
+    """Return the platform ("cpu", "gpu", "tpu") of the current mesh's devices, which need not exist on this machine."""
+    return (jax.sharding.get_abstract_mesh().abstract_device or jax.devices()[0]).platform
 
 
 def device_kind() -> str:
-    """Return what the devices of the surrounding mesh call themselves ("TPU v5 lite"), here or ahead of time."""
-    return _device().device_kind
+    """Return the kind of the current mesh's devices ("TPU v5 lite"), which need not exist on this machine."""
+    return (jax.sharding.get_abstract_mesh().abstract_device or jax.devices()[0]).device_kind
 
 
-def _device():
-    return jax.sharding.get_abstract_mesh().abstract_device or jax.devices()[0]
-
-
-def num_ways(mesh: Mesh | jax.sharding.AbstractMesh, axes: Axes) -> int:
+def num_ways(mesh: Mesh | AbstractMesh, axes: Axes) -> int:
     """Return into how many parts these mesh axes split."""
     return math.prod(mesh.shape[name] for name in axis_names(axes))
 
 
 def axis_names(axes: Axes) -> tuple[str, ...]:
-    """Return mesh axes, as a rule or an entry of a PartitionSpec has them, one by one."""
+    """Return as a tuple the mesh axes of a rule or of an entry of a PartitionSpec."""
     return () if axes is None else (axes,) if isinstance(axes, str) else tuple(axes)

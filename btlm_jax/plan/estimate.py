@@ -14,7 +14,7 @@ import jax
 import numpy as np
 
 from btlm_jax.attention.alibi_window import SPREAD, reach
-from btlm_jax.model.projection import slopes_as_held
+from btlm_jax.model.transformer import device_slopes
 from btlm_jax.parallel.mesh import num_ways
 from btlm_jax.plan.chips import Chip
 from btlm_jax.plan.compiling import CompileCache, CompiledStep
@@ -158,7 +158,7 @@ def _slopes_of_devices(program: Program, phase: Phase) -> np.ndarray:
     """Return the slopes of the heads with which each of X devices attends."""
     model, rules = program.config.model, program.rules_for(phase)
     ways = num_ways(program.mesh, rules.heads_in_attention)
-    slopes_N = np.asarray(slopes_as_held(model, rules, mesh=program.mesh))
+    slopes_N = np.asarray(device_slopes(model, rules, mesh=program.mesh))
     return slopes_N.reshape(ways, model.num_heads // ways)
 
 

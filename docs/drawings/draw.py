@@ -16,7 +16,7 @@ from btlm_jax.attention.alibi import alibi_slopes
 from btlm_jax.attention.alibi_lanes import NUM_LANES, NUM_PARTS, bfloat16_parts
 from btlm_jax.attention.alibi_window import SPREAD, reach
 from btlm_jax.data.order import TrainingOrder
-from btlm_jax.parallel.head_order import dealt
+from btlm_jax.parallel.mesh import balanced_head_order
 from btlm_jax.recipe.curriculum import Curriculum, make_curriculum
 
 FOLDER = Path(__file__).resolve().parent
@@ -205,7 +205,7 @@ def mesh() -> Drawing:
 def ulysses() -> Drawing:
     """Draw the exchange of positions for heads."""
     ways, heads = 4, 8
-    order = dealt(heads, ways=ways)
+    order = balanced_head_order(heads, ways=ways)
     drawing = Drawing(
         height=560,
         title="The Ulysses exchange: positions for heads, and back",

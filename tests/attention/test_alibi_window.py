@@ -6,7 +6,7 @@ import pytest
 
 from btlm_jax.attention.alibi import alibi_slopes
 from btlm_jax.attention.alibi_window import largest_spread, reach
-from btlm_jax.parallel.head_order import dealt
+from btlm_jax.parallel.mesh import balanced_head_order
 
 
 @pytest.mark.parametrize("xp", [np, jnp])
@@ -42,11 +42,11 @@ def test_no_row_of_scores_spreads_further_than_the_bound(dtype):
 
 @pytest.mark.parametrize("num_heads, ways", [(32, 1), (32, 2), (32, 4), (32, 8), (32, 32), (12, 4), (6, 4)])
 def test_every_head_is_dealt_once(num_heads, ways):
-    assert sorted(dealt(num_heads, ways=ways)) == list(range(num_heads))
+    assert sorted(balanced_head_order(num_heads, ways=ways)) == list(range(num_heads))
 
 
 def test_devices_see_much_the_same():
-    assert dealt(8, ways=2).tolist() == [0, 3, 4, 7, 1, 2, 5, 6]
+    assert balanced_head_order(8, ways=2).tolist() == [0, 3, 4, 7, 1, 2, 5, 6]
     seen = np.minimum(reach(64.0, alibi_slopes(32, scaling=1.0), xp=np), 8192)
-    as_dealt, in_turn = (seen[heads].reshape(8, 4).sum(1) for heads in (dealt(32, ways=8), np.arange(32)))
+    as_dealt, in_turn = (seen[heads].reshape(8, 4).sum(1) for heads in (balanced_head_order(32, ways=8), np.arange(32)))
     assert as_dealt.max() < 1.1 * as_dealt.mean() and in_turn.max() > 2 * in_turn.mean()
