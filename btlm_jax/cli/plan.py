@@ -74,20 +74,20 @@ def plan(arguments: Sequence[str]) -> int:
 def _plan(config: TrainConfig, *, topology: str, cache, price: float) -> tuple[dict, str, bool]:
     """Return the plan as JSON, as a table, and whether it works."""
     planned = importlib.import_module("btlm_jax.plan.slice_plan").plan_run(
-        config, topology=topology, cache=cache, say=_say
+        config, topology=topology, cache=cache, report_progress=_print_progress
     )
     report = importlib.import_module("btlm_jax.plan.plan_report")
-    content = report.plan_json(planned, usd_per_chip_hour=price)
-    return content, report.plan_table(planned, usd_per_chip_hour=price), planned.works
+    content = report.plan_to_json(planned, usd_per_chip_hour=price)
+    return content, report.format_plan(planned, usd_per_chip_hour=price), planned.works
 
 
 def _search(config: TrainConfig, *, topology: str, cache, price: float) -> tuple[dict, str, bool]:
     """Return the same of a search, which works if any layout does."""
     found = importlib.import_module("btlm_jax.plan.search").search_layouts(
-        config, topology=topology, cache=cache, say=_say
+        config, topology=topology, cache=cache, report_progress=_print_progress
     )
     report = importlib.import_module("btlm_jax.plan.search_report")
-    return report.search_json(found, usd_per_chip_hour=price), report.search_table(found), found.best is not None
+    return report.search_to_json(found, usd_per_chip_hour=price), report.format_search(found), found.best is not None
 
 
 def _check(config: TrainConfig, file: Path, *, topology: str) -> int:
@@ -98,7 +98,7 @@ def _check(config: TrainConfig, file: Path, *, topology: str) -> int:
     if problems := slice_plan.layout_problems(config, num_devices=count, chip=chip):
         raise ValueError(f"the config does not divide {topology}:\n  " + "\n  ".join(problems))
     pod_table = importlib.import_module("btlm_jax.plan.pod_table")
-    print(pod_table.check_fits(config, config_file=file, chip=chip.name, num_chips=count))
+    print(pod_table.check_layout_fits(config, config_file=file, chip=chip.name, num_chips=count))
     return DONE
 
 
@@ -111,7 +111,7 @@ def _make_table(values: flags.FlagValues, arguments: Sequence[str]) -> int:
         raise UsageError("--table takes configs and their slices from the file's folder: leave out the other two flags")
     _use_no_accelerator()
     make_table = importlib.import_module("btlm_jax.plan.make_table").make_table
-    wrong = make_table(Path(values["table"].value), cache=_cache(values, mode), say=_say)
+    wrong = make_table(Path(values["table"].value), cache=_cache(values, mode), report_progress=_print_progress)
     for problem in wrong:
         print(f"PROBLEM: {problem}")
     print(f"Wrote {values['table'].value} and the same in Markdown")
@@ -164,5 +164,5 @@ def _flags() -> flags.FlagValues:
     return values
 
 
-def _say(message: str) -> None:
+def _print_progress(message: str) -> None:
     print(message, file=sys.stderr, flush=True)

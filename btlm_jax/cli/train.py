@@ -76,7 +76,7 @@ def continue_prompt(run, params: dict) -> str:
 
 def _check_devices(config: TrainConfig, devices: Sequence, *, config_file: Path) -> str:
     """Ask the table of layouts beside the config file, which knows TPUs only."""
-    if devices[0].platform != "tpu":
+    if not devices[0].device_kind.startswith("TPU"):
         return ""
     pod_table = importlib.import_module("btlm_jax.plan.pod_table")
     return pod_table.check_devices(config, devices, config_file=config_file)

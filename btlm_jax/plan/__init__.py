@@ -1,1 +1,1 @@
-"""Compile a config's train steps for a TPU slice that is not there, and say what they would need and take."""
+"""Compile a config's train steps for a TPU slice on a machine without one; predict memory, step time and cost."""

@@ -1,4 +1,4 @@
-"""What is known of each TPU generation, and the devices of a slice to compile for, made by libtpu on any machine."""
+"""Figures of each TPU generation, and a slice's devices to compile for, which libtpu makes on any machine."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import jax
 from jax.experimental import topologies
 
 from btlm_jax.attention.tpu import BACKWARD, FORWARD
-from btlm_jax.plan.flop_count import DIAGONAL, OUT_OF_SIGHT
+from btlm_jax.plan.flop_count import DIAGONAL, OUT_OF_WINDOW
 
 GIB = 1 << 30
 _PLANE = ("2x2", "2x4", "4x4", "4x8", "8x8", "8x16", "16x16")
@@ -20,17 +20,17 @@ _CUBE = ("2x2x1", "2x2x2", "2x2x4", "2x4x4", "4x4x4", "4x4x8", "4x8x8", "8x8x8",
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Chip:
-    """One generation. Peak FLOP/s are in metrics.py, which takes them from a device's kind."""
+    """One generation. Peak FLOP/s are in train/flops.py, by a device's kind."""
 
     name: str
-    hbm_bytes: int  # what the compiler gives a program; it names it when a program needs more
+    hbm_bytes: int  # what the compiler allows a program; its error names it when a program needs more
     clock: float  # cycles/s
     num_cores: int  # that one device is made of
     link_bytes: float  # bytes/s of one direction of one link to a neighbour
-    kernel_bundles: dict[str, int]  # see _bundles
+    kernel_bundles: dict[str, int]  # instructions of attention kernels, see _bundles
     slices: tuple[str, ...]
-    options: dict[str, str]  # that libtpu wants beside the name
-    kinds: tuple[str, ...]  # what its devices call themselves
+    options: dict[str, str]  # of libtpu's topology description
+    kinds: tuple[str, ...]  # jax.Device.device_kind
     accelerator: str  # what Google Cloud calls its slices, before the number
 
 
@@ -39,18 +39,21 @@ def _bundles(
     splash: tuple[int, int, int],
     forward: tuple[int, int],
     backward: tuple[int, int],
-    out_of_sight: tuple[int, int],
+    out_of_window: tuple[int, int],
 ) -> dict[str, int]:
-    """Return instruction bundles of attention kernels for 512 x 512 positions of a head, from libtpu 0.0.42's dump.
+    """Return instruction bundles (one a cycle) of attention kernels for a head's block of 512 x 512 positions.
 
-    `splash`: of the inner loops of its three kernels. `forward`, `backward`: of attention/tpu.py with 8 heads of 80
-    lanes, off the diagonal and on it; a head's share of parting and joining heads is in them. `out_of_sight`: what is
-    left of the two off the diagonal, at most, where ALiBi puts the keys out of sight: parting heads beside others that
-    see.
+    Read out of libtpu 0.0.42's dump on 2026-11-26; `benchmarks/kernel_bundles.py` reads them again. By argument:
+
+      splash         inner loops of its forward, dq and dkv kernels
+      forward        attention/tpu.py with 8 heads of 80 lanes: (off the diagonal, on it), splitting and merging heads
+      backward       included in a head's share
+      out_of_window  (forward, backward): the most that is left off the diagonal for a head whose ALiBi window ends
+                     before the block, beside heads whose windows do not
     """
     names = ("fwd", "dq", "dkv", FORWARD, FORWARD + DIAGONAL, BACKWARD, BACKWARD + DIAGONAL)
-    unseen = (FORWARD + OUT_OF_SIGHT, BACKWARD + OUT_OF_SIGHT)
-    return dict(zip((*names, *unseen), (*splash, *forward, *backward, *out_of_sight), strict=True))
+    skipped = (FORWARD + OUT_OF_WINDOW, BACKWARD + OUT_OF_WINDOW)
+    return dict(zip((*names, *skipped), (*splash, *forward, *backward, *out_of_window), strict=True))
 
 
 CHIPS = {
@@ -59,7 +62,7 @@ CHIPS = {
         Chip(
             name="v4", hbm_bytes=int(30.75 * GIB), clock=1.05e9, num_cores=2, link_bytes=45e9,
             kernel_bundles=_bundles(
-                splash=(1411, 1700, 2150), forward=(2856, 3464), backward=(3248, 4256), out_of_sight=(452, 328)
+                splash=(1411, 1700, 2150), forward=(2856, 3464), backward=(3248, 4256), out_of_window=(452, 328)
             ),
             slices=_CUBE,
             options={"chip_config_name": "megacore"},  # otherwise a device is half a chip
@@ -68,7 +71,7 @@ CHIPS = {
         Chip(
             name="v5e", hbm_bytes=int(15.75 * GIB), clock=1.5e9, num_cores=1, link_bytes=45e9,
             kernel_bundles=_bundles(
-                splash=(1038, 1362, 1752), forward=(1278, 1447), backward=(2375, 2651), out_of_sight=(18, 83)
+                splash=(1038, 1362, 1752), forward=(1278, 1447), backward=(2375, 2651), out_of_window=(18, 83)
             ),
             slices=_PLANE, options={},
             kinds=("TPU v5 lite", "TPU v5e"), accelerator="v5litepod",
@@ -76,7 +79,7 @@ CHIPS = {
         Chip(
             name="v5p", hbm_bytes=int(95.74 * GIB), clock=1.75e9, num_cores=2, link_bytes=90e9,
             kernel_bundles=_bundles(
-                splash=(1016, 1360, 1750), forward=(1314, 1425), backward=(2390, 2640), out_of_sight=(18, 83)
+                splash=(1016, 1360, 1750), forward=(1314, 1425), backward=(2390, 2640), out_of_window=(18, 83)
             ),
             slices=_CUBE, options={},
             kinds=("TPU v5", "TPU v5p"), accelerator="v5p",
@@ -84,7 +87,7 @@ CHIPS = {
         Chip(
             name="v6e", hbm_bytes=int(31.25 * GIB), clock=1.75e9, num_cores=1, link_bytes=90e9,
             kernel_bundles=_bundles(
-                splash=(672, 780, 1000), forward=(988, 1018), backward=(1406, 1589), out_of_sight=(18, 54)
+                splash=(672, 780, 1000), forward=(988, 1018), backward=(1406, 1589), out_of_window=(18, 54)
             ),
             slices=_PLANE, options={},
             kinds=("TPU v6 lite", "TPU v6e"), accelerator="v6e",
@@ -94,7 +97,7 @@ CHIPS = {
 
 
 def topology_named(name: str) -> str:
-    """Return the topology that `name` is, or that an accelerator type of Google Cloud is: v5litepod-256 is v5e:16x16.
+    """Return a topology such as v5e:16x16, from its own name or Google Cloud's accelerator type (v5litepod-256).
 
     Raises:
       ValueError: it is neither.
@@ -120,7 +123,7 @@ def chip_of(topology: str) -> Chip:
 
 
 def chip_of_device(device: jax.Device) -> Chip | None:
-    """Return the chip that a device of this machine is, or None for what is no TPU, or one of no known generation."""
+    """Return the chip of a device of this machine; None if it is no TPU, or of an unknown generation."""
     return next((chip for chip in CHIPS.values() if device.device_kind in chip.kinds), None)
 
 
@@ -130,7 +133,7 @@ def usual_topology(chip: Chip, *, count: int) -> str:
 
 
 def slice_devices(topology: str) -> list[jax.Device]:
-    """Return the devices of a slice; nothing can be put on them, but programs can be compiled for them.
+    """Return the devices of a slice: programs can be compiled for them, arrays cannot be put on them.
 
     Raises:
       ValueError: there is no such slice, or libtpu is not installed.
@@ -138,7 +141,7 @@ def slice_devices(topology: str) -> list[jax.Device]:
     chip = chip_of(topology)
     if importlib.util.find_spec("libtpu") is None:
         raise ValueError("compiling for TPUs needs libtpu, on any Linux machine: pip install 'btlm_jax[tpu]'")
-    _settle_libtpu()
+    _configure_libtpu_without_tpu()
     try:
         description = topologies.get_topology_desc(platform="tpu", topology_name=topology, **chip.options)
     except jax.errors.JaxRuntimeError as error:
@@ -160,8 +163,8 @@ def _accelerator_number(chip: Chip, slice_shape: str) -> int:
     return num_chips(slice_shape) * chip.num_cores
 
 
-def _settle_libtpu() -> None:
-    """Tell libtpu that there is no TPU here to look for, to lock, or to complain about."""
+def _configure_libtpu_without_tpu() -> None:
+    """Set the variables with which libtpu neither looks for a TPU, nor locks one, nor logs that there is none."""
     for name, value in (
         ("TPU_SKIP_MDS_QUERY", "1"),
         ("ALLOW_MULTIPLE_LIBTPU_LOAD", "1"),

@@ -1,7 +1,8 @@
-"""Compile a step for a slice and keep what was read out of the result, because compiling takes minutes."""
+"""Compile a step for a slice, and cache what is read from the executable: compiling takes minutes."""
 
 from __future__ import annotations
 
+import ast
 import dataclasses
 import hashlib
 import importlib.metadata
@@ -31,55 +32,55 @@ class DoesNotFitError(Exception):
 
 
 class NoCompilationsLeftError(Exception):
-    """A step would have to be compiled, and as many as allowed have been."""
+    """A step is not in the cache, and the allowed number of compilations has been made."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class CompiledStep:
-    """What a compilation said: bytes of a device, and what its text says."""
+    """Result of a compilation: bytes of one device, and what the executable's text says."""
 
-    program: str  # a hash of all that decides the rest
+    program: str  # cache key: a hash of everything that the result depends on
     argument_bytes: int
     output_bytes: int
-    alias_bytes: int  # outputs that take the place of donated arguments
+    alias_bytes: int  # outputs that reuse donated arguments
     temporary_bytes: int
     code_bytes: int
     executable: Executable
-    seconds: float  # that compiling took
+    seconds: float  # of compiling
 
 
 @dataclasses.dataclass(kw_only=True)
 class CompileCache:
-    """A directory of what compilations said, "does not fit" too, and how many more may be made."""
+    """A directory of results of compilations, "does not fit" included, and how many more may be made."""
 
     directory: Path
     max_compiles: float  # math.inf: as many as needed
     num_compiled: int = 0
-    seconds: float = 0.0  # that those took
+    seconds: float = 0.0  # of those compilations
 
     def compile_step(
         self, program: Program, traced: jax.stages.Traced, *, topology: str, chip: Chip, state_bytes: int
     ) -> CompiledStep:
-        """Compile a traced step, or read what compiling the same program for the same slice said.
+        """Compile a traced step, or read the cached result of the same program for the same slice.
 
         Raises:
           DoesNotFitError: saying by how much.
-          NoCompilationsLeftError: it is not kept, and `max_compiles` have been made.
+          NoCompilationsLeftError: it is not cached, and `max_compiles` have been made.
           ValueError: the compiler complains about something other than memory.
         """
         key = _key(traced, topology=topology, device=program.mesh.devices.flat[0])
-        kept = self.directory / f"{key}.json"
-        if not kept.is_file():
+        cached = self.directory / f"{key}.json"
+        if not cached.is_file():
             if self.num_compiled >= self.max_compiles:
-                raise NoCompilationsLeftError(f"--max-compiles={self.max_compiles} compilations have been made")
-            self._compile(program, traced, chip=chip, state_bytes=state_bytes, key=key, kept=kept)
-        values = json.loads(kept.read_text())
+                raise NoCompilationsLeftError(f"--max_compiles={self.max_compiles} compilations have been made")
+            self._compile(program, traced, chip=chip, state_bytes=state_bytes, path=cached)
+        values = json.loads(cached.read_text())
         if "needed_bytes" in values:
             raise DoesNotFitError(program=key, needed=values["needed_bytes"], available=chip.hbm_bytes)
         return CompiledStep(program=key, executable=_executable(values.pop("executable")), **values)
 
     def outlook(self, *, layouts: int, phases: int) -> str:
-        """Return what is left to do and how long that may take when so many layouts have not been looked at."""
+        """Return how many compilations remain, and an estimate of their minutes, for layouts not yet tried."""
         most = min(layouts * phases, self.max_compiles - self.num_compiled)
         if not self.num_compiled:
             return f"at most {most:.0f} compilations to go"
@@ -87,35 +88,36 @@ class CompileCache:
         return f"{self.num_compiled} compilations made, at most {most:.0f} to go, about {minutes:.0f} min"
 
     def _compile(
-        self, program: Program, traced: jax.stages.Traced, *, chip: Chip, state_bytes: int, key: str, kept: Path
+        self, program: Program, traced: jax.stages.Traced, *, chip: Chip, state_bytes: int, path: Path
     ) -> None:
         began = time.monotonic()
         self.num_compiled += 1
         try:
             compiled = program.compile(traced)
         except jax.errors.JaxRuntimeError as error:
-            said = {"needed_bytes": needed_bytes(str(error), state_bytes=state_bytes, chip=chip)}
+            result = {"needed_bytes": needed_bytes(str(error), state_bytes=state_bytes, chip=chip)}
         else:
-            stats = compiled.memory_analysis()
-            said = {
+            stats, text = compiled.memory_analysis(), compiled.as_text()
+            assert stats is not None and text is not None, "libtpu gives both"
+            result = {
                 "argument_bytes": stats.argument_size_in_bytes,
                 "output_bytes": stats.output_size_in_bytes,
                 "alias_bytes": stats.alias_size_in_bytes,
                 "temporary_bytes": stats.temp_size_in_bytes,
                 "code_bytes": stats.generated_code_size_in_bytes,
-                "executable": dataclasses.asdict(read_executable(compiled.as_text(), num_devices=program.mesh.size)),
+                "executable": dataclasses.asdict(read_executable(text, num_devices=program.mesh.size)),
                 "seconds": time.monotonic() - began,
             }
         self.seconds += time.monotonic() - began
         self.directory.mkdir(parents=True, exist_ok=True)
-        write_atomically(kept, json.dumps(said))
+        write_atomically(path, json.dumps(result))
 
 
 def needed_bytes(message: str, *, state_bytes: int, chip: Chip) -> int:
-    """Return how much is needed, from either form of the compiler's complaint: about everything, or a part.
+    """Return the bytes needed, from either form of the compiler's out-of-memory message: the whole, or a part.
 
     Raises:
-      ValueError: it complains about something else.
+      ValueError: the message is about something else.
     """
     if whole := re.search(r"Used ([\d.]+)G of ([\d.]+)G hbm", message):
         return int(float(whole[1]) * GIB)
@@ -125,25 +127,25 @@ def needed_bytes(message: str, *, state_bytes: int, chip: Chip) -> int:
 
 
 def compiler_versions() -> dict[str, str]:
-    """Return the versions of what compiles."""
+    """Return the versions of the compiler's packages."""
     return {name: importlib.metadata.version(name) for name in ("jax", "jaxlib", "libtpu")}
 
 
 def _key(traced: jax.stages.Traced, *, topology: str, device: jax.Device) -> str:
-    """Return a hash of all that decides the result: the program, the slice, the options and the compiler."""
+    """Return a hash of everything that the result depends on: program, slice, options, compiler, and our reader."""
     parts = {
-        "program": _text(traced),
+        "program": program_text(traced),
         "topology": topology,
         "options": compiler_options(device),
         "environment": os.environ.get("LIBTPU_INIT_ARGS", ""),
         "versions": compiler_versions(),
-        "reader": Path(__file__).with_name("executable.py").read_text(),
+        "reader": ast.dump(ast.parse(Path(__file__).with_name("executable.py").read_text())),  # not its layout
     }
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:32]
 
 
-def _text(traced: jax.stages.Traced) -> str:
-    """Return a traced step without the places in source files, which kernels carry and which decide nothing."""
+def program_text(traced: jax.stages.Traced) -> str:
+    """Return a traced step as StableHLO, without source locations (kernels carry them; nothing depends on them)."""
     name = "jax_traceback_in_locations_limit"
     limit = getattr(jax.config, name)
     jax.config.update(name, 0)

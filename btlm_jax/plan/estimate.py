@@ -1,8 +1,8 @@
-"""Predict the memory and the time of one phase's train step on a slice. Nothing here has run on a TPU.
+"""Predict the memory and the time of one phase's train step on a slice. Not yet compared with a run on a TPU.
 
-The time is static arithmetic over the compiled program, after reference figures of the same kind; ASSUMPTIONS says
-what it leaves out. It is a range: every asynchronous exchange hidden behind computation and every block of keys that
-ALiBi puts out of sight left out, or none.
+The time is static arithmetic over the compiled program; ASSUMPTIONS says what it leaves out. It is a range. Low end:
+every asynchronous collective is hidden behind computation, and every block of keys outside ALiBi's window is skipped.
+High end: none is.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from btlm_jax.parallel.mesh import num_ways
 from btlm_jax.plan.chips import Chip
 from btlm_jax.plan.compiling import CompileCache, CompiledStep
 from btlm_jax.plan.executable import Collective, Executable
-from btlm_jax.plan.flop_count import OUT_OF_SIGHT, Work, work_of
+from btlm_jax.plan.flop_count import OUT_OF_WINDOW, StepWork, count_step_work
 from btlm_jax.recipe.curriculum import Phase
 from btlm_jax.train.flops import flops_per_token, peak_flops
 from btlm_jax.train.program import Program
@@ -44,7 +44,7 @@ class Memory:
     available: int
     parameters: int
     optimizer: int
-    other_arguments: int  # the batch, and what tiles pad
+    other_arguments: int  # the batch, and padding of tiles
     outputs: int
     temporaries: int  # activations, gradients, gathered weights
     code: int
@@ -60,10 +60,10 @@ class StepTime:
     """Predicted seconds of a step."""
 
     computation: float
-    attention: float  # of all keys
-    negligible: float  # attention with keys that ALiBi puts out of sight
-    exposed: float  # collectives that run alone
-    asynchronous: float  # collectives that may hide behind the rest
+    attention: float  # over all keys
+    negligible: float  # the part of it over keys outside ALiBi's windows
+    exposed: float  # synchronous collectives
+    asynchronous: float  # collectives that may run beside computation
 
     @property
     def low(self) -> float:
@@ -79,12 +79,12 @@ class PhasePlan:
     """What is predicted of one phase."""
 
     phase: Phase
-    program: str  # a hash of all that decides what compiling says
+    program: str  # CompiledStep.program
     compile_seconds: float
     memory: Memory
     collectives: tuple[Collective, ...]
-    counted_flops: float  # a step, by the convention of flops.py
-    executed_flops: float  # a step that sees all keys: recompute, masked halves of blocks and ALiBi's lanes too
+    counted_flops: float  # a step, by FLOPS_CONVENTION
+    executed_flops: float  # a step over all keys, with recompute, masked halves of blocks and ALiBi's lanes
     peak_flops: float  # of the slice, a second
     step_time: StepTime
 
@@ -93,7 +93,7 @@ class PhasePlan:
 
 
 def plan_phase(program: Program, phase: Phase, *, topology: str, chip: Chip, cache: CompileCache) -> PhasePlan:
-    """Compile the train step of a phase, unless `cache` has what that says, and predict.
+    """Compile the train step of a phase, unless `cache` has the result, and predict.
 
     Raises:
       DoesNotFitError: saying by how much.
@@ -103,7 +103,7 @@ def plan_phase(program: Program, phase: Phase, *, topology: str, chip: Chip, cac
     traced = program.trace_train_step(phase)
     step = cache.compile_step(program, traced, topology=topology, chip=chip, state_bytes=state_bytes(program))
     num_chips = program.mesh.size
-    work = work_of(traced.jaxpr.jaxpr)
+    work = count_step_work(traced.jaxpr.jaxpr)
     return PhasePlan(
         phase=phase,
         program=step.program,
@@ -120,7 +120,7 @@ def plan_phase(program: Program, phase: Phase, *, topology: str, chip: Chip, cac
 
 
 def collective_seconds(collective: Collective, *, link_bytes: float) -> float:
-    """Return how long the exchanges of one kind take in a step, on a ring in both directions but for permutes."""
+    """Return the seconds a step spends in one collective: on a ring in both directions, permutes over one link."""
     n = collective.num_devices
     passes = {"all-reduce": 2 * (n - 1) / n, "all-to-all": n / 4, "collective-permute": 2}.get(
         collective.kind, (n - 1) / n
@@ -133,14 +133,14 @@ def state_bytes(program: Program) -> int:
     return _bytes_of(program.state)
 
 
-def step_time(executable: Executable, work: Work, *, slopes_XN: np.ndarray, chip: Chip, num_chips: int) -> StepTime:
-    """Predict a step's time; `slopes_XN` are those of the X devices' heads that share sequences."""
+def step_time(executable: Executable, work: StepWork, *, slopes_XN: np.ndarray, chip: Chip, num_chips: int) -> StepTime:
+    """Predict a step's time; `slopes_XN`: ALiBi slopes of the heads of each of the X devices that share a sequence."""
     reach_XN = reach(SPREAD, slopes_XN, xp=np)
     bundles = work.kernel_steps * _KERNEL_OVERHEAD
     bundles += sum(blocks * chip.kernel_bundles[name] for name, blocks in work.kernel_blocks.items())
     saved_X = np.zeros(len(slopes_XN))
     for (name, distance), blocks in work.distant_blocks.items():
-        saved = chip.kernel_bundles[name] - chip.kernel_bundles[name + OUT_OF_SIGHT]
+        saved = chip.kernel_bundles[name] - chip.kernel_bundles[name + OUT_OF_WINDOW]
         saved_X += blocks * saved * (reach_XN <= distance).mean(1)
     seconds = {False: 0.0, True: 0.0}
     for collective in executable.collectives:
@@ -155,7 +155,7 @@ def step_time(executable: Executable, work: Work, *, slopes_XN: np.ndarray, chip
 
 
 def _slopes_of_devices(program: Program, phase: Phase) -> np.ndarray:
-    """Return the slopes of the heads with which each of X devices attends."""
+    """Return the ALiBi slopes_XN of the heads of each of the X devices that share a sequence."""
     model, rules = program.config.model, program.rules_for(phase)
     ways = num_ways(program.mesh, rules.heads_in_attention)
     slopes_N = np.asarray(device_slopes(model, rules, mesh=program.mesh))

@@ -1,4 +1,4 @@
-"""Read a compiled TPU program's text: its collectives, its loops and the compiler's own estimate of its cycles."""
+"""Read a compiled TPU program's text: its collectives, its loops, and the compiler's estimate of its cycles."""
 
 from __future__ import annotations
 
@@ -20,21 +20,21 @@ _ARRAY = re.compile(r"\b([a-z]+[0-9]+|pred)\[([0-9,]*)\]")
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Collective:
-    """One exchange between devices, as often as a step makes it."""
+    """One collective, and how often a step runs it."""
 
     kind: str
     num_bytes: int  # of the whole array on one device: what is gathered, reduced or exchanged
-    num_devices: int  # that take part
+    num_devices: int  # in one group
     count: int  # a step
-    is_asynchronous: bool  # computation runs meanwhile
+    is_asynchronous: bool  # may run beside computation
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Executable:
-    """What the text of a compiled program says about a step."""
+    """What the text of a compiled program says of a step."""
 
     collectives: tuple[Collective, ...]
-    num_cycles: int  # of everything but kernels and collectives, as the compiler estimates
+    num_cycles: int  # of everything but kernels and collectives, by the compiler's estimate
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -49,14 +49,14 @@ def read_executable(text: str, *, num_devices: int) -> Executable:
     """Read the text of an optimised program for TPUs (`compiled.as_text()`)."""
     computations, entry = _computations(text)
     exchanges, num_cycles = [], 0
-    waiting = [(entry, 1, False)]  # (computation, how often a step runs it, inside a fusion?)
+    waiting = [(entry, 1, False)]  # (computation, runs a step, whether it is inside a fusion)
     while waiting:
         name, count, is_fused = waiting.pop()
         instructions = computations[name]
         is_begun = any("AsyncCollectiveStart" in each.rest for each in instructions)
         for instruction in instructions:
             if instruction.opcode.removesuffix("-start") in _COLLECTIVES and (
-                # The compiler spreads an asynchronous one over several fusions and writes it in each: the first counts.
+                # An asynchronous collective is repeated in each fusion it is spread over: count the first.
                 not is_fused or is_begun or name.startswith(_REDUCE_SCATTER_FUSION)
             ):
                 exchanges.append(_collective(instruction, name, count=count, is_begun=is_begun, ways=num_devices))
@@ -89,8 +89,10 @@ def _called(instruction: _Instruction) -> list[str]:
 
 
 def _trip_count(instruction: _Instruction, computations: dict[str, list[_Instruction]]) -> int:
-    """Return how often a loop runs: the constant that its condition compares the count from 0 with."""
-    condition = computations[re.search(r"condition=%?([\w.\-]+)", instruction.rest)[1]]
+    """Return a loop's trip count: the constant that its condition compares the counter from 0 with."""
+    found = re.search(r"condition=%?([\w.\-]+)", instruction.rest)
+    assert found is not None, f"the loop {instruction.name} has no condition"
+    condition = computations[found[1]]
     constants = {each.name: each.rest for each in condition if each.opcode == "constant"}
     for each in condition:
         if each.opcode == "compare" and "direction=LT" in each.rest:
@@ -125,7 +127,7 @@ def _num_bytes(dtype: str, dims: str) -> int:
 
 
 def _group_size(attributes: str, *, num_devices: int) -> int:
-    """Return how many devices exchange with each other, of the three ways in which that is written."""
+    """Return the number of devices in a group, from any of the three notations of replica groups."""
     if mesh := re.search(r"replica_groups=mesh\[([^\]]*)\] \{([^}]*)\}", attributes):
         sizes = dict(re.findall(r"'(\w+)'=(\d+)", mesh[1]))
         return math.prod(int(sizes[axis]) for axis in re.findall(r"'(\w+)'", mesh[2]))

@@ -1,6 +1,6 @@
-"""Count what a traced step computes: the FLOPs of its matrix products, recompute included, and its kernels' blocks.
+"""Count the work of a traced step: FLOPs of its matrix products, recompute included, and blocks of attention kernels.
 
-The compiler's own count (`cost_analysis`) takes the body of a loop once and a kernel not at all, so it is of no use.
+The compiler's own count (`cost_analysis`) counts the body of a loop once and a kernel not at all.
 """
 
 from __future__ import annotations
@@ -13,28 +13,28 @@ import jax.extend
 
 from btlm_jax.attention.tpu import BACKWARD, FORWARD
 
-BLOCK = 512  # kernels' work is counted in squares of so many positions
-OUT_OF_SIGHT = "_out_of_sight"  # ends a kernel's name for what is left of squares that a head leaves out
-DIAGONAL = "_diagonal"  # ends a kernel's name for squares on the diagonal, and what is done once for each of them
+BLOCK = 512  # positions: the work of kernels is counted in blocks of BLOCK queries x BLOCK keys
+OUT_OF_WINDOW = "_out_of_window"  # suffix of a kernel's name: what is left of a block outside a head's window
+DIAGONAL = "_diagonal"  # suffix: blocks on the diagonal, with what is done once for each
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Work:
-    """What all devices together compute in a step."""
+class StepWork:
+    """The work of a step on all devices together."""
 
     flops: float  # of matrix products, in kernels too
-    # BLOCK x BLOCK squares of one head of one sequence, by kernel: all of them, and those that a head leaves out where
-    # it does not see so far, by how many positions lie between the last key and the first query.
+    # Blocks of one head of one sequence, by kernel: all of them; and those off the diagonal by the distance, in
+    # positions, between the last key and the first query, because a head skips those beyond its window.
     kernel_blocks: dict[str, float]
     distant_blocks: dict[tuple[str, int], float]
-    kernel_steps: float  # programs of all kernels
+    kernel_steps: float  # grid steps of all kernels
 
 
-def work_of(jaxpr) -> Work:
-    """Count the work of a jaxpr. What nothing needs is left out, as the compiler leaves it out."""
+def count_step_work(jaxpr) -> StepWork:
+    """Count the work of a jaxpr without its dead code, which the compiler removes too."""
     kernels = _Kernels()
     flops = _flops(jaxpr, len(jaxpr.outvars) * [True], 1.0, kernels)
-    return Work(
+    return StepWork(
         flops=flops,
         kernel_blocks=dict(kernels.blocks),
         distant_blocks=dict(kernels.distant_blocks),
@@ -44,7 +44,7 @@ def work_of(jaxpr) -> Work:
 
 @dataclasses.dataclass
 class _Kernels:
-    """What is counted of kernels on the way; see Work."""
+    """Counters of kernels; see StepWork."""
 
     blocks: collections.Counter[str] = dataclasses.field(default_factory=collections.Counter)
     distant_blocks: collections.Counter[tuple[str, int]] = dataclasses.field(default_factory=collections.Counter)
@@ -52,19 +52,19 @@ class _Kernels:
 
 
 def _flops(jaxpr, is_needed: list[bool], times: float, kernels: _Kernels) -> float:
-    """Return the FLOPs of running a jaxpr `times` times for those of its results that are needed."""
-    needed = {id(out) for out, wanted in zip(jaxpr.outvars, is_needed, strict=True) if wanted}
+    """Return the FLOPs of running a jaxpr `times` times for those of its outputs that are needed."""
+    needed = {id(out) for out, used in zip(jaxpr.outvars, is_needed, strict=True) if used}
     total = 0.0
     for equation in reversed(jaxpr.eqns):
-        wanted = [id(out) in needed for out in equation.outvars]
-        if not any(wanted):
+        used = [id(out) in needed for out in equation.outvars]
+        if not any(used):
             continue
-        total += _flops_of_equation(equation, wanted, times, kernels)
+        total += _flops_of_equation(equation, used, times, kernels)
         needed |= {id(operand) for operand in equation.invars}
     return total
 
 
-def _flops_of_equation(equation, wanted: list[bool], times: float, kernels: _Kernels) -> float:
+def _flops_of_equation(equation, used: list[bool], times: float, kernels: _Kernels) -> float:
     name, params = equation.primitive.name, equation.params
     if name == "dot_general":
         (contracted, _), _ = params["dimension_numbers"]
@@ -72,19 +72,19 @@ def _flops_of_equation(equation, wanted: list[bool], times: float, kernels: _Ker
         return times * 2.0 * equation.outvars[0].aval.size * math.prod(left[dim] for dim in contracted)
     if name == "pallas_call":
         return _flops_of_kernel(equation, times, kernels)
-    inner = [part.jaxpr if hasattr(part, "jaxpr") else part for part in jax.extend.core.jaxprs_in_params(params)]
+    inner = [_open(part) for part in jax.extend.core.jaxprs_in_params(params)]
     if name == "cond":
-        return max(_flops(part, wanted, times, kernels) for part in inner)
+        return max(_flops(part, used, times, kernels) for part in inner)
     if name == "scan":
         (body,) = inner
         # A carry is needed if a later iteration needs it; taking all of them is right for training steps.
         carries = params["num_carry"] * [True]
-        return _flops(body, carries + wanted[params["num_carry"] :], times * params["length"], kernels)
+        return _flops(body, carries + used[params["num_carry"] :], times * params["length"], kernels)
     if name == "shard_map":
         (body,) = inner  # its shapes are those of one device
-        return _flops(body, wanted, times * params["mesh"].size, kernels)
+        return _flops(body, used, times * params["mesh"].size, kernels)
     return sum(
-        _flops(part, wanted if len(part.outvars) == len(wanted) else len(part.outvars) * [True], times, kernels)
+        _flops(part, used if len(part.outvars) == len(used) else len(part.outvars) * [True], times, kernels)
         for part in inner
     )
 
@@ -137,10 +137,12 @@ def _flops_of_body(equations, times: float) -> float:
     for equation in equations:
         if equation.primitive.name == "dot_general":
             total += _flops_of_equation(equation, [True], times, _Kernels())
-        parts = [
-            _flops_of_body((part.jaxpr if hasattr(part, "jaxpr") else part).eqns, times)
-            for part in jax.extend.core.jaxprs_in_params(equation.params)
-        ]
+        parts = [_flops_of_body(_open(part).eqns, times) for part in jax.extend.core.jaxprs_in_params(equation.params)]
         length = equation.params.get("length", 1) if equation.primitive.name == "scan" else 1
         total += length * (max(parts) if equation.primitive.name == "cond" else sum(parts)) if parts else 0.0
     return total
+
+
+def _open(jaxpr):
+    """Return the jaxpr inside a closed one."""
+    return getattr(jaxpr, "jaxpr", jaxpr)

@@ -1,4 +1,4 @@
-"""A layout: what of a config can be changed for a slice without changing what is trained."""
+"""The part of a config that may be changed for a slice without changing what is trained."""
 
 from __future__ import annotations
 
@@ -8,20 +8,20 @@ from btlm_jax.recipe.config import REMATS, MeshConfig, TrainConfig
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Layout:
-    """How a step is divided over devices and micro-batches, and what its backward pass keeps."""
+class MeshLayout:
+    """How a step is divided over devices and micro-batches, and what is saved for its backward pass."""
 
     mesh: MeshConfig
     remat: str
 
     @property
     def flags(self) -> str:
-        """The flags that give a config this layout."""
+        """Flags that set this layout."""
         values = [f"--config.mesh.{name}={value}" for name, value in dataclasses.asdict(self.mesh).items()]
         return " ".join([*values, f"--config.model.remat={self.remat}"])
 
     def __str__(self) -> str:
-        return mesh_text(self.mesh) + f" model.remat={self.remat}"
+        return format_mesh(self.mesh) + f" model.remat={self.remat}"
 
     def applied_to(self, config: TrainConfig) -> TrainConfig:
         """Return `config` with this layout.
@@ -32,19 +32,19 @@ class Layout:
         model = dataclasses.replace(config.model, remat=self.remat)
         return dataclasses.replace(config, mesh=self.mesh, model=model)
 
-    def share_needed(self, other: Layout) -> float:
-        """Return the share of the memory of `other` that this needs at least.
+    def relative_memory(self, other: MeshLayout) -> float:
+        """Return a lower bound of this layout's memory relative to that of `other`.
 
-        1 with micro-batches as large or larger, no less kept of each, and the state copied over as many chips; with n
-        times as many micro-batches 1 / n, because at most everything shrinks with them; 0 where nothing follows.
+        1 where micro-batches are as large, remat saves as much, and the state is replicated as often; 1 / n with n
+        times as many micro-batches, since at most everything shrinks with them; 0 where no bound is known.
         """
         keeps_as_much = REMATS.index(self.remat) >= REMATS.index(other.remat)
         if self.mesh.tensor != other.mesh.tensor or self.mesh.context < other.mesh.context or not keeps_as_much:
             return 0.0
         return min(1.0, other.mesh.accumulation / self.mesh.accumulation)
 
-    def gives_up_time_for_memory(self, other: Layout) -> bool:
-        """Whether this exchanges and computes at least what `other` does: nothing but memory could be said for it."""
+    def trades_speed_for_memory(self, other: MeshLayout) -> bool:
+        """Whether this communicates and computes at least as much as `other`, and can only save memory."""
         return (
             self.mesh.tensor == other.mesh.tensor
             and self.mesh.context >= other.mesh.context
@@ -53,11 +53,11 @@ class Layout:
         )
 
 
-def layout_of(config: TrainConfig) -> Layout:
+def layout_of(config: TrainConfig) -> MeshLayout:
     """Return the layout that a config has."""
-    return Layout(mesh=config.mesh, remat=config.model.remat)
+    return MeshLayout(mesh=config.mesh, remat=config.model.remat)
 
 
-def mesh_text(mesh: MeshConfig) -> str:
+def format_mesh(mesh: MeshConfig) -> str:
     """Return a mesh as "mesh.tensor=2 mesh.accumulation=4"."""
     return " ".join(f"mesh.{name}={value}" for name, value in dataclasses.asdict(mesh).items())

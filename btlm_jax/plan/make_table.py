@@ -1,7 +1,7 @@
-"""Make the table of layouts that were compiled for the slices of configs/pods/: table.json, and table.md to read.
+"""Make the table of layouts compiled for the slices of configs/pods/: table.json, and table.md to read.
 
-A config file there has, beside get_config(), TOPOLOGY, the slice that it is for, and OTHERS, layouts that stand in the
-table too, because people will try them: each a dict of what differs from the config's mesh and model.remat.
+Beside get_config(), a config file there has TOPOLOGY, its slice, and OTHERS, further layouts for the table: each a dict
+of the differences to the config's mesh and model.remat.
 """
 
 from __future__ import annotations
@@ -15,11 +15,11 @@ from pathlib import Path
 from btlm_jax.plan.chips import Chip, topology_named
 from btlm_jax.plan.compiling import CompileCache, compiler_versions
 from btlm_jax.plan.estimate import ASSUMPTIONS, PhasePlan
-from btlm_jax.plan.layout import Layout, layout_of
+from btlm_jax.plan.layout import MeshLayout, layout_of
 from btlm_jax.plan.plan_report import collectives_by_kind
-from btlm_jax.plan.pod_table import trains
-from btlm_jax.plan.slice_plan import Misfit, SlicePlan, plan_until_misfit
-from btlm_jax.plan.table_text import table_text
+from btlm_jax.plan.pod_table import training_fields
+from btlm_jax.plan.slice_plan import DoesNotFit, SlicePlan, plan_fitting_phases
+from btlm_jax.plan.table_text import format_table_markdown
 from btlm_jax.recipe.config import TrainConfig, train_config_from
 from btlm_jax.storage.files import write_atomically
 from btlm_jax.train.flops import FLOPS_CONVENTION
@@ -32,7 +32,7 @@ class PodConfig:
     name: str
     topology: str
     config: TrainConfig
-    others: tuple[Layout, ...]
+    others: tuple[MeshLayout, ...]
 
 
 def read_pod_config(path: Path) -> PodConfig:
@@ -50,32 +50,32 @@ def read_pod_config(path: Path) -> PodConfig:
     for change in module["OTHERS"]:
         mesh = {name: value for name, value in change.items() if name != "remat"}
         try:
-            others.append(Layout(mesh=dataclasses.replace(own.mesh, **mesh), remat=change.get("remat", own.remat)))
+            others.append(MeshLayout(mesh=dataclasses.replace(own.mesh, **mesh), remat=change.get("remat", own.remat)))
         except TypeError as error:
             raise ValueError(f"{path}: OTHERS has {change}; keys are those of mesh, and remat: {error}") from error
     return PodConfig(name=path.stem, topology=topology_named(module["TOPOLOGY"]), config=config, others=tuple(others))
 
 
-def make_table(path: Path, *, cache: CompileCache, say: Callable[[str], None]) -> list[str]:
-    """Compile every layout of the folder of `path`, write the table there, and return what is wrong with it.
+def make_table(path: Path, *, cache: CompileCache, report_progress: Callable[[str], None]) -> list[str]:
+    """Compile every layout of the folder of `path`, write the table there, and return its problems.
 
     Raises:
       ValueError: the folder has no config, or one that does not load.
-      NoCompilationsLeftError: `cache` may compile no more; what it compiled is kept.
+      NoCompilationsLeftError: `cache` may compile no more; finished results stay in it.
     """
     files = sorted(path.parent.glob("*.py"))
     if not files:
         raise ValueError(f"{path.parent} has no config files to make a table of; see configs/pods/")
     pods = [read_pod_config(file) for file in files]
-    wanted = [(pod, layout) for pod in pods for layout in (layout_of(pod.config), *pod.others)]
-    rows, wrong = [], []
-    for number, (pod, layout) in enumerate(wanted, start=1):
-        outlook = cache.outlook(layouts=len(wanted) - number + 1, phases=len(pod.config.curriculum.table.phases))
-        say(f"{number} of {len(wanted)}: {pod.name} on {pod.topology}, {layout}; {outlook}")
+    layouts = [(pod, layout) for pod in pods for layout in (layout_of(pod.config), *pod.others)]
+    rows, problems = [], []
+    for number, (pod, layout) in enumerate(layouts, start=1):
+        outlook = cache.outlook(layouts=len(layouts) - number + 1, phases=len(pod.config.curriculum.table.phases))
+        report_progress(f"{number} of {len(layouts)}: {pod.name} on {pod.topology}, {layout}; {outlook}")
         config = layout.applied_to(pod.config)
-        plan = plan_until_misfit(config, topology=pod.topology, cache=cache, say=say)
+        plan = plan_fitting_phases(config, topology=pod.topology, cache=cache, report_progress=report_progress)
         if plan.obstacles or (not plan.works and layout == layout_of(pod.config)):
-            wrong += [f"{pod.name}, {layout}: {problem}" for problem in plan.problems]
+            problems += [f"{pod.name}, {layout}: {problem}" for problem in plan.problems]
         if not plan.obstacles:
             rows.append(table_row(plan, config, name=pod.name, is_config=layout == layout_of(pod.config)))
     table = {
@@ -86,20 +86,20 @@ def make_table(path: Path, *, cache: CompileCache, say: Callable[[str], None]) -
         "rows": rows,
     }
     write_atomically(path, json.dumps(table, indent=1) + "\n")
-    write_atomically(path.with_suffix(".md"), table_text(table))
-    return wrong
+    write_atomically(path.with_suffix(".md"), format_table_markdown(table))
+    return problems
 
 
 def table_row(plan: SlicePlan, config: TrainConfig, *, name: str, is_config: bool) -> dict:
-    """Return one layout as the table has it; bytes of one chip, seconds of one step."""
+    """Return the table's row of one layout; bytes of one chip, seconds of one step."""
     return {
         "name": name,
-        "is_config": is_config,  # as the file of that name has it, not one of its OTHERS
+        "is_config": is_config,  # the file's own layout, not one of its OTHERS
         "topology": plan.topology,
         "chip": plan.chip.name,
         "num_chips": plan.num_chips,
         "layout": {"mesh": dataclasses.asdict(plan.layout.mesh), "remat": plan.layout.remat},
-        "trains": trains(config),
+        "trains": training_fields(config),
         "fits": plan.works,
         "needed_bytes": plan.needed,
         "available_bytes": plan.chip.hbm_bytes,
@@ -108,9 +108,9 @@ def table_row(plan: SlicePlan, config: TrainConfig, *, name: str, is_config: boo
     }
 
 
-def _phase(each: PhasePlan | Misfit, *, chip: Chip) -> dict:
+def _phase(each: PhasePlan | DoesNotFit, *, chip: Chip) -> dict:
     phase = {"batch_size": each.phase.batch_size, "seq_len": each.phase.seq_len, "program": each.program}
-    if isinstance(each, Misfit):
+    if isinstance(each, DoesNotFit):
         return {**phase, "fits": False, "needed_bytes": each.needed}
     step = each.step_time
     return {

@@ -1,4 +1,4 @@
-"""A plan as a table for people and as JSON for programs."""
+"""A plan as text and as JSON."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ from btlm_jax.train.flops import FLOPS_CONVENTION
 _HOUR = 3600.0
 
 
-def plan_table(plan: SlicePlan, *, usd_per_chip_hour: float) -> str:
-    """Return the plan in lines; without a price (0) it has no cost."""
+def format_plan(plan: SlicePlan, *, usd_per_chip_hour: float) -> str:
+    """Return the plan as text; a price of 0 leaves the cost out."""
     axes = describe_mesh(plan.layout.mesh, num_devices=plan.num_chips)
     lines = [f"{plan.topology}: {plan.num_chips} chips as {axes}; {plan.layout}"]
     lines += [f"PROBLEM: {problem}" for problem in plan.problems]
@@ -30,8 +30,8 @@ def plan_table(plan: SlicePlan, *, usd_per_chip_hour: float) -> str:
     return "\n".join(lines)
 
 
-def plan_json(plan: SlicePlan, *, usd_per_chip_hour: float) -> dict:
-    """Return the plan as what `json.dumps` takes; seconds, bytes, FLOPs, US dollars."""
+def plan_to_json(plan: SlicePlan, *, usd_per_chip_hour: float) -> dict:
+    """Return the plan as a dict for `json.dumps`; units are seconds, bytes, FLOPs, US dollars."""
     low, high = plan.seconds
     whole = {
         "days": [low / 24 / _HOUR, high / 24 / _HOUR],
@@ -47,7 +47,7 @@ def plan_json(plan: SlicePlan, *, usd_per_chip_hour: float) -> dict:
         "works": plan.works,
         "problems": list(plan.problems),
         "phases": [_phase_json(phase) for phase in plan.phases],
-        "misfits": [dataclasses.asdict(misfit) for misfit in plan.misfits],
+        "misfits": [dataclasses.asdict(too_large) for too_large in plan.misfits],
         "run": whole if plan.works else None,
         "flops_convention": FLOPS_CONVENTION,
         "assumptions": list(ASSUMPTIONS),
@@ -83,7 +83,7 @@ def _phase_lines(plan: SlicePlan, each: PhasePlan) -> Iterator[str]:
     )
     yield (
         f"  FLOPs a step   {each.counted_flops:.4g} counted, {each.executed_flops:.4g} executed "
-        f"({each.executed_flops / each.counted_flops:.2f} times) where all keys are seen"
+        f"({each.executed_flops / each.counted_flops:.2f} times) over all keys"
     )
     yield "  collectives    kind               count      GiB  seconds"
     for (kind, asynchronous), (count, num_bytes, seconds) in collectives_by_kind(each, chip=plan.chip).items():
@@ -91,7 +91,7 @@ def _phase_lines(plan: SlicePlan, each: PhasePlan) -> Iterator[str]:
         yield f"    {how:<12} {kind:<18} {count:>5} {_gib(num_bytes):>8} {seconds:>8.3f}"
     yield (
         f"  step           {step.low:.3f} to {step.high:.3f} s: computation {step.computation:.3f}, attention "
-        f"{step.attention:.3f} (of that with keys out of sight {step.negligible:.3f}), collectives alone "
+        f"{step.attention:.3f} (of that outside ALiBi's windows {step.negligible:.3f}), collectives alone "
         f"{step.exposed:.3f}, asynchronous {step.asynchronous:.3f}"
     )
     yield f"  MFU            {each.mfu(step.high):.1%} to {each.mfu(step.low):.1%}"

@@ -1,8 +1,8 @@
-"""Search the layouts of a config on a slice for the fastest that fits, compiling as few of them as may be.
+"""Search the layouts of a config on a slice for the fastest that fits, compiling as few as possible.
 
-Layouts are tried in the order of a rough guess of their step time. Not compiled is what cannot win: what needs more
-than a chip has by its state and saved activations alone, or by what one that was compiled needs; what saves memory at
-the expense of time while one that has memory to spare does not; what is far behind that by the same guess.
+Layouts are tried in the order of a rough estimate of their step time. A layout is not compiled if it cannot win: its
+state and saved activations alone exceed a chip's memory; a compiled layout proves that it does not fit; it trades speed
+for memory against a compiled layout that has memory to spare; or its estimate is _FAR_BEHIND times that layout's.
 """
 
 from __future__ import annotations
@@ -15,80 +15,85 @@ import jax
 
 from btlm_jax.plan.chips import GIB, Chip, chip_of, slice_devices
 from btlm_jax.plan.compiling import CompileCache, NoCompilationsLeftError
-from btlm_jax.plan.layout import Layout
-from btlm_jax.plan.slice_plan import SlicePlan, dividing_meshes, layout_problems, plan_until_misfit
+from btlm_jax.plan.layout import MeshLayout
+from btlm_jax.plan.slice_plan import SlicePlan, dividing_meshes, layout_problems, plan_fitting_phases
 from btlm_jax.recipe.config import REMATS, TrainConfig
 from btlm_jax.train.flops import flops_per_token, peak_flops
 
-SPARE = 0.1  # of a chip's memory, that the best layout leaves
-TOO_LARGE, SLOWER, NOT_REACHED = "too large", "slower", "not reached"  # why a layout is not compiled
+SPARE = 0.1  # share of a chip's memory that the best layout must leave
+TOO_LARGE, SLOWER, NOT_REACHED = "too large", "slower", "not reached"  # reasons not to compile a layout
 
-# For a token and a layer, arrays that each remat keeps for the backward pass: so many of d_model, so many of d_ff.
-# No more than it does keep, so that a bound made of them is one.
+# By remat: activations saved a token and a layer, as (arrays of width d_model, arrays of width d_ff). Lower bounds.
 _KEPT = {"full": (1, 0), "attention_saved": (5, 0), "out_recomputed": (5, 2), "matmuls_saved": (6, 2), "none": (10, 5)}
-# How much of the forward pass is computed again. Only the order of trying depends on it.
+# By remat: share of the forward pass that is recomputed. Only the order of trying depends on it.
 _COMPUTED_AGAIN = {"full": 1.0, "attention_saved": 0.75, "out_recomputed": 0.2, "matmuls_saved": 0.1, "none": 0.0}
-_MATMUL_SPEED = 0.6  # of the peak; as above
-_FAR_BEHIND = 1.3  # times the guess for a layout that has memory to spare, and a layout is not compiled
+_MATMUL_SPEED = 0.6  # share of the peak; only the order depends on it
+_FAR_BEHIND = 1.3  # times the estimate of a layout that has memory to spare: not compiled
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Guess:
-    """A layout that divides, and roughly the time of its step."""
+    """A layout that divides, and a rough estimate of its step time."""
 
-    layout: Layout
+    layout: MeshLayout
     seconds: float
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Skipped:
+class SkippedLayout:
     """A layout that divides and was not compiled, and why."""
 
-    layout: Layout
-    reason: str  # one of the three above
+    layout: MeshLayout
+    reason: str  # TOO_LARGE, SLOWER or NOT_REACHED
     detail: str
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Search:
-    """What came of a search."""
+class SearchResult:
+    """Result of a search."""
 
     topology: str
     num_chips: int
     tried: tuple[SlicePlan, ...]  # the best first
-    skipped: tuple[Skipped, ...]
-    problems: tuple[str, ...]  # why there was nothing to try
+    skipped: tuple[SkippedLayout, ...]
+    problems: tuple[str, ...]  # why no layout could be tried
 
     @property
     def best(self) -> SlicePlan | None:
         return self.tried[0] if self.tried and self.tried[0].works else None
 
 
-def search_layouts(config: TrainConfig, *, topology: str, cache: CompileCache, say: Callable[[str], None]) -> Search:
-    """Try the layouts of a config on a slice, the most promising first; `say` hears of the progress.
+def search_layouts(
+    config: TrainConfig, *, topology: str, cache: CompileCache, report_progress: Callable[[str], None]
+) -> SearchResult:
+    """Try the layouts of a config on a slice, the most promising first; `report_progress` gets lines of progress.
 
     Raises:
       ValueError: there is no such slice, or libtpu is not installed.
     """
     chip, devices = chip_of(topology), slice_devices(topology)
-    waiting = promising_layouts(config, chip=chip, devices=devices)
-    problems = () if waiting else layout_problems(config, num_devices=len(devices), chip=chip)
+    remaining = promising_layouts(config, chip=chip, devices=devices)
+    problems = () if remaining else layout_problems(config, num_devices=len(devices), chip=chip)
     tried: list[SlicePlan] = []
-    skipped, waiting = _sift(waiting, lambda guess: _skip_by_bound(guess, config=config, chip=chip, chips=len(devices)))
-    while waiting:
-        guess, *rest = waiting
-        outlook = cache.outlook(layouts=len(waiting), phases=len(config.curriculum.table.phases))
-        say(f"{len(tried) + 1}. {guess.layout}; {outlook}")
+    skipped, remaining = _sift(
+        remaining, lambda guess: _skip_by_bound(guess, config=config, chip=chip, chips=len(devices))
+    )
+    while remaining:
+        guess, *rest = remaining
+        outlook = cache.outlook(layouts=len(remaining), phases=len(config.curriculum.table.phases))
+        report_progress(f"{len(tried) + 1}. {guess.layout}; {outlook}")
         try:
-            plan = plan_until_misfit(guess.layout.applied_to(config), topology=topology, cache=cache, say=say)
+            plan = plan_fitting_phases(
+                guess.layout.applied_to(config), topology=topology, cache=cache, report_progress=report_progress
+            )
         except NoCompilationsLeftError as error:
-            skipped += [Skipped(layout=each.layout, reason=NOT_REACHED, detail=str(error)) for each in waiting]
+            skipped += [SkippedLayout(layout=each.layout, reason=NOT_REACHED, detail=str(error)) for each in remaining]
             break
-        say(_outcome(plan))
+        report_progress(_describe_outcome(plan))
         tried.append(plan)
-        newly_skipped, waiting = _sift(rest, functools.partial(_skip_after, guess, plan))
+        newly_skipped, remaining = _sift(rest, functools.partial(_skip_after, guess, plan))
         skipped += newly_skipped
-    return Search(
+    return SearchResult(
         topology=topology,
         num_chips=len(devices),
         tried=tuple(sorted(tried, key=_rank)),
@@ -98,18 +103,18 @@ def search_layouts(config: TrainConfig, *, topology: str, cache: CompileCache, s
 
 
 def promising_layouts(config: TrainConfig, *, chip: Chip, devices: Sequence[jax.Device]) -> list[Guess]:
-    """Return every layout that divides, by a rough guess of its step time."""
+    """Return every layout that divides, sorted by a rough estimate of its step time."""
     peak = peak_flops(devices[0]).flops
     guesses = [
         Guess(layout=layout, seconds=_rough_seconds(config, layout, chip=chip, chips=len(devices), peak=peak))
         for mesh in dividing_meshes(config, num_devices=len(devices))
-        for layout in (Layout(mesh=mesh, remat=remat) for remat in REMATS)
+        for layout in (MeshLayout(mesh=mesh, remat=remat) for remat in REMATS)
     ]
     return sorted(guesses, key=lambda guess: guess.seconds)
 
 
-def least_bytes(config: TrainConfig, layout: Layout, *, num_chips: int) -> int:
-    """Return what a chip needs at least: its share of parameters and moments, and of what the backward pass is kept."""
+def least_bytes(config: TrainConfig, layout: MeshLayout, *, num_chips: int) -> int:
+    """Return a lower bound of a chip's bytes: its share of parameters, moments and saved activations."""
     model = config.model
     num_d, num_f = _KEPT[layout.remat]
     width = num_d * model.d_model + num_f * model.d_ff
@@ -119,48 +124,50 @@ def least_bytes(config: TrainConfig, layout: Layout, *, num_chips: int) -> int:
     return (12 * _matrix_parameters(config) * layout.mesh.context + activations) // num_chips
 
 
-def _sift(guesses: Sequence[Guess], skip: Callable[[Guess], Skipped | None]) -> tuple[list[Skipped], list[Guess]]:
-    """Return those that `skip` has a reason against, and the others."""
-    found = [(guess, skip(guess)) for guess in guesses]
-    return [skipped for _, skipped in found if skipped], [guess for guess, skipped in found if not skipped]
+def _sift(
+    guesses: Sequence[Guess], skip: Callable[[Guess], SkippedLayout | None]
+) -> tuple[list[SkippedLayout], list[Guess]]:
+    """Split guesses into those that `skip` rules out, and the others."""
+    decisions = [(guess, skip(guess)) for guess in guesses]
+    return [skipped for _, skipped in decisions if skipped], [guess for guess, skipped in decisions if not skipped]
 
 
-def _skip_by_bound(guess: Guess, *, config: TrainConfig, chip: Chip, chips: int) -> Skipped | None:
-    """Return why a layout need not be compiled, whatever others need, or None."""
+def _skip_by_bound(guess: Guess, *, config: TrainConfig, chip: Chip, chips: int) -> SkippedLayout | None:
+    """Return why a layout need not be compiled, by its own lower bound of memory; None if it must."""
     least = least_bytes(config, guess.layout, num_chips=chips)
     if least <= chip.hbm_bytes:
         return None
     detail = f"state and saved activations alone are {least / GIB:.1f} of {chip.hbm_bytes / GIB:.2f} GiB"
-    return Skipped(layout=guess.layout, reason=TOO_LARGE, detail=detail)
+    return SkippedLayout(layout=guess.layout, reason=TOO_LARGE, detail=detail)
 
 
-def _skip_after(tried: Guess, plan: SlicePlan, guess: Guess) -> Skipped | None:
-    """Return why a layout need not be compiled after what compiling another said, or None."""
+def _skip_after(tried: Guess, plan: SlicePlan, guess: Guess) -> SkippedLayout | None:
+    """Return why a layout need not be compiled, given the plan of another; None if it must."""
     layout = guess.layout
-    least = plan.needed * layout.share_needed(plan.layout)
+    least = plan.needed * layout.relative_memory(plan.layout)
     if least > plan.chip.hbm_bytes:
         detail = f"needs {least / GIB:.2f} GiB at least, by what {plan.layout} needs"
-        return Skipped(layout=layout, reason=TOO_LARGE, detail=detail)
+        return SkippedLayout(layout=layout, reason=TOO_LARGE, detail=detail)
     if not plan.works or plan.spare < SPARE:
         return None
-    if layout.gives_up_time_for_memory(plan.layout):
+    if layout.trades_speed_for_memory(plan.layout):
         detail = f"exchanges or computes more than {plan.layout}, which has memory to spare"
-        return Skipped(layout=layout, reason=SLOWER, detail=detail)
+        return SkippedLayout(layout=layout, reason=SLOWER, detail=detail)
     if guess.seconds > _FAR_BEHIND * tried.seconds:
         detail = f"by a rough guess {guess.seconds / tried.seconds:.1f} times the time of {plan.layout}"
-        return Skipped(layout=layout, reason=SLOWER, detail=detail)
+        return SkippedLayout(layout=layout, reason=SLOWER, detail=detail)
     return None
 
 
 def _rank(plan: SlicePlan) -> tuple:
-    """Sort key: those with memory to spare, those that just fit, each by time; then the others by what they need."""
+    """Sort key: with SPARE memory left, then other fitting ones, each by time; then the rest by memory needed."""
     if not plan.works:
         return 2, plan.needed
     return int(plan.spare < SPARE), sum(plan.seconds)
 
 
-def _rough_seconds(config: TrainConfig, layout: Layout, *, chip: Chip, chips: int, peak: float) -> float:
-    """Guess a step's time: matrix products, weights gathered and gradients scattered, activations exchanged."""
+def _rough_seconds(config: TrainConfig, layout: MeshLayout, *, chip: Chip, chips: int, peak: float) -> float:
+    """Estimate a step's seconds: matrix products, weights gathered, gradients scattered, activations exchanged."""
     model, mesh = config.model, layout.mesh
     phases = config.curriculum.table.phases
     flops = sum(flops_per_token(model, seq_len=phase.seq_len) * phase.tokens_per_step for phase in phases) / len(phases)
@@ -169,7 +176,7 @@ def _rough_seconds(config: TrainConfig, layout: Layout, *, chip: Chip, chips: in
     weights = (2 * 2 + 4) * _matrix_parameters(config) / mesh.tensor * mesh.accumulation
     activations = 2 * model.d_model * model.num_layers * config.curriculum.table.tokens_per_step / chips
     # Over `tensor`, both halves of a block are reduced, forward and backward; over `context`, q, k, v and the output
-    # change hands.
+    # are exchanged.
     shared = activations * (2 * 4 * (mesh.tensor - 1) + 2 * 4 * (1 - 1 / mesh.context))
     return computing + (weights + shared) / (2 * chip.link_bytes)
 
@@ -180,7 +187,7 @@ def _matrix_parameters(config: TrainConfig) -> int:
     return model.num_layers * block + model.vocab_size * model.d_model
 
 
-def _outcome(plan: SlicePlan) -> str:
+def _describe_outcome(plan: SlicePlan) -> str:
     if not plan.works:
         return f"  {plan.problems[0]}"
     low, high = (seconds / 86_400 for seconds in plan.seconds)

@@ -1,4 +1,4 @@
-"""What came of a search as a table for people and as JSON for programs."""
+"""The result of a search as text and as JSON."""
 
 from __future__ import annotations
 
@@ -7,21 +7,21 @@ import dataclasses
 
 from btlm_jax.plan.chips import GIB
 from btlm_jax.plan.estimate import PhasePlan
-from btlm_jax.plan.plan_report import plan_json
-from btlm_jax.plan.search import NOT_REACHED, SPARE, Search
+from btlm_jax.plan.plan_report import plan_to_json
+from btlm_jax.plan.search import NOT_REACHED, SPARE, SearchResult
 from btlm_jax.plan.slice_plan import SlicePlan
 
 _DAY = 86_400.0
 
 
-def search_table(search: Search) -> str:
-    """Return the layouts that were tried, the best first, why others were not, and the flags of the best."""
+def format_search(search: SearchResult) -> str:
+    """Return the compiled layouts, the best first, why others were skipped, and the flags of the best."""
     lines = [
         f"{search.topology}, {search.num_chips} chips: {len(search.tried)} layouts compiled, {len(search.skipped)} not"
     ]
     lines += [f"PROBLEM: {problem}" for problem in search.problems]
     for rank, plan in enumerate(search.tried, start=1):
-        lines += [f"{rank:>3}. {plan.layout}", *(f"     {line}" for line in _outcome(plan))]
+        lines += [f"{rank:>3}. {plan.layout}", *(f"     {line}" for line in _outcome_lines(plan))]
     lines += _skipped_lines(search)
     if search.best:
         if search.best.spare < SPARE:
@@ -29,25 +29,25 @@ def search_table(search: Search) -> str:
         lines += ["Predicted, not measured; btlm plan with the flags of a layout prints the assumptions. The best:"]
         lines += [search.best.layout.flags]
     elif any(skip.reason == NOT_REACHED for skip in search.skipped):
-        lines += ["None of these fits: the same command with a larger --max-compiles tries more."]
+        lines += ["None of these fits: the same command with a larger --max_compiles tries more."]
     elif not search.problems:
         lines += ["None fits: try a slice with more chips."]
     return "\n".join(lines)
 
 
-def search_json(search: Search, *, usd_per_chip_hour: float) -> dict:
-    """Return a search as what `json.dumps` takes; of each layout, what `plan_json` says."""
+def search_to_json(search: SearchResult, *, usd_per_chip_hour: float) -> dict:
+    """Return a search as a dict for `json.dumps`, each layout as `plan_to_json` returns it."""
     return {
         "topology": search.topology,
         "num_chips": search.num_chips,
         "best_flags": search.best.layout.flags if search.best else "",
-        "tried": [plan_json(plan, usd_per_chip_hour=usd_per_chip_hour) for plan in search.tried],
+        "tried": [plan_to_json(plan, usd_per_chip_hour=usd_per_chip_hour) for plan in search.tried],
         "skipped": [dataclasses.asdict(skip) for skip in search.skipped],
         "problems": list(search.problems),
     }
 
 
-def _outcome(plan: SlicePlan) -> list[str]:
+def _outcome_lines(plan: SlicePlan) -> list[str]:
     if not plan.works:
         return list(plan.problems)
     low, high = plan.seconds
@@ -66,8 +66,8 @@ def _phase_line(plan: PhasePlan) -> str:
     )
 
 
-def _skipped_lines(search: Search) -> list[str]:
-    """Return a line for each reason, with the first of the layouts as an example."""
+def _skipped_lines(search: SearchResult) -> list[str]:
+    """Return a line for each reason, with its first layout as an example."""
     by_reason = collections.defaultdict(list)
     for skip in search.skipped:
         by_reason[skip.reason].append(skip)

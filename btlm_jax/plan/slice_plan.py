@@ -1,4 +1,4 @@
-"""Plan a whole run on a slice: every phase compiled, or why not and which layouts would divide."""
+"""Plan a whole run on a slice: compile every phase, or say why not and which layouts would divide."""
 
 from __future__ import annotations
 
@@ -14,22 +14,22 @@ from btlm_jax.parallel.mesh import make_run_mesh
 from btlm_jax.plan.chips import GIB, Chip, chip_of, num_chips, slice_devices
 from btlm_jax.plan.compiling import CompileCache, DoesNotFitError
 from btlm_jax.plan.estimate import PhasePlan, plan_phase
-from btlm_jax.plan.layout import Layout, layout_of, mesh_text
+from btlm_jax.plan.layout import MeshLayout, format_mesh, layout_of
 from btlm_jax.recipe.config import MeshConfig, TrainConfig
 from btlm_jax.recipe.curriculum import Phase
 from btlm_jax.train.program import Program, make_program
 
 _MORE_MEMORY = "try more mesh.accumulation, model.remat=full, or more chips"
-_MAX_LAYOUTS = 5  # that are suggested
+_MAX_SUGGESTED_LAYOUTS = 5
 _PROGRESS_SECONDS = 15.0
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Misfit:
+class DoesNotFit:
     """A phase whose step needs more memory than a chip has."""
 
     phase: Phase
-    program: str  # as PhasePlan's
+    program: str  # CompiledStep.program
     needed: int
     available: int
 
@@ -42,15 +42,15 @@ class Misfit:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class SlicePlan:
-    """What a run would need and take on a slice, or why it would not run."""
+    """Predicted memory and time of a run on a slice, or why it would not run."""
 
     topology: str
     chip: Chip
     num_chips: int
-    layout: Layout
+    layout: MeshLayout
     phases: tuple[PhasePlan, ...]  # those that fit
-    misfits: tuple[Misfit, ...]  # those that do not
-    obstacles: tuple[str, ...]  # why nothing was compiled, or could be
+    misfits: tuple[DoesNotFit, ...]  # those that do not fit
+    obstacles: tuple[str, ...]  # why nothing was, or could be, compiled
 
     @property
     def works(self) -> bool:
@@ -58,28 +58,30 @@ class SlicePlan:
 
     @property
     def problems(self) -> tuple[str, ...]:
-        """Everything because of which it would not run."""
-        return (*self.obstacles, *(f"{misfit}; {_MORE_MEMORY}" for misfit in self.misfits))
+        """Every reason why it would not run."""
+        return (*self.obstacles, *(f"{too_large}; {_MORE_MEMORY}" for too_large in self.misfits))
 
     @property
     def needed(self) -> int:
-        """Bytes of a chip's memory, in the phase that needs the most."""
+        """Bytes of one chip's memory in the phase that needs the most."""
         return max((each.needed for each in (*(plan.memory for plan in self.phases), *self.misfits)), default=0)
 
     @property
     def spare(self) -> float:
-        """The share of a chip's memory that is left."""
+        """Unused share of a chip's memory."""
         return 1 - self.needed / self.chip.hbm_bytes
 
     @property
     def seconds(self) -> tuple[float, float]:
-        """The whole run at the low and at the high end."""
+        """Seconds of the whole run: (low end, high end)."""
         steps = [(plan.phase.num_steps, plan.step_time) for plan in self.phases]
         return sum(n * step.low for n, step in steps), sum(n * step.high for n, step in steps)
 
 
-def plan_run(config: TrainConfig, *, topology: str, cache: CompileCache, say: Callable[[str], None]) -> SlicePlan:
-    """Compile every phase of a config for a slice, or take it from `cache`; `say` hears of the progress.
+def plan_run(
+    config: TrainConfig, *, topology: str, cache: CompileCache, report_progress: Callable[[str], None]
+) -> SlicePlan:
+    """Compile every phase of a config for a slice, or take it from `cache`; `report_progress` gets lines of progress.
 
     Raises:
       ValueError: there is no such slice, libtpu is not installed, or the step does not compile.
@@ -88,16 +90,18 @@ def plan_run(config: TrainConfig, *, topology: str, cache: CompileCache, say: Ca
     devices = slice_devices(topology)
     if problems := layout_problems(config, num_devices=len(devices), chip=chip_of(topology)):
         return _slice_plan(config, topology=topology, num_chips=len(devices), results=(), obstacles=problems)
-    results = tuple(_plan_phases(program_on(config, devices), topology=topology, cache=cache, say=say))
+    results = tuple(
+        _plan_phases(program_on(config, devices), topology=topology, cache=cache, report_progress=report_progress)
+    )
     return _slice_plan(config, topology=topology, num_chips=len(devices), results=results, obstacles=())
 
 
-def plan_until_misfit(
-    config: TrainConfig, *, topology: str, cache: CompileCache, say: Callable[[str], None]
+def plan_fitting_phases(
+    config: TrainConfig, *, topology: str, cache: CompileCache, report_progress: Callable[[str], None]
 ) -> SlicePlan:
-    """Do as `plan_run` with a layout that divides, but compile nothing after a phase that does not fit.
+    """Plan as `plan_run` does, for a layout that divides, but compile nothing after the first phase that does not fit.
 
-    What does not compile for another reason than memory is an obstacle of the plan.
+    A compiler error that is not about memory becomes an obstacle of the plan.
 
     Raises:
       NoCompilationsLeftError: `cache` may compile no more.
@@ -105,9 +109,11 @@ def plan_until_misfit(
     devices = slice_devices(topology)
     results, obstacles = [], ()
     try:
-        for result in _plan_phases(program_on(config, devices), topology=topology, cache=cache, say=say):
+        for result in _plan_phases(
+            program_on(config, devices), topology=topology, cache=cache, report_progress=report_progress
+        ):
             results.append(result)
-            if isinstance(result, Misfit):
+            if isinstance(result, DoesNotFit):
                 break
     except ValueError as error:
         obstacles = (str(error),)
@@ -115,7 +121,7 @@ def plan_until_misfit(
 
 
 def program_on(config: TrainConfig, devices: Sequence[jax.Device]) -> Program:
-    """Return what a config trains on these devices.
+    """Make the program of a config on these devices.
 
     Raises:
       ValueError: its mesh does not divide them.
@@ -124,9 +130,9 @@ def program_on(config: TrainConfig, devices: Sequence[jax.Device]) -> Program:
 
 
 def _plan_phases(
-    program: Program, *, topology: str, cache: CompileCache, say: Callable[[str], None]
-) -> Iterator[PhasePlan | Misfit]:
-    """Yield the plan of one phase after the other, each compiled only when it is asked for.
+    program: Program, *, topology: str, cache: CompileCache, report_progress: Callable[[str], None]
+) -> Iterator[PhasePlan | DoesNotFit]:
+    """Yield the plan of each phase, compiled when the iterator reaches it.
 
     Raises:
       ValueError: a step does not compile, for another reason than memory.
@@ -134,27 +140,27 @@ def _plan_phases(
     """
     for phase in program.config.curriculum.table.phases:
         what = f"compiling {phase_name(phase)} for {topology}"
-        say(f"{what}: a minute or several")
-        with heartbeat(what, seconds=_PROGRESS_SECONDS, say=say):
+        report_progress(f"{what}: a minute or several")
+        with heartbeat(what, seconds=_PROGRESS_SECONDS, say=report_progress):
             try:
                 plan = plan_phase(program, phase, topology=topology, chip=chip_of(topology), cache=cache)
             except DoesNotFitError as error:
-                plan = Misfit(phase=phase, program=error.program, needed=error.needed, available=error.available)
+                plan = DoesNotFit(phase=phase, program=error.program, needed=error.needed, available=error.available)
         yield plan
 
 
 def phase_name(phase: Phase) -> str:
-    """Return what a phase is called in what people read."""
+    """Return the name of a phase for messages."""
     return f"phase {phase.index + 1} ({phase.batch_size:,} x {phase.seq_len:,})"
 
 
 def layout_problems(config: TrainConfig, *, num_devices: int, chip: Chip) -> tuple[str, ...]:
-    """Return what the config's mesh does not divide on so many devices, and then the nearest layouts that work."""
+    """Return every size that the config's mesh does not divide on so many devices, then the nearest meshes that do."""
     problems = divisibility_problems(config, num_devices=num_devices)
     if not problems:
         return ()
-    if works := dividing_meshes(config, num_devices=num_devices)[:_MAX_LAYOUTS]:
-        shown = "; ".join(map(mesh_text, works))
+    if works := dividing_meshes(config, num_devices=num_devices)[:_MAX_SUGGESTED_LAYOUTS]:
+        shown = "; ".join(map(format_mesh, works))
         return (*problems, f"layouts of this config that divide {num_devices} chips: {shown}")
     slices = [shape for shape in chip.slices if dividing_meshes(config, num_devices=num_chips(shape))]
     shown = ", ".join(f"{chip.name}:{shape}" for shape in slices) or "none"
@@ -162,7 +168,7 @@ def layout_problems(config: TrainConfig, *, num_devices: int, chip: Chip) -> tup
 
 
 def dividing_meshes(config: TrainConfig, *, num_devices: int) -> list[MeshConfig]:
-    """Return the meshes that divide everything on so many devices, nearest to the config's first."""
+    """Return the meshes that divide every size on so many devices, the nearest to the config's first."""
 
     def distance(mesh: MeshConfig) -> float:
         now = dataclasses.astuple(config.mesh)
@@ -185,7 +191,7 @@ def _slice_plan(
     *,
     topology: str,
     num_chips: int,
-    results: tuple[PhasePlan | Misfit, ...],
+    results: tuple[PhasePlan | DoesNotFit, ...],
     obstacles: tuple[str, ...],
 ) -> SlicePlan:
     return SlicePlan(
@@ -194,6 +200,6 @@ def _slice_plan(
         num_chips=num_chips,
         layout=layout_of(config),
         phases=tuple(each for each in results if isinstance(each, PhasePlan)),
-        misfits=tuple(each for each in results if isinstance(each, Misfit)),
+        misfits=tuple(each for each in results if isinstance(each, DoesNotFit)),
         obstacles=obstacles,
     )

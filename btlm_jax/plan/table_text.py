@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from btlm_jax.plan.chips import GIB
 
 
-def table_text(table: dict) -> str:
+def format_table_markdown(table: dict) -> str:
     """Return a table as Markdown."""
     versions = ", ".join(f"{name} {version}" for name, version in table["versions"].items())
     lines = [

@@ -1,11 +1,12 @@
-"""The coordinate check: train the real model at several widths for a few steps; what it computes must not know m.
+"""The coordinate check: train the real model at several widths for a few steps; no statistic may depend on the width.
 
 For every case of mutations.py, with the smallest width as the base: mean absolute activations on a fixed probe at
-step 0 ("size"), and RMS of their change after t steps ("change": at step 0 the initialization would hide a wrong
-learning rate). A statistic's slope is that of log2(statistic) on log2(width): 0 where the parametrization is right.
-The logits keep a random part that falls with the width, so the readout is judged by the loss after the last step.
-The check tests itself: a broken parametrization that passes is a failure too. It cannot see the learning rate of
-biases and norms, which move the activations little; tests/test_optimizer.py holds those to their closed form.
+step 0 ("size"), and the RMS of their change after t steps ("change": the initialization would hide a wrong learning
+rate in the activations themselves). A statistic's slope is that of a least-squares line through log2(statistic) over
+log2(width): 0 where the parametrization is right. The logits have a random part that shrinks with the width, so the
+readout is judged by the loss after the last step. The check tests itself: a broken parametrization that passes fails
+it. It does not see the learning rate of biases and norms, which hardly move the activations;
+tests/recipe/test_optimizer.py compares those with their closed form.
 
 Method: arXiv 2203.03466 (appendix D.1) and 2304.03208, on changes rather than on sizes. Runs on CPU devices.
 """
@@ -13,6 +14,7 @@ Method: arXiv 2203.03466 (appendix D.1) and 2304.03208, on changes rather than o
 from __future__ import annotations
 
 import dataclasses
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -42,15 +44,20 @@ COMPILER_OPTIONS = {"xla_backend_optimization_level": 0}
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Design:
-    """How much is run, and what counts as flat and as broken. The smallest width is the base."""
+    """What is run, and the limits of "flat" and "broken". The smallest width is the base.
+
+    A case is flat if its steepest slope and its spread of losses are both within the flat limits, and caught if either
+    exceeds the broken limit. Slopes are in doublings of a statistic a doubling of the width; spreads, the largest minus
+    the smallest loss over the widths, in nats a token.
+    """
 
     cases: tuple[Case, ...]
     widths: tuple[int, ...]
     seeds: tuple[int, ...]
-    flat_slope: float  # a right parametrization stays below both
-    flat_spread: float  # nats
-    broken_slope: float  # a broken one exceeds one of these
-    broken_spread: float  # nats
+    flat_slope: float
+    flat_spread: float
+    broken_slope: float
+    broken_spread: float
 
     def __post_init__(self):
         if len(self.widths) < 2 or any(width % (2 * HEAD_DIM) for width in self.widths):
@@ -59,6 +66,8 @@ class Design:
             raise ValueError("the coordinate check needs at least one case and one seed")
 
 
+# The limits lie between what right and broken parametrizations measure; `btlm tune coord-check` prints both again
+# (LOG.md, 2026-11-28).
 FULL = Design(
     cases=CASES,
     widths=(64, 128, 256),
@@ -72,7 +81,7 @@ FULL = Design(
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class CaseResult:
-    """What one case measured: every tuple has one entry a width, averaged over seeds."""
+    """Measurements of one case: every tuple has one entry a width, averaged over seeds."""
 
     case: Case
     design: Design
@@ -105,7 +114,7 @@ class CaseResult:
 
 
 def coord_check(design: Design) -> tuple[CaseResult, ...]:
-    """Run every case at every width; one compilation a width and set of forward multipliers."""
+    """Run every case at every width; one compilation for each width and set of forward multipliers."""
     mesh = make_mesh(devices=jax.local_devices(backend="cpu")[:1], tensor=1)
     measured = {case: [] for case in design.cases}
     for width in design.widths:
@@ -121,7 +130,7 @@ def coord_check(design: Design) -> tuple[CaseResult, ...]:
 
 
 def num_steps_of(case: Case) -> int:
-    """Return the steps to train: scores of wide heads start from chance and align with the data in about 20 steps."""
+    """Return the number of steps: scores of wide heads start at zero and need about 20 steps to align with the data."""
     return 24 if case.wide_heads else 3
 
 
@@ -199,10 +208,11 @@ def make_program(model: Btlm, mesh: Mesh, *, num_steps: int):
 
 
 def probe_activations(model: Btlm, params, probe_BT) -> dict[str, jax.Array]:
-    """Return what the embedding and every block compute on the probe; blocks' are stacked [L, B, T, ...]."""
-    model = model.clone(rules=WHOLE_SEQUENCES)  # scores are of one position and another
+    """Return activations of the embedding and of every block on the probe; those of blocks are [L, B, T, ...]."""
+    model = model.clone(rules=WHOLE_SEQUENCES)  # scores need all positions on one device
     _, captured = model.apply({"params": params}, probe_BT, capture_intermediates=True, mutable=["intermediates"])
-    embedding, blocks = captured["intermediates"]["embedding"], captured["intermediates"]["blocks"]
+    intermediates: Any = captured["intermediates"]
+    embedding, blocks = intermediates["embedding"], intermediates["blocks"]
     attention = {name: blocks["attention"][name]["__call__"][0] for name in ("query", "key", "value", "out")}
     scores = jnp.einsum("LBTNH,LBSNH->LBNTS", attention["query"], attention["key"])
     return {
@@ -249,7 +259,7 @@ def run_case(case: Case, model: Btlm, program, mesh: Mesh, *, seed: int) -> dict
 
 
 def _draw(info: ParameterInfo, rng: np.random.Generator) -> np.ndarray:
-    """Draw as model/layers.py does, without a compilation a seed."""
+    """Draw from the distribution of model/layers.py, without a compilation for each shape."""
     if info.rule.init_std == 0:
         return np.full(info.shape, info.rule.init_mean, np.float32)
     values = rng.standard_normal(info.shape, np.float32)

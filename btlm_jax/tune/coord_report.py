@@ -1,4 +1,4 @@
-"""The coordinate check as a text table, a verdict and a figure: what `btlm tune coord-check` shows."""
+"""The coordinate check's results as a table, a verdict and a plot."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from btlm_jax.tune.coord_check import CaseResult, Design, coord_check
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class CoordReport:
-    """What the check found, for a terminal and for an exit code."""
+    """The table for a terminal, and whether every case is as expected."""
 
     table: str
     passed: bool
@@ -52,7 +52,7 @@ def format_table(results: Sequence[CaseResult]) -> str:
 
 def write_plot(results: Sequence[CaseResult], path: Path) -> None:
     """Draw log2 of each statistic against the width, a panel for each of presets btlm, completep and sp present."""
-    from matplotlib.figure import Figure  # late: nothing else of the check needs it
+    from matplotlib.figure import Figure  # here, since nothing else of the check needs it
 
     shown = [result for result in results if result.case.name in ("btlm", "completep", "sp")] or list(results[:1])
     figure = Figure(figsize=(5 * len(shown), 5), layout="constrained")

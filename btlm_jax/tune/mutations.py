@@ -1,6 +1,6 @@
-"""Parametrizations to put to the coordinate check: the right ones, and deliberately broken ones it must catch.
+"""Parametrizations for the coordinate check: the right ones, and deliberately broken ones that it must catch.
 
-A mutation changes the numbers that mup.py hands out, never the code that uses them. m is the width multiplier.
+A mutation changes the numbers that recipe/mup.py returns, not the code that uses them. m is the width multiplier.
 """
 
 from __future__ import annotations
@@ -17,14 +17,14 @@ RuleChange = Callable[[ParameterRule, Parametrization], ParameterRule]
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Case:
-    """A preset of mup.py, a change of its forward multipliers and of its rules, and what the check must say of it."""
+    """A preset of recipe/mup.py, changes of its forward multipliers and of its rules, and the expected verdict."""
 
     name: str
     preset: str
     forward: ForwardChange
     rule: RuleChange
     wide_heads: bool  # width by larger heads, queries starting at zero; otherwise by more heads
-    is_flat: bool  # whether the statistics must not depend on the width; otherwise they must
+    is_flat: bool  # expected: statistics do not depend on the width
 
 
 def same_forward(parametrization: Parametrization) -> Parametrization:

@@ -20,7 +20,7 @@ from btlm_jax.plan.chips import CHIPS, GIB, num_chips, slice_devices, topology_n
 from btlm_jax.plan.compiling import needed_bytes
 from btlm_jax.plan.estimate import collective_seconds, step_time
 from btlm_jax.plan.executable import Collective, Executable, read_executable
-from btlm_jax.plan.flop_count import DIAGONAL, OUT_OF_SIGHT, Work, work_of
+from btlm_jax.plan.flop_count import DIAGONAL, OUT_OF_WINDOW, StepWork, count_step_work
 from btlm_jax.plan.slice_plan import dividing_meshes, layout_problems
 from btlm_jax.recipe.config import MeshConfig, train_config_from
 from btlm_jax.train.flops import flops_per_token
@@ -142,7 +142,7 @@ def test_executed_flops_are_the_closed_form(remat, tensor):
     )
     phase = config.curriculum.table.phases[1]
     program = make_program(config, make_run_mesh(config, devices=jax.devices()))
-    work = work_of(program.trace_train_step(phase).jaxpr.jaxpr)
+    work = count_step_work(program.trace_train_step(phase).jaxpr.jaxpr)
     model, T = config.model, phase.seq_len
     L, D, F = model.num_layers, model.d_model, model.d_ff
     again = {"none": 0, "matmuls_saved": 2 * L * D * T, "full": L * (8 * D * D + 6 * D * F + 4 * D * T)}[remat]
@@ -163,7 +163,7 @@ def test_kernels_are_counted_by_the_blocks_of_the_lower_triangle(remat, num_forw
     )  # fmt: skip
     program = make_program(config, make_run_mesh(config, devices=jax.devices()))
     phase = config.curriculum.table.phases[0]
-    work = work_of(program.trace_train_step(phase).jaxpr.jaxpr)
+    work = count_step_work(program.trace_train_step(phase).jaxpr.jaxpr)
     heads = phase.batch_size * config.model.num_heads * config.model.num_layers
     if attention == "splash":
         assert work.kernel_blocks == {"fwd": num_forwards * 6 * heads, "dq": 6 * heads, "dkv": 6 * heads}
@@ -187,7 +187,7 @@ def test_attention_takes_as_long_as_on_the_device_that_sees_the_most():
     num_blocks = T // block
     pairs = {(FORWARD, (apart - 1) * block): 4 * (num_blocks - apart) for apart in range(1, num_blocks)}
     blocks = {FORWARD: sum(pairs.values()), FORWARD + DIAGONAL: 4 * num_blocks}
-    work = Work(flops=0.0, kernel_blocks=blocks, distant_blocks=pairs, kernel_steps=0)
+    work = StepWork(flops=0.0, kernel_blocks=blocks, distant_blocks=pairs, kernel_steps=0)
     step = step_time(Executable(num_cycles=0, collectives=()), work, slopes_XN=slopes_XN, chip=chip, num_chips=2)
     bundles = chip.kernel_bundles
 
@@ -197,7 +197,7 @@ def test_attention_takes_as_long_as_on_the_device_that_sees_the_most():
             nearest = (key - query) * block - block + 1
             for slope in slopes:
                 sees = nearest <= (64 + 24 * math.log(2) - math.log(1 - math.exp(-slope))) / slope
-                kind = FORWARD + DIAGONAL if query == key else FORWARD if sees else FORWARD + OUT_OF_SIGHT
+                kind = FORWARD + DIAGONAL if query == key else FORWARD if sees else FORWARD + OUT_OF_WINDOW
                 visits += bundles[kind]
         return visits / chip.clock
 
@@ -208,7 +208,7 @@ def test_attention_takes_as_long_as_on_the_device_that_sees_the_most():
 
 
 def test_a_step_without_kernels_of_ours_is_timed_too():
-    work = Work(flops=0.0, kernel_blocks={}, distant_blocks={}, kernel_steps=0)
+    work = StepWork(flops=0.0, kernel_blocks={}, distant_blocks={}, kernel_steps=0)
     executable = Executable(num_cycles=3_000_000_000, collectives=())
     step = step_time(executable, work, slopes_XN=np.ones((2, 2)), chip=CHIPS["v5e"], num_chips=2)
     assert step.low == step.high == 2.0

@@ -14,10 +14,10 @@ from btlm_jax.plan.compiling import CompileCache
 from btlm_jax.plan.estimate import plan_phase
 from btlm_jax.plan.make_table import read_pod_config
 from btlm_jax.plan.plan_report import collectives_by_kind
-from btlm_jax.plan.pod_table import check_fits
+from btlm_jax.plan.pod_table import check_layout_fits
 from btlm_jax.plan.search import SPARE
 from btlm_jax.plan.slice_plan import layout_problems, program_on
-from btlm_jax.plan.table_text import table_text
+from btlm_jax.plan.table_text import format_table_markdown
 from btlm_jax.recipe.config import train_config_from
 
 FOLDER = REPOSITORY / "configs" / "pods"
@@ -31,7 +31,7 @@ def test_every_pod_divides_and_fits_with_memory_to_spare(file):
     pod = read_pod_config(file)
     chip, count = chip_of(pod.topology), num_chips(pod.topology.partition(":")[2])
     assert layout_problems(pod.config, num_devices=count, chip=chip) == ()
-    assert "fits on" in check_fits(pod.config, config_file=file, chip=chip.name, num_chips=count)
+    assert "fits on" in check_layout_fits(pod.config, config_file=file, chip=chip.name, num_chips=count)
     (row,) = (row for row in TABLE["rows"] if row["name"] == file.stem and row["is_config"])
     assert row["topology"] == pod.topology and row["num_chips"] == count
     assert row["needed_bytes"] < (1 - SPARE) * row["available_bytes"] == (1 - SPARE) * chip.hbm_bytes
@@ -65,7 +65,7 @@ def test_the_pods_train_the_paper():
 
 
 def test_the_table_to_read_is_the_table():
-    assert (FOLDER / "table.md").read_text() == table_text(TABLE)
+    assert (FOLDER / "table.md").read_text() == format_table_markdown(TABLE)
 
 
 @needs_libtpu

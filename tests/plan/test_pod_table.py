@@ -18,7 +18,7 @@ from btlm_jax.plan import make_table as making
 from btlm_jax.plan.chips import CHIPS, chip_of_device
 from btlm_jax.plan.compiling import CompileCache
 from btlm_jax.plan.layout import layout_of
-from btlm_jax.plan.pod_table import check_devices, check_fits, read_table, table_beside
+from btlm_jax.plan.pod_table import check_devices, check_layout_fits, read_table, table_beside
 from btlm_jax.recipe.config import TrainConfig
 from btlm_jax.train.flops import peak_flops
 
@@ -49,8 +49,8 @@ def pods(tmp_path):
 
 def make(folder: Path) -> list[str]:
     cache = CompileCache(directory=folder, max_compiles=0)
-    with mock.patch.object(making, "plan_until_misfit", side_effect=imagined):
-        return making.make_table(folder / "table.json", cache=cache, say=lambda line: None)
+    with mock.patch.object(making, "plan_fitting_phases", side_effect=imagined):
+        return making.make_table(folder / "table.json", cache=cache, report_progress=lambda line: None)
 
 
 def config_of(folder: Path, **changes) -> TrainConfig:
@@ -62,7 +62,7 @@ def config_of(folder: Path, **changes) -> TrainConfig:
 
 
 def check(folder: Path, config, *, chip: str = "v5e", num_chips: int = 32) -> str:
-    return check_fits(config, config_file=folder / "v5e_32.py", chip=chip, num_chips=num_chips)
+    return check_layout_fits(config, config_file=folder / "v5e_32.py", chip=chip, num_chips=num_chips)
 
 
 def test_the_table_has_a_row_for_each_layout_with_what_it_needs_and_takes(pods):

@@ -18,9 +18,9 @@ from btlm_jax.cli import main
 from btlm_jax.plan import search
 from btlm_jax.plan.chips import CHIPS, GIB
 from btlm_jax.plan.compiling import CompileCache, NoCompilationsLeftError
-from btlm_jax.plan.layout import Layout
-from btlm_jax.plan.search_report import search_table
-from btlm_jax.plan.slice_plan import Misfit
+from btlm_jax.plan.layout import MeshLayout
+from btlm_jax.plan.search_report import format_search
+from btlm_jax.plan.slice_plan import DoesNotFit
 from btlm_jax.recipe.config import REMATS, MeshConfig, train_config_from
 from btlm_jax.train.program import Program
 
@@ -35,10 +35,13 @@ def search_imagined(config=CONFIG, *, compiling=imagined):
     said = []
     with (
         mock.patch.object(search, "slice_devices", return_value=DEVICES),
-        mock.patch.object(search, "plan_until_misfit", side_effect=compiling) as compiled,
+        mock.patch.object(search, "plan_fitting_phases", side_effect=compiling) as compiled,
     ):
         found = search.search_layouts(
-            config, topology="v5e:4x8", cache=CompileCache(directory=Path(), max_compiles=math.inf), say=said.append
+            config,
+            topology="v5e:4x8",
+            cache=CompileCache(directory=Path(), max_compiles=math.inf),
+            report_progress=said.append,
         )
     return found, compiled.call_count, said
 
@@ -49,7 +52,7 @@ def test_it_finds_what_trying_everything_finds_with_fewer_compilations():
     plans = [imagined(layout.applied_to(CONFIG), topology="v5e:4x8") for layout in every]
     roomy = [plan for plan in plans if plan.works and plan.spare >= search.SPARE]
     assert found.best == min(roomy, key=lambda plan: sum(plan.seconds))
-    assert found.best.layout.flags in search_table(found).splitlines()[-1]
+    assert found.best.layout.flags in format_search(found).splitlines()[-1]
     assert len(found.tried) == num_compiled < len(every) / 30
     assert {plan.layout for plan in found.tried} | {skip.layout for skip in found.skipped} == set(every)
     assert any(plan.misfits for plan in found.tried)
@@ -69,7 +72,7 @@ def test_the_best_leaves_a_tenth_if_any_does_and_otherwise_that_is_said():
         return plan
 
     found, *_ = search_imagined(compiling=tight)
-    assert found.best.spare == pytest.approx(0.05) and "None leaves 10% of a chip's memory" in search_table(found)
+    assert found.best.spare == pytest.approx(0.05) and "None leaves 10% of a chip's memory" in format_search(found)
     assert all(skip.reason != "slower" for skip in found.skipped)
 
 
@@ -83,7 +86,7 @@ def test_what_does_not_compile_is_no_layout_but_ends_nothing():
     calls = []
     found, *_ = search_imagined(compiling=broken)
     assert found.best is None and len(found.tried) == 6
-    assert search_table(found).count("Mosaic failed") == 6 and "None of these fits" in search_table(found)
+    assert format_search(found).count("Mosaic failed") == 6 and "None of these fits" in format_search(found)
 
 
 def test_out_of_compilations_the_rest_is_named():
@@ -98,7 +101,7 @@ def test_out_of_compilations_the_rest_is_named():
     found, *_ = search_imagined(compiling=limited)
     assert len(found.tried) == 2
     assert "not reached" in {skip.reason for skip in found.skipped}
-    assert "(--max-compiles=2 compilations have been made)" in search_table(found)
+    assert "(--max-compiles=2 compilations have been made)" in format_search(found)
 
 
 def test_a_slice_that_nothing_divides_has_its_problems_said():
@@ -107,28 +110,28 @@ def test_a_slice_that_nothing_divides_has_its_problems_said():
     values["model"]["num_heads"] = 20
     found, num_compiled, _ = search_imagined(train_config_from(values))
     assert num_compiled == 0 and found.best is None
-    assert "PROBLEM: evaluation.batch_size=7 is not divisible by 32" in search_table(found)
+    assert "PROBLEM: evaluation.batch_size=7 is not divisible by 32" in format_search(found)
 
 
-def layout(accumulation: int, remat: str, *, tensor: int = 1, context: int = 2) -> Layout:
-    return Layout(mesh=MeshConfig(tensor=tensor, context=context, accumulation=accumulation), remat=remat)
+def layout(accumulation: int, remat: str, *, tensor: int = 1, context: int = 2) -> MeshLayout:
+    return MeshLayout(mesh=MeshConfig(tensor=tensor, context=context, accumulation=accumulation), remat=remat)
 
 
 def test_memory_grows_with_the_micro_batch_with_what_is_kept_and_with_copies_of_the_state():
     base = layout(3, "matmuls_saved")
     for other in (layout(1, "matmuls_saved"), layout(3, "none"), layout(3, "matmuls_saved", context=4), base):
-        assert other.share_needed(base) == 1
-    assert layout(15, "none").share_needed(base) == 3 / 15
+        assert other.relative_memory(base) == 1
+    assert layout(15, "none").relative_memory(base) == 3 / 15
     for other in (layout(5, "full"), layout(1, "full"), layout(1, "none", tensor=2), layout(1, "none", context=1)):
-        assert other.share_needed(base) == 0
+        assert other.relative_memory(base) == 0
 
 
 def test_time_grows_with_micro_batches_with_recomputing_and_with_positions_split():
     base = layout(3, "matmuls_saved")
     for other in (layout(5, "matmuls_saved"), layout(3, "full"), layout(3, "matmuls_saved", context=4), base):
-        assert other.gives_up_time_for_memory(base)
+        assert other.trades_speed_for_memory(base)
     for other in (layout(1, "full"), layout(5, "none"), layout(3, "full", tensor=2), layout(3, "full", context=1)):
-        assert not other.gives_up_time_for_memory(base)
+        assert not other.trades_speed_for_memory(base)
 
 
 @pytest.mark.parametrize("needed, is_skipped", [(48, True), (46, False)])
@@ -136,8 +139,8 @@ def test_more_micro_batches_divide_what_is_needed_at_best(needed, is_skipped):
     """With 5 of them what needs 48 GiB needs at least 16 of 15.75 GiB with 15."""
 
     tried = imagined(layout(5, "full").applied_to(CONFIG), topology="v5e:4x8")
-    misfit = Misfit(phase=CONFIG.curriculum.table.phases[0], program="", needed=needed * GIB, available=0)
-    tried = dataclasses.replace(tried, phases=(), misfits=(misfit,))
+    too_large = DoesNotFit(phase=CONFIG.curriculum.table.phases[0], program="", needed=needed * GIB, available=0)
+    tried = dataclasses.replace(tried, phases=(), misfits=(too_large,))
     now, then = (search.Guess(layout=layout(number, "full"), seconds=1.0) for number in (5, 15))
     assert (search._skip_after(now, tried, then) is not None) == is_skipped
 
@@ -184,7 +187,7 @@ def test_interrupted_it_goes_on_with_what_did_not_fit(capsys, tmp_path):
         section, key = name.split(".")
         values[section][key] = ast.literal_eval(value) if str(value).startswith("(") else value
     for plan in misfits:  # the bound is one, and not an empty one
-        layout = Layout(mesh=MeshConfig(**plan["mesh"]), remat=plan["remat"])
+        layout = MeshLayout(mesh=MeshConfig(**plan["mesh"]), remat=plan["remat"])
         least = search.least_bytes(train_config_from(values), layout, num_chips=4)
         assert least < plan["misfits"][0]["needed"] < 5 * least
     with mock.patch.object(Program, "compile", side_effect=AssertionError("the cache has it")):
@@ -204,4 +207,4 @@ def test_the_command_prints_flags_that_fit(capsys, tmp_path):
     assert code == 0 and capsys.readouterr().out.endswith(found["best_flags"] + "\n")
     (plan,) = found["tried"]
     assert plan["works"] and plan["run"]["days"] and not plan["misfits"]
-    assert found["best_flags"] == Layout(mesh=MeshConfig(**plan["mesh"]), remat=plan["remat"]).flags
+    assert found["best_flags"] == MeshLayout(mesh=MeshConfig(**plan["mesh"]), remat=plan["remat"]).flags

@@ -4,7 +4,7 @@ from btlm_jax.plan.chips import GIB, chip_of, num_chips
 from btlm_jax.plan.estimate import Memory, PhasePlan, StepTime
 from btlm_jax.plan.executable import Collective
 from btlm_jax.plan.layout import layout_of
-from btlm_jax.plan.slice_plan import Misfit, SlicePlan
+from btlm_jax.plan.slice_plan import DoesNotFit, SlicePlan
 from btlm_jax.recipe.config import TrainConfig
 from btlm_jax.recipe.curriculum import Phase
 
@@ -15,14 +15,14 @@ _GATHER = Collective(kind="all-gather", num_bytes=3 * GIB, num_devices=4, count=
 
 
 def imagined(config: TrainConfig, *, topology: str, **_) -> SlicePlan:
-    """Stand in for `plan_until_misfit`."""
+    """Stand in for `plan_fitting_phases`."""
     layout, phases = layout_of(config), config.curriculum.table.phases
     mesh = layout.mesh
     gib = 1.0 * mesh.context + 0.2 * mesh.tensor + 19.5 * KEPT[layout.remat] / mesh.accumulation
     seconds = 30 * (3 + _AGAIN[layout.remat]) / 4 + 0.2 * mesh.accumulation + 2 * (mesh.tensor * mesh.context - 1)
     needed, chip = int(gib * GIB), chip_of(topology)
     fits = needed <= chip.hbm_bytes
-    misfit = Misfit(phase=phases[0], program="hash", needed=needed, available=chip.hbm_bytes)
+    too_large = DoesNotFit(phase=phases[0], program="hash", needed=needed, available=chip.hbm_bytes)
     return SlicePlan(
         topology=topology,
         chip=chip,
@@ -31,7 +31,7 @@ def imagined(config: TrainConfig, *, topology: str, **_) -> SlicePlan:
         phases=tuple(_phase(phase, needed=needed, available=chip.hbm_bytes, seconds=seconds) for phase in phases)
         if fits
         else (),
-        misfits=() if fits else (misfit,),
+        misfits=() if fits else (too_large,),
         obstacles=(),
     )
 
