@@ -2,22 +2,18 @@
 
 Exit codes: 0 done, 1 error, 2 usage, 75 preempted and saved (run the same command again), 76 stopped on bad numbers,
 130 interrupted by Ctrl-C.
-The only importer of absl.flags. Verbs import what they call late, so that `--help` answers at once.
+A verb is the file of that name; only the chosen one is imported, and it imports what it calls after its flags are
+parsed, so that `--help` answers at once.
 """
 
 from __future__ import annotations
 
-import logging
-import re
+import os
 import sys
-import warnings
-from collections.abc import Sequence
-
-from absl import logging as absl_logging
+from collections.abc import Callable, Sequence
 
 from btlm_jax import __version__
-from btlm_jax.cli import convert, corpus, generate, plan, train, tune
-from btlm_jax.cli.parse import BAD_NUMBERS, DONE, ERROR, INTERRUPTED, PREEMPTED, USAGE, UsageError
+from btlm_jax.cli.exit_codes import BAD_NUMBERS, DONE, ERROR, INTERRUPTED, PREEMPTED, USAGE, UsageError
 
 __all__ = ["BAD_NUMBERS", "DONE", "ERROR", "PREEMPTED", "USAGE", "UsageError", "entry", "main"]
 
@@ -27,30 +23,82 @@ usage: btlm <verb> [flags]        (btlm <verb> --help explains a verb)
 
   train            train from a config, or resume what is in the workdir
   generate         continue texts with a trained model
-  convert          make a model of another form: Hugging Face both ways
+  convert          make a model of another form: Hugging Face both ways, GGUF, Jais, 4 bits
   corpus build     make the token store that a config names, without training
   corpus clean     make a corpus out of raw files, stage by stage (btlm corpus --help)
   corpus verify    read a token store again and compare every byte with its manifest
   tune coord-check prove on a CPU that the parametrization is right, and that wrong ones are caught (2 minutes)
   plan             compile the train steps for a TPU slice that is not there: fits? how fast? how much?
+  configs          list the configs that --config takes by name
 
-first:  btlm train --config=configs/local_cpu.py --workdir=runs/local
+first:  btlm train --config=local_cpu --workdir=runs/local
 """
 
-VERBS = {
-    "train": train.train,
-    "generate": generate.generate,
-    "convert": convert.convert,
-    "corpus": corpus.corpus,
-    "tune": tune.tune,
-    "plan": plan.plan,
+
+def _train(arguments: Sequence[str]) -> int:
+    from btlm_jax.cli.train import train
+
+    return train(arguments)
+
+
+def _generate(arguments: Sequence[str]) -> int:
+    from btlm_jax.cli.generate import generate
+
+    return generate(arguments)
+
+
+def _convert(arguments: Sequence[str]) -> int:
+    from btlm_jax.cli.convert import convert
+
+    return convert(arguments)
+
+
+def _corpus(arguments: Sequence[str]) -> int:
+    from btlm_jax.cli.corpus import corpus
+
+    return corpus(arguments)
+
+
+def _tune(arguments: Sequence[str]) -> int:
+    from btlm_jax.cli.tune import tune
+
+    return tune(arguments)
+
+
+def _plan(arguments: Sequence[str]) -> int:
+    from btlm_jax.cli.plan import plan
+
+    return plan(arguments)
+
+
+def _configs(arguments: Sequence[str]) -> int:
+    from btlm_jax.cli.configs import configs
+
+    return configs(arguments)
+
+
+VERBS: dict[str, Callable[[Sequence[str]], int]] = {
+    "train": _train,
+    "generate": _generate,
+    "convert": _convert,
+    "corpus": _corpus,
+    "tune": _tune,
+    "plan": _plan,
+    "configs": _configs,
 }
 
 
 def entry() -> None:
     """Run the command line of this process and exit with its code."""
-    _quiet_orbax()
-    sys.exit(main(sys.argv[1:]))
+    if len(sys.argv) > 2:
+        _quiet_orbax()
+    code = DONE
+    try:
+        code = main(sys.argv[1:])
+        sys.stdout.flush()
+    except BrokenPipeError:  # whoever read the output (head, less) has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python flushes, and complains, once more
+    sys.exit(code)
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -58,10 +106,10 @@ def main(arguments: Sequence[str]) -> int:
     if not arguments or arguments[0] in ("-h", "--help", "help"):
         print(HELP)
         return DONE if arguments else USAGE
-    verb, *rest = arguments
+    verb, rest = arguments[0].replace("_", "-"), arguments[1:]
     try:
         if verb not in VERBS:
-            raise UsageError(f"unknown verb {verb!r}; verbs are {', '.join(VERBS)} (btlm --help)")
+            raise UsageError(f"unknown verb {arguments[0]!r}; verbs are {', '.join(VERBS)} (btlm --help)")
         return VERBS[verb](rest)
     except UsageError as error:
         print(f"btlm: usage: {error}", file=sys.stderr)
@@ -70,16 +118,21 @@ def main(arguments: Sequence[str]) -> int:
         print(f"btlm {verb}: error: {error}", file=sys.stderr)
         return ERROR
     except KeyboardInterrupt:
-        print(f"btlm {verb}: interrupted; the same command goes on where it can", file=sys.stderr)
+        print(f"btlm {verb}: interrupted; the same command resumes where it can", file=sys.stderr)
         return INTERRUPTED
 
 
 def _quiet_orbax() -> None:
-    """Leave a failed checkpoint to the one line that `main` prints.
+    """Report a failed checkpoint in the one line that `main` prints.
 
-    Orbax logs the same error from each of its threads, and the writes still in flight complain to an event loop that is
-    closed by then, or are dropped with their errors unread: hundreds of lines of traceback about one full disk.
+    Orbax logs the same error from each of its threads, and writes in flight complain to an event loop that is closed by
+    then, or are dropped with their errors unread: hundreds of lines of traceback about one full disk.
     """
+    import logging
+    import re
+    import warnings
+
+    from absl import logging as absl_logging
 
     def report_other(unraisable):
         if str(unraisable.exc_value) != "Event loop is closed":
@@ -91,6 +144,6 @@ def _quiet_orbax() -> None:
     absl_logging.get_absl_logger().addFilter(
         lambda record: record.levelno < logging.ERROR or "orbax" not in record.pathname
     )
-    absl_logging.get_absl_logger().addFilter(  # that a reader only reads needs no warning
+    absl_logging.get_absl_logger().addFilter(  # TensorStore warns of checkpoints that it opens for reading
         lambda record: not re.search("read_only=True|is read only", record.getMessage())
     )

@@ -1,14 +1,12 @@
-"""The verb that makes a model of another form: convert."""
+"""`btlm convert`: a model in another format, proven to compute the same."""
 
 from __future__ import annotations
 
-import importlib
 from collections.abc import Sequence
 from pathlib import Path
 
-from absl import flags
-
-from btlm_jax.cli.parse import DONE, UsageError, parse_flags
+from btlm_jax.cli.exit_codes import DONE, UsageError
+from btlm_jax.cli.parse import Flags
 
 CONVERT_HELP = """btlm convert: make a model of another form, and prove that it computes the same.
 
@@ -23,7 +21,7 @@ generation (safetensors or .bin, sharded or not). The logits of both are compare
 its name; if they differ by more than rounding, or anything is wrong with the source, nothing is kept.
 """
 
-# flag -> the formats that it says something about
+# flag -> the formats on which it has an effect
 FORMATS_OF_FLAG = {
     "dtype": ("hf", "jais"),
     "max_shard_gb": ("hf", "jais"),
@@ -36,50 +34,42 @@ FORMATS_OF_FLAG = {
 
 def convert(arguments: Sequence[str]) -> int:
     """Run `btlm convert`; return the exit code."""
-    values = flags.FlagValues()
-    flags.DEFINE_string("from", "", "a run, a model directory or a Hugging Face directory", flag_values=values)
-    flags.DEFINE_string("to", "", "directory, or .gguf file, to make; it must not exist", flag_values=values)
-    flags.DEFINE_string(
-        "format", "hf", "hf (Hugging Face), native (ours), jais (for vLLM), gguf, or int4 (ours)", flag_values=values
+    flags = Flags(CONVERT_HELP)
+    flags.define_string("from", "", "a run, a model directory or a Hugging Face directory")
+    flags.define_string("to", "", "directory, or .gguf file, to make; it must not exist")
+    flags.define_string("format", "hf", "hf (Hugging Face), native (ours), jais (for vLLM), gguf, or int4 (ours)")
+    flags.define_string("dtype", "float32", "of hf and jais: float32, bfloat16 or float16")
+    flags.define_string("file_type", "F16", "of gguf: F32, F16, BF16, Q8_0, Q6_K, Q5_K_M, Q4_K_M or Q4_0")
+    flags.define_integer(
+        "pad_ffn", 0, "zero-pad the feed-forward width to a multiple; 256 for jais and gguf, otherwise 1"
     )
-    flags.DEFINE_string("dtype", "float32", "of hf and jais: float32, bfloat16 or float16", flag_values=values)
-    flags.DEFINE_string(
-        "file_type", "F16", "of gguf: F32, F16, BF16, Q8_0, Q6_K, Q5_K_M, Q4_K_M or Q4_0", flag_values=values
-    )
-    flags.DEFINE_integer(
-        "pad_ffn", None, "zero-pad the feed-forward width to a multiple; 256 for jais and gguf, otherwise 1",
-        flag_values=values,
-    )  # fmt: skip
-    flags.DEFINE_string("method", "gptq", "of int4: gptq, awq, awq+gptq; without a text hqq, rtn", flag_values=values)
-    flags.DEFINE_string(
-        "calibration", "", "of int4: a text file, 16,384 tokens are enough; a run has its own data", flag_values=values
-    )
-    flags.DEFINE_float("max_shard_gb", 5.0, "size of a weights file, in 1e9 bytes", flag_values=values)
-    flags.DEFINE_boolean("help", False, "show this help", short_name="h", flag_values=values)
-    if not parse_flags(values, arguments, help_text=CONVERT_HELP):
+    flags.define_string("method", "gptq", "of int4: gptq, awq, awq+gptq; without a text hqq, rtn")
+    flags.define_string("calibration", "", "of int4: a text file, 16,384 tokens are enough; a run has its own data")
+    flags.define_float("max_shard_gb", 5.0, "size of a weights file, in 1e9 bytes")
+    if not flags.parse(arguments):
         return DONE
-    for name in ("from", "to"):
-        if not values[name].value:
-            raise UsageError(f"btlm convert needs --{name}=DIR")
-    conversion = importlib.import_module("btlm_jax.convert.conversion")
-    target_format = values["format"].value
+    source = flags.path("from")
+    target = flags.path("to")
+    from btlm_jax.convert import conversion
+
+    target_format = flags.string("format")
     for name, formats in FORMATS_OF_FLAG.items():
-        if values[name].present and target_format in conversion.FORMATS and target_format not in formats:
-            raise UsageError(f"--{name} says nothing about --format={target_format}; it is for {' and '.join(formats)}")
-    pad_ffn = values["pad_ffn"].value if values["pad_ffn"].present else conversion.PAD_FFN.get(target_format, 1)
+        if flags.is_given(name) and target_format in conversion.FORMATS and target_format not in formats:
+            raise UsageError(f"--{name} has no effect on --format={target_format}; it is for {' and '.join(formats)}")
+    default_padding = conversion.PAD_FFN.get(target_format, 1)
     try:
-        asked = conversion.Conversion(
-            source=Path(values["from"].value),
-            target=Path(values["to"].value),
+        settings = conversion.Conversion(
+            source=source,
+            target=target,
             format=target_format,
-            dtype=values["dtype"].value,
-            file_type=values["file_type"].value,
-            pad_ffn=pad_ffn,
-            max_shard_bytes=int(values["max_shard_gb"].value * 1e9),
-            method=values["method"].value,
-            calibration=Path(values["calibration"].value) if values["calibration"].value else None,
+            dtype=flags.string("dtype"),
+            file_type=flags.string("file_type"),
+            pad_ffn=flags.integer("pad_ffn") if flags.is_given("pad_ffn") else default_padding,
+            max_shard_bytes=int(flags.number("max_shard_gb") * 1e9),
+            method=flags.string("method"),
+            calibration=Path(flags.string("calibration")) if flags.string("calibration") else None,
         )
     except ValueError as error:
         raise UsageError(str(error)) from error
-    conversion.convert(asked, say=print)
+    conversion.convert(settings, say=print)
     return DONE

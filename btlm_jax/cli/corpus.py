@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-import importlib
 from collections.abc import Sequence
 from pathlib import Path
-
-from absl import flags
+from typing import TYPE_CHECKING
 
 from btlm_jax.cli import corpus_stages
 from btlm_jax.cli.corpus_stages import log, print_stage, print_store
-from btlm_jax.cli.parse import DONE, UsageError, parse_config, parse_flags, run_flags, workdir_of
-from btlm_jax.cli.train import build_store
-from btlm_jax.storage.location import PathOrUrl, parse_location
+from btlm_jax.cli.exit_codes import DONE, UsageError
+from btlm_jax.cli.parse import Flags
+from btlm_jax.cli.train import build_store, define_workdir
+
+if TYPE_CHECKING:
+    from btlm_jax.storage.location import PathOrUrl
 
 HELP = """btlm corpus VERB: make or check a corpus and its token store.
 
@@ -30,7 +31,7 @@ clean to tokenize are stages, each from a directory into a new one. A stage that
 the same command is given again; the result does not depend on kills, on --workers, or on --executor, which takes them
 to a Ray or Slurm cluster.
 
-examples:  btlm corpus build --config=configs/local_cpu.py --workdir=runs/local
+examples:  btlm corpus build --config=local_cpu --workdir=runs/local
            btlm corpus clean --input=RAW --output=corpus/clean --workers=8
            btlm corpus dedup --input=corpus/clean --output=corpus/dedup --workers=8
            btlm corpus split --input=corpus/dedup --output=corpus/split --workers=8
@@ -53,12 +54,15 @@ def corpus(arguments: Sequence[str]) -> int:
 
 
 def _build(arguments: Sequence[str]) -> int:
-    values = run_flags()
-    config = parse_config(values, arguments, help_text=HELP)
-    if config is None:
+    flags = Flags(HELP)
+    flags.define_config()
+    define_workdir(flags)
+    if not flags.parse(arguments):
         return DONE
-    setup = importlib.import_module("btlm_jax.train.setup")
-    workdir = workdir_of(values)
+    config = flags.config()
+    workdir = flags.path("workdir")
+    from btlm_jax.train import setup
+
     setup.make_workdir(workdir)
     token_store = setup.prepare_store(
         config.data,
@@ -74,73 +78,85 @@ def _build(arguments: Sequence[str]) -> int:
 
 
 def _stats(arguments: Sequence[str]) -> int:
-    values = flags.FlagValues()
-    flags.DEFINE_string("plots", "", "directory to draw the same into, as PNG", flag_values=values)
-    directory = _directory(values, arguments, name="input", verb="stats")
-    if directory is not None:
-        print(importlib.import_module("btlm_jax.corpus.inspect.stats").describe(directory))
-        if values["plots"].value:
-            plot = importlib.import_module("btlm_jax.corpus.inspect.charts").plot
-            for path in plot(directory, target=Path(values["plots"].value)):
-                print(f"drew {path}")
+    flags = Flags(HELP)
+    flags.define_string("plots", "", "directory to draw the same into, as PNG")
+    directory = _directory(flags, arguments, name="input", verb="stats")
+    if directory is None:
+        return DONE
+    from btlm_jax.corpus.inspect import stats
+
+    print(stats.describe(directory))
+    if flags.string("plots"):
+        from btlm_jax.corpus.inspect import charts
+
+        for path in charts.plot(directory, target=Path(flags.string("plots"))):
+            print(f"drew {path}")
     return DONE
 
 
 def _show(arguments: Sequence[str]) -> int:
-    values = flags.FlagValues()
-    flags.DEFINE_string("input", "", "directory of a stage's work", flag_values=values)
-    flags.DEFINE_integer("number", -1, "number of a document, from 0", flag_values=values)
-    flags.DEFINE_integer("count", 1, "documents from that number on", flag_values=values)
-    flags.DEFINE_string("id", "", "id of a document", flag_values=values)
-    flags.DEFINE_integer("clusters", 0, "clusters of dedup, the largest first", flag_values=values)
-    flags.DEFINE_string("documents", "", "with --clusters: the stage that dedup read", flag_values=values)
-    flags.DEFINE_integer("characters", 300, "with --clusters: of each document", flag_values=values)
-    flags.DEFINE_boolean("help", False, "show this help", short_name="h", flag_values=values)
-    if not parse_flags(values, arguments, help_text=HELP):
+    flags = Flags(HELP)
+    flags.define_string("input", "", "directory of a stage's work")
+    flags.define_integer("number", -1, "number of a document, from 0")
+    flags.define_integer("count", 1, "documents from that number on")
+    flags.define_string("id", "", "id of a document")
+    flags.define_integer("clusters", 0, "clusters of dedup, the largest first")
+    flags.define_string("documents", "", "with --clusters: the stage that dedup read")
+    flags.define_integer("characters", 300, "with --clusters: of each document")
+    if not flags.parse(arguments):
         return DONE
-    chosen = {name: values[name].value for name in values}
-    asked = (chosen["number"] >= 0) + bool(chosen["id"]) + (chosen["clusters"] > 0)
-    if not chosen["input"] or asked != 1:
+    number, document, clusters = flags.integer("number"), flags.string("id"), flags.integer("clusters")
+    if not flags.string("input") or (number >= 0) + bool(document) + (clusters > 0) != 1:
         raise UsageError("btlm corpus show needs --input=DIR and one of --number=N, --id=ID or --clusters=N")
-    if chosen["clusters"] and not chosen["documents"]:
+    if clusters and not flags.string("documents"):
         raise UsageError("--clusters needs --documents=DIR, the stage that dedup read")
-    show = importlib.import_module("btlm_jax.corpus.inspect.show")
-    directory = Path(chosen["input"])
-    if chosen["clusters"]:
-        source = Path(chosen["documents"])
-        found = show.clusters(directory, documents=source, count=chosen["clusters"], characters=chosen["characters"])
-    elif chosen["id"]:
-        found = show.by_id(directory, document=chosen["id"])
+    from btlm_jax.corpus.inspect import show
+
+    directory = Path(flags.string("input"))
+    if clusters:
+        texts = show.clusters(
+            directory,
+            documents=Path(flags.string("documents")),
+            count=clusters,
+            characters=flags.integer("characters"),
+        )
+    elif document:
+        texts = show.by_id(directory, document=document)
     else:
-        found = show.by_number(directory, number=chosen["number"], count=chosen["count"])
-    for text in found:
+        texts = show.by_number(directory, number=number, count=flags.integer("count"))
+    for text in texts:
         print(text)
     return DONE
 
 
-def _directory(values: flags.FlagValues, arguments: Sequence[str], *, name: str, verb: str) -> PathOrUrl | None:
+def _directory(flags: Flags, arguments: Sequence[str], *, name: str, verb: str) -> PathOrUrl | None:
     """Parse the flags of a verb that only reads a directory; return None when help was asked for and printed."""
-    flags.DEFINE_string(name, "", "token store (directory or URL), or directory of a stage's work", flag_values=values)
-    flags.DEFINE_boolean("help", False, "show this help", short_name="h", flag_values=values)
-    if not parse_flags(values, arguments, help_text=HELP):
+    flags.define_string(name, "", "token store (directory or URL), or directory of a stage's work")
+    if not flags.parse(arguments):
         return None
-    if not values[name].value:
-        raise UsageError(f"btlm corpus {verb} needs --{name}=DIR")
-    return parse_location(values[name].value)
+    if not flags.string(name):
+        raise UsageError(f"btlm corpus {verb}: --{name}=DIR is needed")
+    from btlm_jax.storage.location import parse_location
+
+    return parse_location(flags.string(name))
 
 
 def _verify(arguments: Sequence[str]) -> int:
-    directory = _directory(flags.FlagValues(), arguments, name="store", verb="verify")
+    directory = _directory(Flags(HELP), arguments, name="store", verb="verify")
     if directory is None:
         return DONE
     if isinstance(directory, Path) and (directory / "plan.json").is_file():
-        manifest = importlib.import_module("btlm_jax.corpus.engine.inputs").verify_stage(directory)
+        from btlm_jax.corpus.engine.inputs import verify_stage
+
+        stage_manifest = verify_stage(directory)
         print("every file is as its manifest says")
-        print_stage(manifest)
+        print_stage(stage_manifest)
         return DONE
-    manifest = importlib.import_module("btlm_jax.data.verify").verify(directory, log=log)
+    from btlm_jax.data.verify import verify
+
+    store_manifest = verify(directory, log=log)
     print("every shard is as its manifest says")
-    print_store(manifest)
+    print_store(store_manifest)
     return DONE
 
 

@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-import contextlib
-import importlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-
-from absl import flags
+from typing import TYPE_CHECKING
 
 from btlm_jax.cli.corpus_workers import HELP as WORKERS_HELP
 from btlm_jax.cli.corpus_workers import check_worker_flags, chosen_workers, define_worker_flags
-from btlm_jax.cli.parse import DONE, UsageError, parse_flags
-from btlm_jax.data.store import Manifest
-from btlm_jax.storage.location import parse_location
+from btlm_jax.cli.exit_codes import DONE, UsageError
+from btlm_jax.cli.parse import Flags
+
+if TYPE_CHECKING:
+    from btlm_jax.data.store import Manifest
 
 CLEAN_HELP = """btlm corpus clean: read raw text, repair its Unicode as SlimPajama did, drop short documents.
 
@@ -67,87 +66,93 @@ copied to a bucket, as --config.data.store=gs://bucket/store: it is read there, 
 
 def clean(arguments: Sequence[str]) -> int:
     """Run `btlm corpus clean`; return the exit code."""
-    values = _flags_with_workers()
-    flags.DEFINE_string("source", "unnamed", "source of documents that do not say theirs", flag_values=values)
-    flags.DEFINE_string(
-        "on_bad_file", "fail", "of one cut short or damaged: fail, or keep-prefix, its beginning", flag_values=values
-    )
-    flags.DEFINE_float("max_bad_rate", 0.001, "share of bad lines that is accepted", flag_values=values)
-    if not _parse_stage(values, arguments, help_text=CLEAN_HELP):
+    flags = _flags_with_workers(CLEAN_HELP)
+    flags.define_string("source", "unnamed", "source of documents that do not say theirs")
+    flags.define_string("on_bad_file", "fail", "of one cut short or damaged: fail, or keep-prefix, its beginning")
+    flags.define_float("max_bad_rate", 0.001, "share of bad lines that is accepted")
+    if not _parse_stage(flags, arguments):
         return DONE
-    cleaning = importlib.import_module("btlm_jax.corpus.stages.clean")
+    from btlm_jax.corpus.stages import clean as stage
+    from btlm_jax.storage.location import parse_location
+
     try:
-        config = cleaning.CleanConfig(
-            input=parse_location(values["input"].value),
-            default_source=values["source"].value,
-            on_bad_file=values["on_bad_file"].value,
-            max_bad_rate=values["max_bad_rate"].value,
+        config = stage.CleanConfig(
+            input=parse_location(flags.string("input")),
+            default_source=flags.string("source"),
+            on_bad_file=flags.string("on_bad_file"),
+            max_bad_rate=flags.number("max_bad_rate"),
         )
     except ValueError as error:
         raise UsageError(str(error)) from error
-    with _common(values) as common:
-        print_stage(cleaning.clean(config, **common))
+    with chosen_workers(flags, log=log) as workers:
+        print_stage(stage.clean(config, output=Path(flags.string("output")), workers=workers, log=log))
     return DONE
 
 
 def dedup(arguments: Sequence[str]) -> int:
     """Run `btlm corpus dedup`; return the exit code."""
-    values = _flags_with_workers()
-    flags.DEFINE_string("preset", "strict", "strict, or slimpajama as published", flag_values=values)
-    if not _parse_stage(values, arguments, help_text=DEDUP_HELP):
+    flags = _flags_with_workers(DEDUP_HELP)
+    flags.define_string("preset", "strict", "strict, or slimpajama as published")
+    if not _parse_stage(flags, arguments):
         return DONE
-    presets = importlib.import_module("btlm_jax.corpus.near_duplicates.lsh").PRESETS
-    if values["preset"].value not in presets:
-        raise UsageError(f"--preset={values['preset'].value} is not known; it may be {' or '.join(presets)}")
-    deduplicate = importlib.import_module("btlm_jax.corpus.stages.dedup").deduplicate
-    source = Path(values["input"].value)
-    with _common(values) as common:
-        print_stage(deduplicate(source, preset=values["preset"].value, **common))
+    from btlm_jax.corpus.near_duplicates.lsh import PRESETS
+    from btlm_jax.corpus.stages.dedup import deduplicate
+
+    preset = flags.string("preset")
+    if preset not in PRESETS:
+        raise UsageError(f"--preset={preset} is not known; it may be {' or '.join(PRESETS)}")
+    source, output = Path(flags.string("input")), Path(flags.string("output"))
+    with chosen_workers(flags, log=log) as workers:
+        print_stage(deduplicate(source, preset=preset, output=output, workers=workers, log=log))
     return DONE
 
 
 def split(arguments: Sequence[str]) -> int:
     """Run `btlm corpus split`; return the exit code."""
-    values = _flags_with_workers()
-    flags.DEFINE_float("validation", 0.0017, "share of the documents", flag_values=values)
-    flags.DEFINE_float("test", 0.0017, "share of the documents", flag_values=values)
-    flags.DEFINE_integer("seed", 0, "of the hashes that decide", flag_values=values)
-    flags.DEFINE_multi_string("weight", [], "SOURCE=TIMES; may be given several times", flag_values=values)
-    flags.DEFINE_multi_string("evaluation", [], "raw file or folder not to train on; several times", flag_values=values)
-    if not _parse_stage(values, arguments, help_text=SPLIT_HELP):
+    flags = _flags_with_workers(SPLIT_HELP)
+    flags.define_float("validation", 0.0017, "share of the documents")
+    flags.define_float("test", 0.0017, "share of the documents")
+    flags.define_integer("seed", 0, "of the hashes that decide")
+    flags.define_strings("weight", "SOURCE=TIMES; may be given several times")
+    flags.define_strings("evaluation", "raw file or folder not to train on; several times")
+    if not _parse_stage(flags, arguments):
         return DONE
-    splitting = importlib.import_module("btlm_jax.corpus.stages.split")
+    from btlm_jax.corpus.stages import split as stage
+    from btlm_jax.storage.location import parse_location
+
     try:
-        config = splitting.SplitConfig(
-            input=Path(values["input"].value),
-            validation=values["validation"].value,
-            test=values["test"].value,
-            seed=values["seed"].value,
-            weights=dict(_weight(given) for given in values["weight"].value),
-            evaluation=tuple(map(parse_location, values["evaluation"].value)),
+        config = stage.SplitConfig(
+            input=Path(flags.string("input")),
+            validation=flags.number("validation"),
+            test=flags.number("test"),
+            seed=flags.integer("seed"),
+            weights=dict(_weight(given) for given in flags.strings("weight")),
+            evaluation=tuple(map(parse_location, flags.strings("evaluation"))),
         )
     except ValueError as error:
         raise UsageError(str(error)) from error
-    with _common(values) as common:
-        print_stage(splitting.split(config, **common))
+    with chosen_workers(flags, log=log) as workers:
+        print_stage(stage.split(config, output=Path(flags.string("output")), workers=workers, log=log))
     return DONE
 
 
 def tokenizer(arguments: Sequence[str]) -> int:
     """Run `btlm corpus tokenizer`; return the exit code."""
-    values = _stage_flags()
-    flags.DEFINE_string("kind", "sentencepiece", "sentencepiece, or byte_level_bpe as GPT-2's", flag_values=values)
-    flags.DEFINE_integer("vocab_size", 32000, "tokens, the 256 bytes included", flag_values=values)
-    if not _parse_stage(values, arguments, help_text=TOKENIZER_HELP):
+    flags = _stage_flags(TOKENIZER_HELP)
+    flags.define_string("kind", "sentencepiece", "sentencepiece, or byte_level_bpe as GPT-2's")
+    flags.define_integer("vocab_size", 32000, "tokens, the 256 bytes included")
+    if not _parse_stage(flags, arguments):
         return DONE
-    vocabulary = importlib.import_module("btlm_jax.corpus.stages.train_tokenizer")
-    if values["kind"].value not in vocabulary.KINDS:
-        raise UsageError(f"--kind={values['kind'].value} is not known; it may be {' or '.join(vocabulary.KINDS)}")
-    manifest = vocabulary.train_tokenizer_stage(
-        Path(values["input"].value),
-        kind=values["kind"].value,
-        vocab_size=values["vocab_size"].value,
-        output=Path(values["output"].value),
+    from btlm_jax.corpus.stages import train_tokenizer as stage
+
+    kind = flags.string("kind")
+    if kind not in stage.KINDS:
+        raise UsageError(f"--kind={kind} is not known; it may be {' or '.join(stage.KINDS)}")
+    manifest = stage.train_tokenizer_stage(
+        Path(flags.string("input")),
+        kind=kind,
+        vocab_size=flags.integer("vocab_size"),
+        output=Path(flags.string("output")),
         log=log,
     )
     print(f"fingerprint {manifest['fingerprint']}")
@@ -156,24 +161,28 @@ def tokenizer(arguments: Sequence[str]) -> int:
 
 def tokenize(arguments: Sequence[str]) -> int:
     """Run `btlm corpus tokenize`; return the exit code."""
-    values = _flags_with_workers()
-    flags.DEFINE_string("tokenizer", "", "directory of a tokenizer", flag_values=values)
-    flags.DEFINE_integer("block_len", 8192, "tokens of a block: the longest phase of training", flag_values=values)
-    if not _parse_stage(values, arguments, help_text=TOKENIZE_HELP):
+    flags = _flags_with_workers(TOKENIZE_HELP)
+    flags.define_string("tokenizer", "", "directory of a tokenizer")
+    flags.define_integer("block_len", 8192, "tokens of a block: the longest phase of training")
+    if not _parse_stage(flags, arguments):
         return DONE
-    if not values["tokenizer"].value:
+    if not flags.string("tokenizer"):
         raise UsageError(
             "--tokenizer=DIR is needed: a folder with vocab.json and merges.txt, tokenizer.json or tokenizer.model"
         )
-    if values["block_len"].value < 1:
-        raise UsageError(f"--block_len={values['block_len'].value} must be 1 or more")
-    tokenize = importlib.import_module("btlm_jax.corpus.stages.tokenize").tokenize
-    with _common(values) as common:
-        manifest = tokenize(
-            Path(values["input"].value),
-            tokenizer=Path(values["tokenizer"].value),
-            block_len=values["block_len"].value,
-            **common,
+    block_len = flags.integer("block_len")
+    if block_len < 1:
+        raise UsageError(f"--block_len={block_len} must be 1 or more")
+    from btlm_jax.corpus.stages import tokenize as stage
+
+    with chosen_workers(flags, log=log) as workers:
+        manifest = stage.tokenize(
+            Path(flags.string("input")),
+            tokenizer=Path(flags.string("tokenizer")),
+            block_len=block_len,
+            output=Path(flags.string("output")),
+            workers=workers,
+            log=log,
         )
         print_store(manifest)
     return DONE
@@ -187,37 +196,28 @@ def _weight(given: str) -> tuple[str, float]:
         raise UsageError(f"--weight={given} is not SOURCE=TIMES, for example --weight=RedPajamaWikipedia=2") from error
 
 
-def _stage_flags() -> flags.FlagValues:
-    values = flags.FlagValues()
-    flags.DEFINE_string("input", "", "where to read from", flag_values=values)
-    flags.DEFINE_string("output", "", "directory of this stage's work", flag_values=values)
-    flags.DEFINE_boolean("help", False, "show this help", short_name="h", flag_values=values)
-    return values
+def _stage_flags(help_text: str) -> Flags:
+    flags = Flags(help_text)
+    flags.define_string("input", "", "where to read from")
+    flags.define_string("output", "", "directory of this stage's work")
+    return flags
 
 
-def _flags_with_workers() -> flags.FlagValues:
-    values = _stage_flags()
-    define_worker_flags(values)
-    return values
+def _flags_with_workers(help_text: str) -> Flags:
+    flags = _stage_flags(f"{help_text}\n{WORKERS_HELP}")
+    define_worker_flags(flags)
+    return flags
 
 
-def _parse_stage(values: flags.FlagValues, arguments: Sequence[str], *, help_text: str) -> bool:
+def _parse_stage(flags: Flags, arguments: Sequence[str]) -> bool:
     """Parse the flags of a stage; return False when help was asked for and printed."""
-    has_workers = "workers" in values
-    if not parse_flags(values, arguments, help_text=f"{help_text}\n{WORKERS_HELP}" if has_workers else help_text):
+    if not flags.parse(arguments):
         return False
     for name in ("input", "output"):
-        if not values[name].value:
-            raise UsageError(f"--{name}=DIR is needed: {values[name].help}")
-    if has_workers:
-        check_worker_flags(values)
+        flags.path(name)
+    if flags.is_defined("workers"):
+        check_worker_flags(flags)
     return True
-
-
-@contextlib.contextmanager
-def _common(values: flags.FlagValues) -> Iterator[dict]:
-    with chosen_workers(values, log=log) as workers:
-        yield {"output": Path(values["output"].value), "workers": workers, "log": log}
 
 
 def log(line: str) -> None:
@@ -229,11 +229,11 @@ def print_stage(manifest: dict) -> None:
     """Print what a stage read, wrote and dropped."""
     totals = manifest["totals"]
     for source in sorted(totals["read"]):
-        came, went = totals["read"][source], totals["written"].get(source, {"documents": 0, "bytes": 0})
-        share = 100 * went["bytes"] / max(came["bytes"], 1)
+        read, written = totals["read"][source], totals["written"].get(source, {"documents": 0, "bytes": 0})
+        share = 100 * written["bytes"] / max(read["bytes"], 1)
         print(
-            f"  {source}: {came['documents']:,} documents, {came['bytes']:,} bytes -> {went['documents']:,} documents, "
-            f"{went['bytes']:,} bytes ({share:.1f} %)"
+            f"  {source}: {read['documents']:,} documents, {read['bytes']:,} bytes -> {written['documents']:,} "
+            f"documents, {written['bytes']:,} bytes ({share:.1f} %)"
         )
     for reason, count in sorted((totals["dropped"] | totals["bad"]).items()):
         print(f"  {reason}: {count:,}")

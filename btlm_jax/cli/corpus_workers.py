@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import contextlib
-import importlib
 import os
 import shlex
 from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING
 
-from absl import flags
+from btlm_jax.cli.exit_codes import UsageError
+from btlm_jax.cli.parse import Flags
 
-from btlm_jax.cli.parse import UsageError
+if TYPE_CHECKING:
+    from btlm_jax.corpus.engine.workers import Workers
 
 LOCAL, RAY, SLURM = "local", "ray", "slurm"
 _FLAG_OF = {"ray_address": RAY, "sbatch": SLURM}
@@ -27,48 +29,49 @@ example:  btlm corpus clean --input=RAW --output=corpus/clean --executor=slurm -
 """
 
 
-def define_worker_flags(values: flags.FlagValues) -> None:
+def define_worker_flags(flags: Flags) -> None:
     """Define the flags."""
-    flags.DEFINE_string("executor", LOCAL, f"{LOCAL}, {RAY} or {SLURM}", flag_values=values)
-    flags.DEFINE_integer(
-        "workers", 0, "tasks at a time, by default one a processor (local); the result is the same", flag_values=values
-    )
-    flags.DEFINE_string("ray_address", "", "HOST:PORT of a Ray cluster's head", flag_values=values)
-    flags.DEFINE_string("sbatch", "", "further options of sbatch, in one string", flag_values=values)
+    flags.define_string("executor", LOCAL, f"{LOCAL}, {RAY} or {SLURM}")
+    flags.define_integer("workers", 0, "tasks at a time, by default one a processor (local); the result is the same")
+    flags.define_string("ray_address", "", "HOST:PORT of a Ray cluster's head")
+    flags.define_string("sbatch", "", "further options of sbatch, in one string")
 
 
-def check_worker_flags(values: flags.FlagValues) -> None:
+def check_worker_flags(flags: Flags) -> None:
     """Refuse flags that contradict each other.
 
     Raises:
       UsageError: they do.
     """
-    executor, count = values["executor"].value, values["workers"].value
+    executor, count = flags.string("executor"), flags.integer("workers")
     if executor not in (LOCAL, RAY, SLURM):
         raise UsageError(f"--executor={executor} is not known; it may be {LOCAL}, {RAY} or {SLURM}")
-    if count < 1 and (values["workers"].present or executor != LOCAL):
-        given = f"--workers={count} must be 1 or more" if values["workers"].present else "--workers=N is needed"
+    if count < 1 and (flags.is_given("workers") or executor != LOCAL):
+        given = f"--workers={count} must be 1 or more" if flags.is_given("workers") else "--workers=N is needed"
         raise UsageError(f"{given}: how many tasks run at a time")
     for name, needed in _FLAG_OF.items():
-        if values[name].value and executor != needed:
+        if flags.string(name) and executor != needed:
             raise UsageError(f"--{name} needs --executor={needed}; it is {executor}")
     try:
-        shlex.split(values["sbatch"].value)
+        shlex.split(flags.string("sbatch"))
     except ValueError as error:
-        raise UsageError(f"--sbatch={values['sbatch'].value} cannot be split into options: {error}") from error
+        raise UsageError(f"--sbatch={flags.string('sbatch')} cannot be split into options: {error}") from error
 
 
 @contextlib.contextmanager
-def chosen_workers(values: flags.FlagValues, *, log: Callable[[str], None]) -> Iterator[object]:
+def chosen_workers(flags: Flags, *, log: Callable[[str], None]) -> Iterator[Workers]:
     """Yield the workers that the flags choose."""
-    count = values["workers"].value
-    if values["executor"].value == RAY:
-        address = values["ray_address"].value or os.environ.get("RAY_ADDRESS", "")
-        ray_workers = importlib.import_module("btlm_jax.corpus.engine.ray_workers")
-        with ray_workers.RayWorkers(count=count, address=address) as workers:
-            yield workers
-    elif values["executor"].value == SLURM:
-        slurm = importlib.import_module("btlm_jax.corpus.engine.slurm")
-        yield slurm.SlurmWorkers(count=count, options=tuple(shlex.split(values["sbatch"].value)), log=log)
+    count = flags.integer("workers")
+    if flags.string("executor") == RAY:
+        from btlm_jax.corpus.engine.ray_workers import RayWorkers
+
+        with RayWorkers(count=count, address=flags.string("ray_address") or os.environ.get("RAY_ADDRESS", "")) as ray:
+            yield ray
+    elif flags.string("executor") == SLURM:
+        from btlm_jax.corpus.engine.slurm import SlurmWorkers
+
+        yield SlurmWorkers(count=count, options=tuple(shlex.split(flags.string("sbatch"))), log=log)
     else:
-        yield importlib.import_module("btlm_jax.corpus.engine.workers").LocalWorkers(count or os.cpu_count())
+        from btlm_jax.corpus.engine.workers import LocalWorkers
+
+        yield LocalWorkers(count or os.cpu_count() or 1)

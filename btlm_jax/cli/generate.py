@@ -1,14 +1,12 @@
-"""The verb that makes text: generate."""
+"""`btlm generate`: continue texts with a trained model."""
 
 from __future__ import annotations
 
-import importlib
 from collections.abc import Sequence
 from pathlib import Path
 
-from absl import flags
-
-from btlm_jax.cli.parse import DONE, UsageError, parse_flags
+from btlm_jax.cli.exit_codes import DONE, UsageError
+from btlm_jax.cli.parse import Flags
 
 GENERATE_HELP = """btlm generate: continue texts with a trained model.
 
@@ -29,72 +27,75 @@ examples:
 and speed go to the error stream. A sample depends on its prompt, --seed and its number, not on the batch or its place.
 """
 
-SAMPLING_FLAGS = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty")
-
 
 def generate(arguments: Sequence[str]) -> int:
     """Run `btlm generate`; return the exit code."""
-    values = _flags()
-    if not parse_flags(values, arguments, help_text=GENERATE_HELP):
+    flags = _flags()
+    if not flags.parse(arguments):
         return DONE
-    if not values["checkpoint"].value:
-        raise UsageError("btlm generate needs --checkpoint=DIR: a run, a converted model or a Hugging Face directory")
-    if values["prompt"].present and values["prompts_file"].present:
+    checkpoint = flags.path("checkpoint")
+    if flags.is_given("prompt") and flags.is_given("prompts_file"):
         raise UsageError("--prompt and --prompts_file are both given; give one of them")
     for name in ("prompts_file", "output"):
-        if values[name].present and not values[name].value:
+        if flags.is_given(name) and not flags.string(name):
             raise UsageError(f"--{name}= is empty; give the name of a file")
-    prompts = importlib.import_module("btlm_jax.generate.prompts")
-    sampling = importlib.import_module("btlm_jax.decode.sampling")
-    serve = importlib.import_module("btlm_jax.generate.text")
+    from btlm_jax.decode import sampling
+    from btlm_jax.generate import prompts, text
+
     try:
-        prompts.check_text(values["prompt"].value, name="--prompt")
-        how = serve.GenerationConfig(
-            sampling=sampling.Sampling(**{name: values[name].value for name in SAMPLING_FLAGS}),
-            stops=tuple(values["stop"].value),
-            **{name: values[name].value for name in ("num_tokens", "num_samples", "batch_size", "seed", "cache_dtype")},
+        prompts.check_text(flags.string("prompt"), name="--prompt")
+        config = text.GenerationConfig(
+            sampling=sampling.Sampling(
+                temperature=flags.number("temperature"),
+                top_k=flags.integer("top_k"),
+                top_p=flags.number("top_p"),
+                min_p=flags.number("min_p"),
+                repetition_penalty=flags.number("repetition_penalty"),
+            ),
+            stops=tuple(flags.strings("stop")),
+            num_tokens=flags.integer("num_tokens"),
+            num_samples=flags.integer("num_samples"),
+            batch_size=flags.integer("batch_size"),
+            seed=flags.integer("seed"),
+            cache_dtype=flags.string("cache_dtype"),
         )
     except ValueError as error:
         raise UsageError(str(error)) from error
-    if values["prompts_file"].value:
-        asked = prompts.read_prompts(Path(values["prompts_file"].value))
+    prompts_file, output = flags.string("prompts_file"), flags.string("output")
+    if prompts_file:
+        given = prompts.read_prompts(Path(prompts_file))
     else:
-        asked = [prompts.Prompt(text=values["prompt"].value, beside={})]
-    output = values["output"].value
+        given = [prompts.Prompt(text=flags.string("prompt"), beside={})]
     if output:
-        serve.check_output(Path(output))
-    native = serve.load_with_tokenizer(Path(values["checkpoint"].value), as_int4=values["int4"].value)
+        text.check_output(Path(output))
+    native = text.load_with_tokenizer(checkpoint, as_int4=flags.boolean("int4"))
     if output:
-        serve.save_completions(native, asked, how=how, path=Path(output))
-    elif values["prompts_file"].value or how.num_samples > 1:
-        serve.print_completions(native, asked, how=how)
+        text.save_completions(native, given, how=config, path=Path(output))
+    elif prompts_file or config.num_samples > 1:
+        text.print_completions(native, given, how=config)
     else:
-        serve.stream_completion(native, asked[0], how=how)
+        text.stream_completion(native, given[0], how=config)
     return DONE
 
 
-def _flags() -> flags.FlagValues:
-    values = flags.FlagValues()
-    flags.DEFINE_string("checkpoint", "", "a run, a converted model or a Hugging Face directory", flag_values=values)
-    flags.DEFINE_string("prompt", "", "text to continue; empty: begin a document", flag_values=values)
-    flags.DEFINE_string("prompts_file", "", "file of prompts, one a line or JSON lines (.jsonl)", flag_values=values)
-    flags.DEFINE_string("output", "", "file for the texts as JSON lines, instead of printing them", flag_values=values)
-    flags.DEFINE_integer("num_tokens", 200, "at most so many new tokens of each text", flag_values=values)
-    flags.DEFINE_multi_string("stop", [], "end before this string; may be given several times", flag_values=values)
-    flags.DEFINE_integer("num_samples", 1, "texts of each prompt", flag_values=values)
-    flags.DEFINE_integer("batch_size", 8, "texts made at a time, where there are several", flag_values=values)
-    flags.DEFINE_integer("seed", 0, "of the drawing", flag_values=values)
-    flags.DEFINE_float("temperature", 0.7, "0 takes the likeliest token", flag_values=values)
-    flags.DEFINE_integer("top_k", 0, "draw from so many likeliest tokens; 0: from all", flag_values=values)
-    flags.DEFINE_float("top_p", 1.0, "draw from the fewest tokens with this much probability", flag_values=values)
-    flags.DEFINE_float("min_p", 0.0, "draw from tokens this share as likely as the likeliest", flag_values=values)
-    flags.DEFINE_float("repetition_penalty", 1.0, "above 1 makes tokens seen less likely", flag_values=values)
-    flags.DEFINE_string(
-        "cache_dtype",
-        "model",
-        "of keys and values: float32, bfloat16, int8; model: as it computes, at 4 bits int8",
-        flag_values=values,
+def _flags() -> Flags:
+    flags = Flags(GENERATE_HELP)
+    flags.define_string("checkpoint", "", "a run, a converted model or a Hugging Face directory")
+    flags.define_string("prompt", "", "text to continue; empty: begin a document")
+    flags.define_string("prompts_file", "", "file of prompts, one a line or JSON lines (.jsonl)")
+    flags.define_string("output", "", "file for the texts as JSON lines, instead of printing them")
+    flags.define_integer("num_tokens", 200, "at most so many new tokens of each text")
+    flags.define_strings("stop", "end before this string; may be given several times")
+    flags.define_integer("num_samples", 1, "texts of each prompt")
+    flags.define_integer("batch_size", 8, "texts made at a time, where there are several")
+    flags.define_integer("seed", 0, "of the drawing")
+    flags.define_float("temperature", 0.7, "0 takes the likeliest token")
+    flags.define_integer("top_k", 0, "draw from so many likeliest tokens; 0: from all")
+    flags.define_float("top_p", 1.0, "draw from the fewest tokens with this much probability")
+    flags.define_float("min_p", 0.0, "draw from tokens this share as likely as the likeliest")
+    flags.define_float("repetition_penalty", 1.0, "above 1 makes tokens seen less likely")
+    flags.define_string(
+        "cache_dtype", "model", "of keys and values: float32, bfloat16, int8; model: as it computes, at 4 bits int8"
     )
-    flags.DEFINE_boolean("int4", False, "round the weights to 4 bits first", flag_values=values)
-    flags.DEFINE_boolean("help", False, "show this help", short_name="h", flag_values=values)
-    return values
+    flags.define_boolean("int4", False, "round the weights to 4 bits first")
+    return flags

@@ -1,28 +1,28 @@
-"""The verb that trains: train."""
+"""`btlm train`: train from a config, or resume the run in the workdir."""
 
 from __future__ import annotations
 
 import functools
-import importlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from absl import flags
+from btlm_jax.cli.exit_codes import BAD_NUMBERS, DONE, PREEMPTED
+from btlm_jax.cli.parse import Flags
 
-from btlm_jax.cli.parse import (
-    BAD_NUMBERS,
-    DONE,
-    PREEMPTED,
-    config_file,
-    parse_config,
-    run_flags,
-    workdir_of,
-)
-from btlm_jax.recipe.config import TrainConfig
+if TYPE_CHECKING:
+    import jax
+
+    from btlm_jax.data.store import Manifest
+    from btlm_jax.recipe.config import CorpusConfig, TrainConfig
+    from btlm_jax.train.setup import Run
 
 TRAIN_HELP = """btlm train: train, or resume from the last checkpoint in the workdir.
 
-example:  btlm train --config=configs/local_cpu.py --workdir=runs/local --config.optimizer.peak_learning_rate=0.006
+examples:  btlm train --config=local_cpu --workdir=runs/local --config.optimizer.peak_learning_rate=0.006
+           btlm train --config=btlm_3b_8k --dry-run
+
+--config takes a name (btlm configs lists them) or the path of a file.
 
 The same command resumes: after a kill, a preemption (exit code 75) or with more tokens configured. On several hosts
 run it on each, with --distributed (TPU pods find each other) or with the three flags below it.
@@ -31,52 +31,70 @@ run it on each, with --distributed (TPU pods find each other) or with the three 
 
 def train(arguments: Sequence[str]) -> int:
     """Run `btlm train`; return the exit code."""
-    values = run_flags()
-    flags.DEFINE_boolean("dry-run", False, "print the whole plan of the run and exit", flag_values=values)
-    flags.DEFINE_boolean("distributed", False, "join the other hosts of a TPU pod slice", flag_values=values)
-    flags.DEFINE_string("coordinator", "", "host:port of process 0, for several processes", flag_values=values)
-    flags.DEFINE_integer("num_processes", 1, "how many processes there are", flag_values=values)
-    flags.DEFINE_integer("process_id", 0, "which of them this is", flag_values=values)
-    config = parse_config(values, arguments, help_text=TRAIN_HELP)
-    if config is None:
+    flags = Flags(TRAIN_HELP)
+    flags.define_config()
+    define_workdir(flags)
+    flags.define_boolean("dry_run", False, "print the whole plan of the run and exit")
+    flags.define_boolean("distributed", False, "join the other hosts of a TPU pod slice")
+    flags.define_string("coordinator", "", "host:port of process 0, for several processes")
+    flags.define_integer("num_processes", 1, "how many processes there are")
+    flags.define_integer("process_id", 0, "which of them this is")
+    if not flags.parse(arguments):
         return DONE
-    training = importlib.import_module("btlm_jax.train.loop")
-    if values["dry-run"].value:
-        print(training.dry_run(config))
+    config = flags.config()
+    from btlm_jax.train import loop, setup
+
+    if flags.boolean("dry_run"):
+        print(loop.dry_run(config))
         return DONE
-    importlib.import_module("btlm_jax.train.setup").start_processes(
-        distributed=values["distributed"].value,
-        coordinator=values["coordinator"].value,
-        num_processes=values["num_processes"].value,
-        process_id=values["process_id"].value,
+    workdir = flags.path("workdir")
+    setup.start_processes(
+        distributed=flags.boolean("distributed"),
+        coordinator=flags.string("coordinator"),
+        num_processes=flags.integer("num_processes"),
+        process_id=flags.integer("process_id"),
     )
-    outcome = training.train(
+    outcome = loop.train(
         config,
-        workdir=workdir_of(values),
-        check_devices=functools.partial(_check_devices, config_file=config_file(values)),
+        workdir=workdir,
+        check_devices=functools.partial(_check_devices, config_file=flags.config_file()),
         build_store=build_store,
         continue_prompt=continue_prompt,
     )
-    return {training.DONE: DONE, training.PREEMPTED: PREEMPTED, training.BAD_NUMBERS: BAD_NUMBERS}[outcome]
+    return {loop.DONE: DONE, loop.PREEMPTED: PREEMPTED, loop.BAD_NUMBERS: BAD_NUMBERS}[outcome]
 
 
-def build_store(*arguments, **keywords):
-    """Make a token store; the modules that do are imported only where there is none yet."""
-    return importlib.import_module("btlm_jax.corpus.installed.build").build_store(*arguments, **keywords)
+def define_workdir(flags: Flags) -> None:
+    """Define --workdir."""
+    flags.define_string("workdir", "", "directory of the run: checkpoints, metrics, plots")
 
 
-def continue_prompt(run, params: dict) -> str:
+def build_store(
+    config: CorpusConfig, *, vocab_size: int, block_len: int, seed: int, directory: Path, log: Callable[[str], None]
+) -> Manifest:
+    """Make a token store, as corpus/installed/build.py has it, which is imported only where there is no store yet."""
+    from btlm_jax.corpus.installed import build
+
+    return build.build_store(
+        config, vocab_size=vocab_size, block_len=block_len, seed=seed, directory=directory, log=log
+    )
+
+
+def continue_prompt(run: Run, params: dict) -> str:
     """Generate the sample at the end of a run.
 
     Decoding is imported here, after the last step: the last checkpoint is complete by then, so an error loses nothing,
     and the same command would do the end again.
     """
-    return importlib.import_module("btlm_jax.generate.sample").continue_prompt(run, params)
+    from btlm_jax.generate import sample
+
+    return sample.continue_prompt(run, params)
 
 
-def _check_devices(config: TrainConfig, devices: Sequence, *, config_file: Path) -> str:
+def _check_devices(config: TrainConfig, devices: Sequence[jax.Device], *, config_file: Path) -> str:
     """Ask the table of layouts beside the config file, which knows TPUs only."""
     if not devices[0].device_kind.startswith("TPU"):
         return ""
-    pod_table = importlib.import_module("btlm_jax.plan.pod_table")
+    from btlm_jax.plan import pod_table
+
     return pod_table.check_devices(config, devices, config_file=config_file)

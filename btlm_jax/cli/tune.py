@@ -1,14 +1,11 @@
-"""The verb that checks and tunes the parametrization: tune."""
+"""`btlm tune`: check the parametrization on tiny models."""
 
 from __future__ import annotations
 
-import importlib
 from collections.abc import Sequence
-from pathlib import Path
 
-from absl import flags
-
-from btlm_jax.cli.parse import DONE, ERROR, USAGE, UsageError, apply
+from btlm_jax.cli.exit_codes import DONE, ERROR, USAGE, UsageError
+from btlm_jax.cli.parse import Flags
 
 TUNE_HELP = """btlm tune coord-check: train tiny models at several widths and see that nothing depends on the width.
 
@@ -22,19 +19,22 @@ the directory.
 
 def tune(arguments: Sequence[str]) -> int:
     """Run `btlm tune`; return the exit code."""
-    values = flags.FlagValues()
-    flags.DEFINE_string("directory", "", "where the table and the plot go", flag_values=values)
-    flags.DEFINE_boolean("help", False, "show this help", short_name="h", flag_values=values)
-    if not arguments or arguments[0] in ("--help", "-h") or "--help" in arguments[1:]:
+    flags = Flags(TUNE_HELP)
+    flags.define_string("directory", "", "where the table and the plot go")
+    if not arguments:
         print(TUNE_HELP)
-        return DONE if arguments else USAGE
-    if arguments[0] != "coord-check":
-        raise UsageError(f"btlm tune needs coord-check, got {arguments[0]!r}")
-    apply(values, arguments[1:])
-    if not values["directory"].value:
-        raise UsageError("btlm tune coord-check needs --directory=DIR")
-    full = importlib.import_module("btlm_jax.tune.coord_check").FULL
-    report_coord_check = importlib.import_module("btlm_jax.tune.coord_report").report_coord_check
-    report = report_coord_check(full, directory=Path(values["directory"].value))
+        return USAGE
+    verb, *rest = arguments
+    if verb in ("--help", "-h"):
+        rest = ["--help"]
+    elif verb.replace("_", "-") != "coord-check":
+        raise UsageError(f"btlm tune needs coord-check, got {verb!r}")
+    if not flags.parse(rest):
+        return DONE
+    directory = flags.path("directory")
+    from btlm_jax.tune.coord_check import FULL
+    from btlm_jax.tune.coord_report import report_coord_check
+
+    report = report_coord_check(FULL, directory=directory)
     print(report.table)
     return DONE if report.passed else ERROR

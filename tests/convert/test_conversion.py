@@ -339,8 +339,8 @@ def test_a_killed_conversion_leaves_nothing_under_the_name_and_the_next_one_work
 @pytest.mark.parametrize(
     ("arguments", "code", "message"),
     [
-        (["--to=x"], 2, "btlm convert needs --from=DIR"),
-        (["--from=x"], 2, "btlm convert needs --to=DIR"),
+        (["--to=x"], 2, "--from=DIR is needed"),
+        (["--from=x"], 2, "--to=DIR is needed"),
         (["--from=x", "--to=y", "--format=onnx"], 2, "format='onnx' is not known; allowed are hf, native, jais, gguf"),
         (["--from=x", "--to=y", "--format=gguf"], 2, "target=y must be a file that ends in .gguf, as format=gguf"),
         (["--from=x", "--to=y.gguf"], 2, "target=y.gguf must be a directory, not a .gguf file, as format=hf"),
@@ -349,7 +349,7 @@ def test_a_killed_conversion_leaves_nothing_under_the_name_and_the_next_one_work
             2,
             "file_type='q4' is not known; allowed are F32",
         ),
-        (["--from=x", "--to=y", "--file_type=Q4_0"], 2, "--file_type says nothing about --format=hf; it is for gguf"),
+        (["--from=x", "--to=y", "--file_type=Q4_0"], 2, "--file_type has no effect on --format=hf; it is for gguf"),
         (["--from=x", "--to=y", "--format=native", "--pad_ffn=64"], 2, "it is for hf and jais and gguf"),
         (["--from=nowhere", "--to=y.gguf", "--format=gguf"], 1, "nowhere holds no model: looked for checkpoints/"),
         (["--from=x", "--to=y", "--dtype=int3"], 2, "dtype='int3' is not known"),

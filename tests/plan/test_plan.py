@@ -284,9 +284,9 @@ def test_accelerator_types_count_cores_where_a_chip_has_two(kind, topology, coun
     "arguments, said",
     [
         (["--topology=v5e:2x2", "--search", "--check"], "give one of --search and --check"),
-        (["--topology=v5e:2x2", "--max-compiles=3"], "--max-compiles says nothing without --search"),
-        (["--topology=v5e:2x2", "--check", "--json=x"], "--json says nothing to --check"),
-        (["--topology=v5e:2x2", "--search", "--max-compiles=-1"], "--max-compiles=-1 must not be negative"),
+        (["--topology=v5e:2x2", "--max-compiles=3"], "--max_compiles has no effect without --search"),
+        (["--topology=v5e:2x2", "--check", "--json=x"], "--json has no effect on --check"),
+        (["--topology=v5e:2x2", "--search", "--max-compiles=-1"], "--max_compiles=-1 must not be negative"),
         (["--table=x"], "leave out the other two flags"),
     ],
 )

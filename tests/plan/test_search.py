@@ -95,13 +95,13 @@ def test_out_of_compilations_the_rest_is_named():
     def limited(config, **options):
         calls.append(config)
         if len(calls) > 2:
-            raise NoCompilationsLeftError("--max-compiles=2 compilations have been made")
+            raise NoCompilationsLeftError("--max_compiles=2 compilations have been made")
         return imagined(config, **options)
 
     found, *_ = search_imagined(compiling=limited)
     assert len(found.tried) == 2
     assert "not reached" in {skip.reason for skip in found.skipped}
-    assert "(--max-compiles=2 compilations have been made)" in format_search(found)
+    assert "(--max_compiles=2 compilations have been made)" in format_search(found)
 
 
 def test_a_slice_that_nothing_divides_has_its_problems_said():

@@ -6,11 +6,9 @@ import sys
 import time
 from pathlib import Path
 
-from absl import flags
-
 from btlm_jax import cli
 from btlm_jax.cli.corpus_workers import chosen_workers, define_worker_flags
-from btlm_jax.cli.parse import apply
+from btlm_jax.cli.parse import Flags
 from btlm_jax.corpus.engine.stage import Stage, accept_all, run_stage
 from btlm_jax.corpus.engine.tasks import Task
 from btlm_jax.storage.files import AtomicFile
@@ -35,10 +33,10 @@ def slow_stage() -> Stage:
 
 def run_slowly(arguments) -> int:
     directory, *given = arguments
-    values = flags.FlagValues()
-    define_worker_flags(values)
-    apply(values, given)
-    with chosen_workers(values, log=print) as workers:
+    flags = Flags("")
+    define_worker_flags(flags)
+    assert flags.parse(given)
+    with chosen_workers(flags, log=print) as workers:
         run_stage(slow_stage(), Path(directory), workers=workers, log=print, check=accept_all)
     return 0
 

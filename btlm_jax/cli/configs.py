@@ -1,0 +1,78 @@
+"""`btlm configs`: list the configs that --config takes by name."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from btlm_jax.cli.config_files import config_names, packaged_folder
+from btlm_jax.cli.exit_codes import DONE
+from btlm_jax.cli.parse import Flags
+
+if TYPE_CHECKING:
+    from btlm_jax.recipe.config import TrainConfig
+
+CONFIGS_HELP = """btlm configs: list the configs that come with this installation: name, parameters, tokens, what it is.
+
+examples:  btlm configs
+           btlm train --config=pods/v5e_256 --dry-run       one of them, by its name
+           btlm train --config=mine.py --workdir=runs/mine  a file of your own, for example a copy of one of them
+
+The last lines say where the files are, and the scripts that launch runs on TPU slices and GPUs.
+"""
+
+
+def configs(arguments: Sequence[str]) -> int:
+    """Run `btlm configs`; return the exit code."""
+    if not Flags(CONFIGS_HELP).parse(arguments):
+        return DONE
+    rows = _rows()
+    width = max(len(row.name) for row in rows)
+    print(f"{'name':<{width}}  {'parameters':>13}  {'tokens':>15}")
+    for row in rows:
+        print(f"{row.name:<{width}}  {row.num_parameters:>13,}  {row.num_tokens:>15,}  {row.summary}")
+    print(f"\nfiles:           {packaged_folder('configs')}")
+    print(f"launch scripts:  {packaged_folder('launch')}")
+    return DONE
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class _Row:
+    name: str
+    num_parameters: int
+    num_tokens: int  # of the whole curriculum
+    summary: str  # the first line of the file's docstring
+
+
+def _rows() -> list[_Row]:
+    import runpy
+
+    from btlm_jax.recipe.config import train_config_from
+
+    rows, counts = [], {}  # most configs train the same model
+    for name in config_names():
+        module = runpy.run_path(str(packaged_folder("configs") / f"{name}.py"))
+        config = train_config_from(module["get_config"]().to_dict())
+        if config.model not in counts:
+            counts[config.model] = _num_parameters(config)
+        rows.append(
+            _Row(
+                name=name,
+                num_parameters=counts[config.model],
+                num_tokens=config.curriculum.table.num_tokens,
+                summary=module["__doc__"].splitlines()[0],
+            )
+        )
+    return rows
+
+
+def _num_parameters(config: TrainConfig) -> int:
+    import jax
+
+    from btlm_jax.parallel.mesh import make_mesh
+    from btlm_jax.train.program import make_program
+    from btlm_jax.train.run_summary import num_parameters
+
+    jax.config.update("jax_platforms", "cpu")
+    return num_parameters(make_program(config, make_mesh(devices=jax.devices()[:1], tensor=1)).table)

@@ -1,0 +1,66 @@
+"""Configs are found by name and by path, listed, and unknown ones are answered with the nearest name."""
+
+import json
+import shutil
+
+import pytest
+from support.tiny import REPOSITORY
+
+from btlm_jax.cli import main
+from btlm_jax.cli.config_files import config_names, find_config, packaged_folder
+from btlm_jax.cli.exit_codes import UsageError
+from btlm_jax.plan.pod_table import table_beside
+
+
+def test_every_file_of_the_folder_has_a_name():
+    files = {
+        path.relative_to(REPOSITORY / "configs").with_suffix("") for path in (REPOSITORY / "configs").rglob("*.py")
+    }
+    assert {"local_cpu", "btlm_3b_8k", "pods/v5e_256"} <= set(config_names()) == {path.as_posix() for path in files}
+
+
+def test_a_name_a_path_and_a_file_of_the_same_name(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert find_config("pods/v5e_256") == packaged_folder("configs") / "pods" / "v5e_256.py"
+    assert find_config(str(REPOSITORY / "configs" / "local_cpu.py")) == REPOSITORY / "configs" / "local_cpu.py"
+    (tmp_path / "local_cpu").mkdir()  # a directory is no config
+    assert find_config("local_cpu") == packaged_folder("configs") / "local_cpu.py"
+    (tmp_path / "local_cpu").rmdir()
+    (tmp_path / "local_cpu").write_text("")
+    assert str(find_config("local_cpu")) == "local_cpu"
+
+
+@pytest.mark.parametrize("given", ["local_cp", "configs/local_cpu.py", "local-cpu"])
+def test_an_unknown_name_is_answered_with_the_known_ones(given, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UsageError, match="btlm_3b_8k, local_cpu, pods/.*; did you mean --config=local_cpu"):
+        find_config(given)
+
+
+def test_the_table_of_pods_is_found_beside_a_config_taken_by_name(capsys):
+    assert table_beside(find_config("btlm_3b_8k")) == table_beside(find_config("pods/v5e_256"))
+    assert json.loads(table_beside(find_config("btlm_3b_8k")).read_text())["rows"]
+    assert main(["plan", "--check", "--config", "pods/v5e_256", "--topology=v5litepod-256"]) == 0
+    captured = capsys.readouterr()
+    assert "fits on 256 chips of v5e" in captured.out
+    assert f"config: {packaged_folder('configs') / 'pods' / 'v5e_256.py'}\n" in captured.err
+
+
+def test_values_of_a_config_are_changed_whatever_named_it(capsys, tmp_path, monkeypatch):
+    shutil.copy(REPOSITORY / "configs" / "local_cpu.py", tmp_path / "mine.py")
+    monkeypatch.chdir(tmp_path)
+    for given in ("local_cpu", "mine.py"):
+        changes = ["--config.model.num-layers=3", "--config.mesh.accumulation", "2"]
+        assert main(["train", "--dry-run", "--config", given, *changes]) == 0
+        assert "  3 layers, d_model 256" in capsys.readouterr().out
+
+
+def test_the_list_says_name_parameters_tokens_and_what_it_is(capsys):
+    assert main(["configs"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    rows = {line.split()[0]: line.split()[1:] for line in lines[1 : 1 + len(config_names())]}
+    assert list(rows) == config_names()
+    assert rows["btlm_3b_8k"][:3] == ["2,646,255,744", "627,714,293,760", "BTLM-3B-8K,"]
+    assert rows["local_cpu"][:2] == ["4,207,440", "614,400"]
+    assert lines[-2].split()[-1] == str(packaged_folder("configs"))
+    assert (packaged_folder("launch") / "tpu.sh").is_file()
