@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 
 from btlm_jax.convert.fold import FoldedTensors
+from btlm_jax.convert.ggml import FILE_TYPES
 from btlm_jax.convert.gguf_vocabulary import vocabulary_of
 from btlm_jax.convert.prove import PROBE, Proof, compare, probe_ids
 from btlm_jax.convert.prove_gguf import UnfoldedTensors, prove_tensors, prove_vocabulary
@@ -21,8 +22,7 @@ from btlm_jax.convert.to_jais import write_jais
 from btlm_jax.convert.tokenizer_files import write_tokenizer_files
 from btlm_jax.convert.transformers_logits import has_transformers, transformers_logits
 from btlm_jax.display.progress import item_bar
-from btlm_jax.hub.ggml import FILE_TYPES, import_gguf
-from btlm_jax.hub.gguf import GGUFFile, gguf_logits
+from btlm_jax.hub.gguf import GGUFFile, gguf_logits, import_gguf
 from btlm_jax.hub.huggingface import HuggingFaceTensors
 from btlm_jax.hub.native import abstract_params, one_device_mesh, read_model_directory, write_model_directory
 from btlm_jax.hub.numpy_network import streamed_logits

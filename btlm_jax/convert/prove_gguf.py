@@ -14,8 +14,7 @@ from btlm_jax.convert.fold import FoldedTensors, unfolded_query
 from btlm_jax.convert.to_gguf import GGUFTensor, gguf_tensors
 from btlm_jax.convert.tokenizer_files import first_difference, probe_texts
 from btlm_jax.hub.gguf import GGUFFile, GGUFTokenizer
-from btlm_jax.hub.numpy_network import HEAD
-from btlm_jax.hub.published import PublishedConfig, tensor_shapes
+from btlm_jax.hub.published import HEAD, PublishedConfig, tensor_shapes
 from btlm_jax.tokenizers.tokenizer import Tokenizer
 
 _ROWS = 1024  # compared at a time

@@ -10,15 +10,16 @@ from pathlib import Path
 import numpy as np
 
 from btlm_jax.convert.fold import FoldedTensors
+from btlm_jax.convert.ggml import FILE_TYPES, encode, num_bytes, row_encoder, tensor_type
 from btlm_jax.convert.gguf_vocabulary import Vocabulary, add_vocabulary
-from btlm_jax.hub.ggml import FILE_TYPES, encode, import_gguf, num_bytes, row_encoder, tensor_type
-from btlm_jax.hub.published import PublishedConfig, Tensors, block_shapes
+from btlm_jax.hub.gguf import import_gguf
+from btlm_jax.hub.published import EMBEDDING, FINAL_NORM, PublishedConfig, Tensors, block_prefix, block_shapes
 
 _MAX_ALIBI_BIAS = 8.0  # slopes 2**(-8 i / n_head)
 _QUANTIZATION_VERSION = 2  # of GGML's block formats
-_EMBEDDING, _OUTPUT = "token_embd.weight", "output.weight"
+_TOKEN_EMBD, _OUTPUT = "token_embd.weight", "output.weight"
 
-# Published name, after "transformer.h.<layer>." for blocks -> GGUF name, after "blk.<layer>."; weight or bias follows.
+# Published name, after `block_prefix` -> GGUF name, after "blk.<layer>."; weight or bias follows.
 _BLOCK_NAMES = {
     "ln_1": "attn_norm",
     "attn.c_attn": "attn_qkv",
@@ -94,21 +95,21 @@ def gguf_tensors(config: PublishedConfig, *, file_type: str) -> Iterator[GGUFTen
     D, V = config.n_embd, config.vocab_size
 
     def entry(name: str, published: str, shape: tuple[int, ...], scale: float) -> GGUFTensor:
-        transposed = len(shape) == 2 and published != "transformer.wte.weight"
+        transposed = len(shape) == 2 and published != EMBEDDING
         shape = shape[::-1] if transposed else shape
         type_name = tensor_type(name, shape, file_type=file_type, num_layers=config.n_layer)
         return GGUFTensor(
             name=name, published=published, shape=shape, type_name=type_name, transposed=transposed, scale=scale
         )
 
-    yield entry(_EMBEDDING, "transformer.wte.weight", (V, D), config.mup_embeddings_scale)
+    yield entry(_TOKEN_EMBD, EMBEDDING, (V, D), config.mup_embeddings_scale)
     for layer in range(config.n_layer):
         for published, shape in block_shapes(config).items():
             module, kind = published.rsplit(".", 1)
-            yield entry(f"blk.{layer}.{_BLOCK_NAMES[module]}.{kind}", f"transformer.h.{layer}.{published}", shape, 1.0)
+            yield entry(f"blk.{layer}.{_BLOCK_NAMES[module]}.{kind}", block_prefix(layer) + published, shape, 1.0)
     for kind in ("weight", "bias"):
-        yield entry(f"output_norm.{kind}", f"transformer.ln_f.{kind}", (D,), 1.0)
-    yield entry(_OUTPUT, "transformer.wte.weight", (V, D), config.output_scale)
+        yield entry(f"output_norm.{kind}", f"{FINAL_NORM}.{kind}", (D,), 1.0)
+    yield entry(_OUTPUT, EMBEDDING, (V, D), config.output_scale)
 
 
 def _encoded(folded: FoldedTensors, entry: GGUFTensor) -> np.ndarray:

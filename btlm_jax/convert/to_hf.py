@@ -13,10 +13,9 @@ import numpy as np
 
 from btlm_jax import __version__
 from btlm_jax.attention.alibi import alibi_slopes
-from btlm_jax.hub.published import PublishedConfig, Tensors, tensor_shapes
+from btlm_jax.hub.published import BTLM, CONFIG_FILE, SLOPES, PublishedConfig, Tensors, tensor_shapes
 from btlm_jax.hub.safetensors_files import TensorToWrite, write_safetensors
 
-SLOPES = "transformer.relative_pe.slopes"
 REMOTE_CODE = Path(__file__).parent / "remote_code"
 MODEL_FILES = tuple(sorted(REMOTE_CODE.glob("*_btlm.py")))
 
@@ -36,7 +35,7 @@ def write_hf(
     slopes_N1 = alibi_slopes(config.n_head, scaling=1.0)[:, None]  # float32 always: bfloat16 would round them
     written.append(TensorToWrite(name=SLOPES, shape=slopes_N1.shape, dtype=slopes_N1.dtype, make=lambda: slopes_N1))
     write_safetensors(directory, written, max_shard_bytes=max_shard_bytes, metadata={"format": "pt"})
-    _write_json(directory / "config.json", hf_config(config, dtype=dtype))
+    _write_json(directory / CONFIG_FILE, hf_config(config, dtype=dtype))
     _write_json(
         directory / "generation_config.json",
         {"_from_model_config": True, "bos_token_id": config.bos_token_id, "eos_token_id": config.eos_token_id},
@@ -93,7 +92,7 @@ def hf_config(config: PublishedConfig, *, dtype: str) -> dict:
             "AutoModelForCausalLM": "modeling_btlm.BTLMLMHeadModel",
         },
         "embd_pdrop": 0.0,
-        "model_type": "btlm",
+        "model_type": BTLM,
         "position_embedding_type": "alibi",
         "reorder_and_upcast_attn": False,
         "resid_pdrop": 0.0,

@@ -57,7 +57,7 @@ def write_int4(
     """Round a model to 4 bits, block by block, and write its directory."""
     metadata = published_metadata(source)
     notes = metadata.notes | {"4 bits": f"{method}, groups of {GROUP}, embedding {EMBEDDING_BITS} bits"}
-    rounded = quantize_model(
+    quantized = quantize_model(
         source.config,
         source.tensors,
         method=method,
@@ -67,7 +67,7 @@ def write_int4(
         report=report,
     )
     write_int4_directory(
-        directory, metadata=dataclasses.replace(metadata, notes=notes), rounded=rounded, tokenizer=source.tokenizer
+        directory, metadata=dataclasses.replace(metadata, notes=notes), quantized=quantized, tokenizer=source.tokenizer
     )
 
 

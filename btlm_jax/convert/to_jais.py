@@ -9,11 +9,9 @@ from pathlib import Path
 
 from btlm_jax.convert.fold import FoldedTensors
 from btlm_jax.convert.to_hf import hf_config, to_write
-from btlm_jax.hub.published import CONFIG_FILE, JAIS, PublishedConfig, Tensors
+from btlm_jax.hub.published import CONFIG_FILE, EMBEDDING, HEAD, JAIS, PublishedConfig, Tensors
 from btlm_jax.hub.safetensors_files import write_safetensors
 from btlm_jax.storage.files import write_atomically
-
-_HEAD, _EMBEDDING = "lm_head.weight", "transformer.wte.weight"
 
 
 def write_jais(
@@ -37,8 +35,8 @@ def write_jais(
     """
     folded = FoldedTensors(tensors, config, pad_ffn=pad_ffn)
     written = [to_write(folded, name, shape, dtype, report) for name, shape in folded.shapes.items()]
-    head = to_write(folded, _EMBEDDING, folded.shapes[_EMBEDDING], dtype, report)
-    written.append(dataclasses.replace(head, name=_HEAD))
+    head = to_write(folded, EMBEDDING, folded.shapes[EMBEDDING], dtype, report)
+    written.append(dataclasses.replace(head, name=HEAD))
     write_safetensors(directory, written, max_shard_bytes=max_shard_bytes, metadata={"format": "pt"})
     values = json.dumps(jais_config(folded.config, dtype=dtype), indent=2, sort_keys=True)
     write_atomically(directory / CONFIG_FILE, values + "\n")

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from btlm_jax.hub.native import NativeModel, one_device_mesh
-from btlm_jax.hub.published import PublishedConfig, Tensors, tensor_shapes
+from btlm_jax.hub.published import EMBEDDING, PublishedConfig, Tensors, tensor_shapes
 from btlm_jax.hub.source import load_native, open_source, published_metadata
 from btlm_jax.kernels.build import has_kernels
 from btlm_jax.kernels.tiles import GROUP, TILE, FloatTiles, float_tiles
@@ -22,7 +22,7 @@ from btlm_jax.quantize.int4_directory import (
     stacked_vectors,
     write_int4_directory,
 )
-from btlm_jax.quantize.quantize_model import EMBEDDING, Method, quantize_model
+from btlm_jax.quantize.quantize_model import Method, quantize_model
 
 
 def load_for_generation(directory: Path, *, as_int4: bool) -> NativeModel:
@@ -44,12 +44,12 @@ def load_for_generation(directory: Path, *, as_int4: bool) -> NativeModel:
     if not as_int4:
         weights = float_weights(source.config, source.tensors, dtype=metadata.model.dtype)
         return NativeModel(metadata=metadata, params=weights, mesh=one_device_mesh(), tokenizer=source.tokenizer)
-    rounded = quantize_model(
+    quantized = quantize_model(
         source.config, source.tensors, method=Method.HQQ, group_size=GROUP, embedding_bits=EMBEDDING_BITS,
         calibration_BT=None, report=lambda name: None,
     )  # fmt: skip
     with tempfile.TemporaryDirectory() as scratch:
-        write_int4_directory(Path(scratch), metadata=metadata, rounded=rounded, tokenizer=source.tokenizer)
+        write_int4_directory(Path(scratch), metadata=metadata, quantized=quantized, tokenizer=source.tokenizer)
         return _from_int4_directory(Path(scratch))
 
 

@@ -1,7 +1,7 @@
-"""Read a GGUF file as llama.cpp does: its keys, its tensors by rows, and what it makes of them: logits and ids.
+"""Read a GGUF file as llama.cpp does: its keys, its tensors by rows, the logits and token ids that follow from them.
 
-This is the other side of the proof of a conversion, so it takes everything from the file and nothing from the writer.
-Graph and tokenizers follow llama.cpp (src/models/jais.cpp, src/llama-vocab.cpp).
+A conversion is proven with it, so everything comes from the file and nothing from the writer. Network and tokenizers
+follow llama.cpp (src/models/jais.cpp, src/llama-vocab.cpp).
 """
 
 from __future__ import annotations
@@ -10,33 +10,48 @@ import dataclasses
 import functools
 import heapq
 import math
-from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 from tokenizers import Tokenizer, models, pre_tokenizers
 
-from btlm_jax.hub.ggml import import_gguf
 from btlm_jax.tokenizers.sentencepiece_proto import SPACE_MARK, USER_DEFINED
 
-_ROWS = 1024  # of a matrix, read at a time: a block type takes some copies
+if TYPE_CHECKING:
+    from gguf.gguf_reader import ReaderTensor
+
+_ROWS = 1024  # of a matrix, read at a time, which bounds the copies of dequantization
+
+
+def import_gguf():
+    """Return the gguf package.
+
+    Raises:
+      ValueError: it is not installed.
+    """
+    try:
+        import gguf
+    except ImportError as error:
+        raise ValueError("writing GGUF needs the gguf package; pip install 'btlm_jax[gguf]'") from error
+    return gguf
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class StoredTensor:
-    """Where a tensor lies in the file."""
+    """Type, shape and position of a tensor in the file."""
 
     type_name: str
     shape: tuple[int, ...]  # row-major
-    offset: int
+    offset: int  # in bytes from the start of the file
     row_bytes: int
 
 
 class GGUFFile:
-    """An open GGUF file; tensors are read when they are asked for, and never mapped."""
+    """A GGUF file of architecture "jais". Tensors are read on request, by rows, without mapping the file."""
 
     def __init__(self, path: Path):
-        """Read the keys and where the tensors lie.
+        """Read the keys and the positions of the tensors.
 
         Raises:
           ValueError: the file is damaged or of another architecture.
@@ -49,7 +64,7 @@ class GGUFFile:
         self.keys = {name: field.contents() for name, field in reader.fields.items()}
         if self.keys.get("general.architecture") != "jais":
             raise ValueError(f"{path} is of the architecture {self.keys.get('general.architecture')!r}, not 'jais'")
-        self.tensors = {tensor.name: _stored(tensor) for tensor in reader.tensors}
+        self.tensors = {tensor.name: _stored_tensor(tensor) for tensor in reader.tensors}
 
     def read(self, name: str) -> np.ndarray:
         """Return a whole tensor, float32.
@@ -64,7 +79,7 @@ class GGUFFile:
         return whole
 
     def rows(self, name: str, start: int, stop: int) -> np.ndarray:
-        """Return the rows from `start` to before `stop`, or a vector; float32. Raises what `read` raises."""
+        """Return the rows [start, stop) of a matrix, or elements of a vector; float32. Raises what `read` raises."""
         gguf, tensor = import_gguf(), self._tensor(name)
         is_vector = len(tensor.shape) == 1
         first, count = (0, 1) if is_vector else (start, stop - start)
@@ -74,9 +89,9 @@ class GGUFFile:
         if data.size != count * tensor.row_bytes:
             raise ValueError(f"{self._path} ends inside tensor {name}")
         type_code = gguf.GGMLQuantizationType[tensor.type_name]
-        plain = {"F32": np.float32, "F16": np.float16}.get(tensor.type_name)
-        stored = data.reshape(count, tensor.row_bytes)
-        rows_RC = gguf.quants.dequantize(stored if plain is None else stored.view(plain), type_code)
+        float_dtype = {"F32": np.float32, "F16": np.float16}.get(tensor.type_name)
+        encoded = data.reshape(count, tensor.row_bytes)
+        rows_RC = gguf.quants.dequantize(encoded if float_dtype is None else encoded.view(float_dtype), type_code)
         return rows_RC[0, start:stop] if is_vector else rows_RC
 
     def gather(self, name: str, rows_T: np.ndarray) -> np.ndarray:
@@ -89,7 +104,7 @@ class GGUFFile:
         return self.tensors[name]
 
 
-def _stored(tensor) -> StoredTensor:
+def _stored_tensor(tensor: ReaderTensor) -> StoredTensor:
     shape = tuple(int(size) for size in tensor.shape[::-1])
     num_rows = math.prod(shape[:-1])
     return StoredTensor(
@@ -103,8 +118,8 @@ def _stored(tensor) -> StoredTensor:
 def gguf_logits(file: GGUFFile, ids_T: np.ndarray) -> np.ndarray:
     """Return the float32 logits_TV after each token, as llama.cpp's "jais" computes them, one tensor at a time.
 
-    Scores are q.k/head_dim - slope * distance; MLP down(silu(gate(x)) * up(x)); nothing else is scaled.
-    llama.cpp rounds what goes into a product with block types to 8 bits as well, which is not done here.
+    Scores are q.k/head_dim - slope * distance, the MLP is down(silu(gate(x)) * up(x)), and nothing else is scaled.
+    llama.cpp also rounds the inputs of products with block types to 8 bits, which is not done here.
 
     Raises:
       ValueError: a tensor or a key is missing, or the file is cut short.
@@ -149,16 +164,18 @@ def _attend(q_TD: np.ndarray, k_TD: np.ndarray, v_TD: np.ndarray, slopes_N: np.n
     distance_TS = np.arange(T)[:, None] - np.arange(T)
     attended_TD = np.empty_like(q_TD)
     for head, slope in enumerate(slopes_N):
-        own = slice(head * head_dim, (head + 1) * head_dim)
-        scores_TS = q_TD[:, own] @ k_TD[:, own].T * np.float32(1 / head_dim) - slope * distance_TS.astype(np.float32)
+        columns = slice(head * head_dim, (head + 1) * head_dim)
+        scores_TS = q_TD[:, columns] @ k_TD[:, columns].T * np.float32(1 / head_dim) - slope * distance_TS.astype(
+            np.float32
+        )
         scores_TS[distance_TS < 0] = -np.inf
         weights_TS = np.exp(scores_TS - scores_TS.max(-1, keepdims=True))
-        attended_TD[:, own] = weights_TS @ v_TD[:, own] / weights_TS.sum(-1, keepdims=True)
+        attended_TD[:, columns] = weights_TS @ v_TD[:, columns] / weights_TS.sum(-1, keepdims=True)
     return attended_TD
 
 
 def _llama_cpp_slopes(num_heads: int, *, max_bias: float) -> np.ndarray:
-    """Return the slope of each head; ggml_compute_forward_soft_max_f32."""
+    """Return the slope of each head, as ggml_compute_forward_soft_max_f32 computes it."""
     power = 2 ** math.floor(math.log2(num_heads))
     first, between = 2 ** (-max_bias / power), 2 ** (-max_bias / 2 / power)
     slopes = [first ** (head + 1) if head < power else between ** (2 * (head - power) + 1) for head in range(num_heads)]
@@ -166,7 +183,7 @@ def _llama_cpp_slopes(num_heads: int, *, max_bias: float) -> np.ndarray:
 
 
 class GGUFTokenizer:
-    """Text to ids by the keys of a file, as llama.cpp does it when the names of control tokens are ordinary text."""
+    """Text to ids by the keys of a file, as llama.cpp does when control tokens are not parsed in the text."""
 
     def __init__(self, keys: dict):
         self._keys = keys
@@ -178,14 +195,15 @@ class GGUFTokenizer:
         """Return the ids of a text."""
         if self._keys["tokenizer.ggml.model"] == "gpt2":
             return self._byte_level.encode(text, add_special_tokens=False).ids
-        ids, after_a_cut = [], True
+        ids: list[int] = []
+        follows_symbol = True  # or starts the text: llama.cpp adds a space in both places
         for fragment in self._fragments(text):
             if isinstance(fragment, int):
                 ids.append(fragment)
             else:
-                space = " " if after_a_cut and self._keys["tokenizer.ggml.add_space_prefix"] else ""
-                ids += self._merged((space + fragment).replace(" ", SPACE_MARK))
-            after_a_cut = isinstance(fragment, int)
+                space = " " if follows_symbol and self._keys["tokenizer.ggml.add_space_prefix"] else ""
+                ids += self._merge((space + fragment).replace(" ", SPACE_MARK))
+            follows_symbol = isinstance(fragment, int)
         return ids
 
     @functools.cached_property
@@ -196,24 +214,25 @@ class GGUFTokenizer:
         return tokenizer
 
     def _fragments(self, text: str) -> list[str | int]:
-        """Cut a text at the user-defined pieces, the longest of them first (tokenizer_st_partition)."""
+        """Split a text at the user-defined pieces, the longest piece first (tokenizer_st_partition)."""
         types = self._keys["tokenizer.ggml.token_type"]
         symbols = [piece for piece, number in self._id_of.items() if types[number] == USER_DEFINED]
         fragments: list[str | int] = [text] if text else []
         for symbol in sorted(symbols, key=len, reverse=True):
-            cut: list[str | int] = []
+            split: list[str | int] = []
             for fragment in fragments:
                 parts = [fragment] if isinstance(fragment, int) else fragment.split(symbol)
                 for at, part in enumerate(parts):
-                    cut += [self._id_of[symbol]] * (at > 0) + [part] * (part != "")
-            fragments = cut
+                    split += [self._id_of[symbol]] * (at > 0) + [part] * (part != "")
+            fragments = split
         return fragments
 
-    def _merged(self, text: str) -> list[int]:
-        """Merge the pair of the best score, then the leftmost, until none is a token (llm_tokenizer_spm_session)."""
+    def _merge(self, text: str) -> list[int]:
+        """Merge the leftmost pair of the best score until no pair is a token (llm_tokenizer_spm_session)."""
         scores = self._keys["tokenizer.ggml.scores"]
         symbols, after = list(text), list(range(1, len(text) + 1))
-        before, queue = list(range(-1, len(text) - 1)), []
+        before = list(range(-1, len(text) - 1))
+        queue: list[tuple[float, int, int, str]] = []
 
         def add(left: int, right: int) -> None:
             if left >= 0 and right < len(symbols):
@@ -226,7 +245,7 @@ class GGUFTokenizer:
         while queue:
             _, left, right, pair = heapq.heappop(queue)
             if not symbols[left] or not symbols[right] or symbols[left] + symbols[right] != pair:
-                continue  # one of them has merged with another since
+                continue  # one of the two has been merged with another
             symbols[left], symbols[right] = pair, ""
             after[left] = after[right]
             if after[left] < len(symbols):
@@ -235,9 +254,8 @@ class GGUFTokenizer:
             add(left, after[left])
         ids: list[int] = []
         for symbol in filter(None, symbols):
-            found: Sequence[int] = [self._id_of[symbol]] if symbol in self._id_of else self._bytes(symbol)
-            ids += found
+            ids += [self._id_of[symbol]] if symbol in self._id_of else self._byte_ids(symbol)
         return ids
 
-    def _bytes(self, symbol: str) -> list[int]:
+    def _byte_ids(self, symbol: str) -> list[int]:
         return [self._id_of[f"<0x{byte:02X}>"] for byte in symbol.encode()]

@@ -1,6 +1,6 @@
-"""Our own forms of a model: a training run's last checkpoint, and a model directory that holds only the parameters.
+"""Our own forms of a model: the last checkpoint of a training run, and a model directory, which has only parameters.
 
-A model directory is `model.json` (config, parametrization, metadata), `params/` (orbax) and the tokenizer's files.
+A model directory is `model.json` (a ModelMetadata), `params/` (orbax) and the tokenizer's file.
 """
 
 from __future__ import annotations
@@ -13,7 +13,6 @@ import jax
 from jax.sharding import Mesh
 
 from btlm_jax.data import store
-from btlm_jax.kernels.weights import Weights
 from btlm_jax.model import Btlm, make_model, parameter_table
 from btlm_jax.parallel.mesh import make_mesh
 from btlm_jax.recipe.config import ModelConfig, MupConfig, config_from
@@ -30,14 +29,14 @@ FORMAT = "btlm_jax model 1"
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ModelMetadata:
-    """What `model.json` says of a model besides its weights."""
+    """A model without its weights: the contents of `model.json`."""
 
     model: ModelConfig
     mup: MupConfig
-    max_length: int  # longest trained length
+    max_length: int  # longest trained length, in tokens
     eos_id: int  # the token between documents
-    tokenizer: store.TokenizerInfo | None  # None: it came without one
-    notes: dict[str, str]  # how it was made, for a reader
+    tokenizer: store.TokenizerInfo | None  # None: the model has none
+    notes: dict[str, str]  # how it was trained and converted, for a reader
 
     def network(self) -> Btlm:
         """Return the network; it holds no arrays."""
@@ -49,7 +48,7 @@ class NativeModel:
     """A model with its parameters on one device."""
 
     metadata: ModelMetadata
-    params: dict | Weights  # in tiles where a CPU generates
+    params: dict
     mesh: Mesh
     tokenizer: Tokenizer | None
 
@@ -65,10 +64,10 @@ def is_model_directory(directory: Path) -> bool:
 
 
 def read_run(workdir: Path) -> NativeModel:
-    """Read the parameters of a run's last checkpoint, also while the run goes on.
+    """Read the parameters of a run's last checkpoint; the run may be going on.
 
     Raises:
-      FileNotFoundError: there is no checkpoint, or the run's token store is not there.
+      FileNotFoundError: there is no checkpoint, or the run's token store is missing.
       ValueError: the checkpoint or the store's manifest is damaged.
     """
     reader = CheckpointReader(workdir)
@@ -77,28 +76,29 @@ def read_run(workdir: Path) -> NativeModel:
         position, config = reader.read_metadata(step)
         notes = {"steps": f"{step:,}", "tokens": f"{position.tokens_seen:,}"} | _heldout_notes(workdir, step)
         directory = resolve_location(workdir, config.data.store)
-        recorded = store.read_manifest(directory).tokenizer
+        tokenizer_info = store.read_manifest(directory).tokenizer
         metadata = ModelMetadata(
             model=config.model,
             mup=config.mup,
             max_length=max(config.curriculum.seq_len),
-            eos_id=recorded.eos_id,
-            tokenizer=recorded,
+            eos_id=tokenizer_info.eos_id,
+            tokenizer=tokenizer_info,
             notes=notes,
         )
         mesh = one_device_mesh()
         params = reader.restore_params(step, abstract=abstract_params(metadata, mesh))
     finally:
         reader.close()
-    return NativeModel(metadata=metadata, params=params, mesh=mesh, tokenizer=load_tokenizer(directory, recorded))
+    tokenizer = load_tokenizer(directory, tokenizer_info)
+    return NativeModel(metadata=metadata, params=params, mesh=mesh, tokenizer=tokenizer)
 
 
 def store_of_run(workdir: Path) -> PathOrUrl:
-    """Return where the token store of a run is.
+    """Return the location of a run's token store.
 
     Raises:
       FileNotFoundError: there is no checkpoint.
-      ValueError: it is damaged.
+      ValueError: the last checkpoint is damaged.
     """
     reader = CheckpointReader(workdir)
     try:
@@ -112,7 +112,8 @@ def read_model_directory(directory: Path) -> NativeModel:
     """Read what `write_model_directory` wrote.
 
     Raises:
-      ValueError: `model.json` or the parameters are damaged.
+      FileNotFoundError: the tokenizer's file is missing.
+      ValueError: `model.json`, the parameters or the tokenizer are damaged.
     """
     metadata, mesh = read_metadata(directory), one_device_mesh()
     params = read_params(directory / PARAMS, abstract=abstract_params(metadata, mesh))
@@ -130,7 +131,7 @@ def read_tokenizer(directory: Path, metadata: ModelMetadata) -> Tokenizer | None
 
 
 def read_metadata(directory: Path, *, format: str = FORMAT) -> ModelMetadata:
-    """Read the `model.json` of a model directory of a format.
+    """Read the `model.json` of a model directory of this format.
 
     Raises:
       ValueError: it is damaged, or of another format.
@@ -139,9 +140,9 @@ def read_metadata(directory: Path, *, format: str = FORMAT) -> ModelMetadata:
     try:
         values = json.loads(path.read_text())
         if values["format"] != format:
-            found, is_int4 = values["format"], "int4" in values["format"]
+            is_int4 = "int4" in values["format"]
             hint = "; a 4-bit model is only for btlm generate: give the one it was made of" if is_int4 else ""
-            raise ValueError(f"its format is {found!r}, not {format!r}{hint}")
+            raise ValueError(f"its format is {values['format']!r}, not {format!r}{hint}")
         return ModelMetadata(
             model=config_from(ModelConfig, values["model"], path="model"),
             mup=config_from(MupConfig, values["mup"], path="mup"),
@@ -157,7 +158,7 @@ def read_metadata(directory: Path, *, format: str = FORMAT) -> ModelMetadata:
 def write_model_directory(
     directory: Path, *, metadata: ModelMetadata, params: dict, tokenizer: Tokenizer | None
 ) -> None:
-    """Write the parameters, the tokenizer and `model.json`; `metadata` are those of this tokenizer."""
+    """Write `params/`, the tokenizer's file and `model.json`; `metadata.tokenizer` describes this tokenizer."""
     write_params(directory / PARAMS, params)
     write_metadata(directory, metadata, tokenizer=tokenizer)
 
@@ -168,9 +169,8 @@ def write_metadata(
     """Write `model.json` and the tokenizer's file."""
     if tokenizer is not None:
         write_atomically(directory / tokenizer.stored_file, tokenizer.contents)
-    write_atomically(
-        directory / MODEL_FILE, json.dumps({"format": format} | dataclasses.asdict(metadata), indent=2, sort_keys=True)
-    )
+    values = {"format": format} | dataclasses.asdict(metadata)
+    write_atomically(directory / MODEL_FILE, json.dumps(values, indent=2, sort_keys=True))
 
 
 def abstract_params(metadata: ModelMetadata, mesh: Mesh) -> dict:
@@ -184,8 +184,11 @@ def one_device_mesh() -> Mesh:
 
 
 def _heldout_notes(workdir: Path, step: int) -> dict[str, str]:
+    """Return the held-out bits per byte of each source, if the run has finished at this step."""
     path = workdir / SUMMARY_FILE
-    summary = json.loads(path.read_text()) if path.is_file() else {"num_steps": -1}
+    if not path.is_file():
+        return {}
+    summary = json.loads(path.read_text())
     if summary["num_steps"] != step:
         return {}
     sources = summary["heldout"]["sources"].items()

@@ -1,6 +1,6 @@
-"""The published form of a model: the facts of Hugging Face's config.json, and its tensors by their published names.
+"""The published form of a model: the fields of Hugging Face's config.json, and the names and shapes of its tensors.
 
-Every format here goes through this form: readers make it, writers take it.
+Every format goes through this form: readers return it, writers take it.
 """
 
 from __future__ import annotations
@@ -14,19 +14,24 @@ from typing import Protocol
 import numpy as np
 
 CONFIG_FILE = "config.json"
-BTLM, JAIS = "btlm", "jais"  # model_type: the same model; Jais is the name that other projects know
+BTLM, JAIS = "btlm", "jais"  # model_type: two names of one architecture; llama.cpp and vLLM know it as Jais
 
-# The config keys of the first upload, and what they were called after it (2023-07-21).
+EMBEDDING, FINAL_NORM = "transformer.wte.weight", "transformer.ln_f"
+HEAD = "lm_head.weight"  # tied: equal to the embedding, and absent from most files
+SLOPES = "transformer.relative_pe.slopes"  # ALiBi's, which follow from n_head
+BLOCKS = "transformer.h."
+
+# Config keys of the first upload -> their names since 2023-07-21.
 _OLD_KEYS = {"embeddings_scale": "mup_embeddings_scale", "scale_qk_dot_by_d": "mup_scale_qk_dot_by_d"}
 
-# What the published code takes for a key that config.json leaves out (GPT-2's and standard parametrization's values).
-_LEFT_OUT = {
+# The published code's defaults for keys that config.json leaves out: those of GPT-2 and of standard parametrization.
+_DEFAULTS = {
     "vocab_size": 50257, "n_positions": 1024, "n_embd": 768, "n_layer": 12, "n_head": 12, "layer_norm_epsilon": 1e-5,
     "initializer_range": 0.02, "bos_token_id": 50256, "eos_token_id": 50256, "mup_embeddings_scale": 1.0,
     "mup_output_alpha": 1.0, "mup_width_scale": 1.0, "mup_scale_qk_dot_by_d": False,
 }  # fmt: skip
 
-# What this system cannot compute otherwise: key -> (the value it has, the value that the published code takes if none).
+# Options of the published code of which one value is implemented here: key -> (that value, the published default).
 _FIXED = {
     "activation_function": ("swiglu", "gelu_new"),
     "position_embedding_type": ("alibi", "learned"),
@@ -39,7 +44,7 @@ _FIXED = {
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class PublishedConfig:
-    """What a BTLM config.json says, in its own names, whichever generation of keys it was written with."""
+    """A BTLM config.json under its newer keys."""
 
     vocab_size: int
     n_positions: int  # longest trained length
@@ -49,8 +54,8 @@ class PublishedConfig:
     n_inner: int
     layer_norm_epsilon: float
     initializer_range: float
-    mup_embeddings_scale: float  # x on the embedding lookup
-    mup_output_alpha: float  # logits x mup_output_alpha x mup_width_scale
+    mup_embeddings_scale: float  # factor of the embedding lookup
+    mup_output_alpha: float  # the logits are multiplied by mup_output_alpha * mup_width_scale
     mup_width_scale: float
     mup_scale_qk_dot_by_d: bool  # scores q.k/head_dim; otherwise q.k/sqrt(head_dim)
     alibi_scaling: float  # ALiBi slopes are divided by it; 1.0 as trained
@@ -63,26 +68,33 @@ class PublishedConfig:
 
     @property
     def output_scale(self) -> float:
-        """What the logits are multiplied with."""
+        """The factor of the logits."""
         return self.mup_output_alpha * self.mup_width_scale
 
 
 class Tensors(Protocol):
     """The tensors of a model by published name, read one at a time."""
 
-    shapes: Mapping[str, tuple[int, ...]]
+    @property
+    def shapes(self) -> Mapping[str, tuple[int, ...]]: ...
 
     def read(self, name: str) -> np.ndarray:
         """Return one tensor in the published layout and in the dtype it is stored in: float32, float16 or bfloat16."""
+        ...
+
+
+def block_prefix(layer: int) -> str:
+    """Return what the names of a layer's tensors begin with."""
+    return f"{BLOCKS}{layer}."
 
 
 def block_shapes(config: PublishedConfig) -> dict[str, tuple[int, ...]]:
-    """Return the tensors of one block, named after `transformer.h.<layer>.`; matrices are [in, out] (Conv1D)."""
+    """Return the shapes of one block's tensors, named without `block_prefix`; matrices are [in, out] (Conv1D)."""
     D, F = config.n_embd, config.n_inner
     return {
         "ln_1.weight": (D,),
         "ln_1.bias": (D,),
-        "attn.c_attn.weight": (D, 3 * D),  # columns q, k, v; each N heads x H
+        "attn.c_attn.weight": (D, 3 * D),  # columns q, k, v; each of N heads * H
         "attn.c_attn.bias": (3 * D,),
         "attn.c_proj.weight": (D, D),
         "attn.c_proj.bias": (D,),
@@ -98,21 +110,21 @@ def block_shapes(config: PublishedConfig) -> dict[str, tuple[int, ...]]:
 
 
 def tensor_shapes(config: PublishedConfig) -> dict[str, tuple[int, ...]]:
-    """Return every tensor of a model in the order of the network; the head is the embedding, and not listed."""
-    shapes = {"transformer.wte.weight": (config.vocab_size, config.n_embd)}
+    """Return the shapes of all tensors of a model, in the order of the network; without the head, which is tied."""
+    shapes: dict[str, tuple[int, ...]] = {EMBEDDING: (config.vocab_size, config.n_embd)}
     for layer in range(config.n_layer):
-        shapes |= {f"transformer.h.{layer}.{name}": shape for name, shape in block_shapes(config).items()}
-    return shapes | {"transformer.ln_f.weight": (config.n_embd,), "transformer.ln_f.bias": (config.n_embd,)}
+        shapes |= {block_prefix(layer) + name: shape for name, shape in block_shapes(config).items()}
+    return shapes | {f"{FINAL_NORM}.weight": (config.n_embd,), f"{FINAL_NORM}.bias": (config.n_embd,)}
 
 
 def read_published_config(path: Path, *, model_type: str = BTLM) -> PublishedConfig:
     """Read a config.json of either generation of keys.
 
-    Only what was written here can be read as Jais: elsewhere its `width_scale` means the whole scale of the logits.
+    As Jais, read only files written by this package: in others `width_scale` is the whole factor of the logits.
 
     Raises:
-      FileNotFoundError: there is none.
-      ValueError: it is no JSON object, of another architecture, or asks for what this system cannot compute.
+      FileNotFoundError: there is no such file.
+      ValueError: it is not a JSON object, of another architecture, or has an option that is not implemented here.
     """
     if not path.is_file():
         raise FileNotFoundError(f"{path} is missing: a Hugging Face checkpoint is a directory with a config.json")
@@ -134,30 +146,33 @@ def read_published_config(path: Path, *, model_type: str = BTLM) -> PublishedCon
 
 
 def _published_config(values: dict) -> PublishedConfig:
-    for key, (ours, left_out) in _FIXED.items():
-        if values.get(key, left_out) != ours:
-            raise ValueError(f"{key}={values.get(key, left_out)!r} cannot be computed here; only {ours!r} can")
+    for key, (implemented, default) in _FIXED.items():
+        if values.get(key, default) != implemented:
+            raise ValueError(f"{key}={values.get(key, default)!r} cannot be computed here; only {implemented!r} can")
     values = _with_new_keys(values)
-    taken = {key: values.get(key, left_out) for key, left_out in _LEFT_OUT.items()}
-    n_inner = values.get("n_inner") or 4 * taken["n_embd"]
-    alibi_scaling = _alibi_factor(values.get("alibi_scaling"))
-    config = PublishedConfig(**taken, n_inner=n_inner, alibi_scaling=alibi_scaling)
+    fields = {key: values.get(key, default) for key, default in _DEFAULTS.items()}
+    fields["n_inner"] = values.get("n_inner") or 4 * fields["n_embd"]
+    config = PublishedConfig(**fields, alibi_scaling=_alibi_factor(values.get("alibi_scaling")))
     for field in dataclasses.fields(config):
-        value = getattr(config, field.name)
-        allowed = {"int": (int,), "float": (int, float), "bool": (bool,)}[field.type]
-        if type(value) not in allowed or (field.type != "bool" and value < 0):
-            raise ValueError(f"{field.name}={value!r} must be a {field.type} of 0 or more")
+        value, type_name = getattr(config, field.name), str(field.type)
+        allowed = {"int": (int,), "float": (int, float), "bool": (bool,)}[type_name]
+        if type(value) not in allowed or (type_name != "bool" and value < 0):
+            raise ValueError(f"{field.name}={value!r} must be a {type_name} of 0 or more")
     if config.n_head == 0 or config.n_embd % config.n_head:
         raise ValueError(f"n_embd={config.n_embd} is not divisible by n_head={config.n_head}")
     return config
 
 
 def _with_new_keys(values: dict) -> dict:
-    """Return the values under the newer keys; a key present in both generations must say the same."""
+    """Return the values under the newer keys.
+
+    Raises:
+      ValueError: an older key and its newer one are both present and differ.
+    """
     renamed = {new: values[old] for old, new in _OLD_KEYS.items() if old in values}
     if "width_scale" in values:
         renamed["mup_width_scale"] = values["width_scale"]
-    if "output_logits_scale" in values:  # the whole scale of the logits, where the newer keys have two factors
+    if "output_logits_scale" in values:  # the whole factor of the logits; the newer keys split it in two
         renamed["mup_output_alpha"] = values["output_logits_scale"] / renamed.get("mup_width_scale", 1.0)
     for key, value in renamed.items():
         if key in values and values[key] != value:

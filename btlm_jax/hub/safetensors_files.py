@@ -1,7 +1,7 @@
-"""Safetensors written one tensor at a time, in shards with an index, so that no more than one is ever in memory.
+"""Safetensors files, one tensor in memory at a time: written as a stream, read through the safetensors library.
 
-The library's own writer wants all tensors at once; it reads what is written here. Format: the length of a JSON header
-as 8 little-endian bytes, the header, the tensors' bytes (https://github.com/huggingface/safetensors).
+The library's own writer wants all tensors at once, so the writer is ours. Format: the length of a JSON header as 8
+little-endian bytes, the header, the tensors' bytes (https://github.com/huggingface/safetensors).
 """
 
 from __future__ import annotations
@@ -14,14 +14,40 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
+from safetensors import SafetensorError, safe_open
 
 SINGLE_FILE, INDEX_FILE = "model.safetensors", "model.safetensors.index.json"
 _DTYPE_NAMES = {"float32": "F32", "float16": "F16", "bfloat16": "BF16", "uint32": "U32"}
 
 
+class SafetensorsFile:
+    """A file whose header has been read; it is opened anew for every tensor, so that mapped pages are given back."""
+
+    def __init__(self, path: Path):
+        """Read the header.
+
+        Raises:
+          FileNotFoundError: there is no such file.
+          ValueError: it is damaged: cut short, or its header contradicts itself or the file's size.
+        """
+        self.path = path
+        try:
+            with safe_open(path, "numpy") as file:
+                self.shapes = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}
+                self.metadata: dict[str, str] = file.metadata() or {}
+        except SafetensorError as error:
+            size = path.stat().st_size
+            raise ValueError(f"{path} is damaged or not a safetensors file, of {size:,} bytes: {error}") from error
+
+    def read(self, name: str) -> np.ndarray:
+        """Return one tensor in the dtype it is stored in."""
+        with safe_open(self.path, "numpy") as file:
+            return file.get_tensor(name)
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class TensorToWrite:
-    """A tensor before it exists: `make` returns it when its turn comes."""
+    """A tensor that is not in memory yet: `make` returns it when it is written."""
 
     name: str
     shape: tuple[int, ...]
@@ -36,32 +62,34 @@ class TensorToWrite:
 def write_safetensors(
     directory: Path, tensors: Sequence[TensorToWrite], *, max_shard_bytes: int, metadata: Mapping[str, str]
 ) -> list[Path]:
-    """Write the tensors in their order to `model.safetensors`, or to shards with an index when they are too large.
+    """Write the tensors in order to `model.safetensors`, or, if they exceed `max_shard_bytes`, to shards with an index.
 
-    Every file is synced to disk. The directory is the caller's temporary one: a file under its final name may be a part
-    until this returns. Returns the files.
+    Every file is synced to disk. `directory` is a temporary one of the caller: until this returns, a file under its
+    final name may be incomplete. Returns the files.
 
     Raises:
-      ValueError: a tensor came out with another shape or dtype than announced.
+      ValueError: `make` returned another shape or dtype than the tensor's.
     """
     shards = _split(tensors, max_shard_bytes=max_shard_bytes)
     if len(shards) == 1:
         _write_file(directory / SINGLE_FILE, shards[0], metadata=metadata)
         return [directory / SINGLE_FILE]
-    written, weight_map = [], {}
+    files: list[Path] = []
+    weight_map: dict[str, str] = {}
     for number, shard in enumerate(shards, start=1):
         name = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
         _write_file(directory / name, shard, metadata=metadata)
-        written.append(directory / name)
+        files.append(directory / name)
         weight_map |= {tensor.name: name for tensor in shard}
     total = sum(tensor.num_bytes for tensor in tensors)
     index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
     (directory / INDEX_FILE).write_text(json.dumps(index, indent=2) + "\n")
-    return [*written, directory / INDEX_FILE]
+    return [*files, directory / INDEX_FILE]
 
 
 def _split(tensors: Iterable[TensorToWrite], *, max_shard_bytes: int) -> list[list[TensorToWrite]]:
-    shards, size = [[]], 0
+    shards: list[list[TensorToWrite]] = [[]]
+    size = 0
     for tensor in tensors:
         if shards[-1] and size + tensor.num_bytes > max_shard_bytes:
             shards.append([])
@@ -72,7 +100,8 @@ def _split(tensors: Iterable[TensorToWrite], *, max_shard_bytes: int) -> list[li
 
 
 def _write_file(path: Path, tensors: Sequence[TensorToWrite], *, metadata: Mapping[str, str]) -> None:
-    header, offset = {"__metadata__": dict(metadata)}, 0
+    header: dict[str, dict] = {"__metadata__": dict(metadata)}
+    offset = 0
     for tensor in tensors:
         header[tensor.name] = {
             "dtype": _DTYPE_NAMES[tensor.dtype.name],
@@ -90,6 +119,6 @@ def _write_file(path: Path, tensors: Sequence[TensorToWrite], *, metadata: Mappi
                 raise ValueError(
                     f"tensor {tensor.name} came out as {array.dtype} {array.shape}, not {tensor.dtype} {tensor.shape}"
                 )
-            file.write(memoryview(np.ascontiguousarray(array).view(np.uint8).reshape(-1)))
+            file.write(np.ascontiguousarray(array).view(np.uint8).reshape(-1).data)
         file.flush()
         os.fsync(file.fileno())

@@ -1,4 +1,4 @@
-"""What a conversion reads: any form of a model, as published config, tensors, tokenizer, and logits to compare with."""
+"""Open or load a model of any form, and translate between published configs and ours."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from btlm_jax.hub.native import (
     read_run,
 )
 from btlm_jax.hub.numpy_network import streamed_logits
-from btlm_jax.hub.published import CONFIG_FILE, PublishedConfig, Tensors, read_published_config
+from btlm_jax.hub.published import CONFIG_FILE, EMBEDDING, PublishedConfig, Tensors, read_published_config
 from btlm_jax.hub.tensor_names import NativeTensors, read_params
 from btlm_jax.model import Btlm
 from btlm_jax.model.loss import logits
@@ -42,8 +42,8 @@ class HuggingFaceSource:
         self.notes: dict[str, str] = {}
 
     def metadata(self) -> ModelMetadata:
-        """Return the model in our terms; it computes in bfloat16 if that is what it is stored in."""
-        stored = self.tensors.read("transformer.wte.weight").dtype.name
+        """Return the model's metadata; it computes in bfloat16 if its weights are stored so, else in float32."""
+        stored = self.tensors.read(EMBEDDING).dtype.name
         return model_metadata(
             self.config,
             dtype="bfloat16" if stored == "bfloat16" else "float32",
@@ -57,7 +57,7 @@ class HuggingFaceSource:
 
 
 class NativeSource:
-    """A training run's last checkpoint, or a model directory of ours."""
+    """The last checkpoint of a training run, or a model directory of ours."""
 
     def __init__(self, native: NativeModel):
         self.native = native
@@ -68,11 +68,11 @@ class NativeSource:
         self.notes = native.metadata.notes
 
     def metadata(self) -> ModelMetadata:
-        """Return what is known of the model besides its weights."""
+        """Return the model's metadata."""
         return self.native.metadata
 
     def logits(self, ids_T: np.ndarray) -> np.ndarray:
-        """Return the float32 logits_TV after each token, of the JAX model."""
+        """Return the float32 logits_TV after each token, computed by the JAX model."""
         return native_logits(self.native, ids_T)
 
 
@@ -80,22 +80,22 @@ Source = HuggingFaceSource | NativeSource
 
 
 def is_hugging_face(directory: Path) -> bool:
-    """Whether this looks like a Hugging Face directory: it has a config.json, and is none of ours."""
+    """Whether this looks like a Hugging Face directory: it has a config.json, and is not one of our own forms."""
     return (directory / CONFIG_FILE).is_file() and not is_run(directory) and not is_model_directory(directory)
 
 
 def open_source(directory: Path) -> Source:
-    """Open a model of any readable form; its config, names and shapes are checked here, its values as they are read.
+    """Open a model of any form; config, names and shapes are checked here, values when they are read.
 
     Raises:
-      FileNotFoundError: there is no model, or a file of it is missing.
-      ValueError: it is damaged, contradicts itself, or is of an architecture that cannot be computed.
+      FileNotFoundError: there is no model, or one of its files is missing.
+      ValueError: it is damaged, contradicts itself, or is of an architecture that is not implemented here.
     """
     return HuggingFaceSource(directory) if is_hugging_face(directory) else NativeSource(read_native(directory))
 
 
 def load_native(directory: Path) -> NativeModel:
-    """Load a model of any readable form into memory, float32.
+    """Load a model of any form into memory, float32.
 
     Raises:
       FileNotFoundError, ValueError: as `open_source`.
@@ -103,14 +103,11 @@ def load_native(directory: Path) -> NativeModel:
     if not is_hugging_face(directory):
         return read_native(directory)
     source = HuggingFaceSource(directory)
-    metadata = source.metadata()
-    mesh = one_device_mesh()
-    params = read_params(
-        source.tensors, source.config, shapes=abstract_params(metadata, mesh), report=lambda name: None
-    )
-    return NativeModel(
-        metadata=metadata, params=jax.device_put(params, mesh.devices.item()), mesh=mesh, tokenizer=source.tokenizer
-    )
+    metadata, mesh = source.metadata(), one_device_mesh()
+    shapes = abstract_params(metadata, mesh)
+    params = read_params(source.tensors, source.config, shapes=shapes, report=lambda name: None)
+    params = jax.device_put(params, mesh.devices.item())
+    return NativeModel(metadata=metadata, params=params, mesh=mesh, tokenizer=source.tokenizer)
 
 
 def read_native(directory: Path) -> NativeModel:
@@ -132,9 +129,8 @@ def read_native(directory: Path) -> NativeModel:
 
 def native_logits(native: NativeModel, ids_T: np.ndarray) -> np.ndarray:
     """Return the float32 logits_TV after each token, computed in float32 by the JAX model."""
-    model = dataclasses.replace(
-        native.metadata, model=dataclasses.replace(native.metadata.model, dtype="float32")
-    ).network()
+    metadata = native.metadata
+    model = dataclasses.replace(metadata, model=dataclasses.replace(metadata.model, dtype="float32")).network()
     with jax.set_mesh(native.mesh):
         return np.asarray(_logits_BTV(native.params, jnp.asarray(ids_T, jnp.int32)[None], model=model))[0]
 
@@ -146,7 +142,7 @@ def _logits_BTV(params: dict, ids_BT: jax.Array, *, model: Btlm) -> jax.Array:
 
 
 def published_config(metadata: ModelMetadata) -> PublishedConfig:
-    """Return a model of ours in published terms."""
+    """Return our configs as a published one."""
     model, mup = metadata.model, metadata.mup
     return PublishedConfig(
         vocab_size=model.vocab_size,
@@ -159,7 +155,7 @@ def published_config(metadata: ModelMetadata) -> PublishedConfig:
         initializer_range=mup.init_std,
         mup_embeddings_scale=mup.embedding_multiplier,
         mup_output_alpha=mup.output_multiplier,
-        mup_width_scale=_short(1 / make_parametrization(mup, model).width),
+        mup_width_scale=_without_noise(1 / make_parametrization(mup, model).width),
         mup_scale_qk_dot_by_d=mup.preset != "sp",
         alibi_scaling=model.alibi_scaling,
         bos_token_id=metadata.eos_id,
@@ -170,12 +166,12 @@ def published_config(metadata: ModelMetadata) -> PublishedConfig:
 def model_metadata(
     config: PublishedConfig, *, dtype: str, tokenizer: Tokenizer | None, notes: dict[str, str]
 ) -> ModelMetadata:
-    """Return a published model in our terms.
+    """Return a published config as our configs.
 
-    Without q.k/head_dim the preset is standard parametrization, which has no width multiplier, so the width scale of
-    the logits goes into the output multiplier.
+    Where scores are not q.k/head_dim, the preset is standard parametrization, which has no width multiplier: the width
+    scale of the logits goes into the output multiplier.
     """
-    mup_like = config.mup_scale_qk_dot_by_d
+    is_mup = config.mup_scale_qk_dot_by_d
     return ModelMetadata(
         model=ModelConfig(
             vocab_size=config.vocab_size,
@@ -191,13 +187,13 @@ def model_metadata(
             loss_chunk=512,
         ),
         mup=MupConfig(
-            preset="btlm" if mup_like else "sp",
-            base_d_model=_short(config.n_embd * config.mup_width_scale),
-            base_d_ff=_short(config.n_inner * config.mup_width_scale),
+            preset="btlm" if is_mup else "sp",
+            base_d_model=_without_noise(config.n_embd * config.mup_width_scale),
+            base_d_ff=_without_noise(config.n_inner * config.mup_width_scale),
             base_num_layers=config.n_layer,
             init_std=config.initializer_range,
             embedding_multiplier=config.mup_embeddings_scale,
-            output_multiplier=config.mup_output_alpha if mup_like else _short(config.output_scale),
+            output_multiplier=config.mup_output_alpha if is_mup else _without_noise(config.output_scale),
         ),
         max_length=config.n_positions,
         eos_id=config.eos_token_id,
@@ -207,7 +203,7 @@ def model_metadata(
 
 
 def published_metadata(source: Source) -> ModelMetadata:
-    """Return a model in our terms as its published tensors are: a residual multiplier is in them already."""
+    """Return the metadata that belongs to a source's published tensors, which contain any residual multiplier."""
     metadata = source.metadata()
     return model_metadata(source.config, dtype=metadata.model.dtype, tokenizer=source.tokenizer, notes=metadata.notes)
 
@@ -225,6 +221,6 @@ def _tokenizer_of(directory: Path, config: PublishedConfig) -> Tokenizer | None:
     return tokenizer
 
 
-def _short(value: float) -> float:
-    """Return the float without the last digits of rounding noise, so that 2560 / 256 -> 0.1 comes back as 0.1."""
+def _without_noise(value: float) -> float:
+    """Round to 14 significant digits, so that a conversion there and back gives the same config: 2560 * 0.1 is 256."""
     return float(f"{value:.14g}")

@@ -1,19 +1,21 @@
-"""The one table between published names and ours; it drives both directions.
+"""The table between published tensors and our parameters; it drives both directions.
 
-Ours stacks the layers and splits heads: attention/query/kernel is [L, D, N, H] where the published c_attn.weight of a
-layer is [D, 3D], columns q, k, v. So a published tensor is a row of ours flattened to its shape, side by side.
+Ours stacks the layers and splits heads: attention/query/kernel is [L, D, N, H], and the published c_attn.weight of a
+layer is [D, 3 D], columns q, k, v. So each published tensor of a block is one layer of one or more of ours, reshaped
+and put side by side along the last axis.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import numpy as np
 
-from btlm_jax.hub.published import PublishedConfig, Tensors, tensor_shapes
+from btlm_jax.hub.published import BLOCKS, EMBEDDING, FINAL_NORM, PublishedConfig, Tensors, block_prefix, tensor_shapes
 
-# Published name, after "transformer.h.<layer>." for blocks -> our paths, side by side along the last axis.
+# Published name after `block_prefix` -> our paths, side by side along the last axis.
 BLOCK_NAMES = {
     "ln_1.weight": ("ln_1/scale",),
     "ln_1.bias": ("ln_1/bias",),
@@ -31,12 +33,12 @@ BLOCK_NAMES = {
     "mlp.c_proj.bias": ("mlp/down/bias",),
 }
 OTHER_NAMES = {
-    "transformer.wte.weight": "embedding/embedding",
-    "transformer.ln_f.weight": "ln_f/scale",
-    "transformer.ln_f.bias": "ln_f/bias",
+    EMBEDDING: "embedding/embedding",
+    f"{FINAL_NORM}.weight": "ln_f/scale",
+    f"{FINAL_NORM}.bias": "ln_f/bias",
 }
-# The last product of each residual branch takes on the branch's multiplier, which the published code does not have.
-_BRANCH_ENDS = ("attn.c_proj.weight", "attn.c_proj.bias", "mlp.c_proj.weight", "mlp.c_proj.bias")
+# The published code has no residual multiplier, so it is folded into the last product of each residual branch.
+_BRANCH_OUTPUTS = ("attn.c_proj.weight", "attn.c_proj.bias", "mlp.c_proj.weight", "mlp.c_proj.bias")
 
 
 class NativeTensors:
@@ -51,16 +53,19 @@ class NativeTensors:
         shape = self.shapes[name]
         if name in OTHER_NAMES:
             return np.asarray(_at(self._params, OTHER_NAMES[name]))
-        layer, own_name = name.removeprefix("transformer.h.").split(".", 1)
-        paths = BLOCK_NAMES[own_name]
+        layer, name_in_block = name.removeprefix(BLOCKS).split(".", 1)
+        paths = BLOCK_NAMES[name_in_block]
         part_shape = (*shape[:-1], shape[-1] // len(paths))
         parts = [np.asarray(_at(self._params["blocks"], path)[int(layer)]).reshape(part_shape) for path in paths]
         tensor = np.concatenate(parts, axis=-1)
-        return tensor * np.float32(self._residual_scale) if own_name in _BRANCH_ENDS else tensor
+        return tensor * np.float32(self._residual_scale) if name_in_block in _BRANCH_OUTPUTS else tensor
 
 
 def read_params(tensors: Tensors, config: PublishedConfig, *, shapes: dict, report: Callable[[str], None]) -> dict:
-    """Return our parameter tree, float32 NumPy arrays; `shapes` is its tree of jax.ShapeDtypeStruct."""
+    """Return our parameter tree, float32 NumPy arrays, from published tensors.
+
+    `shapes` is its tree of jax.ShapeDtypeStruct; `report` gets each published name before it is read.
+    """
 
     def read(name: str) -> np.ndarray:
         report(name)
@@ -71,14 +76,14 @@ def read_params(tensors: Tensors, config: PublishedConfig, *, shapes: dict, repo
         _at(params, path)[...] = read(name)
     for layer in range(config.n_layer):
         for name, paths in BLOCK_NAMES.items():
-            tensor = read(f"transformer.h.{layer}.{name}")
+            tensor = read(block_prefix(layer) + name)
             for path, part in zip(paths, np.split(tensor, len(paths), axis=-1), strict=True):
                 target = _at(params["blocks"], path)[layer]
                 target[...] = part.reshape(target.shape)
     return params
 
 
-def _at(tree: dict, path: str):
+def _at(tree: dict, path: str) -> Any:
     for key in path.split("/"):
         tree = tree[key]
     return tree

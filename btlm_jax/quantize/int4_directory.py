@@ -1,38 +1,37 @@
-"""A 4-bit model directory: `model.json`, the tokenizer's file, and weights laid out as the CPU kernels read them.
+"""A 4-bit model directory: `model.json`, the tokenizer's file, and weights in the layout that the CPU kernels read.
 
-The weights are one safetensors file with a published name for every vector, and three tensors for every 4-bit matrix:
-`<name>.words`, `<name>.scale`, `<name>.offset` (cpu/tiles.py has the layout). The embedding, as [D, V], has 8 bits and
-no offset: at 4 bits it alone costs five times what all other matrices do (benchmarks/results/int4_methods.md).
+The weights are one safetensors file: every vector under its published name, float32, and for every 4-bit matrix three
+tensors, `<name>.words`, `<name>.scale` and `<name>.offset` (kernels/tiles.py has the layout). The embedding, as [D, V],
+has 8 bits and no offset: at 4 bits it alone costs five times as much loss as all other matrices together
+(benchmarks/results/int4_methods.md).
 """
 
 from __future__ import annotations
 
 import dataclasses
 import functools
-import json
-import math
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
 
 from btlm_jax.hub.native import MODEL_FILE, ModelMetadata, read_metadata, read_tokenizer, write_metadata
-from btlm_jax.hub.published import PublishedConfig, tensor_shapes
-from btlm_jax.hub.safetensors_files import SINGLE_FILE, TensorToWrite, write_safetensors
+from btlm_jax.hub.published import EMBEDDING, FINAL_NORM, PublishedConfig, block_prefix, tensor_shapes
+from btlm_jax.hub.safetensors_files import SINGLE_FILE, SafetensorsFile, TensorToWrite, write_safetensors
 from btlm_jax.hub.source import published_config
 from btlm_jax.kernels.tiles import GROUP, TILE, Int4Tiles, Int8Tiles, factors_of, words_of
 from btlm_jax.kernels.weights import Weights, aligned, taken_over
 from btlm_jax.quantize.grouped import Int4Matrix, Int8Matrix, dequantize
-from btlm_jax.quantize.quantize_model import EMBEDDING, QuantizedTensor
+from btlm_jax.quantize.quantize_model import QuantizedTensor
 from btlm_jax.tokenizers.tokenizer import Tokenizer
 
 FORMAT = "btlm_jax int4 model 1"
 EMBEDDING_BITS = 8
 _WORDS, _SCALE, _OFFSET = "words", "scale", "offset"
+# The key of the file's metadata, and its fields, that say which model.json the weights belong to
 _SHAPE, _SHAPE_FIELDS = "shape", ("vocab_size", "num_layers", "d_model", "num_heads", "d_ff")
-_NUMPY = {"U32": np.uint32, "F16": np.float16, "F32": np.float32}
 
-# Our stacked matrices -> published ones, side by side, each filled up to whole tiles if there are several.
+# Fields of kernels.weights.Weights -> published matrices side by side, each padded to whole tiles if there are several.
 MATRICES = {
     "qkv": ("attn.c_attn",),
     "out": ("attn.c_proj",),
@@ -60,72 +59,75 @@ def write_int4_directory(
     directory: Path,
     *,
     metadata: ModelMetadata,
-    rounded: Iterable[tuple[str, QuantizedTensor]],
+    quantized: Iterable[tuple[str, QuantizedTensor]],
     tokenizer: Tokenizer | None,
 ) -> None:
     """Write what `quantize_model` yields for groups of GROUP and EMBEDDING_BITS, one tensor in memory at a time."""
-    written = list(_to_write(published_config(metadata), iter(rounded)))
+    tensors = list(_tensors_to_write(published_config(metadata), iter(quantized)))
     header = {"format": FORMAT, _SHAPE: _shape_of(metadata)}
-    write_safetensors(directory, written, max_shard_bytes=1 << 62, metadata=header)
+    write_safetensors(directory, tensors, max_shard_bytes=1 << 62, metadata=header)
     write_metadata(directory, metadata, tokenizer=tokenizer, format=FORMAT)
 
 
 def read_int4_directory(directory: Path) -> Int4Model:
-    """Read a 4-bit model into memory, straight into the arrays that the kernels use.
+    """Read a 4-bit model into memory, into the arrays that the kernels use.
 
     Raises:
       FileNotFoundError: a file is missing.
       ValueError: a file is damaged, or does not fit model.json.
     """
-    metadata, file = _opened(directory)
-    config, matrices = published_config(metadata), {}
-    for ours, modules in MATRICES.items():
-        shapes = [tensor_shapes(config)[f"transformer.h.0.{module}.weight"] for module in modules]
-        names = [[f"transformer.h.{layer}.{module}.weight" for module in modules] for layer in range(config.n_layer)]
-        matrices[ours] = _stacked(file, names, shapes)
-    vectors = stacked_vectors(config, file.read)
-    embedding = _stacked(file, [[EMBEDDING]], [(config.n_embd, config.vocab_size)])
+    metadata, file = _open_directory(directory)
+    config = published_config(metadata)
+    shapes = tensor_shapes(config)
+    # The embedding first: it is the largest tensor, and for a moment there are two of it.
+    embedding = _read_tiles(file, [[EMBEDDING]], num_inputs=config.n_embd, widths=[config.vocab_size])
+    matrices = {}
+    for field, modules in MATRICES.items():
+        names = [[f"{block_prefix(layer)}{module}.weight" for module in modules] for layer in range(config.n_layer)]
+        widths = [shapes[name][1] for name in names[0]]
+        matrices[field] = _read_tiles(file, names, num_inputs=shapes[names[0][0]][0], widths=widths)
+    vectors = stacked_vectors(config, lambda name: _read(file, name, shape=shapes[name], dtype=np.float32))
     weights = Weights(embedding=embedding, vectors={k: taken_over(v) for k, v in vectors.items()}, **matrices)
     return Int4Model(metadata=metadata, weights=weights, tokenizer=read_tokenizer(directory, metadata))
 
 
 def stacked_vectors(config: PublishedConfig, read: Callable[[str], np.ndarray]) -> dict[str, np.ndarray]:
-    """Return `cpu.forward.Weights.vectors` from published vectors."""
+    """Return `kernels.weights.Weights.vectors` from published vectors."""
 
-    def of_layers(make: Callable[[str], np.ndarray]) -> np.ndarray:
-        return np.stack([make(f"transformer.h.{layer}.") for layer in range(config.n_layer)])
+    def of_layers(vector_of: Callable[[str], np.ndarray]) -> np.ndarray:
+        return np.stack([vector_of(block_prefix(layer)) for layer in range(config.n_layer)])
 
     def bias(prefix: str, modules: tuple[str, ...]) -> np.ndarray:
         parts = [read(f"{prefix}{module}.bias") for module in modules]
         return parts[0] if len(parts) == 1 else np.concatenate([np.pad(part, (0, -len(part) % TILE)) for part in parts])
 
-    vectors = {"ln_f.scale": read("transformer.ln_f.weight"), "ln_f.bias": read("transformer.ln_f.bias")}
+    vectors = {"ln_f.scale": read(f"{FINAL_NORM}.weight"), "ln_f.bias": read(f"{FINAL_NORM}.bias")}
     for norm in ("ln_1", "ln_2"):
         vectors[f"{norm}.scale"] = of_layers(lambda prefix, norm=norm: read(f"{prefix}{norm}.weight"))
         vectors[f"{norm}.bias"] = of_layers(lambda prefix, norm=norm: read(f"{prefix}{norm}.bias"))
-    for ours, modules in MATRICES.items():
-        vectors[f"{ours}.bias"] = of_layers(lambda prefix, modules=modules: bias(prefix, modules))
+    for field, modules in MATRICES.items():
+        vectors[f"{field}.bias"] = of_layers(lambda prefix, modules=modules: bias(prefix, modules))
     return vectors
 
 
 class Int4Tensors:
-    """The tensors that a 4-bit directory stands for, float32, by published name; see `convert.published.Tensors`."""
+    """The float32 tensors that a 4-bit directory stands for, by published name; see `hub.published.Tensors`."""
 
     def __init__(self, directory: Path):
-        metadata, self._file = _opened(directory)
-        self._config = published_config(metadata)
-        self.shapes = tensor_shapes(self._config)
+        metadata, self._file = _open_directory(directory)
+        self.shapes = tensor_shapes(published_config(metadata))
 
     def read(self, name: str) -> np.ndarray:
         """Return one tensor."""
         shape = self.shapes[name]
         if len(shape) == 1:
             return self._file.read(name)
-        K, M = shape[::-1] if name == EMBEDDING else shape
+        K, M = _matrix_shape(name, shape)
         words_CGWM = self._file.read(f"{name}.{_WORDS}")
         C, per_word = len(words_CGWM), GROUP // words_CGWM.shape[2]
-        places = words_CGWM[..., None, :] >> (32 // per_word * np.arange(per_word, dtype=np.uint32))[:, None]
-        codes_KM = places.reshape(C, -1, TILE).transpose(1, 0, 2).reshape(-1, C * TILE)[:K, :M].astype(np.uint8)
+        shifts = 32 // per_word * np.arange(per_word, dtype=np.uint32)
+        codes_CGWIM = words_CGWM[..., None, :] >> shifts[:, None]
+        codes_KM = codes_CGWIM.reshape(C, -1, TILE).transpose(1, 0, 2).reshape(-1, C * TILE)[:K, :M].astype(np.uint8)
 
         def factors(part: str) -> np.ndarray:
             return self._file.read(f"{name}.{part}").transpose(1, 0, 2).reshape(-1, C * TILE)[:, :M]
@@ -139,9 +141,12 @@ class Int4Tensors:
         )
 
 
-def _opened(directory: Path) -> tuple[ModelMetadata, _File]:
-    """Open a directory whose two files belong together."""
-    metadata, file = read_metadata(directory, format=FORMAT), _File(directory / SINGLE_FILE)
+def _open_directory(directory: Path) -> tuple[ModelMetadata, SafetensorsFile]:
+    """Open a directory; its two files must belong together."""
+    metadata, path = read_metadata(directory, format=FORMAT), directory / SINGLE_FILE
+    if not path.is_file():
+        raise FileNotFoundError(f"{path} is missing: the weights of a 4-bit model")
+    file = SafetensorsFile(path)
     if file.metadata.get(_SHAPE) != _shape_of(metadata):
         raise ValueError(
             f"{directory / MODEL_FILE} asks for a model of {_shape_of(metadata)}, but {SINGLE_FILE} is of one of "
@@ -156,113 +161,100 @@ def _opened(directory: Path) -> tuple[ModelMetadata, _File]:
 
 
 def _shape_of(metadata: ModelMetadata) -> str:
-    """Return what the tensors' sizes follow from, as one line."""
+    """Return the fields that determine the tensors' shapes, as one line."""
     return ", ".join(f"{name} {getattr(metadata.model, name)}" for name in _SHAPE_FIELDS)
 
 
-def _to_write(config: PublishedConfig, rounded: Iterator[tuple[str, QuantizedTensor]]) -> Iterator[TensorToWrite]:
-    """Yield the file's tensors in the order in which `rounded` yields; each takes its turn when it is written."""
+def _tensors_to_write(
+    config: PublishedConfig, quantized: Iterator[tuple[str, QuantizedTensor]]
+) -> Iterator[TensorToWrite]:
+    """Yield the file's tensors in the order of `quantized`, from which each is taken when it is written."""
 
     def take(name: str) -> QuantizedTensor:
-        found, value = next(rounded)
-        assert found == name, (found, name)
-        return value
+        next_name, tensor = next(quantized)
+        assert next_name == name, (next_name, name)
+        return tensor
+
+    def vector(name: str) -> np.ndarray:
+        tensor = take(name)
+        assert isinstance(tensor, np.ndarray)
+        return tensor
 
     for name, shape in tensor_shapes(config).items():
         if len(shape) == 1:
-            yield TensorToWrite(name=name, shape=shape, dtype=np.dtype(np.float32), make=lambda name=name: take(name))
-            continue
-        K, M = shape[::-1] if name == EMBEDDING else shape
-        C, G, held, last = -(-M // TILE), -(-K // GROUP), {}, _parts(name)[-1]
-
-        def words(name=name, held=held) -> np.ndarray:
-            held[name] = take(name)
-            return words_of(held[name].codes_KM)
-
-        def factors(part: str, name=name, held=held, last=last) -> np.ndarray:
-            rounded = held.pop(name) if part == last else held[name]
-            return factors_of(getattr(rounded, f"{part}_GM"))
-
-        shape = (C, G, _words_a_group(name), TILE)
-        yield TensorToWrite(name=f"{name}.{_WORDS}", shape=shape, dtype=np.dtype(np.uint32), make=words)
-        for part in _parts(name):
-            make = functools.partial(factors, part)
-            yield TensorToWrite(name=f"{name}.{part}", shape=(C, G, TILE), dtype=np.dtype(np.float16), make=make)
+            make = functools.partial(vector, name)
+            yield TensorToWrite(name=name, shape=shape, dtype=np.dtype(np.float32), make=make)
+        else:
+            yield from _matrix_to_write(name, shape, functools.partial(take, name))
 
 
-def _words_a_group(name: str) -> int:
+def _matrix_to_write(name: str, shape: tuple[int, ...], take: Callable[[], QuantizedTensor]) -> Iterator[TensorToWrite]:
+    """Yield the parts of a quantized matrix; it is in memory from the first part's turn to the last one's."""
+    K, M = _matrix_shape(name, shape)
+    C, G = -(-M // TILE), -(-K // GROUP)
+    parts = _factors_of(name)
+    in_memory: list[Int4Matrix | Int8Matrix] = []
+
+    def words() -> np.ndarray:
+        matrix = take()
+        assert not isinstance(matrix, np.ndarray)
+        in_memory.append(matrix)
+        return words_of(matrix.codes_KM)
+
+    def factors(part: str) -> np.ndarray:
+        matrix = in_memory.pop() if part == parts[-1] else in_memory[0]
+        return factors_of(getattr(matrix, f"{part}_GM"))
+
+    words_shape = (C, G, _words_per_group(name), TILE)
+    yield TensorToWrite(name=f"{name}.{_WORDS}", shape=words_shape, dtype=np.dtype(np.uint32), make=words)
+    for part in parts:
+        make = functools.partial(factors, part)
+        yield TensorToWrite(name=f"{name}.{part}", shape=(C, G, TILE), dtype=np.dtype(np.float16), make=make)
+
+
+def _matrix_shape(name: str, shape: tuple[int, ...]) -> tuple[int, int]:
+    """Return (inputs K, outputs M): a published [K, M], or the embedding [V, D] as the readout's [D, V]."""
+    rows, columns = shape
+    return (columns, rows) if name == EMBEDDING else (rows, columns)
+
+
+def _words_per_group(name: str) -> int:
     return GROUP * (EMBEDDING_BITS if name == EMBEDDING else 4) // 32
 
 
-def _parts(name: str) -> tuple[str, ...]:
+def _factors_of(name: str) -> tuple[str, ...]:
     return (_SCALE,) if name == EMBEDDING else (_SCALE, _OFFSET)
 
 
-def _stacked(file: _File, names: list[list[str]], shapes: list[tuple[int, int]]) -> Int4Tiles | Int8Tiles:
-    """Read matrices of the same inputs side by side, layer by layer, into arrays that are made once."""
-    K, widths = shapes[0][0], [shape[1] for shape in shapes]
-    tiles, G = [-(-width // TILE) for width in widths], -(-K // GROUP)
+def _read_tiles(
+    file: SafetensorsFile, names: Sequence[Sequence[str]], *, num_inputs: int, widths: Sequence[int]
+) -> Int4Tiles | Int8Tiles:
+    """Read matrices side by side, `names` by layer and `widths` their outputs, into arrays that are allocated once."""
+    num_tiles, G = [-(-width // TILE) for width in widths], -(-num_inputs // GROUP)
     first_name = names[0][0]
-    made = {_WORDS: aligned((len(names), sum(tiles), G, _words_a_group(first_name), TILE), np.uint32)}
-    made |= {part: aligned((len(names), sum(tiles), G, TILE), np.float16) for part in _parts(first_name)}
-    for layer, parts in enumerate(names):
-        first = 0
-        for name, count in zip(parts, tiles, strict=True):
-            for part, array in made.items():
-                file.read_into(f"{name}.{part}", array[layer, first : first + count])
-            first += count
-    num_outputs = widths[0] if len(widths) == 1 else sum(tiles) * TILE
-    kind = Int8Tiles if first_name == EMBEDDING else Int4Tiles
-    arrays = {part: taken_over(array) for part, array in made.items()}
-    return kind(**arrays, num_inputs=K, num_outputs=num_outputs)
+    arrays = {_WORDS: aligned((len(names), sum(num_tiles), G, _words_per_group(first_name), TILE), np.uint32)}
+    arrays |= {part: aligned((len(names), sum(num_tiles), G, TILE), np.float16) for part in _factors_of(first_name)}
+    for layer, side_by_side in enumerate(names):
+        start = 0
+        for name, count in zip(side_by_side, num_tiles, strict=True):
+            for part, array in arrays.items():
+                target = array[layer, start : start + count]
+                target[...] = _read(file, f"{name}.{part}", shape=target.shape, dtype=array.dtype)
+            start += count
+    num_outputs = widths[0] if len(widths) == 1 else sum(num_tiles) * TILE
+    tiles = Int8Tiles if first_name == EMBEDDING else Int4Tiles
+    device_arrays = {part: taken_over(array) for part, array in arrays.items()}
+    return tiles(**device_arrays, num_inputs=num_inputs, num_outputs=num_outputs)
 
 
-class _File:
-    """A safetensors file, read without mapping it: mapped pages would count as the process's memory."""
-
-    def __init__(self, path: Path):
-        if not path.is_file():
-            raise FileNotFoundError(f"{path} is missing: the weights of a 4-bit model")
-        self._path, size = path, path.stat().st_size
-        try:
-            with open(path, "rb") as file:
-                length = int.from_bytes(file.read(8), "little")
-                self._entries = json.loads(file.read(min(length, size)))
-            self.metadata = self._entries.pop("__metadata__", {})
-            self._start = end = 8 + length
-            for entry in sorted(self._entries.values(), key=lambda entry: entry["data_offsets"]):
-                num_bytes = math.prod(entry["shape"]) * np.dtype(_NUMPY[entry["dtype"]]).itemsize
-                if entry["data_offsets"] != [end - self._start, end - self._start + num_bytes]:
-                    raise ValueError(f"the places of its tensors contradict their shapes: {entry}")
-                end += num_bytes
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise ValueError(f"{path} is damaged or no file of 4-bit weights: {error}") from error
-        if end != size:
-            raise ValueError(f"{path} is damaged: it has {size:,} bytes, not {end:,}")
-
-    def read(self, name: str) -> np.ndarray:
-        entry = self._entry(name)
-        array = aligned(tuple(entry["shape"]), _NUMPY[entry["dtype"]])
-        self.read_into(name, array)
-        return array
-
-    def read_into(self, name: str, array: np.ndarray) -> None:
-        entry = self._entry(name)
-        if tuple(entry["shape"]) != array.shape or _NUMPY[entry["dtype"]] != array.dtype:
-            raise ValueError(
-                f"tensor {name} in {self._path} is {entry['dtype']} {tuple(entry['shape'])}, but model.json asks for "
-                f"{array.dtype} {array.shape}"
-            )
-        with open(self._path, "rb", buffering=0) as file:
-            file.seek(self._start + entry["data_offsets"][0])
-            view, done = memoryview(array.reshape(-1).view(np.uint8)), 0
-            while done < len(view):
-                count = file.readinto(view[done:])
-                if not count:
-                    raise ValueError(f"{self._path} ends within tensor {name}")
-                done += count
-
-    def _entry(self, name: str) -> dict:
-        if name not in self._entries:
-            raise ValueError(f"{self._path} has no tensor {name}; model.json does not belong to it")
-        return self._entries[name]
+def _read(file: SafetensorsFile, name: str, *, shape: tuple[int, ...], dtype: np.dtype | type) -> np.ndarray:
+    """Return a tensor of this shape and dtype."""
+    if name not in file.shapes:
+        raise ValueError(f"{file.path} has no tensor {name}; model.json does not belong to it")
+    array = file.read(name)
+    if (array.shape, array.dtype) != (shape, dtype):
+        raise ValueError(
+            f"tensor {name} in {file.path} is {array.dtype} {array.shape}, but model.json asks for "
+            f"{np.dtype(dtype)} {shape}"
+        )
+    return array

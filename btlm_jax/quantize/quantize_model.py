@@ -8,14 +8,11 @@ from collections.abc import Callable, Iterator
 import numpy as np
 
 from btlm_jax.hub import numpy_network as forward
-from btlm_jax.hub.published import PublishedConfig, Tensors, block_shapes
+from btlm_jax.hub.published import EMBEDDING, FINAL_NORM, PublishedConfig, Tensors, block_prefix, block_shapes
 from btlm_jax.quantize.awq import BlockTensors, scaled_block
 from btlm_jax.quantize.gptq import gptq
 from btlm_jax.quantize.grouped import Int4Matrix, Int8Matrix, dequantize, round_to_nearest, round_to_nearest_int8
 from btlm_jax.quantize.hqq import half_quadratic
-
-EMBEDDING = "transformer.wte.weight"
-FINAL_NORM = ("transformer.ln_f.weight", "transformer.ln_f.bias")
 
 _EMBEDDING_COLUMNS = 4096  # of the embedding, rounded at a time
 
@@ -74,7 +71,7 @@ def quantize_model(
         x_BTD = forward.embed(config, dequantize(table).T, calibration_BT)
     del table
     for layer in range(config.n_layer):
-        prefix = f"transformer.h.{layer}."
+        prefix = block_prefix(layer)
         block = {name: _read(tensors, prefix + name) for name in block_shapes(config)}
 
         def announced(name: str, round_matrix: Callable, *arguments, prefix=prefix, **options) -> Int4Matrix:
@@ -89,7 +86,7 @@ def quantize_model(
             if isinstance(rounded, np.ndarray):
                 report(prefix + name)
             yield prefix + name, rounded
-    for name in FINAL_NORM:
+    for name in (f"{FINAL_NORM}.weight", f"{FINAL_NORM}.bias"):
         report(name)
         yield name, _read(tensors, name)
 

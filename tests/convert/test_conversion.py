@@ -15,7 +15,7 @@ from support.published_files import NAMES, ORACLES, oracle_array, oracle_weights
 from btlm_jax.cli import main
 from btlm_jax.convert import conversion, to_gguf
 from btlm_jax.convert.conversion import Conversion, convert
-from btlm_jax.hub.ggml import FILE_TYPES
+from btlm_jax.convert.ggml import FILE_TYPES
 from btlm_jax.hub.native import read_model_directory, read_run
 from btlm_jax.hub.numpy_network import streamed_logits
 from btlm_jax.hub.published import read_published_config, tensor_shapes

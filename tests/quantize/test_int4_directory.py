@@ -250,19 +250,38 @@ def other_entry(**changes):
     return other_header(lambda header: header["transformer.ln_f.bias"].update(changes))
 
 
+def without_entry(path):
+    other_header(lambda header: header.update({"other": header.pop("transformer.ln_f.bias")}))(path)
+
+
 @pytest.mark.parametrize(
     "damage,kind,message",
     [
-        (cut, ValueError, r"model.safetensors is damaged: it has [\d,]+ bytes, not"),
-        (lambda path: path.write_bytes(b"\xff" * 900), ValueError, "is damaged or no file of 4-bit weights"),
+        (cut, ValueError, r"model.safetensors is damaged or not .*, of [\d,]+ bytes: .*file not fully covered"),
+        (
+            lambda path: path.write_bytes(b"\xff" * 900),
+            ValueError,
+            "is damaged or not a safetensors file, of 900 bytes",
+        ),
         (lambda path: path.unlink(), FileNotFoundError, "is missing: the weights of a 4-bit model"),
         (other_model("d_ff", 300), ValueError, "asks for a model of .*d_ff 300, but model.safetensors is of one of"),
         (other_model("num_layers", 1), ValueError, "num_layers 1, .* but model.safetensors is of one of"),
         (other_model("vocab_size", 511), ValueError, "vocab_size 511, num_layers 2"),
-        (other_entry(dtype="BF16"), ValueError, "is damaged or no file of 4-bit weights: 'BF16'"),
-        (other_entry(data_offsets=[0, 256]), ValueError, "the places of its tensors contradict their shapes"),
-        (other_entry(shape=[3]), ValueError, "the places of its tensors contradict their shapes"),
-        (other_header(lambda header: [1]), ValueError, "is damaged or no file of 4-bit weights"),
+        (other_entry(dtype="U32"), ValueError, r"ln_f.bias in .* is uint32 \(64,\), but model.json asks for float32"),
+        (other_entry(shape=[8, 8]), ValueError, r"is float32 \(8, 8\), but model.json asks for float32 \(64,\)"),
+        (without_entry, ValueError, "has no tensor transformer.ln_f.bias; model.json does not belong to it"),
+        (
+            other_entry(dtype="BF16"),
+            ValueError,
+            "is damaged or not a safetensors file.*invalid shape, data type, or offset",
+        ),
+        (other_entry(data_offsets=[0, 256]), ValueError, "is damaged or not a safetensors file.*offset"),
+        (
+            other_entry(shape=[3]),
+            ValueError,
+            "is damaged or not a safetensors file.*invalid shape, data type, or offset",
+        ),
+        (other_header(lambda header: [1]), ValueError, "is damaged or not a safetensors file.*header"),
     ],
 )
 def test_damaged_directories(rounded, tmp_path, damage, kind, message):

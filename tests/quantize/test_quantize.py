@@ -1,4 +1,4 @@
-"""The walk over a whole model: what comes out, what calibration it rests on, what is refused, what is in memory."""
+"""Quantizing a whole model: the result, the inputs it is calibrated on, what is refused, what is in memory."""
 
 import numpy as np
 import pytest
@@ -7,13 +7,13 @@ from support.published_files import NAMES, ORACLES, oracle_array
 from btlm_jax.hub import numpy_network as forward
 from btlm_jax.hub.huggingface import HuggingFaceTensors
 from btlm_jax.hub.numpy_network import streamed_logits
-from btlm_jax.hub.published import PublishedConfig, block_shapes, read_published_config, tensor_shapes
-from btlm_jax.quantize import quantize_model as walk
+from btlm_jax.hub.published import EMBEDDING, PublishedConfig, block_shapes, read_published_config, tensor_shapes
+from btlm_jax.quantize import quantize_model as quantize_model_module
 from btlm_jax.quantize.awq import scaled_block
 from btlm_jax.quantize.gptq import gptq
 from btlm_jax.quantize.grouped import Int4Matrix, Int8Matrix, dequantize, round_to_nearest, round_to_nearest_int8
 from btlm_jax.quantize.hqq import half_quadratic
-from btlm_jax.quantize.quantize_model import EMBEDDING, Method, dequantize_tensor, quantize_model
+from btlm_jax.quantize.quantize_model import Method, dequantize_tensor, quantize_model
 
 GROUP = 16  # divides neither n_embd nor n_inner
 # Every size different.
@@ -93,7 +93,7 @@ def test_methods_without_calibration_round_each_matrix_by_itself(method, roundin
 
 
 def test_the_embedding_is_rounded_along_the_model_dim(monkeypatch):
-    monkeypatch.setattr(walk, "_EMBEDDING_COLUMNS", 30)
+    monkeypatch.setattr(quantize_model_module, "_EMBEDDING_COLUMNS", 30)
     tensors = random_tensors()
     for bits, rounding in ((4, half_quadratic), (8, round_to_nearest_int8)):
         name, table = next(quantized(SMALL, tensors, embedding_bits=bits))

@@ -1,7 +1,7 @@
-"""GGML's block formats: which type each tensor of a file type gets, and the bytes of its blocks.
+"""GGML's tensor types: which of them each tensor of a file type gets, and tensors encoded in them.
 
-The 32-blocks are made by the gguf package, bit-equal to llama.cpp's; the 256-blocks (K-quants) by llama.cpp's own
-ggml_quantize_chunk, which is taken from an installed package that carries it.
+Blocks of 32 values are encoded by the gguf package, with the same bits as llama.cpp; blocks of 256 (K-quants) by
+llama.cpp's own ggml_quantize_chunk, from whichever installed package contains it.
 """
 
 from __future__ import annotations
@@ -17,24 +17,26 @@ from pathlib import Path
 
 import numpy as np
 
-_ROWS = 1024  # encoded at a time, so that float32 copies stay small
-_LARGEST_F16 = 65504.0  # of blocks as well, whose scales are float16
+from btlm_jax.hub.gguf import import_gguf
+
+_ROWS = 1024  # encoded at a time, which bounds the float32 copies
+_LARGEST_F16 = 65504.0  # also the limit of block types, whose scales are float16
 _LARGEST = {"F32": 3.4028235e38, "BF16": 3.3895314e38}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class FileType:
-    """The types of a file's tensors; names are GGML's."""
+    """GGML's type names for the tensors of a file."""
 
-    code: str  # of gguf.LlamaFileType
+    code: str  # name in gguf.LlamaFileType
     matrices: str
     output: str  # output.weight
     qkv: str  # attn_qkv.weight
-    ffn_down_more: str  # ffn_down.weight of the layers that llama.cpp gives more bits
+    ffn_down_more: str  # ffn_down.weight in the layers of `_gets_more_bits`
 
 
-# llama.cpp's choices (llama-quant.cpp, llama_tensor_get_type_impl), but for the output of Q4_0: Q6_K there, and Q8_0
-# here, so that the file is the same whether or not a library that makes Q6_K is installed.
+# llama.cpp's choices (llama-quant.cpp, llama_tensor_get_type_impl), except the output of Q4_0: llama.cpp takes Q6_K; it
+# is Q8_0 here, so that the file does not depend on whether a library for K-quants is installed.
 FILE_TYPES = {
     "F32": FileType(code="ALL_F32", matrices="F32", output="F32", qkv="F32", ffn_down_more="F32"),
     "F16": FileType(code="MOSTLY_F16", matrices="F16", output="F16", qkv="F16", ffn_down_more="F16"),
@@ -71,7 +73,7 @@ def num_bytes(shape: tuple[int, ...], type_name: str) -> int:
     """Return the size of a tensor in a file.
 
     Raises:
-      ValueError: its rows are no whole number of blocks.
+      ValueError: the type's block size does not divide the row length.
     """
     gguf = import_gguf()
     block_size, block_bytes = gguf.GGML_QUANT_SIZES[gguf.GGMLQuantizationType[type_name]]
@@ -84,10 +86,10 @@ def num_bytes(shape: tuple[int, ...], type_name: str) -> int:
 
 
 def encode(matrix: np.ndarray, type_name: str, *, scale: float) -> np.ndarray:
-    """Return the bytes of a vector's or matrix's rows x scale, shaped [rows, bytes].
+    """Encode the rows of a matrix, or a vector as one row, times `scale`; return uint8 [rows, bytes].
 
     Raises:
-      ValueError: a value is too large for the type, or the type needs a library that is not installed.
+      ValueError: a value is not finite or too large for the type, or the type needs a library that is not installed.
     """
     rows_RC = matrix[None] if matrix.ndim == 1 else matrix
     largest = _LARGEST.get(type_name, _LARGEST_F16)
@@ -103,17 +105,17 @@ def encode(matrix: np.ndarray, type_name: str, *, scale: float) -> np.ndarray:
             raise ValueError(f"values up to {highest:.3g} are too large for {type_name}; use BF16 or F32")
         encoded[start : start + _ROWS] = encode_rows(piece_RC)
 
-    with ThreadPoolExecutor(os.cpu_count()) as pool:  # both encoders release Python's lock
+    with ThreadPoolExecutor(os.cpu_count()) as pool:  # both encoders release the GIL
         for _ in pool.map(fill, range(0, len(rows_RC), _ROWS)):
             pass
     return encoded
 
 
 def row_encoder(type_name: str) -> Callable[[np.ndarray], np.ndarray]:
-    """Return what turns contiguous float32 rows into the bytes [rows, bytes] of a type.
+    """Return a function that encodes contiguous float32 rows_RC as uint8 [rows, bytes].
 
     Raises:
-      ValueError: it needs a library that is not installed.
+      ValueError: the type needs a library that is not installed.
     """
     gguf = import_gguf()
     type_code = gguf.GGMLQuantizationType[type_name]
@@ -130,19 +132,6 @@ def row_encoder(type_name: str) -> Callable[[np.ndarray], np.ndarray]:
         return encoded
 
     return encode_rows
-
-
-def import_gguf():
-    """Return the gguf package.
-
-    Raises:
-      ValueError: it is not installed.
-    """
-    try:
-        import gguf
-    except ImportError as error:
-        raise ValueError("writing GGUF needs the gguf package; pip install 'btlm_jax[gguf]'") from error
-    return gguf
 
 
 @functools.cache
