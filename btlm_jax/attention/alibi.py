@@ -1,10 +1,35 @@
-"""ALiBi slopes (Press et al., arXiv 2108.12409). The bias itself is formed inside attention, never here."""
+"""ALiBi (Press et al., arXiv 2108.12409): its slopes, and the window of positions that they let a head see.
 
-from __future__ import annotations
+The window is one rule for every backend: the kernels in C++ and in Pallas, the blockwise form in XLA, the cache of
+generation and the planner. The score of query t and key s is x - slope * (t - s), where x = scale * q_t . k_s. Let the
+values x of a row differ by at most `spread` nats. Relative to the query's own position, which every row sees, a key at
+distance d = t - s then weighs at most e^(spread - slope * d), and all keys at distances from w on together at most
+
+    sum over d >= w of e^(spread - slope * d)  =  e^(spread - slope * w) / (1 - e^-slope)
+
+The window is the w for which that is 2^-24, half a unit in float32's last place:
+
+    w  =  (spread + 24 ln 2 - ln(1 - e^-slope)) / slope
+
+Keys from there on are left out. A share L <= 2^-24 of a row's weight left out moves its output by at most 2 L max|v|.
+The same sum over the queries that follow a key bounds what its gradients lose: dv at most 2^-24 max|do|, and dk at most
+2^-24 * scale * max|q| times the largest gradient of a weight; dq likewise with max|k|.
+
+`spread` is bounded from the norms of queries and keys (`spread_bound`), or assumed where there are none yet (SPREAD).
+The bias itself is formed inside attention, never here.
+"""
 
 import math
+import types
+from collections.abc import Callable
 
+import jax
+import jax.numpy as jnp
 import numpy as np
+
+SPREAD = 64.0  # nats by which the scores of a row are assumed to differ at most where q and k are not known
+_NATS_TO_HALF_ULP = 24 * math.log(2)  # from a weight to half a unit in its last place in float32
+_SQUARE_MARGIN = 1.02  # squared norms may be too small by this: of bfloat16, each square is rounded to 8 bits
 
 
 def alibi_slopes(num_heads: int, *, scaling: float) -> np.ndarray:
@@ -21,3 +46,43 @@ def alibi_slopes(num_heads: int, *, scaling: float) -> np.ndarray:
 
 def _power_of_two_slopes(n: int) -> list[float]:
     return [2.0 ** (-8.0 * k / n) for k in range(1, n + 1)]
+
+
+def alibi_window(spread, slopes, *, xp: types.ModuleType):
+    """Return w, the distance from which on keys are left out, as a float; inf for a head without a slope.
+
+    Shapes broadcast; `xp` is numpy or jax.numpy.
+    """
+    return xp.where(slopes > 0, (spread + _NATS_TO_HALF_ULP - xp.log(-xp.expm1(-slopes))) / slopes, xp.inf)
+
+
+def spread_bound(
+    q: jax.Array, k: jax.Array, *, scale: float, largest_square: Callable[[jax.Array], jax.Array]
+) -> jax.Array:
+    """Return a bound of how far apart the scores of any row are, without ALiBi: 2 * scale * max|q| * max|k|.
+
+    For |q . k_s - q . k_u| <= |q| (|k_s| + |k_u|). `largest_square` returns the largest squared norm over positions of
+    each head's queries or keys, in the caller's layout, float32.
+    """
+
+    def longest(x):
+        return jnp.sqrt(_SQUARE_MARGIN * largest_square(x))
+
+    return 2 * scale * longest(q) * longest(k)
+
+
+def window_of(
+    q: jax.Array,
+    k: jax.Array,
+    slopes: jax.Array,
+    *,
+    scale: float,
+    length: int,
+    largest_square: Callable[[jax.Array], jax.Array],
+) -> jax.Array:
+    """Return the largest distance at which heads see keys, int32: the window of `spread_bound`, rounded down.
+
+    It is `length`, so everything, where the window is that long, or where q or k are not finite.
+    """
+    window = alibi_window(spread_bound(q, k, scale=scale, largest_square=largest_square), slopes, xp=jnp)
+    return jnp.where(window < length, window, length).astype(jnp.int32)  # NaN fails the comparison

@@ -1,35 +1,38 @@
 """Attention by blocks, for any backend: memory grows with T * block, not T * T. Laid out for XLA on a CPU.
 
-The forward pass takes a block of queries against the keys that it may see; the backward pass takes a block of keys
-against the queries that may see it and computes the scores again from q, k and the saved log-sum-exp (the gradients
-of FlashAttention, Dao et al. 2022, arXiv:2205.14135, appendix B.4). How wide a block's span is, depends on where the
-block lies and on how far ALiBi lets its head look; one of at most `MAX_WIDTHS` static widths is chosen at run time,
-so that one loop serves all blocks and compile time does not grow with T.
+The forward pass computes a block of queries against the keys that it may see. The backward pass computes a block of
+keys against the queries that may see it, and the scores again from q, k and the saved log-sum-exp (the gradients of
+FlashAttention, Dao et al. 2022, arXiv:2205.14135, appendix B.4). The span of a block is as wide as its place in the
+triangle and its head's window (alibi.py) need; one of at most `MAX_WIDTHS` static widths is chosen at run time, so that
+one loop serves all blocks and compile time does not grow with T.
 
-Scores lie transposed, [E, C], and products of [E, ...] with them give [H, C]: of the layouts of a product of such
-narrow matrices, these are the ones that XLA:CPU runs on all cores.
+Scores are transposed, [E, C], and products of [E, ...] with them give [H, C]: of the layouts of a product of such
+narrow matrices, these are the ones that XLA:CPU runs on all cores (LOG.md, 2026-11-26).
 
 Letters beside the house's: G heads of sequences, C positions of one block, E positions of a span, X blocks.
 """
 
 import functools
+from typing import cast
 
 import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
+from btlm_jax.attention import remat_names
+from btlm_jax.attention.alibi import window_of
+
 MAX_WIDTHS = 8
-BLOCK = 256
-POSITIONS_AT_ONCE = 2 * BLOCK  # heads of sequences run together up to this; only of one block, as they share its width
+BLOCK = 256  # most positions of a block
+POSITIONS_AT_ONCE = 2 * BLOCK  # several heads run together up to so many positions, if each has one block only
 MASKED = -1e30  # finite, so that no inf - inf can occur
-NEGLIGIBLE = 37.0  # exp(-37) < 2**-53: beside a weight this much larger, another is nothing even in float64
 
 
 def block_size(length: int) -> int:
-    """Return how many positions a block holds: the length in equal parts of at most BLOCK.
+    """Return how many positions a block has: the length in equal parts of at most BLOCK.
 
-    Measured on 2 CPU cores at lengths 128 to 8,192: smaller blocks starve the matrix units, larger ones leave the
-    cache and compute more of the masked triangle.
+    Of lengths 128 to 8,192 on 2 CPU cores: smaller blocks keep the matrix units less busy, larger ones do not fit the
+    cache and compute more of the masked triangle (LOG.md, 2026-11-26).
     """
     return -(-length // -(-length // BLOCK))
 
@@ -39,8 +42,9 @@ def attend_blockwise(
 ) -> jax.Array:
     """Attend block by block in float32 (same mathematics as `attend_reference`); bfloat16 is cast as it is read.
 
-    Keys whose weight ALiBi makes negligible are left out, whatever q and k are: see `_reach`.
+    Keys beyond a head's window are left out (alibi.py).
     """
+    q_BTNH, k_BSNH, v_BSNH = remat_names.with_checkpoint_names(q_BTNH, k_BSNH, v_BSNH)
     B, T, N, H = q_BTNH.shape
     padding = -T % block_size(T)
 
@@ -48,7 +52,8 @@ def attend_blockwise(
         x_BNTH = jnp.pad(x_BTNH.swapaxes(1, 2), ((0, 0), (0, 0), (0, padding), (0, 0)))
         return x_BNTH.reshape(B * N, T + padding, H)
 
-    o_GTH = _attend(fold(q_BTNH), fold(k_BSNH), fold(v_BSNH), jnp.tile(slopes_N, B), scale)
+    # Cast, because functools.partial hides the type that custom_vjp returns.
+    o_GTH = cast(jax.Array, _attend(fold(q_BTNH), fold(k_BSNH), fold(v_BSNH), jnp.tile(slopes_N, B), scale))
     return o_GTH.reshape(B, N, T + padding, H)[:, :, :T].swapaxes(1, 2)
 
 
@@ -59,7 +64,7 @@ def _attend(q_GTH, k_GTH, v_GTH, slopes_G, scale):
 
 def _attend_forward(q_GTH, k_GTH, v_GTH, slopes_G, scale):
     o_GTH, lse_GT = _by_few_heads(functools.partial(_forward, scale=scale), q_GTH, k_GTH, v_GTH, slopes_G)
-    o_GTH, lse_GT = checkpoint_name(o_GTH, "attention_out"), checkpoint_name(lse_GT, "attention_lse")
+    o_GTH, lse_GT = checkpoint_name(o_GTH, remat_names.OUTPUT), checkpoint_name(lse_GT, remat_names.LOG_SUM_EXP)
     return o_GTH, (q_GTH, k_GTH, v_GTH, slopes_G, o_GTH, lse_GT)
 
 
@@ -82,7 +87,7 @@ def _by_few_heads(function, *arrays):
 def _forward(q_TH, k_TH, v_TH, slope, *, scale):
     """Return one head's output in q's dtype and the float32 log-sum-exp of each row of scores."""
     length, block = q_TH.shape[0], block_size(q_TH.shape[0])
-    reach = _reach(q_TH, k_TH, slope, scale)
+    window = _window(q_TH, k_TH, slope, scale)
 
     q_HT = q_TH.T
 
@@ -101,7 +106,7 @@ def _forward(q_TH, k_TH, v_TH, slope, *, scale):
             o_HC = jnp.einsum("EH,EC->HC", v_EH, weights_EC) / sum_C[None, :]
             return o_HC.astype(q_TH.dtype), max_C + jnp.log(sum_C)
 
-        return None, _with_width(start + block - jnp.maximum(start - reach, 0), over_keys, length)
+        return None, _with_width(start + block - jnp.maximum(start - window, 0), over_keys, length)
 
     _, (o_XHC, lse_XC) = jax.lax.scan(attend_queries, None, jnp.arange(0, length, block))
     return _unblocked(o_XHC), lse_XC.reshape(length)
@@ -110,8 +115,8 @@ def _forward(q_TH, k_TH, v_TH, slope, *, scale):
 def _backward(q_TH, k_TH, v_TH, slope, o_TH, lse_T, do_TH, *, scale):
     """Return the gradients of one head's q, k and v in q's dtype."""
     length, block, dtype = q_TH.shape[0], block_size(q_TH.shape[0]), q_TH.dtype
-    reach = _reach(q_TH, k_TH, slope, scale)
-    # A product and not a sum of products, which XLA:CPU takes ten times as long for.
+    window = _window(q_TH, k_TH, slope, scale)
+    # An einsum: XLA:CPU takes ten times as long for the sum of do * o (4 ms and 0.3, LOG.md, 2026-11-26).
     delta_T = jnp.einsum("TH,TH->T", do_TH, o_TH, preferred_element_type=jnp.float32)
 
     k_HT, v_HT = k_TH.T, v_TH.T
@@ -134,28 +139,20 @@ def _backward(q_TH, k_TH, v_TH, slope, o_TH, lse_T, do_TH, *, scale):
             dq_new_HT = jax.lax.dynamic_update_slice_in_dim(dq_HT, dq_HE, first, axis=1)
             return dq_new_HT, (dk_HC.astype(dtype), dv_HC.astype(dtype))
 
-        return _with_width(jnp.minimum(block + reach, length - start), over_queries, length)
+        return _with_width(jnp.minimum(block + window, length - start), over_queries, length)
 
     zeros_HT = _zeros_like(q_TH.T).astype(jnp.float32)
     dq_HT, (dk_XHC, dv_XHC) = jax.lax.scan(differentiate_keys, zeros_HT, jnp.arange(0, length, block))
     return dq_HT.T.astype(dtype), _unblocked(dk_XHC), _unblocked(dv_XHC)
 
 
-def _reach(q_TH, k_TH, slope, scale):
-    """Return how many positions back a key can lie and still count, for any query of a head.
+def _window(q_TH, k_TH, slope, scale):
+    """Return the largest distance at which a head sees keys, int32."""
 
-    A score differs from that of the query's own position, which row and key always share, by 2 * scale * max|q| *
-    max|k| at most, less slope * distance. Where that leaves less than -NEGLIGIBLE, the key's weight is below the
-    largest one's rounding error.
-    """
-    length = q_TH.shape[0]
+    def largest_square(x_TH):
+        return jnp.square(x_TH.astype(jnp.float32)).sum(-1).max()
 
-    def longest(x_TH):
-        return jnp.sqrt(jnp.square(x_TH.astype(jnp.float32)).sum(-1).max())
-
-    nats = 2 * scale * longest(q_TH) * longest(k_TH) + NEGLIGIBLE
-    # What is not finite, or has no slope, fails the comparison.
-    return jnp.where(slope * length > nats, jnp.ceil(nats / slope), length).astype(jnp.int32)
+    return window_of(q_TH, k_TH, slope, scale=scale, length=q_TH.shape[0], largest_square=largest_square)
 
 
 def _with_width(needed, function, length: int):

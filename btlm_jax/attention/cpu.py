@@ -1,4 +1,4 @@
-"""Attention by C++ kernels of our own (cpu/causal.h), for CPUs: what blockwise.py does, one call a direction."""
+"""Attention by C++ kernels for CPUs (kernels/causal.h): what blockwise.py computes, in one call per direction."""
 
 import functools
 
@@ -7,9 +7,9 @@ import jax.numpy as jnp
 import numpy as np
 from jax.ad_checkpoint import checkpoint_name
 
-from btlm_jax.kernels.build import has_training_kernels
-
-TILE, LANES = 64, 16  # kTile of the kernels, and what they fill the head dim up to a multiple of
+from btlm_jax.attention import remat_names
+from btlm_jax.attention.alibi import window_of
+from btlm_jax.kernels.build import HEAD_DIM_MULTIPLE, QUERY_TILE, has_training_kernels
 
 
 def attend_cpu(
@@ -17,7 +17,7 @@ def attend_cpu(
 ) -> jax.Array:
     """Attend in float32 (same mathematics as `attend_reference`); bfloat16 is converted as it is read.
 
-    Keys whose weight ALiBi makes negligible are left out, as in blockwise.py.
+    Keys beyond a head's window are left out (alibi.py).
 
     Raises:
       ValueError: there are no kernels here for such queries.
@@ -27,7 +27,7 @@ def attend_cpu(
             "attention implementation 'cpu' takes float32 and bfloat16, on a CPU with a C++ compiler; got "
             f"{q_BTNH.dtype} on {jax.default_backend()}: use 'blockwise', or 'auto', which takes what there is"
         )
-    return _attend(q_BTNH, k_BTNH, v_BTNH, slopes_N, scale)
+    return _attend(*remat_names.with_checkpoint_names(q_BTNH, k_BTNH, v_BTNH), slopes_N, scale)
 
 
 def has_kernels_for(q_BTNH: jax.Array) -> bool:
@@ -42,21 +42,32 @@ def _attend(q_BTNH, k_BTNH, v_BTNH, slopes_N, scale):
 
 def _attend_forward(q_BTNH, k_BTNH, v_BTNH, slopes_N, scale):
     B, T, N, H = q_BTNH.shape
-    room = (2, B, N, T, -(-H // LANES) * LANES)  # keys and values in float32, a head after the other
-    results = [_like(q_BTNH), _float32((B, N, T)), _float32(room)]
-    call = jax.ffi.ffi_call("btlm_causal_forward", results)
-    o_BTNH, lse_BNT, _ = call(q_BTNH, k_BTNH, v_BTNH, slopes_N, scale=np.float32(scale))
-    o_BTNH, lse_BNT = checkpoint_name(o_BTNH, "attention_out"), checkpoint_name(lse_BNT, "attention_lse")
-    return o_BTNH, (q_BTNH, k_BTNH, v_BTNH, slopes_N, o_BTNH, lse_BNT)
+    window_BN = checkpoint_name(_window(q_BTNH, k_BTNH, slopes_N, scale), remat_names.WINDOW)
+    # Scratch memory: keys and values in float32, one head after the other.
+    scratch = (2, B, N, T, -(-H // HEAD_DIM_MULTIPLE) * HEAD_DIM_MULTIPLE)
+    call = jax.ffi.ffi_call("btlm_causal_forward", [_like(q_BTNH), _float32((B, N, T)), _float32(scratch)])
+    o_BTNH, lse_BNT, _ = call(q_BTNH, k_BTNH, v_BTNH, slopes_N, window_BN, scale=np.float32(scale))
+    o_BTNH = checkpoint_name(o_BTNH, remat_names.OUTPUT)
+    lse_BNT = checkpoint_name(lse_BNT, remat_names.LOG_SUM_EXP)
+    return o_BTNH, (q_BTNH, k_BTNH, v_BTNH, slopes_N, window_BN, o_BTNH, lse_BNT)
 
 
 def _attend_backward(scale, residuals, do_BTNH):
     B, T, N, H = do_BTNH.shape
-    room = (3, B, N, -(-T // TILE), H, TILE)  # q, do and the sums of dq, transposed
-    results = [*[_like(do_BTNH)] * 3, _float32(room)]
-    call = jax.ffi.ffi_call("btlm_causal_backward", results)
+    # Scratch memory: q, do and the sums of dq, transposed in tiles.
+    scratch = (3, B, N, -(-T // QUERY_TILE), H, QUERY_TILE)
+    call = jax.ffi.ffi_call("btlm_causal_backward", [*[_like(do_BTNH)] * 3, _float32(scratch)])
     dq_BTNH, dk_BTNH, dv_BTNH, _ = call(*residuals, do_BTNH, scale=np.float32(scale))
     return dq_BTNH, dk_BTNH, dv_BTNH, None
+
+
+def _window(q_BTNH, k_BTNH, slopes_N, scale):
+    """Return the largest distance at which the heads of each sequence see keys, int32 [B, N]."""
+
+    def largest_square(x_BTNH):
+        return jnp.square(x_BTNH.astype(jnp.float32)).sum(-1).max(1)
+
+    return window_of(q_BTNH, k_BTNH, slopes_N, scale=scale, length=q_BTNH.shape[1], largest_square=largest_square)
 
 
 _attend.defvjp(_attend_forward, _attend_backward)

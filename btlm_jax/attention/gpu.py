@@ -1,9 +1,10 @@
-"""Attention by cuDNN's fused kernels on NVIDIA GPUs, with ALiBi inside q . k (see lanes.py) instead of a bias array."""
+"""Attention by cuDNN's fused kernels on NVIDIA GPUs, with ALiBi inside q . k (alibi_lanes.py), not in an array."""
 
 import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
+from btlm_jax.attention import remat_names
 from btlm_jax.attention.alibi_lanes import NUM_LANES, alibi_lanes, widen
 
 MAX_HEAD_DIM = 128 - NUM_LANES  # cuDNN's limit before Hopper; BTLM's 80 becomes 96
@@ -18,11 +19,12 @@ def attend_gpu(
       ValueError: a dtype or a head dim that the kernel does not take.
     """
     T, H = q_BTNH.shape[1], q_BTNH.shape[3]
-    if not is_possible(q_BTNH):
+    if not has_kernel_for(q_BTNH):
         raise ValueError(
             f"attention implementation 'gpu' takes bfloat16 and head dims up to {MAX_HEAD_DIM}; got {q_BTNH.dtype} and "
             f"{H}: use 'blockwise'"
         )
+    q_BTNH, k_BSNH, v_BSNH = remat_names.with_checkpoint_names(q_BTNH, k_BSNH, v_BSNH)
     width = -(-(H + NUM_LANES) // 8) * 8
     # The kernel multiplies everything by the scale, ALiBi too.
     q_lanes_TNW, k_lanes_SNW = alibi_lanes(slopes_N / scale, length=T, head_dim=H, width=width)
@@ -34,9 +36,9 @@ def attend_gpu(
         is_causal=True,
         implementation="cudnn",
     )
-    return checkpoint_name(o_BTNW[..., :H], "attention_out")
+    return checkpoint_name(o_BTNW[..., :H], remat_names.OUTPUT)
 
 
-def is_possible(q_BTNH: jax.Array) -> bool:
+def has_kernel_for(q_BTNH: jax.Array) -> bool:
     """Whether the kernel takes such queries."""
     return q_BTNH.dtype == jnp.bfloat16 and q_BTNH.shape[3] <= MAX_HEAD_DIM

@@ -4,11 +4,14 @@ import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
+from btlm_jax.attention import remat_names
+
 
 def attend_reference(
     q_BTNH: jax.Array, k_BSNH: jax.Array, v_BSNH: jax.Array, slopes_N: jax.Array, *, scale: float
 ) -> jax.Array:
     """Attend by materialising float32 scores [B,N,T,S]; ALiBi as in Press et al. 2022, arXiv:2108.12409."""
+    q_BTNH, k_BSNH, v_BSNH = remat_names.with_checkpoint_names(q_BTNH, k_BSNH, v_BSNH)
     position_T = jnp.arange(q_BTNH.shape[1])
     offset_TS = position_T[None, :] - position_T[:, None]
     scores_BNTS = scale * jnp.einsum("BTNH,BSNH->BNTS", q_BTNH, k_BSNH, preferred_element_type=jnp.float32)
@@ -18,4 +21,4 @@ def attend_reference(
     o_BTNH = jnp.einsum(
         "BNTS,BSNH->BTNH", weights_BNTS.astype(v_BSNH.dtype), v_BSNH, preferred_element_type=jnp.float32
     )
-    return checkpoint_name(o_BTNH.astype(q_BTNH.dtype), "attention_out")
+    return checkpoint_name(o_BTNH.astype(q_BTNH.dtype), remat_names.OUTPUT)

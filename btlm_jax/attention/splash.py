@@ -1,4 +1,4 @@
-"""Attention by the splash kernel that ships with JAX for TPUs, with ALiBi inside q . k (see lanes.py).
+"""Attention by the splash kernel that ships with JAX for TPUs, with ALiBi inside q . k (alibi_lanes.py).
 
 A TPU's tiles are 128 lanes wide, so a head dim of up to 116 carries ALiBi in lanes that would be padding: it costs
 nothing. Larger head dims pay for another tile. Off a TPU, Pallas interprets the kernel: slow, the same arithmetic.
@@ -10,9 +10,10 @@ import jax
 import jax.numpy as jnp
 from jax.experimental.pallas.ops.tpu import splash_attention
 
-from btlm_jax.attention.alibi_lanes import NUM_LANES, alibi_lanes, named, whole_tiles, widen
+from btlm_jax.attention import remat_names
+from btlm_jax.attention.alibi_lanes import NUM_LANES, alibi_lanes, whole_tiles, widen
 
-MAX_BLOCK = 512  # larger blocks compute more of the masked triangle and fill the vector memory
+MAX_BLOCK = 512  # positions; larger blocks compute more of the masked triangle and may not fit the vector memory
 
 
 def attend_splash(
@@ -34,7 +35,7 @@ def attend_splash(
 
     # Widened before heads come first: then XLA moves q and k once (3 % fewer of its cycles in a layer on a v5e).
     q_lanes_TNW, k_lanes_SNW = alibi_lanes(slopes_N, length=T, head_dim=H, width=whole_tiles(H + NUM_LANES))
-    q_BNTW, k_BNSW, v_BNSW = named(
+    q_BNTW, k_BNSW, v_BNSW = remat_names.with_checkpoint_names(
         heads_first(widen(q_BTNH * scale, q_lanes_TNW)), heads_first(widen(k_BSNH, k_lanes_SNW)), heads_first(v_BSNH)
     )
     kernel = _make_kernel(T + padding, N, block, interpret=interpret)
@@ -43,16 +44,17 @@ def attend_splash(
 
 
 def block_size(length: int) -> int:
-    """Return how many positions a block of the kernel holds: whole tiles."""
+    """Return how many positions a block of the kernel has: whole tiles."""
     return min(MAX_BLOCK, whole_tiles(length))
 
 
 def _make_kernel(length: int, num_heads: int, block: int, *, interpret: bool) -> Callable:
-    # dq apart from dk and dv: the kernel for all three writes a dq for each block of keys to memory and sums them.
+    # dq in a kernel of its own: the one for all three gradients writes a dq for each block of keys to memory to sum
+    # them.
     sizes = splash_attention.BlockSizes(
         block_q=block, block_kv=block, block_q_dkv=block, block_kv_dkv=block, block_q_dq=block, block_kv_dq=block
     )
     mask = splash_attention.MultiHeadMask([splash_attention.CausalMask((length, length))] * num_heads)
     return splash_attention.make_splash_mha_single_device(
-        mask, block_sizes=sizes, residual_checkpoint_name="attention_out", interpret=interpret
+        mask, block_sizes=sizes, residual_checkpoint_name=remat_names.OUTPUT, interpret=interpret
     )

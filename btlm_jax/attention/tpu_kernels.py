@@ -1,13 +1,14 @@
 """What one program of the TPU kernels does: a few heads, one block of queries against one block of keys.
 
-Heads are parted without moving a lane: lane l of a block is lane l mod W of its head, so tiles are cut and put together
-by masks alone. Products over the head dim do not mind the order, for both operands lie alike. Scores lie transposed,
-[keys, queries]: then maxima and sums run along sublanes, and every product but those for the scores is a plain one.
+Heads are split without moving a lane: lane l of a block is lane l mod W of its head, so tiles are cut and merged by
+masks alone. Products over the head dim do not depend on the order of lanes, which is the same in both operands. Scores
+are transposed, [keys, queries]: then maxima and sums run along sublanes, and only the products that give scores and
+their gradients need a transposed operand.
 
-A head leaves out keys that ALiBi puts beyond its reach (reach.py), whole blocks at a time.
+A head skips whole blocks of keys beyond its window (alibi.py).
 
 Letters beside the house's: G heads of one program, M their lanes, W the head dim in whole tiles, C positions of a
-block, R rows of words (two positions of bfloat16 in each), X blocks that are kept.
+block, R rows of words (two positions of bfloat16 in each), X blocks that stay in vector memory.
 """
 
 import dataclasses
@@ -19,7 +20,7 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from btlm_jax.attention.alibi_lanes import TILE, whole_tiles
+from btlm_jax.attention.alibi_lanes import TPU_LANES, whole_tiles
 
 MASKED = -1e30  # finite, so that no inf - inf can occur
 _PLAIN, _TRANSPOSED = (((1,), (0,)), ((), ())), (((1,), (1,)), ((), ()))  # a @ b, a @ b.T
@@ -37,7 +38,7 @@ class Heads:
     @property
     def together(self) -> int:
         """Return G: the fewest heads that fill whole tiles, or all of them."""
-        fill = math.lcm(self.dim, TILE) // self.dim
+        fill = math.lcm(self.dim, TPU_LANES) // self.dim
         return fill if self.num % fill == 0 else self.num
 
     @property
@@ -46,40 +47,40 @@ class Heads:
         return whole_tiles(self.dim)
 
     def lanes(self, n: int) -> range:
-        """Return where head n of a program lies in its block."""
+        """Return the lanes of head n of a program in its block."""
         return range(n * self.dim, (n + 1) * self.dim)
 
 
-def parted(dtype: jnp.dtype, *shape: int) -> tuple[tuple[int, ...], jnp.dtype]:
-    """Return the shape and dtype in which parted heads of `shape`, [..., C, W], are kept: as words."""
+def scratch_of_split_heads(dtype: jnp.dtype, *shape: int) -> tuple[tuple[int, ...], jnp.dtype]:
+    """Return the shape and dtype of scratch memory for split heads of `shape`, [..., C, W]: as words."""
     if dtype == jnp.bfloat16:
         return (*shape[:-2], shape[-2] // 2, shape[-1]), jnp.dtype(jnp.int32)
     return shape, dtype
 
 
 def forward_kernel(
-    pairs_ref, slopes_ref, reach_ref, q_ref, k_ref, v_ref, o_ref, lse_ref,
+    pairs_ref, slopes_ref, window_ref, q_ref, k_ref, v_ref, o_ref, lse_ref,
     q_GRW, k_XGRW, v_XGHC, max_G1C, sum_G1C, o_GHC, *, heads,
 ):  # fmt: skip
-    """Take keys block by block, keep the largest score and the sum of weights so far (algorithm 1 of the paper)."""
+    """Visit keys block by block, with a running maximum of scores and sum of weights (FlashAttention, algorithm 1)."""
     G, C, dtype = q_GRW.shape[0], q_ref.shape[1], q_ref.dtype
     b, group, pair = (pl.program_id(dim) for dim in range(3))
     i, j = pairs_ref[0, pair], pairs_ref[1, pair]
-    sees = _sight(reach_ref, b, group, i, j, G=G, C=C)
-    is_kept = k_XGRW.shape[0] > 1
-    slot = j if is_kept else 0
+    sees = _sees_block(window_ref, b, group, i, j, G=G, C=C)
+    is_resident = k_XGRW.shape[0] > 1
+    slot = j if is_resident else 0
 
     @pl.when(j == 0)
     def begin():
-        _part(q_ref, q_GRW, heads)
+        _split_heads(q_ref, q_GRW, heads)
         max_G1C[...] = jnp.full_like(max_G1C, MASKED)
         sum_G1C[...] = jnp.zeros_like(sum_G1C)
         o_GHC[...] = jnp.zeros_like(o_GHC)
 
-    @pl.when((j == 0) if is_kept else (j <= i))
+    @pl.when((j == 0) if is_resident else (j <= i))
     def take_keys():
-        at = i if is_kept else 0
-        _part(k_ref, k_XGRW.at[at], heads)
+        at = i if is_resident else 0
+        _split_heads(k_ref, k_XGRW.at[at], heads)
         v_words = _words(v_ref[0])
         for n in range(G):
             v_XGHC[at, n] = _rows(_from_words(_head(v_words, n, heads), dtype), n, heads)
@@ -100,7 +101,7 @@ def forward_kernel(
             sum_G1C[n] = shrink_1C * sum_G1C[n] + weights_CC.sum(0, keepdims=True)
             o_GHC[n] = shrink_1C * o_GHC[n] + _dot(v_XGHC[slot, n], weights_CC.astype(dtype), _PLAIN)
 
-        _for_each_head(G, attend_head, sees)
+        _for_each_seeing_head(G, attend_head, sees)
 
     pl.when(j < i)(functools.partial(attend, is_diagonal=False))
     pl.when(j == i)(functools.partial(attend, is_diagonal=True))
@@ -108,25 +109,25 @@ def forward_kernel(
     @pl.when(j == i)
     def end():
         for n in range(G):
-            # ALiBi counts from the first query of a block, in the backward pass too: what is left out cancels.
+            # ALiBi counts from the first query of a block, in the backward pass too: the difference cancels.
             lse_ref[0, 0, n : n + 1] = max_G1C[n] + jnp.log(sum_G1C[n])
-        _join([_lanes(o_GHC[n] * (1.0 / sum_G1C[n]), n, heads) for n in range(G)], o_ref, heads)
+        _merge_heads([_lanes(o_GHC[n] * (1.0 / sum_G1C[n]), n, heads) for n in range(G)], o_ref, heads)
 
 
 def backward_kernel(
-    pairs_ref, slopes_ref, reach_ref, q_ref, k_ref, v_ref, do_ref, lse_ref, delta_ref, dq_ref, dk_ref, dv_ref,
+    pairs_ref, slopes_ref, window_ref, q_ref, k_ref, v_ref, do_ref, lse_ref, delta_ref, dq_ref, dk_ref, dv_ref,
     q_GRW, k_GRW, v_GRW, do_GRW, k_GHC, dk_GCW, dv_GCW, dq_XGHC, *, heads, span,
 ):  # fmt: skip
-    """Take the queries of `span` block by block for each block of keys, and add up all three gradients."""
+    """Visit the queries of `span` block by block for each block of keys, and sum all three gradients."""
     G, C, dtype = q_GRW.shape[0], q_ref.shape[1], q_ref.dtype
     b, group, pair = (pl.program_id(dim) for dim in range(3))
     i, j = pairs_ref[0, pair], pairs_ref[1, pair]
-    sees = _sight(reach_ref, b, group, i, j, G=G, C=C)
+    sees = _sees_block(window_ref, b, group, i, j, G=G, C=C)
 
     @pl.when(i == jnp.maximum(j, span.start))
     def begin_keys():
-        _part(k_ref, k_GRW, heads)
-        _part(v_ref, v_GRW, heads)
+        _split_heads(k_ref, k_GRW, heads)
+        _split_heads(v_ref, v_GRW, heads)
         for n in range(G):
             k_GHC[n] = _rows(_from_words(k_GRW[n], dtype), n, heads)
 
@@ -143,8 +144,8 @@ def backward_kernel(
 
     @pl.when(functools.reduce(jnp.logical_or, map(sees, range(G))))
     def take_queries():
-        _part(q_ref, q_GRW, heads)
-        _part(do_ref, do_GRW, heads)
+        _split_heads(q_ref, q_GRW, heads)
+        _split_heads(do_ref, do_GRW, heads)
 
     def differentiate(is_diagonal: bool):
         def differentiate_head(n):
@@ -162,28 +163,28 @@ def backward_kernel(
             dk_GCW[n] = dk_CW if is_diagonal else dk_GCW[n] + dk_CW
             dq_XGHC[i - span.start, n] += _dot(k_GHC[n], dscores_CC, _PLAIN)
 
-        _for_each_head(G, differentiate_head, sees)
+        _for_each_seeing_head(G, differentiate_head, sees)
 
     pl.when(j < i)(functools.partial(differentiate, is_diagonal=False))
     pl.when(j == i)(functools.partial(differentiate, is_diagonal=True))
 
     @pl.when(i == j)
     def end_queries():
-        _join([_lanes(dq_XGHC[i - span.start, n] * heads.scale, n, heads) for n in range(G)], dq_ref, heads)
+        _merge_heads([_lanes(dq_XGHC[i - span.start, n] * heads.scale, n, heads) for n in range(G)], dq_ref, heads)
 
     @pl.when(i == span.stop - 1)
     def end_keys():
-        _join([dk_GCW[n] * heads.scale for n in range(G)], dk_ref, heads)
-        _join([dv_GCW[n] for n in range(G)], dv_ref, heads)
+        _merge_heads([dk_GCW[n] * heads.scale for n in range(G)], dk_ref, heads)
+        _merge_heads([dv_GCW[n] for n in range(G)], dv_ref, heads)
 
 
-def _sight(reach_ref, b, group, i, j, *, G: int, C: int):
-    """Return the function that says of a program's head n whether a query of block i sees a key of block j."""
-    return lambda n: reach_ref[b, group * G + n] > (i - j - 1) * C  # the nearest key is one further than that
+def _sees_block(window_ref, b, group, i, j, *, G: int, C: int):
+    """Return a predicate: whether any query of block i sees any key of block j in a program's head n."""
+    return lambda n: window_ref[b, group * G + n] > (i - j - 1) * C  # the distance of the nearest key less 1
 
 
-def _for_each_head(num: int, visit, sees) -> None:
-    """Visit those heads of a program that see a key of this block from a query of the other."""
+def _for_each_seeing_head(num: int, visit, sees) -> None:
+    """Visit the heads of a program for which `sees` holds."""
 
     def step(n, _):
         pl.when(sees(n))(functools.partial(visit, n))
@@ -193,64 +194,65 @@ def _for_each_head(num: int, visit, sees) -> None:
 
 def _scores(k_CW, q_CW, slope, heads: Heads):
     """Return scale * k . q + slope * (position of the key in its block), float32 [C of keys, C of queries]."""
-    position_CX = jax.lax.broadcasted_iota(jnp.int32, (k_CW.shape[0], TILE), 0).astype(jnp.float32)
-    alibi_CC = jnp.tile(slope * position_CX, (1, q_CW.shape[0] // TILE))
+    position_CX = jax.lax.broadcasted_iota(jnp.int32, (k_CW.shape[0], TPU_LANES), 0).astype(jnp.float32)
+    alibi_CC = jnp.tile(slope * position_CX, (1, q_CW.shape[0] // TPU_LANES))
     return _dot(k_CW, q_CW, _TRANSPOSED) * heads.scale + alibi_CC
 
 
 def _is_past(size: int):
-    """Return where, in a block on the diagonal, the key does not come after the query."""
+    """Return a mask of a block on the diagonal: where the key does not come after the query."""
     return jax.lax.broadcasted_iota(jnp.int32, (size, size), 0) <= jax.lax.broadcasted_iota(jnp.int32, (size, size), 1)
 
 
-def _part(ref, heads_GRW, heads: Heads):
-    """Write the heads of a block apart from each other, each in whole tiles with zeros beside it."""
+def _split_heads(ref, heads_GRW, heads: Heads):
+    """Write each head of a block to whole tiles of its own, with zeros in the lanes that it does not fill."""
     words_RM = _words(ref[0])
     for n in range(heads_GRW.shape[0]):
         heads_GRW[n] = _head(words_RM, n, heads)
 
 
 def _head(words_RM, n: int, heads: Heads):
-    lanes, num_tiles = heads.lanes(n), heads.width // TILE
-    tiles = num_tiles * [None]
-    for tile in range(lanes.start // TILE, -(-lanes.stop // TILE)):
-        x = words_RM[:, tile * TILE : (tile + 1) * TILE]
-        x = jnp.pad(x, ((0, 0), (0, TILE - x.shape[1])))
-        beside = tiles[tile % num_tiles]
+    lanes, num_tiles = heads.lanes(n), heads.width // TPU_LANES
+    tiles: dict[int, jax.Array] = {}
+    for tile in range(lanes.start // TPU_LANES, -(-lanes.stop // TPU_LANES)):
+        x = words_RM[:, tile * TPU_LANES : (tile + 1) * TPU_LANES]
+        x = jnp.pad(x, ((0, 0), (0, TPU_LANES - x.shape[1])))
+        other = tiles.get(tile % num_tiles)
         tiles[tile % num_tiles] = jnp.where(
-            _is_within(x, tile, lanes), x, jnp.zeros_like(x) if beside is None else beside
+            _is_within(x, tile, lanes), x, jnp.zeros_like(x) if other is None else other
         )
-    return tiles[0] if num_tiles == 1 else jnp.concatenate(tiles, axis=1)
+    return tiles[0] if num_tiles == 1 else jnp.concatenate([tiles[n] for n in range(num_tiles)], axis=1)
 
 
-def _join(heads_CW: list, ref, heads: Heads):
-    """Write heads side by side."""
+def _merge_heads(heads_CW: list, ref, heads: Heads):
+    """Write split heads side by side into a block."""
     words = [_words(head_CW.astype(ref.dtype)) for head_CW in heads_CW]
-    for tile in range(-(-ref.shape[-1] // TILE)):
-        first, last = tile * TILE, min((tile + 1) * TILE, ref.shape[-1])
-        part, joined = first % heads.width, None
+    for tile in range(-(-ref.shape[-1] // TPU_LANES)):
+        first, last = tile * TPU_LANES, min((tile + 1) * TPU_LANES, ref.shape[-1])
+        part, merged = first % heads.width, None
         for n, head in enumerate(words):
             lanes = heads.lanes(n)
             if lanes.start < last and lanes.stop > first:
-                x = head[:, part : part + TILE]
-                joined = x if joined is None else jnp.where(_is_within(x, tile, lanes), x, joined)
-        ref[0, :, first:last] = _from_words(joined, ref.dtype)[:, : last - first]
+                x = head[:, part : part + TPU_LANES]
+                merged = x if merged is None else jnp.where(_is_within(x, tile, lanes), x, merged)
+        assert merged is not None  # every tile has lanes of a head
+        ref[0, :, first:last] = _from_words(merged, ref.dtype)[:, : last - first]
 
 
 def _is_within(x, tile: int, lanes: range):
-    lane = jax.lax.broadcasted_iota(jnp.int32, x.shape, 1) + tile * TILE
+    lane = jax.lax.broadcasted_iota(jnp.int32, x.shape, 1) + tile * TPU_LANES
     return (lane >= lanes.start) & (lane < lanes.stop)
 
 
 def _rows(x_CW, n: int, heads: Heads):
-    """Return a parted head as [H, C]."""
+    """Return a split head as [H, C]."""
     x_WC, start = x_CW.T, heads.lanes(n).start % heads.width
     beyond = start + heads.dim - heads.width
     return x_WC[start : start + heads.dim] if beyond <= 0 else jnp.concatenate([x_WC[start:], x_WC[:beyond]])
 
 
 def _lanes(x_HC, n: int, heads: Heads):
-    """Return a head [H, C] as a parted one, [C, W]."""
+    """Return a head [H, C] as a split one, [C, W]."""
     start = heads.lanes(n).start % heads.width
     beyond = start + heads.dim - heads.width
     if beyond <= 0:

@@ -15,7 +15,7 @@ from btlm_jax.decode.cpu_decoder import CpuDecoder
 from btlm_jax.hub.native import is_run, store_of_run
 from btlm_jax.hub.numpy_network import streamed_logits
 from btlm_jax.hub.source import Source, published_metadata
-from btlm_jax.kernels.tiles import GROUP
+from btlm_jax.kernels.build import GROUP_INPUTS
 from btlm_jax.quantize.int4_directory import EMBEDDING_BITS, Int4Tensors, read_int4_directory, write_int4_directory
 from btlm_jax.quantize.quantize_model import Method, quantize_model
 from btlm_jax.tokenizers.tokenizer import Tokenizer
@@ -56,12 +56,12 @@ def write_int4(
 ) -> None:
     """Round a model to 4 bits, block by block, and write its directory."""
     metadata = published_metadata(source)
-    notes = metadata.notes | {"4 bits": f"{method}, groups of {GROUP}, embedding {EMBEDDING_BITS} bits"}
+    notes = metadata.notes | {"4 bits": f"{method}, groups of {GROUP_INPUTS}, embedding {EMBEDDING_BITS} bits"}
     quantized = quantize_model(
         source.config,
         source.tensors,
         method=method,
-        group_size=GROUP,
+        group_size=GROUP_INPUTS,
         embedding_bits=EMBEDDING_BITS,
         calibration_BT=calibration_BT,
         report=report,

@@ -1,7 +1,7 @@
-"""Continue texts: prefill the prompts in pieces, then decode token by token over a cache of keys and values.
+"""Continue batches of prompts: prefill in pieces, then decode token by token over a cache of keys and values.
 
-Logits come from the device, tokens are drawn on the host (sampling.py): every process draws the same from a seed. Ids
-only; text is in detokenize.py.
+Logits come from the device and tokens are drawn on the host (sampling.py): every process draws the same from a seed.
+Only token ids here; text is in generate/.
 """
 
 from __future__ import annotations
@@ -22,11 +22,11 @@ from btlm_jax.kernels.weights import Weights
 from btlm_jax.model import Btlm
 from btlm_jax.parallel.mesh import FSDP
 
-FIRST_STRETCH = 128  # new tokens that a cache has room for from the start; it doubles when it is full
+INITIAL_CACHE_TOKENS = 128  # new tokens that a cache is made for at first; its size doubles when it is full
 
 
-class Ending(enum.StrEnum):
-    """Why a text ended."""
+class FinishReason(enum.StrEnum):
+    """Why a row ended."""
 
     LENGTH = "length"
     END_OF_DOCUMENT = "end of document"
@@ -34,10 +34,11 @@ class Ending(enum.StrEnum):
 
 
 @dataclasses.dataclass(kw_only=True)
-class Speed:
-    """Where the time of generating went: compilation, prompt tokens, new tokens.
+class Timings:
+    """Seconds of compilation, prefill and decode, and the tokens of the latter two.
 
-    A decoding call that compiles counts as compilation, its tokens left out; of prefill, what JAX says it compiled.
+    A decode call that compiles counts as compilation, without its tokens. Of a prefill call, the seconds that JAX
+    reports as compilation are taken out.
     """
 
     compile_seconds: float = 0.0
@@ -48,7 +49,7 @@ class Speed:
 
     @contextlib.contextmanager
     def measure_prefill(self, num_tokens: int) -> Iterator[None]:
-        """Count what happens inside as running a prompt's tokens."""
+        """Time this block as prefill."""
         start = time.perf_counter()
         with _compilation() as compiled:
             yield
@@ -59,7 +60,7 @@ class Speed:
 
     @contextlib.contextmanager
     def measure_decode(self, num_tokens: int) -> Iterator[None]:
-        """Count what happens inside as making new tokens."""
+        """Time this block as decode."""
         start = time.perf_counter()
         with _compilation() as compiled:
             yield
@@ -73,12 +74,12 @@ class Speed:
 
 @contextlib.contextmanager
 def _compilation() -> Iterator[list[float]]:
-    """Collect the seconds of every tracing, lowering and compiling inside."""
+    """Collect the seconds of every tracing, lowering and compilation in this block."""
     seconds: list[float] = []
 
-    def listen(name: str, duration: float, **_) -> None:
-        if name.startswith("/jax/core/compile/"):
-            seconds.append(duration)
+    def listen(event: str, duration_secs: float, **_: str | int) -> None:
+        if event.startswith("/jax/core/compile/"):
+            seconds.append(duration_secs)
 
     jax.monitoring.register_event_duration_secs_listener(listen)
     try:
@@ -88,10 +89,10 @@ def _compilation() -> Iterator[list[float]]:
 
 
 class Batch:
-    """Prompts of any lengths that are continued together, until each has ended.
+    """Prompts of any lengths that are continued together until each has ended.
 
-    A row's tokens depend on its prompt and its random numbers, not on the other rows, up to the rounding of matmuls of
-    another size.
+    A row's tokens depend on its prompt and its random numbers, not on the other rows, except that matrix products of
+    another size round differently.
     """
 
     def __init__(
@@ -107,9 +108,9 @@ class Batch:
         sampling: Sampling,
         stop_id: int,
         cache_dtype: str,
-        speed: Speed,
+        timings: Timings,
     ):
-        """Take at least one prompt; up to `num_rows` the batch is filled, so that batches have one shape.
+        """Make a batch of at least `num_rows` rows, so that batches have one shape: the last prompt fills it up.
 
         Raises:
           ValueError: there is no prompt, one is empty or has a token outside the vocabulary, or a number is too small.
@@ -119,59 +120,59 @@ class Batch:
             raise ValueError(f"num_tokens={num_tokens} is not allowed; it must be 1 or more")
         if cache_dtype not in CACHE_DTYPES:
             raise ValueError(f"cache_dtype={cache_dtype!r} is not allowed; it must be one of {', '.join(CACHE_DTYPES)}")
-        self._sampling, self._generators, self._stop_id, self._speed = sampling, generators, stop_id, speed
+        self._sampling, self._generators, self._stop_id, self._timings = sampling, generators, stop_id, timings
         num_rows = max(num_rows, len(prompts))
         num_rows += -num_rows % mesh.shape[FSDP]
         self._histories = [list(prompts[min(row, len(prompts) - 1)]) for row in range(num_rows)]
         self._ends = [len(prompt) + num_tokens for prompt in prompts]
         longest = max(map(len, prompts))
-        self._num_slots = bucket(longest + min(num_tokens, FIRST_STRETCH))
+        self._num_slots = bucket(longest + min(num_tokens, INITIAL_CACHE_TOKENS))
         self._decoder = make_decoder(
             model, params, mesh, num_rows=num_rows, num_slots=self._num_slots, cache_dtype=cache_dtype
         )
         self._is_prefilled = False
-        self.going = set(range(len(prompts)))  # the rows that have not ended
-        self.endings: dict[int, Ending] = {}  # of the rows that have
+        self.active_rows = set(range(len(prompts)))
+        self.finish_reasons: dict[int, FinishReason] = {}  # of the rows that have ended
 
     @property
-    def lost(self) -> float:
-        """Return a bound on the share of any head's attention that fell on keys which are no longer kept."""
-        return self._decoder.lost
+    def dropped_attention_bound(self) -> float:
+        """Return a bound on the share of any head's attention that belongs to keys dropped from the cache."""
+        return self._decoder.dropped_attention_bound
 
     def step(self) -> dict[int, int]:
-        """Make one more token of each row that goes on; return those, without the id that ends a document."""
+        """Decode one token of each active row; return {row: token}, without the id that ends a document."""
         logits_BV = self._decode() if self._is_prefilled else self._prefill()
         drawn = {}
-        with self._speed.measure_decode(0):
-            for row in sorted(self.going):
+        with self._timings.measure_decode(0):
+            for row in sorted(self.active_rows):
                 token = self._draw(row, logits_BV[row])
                 if token != self._stop_id:
                     drawn[row] = token
         return drawn
 
-    def end(self, row: int, ending: Ending) -> None:
-        """Make no more tokens of a row."""
-        self.going.discard(row)
-        self.endings[row] = ending
+    def finish(self, row: int, reason: FinishReason) -> None:
+        """Decode no more tokens of a row."""
+        self.active_rows.discard(row)
+        self.finish_reasons[row] = reason
 
     def _prefill(self) -> np.ndarray:
         self._is_prefilled = True
-        with self._speed.measure_prefill(sum(len(self._histories[row]) for row in self.going)):
+        with self._timings.measure_prefill(sum(len(self._histories[row]) for row in self.active_rows)):
             return self._decoder.prefill(self._histories)
 
     def _draw(self, row: int, logits_V: np.ndarray) -> int:
         history = self._histories[row]
         token = draw(logits_V, history=history, sampling=self._sampling, generator=self._generators[row])
         if token == self._stop_id:
-            self.end(row, Ending.END_OF_DOCUMENT)
+            self.finish(row, FinishReason.END_OF_DOCUMENT)
         else:
             history.append(token)
             if len(history) == self._ends[row]:
-                self.end(row, Ending.LENGTH)
+                self.finish(row, FinishReason.LENGTH)
         return token
 
     def _decode(self) -> np.ndarray:
-        with self._speed.measure_decode(len(self.going)):
+        with self._timings.measure_decode(len(self.active_rows)):
             while max(map(len, self._histories)) > self._num_slots:
                 self._num_slots *= 2
                 self._decoder.grow(self._num_slots)
@@ -190,9 +191,9 @@ def generate(
     stop_id: int,
     cache_dtype: str,
 ) -> Iterator[dict[int, int]]:
-    """Yield up to `num_tokens` times {row: new token} of the rows that go on; `stop_id` ends a row and is not yielded.
+    """Yield up to `num_tokens` times {row: new token} of the active rows; `stop_id` ends a row and is not yielded.
 
-    A row's tokens depend on its prompt and the seed, so equal prompts continue equally.
+    A row's tokens depend on its prompt and the seed, so equal prompts have equal continuations.
 
     Raises:
       ValueError: as `Batch`.
@@ -208,9 +209,9 @@ def generate(
         sampling=sampling,
         stop_id=stop_id,
         cache_dtype=cache_dtype,
-        speed=Speed(),
+        timings=Timings(),
     )
-    while batch.going:
+    while batch.active_rows:
         drawn = batch.step()
         if drawn:
             yield drawn
@@ -228,7 +229,7 @@ def continue_tokens(
     stop_id: int,
 ) -> list[int]:
     """Return up to `num_tokens` ids after one prompt; see `generate`."""
-    made = generate(
+    steps = generate(
         model,
         params,
         mesh,
@@ -239,7 +240,7 @@ def continue_tokens(
         stop_id=stop_id,
         cache_dtype=model.config.dtype,
     )
-    return [tokens[0] for tokens in made]
+    return [tokens[0] for tokens in steps]
 
 
 def _check_prompts(prompts: Sequence[Sequence[int]], *, vocab_size: int) -> None:

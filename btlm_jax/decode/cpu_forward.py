@@ -10,18 +10,18 @@ import functools
 import jax
 import jax.numpy as jnp
 
-from btlm_jax.decode.cpu_cache import Cache, Layout, attend
+from btlm_jax.decode.cpu_cache import Cache, CacheLayout, attend
 from btlm_jax.kernels.tiles import columns, matmul
 from btlm_jax.kernels.weights import Weights
 from btlm_jax.model import Btlm
 
 
 @functools.partial(jax.jit, static_argnames=("model", "layout"), donate_argnames="cache")
-def extend(model: Btlm, weights: Weights, cache: Cache, *, layout: Layout, inputs_BT, starts_B, counts_B):
-    """Run counts_B[b] new tokens of row b at positions starts_B[b], starts_B[b] + 1, ...; keep their keys and values.
+def extend(model: Btlm, weights: Weights, cache: Cache, *, layout: CacheLayout, inputs_BT, starts_B, counts_B):
+    """Run counts_B[b] new tokens of row b at positions starts_B[b], starts_B[b] + 1, ...; cache their keys and values.
 
-    Returns the float32 logits_BV after each row's last new token, the cache, and a bound on the share of attention that
-    lay outside the cache's windows (cache.py).
+    Returns the float32 logits_BV after each row's last new token, the cache, and a bound on the share of attention
+    outside the cache's windows (cpu_cache.py).
     """
     config, parametrization = model.config, model.parametrization
     (B, T), N, H, F = inputs_BT.shape, config.num_heads, config.head_dim, config.d_ff
@@ -29,12 +29,12 @@ def extend(model: Btlm, weights: Weights, cache: Cache, *, layout: Layout, input
     blocks = {name: vector for name, vector in weights.vectors.items() if not name.startswith("ln_f")}
 
     def block(carry, scanned):
-        x_RD, cache, lost = carry
-        layer, own = scanned
+        x_RD, cache, dropped = carry
+        layer, own = scanned  # this layer's vectors
         normed_RD = _norm(x_RD, own["ln_1.scale"], own["ln_1.bias"], eps=config.layer_norm_eps)
         qkv_RM = matmul(normed_RD, weights.qkv, layer=layer) + own["qkv.bias"]
         q_BTNH, k_BTNH, v_BTNH = (part.reshape(B, T, N, H) for part in jnp.split(qkv_RM, 3, axis=1))
-        o_BTNH, cache, lost_B = attend(
+        o_BTNH, cache, dropped_B = attend(
             q_BTNH, k_BTNH, v_BTNH, cache, layout=layout, layer=layer, starts_B=starts_B, counts_B=counts_B,
             scale=parametrization.attention_scale,
         )  # fmt: skip
@@ -45,14 +45,14 @@ def extend(model: Btlm, weights: Weights, cache: Cache, *, layout: Layout, input
         up_RM, gate_RM = jnp.split(wide_RM, 2, axis=1)
         branch_RD = matmul((up_RM * jax.nn.silu(gate_RM))[:, :F], weights.down, layer=layer) + own["down.bias"]
         x_RD = x_RD + parametrization.residual_scale * branch_RD
-        return (x_RD, cache, jnp.maximum(lost, lost_B.max())), None
+        return (x_RD, cache, jnp.maximum(dropped, dropped_B.max())), None
 
     layers = jnp.arange(config.num_layers)
-    (x_RD, cache, lost), _ = jax.lax.scan(block, (x_RD, cache, jnp.float32(0)), (layers, blocks))
+    (x_RD, cache, dropped), _ = jax.lax.scan(block, (x_RD, cache, jnp.float32(0)), (layers, blocks))
     last_BD = jnp.take_along_axis(x_RD.reshape(B, T, -1), jnp.maximum(counts_B - 1, 0)[:, None, None], axis=1)[:, 0]
     vectors = weights.vectors
     last_BD = _norm(last_BD, vectors["ln_f.scale"], vectors["ln_f.bias"], eps=config.layer_norm_eps)
-    return matmul(last_BD, weights.embedding, layer=0) * parametrization.output_scale, cache, lost
+    return matmul(last_BD, weights.embedding, layer=0) * parametrization.output_scale, cache, dropped
 
 
 def _norm(x_RD, scale_D, bias_D, *, eps: float):

@@ -1,4 +1,4 @@
-"""What runs a batch of growing rows over a cache: on a mesh of devices, or in the kernels of a CPU (cpu/decoder.py)."""
+"""What runs a batch of growing rows over a cache: on a mesh of devices, or in a CPU's kernels (cpu_decoder.py)."""
 
 from __future__ import annotations
 
@@ -21,26 +21,29 @@ from btlm_jax.parallel.mesh import FSDP
 
 __all__ = ["CACHE_DTYPES", "Decoder", "ShardedDecoder", "bucket", "make_decoder"]
 
-PREFILL_PIECE = 256  # tokens of a prompt that run at a time: scores take this times the cache's slots
-MIN_SLOTS = 128  # caches are powers of two from here, so that few shapes are ever compiled
+PREFILL_PIECE = 256  # tokens of a prompt that run at a time: memory for scores is this times the cache's slots
+MIN_SLOTS = 128  # the sizes of caches are powers of two from here, so that few shapes are ever compiled
 
 
 class Decoder(Protocol):
-    """Rows of tokens, their keys and values kept.
+    """Runs rows of tokens over a cache of their keys and values.
 
-    `lost` bounds the share of any head's attention, so far, that fell on keys which are no longer kept.
+    `dropped_attention_bound` bounds the share of any head's attention, so far, that belongs to keys dropped from the
+    cache.
     """
 
-    lost: float
+    dropped_attention_bound: float
 
     def prefill(self, histories: Sequence[Sequence[int]]) -> np.ndarray:
         """Run the prompts; return the float32 logits_BV after each row's last token."""
+        ...
 
     def decode(self, histories: Sequence[Sequence[int]]) -> np.ndarray:
         """Run each row's newest token; return the float32 logits_BV after it."""
+        ...
 
     def grow(self, num_slots: int) -> None:
-        """Make room for rows of up to `num_slots` tokens, more than there was."""
+        """Copy the cache into one for rows of up to `num_slots` tokens, more than it has."""
 
 
 def make_decoder(
@@ -66,18 +69,18 @@ def bucket(length: int) -> int:
 
 
 class ShardedDecoder:
-    """The cache on the devices, and the step over it, compiled once for every shape it meets in the process."""
+    """The cache on the devices, and the step over it, compiled once per shape in the process."""
 
     def __init__(self, model: Btlm, params: dict, mesh: Mesh, *, num_rows: int, num_slots: int, cache_dtype: str):
         self._model, self._params, self._mesh = model, params, mesh
-        self._num_rows, self._dtype, self.lost = num_rows, cache_dtype, 0.0
+        self._num_rows, self._dtype, self.dropped_attention_bound = num_rows, cache_dtype, 0.0
         self._rows = NamedSharding(mesh, PartitionSpec(FSDP))
         self._cache = make_cache(model, mesh, batch_size=num_rows, num_slots=num_slots, dtype=cache_dtype)
 
     def prefill(self, histories: Sequence[Sequence[int]]) -> np.ndarray:
         """Run the prompts; return the float32 logits_BV after each row's last token."""
         lengths_B = np.array([len(history) for history in histories])
-        found = [None] * len(histories)
+        last_logits: dict[int, np.ndarray] = {}
         width = min(PREFILL_PIECE, bucket(int(lengths_B.max())))
         for start in range(0, int(lengths_B.max()), width):
             pieces_BT = np.zeros((len(histories), width), np.int32)
@@ -87,8 +90,8 @@ class ShardedDecoder:
             last_B = lengths_B - 1 - start
             logits_BV = self._run(pieces_BT, np.full(len(histories), start), np.clip(last_B, 0, width - 1))
             for row in np.flatnonzero((last_B >= 0) & (last_B < width)):
-                found[row] = logits_BV[row]
-        return np.stack(found)
+                last_logits[int(row)] = logits_BV[row]
+        return np.stack([last_logits[row] for row in range(len(histories))])
 
     def decode(self, histories: Sequence[Sequence[int]]) -> np.ndarray:
         """Run each row's newest token; return the float32 logits_BV after it."""
@@ -116,7 +119,7 @@ class ShardedDecoder:
 
 @functools.partial(jax.jit, donate_argnums=0)
 def _copy_into(larger: KVCache, smaller: KVCache) -> KVCache:
-    """Put each array into the beginning of a larger one, whichever dim is longer."""
+    """Copy each array to the beginning of a larger one, whichever dim is longer."""
 
     def copy(larger, smaller):
         return jax.lax.dynamic_update_slice(larger, smaller, (0,) * larger.ndim)

@@ -1,13 +1,14 @@
-"""The same blocks over a cache of keys and values: prefill and decode. What was computed of earlier tokens is kept.
+"""Prefill and decode on a mesh: the blocks of model/ over a cache of the keys and values of earlier tokens.
 
-A row's tokens sit at its positions 0, 1, ... from the left, whatever the other rows hold, so batches of different
-lengths need no padding on the left and no mask: a token sees the cache up to its own position. Slots right of a row's
-end may hold leftovers of padding; each is overwritten before any token can see it.
+A row's tokens are in slots 0, 1, ... from the left, independent of the other rows, so batches of different lengths need
+no padding on the left and no mask: a token sees the cache up to its own position. Slots beyond a row's end may contain
+padding; each is overwritten before any token can see it.
 """
 
 from __future__ import annotations
 
 import dataclasses
+from typing import cast
 
 import jax
 import jax.numpy as jnp
@@ -46,35 +47,42 @@ def make_cache(model: Btlm, mesh: Mesh, *, batch_size: int, num_slots: int, dtyp
 def extend(model: Btlm, params: dict, cache: KVCache, *, inputs_BT, starts_B):
     """Run new tokens, those of row b at positions starts_B[b], starts_B[b] + 1, ...; return hidden_BTD and the cache.
 
-    Equal to the last T positions of the whole forward pass. A position outside the cache is not kept: the caller makes
+    Equal to the last T positions of the whole forward pass. A position outside the cache is dropped: the caller makes
     the cache large enough. Memory for scores is O(T * slots) a head, so long prompts come in pieces.
     """
-    config, parts = model.config, dict(parametrization=model.parametrization, rules=WHOLE_SEQUENCES)
-    dtype = jnp.dtype(config.dtype)
-    starts_B = jax.sharding.reshard(starts_B, WHOLE_SEQUENCES.spec("batch"))
-    embedding = Embedding(vocab_size=config.vocab_size, d_model=config.d_model, dtype=dtype, **parts)
-    x_BTD = embedding.apply({"params": params["embedding"]}, inputs_BT) * model.parametrization.embedding_scale
+    config, parametrization, rules = model.config, model.parametrization, WHOLE_SEQUENCES
+    starts_B = jax.sharding.reshard(starts_B, rules.spec("batch"))
+    embedding = Embedding(
+        vocab_size=config.vocab_size,
+        d_model=config.d_model,
+        dtype=jnp.dtype(config.dtype),
+        parametrization=parametrization,
+        rules=rules,
+    )
+    embedded_BTD = cast(jax.Array, embedding.apply({"params": params["embedding"]}, inputs_BT))
+    x_BTD = embedded_BTD * parametrization.embedding_scale
 
     def block(carry, scanned):
         x_BTD, cache = carry
         layer, layer_params = scanned
-        kept = []
+        updated_caches = []
 
         def attend(q_BTNW, k_BTNW, v_BTNW):
-            # The head dim may be padded for the hardware (see projection.py); the cache's is not.
+            # The head dim may be padded for the hardware (model/projection.py); the cache's is not.
             q_BTNH, k_BTNH, v_BTNH = (x[..., : config.head_dim] for x in (q_BTNW, k_BTNW, v_BTNW))
             o_BTNH, updated = _attend_cached(model, q_BTNH, k_BTNH, v_BTNH, cache, starts_B, layer)
-            kept.append(updated)
+            updated_caches.append(updated)
             return jnp.pad(o_BTNH, ((0, 0), (0, 0), (0, 0), (0, q_BTNW.shape[-1] - config.head_dim)))
 
-        x_BTD, _ = Block(config=config, project=model.project, attend=attend, **parts).apply(
-            {"params": layer_params}, x_BTD
+        module = Block(
+            config=config, project=model.project, attend=attend, parametrization=parametrization, rules=rules
         )
-        return (x_BTD, kept.pop()), None
+        x_BTD, _ = module.apply({"params": layer_params}, x_BTD)
+        return (x_BTD, updated_caches.pop()), None
 
     layers = jnp.arange(config.num_layers)
     (x_BTD, cache), _ = jax.lax.scan(block, (x_BTD, cache), (layers, params["blocks"]))
-    norm = LayerNorm(eps=config.layer_norm_eps, **parts)
+    norm = LayerNorm(eps=config.layer_norm_eps, parametrization=parametrization, rules=rules)
     return norm.apply({"params": params["ln_f"]}, x_BTD), cache
 
 
@@ -103,9 +111,11 @@ def _attend_cached(model: Btlm, q_BTNH, k_BTNH, v_BTNH, cache: KVCache, starts_B
         o_BTNH = jnp.einsum("BNTS,BSNH->BTNH", weights_BNTS, v_BSNH, preferred_element_type=jnp.float32)
         return o_BTNH.astype(q_BTNH.dtype), k_LBSNH, v_LBSNH
 
-    new, kept = rules.spec("batch", "length", "act_heads", "head_dim"), _cache_spec()
+    new, cached = rules.spec("batch", "length", "act_heads", "head_dim"), _cache_spec()
     rows, heads = rules.spec("batch"), rules.spec("act_heads")
-    mapped = jax.shard_map(local, in_specs=(new, new, new, kept, kept, rows, heads, P()), out_specs=(new, kept, kept))
+    mapped = jax.shard_map(
+        local, in_specs=(new, new, new, cached, cached, rows, heads, P()), out_specs=(new, cached, cached)
+    )
     slopes_N = jax.sharding.reshard(slopes_N, heads)
     o_BTNH, k_LBSNH, v_LBSNH = mapped(q_BTNH, k_BTNH, v_BTNH, cache.k_LBSNH, cache.v_LBSNH, starts_B, slopes_N, layer)
     return o_BTNH, KVCache(k_LBSNH=k_LBSNH, v_LBSNH=v_LBSNH)

@@ -1,4 +1,4 @@
-"""How the next token is drawn from logits, on the host: temperature, top-k, top-p, min-p, repetition penalty, seeds."""
+"""Draw the next token from logits, on the host: temperature, top-k, top-p, min-p, repetition penalty, seeds."""
 
 from __future__ import annotations
 
@@ -11,23 +11,23 @@ import numpy as np
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Sampling:
-    """How a token is drawn; temperature 0 takes the likeliest, and then the rest has no effect but the penalty."""
+    """How a token is drawn. Temperature 0 takes the likeliest token; then only the penalty has an effect besides."""
 
     temperature: float
-    top_k: int  # of so many likeliest tokens; 0: of all
-    top_p: float  # of the fewest likeliest tokens that have this much probability together; 1: of all
-    min_p: float  # of tokens at least this share as likely as the likeliest; 0: of all
+    top_k: int  # draw from so many likeliest tokens; 0: from all
+    top_p: float  # from the fewest likeliest tokens with this much probability together; 1: from all
+    min_p: float  # from tokens at least this fraction as likely as the likeliest; 0: from all
     repetition_penalty: float  # logits of tokens seen in the row are divided by it, or multiplied if negative; 1: none
 
     def __post_init__(self):
-        for name, allowed, good in (
+        for name, allowed, is_allowed in (
             ("temperature", "0 or more", 0 <= self.temperature < np.inf),
             ("top_k", "0 or more", self.top_k >= 0),
             ("top_p", "above 0 and up to 1", 0 < self.top_p <= 1),
             ("min_p", "from 0 up to 1", 0 <= self.min_p <= 1),
             ("repetition_penalty", "above 0", 0 < self.repetition_penalty < np.inf),
         ):
-            if not good:
+            if not is_allowed:
                 raise ValueError(f"{name}={getattr(self, name)} is not allowed; it must be {allowed}")
 
 
@@ -35,7 +35,7 @@ GREEDY = Sampling(temperature=0.0, top_k=0, top_p=1.0, min_p=0.0, repetition_pen
 
 
 def make_generator(seed: int, *, sample: int, prompt: Sequence[int]) -> np.random.Generator:
-    """Return the random numbers of one sample of a prompt: the same in every batch and place, others for another."""
+    """Return the random numbers of one sample of a prompt, which do not depend on its batch or its row."""
     digest = hashlib.sha256(np.asarray(prompt, "<i8").tobytes()).digest()
     return np.random.default_rng((seed, sample, int.from_bytes(digest, "big")))
 
@@ -45,7 +45,7 @@ def draw(logits_V: np.ndarray, *, history: Sequence[int], sampling: Sampling, ge
 
     Penalty as in Keskar et al. 2019 (CTRL, arXiv:1909.05858) with the sign rule of Hugging Face's processor; then
     temperature, top-k, top-p (Holtzman et al. 2020, arXiv:1904.09751) and min-p (Nguyen et al. 2024, arXiv:2407.01082),
-    each over what the ones before it left.
+    each applied to the tokens that the ones before it left.
 
     Raises:
       ValueError: a logit is not finite.
@@ -60,15 +60,15 @@ def draw(logits_V: np.ndarray, *, history: Sequence[int], sampling: Sampling, ge
     if sampling.temperature == 0:
         return int(logits_V.argmax())
     scaled_V = (logits_V - logits_V.max()) / sampling.temperature
-    kept = _likeliest(scaled_V, sampling.top_k)
-    weights = _normalized(np.exp(scaled_V[kept]))
+    candidates = _likeliest(scaled_V, sampling.top_k)
+    weights = _normalized(np.exp(scaled_V[candidates]))
     for chosen in (_nucleus(weights, sampling.top_p), weights >= sampling.min_p * weights.max()):
         weights = np.where(chosen, weights, 0)
-    return int(generator.choice(kept, p=_normalized(weights)))
+    return int(generator.choice(candidates, p=_normalized(weights)))
 
 
 def _likeliest(scaled_V: np.ndarray, top_k: int) -> np.ndarray:
-    """Return the ids of the `top_k` largest, of equal ones the first."""
+    """Return the ids of the `top_k` largest, among equal ones the first."""
     if not 0 < top_k < len(scaled_V):
         return np.arange(len(scaled_V))
     least = np.partition(scaled_V, -top_k)[-top_k]
@@ -77,14 +77,15 @@ def _likeliest(scaled_V: np.ndarray, top_k: int) -> np.ndarray:
 
 
 def _nucleus(weights: np.ndarray, top_p: float) -> np.ndarray:
-    """Mark the fewest largest weights that sum to `top_p`, of equal ones the first.
+    """Mark the fewest largest weights that sum to `top_p`, among equal ones the first.
 
-    Only what can be among them is sorted: all weights up to (1 - p) / 2n sum to less than 1 - p, so larger ones hold p.
+    Only candidates are sorted: all weights up to (1 - p) / 2n sum to less than 1 - p, so the larger ones sum to p or
+    more.
     """
     chosen = np.ones(len(weights), bool)
     if top_p < 1:
-        able = np.flatnonzero(weights > (1 - top_p) / (2 * len(weights)))
-        order = able[np.argsort(-weights[able], kind="stable")]
+        candidates = np.flatnonzero(weights > (1 - top_p) / (2 * len(weights)))
+        order = candidates[np.argsort(-weights[candidates], kind="stable")]
         before = np.cumsum(weights[order]) - weights[order]
         chosen[:] = False
         chosen[order[(before < top_p) | (np.arange(len(order)) == 0)]] = True

@@ -11,9 +11,9 @@ import numpy as np
 from btlm_jax.hub.native import NativeModel, one_device_mesh
 from btlm_jax.hub.published import EMBEDDING, PublishedConfig, Tensors, tensor_shapes
 from btlm_jax.hub.source import load_native, open_source, published_metadata
-from btlm_jax.kernels.build import has_kernels
-from btlm_jax.kernels.tiles import GROUP, TILE, FloatTiles, float_tiles
-from btlm_jax.kernels.weights import Weights, aligned, taken_over
+from btlm_jax.kernels.build import GROUP_INPUTS, TILE_OUTPUTS, has_kernels
+from btlm_jax.kernels.tiles import FloatTiles, float_tiles
+from btlm_jax.kernels.weights import Weights, aligned_empty, from_numpy_zero_copy
 from btlm_jax.quantize.int4_directory import (
     EMBEDDING_BITS,
     MATRICES,
@@ -45,7 +45,7 @@ def load_for_generation(directory: Path, *, as_int4: bool) -> NativeModel:
         weights = float_weights(source.config, source.tensors, dtype=metadata.model.dtype)
         return NativeModel(metadata=metadata, params=weights, mesh=one_device_mesh(), tokenizer=source.tokenizer)
     quantized = quantize_model(
-        source.config, source.tensors, method=Method.HQQ, group_size=GROUP, embedding_bits=EMBEDDING_BITS,
+        source.config, source.tensors, method=Method.HQQ, group_size=GROUP_INPUTS, embedding_bits=EMBEDDING_BITS,
         calibration_BT=None, report=lambda name: None,
     )  # fmt: skip
     with tempfile.TemporaryDirectory() as scratch:
@@ -63,11 +63,11 @@ def float_weights(config: PublishedConfig, tensors: Tensors, *, dtype: str) -> W
             matrices = [tensors.read(name) for name in parts]
             pieces = [float_tiles(matrix.T if transposed else matrix, dtype=dtype) for matrix in matrices]
             if made is None:
-                made = aligned((len(names), sum(map(len, pieces)), *pieces[0].shape[1:]), pieces[0].dtype)
+                made = aligned_empty((len(names), sum(map(len, pieces)), *pieces[0].shape[1:]), pieces[0].dtype)
             np.concatenate(pieces, out=made[layer])
         shape = shapes[names[0][0]][:: -1 if transposed else 1]
-        num_outputs = shape[1] if len(names[0]) == 1 else made.shape[1] * TILE
-        return FloatTiles(data=taken_over(made), num_inputs=shape[0], num_outputs=num_outputs)
+        num_outputs = shape[1] if len(names[0]) == 1 else made.shape[1] * TILE_OUTPUTS
+        return FloatTiles(data=from_numpy_zero_copy(made), num_inputs=shape[0], num_outputs=num_outputs)
 
     matrices = {
         ours: stacked(

@@ -10,7 +10,7 @@ import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from btlm_jax.decode.batch import Batch, Ending, Speed
+from btlm_jax.decode.batch import Batch, FinishReason, Timings
 from btlm_jax.decode.decoder import CACHE_DTYPES
 from btlm_jax.decode.sampling import Sampling, make_generator
 from btlm_jax.display.progress import RateLimit, StatusLine
@@ -62,7 +62,7 @@ class Completion:
     sample: int
     text: str
     num_tokens: int
-    ended_by: Ending
+    ended_by: FinishReason
     stop_string: str
 
     def to_json(self) -> str:
@@ -87,7 +87,7 @@ def load_with_tokenizer(directory: Path, *, as_int4: bool) -> NativeModel:
 
 def stream_completion(native: NativeModel, prompt: Prompt, *, how: GenerationConfig) -> None:
     """Print a prompt and its first sample as it is made; the speed goes to the error stream."""
-    speed = Speed()
+    speed = Timings()
     (wanted,) = _requests(native, prompt, num_samples=1)
     _note_length(native, [wanted], how)
     batch = _batch(native, native.metadata.network(), [wanted], how, num_rows=1, speed=speed)
@@ -96,7 +96,7 @@ def stream_completion(native: NativeModel, prompt: Prompt, *, how: GenerationCon
     for _, piece in _pieces(batch, [text]):
         print(printable(piece), end="", flush=True)
     print()
-    _report(speed, num_tokens=text.num_tokens, lost=batch.lost)
+    _report(speed, num_tokens=text.num_tokens, lost=batch.dropped_attention_bound)
 
 
 def print_completions(native: NativeModel, prompts: Sequence[Prompt], *, how: GenerationConfig) -> None:
@@ -152,7 +152,7 @@ def _complete_all(native: NativeModel, prompts: Sequence[Prompt], how: Generatio
     order = sorted(range(len(all_wanted)), key=lambda index: -len(all_wanted[index].ids))
     num_rows, model = min(how.batch_size, len(order)), native.metadata.network()
     done: dict[int, Completion] = {}
-    speed, next_index, lost = Speed(), 0, 0.0
+    speed, next_index, lost = Timings(), 0, 0.0
     progress = _Progress(num_texts=len(order), most_tokens=how.num_tokens, speed=speed)
     for start in range(0, len(order), num_rows):
         indices = order[start : start + num_rows]
@@ -162,18 +162,18 @@ def _complete_all(native: NativeModel, prompts: Sequence[Prompt], how: Generatio
         shown: list[list[str]] = [[] for _ in wanted]
         for row, piece in _pieces(batch, growing):
             shown[row].append(piece)
-            progress.show(growing, going=batch.going)
+            progress.show(growing, going=batch.active_rows)
         for row, index in enumerate(indices):
             done[index] = Completion(
                 prompt=wanted[row].prompt,
                 sample=wanted[row].sample,
                 text="".join(shown[row]),
                 num_tokens=growing[row].num_tokens,
-                ended_by=batch.endings[row],
+                ended_by=batch.finish_reasons[row],
                 stop_string=growing[row].stop,
             )
         progress.finish_batch(growing)
-        lost = max(lost, batch.lost)
+        lost = max(lost, batch.dropped_attention_bound)
         while next_index in done:
             yield done[next_index]
             next_index += 1
@@ -181,7 +181,13 @@ def _complete_all(native: NativeModel, prompts: Sequence[Prompt], how: Generatio
 
 
 def _batch(
-    native: NativeModel, model: Btlm, wanted: Sequence[_Request], how: GenerationConfig, *, num_rows: int, speed: Speed
+    native: NativeModel,
+    model: Btlm,
+    wanted: Sequence[_Request],
+    how: GenerationConfig,
+    *,
+    num_rows: int,
+    speed: Timings,
 ) -> Batch:
     return Batch(
         model,
@@ -194,7 +200,7 @@ def _batch(
         sampling=how.sampling,
         stop_id=native.tokenizer.eos_id,
         cache_dtype=_cache_dtype(native) if how.cache_dtype == MODEL_DTYPE else how.cache_dtype,
-        speed=speed,
+        timings=speed,
     )
 
 
@@ -208,10 +214,10 @@ def _pieces(batch: Batch, growing: Sequence[StreamDecoder]) -> Iterator[tuple[in
 
     def shown(row: int, piece: str) -> tuple[int, str]:
         if growing[row].stop:
-            batch.end(row, Ending.STOP_STRING)
+            batch.finish(row, FinishReason.STOP_STRING)
         return row, piece
 
-    while batch.going:
+    while batch.active_rows:
         for row, token in batch.step().items():
             yield shown(row, growing[row].push(token))
     for row, text in enumerate(growing):
@@ -221,7 +227,7 @@ def _pieces(batch: Batch, growing: Sequence[StreamDecoder]) -> Iterator[tuple[in
 class _Progress:
     """A line on the error stream every few seconds; on a terminal over the last one."""
 
-    def __init__(self, *, num_texts: int, most_tokens: int, speed: Speed):
+    def __init__(self, *, num_texts: int, most_tokens: int, speed: Timings):
         self._num_texts, self._most_tokens, self._speed = num_texts, most_tokens, speed
         self._start = time.monotonic()
         self._line, self._rate_limit = StatusLine(sys.stderr), RateLimit(PROGRESS_SECONDS, is_due_at_start=False)
@@ -260,8 +266,8 @@ def _note_length(native: NativeModel, wanted: Sequence[_Request], how: Generatio
         print(f"note: up to {longest:,} tokens, past the {trained:,} this model was trained at", file=sys.stderr)
 
 
-def _report(speed: Speed, *, num_tokens: int, lost: float) -> None:
-    """Print where the time went, see Speed for what is in no rate; and what the cache may have lost."""
+def _report(speed: Timings, *, num_tokens: int, lost: float) -> None:
+    """Print where the time went, see Timings for what is in no rate; and what the cache may have lost."""
     if lost > DROPPED_ATTENTION_WARNING:
         print(
             f"warning: up to {min(lost, 1.0):.1e} of a head's attention may have fallen on keys outside its window of "

@@ -1,4 +1,4 @@
-// Attention over the cache of keys and values; see cache.py for its layout, and for the same in JAX.
+// Attention over the cache of keys and values; decode/cpu_cache.py has its layout, and the same in JAX.
 //
 // Sizes: B rows, T new tokens, N heads, H head dim, S slots of all heads together.
 
@@ -6,7 +6,7 @@
 
 namespace {
 
-constexpr int64_t kKeys = 64;       // worked on at a time
+constexpr int64_t kKeys = 64;       // processed at a time
 constexpr float kLowest = -1e30f;   // below every score
 
 // e^v for v <= 0, to 2 units in the last place: 2^n times a polynomial (Cephes, expf.c).
@@ -40,11 +40,11 @@ inline f8 sums_of(const f8* v) {
          SHUFFLE(fours[0], fours[1], 4, 5, 6, 7, 12, 13, 14, 15);
 }
 
-inline void keep(const float* from, float* to, float*, int64_t H) { std::memcpy(to, from, H * sizeof(float)); }
-inline void keep(const float* from, bf16* to, float*, int64_t H) {
+inline void write(const float* from, float* to, float*, int64_t H) { std::memcpy(to, from, H * sizeof(float)); }
+inline void write(const float* from, bf16* to, float*, int64_t H) {
   for (int64_t h = 0; h < H; ++h) to[h] = to_bf16(from[h]);
 }
-inline void keep(const float* from, int8_t* to, float* scale, int64_t H) {
+inline void write(const float* from, int8_t* to, float* scale, int64_t H) {
   float largest = 0, none = 0;
   for (int64_t h = 0; h < H; ++h) {
     largest = std::max(largest, std::abs(from[h]));
@@ -80,7 +80,7 @@ struct Head {  // one head of one row
 };
 
 // Softmax over keys that come tile by tile: the largest score, the sum of weights and of weighted values so far.
-struct Running {
+struct RunningSoftmax {
   float largest = kLowest, total = 0;
   std::vector<float> values;
 };
@@ -114,9 +114,9 @@ inline void weigh(const float* rows, const float* weights, int64_t count, int64_
   for (int c = 0; c < CHUNKS; ++c) store(values + c * kLanes, sums[c]);
 }
 
-// Takes the keys at positions first .. first + keys - 1 into one query's softmax; k has room for eight rows more.
+// Adds the keys at positions first .. first + keys - 1 to one query's softmax; k has space for eight rows more.
 void attend_tile(const Head& head, const float* q, const float* k, const float* v, int64_t first, int64_t keys,
-                 int64_t position, Running& run) {
+                 int64_t position, RunningSoftmax& run) {
   int64_t low = std::max(first, position - head.window + 1), high = std::min(first + keys - 1, position);
   if (low > high) return;
   alignas(32) float weights[kKeys + kLanes];
@@ -154,19 +154,19 @@ void attend_tile(const Head& head, const float* q, const float* k, const float* 
   }
 }
 
-// Keeps the new keys and values, then attends. Returns a bound on the share of weight that fell out of the window.
+// Writes the new keys and values to the cache, then attends. Returns a bound on the share of weight outside the window.
 template <typename C>
 float attend_head(const Head& head, const float* q, const float* k_new, const float* v_new, C* k, C* v, float* k_scale,
                   float* v_scale, float* largest_key, float* out) {
   int64_t H = head.H;
   for (int64_t t = 0; t < head.count; ++t) {
     int64_t slot = (head.start + t) % head.slots;
-    keep(k_new + t * head.ld, k + slot * H, k_scale + slot, H);
-    keep(v_new + t * head.ld, v + slot * H, v_scale + slot, H);
+    write(k_new + t * head.ld, k + slot * H, k_scale + slot, H);
+    write(v_new + t * head.ld, v + slot * H, v_scale + slot, H);
     *largest_key = std::max(*largest_key, __builtin_sqrtf(dot(k_new + t * head.ld, k_new + t * head.ld, H)));
   }
-  std::vector<Running> runs(head.count);
-  for (Running& run : runs) run.values.assign(H, 0.0f);
+  std::vector<RunningSoftmax> runs(head.count);
+  for (RunningSoftmax& run : runs) run.values.assign(H, 0.0f);
   std::vector<float> wide((2 * kKeys + kLanes) * H);  // keys, then values
   int64_t end = head.start + head.count, first = std::max<int64_t>(0, head.start - head.window + 1);
   while (first < end) {
@@ -178,16 +178,16 @@ float attend_head(const Head& head, const float* q, const float* k_new, const fl
     }
     first += keys;
   }
-  float lost = 0;
+  float dropped = 0;
   for (int64_t t = 0; t < head.count; ++t) {
     const float* row = q + t * head.ld;
     for (int64_t h = 0; h < H; ++h) out[t * head.ld + h] = runs[t].values[h] / runs[t].total;
     if (head.start + t < head.window) continue;
     float highest = __builtin_sqrtf(dot(row, row, H)) * *largest_key * head.scale - head.slope * float(head.window);
     float share = __builtin_expf(std::min(highest - runs[t].largest, 80.0f)) / (1 - __builtin_expf(-head.slope));
-    lost = std::max(lost, share);
+    dropped = std::max(dropped, share);
   }
-  return lost;
+  return dropped;
 }
 
 ffi::Error attend(ffi::ThreadPool pool, ffi::Buffer<ffi::F32> q_BTNH, ffi::Buffer<ffi::F32> k_BTNH,
@@ -195,10 +195,10 @@ ffi::Error attend(ffi::ThreadPool pool, ffi::Buffer<ffi::F32> q_BTNH, ffi::Buffe
                   ffi::Buffer<ffi::F32>, ffi::Buffer<ffi::F32>, ffi::Buffer<ffi::S32> starts_B,
                   ffi::Buffer<ffi::S32> counts_B, ffi::Buffer<ffi::S32> layer, ffi::Buffer<ffi::F32> slopes_N,
                   ffi::Buffer<ffi::S32> windows_N, ffi::Buffer<ffi::S32> firsts_N, float scale,
-                  ffi::ResultBuffer<ffi::F32> o_BTNH, ffi::Result<ffi::AnyBuffer> k_kept,
-                  ffi::Result<ffi::AnyBuffer> v_kept, ffi::ResultBuffer<ffi::F32> k_scales,
+                  ffi::ResultBuffer<ffi::F32> o_BTNH, ffi::Result<ffi::AnyBuffer> k_cache,
+                  ffi::Result<ffi::AnyBuffer> v_cache, ffi::ResultBuffer<ffi::F32> k_scales,
                   ffi::ResultBuffer<ffi::F32> v_scales, ffi::ResultBuffer<ffi::F32> largest_keys_LBN,
-                  ffi::ResultBuffer<ffi::F32> lost_BN) {
+                  ffi::ResultBuffer<ffi::F32> dropped_BN) {
   auto dims = q_BTNH.dimensions();
   int64_t B = dims[0], T = dims[1], N = dims[2], H = dims[3], S = k_LBSH.dimensions()[2];
   int64_t at_layer = layer.typed_data()[0];
@@ -212,9 +212,9 @@ ffi::Error attend(ffi::ThreadPool pool, ffi::Buffer<ffi::F32> q_BTNH, ffi::Buffe
     int64_t from = b * T * N * H + n * H, slot = (at_layer * B + b) * S + first;
     int64_t scale_slot = scaled ? slot : 0;
     for (int64_t t = head.count; t < T; ++t) std::fill_n(o_BTNH->typed_data() + from + t * N * H, H, 0.0f);
-    lost_BN->typed_data()[b * N + n] = attend_head(
+    dropped_BN->typed_data()[b * N + n] = attend_head(
         head, q_BTNH.typed_data() + from, k_BTNH.typed_data() + from, v_BTNH.typed_data() + from,
-        static_cast<C*>(k_kept->untyped_data()) + slot * H, static_cast<C*>(v_kept->untyped_data()) + slot * H,
+        static_cast<C*>(k_cache->untyped_data()) + slot * H, static_cast<C*>(v_cache->untyped_data()) + slot * H,
         k_scales->typed_data() + scale_slot, v_scales->typed_data() + scale_slot,
         largest_keys_LBN->typed_data() + (at_layer * B + b) * N + n, o_BTNH->typed_data() + from);
   };

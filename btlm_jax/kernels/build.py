@@ -18,6 +18,7 @@ import ctypes
 import dataclasses
 import functools
 import hashlib
+import importlib.metadata
 import json
 import logging
 import os
@@ -298,7 +299,9 @@ def _digest(path: Path) -> str:
 
 def _fingerprint(command: list[str], library: _Library) -> str:
     """Return a hash of the sources, the compiler's command, XLA's interface and the processor: a name in the cache."""
-    digest = hashlib.sha256(" ".join([*command, jax.lib.__version__, *_requirements(library).values()]).encode())
+    digest = hashlib.sha256(
+        " ".join([*command, importlib.metadata.version("jaxlib"), *_requirements(library).values()]).encode()
+    )
     processor = Path("/proc/cpuinfo")
     if processor.is_file():  # one home directory may serve different machines
         lines = processor.read_text().splitlines()

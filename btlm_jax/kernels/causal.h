@@ -1,11 +1,13 @@
-// Causal attention with ALiBi over whole sequences, and its gradients; see attention/blockwise.py for the same in JAX.
+// Causal attention with ALiBi over whole sequences, and its gradients; attention/blockwise.py has the same in JAX.
 //
 // A task is 64 queries of one head (forward), or kBlock keys of one (backward, which computes the scores again, as
-// FlashAttention does: Dao et al. 2022, arXiv:2205.14135, appendix B.4). Scores lie transposed, [keys, 64 queries]: the
-// softmax of a query then stays in one lane, and keys and values are read as they lie. Every sum is taken in an order
-// that depends on the shape alone, so results do not depend on the number of threads.
+// FlashAttention does: Dao et al. 2022, arXiv:2205.14135, appendix B.4). Scores are transposed, [keys, 64 queries]: the
+// softmax of a query then stays in one vector lane, and keys and values are read as they are stored. The order of every
+// sum depends on the shape alone, so results do not depend on the number of threads.
 //
-// Sizes: B sequences, T positions, N heads, H head dim, W the head dim filled up with zeros; G = B * N.
+// A head sees no key at a distance above its window (attention/alibi.py has the rule, and computes it).
+//
+// Sizes: B sequences, T positions, N heads, H head dim, W the head dim padded with zeros; G = B * N.
 
 #pragma once
 
@@ -16,13 +18,13 @@
 namespace {
 
 constexpr int64_t kTile = BTLM_QUERY_TILE, kBlock = 128;
-constexpr float kLowest = -1e30f;      // below every score, and finite: no inf - inf
-constexpr float kNegligible = 37.0f;   // as in blockwise.py
+constexpr float kLowest = -1e30f;  // below every score, and finite: no inf - inf
 
 struct Shape {
   int64_t B, T, N, H;
   float scale;
-  const float* slopes;
+  const float* slopes;     // [N]
+  const int32_t* windows;  // [B, N]
   int64_t heads() const { return B * N; }
   int64_t tiles() const { return (T + kTile - 1) / kTile; }
   int64_t width() const { return (H + BTLM_HEAD_DIM_MULTIPLE - 1) / BTLM_HEAD_DIM_MULTIPLE * BTLM_HEAD_DIM_MULTIPLE; }
@@ -30,9 +32,10 @@ struct Shape {
   int64_t start(int64_t g, int64_t t) const { return ((g / N * T + t) * N + g % N) * H; }  // in [B, T, N, H]
   int64_t count(int64_t tile) const { return std::min(kTile, T - tile * kTile); }
   float slope(int64_t g) const { return slopes[g % N]; }
+  int64_t window(int64_t g) const { return windows[g]; }
 };
 
-struct Floats {  // on a cache line's border
+struct Floats {  // aligned to a cache line
   std::vector<float> own;
   float* data;
   explicit Floats(int64_t size) : own(size + 16) {
@@ -43,7 +46,7 @@ struct Floats {  // on a cache line's border
 inline float from_float(float v, float) { return v; }
 inline bf16 from_float(float v, bf16) { return to_bf16(v); }
 
-// Rows of one head in float32, filled up with zeros.
+// Rows of one head in float32, padded with zeros.
 template <typename C>
 void widen(const Shape& shape, const C* from, int64_t g, int64_t first, int64_t count, float* to) {
   const C* row = from + shape.start(g, first);
@@ -55,7 +58,7 @@ void widen(const Shape& shape, const C* from, int64_t g, int64_t first, int64_t 
   }
 }
 
-// [count, W] -> [H, 64], filled up with zeros.
+// [count, W] -> [H, 64], padded with zeros.
 void to_columns(const Shape& shape, const float* rows, int64_t count, float* columns) {
   for (int64_t h = 0; h < shape.H; ++h, columns += kTile) {
     for (int64_t j = 0; j < count; ++j) columns[j] = rows[j * shape.width() + h];
@@ -72,52 +75,16 @@ void from_columns(const Shape& shape, const float* columns, const float* factors
   }
 }
 
-inline float dot(const float* a, const float* b, int64_t width) {
-  wide sums = {};
-  for (int64_t h = 0; h < width; h += kWide) sums += load_wide(a + h) * load_wide(b + h);
-  float total = 0;
-  for (int i = 0; i < kWide; ++i) total += sums[i];
-  return total;
-}
-
-inline float larger(float a, float b) { return a != a || b <= a ? a : b; }  // NaN if either is
-
-// How many positions back a key can lie and still count; see _reach in blockwise.py.
-struct Reach {
-  const Shape& shape;
-  std::vector<float> queries, keys;  // squares of the longest, of every head and tile
-  explicit Reach(const Shape& shape)
-      : shape(shape), queries(shape.heads() * shape.tiles()), keys(shape.heads() * shape.tiles()) {}
-
-  float longest(const float* rows, int64_t count) const {
-    float square = 0;
-    for (int64_t j = 0; j < count; ++j) {
-      const float* row = rows + j * shape.width();
-      square = larger(square, dot(row, row, shape.width()));
-    }
-    return square;
-  }
-  int64_t of(int64_t g) const {
-    float query = 0, key = 0;
-    for (int64_t i = g * shape.tiles(); i < (g + 1) * shape.tiles(); ++i) {
-      query = larger(query, queries[i]);
-      key = larger(key, keys[i]);
-    }
-    float nats = 2 * std::abs(shape.scale) * std::sqrt(query) * std::sqrt(key) + kNegligible;
-    // What is not finite, or has no slope, fails the comparison.
-    return shape.slope(g) * shape.T > nats ? static_cast<int64_t>(std::ceil(nats / shape.slope(g))) : shape.T;
-  }
-};
-
 struct Ramp {
   float values[kTile];
   Ramp() { for (int i = 0; i < kTile; ++i) values[i] = i; }
 };
 const Ramp kRamp;
 
-Shape shape_of(const ffi::AnyBuffer& q, const ffi::Buffer<ffi::F32>& slopes_N, float scale) {
+Shape shape_of(const ffi::AnyBuffer& q, const ffi::Buffer<ffi::F32>& slopes_N,
+               const ffi::Buffer<ffi::S32>& windows_BN, float scale) {
   auto dims = q.dimensions();
-  return {dims[0], dims[1], dims[2], dims[3], scale, slopes_N.typed_data()};
+  return {dims[0], dims[1], dims[2], dims[3], scale, slopes_N.typed_data(), windows_BN.typed_data()};
 }
 
 }  // namespace
@@ -125,4 +92,5 @@ Shape shape_of(const ffi::AnyBuffer& q, const ffi::Buffer<ffi::F32>& slopes_N, f
 #define ANY_IN Arg<ffi::AnyBuffer>()
 #define ANY_OUT Ret<ffi::AnyBuffer>()
 #define F32_IN Arg<ffi::Buffer<ffi::F32>>()
+#define S32_IN Arg<ffi::Buffer<ffi::S32>>()
 #define F32_OUT Ret<ffi::Buffer<ffi::F32>>()

@@ -13,7 +13,7 @@ void sum_products(const float* a, const float* b, int64_t rows, float* sums) {
   }
 }
 
-// What the tasks of the backward pass share: q and do transposed, dq as far as it is summed, all [G, tiles, H, 64].
+// What the tasks of the backward pass share: q and do transposed, dq as summed so far, all [G, tiles, H, 64].
 struct Shared {
   float *q, *d_o, *dq;
   std::vector<float> delta, lse;             // [G, tiles, 64]
@@ -45,16 +45,17 @@ void wait_for_turn(const std::atomic<int64_t>& turn, int64_t block) {
 }
 
 template <typename C>
-void differentiate_keys(const Shape& shape, int64_t g, int64_t block, int64_t reach, const C* q, const C* k, const C* v,
+void differentiate_keys(const Shape& shape, int64_t g, int64_t block, const C* q, const C* k, const C* v,
                         const C* d_o, Shared& shared, C* dq, C* dk, C* dv) {
   int64_t W = shape.width(), H = shape.H, start = block * kBlock, stop = std::min(start + kBlock, shape.T);
+  int64_t window = shape.window(g);
   Floats k_rows(kBlock * W), v_rows(kBlock * W), dk_rows(kBlock * W), dv_rows(kBlock * W), q_rows(kTile * W),
       do_rows(kTile * W), scores(kTile * kTile), dscores(kTile * kTile);
   widen(shape, k, g, start, stop - start, k_rows.data);
   widen(shape, v, g, start, stop - start, v_rows.data);
-  for (int64_t tile = start / kTile; tile * kTile < std::min(shape.T, stop + reach); ++tile) {
+  for (int64_t tile = start / kTile; tile * kTile < std::min(shape.T, stop + window); ++tile) {
     int64_t first_query = tile * kTile, count = shape.count(tile), at = g * shape.tiles() + tile;
-    int64_t low = std::max<int64_t>(0, first_query - reach), end = std::min(stop, first_query + count);
+    int64_t low = std::max<int64_t>(0, first_query - window), end = std::min(stop, first_query + count);
     const float *q_columns = shared.q + at * H * kTile, *do_columns = shared.d_o + at * H * kTile;
     float* dq_columns = shared.dq + at * H * kTile;
     widen(shape, q, g, first_query, count, q_rows.data);
@@ -94,19 +95,15 @@ void differentiate_keys(const Shape& shape, int64_t g, int64_t block, int64_t re
 
 template <typename C>
 void backward(ffi::ThreadPool pool, const Shape& shape, const C* q, const C* k, const C* v, const C* o,
-              const float* lse, const C* d_o, C* dq, C* dk, C* dv, float* room) {
+              const float* lse, const C* d_o, C* dq, C* dk, C* dv, float* scratch) {
   int64_t W = shape.width(), G = shape.heads(), tiles = shape.tiles(), columns = shape.H * kTile;
-  Reach reach(shape);
-  Shared shared{room, room + G * tiles * columns, room + 2 * G * tiles * columns,
+  Shared shared{scratch, scratch + G * tiles * columns, scratch + 2 * G * tiles * columns,
                 std::vector<float>(G * tiles * kTile), std::vector<float>(G * tiles * kTile, -kLowest),
                 std::vector<std::atomic<int64_t>>(G * tiles)};
-  parallel(pool, G * tiles, kTile * W * 8, [&](int64_t task) {
+  parallel(pool, G * tiles, kTile * W * 6, [&](int64_t task) {
     int64_t g = task / tiles, tile = task % tiles, first = tile * kTile, count = shape.count(tile);
     Floats rows(kTile * W), o_rows(kTile * W), o_columns(columns);
-    widen(shape, k, g, first, count, rows.data);
-    reach.keys[task] = reach.longest(rows.data, count);
     widen(shape, q, g, first, count, rows.data);
-    reach.queries[task] = reach.longest(rows.data, count);
     to_columns(shape, rows.data, count, shared.q + task * columns);
     widen(shape, d_o, g, first, count, rows.data);
     widen(shape, o, g, first, count, o_rows.data);
@@ -116,27 +113,27 @@ void backward(ffi::ThreadPool pool, const Shape& shape, const C* q, const C* k, 
     std::copy_n(lse + g * shape.T + first, count, shared.lse.data() + task * kTile);
   });
   for (int64_t g = 0; g < G; ++g) {
-    int64_t back = reach.of(g);
     for (int64_t tile = 0; tile < tiles; ++tile) {
-      shared.turns[g * tiles + tile] = std::max<int64_t>(0, tile * kTile - back) / kBlock;
+      shared.turns[g * tiles + tile] = std::max<int64_t>(0, tile * kTile - shape.window(g)) / kBlock;
     }
   }
   parallel(pool, (shape.T + kBlock - 1) / kBlock * G, shape.T * kBlock * W, [&](int64_t task) {
     int64_t g = task % G, block = task / G;  // the one with most queries first
-    differentiate_keys(shape, g, block, reach.of(g), q, k, v, d_o, shared, dq, dk, dv);
+    differentiate_keys(shape, g, block, q, k, v, d_o, shared, dq, dk, dv);
   });
 }
 
 ffi::Error causal_backward(ffi::ThreadPool pool, ffi::AnyBuffer q_BTNH, ffi::AnyBuffer k_BTNH, ffi::AnyBuffer v_BTNH,
-                           ffi::Buffer<ffi::F32> slopes_N, ffi::AnyBuffer o_BTNH, ffi::Buffer<ffi::F32> lse_BNT,
-                           ffi::AnyBuffer do_BTNH, float scale, ffi::Result<ffi::AnyBuffer> dq_BTNH,
+                           ffi::Buffer<ffi::F32> slopes_N, ffi::Buffer<ffi::S32> windows_BN, ffi::AnyBuffer o_BTNH,
+                           ffi::Buffer<ffi::F32> lse_BNT, ffi::AnyBuffer do_BTNH, float scale, ffi::Result<ffi::AnyBuffer> dq_BTNH,
                            ffi::Result<ffi::AnyBuffer> dk_BTNH, ffi::Result<ffi::AnyBuffer> dv_BTNH,
-                           ffi::ResultBuffer<ffi::F32> room) {
+                           ffi::ResultBuffer<ffi::F32> scratch) {
   auto run = [&](auto* typed) {
     using C = std::remove_pointer_t<decltype(typed)>;
     auto data = [](auto& buffer) { return static_cast<C*>(buffer.untyped_data()); };
-    backward(pool, shape_of(q_BTNH, slopes_N, scale), data(q_BTNH), data(k_BTNH), data(v_BTNH), data(o_BTNH),
-             lse_BNT.typed_data(), data(do_BTNH), data(*dq_BTNH), data(*dk_BTNH), data(*dv_BTNH), room->typed_data());
+    backward(pool, shape_of(q_BTNH, slopes_N, windows_BN, scale), data(q_BTNH), data(k_BTNH), data(v_BTNH),
+             data(o_BTNH), lse_BNT.typed_data(), data(do_BTNH), data(*dq_BTNH), data(*dk_BTNH), data(*dv_BTNH),
+             scratch->typed_data());
   };
   q_BTNH.element_type() == ffi::BF16 ? run(static_cast<bf16*>(nullptr)) : run(static_cast<float*>(nullptr));
   return ffi::Error::Success();
@@ -145,5 +142,5 @@ ffi::Error causal_backward(ffi::ThreadPool pool, ffi::AnyBuffer q_BTNH, ffi::Any
 }  // namespace
 
 XLA_FFI_DEFINE_HANDLER_SYMBOL(btlm_causal_backward, causal_backward,
-                              ffi::Ffi::Bind().Ctx<ffi::ThreadPool>().ANY_IN.ANY_IN.ANY_IN.F32_IN.ANY_IN.F32_IN
+                              ffi::Ffi::Bind().Ctx<ffi::ThreadPool>().ANY_IN.ANY_IN.ANY_IN.F32_IN.S32_IN.ANY_IN.F32_IN
                                   .ANY_IN.Attr<float>("scale").ANY_OUT.ANY_OUT.ANY_OUT.F32_OUT);

@@ -4,7 +4,7 @@
 
 namespace {
 
-// Turns products into weights less the softmax's denominator, [keys, 64], and keeps the largest score and the sum.
+// Turns products into weights without the softmax's denominator, [keys, 64]; updates the largest score and the sum.
 void weigh(const Shape& shape, float slope, float* scores, int64_t first, int64_t keys, int64_t first_query,
            float* largest, float* total, float* kept) {
   for (int64_t c = 0; c < kTile; c += kWide) {
@@ -37,7 +37,7 @@ void scale_columns(const Shape& shape, const float* factors, float* columns) {
 }
 
 template <typename C>
-void attend_queries(const Shape& shape, int64_t g, int64_t tile, int64_t reach, const C* q, const float* k,
+void attend_queries(const Shape& shape, int64_t g, int64_t tile, const C* q, const float* k,
                     const float* v, C* o, float* lse) {
   int64_t W = shape.width(), H = shape.H, first_query = tile * kTile, end = first_query + shape.count(tile);
   Floats rows(kTile * W), q_columns(H * kTile), scores(kTile * kTile), sums(H * kTile);
@@ -45,7 +45,7 @@ void attend_queries(const Shape& shape, int64_t g, int64_t tile, int64_t reach, 
   std::fill_n(largest, kTile, kLowest);
   widen(shape, q, g, first_query, shape.count(tile), rows.data);
   to_columns(shape, rows.data, shape.count(tile), q_columns.data);
-  for (int64_t first = std::max<int64_t>(0, first_query - reach), next; first < end; first = next) {
+  for (int64_t first = std::max<int64_t>(0, first_query - shape.window(g)), next; first < end; first = next) {
     next = std::min((first / kTile + 1) * kTile, end);
     product<Into::kNew>(Left<Stored::kByRows>{k + first * W, W}, q_columns.data, kTile, scores.data, kTile, H,
                         next - first, kTile);
@@ -63,32 +63,29 @@ void attend_queries(const Shape& shape, int64_t g, int64_t tile, int64_t reach, 
 
 template <typename C>
 void forward(ffi::ThreadPool pool, const Shape& shape, const C* q, const C* k, const C* v, C* o, float* lse,
-             float* room) {
+             float* scratch) {
   int64_t W = shape.width(), G = shape.heads(), tiles = shape.tiles(), size = shape.T * W;
-  Reach reach(shape);
-  parallel(pool, G * tiles, kTile * W * 4, [&](int64_t task) {
+  parallel(pool, G * tiles, kTile * W * 2, [&](int64_t task) {
     int64_t g = task / tiles, tile = task % tiles, first = tile * kTile, count = shape.count(tile);
-    float *k_rows = room + g * size + first * W, *v_rows = k_rows + G * size;
-    widen(shape, q, g, first, count, v_rows);
-    reach.queries[task] = reach.longest(v_rows, count);
-    widen(shape, v, g, first, count, v_rows);
+    float* k_rows = scratch + g * size + first * W;
     widen(shape, k, g, first, count, k_rows);
-    reach.keys[task] = reach.longest(k_rows, count);
+    widen(shape, v, g, first, count, k_rows + G * size);
   });
   parallel(pool, G * tiles, shape.T * kTile * W, [&](int64_t task) {  // the longest first
     int64_t g = task % G, tile = tiles - 1 - task / G;
-    attend_queries(shape, g, tile, reach.of(g), q, room + g * size, room + (G + g) * size, o, lse);
+    attend_queries(shape, g, tile, q, scratch + g * size, scratch + (G + g) * size, o, lse);
   });
 }
 
 ffi::Error causal_forward(ffi::ThreadPool pool, ffi::AnyBuffer q_BTNH, ffi::AnyBuffer k_BTNH, ffi::AnyBuffer v_BTNH,
-                          ffi::Buffer<ffi::F32> slopes_N, float scale, ffi::Result<ffi::AnyBuffer> o_BTNH,
-                          ffi::ResultBuffer<ffi::F32> lse_BNT, ffi::ResultBuffer<ffi::F32> room) {
+                          ffi::Buffer<ffi::F32> slopes_N, ffi::Buffer<ffi::S32> windows_BN, float scale,
+                          ffi::Result<ffi::AnyBuffer> o_BTNH, ffi::ResultBuffer<ffi::F32> lse_BNT,
+                          ffi::ResultBuffer<ffi::F32> scratch) {
   auto run = [&](auto* typed) {
     using C = std::remove_pointer_t<decltype(typed)>;
     auto data = [](auto& buffer) { return static_cast<C*>(buffer.untyped_data()); };
-    forward(pool, shape_of(q_BTNH, slopes_N, scale), data(q_BTNH), data(k_BTNH), data(v_BTNH), data(*o_BTNH),
-            lse_BNT->typed_data(), room->typed_data());
+    forward(pool, shape_of(q_BTNH, slopes_N, windows_BN, scale), data(q_BTNH), data(k_BTNH), data(v_BTNH),
+            data(*o_BTNH), lse_BNT->typed_data(), scratch->typed_data());
   };
   q_BTNH.element_type() == ffi::BF16 ? run(static_cast<bf16*>(nullptr)) : run(static_cast<float*>(nullptr));
   return ffi::Error::Success();
@@ -97,5 +94,5 @@ ffi::Error causal_forward(ffi::ThreadPool pool, ffi::AnyBuffer q_BTNH, ffi::AnyB
 }  // namespace
 
 XLA_FFI_DEFINE_HANDLER_SYMBOL(btlm_causal_forward, causal_forward,
-                              ffi::Ffi::Bind().Ctx<ffi::ThreadPool>().ANY_IN.ANY_IN.ANY_IN.F32_IN
+                              ffi::Ffi::Bind().Ctx<ffi::ThreadPool>().ANY_IN.ANY_IN.ANY_IN.F32_IN.S32_IN
                                   .Attr<float>("scale").ANY_OUT.F32_OUT.F32_OUT);

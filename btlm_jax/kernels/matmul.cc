@@ -1,6 +1,6 @@
-// Products of few rows with large matrices, which read every weight once; see tiles.py for the same in JAX.
+// Products of few rows with large matrices, which read every weight once; tiles.py has the same in JAX.
 //
-// Sizes: R rows, K inputs, M outputs. A matrix lies in tiles of 32 outputs, so that a task reads one stream of memory:
+// Sizes: R rows, K inputs, M outputs. A matrix is in tiles of 32 outputs, so that a task reads one stream of memory:
 // float32 as [layers, M/32, K, 32]; bfloat16 as 32-bit words of two inputs, [layers, M/32, K/2, 32], the first in the low
 // half; 4-bit codes as words of eight inputs, the first in the lowest bits, in groups of 64 inputs that share a scale and
 // an offset, [layers, M/32, K/64, 8, 32]; signed 8-bit codes as words of four in groups that share a scale.
@@ -127,7 +127,7 @@ std::vector<uint32_t> pairs_of(const float* x, int64_t count) {
 }
 #endif
 
-// Rows are worked on in the tile's own [rows, 32] buffer, then go to their places in y[rows, M].
+// Rows are computed in the tile's own [rows, 32] buffer, then copied to y[rows, M].
 template <typename Fill>
 void into_columns(int64_t tile, int64_t rows, int64_t M, float* y, const Fill& fill) {
   std::vector<float> own(rows * kTile, 0.0f);

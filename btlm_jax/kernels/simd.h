@@ -1,4 +1,4 @@
-// Eight floats at a time, and work shared between the threads of XLA's pool; for matmul.cc, attend.cc and causal.h.
+// Vectors of eight floats, and loops over the threads of XLA's pool; for matmul.cc, attend.cc and causal.h.
 
 #pragma once
 
@@ -21,7 +21,7 @@
 namespace ffi = xla::ffi;
 
 constexpr int64_t kLanes = 8;
-constexpr int64_t kWorthAThread = 1 << 17;  // multiply-adds below which starting other threads costs more than it saves
+constexpr int64_t kWorthAThread = 1 << 17;  // fewer multiply-adds take less time than starting other threads
 
 #if defined(__clang__) || __GNUC__ >= 12
 #define SHUFFLE __builtin_shufflevector
@@ -43,7 +43,7 @@ struct f16 {
 };
 
 inline f8 load(const float* p) { return *reinterpret_cast<const f8*>(p); }
-#if defined(__AVX2__) && defined(__F16C__)  // GCC 12 takes the portable form below apart, lane by lane
+#if defined(__AVX2__) && defined(__F16C__)  // GCC 12 compiles the portable form below lane by lane
 inline f8 load(const bf16* p) {
   return (f8)_mm256_slli_epi32(_mm256_cvtepu16_epi32(_mm_loadu_si128((const __m128i*)p)), 16);
 }
@@ -52,7 +52,7 @@ inline f8 load(const int8_t* p) {
 }
 inline f8 load(const f16* p) { return (f8)_mm256_cvtph_ps(_mm_loadu_si128((const __m128i*)p)); }
 #else
-inline f8 load(const f16* p) {  // no float32 on the way is below the normal ones, which XLA's threads take for zero
+inline f8 load(const f16* p) {  // no intermediate float32 is subnormal: XLA's threads flush those to zero
   u32x8 wide = __builtin_convertvector(*reinterpret_cast<const u16x8*>(p), u32x8);
   u32x8 exponent = wide & 0x7c00, shifted = (wide & 0x7fff) << 13;
   u32x8 tiny = (u32x8)(__builtin_convertvector((i8)(wide & 0x3ff), f8) * 0x1p-24f);
@@ -82,7 +82,8 @@ inline bf16 to_bf16(float v) {  // to nearest, ties to even
   return {static_cast<uint16_t>((bits + 0x7fffu + ((bits >> 16) & 1)) >> 16)};
 }
 
-// Calls run(0) ... run(count - 1), also on the pool's other threads. Waits for started calls only, never for a thread.
+// Calls run(0) ... run(count - 1), also on the pool's other threads; `work` is multiply-adds per call. Waits for calls
+// that have started, never for a thread to become free.
 template <typename F>
 void parallel(ffi::ThreadPool pool, int64_t count, int64_t work, const F& run) {
   struct State {

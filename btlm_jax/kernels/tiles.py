@@ -1,7 +1,7 @@
-"""Weights as the kernels read them, in tiles of 32 outputs: float32, bfloat16, 8-bit or 4-bit codes; and products.
+"""Weights in the layout of the kernels, tiles of 32 outputs: float32, bfloat16, 8-bit or 4-bit codes; and products.
 
-Letters: L layers, K inputs, M outputs, R rows, C tiles of 32 outputs, G groups of 64 inputs. matmul.cc has the
-layouts.
+Letters: L layers, K inputs, M outputs, R rows, C tiles of TILE_OUTPUTS = 32 outputs, G groups of GROUP_INPUTS = 64
+inputs. matmul.cc has the layouts.
 """
 
 from __future__ import annotations
@@ -12,10 +12,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from btlm_jax.kernels.build import has_kernels
+from btlm_jax.kernels.build import GROUP_INPUTS, TILE_OUTPUTS, has_kernels
 
-TILE, GROUP = 32, 64
-_INPUTS_A_WORD = {"float32": 1, "bfloat16": 2}
+_INPUTS_PER_WORD = {"float32": 1, "bfloat16": 2}
 
 
 @jax.tree_util.register_dataclass
@@ -31,7 +30,7 @@ class FloatTiles:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Int4Tiles:
-    """Matrices [L, K, M] as codes x scale + offset; the codes lie in words of eight."""
+    """Matrices [L, K, M] as codes x scale + offset, eight codes to a word."""
 
     words: jax.Array  # uint32 [L, C, G, 8, 32]
     scale: jax.Array  # float16 [L, C, G, 32]
@@ -43,7 +42,7 @@ class Int4Tiles:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Int8Tiles:
-    """Matrices [L, K, M] as codes -127..127 x scale; the codes lie in words of four."""
+    """Matrices [L, K, M] as codes -127..127 x scale, four codes to a word."""
 
     words: jax.Array  # uint32 [L, C, G, 16, 32]
     scale: jax.Array  # float16 [L, C, G, 32]
@@ -55,36 +54,36 @@ Tiles = FloatTiles | Int4Tiles | Int8Tiles
 
 
 def float_tiles(matrix_KM: np.ndarray, *, dtype: str) -> np.ndarray:
-    """Return one matrix as `FloatTiles.data` has it, without the layers."""
+    """Return one matrix in the layout of `FloatTiles.data`, without the layers."""
     K, M = matrix_KM.shape
-    per_word = _INPUTS_A_WORD[dtype]
-    padded_KM = np.pad(matrix_KM, ((0, -K % per_word), (0, -M % TILE))).astype(jnp.dtype(dtype))
-    tiles_CKM = padded_KM.reshape(len(padded_KM), -1, TILE).transpose(1, 0, 2)
+    per_word = _INPUTS_PER_WORD[dtype]
+    padded_KM = np.pad(matrix_KM, ((0, -K % per_word), (0, -M % TILE_OUTPUTS))).astype(jnp.dtype(dtype))
+    tiles_CKM = padded_KM.reshape(len(padded_KM), -1, TILE_OUTPUTS).transpose(1, 0, 2)
     if dtype == "float32":
         return np.ascontiguousarray(tiles_CKM)
     halves = tiles_CKM.view(np.uint16).astype(np.uint32)
     return halves[:, 0::2] | halves[:, 1::2] << 16
 
 
-def words_of(codes_KM: np.ndarray) -> np.ndarray:
-    """Return codes of one matrix as `words` of Int4Tiles (uint8, 0..15) or Int8Tiles (int8), without the layers.
+def pack_codes(codes_KM: np.ndarray) -> np.ndarray:
+    """Return codes of one matrix in the layout of `words`: of Int4Tiles (uint8, 0..15) or of Int8Tiles (int8).
 
-    K is filled up with zeros.
+    K and M are padded with zeros to whole groups and tiles.
     """
     bits = 8 if codes_KM.dtype == np.int8 else 4
     per_word = 32 // bits
     K, M = codes_KM.shape
-    padded_KM = np.pad(codes_KM, ((0, -K % GROUP), (0, -M % TILE))).view(np.uint8).astype(np.uint32)
-    places = padded_KM.reshape(-1, GROUP // per_word, per_word, padded_KM.shape[1] // TILE, TILE)
-    shifted = places << (bits * np.arange(per_word, dtype=np.uint32))[None, None, :, None, None]
+    padded_KM = np.pad(codes_KM, ((0, -K % GROUP_INPUTS), (0, -M % TILE_OUTPUTS))).view(np.uint8).astype(np.uint32)
+    codes = padded_KM.reshape(-1, GROUP_INPUTS // per_word, per_word, padded_KM.shape[1] // TILE_OUTPUTS, TILE_OUTPUTS)
+    shifted = codes << (bits * np.arange(per_word, dtype=np.uint32))[None, None, :, None, None]
     return np.ascontiguousarray(np.bitwise_or.reduce(shifted, axis=2).transpose(2, 0, 1, 3))
 
 
-def factors_of(factors_GM: np.ndarray) -> np.ndarray:
-    """Return scales or offsets of one matrix as the tiles have them, without the layers."""
+def tile_factors(factors_GM: np.ndarray) -> np.ndarray:
+    """Return scales or offsets of one matrix in the layout of the tiles, without the layers."""
     G, M = factors_GM.shape
-    padded_GM = np.pad(factors_GM, ((0, 0), (0, -M % TILE))).astype(np.float16)
-    return np.ascontiguousarray(padded_GM.reshape(G, -1, TILE).transpose(1, 0, 2))
+    padded_GM = np.pad(factors_GM, ((0, 0), (0, -M % TILE_OUTPUTS))).astype(np.float16)
+    return np.ascontiguousarray(padded_GM.reshape(G, -1, TILE_OUTPUTS).transpose(1, 0, 2))
 
 
 def matmul(x_RK, tiles: Tiles, *, layer):
@@ -102,22 +101,22 @@ def matmul(x_RK, tiles: Tiles, *, layer):
     return jax.ffi.ffi_call("btlm_matmul_int4", out)(padded_RK, tiles.words, tiles.scale, tiles.offset, at)
 
 
-def columns(tiles: Tiles, wanted_R):
-    """Return columns of the first layer's matrix as rows, float32 [R, K]: the rows of an embedding kept as [D, V]."""
-    tile_R, lane_R = wanted_R // TILE, wanted_R % TILE
+def columns(tiles: Tiles, column_R):
+    """Return columns of the first layer's matrix as rows, float32 [R, K]: embeddings of tokens from a matrix [D, V]."""
+    tile_R, lane_R = column_R // TILE_OUTPUTS, column_R % TILE_OUTPUTS
     if isinstance(tiles, FloatTiles):
-        found_RK = _unpacked(tiles.data[0, tile_R, :, lane_R])
+        values_RK = _unpacked(tiles.data[0, tile_R, :, lane_R])
     else:
-        found_RGK = _codes(tiles.words[0, tile_R, :, :, lane_R]) * tiles.scale[0, tile_R, :, lane_R][..., None]
+        values_RGK = _codes(tiles.words[0, tile_R, :, :, lane_R]) * tiles.scale[0, tile_R, :, lane_R][..., None]
         if isinstance(tiles, Int4Tiles):
-            found_RGK = found_RGK + tiles.offset[0, tile_R, :, lane_R][..., None]
-        found_RK = found_RGK.reshape(len(tile_R), -1)
-    return found_RK[:, : tiles.num_inputs]
+            values_RGK = values_RGK + tiles.offset[0, tile_R, :, lane_R][..., None]
+        values_RK = values_RGK.reshape(len(tile_R), -1)
+    return values_RK[:, : tiles.num_inputs]
 
 
 def _padded_inputs(tiles: Tiles) -> int:
     if not isinstance(tiles, FloatTiles):
-        return tiles.words.shape[2] * GROUP
+        return tiles.words.shape[2] * GROUP_INPUTS
     return tiles.data.shape[2] * (1 if tiles.data.dtype == jnp.float32 else 2)
 
 
@@ -130,7 +129,7 @@ def _matrix(tiles: Tiles, layer):
         wide_CGKM = jnp.swapaxes(_codes(jnp.swapaxes(at(tiles.words), 2, 3)), 2, 3) * at(tiles.scale)[:, :, None]
         if isinstance(tiles, Int4Tiles):
             wide_CGKM = wide_CGKM + at(tiles.offset)[:, :, None]
-        tiles_CKM = wide_CGKM.reshape(len(wide_CGKM), -1, TILE)
+        tiles_CKM = wide_CGKM.reshape(len(wide_CGKM), -1, TILE_OUTPUTS)
     return jnp.swapaxes(tiles_CKM, 0, 1).reshape(tiles_CKM.shape[1], -1)
 
 
@@ -144,10 +143,10 @@ def _unpacked(data):
 
 def _codes(words):
     """Return float32 codes [..., 64] of the words [..., 8 or 16] of groups: 0..15, or -127..127."""
-    per_word = GROUP // words.shape[-1]
-    places = words[..., None] << (32 // per_word * jnp.arange(per_word - 1, -1, -1, dtype=jnp.uint32))
+    per_word = GROUP_INPUTS // words.shape[-1]
+    shifted = words[..., None] << (32 // per_word * jnp.arange(per_word - 1, -1, -1, dtype=jnp.uint32))
     if per_word == 8:
-        codes = places >> 28
+        codes = shifted >> 28
     else:
-        codes = jax.lax.bitcast_convert_type(places, jnp.int32) >> 24
-    return codes.astype(jnp.float32).reshape(*words.shape[:-1], GROUP)
+        codes = jax.lax.bitcast_convert_type(shifted, jnp.int32) >> 24
+    return codes.astype(jnp.float32).reshape(*words.shape[:-1], GROUP_INPUTS)

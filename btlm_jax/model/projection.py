@@ -21,7 +21,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import PartitionSpec
 
-from btlm_jax.attention.alibi_lanes import TILE
+from btlm_jax.attention.alibi_lanes import TPU_LANES
 from btlm_jax.parallel.collectives import (
     REPLICA_AXES,
     gather_kernel,
@@ -239,7 +239,7 @@ def padded_shape(hidden_shape: tuple[int, ...], *, tensor: int) -> tuple[int, ..
     *heads, size = hidden_shape
     if heads:
         return hidden_shape
-    multiple = tensor * (TILE if platform() == "tpu" and size > TILE // 2 else 1)
+    multiple = tensor * (TPU_LANES if platform() == "tpu" and size > TPU_LANES // 2 else 1)
     return (-(-size // multiple) * multiple,)
 
 

@@ -19,6 +19,7 @@ from jax.sharding import AbstractMesh, Mesh
 
 from btlm_jax.attention import attend
 from btlm_jax.attention.alibi import alibi_slopes
+from btlm_jax.attention.remat_names import CHECKPOINT_NAMES
 from btlm_jax.model.layers import Embedding, LayerNorm, Linear
 from btlm_jax.model.projection import Project, project_scheduled
 from btlm_jax.parallel.mesh import RULES, AxisRules, device_head_order
@@ -28,7 +29,7 @@ from btlm_jax.recipe.mup import Parametrization
 # What is saved of each block for the backward pass, by checkpoint name; the rest is computed again. The names are given
 # in attention/, by the norms, and by the linear layers, which give their own.
 _NORM = ("norm_mean", "norm_inverse")
-_ATTENTION = (*_NORM, *(f"attention_{name}" for name in ("query", "key", "value", "out", "lse", "reach")))
+_ATTENTION = (*_NORM, *CHECKPOINT_NAMES)
 _SAVED = {
     "full": jax.checkpoint_policies.nothing_saveable,
     "attention_saved": jax.checkpoint_policies.save_only_these_names(*_ATTENTION),

@@ -13,7 +13,7 @@ import math
 import jax
 import numpy as np
 
-from btlm_jax.attention.alibi_window import SPREAD, reach
+from btlm_jax.attention.alibi import SPREAD, alibi_window
 from btlm_jax.model.transformer import device_slopes
 from btlm_jax.parallel.mesh import num_ways
 from btlm_jax.plan.chips import Chip
@@ -135,13 +135,13 @@ def state_bytes(program: Program) -> int:
 
 def step_time(executable: Executable, work: StepWork, *, slopes_XN: np.ndarray, chip: Chip, num_chips: int) -> StepTime:
     """Predict a step's time; `slopes_XN`: ALiBi slopes of the heads of each of the X devices that share a sequence."""
-    reach_XN = reach(SPREAD, slopes_XN, xp=np)
+    window_XN = alibi_window(SPREAD, slopes_XN, xp=np)
     bundles = work.kernel_steps * _KERNEL_OVERHEAD
     bundles += sum(blocks * chip.kernel_bundles[name] for name, blocks in work.kernel_blocks.items())
     saved_X = np.zeros(len(slopes_XN))
     for (name, distance), blocks in work.distant_blocks.items():
         saved = chip.kernel_bundles[name] - chip.kernel_bundles[name + OUT_OF_WINDOW]
-        saved_X += blocks * saved * (reach_XN <= distance).mean(1)
+        saved_X += blocks * saved * (window_XN <= distance).mean(1)
     seconds = {False: 0.0, True: 0.0}
     for collective in executable.collectives:
         seconds[collective.is_asynchronous] += collective_seconds(collective, link_bytes=chip.link_bytes)

@@ -19,8 +19,9 @@ from btlm_jax.hub.native import MODEL_FILE, ModelMetadata, read_metadata, read_t
 from btlm_jax.hub.published import EMBEDDING, FINAL_NORM, PublishedConfig, block_prefix, tensor_shapes
 from btlm_jax.hub.safetensors_files import SINGLE_FILE, SafetensorsFile, TensorToWrite, write_safetensors
 from btlm_jax.hub.source import published_config
-from btlm_jax.kernels.tiles import GROUP, TILE, Int4Tiles, Int8Tiles, factors_of, words_of
-from btlm_jax.kernels.weights import Weights, aligned, taken_over
+from btlm_jax.kernels.build import GROUP_INPUTS, TILE_OUTPUTS
+from btlm_jax.kernels.tiles import Int4Tiles, Int8Tiles, pack_codes, tile_factors
+from btlm_jax.kernels.weights import Weights, aligned_empty, from_numpy_zero_copy
 from btlm_jax.quantize.grouped import Int4Matrix, Int8Matrix, dequantize
 from btlm_jax.quantize.quantize_model import QuantizedTensor
 from btlm_jax.tokenizers.tokenizer import Tokenizer
@@ -62,7 +63,7 @@ def write_int4_directory(
     quantized: Iterable[tuple[str, QuantizedTensor]],
     tokenizer: Tokenizer | None,
 ) -> None:
-    """Write what `quantize_model` yields for groups of GROUP and EMBEDDING_BITS, one tensor in memory at a time."""
+    """Write what `quantize_model` yields for GROUP_INPUTS and EMBEDDING_BITS, one tensor in memory at a time."""
     tensors = list(_tensors_to_write(published_config(metadata), iter(quantized)))
     header = {"format": FORMAT, _SHAPE: _shape_of(metadata)}
     write_safetensors(directory, tensors, max_shard_bytes=1 << 62, metadata=header)
@@ -87,7 +88,7 @@ def read_int4_directory(directory: Path) -> Int4Model:
         widths = [shapes[name][1] for name in names[0]]
         matrices[field] = _read_tiles(file, names, num_inputs=shapes[names[0][0]][0], widths=widths)
     vectors = stacked_vectors(config, lambda name: _read(file, name, shape=shapes[name], dtype=np.float32))
-    weights = Weights(embedding=embedding, vectors={k: taken_over(v) for k, v in vectors.items()}, **matrices)
+    weights = Weights(embedding=embedding, vectors={k: from_numpy_zero_copy(v) for k, v in vectors.items()}, **matrices)
     return Int4Model(metadata=metadata, weights=weights, tokenizer=read_tokenizer(directory, metadata))
 
 
@@ -99,7 +100,11 @@ def stacked_vectors(config: PublishedConfig, read: Callable[[str], np.ndarray]) 
 
     def bias(prefix: str, modules: tuple[str, ...]) -> np.ndarray:
         parts = [read(f"{prefix}{module}.bias") for module in modules]
-        return parts[0] if len(parts) == 1 else np.concatenate([np.pad(part, (0, -len(part) % TILE)) for part in parts])
+        return (
+            parts[0]
+            if len(parts) == 1
+            else np.concatenate([np.pad(part, (0, -len(part) % TILE_OUTPUTS)) for part in parts])
+        )
 
     vectors = {"ln_f.scale": read(f"{FINAL_NORM}.weight"), "ln_f.bias": read(f"{FINAL_NORM}.bias")}
     for norm in ("ln_1", "ln_2"):
@@ -124,20 +129,25 @@ class Int4Tensors:
             return self._file.read(name)
         K, M = _matrix_shape(name, shape)
         words_CGWM = self._file.read(f"{name}.{_WORDS}")
-        C, per_word = len(words_CGWM), GROUP // words_CGWM.shape[2]
+        C, per_word = len(words_CGWM), GROUP_INPUTS // words_CGWM.shape[2]
         shifts = 32 // per_word * np.arange(per_word, dtype=np.uint32)
         codes_CGWIM = words_CGWM[..., None, :] >> shifts[:, None]
-        codes_KM = codes_CGWIM.reshape(C, -1, TILE).transpose(1, 0, 2).reshape(-1, C * TILE)[:K, :M].astype(np.uint8)
+        codes_KM = (
+            codes_CGWIM.reshape(C, -1, TILE_OUTPUTS)
+            .transpose(1, 0, 2)
+            .reshape(-1, C * TILE_OUTPUTS)[:K, :M]
+            .astype(np.uint8)
+        )
 
         def factors(part: str) -> np.ndarray:
-            return self._file.read(f"{name}.{part}").transpose(1, 0, 2).reshape(-1, C * TILE)[:, :M]
+            return self._file.read(f"{name}.{part}").transpose(1, 0, 2).reshape(-1, C * TILE_OUTPUTS)[:, :M]
 
         if name == EMBEDDING:
             codes_KM = codes_KM.view(np.int8)
-            return dequantize(Int8Matrix(codes_KM=codes_KM, scale_GM=factors(_SCALE), group_size=GROUP)).T
+            return dequantize(Int8Matrix(codes_KM=codes_KM, scale_GM=factors(_SCALE), group_size=GROUP_INPUTS)).T
         codes_KM &= 15
         return dequantize(
-            Int4Matrix(codes_KM=codes_KM, scale_GM=factors(_SCALE), offset_GM=factors(_OFFSET), group_size=GROUP)
+            Int4Matrix(codes_KM=codes_KM, scale_GM=factors(_SCALE), offset_GM=factors(_OFFSET), group_size=GROUP_INPUTS)
         )
 
 
@@ -191,7 +201,7 @@ def _tensors_to_write(
 def _matrix_to_write(name: str, shape: tuple[int, ...], take: Callable[[], QuantizedTensor]) -> Iterator[TensorToWrite]:
     """Yield the parts of a quantized matrix; it is in memory from the first part's turn to the last one's."""
     K, M = _matrix_shape(name, shape)
-    C, G = -(-M // TILE), -(-K // GROUP)
+    C, G = -(-M // TILE_OUTPUTS), -(-K // GROUP_INPUTS)
     parts = _factors_of(name)
     in_memory: list[Int4Matrix | Int8Matrix] = []
 
@@ -199,17 +209,17 @@ def _matrix_to_write(name: str, shape: tuple[int, ...], take: Callable[[], Quant
         matrix = take()
         assert not isinstance(matrix, np.ndarray)
         in_memory.append(matrix)
-        return words_of(matrix.codes_KM)
+        return pack_codes(matrix.codes_KM)
 
     def factors(part: str) -> np.ndarray:
         matrix = in_memory.pop() if part == parts[-1] else in_memory[0]
-        return factors_of(getattr(matrix, f"{part}_GM"))
+        return tile_factors(getattr(matrix, f"{part}_GM"))
 
-    words_shape = (C, G, _words_per_group(name), TILE)
+    words_shape = (C, G, _words_per_group(name), TILE_OUTPUTS)
     yield TensorToWrite(name=f"{name}.{_WORDS}", shape=words_shape, dtype=np.dtype(np.uint32), make=words)
     for part in parts:
         make = functools.partial(factors, part)
-        yield TensorToWrite(name=f"{name}.{part}", shape=(C, G, TILE), dtype=np.dtype(np.float16), make=make)
+        yield TensorToWrite(name=f"{name}.{part}", shape=(C, G, TILE_OUTPUTS), dtype=np.dtype(np.float16), make=make)
 
 
 def _matrix_shape(name: str, shape: tuple[int, ...]) -> tuple[int, int]:
@@ -219,7 +229,7 @@ def _matrix_shape(name: str, shape: tuple[int, ...]) -> tuple[int, int]:
 
 
 def _words_per_group(name: str) -> int:
-    return GROUP * (EMBEDDING_BITS if name == EMBEDDING else 4) // 32
+    return GROUP_INPUTS * (EMBEDDING_BITS if name == EMBEDDING else 4) // 32
 
 
 def _factors_of(name: str) -> tuple[str, ...]:
@@ -230,10 +240,15 @@ def _read_tiles(
     file: SafetensorsFile, names: Sequence[Sequence[str]], *, num_inputs: int, widths: Sequence[int]
 ) -> Int4Tiles | Int8Tiles:
     """Read matrices side by side, `names` by layer and `widths` their outputs, into arrays that are allocated once."""
-    num_tiles, G = [-(-width // TILE) for width in widths], -(-num_inputs // GROUP)
+    num_tiles, G = [-(-width // TILE_OUTPUTS) for width in widths], -(-num_inputs // GROUP_INPUTS)
     first_name = names[0][0]
-    arrays = {_WORDS: aligned((len(names), sum(num_tiles), G, _words_per_group(first_name), TILE), np.uint32)}
-    arrays |= {part: aligned((len(names), sum(num_tiles), G, TILE), np.float16) for part in _factors_of(first_name)}
+    arrays = {
+        _WORDS: aligned_empty((len(names), sum(num_tiles), G, _words_per_group(first_name), TILE_OUTPUTS), np.uint32)
+    }
+    arrays |= {
+        part: aligned_empty((len(names), sum(num_tiles), G, TILE_OUTPUTS), np.float16)
+        for part in _factors_of(first_name)
+    }
     for layer, side_by_side in enumerate(names):
         start = 0
         for name, count in zip(side_by_side, num_tiles, strict=True):
@@ -241,9 +256,9 @@ def _read_tiles(
                 target = array[layer, start : start + count]
                 target[...] = _read(file, f"{name}.{part}", shape=target.shape, dtype=array.dtype)
             start += count
-    num_outputs = widths[0] if len(widths) == 1 else sum(num_tiles) * TILE
+    num_outputs = widths[0] if len(widths) == 1 else sum(num_tiles) * TILE_OUTPUTS
     tiles = Int8Tiles if first_name == EMBEDDING else Int4Tiles
-    device_arrays = {part: taken_over(array) for part, array in arrays.items()}
+    device_arrays = {part: from_numpy_zero_copy(array) for part, array in arrays.items()}
     return tiles(**device_arrays, num_inputs=num_inputs, num_outputs=num_outputs)
 
 

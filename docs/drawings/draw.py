@@ -12,9 +12,8 @@ from xml.sax.saxutils import escape
 
 import numpy as np
 
-from btlm_jax.attention.alibi import alibi_slopes
+from btlm_jax.attention.alibi import SPREAD, alibi_slopes, alibi_window
 from btlm_jax.attention.alibi_lanes import NUM_LANES, NUM_PARTS, bfloat16_parts
-from btlm_jax.attention.alibi_window import SPREAD, reach
 from btlm_jax.data.order import TrainingOrder
 from btlm_jax.parallel.mesh import balanced_head_order
 from btlm_jax.recipe.curriculum import Curriculum, make_curriculum
@@ -285,7 +284,7 @@ def alibi_lanes() -> Drawing:
 def alibi_windows() -> Drawing:
     """Draw how far back each of 32 heads sees at 8,192 tokens."""
     heads, length = 32, 8192
-    windows = np.minimum(reach(SPREAD, alibi_slopes(heads, scaling=1.0).astype(np.float64), xp=np), length)
+    windows = np.minimum(alibi_window(SPREAD, alibi_slopes(heads, scaling=1.0).astype(np.float64), xp=np), length)
     share = windows.sum() / (heads * length)
     drawing = Drawing(
         height=320,

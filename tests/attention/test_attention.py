@@ -11,9 +11,10 @@ from jax.sharding import PartitionSpec as P
 from support.attention import FLOAT32_ERROR, NAMES, OURS, attend_and_gradients, errors, make_inputs, oracle
 
 from btlm_jax.attention import attend
-from btlm_jax.attention.blockwise import BLOCK, MAX_WIDTHS, NEGLIGIBLE, block_size
+from btlm_jax.attention.alibi import alibi_window
+from btlm_jax.attention.blockwise import BLOCK, MAX_WIDTHS, block_size
 
-LEAVING_OUT = (*OURS, "tpu")  # keys that ALiBi puts out of a head's sight
+LEAVING_OUT = (*OURS, "tpu")  # keys beyond a head's window
 PORTABLE = ("reference", *OURS)  # held to one tolerance; kernels of other devices have files of their own
 RUN_HERE = (*PORTABLE, "tpu", "splash")  # kernels interpreted
 
@@ -42,7 +43,7 @@ def test_blockwise_matches_float64_when_blocks_share_widths():
     T = 2400
     assert T // block_size(T) > MAX_WIDTHS
     *inputs, slopes_N = make_inputs(B=1, T=T, N=2, H=80)
-    slopes_N = np.asarray([0.3, 1e-4], np.float32)  # the first head looks 150 positions back, the second everywhere
+    slopes_N = np.asarray([0.3, 1e-4], np.float32)  # the first head sees some 60 positions back, the second everything
     results = attend_and_gradients(*inputs, slopes_N, scale=1 / 80, implementation="blockwise")
     for name, error in zip(NAMES, errors(results, oracle(*inputs, slopes_N, scale=1 / 80)), strict=True):
         assert error < FLOAT32_ERROR, name
@@ -54,7 +55,7 @@ def test_keeps_a_far_key_whose_score_outweighs_its_distance(implementation):
     q, k, v, do, _ = make_inputs(B=1, T=T, N=1, H=H)
     q, k = q.at[..., 0].set(8.0), k.at[:, 0, :, 0].set(8.0)  # 64 nats for key 0, 55 off for the last query's distance
     slopes_N = np.asarray([0.05], np.float32)
-    assert slopes_N[0] * T > NEGLIGIBLE  # without regard to scores, key 0 would be out of reach
+    assert alibi_window(0.0, slopes_N[0], xp=np) < T  # were all scores alike, key 0 would be left out
     results = attend_and_gradients(q, k, v, do, slopes_N, scale=1.0, implementation=implementation)
     for name, error in zip(NAMES, errors(results, oracle(q, k, v, do, slopes_N, scale=1.0)), strict=True):
         assert error < 2e-5, name  # one float32 rounding of a score of 64 is 4e-6
@@ -95,7 +96,8 @@ def test_no_output_depends_on_a_later_input(implementation):
     t = 66
     q, k, v, do, slopes_N = make_inputs(B=1, T=140, N=2, H=8)
     do = jnp.zeros_like(do).at[:, t].set(do[:, t])
-    slopes_N = slopes_N / 4  # no key is out of reach
+    slopes_N = slopes_N / 4
+    assert t < alibi_window(0.0, slopes_N.max(), xp=np)  # every key is seen
     _, dq, dk, dv = attend_and_gradients(q, k, v, do, slopes_N, scale=1 / 8, implementation=implementation)
     for gradient in (dq, dk, dv):
         assert np.all(np.asarray(gradient[:, t + 1 :]) == 0)

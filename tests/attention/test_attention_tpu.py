@@ -1,5 +1,6 @@
 """The TPU kernels that take heads side by side: against float64 in interpret mode, and compiled for TPUs."""
 
+import dataclasses
 import functools
 from unittest import mock
 
@@ -52,7 +53,7 @@ def test_output_and_gradients_match_float64(B, T, N, H, together):
 
 
 def test_little_vector_memory_changes_no_bit():
-    """Keys parted again for every block of queries, and the backward pass in three spans."""
+    """Keys split again for every block of queries, and the backward pass in three spans."""
     *inputs, slopes_N = make_inputs(B=1, T=700, N=2, H=64)
 
     def run():
@@ -60,7 +61,7 @@ def test_little_vector_memory_changes_no_bit():
             return attend_and_gradients.__wrapped__(*inputs, slopes_N, scale=1 / 64, implementation="tpu")
 
     whole = run()
-    with mock.patch.object(tpu, "_room", lambda: 1):
+    with mock.patch.object(tpu, "_limits", lambda: dataclasses.replace(tpu._LARGE_VMEM, resident_bytes=1)):
         parts = run()
     assert num_kernels(functools.partial(run)) == 2
     for name, one, other in zip(NAMES, whole, parts, strict=True):

@@ -12,10 +12,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from support.attention import FLOAT32_ERROR, NAMES, OURS, attend_and_gradients, digest, errors, make_inputs, oracle_at
+from support.attention import FLOAT32_ERROR, NAMES, attend_and_gradients, digest, errors, make_inputs, oracle_at
 
-from btlm_jax import attention
-from btlm_jax.attention import attend, cpu
+from btlm_jax.attention import attend, blockwise, cpu
+from btlm_jax.attention.alibi import alibi_window
 from btlm_jax.kernels import build
 
 
@@ -24,7 +24,7 @@ def test_matches_float64_at_8192_positions(H, dtype, limit):
     T, queries = 8192, np.asarray([0, 63, 64, 1000, 4097, 8190, 8191])
     q, k, v, do, _ = make_inputs(B=1, T=T, N=4, H=H, dtype=dtype)
     do = jnp.zeros_like(do).at[:, queries].set(do[:, queries])
-    slopes_N = np.asarray([0.3, 0.05, 1e-4, 0.0], np.float32)  # reach 140 and 900 positions back, and everywhere
+    slopes_N = np.asarray([0.3, 0.05, 1e-4, 0.0], np.float32)  # windows of some 70 and 460 positions, and everything
     o, dq, dk, dv = attend_and_gradients(q, k, v, do, slopes_N, scale=1 / H, implementation="cpu")
     expected = oracle_at(queries, q, k, v, do, slopes_N, scale=1 / H)
     assert not np.asarray(dq)[:, np.setdiff1d(np.arange(T), queries)].any()
@@ -56,7 +56,8 @@ def test_nothing_is_hidden_that_is_not_finite(which, value):
     """What depends on the damaged number by the definition is not finite; other sequences and heads stay."""
     t, T = 70, 200
     *inputs, slopes_N = make_inputs(B=2, T=T, N=2, H=20)
-    slopes_N = slopes_N / 4  # no key is out of reach
+    slopes_N = slopes_N / 8
+    assert T < alibi_window(0.0, slopes_N.max(), xp=np)  # every key is seen
     sound = attend_and_gradients(*inputs, slopes_N, scale=1 / 20, implementation="cpu")
     inputs[which] = inputs[which].at[1, t, 0, 3].set(value)
     results = attend_and_gradients(*inputs, slopes_N, scale=1 / 20, implementation="cpu")
@@ -78,17 +79,17 @@ def test_nothing_is_hidden_that_is_not_finite(which, value):
 
 def test_without_kernels_another_implementation_is_taken(monkeypatch):
     *inputs, slopes_N = make_inputs(B=1, T=50, N=2, H=8)
-    taken = []
-    for name in OURS:
-        own = getattr(attention, f"attend_{name}")
-        monkeypatch.setattr(
-            attention, f"attend_{name}", lambda *x, n=name, f=own, **y: (taken.append(n), f(*x, **y))[1]
-        )
+    calls = []
+    for module in (blockwise, cpu):
+        name = module.__name__.rpartition(".")[2]
+        run = getattr(module, f"attend_{name}")
+        spy = lambda *x, n=name, f=run, **y: (calls.append(n), f(*x, **y))[1]  # noqa: E731
+        monkeypatch.setattr(module, f"attend_{name}", spy)
     attend(*inputs[:3], slopes_N, scale=0.1, implementation="auto")
     attend(*(x.astype(jnp.float16) for x in inputs[:3]), slopes_N, scale=0.1, implementation="auto")
     monkeypatch.setattr(cpu, "has_training_kernels", lambda: False)
     attend(*inputs[:3], slopes_N, scale=0.1, implementation="auto")
-    assert taken == ["cpu", "blockwise", "blockwise"]
+    assert calls == ["cpu", "blockwise", "blockwise"]
     with pytest.raises(
         ValueError, match="takes float32 and bfloat16, on a CPU with a C.. compiler; got float32 on cpu"
     ):

@@ -25,7 +25,7 @@ from support.attention import (
 from support.tpu import needs_libtpu
 
 from btlm_jax.attention.alibi import alibi_slopes
-from btlm_jax.attention.alibi_lanes import MAX_LENGTH, NUM_LANES, TILE, alibi_lanes, bfloat16_parts
+from btlm_jax.attention.alibi_lanes import MAX_LENGTH, NUM_LANES, TPU_LANES, alibi_lanes, bfloat16_parts
 from btlm_jax.attention.splash import MAX_BLOCK, block_size
 from btlm_jax.plan.chips import slice_devices
 
@@ -105,7 +105,7 @@ def test_no_array_grows_with_the_square_of_the_length():
     step = functools.partial(attend_and_gradients, scale=1 / H, implementation="splash")
     jaxpr = jax.make_jaxpr(step)(x, x, x, x, jax.ShapeDtypeStruct((N,), jnp.float32)).jaxpr
     sizes = [value.aval.size for part in subjaxprs(jaxpr) for e in part.eqns for value in e.outvars]
-    assert max(sizes) == B * N * T * TILE
+    assert max(sizes) == B * N * T * TPU_LANES
 
 
 @needs_libtpu
@@ -121,9 +121,9 @@ def test_it_compiles_for_a_tpu_at_8192_tokens(H):
         compiled = lowered.compile()
     assert num_kernels_compiled(compiled) == 3
     rows = (B // 2) * (N // 2) * T  # of a device
-    lanes = TILE if H + NUM_LANES <= TILE else 2 * TILE
+    lanes = TPU_LANES if H + NUM_LANES <= TPU_LANES else 2 * TPU_LANES
     # bfloat16 q, k, v and two gradients; the log-sum-exp, which the kernel writes in float32 across a whole tile.
-    assert compiled.memory_analysis().temp_size_in_bytes < rows * (5 * 2 * lanes + 4 * TILE)
+    assert compiled.memory_analysis().temp_size_in_bytes < rows * (5 * 2 * lanes + 4 * TPU_LANES)
 
 
 @needs_libtpu

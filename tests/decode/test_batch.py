@@ -10,7 +10,7 @@ from support.tiny import tiny_config
 
 from btlm_jax.decode import batch as generation
 from btlm_jax.decode import decoder as decoders
-from btlm_jax.decode.batch import Batch, Ending, Speed, continue_tokens, generate
+from btlm_jax.decode.batch import Batch, FinishReason, Timings, continue_tokens, generate
 from btlm_jax.decode.kv_cache import extend, make_cache
 from btlm_jax.decode.sampling import GREEDY, Sampling, make_generator
 from btlm_jax.model import init_params, make_model
@@ -66,7 +66,7 @@ def test_decoding_is_the_whole_pass_for_mixed_lengths_across_growth_past_the_tra
 ):
     monkeypatch.setattr(decoders, "PREFILL_PIECE", 16)  # the longest prompt takes three pieces
     monkeypatch.setattr(decoders, "MIN_SLOTS", 8)
-    monkeypatch.setattr(generation, "FIRST_STRETCH", 2)
+    monkeypatch.setattr(generation, "INITIAL_CACHE_TOKENS", 2)
     grown, seen = [], []
     for name in ("prefill", "decode"):
         run = getattr(decoders.ShardedDecoder, name)
@@ -123,14 +123,14 @@ def test_a_stop_token_ends_its_row_only(one_device):
 
 def batch_of(model, params, mesh, prompts, *, samples, **changes):
     generators = [make_generator(4, sample=sample, prompt=p) for sample, p in zip(samples, prompts, strict=True)]
-    options = {"num_rows": 5, "num_tokens": 10, "stop_id": -1, "cache_dtype": "float32", "speed": Speed()}
+    options = {"num_rows": 5, "num_tokens": 10, "stop_id": -1, "cache_dtype": "float32", "timings": Timings()}
     drawn = {"sampling": Sampling(temperature=1.5, **PLAIN)}
     return Batch(model, params, mesh, prompts=prompts, generators=generators, **(options | drawn | changes))
 
 
 def tokens_of(batch) -> list[list[int]]:
-    made = [[] for _ in batch.going]
-    while batch.going:
+    made = [[] for _ in batch.active_rows]
+    while batch.active_rows:
         for row, token in batch.step().items():
             made[row].append(token)
     return made
@@ -156,22 +156,22 @@ def test_a_batch_says_why_rows_ended_and_where_the_time_went(one_device):
     stop_id = free[0][3]
     assert free[0].index(stop_id) == 3 and stop_id not in free[1][:8] + free[2]
     jax.clear_caches()
-    speed = Speed()
-    batch = batch_of(model, params, one_device, prompts, samples=[0, 0, 0], stop_id=stop_id, speed=speed)
+    timings = Timings()
+    batch = batch_of(model, params, one_device, prompts, samples=[0, 0, 0], stop_id=stop_id, timings=timings)
     made = [[], [], []]
-    while batch.going:
+    while batch.active_rows:
         for row, token in batch.step().items():
             made[row].append(token)
         if len(made[1]) == 8:
-            batch.end(1, Ending.STOP_STRING)
+            batch.finish(1, FinishReason.STOP_STRING)
     assert made == [free[0][:3], free[1][:8], free[2]]
-    assert batch.endings == {0: "end of document", 1: "stop string", 2: "length"}
-    assert speed.prefill_tokens == 7 + 6 + 11
-    assert speed.decode_tokens == 3 * 2 + 2 * 4 + 2 * 1  # steps 3 and 4, up to 8, up to 10; step 2 compiled
-    assert min(speed.compile_seconds, speed.prefill_seconds, speed.decode_seconds) > 0
-    assert speed.compile_seconds > speed.prefill_seconds + speed.decode_seconds  # of a tiny model
-    again = Speed()
-    tokens_of(batch_of(model, params, one_device, prompts[:2], samples=[0, 0], speed=again))
+    assert batch.finish_reasons == {0: "end of document", 1: "stop string", 2: "length"}
+    assert timings.prefill_tokens == 7 + 6 + 11
+    assert timings.decode_tokens == 3 * 2 + 2 * 4 + 2 * 1  # steps 3 and 4, up to 8, up to 10; step 2 compiled
+    assert min(timings.compile_seconds, timings.prefill_seconds, timings.decode_seconds) > 0
+    assert timings.compile_seconds > timings.prefill_seconds + timings.decode_seconds  # of a tiny model
+    again = Timings()
+    tokens_of(batch_of(model, params, one_device, prompts[:2], samples=[0, 0], timings=again))
     assert again.compile_seconds == 0 and again.decode_tokens == 9 * 2  # the same shapes
 
 

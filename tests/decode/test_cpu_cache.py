@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from btlm_jax.decode import cpu_cache as cache
-from btlm_jax.decode.cpu_cache import attend, grown, make_cache, make_layout
+from btlm_jax.decode.cpu_cache import attend, make_cache, make_layout, resize_cache
 from btlm_jax.kernels import build
 from btlm_jax.recipe.config import ModelConfig
 
@@ -169,7 +169,7 @@ def test_growth_changes_nothing(way, narrow, dtype):
     qkv = random_qkv(1, 120)
     (whole,), _, _ = run(qkv, [[8]] * 15, layout=large, dtype=dtype)
     (before,), kept, _ = run(qkv, [[8]] * 8, layout=small, dtype=dtype)
-    kept = jax.jit(grown, static_argnums=(1, 2))(kept, small, large)
+    kept = jax.jit(resize_cache, static_argnums=(1, 2))(kept, small, large)
     (after,), _, _ = run(qkv, [[8]] * 7, layout=large, kept=kept, first=64)
     rounding = 0 if way == "kernels" else 2e-6  # XLA's sums depend on how long a ring is
     np.testing.assert_allclose(np.concatenate([before, after]), whole, rtol=0, atol=rounding)

@@ -10,7 +10,16 @@ import numpy as np
 import pytest
 
 from btlm_jax.kernels import build, tiles
-from btlm_jax.kernels.tiles import FloatTiles, Int4Tiles, Int8Tiles, columns, factors_of, float_tiles, matmul, words_of
+from btlm_jax.kernels.tiles import (
+    FloatTiles,
+    Int4Tiles,
+    Int8Tiles,
+    columns,
+    float_tiles,
+    matmul,
+    pack_codes,
+    tile_factors,
+)
 
 SHAPES = [(40, 56), (171, 101), (64, 32), (7, 3), (200, 97)]  # inputs, outputs: whole tiles and groups, and not
 LAYERS = 3
@@ -33,9 +42,9 @@ def random_int4(K, M, *, seed=0):
     scale_LGM, offset_LGM = (random.standard_normal((LAYERS, G, M)).astype(np.float16) for _ in range(2))
     spread = [np.repeat(part.astype(np.float64), 64, axis=1)[:, :K] for part in (scale_LGM, offset_LGM)]
     packed = {
-        "words": np.stack([words_of(codes_KM) for codes_KM in codes_LKM]),
-        "scale": np.stack([factors_of(scale_GM) for scale_GM in scale_LGM]),
-        "offset": np.stack([factors_of(offset_GM) for offset_GM in offset_LGM]),
+        "words": np.stack([pack_codes(codes_KM) for codes_KM in codes_LKM]),
+        "scale": np.stack([tile_factors(scale_GM) for scale_GM in scale_LGM]),
+        "offset": np.stack([tile_factors(offset_GM) for offset_GM in offset_LGM]),
     }
     arrays = {name: jnp.asarray(array) for name, array in packed.items()}
     return Int4Tiles(**arrays, num_inputs=K, num_outputs=M), codes_LKM * spread[0] + spread[1]
@@ -46,8 +55,8 @@ def random_int8(K, M, *, seed=0):
     random, G = np.random.default_rng(seed), -(-K // 64)
     codes_LKM = random.integers(-127, 128, (LAYERS, K, M)).astype(np.int8)
     scale_LGM = random.standard_normal((LAYERS, G, M)).astype(np.float16)
-    words = jnp.asarray(np.stack([words_of(codes_KM) for codes_KM in codes_LKM]))
-    scale = jnp.asarray(np.stack([factors_of(scale_GM) for scale_GM in scale_LGM]))
+    words = jnp.asarray(np.stack([pack_codes(codes_KM) for codes_KM in codes_LKM]))
+    scale = jnp.asarray(np.stack([tile_factors(scale_GM) for scale_GM in scale_LGM]))
     matrices_LKM = codes_LKM * np.repeat(scale_LGM.astype(np.float64), 64, axis=1)[:, :K]
     return Int8Tiles(words=words, scale=scale, num_inputs=K, num_outputs=M), matrices_LKM
 

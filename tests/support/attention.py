@@ -2,6 +2,7 @@
 
 import functools
 import hashlib
+import math
 
 import jax
 import jax.extend
@@ -26,13 +27,17 @@ def make_inputs(*, B, T, N, H, dtype=np.float32, seed=0):
     return q, k, v, do, slopes_N
 
 
-def oracle(q, k, v, do, slopes_N, *, scale):
-    """Return o, dq, dk, dv in float64, from the definition and the softmax's Jacobian, one head at a time."""
-    return oracle_at(np.arange(q.shape[1]), q, k, v, do, slopes_N, scale=scale)
+def oracle(q, k, v, do, slopes_N, *, scale, windows_BN=math.inf):
+    """Return o, dq, dk, dv in float64, from the definition and the softmax's Jacobian, one head at a time.
+
+    Keys at a distance above `windows_BN` are left out.
+    """
+    return oracle_at(np.arange(q.shape[1]), q, k, v, do, slopes_N, scale=scale, windows_BN=windows_BN)
 
 
-def oracle_at(queries, q, k, v, do, slopes_N, *, scale):
+def oracle_at(queries, q, k, v, do, slopes_N, *, scale, windows_BN=math.inf):
     """Return what `oracle` does where `do` is zero but at some queries, and o and dq at these alone."""
+    windows_BN = np.broadcast_to(windows_BN, (q.shape[0], q.shape[2]))
     q, k, v, do = (np.asarray(x, np.float64) for x in (q, k, v, do))
     B, T, N, _ = q.shape
     results = [np.zeros(q.shape) for _ in NAMES]
@@ -41,7 +46,9 @@ def oracle_at(queries, q, k, v, do, slopes_N, *, scale):
             scores = np.full((len(queries), T), -np.inf)
             for row, t in zip(scores, queries, strict=True):
                 row[: t + 1] = scale * k[b, : t + 1, n] @ q[b, t, n]
-                row[: t + 1] -= np.float64(slopes_N[n]) * (t - np.arange(t + 1))
+                distance = t - np.arange(t + 1)
+                row[: t + 1] -= np.float64(slopes_N[n]) * distance
+                row[: t + 1][distance > windows_BN[b, n]] = -np.inf
             weights = np.exp(scores - scores.max(1, keepdims=True))
             weights /= weights.sum(1, keepdims=True)
             own_do = do[b, queries, n]

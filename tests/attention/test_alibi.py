@@ -1,0 +1,119 @@
+"""ALiBi's window: one rule in every backend, what it leaves out; and how heads are dealt to devices."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from btlm_jax.parallel.head_order import balanced_head_order
+from support.attention import NAMES, errors, make_inputs, oracle
+
+from btlm_jax.attention import blockwise, cpu, tpu
+from btlm_jax.attention.alibi import alibi_slopes, alibi_window, spread_bound, window_of
+
+HALF_ULP = 2.0**-24  # of float32
+
+
+@pytest.mark.parametrize("xp", [np, jnp])
+@pytest.mark.parametrize("spread", [0.0, 5.0, 64.0])
+def test_keys_beyond_the_window_weigh_less_than_a_rounding(spread, xp):
+    slopes_N = alibi_slopes(32, scaling=1.0).astype(np.float64)
+    window_N = np.asarray(alibi_window(spread, xp.asarray(slopes_N), xp=xp), np.float64)
+
+    def weight_beyond(distance_N):
+        return np.exp(spread - slopes_N * (distance_N + 1)) / (1 - np.exp(-slopes_N))
+
+    assert (weight_beyond(np.floor(window_N)) < 1.001 * HALF_ULP).all()
+    assert (weight_beyond(np.floor(window_N) - 2) > 0.999 * HALF_ULP).all()
+
+
+def test_a_head_without_a_slope_sees_everything():
+    assert np.isinf(alibi_window(5.0, jnp.zeros(2), xp=jnp)).all()
+
+
+def windows(q, k, slopes_N, *, scale, backend):
+    """The largest distances at which heads see keys, int32 [B, N], as a backend computes them from [B, T, N, H]."""
+    B, T, N, H = q.shape
+    if backend == "cpu":
+        return np.asarray(jax.jit(cpu._window, static_argnums=3)(q, k, slopes_N, scale))
+    if backend == "blockwise":
+        each = jax.jit(blockwise._window, static_argnums=3)
+        return np.array([[each(q[b, :, n], k[b, :, n], slopes_N[n], scale) for n in range(N)] for b in range(B)])
+    heads = tpu.Heads(num=N, dim=H, scale=scale, itemsize=q.dtype.itemsize)
+    config = tpu._KernelConfig(heads=heads, axes=(), interpret=True)
+    return np.asarray(jax.jit(config.window)(*(x.reshape(1, B, T, N * H) for x in (q, k)), slopes_N))
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+def test_all_backends_have_one_window_that_holds_for_the_spread_of_any_row(dtype):
+    B, T, N, H = 3, 80, 4, 24
+    rng = np.random.default_rng(0)
+    q, k = (jnp.asarray(rng.normal(size=(B, T, N, H)) * rng.lognormal(size=(B, 1, N, 1)), dtype) for _ in "qk")
+    slopes_N = np.asarray([2.0, 1.2, 0.9, 1e-3], np.float32)
+    exact_q, exact_k = (np.asarray(x, np.float64) for x in (q, k))
+    scores = np.einsum("BTNH,BSNH->BNTS", exact_q, exact_k) / H
+    spread_BN = (scores.max(-1) - scores.min(-1)).max(-1)
+    least_BN = np.minimum(np.floor(alibi_window(spread_BN, slopes_N, xp=np)), T)
+    longest = [np.sqrt(np.square(x).sum(-1)).max(1) for x in (exact_q, exact_k)]
+    most_BN = np.minimum(alibi_window(1.03 * 2 / H * longest[0] * longest[1], slopes_N, xp=np), T)
+    for backend in ("cpu", "blockwise", "tpu"):
+        window_BN = windows(q, k, slopes_N, scale=1 / H, backend=backend)
+        assert (least_BN <= window_BN).all() and (window_BN <= most_BN).all(), backend
+        assert (window_BN[:, :3] < T).all() and (window_BN[:, 3] == T).all()
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+@pytest.mark.parametrize("backend", ["cpu", "blockwise", "tpu"])
+def test_a_head_with_a_number_that_is_not_finite_sees_everything(backend, value):
+    q, k, _, _, _ = make_inputs(B=2, T=90, N=2, H=8)
+    slopes_N = np.asarray([2.0, 2.0], np.float32)
+    for damaged in ((q.at[1, 70, 0, 3].set(value), k), (q, k.at[1, 70, 0, 3].set(value))):
+        window_BN = windows(*damaged, slopes_N, scale=1 / 8, backend=backend)
+        assert window_BN[1, 0] == 90 and (window_BN[0] < 40).all()
+        if backend != "tpu":  # whose sums over lanes, products with zeros and ones, mix the heads of a position
+            assert window_BN[1, 1] < 40
+
+
+def test_what_the_window_leaves_out_is_below_half_a_unit_in_the_last_place():
+    """Outputs and gradients in float64 with the keys in the window, against those with all keys; the model's slopes."""
+    B, T, N, H = 1, 700, 6, 80
+    slopes_N = alibi_slopes(32, scaling=1.0)[[0, 3, 6, 9, 12, 15]]
+    for sharpness in (1.0, 4.0):
+        q, k, v, do, _ = make_inputs(B=B, T=T, N=N, H=H)
+        q = q * sharpness
+        window_BN = windows(q, k, slopes_N, scale=1 / H, backend="cpu")
+        assert (window_BN < 0.9 * T).sum() >= 3
+        with_all, with_window = (
+            oracle(q, k, v, do, slopes_N, scale=1 / H, windows_BN=seen) for seen in (np.inf, window_BN)
+        )
+        for name, difference in zip(NAMES, errors(with_window, with_all), strict=True):
+            assert 0 < difference < HALF_ULP, (name, sharpness)
+
+
+def test_the_bound_on_what_is_left_out_is_nearly_reached():
+    """A query whose keys in the window all have the lowest score and those beyond it the highest."""
+    slope, scale = 1.0, 0.5
+    k_TH = np.full((80, 1), -2.0)
+    q_TH = np.full((80, 1), 3.0)
+    spread = 2 * scale * 3.0 * 2.0
+    window = int(alibi_window(spread, slope, xp=np))
+    k_TH[: 79 - window] = 2.0
+    scores_S = scale * q_TH[79] @ k_TH.T - slope * (79 - np.arange(80))
+    weights_S = np.exp(scores_S - scores_S.max())
+    left_out = weights_S[: 79 - window].sum() / weights_S.sum()
+    assert 0.2 * HALF_ULP < left_out < HALF_ULP
+    largest_square = lambda x_TH: jnp.square(x_TH).sum(-1).max()  # noqa: E731
+    arrays = jnp.asarray(q_TH), jnp.asarray(k_TH)
+    assert spread <= spread_bound(*arrays, scale=scale, largest_square=largest_square) < 1.03 * spread
+    assert window == window_of(*arrays, slope, scale=scale, length=80, largest_square=largest_square)
+
+
+@pytest.mark.parametrize("num_heads, ways", [(32, 1), (32, 2), (32, 4), (32, 8), (32, 32), (12, 4), (6, 4)])
+def test_every_head_is_dealt_once(num_heads, ways):
+    assert sorted(balanced_head_order(num_heads, ways=ways)) == list(range(num_heads))
+
+
+def test_devices_see_much_the_same():
+    assert balanced_head_order(8, ways=2).tolist() == [0, 3, 4, 7, 1, 2, 5, 6]
+    seen = np.minimum(alibi_window(64.0, alibi_slopes(32, scaling=1.0), xp=np), 8192)
+    as_dealt, in_turn = (seen[heads].reshape(8, 4).sum(1) for heads in (balanced_head_order(32, ways=8), np.arange(32)))
+    assert as_dealt.max() < 1.1 * as_dealt.mean() and in_turn.max() > 2 * in_turn.mean()
