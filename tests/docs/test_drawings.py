@@ -1,9 +1,10 @@
 """The drawings in the documentation are what their script draws, of the package's own numbers."""
 
+import re
 import xml.etree.ElementTree
 
 import pytest
-from support.docs_scripts import DOCS, load_script, markdown_pages
+from support.docs_scripts import DOCS, ROOT, load_script, markdown_pages
 
 FOLDER = DOCS / "drawings"
 draw = load_script("drawings/draw.py")
@@ -40,3 +41,11 @@ def test_every_drawing_is_shown_with_a_text_for_those_who_do_not_see_it(name):
         page.split(f"drawings/{name}.svg)")[0].rsplit("![", 1)[1] for page in pages if f"drawings/{name}.svg)" in page
     ]
     assert shown and all(len(alternative.removesuffix("](").split()) > 8 for alternative in shown)
+
+
+@pytest.mark.parametrize("name", draw.DRAWINGS)
+def test_names_from_the_code_are_functions_of_the_package(name):
+    code = "".join(path.read_text() for path in (ROOT / "btlm_jax").rglob("*.py"))
+    root = xml.etree.ElementTree.fromstring(draw.DRAWINGS[name]().svg())
+    names = {text.text for text in root.iter(f"{SVG}text") if re.fullmatch(r"[a-z]+(?:_[a-z]+)+", text.text)}
+    assert sorted(each for each in names if f"def {each}(" not in code) == []
