@@ -20,7 +20,8 @@ import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 from machine import machine
 
-from btlm_jax.data.loader import heldout_batches, read_rows
+from btlm_jax.data.heldout import heldout_batches
+from btlm_jax.data.loader import read_rows
 from btlm_jax.data.reader import open_store
 from btlm_jax.data.store import HELDOUT, TRAIN
 from btlm_jax.hub.native import abstract_params
@@ -28,6 +29,7 @@ from btlm_jax.hub.source import NativeSource, load_native
 from btlm_jax.hub.tensor_names import read_params
 from btlm_jax.model import Btlm
 from btlm_jax.model.loss import logits
+from btlm_jax.model.projection import project_scheduled
 from btlm_jax.parallel.mesh import FSDP, RULES
 from btlm_jax.quantize.quantize_model import Method, dequantize_tensor, quantize_model
 from btlm_jax.recipe.mup import make_parametrization
@@ -108,7 +110,10 @@ class Bench:
         """Return params -> Measured, for a network that computes in `dtype`."""
         config = dataclasses.replace(self.native.metadata.model, dtype=dtype)
         model = network(
-            config=config, parametrization=make_parametrization(self.native.metadata.mup, config), rules=RULES
+            config=config,
+            parametrization=make_parametrization(self.native.metadata.mup, config),
+            rules=RULES,
+            project=project_scheduled,
         )
         eval_step = jax.jit(make_eval_step(model, loss_chunk=config.loss_chunk))
 

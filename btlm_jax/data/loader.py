@@ -18,7 +18,6 @@ from jax.sharding import NamedSharding
 from btlm_jax.data import store as store_format
 from btlm_jax.data.order import TrainingOrder, check_capacity
 from btlm_jax.data.reader import SplitReader, TokenStore
-from btlm_jax.data.store import Split
 from btlm_jax.recipe.curriculum import Curriculum
 
 MAX_READ_THREADS = 8
@@ -70,7 +69,7 @@ class TrainLoader:
     def batches(self, *, first_step: int) -> Generator[tuple[int, Batch]]:
         """Yield (step, batch) from `first_step` to the curriculum's end; closing the generator stops its threads."""
         steps = range(first_step, self._order.curriculum.num_steps)
-        with contextlib.closing(_read_ahead(self._read_step, steps, prefetch=self._prefetch)) as rows_of_steps:
+        with contextlib.closing(read_ahead(self._read_step, steps, prefetch=self._prefetch)) as rows_of_steps:
             for step, rows in zip(steps, rows_of_steps, strict=True):
                 yield step, self._placement(step).place(rows)
 
@@ -85,47 +84,6 @@ class TrainLoader:
 
     def _placement(self, step: int) -> Placement:
         return self._placements[self._order.curriculum.phase_at(step).index]
-
-
-def heldout_batches(
-    token_store: TokenStore,
-    *,
-    batch_size: int,
-    blocks_per_source: int,
-    prefetch: int,
-    sharding: NamedSharding,
-) -> Generator[tuple[list[str], Batch]]:
-    """Yield (source of each row, batch) over the first `blocks_per_source` held-out blocks of every source.
-
-    Leaves are [batch_size, block_len], placed by `sharding`, for example P("fsdp"). Sources come in the order of their
-    blocks; of a source with fewer blocks all are read, so the split's num_blocks reads everything. The last batch is
-    filled with rows of zero weight, whose source is "".
-    """
-    reader = token_store.split(store_format.HELDOUT)
-    blocks = heldout_blocks(reader.split, blocks_per_source=blocks_per_source)
-    num_batches = -(-len(blocks) // batch_size)
-    sources = [source for source, _ in blocks] + [""] * (num_batches * batch_size - len(blocks))
-    placement = make_placement(sharding, rows_shape=(batch_size,), seq_len=reader.block_len)
-
-    def read_batch(index: int) -> Rows:
-        numbers = [index * batch_size + number for number in placement.row_numbers.tolist()]
-        starts = [(blocks[number][1], 0) for number in numbers if number < len(blocks)]
-        rows = read_rows(reader, starts, seq_len=reader.block_len)
-        missing = len(numbers) - len(starts)
-        return {name: np.pad(leaf, ((0, missing), (0, 0))) for name, leaf in rows.items()}
-
-    with contextlib.closing(_read_ahead(read_batch, range(num_batches), prefetch=prefetch)) as rows_of_batches:
-        for index, rows in enumerate(rows_of_batches):
-            yield sources[index * batch_size : (index + 1) * batch_size], placement.place(rows)
-
-
-def heldout_blocks(split: Split, *, blocks_per_source: int) -> list[tuple[str, int]]:
-    """Return (source, block) of the first `blocks_per_source` blocks of each source, in the order of the blocks."""
-    return [
-        (name, block)
-        for name, source in sorted(split.sources.items(), key=lambda item: item[1].first_block)
-        for block in range(source.first_block, source.first_block + min(blocks_per_source, source.num_blocks))
-    ]
 
 
 def read_rows(reader: SplitReader, starts: Sequence[tuple[int, int]], *, seq_len: int) -> Rows:
@@ -192,7 +150,7 @@ def needed_rows(indices: Iterable[Index], *, rows_shape: tuple[int, ...]) -> np.
     return np.flatnonzero(is_needed)
 
 
-def _read_ahead(read: Callable[[int], Rows], numbers: range, *, prefetch: int) -> Generator[Rows]:
+def read_ahead(read: Callable[[int], Rows], numbers: range, *, prefetch: int) -> Generator[Rows]:
     """Yield read(n) of each number in order, up to `prefetch` ahead on threads; errors are raised to the consumer."""
     options = grain.ReadOptions(num_threads=min(prefetch, MAX_READ_THREADS), prefetch_buffer_size=prefetch)
     iterator = iter(grain.MapDataset.source(numbers).map(read).to_iter_dataset(options))

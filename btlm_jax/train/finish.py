@@ -8,7 +8,7 @@ from pathlib import Path
 
 import jax
 
-from btlm_jax.data.loader import heldout_batches
+from btlm_jax.data.heldout import heldout_batches
 from btlm_jax.data.store import HELDOUT
 from btlm_jax.parallel.mesh import evaluation_sharding
 from btlm_jax.recipe.config import CurriculumConfig

@@ -13,7 +13,8 @@ from jax.sharding import PartitionSpec as P
 from support.loader import BLOCK_LEN, CURRICULUM, HELDOUT_TOKENS, TRAIN_TOKENS, make_loader, make_mesh, write_tiny_store
 
 from btlm_jax.data import store
-from btlm_jax.data.loader import TrainLoader, heldout_batches, make_placement, needed_rows
+from btlm_jax.data.heldout import heldout_batches
+from btlm_jax.data.loader import TrainLoader, make_placement, needed_rows
 from btlm_jax.data.reader import TokenStore, open_store
 from btlm_jax.recipe.curriculum import make_curriculum
 

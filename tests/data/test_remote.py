@@ -17,7 +17,7 @@ from support.tiny_store import write_store
 
 from btlm_jax.cli import main
 from btlm_jax.data import remote, store
-from btlm_jax.data.loader import heldout_batches
+from btlm_jax.data.heldout import heldout_batches
 from btlm_jax.data.reader import open_store
 from btlm_jax.data.verify import verify
 from btlm_jax.hub.native import read_run, store_of_run
