@@ -1,14 +1,14 @@
-"""ALiBi's window: one rule in every backend, what it leaves out; and how heads are dealt to devices."""
+"""ALiBi's window: one rule in every backend, what it leaves out; and how heads are assigned to devices."""
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from btlm_jax.parallel.head_order import balanced_head_order
 from support.attention import NAMES, errors, make_inputs, oracle
 
 from btlm_jax.attention import blockwise, cpu, tpu
 from btlm_jax.attention.alibi import alibi_slopes, alibi_window, spread_bound, window_of
+from btlm_jax.parallel.mesh import balanced_head_order
 
 HALF_ULP = 2.0**-24  # of float32
 
@@ -108,12 +108,12 @@ def test_the_bound_on_what_is_left_out_is_nearly_reached():
 
 
 @pytest.mark.parametrize("num_heads, ways", [(32, 1), (32, 2), (32, 4), (32, 8), (32, 32), (12, 4), (6, 4)])
-def test_every_head_is_dealt_once(num_heads, ways):
+def test_every_head_is_assigned_once(num_heads, ways):
     assert sorted(balanced_head_order(num_heads, ways=ways)) == list(range(num_heads))
 
 
-def test_devices_see_much_the_same():
+def test_devices_have_about_the_same_to_compute():
     assert balanced_head_order(8, ways=2).tolist() == [0, 3, 4, 7, 1, 2, 5, 6]
     seen = np.minimum(alibi_window(64.0, alibi_slopes(32, scaling=1.0), xp=np), 8192)
-    as_dealt, in_turn = (seen[heads].reshape(8, 4).sum(1) for heads in (balanced_head_order(32, ways=8), np.arange(32)))
-    assert as_dealt.max() < 1.1 * as_dealt.mean() and in_turn.max() > 2 * in_turn.mean()
+    balanced, in_turn = (seen[heads].reshape(8, 4).sum(1) for heads in (balanced_head_order(32, ways=8), np.arange(32)))
+    assert balanced.max() < 1.1 * balanced.mean() and in_turn.max() > 2 * in_turn.mean()
