@@ -31,7 +31,9 @@ def tiny_run(token_store, tmp_path_factory):
     from support.run_command import run_btlm, train_arguments
 
     folder = tmp_path_factory.mktemp("undisturbed")
-    config = write_config(folder / "config.py", store=token_store, checkpoint__keep_last=50, log__sample_tokens=3)
+    config = write_config(
+        folder / "config.py", store=token_store, checkpoint__keep_last=50, log__every_steps=3, log__sample_tokens=3
+    )
     result = run_btlm(*train_arguments(config, folder / "run"))
     assert result.returncode == 0, result.stdout + result.stderr
     return config, folder / "run"

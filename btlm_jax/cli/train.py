@@ -81,11 +81,7 @@ def build_store(
 
 
 def continue_prompt(run: Run, params: dict) -> str:
-    """Generate the sample at the end of a run.
-
-    Decoding is imported here, after the last step: the last checkpoint is complete by then, so an error loses nothing,
-    and the same command would do the end again.
-    """
+    """Generate the sample at the end of a run; decoding is imported by then only (see train/finish.py)."""
     from btlm_jax.generate import sample
 
     return sample.continue_prompt(run, params)

@@ -16,7 +16,6 @@ from btlm_jax.storage.files import write_atomically
 from btlm_jax.train import CHECKPOINTS, LOSS_PLOT, METRICS_FILE, POSITION_PLOT, SUMMARY_FILE, TENSORBOARD
 from btlm_jax.train.heldout import HeldoutResult, evaluate_heldout
 from btlm_jax.train.metric_writer import MetricWriter, read_metrics
-from btlm_jax.train.plots import plot_loss, plot_position
 from btlm_jax.train.setup import Run, log
 
 ContinuePrompt = Callable[[Run, dict], str]  # (run, parameters) -> the continuation of log.sample_prompt
@@ -28,7 +27,13 @@ def evaluate_some(run: Run, params: dict) -> HeldoutResult:
 
 
 def finish_run(run: Run, params: dict, writer: MetricWriter, *, continue_prompt: ContinuePrompt) -> None:
-    """Evaluate on all held-out text, draw the plots, continue the prompt, write and print the summary."""
+    """Evaluate on all held-out text, draw the plots, continue the prompt, write and print the summary.
+
+    What only this end needs, plots and decoding, is imported here. The last checkpoint is complete by now, so an error
+    loses nothing: the same command repeats the end alone.
+    """
+    from btlm_jax.train.plots import plot_loss, plot_position
+
     step = run.config.curriculum.table.num_steps
     result = _evaluate(run, params, blocks_per_source=run.token_store.manifest.splits[HELDOUT].num_blocks)
     writer.evaluation(step, result)

@@ -52,7 +52,7 @@ class Peak:
     source: str
 
 
-def peak_flops(device: jax.Device) -> Peak:
+def peak_flops(device: jax.Device) -> Peak:  # pyright: ignore[reportInvalidTypeForm] # jax declares it as a variable
     """Return the peak of one device: from the table, or measured where the table does not know its kind."""
     for kind, flops in _PEAKS:
         if kind in device.device_kind:
@@ -60,7 +60,7 @@ def peak_flops(device: jax.Device) -> Peak:
     return _measured_peak(device)
 
 
-def _measured_peak(device: jax.Device) -> Peak:
+def _measured_peak(device: jax.Device) -> Peak:  # pyright: ignore[reportInvalidTypeForm] # jax declares it as a variable
     """Time a square matmul, the fastest of several; a CPU's cores serve all its simulated devices together."""
     is_cpu = device.platform == "cpu"
     size, dtype = (1280, jnp.float32) if is_cpu else (8192, jnp.bfloat16)

@@ -32,7 +32,9 @@ _TPU_OPTIONS = {
 _SCOPED_VMEM_KIB = {"TPU v5": 32768, "TPU v5 lite": 65536, "TPU v6 lite": 65536}
 
 
-def compiler_options(device: jax.Device) -> dict[str, str | bool]:
+def compiler_options(
+    device: jax.Device,  # pyright: ignore[reportInvalidTypeForm] # jax declares it as a variable
+) -> dict[str, str | bool]:
     """Return XLA's options for the train step on this kind of device."""
     if device.platform != "tpu":
         return {}

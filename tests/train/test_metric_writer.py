@@ -7,10 +7,10 @@ import struct
 import types
 
 import pytest
-from tensorboardX.proto.event_pb2 import Event
+from support.tensorboard import tensorboard_scalars
 
 from btlm_jax.recipe.curriculum import make_curriculum
-from btlm_jax.train import METRICS_FILE, TENSORBOARD
+from btlm_jax.train import METRICS_FILE
 from btlm_jax.train.goodput import GoodputLedger
 from btlm_jax.train.metric_writer import MetricWriter, read_metrics, remaining_seconds
 
@@ -62,19 +62,6 @@ def result(loss=3.25):
 
 def rows_of(workdir, kind):
     return [row for row in read_metrics(workdir / METRICS_FILE) if row["kind"] == kind]
-
-
-def tensorboard_scalars(workdir) -> set[tuple[str, int]]:
-    """Return (tag, step) of every scalar, by reading the TFRecords: length, its checksum, event, its checksum."""
-    scalars = set()
-    for path in (workdir / TENSORBOARD).iterdir():
-        data = path.read_bytes()
-        while data:
-            (length,) = struct.unpack("<Q", data[:8])
-            event = Event.FromString(data[12 : 12 + length])
-            scalars |= {(value.tag, event.step) for value in event.summary.value}
-            data = data[16 + length :]
-    return scalars
 
 
 def test_every_step_has_a_line_with_what_depends_on_time_last(tmp_path):

@@ -1,0 +1,37 @@
+"""The real command, undisturbed: everything happens at the steps that the config names, and is where it should be."""
+
+import json
+
+import pytest
+from support.run_command import NUM_STEPS, PHASE_STEPS, TOKENS_PER_STEP, checkpoint_steps, recorded
+from support.tensorboard import tensorboard_scalars
+
+from btlm_jax.recipe.config import train_config_from
+from btlm_jax.train import COMPILE_CACHE, CONFIG_FILE, LOSS_PLOT, POSITION_PLOT, SUMMARY_FILE
+
+pytestmark = pytest.mark.slow
+
+
+def test_a_run_logs_evaluates_and_saves_when_its_config_says(tiny_run):
+    _, workdir = tiny_run
+    config = train_config_from(json.loads((workdir / CONFIG_FILE).read_text()))
+    every = (config.log.every_steps, config.evaluation.every_steps, config.checkpoint.every_steps)
+    assert every == (3, 4, 3) and PHASE_STEPS == (6, 4)
+    assert [row["step"] for row in recorded(workdir, "train")] == list(range(1, NUM_STEPS + 1))
+    # The first step, the ends of phases, and what log.every_steps divides.
+    assert {step for tag, step in tensorboard_scalars(workdir) if tag == "train/loss"} == {1, 3, 6, 9, 10}
+    assert [row["step"] for row in recorded(workdir, "eval")] == [4, 6, 8, 10]
+    assert checkpoint_steps(workdir) == [3, 6, 9, 10]
+
+
+def test_a_run_says_at_its_end_what_it_did(tiny_run):
+    _, workdir = tiny_run
+    summary = json.loads((workdir / SUMMARY_FILE).read_text())
+    assert (summary["num_steps"], summary["num_tokens"]) == (NUM_STEPS, NUM_STEPS * TOKENS_PER_STEP)
+    last = recorded(workdir, "eval")[-1]
+    assert summary["heldout"] == {name: last[name] for name in summary["heldout"]}
+    assert summary["sample"]["prompt"] == "Return the number of" and summary["sample"]["continuation"]
+    assert {"step", "compile", "checkpoint", "evaluation", "total"} <= summary["seconds"].keys()
+    for picture in (LOSS_PLOT, POSITION_PLOT):
+        assert (workdir / picture).read_bytes().startswith(b"\x89PNG")
+    assert any((workdir / COMPILE_CACHE).iterdir())
