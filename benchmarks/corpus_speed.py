@@ -25,8 +25,9 @@ import datasketch
 import ftfy
 import numpy as np
 
+from btlm_jax.corpus.near_duplicates import MIN_CHARACTERS
 from btlm_jax.corpus.near_duplicates.lsh import SLIMPAJAMA, STRICT
-from btlm_jax.corpus.near_duplicates.normalize import MIN_CHARACTERS, is_shorter, normalized_pieces
+from btlm_jax.corpus.near_duplicates.normalize import is_shorter, normalized_pieces
 from btlm_jax.corpus.pack import pack
 from btlm_jax.corpus.stages.clean import fix_unicode
 from btlm_jax.tokenizers.byte_level import read_byte_level

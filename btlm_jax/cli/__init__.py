@@ -13,9 +13,13 @@ import sys
 from collections.abc import Callable, Sequence
 
 from btlm_jax import __version__
-from btlm_jax.cli.exit_codes import BAD_NUMBERS, DONE, ERROR, INTERRUPTED, PREEMPTED, USAGE, UsageError
 
-__all__ = ["BAD_NUMBERS", "DONE", "ERROR", "PREEMPTED", "USAGE", "UsageError", "entry", "main"]
+DONE, ERROR, USAGE, PREEMPTED, BAD_NUMBERS, INTERRUPTED = 0, 1, 2, 75, 76, 130
+
+
+class UsageError(Exception):
+    """The command line was wrong; the message says how and what would be right."""
+
 
 HELP = f"""btlm {__version__}: train BTLM-3B-8K style language models in JAX.
 

@@ -6,7 +6,7 @@ import difflib
 from pathlib import Path
 
 import btlm_jax
-from btlm_jax.cli.exit_codes import UsageError
+from btlm_jax.cli import UsageError
 
 
 def packaged_folder(name: str) -> Path:

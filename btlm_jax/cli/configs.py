@@ -6,8 +6,8 @@ import dataclasses
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
+from btlm_jax.cli import DONE
 from btlm_jax.cli.config_files import config_names, packaged_folder
-from btlm_jax.cli.exit_codes import DONE
 from btlm_jax.cli.parse import Flags
 
 if TYPE_CHECKING:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from btlm_jax.cli.exit_codes import DONE, UsageError
+from btlm_jax.cli import DONE, UsageError
 from btlm_jax.cli.parse import Flags
 
 CONVERT_HELP = """btlm convert: make a model of another form, and prove that it computes the same.

@@ -6,9 +6,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from btlm_jax.cli import corpus_stages
+from btlm_jax.cli import DONE, UsageError, corpus_stages
 from btlm_jax.cli.corpus_stages import log, print_stage, print_store
-from btlm_jax.cli.exit_codes import DONE, UsageError
 from btlm_jax.cli.parse import Flags
 from btlm_jax.cli.train import build_store, define_workdir
 

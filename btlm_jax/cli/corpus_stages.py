@@ -6,9 +6,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from btlm_jax.cli import DONE, UsageError
 from btlm_jax.cli.corpus_workers import HELP as WORKERS_HELP
 from btlm_jax.cli.corpus_workers import check_worker_flags, chosen_workers, define_worker_flags
-from btlm_jax.cli.exit_codes import DONE, UsageError
 from btlm_jax.cli.parse import Flags
 
 if TYPE_CHECKING:

@@ -8,7 +8,7 @@ import shlex
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING
 
-from btlm_jax.cli.exit_codes import UsageError
+from btlm_jax.cli import UsageError
 from btlm_jax.cli.parse import Flags
 
 if TYPE_CHECKING:

@@ -13,8 +13,8 @@ from typing import TYPE_CHECKING
 
 from absl import flags
 
+from btlm_jax.cli import UsageError
 from btlm_jax.cli.config_files import find_config
-from btlm_jax.cli.exit_codes import UsageError
 
 if TYPE_CHECKING:
     from btlm_jax.recipe.config import TrainConfig

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from btlm_jax.cli.exit_codes import DONE, ERROR, UsageError
+from btlm_jax.cli import DONE, ERROR, UsageError
 from btlm_jax.cli.parse import Flags
 from btlm_jax.storage.files import cache_directory, write_atomically
 

@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from btlm_jax.cli.exit_codes import BAD_NUMBERS, DONE, PREEMPTED
+from btlm_jax.cli import BAD_NUMBERS, DONE, PREEMPTED
 from btlm_jax.cli.parse import Flags
 
 if TYPE_CHECKING:

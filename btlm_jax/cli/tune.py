@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from btlm_jax.cli.exit_codes import DONE, ERROR, USAGE, UsageError
+from btlm_jax.cli import DONE, ERROR, USAGE, UsageError
 from btlm_jax.cli.parse import Flags
 
 TUNE_HELP = """btlm tune coord-check: train tiny models at several widths and see that nothing depends on the width.

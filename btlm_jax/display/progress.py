@@ -11,6 +11,8 @@ from typing import TextIO
 
 from tqdm import tqdm
 
+Log = Callable[[str], None]  # prints or writes one line
+
 
 def print_line(text: str) -> None:
     """Print a line to standard output, above the progress bar if one is shown."""

@@ -6,9 +6,8 @@ import shutil
 import pytest
 from support.tiny import REPOSITORY
 
-from btlm_jax.cli import main
+from btlm_jax.cli import UsageError, main
 from btlm_jax.cli.config_files import config_names, find_config, packaged_folder
-from btlm_jax.cli.exit_codes import UsageError
 from btlm_jax.plan.pod_table import table_beside
 
 

@@ -2,7 +2,7 @@
 
 import pytest
 
-from btlm_jax.cli.exit_codes import UsageError
+from btlm_jax.cli import UsageError
 from btlm_jax.cli.parse import Flags
 
 

@@ -12,8 +12,7 @@ from hypothesis import strategies as st
 from support import tiny_tokenizers
 from support.corpus_files import contents, made_up_text, write_raw
 
-from btlm_jax.cli import main
-from btlm_jax.cli.exit_codes import INTERRUPTED
+from btlm_jax.cli import INTERRUPTED, main
 from btlm_jax.corpus.engine.inputs import read_stage
 from btlm_jax.corpus.readers.records import read_records
 from btlm_jax.corpus.stages import tokenize as tokenizing

@@ -10,11 +10,11 @@ from collections.abc import Sequence
 from pathlib import Path, PurePosixPath
 from typing import BinaryIO
 
-from btlm_jax.corpus.engine.progress import Log
 from btlm_jax.corpus.engine.stage import FORMAT, MANIFEST_FILE, PLAN_FILE, fingerprint_of
 from btlm_jax.corpus.engine.tasks import Input, Task
 from btlm_jax.corpus.readers.raw import SUFFIXES, are_plain_lines, is_raw
 from btlm_jax.corpus.readers.tables import TFDS_SHARD
+from btlm_jax.display.progress import Log
 from btlm_jax.storage.files import hash_file
 from btlm_jax.storage.location import PathOrUrl, list_files, open_binary
 

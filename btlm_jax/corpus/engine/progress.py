@@ -11,11 +11,9 @@ from multiprocessing.sharedctypes import Synchronized
 from pathlib import Path
 from typing import NamedTuple
 
-from btlm_jax.display.progress import RateLimit
+from btlm_jax.display.progress import Log, RateLimit
 
 INTERVAL = 5.0  # seconds between lines
-
-Log = Callable[[str], None]
 
 
 class SharedCounters(NamedTuple):

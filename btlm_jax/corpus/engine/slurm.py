@@ -31,10 +31,11 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from btlm_jax.corpus.engine.progress import Log, Progress
+from btlm_jax.corpus.engine.progress import Progress
 from btlm_jax.corpus.engine.slurm_worker import CLAIMS_FOLDER, FAILED_FOLDER, WORK_FILE, TaskList, claim_path
 from btlm_jax.corpus.engine.tasks import DONE_FOLDER, Task, TaskFunction, record_path
 from btlm_jax.corpus.engine.workers import OnDone
+from btlm_jax.display.progress import Log
 from btlm_jax.storage.files import write_atomically
 
 FOLDER, NAME_FILE, _SCRIPT = "slurm", "name", "worker.sh"

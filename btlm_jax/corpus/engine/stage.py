@@ -20,10 +20,11 @@ import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from btlm_jax.corpus.engine.progress import Log, Progress
+from btlm_jax.corpus.engine.progress import Progress
 from btlm_jax.corpus.engine.slurm import wait_for_earlier_job
 from btlm_jax.corpus.engine.tasks import DONE_FOLDER, Task, TaskFunction, finished_record
 from btlm_jax.corpus.engine.workers import Workers
+from btlm_jax.display.progress import Log
 from btlm_jax.storage.files import delete_temporary_files, exclusive_lock, write_atomically
 
 FORMAT = "btlm-corpus-stage"

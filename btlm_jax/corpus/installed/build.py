@@ -12,12 +12,12 @@ import time
 from collections import Counter
 from pathlib import Path
 
-from btlm_jax.corpus.engine.progress import Log
 from btlm_jax.corpus.installed.documents import SOURCES, Document, describe_installation, installed_documents
 from btlm_jax.corpus.installed.duplicates import drop_near_duplicates, drop_repeated_paragraphs
 from btlm_jax.corpus.pack import pack, write_shards, write_tfds_metadata
 from btlm_jax.data import store
 from btlm_jax.data.store import TokenBlock
+from btlm_jax.display.progress import Log
 from btlm_jax.recipe.config import CorpusConfig
 from btlm_jax.storage.files import scratch_directory, sync_and_hash
 from btlm_jax.tokenizers.sentencepiece_bpe import (

@@ -14,9 +14,9 @@ from collections.abc import Iterable
 import numpy as np
 
 from btlm_jax.corpus.installed.documents import Document
+from btlm_jax.corpus.near_duplicates import MIN_CHARACTERS
 from btlm_jax.corpus.near_duplicates.lsh import STRICT, Clusters, band_keys, bucket_pairs, survivors
 from btlm_jax.corpus.near_duplicates.minhash import one_permutation
-from btlm_jax.corpus.near_duplicates.normalize import MIN_CHARACTERS
 
 BINS = STRICT.bands * STRICT.rows
 THRESHOLD = 0.8

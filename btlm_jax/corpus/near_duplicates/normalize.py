@@ -11,7 +11,6 @@ from collections.abc import Iterator
 
 import numpy as np
 
-MIN_CHARACTERS = 200  # SlimPajama drops shorter documents
 _PUNCTUATION = string.punctuation.encode()
 _SPACE = 0x20
 _DELETED = 0xFFFFFFFF  # not a character code

@@ -19,13 +19,14 @@ import ftfy
 
 from btlm_jax.corpus.engine.counts import DocumentCounts
 from btlm_jax.corpus.engine.inputs import make_tasks, raw_inputs
-from btlm_jax.corpus.engine.progress import Log
 from btlm_jax.corpus.engine.stage import Stage, run_stage
 from btlm_jax.corpus.engine.tasks import Heartbeat, LocalInput, LocalTask
 from btlm_jax.corpus.engine.workers import Workers
-from btlm_jax.corpus.near_duplicates.normalize import MIN_CHARACTERS, is_shorter
+from btlm_jax.corpus.near_duplicates import MIN_CHARACTERS
+from btlm_jax.corpus.near_duplicates.normalize import is_shorter
 from btlm_jax.corpus.readers.raw import BadFileError, Defect, read_raw
 from btlm_jax.corpus.readers.records import Record, ShardWriter
+from btlm_jax.display.progress import Log
 from btlm_jax.storage.files import AtomicFile
 from btlm_jax.storage.location import PathOrUrl
 

@@ -12,13 +12,13 @@ from pathlib import Path
 import numpy as np
 
 from btlm_jax.corpus.engine.inputs import raw_inputs
-from btlm_jax.corpus.engine.progress import Log
 from btlm_jax.corpus.engine.tasks import local_copies
 from btlm_jax.corpus.near_duplicates.lsh import STRICT, band_keys
 from btlm_jax.corpus.near_duplicates.normalize import normalized_pieces
 from btlm_jax.corpus.readers.frames import BadFileError
 from btlm_jax.corpus.readers.raw import read_raw
 from btlm_jax.corpus.readers.records import Record
+from btlm_jax.display.progress import Log
 from btlm_jax.storage.location import PathOrUrl
 
 WORDS = 13  # of an n-gram that counts as contamination, as for GPT-3 (arXiv 2005.14165, appendix C)

@@ -22,13 +22,13 @@ import numpy as np
 
 from btlm_jax.corpus.engine.counts import DocumentCounts
 from btlm_jax.corpus.engine.inputs import read_stage, stage_inputs
-from btlm_jax.corpus.engine.progress import Log
 from btlm_jax.corpus.engine.stage import Stage, accept_all, run_stage
 from btlm_jax.corpus.engine.tasks import Heartbeat, LocalTask, Task
 from btlm_jax.corpus.engine.workers import Workers
 from btlm_jax.corpus.near_duplicates.lsh import PRESETS, Clusters, Preset, all_agree, band_keys, bucket_pairs, survivors
 from btlm_jax.corpus.near_duplicates.normalize import normalized_pieces
 from btlm_jax.corpus.readers.records import Record, ShardWriter, load_array, read_records, save_array, utf8_pieces
+from btlm_jax.display.progress import Log
 
 RECIPE = 1  # raise when the steps change
 PARTITION_DOCUMENTS = 1 << 22  # a task holds the keys of so many documents

@@ -23,7 +23,6 @@ import numpy as np
 
 from btlm_jax.corpus.engine.counts import DocumentCounts
 from btlm_jax.corpus.engine.inputs import read_stage, stage_inputs
-from btlm_jax.corpus.engine.progress import Log
 from btlm_jax.corpus.engine.stage import Stage, accept_all, run_stage
 from btlm_jax.corpus.engine.tasks import Heartbeat, LocalTask, Task
 from btlm_jax.corpus.engine.workers import Workers
@@ -46,6 +45,7 @@ from btlm_jax.corpus.stages.contamination import (
     shares_ngram,
     strict_signature,
 )
+from btlm_jax.display.progress import Log
 from btlm_jax.storage.location import PathOrUrl
 
 RECIPE = 1  # raise when the steps change

@@ -18,7 +18,6 @@ from pathlib import Path
 import numpy as np
 
 from btlm_jax.corpus.engine.inputs import read_stage, stage_inputs
-from btlm_jax.corpus.engine.progress import Log
 from btlm_jax.corpus.engine.stage import Stage, accept_all, run_stage
 from btlm_jax.corpus.engine.tasks import Heartbeat, LocalTask, Task
 from btlm_jax.corpus.engine.workers import Workers
@@ -27,6 +26,7 @@ from btlm_jax.corpus.readers.records import load_array, read_records, save_array
 from btlm_jax.corpus.stages.split import TEST, TRAIN, VALIDATION
 from btlm_jax.data import store
 from btlm_jax.data.store import TokenBlock
+from btlm_jax.display.progress import Log
 from btlm_jax.storage.files import renamed_at_end, write_atomically
 from btlm_jax.tokenizers.gpt2 import fastest_tokenizer
 from btlm_jax.tokenizers.sentencepiece_bpe import SENTENCEPIECE

@@ -8,12 +8,12 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from btlm_jax.corpus.engine.inputs import read_stage, stage_inputs
-from btlm_jax.corpus.engine.progress import Log
 from btlm_jax.corpus.engine.stage import Stage, accept_all, run_stage
 from btlm_jax.corpus.engine.tasks import Heartbeat, LocalTask, Task
 from btlm_jax.corpus.engine.workers import LocalWorkers
 from btlm_jax.corpus.readers.records import output_entry, read_records
 from btlm_jax.corpus.stages.split import TRAIN
+from btlm_jax.display.progress import Log
 from btlm_jax.storage.files import AtomicFile
 from btlm_jax.tokenizers import byte_level
 from btlm_jax.tokenizers.sentencepiece_bpe import SENTENCEPIECE, TOKENIZER_BYTES, TOKENIZER_FILE, train_sentencepiece
