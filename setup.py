@@ -1,7 +1,7 @@
 """Put the top-level folders configs/ and launch/ into wheels, as btlm_jax/configs and btlm_jax/launch.
 
 Everything else about the package is in setup.cfg. An editable installation and a checkout find the folders where they
-are (btlm_jax/cli/config_files.py).
+are (btlm_jax/cli/parse.py).
 """
 
 from setuptools import setup

@@ -9,7 +9,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-TPU_LANES = 128  # numbers side by side in a vector register of a TPU, and the width of its tiles
+from btlm_jax.parallel.mesh import TPU_LANES
+
 NUM_PARTS = 3  # of a slope: 3 x 8 bits are a float32's 24
 NUM_LANES = 4 * NUM_PARTS
 MAX_LENGTH = 1 << 16  # multiples of 256 below it have 8 significant bits

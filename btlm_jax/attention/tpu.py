@@ -28,10 +28,10 @@ from jax.experimental.pallas import tpu as pltpu
 
 from btlm_jax.attention import remat_names
 from btlm_jax.attention.alibi import window_of
-from btlm_jax.attention.alibi_lanes import TPU_LANES, head_of_lane, whole_tiles
+from btlm_jax.attention.alibi_lanes import head_of_lane, whole_tiles
 from btlm_jax.attention.tpu_kernels import Heads, backward_kernel, forward_kernel, scratch_of_split_heads
 from btlm_jax.attention.ulysses import all_to_all, heads_to_seq, merge_pieces, seq_to_heads, split_pieces
-from btlm_jax.parallel.mesh import Axes, device_kind
+from btlm_jax.parallel.mesh import TPU_LANES, Axes, device_kind
 
 FORWARD, BACKWARD = "alibi_forward", "alibi_backward"  # the kernels' names in a compiled program
 _MIB = 1 << 20

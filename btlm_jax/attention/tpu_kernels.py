@@ -20,7 +20,8 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from btlm_jax.attention.alibi_lanes import TPU_LANES, whole_tiles
+from btlm_jax.attention.alibi_lanes import whole_tiles
+from btlm_jax.parallel.mesh import TPU_LANES
 
 MASKED = -1e30  # finite, so that no inf - inf can occur
 _PLAIN, _TRANSPOSED = (((1,), (0,)), ((), ())), (((1,), (1,)), ((), ()))  # a @ b, a @ b.T

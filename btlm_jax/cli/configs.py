@@ -7,8 +7,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from btlm_jax.cli import DONE
-from btlm_jax.cli.config_files import config_names, packaged_folder
-from btlm_jax.cli.parse import Flags
+from btlm_jax.cli.parse import Flags, config_names, packaged_folder
 
 if TYPE_CHECKING:
     from btlm_jax.recipe.config import TrainConfig

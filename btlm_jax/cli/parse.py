@@ -1,4 +1,6 @@
-"""Flags of every verb: defined, parsed, explained and read in one way. The only importer of absl.flags.
+"""Flags of every verb: defined, parsed, explained and read in one way; and the files that --config names.
+
+The only importer of absl.flags.
 
 A flag's name has underscores, as absl's have; hyphens are accepted in their place, in keys of the config too, and
 `--no-search` for absl's `--nosearch`.
@@ -6,6 +8,7 @@ A flag's name has underscores, as absl's have; hyphens are accepted in their pla
 
 from __future__ import annotations
 
+import difflib
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -13,8 +16,8 @@ from typing import TYPE_CHECKING
 
 from absl import flags
 
+import btlm_jax
 from btlm_jax.cli import UsageError
-from btlm_jax.cli.config_files import find_config
 
 if TYPE_CHECKING:
     from btlm_jax.recipe.config import TrainConfig
@@ -190,6 +193,33 @@ class Flags:
     def _explain(self) -> str:
         names = [name for name in self._values if name != "h" and "." not in name]
         return "flags:\n" + "\n".join(f"  --{name:<15} {self._values[name].help}" for name in names) + "\n"
+
+
+def packaged_folder(name: str) -> Path:
+    """Return the folder of configs or of launch scripts: inside the installed package, or beside it in a checkout."""
+    package = Path(btlm_jax.__file__).parent
+    return package / name if (package / name).is_dir() else package.parent / name
+
+
+def config_names() -> list[str]:
+    """Return the names that --config takes: paths under configs/, without .py."""
+    folder = packaged_folder("configs")
+    return sorted(path.relative_to(folder).with_suffix("").as_posix() for path in folder.rglob("*.py"))
+
+
+def find_config(given: str) -> Path:
+    """Return the file that --config names: the path if there is such a file, otherwise the packaged config.
+
+    Raises:
+      UsageError: it is neither.
+    """
+    if Path(given).is_file():
+        return Path(given)
+    if given in (names := config_names()):
+        return packaged_folder("configs") / f"{given}.py"
+    close = difflib.get_close_matches(given.removeprefix("configs/").removesuffix(".py"), names, n=1)
+    hint = f"; did you mean --config={close[0]}?" if close else ""
+    raise UsageError(f"--config={given} is neither a file nor one of {', '.join(names)} (btlm configs){hint}")
 
 
 def _config_path(given: str) -> str:

@@ -21,14 +21,13 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import PartitionSpec
 
-from btlm_jax.attention.alibi_lanes import TPU_LANES
 from btlm_jax.parallel.collectives import (
     REPLICA_AXES,
     gather_kernel,
     scatter_kernel_gradient,
     with_row_major_layout,
 )
-from btlm_jax.parallel.mesh import FSDP, TENSOR, AxisRules, device_head_order, num_ways, platform
+from btlm_jax.parallel.mesh import FSDP, TENSOR, TPU_LANES, AxisRules, device_head_order, num_ways, platform
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -25,8 +25,9 @@ from support.attention import (
 from support.tpu import needs_libtpu
 
 from btlm_jax.attention.alibi import alibi_slopes
-from btlm_jax.attention.alibi_lanes import MAX_LENGTH, NUM_LANES, TPU_LANES, alibi_lanes, bfloat16_parts
+from btlm_jax.attention.alibi_lanes import MAX_LENGTH, NUM_LANES, alibi_lanes, bfloat16_parts
 from btlm_jax.attention.splash import MAX_BLOCK, block_size
+from btlm_jax.parallel.mesh import TPU_LANES
 from btlm_jax.plan.chips import slice_devices
 
 

@@ -7,7 +7,7 @@ import pytest
 from support.tiny import REPOSITORY
 
 from btlm_jax.cli import UsageError, main
-from btlm_jax.cli.config_files import config_names, find_config, packaged_folder
+from btlm_jax.cli.parse import config_names, find_config, packaged_folder
 from btlm_jax.plan.pod_table import table_beside
 
 
