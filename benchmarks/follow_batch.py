@@ -93,7 +93,7 @@ def follow_batch(directory: Path) -> Calls:
     config = _config()
     _pack_store(directory, block_len=config.curriculum.table.block_len)
     curriculum = config.curriculum.table
-    mesh = make_run_mesh(config, devices=jax.devices()[:1])
+    mesh = make_run_mesh(config.mesh, curriculum=config.curriculum.table, devices=jax.devices()[:1])
     program = make_program(config, mesh)
     state = init_state(program.model, program.optimizer, mesh, seed=config.seed)
     loader = TrainLoader(
@@ -121,7 +121,8 @@ def follow_batch(directory: Path) -> Calls:
 
 def follow_product() -> Calls:
     """Record the product of one layer's projection `up`, forward and backward."""
-    mesh = make_run_mesh(_config(), devices=jax.devices()[:1])
+    config = _config()
+    mesh = make_run_mesh(config.mesh, curriculum=config.curriculum.table, devices=jax.devices()[:1])
     calls = Calls()
     with jax.set_mesh(mesh):
         projection = make_projection(in_shape=(D,), in_axes=("embed",), out_shape=(F,), out_axes=("mlp",), rules=RULES)

@@ -23,7 +23,8 @@ from jax.experimental import mesh_utils
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 
 from btlm_jax.parallel.divisibility import divisors
-from btlm_jax.recipe.config import TrainConfig
+from btlm_jax.recipe.config import MeshConfig
+from btlm_jax.recipe.curriculum import Curriculum
 
 # The second is "shared" in checkpoints' shardings and in the text of programs, by whose hash `btlm plan` and
 # configs/pods/table.json know them: another name there would have every program compiled again.
@@ -94,8 +95,9 @@ def make_mesh(
 
 
 def make_run_mesh(
-    config: TrainConfig,
+    config: MeshConfig,
     *,
+    curriculum: Curriculum,
     devices: Sequence[jax.Device],  # pyright: ignore[reportInvalidTypeForm] # jax declares it as a variable
 ) -> Mesh:
     """Make the mesh of a run: sequences are split no more ways than some phase's batch can fill.
@@ -103,14 +105,14 @@ def make_run_mesh(
     Raises:
       ValueError: mesh.tensor x mesh.context does not divide the number of devices.
     """
-    tensor, ways = config.mesh.tensor, config.mesh.context
+    tensor, ways = config.tensor, config.context
     fsdp = len(devices) // (tensor * ways)
-    batches = [phase.batch_size for phase in config.curriculum.table.phases]
+    batches = [phase.batch_size for phase in curriculum.phases]
     batch_ways = max(
         (
             divisor
             for divisor in divisors(ways)
-            if any(batch % (max(fsdp, 1) * config.mesh.accumulation * divisor) == 0 for batch in batches)
+            if any(batch % (max(fsdp, 1) * config.accumulation * divisor) == 0 for batch in batches)
         ),
         default=1,
     )

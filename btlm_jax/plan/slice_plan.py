@@ -126,7 +126,7 @@ def program_on(config: TrainConfig, devices: Sequence[jax.Device]) -> Program:
     Raises:
       ValueError: its mesh does not divide them.
     """
-    return make_program(config, make_run_mesh(config, devices=devices))
+    return make_program(config, make_run_mesh(config.mesh, curriculum=config.curriculum.table, devices=devices))
 
 
 def _plan_phases(

@@ -69,7 +69,7 @@ def train(
         log(layout_note)
     make_workdir(workdir)
     check_divisible(config, num_devices=jax.device_count())
-    mesh = make_run_mesh(config, devices=jax.devices())
+    mesh = make_run_mesh(config.mesh, curriculum=config.curriculum.table, devices=jax.devices())
     checkpointer = Checkpointer(workdir, config=config.checkpoint)
     try:
         position = last_position(checkpointer, config)
@@ -112,7 +112,7 @@ def train(
 
 def dry_run(config: TrainConfig) -> str:
     """Return the whole plan of a run; only shapes are computed, so a 3B plan takes seconds."""
-    mesh = make_run_mesh(config, devices=jax.devices())
+    mesh = make_run_mesh(config.mesh, curriculum=config.curriculum.table, devices=jax.devices())
     plan = describe_run(config, make_program(config, mesh).table)
     try:
         check_divisible(config, num_devices=mesh.size)

@@ -136,7 +136,7 @@ def test_the_scheduled_product_in_bfloat16_is_the_plain_one_rounded(side, is_fro
 
 def test_a_model_of_plain_projections_has_the_same_hidden_states_and_gradients():
     config = tiny_config(mesh__tensor=2)
-    mesh = make_run_mesh(config, devices=jax.devices()[:4])
+    mesh = make_run_mesh(config.mesh, curriculum=config.curriculum.table, devices=jax.devices()[:4])
     program = make_program(config, mesh)
     params = init_state(program.model, program.optimizer, mesh, seed=3).params
     inputs = np.random.default_rng(4).integers(0, config.model.vocab_size, (1, B, 24)).astype(np.int32)
@@ -213,7 +213,7 @@ def test_a_step_in_a_tpus_layout_is_the_same_step():
     batch["weights_BT"] = np.ones(batch["inputs_BT"].shape, np.float32)
 
     def step(platform: str):
-        mesh = make_run_mesh(config, devices=jax.devices()[:2])
+        mesh = make_run_mesh(config.mesh, curriculum=config.curriculum.table, devices=jax.devices()[:2])
         with on_a(platform), jax.set_mesh(mesh):
             program = make_program(config, mesh)
             state = init_state(program.model, program.optimizer, mesh, seed=3)

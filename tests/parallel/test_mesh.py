@@ -16,8 +16,9 @@ def test_the_mesh_is_explicit_and_takes_every_device():
     assert set(mesh.axis_types) == {AxisType.Explicit}
     with pytest.raises(ValueError, match="mesh.tensor=3 does not divide the 8 devices"):
         make_mesh(devices=jax.devices(), tensor=3)
+    config = tiny_config(mesh__tensor=2, mesh__context=3)
     with pytest.raises(ValueError, match="mesh.tensor=2 x mesh.context=3 does not divide the 8 devices"):
-        make_run_mesh(tiny_config(mesh__tensor=2, mesh__context=3), devices=jax.devices())
+        make_run_mesh(config.mesh, curriculum=config.curriculum.table, devices=jax.devices())
 
 
 def test_rules_give_specs():
@@ -46,7 +47,7 @@ def test_each_phase_splits_positions_the_fewest_ways_that_its_batch_allows(
         curriculum__num_tokens=tokens, optimizer__warmup_tokens=0, evaluation__batch_size=8,
     )  # fmt: skip
     check_divisible(config, num_devices=8)
-    mesh = make_run_mesh(config, devices=jax.devices())
+    mesh = make_run_mesh(config.mesh, curriculum=config.curriculum.table, devices=jax.devices())
     assert tuple(mesh.shape[axis] for axis in ("fsdp", "shared", "context")) == shape
     rules = [rules_for(batch, mesh=mesh, accumulation=accumulation) for batch in batches]
     assert [each is MANY_SEQUENCES for each in rules] == list(phases_of_many)

@@ -141,7 +141,9 @@ def test_executed_flops_are_the_closed_form(remat, tensor):
         model__attention="reference", model__remat=remat, model__loss_chunk=12, model__d_ff=56, mesh__tensor=tensor
     )
     phase = config.curriculum.table.phases[1]
-    program = make_program(config, make_run_mesh(config, devices=jax.devices()))
+    program = make_program(
+        config, make_run_mesh(config.mesh, curriculum=config.curriculum.table, devices=jax.devices())
+    )
     work = count_step_work(program.trace_train_step(phase).jaxpr.jaxpr)
     model, T = config.model, phase.seq_len
     L, D, F = model.num_layers, model.d_model, model.d_ff
@@ -161,7 +163,9 @@ def test_kernels_are_counted_by_the_blocks_of_the_lower_triangle(remat, num_forw
         model__attention=attention, model__remat=remat, curriculum__seq_len=(T, T), curriculum__batch_size=(8, 8),
         curriculum__num_tokens=(8 * T, 8 * T), optimizer__warmup_tokens=8 * T, mesh__tensor=2,
     )  # fmt: skip
-    program = make_program(config, make_run_mesh(config, devices=jax.devices()))
+    program = make_program(
+        config, make_run_mesh(config.mesh, curriculum=config.curriculum.table, devices=jax.devices())
+    )
     phase = config.curriculum.table.phases[0]
     work = count_step_work(program.trace_train_step(phase).jaxpr.jaxpr)
     heads = phase.batch_size * config.model.num_heads * config.model.num_layers

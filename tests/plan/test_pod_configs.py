@@ -43,7 +43,7 @@ def test_every_pod_divides_and_fits_with_memory_to_spare(file):
 @pytest.mark.parametrize("file", FILES, ids=lambda file: file.stem)
 def test_every_pod_has_a_mesh_of_its_slice(file):
     pod = read_pod_config(file)
-    mesh = make_run_mesh(pod.config, devices=slice_devices(pod.topology))
+    mesh = make_run_mesh(pod.config.mesh, curriculum=pod.config.curriculum.table, devices=slice_devices(pod.topology))
     ways = pod.config.mesh
     assert mesh.shape["shared"] * mesh.shape["context"] == ways.context and mesh.shape["tensor"] == ways.tensor
 

@@ -46,7 +46,7 @@ class Run:
 
 def run(config, *, devices: int) -> Run:
     """Take a step of each phase in turn."""
-    mesh = make_run_mesh(config, devices=jax.devices()[:devices])
+    mesh = make_run_mesh(config.mesh, curriculum=config.curriculum.table, devices=jax.devices()[:devices])
     program = make_program(config, mesh)
     model, phases = program.model, config.curriculum.table.phases
     state = init_state(model, program.optimizer, mesh, seed=5)
