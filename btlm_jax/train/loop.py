@@ -26,8 +26,7 @@ from btlm_jax.train import CONFIG_FILE, METRICS_FILE
 from btlm_jax.train.checkpoint import Checkpointer, Position, last_position
 from btlm_jax.train.finish import ContinuePrompt, evaluate_some, finish_run, finished_report
 from btlm_jax.train.flops import FLOPS_CONVENTION, flops_per_token, peak_flops
-from btlm_jax.train.goodput import GoodputLedger
-from btlm_jax.train.metric_writer import MetricWriter
+from btlm_jax.train.metric_writer import GoodputLedger, MetricWriter
 from btlm_jax.train.program import make_program
 from btlm_jax.train.run_summary import describe_run
 from btlm_jax.train.setup import BuildStore, Run, log, make_run, make_workdir, prepare_store

@@ -1,11 +1,14 @@
-"""Record a run's numbers: metrics.jsonl (every step, exact), TensorBoard, and a console line or bar."""
+"""Record a run's numbers: metrics.jsonl (every step, exact), TensorBoard, a console line or bar, and wall seconds."""
 
 from __future__ import annotations
 
 import collections
+import contextlib
 import datetime
 import json
 import math
+import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import TracebackType
 from typing import Protocol, TextIO
@@ -14,7 +17,6 @@ from btlm_jax.display.progress import StepBar, print_line
 from btlm_jax.recipe.curriculum import Curriculum
 from btlm_jax.storage.files import write_atomically
 from btlm_jax.train import METRICS_FILE, TENSORBOARD
-from btlm_jax.train.goodput import GoodputLedger
 
 SMOOTHING_STEPS = 20  # tokens/s, MFU and the ETA on the console are means over this many steps
 LINE_SECONDS = 2.0  # between lines of the console, at least
@@ -45,6 +47,50 @@ def read_metrics(path: Path) -> list[dict]:
         elif number < len(lines):
             raise ValueError(f"{path}, line {number}: not a JSON object; delete that line to read the rest")
     return rows
+
+
+class GoodputLedger:
+    """Wall seconds of one thread by category, such as "data wait"; an inner category pauses the outer one."""
+
+    def __init__(self, clock: Callable[[], float] = time.monotonic):
+        self._clock = clock
+        self._began = self._charged = clock()
+        self._seconds: dict[str, float] = {}
+        self._running: list[str] = []
+
+    @contextlib.contextmanager
+    def measure(self, name: str) -> Iterator[None]:
+        """Count the time inside the `with` block to category `name`."""
+        self._charge()
+        self._running.append(name)
+        try:
+            yield
+        finally:
+            self._charge()
+            self._running.pop()
+
+    def seconds(self) -> dict[str, float]:
+        """Return the seconds of every category up to now, the running one included, and the "total" since the start."""
+        self._charge()
+        return {**self._seconds, "total": self._charged - self._began}
+
+    def describe(self) -> str:
+        """Return one line: the total, and each category's share of it, largest first."""
+        seconds = self.seconds()
+        total = seconds.pop("total")
+        seconds["other"] = total - sum(seconds.values())
+        shares = [
+            f"{name} {value / total if total else 0:.1%}"
+            for name, value in sorted(seconds.items(), key=lambda item: -item[1])
+        ]
+        return f"Time {datetime.timedelta(seconds=round(total))}: {', '.join(shares)}"
+
+    def _charge(self) -> None:
+        now = self._clock()
+        if self._running:
+            name = self._running[-1]
+            self._seconds[name] = self._seconds.get(name, 0.0) + now - self._charged
+        self._charged = now
 
 
 def remaining_seconds(

@@ -23,7 +23,7 @@ from btlm_jax.recipe.optimizer import learning_rate_at
 from btlm_jax.storage.files import write_atomically
 from btlm_jax.storage.location import resolve_location
 from btlm_jax.train import COMPILE_CACHE
-from btlm_jax.train.goodput import GoodputLedger
+from btlm_jax.train.metric_writer import GoodputLedger
 from btlm_jax.train.program import Program
 from btlm_jax.train.step import abstract_batch, make_eval_step
 

@@ -2,7 +2,7 @@
 
 import pytest
 
-from btlm_jax.train.goodput import GoodputLedger
+from btlm_jax.train.metric_writer import GoodputLedger
 
 
 class Clock:

@@ -11,8 +11,7 @@ from support.tensorboard import tensorboard_scalars
 
 from btlm_jax.recipe.curriculum import make_curriculum
 from btlm_jax.train import METRICS_FILE
-from btlm_jax.train.goodput import GoodputLedger
-from btlm_jax.train.metric_writer import MetricWriter, read_metrics, remaining_seconds
+from btlm_jax.train.metric_writer import GoodputLedger, MetricWriter, read_metrics, remaining_seconds
 
 # 4 steps of 12 x 16 and 5 steps of 4 x 48, 192 tokens each; a token costs 1e6 and 3e6 FLOP.
 CURRICULUM = make_curriculum(seq_len=(16, 48), batch_size=(12, 4), num_tokens=(4 * 192, 5 * 192))
