@@ -51,7 +51,7 @@ def table_of(leaves: dict) -> dict:
 
 def make_config(**changes) -> OptimizerConfig:
     values = dict(
-        peak_learning_rate=0.012, end_learning_rate=1e-4, warmup_tokens=0, beta1=0.9, beta2=0.95, eps=1e-8,
+        peak_learning_rate=0.012, end_learning_rate=1e-4, warmup_tokens=0, beta1=0.8, beta2=0.95, eps=1e-8,
         weight_decay=0.1, clip_norm=1.0,
     )  # fmt: skip
     return OptimizerConfig(**{**values, **changes})
@@ -110,7 +110,7 @@ def test_all_multipliers_one_is_adamw_of_optax():
     ones = {name: (shape, 1.0, 1.0, 1.0) for name, (shape, *_) in LEAVES.items()}
     config, params = make_config(), normal(0, 1.0)
     grads, rates = [normal(1 + step, 0.3) for step in range(5)], [0.012] * 5
-    peer = optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(0.012, b1=0.9, b2=0.95, eps=1e-8, weight_decay=0.1))
+    peer = optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(0.012, b1=0.8, b2=0.95, eps=1e-8, weight_decay=0.1))
     expected = jax.tree.map(jnp.asarray, params)
     state = peer.init(expected)
     for grad in grads:
