@@ -14,6 +14,24 @@ os.environ.setdefault("MPLBACKEND", "agg")
 os.environ["RAY_AUTH_MODE"], os.environ["RAY_AUTH_TOKEN"] = "token", "only-for-tests" * 4  # read by importing ray
 
 
+@pytest.fixture(scope="session", autouse=True)
+def compile_cache(tmp_path_factory):
+    """Compile what several tests compile once in a run of pytest; its workers share the folder, locked by JAX.
+
+    JAX_COMPILATION_CACHE_DIR names another folder, which the next run finds.
+    """
+    import jax
+
+    folder = tmp_path_factory.getbasetemp()
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        folder = folder.parent
+    if not jax.config.jax_compilation_cache_dir:
+        jax.config.update("jax_compilation_cache_dir", str(folder / "compiled"))
+    jax.config.update("jax_compilation_cache_max_size", 1 << 33)  # a limit is what makes JAX lock
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
+    jax.config.update("jax_persistent_cache_enable_xla_caches", "none")  # as training sets it: it is part of the keys
+
+
 @pytest.fixture(scope="session")
 def token_store(tmp_path_factory):
     """The directory of a small real token store, which no test may change."""
