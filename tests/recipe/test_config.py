@@ -150,6 +150,10 @@ def test_every_choice_is_allowed(key, names):
         tiny_config(**{key: name})
 
 
+def test_head_dim():
+    assert tiny_config(model__d_model=40, model__num_heads=4).model.head_dim == 10
+
+
 def test_a_phase_is_named_whose_batch_accumulation_does_not_divide():
     with pytest.raises(ValueError, match="curriculum.batch_size=8 of phase 2 is not divisible by mesh.accumulation=16"):
         tiny_config(mesh__accumulation=16)
