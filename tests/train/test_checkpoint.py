@@ -134,11 +134,19 @@ def test_a_damaged_checkpoint_is_named_with_the_remedy(single, tmp_path):
 @pytest.mark.parametrize(
     "change, named",
     [
+        ({"model__vocab_size": 301}, "model.vocab_size: checkpoint 300, config 301"),
+        ({"model__num_layers": 3}, "model.num_layers: "),
         ({"model__d_model": 80}, "model.d_model: checkpoint 40, config 80"),
+        ({"model__num_heads": 5}, "model.num_heads: "),
+        ({"model__d_ff": 55}, "model.d_ff: "),
+        ({"model__layer_norm_eps": 1e-6}, "model.layer_norm_eps: "),
+        ({"model__dtype": "bfloat16"}, "model.dtype: checkpoint 'float32', config 'bfloat16'"),
         ({"model__alibi_scaling": 2.0}, "model.alibi_scaling"),
         ({"mup__init_std": 0.1}, "mup: "),
         ({"seed": 9}, "seed: checkpoint 1, config 9"),
         ({"data__seed": 9}, "data.seed"),
+        ({"curriculum__seq_len": (48, 24), "curriculum__batch_size": (8, 16)}, "curriculum.seq_len: "),
+        ({"curriculum__batch_size": (32, 16), "curriculum__num_tokens": (768, 768)}, "curriculum.batch_size: "),
         ({"curriculum__num_tokens": (5 * 384, 5 * 384)}, "before the last phase"),
     ],
 )
