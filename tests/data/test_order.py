@@ -99,16 +99,22 @@ def two_phases() -> Curriculum:
     return make_curriculum(seq_len=(4, 16), batch_size=(8, 2), num_tokens=(10 * 32, 4 * 32))
 
 
-def test_the_order_is_the_documented_composition_of_permutations():
-    order = make_order(two_phases(), num_blocks=31, block_len=16, seed=7)
+@pytest.mark.parametrize("per_block", [2, 4])
+def test_the_order_is_the_documented_composition_of_permutations(per_block):
+    length = 16 // per_block
+    curriculum = make_curriculum(seq_len=(length, 16), batch_size=(32 // length, 2), num_tokens=(10 * 32, 4 * 32))
+    order = make_order(curriculum, num_blocks=31, block_len=16, seed=7)
     first, last = order.curriculum.phases
     assert order.first_position(last) == 20
-    for sequence in (0, 1, 37, 79):
+    num_windows = 20 * per_block
+    for sequence in (0, 1, 37, num_windows - 1):
         window_seed, block_seed = derived_seed("windows", 7, 0, 0), derived_seed("blocks", 7, 0)
-        index = index_shuffle(index=sequence, max_index=79, seed=window_seed, rounds=4)
-        block = index_shuffle(index=index // 4, max_index=30, seed=block_seed, rounds=4)
+        index = index_shuffle(index=sequence, max_index=num_windows - 1, seed=window_seed, rounds=4)
+        block = index_shuffle(index=index // per_block, max_index=30, seed=block_seed, rounds=4)
         [window] = order.windows(first, sequences=[sequence])
-        assert (window.block, window.window) == (block, index % 4)
+        assert (window.block, window.window) == (block, index % per_block)
+    with pytest.raises(AssertionError, match=f"sequence {num_windows} is not of phase 1"):
+        order.windows(first, sequences=[num_windows])
     for sequence, position in ((0, 20), (10, 30)):
         block = index_shuffle(index=position, max_index=30, seed=derived_seed("blocks", 7, 0), rounds=4)
         [window] = order.windows(last, sequences=[sequence])
@@ -176,8 +182,10 @@ def test_length_must_divide_the_block():
 def test_only_the_last_phase_may_end_inside_a_block():
     curriculum = make_curriculum(seq_len=(4, 16), batch_size=(8, 2), num_tokens=(9 * 32, 3 * 32))
     make_order(curriculum, num_blocks=31, block_len=32, seed=7)
-    with pytest.raises(ValueError, match="phase 1 trains 288 tokens.*blocks of 64.*multiple of 64"):
+    with pytest.raises(ValueError, match="phase 1 trains 288 tokens.*blocks of 64.*multiple of 64,"):
         make_order(curriculum, num_blocks=31, block_len=64, seed=7)
+    with pytest.raises(ValueError, match="phase 1 trains 320 tokens.*blocks of 48.*multiple of 96,"):  # of steps too
+        make_order(two_phases(), num_blocks=31, block_len=48, seed=7)
 
 
 def test_more_windows_than_32_bits_are_refused():
