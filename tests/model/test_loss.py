@@ -30,8 +30,14 @@ def case():
     return hidden_BTD, table_VD, targets_BT, weights_BT
 
 
-@pytest.mark.parametrize("chunk", [1, 5, 6, 12, 50])  # 5 does not divide T, nor T on two devices
-@pytest.mark.parametrize("layout", [(1, 1, 1), (8, 1, 1), (4, 1, 2), (2, 1, 4), (2, 4, 1), (2, 2, 2)])
+@pytest.mark.parametrize(
+    "layout, chunk",
+    [
+        *(((1, 1, 1), chunk) for chunk in (1, 5, 6, 12, 50)),  # 5 does not divide T, nor T on two devices
+        *(((2, 2, 2), chunk) for chunk in (1, 2, 5)),
+        *((layout, 5) for layout in ((8, 1, 1), (4, 1, 2), (2, 1, 4), (2, 4, 1))),
+    ],
+)
 def test_sum_and_gradients_equal_the_plain_loss(case, chunk, layout):
     hidden_BTD, table_VD, targets_BT, weights_BT = case
 
