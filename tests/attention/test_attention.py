@@ -39,6 +39,7 @@ def test_output_and_gradients_match_float64(implementation, B, T, N, H):
         assert error < FLOAT32_ERROR, name
 
 
+@pytest.mark.slow
 def test_blockwise_matches_float64_when_blocks_share_widths():
     T = 2400
     assert T // block_size(T) > MAX_WIDTHS
@@ -118,8 +119,8 @@ def test_memory_grows_with_the_block_not_with_the_square(implementation):
     "implementation, mesh_shape",
     [
         *itertools.product(PORTABLE, [(1, 1, 1, 1), (4, 1, 1, 2), (2, 1, 1, 4), (1, 2, 2, 2), (1, 1, 4, 1)]),
-        ("tpu", (2, 1, 2, 2)),
-        ("splash", (2, 1, 2, 2)),
+        pytest.param("tpu", (2, 1, 2, 2), marks=pytest.mark.slow),
+        pytest.param("splash", (2, 1, 2, 2), marks=pytest.mark.slow),
     ],
 )
 def test_meshes_change_nothing(implementation, mesh_shape):
@@ -165,6 +166,7 @@ def test_a_remat_policy_can_keep_the_output_and_the_log_sum_exp():
     assert count_exponentials(saved) < count_exponentials(jax.checkpoint_policies.nothing_saveable)
 
 
+@pytest.mark.slow
 def test_slopes_are_constants():
     q, k, v, do, slopes_N = make_inputs(B=1, T=9, N=2, H=4)
     for implementation in RUN_HERE:

@@ -35,11 +35,11 @@ from btlm_jax.plan.chips import slice_devices
     "B, T, N, H, together",
     [
         (1, 150, 4, 64, 2),  # one block, partly padding; two programs of two heads
-        (2, 131, 6, 80, 6),  # heads that fill no whole tiles
-        (1, 600, 8, 80, 8),  # two blocks; heads across the border of tiles
+        pytest.param(*(2, 131, 6, 80, 6), marks=pytest.mark.slow),  # heads that fill no whole tiles
+        pytest.param(*(1, 600, 8, 80, 8), marks=pytest.mark.slow),  # two blocks; heads across the border of tiles
         (1, 70, 32, 128, 1),
-        (1, 140, 2, 192, 2),  # heads of a tile and a half
-        (1, 1100, 3, 24, 3),  # three blocks
+        pytest.param(*(1, 140, 2, 192, 2), marks=pytest.mark.slow),  # heads of a tile and a half
+        pytest.param(*(1, 1100, 3, 24, 3), marks=pytest.mark.slow),  # three blocks
     ],
 )
 def test_output_and_gradients_match_float64(B, T, N, H, together):
@@ -52,6 +52,7 @@ def test_output_and_gradients_match_float64(B, T, N, H, together):
         assert error < allowed, name
 
 
+@pytest.mark.slow
 def test_little_vector_memory_changes_no_bit():
     """Keys split again for every block of queries, and the backward pass in three spans."""
     *inputs, slopes_N = make_inputs(B=1, T=700, N=2, H=64)
@@ -68,6 +69,7 @@ def test_little_vector_memory_changes_no_bit():
         np.testing.assert_array_equal(np.asarray(one), np.asarray(other), err_msg=name)
 
 
+@pytest.mark.slow
 def test_bfloat16_errs_like_the_reference():
     *inputs, _ = make_inputs(B=1, T=1300, N=8, H=80, dtype=jnp.bfloat16)
     slopes_N = alibi_slopes(32, scaling=1.0)[[0, 2, 5, 9, 14, 20, 26, 31]]  # from steep to flat
@@ -104,6 +106,7 @@ def compile_for(topology: str, *, B: int, T: int, N: int, H: int):
         return jax.jit(step).lower(slopes, x, x, x, x).compile()
 
 
+@pytest.mark.slow
 @needs_libtpu
 @pytest.mark.parametrize(
     "topology, T, N, H, kernels",
@@ -123,6 +126,7 @@ def test_they_compile_for_tpus(topology, T, N, H, kernels):
     assert compiled.memory_analysis().temp_size_in_bytes <= 3 * rows + (kernels > 2) * 6 * rows * H
 
 
+@pytest.mark.slow
 @needs_libtpu
 def test_a_remat_policy_that_keeps_the_output_runs_the_forward_kernel_once():
     assert num_kernels_under_remat("tpu", num_heads=8) == (2, 3)
