@@ -188,6 +188,7 @@ def test_greedy_continuations_equal_the_published_code(directories, name, cache)
     assert made_BT.tolist() == expected_BT.tolist()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "settings",
     [{}, {"cache_implementation": "static"}, {"num_beams": 3}, {"use_cache": False}],
@@ -276,6 +277,7 @@ def test_chunked_attention_is_exact_in_float32():
     assert attention_error(chunked, qkv, settings, queries_T) < 3e-6
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("backend", [SDPBackend.FLASH_ATTENTION, SDPBackend.MATH])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_folded_attention_is_as_exact_as_a_mask(dtype, backend):
@@ -288,6 +290,7 @@ def test_folded_attention_is_as_exact_as_a_mask(dtype, backend):
     assert folded < 1.3 * attention_error(chunked, qkv, settings, queries_T)
 
 
+@pytest.mark.slow
 def test_folded_attention_counts_beyond_65536():
     qkv, settings = random_attention(T=66_000, dtype=torch.bfloat16, num_heads=1, head_dim=8)
     settings["slopes_N"] = torch.tensor([2.0**-8])
@@ -302,6 +305,7 @@ def small_model(directory: Path, **changes):
     return AutoModelForCausalLM.from_config(config, trust_remote_code=True)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("batch", [1, 2])
 def test_masks_stay_small_at_8192_tokens(directories, sdpa_masks, batch):
     model = small_model(directories["tiny"])
@@ -313,6 +317,7 @@ def test_masks_stay_small_at_8192_tokens(directories, sdpa_masks, batch):
     assert len(sdpa_masks) == 8 * batch and max(mask.numel() for mask in sdpa_masks) == 2 * 1024 * 8192
 
 
+@pytest.mark.slow
 def test_half_precision_makes_no_masks_until_it_decodes(directories, sdpa_masks):
     model = small_model(directories["tiny"]).to(torch.bfloat16)
     with torch.no_grad():
@@ -322,6 +327,7 @@ def test_half_precision_makes_no_masks_until_it_decodes(directories, sdpa_masks)
     assert sdpa_masks[1].shape == (1, 2, 1, 2001)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_no_masks_are_kept_for_gradients(directories, dtype):
     model, kept = small_model(directories["tiny"]).to(dtype).train(), []
@@ -374,6 +380,7 @@ def test_labels_of_minus_100_and_num_items_in_batch(tiny):
     assert divided == pytest.approx(losses_BT[0].sum().item() / 50, abs=10 * TOLERANCE)
 
 
+@pytest.mark.slow
 def test_dropout_is_used_in_training_only(directories):
     ids_BT = torch.arange(60)[None] % 20
     for name in ("resid_pdrop", "embd_pdrop", "attn_pdrop"):

@@ -26,6 +26,9 @@ START_SECONDS = 300.0  # of a Ray; an idle machine needs 5
 TRIES = 3  # Ray gives its parts 30 s to start, which a busy machine may need
 
 
+pytestmark = pytest.mark.slow  # a Ray starts
+
+
 @pytest.fixture(scope="module")
 def head():
     """The address of a cluster of two processors on this machine."""

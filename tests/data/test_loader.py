@@ -213,6 +213,7 @@ np.savez(Path(directory) / f"process-{process}.npz", num_reads=len(reads), **sha
 """
 
 
+@pytest.mark.slow
 def test_two_processes_read_their_halves_of_the_same_batches(tmp_path):
     write_tiny_store(tmp_path)
     with socket.socket() as free:

@@ -154,6 +154,7 @@ def test_no_position_sees_the_future(mesh):
     assert (before[:, 11:] != after[:, 11:]).any(-1).all()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("remat", ["full", "matmuls_saved"])
 def test_remat_changes_memory_and_not_gradients(remat, mesh):
     def loss_and_grads(config):

@@ -200,6 +200,7 @@ def test_the_lookup_and_its_gradient(mesh_shape):
     np.testing.assert_allclose(grad_VD, expected_VD, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_a_step_in_a_tpus_layout_is_the_same_step():
     """Positions split in two and exchanged for heads, in the layout that the TPU's kernels take."""
     config = tiny_config(

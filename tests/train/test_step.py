@@ -169,6 +169,7 @@ def test_evaluation_sums_the_plain_losses(single, plain):
         np.testing.assert_allclose(single.sums[name], value, rtol=1e-4, err_msg=name)
 
 
+@pytest.mark.slow
 def test_abstract_state_is_the_state():
     config = tiny_config(mesh__tensor=2)
     mesh = make_mesh(devices=jax.devices(), tensor=2)
@@ -183,6 +184,7 @@ def test_abstract_state_is_the_state():
     assert facts[0] == facts[1]
 
 
+@pytest.mark.slow
 def test_bfloat16_is_near_float32(single):
     result = run(tiny_config(model__dtype="bfloat16"), devices=1)
     for found, expected in zip(result.metrics, single.metrics, strict=True):
@@ -190,6 +192,7 @@ def test_bfloat16_is_near_float32(single):
         np.testing.assert_allclose(found["grad_norm"], expected["grad_norm"], rtol=3e-2)
 
 
+@pytest.mark.slow
 def test_tied_embedding_gradients_are_finite_and_equal_across_batch_shapes_under_remat():
     """The guard for jax issue 35409: one executable a batch shape, tied table, remat."""
     config = tiny_config(model__remat="full")
