@@ -15,6 +15,12 @@ os.environ.setdefault("MPLBACKEND", "agg")
 os.environ["RAY_AUTH_MODE"], os.environ["RAY_AUTH_TOKEN"] = "token", "only-for-tests" * 4  # read by importing ray
 
 
+def pytest_collection_modifyitems(items):
+    """Put the files with slow tests first: the workers that pytest-xdist hands whole files end at about one time."""
+    slow = {item.path for item in items if item.get_closest_marker("slow")}
+    items.sort(key=lambda item: item.path not in slow)
+
+
 @pytest.fixture(scope="session", autouse=True)
 def compile_cache(tmp_path_factory):
     """Compile what several tests compile once in a run of pytest; its workers share the folder, locked by JAX.
