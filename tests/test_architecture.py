@@ -134,3 +134,8 @@ def test_tests_share_code_in_support_only():
     for path in paths:
         imported = {part for name in imports_of(path.read_text()) for part in name.split(".")}
         assert not imported & names, path
+
+
+def test_every_test_file_has_a_name_of_its_own():
+    names = [path.name for path in Path(__file__).parent.rglob("test_*.py")]
+    assert sorted(set(names)) == sorted(names)

@@ -11,13 +11,13 @@ from support import llama_cpp
 from support.published_files import ORACLES, oracle_array
 from support.tiny_tokenizers import EOS, NASTY, TEXTS, tiny_byte_level
 
+from btlm_jax.convert import ggml
 from btlm_jax.convert.fold import FoldedTensors
 from btlm_jax.convert.ggml import num_bytes
 from btlm_jax.convert.gguf_vocabulary import SentencePieceVocabulary, vocabulary_of
 from btlm_jax.convert.prove_gguf import prove_tensors, prove_vocabulary
 from btlm_jax.convert.to_gguf import gguf_tensors, write_gguf
 from btlm_jax.convert.tokenizer_files import PROBES
-from btlm_jax.hub import ggml
 from btlm_jax.hub.gguf import GGUFFile, GGUFTokenizer, gguf_logits
 from btlm_jax.hub.huggingface import HuggingFaceTensors
 from btlm_jax.hub.numpy_network import streamed_logits
