@@ -1,17 +1,20 @@
-"""Put the top-level folders configs/ and launch/ into wheels, as btlm_jax/configs and btlm_jax/launch.
+"""What setup.cfg cannot say: the folders configs/ and launch/ go into wheels, and kernels built ahead make them binary.
 
-Everything else about the package is in setup.cfg. An editable installation and a checkout find the folders where they
-are (btlm_jax/cli/parse.py).
+An editable installation and a checkout find the folders where they are (btlm_jax/cli/parse.py).
 """
 
+from pathlib import Path
+
 from setuptools import setup
+from setuptools.command.bdist_wheel import bdist_wheel
 from setuptools.command.build_py import build_py
 
 FOLDERS = ("configs", "launch")
+HAS_KERNELS = any(Path("btlm_jax/kernels/prebuilt").glob("*.so"))  # from btlm build-kernels
 
 
 class BuildWithFolders(build_py):
-    """Copy the folders beside the package's modules, unless the installation is editable."""
+    """Copy the folders into the package, unless the installation is editable."""
 
     def run(self):
         super().run()
@@ -20,4 +23,16 @@ class BuildWithFolders(build_py):
                 self.copy_tree(folder, f"{self.build_lib}/btlm_jax/{folder}")
 
 
-setup(cmdclass={"build_py": BuildWithFolders})
+class WheelOfPlatform(bdist_wheel):
+    """Tag a wheel that carries compiled kernels for its platform; any Python may load them."""
+
+    def finalize_options(self):
+        super().finalize_options()
+        self.root_is_pure = not HAS_KERNELS
+
+    def get_tag(self):
+        python, abi, platform = super().get_tag()
+        return ("py3", "none", platform) if HAS_KERNELS else (python, abi, platform)
+
+
+setup(cmdclass={"build_py": BuildWithFolders, "bdist_wheel": WheelOfPlatform})

@@ -34,6 +34,7 @@ usage: btlm <verb> [flags]        (btlm <verb> --help explains a verb)
   tune coord-check prove on a CPU that the parametrization is right, and that wrong ones are caught (2 minutes)
   plan             compile the train steps for a TPU slice that is not there: fits? how fast? how much?
   configs          list the configs that --config takes by name
+  build-kernels    compile the C++ kernels for CPUs ahead of their first use
 
 first:  btlm train --config=local_cpu --workdir=runs/local
 """
@@ -81,6 +82,12 @@ def _configs(arguments: Sequence[str]) -> int:
     return configs(arguments)
 
 
+def _build_kernels(arguments: Sequence[str]) -> int:
+    from btlm_jax.cli.build_kernels import build_kernels
+
+    return build_kernels(arguments)
+
+
 VERBS: dict[str, Callable[[Sequence[str]], int]] = {
     "train": _train,
     "generate": _generate,
@@ -89,6 +96,7 @@ VERBS: dict[str, Callable[[Sequence[str]], int]] = {
     "tune": _tune,
     "plan": _plan,
     "configs": _configs,
+    "build-kernels": _build_kernels,
 }
 
 

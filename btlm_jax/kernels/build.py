@@ -135,6 +135,7 @@ def _build_ahead(library: _Library, directory: Path, *, architecture: str) -> Pa
         description = {
             **_requirements(library),
             "architecture": architecture,
+            "command": command,
             "instruction_sets": _instruction_sets(command),
             "sha256": hashlib.sha256(contents).hexdigest(),
         }
