@@ -38,9 +38,7 @@ class Projection:
     x length), K and M (the kernel's as a matrix) and S, groups of heads.
     """
 
-    embed_dim: (
-        int  # which dim of the matrix is the model dim: 0 for a projection into the hidden dim, 1 for one out of it
-    )
+    embed_dim: int  # the matrix's model dim: 0 for a projection into the hidden dim, 1 for one out of it
     hidden_shape: tuple[int, ...]  # as stored: (d_ff,) or (heads, head dim)
     padded_shape: tuple[int, ...]  # as activations have it
     head_order: tuple[int, ...]  # of activations; empty where it is the stored one, which needs no copy

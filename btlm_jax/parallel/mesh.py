@@ -26,9 +26,7 @@ from btlm_jax.parallel.divisibility import divisors
 from btlm_jax.recipe.config import MeshConfig
 from btlm_jax.recipe.curriculum import Curriculum
 
-# The second is "shared" in checkpoints' shardings and in the text of programs, by whose hash `btlm plan` and
-# configs/pods/table.json know them: another name there would have every program compiled again.
-FSDP, BATCH_OR_CONTEXT, CONTEXT, TENSOR = MESH_AXES = ("fsdp", "shared", "context", "tensor")
+FSDP, BATCH_OR_CONTEXT, CONTEXT, TENSOR = MESH_AXES = ("fsdp", "batch_or_context", "context", "tensor")
 TPU_LANES = 128  # numbers side by side in a vector register of a TPU, and the width of its tiles
 
 Axes = str | tuple[str, ...] | None

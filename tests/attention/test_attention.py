@@ -131,8 +131,8 @@ def test_meshes_change_nothing(implementation, mesh_shape):
     *inputs, slopes_N = make_inputs(B=4, T=72, N=8, H=10)
     step = make_layers(implementation, slopes_N)
     expected = jax.tree.leaves(step(*inputs))
-    axes = ("fsdp", "shared", "context", "tensor")
-    spec = P("fsdp", ("shared", "context"), "tensor", None)
+    axes = ("fsdp", "batch_or_context", "context", "tensor")
+    spec = P("fsdp", ("batch_or_context", "context"), "tensor", None)
     with jax.set_mesh(jax.make_mesh(mesh_shape, axes, devices=jax.devices()[: math.prod(mesh_shape)])):
         results = jax.tree.leaves(step(*(jax.device_put(x, spec) for x in inputs)))
     for result, value in zip(results, expected, strict=True):

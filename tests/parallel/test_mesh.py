@@ -12,7 +12,7 @@ from btlm_jax.parallel.mesh import MANY_SEQUENCES, RULES, make_mesh, make_run_me
 
 def test_the_mesh_is_explicit_and_takes_every_device():
     mesh = make_mesh(devices=jax.devices(), tensor=2)
-    assert dict(mesh.shape) == {"fsdp": 4, "shared": 1, "context": 1, "tensor": 2}
+    assert dict(mesh.shape) == {"fsdp": 4, "batch_or_context": 1, "context": 1, "tensor": 2}
     assert set(mesh.axis_types) == {AxisType.Explicit}
     with pytest.raises(ValueError, match="mesh.tensor=3 does not divide the 8 devices"):
         make_mesh(devices=jax.devices(), tensor=3)
@@ -23,8 +23,10 @@ def test_the_mesh_is_explicit_and_takes_every_device():
 
 def test_rules_give_specs():
     assert RULES.spec("layers", "embed", "heads", "head_dim") == P(None, ("fsdp", "tensor"), None, None)
-    assert RULES.spec("batch", "length", "act_heads", "head_dim") == P("fsdp", ("shared", "context"), "tensor", None)
-    assert MANY_SEQUENCES.spec("batch", "length") == P(("fsdp", "shared"), "context")
+    assert RULES.spec("batch", "length", "act_heads", "head_dim") == P(
+        "fsdp", ("batch_or_context", "context"), "tensor", None
+    )
+    assert MANY_SEQUENCES.spec("batch", "length") == P(("fsdp", "batch_or_context"), "context")
     with pytest.raises(AttributeError):
         RULES.spec("width")
 
@@ -48,7 +50,7 @@ def test_each_phase_splits_positions_the_fewest_ways_that_its_batch_allows(
     )  # fmt: skip
     check_divisible(config, num_devices=8)
     mesh = make_run_mesh(config.mesh, curriculum=config.curriculum.table, devices=jax.devices())
-    assert tuple(mesh.shape[axis] for axis in ("fsdp", "shared", "context")) == shape
+    assert tuple(mesh.shape[axis] for axis in ("fsdp", "batch_or_context", "context")) == shape
     rules = [rules_for(batch, mesh=mesh, accumulation=accumulation) for batch in batches]
     assert [each is MANY_SEQUENCES for each in rules] == list(phases_of_many)
 

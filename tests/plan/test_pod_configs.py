@@ -45,7 +45,9 @@ def test_every_pod_has_a_mesh_of_its_slice(file):
     pod = read_pod_config(file)
     mesh = make_run_mesh(pod.config.mesh, curriculum=pod.config.curriculum.table, devices=slice_devices(pod.topology))
     ways = pod.config.mesh
-    assert mesh.shape["shared"] * mesh.shape["context"] == ways.context and mesh.shape["tensor"] == ways.tensor
+    assert (
+        mesh.shape["batch_or_context"] * mesh.shape["context"] == ways.context and mesh.shape["tensor"] == ways.tensor
+    )
 
 
 def test_every_row_is_of_a_config_or_of_its_others():

@@ -26,7 +26,7 @@ def compile_phase(index: int):
         mesh__context=2,
     )  # fmt: skip
     mesh = make_run_mesh(config.mesh, curriculum=config.curriculum.table, devices=slice_devices("v5e:2x4"))
-    assert dict(mesh.shape) == {"fsdp": 4, "shared": 2, "context": 1, "tensor": 1}
+    assert dict(mesh.shape) == {"fsdp": 4, "batch_or_context": 2, "context": 1, "tensor": 1}
     program = make_program(config, mesh)
     compiled = program.compile(program.trace_train_step(config.curriculum.table.phases[index]))
     return program, compiled
