@@ -5,10 +5,14 @@ cd "$(dirname "$0")/.."
 [ $# -ge 2 ] || { echo "usage: launch/gpu.sh CONFIG WORKDIR [flags]" >&2; exit 2; }
 config=$1 workdir=$2
 shift 2
-[ -x .venv/bin/btlm ] || { python3 -m venv .venv && .venv/bin/pip install -e '.[cuda]'; }
+# In a checkout its own environment; beside an installed package (btlm configs says where this file is) the btlm on PATH.
+if [ -f setup.cfg ]; then
+  [ -x .venv/bin/btlm ] || { python3 -m venv .venv && .venv/bin/pip install -e '.[cuda]'; }
+  PATH=$PWD/.venv/bin:$PATH
+fi
 # The launcher restarts a preempted run (exit code 75); any other code is the run's own end.
 while :; do
   code=0
-  .venv/bin/btlm train --config="$config" --workdir="$workdir" "$@" || code=$?
+  btlm train --config="$config" --workdir="$workdir" "$@" || code=$?
   [ "$code" -eq 75 ] || exit "$code"
 done

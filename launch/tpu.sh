@@ -2,15 +2,15 @@
 # Run a config on a Cloud TPU pod slice, from creating it to deleting it.
 #
 #   launch/tpu.sh up     create the slice through a queued resource and wait until it is ready
-#   launch/tpu.sh run    copy this checkout to every worker, install it, start `btlm train` on all of them, detached
+#   launch/tpu.sh run    copy this checkout (or WHEEL) to every worker, install it, start `btlm train` on all, detached
 #   launch/tpu.sh watch  follow worker 0's log; restart on exit code 75 (preempted and saved), stop on any other
 #   launch/tpu.sh status state of the slice and the exit code of each worker
 #   launch/tpu.sh down   delete the slice
 #
-# Set NAME, ZONE, TYPE (for example v5litepod-256), CONFIG and WORKDIR (a folder that every worker sees: a
-# Filestore or gcsfuse mount). Optional: PROJECT, SPOT=1, FLAGS, MAX_RESTARTS. DRY_RUN=1 prints each gcloud command
-# instead of running it. `up` and `run` first ask the checked-in table, through this checkout's `btlm plan --check`,
-# whether CONFIG fits TYPE, and stop if it does not.
+# Set NAME, ZONE, TYPE (for example v5litepod-256), CONFIG (a name or a path) and WORKDIR (a folder that every worker
+# sees: a Filestore or gcsfuse mount). Optional: PROJECT, SPOT=1, FLAGS, MAX_RESTARTS, WHEEL (of btlm_jax, where there is
+# no checkout). DRY_RUN=1 prints each gcloud command instead of running it. `up` and `run` first ask the checked-in table,
+# through `btlm plan --check`, whether CONFIG fits TYPE, and stop if it does not.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
@@ -67,13 +67,20 @@ run() {
   need NAME ZONE TYPE CONFIG WORKDIR
   local folder
   check_fits
-  folder=$(mktemp -d)
-  git archive --format=tar.gz -o "$folder/btlm_jax.tar.gz" HEAD
-  gc compute tpus tpu-vm scp "$folder/btlm_jax.tar.gz" "$NAME": $(place) --worker=all
-  rm -r "$folder"
-  on_all "mkdir -p btlm_jax && tar xzf btlm_jax.tar.gz -C btlm_jax && cd btlm_jax && python3 -m venv .venv && .venv/bin/pip install -q -e '.[tpu]'"
+  if [ -n "${WHEEL:-}" ]; then
+    gc compute tpus tpu-vm scp "$WHEEL" "$NAME": $(place) --worker=all
+    install "mkdir -p btlm_jax && mv '${WHEEL##*/}' btlm_jax/" "./${WHEEL##*/}[tpu]"
+  else
+    folder=$(mktemp -d)
+    git archive --format=tar.gz -o "$folder/btlm_jax.tar.gz" HEAD
+    gc compute tpus tpu-vm scp "$folder/btlm_jax.tar.gz" "$NAME": $(place) --worker=all
+    rm -r "$folder"
+    install "mkdir -p btlm_jax && tar xzf btlm_jax.tar.gz -C btlm_jax" "-e .[tpu]"
+  fi
   start
 }
+
+install() { on_all "$1 && cd btlm_jax && python3 -m venv .venv && .venv/bin/pip install -q $2"; }
 
 start() {
   # Detached, so that a lost ssh does not end it; the exit code goes to a file for `status` and `watch`.
