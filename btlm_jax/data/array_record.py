@@ -42,9 +42,10 @@ def footer_offset(tail: bytes, *, file_bytes: int) -> int:
     if begin < 0 or begin % _BLOCK or len(tail) < POSTSCRIPT_BYTES:
         raise ValueError("it is no ArrayRecord file")
     fields = dict(read_fields(_chunk(tail[-POSTSCRIPT_BYTES:], begin=begin)[0]))  # its record is there three times
-    if fields.get(2) != _MAGIC or not 0 < fields.get(1, 0) < begin:
+    offset = fields.get(1)
+    if fields.get(2) != _MAGIC or not isinstance(offset, int) or not 0 < offset < begin:
         raise ValueError("its postscript is not that of an ArrayRecord file")
-    return fields[1]
+    return offset
 
 
 def chunk_offsets(footer: bytes, *, begin: int) -> np.ndarray:

@@ -108,12 +108,12 @@ def classify(axes: tuple[str, ...], *, leaf: str) -> str:
       ValueError: no class fits; every parameter must be classified.
     """
     own = tuple(axis for axis in axes if axis != "layers")
-    found = _CLASS_OF_VECTOR.get(leaf) or _CLASS_OF_KERNEL.get(own)
-    if found is None:
+    parameter_class = _CLASS_OF_VECTOR.get(leaf) or _CLASS_OF_KERNEL.get(own)
+    if parameter_class is None:
         raise ValueError(
             f"parameter {leaf!r} with logical axes {axes} belongs to no class of mup.py; add its rule there"
         )
-    return found
+    return parameter_class
 
 
 def make_parametrization(mup: MupConfig, model: ModelConfig) -> Parametrization:

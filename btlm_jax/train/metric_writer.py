@@ -272,8 +272,8 @@ def _remove_replayed(path: Path, *, first_step: int) -> None:
         return
     lines = path.read_bytes().split(b"\n")
     rows = ((line, _parsed(line)) for line in lines)
-    kept = [line for line, row in rows if row and not (row["kind"] in _REPLAYED and row["step"] >= first_step)]
-    contents = b"".join(line + b"\n" for line in kept)
+    remaining = [line for line, row in rows if row and not (row["kind"] in _REPLAYED and row["step"] >= first_step)]
+    contents = b"".join(line + b"\n" for line in remaining)
     if contents != b"\n".join(lines):
         write_atomically(path, contents)
 

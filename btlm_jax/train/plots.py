@@ -120,12 +120,14 @@ def _mark_switches(axes, curriculum: Curriculum) -> None:
 
 def _limit_loss(axes, losses: np.ndarray, evaluations: list[dict]) -> str:
     """Limit the loss axis to most points and all of the last evaluation; return a note of what is outside, or ""."""
-    heldout = [[row["loss"], *(source["loss"] for source in row["sources"].values())] for row in evaluations]
+    heldout: list[list[float]] = [
+        [row["loss"], *(source["loss"] for source in row["sources"].values())] for row in evaluations
+    ]
     seen = np.concatenate([losses, *heldout])
     if not len(seen):
         return ""
     bottom = float(seen.min())
-    robust = max([float(np.percentile(seen, ROBUST_PERCENTILE)), *(heldout[-1] if heldout else [])])
+    robust = max(float(np.percentile(seen, ROBUST_PERCENTILE)), *(heldout[-1] if heldout else [bottom]))
     margin = 0.08 * max(robust - bottom, 0.1)
     top = robust + margin
     axes.set_ylim(bottom - margin, top)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any, cast
 
 import flax.struct
 import jax
@@ -20,7 +21,7 @@ class TrainState:
     """The state that a step updates: the number of steps taken, float32 parameters, and the optimizer's state."""
 
     step: jax.Array
-    params: dict
+    params: Any  # a tree of dicts
     opt_state: optax.OptState
 
 
@@ -65,7 +66,7 @@ def make_train_step(
 
     def micro_loss(params, micro):
         return loss_sum(
-            model.apply({"params": params}, micro["inputs_BT"]),
+            _hidden(model, params, micro["inputs_BT"]),
             params["embedding"]["embedding"],
             micro["targets_BT"],
             micro["weights_BT"],
@@ -106,7 +107,7 @@ def make_eval_step(model: Btlm, *, loss_chunk: int) -> Callable:
 
     def eval_step(params: dict, batch: dict) -> dict:
         losses_BT = token_losses(
-            model.apply({"params": params}, batch["inputs_BT"]),
+            _hidden(model, params, batch["inputs_BT"]),
             params["embedding"]["embedding"],
             batch["targets_BT"],
             output_scale=model.parametrization.output_scale,
@@ -125,6 +126,11 @@ def make_eval_step(model: Btlm, *, loss_chunk: int) -> Callable:
     return eval_step
 
 
+def _hidden(model: Btlm, params: dict, inputs_BT: jax.Array) -> jax.Array:
+    """Return the network's output, hidden_BTD."""
+    return cast(jax.Array, model.apply({"params": params}, inputs_BT))  # a tuple only with mutable collections
+
+
 def _new_state(params: dict, optimizer: optax.GradientTransformation) -> TrainState:
     return TrainState(step=jnp.zeros((), jnp.int32), params=params, opt_state=optimizer.init(params))
 
@@ -133,7 +139,7 @@ def _replicated(x_BT):
     return jax.sharding.reshard(x_BT, PartitionSpec(None, None))
 
 
-def _class_norms(name: str, tree: dict, table: dict) -> dict:
+def _class_norms(name: str, tree: optax.Updates, table: dict) -> dict:
     """Return the norm of each class: the root of the sum of squares over all its parameters."""
     squares: dict[str, list[jax.Array]] = {parameter_class: [] for parameter_class in CLASSES}
     for leaf, info in zip(jax.tree.leaves(tree), jax.tree.leaves(table), strict=True):
