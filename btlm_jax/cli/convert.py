@@ -71,5 +71,5 @@ def convert(arguments: Sequence[str]) -> int:
         )
     except ValueError as error:
         raise UsageError(str(error)) from error
-    conversion.convert(settings, say=print)
+    conversion.convert(settings, log=print)
     return DONE

@@ -1,1 +1,1 @@
-"""Checkpoints in and out: Hugging Face BTLM both ways, the Jais layout, GGUF. Heavy libraries are imported late."""
+"""Convert a model to another form and prove that it computes the same: Hugging Face, ours, Jais, GGUF, 4 bits."""

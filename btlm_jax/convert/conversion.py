@@ -1,4 +1,4 @@
-"""Convert a model: read any form, write another, prove that both compute the same, and only then give it its name."""
+"""Convert a model: read any form, write another, prove that both compute the same, and only then rename the target."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ from pathlib import Path
 
 import numpy as np
 
-from btlm_jax.convert.fold import FoldedTensors
+from btlm_jax.convert.fold import FoldedTensors, padded_config
 from btlm_jax.convert.ggml import FILE_TYPES
 from btlm_jax.convert.gguf_vocabulary import vocabulary_of
 from btlm_jax.convert.prove import PROBE, Proof, compare, probe_ids
 from btlm_jax.convert.prove_gguf import UnfoldedTensors, prove_tensors, prove_vocabulary
 from btlm_jax.convert.to_gguf import write_gguf
-from btlm_jax.convert.to_hf import padded, write_hf
+from btlm_jax.convert.to_hf import write_hf
 from btlm_jax.convert.to_int4 import calibration_ids, prove_int4, write_int4
 from btlm_jax.convert.to_jais import write_jais
 from btlm_jax.convert.tokenizer_files import write_tokenizer_files
@@ -35,13 +35,14 @@ from btlm_jax.storage.files import only_writer, scratch_directory
 FORMATS = ("hf", "native", "jais", "gguf", "int4")
 GGUF_SUFFIX = ".gguf"
 DTYPES = ("float32", "bfloat16", "float16")
-# n_inner becomes a multiple of it, unless another is asked for: llama.cpp's largest block.
+# The default of `pad_ffn` by format; 256 is the largest block size of llama.cpp.
 PAD_FFN = {"hf": 1, "native": 1, "jais": 256, "gguf": 256, "int4": 1}
-# The largest difference of logits allowed, relative to the largest logit: rounding of weights to the dtype, or none.
+# The largest difference of logits allowed, relative to the largest logit: the rounding of weights to the dtype.
 TOLERANCE = {"float32": 2e-5, "bfloat16": 3e-2, "float16": 4e-3}
-_CLIENT_TOKENS = 12  # in 16 bits: PyTorch on a CPU without 16-bit arithmetic takes 10 seconds for each of a 3B model
-# The same for GGUF: of both models with the file's values; and of the file types, after every value was compared by
-# itself. Rounding to blocks changes a random model's logits this much; two models with nothing in common are 1.4 apart.
+# Tokens compared in transformers at 16 bits: PyTorch on a CPU without 16-bit arithmetic takes 10 s per token at 3B.
+_CLIENT_TOKENS = 12
+# The same for GGUF: of the two networks with the file's values, and of file and source, whose values were compared one
+# by one before. Rounding to blocks changes a random model's logits by this much; unrelated models differ by 1.4.
 SAME_VALUES_TOLERANCE = 1e-5
 GGUF_TOLERANCE = {
     "F32": 1e-5, "F16": 4e-3, "BF16": 3e-2, "Q8_0": 0.1, "Q6_K": 0.2, "Q5_K_M": 0.4, "Q4_K_M": 0.8, "Q4_0": 1.0,
@@ -50,17 +51,17 @@ GGUF_TOLERANCE = {
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Conversion:
-    """What to convert, and how."""
+    """A conversion: source, target and options. Raises ValueError for options that do not fit together."""
 
     source: Path
     target: Path  # a directory, or a .gguf file
     format: str
-    dtype: str  # of the weights of hf and jais
-    file_type: str  # of gguf
+    dtype: str  # of the weights; for hf and jais
+    file_type: str  # for gguf
     pad_ffn: int  # n_inner is zero-padded to a multiple of it; 1 leaves it
-    max_shard_bytes: int  # of hf and jais
-    method: str  # of int4
-    calibration: Path | None  # a text for int4's methods that want one; None: the training data of a run
+    max_shard_bytes: int  # for hf and jais
+    method: str  # for int4
+    calibration: Path | None  # a text for the calibrated methods of int4; None: the training data of a run
 
     def __post_init__(self):
         for name, allowed in (
@@ -89,14 +90,14 @@ class Conversion:
             raise ValueError(f"target={self.target} must be {fault}, as format={self.format}")
 
 
-def convert(conversion: Conversion, *, say: Callable[[str], None]) -> list[Proof]:
-    """Convert, prove, and rename into place; whatever fails, nothing stays under the target's name.
+def convert(conversion: Conversion, *, log: Callable[[str], None]) -> list[Proof]:
+    """Convert, prove, and rename into place; if anything fails, nothing remains.
 
-    This is the only place where a target gets its name: all that writes, writes into a directory beside it.
+    Writers write into a directory beside the target; only this function renames it. `log` gets lines for the user.
 
     Raises:
       FileExistsError: the target exists.
-      FileNotFoundError, ValueError: the source is not there, damaged, or cannot be expressed in the target's format; or
+      FileNotFoundError, ValueError: the source is missing, damaged, or cannot be expressed in the target's format, or
         the proof failed.
       OSError: the target cannot be written.
     """
@@ -106,57 +107,59 @@ def convert(conversion: Conversion, *, say: Callable[[str], None]) -> list[Proof
         if target.exists():
             raise FileExistsError(f"{target} exists; delete it or give another --to")
         with scratch_directory(target) as partial:
-            proofs = _write_and_prove(conversion, partial, say=say)
+            proofs = _write_and_prove(conversion, partial, log=log)
             failed = [str(proof) for proof in proofs if not proof.holds]
             if failed:
                 raise ValueError(f"what was written does not compute the same, so it was not kept: {'; '.join(failed)}")
             os.replace(partial / target.name if conversion.format == "gguf" else partial, target)
     files = [path for path in (target, *target.rglob("*")) if path.is_file()]
     size = sum(path.stat().st_size for path in files)
-    say(f"Done: {target}, {size / 1e6:,.1f} MB, in {time.perf_counter() - started:.1f} s.")
+    log(f"Done: {target}, {size / 1e6:,.1f} MB, in {time.perf_counter() - started:.1f} s.")
     return proofs
 
 
-def _write_and_prove(conversion: Conversion, partial: Path, *, say: Callable[[str], None]) -> list[Proof]:
+def _write_and_prove(conversion: Conversion, partial: Path, *, log: Callable[[str], None]) -> list[Proof]:
     if conversion.format == "gguf":
-        import_gguf()  # said before a source is read
+        import_gguf()  # a missing package is an error before the source is read
     source = open_source(conversion.source)
     config, tokenizer = source.config, source.tokenizer
     num_parameters = sum(int(np.prod(shape)) for shape in source.tensors.shapes.values())
-    say(f"{conversion.source}: {num_parameters:,} parameters, {config.n_layer} layers, d {config.n_embd}")
+    log(f"{conversion.source}: {num_parameters:,} parameters, {config.n_layer} layers, d {config.n_embd}")
     if tokenizer is None:
-        say("it comes without a tokenizer, so none is written, and the proof is on tokens drawn at random")
+        log("it comes without a tokenizer, so none is written, and the proof is on tokens drawn at random")
     text_ids = () if tokenizer is None else tokenizer.encode(PROBE)
     ids_T = probe_ids(text_ids, vocab_size=config.vocab_size)
-    # Writing comes first, as it refuses what cannot be expressed before the first tensor is read.
+    # Write before computing logits: writers refuse what cannot be expressed before the first tensor is read.
     match conversion.format:
         case "native":
             _write_native(source, partial)
             expected_TV = source.logits(ids_T)
-            del source  # two models do not fit where one does
-            found = _prove_native(partial, ids_T, expected_TV)
+            del source  # so that only one model is in memory
+            proofs = _prove_native(partial, ids_T, expected_TV)
         case "hf":
             _write_hf(source, partial, conversion)
             expected_TV = source.logits(ids_T)
             del source
-            found = _prove_hf(partial, ids_T, expected_TV, dtype=conversion.dtype, say=say)
+            proofs = _prove_hf(partial, ids_T, expected_TV, dtype=conversion.dtype, log=log)
         case "jais":
             _write_jais(source, partial, conversion)
             expected_TV = source.logits(ids_T)
             del source
-            found = _prove_jais(partial, ids_T, expected_TV, dtype=conversion.dtype)
+            proofs = _prove_jais(partial, ids_T, expected_TV, dtype=conversion.dtype)
         case "int4":
             _write_int4(source, partial, conversion)
-            found = prove_int4(source, partial, ids_T)
+            proofs = prove_int4(source, partial, ids_T)
         case "gguf":
             path = partial / conversion.target.name
             _write_gguf(source, path, conversion)
-            found = _prove_gguf(source, path, ids_T, conversion, say=say)
-    proofs = []
-    for proof in found:
-        say(str(proof))
-        proofs.append(proof)
-    return proofs
+            proofs = _prove_gguf(source, path, ids_T, conversion, log=log)
+        case _:
+            raise AssertionError(conversion.format)
+    done = []
+    for proof in proofs:
+        log(str(proof))
+        done.append(proof)
+    return done
 
 
 def _write_native(source: Source, directory: Path) -> None:
@@ -172,7 +175,7 @@ def _write_hf(source: Source, directory: Path, conversion: Conversion) -> None:
     with item_bar(len(source.tensors.shapes), unit="tensor") as report:
         write_hf(
             directory,
-            config=padded(source.config, multiple=conversion.pad_ffn),
+            config=padded_config(source.config, multiple=conversion.pad_ffn),
             tensors=source.tensors,
             dtype=conversion.dtype,
             max_shard_bytes=conversion.max_shard_bytes,
@@ -222,22 +225,22 @@ def _write_gguf(source: Source, path: Path, conversion: Conversion) -> None:
 
 
 def _prove_native(directory: Path, ids_T: np.ndarray, expected_TV: np.ndarray) -> Iterator[Proof]:
-    found_TV = native_logits(read_model_directory(directory), ids_T)
-    yield compare("the written parameters in JAX", expected_TV, found_TV, tolerance=TOLERANCE["float32"])
+    actual_TV = native_logits(read_model_directory(directory), ids_T)
+    yield compare("the written parameters in JAX", expected_TV, actual_TV, tolerance=TOLERANCE["float32"])
 
 
 def _prove_hf(
-    directory: Path, ids_T: np.ndarray, expected_TV: np.ndarray, *, dtype: str, say: Callable[[str], None]
+    directory: Path, ids_T: np.ndarray, expected_TV: np.ndarray, *, dtype: str, log: Callable[[str], None]
 ) -> Iterator[Proof]:
     config = read_published_config(directory / CONFIG_FILE)
     read_back_TV = streamed_logits(config, HuggingFaceTensors(directory, config), ids_T)
     yield compare("the written files", expected_TV, read_back_TV, tolerance=TOLERANCE[dtype])
     if not has_transformers():
-        say("PyTorch and transformers are not installed (pip install 'btlm_jax[hf]'), so the model code was not run")
+        log("PyTorch and transformers are not installed (pip install 'btlm_jax[hf]'), so the model code was not run")
         return
     num_tokens = len(ids_T) if dtype == "float32" else _CLIENT_TOKENS
     client_TV = transformers_logits(directory, ids_T[:num_tokens])
-    # transformers computes in the dtype of the weights as well, which adds about as much rounding again
+    # transformers also computes in the dtype of the weights, which adds about as much rounding again
     yield compare("transformers", expected_TV[:num_tokens], client_TV, tolerance=2 * TOLERANCE[dtype])
 
 
@@ -246,10 +249,10 @@ def _prove_jais(directory: Path, ids_T: np.ndarray, expected_TV: np.ndarray, *, 
     tensors = HuggingFaceTensors(directory, config)
     if not tensors.has_head:
         raise ValueError("the written files lack lm_head.weight, without which llama.cpp cannot load a Jais model")
-    # Jais's clients always divide by head_dim (llama.cpp), or do as the config says, which must be the same
-    as_clients = dataclasses.replace(config, mup_scale_qk_dot_by_d=True, alibi_scaling=1.0)
-    found_TV = streamed_logits(as_clients, tensors, ids_T)
-    yield compare("the written files", expected_TV, found_TV, tolerance=TOLERANCE[dtype])
+    # Clients divide the scores by head_dim always (llama.cpp) or if the config says so; both must give the same
+    client_config = dataclasses.replace(config, mup_scale_qk_dot_by_d=True, alibi_scaling=1.0)
+    actual_TV = streamed_logits(client_config, tensors, ids_T)
+    yield compare("the written files", expected_TV, actual_TV, tolerance=TOLERANCE[dtype])
 
 
 def _prove_gguf(
@@ -258,24 +261,24 @@ def _prove_gguf(
     ids_T: np.ndarray,
     conversion: Conversion,
     *,
-    say: Callable[[str], None],
+    log: Callable[[str], None],
 ) -> Iterator[Proof]:
     file, file_type = GGUFFile(path), conversion.file_type
     folded = FoldedTensors(source.tensors, source.config, pad_ffn=conversion.pad_ffn)
     with item_bar(len(file.tensors), unit="tensor") as report:
         errors = prove_tensors(file, folded, file_type=file_type, report=report)
     rounding = ", ".join(f"{name} {100 * error:.0f} %" for name, error in errors.items())
-    say(f"all {len(file.tensors)} tensors read back; largest error, of what the type may round: {rounding}")
+    log(f"all {len(file.tensors)} tensors read back; largest error, of what the type may round: {rounding}")
     if source.tokenizer is not None:
         prove_vocabulary(file, source.tokenizer, vocab_size=source.config.vocab_size)
-        say("the file's tokenizer makes the same ids of all probe texts")
-    found_TV = gguf_logits(file, ids_T)
+        log("the file's tokenizer makes the same ids of all probe texts")
+    actual_TV = gguf_logits(file, ids_T)
     unfolded = UnfoldedTensors(file, source.config, folded.config, file_type=file_type)
     same_values_TV = streamed_logits(source.config, unfolded, ids_T)
     yield compare(
         "the file's values in the source's model and as llama.cpp computes them",
         same_values_TV,
-        found_TV,
+        actual_TV,
         tolerance=SAME_VALUES_TOLERANCE,
     )
-    yield compare("the written file", source.logits(ids_T), found_TV, tolerance=GGUF_TOLERANCE[file_type])
+    yield compare("the written file", source.logits(ids_T), actual_TV, tolerance=GGUF_TOLERANCE[file_type])

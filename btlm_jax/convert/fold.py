@@ -1,7 +1,7 @@
-"""Fold into the weights what other clients fix: the scale of the scores, an n_inner that blocks divide.
+"""Fold into the weights what other clients cannot configure: the scale of the scores, and padding of n_inner.
 
-llama.cpp always scores q.k/head_dim, and its block formats divide rows by 32 or 256. What cannot be folded is refused
-here, because the clients give wrong logits for it without a word.
+llama.cpp always computes scores as q.k/head_dim, and its block types need rows of a multiple of 32 or 256 values. What
+cannot be folded is refused here, because the clients compute wrong logits for it without an error.
 """
 
 from __future__ import annotations
@@ -16,14 +16,19 @@ from btlm_jax.hub.published import PublishedConfig, Tensors, tensor_shapes
 _QKV = (".attn.c_attn.weight", ".attn.c_attn.bias")
 
 
+def padded_config(config: PublishedConfig, *, multiple: int) -> PublishedConfig:
+    """Return the config with n_inner rounded up; zero-padding is exact, as silu(0) = 0 and zero rows add nothing."""
+    return dataclasses.replace(config, n_inner=config.n_inner + -config.n_inner % multiple)
+
+
 class FoldedTensors:
-    """A model's tensors after folding, by published name; see `published.Tensors`. `config` is the folded model's."""
+    """A model's folded tensors by published name; see `published.Tensors`. `config` is the folded model's."""
 
     def __init__(self, tensors: Tensors, config: PublishedConfig, *, pad_ffn: int):
-        """Take a model, and make its n_inner a multiple of `pad_ffn`: exact, as silu(0) = 0 and zero rows add nothing.
+        """Check the model; its n_inner will be a multiple of `pad_ffn`.
 
         Raises:
-          ValueError: the model scales ALiBi, or a tensor is missing or of another shape than the config's.
+          ValueError: the model scales ALiBi, or a tensor is missing or has another shape than the config says.
         """
         if config.alibi_scaling != 1:
             raise ValueError(
@@ -31,19 +36,18 @@ class FoldedTensors:
                 "and give wrong logits; convert it with alibi_scaling 1, or keep it in the Hugging Face BTLM format"
             )
         for name, shape in tensor_shapes(config).items():
-            found = tensors.shapes.get(name)
-            if found is None or tuple(found) != shape:
-                raise ValueError(f"tensor {name} has shape {found}, but the config asks for {shape}")
+            actual = tensors.shapes.get(name)
+            if actual is None or tuple(actual) != shape:
+                raise ValueError(f"tensor {name} has shape {actual}, but the config asks for {shape}")
         self._tensors, self._source = tensors, config
-        n_inner = config.n_inner + -config.n_inner % pad_ffn
-        self.config = dataclasses.replace(config, n_inner=n_inner, mup_scale_qk_dot_by_d=True)
+        self.config = dataclasses.replace(padded_config(config, multiple=pad_ffn), mup_scale_qk_dot_by_d=True)
         self.shapes = tensor_shapes(self.config)
 
     def read(self, name: str) -> np.ndarray:
-        """Return one folded tensor, float32 if folding changed its values, else in the dtype it is stored in.
+        """Return one folded tensor, in float32 if folding changes its values, else in the dtype it is stored in.
 
         Raises:
-          ValueError: it came out with another shape than announced, or holds NaN or infinity.
+          ValueError: its shape is not the one in `shapes` of the source, or it holds NaN or infinity.
         """
         array, announced = self._tensors.read(name), tuple(self._tensors.shapes[name])
         if array.shape != announced:
@@ -56,12 +60,12 @@ class FoldedTensors:
 
 
 def unfolded_query(array: np.ndarray, name: str, config: PublishedConfig) -> np.ndarray:
-    """Return a folded tensor with the scores' scale taken out again; `config` is the source's."""
+    """Undo the folding of the scores' scale; `config` is the source's."""
     return _times_query(array, name, config, factor=1 / math.sqrt(config.head_dim))
 
 
 def _times_query(array: np.ndarray, name: str, config: PublishedConfig, *, factor: float) -> np.ndarray:
-    """Multiply the query's columns, the first third: (q sqrt(d)).k / d = q.k / sqrt(d)."""
+    """Multiply the query's columns, the first third of c_attn: (q sqrt(d)).k / d = q.k / sqrt(d)."""
     if config.mup_scale_qk_dot_by_d or not name.endswith(_QKV):
         return array
     array = array.astype(np.float32)

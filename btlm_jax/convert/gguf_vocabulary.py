@@ -1,17 +1,18 @@
-"""Tokenizers as GGUF stores them, so that llama.cpp makes the same ids of a text."""
+"""Tokenizers in the form that GGUF stores, such that llama.cpp encodes texts to the same ids."""
 
 from __future__ import annotations
 
 import dataclasses
-import typing
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
-from btlm_jax.convert.sentencepiece_to_hf import symbols_inside
+from btlm_jax.convert.sentencepiece_to_hf import model_symbols
 from btlm_jax.tokenizers.byte_level import ByteLevelTokenizer
 from btlm_jax.tokenizers.sentencepiece_bpe import SentencePieceTokenizer
 from btlm_jax.tokenizers.sentencepiece_proto import BPE, BYTE, CONTROL, NORMAL, UNUSED, USER_DEFINED, parse_model
 from btlm_jax.tokenizers.tokenizer import Tokenizer
 
-if typing.TYPE_CHECKING:
+if TYPE_CHECKING:
     from gguf import GGUFWriter
 
 _PADDING_SCORE = -10000.0
@@ -19,11 +20,11 @@ _PADDING_SCORE = -10000.0
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ByteLevelVocabulary:
-    """GPT-2's byte-level BPE: its own pattern of words, no other special tokens than `special_ids`."""
+    """Byte-level BPE with GPT-2's pattern of words."""
 
-    tokens: tuple[str, ...]  # by id, in the visible characters that stand for bytes
-    merges: tuple[tuple[str, str], ...]  # first the ones that merge first
-    special_ids: frozenset[int]  # that no text makes
+    tokens: tuple[str, ...]  # by id, in GPT-2's printable characters for bytes
+    merges: tuple[tuple[str, str], ...]  # in order of priority
+    special_ids: frozenset[int]  # ids that encoding a text never gives
     bos_id: int
     eos_id: int
 
@@ -33,12 +34,12 @@ class ByteLevelVocabulary:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class SentencePieceVocabulary:
-    """A SentencePiece byte-pair model with byte fallback and without normalisation."""
+    """A SentencePiece byte-pair model with byte fallback and without normalization."""
 
     pieces: tuple[str, ...]  # by id
     scores: tuple[float, ...]
-    types: tuple[int, ...]  # SentencePiece's numbers, which are GGUF's too
-    add_dummy_prefix: bool  # a text gets a space in front
+    types: tuple[int, ...]  # SentencePiece's numbers, which GGUF uses too
+    add_dummy_prefix: bool  # a space is put before the text
     bos_id: int
     eos_id: int
     unk_id: int
@@ -60,10 +61,10 @@ Vocabulary = ByteLevelVocabulary | SentencePieceVocabulary
 
 
 def vocabulary_of(tokenizer: Tokenizer) -> Vocabulary:
-    """Return a tokenizer as GGUF stores it; where it has no begin-of-text token, that is the end-of-text token.
+    """Return a tokenizer as GGUF stores it; without a begin-of-text token, bos_id is the end-of-text token's id.
 
     Raises:
-      ValueError: llama.cpp would make other ids of a text.
+      ValueError: llama.cpp would encode some texts to other ids.
     """
     if isinstance(tokenizer, ByteLevelTokenizer):
         if not tokenizer.has_gpt2_rules:
@@ -84,7 +85,7 @@ def vocabulary_of(tokenizer: Tokenizer) -> Vocabulary:
 
 
 def add_vocabulary(writer: GGUFWriter, vocabulary: Vocabulary | None, *, vocab_size: int) -> None:
-    """Add the tokenizer's keys; ids that no token has are called [PADi]. None is a model without a tokenizer.
+    """Add the tokenizer's keys; ids without a token are named [PADi]. None is a model without a tokenizer.
 
     Raises:
       ValueError: there are more tokens than rows of the embedding.
@@ -92,13 +93,13 @@ def add_vocabulary(writer: GGUFWriter, vocabulary: Vocabulary | None, *, vocab_s
     if vocabulary is None:
         writer.add_tokenizer_model("no_vocab")
         return
-    is_byte_level = isinstance(vocabulary, ByteLevelVocabulary)
-    tokens = vocabulary.tokens if is_byte_level else vocabulary.pieces
+    tokens = vocabulary.tokens if isinstance(vocabulary, ByteLevelVocabulary) else vocabulary.pieces
     missing = vocab_size - len(tokens)
     if missing < 0:
         raise ValueError(f"the tokenizer has {len(tokens)} tokens, but the model only {vocab_size} embeddings")
     padding = [f"[PAD{number}]" for number in range(len(tokens), vocab_size)]
-    if is_byte_level:
+    types: Sequence[int]
+    if isinstance(vocabulary, ByteLevelVocabulary):
         writer.add_tokenizer_model("gpt2")
         writer.add_tokenizer_pre("gpt-2")
         types = [CONTROL if number in vocabulary.special_ids else NORMAL for number in range(len(tokens))]
@@ -113,27 +114,27 @@ def add_vocabulary(writer: GGUFWriter, vocabulary: Vocabulary | None, *, vocab_s
     writer.add_token_types([*types, *[UNUSED] * missing])
     writer.add_bos_token_id(vocabulary.bos_id)
     writer.add_eos_token_id(vocabulary.eos_id)
-    writer.add_add_bos_token(False)  # documents follow each other in training; nothing starts them
+    writer.add_add_bos_token(False)  # in training, documents are separated by eos and nothing else
     writer.add_add_eos_token(False)
 
 
 def _sentencepiece_vocabulary(tokenizer: SentencePieceTokenizer) -> SentencePieceVocabulary:
-    """Write symbols that the model itself finds as ordinary pieces.
+    """Return a SentencePiece model as GGUF stores it, with the `model_symbols` as ordinary pieces.
 
-    Those that llama.cpp knows as user-defined cut a text, and it puts the space in front of the text after each of them
-    too (llama-vocab.cpp, is_prev_special).
+    llama.cpp splits texts at user-defined pieces, and adds the space of add_dummy_prefix after each of them, too
+    (llama-vocab.cpp, is_prev_special).
     """
     model = parse_model(tokenizer.contents)
-    inside = symbols_inside(model)
+    in_model = model_symbols(model)
     reasons = {
-        "it is not of byte-pair merges (model_type='bpe')": model.model_type != BPE,
+        "it is not a byte-pair model (model_type='bpe')": model.model_type != BPE,
         "it rewrites characters (normalization_rule_name is not 'identity')": model.rewrites_characters,
         "it removes extra spaces (remove_extra_whitespaces)": model.remove_extra_whitespaces,
         "its spaces follow the word (treat_whitespace_as_suffix)": model.whitespace_as_suffix,
         "it keeps spaces as they are (escape_whitespaces=false)": not model.escape_whitespaces,
         "it puts a space in front of the text (add_dummy_prefix) and has user-defined symbols of several characters, "
         "or whose character is in other pieces; llama.cpp puts a space after each of them": (
-            model.add_dummy_prefix and set(model.ids_of_type(USER_DEFINED)) - inside
+            model.add_dummy_prefix and set(model.ids_of_type(USER_DEFINED)) - in_model
         ),
     }
     for reason, holds in reasons.items():
@@ -144,7 +145,7 @@ def _sentencepiece_vocabulary(tokenizer: SentencePieceTokenizer) -> SentencePiec
     return SentencePieceVocabulary(
         pieces=model.pieces,
         scores=model.scores,
-        types=tuple(NORMAL if number in inside else kind for number, kind in enumerate(model.types)),
+        types=tuple(NORMAL if number in in_model else kind for number, kind in enumerate(model.types)),
         add_dummy_prefix=model.add_dummy_prefix,
         bos_id=tokenizer.bos_id if tokenizer.bos_id >= 0 else tokenizer.eos_id,
         eos_id=tokenizer.eos_id,

@@ -1,7 +1,7 @@
-"""Prove a conversion: the logits of what was read and of what was written, on the same tokens.
+"""Prove a conversion: compare the logits of the source and of the written model on the same tokens.
 
-The forward pass here reads one tensor at a time, in float32 NumPy, so that a model of any size is proven in little
-memory, and it shares no code with the JAX model nor with the PyTorch file that goes out.
+The written files are computed by hub/numpy_network.py, which reads one tensor at a time, so that a model of any size is
+proven in little memory, and which shares no code with the JAX model or with the exported PyTorch code.
 """
 
 from __future__ import annotations
@@ -20,42 +20,42 @@ MAX_PROBE_LENGTH = 96
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Proof:
-    """How far two sets of logits are apart."""
+    """The distance of two sets of logits."""
 
-    what: str  # what was compared
+    subject: str  # what was compared with the source
     num_tokens: int
-    largest: float  # |source - target|
-    scale: float  # largest |source|
-    tolerance: float  # of largest, relative to scale
-    same_top: float  # share of positions whose likeliest token is the same
+    largest_error: float  # max |source - target|
+    scale: float  # max |source|
+    tolerance: float  # of largest_error / scale
+    top1_agreement: float  # share of positions with the same likeliest token
 
     @property
     def holds(self) -> bool:
-        return bool(self.largest <= self.tolerance * self.scale)  # not so for NaN
+        return bool(self.largest_error <= self.tolerance * self.scale)  # False for NaN
 
     def __str__(self) -> str:
         sign = "within" if self.holds else "ABOVE"
         return (
-            f"{self.what}: largest difference of logits {self.largest:.2e} (logits up to {self.scale:.3g}, "
-            f"{self.num_tokens} tokens, same likeliest token at {100 * self.same_top:.1f} %), "
+            f"{self.subject}: largest difference of logits {self.largest_error:.2e} (logits up to {self.scale:.3g}, "
+            f"{self.num_tokens} tokens, same likeliest token at {100 * self.top1_agreement:.1f} %), "
             f"{sign} the tolerance of {self.tolerance * self.scale:.2e}"
         )
 
 
-def compare(what: str, source_TV: np.ndarray, target_TV: np.ndarray, *, tolerance: float) -> Proof:
+def compare(subject: str, source_TV: np.ndarray, target_TV: np.ndarray, *, tolerance: float) -> Proof:
     """Compare two sets of logits; `tolerance` is relative to the largest logit."""
     return Proof(
-        what=what,
+        subject=subject,
         num_tokens=len(source_TV),
-        largest=float(np.abs(source_TV - target_TV).max()),
+        largest_error=float(np.abs(source_TV - target_TV).max()),
         scale=float(np.abs(source_TV).max()),
         tolerance=tolerance,
-        same_top=float((source_TV.argmax(-1) == target_TV.argmax(-1)).mean()),
+        top1_agreement=float((source_TV.argmax(-1) == target_TV.argmax(-1)).mean()),
     )
 
 
 def probe_ids(text_ids: Sequence[int], *, vocab_size: int) -> np.ndarray:
-    """Return the tokens to compare on: those of a text, or drawn ones when the model came without a tokenizer."""
+    """Return the first ids of a text, or random ids for a model without a tokenizer."""
     if len(text_ids):
         return np.asarray(text_ids[:MAX_PROBE_LENGTH], np.int64)
     return np.random.default_rng(0).integers(0, vocab_size, MAX_PROBE_LENGTH)

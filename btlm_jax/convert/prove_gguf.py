@@ -1,7 +1,8 @@
-"""Prove a GGUF file: every value against the source's, the same values in both models, the ids of texts.
+"""Prove a GGUF file: compare its values with the source's, the logits of both networks, and the ids of texts.
 
-Block types change logits by more than some mistakes do, so their proof is in two steps that are both tight: no value is
-further off than its type rounds; and the source's model, with the file's values, computes what llama.cpp computes.
+The rounding of block types changes logits by more than some mistakes do. So there are two steps with tight tolerances:
+no value is off by more than its type's rounding; and with the file's values, the source's network and llama.cpp's
+compute the same logits.
 """
 
 from __future__ import annotations
@@ -19,31 +20,31 @@ from btlm_jax.tokenizers.tokenizer import Tokenizer
 
 _ROWS = 1024  # compared at a time
 
-# The largest error of a value, relative to the largest in its block: half the last bit, or one step of the block. K-
-# quants choose their steps for the least squares and cut off the extremes, which takes up to one step more: ggml-quants
-# tries 14 to 16 steps for 15, and 31.1 to 32.9 for 32 on either side.
+# The largest error of a value, relative to the largest magnitude in its block: half of the last bit, or one step of the
+# block. K-quants choose the step that minimizes squared errors and clip the extremes, which adds up to one step:
+# ggml-quants tries scales of 14 to 16 steps where there are 15, and of 31.1 to 32.9 where there are 32 on either side.
 _ROUNDING = {
     "F32": 0.0, "F16": 2**-11, "BF16": 2**-8, "Q8_0": 1 / 127, "Q4_0": 1 / 8,
     "Q4_K": 1.5 * 2 / 15, "Q5_K": 1.5 * 2 / 31, "Q6_K": 2 / 32,
 }  # fmt: skip
 _SCALE_ROUNDING = 2**-10  # relative, of a block's float16 scale
-# What a block's scale is multiplied with at most. Half the distance of the smallest float16 numbers, times this, is an
-# error that any value may have.
+# The largest factor of a block's float16 scale. Times half the distance of the smallest float16 numbers, it is an error
+# that any value may have.
 _LARGEST_MULTIPLE = {
     "F32": 0, "F16": 1, "BF16": 0, "Q8_0": 127, "Q4_0": 8, "Q4_K": 63 * 16, "Q5_K": 63 * 32, "Q6_K": 128 * 32,
 }  # fmt: skip
-_BLOCK = {"Q8_0": 32, "Q4_0": 32, "Q4_K": 256, "Q5_K": 256, "Q6_K": 256}  # others round each value by itself
+_BLOCK = {"Q8_0": 32, "Q4_0": 32, "Q4_K": 256, "Q5_K": 256, "Q6_K": 256}  # values; other types round each value alone
 
 
 def prove_tensors(
     file: GGUFFile, folded: FoldedTensors, *, file_type: str, report: Callable[[str], None]
 ) -> dict[str, float]:
-    """Compare every value of a file with the source's; return the largest error by type, in what it may be at most.
+    """Compare every value of a file with the source's; return the largest error of each type, relative to its bound.
 
-    `report` is told each tensor's name before it is compared.
+    `report` gets each tensor's name before it is compared.
 
     Raises:
-      ValueError: a tensor is missing, of another shape or type, or has a value further off than its type rounds.
+      ValueError: a tensor is missing, has another shape or type, or a value is off by more than its type's rounding.
     """
     entries = {entry.name: entry for entry in gguf_tensors(folded.config, file_type=file_type)}
     if file.tensors.keys() != entries.keys():
@@ -59,6 +60,7 @@ def prove_tensors(
 
 
 def _error_of(file: GGUFFile, entry: GGUFTensor, source: np.ndarray) -> float:
+    """Return the largest error of a tensor's values, relative to the allowed one. Raises ValueError above it."""
     source = source.T if entry.transposed else source
     block = _BLOCK.get(entry.type_name, 1)
     rounding = _ROUNDING[entry.type_name] + (_SCALE_ROUNDING if block > 1 else 0)
@@ -67,11 +69,11 @@ def _error_of(file: GGUFFile, entry: GGUFTensor, source: np.ndarray) -> float:
     for start in range(0, len(source), _ROWS):
         stop = min(start + _ROWS, len(source))
         expected = source[start:stop].astype(np.float32) * np.float32(entry.scale)
-        found = file.rows(entry.name, start, stop)
-        errors = np.abs(found - expected).reshape(-1, block).max(-1)
+        actual = file.rows(entry.name, start, stop)
+        errors = np.abs(actual - expected).reshape(-1, block).max(-1)
         highest = np.abs(expected).reshape(-1, block).max(-1)
         allowed = rounding * highest + smallest
-        wrong = ~(errors <= allowed)  # NaN is wrong as well
+        wrong = ~(errors <= allowed)  # including NaN
         if wrong.any():
             at = int(wrong.argmax())
             raise ValueError(
@@ -84,7 +86,7 @@ def _error_of(file: GGUFFile, entry: GGUFTensor, source: np.ndarray) -> float:
 
 
 class UnfoldedTensors:
-    """The file's values as the source's tensors, by published name; see `published.Tensors`. The head is its own."""
+    """The file's values as the source's tensors, by published name; see `published.Tensors`. The head is not tied."""
 
     def __init__(self, file: GGUFFile, config: PublishedConfig, folded: PublishedConfig, *, file_type: str):
         self._file, self._config = file, config
@@ -95,29 +97,29 @@ class UnfoldedTensors:
     def read(self, name: str) -> np.ndarray:
         """Return one tensor, float32."""
         entry = self._entry_of[name]
-        stored = self._file.read(entry.name)
+        array = self._file.read(entry.name)
         if entry.scale != 1:
-            stored /= np.float32(entry.scale)
-        stored = stored.T if entry.transposed else stored
-        array = stored[tuple(slice(size) for size in self.shapes[name])]  # without the padding
+            array /= np.float32(entry.scale)
+        array = array.T if entry.transposed else array
+        array = array[tuple(slice(size) for size in self.shapes[name])]  # without the padding
         return unfolded_query(array, name, self._config)
 
 
 def prove_vocabulary(file: GGUFFile, tokenizer: Tokenizer, *, vocab_size: int) -> None:
-    """Compare the ids that llama.cpp makes by the file's keys with the tokenizer's.
+    """Compare the ids that llama.cpp gives with the file's keys with those of the tokenizer.
 
     Raises:
       ValueError: they differ; it names the text and the first ids that do.
     """
-    written = GGUFTokenizer(file.keys)
-    if (written.eos_id, written.num_tokens) != (tokenizer.eos_id, vocab_size):
+    by_gguf = GGUFTokenizer(file.keys)
+    if (by_gguf.eos_id, by_gguf.num_tokens) != (tokenizer.eos_id, vocab_size):
         raise ValueError(
-            f"the file has {written.num_tokens} tokens and eos_id={written.eos_id}; they must be {vocab_size} and "
+            f"the file has {by_gguf.num_tokens} tokens and eos_id={by_gguf.eos_id}; they must be {vocab_size} and "
             f"{tokenizer.eos_id}"
         )
     for text in probe_texts(tokenizer):
-        expected, found = tokenizer.encode(text), written.encode(text)
-        if expected != found:
+        expected, actual = tokenizer.encode(text), by_gguf.encode(text)
+        if expected != actual:
             raise ValueError(
-                f"llama.cpp would make other ids than the tokenizer: {first_difference(text, expected, found)}"
+                f"llama.cpp would make other ids than the tokenizer: {first_difference(text, expected, actual)}"
             )

@@ -1,4 +1,4 @@
-"""A SentencePiece model said in the terms of the tokenizers library."""
+"""Express a SentencePiece model in Hugging Face's tokenizers library."""
 
 from __future__ import annotations
 
@@ -22,39 +22,39 @@ from btlm_jax.tokenizers.sentencepiece_proto import (
 
 
 def to_hf_tokenizer(model: SentencePieceModel, *, unk_id: int) -> Tokenizer:
-    """Return the same tokenizer for the tokenizers library.
+    """Return a tokenizer of the tokenizers library that gives the same ids and text.
 
     Raises:
       ValueError: it cannot be expressed there.
     """
     _check_expressible(model)
-    inside = symbols_inside(model)
+    in_model = model_symbols(model)
     tokenizer = Tokenizer(_unigram(model, unk_id) if model.model_type == UNIGRAM else _bpe(model, unk_id))
     if model.model_type == UNIGRAM:
-        tokenizer.pre_tokenizer = _cut_names(model)
-    steps = []
+        tokenizer.pre_tokenizer = _split_special_names(model)
+    normalizer_steps = []
     if model.remove_extra_whitespaces:
-        steps += [normalizers.Replace(Regex(r"\A +| +\z"), ""), normalizers.Replace(Regex(" {2,}"), " ")]
+        normalizer_steps += [normalizers.Replace(Regex(r"\A +| +\z"), ""), normalizers.Replace(Regex(" {2,}"), " ")]
     if model.add_dummy_prefix:
-        steps.append(normalizers.Prepend(SPACE_MARK))
-    tokenizer.normalizer = normalizers.Sequence([*steps, normalizers.Replace(" ", SPACE_MARK)])
-    back = [decoders.Replace(SPACE_MARK, " "), decoders.ByteFallback(), decoders.Fuse()]
+        normalizer_steps.append(normalizers.Prepend(SPACE_MARK))
+    tokenizer.normalizer = normalizers.Sequence([*normalizer_steps, normalizers.Replace(" ", SPACE_MARK)])
+    decoder_steps = [decoders.Replace(SPACE_MARK, " "), decoders.ByteFallback(), decoders.Fuse()]
     if model.add_dummy_prefix or model.remove_extra_whitespaces:
-        back.append(decoders.Strip(" ", 1, 0))
-    tokenizer.decoder = decoders.Sequence(back)
+        decoder_steps.append(decoders.Strip(" ", 1, 0))
+    tokenizer.decoder = decoders.Sequence(decoder_steps)
     for number in model.ids_of_type(CONTROL) + model.ids_of_type(UNKNOWN):
         tokenizer.add_special_tokens([AddedToken(model.pieces[number], special=True, normalized=False)])
-    for number in set(model.ids_of_type(USER_DEFINED)) - inside:
+    for number in set(model.ids_of_type(USER_DEFINED)) - in_model:
         piece = model.pieces[number]
         tokenizer.add_tokens([AddedToken(piece, special=False, normalized=SPACE_MARK in piece)])
     return tokenizer
 
 
-def symbols_inside(model: SentencePieceModel) -> set[int]:
-    """Return the ids of the user-defined symbols that the model itself finds, as it finds any piece.
+def model_symbols(model: SentencePieceModel) -> set[int]:
+    """Return the ids of the user-defined symbols that can stay ordinary pieces of the model.
 
-    Unigram finds them by their score. BPE finds a single character that no other piece has, as nothing merges with it.
-    The others become added tokens, which cut the text before the normalizer sees it.
+    Unigram finds every symbol by its score. BPE finds a symbol of one character that is in no other piece, as nothing
+    merges with it. The others become added tokens, at which the text is split before it is normalized.
     """
     symbols = model.ids_of_type(USER_DEFINED)
     if model.model_type == UNIGRAM:
@@ -72,7 +72,7 @@ def _check_expressible(model: SentencePieceModel) -> None:
         "it keeps spaces as they are (escape_whitespaces=false)": not model.escape_whitespaces,
         "it has unused pieces": bool(model.ids_of_type(UNUSED)),
         "a user-defined symbol of several characters after a dummy prefix cannot be told apart from one at the "
-        "start": model.add_dummy_prefix and set(model.ids_of_type(USER_DEFINED)) - symbols_inside(model),
+        "start": model.add_dummy_prefix and set(model.ids_of_type(USER_DEFINED)) - model_symbols(model),
     }
     for reason, holds in reasons.items():
         if holds:
@@ -80,31 +80,31 @@ def _check_expressible(model: SentencePieceModel) -> None:
 
 
 def _bpe(model: SentencePieceModel, unk_id: int) -> models.BPE:
-    """Return merges in the order of the merged pieces' scores, of one piece those with the longest left part first.
+    """Return merges ordered by the score of the merged piece; merges of the same piece by longest left part first.
 
-    SentencePiece takes the leftmost of several splits instead, which differs only in runs of one repeated piece, and
-    there the longest left part is the leftmost.
+    Among merges of the same piece SentencePiece takes the leftmost in the text. The order matters only in runs of one
+    repeated piece, and there the longest left part is the leftmost.
     """
     normal = {model.pieces[number]: number for number in model.ids_of_type(NORMAL)}
     merges = []
     for piece in sorted(normal, key=lambda piece: -model.scores[normal[piece]]):
-        for at in range(len(piece) - 1, 0, -1):
-            if piece[:at] in normal and piece[at:] in normal:
-                merges.append((piece[:at], piece[at:]))
+        for split in range(len(piece) - 1, 0, -1):
+            if piece[:split] in normal and piece[split:] in normal:
+                merges.append((piece[:split], piece[split:]))
     vocabulary = {piece: number for number, piece in enumerate(model.pieces)}
     return models.BPE(
         vocab=vocabulary,
         merges=merges,
         unk_token=model.pieces[unk_id],
-        fuse_unk=True,  # SentencePiece joins unknown characters into one id
+        fuse_unk=True,  # SentencePiece gives a run of unknown characters one id
         byte_fallback=model.byte_fallback,
     )
 
 
 def _unigram(model: SentencePieceModel, unk_id: int) -> models.Unigram:
-    """Return pieces and scores; those that are no text get one that changes no other's.
+    """Return pieces and scores; pieces that are not text get the lowest score, so that no other encoding changes.
 
-    A user-defined symbol scores (its bytes) * (the best score) - 0.1 (unigram_model.cc, EncodeOptimized).
+    The score of a user-defined symbol is (its bytes) * (the best score) - 0.1 (unigram_model.cc, EncodeOptimized).
     """
     normal = [model.scores[number] for number in model.ids_of_type(NORMAL)]
     lowest, best = min(normal), max(normal)
@@ -118,16 +118,15 @@ def _unigram(model: SentencePieceModel, unk_id: int) -> models.Unigram:
     return models.Unigram(vocabulary, unk_id=unk_id, byte_fallback=model.byte_fallback)
 
 
-def _cut_names(model: SentencePieceModel) -> pre_tokenizers.Split:
-    """Return what cuts the name of a control or byte piece in a text, which the library's Unigram would take for it.
+def _split_special_names(model: SentencePieceModel) -> pre_tokenizers.Split:
+    """Return a split inside the names of control and byte pieces, which the library's Unigram would take for the piece.
 
-    The cut is between two characters that no piece has side by side, where there are such, so it changes nothing else.
+    The split is between two characters that are adjacent in no piece, if there are such, so it has no other effect.
     """
     pairs = {a + b for number in model.ids_of_type(NORMAL) for a, b in itertools.pairwise(model.pieces[number])}
-    cuts = set()
+    splits = set()
     for number in model.ids_of_type(CONTROL) + model.ids_of_type(UNKNOWN) + model.ids_of_type(BYTE):
         name = model.pieces[number]
-        free = [at for at in range(1, len(name)) if name[at - 1 : at + 1] not in pairs]
-        at = free[0] if free else 1
-        cuts.add(f"(?<={re.escape(name[:at])})(?={re.escape(name[at:])})")
-    return pre_tokenizers.Split(Regex("|".join(sorted(cuts))), "isolated")
+        split = next((at for at in range(1, len(name)) if name[at - 1 : at + 1] not in pairs), 1)
+        splits.add(f"(?<={re.escape(name[:split])})(?={re.escape(name[split:])})")
+    return pre_tokenizers.Split(Regex("|".join(sorted(splits))), "isolated")

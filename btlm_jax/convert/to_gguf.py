@@ -1,4 +1,4 @@
-"""Write GGUF, the file of llama.cpp and what is built on it, in its architecture "jais": BTLM under another name."""
+"""Write a GGUF file of llama.cpp's architecture "jais", which is BTLM under another name."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import dataclasses
 import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -14,6 +15,9 @@ from btlm_jax.convert.ggml import FILE_TYPES, encode, num_bytes, row_encoder, te
 from btlm_jax.convert.gguf_vocabulary import Vocabulary, add_vocabulary
 from btlm_jax.hub.gguf import import_gguf
 from btlm_jax.hub.published import EMBEDDING, FINAL_NORM, PublishedConfig, Tensors, block_prefix, block_shapes
+
+if TYPE_CHECKING:
+    from gguf import GGUFWriter
 
 _MAX_ALIBI_BIAS = 8.0  # slopes 2**(-8 i / n_head)
 _QUANTIZATION_VERSION = 2  # of GGML's block formats
@@ -33,11 +37,11 @@ _BLOCK_NAMES = {
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class GGUFTensor:
-    """A tensor of the file: `scale` times a published one, transposed if that is Conv1D's [in, out]."""
+    """A tensor of the file: `scale` times a published one, transposed if that is a Conv1D matrix [in, out]."""
 
     name: str
     published: str
-    shape: tuple[int, ...]  # row-major; GGUF writes it backwards
+    shape: tuple[int, ...]  # row-major; GGUF stores it reversed
     type_name: str
     transposed: bool
     scale: float
@@ -53,22 +57,22 @@ def write_gguf(
     pad_ffn: int,
     report: Callable[[str], None],
 ) -> None:
-    """Write a model to `path`, one tensor in memory at a time; None is a model without a tokenizer.
+    """Write a model to `path`, one tensor in memory at a time; `tokenizer` is None for a model without one.
 
-    n_inner is zero-padded to a multiple of `pad_ffn`, which must be one of the file type's block.
+    n_inner is zero-padded to a multiple of `pad_ffn`, which must be a multiple of the file type's block size.
 
-    The multipliers go into the weights: mup_embeddings_scale into token_embd, mup_output_alpha x mup_width_scale into
-    output (which is no longer tied), sqrt(head_dim) into q where the scores were divided by it. `report` is told each
-    tensor's GGUF name before it is written.
+    The multipliers are folded into the weights: mup_embeddings_scale into token_embd, mup_output_alpha *
+    mup_width_scale into output (which is then untied), sqrt(head_dim) into q where the scores are divided by it.
+    `report` gets each tensor's GGUF name before it is written.
 
     Raises:
       ValueError: the model cannot be expressed, a value is not finite or too large, or a library is missing.
-      OSError: the file cannot be written. A part of it may stay: `path` is the caller's temporary one.
+      OSError: the file cannot be written; it may be incomplete then, so `path` is a temporary name of the caller.
     """
     folded = FoldedTensors(tensors, config, pad_ffn=pad_ffn)
     entries = list(gguf_tensors(folded.config, file_type=file_type))
     for type_name in {entry.type_name for entry in entries}:
-        row_encoder(type_name)  # a library that is missing is missing now, not after an hour
+        row_encoder(type_name)  # raises for a missing library now, not after an hour
     gguf = import_gguf()
     writer = gguf.GGUFWriter(path, "jais")
     try:
@@ -113,14 +117,14 @@ def gguf_tensors(config: PublishedConfig, *, file_type: str) -> Iterator[GGUFTen
 
 
 def _encoded(folded: FoldedTensors, entry: GGUFTensor) -> np.ndarray:
-    stored = folded.read(entry.published)
+    array = folded.read(entry.published)
     try:
-        return encode(stored.T if entry.transposed else stored, entry.type_name, scale=entry.scale)
+        return encode(array.T if entry.transposed else array, entry.type_name, scale=entry.scale)
     except ValueError as error:
         raise ValueError(f"tensor {entry.published}: {error}") from error
 
 
-def _add_keys(writer, config: PublishedConfig, *, file_type: str) -> None:
+def _add_keys(writer: GGUFWriter, config: PublishedConfig, *, file_type: str) -> None:
     gguf = import_gguf()
     writer.add_type("model")
     writer.add_file_type(gguf.LlamaFileType[FILE_TYPES[file_type].code])

@@ -30,11 +30,16 @@ def write_hf(
     notes: Mapping[str, str],
     report: Callable[[str], None],
 ) -> None:
-    """Write weights, configs, model code and a model card into `directory`; the tokenizer's files are the caller's."""
-    written = [to_write(tensors, name, shape, dtype, report) for name, shape in tensor_shapes(config).items()]
+    """Write weights, configs, model code and a model card into `directory`; the tokenizer's files are not written here.
+
+    Raises:
+      ValueError: a value is too large for `dtype`, or what reading a tensor raises.
+      OSError: a file cannot be written.
+    """
+    to_write = [cast_tensor(tensors, name, shape, dtype, report) for name, shape in tensor_shapes(config).items()]
     slopes_N1 = alibi_slopes(config.n_head, scaling=1.0)[:, None]  # float32 always: bfloat16 would round them
-    written.append(TensorToWrite(name=SLOPES, shape=slopes_N1.shape, dtype=slopes_N1.dtype, make=lambda: slopes_N1))
-    write_safetensors(directory, written, max_shard_bytes=max_shard_bytes, metadata={"format": "pt"})
+    to_write.append(TensorToWrite(name=SLOPES, shape=slopes_N1.shape, dtype=slopes_N1.dtype, make=lambda: slopes_N1))
+    write_safetensors(directory, to_write, max_shard_bytes=max_shard_bytes, metadata={"format": "pt"})
     _write_json(directory / CONFIG_FILE, hf_config(config, dtype=dtype))
     _write_json(
         directory / "generation_config.json",
@@ -45,19 +50,19 @@ def write_hf(
     (directory / "README.md").write_text(model_card(config, dtype=dtype, notes=notes))
 
 
-def to_write(
+def cast_tensor(
     tensors: Tensors, name: str, shape: tuple[int, ...], dtype: str, report: Callable[[str], None]
 ) -> TensorToWrite:
-    """Return a tensor to be cast and written, zero-padded at the end of each axis to `shape`.
+    """Return a tensor that is read, cast and zero-padded at the end of each axis to `shape` when it is written.
 
-    Raises, when its turn comes:
-      ValueError: a value of it is too large for `dtype`.
+    `report` gets its name then. Raises, when it is written:
+      ValueError: a value is too large for `dtype`.
     """
 
     def make() -> np.ndarray:
         report(name)
         stored = tensors.read(name)
-        with np.errstate(over="ignore"):  # answered below
+        with np.errstate(over="ignore"):  # infinities are found below
             array = stored.astype(jnp.dtype(dtype))
         if not np.isfinite(array).all():
             largest = float(np.abs(stored.astype(np.float32)).max())
@@ -71,13 +76,8 @@ def to_write(
     return TensorToWrite(name=name, shape=shape, dtype=jnp.dtype(dtype), make=make)
 
 
-def padded(config: PublishedConfig, *, multiple: int) -> PublishedConfig:
-    """Return the config with n_inner rounded up; exact, since silu(0) = 0 and zero rows add nothing."""
-    return dataclasses.replace(config, n_inner=config.n_inner + -config.n_inner % multiple)
-
-
 def hf_config(config: PublishedConfig, *, dtype: str) -> dict:
-    """Return config.json's contents: only the newer (`mup_*`) keys, which no other model family reads otherwise."""
+    """Return the contents of config.json: only the newer (`mup_*`) keys, which no other family reads differently."""
     values = dataclasses.asdict(config)
     factor = values.pop("alibi_scaling")
     return {
@@ -105,7 +105,7 @@ def hf_config(config: PublishedConfig, *, dtype: str) -> dict:
 
 
 def model_card(config: PublishedConfig, *, dtype: str, notes: Mapping[str, str]) -> str:
-    """Return the README.md of an exported model: what it is, how it was made, how to load it."""
+    """Return the README.md of an exported model: what it is, how it was trained, how to load it."""
     num_parameters = sum(int(np.prod(shape)) for shape in tensor_shapes(config).values())
     rows = {
         "parameters": f"{num_parameters:,}",

@@ -1,4 +1,4 @@
-"""Write a 4-bit model for `btlm generate`, and prove that the kernels compute what its codes stand for."""
+"""Write a 4-bit model for `btlm generate`, and prove that the CPU kernels compute with the values of its codes."""
 
 from __future__ import annotations
 
@@ -21,14 +21,14 @@ from btlm_jax.quantize.quantize_model import Method, quantize_model
 from btlm_jax.tokenizers.tokenizer import Tokenizer
 
 _CALIBRATION_ROWS, _CALIBRATION_LENGTH = 32, 512
-_SAME_VALUES_TOLERANCE = 1e-4  # of float32 sums in another order
-# Relative to the largest logit. Trained models come to 0.01, tiny random ones to 0.5; a model of zeros would be 1
-# apart, one with nothing in common 1.4.
+# Both are relative to the largest logit. The first allows for float32 sums in another order. Rounding to 4 bits gives
+# 0.01 on trained models and 0.5 on tiny random ones; logits of 0 would give 1, unrelated logits 1.4.
+_SAME_VALUES_TOLERANCE = 1e-4
 _ROUNDING_TOLERANCE = 0.9
 
 
 def calibration_ids(directory: Path, tokenizer: Tokenizer | None, *, text: Path | None) -> np.ndarray:
-    """Return ids_BT to calibrate on: of a text file, or else blocks evenly spread over a run's training data.
+    """Return ids_BT to calibrate on, from a text file, or else from evenly spaced blocks of a run's training data.
 
     Raises:
       FileNotFoundError, ValueError: there is neither, or the text is too short.
@@ -54,7 +54,7 @@ def calibration_ids(directory: Path, tokenizer: Tokenizer | None, *, text: Path 
 def write_int4(
     source: Source, directory: Path, *, method: Method, calibration_BT: np.ndarray | None, report: Callable[[str], None]
 ) -> None:
-    """Round a model to 4 bits, block by block, and write its directory."""
+    """Quantize a model to 4 bits, block by block, and write its directory."""
     metadata = published_metadata(source)
     notes = metadata.notes | {"4 bits": f"{method}, groups of {GROUP_INPUTS}, embedding {EMBEDDING_BITS} bits"}
     quantized = quantize_model(
@@ -77,10 +77,10 @@ def prove_int4(source: Source, directory: Path, ids_T: np.ndarray) -> Iterator[P
     decoder = CpuDecoder(
         model.metadata.network(), model.weights, num_rows=1, num_slots=len(ids_T), cache_dtype="float32"
     )
-    found_TV = [decoder.prefill([ids_T[:1]])]
-    found_TV += [decoder.decode([ids_T[: end + 1]]) for end in range(1, len(ids_T))]
-    found_TV = np.concatenate(found_TV)
+    logits_1V = [decoder.prefill([ids_T[:1]])]
+    logits_1V += [decoder.decode([ids_T[: end + 1]]) for end in range(1, len(ids_T))]
+    actual_TV = np.concatenate(logits_1V)
     del model, decoder
     same_values_TV = streamed_logits(source.config, Int4Tensors(directory), ids_T)
-    yield compare("the codes' values, and the kernels", same_values_TV, found_TV, tolerance=_SAME_VALUES_TOLERANCE)
-    yield compare("the 4-bit model", source.logits(ids_T), found_TV, tolerance=_ROUNDING_TOLERANCE)
+    yield compare("the codes' values, and the kernels", same_values_TV, actual_TV, tolerance=_SAME_VALUES_TOLERANCE)
+    yield compare("the 4-bit model", source.logits(ids_T), actual_TV, tolerance=_ROUNDING_TOLERANCE)

@@ -1,4 +1,4 @@
-"""Write the Jais layout of Hugging Face: the same network under the name that vLLM and llama.cpp's converter know."""
+"""Write a Jais directory of Hugging Face: the same network under the name that vLLM and llama.cpp's converter know."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from btlm_jax.convert.fold import FoldedTensors
-from btlm_jax.convert.to_hf import hf_config, to_write
+from btlm_jax.convert.to_hf import cast_tensor, hf_config
 from btlm_jax.hub.published import CONFIG_FILE, EMBEDDING, HEAD, JAIS, PublishedConfig, Tensors
 from btlm_jax.hub.safetensors_files import write_safetensors
 from btlm_jax.storage.files import write_atomically
@@ -24,26 +24,26 @@ def write_jais(
     max_shard_bytes: int,
     report: Callable[[str], None],
 ) -> None:
-    """Write weights and config.json into `directory`, the caller's temporary one, as the tokenizer's files are.
+    """Write weights and config.json into `directory`; the tokenizer's files are not written here.
 
     n_inner is zero-padded to a multiple of `pad_ffn`. There is an lm_head.weight equal to the embedding, which
-    llama.cpp needs, and no relative_pe.slopes, which its converter stops at; all clients compute the slopes of n_head.
+    llama.cpp needs, and no relative_pe.slopes, with which its converter fails; all clients compute them from n_head.
 
     Raises:
       ValueError: the model cannot be expressed, or a value is not finite or too large for `dtype`.
       OSError: it cannot be written.
     """
     folded = FoldedTensors(tensors, config, pad_ffn=pad_ffn)
-    written = [to_write(folded, name, shape, dtype, report) for name, shape in folded.shapes.items()]
-    head = to_write(folded, EMBEDDING, folded.shapes[EMBEDDING], dtype, report)
-    written.append(dataclasses.replace(head, name=HEAD))
-    write_safetensors(directory, written, max_shard_bytes=max_shard_bytes, metadata={"format": "pt"})
+    to_write = [cast_tensor(folded, name, shape, dtype, report) for name, shape in folded.shapes.items()]
+    head = cast_tensor(folded, EMBEDDING, folded.shapes[EMBEDDING], dtype, report)
+    to_write.append(dataclasses.replace(head, name=HEAD))
+    write_safetensors(directory, to_write, max_shard_bytes=max_shard_bytes, metadata={"format": "pt"})
     values = json.dumps(jais_config(folded.config, dtype=dtype), indent=2, sort_keys=True)
     write_atomically(directory / CONFIG_FILE, values + "\n")
 
 
 def jais_config(config: PublishedConfig, *, dtype: str) -> dict:
-    """Return config.json's contents for a folded model: all that the clients ask for, no code of its own."""
+    """Return the contents of config.json for a folded model: the keys that the clients read, without model code."""
     values = hf_config(config, dtype=dtype)
     for key in ("auto_map", "alibi_scaling"):
         del values[key]

@@ -1,6 +1,6 @@
-"""Write a tokenizer for Hugging Face, and prove before it gets its name that it makes the same ids.
+"""Write a tokenizer for Hugging Face, and prove before the files get their names that they give the same ids.
 
-Byte-level BPE goes out as what it is, SentencePiece as a tokenizer.json made of its pieces beside the model itself.
+Byte-level BPE is written as it is; SentencePiece as its model file and a tokenizer.json made from it.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from btlm_jax.tokenizers.sentencepiece_bpe import SentencePieceTokenizer
 from btlm_jax.tokenizers.sentencepiece_proto import CONTROL, UNKNOWN, USER_DEFINED, parse_model
 from btlm_jax.tokenizers.tokenizer import Tokenizer
 
-# No special_tokens_map.json: AutoTokenizer lets it override tokenizer_config.json, which names the same tokens.
+# There is no special_tokens_map.json: it would only repeat the tokens of tokenizer_config.json, which it overrides.
 TOKENIZER_JSON, CONFIG_JSON = "tokenizer.json", "tokenizer_config.json"
 GPT2_CLASS, PLAIN_CLASS = "GPT2Tokenizer", "PreTrainedTokenizerFast"
 PROBES = (
@@ -46,16 +46,16 @@ PROBES = (
     "a" * 70 + " " * 33 + "=" * 65 + "\n" * 17 + "ab" * 40 + "0" * 50,
     "<0x41><0x0A><s></s><unk><pad><|endoftext|>",
 )
-_NUM_DRAWN = 200  # texts of random tokens, which reach the whole vocabulary
+_NUM_RANDOM = 200  # texts of random tokens, which cover the whole vocabulary
 
 
 def write_tokenizer_files(
     directory: Path, tokenizer: Tokenizer, *, model_max_length: int, more_probes: Sequence[str] = ()
 ) -> list[Path]:
-    """Write the files with which `AutoTokenizer.from_pretrained(directory)` makes the same ids offline; return them.
+    """Write the files with which `AutoTokenizer.from_pretrained(directory)` gives the same ids offline; return them.
 
     Raises:
-      ValueError: the tokenizer cannot be expressed, or the written files make other ids or other text; nothing is kept.
+      ValueError: the tokenizer cannot be expressed, or the files give other ids or other text; none is kept.
     """
     if model_max_length < 1:
         raise ValueError(f"model_max_length={model_max_length} must be at least 1")
@@ -63,14 +63,14 @@ def write_tokenizer_files(
         for name, contents in _files(tokenizer, model_max_length=model_max_length).items():
             write_atomically(Path(partial) / name, contents)
         prove_tokenizer_files(Path(partial), tokenizer, more_probes=more_probes)
-        written = [directory / path.name for path in sorted(Path(partial).iterdir())]
-        for path in written:
+        files = [directory / path.name for path in sorted(Path(partial).iterdir())]
+        for path in files:
             os.replace(Path(partial) / path.name, path)
-    return written
+    return files
 
 
 def prove_tokenizer_files(directory: Path, tokenizer: Tokenizer, *, more_probes: Sequence[str] = ()) -> None:
-    """Compare the ids and the text back of the files in `directory`, by every library here that reads them.
+    """Compare the files in `directory` with the tokenizer, ids and decoded text, in every library that reads them here.
 
     Raises:
       ValueError: they differ; it names the text and the first ids that do.
@@ -79,40 +79,40 @@ def prove_tokenizer_files(directory: Path, tokenizer: Tokenizer, *, more_probes:
     special, unk_id = _special_tokens(tokenizer), _unk_id(tokenizer)
     for client, (encode, decode) in _clients(directory, tokenizer):
         for text in probes:
-            expected, found = tokenizer.encode(text), encode(text)
-            if expected != found:
+            expected, actual = tokenizer.encode(text), encode(text)
+            if expected != actual:
                 raise ValueError(
-                    f"{client} makes other ids than the tokenizer: {first_difference(text, expected, found)}"
+                    f"{client} makes other ids than the tokenizer: {first_difference(text, expected, actual)}"
                 )
-            # an unknown character gives nothing back in one library and a sign in the other
+            # an unknown character decodes to nothing in one library and to a replacement in the other
             if unk_id not in expected and decode(expected) != tokenizer.decode(expected):
                 raise ValueError(
-                    f"{client} turns the ids of {_shown(text)} into {_shown(decode(expected))}, "
-                    f"not {_shown(tokenizer.decode(expected))}"
+                    f"{client} turns the ids of {_shorten(text)} into {_shorten(decode(expected))}, "
+                    f"not {_shorten(tokenizer.decode(expected))}"
                 )
     plain = _tokenizer_json(directory)
-    by_name, text = plain.encode(special["eos_token"]).ids, plain.decode([tokenizer.eos_id])
-    if by_name != [tokenizer.eos_id] or text:
+    eos_ids, eos_text = plain.encode(special["eos_token"]).ids, plain.decode([tokenizer.eos_id])
+    if eos_ids != [tokenizer.eos_id] or eos_text:
         raise ValueError(
-            f"{TOKENIZER_JSON} reads {special['eos_token']!r} as the ids {by_name}, and writes its id as {text!r}; "
+            f"{TOKENIZER_JSON} reads {special['eos_token']!r} as the ids {eos_ids}, and writes its id as {eos_text!r}; "
             f"it must be [{tokenizer.eos_id}] and nothing"
         )
     if _has_transformers():
         auto = _auto_tokenizer(directory)
-        by_name = auto(special["eos_token"], add_special_tokens=False)["input_ids"]
-        if by_name != [tokenizer.eos_id] or auto.eos_token_id != tokenizer.eos_id or len(auto) != tokenizer.vocab_size:
+        eos_ids = auto(special["eos_token"], add_special_tokens=False)["input_ids"]
+        if eos_ids != [tokenizer.eos_id] or auto.eos_token_id != tokenizer.eos_id or len(auto) != tokenizer.vocab_size:
             raise ValueError(
-                f"AutoTokenizer has eos_token_id={auto.eos_token_id}, {special['eos_token']!r} -> {by_name}, "
+                f"AutoTokenizer has eos_token_id={auto.eos_token_id}, {special['eos_token']!r} -> {eos_ids}, "
                 f"{len(auto)} tokens; the tokenizer has eos_id={tokenizer.eos_id}, {tokenizer.vocab_size} tokens"
             )
 
 
 def probe_texts(tokenizer: Tokenizer) -> Iterator[str]:
-    """Yield nasty texts, texts of random tokens, and names of pieces that are not ordinary, between others."""
+    """Yield difficult texts, texts of random tokens, and texts with the names of special and user-defined pieces."""
     yield from PROBES
-    draw = random.Random(0)
-    for _ in range(_NUM_DRAWN):
-        yield tokenizer.decode([draw.randrange(tokenizer.vocab_size) for _ in range(30)])
+    generator = random.Random(0)
+    for _ in range(_NUM_RANDOM):
+        yield tokenizer.decode([generator.randrange(tokenizer.vocab_size) for _ in range(30)])
     names = list(_special_tokens(tokenizer).values())
     if isinstance(tokenizer, SentencePieceTokenizer):
         model = parse_model(tokenizer.contents)
@@ -121,14 +121,14 @@ def probe_texts(tokenizer: Tokenizer) -> Iterator[str]:
         ]
     for name in names:
         yield f"{name}a{name} {name}{name} b {name}"
-        yield from (f"{name}{other}" for other in names)  # which may overlap
+        yield from (f"{name}{other}" for other in names)  # a match may overlap both
 
 
-def first_difference(text: str, expected: list[int], found: list[int]) -> str:
-    """Return in words where two lists of ids of a text differ first."""
-    pairs = enumerate(zip(expected, found, strict=False))
-    at = next((at for at, (a, b) in pairs if a != b), min(len(expected), len(found)))
-    return f"for {_shown(text)} from the id at {at} on {found[at : at + 5]}, not {expected[at : at + 5]}"
+def first_difference(text: str, expected: list[int], actual: list[int]) -> str:
+    """Describe the first difference of two lists of ids of a text."""
+    pairs = enumerate(zip(expected, actual, strict=False))
+    at = next((at for at, (a, b) in pairs if a != b), min(len(expected), len(actual)))
+    return f"for {_shorten(text)} from the id at {at} on {actual[at : at + 5]}, not {expected[at : at + 5]}"
 
 
 def _files(tokenizer: Tokenizer, *, model_max_length: int) -> dict[str, str | bytes]:
@@ -148,7 +148,7 @@ def _files(tokenizer: Tokenizer, *, model_max_length: int) -> dict[str, str | by
         }
     elif isinstance(tokenizer, ByteLevelTokenizer):
         files[TOKENIZER_JSON] = _readable_by_old_clients(tokenizer.json)
-        if tokenizer.has_gpt2_rules:  # other patterns of words cannot be told in these two files
+        if tokenizer.has_gpt2_rules:  # vocab.json and merges.txt cannot hold another pattern
             config["tokenizer_class"] = GPT2_CLASS
             files[VOCAB_FILE] = json.dumps({token: number for number, token in enumerate(tokenizer.tokens)})
             files[MERGES_FILE] = "#version: 0.2\n" + "".join(f"{a} {b}\n" for a, b in tokenizer.merges)
@@ -158,11 +158,11 @@ def _files(tokenizer: Tokenizer, *, model_max_length: int) -> dict[str, str | by
 
 
 def _special_tokens(tokenizer: Tokenizer) -> dict[str, str]:
-    """Return the special tokens by their names in Hugging Face; GPT-2 has one for all."""
+    """Return the special tokens by their names in Hugging Face; GPT-2 has one token for all three."""
     if isinstance(tokenizer, ByteLevelTokenizer):
         return dict.fromkeys(("bos_token", "eos_token", "unk_token"), tokenizer.eos_token)
     pieces = parse_model(tokenizer.contents).pieces
-    bos_id = tokenizer.bos_id if tokenizer.bos_id >= 0 else tokenizer.eos_id  # a document begins after another's end
+    bos_id = tokenizer.bos_id if tokenizer.bos_id >= 0 else tokenizer.eos_id  # eos alone separates documents
     return {
         "bos_token": pieces[bos_id],
         "eos_token": pieces[tokenizer.eos_id],
@@ -171,11 +171,13 @@ def _special_tokens(tokenizer: Tokenizer) -> dict[str, str]:
 
 
 def _unk_id(tokenizer: Tokenizer) -> int:
-    return tokenizer.unk_id if isinstance(tokenizer, SentencePieceTokenizer) else -1  # every byte is known to BPE
+    return (
+        tokenizer.unk_id if isinstance(tokenizer, SentencePieceTokenizer) else -1
+    )  # byte-level BPE has no unknown characters
 
 
 def _readable_by_old_clients(contents: str) -> str:
-    """Write each merge as "a b", which every version of tokenizers reads; pairs are new in 0.20."""
+    """Write each merge as "a b", which every version of tokenizers reads; pairs are read since 0.20."""
     body = json.loads(contents)
     merges = body["model"].get("merges", [])
     if merges and not any(" " in part for pair in merges for part in pair):
@@ -187,15 +189,15 @@ Client = tuple[Callable[[str], list[int]], Callable[[list[int]], str]]
 
 
 def _clients(directory: Path, tokenizer: Tokenizer) -> Iterator[tuple[str, Client]]:
-    """Yield (name, (encode, decode)) of all that read the files; a special token's name is ordinary text to them."""
-    read = _tokenizer_json(directory)
-    read.encode_special_tokens = True
-    yield TOKENIZER_JSON, (lambda text: read.encode(text).ids, read.decode)
+    """Yield (name, (encode, decode)) of every library that reads the files; none parses special tokens in a text."""
+    plain = _tokenizer_json(directory)
+    plain.encode_special_tokens = True
+    yield TOKENIZER_JSON, (lambda text: plain.encode(text).ids, plain.decode)
     if (directory / VOCAB_FILE).is_file():
-        with tempfile.TemporaryDirectory() as alone:
+        with tempfile.TemporaryDirectory() as without_json:
             for name in (VOCAB_FILE, MERGES_FILE, CONFIG_JSON):
-                (Path(alone) / name).symlink_to((directory / name).resolve())
-            pair = read_byte_level(Path(alone))
+                (Path(without_json) / name).symlink_to((directory / name).resolve())
+            pair = read_byte_level(Path(without_json))
         yield f"{VOCAB_FILE} with {MERGES_FILE}", (pair.encode, pair.decode)
     if _has_transformers():
         auto = _auto_tokenizer(directory)
@@ -222,7 +224,7 @@ def _auto_tokenizer(directory: Path):
     return AutoTokenizer.from_pretrained(directory, local_files_only=True, trust_remote_code=False)
 
 
-def _shown(text: str) -> str:
+def _shorten(text: str) -> str:
     return repr(text if len(text) <= 120 else text[:120] + "...")
 
 

@@ -1,6 +1,6 @@
-"""The logits of an exported directory as its users get them: PyTorch, transformers and the exported model code.
+"""The logits of an exported directory as its users compute them: with PyTorch, transformers and the exported code.
 
-Runs as a process of its own, so that neither PyTorch's memory nor the model code stays with the conversion:
+They are computed in a process of their own, so that PyTorch and the exported code are not loaded into the conversion:
 python -m btlm_jax.convert.transformers_logits DIRECTORY IDS.npy LOGITS.npy
 """
 

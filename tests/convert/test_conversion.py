@@ -27,7 +27,7 @@ def make(source, target, **changes):
     options = {"format": "hf", "dtype": "float32", "file_type": "F32", "pad_ffn": 1, "max_shard_bytes": 10**9}
     options |= {"method": "rtn", "calibration": None} | changes
     lines = []
-    proofs = convert(Conversion(source=source, target=target, **options), say=lines.append)
+    proofs = convert(Conversion(source=source, target=target, **options), log=lines.append)
     assert all(proof.holds for proof in proofs)
     return target, "\n".join(lines)
 

@@ -63,7 +63,7 @@ def test_every_form_of_a_model_writes_the_same(capsys, tiny_run, tmp_path):
     for target, format in ((tmp_path / "hf", "hf"), (tmp_path / "native", "native")):
         options = {"dtype": "float32", "file_type": "F32", "pad_ffn": 1, "max_shard_bytes": 10**9}
         options |= {"method": "rtn", "calibration": None}
-        convert(Conversion(source=workdir, target=target, format=format, **options), say=lambda line: None)
+        convert(Conversion(source=workdir, target=target, format=format, **options), log=lambda line: None)
         assert continued(capsys, target, "--temperature=0") == wanted
 
 

@@ -30,7 +30,7 @@ from btlm_jax.quantize.quantize_model import Method, dequantize_tensor, quantize
 def make(source, target, **changes):
     options = {"dtype": "float32", "file_type": "F32", "pad_ffn": 1, "max_shard_bytes": 10**9, "method": "rtn"}
     lines, options = [], options | {"calibration": None} | changes
-    proofs = convert(Conversion(source=source, target=target, format="int4", **options), say=lines.append)
+    proofs = convert(Conversion(source=source, target=target, format="int4", **options), log=lines.append)
     assert all(proof.holds for proof in proofs)
     return target, "\n".join(lines)
 
@@ -133,7 +133,7 @@ def test_weights_stay_in_the_dtype_of_the_model(tmp_path):
     options = dict(file_type="F32", pad_ffn=1, max_shard_bytes=10**9, method="rtn", calibration=None)
     target = tmp_path / "hf"
     convert(
-        Conversion(source=ORACLES / "tiny", target=target, format="hf", dtype="bfloat16", **options), say=lambda _: None
+        Conversion(source=ORACLES / "tiny", target=target, format="hf", dtype="bfloat16", **options), log=lambda _: None
     )
     weights = {source: load_for_generation(source, as_int4=False).params for source in (ORACLES / "tiny", target)}
     assert weights[ORACLES / "tiny"].down.data.dtype == "float32"
