@@ -65,16 +65,16 @@ def generate(arguments: Sequence[str]) -> int:
     if prompts_file:
         given = prompts.read_prompts(Path(prompts_file))
     else:
-        given = [prompts.Prompt(text=flags.string("prompt"), beside={})]
+        given = [prompts.Prompt(text=flags.string("prompt"), extra={})]
     if output:
         text.check_output(Path(output))
-    native = text.load_with_tokenizer(checkpoint, as_int4=flags.boolean("int4"))
+    model = text.load_with_tokenizer(checkpoint, as_int4=flags.boolean("int4"))
     if output:
-        text.save_completions(native, given, how=config, path=Path(output))
+        text.save_completions(model, given, config=config, path=Path(output))
     elif prompts_file or config.num_samples > 1:
-        text.print_completions(native, given, how=config)
+        text.print_completions(model, given, config=config)
     else:
-        text.stream_completion(native, given[0], how=config)
+        text.stream_completion(model, given[0], config=config)
     return DONE
 
 

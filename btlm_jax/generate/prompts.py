@@ -1,4 +1,4 @@
-"""Files of prompts: one a line, or JSON lines."""
+"""Files of prompts: one prompt per line, or JSON lines."""
 
 from __future__ import annotations
 
@@ -8,24 +8,24 @@ from collections.abc import Iterator
 from pathlib import Path
 
 JSON_LINES = ".jsonl"
-PROMPT = "prompt"
-WRITTEN = ("sample", "text", "num_tokens", "ended_by", "stop_string")  # what generate adds to a prompt's object
+PROMPT_KEY = "prompt"
+OUTPUT_KEYS = ("sample", "text", "num_tokens", "ended_by", "stop_string")  # added to a prompt's object in the output
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Prompt:
-    """A text to continue, and what stood beside it in its JSON object, which is carried to the output."""
+    """A text to continue, and the other keys of its JSON object, which are copied to the output."""
 
     text: str
-    beside: dict
+    extra: dict
 
 
 def read_prompts(path: Path) -> list[Prompt]:
-    """Read one prompt a line, or from a file that ends in .jsonl one JSON object with "prompt" a line.
+    """Read one prompt per line; from a file that ends in .jsonl, one JSON object with the key "prompt" per line.
 
     Raises:
       FileNotFoundError: there is no such file.
-      ValueError: it is empty, or a line is no prompt; names the line.
+      ValueError: it is empty, or a line is not a prompt; names the line.
     """
     if not path.is_file():
         raise FileNotFoundError(f"there is no file of prompts {path}")
@@ -45,7 +45,7 @@ def check_text(text: str, *, name: str) -> None:
     """Check that a text can be written as UTF-8.
 
     Raises:
-      ValueError: it has half a surrogate pair, or came from bytes that are no UTF-8.
+      ValueError: it contains a surrogate: half of a pair, or a byte that was not UTF-8.
     """
     try:
         text.encode()
@@ -54,6 +54,7 @@ def check_text(text: str, *, name: str) -> None:
 
 
 def _lines(contents: bytes) -> Iterator[tuple[int, bytes]]:
+    """Yield (line number, line) without a byte-order mark and carriage returns; a final newline ends the last line."""
     lines = contents.removeprefix(b"\xef\xbb\xbf").split(b"\n")
     if lines[-1] == b"":
         lines.pop()
@@ -66,7 +67,7 @@ def _from_line(line: str) -> Prompt:
         raise ValueError(
             f'it is blank; delete it, or write {{"prompt": ""}} in a {JSON_LINES} file to begin a document from nothing'
         )
-    return Prompt(text=line, beside={})
+    return Prompt(text=line, extra={})
 
 
 def _from_json(line: str) -> Prompt:
@@ -74,10 +75,10 @@ def _from_json(line: str) -> Prompt:
         row = json.loads(line)
     except ValueError as error:
         raise ValueError(f'it is not JSON ({error}); each line is an object like {{"prompt": "text"}}') from error
-    if not isinstance(row, dict) or not isinstance(row.get(PROMPT), str):
+    if not isinstance(row, dict) or not isinstance(row.get(PROMPT_KEY), str):
         raise ValueError('it has no "prompt" that is a string; each line is an object like {"prompt": "text"}')
-    taken = sorted(row.keys() & set(WRITTEN))
-    if taken:
-        raise ValueError(f"its key {taken[0]!r} is one that generate writes; rename it")
-    check_text(row[PROMPT], name="its prompt")
-    return Prompt(text=row[PROMPT], beside={key: value for key, value in row.items() if key != PROMPT})
+    clashes = sorted(row.keys() & set(OUTPUT_KEYS))
+    if clashes:
+        raise ValueError(f"its key {clashes[0]!r} is one that generate writes; rename it")
+    check_text(row[PROMPT_KEY], name="its prompt")
+    return Prompt(text=row[PROMPT_KEY], extra={key: value for key, value in row.items() if key != PROMPT_KEY})

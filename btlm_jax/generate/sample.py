@@ -1,4 +1,4 @@
-"""The sample at the end of a training run: what the model makes of the config's prompt."""
+"""The sample at the end of a training run; apart from text.py, whose imports a training run does not need."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ SAMPLING = Sampling(temperature=0.7, top_k=0, top_p=1.0, min_p=0.0, repetition_p
 
 
 def continue_prompt(run: Run, params: dict) -> str:
-    """Return the continuation of log.sample_prompt, printable."""
+    """Return the trained model's continuation of log.sample_prompt, without control characters."""
     tokenizer = load_tokenizer(run.token_store.directory, run.token_store.manifest.tokenizer)
-    made = continue_tokens(
+    ids = continue_tokens(
         run.model,
         params,
         run.mesh,
@@ -24,4 +24,4 @@ def continue_prompt(run: Run, params: dict) -> str:
         seed=run.config.seed,
         stop_id=tokenizer.eos_id,
     )
-    return printable(tokenizer.decode(made))
+    return printable(tokenizer.decode(ids))

@@ -1,1 +1,1 @@
-"""4-bit weights: what a rounded matrix is, four published methods to round one, and the walk over a whole model."""
+"""4-bit weights: quantized matrices, four published methods, a whole model block by block, and its directory."""

@@ -16,13 +16,13 @@ def test_lines_are_prompts_as_they_stand(tmp_path):
     assert [prompt.text for prompt in read_prompts(path)] == ["  two é", "three\u2028 {", "\tfour "]
 
 
-def test_json_lines_carry_what_stands_beside_the_prompt(tmp_path):
+def test_json_lines_keep_the_other_keys(tmp_path):
     path = write(tmp_path, "p.jsonl", b'{"prompt": "a\\nb", "id": 7}\n{"prompt": ""}\n')
-    assert [(prompt.text, prompt.beside) for prompt in read_prompts(path)] == [("a\nb", {"id": 7}), ("", {})]
+    assert [(prompt.text, prompt.extra) for prompt in read_prompts(path)] == [("a\nb", {"id": 7}), ("", {})]
 
 
 @pytest.mark.parametrize(
-    ("name", "contents", "said"),
+    ("name", "contents", "message"),
     [
         ("p.txt", b"", r"p.txt is empty: write one prompt a line"),
         ("p.jsonl", b"", r"p.jsonl is empty"),
@@ -37,8 +37,8 @@ def test_json_lines_carry_what_stands_beside_the_prompt(tmp_path):
         ("p.jsonl", b'{"prompt": "a\\ud800"}\n', r"line 1: its prompt is not valid Unicode: .* at character 2"),
     ],
 )
-def test_a_bad_file_is_refused_with_its_line(tmp_path, name, contents, said):
-    with pytest.raises(ValueError, match=said):
+def test_a_bad_file_is_refused_with_its_line(tmp_path, name, contents, message):
+    with pytest.raises(ValueError, match=message):
         read_prompts(write(tmp_path, name, contents))
 
 

@@ -17,7 +17,7 @@ from btlm_jax.decode.batch import continue_tokens
 from btlm_jax.decode.cpu_decoder import CpuDecoder
 from btlm_jax.decode.sampling import GREEDY
 from btlm_jax.display.terminal import printable
-from btlm_jax.generate import text as serve
+from btlm_jax.generate import text as text_module
 from btlm_jax.generate.text import load_with_tokenizer
 from btlm_jax.hub.native import ModelMetadata, one_device_mesh, write_model_directory
 from btlm_jax.model import init_params
@@ -32,12 +32,12 @@ def continued(capsys, workdir, *flags) -> str:
 
 def test_the_stream_is_the_prompt_and_its_continuation(capsys, tiny_run):
     _, workdir = tiny_run
-    native = load_with_tokenizer(workdir, as_int4=False)
-    assert native.metadata.notes["steps"] == "10"
-    tokenizer = native.tokenizer
+    model = load_with_tokenizer(workdir, as_int4=False)
+    assert model.metadata.notes["steps"] == "10"
+    tokenizer = model.tokenizer
     prompt = [tokenizer.eos_id, *tokenizer.encode("def f")]
     options = {"prompt": prompt, "num_tokens": 12, "sampling": GREEDY, "seed": 0, "stop_id": tokenizer.eos_id}
-    made = continue_tokens(native.metadata.network(), native.params, native.mesh, **options)
+    made = continue_tokens(model.metadata.network(), model.params, model.mesh, **options)
     want = "def f" + printable(tokenizer.decode(made)) + "\n"
     assert continued(capsys, workdir, "--temperature=0") == want
 
@@ -114,7 +114,7 @@ def test_texts_do_not_depend_on_their_batch(capsys, untrained, tmp_path, monkeyp
     assert [row.get("id") for row in wanted] == [None, None, 7, 7, None, None]
     assert len({row["text"] for row in wanted}) == 6
     assert all(row["num_tokens"] == 11 and row["ended_by"] == "length" for row in wanted)
-    monkeypatch.setattr(serve, "PROGRESS_SECONDS", 0.0)
+    monkeypatch.setattr(text_module, "PROGRESS_SECONDS", 0.0)
     capsys.readouterr()
     assert written(untrained, tmp_path, PROMPTS, *flags, "--batch_size=4") == wanted
     said = capsys.readouterr().err
