@@ -1,7 +1,7 @@
-"""What a rounded matrix is: small codes and, for every group of inputs of every output, a float16 scale.
+"""Group-wise quantized matrices: 4- or 8-bit codes, and a float16 scale for every group of inputs of every output.
 
-w_KM multiplies inputs from the left (x_K @ w_KM), so a group is `group_size` consecutive rows of one column. Where
-group_size does not divide K (BTLM's 6,826), the last group is shorter.
+Outputs are x_K @ w_KM, so a group is `group_size` consecutive rows of one column. The last group is shorter if
+group_size does not divide K (BTLM's n_inner of 6,826). G counts groups.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ _MAX_CODE_8 = 127  # 8 bits: codes are -127..127
 class Int4Matrix:
     """A matrix in 4 bits: w_km ~= codes_km * scale_gm + offset_gm, g = k // group_size."""
 
-    codes_KM: np.ndarray  # uint8, 0..15, one a byte
+    codes_KM: np.ndarray  # uint8, 0..15, one per byte
     scale_GM: np.ndarray  # float16
     offset_GM: np.ndarray  # float16
     group_size: int
@@ -35,19 +35,19 @@ class Int8Matrix:
 
 @dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
 class Grid:
-    """The values that a group's weights can take: 0..15 * scale + offset."""
+    """The 16 values that a group's weights can take: 0..15 * scale + offset."""
 
     scale_GM: np.ndarray  # float16
     offset_GM: np.ndarray  # float16
 
 
-def dequantize(grouped: Int4Matrix | Int8Matrix) -> np.ndarray:
-    """Return the float32 w_KM that the codes stand for."""
-    scale_KM = expand_groups(grouped.scale_GM, len(grouped.codes_KM), grouped.group_size)
-    w_KM = grouped.codes_KM.astype(np.float32) * scale_KM
-    if isinstance(grouped, Int8Matrix):
+def dequantize(matrix: Int4Matrix | Int8Matrix) -> np.ndarray:
+    """Return the float32 w_KM that the codes represent."""
+    scale_KM = expand_groups(matrix.scale_GM, len(matrix.codes_KM), matrix.group_size)
+    w_KM = matrix.codes_KM.astype(np.float32) * scale_KM
+    if isinstance(matrix, Int8Matrix):
         return w_KM
-    return w_KM + expand_groups(grouped.offset_GM, len(w_KM), grouped.group_size)
+    return w_KM + expand_groups(matrix.offset_GM, len(w_KM), matrix.group_size)
 
 
 def round_to_nearest(w_KM: np.ndarray, group_size: int) -> Int4Matrix:
@@ -80,7 +80,7 @@ def round_to_nearest_int8(w_KM: np.ndarray, group_size: int) -> Int8Matrix:
 
 
 def min_max_grid(w_KM: np.ndarray, group_size: int) -> Grid:
-    """Return the grid from each group's smallest weight to its largest, rounded to the float16 it is kept in.
+    """Return the grid from each group's smallest weight to its largest, in the float16 that it is stored in.
 
     Raises:
       ValueError: as `round_to_nearest`.
@@ -93,14 +93,14 @@ def min_max_grid(w_KM: np.ndarray, group_size: int) -> Grid:
 
 
 def nearest_codes(w_KM: np.ndarray, grid: Grid, group_size: int) -> np.ndarray:
-    """Return the uint8 code of the grid's value nearest to each weight; 0 where the grid has only one value."""
+    """Return the uint8 code of the grid value nearest to each weight; 0 where the grid has only one value."""
     above_KM = w_KM - expand_groups(grid.offset_GM, len(w_KM), group_size)
     steps_KM = _divide_where_positive(above_KM, expand_groups(grid.scale_GM, len(w_KM), group_size))
     return np.clip(np.rint(steps_KM), 0, MAX_CODE).astype(np.uint8)
 
 
 def expand_groups(x_GM: np.ndarray, num_inputs: int, group_size: int) -> np.ndarray:
-    """Return float32 x_KM: what each row's group has."""
+    """Return float32 x_KM, in which each row has the value of its group."""
     return np.repeat(x_GM.astype(np.float32), group_size, axis=0)[:num_inputs]
 
 
@@ -108,7 +108,7 @@ def to_float16(x_GM: np.ndarray) -> np.ndarray:
     """Round to float16.
 
     Raises:
-      ValueError: a value is too large for it.
+      ValueError: a value is too large.
     """
     largest = float(np.abs(x_GM).max(initial=0.0))
     if largest > float(np.finfo(np.float16).max):
@@ -117,10 +117,10 @@ def to_float16(x_GM: np.ndarray) -> np.ndarray:
 
 
 def check_weights(w_KM: np.ndarray, group_size: int) -> None:
-    """Refuse what cannot be rounded.
+    """Check that a matrix can be quantized.
 
     Raises:
-      ValueError: a weight is not finite, or the group size is no size.
+      ValueError: a weight is not finite, or the group size is below 1.
     """
     if group_size < 1:
         raise ValueError(f"group_size={group_size} must be at least 1")
