@@ -62,9 +62,9 @@ def test_the_likeliest_tokens_of_an_imported_oracle_are_the_original_s(imported)
 
 def test_there_and_back_is_bit_identical(imported, tmp_path):
     name, native = imported
-    exported, said = make(native, tmp_path / "hf")
+    exported, output = make(native, tmp_path / "hf")
     again, _ = make(exported, tmp_path / "native", format="native")
-    assert "the written files" in said
+    assert "the written files" in output
     assert (native / "model.json").read_text() == (again / "model.json").read_text()
     weights = oracle_weights(name)
     assert load_file(exported / "model.safetensors").keys() == weights.keys()
@@ -79,8 +79,8 @@ def test_there_and_back_is_bit_identical(imported, tmp_path):
 def test_a_run_becomes_a_directory_that_transformers_loads(monkeypatch, tiny_run, tmp_path, dtype):
     monkeypatch.setattr(conversion, "has_transformers", lambda: True)
     _, workdir = tiny_run
-    exported, said = make(workdir, tmp_path / "hf", dtype=dtype, pad_ffn=64, max_shard_bytes=50_000)
-    assert "transformers: largest difference" in said
+    exported, output = make(workdir, tmp_path / "hf", dtype=dtype, pad_ffn=64, max_shard_bytes=50_000)
+    assert "transformers: largest difference" in output
     assert len(list(exported.glob("model-*-of-*.safetensors"))) > 1
     config = json.loads((exported / "config.json").read_text())
     assert (config["n_inner"], config["n_positions"], config["torch_dtype"]) == (64, 48, dtype)
@@ -141,10 +141,10 @@ def assert_as_the_source(source, path, ids_T):
 
 @pytest.mark.parametrize("name", ["tiny", "tiny_sp"])
 def test_an_oracle_becomes_a_gguf_that_llama_cpp_computes(tmp_path, name):
-    path, said = make(ORACLES / name, tmp_path / "m.gguf", format="gguf", pad_ffn=256)
+    path, output = make(ORACLES / name, tmp_path / "m.gguf", format="gguf", pad_ffn=256)
     assert_as_the_source(ORACLES / name, path, oracle_array(name, "input_ids")[0])
-    assert "all 32 tensors read back" in said and "same likeliest token at 100.0 %" in said
-    assert [found.name for found in tmp_path.iterdir()] == ["m.gguf"]
+    assert "all 32 tensors read back" in output and "same likeliest token at 100.0 %" in output
+    assert [path.name for path in tmp_path.iterdir()] == ["m.gguf"]
 
 
 def test_a_model_directory_becomes_the_gguf_of_its_source(imported, tmp_path):
@@ -154,17 +154,17 @@ def test_a_model_directory_becomes_the_gguf_of_its_source(imported, tmp_path):
             make(native, tmp_path / "m.gguf", format="gguf")
         assert list(tmp_path.iterdir()) == []
         return
-    found, _ = make(native, tmp_path / "m.gguf", format="gguf", file_type="Q8_0", pad_ffn=32)
-    expected, _ = make(ORACLES / name, tmp_path / "from_hf.gguf", format="gguf", file_type="Q8_0", pad_ffn=32)
-    assert found.read_bytes() == expected.read_bytes()
+    from_native, _ = make(native, tmp_path / "m.gguf", format="gguf", file_type="Q8_0", pad_ffn=32)
+    from_hf, _ = make(ORACLES / name, tmp_path / "from_hf.gguf", format="gguf", file_type="Q8_0", pad_ffn=32)
+    assert from_native.read_bytes() == from_hf.read_bytes()
 
 
 @pytest.mark.parametrize("file_type", [*FILE_TYPES])
 def test_every_file_type_is_proven(tmp_path, file_type):
     needs_256 = file_type.endswith(("_K", "_K_M"))
     source = wide_model(tmp_path / "in") if needs_256 else ORACLES / "tiny_sp"
-    _, said = make(source, tmp_path / "m.gguf", format="gguf", file_type=file_type, pad_ffn=256 if needs_256 else 32)
-    assert said.count("within the tolerance") == 2
+    _, output = make(source, tmp_path / "m.gguf", format="gguf", file_type=file_type, pad_ffn=256 if needs_256 else 32)
+    assert output.count("within the tolerance") == 2
 
 
 def wide_model(directory):
@@ -181,18 +181,18 @@ def wide_model(directory):
 
 def test_a_run_becomes_a_gguf_that_llama_cpp_computes_with_its_ids(tiny_run, tmp_path):
     _, workdir = tiny_run
-    path, said = make(workdir, tmp_path / "m.gguf", format="gguf", pad_ffn=256)
+    path, output = make(workdir, tmp_path / "m.gguf", format="gguf", pad_ffn=256)
     tokenizer = read_run(workdir).tokenizer
     texts = ["def f(x):\n    return x", " two  spaces", "</s>", "\U0001f600"]
     assert llama_cpp.tokenize(path, texts) == [tokenizer.encode(text) for text in texts]
     assert_as_the_source(workdir, path, np.asarray(tokenizer.encode(texts[0] * 3)))
-    assert "the file's tokenizer makes the same ids" in said
+    assert "the file's tokenizer makes the same ids" in output
 
 
 def test_a_run_becomes_a_jais_directory_whose_weights_compute_the_same(tiny_run, tmp_path):
     _, workdir = tiny_run
-    directory, said = make(workdir, tmp_path / "jais", format="jais", pad_ffn=256, max_shard_bytes=50_000)
-    assert "the written files: largest difference" in said
+    directory, output = make(workdir, tmp_path / "jais", format="jais", pad_ffn=256, max_shard_bytes=50_000)
+    assert "the written files: largest difference" in output
     config = json.loads((directory / "config.json").read_text())
     assert (config["model_type"], config["architectures"], config["n_inner"]) == ("jais", ["JAISLMHeadModel"], 256)
     assert config["tie_word_embeddings"] is True

@@ -62,11 +62,11 @@ def oracle_model(name):
 @pytest.fixture(scope="module")
 def written(tmp_path_factory):
     """The GGUF of an oracle in a file type, written once."""
-    folder, found = tmp_path_factory.mktemp("gguf"), {}
+    folder, paths = tmp_path_factory.mktemp("gguf"), {}
 
     def get(name, file_type):
         path = folder / f"{name}.{file_type}.gguf"
-        return found.setdefault(path, path if path in found else write(path, *oracle_model(name), file_type=file_type))
+        return paths.setdefault(path, path if path in paths else write(path, *oracle_model(name), file_type=file_type))
 
     return get
 
@@ -74,7 +74,9 @@ def written(tmp_path_factory):
 def matrices(path):
     """Every tensor of a file as llama.cpp's own tools read it: name -> (type, shape, bytes)."""
     reader = gguf.GGUFReader(path)
-    return {found.name: (found.tensor_type, tuple(found.shape[::-1].tolist()), found.data) for found in reader.tensors}
+    return {
+        tensor.name: (tensor.tensor_type, tuple(tensor.shape[::-1].tolist()), tensor.data) for tensor in reader.tensors
+    }
 
 
 def values(path):
@@ -83,18 +85,18 @@ def values(path):
 
 def assert_blocks_are_llama_cpp_s(path, floats):
     """Assert that every matrix of a file is, to the bit, what llama.cpp's own quantizer makes of `floats`."""
-    found = {name: (kind, data) for name, (kind, shape, data) in matrices(path).items() if len(shape) == 2}
-    expected = llama_cpp.quantize([(floats[name], int(kind), data.nbytes) for name, (kind, data) in found.items()])
-    for (name, (_, data)), wanted in zip(found.items(), expected, strict=True):
-        np.testing.assert_array_equal(data.reshape(-1), wanted, err_msg=name)
+    stored = {name: (kind, data) for name, (kind, shape, data) in matrices(path).items() if len(shape) == 2}
+    expected = llama_cpp.quantize([(floats[name], int(kind), data.nbytes) for name, (kind, data) in stored.items()])
+    for (name, (_, data)), bits in zip(stored.items(), expected, strict=True):
+        np.testing.assert_array_equal(data.reshape(-1), bits, err_msg=name)
 
 
 @pytest.mark.parametrize("decode", [llama_cpp.batch_logits, llama_cpp.stepwise_logits])
 @pytest.mark.parametrize("name", ["tiny", "tiny_sp"])
 def test_llama_cpp_gives_the_original_logits(written, name, decode):
     expected = oracle_array(name, "logits")
-    found = decode(written(name, "F32"), oracle_array(name, "input_ids"))
-    np.testing.assert_allclose(found, expected, rtol=0, atol=1e-5 * max(1, np.abs(expected).max()))
+    actual = decode(written(name, "F32"), oracle_array(name, "input_ids"))
+    np.testing.assert_allclose(actual, expected, rtol=0, atol=1e-5 * max(1, np.abs(expected).max()))
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
@@ -102,8 +104,8 @@ def test_llama_cpp_gives_the_logits_of_another_shape(tmp_path, dtype):
     tensors = RandomTensors(OTHER, dtype=np.dtype(dtype))
     ids_BT = np.random.default_rng(0).integers(0, OTHER.vocab_size, (2, OTHER.n_positions))
     expected = np.stack([streamed_logits(OTHER, tensors, ids_T) for ids_T in ids_BT])
-    found = llama_cpp.batch_logits(write(tmp_path / "m.gguf", OTHER, tensors), ids_BT)
-    np.testing.assert_allclose(found, expected, rtol=0, atol=1e-5 * max(1, np.abs(expected).max()))
+    actual = llama_cpp.batch_logits(write(tmp_path / "m.gguf", OTHER, tensors), ids_BT)
+    np.testing.assert_allclose(actual, expected, rtol=0, atol=1e-5 * max(1, np.abs(expected).max()))
 
 
 # Largest differences and shares of equal likeliest tokens: those of llama.cpp's own quantizer, with some room.
@@ -112,9 +114,9 @@ def test_llama_cpp_gives_the_logits_of_another_shape(tmp_path, dtype):
 )
 def test_small_types_stay_close(written, file_type, largest, same):
     expected = oracle_array("tiny", "logits")
-    found = llama_cpp.batch_logits(written("tiny", file_type), oracle_array("tiny", "input_ids"))
-    assert np.abs(found - expected).max() < largest
-    assert (found.argmax(-1) == expected.argmax(-1)).mean() > same
+    actual = llama_cpp.batch_logits(written("tiny", file_type), oracle_array("tiny", "input_ids"))
+    assert np.abs(actual - expected).max() < largest
+    assert (actual.argmax(-1) == expected.argmax(-1)).mean() > same
 
 
 @pytest.mark.parametrize("file_type,output", [("Q8_0", "Q8_0"), ("Q4_0", "Q8_0")])
@@ -148,7 +150,7 @@ def test_k_quants_are_those_of_llama_cpp(tmp_path):
 )
 def test_size_of_the_full_model(file_type, expected):
     config = dataclasses.replace(OTHER, vocab_size=50257, n_embd=2560, n_layer=32, n_head=32, n_inner=6912)
-    size = sum(num_bytes(found.shape, found.type_name) for found in gguf_tensors(config, file_type=file_type))
+    size = sum(num_bytes(tensor.shape, tensor.type_name) for tensor in gguf_tensors(config, file_type=file_type))
     assert size / 1e9 == pytest.approx(
         expected, abs=4e-3
     )  # less than one tensor of another type; the tokenizer takes the rest
@@ -156,15 +158,15 @@ def test_size_of_the_full_model(file_type, expected):
 
 def test_ffn_is_padded_with_zeros(written):
     config, tensors = oracle_model("tiny")
-    found = values(written("tiny", "F32"))
+    weights = values(written("tiny", "F32"))
     for layer in range(config.n_layer):
         for ours, published in (("ffn_up", "c_fc"), ("ffn_gate", "c_fc2")):
-            weight_FD, bias_F = (found[f"blk.{layer}.{ours}.{kind}"] for kind in ("weight", "bias"))
+            weight_FD, bias_F = (weights[f"blk.{layer}.{ours}.{kind}"] for kind in ("weight", "bias"))
             stored = tensors.read(f"transformer.h.{layer}.mlp.{published}.weight")
             assert weight_FD.shape == (256, 64)
             np.testing.assert_array_equal(weight_FD[:170], stored.T)
             assert not weight_FD[170:].any() and not bias_F[170:].any()
-        down_DF = found[f"blk.{layer}.ffn_down.weight"]
+        down_DF = weights[f"blk.{layer}.ffn_down.weight"]
         assert down_DF.shape == (64, 256) and not down_DF[:, 170:].any()
 
 
@@ -201,8 +203,8 @@ def test_llama_cpp_makes_the_same_ids(tmp_path, make):
     assert keys["tokenizer.ggml.tokens"].contents()[-7:] == [f"[PAD{vocab_size - 7 + at}]" for at in range(7)]
     ids_BT = np.arange(vocab_size - 40, vocab_size)[None]
     expected = streamed_logits(config, RandomTensors(config), ids_BT[0])
-    found = llama_cpp.batch_logits(path, ids_BT)[0]
-    np.testing.assert_allclose(found, expected, rtol=0, atol=1e-5 * max(1, np.abs(expected).max()))
+    actual = llama_cpp.batch_logits(path, ids_BT)[0]
+    np.testing.assert_allclose(actual, expected, rtol=0, atol=1e-5 * max(1, np.abs(expected).max()))
 
 
 @pytest.mark.parametrize("name", ["tiny", "tiny_sp"])
@@ -225,8 +227,8 @@ def test_ids_are_read_back_as_llama_cpp_makes_them_where_the_tokenizer_makes_oth
     config = dataclasses.replace(OTHER, vocab_size=len(cutting.pieces))
     path = write(tmp_path / "m.gguf", config, RandomTensors(config), tokenizer=cutting)
     texts = ["<tag>eta eta<tag> eta", "\n\n\n a\n \n\n", "<tag><tag>", *PROBES]
-    found = [GGUFTokenizer(GGUFFile(path).keys).encode(text) for text in texts]
-    assert found == llama_cpp.tokenize(path, texts)
+    actual = [GGUFTokenizer(GGUFFile(path).keys).encode(text) for text in texts]
+    assert actual == llama_cpp.tokenize(path, texts)
     with pytest.raises(ValueError, match="llama.cpp would make other ids than the tokenizer: for "):
         prove_vocabulary(GGUFFile(path), sentencepiece_bpe(dummy_prefix=True), vocab_size=len(cutting.pieces))
 

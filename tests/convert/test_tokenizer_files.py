@@ -193,11 +193,11 @@ def test_the_proof_sees_old_vocabulary_files(tmp_path):
 
 def test_texts_handed_in_are_compared(tmp_path, monkeypatch):
     tokenizer = MADE["ours"]()
-    asked = []
+    encoded_texts = []
     monkeypatch.setattr(
-        tokenizer, "encode", lambda text: asked.append(text) or SentencePieceTokenizer.encode(tokenizer, text)
+        tokenizer, "encode", lambda text: encoded_texts.append(text) or SentencePieceTokenizer.encode(tokenizer, text)
     )
     write_tokenizer_files(tmp_path, tokenizer, model_max_length=64, more_probes=["held out"])
-    assert "held out" in asked and "" in asked
+    assert "held out" in encoded_texts and "" in encoded_texts
     with pytest.raises(ValueError, match="model_max_length=0 must be at least 1"):
         write_tokenizer_files(tmp_path, tokenizer, model_max_length=0)

@@ -37,9 +37,9 @@ def test_the_stream_is_the_prompt_and_its_continuation(capsys, tiny_run):
     tokenizer = model.tokenizer
     prompt = [tokenizer.eos_id, *tokenizer.encode("def f")]
     options = {"prompt": prompt, "num_tokens": 12, "sampling": GREEDY, "seed": 0, "stop_id": tokenizer.eos_id}
-    made = continue_tokens(model.metadata.network(), model.params, model.mesh, **options)
-    want = "def f" + printable(tokenizer.decode(made)) + "\n"
-    assert continued(capsys, workdir, "--temperature=0") == want
+    ids = continue_tokens(model.metadata.network(), model.params, model.mesh, **options)
+    expected = "def f" + printable(tokenizer.decode(ids)) + "\n"
+    assert continued(capsys, workdir, "--temperature=0") == expected
 
 
 def test_a_seed_gives_the_same_text(capsys, tiny_run):
@@ -59,12 +59,12 @@ def test_a_save_in_progress_is_left_alone(capsys, tiny_run, tmp_path):
 
 def test_every_form_of_a_model_writes_the_same(capsys, tiny_run, tmp_path):
     _, workdir = tiny_run
-    wanted = continued(capsys, workdir, "--temperature=0")
+    expected = continued(capsys, workdir, "--temperature=0")
     for target, format in ((tmp_path / "hf", "hf"), (tmp_path / "native", "native")):
         options = {"dtype": "float32", "file_type": "F32", "pad_ffn": 1, "max_shard_bytes": 10**9}
         options |= {"method": "rtn", "calibration": None}
         convert(Conversion(source=workdir, target=target, format=format, **options), log=lambda line: None)
-        assert continued(capsys, target, "--temperature=0") == wanted
+        assert continued(capsys, target, "--temperature=0") == expected
 
 
 @pytest.mark.parametrize(
@@ -109,25 +109,26 @@ PROMPTS = [{"prompt": "eta"}, {"prompt": "", "id": 7}, {"prompt": "oin shr dlu "
 
 def test_texts_do_not_depend_on_their_batch(capsys, untrained, tmp_path, monkeypatch):
     flags = ("--num_tokens=11", "--num_samples=2", "--seed=3")
-    wanted = written(untrained, tmp_path, PROMPTS, *flags, "--batch_size=2")
-    assert [(row["prompt"], row["sample"]) for row in wanted] == [(p["prompt"], n) for p in PROMPTS for n in (0, 1)]
-    assert [row.get("id") for row in wanted] == [None, None, 7, 7, None, None]
-    assert len({row["text"] for row in wanted}) == 6
-    assert all(row["num_tokens"] == 11 and row["ended_by"] == "length" for row in wanted)
+    expected = written(untrained, tmp_path, PROMPTS, *flags, "--batch_size=2")
+    assert [(row["prompt"], row["sample"]) for row in expected] == [(p["prompt"], n) for p in PROMPTS for n in (0, 1)]
+    assert [row.get("id") for row in expected] == [None, None, 7, 7, None, None]
+    assert len({row["text"] for row in expected}) == 6
+    assert all(row["num_tokens"] == 11 and row["ended_by"] == "length" for row in expected)
     monkeypatch.setattr(text_module, "PROGRESS_SECONDS", 0.0)
     capsys.readouterr()
-    assert written(untrained, tmp_path, PROMPTS, *flags, "--batch_size=4") == wanted
-    said = capsys.readouterr().err
+    assert written(untrained, tmp_path, PROMPTS, *flags, "--batch_size=4") == expected
+    output = capsys.readouterr().err
     for part in ("0 of 6 texts, 1 tokens, ", "4 of 6 texts, 44 tokens, ", "tokens/s, ETA at most 0:", "66 new tokens"):
-        assert part in said
-    assert f"wrote 6 texts to {tmp_path / 'texts.jsonl'}" in said
-    assert written(untrained, tmp_path, PROMPTS[::-1], *flags, "--batch_size=2")[4:] == wanted[:2]
+        assert part in output
+    assert f"wrote 6 texts to {tmp_path / 'texts.jsonl'}" in output
+    assert written(untrained, tmp_path, PROMPTS[::-1], *flags, "--batch_size=2")[4:] == expected[:2]
     arguments = ["generate", f"--checkpoint={untrained}", "--temperature=1.7", "--prompt=eta", *flags]
     assert main([*arguments, "--num_samples=1"]) == 0
-    assert capsys.readouterr().out == "eta" + printable(wanted[0]["text"]) + "\n"
+    assert capsys.readouterr().out == "eta" + printable(expected[0]["text"]) + "\n"
     assert main(arguments) == 0
     assert capsys.readouterr().out == "".join(
-        f"--- prompt 1, sample {n + 1}: 11 tokens, ended by length\neta{printable(wanted[n]['text'])}\n" for n in (0, 1)
+        f"--- prompt 1, sample {n + 1}: 11 tokens, ended by length\neta{printable(expected[n]['text'])}\n"
+        for n in (0, 1)
     )
 
 
@@ -136,9 +137,9 @@ def test_stop_strings_end_texts_before_they_begin(capsys, untrained, tmp_path):
     stop, other = free[0]["text"][9:13], free[2]["text"][20:23]
     assert stop not in free[1]["text"] + free[2]["text"] and other not in free[0]["text"] + free[1]["text"]
     stopped = written(untrained, tmp_path, PROMPTS, "--num_tokens=30", f"--stop={stop}", f"--stop={other}")
-    for row, found in ((0, stop), (2, other)):
-        assert stopped[row]["text"] == free[row]["text"][: free[row]["text"].index(found)]
-        assert (stopped[row]["ended_by"], stopped[row]["stop_string"]) == ("stop string", found)
+    for row, stop_string in ((0, stop), (2, other)):
+        assert stopped[row]["text"] == free[row]["text"][: free[row]["text"].index(stop_string)]
+        assert (stopped[row]["ended_by"], stopped[row]["stop_string"]) == ("stop string", stop_string)
         assert stopped[row]["num_tokens"] < 30
     assert stopped[1] == free[1]
     capsys.readouterr()
@@ -157,10 +158,10 @@ def test_the_speed_leaves_out_compilation_and_long_texts_are_noted(capsys, untra
     monkeypatch.setattr(generation, "draw", lambda logits_V, **_: 70)
     jax.clear_caches()
     assert main(["generate", f"--checkpoint={untrained}", "--prompt=", "--num_tokens=50"]) == 0
-    said = capsys.readouterr().err
-    assert "note: up to 51 tokens, past the 48 this model was trained at" in said
+    output = capsys.readouterr().err
+    assert "note: up to 51 tokens, past the 48 this model was trained at" in output
     for part in ("50 new tokens", "compile  ", "prefill  1 prompt tokens in ", "decode   48 new tokens in "):
-        assert part in said
+        assert part in output
 
 
 def test_attention_that_the_cache_lost_is_said(capsys, untrained, monkeypatch):
@@ -188,7 +189,7 @@ def test_a_failure_leaves_the_output_as_it_was(capsys, untrained, tmp_path, monk
 
 
 @pytest.mark.parametrize(
-    ("flags", "code", "said"),
+    ("flags", "code", "message"),
     [
         (["--num_tokens=0"], 2, "num_tokens=0 is not allowed; it must be 1 or more"),
         (["--num_samples=0"], 2, "num_samples=0 is not allowed; it must be 1 or more"),
@@ -208,24 +209,24 @@ def test_a_failure_leaves_the_output_as_it_was(capsys, untrained, tmp_path, monk
         (["--output=."], 1, "output=. is a directory; give the name of a file"),
     ],
 )  # fmt: skip
-def test_a_wrong_command_says_what_is_right(capsys, flags, code, said):
+def test_a_wrong_command_says_what_is_right(capsys, flags, code, message):
     assert main(["generate", "--checkpoint=never loaded", *flags]) == code
-    assert said in capsys.readouterr().err
+    assert message in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "int8"])
 def test_the_cache_is_of_the_dtype_asked_for(untrained, monkeypatch, dtype, tmp_path):
-    made = []
+    cache_dtypes = []
     make = CpuDecoder.__init__
 
-    def spy(*arguments, cache_dtype, **rest):
-        made.append(cache_dtype)
-        make(*arguments, cache_dtype=cache_dtype, **rest)
+    def spy(*arguments, cache_dtype, **options):
+        cache_dtypes.append(cache_dtype)
+        make(*arguments, cache_dtype=cache_dtype, **options)
 
     monkeypatch.setattr(CpuDecoder, "__init__", spy)
     written(untrained, tmp_path, PROMPTS[:1], "--num_tokens=1", f"--cache_dtype={dtype}")
     written(untrained, tmp_path, PROMPTS[:1], "--num_tokens=1", "--int4")
-    assert made == [dtype, "int8"]  # 4-bit models have a cache of 8 bits unless another is asked for
+    assert cache_dtypes == [dtype, "int8"]  # 4-bit models have a cache of 8 bits unless another is asked for
 
 
 def test_a_terminal_gets_no_control_characters():

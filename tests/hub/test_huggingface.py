@@ -22,9 +22,9 @@ def opened(directory):
 def assert_same(tensors, weights):
     assert set(tensors.shapes) <= set(weights)
     for name in tensors.shapes:
-        found = tensors.read(name)
-        assert found.dtype == weights[name].dtype
-        np.testing.assert_array_equal(found, weights[name])
+        actual = tensors.read(name)
+        assert actual.dtype == weights[name].dtype
+        np.testing.assert_array_equal(actual, weights[name])
 
 
 @pytest.mark.parametrize("name", NAMES)

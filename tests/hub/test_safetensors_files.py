@@ -30,14 +30,14 @@ def test_the_library_reads_the_same(tmp_path, max_shard_bytes):
     assert sorted(files) == sorted(tmp_path.iterdir())
     shards = [file for file in files if file.suffix == ".safetensors"]
     assert len(shards) == {1: 4, 70: 2, 10**9: 1}[max_shard_bytes]
-    found = {name: (array, file.name) for file in shards for name, array in load_file(file).items()}
-    assert found.keys() == ARRAYS.keys()
+    actual = {name: (array, file.name) for file in shards for name, array in load_file(file).items()}
+    assert actual.keys() == ARRAYS.keys()
     for name, array in ARRAYS.items():
-        assert found[name][0].dtype == array.dtype
-        np.testing.assert_array_equal(found[name][0], array)
+        assert actual[name][0].dtype == array.dtype
+        np.testing.assert_array_equal(actual[name][0], array)
     if len(shards) > 1:
         index = json.loads((tmp_path / "model.safetensors.index.json").read_text())
-        assert index["weight_map"] == {name: file for name, (_, file) in found.items()}
+        assert index["weight_map"] == {name: file for name, (_, file) in actual.items()}
         assert index["metadata"]["total_size"] == sum(array.nbytes for array in ARRAYS.values())
 
 

@@ -43,10 +43,10 @@ def rounded(request, tmp_path_factory):
 def decoded(model, weights, ids_BT, *, prefilled, cache_dtype="float32"):
     """The logits_BTV after positions prefilled - 1 and later: a prefill, then token by token."""
     decoder = CpuDecoder(model, weights, num_rows=len(ids_BT), num_slots=128, cache_dtype=cache_dtype)
-    found = [decoder.prefill([row[:prefilled] for row in ids_BT])]
+    logits_BV = [decoder.prefill([row[:prefilled] for row in ids_BT])]
     for end in range(prefilled + 1, ids_BT.shape[1] + 1):
-        found.append(decoder.decode([row[:end] for row in ids_BT]))
-    return np.stack(found, axis=1)
+        logits_BV.append(decoder.decode([row[:end] for row in ids_BT]))
+    return np.stack(logits_BV, axis=1)
 
 
 @pytest.mark.parametrize("way", ["kernels", "XLA"])
@@ -58,9 +58,9 @@ def test_decoding_on_a_cpu_gives_the_original_logits(name, way, monkeypatch):
             monkeypatch.setattr(module, "has_kernels", lambda: False)
     ids_BT, expected = oracle_array(name, "input_ids")[:, :70], oracle_array(name, "logits")[:, 40:70]
     jax.clear_caches()  # both ways are compiled under one name
-    found = decoded(native.metadata.network(), native.params, ids_BT, prefilled=41)
+    actual = decoded(native.metadata.network(), native.params, ids_BT, prefilled=41)
     jax.clear_caches()
-    np.testing.assert_allclose(found, expected, atol=2e-5)
+    np.testing.assert_allclose(actual, expected, atol=2e-5)
 
 
 @pytest.mark.parametrize("form", ["float32", "int4"])
@@ -82,21 +82,21 @@ def test_a_residual_multiplier_counts_once(tmp_path, form):
 def test_codes_come_back_as_they_were_rounded(rounded):
     name, directory = rounded
     source, stored = open_source(ORACLES / name), Int4Tensors(directory)
-    made = quantize_model(
+    tensors = quantize_model(
         source.config, source.tensors, method=Method.RTN, group_size=64, embedding_bits=8, calibration_BT=None,
         report=lambda name: None,
     )  # fmt: skip
-    for tensor, value in made:
+    for tensor, value in tensors:
         np.testing.assert_array_equal(stored.read(tensor), dequantize_tensor(tensor, value), err_msg=tensor)
 
 
 def test_the_kernels_compute_what_the_codes_stand_for(rounded):
     name, directory = rounded
     model, ids_BT = read_int4_directory(directory), oracle_array(name, "input_ids")
-    found = decoded(model.metadata.network(), model.weights, ids_BT, prefilled=90)
+    actual = decoded(model.metadata.network(), model.weights, ids_BT, prefilled=90)
     for row, ids_T in enumerate(ids_BT):
         expected_TV = streamed_logits(open_source(ORACLES / name).config, Int4Tensors(directory), ids_T)
-        np.testing.assert_allclose(found[row], expected_TV[89:], atol=2e-5 * np.abs(expected_TV).max())
+        np.testing.assert_allclose(actual[row], expected_TV[89:], atol=2e-5 * np.abs(expected_TV).max())
 
 
 def test_an_int8_cache_is_near(rounded):
@@ -152,9 +152,9 @@ def test_calibration_is_spread_over_the_training_data(tiny_run):
 @pytest.mark.parametrize("method", ["gptq", "hqq"])
 def test_a_run_writes_text_at_4_bits(capsys, tiny_run, tmp_path, method):
     _, workdir = tiny_run
-    target, said = make(workdir, tmp_path / "m", method=method)
+    target, output = make(workdir, tmp_path / "m", method=method)
     assert f"{method}, groups of 64" in json.loads((target / "model.json").read_text())["notes"]["4 bits"]
-    assert "the codes' values, and the kernels" in said
+    assert "the codes' values, and the kernels" in output
     texts = {}
     for name, flags in {"directory": [f"--checkpoint={target}"], "run": [f"--checkpoint={workdir}", "--int4"]}.items():
         assert main(["generate", *flags, "--prompt=def f", "--num_tokens=9", "--temperature=0"]) == 0
@@ -199,10 +199,10 @@ def test_the_proof_sees_a_wrong_kernel(tmp_path, monkeypatch):
     read = to_int4.read_int4_directory
 
     def wrong(directory):
-        found = read(directory)
-        vectors = found.weights.vectors
+        model = read(directory)
+        vectors = model.weights.vectors
         vectors["down.bias"] = vectors["down.bias"] * 1.1
-        return found
+        return model
 
     monkeypatch.setattr(to_int4, "read_int4_directory", wrong)
     with pytest.raises(ValueError, match="does not compute the same.*the codes' values, and the kernels.*ABOVE"):

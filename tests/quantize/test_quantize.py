@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from support.published_files import NAMES, ORACLES, oracle_array
 
-from btlm_jax.hub import numpy_network as forward
+from btlm_jax.hub import numpy_network
 from btlm_jax.hub.huggingface import HuggingFaceTensors
 from btlm_jax.hub.numpy_network import streamed_logits
 from btlm_jax.hub.published import EMBEDDING, PublishedConfig, block_shapes, read_published_config, tensor_shapes
@@ -129,8 +129,8 @@ def test_calibrated_methods_keep_the_logits_of_an_oracle_closer(name):
     ids_BT = oracle_array(name, "input_ids")
 
     def distance(method):
-        made = as_tensors(quantized(config, tensors, method=method, calibration_BT=ids_BT))
-        logits_BTV = np.stack([streamed_logits(config, made, ids_T) for ids_T in ids_BT])
+        dequantized = as_tensors(quantized(config, tensors, method=method, calibration_BT=ids_BT))
+        logits_BTV = np.stack([streamed_logits(config, dequantized, ids_T) for ids_T in ids_BT])
         return np.square(logits_BTV - oracle_array(name, "logits")).mean()
 
     nearest = distance(Method.RTN)
@@ -143,25 +143,25 @@ def test_calibration_runs_through_what_is_rounded_already():
     """Each matrix's Hessian is that of its inputs in the network whose earlier matrices are rounded."""
     tensors = random_tensors()
     rounded = dict(quantized(SMALL, tensors, method=Method.GPTQ))
-    made = as_tensors(rounded.items())
-    x_BTD = forward.embed(SMALL, made.arrays[EMBEDDING], IDS_BT)
+    dequantized = as_tensors(rounded.items())
+    x_BTD = numpy_network.embed(SMALL, dequantized.arrays[EMBEDDING], IDS_BT)
     checked = []
     for layer in range(SMALL.n_layer):
         prefix = f"transformer.h.{layer}."
 
         def norm(x_BTD, name, prefix=prefix):
-            gain_D, bias_D = made.arrays[f"{prefix}{name}.weight"], made.arrays[f"{prefix}{name}.bias"]
-            return forward.layer_norm(SMALL, x_BTD, gain_D, bias_D)
+            gain_D, bias_D = dequantized.arrays[f"{prefix}{name}.weight"], dequantized.arrays[f"{prefix}{name}.bias"]
+            return numpy_network.layer_norm(SMALL, x_BTD, gain_D, bias_D)
 
         def linear(x_BTK, name, prefix=prefix):
-            found = rounded[f"{prefix}{name}.weight"]
+            matrix = rounded[f"{prefix}{name}.weight"]
             x_RK = x_BTK.reshape(-1, x_BTK.shape[-1])
             expected = gptq(tensors.arrays[f"{prefix}{name}.weight"], GROUP, hessian_KK=x_RK.T @ x_RK)
-            np.testing.assert_array_equal(found.codes_KM, expected.codes_KM)
+            np.testing.assert_array_equal(matrix.codes_KM, expected.codes_KM)
             checked.append(name)
-            return x_BTK @ dequantize(found) + made.arrays[f"{prefix}{name}.bias"]
+            return x_BTK @ dequantize(matrix) + dequantized.arrays[f"{prefix}{name}.bias"]
 
-        x_BTD = forward.block(SMALL, x_BTD, norm=norm, linear=linear)
+        x_BTD = numpy_network.block(SMALL, x_BTD, norm=norm, linear=linear)
     assert len(checked) == 5 * SMALL.n_layer
 
 

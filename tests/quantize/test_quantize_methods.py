@@ -36,10 +36,10 @@ def output_error(x_RK, w_KM, grouped):
     return np.square(x_RK.astype(np.float64) @ (w_KM - dequantize(grouped))).sum()
 
 
-def assert_same(found: Int4Matrix, expected: Int4Matrix):
-    np.testing.assert_array_equal(found.codes_KM, expected.codes_KM)
-    np.testing.assert_array_equal(found.scale_GM, expected.scale_GM)
-    np.testing.assert_array_equal(found.offset_GM, expected.offset_GM)
+def assert_same(actual: Int4Matrix, expected: Int4Matrix):
+    np.testing.assert_array_equal(actual.codes_KM, expected.codes_KM)
+    np.testing.assert_array_equal(actual.scale_GM, expected.scale_GM)
+    np.testing.assert_array_equal(actual.offset_GM, expected.offset_GM)
 
 
 def test_nearest_takes_the_nearest_of_sixteen_values_between_the_extremes_of_its_group():
