@@ -77,8 +77,9 @@ def prove_int4(source: Source, directory: Path, ids_T: np.ndarray) -> Iterator[P
     decoder = CpuDecoder(
         model.metadata.network(), model.weights, num_rows=1, num_slots=len(ids_T), cache_dtype="float32"
     )
-    logits_1V = [decoder.prefill([ids_T[:1]])]
-    logits_1V += [decoder.decode([ids_T[: end + 1]]) for end in range(1, len(ids_T))]
+    ids = ids_T.tolist()
+    logits_1V = [decoder.prefill([ids[:1]])]
+    logits_1V += [decoder.decode([ids[: end + 1]]) for end in range(1, len(ids))]
     actual_TV = np.concatenate(logits_1V)
     del model, decoder
     same_values_TV = streamed_logits(source.config, Int4Tensors(directory), ids_T)

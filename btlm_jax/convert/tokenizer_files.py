@@ -152,8 +152,6 @@ def _files(tokenizer: Tokenizer, *, model_max_length: int) -> dict[str, str | by
             config["tokenizer_class"] = GPT2_CLASS
             files[VOCAB_FILE] = json.dumps({token: number for number, token in enumerate(tokenizer.tokens)})
             files[MERGES_FILE] = "#version: 0.2\n" + "".join(f"{a} {b}\n" for a, b in tokenizer.merges)
-    else:
-        raise ValueError(f"a tokenizer of kind {tokenizer.kind!r} cannot be written for Hugging Face")
     return files | {CONFIG_JSON: _json(config)}
 
 
@@ -161,6 +159,8 @@ def _special_tokens(tokenizer: Tokenizer) -> dict[str, str]:
     """Return the special tokens by their names in Hugging Face; GPT-2 has one token for all three."""
     if isinstance(tokenizer, ByteLevelTokenizer):
         return dict.fromkeys(("bos_token", "eos_token", "unk_token"), tokenizer.eos_token)
+    if not isinstance(tokenizer, SentencePieceTokenizer):
+        raise ValueError(f"a tokenizer of kind {tokenizer.kind!r} cannot be written for Hugging Face")
     pieces = parse_model(tokenizer.contents).pieces
     bos_id = tokenizer.bos_id if tokenizer.bos_id >= 0 else tokenizer.eos_id  # eos alone separates documents
     return {

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 from pathlib import Path
+from typing import cast
 
 import jax
 import jax.numpy as jnp
@@ -137,7 +138,7 @@ def native_logits(native: NativeModel, ids_T: np.ndarray) -> np.ndarray:
 
 @functools.partial(jax.jit, static_argnames="model")
 def _logits_BTV(params: dict, ids_BT: jax.Array, *, model: Btlm) -> jax.Array:
-    hidden_BTD = model.apply({"params": params}, ids_BT)
+    hidden_BTD = cast(jax.Array, model.apply({"params": params}, ids_BT))
     return logits(hidden_BTD, params["embedding"]["embedding"], output_scale=model.parametrization.output_scale)
 
 
