@@ -323,7 +323,7 @@ def test_tokenizers_that_llama_cpp_would_read_otherwise_are_refused(tmp_path):
 
     with pytest.raises(ValueError, match="another pattern than GPT-2's"):
         vocabulary_of(ByteLevelTokenizer(own_pattern().to_str().encode(), eos_id=299))
-    with pytest.raises(ValueError, match="not of byte-pair merges"):
+    with pytest.raises(ValueError, match="it is not a byte-pair model"):
         vocabulary_of(trained(model_type="unigram", byte_fallback=True))
     with pytest.raises(ValueError, match="removes extra spaces"):
         vocabulary_of(trained(model_type="bpe", byte_fallback=True))
