@@ -308,6 +308,7 @@ def test_a_slice_that_libtpu_refuses_and_a_mesh_that_does_not_divide(capsys):
     assert "no layout of this config divides 16 chips; slices that one divides: v5e:2x2" in said
 
 
+@pytest.mark.slow
 @needs_libtpu
 def test_the_command_end_to_end(capsys, tmp_path):
     path = tmp_path / "plan.json"
@@ -344,6 +345,7 @@ def test_the_command_end_to_end(capsys, tmp_path):
     assert json.loads(path.read_text()) == plan
 
 
+@pytest.mark.slow
 @needs_libtpu
 def test_a_config_that_does_not_fit(capsys, tmp_path):
     changes = {
