@@ -50,6 +50,7 @@ def test_output_and_gradients_match_float64(B, T, N, H, scaling):
         assert error < allowed, name
 
 
+@pytest.mark.slow
 def test_bfloat16_errs_like_the_reference_with_its_float32_bias():
     *inputs, _ = make_inputs(B=1, T=1300, N=3, H=80, dtype=jnp.bfloat16)
     slopes_N = alibi_slopes(32, scaling=1.0)[[0, 5, 31]]  # steep, in between, flat
@@ -109,6 +110,7 @@ def test_no_array_grows_with_the_square_of_the_length():
     assert max(sizes) == B * N * T * TPU_LANES
 
 
+@pytest.mark.slow
 @needs_libtpu
 @pytest.mark.parametrize("H", [64, 80, 128])
 def test_it_compiles_for_a_tpu_at_8192_tokens(H):

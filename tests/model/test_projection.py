@@ -134,6 +134,7 @@ def test_the_scheduled_product_in_bfloat16_is_the_plain_one_rounded(side, is_fro
         np.testing.assert_allclose(value, plain[name], rtol=0, atol=atol, err_msg=name)
 
 
+@pytest.mark.slow
 def test_a_model_of_plain_projections_has_the_same_hidden_states_and_gradients():
     config = tiny_config(mesh__tensor=2)
     mesh = make_run_mesh(config.mesh, curriculum=config.curriculum.table, devices=jax.devices()[:4])
