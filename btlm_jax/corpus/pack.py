@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import tensorflow_datasets as tfds
@@ -15,6 +16,8 @@ from btlm_jax.data.store import TokenBlock
 from btlm_jax.storage.files import sync_and_hash
 
 TFDS_VERSION = "1.0.0"
+_EXAMPLE: Any = tf_example_pb2  # these modules make their classes when they are imported
+_FEATURE: Any = tf_feature_pb2
 
 
 def pack(documents: Iterable[Sequence[int]], *, block_len: int, eos_id: int, dtype: str) -> Iterator[TokenBlock]:
@@ -26,9 +29,9 @@ def pack(documents: Iterable[Sequence[int]], *, block_len: int, eos_id: int, dty
         size += len(document) + 1
         if size > block_len:
             stream = np.concatenate(pending)
-            whole = (size - 1) // block_len * block_len
-            yield from cut_into_blocks(stream[: whole + 1], block_len=block_len, eos_id=eos_id)
-            pending, size = [stream[whole:]], size - whole
+            num_packed = (size - 1) // block_len * block_len
+            yield from cut_into_blocks(stream[: num_packed + 1], block_len=block_len, eos_id=eos_id)
+            pending, size = [stream[num_packed:]], size - num_packed
     yield from cut_into_blocks(np.concatenate(pending), block_len=block_len, eos_id=eos_id)
 
 
@@ -71,16 +74,18 @@ def write_shard(path: Path, *, blocks: Iterable[TokenBlock]) -> store.Shard:
 
 def _serialized(block: TokenBlock) -> bytes:
     """Serialise a block as TFDS does, but with the fields in the same order in every process."""
-    tokens = tf_feature_pb2.Feature(bytes_list=tf_feature_pb2.BytesList(value=[block.tokens.tobytes()]))
-    num_targets = tf_feature_pb2.Feature(int64_list=tf_feature_pb2.Int64List(value=[block.num_targets]))
-    features = tf_feature_pb2.Features(feature={"tokens": tokens, "num_targets": num_targets})
-    return tf_example_pb2.Example(features=features).SerializeToString(deterministic=True)
+    tokens = _FEATURE.Feature(bytes_list=_FEATURE.BytesList(value=[block.tokens.tobytes()]))
+    num_targets = _FEATURE.Feature(int64_list=_FEATURE.Int64List(value=[block.num_targets]))
+    features = _FEATURE.Features(feature={"tokens": tokens, "num_targets": num_targets})
+    return _EXAMPLE.Example(features=features).SerializeToString(deterministic=True)
 
 
 def write_tfds_metadata(directory: Path, splits: dict[str, store.Split], *, block_len: int, dtype: str) -> None:
     """Write features.json and dataset_info.json, with which TFDS opens the shards without TensorFlow."""
     template = tfds.core.ShardedFileTemplate(
-        data_dir=directory, dataset_name=store.DATASET_NAME, filetype_suffix="array_record"
+        data_dir=directory,  # pyright: ignore[reportArgumentType] # TFDS's own Path is an interface that pathlib fulfils
+        dataset_name=store.DATASET_NAME,
+        filetype_suffix="array_record",
     )
     infos = [
         tfds.core.SplitInfo(

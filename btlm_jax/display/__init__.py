@@ -1,1 +1,1 @@
-"""What people look at: progress bars, plots, text for a terminal."""
+"""What users see while a command runs: progress bars, plots, text for a terminal."""

@@ -1,4 +1,4 @@
-"""Figures without pyplot, so with no state shared with the caller, as files. Matplotlib is imported when drawing."""
+"""Make Matplotlib figures without pyplot, which has global state, and write them. Imports Matplotlib on first use."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from btlm_jax.storage.files import write_atomically
 
 
 def new_figure(*, size: tuple[float, float], dpi: int):
-    """Return a figure of a size in inches with its own Agg canvas, and its axes."""
+    """Return a figure (size in inches) with an Agg canvas of its own, and its axes."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
@@ -21,7 +21,7 @@ def new_figure(*, size: tuple[float, float], dpi: int):
 
 
 def write_figure(figure, path: Path) -> None:
-    """Write the figure as PNG; the same data gives the same bytes: no software version inside."""
+    """Write the figure as PNG, without the software's version, so that the same data gives the same bytes."""
     picture = io.BytesIO()
     figure.savefig(picture, format="png", metadata={"Software": None})
     write_atomically(path, picture.getvalue())

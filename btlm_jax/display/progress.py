@@ -103,18 +103,18 @@ class StatusLine:
 
 
 @contextlib.contextmanager
-def heartbeat(what: str, *, seconds: float, say: Callable[[str], None]) -> Iterator[None]:
-    """Say every `seconds` that `what` is still going on, and at the end how long it took."""
+def report_while_running(what: str, *, seconds: float, say: Callable[[str], None]) -> Iterator[None]:
+    """Report every `seconds` how long `what` has been running, and at the end how long it took."""
     start, is_over = time.monotonic(), threading.Event()
 
     def elapsed() -> str:
         return f"{time.monotonic() - start:.0f} s"
 
-    def beat() -> None:
+    def report() -> None:
         while not is_over.wait(seconds):
             say(f"{what}: {elapsed()}")
 
-    thread = threading.Thread(target=beat, daemon=True)
+    thread = threading.Thread(target=report, daemon=True)
     thread.start()
     try:
         yield

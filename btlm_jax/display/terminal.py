@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-PARTIAL = "\N{REPLACEMENT CHARACTER}"  # what bytes decode to that are no whole character
+PARTIAL = "\N{REPLACEMENT CHARACTER}"  # stands for bytes that are not a complete character
 
 
 def printable(text: str) -> str:
-    """Return the text with control characters replaced: a young model makes them, and a terminal would obey them."""
+    """Return the text with control characters replaced, as generated ones would act on the terminal."""
     return "".join(c if c.isprintable() or c in "\n\t" else PARTIAL for c in text)

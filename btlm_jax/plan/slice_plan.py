@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator, Sequence
 
 import jax
 
-from btlm_jax.display.progress import heartbeat
+from btlm_jax.display.progress import report_while_running
 from btlm_jax.parallel.divisibility import divisibility_problems, divisors
 from btlm_jax.parallel.mesh import make_run_mesh
 from btlm_jax.plan.chips import GIB, Chip, chip_of, num_chips, slice_devices
@@ -141,7 +141,7 @@ def _plan_phases(
     for phase in program.config.curriculum.table.phases:
         what = f"compiling {phase_name(phase)} for {topology}"
         report_progress(f"{what}: a minute or several")
-        with heartbeat(what, seconds=_PROGRESS_SECONDS, say=report_progress):
+        with report_while_running(what, seconds=_PROGRESS_SECONDS, say=report_progress):
             try:
                 plan = plan_phase(program, phase, topology=topology, chip=chip_of(topology), cache=cache)
             except DoesNotFitError as error:

@@ -1,1 +1,1 @@
-"""Atomic files, and paths that may be URLs."""
+"""Atomic files and locks, locations that may be URLs, protocol buffer messages."""

@@ -1,4 +1,4 @@
-"""Write files so that a reader sees the old contents or the new, never a part; and where a machine's cache is."""
+"""Write files and directories atomically: a reader sees the old contents or the new, never a part. Locks; the cache."""
 
 from __future__ import annotations
 
@@ -12,29 +12,29 @@ import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from types import TracebackType
-from typing import BinaryIO
+from typing import BinaryIO, Self, cast
 
 _TEMPORARY_SUFFIX = ".tmp"
 
 
 def write_atomically(path: Path, contents: str | bytes) -> None:
-    """Give a file its new contents, all at once.
+    """Replace the contents of a file, or create it.
 
     Raises:
-      OSError: it cannot be written; the old contents stay.
+      OSError: it cannot be written; the old contents are kept.
     """
     with AtomicFile(path) as file:
         file.write(contents.encode() if isinstance(contents, str) else contents)
 
 
 class AtomicFile:
-    """A file being written under a temporary name; it gets its own name when the block ends without an error."""
+    """A file that is written under a temporary name and renamed when the block ends without an error."""
 
     def __init__(self, path: Path):
         self.path = path
         self._hash = hashlib.sha256()
 
-    def __enter__(self) -> AtomicFile:
+    def __enter__(self) -> Self:
         with contextlib.ExitStack() as stack:
             temporary = stack.enter_context(renamed_at_end(self.path))
             self._file = stack.enter_context(open(temporary, "wb"))
@@ -77,7 +77,7 @@ def sync_and_hash(path: Path) -> str:
 def renamed_at_end(path: Path) -> Iterator[Path]:
     """Yield a temporary name beside `path`; rename that file to `path` when the block ends without an error.
 
-    Whoever writes the file must have flushed it to disk by then. After an error the file is deleted.
+    The block must write the file and flush it to disk. After an error the file is deleted.
     """
     temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}{_TEMPORARY_SUFFIX}")  # unique to this process
     try:
@@ -91,7 +91,7 @@ def renamed_at_end(path: Path) -> Iterator[Path]:
 def scratch_file(folder: Path, *, prefix: str) -> Iterator[BinaryIO]:
     """Yield an open, named file in a folder, which is deleted when the block ends."""
     with tempfile.NamedTemporaryFile(dir=folder, prefix=f".{prefix}-", suffix=_TEMPORARY_SUFFIX) as file:
-        yield file
+        yield cast(BinaryIO, file)
 
 
 def delete_temporary_files(folder: Path) -> None:
@@ -102,9 +102,9 @@ def delete_temporary_files(folder: Path) -> None:
 
 @contextlib.contextmanager
 def scratch_directory(target: Path) -> Iterator[Path]:
-    """Yield an empty directory beside `target` in which its contents are made; the caller renames it, or a part of it.
+    """Yield an empty directory beside `target`, to write its contents there; the caller renames it, or a file in it.
 
-    What has not been renamed is deleted at the end of the block; what a killed process left, at its beginning.
+    It is deleted at the end of the block unless renamed; one left by a killed process is deleted at the beginning.
     """
     scratch = target.with_name(f".{target.name}.partial")
     shutil.rmtree(scratch, ignore_errors=True)
@@ -116,7 +116,7 @@ def scratch_directory(target: Path) -> Iterator[Path]:
 
 
 def cache_directory() -> Path:
-    """Return the user's own folder for what is made once a machine.
+    """Return the user's folder for what is built once per machine, such as compiled kernels.
 
     Raises:
       OSError: the user has no home directory.
@@ -129,7 +129,7 @@ def cache_directory() -> Path:
 
 @contextlib.contextmanager
 def only_writer(path: Path) -> Iterator[None]:
-    """Be the only process that makes `path`, by a locked file beside it.
+    """Ensure that this is the only process that makes `path`, by a lock file beside it.
 
     Raises:
       FileExistsError: another process is making it.
@@ -141,7 +141,7 @@ def only_writer(path: Path) -> Iterator[None]:
 
 @contextlib.contextmanager
 def exclusive_lock(lock: Path, *, message: str) -> Iterator[None]:
-    """Hold a lock file, which is deleted at the end of the block; a process that is killed leaves it unlocked.
+    """Hold a lock file, which is deleted at the end of the block; if the process is killed, the lock is released.
 
     Raises:
       FileExistsError: another process holds it; says `message`.

@@ -12,7 +12,7 @@ import logging
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import BinaryIO, NamedTuple
+from typing import BinaryIO, NamedTuple, cast
 
 import fsspec
 import fsspec.core
@@ -116,7 +116,7 @@ def open_binary(location: PathOrUrl) -> Iterator[BinaryIO]:
             yield file
     else:
         with _plain_errors(location), fsspec.core.open(location, "rb") as file:
-            yield file
+            yield cast(BinaryIO, file)
 
 
 def hash_range(location: PathOrUrl, *, begin: int, num_bytes: int, copy_to: BinaryIO | None) -> str:

@@ -1,15 +1,20 @@
 """Files appear whole or not at all, whoever writes beside; a machine's cache is where the user says."""
 
 import json
-import sys
 import threading
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 
 from btlm_jax.cli import main
-from btlm_jax.storage.files import AtomicFile, cache_directory, write_atomically
+from btlm_jax.storage.files import (
+    AtomicFile,
+    cache_directory,
+    delete_temporary_files,
+    only_writer,
+    scratch_directory,
+    write_atomically,
+)
 
 
 def test_writers_of_one_file_do_not_disturb_each_other(tmp_path):
@@ -40,6 +45,44 @@ def test_a_failed_writer_leaves_the_old_contents_and_nothing_else(tmp_path):
     assert path.read_bytes() == b"new"
 
 
+def test_unfinished_files_of_killed_processes_are_deleted_and_no_others(tmp_path):
+    for name in ("notes.tmp", ".hidden"):
+        (tmp_path / name).touch()
+    with pytest.raises(KeyError), AtomicFile(tmp_path / "file"):
+        assert len(list(tmp_path.iterdir())) == 3
+        delete_temporary_files(tmp_path)
+        assert len(list(tmp_path.iterdir())) == 2
+        raise KeyError
+    assert sorted(path.name for path in tmp_path.iterdir()) == [".hidden", "notes.tmp"]
+
+
+def test_one_writer_at_a_time_and_nothing_stays_of_the_lock(tmp_path):
+    path = tmp_path / "model"
+    with only_writer(path):
+        with pytest.raises(FileExistsError, match="model is being made by another process"), only_writer(path):
+            pass
+        with only_writer(tmp_path / "other"):
+            pass
+    with only_writer(path):
+        pass
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_scratch_directory_is_empty_and_goes_unless_it_is_renamed(tmp_path):
+    target = tmp_path / "made" / "model"
+    with pytest.raises(KeyError), scratch_directory(target) as scratch:
+        (scratch / "half").touch()
+        raise KeyError
+    assert list(target.parent.iterdir()) == []
+    scratch.mkdir()
+    (scratch / "left by a killed process").touch()
+    with scratch_directory(target) as scratch:
+        assert list(scratch.iterdir()) == []
+        (scratch / "whole").touch()
+        scratch.rename(target)
+    assert [path.name for path in target.iterdir()] == ["whole"] and list(target.parent.iterdir()) == [target]
+
+
 def test_the_cache_is_where_the_user_says(monkeypatch, tmp_path):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     assert cache_directory() == tmp_path / "btlm_jax"
@@ -61,7 +104,7 @@ def test_plan_keeps_what_it_compiled_there(monkeypatch, tmp_path, flags, expecte
         asked.append(cache.directory)
         raise ValueError("enough")
 
-    monkeypatch.setitem(sys.modules, "btlm_jax.plan.slice_plan", SimpleNamespace(plan_run=plan_run))
+    monkeypatch.setattr("btlm_jax.plan.slice_plan.plan_run", plan_run)
     config = Path(__file__).parents[2] / "configs" / "local_cpu.py"
     assert main(["plan", f"--config={config}", "--topology=v5e:2x2", *flags]) == 1
     assert [directory.absolute() for directory in asked] == [tmp_path / expected]

@@ -39,8 +39,8 @@ def raw_inputs(root: PathOrUrl, *, log: Log) -> list[Input]:
             log(f"{root}: {len(others):,} files of other kinds are not read, {others[0]} for one")
     if not files:
         raise FileNotFoundError(f"{root} holds no file that ends in {', '.join(SUFFIXES)}")
-    whole = [Input(name=name, location=at, num_bytes=num_bytes, sha256="") for name, at, num_bytes in files]
-    return [piece for item in whole for piece in (_pieces(item) if _is_divisible(item) else [item])]
+    inputs = [Input(name=name, location=at, num_bytes=num_bytes, sha256="") for name, at, num_bytes in files]
+    return [piece for item in inputs for piece in (_pieces(item) if _is_divisible(item) else [item])]
 
 
 def _stale_tables(files: list[tuple[str, PathOrUrl, int]]) -> set[str]:

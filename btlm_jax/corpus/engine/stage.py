@@ -141,8 +141,8 @@ def _write_manifest(stage: Stage, directory: Path, records: list[dict]) -> dict:
 
 def fingerprint_of(manifest: dict) -> str:
     """Return the sha256 over all other fields of a stage's manifest."""
-    rest = {key: value for key, value in manifest.items() if key != "fingerprint"}
-    return hashlib.sha256(json.dumps(rest, sort_keys=True).encode()).hexdigest()
+    others = {key: value for key, value in manifest.items() if key != "fingerprint"}
+    return hashlib.sha256(json.dumps(others, sort_keys=True).encode()).hexdigest()
 
 
 def _add(total: dict, part: dict) -> None:

@@ -69,16 +69,16 @@ def _build(
     (directory / TOKENIZER_FILE).write_bytes(model)
     clock.done(f"trained a tokenizer of {tokenizer.vocab_size:,} pieces", train)
     dtype = store.token_dtype(tokenizer.vocab_size)
-    layout = dict(block_len=block_len, dtype=dtype)
     splits = {
-        store.TRAIN: _write_train(directory, train, tokenizer, **layout),
-        store.HELDOUT: _write_heldout(directory, heldout, tokenizer, **layout),
+        store.TRAIN: _write_train(directory, train, tokenizer, block_len=block_len, dtype=dtype),
+        store.HELDOUT: _write_heldout(directory, heldout, tokenizer, block_len=block_len, dtype=dtype),
     }
-    write_tfds_metadata(directory, splits, **layout)
+    write_tfds_metadata(directory, splits, block_len=block_len, dtype=dtype)
     heldout_text = _write_heldout_text(directory, heldout)
     clock.done(f"packed {splits[store.TRAIN].num_tokens:,} training tokens", documents)
     manifest = store.Manifest(
-        **layout,
+        block_len=block_len,
+        dtype=dtype,
         tokenizer=store.TokenizerInfo(
             kind="sentencepiece",
             file=TOKENIZER_FILE,
@@ -125,7 +125,7 @@ class _StageClock:
 def _take(documents: list[Document], *, max_bytes: int, seed: int, dropped: Counter) -> list[Document]:
     """Return a representative sample of up to max_bytes, in the order of a hash of `seed` and the document's id."""
     sample, size = [], 0
-    for document in sorted(documents, key=lambda document: _hash("order", seed, document.id)):
+    for document in sorted(documents, key=lambda document: _hash_text("order", seed, document.id)):
         num_bytes = len(document.text.encode("utf-8", "replace"))
         if SPACE_MARK in document.text:
             dropped["has SentencePiece's space mark"] += 1
@@ -144,7 +144,7 @@ def _split(
     train, heldout = [], []
     size = Counter()
     for document in documents:
-        if _hash("heldout", seed, document.text) / 2**64 >= config.heldout_fraction:
+        if _hash_text("heldout", seed, document.text) / 2**64 >= config.heldout_fraction:
             train.append(document)
             continue
         size[document.source] += len(document.text.encode())
@@ -162,7 +162,8 @@ def _split(
     return train, heldout
 
 
-def _hash(purpose: str, seed: int, text: str) -> int:
+def _hash_text(purpose: str, seed: int, text: str) -> int:
+    """Return 64 bits of a hash that differs by purpose and seed."""
     digest = hashlib.blake2b(f"{purpose} {seed} {text}".encode("utf-8", "replace"), digest_size=8)
     return int.from_bytes(digest.digest(), "big")
 

@@ -28,7 +28,7 @@ _SPACE = re.compile(r"\s+")
 def drop_repeated_paragraphs(documents: Iterable[Document], skipped: Counter) -> list[Document]:
     """Keep each paragraph in the first document that has it, which drops licence headers; then drop short documents."""
     seen: set[bytes] = set()
-    kept = []
+    shortened_documents = []
     for document in documents:
         blocks = []
         for block in document.blocks:
@@ -43,8 +43,8 @@ def drop_repeated_paragraphs(documents: Iterable[Document], skipped: Counter) ->
         if len(shortened.text) < MIN_CHARACTERS:
             skipped["short documents"] += 1
         else:
-            kept.append(shortened)
-    return kept
+            shortened_documents.append(shortened)
+    return shortened_documents
 
 
 def drop_near_duplicates(documents: list[Document], skipped: Counter) -> list[Document]:

@@ -13,7 +13,7 @@ import numpy as np
 from btlm_jax.corpus.near_duplicates.minhash import many_permutations, one_permutation
 
 MAX_ROUNDS = 32  # of bucket_pairs
-_ODD = np.uint64(0x9E3779B97F4A7C15)
+MIX_FACTOR = np.uint64(0x9E3779B97F4A7C15)  # 2^64 / golden ratio, for multiplicative hashing
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -47,7 +47,7 @@ def band_keys(signatures: np.ndarray, preset: Preset) -> np.ndarray:
     keys = np.zeros((preset.bands, len(signatures)), np.uint64)
     for row in range(preset.rows):
         keys ^= rows[:, :, row].T
-        keys *= _ODD
+        keys *= MIX_FACTOR
         keys ^= keys >> np.uint64(32)
     return keys
 

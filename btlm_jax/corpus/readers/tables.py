@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import BinaryIO
+from typing import BinaryIO, cast
 
 import numpy as np
 
@@ -81,12 +81,12 @@ def tfds_rows(path: Path) -> Iterator[dict]:
         raise BadFileError("no features.json lies beside it; TFDS datasets are read from local folders")
     number = 0
     try:
-        features = tfds.features.FeaturesDict.from_config(str(path.parent))
+        features = cast(tfds.features.FeaturesDict, tfds.features.FeaturesDict.from_config(str(path.parent)))
         reader = ArrayRecordReader(str(path))
         for start in range(0, reader.num_records(), _BATCH_ROWS):
             for data in reader.read(start, min(start + _BATCH_ROWS, reader.num_records())):
                 number += 1
-                yield _to_json(features.deserialize_example_np(data))
+                yield cast(dict, _to_json(features.deserialize_example_np(data)))
         reader.close()
     except (RuntimeError, ValueError, KeyError) as error:
         raise BadFileError(f"it is damaged after example {number:,}: {error}") from error

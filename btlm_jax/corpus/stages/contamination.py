@@ -13,7 +13,7 @@ import numpy as np
 
 from btlm_jax.corpus.engine.inputs import raw_inputs
 from btlm_jax.corpus.engine.tasks import local_copies
-from btlm_jax.corpus.near_duplicates.lsh import STRICT, band_keys
+from btlm_jax.corpus.near_duplicates.lsh import MIX_FACTOR, STRICT, band_keys
 from btlm_jax.corpus.near_duplicates.normalize import normalized_pieces
 from btlm_jax.corpus.readers.frames import BadFileError
 from btlm_jax.corpus.readers.raw import read_raw
@@ -22,7 +22,6 @@ from btlm_jax.display.progress import Log
 from btlm_jax.storage.location import PathOrUrl
 
 WORDS = 13  # of an n-gram that counts as contamination, as for GPT-3 (arXiv 2005.14165, appendix C)
-_ODD = np.uint64(0x9E3779B97F4A7C15)
 
 
 def strict_signature(text: str) -> np.ndarray:
@@ -69,13 +68,13 @@ def word_ngrams(text: str) -> Iterator[np.ndarray]:
     """Yield the hashes of all 13-grams of words of the normalised text, uint64 [n-grams], in pieces."""
     last = np.empty(0, np.uint64)
     for words in _words(text):
-        hashes = np.fromiter(map(zlib.crc32, words), np.uint64, len(words)) * _ODD
+        hashes = np.fromiter(map(zlib.crc32, words), np.uint64, len(words)) * MIX_FACTOR
         hashes = np.concatenate([last, hashes ^ hashes >> np.uint64(29)])
         count = len(hashes) - WORDS + 1
         if count > 0:
             ngrams = np.zeros(count, np.uint64)
             for offset in range(WORDS):
-                ngrams = (ngrams ^ hashes[offset : offset + count]) * _ODD
+                ngrams = (ngrams ^ hashes[offset : offset + count]) * MIX_FACTOR
                 ngrams ^= ngrams >> np.uint64(32)
             yield ngrams
         last = hashes[1 - WORDS :]  # starts the n-grams that end in the next piece

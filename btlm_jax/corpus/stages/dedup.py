@@ -40,7 +40,7 @@ def deduplicate(source: Path, *, preset: str, output: Path, workers: Workers, lo
 
     Raises:
       FileNotFoundError: there is no finished stage in `source`.
-      ValueError: the input is damaged, or `output` was begun otherwise.
+      ValueError: the input is damaged, or `output` has other settings or inputs.
     """
     rules = PRESETS[preset]
     cleaned = read_stage(source)
@@ -71,8 +71,8 @@ def deduplicate(source: Path, *, preset: str, output: Path, workers: Workers, lo
     step = functools.partial(
         _cluster_task, counts=counts, signatures=work["signatures"], pairs=work["pairs"], num_files=len(ranges)
     )
-    whole = [Task(index=0, inputs=(), weight=1)]
-    clusters = run(stage(name="dedup clusters", tasks=whole, run=step), work["clusters"])
+    one_task = [Task(index=0, inputs=(), weight=1)]
+    clusters = run(stage(name="dedup clusters", tasks=one_task, run=step), work["clusters"])
     log(f"dedup: clusters by size up to {json.dumps(clusters['totals']['sizes'])}")
     step = functools.partial(_filter_task, clusters=work["clusters"])
     return run(stage(name="dedup", tasks=tasks, run=step), output)
@@ -180,7 +180,7 @@ def _cluster_task(
         clusters.join(np.array(load_array(pairs, f"pairs-{index:05d}")))
     shards = range(len(counts))
     roots = clusters.roots(np.arange(num_documents))
-    kept = survivors(
+    is_kept = survivors(
         roots,
         lengths=np.concatenate([load_array(signatures, f"lengths-{shard:05d}") for shard in shards]),
         ranks=np.concatenate([load_array(signatures, f"ranks-{shard:05d}") for shard in shards]),
@@ -189,16 +189,16 @@ def _cluster_task(
     sizes = Counter(str(1 << int(size - 1).bit_length()) for size in np.bincount(roots) if size)
     offsets = np.cumsum([0, *counts])
     outputs = [
-        save_array(directory, f"kept-{shard:05d}", kept[offsets[shard] : offsets[shard + 1]]) for shard in shards
+        save_array(directory, f"kept-{shard:05d}", is_kept[offsets[shard] : offsets[shard + 1]]) for shard in shards
     ]
     return {"totals": {"sizes": dict(sorted(sizes.items(), key=lambda item: int(item[0])))}, "outputs": outputs}
 
 
 def _filter_task(task: LocalTask, directory: Path, heartbeat: Heartbeat, *, clusters: Path) -> dict:
     counts, dropped = DocumentCounts(), Counter()
-    kept = load_array(clusters, f"kept-{task.index:05d}")
+    all_kept = load_array(clusters, f"kept-{task.index:05d}")
     with ShardWriter(directory, stem=f"documents-{task.index:05d}") as writer:
-        for is_kept, record in zip(kept, read_records(task.inputs[0].path), strict=True):
+        for is_kept, record in zip(all_kept, read_records(task.inputs[0].path), strict=True):
             counts.count_read(record)
             heartbeat(1, record.num_bytes)
             if is_kept:

@@ -82,7 +82,7 @@ def split(config: SplitConfig, *, output: Path, workers: Workers, log: Log) -> d
 
     Raises:
       FileNotFoundError: there is no finished stage, or no evaluation text.
-      ValueError: the input is damaged, a weight's source does not exist, or `output` was begun otherwise.
+      ValueError: the input is damaged, a weight's source does not exist, or `output` has other settings or inputs.
     """
     source = read_stage(config.input)
     sources = sorted(source["totals"]["written"])
@@ -109,8 +109,8 @@ def split(config: SplitConfig, *, output: Path, workers: Workers, log: Log) -> d
     assigned = run(stage(name="split assign", tasks=tasks, run=step), work["assign"], check=accept_all)
     log(f"split assign: dropped {assigned['totals']['dropped']}")
     step = functools.partial(_heldout_task, assigned=work["assign"], num_files=len(tasks))
-    whole = [Task(index=0, inputs=(), weight=1)]
-    run(stage(name="split heldout", tasks=whole, run=step), work["heldout"], check=accept_all)
+    one_task = [Task(index=0, inputs=(), weight=1)]
+    run(stage(name="split heldout", tasks=one_task, run=step), work["heldout"], check=accept_all)
     parts = [f"{TRAIN}-{partition:05d}" for partition in range(num_partitions)]
     parts += [f"{name}-{number:05d}" for name in (VALIDATION, TEST) for number in range(len(sources))]
     step = functools.partial(_gather_task, parts=parts, num_files=len(tasks), work=work, seed=config.seed)
@@ -150,7 +150,7 @@ def _assign_task(
             copies = _copies(record, weight=config.weights.get(record.source, 1.0), seed=config.seed)
             dropped["weight of the source"] += not copies
             for copy in range(copies):
-                partition = _hash("partition", config.seed, f"{record.id} {copy}".encode()) * num_partitions >> 64
+                partition = _keyed_hash("partition", config.seed, f"{record.id} {copy}".encode()) * num_partitions >> 64
                 pieces.add(f"{TRAIN}-{partition:05d}", record)
     stacked = np.stack(signatures) if signatures else no_signatures()
     outputs = [*pieces.outputs, save_array(directory, f"signatures-{task.index:05d}", stacked)]
@@ -239,7 +239,7 @@ def _gather_task(
 
 def _documents(folder: Path, *, part: str, num_files: int, seed: int) -> Iterator[Record]:
     """Yield a part's documents, the files in the order of a hash, so that sources mix."""
-    for task in sorted(range(num_files), key=lambda number: _hash("files", seed, f"{part} {number}".encode())):
+    for task in sorted(range(num_files), key=lambda number: _keyed_hash("files", seed, f"{part} {number}".encode())):
         path = piece_path(folder, part, task)
         if path.is_file():
             yield from read_records(path)
@@ -249,14 +249,14 @@ def _shuffled(records: list[Record], *, seed: int) -> list[Record]:
     """Return the documents in the order of a hash of their ids and, for repeated documents, the number of the copy."""
     copies, keys = Counter(), []
     for record in records:
-        keys.append(_hash("order", seed, f"{record.id} {copies[record.id]}".encode()))
+        keys.append(_keyed_hash("order", seed, f"{record.id} {copies[record.id]}".encode()))
         copies[record.id] += 1
     return [records[index] for index in np.argsort(np.array(keys, np.uint64), kind="stable")]
 
 
 def _copies(record: Record, *, weight: float, seed: int) -> int:
     """Return how often to repeat a document: the weight rounded down, or up for its fraction of the documents."""
-    fraction = _hash("weight", seed, record.id.encode()) / 2**64
+    fraction = _keyed_hash("weight", seed, record.id.encode()) / 2**64
     return int(weight) + (fraction < weight % 1)
 
 
@@ -268,6 +268,7 @@ def _position(text: str, *, seed: int) -> float:
     return int.from_bytes(digest.digest(), "big") / 2**64
 
 
-def _hash(purpose: str, seed: int, data: bytes) -> int:
+def _keyed_hash(purpose: str, seed: int, data: bytes) -> int:
+    """Return 64 bits of a hash that differs by purpose and seed."""
     digest = hashlib.blake2b(data, digest_size=8, key=f"{purpose} {seed}".encode())
     return int.from_bytes(digest.digest(), "big")

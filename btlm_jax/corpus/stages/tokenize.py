@@ -69,7 +69,8 @@ def tokenize(
 
     Raises:
       FileNotFoundError: there is no finished split, or no tokenizer.
-      ValueError: the input is damaged or was not split, the tokenizer cannot be used, or `output` was begun otherwise.
+      ValueError: the input is damaged or was not split, the tokenizer cannot be used, or `output` has other
+        settings or inputs.
     """
     documents = read_stage(source)
     if documents["stage"] != "split":

@@ -29,7 +29,7 @@ def train_tokenizer_stage(source: Path, *, kind: str, vocab_size: int, output: P
 
     Raises:
       FileNotFoundError: there is no finished split in `source`.
-      ValueError: the vocabulary is too small, or too large for the text, or `output` was begun otherwise.
+      ValueError: the vocabulary is too small, or too large for the text, or `output` has other settings or inputs.
     """
     documents = read_stage(source)
     files = zip(stage_inputs(source, documents), documents["outputs"], strict=True)
