@@ -59,6 +59,14 @@ def test_sum_and_gradients_equal_the_plain_loss(case, chunk, layout):
     np.testing.assert_allclose(losses_BT, plain_losses(hidden_BTD, table_VD, targets_BT), rtol=1e-5)
 
 
+def test_the_sum_without_gradients_is_the_plain_one_too(case):
+    hidden_BTD, table_VD, targets_BT, weights_BT = case
+    with jax.set_mesh(make_mesh(devices=jax.devices()[:1], tensor=1)):
+        found = jax.jit(lambda *arrays: loss_sum(*arrays, output_scale=SCALE, chunk=5, rules=RULES))(*case)
+    expected = (plain_losses(hidden_BTD, table_VD, targets_BT) * weights_BT).sum()
+    np.testing.assert_allclose(found, expected, rtol=1e-5)
+
+
 def test_all_the_logits_never_exist():
     tokens, vocab, chunk = 4096, 8192, 64
     shapes = [

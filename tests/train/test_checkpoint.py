@@ -72,6 +72,16 @@ def test_a_checkpoint_restores_onto_any_mesh(saved, devices, tensor):
     )
 
 
+def test_the_parameters_are_restored_alone(saved):
+    workdir, expected = saved
+    *_, abstract = build(devices=8, tensor=4)
+    checkpointer = Checkpointer(workdir, config=KEEP)
+    params = checkpointer.restore_params(7, abstract=abstract.params)
+    checkpointer.close()
+    assert_equal_states(params, expected.params)
+    assert jax.tree.all(jax.tree.map(lambda x, shape: x.sharding == shape.sharding, params, abstract.params))
+
+
 def test_a_checkpoint_from_before_mesh_context_is_read(single, tmp_path):
     config, state, _ = single
     checkpointer = Checkpointer(tmp_path, config=KEEP)

@@ -71,10 +71,15 @@ def single():
     return run(tiny_config(), devices=1)
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(
     "devices, tensor, context, accumulation",
-    [(8, 1, 1, 1), (8, 4, 1, 1), (1, 1, 1, 8), (8, 1, 4, 4), (8, 2, 2, 4)],
+    [
+        (1, 1, 1, 8),
+        *(
+            pytest.param(*shape, marks=pytest.mark.slow)
+            for shape in ((8, 1, 1, 1), (8, 4, 1, 1), (8, 1, 4, 4), (8, 2, 2, 4))
+        ),
+    ],
 )
 def test_every_mesh_and_accumulation_gives_the_same_step(single, devices, tensor, context, accumulation):
     config = tiny_config(mesh__tensor=tensor, mesh__context=context, mesh__accumulation=accumulation)
