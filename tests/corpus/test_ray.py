@@ -121,7 +121,7 @@ def test_ctrl_c_ends_a_ray_of_our_own_in_one_line_with_nothing_half_written(tmp_
     os.killpg(process.pid, signal.SIGINT)
     _, errors = process.communicate(timeout=120)
     assert process.returncode == 130 and time.monotonic() - began < 100  # a task left alone takes 300
-    assert errors == "btlm corpus: interrupted; the same command goes on where it can\n"
+    assert errors == "btlm corpus: interrupted; the same command resumes where it can\n"
     assert not any(map(is_alive, pids)) and list(tmp_path.glob(".output*")) == list(tmp_path.glob("output*")) == []
 
 

@@ -109,7 +109,7 @@ def test_ctrl_c_cancels_the_array_and_leaves_nothing_half_written(cluster, tmp_p
     os.killpg(process.pid, signal.SIGINT)
     _, errors = process.communicate(timeout=120)
     assert process.returncode == 130
-    assert errors == "btlm corpus: interrupted; the same command goes on where it can\n"
+    assert errors == "btlm corpus: interrupted; the same command resumes where it can\n"
     assert not any(map(is_alive, pids)) and list((tmp_path / "out").glob(".output*")) == []
 
 

@@ -29,7 +29,7 @@ def test_ctrl_c_ends_all_in_one_line_with_nothing_half_written(tmp_path, num_wor
     os.killpg(process.pid, signal.SIGINT)
     _, errors = process.communicate(timeout=120)
     assert process.returncode == 130 and time.monotonic() - began < SECONDS
-    assert errors == "btlm corpus: interrupted; the same command goes on where it can\n"
+    assert errors == "btlm corpus: interrupted; the same command resumes where it can\n"
     assert not any(map(is_alive, pids))
     assert list(tmp_path.glob("*output*")) == list(tmp_path.glob(".*.tmp")) == list((tmp_path / "done").iterdir()) == []
 
