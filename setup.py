@@ -5,7 +5,7 @@ An editable installation and a checkout find the folders where they are (btlm_ja
 
 from pathlib import Path
 
-from setuptools import setup
+from setuptools import Distribution, setup
 from setuptools.command.bdist_wheel import bdist_wheel
 from setuptools.command.build_py import build_py
 
@@ -23,16 +23,19 @@ class BuildWithFolders(build_py):
                 self.copy_tree(folder, f"{self.build_lib}/btlm_jax/{folder}")
 
 
+class DistributionOfPlatform(Distribution):
+    """Say that there is compiled code, if there is, though not setuptools compiled it."""
+
+    def has_ext_modules(self):
+        return HAS_KERNELS
+
+
 class WheelOfPlatform(bdist_wheel):
     """Tag a wheel that carries compiled kernels for its platform; any Python may load them."""
-
-    def finalize_options(self):
-        super().finalize_options()
-        self.root_is_pure = not HAS_KERNELS
 
     def get_tag(self):
         python, abi, platform = super().get_tag()
         return ("py3", "none", platform) if HAS_KERNELS else (python, abi, platform)
 
 
-setup(cmdclass={"build_py": BuildWithFolders, "bdist_wheel": WheelOfPlatform})
+setup(distclass=DistributionOfPlatform, cmdclass={"build_py": BuildWithFolders, "bdist_wheel": WheelOfPlatform})

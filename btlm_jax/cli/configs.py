@@ -74,4 +74,8 @@ def _num_parameters(config: TrainConfig) -> int:
     from btlm_jax.train.run_summary import num_parameters
 
     jax.config.update("jax_platforms", "cpu")
+    model = dataclasses.replace(
+        config.model, attention="reference"
+    )  # "auto" would compile kernels to see whether it can
+    config = dataclasses.replace(config, model=model)
     return num_parameters(make_program(config, make_mesh(devices=jax.devices()[:1], tensor=1)).table)
