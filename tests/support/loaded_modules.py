@@ -14,10 +14,15 @@ from unittest import mock
 from btlm_jax.cli import main
 from btlm_jax.train.metric_writer import MetricWriter
 
+# PyTorch is not among them: tensorboardX imports it where it is installed.
+LIBRARIES_FOR_OTHERS = ("ftfy", "matplotlib", "sentencepiece", "tiktoken", "tokenizers", "transformers")
 
-def modules_of_ours() -> list[str]:
-    """Return the names of the package's modules that are loaded."""
-    return sorted(name for name in sys.modules if name.split(".")[0] == "btlm_jax")
+
+def noted_modules() -> list[str]:
+    """Return the package's modules that are loaded, and the libraries that a step of training has no use for."""
+    noted = {"btlm_jax", *LIBRARIES_FOR_OTHERS}
+    names = (name for name in sys.modules if name.split(".")[0] in noted)
+    return sorted(name for name in names if name.startswith("btlm_jax") or "." not in name)
 
 
 def run(arguments: list[str]) -> dict[str, list[str]]:
@@ -27,12 +32,12 @@ def run(arguments: list[str]) -> dict[str, list[str]]:
 
     def train(self, *values, **named):
         write_train(self, *values, **named)
-        moments.setdefault("first step", modules_of_ours())
-        moments["last step"] = modules_of_ours()
+        moments.setdefault("first step", noted_modules())
+        moments["last step"] = noted_modules()
 
     with mock.patch.object(MetricWriter, "train", train):
         assert main(arguments) == 0
-    return {**moments, "end": modules_of_ours()}
+    return {**moments, "end": noted_modules()}
 
 
 if __name__ == "__main__":

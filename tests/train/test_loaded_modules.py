@@ -44,6 +44,7 @@ def folders(names: set[str]) -> set[str]:
 def test_a_run_loads_few_modules_and_none_in_its_loop(token_store, tmp_path):
     modules = loaded(tmp_path, write_config(tmp_path / "config.py", store=token_store, **ONE_PHASE))
     assert len(modules["first step"]) <= MAX_MODULES, sorted(modules["first step"])
+    assert not modules["first step"] & set(loaded_modules.LIBRARIES_FOR_OTHERS)
     assert not folders(modules["first step"]) & {"corpus", "convert", "plan", "tune", "quantize", "hub", "decode"}
     assert modules["last step"] == modules["first step"]
     # Plots and the sample are made when the last checkpoint is complete.
