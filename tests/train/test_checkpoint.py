@@ -130,14 +130,14 @@ def test_an_unfinished_save_is_not_a_checkpoint(tmp_path):
 def test_a_damaged_checkpoint_is_named_with_the_remedy(single, tmp_path):
     config, state, abstract = single
     checkpointer = Checkpointer(tmp_path, config=KEEP)
-    for step in (3, 4):
+    for step in (10, 13, 14):
         checkpointer.save(state, position=position(step), config=config)
     checkpointer.wait()
-    for path in (tmp_path / "checkpoints" / "4" / "state").rglob("*"):
+    for path in (tmp_path / "checkpoints" / "14" / "state").rglob("*"):
         if path.is_file() and path.stat().st_size > 10_000:
             path.write_bytes(path.read_bytes()[:5_000])
-    with pytest.raises(ValueError, match=r"checkpoints/4 cannot be read: .*; delete it to go on from step 3"):
-        checkpointer.restore_state(4, abstract=abstract)
+    with pytest.raises(ValueError, match=r"checkpoints/14 cannot be read: .*; delete it to go on from step 13"):
+        checkpointer.restore_state(14, abstract=abstract)
     checkpointer.close()
 
 
