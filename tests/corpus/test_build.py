@@ -102,7 +102,7 @@ def test_a_failed_build_leaves_nothing_and_a_killed_one_is_cleaned(tmp_path):
     with mock.patch.object(build.store, "write_manifest", side_effect=full), pytest.raises(OSError, match="No space"):
         build_real_store(directory)
     assert list(tmp_path.iterdir()) == []
-    stale = tmp_path / ".store.building"
+    stale = tmp_path / ".store.partial"
     stale.mkdir()
     (stale / "half").write_text("written")
     build_real_store(directory)
