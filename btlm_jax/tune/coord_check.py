@@ -67,7 +67,7 @@ class Design:
 
 
 # The limits lie between what right and broken parametrizations measure; `btlm tune coord-check` prints both again
-# (LOG.md, 2026-11-28).
+# (figures: LOG.md, 2026-11-28).
 FULL = Design(
     cases=CASES,
     widths=(64, 128, 256),
