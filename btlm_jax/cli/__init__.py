@@ -1,7 +1,7 @@
 """The command line, `btlm <verb> ...`: parse, build the config, call one function, return an exit code.
 
-Exit codes: 0 done, 1 error, 2 usage, 75 preempted and saved (run the same command again), 76 stopped on bad numbers,
-130 interrupted by Ctrl-C.
+Exit codes: 0 done, 1 error, 2 usage, 70 a fault of this program, 75 preempted and saved (run the same command again),
+76 stopped on bad numbers, 130 interrupted by Ctrl-C.
 A verb is the file of that name; only the chosen one is imported, and it imports what it calls after its flags are
 parsed, so that `--help` answers at once.
 """
@@ -9,12 +9,13 @@ parsed, so that `--help` answers at once.
 from __future__ import annotations
 
 import os
+import signal
 import sys
 from collections.abc import Callable, Sequence
 
-from btlm_jax import __version__
+from btlm_jax import __version__, notices
 
-DONE, ERROR, USAGE, PREEMPTED, BAD_NUMBERS, INTERRUPTED = 0, 1, 2, 75, 76, 130
+DONE, ERROR, USAGE, FAULT, PREEMPTED, BAD_NUMBERS, INTERRUPTED = 0, 1, 2, 70, 75, 76, 130
 
 
 class UsageError(Exception):
@@ -102,6 +103,8 @@ VERBS: dict[str, Callable[[Sequence[str]], int]] = {
 
 def entry() -> None:
     """Run the command line of this process and exit with its code."""
+    signal.signal(signal.SIGINT, _on_interrupt)
+    sys.unraisablehook = _report_unraisable
     if len(sys.argv) > 2:
         _quiet_orbax()
     code = DONE
@@ -114,11 +117,19 @@ def entry() -> None:
 
 
 def main(arguments: Sequence[str]) -> int:
-    """Run one command and return its exit code."""
+    """Run one command and return its exit code.
+
+    Raises:
+      BrokenPipeError: nobody reads the output any more.
+    """
     if not arguments or arguments[0] in ("-h", "--help", "help"):
         print(HELP)
         return DONE if arguments else USAGE
+    if arguments[0] in ("--version", "-V", "version"):
+        print(f"btlm {__version__}")
+        return DONE
     verb, rest = arguments[0].replace("_", "-"), arguments[1:]
+    notices.begin(strict=())
     try:
         if verb not in VERBS:
             raise UsageError(f"unknown verb {arguments[0]!r}; verbs are {', '.join(VERBS)} (btlm --help)")
@@ -126,12 +137,43 @@ def main(arguments: Sequence[str]) -> int:
     except UsageError as error:
         print(f"btlm: usage: {error}", file=sys.stderr)
         return USAGE
-    except (ValueError, OSError) as error:
-        print(f"btlm {verb}: error: {error}", file=sys.stderr)
-        return ERROR
     except KeyboardInterrupt:
-        print(f"btlm {verb}: interrupted; the same command resumes where it can", file=sys.stderr)
+        print(_interrupted(verb), file=sys.stderr)
         return INTERRUPTED
+    except BrokenPipeError:
+        raise
+    except Exception as error:
+        from btlm_jax.cli import errors
+
+        return errors.report(error, verb=verb, arguments=arguments)
+    finally:
+        notices.finish()
+
+
+def _interrupted(verb: str) -> str:
+    return f"btlm {verb}: interrupted; the same command resumes where it can"
+
+
+def _on_interrupt(signum, frame) -> None:
+    """Raise KeyboardInterrupt, but end at once during an import, where libraries turn it into other errors."""
+    del signum
+    while frame is not None:
+        if frame.f_code.co_filename.startswith("<frozen importlib"):
+            os.write(2, f"{_interrupted(' '.join(sys.argv[1:2]))}\n".encode())
+            os._exit(INTERRUPTED)
+        frame = frame.f_back
+    raise KeyboardInterrupt
+
+
+def _report_unraisable(unraisable) -> None:
+    """Interrupt once more if the interrupt was raised where Python drops it: in a destructor or a weak reference."""
+    if unraisable.exc_type is KeyboardInterrupt:
+        import _thread
+        import threading
+
+        threading.Timer(0.01, _thread.interrupt_main).start()
+    elif str(unraisable.exc_value) != "Event loop is closed":  # see _quiet_orbax
+        sys.__unraisablehook__(unraisable)
 
 
 def _quiet_orbax() -> None:
@@ -146,11 +188,6 @@ def _quiet_orbax() -> None:
 
     from absl import logging as absl_logging
 
-    def report_other(unraisable):
-        if str(unraisable.exc_value) != "Event loop is closed":
-            sys.__unraisablehook__(unraisable)
-
-    sys.unraisablehook = report_other
     warnings.filterwarnings("ignore", message="coroutine .* was never awaited", category=RuntimeWarning)
     logging.getLogger("asyncio").addFilter(lambda record: "exception was never retrieved" not in record.getMessage())
     absl_logging.get_absl_logger().addFilter(

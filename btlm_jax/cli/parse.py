@@ -17,12 +17,14 @@ from typing import TYPE_CHECKING
 from absl import flags
 
 import btlm_jax
+from btlm_jax import notices
 from btlm_jax.cli import UsageError
 
 if TYPE_CHECKING:
     from btlm_jax.recipe.config import TrainConfig
 
 _HELP = ("--help", "-help", "-h")
+_ALL = "all"
 
 
 class Flags:
@@ -33,6 +35,8 @@ class Flags:
         self._values = flags.FlagValues()
         self._argv: list[str] = []  # where ml_collections looks for --config.section.key
         self.define_boolean("help", False, "show this help", short_name="h")
+        self.define_string("strict", "", "end with an error at any notice, or with =NAME,NAME at those named")
+        self.define_boolean("debug", False, "print the traceback of an error")
 
     def define_string(self, name: str, default: str, help_text: str) -> None:
         """Define a flag whose value is text."""
@@ -87,6 +91,7 @@ class Flags:
             raise UsageError(f"--config cannot be loaded: {_one_line(error)}") from error
         if rest:
             raise UsageError(f"unexpected argument {rest[0]!r}; flags are --name=value")
+        notices.begin(strict=_strict_names(self.string("strict")))
         return True
 
     def is_defined(self, name: str) -> bool:
@@ -175,6 +180,8 @@ class Flags:
                 continue
             given, equals, value = argument.partition("=")
             name = self._name(given.lstrip("-"))
+            if name == "strict" and not equals:
+                equals, value = "=", _ALL
             if not equals and rest and self._takes_value(name):
                 equals, value = "=", rest.pop(0)
             if name == "config" and equals:
@@ -217,9 +224,30 @@ def find_config(given: str) -> Path:
         return Path(given)
     if given in (names := config_names()):
         return packaged_folder("configs") / f"{given}.py"
-    close = difflib.get_close_matches(given.removeprefix("configs/").removesuffix(".py"), names, n=1)
-    hint = f"; did you mean --config={close[0]}?" if close else ""
+    hint = did_you_mean(given.removeprefix("configs/").removesuffix(".py"), names)
     raise UsageError(f"--config={given} is neither a file nor one of {', '.join(names)} (btlm configs){hint}")
+
+
+def did_you_mean(given: str, allowed: Sequence[str]) -> str:
+    """Return "; did you mean X?" if one of the allowed is like what was given, otherwise ""."""
+    close = difflib.get_close_matches(given, allowed, n=1)
+    return f"; did you mean {close[0]}?" if close else ""
+
+
+def _strict_names(given: str) -> list[str]:
+    """Return the names of notices that --strict makes errors.
+
+    Raises:
+      UsageError: one is not known.
+    """
+    if given == _ALL:
+        return list(notices.NAMES)
+    names = [name.strip() for name in given.split(",") if name.strip()]
+    for name in names:
+        if name not in notices.NAMES:
+            hint = did_you_mean(name, list(notices.NAMES))
+            raise UsageError(f"--strict={name} is no notice; there are {', '.join(notices.NAMES)}{hint}")
+    return names
 
 
 def _config_path(given: str) -> str:

@@ -11,6 +11,8 @@ from typing import TextIO
 
 from tqdm import tqdm
 
+from btlm_jax import notices
+
 Log = Callable[[str], None]  # prints or writes one line
 
 
@@ -18,6 +20,20 @@ def print_line(text: str) -> None:
     """Print a line to standard output, above the progress bar if one is shown."""
     tqdm.write(text, file=sys.stdout)
     sys.stdout.flush()
+
+
+def print_error_line(text: str) -> None:
+    """Print a line to standard error, above the progress bar if one is shown."""
+    tqdm.write(text, file=sys.stderr)
+    sys.stderr.flush()
+
+
+notices.print_with(print_error_line)
+
+
+def printable(text: str) -> str:
+    """Return the text with control characters replaced, as generated ones would act on the terminal."""
+    return "".join(c if c.isprintable() or c in "\n\t" else "\N{REPLACEMENT CHARACTER}" for c in text)
 
 
 class RateLimit:

@@ -13,8 +13,7 @@ from pathlib import Path
 from btlm_jax.decode.batch import Batch, FinishReason, Timings
 from btlm_jax.decode.decoder import CACHE_DTYPES
 from btlm_jax.decode.sampling import Sampling, make_generator
-from btlm_jax.display.progress import RateLimit, StatusLine
-from btlm_jax.display.terminal import printable
+from btlm_jax.display.progress import RateLimit, StatusLine, printable
 from btlm_jax.generate.loading import GenerationModel, load_for_generation
 from btlm_jax.generate.prompts import PROMPT_KEY, Prompt, check_text
 from btlm_jax.kernels.tiles import Int4Tiles

@@ -20,7 +20,6 @@ import functools
 import hashlib
 import importlib.metadata
 import json
-import logging
 import os
 import platform
 import re
@@ -32,6 +31,7 @@ from pathlib import Path
 
 import jax
 
+from btlm_jax import notices
 from btlm_jax.storage.files import cache_directory, write_atomically
 
 # Sizes that the sources and Python share; the sources are compiled with each as BTLM_<its name>.
@@ -152,7 +152,7 @@ def _is_registered(library: _Library) -> bool:
     try:
         loaded = _load(library)
     except OSError as error:
-        logging.warning("%s, for its kernels cannot be compiled: %s", library.slow_without, error)
+        notices.report("kernels-not-compiled", f"{library.slow_without}, for its kernels cannot be compiled: {error}")
         return False
     for name in library.targets:
         jax.ffi.register_ffi_target(name, jax.ffi.pycapsule(getattr(loaded, name)), platform="cpu")
@@ -171,7 +171,7 @@ def _load(library: _Library) -> ctypes.CDLL:
             _check_fits(path, library)
             return ctypes.CDLL(str(path))
         except OSError as error:
-            logging.warning("%s, built ahead, is ignored: %s", path, error)
+            notices.report("kernels-ignored", f"{path}, built ahead, is ignored: {error}")
     return ctypes.CDLL(str(_compiled(library)))
 
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-import logging
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -16,6 +15,8 @@ from typing import BinaryIO, NamedTuple, cast
 
 import fsspec
 import fsspec.core
+
+from btlm_jax import notices
 
 PathOrUrl = Path | str  # str: a URL
 
@@ -189,7 +190,7 @@ class RangeReader:
         if wait is None:
             attempts = len(_RETRY_SECONDS) + 1
             raise OSError(f"{url} cannot be read after {attempts} attempts: {type(error).__name__}: {error}") from error
-        logging.warning("%s cannot be read now, again in %.0f s: %r", url, wait, error)
+        notices.report("read-again", f"{url} cannot be read now, again in {wait:.0f} s: {error!r}")
         time.sleep(wait)
 
     def _request(self, ranges: Sequence[ByteRange]) -> list[bytes | Exception]:

@@ -8,9 +8,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from btlm_jax.display.terminal import PARTIAL
 from btlm_jax.tokenizers.tokenizer import Tokenizer
 
+PARTIAL = "\N{REPLACEMENT CHARACTER}"  # stands for bytes that are not a complete character
 MAX_PENDING = 3  # bytes of an incomplete character (of up to 4 bytes), each decoded to PARTIAL
 
 

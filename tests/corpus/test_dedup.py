@@ -7,8 +7,7 @@ from collections import Counter
 import numpy as np
 import pytest
 
-from btlm_jax.corpus.installed.documents import Document
-from btlm_jax.corpus.installed.duplicates import drop_near_duplicates, drop_repeated_paragraphs, signature
+from btlm_jax.corpus.installed.documents import Document, drop_near_duplicates, drop_repeated_paragraphs, signature
 from btlm_jax.corpus.near_duplicates.minhash import GRAM
 
 

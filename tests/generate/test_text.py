@@ -16,7 +16,7 @@ from btlm_jax.decode import cpu_cache as cache
 from btlm_jax.decode.batch import continue_tokens
 from btlm_jax.decode.cpu_decoder import CpuDecoder
 from btlm_jax.decode.sampling import GREEDY
-from btlm_jax.display.terminal import printable
+from btlm_jax.display.progress import printable
 from btlm_jax.generate import text as text_module
 from btlm_jax.generate.text import load_with_tokenizer
 from btlm_jax.hub.native import ModelMetadata, one_device_mesh, write_model_directory

@@ -7,6 +7,7 @@ import subprocess
 
 import pytest
 
+from btlm_jax import notices
 from btlm_jax.kernels import build
 
 
@@ -44,7 +45,7 @@ def test_where_nothing_can_be_kept_the_kernels_last_as_long_as_the_process(monke
     "compiler,message",
     [("", "no C++ compiler was found"), ("#!/bin/sh\necho error: no room >&2; exit 1", "failed: error: no room")],
 )
-def test_without_a_compiler_a_warning_says_what_is_slow(tmp_path, monkeypatch, caplog, compiler, message):
+def test_without_a_compiler_a_warning_says_what_is_slow(tmp_path, monkeypatch, capsys, compiler, message):
     (tmp_path / "bin").mkdir()
     if compiler:
         (tmp_path / "bin" / "c++").write_text(compiler)
@@ -53,8 +54,11 @@ def test_without_a_compiler_a_warning_says_what_is_slow(tmp_path, monkeypatch, c
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     monkeypatch.delenv("CXX", raising=False)
     assert build.has_kernels.__wrapped__() is False and build.has_training_kernels.__wrapped__() is False
-    assert "generation on this CPU is slow, " in caplog.text and "attention of training on this CPU" in caplog.text
-    assert caplog.text.count(message) == 2 and not list((tmp_path / "cache").rglob("*.so"))
+    said = capsys.readouterr().err
+    assert "generation on this CPU is slow, " in said and "attention of training on this CPU" in said
+    assert said.count(message) == said.count("kernels-not-compiled") == 2 and not list(
+        (tmp_path / "cache").rglob("*.so")
+    )
 
 
 @pytest.fixture(scope="module")
@@ -79,7 +83,7 @@ def test_kernels_built_ahead_are_loaded_without_a_compiler(built_ahead, monkeypa
         assert all(hasattr(loaded, target) for target in library.targets)
 
 
-def test_kernels_built_ahead_that_do_not_fit_are_ignored_with_one_line(built_ahead, monkeypatch, caplog):
+def test_kernels_built_ahead_that_do_not_fit_are_ignored_with_one_line(built_ahead, monkeypatch, capsys):
     path = built_ahead[1]
     description = json.loads(path.with_suffix(".json").read_text())
     assert "avx2" in description["instruction_sets"] or build.platform.machine() != "x86_64"
@@ -92,14 +96,15 @@ def test_kernels_built_ahead_that_do_not_fit_are_ignored_with_one_line(built_ahe
         "not those that were built": {"sha256": "0"},
     }
     for message, changes in cases.items():
-        caplog.clear()
+        notices.begin(strict=())
         path.with_suffix(".json").write_text(json.dumps(description | changes))
         build._load(build._TRAINING)
-        assert len(caplog.records) == 1 and message in caplog.text and f"{path}, built ahead, is ignored" in caplog.text
+        said = capsys.readouterr().err
+        assert said.count("\n") == 1 and message in said and f"{path}, built ahead, is ignored" in said
+        assert notices.counts() == {"kernels-ignored": 1}
     path.with_suffix(".json").unlink()
-    caplog.clear()
     build._load(build._TRAINING)
-    assert "its description cannot be read" in caplog.text
+    assert "its description cannot be read" in capsys.readouterr().err
 
 
 def test_an_architecture_names_the_instructions_that_it_needs():

@@ -12,8 +12,14 @@ import time
 from collections import Counter
 from pathlib import Path
 
-from btlm_jax.corpus.installed.documents import SOURCES, Document, describe_installation, installed_documents
-from btlm_jax.corpus.installed.duplicates import drop_near_duplicates, drop_repeated_paragraphs
+from btlm_jax.corpus.installed.documents import (
+    SOURCES,
+    Document,
+    describe_installation,
+    drop_near_duplicates,
+    drop_repeated_paragraphs,
+    installed_documents,
+)
 from btlm_jax.corpus.pack import pack, write_shards, write_tfds_metadata
 from btlm_jax.data import store
 from btlm_jax.data.store import TokenBlock

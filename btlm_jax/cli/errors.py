@@ -1,0 +1,85 @@
+"""What is said of an error that ended a command: one line, and an exit code."""
+
+from __future__ import annotations
+
+import datetime
+import dis
+import os
+import platform
+import sys
+import tempfile
+import traceback
+from collections.abc import Sequence
+from importlib import metadata
+from pathlib import Path
+
+import btlm_jax
+from btlm_jax.cli import ERROR, FAULT
+from btlm_jax.notices import StrictError
+
+_PACKAGE = str(Path(btlm_jax.__file__).parent) + os.sep
+_VERSIONS_OF = ("jax", "jaxlib", "numpy", "flax", "orbax-checkpoint", "grain")
+
+
+def report(error: Exception, *, verb: str, arguments: Sequence[str]) -> int:
+    """Print one line about an error and return the exit code.
+
+    An error that the user can mend was named by our own code, or by the operating system. Any other is a fault of this
+    program: the line says so and names a file with the traceback; `--debug` prints that too.
+    """
+    if "--debug" in arguments:
+        traceback.print_exception(error)
+    message = _message_for_user(error)
+    if message is not None:
+        print(f"btlm {verb}: error: {message}", file=sys.stderr)
+        return ERROR
+    text = " ".join(f"{type(error).__name__}: {error}".split())
+    print(
+        f"btlm {verb}: this is a fault of btlm, please report it: {text[:300]} ({_write_traceback(error, arguments)})",
+        file=sys.stderr,
+    )
+    return FAULT
+
+
+def is_named(error: BaseException) -> bool:
+    """Return whether a `raise` of our own code made the error, so that its message was written for the user."""
+    if not isinstance(error, (ValueError, OSError, ImportError, FloatingPointError)):
+        return False
+    at = error.__traceback__
+    while at is not None and at.tb_next is not None:
+        at = at.tb_next
+    if at is None:
+        return False
+    code = at.tb_frame.f_code
+    is_raise = code.co_code[at.tb_lasti] == dis.opmap["RAISE_VARARGS"]
+    return is_raise and code.co_filename.startswith(_PACKAGE)
+
+
+def _message_for_user(error: Exception) -> str | None:
+    """Return what to say of an error that is not our fault, or None."""
+    if is_named(error) or isinstance(error, StrictError):
+        return str(error)
+    if isinstance(error, OSError):
+        return f"{type(error).__name__}: {error}" if error.errno is None else str(error)
+    if isinstance(error, MemoryError) or "RESOURCE_EXHAUSTED" in str(error):
+        first_line = str(error).splitlines()[0] if str(error) else "an array could not be allocated"
+        return f"out of memory: {first_line}; make the batch or the model smaller, or give more memory or devices"
+    return None
+
+
+def _write_traceback(error: Exception, arguments: Sequence[str]) -> str:
+    """Write the traceback, the command and the versions to a file; return where they are."""
+    versions = [f"{name} {metadata.version(name)}" for name in _VERSIONS_OF]
+    report = (
+        f"{datetime.datetime.now().isoformat(timespec='seconds')} btlm {btlm_jax.__version__}, Python "
+        f"{platform.python_version()}, {platform.platform()}, {', '.join(versions)}\n"
+        f"btlm {' '.join(arguments)}\n\n{''.join(traceback.format_exception(error))}"
+    )
+    try:
+        handle, name = tempfile.mkstemp(prefix="btlm-fault-", suffix=".txt")
+        with open(handle, "w", encoding="utf-8", errors="backslashreplace") as file:
+            file.write(report)
+    except OSError as unwritable:
+        print(report, file=sys.stderr)
+        return f"the traceback, above, cannot be written to a file: {unwritable}"
+    return f"traceback in {name}"

@@ -1,0 +1,80 @@
+"""Notices: what a command ignores, drops, replaces, prefers or falls back from, in one line each and counted.
+
+A notice has a name out of NAMES. `--strict` turns all of them into an error, `--strict=NAME,...` those named.
+Processes that help another one (workers of the corpus) return counts, and the one that waits for them reports.
+"""
+
+from __future__ import annotations
+
+import collections
+import sys
+from collections.abc import Callable, Collection
+
+NAMES = {
+    "kernels-not-compiled": "C++ kernels cannot be compiled here; slower code computes the same",
+    "kernels-ignored": "kernels that were built ahead do not fit this installation",
+    "read-again": "a URL could not be read at once",
+}
+LINES_OF_ONE_NAME = 5  # further notices of the name are counted only
+
+
+class StrictError(Exception):
+    """A notice that --strict turns into an error. No ValueError, so that no reader takes it for bad input."""
+
+
+def _print_line(line: str) -> None:
+    print(line, file=sys.stderr, flush=True)
+
+
+_counts: collections.Counter[str] = collections.Counter()  # name -> things it was said of
+_lines: collections.Counter[str] = collections.Counter()  # name -> lines printed
+_strict: frozenset[str] = frozenset()
+_print: Callable[[str], None] | None = _print_line
+
+
+def begin(*, strict: Collection[str]) -> None:
+    """Start counting for a new command; notices of the names in `strict` will be errors."""
+    global _strict, _print
+    _counts.clear()
+    _lines.clear()
+    _strict, _print = frozenset(strict), _print or _print_line
+
+
+def print_with(print_line: Callable[[str], None]) -> None:
+    """Have lines printed by another function, such as one that knows of progress bars."""
+    global _print
+    _print = print_line
+
+
+def mute() -> None:
+    """Print nothing from now on: another process of the same run says the same."""
+    global _print
+    _print = None
+
+
+def report(name: str, text: str, *, count: int = 1) -> None:
+    """Print one line and count `count` things.
+
+    Raises:
+      StrictError: --strict has the name.
+      KeyError: NAMES has not.
+    """
+    NAMES[name]
+    if name in _strict:
+        raise StrictError(f"{text} ({name}, an error because of --strict)")
+    _counts[name] += count
+    _lines[name] += 1
+    if _print and _lines[name] <= LINES_OF_ONE_NAME:
+        more = "; further ones are counted only" if _lines[name] == LINES_OF_ONE_NAME else ""
+        _print(f"note: {text} ({name}{more})")
+
+
+def counts() -> dict[str, int]:
+    """Return name -> how many things it was reported of since `begin`."""
+    return dict(_counts)
+
+
+def finish() -> None:
+    """Print how often each name was reported, if any was."""
+    if _counts and _print:
+        _print(f"notes: {', '.join(f'{count:,} {name}' for name, count in sorted(_counts.items()))}")

@@ -1,0 +1,157 @@
+"""The end of a command that fails: what the user can mend in one line; a fault of ours with its traceback in a file."""
+
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+from support.tiny import REPOSITORY
+
+from btlm_jax import cli, notices
+from btlm_jax.cli import DONE, ERROR, FAULT, INTERRUPTED, USAGE, errors, main, parse
+
+
+def raising(error: BaseException):
+    def verb(arguments):
+        flags = parse.Flags("")
+        flags.parse(arguments)
+        raise error
+
+    return verb
+
+
+def run(monkeypatch, verb, *arguments: str) -> int:
+    monkeypatch.setitem(cli.VERBS, "plan", verb)
+    return main(["plan", *arguments])
+
+
+def test_what_our_code_names_is_an_error(capsys):
+    assert main(["corpus", "verify", "--store=/nowhere"]) == ERROR
+    assert re.fullmatch(r"btlm corpus: error: [^\n]*/nowhere[^\n]*\n", capsys.readouterr().err)
+
+
+@pytest.mark.parametrize(
+    "fault",
+    [
+        lambda: int("three"),
+        lambda: np.zeros(6).reshape(4, 2),
+        lambda: {}["key"],
+        lambda: [].pop(),
+        lambda: None.name,
+    ],
+)
+def test_what_nobody_named_is_a_fault_with_a_traceback_in_a_file(monkeypatch, tmp_path, capsys, fault):
+    monkeypatch.setattr(errors.tempfile, "tempdir", str(tmp_path))
+    assert run(monkeypatch, lambda arguments: fault()) == FAULT
+    said = capsys.readouterr().err
+    assert said.count("\n") == 1 and "this is a fault of btlm" in said and "Traceback" not in said
+    file = Path(re.search(r"traceback in (\S+)\)", said)[1])
+    assert file.parent == tmp_path and "test_errors.py" in file.read_text() and "jax " in file.read_text()
+
+
+def test_debug_prints_the_traceback(monkeypatch, capsys):
+    assert run(monkeypatch, raising(KeyError("x")), "--debug") == FAULT
+    assert "Traceback" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "error, said",
+    [
+        (MemoryError(), "out of memory"),
+        (RuntimeError("RESOURCE_EXHAUSTED: Out of memory allocating 9 bytes\nmore"), "allocating 9 bytes; make the"),
+        (OSError(28, "No space left on device", "/full/file"), "No space left on device: '/full/file'"),
+    ],
+)
+def test_an_exhausted_machine_is_an_error(monkeypatch, capsys, error, said):
+    assert run(monkeypatch, raising(error)) == ERROR
+    err = capsys.readouterr().err
+    assert said in err and err.count("\n") == 1
+
+
+def test_a_fault_is_known_by_who_raised_it():
+    def kind(function, *arguments) -> bool:
+        try:
+            function(*arguments)
+        except Exception as error:
+            return errors.is_named(error)
+        raise AssertionError("nothing was raised")
+
+    assert kind(parse.find_config, "nowhere") is False  # a UsageError has its own door
+    assert kind(notices.report, "no such name", "") is False
+    from btlm_jax.storage.location import list_sizes
+
+    assert kind(list_sizes, "nonsense://x/y")
+
+
+def notify(arguments):
+    flags = parse.Flags("")
+    flags.parse(arguments)
+    for number in range(7):
+        notices.report("read-again", f"thing {number}")
+    notices.report("kernels-ignored", "these", count=4)
+    return DONE
+
+
+def test_notices_are_printed_and_counted(monkeypatch, capsys):
+    assert run(monkeypatch, notify) == DONE
+    lines = capsys.readouterr().err.splitlines()
+    assert lines[0] == "note: thing 0 (read-again)" and lines[4].startswith("note: thing 4 (read-again; further")
+    assert lines[5:] == ["note: these (kernels-ignored)", "notes: 4 kernels-ignored, 7 read-again"]
+
+
+@pytest.mark.parametrize("strict", ["--strict", "--strict=read-again", "--strict=kernels-not-compiled,read-again"])
+def test_strict_makes_notices_errors(monkeypatch, capsys, strict):
+    assert run(monkeypatch, notify, strict) == ERROR
+    assert "thing 0 (read-again, an error because of --strict)" in capsys.readouterr().err
+
+
+def test_strict_of_other_names_lets_notices_pass(monkeypatch, capsys):
+    assert run(monkeypatch, notify, "--strict=kernels-not-compiled") == DONE
+    assert run(monkeypatch, notify, "--strict=read-agan") == USAGE
+    assert "did you mean read-again?" in capsys.readouterr().err
+
+
+def test_every_notice_is_known_and_used():
+    source = "\n".join(path.read_text() for path in (REPOSITORY / "btlm_jax").rglob("*.py"))
+    used = set(re.findall(r'notices\.report\(\s*"([^"]+)"', source))
+    assert used == notices.NAMES.keys()
+    assert not re.search(r"\blogging\.(warning|info|error)\(|\bwarnings\.warn\(", source)
+
+
+WAIT = """
+import sys, weakref
+from btlm_jax import cli
+
+class Thing: pass
+
+def wait(arguments):
+    if arguments:  # where Python drops what is raised
+        thing = Thing()
+        keep = weakref.ref(thing, lambda _: print("ready", flush=True) or any(False for _ in range(10**9)))
+        del thing
+    else:
+        print("ready", flush=True)
+    any(False for _ in range(10**9)); any(False for _ in range(10**9))
+
+cli.VERBS["plan"] = wait
+sys.argv = ["btlm", "plan", *sys.argv[1:]]
+cli.entry()
+"""
+
+
+@pytest.mark.parametrize("where", [[], ["weak"]])
+def test_an_interrupt_is_never_lost(where):
+    process = subprocess.Popen(
+        [sys.executable, "-c", WAIT, *where],
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+    )  # fmt: skip
+    assert process.stdout is not None and process.stdout.readline() == "ready\n"
+    time.sleep(0.1)
+    process.send_signal(signal.SIGINT)
+    _, said = process.communicate(timeout=60)
+    assert process.returncode == INTERRUPTED, said
+    assert said == "btlm plan: interrupted; the same command resumes where it can\n"
