@@ -13,6 +13,7 @@ from collections.abc import Callable, Collection
 NAMES = {
     "kernels-not-compiled": "C++ kernels cannot be compiled here; slower code computes the same",
     "kernels-ignored": "kernels that were built ahead do not fit this installation",
+    "setting-changed": "a resumed run has a setting that its checkpoint has not",
     "read-again": "a URL could not be read at once",
 }
 LINES_OF_ONE_NAME = 5  # further notices of the name are counted only

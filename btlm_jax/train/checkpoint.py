@@ -14,7 +14,7 @@ import os
 import re
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import orbax.checkpoint as ocp
 
@@ -239,6 +239,40 @@ def check_same_run(saved: TrainConfig, config: TrainConfig, *, where: str) -> No
             + "\n  ".join(differing)
             + "\nuse the config it was made with, or another --workdir"
         )
+
+
+class SettingChange(NamedTuple):
+    """A key of the config that has another value than in the checkpoint."""
+
+    key: str  # section.name
+    old: Any
+    new: Any
+
+    def __str__(self) -> str:
+        return f"{self.key} was {self.old!r}, is now {self.new!r}"
+
+
+def changed_settings(checkpointer: Checkpointer, config: TrainConfig) -> list[SettingChange]:
+    """Return every key whose value in the last checkpoint's config is another one; nothing without a checkpoint.
+
+    Raises:
+      ValueError: the checkpoint cannot be read.
+    """
+    steps = checkpointer.steps()
+    if not steps:
+        return []
+    _, saved = checkpointer.read_metadata(steps[-1])
+    pairs = zip(_leaves(dataclasses.asdict(saved), ""), _leaves(dataclasses.asdict(config), ""), strict=True)
+    return [SettingChange(key, old, new) for (key, old), (_, new) in pairs if old != new]
+
+
+def _leaves(values: dict, prefix: str) -> Iterator[tuple[str, Any]]:
+    """Yield (key, value) of a config as a tree of dicts."""
+    for name, value in values.items():
+        if isinstance(value, dict):
+            yield from _leaves(value, f"{prefix}{name}.")
+        else:
+            yield prefix + name, value
 
 
 def _value(config: TrainConfig, key: str) -> Any:

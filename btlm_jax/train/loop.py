@@ -17,13 +17,14 @@ import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
+from btlm_jax import notices
 from btlm_jax.data.loader import Batch, TrainLoader
 from btlm_jax.parallel.divisibility import check_divisible
 from btlm_jax.parallel.mesh import batch_sharding, make_run_mesh, rules_for
 from btlm_jax.recipe.config import TrainConfig
 from btlm_jax.storage.files import write_atomically
 from btlm_jax.train import CONFIG_FILE, METRICS_FILE
-from btlm_jax.train.checkpoint import Checkpointer, Position, last_position
+from btlm_jax.train.checkpoint import Checkpointer, Position, changed_settings, last_position
 from btlm_jax.train.finish import ContinuePrompt, evaluate_some, finish_run, finished_report
 from btlm_jax.train.flops import FLOPS_CONVENTION, flops_per_token, peak_flops
 from btlm_jax.train.metric_writer import GoodputLedger, MetricWriter
@@ -72,6 +73,9 @@ def train(
     checkpointer = Checkpointer(workdir, config=config.checkpoint)
     try:
         position = last_position(checkpointer, config)
+        changes = changed_settings(checkpointer, config)
+        for change in changes:
+            notices.report("setting-changed", f"{change} (from step {position.step:,} on)")
         if report := finished_report(config.curriculum, workdir=workdir, step=position.step):
             log(report)
             return DONE
@@ -96,6 +100,8 @@ def train(
             log(f"Resuming from step {position.step:,} ({position.tokens_seen:,} tokens)")
             state = checkpointer.restore_state(position.step, abstract=abstract_state(run.table, run.optimizer, mesh))
         with jax.set_mesh(mesh), _make_writer(run, first_step=position.step + 1) as writer:
+            for change in changes:
+                writer.setting_changed(position.step, key=change.key, old=change.old, new=change.new)
             return _train_from(
                 run,
                 state,

@@ -219,6 +219,12 @@ class MetricWriter:
         self._write({"kind": "event", "step": step, "message": message})
         print_line(f"step {step:,}/{self._curriculum.num_steps:,} | {message}")
 
+    def setting_changed(self, step: int, *, key: str, old: object, new: object) -> None:
+        """Record as an event that a key of the config has another value from `step` on than in the checkpoint."""
+        if self._is_open:
+            message = f"{key} was {old!r}, is now {new!r}"
+            self._write({"kind": "event", "step": step, "message": message, "setting": key, "old": old, "new": new})
+
     def finish(self) -> None:
         """Record the seconds by category, and close the files; after it nothing can be recorded."""
         if not self._is_open:

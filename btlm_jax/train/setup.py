@@ -13,6 +13,7 @@ import optax
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 
+from btlm_jax import notices
 from btlm_jax.data.reader import TokenStore, open_store
 from btlm_jax.data.store import MANIFEST_FILE, Manifest
 from btlm_jax.display.progress import print_line
@@ -78,6 +79,8 @@ def start_processes(*, distributed: bool, coordinator: str, num_processes: int, 
         jax.distributed.initialize(coordinator, num_processes=num_processes, process_id=process_id)
     elif distributed:
         jax.distributed.initialize()
+    if (coordinator or distributed) and jax.process_index() != 0:
+        notices.mute()
 
 
 def make_workdir(workdir: Path) -> None:

@@ -15,7 +15,7 @@ from btlm_jax.parallel.mesh import make_mesh
 from btlm_jax.recipe.config import CheckpointConfig
 from btlm_jax.recipe.mup import make_parametrization
 from btlm_jax.recipe.optimizer import make_optimizer
-from btlm_jax.train.checkpoint import Checkpointer, Position, check_same_run
+from btlm_jax.train.checkpoint import Checkpointer, Position, changed_settings, check_same_run
 from btlm_jax.train.step import abstract_state, init_state
 
 KEEP = CheckpointConfig(every_steps=1, keep_last=2, keep_every=10)
@@ -168,6 +168,20 @@ def test_another_run_is_refused(change, named):
 def test_a_longer_run_on_another_mesh_is_the_same_run():
     longer = tiny_config(curriculum__num_tokens=(6 * 384, 9 * 384), mesh__tensor=2, checkpoint__every_steps=50)
     check_same_run(tiny_config(), longer, where="somewhere")
+
+
+def test_every_changed_setting_is_told_with_both_values(saved, tmp_path):
+    workdir, _ = saved
+    checkpointer = Checkpointer(workdir, config=KEEP)
+    assert changed_settings(checkpointer, tiny_config(mesh__tensor=2)) == []
+    other = tiny_config(mesh__tensor=2, optimizer__beta2=0.5, curriculum__num_tokens=(6 * 384, 9 * 384))
+    changes = changed_settings(checkpointer, other)
+    assert [change.key for change in changes] == ["curriculum.num_tokens", "optimizer.beta2"]
+    assert str(changes[1]) == "optimizer.beta2 was 0.95, is now 0.5"
+    checkpointer.close()
+    empty = Checkpointer(tmp_path, config=KEEP)
+    assert changed_settings(empty, other) == []
+    empty.close()
 
 
 def test_a_checkpoint_s_position_and_config_are_plain_json(saved):

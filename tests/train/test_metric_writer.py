@@ -247,6 +247,16 @@ def test_a_terminal_gets_a_bar_and_messages_on_lines_of_their_own(tmp_path, monk
     assert any(message.startswith("Time") for message in messages)
 
 
+def test_a_changed_setting_is_an_event(tmp_path):
+    run = FakeRun(tmp_path)
+    with run.writer:
+        run.writer.setting_changed(6, key="curriculum.num_tokens", old=(8, 4), new=(8, 16))
+    (row,) = rows_of(tmp_path, "event")
+    message = "curriculum.num_tokens was (8, 4), is now (8, 16)"
+    setting = {"setting": "curriculum.num_tokens", "old": [8, 4], "new": [8, 16]}
+    assert row == {"kind": "event", "step": 6, "message": message, **setting}
+
+
 def test_tensorboard_has_due_steps_and_heldout_sources(tmp_path):
     run = FakeRun(tmp_path, log_every=3)
     with run.writer:
@@ -288,5 +298,6 @@ def test_a_second_process_writes_nothing(tmp_path, capsys):
         run.step(1)
         run.writer.evaluation(1, result())
         run.writer.event(1, "unheard")
+        run.writer.setting_changed(1, key="seed", old=1, new=2)
     assert list(tmp_path.iterdir()) == []
     assert capsys.readouterr().out == ""
