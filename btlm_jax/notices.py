@@ -12,8 +12,13 @@ from collections.abc import Callable, Collection
 
 NAMES = {
     "kernels-not-compiled": "C++ kernels cannot be compiled here; slower code computes the same",
+    "kernels-not-kept": "the user's cache cannot be written, so C++ kernels are compiled at every start",
     "kernels-ignored": "kernels that were built ahead do not fit this installation",
     "setting-changed": "a resumed run has a setting that its checkpoint has not",
+    "given-twice": "a flag is given more than once, and the last one counts",
+    "not-the-store": "data.store is also the name of something in the current directory, which is not read",
+    "metrics-line-dropped": "a line of metrics.jsonl is damaged, and is removed at a resume",
+    "summary-made-again": "the summary of a finished run is damaged, and its end is repeated",
     "read-again": "a URL could not be read at once",
 }
 LINES_OF_ONE_NAME = 5  # further notices of the name are counted only

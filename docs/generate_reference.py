@@ -1,8 +1,7 @@
 """Write the configuration reference from the code: a MkDocs hook, and `python docs/generate_reference.py` prints it.
 
-Names, types and meanings are the fields of the dataclasses in recipe/config.py and the comments beside them; allowed
-values are the checks of their `__post_init__`; values are those of two config files; who reads a field is found by
-following types through the package's syntax trees. Nothing of the package is imported.
+Keys, types, meanings and allowed values are those of `btlm train --help=config` (btlm_jax/cli/config_keys.py); values
+are those of two config files; who reads a field is found by following types through the package's syntax trees.
 """
 
 from __future__ import annotations
@@ -10,42 +9,16 @@ from __future__ import annotations
 import ast
 import dataclasses
 import functools
-import re
 import runpy
 from collections.abc import Iterator
 from pathlib import Path
 
+from btlm_jax.cli.config_keys import Section, fields, sections
+
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGE = ROOT / "btlm_jax"
-CONFIG = PACKAGE / "recipe" / "config.py"
 EXAMPLES = ("btlm_3b_8k", "local_cpu")
-WHOLE = "TrainConfig"
 MARKER = "<!-- the configuration reference -->"
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Field:
-    """One key of a config."""
-
-    section: str  # "model", or "" for a key of the whole config
-    name: str
-    type: str
-    meaning: str
-    allowed: tuple[str, ...]
-    readers: tuple[str, ...]  # files that read it, relative to the package
-
-    @property
-    def key(self) -> str:
-        return f"{self.section}.{self.name}" if self.section else self.name
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Section:
-    """One dataclass of recipe/config.py."""
-
-    name: str
-    summary: str
-    fields: tuple[Field, ...]
 
 
 def on_page_markdown(markdown: str, **_) -> str:
@@ -55,34 +28,8 @@ def on_page_markdown(markdown: str, **_) -> str:
 
 def reference() -> str:
     """Return the whole reference as Markdown."""
-    values = {name: _example_values(name) for name in EXAMPLES}
-    return "\n\n".join(_section_text(section, values) for section in sections())
-
-
-@functools.cache
-def sections() -> tuple[Section, ...]:
-    """Return every section of a config, the keys of the whole config first."""
-    tree = ast.parse(CONFIG.read_text())
-    classes = {node.name: node for node in tree.body if isinstance(node, ast.ClassDef)}
-    readers = find_readers()
-    found = []
-    for prefix, class_name in [("", WHOLE), *_subconfigs(classes)]:
-        node = classes[class_name]
-        allowed = _allowed_values(node, tree)
-        fields = tuple(
-            Field(
-                section=prefix,
-                name=name,
-                type=ast.unparse(annotation),
-                meaning=_comment_of(line),
-                allowed=tuple(allowed.get(name, ())),
-                readers=tuple(sorted(readers.get((class_name, name), ()))),
-            )
-            for name, annotation, line in _fields(node)
-            if ast.unparse(annotation) not in classes
-        )
-        found.append(Section(name=prefix, summary=ast.get_docstring(node) or "", fields=fields))
-    return tuple(found)
+    values, readers = {name: example_values(name) for name in EXAMPLES}, find_readers()
+    return "\n\n".join(_section_text(section, values, readers) for section in sections())
 
 
 def find_readers() -> dict[tuple[str, str], set[str]]:
@@ -96,17 +43,17 @@ def find_readers() -> dict[tuple[str, str], set[str]]:
     return readers
 
 
-def _section_text(section: Section, values: dict[str, dict]) -> str:
+def _section_text(section: Section, values: dict[str, dict], readers: dict[tuple[str, str], set[str]]) -> str:
     paragraphs = [f"## {section.name or 'The whole config'}", section.summary]
-    for field in section.fields:
-        shown = [_value_text(functools.reduce(lambda c, k: c[k], field.key.split("."), values[x])) for x in EXAMPLES]
+    for key in section.keys:
+        shown = [_value_text(functools.reduce(lambda c, k: c[k], key.key.split("."), values[x])) for x in EXAMPLES]
         examples = [f"{value} in {name}" for value, name in zip(shown, EXAMPLES, strict=True)]
-        lines = [f"{field.meaning[:1].upper()}{field.meaning[1:]}."]
-        if field.allowed:
-            lines.append("Allowed: " + "; ".join(f"`{condition}`" for condition in field.allowed) + ".")
+        lines = [f"{key.meaning[:1].upper()}{key.meaning[1:]}."]
+        if key.allowed:
+            lines.append("Allowed: " + "; ".join(f"`{condition}`" for condition in key.allowed) + ".")
         lines.append(f"{shown[0]} in both configs." if shown[0] == shown[1] else ", ".join(examples) + ".")
-        lines.append("Read by " + ", ".join(f"`{reader}`" for reader in field.readers) + ".")
-        paragraphs.append(f"`{field.key}` {field.type}\n\n:   " + "\n\n    ".join(lines))
+        lines.append("Read by " + ", ".join(f"`{reader}`" for reader in sorted(readers[key.owner, key.name])) + ".")
+        paragraphs.append(f"`{key.key}` {key.type}\n\n:   " + "\n\n    ".join(lines))
     return "\n\n".join(paragraphs)
 
 
@@ -116,81 +63,9 @@ def _value_text(value) -> str:
     return f"`{value!r}`" if not isinstance(value, int) or value < 10_000 else f"`{value:_}`"
 
 
-def _example_values(name: str) -> dict:
+def example_values(name: str) -> dict:
     (path,) = (path for folder in (ROOT, PACKAGE) for path in folder.glob(f"configs/{name}.py"))
     return runpy.run_path(str(path))["get_config"]().to_dict()
-
-
-def _subconfigs(classes: dict[str, ast.ClassDef]) -> list[tuple[str, str]]:
-    pairs = [(name, ast.unparse(annotation)) for name, annotation, _ in _fields(classes[WHOLE])]
-    return [(name, class_name) for name, class_name in pairs if class_name in classes]
-
-
-def _fields(node: ast.ClassDef) -> Iterator[tuple[str, ast.expr, int]]:
-    for item in node.body:
-        if isinstance(item, ast.AnnAssign) and isinstance(item.target, ast.Name):
-            yield item.target.id, item.annotation, item.lineno
-
-
-def _comment_of(line: int) -> str:
-    _, _, comment = CONFIG.read_text().splitlines()[line - 1].partition("  # ")
-    return comment
-
-
-# Allowed values: the calls of `_require...` in a class's __post_init__.
-
-
-def _allowed_values(node: ast.ClassDef, tree: ast.Module) -> dict[str, list[str]]:
-    """Return the conditions on each field, as written in the code."""
-    allowed: dict[str, list[str]] = {}
-    constants = {
-        target.id: ast.literal_eval(item.value)
-        for item in tree.body
-        if isinstance(item, ast.Assign) and isinstance(item.value, ast.Tuple)
-        for target in item.targets
-        if isinstance(target, ast.Name)
-    }
-    names = [name for name, _, _ in _fields(node)]
-    for call, name in _checks(node):
-        function = call.func.id if isinstance(call.func, ast.Name) else ""
-        if function == "_require_positive":
-            for keyword in call.keywords:
-                allowed.setdefault(str(keyword.arg), []).append("> 0")
-        elif function == "_require_choice":
-            field, choices = ast.literal_eval(call.args[0]).split(".")[-1], call.args[2]
-            listed = constants[choices.id] if isinstance(choices, ast.Name) else ast.literal_eval(choices)
-            allowed.setdefault(field, []).append(", ".join(map(str, listed)))
-        elif function == "_require":
-            condition = ast.unparse(call.args[0])
-            if name:
-                condition = condition.replace("getattr(self, name)", name)
-            condition = condition.replace("self.", "")
-            for field in names:
-                if re.search(rf"(?<![\w.]){field}\b", condition):
-                    allowed.setdefault(field, []).append(_short(condition, field))
-    return allowed
-
-
-def _short(condition: str, field: str) -> str:
-    """Shorten `beta1 >= 0` to `>= 0`, and `bool(store)` to words."""
-    if condition == f"bool({field})":
-        return "not empty"
-    return re.sub(rf"^{field} (?=[<>=])", "", condition)
-
-
-def _checks(node: ast.ClassDef) -> Iterator[tuple[ast.Call, str]]:
-    """Yield the calls in __post_init__, with the field that a loop around one stands at."""
-    for item in node.body:
-        if not (isinstance(item, ast.FunctionDef) and item.name == "__post_init__"):
-            continue
-        for statement in item.body:
-            if isinstance(statement, ast.Expr) and isinstance(statement.value, ast.Call):
-                yield statement.value, ""
-            if isinstance(statement, ast.For) and isinstance(statement.iter, ast.Tuple):
-                for name in ast.literal_eval(statement.iter):
-                    for inner in statement.body:
-                        if isinstance(inner, ast.Expr) and isinstance(inner.value, ast.Call):
-                            yield inner.value, name
 
 
 # Who reads a field: `x.field` where x is known to be of the class, from annotations, constructors and assignments.
@@ -211,7 +86,7 @@ def _known_types(trees) -> _Types:
         for node in ast.walk(tree):
             if isinstance(node, ast.ClassDef):
                 classes.add(node.name)
-                attributes |= {(node.name, name): _class_named(kind) for name, kind, _ in _fields(node)}
+                attributes |= {(node.name, name): _class_named(kind) for name, kind, _ in fields(node)}
                 for item in node.body:
                     if isinstance(item, ast.FunctionDef):
                         attributes[node.name, item.name] = _class_named(item.returns)

@@ -69,7 +69,7 @@ def test_every_btlm_command_parses(arguments, capsys):
 def test_every_config_exists_and_takes_its_values(arguments, monkeypatch):
     monkeypatch.chdir(ROOT)
     planned = []
-    monkeypatch.setattr("btlm_jax.train.loop.dry_run", lambda config: planned.append(config) or "the plan")
+    monkeypatch.setattr("btlm_jax.train.loop.dry_run", lambda config, workdir: planned.append(config) or "the plan")
     arguments = ["train", *arguments, "--dry-run"]
     assert cli.main(arguments) == cli.DONE and len(planned) == 1
 

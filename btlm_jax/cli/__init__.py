@@ -1,21 +1,22 @@
 """The command line, `btlm <verb> ...`: parse, build the config, call one function, return an exit code.
 
-Exit codes: 0 done, 1 error, 2 usage, 70 a fault of this program, 75 preempted and saved (run the same command again),
-76 stopped on bad numbers, 130 interrupted by Ctrl-C.
+Exit codes are in HELP.
 A verb is the file of that name; only the chosen one is imported, and it imports what it calls after its flags are
 parsed, so that `--help` answers at once.
 """
 
 from __future__ import annotations
 
+import io
 import os
+import select
 import signal
 import sys
 from collections.abc import Callable, Sequence
 
 from btlm_jax import __version__, notices
 
-DONE, ERROR, USAGE, FAULT, PREEMPTED, BAD_NUMBERS, INTERRUPTED = 0, 1, 2, 70, 75, 76, 130
+DONE, ERROR, USAGE, FAULT, PREEMPTED, BAD_NUMBERS, INTERRUPTED, PIPE_CLOSED = 0, 1, 2, 70, 75, 76, 130, 141
 
 
 class UsageError(Exception):
@@ -36,8 +37,13 @@ usage: btlm <verb> [flags]        (btlm <verb> --help explains a verb)
   plan             compile the train steps for a TPU slice that is not there: fits? how fast? how much?
   configs          list the configs that --config takes by name
   build-kernels    compile the C++ kernels for CPUs ahead of their first use
+  completion       print a script that completes verbs, flags and keys in bash, zsh or fish
 
 first:  btlm train --config=local_cpu --workdir=runs/local
+
+exit codes:  0 done    1 an error, named in one line    2 a wrong command line    70 a fault of btlm, please report it
+             75 preempted and saved: the same command goes on    76 stopped on numbers that are not finite
+             130 Ctrl-C    141 whoever read the output has left
 """
 
 
@@ -89,6 +95,12 @@ def _build_kernels(arguments: Sequence[str]) -> int:
     return build_kernels(arguments)
 
 
+def _completion(arguments: Sequence[str]) -> int:
+    from btlm_jax.cli.completion import completion
+
+    return completion(arguments)
+
+
 VERBS: dict[str, Callable[[Sequence[str]], int]] = {
     "train": _train,
     "generate": _generate,
@@ -98,6 +110,7 @@ VERBS: dict[str, Callable[[Sequence[str]], int]] = {
     "plan": _plan,
     "configs": _configs,
     "build-kernels": _build_kernels,
+    "completion": _completion,
 }
 
 
@@ -107,7 +120,10 @@ def entry() -> None:
     sys.unraisablehook = _report_unraisable
     if len(sys.argv) > 2:
         _quiet_orbax()
-    code = DONE
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):  # a terminal that is not UTF-8 gets \\u2502 in place of what it lacks
+            stream.reconfigure(errors="backslashreplace")
+    code = PIPE_CLOSED
     try:
         code = main(sys.argv[1:])
         sys.stdout.flush()
@@ -122,6 +138,8 @@ def main(arguments: Sequence[str]) -> int:
     Raises:
       BrokenPipeError: nobody reads the output any more.
     """
+    if arguments[:1] == ["help"] and len(arguments) > 1:
+        arguments = [*arguments[1:], "--help"]
     if not arguments or arguments[0] in ("-h", "--help", "help"):
         print(HELP)
         return DONE if arguments else USAGE
@@ -132,7 +150,10 @@ def main(arguments: Sequence[str]) -> int:
     notices.begin(strict=())
     try:
         if verb not in VERBS:
-            raise UsageError(f"unknown verb {arguments[0]!r}; verbs are {', '.join(VERBS)} (btlm --help)")
+            from btlm_jax.cli.parse import did_you_mean
+
+            hint = did_you_mean(verb, list(VERBS))
+            raise UsageError(f"unknown verb {arguments[0]!r}; verbs are {', '.join(VERBS)} (btlm --help){hint}")
         return VERBS[verb](rest)
     except UsageError as error:
         print(f"btlm: usage: {error}", file=sys.stderr)
@@ -140,14 +161,24 @@ def main(arguments: Sequence[str]) -> int:
     except KeyboardInterrupt:
         print(_interrupted(verb), file=sys.stderr)
         return INTERRUPTED
-    except BrokenPipeError:
-        raise
     except Exception as error:
+        if isinstance(error, BrokenPipeError) and _is_reader_gone():
+            raise
         from btlm_jax.cli import errors
 
         return errors.report(error, verb=verb, arguments=arguments)
     finally:
         notices.finish()
+
+
+def _is_reader_gone() -> bool:
+    """Return whether nobody reads standard output any more; a broken pipe to a worker process is another thing."""
+    try:
+        poll = select.poll()
+        poll.register(sys.stdout.fileno(), 0)
+        return any(event & (select.POLLERR | select.POLLHUP) for _, event in poll.poll(0))
+    except (OSError, ValueError):  # it is closed, or no file at all
+        return False
 
 
 def _interrupted(verb: str) -> str:

@@ -26,9 +26,7 @@ use the same. The compiler is CXX, or c++, g++ or clang++, whichever is there fi
 
 def build_kernels(arguments: Sequence[str]) -> int:
     """Run `btlm build-kernels`; return the exit code."""
-    flags = Flags(BUILD_KERNELS_HELP)
-    flags.define_string("directory", "", "where the libraries go; empty: inside the installed package")
-    flags.define_string("architecture", "native", "what the compiler's -march takes (-mcpu on Arm)")
+    flags = build_kernels_flags()
     if not flags.parse(arguments):
         return DONE
     from btlm_jax.kernels.build import PREBUILT, build_ahead
@@ -50,3 +48,11 @@ def _taken(is_inside_package: bool) -> str:
     if is_inside_package:
         return "this installation takes them from now on"
     return "they are taken when they are in btlm_jax/kernels/prebuilt of an installed package"
+
+
+def build_kernels_flags() -> Flags:
+    """Define the flags of `btlm build-kernels`."""
+    flags = Flags(BUILD_KERNELS_HELP)
+    flags.define_string("directory", "", "where the libraries go; empty: inside the installed package")
+    flags.define_string("architecture", "native", "what the compiler's -march takes (-mcpu on Arm)")
+    return flags

@@ -24,7 +24,7 @@ The last lines say where the files are, and the scripts that launch runs on TPU 
 
 def configs(arguments: Sequence[str]) -> int:
     """Run `btlm configs`; return the exit code."""
-    if not Flags(CONFIGS_HELP).parse(arguments):
+    if not configs_flags().parse(arguments):
         return DONE
     rows = _rows()
     width = max(len(row.name) for row in rows)
@@ -34,6 +34,11 @@ def configs(arguments: Sequence[str]) -> int:
     print(f"\nfiles:           {packaged_folder('configs')}")
     print(f"launch scripts:  {packaged_folder('launch')}")
     return DONE
+
+
+def configs_flags() -> Flags:
+    """Define the flags of `btlm configs`."""
+    return Flags(CONFIGS_HELP)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

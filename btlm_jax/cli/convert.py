@@ -21,6 +21,10 @@ generation (safetensors or .bin, sharded or not). The logits of both are compare
 its name; if they differ by more than rounding, or anything is wrong with the source, nothing is kept.
 """
 
+# What conversion.py, ggml.py and quantize_model.py know, whose imports take seconds that --help has not.
+FORMATS = ("hf", "native", "jais", "gguf", "int4")
+FILE_TYPES = ("F32", "F16", "BF16", "Q8_0", "Q6_K", "Q5_K_M", "Q4_K_M", "Q4_0")
+METHODS = ("gptq", "awq", "awq+gptq", "hqq", "rtn")
 # flag -> the formats on which it has an effect
 FORMATS_OF_FLAG = {
     "dtype": ("hf", "jais"),
@@ -34,18 +38,7 @@ FORMATS_OF_FLAG = {
 
 def convert(arguments: Sequence[str]) -> int:
     """Run `btlm convert`; return the exit code."""
-    flags = Flags(CONVERT_HELP)
-    flags.define_string("from", "", "a run, a model directory or a Hugging Face directory")
-    flags.define_string("to", "", "directory, or .gguf file, to make; it must not exist")
-    flags.define_string("format", "hf", "hf (Hugging Face), native (ours), jais (for vLLM), gguf, or int4 (ours)")
-    flags.define_string("dtype", "float32", "of hf and jais: float32, bfloat16 or float16")
-    flags.define_string("file_type", "F16", "of gguf: F32, F16, BF16, Q8_0, Q6_K, Q5_K_M, Q4_K_M or Q4_0")
-    flags.define_integer(
-        "pad_ffn", 0, "zero-pad the feed-forward width to a multiple; 256 for jais and gguf, otherwise 1"
-    )
-    flags.define_string("method", "gptq", "of int4: gptq, awq, awq+gptq; without a text hqq, rtn")
-    flags.define_string("calibration", "", "of int4: a text file, 16,384 tokens are enough; a run has its own data")
-    flags.define_float("max_shard_gb", 5.0, "size of a weights file, in 1e9 bytes")
+    flags = convert_flags()
     if not flags.parse(arguments):
         return DONE
     source = flags.path("from")
@@ -73,3 +66,22 @@ def convert(arguments: Sequence[str]) -> int:
         raise UsageError(str(error)) from error
     conversion.convert(settings, log=print)
     return DONE
+
+
+def convert_flags() -> Flags:
+    """Define the flags of `btlm convert`."""
+    flags = Flags(CONVERT_HELP)
+    flags.define_string("from", "", "a run, a model directory or a Hugging Face directory")
+    flags.define_string("to", "", "directory, or .gguf file, to make; it must not exist")
+    flags.define_string(
+        "format", "hf", "hf is Hugging Face's, native and int4 are ours, jais is for vLLM", choices=FORMATS
+    )
+    flags.define_string("dtype", "float32", "of hf and jais", choices=("float32", "bfloat16", "float16"))
+    flags.define_string("file_type", "F16", "of gguf", choices=FILE_TYPES)
+    flags.define_integer(
+        "pad_ffn", 0, "zero-pad the feed-forward width to a multiple; 256 for jais and gguf, otherwise 1"
+    )
+    flags.define_string("method", "gptq", "of int4; hqq and rtn need no text", choices=METHODS)
+    flags.define_string("calibration", "", "of int4: a text file, 16,384 tokens are enough; a run has its own data")
+    flags.define_float("max_shard_gb", 5.0, "size of a weights file, in 1e9 bytes")
+    return flags

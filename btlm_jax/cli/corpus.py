@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from btlm_jax.cli import DONE, UsageError, corpus_stages
 from btlm_jax.cli.corpus_stages import log, print_stage, print_store
-from btlm_jax.cli.parse import Flags
+from btlm_jax.cli.parse import Flags, did_you_mean
 from btlm_jax.cli.train import build_store, define_workdir
 
 if TYPE_CHECKING:
@@ -42,20 +42,58 @@ examples:  btlm corpus build --config=local_cpu --workdir=runs/local
 """
 
 
+_READ = "token store (directory or URL), or directory of a stage's work"
+
+BUILD_HELP = """btlm corpus build: make the token store that a config names out of what is installed, without training.
+
+example:  btlm corpus build --config=local_cpu --workdir=runs/local
+
+btlm train does the same when there is no store yet. A store that is there and was made with other settings is refused.
+"""
+
+STATS_HELP = """btlm corpus stats: documents, bytes and tokens by source, lengths and clusters of a stage or a store.
+
+examples:  btlm corpus stats --input=store --plots=pictures
+           btlm corpus stats --input=gs://bucket/store
+"""
+
+SHOW_HELP = """btlm corpus show: print documents by number or id, or the largest clusters of duplicates.
+
+examples:  btlm corpus show --input=corpus/clean --number=17 --count=3
+           btlm corpus show --input=corpus/split --id=RAW/a.jsonl:12
+           btlm corpus show --input=corpus/dedup --clusters=3 --documents=corpus/clean
+"""
+
+VERIFY_HELP = """btlm corpus verify: read a stage's output or a token store again; compare every byte with its manifest.
+
+examples:  btlm corpus verify --store=runs/local/store
+           btlm corpus verify --store=gs://bucket/store
+
+Exit code 0 when all is as recorded, 1 with the names of the damaged files otherwise.
+"""
+
+
 def corpus(arguments: Sequence[str]) -> int:
     """Run `btlm corpus`; return the exit code."""
-    if arguments and arguments[0] in ("--help", "-h"):
+    if arguments and arguments[0] in ("--help", "-h", "help"):
         print(HELP)
         return DONE
     if not arguments or arguments[0] not in VERBS:
-        raise UsageError(f"btlm corpus needs one of {', '.join(VERBS)}; got {arguments[0] if arguments else 'nothing'}")
+        given = arguments[0] if arguments else "nothing"
+        raise UsageError(f"btlm corpus needs one of {', '.join(VERBS)}; got {given}{did_you_mean(given, list(VERBS))}")
     return VERBS[arguments[0]](arguments[1:])
 
 
-def _build(arguments: Sequence[str]) -> int:
-    flags = Flags(HELP)
+def build_flags() -> Flags:
+    """Define the flags of `btlm corpus build`."""
+    flags = Flags(BUILD_HELP)
     flags.define_config()
     define_workdir(flags)
+    return flags
+
+
+def _build(arguments: Sequence[str]) -> int:
+    flags = build_flags()
     if not flags.parse(arguments):
         return DONE
     config = flags.config()
@@ -63,22 +101,21 @@ def _build(arguments: Sequence[str]) -> int:
     from btlm_jax.train import setup
 
     setup.make_workdir(workdir)
-    token_store = setup.prepare_store(
-        config.data,
-        corpus=config.corpus,
-        vocab_size=config.model.vocab_size,
-        block_len=config.curriculum.table.block_len,
-        workdir=workdir,
-        expected_fingerprint="",
-        build_store=build_store,
-    )
+    token_store = setup.prepare_store(config, workdir=workdir, expected_fingerprint="", build_store=build_store)
     print_store(token_store.manifest)
     return DONE
 
 
-def _stats(arguments: Sequence[str]) -> int:
-    flags = Flags(HELP)
+def stats_flags() -> Flags:
+    """Define the flags of `btlm corpus stats`."""
+    flags = Flags(STATS_HELP)
+    flags.define_string("input", "", _READ)
     flags.define_string("plots", "", "directory to draw the same into, as PNG")
+    return flags
+
+
+def _stats(arguments: Sequence[str]) -> int:
+    flags = stats_flags()
     directory = _directory(flags, arguments, name="input", verb="stats")
     if directory is None:
         return DONE
@@ -93,8 +130,9 @@ def _stats(arguments: Sequence[str]) -> int:
     return DONE
 
 
-def _show(arguments: Sequence[str]) -> int:
-    flags = Flags(HELP)
+def show_flags() -> Flags:
+    """Define the flags of `btlm corpus show`."""
+    flags = Flags(SHOW_HELP)
     flags.define_string("input", "", "directory of a stage's work")
     flags.define_integer("number", -1, "number of a document, from 0")
     flags.define_integer("count", 1, "documents from that number on")
@@ -102,6 +140,11 @@ def _show(arguments: Sequence[str]) -> int:
     flags.define_integer("clusters", 0, "clusters of dedup, the largest first")
     flags.define_string("documents", "", "with --clusters: the stage that dedup read")
     flags.define_integer("characters", 300, "with --clusters: of each document")
+    return flags
+
+
+def _show(arguments: Sequence[str]) -> int:
+    flags = show_flags()
     if not flags.parse(arguments):
         return DONE
     number, document, clusters = flags.integer("number"), flags.string("id"), flags.integer("clusters")
@@ -130,7 +173,6 @@ def _show(arguments: Sequence[str]) -> int:
 
 def _directory(flags: Flags, arguments: Sequence[str], *, name: str, verb: str) -> PathOrUrl | None:
     """Parse the flags of a verb that only reads a directory; return None when help was asked for and printed."""
-    flags.define_string(name, "", "token store (directory or URL), or directory of a stage's work")
     if not flags.parse(arguments):
         return None
     if not flags.string(name):
@@ -140,8 +182,15 @@ def _directory(flags: Flags, arguments: Sequence[str], *, name: str, verb: str) 
     return parse_location(flags.string(name))
 
 
+def verify_flags() -> Flags:
+    """Define the flags of `btlm corpus verify`."""
+    flags = Flags(VERIFY_HELP)
+    flags.define_string("store", "", _READ)
+    return flags
+
+
 def _verify(arguments: Sequence[str]) -> int:
-    directory = _directory(Flags(HELP), arguments, name="store", verb="verify")
+    directory = _directory(verify_flags(), arguments, name="store", verb="verify")
     if directory is None:
         return DONE
     if isinstance(directory, Path) and (directory / "plan.json").is_file():
@@ -169,4 +218,16 @@ VERBS = {
     "stats": _stats,
     "show": _show,
     "verify": _verify,
+}
+
+FLAGS = {
+    "build": build_flags,
+    "clean": corpus_stages.clean_flags,
+    "dedup": corpus_stages.dedup_flags,
+    "split": corpus_stages.split_flags,
+    "tokenizer": corpus_stages.tokenizer_flags,
+    "tokenize": corpus_stages.tokenize_flags,
+    "stats": stats_flags,
+    "show": show_flags,
+    "verify": verify_flags,
 }

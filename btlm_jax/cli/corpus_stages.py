@@ -64,12 +64,23 @@ copied to a bucket, as --config.data.store=gs://bucket/store: it is read there, 
 """
 
 
-def clean(arguments: Sequence[str]) -> int:
-    """Run `btlm corpus clean`; return the exit code."""
+def clean_flags() -> Flags:
+    """Define the flags of `btlm corpus clean`."""
     flags = _flags_with_workers(CLEAN_HELP)
     flags.define_string("source", "unnamed", "source of documents that do not say theirs")
-    flags.define_string("on_bad_file", "fail", "of one cut short or damaged: fail, or keep-prefix, its beginning")
+    flags.define_string(
+        "on_bad_file",
+        "fail",
+        "of one cut short or damaged; keep-prefix takes its beginning",
+        choices=("fail", "keep-prefix"),
+    )
     flags.define_float("max_bad_rate", 0.001, "share of bad lines that is accepted")
+    return flags
+
+
+def clean(arguments: Sequence[str]) -> int:
+    """Run `btlm corpus clean`; return the exit code."""
+    flags = clean_flags()
     if not _parse_stage(flags, arguments):
         return DONE
     from btlm_jax.corpus.stages import clean as stage
@@ -89,32 +100,41 @@ def clean(arguments: Sequence[str]) -> int:
     return DONE
 
 
+def dedup_flags() -> Flags:
+    """Define the flags of `btlm corpus dedup`."""
+    flags = _flags_with_workers(DEDUP_HELP)
+    flags.define_string("preset", "strict", "slimpajama is as published", choices=("strict", "slimpajama"))
+    return flags
+
+
 def dedup(arguments: Sequence[str]) -> int:
     """Run `btlm corpus dedup`; return the exit code."""
-    flags = _flags_with_workers(DEDUP_HELP)
-    flags.define_string("preset", "strict", "strict, or slimpajama as published")
+    flags = dedup_flags()
     if not _parse_stage(flags, arguments):
         return DONE
-    from btlm_jax.corpus.near_duplicates.lsh import PRESETS
     from btlm_jax.corpus.stages.dedup import deduplicate
 
     preset = flags.string("preset")
-    if preset not in PRESETS:
-        raise UsageError(f"--preset={preset} is not known; it may be {' or '.join(PRESETS)}")
     source, output = Path(flags.string("input")), Path(flags.string("output"))
     with chosen_workers(flags, log=log) as workers:
         print_stage(deduplicate(source, preset=preset, output=output, workers=workers, log=log))
     return DONE
 
 
-def split(arguments: Sequence[str]) -> int:
-    """Run `btlm corpus split`; return the exit code."""
+def split_flags() -> Flags:
+    """Define the flags of `btlm corpus split`."""
     flags = _flags_with_workers(SPLIT_HELP)
     flags.define_float("validation", 0.0017, "share of the documents")
     flags.define_float("test", 0.0017, "share of the documents")
     flags.define_integer("seed", 0, "of the hashes that decide")
-    flags.define_strings("weight", "SOURCE=TIMES; may be given several times")
-    flags.define_strings("evaluation", "raw file or folder not to train on; several times")
+    flags.define_strings("weight", "SOURCE=TIMES")
+    flags.define_strings("evaluation", "raw file or folder not to train on")
+    return flags
+
+
+def split(arguments: Sequence[str]) -> int:
+    """Run `btlm corpus split`; return the exit code."""
+    flags = split_flags()
     if not _parse_stage(flags, arguments):
         return DONE
     from btlm_jax.corpus.stages import split as stage
@@ -136,21 +156,26 @@ def split(arguments: Sequence[str]) -> int:
     return DONE
 
 
+def tokenizer_flags() -> Flags:
+    """Define the flags of `btlm corpus tokenizer`."""
+    flags = _stage_flags(TOKENIZER_HELP)
+    flags.define_string(
+        "kind", "sentencepiece", "byte_level_bpe is as GPT-2's", choices=("sentencepiece", "byte_level_bpe")
+    )
+    flags.define_integer("vocab_size", 32000, "tokens, the 256 bytes included")
+    return flags
+
+
 def tokenizer(arguments: Sequence[str]) -> int:
     """Run `btlm corpus tokenizer`; return the exit code."""
-    flags = _stage_flags(TOKENIZER_HELP)
-    flags.define_string("kind", "sentencepiece", "sentencepiece, or byte_level_bpe as GPT-2's")
-    flags.define_integer("vocab_size", 32000, "tokens, the 256 bytes included")
+    flags = tokenizer_flags()
     if not _parse_stage(flags, arguments):
         return DONE
     from btlm_jax.corpus.stages import train_tokenizer as stage
 
-    kind = flags.string("kind")
-    if kind not in stage.KINDS:
-        raise UsageError(f"--kind={kind} is not known; it may be {' or '.join(stage.KINDS)}")
     manifest = stage.train_tokenizer_stage(
         Path(flags.string("input")),
-        kind=kind,
+        kind=flags.string("kind"),
         vocab_size=flags.integer("vocab_size"),
         output=Path(flags.string("output")),
         log=log,
@@ -159,11 +184,17 @@ def tokenizer(arguments: Sequence[str]) -> int:
     return DONE
 
 
-def tokenize(arguments: Sequence[str]) -> int:
-    """Run `btlm corpus tokenize`; return the exit code."""
+def tokenize_flags() -> Flags:
+    """Define the flags of `btlm corpus tokenize`."""
     flags = _flags_with_workers(TOKENIZE_HELP)
     flags.define_string("tokenizer", "", "directory of a tokenizer")
     flags.define_integer("block_len", 8192, "tokens of a block: the longest phase of training")
+    return flags
+
+
+def tokenize(arguments: Sequence[str]) -> int:
+    """Run `btlm corpus tokenize`; return the exit code."""
+    flags = tokenize_flags()
     if not _parse_stage(flags, arguments):
         return DONE
     if not flags.string("tokenizer"):

@@ -31,8 +31,8 @@ example:  btlm corpus clean --input=RAW --output=corpus/clean --executor=slurm -
 
 def define_worker_flags(flags: Flags) -> None:
     """Define the flags."""
-    flags.define_string("executor", LOCAL, f"{LOCAL}, {RAY} or {SLURM}")
-    flags.define_integer("workers", 0, "tasks at a time, by default one a processor (local); the result is the same")
+    flags.define_string("executor", LOCAL, "where the workers are", choices=(LOCAL, RAY, SLURM))
+    flags.define_integer("workers", 0, "tasks at a time; 0 with local: one a processor; the result is the same")
     flags.define_string("ray_address", "", "HOST:PORT of a Ray cluster's head")
     flags.define_string("sbatch", "", "further options of sbatch, in one string")
 
@@ -44,8 +44,6 @@ def check_worker_flags(flags: Flags) -> None:
       UsageError: they do.
     """
     executor, count = flags.string("executor"), flags.integer("workers")
-    if executor not in (LOCAL, RAY, SLURM):
-        raise UsageError(f"--executor={executor} is not known; it may be {LOCAL}, {RAY} or {SLURM}")
     if count < 1 and (flags.is_given("workers") or executor != LOCAL):
         given = f"--workers={count} must be 1 or more" if flags.is_given("workers") else "--workers=N is needed"
         raise UsageError(f"{given}: how many tasks run at a time")

@@ -30,7 +30,7 @@ and speed go to the error stream. A sample depends on its prompt, --seed and its
 
 def generate(arguments: Sequence[str]) -> int:
     """Run `btlm generate`; return the exit code."""
-    flags = _flags()
+    flags = generate_flags()
     if not flags.parse(arguments):
         return DONE
     checkpoint = flags.path("checkpoint")
@@ -78,14 +78,15 @@ def generate(arguments: Sequence[str]) -> int:
     return DONE
 
 
-def _flags() -> Flags:
+def generate_flags() -> Flags:
+    """Define the flags of `btlm generate`."""
     flags = Flags(GENERATE_HELP)
     flags.define_string("checkpoint", "", "a run, a converted model or a Hugging Face directory")
     flags.define_string("prompt", "", "text to continue; empty: begin a document")
     flags.define_string("prompts_file", "", "file of prompts, one a line or JSON lines (.jsonl)")
     flags.define_string("output", "", "file for the texts as JSON lines, instead of printing them")
     flags.define_integer("num_tokens", 200, "at most so many new tokens of each text")
-    flags.define_strings("stop", "end before this string; may be given several times")
+    flags.define_strings("stop", "end before this string")
     flags.define_integer("num_samples", 1, "texts of each prompt")
     flags.define_integer("batch_size", 8, "texts made at a time, where there are several")
     flags.define_integer("seed", 0, "of the drawing")
@@ -95,7 +96,10 @@ def _flags() -> Flags:
     flags.define_float("min_p", 0.0, "draw from tokens this share as likely as the likeliest")
     flags.define_float("repetition_penalty", 1.0, "above 1 makes tokens seen less likely")
     flags.define_string(
-        "cache_dtype", "model", "of keys and values: float32, bfloat16, int8; model: as it computes, at 4 bits int8"
+        "cache_dtype",
+        "model",
+        "of keys and values; model: as it computes, at 4 bits int8",
+        choices=("model", "float32", "bfloat16", "int8"),
     )
     flags.define_boolean("int4", False, "round the weights to 4 bits first")
     return flags

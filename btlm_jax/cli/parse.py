@@ -1,20 +1,20 @@
 """Flags of every verb: defined, parsed, explained and read in one way; and the files that --config names.
 
-The only importer of absl.flags.
-
-A flag's name has underscores, as absl's have; hyphens are accepted in their place, in keys of the config too, and
-`--no-search` for absl's `--nosearch`.
+A flag's name has underscores; hyphens are accepted in their place, in keys of the config too. A value follows "=" or is
+the next argument. A switch has no value: `--name` turns it on, `--no_name` off.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import difflib
+import math
+import os
 import sys
-from collections.abc import Sequence
+import textwrap
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
-
-from absl import flags
+from typing import TYPE_CHECKING, Any
 
 import btlm_jax
 from btlm_jax import notices
@@ -24,7 +24,44 @@ if TYPE_CHECKING:
     from btlm_jax.recipe.config import TrainConfig
 
 _HELP = ("--help", "-help", "-h")
+CONFIG_HELP = "config"  # --help=config
 _ALL = "all"
+_YES, _NO = ("true", "t", "1", "yes", "y"), ("false", "f", "0", "no", "n")
+_WIDTH = 120
+TEXT, TEXTS, WHOLE, NUMBER, SWITCH = "TEXT", "TEXT ...", "N", "X", ""  # kinds of flags, as --help shows them
+
+
+@dataclasses.dataclass(kw_only=True)
+class Flag:
+    """One flag: what it takes, and what it was given."""
+
+    name: str
+    kind: str
+    default: Any
+    meaning: str
+    choices: tuple[str, ...]  # allowed texts; none: any
+    value: Any
+    is_given: bool = False
+
+    def explain(self) -> str:
+        """Return the flag's paragraph of --help."""
+        takes = "" if self.kind == SWITCH else f"={self.kind.split()[0]}"
+        notes = []
+        if self.kind == TEXTS:
+            notes.append("may be given several times")
+        elif self.kind == SWITCH:
+            notes += ["on by default, --no_" + self.name + " turns it off"] if self.default else []
+        elif self.default != "":
+            notes.append(f"default {self.default}")
+        meaning = self.meaning
+        if self.choices:
+            notes.insert(0, f"one of {', '.join(self.choices)}")
+        if notes:
+            meaning += f" ({'; '.join(notes)})"
+        head = f"  --{self.name}{takes}"
+        if len(head) > 24:
+            return textwrap.fill(meaning, _WIDTH, initial_indent=f"{head}  ", subsequent_indent=" " * 26)
+        return textwrap.fill(meaning, _WIDTH, initial_indent=f"{head:<24}  ", subsequent_indent=" " * 26)
 
 
 class Flags:
@@ -32,103 +69,113 @@ class Flags:
 
     def __init__(self, help_text: str):
         self._help_text = help_text
-        self._values = flags.FlagValues()
-        self._argv: list[str] = []  # where ml_collections looks for --config.section.key
-        self.define_boolean("help", False, "show this help", short_name="h")
-        self.define_string("strict", "", "end with an error at any notice, or with =NAME,NAME at those named")
-        self.define_boolean("debug", False, "print the traceback of an error")
+        self._flags: dict[str, Flag] = {}
+        self._has_config = False
+        self._changes: dict[str, str] = {}  # section.key of the config -> text
+        self._repeated: list[str] = []  # flags that were given again, with the value that counts
 
-    def define_string(self, name: str, default: str, help_text: str) -> None:
-        """Define a flag whose value is text."""
-        flags.DEFINE_string(name, default, help_text, flag_values=self._values)
+    def define_string(self, name: str, default: str, help_text: str, *, choices: Sequence[str] = ()) -> None:
+        """Define a flag whose value is text, one of `choices` if there are any."""
+        self._define(name, TEXT, default, help_text, choices)
 
     def define_strings(self, name: str, help_text: str) -> None:
         """Define a flag that may be given several times, each with a text."""
-        flags.DEFINE_multi_string(name, [], help_text, flag_values=self._values)
+        self._define(name, TEXTS, [], help_text)
 
     def define_integer(self, name: str, default: int, help_text: str) -> None:
         """Define a flag whose value is a whole number."""
-        flags.DEFINE_integer(name, default, help_text, flag_values=self._values)
+        self._define(name, WHOLE, default, help_text)
 
     def define_float(self, name: str, default: float, help_text: str) -> None:
         """Define a flag whose value is a number."""
-        flags.DEFINE_float(name, default, help_text, flag_values=self._values)
+        self._define(name, NUMBER, default, help_text)
 
-    def define_boolean(self, name: str, default: bool, help_text: str, *, short_name: str | None = None) -> None:
-        """Define a flag that is given without a value; `--noNAME` turns it off."""
-        flags.DEFINE_boolean(name, default, help_text, short_name=short_name, flag_values=self._values)
+    def define_boolean(self, name: str, default: bool, help_text: str) -> None:
+        """Define a flag that is given without a value; `--no_NAME` turns it off."""
+        self._define(name, SWITCH, default, help_text)
 
     def define_config(self) -> None:
         """Define --config, the name or path of a config file, and --config.section.key=value, which changes one."""
-        from ml_collections import config_flags
-
-        config_flags.DEFINE_config_file(
+        self.define_string(
             "config",
-            None,
-            "name or path of a config (btlm configs lists them); --config.model.num_layers=2 changes a value",
-            flag_values=self._values,
-            sys_argv=self._argv,
+            "",
+            "name or path of a config (btlm configs lists them); --config.model.num_layers=2 changes a value "
+            "(--help=config lists the keys)",
         )
+        self._has_config = True
+
+    def define_for_all(self) -> None:
+        """Define the flags that every verb has; `parse` does so itself."""
+        self.define_string("strict", "", "end with an error at any notice, or with =NAME,NAME at those named")
+        self.define_boolean("debug", False, "print the traceback of an error")
+        self.define_boolean("version", False, "print the version and end")
+        self.define_boolean("help", False, "print this and end" + ("; =config: the keys" if self._has_config else ""))
 
     def parse(self, arguments: Sequence[str]) -> bool:
-        """Read the command line; return False when help was asked for and printed.
+        """Read the command line; return False when help or the version was asked for and printed.
 
         Raises:
           UsageError: a flag is unknown, or its value is refused.
         """
-        if any(argument in _HELP for argument in arguments):
-            print(self._help_text)
-            print(self._explain())
+        self.define_for_all()
+        if any(argument in _HELP or argument.startswith(("--help=", "-help=")) for argument in arguments):
+            self._print_help(f"--help={CONFIG_HELP}" in arguments)
             return False
-        self._argv[:] = ["btlm", *self._canonical(arguments)]
-        try:
-            rest = self._values(self._argv)[1:]
-        except (AttributeError, KeyError, IndexError) as error:  # how config_flags reports a --config.x.y it cannot set
-            raise UsageError(f"unknown config key {_one_line(error)}") from error
-        except flags.Error as error:
-            raise UsageError(_one_line(error)) from error
-        except (OSError, TypeError, ValueError, SyntaxError) as error:
-            raise UsageError(f"--config cannot be loaded: {_one_line(error)}") from error
-        if rest:
-            raise UsageError(f"unexpected argument {rest[0]!r}; flags are --name=value")
+        rest = list(arguments)
+        while rest:
+            self._parse_next(rest)
+        if self.boolean("version"):
+            print(f"btlm {btlm_jax.__version__}")
+            return False
         notices.begin(strict=_strict_names(self.string("strict")))
+        for text in self._repeated:
+            notices.report("given-twice", f"{text} is given more than once; the last one counts")
         return True
+
+    def defined(self) -> list[Flag]:
+        """Return the flags of the verb."""
+        return list(self._flags.values())
+
+    @property
+    def has_config(self) -> bool:
+        """Return whether --config and keys of a config are among the flags."""
+        return self._has_config
 
     def is_defined(self, name: str) -> bool:
         """Return whether the verb has the flag."""
-        return name in self._values
+        return name in self._flags
 
     def is_given(self, name: str) -> bool:
         """Return whether the command line has the flag."""
-        return bool(self._values[name].present)
+        return self._flags[name].is_given
 
     def string(self, name: str) -> str:
         """Return the value of a flag that `define_string` made."""
-        value = self._values[name].value
+        value = self._flags[name].value
         assert isinstance(value, str), name
         return value
 
     def strings(self, name: str) -> list[str]:
         """Return the values of a flag that `define_strings` made."""
-        value = self._values[name].value
+        value = self._flags[name].value
         assert isinstance(value, list), name
         return value
 
     def integer(self, name: str) -> int:
         """Return the value of a flag that `define_integer` made."""
-        value = self._values[name].value
+        value = self._flags[name].value
         assert isinstance(value, int), name
         return value
 
     def number(self, name: str) -> float:
         """Return the value of a flag that `define_float` made."""
-        value = self._values[name].value
+        value = self._flags[name].value
         assert isinstance(value, float), name
         return value
 
     def boolean(self, name: str) -> bool:
         """Return the value of a flag that `define_boolean` made."""
-        value = self._values[name].value
+        value = self._flags[name].value
         assert isinstance(value, bool), name
         return value
 
@@ -139,7 +186,7 @@ class Flags:
           UsageError: it is empty.
         """
         if not self.string(name):
-            raise UsageError(f"--{name}=DIR is needed: {self._values[name].help}")
+            raise UsageError(f"--{name}=DIR is needed: {self._flags[name].meaning}")
         return Path(self.string(name))
 
     def config(self) -> TrainConfig:
@@ -148,58 +195,92 @@ class Flags:
         Raises:
           UsageError: --config is missing, or the file or a value is refused.
         """
+        from btlm_jax.cli.config_files import load_config
         from btlm_jax.recipe.config import train_config_from
 
-        try:
-            loaded = self._values["config"].value
-            mapping = None if loaded is None else loaded.to_dict()
-        except Exception as error:  # a config file is a program: anything may go wrong in it
-            raise UsageError(f"--config cannot be loaded: {_one_line(error)}") from error
-        if mapping is None:
+        given = self.string("config")
+        if not given:
             raise UsageError("--config=NAME or FILE is needed, for example --config=local_cpu (btlm configs lists all)")
+        file, _, argument = given.partition(":")
+        print(f"config: {self.config_file()}", file=sys.stderr)
         try:
-            return train_config_from(mapping)
+            return train_config_from(load_config(self.config_file(), argument=argument, changes=self._changes))
         except ValueError as error:
             raise UsageError(str(error)) from error
 
     def config_file(self) -> Path:
-        """Return the file that --config named."""
-        from ml_collections import config_flags
+        """Return the file that --config named.
 
-        return Path(config_flags.get_config_filename(self._values["config"]).partition(":")[0])
+        Raises:
+          UsageError: there is none.
+        """
+        return find_config(self.string("config").partition(":")[0])
 
-    def _canonical(self, arguments: Sequence[str]) -> list[str]:
-        """Write every flag's name with underscores, and --config with the path of its file."""
-        canonical, rest = [], list(arguments)
-        while rest:
-            argument = rest.pop(0)
-            if argument == "--":
-                return [*canonical, argument, *rest]
-            if not argument.startswith("-") or not argument.strip("-"):
-                canonical.append(argument)
-                continue
-            given, equals, value = argument.partition("=")
-            name = self._name(given.lstrip("-"))
-            if name == "strict" and not equals:
-                equals, value = "=", _ALL
-            if not equals and rest and self._takes_value(name):
-                equals, value = "=", rest.pop(0)
-            if name == "config" and equals:
-                value = _config_path(value)
-            canonical.append(f"--{name}{equals}{value}")
-        return canonical
+    def _define(self, name: str, kind: str, default: Any, meaning: str, choices: Sequence[str] = ()) -> None:
+        value = list(default) if kind == TEXTS else default
+        self._flags[name] = Flag(
+            name=name, kind=kind, default=default, meaning=meaning, choices=tuple(choices), value=value
+        )
 
-    def _name(self, given: str) -> str:
-        name = given.replace("-", "_")
-        positive = name.removeprefix("no_")
-        return f"no{positive}" if name not in self._values and positive in self._values else name
+    def _parse_next(self, rest: list[str]) -> None:
+        """Take one flag, with its value, from the front of the arguments."""
+        argument = rest.pop(0)
+        if not argument.startswith("-") or not argument.strip("-"):
+            word = rest[0] if argument == "--" and rest else argument
+            raise UsageError(f"unexpected argument {word!r}; flags are --name=value")
+        given, equals, text = argument.partition("=")
+        name = given.lstrip("-").replace("-", "_")
+        if name.startswith("config.") and self._has_config:
+            key = name.removeprefix("config.")
+            text = self._value_of(given, equals, text, rest)
+            if key in self._changes:
+                self._repeated.append(f"--config.{key}")
+            self._changes[key] = text
+            return
+        positive = name.removeprefix("no").removeprefix("_")
+        is_off = name not in self._flags and name.startswith("no") and positive in self._flags
+        flag = self._flags.get(positive if is_off else name)
+        if flag is None or (is_off and flag.kind != SWITCH):
+            keys = [*self._flags, *(["config.section.key"] if self._has_config else [])]
+            hint = did_you_mean(name, keys, shown=lambda key: f"--{key}")
+            raise UsageError(f"unknown flag {given}{hint or f' ({self._command} --help lists all)'}")
+        if flag.kind == SWITCH:
+            value = _switch(given, text) if equals else True
+            self._set(flag, value != is_off)
+        else:
+            if flag.name == "strict" and not equals:
+                equals, text = "=", _ALL
+            self._set(flag, _converted(flag, self._value_of(given, equals, text, rest)))
 
-    def _takes_value(self, name: str) -> bool:
-        return name.startswith("config.") or (name in self._values and not self._values[name].boolean)
+    @property
+    def _command(self) -> str:
+        """The words of the command, with which its help begins."""
+        return self._help_text.partition(":")[0]
 
-    def _explain(self) -> str:
-        names = [name for name in self._values if name != "h" and "." not in name]
-        return "flags:\n" + "\n".join(f"  --{name:<15} {self._values[name].help}" for name in names) + "\n"
+    def _set(self, flag: Flag, value: Any) -> None:
+        if flag.kind == TEXTS:
+            flag.value.append(value)
+        else:
+            if flag.is_given:
+                self._repeated.append(f"--{flag.name}")
+            flag.value = value
+        flag.is_given = True
+
+    def _value_of(self, given: str, equals: str, text: str, rest: list[str]) -> str:
+        if not equals and not rest:
+            raise UsageError(f"{given} needs a value: {given}=...")
+        return text if equals else rest.pop(0)
+
+    def _print_help(self, is_of_config: bool) -> None:
+        if self._has_config:
+            from btlm_jax.cli.config_keys import explain_keys
+        if not is_of_config:
+            print(self._help_text)
+            print("flags:")
+            for flag in self._flags.values():
+                print(flag.explain())
+        if self._has_config:
+            print(("" if is_of_config else "\n") + explain_keys())
 
 
 def packaged_folder(name: str) -> Path:
@@ -220,18 +301,72 @@ def find_config(given: str) -> Path:
     Raises:
       UsageError: it is neither.
     """
-    if Path(given).is_file():
-        return Path(given)
+    path = Path(os.path.expanduser(given))
+    if path.is_file():
+        return path
     if given in (names := config_names()):
         return packaged_folder("configs") / f"{given}.py"
-    hint = did_you_mean(given.removeprefix("configs/").removesuffix(".py"), names)
+    name = given.removeprefix("configs/").removesuffix(".py")
+    hint = did_you_mean(name, names, shown=lambda found: f"--config={found}")
     raise UsageError(f"--config={given} is neither a file nor one of {', '.join(names)} (btlm configs){hint}")
 
 
-def did_you_mean(given: str, allowed: Sequence[str]) -> str:
+def did_you_mean(given: str, allowed: Sequence[str], *, shown: Callable[[str], str] = str) -> str:
     """Return "; did you mean X?" if one of the allowed is like what was given, otherwise ""."""
     close = difflib.get_close_matches(given, allowed, n=1)
-    return f"; did you mean {close[0]}?" if close else ""
+    return f"; did you mean {shown(close[0])}?" if close else ""
+
+
+def _converted(flag: Flag, text: str) -> Any:
+    """Return the value that a flag's text stands for.
+
+    Raises:
+      UsageError: it stands for none.
+    """
+    if flag.kind == WHOLE:
+        return whole_number(f"--{flag.name}", text)
+    if flag.kind == NUMBER:
+        return finite_number(f"--{flag.name}", text)
+    if flag.choices and text not in flag.choices:
+        hint = did_you_mean(text, flag.choices)
+        raise UsageError(f"--{flag.name}={text} is not known; it may be {', '.join(flag.choices)}{hint}")
+    return text
+
+
+def whole_number(name: str, text: str) -> int:
+    """Return the whole number that a text is.
+
+    Raises:
+      UsageError: it is none, or has more than 63 bits.
+    """
+    try:
+        value = int(text)
+    except ValueError:
+        raise UsageError(f"{name}={text[:80]} must be a whole number") from None
+    if abs(value) >= 2**63:
+        raise UsageError(f"{name}={text[:80]} is too large for a whole number of 64 bits")
+    return value
+
+
+def finite_number(name: str, text: str) -> float:
+    """Return the number that a text is.
+
+    Raises:
+      UsageError: it is none, or not finite.
+    """
+    try:
+        value = float(text)
+    except ValueError:
+        raise UsageError(f"{name}={text[:80]} must be a number") from None
+    if not math.isfinite(value):
+        raise UsageError(f"{name}={text[:80]} must be a finite number")
+    return value
+
+
+def _switch(given: str, text: str) -> bool:
+    if text.lower() not in (*_YES, *_NO):
+        raise UsageError(f"{given}={text} is a switch: give {given} alone, or true or false")
+    return text.lower() in _YES
 
 
 def _strict_names(given: str) -> list[str]:
@@ -248,19 +383,3 @@ def _strict_names(given: str) -> list[str]:
             hint = did_you_mean(name, list(notices.NAMES))
             raise UsageError(f"--strict={name} is no notice; there are {', '.join(notices.NAMES)}{hint}")
     return names
-
-
-def _config_path(given: str) -> str:
-    """Return the path of a config file, with what follows a colon: the argument of its get_config."""
-    name, colon, argument = given.partition(":")
-    file = find_config(name)
-    print(f"config: {file}", file=sys.stderr)
-    return f"{file}{colon}{argument}"
-
-
-def _one_line(error: Exception) -> str:
-    # config_flags raises KeyErrors and AttributeErrors whose message is the repr of another message.
-    message = str(error).replace("\\n", "\n").replace("\\'", "'")
-    while message[:1] == message[-1:] == "'":
-        message = message[1:-1]
-    return " ".join(message.replace("'\n", "': ").split())

@@ -49,7 +49,7 @@ _FLAGS_OF = {
 
 def plan(arguments: Sequence[str]) -> int:
     """Run `btlm plan`; return the exit code."""
-    flags = _flags()
+    flags = plan_flags()
     if not flags.parse(arguments):
         return DONE
     mode = _mode(flags)
@@ -149,7 +149,8 @@ def _use_no_accelerator() -> None:
     jax.config.update("jax_platforms", "cpu")
 
 
-def _flags() -> Flags:
+def plan_flags() -> Flags:
+    """Define the flags of `btlm plan`."""
     flags = Flags(PLAN_HELP)
     flags.define_config()
     flags.define_string(

@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from btlm_jax.cli import BAD_NUMBERS, DONE, PREEMPTED
+from btlm_jax.cli import BAD_NUMBERS, DONE, PREEMPTED, UsageError
 from btlm_jax.cli.parse import Flags
 
 if TYPE_CHECKING:
@@ -31,21 +31,15 @@ run it on each, with --distributed (TPU pods find each other) or with the three 
 
 def train(arguments: Sequence[str]) -> int:
     """Run `btlm train`; return the exit code."""
-    flags = Flags(TRAIN_HELP)
-    flags.define_config()
-    define_workdir(flags)
-    flags.define_boolean("dry_run", False, "print the whole plan of the run and exit")
-    flags.define_boolean("distributed", False, "join the other hosts of a TPU pod slice")
-    flags.define_string("coordinator", "", "host:port of process 0, for several processes")
-    flags.define_integer("num_processes", 1, "how many processes there are")
-    flags.define_integer("process_id", 0, "which of them this is")
+    flags = train_flags()
     if not flags.parse(arguments):
         return DONE
+    _check_processes(flags)
     config = flags.config()
     from btlm_jax.train import loop, setup
 
     if flags.boolean("dry_run"):
-        print(loop.dry_run(config))
+        print(loop.dry_run(config, workdir=Path(flags.string("workdir")) if flags.string("workdir") else None))
         return DONE
     workdir = flags.path("workdir")
     setup.start_processes(
@@ -62,6 +56,38 @@ def train(arguments: Sequence[str]) -> int:
         continue_prompt=continue_prompt,
     )
     return {loop.DONE: DONE, loop.PREEMPTED: PREEMPTED, loop.BAD_NUMBERS: BAD_NUMBERS}[outcome]
+
+
+def train_flags() -> Flags:
+    """Define the flags of `btlm train`."""
+    flags = Flags(TRAIN_HELP)
+    flags.define_config()
+    define_workdir(flags)
+    flags.define_boolean("dry_run", False, "print the whole plan of the run, check the token store, and end")
+    flags.define_boolean("distributed", False, "join the other hosts of a TPU pod slice")
+    flags.define_string("coordinator", "", "host:port of process 0, for several processes")
+    flags.define_integer("num_processes", 1, "with --coordinator: how many processes there are")
+    flags.define_integer("process_id", 0, "with --coordinator: which of them this is, from 0")
+    return flags
+
+
+def _check_processes(flags: Flags) -> None:
+    """Refuse flags of several processes that contradict each other.
+
+    Raises:
+      UsageError: they do.
+    """
+    coordinator = flags.string("coordinator")
+    for name in ("num_processes", "process_id"):
+        if flags.is_given(name) and not coordinator:
+            raise UsageError(f"--{name} has no effect without --coordinator=HOST:PORT, the address of process 0")
+    if coordinator and flags.boolean("distributed"):
+        raise UsageError("--coordinator and --distributed are both given; --distributed finds the other hosts itself")
+    count, number = flags.integer("num_processes"), flags.integer("process_id")
+    if coordinator and not coordinator.rpartition(":")[2].isdigit():
+        raise UsageError(f"--coordinator={coordinator} must be HOST:PORT, for example --coordinator=10.0.0.1:8476")
+    if not 0 <= number < count:
+        raise UsageError(f"--process_id={number} must be from 0 to --num_processes - 1 = {count - 1}")
 
 
 def define_workdir(flags: Flags) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from btlm_jax.cli import DONE, ERROR, USAGE, UsageError
-from btlm_jax.cli.parse import Flags
+from btlm_jax.cli.parse import Flags, did_you_mean
 
 TUNE_HELP = """btlm tune coord-check: train tiny models at several widths and see that nothing depends on the width.
 
@@ -17,18 +17,20 @@ the directory.
 """
 
 
+VERBS = ("coord-check",)
+
+
 def tune(arguments: Sequence[str]) -> int:
     """Run `btlm tune`; return the exit code."""
-    flags = Flags(TUNE_HELP)
-    flags.define_string("directory", "", "where the table and the plot go")
     if not arguments:
         print(TUNE_HELP)
         return USAGE
     verb, *rest = arguments
-    if verb in ("--help", "-h"):
-        rest = ["--help"]
-    elif verb.replace("_", "-") != "coord-check":
-        raise UsageError(f"btlm tune needs coord-check, got {verb!r}")
+    if verb.startswith("-"):
+        rest = list(arguments)
+    elif verb.replace("_", "-") not in VERBS:
+        raise UsageError(f"btlm tune needs coord-check, got {verb!r}{did_you_mean(verb, VERBS)}")
+    flags = tune_flags()
     if not flags.parse(rest):
         return DONE
     directory = flags.path("directory")
@@ -38,3 +40,10 @@ def tune(arguments: Sequence[str]) -> int:
     report = report_coord_check(FULL, directory=directory)
     print(report.table)
     return DONE if report.passed else ERROR
+
+
+def tune_flags() -> Flags:
+    """Define the flags of `btlm tune coord-check`."""
+    flags = Flags(TUNE_HELP)
+    flags.define_string("directory", "", "where the table and the plot go")
+    return flags

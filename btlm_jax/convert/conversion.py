@@ -10,6 +10,7 @@ from pathlib import Path
 
 import numpy as np
 
+from btlm_jax import install_command
 from btlm_jax.convert.fold import FoldedTensors, padded_config
 from btlm_jax.convert.ggml import FILE_TYPES
 from btlm_jax.convert.gguf_vocabulary import vocabulary_of
@@ -236,7 +237,7 @@ def _prove_hf(
     read_back_TV = streamed_logits(config, HuggingFaceTensors(directory, config), ids_T)
     yield compare("the written files", expected_TV, read_back_TV, tolerance=TOLERANCE[dtype])
     if not has_transformers():
-        log("PyTorch and transformers are not installed (pip install 'btlm_jax[hf]'), so the model code was not run")
+        log(f"PyTorch and transformers are not installed ({install_command('hf')}), so the model code was not run")
         return
     num_tokens = len(ids_T) if dtype == "float32" else _CLIENT_TOKENS
     client_TV = transformers_logits(directory, ids_T[:num_tokens])

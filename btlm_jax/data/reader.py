@@ -77,6 +77,7 @@ class SplitReader:
         self.block_len = manifest.block_len
         self._directory = directory
         self._dtype = np.dtype(manifest.dtype)
+        self._vocab_size = manifest.tokenizer.vocab_size
         self._shard_ends = list(itertools.accumulate(shard.num_blocks for shard in split.shards))
         self._records = _open_records(directory, split.shards)
 
@@ -110,6 +111,8 @@ class SplitReader:
                 raise ValueError(
                     f"it has {tokens.size} tokens and {num_targets} targets; expected {self.block_len + 1}"
                 )
+            if (largest := int(tokens.max())) >= self._vocab_size:
+                raise ValueError(f"it has the id {largest}, and the tokenizer's ids end at {self._vocab_size - 1}")
         except (RuntimeError, DecodeError, IndexError, ValueError) as error:
             shard = self.split.shards[bisect.bisect_right(self._shard_ends, block)]
             raise ValueError(

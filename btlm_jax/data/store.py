@@ -24,7 +24,8 @@ from typing import NamedTuple
 
 import numpy as np
 
-from btlm_jax.storage.files import write_atomically
+from btlm_jax.recipe.config import config_from
+from btlm_jax.storage.files import parse_json_object, write_atomically
 from btlm_jax.storage.location import PathOrUrl, join_location, list_sizes, read_bytes
 
 MANIFEST_FILE = "manifest.json"
@@ -135,26 +136,45 @@ def read_manifest(directory: PathOrUrl) -> Manifest:
     except (FileNotFoundError, NotADirectoryError) as error:
         raise FileNotFoundError(f"{directory} is not a token store: it has no {MANIFEST_FILE}") from error
     try:
-        body = json.loads(contents)
-        file_format = (body.pop("format"), body.pop("format_version"))
-        fingerprint = body.pop("fingerprint")
-        if file_format != (FORMAT, FORMAT_VERSION):
-            raise ValueError(f"it is of format {file_format}, this version reads {(FORMAT, FORMAT_VERSION)}")
-        manifest = Manifest(
-            block_len=body["block_len"],
-            dtype=body["dtype"],
-            tokenizer=TokenizerInfo(**body["tokenizer"]),
-            splits={name: _split_from(split) for name, split in body["splits"].items()},
-            made_by=body["made_by"],
-        )
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise ValueError(f"{path} is corrupt: {type(error).__name__}: {error}; rebuild the store") from error
-    if manifest.fingerprint != fingerprint:
-        raise ValueError(
-            f"{path} is corrupt: its contents hash to {manifest.fingerprint[:12]} but it says {fingerprint[:12]}; "
-            "rebuild the store"
-        )
+        body = parse_json_object(contents, name=path)
+        found = {key: body.pop(key, None) for key in ("format", "format_version", "fingerprint")}
+        if (found["format"], found["format_version"]) != (FORMAT, FORMAT_VERSION):
+            raise ValueError(
+                f"its format is {found['format']}, {found['format_version']}; this version reads {FORMAT}, "
+                f"{FORMAT_VERSION}"
+            )
+        manifest = config_from(Manifest, body, path=MANIFEST_FILE)
+        if manifest.fingerprint != found["fingerprint"]:
+            raise ValueError(
+                f"its contents hash to {manifest.fingerprint[:12]} but it says {str(found['fingerprint'])[:12]}"
+            )
+        _check(manifest)
+    except RecursionError:
+        raise ValueError(f"{path} is corrupt: it is nested too deeply; rebuild the store") from None
+    except ValueError as error:
+        raise ValueError(f"{path} is corrupt: {error}; rebuild the store") from error
     return manifest
+
+
+def _check(manifest: Manifest) -> None:
+    """Check what the types do not say.
+
+    Raises:
+      ValueError: a value that no store has.
+    """
+    tokenizer = manifest.tokenizer
+    if manifest.block_len < 1 or manifest.dtype not in ("uint16", "uint32"):
+        raise ValueError(f"block_len={manifest.block_len} or dtype={manifest.dtype!r} is not possible")
+    if not 0 <= tokenizer.eos_id < tokenizer.vocab_size:
+        raise ValueError(f"eos_id={tokenizer.eos_id} is none of the tokenizer's {tokenizer.vocab_size} ids")
+    for name, split in manifest.splits.items():
+        numbers = [split.num_tokens, *(shard.num_blocks for shard in split.shards)]
+        numbers += [value for source in split.sources.values() for value in dataclasses.astuple(source)]
+        if min(numbers) < 0 or sum(shard.num_blocks for shard in split.shards) != split.num_blocks:
+            raise ValueError(f"split {name} has {split.num_blocks} blocks, its shards have others, or a count below 0")
+    for file in (tokenizer.file, *(shard.file for split in manifest.splits.values() for shard in split.shards)):
+        if file in ("", ".", "..") or Path(file).name != file:
+            raise ValueError(f"{file!r} is not the name of a file in the store's directory")
 
 
 def check_shards(directory: PathOrUrl, manifest: Manifest) -> None:
@@ -177,12 +197,3 @@ def check_shards(directory: PathOrUrl, manifest: Manifest) -> None:
                     f"shard {join_location(directory, shard.file)} is {sizes[shard.file]:,} bytes, its manifest says "
                     f"{shard.num_bytes:,}: truncated or replaced; restore or rebuild it"
                 )
-
-
-def _split_from(body: dict) -> Split:
-    return Split(
-        num_blocks=body["num_blocks"],
-        num_tokens=body["num_tokens"],
-        shards=tuple(Shard(**shard) for shard in body["shards"]),
-        sources={name: Source(**source) for name, source in body["sources"].items()},
-    )

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 from tokenizers import Tokenizer, models, pre_tokenizers
 
+from btlm_jax import install_command
 from btlm_jax.tokenizers.sentencepiece_proto import SPACE_MARK, USER_DEFINED
 
 if TYPE_CHECKING:
@@ -33,7 +34,7 @@ def import_gguf():
     try:
         import gguf
     except ImportError as error:
-        raise ValueError("writing GGUF needs the gguf package; pip install 'btlm_jax[gguf]'") from error
+        raise ValueError(f"writing GGUF needs the gguf package: {install_command('gguf')}") from error
     return gguf
 
 

@@ -14,6 +14,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
+from btlm_jax import install_command
 from btlm_jax.attention.alibi import alibi_slopes
 from btlm_jax.hub.published import EMBEDDING, HEAD, SLOPES, PublishedConfig, tensor_shapes
 from btlm_jax.hub.safetensors_files import INDEX_FILE, SINGLE_FILE, SafetensorsFile
@@ -184,4 +185,4 @@ def _torch(path: Path) -> Any:
     try:
         return importlib.import_module("torch")
     except ImportError as error:
-        raise ValueError(f"{path} needs PyTorch to be read; pip install 'btlm_jax[hf]'") from error
+        raise ValueError(f"{path} needs PyTorch to be read: {install_command('hf')}") from error

@@ -276,7 +276,8 @@ def _cache() -> Path:
         directory = cache_directory()
         directory.mkdir(parents=True, exist_ok=True)
         tempfile.TemporaryFile(dir=directory).close()
-    except OSError:
+    except OSError as error:
+        notices.report("kernels-not-kept", f"compiled kernels are for this start only, set XDG_CACHE_HOME: {error}")
         directory = Path(tempfile.mkdtemp(prefix="btlm_jax-"))
         atexit.register(shutil.rmtree, directory, ignore_errors=True)
     return directory

@@ -10,6 +10,7 @@ import re
 import jax
 from jax.experimental import topologies
 
+from btlm_jax import install_command
 from btlm_jax.attention.tpu import BACKWARD, FORWARD
 from btlm_jax.plan.flop_count import DIAGONAL, OUT_OF_WINDOW
 
@@ -140,7 +141,7 @@ def slice_devices(topology: str) -> list[jax.Device]:
     """
     chip = chip_of(topology)
     if importlib.util.find_spec("libtpu") is None:
-        raise ValueError("compiling for TPUs needs libtpu, on any Linux machine: pip install 'btlm_jax[tpu]'")
+        raise ValueError(f"compiling for TPUs needs libtpu, on any Linux machine: {install_command('tpu')}")
     _configure_libtpu_without_tpu()
     try:
         description = topologies.get_topology_desc(platform="tpu", topology_name=topology, **chip.options)

@@ -8,7 +8,10 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import functools
 import json
+import math
+import types
 import typing
 from collections.abc import Mapping
 
@@ -18,6 +21,7 @@ PRESETS = ("btlm", "sp", "completep")
 DTYPES = ("float32", "bfloat16")
 ATTENTIONS = ("auto", "reference", "blockwise", "cpu", "tpu", "splash", "gpu")
 REMATS = ("full", "attention_saved", "out_recomputed", "matmuls_saved", "none")  # the first keeps the least
+PREPARED = "prepared"
 CORPUS_SOURCES = ("prepared", "installed_python")
 
 
@@ -260,15 +264,17 @@ def train_config_from(mapping: Mapping) -> TrainConfig:
 
 
 def config_from(cls: type, mapping: Mapping, *, path: str):
-    """Make one of the configs above from a plain mapping; `path` is what errors call it.
+    """Make one of the configs above, or another dataclass, from a plain mapping; `path` is what errors call it.
 
     Raises:
       ValueError: as `train_config_from`.
     """
-    hints = typing.get_type_hints(cls)
+    if not isinstance(mapping, Mapping):
+        raise ValueError(f"{path} must be a table of keys, got {_shown(mapping)}")
+    hints = _type_hints(cls)
     for key in mapping:
         if key not in hints:
-            close = difflib.get_close_matches(key, hints, n=1)
+            close = difflib.get_close_matches(str(key), hints, n=1)
             hint = f"; did you mean {close[0]!r}?" if close else f"; known keys are {', '.join(hints)}"
             raise ValueError(f"unknown config key {path}.{key}{hint}")
     for key in hints:
@@ -277,17 +283,39 @@ def config_from(cls: type, mapping: Mapping, *, path: str):
     return cls(**{key: _convert(hint, mapping[key], path=f"{path}.{key}") for key, hint in hints.items()})
 
 
+_type_hints = functools.cache(typing.get_type_hints)
+
+
 def _convert(hint, value, *, path: str):
+    origin, arguments = typing.get_origin(hint), typing.get_args(hint)
+    if origin is types.UnionType and value is None:
+        return None
+    if origin is types.UnionType:
+        return _convert(arguments[0], value, path=path)  # X | None
     if isinstance(hint, type) and dataclasses.is_dataclass(hint):
-        if not isinstance(value, Mapping):
-            raise ValueError(f"{path} must be a table of keys, got {value!r}")
         return config_from(hint, value, path=path)
     if hint == tuple[int, ...]:
         if not isinstance(value, (tuple, list)) or not all(type(item) is int for item in value):
-            raise ValueError(f"{path}={value!r} must be a tuple of whole numbers, for example (2048, 8192)")
+            raise ValueError(f"{path}={_shown(value)} must be a tuple of whole numbers, for example (2048, 8192)")
         return tuple(value)
-    if hint is float and type(value) is int:
+    if origin is tuple:
+        _require(isinstance(value, (tuple, list)), f"{path}={_shown(value)} must be a list")
+        return tuple(_convert(arguments[0], item, path=f"{path}[{index}]") for index, item in enumerate(value))
+    if origin is dict:
+        _require(isinstance(value, Mapping), f"{path} must be a table of keys, got {_shown(value)}")
+        return {key: _convert(arguments[1], item, path=f"{path}.{key}") for key, item in value.items()}
+    if hint is float and type(value) is int and abs(value) < 2**1023:
         return float(value)
     if type(value) is not hint:
-        raise ValueError(f"{path}={value!r} must be of type {hint.__name__}, not {type(value).__name__}")
+        raise ValueError(f"{path}={_shown(value)} must be of type {hint.__name__}, not {type(value).__name__}")
+    if hint is float and not math.isfinite(value):
+        raise ValueError(f"{path}={value} must be a finite number")
     return value
+
+
+def _shown(value) -> str:
+    """Return the beginning of a value's repr; of an integer too long for decimal digits, its size."""
+    if type(value) is int and abs(value) >= 10**40:
+        return f"a number of {value.bit_length()} bits"
+    text = repr(value)
+    return text if len(text) <= 80 else f"{text[:77]}..."

@@ -1,10 +1,14 @@
-"""Write files and directories atomically: a reader sees the old contents or the new, never a part. Locks; the cache."""
+"""Write files and directories atomically: a reader sees the old contents or the new, never a part. Locks; the cache.
+
+And JSON, read with errors that name the file.
+"""
 
 from __future__ import annotations
 
 import contextlib
 import fcntl
 import hashlib
+import json
 import os
 import secrets
 import shutil
@@ -12,7 +16,7 @@ import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from types import TracebackType
-from typing import BinaryIO, Self, cast
+from typing import Any, BinaryIO, Self, cast
 
 _TEMPORARY_SUFFIX = ".tmp"
 
@@ -58,6 +62,42 @@ class AtomicFile:
         with self._stack:  # on a full disk even closing fails, and then the file is not renamed
             self._file.flush()
             os.fsync(self._file.fileno())
+
+
+def parse_json(contents: str | bytes, *, name: object) -> Any:
+    """Return the value of JSON text; `name` is what errors call it.
+
+    Raises:
+      ValueError: it is not JSON, or is nested too deeply.
+    """
+    try:
+        return json.loads(contents)
+    except RecursionError:
+        raise ValueError(f"{name} is not JSON that can be read: it is nested too deeply") from None
+    except ValueError as error:  # UnicodeDecodeError is one
+        raise ValueError(f"{name} is not valid JSON: {error}") from error
+
+
+def parse_json_object(contents: str | bytes, *, name: object) -> dict[str, Any]:
+    """Return the value of JSON text that must be an object.
+
+    Raises:
+      ValueError: it is not JSON, or is another kind of value.
+    """
+    value = parse_json(contents, name=name)
+    if not isinstance(value, dict):
+        raise ValueError(f"{name} must be a JSON object, and is a {type(value).__name__}: {str(value)[:40]}")
+    return value
+
+
+def read_json_object(path: Path) -> dict[str, Any]:
+    """Return the JSON object in a file.
+
+    Raises:
+      ValueError: it is none; names the file.
+      OSError: it cannot be read.
+    """
+    return parse_json_object(path.read_bytes(), name=path)
 
 
 def hash_file(path: Path) -> str:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import os
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -16,7 +17,7 @@ from typing import BinaryIO, NamedTuple, cast
 import fsspec
 import fsspec.core
 
-from btlm_jax import notices
+from btlm_jax import install_command, notices
 
 PathOrUrl = Path | str  # str: a URL
 
@@ -27,13 +28,18 @@ _RETRY_SECONDS = (1.0, 2.0, 4.0, 8.0, 16.0)  # before each further attempt
 
 
 def parse_location(text: str) -> PathOrUrl:
-    """Return a URL as it is and anything else as a path."""
-    return text if "://" in text else Path(text)
+    """Return a URL as it is and anything else as a path; a leading ~ is the home directory."""
+    return text if "://" in text else Path(os.path.expanduser(text))
 
 
 def resolve_location(folder: Path, text: str) -> PathOrUrl:
     """Return a URL as it is and anything else as a path, which starts at `folder` if it is relative."""
-    return text if "://" in text else folder / text
+    return text if "://" in text else folder / os.path.expanduser(text)
+
+
+def is_absolute(text: str) -> bool:
+    """Return whether `resolve_location` of the text does not depend on the folder."""
+    return "://" in text or os.path.isabs(os.path.expanduser(text))
 
 
 def join_location(folder: PathOrUrl, name: str) -> PathOrUrl:
@@ -216,7 +222,7 @@ def _plain_errors(url: str) -> Iterator[None]:
         yield
     except ImportError as error:
         extra = _EXTRAS.get(url.split("://")[0])
-        need = f"pip install 'btlm_jax[{extra}]'" if extra else str(error)
+        need = install_command(extra) if extra else str(error)
         raise ValueError(f"{url} needs a library that is not installed: {need}") from error
     except OSError:  # includes errors of this machine, such as a full disk
         raise

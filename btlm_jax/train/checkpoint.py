@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 
 import orbax.checkpoint as ocp
 
-from btlm_jax.recipe.config import CheckpointConfig, TrainConfig, train_config_from
+from btlm_jax.recipe.config import CheckpointConfig, TrainConfig, config_from, train_config_from
 from btlm_jax.train import CHECKPOINTS
 from btlm_jax.train.step import TrainState
 
@@ -80,8 +80,21 @@ class Checkpointer:
         """
         args = ocp.args.Composite(position=ocp.args.JsonRestore(), config=ocp.args.JsonRestore())
         metadata = self._restore(step, args)
-        metadata["config"]["mesh"].setdefault("context", 1)  # checkpoints from before mesh.context do not have it
-        return Position(**metadata["position"]), train_config_from(metadata["config"])
+        try:
+            position = config_from(Position, metadata["position"], path="position")
+            stored = metadata["config"]
+            if isinstance(stored, dict) and isinstance(stored.get("mesh"), dict):
+                stored["mesh"].setdefault("context", 1)  # checkpoints from before mesh.context do not have it
+            config = train_config_from(stored)
+            expected = config.curriculum.table.tokens_seen(step)
+            if (position.step, position.tokens_seen) != (step, expected):
+                raise ValueError(
+                    f"its position is step {position.step:,} with {position.tokens_seen:,} tokens seen, and it is "
+                    f"checkpoint {step:,}, with {expected:,} by its config"
+                )
+        except ValueError as error:
+            raise ValueError(self._unreadable(step, error)) from error
+        return position, config
 
     def restore_state(self, step: int, *, abstract: TrainState) -> TrainState:
         """Return a checkpoint's state, laid out as `abstract` says, whatever mesh it was saved from.
@@ -108,11 +121,13 @@ class Checkpointer:
         try:
             return self._manager.restore(step, args=args)
         except Exception as error:  # orbax raises many kinds for a damaged step; the user needs one message
-            other_steps = [other for other in self.steps() if other != step]
-            remedy = f"delete it to go on from step {other_steps[-1]}" if other_steps else "delete it to start again"
-            raise ValueError(
-                f"checkpoint {self.directory / str(step)} cannot be read: {_reason(error)}; {remedy}"
-            ) from error
+            raise ValueError(self._unreadable(step, error)) from error
+
+    def _unreadable(self, step: int, error: Exception) -> str:
+        """Return what to say of a damaged step: its directory, why, and what remains."""
+        other_steps = [other for other in self.steps() if other != step]
+        remedy = f"delete it to go on from step {other_steps[-1]}" if other_steps else "delete it to start again"
+        return f"checkpoint {self.directory / str(step)} cannot be read: {_reason(error)}; {remedy}"
 
     def wait(self) -> None:
         """Wait until every started save is complete.

@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import json
+import shlex
+import shutil
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
 import jax
 
+from btlm_jax import notices
 from btlm_jax.data.heldout import heldout_batches
 from btlm_jax.data.store import HELDOUT
 from btlm_jax.parallel.mesh import evaluation_sharding
 from btlm_jax.recipe.config import CurriculumConfig
-from btlm_jax.storage.files import write_atomically
+from btlm_jax.storage.files import read_json_object, write_atomically
 from btlm_jax.train import CHECKPOINTS, LOSS_PLOT, METRICS_FILE, POSITION_PLOT, SUMMARY_FILE, TENSORBOARD
 from btlm_jax.train.heldout import HeldoutResult, evaluate_heldout
 from btlm_jax.train.metric_writer import MetricWriter, read_metrics
@@ -35,6 +39,7 @@ def finish_run(run: Run, params: dict, writer: MetricWriter, *, continue_prompt:
     from btlm_jax.train.plots import plot_loss, plot_position
 
     step = run.config.curriculum.table.num_steps
+    log("All steps are trained; what is left: the loss on all held-out text, a sample, the plots")
     result = _evaluate(run, params, blocks_per_source=run.token_store.manifest.splits[HELDOUT].num_blocks)
     writer.evaluation(step, result)
     with run.ledger.measure("sample"):
@@ -60,10 +65,33 @@ def finished_report(curriculum: CurriculumConfig, *, workdir: Path, step: int) -
     path = workdir / SUMMARY_FILE
     if step == 0 or step != curriculum.table.num_steps or not path.is_file():
         return ""
-    summary = json.loads(path.read_text())
-    if summary["num_steps"] != step:
+    summary = _read_summary(path)
+    if summary is None or summary["num_steps"] != step:
         return ""
     return f"Already done: {workdir} has trained its {step:,} steps.\n" + _summary_text(summary, curriculum, workdir)
+
+
+def _read_summary(path: Path) -> dict | None:
+    """Return what `finish_run` wrote, or None, with a notice, if the file is damaged."""
+    try:
+        summary = read_json_object(path)
+    except ValueError as error:
+        notices.report("summary-made-again", f"{error}; it is made again")
+        return None
+    match summary:
+        case {
+            "num_steps": int(),
+            "num_tokens": int(),
+            "heldout": {"sources": dict(sources)},
+            "sample": {"prompt": str(), "continuation": str()},
+        } if all(_has_losses(source) for source in sources.values()):
+            return summary
+    notices.report("summary-made-again", f"{path} lacks a part of a run's summary; it is made again")
+    return None
+
+
+def _has_losses(source: object) -> bool:
+    return isinstance(source, dict) and all(isinstance(source.get(x), float) for x in ("loss", "bits_per_byte"))
 
 
 def _evaluate(run: Run, params: dict, *, blocks_per_source: int) -> HeldoutResult:
@@ -99,7 +127,8 @@ def _summary_text(summary: dict, curriculum: CurriculumConfig, workdir: Path) ->
         "What to run next:",
         "  the same command with more tokens goes on from here:",
         f'  --config.curriculum.num_tokens="{longer}"',
-        f"  tensorboard --logdir={workdir / TENSORBOARD}",
-        f'  btlm generate --checkpoint={workdir} --prompt="{prompt}"',
+        f"  {'' if shutil.which('tensorboard') else f'{sys.executable} -m pip install tensorboard && '}"
+        f"tensorboard --logdir={workdir / TENSORBOARD}",
+        f"  btlm generate --checkpoint={workdir} --prompt={shlex.quote(prompt)}",
     ]
     return "\n".join(lines)

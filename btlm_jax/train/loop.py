@@ -18,19 +18,33 @@ import numpy as np
 from jax.experimental import multihost_utils
 
 from btlm_jax import notices
+from btlm_jax.data.heldout import heldout_blocks
 from btlm_jax.data.loader import Batch, TrainLoader
+from btlm_jax.data.store import HELDOUT
 from btlm_jax.parallel.divisibility import check_divisible
 from btlm_jax.parallel.mesh import batch_sharding, make_run_mesh, rules_for
-from btlm_jax.recipe.config import TrainConfig
+from btlm_jax.recipe.config import PREPARED, TrainConfig
 from btlm_jax.storage.files import write_atomically
+from btlm_jax.storage.location import is_absolute
 from btlm_jax.train import CONFIG_FILE, METRICS_FILE
 from btlm_jax.train.checkpoint import Checkpointer, Position, changed_settings, last_position
 from btlm_jax.train.finish import ContinuePrompt, evaluate_some, finish_run, finished_report
 from btlm_jax.train.flops import FLOPS_CONVENTION, flops_per_token, peak_flops
-from btlm_jax.train.metric_writer import GoodputLedger, MetricWriter
+from btlm_jax.train.metric_writer import EvaluationWork, GoodputLedger, MetricWriter
 from btlm_jax.train.program import make_program
 from btlm_jax.train.run_summary import describe_run
-from btlm_jax.train.setup import BuildStore, Run, log, make_run, make_workdir, prepare_store
+from btlm_jax.train.setup import (
+    BuildStore,
+    Run,
+    check_curriculum,
+    has_store,
+    locate_store,
+    log,
+    make_run,
+    make_workdir,
+    open_run_store,
+    prepare_store,
+)
 from btlm_jax.train.step import TrainState, abstract_state, init_state
 
 DONE, PREEMPTED, BAD_NUMBERS = "done", "preempted", "bad numbers"
@@ -83,14 +97,9 @@ def train(
         log(describe_run(config, program.table))
         with ledger.measure("corpus"):
             token_store = prepare_store(
-                config.data,
-                corpus=config.corpus,
-                vocab_size=config.model.vocab_size,
-                block_len=config.curriculum.table.block_len,
-                workdir=workdir,
-                expected_fingerprint=position.store_fingerprint,
-                build_store=build_store,
+                config, workdir=workdir, expected_fingerprint=position.store_fingerprint, build_store=build_store
             )
+        check_curriculum(config, token_store.manifest)
         run = make_run(program, workdir=workdir, token_store=token_store, ledger=ledger)
         if jax.process_index() == 0:
             write_atomically(workdir / CONFIG_FILE, config.to_json())
@@ -115,15 +124,34 @@ def train(
         checkpointer.close()
 
 
-def dry_run(config: TrainConfig) -> str:
-    """Return the whole plan of a run; only shapes are computed, so a 3B plan takes seconds."""
+def dry_run(config: TrainConfig, *, workdir: Path | None) -> str:
+    """Return the whole plan of a run; only shapes are computed, so a 3B plan takes seconds.
+
+    Without a workdir a store that is relative to it is not looked for.
+
+    Raises:
+      ValueError: the token store is there and does not serve the config.
+      OSError: it is there and lacks a file, or cannot be reached.
+    """
     mesh = make_run_mesh(config.mesh, curriculum=config.curriculum.table, devices=jax.devices())
     plan = describe_run(config, make_program(config, mesh).table)
     try:
         check_divisible(config, num_devices=mesh.size)
     except ValueError as error:
         plan += f"\n\nNote: {error}"
-    return plan
+    return f"{plan}\n{_store_plan(config, workdir)}"
+
+
+def _store_plan(config: TrainConfig, workdir: Path | None) -> str:
+    """Return what a run would do with its token store, after checking the store if it is there."""
+    if workdir is None and not is_absolute(config.data.store):
+        return f"Token store: not looked for; data.store={config.data.store} is relative to the workdir, give --workdir"
+    location = locate_store(config.data, workdir=workdir or Path())
+    if has_store(location):
+        manifest = open_run_store(config, location, expected_fingerprint="").manifest
+        return f"Token store: {location}, checked\nData: {check_curriculum(config, manifest)}"
+    plan = "give another data.store" if config.corpus.source == PREPARED else f"made from {config.corpus.source}"
+    return f"Token store: none in {location} yet; {plan}"
 
 
 class StopRequest:
@@ -276,10 +304,27 @@ def _make_writer(run: Run, *, first_step: int) -> MetricWriter:
         first_step=first_step,
         curriculum=curriculum,
         flops_of_phase=tuple(flops_per_token(config.model, seq_len=phase.seq_len) for phase in curriculum.phases),
+        evaluation=_evaluation_work(run),
         peak_flops=num_devices * peak.flops,
         log_every=config.log.every_steps,
         is_writer=jax.process_index() == 0,
         ledger=run.ledger,
+    )
+
+
+def _evaluation_work(run: Run) -> EvaluationWork:
+    """Return the FLOPs of the evaluations: a forward pass is a third of a training step's."""
+    evaluation, manifest = run.config.evaluation, run.token_store.manifest
+    flops_of_row = manifest.block_len * flops_per_token(run.config.model, seq_len=manifest.block_len) / 3
+
+    def flops(blocks_per_source: int) -> float:
+        num_blocks = len(heldout_blocks(manifest.splits[HELDOUT], blocks_per_source=blocks_per_source))
+        return -(-num_blocks // evaluation.batch_size) * evaluation.batch_size * flops_of_row
+
+    return EvaluationWork(
+        every_steps=evaluation.every_steps,
+        flops=flops(evaluation.blocks_per_source),
+        final_flops=flops(manifest.splits[HELDOUT].num_blocks),
     )
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import collections
 import contextlib
+import dataclasses
 import datetime
 import json
 import math
@@ -13,15 +14,17 @@ from pathlib import Path
 from types import TracebackType
 from typing import Protocol, TextIO
 
+from btlm_jax import notices
 from btlm_jax.display.progress import StepBar, print_line
 from btlm_jax.recipe.curriculum import Curriculum
-from btlm_jax.storage.files import write_atomically
+from btlm_jax.storage.files import parse_json_object, write_atomically
 from btlm_jax.train import METRICS_FILE, TENSORBOARD
 
 SMOOTHING_STEPS = 20  # tokens/s, MFU and the ETA on the console are means over this many steps
 LINE_SECONDS = 2.0  # between lines of the console, at least
 TRAINING = ("step", "data wait")  # the ledger's categories whose seconds count for tokens/s and MFU
 _REPLAYED = ("train", "eval")  # kinds of lines that a resumed run writes again; it never removes events and goodput
+_NUMBERS_OF = {"train": ("tokens", "loss", "learning_rate"), "eval": ("tokens", "loss")}  # what is drawn of a line
 _BAR_FIELDS = ("ETA", "loss", "len", "lr", "tok/s", "MFU")  # a narrow terminal cuts off the last ones
 _NOT_FINITE = {"nan": math.nan, "inf": math.inf, "-inf": -math.inf}
 
@@ -38,14 +41,13 @@ def read_metrics(path: Path) -> list[dict]:
     Raises:
       ValueError: another line is damaged; names it.
     """
-    lines = path.read_bytes().split(b"\n")
+    *lines, _ = path.read_bytes().split(b"\n")
     rows = []
     for number, line in enumerate(lines, start=1):
-        row = _parsed(line)
-        if row is not None:
-            rows.append(_with_floats(row))
-        elif number < len(lines):
-            raise ValueError(f"{path}, line {number}: not a JSON object; delete that line to read the rest")
+        try:
+            rows.append(_row(line, name=f"{path}, line {number}"))
+        except ValueError as error:
+            raise ValueError(f"{error}; delete that line to read the rest") from error
     return rows
 
 
@@ -93,18 +95,37 @@ class GoodputLedger:
         self._charged = now
 
 
-def remaining_seconds(
-    curriculum: Curriculum, *, flops_of_phase: tuple[float, ...], step: int, flops_rate: float
-) -> float:
-    """Return the time that the steps after `step` will take: their FLOPs divided by `flops_rate`, in FLOP/s.
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class EvaluationWork:
+    """What a run's evaluations compute: a few blocks now and then, all of them at the end."""
 
-    `flops_of_phase` are the FLOPs of a token in each phase.
+    every_steps: int
+    flops: float  # of one during training
+    final_flops: float  # of the last one
+
+
+def remaining_seconds(
+    curriculum: Curriculum,
+    *,
+    flops_of_phase: tuple[float, ...],
+    evaluation: EvaluationWork,
+    step: int,
+    flops_rate: float,
+    evaluation_rate: float,
+) -> float:
+    """Return the time of the steps and evaluations after `step`: their FLOPs divided by the rates, in FLOP/s.
+
+    `flops_of_phase` are the FLOPs of a token in each phase. What follows the last evaluation is not in it.
     """
-    flops = 0.0
+    flops, last = 0.0, curriculum.num_steps - 1  # the evaluation after the last step is the final one
     for phase, flops_per_token in zip(curriculum.phases, flops_of_phase, strict=True):
         num_steps = max(0, phase.end_step - max(step, phase.first_step))
         flops += num_steps * phase.tokens_per_step * flops_per_token
-    return flops / flops_rate
+    ends = sum(
+        1 for phase in curriculum.phases if step < phase.end_step <= last and phase.end_step % evaluation.every_steps
+    )
+    num_evaluations = ends + max(last // evaluation.every_steps - step // evaluation.every_steps, 0)
+    return flops / flops_rate + (num_evaluations * evaluation.flops + evaluation.final_flops) / evaluation_rate
 
 
 class MetricWriter:
@@ -121,6 +142,7 @@ class MetricWriter:
         first_step: int,
         curriculum: Curriculum,
         flops_of_phase: tuple[float, ...],
+        evaluation: EvaluationWork,
         peak_flops: float,
         log_every: int,
         is_writer: bool,
@@ -131,6 +153,8 @@ class MetricWriter:
         self._first_step = self._last_step = first_step
         self._curriculum = curriculum
         self._flops_of_phase = flops_of_phase
+        self._evaluation = evaluation
+        self._evaluated_flops = 0.0
         self._peak_flops = peak_flops
         self._log_every = log_every
         self._is_writer = is_writer
@@ -202,6 +226,7 @@ class MetricWriter:
         """Record a held-out result."""
         if not self._is_open:
             return
+        self._evaluated_flops += self._evaluation.flops
         values = result.to_json()
         self._write({"kind": "eval", "step": step, "tokens": self._curriculum.tokens_seen(step), **values})
         self._tensorboard.add_scalar("heldout/all", values["loss"], step)
@@ -250,11 +275,14 @@ class MetricWriter:
 
     def _fields(self, row: dict) -> dict[str, str]:
         seconds, tokens, flops = (sum(column) for column in zip(*self._pace, strict=True))
+        evaluation_seconds = self._ledger.seconds().get("evaluation", 0.0)
         eta = remaining_seconds(
             self._curriculum,
             flops_of_phase=self._flops_of_phase,
+            evaluation=self._evaluation,
             step=row["step"],
             flops_rate=flops / seconds,
+            evaluation_rate=self._evaluated_flops / evaluation_seconds if evaluation_seconds else flops / seconds,
         )
         return {
             "len": f"{row['seq_len']:,}",
@@ -264,7 +292,7 @@ class MetricWriter:
             "gnorm": f"{row['grad_norm']:.3g}",
             "tok/s": f"{tokens / seconds:,.0f}",
             "MFU": f"{flops / seconds / self._peak_flops:.1%}",
-            "ETA": f"{datetime.timedelta(seconds=round(eta))}",
+            "ETA": f"{datetime.timedelta(seconds=round(eta))} + sample",
         }
 
 
@@ -273,24 +301,45 @@ def _line(fields: dict[str, str]) -> str:
 
 
 def _remove_replayed(path: Path, *, first_step: int) -> None:
-    """Rewrite the file without the train and eval lines from `first_step` on, and without lines that are damaged."""
+    """Rewrite the file without the train and eval lines from `first_step` on, and without lines that are damaged.
+
+    An incomplete last line is what a kill leaves, and is written again; each other one that is damaged is a notice.
+    """
     if not path.exists():
         return
-    lines = path.read_bytes().split(b"\n")
-    rows = ((line, _parsed(line)) for line in lines)
-    remaining = [line for line, row in rows if row and not (row["kind"] in _REPLAYED and row["step"] >= first_step)]
-    contents = b"".join(line + b"\n" for line in remaining)
-    if contents != b"\n".join(lines):
-        write_atomically(path, contents)
+    *lines, incomplete = path.read_bytes().split(b"\n")
+    remaining = []
+    for number, line in enumerate(lines, start=1):
+        try:
+            row = _row(line, name=f"{path}, line {number}")
+        except ValueError as error:
+            notices.report("metrics-line-dropped", f"{error}; the line is removed")
+            continue
+        if not (row["kind"] in _REPLAYED and row["step"] >= first_step):
+            remaining.append(line)
+    if incomplete or len(remaining) < len(lines):
+        write_atomically(path, b"".join(line + b"\n" for line in remaining))
 
 
-def _parsed(line: bytes) -> dict | None:
-    """Return the JSON object of a line, or None if it is not one: the process was killed while it wrote the line."""
-    try:
-        row = json.loads(line)
-    except ValueError:
-        return None
-    return row if isinstance(row, dict) else None
+def _row(line: bytes, *, name: str) -> dict:
+    """Return what a line says, with what readers of its kind need.
+
+    Raises:
+      ValueError: it is damaged; begins with `name`.
+    """
+    row = _with_floats(parse_json_object(line, name=name))
+    if not isinstance(row.get("kind"), str) or type(row.get("step")) is not int:
+        raise ValueError(f'{name} has no "kind", or no whole number as "step"')
+    values = {key: row.get(key) for key in _NUMBERS_OF.get(row["kind"], ())}
+    if row["kind"] == "eval":
+        sources = row.get("sources")
+        if not isinstance(sources, dict) or not all(isinstance(source, dict) for source in sources.values()):
+            raise ValueError(f'{name} has no "sources" with a loss each')
+        values |= {f"loss of {source}": losses.get("loss") for source, losses in sources.items()}
+    for key, value in values.items():
+        if type(value) not in (int, float) or (type(value) is int and abs(value) > 2**63):
+            raise ValueError(f'{name} has no number as "{key}"')
+    return row
 
 
 def _with_strings(value):

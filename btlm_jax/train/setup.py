@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -14,15 +15,16 @@ from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 
 from btlm_jax import notices
+from btlm_jax.data.order import StoreUse, TrainingOrder, check_capacity
 from btlm_jax.data.reader import TokenStore, open_store
-from btlm_jax.data.store import MANIFEST_FILE, Manifest
+from btlm_jax.data.store import HELDOUT, MANIFEST_FILE, TRAIN, Manifest
 from btlm_jax.display.progress import print_line
 from btlm_jax.model import Btlm
 from btlm_jax.parallel.mesh import evaluation_sharding
-from btlm_jax.recipe.config import CorpusConfig, DataConfig, TrainConfig
+from btlm_jax.recipe.config import PREPARED, CorpusConfig, DataConfig, TrainConfig
 from btlm_jax.recipe.optimizer import learning_rate_at
 from btlm_jax.storage.files import write_atomically
-from btlm_jax.storage.location import resolve_location
+from btlm_jax.storage.location import PathOrUrl, resolve_location
 from btlm_jax.train import COMPILE_CACHE
 from btlm_jax.train.metric_writer import GoodputLedger
 from btlm_jax.train.program import Program
@@ -98,49 +100,128 @@ def make_workdir(workdir: Path) -> None:
         raise OSError(f"workdir {workdir} cannot be written: {error}; choose another --workdir") from error
 
 
+def locate_store(data: DataConfig, *, workdir: Path) -> PathOrUrl:
+    """Return where the run's token store is or will be; a relative `data.store` is below the workdir.
+
+    Raises:
+      ValueError: there is none, but a token store of that name relative to the current directory.
+    """
+    location = resolve_location(workdir, data.store)
+    here = Path(os.path.expanduser(data.store))
+    if isinstance(location, Path) and not location.exists() and here.exists():
+        if (here / MANIFEST_FILE).is_file():
+            raise ValueError(
+                f"data.store={data.store} is taken from the workdir, and there is no {location}; but there is a token "
+                f"store in the current directory's {data.store}: to use it give --config.data.store={here.resolve()}, "
+                f"to have another in the workdir --config.data.store={location.resolve()}"
+            )
+        notices.report("not-the-store", f"{here.resolve()} is not taken for data.store, which is {location}")
+    return location
+
+
+def has_store(location: PathOrUrl) -> bool:
+    """Return whether something is to be opened there; a store behind a URL is never built."""
+    return not isinstance(location, Path) or (location / MANIFEST_FILE).is_file()
+
+
+def open_run_store(config: TrainConfig, location: PathOrUrl, *, expected_fingerprint: str) -> TokenStore:
+    """Open the token store of a run and check that it is the one that `config` describes.
+
+    Raises:
+      FileNotFoundError: a file of it is missing.
+      OSError: the URL cannot be reached.
+      ValueError: it does not fit the model, is not the checkpoint's, or was made with other settings.
+    """
+    token_store = open_store(location, expected_fingerprint=expected_fingerprint)
+    manifest, vocab_size = token_store.manifest, config.model.vocab_size
+    if differing := _other_settings(config, manifest):
+        raise ValueError(
+            f"token store {location} was made with other settings:\n  "
+            + "\n  ".join(f"{key}: store {old}, config {new}" for key, old, new in differing)
+            + "\nto use it as it is give --config.corpus.source=prepared; to have one made with these settings, "
+            "--config.data.store=NAME with a name that is free"
+        )
+    if manifest.tokenizer.vocab_size > vocab_size:
+        raise ValueError(
+            f"token store {location} has {manifest.tokenizer.vocab_size:,} ids, but model.vocab_size={vocab_size:,}; "
+            f"give --config.model.vocab_size={manifest.tokenizer.vocab_size} or more, or another store"
+        )
+    return token_store
+
+
+def _other_settings(config: TrainConfig, manifest: Manifest) -> list[tuple[str, object, object]]:
+    """Return (key, store's value, config's) of what a store has otherwise than the one that `config` would build."""
+    if config.corpus.source == PREPARED:
+        return []
+    made = manifest.made_by.get("corpus")
+    if not isinstance(made, dict) or made.get("source") != config.corpus.source:
+        maker = f"btlm corpus {manifest.made_by['stage']}" if "stage" in manifest.made_by else "something else"
+        return [("corpus.source", f"made by {maker}", config.corpus.source)]
+    wanted = {f"corpus.{name}": value for name, value in dataclasses.asdict(config.corpus).items()}
+    wanted |= {"data.seed": config.data.seed, "model.vocab_size": config.model.vocab_size}
+    wanted["the longest of curriculum.seq_len"] = config.curriculum.table.block_len
+    stored = {f"corpus.{name}": value for name, value in made.items()} | {"data.seed": made.get("seed")}
+    stored |= {"model.vocab_size": manifest.tokenizer.vocab_size}
+    stored["the longest of curriculum.seq_len"] = manifest.block_len
+    return [(key, stored.get(key), value) for key, value in wanted.items() if stored.get(key) != value]
+
+
+def check_curriculum(config: TrainConfig, manifest: Manifest) -> StoreUse:
+    """Check that a store has what the whole curriculum and its evaluations read; return how much of it they use.
+
+    Raises:
+      ValueError: a split is missing or empty, the block length does not fit, or there are too few tokens.
+    """
+    for name in (TRAIN, HELDOUT):
+        if name not in manifest.splits or not manifest.splits[name].num_blocks:
+            raise ValueError(
+                f"the token store has no split {name!r} with a block in it, only {', '.join(manifest.splits)}; "
+                "training needs train and heldout: btlm corpus tokenize makes both"
+            )
+    if not any(source.num_blocks for source in manifest.splits[HELDOUT].sources.values()):
+        raise ValueError(
+            "by its manifest no source of the token store's split 'heldout' has a block; rebuild the store"
+        )
+    order = TrainingOrder(
+        curriculum=config.curriculum.table,
+        num_blocks=manifest.splits[TRAIN].num_blocks,
+        block_len=manifest.block_len,
+        seed=config.data.seed,
+    )
+    return check_capacity(order, max_epochs=config.data.max_epochs)
+
+
 def prepare_store(
-    data: DataConfig,
-    *,
-    corpus: CorpusConfig,
-    vocab_size: int,
-    block_len: int,
-    workdir: Path,
-    expected_fingerprint: str,
-    build_store: BuildStore,
+    config: TrainConfig, *, workdir: Path, expected_fingerprint: str, build_store: BuildStore
 ) -> TokenStore:
     """Open the run's token store; if there is none and `corpus` names a source, build it first.
 
-    A relative `data.store` is below the workdir; a store behind a URL is never built. `expected_fingerprint` is the one
-    that the checkpoint recorded, or "" without a checkpoint.
+    `expected_fingerprint` is the one that the checkpoint recorded, or "" without a checkpoint.
 
     Raises:
       FileNotFoundError: there is no store, and corpus.source is "prepared" or data.store is a URL.
       OSError: the URL cannot be reached.
-      ValueError: the store does not fit the model or is not the checkpoint's.
+      ValueError: as `locate_store` and `open_run_store`.
     """
-    directory = resolve_location(workdir, data.store)
-    if isinstance(directory, Path) and not (directory / MANIFEST_FILE).is_file():
-        if corpus.source == "prepared" or directory.exists():
+    location = locate_store(config.data, workdir=workdir)
+    if isinstance(location, Path) and not has_store(location):
+        if config.corpus.source == PREPARED or location.exists():
             raise FileNotFoundError(
-                f"there is no token store in {directory}: it has no {MANIFEST_FILE}; point --config.data.store to one, "
+                f"there is no token store in {location}: it has no {MANIFEST_FILE}; point --config.data.store to one, "
                 "or let the run make one (--config.corpus.source=installed_python) where nothing is yet"
             )
         if jax.process_index() == 0:
-            directory.parent.mkdir(parents=True, exist_ok=True)
+            location.parent.mkdir(parents=True, exist_ok=True)
             build_store(
-                corpus,
-                vocab_size=vocab_size,
-                block_len=block_len,
-                seed=data.seed,
-                directory=directory,
+                config.corpus,
+                vocab_size=config.model.vocab_size,
+                block_len=config.curriculum.table.block_len,
+                seed=config.data.seed,
+                directory=location,
                 log=log,
             )
         multihost_utils.sync_global_devices("token store made")
-    token_store = open_store(directory, expected_fingerprint=expected_fingerprint)
-    num_ids = token_store.manifest.tokenizer.vocab_size
-    if num_ids > vocab_size:
-        raise ValueError(f"token store {directory} has {num_ids:,} ids, but model.vocab_size={vocab_size:,}")
-    return token_store
+    return open_run_store(config, location, expected_fingerprint=expected_fingerprint)
 
 
 def make_run(program: Program, *, workdir: Path, token_store: TokenStore, ledger: GoodputLedger) -> Run:

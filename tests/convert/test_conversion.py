@@ -295,7 +295,7 @@ def test_a_full_disk_leaves_nothing(monkeypatch, tmp_path):
 def test_a_missing_gguf_package_is_named_before_anything_is_read(monkeypatch, capsys, tmp_path):
     monkeypatch.setitem(sys.modules, "gguf", None)
     assert main(["convert", "--from=nowhere", f"--to={tmp_path / 'm.gguf'}", "--format=gguf"]) == 1
-    assert "writing GGUF needs the gguf package; pip install 'btlm_jax[gguf]'" in capsys.readouterr().err
+    assert "-m pip install 'btlm_jax[gguf]'" in capsys.readouterr().err
     assert list(tmp_path.iterdir()) == []
 
 

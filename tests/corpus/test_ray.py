@@ -151,4 +151,4 @@ def test_an_address_without_a_cluster_is_refused(tmp_path, address, message, cap
     assert re.search(message, capsys.readouterr().err)
     monkeypatch.setitem(sys.modules, "ray", None)
     assert main([*command, "--executor=ray"]) == 1
-    assert "--executor=ray needs Ray: pip install 'btlm_jax[ray]'" in capsys.readouterr().err
+    assert "-m pip install 'btlm_jax[ray]'" in capsys.readouterr().err

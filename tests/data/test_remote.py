@@ -92,10 +92,7 @@ def test_a_run_reads_its_store_from_google_cloud_storage(tmp_path, monkeypatch, 
         config = tiny_config(data__store=f"{bucket}/store")
         with pytest.raises(FileNotFoundError, match=f"{bucket}/store is not a token store: it has no manifest.json"):
             prepare_store(
-                config.data,
-                corpus=config.corpus,
-                vocab_size=config.model.vocab_size,
-                block_len=48,
+                config,
                 workdir=tmp_path / "other",
                 expected_fingerprint="",
                 build_store=mock.Mock(side_effect=AssertionError),

@@ -98,9 +98,8 @@ def test_google_cloud_storage_on_loopback(raw, monkeypatch):
 def test_a_missing_library_is_named(raw, monkeypatch, capsys):
     monkeypatch.setitem(sys.modules, "s3fs", None)
     assert clean("s3://bucket/raw", raw / "out") == 1
-    assert (
-        "s3://bucket/raw needs a library that is not installed: pip install 'btlm_jax[s3]'" in capsys.readouterr().err
-    )
+    command = f"{sys.executable} -m pip install 'btlm_jax[s3]'"
+    assert f"s3://bucket/raw needs a library that is not installed: {command}" in capsys.readouterr().err
     assert clean("nonsense://bucket/raw", raw / "out") == 1 and "nonsense" in capsys.readouterr().err
 
 

@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from types import ModuleType
 
+from btlm_jax import install_command
 from btlm_jax.corpus.engine.progress import Progress
 from btlm_jax.corpus.engine.tasks import Task, TaskFunction, no_heartbeat, run_task
 from btlm_jax.corpus.engine.workers import OnDone
@@ -88,7 +89,7 @@ class RayWorkers:
             try:
                 ray = importlib.import_module("ray")
             except ImportError as error:
-                raise ValueError("--executor=ray needs Ray: pip install 'btlm_jax[ray]'") from error
+                raise ValueError(f"--executor=ray needs Ray: {install_command('ray')}") from error
             if self._address:
                 _check_address(self._address)
                 options = {"address": self._address}

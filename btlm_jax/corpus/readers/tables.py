@@ -9,12 +9,13 @@ from typing import BinaryIO, cast
 
 import numpy as np
 
+from btlm_jax import install_command
 from btlm_jax.corpus.readers.frames import BadFileError
 
 TFDS_SHARD = re.compile(r"(.*\.array_record)-\d{5}-of-(\d{5})")
 _BATCH_ROWS = 256
 _ARROW_FILE = b"ARROW1"
-_NEEDED = "needs pyarrow: pip install 'btlm_jax[corpus]'"
+_NEEDED = f"needs pyarrow: {install_command('corpus')}"
 
 
 def parquet_rows(file: BinaryIO) -> Iterator[dict]:
