@@ -123,7 +123,8 @@ def entry() -> None:
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):  # a terminal that is not UTF-8 gets \\u2502 in place of what it lacks
             stream.reconfigure(errors="backslashreplace")
-    code = PIPE_CLOSED
+    asks = {"-h", "--help", "help", "--version", "-V", "version"}.intersection(sys.argv)
+    code = DONE if asks else PIPE_CLOSED
     try:
         code = main(sys.argv[1:])
         sys.stdout.flush()

@@ -275,14 +275,14 @@ class MetricWriter:
 
     def _fields(self, row: dict) -> dict[str, str]:
         seconds, tokens, flops = (sum(column) for column in zip(*self._pace, strict=True))
-        evaluation_seconds = self._ledger.seconds().get("evaluation", 0.0)
+        evaluation_rate = self._evaluated_flops / self._ledger.seconds().get("evaluation", math.inf)
         eta = remaining_seconds(
             self._curriculum,
             flops_of_phase=self._flops_of_phase,
             evaluation=self._evaluation,
             step=row["step"],
             flops_rate=flops / seconds,
-            evaluation_rate=self._evaluated_flops / evaluation_seconds if evaluation_seconds else flops / seconds,
+            evaluation_rate=evaluation_rate or flops / seconds,  # until one was made
         )
         return {
             "len": f"{row['seq_len']:,}",

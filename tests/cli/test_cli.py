@@ -107,7 +107,7 @@ def test_a_damaged_store(capsys, token_store, tmp_path):
     manifest.write_text(text.replace('"num_blocks": ', '"num_blocks": 1', 1))
     refused(capsys, *arguments, code=1, said="is corrupt: its contents hash to")
     manifest.write_text(text[:200])
-    refused(capsys, *arguments, code=1, said="is corrupt: JSONDecodeError")
+    refused(capsys, *arguments, code=1, said="manifest.json is not valid JSON: ")
     manifest.unlink()
     refused(capsys, *arguments, code=1, said="there is no token store in")
 

@@ -171,3 +171,64 @@ def test_read_refuses_a_shard_of_another_block_length(directory, tmp_path_factor
     (directory / name).write_bytes((other / name).read_bytes())
     with pytest.raises(ValueError, match="has 13 tokens and 12 targets; expected 25"):
         reader.read(0)
+
+
+def with_manifest(directory, **changes):
+    store.write_manifest(directory, dataclasses.replace(store.read_manifest(directory), **changes))
+
+
+def test_an_id_that_the_tokenizer_does_not_have_is_named(directory):
+    tokenizer = dataclasses.replace(store.read_manifest(directory).tokenizer, vocab_size=7 * BLOCK_LEN)
+    with_manifest(directory, tokenizer=tokenizer)
+    reader = open_store(directory, expected_fingerprint="").split(store.TRAIN)
+    assert reader.read(5).tokens[-1] == 6 * BLOCK_LEN
+    with pytest.raises(ValueError, match=f"block 6 in shard .*has the id {7 * BLOCK_LEN}, and the tokenizer's ids end"):
+        reader.read_many([5, 6])
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"block_len": "24"}, "manifest.json.block_len='24' must be of type int"),
+        ({"block_len": 0}, "block_len=0"),
+        ({"block_len": -24}, "block_len=-24"),
+        ({"dtype": "object"}, "dtype='object'"),
+        ({"splits": []}, "manifest.json.splits must be a table of keys"),
+        ({"made_by": 3}, "manifest.json.made_by=3 must be of type dict"),
+        ({"tokenizer": {"file": "x"}}, "config key manifest.json.tokenizer.kind is missing"),
+        ({"tokenizer": ("vocab_size", -1)}, "eos_id=0 is none of the tokenizer's -1 ids"),
+        ({"tokenizer": ("file", "../../secret")}, "'../../secret' is not the name of a file"),
+        ({"shard": ("file", "/etc/passwd")}, "'/etc/passwd' is not the name of a file"),
+        ({"shard": ("num_blocks", -5)}, "split train has 14 blocks, its shards have others"),
+        ({"shard": ("num_blocks", 6)}, "split train has 14 blocks, its shards have others"),
+        ({"shard": ("sha256", None)}, "shards[0].sha256=None must be of type str"),
+    ],
+    ids=str,
+)
+def test_a_manifest_that_hashes_right_and_says_nonsense_is_refused(directory, changes, said):
+    changes = dict(changes)
+    manifest = store.read_manifest(directory)
+    if isinstance(changes.get("tokenizer"), tuple):
+        key, value = changes["tokenizer"]
+        changes["tokenizer"] = dataclasses.replace(manifest.tokenizer, **{key: value})
+    if "shard" in changes:
+        key, value = changes.pop("shard")
+        train = manifest.splits[store.TRAIN]
+        shards = (dataclasses.replace(train.shards[0], **{key: value}), *train.shards[1:])
+        changes["splits"] = {**manifest.splits, store.TRAIN: dataclasses.replace(train, shards=shards)}
+    with_manifest(directory, **changes)
+    with pytest.raises(ValueError, match="is corrupt: ") as raised:
+        store.read_manifest(directory)
+    assert said in str(raised.value)
+
+
+def test_a_manifest_nested_too_deeply_is_refused(directory):
+    for depth in (100_000, 900):
+        (directory / store.MANIFEST_FILE).write_text(
+            f'{{"format": "{store.FORMAT}", "format_version": 1, "made_by": '
+            + '{"a":' * depth
+            + "1"
+            + "}" * (depth + 1)
+        )
+        with pytest.raises(ValueError, match="is corrupt: "):
+            store.read_manifest(directory)

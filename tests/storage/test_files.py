@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from btlm_jax.cli import main
+from btlm_jax.cli import FAULT, main
 from btlm_jax.storage.files import (
     AtomicFile,
     cache_directory,
@@ -106,5 +106,5 @@ def test_plan_keeps_what_it_compiled_there(monkeypatch, tmp_path, flags, expecte
 
     monkeypatch.setattr("btlm_jax.plan.slice_plan.plan_run", plan_run)
     config = Path(__file__).parents[2] / "configs" / "local_cpu.py"
-    assert main(["plan", f"--config={config}", "--topology=v5e:2x2", *flags]) == 1
+    assert main(["plan", f"--config={config}", "--topology=v5e:2x2", *flags]) == FAULT
     assert [directory.absolute() for directory in asked] == [tmp_path / expected]

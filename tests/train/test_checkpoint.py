@@ -1,6 +1,7 @@
 """Checkpoints: exact, atomic, restorable onto any mesh, and refused when they are of another run or damaged."""
 
 import json
+import shutil
 from unittest import mock
 
 import jax
@@ -10,6 +11,7 @@ import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 from support.tiny import tiny_config
 
+from btlm_jax.cli import errors
 from btlm_jax.model import make_model, parameter_table
 from btlm_jax.parallel.mesh import make_mesh
 from btlm_jax.recipe.config import CheckpointConfig
@@ -194,3 +196,37 @@ def test_a_checkpoint_s_position_and_config_are_plain_json(saved):
     }
     config = json.loads((folder / "config" / "metadata").read_text())
     assert config == json.loads(tiny_config(mesh__tensor=2).to_json())
+
+
+@pytest.mark.parametrize(
+    ("item", "contents", "said"),
+    [
+        ("position", "[]", "position must be a table of keys, got []"),
+        ("position", "{}", "config key position.step is missing"),
+        ("position", "[" * 100_000, ""),
+        ("position", {"step": "7"}, "position.step='7' must be of type int"),
+        ("position", {"step": 6, "tokens_seen": 6 * 384}, "its position is step 6 with 2,304 tokens seen"),
+        (
+            "position",
+            {"tokens_seen": 7},
+            "7 tokens seen, and it is checkpoint 7, with 2,688 by its config",
+        ),
+        ("config", "[]", "config must be a table of keys"),
+        ("config", {"mesh": None}, "config.mesh must be a table of keys, got None"),
+        ("config", {"mesh": {}}, "config key config.mesh.tensor is missing"),
+        ("config", {"future": 1}, "unknown config key config.future"),
+        ("config", {"seed": 1.5}, "config.seed=1.5 must be of type int"),
+    ],
+    ids=lambda value: str(value)[:40],
+)
+def test_damaged_json_of_a_checkpoint_is_named_with_the_remedy(saved, tmp_path, item, contents, said):
+    workdir, _ = saved
+    shutil.copytree(workdir / "checkpoints", tmp_path / "checkpoints")
+    path = tmp_path / "checkpoints" / "7" / item / "metadata"
+    text = contents if isinstance(contents, str) else json.dumps(json.loads(path.read_text()) | contents)
+    path.write_text(text)
+    checkpointer = Checkpointer(tmp_path, config=KEEP)
+    with pytest.raises(ValueError, match="checkpoints/7 cannot be read: .*delete it to start again") as raised:
+        checkpointer.read_metadata(7)
+    assert said in str(raised.value) and errors.is_named(raised.value)
+    checkpointer.close()

@@ -9,13 +9,15 @@ import types
 import pytest
 from support.tensorboard import tensorboard_scalars
 
+from btlm_jax import notices
 from btlm_jax.recipe.curriculum import make_curriculum
 from btlm_jax.train import METRICS_FILE
-from btlm_jax.train.metric_writer import GoodputLedger, MetricWriter, read_metrics, remaining_seconds
+from btlm_jax.train.metric_writer import EvaluationWork, GoodputLedger, MetricWriter, read_metrics, remaining_seconds
 
 # 4 steps of 12 x 16 and 5 steps of 4 x 48, 192 tokens each; a token costs 1e6 and 3e6 FLOP.
 CURRICULUM = make_curriculum(seq_len=(16, 48), batch_size=(12, 4), num_tokens=(4 * 192, 5 * 192))
 FLOPS_OF_PHASE = (1e6, 3e6)
+EVALUATION = EvaluationWork(every_steps=3, flops=4e6, final_flops=90e6)
 PEAK = 1e9
 
 
@@ -39,6 +41,7 @@ class FakeRun:
             first_step=first_step,
             curriculum=CURRICULUM,
             flops_of_phase=FLOPS_OF_PHASE,
+            evaluation=EVALUATION,
             peak_flops=PEAK,
             log_every=log_every,
             is_writer=is_writer,
@@ -162,13 +165,40 @@ def test_a_resume_with_nothing_to_drop_leaves_the_file_alone(tmp_path):
         assert (tmp_path / METRICS_FILE).stat().st_ino == before
 
 
-def test_reading_ignores_a_half_written_last_line_only(tmp_path):
-    path = tmp_path / "metrics.jsonl"
-    path.write_bytes(b'{"kind": "train", "step": 1}\n{"kind": "tr')
-    assert read_metrics(path) == [{"kind": "train", "step": 1}]
-    path.write_bytes(b'{"kind": "train", "step": 1}\n{"kind": "tr\n{"kind": "train", "step": 3}\n')
+GOOD_ROW = {"kind": "train", "step": 1, "tokens": 192, "loss": 4.5, "learning_rate": 0.1}
+GOOD_EVAL = {"kind": "eval", "step": 1, "tokens": 192, "loss": 4.5, "sources": {"code": {"loss": 1.0}}}
+DAMAGED = (
+    b'{"kind": "tr',
+    b"[1]",
+    b"",
+    b"\xff\xfe",
+    b"[" * 100_000,
+    b'{"kind": "train", "step": 1, "tokens": 192, "loss": 4.5}',  # no learning rate
+    json.dumps({**GOOD_ROW, "step": "1"}).encode(),
+    json.dumps({**GOOD_ROW, "step": True}).encode(),
+    json.dumps({"kind": "event"}).encode(),
+    json.dumps({"step": 3}).encode(),
+    json.dumps({**GOOD_ROW, "loss": "low"}).encode(),
+    json.dumps({**GOOD_ROW, "tokens": 10**400}).encode(),
+    json.dumps({**GOOD_EVAL, "sources": {"code": 3}}).encode(),
+    json.dumps({**GOOD_EVAL, "sources": {"code": {}}}).encode(),
+    json.dumps({**GOOD_EVAL, "sources": [1]}).encode(),
+)
+
+
+@pytest.mark.parametrize("damaged", DAMAGED, ids=lambda line: line[:40].decode("latin-1"))
+def test_a_damaged_line_is_named_and_a_half_written_last_one_ignored(tmp_path, damaged, capsys):
+    path = tmp_path / METRICS_FILE
+    good = [json.dumps(row).encode() for row in (GOOD_ROW, GOOD_EVAL, {"kind": "event", "step": 1, "message": "m"})]
+    path.write_bytes(b"\n".join([*good, damaged]))
+    assert read_metrics(path) == [json.loads(line) for line in good]
+    path.write_bytes(b"\n".join([good[0], damaged, *good[1:], b""]))
     with pytest.raises(ValueError, match="line 2"):
         read_metrics(path)
+    notices.begin(strict=())
+    with FakeRun(tmp_path, first_step=2).writer:
+        assert path.read_bytes().splitlines() == good
+    assert notices.counts() == {"metrics-line-dropped": 1} and "line 2" in capsys.readouterr().err
 
 
 def test_pauses_do_not_count(tmp_path):
@@ -185,12 +215,40 @@ def test_pauses_do_not_count(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("step", "flop"),
-    [(0, 192 * (4 * 1e6 + 5 * 3e6)), (3, 192 * (1 * 1e6 + 5 * 3e6)), (4, 192 * 5 * 3e6), (7, 192 * 2 * 3e6), (9, 0)],
+    ("step", "flop", "evaluated"),
+    [
+        (0, 192 * (4 * 1e6 + 5 * 3e6), [3, 4, 6]),  # evaluations after every 3 steps and at the phase's end, 4
+        (3, 192 * (1 * 1e6 + 5 * 3e6), [4, 6]),
+        (4, 192 * 5 * 3e6, [6]),
+        (7, 192 * 2 * 3e6, []),
+        (9, 0, []),
+    ],
 )
-def test_time_left_counts_each_phase_at_its_own_cost(step, flop):
-    left = remaining_seconds(CURRICULUM, flops_of_phase=FLOPS_OF_PHASE, step=step, flops_rate=4e6)
-    assert left == pytest.approx(flop / 4e6)
+def test_time_left_counts_each_phase_at_its_own_cost_and_the_evaluations(step, flop, evaluated):
+    left = remaining_seconds(
+        CURRICULUM,
+        flops_of_phase=FLOPS_OF_PHASE,
+        evaluation=EVALUATION,
+        step=step,
+        flops_rate=4e6,
+        evaluation_rate=2e6,
+    )
+    assert left == pytest.approx(flop / 4e6 + (len(evaluated) * 4e6 + 90e6) / 2e6)
+
+
+def test_the_pace_of_evaluations_is_theirs_once_one_was_made(tmp_path, capsys):
+    run = FakeRun(tmp_path)
+    with run.writer:
+        for step in (1, 2, 3, 4, 5, 6, 7, 8):
+            run.step(step, seconds=2)
+            if step in (3, 4, 6):
+                run.spend("evaluation", 5)
+                run.writer.evaluation(step, result())
+        capsys.readouterr()
+        run.step(9, seconds=2)
+    (line,) = (line for line in capsys.readouterr().out.splitlines() if line.startswith("step 9/9"))
+    # Three evaluations did 12 MFLOP in 15 s, so the last one's 90 MFLOP take 112.5 s.
+    assert line.endswith("ETA 0:01:52 + sample")
 
 
 def test_console_lines_show_a_smoothed_pace(tmp_path, capsys):
@@ -201,10 +259,9 @@ def test_console_lines_show_a_smoothed_pace(tmp_path, capsys):
         run.step(3, seconds=2)
         run.step(4, seconds=3)
     lines = capsys.readouterr().out.splitlines()
-    # Steps 2 to 4 did 576 tokens of 1 MFLOP in 6 s: 96 tokens and 96 MFLOP a second; 2,880 MFLOP are left.
-    assert lines[1] == (
-        "step 4/9 | len 16 | tokens 768 | loss 4.5000 | lr 0.0025 | gnorm 0.5 | 96 tok/s | MFU 9.6% | ETA 0:00:30"
-    )
+    # Steps 2 to 4 did 576 tokens of 1 MFLOP in 6 s: 96 tokens and 96 MFLOP a second; 2,880 and 94 to evaluate are left.
+    pace = "96 tok/s | MFU 9.6% | ETA 0:00:31 + sample"
+    assert lines[1] == f"step 4/9 | len 16 | tokens 768 | loss 4.5000 | lr 0.0025 | gnorm 0.5 | {pace}"
     assert lines[2].startswith("Time 0:16:46: step 100.0%")
 
 
