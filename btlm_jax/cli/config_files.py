@@ -33,7 +33,7 @@ def load_config(file: Path, *, argument: str, changes: Mapping[str, str]) -> dic
         made = make(argument) if argument else make()
         if not isinstance(made, (dict, ConfigDict)):  # a FrozenConfigDict is one
             raise UsageError(f"config {file}: get_config must return a ConfigDict, not a {type(made).__name__}")
-        config = ConfigDict(made)
+        config = ConfigDict(typing.cast(dict, made))
     with config.ignore_type(), config.unlocked():
         for key, value in values.items():
             section, _, name = key.rpartition(".")

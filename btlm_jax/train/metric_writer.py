@@ -12,7 +12,7 @@ import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import TracebackType
-from typing import Protocol, TextIO
+from typing import Any, Protocol, TextIO
 
 from btlm_jax import notices
 from btlm_jax.display.progress import StepBar, print_line
@@ -327,7 +327,7 @@ def _row(line: bytes, *, name: str) -> dict:
     Raises:
       ValueError: it is damaged; begins with `name`.
     """
-    row = _with_floats(parse_json_object(line, name=name))
+    row: dict[str, Any] = {key: _with_floats(value) for key, value in parse_json_object(line, name=name).items()}
     if not isinstance(row.get("kind"), str) or type(row.get("step")) is not int:
         raise ValueError(f'{name} has no "kind", or no whole number as "step"')
     values = {key: row.get(key) for key in _NUMBERS_OF.get(row["kind"], ())}
@@ -353,7 +353,7 @@ def _with_strings(value):
     return value
 
 
-def _with_floats(value):
+def _with_floats(value: Any) -> Any:
     """Undo `_with_strings`."""
     if isinstance(value, dict):
         return {name: _with_floats(item) for name, item in value.items()}
