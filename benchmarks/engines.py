@@ -180,6 +180,7 @@ def run_ours(directory: Path, work: Work, *, cache: str) -> Timing:
             num_tokens=1 + _WARM_TOKENS + work.num_decoded,
             sampling=GREEDY,
             seed=0,
+            num_ids=model.config.vocab_size,
             stop_id=-1,
             cache_dtype=cache,
         )

@@ -20,6 +20,10 @@ NAMES = {
     "metrics-line-dropped": "a line of metrics.jsonl is damaged, and is removed at a resume",
     "summary-made-again": "the summary of a finished run is damaged, and its end is repeated",
     "read-again": "a URL could not be read at once",
+    "add-bos-token-ignored": "tokenizer_config.json contradicts tokenizer.json on what stands in front of a text",
+    "prompt-end-ignored": "a tokenizer.json puts ids after every text, which a prompt does not have here",
+    "output-replaced": "the file for the texts exists already",
+    "ids-without-token": "the model has more ids than its tokenizer; those without a token are never drawn",
 }
 LINES_OF_ONE_NAME = 5  # further notices of the name are counted only
 

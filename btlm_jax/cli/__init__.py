@@ -127,9 +127,14 @@ def entry() -> None:
     code = DONE if asks else PIPE_CLOSED
     try:
         code = main(sys.argv[1:])
-        sys.stdout.flush()
+        if sys.stdout is not None:  # it is closed: btlm ... >&-
+            sys.stdout.flush()
     except BrokenPipeError:  # whoever read the output (head, less) has seen enough
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python flushes, and complains, once more
+        _discard_output()
+    except OSError as error:
+        _discard_output()
+        print(f"btlm: error: standard output cannot be written: {error}", file=sys.stderr)
+        code = ERROR
     sys.exit(code)
 
 
@@ -170,6 +175,11 @@ def main(arguments: Sequence[str]) -> int:
         return errors.report(error, verb=verb, arguments=arguments)
     finally:
         notices.finish()
+
+
+def _discard_output() -> None:
+    """Let what is still to be written go nowhere: Python writes it, and complains, once more at its end."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def _is_reader_gone() -> bool:

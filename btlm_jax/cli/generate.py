@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -23,6 +24,15 @@ examples:
   btlm generate --checkpoint=local_int4 --prompt="def "
       a 4-bit model (btlm convert --format=int4); --int4 does the same to any other model on the way
 
+A prompt has the ids that Hugging Face transformers makes of it from the model's export, and llama.cpp from its GGUF:
+nothing is put in front unless the model's own tokenizer files say so (those of the published BTLM, and of models
+trained here, do not); only an empty prompt begins with the end-of-text id. --bos=none, eos or an id's number changes
+that. The name of a special token in a prompt, such as <|endoftext|>, stands for that token. Ids that no token has,
+where the model has more of them than its tokenizer, are never drawn.
+
+--output keeps each text in FILE.partial once it is finished; after Ctrl-C, a kill or a full disk the same command goes
+on and ends with the same file. It replaces nothing but an empty file or earlier texts of btlm generate.
+
 --checkpoint is a training run, a converted model or a Hugging Face BTLM directory. Text goes to the output; progress
 and speed go to the error stream. A sample depends on its prompt, --seed and its number, not on the batch or its place.
 """
@@ -40,7 +50,8 @@ def generate(arguments: Sequence[str]) -> int:
         if flags.is_given(name) and not flags.string(name):
             raise UsageError(f"--{name}= is empty; give the name of a file")
     from btlm_jax.decode import sampling
-    from btlm_jax.generate import prompts, text
+    from btlm_jax.generate import output, prompts, text
+    from btlm_jax.storage import files
 
     try:
         prompts.check_text(flags.string("prompt"), name="--prompt")
@@ -58,23 +69,26 @@ def generate(arguments: Sequence[str]) -> int:
             batch_size=flags.integer("batch_size"),
             seed=flags.integer("seed"),
             cache_dtype=flags.string("cache_dtype"),
+            bos=flags.string("bos"),
         )
     except ValueError as error:
         raise UsageError(str(error)) from error
-    prompts_file, output = flags.string("prompts_file"), flags.string("output")
-    if prompts_file:
-        given = prompts.read_prompts(Path(prompts_file))
+    prompts_file = Path(flags.string("prompts_file")) if flags.is_given("prompts_file") else None
+    path = Path(flags.string("output")) if flags.is_given("output") else None
+    if prompts_file is not None:
+        given = prompts.read_prompts(prompts_file)
     else:
         given = [prompts.Prompt(text=flags.string("prompt"), extra={})]
-    if output:
-        text.check_output(Path(output))
-    model = text.load_with_tokenizer(checkpoint, as_int4=flags.boolean("int4"))
-    if output:
-        text.save_completions(model, given, config=config, path=Path(output))
-    elif prompts_file or config.num_samples > 1:
-        text.print_completions(model, given, config=config)
-    else:
-        text.stream_completion(model, given[0], config=config)
+    if path is not None:
+        output.check_output(path, prompts_file=prompts_file)
+    with contextlib.nullcontext() if path is None else files.only_writer(path):
+        model = text.load_with_tokenizer(checkpoint, as_int4=flags.boolean("int4"))
+        if path is not None:
+            text.save_completions(model, given, config=config, path=path)
+        elif prompts_file is not None or config.num_samples > 1:
+            text.print_completions(model, given, config=config)
+        else:
+            text.stream_completion(model, given[0], config=config)
     return DONE
 
 
@@ -85,6 +99,9 @@ def generate_flags() -> Flags:
     flags.define_string("prompt", "", "text to continue; empty: begin a document")
     flags.define_string("prompts_file", "", "file of prompts, one a line or JSON lines (.jsonl)")
     flags.define_string("output", "", "file for the texts as JSON lines, instead of printing them")
+    flags.define_string(
+        "bos", "model", "put in front of each prompt: what the model's tokenizer files say (model), none, eos, or an id"
+    )
     flags.define_integer("num_tokens", 200, "at most so many new tokens of each text")
     flags.define_strings("stop", "end before this string")
     flags.define_integer("num_samples", 1, "texts of each prompt")

@@ -201,7 +201,12 @@ def _write_jais(source: Source, directory: Path, conversion: Conversion) -> None
 
 def _write_tokenizer(source: Source, directory: Path) -> None:
     if source.tokenizer is not None:
-        write_tokenizer_files(directory, source.tokenizer, model_max_length=source.config.n_positions)
+        write_tokenizer_files(
+            directory,
+            source.tokenizer,
+            model_max_length=source.config.n_positions,
+            prompt_bos_id=source.prompt_bos_id,
+        )
 
 
 def _write_int4(source: Source, directory: Path, conversion: Conversion) -> None:
@@ -218,7 +223,9 @@ def _write_gguf(source: Source, path: Path, conversion: Conversion) -> None:
             path,
             config=source.config,
             tensors=source.tensors,
-            tokenizer=None if source.tokenizer is None else vocabulary_of(source.tokenizer),
+            tokenizer=None
+            if source.tokenizer is None
+            else vocabulary_of(source.tokenizer, prompt_bos_id=source.prompt_bos_id),
             file_type=conversion.file_type,
             pad_ffn=conversion.pad_ffn,
             report=report,
@@ -271,7 +278,9 @@ def _prove_gguf(
     rounding = ", ".join(f"{name} {100 * error:.0f} %" for name, error in errors.items())
     log(f"all {len(file.tensors)} tensors read back; largest error, of what the type may round: {rounding}")
     if source.tokenizer is not None:
-        prove_vocabulary(file, source.tokenizer, vocab_size=source.config.vocab_size)
+        prove_vocabulary(
+            file, source.tokenizer, prompt_bos_id=source.prompt_bos_id, vocab_size=source.config.vocab_size
+        )
         log("the file's tokenizer makes the same ids of all probe texts")
     actual_TV = gguf_logits(file, ids_T)
     unfolded = UnfoldedTensors(file, source.config, folded.config, file_type=file_type)

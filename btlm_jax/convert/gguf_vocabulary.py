@@ -26,6 +26,7 @@ class ByteLevelVocabulary:
     merges: tuple[tuple[str, str], ...]  # in order of priority
     special_ids: frozenset[int]  # ids that encoding a text never gives
     bos_id: int
+    add_bos: bool  # bos_id is put in front of every text
     eos_id: int
 
     def __post_init__(self):
@@ -41,6 +42,7 @@ class SentencePieceVocabulary:
     types: tuple[int, ...]  # SentencePiece's numbers, which GGUF uses too
     add_dummy_prefix: bool  # a space is put before the text
     bos_id: int
+    add_bos: bool  # bos_id is put in front of every text
     eos_id: int
     unk_id: int
 
@@ -60,8 +62,10 @@ class SentencePieceVocabulary:
 Vocabulary = ByteLevelVocabulary | SentencePieceVocabulary
 
 
-def vocabulary_of(tokenizer: Tokenizer) -> Vocabulary:
+def vocabulary_of(tokenizer: Tokenizer, *, prompt_bos_id: int | None = None) -> Vocabulary:
     """Return a tokenizer as GGUF stores it; without a begin-of-text token, bos_id is the end-of-text token's id.
+
+    `prompt_bos_id` is the id that stands in front of every prompt, or None for nothing.
 
     Raises:
       ValueError: llama.cpp would encode some texts to other ids.
@@ -76,11 +80,12 @@ def vocabulary_of(tokenizer: Tokenizer) -> Vocabulary:
             tokens=tuple(tokenizer.tokens),
             merges=tuple(tokenizer.merges),
             special_ids=frozenset(tokenizer.special_ids),
-            bos_id=tokenizer.eos_id,
+            bos_id=tokenizer.eos_id if prompt_bos_id is None else prompt_bos_id,
+            add_bos=prompt_bos_id is not None,
             eos_id=tokenizer.eos_id,
         )
     if isinstance(tokenizer, SentencePieceTokenizer):
-        return _sentencepiece_vocabulary(tokenizer)
+        return _sentencepiece_vocabulary(tokenizer, prompt_bos_id=prompt_bos_id)
     raise ValueError(f"a tokenizer of kind {tokenizer.kind!r} cannot be written as GGUF")
 
 
@@ -114,11 +119,13 @@ def add_vocabulary(writer: GGUFWriter, vocabulary: Vocabulary | None, *, vocab_s
     writer.add_token_types([*types, *[UNUSED] * missing])
     writer.add_bos_token_id(vocabulary.bos_id)
     writer.add_eos_token_id(vocabulary.eos_id)
-    writer.add_add_bos_token(False)  # in training, documents are separated by eos and nothing else
+    writer.add_add_bos_token(vocabulary.add_bos)
     writer.add_add_eos_token(False)
 
 
-def _sentencepiece_vocabulary(tokenizer: SentencePieceTokenizer) -> SentencePieceVocabulary:
+def _sentencepiece_vocabulary(
+    tokenizer: SentencePieceTokenizer, *, prompt_bos_id: int | None
+) -> SentencePieceVocabulary:
     """Return a SentencePiece model as GGUF stores it, with the `model_symbols` as ordinary pieces.
 
     llama.cpp splits texts at user-defined pieces, and adds the space of add_dummy_prefix after each of them, too
@@ -142,12 +149,14 @@ def _sentencepiece_vocabulary(tokenizer: SentencePieceTokenizer) -> SentencePiec
             raise ValueError(
                 f"this SentencePiece model cannot be written as GGUF: {reason}, so llama.cpp would make other ids"
             )
+    own_bos_id = tokenizer.bos_id if tokenizer.bos_id >= 0 else tokenizer.eos_id
     return SentencePieceVocabulary(
         pieces=model.pieces,
         scores=model.scores,
         types=tuple(NORMAL if number in in_model else kind for number, kind in enumerate(model.types)),
         add_dummy_prefix=model.add_dummy_prefix,
-        bos_id=tokenizer.bos_id if tokenizer.bos_id >= 0 else tokenizer.eos_id,
+        bos_id=own_bos_id if prompt_bos_id is None else prompt_bos_id,
+        add_bos=prompt_bos_id is not None,
         eos_id=tokenizer.eos_id,
         unk_id=tokenizer.unk_id,
     )

@@ -105,7 +105,9 @@ class UnfoldedTensors:
         return unfolded_query(array, name, self._config)
 
 
-def prove_vocabulary(file: GGUFFile, tokenizer: Tokenizer, *, vocab_size: int) -> None:
+def prove_vocabulary(
+    file: GGUFFile, tokenizer: Tokenizer, *, vocab_size: int, prompt_bos_id: int | None = None
+) -> None:
     """Compare the ids that llama.cpp gives with the file's keys with those of the tokenizer.
 
     Raises:
@@ -116,6 +118,10 @@ def prove_vocabulary(file: GGUFFile, tokenizer: Tokenizer, *, vocab_size: int) -
         raise ValueError(
             f"the file has {by_gguf.num_tokens} tokens and eos_id={by_gguf.eos_id}; they must be {vocab_size} and "
             f"{tokenizer.eos_id}"
+        )
+    if by_gguf.prompt_bos_id != prompt_bos_id:
+        raise ValueError(
+            f"llama.cpp would put the id {by_gguf.prompt_bos_id} in front of every prompt, not {prompt_bos_id}"
         )
     for text in probe_texts(tokenizer):
         expected, actual = tokenizer.encode(text), by_gguf.encode(text)

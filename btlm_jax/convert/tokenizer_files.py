@@ -50,9 +50,16 @@ _NUM_RANDOM = 200  # texts of random tokens, which cover the whole vocabulary
 
 
 def write_tokenizer_files(
-    directory: Path, tokenizer: Tokenizer, *, model_max_length: int, more_probes: Sequence[str] = ()
+    directory: Path,
+    tokenizer: Tokenizer,
+    *,
+    model_max_length: int,
+    prompt_bos_id: int | None = None,
+    more_probes: Sequence[str] = (),
 ) -> list[Path]:
     """Write the files with which `AutoTokenizer.from_pretrained(directory)` gives the same ids offline; return them.
+
+    `prompt_bos_id` is the id that clients put in front of every prompt, or None for nothing.
 
     Raises:
       ValueError: the tokenizer cannot be expressed, or the files give other ids or other text; none is kept.
@@ -60,16 +67,19 @@ def write_tokenizer_files(
     if model_max_length < 1:
         raise ValueError(f"model_max_length={model_max_length} must be at least 1")
     with tempfile.TemporaryDirectory(dir=directory, prefix=".tokenizer-") as partial:
-        for name, contents in _files(tokenizer, model_max_length=model_max_length).items():
+        files = _files(tokenizer, model_max_length=model_max_length, prompt_bos_id=prompt_bos_id)
+        for name, contents in files.items():
             write_atomically(Path(partial) / name, contents)
-        prove_tokenizer_files(Path(partial), tokenizer, more_probes=more_probes)
-        files = [directory / path.name for path in sorted(Path(partial).iterdir())]
-        for path in files:
+        prove_tokenizer_files(Path(partial), tokenizer, prompt_bos_id=prompt_bos_id, more_probes=more_probes)
+        paths = [directory / path.name for path in sorted(Path(partial).iterdir())]
+        for path in paths:
             os.replace(Path(partial) / path.name, path)
-    return files
+    return paths
 
 
-def prove_tokenizer_files(directory: Path, tokenizer: Tokenizer, *, more_probes: Sequence[str] = ()) -> None:
+def prove_tokenizer_files(
+    directory: Path, tokenizer: Tokenizer, *, prompt_bos_id: int | None = None, more_probes: Sequence[str] = ()
+) -> None:
     """Compare the files in `directory` with the tokenizer, ids and decoded text, in every library that reads them here.
 
     Raises:
@@ -90,8 +100,18 @@ def prove_tokenizer_files(directory: Path, tokenizer: Tokenizer, *, more_probes:
                     f"{client} turns the ids of {_shorten(text)} into {_shorten(decode(expected))}, "
                     f"not {_shorten(tokenizer.decode(expected))}"
                 )
+    for client, encode in _prompt_clients(directory):
+        for text in _prompts(tokenizer):
+            expected = [*([] if prompt_bos_id is None else [prompt_bos_id]), *tokenizer.encode_prompt(text)]
+            if encode(text) != expected:
+                raise ValueError(
+                    f"{client} makes other ids of a prompt: {first_difference(text, expected, encode(text))}"
+                )
     plain = _tokenizer_json(directory)
-    eos_ids, eos_text = plain.encode(special["eos_token"]).ids, plain.decode([tokenizer.eos_id])
+    eos_ids, eos_text = (
+        plain.encode(special["eos_token"], add_special_tokens=False).ids,
+        plain.decode([tokenizer.eos_id]),
+    )
     if eos_ids != [tokenizer.eos_id] or eos_text:
         raise ValueError(
             f"{TOKENIZER_JSON} reads {special['eos_token']!r} as the ids {eos_ids}, and writes its id as {eos_text!r}; "
@@ -131,9 +151,12 @@ def first_difference(text: str, expected: list[int], actual: list[int]) -> str:
     return f"for {_shorten(text)} from the id at {at} on {actual[at : at + 5]}, not {expected[at : at + 5]}"
 
 
-def _files(tokenizer: Tokenizer, *, model_max_length: int) -> dict[str, str | bytes]:
+def _files(tokenizer: Tokenizer, *, model_max_length: int, prompt_bos_id: int | None) -> dict[str, str | bytes]:
     special = _special_tokens(tokenizer)
+    if prompt_bos_id is not None:
+        special["bos_token"] = _name_of(tokenizer, prompt_bos_id)
     config = special | {
+        "add_bos_token": prompt_bos_id is not None,
         "model_max_length": model_max_length,
         "add_prefix_space": False,
         "clean_up_tokenization_spaces": False,
@@ -143,11 +166,11 @@ def _files(tokenizer: Tokenizer, *, model_max_length: int) -> dict[str, str | by
     if isinstance(tokenizer, SentencePieceTokenizer):
         converted = to_hf_tokenizer(parse_model(tokenizer.contents), unk_id=_unk_id(tokenizer))
         files |= {
-            TOKENIZER_JSON: _readable_by_old_clients(converted.to_str()),
+            TOKENIZER_JSON: _tokenizer_json_for_clients(converted.to_str(), special, prompt_bos_id),
             tokenizer.stored_file: tokenizer.contents,
         }
     elif isinstance(tokenizer, ByteLevelTokenizer):
-        files[TOKENIZER_JSON] = _readable_by_old_clients(tokenizer.json)
+        files[TOKENIZER_JSON] = _tokenizer_json_for_clients(tokenizer.json, special, prompt_bos_id)
         if tokenizer.has_gpt2_rules:  # vocab.json and merges.txt cannot hold another pattern
             config["tokenizer_class"] = GPT2_CLASS
             files[VOCAB_FILE] = json.dumps({token: number for number, token in enumerate(tokenizer.tokens)})
@@ -176,13 +199,34 @@ def _unk_id(tokenizer: Tokenizer) -> int:
     )  # byte-level BPE has no unknown characters
 
 
-def _readable_by_old_clients(contents: str) -> str:
-    """Write each merge as "a b", which every version of tokenizers reads; pairs are read since 0.20."""
+def _name_of(tokenizer: Tokenizer, number: int) -> str:
+    if isinstance(tokenizer, SentencePieceTokenizer):
+        return parse_model(tokenizer.contents).pieces[number]
+    assert isinstance(tokenizer, ByteLevelTokenizer)
+    return tokenizer.token(number)
+
+
+def _tokenizer_json_for_clients(contents: str, special: dict[str, str], prompt_bos_id: int | None) -> str:
+    """Say what stands in front of a text, and write merges as "a b", as all versions of tokenizers read them."""
     body = json.loads(contents)
+    body["post_processor"] = _post_processor(special["bos_token"], prompt_bos_id)
     merges = body["model"].get("merges", [])
     if merges and not any(" " in part for pair in merges for part in pair):
         body["model"]["merges"] = [" ".join(pair) for pair in merges]
     return json.dumps(body, ensure_ascii=False)
+
+
+def _post_processor(bos_token: str, prompt_bos_id: int | None) -> dict:
+    """Return the tokenizers library's template that puts the id, or nothing, in front of a text and of each of two."""
+    texts = [{"Sequence": {"id": name, "type_id": number}} for number, name in enumerate("AB")]
+    bos = [[] if prompt_bos_id is None else [{"SpecialToken": {"id": bos_token, "type_id": n}}] for n in (0, 1)]
+    tokens = {bos_token: {"id": bos_token, "ids": [prompt_bos_id], "tokens": [bos_token]}}
+    return {
+        "type": "TemplateProcessing",
+        "single": [*bos[0], texts[0]],
+        "pair": [*bos[0], texts[0], *bos[1], texts[1]],
+        "special_tokens": {} if prompt_bos_id is None else tokens,
+    }
 
 
 Client = tuple[Callable[[str], list[int]], Callable[[list[int]], str]]
@@ -192,7 +236,7 @@ def _clients(directory: Path, tokenizer: Tokenizer) -> Iterator[tuple[str, Clien
     """Yield (name, (encode, decode)) of every library that reads the files; none parses special tokens in a text."""
     plain = _tokenizer_json(directory)
     plain.encode_special_tokens = True
-    yield TOKENIZER_JSON, (lambda text: plain.encode(text).ids, plain.decode)
+    yield TOKENIZER_JSON, (lambda text: plain.encode(text, add_special_tokens=False).ids, plain.decode)
     if (directory / VOCAB_FILE).is_file():
         with tempfile.TemporaryDirectory() as without_json:
             for name in (VOCAB_FILE, MERGES_FILE, CONFIG_JSON):
@@ -204,10 +248,28 @@ def _clients(directory: Path, tokenizer: Tokenizer) -> Iterator[tuple[str, Clien
         yield (
             "AutoTokenizer",
             (
-                lambda text: auto(text, split_special_tokens=True, verbose=False)["input_ids"],
+                lambda text: auto(text, add_special_tokens=False, split_special_tokens=True, verbose=False)[
+                    "input_ids"
+                ],
                 lambda ids: auto.decode(ids, skip_special_tokens=True),
             ),
         )
+
+
+def _prompt_clients(directory: Path) -> Iterator[tuple[str, Callable[[str], list[int]]]]:
+    """Yield (name, encode) of every library that reads the files, with the settings that prompts are encoded with."""
+    plain = _tokenizer_json(directory)
+    yield TOKENIZER_JSON, lambda text: plain.encode(text).ids
+    if _has_transformers():
+        auto = _auto_tokenizer(directory)
+        yield "AutoTokenizer", lambda text: auto(text, verbose=False)["input_ids"]
+
+
+def _prompts(tokenizer: Tokenizer) -> Iterator[str]:
+    """Yield prompts, some with the names of special tokens, which clients read as their ids there."""
+    yield from PROBES
+    for name in _special_tokens(tokenizer).values():
+        yield f"a{name} b{name}{name}\n{name}"
 
 
 def _tokenizer_json(directory: Path) -> tokenizers.Tokenizer:

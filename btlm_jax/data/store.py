@@ -29,6 +29,7 @@ from btlm_jax.storage.files import parse_json_object, write_atomically
 from btlm_jax.storage.location import PathOrUrl, join_location, list_sizes, read_bytes
 
 MANIFEST_FILE = "manifest.json"
+TOKENIZER_INFO_FILE = "tokenizer_info.json"  # beside a tokenizer that a run keeps
 DATASET_NAME = "tokens"
 FORMAT = "btlm-token-store"
 FORMAT_VERSION = 1
@@ -165,16 +166,66 @@ def _check(manifest: Manifest) -> None:
     tokenizer = manifest.tokenizer
     if manifest.block_len < 1 or manifest.dtype not in ("uint16", "uint32"):
         raise ValueError(f"block_len={manifest.block_len} or dtype={manifest.dtype!r} is not possible")
-    if not 0 <= tokenizer.eos_id < tokenizer.vocab_size:
-        raise ValueError(f"eos_id={tokenizer.eos_id} is none of the tokenizer's {tokenizer.vocab_size} ids")
+    _check_tokenizer_info(tokenizer)
     for name, split in manifest.splits.items():
         numbers = [split.num_tokens, *(shard.num_blocks for shard in split.shards)]
         numbers += [value for source in split.sources.values() for value in dataclasses.astuple(source)]
         if min(numbers) < 0 or sum(shard.num_blocks for shard in split.shards) != split.num_blocks:
             raise ValueError(f"split {name} has {split.num_blocks} blocks, its shards have others, or a count below 0")
-    for file in (tokenizer.file, *(shard.file for split in manifest.splits.values() for shard in split.shards)):
+    for file in (shard.file for split in manifest.splits.values() for shard in split.shards):
         if file in ("", ".", "..") or Path(file).name != file:
             raise ValueError(f"{file!r} is not the name of a file in the store's directory")
+
+
+def keep_tokenizer(tokenizer: TokenizerInfo, *, store: PathOrUrl, directory: Path) -> None:
+    """Copy a store's tokenizer, with what identifies it, into a directory of its own.
+
+    Raises:
+      OSError: it cannot be read or written.
+      ValueError: it is not the one the manifest records.
+    """
+    contents = read_bytes(join_location(store, tokenizer.file))
+    if hashlib.sha256(contents).hexdigest() != tokenizer.sha256:
+        raise ValueError(
+            f"tokenizer {tokenizer.file} of {store} is not the one its manifest records; rebuild the store"
+        )
+    directory.mkdir(exist_ok=True)
+    write_atomically(directory / tokenizer.file, contents)
+    write_atomically(directory / TOKENIZER_INFO_FILE, json.dumps(dataclasses.asdict(tokenizer), indent=2))
+
+
+def read_tokenizer_info(directory: Path) -> TokenizerInfo:
+    """Read what `keep_tokenizer` wrote of the tokenizer.
+
+    Raises:
+      FileNotFoundError: it is missing.
+      ValueError: it is damaged.
+    """
+    path = directory / TOKENIZER_INFO_FILE
+    if not path.is_file():
+        raise FileNotFoundError(f"{directory} lacks {path.name}, which says which tokenizer it holds")
+    try:
+        return tokenizer_info_from(parse_json_object(path.read_bytes(), name=path))
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path} is damaged: {error}") from error
+
+
+def tokenizer_info_from(values: dict) -> TokenizerInfo:
+    """Return what a JSON object says of a tokenizer.
+
+    Raises:
+      ValueError: a field is missing or of another type, has a value that no tokenizer has, or names a file elsewhere.
+    """
+    info = config_from(TokenizerInfo, values, path="tokenizer")
+    _check_tokenizer_info(info)
+    return info
+
+
+def _check_tokenizer_info(info: TokenizerInfo) -> None:
+    if not 0 <= info.eos_id < info.vocab_size < 1 << 31:
+        raise ValueError(f"eos_id={info.eos_id} is none of the tokenizer's {info.vocab_size} ids")
+    if info.file in ("", ".", "..") or Path(info.file).name != info.file:
+        raise ValueError(f"{info.file!r} is not the name of a file in the tokenizer's directory")
 
 
 def check_shards(directory: PathOrUrl, manifest: Manifest) -> None:

@@ -106,21 +106,30 @@ class Batch:
         num_rows: int,
         num_tokens: int,
         sampling: Sampling,
+        num_ids: int,
         stop_id: int,
         cache_dtype: str,
         timings: Timings,
     ):
         """Make a batch of at least `num_rows` rows, so that batches have one shape: the last prompt fills it up.
 
+        Only ids below `num_ids`, which the tokenizer has, are drawn; the model may have more rows in its embedding.
+
         Raises:
-          ValueError: there is no prompt, one is empty or has a token outside the vocabulary, or a number is too small.
+          ValueError: there is no prompt, one is empty or has an id that is none of `num_ids`, or a number is too small
+            or too large.
         """
-        _check_prompts(prompts, vocab_size=model.config.vocab_size)
+        if not 0 < num_ids <= model.config.vocab_size:
+            raise ValueError(
+                f"num_ids={num_ids:,} is not allowed; it must be 1 to the {model.config.vocab_size:,} ids of the model"
+            )
+        _check_prompts(prompts, num_ids=num_ids)
         if num_tokens < 1:
             raise ValueError(f"num_tokens={num_tokens} is not allowed; it must be 1 or more")
         if cache_dtype not in CACHE_DTYPES:
             raise ValueError(f"cache_dtype={cache_dtype!r} is not allowed; it must be one of {', '.join(CACHE_DTYPES)}")
         self._sampling, self._generators, self._stop_id, self._timings = sampling, generators, stop_id, timings
+        self._num_ids = num_ids
         num_rows = max(num_rows, len(prompts))
         num_rows += -num_rows % mesh.shape[FSDP]
         self._histories = [list(prompts[min(row, len(prompts) - 1)]) for row in range(num_rows)]
@@ -162,7 +171,9 @@ class Batch:
 
     def _draw(self, row: int, logits_V: np.ndarray) -> int:
         history = self._histories[row]
-        token = draw(logits_V, history=history, sampling=self._sampling, generator=self._generators[row])
+        token = draw(
+            logits_V[: self._num_ids], history=history, sampling=self._sampling, generator=self._generators[row]
+        )
         if token == self._stop_id:
             self.finish(row, FinishReason.END_OF_DOCUMENT)
         else:
@@ -188,12 +199,14 @@ def generate(
     num_tokens: int,
     sampling: Sampling,
     seed: int,
+    num_ids: int,
     stop_id: int,
     cache_dtype: str,
 ) -> Iterator[dict[int, int]]:
     """Yield up to `num_tokens` times {row: new token} of the active rows; `stop_id` ends a row and is not yielded.
 
-    A row's tokens depend on its prompt and the seed, so equal prompts have equal continuations.
+    Tokens are of the ids below `num_ids`, which the tokenizer has. A row's tokens depend on its prompt and the seed, so
+    equal prompts have equal continuations.
 
     Raises:
       ValueError: as `Batch`.
@@ -207,6 +220,7 @@ def generate(
         num_rows=len(prompts),
         num_tokens=num_tokens,
         sampling=sampling,
+        num_ids=num_ids,
         stop_id=stop_id,
         cache_dtype=cache_dtype,
         timings=Timings(),
@@ -226,6 +240,7 @@ def continue_tokens(
     num_tokens: int,
     sampling: Sampling,
     seed: int,
+    num_ids: int,
     stop_id: int,
 ) -> list[int]:
     """Return up to `num_tokens` ids after one prompt; see `generate`."""
@@ -237,17 +252,18 @@ def continue_tokens(
         num_tokens=num_tokens,
         sampling=sampling,
         seed=seed,
+        num_ids=num_ids,
         stop_id=stop_id,
         cache_dtype=model.config.dtype,
     )
     return [tokens[0] for tokens in steps]
 
 
-def _check_prompts(prompts: Sequence[Sequence[int]], *, vocab_size: int) -> None:
+def _check_prompts(prompts: Sequence[Sequence[int]], *, num_ids: int) -> None:
     if not prompts:
         raise ValueError("there is no prompt: give at least one")
     for row, prompt in enumerate(prompts):
         if not prompt:
             raise ValueError(f"prompt {row + 1} is empty: give at least one token to continue from")
-        if not 0 <= min(prompt) <= max(prompt) < vocab_size:
-            raise ValueError(f"prompt {row + 1} has a token outside the vocabulary of {vocab_size}")
+        if not 0 <= min(prompt) <= max(prompt) < num_ids:
+            raise ValueError(f"prompt {row + 1} has an id that is none of the {num_ids:,} of the vocabulary")

@@ -5,6 +5,7 @@ from __future__ import annotations
 from btlm_jax.decode.batch import continue_tokens
 from btlm_jax.decode.sampling import Sampling
 from btlm_jax.display.progress import printable
+from btlm_jax.generate.prompts import prompt_ids
 from btlm_jax.tokenizers.tokenizer import load_tokenizer
 from btlm_jax.train.setup import Run
 
@@ -18,10 +19,11 @@ def continue_prompt(run: Run, params: dict) -> str:
         run.model,
         params,
         run.mesh,
-        prompt=[tokenizer.eos_id, *tokenizer.encode(run.config.log.sample_prompt)],
+        prompt=prompt_ids(run.config.log.sample_prompt, tokenizer=tokenizer, bos_id=None),
         num_tokens=run.config.log.sample_tokens,
         sampling=SAMPLING,
         seed=run.config.seed,
+        num_ids=tokenizer.vocab_size,
         stop_id=tokenizer.eos_id,
     )
     return printable(tokenizer.decode(ids))

@@ -3,28 +3,38 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import json
-import os
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from pathlib import Path
 
+import jax
+import numpy as np
+
+from btlm_jax import notices
 from btlm_jax.decode.batch import Batch, FinishReason, Timings
 from btlm_jax.decode.decoder import CACHE_DTYPES
 from btlm_jax.decode.sampling import Sampling, make_generator
 from btlm_jax.display.progress import RateLimit, StatusLine, printable
 from btlm_jax.generate.loading import GenerationModel, load_for_generation
-from btlm_jax.generate.prompts import PROMPT_KEY, Prompt, check_text
+from btlm_jax.generate.output import TextsFile
+from btlm_jax.generate.prompts import PROMPT_KEY, Prompt, check_text, prompt_ids
+from btlm_jax.hub.native import FORMAT, is_model_directory, is_run, read_metadata
+from btlm_jax.hub.source import is_hugging_face
 from btlm_jax.kernels.tiles import Int4Tiles
 from btlm_jax.kernels.weights import Weights
 from btlm_jax.model import Btlm
-from btlm_jax.storage.files import write_atomically
+from btlm_jax.quantize.int4_directory import FORMAT as INT4_FORMAT
+from btlm_jax.quantize.int4_directory import is_int4_directory
 from btlm_jax.tokenizers.detokenize import StreamDecoder
-from btlm_jax.tokenizers.tokenizer import Tokenizer
+from btlm_jax.tokenizers.tokenizer import Tokenizer, find_tokenizer
 
 MODEL_DTYPE = "model"  # a cache in the dtype that the model computes in; int8 for 4-bit weights
+BOS_OF_MODEL, NO_BOS, EOS_AS_BOS = "model", "none", "eos"  # what stands in front of a prompt; or an id
 DROPPED_ATTENTION_WARNING = 1e-6  # share of attention above which the user is warned; float32 rounds at 6e-8
+_VALUES_OF_AN_ARRAY = 1000  # at least half as many are hashed to tell models apart
 PROGRESS_SECONDS = 2.0  # progress is shown at most this often
 
 
@@ -39,6 +49,7 @@ class GenerationConfig:
     sampling: Sampling
     seed: int
     cache_dtype: str  # MODEL_DTYPE or one of CACHE_DTYPES
+    bos: str  # BOS_OF_MODEL, NO_BOS, EOS_AS_BOS or an id
 
     def __post_init__(self):
         for name, least in (("num_tokens", 1), ("num_samples", 1), ("batch_size", 1), ("seed", 0)):
@@ -51,6 +62,25 @@ class GenerationConfig:
         if self.cache_dtype not in (MODEL_DTYPE, *CACHE_DTYPES):
             allowed = ", ".join((MODEL_DTYPE, *CACHE_DTYPES))
             raise ValueError(f"cache_dtype={self.cache_dtype} is not allowed; it must be one of {allowed}")
+        if self.bos not in (BOS_OF_MODEL, NO_BOS, EOS_AS_BOS) and not (self.bos.isascii() and self.bos.isdecimal()):
+            raise ValueError(
+                f"bos={self.bos} is not allowed; it must be {BOS_OF_MODEL}, {NO_BOS}, {EOS_AS_BOS} or an id's number"
+            )
+
+    def bos_id(self, model: TextModel) -> int | None:
+        """Return the id to put in front of every prompt, or None for nothing.
+
+        Raises:
+          ValueError: it is none of the vocabulary.
+        """
+        if self.bos == BOS_OF_MODEL:
+            return model.metadata.prompt_bos_id
+        if self.bos == NO_BOS:
+            return None
+        number = model.tokenizer.eos_id if self.bos == EOS_AS_BOS else int(self.bos)
+        if number >= model.tokenizer.vocab_size:
+            raise ValueError(f"bos={self.bos} is none of the tokenizer's {model.tokenizer.vocab_size:,} ids")
+        return number
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -95,21 +125,28 @@ def load_with_tokenizer(directory: Path, *, as_int4: bool) -> TextModel:
       FileNotFoundError: there is no model or no tokenizer.
       ValueError: one of them is damaged.
     """
+    check_tokenizer(directory)  # before the weights are read
     model = load_for_generation(directory, as_int4=as_int4)
-    if model.tokenizer is None:
-        raise FileNotFoundError(f"{directory} holds no tokenizer, which text needs; put its files beside the weights")
-    return TextModel(metadata=model.metadata, params=model.params, mesh=model.mesh, tokenizer=model.tokenizer)
+    tokenizer, num_ids = model.tokenizer, model.metadata.model.vocab_size
+    assert tokenizer is not None
+    if tokenizer.vocab_size < num_ids:
+        notices.report(
+            "ids-without-token",
+            f"the model has {num_ids:,} ids and its tokenizer {tokenizer.vocab_size:,}; the others are never drawn",
+            count=num_ids - tokenizer.vocab_size,
+        )
+    return TextModel(metadata=model.metadata, params=model.params, mesh=model.mesh, tokenizer=tokenizer)
 
 
 def stream_completion(model: TextModel, prompt: Prompt, *, config: GenerationConfig) -> None:
     """Print a prompt and its first sample, each character once it is certain; timings go to the error stream."""
     timings = Timings()
-    requests = _requests(model, prompt, num_samples=1)
+    requests = _requests(model, [prompt], dataclasses.replace(config, num_samples=1))
     _note_length(model, requests, config)
     batch = _make_batch(model, model.metadata.network(), requests, config, num_rows=1, timings=timings)
     print(prompt.text, end="", flush=True)
     decoder = requests[0].stream_decoder(model, config)
-    for _, piece in _stream_pieces(batch, [decoder]):
+    for _, piece, _ in _stream_pieces(batch, [decoder]):
         print(printable(piece), end="", flush=True)
     print()
     _report(timings, num_tokens=decoder.num_tokens, dropped_attention=batch.dropped_attention_bound)
@@ -117,30 +154,71 @@ def stream_completion(model: TextModel, prompt: Prompt, *, config: GenerationCon
 
 def print_completions(model: TextModel, prompts: Sequence[Prompt], *, config: GenerationConfig) -> None:
     """Print every sample of every prompt, in order; progress and timings go to the error stream."""
-    for number, completion in enumerate(_complete_all(model, prompts, config)):
-        print(f"--- prompt {number // config.num_samples + 1}, sample {completion.sample + 1}: {completion}")
-        print(completion.prompt.text + printable(completion.text), flush=True)
+    requests = _requests(model, prompts, config)
+    finished: dict[int, Completion] = {}  # whose turn to be printed has not come
+    next_number = 0
+    for index, completion in _complete_all(model, requests, config, done=()):
+        finished[index] = completion
+        while next_number in finished:
+            first = finished.pop(next_number)
+            print(f"--- prompt {next_number // config.num_samples + 1}, sample {first.sample + 1}: {first}")
+            print(first.prompt.text + printable(first.text), flush=True)
+            next_number += 1
 
 
 def save_completions(model: TextModel, prompts: Sequence[Prompt], *, config: GenerationConfig, path: Path) -> None:
-    """Write every sample of every prompt as JSON lines, in order; the file is written at the end, all at once."""
-    lines = [completion.to_json() + "\n" for completion in _complete_all(model, prompts, config)]
-    write_atomically(path, "".join(lines))
-    print(f"wrote {len(lines):,} texts to {path}", file=sys.stderr)
+    """Write every sample of every prompt as JSON lines, in order, each kept as soon as it is complete (output.py).
+
+    The same command goes on after an interruption, with the texts of an uninterrupted one.
+    """
+    requests = _requests(model, prompts, config)
+    settings = {
+        "model": _fingerprint(model),
+        "prompts": hashlib.sha256(json.dumps([[one.text, one.extra] for one in prompts]).encode()).hexdigest()[:16],
+        "bos_id": config.bos_id(model),
+        **dataclasses.asdict(config),
+    }
+    texts = TextsFile(path, settings=settings, num_texts=len(requests))
+    if texts.done:
+        print(f"going on: {len(texts.done):,} of {len(requests):,} texts are in {texts.partial}", file=sys.stderr)
+    else:
+        print(f"texts go to {texts.partial} as they are finished, and to {path} at the end", file=sys.stderr)
+    try:
+        for index, completion in _complete_all(model, requests, config, done=texts.done):
+            texts.add(index, completion.to_json())
+        texts.finish()
+    finally:
+        texts.close()
+    print(f"wrote {len(requests):,} texts to {path}", file=sys.stderr)
 
 
-def check_output(path: Path) -> None:
-    """Check, before hours of generation, that a file can be written there.
+def _fingerprint(model: TextModel) -> str:
+    """Return a hash that tells models apart: of the metadata, and of values spread over every array of weights."""
+    digest = hashlib.sha256(json.dumps(dataclasses.asdict(model.metadata), sort_keys=True).encode())
+    for leaf in jax.tree.leaves(model.params):
+        array = np.asarray(leaf)
+        digest.update(f"{array.shape} {array.dtype}".encode())
+        digest.update(array.reshape(-1)[:: 1 + array.size // _VALUES_OF_AN_ARRAY].tobytes())
+    return digest.hexdigest()[:16]
+
+
+def check_tokenizer(directory: Path) -> None:
+    """Check that a model has a tokenizer, reading no weights.
 
     Raises:
-      OSError: it cannot.
+      FileNotFoundError: it has none.
+      ValueError: what describes the model is damaged.
     """
-    if path.is_dir():
-        raise IsADirectoryError(f"output={path} is a directory; give the name of a file")
-    if not path.parent.is_dir():
-        raise FileNotFoundError(f"output={path} cannot be written: there is no directory {path.parent}")
-    if not os.access(path.parent, os.W_OK):
-        raise PermissionError(f"output={path} cannot be written: directory {path.parent} is read-only")
+    missing = f"{directory} holds no tokenizer, which text needs; put its files beside the weights"
+    if is_hugging_face(directory):
+        try:
+            find_tokenizer(directory)
+        except FileNotFoundError as error:
+            raise FileNotFoundError(missing) from error
+    elif is_int4_directory(directory) or (is_model_directory(directory) and not is_run(directory)):
+        format = INT4_FORMAT if is_int4_directory(directory) else FORMAT
+        if read_metadata(directory, format=format).tokenizer is None:
+            raise FileNotFoundError(missing)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -152,49 +230,58 @@ class _Request:
     ids: list[int]
 
     def stream_decoder(self, model: TextModel, config: GenerationConfig) -> StreamDecoder:
-        return StreamDecoder(model.tokenizer, begins_text=not self.prompt.text, stops=config.stops)
+        begins_text = not model.tokenizer.decode(self.ids)
+        return StreamDecoder(model.tokenizer, begins_text=begins_text, stops=config.stops)
 
 
-def _requests(model: TextModel, prompt: Prompt, *, num_samples: int) -> list[_Request]:
-    ids = [
-        model.tokenizer.eos_id,
-        *model.tokenizer.encode(prompt.text),
-    ]  # as in training, where eos precedes a document
-    return [_Request(prompt=prompt, sample=sample, ids=ids) for sample in range(num_samples)]
+def _requests(model: TextModel, prompts: Sequence[Prompt], config: GenerationConfig) -> list[_Request]:
+    bos_id = config.bos_id(model)
+    ids = [prompt_ids(prompt.text, tokenizer=model.tokenizer, bos_id=bos_id) for prompt in prompts]
+    return [
+        _Request(prompt=prompt, sample=sample, ids=its_ids)
+        for prompt, its_ids in zip(prompts, ids, strict=True)
+        for sample in range(config.num_samples)
+    ]
 
 
-def _complete_all(model: TextModel, prompts: Sequence[Prompt], config: GenerationConfig) -> Iterator[Completion]:
-    """Yield every completion in order. Batches are of prompts of similar length, the longest first."""
-    requests = [one for prompt in prompts for one in _requests(model, prompt, num_samples=config.num_samples)]
+def _complete_all(
+    model: TextModel, requests: Sequence[_Request], config: GenerationConfig, *, done: Collection[int]
+) -> Iterator[tuple[int, Completion]]:
+    """Yield (index, completion) of every request that is not done, each when it is finished.
+
+    Batches are of prompts of similar length, the longest first. Those that are all done are left out; in others the
+    rows that are done are made again, as the rounding of a row's numbers depends on the shape of its batch.
+    """
     _note_length(model, requests, config)
     order = sorted(range(len(requests)), key=lambda index: -len(requests[index].ids))
     num_rows, network = min(config.batch_size, len(order)), model.metadata.network()
-    completions: dict[int, Completion] = {}  # of requests whose turn to be yielded has not come
-    timings, next_index, dropped_attention = Timings(), 0, 0.0
-    progress = _Progress(num_texts=len(order), max_tokens=config.num_tokens, timings=timings)
-    for start in range(0, len(order), num_rows):
-        indices = order[start : start + num_rows]
+    timings, dropped_attention = Timings(), 0.0
+    batches = [order[start : start + num_rows] for start in range(0, len(order), num_rows)]
+    batches = [indices for indices in batches if not set(indices) <= set(done)]
+    progress = _Progress(num_texts=sum(map(len, batches)), max_tokens=config.num_tokens, timings=timings)
+    for indices in batches:
         rows = [requests[index] for index in indices]
         batch = _make_batch(model, network, rows, config, num_rows=num_rows, timings=timings)
         decoders = [request.stream_decoder(model, config) for request in rows]
         pieces: list[list[str]] = [[] for _ in rows]
-        for row, piece in _stream_pieces(batch, decoders):
+        for row, piece, is_last in _stream_pieces(batch, decoders):
             pieces[row].append(piece)
             progress.show(decoders, active_rows=batch.active_rows)
-        for row, index in enumerate(indices):
-            completions[index] = Completion(
-                prompt=rows[row].prompt,
-                sample=rows[row].sample,
-                text="".join(pieces[row]),
-                num_tokens=decoders[row].num_tokens,
-                finish_reason=batch.finish_reasons[row],
-                stop_string=decoders[row].stop,
-            )
+            if is_last and indices[row] not in done:
+                progress.clear_line()
+                yield (
+                    indices[row],
+                    Completion(
+                        prompt=rows[row].prompt,
+                        sample=rows[row].sample,
+                        text="".join(pieces[row]),
+                        num_tokens=decoders[row].num_tokens,
+                        finish_reason=batch.finish_reasons[row],
+                        stop_string=decoders[row].stop,
+                    ),
+                )
         progress.finish_batch(decoders)
         dropped_attention = max(dropped_attention, batch.dropped_attention_bound)
-        while next_index in completions:
-            yield completions.pop(next_index)
-            next_index += 1
     _report(timings, num_tokens=progress.num_tokens, dropped_attention=dropped_attention)
 
 
@@ -216,6 +303,7 @@ def _make_batch(
         num_rows=num_rows,
         num_tokens=config.num_tokens,
         sampling=config.sampling,
+        num_ids=model.tokenizer.vocab_size,
         stop_id=model.tokenizer.eos_id,
         cache_dtype=_model_cache_dtype(model) if config.cache_dtype == MODEL_DTYPE else config.cache_dtype,
         timings=timings,
@@ -227,19 +315,25 @@ def _model_cache_dtype(model: TextModel) -> str:
     return "int8" if is_int4 else model.metadata.model.dtype
 
 
-def _stream_pieces(batch: Batch, decoders: Sequence[StreamDecoder]) -> Iterator[tuple[int, str]]:
-    """Yield (row, text that is certain now) until every row has ended."""
+def _stream_pieces(batch: Batch, decoders: Sequence[StreamDecoder]) -> Iterator[tuple[int, str, bool]]:
+    """Yield (row, text that is certain now, whether it is the row's last) until every row has ended."""
 
-    def piece_of(row: int, piece: str) -> tuple[int, str]:
+    def is_stopped(row: int) -> bool:
         if decoders[row].stop:
             batch.finish(row, FinishReason.STOP_STRING)
-        return row, piece
+        return bool(decoders[row].stop)
 
     while batch.active_rows:
+        stepped = sorted(batch.active_rows)
         for row, token in batch.step().items():
-            yield piece_of(row, decoders[row].push(token))
-    for row, decoder in enumerate(decoders):
-        yield piece_of(row, decoder.finish())
+            piece = decoders[row].push(token)
+            is_stopped(row)
+            yield row, piece, False
+        for row in stepped:
+            if row not in batch.active_rows:
+                piece = decoders[row].finish()
+                is_stopped(row)
+                yield row, piece, True
 
 
 class _Progress:
@@ -267,6 +361,10 @@ class _Progress:
             f"{num_done:,} of {self._num_texts:,} texts, {num_tokens:,} tokens, {rate:,.1f} tokens/s, "
             f"ETA at most {minutes}:{seconds:02}"
         )
+
+    def clear_line(self) -> None:
+        """Clear the terminal's line for what is printed next."""
+        self._line.clear()
 
     def finish_batch(self, decoders: Sequence[StreamDecoder]) -> None:
         """Count a batch as finished, and clear the terminal's line for what is printed next."""

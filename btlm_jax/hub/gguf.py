@@ -190,6 +190,7 @@ class GGUFTokenizer:
         self._keys = keys
         self._id_of = {token: number for number, token in enumerate(keys["tokenizer.ggml.tokens"])}
         self.eos_id = keys["tokenizer.ggml.eos_token_id"]
+        self.prompt_bos_id = keys["tokenizer.ggml.bos_token_id"] if keys["tokenizer.ggml.add_bos_token"] else None
         self.num_tokens = len(keys["tokenizer.ggml.tokens"])
 
     def encode(self, text: str) -> list[int]:

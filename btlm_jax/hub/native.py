@@ -15,12 +15,12 @@ from jax.sharding import Mesh
 from btlm_jax.data import store
 from btlm_jax.model import Btlm, make_model, parameter_table
 from btlm_jax.parallel.mesh import make_mesh
-from btlm_jax.recipe.config import ModelConfig, MupConfig, config_from
+from btlm_jax.recipe.config import ModelConfig, MupConfig, TrainConfig, config_from
 from btlm_jax.recipe.mup import make_parametrization
 from btlm_jax.storage.files import write_atomically
 from btlm_jax.storage.location import PathOrUrl, resolve_location
 from btlm_jax.tokenizers.tokenizer import Tokenizer, load_tokenizer
-from btlm_jax.train import CHECKPOINTS, SUMMARY_FILE
+from btlm_jax.train import CHECKPOINTS, KEPT_TOKENIZER, SUMMARY_FILE
 from btlm_jax.train.checkpoint import CheckpointReader, read_params, write_params
 
 MODEL_FILE, PARAMS = "model.json", "params"
@@ -36,6 +36,7 @@ class ModelMetadata:
     max_length: int  # longest trained length, in tokens
     eos_id: int  # the token between documents
     tokenizer: store.TokenizerInfo | None  # None: the model has none
+    prompt_bos_id: int | None  # stands in front of every prompt; None: nothing does, as in every model trained here
     notes: dict[str, str]  # how it was trained and converted, for a reader
 
     def network(self) -> Btlm:
@@ -67,29 +68,30 @@ def read_run(workdir: Path) -> NativeModel:
     """Read the parameters of a run's last checkpoint; the run may be going on.
 
     Raises:
-      FileNotFoundError: there is no checkpoint, or the run's token store is missing.
-      ValueError: the checkpoint or the store's manifest is damaged.
+      FileNotFoundError: there is no checkpoint, or the run has kept no tokenizer and its token store is missing.
+      ValueError: the checkpoint, the tokenizer or the store's manifest is damaged.
     """
     reader = CheckpointReader(workdir)
     try:
         step = reader.steps()[-1]
         position, config = reader.read_metadata(step)
         notes = {"steps": f"{step:,}", "tokens": f"{position.tokens_seen:,}"} | _heldout_notes(workdir, step)
-        directory = resolve_location(workdir, config.data.store)
-        tokenizer_info = store.read_manifest(directory).tokenizer
+        directory, tokenizer_info = _tokenizer_of_run(workdir, config)
+        tokenizer = load_tokenizer(directory, tokenizer_info)
         metadata = ModelMetadata(
             model=config.model,
             mup=config.mup,
             max_length=max(config.curriculum.seq_len),
             eos_id=tokenizer_info.eos_id,
             tokenizer=tokenizer_info,
+            prompt_bos_id=None,
             notes=notes,
         )
+        _check_vocabulary(metadata, tokenizer, where=workdir)
         mesh = one_device_mesh()
         params = reader.restore_params(step, abstract=abstract_params(metadata, mesh))
     finally:
         reader.close()
-    tokenizer = load_tokenizer(directory, tokenizer_info)
     return NativeModel(metadata=metadata, params=params, mesh=mesh, tokenizer=tokenizer)
 
 
@@ -116,8 +118,10 @@ def read_model_directory(directory: Path) -> NativeModel:
       ValueError: `model.json`, the parameters or the tokenizer are damaged.
     """
     metadata, mesh = read_metadata(directory), one_device_mesh()
+    tokenizer = read_tokenizer(directory, metadata)
+    _check_vocabulary(metadata, tokenizer, where=directory)
     params = read_params(directory / PARAMS, abstract=abstract_params(metadata, mesh))
-    return NativeModel(metadata=metadata, params=params, mesh=mesh, tokenizer=read_tokenizer(directory, metadata))
+    return NativeModel(metadata=metadata, params=params, mesh=mesh, tokenizer=tokenizer)
 
 
 def read_tokenizer(directory: Path, metadata: ModelMetadata) -> Tokenizer | None:
@@ -148,7 +152,8 @@ def read_metadata(directory: Path, *, format: str = FORMAT) -> ModelMetadata:
             mup=config_from(MupConfig, values["mup"], path="mup"),
             max_length=int(values["max_length"]),
             eos_id=int(values["eos_id"]),
-            tokenizer=None if values["tokenizer"] is None else store.TokenizerInfo(**values["tokenizer"]),
+            tokenizer=None if values["tokenizer"] is None else store.tokenizer_info_from(values["tokenizer"]),
+            prompt_bos_id=_id_or_none(values.get("prompt_bos_id")),  # models from before this key have none
             notes=values["notes"],
         )
     except (ValueError, KeyError, TypeError) as error:
@@ -181,6 +186,35 @@ def abstract_params(metadata: ModelMetadata, mesh: Mesh) -> dict:
 def one_device_mesh() -> Mesh:
     """Return the mesh of this process's first device."""
     return make_mesh(devices=jax.local_devices()[:1], tensor=1)
+
+
+def _tokenizer_of_run(workdir: Path, config: TrainConfig) -> tuple[PathOrUrl, store.TokenizerInfo]:
+    """Return where a run's tokenizer is, and which: the copy that the run keeps, or else that of its token store."""
+    kept = workdir / KEPT_TOKENIZER
+    if (kept / store.TOKENIZER_INFO_FILE).is_file():
+        return kept, store.read_tokenizer_info(kept)
+    directory = resolve_location(workdir, config.data.store)
+    try:
+        return directory, store.read_manifest(directory).tokenizer
+    except FileNotFoundError as error:
+        raise FileNotFoundError(
+            f"the tokenizer of the run {workdir} is missing: it keeps none in {kept}, as runs of this version do, and "
+            f"{error}; put the store back where it was"
+        ) from error
+
+
+def _check_vocabulary(metadata: ModelMetadata, tokenizer: Tokenizer | None, *, where: Path) -> None:
+    if tokenizer is not None and tokenizer.vocab_size > metadata.model.vocab_size:
+        raise ValueError(
+            f"the tokenizer of {where} has {tokenizer.vocab_size:,} ids, more than the model's "
+            f"{metadata.model.vocab_size:,}"
+        )
+
+
+def _id_or_none(value: object) -> int | None:
+    if value is None or (type(value) is int and value >= 0):
+        return value
+    raise ValueError(f"prompt_bos_id={value!r} is not an id")
 
 
 def _heldout_notes(workdir: Path, step: int) -> dict[str, str]:

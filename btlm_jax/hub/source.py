@@ -29,6 +29,7 @@ from btlm_jax.model import Btlm
 from btlm_jax.model.loss import logits
 from btlm_jax.recipe.config import ModelConfig, MupConfig
 from btlm_jax.recipe.mup import make_parametrization
+from btlm_jax.tokenizers.prompt_bos import read_prompt_bos
 from btlm_jax.tokenizers.tokenizer import Tokenizer, find_tokenizer, tokenizer_info
 
 
@@ -40,6 +41,7 @@ class HuggingFaceSource:
         self.config: PublishedConfig = read_published_config(directory / CONFIG_FILE)
         self.tensors: Tensors = HuggingFaceTensors(directory, self.config)
         self.tokenizer = _tokenizer_of(directory, self.config)
+        self.prompt_bos_id = None if self.tokenizer is None else read_prompt_bos(directory, self.tokenizer)
         self.notes: dict[str, str] = {}
 
     def metadata(self) -> ModelMetadata:
@@ -49,6 +51,7 @@ class HuggingFaceSource:
             self.config,
             dtype="bfloat16" if stored == "bfloat16" else "float32",
             tokenizer=self.tokenizer,
+            prompt_bos_id=self.prompt_bos_id,
             notes=self.notes,
         )
 
@@ -65,7 +68,7 @@ class NativeSource:
         self.config = published_config(native.metadata)
         scale = make_parametrization(native.metadata.mup, native.metadata.model).residual_scale
         self.tensors: Tensors = NativeTensors(native.params, self.config, residual_scale=scale)
-        self.tokenizer = native.tokenizer
+        self.tokenizer, self.prompt_bos_id = native.tokenizer, native.metadata.prompt_bos_id
         self.notes = native.metadata.notes
 
     def metadata(self) -> ModelMetadata:
@@ -165,7 +168,12 @@ def published_config(metadata: ModelMetadata) -> PublishedConfig:
 
 
 def model_metadata(
-    config: PublishedConfig, *, dtype: str, tokenizer: Tokenizer | None, notes: dict[str, str]
+    config: PublishedConfig,
+    *,
+    dtype: str,
+    tokenizer: Tokenizer | None,
+    prompt_bos_id: int | None,
+    notes: dict[str, str],
 ) -> ModelMetadata:
     """Return a published config as our configs.
 
@@ -199,6 +207,7 @@ def model_metadata(
         max_length=config.n_positions,
         eos_id=config.eos_token_id,
         tokenizer=None if tokenizer is None else tokenizer_info(tokenizer),
+        prompt_bos_id=prompt_bos_id,
         notes=notes,
     )
 
@@ -206,7 +215,13 @@ def model_metadata(
 def published_metadata(source: Source) -> ModelMetadata:
     """Return the metadata that belongs to a source's published tensors, which contain any residual multiplier."""
     metadata = source.metadata()
-    return model_metadata(source.config, dtype=metadata.model.dtype, tokenizer=source.tokenizer, notes=metadata.notes)
+    return model_metadata(
+        source.config,
+        dtype=metadata.model.dtype,
+        tokenizer=source.tokenizer,
+        prompt_bos_id=source.prompt_bos_id,
+        notes=metadata.notes,
+    )
 
 
 def _tokenizer_of(directory: Path, config: PublishedConfig) -> Tokenizer | None:

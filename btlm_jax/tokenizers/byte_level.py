@@ -6,6 +6,7 @@ pairs are merged in the order of the merges (https://github.com/openai/gpt-2/blo
 
 from __future__ import annotations
 
+import functools
 import json
 import re
 from collections.abc import Iterable, Sequence
@@ -84,6 +85,16 @@ class ByteLevelTokenizer:
     def encode(self, text: str) -> list[int]:
         """Return the ids of a text."""
         return self._tokenizer.encode(text, add_special_tokens=False).ids
+
+    def encode_prompt(self, text: str) -> list[int]:
+        """Return the ids of a text in which the name of a special token stands for its id."""
+        if not any(name in text for name in map(self.token, self.special_ids)):
+            return self.encode(text)
+        return self._reading_special_names.encode(text, add_special_tokens=False).ids
+
+    @functools.cached_property
+    def _reading_special_names(self) -> Tokenizer:
+        return Tokenizer.from_str(self.json)  # the library does not store encode_special_tokens
 
     def encode_batch(self, texts: Sequence[str], *, num_threads: int) -> list[list[int]]:
         """Return the ids of each text; on this thread if `num_threads` is 1, else on all threads of the library."""

@@ -40,6 +40,10 @@ class FastGpt2Tokenizer:
         """Return the ids of a text."""
         return self._encoding.encode_ordinary(text)
 
+    def encode_prompt(self, text: str) -> list[int]:
+        """Return the ids of a text in which the name of a special token stands for its id."""
+        return self._tokenizer.encode_prompt(text)
+
     def encode_batch(self, texts: Sequence[str], *, num_threads: int) -> list[list[int]]:
         """Return the ids of each text; the same for any number of threads."""
         if num_threads == 1:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import io
 import re
 from collections.abc import Iterable, Iterator, Sequence
@@ -46,6 +47,24 @@ class SentencePieceTokenizer:
     def encode(self, text: str) -> list[int]:
         """Return the ids of a text."""
         return self._processor.encode(text, out_type=int)
+
+    def encode_prompt(self, text: str) -> list[int]:
+        """Return the ids of a text in which the name of a control piece stands for its id."""
+        ids_of = self._special_ids
+        names = "|".join(map(re.escape, sorted(ids_of, key=len, reverse=True)))
+        parts = re.split(f"({names})", text) if names else [text]
+        pieces = ([ids_of[part]] if number % 2 else self.encode(part) for number, part in enumerate(parts))
+        return [token for piece in pieces for token in piece]
+
+    @functools.cached_property
+    def _special_ids(self) -> dict[str, int]:
+        """The ids that encoding a text never gives, by name: of control pieces, and of unknown characters."""
+        special = (
+            number
+            for number in range(self.vocab_size)
+            if self._processor.is_control(number) or self._processor.is_unknown(number)
+        )
+        return {name: number for number in special if (name := self._processor.id_to_piece(number))}
 
     def encode_batch(self, texts: Sequence[str], *, num_threads: int) -> list[list[int]]:
         """Return the ids of each text; the same for any number of threads."""

@@ -55,6 +55,10 @@ class Tokenizer(Protocol):
         """Return the ids of a text."""
         ...
 
+    def encode_prompt(self, text: str) -> list[int]:
+        """Return the ids of a text in which the name of a special token stands for its id, as clients read prompts."""
+        ...
+
     def encode_batch(self, texts: Sequence[str], *, num_threads: int) -> list[list[int]]:
         """Return the ids of each text; the same for any number of threads."""
         ...

@@ -2,6 +2,7 @@
 
 CONFIG_FILE = "config.json"  # of the start that ran last
 CHECKPOINTS = "checkpoints"  # directory; one directory a step
+KEPT_TOKENIZER = "tokenizer"  # directory: the token store's tokenizer, so that the model can be used without the store
 METRICS_FILE = "metrics.jsonl"  # a line a step, an evaluation or an event
 TENSORBOARD = "tensorboard"  # directory
 COMPILE_CACHE = "compile_cache"  # directory of JAX's compilation cache

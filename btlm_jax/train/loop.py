@@ -20,13 +20,13 @@ from jax.experimental import multihost_utils
 from btlm_jax import notices
 from btlm_jax.data.heldout import heldout_blocks
 from btlm_jax.data.loader import Batch, TrainLoader
-from btlm_jax.data.store import HELDOUT
+from btlm_jax.data.store import HELDOUT, keep_tokenizer
 from btlm_jax.parallel.divisibility import check_divisible
 from btlm_jax.parallel.mesh import batch_sharding, make_run_mesh, rules_for
 from btlm_jax.recipe.config import PREPARED, TrainConfig
 from btlm_jax.storage.files import write_atomically
 from btlm_jax.storage.location import is_absolute
-from btlm_jax.train import CONFIG_FILE, METRICS_FILE
+from btlm_jax.train import CONFIG_FILE, KEPT_TOKENIZER, METRICS_FILE
 from btlm_jax.train.checkpoint import Checkpointer, Position, changed_settings, last_position
 from btlm_jax.train.finish import ContinuePrompt, evaluate_some, finish_run, finished_report
 from btlm_jax.train.flops import FLOPS_CONVENTION, flops_per_token, peak_flops
@@ -103,6 +103,9 @@ def train(
         run = make_run(program, workdir=workdir, token_store=token_store, ledger=ledger)
         if jax.process_index() == 0:
             write_atomically(workdir / CONFIG_FILE, config.to_json())
+            keep_tokenizer(
+                token_store.manifest.tokenizer, store=token_store.directory, directory=workdir / KEPT_TOKENIZER
+            )
         if position.step == 0:
             state = init_state(run.model, run.optimizer, mesh, seed=config.seed)
         else:

@@ -1,5 +1,6 @@
 """How the command starts: help at once, nothing imported that is not used, a reader that leaves early."""
 
+import os
 import subprocess
 import sys
 
@@ -41,9 +42,19 @@ def test_help_of_a_verb_imports_that_verb_only(verb):
     assert not modules & set(HEAVY)
 
 
-def test_a_reader_that_leaves_early_causes_no_traceback():
-    done = subprocess.run(
-        ["bash", "-c", f"set -o pipefail; {sys.executable} -m btlm_jax --help | true; echo $?"],
-        cwd=REPOSITORY, capture_output=True, text=True, check=True,
-    )  # fmt: skip
-    assert (done.stdout, done.stderr) == ("0\n", "")
+@pytest.mark.parametrize("arguments", [["--help"], ["configs"], ["generate", "--help"], ["corpus", "build", "--help"]])
+def test_a_reader_that_leaves_early_ends_the_command_quietly(arguments):
+    read, write = os.pipe()
+    os.close(read)
+    command = [sys.executable, "-m", "btlm_jax", *arguments]
+    done = subprocess.run(command, cwd=REPOSITORY, stdout=write, stderr=subprocess.PIPE, text=True, check=False)
+    os.close(write)
+    assert (done.returncode, done.stderr) == (141, "")
+
+
+def test_a_full_output_is_named():
+    with open("/dev/full", "w") as full:
+        command = [sys.executable, "-m", "btlm_jax", "--help"]
+        done = subprocess.run(command, cwd=REPOSITORY, stdout=full, stderr=subprocess.PIPE, text=True, check=False)
+    said = "btlm: error: standard output cannot be written: [Errno 28] No space left on device\n"
+    assert (done.returncode, done.stderr) == (1, said)

@@ -71,6 +71,10 @@ def written(tmp_path_factory):
     return get
 
 
+def special_names(tokenizer) -> list[str]:
+    return [EOS] if isinstance(tokenizer, ByteLevelTokenizer) else ["</s>", "<unk>"]
+
+
 def matrices(path):
     """Every tensor of a file as llama.cpp's own tools read it: name -> (type, shape, bytes)."""
     reader = gguf.GGUFReader(path)
@@ -196,6 +200,13 @@ def test_llama_cpp_makes_the_same_ids(tmp_path, make):
     texts = [*NASTY, *PROBES, *TEXTS, f"{EOS}</s> [PAD{vocab_size - 1}]"]
     expected = [tokenizer.encode(text) for text in texts]
     assert llama_cpp.tokenize(path, texts) == expected
+    names = [f"a{name} b{name}{name}" for name in special_names(tokenizer)]
+    assert llama_cpp.prompt_ids(path, [*NASTY, *names]) == [tokenizer.encode_prompt(text) for text in [*NASTY, *names]]
+    vocabulary = vocabulary_of(tokenizer, prompt_bos_id=tokenizer.eos_id)
+    with_bos = write(tmp_path / "with_bos.gguf", config, RandomTensors(config), tokenizer=vocabulary)
+    assert llama_cpp.prompt_ids(with_bos, texts) == [
+        [tokenizer.eos_id, *tokenizer.encode_prompt(text)] for text in texts
+    ]
     read_back = GGUFTokenizer(GGUFFile(path).keys)
     assert [read_back.encode(text) for text in texts] == expected
     keys = gguf.GGUFReader(path).fields
@@ -229,6 +240,10 @@ def test_ids_are_read_back_as_llama_cpp_makes_them_where_the_tokenizer_makes_oth
     texts = ["<tag>eta eta<tag> eta", "\n\n\n a\n \n\n", "<tag><tag>", *PROBES]
     actual = [GGUFTokenizer(GGUFFile(path).keys).encode(text) for text in texts]
     assert actual == llama_cpp.tokenize(path, texts)
+    with pytest.raises(ValueError, match="llama.cpp would put the id None in front of every prompt, not 5"):
+        prove_vocabulary(
+            GGUFFile(path), sentencepiece_bpe(dummy_prefix=True), vocab_size=len(cutting.pieces), prompt_bos_id=5
+        )
     with pytest.raises(ValueError, match="llama.cpp would make other ids than the tokenizer: for "):
         prove_vocabulary(GGUFFile(path), sentencepiece_bpe(dummy_prefix=True), vocab_size=len(cutting.pieces))
 

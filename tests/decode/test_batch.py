@@ -80,7 +80,14 @@ def test_decoding_is_the_whole_pass_for_mixed_lengths_across_growth_past_the_tra
     model, params = model_and_params(mesh)  # trained at up to 48
     prompts = [ids(length, seed=length).tolist() for length in (5, 17, 30)]
     made = [list(prompt) for prompt in prompts]
-    options = {"num_tokens": 37, "sampling": GREEDY, "seed": 0, "stop_id": -1, "cache_dtype": "float32"}
+    options = {
+        "num_tokens": 37,
+        "sampling": GREEDY,
+        "seed": 0,
+        "num_ids": VOCAB,
+        "stop_id": -1,
+        "cache_dtype": "float32",
+    }
     for tokens in generate(model, params, mesh, prompts=prompts, **options):
         for row, token in tokens.items():
             made[row].append(token)
@@ -112,7 +119,7 @@ def test_a_bfloat16_cache_is_near(one_device):
 def test_a_stop_token_ends_its_row_only(one_device):
     model, params = model_and_params(one_device)
     prompts = [ids(9, seed=1).tolist(), ids(6, seed=2).tolist()]
-    options = {"num_tokens": 5, "sampling": GREEDY, "seed": 0, "cache_dtype": "float32"}
+    options = {"num_tokens": 5, "sampling": GREEDY, "seed": 0, "num_ids": VOCAB, "cache_dtype": "float32"}
     free = list(generate(model, params, one_device, prompts=prompts, stop_id=-1, **options))
     stop = free[2][0]
     ends = [next((i for i, made in enumerate(free) if made[row] == stop), 5) for row in (0, 1)]
@@ -126,7 +133,7 @@ def test_a_stop_token_ends_its_row_only(one_device):
 def batch_of(model, params, mesh, prompts, *, samples, **changes):
     generators = [make_generator(4, sample=sample, prompt=p) for sample, p in zip(samples, prompts, strict=True)]
     options = {"num_rows": 5, "num_tokens": 10, "stop_id": -1, "cache_dtype": "float32", "timings": Timings()}
-    drawn = {"sampling": Sampling(temperature=1.5, **PLAIN)}
+    drawn = {"sampling": Sampling(temperature=1.5, **PLAIN), "num_ids": VOCAB}
     return Batch(model, params, mesh, prompts=prompts, generators=generators, **(options | drawn | changes))
 
 
@@ -147,6 +154,7 @@ def test_a_sample_depends_on_its_prompt_seed_and_number_and_not_on_its_batch_or_
     assert len({tuple(a), tuple(b), tuple(c), tuple(d)}) == 4
     assert tokens_of(batch_of(model, params, one_device, [second, first], samples=[0, 1])) == [c, b]
     options = {"prompt": first, "num_tokens": 10, "sampling": Sampling(temperature=1.5, **PLAIN), "stop_id": -1}
+    options["num_ids"] = VOCAB
     alone, other = (continue_tokens(model, params, one_device, seed=seed, **options) for seed in (4, 5))
     assert alone == a != other
 
@@ -188,10 +196,18 @@ def test_impossible_batches_are_refused(one_device, changes, said):
 
 
 @pytest.mark.parametrize(
-    ("prompts", "said"), [([], "no prompt"), ([[1], []], "prompt 2 is empty"), ([[5, VOCAB]], "outside the vocabulary")]
+    ("prompts", "said"),
+    [([], "no prompt"), ([[1], []], "prompt 2 is empty"), ([[5, VOCAB]], "prompt 1 has an id that is none of the 300")],
 )
 def test_bad_prompts_are_refused(one_device, prompts, said):
     model, params = model_and_params(one_device)
-    options = {"num_tokens": 2, "sampling": GREEDY, "seed": 0, "stop_id": -1, "cache_dtype": "float32"}
+    options = {
+        "num_tokens": 2,
+        "sampling": GREEDY,
+        "seed": 0,
+        "num_ids": VOCAB,
+        "stop_id": -1,
+        "cache_dtype": "float32",
+    }
     with pytest.raises(ValueError, match=said):
         next(generate(model, params, one_device, prompts=prompts, **options))

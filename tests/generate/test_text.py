@@ -1,7 +1,9 @@
 """`btlm generate`: over a real run's checkpoint, and many texts of a model with random weights."""
 
+import itertools
 import json
 import shutil
+from unittest import mock
 
 import jax
 import pytest
@@ -17,8 +19,10 @@ from btlm_jax.decode.batch import continue_tokens
 from btlm_jax.decode.cpu_decoder import CpuDecoder
 from btlm_jax.decode.sampling import GREEDY
 from btlm_jax.display.progress import printable
+from btlm_jax.generate import loading
 from btlm_jax.generate import text as text_module
 from btlm_jax.generate.text import load_with_tokenizer
+from btlm_jax.hub import native
 from btlm_jax.hub.native import ModelMetadata, one_device_mesh, write_model_directory
 from btlm_jax.model import init_params
 from btlm_jax.tokenizers.sentencepiece_bpe import SentencePieceTokenizer, train_sentencepiece
@@ -35,8 +39,8 @@ def test_the_stream_is_the_prompt_and_its_continuation(capsys, tiny_run):
     model = load_with_tokenizer(workdir, as_int4=False)
     assert model.metadata.notes["steps"] == "10"
     tokenizer = model.tokenizer
-    prompt = [tokenizer.eos_id, *tokenizer.encode("def f")]
-    options = {"prompt": prompt, "num_tokens": 12, "sampling": GREEDY, "seed": 0, "stop_id": tokenizer.eos_id}
+    options = {"num_tokens": 12, "sampling": GREEDY, "seed": 0, "num_ids": 400, "stop_id": tokenizer.eos_id}
+    options["prompt"] = tokenizer.encode("def f")
     ids = continue_tokens(model.metadata.network(), model.params, model.mesh, **options)
     expected = "def f" + printable(tokenizer.decode(ids)) + "\n"
     assert continued(capsys, workdir, "--temperature=0") == expected
@@ -87,9 +91,8 @@ def untrained(tmp_path_factory):
     directory = tmp_path_factory.mktemp("untrained")
     config = tiny_config(model__vocab_size=400)
     tokenizer = SentencePieceTokenizer(train_sentencepiece(TEXTS, vocab_size=400))
-    metadata = ModelMetadata(
-        model=config.model, mup=config.mup, max_length=48, eos_id=1, tokenizer=tokenizer_info(tokenizer), notes={}
-    )
+    facts = {"max_length": 48, "eos_id": 1, "tokenizer": tokenizer_info(tokenizer), "prompt_bos_id": None, "notes": {}}
+    metadata = ModelMetadata(model=config.model, mup=config.mup, **facts)
     params = init_params(metadata.network(), one_device_mesh(), seed=5)
     write_model_directory(directory, metadata=metadata, params=params, tokenizer=tokenizer)
     return directory
@@ -174,7 +177,9 @@ def test_attention_that_the_cache_lost_is_said(capsys, untrained, monkeypatch):
 
 
 def test_a_failure_leaves_the_output_as_it_was(capsys, untrained, tmp_path, monkeypatch):
-    (tmp_path / "texts.jsonl").write_text("before")
+    written(untrained, tmp_path, PROMPTS[:1], "--num_tokens=1")
+    before = (tmp_path / "texts.jsonl").read_text()
+    (tmp_path / "prompts.jsonl").unlink()
     (tmp_path / "prompts.txt").write_text("eta\n")
 
     def fail(logits_V, **_):
@@ -185,7 +190,7 @@ def test_a_failure_leaves_the_output_as_it_was(capsys, untrained, tmp_path, monk
     assert main(["generate", f"--checkpoint={untrained}", *files]) == 1
     assert "btlm generate: error: the model's logits are not finite" in capsys.readouterr().err
     assert sorted(path.name for path in tmp_path.iterdir()) == ["prompts.txt", "texts.jsonl"]
-    assert (tmp_path / "texts.jsonl").read_text() == "before"
+    assert (tmp_path / "texts.jsonl").read_text() == before
 
 
 @pytest.mark.parametrize(
@@ -207,6 +212,9 @@ def test_a_failure_leaves_the_output_as_it_was(capsys, untrained, tmp_path, monk
         (["--prompts_file=nowhere.txt"], 1, "there is no file of prompts nowhere.txt"),
         (["--output=nowhere/x.jsonl"], 1, "output=nowhere/x.jsonl cannot be written: there is no directory nowhere"),
         (["--output=."], 1, "output=. is a directory; give the name of a file"),
+        (["--output=/dev/null"], 1, "output=/dev/null is no regular file and is not replaced; without"),
+        (["--bos=yes"], 2, "bos=yes is not allowed; it must be model, none, eos or an id's number"),
+        (["--bos=-1"], 2, "bos=-1 is not allowed"),
     ],
 )  # fmt: skip
 def test_a_wrong_command_says_what_is_right(capsys, flags, code, message):
@@ -231,3 +239,114 @@ def test_the_cache_is_of_the_dtype_asked_for(untrained, monkeypatch, dtype, tmp_
 
 def test_a_terminal_gets_no_control_characters():
     assert printable("a\tb\n\x1b[2Jc\x07\r é") == "a\tb\n\ufffd[2Jc\ufffd\ufffd é"
+
+
+def interrupted_after(num_draws, monkeypatch) -> None:
+    """Interrupt generation at a token, as Ctrl-C does."""
+    count, draw = itertools.count(), generation.draw
+
+    def drawn(*arguments, **options):
+        if next(count) == num_draws:
+            raise KeyboardInterrupt
+        return draw(*arguments, **options)
+
+    monkeypatch.setattr(generation, "draw", drawn)
+
+
+def test_an_interrupted_job_goes_on_and_ends_with_the_same_file(capsys, untrained, tmp_path, monkeypatch):
+    flags = ("--num_tokens=7", "--num_samples=2", "--seed=3", "--batch_size=2", "--stop=t")
+    expected = written(untrained, tmp_path, PROMPTS, *flags)
+    output, partial = tmp_path / "texts.jsonl", tmp_path / "texts.jsonl.partial"
+    expected_bytes = output.read_bytes()
+    output.unlink()
+    command = ["generate", f"--checkpoint={untrained}", "--temperature=1.7", *flags]
+    command += [f"--prompts_file={tmp_path / 'prompts.jsonl'}", f"--output={output}"]
+    for num_draws in (0, 17, 3):
+        with monkeypatch.context() as patch:
+            interrupted_after(num_draws, patch)
+            assert main(command) == 130
+        assert not output.exists() and not list(tmp_path.glob(".*"))
+    kept = partial.read_bytes().splitlines()[1:]
+    assert 2 <= len(kept) < 6 and all(json.loads(line.split(b"\t")[1]) in expected for line in kept)
+    partial.write_bytes(partial.read_bytes()[:-9])  # as a kill in the middle of a line leaves it
+    capsys.readouterr()
+    assert main([*command, "--seed=4"]) == 1
+    assert "texts of another command (seed: 3 there, 4 now)" in capsys.readouterr().err
+    assert main(command) == 0
+    assert f"going on: {len(kept) - 1} of 6 texts are in {partial}" in capsys.readouterr().err
+    assert output.read_bytes() == expected_bytes and not partial.exists()
+    assert main(command) == 0
+    assert "(output-replaced)" in capsys.readouterr().err and output.read_bytes() == expected_bytes
+
+
+@pytest.fixture(scope="module")
+def padded(tmp_path_factory):
+    """A model of 448 ids, the likeliest of which are beyond the 400 of its tokenizer."""
+    directory = tmp_path_factory.mktemp("padded")
+    config = tiny_config(model__vocab_size=448)
+    tokenizer = SentencePieceTokenizer(train_sentencepiece(TEXTS, vocab_size=400))
+    facts = {"max_length": 48, "eos_id": 1, "tokenizer": tokenizer_info(tokenizer), "prompt_bos_id": None, "notes": {}}
+    metadata = ModelMetadata(model=config.model, mup=config.mup, **facts)
+    params = init_params(metadata.network(), one_device_mesh(), seed=5)
+    table_VD = params["embedding"]["embedding"]
+    params["embedding"]["embedding"] = table_VD.at[400:].multiply(40)
+    write_model_directory(directory, metadata=metadata, params=params, tokenizer=tokenizer)
+    return directory
+
+
+@pytest.mark.parametrize("way", ["kernels", "int4", "jax"])
+def test_no_id_without_a_token_is_drawn(capsys, padded, tmp_path, monkeypatch, way):
+    seen, drawn = [], []
+    decode_logits, draw = CpuDecoder._run, generation.draw
+
+    def spy(logits_V, **options):
+        drawn.append(draw(logits_V, **options))
+        return drawn[-1]
+
+    def spy_run(self, *arguments):
+        seen.append(decode_logits(self, *arguments))
+        return seen[-1]
+
+    monkeypatch.setattr(generation, "draw", spy)
+    monkeypatch.setattr(CpuDecoder, "_run", spy_run)
+    if way == "jax":
+        monkeypatch.setattr(loading, "has_kernels", lambda: False)
+    int4 = ["--int4"] if way == "int4" else []
+    for sampling in (["--temperature=0"], ["--temperature=3"], ["--temperature=3", "--top_k=30", "--top_p=0.99"]):
+        rows = written(padded, tmp_path, PROMPTS[:2], "--num_tokens=20", *sampling, *int4)
+        assert all(row["num_tokens"] > 0 for row in rows)
+        (tmp_path / "texts.jsonl").unlink()
+    assert max(drawn) < 400 and len(drawn) > 60
+    assert way == "jax" or any(logits_BV.argmax() % 448 >= 400 for logits_BV in seen)  # they would have been
+    said = capsys.readouterr().err
+    assert "the model has 448 ids and its tokenizer 400; the others are never drawn (ids-without-token)" in said
+
+
+def test_an_id_can_be_put_in_front(capsys, untrained):
+    def ids_of(bos: str) -> list[int]:
+        seen = []
+        with mock.patch.object(
+            text_module, "_make_batch", lambda model, network, rows, *_, **__: seen.append(rows) or 1 / 0
+        ):
+            main(["generate", f"--checkpoint={untrained}", "--prompt=eta", f"--bos={bos}"])
+        return seen[0][0].ids if seen else []
+
+    plain = ids_of("model")
+    assert ids_of("none") == plain and ids_of("eos") == [1, *plain] and ids_of("7") == [7, *plain]
+    capsys.readouterr()
+    assert ids_of("400") == [] and "bos=400 is none of the tokenizer's 400 ids" in capsys.readouterr().err
+
+
+def test_a_run_is_used_without_its_token_store(capsys, tiny_run, tmp_path, monkeypatch):
+    workdir = tmp_path / "run"
+    shutil.copytree(tiny_run[1], workdir, symlinks=True)
+    expected = continued(capsys, workdir, "--temperature=0")
+    monkeypatch.setattr(native, "resolve_location", lambda workdir, place: tmp_path / "gone")
+    assert continued(capsys, workdir, "--temperature=0") == expected
+    (workdir / "tokenizer" / "tokenizer_info.json").write_text('{"kind": "sentencepiece", "eos_id": true}')
+    assert main(["generate", f"--checkpoint={workdir}"]) == 1
+    assert "tokenizer_info.json is damaged" in capsys.readouterr().err
+    shutil.rmtree(workdir / "tokenizer")  # as in runs of earlier versions
+    assert main(["generate", f"--checkpoint={workdir}"]) == 1
+    said = capsys.readouterr().err
+    assert f"it keeps none in {workdir / 'tokenizer'}" in said and f"{tmp_path / 'gone'} is not a token store" in said

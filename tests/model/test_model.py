@@ -116,7 +116,8 @@ def test_greedy_continuations_equal_the_published_code(oracle, mesh):
     hf, weights, arrays = oracle
     model, params = model_of(hf, attention="blockwise"), jax.tree.map(jnp.asarray, params_of(hf, weights))
     for row in arrays["greedy"].tolist():
-        made = continue_tokens(model, params, mesh, prompt=row[:16], num_tokens=24, sampling=GREEDY, seed=0, stop_id=-1)
+        options = {"sampling": GREEDY, "seed": 0, "num_ids": model.config.vocab_size, "stop_id": -1}
+        made = continue_tokens(model, params, mesh, prompt=row[:16], num_tokens=24, **options)
         assert made == row[16:]
 
 

@@ -66,7 +66,8 @@ def test_decoding_on_a_cpu_gives_the_original_logits(name, way, monkeypatch):
 @pytest.mark.parametrize("form", ["float32", "int4"])
 def test_a_residual_multiplier_counts_once(tmp_path, form):
     config = tiny_config(mup__preset="completep", mup__base_num_layers=1, model__vocab_size=300)
-    metadata = ModelMetadata(model=config.model, mup=config.mup, max_length=48, eos_id=0, tokenizer=None, notes={})
+    facts = {"max_length": 48, "eos_id": 0, "tokenizer": None, "prompt_bos_id": None, "notes": {}}
+    metadata = ModelMetadata(model=config.model, mup=config.mup, **facts)
     params = init_params(metadata.network(), one_device_mesh(), seed=5)
     assert metadata.network().parametrization.residual_scale != 1
     write_model_directory(tmp_path / "m", metadata=metadata, params=params, tokenizer=None)

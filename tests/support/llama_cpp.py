@@ -33,6 +33,16 @@ def tokenize(model: Path, texts: list[str]) -> list[list[int]]:
     return _call("_tokenize", str(model), texts)
 
 
+def prompt_ids(model: Path, texts: list[str]) -> list[list[int]]:
+    """Return the ids of prompts, as llama.cpp's programs make them: the names of special tokens stand for their ids."""
+    return _call("_tokenize", str(model), texts, True)
+
+
+def greedy(model: Path, prompts: list[list[int]], *, num_tokens: int) -> list[tuple[list[int], list[float]]]:
+    """Return for each prompt the likeliest ids after it, and by how much each one's logit is above the second best."""
+    return _call("_greedy", str(model), prompts, num_tokens)
+
+
 def quantize(matrices: list[tuple[np.ndarray, int, int]]) -> list[np.ndarray]:
     """Return the bytes [num_bytes] of llama.cpp's own quantizer for each (rows_RC, type code, num_bytes)."""
     return _call("_quantize", matrices)
@@ -109,44 +119,74 @@ def _load(library: ctypes.CDLL, model: str) -> int:
     return loaded
 
 
+class _Context:
+    """A loaded model, and a cache for one sequence of up to `num_slots` ids."""
+
+    def __init__(self, model: str, *, num_slots: int):
+        self._library = library = _library()
+        loaded = _load(library, model)
+        params = library.llama_context_default_params()
+        assert all(params.words[offset] == value for offset, value in _DEFAULTS.items()), "llama_context_params changed"
+        for offset, value in {
+            _N_CTX: num_slots, _N_BATCH: num_slots, _N_UBATCH: num_slots, _N_THREADS: 1, _N_THREADS_BATCH: 1,
+            _TYPE_K: _F32, _TYPE_V: _F32, _FLASH_ATTENTION: _NO_FLASH_ATTENTION,
+        }.items():  # fmt: skip
+            params.words[offset] = value
+        self._context = library.llama_init_from_model(loaded, params)
+        assert self._context, "llama.cpp cannot make a context"
+        self.vocab_size = library.llama_vocab_n_tokens(library.llama_model_get_vocab(loaded))
+        self._batch = library.llama_batch_init(num_slots, 0, 1)
+
+    def clear(self) -> None:
+        """Begin a new sequence."""
+        self._library.llama_memory_clear(self._library.llama_get_memory(self._context), True)
+
+    def decode(self, ids, *, start: int) -> np.ndarray:
+        """Return the logits_TV after each of more ids, the first of them at position `start`."""
+        batch = self._batch
+        batch.n_tokens = len(ids)
+        for index in range(batch.n_tokens):
+            batch.token[index], batch.pos[index] = int(ids[index]), start + index
+            batch.n_seq_id[index], batch.seq_id[index][0], batch.logits[index] = 1, 0, 1
+        assert self._library.llama_decode(self._context, batch) == 0, "llama_decode failed"
+        found = (self._library.llama_get_logits_ith(self._context, index) for index in range(batch.n_tokens))
+        return np.stack([np.ctypeslib.as_array(row, (self.vocab_size,)).copy() for row in found])
+
+
 def _logits(model: str, ids_BT: np.ndarray, piece: int) -> np.ndarray:
-    library = _library()
-    loaded = _load(library, model)
-    params = library.llama_context_default_params()
-    assert all(params.words[offset] == value for offset, value in _DEFAULTS.items()), "llama_context_params changed"
     B, T = ids_BT.shape
-    for offset, value in {
-        _N_CTX: T, _N_BATCH: T, _N_UBATCH: T, _N_THREADS: 1, _N_THREADS_BATCH: 1, _TYPE_K: _F32, _TYPE_V: _F32,
-        _FLASH_ATTENTION: _NO_FLASH_ATTENTION,
-    }.items():  # fmt: skip
-        params.words[offset] = value
-    context = library.llama_init_from_model(loaded, params)
-    assert context, "llama.cpp cannot make a context"
-    V = library.llama_vocab_n_tokens(library.llama_model_get_vocab(loaded))
-    logits_BTV = np.empty((B, T, V), np.float32)
-    batch = library.llama_batch_init(T, 0, 1)
+    context = _Context(model, num_slots=T)
+    logits_BTV = np.empty((B, T, context.vocab_size), np.float32)
     for row, ids_T in enumerate(ids_BT):
-        library.llama_memory_clear(library.llama_get_memory(context), True)
+        context.clear()
         for start in range(0, T, piece):
-            batch.n_tokens = len(ids_T[start : start + piece])
-            for index in range(batch.n_tokens):
-                batch.token[index], batch.pos[index] = int(ids_T[start + index]), start + index
-                batch.n_seq_id[index], batch.seq_id[index][0], batch.logits[index] = 1, 0, 1
-            assert library.llama_decode(context, batch) == 0, "llama_decode failed"
-            for index in range(batch.n_tokens):
-                found = library.llama_get_logits_ith(context, index)
-                logits_BTV[row, start + index] = np.ctypeslib.as_array(found, (V,))
+            logits_BTV[row, start : start + piece] = context.decode(ids_T[start : start + piece], start=start)
     return logits_BTV
 
 
-def _tokenize(model: str, texts: list[str]) -> list[list[int]]:
+def _greedy(model: str, prompts: list[list[int]], num_tokens: int) -> list[tuple[list[int], list[float]]]:
+    context, found = _Context(model, num_slots=max(map(len, prompts)) + num_tokens), []
+    for prompt in prompts:
+        context.clear()
+        made, margins, newest = [], [], prompt
+        while len(made) < num_tokens:
+            logits_V = context.decode(newest, start=len(prompt) + len(made) - len(newest))[-1]
+            second, best = np.sort(logits_V)[-2:]
+            newest = [int(logits_V.argmax())]
+            made += newest
+            margins.append(float(best - second))
+        found.append((made, margins))
+    return found
+
+
+def _tokenize(model: str, texts: list[str], parse_special: bool = False) -> list[list[int]]:
     library = _library()
     vocab = library.llama_model_get_vocab(_load(library, model))
     found = []
     for text in texts:
         encoded = text.encode()
         ids = np.empty(len(encoded) + 8, np.int32)
-        count = library.llama_tokenize(vocab, encoded, len(encoded), ids.ctypes.data, len(ids), True, False)
+        count = library.llama_tokenize(vocab, encoded, len(encoded), ids.ctypes.data, len(ids), True, parse_special)
         assert count >= 0, "llama_tokenize failed"
         found.append(ids[:count].tolist())
     return found
