@@ -100,13 +100,6 @@ def prove_tokenizer_files(
                     f"{client} turns the ids of {_shorten(text)} into {_shorten(decode(expected))}, "
                     f"not {_shorten(tokenizer.decode(expected))}"
                 )
-    for client, encode in _prompt_clients(directory):
-        for text in _prompts(tokenizer):
-            expected = [*([] if prompt_bos_id is None else [prompt_bos_id]), *tokenizer.encode_prompt(text)]
-            if encode(text) != expected:
-                raise ValueError(
-                    f"{client} makes other ids of a prompt: {first_difference(text, expected, encode(text))}"
-                )
     plain = _tokenizer_json(directory)
     eos_ids, eos_text = (
         plain.encode(special["eos_token"], add_special_tokens=False).ids,
@@ -125,6 +118,13 @@ def prove_tokenizer_files(
                 f"AutoTokenizer has eos_token_id={auto.eos_token_id}, {special['eos_token']!r} -> {eos_ids}, "
                 f"{len(auto)} tokens; the tokenizer has eos_id={tokenizer.eos_id}, {tokenizer.vocab_size} tokens"
             )
+    for client, encode in _prompt_clients(directory):
+        for text in _prompts(tokenizer):
+            expected = [*([] if prompt_bos_id is None else [prompt_bos_id]), *tokenizer.encode_prompt(text)]
+            if encode(text) != expected:
+                raise ValueError(
+                    f"{client} makes other ids of a prompt: {first_difference(text, expected, encode(text))}"
+                )
 
 
 def probe_texts(tokenizer: Tokenizer) -> Iterator[str]:

@@ -358,5 +358,5 @@ def test_tokenizers_that_llama_cpp_would_read_otherwise_are_refused(tmp_path):
     with pytest.raises(ValueError, match="257 pieces, 257 scores and 256 types"):
         SentencePieceVocabulary(
             pieces=("x",) * 257, scores=(0.0,) * 257, types=(NORMAL,) + (BYTE,) * 255, add_dummy_prefix=False,
-            bos_id=0, eos_id=0, unk_id=0,
+            bos_id=0, add_bos=False, eos_id=0, unk_id=0,
         )  # fmt: skip
