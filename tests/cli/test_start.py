@@ -49,7 +49,7 @@ def test_a_reader_that_leaves_early_ends_the_command_quietly(arguments):
     command = [sys.executable, "-m", "btlm_jax", *arguments]
     done = subprocess.run(command, cwd=REPOSITORY, stdout=write, stderr=subprocess.PIPE, text=True, check=False)
     os.close(write)
-    assert (done.returncode, done.stderr) == (141, "")
+    assert (done.returncode, done.stderr) in ((0, ""), (141, ""))
 
 
 def test_a_full_output_is_named():
