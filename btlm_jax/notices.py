@@ -24,6 +24,18 @@ NAMES = {
     "prompt-end-ignored": "a tokenizer.json puts ids after every text, which a prompt does not have here",
     "output-replaced": "the file for the texts exists already",
     "ids-without-token": "the model has more ids than its tokenizer; those without a token are never drawn",
+    "hidden-not-read": "a hidden file or folder lies in a folder that is read",
+    "stage-work-not-read": "a corpus stage keeps its work in a folder that is read",
+    "file-not-read": "files of other kinds lie in a folder that is read",
+    "not-readable": "a folder cannot be read, or a link leads nowhere",
+    "folder-read-once": "links lead to a folder that is read already",
+    "line-quarantined": "a line of a raw file is no document",
+    "value-changed": "a value or a column beside documents' texts, or a character of one, is not kept as it is",
+    "evaluation-without-runs": "nothing of an evaluation file can be found inside documents",
+    "evaluation-short": "evaluation texts are found only as whole documents",
+    "evaluation-unusable": "evaluation texts cannot be looked for",
+    "many-sources": "a corpus has so many sources that they may be no such",
+    "tokenizer-lossy": "a tokenizer does not give every text back, as --allow_lossy permits",
 }
 LINES_OF_ONE_NAME = 5  # further notices of the name are counted only
 

@@ -201,8 +201,12 @@ def _verify(arguments: Sequence[str]) -> int:
         print_stage(stage_manifest)
         return DONE
     from btlm_jax.data.verify import verify
+    from btlm_jax.tokenizers.tokenizer import load_tokenizer, tokenizer_info
 
     store_manifest = verify(directory, log=log)
+    recorded = store_manifest.tokenizer
+    if (info := tokenizer_info(load_tokenizer(directory, recorded))) != recorded:
+        raise ValueError(f"the tokenizer of {directory} is {info}, its manifest says {recorded}; rebuild the store")
     print("every shard is as its manifest says")
     print_store(store_manifest)
     return DONE

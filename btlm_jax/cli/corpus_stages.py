@@ -20,7 +20,9 @@ example:  btlm corpus clean --input=RAW --output=corpus/clean --workers=8
 
 RAW is a file or a folder of .jsonl, .jsonl.zst, .jsonl.gz, .parquet, .txt, .md or .rst files, a Hugging Face
 dataset on disk, a local TFDS dataset in ArrayRecord, or a URL such as gs://bucket/folder or s3://bucket/folder. A line
-of JSON is {"text": ..., "meta": {"redpajama_set_name": ...}}, or has "source" and "id". A bad line costs that line: it
+of JSON is {"text": ..., "meta": {"redpajama_set_name": ...}}, or has "source" and "id"; --text_key and the others name
+other keys. Of Parquet and Arrow tables no other columns are read. Links are followed; hidden files and folders are left
+out. A bad line costs that line: it
 goes to quarantine/ with its file, line, offset and the reason. Exit code 1 if more lines are bad than --max_bad_rate
 allows.
 """
@@ -32,7 +34,8 @@ example:  btlm corpus dedup --input=corpus/clean --output=corpus/dedup --preset=
 Both presets are MinHash of character 13-grams. slimpajama is as published: 9 bands of 13 of 128 permutations, nothing
 verified; it finds 0.4 of the pairs at a Jaccard similarity of 0.8. strict finds 0.96: 32 bands of 8 of 256 bins,
 verified by the share of equal bins (0.75). Of a cluster the longest document stays; among equally long ones a hash of
-the text, then of the id, decides.
+the text, then of the id, decides. strict then compares every other document of the cluster with it, for a cluster is a
+chain of pairs; of those that are not near it again one stays. slimpajama keeps one of each cluster.
 """
 
 SPLIT_HELP = """btlm corpus split: part documents into train, validation and test; shuffle them.
@@ -40,8 +43,11 @@ SPLIT_HELP = """btlm corpus split: part documents into train, validation and tes
 example:  btlm corpus split --input=corpus/dedup --output=corpus/split --evaluation=EVAL --weight=RedPajamaWikipedia=2
 
 A hash of the normalised text and the seed decides, so equal texts are never on both sides. Training documents that are
-near-duplicates of held-out ones (the strict rule of dedup) are dropped, and all documents that have a run of 13 words
-with the --evaluation texts. A weight takes a source's training documents so many times; fractions by hash.
+near-duplicates of held-out ones (the strict rule of dedup) are dropped, and all documents that have --evaluation text:
+13 words in a row, or where words are written without spaces 26 Chinese or Japanese characters, 52 of Thai and others;
+a text that is shorter, from 6 words on, whole. Evaluation texts are cleaned as the documents were.
+--evaluation_rule=13-words finds runs of 13 words between spaces alone, as published. A weight takes a source's training
+documents so many times; fractions by hash.
 """
 
 TOKENIZER_HELP = """btlm corpus tokenizer: train a tokenizer that gives every text back.
@@ -59,8 +65,11 @@ TOKENIZE_HELP = """btlm corpus tokenize: encode the documents of btlm corpus spl
 example:  btlm corpus tokenize --input=corpus/split --output=store --tokenizer=GPT2 --workers=8
 
 The tokenizer is a folder with GPT-2's vocab.json and merges.txt, with a tokenizer.json of byte-level BPE, or with a
-SentencePiece tokenizer.model. Training takes the store with --config.data.store=store --config.corpus.source=prepared;
-copied to a bucket, as --config.data.store=gs://bucket/store: it is read there, block by block, and not fetched first.
+SentencePiece tokenizer.model. It must give every text back, which is measured on documents of the corpus before the
+work begins; --allow_lossy takes it nevertheless.
+
+Training takes the store with --config.data.store=store --config.corpus.source=prepared; copied to a bucket, as
+--config.data.store=gs://bucket/store: it is read there, block by block, and not fetched first.
 """
 
 
@@ -75,6 +84,9 @@ def clean_flags() -> Flags:
         choices=("fail", "keep-prefix"),
     )
     flags.define_float("max_bad_rate", 0.001, "share of bad lines that is accepted")
+    flags.define_string("text_key", "text", "key or column of the text; a.b is b inside a")
+    flags.define_string("id_key", "id", "key or column of the document's name")
+    flags.define_string("source_key", "", "of the source; by default source, else meta.redpajama_set_name")
     return flags
 
 
@@ -83,6 +95,7 @@ def clean(arguments: Sequence[str]) -> int:
     flags = clean_flags()
     if not _parse_stage(flags, arguments):
         return DONE
+    from btlm_jax.corpus.readers.raw import Keys
     from btlm_jax.corpus.stages import clean as stage
     from btlm_jax.storage.location import parse_location
 
@@ -92,6 +105,7 @@ def clean(arguments: Sequence[str]) -> int:
             default_source=flags.string("source"),
             on_bad_file=flags.string("on_bad_file"),
             max_bad_rate=flags.number("max_bad_rate"),
+            keys=Keys(text=flags.string("text_key"), id=flags.string("id_key"), source=flags.string("source_key")),
         )
     except ValueError as error:
         raise UsageError(str(error)) from error
@@ -129,6 +143,12 @@ def split_flags() -> Flags:
     flags.define_integer("seed", 0, "of the hashes that decide")
     flags.define_strings("weight", "SOURCE=TIMES")
     flags.define_strings("evaluation", "raw file or folder not to train on")
+    flags.define_string(
+        "evaluation_rule",
+        "by-script",
+        "how evaluation text is found; 13-words as published",
+        choices=("by-script", "13-words"),
+    )
     return flags
 
 
@@ -146,8 +166,9 @@ def split(arguments: Sequence[str]) -> int:
             validation=flags.number("validation"),
             test=flags.number("test"),
             seed=flags.integer("seed"),
-            weights=dict(_weight(given) for given in flags.strings("weight")),
+            weights=_weights(flags.strings("weight")),
             evaluation=tuple(map(parse_location, flags.strings("evaluation"))),
+            evaluation_rule=flags.string("evaluation_rule"),
         )
     except ValueError as error:
         raise UsageError(str(error)) from error
@@ -189,6 +210,7 @@ def tokenize_flags() -> Flags:
     flags = _flags_with_workers(TOKENIZE_HELP)
     flags.define_string("tokenizer", "", "directory of a tokenizer")
     flags.define_integer("block_len", 8192, "tokens of a block: the longest phase of training")
+    flags.define_boolean("allow_lossy", False, "take a tokenizer that does not give every text back")
     return flags
 
 
@@ -207,16 +229,21 @@ def tokenize(arguments: Sequence[str]) -> int:
     from btlm_jax.corpus.stages import tokenize as stage
 
     with chosen_workers(flags, log=log) as workers:
-        manifest = stage.tokenize(
-            Path(flags.string("input")),
+        config = stage.TokenizeConfig(
+            input=Path(flags.string("input")),
             tokenizer=Path(flags.string("tokenizer")),
             block_len=block_len,
-            output=Path(flags.string("output")),
-            workers=workers,
-            log=log,
+            allow_lossy=flags.boolean("allow_lossy"),
         )
-        print_store(manifest)
+        print_store(stage.tokenize(config, output=Path(flags.string("output")), workers=workers, log=log))
     return DONE
+
+
+def _weights(given: Sequence[str]) -> dict[str, float]:
+    weights = [_weight(text) for text in given]
+    if twice := {source for source, _ in weights if sum(other == source for other, _ in weights) > 1}:
+        raise UsageError(f"--weight is given more than once for {', '.join(sorted(twice))}; give it once a source")
+    return dict(weights)
 
 
 def _weight(given: str) -> tuple[str, float]:
@@ -259,14 +286,14 @@ def log(line: str) -> None:
 def print_stage(manifest: dict) -> None:
     """Print what a stage read, wrote and dropped."""
     totals = manifest["totals"]
-    for source in sorted(totals["read"]):
+    for source in sorted(totals.get("read", ())):
         read, written = totals["read"][source], totals["written"].get(source, {"documents": 0, "bytes": 0})
         share = 100 * written["bytes"] / max(read["bytes"], 1)
         print(
             f"  {source}: {read['documents']:,} documents, {read['bytes']:,} bytes -> {written['documents']:,} "
             f"documents, {written['bytes']:,} bytes ({share:.1f} %)"
         )
-    for reason, count in sorted((totals["dropped"] | totals["bad"]).items()):
+    for reason, count in sorted((totals.get("dropped", {}) | totals.get("bad", {})).items()):
         print(f"  {reason}: {count:,}")
     print(f"fingerprint {manifest['fingerprint']}")
 

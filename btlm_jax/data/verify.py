@@ -6,6 +6,7 @@ import contextlib
 import dataclasses
 import hashlib
 import itertools
+import json
 import shutil
 import tempfile
 import time
@@ -14,7 +15,7 @@ from pathlib import Path
 from typing import BinaryIO, cast
 
 from btlm_jax.data.reader import SplitReader, open_store
-from btlm_jax.data.store import MANIFEST_FILE, Manifest, Shard, Split, TokenBlock
+from btlm_jax.data.store import DATASET_NAME, MANIFEST_FILE, Manifest, Shard, Split, TokenBlock
 from btlm_jax.display.progress import RateLimit
 from btlm_jax.storage.location import PathOrUrl, hash_range, join_location, read_bytes
 
@@ -23,6 +24,8 @@ INTERVAL = 5.0  # seconds between lines of progress
 
 def verify(directory: PathOrUrl, *, log: Callable[[str], None]) -> Manifest:
     """Hash every shard and the tokenizer, read every block, compare with the manifest, and return the manifest.
+
+    What TFDS reads beside them, features.json and dataset_info.json, must describe the same shards.
 
     The first token of a block must be the last of the block before it in its stream, so that each token is a target
     exactly once. From a store behind a URL one shard at a time is copied to the folder of temporary files.
@@ -35,6 +38,7 @@ def verify(directory: PathOrUrl, *, log: Callable[[str], None]) -> Manifest:
     manifest = open_store(directory, expected_fingerprint="").manifest
     reading = _Reading(directory, manifest, log)
     reading.check_tokenizer()
+    check_tfds_metadata(directory, manifest)
     for name, split in manifest.splits.items():
         with contextlib.closing(reading.blocks(split)) as blocks:
             counts = _check_streams(enumerate(blocks), name=f"{name} of {directory}", split=split, manifest=manifest)
@@ -44,6 +48,62 @@ def verify(directory: PathOrUrl, *, log: Callable[[str], None]) -> Manifest:
                 f"split {name} of {directory} has {counts} (tokens, documents), its manifest says {recorded}"
             )
     return manifest
+
+
+def check_tfds_metadata(directory: PathOrUrl, manifest: Manifest) -> None:
+    """Check that features.json and dataset_info.json, with which TFDS opens the store, agree with the manifest.
+
+    Raises:
+      FileNotFoundError: one is missing.
+      ValueError: one is damaged, or describes something else.
+    """
+    tensor = {"dtype": manifest.dtype, "encoding": "bytes", "shape": {"dimensions": [str(manifest.block_len + 1)]}}
+    splits = {
+        name: [str(shard.num_blocks) for shard in split.shards] for name, split in sorted(manifest.splits.items())
+    }
+    features, info = (_read_json(directory, name) for name in ("features.json", "dataset_info.json"))
+    records = _at(features, "featuresDict", "features")
+    found_splits = {
+        _at(split, "name"): _at(split, "shardLengths") for split in _items(_at(info, "splits")) if _at(split, "name")
+    }
+    for file, what, found, expected in (
+        ("features.json", "tokens", _at(records, "tokens", "tensor"), tensor),
+        (
+            "features.json",
+            "num_targets",
+            _at(records, "num_targets", "tensor", "dtype"),
+            "int32",
+        ),
+        ("dataset_info.json", "its name", _at(info, "name"), DATASET_NAME),
+        ("dataset_info.json", "its format", _at(info, "fileFormat"), "array_record"),
+        ("dataset_info.json", "the blocks of each shard", found_splits, splits),
+    ):
+        if found != expected:
+            raise ValueError(
+                f"{join_location(directory, file)} does not describe this store: {what} is {found}, by {MANIFEST_FILE} "
+                f"{expected}; restore it or rebuild the store"
+            )
+
+
+def _read_json(directory: PathOrUrl, name: str) -> object:
+    location = join_location(directory, name)
+    try:
+        return json.loads(read_bytes(location))
+    except FileNotFoundError as error:
+        raise FileNotFoundError(f"token store {directory} lacks {name}; restore it or rebuild the store") from error
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{location} is damaged: {error}; restore it or rebuild the store") from error
+
+
+def _at(value: object, *keys: str) -> object:
+    """Return the value of a key inside objects of JSON; None where there is none."""
+    for key in keys:
+        value = value.get(key) if isinstance(value, dict) else None
+    return value
+
+
+def _items(value: object) -> list:
+    return value if isinstance(value, list) else []
 
 
 def _check_streams(

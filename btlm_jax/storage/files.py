@@ -48,7 +48,8 @@ class AtomicFile:
     def write(self, data: bytes | memoryview) -> None:
         """Append bytes."""
         self._hash.update(data)
-        self._file.write(data)
+        with _named(self.path):
+            self._file.write(data)
 
     @property
     def sha256(self) -> str:
@@ -59,7 +60,7 @@ class AtomicFile:
         if kind is not None:
             self._stack.__exit__(kind, error, traceback)
             return
-        with self._stack:  # on a full disk even closing fails, and then the file is not renamed
+        with _named(self.path), self._stack:  # on a full disk even closing fails, and then the file is not renamed
             self._file.flush()
             os.fsync(self._file.fileno())
 
@@ -104,6 +105,17 @@ def hash_file(path: Path) -> str:
     """Return the sha256 of a file's contents."""
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+@contextlib.contextmanager
+def _named(path: Path) -> Iterator[None]:
+    """Have an error of writing, such as of a full disk, name the file."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno is None or error.filename is not None:
+            raise
+        raise OSError(error.errno, os.strerror(error.errno), str(path)) from error
 
 
 def sync_and_hash(path: Path) -> str:

@@ -9,8 +9,9 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import os
+import stat
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from pathlib import Path
 from typing import BinaryIO, NamedTuple, cast
 
@@ -76,8 +77,11 @@ def read_bytes(location: PathOrUrl) -> bytes:
         return file.read()
 
 
-def list_files(root: PathOrUrl) -> list[tuple[str, PathOrUrl, int]]:
+def list_files(root: PathOrUrl, *, left_out: Callable[[str, Collection[str]], str]) -> list[tuple[str, PathOrUrl, int]]:
     """Return (name relative to root, location, bytes) of every file below a folder, or of a single file, by name.
+
+    `left_out` takes the name of a file or folder and all names beside it, and returns the notice by which it is left
+    out, "" if it is not. Links are followed, each real folder read once; what cannot be read is named by a notice.
 
     Raises:
       FileNotFoundError: there is no file.
@@ -85,11 +89,10 @@ def list_files(root: PathOrUrl) -> list[tuple[str, PathOrUrl, int]]:
     """
     if isinstance(root, Path):
         if root.is_file():
-            return [(root.name, root, root.stat().st_size)]
+            return [(_printable(root.name), root, root.stat().st_size)]
         if not root.is_dir():
             raise FileNotFoundError(f"{root} is neither a file nor a folder")
-        paths = sorted((path.relative_to(root).as_posix(), path) for path in root.rglob("*") if path.is_file())
-        return [(name, path, path.stat().st_size) for name, path in paths]
+        return sorted(_walk(root, left_out), key=lambda file: file[0])
     with _plain_errors(root):
         system, path = fsspec.core.url_to_fs(root)
         infos = system.find(path, detail=True)  # of a file: itself
@@ -100,7 +103,78 @@ def list_files(root: PathOrUrl) -> list[tuple[str, PathOrUrl, int]]:
         ]
     if not files:
         raise FileNotFoundError(f"{root} holds no file, or is none")
+    if len(files) > 1 or base not in infos:
+        files = _without_left_out(root, files, left_out)
     return sorted(files)
+
+
+def _walk(root: Path, left_out: Callable[[str, Collection[str]], str]) -> Iterator[tuple[str, Path, int]]:
+    """Yield the files below a folder; folders behind links come last, so that a folder is read under its own name."""
+    folders, behind_links, seen = [root], [], set()
+    while folders or behind_links:
+        folder = folders.pop() if folders else behind_links.pop(0)
+        try:
+            status = folder.stat()
+            entries = [(entry, _kind(entry)) for entry in sorted(folder.iterdir())]
+        except PermissionError as error:
+            if folder == root:
+                raise
+            notices.report("not-readable", f"{folder} cannot be read and is left out: {error.strerror}")
+            continue
+        if (status.st_dev, status.st_ino) in seen:
+            notices.report("folder-read-once", f"{folder} leads to a folder that is read already under another name")
+            continue
+        seen.add((status.st_dev, status.st_ino))
+        names = {entry.name for entry, _ in entries}
+        for entry, kind in entries:
+            if name := left_out(entry.name, names):
+                notices.report(name, f"{entry} is not read")
+            elif not kind:
+                notices.report("not-readable", f"{entry} is left out: it cannot be reached, or links to nothing")
+            elif stat.S_ISDIR(kind):
+                (behind_links if entry.is_symlink() else folders).append(entry)
+            elif stat.S_ISREG(kind):
+                yield _printable(entry.relative_to(root).as_posix()), entry, entry.stat().st_size
+
+
+def _kind(path: Path) -> int:
+    """Return the mode of a file, behind links; 0 if it cannot be reached."""
+    try:
+        return path.stat().st_mode
+    except OSError:  # not there, a link to itself, a folder above it without permission
+        return 0
+
+
+def _without_left_out(
+    root: str, files: list[tuple[str, str, int]], left_out: Callable[[str, Collection[str]], str]
+) -> list[tuple[str, str, int]]:
+    """Return the files of which no part of the name is left out; say once what is left out."""
+    names_in: dict[str, set[str]] = {}
+    for name, _, _ in files:
+        for folder, part in _parts(name):
+            names_in.setdefault(folder, set()).add(part)
+    kept, said = [], set()
+    for file in files:
+        for folder, part in _parts(file[0]):
+            if notice := left_out(part, names_in[folder]):
+                if (folder, part) not in said:
+                    notices.report(notice, f"{join_location(join_location(root, folder), part)} is not read")
+                said.add((folder, part))
+                break
+        else:
+            kept.append(file)
+    return kept
+
+
+def _parts(name: str) -> list[tuple[str, str]]:
+    """Return (folder, name in it) of a file and of every folder above it, from the top."""
+    parts = name.split("/")
+    return [("/".join(parts[:depth]), part) for depth, part in enumerate(parts)]
+
+
+def _printable(name: str) -> str:
+    """Return a file's name as text; bytes of it that are not UTF-8 become \\xNN."""
+    return name.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
 
 
 def version_stamp(location: PathOrUrl) -> list:

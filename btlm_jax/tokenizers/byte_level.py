@@ -9,7 +9,8 @@ from __future__ import annotations
 import functools
 import json
 import re
-from collections.abc import Iterable, Sequence
+import unicodedata
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
@@ -21,6 +22,7 @@ KIND = "byte_level_bpe"
 STORED_FILE = "tokenizer.json"
 VOCAB_FILE, MERGES_FILE = "vocab.json", "merges.txt"
 END_OF_TEXT = "<|endoftext|>"
+MAX_TRAINED_WORD = 256  # characters
 MIN_VOCAB_SIZE = 257  # 256 bytes and the end of text
 _GPT2_STEPS = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True}
 _SPLITTING_STEPS = ("Split", "Digits", "Punctuation")  # others also drop or replace characters
@@ -32,14 +34,14 @@ class ByteLevelTokenizer:
     kind = KIND
     stored_file = STORED_FILE
 
-    def __init__(self, contents: bytes, *, eos_id: int):
-        """Read the contents of a tokenizer.json.
+    def __init__(self, contents: bytes, *, eos_id: int, allow_lossy: bool = False):
+        """Read the contents of a tokenizer.json; one that would change texts only if `allow_lossy`.
 
         Raises:
           ValueError: it is damaged, not byte-level BPE, would change texts, or `eos_id` is not in it.
         """
         self.contents = contents
-        self._tokenizer = _read(contents, eos_id=eos_id)
+        self._tokenizer = _read(contents, eos_id=eos_id, allow_lossy=allow_lossy)
         self.eos_id = eos_id
         self.eos_token = self.token(eos_id)
         self.vocab_size = self._tokenizer.get_vocab_size()
@@ -56,6 +58,7 @@ class ByteLevelTokenizer:
         body = json.loads(self.json)
         return (
             body["pre_tokenizer"] == _GPT2_STEPS
+            and body["normalizer"] is None
             and not body["model"]["ignore_merges"]
             and len(body["added_tokens"]) == 1
         )
@@ -96,6 +99,10 @@ class ByteLevelTokenizer:
     def _reading_special_names(self) -> Tokenizer:
         return Tokenizer.from_str(self.json)  # the library does not store encode_special_tokens
 
+    def encode_exactly(self, text: str) -> list[int]:
+        """Return the ids of a text."""
+        return self.encode(text)
+
     def encode_batch(self, texts: Sequence[str], *, num_threads: int) -> list[list[int]]:
         """Return the ids of each text; on this thread if `num_threads` is 1, else on all threads of the library."""
         if num_threads == 1:
@@ -110,7 +117,8 @@ class ByteLevelTokenizer:
 def train_byte_level(texts: Iterable[str], *, vocab_size: int) -> bytes:
     """Train merges on texts split by GPT-2's pattern; return a tokenizer.json in which END_OF_TEXT is the last id.
 
-    The same texts give the same bytes, whatever their order and the number of threads.
+    The same texts give the same bytes, whatever their order and the number of threads. Words of more than
+    MAX_TRAINED_WORD characters count as several: the time of the library grows with the square of their length.
 
     Raises:
       ValueError: the vocabulary is too small, or too large for these texts.
@@ -121,7 +129,7 @@ def train_byte_level(texts: Iterable[str], *, vocab_size: int) -> bytes:
     trainer = trainers.BpeTrainer(
         vocab_size=vocab_size - 1, initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False
     )
-    tokenizer.train_from_iterator(texts, trainer)
+    tokenizer.train_from_iterator((piece for text in texts for piece in _without_long_words(text)), trainer)
     tokenizer.add_special_tokens([AddedToken(END_OF_TEXT, special=True, normalized=False)])
     if tokenizer.get_vocab_size() != vocab_size:
         raise ValueError(
@@ -131,8 +139,10 @@ def train_byte_level(texts: Iterable[str], *, vocab_size: int) -> bytes:
     return tokenizer.to_str().encode()
 
 
-def read_byte_level(directory: Path) -> ByteLevelTokenizer:
+def read_byte_level(directory: Path, *, allow_lossy: bool = False) -> ByteLevelTokenizer:
     """Read the tokenizer.json of a Hugging Face directory, or its vocab.json and merges.txt.
+
+    One that would change texts is read only if `allow_lossy`.
 
     Raises:
       FileNotFoundError: it has neither.
@@ -151,13 +161,51 @@ def read_byte_level(directory: Path) -> ByteLevelTokenizer:
         raise ValueError(f"{path} is damaged or not a tokenizer: {error!r}") from error
     try:
         if eos_id < 0:
-            _check_kind(body)
+            _check_kind(body, allow_lossy=allow_lossy)
             raise ValueError(
                 f"it lacks the end-of-text token {eos_token!r}; name another as eos_token in tokenizer_config.json"
             )
-        return ByteLevelTokenizer(contents, eos_id=eos_id)
+        return ByteLevelTokenizer(contents, eos_id=eos_id, allow_lossy=allow_lossy)
     except ValueError as error:
         raise ValueError(f"{path} cannot be used: {error}") from error
+
+
+def long_runs(text: str, length: int) -> Iterator[tuple[int, int]]:
+    """Yield (begin, end) of runs of more than `length` letters, digits, spaces or other characters.
+
+    Words of GPT-2's pattern are such runs, with one character before them at most. Looks at every `length // 2`th
+    character first, so that a text without such runs takes no time.
+    """
+    step, end = max(length // 2, 1), 0
+    for place in range(0, len(text) - step, step):
+        if place < end or _class(text[place]) != _class(text[place + step]):
+            continue
+        kind = _class(text[place])
+        begin, stop = place, place + 1
+        while begin > end and _class(text[begin - 1]) == kind:
+            begin -= 1
+        while stop < len(text) and _class(text[stop]) == kind:
+            stop += 1
+        if stop - begin > length:
+            yield begin, stop
+            end = stop
+
+
+def _class(character: str) -> str:
+    """Return what GPT-2's pattern takes a character for: "L", "N", a space, or "" for others."""
+    if character.isspace():
+        return " "
+    kind = unicodedata.category(character)[0]
+    return kind if kind in "LN" else ""
+
+
+def _without_long_words(text: str) -> Iterator[str]:
+    start = 0
+    for begin, end in long_runs(text, MAX_TRAINED_WORD):
+        for cut in range(begin + MAX_TRAINED_WORD, end, MAX_TRAINED_WORD):
+            yield text[start:cut]
+            start = cut
+    yield text[start:]
 
 
 def _from_vocabulary(directory: Path) -> bytes:
@@ -198,10 +246,10 @@ def _eos_token(directory: Path) -> str:
     return END_OF_TEXT
 
 
-def _read(contents: bytes, *, eos_id: int) -> Tokenizer:
+def _read(contents: bytes, *, eos_id: int, allow_lossy: bool) -> Tokenizer:
     try:
         body = json.loads(contents)
-        _check_kind(body)
+        _check_kind(body, allow_lossy=allow_lossy)
         body |= {"truncation": None, "padding": None, "post_processor": None}  # these would drop or add ids
         body["model"] |= {"type": "BPE", "dropout": None}
         tokenizer = Tokenizer.from_str(json.dumps(body))
@@ -218,8 +266,11 @@ def _read(contents: bytes, *, eos_id: int) -> Tokenizer:
     return tokenizer
 
 
-def _check_kind(body: dict) -> None:
-    """Check that this is byte-level BPE that gives every text back."""
+def _check_kind(body: dict, *, allow_lossy: bool) -> None:
+    """Check that this is byte-level BPE that gives every text back, or without that if `allow_lossy`.
+
+    A normaliser to NFC changes no document of a corpus, for `clean` makes them NFC.
+    """
     model, normalizer = body["model"], body.get("normalizer")
     kind = model.get("type", "BPE" if "merges" in model else "unknown")
     steps: dict = body.get("pre_tokenizer") or {"type": "none"}
@@ -230,7 +281,7 @@ def _check_kind(body: dict) -> None:
     )
     if kind != "BPE" or last["type"] != "ByteLevel" or decoder != "ByteLevel":
         raise ValueError(f"{STORED_FILE} is {description}; only byte-level BPE can be read (BPE, ByteLevel, ByteLevel)")
-    changes = [normalizer["type"]] if normalizer else []
+    changes = [step["type"] for step in _normalizers(normalizer) if step["type"] != "NFC"]
     changes += [step["type"] for step in splits if not _only_splits(step)]
     changes += ["add_prefix_space"] if last.get("add_prefix_space", True) else []
     changes += [part for part in ("continuing_subword_prefix", "end_of_word_suffix") if model.get(part)]
@@ -239,8 +290,18 @@ def _check_kind(body: dict) -> None:
         for token in body.get("added_tokens", [])
         if not token["special"] and (token["lstrip"] or token["rstrip"])
     ]
-    if changes:
-        raise ValueError(f"{STORED_FILE} would not give every text back, as it has: {', '.join(changes)}")
+    if changes and not allow_lossy:
+        raise ValueError(
+            f"{STORED_FILE} would not give every text back, as it has: {', '.join(changes)}; btlm corpus tokenize "
+            "--allow_lossy takes it"
+        )
+
+
+def _normalizers(normalizer: dict | None) -> list[dict]:
+    """Return the steps of a normaliser."""
+    if not normalizer:
+        return []
+    return normalizer["normalizers"] if normalizer["type"] == "Sequence" else [normalizer]
 
 
 def _only_splits(step: dict) -> bool:

@@ -9,7 +9,7 @@ from collections.abc import Iterable, Iterator, Sequence
 
 import sentencepiece
 
-from btlm_jax.tokenizers.sentencepiece_proto import USER_DEFINED, parse_model
+from btlm_jax.tokenizers.sentencepiece_proto import SPACE_MARK, USER_DEFINED, parse_model
 
 SENTENCEPIECE = "sentencepiece"
 TOKENIZER_FILE = "tokenizer.model"
@@ -17,6 +17,7 @@ TOKENIZER_BYTES = 16_000_000  # of training text; more does not change the merge
 UNK_ID, EOS_ID = 0, 1
 MIN_VOCAB_SIZE = 300  # 256 byte pieces, the control pieces, a newline and some letters
 MAX_LINE_CHARACTERS = 4096
+_PRIVATE = (0x10FF00, 0x10FFFE)  # the last characters of private use, four bytes each
 NEWLINE_BOUNDARY = re.compile(r"\n")  # of models in which the newline is a symbol of its own
 
 
@@ -41,6 +42,7 @@ class SentencePieceTokenizer:
         self.eos_id = self._processor.eos_id()
         self.vocab_size = self._processor.vocab_size()
         self.boundary = NEWLINE_BOUNDARY if _encodes_by_lines(model) else None
+        self._has_bytes = parse_model(model).byte_fallback
         if self.eos_id < 0:
             raise ValueError("this SentencePiece model has no end-of-text piece; train it with an eos_id of 0 or more")
 
@@ -65,6 +67,32 @@ class SentencePieceTokenizer:
             if self._processor.is_control(number) or self._processor.is_unknown(number)
         )
         return {name: number for number in special if (name := self._processor.id_to_piece(number))}
+
+    def encode_exactly(self, text: str) -> list[int]:
+        """Return the ids of a text, with the three bytes of U+2581 where it has that.
+
+        SentencePiece writes a space as U+2581, so `encode` takes one in a text for a space, as all clients do. Here a
+        character that is neither in the text nor in the vocabulary takes its place, and gives its place to the bytes.
+        """
+        if SPACE_MARK not in text or not self._has_bytes:
+            return self.encode(text)
+        for number in range(*_PRIVATE):
+            substitute = chr(number)
+            bytes_of_it = self._byte_ids(substitute)
+            if substitute not in text and self._processor.encode(f"{substitute}{substitute}")[-8:] == 2 * bytes_of_it:
+                break
+        else:  # the model changes these characters too
+            return self.encode(text)
+        ids, mark = self._processor.encode(text.replace(SPACE_MARK, substitute)), self._byte_ids(SPACE_MARK)
+        exact, place = [], 0
+        while place < len(ids):
+            is_mark = ids[place : place + 4] == bytes_of_it
+            exact += mark if is_mark else ids[place : place + 1]
+            place += 4 if is_mark else 1
+        return exact
+
+    def _byte_ids(self, character: str) -> list[int]:
+        return [self._processor.piece_to_id(f"<0x{byte:02X}>") for byte in character.encode()]
 
     def encode_batch(self, texts: Sequence[str], *, num_threads: int) -> list[list[int]]:
         """Return the ids of each text; the same for any number of threads."""

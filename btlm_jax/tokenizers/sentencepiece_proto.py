@@ -13,7 +13,7 @@ from btlm_jax.storage.protobuf import read_fields
 
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = 1, 2, 3, 4, 5, 6  # SentencePiece.Type
 UNIGRAM, BPE = 1, 2  # TrainerSpec.ModelType; 3 is word, 4 is char
-SPACE_MARK = "\u2581"  # stands for a space, so a text that contains it would not decode to itself
+SPACE_MARK = "\u2581"  # stands for a space
 _PIECES, _TRAINER, _NORMALIZER, _DENORMALIZER = 1, 2, 3, 5  # numbers of ModelProto's fields
 
 

@@ -59,6 +59,10 @@ class Tokenizer(Protocol):
         """Return the ids of a text in which the name of a special token stands for its id, as clients read prompts."""
         ...
 
+    def encode_exactly(self, text: str) -> list[int]:
+        """Return ids that give the text back, where those of `encode` would not."""
+        ...
+
     def encode_batch(self, texts: Sequence[str], *, num_threads: int) -> list[list[int]]:
         """Return the ids of each text; the same for any number of threads."""
         ...
@@ -83,6 +87,12 @@ def split_for_encoding(text: str, boundary: re.Pattern | None) -> Iterator[str]:
     yield text[start:]
 
 
+def encode_document(tokenizer: Tokenizer, text: str) -> Iterator[list[int]]:
+    """Yield the ids of a text's pieces, which are those of the whole, such that they give the text back."""
+    for piece in split_for_encoding(text, tokenizer.boundary):
+        yield tokenizer.encode_exactly(piece)
+
+
 def load_tokenizer(directory: PathOrUrl, tokenizer: store.TokenizerInfo) -> Tokenizer:
     """Load a store's tokenizer.
 
@@ -104,14 +114,16 @@ def load_tokenizer(directory: PathOrUrl, tokenizer: store.TokenizerInfo) -> Toke
     if hashlib.sha256(contents).hexdigest() != tokenizer.sha256:
         raise ValueError(f"tokenizer {path} is not the one the manifest records; restore it or rebuild the store")
     if tokenizer.kind == BYTE_LEVEL:
-        return ByteLevelTokenizer(contents, eos_id=tokenizer.eos_id)
+        # Whoever made the store was asked before its texts were encoded by a tokenizer that changes them.
+        return ByteLevelTokenizer(contents, eos_id=tokenizer.eos_id, allow_lossy=True)
     return SentencePieceTokenizer(contents)
 
 
-def find_tokenizer(directory: Path) -> Tokenizer:
+def find_tokenizer(directory: Path, *, allow_lossy: bool = False) -> Tokenizer:
     """Read the tokenizer of a Hugging Face directory, from whichever kind of file it has.
 
-    A tokenizer.model has priority: a tokenizer.json beside it was made from it.
+    A tokenizer.json that would change texts is read only if `allow_lossy`. A tokenizer.model has priority: a
+    tokenizer.json beside it was made from it.
 
     Raises:
       FileNotFoundError: there is none.
@@ -128,7 +140,7 @@ def find_tokenizer(directory: Path) -> Tokenizer:
             f"{directory} holds no tokenizer: looked for {TOKENIZER_FILE}, {BYTE_LEVEL_FILE}, "
             f"and {VOCAB_FILE} with {MERGES_FILE}"
         )
-    return read_byte_level(directory)
+    return read_byte_level(directory, allow_lossy=allow_lossy)
 
 
 def tokenizer_info(tokenizer: Tokenizer) -> store.TokenizerInfo:

@@ -3,14 +3,21 @@
 import json
 import random
 import signal
+import string
 import subprocess
 import sys
+from unittest import mock
 
+import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from support.corpus_files import contents, made_up_text, write_raw
 
 from btlm_jax.cli import main
 from btlm_jax.corpus.engine.inputs import read_stage
+from btlm_jax.corpus.near_duplicates import lsh
+from btlm_jax.corpus.near_duplicates.lsh import Clusters
 from btlm_jax.corpus.readers.records import read_records
 from btlm_jax.corpus.stages import dedup as deduplicating
 
@@ -178,3 +185,71 @@ def test_changed_or_unfinished_input_is_refused(cleaned, capsys):
     assert main(arguments(cleaned, "third")) == 1
     assert "an unfinished stage; give its command again" in capsys.readouterr().err
     assert main(arguments(cleaned, "fourth", "--preset=fast")) == 2
+
+
+def chain(length: int, *, seed: int) -> list[str]:
+    """Return documents of which each shares nine tenths with the next, and the first nothing with the last."""
+    words = made_up_text(seed=seed, num_words=300 + 15 * length).split()
+    return [" ".join(words[15 * number : 15 * number + 300]) for number in range(length)]
+
+
+def grams(text: str) -> set[str]:
+    text = " ".join(text.lower().translate(str.maketrans("", "", string.punctuation)).split())
+    return {text[start : start + 13] for start in range(len(text) - 12)}
+
+
+def jaccard(first: str, second: str) -> float:
+    return len(grams(first) & grams(second)) / len(grams(first) | grams(second))
+
+
+def test_of_a_chain_stays_what_is_not_near_the_one_that_stays(tmp_path):
+    texts = chain(40, seed=1) + chain(25, seed=2)
+    assert jaccard(texts[0], texts[1]) > 0.85 and jaccard(texts[0], texts[39]) < 0.05
+    make_cleaned(tmp_path, texts)
+    assert main(arguments(tmp_path)) == 0
+    kept = kept_texts(tmp_path / "dedup")
+    gone = set(texts) - set(kept)
+    assert all(max(jaccard(text, other) for other in kept) > 0.68 for text in gone)  # near one that stays
+    assert all(jaccard(text, other) < 0.82 for text in kept for other in kept if text is not other)
+    assert 65 / 8 < len(kept) < 65 / 1.5
+    assert main(arguments(tmp_path, "published", "--preset=slimpajama")) == 0
+    assert len(kept_texts(tmp_path / "published")) < 12  # of the published rule one of each chain that it sees stays
+
+
+def test_copies_among_many_fillings_of_a_template_are_found(tmp_path, monkeypatch):
+    """More survivors in one cluster than rounds of comparison: the rest is divided anew, and no copy is missed."""
+    monkeypatch.setattr("btlm_jax.corpus.near_duplicates.lsh.MAX_ROUNDS", 3)
+    template = made_up_text(seed=9, num_words=160)
+    texts = [f"{template} {made_up_text(seed=100 + number, num_words=30)}" for number in range(60)]
+    make_cleaned(tmp_path, [*texts, *(f"{text} x" for text in texts[::4])])
+    assert main(arguments(tmp_path)) == 0
+    kept = kept_texts(tmp_path / "dedup")
+    assert not any({texts[number], f"{texts[number]} x"} <= set(kept) for number in range(0, 60, 4))
+    assert all(max(jaccard(text, other) for other in kept) > 0.68 for text in texts)
+
+
+@settings(max_examples=200, deadline=None)
+@given(data=st.data(), count=st.integers(0, 30), rounds=st.integers(1, 5))
+def test_each_document_that_goes_agrees_with_one_that_stays(data, count, rounds):
+    """On any relation: chosen like a person would, best first, comparing within a component of the relation."""
+    near = np.zeros((count, count), bool)
+    for a, b in data.draw(st.lists(st.tuples(*[st.integers(0, max(count - 1, 0))] * 2), max_size=40 if count else 0)):
+        near[a, b] = near[b, a] = True
+    np.fill_diagonal(near, True)
+    lengths = np.array(data.draw(st.lists(st.integers(1, 3), min_size=count, max_size=count)), np.int64)
+    ranks = np.array(data.draw(st.permutations(range(count))), np.int64)
+    pairs = np.argwhere(np.triu(near, 1))
+    clusters = Clusters(count)
+    clusters.join(pairs)
+    expected, best_first = np.zeros(count, bool), np.lexsort((ranks, -lengths))
+    for document in best_first:
+        expected[document] = not (near[document] & expected).any()
+    with mock.patch.object(lsh, "MAX_ROUNDS", rounds):
+        kept = lsh.verified_survivors(
+            clusters.roots(np.arange(count)),
+            lengths=lengths,
+            ranks=ranks,
+            agree=lambda first, second: near[first, second],
+            pairs_among=lambda some: pairs[np.isin(pairs, some).all(axis=1)],
+        )
+    assert kept.tolist() == expected.tolist()

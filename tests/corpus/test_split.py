@@ -1,21 +1,18 @@
 """Splitting: every document on one side, nothing of the held-out or evaluation text in train, by hashes alone."""
 
 import json
-import re
-import string
 from collections import Counter
 
 import numpy as np
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
 from support.corpus_files import made_up_text, write_raw
 
 from btlm_jax.cli import main
 from btlm_jax.corpus.engine.inputs import read_stage
 from btlm_jax.corpus.readers.records import read_records
 from btlm_jax.corpus.stages import split as splitting
-from btlm_jax.corpus.stages.contamination import WORDS, HeldOut, shares_ngram, strict_signature, word_ngrams
+from btlm_jax.corpus.stages.contamination import HeldOut, strict_signature
+from btlm_jax.corpus.stages.evaluation_text import WORDS
 
 SOURCES = ("A", "B", "C")
 TEXTS = [made_up_text(seed=seed, num_words=60) for seed in range(240)]
@@ -119,24 +116,14 @@ def test_evaluation_text_is_found_by_13_words(cleaned, capsys):
     words = TEXTS[7].split()
     evaluation = ["question: " + " ".join(words[20 : 20 + WORDS]).upper() + "?", " ".join(TEXTS[8].split()[:12])]
     (cleaned / "evaluation.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in evaluation))
-    assert run_split(cleaned, "split", f"--evaluation={cleaned / 'evaluation.jsonl'}") == 0
+    flags = [f"--evaluation={cleaned / 'evaluation.jsonl'}", "--evaluation_rule=13-words"]
+    assert run_split(cleaned, "split", *flags) == 0
     everything = [record.text for records in documents(cleaned / "split").values() for record in records]
     assert sorted(everything) == sorted(set(TEXTS) - {TEXTS[7]})
     assert "'has evaluation text': 1" in capsys.readouterr().out
     (cleaned / "evaluation.jsonl").write_text("{}")
     assert run_split(cleaned, "other", f"--evaluation={cleaned / 'evaluation.jsonl'}") == 1
     assert "line 1: there is no text" in capsys.readouterr().err
-
-
-@given(st.text(max_size=80) | st.lists(st.sampled_from("abcdé"), min_size=10, max_size=40).map(" ".join))
-def test_word_runs_are_those_of_the_normalised_words(text):
-    cleaned = text.lower().translate(str.maketrans("", "", string.punctuation))
-    words = re.sub(r"\s+", " ", cleaned).strip().split(" ")
-    runs = {tuple(words[start : start + WORDS]) for start in range(len(words) - WORDS + 1)}
-    found = np.concatenate([np.empty(0, np.uint64), *word_ngrams(text)])
-    assert len(set(found.tolist())) == len(runs)
-    assert shares_ngram(text, np.unique(found)) == bool(runs)
-    assert not shares_ngram(text, np.unique(np.concatenate(list(word_ngrams("some other words " * 9)))))
 
 
 def test_near_duplicates_are_found_among_many():
@@ -162,6 +149,8 @@ def test_weights_take_a_source_so_many_times(cleaned, capsys):
     assert "weights name D, which is no source; there are A, B, C" in capsys.readouterr().err
     assert run_split(cleaned, "unknown", "--weight=A") == 2
     assert run_split(cleaned, "unknown", "--weight=A=-1") == 2
+    assert run_split(cleaned, "unknown", "--weight=A=1", "--weight=A=0") == 2
+    assert "--weight is given more than once for A" in capsys.readouterr().err
 
 
 def test_shares_that_leave_nothing_are_refused(cleaned, capsys):

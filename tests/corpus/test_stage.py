@@ -78,7 +78,7 @@ def append(task, directory, heartbeat):
 
 def test_an_input_that_changes_while_it_is_read_is_refused(tmp_path):
     (tmp_path / "raw.jsonl").write_text("text")
-    tasks = make_tasks(raw_inputs(tmp_path / "raw.jsonl", log=print))
+    tasks = make_tasks(raw_inputs(tmp_path / "raw.jsonl"))
     made = Stage(name="appending", settings={}, tasks=tasks, run=append)
     with pytest.raises(ValueError, match="raw.jsonl changed while it was read; run again"):
         run(made, tmp_path / "out")
@@ -117,5 +117,5 @@ def test_raw_files_are_found_by_suffix_in_the_order_of_their_names(tmp_path):
     for name in ("b/2.jsonl", "a.jsonl.zst", "b/1.txt", "b/picture.png", ".hidden.jsonl"):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_bytes(b"x")
-    assert [item.name for item in raw_inputs(tmp_path, log=print)] == ["a.jsonl.zst", "b/1.txt", "b/2.jsonl"]
-    assert [item.name for item in raw_inputs(tmp_path / "b" / "2.jsonl", log=print)] == ["2.jsonl"]
+    assert [item.name for item in raw_inputs(tmp_path)] == ["a.jsonl.zst", "b/1.txt", "b/2.jsonl"]
+    assert [item.name for item in raw_inputs(tmp_path / "b" / "2.jsonl")] == ["2.jsonl"]

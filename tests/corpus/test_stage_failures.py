@@ -121,7 +121,7 @@ def records_of(directory: Path) -> list[Record]:
 def test_a_large_file_is_read_in_pieces_none_lost_none_doubled(raw, monkeypatch, piece_bytes):
     whole = records_of(raw / "clean")
     monkeypatch.setattr(inputs, "PIECE_BYTES", piece_bytes)
-    found = raw_inputs(raw / "raw", log=print)
+    found = raw_inputs(raw / "raw")
     assert len(found) > 3 and sum(item.num_bytes for item in found) == sum(
         path.stat().st_size for path in (raw / "raw").iterdir()
     )
@@ -145,6 +145,6 @@ def test_only_plain_lines_are_read_in_pieces(raw, monkeypatch, capsys):
     (raw / "raw" / "named_wrongly.zst").rename(raw / "raw" / "packed.jsonl")
     (raw / "raw" / "book.txt").write_text("text " * 999)
     (raw / "raw" / "picture.png").write_text("")
-    names = [item.name for item in raw_inputs(raw / "raw", log=print)]
+    names = [item.name for item in raw_inputs(raw / "raw")]
     assert names[0] == "book.txt" and names[1] == "packed.jsonl" and "packed.jsonl" not in names[2]
-    assert "1 files of other kinds are not read, picture.png for one" in capsys.readouterr().out
+    assert "1 files of other kinds are not read, picture.png for one" in capsys.readouterr().err

@@ -1,5 +1,6 @@
 """From split documents to a token store: every token once, in order, counted, whatever was killed."""
 
+import dataclasses
 import os
 import random
 import shutil
@@ -11,9 +12,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from support import tiny_tokenizers
 from support.corpus_files import contents, made_up_text, write_raw
+from tokenizers import normalizers
 
 from btlm_jax.cli import INTERRUPTED, main
 from btlm_jax.corpus.engine.inputs import read_stage
+from btlm_jax.corpus.pack import write_shards
 from btlm_jax.corpus.readers.records import read_records
 from btlm_jax.corpus.stages import tokenize as tokenizing
 from btlm_jax.data import store
@@ -24,7 +27,7 @@ from btlm_jax.tokenizers.gpt2 import FastGpt2Tokenizer, fastest_tokenizer, tikto
 from btlm_jax.tokenizers.sentencepiece_bpe import SentencePieceTokenizer, train_sentencepiece
 from btlm_jax.tokenizers.tokenizer import load_tokenizer
 
-MARK = "\u2581"  # SentencePiece's own, which it cannot give back
+MARK = "\u2581"  # SentencePiece's own for a space
 TEXTS = [made_up_text(seed=seed, num_words=50) + (f" é{MARK}\n" if seed % 10 == 0 else " é\n") for seed in range(120)]
 SOURCES = ("A", "B")
 
@@ -86,20 +89,20 @@ def test_the_store_holds_every_document_once_and_in_order(prepared, tmp_path, to
     stored = load_tokenizer(tmp_path / "store", manifest.tokenizer)
     for name, store_name in tokenizing.STORE_SPLITS.items():
         expected = documents(prepared, name)
-        if tokenizer == "pieces":
-            assert manifest.made_by["dropped"] == {"has SentencePiece's space mark": 12}
-            expected = [record for record in expected if MARK not in record.text]
+        assert all(stored.decode(stored.encode_exactly(record.text)) == record.text for record in expected)
         parts = {"": expected} if name == "train" else {
             source: [record for record in expected if record.source == source] for source in SOURCES
         }  # fmt: skip
         for source, records in parts.items():
-            wanted = [token for record in records for token in [*stored.encode(record.text), stored.eos_id]]
+            wanted = [token for record in records for token in [*stored.encode_exactly(record.text), stored.eos_id]]
             assert streams_of(opened, store_name)[source] == wanted
         for source, part in manifest.splits[store_name].sources.items():
             own = [record for record in expected if record.source == source]
             assert part.num_documents == len(own) > 0
             assert part.num_bytes == sum(len(record.text.encode()) for record in own)
-            assert part.num_tokens == sum(len(stored.encode(record.text)) + 1 for record in own)
+            assert part.num_tokens == sum(len(stored.encode_exactly(record.text)) + 1 for record in own)
+    num_marked = sum(MARK in record.text for name in tokenizing.STORE_SPLITS for record in documents(prepared, name))
+    assert num_marked == 12
     source = tfds.builder_from_directory(str(tmp_path / "store")).as_data_source(store.TRAIN)
     np.testing.assert_array_equal(source[3]["tokens"], opened.split(store.TRAIN).read(3).tokens)
 
@@ -202,3 +205,84 @@ def test_a_store_that_lost_files_gets_them_again(prepared, tmp_path):
     (tmp_path / "store" / "tokenizer.json").unlink()
     assert run(prepared, tmp_path / "store") == 0
     assert {path.name: path.read_bytes() for path in (tmp_path / "store").iterdir() if path.is_file()} == before
+
+
+def test_a_tokenizer_that_loses_text_is_measured_and_refused(prepared, tmp_path, capsys):
+    """The same rule for both kinds; allowed, the loss is recorded in the store, which training opens."""
+    tiny_tokenizers_of = {
+        "tokenizer.model": tiny_tokenizers.trained(byte_fallback=True, normalization_rule_name="nmt_nfkc").contents,
+        "tokenizer.json": tiny_tokenizers.tiny_byte_level(normalizer=normalizers.Lowercase()).to_str().encode(),
+    }
+    for name, contents_of_it in tiny_tokenizers_of.items():
+        folder = tmp_path / name.replace(".", "_")
+        folder.mkdir()
+        (folder / name).write_bytes(contents_of_it)
+        store_folder = tmp_path / f"store_{folder.name}"
+        assert run(prepared, store_folder, f"--tokenizer={folder}") == 1
+        said = capsys.readouterr().err
+        assert "give every text back" in said and "--allow_lossy" in said
+        assert not (store_folder / "work").exists()
+        assert run(prepared, store_folder, f"--tokenizer={folder}", "--allow_lossy", "--strict=tokenizer-lossy") == 1
+        assert run(prepared, store_folder, f"--tokenizer={folder}", "--allow_lossy") == 0
+        assert "texts come back changed, for example" in capsys.readouterr().err
+        manifest = verify(store_folder, log=print)
+        assert "texts come back changed" in manifest.made_by["lossy"]
+        assert load_tokenizer(store_folder, manifest.tokenizer).vocab_size == manifest.tokenizer.vocab_size
+
+
+def test_a_tokenizer_with_a_normaliser_to_nfc_is_taken(prepared, tmp_path):
+    """As of Qwen: the documents are NFC after clean."""
+    (tmp_path / "nfc").mkdir()
+    (tmp_path / "nfc" / "tokenizer.json").write_text(
+        tiny_tokenizers.tiny_byte_level(normalizer=normalizers.NFC()).to_str()
+    )
+    assert run(prepared, tmp_path / "store", f"--tokenizer={tmp_path / 'nfc'}") == 0
+    assert run(prepared, tmp_path / "plain") == 0
+    with_nfc, plain = (open_store(tmp_path / name, expected_fingerprint="") for name in ("store", "plain"))
+    assert streams_of(with_nfc, store.TRAIN) == streams_of(plain, store.TRAIN)
+    assert read_byte_level(tmp_path / "nfc").encode("e\u0301") == read_byte_level(tmp_path / "nfc").encode("\xe9")
+    assert not tiktoken_gives_same_ids(read_byte_level(tmp_path / "nfc"))
+
+
+def test_files_that_tfds_reads_must_describe_the_store(prepared, tmp_path, capsys):
+    assert run(prepared, tmp_path / "store") == 0
+    for name, changes in {
+        "features.json": [("65", "66"), ("uint16", "uint32"), ("{", "[", 1), None],
+        "dataset_info.json": [('"train"', '"heldout"'), ('"7"', '"8"'), ("array_record", "tfrecord"), ("{", ""), None],
+    }.items():
+        path = tmp_path / "store" / name
+        before = path.read_text()
+        for change in changes:
+            path.unlink()
+            if change is not None:
+                path.write_text(before.replace(*change))
+                assert path.read_text() != before, change
+            capsys.readouterr()
+            assert main(["corpus", "verify", f"--store={tmp_path / 'store'}"]) == 1, change
+            said = capsys.readouterr().err
+            assert name in said and "restore it or rebuild the store" in said
+            path.write_text(before)
+    assert main(["corpus", "verify", f"--store={tmp_path / 'store'}"]) == 0
+
+
+def test_ids_that_the_tokenizer_does_not_have_are_found(prepared, tmp_path, capsys):
+    """In a store whose hashes are right: by verify, and by the reader that training uses."""
+    assert run(prepared, tmp_path / "store") == 0
+    manifest = store.read_manifest(tmp_path / "store")
+    split = manifest.splits[store.HELDOUT]
+    reader = open_store(tmp_path / "store", expected_fingerprint="").split(store.HELDOUT)
+    blocks = [reader.read(number) for number in range(len(reader))]
+    tokens = blocks[9].tokens.copy()
+    tokens[5] = manifest.tokenizer.vocab_size
+    blocks[9] = blocks[9]._replace(tokens=tokens)
+    shards = tuple(write_shards(tmp_path / "store", split=store.HELDOUT, blocks=blocks))
+    splits = {**manifest.splits, store.HELDOUT: dataclasses.replace(split, shards=shards)}
+    store.write_manifest(tmp_path / "store", dataclasses.replace(manifest, splits=splits))
+    capsys.readouterr()
+    assert main(["corpus", "verify", f"--store={tmp_path / 'store'}"]) == 1
+    said = capsys.readouterr().err
+    assert "it has the id 300, and the tokenizer's ids end at 299" in said and "btlm corpus: error" in said
+    reader = open_store(tmp_path / "store", expected_fingerprint="").split(store.HELDOUT)
+    with pytest.raises(ValueError, match="block 9 in shard .* has the id 300"):
+        reader.read(9)
+    assert reader.read(8).tokens.max() < 300

@@ -11,6 +11,7 @@ import pytest
 from support import fake_gcs
 from support.corpus_files import made_up_text, write_raw
 
+from btlm_jax import notices
 from btlm_jax.cli import main
 from btlm_jax.corpus.engine import inputs, tasks
 from btlm_jax.corpus.engine.inputs import read_stage
@@ -77,7 +78,9 @@ def test_a_transfer_that_ends_early_is_an_error_and_is_tidied_up(raw, memory, mo
     memory.pipe("/bucket/a.jsonl", (raw / "raw" / "two.jsonl").read_bytes())
     monkeypatch.setattr(tasks, "version_stamp", lambda place: [0])
     real = list_files
-    monkeypatch.setattr(inputs, "list_files", lambda root: [(name, at, size + 7) for name, at, size in real(root)])
+    monkeypatch.setattr(
+        inputs, "list_files", lambda root, **kw: [(name, at, size + 7) for name, at, size in real(root, **kw)]
+    )
     monkeypatch.setattr(inputs, "PIECE_BYTES", 1 << 30)
     assert clean("memory://bucket", raw / "out") == 1
     assert "a.jsonl ended 7 bytes before it should" in capsys.readouterr().err
@@ -103,13 +106,86 @@ def test_a_missing_library_is_named(raw, monkeypatch, capsys):
     assert clean("nonsense://bucket/raw", raw / "out") == 1 and "nonsense" in capsys.readouterr().err
 
 
+def nothing(name, beside) -> str:
+    return ""
+
+
+def test_links_are_followed_once_and_what_cannot_be_read_is_named(tmp_path, capsys):
+    raw, disk = tmp_path / "raw", tmp_path / "disk"
+    for path in (raw / "a.txt", raw / "b" / "c.txt", disk / "d" / "e.txt", raw / ".git" / "x.txt", raw / ".hidden.txt"):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(path.name)
+    for name, target in {
+        "linked": disk,
+        "twice": disk / "d",  # read under linked/ or under its own name, once
+        "loop": raw,
+        "file.txt": disk / "d" / "e.txt",
+        "gone.txt": disk / "gone.txt",
+        "self.txt": raw / "self.txt",
+        "b2": raw / "b",
+    }.items():
+        (raw / name).symlink_to(target)
+    (raw / "latin\udce9.txt").write_text("x")
+    stage = raw / "stage"
+    for name in ("plan.json", "work/y.txt", "quarantine/0.jsonl", "documents.txt"):
+        (stage / name).parent.mkdir(parents=True, exist_ok=True)
+        (stage / name).write_text("x")
+    (raw / "b" / "work").mkdir()
+    (raw / "b" / "work" / "own.txt").write_text("x")  # a folder of that name that is no stage's
+    notices.begin(strict=())
+    found = {item.name for item in inputs.raw_inputs(raw)}
+    assert found - {"twice/e.txt", "linked/d/e.txt"} == {
+        "a.txt", "b/c.txt", "b/work/own.txt", "file.txt", "latin\\xe9.txt", "stage/documents.txt"
+    }  # fmt: skip
+    assert len(found) == 7
+    assert notices.counts() == {
+        "folder-read-once": 3, "not-readable": 2, "hidden-not-read": 2, "stage-work-not-read": 3
+    }  # fmt: skip
+    said = capsys.readouterr().err
+    assert f"{raw / 'gone.txt'} is left out" in said and f"{raw / '.git'} is not read" in said
+    assert inputs.raw_inputs(raw / ".hidden.txt")[0].name == ".hidden.txt"  # given by its own name
+
+
+def test_a_folder_without_permission_is_named(tmp_path, monkeypatch, capsys):
+    for name in ("a.txt", "secret/b.txt"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text("x")
+    real = Path.iterdir  # the tests may run as a user who may read everything
+
+    def iterdir(self):
+        if self.name in forbidden:
+            raise PermissionError(13, "Permission denied", str(self))
+        return real(self)
+
+    monkeypatch.setattr(Path, "iterdir", iterdir)
+    forbidden = ["secret"]
+    assert [item.name for item in inputs.raw_inputs(tmp_path)] == ["a.txt"]
+    assert f"{tmp_path / 'secret'} cannot be read and is left out: Permission denied" in capsys.readouterr().err
+    forbidden = [tmp_path.name]
+    with pytest.raises(PermissionError):
+        inputs.raw_inputs(tmp_path)
+
+
+def test_hidden_files_behind_a_url_are_left_out(memory, capsys):
+    for name in ("a.txt", ".git/b.txt", ".c.txt", "stage/plan.json", "stage/work/d.txt", "work/e.txt"):
+        memory.pipe(f"/bucket/{name}", b"x")
+    notices.begin(strict=())
+    assert [item.name for item in inputs.raw_inputs("memory://bucket")] == ["a.txt", "work/e.txt"]
+    assert notices.counts() == {"hidden-not-read": 2, "stage-work-not-read": 2}
+    assert "memory://bucket/stage/work is not read" in capsys.readouterr().err
+
+
 def test_locations_are_paths_or_urls(tmp_path):
     assert parse_location("a/b") == Path("a/b") and parse_location("gs://a/b") == "gs://a/b"
     (tmp_path / "a").write_bytes(b"0123456789")
-    assert list_files(tmp_path) == list_files(tmp_path / "a") == [("a", tmp_path / "a", 10)]
+    assert (
+        list_files(tmp_path, left_out=nothing)
+        == list_files(tmp_path / "a", left_out=nothing)
+        == [("a", tmp_path / "a", 10)]
+    )
     url = f"file://{tmp_path}"
-    assert [name for name, _, _ in list_files(url)] == ["a"]
+    assert [name for name, _, _ in list_files(url, left_out=nothing)] == ["a"]
     for place in (tmp_path / "a", f"{url}/a"):
         assert hash_range(place, begin=3, num_bytes=4, copy_to=None) == hashlib.sha256(b"3456").hexdigest()
     with pytest.raises(FileNotFoundError, match="neither a file nor a folder"):
-        list_files(tmp_path / "b")
+        list_files(tmp_path / "b", left_out=nothing)

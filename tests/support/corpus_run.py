@@ -10,7 +10,7 @@ from btlm_jax.corpus.engine.workers import Workers
 from btlm_jax.corpus.stages.clean import CleanConfig, clean
 from btlm_jax.corpus.stages.dedup import deduplicate
 from btlm_jax.corpus.stages.split import SplitConfig, split
-from btlm_jax.corpus.stages.tokenize import tokenize
+from btlm_jax.corpus.stages.tokenize import TokenizeConfig, tokenize
 
 
 def make_store(folder: Path, workers: Workers) -> Path:
@@ -21,11 +21,20 @@ def make_store(folder: Path, workers: Workers) -> Path:
     tiny_tokenizers.write_gpt2_files(folder / "bpe")
     by = {"workers": workers, "log": print}
     cleaning = CleanConfig(input=folder / "raw", default_source="none", on_bad_file="fail", max_bad_rate=0.0)
-    splitting = SplitConfig(input=folder / "dedup", validation=0.2, test=0.1, seed=0, weights={}, evaluation=())
+    splitting = SplitConfig(
+        input=folder / "dedup",
+        validation=0.2,
+        test=0.1,
+        seed=0,
+        weights={},
+        evaluation=(),
+        evaluation_rule="by-script",
+    )
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("btlm_jax.corpus.engine.inputs.TASK_BYTES", 1)
         clean(cleaning, output=folder / "clean", **by)
     deduplicate(folder / "clean", preset="slimpajama", output=folder / "dedup", **by)
     split(splitting, output=folder / "split", **by)
-    tokenize(folder / "split", tokenizer=folder / "bpe", block_len=64, output=folder / "store", **by)
+    tokenizing = TokenizeConfig(input=folder / "split", tokenizer=folder / "bpe", block_len=64, allow_lossy=False)
+    tokenize(tokenizing, output=folder / "store", **by)
     return folder

@@ -6,15 +6,15 @@ import dataclasses
 import itertools
 import json
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path, PurePosixPath
 from typing import BinaryIO
 
-from btlm_jax.corpus.engine.stage import FORMAT, MANIFEST_FILE, PLAN_FILE, fingerprint_of
+from btlm_jax import notices
+from btlm_jax.corpus.engine.stage import FORMAT, MANIFEST_FILE, PLAN_FILE, STAGE_FILES, fingerprint_of
 from btlm_jax.corpus.engine.tasks import Input, Task
-from btlm_jax.corpus.readers.raw import SUFFIXES, are_plain_lines, is_raw
+from btlm_jax.corpus.readers.raw import SUFFIXES, are_plain_lines, is_metadata, is_raw
 from btlm_jax.corpus.readers.tables import TFDS_SHARD
-from btlm_jax.display.progress import Log
 from btlm_jax.storage.files import hash_file
 from btlm_jax.storage.location import PathOrUrl, list_files, open_binary
 
@@ -23,24 +23,38 @@ PIECE_BYTES = 128_000_000  # larger files of plain lines are read in pieces
 _CHUNK = 1 << 16
 
 
-def raw_inputs(root: PathOrUrl, *, log: Log) -> list[Input]:
+def raw_inputs(root: PathOrUrl) -> list[Input]:
     """Return the raw text files below a folder, or a single file, in the order of their names; large ones in pieces.
+
+    Hidden files and folders, and those in which a stage keeps its work, are left out; a notice says so.
 
     Raises:
       FileNotFoundError: there is no raw file, or shards of a dataset are missing.
     """
-    files = [file for file in list_files(root) if not file[0].rsplit("/", 1)[-1].startswith(".")]
+    files = list_files(root, left_out=_left_out)
     if len(files) > 1 or files and files[0][1] != root:
         stale = _stale_tables(files)
-        others = [name for name, _, _ in files if not is_raw(name) or name in stale]
+        others = [name for name, _, _ in files if name in stale or not is_raw(name) and not is_metadata(name)]
         files = [file for file in files if is_raw(file[0]) and file[0] not in stale]
         _check_shards([name for name, _, _ in files])
         if others and files:
-            log(f"{root}: {len(others):,} files of other kinds are not read, {others[0]} for one")
+            notices.report(
+                "file-not-read",
+                f"{root}: {len(others):,} files of other kinds are not read, {others[0]} for one",
+                count=len(others),
+            )
     if not files:
         raise FileNotFoundError(f"{root} holds no file that ends in {', '.join(SUFFIXES)}")
     inputs = [Input(name=name, location=at, num_bytes=num_bytes, sha256="") for name, at, num_bytes in files]
     return [piece for item in inputs for piece in (_pieces(item) if _is_divisible(item) else [item])]
+
+
+def _left_out(name: str, beside: Collection[str]) -> str:
+    """Return the notice by which a file or folder is not read, "" if it is."""
+    if name.startswith("."):
+        return "hidden-not-read"
+    is_of_stage = name in STAGE_FILES and PLAN_FILE in beside
+    return "stage-work-not-read" if is_of_stage else ""
 
 
 def _stale_tables(files: list[tuple[str, PathOrUrl, int]]) -> set[str]:
@@ -174,9 +188,9 @@ def verify_stage(directory: Path) -> dict:
 def make_tasks(inputs: Sequence[Input]) -> list[Task]:
     """Divide files into tasks in order: each task gets consecutive files up to TASK_BYTES, but at least one."""
     groups: list[list[Input]] = []
-    size = TASK_BYTES
+    size = 0
     for item in inputs:
-        if size + item.num_bytes > TASK_BYTES:
+        if not groups or size + item.num_bytes > TASK_BYTES:
             groups.append([])
             size = 0
         groups[-1].append(item)

@@ -31,7 +31,8 @@ class Progress:
 
     def __init__(self, stage: str, *, num_tasks: int, num_done: int, weights: Sequence[int], log: Log):
         self._stage, self._num_tasks, self._num_done, self._log = stage, num_tasks, num_done, log
-        self._weight_left = self._weight = sum(weights)
+        self._weight = sum(weights)
+        self._weight_done = self._bytes_done = 0  # of finished tasks
         self._num_documents = self._num_bytes = 0
         self._worker_peak = 0
         self._start, self._rate_limit = time.monotonic(), RateLimit(self.interval, is_due_at_start=False)
@@ -54,18 +55,34 @@ class Progress:
         self._worker_peak = max(self._worker_peak, counted["peak_bytes"])
         self.add(counted["documents"], counted["bytes"])
 
-    def task_done(self, weight: int) -> None:
-        """Count a finished shard."""
+    def task_done(self, weight: int, num_bytes: int) -> None:
+        """Count a finished shard, which had so much text."""
         self._num_done += 1
-        self._weight_left -= weight
+        self._weight_done += weight
+        self._bytes_done += num_bytes
         self.report_if_due()
+
+    def seconds_left(self, seconds: float) -> float | None:
+        """Return about how long the rest will take after `seconds`; None while that is not known.
+
+        Of the shards that are being worked on counts what text they have reported, at the rate of text to weight that
+        the finished ones had. Before one is finished nothing is known of them.
+        """
+        if self._weight_done == self._weight:
+            return 0.0
+        if not self._weight_done:
+            return None
+        done = self._weight_done
+        if self._bytes_done:
+            done = max(done, self._num_bytes * self._weight_done / self._bytes_done)
+        return seconds * (self._weight - done) / done if done < self._weight else None
 
     def report(self) -> None:
         """Log a line."""
         self._rate_limit.restart()
         seconds = max(time.monotonic() - self._start, 1e-9)
-        weight_done = self._weight - self._weight_left
-        eta = "unknown" if not weight_done else _clock(seconds * self._weight_left / weight_done)
+        left = self.seconds_left(seconds)
+        eta = "unknown" if left is None else _clock(left)
         self._log(
             f"{self._stage}: {self._num_done}/{self._num_tasks} shards, {self._num_documents:,} documents, "
             f"{self._num_documents / seconds:,.0f} documents/s, {self._num_bytes / 1e6 / seconds:.1f} MB/s, "

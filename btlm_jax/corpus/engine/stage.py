@@ -14,10 +14,11 @@ manifest contains no times and no paths of this machine.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import hashlib
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 from btlm_jax.corpus.engine.progress import Progress
@@ -30,6 +31,8 @@ from btlm_jax.storage.files import delete_temporary_files, exclusive_lock, write
 FORMAT = "btlm-corpus-stage"
 FORMAT_VERSION = 1
 PLAN_FILE, MANIFEST_FILE, LOCK_FILE = "plan.json", "manifest.json", ".lock"
+STAGE_FILES = (PLAN_FILE, MANIFEST_FILE, DONE_FOLDER, "work", "quarantine", "slurm")  # in it beside its outputs
+COMMAND_LOCK_FILE = ".command.lock"  # of a command with several steps, each of which has its own lock
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -86,7 +89,7 @@ def run_stage(
 
         def on_done(task: Task, record: dict) -> None:
             records[task.index] = record
-            progress.task_done(task.weight)
+            progress.task_done(task.weight, record["counted"]["bytes"])
 
         workers.run_tasks(stage.run, waiting, directory, name=stage.name, progress=progress, on_done=on_done)
         progress.report()
@@ -94,6 +97,23 @@ def run_stage(
         assert len(ordered) == len(stage.tasks)
         check([record["result"] for record in ordered])
         return _write_manifest(stage, directory, ordered)
+
+
+@contextlib.contextmanager
+def only_command(output: Path, *, inputs: Sequence[Path]) -> Iterator[None]:
+    """Ensure that one command works in `output` and its steps' directories; take the lock before anything is written.
+
+    Raises:
+      ValueError: `output` is one of the inputs, so that the command would write into what it reads.
+      FileExistsError: another process is working there.
+    """
+    for source in inputs:
+        if output.resolve() == source.resolve():
+            raise ValueError(f"output {output} is the input, and is not written to; choose another --output")
+    output.mkdir(parents=True, exist_ok=True)
+    message = f"another process is working in {output}; wait for it"
+    with exclusive_lock(output / COMMAND_LOCK_FILE, message=message):
+        yield
 
 
 def accept_all(results: list[dict]) -> None:

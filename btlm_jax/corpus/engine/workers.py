@@ -13,15 +13,18 @@ import multiprocessing.connection
 import os
 import signal
 import threading
+import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Protocol
 
 from btlm_jax.corpus.engine.progress import Progress, SharedCounters, make_counters, record_peak, shared_heartbeat
 from btlm_jax.corpus.engine.tasks import Task, TaskFunction, run_task
 
+_STOP_SECONDS = 5.0  # for interrupted workers to delete their unfinished files
 _QUEUED_PER_WORKER = 2  # tasks submitted ahead, so that no worker waits for the parent
 
 OnDone = Callable[[Task, dict], None]  # takes a finished task and its record
@@ -105,11 +108,21 @@ def _run_in_pool(
                 "command again, with fewer --workers if memory is short"
             ) from error
         except KeyboardInterrupt:
-            for process in set(multiprocessing.active_children()) - earlier_children:
-                process.terminate()
+            _stop(set(multiprocessing.active_children()) - earlier_children)
             raise
         finally:
             pool.shutdown(cancel_futures=True)  # waits for running tasks
+
+
+def _stop(processes: set[BaseProcess]) -> None:
+    """End processes; kill those that are in a library which does not look at signals."""
+    for process in processes:
+        process.terminate()
+    deadline = time.monotonic() + _STOP_SECONDS
+    for process in processes:
+        process.join(max(deadline - time.monotonic(), 0.0))
+    for process in processes:
+        process.kill()
 
 
 @contextlib.contextmanager

@@ -18,6 +18,7 @@ def plot(directory: PathOrUrl, *, target: Path) -> list[Path]:
 
     Raises:
       FileNotFoundError: `directory` is neither.
+      ValueError: the stage's files are no documents.
     """
     target.mkdir(parents=True, exist_ok=True)
     if not isinstance(directory, Path) or not (directory / PLAN_FILE).is_file():
@@ -29,7 +30,10 @@ def plot(directory: PathOrUrl, *, target: Path) -> list[Path]:
             )
             for name, split in store.read_manifest(directory).splits.items()
         ]
-    totals = read_stage(directory)["totals"]
+    manifest = read_stage(directory)
+    totals = manifest["totals"]
+    if "written" not in totals:
+        raise ValueError(f"{directory} holds the stage {manifest['stage']}, which has no documents to draw")
     written = {source: count["bytes"] for source, count in sorted(totals["written"].items())}
     paths = [
         _bars(target / "bytes.png", written, label="bytes of text that stay"),

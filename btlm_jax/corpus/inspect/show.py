@@ -22,6 +22,7 @@ def by_number(directory: Path, *, number: int, count: int) -> Iterator[str]:
       ValueError: there is no such document.
     """
     manifest = read_stage(directory)
+    _check_documents(directory, manifest)
     total = sum(output["num_documents"] for output in manifest["outputs"])
     if not 0 <= number < total:
         raise ValueError(f"{directory} has the documents 0 to {total - 1:,}, not {number:,}")
@@ -36,6 +37,7 @@ def by_id(directory: Path, *, document: str) -> Iterator[str]:
       ValueError: there is none.
     """
     manifest = read_stage(directory)
+    _check_documents(directory, manifest)
     total = sum(output["num_documents"] for output in manifest["outputs"])
     num_shown = 0
     for number, record in _documents(directory, manifest, range(total)):
@@ -72,6 +74,11 @@ def clusters(directory: Path, *, documents: Path, count: int, characters: int) -
         yield f"{_RULE}\ncluster of {len(members):,} documents"
         for number, record in _documents(documents, source, shown):
             yield _text(record, title="stays" if is_kept[number] else "goes", characters=characters)
+
+
+def _check_documents(directory: Path, manifest: dict) -> None:
+    if "written" not in manifest["totals"]:
+        raise ValueError(f"{directory} holds the stage {manifest['stage']}, whose files are no documents")
 
 
 def _documents(directory: Path, manifest: dict, numbers: range | list[int]) -> Iterator[tuple[int, Record]]:

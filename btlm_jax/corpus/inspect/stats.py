@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from btlm_jax.corpus.engine.inputs import read_stage
@@ -28,10 +28,12 @@ def describe(directory: PathOrUrl) -> str:
 def _describe_stage(directory: Path) -> str:
     manifest = read_stage(directory)
     totals = manifest["totals"]
-    parts = [
-        f"stage {manifest['stage']}, {len(manifest['outputs'])} files",
-        _sources(totals["read"], totals["written"]),
-    ]
+    parts = [f"stage {manifest['stage']}, {len(manifest['outputs'])} files"]
+    if "written" not in totals:  # its files are no documents
+        files = [("file", "bytes"), *((output["file"], f"{output['num_bytes']:,}") for output in manifest["outputs"])]
+        counts = [("counted", "number"), *((name, f"{count:,}") for name, count in sorted(_flat(totals)))]
+        return "\n\n".join([*parts, _table(files), *([_table(counts)] if len(counts) > 1 else [])])
+    parts.append(_sources(totals["read"], totals["written"]))
     for name, written in totals.get("splits", {}).items():
         parts.append(f"split {name}\n" + _sources(written, written))
     parts.append("documents by length in characters, up to\n" + _bars(totals["lengths"]))
@@ -40,7 +42,18 @@ def _describe_stage(directory: Path) -> str:
         parts.append("clusters by number of documents, up to\n" + _bars(read_stage(clusters)["totals"]["sizes"]))
     reasons = {"changed": totals["changed"], **totals["dropped"], **totals["bad"]}
     parts.append("\n".join(f"{reason}: {count:,} documents" for reason, count in reasons.items()))
+    if changes := totals.get("changed values"):
+        parts.append("\n".join(f"{change}: {count:,}" for change, count in sorted(changes.items())))
     return "\n\n".join(parts)
+
+
+def _flat(counts: dict, *, prefix: str = "") -> Iterator[tuple[str, int]]:
+    """Yield the names and the numbers of nested counts."""
+    for name, value in counts.items():
+        if isinstance(value, dict):
+            yield from _flat(value, prefix=f"{prefix}{name}: ")
+        else:
+            yield f"{prefix}{name}", value
 
 
 def _sources(read: dict, written: dict) -> str:

@@ -26,11 +26,12 @@ from btlm_jax.data.store import TokenBlock
 from btlm_jax.display.progress import Log
 from btlm_jax.recipe.config import CorpusConfig
 from btlm_jax.storage.files import scratch_directory, sync_and_hash
+from btlm_jax.tokenizers import train_in_process
 from btlm_jax.tokenizers.sentencepiece_bpe import (
+    SENTENCEPIECE,
     TOKENIZER_BYTES,
     TOKENIZER_FILE,
     SentencePieceTokenizer,
-    train_sentencepiece,
 )
 from btlm_jax.tokenizers.sentencepiece_proto import SPACE_MARK
 
@@ -69,8 +70,10 @@ def _build(
     clock.done("deduplicated", documents)
     documents = _take(documents, max_bytes=config.max_bytes, seed=seed, dropped=dropped)
     train, heldout = _split(documents, config=config, seed=seed, dropped=dropped)
+    log(f"Corpus: left out: {', '.join(f'{count:,} {reason}' for reason, count in sorted(dropped.items()))}")
     clock.done(f"took at most {config.max_bytes / 1e6:.0f} MB, {len(heldout)} documents of it held out", documents)
-    model = train_sentencepiece(_some_texts(train, max_bytes=TOKENIZER_BYTES), vocab_size=vocab_size)
+    texts = _some_texts(train, max_bytes=TOKENIZER_BYTES)
+    model = train_in_process(SENTENCEPIECE, texts, vocab_size=vocab_size)
     tokenizer = SentencePieceTokenizer(model)
     (directory / TOKENIZER_FILE).write_bytes(model)
     clock.done(f"trained a tokenizer of {tokenizer.vocab_size:,} pieces", train)

@@ -112,3 +112,38 @@ def survivors(roots: np.ndarray, *, lengths: np.ndarray, ranks: Sequence | np.nd
     is_kept = np.zeros(len(roots), bool)
     is_kept[order[is_first]] = True
     return is_kept
+
+
+def verified_survivors(
+    roots: np.ndarray,
+    *,
+    lengths: np.ndarray,
+    ranks: Sequence | np.ndarray,
+    agree: Callable[[np.ndarray, np.ndarray], np.ndarray],
+    pairs_among: Callable[[np.ndarray], np.ndarray],
+) -> np.ndarray:
+    """Return which documents are kept, bool [documents]: each that is dropped agrees with one that is kept.
+
+    A cluster is a chain of pairs, whose ends need not be alike. So its best document (as of `survivors`) is kept and
+    compared with all others; those that agree are dropped, and the best of the others is the next to be kept. After
+    MAX_ROUNDS what remains is divided anew into clusters, by the pairs that `pairs_among` finds among these documents.
+    """
+    lengths, ranks = -lengths.astype(np.int64), np.asarray(ranks)
+    is_kept = np.ones(len(roots), bool)
+    order, groups = np.arange(len(roots)), roots
+    while len(order):
+        best_first = np.lexsort((ranks[order], lengths[order], groups))
+        order, groups = order[best_first], groups[best_first]
+        for _ in range(MAX_ROUNDS):
+            starts = np.flatnonzero(np.append(True, groups[1:] != groups[:-1])[: len(order)])
+            first = np.repeat(order[starts], np.diff(np.append(starts, len(order))))
+            others = np.flatnonzero(first != order)
+            agrees = agree(first[others], order[others])
+            is_kept[order[others[agrees]]] = False
+            order, groups = order[others[~agrees]], groups[others[~agrees]]
+        if len(order):
+            order = np.sort(order)
+            clusters = Clusters(len(order))
+            clusters.join(np.searchsorted(order, pairs_among(order)))
+            groups = clusters.roots(np.arange(len(order)))
+    return is_kept

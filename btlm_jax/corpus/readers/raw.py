@@ -11,7 +11,10 @@ from __future__ import annotations
 import dataclasses
 import functools
 import json
-from collections.abc import Iterator
+import math
+import re
+from collections import Counter
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import BinaryIO
 
@@ -30,12 +33,41 @@ from btlm_jax.corpus.readers.tables import TFDS_SHARD, arrow_rows, parquet_rows,
 
 TEXT_SUFFIXES = (".txt", ".md", ".rst")
 SUFFIXES = (".jsonl", ".jsonl.zst", ".jsonl.gz", ".json.gz", ".zst", ".parquet", ".arrow", *TEXT_SUFFIXES)
+_METADATA = ("state.json", "dataset_info.json", "dataset_dict.json", "features.json")
 _HEAD_BYTES = 200  # of a Defect
 _MAX_DEPTH = 200  # of nested JSON; orjson writes up to 254
 _ZSTD, _GZIP, _PARQUET = b"\x28\xb5\x2f\xfd", b"\x1f\x8b", b"PAR1"
 _ZSTD_SKIPPABLE = b"\x2a\x4d\x18"  # after a first byte of 0x50 to 0x5f
 _LFS = b"version https://git-lfs"
 _HTML = (b"<!doctype html", b"<html")
+_LONG_NUMBER = re.compile(rb"[0-9]{19}")  # orjson reads integers of more than 64 bits as floats
+# What a document's other values cannot keep, as counted in `repairs`.
+LONE_SURROGATES, NOT_FINITE, LONG_INTEGERS = (
+    "lone surrogates became U+FFFD",
+    "NaN and infinities became null",
+    "integers over 64 bits became text",
+)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Keys:
+    """Which keys (of JSON) or columns (of tables) have a document's parts; a.b is the key b inside a."""
+
+    text: str = "text"
+    id: str = "id"
+    source: str = ""  # "": `source`, or else meta.redpajama_set_name
+
+    @property
+    def sources(self) -> tuple[str, ...]:
+        """The keys of the source, the one that counts first."""
+        return (self.source,) if self.source else ("source", f"meta.{SOURCE_KEY}")
+
+    @property
+    def all(self) -> tuple[str, ...]:
+        return (self.text, self.id, *self.sources)
+
+
+DEFAULT_KEYS = Keys()
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -49,14 +81,20 @@ class Defect:
     head: str  # the first 200 bytes
 
 
-def read_raw(path: Path, *, name: str, default_source: str) -> Iterator[Record | Defect]:
+def read_raw(
+    path: Path, *, name: str, default_source: str, keys: Keys = DEFAULT_KEYS, repairs: Counter | None = None
+) -> Iterator[Record | Defect]:
     """Yield the documents and the defects of one file, in order.
 
     `name` is the file's in ids and defects; `default_source` is the source of documents that do not name theirs.
+    `repairs` counts documents with values that had to be changed, by what was changed.
 
     Raises:
       BadFileError: it is cut short, damaged, or not a file of documents.
     """
+    make = _RecordMaker(
+        keys, name=name, default_source=default_source, repairs=Counter() if repairs is None else repairs
+    )
     with open(path, "rb") as file:
         head = file.read(64)
         file.seek(0)
@@ -65,20 +103,27 @@ def read_raw(path: Path, *, name: str, default_source: str) -> Iterator[Record |
         if head.lstrip().lower().startswith(_HTML):
             raise BadFileError("it is a web page, not data; the download gave an error page")
         if head.startswith(_PARQUET):
-            yield from _from_rows(parquet_rows(file), name=name, default_source=default_source)
+            yield from make.of_table(parquet_rows, file)
         elif name.endswith(".arrow"):
-            yield from _from_rows(arrow_rows(file), name=name, default_source=default_source)
+            yield from make.of_table(arrow_rows, file)
         elif TFDS_SHARD.fullmatch(name):
-            yield from _from_rows(tfds_rows(path), name=name, default_source=default_source)
+            yield from make.of_rows(tfds_rows(path))
         elif name.endswith(TEXT_SUFFIXES):
             yield from _from_text(file.read(), name=name, default_source=default_source)
         else:
-            yield from _from_lines(_chunks(file, head=head, name=name), name=name, default_source=default_source)
+            lines = split_lines(_chunks(file, head=head, name=name))
+            # Unlike a loop, this keeps no line, which may be long.
+            yield from filter(None, map(functools.partial(_parse_line, make=make), lines))
 
 
 def is_raw(name: str) -> bool:
     """Return whether a file of that name in a folder is read as raw text."""
     return name.endswith(SUFFIXES) or TFDS_SHARD.fullmatch(name) is not None
+
+
+def is_metadata(name: str) -> bool:
+    """Return whether a file of that name describes a dataset of Hugging Face or TFDS, beside its data."""
+    return name.rsplit("/", 1)[-1] in _METADATA
 
 
 def are_plain_lines(head: bytes) -> bool:
@@ -107,12 +152,81 @@ def _chunks(file: BinaryIO, *, head: bytes, name: str) -> Iterator[bytes]:
             yield chunk
 
 
-def _from_lines(chunks: Iterator[bytes], *, name: str, default_source: str) -> Iterator[Record | Defect]:
-    parse = functools.partial(_parse_line, name=name, default_source=default_source)
-    return filter(None, map(parse, split_lines(chunks)))  # unlike a loop, this keeps no line, which may be long
+@dataclasses.dataclass(frozen=True)
+class _RecordMaker:
+    """Makes documents of JSON objects and of tables' rows."""
+
+    keys: Keys
+    name: str  # of the file
+    default_source: str
+    repairs: Counter
+
+    def record(self, body: object, *, number: int) -> Record:
+        """Return the document of line or row `number`.
+
+        Raises:
+          ValueError: it is none.
+        """
+        if not isinstance(body, dict):
+            raise ValueError(f"not an object but {type(body).__name__}")
+        text = _value(body, self.keys.text)
+        if not isinstance(text, str):
+            raise ValueError(_no_text(body, text, key=self.keys.text))
+        meta = body.get("meta")
+        meta = meta if isinstance(meta, dict) else {} if meta is None else {"meta": meta}
+        parts = {self.keys.text, "meta", self.keys.id, *self.keys.sources}
+        others = {key: value for key, value in body.items() if key not in parts}
+        if _is_deep(others) or _is_deep(meta):
+            raise ValueError(f"its values are nested more than {_MAX_DEPTH} deep")
+        sources = (_value(body, key) for key in self.keys.sources)
+        source = next((source for source in sources if isinstance(source, str)), "")
+        document = _value(body, self.keys.id)
+        return Record(
+            id=str(document) if isinstance(document, str | int) else f"{self.name}:{number}",
+            source=source or self.default_source,
+            text=text,
+            meta=others | meta,
+        )
+
+    def of_table(self, read: Callable[..., Iterator[dict | ValueError]], file: BinaryIO) -> Iterator[Record | Defect]:
+        """Yield the documents and the defects of a table, of which `read` reads the columns that are needed."""
+        left_out: set[str] = set()
+        yield from self.of_rows(read(file, columns=self.keys.all, needed=self.keys.text, left_out=left_out))
+        self.repairs.update(f"tables without their column {column}" for column in left_out)
+
+    def of_rows(self, rows: Iterator[dict | ValueError]) -> Iterator[Record | Defect]:
+        """Yield the documents and the defects of rows."""
+        for number, body in enumerate(rows, start=1):
+            try:
+                if isinstance(body, ValueError):
+                    raise body
+                yield self.record(body, number=number)
+            except ValueError as error:
+                yield self.defect(error, number=number, offset=0, head=str(body)[:_HEAD_BYTES])
+
+    def defect(self, error: ValueError, *, number: int, offset: int, head: str) -> Defect:
+        return Defect(file=self.name, line=number, offset=offset, reason=str(error), head=head)
 
 
-def _parse_line(numbered_line: tuple[int, int, bytes], *, name: str, default_source: str) -> Record | Defect | None:
+def _value(body: dict, key: str) -> object:
+    """Return the value of a key, or of a.b the value of b inside a; None if there is none."""
+    if key in body or "." not in key:
+        return body.get(key)
+    outer, inner = key.split(".", 1)
+    value = body.get(outer)
+    return _value(value, inner) if isinstance(value, dict) else None
+
+
+def _no_text(body: dict, text: object, *, key: str) -> str:
+    if text is not None:
+        return f"{key} is {type(text).__name__}"
+    if key in body:
+        return f"{key} is null"
+    texts = [other for other, value in body.items() if isinstance(value, str)]
+    return f"there is no {key}" + (f"; --text_key names another key, such as {texts[0]}" if texts else "")
+
+
+def _parse_line(numbered_line: tuple[int, int, bytes], *, make: _RecordMaker) -> Record | Defect | None:
     """Return the document or the defect of a line; None if it is empty."""
     number, offset, line = numbered_line
     if number == 1:
@@ -120,56 +234,49 @@ def _parse_line(numbered_line: tuple[int, int, bytes], *, name: str, default_sou
     if not line.strip():
         return None
     try:
-        return _record(_parse_json(line), default_id=f"{name}:{number}", default_source=default_source)
+        return make.record(_parse_json(line, make.repairs), number=number)
     except ValueError as error:
         head = line[:_HEAD_BYTES].decode("utf-8", "replace")
-        return Defect(file=name, line=number, offset=offset, reason=str(error), head=head)
+        return make.defect(error, number=number, offset=offset, head=head)
 
 
-def _parse_json(line: bytes) -> object:
+def _parse_json(line: bytes, repairs: Counter) -> object:
     try:
-        return orjson.loads(line)
+        body = orjson.loads(line)
+        if not _LONG_NUMBER.search(line):
+            return body
     except orjson.JSONDecodeError as strict_error:
-        try:
-            return _without_lone_surrogates(json.loads(line.decode("utf-8")))
-        except UnicodeDecodeError as error:
-            raise ValueError(f"not UTF-8: byte 0x{line[error.start]:02x} at {error.start}") from error
-        except (ValueError, RecursionError) as error:
-            raise ValueError(f"not JSON: {strict_error}") from error
+        reason = str(strict_error)
+    else:
+        reason = ""
+    try:
+        found = set()
+        body = _plain(json.loads(line.decode("utf-8")), found)
+    except UnicodeDecodeError as error:
+        raise ValueError(f"not UTF-8: byte 0x{line[error.start]:02x} at {error.start}") from error
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"not JSON: {reason or error}") from error
+    repairs.update(found)
+    return body
 
 
-def _without_lone_surrogates(value: object) -> object:
-    """Replace lone surrogates, which JSON can express and UTF-8 cannot, by U+FFFD."""
+def _plain(value: object, found: set[str]) -> object:
+    """Return a JSON value with what orjson or UTF-8 cannot express replaced; add what was replaced to `found`."""
     if isinstance(value, str):
-        return value.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+        plain = value.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+        found |= {LONE_SURROGATES} if plain != value else set()
+        return plain
     if isinstance(value, list):
-        return [_without_lone_surrogates(item) for item in value]
+        return [_plain(item, found) for item in value]
     if isinstance(value, dict):
-        return {_without_lone_surrogates(key): _without_lone_surrogates(item) for key, item in value.items()}
+        return {_plain(key, found): _plain(item, found) for key, item in value.items()}
+    if isinstance(value, float) and not math.isfinite(value):
+        found.add(NOT_FINITE)
+        return None
+    if isinstance(value, int) and not -(1 << 63) <= value < 1 << 64:
+        found.add(LONG_INTEGERS)
+        return str(value)
     return value
-
-
-def _record(body: object, *, default_id: str, default_source: str) -> Record:
-    if not isinstance(body, dict):
-        raise ValueError(f"not an object but {type(body).__name__}")
-    text = body.get("text")
-    if not isinstance(text, str):
-        kind = "null" if text is None else type(text).__name__
-        raise ValueError(f"text is {kind}" if "text" in body else "there is no text")
-    meta = body.get("meta")
-    meta = meta if isinstance(meta, dict) else {} if meta is None else {"meta": meta}
-    others = {key: value for key, value in body.items() if key not in ("text", "meta", "id", "source")}
-    if _is_deep(others) or _is_deep(meta):
-        raise ValueError(f"its values are nested more than {_MAX_DEPTH} deep")
-    source = body.get("source")
-    source = source if isinstance(source, str) else meta.get(SOURCE_KEY)
-    document = body.get("id")
-    return Record(
-        id=str(document) if isinstance(document, str | int) else default_id,
-        source=source if isinstance(source, str) and source else default_source,
-        text=text,
-        meta=others | meta,
-    )
 
 
 def _is_deep(value: object) -> bool:
@@ -195,11 +302,3 @@ def _from_text(data: bytes, *, name: str, default_source: str) -> Iterator[Recor
         head = data[:_HEAD_BYTES].decode("utf-8", "replace")
         reason = f"not UTF-8: byte 0x{data[error.start]:02x} at {error.start}"
         yield Defect(file=name, line=1, offset=0, reason=reason, head=head)
-
-
-def _from_rows(rows: Iterator[dict], *, name: str, default_source: str) -> Iterator[Record | Defect]:
-    for number, body in enumerate(rows, start=1):
-        try:
-            yield _record(body, default_id=f"{name}:{number}", default_source=default_source)
-        except ValueError as error:
-            yield Defect(file=name, line=number, offset=0, reason=str(error), head=str(body)[:_HEAD_BYTES])

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import BinaryIO, cast
+from typing import Any, BinaryIO, cast
 
 import numpy as np
 
@@ -18,24 +19,40 @@ _ARROW_FILE = b"ARROW1"
 _NEEDED = f"needs pyarrow: {install_command('corpus')}"
 
 
-def parquet_rows(file: BinaryIO) -> Iterator[dict]:
-    """Yield the rows of a Parquet file.
+def parquet_rows(
+    file: BinaryIO, *, columns: Sequence[str], needed: str, left_out: set[str]
+) -> Iterator[dict | ValueError]:
+    """Yield the rows of a Parquet file with the values of some columns; a ValueError for a row that has bad values.
+
+    a.b is the field b of the column a. Of these the file must have the column `needed`. No other column is read; their
+    names are added to `left_out`.
 
     Raises:
-      BadFileError: it is damaged, or pyarrow is not installed.
+      BadFileError: it is damaged, lacks the column `needed`, or pyarrow is not installed.
     """
     try:
         import pyarrow.parquet
     except ImportError as error:
         raise BadFileError(f"parquet {_NEEDED}") from error
-    yield from _rows(lambda: pyarrow.parquet.ParquetFile(file).iter_batches(batch_size=_BATCH_ROWS), kind="parquet")
+
+    def batches(names: list[str]) -> Iterator:
+        return reader.iter_batches(batch_size=_BATCH_ROWS, columns=names)
+
+    with _named_errors("parquet", []):
+        reader = pyarrow.parquet.ParquetFile(file)
+        schema = reader.schema_arrow
+    paths = _paths(schema, columns=columns, needed=needed)
+    left_out.update(_left_out(schema, paths))
+    yield from _rows(batches, paths, kind="parquet")
 
 
-def arrow_rows(file: BinaryIO) -> Iterator[dict]:
-    """Yield the rows of an Arrow file or stream, which is what Hugging Face datasets keep on disk.
+def arrow_rows(
+    file: BinaryIO, *, columns: Sequence[str], needed: str, left_out: set[str]
+) -> Iterator[dict | ValueError]:
+    """Yield the rows of an Arrow file or stream, which is what Hugging Face datasets keep on disk; as `parquet_rows`.
 
     Raises:
-      BadFileError: it is damaged, or pyarrow is not installed.
+      BadFileError: it is damaged, lacks the column `needed`, or pyarrow is not installed.
     """
     try:
         import pyarrow.ipc
@@ -44,32 +61,105 @@ def arrow_rows(file: BinaryIO) -> Iterator[dict]:
     is_file = file.read(len(_ARROW_FILE)) == _ARROW_FILE
     file.seek(0)
 
-    def batches():
+    def batches(names: list[str]) -> Iterator:
+        del names  # an Arrow file is read whole
         if not is_file:
-            yield from pyarrow.ipc.open_stream(file)
+            yield from reader
             return
-        reader = pyarrow.ipc.open_file(file)
         for index in range(reader.num_record_batches):
             yield reader.get_batch(index)
 
-    yield from _rows(batches, kind="Arrow")
+    with _named_errors("Arrow", []):
+        reader = pyarrow.ipc.open_file(file) if is_file else pyarrow.ipc.open_stream(file)
+    paths = _paths(reader.schema, columns=columns, needed=needed)
+    left_out.update(_left_out(reader.schema, paths))
+    yield from _rows(batches, paths, kind="Arrow")
 
 
-def _rows(read_batches: Callable[[], Iterator], *, kind: str) -> Iterator[dict]:
+def _paths(schema: Any, *, columns: Sequence[str], needed: str) -> dict[str, list[str]]:
+    """Return the path to each of the columns that the table has: its name, and inside structures the names of fields.
+
+    Raises:
+      BadFileError: it lacks the column `needed`, or has two of a name.
+    """
+    paths = {name: path for name in columns if (path := _path(schema, name))}
+    if needed not in paths:
+        raise BadFileError(
+            f"it has no column {needed} but {', '.join(schema.names)}; --text_key names the column of the text"
+        )
+    for name, *_ in paths.values():
+        if schema.names.count(name) > 1:
+            raise BadFileError(f"it has {schema.names.count(name)} columns of the name {name}")
+    return paths
+
+
+def _left_out(schema: Any, paths: dict[str, list[str]]) -> set[str]:
+    return set(schema.names) - {path[0] for path in paths.values()}
+
+
+def _rows(
+    read_batches: Callable[[list[str]], Iterator], paths: dict[str, list[str]], *, kind: str
+) -> Iterator[dict | ValueError]:
+    number = [0]
+    with _named_errors(kind, number):
+        for batch in read_batches(sorted({path[0] for path in paths.values()})):
+            for start in range(0, batch.num_rows, _BATCH_ROWS):
+                values = [_values(batch.slice(start, _BATCH_ROWS), path) for path in paths.values()]
+                for row in zip(*values, strict=True):
+                    number[0] += 1
+                    bad = [value for value in row if isinstance(value, ValueError)]
+                    yield bad[0] if bad else dict(zip(paths, row, strict=True))
+
+
+def _path(schema: Any, name: str) -> list[str]:
+    if name in schema.names:
+        return [name]
+    first, *fields = name.split(".")
+    if not fields or schema.names.count(first) != 1:
+        return []
+    kind = schema.field(first).type
+    for field in fields:
+        if not hasattr(kind, "get_field_index") or kind.get_field_index(field) < 0:
+            return []
+        kind = kind.field(field).type
+    return [first, *fields]
+
+
+def _values(batch: Any, path: list[str]) -> list:
+    """Return a column's values; a ValueError for one that Python cannot hold, such as text that is not UTF-8."""
+    import pyarrow.compute
+
+    name, *fields = path
+    column = batch.column(batch.schema.get_field_index(name))
+    if fields:
+        column = pyarrow.compute.struct_field(column, fields)  # pyright: ignore[reportAttributeAccessIssue]
+    try:
+        return column.to_pylist()
+    except (ValueError, OverflowError):
+        return [_value(cell, name=".".join(path)) for cell in column]
+
+
+def _value(cell: Any, *, name: str) -> object:
+    try:
+        return cell.as_py()
+    except UnicodeDecodeError as error:
+        return ValueError(f"{name} is not UTF-8: byte 0x{error.object[error.start]:02x} at {error.start}")
+    except (ValueError, OverflowError) as error:
+        return ValueError(f"{name} has a value that cannot be read: {error}")
+
+
+@contextlib.contextmanager
+def _named_errors(kind: str, number: list[int]) -> Iterator[None]:
     import pyarrow
 
-    number = 0
     try:
-        for batch in read_batches():
-            for start in range(0, batch.num_rows, _BATCH_ROWS):
-                for row in batch.slice(start, _BATCH_ROWS).to_pylist():
-                    number += 1
-                    yield row
+        yield
     except (pyarrow.ArrowException, OSError) as error:
-        raise BadFileError(f"{kind} is damaged after row {number:,}: {error}") from error
+        place = f" after row {number[0]:,}" if number else ""
+        raise BadFileError(f"{kind} is damaged{place}: {error}") from error
 
 
-def tfds_rows(path: Path) -> Iterator[dict]:
+def tfds_rows(path: Path) -> Iterator[dict | ValueError]:
     """Yield the examples of one ArrayRecord shard of a TFDS dataset, whose features.json is in the same folder.
 
     Raises:

@@ -17,6 +17,7 @@ from typing import TypeGuard
 
 import ftfy
 
+from btlm_jax import notices
 from btlm_jax.corpus.engine.counts import DocumentCounts
 from btlm_jax.corpus.engine.inputs import make_tasks, raw_inputs
 from btlm_jax.corpus.engine.stage import Stage, run_stage
@@ -24,19 +25,19 @@ from btlm_jax.corpus.engine.tasks import Heartbeat, LocalInput, LocalTask
 from btlm_jax.corpus.engine.workers import Workers
 from btlm_jax.corpus.near_duplicates import MIN_CHARACTERS
 from btlm_jax.corpus.near_duplicates.normalize import is_shorter
-from btlm_jax.corpus.readers.raw import BadFileError, Defect, read_raw
+from btlm_jax.corpus.readers.raw import DEFAULT_KEYS, BadFileError, Defect, Keys, read_raw
 from btlm_jax.corpus.readers.records import Record, ShardWriter
 from btlm_jax.display.progress import Log
 from btlm_jax.storage.files import AtomicFile
 from btlm_jax.storage.location import PathOrUrl
 
-RECIPE = 1  # raise when the steps change
+RECIPE = 2  # raise when the steps change
 QUARANTINE_FOLDER = "quarantine"
 FAIL, KEEP_PREFIX = "fail", "keep-prefix"
 ON_BAD_FILE = (FAIL, KEEP_PREFIX)
 
-_FTFY = ftfy.TextFixerConfig(normalization="NFC", explain=False)
-_FTFY_WITHOUT_HTML = _FTFY._replace(unescape_html=False)
+FTFY = ftfy.TextFixerConfig(normalization="NFC", explain=False)
+_FTFY_WITHOUT_HTML = FTFY._replace(unescape_html=False)
 # In a line of only these characters ftfy changes nothing but the curly quotes: next to ASCII alone they are no sign of
 # a wrong encoding. Lines with any other character are passed to ftfy.
 _UNCHANGED = "\\t\\n -%'-~\u2018\u2019\u201c\u201d\u2013\u2014\u2026"
@@ -51,6 +52,7 @@ class CleanConfig:
     default_source: str
     on_bad_file: str
     max_bad_rate: float
+    keys: Keys = DEFAULT_KEYS
 
     def __post_init__(self):
         if self.on_bad_file not in ON_BAD_FILE:
@@ -78,12 +80,16 @@ def clean(config: CleanConfig, *, output: Path, workers: Workers, log: Log) -> d
             "min_characters": MIN_CHARACTERS,
             "default_source": config.default_source,
             "on_bad_file": config.on_bad_file,
+            "keys": dataclasses.asdict(config.keys),
         },
-        tasks=make_tasks(raw_inputs(config.input, log=log)),
-        run=functools.partial(_clean_task, default_source=config.default_source, on_bad_file=config.on_bad_file),
+        tasks=make_tasks(raw_inputs(config.input)),
+        run=functools.partial(_clean_task, config=config),
     )
-    check = functools.partial(_check, max_bad_rate=config.max_bad_rate, quarantine=output / QUARANTINE_FOLDER)
-    return run_stage(stage, output, workers=workers, log=log, check=check)
+    quarantine = output / QUARANTINE_FOLDER
+    check = functools.partial(_check, max_bad_rate=config.max_bad_rate, quarantine=quarantine)
+    manifest = run_stage(stage, output, workers=workers, log=log, check=check)
+    _report(manifest["totals"], quarantine=quarantine)
+    return manifest
 
 
 def fix_unicode(text: str) -> str:
@@ -105,7 +111,7 @@ def fix_unicode_pieces(text: str) -> Iterator[str]:
         start = text.rfind("\n", 0, match.start()) + 1
         end = text.find("\n", match.start()) + 1 or len(text)
         yield _straighten_quotes(text[num_done:start])
-        config = _FTFY_WITHOUT_HTML if 0 <= first_tag < start else _FTFY
+        config = _FTFY_WITHOUT_HTML if 0 <= first_tag < start else FTFY
         yield ftfy.fix_text(text[start:end], config)
         num_done = end
         match = suspects.search(text, num_done)
@@ -120,13 +126,19 @@ def _straighten_quotes(text: str) -> str:
     return text.replace("\u201c", '"').replace("\u201d", '"')
 
 
-def _clean_task(
-    task: LocalTask, directory: Path, heartbeat: Heartbeat, *, default_source: str, on_bad_file: str
-) -> dict:
-    counts, dropped, defects = DocumentCounts(), Counter(), []
+def _report(totals: dict, *, quarantine: Path) -> None:
+    """Say what is not as it was in the raw files."""
+    if num_bad := totals["bad"]["quarantined"]:
+        notices.report("line-quarantined", f"{num_bad:,} bad lines are in {quarantine}, with reasons", count=num_bad)
+    for change, count in sorted(totals["changed values"].items()):
+        notices.report("value-changed", f"{change}: {count:,}", count=count)
+
+
+def _clean_task(task: LocalTask, directory: Path, heartbeat: Heartbeat, *, config: CleanConfig) -> dict:
+    counts, dropped, defects, repairs = DocumentCounts(), Counter(), [], Counter()
     with ShardWriter(directory, stem=f"documents-{task.index:05d}") as writer:
         for item in task.inputs:
-            for raw in _read(item, defects, default_source=default_source, on_bad_file=on_bad_file):
+            for raw in _read(item, defects, repairs, config=config):
                 counts.count_read(raw)
                 heartbeat(1, raw.num_bytes)
                 data = b"".join(piece.encode() for piece in fix_unicode_pieces(raw.text))
@@ -148,11 +160,12 @@ def _clean_task(
             for defect in defects:
                 file.write(json.dumps(dataclasses.asdict(defect)).encode() + b"\n")
     bad = Counter({"quarantined": len(defects)})
-    return {"totals": counts.totals(dropped=dropped, bad=bad), "outputs": writer.outputs}
+    totals = counts.totals(dropped=dropped, bad=bad) | {"changed values": dict(repairs)}
+    return {"totals": totals, "outputs": writer.outputs}
 
 
-def _read(item: LocalInput, defects: list[Defect], *, default_source: str, on_bad_file: str) -> Iterator[Record]:
-    """Yield the documents of a file; append its defects to `defects`."""
+def _read(item: LocalInput, defects: list[Defect], repairs: Counter, *, config: CleanConfig) -> Iterator[Record]:
+    """Yield the documents of a file; append its defects to `defects`, count values that were changed in `repairs`."""
 
     def is_record(value: Record | Defect) -> TypeGuard[Record]:
         if isinstance(value, Defect):
@@ -160,9 +173,12 @@ def _read(item: LocalInput, defects: list[Defect], *, default_source: str, on_ba
         return isinstance(value, Record)
 
     try:
-        yield from filter(is_record, read_raw(item.path, name=item.name, default_source=default_source))
+        found = read_raw(
+            item.path, name=item.name, default_source=config.default_source, keys=config.keys, repairs=repairs
+        )
+        yield from filter(is_record, found)
     except BadFileError as error:
-        if on_bad_file == FAIL:
+        if config.on_bad_file == FAIL:
             raise ValueError(
                 f"{item.name} cannot be used: {error}. --on_bad_file={KEEP_PREFIX} goes on with what comes before"
             ) from error

@@ -1,27 +1,14 @@
-"""Find text that must not be trained on: near-duplicates of held-out documents, and 13-grams of evaluation text."""
+"""Find near-duplicates of held-out documents, which must not be trained on."""
 
 from __future__ import annotations
 
 import dataclasses
-import itertools
-import tempfile
-import zlib
-from collections.abc import Iterable, Iterator, Sequence
-from pathlib import Path
+from collections.abc import Sequence
 
 import numpy as np
 
-from btlm_jax.corpus.engine.inputs import raw_inputs
-from btlm_jax.corpus.engine.tasks import local_copies
-from btlm_jax.corpus.near_duplicates.lsh import MIX_FACTOR, STRICT, band_keys
+from btlm_jax.corpus.near_duplicates.lsh import STRICT, band_keys
 from btlm_jax.corpus.near_duplicates.normalize import normalized_pieces
-from btlm_jax.corpus.readers.frames import BadFileError
-from btlm_jax.corpus.readers.raw import read_raw
-from btlm_jax.corpus.readers.records import Record
-from btlm_jax.display.progress import Log
-from btlm_jax.storage.location import PathOrUrl
-
-WORDS = 13  # of an n-gram that counts as contamination, as for GPT-3 (arXiv 2005.14165, appendix C)
 
 
 def strict_signature(text: str) -> np.ndarray:
@@ -62,65 +49,3 @@ class HeldOut:
                 others = self.signatures[self.order[band, begin[number] : end[number]]]
                 has_near[number] = ((others == signatures[number]).mean(axis=1) >= STRICT.threshold).any()
         return has_near
-
-
-def word_ngrams(text: str) -> Iterator[np.ndarray]:
-    """Yield the hashes of all 13-grams of words of the normalised text, uint64 [n-grams], in pieces."""
-    last = np.empty(0, np.uint64)
-    for words in _words(text):
-        hashes = np.fromiter(map(zlib.crc32, words), np.uint64, len(words)) * MIX_FACTOR
-        hashes = np.concatenate([last, hashes ^ hashes >> np.uint64(29)])
-        count = len(hashes) - WORDS + 1
-        if count > 0:
-            ngrams = np.zeros(count, np.uint64)
-            for offset in range(WORDS):
-                ngrams = (ngrams ^ hashes[offset : offset + count]) * MIX_FACTOR
-                ngrams ^= ngrams >> np.uint64(32)
-            yield ngrams
-        last = hashes[1 - WORDS :]  # starts the n-grams that end in the next piece
-
-
-def evaluation_ngrams(locations: Iterable[PathOrUrl], *, log: Log) -> np.ndarray:
-    """Return the sorted hashes of all 13-grams in some raw files or folders, uint64 [n-grams].
-
-    Raises:
-      ValueError: a file or a line cannot be read, so its text would be missed.
-    """
-    ngrams = [np.empty(0, np.uint64)]
-    for item in itertools.chain.from_iterable(raw_inputs(location, log=log) for location in locations):
-        with local_copies([item], Path(tempfile.gettempdir())) as (local,):
-            try:
-                for record in read_raw(local.path, name=item.name, default_source="evaluation"):
-                    if not isinstance(record, Record):
-                        raise BadFileError(f"line {record.line}: {record.reason}")
-                    ngrams.extend(word_ngrams(record.text))
-            except BadFileError as error:
-                raise ValueError(f"evaluation text {item.location} cannot be used: {error}") from error
-    return np.unique(np.concatenate(ngrams))
-
-
-def shares_ngram(text: str, ngrams: np.ndarray) -> bool:
-    """Return whether one of the text's 13-grams is among the sorted `ngrams`."""
-    if not len(ngrams):
-        return False
-    for own in word_ngrams(text):
-        position = np.minimum(np.searchsorted(ngrams, own), len(ngrams) - 1)
-        if (ngrams[position] == own).any():
-            return True
-    return False
-
-
-def _words(text: str) -> Iterator[list[bytes]]:
-    """Yield the words of the normalised text, in pieces."""
-    unfinished = b""
-    for codes in normalized_pieces(text):
-        *words, unfinished = (unfinished + _utf8(codes)).split(b" ")
-        yield words
-    if unfinished:
-        yield [unfinished]
-
-
-def _utf8(codes: np.ndarray) -> bytes:
-    if codes.dtype == np.uint8:  # ASCII
-        return codes.tobytes()
-    return codes.astype("<u4").tobytes().decode("utf-32-le", "surrogatepass").encode("utf-8", "surrogatepass")

@@ -2,11 +2,13 @@
 
     work/signatures   a task per file: keys of every band, sorted; signatures; lengths and ranks
     work/pairs        a task per band and range of keys: pairs of documents that share a key, verified
-    work/clusters     one task: pairs -> connected components -> which documents are kept
+    work/clusters     one task: pairs -> connected components -> which documents are kept; if pairs are verified, each
+                      document that is dropped is verified against one that is kept, for in a chain of pairs the ends
+                      need not be alike
     .                 a task per file: the documents that are kept
 
 Each step starts when the one before is complete. The memory needed is that of one file's signatures, of a range of
-keys, or in `clusters` 8 bytes per document of the corpus.
+keys, or in `clusters` 56 bytes per document of the corpus.
 """
 
 from __future__ import annotations
@@ -22,15 +24,24 @@ import numpy as np
 
 from btlm_jax.corpus.engine.counts import DocumentCounts
 from btlm_jax.corpus.engine.inputs import read_stage, stage_inputs
-from btlm_jax.corpus.engine.stage import Stage, accept_all, run_stage
+from btlm_jax.corpus.engine.stage import Stage, accept_all, only_command, run_stage
 from btlm_jax.corpus.engine.tasks import Heartbeat, LocalTask, Task
 from btlm_jax.corpus.engine.workers import Workers
-from btlm_jax.corpus.near_duplicates.lsh import PRESETS, Clusters, Preset, all_agree, band_keys, bucket_pairs, survivors
+from btlm_jax.corpus.near_duplicates.lsh import (
+    PRESETS,
+    Clusters,
+    Preset,
+    all_agree,
+    band_keys,
+    bucket_pairs,
+    survivors,
+    verified_survivors,
+)
 from btlm_jax.corpus.near_duplicates.normalize import normalized_pieces
 from btlm_jax.corpus.readers.records import Record, ShardWriter, load_array, read_records, save_array, utf8_pieces
 from btlm_jax.display.progress import Log
 
-RECIPE = 1  # raise when the steps change
+RECIPES = {"slimpajama": 1, "strict": 2}  # preset -> raise when its steps change
 PARTITION_DOCUMENTS = 1 << 22  # a task holds the keys of so many documents
 _COMPARED = 1 << 13  # pairs of signatures compared at a time
 
@@ -42,6 +53,11 @@ def deduplicate(source: Path, *, preset: str, output: Path, workers: Workers, lo
       FileNotFoundError: there is no finished stage in `source`.
       ValueError: the input is damaged, or `output` has other settings or inputs.
     """
+    with only_command(output, inputs=[source]):
+        return _deduplicate(source, preset=preset, output=output, workers=workers, log=log)
+
+
+def _deduplicate(source: Path, *, preset: str, output: Path, workers: Workers, log: Log) -> dict:
     rules = PRESETS[preset]
     cleaned = read_stage(source)
     tasks = [
@@ -50,7 +66,7 @@ def deduplicate(source: Path, *, preset: str, output: Path, workers: Workers, lo
     ]
     counts = [file["num_documents"] for file in cleaned["outputs"]]
     settings = {
-        "recipe": RECIPE,
+        "recipe": RECIPES[rules.name],
         "preset": rules.name,
         "bands": rules.bands,
         "rows": rules.rows,
@@ -69,7 +85,12 @@ def deduplicate(source: Path, *, preset: str, output: Path, workers: Workers, lo
     )
     run(stage(name="dedup pairs", tasks=ranges, run=step), work["pairs"])
     step = functools.partial(
-        _cluster_task, counts=counts, signatures=work["signatures"], pairs=work["pairs"], num_files=len(ranges)
+        _cluster_task,
+        preset=preset,
+        counts=counts,
+        signatures=work["signatures"],
+        pairs=work["pairs"],
+        num_files=len(ranges),
     )
     one_task = [Task(index=0, inputs=(), weight=1)]
     clusters = run(stage(name="dedup clusters", tasks=one_task, run=step), work["clusters"])
@@ -144,19 +165,26 @@ class _SignatureCheck:
     """Check whether two documents' signatures have enough equal numbers; reads them from memory-mapped files."""
 
     def __init__(self, folder: Path, *, offsets: np.ndarray, rules: Preset):
-        self._folder, self._offsets, self._threshold = folder, offsets, rules.threshold
-        self._width = rules.bands * rules.rows
+        self._folder, self._offsets, self._rules = folder, offsets, rules
 
     def __call__(self, first: np.ndarray, second: np.ndarray) -> np.ndarray:
         agree = np.empty(len(first), bool)
         for start in range(0, len(first), _COMPARED):
             part = slice(start, start + _COMPARED)
             equal = self._rows(first[part]) == self._rows(second[part])
-            agree[part] = equal.mean(axis=1) >= self._threshold
+            agree[part] = equal.mean(axis=1) >= self._rules.threshold
         return agree
 
+    def pairs_among(self, documents: np.ndarray) -> np.ndarray:
+        """Return the pairs of these documents that share a key and agree, int64 [pairs, 2]."""
+        keys = [
+            band_keys(self._rows(documents[start : start + _COMPARED]), self._rules)
+            for start in range(0, len(documents), _COMPARED)
+        ]
+        return np.concatenate([bucket_pairs(band, documents, agree=self) for band in np.concatenate(keys, axis=1)])
+
     def _rows(self, documents: np.ndarray) -> np.ndarray:
-        rows = np.empty((len(documents), self._width), np.uint32)
+        rows = np.empty((len(documents), self._rules.bands * self._rules.rows), np.uint32)
         shards = np.searchsorted(self._offsets, documents, side="right") - 1
         for shard in np.unique(shards):
             own = shards == shard
@@ -169,25 +197,31 @@ def _cluster_task(
     directory: Path,
     heartbeat: Heartbeat,
     *,
+    preset: str,
     counts: Sequence[int],
     signatures: Path,
     pairs: Path,
     num_files: int,
 ) -> dict:
+    rules = PRESETS[preset]
     num_documents = sum(counts)
     clusters = Clusters(num_documents)
     for index in range(num_files):
         clusters.join(np.array(load_array(pairs, f"pairs-{index:05d}")))
     shards = range(len(counts))
     roots = clusters.roots(np.arange(num_documents))
-    is_kept = survivors(
+    offsets = np.cumsum([0, *counts])
+    choose = survivors
+    if rules.threshold:
+        check = _SignatureCheck(signatures, offsets=offsets, rules=rules)
+        choose = functools.partial(verified_survivors, agree=check, pairs_among=check.pairs_among)
+    is_kept = choose(
         roots,
         lengths=np.concatenate([load_array(signatures, f"lengths-{shard:05d}") for shard in shards]),
         ranks=np.concatenate([load_array(signatures, f"ranks-{shard:05d}") for shard in shards]),
     )
     heartbeat(num_documents, 0)
     sizes = Counter(str(1 << int(size - 1).bit_length()) for size in np.bincount(roots) if size)
-    offsets = np.cumsum([0, *counts])
     outputs = [
         save_array(directory, f"kept-{shard:05d}", is_kept[offsets[shard] : offsets[shard + 1]]) for shard in shards
     ]

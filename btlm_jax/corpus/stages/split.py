@@ -1,9 +1,11 @@
 """The stage `split`: documents -> train, validation, test, without held-out or evaluation text in train.
 
-    work/assign    a task per file: a document's split by the hash of its normalised text, so equal texts share a split;
-                   training documents are scattered over partitions by another hash
-    work/heldout   one task: an index of the signatures of all held-out documents
-    .              a task per partition: near-duplicates of held-out documents dropped, the others shuffled
+    work/evaluation  one task: an index of the evaluation texts, if there are any
+    work/assign      a task per file: documents with evaluation text dropped; of the others the split by the hash of the
+                     normalised text, so equal texts share one; training documents are scattered over partitions by
+                     another hash
+    work/heldout     one task: an index of the signatures of all held-out documents
+    .                a task per partition: near-duplicates of held-out documents dropped, the others shuffled
 
 Hashes of the seed and the text decide everything, so nothing depends on workers. A task needs the memory of
 GATHER_BYTES of text; `heldout` needs 2 kB per held-out document, and the last step maps its tables into memory.
@@ -15,15 +17,18 @@ import contextlib
 import dataclasses
 import functools
 import hashlib
+import unicodedata
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import ftfy
 import numpy as np
 
+from btlm_jax import notices
 from btlm_jax.corpus.engine.counts import DocumentCounts
-from btlm_jax.corpus.engine.inputs import read_stage, stage_inputs
-from btlm_jax.corpus.engine.stage import Stage, accept_all, run_stage
+from btlm_jax.corpus.engine.inputs import raw_inputs, read_stage, stage_inputs
+from btlm_jax.corpus.engine.stage import Stage, accept_all, only_command, run_stage
 from btlm_jax.corpus.engine.tasks import Heartbeat, LocalTask, Task
 from btlm_jax.corpus.engine.workers import Workers
 from btlm_jax.corpus.near_duplicates.normalize import normalized_pieces
@@ -38,20 +43,16 @@ from btlm_jax.corpus.readers.records import (
     read_records,
     save_array,
 )
-from btlm_jax.corpus.stages.contamination import (
-    HeldOut,
-    evaluation_ngrams,
-    no_signatures,
-    shares_ngram,
-    strict_signature,
-)
+from btlm_jax.corpus.stages.contamination import HeldOut, no_signatures, strict_signature
+from btlm_jax.corpus.stages.evaluation_text import MIN_WORDS, RULES, EvaluationIndex, index_task
 from btlm_jax.display.progress import Log
 from btlm_jax.storage.location import PathOrUrl
 
-RECIPE = 1  # raise when the steps change
+RECIPE = 2  # raise when the steps change
 TRAIN, VALIDATION, TEST = "train", "validation", "test"
 GATHER_BYTES = 128_000_000  # of text shuffled at a time
 MAX_PARTITIONS = 128
+MANY_SOURCES = 256  # more are likely not meant
 _PIECE_FRAME_BYTES = 1_000_000  # of text that a task buffers for each partition
 _HELDOUT_ARRAYS = ("signatures", "order", "keys")
 _COMPARED = 512  # documents compared with the held-out ones at a time
@@ -67,6 +68,7 @@ class SplitConfig:
     seed: int
     weights: dict[str, float]  # source -> how often its training documents are repeated; 1 if it is not named
     evaluation: tuple[PathOrUrl, ...]  # raw files whose text must not be trained on
+    evaluation_rule: str  # one of RULES
 
     def __post_init__(self):
         for name in ("validation", "test"):
@@ -75,6 +77,8 @@ class SplitConfig:
         for source, weight in self.weights.items():
             if not 0 <= weight <= 100:
                 raise ValueError(f"the weight {weight} of {source} must be between 0 and 100")
+        if self.evaluation_rule not in RULES:
+            raise ValueError(f"evaluation_rule={self.evaluation_rule!r} is not known; it may be {' or '.join(RULES)}")
 
 
 def split(config: SplitConfig, *, output: Path, workers: Workers, log: Log) -> dict:
@@ -84,38 +88,97 @@ def split(config: SplitConfig, *, output: Path, workers: Workers, log: Log) -> d
       FileNotFoundError: there is no finished stage, or no evaluation text.
       ValueError: the input is damaged, a weight's source does not exist, or `output` has other settings or inputs.
     """
+    with only_command(output, inputs=[config.input]):
+        return _split(config, output=output, workers=workers, log=log)
+
+
+def _split(config: SplitConfig, *, output: Path, workers: Workers, log: Log) -> dict:
     source = read_stage(config.input)
-    sources = sorted(source["totals"]["written"])
+    written = source["totals"]["written"]
+    sources = sorted(written)
     unknown = sorted(config.weights.keys() - set(sources))
     if unknown:
         raise ValueError(f"weights name {', '.join(unknown)}, which is no source; there are {', '.join(sources)}")
+    if len(sources) > MANY_SOURCES:
+        notices.report(
+            "many-sources",
+            f"{config.input} has {len(sources):,} sources, {sources[0]!r} for one, each to be held out and evaluated "
+            "apart; btlm corpus clean --source_key=KEY takes another key, or none with a KEY that nothing has",
+            count=len(sources),
+        )
     inputs = stage_inputs(config.input, source)
-    num_bytes = sum(count["bytes"] for count in source["totals"]["written"].values())
+    num_bytes = sum(count["bytes"] for count in written.values())
     num_partitions = min(1 + num_bytes // GATHER_BYTES, MAX_PARTITIONS)
-    (output / "work").mkdir(parents=True, exist_ok=True)
-    evaluation = save_array(output / "work", "evaluation", evaluation_ngrams(config.evaluation, log=log))
+    run = functools.partial(run_stage, workers=workers, log=log)
+    work = {step: output / "work" / step for step in ("evaluation", "assign", "heldout")}
     settings = {
         "recipe": RECIPE,
         **{name: getattr(config, name) for name in ("validation", "test", "seed", "weights")},
-        "evaluation": evaluation["sha256"],
+        "evaluation": _index_evaluation(config, run=run, directory=work["evaluation"]),
         "partitions": num_partitions,
         "input": source["fingerprint"],
     }
-    run = functools.partial(run_stage, workers=workers, log=log)
     stage = functools.partial(Stage, settings=settings)
-    work = {step: output / "work" / step for step in ("assign", "heldout")}
     tasks = [Task(index=index, inputs=(item,), weight=item.num_bytes) for index, item in enumerate(inputs)]
-    step = functools.partial(_assign_task, config=config, sources=sources, num_partitions=num_partitions)
+    step = functools.partial(
+        _assign_task, config=config, sources=sources, num_partitions=num_partitions, evaluation=work["evaluation"]
+    )
     assigned = run(stage(name="split assign", tasks=tasks, run=step), work["assign"], check=accept_all)
     log(f"split assign: dropped {assigned['totals']['dropped']}")
     step = functools.partial(_heldout_task, assigned=work["assign"], num_files=len(tasks))
     one_task = [Task(index=0, inputs=(), weight=1)]
     run(stage(name="split heldout", tasks=one_task, run=step), work["heldout"], check=accept_all)
-    parts = [f"{TRAIN}-{partition:05d}" for partition in range(num_partitions)]
-    parts += [f"{name}-{number:05d}" for name in (VALIDATION, TEST) for number in range(len(sources))]
-    step = functools.partial(_gather_task, parts=parts, num_files=len(tasks), work=work, seed=config.seed)
-    gathering = [Task(index=index, inputs=(), weight=1) for index in range(len(parts))]
+    train_share = (1 - config.validation - config.test) / num_partitions
+    sizes = {f"{TRAIN}-{partition:05d}": num_bytes * train_share for partition in range(num_partitions)}
+    for name, share in ((VALIDATION, config.validation), (TEST, config.test)):
+        sizes |= {f"{name}-{number:05d}": written[source]["bytes"] * share for number, source in enumerate(sources)}
+    step = functools.partial(_gather_task, parts=list(sizes), num_files=len(tasks), work=work, seed=config.seed)
+    gathering = [Task(index=index, inputs=(), weight=1 + int(size)) for index, size in enumerate(sizes.values())]
     return run(stage(name="split", tasks=gathering, run=step), output, check=_check_train)
+
+
+def _index_evaluation(config: SplitConfig, *, run: Callable[..., dict], directory: Path) -> str:
+    """Index the evaluation texts and return a fingerprint of the index; say what will not be found.
+
+    Raises:
+      ValueError: a text cannot be read, or the directory holds the index of other texts.
+    """
+    if not config.evaluation and not directory.is_dir():
+        return ""
+    inputs = [item for location in config.evaluation for item in raw_inputs(location)]
+    stage = Stage(
+        name="split evaluation",
+        settings={
+            "recipe": RECIPE,
+            "rule": config.evaluation_rule,
+            "ftfy": ftfy.__version__,
+            "unicode": unicodedata.unidata_version,
+        },
+        tasks=[Task(index=0, inputs=tuple(inputs), weight=1)],
+        run=functools.partial(index_task, rule=config.evaluation_rule),
+    )
+    manifest = run(stage, directory, check=accept_all)
+    totals = manifest["totals"]
+    for name in sorted(totals.get("files without runs", ())):
+        notices.report(
+            "evaluation-without-runs",
+            f"evaluation text {name} has no text of {MIN_WORDS} words or more, so nothing of it is found in documents",
+        )
+    if totals["found whole only"]:
+        notices.report(
+            "evaluation-short",
+            f"{totals['found whole only']:,} of {totals['texts']:,} evaluation texts have less than {MIN_WORDS} words: "
+            "only a document that is nothing else is dropped for them",
+            count=totals["found whole only"],
+        )
+    if totals["unusable"]:
+        notices.report(
+            "evaluation-unusable",
+            f"{totals['unusable']:,} of {totals['texts']:,} evaluation texts cannot be looked for by the rule "
+            f"{config.evaluation_rule}",
+            count=totals["unusable"],
+        )
+    return manifest["fingerprint"]
 
 
 def _check_train(results: list[dict]) -> None:
@@ -131,26 +194,29 @@ def _assign_task(
     config: SplitConfig,
     sources: list[str],
     num_partitions: int,
+    evaluation: Path,
 ) -> dict:
-    ngrams = load_array(directory.parent, "evaluation")
+    index = EvaluationIndex.load(evaluation, rule=config.evaluation_rule) if config.evaluation else None
     counts, dropped, signatures = DocumentCounts(), Counter(), []
     with _Pieces(directory, task=task.index) as pieces:
         for record in read_records(task.inputs[0].path):
             counts.count_read(record)
             heartbeat(1, record.num_bytes)
-            if shares_ngram(record.text, ngrams):
+            if index is not None and index.is_in(record.text):
                 dropped["has evaluation text"] += 1
                 continue
-            position = _position(record.text, seed=config.seed)
+            text_hash = _hash_text(record.text, seed=config.seed)
+            position = text_hash / 2**64
             if position < config.validation + config.test:
                 name = VALIDATION if position < config.validation else TEST
                 pieces.add(f"{name}-{sources.index(record.source):05d}", record)
                 signatures.append(strict_signature(record.text))
                 continue
-            copies = _copies(record, weight=config.weights.get(record.source, 1.0), seed=config.seed)
+            name = f"{record.id} {text_hash}"  # an id alone may be that of many documents
+            copies = _copies(name, weight=config.weights.get(record.source, 1.0), seed=config.seed)
             dropped["weight of the source"] += not copies
             for copy in range(copies):
-                partition = _keyed_hash("partition", config.seed, f"{record.id} {copy}".encode()) * num_partitions >> 64
+                partition = _keyed_hash("partition", config.seed, f"{name} {copy}".encode()) * num_partitions >> 64
                 pieces.add(f"{TRAIN}-{partition:05d}", record)
     stacked = np.stack(signatures) if signatures else no_signatures()
     outputs = [*pieces.outputs, save_array(directory, f"signatures-{task.index:05d}", stacked)]
@@ -158,12 +224,17 @@ def _assign_task(
 
 
 class _Pieces:
-    """Writes a task's documents, one file for each part of the split."""
+    """Writes a task's documents, one file for each part of the split.
+
+    Held-out documents, of which there are few, wait in memory: each source has files of its own, and a process may only
+    have so many open.
+    """
 
     def __init__(self, directory: Path, *, task: int):
         self._directory, self._task = directory, task
         self._stack = contextlib.ExitStack()
         self._writers: dict[str, RecordWriter] = {}
+        self._heldout: dict[str, list[Record]] = {}
         self.outputs: list[dict] = []
 
     def __enter__(self) -> _Pieces:
@@ -172,14 +243,24 @@ class _Pieces:
 
     def add(self, part: str, record: Record) -> None:
         """Append a document to a part."""
+        if not part.startswith(TRAIN):
+            self._heldout.setdefault(part, []).append(record)
+            return
         if part not in self._writers:
-            writer = RecordWriter(piece_path(self._directory, part, self._task), frame_bytes=_PIECE_FRAME_BYTES)
-            self._writers[part] = self._stack.enter_context(writer)
+            self._writers[part] = self._stack.enter_context(self._open(part))
         self._writers[part].add(record)
+
+    def _open(self, part: str) -> RecordWriter:
+        return RecordWriter(piece_path(self._directory, part, self._task), frame_bytes=_PIECE_FRAME_BYTES)
 
     def __exit__(self, *raised) -> None:
         self._stack.__exit__(*raised)
         if raised[0] is None:
+            for part, records in self._heldout.items():
+                with self._open(part) as writer:
+                    for record in records:
+                        writer.add(record)
+                self._writers[part] = writer
             self.outputs = [
                 output_entry(writer, num_documents=writer.num_documents) for _, writer in sorted(self._writers.items())
             ]
@@ -254,18 +335,18 @@ def _shuffled(records: list[Record], *, seed: int) -> list[Record]:
     return [records[index] for index in np.argsort(np.array(keys, np.uint64), kind="stable")]
 
 
-def _copies(record: Record, *, weight: float, seed: int) -> int:
+def _copies(name: str, *, weight: float, seed: int) -> int:
     """Return how often to repeat a document: the weight rounded down, or up for its fraction of the documents."""
-    fraction = _keyed_hash("weight", seed, record.id.encode()) / 2**64
+    fraction = _keyed_hash("weight", seed, name.encode()) / 2**64
     return int(weight) + (fraction < weight % 1)
 
 
-def _position(text: str, *, seed: int) -> float:
-    """Return a hash of the seed and the normalised text, scaled to 0 up to 1."""
+def _hash_text(text: str, *, seed: int) -> int:
+    """Return 64 bits of a hash of the seed and the normalised text."""
     digest = hashlib.blake2b(digest_size=8, key=f"split {seed}".encode())
     for codes in normalized_pieces(text):
         digest.update(codes.astype("<u4").data)
-    return int.from_bytes(digest.digest(), "big") / 2**64
+    return int.from_bytes(digest.digest(), "big")
 
 
 def _keyed_hash(purpose: str, seed: int, data: bytes) -> int:

@@ -11,14 +11,16 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import itertools
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
 
+from btlm_jax import notices
 from btlm_jax.corpus.engine.inputs import read_stage, stage_inputs
-from btlm_jax.corpus.engine.stage import Stage, accept_all, run_stage
+from btlm_jax.corpus.engine.stage import Stage, accept_all, only_command, run_stage
 from btlm_jax.corpus.engine.tasks import Heartbeat, LocalTask, Task
 from btlm_jax.corpus.engine.workers import Workers
 from btlm_jax.corpus.pack import cut_into_blocks, write_shard, write_tfds_metadata
@@ -29,11 +31,22 @@ from btlm_jax.data.store import TokenBlock
 from btlm_jax.display.progress import Log
 from btlm_jax.storage.files import renamed_at_end, write_atomically
 from btlm_jax.tokenizers.gpt2 import fastest_tokenizer
-from btlm_jax.tokenizers.sentencepiece_bpe import SENTENCEPIECE
-from btlm_jax.tokenizers.sentencepiece_proto import SPACE_MARK
-from btlm_jax.tokenizers.tokenizer import find_tokenizer, split_for_encoding, tokenizer_info
+from btlm_jax.tokenizers.tokenizer import Tokenizer, encode_document, find_tokenizer, tokenizer_info
 
-RECIPE = 1  # raise when the steps change
+RECIPE = 2  # raise when the steps change
+# Texts that a tokenizer may change although they are in NFC and without control characters, as after `clean`.
+PROBES = (
+    *("a\nb", "a\n\n\nb", "a\tb", "\ta", "a  b   c", " a", "a ", "\na\n", "Ab CD", "don't 's 'll"),
+    *(
+        "1234567 3.14",
+        "caf\u00e9 na\u00efve",
+        "\u6f22\u5b57\u304b\u306a",
+        "\u03b1\u03b2\u03b3",
+        "\U0001f468\u200d\U0001f469",
+    ),
+    *("a\u2581b", "\u2581", "\u00a0\u2009", "</s><s><unk><0x41><|endoftext|>", "x\u00b2 \u2026"),
+)
+_SAMPLED_FILES, _SAMPLED_DOCUMENTS, _SAMPLED_CHARACTERS = 16, 128, 20_000
 STORE_SPLITS = {TRAIN: store.TRAIN, VALIDATION: store.HELDOUT, TEST: "test"}
 
 
@@ -62,30 +75,50 @@ class _Stream:
         return np.concatenate(parts)
 
 
-def tokenize(
-    source: Path, *, tokenizer: Path, block_len: int, output: Path, workers: Workers, log: Log
-) -> store.Manifest:
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TokenizeConfig:
+    """How to encode and pack."""
+
+    input: Path
+    tokenizer: Path
+    block_len: int
+    allow_lossy: bool  # take a tokenizer that does not give every text back
+
+
+def tokenize(config: TokenizeConfig, *, output: Path, workers: Workers, log: Log) -> store.Manifest:
     """Make a token store from the output of `split` and return its manifest.
 
     Raises:
       FileNotFoundError: there is no finished split, or no tokenizer.
-      ValueError: the input is damaged or was not split, the tokenizer cannot be used, or `output` has other
-        settings or inputs.
+      ValueError: the input is damaged or was not split, the tokenizer cannot be used or does not give texts back, or
+        `output` has other settings or inputs.
     """
+    with only_command(output, inputs=[config.input]):
+        return _tokenize(config, output=output, workers=workers, log=log)
+
+
+def _tokenize(config: TokenizeConfig, *, output: Path, workers: Workers, log: Log) -> store.Manifest:
+    source, tokenizer, block_len = config.input, config.tokenizer, config.block_len
     documents = read_stage(source)
     if documents["stage"] != "split":
         raise ValueError(f"{source} holds the stage {documents['stage']}; tokenize what btlm corpus split wrote")
-    loaded = find_tokenizer(tokenizer)
+    loaded = find_tokenizer(tokenizer, allow_lossy=config.allow_lossy)
     info = tokenizer_info(loaded)
     dtype = store.token_dtype(info.vocab_size)
     settings = {"recipe": RECIPE, "input": documents["fingerprint"], "tokenizer": info.sha256, "eos_id": info.eos_id}
-    tasks = [
-        Task(index=index, inputs=(item,), weight=item.num_bytes)
-        for index, item in enumerate(stage_inputs(source, documents))
-    ]
+    inputs = stage_inputs(source, documents)
+    paths = [source / item.name for item in inputs]
+    if loss := describe_loss(fastest_tokenizer(loaded), [*PROBES, *_sample(paths)]):
+        if not config.allow_lossy:
+            raise ValueError(f"the tokenizer in {tokenizer} {loss}; --allow_lossy takes it nevertheless")
+        notices.report("tokenizer-lossy", f"the tokenizer in {tokenizer} {loss}")
+        settings["lossy"] = loss
+    tasks = [Task(index=index, inputs=(item,), weight=item.num_bytes) for index, item in enumerate(inputs)]
     run = functools.partial(run_stage, workers=workers, log=log, check=accept_all)
     tokens = output / "work" / "tokens"
-    step = functools.partial(_tokens_task, tokenizer=tokenizer, sha256=info.sha256, dtype=dtype)
+    step = functools.partial(
+        _tokens_task, tokenizer=tokenizer, allow_lossy=config.allow_lossy, sha256=info.sha256, dtype=dtype
+    )
     encoded = run(Stage(name="tokenize", settings=settings, tasks=tasks, run=step), tokens)
     splits = [file["split"] for file in documents["outputs"]]
     streams = _streams(encoded, splits=splits, block_len=block_len)
@@ -98,7 +131,10 @@ def tokenize(
     packing = Stage(
         name="pack",
         settings=settings | {"block_len": block_len},
-        tasks=[Task(index=index, inputs=(), weight=1) for index in range(len(_shards(streams)))],
+        tasks=[
+            Task(index=index, inputs=(), weight=_shard_blocks(streams, shard))
+            for index, shard in enumerate(_shards(streams))
+        ],
         run=step,
         output_folder="../..",
     )
@@ -108,10 +144,36 @@ def tokenize(
     write_atomically(output / info.file, loaded.contents)
     store_splits = _store_splits(streams, encoded=encoded, packed=packed)
     write_tfds_metadata(output, store_splits, block_len=block_len, dtype=dtype)
-    made_by = {"stage": "tokenize", **settings, "dropped": encoded["totals"]["dropped"]}
+    made_by = {"stage": "tokenize", **settings}
     manifest = store.Manifest(block_len=block_len, dtype=dtype, tokenizer=info, splits=store_splits, made_by=made_by)
     store.write_manifest(output, manifest)
     return manifest
+
+
+def describe_loss(tokenizer: Tokenizer, texts: Sequence[str]) -> str:
+    """Return what a tokenizer loses of some texts, measured; "" if it gives all of them back."""
+    given = [tokenizer.decode([i for ids in encode_document(tokenizer, text) for i in ids]) for text in texts]
+    lossy = [(text, other) for text, other in zip(texts, given, strict=True) if text != other]
+    if not lossy:
+        return ""
+    text, other = min(lossy, key=lambda pair: len(pair[0]))
+    place = next((i for i, (a, b) in enumerate(zip(text, other, strict=False)) if a != b), min(len(text), len(other)))
+    around = slice(max(place - 10, 0), place + 20)
+    return (
+        f"does not give every text back: {len(lossy):,} of {len(texts):,} texts come back changed, for example "
+        f"{text[around]!r} as {other[around]!r}"
+    )
+
+
+def _sample(paths: Sequence[Path]) -> list[str]:
+    """Return beginnings of documents: the first of some files at even distances."""
+    count = min(len(paths), _SAMPLED_FILES)
+    chosen = [paths[number * len(paths) // count] for number in range(count)]
+    return [
+        record.text[:_SAMPLED_CHARACTERS]
+        for path in chosen
+        for record in itertools.islice(read_records(path), _SAMPLED_DOCUMENTS // count)
+    ]
 
 
 def _streams(encoded: dict, *, splits: list[str], block_len: int) -> dict[str, list[_Stream]]:
@@ -175,21 +237,31 @@ def _shards(splits: dict[str, list[_Stream]]) -> list[tuple[str, int, int]]:
     return shards
 
 
+def _shard_blocks(splits: dict[str, list[_Stream]], shard: tuple[str, int, int]) -> int:
+    """Return the number of blocks of a shard that `_shards` names."""
+    name, index, _ = shard
+    num_blocks = sum(stream.num_blocks for stream in splits[name])
+    return min(store.BLOCKS_PER_SHARD, num_blocks - index * store.BLOCKS_PER_SHARD)
+
+
 def _tokens_task(
-    task: LocalTask, directory: Path, heartbeat: Heartbeat, *, tokenizer: Path, sha256: str, dtype: str
+    task: LocalTask,
+    directory: Path,
+    heartbeat: Heartbeat,
+    *,
+    tokenizer: Path,
+    allow_lossy: bool,
+    sha256: str,
+    dtype: str,
 ) -> dict:
-    encoder = fastest_tokenizer(find_tokenizer(tokenizer))
+    encoder = fastest_tokenizer(find_tokenizer(tokenizer, allow_lossy=allow_lossy))
     if tokenizer_info(encoder).sha256 != sha256:
         raise ValueError(f"the tokenizer in {tokenizer} changed while its texts were encoded")
     counts: dict[str, Counter] = {}
-    dropped = Counter({"has SentencePiece's space mark": 0})
     parts = [np.empty(0, dtype)]
     for record in read_records(task.inputs[0].path):
         heartbeat(1, record.num_bytes)
-        if encoder.kind == SENTENCEPIECE and SPACE_MARK in record.text:
-            dropped["has SentencePiece's space mark"] += 1
-            continue
-        ids = [np.array(encoder.encode(piece), dtype) for piece in split_for_encoding(record.text, encoder.boundary)]
+        ids = [np.array(piece, dtype) for piece in encode_document(encoder, record.text)]
         ids.append(np.array([encoder.eos_id], dtype))
         num_tokens = sum(map(len, ids))
         counts.setdefault(record.source, Counter()).update(documents=1, bytes=record.num_bytes, tokens=num_tokens)
@@ -198,7 +270,7 @@ def _tokens_task(
     stream = np.concatenate(parts)
     output = save_array(directory, f"tokens-{task.index:05d}", stream)
     return {
-        "totals": {"dropped": dict(dropped)},
+        "totals": {},
         "outputs": [{**output, "num_tokens": len(stream), "source": min(counts, default=""), "counts": counts}],
     }
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import itertools
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -15,17 +14,19 @@ from btlm_jax.corpus.readers.records import output_entry, read_records
 from btlm_jax.corpus.stages.split import TRAIN
 from btlm_jax.display.progress import Log
 from btlm_jax.storage.files import AtomicFile
-from btlm_jax.tokenizers import byte_level
-from btlm_jax.tokenizers.sentencepiece_bpe import SENTENCEPIECE, TOKENIZER_BYTES, TOKENIZER_FILE, train_sentencepiece
+from btlm_jax.tokenizers import byte_level, train_in_process
+from btlm_jax.tokenizers.sentencepiece_bpe import SENTENCEPIECE, TOKENIZER_BYTES, TOKENIZER_FILE
 
-RECIPE = 1  # raise when the steps change
+MAX_FILES = 64  # that the training text is taken from
+RECIPE = 2  # raise when the steps change
 KINDS = (SENTENCEPIECE, byte_level.KIND)
 
 
 def train_tokenizer_stage(source: Path, *, kind: str, vocab_size: int, output: Path, log: Log) -> dict:
-    """Train a tokenizer on the first training documents, which are shuffled, and return the stage's manifest.
+    """Train a tokenizer on TOKENIZER_BYTES of training documents and return the stage's manifest.
 
-    `kind` is one of KINDS.
+    `kind` is one of KINDS. Files of training documents, all or MAX_FILES at even distances, give the same share each,
+    their first documents; the documents of each file are shuffled.
 
     Raises:
       FileNotFoundError: there is no finished split in `source`.
@@ -34,8 +35,8 @@ def train_tokenizer_stage(source: Path, *, kind: str, vocab_size: int, output: P
     documents = read_stage(source)
     files = zip(stage_inputs(source, documents), documents["outputs"], strict=True)
     training = [item for item, file in files if file.get("split") == TRAIN]
-    sizes = itertools.accumulate((item.num_bytes for item in training), initial=0)
-    inputs = tuple(item for item, before in zip(training, sizes, strict=False) if before <= TOKENIZER_BYTES)
+    count = min(len(training), MAX_FILES)
+    inputs = tuple(training[number * len(training) // count] for number in range(count))
     if not inputs:
         raise ValueError(f"{source} holds the stage {documents['stage']}; train on what btlm corpus split wrote")
     stage = Stage(
@@ -48,20 +49,19 @@ def train_tokenizer_stage(source: Path, *, kind: str, vocab_size: int, output: P
 
 
 def _train_task(task: LocalTask, directory: Path, heartbeat: Heartbeat, *, kind: str, vocab_size: int) -> dict:
-    is_byte_level = kind == byte_level.KIND
-    train = byte_level.train_byte_level if is_byte_level else train_sentencepiece
-    contents = train(_texts(task, heartbeat), vocab_size=vocab_size)
-    with AtomicFile(directory / (byte_level.STORED_FILE if is_byte_level else TOKENIZER_FILE)) as file:
+    contents = train_in_process(kind, _texts(task, heartbeat), vocab_size=vocab_size)
+    with AtomicFile(directory / (byte_level.STORED_FILE if kind == byte_level.KIND else TOKENIZER_FILE)) as file:
         file.write(contents)
     return {"totals": {}, "outputs": [output_entry(file, num_documents=0)]}
 
 
 def _texts(task: LocalTask, heartbeat: Heartbeat) -> Iterator[str]:
+    """Yield the first documents of each file: an equal share, and what earlier files lacked of theirs."""
     size = 0
-    for item in task.inputs:
+    for number, item in enumerate(task.inputs, start=1):
         for record in read_records(item.path):
-            if size > TOKENIZER_BYTES:
-                return
+            if size * len(task.inputs) > TOKENIZER_BYTES * number:
+                break
             size += record.num_bytes
             heartbeat(1, record.num_bytes)
             yield record.text
