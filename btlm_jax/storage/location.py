@@ -80,8 +80,8 @@ def read_bytes(location: PathOrUrl) -> bytes:
 def list_files(root: PathOrUrl, *, left_out: Callable[[str, Collection[str]], str]) -> list[tuple[str, PathOrUrl, int]]:
     """Return (name relative to root, location, bytes) of every file below a folder, or of a single file, by name.
 
-    `left_out` takes the name of a file or folder and all names beside it, and returns the notice by which it is left
-    out, "" if it is not. Links are followed, each real folder read once; what cannot be read is named by a notice.
+    `left_out` takes the name of a file or folder and all names beside it, and returns why it is left out, "" if it is
+    not; a notice says so. Links are followed, each real folder read once; what cannot be read is named by a notice.
 
     Raises:
       FileNotFoundError: there is no file.
@@ -127,8 +127,8 @@ def _walk(root: Path, left_out: Callable[[str, Collection[str]], str]) -> Iterat
         seen.add((status.st_dev, status.st_ino))
         names = {entry.name for entry, _ in entries}
         for entry, kind in entries:
-            if name := left_out(entry.name, names):
-                notices.report(name, f"{entry} is not read")
+            if why := left_out(entry.name, names):
+                notices.report("left-out", f"{entry} is not read: {why}")
             elif not kind:
                 notices.report("not-readable", f"{entry} is left out: it cannot be reached, or links to nothing")
             elif stat.S_ISDIR(kind):
@@ -156,9 +156,10 @@ def _without_left_out(
     kept, said = [], set()
     for file in files:
         for folder, part in _parts(file[0]):
-            if notice := left_out(part, names_in[folder]):
+            if why := left_out(part, names_in[folder]):
                 if (folder, part) not in said:
-                    notices.report(notice, f"{join_location(join_location(root, folder), part)} is not read")
+                    place = join_location(join_location(root, folder) if folder else root, part)
+                    notices.report("left-out", f"{place} is not read: {why}")
                 said.add((folder, part))
                 break
         else:

@@ -50,11 +50,11 @@ def raw_inputs(root: PathOrUrl) -> list[Input]:
 
 
 def _left_out(name: str, beside: Collection[str]) -> str:
-    """Return the notice by which a file or folder is not read, "" if it is."""
+    """Return why a file or folder is not read, "" if it is."""
     if name.startswith("."):
-        return "hidden-not-read"
+        return "it is hidden"
     is_of_stage = name in STAGE_FILES and PLAN_FILE in beside
-    return "stage-work-not-read" if is_of_stage else ""
+    return "it is of a stage's work" if is_of_stage else ""
 
 
 def _stale_tables(files: list[tuple[str, PathOrUrl, int]]) -> set[str]:
