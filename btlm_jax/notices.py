@@ -19,6 +19,8 @@ NAMES = {
     "not-the-store": "data.store is also the name of something in the current directory, which is not read",
     "metrics-line-dropped": "a line of metrics.jsonl is damaged, and is removed at a resume",
     "summary-made-again": "the summary of a finished run is damaged, and its end is repeated",
+    "no-targets": "a batch of training is all padding: its step changes nothing",
+    "machine-changed": "a run is resumed where its numbers may differ in their last bits",
     "read-again": "a URL could not be read at once",
     "add-bos-token-ignored": "tokenizer_config.json contradicts tokenizer.json on what stands in front of a text",
     "prompt-end-ignored": "a tokenizer.json puts ids after every text, which a prompt does not have here",

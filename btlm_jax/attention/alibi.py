@@ -15,7 +15,10 @@ Keys from there on are left out. A share L <= 2^-24 of a row's weight left out m
 The same sum over the queries that follow a key bounds what its gradients lose: dv at most 2^-24 max|do|, and dk at most
 2^-24 * scale * max|q| times the largest gradient of a weight; dq likewise with max|k|.
 
-`spread` is bounded from the norms of queries and keys (`spread_bound`), or assumed where there are none yet (SPREAD).
+`spread` is bounded from the norms of queries and of keys less their mean (`spread_bound`), or assumed where there are
+none yet (SPREAD). What is left out is not looked at: a NaN in v beyond a head's window does not reach that query, as it
+would through a weight of 0 in the sum over all keys. It reaches its own position's output and those within the window,
+so it is in the loss. q and k that are not finite make their head see everything.
 The bias itself is formed inside attention, never here.
 """
 
@@ -61,14 +64,23 @@ def spread_bound(
 ) -> jax.Array:
     """Return a bound of how far apart the scores of any row are, without ALiBi: 2 * scale * max|q| * max|k|.
 
-    For |q . k_s - q . k_u| <= |q| (|k_s| + |k_u|). `largest_square` returns the largest squared norm over positions of
-    each head's queries or keys, in the caller's layout, float32.
+    For |q . k_s - q . k_u| = |q . (k_s - c) - q . (k_u - c)| <= |q| (|k_s - c| + |k_u - c|), whatever c is: the caller
+    has subtracted one (`centred`). `largest_square` returns the largest squared norm over positions of each head's
+    queries or keys, in the caller's layout, float32.
     """
 
     def longest(x):
         return jnp.sqrt(_SQUARE_MARGIN * largest_square(x))
 
     return 2 * scale * longest(q) * longest(k)
+
+
+def centred(k: jax.Array, *, positions: int | tuple[int, ...]) -> jax.Array:
+    """Return keys less their mean over `positions`, the dims of a sequence's positions, in k's dtype.
+
+    What all keys of a sequence have in common, such as their bias, does not make its scores differ.
+    """
+    return k - k.mean(positions, keepdims=True, dtype=jnp.float32).astype(k.dtype)
 
 
 def window_of(
@@ -78,11 +90,25 @@ def window_of(
     *,
     scale: float,
     length: int,
+    positions: int | tuple[int, ...],
     largest_square: Callable[[jax.Array], jax.Array],
 ) -> jax.Array:
     """Return the largest distance at which heads see keys, int32: the window of `spread_bound`, rounded down.
 
-    It is `length`, so everything, where the window is that long, or where q or k are not finite.
+    `positions` are the dims of k with a sequence's positions, `length` their number. It is `length`, so everything,
+    where the window is that long, or where q or k are not finite. A v that is not finite is seen within the window,
+    and always at its own position.
     """
-    window = alibi_window(spread_bound(q, k, scale=scale, largest_square=largest_square), slopes, xp=jnp)
+    spread = spread_bound(q, centred(k, positions=positions), scale=scale, largest_square=largest_square)
+    window = alibi_window(spread, slopes, xp=jnp)
     return jnp.where(window < length, window, length).astype(jnp.int32)  # NaN fails the comparison
+
+
+def windows_of_heads(q_BTNH: jax.Array, k_BTNH: jax.Array, slopes_N: jax.Array, *, scale: float) -> jax.Array:
+    """Return `window_of` each head of each sequence, int32 [B, N]."""
+
+    def largest_square(x_BTNH):
+        return jnp.square(x_BTNH.astype(jnp.float32)).sum(-1).max(1)
+
+    length = q_BTNH.shape[1]
+    return window_of(q_BTNH, k_BTNH, slopes_N, scale=scale, length=length, positions=1, largest_square=largest_square)

@@ -20,7 +20,7 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
 from btlm_jax.attention import remat_names
-from btlm_jax.attention.alibi import window_of
+from btlm_jax.attention.alibi import windows_of_heads
 
 MAX_WIDTHS = 8
 BLOCK = 256  # most positions of a block
@@ -46,6 +46,8 @@ def attend_blockwise(
     """
     q_BTNH, k_BSNH, v_BSNH = remat_names.with_checkpoint_names(q_BTNH, k_BSNH, v_BSNH)
     B, T, N, H = q_BTNH.shape
+    window_BN = windows_of_heads(*jax.lax.stop_gradient((q_BTNH, k_BSNH)), slopes_N, scale=scale)
+    window_G = checkpoint_name(window_BN, remat_names.WINDOW).reshape(B * N)
     padding = -T % block_size(T)
 
     def fold(x_BTNH):  # padding comes last: no real query sees its keys, and its outputs are cut off
@@ -53,23 +55,23 @@ def attend_blockwise(
         return x_BNTH.reshape(B * N, T + padding, H)
 
     # Cast, because functools.partial hides the type that custom_vjp returns.
-    o_GTH = cast(jax.Array, _attend(fold(q_BTNH), fold(k_BSNH), fold(v_BSNH), jnp.tile(slopes_N, B), scale))
+    o_GTH = cast(jax.Array, _attend(*map(fold, (q_BTNH, k_BSNH, v_BSNH)), jnp.tile(slopes_N, B), window_G, scale))
     return o_GTH.reshape(B, N, T + padding, H)[:, :, :T].swapaxes(1, 2)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
-def _attend(q_GTH, k_GTH, v_GTH, slopes_G, scale):
-    return _attend_forward(q_GTH, k_GTH, v_GTH, slopes_G, scale)[0]
+@functools.partial(jax.custom_vjp, nondiff_argnums=(5,))
+def _attend(q_GTH, k_GTH, v_GTH, slopes_G, window_G, scale):
+    return _attend_forward(q_GTH, k_GTH, v_GTH, slopes_G, window_G, scale)[0]
 
 
-def _attend_forward(q_GTH, k_GTH, v_GTH, slopes_G, scale):
-    o_GTH, lse_GT = _by_few_heads(functools.partial(_forward, scale=scale), q_GTH, k_GTH, v_GTH, slopes_G)
+def _attend_forward(q_GTH, k_GTH, v_GTH, slopes_G, window_G, scale):
+    o_GTH, lse_GT = _by_few_heads(functools.partial(_forward, scale=scale), q_GTH, k_GTH, v_GTH, slopes_G, window_G)
     o_GTH, lse_GT = checkpoint_name(o_GTH, remat_names.OUTPUT), checkpoint_name(lse_GT, remat_names.LOG_SUM_EXP)
-    return o_GTH, (q_GTH, k_GTH, v_GTH, slopes_G, o_GTH, lse_GT)
+    return o_GTH, (q_GTH, k_GTH, v_GTH, slopes_G, window_G, o_GTH, lse_GT)
 
 
 def _attend_backward(scale, residuals, do_GTH):
-    return *_by_few_heads(functools.partial(_backward, scale=scale), *residuals, do_GTH), None
+    return *_by_few_heads(functools.partial(_backward, scale=scale), *residuals, do_GTH), None, None
 
 
 _attend.defvjp(_attend_forward, _attend_backward)
@@ -84,10 +86,9 @@ def _by_few_heads(function, *arrays):
     return jax.lax.map(lambda piece: function(*piece), arrays, batch_size=at_once if at_once > 1 else None)
 
 
-def _forward(q_TH, k_TH, v_TH, slope, *, scale):
+def _forward(q_TH, k_TH, v_TH, slope, window, *, scale):
     """Return one head's output in q's dtype and the float32 log-sum-exp of each row of scores."""
     length, block = q_TH.shape[0], block_size(q_TH.shape[0])
-    window = _window(q_TH, k_TH, slope, scale)
 
     q_HT = q_TH.T
 
@@ -112,10 +113,9 @@ def _forward(q_TH, k_TH, v_TH, slope, *, scale):
     return _unblocked(o_XHC), lse_XC.reshape(length)
 
 
-def _backward(q_TH, k_TH, v_TH, slope, o_TH, lse_T, do_TH, *, scale):
+def _backward(q_TH, k_TH, v_TH, slope, window, o_TH, lse_T, do_TH, *, scale):
     """Return the gradients of one head's q, k and v in q's dtype."""
     length, block, dtype = q_TH.shape[0], block_size(q_TH.shape[0]), q_TH.dtype
-    window = _window(q_TH, k_TH, slope, scale)
     # An einsum: XLA:CPU takes ten times as long for the sum of do * o (4 ms and 0.3, LOG.md, 2026-11-26).
     delta_T = jnp.einsum("TH,TH->T", do_TH, o_TH, preferred_element_type=jnp.float32)
 
@@ -144,15 +144,6 @@ def _backward(q_TH, k_TH, v_TH, slope, o_TH, lse_T, do_TH, *, scale):
     zeros_HT = _zeros_like(q_TH.T).astype(jnp.float32)
     dq_HT, (dk_XHC, dv_XHC) = jax.lax.scan(differentiate_keys, zeros_HT, jnp.arange(0, length, block))
     return dq_HT.T.astype(dtype), _unblocked(dk_XHC), _unblocked(dv_XHC)
-
-
-def _window(q_TH, k_TH, slope, scale):
-    """Return the largest distance at which a head sees keys, int32."""
-
-    def largest_square(x_TH):
-        return jnp.square(x_TH.astype(jnp.float32)).sum(-1).max()
-
-    return window_of(q_TH, k_TH, slope, scale=scale, length=q_TH.shape[0], largest_square=largest_square)
 
 
 def _with_width(needed, function, length: int):

@@ -8,7 +8,7 @@ import numpy as np
 from jax.ad_checkpoint import checkpoint_name
 
 from btlm_jax.attention import remat_names
-from btlm_jax.attention.alibi import window_of
+from btlm_jax.attention.alibi import windows_of_heads
 from btlm_jax.kernels.build import HEAD_DIM_MULTIPLE, QUERY_TILE, has_training_kernels
 
 
@@ -42,7 +42,8 @@ def _attend(q_BTNH, k_BTNH, v_BTNH, slopes_N, scale):
 
 def _attend_forward(q_BTNH, k_BTNH, v_BTNH, slopes_N, scale):
     B, T, N, H = q_BTNH.shape
-    window_BN = checkpoint_name(_window(q_BTNH, k_BTNH, slopes_N, scale), remat_names.WINDOW)
+    window_BN = windows_of_heads(q_BTNH, k_BTNH, slopes_N, scale=scale)
+    window_BN = checkpoint_name(window_BN, remat_names.WINDOW)
     # Scratch memory: keys and values in float32, one head after the other.
     scratch = (2, B, N, T, -(-H // HEAD_DIM_MULTIPLE) * HEAD_DIM_MULTIPLE)
     call = jax.ffi.ffi_call("btlm_causal_forward", [_like(q_BTNH), _float32((B, N, T)), _float32(scratch)])
@@ -59,15 +60,6 @@ def _attend_backward(scale, residuals, do_BTNH):
     call = jax.ffi.ffi_call("btlm_causal_backward", [*[_like(do_BTNH)] * 3, _float32(scratch)])
     dq_BTNH, dk_BTNH, dv_BTNH, _ = call(*residuals, do_BTNH, scale=np.float32(scale))
     return dq_BTNH, dk_BTNH, dv_BTNH, None
-
-
-def _window(q_BTNH, k_BTNH, slopes_N, scale):
-    """Return the largest distance at which the heads of each sequence see keys, int32 [B, N]."""
-
-    def largest_square(x_BTNH):
-        return jnp.square(x_BTNH.astype(jnp.float32)).sum(-1).max(1)
-
-    return window_of(q_BTNH, k_BTNH, slopes_N, scale=scale, length=q_BTNH.shape[1], largest_square=largest_square)
 
 
 _attend.defvjp(_attend_forward, _attend_backward)

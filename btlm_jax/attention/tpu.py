@@ -124,8 +124,15 @@ class _KernelConfig:
             )
             return square_SBNT.max((0, 3))
 
-        length = q_SBTM.shape[0] * q_SBTM.shape[2]
-        return window_of(q_SBTM, k_SBTM, slopes_N, scale=self.heads.scale, length=length, largest_square=largest_square)
+        return window_of(
+            q_SBTM,
+            k_SBTM,
+            slopes_N,
+            scale=self.heads.scale,
+            length=q_SBTM.shape[0] * q_SBTM.shape[2],
+            positions=(0, 2),
+            largest_square=largest_square,
+        )
 
     def to_kernel_layout(self, x_SBTM: jax.Array) -> jax.Array:
         """Return what the kernels take, x_ATM: pieces in place or merged, padded to whole blocks."""

@@ -51,6 +51,7 @@ def train(arguments: Sequence[str]) -> int:
     outcome = loop.train(
         config,
         workdir=workdir,
+        resume_step=flags.integer("resume_step"),
         check_devices=functools.partial(_check_devices, config_file=flags.config_file()),
         build_store=build_store,
         continue_prompt=continue_prompt,
@@ -63,6 +64,7 @@ def train_flags() -> Flags:
     flags = Flags(TRAIN_HELP)
     flags.define_config()
     define_workdir(flags)
+    flags.define_integer("resume_step", 0, "go back to this checkpoint and set later ones aside; 0: the last one")
     flags.define_boolean("dry_run", False, "print the whole plan of the run, check the token store, and end")
     flags.define_boolean("distributed", False, "join the other hosts of a TPU pod slice")
     flags.define_string("coordinator", "", "host:port of process 0, for several processes")

@@ -6,6 +6,7 @@ Where the processor multiplies bfloat16, products of several rows with bfloat16 
 from __future__ import annotations
 
 import functools
+from typing import cast
 
 import jax
 import jax.numpy as jnp
@@ -14,6 +15,7 @@ from btlm_jax.decode.cpu_cache import Cache, CacheLayout, attend
 from btlm_jax.kernels.tiles import columns, matmul
 from btlm_jax.kernels.weights import Weights
 from btlm_jax.model import Btlm
+from btlm_jax.model.layers import normalise
 
 
 @functools.partial(jax.jit, static_argnames=("model", "layout"), donate_argnames="cache")
@@ -32,7 +34,7 @@ def extend(model: Btlm, weights: Weights, cache: Cache, *, layout: CacheLayout, 
         x_RD, cache, dropped = carry
         layer, own = scanned  # this layer's vectors
         normed_RD = _norm(x_RD, own["ln_1.scale"], own["ln_1.bias"], eps=config.layer_norm_eps)
-        qkv_RM = matmul(normed_RD, weights.qkv, layer=layer) + own["qkv.bias"]
+        qkv_RM = matmul(normed_RD, weights.qkv, layer=layer) + _without_key_bias(own["qkv.bias"])
         q_BTNH, k_BTNH, v_BTNH = (part.reshape(B, T, N, H) for part in jnp.split(qkv_RM, 3, axis=1))
         o_BTNH, cache, dropped_B = attend(
             q_BTNH, k_BTNH, v_BTNH, cache, layout=layout, layer=layer, starts_B=starts_B, counts_B=counts_B,
@@ -56,5 +58,14 @@ def extend(model: Btlm, weights: Weights, cache: Cache, *, layout: CacheLayout, 
 
 
 def _norm(x_RD, scale_D, bias_D, *, eps: float):
-    centred_RD = x_RD - x_RD.mean(-1, keepdims=True)
-    return centred_RD * jax.lax.rsqrt(jnp.square(centred_RD).mean(-1, keepdims=True) + eps) * scale_D + bias_D
+    return cast(jax.Array, normalise(eps, x_RD[None], scale_D, bias_D))[0]  # partial hides custom_vjp's type
+
+
+def _without_key_bias(bias_M):
+    """Return a bias of queries, keys and values with zeros for the keys.
+
+    q.b is the same in every score of a row, which softmax ignores. Without it the cache bounds what it drops from the
+    keys' own norms, and has their range to itself in int8.
+    """
+    query, key, value = jnp.split(bias_M, 3)
+    return jnp.concatenate([query, jnp.zeros_like(key), value])

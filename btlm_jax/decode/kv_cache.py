@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from btlm_jax.model.layers import Embedding, LayerNorm
+from btlm_jax.model.layers import Embedding, LayerNorm, scale
 from btlm_jax.model.transformer import Block, Btlm, device_slopes
 from btlm_jax.parallel.mesh import WHOLE_SEQUENCES
 
@@ -60,7 +60,7 @@ def extend(model: Btlm, params: dict, cache: KVCache, *, inputs_BT, starts_B):
         rules=rules,
     )
     embedded_BTD = cast(jax.Array, embedding.apply({"params": params["embedding"]}, inputs_BT))
-    x_BTD = embedded_BTD * parametrization.embedding_scale
+    x_BTD = scale(embedded_BTD, parametrization.embedding_scale)
 
     def block(carry, scanned):
         x_BTD, cache = carry
@@ -92,7 +92,7 @@ def _cache_spec() -> P:
 
 def _attend_cached(model: Btlm, q_BTNH, k_BTNH, v_BTNH, cache: KVCache, starts_B, layer):
     """Write keys and values into one layer of the cache and attend to it; each device has its own rows and heads."""
-    rules, scale = WHOLE_SEQUENCES, model.parametrization.attention_scale
+    rules, qk_scale = WHOLE_SEQUENCES, model.parametrization.attention_scale
     slopes_N = device_slopes(model.config, rules, mesh=jax.sharding.get_abstract_mesh())
 
     def local(q_BTNH, k_BTNH, v_BTNH, k_LBSNH, v_LBSNH, starts_B, slopes_N, layer):
@@ -104,7 +104,7 @@ def _attend_cached(model: Btlm, q_BTNH, k_BTNH, v_BTNH, cache: KVCache, starts_B
         k_BSNH = jax.lax.dynamic_index_in_dim(k_LBSNH, layer, keepdims=False).astype(q_BTNH.dtype)
         v_BSNH = jax.lax.dynamic_index_in_dim(v_LBSNH, layer, keepdims=False).astype(q_BTNH.dtype)
         offset_BTS = jnp.arange(k_BSNH.shape[1])[None, None] - position_BT[:, :, None]
-        scores_BNTS = scale * jnp.einsum("BTNH,BSNH->BNTS", q_BTNH, k_BSNH, preferred_element_type=jnp.float32)
+        scores_BNTS = qk_scale * jnp.einsum("BTNH,BSNH->BNTS", q_BTNH, k_BSNH, preferred_element_type=jnp.float32)
         bias_BNTS = slopes_N[None, :, None, None] * offset_BTS[:, None].astype(jnp.float32)
         scores_BNTS = jnp.where(offset_BTS[:, None] <= 0, scores_BNTS + bias_BNTS, -jnp.inf)
         weights_BNTS = jax.nn.softmax(scores_BNTS, axis=-1).astype(v_BSNH.dtype)

@@ -136,7 +136,8 @@ def gguf_logits(file: GGUFFile, ids_T: np.ndarray) -> np.ndarray:
         return x_TD @ file.read(f"{name}.weight").T + file.read(f"{name}.bias")
 
     def norm(x_TD: np.ndarray, name: str) -> np.ndarray:
-        centred_TD = x_TD - x_TD.mean(-1, keepdims=True)
+        # Of thousands of deviations a float32 mean is too coarse by 1e-4 of one.
+        centred_TD = (x_TD - x_TD.mean(-1, keepdims=True, dtype=np.float64)).astype(np.float32)
         normed_TD = centred_TD / np.sqrt((centred_TD**2).mean(-1, keepdims=True) + epsilon)
         return normed_TD * file.read(f"{name}.weight") + file.read(f"{name}.bias")
 

@@ -40,7 +40,8 @@ def block(config: PublishedConfig, x_BTD: np.ndarray, *, norm: Layer, linear: La
 
 def layer_norm(config: PublishedConfig, x_BTD: np.ndarray, gain_D: np.ndarray, bias_D: np.ndarray) -> np.ndarray:
     """Return x with mean 0 and variance 1 over the model width, times the gain, plus the bias."""
-    x_BTD = x_BTD - x_BTD.mean(-1, keepdims=True)
+    # Of thousands of deviations a float32 mean is too coarse by 1e-4 of one.
+    x_BTD = (x_BTD - x_BTD.mean(-1, keepdims=True, dtype=np.float64)).astype(np.float32)
     x_BTD = x_BTD / np.sqrt(np.square(x_BTD).mean(-1, keepdims=True) + np.float32(config.layer_norm_epsilon))
     return x_BTD * gain_D + bias_D
 

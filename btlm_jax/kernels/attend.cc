@@ -18,7 +18,7 @@ inline f8 exp8(f8 v) {
   f8 p = ((((1.9875691500e-4f * r + 1.3981999507e-3f) * r + 8.3334519073e-3f) * r + 4.1665795894e-2f) * r +
           1.6666665459e-1f) * r + 5.0000001201e-1f;
   p = p * r * r + r + 1.0f;
-  return p * reinterpret_cast<f8>((n + 127) << 23);
+  return p * (f8)((u32x8)(n + 127) << 23);
 }
 
 inline float sum(f8 v) { return ((v[0] + v[4]) + (v[1] + v[5])) + ((v[2] + v[6]) + (v[3] + v[7])); }

@@ -94,6 +94,9 @@ _TRAINING = _Library(
 )
 
 
+_digests: dict[str, str] = {}  # of the libraries that XLA has, by name
+
+
 @functools.cache
 def has_kernels() -> bool:
     """Whether products and attention of generation run in the compiled kernels: on a CPU, where there is a compiler.
@@ -107,6 +110,17 @@ def has_kernels() -> bool:
 def has_training_kernels() -> bool:
     """Whether the compiled kernels of attention/cpu.py are there, under the same conditions as `has_kernels`."""
     return _is_registered(_TRAINING)
+
+
+def cpu_facts() -> dict[str, str]:
+    """Return what of this CPU decides the last bits of sums: its threads, its instructions, and our kernels."""
+    count = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    instructions = sorted(_cpu_instruction_sets() & set(_INSTRUCTION_SETS.values()))
+    return {
+        "threads": str(count),  # XLA's pool has so many
+        "instructions": " ".join(instructions) or platform.machine(),
+        "training_kernels": _digests.get(_TRAINING.name, "none"),
+    }
 
 
 def build_ahead(directory: Path, *, architecture: str) -> list[Path]:
@@ -154,6 +168,7 @@ def _is_registered(library: _Library) -> bool:
     except OSError as error:
         notices.report("kernels-not-compiled", f"{library.slow_without}, for its kernels cannot be compiled: {error}")
         return False
+    _digests[library.name] = _digest(Path(loaded._name))[:16]
     for name in library.targets:
         jax.ffi.register_ffi_target(name, jax.ffi.pycapsule(getattr(loaded, name)), platform="cpu")
     return True

@@ -13,7 +13,7 @@ constexpr int kWide = 4, kVectors = 4;
 #endif
 
 typedef float wide __attribute__((vector_size(4 * kWide), aligned(4)));
-typedef int32_t wide_int __attribute__((vector_size(4 * kWide), aligned(4)));
+typedef uint32_t wide_bits __attribute__((vector_size(4 * kWide), aligned(4)));
 
 inline wide load_wide(const float* p) { return *reinterpret_cast<const wide*>(p); }
 inline void store_wide(float* p, wide v) { *reinterpret_cast<wide*>(p) = v; }
@@ -33,7 +33,7 @@ inline wide exp_wide(wide v) {
 #ifdef __AVX512F__
   return (wide)_mm512_scalef_ps((__m512)p, (__m512)n);
 #else
-  return p * (wide)((((wide_int)shifted) << 23) + 0x3f800000);
+  return p * (wide)((((wide_bits)shifted) << 23) + 0x3f800000u);  // unsigned: its overflow is defined
 #endif
 }
 

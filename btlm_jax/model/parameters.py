@@ -42,7 +42,7 @@ def parameter_table(model: Btlm, mesh: Mesh) -> dict:
             path="/".join(names),
             shape=box.value.shape,
             axes=box.names,
-            rule=model.parametrization.rule(box.names, leaf=names[-1]),
+            rule=model.parametrization.rule(box.names, layer=names[-2], leaf=names[-1]),
             sharding=NamedSharding(mesh, model.rules.spec(*box.names)),
         )
 

@@ -20,7 +20,7 @@ from jax.sharding import AbstractMesh, Mesh
 from btlm_jax.attention import attend
 from btlm_jax.attention.alibi import alibi_slopes
 from btlm_jax.attention.remat_names import CHECKPOINT_NAMES
-from btlm_jax.model.layers import Embedding, LayerNorm, Linear
+from btlm_jax.model.layers import Embedding, LayerNorm, Linear, scale
 from btlm_jax.model.projection import Project, project_scheduled
 from btlm_jax.parallel.mesh import RULES, AxisRules, device_head_order
 from btlm_jax.recipe.config import ModelConfig
@@ -28,7 +28,7 @@ from btlm_jax.recipe.mup import Parametrization
 
 # What is saved of each block for the backward pass, by checkpoint name; the rest is computed again. The names are given
 # in attention/, by the norms, and by the linear layers, which give their own.
-_NORM = ("norm_mean", "norm_inverse")
+_NORM = ("norm_shift", "norm_mean", "norm_inverse")
 _ATTENTION = (*_NORM, *CHECKPOINT_NAMES)
 _SAVED = {
     "full": jax.checkpoint_policies.nothing_saveable,
@@ -90,7 +90,7 @@ class Block(nn.Module):
 
     @nn.compact
     def __call__(self, x_BTD: jax.Array) -> tuple[jax.Array, None]:
-        parametrization, rules, scale = self.parametrization, self.rules, self.parametrization.residual_scale
+        parametrization, rules = self.parametrization, self.rules
         norm = functools.partial(
             LayerNorm, eps=self.config.layer_norm_eps, parametrization=parametrization, rules=rules
         )
@@ -103,8 +103,8 @@ class Block(nn.Module):
             name="attention",
         )
         mlp = Mlp(config=self.config, parametrization=parametrization, rules=rules, project=self.project, name="mlp")
-        x_BTD = x_BTD + scale * attention(norm(name="ln_1")(x_BTD))
-        x_BTD = x_BTD + scale * mlp(norm(name="ln_2")(x_BTD))
+        x_BTD = x_BTD + scale(attention(norm(name="ln_1")(x_BTD)), parametrization.residual_scale)
+        x_BTD = x_BTD + scale(mlp(norm(name="ln_2")(x_BTD)), parametrization.residual_scale)
         return x_BTD, None
 
 
@@ -127,7 +127,7 @@ class Btlm(nn.Module):
             rules=rules,
             name="embedding",
         )
-        x_BTD = embedding(inputs_BT) * parametrization.embedding_scale
+        x_BTD = scale(embedding(inputs_BT), parametrization.embedding_scale)
         blocks = nn.scan(
             nn.remat(Block, prevent_cse=False, policy=_SAVED[config.remat]),
             variable_axes={"params": 0, "intermediates": 0},  # so that capture_intermediates sees every block
@@ -148,8 +148,14 @@ class Btlm(nn.Module):
 
     def _attend(self, q_BTNH: jax.Array, k_BSNH: jax.Array, v_BSNH: jax.Array) -> jax.Array:
         slopes_N = device_slopes(self.config, self.rules, mesh=jax.sharding.get_abstract_mesh())
-        scale = self.parametrization.attention_scale
-        return attend(q_BTNH, k_BSNH, v_BSNH, slopes_N, scale=scale, implementation=self.config.attention)
+        return attend(
+            q_BTNH,
+            k_BSNH,
+            v_BSNH,
+            slopes_N,
+            scale=self.parametrization.attention_scale,
+            implementation=self.config.attention,
+        )
 
 
 def make_model(

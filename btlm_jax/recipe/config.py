@@ -22,6 +22,7 @@ DTYPES = ("float32", "bfloat16")
 ATTENTIONS = ("auto", "reference", "blockwise", "cpu", "tpu", "splash", "gpu")
 REMATS = ("full", "attention_saved", "out_recomputed", "matmuls_saved", "none")  # the first keeps the least
 PREPARED = "prepared"
+SCHEDULES = ("linear", "cosine", "constant", "wsd")
 CORPUS_SOURCES = ("prepared", "installed_python")
 
 
@@ -114,11 +115,16 @@ class CurriculumConfig:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class OptimizerConfig:
-    """AdamW with a linear warm-up and a linear decay, both counted in tokens."""
+    """AdamW, and the schedule of its learning rate, counted in tokens: see optimizer.py."""
 
+    schedule: str  # what follows the warm-up: "wsd" stays at the peak, then decays; "constant" does not decay
     peak_learning_rate: float  # reached after warmup_tokens, for classes with multiplier 1
-    end_learning_rate: float  # of the last step
-    warmup_tokens: int  # tokens of the linear warm-up from 0
+    end_learning_rate: float  # of the schedule's last step; "constant" has none
+    initial_learning_rate: float  # where the warm-up begins: 0, or where an extended run stands
+    warmup_tokens: int  # tokens of the linear warm-up
+    decay_share: float  # of the schedule's tokens, the last, in which "wsd" decays
+    schedule_begin: int  # tokens seen where the schedule begins: 0, or where an extended run stands
+    schedule_tokens: int  # its length, after which the rate stays as it is; 0: up to the curriculum's end
     beta1: float  # decay of AdamW's first moment
     beta2: float  # decay of AdamW's second moment
     eps: float  # AdamW's epsilon, outside the bias-corrected root
@@ -129,10 +135,46 @@ class OptimizerConfig:
         _require_positive(
             "optimizer", peak_learning_rate=self.peak_learning_rate, eps=self.eps, clip_norm=self.clip_norm
         )
-        for name in ("end_learning_rate", "warmup_tokens", "weight_decay"):
+        _require_choice("optimizer.schedule", self.schedule, SCHEDULES)
+        _require(0 < self.decay_share <= 1, f"optimizer.decay_share={self.decay_share} must be above 0 and at most 1")
+        for name in (
+            "end_learning_rate", "initial_learning_rate", "warmup_tokens", "schedule_begin", "schedule_tokens",
+            "weight_decay",
+        ):  # fmt: skip
             _require(getattr(self, name) >= 0, f"optimizer.{name}={getattr(self, name)} must not be negative")
         for name in ("beta1", "beta2"):
             _require(0 <= getattr(self, name) < 1, f"optimizer.{name}={getattr(self, name)} must be in [0, 1)")
+
+    def schedule_length(self, total_tokens: int) -> int:
+        """Return the tokens of the schedule in a run of `total_tokens`."""
+        return self.schedule_tokens or total_tokens - self.schedule_begin
+
+    def decay_tokens(self, total_tokens: int) -> int:
+        """Return the tokens in which "wsd" decays."""
+        return round(self.decay_share * self.schedule_length(total_tokens))
+
+    def check_fits(self, total_tokens: int) -> None:
+        """Check the schedule against a run of `total_tokens`.
+
+        Raises:
+          ValueError: it begins after the run's end, or its parts are longer than it is.
+        """
+        _require(
+            self.schedule_begin < total_tokens,
+            f"optimizer.schedule_begin={self.schedule_begin:,} is not before the run's end at {total_tokens:,} tokens",
+        )
+        length = self.schedule_length(total_tokens)
+        whose = "schedule" if self.schedule_begin or self.schedule_tokens else "run"
+        _require(
+            self.warmup_tokens <= length,
+            f"optimizer.warmup_tokens={self.warmup_tokens:,} is more than the {whose}'s {length:,}",
+        )
+        decay = self.decay_tokens(total_tokens)
+        _require(
+            self.schedule != "wsd" or self.warmup_tokens + decay <= length,
+            f"optimizer.warmup_tokens={self.warmup_tokens:,} and the {decay:,} tokens of "
+            f"optimizer.decay_share={self.decay_share} are more than the {whose}'s {length:,}",
+        )
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -238,10 +280,7 @@ class TrainConfig:
 
     def __post_init__(self):
         table = self.curriculum.table
-        _require(
-            self.optimizer.warmup_tokens <= table.num_tokens,
-            f"optimizer.warmup_tokens={self.optimizer.warmup_tokens:,} is more than the run's {table.num_tokens:,}",
-        )
+        self.optimizer.check_fits(table.num_tokens)
         for phase in table.phases:
             _require(
                 phase.batch_size % self.mesh.accumulation == 0,

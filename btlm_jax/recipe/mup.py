@@ -12,6 +12,7 @@ eta = peak learning rate, lambda = optimizer.weight_decay:
     mlp_out         sigma/sqrt(m_ff 2L)   eta/m_ff        lambda         eps
     norm_scale      one                   eta             0              eps
     bias            zero                  eta             0              eps
+    key_bias        zero                  0               0              eps
 
 That is preset `btlm`: the published BTLM configs and arXiv 2304.03208. Its forward multipliers: embedding lookup
 x embedding_multiplier, logits x output_multiplier/m, attention scores q.k/head_dim. Weight decay is coupled to the
@@ -21,6 +22,10 @@ learning rate, so a hidden matrix shrinks by (eta/m) lambda a step.
 
 `completep` (arXiv 2505.01618, alpha = 1): as btlm, but residual branches x L_b/L in place of the 1/sqrt(2L) of the two
 output kernels; weight decay lambda m of hidden matrices; eps (1/m)(L_b/L) for everything inside the blocks.
+
+The bias of the keys adds q.b to every score of a row, which softmax ignores: its gradient is zero in exact arithmetic,
+and what is computed is rounding noise, which Adam would turn into steps of full size. So it stays where it is: the same
+function as with the published rate eta. With QK-norm, which this model has not, its gradient would be a true one.
 
 Normal initializers are truncated at two sigma and not corrected for it, as in the published code: the real standard
 deviation is 0.8796 of the one in the table.
@@ -43,7 +48,8 @@ _CLASS_OF_KERNEL = {
 }
 _CLASS_OF_VECTOR = {"scale": "norm_scale", "bias": "bias"}
 HIDDEN_CLASSES = ("attention_in", "attention_out", "mlp_in", "mlp_out")
-CLASSES = ("embedding", *HIDDEN_CLASSES, "norm_scale", "bias")
+CLASSES = ("embedding", *HIDDEN_CLASSES, "norm_scale", "bias", "key_bias")
+_VECTOR_CLASSES = ("norm_scale", "bias", "key_bias")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -73,13 +79,13 @@ class Parametrization:
     attention_scale: float  # x on q.k
     residual_scale: float  # x on every residual branch
 
-    def rule(self, axes: tuple[str, ...], *, leaf: str) -> ParameterRule:
-        """Return the rule of the parameter named `leaf` with these logical axes.
+    def rule(self, axes: tuple[str, ...], *, layer: str, leaf: str) -> ParameterRule:
+        """Return the rule of the parameter named `leaf` of the layer named `layer`, with these logical axes.
 
         Raises:
           ValueError: the axes and the name belong to no class.
         """
-        parameter_class = classify(axes, leaf=leaf)
+        parameter_class = classify(axes, layer=layer, leaf=leaf)
         completep = self.preset == "completep"
         width = self.ff_width if parameter_class == "mlp_out" else self.width
         hidden = parameter_class in HIDDEN_CLASSES
@@ -95,19 +101,21 @@ class Parametrization:
             parameter_class=parameter_class,
             init_mean=1.0 if parameter_class == "norm_scale" else 0.0,
             init_std=math.sqrt(variance),
-            learning_rate=1 / width if hidden else 1.0,
-            weight_decay=0.0 if parameter_class in ("norm_scale", "bias") else width if completep and hidden else 1.0,
+            learning_rate=1 / width if hidden else 0.0 if parameter_class == "key_bias" else 1.0,
+            weight_decay=0.0 if parameter_class in _VECTOR_CLASSES else width if completep and hidden else 1.0,
             eps=1 / (width * self.depth) if completep and in_block else 1.0,
         )
 
 
-def classify(axes: tuple[str, ...], *, leaf: str) -> str:
-    """Return the class of a parameter.
+def classify(axes: tuple[str, ...], *, layer: str, leaf: str) -> str:
+    """Return the class of the parameter named `leaf` of the layer named `layer`.
 
     Raises:
       ValueError: no class fits; every parameter must be classified.
     """
     own = tuple(axis for axis in axes if axis != "layers")
+    if (layer, leaf) == ("key", "bias"):
+        return "key_bias"
     parameter_class = _CLASS_OF_VECTOR.get(leaf) or _CLASS_OF_KERNEL.get(own)
     if parameter_class is None:
         raise ValueError(

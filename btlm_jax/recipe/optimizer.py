@@ -8,31 +8,133 @@
 so that weight decay is coupled to each parameter's own learning rate, as in the published BTLM code. The multipliers
 of a parameter p come from mup.py. The learning rate is a float the host computes from an integer count of tokens and
 hands to the step: no counter on the device, no recompile.
+
+A schedule begins at schedule_begin tokens and is L tokens long: a warm-up of W from the initial rate to the peak, then
+
+    linear      to the end rate at L
+    cosine      peak (1 - c) + end c, with c = (1 - cos(pi x)) / 2 and x from 0 to 1 at L
+    constant    the peak
+    wsd         the peak, then linear to the end rate over the last decay_share of L (arXiv 2405.18392)
+
+and from L on the rate that it has there.
 """
 
 from __future__ import annotations
 
+import dataclasses
+from collections.abc import Sequence
+
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 
 from btlm_jax.recipe.config import OptimizerConfig
+from btlm_jax.recipe.curriculum import Curriculum
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Stretches:
+    """The tokens of a schedule's parts, in their order."""
+
+    warmup: int
+    stable: int
+    decay: int
+
+
+def stretches_of(config: OptimizerConfig, *, total_tokens: int) -> Stretches:
+    """Return how many tokens of a run of `total_tokens` each part of the schedule takes."""
+    rest = config.schedule_length(total_tokens) - config.warmup_tokens
+    decay = {"constant": 0, "wsd": config.decay_tokens(total_tokens)}.get(config.schedule, rest)
+    return Stretches(warmup=config.warmup_tokens, stable=rest - decay, decay=decay)
+
+
+def make_schedule(config: OptimizerConfig, *, total_tokens: int) -> optax.Schedule:
+    """Make the peak-class learning rate as a function of the tokens since schedule_begin.
+
+    For int64 of NumPy, where JAX has float64, it is exact to float64's rounding, as in `learning_rates`.
+    """
+    initial, peak, end = config.initial_learning_rate, config.peak_learning_rate, config.end_learning_rate
+    parts = stretches_of(config, total_tokens=total_tokens)
+
+    def mix(share):
+        return peak * (1 - share) + end * share
+
+    def decay(tokens):
+        done = tokens / parts.decay
+        return mix((1 - jnp.cos(jnp.pi * done)) / 2) if config.schedule == "cosine" else mix(done)
+
+    segments = [
+        (parts.warmup, lambda tokens: initial * (1 - tokens / parts.warmup) + peak * tokens / parts.warmup),
+        (parts.stable, optax.constant_schedule(peak)),
+        (parts.decay, decay),
+    ]
+    segments = [(length, segment) for length, segment in segments if length]
+    schedules = [segment for _, segment in segments] + [optax.constant_schedule(end if parts.decay else peak)]
+    return optax.join_schedules(schedules, np.cumsum([length for length, _ in segments]).tolist())
+
+
+def learning_rates(config: OptimizerConfig, *, tokens: Sequence[int] | np.ndarray, total_tokens: int) -> np.ndarray:
+    """Return the peak-class learning rate, float64, of steps whose batches bring the count of tokens seen to `tokens`.
+
+    Counting the step's own batch makes the first update use peak/warm-up steps and the last one exactly the end value.
+    Computed by JAX on the host: call it outside of a mesh.
+
+    Raises:
+      ValueError: a count is before the schedule's beginning or after the run's end, or JAX has no CPU.
+    """
+    counts = np.asarray(tokens, np.int64)
+    outside = counts[(counts < config.schedule_begin) | (counts > total_tokens)]
+    if outside.size:
+        raise ValueError(f"tokens={outside[0]:,} is outside the run's {config.schedule_begin:,} to {total_tokens:,}")
+    try:
+        host = jax.local_devices(backend="cpu")[0]
+    except RuntimeError as error:
+        raise ValueError(
+            f"the learning rates are computed on the CPU, which JAX is not to use ({error}): put cpu into "
+            "JAX_PLATFORMS, for example JAX_PLATFORMS=tpu,cpu"
+        ) from error
+    with jax.enable_x64(True), jax.default_device(host):
+        # Counts of NumPy: the quotients are then its own, and XLA, which multiplies by a reciprocal, only joins parts.
+        rates = make_schedule(config, total_tokens=total_tokens)(counts - config.schedule_begin)
+        return np.broadcast_to(np.asarray(rates, np.float64), counts.shape)
+
+
+def rates_of_steps(config: OptimizerConfig, curriculum: Curriculum) -> np.ndarray:
+    """Return the peak-class learning rate of each step of a run, float64; nan before schedule_begin.
+
+    Raises:
+      ValueError: JAX has no CPU.
+    """
+    tokens = curriculum.tokens_per_step * np.arange(1, curriculum.num_steps + 1)
+    is_scheduled = tokens > config.schedule_begin
+    rates = np.full(len(tokens), np.nan)
+    rates[is_scheduled] = learning_rates(config, tokens=tokens[is_scheduled], total_tokens=curriculum.num_tokens)
+    return rates
 
 
 def learning_rate_at(config: OptimizerConfig, *, tokens: int, total_tokens: int) -> float:
-    """Return the peak-class learning rate of the step whose batch brings the count of tokens seen to `tokens`.
+    """Return one of `learning_rates`."""
+    return float(learning_rates(config, tokens=[tokens], total_tokens=total_tokens)[0])
 
-    Linear from 0 to the peak over warmup_tokens, then linear to end_learning_rate at total_tokens. Counting the step's
-    own batch makes the first update use peak/warm-up steps and the last one exactly the end value.
+
+def decay_again(config: OptimizerConfig, *, tokens: int, total_tokens: int, more_tokens: int) -> dict[str, float]:
+    """Return values of the optimizer that warm up and decay once more over `more_tokens`, from where a run stands.
+
+    The peak is half of what it was and the warm-up a tenth of the tokens: a proposal.
     """
-    if not 0 <= tokens <= total_tokens:
-        raise ValueError(f"tokens={tokens:,} is outside the run's 0 to {total_tokens:,}")
-    if tokens < config.warmup_tokens:
-        return config.peak_learning_rate * tokens / config.warmup_tokens
-    if total_tokens == config.warmup_tokens:
-        return config.peak_learning_rate
-    done = (tokens - config.warmup_tokens) / (total_tokens - config.warmup_tokens)
-    return config.peak_learning_rate * (1 - done) + config.end_learning_rate * done
+    return {
+        "schedule_begin": tokens,
+        "schedule_tokens": 0,
+        "initial_learning_rate": learning_rate_at(config, tokens=tokens, total_tokens=total_tokens),
+        "peak_learning_rate": config.peak_learning_rate / 2,
+        "warmup_tokens": more_tokens // 10,
+    }
+
+
+def flags_of(values: dict[str, float]) -> str:
+    """Return the flags that set these values of the optimizer."""
+    return " ".join(f"--config.optimizer.{name}={value!r}" for name, value in values.items())
 
 
 def make_optimizer(config: OptimizerConfig, table: dict) -> optax.GradientTransformationExtraArgs:

@@ -7,4 +7,5 @@ METRICS_FILE = "metrics.jsonl"  # a line a step, an evaluation or an event
 TENSORBOARD = "tensorboard"  # directory
 COMPILE_CACHE = "compile_cache"  # directory of JAX's compilation cache
 LOSS_PLOT, POSITION_PLOT = "loss.png", "loss_by_position.png"
+REPLACED = "replaced"  # directory of checkpoints and metrics that --resume_step set aside
 SUMMARY_FILE = "summary.json"  # of a finished run

@@ -1,6 +1,7 @@
 """Checkpoints through orbax: state, data position and config in one atomic step; restore onto any mesh.
 
-A step is a directory `<workdir>/checkpoints/<step>` with items `state` (arrays), `position` and `config` (JSON). Orbax
+A step is a directory `<workdir>/checkpoints/<step>` with items `state` (arrays), `position`, `config` and `environment`
+(JSON), the last of which says what besides the config decides a number's last bits. Orbax
 writes it beside its final name in the background and renames it when it is complete, so a process that dies at any
 moment leaves either the whole step or none. The only importer of orbax.
 """
@@ -9,17 +10,24 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import importlib.metadata
 import json
 import os
 import re
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import jax
+import numpy as np
 import orbax.checkpoint as ocp
 
+from btlm_jax import __version__
+from btlm_jax.kernels.build import cpu_facts
 from btlm_jax.recipe.config import CheckpointConfig, TrainConfig, config_from, train_config_from
-from btlm_jax.train import CHECKPOINTS
+from btlm_jax.recipe.optimizer import decay_again, flags_of, learning_rate_at, rates_of_steps, stretches_of
+from btlm_jax.train import CHECKPOINTS, METRICS_FILE, REPLACED, SUMMARY_FILE
 from btlm_jax.train.step import TrainState
 
 
@@ -30,6 +38,20 @@ class Position:
     step: int
     tokens_seen: int
     store_fingerprint: str
+
+
+_ITEMS = ("state", "position", "config", "environment")
+# Keys that a config did not have at first, with what they would have been then.
+_LATER_KEYS = {
+    "mesh": {"context": 1},
+    "optimizer": {
+        "schedule": "linear",
+        "initial_learning_rate": 0.0,
+        "decay_share": 0.2,
+        "schedule_begin": 0,
+        "schedule_tokens": 0,
+    },
+}
 
 
 class Checkpointer:
@@ -45,7 +67,7 @@ class Checkpointer:
                 cleanup_tmp_directories=True,
                 enable_async_checkpointing=True,
             ),
-            item_names=("state", "position", "config"),
+            item_names=_ITEMS,
         )
 
     def steps(self) -> list[int]:
@@ -69,6 +91,7 @@ class Checkpointer:
                     state=ocp.args.StandardSave(state),
                     position=ocp.args.JsonSave(dataclasses.asdict(position)),
                     config=ocp.args.JsonSave(json.loads(config.to_json())),
+                    environment=ocp.args.JsonSave(run_environment()),
                 ),
             )
 
@@ -82,10 +105,7 @@ class Checkpointer:
         metadata = self._restore(step, args)
         try:
             position = config_from(Position, metadata["position"], path="position")
-            stored = metadata["config"]
-            if isinstance(stored, dict) and isinstance(stored.get("mesh"), dict):
-                stored["mesh"].setdefault("context", 1)  # checkpoints from before mesh.context do not have it
-            config = train_config_from(stored)
+            config = train_config_from(_with_later_keys(metadata["config"]))
             expected = config.curriculum.table.tokens_seen(step)
             if (position.step, position.tokens_seen) != (step, expected):
                 raise ValueError(
@@ -95,6 +115,19 @@ class Checkpointer:
         except ValueError as error:
             raise ValueError(self._unreadable(step, error)) from error
         return position, config
+
+    def read_environment(self, step: int) -> dict[str, str]:
+        """Return what `run_environment` was where a checkpoint was written; nothing in checkpoints from before it.
+
+        Raises:
+          ValueError: it cannot be read; the message names the directory and what remains.
+        """
+        if not (self.directory / str(step) / "environment").is_dir():
+            return {}
+        stored = self._restore(step, ocp.args.Composite(environment=ocp.args.JsonRestore()))["environment"]
+        if not isinstance(stored, dict):
+            raise ValueError(self._unreadable(step, ValueError(f"its environment is no table: {stored!r}")))
+        return stored
 
     def restore_state(self, step: int, *, abstract: TrainState) -> TrainState:
         """Return a checkpoint's state, laid out as `abstract` says, whatever mesh it was saved from.
@@ -176,7 +209,7 @@ class CheckpointReader(Checkpointer):
         self._manager = ocp.CheckpointManager(
             self.directory,
             options=ocp.CheckpointManagerOptions(read_only=True),
-            item_names=("state", "position", "config"),
+            item_names=_ITEMS,
         )
 
 
@@ -218,21 +251,151 @@ def last_position(checkpointer: Checkpointer, config: TrainConfig) -> Position:
     """Return where the workdir's run stands, step 0 without a checkpoint, having checked that `config` continues it.
 
     Raises:
-      ValueError: the checkpoint cannot be read, is of another run, or is past the configured end.
+      ValueError: the checkpoint cannot be read, is of another run, is past the configured end, or was trained with
+        learning rates that are not those of the configured schedule.
     """
     steps = checkpointer.steps()
+    optimizer, curriculum = config.optimizer, config.curriculum.table
     if not steps:
+        if optimizer.schedule_begin:
+            raise ValueError(
+                f"optimizer.schedule_begin={optimizer.schedule_begin:,} is for a run that has trained so many tokens, "
+                f"and there is no checkpoint in {checkpointer.directory}: give the --workdir of that run, or 0"
+            )
         return Position(step=0, tokens_seen=0, store_fingerprint="")
     position, saved = checkpointer.read_metadata(steps[-1])
     check_same_run(saved, config, where=str(checkpointer.directory / str(steps[-1])))
-    curriculum = config.curriculum.table
     if position.step > curriculum.num_steps:
         raise ValueError(
             f"the checkpoint is at step {position.step:,} ({position.tokens_seen:,} tokens), past the configured "
             f"{curriculum.num_steps:,} steps ({curriculum.num_tokens:,} tokens): raise curriculum.num_tokens of the "
             "last phase, or choose another --workdir"
         )
+    check_schedule(saved, config, position=position, steps=steps)
     return position
+
+
+def environment_changes(checkpointer: Checkpointer, step: int) -> list[str]:
+    """Return what of `run_environment` is not as it was when the checkpoint was written: a text each, with both values.
+
+    Call it when the steps are compiled, so that it is known which kernels they have.
+
+    Raises:
+      ValueError: the checkpoint cannot be read.
+    """
+    old, new = checkpointer.read_environment(step), run_environment()
+    return [f"{name} was {old[name]!r}, is now {new[name]!r}" for name in old if name in new and old[name] != new[name]]
+
+
+def check_schedule(saved: TrainConfig, config: TrainConfig, *, position: Position, steps: list[int]) -> None:
+    """Check that a new length does not change the learning rates of the steps that `saved` trained.
+
+    A rate that the config names is the user's to change; a schedule that is stretched would change all of them, and
+    heat up again what has cooled down. `steps` are those of the complete checkpoints.
+
+    Raises:
+      ValueError: it would, with the ways to go on; or a schedule begins neither where it did nor where the run stands.
+    """
+    old, new = saved.optimizer, config.optimizer
+    old_total, new_total = saved.curriculum.table.num_tokens, config.curriculum.table.num_tokens
+    if old.schedule_begin != new.schedule_begin:
+        if new.schedule_begin != position.tokens_seen:
+            raise ValueError(
+                f"optimizer.schedule_begin={new.schedule_begin:,}: the run stands at {position.tokens_seen:,} tokens, "
+                f"and its schedule began at {old.schedule_begin:,}; allowed are these two"
+            )
+        return
+    old_length, new_length = old.schedule_length(old_total), new.schedule_length(new_total)
+    if old_length == new_length:
+        return
+    stretched = dataclasses.replace(old, schedule_tokens=new_length)
+    as_trained, as_stretched = (
+        rates_of_steps(each, curriculum)[: position.step]
+        for each, curriculum in ((old, saved.curriculum.table), (stretched, config.curriculum.table))
+    )
+    if np.array_equal(as_trained, as_stretched, equal_nan=True):
+        return
+    parts = stretches_of(old, total_tokens=old_total)
+    decay_began = (old.schedule_begin + parts.warmup + parts.stable) // saved.curriculum.table.tokens_per_step
+    before = [step for step in steps if step <= decay_began]
+    back = f"--resume_step={before[-1]}" if before else "no checkpoint is left from before it (checkpoint.keep_every)"
+    more_tokens = max(new_total - position.tokens_seen, saved.curriculum.table.tokens_per_step)
+    again = decay_again(old, tokens=position.tokens_seen, total_tokens=old_total, more_tokens=more_tokens)
+    next_rate = learning_rate_at(
+        stretched, tokens=min(position.tokens_seen + config.curriculum.table.tokens_per_step, new_total),
+        total_tokens=new_total,
+    )  # fmt: skip
+    raise ValueError(
+        f"with a schedule of {new_length:,} tokens in place of {old_length:,} the learning rate of the next step would "
+        f"be {next_rate:.6g}, and those of the {position.step:,} steps that are trained would have been others: "
+        f"optimizer.schedule={old.schedule} decays from step {decay_began:,} on, and the run stands at "
+        f"{as_trained[-1]:.6g}. Choose how to go on:\n"
+        f"  decay again, from a rate and after a warm-up that you state: {flags_of(again)}\n"
+        f"  keep the schedule, and go on at its last rate after its end: {flags_of({'schedule_tokens': old_length})}\n"
+        f"  go back to the checkpoint before the decay: {back}"
+    )
+
+
+def go_back(workdir: Path, step: int) -> str:
+    """Set checkpoints after `step` aside, with a copy of the metrics; return a sentence on it, "" if there are none.
+
+    They are moved to `replaced/from-<step>`, once: the same command does nothing more when it is repeated.
+
+    Raises:
+      ValueError: there is no such checkpoint.
+      OSError: a file cannot be moved.
+    """
+    directory = workdir / CHECKPOINTS
+    steps = sorted(int(path.name) for path in directory.glob("*") if path.name.isdigit())
+    target = workdir / REPLACED / f"from-{step}"
+    if target.is_dir():
+        return f"--resume_step={step} was done before: {target} has what it replaced"
+    if step not in steps:
+        raise ValueError(
+            f"--resume_step={step}: there is no such checkpoint in {directory}; there are "
+            f"{', '.join(map(str, steps)) or 'none'}"
+        )
+    partial = target.with_name(f".{target.name}.partial")  # left by a start that was killed here
+    if steps[-1] == step and not partial.is_dir():
+        return ""
+    (partial / CHECKPOINTS).mkdir(parents=True, exist_ok=True)
+    if (workdir / METRICS_FILE).is_file():
+        shutil.copy(workdir / METRICS_FILE, partial / METRICS_FILE)
+    if (workdir / SUMMARY_FILE).is_file():
+        (workdir / SUMMARY_FILE).replace(partial / SUMMARY_FILE)
+    for later in reversed(steps[steps.index(step) + 1 :]):  # the last first: what remains is always a run to go on from
+        (directory / str(later)).replace(partial / CHECKPOINTS / str(later))
+    partial.replace(target)
+    return f"went back to the checkpoint of step {step:,}; what came after it is in {target}"
+
+
+def run_environment() -> dict[str, str]:
+    """Return what besides the config decides the last bits of a run's numbers."""
+    device = jax.devices()[0]
+    facts = {
+        "devices": f"{jax.device_count()} x {device.device_kind}",
+        "processes": str(jax.process_count()),
+        "btlm_jax": importlib.metadata.version("btlm_jax"),
+        "jax": jax.__version__,
+        "jaxlib": importlib.metadata.version("jaxlib"),
+        "XLA_FLAGS": os.environ.get("XLA_FLAGS", ""),
+        "LIBTPU_INIT_ARGS": os.environ.get("LIBTPU_INIT_ARGS", ""),
+    }
+    if device.platform == "cpu":
+        facts |= cpu_facts()
+    else:
+        facts["platform_version"] = device.client.platform_version
+    return facts
+
+
+def _with_later_keys(config: Any) -> Any:
+    """Return a stored config with the keys that it is too old to have."""
+    if not isinstance(config, dict):
+        return config
+    return {
+        name: {**_LATER_KEYS.get(name, {}), **section} if isinstance(section, dict) else section
+        for name, section in config.items()
+    }
 
 
 def check_same_run(saved: TrainConfig, config: TrainConfig, *, where: str) -> None:

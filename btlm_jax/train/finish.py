@@ -15,7 +15,8 @@ from btlm_jax import notices
 from btlm_jax.data.heldout import heldout_batches
 from btlm_jax.data.store import HELDOUT
 from btlm_jax.parallel.mesh import evaluation_sharding
-from btlm_jax.recipe.config import CurriculumConfig
+from btlm_jax.recipe.config import TrainConfig
+from btlm_jax.recipe.optimizer import decay_again, flags_of
 from btlm_jax.storage.files import read_json_object, write_atomically
 from btlm_jax.train import CHECKPOINTS, LOSS_PLOT, METRICS_FILE, POSITION_PLOT, SUMMARY_FILE, TENSORBOARD
 from btlm_jax.train.heldout import HeldoutResult, evaluate_heldout
@@ -57,18 +58,18 @@ def finish_run(run: Run, params: dict, writer: MetricWriter, *, continue_prompt:
         "seconds": run.ledger.seconds(),
     }
     write_atomically(run.workdir / SUMMARY_FILE, json.dumps(summary, indent=2))
-    log(_summary_text(summary, run.config.curriculum, run.workdir))
+    log(_summary_text(summary, run.config, run.workdir))
 
 
-def finished_report(curriculum: CurriculumConfig, *, workdir: Path, step: int) -> str:
+def finished_report(config: TrainConfig, *, workdir: Path, step: int) -> str:
     """Return the report of a run whose checkpoint is at `step` if it is complete, or "" if it has steps left."""
     path = workdir / SUMMARY_FILE
-    if step == 0 or step != curriculum.table.num_steps or not path.is_file():
+    if step == 0 or step != config.curriculum.table.num_steps or not path.is_file():
         return ""
     summary = _read_summary(path)
     if summary is None or summary["num_steps"] != step:
         return ""
-    return f"Already done: {workdir} has trained its {step:,} steps.\n" + _summary_text(summary, curriculum, workdir)
+    return f"Already done: {workdir} has trained its {step:,} steps.\n" + _summary_text(summary, config, workdir)
 
 
 def _read_summary(path: Path) -> dict | None:
@@ -106,10 +107,24 @@ def _evaluate(run: Run, params: dict, *, blocks_per_source: int) -> HeldoutResul
         return evaluate_heldout(run.eval_step, params, batches, manifest=run.token_store.manifest)
 
 
-def _summary_text(summary: dict, curriculum: CurriculumConfig, workdir: Path) -> str:
+def longer_flags(config: TrainConfig) -> tuple[str, str]:
+    """Return how a finished run may go on for 100 steps, and the flags for it.
+
+    Where the schedule would be stretched by them it warms up and decays once more.
+    """
+    curriculum, optimizer = config.curriculum, config.optimizer
+    more_tokens, total_tokens = 100 * curriculum.table.tokens_per_step, curriculum.table.num_tokens
+    longer = (*curriculum.num_tokens[:-1], curriculum.num_tokens[-1] + more_tokens)
+    flags = f'--config.curriculum.num_tokens="{longer}"'
+    if optimizer.schedule == "constant" or optimizer.schedule_tokens:
+        return "the learning rate stays as it is", flags
+    again = decay_again(optimizer, tokens=total_tokens, total_tokens=total_tokens, more_tokens=more_tokens)
+    return "the learning rate warms up and decays once more, choose its peak", f"{flags} {flags_of(again)}"
+
+
+def _summary_text(summary: dict, config: TrainConfig, workdir: Path) -> str:
     heldout, prompt = summary["heldout"], summary["sample"]["prompt"]
-    more_tokens = curriculum.num_tokens[-1] + 100 * curriculum.table.tokens_per_step
-    longer = (*curriculum.num_tokens[:-1], more_tokens)
+    how, flags = longer_flags(config)
     rows = [
         f"  {name:<12} {source['loss']:.4f} nats/token   {source['bits_per_byte']:.4f} bits/byte"
         for name, source in heldout["sources"].items()
@@ -125,8 +140,8 @@ def _summary_text(summary: dict, curriculum: CurriculumConfig, workdir: Path) ->
         f"  {workdir / METRICS_FILE}, {workdir / TENSORBOARD}   every number",
         f"  {workdir / CHECKPOINTS}   checkpoints    {workdir / SUMMARY_FILE}   this, as JSON",
         "What to run next:",
-        "  the same command with more tokens goes on from here:",
-        f'  --config.curriculum.num_tokens="{longer}"',
+        f"  the same command with more tokens goes on from here; {how}:",
+        f"  {flags}",
         f"  {'' if shutil.which('tensorboard') else f'{sys.executable} -m pip install tensorboard && '}"
         f"tensorboard --logdir={workdir / TENSORBOARD}",
         f"  btlm generate --checkpoint={workdir} --prompt={shlex.quote(prompt)}",

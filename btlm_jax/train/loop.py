@@ -27,10 +27,17 @@ from btlm_jax.recipe.config import PREPARED, TrainConfig
 from btlm_jax.storage.files import write_atomically
 from btlm_jax.storage.location import is_absolute
 from btlm_jax.train import CONFIG_FILE, KEPT_TOKENIZER, METRICS_FILE
-from btlm_jax.train.checkpoint import Checkpointer, Position, changed_settings, last_position
+from btlm_jax.train.checkpoint import (
+    Checkpointer,
+    Position,
+    changed_settings,
+    environment_changes,
+    go_back,
+    last_position,
+)
 from btlm_jax.train.finish import ContinuePrompt, evaluate_some, finish_run, finished_report
 from btlm_jax.train.flops import FLOPS_CONVENTION, flops_per_token, peak_flops
-from btlm_jax.train.metric_writer import EvaluationWork, GoodputLedger, MetricWriter
+from btlm_jax.train.metric_writer import EvaluationWork, GoodputLedger, MetricWriter, append_setting_changed
 from btlm_jax.train.program import make_program
 from btlm_jax.train.run_summary import describe_run
 from btlm_jax.train.setup import (
@@ -65,10 +72,13 @@ def train(
     *,
     workdir: Path,
     check_devices: CheckDevices,
+    resume_step: int,
     build_store: BuildStore,
     continue_prompt: ContinuePrompt,
 ) -> str:
     """Train `config` in `workdir` to its end, from wherever the workdir stands; return DONE, PREEMPTED or BAD_NUMBERS.
+
+    With a `resume_step` other than 0 it goes back to that checkpoint first, and later ones are set aside.
 
     What belongs to folders above this one is handed in: `check_devices` refuses a layout that is known not to fit the
     chips, `build_store` makes the token store that the config describes, `continue_prompt` makes the sample at the end.
@@ -84,13 +94,18 @@ def train(
     make_workdir(workdir)
     check_divisible(config, num_devices=jax.device_count())
     mesh = make_run_mesh(config.mesh, curriculum=config.curriculum.table, devices=jax.devices())
+    events = _go_back(workdir, resume_step) if resume_step else []
     checkpointer = Checkpointer(workdir, config=config.checkpoint)
     try:
         position = last_position(checkpointer, config)
         changes = changed_settings(checkpointer, config)
         for change in changes:
             notices.report("setting-changed", f"{change} (from step {position.step:,} on)")
-        if report := finished_report(config.curriculum, workdir=workdir, step=position.step):
+        if report := finished_report(config, workdir=workdir, step=position.step):
+            for change in changes if jax.process_index() == 0 else ():
+                append_setting_changed(
+                    workdir / METRICS_FILE, position.step, key=change.key, old=change.old, new=change.new
+                )
             log(report)
             return DONE
         program = make_program(config, mesh)
@@ -101,6 +116,7 @@ def train(
             )
         check_curriculum(config, token_store.manifest)
         run = make_run(program, workdir=workdir, token_store=token_store, ledger=ledger)
+        events += _machine_changes(checkpointer, position.step)
         if jax.process_index() == 0:
             write_atomically(workdir / CONFIG_FILE, config.to_json())
             keep_tokenizer(
@@ -112,6 +128,8 @@ def train(
             log(f"Resuming from step {position.step:,} ({position.tokens_seen:,} tokens)")
             state = checkpointer.restore_state(position.step, abstract=abstract_state(run.table, run.optimizer, mesh))
         with jax.set_mesh(mesh), _make_writer(run, first_step=position.step + 1) as writer:
+            for event in events:
+                writer.event(position.step, event)
             for change in changes:
                 writer.setting_changed(position.step, key=change.key, old=change.old, new=change.new)
             return _train_from(
@@ -125,6 +143,21 @@ def train(
             )
     finally:
         checkpointer.close()
+
+
+def _go_back(workdir: Path, step: int) -> list[str]:
+    """Go back to an earlier checkpoint, in one process for all; return what to say of it."""
+    said = go_back(workdir, step) if jax.process_index() == 0 else ""
+    multihost_utils.sync_global_devices("went back to an earlier checkpoint")
+    return [said] if said else []
+
+
+def _machine_changes(checkpointer: Checkpointer, step: int) -> list[str]:
+    """Report what decides the last bits and is not as where the checkpoint was written; return it as events."""
+    changes = environment_changes(checkpointer, step) if step else []
+    for change in changes:
+        notices.report("machine-changed", f"{change}: numbers may differ in their last bits from step {step:,} on")
+    return [f"this machine: {change}" for change in changes]
 
 
 def dry_run(config: TrainConfig, *, workdir: Path | None) -> str:
@@ -200,7 +233,7 @@ def _train_from(
         for index, batch in batches:
             faulthandler.dump_traceback_later(STALL_SECONDS, file=sys.stderr)
             step = index + 1
-            learning_rate = run.learning_rate(step)
+            learning_rate = float(run.learning_rates[index])
             train_step = run.train_steps[curriculum.phase_at(index).index]
             with run.ledger.measure("step"):
                 state, metrics = train_step(state, batch, np.float32(learning_rate))
@@ -266,12 +299,20 @@ def _batches(run: Run, *, first_step: int) -> Generator[tuple[int, Batch]]:
 def _record(writer: MetricWriter, step: int, learning_rate: float, metrics: dict[str, jax.Array]) -> None:
     """Fetch a step's metrics and write them; refuse to go on from numbers that are not finite.
 
+    A step whose batch has no targets changed nothing: its loss is written as nan, the mean over nothing.
+
     The updates' norms are among them, so what is saved after a step that passes is finite too.
 
     Raises:
       BadNumbersError: names the values that are not finite.
     """
     values = {name: float(value) for name, value in jax.device_get(metrics).items()}
+    if not values["weight"]:
+        writer.train(step, learning_rate=learning_rate, metrics=values | {"loss": math.nan})
+        message = "no update: the batch has no targets, it is all padding"
+        writer.record_event(step, message)
+        notices.report("no-targets", f"step {step:,}: {message}")
+        return
     writer.train(step, learning_rate=learning_rate, metrics=values)
     bad = [f"{name}={value}" for name, value in values.items() if not math.isfinite(value)]
     if bad:

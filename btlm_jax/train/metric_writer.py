@@ -51,6 +51,12 @@ def read_metrics(path: Path) -> list[dict]:
     return rows
 
 
+def append_setting_changed(path: Path, step: int, *, key: str, old: object, new: object) -> None:
+    """Record what `MetricWriter.setting_changed` does, in the metrics file of a run that is done."""
+    with open(path, "a", encoding="utf-8") as file:
+        file.write(json.dumps(_setting_event(step, key=key, old=old, new=new)) + "\n")
+
+
 class GoodputLedger:
     """Wall seconds of one thread by category, such as "data wait"; an inner category pauses the outer one."""
 
@@ -238,17 +244,21 @@ class MetricWriter:
         print_line(" | ".join(parts))
 
     def event(self, step: int, message: str) -> None:
-        """Record an event at `step`; no later start of the run removes it."""
+        """Record an event at `step`, which no later start of the run removes, and print it."""
         if not self._is_open:
             return
-        self._write({"kind": "event", "step": step, "message": message})
+        self.record_event(step, message)
         print_line(f"step {step:,}/{self._curriculum.num_steps:,} | {message}")
+
+    def record_event(self, step: int, message: str) -> None:
+        """Record an event that is said elsewhere."""
+        if self._is_open:
+            self._write(_event(step, message))
 
     def setting_changed(self, step: int, *, key: str, old: object, new: object) -> None:
         """Record as an event that a key of the config has another value from `step` on than in the checkpoint."""
         if self._is_open:
-            message = f"{key} was {old!r}, is now {new!r}"
-            self._write({"kind": "event", "step": step, "message": message, "setting": key, "old": old, "new": new})
+            self._write(_setting_event(step, key=key, old=old, new=new))
 
     def finish(self) -> None:
         """Record the seconds by category, and close the files; after it nothing can be recorded."""
@@ -294,6 +304,14 @@ class MetricWriter:
             "MFU": f"{flops / seconds / self._peak_flops:.1%}",
             "ETA": f"{datetime.timedelta(seconds=round(eta))} + sample",
         }
+
+
+def _event(step: int, message: str) -> dict:
+    return {"kind": "event", "step": step, "message": message}
+
+
+def _setting_event(step: int, *, key: str, old: object, new: object) -> dict:
+    return {**_event(step, f"{key} was {old!r}, is now {new!r}"), "setting": key, "old": old, "new": new}
 
 
 def _line(fields: dict[str, str]) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 
 import numpy as np
@@ -26,7 +27,7 @@ def plot_loss(metrics: list[dict], curriculum: Curriculum, path: Path) -> None:
     """
     from matplotlib.ticker import EngFormatter
 
-    train = [row for row in metrics if row["kind"] == "train"]
+    train = [row for row in metrics if row["kind"] == "train" and not math.isnan(row["loss"])]  # nan: of no targets
     evaluations = [row for row in metrics if row["kind"] == "eval"]
     figure, axes = new_figure(size=SIZE, dpi=DPI)
     rate_axes = axes.twinx()

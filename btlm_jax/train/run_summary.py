@@ -8,7 +8,8 @@ from collections.abc import Iterator
 import jax
 
 from btlm_jax.recipe.config import CurriculumConfig, ModelConfig, MupConfig, OptimizerConfig, TrainConfig
-from btlm_jax.recipe.optimizer import learning_rate_at
+from btlm_jax.recipe.curriculum import Curriculum
+from btlm_jax.recipe.optimizer import learning_rate_at, stretches_of
 from btlm_jax.train.flops import FLOPS_CONVENTION, flops_per_token
 
 _GB = 1e9
@@ -65,12 +66,20 @@ def _schedule(optimizer: OptimizerConfig, curriculum: CurriculumConfig) -> Itera
         tokens = table.tokens_seen(step)
         return learning_rate_at(optimizer, tokens=tokens, total_tokens=table.num_tokens)
 
-    warmup = optimizer.warmup_tokens / table.tokens_per_step
-    yield (
-        f"Schedule: warm-up {warmup:g} steps ({optimizer.warmup_tokens:,} tokens) to {optimizer.peak_learning_rate:g}, "
-        f"then linear to {rate(table.num_steps):.5g} at the end"
-    )
+    parts = stretches_of(optimizer, total_tokens=table.num_tokens)
+    stretches = [f"warm-up {_steps(parts.warmup, table)} to {optimizer.peak_learning_rate:g}"]
+    if parts.stable:
+        stretches.append(f"constant for {_steps(parts.stable, table)}")
+    if parts.decay:
+        shape = "cosine" if optimizer.schedule == "cosine" else "linear"
+        share = f", the last {optimizer.decay_share:.4g}" if optimizer.schedule == "wsd" else ""
+        stretches.append(f"{shape} to {optimizer.end_learning_rate:g} in {_steps(parts.decay, table)}{share}")
+    begin = f" from {optimizer.schedule_begin:,} tokens on" if optimizer.schedule_begin else ""
+    last = rate(table.num_steps)
+    yield f"Schedule {optimizer.schedule}{begin}: {', then '.join(stretches)}; {last:.5g} in the last step"
     for phase in table.phases[1:]:
+        if table.tokens_seen(phase.first_step + 1) <= optimizer.schedule_begin:
+            continue
         yield (
             f"  LR at the switch to {phase.seq_len:,} (first step of phase {phase.index + 1}, step "
             f"{phase.first_step + 1:,}): {rate(phase.first_step + 1):.6g}"
@@ -79,6 +88,10 @@ def _schedule(optimizer: OptimizerConfig, curriculum: CurriculumConfig) -> Itera
         f"  AdamW beta ({optimizer.beta1:g}, {optimizer.beta2:g}), eps {optimizer.eps:g}, weight decay "
         f"{optimizer.weight_decay:g} coupled to the learning rate, clip at global norm {optimizer.clip_norm:g}"
     )
+
+
+def _steps(tokens: int, table: Curriculum) -> str:
+    return f"{tokens / table.tokens_per_step:g} steps ({tokens:,} tokens)"
 
 
 def _memory(table: dict) -> Iterator[str]:

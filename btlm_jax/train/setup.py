@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Protocol
 
 import jax
+import numpy as np
 import optax
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh
@@ -22,7 +23,7 @@ from btlm_jax.display.progress import print_line
 from btlm_jax.model import Btlm
 from btlm_jax.parallel.mesh import evaluation_sharding
 from btlm_jax.recipe.config import PREPARED, CorpusConfig, DataConfig, TrainConfig
-from btlm_jax.recipe.optimizer import learning_rate_at
+from btlm_jax.recipe.optimizer import rates_of_steps
 from btlm_jax.storage.files import write_atomically
 from btlm_jax.storage.location import PathOrUrl, resolve_location
 from btlm_jax.train import COMPILE_CACHE
@@ -59,14 +60,8 @@ class Run:
     token_store: TokenStore
     train_steps: tuple[Callable, ...]  # one executable a phase
     eval_step: Callable
+    learning_rates: np.ndarray  # float64, of the update that completes step 1, 2, ...; nan before schedule_begin
     ledger: GoodputLedger
-
-    def learning_rate(self, step: int) -> float:
-        """Return the learning rate of the update that completes `step` steps."""
-        curriculum = self.config.curriculum.table
-        return learning_rate_at(
-            self.config.optimizer, tokens=curriculum.tokens_seen(step), total_tokens=curriculum.num_tokens
-        )
 
 
 def log(message: str) -> None:
@@ -254,5 +249,6 @@ def make_run(program: Program, *, workdir: Path, token_store: TokenStore, ledger
         token_store=token_store,
         train_steps=train_steps,
         eval_step=compiled_eval_step,
+        learning_rates=rates_of_steps(config.optimizer, config.curriculum.table),
         ledger=ledger,
     )

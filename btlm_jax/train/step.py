@@ -59,9 +59,10 @@ def make_train_step(
     """Make train_step(state, batch, learning_rate) -> (state, metrics), not yet jitted.
 
     batch: {"inputs_BT", "targets_BT": int32, "weights_BT": float32}, leaves [A, B/A, T]; gradients are summed over the
-    A micro-batches and divided by the sum of all weights, so that every token counts the same.
-    metrics: loss (nats a token), weight (targets counted), grad_norm (before clipping), and for every class of mup.py
-    grad_norm/<class> and update_norm/<class>; float32 scalars left on the device.
+    A micro-batches and divided by the sum of all weights, so that every token counts the same. A batch without a weight
+    leaves parameters and optimizer as they are; only the count of steps goes on, and with it the schedule and the data.
+    metrics: loss (nats a token; 0 of no targets), weight (targets counted), grad_norm (before clipping), and for every
+    class of mup.py grad_norm/<class> and update_norm/<class>; float32 scalars left on the device.
     """
 
     def micro_loss(params, micro):
@@ -86,11 +87,16 @@ def make_train_step(
             zeros = (jnp.zeros((), jnp.float32), jax.tree.map(jnp.zeros_like, state.params))
             (loss, grads), _ = jax.lax.scan(accumulate, zeros, batch)
         weight = batch["weights_BT"].sum()
-        grads = jax.tree.map(lambda g: g / weight, grads)
+        has_targets = weight > 0
+        divisor = jnp.where(has_targets, weight, 1)
+        grads = jax.tree.map(lambda g: g / divisor, grads)
         with jax.named_scope("optimizer"):
             updates, opt_state = optimizer.update(grads, state.opt_state, state.params, learning_rate=learning_rate)
+            # Adam moves on its moments, and weights decay, without a gradient too.
+            updates = jax.tree.map(lambda u: jnp.where(has_targets, u, 0), updates)
+            opt_state = jax.tree.map(lambda new, old: jnp.where(has_targets, new, old), opt_state, state.opt_state)
         metrics = {
-            "loss": loss / weight,
+            "loss": loss / divisor,
             "weight": weight,
             "grad_norm": optax.tree.norm(grads),
             **_class_norms("grad_norm", grads, table),

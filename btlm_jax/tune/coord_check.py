@@ -168,9 +168,14 @@ def make_program(model: Btlm, mesh: Mesh, *, num_steps: int):
     """
     table = parameter_table(model, mesh)
     config = OptimizerConfig(
+        schedule="constant",
         peak_learning_rate=LEARNING_RATE,
         end_learning_rate=LEARNING_RATE,
+        initial_learning_rate=0.0,
         warmup_tokens=0,
+        decay_share=1.0,
+        schedule_begin=0,
+        schedule_tokens=0,
         beta1=0.9,
         beta2=0.95,
         eps=1e-8,

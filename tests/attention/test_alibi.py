@@ -6,11 +6,12 @@ import numpy as np
 import pytest
 from support.attention import NAMES, errors, make_inputs, oracle
 
-from btlm_jax.attention import blockwise, cpu, tpu
-from btlm_jax.attention.alibi import alibi_slopes, alibi_window, spread_bound, window_of
+from btlm_jax.attention import attend, tpu
+from btlm_jax.attention.alibi import alibi_slopes, alibi_window, spread_bound, window_of, windows_of_heads
 from btlm_jax.parallel.mesh import balanced_head_order
 
 HALF_ULP = 2.0**-24  # of float32
+BACKENDS = ("cpu and blockwise", "tpu")
 
 
 @pytest.mark.parametrize("xp", [np, jnp])
@@ -33,11 +34,8 @@ def test_a_head_without_a_slope_sees_everything():
 def windows(q, k, slopes_N, *, scale, backend):
     """The largest distances at which heads see keys, int32 [B, N], as a backend computes them from [B, T, N, H]."""
     B, T, N, H = q.shape
-    if backend == "cpu":
-        return np.asarray(jax.jit(cpu._window, static_argnums=3)(q, k, slopes_N, scale))
-    if backend == "blockwise":
-        each = jax.jit(blockwise._window, static_argnums=3)
-        return np.array([[each(q[b, :, n], k[b, :, n], slopes_N[n], scale) for n in range(N)] for b in range(B)])
+    if backend == "cpu and blockwise":
+        return np.asarray(jax.jit(windows_of_heads, static_argnames="scale")(q, k, slopes_N, scale=scale))
     heads = tpu.Heads(num=N, dim=H, scale=scale, itemsize=q.dtype.itemsize)
     config = tpu._KernelConfig(heads=heads, axes=(), interpret=True)
     return np.asarray(jax.jit(config.window)(*(x.reshape(1, B, T, N * H) for x in (q, k)), slopes_N))
@@ -53,16 +51,17 @@ def test_all_backends_have_one_window_that_holds_for_the_spread_of_any_row(dtype
     scores = np.einsum("BTNH,BSNH->BNTS", exact_q, exact_k) / H
     spread_BN = (scores.max(-1) - scores.min(-1)).max(-1)
     least_BN = np.minimum(np.floor(alibi_window(spread_BN, slopes_N, xp=np)), T)
-    longest = [np.sqrt(np.square(x).sum(-1)).max(1) for x in (exact_q, exact_k)]
+    centred_k = exact_k - exact_k.mean(1, keepdims=True)
+    longest = [np.sqrt(np.square(x).sum(-1)).max(1) for x in (exact_q, centred_k)]
     most_BN = np.minimum(alibi_window(1.03 * 2 / H * longest[0] * longest[1], slopes_N, xp=np), T)
-    for backend in ("cpu", "blockwise", "tpu"):
+    for backend in BACKENDS:
         window_BN = windows(q, k, slopes_N, scale=1 / H, backend=backend)
         assert (least_BN <= window_BN).all() and (window_BN <= most_BN).all(), backend
         assert (window_BN[:, :3] < T).all() and (window_BN[:, 3] == T).all()
 
 
 @pytest.mark.parametrize("value", [np.nan, np.inf])
-@pytest.mark.parametrize("backend", ["cpu", "blockwise", "tpu"])
+@pytest.mark.parametrize("backend", BACKENDS)
 def test_a_head_with_a_number_that_is_not_finite_sees_everything(backend, value):
     q, k, _, _, _ = make_inputs(B=2, T=90, N=2, H=8)
     slopes_N = np.asarray([2.0, 2.0], np.float32)
@@ -80,7 +79,7 @@ def test_what_the_window_leaves_out_is_below_half_a_unit_in_the_last_place():
     for sharpness in (1.0, 4.0):
         q, k, v, do, _ = make_inputs(B=B, T=T, N=N, H=H)
         q = q * sharpness
-        window_BN = windows(q, k, slopes_N, scale=1 / H, backend="cpu")
+        window_BN = windows(q, k, slopes_N, scale=1 / H, backend=BACKENDS[0])
         assert (window_BN < 0.9 * T).sum() >= 3
         with_all, with_window = (
             oracle(q, k, v, do, slopes_N, scale=1 / H, windows_BN=seen) for seen in (np.inf, window_BN)
@@ -104,7 +103,37 @@ def test_the_bound_on_what_is_left_out_is_nearly_reached():
     largest_square = lambda x_TH: jnp.square(x_TH).sum(-1).max()  # noqa: E731
     arrays = jnp.asarray(q_TH), jnp.asarray(k_TH)
     assert spread <= spread_bound(*arrays, scale=scale, largest_square=largest_square) < 1.03 * spread
-    assert window == window_of(*arrays, slope, scale=scale, length=80, largest_square=largest_square)
+    assert window_of(*arrays, slope, scale=scale, length=80, positions=0, largest_square=largest_square) in (
+        np.minimum(window + np.arange(5), 80)  # the mean key is not 0 here
+    )
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+def test_what_all_keys_have_in_common_does_not_widen_the_window(dtype):
+    """A bias of 3 key norms, as rounding noise made it in old models, and one of 100: the scores differ no more."""
+    B, T, N, H = 2, 90, 3, 24
+    q, k, _, _, _ = make_inputs(B=B, T=T, N=N, H=H)
+    slopes_N = np.asarray([2.0, 1.0, 0.7], np.float32)
+    bias_NH = np.random.default_rng(8).normal(size=(N, H))
+    for backend in BACKENDS:
+        plain = windows(q.astype(dtype), k.astype(dtype), slopes_N, scale=1 / H, backend=backend)
+        assert (plain < T / 2).all()
+        for size, most in ((3, 0), (100, 1)) if dtype == jnp.float32 else ((3, 1),):
+            drifted = windows(
+                q.astype(dtype), (k + size * bias_NH[None, None]).astype(dtype), slopes_N, scale=1 / H, backend=backend
+            )
+            assert (np.abs(drifted - plain) <= most).all(), (backend, size)
+
+
+@pytest.mark.parametrize("implementation", ["blockwise", "cpu", "tpu"])
+def test_a_nan_in_v_is_in_the_output_of_its_own_position(implementation):
+    """And of those within the window; beyond it, values are not looked at."""
+    q, k, v, _, _ = make_inputs(B=1, T=90, N=1, H=8)
+    slopes_N = np.asarray([2.0], np.float32)
+    attended = jax.jit(lambda v: attend(q, k, v, slopes_N, scale=1 / 8, implementation=implementation))
+    damaged = np.asarray(attended(v.at[0, 30, 0, 5].set(np.nan)))[0, :, 0, 5]
+    ((window,),) = windows(q, k, slopes_N, scale=1 / 8, backend=BACKENDS[0])
+    assert 5 < window < 25 and np.isnan(damaged[30 : 31 + window]).all()
 
 
 @pytest.mark.parametrize("num_heads, ways", [(32, 1), (32, 2), (32, 4), (32, 8), (32, 32), (12, 4), (6, 4)])

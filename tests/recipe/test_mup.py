@@ -21,14 +21,19 @@ AXES = {
     "mlp_in": (("layers", "embed", "mlp"), "kernel"),
     "mlp_out": (("layers", "mlp", "embed"), "kernel"),
     "norm_scale": (("layers", "norm"), "scale"),
-    "bias": (("layers", "mlp"), "bias"),
+    "bias": (("layers", "heads", "head_dim"), "bias"),
+    "key_bias": (("layers", "heads", "head_dim"), "bias"),
 }
+LAYERS = {"bias": "query", "key_bias": "key"}
 # The standard deviation of a standard normal cut at two sigma.
 CUT_STD = 0.8796256610342398
 
 
 def rules_of(parametrization):
-    return {name: parametrization.rule(axes, leaf=leaf) for name, (axes, leaf) in AXES.items()}
+    return {
+        name: parametrization.rule(axes, layer=LAYERS.get(name, "any"), leaf=leaf)
+        for name, (axes, leaf) in AXES.items()
+    }
 
 
 def table_of(config, *, devices: int = 1, tensor: int = 1):
@@ -49,6 +54,7 @@ def test_btlm_3b_has_the_published_numbers():
         "mlp_out": (0.00288558, 0.0012, 0.1),
         "norm_scale": (0.0, 0.012, 0.0),
         "bias": (0.0, 0.012, 0.0),
+        "key_bias": (0.0, 0.0, 0.0),  # as all biases in those configs; its gradient is zero
     }
     for name, rule in rules_of(parametrization).items():
         assert rule.parameter_class == name
@@ -87,9 +93,10 @@ def test_btlm_scales_mlp_out_by_its_own_width():
 def test_sp_knows_no_width():
     parametrization = preset("sp")
     for name, rule in rules_of(parametrization).items():
-        assert (rule.learning_rate, rule.eps) == (1, 1)
-        assert rule.weight_decay == (name not in ("norm_scale", "bias"))
-        std = {"attention_out": 0.3 / math.sqrt(12), "mlp_out": 0.3 / math.sqrt(12), "norm_scale": 0, "bias": 0}
+        assert (rule.learning_rate, rule.eps) == (name != "key_bias", 1)
+        assert rule.weight_decay == (name not in ("norm_scale", "bias", "key_bias"))
+        std = {"attention_out": 0.3 / math.sqrt(12), "mlp_out": 0.3 / math.sqrt(12)}
+        std |= {"norm_scale": 0, "bias": 0, "key_bias": 0}
         assert rule.init_std == pytest.approx(std.get(name, 0.3)), name
     scales = (parametrization.embedding_scale, parametrization.output_scale, parametrization.residual_scale)
     assert scales == (7.0, 1.5, 1.0)
@@ -106,11 +113,12 @@ def test_completep_is_table_1_of_its_paper():
         "mlp_out": (0.3 / math.sqrt(5), 1 / 5, 5, 1 / 15),
         "norm_scale": (0, 1, 0, 1 / 9),
         "bias": (0, 1, 0, 1 / 9),
+        "key_bias": (0, 0, 0, 1 / 9),
     }
     for name, rule in rules_of(parametrization).items():
         found = (rule.init_std, rule.learning_rate, rule.weight_decay, rule.eps)
         assert found == pytest.approx(expected[name]), name
-    assert parametrization.rule(("norm",), leaf="scale").eps == 1  # the final norm is in no block
+    assert parametrization.rule(("norm",), layer="ln_f", leaf="scale").eps == 1  # the final norm is in no block
     assert parametrization.residual_scale == pytest.approx(1 / 3)
     assert parametrization.output_scale == pytest.approx(0.5)
     assert parametrization.attention_scale == 1 / 24
@@ -127,6 +135,7 @@ def test_every_parameter_is_classified(name):
     kernels |= {"attention/out": "attention_out", "mlp/up": "mlp_in", "mlp/gate": "mlp_in", "mlp/down": "mlp_out"}
     for path, parameter_class in kernels.items():
         expected |= {f"blocks/{path}/kernel": parameter_class, f"blocks/{path}/bias": "bias"}
+    expected["blocks/attention/key/bias"] = "key_bias"
     assert classes == expected
     assert set(classes.values()) == set(CLASSES)
 
@@ -136,7 +145,7 @@ def test_every_parameter_is_classified(name):
 )
 def test_an_unknown_parameter_is_refused(axes, leaf):
     with pytest.raises(ValueError, match="belongs to no class"):
-        classify(axes, leaf=leaf)
+        classify(axes, layer="key", leaf=leaf)
 
 
 @pytest.mark.parametrize("name", ["btlm", "sp", "completep"])
@@ -146,7 +155,7 @@ def test_initial_values_follow_the_rules(name):
     params = init_params(model, mesh, seed=3)
     for info, value in zip(jax.tree.leaves(table), map(np.asarray, jax.tree.leaves(params)), strict=True):
         std = info.rule.init_std
-        if info.rule.parameter_class in ("norm_scale", "bias"):
+        if info.rule.parameter_class in ("norm_scale", "bias", "key_bias"):
             np.testing.assert_array_equal(value, info.rule.init_mean)
             continue
         assert info.rule.parameter_class in ("embedding", *HIDDEN_CLASSES) and std > 0

@@ -1,6 +1,7 @@
 """One chain against numpy's closed form and optax.adamw; the schedule against exact fractions and optax."""
 
 import dataclasses
+import math
 from fractions import Fraction
 
 import jax
@@ -10,9 +11,16 @@ import optax
 import pytest
 from support.tiny import config_dict
 
-from btlm_jax.recipe.config import OptimizerConfig, train_config_from
+from btlm_jax.recipe.config import SCHEDULES, OptimizerConfig, train_config_from
+from btlm_jax.recipe.curriculum import make_curriculum
 from btlm_jax.recipe.mup import ParameterRule
-from btlm_jax.recipe.optimizer import learning_rate_at, make_optimizer
+from btlm_jax.recipe.optimizer import (
+    learning_rate_at,
+    learning_rates,
+    make_optimizer,
+    make_schedule,
+    rates_of_steps,
+)
 
 # Class: shape, learning rate, weight decay, eps: all different, so that none can stand in for another.
 LEAVES = {
@@ -23,6 +31,7 @@ LEAVES = {
     "mlp_out": ((6, 5), 1 / 7, 7.0, 1 / 21),
     "norm_scale": ((5,), 1.0, 0.0, 1 / 6),
     "bias": ((6,), 1.0, 0.0, 1 / 8),
+    "key_bias": ((3,), 0.0, 0.0, 1 / 9),
 }
 
 
@@ -51,8 +60,9 @@ def table_of(leaves: dict) -> dict:
 
 def make_config(**changes) -> OptimizerConfig:
     values = dict(
-        peak_learning_rate=0.012, end_learning_rate=1e-4, warmup_tokens=0, beta1=0.8, beta2=0.95, eps=1e-8,
-        weight_decay=0.1, clip_norm=1.0,
+        schedule="linear", peak_learning_rate=0.012, end_learning_rate=1e-4, initial_learning_rate=0.0, warmup_tokens=0,
+        decay_share=0.2, schedule_begin=0, schedule_tokens=0, beta1=0.8, beta2=0.95, eps=1e-8, weight_decay=0.1,
+        clip_norm=1.0,
     )  # fmt: skip
     return OptimizerConfig(**{**values, **changes})
 
@@ -138,30 +148,92 @@ def test_schedule_has_the_published_values():
     assert rate(NUM_STEPS * PER_STEP) == pytest.approx(1.0198e-4, rel=1e-15)
 
 
-def sampled_tokens() -> list[int]:
+def sampled_tokens() -> np.ndarray:
     edges = [0, 1, PER_STEP, 95 * PER_STEP, 119_727 * PER_STEP, NUM_STEPS * PER_STEP]
     near = [edge + d for edge in edges for d in (-1, 0, 1) if 0 <= edge + d <= edges[-1]]
-    return near + np.random.default_rng(0).integers(0, edges[-1], 2000).tolist()
+    return np.array(near + np.random.default_rng(0).integers(0, edges[-1], 2000).tolist())
 
 
-def test_schedule_is_exact_at_every_token():
-    peak, end = Fraction(CONFIG.optimizer.peak_learning_rate), Fraction(CONFIG.optimizer.end_learning_rate)
-    for tokens in sampled_tokens():
-        if tokens <= WARMUP * PER_STEP:
-            exact = peak * Fraction(tokens, WARMUP * PER_STEP)
-        else:
-            exact = peak + (end - peak) * Fraction(tokens - WARMUP * PER_STEP, (NUM_STEPS - WARMUP) * PER_STEP)
+def test_the_linear_schedule_is_the_closed_formula_at_every_token():
+    config, total = CONFIG.optimizer, NUM_STEPS * PER_STEP
+    peak, end, warmup = config.peak_learning_rate, config.end_learning_rate, WARMUP * PER_STEP
+    tokens = sampled_tokens()
+    for count, found in zip(
+        tokens.tolist(), learning_rates(config, tokens=tokens, total_tokens=total).tolist(), strict=True
+    ):
+        done = (count - warmup) / (total - warmup)
+        plain = peak * count / warmup if count < warmup else peak * (1 - done) + end * done  # Python's float64
+        assert found == pytest.approx(plain, rel=1e-15, abs=0), count
+        share = Fraction(count, warmup) if count <= warmup else 1 - Fraction(count - warmup, total - warmup)
+        exact = Fraction(peak) * share + (Fraction(end) * (1 - share) if count > warmup else 0)
         # The decay subtracts from the peak, so its rounding is the peak's: an ulp or two of 0.012.
-        assert abs(Fraction(rate(tokens)) - exact) <= 2 * Fraction(np.spacing(0.012)), tokens
+        assert abs(Fraction(found) - exact) <= 2 * Fraction(np.spacing(0.012)), count
 
 
-def test_schedule_is_that_of_optax():
-    peer = optax.join_schedules(
-        [optax.linear_schedule(0.0, 0.012, WARMUP), optax.linear_schedule(0.012, 1.0198e-4, NUM_STEPS - WARMUP)],
-        boundaries=[WARMUP],
+def exact_rate(config: OptimizerConfig, tokens: int, total: int) -> float:
+    """The schedules of recipe/optimizer.py's docstring, written again with exact fractions, and one cosine."""
+    since, length = tokens - config.schedule_begin, config.schedule_tokens or total - config.schedule_begin
+    initial, peak, end = map(
+        Fraction, (config.initial_learning_rate, config.peak_learning_rate, config.end_learning_rate)
     )
-    for step in (0, 1, 50, 94, 95, 96, 1000, 119_727, 119_728, 159_635, 159_636):
-        assert rate(step * PER_STEP) == pytest.approx(float(peer(step)), rel=1e-5, abs=1e-9), step
+    if since < config.warmup_tokens:
+        return float(initial + (peak - initial) * Fraction(since, config.warmup_tokens))
+    if config.schedule == "constant":
+        return float(peak)
+    decay = length - config.warmup_tokens
+    if config.schedule == "wsd":
+        decay = round(config.decay_share * length)
+    if since <= length - decay:
+        return float(peak)
+    done = min(Fraction(since - (length - decay), decay), Fraction(1))
+    if config.schedule == "cosine":
+        return float(end) + (float(peak) - float(end)) * (1 + math.cos(math.pi * float(done))) / 2
+    return float(peak + (end - peak) * done)
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES)
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"warmup_tokens": 700},
+        {"warmup_tokens": 700, "schedule_tokens": 7_000},
+        {"warmup_tokens": 300, "schedule_begin": 6_000, "initial_learning_rate": 1e-4},
+        {"warmup_tokens": 300, "schedule_begin": 6_000, "initial_learning_rate": 1e-4, "schedule_tokens": 1_500},
+    ],
+    ids=str,
+)
+def test_schedules_are_their_definitions(schedule, changes):
+    config, total = make_config(schedule=schedule, decay_share=0.3, **changes), 9_001
+    tokens = np.arange(config.schedule_begin, total + 1)
+    found = learning_rates(config, tokens=tokens, total_tokens=total)
+    expected = [exact_rate(config, count, total) for count in tokens.tolist()]
+    np.testing.assert_allclose(found, expected, rtol=1e-14, atol=2e-18)
+    assert found.dtype == np.float64 and len(set(found.tolist())) > (schedule != "constant")
+    lasting = (config.schedule_tokens or total - config.schedule_begin) + config.schedule_begin
+    assert found[tokens >= lasting].tolist() == [0.012 if schedule == "constant" else 1e-4] * (total - lasting + 1)
+    curriculum = make_curriculum(seq_len=(9_001,), batch_size=(1,), num_tokens=(9_001,))
+    assert rates_of_steps(config, curriculum).tolist() == [found[-1]]
+
+
+def test_a_schedule_is_that_of_optax():
+    schedule = make_schedule(make_config(schedule="wsd", warmup_tokens=50, decay_share=0.25), total_tokens=400)
+    peer = optax.join_schedules(
+        [
+            optax.linear_schedule(0.0, 0.012, 50),
+            optax.constant_schedule(0.012),
+            optax.linear_schedule(0.012, 1e-4, 100),
+        ],
+        boundaries=[50, 300],
+    )
+    for count in (0, 1, 49, 50, 51, 299, 300, 301, 399, 400):
+        assert float(schedule(count)) == pytest.approx(float(peer(count)), rel=1e-5, abs=1e-9), count
+
+
+def test_steps_before_the_schedule_begins_have_no_rate():
+    curriculum = make_curriculum(seq_len=(4,), batch_size=(5,), num_tokens=(200,))
+    found = rates_of_steps(make_config(schedule_begin=60, initial_learning_rate=1.0, warmup_tokens=20), curriculum)
+    assert np.isnan(found[:3]).all() and found[3] == 0.012 and found[-1] == 1e-4 and len(found) == 10
 
 
 @pytest.mark.parametrize("tokens", [-1, NUM_STEPS * PER_STEP + 1])
@@ -174,3 +246,12 @@ def test_a_run_that_is_all_warm_up_ends_at_the_peak():
     config = make_config(warmup_tokens=100)
     assert learning_rate_at(config, tokens=100, total_tokens=100) == 0.012
     assert learning_rate_at(config, tokens=50, total_tokens=100) == 0.006
+
+
+def test_without_a_cpu_the_remedy_is_named(monkeypatch):
+    def refuse(backend):
+        raise RuntimeError(f"Unknown backend {backend}")
+
+    monkeypatch.setattr(jax, "local_devices", refuse)
+    with pytest.raises(ValueError, match="Unknown backend cpu.*JAX_PLATFORMS=tpu,cpu"):
+        rate(PER_STEP)

@@ -1,0 +1,179 @@
+"""A run that goes on with other settings: nothing of it in silence, no schedule stretched, and the advice works."""
+
+import json
+import re
+import shlex
+import shutil
+import sys
+from pathlib import Path
+from unittest import mock
+
+import numpy as np
+import pytest
+from support.run_command import NUM_STEPS, TOKENS_PER_STEP, checkpoint_steps, recorded, run_btlm, train_arguments
+from support.tiny import tiny_config
+
+from btlm_jax import notices
+from btlm_jax.cli import main
+from btlm_jax.recipe.optimizer import rates_of_steps
+from btlm_jax.train.checkpoint import Position, _with_later_keys, check_schedule, go_back
+from btlm_jax.train.finish import longer_flags
+from btlm_jax.train.metric_writer import read_metrics
+
+PER_STEP = 384
+
+
+def run_of(num_steps: int, **changes):
+    """A config of so many steps, warmed up in 2 of them."""
+    tokens = (num_steps * PER_STEP,)
+    return tiny_config(
+        curriculum__seq_len=(24,), curriculum__batch_size=(16,), curriculum__num_tokens=tokens, **changes
+    )  # fmt: skip
+
+
+def at(step: int) -> Position:
+    return Position(step=step, tokens_seen=step * PER_STEP, store_fingerprint="")
+
+
+@pytest.mark.parametrize("schedule", ["linear", "cosine", "wsd"])
+@pytest.mark.parametrize("num_steps", [25, 15])
+def test_a_schedule_that_decays_is_not_stretched_nor_squeezed(schedule, num_steps):
+    saved = run_of(20, optimizer__schedule=schedule, optimizer__decay_share=0.25)
+    config = run_of(num_steps, optimizer__schedule=schedule, optimizer__decay_share=0.25)
+    with pytest.raises(ValueError, match="Choose how to go on") as refused:
+        check_schedule(saved, config, position=at(20 if num_steps > 20 else 14), steps=[1, 2, 14])
+    said = str(refused.value)
+    assert f"with a schedule of {num_steps * PER_STEP:,} tokens in place of 7,680" in said
+    assert f"back to the checkpoint before the decay: --resume_step={14 if schedule == 'wsd' else 2}" in said
+    for choice in re.findall(r": (--config\.optimizer\.\S.*)$", said, flags=re.MULTILINE):
+        values = dict(flag.removeprefix("--config.optimizer.").split("=") for flag in choice.split())
+        changes = {f"optimizer__{name}": json.loads(value) for name, value in values.items()}
+        step = 20 if num_steps > 20 else 14
+        chosen = run_of(num_steps, optimizer__schedule=schedule, optimizer__decay_share=0.25, **changes)
+        check_schedule(saved, chosen, position=at(step), steps=[1, 2, 14])
+        before, after = (rates_of_steps(each.optimizer, each.curriculum.table) for each in (saved, chosen))
+        if "schedule_tokens" in values and values["schedule_tokens"] != "0":  # the second choice
+            np.testing.assert_array_equal(after[:20], before[: len(after)])
+            assert set(after[20:].tolist()) <= {saved.optimizer.end_learning_rate}
+        else:
+            assert np.isnan(after[:step]).all() and after[-1] == saved.optimizer.end_learning_rate
+            assert after[step:].max() <= saved.optimizer.peak_learning_rate / 2
+
+
+@pytest.mark.parametrize(
+    "changes, step",
+    [
+        ({"optimizer__schedule": "constant"}, 20),
+        ({"optimizer__schedule": "wsd", "optimizer__decay_share": 0.25}, 15),  # stands before the decay
+        ({"optimizer__schedule_tokens": 18 * PER_STEP}, 20),
+        ({}, 2),  # the warm-up alone
+    ],
+)
+def test_a_run_may_be_longer_where_no_rate_of_the_past_changes(changes, step):
+    saved, config = run_of(20, **changes), run_of(26, **changes)
+    check_schedule(saved, config, position=at(step), steps=[step])
+    before, after = (rates_of_steps(each.optimizer, each.curriculum.table) for each in (saved, config))
+    np.testing.assert_array_equal(before[:step], after[:step])
+
+
+def test_a_rate_that_the_config_names_may_change():
+    check_schedule(run_of(20), run_of(20, optimizer__peak_learning_rate=0.001), position=at(9), steps=[9])
+
+
+def test_a_schedule_begins_where_it_did_or_where_the_run_stands():
+    config = run_of(30, optimizer__schedule_begin=7 * PER_STEP)
+    with pytest.raises(ValueError, match="stands at 7,680 tokens, and its schedule began at 0; allowed are these two"):
+        check_schedule(run_of(20), config, position=at(20), steps=[20])
+    check_schedule(config, config, position=at(20), steps=[20])
+
+
+def test_the_advice_of_a_finished_run_is_taken_and_can_be_taken_again():
+    config, steps = run_of(20), 20
+    for _ in range(3):
+        _, flags = longer_flags(config)
+        changes = {}
+        for flag in shlex.split(flags):
+            name, value = flag.removeprefix("--config.").split("=")
+            changes[name.replace(".", "__")] = (
+                tuple(json.loads(f"[{value[1:-2]}]")) if "(" in value else json.loads(value)
+            )
+        longer = tiny_config(**{"curriculum__seq_len": (24,), "curriculum__batch_size": (16,), **changes})
+        check_schedule(config, longer, position=at(steps), steps=[steps])
+        rates = rates_of_steps(longer.optimizer, longer.curriculum.table)[steps:]
+        assert len(rates) == 100 and rates.argmax() == 9 and rates[-1] == config.optimizer.end_learning_rate
+        config, steps = longer, steps + 100
+    assert longer_flags(run_of(20, optimizer__schedule="constant"))[1].count("--config") == 1
+
+
+def test_a_config_from_before_schedules_is_the_linear_one():
+    config = json.loads(tiny_config().to_json())
+    for name in ("schedule", "initial_learning_rate", "decay_share", "schedule_begin", "schedule_tokens"):
+        del config["optimizer"][name]
+    assert _with_later_keys(config) == json.loads(tiny_config().to_json())
+
+
+def test_going_back_sets_later_checkpoints_aside_once(tmp_path):
+    for step in (3, 6, 9, 10):
+        (tmp_path / "checkpoints" / str(step)).mkdir(parents=True)
+    (tmp_path / "metrics.jsonl").write_text("rows\n")
+    (tmp_path / "summary.json").write_text("{}")
+    with pytest.raises(ValueError, match="--resume_step=4: there is no such checkpoint .*; there are 3, 6, 9, 10"):
+        go_back(tmp_path, 4)
+    assert go_back(tmp_path, 10) == ""
+    moved, move = [], Path.replace
+
+    def killed_at_the_third(path: Path, target: Path) -> Path:
+        moved.append(path.name)
+        if len(moved) == 3:
+            raise KeyboardInterrupt
+        return move(path, target)
+
+    with mock.patch.object(Path, "replace", killed_at_the_third), pytest.raises(KeyboardInterrupt):
+        go_back(tmp_path, 6)
+    assert moved == ["summary.json", "10", "9"] and checkpoint_steps(tmp_path) == [3, 6, 9]
+    assert "what came after it is in" in go_back(tmp_path, 6)
+    aside = tmp_path / "replaced" / "from-6"
+    assert checkpoint_steps(tmp_path) == [3, 6] and checkpoint_steps(aside) == [9, 10]
+    assert (aside / "summary.json").is_file() and not (tmp_path / "summary.json").exists()
+    assert (aside / "metrics.jsonl").read_text() == (tmp_path / "metrics.jsonl").read_text() == "rows\n"
+    (tmp_path / "checkpoints" / "8").mkdir()  # the run has gone on, and its command is repeated
+    assert "was done before" in go_back(tmp_path, 6) and checkpoint_steps(tmp_path) == [3, 6, 8]
+
+
+def train(capsys, *arguments) -> tuple[int, str]:
+    words = [str(argument) for argument in arguments]
+    with mock.patch.object(sys, "argv", ["btlm", *words]):  # config_flags looks there for what to change
+        code = main(words)
+    said = capsys.readouterr()
+    return code, said.out + said.err
+
+
+@pytest.mark.slow
+def test_other_settings_are_said_and_recorded(tiny_run, tmp_path, capsys):
+    config, finished = tiny_run
+    workdir = tmp_path / "run"
+    shutil.copytree(finished, workdir)
+    command = train_arguments(config, workdir)
+    code, said = train(capsys, *command, "--config.optimizer.peak_learning_rate=0.06", "--config.optimizer.beta1=0.8")
+    assert code == 0 and "Already done" in said and notices.counts() == {"settings-changed": 2}
+    changed = ["optimizer.peak_learning_rate: 0.006 -> 0.06", "optimizer.beta1: 0.9 -> 0.8"]
+    events = [row["message"] for row in read_metrics(workdir / "metrics.jsonl") if row["kind"] == "event"]
+    assert sorted(events) == sorted(f"no effect on the finished run: {change}" for change in changed)
+    assert all(change in said for change in changed)
+    code, said = train(capsys, *command, "--config.curriculum.num_tokens=(2304, 3840)")
+    assert code == 1 and "Choose how to go on" in said
+    (advice,) = re.findall(r"^  (--config.curriculum.num_tokens=.*)$", (train(capsys, *command))[1], flags=re.MULTILINE)
+    longer = [
+        re.sub(r"\(2304, \d+\)", f"(2304, {1536 + 4 * TOKENS_PER_STEP})", flag)
+        for flag in shlex.split(
+            advice.replace(f"={10 * TOKENS_PER_STEP} ", " ").replace("warmup_tokens=3840", "warmup_tokens=384")
+        )
+    ]  # 4 steps in place of 100
+    result = run_btlm(*command, *longer)
+    assert result.returncode == 0, result.stdout + result.stderr
+    rates = [row["learning_rate"] for row in recorded(workdir, "train")]
+    assert rates[:NUM_STEPS] == [row["learning_rate"] for row in recorded(finished, "train")]
+    assert rates[NUM_STEPS:] == pytest.approx([0.003, 0.00203399, 0.00106798, 1.0198e-4], rel=1e-5)
+    events = [row["message"] for row in read_metrics(workdir / "metrics.jsonl") if row["kind"] == "event"]
+    assert "settings changed: optimizer.peak_learning_rate: 0.006 -> 0.003" in events
+    assert "settings changed: curriculum.num_tokens: (2304, 1536) -> (2304, 3072)" in events
