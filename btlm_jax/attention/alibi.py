@@ -15,7 +15,7 @@ Keys from there on are left out. A share L <= 2^-24 of a row's weight left out m
 The same sum over the queries that follow a key bounds what its gradients lose: dv at most 2^-24 max|do|, and dk at most
 2^-24 * scale * max|q| times the largest gradient of a weight; dq likewise with max|k|.
 
-`spread` is bounded from the norms of queries and of keys less their mean (`spread_bound`), or assumed where there are
+`spread` is bounded from the norms of queries and of keys less a mean key (`spread_bound`), or assumed where there are
 none yet (SPREAD). What is left out is not looked at: a NaN in v beyond a head's window does not reach that query, as it
 would through a weight of 0 in the sum over all keys. It reaches its own position's output and those within the window,
 so it is in the loss. q and k that are not finite make their head see everything.
@@ -31,6 +31,7 @@ import jax.numpy as jnp
 import numpy as np
 
 SPREAD = 64.0  # nats by which the scores of a row are assumed to differ at most where q and k are not known
+CENTRE_KEYS = 128  # of a sequence, the first, whose mean is taken off all its keys for the bound
 _NATS_TO_HALF_ULP = 24 * math.log(2)  # from a weight to half a unit in its last place in float32
 _SQUARE_MARGIN = 1.02  # squared norms may be too small by this: of bfloat16, each square is rounded to 8 bits
 
@@ -65,7 +66,7 @@ def spread_bound(
     """Return a bound of how far apart the scores of any row are, without ALiBi: 2 * scale * max|q| * max|k|.
 
     For |q . k_s - q . k_u| = |q . (k_s - c) - q . (k_u - c)| <= |q| (|k_s - c| + |k_u - c|), whatever c is: the caller
-    has subtracted one (`centred`). `largest_square` returns the largest squared norm over positions of each head's
+    has subtracted one (`centre_of`). `largest_square` returns the largest squared norm over positions of each head's
     queries or keys, in the caller's layout, float32.
     """
 
@@ -75,12 +76,13 @@ def spread_bound(
     return 2 * scale * longest(q) * longest(k)
 
 
-def centred(k: jax.Array, *, positions: int | tuple[int, ...]) -> jax.Array:
-    """Return keys less their mean over `positions`, the dims of a sequence's positions, in k's dtype.
+def centre_of(keys: jax.Array, *, positions: int | tuple[int, ...]) -> jax.Array:
+    """Return the mean of a sequence's first CENTRE_KEYS keys over the dims `positions`, which stay, in the keys' dtype.
 
-    What all keys of a sequence have in common, such as their bias, does not make its scores differ.
+    What all keys of a sequence have in common, such as their bias, is in it, and does not make scores differ. A few
+    keys serve as well as all: for their mean a TPU would read all keys once more.
     """
-    return k - k.mean(positions, keepdims=True, dtype=jnp.float32).astype(k.dtype)
+    return keys.mean(positions, keepdims=True, dtype=jnp.float32).astype(keys.dtype)
 
 
 def window_of(
@@ -90,16 +92,15 @@ def window_of(
     *,
     scale: float,
     length: int,
-    positions: int | tuple[int, ...],
+    centre: jax.Array,
     largest_square: Callable[[jax.Array], jax.Array],
 ) -> jax.Array:
     """Return the largest distance at which heads see keys, int32: the window of `spread_bound`, rounded down.
 
-    `positions` are the dims of k with a sequence's positions, `length` their number. It is `length`, so everything,
-    where the window is that long, or where q or k are not finite. A v that is not finite is seen within the window,
-    and always at its own position.
+    `centre` is what `centre_of` has of k. The window is `length`, so everything, where it is that long, or where q or k
+    are not finite. A v that is not finite is seen within the window, and always at its own position.
     """
-    spread = spread_bound(q, centred(k, positions=positions), scale=scale, largest_square=largest_square)
+    spread = spread_bound(q, k - centre, scale=scale, largest_square=largest_square)
     window = alibi_window(spread, slopes, xp=jnp)
     return jnp.where(window < length, window, length).astype(jnp.int32)  # NaN fails the comparison
 
@@ -110,5 +111,7 @@ def windows_of_heads(q_BTNH: jax.Array, k_BTNH: jax.Array, slopes_N: jax.Array, 
     def largest_square(x_BTNH):
         return jnp.square(x_BTNH.astype(jnp.float32)).sum(-1).max(1)
 
-    length = q_BTNH.shape[1]
-    return window_of(q_BTNH, k_BTNH, slopes_N, scale=scale, length=length, positions=1, largest_square=largest_square)
+    centre = centre_of(k_BTNH[:, :CENTRE_KEYS], positions=1)
+    return window_of(
+        q_BTNH, k_BTNH, slopes_N, scale=scale, length=q_BTNH.shape[1], centre=centre, largest_square=largest_square
+    )

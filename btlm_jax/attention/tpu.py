@@ -27,7 +27,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from btlm_jax.attention import remat_names
-from btlm_jax.attention.alibi import window_of
+from btlm_jax.attention.alibi import CENTRE_KEYS, centre_of, window_of
 from btlm_jax.attention.alibi_lanes import head_of_lane, whole_tiles
 from btlm_jax.attention.tpu_kernels import Heads, backward_kernel, forward_kernel, scratch_of_split_heads
 from btlm_jax.attention.ulysses import all_to_all, heads_to_seq, merge_pieces, seq_to_heads, split_pieces
@@ -130,7 +130,7 @@ class _KernelConfig:
             slopes_N,
             scale=self.heads.scale,
             length=q_SBTM.shape[0] * q_SBTM.shape[2],
-            positions=(0, 2),
+            centre=centre_of(k_SBTM[:1, :, :CENTRE_KEYS], positions=(0, 2)),
             largest_square=largest_square,
         )
 

@@ -91,9 +91,9 @@ def _normalise_forward(eps: float, x_BTD, scale_D, bias_D):
     whatever the row, so the difference loses no more than D / SHIFT_DIMS units in the last place. Neither x - mean nor
     shift + E[d] may be formed first: float32 rounds a mean of 3,000 deviations by 1e-4 of one.
     """
-    x32_BTD = x_BTD.astype(jnp.float32)
-    shift_BT1 = checkpoint_name(x32_BTD[..., :SHIFT_DIMS].mean(-1, keepdims=True), "norm_shift")
-    d_BTD = x32_BTD - shift_BT1
+    # Cut before the conversion: a TPU would write all of x to memory in float32 for it.
+    shift_BT1 = checkpoint_name(x_BTD[..., :SHIFT_DIMS].mean(-1, keepdims=True, dtype=jnp.float32), "norm_shift")
+    d_BTD = x_BTD.astype(jnp.float32) - shift_BT1
     mean_BT1 = d_BTD.mean(-1, keepdims=True)
     variance_BT1 = jnp.maximum(jnp.square(d_BTD).mean(-1, keepdims=True) - jnp.square(mean_BT1), 0)
     mean_BT1 = checkpoint_name(mean_BT1, "norm_mean")

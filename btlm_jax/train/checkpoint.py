@@ -375,7 +375,7 @@ def run_environment() -> dict[str, str]:
     facts = {
         "devices": f"{jax.device_count()} x {device.device_kind}",
         "processes": str(jax.process_count()),
-        "btlm_jax": importlib.metadata.version("btlm_jax"),
+        "btlm_jax": __version__,
         "jax": jax.__version__,
         "jaxlib": importlib.metadata.version("jaxlib"),
         "XLA_FLAGS": os.environ.get("XLA_FLAGS", ""),

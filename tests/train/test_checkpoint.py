@@ -1,6 +1,7 @@
 """Checkpoints: exact, atomic, restorable onto any mesh, and refused when they are of another run or damaged."""
 
 import json
+import os
 import shutil
 from unittest import mock
 
@@ -17,7 +18,13 @@ from btlm_jax.parallel.mesh import make_mesh
 from btlm_jax.recipe.config import CheckpointConfig
 from btlm_jax.recipe.mup import make_parametrization
 from btlm_jax.recipe.optimizer import make_optimizer
-from btlm_jax.train.checkpoint import Checkpointer, Position, changed_settings, check_same_run
+from btlm_jax.train.checkpoint import (
+    Checkpointer,
+    Position,
+    changed_settings,
+    check_same_run,
+    environment_changes,
+)
 from btlm_jax.train.step import abstract_state, init_state
 
 KEEP = CheckpointConfig(every_steps=1, keep_last=2, keep_every=10)
@@ -140,6 +147,25 @@ def test_a_damaged_checkpoint_is_named_with_the_remedy(single, tmp_path):
             path.write_bytes(path.read_bytes()[:5_000])
     with pytest.raises(ValueError, match=r"checkpoints/14 cannot be read: .*; delete it to go on from step 13"):
         checkpointer.restore_state(14, abstract=abstract)
+    checkpointer.close()
+
+
+def test_what_decides_the_last_bits_is_in_a_checkpoint_and_a_difference_is_said(saved, tmp_path):
+    workdir, _ = saved
+    checkpointer = Checkpointer(workdir, config=KEEP)
+    facts = checkpointer.read_environment(7)
+    assert facts["devices"] == "8 x cpu" and facts["jax"] == jax.__version__ and facts["instructions"]
+    assert facts["threads"] == str(len(os.sched_getaffinity(0)))
+    assert environment_changes(checkpointer, 7) == []
+    elsewhere = {"threads": "77", "instructions": facts["instructions"], "training_kernels": facts["training_kernels"]}
+    with mock.patch("btlm_jax.train.checkpoint.cpu_facts", return_value=elsewhere):
+        assert environment_changes(checkpointer, 7) == [f"threads: {facts['threads']} -> 77"]
+    checkpointer.close()
+    shutil.copytree(workdir, tmp_path / "older")
+    shutil.rmtree(tmp_path / "older" / "checkpoints" / "7" / "environment")
+    checkpointer = Checkpointer(tmp_path / "older", config=KEEP)
+    assert environment_changes(checkpointer, 7) == []
+    assert checkpointer.read_metadata(7) == (position(7), tiny_config(mesh__tensor=2))
     checkpointer.close()
 
 
