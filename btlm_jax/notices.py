@@ -21,6 +21,7 @@ NAMES = {
     "summary-made-again": "the summary of a finished run is damaged, and its end is repeated",
     "no-targets": "a batch of training is all padding: its step changes nothing",
     "machine-changed": "a run is resumed where its numbers may differ in their last bits",
+    "task-repeated": "a record of finished work of a corpus stage is damaged, and the work is repeated",
     "read-again": "a URL could not be read at once",
     "add-bos-token-ignored": "tokenizer_config.json contradicts tokenizer.json on what stands in front of a text",
     "prompt-end-ignored": "a tokenizer.json puts ids after every text, which a prompt does not have here",

@@ -32,7 +32,7 @@ from pathlib import Path
 import jax
 
 from btlm_jax import notices
-from btlm_jax.storage.files import cache_directory, write_atomically
+from btlm_jax.storage.files import cache_directory, read_json_object, write_atomically
 
 # Sizes that the sources and Python share; the sources are compiled with each as BTLM_<its name>.
 TILE_OUTPUTS = 32  # outputs of a tile of weights (matmul.cc, tiles.py)
@@ -197,16 +197,19 @@ def _check_fits(path: Path, library: _Library) -> None:
       OSError: it is not, and what would fit.
     """
     try:
-        description = json.loads(path.with_suffix(".json").read_text())
+        description = read_json_object(path.with_suffix(".json"))
     except (OSError, ValueError) as error:
         raise OSError(f"its description cannot be read ({error}); run btlm build-kernels again") from error
+    instruction_sets = description.get("instruction_sets")
+    if not isinstance(instruction_sets, list) or not all(isinstance(name, str) for name in instruction_sets):
+        raise OSError("its description does not say which instructions it needs; run btlm build-kernels again")
     for name, needed in _requirements(library).items():
         if description.get(name) != needed:
             raise OSError(f"it was built for {name} {description.get(name)}, and here is {needed}")
-    lacking = sorted(set(description["instruction_sets"]) - _cpu_instruction_sets())
+    lacking = sorted(set(instruction_sets) - _cpu_instruction_sets())
     if lacking:
-        raise OSError(f"it was built for {description['architecture']}, and this CPU has no {', '.join(lacking)}")
-    if description["sha256"] != _digest(path):
+        raise OSError(f"it was built for {description.get('architecture')}, and this CPU has no {', '.join(lacking)}")
+    if description.get("sha256") != _digest(path):
         raise OSError("its contents are not those that were built; run btlm build-kernels again")
 
 

@@ -16,7 +16,7 @@ import jax
 
 from btlm_jax.plan.chips import GIB, Chip
 from btlm_jax.plan.executable import Collective, Executable, read_executable
-from btlm_jax.storage.files import write_atomically
+from btlm_jax.storage.files import read_json_object, write_atomically
 from btlm_jax.train.program import Program, compiler_options
 
 
@@ -74,7 +74,7 @@ class CompileCache:
             if self.num_compiled >= self.max_compiles:
                 raise NoCompilationsLeftError(f"--max_compiles={self.max_compiles} compilations have been made")
             self._compile(program, traced, chip=chip, state_bytes=state_bytes, path=cached)
-        values = json.loads(cached.read_text())
+        values = read_json_object(cached)
         if "needed_bytes" in values:
             raise DoesNotFitError(program=key, needed=values["needed_bytes"], available=chip.hbm_bytes)
         return CompiledStep(program=key, executable=_executable(values.pop("executable")), **values)

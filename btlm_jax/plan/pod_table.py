@@ -6,7 +6,6 @@ Read before anything touches a device, on a pod and on the machine that rents it
 from __future__ import annotations
 
 import dataclasses
-import json
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -15,6 +14,7 @@ import jax
 from btlm_jax.plan.chips import CHIPS, GIB, chip_of_device, usual_topology
 from btlm_jax.plan.layout import MeshLayout, layout_of
 from btlm_jax.recipe.config import MeshConfig, TrainConfig, config_from
+from btlm_jax.storage.files import parse_json_object
 
 TABLE_FILE = "table.json"
 POD_FOLDER = "pods"
@@ -53,7 +53,7 @@ def read_table(path: Path) -> list[Row]:
     if not path.is_file():
         return []
     try:
-        return [_row(values) for values in json.loads(path.read_text())["rows"]]
+        return [_row(values) for values in parse_json_object(path.read_bytes(), name=path)["rows"]]
     except (KeyError, TypeError, ValueError) as error:
         raise ValueError(
             f"{path} cannot be read ({type(error).__name__}: {error}); make it again: btlm plan --table={path}"

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
-import json
 from collections import Counter
 from collections.abc import Collection, Sequence
 from pathlib import Path, PurePosixPath
@@ -12,10 +11,10 @@ from typing import BinaryIO
 
 from btlm_jax import notices
 from btlm_jax.corpus.engine.stage import FORMAT, MANIFEST_FILE, PLAN_FILE, STAGE_FILES, fingerprint_of
-from btlm_jax.corpus.engine.tasks import Input, Task
+from btlm_jax.corpus.engine.tasks import Input, Task, is_output
 from btlm_jax.corpus.readers.raw import SUFFIXES, are_plain_lines, is_metadata, is_raw
 from btlm_jax.corpus.readers.tables import TFDS_SHARD
-from btlm_jax.storage.files import hash_file
+from btlm_jax.storage.files import hash_file, parse_json_object, read_json_object
 from btlm_jax.storage.location import PathOrUrl, list_files, open_binary
 
 TASK_BYTES = 64_000_000  # small input files share a task up to this size
@@ -69,12 +68,15 @@ def _stale_tables(files: list[tuple[str, PathOrUrl, int]]) -> set[str]:
         folder = PurePosixPath(name).parent
         if PurePosixPath(name).name == "state.json" and any(PurePosixPath(table).parent == folder for table in tables):
             with open_binary(location) as file:
-                state = json.load(file)
-            if "_data_files" not in state:
+                state = parse_json_object(file.read(), name=location)
+            listed = state.get("_data_files")
+            if not isinstance(listed, list) or not all(
+                isinstance(part, dict) and isinstance(part.get("filename"), str) for part in listed
+            ):
                 raise ValueError(
                     f"{location} does not say which .arrow files its dataset has; give the files themselves"
                 )
-            parts = {str(folder / part["filename"]) for part in state["_data_files"]}
+            parts = {str(folder / part["filename"]) for part in listed}
             if missing := sorted(parts - tables):
                 raise FileNotFoundError(f"{location} names {missing[0]}, which is not there; fetch the dataset again")
             stale |= {table for table in tables if PurePosixPath(table).parent == folder} - parts
@@ -144,14 +146,39 @@ def read_stage(directory: Path) -> dict:
         contents = "an unfinished stage; give its command again" if is_started else "no stage's work"
         raise FileNotFoundError(f"{directory} holds {contents}: it has no {MANIFEST_FILE}")
     try:
-        manifest = json.loads(path.read_bytes())
-        if manifest["format"] != FORMAT:
-            raise ValueError(f"its format is {manifest['format']!r}")
-        if fingerprint_of(manifest) != manifest["fingerprint"]:
+        manifest = read_json_object(path)
+        if manifest.get("format") != FORMAT:
+            raise ValueError(f"its format is {manifest.get('format')!r}")
+        if fingerprint_of(manifest) != manifest.get("fingerprint"):
             raise ValueError("its contents do not give its fingerprint")
-    except (ValueError, KeyError, TypeError) as error:
+        match manifest:
+            case {"stage": str(), "outputs": list(outputs), "totals": dict(totals)} if all(map(is_output, outputs)):
+                _check_totals(totals)
+                return manifest
+        raise ValueError("it lacks its stage, outputs or totals")
+    except ValueError as error:
         raise ValueError(f"{path} is not the manifest of a stage, or damaged: {error}") from error
-    return manifest
+
+
+def _check_totals(totals: dict) -> None:
+    """Check the counts by source and by reason.
+
+    Raises:
+      ValueError: some are not counts.
+    """
+    if totals.get("read") and "written" not in totals:
+        raise ValueError("totals.written are missing")
+    for name in ("read", "written"):
+        by_source = totals.get(name, {})
+        if not isinstance(by_source, dict) or not all(
+            isinstance(counts, dict) and all(type(counts.get(key)) is int for key in ("documents", "bytes"))
+            for counts in by_source.values()
+        ):
+            raise ValueError(f"totals.{name} are not documents and bytes by source")
+    for name in ("dropped", "bad"):
+        reasons = totals.get(name, {})
+        if not isinstance(reasons, dict) or not all(type(count) is int for count in reasons.values()):
+            raise ValueError(f"totals.{name} are not counts by reason")
 
 
 def stage_inputs(directory: Path, manifest: dict) -> list[Input]:

@@ -21,12 +21,13 @@ import json
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
+from btlm_jax import notices
 from btlm_jax.corpus.engine.progress import Progress
 from btlm_jax.corpus.engine.slurm import wait_for_earlier_job
 from btlm_jax.corpus.engine.tasks import DONE_FOLDER, Task, TaskFunction, finished_record
 from btlm_jax.corpus.engine.workers import Workers
 from btlm_jax.display.progress import Log
-from btlm_jax.storage.files import delete_temporary_files, exclusive_lock, write_atomically
+from btlm_jax.storage.files import delete_temporary_files, exclusive_lock, read_json_object, write_atomically
 
 FORMAT = "btlm-corpus-stage"
 FORMAT_VERSION = 1
@@ -76,8 +77,10 @@ def run_stage(
         }
         waiting = [task for task in stage.tasks if records[task.index] is None]
         if (directory / MANIFEST_FILE).is_file() and not waiting:
-            log(f"{stage.name}: done already, in {directory}")
-            return json.loads((directory / MANIFEST_FILE).read_bytes())
+            manifest = _finished_manifest(directory)
+            if manifest is not None:
+                log(f"{stage.name}: done already, in {directory}")
+                return manifest
         (directory / MANIFEST_FILE).unlink(missing_ok=True)
         progress = Progress(
             stage.name,
@@ -116,6 +119,20 @@ def only_command(output: Path, *, inputs: Sequence[Path]) -> Iterator[None]:
         yield
 
 
+def _finished_manifest(directory: Path) -> dict | None:
+    """Return the manifest of a finished stage; None, with a notice, if it is damaged: it is written again."""
+    path = directory / MANIFEST_FILE
+    try:
+        manifest = read_json_object(path)
+        if manifest.get("fingerprint") == fingerprint_of(manifest):
+            return manifest
+        reason = f"{path} does not have its fingerprint"
+    except ValueError as error:
+        reason = str(error)
+    notices.report("task-repeated", f"{reason}; it is written again")
+    return None
+
+
 def accept_all(results: list[dict]) -> None:
     """Accept all results: the `check` of a stage whose tasks refuse unusable input themselves."""
 
@@ -127,9 +144,11 @@ def _check_plan(stage: Stage, directory: Path) -> None:
     if not path.is_file():
         write_atomically(path, json.dumps(plan, indent=1, sort_keys=True))
         return
-    started = json.loads(path.read_bytes())
+    started = read_json_object(path)
     if started == plan:
         return
+    if not isinstance(started.get("settings"), dict) or not {"stage", "tasks"} <= started.keys():
+        raise ValueError(f"{path} is no plan of a stage; choose another --output, or delete {directory}")
     changes = [
         f"{key}={started['settings'].get(key)!r} then, {plan['settings'].get(key)!r} now"
         for key in sorted(started["settings"].keys() | plan["settings"].keys())

@@ -8,8 +8,9 @@ import json
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
+from btlm_jax import notices
 from btlm_jax.corpus.engine.progress import peak_bytes
-from btlm_jax.storage.files import hash_file, scratch_file, write_atomically
+from btlm_jax.storage.files import hash_file, read_json_object, scratch_file, write_atomically
 from btlm_jax.storage.location import PathOrUrl, hash_range, version_stamp
 
 DONE_FOLDER = "done"
@@ -103,7 +104,9 @@ def finished_record(task: Task, directory: Path, *, outputs: Path) -> dict | Non
     path = record_path(directory, task)
     if not path.is_file():
         return None
-    record = json.loads(path.read_bytes())
+    record = _read_record(path)
+    if record is None:
+        return None
     if not all(_is_whole(outputs / output["file"], output) for output in record["result"]["outputs"]):
         return None
     for item, stamp, sha256 in zip(task.inputs, record["stamps"], record["sha256"], strict=True):
@@ -112,6 +115,29 @@ def finished_record(task: Task, directory: Path, *, outputs: Path) -> dict | Non
                 f"input {item.location} changed after it was processed; choose another --output, or delete {directory}"
             )
     return record
+
+
+def _read_record(path: Path) -> dict | None:
+    """Return what a finished task wrote; None, with a notice, if the file is damaged."""
+    try:
+        record = read_json_object(path)
+    except ValueError as error:
+        notices.report("task-repeated", f"{error}; the task is repeated")
+        return None
+    match record:
+        case {"result": {"outputs": list(outputs), "totals": dict()}, "stamps": list(), "sha256": list()}:
+            if isinstance(record.get("counted"), dict) and all(map(is_output, outputs)):
+                return record
+    notices.report("task-repeated", f"{path} is no record of a task; the task is repeated")
+    return None
+
+
+def is_output(value: object) -> bool:
+    """Return whether a value of JSON describes a file that a task wrote."""
+    match value:
+        case {"file": str(file), "num_bytes": int(), "sha256": str()}:
+            return bool(file) and not Path(file).is_absolute() and ".." not in Path(file).parts
+    return False
 
 
 def record_path(directory: Path, task: Task) -> Path:
