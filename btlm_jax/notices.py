@@ -7,6 +7,8 @@ Processes that help another one (workers of the corpus) return counts, and the o
 from __future__ import annotations
 
 import collections
+import dis
+import os
 import sys
 from collections.abc import Callable, Collection
 
@@ -40,6 +42,31 @@ NAMES = {
     "tokenizer-lossy": "a tokenizer does not give every text back, as --allow_lossy permits",
 }
 LINES_OF_ONE_NAME = 5  # further notices of the name are counted only
+
+
+_PACKAGE = os.path.dirname(os.path.abspath(__file__)) + os.sep
+_NAMED = "_btlm_is_named"  # attribute of an error: what `is_named` said of it in another process
+
+
+def is_named(error: BaseException) -> bool:
+    """Return whether a `raise` of our own code made the error, so that its message was written for the user."""
+    if _NAMED in getattr(error, "__dict__", {}):
+        return bool(error.__dict__[_NAMED])
+    if not isinstance(error, (ValueError, OSError, ImportError, FloatingPointError)):
+        return False
+    at = error.__traceback__
+    while at is not None and at.tb_next is not None:
+        at = at.tb_next
+    if at is None:
+        return False
+    code = at.tb_frame.f_code
+    is_raise = code.co_code[at.tb_lasti] == dis.opmap["RAISE_VARARGS"]
+    return is_raise and code.co_filename.startswith(_PACKAGE)
+
+
+def note_whether_named(error: BaseException) -> None:
+    """Have `is_named` say of an error that is sent to another process what it says of it here."""
+    error.__dict__[_NAMED] = is_named(error)
 
 
 class StrictError(Exception):

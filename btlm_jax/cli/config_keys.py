@@ -116,7 +116,7 @@ def _allowed_values(node: ast.ClassDef, tree: ast.Module) -> dict[str, list[str]
     names = [name for name, _, _ in fields(node)]
     for call, name in _checks(node):
         function = call.func.id if isinstance(call.func, ast.Name) else ""
-        if function == "_require_positive":
+        if function in ("_require_positive", "_require_size"):
             for keyword in call.keywords:
                 allowed.setdefault(str(keyword.arg), []).append("> 0")
         elif function == "_require_choice":

@@ -3,21 +3,17 @@
 from __future__ import annotations
 
 import datetime
-import dis
-import os
 import platform
 import sys
 import tempfile
 import traceback
 from collections.abc import Sequence
 from importlib import metadata
-from pathlib import Path
 
 import btlm_jax
 from btlm_jax.cli import ERROR, FAULT
-from btlm_jax.notices import StrictError
+from btlm_jax.notices import StrictError, is_named
 
-_PACKAGE = str(Path(btlm_jax.__file__).parent) + os.sep
 _VERSIONS_OF = ("jax", "jaxlib", "numpy", "flax", "orbax-checkpoint", "grain")
 
 
@@ -41,26 +37,14 @@ def report(error: Exception, *, verb: str, arguments: Sequence[str]) -> int:
     return FAULT
 
 
-def is_named(error: BaseException) -> bool:
-    """Return whether a `raise` of our own code made the error, so that its message was written for the user."""
-    if not isinstance(error, (ValueError, OSError, ImportError, FloatingPointError)):
-        return False
-    at = error.__traceback__
-    while at is not None and at.tb_next is not None:
-        at = at.tb_next
-    if at is None:
-        return False
-    code = at.tb_frame.f_code
-    is_raise = code.co_code[at.tb_lasti] == dis.opmap["RAISE_VARARGS"]
-    return is_raise and code.co_filename.startswith(_PACKAGE)
-
-
 def _message_for_user(error: Exception) -> str | None:
     """Return what to say of an error that is not our fault, or None."""
     if is_named(error) or isinstance(error, StrictError):
         return str(error)
     if isinstance(error, OSError):
         return f"{type(error).__name__}: {error}" if error.errno is None else str(error)
+    if isinstance(error, ModuleNotFoundError) and not str(error.name).startswith("btlm_jax"):
+        return f"the package {error.name} is missing here: install btlm_jax again (docs/reference/files.md, extras too)"
     if isinstance(error, MemoryError) or "RESOURCE_EXHAUSTED" in str(error):
         first_line = str(error).splitlines()[0] if str(error) else "an array could not be allocated"
         return f"out of memory: {first_line}; make the batch or the model smaller, or give more memory or devices"
@@ -69,7 +53,8 @@ def _message_for_user(error: Exception) -> str | None:
 
 def _write_traceback(error: Exception, arguments: Sequence[str]) -> str:
     """Write the traceback, the command and the versions to a file; return where they are."""
-    versions = [f"{name} {metadata.version(name)}" for name in _VERSIONS_OF]
+    installed = {str(found.metadata["name"]).lower(): found.version for found in metadata.distributions()}
+    versions = [f"{name} {installed.get(name, 'missing')}" for name in _VERSIONS_OF]
     report = (
         f"{datetime.datetime.now().isoformat(timespec='seconds')} btlm {btlm_jax.__version__}, Python "
         f"{platform.python_version()}, {platform.platform()}, {', '.join(versions)}\n"

@@ -40,6 +40,11 @@ def _require_positive(prefix: str, **values: float) -> None:
         _require(value > 0, f"{prefix}.{name}={value} must be positive")
 
 
+def _require_size(prefix: str, **values: int) -> None:
+    for name, value in values.items():
+        _require(0 < value < 2**31, f"{prefix}.{name}={value:,} must be positive and below 2**31, as ids and sizes are")
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ModelConfig:
     """Shape and numerics of the network; axis letters: L layers, D d_model, N heads, F d_ff, V vocab."""
@@ -57,11 +62,11 @@ class ModelConfig:
     loss_chunk: int  # positions of each sequence whose logits exist at one time
 
     def __post_init__(self):
-        _require_positive(
+        _require_size(
             "model", vocab_size=self.vocab_size, num_layers=self.num_layers, d_model=self.d_model,
-            num_heads=self.num_heads, d_ff=self.d_ff, layer_norm_eps=self.layer_norm_eps,
-            loss_chunk=self.loss_chunk,
+            num_heads=self.num_heads, d_ff=self.d_ff, loss_chunk=self.loss_chunk,
         )  # fmt: skip
+        _require_positive("model", layer_norm_eps=self.layer_norm_eps)
         _require(
             self.d_model % self.num_heads == 0,
             f"model.d_model={self.d_model} is not divisible by model.num_heads={self.num_heads}",
@@ -260,6 +265,10 @@ class LogConfig:
 
     def __post_init__(self):
         _require_positive("log", every_steps=self.every_steps, sample_tokens=self.sample_tokens)
+        _require(
+            not any("\ud800" <= c <= "\udfff" for c in self.sample_prompt),
+            "log.sample_prompt is not valid Unicode: it has half of a surrogate pair",
+        )
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -279,6 +288,7 @@ class TrainConfig:
     log: LogConfig
 
     def __post_init__(self):
+        _require(-(2**31) <= self.seed < 2**32, f"seed={self.seed} must be a number of 32 bits")
         table = self.curriculum.table
         self.optimizer.check_fits(table.num_tokens)
         for phase in table.phases:

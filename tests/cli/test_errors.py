@@ -1,5 +1,8 @@
 """The end of a command that fails: what the user can mend in one line; a fault of ours with its traceback in a file."""
 
+import importlib
+import os
+import pickle
 import re
 import signal
 import subprocess
@@ -13,6 +16,7 @@ from support.tiny import REPOSITORY
 
 from btlm_jax import cli, notices
 from btlm_jax.cli import DONE, ERROR, FAULT, INTERRUPTED, USAGE, errors, main, parse
+from btlm_jax.storage.files import parse_json
 
 
 def raising(error: BaseException):
@@ -85,6 +89,46 @@ def test_a_fault_is_known_by_who_raised_it():
     from btlm_jax.storage.location import list_sizes
 
     assert kind(list_sizes, "nonsense://x/y")
+
+
+def test_an_error_of_a_worker_process_is_told_as_what_it_is(monkeypatch, capsys):
+    for fault, code in ((lambda: parse_json("[", name="x"), ERROR), (lambda: int("three"), FAULT)):
+        try:
+            fault()
+        except ValueError as error:
+            notices.note_whether_named(error)
+            sent = pickle.loads(pickle.dumps(error))
+        assert run(monkeypatch, raising(sent)) == code
+    capsys.readouterr()
+
+
+def test_a_missing_package_is_named(monkeypatch, capsys):
+    assert run(monkeypatch, lambda arguments: importlib.import_module("no_such_package")) == ERROR
+    assert "the package no_such_package is missing here" in capsys.readouterr().err
+
+
+def test_a_broken_pipe_to_anything_but_the_reader_is_an_error(monkeypatch, capsys):
+    assert run(monkeypatch, raising(BrokenPipeError(32, "Broken pipe"))) == ERROR
+    assert "Broken pipe" in capsys.readouterr().err
+
+
+PRINT = r"""
+import sys
+from btlm_jax import cli
+cli.VERBS["plan"] = lambda arguments: print("a\u2502b \udcff") or 0
+sys.argv = ["btlm", "plan"]
+cli.entry()
+"""
+
+
+@pytest.mark.parametrize(
+    ("encoding", "shown"),
+    [("ascii", b"a\\u2502b \\udcff\n"), ("latin-1", b"a\\u2502b \\udcff\n"), ("utf-8", b"a\xe2\x94\x82b \\udcff\n")],
+)
+def test_output_that_is_not_utf8_shows_what_it_lacks(encoding, shown):
+    environment = {**os.environ, "PYTHONIOENCODING": encoding}
+    done = subprocess.run([sys.executable, "-c", PRINT], env=environment, capture_output=True, check=False)
+    assert (done.returncode, done.stdout, done.stderr) == (DONE, shown, b"")
 
 
 def notify(arguments):

@@ -360,8 +360,7 @@ def _of_models(folder: Path, store: Path) -> list[Target]:
 
     from btlm_jax.hub import huggingface, native
     from btlm_jax.hub.huggingface import HuggingFaceTensors
-    from btlm_jax.hub.published import read_published_config
-    from btlm_jax.hub.source import model_metadata
+    from btlm_jax.hub.published import read_published_config, tensor_shapes
 
     directory = folder / "hf"
     directory.mkdir()
@@ -371,7 +370,7 @@ def _of_models(folder: Path, store: Path) -> list[Target]:
     def config(data: bytes) -> None:
         (directory / "config.json").write_bytes(data)
         found = read_published_config(directory / "config.json")
-        model_metadata(found, dtype="float32", tokenizer=None, notes={}).network()
+        assert found.head_dim and np.isfinite(found.output_scale) and tensor_shapes(found)
 
     def tensors_in(name: str) -> Callable[[bytes], object]:
         place = folder / f"hf {name}"

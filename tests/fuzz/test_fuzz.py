@@ -14,7 +14,6 @@ PENDING = {
     "index of shards",
     "vocab.json",
     "tokenizer_config.json",
-    "raw .arrow",
     "pickled .bin",
 }
 

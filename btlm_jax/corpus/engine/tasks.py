@@ -79,12 +79,16 @@ def run_task(function: TaskFunction, task: Task, directory: Path, heartbeat: Hea
         counted["bytes"] += num_bytes
         heartbeat(num_documents, num_bytes)
 
-    stamps = [version_stamp(item.location) for item in task.inputs]
-    with local_copies(task.inputs, directory) as inputs:
-        result = function(LocalTask(index=task.index, inputs=inputs), directory, count)
-    for item, stamp in zip(task.inputs, stamps, strict=True):
-        if version_stamp(item.location) != stamp:
-            raise ValueError(f"{item.location} changed while it was read; run again when nothing writes to it")
+    try:
+        stamps = [version_stamp(item.location) for item in task.inputs]
+        with local_copies(task.inputs, directory) as inputs:
+            result = function(LocalTask(index=task.index, inputs=inputs), directory, count)
+        for item, stamp in zip(task.inputs, stamps, strict=True):
+            if version_stamp(item.location) != stamp:
+                raise ValueError(f"{item.location} changed while it was read; run again when nothing writes to it")
+    except Exception as error:
+        notices.note_whether_named(error)  # its traceback does not reach the process that reports it
+        raise
     counted["peak_bytes"] = peak_bytes()
     record = {"stamps": stamps, "sha256": [item.sha256 for item in inputs], "counted": counted, "result": result}
     write_atomically(record_path(directory, task), json.dumps(record))

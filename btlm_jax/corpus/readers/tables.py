@@ -41,8 +41,8 @@ def parquet_rows(
     with _named_errors("parquet", []):
         reader = pyarrow.parquet.ParquetFile(file)
         schema = reader.schema_arrow
-    paths = _paths(schema, columns=columns, needed=needed)
-    left_out.update(_left_out(schema, paths))
+        paths = _paths(schema, columns=columns, needed=needed)
+        left_out.update(_left_out(schema, paths))
     yield from _rows(batches, paths, kind="parquet")
 
 
@@ -62,18 +62,32 @@ def arrow_rows(
     file.seek(0)
 
     def batches(names: list[str]) -> Iterator:
-        del names  # an Arrow file is read whole
-        if not is_file:
-            yield from reader
-            return
-        for index in range(reader.num_record_batches):
-            yield reader.get_batch(index)
+        found = reader if not is_file else map(reader.get_batch, range(reader.num_record_batches))
+        for batch in found:  # an Arrow file is read whole
+            for name in names:
+                _check_offsets(batch.column(batch.schema.get_field_index(name)))
+            yield batch
 
     with _named_errors("Arrow", []):
         reader = pyarrow.ipc.open_file(file) if is_file else pyarrow.ipc.open_stream(file)
-    paths = _paths(reader.schema, columns=columns, needed=needed)
-    left_out.update(_left_out(reader.schema, paths))
+        paths = _paths(reader.schema, columns=columns, needed=needed)
+        left_out.update(_left_out(reader.schema, paths))
     yield from _rows(batches, paths, kind="Arrow")
+
+
+def _check_offsets(column: Any) -> None:
+    """Check where an Arrow file says that each value is: reading elsewhere would crash the process.
+
+    Raises:
+      pyarrow.ArrowException: it is damaged.
+    """
+    import pyarrow
+
+    bytes_of = {pyarrow.string(): pyarrow.binary(), pyarrow.large_string(): pyarrow.large_binary()}
+    column.validate()
+    if column.type in bytes_of:  # text that is not UTF-8 costs its row only
+        column = column.view(bytes_of[column.type])
+    column.validate(full=True)
 
 
 def _paths(schema: Any, *, columns: Sequence[str], needed: str) -> dict[str, list[str]]:
@@ -154,9 +168,10 @@ def _named_errors(kind: str, number: list[int]) -> Iterator[None]:
 
     try:
         yield
-    except (pyarrow.ArrowException, OSError) as error:
+    except (pyarrow.ArrowException, OSError, UnicodeDecodeError, MemoryError) as error:
         place = f" after row {number[0]:,}" if number else ""
-        raise BadFileError(f"{kind} is damaged{place}: {error}") from error
+        reason = str(error) or "it asks for more memory than there is"
+        raise BadFileError(f"{kind} is damaged{place}: {reason}") from error
 
 
 def tfds_rows(path: Path) -> Iterator[dict | ValueError]:
