@@ -56,8 +56,8 @@ examples:  btlm corpus tokenizer --input=corpus/split --output=corpus/tokenizer 
            btlm corpus tokenizer --input=corpus/split --output=corpus/tokenizer --kind=byte_level_bpe --vocab_size=50257
 
 sentencepiece: byte pairs with byte fallback and no normalisation. byte_level_bpe: as GPT-2's, its pattern of words and
-its end-of-text token, which becomes the last id; it encodes several times faster, through tiktoken. Both learn from the
-first 16 MB of the shuffled training documents, and the same documents give the same bytes.
+its end-of-text token, which becomes the last id; it encodes several times faster, through tiktoken. Both learn from
+16 MB of training documents, shares of up to 64 files at even distances; the same documents give the same bytes.
 """
 
 TOKENIZE_HELP = """btlm corpus tokenize: encode the documents of btlm corpus split and pack them into a token store.

@@ -45,43 +45,44 @@ class FastGpt2Tokenizer:
 
         tiktoken's regular expressions give up on a million spaces in a row, so a long run of characters of one class is
         encoded in overlapping parts. A sequence of tokens is what BPE makes of its text if and only if every two
-        neighbours are what it makes of theirs (https://github.com/github/rust-gems, crates/bpe), so two parts are
-        joined at a boundary between tokens of both, if the tokens beside it are such neighbours.
+        neighbours are what it makes of theirs (https://github.com/github/rust-gems, crates/bpe). So a part begins at a
+        boundary between tokens of the part before, and is joined to it where both have a boundary between such
+        neighbours.
         """
-        ids: list[int] = []
-        part, start = [], 0
+        ids, part, start, stop = [], [], 0, 0  # `part` are the ids of what ends at `stop`, from the last joint on
         for begin, end in long_runs(text, MAX_RUN):
             for cut in range(begin + MAX_RUN, end - OVERLAP, MAX_RUN):
-                part = self._join(ids, part, text[start : cut + OVERLAP], overlap=text[start : start + OVERLAP])
-                start = cut
-        return ids + self._join(ids, part, text[start:], overlap=text[start : start + OVERLAP])
+                part = self._join(ids, part, text[start : cut + OVERLAP], num_bytes=len(text[start:stop].encode()))
+                start, stop = cut + self._first_boundary(part, text[cut : cut + OVERLAP]), cut + OVERLAP
+        return ids + self._join(ids, part, text[start:], num_bytes=len(text[start:stop].encode()))
 
-    def _join(self, ids: list[int], part: list[int], text: str, *, overlap: str) -> list[int]:
-        """Append to `ids` those of `part` up to a boundary in `overlap`; return those of `text` from there on.
+    def _first_boundary(self, part: list[int], end: str) -> int:
+        """Return the first place in `end`, with which the text of `part` ends, at which a token of `part` begins."""
+        data = end.encode()
+        places = len(data) - np.cumsum(self._num_bytes[part[: -len(data) - 1 : -1]])
+        is_character = (np.frombuffer(data, np.uint8) & 0xC0) != 0x80
+        return len(data[: min(place for place in places if place >= 0 and is_character[place])].decode())
 
-        `part` has the ids of what ends with `overlap`, and `text` begins with that.
+    def _join(self, ids: list[int], part: list[int], text: str, *, num_bytes: int) -> list[int]:
+        """Append to `ids` those of `part` up to a joint in its last `num_bytes`, with which `text` begins.
+
+        Returns the ids of `text` from there on.
         """
         own = self._encoding.encode_ordinary(text)
         if not part:
             return own
-        num_bytes = len(overlap.encode())
-        own_ends = np.cumsum(self._num_bytes[own])
-        part_ends = num_bytes - np.append(np.cumsum(self._num_bytes[part][:0:-1])[::-1], 0)
-        for end in np.intersect1d(own_ends, part_ends)[::-1]:
-            if not 0 < end <= num_bytes:
-                continue
-            num_before, num_own = (int(np.searchsorted(ends, end)) + 1 for ends in (part_ends, own_ends))
+        own_ends = np.append(0, np.cumsum(self._num_bytes[own[:num_bytes]]))
+        last = part[-num_bytes - 1 :]  # every token has a byte
+        part_ends = num_bytes - np.append(np.cumsum(self._num_bytes[last][:0:-1])[::-1], 0)
+        for end in np.intersect1d(own_ends, part_ends):
+            num_before = len(part) - len(last) + int(np.searchsorted(part_ends, end)) + 1
+            num_own = int(np.searchsorted(own_ends, end))
             neighbours = [part[num_before - 1], *own[num_own : num_own + 1]]
-            if self._encoding.encode_ordinary(self._encoding.decode(neighbours)) == neighbours:
+            # The public methods take text, and one token need not be whole characters.
+            if self._encoding._encode_single_piece(self._encoding.decode_bytes(neighbours)) == neighbours:
                 ids += part[:num_before]
                 return own[num_own:]
-        raise ValueError(
-            f"more than {MAX_RUN:,} characters without the end of a word cannot be encoded; they begin {overlap[:40]!r}"
-        )
-
-    def encode_exactly(self, text: str) -> list[int]:
-        """Return the ids of a text."""
-        return self.encode(text)
+        raise ValueError(f"more than {MAX_RUN:,} characters in a row cannot be encoded; they begin {text[:40]!r}")
 
     def encode_prompt(self, text: str) -> list[int]:
         """Return the ids of a text in which the name of a special token stands for its id."""

@@ -2,9 +2,11 @@
 
 import json
 import os
+import random
 import re
 import subprocess
 import sys
+import time
 from unittest import mock
 
 import numpy as np
@@ -20,7 +22,8 @@ from btlm_jax.corpus.near_duplicates.normalize import normalized, normalized_pie
 from btlm_jax.corpus.readers import records
 from btlm_jax.corpus.readers.records import Record
 from btlm_jax.corpus.stages.evaluation_text import RULES, run_hashes
-from btlm_jax.tokenizers.byte_level import ByteLevelTokenizer, train_byte_level
+from btlm_jax.tokenizers import gpt2
+from btlm_jax.tokenizers.byte_level import ByteLevelTokenizer, long_runs, train_byte_level
 from btlm_jax.tokenizers.gpt2 import fastest_tokenizer
 from btlm_jax.tokenizers.sentencepiece_bpe import SentencePieceTokenizer, train_sentencepiece
 from btlm_jax.tokenizers.tokenizer import split_for_encoding
@@ -96,7 +99,7 @@ JAPANESE = "漢字かな交じり文は単語の間に空白を置かないの�
 
 
 @pytest.mark.parametrize("rule", RULES)
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=25, deadline=None)
 @given(text=TEXT, size=st.integers(1, 9))
 def test_runs_of_words_do_not_depend_on_the_pieces(rule, text, size):
     text = text.replace("Σ", "").replace("İ", "")  # whose lower case depends on their neighbours
@@ -110,6 +113,60 @@ def test_runs_of_words_do_not_depend_on_the_pieces(rule, text, size):
 def test_sizes_are_those_of_utf8(text):
     with mock.patch.object(records, "_PIECE_CHARACTERS", 3):
         assert Record(id="", source="", text=text, meta={}).num_bytes == len(text.encode())
+
+
+RUNS = ["=" * 64, " " * 200, "\n" * 50, "ACGT" * 9, "漢字" * 20, "0123456789" * 5] * 30
+RUN_TOKENIZER = fastest_tokenizer(
+    ByteLevelTokenizer(train_byte_level([*TEXTS, *RUNS], vocab_size=640), eos_id=639)
+)  # whose longest tokens have many characters
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    alphabet=st.sampled_from(["a", " ", " \n\t\u3000", "ACGT", "0123456789", "=-.", "漢字かな", "é\u0301漢", "a漢"]),
+    seed=st.integers(0, 1 << 30),
+    length=st.integers(700, 2500),
+    around=st.tuples(st.sampled_from(["", "a ", " ", "x"]), st.sampled_from(["", "b", " b", "\n"])),
+)
+def test_the_ids_of_a_long_run_are_those_of_the_whole(alphabet, seed, length, around):
+    text = around[0] + "".join(random.Random(seed).choices(alphabet, k=length)) + around[1]
+    whole = RUN_TOKENIZER.encode(text)  # below MAX_RUN
+    with mock.patch.multiple(gpt2, MAX_RUN=300, OVERLAP=280):
+        assert RUN_TOKENIZER.encode(text) == whole == RUN_TOKENIZER.encode_batch([text], num_threads=2)[0]
+    assert RUN_TOKENIZER.decode(whole) == text
+
+
+def test_a_million_spaces_or_letters_come_back():
+    """A run on which tiktoken's regular expressions give up; each in ids that the tokenizers library gives too."""
+    for text in ("v" + " " * 1_000_000 + "w", "a" * 400_000 + "\n" * 350_001):
+        ids = RUN_TOKENIZER.encode(text)
+        assert RUN_TOKENIZER.decode(ids) == text
+        assert len(set(ids)) < 12  # equal characters give equal tokens, but for the ends
+    with mock.patch.object(gpt2, "OVERLAP", 2), pytest.raises(ValueError, match="characters in a row cannot be encod"):
+        RUN_TOKENIZER.encode("x" + " " * 250_001 + "y")
+
+
+@given(
+    st.lists(st.tuples(st.sampled_from("aé漢 \n1!="), st.integers(1, 30)), max_size=12),
+    st.integers(4, 20),
+)
+def test_long_runs_are_those_of_one_class(runs, length):
+    text = "".join(character * count for character, count in runs)
+    kinds = "".join("L" if c in "aé漢" else " " if c in " \n" else "N" if c == "1" else "!" for c in text)
+    expected = [match.span() for match in re.finditer(r"(.)\1*", kinds, re.DOTALL) if len(match[0]) > length]
+    assert list(long_runs(text, length)) == expected
+
+
+def test_training_ends_on_a_long_word_and_learns_the_same_of_others():
+    """A hundred thousand letters in a row took the library hours; words that are not long are as they were."""
+    unpunctuated = "".join(random.Random(1).choices([chr(code) for code in range(0x4E00, 0x5000)], k=100_000))
+    began = time.process_time()
+    contents = train_byte_level([*TEXTS, unpunctuated, " " * 100_000], vocab_size=900)
+    assert time.process_time() - began < 30
+    assert ByteLevelTokenizer(contents, eos_id=899).decode([*range(256)])
+    with mock.patch("btlm_jax.tokenizers.byte_level.MAX_TRAINED_WORD", 10_000):
+        whole = train_byte_level([*TEXTS, *RUNS], vocab_size=640)
+    assert whole == RUN_TOKENIZER.contents
 
 
 MEASURED = """

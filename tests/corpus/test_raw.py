@@ -3,13 +3,14 @@
 import dataclasses
 import gzip
 import json
+from collections import Counter
 
 import pyarrow
 import pyarrow.parquet
 import pytest
 import zstandard
 
-from btlm_jax.corpus.readers.raw import BadFileError, Defect, read_raw
+from btlm_jax.corpus.readers.raw import BadFileError, Defect, Keys, read_raw
 from btlm_jax.corpus.readers.records import Record, RecordWriter, read_records, record_to_line
 
 BODIES = [
@@ -179,3 +180,61 @@ def test_our_files_have_frames_and_checksums_and_a_cut_one_is_refused(tmp_path):
         writer.add(records[0])
         raise KeyError
     assert [path.name for path in tmp_path.iterdir()] == ["a.jsonl.zst"]
+
+
+def test_values_that_cannot_be_kept_are_changed_the_same_way_everywhere_and_counted(tmp_path):
+    """What is written is read again by every later stage, whatever stood beside what."""
+    lines = [
+        b'{"text": "a", "n": 123456789012345678901234567890, "score": NaN}',
+        b'{"text": "b", "n": -9223372036854775809, "deep": {"x": [18446744073709551616, -Infinity]}}',
+        b'{"text": "c \\ud800", "n": 18446744073709551615, "id": 99999999999999999999}',
+        b'{"text": "20 digits: 12345678901234567890", "n": -9223372036854775808, "x": 1.5e300}',
+        b'{"text": "d", "x": Infinity}',
+    ]
+    path = write(tmp_path, "a.jsonl", b"\n".join(lines))
+    repairs = Counter()
+    records = list(read_raw(path, name="a.jsonl", default_source="mine", repairs=repairs))
+    assert [record.meta for record in records] == [
+        {"n": "123456789012345678901234567890", "score": None},
+        {"n": "-9223372036854775809", "deep": {"x": ["18446744073709551616", None]}},
+        {"n": 18446744073709551615},
+        {"n": -9223372036854775808, "x": 1.5e300},
+        {"x": None},
+    ]
+    assert records[2].text == "c \ufffd" and records[2].id == "99999999999999999999"
+    assert records[3].text == "20 digits: 12345678901234567890"
+    assert repairs == {
+        "NaN and infinities became null": 3,
+        "integers over 64 bits became text": 3,
+        "lone surrogates became U+FFFD": 1,
+    }
+    for _ in range(2):  # stage after stage
+        with RecordWriter(tmp_path / "out.jsonl.zst", frame_bytes=1000) as writer:
+            for record in records:
+                writer.add(record)
+        again = list(read_records(tmp_path / "out.jsonl.zst"))
+        assert [record.text for record in again] == [record.text for record in records]
+        assert [record.meta["n"] for record in again[:4]] == [record.meta["n"] for record in records[:4]]
+        records = again
+
+
+def test_keys_can_be_named(tmp_path):
+    body = {
+        "content": "words",
+        "text": 5,
+        "info": {"name": "n1", "from": {"site": "S"}},
+        "a.b": "dotted",
+        "source": "T",
+    }
+    path = write(tmp_path, "a.jsonl", json.dumps(body).encode())
+
+    def read_with(**keys) -> list:
+        return list(read_raw(path, name="a.jsonl", default_source="mine", keys=Keys(**keys)))
+
+    (record,) = read_with(text="content", id="info.name", source="info.from.site")
+    assert (record.text, record.id, record.source) == ("words", "n1", "S")
+    (record,) = read_with(text="a.b", source="nothing")
+    assert (record.text, record.id, record.source) == ("dotted", "a.jsonl:1", "mine")
+    assert read_with()[0].reason == "text is int"
+    path.write_text('{"content": "words"}')
+    assert read_with()[0].reason == "there is no text; --text_key names another key, such as content"

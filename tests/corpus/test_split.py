@@ -1,6 +1,8 @@
 """Splitting: every document on one side, nothing of the held-out or evaluation text in train, by hashes alone."""
 
 import json
+import os
+import resource
 from collections import Counter
 
 import numpy as np
@@ -175,3 +177,39 @@ def test_documents_of_one_id_are_all_kept(tmp_path):
     assert set(train.values()) == {2}
     heldout = [record.text for name in ("validation", "test") for record in found[name]]
     assert sorted([*train, *heldout]) == sorted(TEXTS)
+
+
+def test_a_shared_id_does_not_decide_for_all(tmp_path):
+    """A fractional weight takes its share, whether ids are empty, all the same, or a few."""
+    (tmp_path / "raw").mkdir()
+    texts = [made_up_text(seed=seed, num_words=60) for seed in range(300)]
+    rows = [json.dumps({"id": ["", "train"][seed % 2], "source": "A", "text": text}) for seed, text in enumerate(texts)]
+    (tmp_path / "raw" / "all.jsonl").write_text("\n".join(rows))
+    assert (
+        main(["corpus", "clean", f"--input={tmp_path / 'raw'}", f"--output={tmp_path / 'clean'}", "--workers=1"]) == 0
+    )
+    assert run_split(tmp_path, "half", "--weight=A=0.5") == run_split(tmp_path, "more", "--weight=A=1.5") == 0
+    half, more = (Counter(texts_of(tmp_path / name, "train")) for name in ("half", "more"))
+    assert 95 < len(half) < 160 and set(half.values()) == {1}
+    assert set(more.values()) == {1, 2} and {text for text, count in more.items() if count == 2} == set(half)
+
+
+def test_as_many_sources_as_documents_need_few_open_files(tmp_path, capsys, monkeypatch):
+    (tmp_path / "raw").mkdir()
+    rows = [json.dumps({"source": f"https://site/{seed}", "text": text}) for seed, text in enumerate(TEXTS[:120])]
+    (tmp_path / "raw" / "all.jsonl").write_text("\n".join(rows))
+    assert (
+        main(["corpus", "clean", f"--input={tmp_path / 'raw'}", f"--output={tmp_path / 'clean'}", "--workers=1"]) == 0
+    )
+    monkeypatch.setattr(splitting, "MANY_SOURCES", 100)
+    num_open = len(os.listdir("/proc/self/fd"))
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (num_open + 20, hard))
+    try:
+        assert run_split(tmp_path, "split", "--validation=0.3", "--test=0.3") == 0
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+    found = documents(tmp_path / "split")
+    assert sorted(record.text for records in found.values() for record in records) == sorted(TEXTS[:120])
+    assert len(found["test"]) > 20
+    assert "has 120 sources" in capsys.readouterr().err

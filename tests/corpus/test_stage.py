@@ -7,11 +7,16 @@ import re
 import signal
 
 import pytest
+from support.corpus_files import made_up_text, write_raw
 
+from btlm_jax.cli import main
 from btlm_jax.corpus.engine.inputs import TASK_BYTES, make_tasks, raw_inputs, read_stage
+from btlm_jax.corpus.engine.progress import Progress
 from btlm_jax.corpus.engine.stage import Stage, run_stage
 from btlm_jax.corpus.engine.tasks import Input, Task
 from btlm_jax.corpus.engine.workers import LocalWorkers
+from btlm_jax.corpus.readers.records import read_records
+from btlm_jax.storage.files import AtomicFile
 
 TASKS = [Task(index=index, inputs=(), weight=1) for index in range(4)]
 
@@ -119,3 +124,61 @@ def test_raw_files_are_found_by_suffix_in_the_order_of_their_names(tmp_path):
         (tmp_path / name).write_bytes(b"x")
     assert [item.name for item in raw_inputs(tmp_path)] == ["a.jsonl.zst", "b/1.txt", "b/2.jsonl"]
     assert [item.name for item in raw_inputs(tmp_path / "b" / "2.jsonl")] == ["2.jsonl"]
+
+
+@pytest.mark.parametrize("name", ["a.jsonl", "__init__.txt", "a.parquet"])
+def test_an_empty_file_may_come_first(tmp_path, name, capsys):
+    (tmp_path / "raw").mkdir()
+    (tmp_path / "raw" / name).write_bytes(b"")
+    write_raw(tmp_path / "raw" / "b.jsonl", [made_up_text(seed=1)], source="A")
+    code = main(["corpus", "clean", f"--input={tmp_path / 'raw'}", f"--output={tmp_path / 'clean'}", "--workers=1"])
+    if name.endswith(".parquet"):
+        assert code == 1 and "a.parquet cannot be used: its name ends in .parquet, but it is empty" in (
+            capsys.readouterr().err
+        )
+    else:
+        assert code == 0 and read_stage(tmp_path / "clean")["outputs"][0]["num_documents"] == 1
+    assert len(make_tasks([Input(name="", location=tmp_path, num_bytes=0, sha256="")] * 3)) == 1
+
+
+def test_a_name_that_is_not_utf8_is_escaped(tmp_path):
+    (tmp_path / "raw").mkdir()
+    (tmp_path / "raw" / "caf\udce9.txt").write_text(made_up_text(seed=1))
+    assert (
+        main(["corpus", "clean", f"--input={tmp_path / 'raw'}", f"--output={tmp_path / 'clean'}", "--workers=1"]) == 0
+    )
+    output = tmp_path / "clean" / read_stage(tmp_path / "clean")["outputs"][0]["file"]
+    assert [record.id for record in read_records(output)] == ["caf\\xe9.txt"]
+
+
+def test_the_time_left_is_known_when_it_can_be():
+    """Of two shards as large, the second goes on while its text is counted; before one is done nothing is known."""
+    progress = Progress("x", num_tasks=3, num_done=0, weights=[100, 100, 200], log=print)
+    assert progress.seconds_left(5) is None
+    progress.add(10, 500)
+    assert progress.seconds_left(5) is None  # what share of the shard that is, nobody knows
+    progress.add(10, 500)
+    progress.task_done(100, 1000)
+    assert progress.seconds_left(10) == 30
+    progress.add(10, 1000)
+    progress.add(10, 1000)  # half of the largest and the other one, none of them done
+    assert progress.seconds_left(30) == 10
+    progress.add(10, 2000)
+    assert progress.seconds_left(40) is None  # more text than was thought
+    progress.task_done(100, 1000)
+    progress.task_done(200, 3000)
+    assert progress.seconds_left(50) == 0
+    unknown = Progress("one task", num_tasks=1, num_done=0, weights=[1], log=(said := []).append)
+    unknown.add(1, 100)
+    unknown.report()
+    assert "ETA unknown" in said[0]
+
+
+def test_an_error_of_writing_names_the_file(tmp_path, monkeypatch):
+    monkeypatch.setattr(os, "fsync", lambda number: (_ for _ in ()).throw(OSError(28, "No space left on device")))
+    with (
+        pytest.raises(OSError, match=f"No space left on device: '{tmp_path / 'a'}'"),
+        AtomicFile(tmp_path / "a") as file,
+    ):
+        file.write(b"x")
+    assert not list(tmp_path.iterdir())

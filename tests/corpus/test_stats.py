@@ -136,3 +136,13 @@ def test_a_run_trains_on_the_store(corpus, tmp_path):
     heldout = store.read_manifest(corpus / "store").splits[store.HELDOUT]
     tokens = {source: counts["tokens"] for source, counts in evaluated["sources"].items()}
     assert tokens == {source: part.num_tokens for source, part in heldout.sources.items()}
+
+
+@pytest.mark.parametrize("stage", ["tokenizer", "dedup/work/pairs", "split/work/assign", "store/work/tokens"])
+def test_stages_without_documents_are_described_and_verified(corpus, stage, capsys):
+    assert main(["corpus", "stats", f"--input={corpus / stage}"]) == 0
+    said = capsys.readouterr().out
+    assert ("files" in said) and (stage != "tokenizer" or "tokenizer.model" in said)
+    assert main(["corpus", "verify", f"--store={corpus / stage}"]) == 0
+    assert main(["corpus", "show", f"--input={corpus / stage}", "--number=0"]) in (0, 1)
+    assert "fault" not in capsys.readouterr().err

@@ -1,10 +1,12 @@
 """Datasets of other libraries on disk: every row once, none of a file that is not part of the dataset."""
 
 import json
+from collections import Counter
 
 import numpy as np
 import pyarrow
 import pyarrow.ipc
+import pyarrow.parquet
 import pytest
 import tensorflow_datasets as tfds
 from array_record.python.array_record_module import ArrayRecordWriter
@@ -12,7 +14,7 @@ from support.corpus_files import made_up_text
 
 from btlm_jax.cli import main
 from btlm_jax.corpus.engine.inputs import read_stage
-from btlm_jax.corpus.readers.raw import BadFileError, read_raw
+from btlm_jax.corpus.readers.raw import BadFileError, Keys, read_raw
 from btlm_jax.corpus.readers.records import read_records
 
 ROWS = [{"text": made_up_text(seed=seed), "source": "AB"[seed % 2], "stars": seed} for seed in range(30)]
@@ -113,3 +115,59 @@ def test_a_tfds_dataset_gives_what_tfds_reads(tfds_folder, tmp_path, capsys):
                 default_source="x",
             )
         )
+
+
+T = [made_up_text(seed=seed) for seed in range(6)]
+BAD_UTF8 = pyarrow.array([text.encode() for text in T[:5]] + [b"\xff\xfe bad"], pyarrow.binary()).view(pyarrow.string())
+OTHERS = {
+    "date past 9999": pyarrow.array([1] * 5 + [10**7], pyarrow.int32()).cast(pyarrow.date32()),
+    "timestamp past 9999": pyarrow.array([1] * 5 + [2**62], pyarrow.timestamp("us")),
+    "nanoseconds": pyarrow.array([1577836800000000001] * 6, pyarrow.timestamp("ns")),
+    "duration": pyarrow.array([1] * 5 + [2**62], pyarrow.duration("us")),
+    "zone": pyarrow.array([1] * 6, pyarrow.timestamp("us", tz="Mars/Base")),
+    "not UTF-8": BAD_UTF8,
+    "map": pyarrow.array([[("a", "b")]] * 6, pyarrow.map_(pyarrow.string(), pyarrow.string())),
+}
+
+
+def write_table(path, columns: dict, kind: str) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    table = pyarrow.table(columns)
+    if kind == "parquet":
+        pyarrow.parquet.write_table(table, path, row_group_size=4)
+    else:
+        with pyarrow.OSFile(str(path), "wb") as file, pyarrow.ipc.new_file(file, table.schema) as writer:
+            writer.write_table(table)
+
+
+@pytest.mark.parametrize("kind", ["parquet", "arrow"])
+def test_columns_that_are_not_needed_cannot_harm(tmp_path, kind):
+    names = pyarrow.array([{"redpajama_set_name": "Z", "when": None}] * 6)
+    write_table(tmp_path / f"a.{kind}", {"text": T, **OTHERS, "meta": names, "id": list(range(6))}, kind)
+    repairs = Counter()
+    found = list(read_raw(tmp_path / f"a.{kind}", name=f"a.{kind}", default_source="x", repairs=repairs))
+    assert [(record.text, record.source, record.id) for record in found] == [
+        (text, "Z", str(number)) for number, text in enumerate(T)
+    ]
+    assert repairs == {f"tables without their column {name}": 1 for name in OTHERS}
+
+
+@pytest.mark.parametrize("kind", ["parquet", "arrow"])
+def test_a_bad_text_costs_its_row_and_errors_name_file_and_column(tmp_path, kind, capsys):
+    path = tmp_path / f"a.{kind}"
+    write_table(path, {"text": BAD_UTF8, "source": OTHERS["date past 9999"]}, kind)
+    found = list(read_raw(path, name=path.name, default_source="x", keys=Keys(source="none")))
+    assert [record.text for record in found[:5]] == T[:5]
+    assert (found[5].line, found[5].reason) == (6, "text is not UTF-8: byte 0xff at 0")
+    found = list(read_raw(path, name=path.name, default_source="x"))
+    assert "source has a value that cannot be read" in found[5].reason or "text is not UTF-8" in found[5].reason
+    write_table(tmp_path / "raw" / path.name, {"content": pyarrow.array(T), "n": list(range(6))}, kind)
+    assert clean(tmp_path) == 1
+    said = capsys.readouterr().err
+    assert f"{path.name} cannot be used: it has no column text but content, n; --text_key names" in said
+    flags = [f"--input={tmp_path / 'raw'}", f"--output={tmp_path / 'other'}", "--text_key=content", "--workers=1"]
+    assert main(["corpus", "clean", *flags]) == 0
+    table = pyarrow.Table.from_arrays([pyarrow.array(T), pyarrow.array(["x"] * 6)], names=["text", "text"])
+    pyarrow.parquet.write_table(table, path)
+    with pytest.raises(BadFileError, match="it has 2 columns of the name text"):
+        list(read_raw(path, name="a.parquet", default_source="x"))

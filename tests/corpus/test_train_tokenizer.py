@@ -2,8 +2,12 @@
 
 import hashlib
 import os
+import random
+import signal
 import subprocess
 import sys
+import time
+from pathlib import Path
 
 import pytest
 import tokenizers
@@ -15,8 +19,12 @@ from support.tiny_tokenizers import ANY_TEXT, EOS, NASTY, TEXTS
 from btlm_jax.cli import main
 from btlm_jax.convert.tokenizer_files import write_tokenizer_files
 from btlm_jax.corpus.engine.inputs import read_stage
+from btlm_jax.corpus.engine.tasks import LocalInput, LocalTask
+from btlm_jax.corpus.readers.records import Record, ShardWriter
+from btlm_jax.corpus.stages import train_tokenizer
 from btlm_jax.data import store
 from btlm_jax.data.verify import verify
+from btlm_jax.tokenizers import train_in_process
 from btlm_jax.tokenizers.byte_level import ByteLevelTokenizer, train_byte_level
 from btlm_jax.tokenizers.detokenize import Detokenizer
 from btlm_jax.tokenizers.gpt2 import FastGpt2Tokenizer, fastest_tokenizer
@@ -119,3 +127,58 @@ def test_the_stage_trains_it_and_the_next_one_takes_it(tmp_path, capsys):
     capsys.readouterr()
     assert run("tokenizer", "split", "other", "--kind=unigram") == 2
     assert "--kind=unigram is not known; it may be sentencepiece or byte_level_bpe" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("kind", ["sentencepiece", "byte_level_bpe"])
+def test_ctrl_c_ends_a_training(tmp_path, kind):
+    """In the middle of the library's work, which does not look at signals."""
+    texts = "".join(random.Random(1).choices([chr(code) for code in range(0x4E00, 0x9FA5)], k=1_500_000))
+    code = (
+        "import sys; from btlm_jax.tokenizers import train_in_process as t; text = sys.stdin.read();"
+        "print('begins', flush=True); t(sys.argv[1], [text], vocab_size=25_000)"
+    )
+    with subprocess.Popen(
+        [sys.executable, "-c", code, kind],
+        stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+        env=os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)},
+    ) as process:  # fmt: skip
+        process.stdin.write(texts.encode())
+        process.stdin.close()
+        assert process.stdout.readline() == b"begins\n"
+        child = wait_for_child(process.pid)
+        time.sleep(1.5)  # it has its libraries and its text
+        process.send_signal(signal.SIGINT)
+        assert process.wait(timeout=20) != 0
+        assert b"KeyboardInterrupt" in process.stderr.read()
+    assert not (Path("/proc") / str(child)).exists()
+
+
+def wait_for_child(parent: int) -> int:
+    while True:
+        for children in Path(f"/proc/{parent}/task").glob("*/children"):
+            if numbers := children.read_text().split():
+                return int(numbers[0])
+        time.sleep(0.05)
+
+
+def test_the_training_text_is_spread_over_the_files(tmp_path, monkeypatch):
+    monkeypatch.setattr("btlm_jax.corpus.stages.train_tokenizer.TOKENIZER_BYTES", 6_000)
+    monkeypatch.setattr("btlm_jax.corpus.stages.train_tokenizer.MAX_FILES", 5)
+    paths = []
+    for number in range(5):
+        with ShardWriter(tmp_path, stem=f"d{number}") as writer:
+            for index in range(9 if number != 1 else 1):
+                text = made_up_text(seed=100 * number + index)
+                writer.add(Record(id=f"{number} {index}", source="A", text=text, meta={}))
+        paths.append(tmp_path / writer.outputs[0]["file"])
+    inputs = tuple(LocalInput(name=path.name, path=path, sha256="") for path in paths)
+    texts = list(train_tokenizer._texts(LocalTask(index=0, inputs=inputs), lambda documents, size: None))
+    own = [sum(text in {made_up_text(seed=100 * n + i) for i in range(9)} for text in texts) for n in range(5)]
+    assert own[1] == 1 and min(own) >= 1 and own[0] <= 3 and max(own) <= 4  # the second has only one
+    assert 6_000 < sum(map(len, texts)) < 7_500
+
+
+def test_what_the_training_process_refuses_is_an_error_here():
+    with pytest.raises(ValueError, match="vocab_size=256 is too small for byte-level BPE"):
+        train_in_process("byte_level_bpe", TEXTS, vocab_size=256)
+    assert train_in_process("byte_level_bpe", TEXTS, vocab_size=300) == train_byte_level(TEXTS, vocab_size=300)
