@@ -84,6 +84,10 @@ class FastGpt2Tokenizer:
                 return own[num_own:]
         raise ValueError(f"more than {MAX_RUN:,} characters in a row cannot be encoded; they begin {text[:40]!r}")
 
+    def encode_exactly(self, text: str) -> list[int]:
+        """Return the ids of a text."""
+        return self.encode(text)
+
     def encode_prompt(self, text: str) -> list[int]:
         """Return the ids of a text in which the name of a special token stands for its id."""
         return self._tokenizer.encode_prompt(text)
