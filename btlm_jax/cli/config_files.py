@@ -10,8 +10,11 @@ import typing
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
+from ml_collections import ConfigDict
+
 from btlm_jax.cli import UsageError
 from btlm_jax.cli.parse import finite_number, whole_number
+from btlm_jax.storage.files import read_json_object
 
 
 def load_config(file: Path, *, argument: str, changes: Mapping[str, str]) -> dict:
@@ -22,18 +25,13 @@ def load_config(file: Path, *, argument: str, changes: Mapping[str, str]) -> dic
 
     Raises:
       UsageError: the file fails, names no config, or a change is refused.
+      ValueError: a .json file is damaged.
     """
-    from ml_collections import ConfigDict
-
     values = {key: _value(key, text) for key, text in changes.items()}
+    is_json = file.suffix == ".json"  # such as the config.json of a workdir
+    stored = read_json_object(file) if is_json else {}
     with _naming(file):
-        make = runpy.run_path(str(file)).get("get_config")
-        if not callable(make):
-            raise UsageError(f"config {file} has no function get_config")
-        made = make(argument) if argument else make()
-        if not isinstance(made, (dict, ConfigDict)):  # a FrozenConfigDict is one
-            raise UsageError(f"config {file}: get_config must return a ConfigDict, not a {type(made).__name__}")
-        config = ConfigDict(typing.cast(dict, made))
+        config = ConfigDict(stored if is_json else _run(file, argument))
     with config.ignore_type(), config.unlocked():
         for key, value in values.items():
             section, _, name = key.rpartition(".")
@@ -45,6 +43,17 @@ def load_config(file: Path, *, argument: str, changes: Mapping[str, str]) -> dic
         return config.to_dict()
 
 
+def _run(file: Path, argument: str) -> dict:
+    """Return what a config file's get_config gives."""
+    make = runpy.run_path(str(file)).get("get_config")
+    if not callable(make):
+        raise UsageError(f"config {file} has no function get_config")
+    made = make(argument) if argument else make()
+    if not isinstance(made, (dict, ConfigDict)):  # a FrozenConfigDict is one
+        raise UsageError(f"config {file}: get_config must return a ConfigDict, not a {type(made).__name__}")
+    return typing.cast(dict, made)
+
+
 @contextlib.contextmanager
 def _naming(file: Path) -> Iterator[None]:
     """Turn whatever goes wrong in a config file, which is a program, into a UsageError that names the line."""
@@ -53,11 +62,15 @@ def _naming(file: Path) -> Iterator[None]:
     except (UsageError, KeyboardInterrupt, MemoryError):
         raise
     except BaseException as error:  # sys.exit() is one of the things that may go wrong
-        lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == str(file)]
-        line = error.lineno if isinstance(error, SyntaxError) else lines[-1] if lines else None
-        text = error.msg if isinstance(error, SyntaxError) else " ".join(str(error).split())[:300]
-        where = f"{file}, line {line}" if line else str(file)
-        raise UsageError(f"config {where}: {type(error).__name__}: {text}") from error
+        raise UsageError(_fault(file, error)) from error
+
+
+def _fault(file: Path, error: BaseException) -> str:
+    """Return what is wrong with a config file, and in which line."""
+    lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == str(file)]
+    line = error.lineno if isinstance(error, SyntaxError) else lines[-1] if lines else None
+    text = error.msg if isinstance(error, SyntaxError) else " ".join(str(error).split())[:300]
+    return f"config {f'{file}, line {line}' if line else file}: {type(error).__name__}: {text}"
 
 
 def _value(key: str, text: str) -> object:

@@ -49,6 +49,8 @@ def convert(arguments: Sequence[str]) -> int:
     for name, formats in FORMATS_OF_FLAG.items():
         if flags.is_given(name) and target_format in conversion.FORMATS and target_format not in formats:
             raise UsageError(f"--{name} has no effect on --format={target_format}; it is for {' and '.join(formats)}")
+    if flags.number("max_shard_gb") > 1e9:
+        raise UsageError(f"--max_shard_gb={flags.number('max_shard_gb'):g} is larger than files can be; leave it out")
     default_padding = conversion.PAD_FFN.get(target_format, 1)
     try:
         settings = conversion.Conversion(

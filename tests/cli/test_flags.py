@@ -149,6 +149,16 @@ def test_keys_are_changed_as_their_types_read_them(tmp_path):
     }
 
 
+def test_a_config_of_json_is_read_too(tmp_path):
+    (tmp_path / "config.json").write_text('{"seed": 1, "curriculum": {"seq_len": [4, 8]}}')
+    read = load_config(tmp_path / "config.json", argument="", changes={"seed": "5"})
+    assert read == {"seed": 5, "curriculum": {"seq_len": [4, 8]}}
+    for text in ("[1]", "{", "[" * 100_000):
+        (tmp_path / "config.json").write_text(text)
+        with pytest.raises(ValueError, match="config.json (is not|must be)"):
+            load_config(tmp_path / "config.json", argument="", changes={})
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
