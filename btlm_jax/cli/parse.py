@@ -6,13 +6,17 @@ the next argument. A switch has no value: `--name` turns it on, `--no_name` off.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import difflib
 import math
 import os
+import runpy
 import sys
 import textwrap
-from collections.abc import Callable, Sequence
+import traceback
+import typing
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -195,7 +199,6 @@ class Flags:
         Raises:
           UsageError: --config is missing, or the file or a value is refused.
         """
-        from btlm_jax.cli.config_files import load_config
         from btlm_jax.recipe.config import train_config_from
 
         given = self.string("config")
@@ -309,6 +312,69 @@ def find_config(given: str) -> Path:
     name = given.removeprefix("configs/").removesuffix(".py")
     hint = did_you_mean(name, names, shown=lambda found: f"--config={found}")
     raise UsageError(f"--config={given} is neither a file nor one of {', '.join(names)} (btlm configs){hint}")
+
+
+def load_config(file: Path, *, argument: str, changes: Mapping[str, str]) -> dict:
+    """Return what the file's get_config gives, as plain dicts, with keys changed by texts.
+
+    `argument` is handed to get_config unless it is empty; `changes` maps section.key to a text. A key that others of
+    the file refer to (ml_collections' FieldReference) changes those too.
+
+    Raises:
+      UsageError: the file fails, or names no config.
+      ValueError: a change is refused, or a .json file is damaged.
+    """
+    from ml_collections import ConfigDict
+
+    from btlm_jax.recipe.config import value_from_text
+    from btlm_jax.storage.files import read_json_object
+
+    values = {key: value_from_text(key, text) for key, text in changes.items()}
+    is_json = file.suffix == ".json"  # such as the config.json of a workdir
+    stored = read_json_object(file) if is_json else {}
+    with _naming(file):
+        config = ConfigDict(stored if is_json else _run(file, argument))
+    with config.ignore_type(), config.unlocked():
+        for key, value in values.items():
+            section, _, name = key.rpartition(".")
+            target = config.get(section) if section else config
+            if not isinstance(target, ConfigDict):
+                raise UsageError(f"config {file} has no section {section}")
+            target[name] = value
+    with _naming(file):
+        return config.to_dict()
+
+
+def _run(file: Path, argument: str) -> dict:
+    """Return what a config file's get_config gives."""
+    from ml_collections import ConfigDict
+
+    make = runpy.run_path(str(file)).get("get_config")
+    if not callable(make):
+        raise UsageError(f"config {file} has no function get_config")
+    made = make(argument) if argument else make()
+    if not isinstance(made, (dict, ConfigDict)):  # a FrozenConfigDict is one
+        raise UsageError(f"config {file}: get_config must return a ConfigDict, not a {type(made).__name__}")
+    return typing.cast(dict, made)
+
+
+@contextlib.contextmanager
+def _naming(file: Path) -> Iterator[None]:
+    """Turn whatever goes wrong in a config file, which is a program, into a UsageError that names the line."""
+    try:
+        yield
+    except (UsageError, KeyboardInterrupt, MemoryError):
+        raise
+    except BaseException as error:  # sys.exit() is one of the things that may go wrong
+        raise UsageError(_fault(file, error)) from error
+
+
+def _fault(file: Path, error: BaseException) -> str:
+    """Return what is wrong with a config file, and in which line."""
+    lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == str(file)]
+    line = error.lineno if isinstance(error, SyntaxError) else lines[-1] if lines else None
+    text = error.msg if isinstance(error, SyntaxError) else " ".join(str(error).split())[:300]
+    return f"config {f'{file}, line {line}' if line else file}: {type(error).__name__}: {text}"
 
 
 def did_you_mean(given: str, allowed: Sequence[str], *, shown: Callable[[str], str] = str) -> str:

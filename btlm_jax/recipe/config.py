@@ -368,3 +368,83 @@ def _shown(value) -> str:
         return f"a number of {value.bit_length()} bits"
     text = repr(value)
     return text if len(text) <= 80 else f"{text[:77]}..."
+
+
+def value_from_text(key: str, text: str) -> object:
+    """Return the value of a key of the config, as section.key, that a text of a command line stands for.
+
+    Raises:
+      ValueError: there is no such key, or the text is no value of its type.
+    """
+    hints = config_types()
+    if key not in hints:
+        raise ValueError(_unknown_key(key, hints))
+    hint, shown = hints[key], f"--config.{key}={text[:80]}"
+    if hint is str:
+        return text
+    if hint in (int, float):
+        try:
+            value = int(text) if hint is int else float(text)
+        except ValueError:
+            raise ValueError(f"{shown} must be a {'whole number' if hint is int else 'number'}") from None
+        _require(math.isfinite(value), f"{shown} must be a finite number")
+        _require(hint is float or abs(value) < 2**63, f"{shown} is too large for a whole number of 64 bits")
+        return value
+    assert hint == tuple[int, ...], f"{key} is of a type that is not read here"
+    inner = text.strip()
+    if (inner[:1], inner[-1:]) in (("(", ")"), ("[", "]")):
+        inner = inner[1:-1]
+    parts = [part.strip() for part in inner.split(",")]
+    if parts[-1] == "":  # "(8,)"
+        parts.pop()
+    try:
+        return tuple(int(part) for part in parts)
+    except ValueError:
+        raise ValueError(f"{shown} must be whole numbers, for example --config.{key}=2048,8192") from None
+
+
+def config_types() -> dict[str, object]:
+    """Return the type of every key, as section.key."""
+    found: dict[str, object] = {}
+    for section, hint in _type_hints(TrainConfig).items():
+        if dataclasses.is_dataclass(hint):
+            found |= {f"{section}.{name}": inner for name, inner in _type_hints(hint).items()}
+        else:
+            found[section] = hint
+    return found
+
+
+def _unknown_key(key: str, hints: Mapping[str, object]) -> str:
+    sections = {name.rpartition(".")[0] for name in hints} - {""}
+    if key in sections:
+        names = ", ".join(name for name in hints if name.startswith(f"{key}."))
+        return f"--config.{key} is a section; give one of its keys: {names}"
+    if "[" in key and key.partition("[")[0] in hints:
+        return f"--config.{key}: give the whole tuple, for example --config.{key.partition('[')[0]}=2048,8192"
+    near = nearest_keys(key, list(hints))
+    hint = f"did you mean {' or '.join(near)}?" if near else "btlm train --help=config lists all"
+    return f"unknown config key {key}; {hint}"
+
+
+def nearest_keys(given: str, keys: list[str]) -> list[str]:
+    """Return the keys that were probably meant, at most three: spelled alike, abbreviated, or of another section."""
+    section, _, name = given.rpartition(".")
+    own = [key for key in keys if section and key.startswith(f"{section}.")]
+    for candidates in (own, keys):
+        names = {key: key.rpartition(".")[2] for key in candidates}
+        alike = difflib.get_close_matches(name, list(names.values()), n=2, cutoff=0.75)
+        for found in (
+            [key for key in candidates if names[key] == name],
+            [key for key in candidates if names[key] in alike],
+            [key for key in candidates if _is_short_for(name, names[key])],
+        ):
+            if found:
+                return found[:3]
+    return difflib.get_close_matches(given, keys, n=1)
+
+
+def _is_short_for(short: str, name: str) -> bool:
+    """Return whether `short` is some words of a name, or the initials of some that end it: lr, layers."""
+    words = name.split("_")
+    initials = "".join(word[0] for word in words)
+    return set(short.split("_")) <= set(words) or (len(short) > 1 and initials.endswith(short))
