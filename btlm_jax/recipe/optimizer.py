@@ -121,14 +121,15 @@ def learning_rate_at(config: OptimizerConfig, *, tokens: int, total_tokens: int)
 def decay_again(config: OptimizerConfig, *, tokens: int, total_tokens: int, more_tokens: int) -> dict[str, float]:
     """Return values of the optimizer that warm up and decay once more over `more_tokens`, from where a run stands.
 
-    The peak is half of what it was and the warm-up a tenth of the tokens: a proposal.
+    The peak is half of what it was and the warm-up a tenth of the tokens, where a decay leaves it so much: a proposal.
     """
+    decay = round(config.decay_share * more_tokens) if config.schedule == "wsd" else 0
     return {
         "schedule_begin": tokens,
         "schedule_tokens": 0,
         "initial_learning_rate": learning_rate_at(config, tokens=tokens, total_tokens=total_tokens),
         "peak_learning_rate": config.peak_learning_rate / 2,
-        "warmup_tokens": more_tokens // 10,
+        "warmup_tokens": min(more_tokens // 10, more_tokens - decay),
     }
 
 

@@ -117,7 +117,7 @@ def longer_flags(config: TrainConfig) -> tuple[str, str]:
     longer = (*curriculum.num_tokens[:-1], curriculum.num_tokens[-1] + more_tokens)
     flags = f'--config.curriculum.num_tokens="{longer}"'
     if optimizer.schedule == "constant" or optimizer.schedule_tokens:
-        return "the learning rate stays as it is", flags
+        return "its schedule stays as it is", flags
     again = decay_again(optimizer, tokens=total_tokens, total_tokens=total_tokens, more_tokens=more_tokens)
     return "the learning rate warms up and decays once more, choose its peak", f"{flags} {flags_of(again)}"
 

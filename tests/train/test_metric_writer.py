@@ -6,12 +6,13 @@ import math
 import struct
 import types
 
+import numpy as np
 import pytest
 from support.tensorboard import tensorboard_scalars
 
 from btlm_jax import notices
 from btlm_jax.recipe.curriculum import make_curriculum
-from btlm_jax.train import METRICS_FILE
+from btlm_jax.train import METRICS_FILE, loop
 from btlm_jax.train.metric_writer import EvaluationWork, GoodputLedger, MetricWriter, read_metrics, remaining_seconds
 
 # 4 steps of 12 x 16 and 5 steps of 4 x 48, 192 tokens each; a token costs 1e6 and 3e6 FLOP.
@@ -358,3 +359,22 @@ def test_a_second_process_writes_nothing(tmp_path, capsys):
         run.writer.setting_changed(1, key="seed", old=1, new=2)
     assert list(tmp_path.iterdir()) == []
     assert capsys.readouterr().out == ""
+
+
+def test_a_step_without_targets_is_no_bad_number(tmp_path):
+    """It is a line with the loss nan, an event, and a notice; a loss that is nan with targets still ends the run."""
+    notices.begin(strict=())
+    run = FakeRun(tmp_path)
+    values = {"loss": np.float32(0), "weight": np.float32(0), "grad_norm": np.float32(0)}
+    with run.writer:
+        run.step(1)
+        run.spend("step", 2.0)
+        loop._record(run.writer, 2, 0.005, values)
+        with pytest.raises(loop.BadNumbersError, match="step 3: loss=nan"):
+            loop._record(run.writer, 3, 0.005, {**values, "weight": np.float32(5), "loss": np.float32(np.nan)})
+    _, empty, bad = rows_of(tmp_path, "train")
+    assert (empty["step"], empty["weight"]) == (2, 0) and math.isnan(empty["loss"]) and math.isnan(bad["loss"])
+    (event,) = rows_of(tmp_path, "event")
+    assert event["step"] == 2 and "no update: the batch has no targets" in event["message"]
+    assert notices.counts() == {"no-targets": 1}
+    notices.begin(strict=())
