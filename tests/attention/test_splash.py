@@ -24,6 +24,7 @@ from support.attention import (
 )
 from support.tpu import needs_libtpu
 
+from btlm_jax.attention import attend
 from btlm_jax.attention.alibi import alibi_slopes
 from btlm_jax.attention.alibi_lanes import MAX_LENGTH, NUM_LANES, alibi_lanes, bfloat16_parts
 from btlm_jax.attention.splash import MAX_BLOCK, block_size
@@ -48,6 +49,22 @@ def test_output_and_gradients_match_float64(B, T, N, H, scaling):
     allowed = FLOAT32_ERROR + slopes_N.max() * T * 2.0**-24
     for name, error in zip(NAMES, errors(results, oracle(*inputs, slopes_N, scale=3 / H)), strict=True):
         assert error < allowed, name
+
+
+def test_scores_have_the_exact_scale_in_bfloat16():
+    """1/80 in bfloat16 is 0.1 % too large. Scores of one key are read back from its weight, on average over queries."""
+    B, T, N, H = 1, 128, 2, 80
+    rng = np.random.default_rng(7)
+    q = rng.normal(size=(B, T, N, H)).astype(jnp.bfloat16)
+    signs = np.sign(rng.normal(size=(1, 1, N, H)))
+    q = np.abs(q) * signs.astype(jnp.bfloat16)
+    k, v = (np.zeros((B, T, N, H), jnp.bfloat16) for _ in "kv")
+    k[:, 0], v[:, 0] = 6 * signs[:, 0], 1  # scores of about 4.8, as much weight as 120 keys of score 0
+    o = attend(*map(jnp.asarray, (q, k, v)), np.zeros(N, np.float32), scale=1 / H, implementation="splash")
+    share_TN = np.asarray(o, np.float64).mean(-1)[0, 64:]
+    found = np.log(share_TN / (1 - share_TN)) + np.log(np.arange(64, T))[:, None]
+    exact = np.einsum("TNH,NH->TN", q[0, 64:].astype(np.float64), k[0, 0].astype(np.float64)) / H
+    assert abs(found.sum() / exact.sum() - 1) < 3e-4
 
 
 @pytest.mark.slow
