@@ -76,7 +76,7 @@ def _schedule(optimizer: OptimizerConfig, curriculum: CurriculumConfig) -> Itera
         stretches.append(f"{shape} to {optimizer.end_learning_rate:g} in {_steps(parts.decay, table)}{share}")
     begin = f" from {optimizer.schedule_begin:,} tokens on" if optimizer.schedule_begin else ""
     last = rate(table.num_steps)
-    yield f"Schedule {optimizer.schedule}{begin}: {', then '.join(stretches)}; {last:.5g} in the last step"
+    yield f"Schedule {optimizer.schedule}{begin}: {', then '.join(stretches)}; {last:.5g} at the end"
     for phase in table.phases[1:]:
         if table.tokens_seen(phase.first_step + 1) <= optimizer.schedule_begin:
             continue
