@@ -37,6 +37,7 @@ def published_shape(*, n_embd: int, n_layer: int, n_head: int, n_inner: int) -> 
         mup_width_scale=_BASE_WIDTH / n_embd,
         mup_scale_qk_dot_by_d=True,
         alibi_scaling=1.0,
+        alibi_train_len=0,
         bos_token_id=50256,
         eos_token_id=50256,
     )
@@ -82,6 +83,8 @@ def write_random_model(directory: Path, *, shape: str, dtype: str) -> None:
         dtype=dtype,
         max_shard_bytes=MAX_SHARD_BYTES,
         notes={},
+        generation_config={},
+        pad_token_id=None,
         report=lambda name: None,
     )
     partial.rename(directory)

@@ -13,6 +13,11 @@ import sys
 from collections.abc import Callable, Collection
 
 NAMES = {
+    "changed-since-export": "a file is not as it was when btlm convert wrote it beside these weights",
+    "config-keys-dropped": "a config.json has keys that no form here keeps",
+    "eos-contradicts": "files of a model name different end-of-text ids",
+    "files-not-converted": "a model's directory has files that are not carried over",
+    "index-contradicts": "an index of shards is wrong about where tensors are",
     "kernels-not-compiled": "C++ kernels cannot be compiled here; slower code computes the same",
     "kernels-not-kept": "the user's cache cannot be written, so C++ kernels are compiled at every start",
     "kernels-ignored": "kernels that were built ahead do not fit this installation",
@@ -40,6 +45,8 @@ NAMES = {
     "evaluation-unusable": "evaluation texts cannot be looked for",
     "many-sources": "a corpus has so many sources that they may be no such",
     "tokenizer-lossy": "a tokenizer does not give every text back, as --allow_lossy permits",
+    "tokenizer-preferred": "a directory has files of several tokenizers; one is read, as transformers does",
+    "weights-preferred": "a directory has several files of weights; one is read, as transformers does",
 }
 LINES_OF_ONE_NAME = 5  # further notices of the name are counted only
 

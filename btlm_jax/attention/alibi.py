@@ -48,6 +48,17 @@ def alibi_slopes(num_heads: int, *, scaling: float) -> np.ndarray:
     return (np.asarray(slopes, np.float64) / scaling).astype(np.float32)
 
 
+def dynamic_factor(num_keys, train_len: int, *, xp: types.ModuleType):
+    """Return what slopes are divided by for so many keys, float32: num_keys / train_len, but at least 1; 1 for 0.
+
+    That is the published code's `{"type": "linear", "train_seq_len": train_len}`: one factor for all queries of a call,
+    from the keys that there are at its end. So a whole forward pass and decoding over a cache differ beyond train_len.
+    """
+    if train_len == 0:
+        return xp.ones_like(num_keys, dtype=xp.float32)
+    return xp.maximum(xp.asarray(num_keys, xp.float32) / xp.float32(train_len), xp.float32(1))
+
+
 def _power_of_two_slopes(n: int) -> list[float]:
     return [2.0 ** (-8.0 * k / n) for k in range(1, n + 1)]
 

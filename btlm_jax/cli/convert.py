@@ -31,6 +31,8 @@ FORMATS_OF_FLAG = {
     "max_shard_gb": ("hf", "jais"),
     "pad_ffn": ("hf", "jais", "gguf"),
     "file_type": ("gguf",),
+    "context_length": ("gguf",),
+    "name": ("gguf",),
     "method": ("int4",),
     "calibration": ("int4",),
 }
@@ -60,7 +62,9 @@ def convert(arguments: Sequence[str]) -> int:
             dtype=flags.string("dtype"),
             file_type=flags.string("file_type"),
             pad_ffn=flags.integer("pad_ffn") if flags.is_given("pad_ffn") else default_padding,
-            max_shard_bytes=int(flags.number("max_shard_gb") * 1e9),
+            max_shard_bytes=_shard_bytes(flags.number("max_shard_gb")),
+            context_length=flags.integer("context_length"),
+            name=flags.string("name"),
             method=flags.string("method"),
             calibration=Path(flags.string("calibration")) if flags.string("calibration") else None,
         )
@@ -85,5 +89,13 @@ def convert_flags() -> Flags:
     )
     flags.define_string("method", "gptq", "of int4; hqq and rtn need no text", choices=METHODS)
     flags.define_string("calibration", "", "of int4: a text file, 16,384 tokens are enough; a run has its own data")
+    flags.define_integer("context_length", 0, "of gguf: tokens that clients allow; by default the trained length")
+    flags.define_string("name", "", "of gguf: the model's name; by default the file's")
     flags.define_float("max_shard_gb", 5.0, "size of a weights file, in 1e9 bytes")
     return flags
+
+
+def _shard_bytes(gigabytes: float) -> int:
+    if not gigabytes * 1e9 < 2**62:
+        raise ValueError(f"max_shard_gb={gigabytes} must be a number of 1e9 bytes; 1e9 of them is enough for one file")
+    return int(gigabytes * 1e9)

@@ -13,16 +13,17 @@ import numpy as np
 from btlm_jax import install_command
 from btlm_jax.convert.fold import FoldedTensors, padded_config
 from btlm_jax.convert.ggml import FILE_TYPES
-from btlm_jax.convert.gguf_vocabulary import vocabulary_of
+from btlm_jax.convert.gguf_vocabulary import Vocabulary, vocabulary_of
 from btlm_jax.convert.prove import PROBE, Proof, compare, probe_ids
 from btlm_jax.convert.prove_gguf import UnfoldedTensors, prove_tensors, prove_vocabulary
-from btlm_jax.convert.to_gguf import write_gguf
+from btlm_jax.convert.to_gguf import GGUFSettings, write_gguf
 from btlm_jax.convert.to_hf import write_hf
 from btlm_jax.convert.to_int4 import calibration_ids, prove_int4, write_int4
 from btlm_jax.convert.to_jais import write_jais
 from btlm_jax.convert.tokenizer_files import write_tokenizer_files
 from btlm_jax.convert.transformers_logits import has_transformers, transformers_logits
 from btlm_jax.display.progress import item_bar
+from btlm_jax.hub.client_files import pad_token_id
 from btlm_jax.hub.gguf import GGUFFile, gguf_logits, import_gguf
 from btlm_jax.hub.huggingface import HuggingFaceTensors
 from btlm_jax.hub.native import abstract_params, one_device_mesh, read_model_directory, write_model_directory
@@ -63,6 +64,8 @@ class Conversion:
     max_shard_bytes: int  # for hf and jais
     method: str  # for int4
     calibration: Path | None  # a text for the calibrated methods of int4; None: the training data of a run
+    context_length: int = 0  # that a GGUF file tells its readers; 0: the trained one
+    name: str = ""  # of the model, in a GGUF file; "": the target's
 
     def __post_init__(self):
         for name, allowed in (
@@ -73,6 +76,8 @@ class Conversion:
         ):
             if getattr(self, name) not in allowed:
                 raise ValueError(f"{name}={getattr(self, name)!r} is not known; allowed are {', '.join(allowed)}")
+        if not 0 <= self.context_length < 2**32:
+            raise ValueError(f"context_length={self.context_length} must be from 1 to {2**32 - 1}")
         for name in ("pad_ffn", "max_shard_bytes"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}={getattr(self, name)} must be at least 1")
@@ -148,8 +153,7 @@ def _write_and_prove(conversion: Conversion, partial: Path, *, log: Callable[[st
             del source
             proofs = _prove_jais(partial, ids_T, expected_TV, dtype=conversion.dtype)
         case "int4":
-            _write_int4(source, partial, conversion)
-            proofs = prove_int4(source, partial, ids_T)
+            proofs = prove_int4(source, partial, ids_T, hashes=_write_int4(source, partial, conversion))
         case "gguf":
             path = partial / conversion.target.name
             _write_gguf(source, path, conversion)
@@ -181,6 +185,8 @@ def _write_hf(source: Source, directory: Path, conversion: Conversion) -> None:
             dtype=conversion.dtype,
             max_shard_bytes=conversion.max_shard_bytes,
             notes=source.notes,
+            generation_config=source.clients.generation_config,
+            pad_token_id=pad_token_id(source.tokenizer, source.clients),
             report=report,
         )
 
@@ -195,6 +201,7 @@ def _write_jais(source: Source, directory: Path, conversion: Conversion) -> None
             dtype=conversion.dtype,
             pad_ffn=conversion.pad_ffn,
             max_shard_bytes=conversion.max_shard_bytes,
+            pad_token_id=pad_token_id(source.tokenizer, source.clients),
             report=report,
         )
 
@@ -206,15 +213,16 @@ def _write_tokenizer(source: Source, directory: Path) -> None:
             source.tokenizer,
             model_max_length=source.config.n_positions,
             prompt_bos_id=source.prompt_bos_id,
+            clients=source.clients,
         )
 
 
-def _write_int4(source: Source, directory: Path, conversion: Conversion) -> None:
+def _write_int4(source: Source, directory: Path, conversion: Conversion) -> dict[str, str]:
     method, ids_BT = Method(conversion.method), None
     if method.is_calibrated:
         ids_BT = calibration_ids(conversion.source, source.tokenizer, text=conversion.calibration)
     with item_bar(len(source.tensors.shapes), unit="tensor") as report:
-        write_int4(source, directory, method=method, calibration_BT=ids_BT, report=report)
+        return write_int4(source, directory, method=method, calibration_BT=ids_BT, report=report)
 
 
 def _write_gguf(source: Source, path: Path, conversion: Conversion) -> None:
@@ -223,13 +231,25 @@ def _write_gguf(source: Source, path: Path, conversion: Conversion) -> None:
             path,
             config=source.config,
             tensors=source.tensors,
-            tokenizer=None
-            if source.tokenizer is None
-            else vocabulary_of(source.tokenizer, prompt_bos_id=source.prompt_bos_id),
+            tokenizer=_vocabulary(source),
+            settings=GGUFSettings(
+                name=conversion.name or conversion.target.stem,
+                context_length=conversion.context_length or source.config.n_positions,
+                pad_token_id=pad_token_id(source.tokenizer, source.clients),
+                clients=source.clients,
+            ),
             file_type=conversion.file_type,
             pad_ffn=conversion.pad_ffn,
             report=report,
         )
+
+
+def _vocabulary(source: Source) -> Vocabulary | None:
+    if source.tokenizer is None:
+        return None
+    vocabulary = vocabulary_of(source.tokenizer, prompt_bos_id=source.prompt_bos_id)
+    bos_id = vocabulary.bos_id if vocabulary.add_bos else source.config.bos_token_id
+    return dataclasses.replace(vocabulary, bos_id=bos_id, eos_id=source.config.eos_token_id)
 
 
 def _prove_native(directory: Path, ids_T: np.ndarray, expected_TV: np.ndarray) -> Iterator[Proof]:
@@ -258,7 +278,7 @@ def _prove_jais(directory: Path, ids_T: np.ndarray, expected_TV: np.ndarray, *, 
     if not tensors.has_head:
         raise ValueError("the written files lack lm_head.weight, without which llama.cpp cannot load a Jais model")
     # Clients divide the scores by head_dim always (llama.cpp) or if the config says so; both must give the same
-    client_config = dataclasses.replace(config, mup_scale_qk_dot_by_d=True, alibi_scaling=1.0)
+    client_config = dataclasses.replace(config, mup_scale_qk_dot_by_d=True, alibi_scaling=1.0, alibi_train_len=0)
     actual_TV = streamed_logits(client_config, tensors, ids_T)
     yield compare("the written files", expected_TV, actual_TV, tolerance=TOLERANCE[dtype])
 
@@ -279,7 +299,11 @@ def _prove_gguf(
     log(f"all {len(file.tensors)} tensors read back; largest error, of what the type may round: {rounding}")
     if source.tokenizer is not None:
         prove_vocabulary(
-            file, source.tokenizer, prompt_bos_id=source.prompt_bos_id, vocab_size=source.config.vocab_size
+            file,
+            source.tokenizer,
+            prompt_bos_id=source.prompt_bos_id,
+            vocab_size=source.config.vocab_size,
+            eos_id=source.config.eos_token_id,
         )
         log("the file's tokenizer makes the same ids of all probe texts")
     actual_TV = gguf_logits(file, ids_T)

@@ -30,9 +30,12 @@ class FoldedTensors:
         Raises:
           ValueError: the model scales ALiBi, or a tensor is missing or has another shape than the config says.
         """
-        if config.alibi_scaling != 1:
+        if config.alibi_scaling != 1 or config.alibi_train_len:
+            scaling = f"{config.alibi_scaling:g}"
+            if config.alibi_train_len:
+                scaling = f"keys/{config.alibi_train_len}"
             raise ValueError(
-                f"alibi_scaling={config.alibi_scaling:g} cannot be expressed in a Jais model: its clients ignore it "
+                f"alibi_scaling={scaling} cannot be expressed in a Jais model: its clients ignore it "
                 "and give wrong logits; convert it with alibi_scaling 1, or keep it in the Hugging Face BTLM format"
             )
         for name, shape in tensor_shapes(config).items():

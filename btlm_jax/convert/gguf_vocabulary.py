@@ -3,19 +3,32 @@
 from __future__ import annotations
 
 import dataclasses
+import json
+import re
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from btlm_jax.convert.sentencepiece_to_hf import model_symbols
-from btlm_jax.tokenizers.byte_level import ByteLevelTokenizer
+from btlm_jax.tokenizers.byte_level import ByteLevelTokenizer, JsonTokenizer
 from btlm_jax.tokenizers.sentencepiece_bpe import SentencePieceTokenizer
-from btlm_jax.tokenizers.sentencepiece_proto import BPE, BYTE, CONTROL, NORMAL, UNUSED, USER_DEFINED, parse_model
+from btlm_jax.tokenizers.sentencepiece_json import SentencePieceJsonTokenizer
+from btlm_jax.tokenizers.sentencepiece_proto import (
+    BPE,
+    BYTE,
+    CONTROL,
+    NORMAL,
+    UNKNOWN,
+    UNUSED,
+    USER_DEFINED,
+    parse_model,
+)
 from btlm_jax.tokenizers.tokenizer import Tokenizer
 
 if TYPE_CHECKING:
     from gguf import GGUFWriter
 
 _PADDING_SCORE = -10000.0
+_BYTE_PIECE = re.compile("<0x[0-9A-F]{2}>")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -25,6 +38,7 @@ class ByteLevelVocabulary:
     tokens: tuple[str, ...]  # by id, in GPT-2's printable characters for bytes
     merges: tuple[tuple[str, str], ...]  # in order of priority
     special_ids: frozenset[int]  # ids that encoding a text never gives
+    symbol_ids: frozenset[int]  # of tokens at which texts are split before words are
     bos_id: int
     add_bos: bool  # bos_id is put in front of every text
     eos_id: int
@@ -71,22 +85,37 @@ def vocabulary_of(tokenizer: Tokenizer, *, prompt_bos_id: int | None = None) -> 
       ValueError: llama.cpp would encode some texts to other ids.
     """
     if isinstance(tokenizer, ByteLevelTokenizer):
-        if not tokenizer.has_gpt2_rules:
+        if not tokenizer.has_gpt2_pattern:
             raise ValueError(
-                "this tokenizer cuts words by another pattern than GPT-2's, or adds tokens to it; llama.cpp would make "
-                "other ids, so it cannot be written as GGUF"
+                "this tokenizer cuts words by another pattern than GPT-2's; llama.cpp would make other ids, so it "
+                "cannot be written as GGUF"
             )
         return ByteLevelVocabulary(
             tokens=tuple(tokenizer.tokens),
             merges=tuple(tokenizer.merges),
             special_ids=frozenset(tokenizer.special_ids),
+            symbol_ids=frozenset(_symbol_ids(tokenizer)),
             bos_id=tokenizer.eos_id if prompt_bos_id is None else prompt_bos_id,
             add_bos=prompt_bos_id is not None,
             eos_id=tokenizer.eos_id,
         )
     if isinstance(tokenizer, SentencePieceTokenizer):
         return _sentencepiece_vocabulary(tokenizer, prompt_bos_id=prompt_bos_id)
+    if isinstance(tokenizer, SentencePieceJsonTokenizer):
+        return _sentencepiece_json_vocabulary(tokenizer, prompt_bos_id=prompt_bos_id)
     raise ValueError(f"a tokenizer of kind {tokenizer.kind!r} cannot be written as GGUF")
+
+
+def _symbol_ids(tokenizer: JsonTokenizer) -> list[int]:
+    """Return the ids of added tokens that texts contain; llama.cpp finds them anywhere in a text."""
+    symbols = {number: token for number, token in tokenizer.added_tokens.items() if not token.special}
+    for token in symbols.values():
+        if token.single_word or token.lstrip or token.rstrip:
+            raise ValueError(
+                f"the added token {token.content!r} is found only between words or takes spaces with it, which "
+                "llama.cpp does not do; it cannot be written as GGUF"
+            )
+    return sorted(symbols)
 
 
 def add_vocabulary(writer: GGUFWriter, vocabulary: Vocabulary | None, *, vocab_size: int) -> None:
@@ -107,7 +136,8 @@ def add_vocabulary(writer: GGUFWriter, vocabulary: Vocabulary | None, *, vocab_s
     if isinstance(vocabulary, ByteLevelVocabulary):
         writer.add_tokenizer_model("gpt2")
         writer.add_tokenizer_pre("gpt-2")
-        types = [CONTROL if number in vocabulary.special_ids else NORMAL for number in range(len(tokens))]
+        kinds = dict.fromkeys(vocabulary.symbol_ids, USER_DEFINED) | dict.fromkeys(vocabulary.special_ids, CONTROL)
+        types = [kinds.get(number, NORMAL) for number in range(len(tokens))]
         writer.add_token_merges([" ".join(pair) for pair in vocabulary.merges])
     else:
         writer.add_tokenizer_model("llama")
@@ -160,6 +190,59 @@ def _sentencepiece_vocabulary(
         eos_id=tokenizer.eos_id,
         unk_id=tokenizer.unk_id,
     )
+
+
+def _sentencepiece_json_vocabulary(
+    tokenizer: SentencePieceJsonTokenizer, *, prompt_bos_id: int | None
+) -> SentencePieceVocabulary:
+    """Return a tokenizer.json of SentencePiece's pieces as GGUF stores it.
+
+    A piece's score is the place of its first merge: llama.cpp merges the pair of the best score, the library the pair
+    that comes first.
+    """
+    body = json.loads(tokenizer.json)
+    symbols = set(_symbol_ids(tokenizer))
+    reasons = {
+        "it is not a byte-pair model": not tokenizer.is_bpe,
+        "it rewrites texts by more than a space in front": _rewrites(body["normalizer"]),
+        "it puts a space in front of the text and has added tokens; llama.cpp puts a space after each of them": (
+            tokenizer.adds_space and symbols
+        ),
+    }
+    for reason, holds in reasons.items():
+        if holds:
+            raise ValueError(f"this tokenizer cannot be written as GGUF: {reason}, so llama.cpp would make other ids")
+    place: dict[str, int] = {}
+    for number, (left, right) in enumerate(tokenizer.merges):
+        place.setdefault(left + right, number)
+    special, unk_id = set(tokenizer.special_ids), tokenizer.token_id(tokenizer.unk_token)
+    assert unk_id is not None
+
+    def kind(number: int, piece: str) -> int:
+        if number == unk_id:
+            return UNKNOWN
+        if number in special:
+            return CONTROL
+        if number in symbols:
+            return USER_DEFINED
+        return BYTE if _BYTE_PIECE.fullmatch(piece) else NORMAL
+
+    pieces = tokenizer.tokens
+    return SentencePieceVocabulary(
+        pieces=tuple(pieces),
+        scores=tuple(-float(place.get(piece, len(place))) for piece in pieces),
+        types=tuple(kind(number, piece) for number, piece in enumerate(pieces)),
+        add_dummy_prefix=tokenizer.adds_space,
+        bos_id=tokenizer.eos_id if prompt_bos_id is None else prompt_bos_id,
+        add_bos=prompt_bos_id is not None,
+        eos_id=tokenizer.eos_id,
+        unk_id=unk_id,
+    )
+
+
+def _rewrites(normalizer: dict) -> bool:
+    steps = normalizer["normalizers"] if normalizer["type"] == "Sequence" else [normalizer]
+    return any(step["type"] == "Replace" and step["pattern"] != {"String": " "} for step in steps)
 
 
 def _check_ids(vocabulary: Vocabulary, *, num_tokens: int) -> None:

@@ -106,7 +106,7 @@ class UnfoldedTensors:
 
 
 def prove_vocabulary(
-    file: GGUFFile, tokenizer: Tokenizer, *, vocab_size: int, prompt_bos_id: int | None = None
+    file: GGUFFile, tokenizer: Tokenizer, *, vocab_size: int, eos_id: int, prompt_bos_id: int | None = None
 ) -> None:
     """Compare the ids that llama.cpp gives with the file's keys with those of the tokenizer.
 
@@ -114,10 +114,10 @@ def prove_vocabulary(
       ValueError: they differ; it names the text and the first ids that do.
     """
     by_gguf = GGUFTokenizer(file.keys)
-    if (by_gguf.eos_id, by_gguf.num_tokens) != (tokenizer.eos_id, vocab_size):
+    if (by_gguf.eos_id, by_gguf.num_tokens) != (eos_id, vocab_size):
         raise ValueError(
             f"the file has {by_gguf.num_tokens} tokens and eos_id={by_gguf.eos_id}; they must be {vocab_size} and "
-            f"{tokenizer.eos_id}"
+            f"{eos_id}"
         )
     if by_gguf.prompt_bos_id != prompt_bos_id:
         raise ValueError(

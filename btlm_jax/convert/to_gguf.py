@@ -13,6 +13,7 @@ import numpy as np
 from btlm_jax.convert.fold import FoldedTensors
 from btlm_jax.convert.ggml import FILE_TYPES, encode, num_bytes, row_encoder, tensor_type
 from btlm_jax.convert.gguf_vocabulary import Vocabulary, add_vocabulary
+from btlm_jax.hub.client_files import ClientSettings
 from btlm_jax.hub.gguf import import_gguf
 from btlm_jax.hub.published import EMBEDDING, FINAL_NORM, PublishedConfig, Tensors, block_prefix, block_shapes
 
@@ -22,6 +23,15 @@ if TYPE_CHECKING:
 _MAX_ALIBI_BIAS = 8.0  # slopes 2**(-8 i / n_head)
 _QUANTIZATION_VERSION = 2  # of GGML's block formats
 _TOKEN_EMBD, _OUTPUT = "token_embd.weight", "output.weight"
+
+# Key of generation_config.json -> the writer's method and the type that it takes
+_SAMPLING_KEYS = {
+    "temperature": ("add_sampling_temp", float),
+    "top_k": ("add_sampling_top_k", int),
+    "top_p": ("add_sampling_top_p", float),
+    "min_p": ("add_sampling_min_p", float),
+    "repetition_penalty": ("add_sampling_penalty_repeat", float),
+}
 
 # Published name, after `block_prefix` -> GGUF name, after "blk.<layer>."; weight or bias follows.
 _BLOCK_NAMES = {
@@ -47,12 +57,23 @@ class GGUFTensor:
     scale: float
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class GGUFSettings:
+    """What a file tells its readers beside the network and the vocabulary."""
+
+    name: str
+    context_length: int  # llama.cpp's server does not go beyond it, though ALiBi does
+    pad_token_id: int | None
+    clients: ClientSettings
+
+
 def write_gguf(
     path: Path,
     *,
     config: PublishedConfig,
     tensors: Tensors,
     tokenizer: Vocabulary | None,
+    settings: GGUFSettings,
     file_type: str,
     pad_ffn: int,
     report: Callable[[str], None],
@@ -78,6 +99,7 @@ def write_gguf(
     try:
         _add_keys(writer, folded.config, file_type=file_type)
         add_vocabulary(writer, tokenizer, vocab_size=config.vocab_size)
+        _add_settings(writer, settings, eos_id=config.eos_token_id, has_tokenizer=tokenizer is not None)
         for entry in entries:
             writer.add_tensor_info(
                 entry.name, entry.shape, np.dtype(np.float32), num_bytes(entry.shape, entry.type_name),
@@ -131,12 +153,34 @@ def _add_keys(writer: GGUFWriter, config: PublishedConfig, *, file_type: str) ->
     writer.add_quantization_version(_QUANTIZATION_VERSION)
     writer.add_vocab_size(config.vocab_size)
     writer.add_block_count(config.n_layer)
-    writer.add_context_length(config.n_positions)
     writer.add_embedding_length(config.n_embd)
     writer.add_feed_forward_length(config.n_inner)
     writer.add_head_count(config.n_head)
     writer.add_layer_norm_eps(config.layer_norm_epsilon)
     writer.add_max_alibi_bias(_MAX_ALIBI_BIAS)
+
+
+def _add_settings(writer: GGUFWriter, settings: GGUFSettings, *, eos_id: int, has_tokenizer: bool) -> None:
+    """Add the name, the length, and what generation_config.json and the chat template have a key for."""
+    writer.add_name(settings.name)
+    writer.add_context_length(settings.context_length)
+    generation = settings.clients.generation_config
+    for key, (add, kind) in _SAMPLING_KEYS.items():
+        value = generation.get(key)
+        if isinstance(value, (int, float)) and not isinstance(value, bool):
+            getattr(writer, add)(kind(value))
+    if not has_tokenizer:
+        return
+    if settings.pad_token_id is not None:
+        writer.add_pad_token_id(settings.pad_token_id)
+    eos_ids = generation.get("eos_token_id")
+    for other in eos_ids if isinstance(eos_ids, list) else ():
+        if other != eos_id:
+            writer.add_eot_token_id(other)  # there is a place for one more
+            break
+    if templates := settings.clients.chat_templates:
+        named = [{"name": name, "template": template} for name, template in templates.items()]
+        writer.add_chat_template(templates["default"] if list(templates) == ["default"] else named)
 
 
 def _sync(path: Path) -> None:

@@ -7,12 +7,15 @@ import json
 import shutil
 from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
 
 from btlm_jax import __version__
 from btlm_jax.attention.alibi import alibi_slopes
+from btlm_jax.hub.client_files import GENERATION_CONFIG
+from btlm_jax.hub.huggingface import FILE_HASHES, file_hashes
 from btlm_jax.hub.published import BTLM, CONFIG_FILE, SLOPES, PublishedConfig, Tensors, tensor_shapes
 from btlm_jax.hub.safetensors_files import TensorToWrite, write_safetensors
 
@@ -28,9 +31,14 @@ def write_hf(
     dtype: str,
     max_shard_bytes: int,
     notes: Mapping[str, str],
+    generation_config: Mapping[str, Any],
+    pad_token_id: int | None,
     report: Callable[[str], None],
 ) -> None:
-    """Write weights, configs, model code and a model card into `directory`; the tokenizer's files are not written here.
+    """Write weights, configs, model code and a model card into `directory`; the tokenizer's files are there already.
+
+    The weights' metadata has the hashes of the config and of the tokenizer's files, see `hub/huggingface.py`. An empty
+    `generation_config` is one that follows from the config.
 
     Raises:
       ValueError: a value is too large for `dtype`, or what reading a tensor raises.
@@ -39,12 +47,13 @@ def write_hf(
     to_write = [cast_tensor(tensors, name, shape, dtype, report) for name, shape in tensor_shapes(config).items()]
     slopes_N1 = alibi_slopes(config.n_head, scaling=1.0)[:, None]  # float32 always: bfloat16 would round them
     to_write.append(TensorToWrite(name=SLOPES, shape=slopes_N1.shape, dtype=slopes_N1.dtype, make=lambda: slopes_N1))
-    write_safetensors(directory, to_write, max_shard_bytes=max_shard_bytes, metadata={"format": "pt"})
-    _write_json(directory / CONFIG_FILE, hf_config(config, dtype=dtype))
-    _write_json(
-        directory / "generation_config.json",
-        {"_from_model_config": True, "bos_token_id": config.bos_token_id, "eos_token_id": config.eos_token_id},
-    )
+    _write_json(directory / CONFIG_FILE, hf_config(config, dtype=dtype) | {"pad_token_id": pad_token_id})
+    from_config = {"bos_token_id": config.bos_token_id, "eos_token_id": config.eos_token_id}
+    from_config |= {} if pad_token_id is None else {"pad_token_id": pad_token_id}
+    own = {"_from_model_config": True} | from_config
+    _write_json(directory / GENERATION_CONFIG, {**from_config, **generation_config} if generation_config else own)
+    metadata = {"format": "pt", FILE_HASHES: json.dumps(file_hashes(directory))}
+    write_safetensors(directory, to_write, max_shard_bytes=max_shard_bytes, metadata=metadata)
     for path in MODEL_FILES:
         shutil.copyfile(path, directory / path.name)
     (directory / "README.md").write_text(model_card(config, dtype=dtype, notes=notes))
@@ -79,17 +88,21 @@ def cast_tensor(
 def hf_config(config: PublishedConfig, *, dtype: str) -> dict:
     """Return the contents of config.json: only the newer (`mup_*`) keys, which no other family reads differently."""
     values = dataclasses.asdict(config)
-    factor = values.pop("alibi_scaling")
+    factor, train_len = values.pop("alibi_scaling"), values.pop("alibi_train_len")
+    scaling = {"type": "linear", "factor": factor} if factor != 1 else None
+    if train_len:
+        scaling = {"type": "linear", "train_seq_len": train_len}
     return {
         **values,
         "activation_function": "swiglu",
-        "alibi_scaling": None if factor == 1 else {"type": "linear", "factor": factor},
+        "alibi_scaling": scaling,
         "architectures": ["BTLMLMHeadModel"],
         "attn_pdrop": 0.0,
         "auto_map": {
             "AutoConfig": "configuration_btlm.BTLMConfig",
             "AutoModel": "modeling_btlm.BTLMModel",
             "AutoModelForCausalLM": "modeling_btlm.BTLMLMHeadModel",
+            "AutoModelForSequenceClassification": "modeling_btlm.BTLMForSequenceClassification",
         },
         "embd_pdrop": 0.0,
         "model_type": BTLM,
@@ -141,8 +154,8 @@ inputs = tokenizer("The meaning of", return_tensors="pt")
 print(tokenizer.decode(model.generate(**inputs, max_new_tokens=50)[0]))
 ```
 
-The model code in this directory is all that is needed besides PyTorch and transformers 5. Nothing is known here of the
-data's biases and of what the model should not be used for: whoever publishes it adds that.
+The model code in this directory is all that is needed besides PyTorch and transformers 4.57 or 5. Nothing is known here
+of the data's biases and of what the model should not be used for: whoever publishes it adds that.
 """
 
 

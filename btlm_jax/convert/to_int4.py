@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterator
+import hashlib
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 
 import numpy as np
@@ -17,7 +18,7 @@ from btlm_jax.hub.numpy_network import streamed_logits
 from btlm_jax.hub.source import Source, published_metadata
 from btlm_jax.kernels.build import GROUP_INPUTS
 from btlm_jax.quantize.int4_directory import EMBEDDING_BITS, Int4Tensors, read_int4_directory, write_int4_directory
-from btlm_jax.quantize.quantize_model import Method, quantize_model
+from btlm_jax.quantize.quantize_model import Method, QuantizedTensor, dequantize_tensor, quantize_model
 from btlm_jax.tokenizers.tokenizer import Tokenizer
 
 _CALIBRATION_ROWS, _CALIBRATION_LENGTH = 32, 512
@@ -25,6 +26,10 @@ _CALIBRATION_ROWS, _CALIBRATION_LENGTH = 32, 512
 # 0.01 on trained models and 0.5 on tiny random ones; logits of 0 would give 1, unrelated logits 1.4.
 _SAME_VALUES_TOLERANCE = 1e-4
 _ROUNDING_TOLERANCE = 0.9
+
+
+def _hash_of(array: np.ndarray) -> str:
+    return hashlib.sha256(np.ascontiguousarray(array).view(np.uint8).reshape(-1).data).hexdigest()
 
 
 def calibration_ids(directory: Path, tokenizer: Tokenizer | None, *, text: Path | None) -> np.ndarray:
@@ -53,8 +58,18 @@ def calibration_ids(directory: Path, tokenizer: Tokenizer | None, *, text: Path 
 
 def write_int4(
     source: Source, directory: Path, *, method: Method, calibration_BT: np.ndarray | None, report: Callable[[str], None]
-) -> None:
-    """Quantize a model to 4 bits, block by block, and write its directory."""
+) -> dict[str, str]:
+    """Quantize a model to 4 bits, block by block, and write its directory.
+
+    Returns the sha256 of the values that each tensor was quantized to.
+    """
+    hashes: dict[str, str] = {}
+
+    def recorded(quantized: Iterable[tuple[str, QuantizedTensor]]) -> Iterator[tuple[str, QuantizedTensor]]:
+        for name, tensor in quantized:
+            hashes[name] = _hash_of(dequantize_tensor(name, tensor))
+            yield name, tensor
+
     metadata = published_metadata(source)
     notes = metadata.notes | {"4 bits": f"{method}, groups of {GROUP_INPUTS}, embedding {EMBEDDING_BITS} bits"}
     quantized = quantize_model(
@@ -67,12 +82,28 @@ def write_int4(
         report=report,
     )
     write_int4_directory(
-        directory, metadata=dataclasses.replace(metadata, notes=notes), quantized=quantized, tokenizer=source.tokenizer
+        directory,
+        metadata=dataclasses.replace(metadata, notes=notes),
+        quantized=recorded(quantized),
+        tokenizer=source.tokenizer,
     )
+    return hashes
 
 
-def prove_int4(source: Source, directory: Path, ids_T: np.ndarray) -> Iterator[Proof]:
-    """Compare the logits of the written model with those of its codes' values, and with the source's."""
+def prove_int4(source: Source, directory: Path, ids_T: np.ndarray, *, hashes: Mapping[str, str]) -> Iterator[Proof]:
+    """Compare the file's values with `hashes`; its kernels' logits with those of its values, and with the source's.
+
+    That quantized values are near the source's is checked group by group when they are made (quantize_model).
+
+    Raises:
+      ValueError: a tensor of the file is not what the source was quantized to.
+    """
+    tensors = Int4Tensors(directory)
+    for name in tensors.shapes:
+        if _hash_of(tensors.read(name)) != hashes[name]:
+            raise ValueError(
+                f"what was written is not the quantized source, so it was not kept: tensor {name} has other values"
+            )
     model = read_int4_directory(directory)
     decoder = CpuDecoder(
         model.metadata.network(), model.weights, num_rows=1, num_slots=len(ids_T), cache_dtype="float32"
@@ -82,6 +113,6 @@ def prove_int4(source: Source, directory: Path, ids_T: np.ndarray) -> Iterator[P
     logits_1V += [decoder.decode([ids[: end + 1]]) for end in range(1, len(ids))]
     actual_TV = np.concatenate(logits_1V)
     del model, decoder
-    same_values_TV = streamed_logits(source.config, Int4Tensors(directory), ids_T)
+    same_values_TV = streamed_logits(source.config, tensors, ids_T)
     yield compare("the codes' values, and the kernels", same_values_TV, actual_TV, tolerance=_SAME_VALUES_TOLERANCE)
     yield compare("the 4-bit model", source.logits(ids_T), actual_TV, tolerance=_ROUNDING_TOLERANCE)

@@ -22,6 +22,7 @@ def write_jais(
     dtype: str,
     pad_ffn: int,
     max_shard_bytes: int,
+    pad_token_id: int | None,
     report: Callable[[str], None],
 ) -> None:
     """Write weights and config.json into `directory`; the tokenizer's files are not written here.
@@ -38,7 +39,9 @@ def write_jais(
     head = cast_tensor(folded, EMBEDDING, folded.shapes[EMBEDDING], dtype, report)
     to_write.append(dataclasses.replace(head, name=HEAD))
     write_safetensors(directory, to_write, max_shard_bytes=max_shard_bytes, metadata={"format": "pt"})
-    values = json.dumps(jais_config(folded.config, dtype=dtype), indent=2, sort_keys=True)
+    values = json.dumps(
+        jais_config(folded.config, dtype=dtype) | {"pad_token_id": pad_token_id}, indent=2, sort_keys=True
+    )
     write_atomically(directory / CONFIG_FILE, values + "\n")
 
 

@@ -12,13 +12,22 @@ import random
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import tokenizers
 
 from btlm_jax.convert.sentencepiece_to_hf import to_hf_tokenizer
+from btlm_jax.hub.client_files import NO_SETTINGS, ClientSettings, pad_token
 from btlm_jax.storage.files import write_atomically
-from btlm_jax.tokenizers.byte_level import MERGES_FILE, VOCAB_FILE, ByteLevelTokenizer, read_byte_level
+from btlm_jax.tokenizers.byte_level import (
+    MERGES_FILE,
+    VOCAB_FILE,
+    ByteLevelTokenizer,
+    JsonTokenizer,
+    read_byte_level,
+)
 from btlm_jax.tokenizers.sentencepiece_bpe import SentencePieceTokenizer
+from btlm_jax.tokenizers.sentencepiece_json import SentencePieceJsonTokenizer
 from btlm_jax.tokenizers.sentencepiece_proto import CONTROL, UNKNOWN, USER_DEFINED, parse_model
 from btlm_jax.tokenizers.tokenizer import Tokenizer
 
@@ -47,6 +56,7 @@ PROBES = (
     "<0x41><0x0A><s></s><unk><pad><|endoftext|>",
 )
 _NUM_RANDOM = 200  # texts of random tokens, which cover the whole vocabulary
+_MAX_NAMES = 32  # added tokens, each of which is tried before and after each other
 
 
 def write_tokenizer_files(
@@ -55,6 +65,7 @@ def write_tokenizer_files(
     *,
     model_max_length: int,
     prompt_bos_id: int | None = None,
+    clients: ClientSettings = NO_SETTINGS,
     more_probes: Sequence[str] = (),
 ) -> list[Path]:
     """Write the files with which `AutoTokenizer.from_pretrained(directory)` gives the same ids offline; return them.
@@ -67,7 +78,7 @@ def write_tokenizer_files(
     if model_max_length < 1:
         raise ValueError(f"model_max_length={model_max_length} must be at least 1")
     with tempfile.TemporaryDirectory(dir=directory, prefix=".tokenizer-") as partial:
-        files = _files(tokenizer, model_max_length=model_max_length, prompt_bos_id=prompt_bos_id)
+        files = _files(tokenizer, model_max_length=model_max_length, prompt_bos_id=prompt_bos_id, clients=clients)
         for name, contents in files.items():
             write_atomically(Path(partial) / name, contents)
         prove_tokenizer_files(Path(partial), tokenizer, prompt_bos_id=prompt_bos_id, more_probes=more_probes)
@@ -134,6 +145,8 @@ def probe_texts(tokenizer: Tokenizer) -> Iterator[str]:
     for _ in range(_NUM_RANDOM):
         yield tokenizer.decode([generator.randrange(tokenizer.vocab_size) for _ in range(30)])
     names = list(_special_tokens(tokenizer).values())
+    if isinstance(tokenizer, JsonTokenizer):
+        names += [token.content for token in tokenizer.added_tokens.values()][:_MAX_NAMES]
     if isinstance(tokenizer, SentencePieceTokenizer):
         model = parse_model(tokenizer.contents)
         names += [
@@ -151,17 +164,26 @@ def first_difference(text: str, expected: list[int], actual: list[int]) -> str:
     return f"for {_shorten(text)} from the id at {at} on {actual[at : at + 5]}, not {expected[at : at + 5]}"
 
 
-def _files(tokenizer: Tokenizer, *, model_max_length: int, prompt_bos_id: int | None) -> dict[str, str | bytes]:
+def _files(
+    tokenizer: Tokenizer, *, model_max_length: int, prompt_bos_id: int | None, clients: ClientSettings
+) -> dict[str, str | bytes]:
     special = _special_tokens(tokenizer)
     if prompt_bos_id is not None:
         special["bos_token"] = _name_of(tokenizer, prompt_bos_id)
-    config = special | {
+    config: dict[str, Any] = {**special, "pad_token": pad_token(tokenizer, clients), **clients.tokenizer_config}
+    config |= {"bos_token": special["bos_token"]} if prompt_bos_id is not None else {}
+    config |= {
+        "eos_token": special["eos_token"],
         "add_bos_token": prompt_bos_id is not None,
         "model_max_length": model_max_length,
         "add_prefix_space": False,
         "clean_up_tokenization_spaces": False,
         "tokenizer_class": PLAIN_CLASS,
     }
+    if templates := clients.chat_templates:
+        is_one = list(templates) == ["default"]
+        named = [{"name": name, "template": template} for name, template in templates.items()]
+        config["chat_template"] = templates["default"] if is_one else named
     files: dict[str, str | bytes] = {}
     if isinstance(tokenizer, SentencePieceTokenizer):
         converted = to_hf_tokenizer(parse_model(tokenizer.contents), unk_id=_unk_id(tokenizer))
@@ -169,9 +191,10 @@ def _files(tokenizer: Tokenizer, *, model_max_length: int, prompt_bos_id: int | 
             TOKENIZER_JSON: _tokenizer_json_for_clients(converted.to_str(), special, prompt_bos_id),
             tokenizer.stored_file: tokenizer.contents,
         }
-    elif isinstance(tokenizer, ByteLevelTokenizer):
+    elif isinstance(tokenizer, JsonTokenizer):
         files[TOKENIZER_JSON] = _tokenizer_json_for_clients(tokenizer.json, special, prompt_bos_id)
-        if tokenizer.has_gpt2_rules:  # vocab.json and merges.txt cannot hold another pattern
+        # vocab.json and merges.txt cannot hold another pattern, nor added tokens
+        if isinstance(tokenizer, ByteLevelTokenizer) and tokenizer.has_gpt2_rules:
             config["tokenizer_class"] = GPT2_CLASS
             files[VOCAB_FILE] = json.dumps({token: number for number, token in enumerate(tokenizer.tokens)})
             files[MERGES_FILE] = "#version: 0.2\n" + "".join(f"{a} {b}\n" for a, b in tokenizer.merges)
@@ -182,6 +205,9 @@ def _special_tokens(tokenizer: Tokenizer) -> dict[str, str]:
     """Return the special tokens by their names in Hugging Face; GPT-2 has one token for all three."""
     if isinstance(tokenizer, ByteLevelTokenizer):
         return dict.fromkeys(("bos_token", "eos_token", "unk_token"), tokenizer.eos_token)
+    if isinstance(tokenizer, SentencePieceJsonTokenizer):
+        eos_token = tokenizer.eos_token
+        return {"bos_token": eos_token, "eos_token": eos_token, "unk_token": tokenizer.unk_token}
     if not isinstance(tokenizer, SentencePieceTokenizer):
         raise ValueError(f"a tokenizer of kind {tokenizer.kind!r} cannot be written for Hugging Face")
     pieces = parse_model(tokenizer.contents).pieces
@@ -194,15 +220,15 @@ def _special_tokens(tokenizer: Tokenizer) -> dict[str, str]:
 
 
 def _unk_id(tokenizer: Tokenizer) -> int:
-    return (
-        tokenizer.unk_id if isinstance(tokenizer, SentencePieceTokenizer) else -1
-    )  # byte-level BPE has no unknown characters
+    if isinstance(tokenizer, SentencePieceJsonTokenizer):
+        return tokenizer.token_id(tokenizer.unk_token) or 0
+    return tokenizer.unk_id if isinstance(tokenizer, SentencePieceTokenizer) else -1  # byte-level BPE knows all bytes
 
 
 def _name_of(tokenizer: Tokenizer, number: int) -> str:
     if isinstance(tokenizer, SentencePieceTokenizer):
         return parse_model(tokenizer.contents).pieces[number]
-    assert isinstance(tokenizer, ByteLevelTokenizer)
+    assert isinstance(tokenizer, JsonTokenizer)
     return tokenizer.token(number)
 
 

@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from btlm_jax.attention.alibi import SPREAD, alibi_slopes, alibi_window
+from btlm_jax.attention.alibi import SPREAD, alibi_slopes, alibi_window, dynamic_factor
 from btlm_jax.kernels.build import has_kernels
 from btlm_jax.recipe.config import ModelConfig
 
@@ -29,7 +29,8 @@ class CacheLayout:
     """The slots of each head in a cache for sequences of up to `length` tokens."""
 
     length: int
-    slopes: tuple[float, ...]
+    alibi_train_len: int  # of dynamic scaling; 0: none
+    slopes: tuple[float, ...]  # before dynamic scaling
     windows: tuple[int, ...]  # a head sees so many tokens, its own included
     slots: tuple[int, ...]  # of each head
 
@@ -55,15 +56,18 @@ class Cache:
     longest_key_LBN: jax.Array  # Euclidean norm, of all keys so far
 
 
-def make_layout(config: ModelConfig, *, length: int) -> CacheLayout:
+def make_layout(config: ModelConfig, *, length: int, alibi_train_len: int = 0) -> CacheLayout:
     """Return the layout for sequences of up to `length` tokens.
 
-    Its windows are those of attention/alibi.py where scores spread over SPREAD nats.
+    Its windows are those of attention/alibi.py where scores spread over SPREAD nats. Under dynamic scaling they are of
+    the slopes at `length`, the flattest, and so grow with the layout; a key that was outside of a window may be inside
+    of a later one, so every head has slots for all keys.
     """
     slopes = alibi_slopes(config.num_heads, scaling=config.alibi_scaling)
-    windows = np.ceil(alibi_window(SPREAD, slopes.astype(np.float64), xp=np)).astype(int).tolist()
-    slots = [min(window + MAX_PIECE, length) for window in windows]
-    return CacheLayout(length, tuple(slopes.tolist()), tuple(windows), tuple(slots))
+    flattest = slopes / dynamic_factor(length, alibi_train_len, xp=np)
+    windows = np.ceil(alibi_window(SPREAD, flattest.astype(np.float64), xp=np)).astype(int).tolist()
+    slots = [length if alibi_train_len else min(window + MAX_PIECE, length) for window in windows]
+    return CacheLayout(length, alibi_train_len, tuple(slopes.tolist()), tuple(windows), tuple(slots))
 
 
 def make_cache(config: ModelConfig, layout: CacheLayout, *, batch_size: int, dtype: str) -> Cache:
@@ -103,22 +107,28 @@ def resize_cache(cache: Cache, old: CacheLayout, new: CacheLayout) -> Cache:
     )
 
 
-def attend(q_BTNH, k_BTNH, v_BTNH, cache: Cache, *, layout: CacheLayout, layer, starts_B, counts_B, scale: float):
+def attend(
+    q_BTNH, k_BTNH, v_BTNH, cache: Cache, *, layout: CacheLayout, layer, starts_B, counts_B, lengths_B, scale: float
+):
     """Cache the first counts_B new keys and values of each row, at positions starts_B + t, and attend to the cache.
+
+    lengths_B are the tokens of each row at the end of the call of which this is a piece: dynamic scaling follows them.
 
     Returns o_BTNH (zero beyond counts_B), the cache, and dropped_B: a bound on the share of any head's weight that
     belongs to keys outside its window.
     """
+    factor_B = dynamic_factor(lengths_B, layout.alibi_train_len, xp=jnp)
+    slopes_BN = jnp.array(layout.slopes, jnp.float32) / factor_B[:, None]
     if not has_kernels():
-        return _attend_in_xla(q_BTNH, k_BTNH, v_BTNH, cache, layout, layer, starts_B, counts_B, scale)
+        return _attend_in_xla(q_BTNH, k_BTNH, v_BTNH, cache, layout, slopes_BN, layer, starts_B, counts_B, scale)
     arrays = (cache.k_LBSH, cache.v_LBSH, cache.k_scale_LBS, cache.v_scale_LBS, cache.longest_key_LBN)
     dropped = jax.ShapeDtypeStruct((q_BTNH.shape[0], q_BTNH.shape[2]), jnp.float32)
     shapes = [jax.ShapeDtypeStruct(array.shape, array.dtype) for array in (q_BTNH, *arrays)]
     call = jax.ffi.ffi_call("btlm_attend", [*shapes, dropped], input_output_aliases={3: 1, 4: 2, 5: 3, 6: 4, 7: 5})
-    slopes_N, windows_N = np.array(layout.slopes, np.float32), np.array(layout.windows, np.int32)
+    windows_N = np.array(layout.windows, np.int32)
     at = jnp.reshape(layer, (1,)).astype(jnp.int32)
     o_BTNH, *arrays, dropped_BN = call(
-        q_BTNH, k_BTNH, v_BTNH, *arrays, starts_B, counts_B, at, slopes_N, windows_N, layout.firsts,
+        q_BTNH, k_BTNH, v_BTNH, *arrays, starts_B, counts_B, at, slopes_BN, windows_N, layout.firsts,
         scale=np.float32(scale),
     )  # fmt: skip
     return o_BTNH, Cache(**dict(zip(_FIELDS, arrays, strict=True))), dropped_BN.max(-1)
@@ -127,7 +137,7 @@ def attend(q_BTNH, k_BTNH, v_BTNH, cache: Cache, *, layout: CacheLayout, layer, 
 _FIELDS = tuple(field.name for field in dataclasses.fields(Cache))
 
 
-def _attend_in_xla(q_BTNH, k_BTNH, v_BTNH, cache, layout, layer, starts_B, counts_B, scale):
+def _attend_in_xla(q_BTNH, k_BTNH, v_BTNH, cache, layout, slopes_BN, layer, starts_B, counts_B, scale):
     """Compute the same as attend.cc in XLA, one head at a time over all of its slots."""
     (B, T), q_BTNH = q_BTNH.shape[:2], jnp.asarray(q_BTNH)
     slots_N, firsts_N = np.array(layout.slots), layout.firsts
@@ -151,7 +161,8 @@ def _attend_in_xla(q_BTNH, k_BTNH, v_BTNH, cache, layout, layer, starts_B, count
     own_slot_S = jnp.arange(max(layout.slots))
 
     def one_head(n):
-        num_slots, slope, window = jnp.array(slots_N)[n], jnp.array(layout.slopes)[n], jnp.array(layout.windows)[n]
+        num_slots, window = jnp.array(slots_N)[n], jnp.array(layout.windows)[n]
+        slope_B1 = slopes_BN[:, n][:, None]
         at_S = jnp.minimum(jnp.array(firsts_N)[n] + own_slot_S, layout.num_slots - 1)
 
         def read(cached, scales):
@@ -166,11 +177,12 @@ def _attend_in_xla(q_BTNH, k_BTNH, v_BTNH, cache, layout, layer, starts_B, count
             (distance_BTS >= 0) & (distance_BTS < window) & (position_BS >= 0)[:, None] & (own_slot_S < num_slots)
         )
         q_BTH = q_BTNH[:, :, n]
-        scores_BTS = scale * jnp.einsum("BTH,BSH->BTS", q_BTH, k_BSH, precision="highest") - slope * distance_BTS
+        scores_BTS = scale * jnp.einsum("BTH,BSH->BTS", q_BTH, k_BSH, precision="highest")
+        scores_BTS -= slope_B1[..., None] * distance_BTS
         scores_BTS = jnp.where(seen_BTS, scores_BTS, -1e30)
         o_BTH = jnp.einsum("BTS,BSH->BTH", jax.nn.softmax(scores_BTS), v_BSH, precision="highest")
-        highest_BT = scale * jnp.linalg.norm(q_BTH, axis=-1) * longest_LBN[layer][:, n][:, None] - slope * window
-        share_BT = jnp.exp(jnp.minimum(highest_BT - scores_BTS.max(-1), 80)) / -jnp.expm1(-slope)
+        highest_BT = scale * jnp.linalg.norm(q_BTH, axis=-1) * longest_LBN[layer][:, n][:, None] - slope_B1 * window
+        share_BT = jnp.exp(jnp.minimum(highest_BT - scores_BTS.max(-1), 80)) / -jnp.expm1(-slope_B1)
         dropped_B = jnp.where(is_new_BT & (position_BT >= window), share_BT, 0).max(-1)
         return jnp.where(is_new_BT[..., None], o_BTH, 0), dropped_B
 

@@ -19,8 +19,12 @@ from btlm_jax.model.layers import normalise
 
 
 @functools.partial(jax.jit, static_argnames=("model", "layout"), donate_argnames="cache")
-def extend(model: Btlm, weights: Weights, cache: Cache, *, layout: CacheLayout, inputs_BT, starts_B, counts_B):
+def extend(
+    model: Btlm, weights: Weights, cache: Cache, *, layout: CacheLayout, inputs_BT, starts_B, counts_B, lengths_B
+):
     """Run counts_B[b] new tokens of row b at positions starts_B[b], starts_B[b] + 1, ...; cache their keys and values.
+
+    lengths_B are the tokens of each row at the end of the call of which this is a piece.
 
     Returns the float32 logits_BV after each row's last new token, the cache, and a bound on the share of attention
     outside the cache's windows (cpu_cache.py).
@@ -38,7 +42,7 @@ def extend(model: Btlm, weights: Weights, cache: Cache, *, layout: CacheLayout, 
         q_BTNH, k_BTNH, v_BTNH = (part.reshape(B, T, N, H) for part in jnp.split(qkv_RM, 3, axis=1))
         o_BTNH, cache, dropped_B = attend(
             q_BTNH, k_BTNH, v_BTNH, cache, layout=layout, layer=layer, starts_B=starts_B, counts_B=counts_B,
-            scale=parametrization.attention_scale,
+            lengths_B=lengths_B, scale=parametrization.attention_scale,
         )  # fmt: skip
         branch_RD = matmul(o_BTNH.reshape(B * T, N * H), weights.out, layer=layer) + own["out.bias"]
         x_RD = x_RD + parametrization.residual_scale * branch_RD

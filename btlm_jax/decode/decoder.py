@@ -88,7 +88,8 @@ class ShardedDecoder:
                 piece = history[start : start + width]
                 pieces_BT[row, : len(piece)] = piece
             last_B = lengths_B - 1 - start
-            logits_BV = self._run(pieces_BT, np.full(len(histories), start), np.clip(last_B, 0, width - 1))
+            starts_B = np.full(len(histories), start)
+            logits_BV = self._run(pieces_BT, starts_B, lengths_B, np.clip(last_B, 0, width - 1))
             for row in np.flatnonzero((last_B >= 0) & (last_B < width)):
                 last_logits[int(row)] = logits_BV[row]
         return np.stack([last_logits[row] for row in range(len(histories))])
@@ -97,7 +98,7 @@ class ShardedDecoder:
         """Run each row's newest token; return the float32 logits_BV after it."""
         newest_B1 = np.array([[history[-1]] for history in histories])
         starts_B = np.array([len(history) - 1 for history in histories])
-        return self._run(newest_B1, starts_B, np.zeros_like(starts_B))
+        return self._run(newest_B1, starts_B, starts_B + 1, np.zeros_like(starts_B))
 
     def grow(self, num_slots: int) -> None:
         """Copy the cache into one of `num_slots`, more than it has."""
@@ -105,15 +106,16 @@ class ShardedDecoder:
         with jax.set_mesh(self._mesh):
             self._cache = _copy_into(empty, self._cache)
 
-    def _run(self, inputs_BT: np.ndarray, starts_B: np.ndarray, last_B: np.ndarray) -> np.ndarray:
+    def _run(
+        self, inputs_BT: np.ndarray, starts_B: np.ndarray, lengths_B: np.ndarray, last_B: np.ndarray
+    ) -> np.ndarray:
         def place(values):
             values = values.astype(np.int32)
             return jax.make_array_from_callback(values.shape, self._rows, lambda index: values[index])
 
         with jax.set_mesh(self._mesh):
-            logits_BV, self._cache = _extend_and_read(
-                self._model, self._params, self._cache, place(inputs_BT), place(starts_B), place(last_B)
-            )
+            placed = (place(values) for values in (inputs_BT, starts_B, lengths_B, last_B))
+            logits_BV, self._cache = _extend_and_read(self._model, self._params, self._cache, *placed)
         return np.asarray(logits_BV)
 
 
@@ -128,8 +130,8 @@ def _copy_into(larger: KVCache, smaller: KVCache) -> KVCache:
 
 
 @functools.partial(jax.jit, static_argnums=0, donate_argnums=2)
-def _extend_and_read(model: Btlm, params: dict, cache: KVCache, inputs_BT, starts_B, last_B):
-    hidden_BTD, cache = extend(model, params, cache, inputs_BT=inputs_BT, starts_B=starts_B)
+def _extend_and_read(model: Btlm, params: dict, cache: KVCache, inputs_BT, starts_B, lengths_B, last_B):
+    hidden_BTD, cache = extend(model, params, cache, inputs_BT=inputs_BT, starts_B=starts_B, lengths_B=lengths_B)
     hidden_BTD = jax.sharding.reshard(hidden_BTD, PartitionSpec(None, None, None))
     last_B = jax.sharding.reshard(last_B, PartitionSpec(None))
     hidden_B1D = jnp.take_along_axis(hidden_BTD, last_B[:, None, None], axis=1)

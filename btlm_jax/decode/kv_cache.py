@@ -15,6 +15,7 @@ import jax.numpy as jnp
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
+from btlm_jax.attention.alibi import dynamic_factor
 from btlm_jax.model.layers import Embedding, LayerNorm, scale
 from btlm_jax.model.transformer import Block, Btlm, device_slopes
 from btlm_jax.parallel.mesh import WHOLE_SEQUENCES
@@ -44,14 +45,18 @@ def make_cache(model: Btlm, mesh: Mesh, *, batch_size: int, num_slots: int, dtyp
     )
 
 
-def extend(model: Btlm, params: dict, cache: KVCache, *, inputs_BT, starts_B):
+def extend(model: Btlm, params: dict, cache: KVCache, *, inputs_BT, starts_B, lengths_B):
     """Run new tokens, those of row b at positions starts_B[b], starts_B[b] + 1, ...; return hidden_BTD and the cache.
+
+    lengths_B are the tokens of each row at the end of the call, of which this may be a piece: dynamic scaling of ALiBi
+    (model.alibi_train_len) follows them.
 
     Equal to the last T positions of the whole forward pass. A position outside the cache is dropped: the caller makes
     the cache large enough. Memory for scores is O(T * slots) a head, so long prompts come in pieces.
     """
     config, parametrization, rules = model.config, model.parametrization, WHOLE_SEQUENCES
     starts_B = jax.sharding.reshard(starts_B, rules.spec("batch"))
+    lengths_B = jax.sharding.reshard(lengths_B, rules.spec("batch"))
     embedding = Embedding(
         vocab_size=config.vocab_size,
         d_model=config.d_model,
@@ -70,7 +75,7 @@ def extend(model: Btlm, params: dict, cache: KVCache, *, inputs_BT, starts_B):
         def attend(q_BTNW, k_BTNW, v_BTNW):
             # The head dim may be padded for the hardware (model/projection.py); the cache's is not.
             q_BTNH, k_BTNH, v_BTNH = (x[..., : config.head_dim] for x in (q_BTNW, k_BTNW, v_BTNW))
-            o_BTNH, updated = _attend_cached(model, q_BTNH, k_BTNH, v_BTNH, cache, starts_B, layer)
+            o_BTNH, updated = _attend_cached(model, q_BTNH, k_BTNH, v_BTNH, cache, starts_B, lengths_B, layer)
             updated_caches.append(updated)
             return jnp.pad(o_BTNH, ((0, 0), (0, 0), (0, 0), (0, q_BTNW.shape[-1] - config.head_dim)))
 
@@ -90,12 +95,12 @@ def _cache_spec() -> P:
     return WHOLE_SEQUENCES.spec("layers", "batch", "length", "act_heads", "head_dim")
 
 
-def _attend_cached(model: Btlm, q_BTNH, k_BTNH, v_BTNH, cache: KVCache, starts_B, layer):
+def _attend_cached(model: Btlm, q_BTNH, k_BTNH, v_BTNH, cache: KVCache, starts_B, lengths_B, layer):
     """Write keys and values into one layer of the cache and attend to it; each device has its own rows and heads."""
     rules, qk_scale = WHOLE_SEQUENCES, model.parametrization.attention_scale
     slopes_N = device_slopes(model.config, rules, mesh=jax.sharding.get_abstract_mesh())
 
-    def local(q_BTNH, k_BTNH, v_BTNH, k_LBSNH, v_LBSNH, starts_B, slopes_N, layer):
+    def local(q_BTNH, k_BTNH, v_BTNH, k_LBSNH, v_LBSNH, starts_B, lengths_B, slopes_N, layer):
         B, T = q_BTNH.shape[:2]
         position_BT = starts_B[:, None] + jnp.arange(T)[None]
         rows_B1 = jnp.arange(B)[:, None]
@@ -105,7 +110,8 @@ def _attend_cached(model: Btlm, q_BTNH, k_BTNH, v_BTNH, cache: KVCache, starts_B
         v_BSNH = jax.lax.dynamic_index_in_dim(v_LBSNH, layer, keepdims=False).astype(q_BTNH.dtype)
         offset_BTS = jnp.arange(k_BSNH.shape[1])[None, None] - position_BT[:, :, None]
         scores_BNTS = qk_scale * jnp.einsum("BTNH,BSNH->BNTS", q_BTNH, k_BSNH, preferred_element_type=jnp.float32)
-        bias_BNTS = slopes_N[None, :, None, None] * offset_BTS[:, None].astype(jnp.float32)
+        slopes_BN = slopes_N / dynamic_factor(lengths_B, model.alibi_train_len, xp=jnp)[:, None]
+        bias_BNTS = slopes_BN[:, :, None, None] * offset_BTS[:, None].astype(jnp.float32)
         scores_BNTS = jnp.where(offset_BTS[:, None] <= 0, scores_BNTS + bias_BNTS, -jnp.inf)
         weights_BNTS = jax.nn.softmax(scores_BNTS, axis=-1).astype(v_BSNH.dtype)
         o_BTNH = jnp.einsum("BNTS,BSNH->BTNH", weights_BNTS, v_BSNH, preferred_element_type=jnp.float32)
@@ -114,8 +120,9 @@ def _attend_cached(model: Btlm, q_BTNH, k_BTNH, v_BTNH, cache: KVCache, starts_B
     new, cached = rules.spec("batch", "length", "act_heads", "head_dim"), _cache_spec()
     rows, heads = rules.spec("batch"), rules.spec("act_heads")
     mapped = jax.shard_map(
-        local, in_specs=(new, new, new, cached, cached, rows, heads, P()), out_specs=(new, cached, cached)
+        local, in_specs=(new, new, new, cached, cached, rows, rows, heads, P()), out_specs=(new, cached, cached)
     )
     slopes_N = jax.sharding.reshard(slopes_N, heads)
-    o_BTNH, k_LBSNH, v_LBSNH = mapped(q_BTNH, k_BTNH, v_BTNH, cache.k_LBSNH, cache.v_LBSNH, starts_B, slopes_N, layer)
+    arrays = (q_BTNH, k_BTNH, v_BTNH, cache.k_LBSNH, cache.v_LBSNH, starts_B, lengths_B, slopes_N, layer)
+    o_BTNH, k_LBSNH, v_LBSNH = mapped(*arrays)
     return o_BTNH, KVCache(k_LBSNH=k_LBSNH, v_LBSNH=v_LBSNH)

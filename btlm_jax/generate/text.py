@@ -304,7 +304,7 @@ def _make_batch(
         num_tokens=config.num_tokens,
         sampling=config.sampling,
         num_ids=model.tokenizer.vocab_size,
-        stop_id=model.tokenizer.eos_id,
+        stop_id=model.metadata.eos_id,
         cache_dtype=_model_cache_dtype(model) if config.cache_dtype == MODEL_DTYPE else config.cache_dtype,
         timings=timings,
     )

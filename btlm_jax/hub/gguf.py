@@ -196,9 +196,11 @@ class GGUFTokenizer:
 
     def encode(self, text: str) -> list[int]:
         """Return the ids of a text."""
-        if self._keys["tokenizer.ggml.model"] == "gpt2":
-            return self._byte_level.encode(text, add_special_tokens=False).ids
         ids: list[int] = []
+        if self._keys["tokenizer.ggml.model"] == "gpt2":
+            for fragment in self._fragments(text):
+                ids += [fragment] if isinstance(fragment, int) else self._byte_level.encode(fragment).ids
+            return ids
         follows_symbol = True  # or starts the text: llama.cpp adds a space in both places
         for fragment in self._fragments(text):
             if isinstance(fragment, int):

@@ -14,13 +14,19 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from btlm_jax import install_command
+from btlm_jax import install_command, notices
 from btlm_jax.attention.alibi import alibi_slopes
-from btlm_jax.hub.published import EMBEDDING, HEAD, SLOPES, PublishedConfig, tensor_shapes
+from btlm_jax.hub.published import CONFIG_FILE, EMBEDDING, HEAD, SLOPES, PublishedConfig, tensor_shapes
 from btlm_jax.hub.safetensors_files import INDEX_FILE, SINGLE_FILE, SafetensorsFile
+from btlm_jax.storage.files import check_no_lfs_pointer, hash_file, read_json_object
 
+# Key of the weights' metadata: the sha256 by name of files that were written beside them and decide numbers or ids
+FILE_HASHES = "btlm_jax.files"
+_HASHED_FILES = (CONFIG_FILE, "tokenizer.json", "tokenizer.model", "tokenizer_config.json", "vocab.json", "merges.txt")
 _MASK = re.compile(r"transformer\.h\.\d+\.attn\.(bias|masked_bias)")
 _BIN_INDEX, _BIN = "pytorch_model.bin.index.json", "pytorch_model.bin"
+# In the order in which transformers looks for them (modeling_utils.py, _get_resolved_checkpoint_files)
+WEIGHT_FILES = (SINGLE_FILE, INDEX_FILE, _BIN, _BIN_INDEX)
 _READABLE = ("float32", "float16", "bfloat16")
 
 
@@ -39,6 +45,7 @@ class HuggingFaceTensors:
         self.shapes: Mapping[str, tuple[int, ...]] = tensor_shapes(config)
         self._check_names_and_shapes()
         self._check_extras(config)
+        self._report_changed_files()
 
     def read(self, name: str) -> np.ndarray:
         """Return one tensor as it is stored.
@@ -61,6 +68,20 @@ class HuggingFaceTensors:
     def has_head(self) -> bool:
         """Whether there is an lm_head.weight, which is then equal to the embedding."""
         return HEAD in self._file_of
+
+    def _report_changed_files(self) -> None:
+        """Say which files are not as they were when these weights were written here; that may be on purpose."""
+        file = self._file_of[EMBEDDING]
+        if not isinstance(file, SafetensorsFile) or not file.is_ours or FILE_HASHES not in file.metadata:
+            return
+        recorded, found = json.loads(file.metadata[FILE_HASHES]), file_hashes(self.directory)
+        changed = sorted(name for name in recorded.keys() | found.keys() if recorded.get(name) != found.get(name))
+        if changed:
+            notices.report(
+                "changed-since-export",
+                f"{', '.join(changed)} of {self.directory} changed since btlm convert wrote them beside these weights",
+                count=len(changed),
+            )
 
     def _check_names_and_shapes(self) -> None:
         missing = [name for name in self.shapes if name not in self._file_of]
@@ -97,8 +118,13 @@ class HuggingFaceTensors:
         for name, file in self._file_of.items():
             if _MASK.fullmatch(name) and name.endswith(".attn.bias"):
                 mask = file.read(name)
-                if not np.array_equal(mask[0, 0] != 0, np.tri(*mask.shape[-2:], dtype=bool)):
+                if mask.ndim != 4 or not np.array_equal(mask[0, 0] != 0, np.tri(*mask.shape[-2:], dtype=bool)):
                     raise ValueError(f"{name} in {self.directory} is not a causal mask; only causal ones are computed")
+
+
+def file_hashes(directory: Path) -> dict[str, str]:
+    """Return the sha256 by name of a directory's files that FILE_HASHES is about."""
+    return {name: hash_file(directory / name) for name in _HASHED_FILES if (directory / name).is_file()}
 
 
 def _is_known_extra(name: str) -> bool:
@@ -115,39 +141,52 @@ class _TensorFile(Protocol):
 
 
 def _open_weights(directory: Path) -> dict[str, _TensorFile]:
-    """Return the file that holds each tensor.
+    """Return the file that holds each tensor: of the first of WEIGHT_FILES that exists, as transformers reads them.
 
     Raises:
       FileNotFoundError: there are no weights, or a shard that the index names is missing.
       ValueError: the index or a file is damaged.
     """
-    for index in (INDEX_FILE, _BIN_INDEX):
-        if (directory / index).is_file():
-            return _open_shards(directory / index)
-    for single in (SINGLE_FILE, _BIN):
-        if (directory / single).is_file():
-            file = _open(directory / single)
-            return dict.fromkeys(file.shapes, file)
-    raise FileNotFoundError(
-        f"{directory} holds no weights: looked for {INDEX_FILE}, {_BIN_INDEX}, {SINGLE_FILE} and {_BIN}"
-    )
+    found = [name for name in WEIGHT_FILES if (directory / name).is_file()]
+    if not found:
+        raise FileNotFoundError(f"{directory} holds no weights: looked for {', '.join(WEIGHT_FILES)}")
+    if len(found) > 1:
+        notices.report(
+            "weights-preferred",
+            f"{directory} has {', '.join(found)}: {found[0]} is read, as transformers does, and the rest is not",
+            count=len(found) - 1,
+        )
+    path = directory / found[0]
+    if found[0] in (INDEX_FILE, _BIN_INDEX):
+        return _open_shards(path)
+    file = _open(path)
+    return dict.fromkeys(file.shapes, file)
 
 
 def _open_shards(index: Path) -> dict[str, _TensorFile]:
-    try:
-        weight_map = json.loads(index.read_text())["weight_map"]
-        path_of = {name: index.parent / file for name, file in weight_map.items()}
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise ValueError(f"{index} is not an index of shards: {error!r}") from error
-    shards = sorted(set(path_of.values()))
-    for path in shards:
+    """Return the tensors of all files that an index names, as transformers does, which asks the files themselves."""
+    weight_map = read_json_object(index).get("weight_map")
+    if not isinstance(weight_map, dict) or not all(isinstance(file, str) for file in weight_map.values()):
+        raise ValueError(f"{index} is not an index of shards: it needs a weight_map of tensors' names to files' names")
+    shards = sorted(set(weight_map.values()))
+    files: dict[str, _TensorFile] = {}
+    for shard in shards:
+        path = index.parent / shard
+        if Path(shard).name != shard:
+            raise ValueError(f"{index} names the shard {shard!r}; a shard is a file beside it")
         if not path.is_file():
             raise FileNotFoundError(f"shard {path} is missing; {index.name} names it")
-    files = {path: _open(path) for path in shards}
-    for name, path in path_of.items():
-        if name not in files[path].shapes:
-            raise ValueError(f"{index.name} says that {path.name} holds {name}, but it does not")
-    return {name: files[path] for name, path in path_of.items()}
+        files[shard] = _open(path)
+    file_of = {name: file for file in files.values() for name in file.shapes}
+    wrong = [name for name, shard in weight_map.items() if name not in file_of or file_of[name] is not files[shard]]
+    wrong += [name for name in file_of if name not in weight_map]
+    if wrong:
+        notices.report(
+            "index-contradicts",
+            f"{index} is wrong about {len(wrong)} tensors, such as {wrong[0]}: what the shards themselves hold is read",
+            count=len(wrong),
+        )
+    return file_of
 
 
 def _open(path: Path) -> _TensorFile:
@@ -162,8 +201,13 @@ class _PickledFile:
         self.shapes = {name: tuple(tensor.shape) for name, tensor in _state_dict(path).items()}
 
     def read(self, name: str) -> np.ndarray:
-        tensor = _state_dict(self.path)[name]
-        torch = _torch(self.path)
+        torch, tensor = _torch(self.path), _state_dict(self.path)[name].detach()
+        dtype = str(tensor.dtype).removeprefix("torch.")
+        if tensor.is_meta or tensor.layout != torch.strided or not hasattr(np, dtype) and dtype != "bfloat16":
+            kind = "on the meta device, without values" if tensor.is_meta else f"{dtype}, {tensor.layout}"
+            raise ValueError(
+                f"tensor {name} of {self.path} is {kind}; only plain tensors of {', '.join(_READABLE)} can be read"
+            )
         if tensor.dtype != torch.bfloat16:
             return tensor.numpy().copy()
         return tensor.contiguous().view(torch.int16).numpy().copy().view("bfloat16")
@@ -171,14 +215,36 @@ class _PickledFile:
 
 @functools.lru_cache(maxsize=1)  # one shard is open at a time
 def _state_dict(path: Path) -> dict[str, Any]:
-    """Return a file's torch tensors by name, mapped where the format allows it."""
+    """Return a file's torch tensors by name, mapped where the format allows it.
+
+    Raises:
+      ValueError: it is damaged, holds other objects than tensors by name, or would run code.
+    """
     torch = _torch(path)
+    check_no_lfs_pointer(path)
     try:
         mapped = zipfile.is_zipfile(path)  # the format before PyTorch 1.6 cannot be mapped
-        return torch.load(path, map_location="cpu", mmap=mapped, weights_only=True)
-    except (RuntimeError, pickle.UnpicklingError, EOFError, OSError) as error:
+        state = torch.load(path, map_location="cpu", mmap=mapped, weights_only=True)
+    except pickle.UnpicklingError as error:  # PyTorch's message recommends to run the code after all
+        refused = re.search(r"GLOBAL ([\w.]+)", str(error))
+        what = (
+            f"names {refused[1]}, which is no tensor and could run code" if refused else "is damaged or no state dict"
+        )
+        raise ValueError(
+            f"{path} {what}; only files of plain tensors by name are read: get the model as safetensors"
+        ) from error
+    except (RuntimeError, EOFError, OSError, ValueError, TypeError, LookupError, AttributeError) as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise ValueError(f"{path} is damaged or not a PyTorch state dict: {reason}") from error
+    if not isinstance(state, dict):
+        raise ValueError(f"{path} holds a {type(state).__name__}, not a state dict of tensors by name")
+    for name, tensor in state.items():
+        if not isinstance(tensor, torch.Tensor):
+            raise ValueError(
+                f"{path} holds a {type(tensor).__name__} under {name!r}; a state dict has tensors by name and nothing "
+                "else: save model.state_dict() alone"
+            )
+    return state
 
 
 def _torch(path: Path) -> Any:

@@ -1,30 +1,40 @@
 """Our own forms of a model: the last checkpoint of a training run, and a model directory, which has only parameters.
 
-A model directory is `model.json` (a ModelMetadata), `params/` (orbax) and the tokenizer's file.
+A model directory is `model.json` (a ModelMetadata), `model.safetensors` (our parameters by path, such as
+`blocks/mlp/up/kernel`, float32, with their hashes) and the tokenizer's file. Those written before have `params/`, by
+orbax, without hashes.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import json
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import jax
+import numpy as np
 from jax.sharding import Mesh
 
+from btlm_jax import notices
 from btlm_jax.data import store
+from btlm_jax.hub.client_files import NO_SETTINGS, ClientSettings
+from btlm_jax.hub.safetensors_files import SINGLE_FILE, SafetensorsFile, TensorToWrite, write_safetensors
 from btlm_jax.model import Btlm, make_model, parameter_table
 from btlm_jax.parallel.mesh import make_mesh
 from btlm_jax.recipe.config import ModelConfig, MupConfig, TrainConfig, config_from
 from btlm_jax.recipe.mup import make_parametrization
-from btlm_jax.storage.files import write_atomically
+from btlm_jax.storage.files import read_json_object, write_atomically
 from btlm_jax.storage.location import PathOrUrl, resolve_location
 from btlm_jax.tokenizers.tokenizer import Tokenizer, load_tokenizer
 from btlm_jax.train import CHECKPOINTS, KEPT_TOKENIZER, SUMMARY_FILE
-from btlm_jax.train.checkpoint import CheckpointReader, read_params, write_params
+from btlm_jax.train.checkpoint import CheckpointReader, read_params
 
-MODEL_FILE, PARAMS = "model.json", "params"
-FORMAT = "btlm_jax model 1"
+MODEL_FILE, _OLD_PARAMS = "model.json", "params"
+FORMAT, _OLD_FORMAT = "btlm_jax model 2", "btlm_jax model 1"
+_SHA256 = "sha256"  # of model.json without this key
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -38,10 +48,13 @@ class ModelMetadata:
     tokenizer: store.TokenizerInfo | None  # None: the model has none
     prompt_bos_id: int | None  # stands in front of every prompt; None: nothing does, as in every model trained here
     notes: dict[str, str]  # how it was trained and converted, for a reader
+    alibi_train_len: int = 0  # of dynamic scaling, see model/transformer.py; 0: model.alibi_scaling alone
+    clients: ClientSettings = NO_SETTINGS  # what Hugging Face's clients read besides
 
     def network(self) -> Btlm:
         """Return the network; it holds no arrays."""
-        return make_model(self.model, make_parametrization(self.mup, self.model))
+        parametrization = make_parametrization(self.mup, self.model)
+        return make_model(self.model, parametrization, alibi_train_len=self.alibi_train_len)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -114,14 +127,41 @@ def read_model_directory(directory: Path) -> NativeModel:
     """Read what `write_model_directory` wrote.
 
     Raises:
-      FileNotFoundError: the tokenizer's file is missing.
+      FileNotFoundError: the file of the weights or of the tokenizer is missing.
       ValueError: `model.json`, the parameters or the tokenizer are damaged.
     """
     metadata, mesh = read_metadata(directory), one_device_mesh()
     tokenizer = read_tokenizer(directory, metadata)
     _check_vocabulary(metadata, tokenizer, where=directory)
-    params = read_params(directory / PARAMS, abstract=abstract_params(metadata, mesh))
+    abstract = abstract_params(metadata, mesh)
+    if (directory / SINGLE_FILE).is_file():
+        params = _read_weights(directory / SINGLE_FILE, abstract)
+    elif (directory / _OLD_PARAMS).is_dir():
+        params = read_params(directory / _OLD_PARAMS, abstract=abstract)
+    else:
+        raise FileNotFoundError(f"{directory / SINGLE_FILE} is missing: the weights of the model")
     return NativeModel(metadata=metadata, params=params, mesh=mesh, tokenizer=tokenizer)
+
+
+def _read_weights(path: Path, abstract: dict) -> dict:
+    file = SafetensorsFile(path)
+
+    def read(name: str, leaf: jax.ShapeDtypeStruct) -> jax.Array:
+        if file.shapes.get(name) != leaf.shape:
+            raise ValueError(f"{path} has {name} of shape {file.shapes.get(name)}; {MODEL_FILE} asks for {leaf.shape}")
+        array = file.read(name)
+        if array.dtype != leaf.dtype:
+            raise ValueError(f"{name} in {path} is {array.dtype}; it must be {leaf.dtype}")
+        return jax.device_put(array, leaf.sharding)
+
+    leaves = [read(name, leaf) for name, leaf in _leaves(abstract)]
+    return jax.tree.unflatten(jax.tree.structure(abstract), leaves)
+
+
+def _leaves(tree: dict) -> Iterator[tuple[str, Any]]:
+    """Yield each leaf with its path, in the order of jax.tree."""
+    for keys, leaf in jax.tree_util.tree_leaves_with_path(tree):
+        yield "/".join(key.key for key in keys), leaf
 
 
 def read_tokenizer(directory: Path, metadata: ModelMetadata) -> Tokenizer | None:
@@ -134,19 +174,22 @@ def read_tokenizer(directory: Path, metadata: ModelMetadata) -> Tokenizer | None
     return None if metadata.tokenizer is None else load_tokenizer(directory, metadata.tokenizer)
 
 
-def read_metadata(directory: Path, *, format: str = FORMAT) -> ModelMetadata:
-    """Read the `model.json` of a model directory of this format.
+def read_metadata(directory: Path, *, formats: tuple[str, ...] = (FORMAT, _OLD_FORMAT)) -> ModelMetadata:
+    """Read the `model.json` of a model directory of one of these formats.
 
     Raises:
       ValueError: it is damaged, or of another format.
     """
     path = directory / MODEL_FILE
+    values = read_json_object(path)
+    recorded = values.pop(_SHA256, None)
+    if recorded is not None and recorded != _hash_of(values):
+        notices.report("changed-since-export", f"{path} is not as it was written; what it says now is used")
     try:
-        values = json.loads(path.read_text())
-        if values["format"] != format:
-            is_int4 = "int4" in values["format"]
+        if values["format"] not in formats:
+            is_int4 = "int4" in str(values["format"])
             hint = "; a 4-bit model is only for btlm generate: give the one it was made of" if is_int4 else ""
-            raise ValueError(f"its format is {values['format']!r}, not {format!r}{hint}")
+            raise ValueError(f"its format is {values['format']!r}, not {formats[0]!r}{hint}")
         return ModelMetadata(
             model=config_from(ModelConfig, values["model"], path="model"),
             mup=config_from(MupConfig, values["mup"], path="mup"),
@@ -155,16 +198,27 @@ def read_metadata(directory: Path, *, format: str = FORMAT) -> ModelMetadata:
             tokenizer=None if values["tokenizer"] is None else store.tokenizer_info_from(values["tokenizer"]),
             prompt_bos_id=_id_or_none(values.get("prompt_bos_id")),  # models from before this key have none
             notes=values["notes"],
+            alibi_train_len=int(values.get("alibi_train_len", 0)),  # older files have neither
+            clients=ClientSettings.from_json(values.get("clients", {})),
         )
     except (ValueError, KeyError, TypeError) as error:
         raise ValueError(f"{path} cannot be used: {error}") from error
 
 
+def _hash_of(values: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
+
+
 def write_model_directory(
     directory: Path, *, metadata: ModelMetadata, params: dict, tokenizer: Tokenizer | None
 ) -> None:
-    """Write `params/`, the tokenizer's file and `model.json`; `metadata.tokenizer` describes this tokenizer."""
-    write_params(directory / PARAMS, params)
+    """Write the weights, the tokenizer's file and `model.json`; `metadata.tokenizer` describes this tokenizer."""
+    directory.mkdir(parents=True, exist_ok=True)
+    tensors = [
+        TensorToWrite(name=name, shape=leaf.shape, dtype=np.dtype(leaf.dtype), make=lambda leaf=leaf: np.asarray(leaf))
+        for name, leaf in _leaves(params)
+    ]
+    write_safetensors(directory, tensors, max_shard_bytes=1 << 62, metadata={"format": FORMAT})
     write_metadata(directory, metadata, tokenizer=tokenizer)
 
 
@@ -174,7 +228,8 @@ def write_metadata(
     """Write `model.json` and the tokenizer's file."""
     if tokenizer is not None:
         write_atomically(directory / tokenizer.stored_file, tokenizer.contents)
-    values = {"format": format} | dataclasses.asdict(metadata)
+    values = json.loads(json.dumps({"format": format} | dataclasses.asdict(metadata)))
+    values[_SHA256] = _hash_of(values)
     write_atomically(directory / MODEL_FILE, json.dumps(values, indent=2, sort_keys=True))
 
 
@@ -222,8 +277,13 @@ def _heldout_notes(workdir: Path, step: int) -> dict[str, str]:
     path = workdir / SUMMARY_FILE
     if not path.is_file():
         return {}
-    summary = json.loads(path.read_text())
-    if summary["num_steps"] != step:
+    summary = read_json_object(path)
+    if summary.get("num_steps") != step:
         return {}
-    sources = summary["heldout"]["sources"].items()
-    return {f"held-out bits/byte, {name}": f"{source['bits_per_byte']:.4f}" for name, source in sources}
+    try:
+        sources = summary["heldout"]["sources"].items()
+        return {f"held-out bits/byte, {name}": f"{source['bits_per_byte']:.4f}" for name, source in sources}
+    except (KeyError, TypeError, AttributeError, ValueError) as error:
+        raise ValueError(
+            f"{path} is damaged: it has no heldout.sources with bits_per_byte of each ({error!r}); restore or delete it"
+        ) from error

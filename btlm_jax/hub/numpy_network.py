@@ -17,7 +17,7 @@ from collections.abc import Callable
 
 import numpy as np
 
-from btlm_jax.attention.alibi import alibi_slopes
+from btlm_jax.attention.alibi import alibi_slopes, dynamic_factor
 from btlm_jax.hub.published import EMBEDDING, FINAL_NORM, HEAD, PublishedConfig, Tensors, block_prefix
 
 # (input [B, T, channels], name of the layer in its block, such as "ln_1" or "attn.c_attn") -> output [B, T, channels]
@@ -60,6 +60,7 @@ def attend(config: PublishedConfig, qkv_TC: np.ndarray) -> np.ndarray:
     q_TNH, k_SNH, v_SNH = np.moveaxis(qkv_TC.reshape(T, 3, config.n_head, config.head_dim), 1, 0)
     scale = 1 / config.head_dim if config.mup_scale_qk_dot_by_d else 1 / math.sqrt(config.head_dim)
     slopes_N = alibi_slopes(config.n_head, scaling=config.alibi_scaling)
+    slopes_N = slopes_N / dynamic_factor(T, config.alibi_train_len, xp=np)
     distance_TS = np.arange(T)[:, None] - np.arange(T)[None]
     scores_NTS = np.einsum("TNH,SNH->NTS", q_TNH, k_SNH, optimize=True) * np.float32(scale)
     scores_NTS -= slopes_N[:, None, None] * distance_TS.astype(np.float32)

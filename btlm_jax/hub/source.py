@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from btlm_jax.hub.client_files import ClientSettings, end_of_text_id, read_client_settings
 from btlm_jax.hub.huggingface import HuggingFaceTensors
 from btlm_jax.hub.native import (
     ModelMetadata,
@@ -23,7 +24,14 @@ from btlm_jax.hub.native import (
     read_run,
 )
 from btlm_jax.hub.numpy_network import streamed_logits
-from btlm_jax.hub.published import CONFIG_FILE, EMBEDDING, PublishedConfig, Tensors, read_published_config
+from btlm_jax.hub.published import (
+    CONFIG_FILE,
+    EMBEDDING,
+    PublishedConfig,
+    Tensors,
+    published_config_of,
+    read_config_values,
+)
 from btlm_jax.hub.tensor_names import NativeTensors, read_params
 from btlm_jax.model import Btlm
 from btlm_jax.model.loss import logits
@@ -37,10 +45,15 @@ class HuggingFaceSource:
     """A Hugging Face BTLM directory."""
 
     def __init__(self, directory: Path):
-        self.directory = directory
-        self.config: PublishedConfig = read_published_config(directory / CONFIG_FILE)
-        self.tensors: Tensors = HuggingFaceTensors(directory, self.config)
-        self.tokenizer = _tokenizer_of(directory, self.config)
+        self.directory, path = directory, directory / CONFIG_FILE
+        values = read_config_values(path)
+        config = published_config_of(values, path=path)
+        self.tensors: Tensors = HuggingFaceTensors(directory, config)
+        self.tokenizer = _tokenizer_of(directory, config)
+        self.clients = read_client_settings(directory, config=values, tokenizer=self.tokenizer)
+        eos_id = end_of_text_id(directory, config, values, settings=self.clients, tokenizer=self.tokenizer)
+        bos_id = self.clients.bos_id if self.clients.bos_id >= 0 else eos_id
+        self.config: PublishedConfig = dataclasses.replace(config, eos_token_id=eos_id, bos_token_id=bos_id)
         self.prompt_bos_id = None if self.tokenizer is None else read_prompt_bos(directory, self.tokenizer)
         self.notes: dict[str, str] = {}
 
@@ -53,6 +66,7 @@ class HuggingFaceSource:
             tokenizer=self.tokenizer,
             prompt_bos_id=self.prompt_bos_id,
             notes=self.notes,
+            clients=self.clients,
         )
 
     def logits(self, ids_T: np.ndarray) -> np.ndarray:
@@ -70,6 +84,7 @@ class NativeSource:
         self.tensors: Tensors = NativeTensors(native.params, self.config, residual_scale=scale)
         self.tokenizer, self.prompt_bos_id = native.tokenizer, native.metadata.prompt_bos_id
         self.notes = native.metadata.notes
+        self.clients = native.metadata.clients
 
     def metadata(self) -> ModelMetadata:
         """Return the model's metadata."""
@@ -162,7 +177,8 @@ def published_config(metadata: ModelMetadata) -> PublishedConfig:
         mup_width_scale=_without_noise(1 / make_parametrization(mup, model).width),
         mup_scale_qk_dot_by_d=mup.preset != "sp",
         alibi_scaling=model.alibi_scaling,
-        bos_token_id=metadata.eos_id,
+        alibi_train_len=metadata.alibi_train_len,
+        bos_token_id=metadata.clients.bos_id if metadata.clients.bos_id >= 0 else metadata.eos_id,
         eos_token_id=metadata.eos_id,
     )
 
@@ -174,6 +190,7 @@ def model_metadata(
     tokenizer: Tokenizer | None,
     prompt_bos_id: int | None,
     notes: dict[str, str],
+    clients: ClientSettings,
 ) -> ModelMetadata:
     """Return a published config as our configs.
 
@@ -209,6 +226,8 @@ def model_metadata(
         tokenizer=None if tokenizer is None else tokenizer_info(tokenizer),
         prompt_bos_id=prompt_bos_id,
         notes=notes,
+        alibi_train_len=config.alibi_train_len,
+        clients=clients,
     )
 
 
@@ -221,6 +240,7 @@ def published_metadata(source: Source) -> ModelMetadata:
         tokenizer=source.tokenizer,
         prompt_bos_id=source.prompt_bos_id,
         notes=metadata.notes,
+        clients=metadata.clients,
     )
 
 

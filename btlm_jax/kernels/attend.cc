@@ -193,7 +193,7 @@ float attend_head(const Head& head, const float* q, const float* k_new, const fl
 ffi::Error attend(ffi::ThreadPool pool, ffi::Buffer<ffi::F32> q_BTNH, ffi::Buffer<ffi::F32> k_BTNH,
                   ffi::Buffer<ffi::F32> v_BTNH, ffi::AnyBuffer k_LBSH, ffi::AnyBuffer, ffi::Buffer<ffi::F32>,
                   ffi::Buffer<ffi::F32>, ffi::Buffer<ffi::F32>, ffi::Buffer<ffi::S32> starts_B,
-                  ffi::Buffer<ffi::S32> counts_B, ffi::Buffer<ffi::S32> layer, ffi::Buffer<ffi::F32> slopes_N,
+                  ffi::Buffer<ffi::S32> counts_B, ffi::Buffer<ffi::S32> layer, ffi::Buffer<ffi::F32> slopes_BN,
                   ffi::Buffer<ffi::S32> windows_N, ffi::Buffer<ffi::S32> firsts_N, float scale,
                   ffi::ResultBuffer<ffi::F32> o_BTNH, ffi::Result<ffi::AnyBuffer> k_cache,
                   ffi::Result<ffi::AnyBuffer> v_cache, ffi::ResultBuffer<ffi::F32> k_scales,
@@ -208,7 +208,7 @@ ffi::Error attend(ffi::ThreadPool pool, ffi::Buffer<ffi::F32> q_BTNH, ffi::Buffe
     int64_t b = task / N, n = N - 1 - task % N;  // the flattest slopes have the widest windows: they start first
     int64_t first = firsts_N.typed_data()[n], next = n + 1 < N ? firsts_N.typed_data()[n + 1] : S;
     Head head{next - first, windows_N.typed_data()[n], starts_B.typed_data()[b], counts_B.typed_data()[b],
-              H, N * H, slopes_N.typed_data()[n], scale};
+              H, N * H, slopes_BN.typed_data()[b * N + n], scale};
     int64_t from = b * T * N * H + n * H, slot = (at_layer * B + b) * S + first;
     int64_t scale_slot = scaled ? slot : 0;
     for (int64_t t = head.count; t < T; ++t) std::fill_n(o_BTNH->typed_data() + from + t * N * H, H, 0.0f);

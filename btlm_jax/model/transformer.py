@@ -15,10 +15,11 @@ from collections.abc import Callable
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.sharding import AbstractMesh, Mesh
 
 from btlm_jax.attention import attend
-from btlm_jax.attention.alibi import alibi_slopes
+from btlm_jax.attention.alibi import alibi_slopes, dynamic_factor
 from btlm_jax.attention.remat_names import CHECKPOINT_NAMES
 from btlm_jax.model.layers import Embedding, LayerNorm, Linear, scale
 from btlm_jax.model.projection import Project, project_scheduled
@@ -115,6 +116,7 @@ class Btlm(nn.Module):
     parametrization: Parametrization
     rules: AxisRules
     project: Project
+    alibi_train_len: int  # > 0: beyond so many keys ALiBi's slopes are divided by keys / this; 0: they are not
 
     @nn.compact
     def __call__(self, inputs_BT: jax.Array) -> jax.Array:
@@ -148,6 +150,8 @@ class Btlm(nn.Module):
 
     def _attend(self, q_BTNH: jax.Array, k_BSNH: jax.Array, v_BSNH: jax.Array) -> jax.Array:
         slopes_N = device_slopes(self.config, self.rules, mesh=jax.sharding.get_abstract_mesh())
+        if self.alibi_train_len:
+            slopes_N /= dynamic_factor(k_BSNH.shape[1], self.alibi_train_len, xp=np)
         return attend(
             q_BTNH,
             k_BSNH,
@@ -164,13 +168,16 @@ def make_model(
     *,
     rules: AxisRules = RULES,
     project: Project = project_scheduled,  # pyright: ignore[reportArgumentType] # custom_vjp hides its signature
+    alibi_train_len: int = 0,
 ) -> Btlm:
     """Make the network; it holds no arrays.
 
     `rules` say how its activations are split over the mesh, `project` how they are multiplied with weights (see
-    projection.py).
+    projection.py). `alibi_train_len` is the length of dynamic position interpolation, 0 for none.
     """
-    return Btlm(config=config, parametrization=parametrization, rules=rules, project=project)
+    return Btlm(
+        config=config, parametrization=parametrization, rules=rules, project=project, alibi_train_len=alibi_train_len
+    )
 
 
 def device_slopes(config: ModelConfig, rules: AxisRules, *, mesh: Mesh | AbstractMesh) -> jax.Array:

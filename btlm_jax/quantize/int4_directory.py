@@ -153,7 +153,7 @@ class Int4Tensors:
 
 def _open_directory(directory: Path) -> tuple[ModelMetadata, SafetensorsFile]:
     """Open a directory; its two files must belong together."""
-    metadata, path = read_metadata(directory, format=FORMAT), directory / SINGLE_FILE
+    metadata, path = read_metadata(directory, formats=(FORMAT,)), directory / SINGLE_FILE
     if not path.is_file():
         raise FileNotFoundError(f"{path} is missing: the weights of a 4-bit model")
     file = SafetensorsFile(path)

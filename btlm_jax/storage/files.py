@@ -19,6 +19,7 @@ from types import TracebackType
 from typing import Any, BinaryIO, Self, cast
 
 _TEMPORARY_SUFFIX = ".tmp"
+_LFS_POINTER = b"version https://git-lfs.github.com/spec/"  # https://github.com/git-lfs/git-lfs/blob/main/docs/spec.md
 
 
 def write_atomically(path: Path, contents: str | bytes) -> None:
@@ -95,10 +96,23 @@ def read_json_object(path: Path) -> dict[str, Any]:
     """Return the JSON object in a file.
 
     Raises:
-      ValueError: it is none; names the file.
+      ValueError: it is none, or a Git LFS pointer; names the file.
       OSError: it cannot be read.
     """
+    check_no_lfs_pointer(path)
     return parse_json_object(path.read_bytes(), name=path)
+
+
+def check_no_lfs_pointer(path: Path) -> None:
+    """Check that a file is not what git leaves in the place of a large file that was not downloaded.
+
+    Raises:
+      FileNotFoundError: there is no such file.
+      ValueError: it is such a pointer.
+    """
+    with open(path, "rb") as file:
+        if file.read(len(_LFS_POINTER)) == _LFS_POINTER:
+            raise ValueError(f"{path} is a Git LFS pointer, not the file itself: run `git lfs pull` in its repository")
 
 
 def hash_file(path: Path) -> str:

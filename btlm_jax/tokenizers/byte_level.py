@@ -6,14 +6,17 @@ pairs are merged in the order of the merges (https://github.com/openai/gpt-2/blo
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import json
 import re
 import unicodedata
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
+
+from btlm_jax.storage.files import check_no_lfs_pointer, read_json_object
 
 # A space or newline between two other characters always starts a word of GPT-2's pattern, and the text before it is
 # split as at the end of a text. (What Python counts as white space, the pattern does too.)
@@ -28,24 +31,23 @@ _GPT2_STEPS = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": T
 _SPLITTING_STEPS = ("Split", "Digits", "Punctuation")  # others also drop or replace characters
 
 
-class ByteLevelTokenizer:
-    """Text to ids and back; no text is encoded as `eos_id` or as another special token."""
+class JsonTokenizer:
+    """A tokenizer.json: text to ids and back; no text is encoded as `eos_id` or as another special token."""
 
-    kind = KIND
     stored_file = STORED_FILE
+    boundary: re.Pattern | None = None
 
-    def __init__(self, contents: bytes, *, eos_id: int, allow_lossy: bool = False):
-        """Read the contents of a tokenizer.json; one that would change texts only if `allow_lossy`.
+    def __init__(self, contents: bytes, *, eos_id: int, check: Callable[[dict, Tokenizer], None]):
+        """Read the contents; `check` gets them parsed, and the tokenizer, and raises ValueError for other kinds.
 
         Raises:
-          ValueError: it is damaged, not byte-level BPE, would change texts, or `eos_id` is not in it.
+          ValueError: it is damaged, not of the kind, or `eos_id` is not in it.
         """
         self.contents = contents
-        self._tokenizer = _read(contents, eos_id=eos_id, allow_lossy=allow_lossy)
+        self._tokenizer = _read(contents, eos_id=eos_id, check=check)
         self.eos_id = eos_id
         self.eos_token = self.token(eos_id)
         self.vocab_size = self._tokenizer.get_vocab_size()
-        self.boundary = GPT2_BOUNDARY if self.has_gpt2_rules else None
 
     @property
     def json(self) -> str:
@@ -53,23 +55,21 @@ class ByteLevelTokenizer:
         return self._tokenizer.to_str()
 
     @property
-    def has_gpt2_rules(self) -> bool:
-        """Whether vocab.json and merges.txt describe it fully: GPT-2's pattern, one special token, the end of text."""
-        body = json.loads(self.json)
-        return (
-            body["pre_tokenizer"] == _GPT2_STEPS
-            and body["normalizer"] is None
-            and not body["model"]["ignore_merges"]
-            and len(body["added_tokens"]) == 1
-        )
-
-    @property
     def tokens(self) -> list[str]:
-        """The tokens by id, in the visible characters that stand for bytes."""
+        """The tokens by id, as they stand in the vocabulary."""
         return [self.token(number) for number in range(self.vocab_size)]
 
+    @property
+    def spare_token(self) -> str:
+        """The end of text: this tokenizer has no token for unknown characters."""
+        return self.eos_token
+
+    def token_id(self, token: str) -> int | None:
+        """Return the id of a token of the vocabulary, or None."""
+        return self._tokenizer.token_to_id(token)
+
     def token(self, number: int) -> str:
-        """Return the token of an id, in the visible characters that stand for bytes."""
+        """Return the token of an id, as it stands in the vocabulary."""
         token = self._tokenizer.id_to_token(number)
         assert token is not None, f"{number} is not one of {self._tokenizer.get_vocab_size()} ids"
         return token
@@ -82,8 +82,7 @@ class ByteLevelTokenizer:
     @property
     def special_ids(self) -> list[int]:
         """The ids that no text is encoded as and that decode to nothing."""
-        added = self._tokenizer.get_added_tokens_decoder()
-        return sorted(token for token, properties in added.items() if properties.special)
+        return sorted(token for token, properties in self.added_tokens.items() if properties.special)
 
     def encode(self, text: str) -> list[int]:
         """Return the ids of a text."""
@@ -112,6 +111,43 @@ class ByteLevelTokenizer:
     def decode(self, ids: Sequence[int]) -> str:
         """Return the text of ids; special ids give nothing."""
         return self._tokenizer.decode(list(ids), skip_special_tokens=True)
+
+    @property
+    def added_tokens(self) -> dict[int, AddedToken]:
+        """The tokens beside the model's own, by id; texts are split at those that are not special."""
+        return dict(self._tokenizer.get_added_tokens_decoder())
+
+
+class ByteLevelTokenizer(JsonTokenizer):
+    """Byte-level BPE; tokens stand in the vocabulary in the visible characters for bytes."""
+
+    kind = KIND
+
+    def __init__(self, contents: bytes, *, eos_id: int, allow_lossy: bool = False):
+        """Read the contents of a tokenizer.json; one that would change texts only if `allow_lossy`.
+
+        Raises:
+          ValueError: it is damaged, not byte-level BPE, would change texts, or `eos_id` is not in it.
+        """
+
+        def check(body: dict, tokenizer: Tokenizer) -> None:
+            _check_kind(body, allow_lossy=allow_lossy)
+            _check_vocabulary(tokenizer)
+
+        super().__init__(contents, eos_id=eos_id, check=check)
+        self.boundary = GPT2_BOUNDARY if self.has_gpt2_rules else None
+
+    @property
+    def has_gpt2_pattern(self) -> bool:
+        """Whether words are cut by GPT-2's pattern and merged by the merges alone, whatever tokens are added."""
+        body = json.loads(self.json)
+        steps, normalizer = body["pre_tokenizer"], body["normalizer"]
+        return steps == _GPT2_STEPS and normalizer is None and not body["model"]["ignore_merges"]
+
+    @property
+    def has_gpt2_rules(self) -> bool:
+        """Whether vocab.json and merges.txt describe it fully: GPT-2's pattern, one special token, the end of text."""
+        return self.has_gpt2_pattern and len(self.added_tokens) == 1
 
 
 def train_byte_level(texts: Iterable[str], *, vocab_size: int) -> bytes:
@@ -149,23 +185,14 @@ def read_byte_level(directory: Path, *, allow_lossy: bool = False) -> ByteLevelT
       ValueError: they are damaged, not byte-level BPE, or have no end-of-text token.
     """
     is_stored = (directory / STORED_FILE).is_file()
-    contents = (directory / STORED_FILE).read_bytes() if is_stored else _from_vocabulary(directory)
     path = directory / (STORED_FILE if is_stored else VOCAB_FILE)
+    if is_stored:
+        check_no_lfs_pointer(path)
+    contents = path.read_bytes() if is_stored else _from_vocabulary(directory)
     try:
-        body = json.loads(contents)
-        eos_token = _eos_token(directory)
-        vocabulary = body["model"]["vocab"]
-        added = {token["content"]: token["id"] for token in body.get("added_tokens", [])}
-        eos_id = added[eos_token] if eos_token in added else dict(vocabulary).get(eos_token, -1)
-    except (ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"{path} is damaged or not a tokenizer: {error!r}") from error
-    try:
-        if eos_id < 0:
-            _check_kind(body, allow_lossy=allow_lossy)
-            raise ValueError(
-                f"it lacks the end-of-text token {eos_token!r}; name another as eos_token in tokenizer_config.json"
-            )
-        return ByteLevelTokenizer(contents, eos_id=eos_id, allow_lossy=allow_lossy)
+        with _naming_damage():
+            _check_kind(_parse(contents), allow_lossy=allow_lossy)
+        return ByteLevelTokenizer(contents, eos_id=find_eos_id(contents, directory), allow_lossy=allow_lossy)
     except ValueError as error:
         raise ValueError(f"{path} cannot be used: {error}") from error
 
@@ -208,6 +235,35 @@ def _without_long_words(text: str) -> Iterator[str]:
     yield text[start:]
 
 
+def find_eos_id(contents: bytes, directory: Path) -> int:
+    """Return the id of the end-of-text token that a directory's files name for a tokenizer.json, or of END_OF_TEXT.
+
+    Raises:
+      ValueError: the files are damaged, or the token is not in the vocabulary.
+    """
+    body = _parse(contents)
+    eos_token = _eos_token(directory)
+    with _naming_damage():
+        vocabulary, added = body["model"]["vocab"], body.get("added_tokens", [])
+        if isinstance(vocabulary, list):  # of Unigram: pairs of a piece and its score, by id
+            vocabulary = {piece: number for number, (piece, _) in enumerate(vocabulary)}
+        ids = {**vocabulary, **{token["content"]: token["id"] for token in added}}
+    if eos_token not in ids:
+        raise ValueError(
+            f"it lacks the end-of-text token {eos_token!r}; name another as eos_token in tokenizer_config.json"
+        )
+    return ids[eos_token]
+
+
+@contextlib.contextmanager
+def _naming_damage() -> Iterator[None]:
+    """Turn what Python raises for parts that are missing or of another type into a ValueError."""
+    try:
+        yield
+    except (KeyError, TypeError, AttributeError, IndexError) as error:
+        raise ValueError(f"{STORED_FILE} is damaged or not a tokenizer: {error!r}") from error
+
+
 def _from_vocabulary(directory: Path) -> bytes:
     """Return vocab.json and merges.txt as the contents of a tokenizer.json."""
     vocab, merges = directory / VOCAB_FILE, directory / MERGES_FILE
@@ -237,24 +293,33 @@ def _eos_token(directory: Path) -> str:
     for name in ("tokenizer_config.json", "special_tokens_map.json"):
         path = directory / name
         if path.is_file():
-            try:
-                token = json.loads(path.read_bytes()).get("eos_token")
-            except (ValueError, AttributeError) as error:
-                raise ValueError(f"{path} is not a JSON object: {error}") from error
-            if token:
-                return token if isinstance(token, str) else token["content"]
+            token = read_json_object(path).get("eos_token")
+            token = token.get("content") if isinstance(token, dict) else token
+            if isinstance(token, str) and token:
+                return token
+            if token is not None:
+                raise ValueError(f"{path}: eos_token={token!r} must be a token of the vocabulary")
     return END_OF_TEXT
 
 
-def _read(contents: bytes, *, eos_id: int, allow_lossy: bool) -> Tokenizer:
+def _parse(contents: bytes) -> dict:
     try:
         body = json.loads(contents)
-        _check_kind(body, allow_lossy=allow_lossy)
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{STORED_FILE} is damaged or not a tokenizer: {error}") from error
+    if not isinstance(body, dict) or not isinstance(body.get("model"), dict):
+        raise ValueError(f"{STORED_FILE} is damaged or not a tokenizer: it has no table `model`")
+    return body
+
+
+def _read(contents: bytes, *, eos_id: int, check: Callable[[dict, Tokenizer], None]) -> Tokenizer:
+    body = _parse(contents)
+    with _naming_damage():
         body |= {"truncation": None, "padding": None, "post_processor": None}  # these would drop or add ids
-        body["model"] |= {"type": "BPE", "dropout": None}
+        if "merges" in body["model"]:
+            body["model"] |= {"type": "BPE", "dropout": None}
+    try:
         tokenizer = Tokenizer.from_str(json.dumps(body))
-    except ValueError:
-        raise
     except Exception as error:  # the library raises nothing narrower
         raise ValueError(f"{STORED_FILE} is damaged: {error!r}") from error
     eos_token = tokenizer.id_to_token(eos_id)
@@ -262,7 +327,8 @@ def _read(contents: bytes, *, eos_id: int, allow_lossy: bool) -> Tokenizer:
         raise ValueError(f"{STORED_FILE} has no token of id {eos_id}, which was to be the end of a text")
     tokenizer.add_special_tokens([AddedToken(eos_token, special=True, normalized=False)])
     tokenizer.encode_special_tokens = True  # a special token's name in a text is ordinary text
-    _check_vocabulary(tokenizer)
+    with _naming_damage():
+        check(body, tokenizer)
     return tokenizer
 
 
@@ -308,10 +374,16 @@ def _only_splits(step: dict) -> bool:
     return step["type"] in _SPLITTING_STEPS and step.get("behavior") != "Removed"
 
 
-def _check_vocabulary(tokenizer: Tokenizer) -> None:
+def check_ids(tokenizer: Tokenizer) -> None:
+    """Check that the ids of a vocabulary are 0, 1, 2, ...; raise ValueError if not."""
     vocabulary = tokenizer.get_vocab()
     if sorted(vocabulary.values()) != list(range(len(vocabulary))):
         raise ValueError(f"the ids of {STORED_FILE} are not 0 to {len(vocabulary) - 1}, each once")
+
+
+def _check_vocabulary(tokenizer: Tokenizer) -> None:
+    check_ids(tokenizer)
+    vocabulary = tokenizer.get_vocab()
     alphabet = set(pre_tokenizers.ByteLevel.alphabet())
     missing = alphabet - vocabulary.keys()
     if missing:

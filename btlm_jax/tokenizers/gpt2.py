@@ -40,6 +40,15 @@ class FastGpt2Tokenizer:
             special_tokens={tokenizer.eos_token: tokenizer.eos_id},
         )
 
+    @property
+    def spare_token(self) -> str:
+        """The end of text."""
+        return self._tokenizer.spare_token
+
+    def token_id(self, token: str) -> int | None:
+        """Return the id of a token in the visible characters that stand for bytes, or None."""
+        return self._tokenizer.token_id(token)
+
     def encode(self, text: str) -> list[int]:
         """Return the ids of a text.
 

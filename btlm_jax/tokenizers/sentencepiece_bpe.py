@@ -46,6 +46,21 @@ class SentencePieceTokenizer:
         if self.eos_id < 0:
             raise ValueError("this SentencePiece model has no end-of-text piece; train it with an eos_id of 0 or more")
 
+    @property
+    def pieces(self) -> list[str]:
+        """The pieces by id."""
+        return [self._processor.id_to_piece(number) for number in range(self.vocab_size)]
+
+    @property
+    def spare_token(self) -> str:
+        """The unknown piece, which no text has where there is byte fallback."""
+        return self._processor.id_to_piece(self.unk_id)
+
+    def token_id(self, token: str) -> int | None:
+        """Return the id of a piece, or None."""
+        number = self._processor.piece_to_id(token)
+        return number if self._processor.id_to_piece(number) == token else None
+
     def encode(self, text: str) -> list[int]:
         """Return the ids of a text."""
         return self._processor.encode(text, out_type=int)

@@ -8,14 +8,22 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Protocol
 
+from btlm_jax import notices
 from btlm_jax.data import store
+from btlm_jax.storage.files import check_no_lfs_pointer, read_json_object
 from btlm_jax.storage.location import PathOrUrl, join_location, read_bytes
 from btlm_jax.tokenizers.byte_level import KIND as BYTE_LEVEL
-from btlm_jax.tokenizers.byte_level import MERGES_FILE, VOCAB_FILE, ByteLevelTokenizer, read_byte_level
+from btlm_jax.tokenizers.byte_level import MERGES_FILE, VOCAB_FILE, ByteLevelTokenizer, find_eos_id, read_byte_level
 from btlm_jax.tokenizers.byte_level import STORED_FILE as BYTE_LEVEL_FILE
 from btlm_jax.tokenizers.sentencepiece_bpe import SENTENCEPIECE, TOKENIZER_FILE, SentencePieceTokenizer
 
 PIECE_CHARACTERS = 1 << 20  # of a long text that is encoded in pieces
+SENTENCEPIECE_JSON = "sentencepiece_json"  # of sentencepiece_json.py, which is imported where it is needed
+# Texts by which a tokenizer.json and a model file beside it are compared
+_PROBES = (
+    "Hello world, it's 10:45", "  two spaces,\ta tab\n\n and lines\n", "def f(x):\n    return x ** 2",
+    "\u00c9t\u00e9 \u2014 \u6570\u5b66 \U0001f600", "a" * 9 + " " * 7 + "=" * 8,
+)  # fmt: skip
 
 
 class Tokenizer(Protocol):
@@ -49,6 +57,15 @@ class Tokenizer(Protocol):
     @property
     def boundary(self) -> re.Pattern | None:
         """What a text can be divided before: the pieces have the ids of the whole. None if it must stay whole."""
+        ...
+
+    @property
+    def spare_token(self) -> str:
+        """A token that no text has, to fill up batches with: the unknown one, or else the end of text."""
+        ...
+
+    def token_id(self, token: str) -> int | None:
+        """Return the id of a token as it stands in the vocabulary, or None."""
         ...
 
     def encode(self, text: str) -> list[int]:
@@ -102,10 +119,10 @@ def load_tokenizer(directory: PathOrUrl, tokenizer: store.TokenizerInfo) -> Toke
       ValueError: its contents do not have the manifest's hash, or it is of an unknown kind.
     """
     path = join_location(directory, tokenizer.file)
-    if tokenizer.kind not in (SENTENCEPIECE, BYTE_LEVEL):
+    kinds = (SENTENCEPIECE, BYTE_LEVEL, SENTENCEPIECE_JSON)
+    if tokenizer.kind not in kinds:
         raise ValueError(
-            f"tokenizer kind {tokenizer.kind!r} of {directory} is not known; this version reads "
-            f"{SENTENCEPIECE} and {BYTE_LEVEL}"
+            f"tokenizer kind {tokenizer.kind!r} of {directory} is not known; this version reads {', '.join(kinds)}"
         )
     try:
         contents = read_bytes(path)
@@ -116,31 +133,113 @@ def load_tokenizer(directory: PathOrUrl, tokenizer: store.TokenizerInfo) -> Toke
     if tokenizer.kind == BYTE_LEVEL:
         # Whoever made the store was asked before its texts were encoded by a tokenizer that changes them.
         return ByteLevelTokenizer(contents, eos_id=tokenizer.eos_id, allow_lossy=True)
+    if tokenizer.kind == SENTENCEPIECE_JSON:
+        from btlm_jax.tokenizers.sentencepiece_json import SentencePieceJsonTokenizer
+
+        return SentencePieceJsonTokenizer(contents, eos_id=tokenizer.eos_id)
     return SentencePieceTokenizer(contents)
 
 
 def find_tokenizer(directory: Path, *, allow_lossy: bool = False) -> Tokenizer:
     """Read the tokenizer of a Hugging Face directory, from whichever kind of file it has.
 
-    A tokenizer.json that would change texts is read only if `allow_lossy`. A tokenizer.model has priority: a
-    tokenizer.json beside it was made from it.
+    A tokenizer.json that would change texts is read only if `allow_lossy`. As in transformers it has priority. A
+    tokenizer.model beside it is read if both make the same ids.
 
     Raises:
       FileNotFoundError: there is none.
       ValueError: it is damaged, or of a kind that cannot be used.
     """
-    path = directory / TOKENIZER_FILE
+    model, stored = directory / TOKENIZER_FILE, directory / BYTE_LEVEL_FILE
+    if not model.is_file():
+        if not stored.is_file() and not (directory / VOCAB_FILE).is_file():
+            raise FileNotFoundError(
+                f"{directory} holds no tokenizer: looked for {TOKENIZER_FILE}, {BYTE_LEVEL_FILE}, "
+                f"and {VOCAB_FILE} with {MERGES_FILE}"
+            )
+        return _read_json(directory, allow_lossy=allow_lossy)
+    tokenizer = _read_model(model)
+    if not stored.is_file():
+        _check_no_added_tokens(directory, tokenizer)
+        return tokenizer
+    difference = _difference(stored, tokenizer)
+    if not difference:
+        return tokenizer
+    try:
+        preferred = _read_json(directory, allow_lossy=allow_lossy)
+    except ValueError as error:
+        raise ValueError(
+            f"{stored}, which transformers reads, is not the tokenizer of {model.name} beside it: {difference}; and it "
+            f"cannot be read here: {error}"
+        ) from error
+    notices.report(
+        "tokenizer-preferred",
+        f"{stored} is read, as transformers does, and not {model.name} beside it: {difference}",
+    )
+    return preferred
+
+
+def _read_model(path: Path) -> SentencePieceTokenizer:
+    check_no_lfs_pointer(path)
+    try:
+        return SentencePieceTokenizer(path.read_bytes())
+    except ValueError as error:
+        raise ValueError(f"{path} cannot be used: {error}") from error
+
+
+def _read_json(directory: Path, *, allow_lossy: bool) -> Tokenizer:
+    """Read a tokenizer.json of any kind, or vocab.json and merges.txt."""
+    path = directory / BYTE_LEVEL_FILE
     if path.is_file():
-        try:
-            return SentencePieceTokenizer(path.read_bytes())
-        except ValueError as error:
-            raise ValueError(f"{path} cannot be used: {error}") from error
-    if not any((directory / name).is_file() for name in (BYTE_LEVEL_FILE, VOCAB_FILE)):
-        raise FileNotFoundError(
-            f"{directory} holds no tokenizer: looked for {TOKENIZER_FILE}, {BYTE_LEVEL_FILE}, "
-            f"and {VOCAB_FILE} with {MERGES_FILE}"
-        )
+        from btlm_jax.tokenizers.sentencepiece_json import SentencePieceJsonTokenizer, is_of_sentencepiece
+
+        if is_of_sentencepiece(read_json_object(path)):
+            contents = path.read_bytes()
+            try:
+                return SentencePieceJsonTokenizer(contents, eos_id=find_eos_id(contents, directory))
+            except ValueError as error:
+                raise ValueError(f"{path} cannot be used: {error}") from error
     return read_byte_level(directory, allow_lossy=allow_lossy)
+
+
+def _difference(stored: Path, tokenizer: SentencePieceTokenizer) -> str:
+    """Describe how a tokenizer.json differs from a SentencePiece model, or return ""."""
+    from tokenizers import Tokenizer as LibraryTokenizer
+
+    read_json_object(stored)
+    try:
+        library = LibraryTokenizer.from_file(str(stored))
+    except Exception as error:  # the library raises nothing narrower
+        raise ValueError(f"{stored} is damaged: {error}") from error
+    library.encode_special_tokens = True
+    pieces, vocabulary = tokenizer.pieces, library.get_vocab(with_added_tokens=True)
+    own = {piece: number for number, piece in enumerate(pieces)}
+    if vocabulary != own:
+        more = sorted(vocabulary.keys() - own.keys(), key=vocabulary.__getitem__)
+        more += sorted(own.keys() - vocabulary.keys(), key=own.__getitem__)
+        count = len(vocabulary.items() ^ own.items())
+        return f"{count:,} tokens differ" + (f", among them {', '.join(map(repr, more[:3]))}" if more else "")
+    for text in _PROBES:
+        if library.encode(text, add_special_tokens=False).ids != tokenizer.encode(text):
+            return f"{text!r} gets other ids"
+    return ""
+
+
+def _check_no_added_tokens(directory: Path, tokenizer: SentencePieceTokenizer) -> None:
+    """Check that a directory without a tokenizer.json adds no tokens to its model file."""
+    added: dict[str, object] = {}
+    if (directory / "added_tokens.json").is_file():
+        added |= read_json_object(directory / "added_tokens.json")
+    if (directory / "tokenizer_config.json").is_file():
+        decoder = read_json_object(directory / "tokenizer_config.json").get("added_tokens_decoder")
+        for number, token in decoder.items() if isinstance(decoder, dict) else ():
+            added |= {str(token.get("content") if isinstance(token, dict) else token): number}
+    missing = added.keys() - set(tokenizer.pieces)
+    if missing:
+        raise ValueError(
+            f"{directory} adds {len(missing)} tokens to {TOKENIZER_FILE}, such as {min(missing)!r}; save the tokenizer "
+            f"with transformers, which writes a {BYTE_LEVEL_FILE} that has them"
+        )
 
 
 def tokenizer_info(tokenizer: Tokenizer) -> store.TokenizerInfo:

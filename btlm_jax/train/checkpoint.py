@@ -213,14 +213,10 @@ class CheckpointReader(Checkpointer):
         )
 
 
-def write_params(directory: Path, params: dict) -> None:
-    """Write parameters (jax or NumPy arrays) alone to a new directory, complete when this returns."""
-    with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
-        checkpointer.save(directory.resolve(), args=ocp.args.PyTreeSave(params))
-
-
 def read_params(directory: Path, *, abstract: dict) -> dict:
-    """Return what `write_params` wrote, laid out as `abstract` says.
+    """Return the parameters of a directory of them alone, laid out as `abstract` says.
+
+    btlm convert --format=native wrote such directories before 2026-11-29.
 
     Raises:
       ValueError: the directory is damaged, or its arrays are not of these shapes.

@@ -16,6 +16,7 @@ from btlm_jax.cli import main
 from btlm_jax.convert import conversion, to_gguf
 from btlm_jax.convert.conversion import Conversion, convert
 from btlm_jax.convert.ggml import FILE_TYPES
+from btlm_jax.hub.gguf import GGUFFile
 from btlm_jax.hub.native import read_model_directory, read_run
 from btlm_jax.hub.numpy_network import streamed_logits
 from btlm_jax.hub.published import read_published_config, tensor_shapes
@@ -154,8 +155,11 @@ def test_a_model_directory_becomes_the_gguf_of_its_source(imported, tmp_path):
             make(native, tmp_path / "m.gguf", format="gguf")
         assert list(tmp_path.iterdir()) == []
         return
-    from_native, _ = make(native, tmp_path / "m.gguf", format="gguf", file_type="Q8_0", pad_ffn=32)
-    from_hf, _ = make(ORACLES / name, tmp_path / "from_hf.gguf", format="gguf", file_type="Q8_0", pad_ffn=32)
+    options = {"format": "gguf", "file_type": "Q8_0", "pad_ffn": 32, "name": "a name", "context_length": 4096}
+    from_native, _ = make(native, tmp_path / "m.gguf", **options)
+    from_hf, _ = make(ORACLES / name, tmp_path / "from_hf.gguf", **options)
+    keys = GGUFFile(from_native).keys
+    assert (keys["general.name"], keys["jais.context_length"]) == ("a name", 4096)
     assert from_native.read_bytes() == from_hf.read_bytes()
 
 
@@ -170,6 +174,7 @@ def test_every_file_type_is_proven(tmp_path, file_type):
 def wide_model(directory):
     """A model of random weights whose rows are as long as the blocks of K-quants."""
     changes = {"n_embd": 256, "n_head": 4, "n_inner": 300, "n_layer": 1, "vocab_size": 128}
+    changes |= {"bos_token_id": 7, "eos_token_id": 7}
     config = json.loads((ORACLES / "tiny" / "config.json").read_text()) | changes
     directory.mkdir()
     (directory / "config.json").write_text(json.dumps(config))

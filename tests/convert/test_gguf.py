@@ -16,8 +16,9 @@ from btlm_jax.convert.fold import FoldedTensors
 from btlm_jax.convert.ggml import num_bytes
 from btlm_jax.convert.gguf_vocabulary import SentencePieceVocabulary, vocabulary_of
 from btlm_jax.convert.prove_gguf import prove_tensors, prove_vocabulary
-from btlm_jax.convert.to_gguf import gguf_tensors, write_gguf
+from btlm_jax.convert.to_gguf import GGUFSettings, gguf_tensors, write_gguf
 from btlm_jax.convert.tokenizer_files import PROBES
+from btlm_jax.hub.client_files import NO_SETTINGS
 from btlm_jax.hub.gguf import GGUFFile, GGUFTokenizer, gguf_logits
 from btlm_jax.hub.huggingface import HuggingFaceTensors
 from btlm_jax.hub.numpy_network import streamed_logits
@@ -30,7 +31,7 @@ from btlm_jax.tokenizers.sentencepiece_proto import BYTE, NORMAL, USER_DEFINED
 OTHER = PublishedConfig(
     vocab_size=101, n_positions=48, n_embd=96, n_layer=3, n_head=6, n_inner=41, layer_norm_epsilon=1e-3,
     initializer_range=0.1, mup_embeddings_scale=3.0, mup_output_alpha=0.7, mup_width_scale=0.5,
-    mup_scale_qk_dot_by_d=False, alibi_scaling=1.0, bos_token_id=0, eos_token_id=0,
+    mup_scale_qk_dot_by_d=False, alibi_scaling=1.0, alibi_train_len=0, bos_token_id=0, eos_token_id=0,
 )  # fmt: skip
 WIDE = dataclasses.replace(OTHER, n_embd=256, n_head=8, n_inner=300, n_layer=9)  # K-quants want rows of 256
 
@@ -49,7 +50,9 @@ class RandomTensors:
 
 
 def write(path, config, tensors, *, tokenizer=None, file_type="F32"):
+    settings = GGUFSettings(name="m", context_length=config.n_positions, pad_token_id=None, clients=NO_SETTINGS)
     options = {"tokenizer": tokenizer, "file_type": file_type, "pad_ffn": 256, "report": lambda name: None}
+    options["settings"] = settings
     write_gguf(path, config=config, tensors=tensors, **options)
     return path
 

@@ -15,10 +15,18 @@ import torch
 import transformers
 from safetensors.torch import load_file, save_file
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, DynamicCache, dynamic_module_utils
+from transformers import (
+    AutoConfig,
+    AutoModel,
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    DynamicCache,
+    dynamic_module_utils,
+)
 from transformers.dynamic_module_utils import get_class_from_dynamic_module
 
 from btlm_jax.convert.remote_code import attention_btlm
+from btlm_jax.convert.to_hf import hf_config
 from btlm_jax.hub.published import read_published_config, tensor_shapes
 
 ORACLES = Path(__file__).parents[1] / "golden" / "oracles"
@@ -124,9 +132,9 @@ def test_slopes_are_float32_in_every_dtype(tiny, dtype, monkeypatch):
     seen = []
     module = sys.modules[type(tiny).__module__]
     attention = module.sdpa_attention
-    monkeypatch.setattr(module, "sdpa_attention", lambda *a, **s: seen.append(s["slopes_N"]) or attention(*a, **s))
+    monkeypatch.setattr(module, "sdpa_attention", lambda *a, **s: seen.append(s["slopes_BN"]) or attention(*a, **s))
     tiny.to(dtype)(array("tiny", "input_ids"))
-    assert seen[0].dtype == torch.float32 and seen[0].tolist() == [0.25, 0.0625, 0.015625, 0.00390625]
+    assert seen[0].dtype == torch.float32 and seen[0].tolist() == [[0.25, 0.0625, 0.015625, 0.00390625]]
     assert not list(tiny.buffers())
 
 
@@ -158,10 +166,78 @@ def test_inputs_embeds_hidden_states_weights_and_kept_logits(tiny):
         tiny()
 
 
-@pytest.mark.parametrize("shape", [(2, 20), (2, 1, 100, 100)])
+@pytest.mark.parametrize("shape", [(2, 20), (2, 3, 100, 100), (2, 1, 99, 100), (2, 1, 100, 99), (2, 100, 100)])
 def test_a_mask_that_does_not_cover_the_keys_is_refused(tiny, shape):
     with pytest.raises(ValueError, match="attention_mask of shape"):
         tiny(array("tiny", "input_ids"), attention_mask=torch.ones(shape))
+
+
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+def test_masks_of_four_axes_say_which_keys_a_query_sees(directories, attention):
+    """Two documents in a row, kept apart: each as if it were alone; as booleans, as numbers, per head, in a cache."""
+    model, ids_1T = load(directories["tiny"], attention=attention).eval(), array("tiny", "input_ids")[:1]
+    document_T = torch.arange(100) >= 37
+    seen_11TS = (document_T[:, None] == document_T[None])[None, None]  # later keys are never seen
+    with torch.no_grad():
+        expected = torch.cat([model(ids_1T[:, :37]).logits, model(ids_1T[:, 37:]).logits], dim=1)
+        added = torch.zeros(seen_11TS.shape).masked_fill(~seen_11TS, torch.finfo(torch.float32).min)
+        for mask in (seen_11TS, seen_11TS.expand(1, 4, -1, -1), added):
+            assert largest_difference(model(ids_1T, attention_mask=mask).logits, expected) < TOLERANCE
+        first = model(ids_1T[:, :60], attention_mask=seen_11TS[:, :, :60, :60], use_cache=True)
+        rest = model(
+            ids_1T[:, 60:],
+            attention_mask=seen_11TS[:, :, 60:],
+            past_key_values=first.past_key_values,
+            cache_position=torch.arange(60, 100),
+            position_ids=torch.arange(60, 100)[None],
+        )
+        assert largest_difference(rest.logits, expected[:, 60:]) < TOLERANCE
+    half = load(directories["tiny"], attention=attention).eval().to(torch.bfloat16)
+    with torch.no_grad():
+        assert largest_difference(half(ids_1T, attention_mask=seen_11TS).logits.float(), expected) < 0.05
+
+
+def test_arguments_of_other_models_are_taken_and_what_they_cannot_say_is_refused(tiny, caplog):
+    ids_BT = array("tiny", "input_ids")
+    T = ids_BT.shape[1]
+    with torch.no_grad():
+        expected = tiny(ids_BT).logits
+        given = {"position_ids": torch.arange(T)[None], "cache_position": torch.arange(T), "is_causal": True}
+        assert torch.equal(tiny(ids_BT, token_type_ids=torch.zeros_like(ids_BT), **given).logits, expected)
+        mask_BT = torch.ones_like(ids_BT)
+        mask_BT[0, :5] = 0
+        position_BT = (mask_BT.cumsum(1) - 1).clamp(min=0)  # as generate makes them
+        tiny(ids_BT, attention_mask=mask_BT, position_ids=position_BT)
+    restarted = torch.arange(T)[None] % 50
+    with pytest.raises(ValueError, match="position_ids that do not count up by one are not supported"):
+        tiny(ids_BT, position_ids=restarted)
+    with pytest.raises(ValueError, match="token_type_ids other than 0"):
+        tiny(ids_BT, token_type_ids=torch.ones_like(ids_BT))
+
+
+def test_classification_looks_at_the_last_token_that_is_not_padding(tmp_path):
+    settings = {"num_labels": 3, "pad_token_id": 7, "trust_remote_code": True}
+    torch.manual_seed(0)
+    directory = make_directory(tmp_path / "m", "tiny")
+    config = hf_config(read_published_config(directory / "config.json"), dtype="float32")  # as exports name the class
+    (directory / "config.json").write_text(json.dumps(config))
+    model = AutoModelForSequenceClassification.from_pretrained(directory, **settings).eval()
+    ids_BT = array("tiny", "input_ids").clone()
+    ids_BT[ids_BT == 7] = 8
+    with torch.no_grad():
+        hidden_BTD = model.transformer(ids_BT).last_hidden_state
+        expected = hidden_BTD[[0, 1], [59, 99]] @ model.score.weight.T
+        ids_BT[0, 60:] = 7
+        assert largest_difference(model(ids_BT).logits, expected) < TOLERANCE
+        left_BT = ids_BT.clone()
+        left_BT[0] = torch.cat([ids_BT[0, 60:], ids_BT[0, :60]])
+        masked = model(left_BT, attention_mask=(left_BT != 7).long())
+        assert largest_difference(masked.logits, expected) < TOLERANCE
+    labels = torch.tensor([2, 0])
+    output = model(ids_BT, labels=labels)
+    assert torch.allclose(output.loss, torch.nn.functional.cross_entropy(output.logits, labels))
+    output.loss.backward()
+    assert model.score.weight.grad.abs().sum() > 0
 
 
 def test_attention_is_chosen_by_name(tiny, directories):
@@ -248,15 +324,16 @@ def random_attention(*, T: int, dtype, num_heads: int = 4, head_dim: int = 80, s
     generator = torch.Generator().manual_seed(seed)
     q, k, v = (torch.randn(1, num_heads, T, head_dim, generator=generator).to(dtype) for _ in range(3))
     slopes_N = torch.tensor(attention_btlm.alibi_slopes(32, factor=1.0)[:: 32 // num_heads])
-    settings = {"mask_BS": torch.ones(1, T, dtype=torch.bool), "slopes_N": slopes_N, "scale": 1 / head_dim}
+    mask_BS = torch.ones(1, T, dtype=torch.bool)
+    settings = {"mask_BS": mask_BS, "slopes_BN": slopes_N[None], "scale": 1 / head_dim}
     return (3 * q, k, v), settings | {"dropout": 0.0}
 
 
-def exact_attention(q, k, v, *, queries_T, mask_BS, slopes_N, scale):
+def exact_attention(q, k, v, *, queries_T, mask_BS, slopes_BN, scale):
     """Return the outputs of some queries by the definition, in float64."""
     distance_TS = (queries_T[:, None] - torch.arange(k.shape[2])[None]).double()
     scores_BNTS = q.double()[:, :, queries_T] @ k.double().transpose(2, 3) * scale
-    scores_BNTS = scores_BNTS - slopes_N.double()[:, None, None] * distance_TS
+    scores_BNTS = scores_BNTS - slopes_BN.double()[:, :, None, None] * distance_TS
     is_seen_BNTS = (distance_TS >= 0) & mask_BS[:, None, None]
     return scores_BNTS.masked_fill(~is_seen_BNTS, -torch.inf).softmax(3) @ v.double()
 
@@ -266,8 +343,9 @@ def attention_error(attention, qkv, settings, queries_T) -> float:
     return (attention(*qkv, **settings)[:, :, queries_T].double() - exact_BNTH).abs().max().item()
 
 
-def chunked(*qkv, **settings):
-    return attention_btlm.chunked_attention(*qkv, queries_T=torch.arange(qkv[0].shape[2]), **settings)
+def chunked(*qkv, mask_BS, **settings):
+    queries_T = torch.arange(qkv[0].shape[2])
+    return attention_btlm.chunked_attention(*qkv, queries_T=queries_T, mask_BNTS=mask_BS[:, None, None], **settings)
 
 
 def test_chunked_attention_is_exact_in_float32():
@@ -293,7 +371,7 @@ def test_folded_attention_is_as_exact_as_a_mask(dtype, backend):
 @pytest.mark.slow
 def test_folded_attention_counts_beyond_65536():
     qkv, settings = random_attention(T=66_000, dtype=torch.bfloat16, num_heads=1, head_dim=8)
-    settings["slopes_N"] = torch.tensor([2.0**-8])
+    settings["slopes_BN"] = torch.tensor([[2.0**-8]])
     queries_T = torch.tensor([65_535, 65_536, 65_537, 65_999])
     assert attention_error(attention_btlm.folded_attention, qkv, settings, queries_T) < 1e-2
 
@@ -508,7 +586,7 @@ def test_resizing_the_vocabulary_keeps_the_tie(tiny):
         {"add_cross_attention": True},
         {"tie_word_embeddings": False},
         {"n_head": 5},
-        {"alibi_scaling": {"type": "linear", "train_seq_len": 8192}},
+        {"alibi_scaling": {"type": "linear", "train_seq_len": 0}},
         {"alibi_scaling": {"type": "linear", "factor": 2.0, "train_seq_len": 8192}},
         {"alibi_scaling": {"type": "dynamic", "factor": 2.0}},
         {"alibi_scaling": {"type": "linear", "factor": "4"}},

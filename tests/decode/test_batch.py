@@ -52,7 +52,9 @@ def test_extending_in_pieces_equals_the_whole_pass_at_every_position(one_device)
     with jax.set_mesh(one_device):
         want_BTD = model.apply({"params": params}, jnp.asarray(inputs_BT))
         cache = make_cache(model, one_device, batch_size=3, num_slots=96, dtype="float32")
-        step = jax.jit(lambda cache, x, s: extend(model, params, cache, inputs_BT=x, starts_B=s))
+        step = jax.jit(
+            lambda cache, x, s: extend(model, params, cache, inputs_BT=x, starts_B=s, lengths_B=s + x.shape[1])
+        )
         made = []
         for start, end in ((0, 40), (40, 57), *((t, t + 1) for t in range(57, 90))):
             hidden, cache = step(cache, jnp.asarray(inputs_BT[:, start:end]), jnp.full(3, start))
@@ -110,7 +112,10 @@ def test_a_bfloat16_cache_is_near(one_device):
         results = {}
         for dtype in ("float32", "bfloat16"):
             cache = make_cache(model, one_device, batch_size=2, num_slots=32, dtype=dtype)
-            results[dtype], kept = extend(model, params, cache, inputs_BT=inputs_BT, starts_B=jnp.zeros(2, jnp.int32))
+            zeros_B = jnp.zeros(2, jnp.int32)
+            results[dtype], kept = extend(
+                model, params, cache, inputs_BT=inputs_BT, starts_B=zeros_B, lengths_B=zeros_B + inputs_BT.shape[1]
+            )
             assert kept.k_LBSNH.dtype == dtype
     difference = np.abs(results["float32"] - results["bfloat16"]).max()
     assert 0 < difference < 0.05

@@ -61,7 +61,9 @@ def run(qkv, pieces, *, layout, dtype="float32", kept=None, first=0):
         piece = np.full((3, B, T, N, H), 7.0, np.float32)
         for b, count in enumerate(counts_B):
             piece[:, b, :count] = qkv[:, b, starts_B[b] : starts_B[b] + count]
-        o_BTNH, kept, lost = attend_now(*piece, kept, layer=jnp.int32(LAYER), starts_B=starts_B, counts_B=counts_B)
+        o_BTNH, kept, lost = attend_now(
+            *piece, kept, layer=jnp.int32(LAYER), starts_B=starts_B, counts_B=counts_B, lengths_B=starts_B + counts_B
+        )
         lost_B = np.maximum(lost_B, lost)
         for b, count in enumerate(counts_B):
             outputs[b].append(np.asarray(o_BTNH[b, :count]))

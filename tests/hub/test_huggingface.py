@@ -1,14 +1,18 @@
 """Published checkpoints in every form, and damaged ones."""
 
 import json
+import os
 
 import numpy as np
 import pytest
 import torch
 from ml_dtypes import bfloat16
 from safetensors.numpy import save_file
+from safetensors.torch import save_file as save_torch
 from support.published_files import NAMES, ORACLES, oracle_weights, write_published, write_shards
 
+from btlm_jax import notices
+from btlm_jax.cli.errors import is_named
 from btlm_jax.hub.huggingface import HuggingFaceTensors
 from btlm_jax.hub.published import read_published_config
 
@@ -117,18 +121,108 @@ def test_missing_files(tmp_path):
     with pytest.raises(FileNotFoundError, match="model-00002-of-00002.safetensors is missing"):
         opened(directory)
     (directory / "model.safetensors.index.json").unlink()
-    with pytest.raises(FileNotFoundError, match="holds no weights: looked for model.safetensors.index.json"):
+    with pytest.raises(
+        FileNotFoundError, match="holds no weights: looked for model.safetensors, model.safetensors.index.json"
+    ):
         opened(directory)
 
 
 def test_an_index_that_is_wrong(tmp_path):
     directory = write_shards(tmp_path / "m", oracle_weights())
     save_file({"x": np.zeros(2, np.float32)}, directory / "model-00002-of-00002.safetensors")
-    with pytest.raises(ValueError, match="says that model-00002-of-00002.safetensors holds .*, but it does not"):
+    with pytest.raises(ValueError, match="lacks 16 of 31 tensors"):
         opened(directory)
     (directory / "model.safetensors.index.json").write_text("[]")
-    with pytest.raises(ValueError, match="is not an index of shards"):
+    with pytest.raises(ValueError, match="must be a JSON object"):
         opened(directory)
+
+
+def named(notice):
+    return notices.counts().get(notice, 0)
+
+
+def test_files_are_preferred_as_transformers_does(tmp_path):
+    """The single file before the index, safetensors before .bin, and what shards hold before what their index says."""
+    old, new = oracle_weights(), {name: array + 1 for name, array in oracle_weights("tiny").items()}
+    new["transformer.relative_pe.slopes"] = old["transformer.relative_pe.slopes"]
+    directory = write_shards(tmp_path / "m", old)
+    notices.begin(strict=())
+    assert_same(opened(directory), old)
+    assert not notices.counts()
+    torch.save({name: torch.from_numpy(array) for name, array in new.items()}, directory / "pytorch_model.bin")
+    assert_same(opened(directory), old)
+    assert named("weights-preferred") == 1
+    save_file(new, directory / "model.safetensors")
+    assert_same(opened(directory), new)
+    for shard in directory.glob("model-*"):
+        shard.unlink()
+    assert_same(opened(directory), new)  # the index alone is stale
+    (directory / "model.safetensors").unlink()
+    (directory / "model.safetensors.index.json").unlink()
+    assert_same(opened(directory), new)  # of the .bin
+    assert named("weights-preferred") == 5
+
+
+def test_the_shards_themselves_count_and_not_the_index(tmp_path):
+    directory = write_shards(tmp_path / "m", oracle_weights())
+    index = json.loads((directory / "model.safetensors.index.json").read_text())
+    names = sorted(index["weight_map"])
+    index["weight_map"] = {name: index["weight_map"][other] for name, other in zip(names, reversed(names), strict=True)}
+    (directory / "model.safetensors.index.json").write_text(json.dumps(index))
+    notices.begin(strict=())
+    assert_same(opened(directory), oracle_weights())
+    assert named("index-contradicts") >= 2
+    index["weight_map"][WTE] = "../m/model-00001-of-00002.safetensors"
+    (directory / "model.safetensors.index.json").write_text(json.dumps(index))
+    with pytest.raises(ValueError, match="a shard is a file beside it"):
+        opened(directory)
+
+
+class Code:
+    def __reduce__(self):
+        return os.system, ("false",)
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda state: {name: torch.nn.Parameter(tensor) for name, tensor in state.items()}, ""),
+        (lambda state: {"state_dict": state}, "holds a dict under 'state_dict'"),
+        (lambda state: state | {"step": 3}, "holds a int under 'step'"),
+        (lambda state: list(state.values()), "holds a list, not a state dict"),
+        (lambda state: state | {WTE: torch.empty(512, 64, device="meta")}, "without values"),
+        (lambda state: state | {WTE: state[WTE].to_sparse()}, "torch.sparse_coo"),
+        (lambda state: state | {WTE: state[WTE].to(torch.float8_e4m3fn)}, "float8_e4m3fn"),
+        (lambda state: state | {"code": Code()}, "which is no tensor and could run code"),
+    ],
+    ids=["parameters", "nested", "step", "list", "meta", "sparse", "float8", "code"],
+)
+def test_pickles_are_read_or_refused_by_name(tmp_path, make, message):
+    state = {name: torch.from_numpy(array) for name, array in oracle_weights().items()}
+    write_published(tmp_path, {})
+    (tmp_path / "model.safetensors").unlink()
+    torch.save(make(state), tmp_path / "pytorch_model.bin")
+    if not message:
+        assert_same(opened(tmp_path), oracle_weights())
+        return
+    with pytest.raises(ValueError, match="pytorch_model.bin") as error:
+        opened(tmp_path).read(WTE)
+    assert message in str(error.value) and "weights_only" not in str(error.value)
+    assert is_named(error.value)
+
+
+def test_eight_bit_floats_and_pointers_of_git_are_named(tmp_path):
+    state = {name: torch.from_numpy(array) for name, array in oracle_weights().items()}
+    write_published(tmp_path, {})
+    save_torch(state | {FC: state[FC].to(torch.float8_e5m2)}, tmp_path / "model.safetensors")
+    with pytest.raises(ValueError, match=f"tensor {FC} of .* is F8_E5M2, which cannot be read here"):
+        opened(tmp_path).read(FC)
+    pointer = "version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 5292\n"
+    for name in ("model.safetensors", "pytorch_model.bin"):
+        (tmp_path / name).write_text(pointer)
+        with pytest.raises(ValueError, match=f"{name} is a Git LFS pointer, not the file itself: run `git lfs pull`"):
+            opened(tmp_path)
+        (tmp_path / name).unlink()
 
 
 @pytest.mark.parametrize("file", ["model.safetensors", "pytorch_model.bin"])

@@ -50,8 +50,21 @@ def test_shapes_are_those_of_the_original():
         ({"tie_word_embeddings": False}, "tie_word_embeddings=False"),
         ({"alibi_scaling": {"type": "dynamic", "train_seq_len": 64}}, "alibi_scaling="),
         ({"n_head": 5}, "n_embd=64 is not divisible by n_head=5"),
-        ({"n_layer": "two"}, "n_layer='two' must be a int"),
-        ({"n_layer": None}, "n_layer=None must be a int"),
+        ({"n_layer": "two"}, "n_layer='two' must be a whole number from 1 to 2147483647"),
+        ({"n_layer": None}, "n_layer=None must be a whole number"),
+        *[({"alibi_scaling": bad}, "alibi_scaling=") for bad in (["linear", 2], "linear", False, 2.0, {})],
+        ({"alibi_scaling": {"type": "linear", "factor": 2.0, "train_seq_len": 64}}, "alibi_scaling="),
+        ({"alibi_scaling": {"type": "linear", "factor": float("inf")}}, "alibi_scaling="),
+        ({"n_layer": 2**40}, "n_layer=1099511627776 must be a whole number"),
+        ({"layer_norm_epsilon": float("nan")}, "layer_norm_epsilon=nan must be a number above 0"),
+        ({"mup_output_alpha": 10**400}, "must be a number above 0"),
+        (
+            {"mup_width_scale": ..., "mup_output_alpha": ..., "width_scale": 0, "output_logits_scale": 0.2},
+            "width_scale=0",
+        ),
+        ({"mup_scale_qk_dot_by_d": "yes"}, "mup_scale_qk_dot_by_d='yes' must be true or false"),
+        ({"eos_token_id": 512}, "eos_token_id=512 must be an id from 0 to 511"),
+        ({"bos_token_id": "<s>"}, "bos_token_id='<s>' must be an id from 0 to 511"),
         ({"width_scale": 0.5}, "mup_width_scale=0.1 contradicts the older key's 0.5"),
     ],
 )
@@ -65,5 +78,5 @@ def test_no_config_and_no_json(tmp_path):
     with pytest.raises(FileNotFoundError, match="config.json is missing"):
         read_published_config(tmp_path / "config.json")
     (tmp_path / "config.json").write_text("{")
-    with pytest.raises(ValueError, match="is not JSON"):
+    with pytest.raises(ValueError, match="is not valid JSON"):
         read_published_config(tmp_path / "config.json")

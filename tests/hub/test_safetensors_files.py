@@ -5,9 +5,10 @@ import json
 import numpy as np
 import pytest
 from ml_dtypes import bfloat16
-from safetensors.numpy import load_file
+from safetensors import safe_open
+from safetensors.numpy import load_file, save_file
 
-from btlm_jax.hub.safetensors_files import TensorToWrite, write_safetensors
+from btlm_jax.hub.safetensors_files import SafetensorsFile, TensorToWrite, write_safetensors
 
 ARRAYS = {
     "b": np.arange(15, dtype=np.float32).reshape(3, 5),
@@ -59,3 +60,47 @@ def test_another_shape_than_announced(tmp_path):
     wrong = TensorToWrite(name="w", shape=(2,), dtype=np.dtype("float32"), make=lambda: np.zeros(3, np.float32))
     with pytest.raises(ValueError, match=r"tensor w came out as float32 \(3,\), not float32 \(2,\)"):
         write_safetensors(tmp_path, [wrong], max_shard_bytes=100, metadata={})
+
+
+def flip(path, bit):
+    contents = bytearray(path.read_bytes())
+    contents[bit // 8] ^= 1 << bit % 8
+    path.write_bytes(contents)
+
+
+def read_all(path):
+    file = SafetensorsFile(path)
+    return {name: file.read(name) for name in file.shapes}
+
+
+def test_every_flipped_bit_that_changes_a_number_is_named(tmp_path):
+    [path] = write_safetensors(tmp_path, announced(), max_shard_bytes=10**9, metadata={"format": "pt"})
+    whole = path.read_bytes()
+    num_named = 0
+    for bit in range(0, 8 * len(whole), 7):
+        flip(path, bit)
+        try:
+            read = read_all(path)
+        except ValueError as error:
+            num_named += str(path) in str(error)
+        else:
+            assert read.keys() == ARRAYS.keys(), bit
+            for name, array in ARRAYS.items():
+                np.testing.assert_array_equal(read[name], array, err_msg=f"bit {bit}")
+        path.write_bytes(whole)
+    assert num_named > 8 * sum(array.nbytes for array in ARRAYS.values()) / 7
+
+
+@pytest.mark.parametrize("tensors", [ARRAYS, {"b": ARRAYS["b"]}], ids=["several", "one"])
+def test_a_stale_hash_refuses_nothing(tmp_path, tensors):
+    """Another program took the metadata over: alone, with a single tensor, its header has the same parts as ours."""
+    write_safetensors(tmp_path, [one for one in announced() if one.name in tensors], max_shard_bytes=10**9, metadata={})
+    path = tmp_path / "model.safetensors"
+    with safe_open(path, "numpy") as file:
+        metadata = file.metadata()
+    assert "sha256" in "".join(metadata)
+    changed = {name: (array + 1).astype(array.dtype) for name, array in tensors.items()}
+    save_file(changed, path, metadata=metadata)
+    assert not SafetensorsFile(path).is_ours
+    for name, array in read_all(path).items():
+        np.testing.assert_array_equal(array, changed[name])

@@ -23,6 +23,8 @@ from btlm_jax.hub.numpy_network import streamed_logits
 from btlm_jax.hub.source import open_source
 from btlm_jax.kernels import tiles
 from btlm_jax.model import init_params
+from btlm_jax.quantize import int4_directory
+from btlm_jax.quantize import quantize_model as quantize_model_module
 from btlm_jax.quantize.int4_directory import Int4Tensors, read_int4_directory
 from btlm_jax.quantize.quantize_model import Method, dequantize_tensor, quantize_model
 
@@ -220,6 +222,41 @@ def test_zeros_are_no_rounded_model(tmp_path, monkeypatch):
     monkeypatch.setattr(to_int4, "quantize_model", zeroed)
     with pytest.raises(ValueError, match="does not compute the same.*the 4-bit model.*ABOVE"):
         make(ORACLES / "tiny", tmp_path / "m")
+
+
+def scaled_group(module, name, monkeypatch, factor):
+    """Have one group's scale come out of a function of the quantizer or of the writer times a factor."""
+    made = getattr(module, name)
+
+    def spoiled(*arguments, **options):
+        result = made(*arguments, **options)
+        if isinstance(result, np.ndarray):  # of the writer, tile_factors: [tile, group, output in the tile]
+            result = result.copy()
+            result[0, -1, 3] *= factor
+            return result
+        scale_GM = result.scale_GM.copy()
+        scale_GM[-1, 3] *= factor
+        return dataclasses.replace(result, scale_GM=scale_GM)
+
+    monkeypatch.setattr(module, name, spoiled)
+
+
+@pytest.mark.parametrize(
+    ("module", "name", "method", "factor", "message"),
+    [
+        (quantize_model_module, "round_to_nearest", "rtn", 1.25, "the codes of 1 groups are not near its weights"),
+        (quantize_model_module, "half_quadratic", "hqq", 0.75, "the codes of 1 groups are not near its weights"),
+        (quantize_model_module, "gptq", "gptq", 1.5, "the codes of 1 groups are not near its weights"),
+        (quantize_model_module, "round_to_nearest_int8", "rtn", 1.25, "the codes of 1 groups are not near its weights"),
+        (int4_directory, "tile_factors", "rtn", 1.001, "is not the quantized source, so it was not kept: tensor"),
+    ],
+)
+def test_a_wrong_scale_of_one_group_is_seen(tmp_path, monkeypatch, tiny_run, module, name, method, factor, message):
+    scaled_group(module, name, monkeypatch, factor)
+    source = tiny_run[1] if method == "gptq" else ORACLES / "tiny"
+    with pytest.raises(ValueError, match=message):
+        make(source, tmp_path / "m", method=method)
+    assert not list(tmp_path.iterdir())
 
 
 def cut(path):

@@ -44,7 +44,8 @@ class BTLMConfig(PretrainedConfig):
       mup_width_scale: base width / width; also scales the matrices' initialization.
       mup_scale_qk_dot_by_d: attention scores are q.k / head dim; otherwise q.k / sqrt(head dim).
       alibi_scaling: None, or {"type": "linear", "factor": f}: divide ALiBi's slopes by f to reach f times the trained
-        length (position interpolation, arXiv:2310.13017).
+        length (position interpolation, arXiv:2310.13017); or {"type": "linear", "train_seq_len": t}: divide them by
+        keys / t in a call with more than t keys, padding not counted.
     """
 
     model_type = "btlm"
@@ -144,17 +145,30 @@ class BTLMConfig(PretrainedConfig):
 
     @property
     def alibi_factor(self) -> float:
-        """What ALiBi's slopes are divided by; ValueError if alibi_scaling is not a fixed factor."""
+        """What ALiBi's slopes are always divided by; ValueError if alibi_scaling is not as above."""
+        return self._alibi_scaling[0]
+
+    @property
+    def alibi_train_len(self) -> int:
+        """The keys beyond which ALiBi's slopes are divided by keys / this, or 0; ValueError as `alibi_factor`."""
+        return self._alibi_scaling[1]
+
+    @property
+    def _alibi_scaling(self):
         scaling = self.alibi_scaling
         if scaling is None:
-            return 1.0
-        factor = scaling.get("factor") if isinstance(scaling, dict) and set(scaling) == {"type", "factor"} else None
-        if type(factor) not in (int, float) or scaling["type"] != "linear" or not 0 < factor < math.inf:
-            raise ValueError(
-                f"alibi_scaling={scaling!r} is not supported; give None or a fixed factor above 0, such as "
-                '{"type": "linear", "factor": 4.0}'
-            )
-        return float(factor)
+            return 1.0, 0
+        if isinstance(scaling, dict) and len(scaling) == 2 and scaling.get("type") == "linear":
+            factor, train_len = scaling.get("factor"), scaling.get("train_seq_len")
+            if type(factor) in (int, float) and 0 < factor < math.inf:
+                return float(factor), 0
+            if type(train_len) is int and train_len > 0:
+                return 1.0, train_len
+        raise ValueError(
+            f"alibi_scaling={scaling!r} is not supported; give None, a fixed factor above 0, such as "
+            '{"type": "linear", "factor": 4.0}, or the trained length, such as '
+            '{"type": "linear", "train_seq_len": 8192}'
+        )
 
     def check_computed(self) -> None:
         """Raise ValueError if the configuration asks for what modeling_btlm.py does not compute."""

@@ -11,11 +11,18 @@ import torch.nn.functional as F
 from torch import nn
 from transformers import DynamicCache, GenerationMixin, PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
-from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
+from transformers.modeling_outputs import (
+    BaseModelOutputWithPast,
+    CausalLMOutputWithPast,
+    SequenceClassifierOutputWithPast,
+)
 from transformers.pytorch_utils import Conv1D
+from transformers.utils import logging
 
 from .attention_btlm import alibi_slopes, eager_attention, sdpa_attention
 from .configuration_btlm import BTLMConfig
+
+logger = logging.get_logger(__name__)
 
 # The name that outputs have for the keys and values so far: transformers 5.24 changed it. Arguments have either here.
 CACHE_FIELD = "cache" if "cache" in CausalLMOutputWithPast.__dataclass_fields__ else "past_key_values"
@@ -33,7 +40,7 @@ class BTLMAttention(nn.Module):
         self.c_proj.writes_residual = True
         self.resid_dropout = nn.Dropout(config.resid_pdrop)
 
-    def forward(self, x_BTD, *, queries_T, mask_BS, slopes_N, past_key_values, implementation):
+    def forward(self, x_BTD, *, queries_T, mask_BNTS, slopes_BN, past_key_values, implementation):
         """Return the output [B, T, D] and, from "eager" only, the weights [B, N, T, S]."""
         B, T, D = x_BTD.shape
         heads = (B, T, self.config.n_head, self.config.head_dim)
@@ -41,12 +48,12 @@ class BTLMAttention(nn.Module):
         if past_key_values is not None:
             k_BNSH, v_BNSH = past_key_values.update(k_BNSH, v_BNSH, self.layer_idx)
         S = k_BNSH.shape[2]
-        if mask_BS.shape[1] < S:  # a static cache has room for keys that are yet to come: all are later
-            mask_BS = F.pad(mask_BS, (0, S - mask_BS.shape[1]), value=True)
+        if mask_BNTS.shape[3] < S:  # a static cache has room for keys that are yet to come: all are later
+            mask_BNTS = F.pad(mask_BNTS, (0, S - mask_BNTS.shape[3]), value=mask_BNTS.dtype == torch.bool)
         settings = {
             "queries_T": queries_T,
-            "mask_BS": mask_BS,
-            "slopes_N": slopes_N,
+            "mask_BNTS": mask_BNTS,
+            "slopes_BN": slopes_BN,
             "scale": self.config.attention_scale,
             "dropout": self.config.attn_pdrop if self.training else 0.0,
         }
@@ -84,13 +91,13 @@ class BTLMBlock(GradientCheckpointingLayer):
         self.ln_2 = nn.LayerNorm(config.n_embd, eps=config.layer_norm_epsilon)
         self.mlp = BTLMMLP(config)
 
-    def forward(self, x_BTD, *, queries_T, mask_BS, slopes_N, past_key_values, implementation):
+    def forward(self, x_BTD, *, queries_T, mask_BNTS, slopes_BN, past_key_values, implementation):
         """Return the residual [B, T, D] and attention's weights or None."""
         output_BTD, weights_BNTS = self.attn(
             self.ln_1(x_BTD),
             queries_T=queries_T,
-            mask_BS=mask_BS,
-            slopes_N=slopes_N,
+            mask_BNTS=mask_BNTS,
+            slopes_BN=slopes_BN,
             past_key_values=past_key_values,
             implementation=implementation,
         )
@@ -167,18 +174,29 @@ class BTLMModel(BTLMPreTrainedModel):
         output_hidden_states=None,
         return_dict=None,
         cache=None,
+        cache_position=None,
+        position_ids=None,
+        token_type_ids=None,
+        **kwargs,
     ):
         """Return the final LayerNorm's output [B, T, D].
 
         Args:
           input_ids: [B, T]; or else inputs_embeds [B, T, D], as `wte` gives them.
-          attention_mask: None or [B, past + T], 0 for keys not to see.
+          attention_mask: None; [B, past + T], 0 for keys not to see; or [B, 1 or N, T, past + T], boolean (whether a
+            query sees a key) or numbers to add to the scores. Later keys are never seen.
           past_key_values, or cache: a transformers Cache; use_cache: whether to return one.
+          cache_position: [T], the queries' places among the keys; None for those after the cache's.
+          position_ids: [B, T]; ALiBi has distances alone, so they must count up by one where the mask is 1.
+          token_type_ids: [B, T], all 0: BTLM has no segments.
+          kwargs: what other models of transformers take; a name that is given a value is warned of once.
           output_attentions: also return each block's weights, which "sdpa" computes as "eager" does.
           output_hidden_states: also return the embeddings and each block's output, the last one normalized.
         """
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("give either input_ids or inputs_embeds")
+        _check_positions(position_ids, attention_mask, token_type_ids)
+        _warn_of_unused(kwargs)
         past_key_values = cache if past_key_values is None else past_key_values
         x_BTD = self.wte(input_ids) if inputs_embeds is None else inputs_embeds
         x_BTD = self.drop(x_BTD * self.config.mup_embeddings_scale)
@@ -187,7 +205,7 @@ class BTLMModel(BTLMPreTrainedModel):
                 past_key_values = DynamicCache()
         wants_hidden = self._chosen(output_hidden_states=output_hidden_states)
         wants_weights = self._chosen(output_attentions=output_attentions)
-        settings = self._attention_settings(x_BTD, attention_mask, past_key_values)
+        settings = self._attention_settings(x_BTD, attention_mask, past_key_values, cache_position)
         if wants_weights:
             settings["implementation"] = "eager"
         hidden_states, attentions = [], []
@@ -205,30 +223,85 @@ class BTLMModel(BTLMPreTrainedModel):
         )
         return output if self._chosen(return_dict=return_dict) else output.to_tuple()
 
-    def _attention_settings(self, x_BTD, attention_mask, past_key_values) -> dict:
+    def _attention_settings(self, x_BTD, attention_mask, past_key_values, cache_position) -> dict:
         """Return what all blocks' attention shares, made once."""
         implementation = self.config._attn_implementation
         if implementation not in ("eager", "sdpa"):
             raise ValueError(f'attn_implementation={implementation!r} is not supported; use "sdpa" or "eager"')
         B, T, _ = x_BTD.shape
         num_past = 0 if past_key_values is None else past_key_values.get_seq_length()
-        if attention_mask is None:
-            mask_BS = torch.ones(1, 1, dtype=torch.bool, device=x_BTD.device)  # attention continues it with True
-        elif attention_mask.ndim != 2 or (isinstance(num_past, int) and attention_mask.shape[1] < num_past + T):
-            raise ValueError(
-                f"attention_mask of shape {tuple(attention_mask.shape)} is not [batch, keys] with all of the "
-                f"{num_past} + {T} keys so far"
-            )
-        else:
-            mask_BS = attention_mask.to(device=x_BTD.device, dtype=torch.bool)
+        # A new tensor: a static cache counts its keys in place, block by block.
+        queries_T = torch.arange(T, device=x_BTD.device) + num_past if cache_position is None else cache_position
         slopes = alibi_slopes(self.config.n_head, factor=self.config.alibi_factor)
+        slopes_BN = torch.tensor([slopes], dtype=torch.float32, device=x_BTD.device)
+        mask_BNTS = self._mask(attention_mask, x_BTD, num_past)
+        if self.config.alibi_train_len:
+            slopes_BN = slopes_BN / self._dynamic_factor(mask_BNTS, queries_T)[:, None]
         return {
-            # A new tensor: a static cache counts its keys in place, block by block.
-            "queries_T": torch.arange(T, device=x_BTD.device) + num_past,
-            "mask_BS": mask_BS,
-            "slopes_N": torch.tensor(slopes, dtype=torch.float32, device=x_BTD.device),
+            "queries_T": queries_T,
+            "mask_BNTS": mask_BNTS,
+            "slopes_BN": slopes_BN,
             "implementation": implementation,
         }
+
+    def _mask(self, attention_mask, x_BTD, num_past):
+        """Return [B, N, T, S], or 1 in place of B, N or T: which keys are seen, or what is added to the scores."""
+        if attention_mask is None:
+            return torch.ones(1, 1, 1, 1, dtype=torch.bool, device=x_BTD.device)  # attention continues it with True
+        B, T, _ = x_BTD.shape
+        shape, is_too_short = tuple(attention_mask.shape), False
+        if isinstance(num_past, int):
+            is_too_short = shape[-1] < num_past + T
+        if len(shape) == 4 and shape[0] in (1, B) and shape[1] in (1, self.config.n_head) and shape[2] == T:
+            if not is_too_short:
+                is_number = attention_mask.is_floating_point()
+                return attention_mask.to(x_BTD.device, torch.float32 if is_number else torch.bool)
+        elif len(shape) == 2 and not is_too_short:
+            return attention_mask.to(x_BTD.device, torch.bool)[:, None, None]
+        raise ValueError(
+            f"attention_mask of shape {shape} is not [batch, keys] or [batch, 1 or heads, {T}, keys] with all of the "
+            f"{num_past} + {T} keys so far"
+        )
+
+    def _dynamic_factor(self, mask_BNTS, queries_T):
+        """Return what each row's slopes are divided by, [B]: its keys so far, without padding, over the trained."""
+        keys_S = torch.arange(mask_BNTS.shape[3], device=mask_BNTS.device)
+        num_keys = queries_T[-1] + 1
+        if mask_BNTS.shape[3] == 1:  # no mask was given
+            num_keys_B = num_keys[None]
+        else:
+            is_key_BNTS = (
+                mask_BNTS if mask_BNTS.dtype == torch.bool else mask_BNTS > torch.finfo(mask_BNTS.dtype).min / 2
+            )
+            num_keys_B = (is_key_BNTS.any(dim=2).any(dim=1) & (keys_S < num_keys)).sum(dim=1)
+        return (num_keys_B.float() / self.config.alibi_train_len).clamp(min=1.0)
+
+
+def _check_positions(position_ids, attention_mask, token_type_ids) -> None:
+    """Check, where their values can be read, that positions and segments say nothing that is not computed."""
+    if torch.compiler.is_compiling() or torch.jit.is_tracing():
+        return
+    if token_type_ids is not None and not token_type_ids.is_meta and token_type_ids.any():
+        raise ValueError("token_type_ids other than 0 are not supported: BTLM has no segments")
+    if position_ids is None or position_ids.is_meta or position_ids.ndim != 2 or position_ids.shape[1] < 2:
+        return
+    is_wrong_BT = position_ids.diff(dim=1) != 1
+    if attention_mask is not None:
+        if attention_mask.ndim != 2 or attention_mask.shape[1] < position_ids.shape[1]:
+            return  # a mask [., T, S] says itself which keys a query sees
+        is_seen_BT = attention_mask[:, -position_ids.shape[1] :].bool().to(position_ids.device)
+        is_wrong_BT = is_wrong_BT & is_seen_BT[:, 1:] & is_seen_BT[:, :-1]
+    if is_wrong_BT.any():
+        raise ValueError(
+            "position_ids that do not count up by one are not supported: ALiBi has distances alone; to keep documents "
+            "of one row apart, give an attention_mask [batch, 1, queries, keys]"
+        )
+
+
+def _warn_of_unused(kwargs: dict) -> None:
+    names = sorted(name for name, value in kwargs.items() if value is not None and value is not False)
+    if names and not torch.compiler.is_compiling():
+        logger.warning_once(f"BTLM does not use {', '.join(names)}")
 
 
 class BTLMLMHeadModel(BTLMPreTrainedModel, GenerationMixin):
@@ -263,8 +336,8 @@ class BTLMLMHeadModel(BTLMPreTrainedModel, GenerationMixin):
     @staticmethod
     def create_masks_for_generate(attention_mask, past_key_values=None, cache=None, **_):
         """Keep generate's mask [B, keys so far] as [B, S] of a static cache: transformers' has no place for ALiBi."""
-        if attention_mask is None:
-            return None
+        if attention_mask is None or attention_mask.ndim != 2:
+            return attention_mask
         static = cache if past_key_values is None else past_key_values
         return F.pad(attention_mask, (0, static.layers[0].max_cache_len - attention_mask.shape[1]), value=1)
 
@@ -282,6 +355,10 @@ class BTLMLMHeadModel(BTLMPreTrainedModel, GenerationMixin):
         logits_to_keep=0,
         num_items_in_batch=None,
         cache=None,
+        cache_position=None,
+        position_ids=None,
+        token_type_ids=None,
+        **kwargs,
     ):
         """Return logits [B, T, V], and the mean loss of labels [B, T] (-100: none), each predicted by the one before.
 
@@ -299,6 +376,10 @@ class BTLMLMHeadModel(BTLMPreTrainedModel, GenerationMixin):
             output_attentions=output_attentions,
             output_hidden_states=output_hidden_states,
             return_dict=True,
+            cache_position=cache_position,
+            position_ids=position_ids,
+            token_type_ids=token_type_ids,
+            **kwargs,
         )
         kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
         logits_BTV = self.lm_head(output.last_hidden_state[:, kept]) * self.config.output_scale
@@ -316,5 +397,55 @@ class BTLMLMHeadModel(BTLMPreTrainedModel, GenerationMixin):
             hidden_states=output.hidden_states,
             attentions=output.attentions,
             **{CACHE_FIELD: output[CACHE_FIELD] if CACHE_FIELD in output else None},
+        )
+        return output if self._chosen(return_dict=return_dict) else output.to_tuple()
+
+
+class BTLMForSequenceClassification(BTLMPreTrainedModel):
+    """The network with a linear layer on the last token of each sequence that is not padding."""
+
+    def __init__(self, config: BTLMConfig):
+        super().__init__(config)
+        self.num_labels = config.num_labels
+        self.transformer = BTLMModel(config)
+        self.score = nn.Linear(config.n_embd, config.num_labels, bias=False)
+        self.post_init()
+
+    def get_input_embeddings(self):
+        """Return the token embedding."""
+        return self.transformer.wte
+
+    def set_input_embeddings(self, value):
+        """Replace the token embedding."""
+        self.transformer.wte = value
+
+    def forward(self, input_ids=None, attention_mask=None, inputs_embeds=None, labels=None, return_dict=None, **kwargs):
+        """Return logits [B, labels], and the loss of labels [B] or [B, labels] (by config.problem_type).
+
+        The last token is that of attention_mask [B, T]; without it, the one before trailing config.pad_token_id.
+        """
+        output = self.transformer(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            inputs_embeds=inputs_embeds,
+            use_cache=False,
+            return_dict=True,
+            **kwargs,
+        )
+        x_BTD = output.last_hidden_state
+        B, T, _ = x_BTD.shape
+        if attention_mask is not None and attention_mask.ndim == 2:
+            is_token_BT = attention_mask.bool()
+        elif input_ids is not None and self.config.pad_token_id is not None:
+            is_token_BT = input_ids != self.config.pad_token_id
+        else:
+            is_token_BT = torch.ones(B, T, dtype=torch.bool, device=x_BTD.device)
+        last_B = (torch.arange(T, device=x_BTD.device) * is_token_BT.to(x_BTD.device)).argmax(dim=1)
+        logits_BC = self.score(x_BTD[torch.arange(B, device=x_BTD.device), last_B])
+        loss = None
+        if labels is not None:
+            loss = self.loss_function(logits=logits_BC, labels=labels, pooled_logits=logits_BC, config=self.config)
+        output = SequenceClassifierOutputWithPast(
+            loss=loss, logits=logits_BC, hidden_states=output.hidden_states, attentions=output.attentions
         )
         return output if self._chosen(return_dict=return_dict) else output.to_tuple()

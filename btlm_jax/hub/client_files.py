@@ -1,0 +1,180 @@
+"""What Hugging Face's clients read beside weights and tokenizer, kept from one form of a model to the next.
+
+That is tokenizer_config.json with its pad token and special tokens, the chat template, generation_config.json, and
+which id ends a text: files name it in up to four places, and one of them counts.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from btlm_jax import notices
+from btlm_jax.hub.published import CONFIG_FILE, PublishedConfig, token_ids
+from btlm_jax.storage.files import read_json_object
+from btlm_jax.tokenizers.tokenizer import Tokenizer
+
+TOKENIZER_CONFIG, GENERATION_CONFIG = "tokenizer_config.json", "generation_config.json"
+_TEMPLATE_FILE, _TEMPLATE_FOLDER, _TEMPLATE = "chat_template.jinja", "additional_chat_templates", "chat_template"
+# Keys of tokenizer_config.json that follow from the tokenizer and from who writes the file; all others are kept.
+_NOT_KEPT = frozenset((
+    "add_prefix_space", "added_tokens_decoder", "auto_map", "backend", "clean_up_tokenization_spaces", "eos_token",
+    "errors", "is_local", "legacy", "local_files_only", "merges_file", "model_max_length", "name_or_path",
+    "processor_class", "sp_model_kwargs", "special_tokens_map_file", "tokenizer_class", "tokenizer_file",
+    "transformers_version", "trust_remote_code", "use_fast", "vocab_file", _TEMPLATE,
+))  # fmt: skip
+_TOKENS = ("bos_token", "unk_token", "pad_token", "sep_token", "cls_token", "mask_token")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ClientSettings:
+    """JSON values by key; empty for a model that comes without."""
+
+    tokenizer_config: Mapping[str, Any] = dataclasses.field(default_factory=dict)  # without what is _NOT_KEPT
+    generation_config: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    chat_templates: Mapping[str, str] = dataclasses.field(default_factory=dict)  # by name; "default" is the usual one
+    bos_id: int = -1  # of config.json; -1: the end-of-text id
+
+    @classmethod
+    def from_json(cls, values: Mapping[str, Any]) -> ClientSettings:
+        """Return what `dataclasses.asdict` gave.
+
+        Raises:
+          TypeError: it is something else.
+        """
+        return cls(**values)
+
+
+NO_SETTINGS = ClientSettings()
+
+
+def read_client_settings(directory: Path, *, config: Mapping[str, Any], tokenizer: Tokenizer | None) -> ClientSettings:
+    """Read the settings of a Hugging Face directory; `config` is the contents of its config.json.
+
+    Raises:
+      ValueError: a file is damaged.
+    """
+    settings = _read(directory / TOKENIZER_CONFIG)
+    kept = {key: value for key, value in settings.items() if key not in _NOT_KEPT}
+    if tokenizer is not None:
+        unknown = [key for key in _TOKENS if key in kept and _id_of(kept[key], tokenizer) is None]
+        unknown = [key for key in unknown if kept[key] is not None]
+        if unknown:
+            notices.report(
+                "config-keys-dropped",
+                f"{directory / TOKENIZER_CONFIG} names tokens that its tokenizer has not, which are dropped: "
+                + ", ".join(f"{key} {kept[key]!r}" for key in unknown),
+                count=len(unknown),
+            )
+        kept = {key: value for key, value in kept.items() if key not in unknown and value is not None}
+    bos = config.get("bos_token_id")
+    return ClientSettings(
+        tokenizer_config=kept,
+        generation_config=_generation_config(_read(directory / GENERATION_CONFIG)),
+        chat_templates=_chat_templates(directory, settings.get(_TEMPLATE)),
+        bos_id=bos[0] if isinstance(bos, list) and bos else bos if isinstance(bos, int) else -1,
+    )
+
+
+def end_of_text_id(
+    directory: Path,
+    config: PublishedConfig,
+    values: Mapping[str, Any],
+    *,
+    settings: ClientSettings,
+    tokenizer: Tokenizer | None,
+) -> int:
+    """Return the one id that ends a text; `values` is the contents of config.json.
+
+    That is where transformers stops: at an id of generation_config.json, or else at config.json's, or else at the
+    tokenizer's. Of several ids it is the tokenizer's, or config.json's, or the first. What contradicts is said.
+
+    Raises:
+      ValueError: an id is outside the vocabulary, or there is none.
+    """
+    size = config.vocab_size
+    named = {
+        GENERATION_CONFIG: token_ids(
+            settings.generation_config.get("eos_token_id"),
+            name=f"{directory / GENERATION_CONFIG}: eos_token_id",
+            vocab_size=size,
+        ),
+        CONFIG_FILE: token_ids(values.get("eos_token_id"), name="eos_token_id", vocab_size=size),
+        "its tokenizer": () if tokenizer is None else (tokenizer.eos_id,),
+    }
+    named = {place: ids for place, ids in named.items() if ids}
+    if not named:
+        if config.eos_token_id < size:  # the published default
+            return config.eos_token_id
+        raise ValueError(
+            f"{directory / CONFIG_FILE} names no eos_token_id, and its default {config.eos_token_id} is outside of "
+            f"vocab_size={size}; add the id that ends a text"
+        )
+    counting = next(iter(named.values()))
+    wanted = [ids[0] for place, ids in reversed(named.items()) if ids[0] in counting]
+    eos_id = wanted[0] if wanted else counting[0]
+    if any(ids != (eos_id,) for ids in named.values()):
+        said = ", ".join(f"{place} {', '.join(map(str, ids))}" for place, ids in named.items())
+        notices.report(
+            "eos-contradicts",
+            f"{directory} names different end-of-text ids ({said}): {eos_id} is the one that ends a text here and in "
+            "what is written; generation_config.json is kept as it is",
+        )
+    return eos_id
+
+
+def pad_token(tokenizer: Tokenizer, settings: ClientSettings) -> str:
+    """Return the token that fills up batches: the model's own, or else one that no text has."""
+    own = settings.tokenizer_config.get("pad_token")
+    if own is not None:
+        return own if isinstance(own, str) else own["content"]
+    return tokenizer.spare_token
+
+
+def pad_token_id(tokenizer: Tokenizer | None, settings: ClientSettings) -> int | None:
+    """Return the id of `pad_token`, or None without a tokenizer."""
+    return None if tokenizer is None else tokenizer.token_id(pad_token(tokenizer, settings))
+
+
+def _read(path: Path) -> dict[str, Any]:
+    return read_json_object(path) if path.is_file() else {}
+
+
+def _generation_config(values: dict[str, Any]) -> dict[str, Any]:
+    """Return what of a generation_config.json does not follow from config.json."""
+    follows = {"_from_model_config", "transformers_version"}
+    if values.get("_from_model_config"):
+        follows |= {"bos_token_id", "eos_token_id", "pad_token_id"}
+    return {key: value for key, value in values.items() if key not in follows}
+
+
+def _id_of(token: Any, tokenizer: Tokenizer) -> int | None:
+    content = token.get("content") if isinstance(token, dict) else token
+    return tokenizer.token_id(content) if isinstance(content, str) else None
+
+
+def _chat_templates(directory: Path, in_config: Any) -> dict[str, str]:
+    """Return the templates by name; files have priority over tokenizer_config.json, as in transformers."""
+    templates: dict[str, str] = {}
+    if isinstance(in_config, str):
+        templates["default"] = in_config
+    elif isinstance(in_config, list):
+        for entry in in_config:
+            if not isinstance(entry, dict) or not all(isinstance(entry.get(key), str) for key in ("name", "template")):
+                raise ValueError(
+                    f"{directory / TOKENIZER_CONFIG}: {_TEMPLATE} must be a text, or a list of name and template"
+                )
+            templates[entry["name"]] = entry["template"]
+    elif in_config is not None:
+        raise ValueError(f"{directory / TOKENIZER_CONFIG}: {_TEMPLATE}={in_config!r} must be a text")
+    files = {path.stem: path for path in sorted((directory / _TEMPLATE_FOLDER).glob("*.jinja"))}
+    if (directory / _TEMPLATE_FILE).is_file():
+        files["default"] = directory / _TEMPLATE_FILE
+    for name, path in files.items():
+        try:
+            templates[name] = path.read_text(encoding="utf-8")
+        except UnicodeDecodeError as error:
+            raise ValueError(f"{path} is no text: {error}") from error
+    return templates

@@ -1,0 +1,93 @@
+"""A tokenizer.json that was made from a SentencePiece model: what is left of one after transformers has saved it.
+
+convert/sentencepiece_to_hf.py makes such files. They hold pieces in which SPACE_MARK stands for a space, byte pieces,
+and, unlike a model file, tokens that were added later.
+"""
+
+from __future__ import annotations
+
+import json
+
+from tokenizers import Tokenizer
+
+from btlm_jax.tokenizers.byte_level import STORED_FILE, JsonTokenizer, check_ids
+from btlm_jax.tokenizers.sentencepiece_proto import SPACE_MARK
+from btlm_jax.tokenizers.tokenizer import SENTENCEPIECE_JSON
+
+_NORMALIZERS, _DECODERS = ("Prepend", "Replace"), ("Replace", "ByteFallback", "Fuse", "Strip")
+
+
+class SentencePieceJsonTokenizer(JsonTokenizer):
+    """Text to ids and back; no text is encoded as `eos_id` or as another special token."""
+
+    kind = SENTENCEPIECE_JSON
+
+    def __init__(self, contents: bytes, *, eos_id: int):
+        """Read the contents of a tokenizer.json.
+
+        Raises:
+          ValueError: it is damaged, of another kind, or `eos_id` is not in it.
+        """
+        super().__init__(contents, eos_id=eos_id, check=_check)
+        self._model = json.loads(self.json)["model"]
+
+    @property
+    def is_bpe(self) -> bool:
+        """Whether pieces are merged, not chosen by their probabilities (Unigram)."""
+        return self._model["type"] == "BPE"
+
+    @property
+    def has_byte_fallback(self) -> bool:
+        """Whether characters that are no piece become byte pieces."""
+        return self._model["byte_fallback"]
+
+    @property
+    def spare_token(self) -> str:
+        """The piece of characters that cannot be expressed."""
+        return self.unk_token
+
+    @property
+    def unk_token(self) -> str:
+        """The piece of characters that cannot be expressed."""
+        return self._model["unk_token"] if self.is_bpe else self.token(self._model["unk_id"])
+
+    @property
+    def adds_space(self) -> bool:
+        """Whether a space is put before a text."""
+        return any(step["type"] == "Prepend" for step in _steps(json.loads(self.json)["normalizer"], "normalizers"))
+
+
+def is_of_sentencepiece(body: dict) -> bool:
+    """Whether the parsed contents of a tokenizer.json are of this kind, as far as its decoder tells."""
+    return [step.get("type") for step in _steps(body.get("decoder"), "decoders")[:2]] == ["Replace", "ByteFallback"]
+
+
+def _steps(part: dict | None, key: str) -> list[dict]:
+    if not part:
+        return []
+    return part[key] if part["type"] == "Sequence" else [part]
+
+
+def _check(body: dict, tokenizer: Tokenizer) -> None:
+    """Check that this gives texts back as the SentencePiece model that it was made from does."""
+    model = body["model"]
+    normalizers, decoders = _steps(body.get("normalizer"), "normalizers"), _steps(body.get("decoder"), "decoders")
+    before = _steps(body.get("pre_tokenizer"), "pretokenizers")
+    unknown = [f"model {model.get('type')}"] if model.get("type") not in ("BPE", "Unigram") else []
+    unknown += [f"normalizer {step['type']}" for step in normalizers if step["type"] not in _NORMALIZERS]
+    unknown += [f"decoder {step['type']}" for step in decoders if step["type"] not in _DECODERS]
+    unknown += [
+        f"pre-tokenizer {step['type']}"
+        for step in before
+        if step["type"] != "Split" or step.get("behavior") != "Isolated"
+    ]
+    if unknown or not normalizers or not is_of_sentencepiece(body):
+        raise ValueError(
+            f"{STORED_FILE} has {', '.join(unknown) or 'no normalizer'}; of tokenizers with SentencePiece's pieces "
+            f"only those made by btlm convert can be read (BPE or Unigram, {SPACE_MARK!r} for spaces, byte fallback)"
+        )
+    check_ids(tokenizer)
+    for number, token in tokenizer.get_added_tokens_decoder().items():
+        texts = (token.content, f"a{token.content}", f"{token.content}a")
+        if token.special and any(number in tokenizer.encode(text, add_special_tokens=False).ids for text in texts):
+            raise ValueError(f"text can make the special token {token.content!r} (id {number}) of {STORED_FILE}")
