@@ -21,7 +21,7 @@ from btlm_jax.display.progress import RateLimit, StatusLine, printable
 from btlm_jax.generate.loading import GenerationModel, load_for_generation
 from btlm_jax.generate.output import TextsFile
 from btlm_jax.generate.prompts import PROMPT_KEY, Prompt, check_text, prompt_ids
-from btlm_jax.hub.native import FORMAT, is_model_directory, is_run, read_metadata
+from btlm_jax.hub.native import FORMATS, is_model_directory, is_run, read_metadata
 from btlm_jax.hub.source import is_hugging_face
 from btlm_jax.kernels.tiles import Int4Tiles
 from btlm_jax.kernels.weights import Weights
@@ -216,8 +216,8 @@ def check_tokenizer(directory: Path) -> None:
         except FileNotFoundError as error:
             raise FileNotFoundError(missing) from error
     elif is_int4_directory(directory) or (is_model_directory(directory) and not is_run(directory)):
-        format = INT4_FORMAT if is_int4_directory(directory) else FORMAT
-        if read_metadata(directory, format=format).tokenizer is None:
+        formats = (INT4_FORMAT,) if is_int4_directory(directory) else FORMATS
+        if read_metadata(directory, formats=formats).tokenizer is None:
             raise FileNotFoundError(missing)
 
 

@@ -33,7 +33,8 @@ from btlm_jax.train import CHECKPOINTS, KEPT_TOKENIZER, SUMMARY_FILE
 from btlm_jax.train.checkpoint import CheckpointReader, read_params
 
 MODEL_FILE, _OLD_PARAMS = "model.json", "params"
-FORMAT, _OLD_FORMAT = "btlm_jax model 2", "btlm_jax model 1"
+FORMAT = "btlm_jax model 2"
+FORMATS = (FORMAT, "btlm_jax model 1")  # that are read
 _SHA256 = "sha256"  # of model.json without this key
 
 
@@ -174,7 +175,7 @@ def read_tokenizer(directory: Path, metadata: ModelMetadata) -> Tokenizer | None
     return None if metadata.tokenizer is None else load_tokenizer(directory, metadata.tokenizer)
 
 
-def read_metadata(directory: Path, *, formats: tuple[str, ...] = (FORMAT, _OLD_FORMAT)) -> ModelMetadata:
+def read_metadata(directory: Path, *, formats: tuple[str, ...] = FORMATS) -> ModelMetadata:
     """Read the `model.json` of a model directory of one of these formats.
 
     Raises:

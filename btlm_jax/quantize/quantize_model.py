@@ -118,8 +118,8 @@ def _quantize_block(
     for name, array in block.items():
         if array.ndim == 2:
             with quantizing(name):
-                quantized[name] = function(array, group_size)
-                check_groups(array, quantized[name], largest_error=_LARGEST_ERROR)
+                quantized[name] = matrix = function(array, group_size)
+                check_groups(array, matrix, largest_error=_LARGEST_ERROR)
         else:
             quantized[name] = array
     return quantized
