@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 
 from btlm_jax import install_command
+from btlm_jax import notices
 from btlm_jax.convert.fold import FoldedTensors, padded_config
 from btlm_jax.convert.ggml import FILE_TYPES
 from btlm_jax.convert.gguf_vocabulary import Vocabulary, vocabulary_of
@@ -29,10 +30,13 @@ from btlm_jax.hub.huggingface import HuggingFaceTensors
 from btlm_jax.hub.native import abstract_params, one_device_mesh, read_model_directory, write_model_directory
 from btlm_jax.hub.numpy_network import streamed_logits
 from btlm_jax.hub.published import CONFIG_FILE, JAIS, read_published_config
-from btlm_jax.hub.source import Source, native_logits, open_source
+from btlm_jax.hub.source import HuggingFaceSource, Source, native_logits, open_source
 from btlm_jax.hub.tensor_names import read_params
 from btlm_jax.quantize.quantize_model import Method
 from btlm_jax.storage.files import only_writer, scratch_directory
+
+_CARD = "README.md"
+_READ_SUFFIXES = (".safetensors", ".bin", ".json", ".model", ".txt", ".jinja", ".py")
 
 FORMATS = ("hf", "native", "jais", "gguf", "int4")
 GGUF_SUFFIX = ".gguf"
@@ -128,6 +132,8 @@ def _write_and_prove(conversion: Conversion, partial: Path, *, log: Callable[[st
     if conversion.format == "gguf":
         import_gguf()  # a missing package is an error before the source is read
     source = open_source(conversion.source)
+    if isinstance(source, HuggingFaceSource):
+        _report_files_left(source.directory)
     config, tokenizer = source.config, source.tokenizer
     num_parameters = sum(int(np.prod(shape)) for shape in source.tensors.shapes.values())
     log(f"{conversion.source}: {num_parameters:,} parameters, {config.n_layer} layers, d {config.n_embd}")
@@ -165,6 +171,17 @@ def _write_and_prove(conversion: Conversion, partial: Path, *, log: Callable[[st
         log(str(proof))
         done.append(proof)
     return done
+
+
+def _report_files_left(directory: Path) -> None:
+    """Say which files of a Hugging Face directory are neither read nor written anew, others' model cards included."""
+    files = [path for path in directory.iterdir() if path.is_file() and not path.name.startswith(".")]
+    left = [path.name for path in files if path.suffix not in _READ_SUFFIXES and path.name != _CARD]
+    if (directory / _CARD).is_file() and b"btlm_jax" not in (directory / _CARD).read_bytes():
+        left.append(_CARD)
+    if left:
+        names = ", ".join(sorted(left))
+        notices.report("files-not-converted", f"{names} of {directory} are not carried over", count=len(left))
 
 
 def _write_native(source: Source, directory: Path) -> None:

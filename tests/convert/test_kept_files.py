@@ -97,7 +97,9 @@ def test_all_that_is_beside_the_weights_survives_every_form(name, tmp_path):
     (tuned / "generation_config.json").write_text(json.dumps(generation))
     if (first / "tokenizer.model").exists():  # left beside it by hand; it lacks the added tokens
         shutil.copy(first / "tokenizer.model", tuned)
+    (tuned / "LICENSE").write_text("what may be done with the model")
     back = make(tuned, tmp_path / "back")
+    assert notices.counts()["files-not-converted"] == 1
     assert notices.counts().get("tokenizer-preferred", 0) == (name == "ours")
     native = make(back, tmp_path / "native", format="native")
     again = make(native, tmp_path / "again")
