@@ -10,8 +10,7 @@ from pathlib import Path
 
 import numpy as np
 
-from btlm_jax import install_command
-from btlm_jax import notices
+from btlm_jax import install_command, notices
 from btlm_jax.convert.fold import FoldedTensors, padded_config
 from btlm_jax.convert.ggml import FILE_TYPES
 from btlm_jax.convert.gguf_vocabulary import Vocabulary, vocabulary_of
