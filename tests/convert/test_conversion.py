@@ -359,6 +359,8 @@ def test_a_killed_conversion_leaves_nothing_under_the_name_and_the_next_one_work
         (["--from=nowhere", "--to=y.gguf", "--format=gguf"], 1, "nowhere holds no model: looked for checkpoints/"),
         (["--from=x", "--to=y", "--dtype=int3"], 2, "dtype='int3' is not known"),
         (["--from=x", "--to=y", "--max_shard_gb=0"], 2, "max_shard_bytes=0 must be at least 1"),
+        (["--from=x", "--to=y", "--max_shard_gb=inf"], 2, "max_shard_gb=inf must be a number"),
+        (["--from=x", "--to=y.gguf", "--format=gguf", "--context_length=-1"], 2, "context_length=-1 must be from 1"),
         (["--from=nowhere", "--to=y"], 1, "nowhere holds no model: looked for checkpoints/"),
     ],
 )

@@ -1,12 +1,14 @@
 """What is beside a model's weights survives conversions: tokenizers after transformers, pad, templates, eos."""
 
 import json
+import runpy
 import shutil
 
 import numpy as np
 import pytest
 from support import llama_cpp
 from support.published_files import oracle_weights, write_published
+from support.tiny import REPOSITORY
 from support.tiny_tokenizers import EOS, TEXTS, tiny_byte_level, trained
 from tokenizers import AddedToken
 
@@ -14,6 +16,7 @@ from btlm_jax import notices
 from btlm_jax.convert import conversion
 from btlm_jax.convert.conversion import Conversion, convert
 from btlm_jax.convert.tokenizer_files import write_tokenizer_files
+from btlm_jax.hub import native
 from btlm_jax.hub.gguf import GGUFFile
 from btlm_jax.hub.source import open_source
 from btlm_jax.tokenizers.byte_level import ByteLevelTokenizer
@@ -101,8 +104,8 @@ def test_all_that_is_beside_the_weights_survives_every_form(name, tmp_path):
     back = make(tuned, tmp_path / "back")
     assert notices.counts()["files-not-converted"] == 1
     assert notices.counts().get("tokenizer-preferred", 0) == (name == "ours")
-    native = make(back, tmp_path / "native", format="native")
-    again = make(native, tmp_path / "again")
+    own = make(back, tmp_path / "native", format="native")
+    again = make(own, tmp_path / "again")
     text = f"{SYMBOL}def f(x):{SYMBOL}<|pad|>  y"
     for directory in (back, again):
         read = transformers.AutoTokenizer.from_pretrained(directory, local_files_only=True)
@@ -110,7 +113,7 @@ def test_all_that_is_beside_the_weights_survives_every_form(name, tmp_path):
         assert (read.pad_token, read.padding_side, read.chat_template) == ("<|pad|>", "left", CHAT)
         assert json.loads((directory / "config.json").read_text())["pad_token_id"] == auto.pad_token_id
         assert generation.items() <= json.loads((directory / "generation_config.json").read_text()).items()
-    assert open_source(native).tokenizer.encode(text) == find_tokenizer(again).encode(text)
+    assert open_source(own).tokenizer.encode(text) == find_tokenizer(again).encode(text)
     path = make(again, tmp_path / "m.gguf", format="gguf", pad_ffn=256)
     keys = GGUFFile(path).keys
     assert keys["tokenizer.chat_template"] == CHAT
@@ -196,3 +199,38 @@ def test_tokens_that_only_a_config_adds_are_not_dropped_in_silence(tmp_path):
         ValueError, match="adds 1 tokens to tokenizer.model, such as '<|im_start|>'".replace("|", r"\|")
     ):
         find_tokenizer(source)
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt(), OSError(28, "No space left on device")], ids=["Ctrl-C", "full"])
+def test_an_interrupted_native_conversion_leaves_nothing(error, tmp_path, monkeypatch):
+    source = model_with(tmp_path / "in", MADE["byte-level"]())
+    write = native.write_safetensors
+
+    def interrupted(directory, tensors, **options):
+        write(directory, tensors[:3], **options)
+        raise error
+
+    monkeypatch.setattr(native, "write_safetensors", interrupted)
+    with pytest.raises(type(error)):
+        make(source, tmp_path / "out", format="native")
+    assert [path.name for path in tmp_path.iterdir()] == ["in"]
+
+
+def test_a_summary_without_its_evaluation_is_named(tmp_path):
+    (tmp_path / "summary.json").write_text('{"num_steps": 3}')
+    assert native._heldout_notes(tmp_path, 4) == {}
+    with pytest.raises(ValueError, match="summary.json is damaged: it has no heldout.sources"):
+        native._heldout_notes(tmp_path, 3)
+
+
+@pytest.mark.slow
+def test_flipped_bits_of_every_form_are_named(tmp_path):
+    """A sample of what benchmarks/flip_bits.py does."""
+    flip_bits = runpy.run_path(str(REPOSITORY / "benchmarks" / "flip_bits.py"))
+    assert flip_bits["main"](model_with(tmp_path / "in", MADE["ours"]()), flips=16, seed=3) == 0
+
+
+@pytest.mark.slow
+def test_a_run_goes_through_its_clients_and_back(tiny_run):
+    round_trip = runpy.run_path(str(REPOSITORY / "benchmarks" / "clients_round_trip.py"))
+    assert round_trip["main"](tiny_run[1]) == 0

@@ -46,7 +46,9 @@ class BTLMAttention(nn.Module):
         heads = (B, T, self.config.n_head, self.config.head_dim)
         q_BNTH, k_BNSH, v_BNSH = (part.view(heads).transpose(1, 2) for part in self.c_attn(x_BTD).split(D, dim=2))
         if past_key_values is not None:
-            k_BNSH, v_BNSH = past_key_values.update(k_BNSH, v_BNSH, self.layer_idx)
+            # Of transformers 4, a static cache must be told where they belong; transformers 5 knows.
+            told = {"cache_position": queries_T}
+            k_BNSH, v_BNSH = past_key_values.update(k_BNSH, v_BNSH, self.layer_idx, cache_kwargs=told)
         S = k_BNSH.shape[2]
         if mask_BNTS.shape[3] < S:  # a static cache has room for keys that are yet to come: all are later
             mask_BNTS = F.pad(mask_BNTS, (0, S - mask_BNTS.shape[3]), value=mask_BNTS.dtype == torch.bool)
