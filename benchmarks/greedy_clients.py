@@ -46,13 +46,15 @@ class Comparison:
 
     same_prompts: int = 0
     same_texts: int = 0
+    broken: int = 0  # of the same ids, whose bytes are no UTF-8: the tokenizers library replaces each byte of the run
     near_ties: int = 0
     differences: list[str] = dataclasses.field(default_factory=list)
 
     def __str__(self) -> str:
         return (
-            f"{self.same_prompts} prompts with the same ids, {self.same_texts} with the same text, {self.near_ties} "
-            f"up to a near tie, {len(self.differences)} different"
+            f"{self.same_prompts} prompts with the same ids; continued: {self.same_texts} with the same ids and text, "
+            f"{self.broken} with the same ids, with broken characters, {self.near_ties} up to a near tie, "
+            f"{len(self.differences)} different"
         )
 
 
@@ -65,6 +67,10 @@ def compare(prompts: Sequence[str], ours: Sequence[Continuation], theirs: Sequen
             found.differences.append(f"{text[:40]!r}: ids {mine.prompt[:12]} here, {other.prompt[:12]} there")
         elif (mine.ids, mine.text) == (other.ids, other.text):
             found.same_texts += 1
+        elif mine.ids == other.ids and "\N{REPLACEMENT CHARACTER}" in mine.text and mine.text != other.text:
+            found.broken += 1
+        elif mine.ids == other.ids:
+            found.differences.append(f"{text[:40]!r}: of the same ids {mine.text!r} here, {other.text!r} there")
         else:
             pairs = enumerate(zip(mine.ids, other.ids, strict=False))
             at = next((at for at, (a, b) in pairs if a != b), min(len(mine.ids), len(other.ids)))
@@ -238,7 +244,9 @@ def run(
     found = {"transformers": compare(prompts, mine, of_transformers(hf, prompts, num_tokens=num_tokens))}
     if python:
         command = [python, __file__, f"--client={hf}", f"--num_tokens={num_tokens}"]
-        done = subprocess.run(command, input=json.dumps(prompts), capture_output=True, text=True, check=True)
+        done = subprocess.run(command, input=json.dumps(prompts), capture_output=True, text=True, check=False)
+        if done.returncode:
+            sys.exit(f"{' '.join(command)} failed:\n{done.stderr[-2000:]}")
         theirs = [Continuation(**row) for row in json.loads(done.stdout.splitlines()[-1])]
         found[f"transformers of {python}"] = compare(prompts, mine, theirs)
     theirs = of_llama_cpp(
