@@ -33,6 +33,8 @@ class SentencePieceTokenizer:
         Raises:
           ValueError: it is damaged, or has no end-of-text piece.
         """
+        if not model:  # the library takes it for no model yet
+            raise ValueError("this is no SentencePiece model: it is empty")
         try:
             self._processor = sentencepiece.SentencePieceProcessor(model_proto=model)
         except RuntimeError as error:

@@ -197,7 +197,7 @@ def _texts(folder: Path, store: Path) -> list[Target]:
     from support.tiny import REPOSITORY, config_dict
 
     from btlm_jax.cli.train import train_flags
-    from btlm_jax.generate import prompts
+    from btlm_jax.generate import output, prompts
     from btlm_jax.recipe.config import train_config_from
 
     config_file = REPOSITORY / "configs" / "local_cpu.py"
@@ -222,8 +222,14 @@ def _texts(folder: Path, store: Path) -> list[Target]:
             path.write_bytes(data)
             for prompt in prompts.read_prompts(path):
                 prompt.text.encode()
+                json.dumps(prompt.extra, ensure_ascii=False, allow_nan=False).encode()
 
         return read
+
+    def texts(data: bytes) -> None:
+        (folder / "texts.jsonl.partial").write_bytes(data)
+        output.check_output(folder / "texts.jsonl", prompts_file=None)
+        output.TextsFile(folder / "texts.jsonl", settings={"seed": 1}, num_texts=3).close()
 
     lines = (
         b"--config.seed=3\n--config.curriculum.seq_len=(128,512)\n--config.optimizer.peak_learning_rate=1e-3\n--dry-run"
@@ -233,8 +239,19 @@ def _texts(folder: Path, store: Path) -> list[Target]:
         Target(name="command line", valid=lines, read=overrides, is_json=False),
         Target(name="config", valid=json.dumps(values).encode(), read=config, is_json=True),
         Target(name="prompts.jsonl", valid=jsonl.encode(), read=prompts_of(".jsonl"), is_json=True),
+        Target(name="unfinished texts", valid=_unfinished_texts(folder), read=texts, is_json=False),
         Target(name="prompts.txt", valid="Hello\nwörld ∞\n".encode(), read=prompts_of(".txt"), is_json=False),
     ]
+
+
+def _unfinished_texts(folder: Path) -> bytes:
+    from btlm_jax.generate.output import TextsFile
+
+    texts = TextsFile(folder / "texts.jsonl", settings={"seed": 1}, num_texts=3)
+    for number in (2, 0):
+        texts.add(number, '{"prompt": "a", "text": "é"}')
+    texts.close()
+    return texts.partial.read_bytes()
 
 
 def _of_runs(folder: Path, store: Path) -> list[Target]:
@@ -245,7 +262,8 @@ def _of_runs(folder: Path, store: Path) -> list[Target]:
     from support.tiny import tiny_config
 
     from btlm_jax.data.reader import open_store
-    from btlm_jax.data.store import MANIFEST_FILE, read_manifest
+    from btlm_jax.data.store import MANIFEST_FILE, TOKENIZER_INFO_FILE, read_manifest, read_tokenizer_info
+    from btlm_jax.tokenizers.tokenizer import load_tokenizer
     from btlm_jax.train import METRICS_FILE, SUMMARY_FILE, finish, metric_writer, setup
     from btlm_jax.train.checkpoint import Checkpointer
 
@@ -309,6 +327,12 @@ def _of_runs(folder: Path, store: Path) -> list[Target]:
         summary.write_bytes(data)
         native._heldout_notes(folder, 10)
 
+    def kept_tokenizer(data: bytes) -> None:
+        (folder / TOKENIZER_INFO_FILE).write_bytes(data)
+        load_tokenizer(folder, read_tokenizer_info(folder))
+
+    kept = body["tokenizer"]
+    shutil.copy(store / kept["file"], folder)
     summary_body = {
         "num_steps": 10,
         "num_tokens": 3840,
@@ -344,6 +368,7 @@ def _of_runs(folder: Path, store: Path) -> list[Target]:
         Target(name="manifest that hashes right", valid=valid, read=sealed, is_json=True),
         Target(name="metrics", valid=lines, read=read_metrics, is_json=True),
         Target(name="metrics at a resume", valid=lines, read=resume_metrics, is_json=True),
+        Target(name="kept tokenizer", valid=json.dumps(kept).encode(), read=kept_tokenizer, is_json=True),
         Target(name="summary", valid=json.dumps(summary_body).encode(), read=read_summary, is_json=True),
         Target(name="summary of a model", valid=json.dumps(summary_body).encode(), read=native_summary, is_json=True),
         *(
@@ -471,6 +496,7 @@ def _of_tokenizers(folder: Path, store: Path) -> list[Target]:
     from support.tiny_tokenizers import tiny_byte_level, trained, write_gpt2_files
 
     from btlm_jax.tokenizers.gpt2 import fastest_tokenizer
+    from btlm_jax.tokenizers.prompt_bos import read_prompt_bos
     from btlm_jax.tokenizers.tokenizer import find_tokenizer
 
     gpt2 = folder / "gpt2"
@@ -486,7 +512,8 @@ def _of_tokenizers(folder: Path, store: Path) -> list[Target]:
         def read(data: bytes) -> None:
             (place / name).write_bytes(data)
             tokenizer = fastest_tokenizer(find_tokenizer(place))
-            tokenizer.decode(tokenizer.encode("eta oin é\n  shrdlu 漢"))
+            read_prompt_bos(place, tokenizer)
+            tokenizer.decode(tokenizer.encode_prompt("eta oin é\n  shrdlu<|endoftext|> 漢</s>"))
 
         return read
 

@@ -149,9 +149,10 @@ def test_vocabulary_and_merges_are_the_same_tokenizer(model, tmp_path):
         find_tokenizer(tmp_path)
     (tmp_path / "tokenizer.model").write_bytes(model)
     assert find_tokenizer(tmp_path).contents == model
-    (tmp_path / "tokenizer.model").write_bytes(b"not one")
-    with pytest.raises(ValueError, match="tokenizer.model cannot be used"):
-        find_tokenizer(tmp_path)
+    for contents in (b"not one", b""):
+        (tmp_path / "tokenizer.model").write_bytes(contents)
+        with pytest.raises(ValueError, match="tokenizer.model cannot be used: this is no SentencePiece model"):
+            find_tokenizer(tmp_path)
 
 
 REFUSED = {
