@@ -4,6 +4,7 @@ Token i of a stream is i, so that the value of a target names its place in the s
 """
 
 import hashlib
+import json
 from pathlib import Path
 
 import numpy as np
@@ -30,6 +31,7 @@ def write_store(
         store.TRAIN: _write_split(directory, store.TRAIN, train_blocks, train_source, blocks_per_shard),
         store.HELDOUT: _write_split(directory, store.HELDOUT, heldout_blocks, sources, blocks_per_shard),
     }
+    _write_tfds_files(directory, splits, block_len=block_len)
     tokenizer = store.TokenizerInfo(
         kind="sentencepiece",
         file="tokenizer.model",
@@ -54,6 +56,18 @@ def stream_blocks(*, first: int, num_targets: int, block_len: int) -> list[tuple
         padded[: len(tokens)] = tokens
         blocks.append((padded, len(tokens) - 1))
     return blocks
+
+
+def _write_tfds_files(directory: Path, splits: dict[str, store.Split], *, block_len: int) -> None:
+    """Write what TFDS writes beside the shards."""
+    tokens = {"dtype": "uint16", "encoding": "bytes", "shape": {"dimensions": [str(block_len + 1)]}}
+    numbers = {"dtype": "int32", "encoding": "none", "shape": {}}
+    features = {"tokens": {"tensor": tokens}, "num_targets": {"tensor": numbers}}
+    lengths = {name: [str(shard.num_blocks) for shard in split.shards] for name, split in splits.items()}
+    infos = [{"name": name, "shardLengths": lengths[name]} for name in splits]
+    info = {"name": "tokens", "fileFormat": "array_record", "version": "1.0.0", "splits": infos}
+    (directory / "features.json").write_text(json.dumps({"featuresDict": {"features": features}}))
+    (directory / "dataset_info.json").write_text(json.dumps(info))
 
 
 def _source(num_tokens: int, *, first_block: int, num_blocks: int) -> store.Source:
