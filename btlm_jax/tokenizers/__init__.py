@@ -26,7 +26,7 @@ def train_in_process(kind: str, texts: Iterable[str], *, vocab_size: int) -> byt
     """
     path = os.pathsep.join([str(Path(btlm_jax.__file__).parents[1]), *filter(None, [os.environ.get("PYTHONPATH")])])
     with subprocess.Popen(
-        [sys.executable, "-m", _PROGRAM, kind, str(vocab_size)],
+        [sys.executable, "-P", "-m", _PROGRAM, kind, str(vocab_size)],
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         env={**os.environ, "PYTHONPATH": path},
