@@ -207,7 +207,7 @@ def test_an_input_without_documents_is_an_error(tmp_path, capsys):
         (["--output=x"], "--input=DIR is needed"),
         (["--input=x"], "--output=DIR is needed"),
         (["--input=x", "--output=y", "--workers=0"], "--workers=0 must be 1 or more"),
-        (["--input=x", "--output=y", "--on_bad_file=guess"], "it may be fail or keep-prefix"),
+        (["--input=x", "--output=y", "--on_bad_file=guess"], "it may be fail, keep-prefix"),
         (["--input=x", "--output=y", "--max_bad_rate=2"], "max_bad_rate=2.0 must be between 0 and 1"),
     ],
 )

@@ -181,7 +181,7 @@ def test_no_task_begins_after_one_has_failed(tmp_path):
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        (["--executor=dask"], "--executor=dask is not known; it may be local, ray or slurm"),
+        (["--executor=dask"], "--executor=dask is not known; it may be local, ray, slurm"),
         (["--executor=slurm"], "--workers=N is needed: how many tasks run at a time"),
         (["--executor=ray", "--workers=0"], "--workers=0 must be 1 or more: how many tasks run at a time"),
         (["--executor=slurm", "--workers=2", "--ray_address=a:1"], "--ray_address needs --executor=ray; it is slurm"),

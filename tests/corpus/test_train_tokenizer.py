@@ -126,7 +126,7 @@ def test_the_stage_trains_it_and_the_next_one_takes_it(tmp_path, capsys):
     assert sum(part.num_documents for part in manifest.splits[store.TRAIN].sources.values()) > 20
     capsys.readouterr()
     assert run("tokenizer", "split", "other", "--kind=unigram") == 2
-    assert "--kind=unigram is not known; it may be sentencepiece or byte_level_bpe" in capsys.readouterr().err
+    assert "--kind=unigram is not known; it may be sentencepiece, byte_level_bpe" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("kind", ["sentencepiece", "byte_level_bpe"])

@@ -39,5 +39,5 @@ def refuse(task, directory, heartbeat):
 
 def write(task, directory, heartbeat):
     (directory / f"written-{task.index}").write_text("x")
-    output = {"file": f"written-{task.index}", "num_bytes": 1}
+    output = {"file": f"written-{task.index}", "num_bytes": 1, "sha256": ""}
     return count(task, directory, heartbeat) | {"outputs": [output]}
