@@ -190,6 +190,7 @@ def test_values_that_cannot_be_kept_are_changed_the_same_way_everywhere_and_coun
         b'{"text": "c \\ud800", "n": 18446744073709551615, "id": 99999999999999999999}',
         b'{"text": "20 digits: 12345678901234567890", "n": -9223372036854775808, "x": 1.5e300}',
         b'{"text": "d", "x": Infinity}',
+        b'{"text": "e", "n": 18446744073709551616}',
     ]
     path = write(tmp_path, "a.jsonl", b"\n".join(lines))
     repairs = Counter()
@@ -200,12 +201,13 @@ def test_values_that_cannot_be_kept_are_changed_the_same_way_everywhere_and_coun
         {"n": 18446744073709551615},
         {"n": -9223372036854775808, "x": 1.5e300},
         {"x": None},
+        {"n": "18446744073709551616"},
     ]
     assert records[2].text == "c \ufffd" and records[2].id == "99999999999999999999"
     assert records[3].text == "20 digits: 12345678901234567890"
     assert repairs == {
         "NaN and infinities became null": 3,
-        "integers over 64 bits became text": 3,
+        "integers over 64 bits became text": 4,
         "lone surrogates became U+FFFD": 1,
     }
     for _ in range(2):  # stage after stage
