@@ -272,6 +272,9 @@ def _from_vocabulary(directory: Path) -> bytes:
             raise FileNotFoundError(f"{directory} lacks {path.name}, and has no {STORED_FILE}")
     if (directory / "added_tokens.json").is_file():
         raise ValueError(f"{directory} has an added_tokens.json besides {VOCAB_FILE}; save it as a {STORED_FILE} first")
+    vocabulary = read_json_object(vocab)
+    if not all(type(number) is int and 0 <= number < len(vocabulary) for number in vocabulary.values()):
+        raise ValueError(f"{vocab} has an id that is not one of 0 to {len(vocabulary) - 1}")
     try:
         tokenizer = _like_gpt2(models.BPE.from_file(str(vocab), str(merges)))
     except Exception as error:  # the library raises nothing narrower

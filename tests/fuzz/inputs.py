@@ -319,7 +319,7 @@ def _of_runs(folder: Path, store: Path) -> list[Target]:
 
     def read_summary(data: bytes) -> None:
         summary.write_bytes(data)
-        finish.finished_report(config.curriculum, workdir=folder, step=config.curriculum.table.num_steps)
+        finish.finished_report(config, workdir=folder, step=config.curriculum.table.num_steps)
 
     def native_summary(data: bytes) -> None:
         from btlm_jax.hub import native

@@ -12,7 +12,6 @@ PENDING = {
     "summary of a model",
     "config.json of Hugging Face",
     "index of shards",
-    "vocab.json",
     "tokenizer_config.json",
     "pickled .bin",
 }
