@@ -62,10 +62,12 @@ def is_of_sentencepiece(body: dict) -> bool:
     return [step.get("type") for step in _steps(body.get("decoder"), "decoders")[:2]] == ["Replace", "ByteFallback"]
 
 
-def _steps(part: dict | None, key: str) -> list[dict]:
-    if not part:
+def _steps(part: object, key: str) -> list[dict]:
+    """Return the steps of a part of a tokenizer.json, of a sequence or the one; none of what is not such a part."""
+    if not isinstance(part, dict):
         return []
-    return part[key] if part["type"] == "Sequence" else [part]
+    steps = part.get(key) if part.get("type") == "Sequence" else [part]
+    return [step for step in steps if isinstance(step, dict)] if isinstance(steps, list) else []
 
 
 def _check(body: dict, tokenizer: Tokenizer) -> None:
