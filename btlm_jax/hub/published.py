@@ -63,7 +63,7 @@ class PublishedConfig:
     mup_width_scale: float
     mup_scale_qk_dot_by_d: bool  # scores q.k/head_dim; otherwise q.k/sqrt(head_dim)
     alibi_scaling: float  # ALiBi slopes are divided by it; 1.0 as trained
-    alibi_train_len: int  # > 0: they are also divided by keys / this where there are more keys; 0: they are not
+    alibi_train_len: int = 0  # > 0: they are also divided by keys / this where there are more keys; 0: they are not
     bos_token_id: int
     eos_token_id: int
 
