@@ -16,7 +16,7 @@ import dataclasses
 import functools
 import sys
 import unicodedata
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 import ftfy
@@ -90,12 +90,16 @@ class _Units:
         total = np.concatenate([np.zeros(1, np.int64), np.cumsum(self.quarters)])
         ends = np.searchsorted(total, total[:-1] + _RUN)
         begins = np.flatnonzero(ends < len(total))
-        return _hash_stretches(self.hashes, begins, ends[begins])
+        return self._stretch_hashes(begins, ends[begins])
 
     def stretches(self, length: int) -> np.ndarray:
         """Return the hash of every stretch of `length` units, uint64."""
         begins = np.arange(max(len(self.hashes) - length + 1, 0))
-        return _hash_stretches(self.hashes, begins, begins + length)
+        return self._stretch_hashes(begins, begins + length)
+
+    @functools.cached_property
+    def _stretch_hashes(self) -> Callable[[np.ndarray, np.ndarray], np.ndarray]:
+        return _stretch_hashes(self.hashes)
 
 
 def run_hashes(text: str, *, rule: str) -> np.ndarray:
@@ -179,7 +183,7 @@ def _batches(text: str, *, rule: str) -> Iterator[_Units]:
         if len(codes) and in_word[-1]:
             unfinished = codes[begins[-1] :]
             begins, ends = begins[:-1], ends[:-1]
-        hashes = _hash_stretches(_mixed(codes.astype(np.uint64) + np.uint64(1)), begins, ends)
+        hashes = _stretch_hashes(_mixed(codes.astype(np.uint64) + np.uint64(1)))(begins, ends)
         units = _Units(
             np.concatenate([last.hashes, hashes]), np.concatenate([last.quarters, kinds[begins].astype(np.int64)])
         )
@@ -216,16 +220,15 @@ def _kinds_by_spaces() -> np.ndarray:
     return kinds
 
 
-def _hash_stretches(values: np.ndarray, begins: np.ndarray, ends: np.ndarray) -> np.ndarray:
-    """Return a hash of values[begin:end] for each pair, uint64: a polynomial modulo 2^64, mixed.
+def _stretch_hashes(values: np.ndarray) -> Callable[[np.ndarray, np.ndarray], np.ndarray]:
+    """Return a function of begins and ends that gives a hash of each values[begin:end], uint64.
 
-    With sums of values[i] F^i from the beginning, that of a stretch is a difference, divided by F^begin.
+    It is a polynomial modulo 2^64, mixed. With sums of values[i] F^i from the beginning, that of a stretch is a
+    difference, divided by F^begin.
     """
-    if not len(begins):
-        return np.empty(0, np.uint64)
-    powers, inverses = _powers(_FACTOR, len(values)), _powers(_INVERSE, len(values))
-    sums = np.concatenate([np.zeros(1, np.uint64), np.cumsum(values * powers)])
-    return _mixed((sums[ends] - sums[begins]) * inverses[begins])
+    inverses = _powers(_INVERSE, len(values))
+    sums = np.concatenate([np.zeros(1, np.uint64), np.cumsum(values * _powers(_FACTOR, len(values)))])
+    return lambda begins, ends: _mixed((sums[ends] - sums[begins]) * inverses[begins])
 
 
 def _powers(factor: int, count: int) -> np.ndarray:
