@@ -53,7 +53,7 @@ class Int4Model:
 def is_int4_directory(directory: Path) -> bool:
     """Whether this is a directory that `write_int4_directory` wrote."""
     path = directory / MODEL_FILE
-    return path.is_file() and FORMAT in path.read_text()
+    return path.is_file() and FORMAT.encode() in path.read_bytes()
 
 
 def write_int4_directory(
