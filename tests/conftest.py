@@ -40,14 +40,28 @@ def compile_cache(tmp_path_factory):
     jax.config.update("jax_persistent_cache_enable_xla_caches", "none")  # as training sets it: it is part of the keys
 
 
+def made_once(tmp_path_factory, name: str, make):
+    """Return a folder that `make` fills, once in a run of pytest: the first of its workers to come makes it."""
+    import fcntl
+
+    folder = tmp_path_factory.getbasetemp()
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        folder = folder.parent
+    with open(folder / f"{name}.lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not (folder / f"{name}.made").exists():
+            (folder / name).mkdir()
+            make(folder / name)
+            (folder / f"{name}.made").touch()
+    return folder / name
+
+
 @pytest.fixture(scope="session")
 def token_store(tmp_path_factory):
     """The directory of a small real token store, which no test may change."""
     from support.real_store import build_real_store
 
-    directory = tmp_path_factory.mktemp("tiny") / "store"
-    build_real_store(directory)
-    return directory
+    return made_once(tmp_path_factory, "tiny", lambda folder: build_real_store(folder / "store")) / "store"
 
 
 @pytest.fixture(scope="session")
@@ -56,13 +70,15 @@ def tiny_run(token_store, tmp_path_factory):
     from support.real_store import write_config
     from support.run_command import run_btlm, train_arguments
 
-    folder = tmp_path_factory.mktemp("undisturbed")
-    config = write_config(
-        folder / "config.py", store=token_store, checkpoint__keep_last=50, log__every_steps=3, log__sample_tokens=3
-    )
-    result = run_btlm(*train_arguments(config, folder / "run"))
-    assert result.returncode == 0, result.stdout + result.stderr
-    return config, folder / "run"
+    def make(folder):
+        config = write_config(
+            folder / "config.py", store=token_store, checkpoint__keep_last=50, log__every_steps=3, log__sample_tokens=3
+        )
+        result = run_btlm(*train_arguments(config, folder / "run"))
+        assert result.returncode == 0, result.stdout + result.stderr
+
+    folder = made_once(tmp_path_factory, "undisturbed", make)
+    return folder / "config.py", folder / "run"
 
 
 @pytest.fixture

@@ -33,9 +33,9 @@ def case():
 @pytest.mark.parametrize(
     "layout, chunk",
     [
-        *(((1, 1, 1), chunk) for chunk in (1, 5, 6, 12, 50)),  # 5 does not divide T, nor T on two devices
-        *(((2, 2, 2), chunk) for chunk in (1, 2, 5)),
-        *((layout, 5) for layout in ((8, 1, 1), (4, 1, 2), (2, 1, 4), (2, 4, 1))),
+        *(((1, 1, 1), chunk) for chunk in (5, 6, 50)),  # 5 does not divide T, nor T on two devices
+        *(((2, 2, 2), chunk) for chunk in (2, 5)),
+        *((layout, 5) for layout in ((8, 1, 1), (2, 1, 4), (2, 4, 1))),
     ],
 )
 def test_sum_and_gradients_equal_the_plain_loss(case, chunk, layout):

@@ -94,10 +94,15 @@ def closed_form(config: OptimizerConfig, params: dict, grads_of_steps: list[dict
 def trained(config: OptimizerConfig, table: dict, params: dict, grads_of_steps: list[dict], rates: list[float]) -> dict:
     optimizer = make_optimizer(config, table)
     params = jax.tree.map(jnp.asarray, params)
-    state = optimizer.init(params)
+    state = jax.jit(optimizer.init)(params)
+
+    @jax.jit
+    def step(grads, state, params, rate):
+        updates, state = optimizer.update(grads, state, params, learning_rate=rate)
+        return optax.apply_updates(params, updates), state
+
     for grads, rate in zip(grads_of_steps, rates, strict=True):
-        updates, state = optimizer.update(jax.tree.map(jnp.asarray, grads), state, params, learning_rate=rate)
-        params = optax.apply_updates(params, updates)
+        params, state = step(grads, state, params, rate)
     return jax.device_get(params)
 
 

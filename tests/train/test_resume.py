@@ -46,7 +46,6 @@ def undisturbed(tmp_path_factory, kill_resume):
     [
         ("during a save", "after the switch"),
         ("during a step", "before the switch", "during evaluation"),
-        ("any time", "during a save"),
     ],
     ids=lambda moments: ", ".join(moments),
 )

@@ -80,10 +80,7 @@ def single():
     "devices, tensor, context, accumulation",
     [
         (1, 1, 1, 8),
-        *(
-            pytest.param(*shape, marks=pytest.mark.slow)
-            for shape in ((8, 1, 1, 1), (8, 4, 1, 1), (8, 1, 4, 4), (8, 2, 2, 4))
-        ),
+        *(pytest.param(*shape, marks=pytest.mark.slow) for shape in ((8, 1, 1, 1), (8, 1, 4, 4), (8, 2, 2, 4))),
     ],
 )
 def test_every_mesh_and_accumulation_gives_the_same_step(single, devices, tensor, context, accumulation):
