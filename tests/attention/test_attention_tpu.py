@@ -71,8 +71,8 @@ def test_little_vector_memory_changes_no_bit():
 
 @pytest.mark.slow
 def test_bfloat16_errs_like_the_reference():
-    *inputs, _ = make_inputs(B=1, T=1300, N=8, H=80, dtype=jnp.bfloat16)
-    slopes_N = alibi_slopes(32, scaling=1.0)[[0, 2, 5, 9, 14, 20, 26, 31]]  # from steep to flat
+    *inputs, _ = make_inputs(B=1, T=700, N=4, H=80, dtype=jnp.bfloat16)
+    slopes_N = alibi_slopes(32, scaling=1.0)[[0, 5, 14, 31]]  # from steep to flat
     expected = oracle(*inputs, slopes_N, scale=1 / 80)
     ours, reference = (
         root_mean_square_errors(name, *inputs, slopes_N, expected=expected) for name in ("tpu", "reference")
@@ -112,10 +112,8 @@ def compile_for(topology: str, *, B: int, T: int, N: int, H: int):
     "topology, T, N, H, kernels",
     [
         ("v5e:2x2", 8192, 4, 80, 2),  # as context parallelism leaves them
-        ("v5p:2x2x1", 8192, 32, 80, 2),
         ("v6e:2x2", 2048, 12, 64, 2),
-        ("v4:2x2x1", 2048, 32, 80, 3),  # little vector memory: the backward pass in two spans
-        ("v4:2x2x1", 8192, 16, 80, 7),
+        ("v4:2x2x1", 8192, 16, 80, 7),  # little vector memory: the passes in spans
     ],
 )
 def test_they_compile_for_tpus(topology, T, N, H, kernels):

@@ -24,6 +24,8 @@ from btlm_jax.train.step import (
     make_train_step,
 )
 
+pytestmark = pytest.mark.usefixtures("little_optimized")
+
 
 def host_batch(config, *, phase: int, seed: int):
     """Random rows [B, T]; a quarter of the targets have no weight, unevenly over the rows."""
