@@ -1,6 +1,7 @@
 """The GGUF file in the real llama.cpp: logits of the original code, blocks and ids of llama.cpp; refusals."""
 
 import dataclasses
+import functools
 import importlib.util
 import tracemalloc
 
@@ -243,12 +244,17 @@ def test_ids_are_read_back_as_llama_cpp_makes_them_where_the_tokenizer_makes_oth
     texts = ["<tag>eta eta<tag> eta", "\n\n\n a\n \n\n", "<tag><tag>", *PROBES]
     actual = [GGUFTokenizer(GGUFFile(path).keys).encode(text) for text in texts]
     assert actual == llama_cpp.tokenize(path, texts)
+    proven = functools.partial(
+        prove_vocabulary,
+        GGUFFile(path),
+        sentencepiece_bpe(dummy_prefix=True),
+        vocab_size=len(cutting.pieces),
+        eos_id=right.eos_id,
+    )
     with pytest.raises(ValueError, match="llama.cpp would put the id None in front of every prompt, not 5"):
-        prove_vocabulary(
-            GGUFFile(path), sentencepiece_bpe(dummy_prefix=True), vocab_size=len(cutting.pieces), prompt_bos_id=5
-        )
+        proven(prompt_bos_id=5)
     with pytest.raises(ValueError, match="llama.cpp would make other ids than the tokenizer: for "):
-        prove_vocabulary(GGUFFile(path), sentencepiece_bpe(dummy_prefix=True), vocab_size=len(cutting.pieces))
+        proven()
 
 
 DRAWN = {
