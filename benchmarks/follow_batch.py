@@ -34,7 +34,7 @@ from btlm_jax.data.reader import open_store
 from btlm_jax.model.projection import make_projection, project_scheduled
 from btlm_jax.parallel.mesh import RULES, batch_sharding, make_run_mesh
 from btlm_jax.recipe.config import TrainConfig, train_config_from
-from btlm_jax.recipe.optimizer import learning_rate_at
+from btlm_jax.recipe.optimizer import rates_of_steps
 from btlm_jax.train.program import make_program
 from btlm_jax.train.step import init_state
 
@@ -105,14 +105,13 @@ def follow_batch(directory: Path) -> Calls:
         prefetch=config.data.prefetch,
         shardings=[batch_sharding(mesh, program.rules_for(phase)) for phase in curriculum.phases],
     )
+    rates = rates_of_steps(config.optimizer, curriculum)  # as a run does, before its first step
     jax.clear_caches()  # making the program traced the model
     before, calls = jax.device_get(state.params), Calls()
     with jax.set_mesh(mesh), contextlib.closing(loader.batches(first_step=0)) as batches, calls.recorded():
         step, batch = next(batches)
         train_step = program.compile(program.trace_train_step(curriculum.phase_at(step)))
-        tokens = curriculum.tokens_seen(step + 1)
-        rate = learning_rate_at(config.optimizer, tokens=tokens, total_tokens=curriculum.num_tokens)
-        state, _ = train_step(state, batch, np.float32(rate))
+        state, _ = train_step(state, batch, np.float32(rates[step]))
     assert any(
         np.any(old != new) for old, new in zip(jax.tree.leaves(before), jax.tree.leaves(state.params), strict=True)
     )

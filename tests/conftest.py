@@ -1,7 +1,10 @@
 """Every test runs on 8 simulated CPU devices, whatever the machine has."""
 
+import atexit
 import os
+import shutil
 import sys
+import tempfile
 
 import pytest
 from hypothesis import settings
@@ -12,6 +15,8 @@ settings.load_profile("gate")
 os.environ["JAX_PLATFORMS"] = "cpu"
 os.environ["JAX_NUM_CPU_DEVICES"] = "8"
 os.environ.setdefault("MPLBACKEND", "agg")
+os.environ["HF_MODULES_CACHE"] = tempfile.mkdtemp(prefix="btlm_jax-modules-")  # copies of exported code
+atexit.register(shutil.rmtree, os.environ["HF_MODULES_CACHE"], ignore_errors=True)
 os.environ["RAY_AUTH_MODE"], os.environ["RAY_AUTH_TOKEN"] = "token", "only-for-tests" * 4  # read by importing ray
 
 
@@ -97,7 +102,6 @@ def tiny_run(token_store, tmp_path_factory):
 @pytest.fixture
 def unfinished_run(tiny_run, tmp_path):
     """(config, workdir): a copy of the undisturbed run whose last complete checkpoint is step 3."""
-    import shutil
 
     from support.run_command import checkpoint_steps
 

@@ -51,7 +51,8 @@ class Attention(nn.Module):
 
     @nn.compact
     def __call__(self, x_BTD: jax.Array) -> jax.Array:
-        D, N, H = self.config.d_model, self.config.num_heads, self.config.head_dim
+        D, N = self.config.d_model, self.config.num_heads
+        H = D // N
         linear = functools.partial(Linear, parametrization=self.parametrization, rules=self.rules, project=self.project)
         into_heads = functools.partial(
             linear, in_shape=(D,), in_axes=("embed",), out_shape=(N, H), out_axes=("heads", "head_dim")

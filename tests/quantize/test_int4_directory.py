@@ -332,5 +332,5 @@ def test_damaged_directories(rounded, tmp_path, damage, kind, message):
 def test_other_conversions_refuse_a_rounded_model(rounded, capsys, tmp_path):
     assert main(["convert", f"--from={rounded[1]}", f"--to={tmp_path / 'hf'}"]) == 1
     assert "a 4-bit model is only for btlm generate" in capsys.readouterr().err
-    assert main(["generate", f"--checkpoint={rounded[1]}", "--int4"]) == 1
-    assert "has 4 bits already; leave out --int4" in capsys.readouterr().err
+    with pytest.raises(ValueError, match="has 4 bits already; leave out --int4"):
+        load_for_generation(rounded[1], as_int4=True)

@@ -159,7 +159,7 @@ def test_what_decides_the_last_bits_is_in_a_checkpoint_and_a_difference_is_said(
     assert environment_changes(checkpointer, 7) == []
     elsewhere = {"threads": "77", "instructions": facts["instructions"], "training_kernels": facts["training_kernels"]}
     with mock.patch("btlm_jax.train.checkpoint.cpu_facts", return_value=elsewhere):
-        assert environment_changes(checkpointer, 7) == [f"threads: {facts['threads']} -> 77"]
+        assert environment_changes(checkpointer, 7) == [f"threads was '{facts['threads']}', is now '77'"]
     checkpointer.close()
     shutil.copytree(workdir, tmp_path / "older")
     shutil.rmtree(tmp_path / "older" / "checkpoints" / "7" / "environment")

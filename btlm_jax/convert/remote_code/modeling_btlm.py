@@ -197,9 +197,9 @@ class BTLMModel(BTLMPreTrainedModel):
         """
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("give either input_ids or inputs_embeds")
-        _check_positions(position_ids, attention_mask, token_type_ids)
-        _warn_of_unused(kwargs)
         past_key_values = cache if past_key_values is None else past_key_values
+        _check_positions(position_ids, attention_mask, token_type_ids, past_key_values)
+        _warn_of_unused(kwargs)
         x_BTD = self.wte(input_ids) if inputs_embeds is None else inputs_embeds
         x_BTD = self.drop(x_BTD * self.config.mup_embeddings_scale)
         if past_key_values is None and self._chosen(use_cache=use_cache):
@@ -279,7 +279,7 @@ class BTLMModel(BTLMPreTrainedModel):
         return (num_keys_B.float() / self.config.alibi_train_len).clamp(min=1.0)
 
 
-def _check_positions(position_ids, attention_mask, token_type_ids) -> None:
+def _check_positions(position_ids, attention_mask, token_type_ids, past_key_values) -> None:
     """Check, where their values can be read, that positions and segments say nothing that is not computed."""
     if torch.compiler.is_compiling() or torch.jit.is_tracing():
         return
@@ -289,9 +289,12 @@ def _check_positions(position_ids, attention_mask, token_type_ids) -> None:
         return
     is_wrong_BT = position_ids.diff(dim=1) != 1
     if attention_mask is not None:
-        if attention_mask.ndim != 2 or attention_mask.shape[1] < position_ids.shape[1]:
+        # A static cache's mask is as wide as the cache.
+        begin = 0 if past_key_values is None else int(past_key_values.get_seq_length())
+        end = begin + position_ids.shape[1]
+        if attention_mask.ndim != 2 or attention_mask.shape[1] < end:
             return  # a mask [., T, S] says itself which keys a query sees
-        is_seen_BT = attention_mask[:, -position_ids.shape[1] :].bool().to(position_ids.device)
+        is_seen_BT = attention_mask[:, begin:end].bool().to(position_ids.device)
         is_wrong_BT = is_wrong_BT & is_seen_BT[:, 1:] & is_seen_BT[:, :-1]
     if is_wrong_BT.any():
         raise ValueError(
