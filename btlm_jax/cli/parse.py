@@ -9,7 +9,6 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import difflib
-import math
 import os
 import runpy
 import sys
@@ -204,10 +203,10 @@ class Flags:
         given = self.string("config")
         if not given:
             raise UsageError("--config=NAME or FILE is needed, for example --config=local_cpu (btlm configs lists all)")
-        file, _, argument = given.partition(":")
-        print(f"config: {self.config_file()}", file=sys.stderr)
+        file = self.config_file()
+        print(f"config: {file}", file=sys.stderr)
         try:
-            return train_config_from(load_config(self.config_file(), argument=argument, changes=self._changes))
+            return train_config_from(load_config(file, argument=given.partition(":")[2], changes=self._changes))
         except ValueError as error:
             raise UsageError(str(error)) from error
 
@@ -389,44 +388,18 @@ def _converted(flag: Flag, text: str) -> Any:
     Raises:
       UsageError: it stands for none.
     """
-    if flag.kind == WHOLE:
-        return whole_number(f"--{flag.name}", text)
-    if flag.kind == NUMBER:
-        return finite_number(f"--{flag.name}", text)
+    if flag.kind in (WHOLE, NUMBER):
+        from btlm_jax.recipe.config import finite_number, whole_number
+
+        read = whole_number if flag.kind == WHOLE else finite_number
+        try:
+            return read(f"--{flag.name}", text)
+        except ValueError as error:
+            raise UsageError(str(error)) from None
     if flag.choices and text not in flag.choices:
         hint = did_you_mean(text, flag.choices)
         raise UsageError(f"--{flag.name}={text} is not known; it may be {', '.join(flag.choices)}{hint}")
     return text
-
-
-def whole_number(name: str, text: str) -> int:
-    """Return the whole number that a text is.
-
-    Raises:
-      UsageError: it is none, or has more than 63 bits.
-    """
-    try:
-        value = int(text)
-    except ValueError:
-        raise UsageError(f"{name}={text[:80]} must be a whole number") from None
-    if abs(value) >= 2**63:
-        raise UsageError(f"{name}={text[:80]} is too large for a whole number of 64 bits")
-    return value
-
-
-def finite_number(name: str, text: str) -> float:
-    """Return the number that a text is.
-
-    Raises:
-      UsageError: it is none, or not finite.
-    """
-    try:
-        value = float(text)
-    except ValueError:
-        raise UsageError(f"{name}={text[:80]} must be a number") from None
-    if not math.isfinite(value):
-        raise UsageError(f"{name}={text[:80]} must be a finite number")
-    return value
 
 
 def _switch(given: str, text: str) -> bool:

@@ -382,14 +382,10 @@ def value_from_text(key: str, text: str) -> object:
     hint, shown = hints[key], f"--config.{key}={text[:80]}"
     if hint is str:
         return text
-    if hint in (int, float):
-        try:
-            value = int(text) if hint is int else float(text)
-        except ValueError:
-            raise ValueError(f"{shown} must be a {'whole number' if hint is int else 'number'}") from None
-        _require(math.isfinite(value), f"{shown} must be a finite number")
-        _require(hint is float or abs(value) < 2**63, f"{shown} is too large for a whole number of 64 bits")
-        return value
+    if hint is int:
+        return whole_number(f"--config.{key}", text)
+    if hint is float:
+        return finite_number(f"--config.{key}", text)
     assert hint == tuple[int, ...], f"{key} is of a type that is not read here"
     inner = text.strip()
     if (inner[:1], inner[-1:]) in (("(", ")"), ("[", "]")):
@@ -401,6 +397,34 @@ def value_from_text(key: str, text: str) -> object:
         return tuple(int(part) for part in parts)
     except ValueError:
         raise ValueError(f"{shown} must be whole numbers, for example --config.{key}=2048,8192") from None
+
+
+def whole_number(name: str, text: str) -> int:
+    """Return the whole number that a text is; `name` is what errors call it.
+
+    Raises:
+      ValueError: it is none, or has more than 63 bits.
+    """
+    try:
+        value = int(text)
+    except ValueError:
+        raise ValueError(f"{name}={text[:80]} must be a whole number") from None
+    _require(abs(value) < 2**63, f"{name}={text[:80]} is too large for a whole number of 64 bits")
+    return value
+
+
+def finite_number(name: str, text: str) -> float:
+    """Return the number that a text is; `name` is what errors call it.
+
+    Raises:
+      ValueError: it is none, or not finite.
+    """
+    try:
+        value = float(text)
+    except ValueError:
+        raise ValueError(f"{name}={text[:80]} must be a number") from None
+    _require(math.isfinite(value), f"{name}={text[:80]} must be a finite number")
+    return value
 
 
 def config_types() -> dict[str, object]:

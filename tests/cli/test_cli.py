@@ -31,6 +31,7 @@ def refused(capsys, *arguments, code: int, said: str) -> None:
         (["train", LOCAL, "--config.model.d_modl=3"], "unknown config key model.d_modl; did you mean model.d_model?"),
         (["train", LOCAL, "--config.modle.d_model=3"], "unknown config key modle.d_model; did you mean model.d_model?"),
         (["train", LOCAL, "--config.model.d_model=wide"], "--config.model.d_model=wide must be a whole number"),
+        (["train", LOCAL, "--config.seed=" + "9" * 400], "is too large for a whole number of 64 bits"),
         (["train", LOCAL, "--config.model.num_heads=3"], "model.d_model=256 is not divisible by model.num_heads=3"),
         (["train", LOCAL, "--config.curriculum.batch_size=(8, 4)"], "tokens per step must be equal in all phases"),
         (["train", "--config=/nowhere.py"], "--config=/nowhere.py is neither a file nor one of btlm_3b_8k, "),

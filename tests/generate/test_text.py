@@ -89,12 +89,18 @@ def test_a_model_without_a_tokenizer(capsys):
 @pytest.fixture(scope="module")
 def untrained(tmp_path_factory):
     """The directory of a model with random weights, whose texts are all sorts of tokens."""
-    directory = tmp_path_factory.mktemp("untrained")
-    config = tiny_config(model__vocab_size=400)
+    return write_untrained(tmp_path_factory.mktemp("untrained"), vocab_size=400, beyond=1)
+
+
+def write_untrained(directory, *, vocab_size, beyond):
+    """Write a model of random weights and a tokenizer of 400 ids; further ids have embeddings `beyond` times as large."""
+    config = tiny_config(model__vocab_size=vocab_size)
     tokenizer = SentencePieceTokenizer(train_sentencepiece(TEXTS, vocab_size=400))
     facts = {"max_length": 48, "eos_id": 1, "tokenizer": tokenizer_info(tokenizer), "prompt_bos_id": None, "notes": {}}
     metadata = ModelMetadata(model=config.model, mup=config.mup, **facts)
     params = init_params(metadata.network(), one_device_mesh(), seed=5)
+    table_VD = params["embedding"]["embedding"]
+    params["embedding"]["embedding"] = table_VD.at[400:].multiply(beyond)
     write_model_directory(directory, metadata=metadata, params=params, tokenizer=tokenizer)
     return directory
 
@@ -281,16 +287,7 @@ def test_an_interrupted_job_goes_on_and_ends_with_the_same_file(capsys, untraine
 @pytest.fixture(scope="module")
 def padded(tmp_path_factory):
     """A model of 448 ids, the likeliest of which are beyond the 400 of its tokenizer."""
-    directory = tmp_path_factory.mktemp("padded")
-    config = tiny_config(model__vocab_size=448)
-    tokenizer = SentencePieceTokenizer(train_sentencepiece(TEXTS, vocab_size=400))
-    facts = {"max_length": 48, "eos_id": 1, "tokenizer": tokenizer_info(tokenizer), "prompt_bos_id": None, "notes": {}}
-    metadata = ModelMetadata(model=config.model, mup=config.mup, **facts)
-    params = init_params(metadata.network(), one_device_mesh(), seed=5)
-    table_VD = params["embedding"]["embedding"]
-    params["embedding"]["embedding"] = table_VD.at[400:].multiply(40)
-    write_model_directory(directory, metadata=metadata, params=params, tokenizer=tokenizer)
-    return directory
+    return write_untrained(tmp_path_factory.mktemp("padded"), vocab_size=448, beyond=40)
 
 
 @pytest.mark.parametrize("way", ["kernels", "int4", "jax"])
