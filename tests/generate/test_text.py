@@ -93,7 +93,7 @@ def untrained(tmp_path_factory):
 
 
 def write_untrained(directory, *, vocab_size, beyond):
-    """Write a model of random weights and a tokenizer of 400 ids; further ids have embeddings `beyond` times as large."""
+    """Write a model of random weights, `beyond` times as large for ids from 400 on, which its tokenizer lacks."""
     config = tiny_config(model__vocab_size=vocab_size)
     tokenizer = SentencePieceTokenizer(train_sentencepiece(TEXTS, vocab_size=400))
     facts = {"max_length": 48, "eos_id": 1, "tokenizer": tokenizer_info(tokenizer), "prompt_bos_id": None, "notes": {}}
