@@ -1,6 +1,8 @@
 """Train BTLM-3B-8K style language models in JAX. See docs/internals/map.md for the map of the files."""
 
+import os
 import sys
+from pathlib import Path
 
 __version__ = "0.1.0"
 
@@ -8,3 +10,13 @@ __version__ = "0.1.0"
 def install_command(extra: str) -> str:
     """Return the command that adds what an extra of setup.cfg names to this installation, wherever that came from."""
     return f"{sys.executable} -m pip install 'btlm_jax[{extra}]'"
+
+
+def module_command(module: str) -> list[str]:
+    """Return the beginning of a command that runs a module of this package in another process of this Python.
+
+    That finds this package wherever this process did, and nothing in the current directory: a file such as
+    tokenizers.py there would be taken for the library (-P).
+    """
+    folders = [str(Path(__file__).parents[1]), *filter(None, [os.environ.get("PYTHONPATH")])]
+    return ["env", f"PYTHONPATH={os.pathsep.join(folders)}", sys.executable, "-P", "-m", module]

@@ -13,6 +13,7 @@ import sys
 from collections.abc import Callable, Collection
 
 NAMES = {
+    "code-not-run": "PyTorch or transformers is missing, and a part of a conversion's proof is left out",
     "changed-since-export": "a file is not as it was when btlm convert wrote it beside these weights",
     "config-keys-dropped": "a config.json has keys that no form here keeps",
     "eos-contradicts": "files of a model name different end-of-text ids",
@@ -49,6 +50,7 @@ NAMES = {
     "weights-preferred": "a directory has several files of weights; one is read, as transformers does",
 }
 LINES_OF_ONE_NAME = 5  # further notices of the name are counted only
+_EACH_SAID = frozenset(("setting-changed",))  # but of these, of which there are at most as many as keys
 
 
 _PACKAGE = os.path.dirname(os.path.abspath(__file__)) + os.sep
@@ -87,15 +89,16 @@ def _print_line(line: str) -> None:
 _counts: collections.Counter[str] = collections.Counter()  # name -> things it was said of
 _lines: collections.Counter[str] = collections.Counter()  # name -> lines printed
 _strict: frozenset[str] = frozenset()
-_print: Callable[[str], None] | None = _print_line
+_print: Callable[[str], None] = _print_line
+_is_muted = False
 
 
 def begin(*, strict: Collection[str]) -> None:
     """Start counting for a new command; notices of the names in `strict` will be errors."""
-    global _strict, _print
+    global _strict, _is_muted
     _counts.clear()
     _lines.clear()
-    _strict, _print = frozenset(strict), _print or _print_line
+    _strict, _is_muted = frozenset(strict), False
 
 
 def print_with(print_line: Callable[[str], None]) -> None:
@@ -106,8 +109,8 @@ def print_with(print_line: Callable[[str], None]) -> None:
 
 def mute() -> None:
     """Print nothing from now on: another process of the same run says the same."""
-    global _print
-    _print = None
+    global _is_muted
+    _is_muted = True
 
 
 def report(name: str, text: str, *, count: int = 1) -> None:
@@ -122,8 +125,9 @@ def report(name: str, text: str, *, count: int = 1) -> None:
         raise StrictError(f"{text} ({name}, an error because of --strict)")
     _counts[name] += count
     _lines[name] += 1
-    if _print and _lines[name] <= LINES_OF_ONE_NAME:
-        more = "; further ones are counted only" if _lines[name] == LINES_OF_ONE_NAME else ""
+    if not _is_muted and (_lines[name] <= LINES_OF_ONE_NAME or name in _EACH_SAID):
+        is_last = _lines[name] == LINES_OF_ONE_NAME and name not in _EACH_SAID
+        more = "; further ones are counted only" if is_last else ""
         _print(f"note: {text} ({name}{more})")
 
 
@@ -134,5 +138,5 @@ def counts() -> dict[str, int]:
 
 def finish() -> None:
     """Print how often each name was reported, if any was."""
-    if _counts and _print:
+    if _counts and not _is_muted:
         _print(f"notes: {', '.join(f'{count:,} {name}' for name, count in sorted(_counts.items()))}")

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Sequence
-from pathlib import Path
 
 from btlm_jax.cli import DONE
 from btlm_jax.cli.parse import Flags
@@ -31,7 +30,7 @@ def build_kernels(arguments: Sequence[str]) -> int:
         return DONE
     from btlm_jax.kernels.build import PREBUILT, build_ahead
 
-    directory = Path(flags.string("directory")) if flags.string("directory") else PREBUILT
+    directory = flags.optional_path("directory") or PREBUILT
     start = time.perf_counter()
     paths = build_ahead(directory, architecture=flags.string("architecture"))
     seconds = time.perf_counter() - start

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from pathlib import Path
 
 from btlm_jax.cli import DONE, UsageError
 from btlm_jax.cli.parse import Flags
@@ -66,7 +65,7 @@ def convert(arguments: Sequence[str]) -> int:
             context_length=flags.integer("context_length"),
             name=flags.string("name"),
             method=flags.string("method"),
-            calibration=Path(flags.string("calibration")) if flags.string("calibration") else None,
+            calibration=flags.optional_path("calibration"),
         )
     except ValueError as error:
         raise UsageError(str(error)) from error

@@ -116,16 +116,17 @@ def stats_flags() -> Flags:
 
 def _stats(arguments: Sequence[str]) -> int:
     flags = stats_flags()
-    directory = _directory(flags, arguments, name="input", verb="stats")
+    directory = _directory(flags, arguments, name="input")
     if directory is None:
         return DONE
     from btlm_jax.corpus.inspect import stats
 
+    plots = flags.optional_path("plots")
     print(stats.describe(directory))
-    if flags.string("plots"):
+    if plots is not None:
         from btlm_jax.corpus.inspect import charts
 
-        for path in charts.plot(directory, target=Path(flags.string("plots"))):
+        for path in charts.plot(directory, target=plots):
             print(f"drew {path}")
     return DONE
 
@@ -154,11 +155,11 @@ def _show(arguments: Sequence[str]) -> int:
         raise UsageError("--clusters needs --documents=DIR, the stage that dedup read")
     from btlm_jax.corpus.inspect import show
 
-    directory = Path(flags.string("input"))
+    directory = flags.path("input")
     if clusters:
         texts = show.clusters(
             directory,
-            documents=Path(flags.string("documents")),
+            documents=flags.path("documents"),
             count=clusters,
             characters=flags.integer("characters"),
         )
@@ -171,15 +172,11 @@ def _show(arguments: Sequence[str]) -> int:
     return DONE
 
 
-def _directory(flags: Flags, arguments: Sequence[str], *, name: str, verb: str) -> PathOrUrl | None:
+def _directory(flags: Flags, arguments: Sequence[str], *, name: str) -> PathOrUrl | None:
     """Parse the flags of a verb that only reads a directory; return None when help was asked for and printed."""
     if not flags.parse(arguments):
         return None
-    if not flags.string(name):
-        raise UsageError(f"btlm corpus {verb}: --{name}=DIR is needed")
-    from btlm_jax.storage.location import parse_location
-
-    return parse_location(flags.string(name))
+    return flags.location(name)
 
 
 def verify_flags() -> Flags:
@@ -190,7 +187,7 @@ def verify_flags() -> Flags:
 
 
 def _verify(arguments: Sequence[str]) -> int:
-    directory = _directory(verify_flags(), arguments, name="store", verb="verify")
+    directory = _directory(verify_flags(), arguments, name="store")
     if directory is None:
         return DONE
     if isinstance(directory, Path) and (directory / "plan.json").is_file():

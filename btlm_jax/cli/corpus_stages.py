@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from btlm_jax.cli import DONE, UsageError
@@ -97,11 +96,10 @@ def clean(arguments: Sequence[str]) -> int:
         return DONE
     from btlm_jax.corpus.readers.raw import Keys
     from btlm_jax.corpus.stages import clean as stage
-    from btlm_jax.storage.location import parse_location
 
     try:
         config = stage.CleanConfig(
-            input=parse_location(flags.string("input")),
+            input=flags.location("input"),
             default_source=flags.string("source"),
             on_bad_file=flags.string("on_bad_file"),
             max_bad_rate=flags.number("max_bad_rate"),
@@ -110,7 +108,7 @@ def clean(arguments: Sequence[str]) -> int:
     except ValueError as error:
         raise UsageError(str(error)) from error
     with chosen_workers(flags, log=log) as workers:
-        print_stage(stage.clean(config, output=Path(flags.string("output")), workers=workers, log=log))
+        print_stage(stage.clean(config, output=flags.path("output"), workers=workers, log=log))
     return DONE
 
 
@@ -129,7 +127,7 @@ def dedup(arguments: Sequence[str]) -> int:
     from btlm_jax.corpus.stages.dedup import deduplicate
 
     preset = flags.string("preset")
-    source, output = Path(flags.string("input")), Path(flags.string("output"))
+    source, output = flags.path("input"), flags.path("output")
     with chosen_workers(flags, log=log) as workers:
         print_stage(deduplicate(source, preset=preset, output=output, workers=workers, log=log))
     return DONE
@@ -143,6 +141,7 @@ def split_flags() -> Flags:
     flags.define_integer("seed", 0, "of the hashes that decide")
     flags.define_strings("weight", "SOURCE=TIMES")
     flags.define_strings("evaluation", "raw file or folder not to train on")
+    flags.define_string("evaluation_key", "text", "key or column of the text in these files; a.b is b inside a")
     flags.define_string(
         "evaluation_rule",
         "by-script",
@@ -157,23 +156,26 @@ def split(arguments: Sequence[str]) -> int:
     flags = split_flags()
     if not _parse_stage(flags, arguments):
         return DONE
+    if "" in flags.strings("evaluation"):  # not the current directory
+        raise UsageError("--evaluation= is empty; give a file or folder, or leave the flag out")
     from btlm_jax.corpus.stages import split as stage
     from btlm_jax.storage.location import parse_location
 
     try:
         config = stage.SplitConfig(
-            input=Path(flags.string("input")),
+            input=flags.path("input"),
             validation=flags.number("validation"),
             test=flags.number("test"),
             seed=flags.integer("seed"),
             weights=_weights(flags.strings("weight")),
             evaluation=tuple(map(parse_location, flags.strings("evaluation"))),
+            evaluation_key=flags.string("evaluation_key"),
             evaluation_rule=flags.string("evaluation_rule"),
         )
     except ValueError as error:
         raise UsageError(str(error)) from error
     with chosen_workers(flags, log=log) as workers:
-        print_stage(stage.split(config, output=Path(flags.string("output")), workers=workers, log=log))
+        print_stage(stage.split(config, output=flags.path("output"), workers=workers, log=log))
     return DONE
 
 
@@ -195,10 +197,10 @@ def tokenizer(arguments: Sequence[str]) -> int:
     from btlm_jax.corpus.stages import train_tokenizer as stage
 
     manifest = stage.train_tokenizer_stage(
-        Path(flags.string("input")),
+        flags.path("input"),
         kind=flags.string("kind"),
         vocab_size=flags.integer("vocab_size"),
-        output=Path(flags.string("output")),
+        output=flags.path("output"),
         log=log,
     )
     print(f"fingerprint {manifest['fingerprint']}")
@@ -230,12 +232,12 @@ def tokenize(arguments: Sequence[str]) -> int:
 
     with chosen_workers(flags, log=log) as workers:
         config = stage.TokenizeConfig(
-            input=Path(flags.string("input")),
-            tokenizer=Path(flags.string("tokenizer")),
+            input=flags.path("input"),
+            tokenizer=flags.path("tokenizer"),
             block_len=block_len,
             allow_lossy=flags.boolean("allow_lossy"),
         )
-        print_store(stage.tokenize(config, output=Path(flags.string("output")), workers=workers, log=log))
+        print_store(stage.tokenize(config, output=flags.path("output"), workers=workers, log=log))
     return DONE
 
 
@@ -271,8 +273,8 @@ def _parse_stage(flags: Flags, arguments: Sequence[str]) -> bool:
     """Parse the flags of a stage; return False when help was asked for and printed."""
     if not flags.parse(arguments):
         return False
-    for name in ("input", "output"):
-        flags.path(name)
+    flags.location("input")
+    flags.path("output")
     if flags.is_defined("workers"):
         check_worker_flags(flags)
     return True

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Sequence
-from pathlib import Path
 
 from btlm_jax.cli import DONE, UsageError
 from btlm_jax.cli.parse import Flags
@@ -46,9 +45,7 @@ def generate(arguments: Sequence[str]) -> int:
     checkpoint = flags.path("checkpoint")
     if flags.is_given("prompt") and flags.is_given("prompts_file"):
         raise UsageError("--prompt and --prompts_file are both given; give one of them")
-    for name in ("prompts_file", "output"):
-        if flags.is_given(name) and not flags.string(name):
-            raise UsageError(f"--{name}= is empty; give the name of a file")
+    prompts_file, path = flags.optional_path("prompts_file"), flags.optional_path("output")
     from btlm_jax.decode import sampling
     from btlm_jax.generate import output, prompts, text
     from btlm_jax.storage import files
@@ -73,8 +70,6 @@ def generate(arguments: Sequence[str]) -> int:
         )
     except ValueError as error:
         raise UsageError(str(error)) from error
-    prompts_file = Path(flags.string("prompts_file")) if flags.is_given("prompts_file") else None
-    path = Path(flags.string("output")) if flags.is_given("output") else None
     if prompts_file is not None:
         given = prompts.read_prompts(prompts_file)
     else:

@@ -25,6 +25,7 @@ from btlm_jax.cli import UsageError
 
 if TYPE_CHECKING:
     from btlm_jax.recipe.config import TrainConfig
+    from btlm_jax.storage.location import PathOrUrl
 
 _HELP = ("--help", "-help", "-h")
 CONFIG_HELP = "config"  # --help=config
@@ -183,14 +184,40 @@ class Flags:
         return value
 
     def path(self, name: str) -> Path:
-        """Return the value of a string flag as a path.
+        """Return the value of a string flag as a path on this machine; a leading ~ is the home directory.
+
+        Raises:
+          UsageError: it is empty, or a URL.
+        """
+        if not self.string(name):
+            raise UsageError(f"--{name}=DIR is needed: {self._flags[name].meaning}")
+        if "://" in self.string(name):
+            raise UsageError(f"--{name}={self.string(name)} is a URL; a path on this machine is needed")
+        return Path(os.path.expanduser(self.string(name)))
+
+    def optional_path(self, name: str) -> Path | None:
+        """Return the same, or None if the flag is not given.
+
+        Raises:
+          UsageError: it is given and empty, or a URL.
+        """
+        if not self.is_given(name):
+            return None
+        if not self.string(name):
+            raise UsageError(f"--{name}= is empty; give the name of a file or directory, or leave the flag out")
+        return self.path(name)
+
+    def location(self, name: str) -> PathOrUrl:
+        """Return the value of a string flag as a path or, if it is one, a URL.
 
         Raises:
           UsageError: it is empty.
         """
         if not self.string(name):
             raise UsageError(f"--{name}=DIR is needed: {self._flags[name].meaning}")
-        return Path(self.string(name))
+        from btlm_jax.storage.location import parse_location
+
+        return parse_location(self.string(name))
 
     def config(self) -> TrainConfig:
         """Return the config that --config names, changed by --config.section.key=value.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -55,6 +56,9 @@ def plan(arguments: Sequence[str]) -> int:
     mode = _mode(flags)
     if mode == "table":
         return _make_table(flags)
+    target = flags.optional_path("json")
+    if target is not None and (target.is_dir() or not os.access(target.parent, os.W_OK)):  # before minutes of compiling
+        raise OSError(f"--json={target} cannot be written: it is a directory, or {target.parent} is none to write to")
     config = flags.config()
     if not flags.string("topology"):
         raise UsageError("btlm plan needs --topology, for example --topology=v5e:16x16 or --topology=v5litepod-256")
@@ -69,8 +73,8 @@ def plan(arguments: Sequence[str]) -> int:
     _use_no_accelerator()
     run = _search if mode == "search" else _plan
     content, text, works = run(config, topology=topology, cache=_cache(flags, mode), price=price)
-    if flags.string("json"):
-        write_atomically(Path(flags.string("json")), json.dumps(content, indent=2))
+    if target is not None:
+        write_atomically(target, json.dumps(content, indent=2))
     print(text)
     return DONE if works else ERROR
 
@@ -112,7 +116,7 @@ def _make_table(flags: Flags) -> int:
     _use_no_accelerator()
     from btlm_jax.plan.make_table import make_table
 
-    problems = make_table(Path(flags.string("table")), cache=_cache(flags, "table"), report_progress=_print_progress)
+    problems = make_table(flags.path("table"), cache=_cache(flags, "table"), report_progress=_print_progress)
     for problem in problems:
         print(f"PROBLEM: {problem}")
     print(f"Wrote {flags.string('table')} and the same in Markdown")
@@ -137,8 +141,7 @@ def _cache(flags: Flags, mode: str) -> CompileCache:
     max_compiles = flags.integer("max_compiles")
     if max_compiles < 0:
         raise UsageError(f"--max_compiles={max_compiles} must not be negative")
-    given = flags.string("cache")
-    directory = Path(given).expanduser() if given else cache_directory() / "plan"
+    directory = flags.optional_path("cache") or cache_directory() / "plan"
     return CompileCache(directory=directory, max_compiles=max_compiles if mode == "search" else math.inf)
 
 

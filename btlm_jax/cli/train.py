@@ -39,7 +39,7 @@ def train(arguments: Sequence[str]) -> int:
     from btlm_jax.train import loop, setup
 
     if flags.boolean("dry_run"):
-        print(loop.dry_run(config, workdir=Path(flags.string("workdir")) if flags.string("workdir") else None))
+        print(loop.dry_run(config, workdir=flags.optional_path("workdir")))
         return DONE
     workdir = flags.path("workdir")
     setup.start_processes(

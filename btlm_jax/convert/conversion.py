@@ -70,6 +70,11 @@ class Conversion:
     context_length: int = 0  # that a GGUF file tells its readers; 0: the trained one
     name: str = ""  # of the model, in a GGUF file; "": the target's
 
+    @property
+    def model_name(self) -> str:
+        """The name in a GGUF file."""
+        return self.name or self.target.stem
+
     def __post_init__(self):
         for name, allowed in (
             ("format", FORMATS),
@@ -93,6 +98,10 @@ class Conversion:
                 )
             if not self.calibration.is_file():
                 raise ValueError(f"calibration={self.calibration} is no file; give a text")
+        try:
+            self.model_name.encode()
+        except UnicodeEncodeError as error:
+            raise ValueError(f"name={self.model_name!a} is not valid Unicode; give another --name") from error
         is_gguf = self.target.suffix == GGUF_SUFFIX
         if is_gguf != (self.format == "gguf"):
             fault = f"a directory, not a {GGUF_SUFFIX} file" if is_gguf else f"a file that ends in {GGUF_SUFFIX}"
@@ -113,7 +122,7 @@ def convert(conversion: Conversion, *, log: Callable[[str], None]) -> list[Proof
     started, target = time.perf_counter(), conversion.target
     target.parent.mkdir(parents=True, exist_ok=True)
     with only_writer(target):
-        if target.exists():
+        if os.path.lexists(target):  # a link that leads nowhere, too
             raise FileExistsError(f"{target} exists; delete it or give another --to")
         with scratch_directory(target) as partial:
             proofs = _write_and_prove(conversion, partial, log=log)
@@ -151,7 +160,7 @@ def _write_and_prove(conversion: Conversion, partial: Path, *, log: Callable[[st
             _write_hf(source, partial, conversion)
             expected_TV = source.logits(ids_T)
             del source
-            proofs = _prove_hf(partial, ids_T, expected_TV, dtype=conversion.dtype, log=log)
+            proofs = _prove_hf(partial, ids_T, expected_TV, dtype=conversion.dtype)
         case "jais":
             _write_jais(source, partial, conversion)
             expected_TV = source.logits(ids_T)
@@ -249,7 +258,7 @@ def _write_gguf(source: Source, path: Path, conversion: Conversion) -> None:
             tensors=source.tensors,
             tokenizer=_vocabulary(source),
             settings=GGUFSettings(
-                name=conversion.name or conversion.target.stem,
+                name=conversion.model_name,
                 context_length=conversion.context_length or source.config.n_positions,
                 pad_token_id=pad_token_id(source.tokenizer, source.clients),
                 clients=source.clients,
@@ -273,14 +282,15 @@ def _prove_native(directory: Path, ids_T: np.ndarray, expected_TV: np.ndarray) -
     yield compare("the written parameters in JAX", expected_TV, actual_TV, tolerance=TOLERANCE["float32"])
 
 
-def _prove_hf(
-    directory: Path, ids_T: np.ndarray, expected_TV: np.ndarray, *, dtype: str, log: Callable[[str], None]
-) -> Iterator[Proof]:
+def _prove_hf(directory: Path, ids_T: np.ndarray, expected_TV: np.ndarray, *, dtype: str) -> Iterator[Proof]:
     config = read_published_config(directory / CONFIG_FILE)
     read_back_TV = streamed_logits(config, HuggingFaceTensors(directory, config), ids_T)
     yield compare("the written files", expected_TV, read_back_TV, tolerance=TOLERANCE[dtype])
     if not has_transformers():
-        log(f"PyTorch and transformers are not installed ({install_command('hf')}), so the model code was not run")
+        notices.report(
+            "code-not-run",
+            f"PyTorch and transformers are not installed ({install_command('hf')}), so the model code was not run",
+        )
         return
     num_tokens = len(ids_T) if dtype == "float32" else _CLIENT_TOKENS
     client_TV = transformers_logits(directory, ids_T[:num_tokens])

@@ -10,10 +10,11 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from btlm_jax import notices
 from btlm_jax.convert.fold import FoldedTensors
 from btlm_jax.convert.ggml import FILE_TYPES, encode, num_bytes, row_encoder, tensor_type
 from btlm_jax.convert.gguf_vocabulary import Vocabulary, add_vocabulary
-from btlm_jax.hub.client_files import ClientSettings
+from btlm_jax.hub.client_files import GENERATION_CONFIG, ClientSettings
 from btlm_jax.hub.gguf import import_gguf
 from btlm_jax.hub.published import EMBEDDING, FINAL_NORM, PublishedConfig, Tensors, block_prefix, block_shapes
 
@@ -167,8 +168,12 @@ def _add_settings(writer: GGUFWriter, settings: GGUFSettings, *, eos_id: int, ha
     generation = settings.clients.generation_config
     for key, (add, kind) in _SAMPLING_KEYS.items():
         value = generation.get(key)
-        if isinstance(value, (int, float)) and not isinstance(value, bool):
+        if isinstance(value, (int, float)) and not isinstance(value, bool) and 0 <= value < 2**31:
             getattr(writer, add)(kind(value))
+        elif value is not None:
+            notices.report(
+                "config-keys-dropped", f"{key}={value!r} of {GENERATION_CONFIG} has no place in GGUF and is left out"
+            )
     if not has_tokenizer:
         return
     if settings.pad_token_id is not None:

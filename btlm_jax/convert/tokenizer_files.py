@@ -16,6 +16,7 @@ from typing import Any
 
 import tokenizers
 
+from btlm_jax import install_command, notices
 from btlm_jax.convert.sentencepiece_to_hf import to_hf_tokenizer
 from btlm_jax.hub.client_files import NO_SETTINGS, ClientSettings, pad_token
 from btlm_jax.storage.files import write_atomically
@@ -129,6 +130,11 @@ def prove_tokenizer_files(
                 f"AutoTokenizer has eos_token_id={auto.eos_token_id}, {special['eos_token']!r} -> {eos_ids}, "
                 f"{len(auto)} tokens; the tokenizer has eos_id={tokenizer.eos_id}, {tokenizer.vocab_size} tokens"
             )
+    else:
+        notices.report(
+            "code-not-run",
+            f"transformers is not installed ({install_command('hf')}), so its tokenizer was not asked for ids",
+        )
     for client, encode in _prompt_clients(directory):
         for text in _prompts(tokenizer):
             expected = [*([] if prompt_bos_id is None else [prompt_bos_id]), *tokenizer.encode_prompt(text)]

@@ -15,6 +15,8 @@ from pathlib import Path
 
 import numpy as np
 
+from btlm_jax import module_command
+
 
 def has_transformers() -> bool:
     """Whether PyTorch and transformers are installed."""
@@ -30,7 +32,7 @@ def transformers_logits(directory: Path, ids_T: np.ndarray) -> np.ndarray:
     with tempfile.TemporaryDirectory() as scratch:
         ids_file, logits_file = Path(scratch) / "ids.npy", Path(scratch) / "logits.npy"
         np.save(ids_file, ids_T)
-        command = [sys.executable, "-m", __name__, str(directory.resolve()), str(ids_file), str(logits_file)]
+        command = [*module_command(__name__), str(directory.resolve()), str(ids_file), str(logits_file)]
         environment = os.environ | {"HF_HUB_OFFLINE": "1", "HF_HOME": scratch, "HF_MODULES_CACHE": scratch}
         done = subprocess.run(command, env=environment, capture_output=True, text=True)
         if done.returncode:

@@ -137,7 +137,7 @@ def read_manifest(directory: PathOrUrl) -> Manifest:
     except (FileNotFoundError, NotADirectoryError) as error:
         raise FileNotFoundError(f"{directory} is not a token store: it has no {MANIFEST_FILE}") from error
     try:
-        body = parse_json_object(contents, name=path)
+        body = parse_json_object(contents, name=MANIFEST_FILE)
         found = {key: body.pop(key, None) for key in ("format", "format_version", "fingerprint")}
         if (found["format"], found["format_version"]) != (FORMAT, FORMAT_VERSION):
             raise ValueError(

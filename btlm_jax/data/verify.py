@@ -6,7 +6,6 @@ import contextlib
 import dataclasses
 import hashlib
 import itertools
-import json
 import shutil
 import tempfile
 import time
@@ -17,6 +16,7 @@ from typing import BinaryIO, cast
 from btlm_jax.data.reader import SplitReader, open_store
 from btlm_jax.data.store import DATASET_NAME, MANIFEST_FILE, Manifest, Shard, Split, TokenBlock
 from btlm_jax.display.progress import RateLimit
+from btlm_jax.storage.files import parse_json
 from btlm_jax.storage.location import PathOrUrl, hash_range, join_location, read_bytes
 
 INTERVAL = 5.0  # seconds between lines of progress
@@ -88,11 +88,11 @@ def check_tfds_metadata(directory: PathOrUrl, manifest: Manifest) -> None:
 def _read_json(directory: PathOrUrl, name: str) -> object:
     location = join_location(directory, name)
     try:
-        return json.loads(read_bytes(location))
+        return parse_json(read_bytes(location), name=location)
     except FileNotFoundError as error:
         raise FileNotFoundError(f"token store {directory} lacks {name}; restore it or rebuild the store") from error
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{location} is damaged: {error}; restore it or rebuild the store") from error
+    except ValueError as error:
+        raise ValueError(f"{error}; restore it or rebuild the store") from error
 
 
 def _at(value: object, *keys: str) -> object:

@@ -25,7 +25,7 @@ class Sampling:
             ("top_k", "0 or more", self.top_k >= 0),
             ("top_p", "above 0 and up to 1", 0 < self.top_p <= 1),
             ("min_p", "from 0 up to 1", 0 <= self.min_p <= 1),
-            ("repetition_penalty", "above 0", 0 < self.repetition_penalty < np.inf),
+            ("repetition_penalty", "from 1e-6 to 1e6", 1e-6 <= self.repetition_penalty <= 1e6),
         ):
             if not is_allowed:
                 raise ValueError(f"{name}={getattr(self, name)} is not allowed; it must be {allowed}")
@@ -59,7 +59,8 @@ def draw(logits_V: np.ndarray, *, history: Sequence[int], sampling: Sampling, ge
         logits_V[seen] = np.where(logits_V[seen] > 0, logits_V[seen] / penalty, logits_V[seen] * penalty)
     if sampling.temperature == 0:
         return int(logits_V.argmax())
-    scaled_V = (logits_V - logits_V.max()) / sampling.temperature
+    with np.errstate(over="ignore"):  # to -inf, at a temperature near 0
+        scaled_V = (logits_V - logits_V.max()) / sampling.temperature
     candidates = _likeliest(scaled_V, sampling.top_k)
     weights = _normalized(np.exp(scaled_V[candidates]))
     for chosen in (_nucleus(weights, sampling.top_p), weights >= sampling.min_p * weights.max()):

@@ -14,7 +14,7 @@ from pathlib import Path
 
 from btlm_jax import notices
 from btlm_jax.generate.prompts import OUTPUT_KEYS
-from btlm_jax.storage.files import write_atomically
+from btlm_jax.storage.files import parse_json, write_atomically
 
 _SETTINGS_KEY = "btlm generate"  # of the partial file's first line
 
@@ -190,6 +190,6 @@ def _is_json(text: bytes) -> bool:
 
 def _parsed(text: bytes) -> object:
     try:
-        return json.loads(text)
-    except (ValueError, RecursionError):
+        return parse_json(text, name="a line")
+    except ValueError:
         return None

@@ -21,15 +21,14 @@ from btlm_jax.display.progress import RateLimit, StatusLine, printable
 from btlm_jax.generate.loading import GenerationModel, load_for_generation
 from btlm_jax.generate.output import TextsFile
 from btlm_jax.generate.prompts import PROMPT_KEY, Prompt, check_text, prompt_ids
-from btlm_jax.hub.native import FORMATS, is_model_directory, is_run, read_metadata
+from btlm_jax.hub.native import MODEL_FILE, is_model_directory, is_run
 from btlm_jax.hub.source import is_hugging_face
 from btlm_jax.kernels.tiles import Int4Tiles
 from btlm_jax.kernels.weights import Weights
 from btlm_jax.model import Btlm
-from btlm_jax.quantize.int4_directory import FORMAT as INT4_FORMAT
-from btlm_jax.quantize.int4_directory import is_int4_directory
+from btlm_jax.storage.files import read_json_object
 from btlm_jax.tokenizers.detokenize import StreamDecoder
-from btlm_jax.tokenizers.tokenizer import Tokenizer, find_tokenizer
+from btlm_jax.tokenizers.tokenizer import Tokenizer, has_tokenizer
 
 MODEL_DTYPE = "model"  # a cache in the dtype that the model computes in; int8 for 4-bit weights
 BOS_OF_MODEL, NO_BOS, EOS_AS_BOS = "model", "none", "eos"  # what stands in front of a prompt; or an id
@@ -203,7 +202,7 @@ def _fingerprint(model: TextModel) -> str:
 
 
 def check_tokenizer(directory: Path) -> None:
-    """Check that a model has a tokenizer, reading no weights.
+    """Check that a model has a tokenizer, reading neither it nor weights.
 
     Raises:
       FileNotFoundError: it has none.
@@ -211,13 +210,10 @@ def check_tokenizer(directory: Path) -> None:
     """
     missing = f"{directory} holds no tokenizer, which text needs; put its files beside the weights"
     if is_hugging_face(directory):
-        try:
-            find_tokenizer(directory)
-        except FileNotFoundError as error:
-            raise FileNotFoundError(missing) from error
-    elif is_int4_directory(directory) or (is_model_directory(directory) and not is_run(directory)):
-        formats = (INT4_FORMAT,) if is_int4_directory(directory) else FORMATS
-        if read_metadata(directory, formats=formats).tokenizer is None:
+        if not has_tokenizer(directory):
+            raise FileNotFoundError(missing)
+    elif is_model_directory(directory) and not is_run(directory):  # its own reader checks what else it says
+        if read_json_object(directory / MODEL_FILE).get("tokenizer") is None:
             raise FileNotFoundError(missing)
 
 

@@ -44,7 +44,15 @@ class ClientSettings:
         Raises:
           TypeError: it is something else.
         """
-        return cls(**values)
+        settings = cls(**values)
+        for field in dataclasses.fields(cls):
+            value = getattr(settings, field.name)
+            if not isinstance(value, int if field.name == "bos_id" else dict):
+                raise TypeError(f"clients.{field.name} is a {type(value).__name__}")
+        for name, template in settings.chat_templates.items():
+            if not isinstance(template, str):
+                raise TypeError(f"the chat template {name!r} is a {type(template).__name__}")
+        return settings
 
 
 NO_SETTINGS = ClientSettings()

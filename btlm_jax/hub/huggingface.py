@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 import importlib
-import json
 import pickle
 import re
 import zipfile
@@ -18,7 +17,7 @@ from btlm_jax import install_command, notices
 from btlm_jax.attention.alibi import alibi_slopes
 from btlm_jax.hub.published import CONFIG_FILE, EMBEDDING, HEAD, SLOPES, PublishedConfig, tensor_shapes
 from btlm_jax.hub.safetensors_files import INDEX_FILE, SINGLE_FILE, SafetensorsFile
-from btlm_jax.storage.files import check_no_lfs_pointer, hash_file, read_json_object
+from btlm_jax.storage.files import check_no_lfs_pointer, hash_file, parse_json_object, read_json_object
 
 # Key of the weights' metadata: the sha256 by name of files that were written beside them and decide numbers or ids
 FILE_HASHES = "btlm_jax.files"
@@ -42,6 +41,11 @@ class HuggingFaceTensors:
         """
         self.directory = directory
         self._file_of = _open_weights(directory)
+        if config.n_layer > len(self._file_of):  # each layer has several tensors; listing all of them would take hours
+            raise ValueError(
+                f"{directory / CONFIG_FILE}: n_layer={config.n_layer:,} does not belong to weights of "
+                f"{len(self._file_of):,} tensors"
+            )
         self.shapes: Mapping[str, tuple[int, ...]] = tensor_shapes(config)
         self._check_names_and_shapes()
         self._check_extras(config)
@@ -74,7 +78,8 @@ class HuggingFaceTensors:
         file = self._file_of[EMBEDDING]
         if not isinstance(file, SafetensorsFile) or not file.is_ours or FILE_HASHES not in file.metadata:
             return
-        recorded, found = json.loads(file.metadata[FILE_HASHES]), file_hashes(self.directory)
+        recorded = parse_json_object(file.metadata[FILE_HASHES], name=f"{FILE_HASHES} of {file.path}")
+        found = file_hashes(self.directory)
         changed = sorted(name for name in recorded.keys() | found.keys() if recorded.get(name) != found.get(name))
         if changed:
             notices.report(

@@ -194,12 +194,14 @@ def read_metadata(directory: Path, *, formats: tuple[str, ...] = FORMATS) -> Mod
         return ModelMetadata(
             model=config_from(ModelConfig, values["model"], path="model"),
             mup=config_from(MupConfig, values["mup"], path="mup"),
-            max_length=int(values["max_length"]),
-            eos_id=int(values["eos_id"]),
+            max_length=_whole(values["max_length"], name="max_length"),
+            eos_id=_whole(values["eos_id"], name="eos_id"),
             tokenizer=None if values["tokenizer"] is None else store.tokenizer_info_from(values["tokenizer"]),
             prompt_bos_id=_id_or_none(values.get("prompt_bos_id")),  # models from before this key have none
-            notes=values["notes"],
-            alibi_train_len=int(values.get("alibi_train_len", 0)),  # older files have neither
+            notes=_texts(values["notes"], name="notes"),
+            alibi_train_len=_whole(
+                values.get("alibi_train_len", 0), name="alibi_train_len"
+            ),  # older files have neither
             clients=ClientSettings.from_json(values.get("clients", {})),
         )
     except (ValueError, KeyError, TypeError) as error:
@@ -267,10 +269,20 @@ def _check_vocabulary(metadata: ModelMetadata, tokenizer: Tokenizer | None, *, w
         )
 
 
+def _whole(value: object, *, name: str) -> int:
+    if type(value) is not int or not 0 <= value < 2**31:
+        raise ValueError(f"{name}={str(value)[:40]} must be a whole number, 0 or more and below 2**31")
+    return value
+
+
+def _texts(value: object, *, name: str) -> dict[str, str]:
+    if not isinstance(value, dict) or not all(isinstance(text, str) for text in value.values()):
+        raise ValueError(f"{name}={str(value)[:40]} must be a table of texts")
+    return value
+
+
 def _id_or_none(value: object) -> int | None:
-    if value is None or (type(value) is int and value >= 0):
-        return value
-    raise ValueError(f"prompt_bos_id={value!r} is not an id")
+    return None if value is None else _whole(value, name="prompt_bos_id")
 
 
 def _heldout_notes(workdir: Path, step: int) -> dict[str, str]:

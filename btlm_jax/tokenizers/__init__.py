@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-import os
 import pickle
 import subprocess
-import sys
 from collections.abc import Iterable
-from pathlib import Path
 
-import btlm_jax
+from btlm_jax import module_command
 
 _PROGRAM = "btlm_jax.tokenizers.train_process"
 
@@ -24,12 +21,10 @@ def train_in_process(kind: str, texts: Iterable[str], *, vocab_size: int) -> byt
       ValueError: the vocabulary is too small, or too large for these texts.
       OSError: the process ended without a result.
     """
-    path = os.pathsep.join([str(Path(btlm_jax.__file__).parents[1]), *filter(None, [os.environ.get("PYTHONPATH")])])
     with subprocess.Popen(
-        [sys.executable, "-P", "-m", _PROGRAM, kind, str(vocab_size)],
+        [*module_command(_PROGRAM), kind, str(vocab_size)],
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
-        env={**os.environ, "PYTHONPATH": path},
         start_new_session=True,  # Ctrl-C reaches this process alone
     ) as process:
         assert process.stdin is not None and process.stdout is not None

@@ -16,7 +16,7 @@ from pathlib import Path
 
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
 
-from btlm_jax.storage.files import check_no_lfs_pointer, read_json_object
+from btlm_jax.storage.files import check_no_lfs_pointer, parse_json_object, read_json_object
 
 # A space or newline between two other characters always starts a word of GPT-2's pattern, and the text before it is
 # split as at the end of a text. (What Python counts as white space, the pattern does too.)
@@ -306,11 +306,8 @@ def _eos_token(directory: Path) -> str:
 
 
 def _parse(contents: bytes) -> dict:
-    try:
-        body = json.loads(contents)
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{STORED_FILE} is damaged or not a tokenizer: {error}") from error
-    if not isinstance(body, dict) or not isinstance(body.get("model"), dict):
+    body = parse_json_object(contents, name=STORED_FILE)
+    if not isinstance(body.get("model"), dict):
         raise ValueError(f"{STORED_FILE} is damaged or not a tokenizer: it has no table `model`")
     return body
 

@@ -8,6 +8,7 @@ from pathlib import Path
 import tokenizers
 
 from btlm_jax import notices
+from btlm_jax.storage.files import read_json_object
 from btlm_jax.tokenizers.byte_level import END_OF_TEXT, STORED_FILE
 from btlm_jax.tokenizers.tokenizer import Tokenizer
 
@@ -23,7 +24,7 @@ def read_prompt_bos(directory: Path, tokenizer: Tokenizer) -> int | None:
     Raises:
       ValueError: a file is damaged, or several ids would be put there.
     """
-    config = _read_config(directory / CONFIG_FILE)
+    config = read_json_object(directory / CONFIG_FILE) if (directory / CONFIG_FILE).is_file() else {}
     says_bos = config.get("add_bos_token", False)
     if not isinstance(says_bos, bool):
         raise ValueError(f"{directory / CONFIG_FILE}: add_bos_token={says_bos!r} is not true or false")
@@ -71,15 +72,3 @@ def _bos_id(path: Path, config: dict, tokenizer: Tokenizer) -> int:
     if len(ids) != 1:
         raise ValueError(f"{path} says add_bos_token=true, but its bos_token={token!r} is no token of the vocabulary")
     return ids[0]
-
-
-def _read_config(path: Path) -> dict:
-    if not path.is_file():
-        return {}
-    try:
-        config = json.loads(path.read_bytes())
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{path} is not JSON: {error}") from error
-    if not isinstance(config, dict):
-        raise ValueError(f"{path} is not a JSON object")
-    return config

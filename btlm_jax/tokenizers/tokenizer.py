@@ -140,6 +140,11 @@ def load_tokenizer(directory: PathOrUrl, tokenizer: store.TokenizerInfo) -> Toke
     return SentencePieceTokenizer(contents)
 
 
+def has_tokenizer(directory: Path) -> bool:
+    """Return whether a directory has a file in which `find_tokenizer` looks."""
+    return any((directory / name).is_file() for name in (TOKENIZER_FILE, BYTE_LEVEL_FILE, VOCAB_FILE))
+
+
 def find_tokenizer(directory: Path, *, allow_lossy: bool = False) -> Tokenizer:
     """Read the tokenizer of a Hugging Face directory, from whichever kind of file it has.
 
@@ -151,12 +156,12 @@ def find_tokenizer(directory: Path, *, allow_lossy: bool = False) -> Tokenizer:
       ValueError: it is damaged, or of a kind that cannot be used.
     """
     model, stored = directory / TOKENIZER_FILE, directory / BYTE_LEVEL_FILE
+    if not has_tokenizer(directory):
+        raise FileNotFoundError(
+            f"{directory} holds no tokenizer: looked for {TOKENIZER_FILE}, {BYTE_LEVEL_FILE}, "
+            f"and {VOCAB_FILE} with {MERGES_FILE}"
+        )
     if not model.is_file():
-        if not stored.is_file() and not (directory / VOCAB_FILE).is_file():
-            raise FileNotFoundError(
-                f"{directory} holds no tokenizer: looked for {TOKENIZER_FILE}, {BYTE_LEVEL_FILE}, "
-                f"and {VOCAB_FILE} with {MERGES_FILE}"
-            )
         return _read_json(directory, allow_lossy=allow_lossy)
     tokenizer = _read_model(model)
     if not stored.is_file():

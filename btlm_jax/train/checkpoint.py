@@ -187,8 +187,8 @@ class Checkpointer:
         try:
             yield
         except Exception as error:  # orbax raises many kinds, some of them tensorstore's; the user needs one message
-            complete = [int(path.name) for path in self.directory.iterdir() if path.name.isdigit()]
-            last = f"the last complete checkpoint is step {max(complete):,}" if complete else "there is none yet"
+            complete = _steps_in(self.directory)
+            last = f"the last complete checkpoint is step {complete[-1]:,}" if complete else "there is none yet"
             raise OSError(
                 f"a checkpoint could not be written to {self.directory}: {_reason(error)}; {last}; free some space "
                 "or mend the disk, and run the same command to go on"
@@ -204,13 +204,19 @@ class CheckpointReader(Checkpointer):
 
     def __init__(self, workdir: Path):
         self.directory = workdir.resolve() / CHECKPOINTS
-        if not self.directory.is_dir() or not any(path.name.isdigit() for path in self.directory.iterdir()):
+        if not _steps_in(self.directory):
             raise FileNotFoundError(f"there is no checkpoint in {workdir}; give the --workdir of a training run")
         self._manager = ocp.CheckpointManager(
             self.directory,
             options=ocp.CheckpointManagerOptions(read_only=True),
             item_names=_ITEMS,
         )
+
+
+def _steps_in(directory: Path) -> list[int]:
+    """Return the steps of the complete checkpoints in a folder, ascending, as orbax takes them from their names."""
+    paths = directory.iterdir() if directory.is_dir() else ()
+    return sorted(int(path.name) for path in paths if path.name.isdecimal() and path.is_dir())
 
 
 def read_params(directory: Path, *, abstract: dict) -> dict:
@@ -342,7 +348,7 @@ def go_back(workdir: Path, step: int) -> str:
       OSError: a file cannot be moved.
     """
     directory = workdir / CHECKPOINTS
-    steps = sorted(int(path.name) for path in directory.glob("*") if path.name.isdigit())
+    steps = _steps_in(directory)
     target = workdir / REPLACED / f"from-{step}"
     if target.is_dir():
         return f"--resume_step={step} was done before: {target} has what it replaced"

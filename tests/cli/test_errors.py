@@ -147,6 +147,17 @@ def test_notices_are_printed_and_counted(monkeypatch, capsys):
     assert lines[5:] == ["note: these (kernels-ignored)", "notes: 4 kernels-ignored, 7 read-again"]
 
 
+def test_every_changed_setting_has_a_line(monkeypatch, capsys):
+    def change(arguments):
+        for number in range(9):
+            notices.report("setting-changed", f"key {number}")
+        return DONE
+
+    assert run(monkeypatch, change) == DONE
+    lines = [f"note: key {number} (setting-changed)" for number in range(9)]
+    assert capsys.readouterr().err.splitlines() == [*lines, "notes: 9 setting-changed"]
+
+
 @pytest.mark.parametrize("strict", ["--strict", "--strict=read-again", "--strict=kernels-not-compiled,read-again"])
 def test_strict_makes_notices_errors(monkeypatch, capsys, strict):
     assert run(monkeypatch, notify, strict) == ERROR

@@ -218,3 +218,21 @@ def test_every_key_of_the_config_is_in_the_help_with_its_meaning(capsys):
     assert "whole numbers T of each phase; every one divides the longest" in shown
     assert main(["plan", "--help"]) == 0
     assert "--topology=TEXT" in (shown := capsys.readouterr().out) and "optimizer.beta1" in shown
+
+
+def test_paths_know_the_home_directory_and_are_no_urls(monkeypatch):
+    monkeypatch.setenv("HOME", "/home/x")
+    flags = parsed("--num_tokens=~/runs/a")
+    assert str(flags.path("num_tokens")) == str(flags.optional_path("num_tokens")) == "/home/x/runs/a"
+    assert str(flags.location("num_tokens")) == "/home/x/runs/a"
+    assert parsed().optional_path("num_tokens") is None
+    flags = parsed("--num_tokens=gs://bucket/a")
+    assert flags.location("num_tokens") == "gs://bucket/a"
+    with pytest.raises(UsageError, match="--num_tokens=gs://bucket/a is a URL; a path on this machine is needed"):
+        flags.path("num_tokens")
+    flags = parsed("--num_tokens=")
+    with pytest.raises(UsageError, match="--num_tokens= is empty; give the name of a file or directory, or leave the"):
+        flags.optional_path("num_tokens")
+    for read in (flags.path, flags.location):
+        with pytest.raises(UsageError, match="--num_tokens=DIR is needed: text"):
+            read("num_tokens")

@@ -12,6 +12,7 @@ from safetensors.numpy import load_file
 from support import llama_cpp
 from support.published_files import NAMES, ORACLES, oracle_array, oracle_weights, write_published, write_shards
 
+from btlm_jax import notices
 from btlm_jax.cli import main
 from btlm_jax.convert import conversion, to_gguf
 from btlm_jax.convert.conversion import Conversion, convert
@@ -320,6 +321,10 @@ def test_an_existing_target_is_left_alone(tmp_path, format, target):
     with pytest.raises(FileExistsError, match=f"{target} exists; delete it or give another --to"):
         make(ORACLES / "tiny", tmp_path / target, format=format)
     assert (tmp_path / target).read_text() == "mine"
+    (tmp_path / target).unlink()
+    (tmp_path / target).symlink_to("nowhere")
+    with pytest.raises(FileExistsError, match=f"{target} exists; delete it or give another --to"):
+        make(ORACLES / "tiny", tmp_path / target, format=format)
 
 
 @pytest.mark.parametrize(("format", "target"), [("hf", "hf"), ("gguf", "m.gguf")])
@@ -362,6 +367,10 @@ def test_a_killed_conversion_leaves_nothing_under_the_name_and_the_next_one_work
         (["--from=x", "--to=y", "--max_shard_gb=inf"], 2, "--max_shard_gb=inf must be a finite number"),
         (["--from=x", "--to=y.gguf", "--format=gguf", "--context_length=-1"], 2, "context_length=-1 must be from 1"),
         (["--from=nowhere", "--to=y"], 1, "nowhere holds no model: looked for checkpoints/"),
+        (["--from=x", "--to=gs://bucket/y"], 2, "--to=gs://bucket/y is a URL; a path on this machine is needed"),
+        (["--from=x", "--to=y", "--format=int4", "--calibration="], 2, "--calibration= is empty"),
+        (["--from=x", "--to=y.gguf", "--format=gguf", "--name=\udce9"], 2, "name='\\udce9' is not valid Unicode"),
+        (["--from=x", "--to=\udce9.gguf", "--format=gguf"], 2, "is not valid Unicode; give another --name"),
     ],
 )
 def test_wrong_command_lines(capsys, monkeypatch, tmp_path, arguments, code, message):
@@ -369,3 +378,14 @@ def test_wrong_command_lines(capsys, monkeypatch, tmp_path, arguments, code, mes
     assert main(["convert", *arguments]) == code
     assert message in capsys.readouterr().err
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_proof_that_is_left_out_is_said(tmp_path):
+    notices.begin(strict=())
+    make(ORACLES / "tiny", tmp_path / "hf")
+    assert notices.counts()["code-not-run"] == 1
+    notices.begin(strict=["code-not-run"])
+    with pytest.raises(notices.StrictError, match="so the model code was not run"):
+        make(ORACLES / "tiny", tmp_path / "strict")
+    assert [path.name for path in tmp_path.iterdir()] == ["hf"]
+    notices.begin(strict=())

@@ -12,6 +12,7 @@ from support import llama_cpp
 from support.published_files import ORACLES, oracle_array
 from support.tiny_tokenizers import EOS, NASTY, TEXTS, tiny_byte_level
 
+from btlm_jax import notices
 from btlm_jax.convert import ggml
 from btlm_jax.convert.fold import FoldedTensors
 from btlm_jax.convert.ggml import num_bytes
@@ -19,7 +20,7 @@ from btlm_jax.convert.gguf_vocabulary import SentencePieceVocabulary, vocabulary
 from btlm_jax.convert.prove_gguf import prove_tensors, prove_vocabulary
 from btlm_jax.convert.to_gguf import GGUFSettings, gguf_tensors, write_gguf
 from btlm_jax.convert.tokenizer_files import PROBES
-from btlm_jax.hub.client_files import NO_SETTINGS
+from btlm_jax.hub.client_files import NO_SETTINGS, ClientSettings
 from btlm_jax.hub.gguf import GGUFFile, GGUFTokenizer, gguf_logits
 from btlm_jax.hub.huggingface import HuggingFaceTensors
 from btlm_jax.hub.numpy_network import streamed_logits
@@ -50,8 +51,10 @@ class RandomTensors:
         return self._changed.get(name, array).astype(self._dtype)
 
 
-def write(path, config, tensors, *, tokenizer=None, file_type="F32"):
-    settings = GGUFSettings(name="m", context_length=config.n_positions, pad_token_id=None, clients=NO_SETTINGS)
+def write(path, config, tensors, *, tokenizer=None, file_type="F32", settings=None):
+    settings = settings or GGUFSettings(
+        name="m", context_length=config.n_positions, pad_token_id=None, clients=NO_SETTINGS
+    )
     options = {"tokenizer": tokenizer, "file_type": file_type, "pad_ffn": 256, "report": lambda name: None}
     options["settings"] = settings
     write_gguf(path, config=config, tensors=tensors, **options)
@@ -292,6 +295,18 @@ def test_a_file_says_what_it_is(written):
         "tokenizer.ggml.model": "no_vocab",
     }  # fmt: skip
     assert expected.items() <= keys.items()
+
+
+def test_settings_of_generation_that_gguf_has_no_place_for_are_said(tmp_path):
+    values = {"temperature": 0.5, "top_k": 2.0**40, "top_p": float("nan"), "min_p": "x", "repetition_penalty": -1}
+    settings = GGUFSettings(
+        name="m", context_length=48, pad_token_id=None, clients=ClientSettings(generation_config=values)
+    )
+    notices.begin(strict=())
+    write(tmp_path / "m.gguf", OTHER, RandomTensors(OTHER), settings=settings)
+    assert notices.counts() == {"config-keys-dropped": 4}
+    keys = GGUFFile(tmp_path / "m.gguf").keys
+    assert {name: value for name, value in keys.items() if "sampling" in name} == {"general.sampling.temp": 0.5}
 
 
 def test_peak_memory_is_far_below_the_file(tmp_path):

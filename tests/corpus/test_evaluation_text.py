@@ -103,7 +103,7 @@ def index(folder, texts: list[str], *, rule: str = BY_SCRIPT) -> EvaluationIndex
     path = folder / "e.jsonl"
     path.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
     task = LocalTask(index=0, inputs=(LocalInput(name="e.jsonl", path=path, sha256=""),))
-    index_task(task, folder, no_heartbeat, rule=rule)
+    index_task(task, folder, no_heartbeat, rule=rule, key="text")
     return EvaluationIndex.load(folder, rule=rule)
 
 

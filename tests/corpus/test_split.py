@@ -117,15 +117,20 @@ def test_equal_texts_share_a_split_and_near_ones_leave_train(tmp_path, monkeypat
 def test_evaluation_text_is_found_by_13_words(cleaned, capsys):
     words = TEXTS[7].split()
     evaluation = ["question: " + " ".join(words[20 : 20 + WORDS]).upper() + "?", " ".join(TEXTS[8].split()[:12])]
-    (cleaned / "evaluation.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in evaluation))
+    rows = [{"id": 1, "item": {"question": text}} for text in evaluation]
+    (cleaned / "evaluation.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     flags = [f"--evaluation={cleaned / 'evaluation.jsonl'}", "--evaluation_rule=13-words"]
+    flags.append("--evaluation_key=item.question")
     assert run_split(cleaned, "split", *flags) == 0
     everything = [record.text for records in documents(cleaned / "split").values() for record in records]
     assert sorted(everything) == sorted(set(TEXTS) - {TEXTS[7]})
     assert "'has evaluation text': 1" in capsys.readouterr().out
-    (cleaned / "evaluation.jsonl").write_text("{}")
+    (cleaned / "evaluation.jsonl").write_text('{"question": "q"}')
     assert run_split(cleaned, "other", f"--evaluation={cleaned / 'evaluation.jsonl'}") == 1
-    assert "line 1: there is no text" in capsys.readouterr().err
+    said = "line 1: there is no text; --evaluation_key names another key, such as question"
+    assert said in capsys.readouterr().err
+    assert run_split(cleaned, "other", "--evaluation=") == 2
+    assert "--evaluation= is empty; give a file or folder" in capsys.readouterr().err
 
 
 def test_near_duplicates_are_found_among_many():

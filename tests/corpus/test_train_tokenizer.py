@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 from support.corpus_files import made_up_text, write_raw
 from support.tiny_tokenizers import ANY_TEXT, EOS, NASTY, TEXTS
 
+from btlm_jax import module_command
 from btlm_jax.cli import main
 from btlm_jax.convert.tokenizer_files import write_tokenizer_files
 from btlm_jax.corpus.engine.inputs import read_stage
@@ -183,3 +184,9 @@ def test_what_the_training_process_refuses_is_an_error_here():
     with pytest.raises(ValueError, match="vocab_size=256 is too small for byte-level BPE"):
         train_in_process("byte_level_bpe", TEXTS, vocab_size=256)
     assert train_in_process("byte_level_bpe", TEXTS, vocab_size=300) == train_byte_level(TEXTS, vocab_size=300)
+
+
+def test_a_module_of_the_current_directory_is_no_library(tmp_path, monkeypatch):
+    monkeypatch.delenv("PYTHONPATH", raising=False)
+    (tmp_path / "dis.py").write_text("raise SystemExit('taken from the current directory')")
+    subprocess.run(module_command("btlm_jax.notices"), cwd=tmp_path, check=True)

@@ -39,7 +39,14 @@ def test_the_repetition_penalty_moves_seen_tokens_down_whatever_their_sign():
 
 @pytest.mark.parametrize(
     "changes",
-    [{"temperature": -0.1}, {"top_k": -1}, {"top_p": 0.0}, {"min_p": 1.5}, {"repetition_penalty": 0.0}],
+    [
+        {"temperature": -0.1},
+        {"top_k": -1},
+        {"top_p": 0.0},
+        {"min_p": 1.5},
+        {"repetition_penalty": 0.0},
+        {"repetition_penalty": 1e-320},
+    ],
     ids=str,
 )
 def test_impossible_sampling_is_refused(changes):
@@ -100,3 +107,13 @@ def test_random_numbers_differ_by_seed_sample_and_prompt_and_by_nothing_else():
 def test_logits_that_are_not_finite_are_refused():
     with pytest.raises(ValueError, match="logits after 2 tokens are not finite: its weights are damaged"):
         draw(np.array([1.0, np.nan]), history=[0, 1], sampling=GREEDY, generator=np.random.default_rng(0))
+
+
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize("temperature", [5e-324, 1e-300, 1e300])
+@pytest.mark.parametrize("penalty", [1e-6, 1e6])
+def test_extreme_settings_draw_a_token_without_a_warning(temperature, penalty):
+    logits_V = np.array([3.0, -2.0, 80.0, 79.0], np.float32)
+    sampling = Sampling(temperature=temperature, top_k=0, top_p=1.0, min_p=0.0, repetition_penalty=penalty)
+    token = draw(logits_V, history=[2], sampling=sampling, generator=np.random.default_rng(0))
+    assert token == (2 if penalty < 1 else 3) or temperature > 1

@@ -79,6 +79,11 @@ def test_a_directory_without_a_model(capsys, tmp_path, folder, message):
     (tmp_path / folder).mkdir(exist_ok=True)
     assert main(["generate", f"--checkpoint={tmp_path}"]) == 1
     assert message in capsys.readouterr().err
+    if folder:
+        for name in ("5", "\u00b2"):  # neither is a directory of a step
+            (tmp_path / folder / name).write_text("")
+        assert main(["generate", f"--checkpoint={tmp_path}"]) == 1
+        assert message in capsys.readouterr().err
 
 
 def test_a_model_without_a_tokenizer(capsys):

@@ -101,6 +101,11 @@ def test_weights_that_contradict_the_config(tmp_path, weights, message):
     assert message in str(error.value)
 
 
+def test_more_layers_than_there_are_tensors_are_refused_at_once(tmp_path):
+    with pytest.raises(ValueError, match="config.json: n_layer=2,147,483,647 does not belong to weights of 32 tensors"):
+        opened(write_published(tmp_path, oracle_weights(), n_layer=2**31 - 1))
+
+
 def test_numbers_that_are_not_finite(tmp_path):
     bad = oracle_weights()[FC].copy()
     bad[3, 5:7] = np.nan, np.inf

@@ -98,8 +98,8 @@ def test_the_post_processor_counts_and_what_contradicts_it_is_said(tmp_path):
 @pytest.mark.parametrize(
     ("config", "message"),
     [
-        ("[]", "tokenizer_config.json is not a JSON object"),
-        ("{", "tokenizer_config.json is not JSON"),
+        ("[]", "tokenizer_config.json must be a JSON object"),
+        ("{", "tokenizer_config.json is not valid JSON"),
         ('{"add_bos_token": "yes"}', "add_bos_token='yes' is not true or false"),
         ('{"add_bos_token": true, "bos_token": "<none>"}', "its bos_token='<none>' is no token of the vocabulary"),
         ('{"add_bos_token": true, "bos_token": 5}', "its bos_token=5 is no token of the vocabulary"),

@@ -185,8 +185,8 @@ def test_a_damaged_tokenizer_json_is_refused(tmp_path):
     body["model"]["vocab"]["!"] = 500
     for contents, message in [
         (unigram, "is Unigram with pre-tokenizer none and decoder none"),
-        ("{", "damaged or not a tokenizer"),
-        ("[]", "damaged or not a tokenizer"),
+        ("{", "tokenizer.json is not valid JSON"),
+        ("[]", "tokenizer.json must be a JSON object"),
         (json.dumps(body), "the ids of tokenizer.json are not 0 to 299"),
     ]:
         (tmp_path / "tokenizer.json").write_text(contents)

@@ -18,25 +18,24 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import json
 import os
 import pickle
 import secrets
 import shlex
 import shutil
 import subprocess
-import sys
 import time
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
+from btlm_jax import module_command
 from btlm_jax.corpus.engine.progress import Progress
 from btlm_jax.corpus.engine.slurm_worker import CLAIMS_FOLDER, FAILED_FOLDER, WORK_FILE, TaskList, claim_path
 from btlm_jax.corpus.engine.tasks import DONE_FOLDER, Task, TaskFunction, record_path
 from btlm_jax.corpus.engine.workers import OnDone
 from btlm_jax.display.progress import Log
-from btlm_jax.storage.files import write_atomically
+from btlm_jax.storage.files import read_json_object, write_atomically
 
 FOLDER, NAME_FILE, _SCRIPT = "slurm", "name", "worker.sh"
 POLL_SECONDS = 10.0  # between queries of the queue, which all users share
@@ -76,7 +75,7 @@ class SlurmWorkers:
         def collect() -> None:
             for file in sorted(unfinished.keys() & set(os.listdir(directory / DONE_FOLDER))):
                 task = unfinished.pop(file)
-                record = json.loads(record_path(directory, task).read_bytes())
+                record = read_json_object(record_path(directory, task))
                 progress.add_record(record["counted"])
                 on_done(task, record)
             progress.report_if_due()
@@ -125,7 +124,7 @@ def _prepare(task_list: TaskList, *, name: str, log: Log) -> _Job:
         (folder / name_of_folder).mkdir(parents=True)
     job = _Job(folder=folder, stage=name, name=f"btlm-{name.replace(' ', '-')}-{secrets.token_hex(6)}", log=log)
     (folder / WORK_FILE).write_bytes(pickle.dumps(task_list))
-    command = [sys.executable, "-m", TaskList.__module__, str(folder)]
+    command = [*module_command(TaskList.__module__), str(folder)]
     (folder / _SCRIPT).write_text(f"#!/bin/sh\nexec srun {shlex.join(command)}\n")
     write_atomically(folder / NAME_FILE, job.name)
     return job

@@ -33,6 +33,7 @@ from btlm_jax.corpus.readers.tables import TFDS_SHARD, arrow_rows, parquet_rows,
 
 TEXT_SUFFIXES = (".txt", ".md", ".rst")
 SUFFIXES = (".jsonl", ".jsonl.zst", ".jsonl.gz", ".json.gz", ".zst", ".parquet", ".arrow", *TEXT_SUFFIXES)
+TEXT_KEY_FLAG = "--text_key"
 _METADATA = ("state.json", "dataset_info.json", "dataset_dict.json", "features.json")
 _HEAD_BYTES = 200  # of a Defect
 _MAX_DEPTH = 200  # of nested JSON; orjson writes up to 254
@@ -82,19 +83,25 @@ class Defect:
 
 
 def read_raw(
-    path: Path, *, name: str, default_source: str, keys: Keys = DEFAULT_KEYS, repairs: Counter | None = None
+    path: Path,
+    *,
+    name: str,
+    default_source: str,
+    keys: Keys = DEFAULT_KEYS,
+    key_flag: str = TEXT_KEY_FLAG,
+    repairs: Counter | None = None,
 ) -> Iterator[Record | Defect]:
     """Yield the documents and the defects of one file, in order.
 
     `name` is the file's in ids and defects; `default_source` is the source of documents that do not name theirs.
-    `repairs` counts documents with values that had to be changed, by what was changed.
+    `key_flag` is the flag that names the text's key, for errors. `repairs` counts documents with values that had to be
+    changed, by what was changed.
 
     Raises:
       BadFileError: it is cut short, damaged, or not a file of documents.
     """
-    make = _RecordMaker(
-        keys, name=name, default_source=default_source, repairs=Counter() if repairs is None else repairs
-    )
+    repairs = Counter() if repairs is None else repairs
+    make = _RecordMaker(keys, name=name, default_source=default_source, key_flag=key_flag, repairs=repairs)
     with open(path, "rb") as file:
         head = file.read(64)
         file.seek(0)
@@ -159,6 +166,7 @@ class _RecordMaker:
     keys: Keys
     name: str  # of the file
     default_source: str
+    key_flag: str
     repairs: Counter
 
     def record(self, body: object, *, number: int) -> Record:
@@ -171,7 +179,7 @@ class _RecordMaker:
             raise ValueError(f"not an object but {type(body).__name__}")
         text = _value(body, self.keys.text)
         if not isinstance(text, str):
-            raise ValueError(_no_text(body, text, key=self.keys.text))
+            raise ValueError(_no_text(body, text, key=self.keys.text, flag=self.key_flag))
         meta = body.get("meta")
         meta = meta if isinstance(meta, dict) else {} if meta is None else {"meta": meta}
         parts = {self.keys.text, "meta", self.keys.id, *self.keys.sources}
@@ -191,7 +199,10 @@ class _RecordMaker:
     def of_table(self, read: Callable[..., Iterator[dict | ValueError]], file: BinaryIO) -> Iterator[Record | Defect]:
         """Yield the documents and the defects of a table, of which `read` reads the columns that are needed."""
         left_out: set[str] = set()
-        yield from self.of_rows(read(file, columns=self.keys.all, needed=self.keys.text, left_out=left_out))
+        rows = read(
+            file, columns=self.keys.all, needed=self.keys.text, key_flag=self.key_flag, left_out=left_out
+        )  # fmt: skip
+        yield from self.of_rows(rows)
         self.repairs.update(f"tables without their column {column}" for column in left_out)
 
     def of_rows(self, rows: Iterator[dict | ValueError]) -> Iterator[Record | Defect]:
@@ -217,13 +228,13 @@ def _value(body: dict, key: str) -> object:
     return _value(value, inner) if isinstance(value, dict) else None
 
 
-def _no_text(body: dict, text: object, *, key: str) -> str:
+def _no_text(body: dict, text: object, *, key: str, flag: str) -> str:
     if text is not None:
         return f"{key} is {type(text).__name__}"
     if key in body:
         return f"{key} is null"
     texts = [other for other, value in body.items() if isinstance(value, str)]
-    return f"there is no {key}" + (f"; --text_key names another key, such as {texts[0]}" if texts else "")
+    return f"there is no {key}" + (f"; {flag} names another key, such as {texts[0]}" if texts else "")
 
 
 def _parse_line(numbered_line: tuple[int, int, bytes], *, make: _RecordMaker) -> Record | Defect | None:

@@ -20,12 +20,12 @@ _NEEDED = f"needs pyarrow: {install_command('corpus')}"
 
 
 def parquet_rows(
-    file: BinaryIO, *, columns: Sequence[str], needed: str, left_out: set[str]
+    file: BinaryIO, *, columns: Sequence[str], needed: str, key_flag: str, left_out: set[str]
 ) -> Iterator[dict | ValueError]:
     """Yield the rows of a Parquet file with the values of some columns; a ValueError for a row that has bad values.
 
-    a.b is the field b of the column a. Of these the file must have the column `needed`. No other column is read; their
-    names are added to `left_out`.
+    a.b is the field b of the column a. Of these the file must have the column `needed`, named by the flag `key_flag`.
+    No other column is read; their names are added to `left_out`.
 
     Raises:
       BadFileError: it is damaged, lacks the column `needed`, or pyarrow is not installed.
@@ -41,13 +41,13 @@ def parquet_rows(
     with _named_errors("parquet", []):
         reader = pyarrow.parquet.ParquetFile(file)
         schema = reader.schema_arrow
-        paths = _paths(schema, columns=columns, needed=needed)
+        paths = _paths(schema, columns=columns, needed=needed, key_flag=key_flag)
         left_out.update(_left_out(schema, paths))
     yield from _rows(batches, paths, kind="parquet")
 
 
 def arrow_rows(
-    file: BinaryIO, *, columns: Sequence[str], needed: str, left_out: set[str]
+    file: BinaryIO, *, columns: Sequence[str], needed: str, key_flag: str, left_out: set[str]
 ) -> Iterator[dict | ValueError]:
     """Yield the rows of an Arrow file or stream, which is what Hugging Face datasets keep on disk; as `parquet_rows`.
 
@@ -70,7 +70,7 @@ def arrow_rows(
 
     with _named_errors("Arrow", []):
         reader = pyarrow.ipc.open_file(file) if is_file else pyarrow.ipc.open_stream(file)
-        paths = _paths(reader.schema, columns=columns, needed=needed)
+        paths = _paths(reader.schema, columns=columns, needed=needed, key_flag=key_flag)
         left_out.update(_left_out(reader.schema, paths))
     yield from _rows(batches, paths, kind="Arrow")
 
@@ -90,7 +90,7 @@ def _check_offsets(column: Any) -> None:
     column.validate(full=True)
 
 
-def _paths(schema: Any, *, columns: Sequence[str], needed: str) -> dict[str, list[str]]:
+def _paths(schema: Any, *, columns: Sequence[str], needed: str, key_flag: str) -> dict[str, list[str]]:
     """Return the path to each of the columns that the table has: its name, and inside structures the names of fields.
 
     Raises:
@@ -99,7 +99,7 @@ def _paths(schema: Any, *, columns: Sequence[str], needed: str) -> dict[str, lis
     paths = {name: path for name in columns if (path := _path(schema, name))}
     if needed not in paths:
         raise BadFileError(
-            f"it has no column {needed} but {', '.join(schema.names)}; --text_key names the column of the text"
+            f"it has no column {needed} but {', '.join(schema.names)}; {key_flag} names the column of the text"
         )
     for name, *_ in paths.values():
         if schema.names.count(name) > 1:

@@ -26,7 +26,7 @@ from btlm_jax.corpus.engine.tasks import Heartbeat, LocalTask
 from btlm_jax.corpus.near_duplicates.lsh import MIX_FACTOR
 from btlm_jax.corpus.near_duplicates.normalize import normalized_pieces
 from btlm_jax.corpus.readers.frames import BadFileError
-from btlm_jax.corpus.readers.raw import read_raw
+from btlm_jax.corpus.readers.raw import Keys, read_raw
 from btlm_jax.corpus.readers.records import Record, load_array, save_array
 from btlm_jax.corpus.stages.clean import FTFY, fix_unicode
 
@@ -116,18 +116,23 @@ def variants(text: str) -> list[str]:
     return list(dict.fromkeys([fix_unicode(text), *fixed, unicodedata.normalize("NFC", text)]))
 
 
-def index_task(task: LocalTask, directory: Path, heartbeat: Heartbeat, *, rule: str) -> dict:
-    """Index the texts of some raw files: a task of a stage. Counts files of which nothing can be found.
+def index_task(task: LocalTask, directory: Path, heartbeat: Heartbeat, *, rule: str, key: str) -> dict:
+    """Index the texts of some raw files, of their key or column `key`: a task of a stage.
+
+    Counts files of which nothing can be found.
 
     Raises:
       ValueError: a file or a line cannot be read, so its text would be missed.
     """
     runs, texts, lengths, whole = [], [], [], []
+    read = functools.partial(
+        read_raw, default_source="evaluation", keys=Keys(text=key), key_flag="--evaluation_key"
+    )  # fmt: skip
     totals = {"texts": 0, "found whole only": 0, "unusable": 0, "files": len(task.inputs), "files without runs": {}}
     for item in task.inputs:
         num_usable = 0
         try:
-            for record in read_raw(item.path, name=item.name, default_source="evaluation"):
+            for record in read(item.path, name=item.name):
                 if not isinstance(record, Record):
                     raise BadFileError(f"line {record.line}: {record.reason}")
                 heartbeat(1, record.num_bytes)

@@ -32,6 +32,7 @@ from btlm_jax.corpus.engine.stage import Stage, accept_all, only_command, run_st
 from btlm_jax.corpus.engine.tasks import Heartbeat, LocalTask, Task
 from btlm_jax.corpus.engine.workers import Workers
 from btlm_jax.corpus.near_duplicates.normalize import normalized_pieces
+from btlm_jax.corpus.readers.raw import DEFAULT_KEYS
 from btlm_jax.corpus.readers.records import (
     SUFFIX,
     Record,
@@ -69,6 +70,7 @@ class SplitConfig:
     weights: dict[str, float]  # source -> how often its training documents are repeated; 1 if it is not named
     evaluation: tuple[PathOrUrl, ...]  # raw files whose text must not be trained on
     evaluation_rule: str  # one of RULES
+    evaluation_key: str = DEFAULT_KEYS.text  # key or column of their text
 
     def __post_init__(self):
         for name in ("validation", "test"):
@@ -151,11 +153,12 @@ def _index_evaluation(config: SplitConfig, *, run: Callable[..., dict], director
         settings={
             "recipe": RECIPE,
             "rule": config.evaluation_rule,
+            "key": config.evaluation_key,
             "ftfy": ftfy.__version__,
             "unicode": unicodedata.unidata_version,
         },
         tasks=[Task(index=0, inputs=tuple(inputs), weight=1)],
-        run=functools.partial(index_task, rule=config.evaluation_rule),
+        run=functools.partial(index_task, rule=config.evaluation_rule, key=config.evaluation_key),
     )
     manifest = run(stage, directory, check=accept_all)
     totals = manifest["totals"]
