@@ -151,6 +151,9 @@ def _show(arguments: Sequence[str]) -> int:
     number, document, clusters = flags.integer("number"), flags.string("id"), flags.integer("clusters")
     if not flags.string("input") or (number >= 0) + bool(document) + (clusters > 0) != 1:
         raise UsageError("btlm corpus show needs --input=DIR and one of --number=N, --id=ID or --clusters=N")
+    for name in ("count", "characters"):
+        if flags.integer(name) < 1:
+            raise UsageError(f"--{name}={flags.integer(name)} must be 1 or more")
     if clusters and not flags.string("documents"):
         raise UsageError("--clusters needs --documents=DIR, the stage that dedup read")
     from btlm_jax.corpus.inspect import show

@@ -100,10 +100,10 @@ def clean(arguments: Sequence[str]) -> int:
     try:
         config = stage.CleanConfig(
             input=flags.location("input"),
-            default_source=flags.string("source"),
+            default_source=flags.text("source"),
             on_bad_file=flags.string("on_bad_file"),
             max_bad_rate=flags.number("max_bad_rate"),
-            keys=Keys(text=flags.string("text_key"), id=flags.string("id_key"), source=flags.string("source_key")),
+            keys=Keys(text=flags.text("text_key"), id=flags.text("id_key"), source=flags.text("source_key")),
         )
     except ValueError as error:
         raise UsageError(str(error)) from error
@@ -169,7 +169,7 @@ def split(arguments: Sequence[str]) -> int:
             seed=flags.integer("seed"),
             weights=_weights(flags.strings("weight")),
             evaluation=tuple(map(parse_location, flags.strings("evaluation"))),
-            evaluation_key=flags.string("evaluation_key"),
+            evaluation_key=flags.text("evaluation_key"),
             evaluation_rule=flags.string("evaluation_rule"),
         )
     except ValueError as error:
@@ -226,8 +226,8 @@ def tokenize(arguments: Sequence[str]) -> int:
             "--tokenizer=DIR is needed: a folder with vocab.json and merges.txt, tokenizer.json or tokenizer.model"
         )
     block_len = flags.integer("block_len")
-    if block_len < 1:
-        raise UsageError(f"--block_len={block_len} must be 1 or more")
+    if not 0 < block_len < 2**31:
+        raise UsageError(f"--block_len={block_len} must be 1 or more, and below 2**31")
     from btlm_jax.corpus.stages import tokenize as stage
 
     with chosen_workers(flags, log=log) as workers:

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
 
 LOCAL, RAY, SLURM = "local", "ray", "slurm"
 _FLAG_OF = {"ray_address": RAY, "sbatch": SLURM}
+_MOST_WORKERS = 1 << 16
 
 HELP = """--executor says where the --workers are; the bytes written are the same. All machines of a cluster need the
 directories and this installation under the same paths.
@@ -47,6 +48,8 @@ def check_worker_flags(flags: Flags) -> None:
     if count < 1 and (flags.is_given("workers") or executor != LOCAL):
         given = f"--workers={count} must be 1 or more" if flags.is_given("workers") else "--workers=N is needed"
         raise UsageError(f"{given}: how many tasks run at a time")
+    if count > _MOST_WORKERS:
+        raise UsageError(f"--workers={count} must be {_MOST_WORKERS:,} or less")
     for name, needed in _FLAG_OF.items():
         if flags.string(name) and executor != needed:
             raise UsageError(f"--{name} needs --executor={needed}; it is {executor}")

@@ -47,7 +47,9 @@ def _message_for_user(error: Exception) -> str | None:
         return f"the package {error.name} is missing here: install btlm_jax again (docs/reference/files.md, extras too)"
     if isinstance(error, MemoryError) or "RESOURCE_EXHAUSTED" in str(error):
         first_line = str(error).splitlines()[0] if str(error) else "an array could not be allocated"
-        return f"out of memory: {first_line}; make the batch or the model smaller, or give more memory or devices"
+        return (
+            f"out of memory: {first_line}; make what was asked for smaller (batch, model, blocks), or give more memory"
+        )
     return None
 
 

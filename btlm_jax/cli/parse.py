@@ -159,6 +159,17 @@ class Flags:
         assert isinstance(value, str), name
         return value
 
+    def text(self, name: str) -> str:
+        """Return the same, where it is kept or compared as text: it must be valid Unicode.
+
+        Raises:
+          UsageError: it has bytes that are no UTF-8.
+        """
+        value = self.string(name)
+        if any("\ud800" <= character <= "\udfff" for character in value):
+            raise UsageError(f"--{name}={value!a} is not valid Unicode")
+        return value
+
     def strings(self, name: str) -> list[str]:
         """Return the values of a flag that `define_strings` made."""
         value = self._flags[name].value

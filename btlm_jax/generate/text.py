@@ -33,6 +33,7 @@ from btlm_jax.tokenizers.tokenizer import Tokenizer, has_tokenizer
 MODEL_DTYPE = "model"  # a cache in the dtype that the model computes in; int8 for 4-bit weights
 BOS_OF_MODEL, NO_BOS, EOS_AS_BOS = "model", "none", "eos"  # what stands in front of a prompt; or an id
 DROPPED_ATTENTION_WARNING = 1e-6  # share of attention above which the user is warned; float32 rounds at 6e-8
+_MOST_SAMPLES = 1_000_000
 _VALUES_OF_AN_ARRAY = 1000  # at least half as many are hashed to tell models apart
 PROGRESS_SECONDS = 2.0  # progress is shown at most this often
 
@@ -54,6 +55,8 @@ class GenerationConfig:
         for name, least in (("num_tokens", 1), ("num_samples", 1), ("batch_size", 1), ("seed", 0)):
             if getattr(self, name) < least:
                 raise ValueError(f"{name}={getattr(self, name)} is not allowed; it must be {least} or more")
+        if self.num_samples > _MOST_SAMPLES:
+            raise ValueError(f"num_samples={self.num_samples} is not allowed; it must be {_MOST_SAMPLES:,} or less")
         if "" in self.stops:
             raise ValueError("stop='' is not allowed; a stop string needs a character, for a newline $'\\n' in bash")
         for stop in self.stops:

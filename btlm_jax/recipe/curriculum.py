@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import dataclasses
 
+_MOST_STEPS, _MOST_TOKENS = 2**31, 2**62  # a training state has int32 for its steps; tokens are int64 of NumPy
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Phase:
@@ -77,7 +79,7 @@ def make_curriculum(
 
     Raises:
       ValueError: lengths differ, a number is not positive, a length does not divide the longest,
-        the tokens per step differ between phases, or a phase is not a whole number of steps.
+        the tokens per step differ between phases, a phase is not a whole number of steps, or there are too many.
     """
     if not len(seq_len) == len(batch_size) == len(num_tokens) >= 1:
         raise ValueError(
@@ -112,4 +114,9 @@ def make_curriculum(
         num_steps = tokens // per_step
         phases.append(Phase(index=index, seq_len=length, batch_size=batch, first_step=first_step, num_steps=num_steps))
         first_step += num_steps
+    if first_step >= _MOST_STEPS or sum(num_tokens) >= _MOST_TOKENS:
+        raise ValueError(
+            f"curriculum.num_tokens={num_tokens} are {first_step:,} steps and {sum(num_tokens):,} tokens; both are "
+            f"counted up to {_MOST_STEPS - 1:,} and {_MOST_TOKENS - 1:,}"
+        )
     return Curriculum(phases=tuple(phases))

@@ -97,6 +97,9 @@ def list_files(root: PathOrUrl, *, left_out: Callable[[str, Collection[str]], st
         system, path = fsspec.core.url_to_fs(root)
         infos = system.find(path, detail=True)  # of a file: itself
         base = path.rstrip("/")
+        if not infos:
+            with contextlib.suppress(FileNotFoundError):
+                system.info(path)  # what cannot be reached is an error here, and only there, for some systems
         files = [
             (at.removeprefix(base).lstrip("/") or at.rsplit("/", 1)[-1], system.unstrip_protocol(at), info["size"])
             for at, info in infos.items()

@@ -27,6 +27,7 @@ VOCAB_FILE, MERGES_FILE = "vocab.json", "merges.txt"
 END_OF_TEXT = "<|endoftext|>"
 MAX_TRAINED_WORD = 256  # characters
 MIN_VOCAB_SIZE = 257  # 256 bytes and the end of text
+MAX_VOCAB_SIZE = 1 << 22  # of a tokenizer that is trained; libraries take memory for all of it at once
 _GPT2_STEPS = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True}
 _SPLITTING_STEPS = ("Split", "Digits", "Punctuation")  # others also drop or replace characters
 
@@ -161,6 +162,8 @@ def train_byte_level(texts: Iterable[str], *, vocab_size: int) -> bytes:
     """
     if vocab_size < MIN_VOCAB_SIZE:
         raise ValueError(f"vocab_size={vocab_size} is too small for byte-level BPE: {MIN_VOCAB_SIZE} or more")
+    if vocab_size > MAX_VOCAB_SIZE:
+        raise ValueError(f"vocab_size={vocab_size} is too large: {MAX_VOCAB_SIZE:,} or less")
     tokenizer = _like_gpt2(models.BPE())
     trainer = trainers.BpeTrainer(
         vocab_size=vocab_size - 1, initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False

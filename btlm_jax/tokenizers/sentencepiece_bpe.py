@@ -9,6 +9,7 @@ from collections.abc import Iterable, Iterator, Sequence
 
 import sentencepiece
 
+from btlm_jax.tokenizers.byte_level import MAX_VOCAB_SIZE
 from btlm_jax.tokenizers.sentencepiece_proto import SPACE_MARK, USER_DEFINED, parse_model
 
 SENTENCEPIECE = "sentencepiece"
@@ -128,8 +129,10 @@ def train_sentencepiece(texts: Iterable[str], *, vocab_size: int) -> bytes:
     """
     if vocab_size < MIN_VOCAB_SIZE:
         raise ValueError(
-            f"model.vocab_size={vocab_size} is too small for a byte-fallback tokenizer: {MIN_VOCAB_SIZE} or more"
+            f"vocab_size={vocab_size} is too small for a byte-fallback tokenizer: {MIN_VOCAB_SIZE} or more"
         )
+    if vocab_size > MAX_VOCAB_SIZE:
+        raise ValueError(f"vocab_size={vocab_size} is too large: {MAX_VOCAB_SIZE:,} or less")
     model = io.BytesIO()
     try:
         sentencepiece.SentencePieceTrainer.train(

@@ -209,6 +209,10 @@ def test_an_input_without_documents_is_an_error(tmp_path, capsys):
         (["--input=x", "--output=y", "--workers=0"], "--workers=0 must be 1 or more"),
         (["--input=x", "--output=y", "--on_bad_file=guess"], "it may be fail, keep-prefix"),
         (["--input=x", "--output=y", "--max_bad_rate=2"], "max_bad_rate=2.0 must be between 0 and 1"),
+        (["--input=x", "--output=y", "--workers=100000000000"], "--workers=100000000000 must be 65,536 or less"),
+        (["--input=x", "--output=y", "--source=\udce9"], "--source='\\udce9' is not valid Unicode"),
+        (["--input=x", "--output=y", "--text_key="], "the key of the text is empty; give its name"),
+        (["--input=x", "--output=gs://y"], "--output=gs://y is a URL; a path on this machine is needed"),
     ],
 )
 def test_wrong_flags_are_usage_errors(capsys, flags, said):

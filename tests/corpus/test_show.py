@@ -52,5 +52,6 @@ def test_what_cannot_be_shown_is_refused(folder, capsys):
     assert "holds the stage clean; clusters are what dedup finds" in capsys.readouterr().err
     assert show(folder, "--clusters=1", f"--documents={folder / 'dedup'}", stage="dedup") == 1
     assert "was not made of" in capsys.readouterr().err
+    assert show(folder, "--number=0", "--count=0") == 2 and "--count=0 must be 1 or more" in capsys.readouterr().err
     assert show(folder) == 2 and "--number=N, --id=ID or --clusters=N" in capsys.readouterr().err
     assert show(folder, "--clusters=1", stage="dedup") == 2 and "--documents=DIR" in capsys.readouterr().err

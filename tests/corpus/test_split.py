@@ -72,6 +72,16 @@ def test_every_document_is_in_one_split_and_counted(cleaned):
     assert main(["corpus", "verify", f"--store={cleaned / 'split'}"]) == 0
 
 
+def test_what_is_split_already_is_not_split_or_deduplicated_again(cleaned, capsys):
+    """Its held-out documents would come into train, and by the side they are on."""
+    assert run_split(cleaned) == 0
+    flags = [f"--input={cleaned / 'split'}", f"--output={cleaned / 'again'}", "--workers=1"]
+    for verb, purpose in (("split", "split"), ("dedup", "deduplicate")):
+        assert main(["corpus", verb, *flags]) == 1
+        said = f"holds the stage split; {purpose} what btlm corpus clean or dedup wrote"
+        assert said in capsys.readouterr().err
+
+
 def test_train_is_shuffled_and_the_seed_decides(cleaned):
     assert run_split(cleaned) == run_split(cleaned, "other", "--seed=1") == 0
     order = [record.source for record in documents(cleaned / "split")["train"]]

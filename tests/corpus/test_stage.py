@@ -12,7 +12,7 @@ from support.corpus_files import made_up_text, write_raw
 from btlm_jax.cli import main
 from btlm_jax.corpus.engine.inputs import TASK_BYTES, make_tasks, raw_inputs, read_stage
 from btlm_jax.corpus.engine.progress import Progress
-from btlm_jax.corpus.engine.stage import Stage, run_stage
+from btlm_jax.corpus.engine.stage import Stage, only_command, run_stage
 from btlm_jax.corpus.engine.tasks import Input, Task
 from btlm_jax.corpus.engine.workers import LocalWorkers
 from btlm_jax.corpus.readers.records import read_records
@@ -182,3 +182,20 @@ def test_an_error_of_writing_names_the_file(tmp_path, monkeypatch):
     ):
         file.write(b"x")
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("enter", [lambda folder: run(stage(count), folder), lambda folder: enter_command(folder)])
+def test_a_directory_of_other_things_is_not_written_to(tmp_path, enter):
+    folder = tmp_path / "documents"
+    folder.mkdir()
+    (folder / ".mine.tmp").write_text("not a stage's")
+    with pytest.raises(ValueError, match="documents holds other things, .mine.tmp for one, and no stage's work; give"):
+        enter(folder)
+    assert [path.name for path in folder.iterdir()] == [".mine.tmp"]
+    (folder / ".mine.tmp").unlink()
+    enter(folder)  # an empty one will do
+
+
+def enter_command(folder):
+    with only_command(folder, inputs=[]):
+        pass

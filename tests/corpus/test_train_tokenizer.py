@@ -29,6 +29,7 @@ from btlm_jax.tokenizers import train_in_process
 from btlm_jax.tokenizers.byte_level import ByteLevelTokenizer, train_byte_level
 from btlm_jax.tokenizers.detokenize import Detokenizer
 from btlm_jax.tokenizers.gpt2 import FastGpt2Tokenizer, fastest_tokenizer
+from btlm_jax.tokenizers.sentencepiece_bpe import train_sentencepiece
 from btlm_jax.tokenizers.tokenizer import find_tokenizer, load_tokenizer
 
 VOCAB_SIZE = 601
@@ -90,6 +91,9 @@ def test_training_is_deterministic_and_learns(contents, fast_and_slow):
 def test_sizes_that_cannot_be_trained_are_refused():
     with pytest.raises(ValueError, match="vocab_size=256 is too small for byte-level BPE: 257 or more"):
         train_byte_level(TEXTS, vocab_size=256)
+    for train in (train_byte_level, train_sentencepiece):
+        with pytest.raises(ValueError, match="vocab_size=4611686018427387904 is too large: 4,194,304 or less"):
+            train(TEXTS, vocab_size=2**62)
     with pytest.raises(ValueError, match="no tokenizer of 5,000 tokens can be trained on this text: .* at 269; ask"):
         train_byte_level(["too little text"], vocab_size=5_000)
     smallest = ByteLevelTokenizer(train_byte_level([], vocab_size=257), eos_id=256)

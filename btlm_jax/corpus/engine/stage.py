@@ -32,7 +32,8 @@ from btlm_jax.storage.files import delete_temporary_files, exclusive_lock, read_
 FORMAT = "btlm-corpus-stage"
 FORMAT_VERSION = 1
 PLAN_FILE, MANIFEST_FILE, LOCK_FILE = "plan.json", "manifest.json", ".lock"
-STAGE_FILES = (PLAN_FILE, MANIFEST_FILE, DONE_FOLDER, "work", "quarantine", "slurm")  # in it beside its outputs
+WORK_FOLDER = "work"
+STAGE_FILES = (PLAN_FILE, MANIFEST_FILE, DONE_FOLDER, WORK_FOLDER, "quarantine", "slurm")  # in it beside its outputs
 COMMAND_LOCK_FILE = ".command.lock"  # of a command with several steps, each of which has its own lock
 
 
@@ -64,6 +65,7 @@ def run_stage(
       FileExistsError: another process is working in the directory.
       OSError: something cannot be read or written.
     """
+    check_output(directory)
     (directory / DONE_FOLDER).mkdir(parents=True, exist_ok=True)
     outputs = directory / stage.output_folder
     message = f"another process is working in {directory}; wait for it"
@@ -102,17 +104,32 @@ def run_stage(
         return _write_manifest(stage, directory, ordered)
 
 
+def check_output(directory: Path) -> None:
+    """Check that nothing of others is in a directory to write to, where temporary files are deleted.
+
+    Raises:
+      ValueError: it holds something, and no work of a stage.
+    """
+    names = {path.name for path in directory.iterdir()} if directory.is_dir() else set()
+    if names and not names & {PLAN_FILE, DONE_FOLDER, WORK_FOLDER, LOCK_FILE, COMMAND_LOCK_FILE}:
+        raise ValueError(
+            f"{directory} holds other things, {min(names)} for one, and no stage's work; give another output"
+        )
+
+
 @contextlib.contextmanager
 def only_command(output: Path, *, inputs: Sequence[Path]) -> Iterator[None]:
     """Ensure that one command works in `output` and its steps' directories; take the lock before anything is written.
 
     Raises:
-      ValueError: `output` is one of the inputs, so that the command would write into what it reads.
+      ValueError: `output` is one of the inputs, so that the command would write into what it reads; or it holds
+        something else than a stage's work.
       FileExistsError: another process is working there.
     """
     for source in inputs:
         if output.resolve() == source.resolve():
             raise ValueError(f"output {output} is the input, and is not written to; choose another --output")
+    check_output(output)
     output.mkdir(parents=True, exist_ok=True)
     message = f"another process is working in {output}; wait for it"
     with exclusive_lock(output / COMMAND_LOCK_FILE, message=message):

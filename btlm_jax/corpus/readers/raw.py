@@ -58,6 +58,10 @@ class Keys:
     id: str = "id"
     source: str = ""  # "": `source`, or else meta.redpajama_set_name
 
+    def __post_init__(self):
+        if not self.text:
+            raise ValueError("the key of the text is empty; give its name")
+
     @property
     def sources(self) -> tuple[str, ...]:
         """The keys of the source, the one that counts first."""

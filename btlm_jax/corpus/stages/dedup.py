@@ -23,7 +23,7 @@ from pathlib import Path
 import numpy as np
 
 from btlm_jax.corpus.engine.counts import DocumentCounts
-from btlm_jax.corpus.engine.inputs import read_stage, stage_inputs
+from btlm_jax.corpus.engine.inputs import read_documents, stage_inputs
 from btlm_jax.corpus.engine.stage import Stage, accept_all, only_command, run_stage
 from btlm_jax.corpus.engine.tasks import Heartbeat, LocalTask, Task
 from btlm_jax.corpus.engine.workers import Workers
@@ -59,7 +59,7 @@ def deduplicate(source: Path, *, preset: str, output: Path, workers: Workers, lo
 
 def _deduplicate(source: Path, *, preset: str, output: Path, workers: Workers, log: Log) -> dict:
     rules = PRESETS[preset]
-    cleaned = read_stage(source)
+    cleaned = read_documents(source, of=("clean", "dedup"), purpose="deduplicate")
     tasks = [
         Task(index=index, inputs=(item,), weight=item.num_bytes)
         for index, item in enumerate(stage_inputs(source, cleaned))

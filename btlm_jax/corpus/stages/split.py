@@ -27,7 +27,7 @@ import numpy as np
 
 from btlm_jax import notices
 from btlm_jax.corpus.engine.counts import DocumentCounts
-from btlm_jax.corpus.engine.inputs import raw_inputs, read_stage, stage_inputs
+from btlm_jax.corpus.engine.inputs import raw_inputs, read_documents, stage_inputs
 from btlm_jax.corpus.engine.stage import Stage, accept_all, only_command, run_stage
 from btlm_jax.corpus.engine.tasks import Heartbeat, LocalTask, Task
 from btlm_jax.corpus.engine.workers import Workers
@@ -79,6 +79,8 @@ class SplitConfig:
         for source, weight in self.weights.items():
             if not 0 <= weight <= 100:
                 raise ValueError(f"the weight {weight} of {source} must be between 0 and 100")
+        if not self.evaluation_key:
+            raise ValueError("evaluation_key='' must be the name of a key")
         if self.evaluation_rule not in RULES:
             raise ValueError(f"evaluation_rule={self.evaluation_rule!r} is not known; it may be {' or '.join(RULES)}")
 
@@ -95,7 +97,7 @@ def split(config: SplitConfig, *, output: Path, workers: Workers, log: Log) -> d
 
 
 def _split(config: SplitConfig, *, output: Path, workers: Workers, log: Log) -> dict:
-    source = read_stage(config.input)
+    source = read_documents(config.input, of=("clean", "dedup"), purpose="split")
     written = source["totals"]["written"]
     sources = sorted(written)
     unknown = sorted(config.weights.keys() - set(sources))

@@ -19,7 +19,7 @@ from pathlib import Path
 import numpy as np
 
 from btlm_jax import notices
-from btlm_jax.corpus.engine.inputs import read_stage, stage_inputs
+from btlm_jax.corpus.engine.inputs import read_documents, stage_inputs
 from btlm_jax.corpus.engine.stage import Stage, accept_all, only_command, run_stage
 from btlm_jax.corpus.engine.tasks import Heartbeat, LocalTask, Task
 from btlm_jax.corpus.engine.workers import Workers
@@ -99,9 +99,7 @@ def tokenize(config: TokenizeConfig, *, output: Path, workers: Workers, log: Log
 
 def _tokenize(config: TokenizeConfig, *, output: Path, workers: Workers, log: Log) -> store.Manifest:
     source, tokenizer, block_len = config.input, config.tokenizer, config.block_len
-    documents = read_stage(source)
-    if documents["stage"] != "split":
-        raise ValueError(f"{source} holds the stage {documents['stage']}; tokenize what btlm corpus split wrote")
+    documents = read_documents(source, of=("split",), purpose="tokenize")
     loaded = find_tokenizer(tokenizer, allow_lossy=config.allow_lossy)
     info = tokenizer_info(loaded)
     dtype = store.token_dtype(info.vocab_size)

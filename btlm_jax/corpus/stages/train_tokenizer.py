@@ -6,7 +6,7 @@ import functools
 from collections.abc import Iterator
 from pathlib import Path
 
-from btlm_jax.corpus.engine.inputs import read_stage, stage_inputs
+from btlm_jax.corpus.engine.inputs import read_documents, stage_inputs
 from btlm_jax.corpus.engine.stage import Stage, accept_all, run_stage
 from btlm_jax.corpus.engine.tasks import Heartbeat, LocalTask, Task
 from btlm_jax.corpus.engine.workers import LocalWorkers
@@ -32,13 +32,13 @@ def train_tokenizer_stage(source: Path, *, kind: str, vocab_size: int, output: P
       FileNotFoundError: there is no finished split in `source`.
       ValueError: the vocabulary is too small, or too large for the text, or `output` has other settings or inputs.
     """
-    documents = read_stage(source)
+    documents = read_documents(source, of=("split",), purpose="train on")
     files = zip(stage_inputs(source, documents), documents["outputs"], strict=True)
     training = [item for item, file in files if file.get("split") == TRAIN]
     count = min(len(training), MAX_FILES)
     inputs = tuple(training[number * len(training) // count] for number in range(count))
     if not inputs:
-        raise ValueError(f"{source} holds the stage {documents['stage']}; train on what btlm corpus split wrote")
+        raise ValueError(f"{source} has no training document")
     stage = Stage(
         name="tokenizer",
         settings={"recipe": RECIPE, "kind": kind, "vocab_size": vocab_size, "bytes": TOKENIZER_BYTES},
