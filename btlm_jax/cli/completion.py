@@ -92,7 +92,7 @@ def bash_script() -> str:
     values = "\n".join(f"    {flag}) values={shlex.quote(' '.join(v))} ;;" for flag, v in values_of().items())
     return f"""# completion of btlm for bash: source <(btlm completion bash)
 _btlm() {{
-  local line=${{COMP_LINE:0:COMP_POINT}} command= words= values= word current
+  local line=${{COMP_LINE:0:$COMP_POINT}} command= words= values= files= word current
   if [[ $line == *[[:space:]] ]]; then current=; else current=${{line##*[[:space:]]}}; fi
   set -f
   for word in ${{line%"$current"}}; do
@@ -106,9 +106,12 @@ _btlm() {{
   if [[ $current == --*=* ]]; then
     case ${{current%%=*}} in
 {values}
-    *) compopt -o default 2> /dev/null; COMPREPLY=($(compgen -f -- "$tail")); return ;;
+    *) compopt -o default 2> /dev/null; files=yes ;;
     esac
-    COMPREPLY=($(compgen -W "$values" -- "$tail"))
+    # For bash the value is a word, for zsh --flag=value is one; its compgen takes the beginnings of files from PREFIX.
+    if [[ $files ]]; then COMPREPLY=($(PREFIX=$tail compgen -f -- "$tail"))
+    else COMPREPLY=($(compgen -W "$values" -- "$tail")); fi
+    if [[ -n $ZSH_VERSION ]]; then COMPREPLY=("${{COMPREPLY[@]/#/${{current%%=*}}=}}"); fi
   else
     COMPREPLY=($(compgen -W "$words" -- "$current"))
     if [[ ${{#COMPREPLY[@]}} -eq 1 && ${{COMPREPLY[0]}} != *= ]]; then COMPREPLY[0]+=" "; fi
@@ -129,13 +132,10 @@ def fish_script() -> str:
     """Return the script for fish."""
     lines = ["# completion of btlm for fish", "complete -c btlm -f"]
     words, values = words_after(), values_of()
-    for after, condition in (
-        ("", "__fish_use_subcommand"),
-        ("corpus", "__fish_seen_subcommand_from corpus"),
-        ("tune", "__fish_seen_subcommand_from tune"),
-        ("completion", "__fish_seen_subcommand_from completion"),
-    ):
+    for after in ("", "corpus", "tune", "completion"):
         names = [word for word in words[after] if not word.startswith("-")]
+        seen, seen_one = f"__fish_seen_subcommand_from {after}", f"__fish_seen_subcommand_from {' '.join(names)}"
+        condition = f"{seen} && not {seen_one}" if after else "__fish_use_subcommand"
         lines.append(f"complete -c btlm -n {shlex.quote(condition)} -a {shlex.quote(' '.join(names))}")
     for command, define in commands().items():
         flags = define()
