@@ -19,4 +19,4 @@ def module_command(module: str) -> list[str]:
     tokenizers.py there would be taken for the library (-P).
     """
     folders = [str(Path(__file__).parents[1]), *filter(None, [os.environ.get("PYTHONPATH")])]
-    return ["env", f"PYTHONPATH={os.pathsep.join(folders)}", sys.executable, "-P", "-m", module]
+    return ["/usr/bin/env", f"PYTHONPATH={os.pathsep.join(folders)}", sys.executable, "-P", "-m", module]
