@@ -66,7 +66,7 @@ def test_debug_prints_the_traceback(monkeypatch, capsys):
     "error, said",
     [
         (MemoryError(), "out of memory"),
-        (RuntimeError("RESOURCE_EXHAUSTED: Out of memory allocating 9 bytes\nmore"), "allocating 9 bytes; make the"),
+        (RuntimeError("RESOURCE_EXHAUSTED: Out of memory allocating 9 bytes\nmore"), "allocating 9 bytes; make what"),
         (OSError(28, "No space left on device", "/full/file"), "No space left on device: '/full/file'"),
     ],
 )
