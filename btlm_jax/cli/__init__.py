@@ -27,6 +27,7 @@ HELP = f"""btlm {__version__}: train BTLM-3B-8K style language models in JAX.
 
 usage: btlm <verb> [flags]        (btlm <verb> --help explains a verb)
 
+  new              write a config for so many parameters, every value with its rule
   train            train from a config, or resume what is in the workdir
   generate         continue texts with a trained model
   convert          make a model of another form: Hugging Face both ways, GGUF, Jais, 4 bits
@@ -51,6 +52,12 @@ def _train(arguments: Sequence[str]) -> int:
     from btlm_jax.cli.train import train
 
     return train(arguments)
+
+
+def _new(arguments: Sequence[str]) -> int:
+    from btlm_jax.cli.new import new
+
+    return new(arguments)
 
 
 def _generate(arguments: Sequence[str]) -> int:
@@ -102,6 +109,7 @@ def _completion(arguments: Sequence[str]) -> int:
 
 
 VERBS: dict[str, Callable[[Sequence[str]], int]] = {
+    "new": _new,
     "train": _train,
     "generate": _generate,
     "convert": _convert,

@@ -40,9 +40,10 @@ def completion_flags() -> Flags:
 
 def commands() -> dict[str, Callable[[], Flags]]:
     """Return what defines the flags of each command; its words are those of the key."""
-    from btlm_jax.cli import build_kernels, configs, convert, corpus, generate, plan, train, tune
+    from btlm_jax.cli import build_kernels, configs, convert, corpus, generate, new, plan, train, tune
 
     found = {
+        "new": new.new_flags,
         "train": train.train_flags,
         "generate": generate.generate_flags,
         "convert": convert.convert_flags,

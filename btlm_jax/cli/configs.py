@@ -4,20 +4,18 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
 
 from btlm_jax.cli import DONE
 from btlm_jax.cli.parse import Flags, config_names, packaged_folder
-
-if TYPE_CHECKING:
-    from btlm_jax.recipe.config import TrainConfig
 
 CONFIGS_HELP = """btlm configs: list the configs that come with this installation: name, parameters, tokens, what it is.
 
 examples:  btlm configs
            btlm train --config=pods/v5e_256 --dry-run       one of them, by its name
+           btlm train --config=111M --dry-run               by the last part of its name, if no other has the same
            btlm train --config=mine.py --workdir=runs/mine  a file of your own, for example a copy of one of them
 
+Those of family/ were written by btlm new, which writes such a file for any number of parameters.
 The last lines say where the files are, and the scripts that launch runs on TPU slices and GPUs.
 """
 
@@ -53,34 +51,18 @@ def _rows() -> list[_Row]:
     import runpy
 
     from btlm_jax.recipe.config import train_config_from
+    from btlm_jax.recipe.sizes import count_parameters
 
-    rows, counts = [], {}  # most configs train the same model
+    rows = []
     for name in config_names():
         module = runpy.run_path(str(packaged_folder("configs") / f"{name}.py"))
         config = train_config_from(module["get_config"]().to_dict())
-        if config.model not in counts:
-            counts[config.model] = _num_parameters(config)
         rows.append(
             _Row(
                 name=name,
-                num_parameters=counts[config.model],
+                num_parameters=count_parameters(config.model),
                 num_tokens=config.curriculum.table.num_tokens,
                 summary=module["__doc__"].splitlines()[0],
             )
         )
-    return rows
-
-
-def _num_parameters(config: TrainConfig) -> int:
-    import jax
-
-    from btlm_jax.parallel.mesh import make_mesh
-    from btlm_jax.train.program import make_program
-    from btlm_jax.train.run_summary import num_parameters
-
-    jax.config.update("jax_platforms", "cpu")
-    model = dataclasses.replace(
-        config.model, attention="reference"
-    )  # "auto" would compile kernels to see whether it can
-    config = dataclasses.replace(config, model=model)
-    return num_parameters(make_program(config, make_mesh(devices=jax.devices()[:1], tensor=1)).table)
+    return sorted(rows, key=lambda row: (row.name.rpartition("/")[0], row.num_parameters, row.name))

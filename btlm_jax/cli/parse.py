@@ -338,16 +338,20 @@ def config_names() -> list[str]:
 def find_config(given: str) -> Path:
     """Return the file that --config names: the path if there is such a file, otherwise the packaged config.
 
+    The last part of a packaged config's name is enough if no other ends in it: 111M for family/111M.
+
     Raises:
       UsageError: it is neither.
     """
     path = Path(os.path.expanduser(given))
     if path.is_file():
         return path
-    if given in (names := config_names()):
-        return packaged_folder("configs") / f"{given}.py"
+    names = config_names()
+    found = [name for name in names if name == given] or [name for name in names if name.rpartition("/")[2] == given]
+    if len(found) == 1:
+        return packaged_folder("configs") / f"{found[0]}.py"
     name = given.removeprefix("configs/").removesuffix(".py")
-    hint = did_you_mean(name, names, shown=lambda found: f"--config={found}")
+    hint = did_you_mean(name, [*names, *(each.rpartition("/")[2] for each in names)], shown="--config={}".format)
     raise UsageError(f"--config={given} is neither a file nor one of {', '.join(names)} (btlm configs){hint}")
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import difflib
 import importlib.util
 import os
 import re
@@ -98,24 +99,33 @@ CHIPS = {
 
 
 def topology_named(name: str) -> str:
-    """Return a topology such as v5e:16x16, from its own name or Google Cloud's accelerator type (v5litepod-256).
+    """Return a topology such as v5e:16x16, from its own name, its number of chips or cores as v5e-256, or
+    Google Cloud's accelerator type v5litepod-256.
 
     Raises:
       ValueError: it is neither.
     """
-    if found := re.fullmatch(r"(\w+)-(\d+)", name):
-        for chip in CHIPS.values():
-            shapes = [shape for shape in chip.slices if _accelerator_number(chip, shape) == int(found[2])]
-            if chip.accelerator == found[1] and shapes:
-                return f"{chip.name}:{shapes[0]}"
-    elif (found := re.fullmatch(r"(\w+):\d+x\d+(x\d+)?", name)) and found[1] in CHIPS:
+    for chip in CHIPS.values():
+        if shapes := [shape for shape in chip.slices if name in _types(chip, shape)]:
+            return f"{chip.name}:{shapes[0]}"
+    if (found := re.fullmatch(r"(\w+):\d+x\d+(x\d+)?", name)) and found[1] in CHIPS:
         return name
     topologies_ = "; ".join(f"{chip.name}:{{{','.join(chip.slices)}}}" for chip in CHIPS.values())
     types = "; ".join(
         f"{chip.accelerator}-{{{','.join(str(_accelerator_number(chip, shape)) for shape in chip.slices)}}}"
         for chip in CHIPS.values()
     )
-    raise ValueError(f"--topology={name!r} is not known; allowed are {topologies_}, or accelerator types: {types}")
+    known = [
+        known
+        for chip in CHIPS.values()
+        for shape in chip.slices
+        for known in (f"{chip.name}:{shape}", *_types(chip, shape))
+    ]
+    close = difflib.get_close_matches(name, known, n=1)
+    hint = f"; did you mean {close[0]}?" if close else ""
+    raise ValueError(
+        f"--topology={name!r} is not known; allowed are {topologies_}, or accelerator types: {types}{hint}"
+    )
 
 
 def chip_of(topology: str) -> Chip:
@@ -162,6 +172,12 @@ def num_chips(slice_shape: str) -> int:
 def _accelerator_number(chip: Chip, slice_shape: str) -> int:
     """Return the number in an accelerator type, which counts cores where a chip has two."""
     return num_chips(slice_shape) * chip.num_cores
+
+
+def _types(chip: Chip, slice_shape: str) -> tuple[str, str]:
+    """Return what a slice is called by its number: v5litepod-256 by Google Cloud, v5e-256 by most."""
+    number = _accelerator_number(chip, slice_shape)
+    return f"{chip.accelerator}-{number}", f"{chip.name}-{number}"
 
 
 def _configure_libtpu_without_tpu() -> None:

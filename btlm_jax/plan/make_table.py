@@ -66,7 +66,7 @@ def make_table(path: Path, *, cache: CompileCache, report_progress: Callable[[st
     files = sorted(path.parent.glob("*.py"))
     if not files:
         raise ValueError(f"{path.parent} has no config files to make a table of; see configs/pods/")
-    pods = [read_pod_config(file) for file in files]
+    pods = [read_pod_config(file) for file in files if _has_slice(file, report_progress)]
     layouts = [(pod, layout) for pod in pods for layout in (layout_of(pod.config), *pod.others)]
     rows, problems = [], []
     for number, (pod, layout) in enumerate(layouts, start=1):
@@ -79,7 +79,7 @@ def make_table(path: Path, *, cache: CompileCache, report_progress: Callable[[st
         if not plan.obstacles:
             rows.append(table_row(plan, config, name=pod.name, is_config=layout == layout_of(pod.config)))
     table = {
-        "made_by": f"btlm plan --table=configs/pods/{path.name}",
+        "made_by": f"btlm plan --table=configs/{path.resolve().parent.name}/{path.name}",
         "versions": compiler_versions(),
         "flops_convention": FLOPS_CONVENTION,
         "assumptions": list(ASSUMPTIONS),
@@ -88,6 +88,14 @@ def make_table(path: Path, *, cache: CompileCache, report_progress: Callable[[st
     write_atomically(path, json.dumps(table, indent=1) + "\n")
     write_atomically(path.with_suffix(".md"), format_table_markdown(table))
     return problems
+
+
+def _has_slice(file: Path, report_progress: Callable[[str], None]) -> bool:
+    """Return whether a config file is for a slice; one that has neither TOPOLOGY nor OTHERS is not."""
+    has = not {"TOPOLOGY", "OTHERS"}.isdisjoint(runpy.run_path(str(file)))
+    if not has:
+        report_progress(f"{file} has no TOPOLOGY: it is not for a slice, and not in the table")
+    return has
 
 
 def table_row(plan: SlicePlan, config: TrainConfig, *, name: str, is_config: bool) -> dict:

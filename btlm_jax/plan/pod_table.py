@@ -14,10 +14,10 @@ import jax
 from btlm_jax.plan.chips import CHIPS, GIB, chip_of_device, usual_topology
 from btlm_jax.plan.layout import MeshLayout, layout_of
 from btlm_jax.recipe.config import MeshConfig, TrainConfig, config_from
-from btlm_jax.storage.files import parse_json_object
+from btlm_jax.storage.files import parse_json_object, read_json_object
 
 TABLE_FILE = "table.json"
-POD_FOLDER = "pods"
+POD_FOLDER, FAMILY_FOLDER = "pods", "family"  # of configs/, with a table each
 _NO_EFFECT_ON_MEMORY = ("layer_norm_eps", "alibi_scaling", "remat")
 
 
@@ -26,6 +26,7 @@ class Row:
     """One layout of one model and curriculum on one slice, and the result of compiling it."""
 
     name: str  # of the config file
+    topology: str
     chip: str
     num_chips: int
     trains: dict  # see training_fields
@@ -33,15 +34,16 @@ class Row:
     fits: bool
     needed: int  # bytes of a chip, in the phase that needs the most
     available: int
+    days: tuple[float, float]  # of the config's whole run, (low end, high end); zeros of one that does not fit
 
     def __str__(self) -> str:
         return f"{self.layout.flags} ({self.needed / GIB:.2f} of {self.available / GIB:.2f} GiB)"
 
 
 def table_beside(config_file: Path) -> Path:
-    """Return the path of the table for a config file: in its folder if that is pods/, else in pods/ beside it."""
+    """Return the path of the table for a config file: in its folder if that has one, else in pods/ beside it."""
     folder = config_file.parent
-    return (folder if folder.name == POD_FOLDER else folder / POD_FOLDER) / TABLE_FILE
+    return (folder if folder.name in (POD_FOLDER, FAMILY_FOLDER) else folder / POD_FOLDER) / TABLE_FILE
 
 
 def read_table(path: Path) -> list[Row]:
@@ -58,6 +60,19 @@ def read_table(path: Path) -> list[Row]:
         raise ValueError(
             f"{path} cannot be read ({type(error).__name__}: {error}); make it again: btlm plan --table={path}"
         ) from error
+
+
+def read_versions(path: Path) -> dict[str, str]:
+    """Return the versions of the compiler that a table was made with.
+
+    Raises:
+      ValueError: it has none.
+      OSError: it cannot be read.
+    """
+    versions = read_json_object(path).get("versions")
+    if not isinstance(versions, dict):
+        raise ValueError(f"{path} does not say which compiler made it; make it again: btlm plan --table={path}")
+    return {str(name): str(version) for name, version in versions.items()}
 
 
 def training_fields(config: TrainConfig) -> dict:
@@ -112,6 +127,7 @@ def _row(values: dict) -> Row:
     layout = values["layout"]
     return Row(
         name=values["name"],
+        topology=values["topology"],
         chip=values["chip"],
         num_chips=values["num_chips"],
         trains=values["trains"],
@@ -119,6 +135,7 @@ def _row(values: dict) -> Row:
         fits=values["fits"],
         needed=values["needed_bytes"],
         available=values["available_bytes"],
+        days=tuple(values["days"] or (0.0, 0.0)),
     )
 
 

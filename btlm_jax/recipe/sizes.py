@@ -2,16 +2,18 @@
 
 With P parameters, D tokens, B tokens a step, S = D / B steps and m = d_model / 256:
 
-    heads       the least power of two that makes a head at most 128 wide, and at least 4: every mesh divides them, and
-                ALiBi's slopes are one geometric series. 32 heads of 80 at 2,560, as in BTLM
+    heads       the least power of two that makes a head at most 112 wide, and at least 4: every mesh divides them,
+                cuDNN takes them (attention/gpu.py), ALiBi has one series of slopes. 32 of 80 at 2,560, as in BTLM
     d_ff        8/3 d_model, rounded down to an even number: 6,826 at 2,560, as in BTLM
     d_model     a multiple of 64 below 512 and of 128 above (lanes of a TPU), heads a multiple of 8 wide
     num_layers  of all shapes with P within 5 %, or else 10 %, the nearest to P and to BTLM's d_model = 80 num_layers:
                 the least 2 |ln P'/P| + |ln d_model/num_layers/80|
     D           20 P unless said otherwise (arXiv 2203.15556)
     B           3,932,160 (D / 627.7e9)^0.383: the exponent of arXiv 2505.13738 (the best batch follows the tokens, not
-                the size), through BTLM's own batch. At most D / 600: a run this short is limited by its steps (LOG.md)
-    longest T   16 sqrt(B), a power of two, at most 8,192; through configs/local_cpu.py's 512 at 1,024. No source
+                the size), through BTLM's own batch. At most D / 600: a run this short is limited by its steps
+                (LOG.md). In sequences of the longest T 1, 3, 5 or 15 times a power of two, above 16 a multiple of 8,
+                as BTLM's 480: many meshes divide it
+    longest T   16 sqrt(B), a power of two from 128 to 8,192; through configs/local_cpu.py's 512 at 1,024. No source
     phases      3/4 of the steps at T/4, the rest at T, as in BTLM
     warm-up     375e6 tokens, at most a tenth of D: BTLM's 95 steps, Cerebras-GPT's 375 M (arXiv 2304.03208), and its
                 40 M proxy's tenth
@@ -51,7 +53,7 @@ WEIGHT_DECAYS = (PUBLISHED, TAU)
 
 BASE_WIDTH = 256
 ASPECT = 80.0  # BTLM's d_model / num_layers
-LONGEST = 8192  # BTLM's
+SHORTEST, LONGEST = 128, 8192  # of the last phase's sequences; the latter is BTLM's
 SHORTENING = 4  # its second phase's sequences are so many times as long as its first's
 FIRST_SHARE = 0.75  # of the steps, in the first phase
 MIN_STEPS = 600  # configs/local_cpu.py's
@@ -62,8 +64,9 @@ BTLM_TOKENS_PER_STEP = 480 * 8192
 BTLM_TOKENS = 159_636 * BTLM_TOKENS_PER_STEP
 PEAK, SMALL_PEAK, END_SHARE = 0.012, 0.006, 1.0198e-4 / 0.012
 
-_HEAD_DIM, _MIN_HEADS, _HEAD_DIM_MULTIPLE = 128, 4, 8
+_HEAD_DIM, _MIN_HEADS, _HEAD_DIM_MULTIPLE = 112, 4, 8
 _LANES, _NARROW = 128, 512
+_ODD_PARTS, _DIVISIBLE_FROM = (1, 3, 5, 15), 16
 _MAX_WIDTH, _MAX_LAYERS = 65_536, 1024
 _TOLERANCES = (0.05, 0.1)  # of the parameters asked for: the second where nothing is within the first
 _ASPECT_RATIO = 4.0  # most that d_model / num_layers is above or below ASPECT
@@ -171,7 +174,7 @@ def tokens_per_step_for(num_tokens: int) -> float:
 def longest_for(num_tokens: int) -> int:
     """Return the length of the last phase's sequences of a run of so many tokens."""
     wanted = 16 * math.sqrt(max(tokens_per_step_for(num_tokens), 1.0))
-    return min(LONGEST, 2 ** round(math.log2(wanted)))
+    return min(LONGEST, max(SHORTEST, 2 ** round(math.log2(wanted))))
 
 
 def curriculum_for(num_tokens: int, *, longest: int) -> CurriculumConfig:
@@ -361,11 +364,10 @@ def _best(shapes: list[Shape], num_parameters: int) -> Shape:
 
 
 def _rounded(number: float) -> int:
-    """Return the nearest whole number of four binary digits, so that many powers of two divide it; at least 1."""
-    if number < 1:
-        return 1
-    unit = 2 ** max(0, math.floor(math.log2(number)) - 3)
-    return max(1, round(number / unit) * unit)
+    """Return the nearest number of sequences that many meshes divide; at least 1."""
+    whole = [odd * 2**power for odd in _ODD_PARTS for power in range(40)]
+    allowed = [count for count in whole if count <= _DIVISIBLE_FROM or count % 8 == 0]
+    return min(allowed, key=lambda count: abs(math.log(count / max(number, 1))))
 
 
 def _digits(number: float, count: int) -> float:

@@ -21,6 +21,7 @@ def test_every_file_of_the_folder_has_a_name():
 def test_a_name_a_path_and_a_file_of_the_same_name(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert find_config("pods/v5e_256") == packaged_folder("configs") / "pods" / "v5e_256.py"
+    assert find_config("1.3B") == find_config("family/1.3B") == packaged_folder("configs") / "family" / "1.3B.py"
     assert find_config(str(REPOSITORY / "configs" / "local_cpu.py")) == REPOSITORY / "configs" / "local_cpu.py"
     (tmp_path / "local_cpu").mkdir()  # a directory is no config
     assert find_config("local_cpu") == packaged_folder("configs") / "local_cpu.py"
@@ -32,8 +33,21 @@ def test_a_name_a_path_and_a_file_of_the_same_name(tmp_path, monkeypatch):
 @pytest.mark.parametrize("given", ["local_cp", "configs/local_cpu.py", "local-cpu"])
 def test_an_unknown_name_is_answered_with_the_known_ones(given, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(UsageError, match="btlm_3b_8k, local_cpu, pods/.*; did you mean --config=local_cpu"):
+    with pytest.raises(UsageError, match="btlm_3b_8k, .*, local_cpu, pods/.*; did you mean --config=local_cpu"):
         find_config(given)
+
+
+def test_the_end_of_a_name_that_two_have_names_none(tmp_path, monkeypatch):
+    for folder in ("a", "b"):
+        (tmp_path / "configs" / folder).mkdir(parents=True)
+        (tmp_path / "configs" / folder / "same.py").touch()
+    (tmp_path / "configs" / "b" / "own.py").touch()
+    monkeypatch.setattr("btlm_jax.cli.parse.packaged_folder", lambda name: tmp_path / name)
+    assert find_config("own") == tmp_path / "configs" / "b" / "own.py"
+    with pytest.raises(UsageError, match="--config=same is neither a file nor one of a/same, b/own, b/same"):
+        find_config("same")
+    with pytest.raises(UsageError, match="did you mean --config=own"):
+        find_config("owm")
 
 
 def test_the_table_of_pods_is_found_beside_a_config_taken_by_name(capsys):
@@ -58,7 +72,9 @@ def test_the_list_says_name_parameters_tokens_and_what_it_is(capsys):
     assert main(["configs"]) == 0
     lines = capsys.readouterr().out.splitlines()
     rows = {line.split()[0]: line.split()[1:] for line in lines[1 : 1 + len(config_names())]}
-    assert list(rows) == config_names()
+    assert sorted(rows) == config_names()
+    family = [row for row in rows if row.startswith("family/")]
+    assert family == [f"family/{size}" for size in ("4M", "12M", "40M", "111M", "256M", "590M", "1.3B", "2.7B")]
     assert rows["btlm_3b_8k"][:3] == ["2,646,255,744", "627,714,293,760", "BTLM-3B-8K,"]
     assert rows["local_cpu"][:2] == ["4,207,440", "614,400"]
     assert lines[-2].split()[-1] == str(packaged_folder("configs"))

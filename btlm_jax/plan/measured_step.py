@@ -1,0 +1,191 @@
+"""A config's train step measured on this machine's CPU or GPUs: seconds of the run, and bytes that a step needs."""
+
+from __future__ import annotations
+
+import dataclasses
+import datetime
+import math
+import os
+import time
+from collections.abc import Callable, Sequence
+
+import jax
+import numpy as np
+
+from btlm_jax.parallel.divisibility import divisors
+from btlm_jax.parallel.mesh import batch_sharding, make_mesh
+from btlm_jax.plan.chips import GIB
+from btlm_jax.plan.layout import MeshLayout
+from btlm_jax.plan.placement import CPU, Placement, cpu_placement, span
+from btlm_jax.recipe.config import MeshConfig, TrainConfig
+from btlm_jax.recipe.curriculum import Phase
+from btlm_jax.recipe.sizes import count_parameters
+from btlm_jax.train.program import Program, make_program
+from btlm_jax.train.step import init_state
+
+_STATE_BYTES = 12  # of a parameter: float32, and two moments
+_GPU_MICRO_BATCH = 32_768  # tokens of one GPU
+_SPARE = 0.1  # share of the memory that a step leaves
+_TIMED_STEPS = 2
+
+
+def measure_here(config: TrainConfig, *, report_progress: Callable[[str], None]) -> Placement:
+    """Compile and time a micro-batch of each phase of a config here, and return its placement.
+
+    The micro-batch is the largest that a device is known to gain from and that leaves a tenth of the memory.
+
+    Raises:
+      ValueError: there are TPUs, the number of devices does not divide the batches, or memory is too small.
+    """
+    devices = jax.devices()
+    platform = devices[0].platform
+    if platform == "tpu":
+        raise ValueError("--machine=this measures on CPUs and GPUs; on a TPU host name its slice: --topology=v5e-8")
+    available = _memory_bytes(devices[0])
+    state = _STATE_BYTES * count_parameters(config.model) // (1 if platform == CPU else len(devices))
+    if state > available:
+        raise ValueError(
+            f"the parameters and their two moments alone are {state / GIB:.2f} GiB of a device, and one here has "
+            f"{available / GIB:.2f}: ask for fewer --params, or for a slice with --topology"
+        )
+    for accumulation in _accumulations(config, platform=platform, num_devices=len(devices)):
+        placement = _placement(config, platform=platform, accumulation=accumulation)
+        programs = [
+            _micro_program(config, placement, phase, devices=devices) for phase in config.curriculum.table.phases
+        ]
+        report_progress(f"compiling a step of {_shapes(programs)} tokens here")
+        compiled = [program.compile(program.trace_train_step(_only_phase(program))) for program in programs]
+        needed = max(map(_needed_bytes, compiled))
+        if needed <= (1 - _SPARE) * available:
+            break
+        report_progress(f"  it needs {needed / GIB:.2f} GiB of {available / GIB:.2f}: too much")
+    else:
+        raise ValueError(
+            f"a step of {_shapes(programs)} tokens needs {needed / GIB:.2f} GiB of {available / GIB:.2f} here: give a "
+            "shorter --seq_len, fewer --params, or a slice with --topology"
+        )
+    report_progress(f"timing {_TIMED_STEPS} steps of {_shapes(programs)} tokens")
+    seconds = [_time_step(program, step) for program, step in zip(programs, compiled, strict=True)]
+    total = sum(
+        phase.num_steps * accumulation * each
+        for phase, each in zip(config.curriculum.table.phases, seconds, strict=True)
+    )
+    shown = " and ".join(f"{each:.3g} s" for each in seconds)
+    cores = f"{len(os.sched_getaffinity(0))} CPU cores"
+    machine = cores if platform == CPU else f"{len(devices)} x {devices[0].device_kind}"
+    return dataclasses.replace(
+        placement,
+        memory=f"a step needs {needed / GIB:.2f} of {available / GIB:.1f} GiB, as compiled here",
+        time=(
+            f"{span(total)} of steps alone: micro-batches of {_shapes(programs)} tokens took {shown} "
+            f"({machine}, {datetime.date.today().isoformat()})"
+        ),
+    )
+
+
+def _accumulations(config: TrainConfig, *, platform: str, num_devices: int) -> list[int]:
+    """Return the micro-batches a step to try, the fewest first.
+
+    Raises:
+      ValueError: the devices do not divide the batches.
+    """
+    table = config.curriculum.table
+    batch = math.gcd(*(phase.batch_size for phase in table.phases))
+    if batch % num_devices:
+        raise ValueError(
+            f"batches of {batch} sequences are not divisible by the {num_devices} devices here: use fewer "
+            "(CUDA_VISIBLE_DEVICES), or give --seq_len"
+        )
+    if platform == CPU:
+        first = cpu_placement(table).layout.mesh.accumulation
+    else:
+        most = _GPU_MICRO_BATCH * num_devices
+        first = min(
+            (count for count in divisors(batch // num_devices) if table.tokens_per_step // count <= most), default=0
+        )
+    counts = divisors(batch // num_devices)
+    return [count for count in counts if count >= first] or counts[-1:]
+
+
+def _placement(config: TrainConfig, *, platform: str, accumulation: int) -> Placement:
+    base = cpu_placement(config.curriculum.table)
+    mesh = MeshConfig(tensor=1, context=1, accumulation=accumulation)
+    layout = MeshLayout(mesh=mesh, remat=base.layout.remat)
+    if platform == CPU:
+        return dataclasses.replace(base, layout=layout)
+    why = {
+        "model.dtype": "of activations: what GPUs multiply",
+        "model.remat": "recomputes little",
+        "mesh.accumulation": f"micro-batches a step, of at most {_GPU_MICRO_BATCH:,} tokens of a GPU or one sequence",
+    }
+    return dataclasses.replace(base, where=", on GPUs", dtype="bfloat16", layout=layout, why=why)
+
+
+def _micro_program(
+    config: TrainConfig,
+    placement: Placement,
+    phase: Phase,
+    *,
+    devices: Sequence[jax.Device],
+) -> Program:
+    """Return the program of one micro-batch of a phase."""
+    layout = placement.layout
+    rows = phase.batch_size // layout.mesh.accumulation
+    curriculum = dataclasses.replace(
+        config.curriculum, seq_len=(phase.seq_len,), batch_size=(rows,), num_tokens=(rows * phase.seq_len,)
+    )
+    optimizer = dataclasses.replace(config.optimizer, warmup_tokens=0)
+    one = dataclasses.replace(
+        config,
+        model=dataclasses.replace(config.model, dtype=placement.dtype, remat=layout.remat),
+        curriculum=curriculum,
+        optimizer=optimizer,
+        mesh=dataclasses.replace(layout.mesh, accumulation=1),
+    )
+    return make_program(one, make_mesh(devices=list(devices), tensor=1))
+
+
+def _only_phase(program: Program) -> Phase:
+    (phase,) = program.config.curriculum.table.phases
+    return phase
+
+
+def _shapes(programs: Sequence[Program]) -> str:
+    phases = map(_only_phase, programs)
+    return " and ".join(f"{phase.batch_size} x {phase.seq_len:,}" for phase in phases)
+
+
+def _time_step(program: Program, step: jax.stages.Compiled) -> float:
+    """Return the seconds of a step, the least of _TIMED_STEPS after one more."""
+    phase = _only_phase(program)
+    shape = (1, phase.batch_size, phase.seq_len)
+    random = np.random.default_rng(0)
+    tokens = {
+        name: random.integers(0, program.config.model.vocab_size, shape, np.int32)
+        for name in ("inputs_BT", "targets_BT")
+    }
+    batch = jax.device_put(
+        {**tokens, "weights_BT": np.ones(shape, np.float32)}, batch_sharding(program.mesh, program.rules_for(phase))
+    )
+    state = init_state(program.model, program.optimizer, program.mesh, seed=program.config.seed)
+    seconds = []
+    for _ in range(1 + _TIMED_STEPS):
+        began = time.perf_counter()
+        state, metrics = step(state, batch, np.float32(1e-4))
+        jax.block_until_ready((state, metrics))
+        seconds.append(time.perf_counter() - began)
+    return min(seconds[1:])
+
+
+def _needed_bytes(step: jax.stages.Compiled) -> int:
+    memory = step.memory_analysis()
+    assert memory is not None, "CPUs and GPUs give it"
+    return memory.argument_size_in_bytes + memory.temp_size_in_bytes
+
+
+def _memory_bytes(device: jax.Device) -> int:  # pyright: ignore[reportInvalidTypeForm] # jax declares it as a variable
+    """Return the bytes that a device may use: of a CPU, the machine's memory."""
+    statistics = device.memory_stats() if device.platform != CPU else None
+    if statistics:
+        return statistics["bytes_limit"]
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")

@@ -1,0 +1,102 @@
+"""31.8M parameters, 636M tokens (20 a parameter), 2,048 then 8,192 long.
+
+Written by: btlm new --params=32M --d_model=256 --output=40M.py
+See first:  btlm train --config=40M.py --dry-run
+Train:      btlm train --config=40M.py --workdir=DIR --config.data.store=STORE
+Memory:     not planned: btlm plan --config=40M.py --topology=SLICE --search
+Time:       not planned
+Loss:       none is predicted: no scaling law has been fitted to models of this recipe
+Rules:      docs/guide/new.md; what follows from none is as in configs/btlm_3b_8k.py
+"""
+
+from ml_collections import ConfigDict
+
+TOKENS_PER_STEP = 128 * 2048  # = 32 * 8192 = 262,144
+
+
+def get_config() -> ConfigDict:
+    return ConfigDict(
+        dict(
+            seed=1,  # of the initial parameters
+            model=dict(
+                vocab_size=50257,  # GPT-2's tokenizer
+                num_layers=24,  # what is missing to --params at this width
+                d_model=256,  # as --d_model
+                num_heads=4,  # heads 64 wide: the least power of two, from 4 on, that makes them at most 112
+                # 8/3 d_model, rounded down to an even number as BTLM's 6,826; a TPU pads it to 768, 12.6% more
+                d_ff=682,
+                layer_norm_eps=1e-5,  # as BTLM's
+                alibi_scaling=1.0,  # positions as trained
+                dtype="bfloat16",  # of activations; parameters and sums are float32 anyway
+                attention="auto",  # the fastest for the devices
+                remat="full",  # keeps the least for the backward pass, so that it fits most
+                loss_chunk=512,  # positions whose logits exist at one time
+            ),
+            mup=dict(
+                preset="btlm",  # as BTLM's: docs/internals/mup.md
+                base_d_model=256.0,  # width of the proxy that the constants were tuned on: m = d_model / 256 = 1
+                base_d_ff=682.0,  # d_ff / m: both widths grow alike
+                base_num_layers=24,  # read by completep only
+                init_std=0.073,  # BTLM's, tuned on the proxy; / sqrt(m) for hidden matrices
+                embedding_multiplier=14.6,  # BTLM's, tuned on the proxy
+                output_multiplier=2.22,  # BTLM's, tuned on the proxy; / m
+            ),
+            curriculum=dict(
+                seq_len=(2048, 8192),  # BTLM's
+                # 262,144 tokens: the best batch grows as tokens^0.383 (arXiv 2505.13738), through BTLM's 3,932,160 at
+                # 627.7 B
+                batch_size=(128, 32),
+                # 3/4 and 1/4 of the steps, as BTLM's; 0.6362 B in all, 20 a parameter
+                num_tokens=(1820 * TOKENS_PER_STEP, 607 * TOKENS_PER_STEP),
+            ),
+            optimizer=dict(
+                schedule="linear",  # as BTLM's
+                peak_learning_rate=0.012,  # of BTLM, tuned on the proxy; hidden matrices have / m = 0.012
+                end_learning_rate=0.00010198,  # 0.85 % of the peak, as BTLM's
+                initial_learning_rate=0.0,  # as BTLM's
+                warmup_tokens=242 * TOKENS_PER_STEP,  # 375 M tokens (arXiv 2304.03208), at most a tenth of the run
+                decay_share=0.2,  # of wsd only
+                schedule_begin=0,  # with the run
+                schedule_tokens=0,  # 0: the whole run
+                beta1=0.9,  # as BTLM's
+                beta2=0.95,  # as BTLM's
+                eps=1e-8,  # as BTLM's
+                # AdamW remembers tau = m / (peak decay steps) = 0.343 of the run in hidden matrices; arXiv 2505.13738
+                # has 0.210 for so many tokens a parameter
+                weight_decay=0.1,
+                clip_norm=1.0,  # as BTLM's
+            ),
+            mesh=dict(
+                tensor=1,  # ways that heads and d_ff are split
+                context=1,  # ways that positions are split
+                accumulation=1,  # micro-batches a step
+            ),
+            data=dict(
+                store="store",  # the token store, from the workdir if relative; --config.data.store=STORE
+                seed=1,  # of the order of blocks
+                max_epochs=1,  # passes over the store that the tokens may take
+                prefetch=4,  # batches read ahead
+            ),
+            corpus=dict(
+                source="prepared",  # the store must exist: btlm corpus makes it
+                max_bytes=2_570_000_000_000,  # as BTLM's; of no effect on a prepared store, as the two below
+                heldout_fraction=0.0017,  # as BTLM's
+                heldout_bytes_per_source=300_000_000,  # as BTLM's
+            ),
+            evaluation=dict(
+                every_steps=121,  # a twentieth of the run, at most BTLM's 2,000
+                blocks_per_source=64,  # as BTLM's
+                batch_size=32,  # that of the last phase, whose sequences are a block of the store long
+            ),
+            checkpoint=dict(
+                every_steps=200,  # a tenth of the run, at most BTLM's 200
+                keep_last=3,  # as BTLM's
+                keep_every=10_000,  # as BTLM's
+            ),
+            log=dict(
+                every_steps=10,  # every step in runs below 1,000
+                sample_prompt="The key to training a language model is",  # continued at the end
+                sample_tokens=128,  # of the continuation
+            ),
+        )
+    )

@@ -1,0 +1,77 @@
+"""Renew the table of docs/reference/family.md from configs/family/: `python docs/family_table.py`."""
+
+from __future__ import annotations
+
+import re
+import runpy
+from pathlib import Path
+
+from btlm_jax.plan.chips import GIB
+from btlm_jax.plan.placement import span
+from btlm_jax.plan.pod_table import Row, read_table, read_versions, training_fields
+from btlm_jax.recipe.config import TrainConfig, train_config_from
+from btlm_jax.recipe.sizes import count_parameters
+
+ROOT = Path(__file__).resolve().parent.parent
+FAMILY = ROOT / "configs" / "family"
+TABLE = FAMILY / "table.json"
+PAGE = ROOT / "docs" / "reference" / "family.md"
+PLANNED = "2026-11-29"  # when the table of layouts was compiled
+MEASURED: dict[str, str] = {}  # by name: where, memory and times, as columns of the table
+BTLM_TOKENS_PER_PARAMETER = 237.2
+_MARKED = re.compile(r"(<!-- family -->\n).*?(<!-- end of family -->)", flags=re.DOTALL)
+
+
+def table() -> str:
+    """Return the table as Markdown."""
+    rows = read_table(TABLE)
+    configs = {
+        path.stem: train_config_from(runpy.run_path(str(path))["get_config"]().to_dict())
+        for path in FAMILY.glob("*.py")
+    }
+    names = sorted(configs, key=lambda name: count_parameters(configs[name].model))
+    lines = [
+        "| config | parameters | layers, width, heads | tokens at 20 a parameter | at 237 | batch | where | GiB "
+        "| time at 20 | at 237 |",
+        "|---|---|---|---|---|---|---|---|---|---|",
+        *(_line(name, configs[name], rows) for name in names),
+    ]
+    if rows:
+        versions = ", ".join(f"{name} {version}" for name, version in read_versions(TABLE).items())
+        lines += [
+            "",
+            f"Memory of a chip and times are predicted by `btlm plan --table=configs/family/table.json` ({PLANNED},",
+            f"{versions}), not measured on a TPU; the time at 237 is for the batch at 20. Exchanges, step times and",
+            "MFU: `configs/family/table.md`. `btlm train` on TPUs asks it, as the table of the [pods](pod-table.md),",
+            "whether a layout fits.",
+        ]
+    return "\n".join(lines)
+
+
+def renewed(page: str) -> str:
+    """Return the page with the table as it is now."""
+    return _MARKED.sub(lambda match: f"{match[1]}\n{table()}\n\n{match[2]}", page)
+
+
+def _line(name: str, config: TrainConfig, rows: list[Row]) -> str:
+    model, curriculum = config.model, config.curriculum
+    count, tokens = count_parameters(model), curriculum.table.num_tokens
+    longer = BTLM_TOKENS_PER_PARAMETER * count / tokens
+    where = MEASURED.get(name, "not planned | | | ")
+    for row in rows:
+        if row.name == name and row.trains == training_fields(config):
+            seconds = [86_400 * days for days in row.days]
+            where = (
+                f"{row.topology}, {row.num_chips} chips | {row.needed / GIB:.2f} of {row.available / GIB:.2f} | "
+                f"{span(*seconds)} | {span(*(longer * each for each in seconds))}"
+            )
+    batches = zip(curriculum.batch_size, curriculum.seq_len, strict=True)
+    return (
+        f"| `family/{name}` | {count:,} | {model.num_layers}, {model.d_model:,}, {model.num_heads} x {model.head_dim} "
+        f"| {tokens / 1e9:.3g} B | {BTLM_TOKENS_PER_PARAMETER * count / 1e9:.3g} B | "
+        f"{', '.join(f'{sequences:,} x {length:,}' for sequences, length in batches)} | {where} |"
+    )
+
+
+if __name__ == "__main__":
+    PAGE.write_text(renewed(PAGE.read_text()))
