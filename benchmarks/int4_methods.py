@@ -44,8 +44,8 @@ CALIBRATION_BLOCKS = 32
 class Int8CacheBtlm(Btlm):
     """The network as if its keys and values came from an int8 cache: one scale a token and head, absmax / 127."""
 
-    def _attend(self, q_BTNH, k_BSNH, v_BSNH):
-        return super()._attend(q_BTNH, _int8(k_BSNH), _int8(v_BSNH))
+    def _attend(self, q_BTNH, k_BSNH, v_BSNH, starts_BT):
+        return super()._attend(q_BTNH, _int8(k_BSNH), _int8(v_BSNH), starts_BT)
 
 
 def _int8(x_BSNH):

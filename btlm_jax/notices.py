@@ -27,6 +27,7 @@ NAMES = {
     "not-the-store": "data.store is also the name of something in the current directory, which is not read",
     "metrics-line-dropped": "a line of metrics.jsonl is damaged, and is removed at a resume",
     "summary-made-again": "the summary of a finished run is damaged, and its end is repeated",
+    "documents-joined": "a window has more documents than its attention keeps apart; those beyond see each other",
     "no-targets": "a batch of training is all padding: its step changes nothing",
     "machine-changed": "a run is resumed where its numbers may differ in their last bits",
     "task-repeated": "a record of finished work of a corpus stage is damaged, and the work is repeated",

@@ -57,7 +57,7 @@ def get_config() -> ConfigDict:
                 clip_norm=1.0,
             ),
             mesh=dict(tensor=1, context=1, accumulation=1),
-            data=dict(store="store", seed=1, max_epochs=1, prefetch=4),
+            data=dict(store="store", seed=1, max_epochs=1, prefetch=4, document_mask=False),
             corpus=dict(
                 source="installed_python",
                 max_bytes=48_000_000,

@@ -12,6 +12,7 @@ from jax.sharding import AbstractMesh, AxisType
 from jax.sharding import PartitionSpec as P
 
 from btlm_jax.parallel.mesh import axis_names, num_ways, platform
+from btlm_jax.recipe.config import ModelConfig
 
 IMPLEMENTATIONS = ("reference", "blockwise", "cpu", "tpu", "splash", "gpu")
 AUTO = "auto"  # the one made for the devices: tpu on TPUs, gpu and cpu where they are possible, otherwise blockwise
@@ -25,8 +26,12 @@ def attend(
     *,
     scale: float,
     implementation: str,
+    starts_BT: jax.Array | None = None,
 ) -> jax.Array:
     """Return softmax over s <= t of (scale * q_t . k_s - slopes * (t - s)), applied to v, as o_BTNH in q's dtype.
+
+    `starts_BT`, int32, is the position at which the document of each position begins: then only keys of the query's
+    own document, s >= starts_t, are seen. It never falls along T, and starts_t <= t. None: one document.
 
     `implementation` is one of IMPLEMENTATIONS or AUTO. The softmax is float32 whatever the dtype. The slopes are
     constants: no gradient flows to them. Under an explicit mesh each device attends with its own sequences and heads.
@@ -43,43 +48,59 @@ def attend(
             f"attention implementation {implementation!r} is not known; allowed are "
             f"{', '.join((AUTO, *IMPLEMENTATIONS))}"
         )
-    _check_shapes(q_BTNH, k_BSNH, v_BSNH, slopes_N)
+    _check_shapes(q_BTNH, k_BSNH, v_BSNH, slopes_N, starts_BT)
     if implementation == AUTO:
-        implementation = _implementation_for(q_BTNH)
+        implementation = _implementation_for(q_BTNH, has_documents=starts_BT is not None)
     slopes_N = jax.lax.stop_gradient(jnp.asarray(slopes_N, jnp.float32))
     mesh = jax.sharding.get_abstract_mesh()
     if AxisType.Explicit not in mesh.axis_types:
-        return _local_attention(implementation, length_axes=())(q_BTNH, k_BSNH, v_BSNH, slopes_N, scale=scale)
+        attend_local = _local_attention(implementation, length_axes=())
+        return attend_local(q_BTNH, k_BSNH, v_BSNH, slopes_N, starts_BT, scale=scale)
     spec = _sharding_spec(q_BTNH, k_BSNH, v_BSNH)
     length_axes, heads_axes = (tuple(axis for axis in axis_names(spec[dim]) if mesh.shape[axis] > 1) for dim in (1, 2))
     _check_heads(q_BTNH.shape[2], mesh=mesh, length_axes=length_axes, heads_axes=heads_axes)
     slopes_spec = P((*heads_axes, *length_axes))
     slopes_N = jax.sharding.reshard(slopes_N, slopes_spec)
+    starts_spec = P(spec[0], None)
+    if starts_BT is not None:
+        starts_BT = jax.sharding.reshard(starts_BT, starts_spec)
     mapped = jax.shard_map(
         functools.partial(_local_attention(implementation, length_axes=length_axes), scale=scale),
-        in_specs=(spec, spec, spec, slopes_spec),
+        in_specs=(spec, spec, spec, slopes_spec, starts_spec),
         out_specs=spec,
         # The kernels do not declare what their results vary over, which the check would need.
         check_vma=implementation in ("reference", "blockwise"),
     )
-    return mapped(q_BTNH, k_BSNH, v_BSNH, slopes_N)
+    return mapped(q_BTNH, k_BSNH, v_BSNH, slopes_N, starts_BT)
 
 
-def _implementation_for(q_BTNH: jax.Array) -> str:
+def most_documents(config: ModelConfig) -> int:
+    """Return how many documents of a sequence attention keeps apart at most, on these devices."""
+    if platform() != "gpu" or config.attention not in (AUTO, "gpu"):
+        return 1 << 31
+    from btlm_jax.attention.gpu import MOST_DOCUMENTS
+
+    return MOST_DOCUMENTS
+
+
+def _implementation_for(q_BTNH: jax.Array, *, has_documents: bool) -> str:
     """Return the implementation made for the devices, of those that take such queries."""
     if platform() == "tpu":
         return "tpu"
     if platform() == "gpu":
         from btlm_jax.attention.gpu import has_kernel_for
 
-        return "gpu" if has_kernel_for(q_BTNH) else "blockwise"
+        return "gpu" if has_kernel_for(q_BTNH, has_documents=has_documents) else "blockwise"
     from btlm_jax.attention.cpu import has_kernels_for
 
     return "cpu" if platform() == "cpu" and has_kernels_for(q_BTNH) else "blockwise"
 
 
 def _local_attention(implementation: str, *, length_axes: tuple[str, ...]) -> Callable[..., jax.Array]:
-    """Return what attends on one device: (q_BTNH, k_BSNH, v_BSNH, slopes_N, *, scale) -> o_BTNH of its positions."""
+    """Return what attends on one device: (q_BTNH, k_BSNH, v_BSNH, slopes_N, starts_BT, *, scale) -> o_BTNH.
+
+    Arrays are of its own positions, but starts_BT of all.
+    """
     is_interpreted = platform() != "tpu"
     if implementation == "tpu":
         from btlm_jax.attention.tpu import attend_tpu
@@ -104,7 +125,9 @@ def _local_attention(implementation: str, *, length_axes: tuple[str, ...]) -> Ca
     return functools.partial(attend_exchanged, attend_local, length_axes=length_axes)
 
 
-def _check_shapes(q_BTNH: jax.Array, k_BSNH: jax.Array, v_BSNH: jax.Array, slopes_N: jax.Array) -> None:
+def _check_shapes(
+    q_BTNH: jax.Array, k_BSNH: jax.Array, v_BSNH: jax.Array, slopes_N: jax.Array, starts_BT: jax.Array | None
+) -> None:
     if q_BTNH.ndim != 4 or not q_BTNH.shape == k_BSNH.shape == v_BSNH.shape:
         raise ValueError(
             f"attention needs q, k and v of one shape [batch, length, heads, head dim]; got {q_BTNH.shape}, "
@@ -112,6 +135,11 @@ def _check_shapes(q_BTNH: jax.Array, k_BSNH: jax.Array, v_BSNH: jax.Array, slope
         )
     if slopes_N.shape != (q_BTNH.shape[2],):
         raise ValueError(f"attention over {q_BTNH.shape[2]} heads needs as many slopes; got shape {slopes_N.shape}")
+    if starts_BT is not None and (starts_BT.shape != q_BTNH.shape[:2] or starts_BT.dtype != jnp.int32):
+        raise ValueError(
+            f"attention over {q_BTNH.shape[:2]} positions needs documents' starts of that shape, int32; got "
+            f"{starts_BT.shape}, {starts_BT.dtype}"
+        )
 
 
 def _sharding_spec(q_BTNH: jax.Array, k_BSNH: jax.Array, v_BSNH: jax.Array) -> P:

@@ -13,7 +13,13 @@ from btlm_jax.kernels.build import HEAD_DIM_MULTIPLE, QUERY_TILE, has_training_k
 
 
 def attend_cpu(
-    q_BTNH: jax.Array, k_BTNH: jax.Array, v_BTNH: jax.Array, slopes_N: jax.Array, *, scale: float
+    q_BTNH: jax.Array,
+    k_BTNH: jax.Array,
+    v_BTNH: jax.Array,
+    slopes_N: jax.Array,
+    starts_BT: jax.Array | None,
+    *,
+    scale: float,
 ) -> jax.Array:
     """Attend in float32 (same mathematics as `attend_reference`); bfloat16 is converted as it is read.
 
@@ -27,7 +33,7 @@ def attend_cpu(
             "attention implementation 'cpu' takes float32 and bfloat16, on a CPU with a C++ compiler; got "
             f"{q_BTNH.dtype} on {jax.default_backend()}: use 'blockwise', or 'auto', which takes what there is"
         )
-    return _attend(*remat_names.with_checkpoint_names(q_BTNH, k_BTNH, v_BTNH), slopes_N, scale)
+    return _attend(*remat_names.with_checkpoint_names(q_BTNH, k_BTNH, v_BTNH), slopes_N, starts_BT, scale)
 
 
 def has_kernels_for(q_BTNH: jax.Array) -> bool:
@@ -35,22 +41,23 @@ def has_kernels_for(q_BTNH: jax.Array) -> bool:
     return q_BTNH.dtype in (jnp.float32, jnp.bfloat16) and has_training_kernels()
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
-def _attend(q_BTNH, k_BTNH, v_BTNH, slopes_N, scale):
-    return _attend_forward(q_BTNH, k_BTNH, v_BTNH, slopes_N, scale)[0]
+@functools.partial(jax.custom_vjp, nondiff_argnums=(5,))
+def _attend(q_BTNH, k_BTNH, v_BTNH, slopes_N, starts_BT, scale):
+    return _attend_forward(q_BTNH, k_BTNH, v_BTNH, slopes_N, starts_BT, scale)[0]
 
 
-def _attend_forward(q_BTNH, k_BTNH, v_BTNH, slopes_N, scale):
+def _attend_forward(q_BTNH, k_BTNH, v_BTNH, slopes_N, starts_BT, scale):
     B, T, N, H = q_BTNH.shape
     window_BN = windows_of_heads(q_BTNH, k_BTNH, slopes_N, scale=scale)
     window_BN = checkpoint_name(window_BN, remat_names.WINDOW)
     # Scratch memory: keys and values in float32, one head after the other.
     scratch = (2, B, N, T, -(-H // HEAD_DIM_MULTIPLE) * HEAD_DIM_MULTIPLE)
     call = jax.ffi.ffi_call("btlm_causal_forward", [_like(q_BTNH), _float32((B, N, T)), _float32(scratch)])
-    o_BTNH, lse_BNT, _ = call(q_BTNH, k_BTNH, v_BTNH, slopes_N, window_BN, scale=np.float32(scale))
+    inputs = (q_BTNH, k_BTNH, v_BTNH, slopes_N, window_BN)
+    o_BTNH, lse_BNT, _ = call(*inputs, *_given(starts_BT), scale=np.float32(scale))
     o_BTNH = checkpoint_name(o_BTNH, remat_names.OUTPUT)
     lse_BNT = checkpoint_name(lse_BNT, remat_names.LOG_SUM_EXP)
-    return o_BTNH, (q_BTNH, k_BTNH, v_BTNH, slopes_N, window_BN, o_BTNH, lse_BNT)
+    return o_BTNH, (starts_BT, *inputs, o_BTNH, lse_BNT)
 
 
 def _attend_backward(scale, residuals, do_BTNH):
@@ -58,11 +65,17 @@ def _attend_backward(scale, residuals, do_BTNH):
     # Scratch memory: q, do and the sums of dq, transposed in tiles.
     scratch = (3, B, N, -(-T // QUERY_TILE), H, QUERY_TILE)
     call = jax.ffi.ffi_call("btlm_causal_backward", [*[_like(do_BTNH)] * 3, _float32(scratch)])
-    dq_BTNH, dk_BTNH, dv_BTNH, _ = call(*residuals, do_BTNH, scale=np.float32(scale))
-    return dq_BTNH, dk_BTNH, dv_BTNH, None
+    starts_BT, *saved = residuals
+    dq_BTNH, dk_BTNH, dv_BTNH, _ = call(*saved, do_BTNH, *_given(starts_BT), scale=np.float32(scale))
+    return dq_BTNH, dk_BTNH, dv_BTNH, None, None
 
 
 _attend.defvjp(_attend_forward, _attend_backward)
+
+
+def _given(starts_BT: jax.Array | None) -> list[jax.Array]:
+    """Return the kernels' last argument, which is left out where there are no documents."""
+    return [] if starts_BT is None else [starts_BT]
 
 
 def _like(x: jax.Array) -> jax.ShapeDtypeStruct:

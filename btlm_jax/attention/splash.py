@@ -21,11 +21,15 @@ def attend_splash(
     k_BSNH: jax.Array,
     v_BSNH: jax.Array,
     slopes_N: jax.Array,
+    starts_BT: jax.Array | None,
     *,
     scale: float,
     interpret: bool,
 ) -> jax.Array:
-    """Attend in the kernel (same mathematics as `attend_reference`); products take operands in q's dtype."""
+    """Attend in the kernel (same mathematics as `attend_reference`); products take operands in q's dtype.
+
+    Documents are the kernel's segments: it masks scores of others, and skips no block that is below the diagonal.
+    """
     T, N, H = q_BTNH.shape[1:]
     block = block_size(T)
     padding = -T % block
@@ -41,7 +45,11 @@ def attend_splash(
         heads_first(widen(q_BTNH, q_lanes_TNW)), heads_first(widen(k_BSNH, k_lanes_SNW)), heads_first(v_BSNH)
     )
     kernel = _make_kernel(T + padding, N, block, interpret=interpret)
-    o_BNTH = jax.vmap(kernel)(q_BNTW, k_BNSW, v_BNSW)
+    if starts_BT is None:
+        o_BNTH = jax.vmap(kernel)(q_BNTW, k_BNSW, v_BNSW)
+    else:
+        document_BT = jnp.pad(starts_BT, ((0, 0), (0, padding)), constant_values=T)
+        o_BNTH = jax.vmap(kernel)(q_BNTW, k_BNSW, v_BNSW, splash_attention.SegmentIds(q=document_BT, kv=document_BT))
     return o_BNTH[:, :, :T].swapaxes(1, 2)
 
 

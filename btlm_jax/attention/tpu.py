@@ -7,7 +7,7 @@ visited. The backward pass computes the scores once for all three gradients (Fla
 B.4). Off a TPU, Pallas interprets the kernels: slow, the same arithmetic.
 
 A head computes nothing for blocks of keys beyond its window (alibi.py), which follows, sequence by sequence, from the
-largest norms of its queries and keys.
+largest norms of its queries and keys. Nor for blocks of other documents, whose keys and queries are not read either.
 
 Letters beside the house's: S pieces of the length, A = S x B, G heads of one program, M = heads x head dim, X groups of
 heads, C positions of a block, P pairs of blocks.
@@ -29,7 +29,7 @@ from jax.experimental.pallas import tpu as pltpu
 from btlm_jax.attention import remat_names
 from btlm_jax.attention.alibi import CENTRE_KEYS, centre_of, window_of
 from btlm_jax.attention.alibi_lanes import head_of_lane, whole_tiles
-from btlm_jax.attention.tpu_kernels import Heads, backward_kernel, forward_kernel, scratch_of_split_heads
+from btlm_jax.attention.tpu_kernels import Documents, Heads, backward_kernel, forward_kernel, scratch_of_split_heads
 from btlm_jax.attention.ulysses import all_to_all, heads_to_seq, merge_pieces, seq_to_heads, split_pieces
 from btlm_jax.parallel.mesh import TPU_LANES, Axes, device_kind
 
@@ -68,6 +68,7 @@ def attend_tpu(
     k_BTNH: jax.Array,
     v_BTNH: jax.Array,
     slopes_N: jax.Array,
+    starts_BT: jax.Array | None,
     *,
     scale: float,
     length_axes: Axes,
@@ -91,7 +92,7 @@ def attend_tpu(
         axes=length_axes,
         interpret=interpret,
     )
-    o_SBTM = _attend(config, *remat_names.with_checkpoint_names(q_SBTM, k_SBTM, v_SBTM), slopes_N)
+    o_SBTM = _attend(config, *remat_names.with_checkpoint_names(q_SBTM, k_SBTM, v_SBTM), slopes_N, starts_BT)
     return heads_to_seq(cast(jax.Array, o_SBTM), head_dim=head_dim)  # functools.partial hides custom_vjp's type
 
 
@@ -150,6 +151,40 @@ class _KernelConfig:
         return x_ATM[:, :T].reshape(S, B, T, M)
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class _DocumentsOfBlocks:
+    """Where documents begin, for blocks of C positions, X in all."""
+
+    starts_B1T: jax.Array  # int32, of each position: T in whole blocks
+    of_blocks_B3X: jax.Array  # int32, of each block: see Documents
+
+    def nearest_keys(self, pair, b, of_blocks_ref):
+        """Return a pair of blocks (of queries, of keys) with keys that the queries see, for what is not visited."""
+        return pair[0], jnp.maximum(pair[1], of_blocks_ref[b, 0, pair[0]] // self.block)
+
+    def nearest_queries(self, pair, b, of_blocks_ref):
+        """Return a pair of blocks (of queries, of keys) with queries that see the keys, for what is not visited."""
+        return jnp.minimum(pair[0], of_blocks_ref[b, 2, pair[1]]), pair[1]
+
+    @property
+    def block(self) -> int:
+        return self.starts_B1T.shape[2] // self.of_blocks_B3X.shape[2]
+
+
+def _documents_of_blocks(starts_BT: jax.Array | None, length: int, block: int) -> _DocumentsOfBlocks | None:
+    """Return the documents of sequences padded to `length`; padding is a document of its own."""
+    if starts_BT is None:
+        return None
+    T = starts_BT.shape[1]
+    starts_BT = jnp.pad(starts_BT, ((0, 0), (0, length - T)), constant_values=T)
+    stop_X = block * (1 + jnp.arange(length // block))
+    num_queries_BX = (starts_BT[:, None] < stop_X[None, :, None]).sum(-1, dtype=jnp.int32)  # that see a key before it
+    of_blocks_B3X = jnp.stack(
+        [starts_BT[:, ::block], starts_BT[:, block - 1 :: block], (num_queries_BX - 1) // block], axis=1
+    )
+    return _DocumentsOfBlocks(starts_B1T=starts_BT[:, None], of_blocks_B3X=of_blocks_B3X)
+
+
 def block_size(heads: Heads, length: int) -> int:
     """Return how many positions a block of the kernels has: whole tiles, that divide a length of whole tiles."""
     limits = _limits()
@@ -163,22 +198,23 @@ def block_size(heads: Heads, length: int) -> int:
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _attend(config: _KernelConfig, q_SBTM, k_SBTM, v_SBTM, slopes_N):
-    return _attend_forward(config, q_SBTM, k_SBTM, v_SBTM, slopes_N)[0]
+def _attend(config: _KernelConfig, q_SBTM, k_SBTM, v_SBTM, slopes_N, starts_BT):
+    return _attend_forward(config, q_SBTM, k_SBTM, v_SBTM, slopes_N, starts_BT)[0]
 
 
-def _attend_forward(config: _KernelConfig, q_SBTM, k_SBTM, v_SBTM, slopes_N):
+def _attend_forward(config: _KernelConfig, q_SBTM, k_SBTM, v_SBTM, slopes_N, starts_BT):
     window_BN = checkpoint_name(config.window(q_SBTM, k_SBTM, slopes_N), remat_names.WINDOW)
     q_ATM, k_ATM, v_ATM = map(config.to_kernel_layout, (q_SBTM, k_SBTM, v_SBTM))
     S = config.num_pieces(q_SBTM)
-    o_ATM, lse_AXGT = _forward(config.heads, S, slopes_N, window_BN, q_ATM, k_ATM, v_ATM, config.interpret)
+    inputs = slopes_N, window_BN, q_ATM, k_ATM, v_ATM
+    o_ATM, lse_AXGT = _forward(config.heads, S, starts_BT, inputs, config.interpret)
     o_SBTM = checkpoint_name(all_to_all(config.from_kernel_layout(o_ATM, q_SBTM), config.axes), remat_names.OUTPUT)
     lse_AXGT = checkpoint_name(lse_AXGT, remat_names.LOG_SUM_EXP)
-    return o_SBTM, (q_SBTM, k_SBTM, v_SBTM, slopes_N, window_BN, o_SBTM, lse_AXGT)
+    return o_SBTM, (q_SBTM, k_SBTM, v_SBTM, slopes_N, starts_BT, window_BN, o_SBTM, lse_AXGT)
 
 
 def _attend_backward(config: _KernelConfig, residuals, do_SBTM):
-    q_SBTM, k_SBTM, v_SBTM, slopes_N, window_BN, o_SBTM, lse_AXGT = residuals
+    q_SBTM, k_SBTM, v_SBTM, slopes_N, starts_BT, window_BN, o_SBTM, lse_AXGT = residuals
     head_of_lane_NM = head_of_lane(config.heads.num, config.heads.dim)
     product_SBTM = do_SBTM.astype(jnp.float32) * o_SBTM.astype(jnp.float32)
     # A product of two bfloat16 has 16 bits, which three passes hold as six do.
@@ -188,23 +224,25 @@ def _attend_backward(config: _KernelConfig, residuals, do_SBTM):
     delta_AXGT = config.to_kernel_layout(delta_SBTN).swapaxes(1, 2).reshape(lse_AXGT.shape)
     qkvdo_ATM = map(config.to_kernel_layout, (q_SBTM, k_SBTM, v_SBTM, all_to_all(do_SBTM, config.axes)))
     inputs = slopes_N, window_BN, *qkvdo_ATM, lse_AXGT, delta_AXGT
-    gradients_ATM = _backward(config.heads, config.num_pieces(q_SBTM), inputs, config.interpret)
-    return *(config.from_kernel_layout(x_ATM, q_SBTM) for x_ATM in gradients_ATM), None
+    gradients_ATM = _backward(config.heads, config.num_pieces(q_SBTM), starts_BT, inputs, config.interpret)
+    return *(config.from_kernel_layout(x_ATM, q_SBTM) for x_ATM in gradients_ATM), None, None
 
 
 _attend.defvjp(_attend_forward, _attend_backward)
 
 
-def _forward(heads: Heads, S: int, slopes_N, window_BN, q_ATM, k_ATM, v_ATM, interpret: bool):
-    (A, T, M), dtype = q_ATM.shape, q_ATM.dtype
+def _forward(heads: Heads, S: int, starts_BT, inputs: tuple, interpret: bool):
+    (A, T, M), dtype = inputs[2].shape, inputs[2].dtype
     G, H, C = heads.together, heads.dim, block_size(heads, T)
     # Split keys and values stay in vector memory for the queries to come where those of all positions fit.
     fits = S * T * G * (heads.width + H) * dtype.itemsize <= _limits().resident_bytes
     num_resident = S * T // C if fits else 1
-    queries, keys, rows = _blocks(heads, A // S, T // C, C)
+    documents = _documents_of_blocks(starts_BT, S * T, C)
+    queries, keys, rows = _blocks(heads, A // S, T // C, C, nearest=documents and documents.nearest_keys)
     return _call(
         functools.partial(forward_kernel, heads=heads),
         _pairs(S * T // C),
+        documents,
         name=FORWARD,
         grid=(A // S, heads.num // G),
         in_specs=[queries, queries, queries] if num_resident > 1 else [queries, keys, keys],
@@ -221,16 +259,17 @@ def _forward(heads: Heads, S: int, slopes_N, window_BN, q_ATM, k_ATM, v_ATM, int
             pltpu.VMEM((G, H, C), jnp.float32),
         ],
         interpret=interpret,
-    )(slopes_N, window_BN, q_ATM, k_ATM, v_ATM)
+    )(*inputs)
 
 
-def _backward(heads: Heads, S: int, inputs: tuple, interpret: bool):
+def _backward(heads: Heads, S: int, starts_BT, inputs: tuple, interpret: bool):
     """Return dq, dk and dv, computed in as many spans of queries as vector memory needs: one span where S > 1."""
     T, dtype = inputs[2].shape[1], inputs[2].dtype
     num_blocks = S * T // block_size(heads, T)
     num_queries = _queries_at_once(heads, S * T, block_size(heads, T))
+    documents = _documents_of_blocks(starts_BT, S * T, block_size(heads, T))
     spans = [
-        _differentiate(heads, S, range(first, min(first + num_queries, num_blocks)), inputs, interpret)
+        _differentiate(heads, S, range(first, min(first + num_queries, num_blocks)), documents, inputs, interpret)
         for first in range(0, num_blocks, num_queries)
     ]
 
@@ -247,11 +286,13 @@ def _queries_at_once(heads: Heads, length: int, size: int) -> int:
     return max(1, min(length // size, _limits().resident_bytes // (size * heads.together * heads.dim * 4)))
 
 
-def _differentiate(heads: Heads, S: int, span: range, inputs: tuple, interpret: bool):
+def _differentiate(
+    heads: Heads, S: int, span: range, documents: _DocumentsOfBlocks | None, inputs: tuple, interpret: bool
+):
     """Return dq of the blocks of queries in `span`, and what those add to dk and dv of the keys that they see."""
     (A, T, M), dtype = inputs[2].shape, inputs[2].dtype
     G, H, W, C = heads.together, heads.dim, heads.width, block_size(heads, T)
-    queries, keys, rows = _blocks(heads, A // S, T // C, C)
+    queries, keys, rows = _blocks(heads, A // S, T // C, C, nearest=documents and documents.nearest_queries)
     of_span, *_ = _blocks(heads, A // S, T // C, C, lambda pair: jnp.maximum(pair[1] - span.start, 0))
     partial = dtype if len(span) == S * T // C else jnp.float32
 
@@ -261,6 +302,7 @@ def _differentiate(heads: Heads, S: int, span: range, inputs: tuple, interpret: 
     return _call(
         functools.partial(backward_kernel, heads=heads, span=span),
         _pairs(span.stop, first=span.start, by_keys=True),
+        documents,
         name=BACKWARD,
         grid=(A // S, heads.num // G),
         in_specs=[queries, keys, keys, queries, rows, rows],
@@ -276,15 +318,19 @@ def _differentiate(heads: Heads, S: int, span: range, inputs: tuple, interpret: 
     )(*inputs)
 
 
-def _blocks(heads: Heads, B: int, num: int, size: int, query=lambda pair: pair[0]) -> tuple[pl.BlockSpec, ...]:
+def _blocks(
+    heads: Heads, B: int, num: int, size: int, query=lambda pair: pair[0], *, nearest: Callable | None = None
+) -> tuple[pl.BlockSpec, ...]:
     """Return the specs of a block of queries, of keys, and of rows per query (log-sum-exp, delta).
 
-    `num` blocks make up a piece; `query` chooses the block of queries of a pair (of queries, of keys).
+    `num` blocks make up a piece; `query` chooses the block of queries of a pair (of queries, of keys). `nearest` has a
+    pair that is not visited, because its documents differ, read the same blocks as one that is: so nothing is read.
     """
 
     def index_map(choose):
-        def index(b, x, p, pairs, *_):
-            block = choose((pairs[0, p], pairs[1, p]))
+        def index(b, x, p, pairs, *prefetched):
+            pair = pairs[0, p], pairs[1, p]
+            block = choose(pair if nearest is None else nearest(pair, b, prefetched[-1]))
             return block // num * B + b, block % num, x
 
         return index
@@ -314,6 +360,7 @@ def _pairs(num_blocks: int, *, first: int = 0, by_keys: bool = False) -> np.ndar
 def _call(
     kernel: Callable,
     pairs_2P: np.ndarray,
+    documents: _DocumentsOfBlocks | None,
     *,
     name: str,
     grid,
@@ -323,15 +370,20 @@ def _call(
     scratch_shapes,
     interpret,
 ) -> Callable:
-    """Return the kernel as a function of arrays, run for every pair of blocks at each point of `grid`."""
+    """Return the kernel as a function of arrays, run for every pair of blocks at each point of `grid`.
+
+    The arrays are slopes_N, window_BN, which kernels read as scalars, and those of `in_specs`.
+    """
     # Blocks are double-buffered; every number is counted as 4 bytes.
+    if documents:
+        in_specs = [pl.BlockSpec((1, 1, documents.block), lambda b, x, p, pairs, *_: (b, 0, pairs[0, p])), *in_specs]
     needed = sum(2 * 4 * math.prod(spec.block_shape) for spec in (*in_specs, *out_specs))
     needed += sum(ref.dtype.itemsize * math.prod(ref.shape) for ref in scratch_shapes)
     vmem_bytes = max(_DEFAULT_VMEM_BYTES, min(needed + _COMPILER_VMEM_BYTES, _limits().vmem_bytes))
     compiled = pl.pallas_call(
-        kernel,
+        _with_documents(kernel) if documents else functools.partial(kernel, None),
         grid_spec=pltpu.PrefetchScalarGridSpec(
-            num_scalar_prefetch=3,
+            num_scalar_prefetch=4 if documents else 3,
             grid=(*grid, pairs_2P.shape[1]),
             in_specs=in_specs,
             out_specs=out_specs,
@@ -344,4 +396,20 @@ def _call(
         interpret=interpret,
         name=name,
     )
-    return functools.partial(compiled, jnp.asarray(pairs_2P))
+
+    def run(slopes_N, window_BN, *arrays):
+        scalars = jnp.asarray(pairs_2P), slopes_N, window_BN
+        if documents is None:
+            return compiled(*scalars, *arrays)
+        return compiled(*scalars, documents.of_blocks_B3X, documents.starts_B1T, *arrays)
+
+    return run
+
+
+def _with_documents(kernel: Callable) -> Callable:
+    """Return a kernel whose fourth and fifth arguments are its first, Documents."""
+
+    def run(pairs_ref, slopes_ref, window_ref, of_blocks_ref, starts_ref, *refs):
+        kernel(Documents(of_blocks_ref=of_blocks_ref, starts_ref=starts_ref), pairs_ref, slopes_ref, window_ref, *refs)
+
+    return run

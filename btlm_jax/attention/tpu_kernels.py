@@ -5,7 +5,7 @@ masks alone. Products over the head dim do not depend on the order of lanes, whi
 are transposed, [keys, queries]: then maxima and sums run along sublanes, and only the products that give scores and
 their gradients need a transposed operand.
 
-A head skips whole blocks of keys beyond its window (alibi.py).
+A head skips whole blocks of keys beyond its window (alibi.py), and of other documents.
 
 Letters beside the house's: G heads of one program, M their lanes, W the head dim in whole tiles, C positions of a
 block, R rows of words (two positions of bfloat16 in each), X blocks that stay in vector memory.
@@ -14,6 +14,7 @@ block, R rows of words (two positions of bfloat16 in each), X blocks that stay i
 import dataclasses
 import functools
 import math
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -52,6 +53,30 @@ class Heads:
         return range(n * self.dim, (n + 1) * self.dim)
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Documents:
+    """Where documents begin: `of_blocks_ref` [B, 3, X] as scalars, `starts_ref` [1, 1, C] of a block of queries.
+
+    Of a block, the scalars are the starts of its first and of its last position's documents, and the last block with
+    positions of a document that is in it.
+    """
+
+    of_blocks_ref: Any
+    starts_ref: Any
+
+    def sees(self, b, i, j, *, C: int):
+        """Whether any query of block i has a key of its own document in block j."""
+        return self.of_blocks_ref[b, 0, i] < (j + 1) * C
+
+    def differ(self, b, i, j, *, C: int):
+        """Whether any query of block i must not see a key in block j because of its document."""
+        return self.of_blocks_ref[b, 1, i] > j * C
+
+    def is_own(self, j, *, C: int):
+        """Return a mask of a block of keys and one of queries: where the key is not before the query's document."""
+        return jax.lax.broadcasted_iota(jnp.int32, (C, C), 0) + j * C >= self.starts_ref[0]
+
+
 def scratch_of_split_heads(dtype: jnp.dtype, *shape: int) -> tuple[tuple[int, ...], jnp.dtype]:
     """Return the shape and dtype of scratch memory for split heads of `shape`, [..., C, W]: as words."""
     if dtype == jnp.bfloat16:
@@ -60,14 +85,14 @@ def scratch_of_split_heads(dtype: jnp.dtype, *shape: int) -> tuple[tuple[int, ..
 
 
 def forward_kernel(
-    pairs_ref, slopes_ref, window_ref, q_ref, k_ref, v_ref, o_ref, lse_ref,
+    documents: Documents | None, pairs_ref, slopes_ref, window_ref, q_ref, k_ref, v_ref, o_ref, lse_ref,
     q_GRW, k_XGRW, v_XGHC, max_G1C, sum_G1C, o_GHC, *, heads,
 ):  # fmt: skip
     """Visit keys block by block, with a running maximum of scores and sum of weights (FlashAttention, algorithm 1)."""
     G, C, dtype = q_GRW.shape[0], q_ref.shape[1], q_ref.dtype
     b, group, pair = (pl.program_id(dim) for dim in range(3))
     i, j = pairs_ref[0, pair], pairs_ref[1, pair]
-    sees = _sees_block(window_ref, b, group, i, j, G=G, C=C)
+    sees = _sees_block(documents, window_ref, b, group, i, j, G=G, C=C)
     is_resident = k_XGRW.shape[0] > 1
     slot = j if is_resident else 0
 
@@ -86,7 +111,7 @@ def forward_kernel(
         for n in range(G):
             v_XGHC[at, n] = _rows(_from_words(_head(v_words, n, heads), dtype), n, heads)
 
-    def attend(is_diagonal: bool):
+    def attend(is_diagonal: bool, has_others: bool):
         def attend_head(n):
             slope = slopes_ref[group * G + n]
             offset = slope * ((j - i) * C).astype(jnp.float32)  # of all the block's scores
@@ -94,6 +119,8 @@ def forward_kernel(
             scores_CC = _scores(k_CW, q_CW, slope, heads)
             if is_diagonal:
                 scores_CC = jnp.where(_is_past(C), scores_CC, MASKED)
+            if has_others:
+                scores_CC = jnp.where(documents.is_own(j, C=C), scores_CC, MASKED)
             old_1C = max_G1C[n]
             new_1C = jnp.maximum(old_1C, scores_CC.max(0, keepdims=True) + offset)
             weights_CC = jnp.exp(scores_CC - (new_1C - offset))
@@ -104,8 +131,7 @@ def forward_kernel(
 
         _for_each_seeing_head(G, attend_head, sees)
 
-    pl.when(j < i)(functools.partial(attend, is_diagonal=False))
-    pl.when(j == i)(functools.partial(attend, is_diagonal=True))
+    _for_each_kind_of_block(attend, documents, b, i, j, C=C)
 
     @pl.when(j == i)
     def end():
@@ -116,14 +142,15 @@ def forward_kernel(
 
 
 def backward_kernel(
-    pairs_ref, slopes_ref, window_ref, q_ref, k_ref, v_ref, do_ref, lse_ref, delta_ref, dq_ref, dk_ref, dv_ref,
+    documents: Documents | None, pairs_ref, slopes_ref, window_ref, q_ref, k_ref, v_ref, do_ref, lse_ref, delta_ref,
+    dq_ref, dk_ref, dv_ref,
     q_GRW, k_GRW, v_GRW, do_GRW, k_GHC, dk_GCW, dv_GCW, dq_XGHC, *, heads, span,
 ):  # fmt: skip
     """Visit the queries of `span` block by block for each block of keys, and sum all three gradients."""
     G, C, dtype = q_GRW.shape[0], q_ref.shape[1], q_ref.dtype
     b, group, pair = (pl.program_id(dim) for dim in range(3))
     i, j = pairs_ref[0, pair], pairs_ref[1, pair]
-    sees = _sees_block(window_ref, b, group, i, j, G=G, C=C)
+    sees = _sees_block(documents, window_ref, b, group, i, j, G=G, C=C)
 
     @pl.when(i == jnp.maximum(j, span.start))
     def begin_keys():
@@ -148,7 +175,7 @@ def backward_kernel(
         _split_heads(q_ref, q_GRW, heads)
         _split_heads(do_ref, do_GRW, heads)
 
-    def differentiate(is_diagonal: bool):
+    def differentiate(is_diagonal: bool, has_others: bool):
         def differentiate_head(n):
             slope = slopes_ref[group * G + n]
             offset = slope * ((j - i) * C).astype(jnp.float32)
@@ -157,6 +184,8 @@ def backward_kernel(
             weights_CC = jnp.exp(_scores(k_CW, q_CW, slope, heads) - (lse_1C - offset))
             if is_diagonal:
                 weights_CC = jnp.where(_is_past(C), weights_CC, 0.0)
+            if has_others:
+                weights_CC = jnp.where(documents.is_own(j, C=C), weights_CC, 0.0)
             dscores_CC = (weights_CC * (_dot(v_CW, do_CW, _TRANSPOSED) - delta_1C)).astype(dtype)
             dv_CW, dk_CW = _dot(weights_CC.astype(dtype), do_CW, _PLAIN), _dot(dscores_CC, q_CW, _PLAIN)
             # The first queries of a block of keys are those on the diagonal.
@@ -166,8 +195,7 @@ def backward_kernel(
 
         _for_each_seeing_head(G, differentiate_head, sees)
 
-    pl.when(j < i)(functools.partial(differentiate, is_diagonal=False))
-    pl.when(j == i)(functools.partial(differentiate, is_diagonal=True))
+    _for_each_kind_of_block(differentiate, documents, b, i, j, C=C)
 
     @pl.when(i == j)
     def end_queries():
@@ -179,9 +207,25 @@ def backward_kernel(
         _merge_heads([dv_GCW[n] for n in range(G)], dv_ref, heads)
 
 
-def _sees_block(window_ref, b, group, i, j, *, G: int, C: int):
+def _sees_block(documents: Documents | None, window_ref, b, group, i, j, *, G: int, C: int):
     """Return a predicate: whether any query of block i sees any key of block j in a program's head n."""
-    return lambda n: window_ref[b, group * G + n] > (i - j - 1) * C  # the distance of the nearest key less 1
+
+    def sees(n):
+        is_within = window_ref[b, group * G + n] > (i - j - 1) * C  # the distance of the nearest key less 1
+        return is_within if documents is None else is_within & documents.sees(b, i, j, C=C)
+
+    return sees
+
+
+def _for_each_kind_of_block(visit, documents: Documents | None, b, i, j, *, C: int) -> None:
+    """Visit a pair of blocks as what it is: on the diagonal, with keys of others' documents in it, or neither."""
+    if documents is None:
+        pl.when(j < i)(functools.partial(visit, is_diagonal=False, has_others=False))
+    else:
+        differ = documents.differ(b, i, j, C=C)
+        pl.when((j < i) & ~differ)(functools.partial(visit, is_diagonal=False, has_others=False))
+        pl.when((j < i) & differ)(functools.partial(visit, is_diagonal=False, has_others=True))
+    pl.when(j == i)(functools.partial(visit, is_diagonal=True, has_others=documents is not None))
 
 
 def _for_each_seeing_head(num: int, visit, sees) -> None:

@@ -21,6 +21,7 @@ def attend_exchanged(
     k_BTNH: jax.Array,
     v_BTNH: jax.Array,
     slopes_N: jax.Array,
+    starts_BT: jax.Array | None,
     *,
     scale: float,
     length_axes: Axes,
@@ -31,7 +32,7 @@ def attend_exchanged(
     S, B, T, M = pieces_SBTM[0].shape
     whole = (B, S * T, M // head_dim, head_dim)
     q_BTNH, k_BTNH, v_BTNH = (merge_pieces(x).reshape(whole) for x in pieces_SBTM)
-    o_BTNH = attend_local(q_BTNH, k_BTNH, v_BTNH, slopes_N, scale=scale)
+    o_BTNH = attend_local(q_BTNH, k_BTNH, v_BTNH, slopes_N, starts_BT, scale=scale)
     o_SBTM = all_to_all(split_pieces(o_BTNH.reshape(B, S * T, M), S), length_axes)
     return heads_to_seq(o_SBTM, head_dim=head_dim)
 

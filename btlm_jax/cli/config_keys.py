@@ -85,7 +85,13 @@ def explain_keys() -> str:
     return "\n".join(lines)
 
 
-_TYPES = {"int": "whole number", "float": "number", "str": "text", "tuple[int, ...]": "whole numbers"}
+_TYPES = {
+    "int": "whole number",
+    "float": "number",
+    "str": "text",
+    "bool": "true or false",
+    "tuple[int, ...]": "whole numbers",
+}
 
 
 def fields(node: ast.ClassDef) -> Iterator[tuple[str, ast.expr, int]]:

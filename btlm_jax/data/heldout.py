@@ -21,12 +21,13 @@ def heldout_batches(
     blocks_per_source: int,
     prefetch: int,
     sharding: NamedSharding,
+    most_documents: int = 0,
 ) -> Generator[tuple[list[str], Batch]]:
     """Yield (source of each row, batch) over the first `blocks_per_source` held-out blocks of every source.
 
     Leaves are [batch_size, block_len], placed by `sharding`, for example P("fsdp"). Sources come in the order of their
     blocks; of a source with fewer blocks all are read, so the split's num_blocks reads everything. The last batch is
-    filled with rows of zero weight, whose source is "".
+    filled with rows of zero weight, whose source is "". `most_documents` is that of `read_rows`.
     """
     reader = token_store.split(store_format.HELDOUT)
     blocks = heldout_blocks(reader.split, blocks_per_source=blocks_per_source)
@@ -37,7 +38,7 @@ def heldout_batches(
     def read_batch(index: int) -> Rows:
         numbers = [index * batch_size + number for number in placement.row_numbers.tolist()]
         starts = [(blocks[number][1], 0) for number in numbers if number < len(blocks)]
-        rows = read_rows(reader, starts, seq_len=reader.block_len)
+        rows = read_rows(reader, starts, seq_len=reader.block_len, most_documents=most_documents)
         missing = len(numbers) - len(starts)
         return {name: np.pad(leaf, ((0, missing), (0, 0))) for name, leaf in rows.items()}
 

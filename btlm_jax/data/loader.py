@@ -15,6 +15,7 @@ import jax
 import numpy as np
 from jax.sharding import NamedSharding
 
+from btlm_jax import notices
 from btlm_jax.data import store as store_format
 from btlm_jax.data.order import TrainingOrder, check_capacity
 from btlm_jax.data.reader import SplitReader, TokenStore
@@ -23,7 +24,7 @@ from btlm_jax.recipe.curriculum import Curriculum
 MAX_READ_THREADS = 8
 
 Index = tuple[slice, ...]
-Rows = dict[str, np.ndarray]  # inputs_BT, targets_BT: int32; weights_BT: float32
+Rows = dict[str, np.ndarray]  # inputs_BT, targets_BT, and starts_BT with a document mask: int32; weights_BT: float32
 Batch = dict[str, jax.Array]  # the same keys and dtypes
 
 
@@ -32,6 +33,7 @@ class TrainLoader:
 
     A batch's leaves are [A, B/A, T]; row (a, r) of step k is sequence `(k - first_step)*B + a*(B/A) + r` of the step's
     phase, whose B and T these are. `shardings` place such leaves, one for each phase, for example P(None, "fsdp").
+    `most_documents` is that of `read_rows`.
 
     Raises:
       ValueError: the store does not serve the curriculum, or the mesh does not divide a batch.
@@ -47,6 +49,7 @@ class TrainLoader:
         accumulation: int,
         prefetch: int,
         shardings: Sequence[NamedSharding],
+        most_documents: int = 0,
     ):
         self._reader = token_store.split(store_format.TRAIN)
         self._order = TrainingOrder(
@@ -57,6 +60,7 @@ class TrainLoader:
         )
         self.use = check_capacity(self._order, max_epochs=max_epochs)
         self._prefetch = prefetch
+        self._most_documents = most_documents
         self._placements = [
             make_placement(
                 sharding,
@@ -80,16 +84,17 @@ class TrainLoader:
         sequences = [first + number for number in self._placement(step).row_numbers.tolist()]
         windows = self._order.windows(phase, sequences=sequences)
         starts = [(window.block, window.window * phase.seq_len) for window in windows]
-        return read_rows(self._reader, starts, seq_len=phase.seq_len)
+        return read_rows(self._reader, starts, seq_len=phase.seq_len, most_documents=self._most_documents)
 
     def _placement(self, step: int) -> Placement:
         return self._placements[self._order.curriculum.phase_at(step).index]
 
 
-def read_rows(reader: SplitReader, starts: Sequence[tuple[int, int]], *, seq_len: int) -> Rows:
+def read_rows(reader: SplitReader, starts: Sequence[tuple[int, int]], *, seq_len: int, most_documents: int = 0) -> Rows:
     """Read one row for each (block, first target in the block): int32 inputs and targets, float32 weights, [rows, T].
 
-    A target's weight is 1, or 0 in the padding of a stream's last block.
+    A target's weight is 1, or 0 in the padding of a stream's last block. With `most_documents` > 0 there is starts_BT
+    too, see `document_starts`.
     """
     tokens_BT = np.zeros((len(starts), seq_len + 1), np.int32)
     num_targets_B = np.zeros(len(starts), np.int64)
@@ -97,11 +102,33 @@ def read_rows(reader: SplitReader, starts: Sequence[tuple[int, int]], *, seq_len
     for row, (block, (_, start)) in enumerate(zip(blocks, starts, strict=True)):
         tokens_BT[row] = block.tokens[start : start + seq_len + 1]
         num_targets_B[row] = block.num_targets - start
-    return {
+    rows = {
         "inputs_BT": tokens_BT[:, :-1],
         "targets_BT": tokens_BT[:, 1:],
         "weights_BT": (np.arange(seq_len) < num_targets_B[:, None]).astype(np.float32),
     }
+    if not most_documents:
+        return rows
+    starts_BT = document_starts(rows["inputs_BT"], num_targets_B, eos_id=reader.eos_id, most=most_documents)
+    return {**rows, "starts_BT": starts_BT}
+
+
+def document_starts(inputs_BT: np.ndarray, num_targets_B: np.ndarray, *, eos_id: int, most: int) -> np.ndarray:
+    """Return the position at which the document of each position begins, int32 [B, T]: 0, or that of its EOS.
+
+    An EOS belongs to the document that it opens; as a target it ends the one before. Padding, of which there is no
+    target, opens none. Of more than `most` documents in a row those beyond are one with the last, which is reported.
+    """
+    position_T = np.arange(inputs_BT.shape[1])
+    begins_BT = (inputs_BT == eos_id) & (position_T <= num_targets_B[:, None])
+    begins_BT[:, 0] = True
+    number_BT = begins_BT.cumsum(1)
+    if joined := int((number_BT[:, -1] - most).clip(0).sum()):
+        message = (
+            f"a window of {len(position_T):,} tokens has more than the {most} documents that attention keeps apart"
+        )
+        notices.report("documents-joined", f"{message} here; those beyond are one", count=joined)
+    return np.maximum.accumulate(np.where(begins_BT & (number_BT <= most), position_T, 0), axis=1).astype(np.int32)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, eq=False)

@@ -78,6 +78,7 @@ class SplitReader:
         self._directory = directory
         self._dtype = np.dtype(manifest.dtype)
         self._vocab_size = manifest.tokenizer.vocab_size
+        self.eos_id = manifest.tokenizer.eos_id
         self._shard_ends = list(itertools.accumulate(shard.num_blocks for shard in split.shards))
         self._records = _open_records(directory, split.shards)
 

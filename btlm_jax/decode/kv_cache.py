@@ -72,7 +72,7 @@ def extend(model: Btlm, params: dict, cache: KVCache, *, inputs_BT, starts_B, le
         layer, layer_params = scanned
         updated_caches = []
 
-        def attend(q_BTNW, k_BTNW, v_BTNW):
+        def attend(q_BTNW, k_BTNW, v_BTNW, _):
             # The head dim may be padded for the hardware (model/projection.py); the cache's is not.
             q_BTNH, k_BTNH, v_BTNH = (x[..., : config.head_dim] for x in (q_BTNW, k_BTNW, v_BTNW))
             o_BTNH, updated = _attend_cached(model, q_BTNH, k_BTNH, v_BTNH, cache, starts_B, lengths_B, layer)
@@ -82,7 +82,7 @@ def extend(model: Btlm, params: dict, cache: KVCache, *, inputs_BT, starts_B, le
         module = Block(
             config=config, project=model.project, attend=attend, parametrization=parametrization, rules=rules
         )
-        x_BTD, _ = module.apply({"params": layer_params}, x_BTD)
+        x_BTD, _ = module.apply({"params": layer_params}, x_BTD, None)
         return (x_BTD, updated_caches.pop()), None
 
     layers = jnp.arange(config.num_layers)

@@ -5,7 +5,8 @@
 // softmax of a query then stays in one vector lane, and keys and values are read as they are stored. The order of every
 // sum depends on the shape alone, so results do not depend on the number of threads.
 //
-// A head sees no key at a distance above its window (attention/alibi.py has the rule, and computes it).
+// A head sees no key at a distance above its window (attention/alibi.py has the rule, and computes it). Where documents
+// are given, a query sees no key before the start of its own.
 //
 // Sizes: B sequences, T positions, N heads, H head dim, W the head dim padded with zeros; G = B * N.
 
@@ -25,6 +26,7 @@ struct Shape {
   float scale;
   const float* slopes;     // [N]
   const int32_t* windows;  // [B, N]
+  const int32_t* starts;   // [B, T]: where the document of each position begins, rising; or null
   int64_t heads() const { return B * N; }
   int64_t tiles() const { return (T + kTile - 1) / kTile; }
   int64_t width() const { return (H + BTLM_HEAD_DIM_MULTIPLE - 1) / BTLM_HEAD_DIM_MULTIPLE * BTLM_HEAD_DIM_MULTIPLE; }
@@ -32,7 +34,12 @@ struct Shape {
   int64_t start(int64_t g, int64_t t) const { return ((g / N * T + t) * N + g % N) * H; }  // in [B, T, N, H]
   int64_t count(int64_t tile) const { return std::min(kTile, T - tile * kTile); }
   float slope(int64_t g) const { return slopes[g % N]; }
-  int64_t window(int64_t g) const { return windows[g]; }
+  const int32_t* starts_of(int64_t g, int64_t t) const { return starts ? starts + g / N * T + t : nullptr; }
+  // The first key that any of a tile's queries sees; it does not fall from one tile to the next.
+  int64_t first_key(int64_t g, int64_t tile) const {
+    int64_t key = std::max<int64_t>(0, tile * kTile - windows[g]);
+    return starts ? std::max<int64_t>(key, *starts_of(g, tile * kTile)) : key;
+  }
 };
 
 struct Floats {  // aligned to a cache line
@@ -75,6 +82,19 @@ void from_columns(const Shape& shape, const float* columns, const float* factors
   }
 }
 
+// Where the documents of a tile's queries begin, by query: keys before are not seen. Without documents it is unused.
+struct Starts {
+  float of_query[kTile];
+  int64_t last = 0;  // from here on all queries of the tile see the keys, as far as documents go
+  Starts(const Shape& shape, int64_t g, int64_t tile) {
+    if (!shape.starts) return;
+    const int32_t* from = shape.starts_of(g, tile * kTile);
+    int64_t count = shape.count(tile);
+    last = from[count - 1];
+    for (int64_t j = 0; j < kTile; ++j) of_query[j] = from[std::min(j, count - 1)];
+  }
+};
+
 struct Ramp {
   float values[kTile];
   Ramp() { for (int i = 0; i < kTile; ++i) values[i] = i; }
@@ -82,9 +102,10 @@ struct Ramp {
 const Ramp kRamp;
 
 Shape shape_of(const ffi::AnyBuffer& q, const ffi::Buffer<ffi::F32>& slopes_N,
-               const ffi::Buffer<ffi::S32>& windows_BN, float scale) {
+               const ffi::Buffer<ffi::S32>& windows_BN, const ffi::RemainingArgs& documents, float scale) {
   auto dims = q.dimensions();
-  return {dims[0], dims[1], dims[2], dims[3], scale, slopes_N.typed_data(), windows_BN.typed_data()};
+  const int32_t* starts = documents.size() ? documents.get<ffi::Buffer<ffi::S32>>(0)->typed_data() : nullptr;
+  return {dims[0], dims[1], dims[2], dims[3], scale, slopes_N.typed_data(), windows_BN.typed_data(), starts};
 }
 
 }  // namespace

@@ -22,7 +22,7 @@ struct Shared {
 
 // Turns products of q and k, and of do and v, into the weights and the gradients of the scores, all [keys, 64].
 void differentiate(const Shape& shape, float slope, float* scores, float* dweights, int64_t first, int64_t keys,
-                   int64_t first_query, const float* lse, const float* delta) {
+                   int64_t first_query, const Starts& starts, const float* lse, const float* delta) {
   for (int64_t c = 0; c < kTile; c += kWide) {
     wide query = load_wide(kRamp.values + c) + float(first_query);
     wide own_lse = load_wide(lse + c), own_delta = load_wide(delta + c);
@@ -30,6 +30,7 @@ void differentiate(const Shape& shape, float slope, float* scores, float* dweigh
       float key = first + j, *at = scores + j * kTile + c, *d_at = dweights + j * kTile + c;
       wide weight = exp_wide(load_wide(at) * shape.scale + slope * (key - query) - own_lse);
       if (first + j > first_query) weight = query < key ? wide{} : weight;
+      if (first + j < starts.last) weight = wide{} + key < load_wide(starts.of_query + c) ? wide{} : weight;
       store_wide(at, weight);
       store_wide(d_at, weight * (load_wide(d_at) - own_delta));
     }
@@ -48,16 +49,16 @@ template <typename C>
 void differentiate_keys(const Shape& shape, int64_t g, int64_t block, const C* q, const C* k, const C* v,
                         const C* d_o, Shared& shared, C* dq, C* dk, C* dv) {
   int64_t W = shape.width(), H = shape.H, start = block * kBlock, stop = std::min(start + kBlock, shape.T);
-  int64_t window = shape.window(g);
   Floats k_rows(kBlock * W), v_rows(kBlock * W), dk_rows(kBlock * W), dv_rows(kBlock * W), q_rows(kTile * W),
       do_rows(kTile * W), scores(kTile * kTile), dscores(kTile * kTile);
   widen(shape, k, g, start, stop - start, k_rows.data);
   widen(shape, v, g, start, stop - start, v_rows.data);
-  for (int64_t tile = start / kTile; tile * kTile < std::min(shape.T, stop + window); ++tile) {
+  for (int64_t tile = start / kTile; tile < shape.tiles() && shape.first_key(g, tile) < stop; ++tile) {
     int64_t first_query = tile * kTile, count = shape.count(tile), at = g * shape.tiles() + tile;
-    int64_t low = std::max<int64_t>(0, first_query - window), end = std::min(stop, first_query + count);
+    int64_t low = shape.first_key(g, tile), end = std::min(stop, first_query + count);
     const float *q_columns = shared.q + at * H * kTile, *do_columns = shared.d_o + at * H * kTile;
     float* dq_columns = shared.dq + at * H * kTile;
+    Starts starts(shape, g, tile);
     widen(shape, q, g, first_query, count, q_rows.data);
     widen(shape, d_o, g, first_query, count, do_rows.data);
     wait_for_turn(shared.turns[at], block);
@@ -67,7 +68,7 @@ void differentiate_keys(const Shape& shape, int64_t g, int64_t block, const C* q
       Left<Stored::kByRows> k_left{k_rows.data + place, W}, v_left{v_rows.data + place, W};
       product<Into::kNew>(k_left, q_columns, kTile, scores.data, kTile, H, keys, kTile);
       product<Into::kNew>(v_left, do_columns, kTile, dscores.data, kTile, H, keys, kTile);
-      differentiate(shape, shape.slope(g), scores.data, dscores.data, first, keys, first_query,
+      differentiate(shape, shape.slope(g), scores.data, dscores.data, first, keys, first_query, starts,
                     shared.lse.data() + at * kTile, shared.delta.data() + at * kTile);
       Left<Stored::kByRows> weights{scores.data, kTile}, d_left{dscores.data, kTile};
       product<Into::kSum>(weights, do_rows.data, W, dv_rows.data + place, W, count, keys, W);
@@ -114,7 +115,7 @@ void backward(ffi::ThreadPool pool, const Shape& shape, const C* q, const C* k, 
   });
   for (int64_t g = 0; g < G; ++g) {
     for (int64_t tile = 0; tile < tiles; ++tile) {
-      shared.turns[g * tiles + tile] = std::max<int64_t>(0, tile * kTile - shape.window(g)) / kBlock;
+      shared.turns[g * tiles + tile] = shape.first_key(g, tile) / kBlock;
     }
   }
   parallel(pool, (shape.T + kBlock - 1) / kBlock * G, shape.T * kBlock * W, [&](int64_t task) {
@@ -125,13 +126,14 @@ void backward(ffi::ThreadPool pool, const Shape& shape, const C* q, const C* k, 
 
 ffi::Error causal_backward(ffi::ThreadPool pool, ffi::AnyBuffer q_BTNH, ffi::AnyBuffer k_BTNH, ffi::AnyBuffer v_BTNH,
                            ffi::Buffer<ffi::F32> slopes_N, ffi::Buffer<ffi::S32> windows_BN, ffi::AnyBuffer o_BTNH,
-                           ffi::Buffer<ffi::F32> lse_BNT, ffi::AnyBuffer do_BTNH, float scale, ffi::Result<ffi::AnyBuffer> dq_BTNH,
+                           ffi::Buffer<ffi::F32> lse_BNT, ffi::AnyBuffer do_BTNH, ffi::RemainingArgs documents,
+                           float scale, ffi::Result<ffi::AnyBuffer> dq_BTNH,
                            ffi::Result<ffi::AnyBuffer> dk_BTNH, ffi::Result<ffi::AnyBuffer> dv_BTNH,
                            ffi::ResultBuffer<ffi::F32> scratch) {
   auto run = [&](auto* typed) {
     using C = std::remove_pointer_t<decltype(typed)>;
     auto data = [](auto& buffer) { return static_cast<C*>(buffer.untyped_data()); };
-    backward(pool, shape_of(q_BTNH, slopes_N, windows_BN, scale), data(q_BTNH), data(k_BTNH), data(v_BTNH),
+    backward(pool, shape_of(q_BTNH, slopes_N, windows_BN, documents, scale), data(q_BTNH), data(k_BTNH), data(v_BTNH),
              data(o_BTNH), lse_BNT.typed_data(), data(do_BTNH), data(*dq_BTNH), data(*dk_BTNH), data(*dv_BTNH),
              scratch->typed_data());
   };
@@ -143,4 +145,4 @@ ffi::Error causal_backward(ffi::ThreadPool pool, ffi::AnyBuffer q_BTNH, ffi::Any
 
 XLA_FFI_DEFINE_HANDLER_SYMBOL(btlm_causal_backward, causal_backward,
                               ffi::Ffi::Bind().Ctx<ffi::ThreadPool>().ANY_IN.ANY_IN.ANY_IN.F32_IN.S32_IN.ANY_IN.F32_IN
-                                  .ANY_IN.Attr<float>("scale").ANY_OUT.ANY_OUT.ANY_OUT.F32_OUT);
+                                  .ANY_IN.RemainingArgs().Attr<float>("scale").ANY_OUT.ANY_OUT.ANY_OUT.F32_OUT);

@@ -6,13 +6,14 @@ namespace {
 
 // Turns products into weights without the softmax's denominator, [keys, 64]; updates the largest score and the sum.
 void weigh(const Shape& shape, float slope, float* scores, int64_t first, int64_t keys, int64_t first_query,
-           float* largest, float* total, float* kept) {
+           const Starts& starts, float* largest, float* total, float* kept) {
   for (int64_t c = 0; c < kTile; c += kWide) {
     wide query = load_wide(kRamp.values + c) + float(first_query), old = load_wide(largest + c), high = old, sum = {};
     for (int64_t j = 0; j < keys; ++j) {
       float key = first + j, *at = scores + j * kTile + c;
       wide score = load_wide(at) * shape.scale + slope * (key - query);
       if (first + j > first_query) score = query < key ? wide{} + kLowest : score;
+      if (first + j < starts.last) score = wide{} + key < load_wide(starts.of_query + c) ? wide{} + kLowest : score;
       high = score > high ? score : high;
       store_wide(at, score);
     }
@@ -20,6 +21,7 @@ void weigh(const Shape& shape, float slope, float* scores, int64_t first, int64_
       float key = first + j, *at = scores + j * kTile + c;
       wide weight = exp_wide(load_wide(at) - high);
       if (first + j > first_query) weight = query < key ? wide{} : weight;
+      if (first + j < starts.last) weight = wide{} + key < load_wide(starts.of_query + c) ? wide{} : weight;
       sum += weight;
       store_wide(at, weight);
     }
@@ -42,14 +44,15 @@ void attend_queries(const Shape& shape, int64_t g, int64_t tile, const C* q, con
   int64_t W = shape.width(), H = shape.H, first_query = tile * kTile, end = first_query + shape.count(tile);
   Floats rows(kTile * W), q_columns(H * kTile), scores(kTile * kTile), sums(H * kTile);
   alignas(64) float largest[kTile], total[kTile] = {}, kept[kTile];
+  Starts starts(shape, g, tile);
   std::fill_n(largest, kTile, kLowest);
   widen(shape, q, g, first_query, shape.count(tile), rows.data);
   to_columns(shape, rows.data, shape.count(tile), q_columns.data);
-  for (int64_t first = std::max<int64_t>(0, first_query - shape.window(g)), next; first < end; first = next) {
+  for (int64_t first = shape.first_key(g, tile), next; first < end; first = next) {
     next = std::min((first / kTile + 1) * kTile, end);
     product<Into::kNew>(Left<Stored::kByRows>{k + first * W, W}, q_columns.data, kTile, scores.data, kTile, H,
                         next - first, kTile);
-    weigh(shape, shape.slope(g), scores.data, first, next - first, first_query, largest, total, kept);
+    weigh(shape, shape.slope(g), scores.data, first, next - first, first_query, starts, largest, total, kept);
     scale_columns(shape, kept, sums.data);
     product<Into::kSum>(Left<Stored::kByColumns>{v + first * W, W}, scores.data, kTile, sums.data, kTile,
                         next - first, H, kTile);
@@ -78,13 +81,14 @@ void forward(ffi::ThreadPool pool, const Shape& shape, const C* q, const C* k, c
 }
 
 ffi::Error causal_forward(ffi::ThreadPool pool, ffi::AnyBuffer q_BTNH, ffi::AnyBuffer k_BTNH, ffi::AnyBuffer v_BTNH,
-                          ffi::Buffer<ffi::F32> slopes_N, ffi::Buffer<ffi::S32> windows_BN, float scale,
+                          ffi::Buffer<ffi::F32> slopes_N, ffi::Buffer<ffi::S32> windows_BN,
+                          ffi::RemainingArgs documents, float scale,
                           ffi::Result<ffi::AnyBuffer> o_BTNH, ffi::ResultBuffer<ffi::F32> lse_BNT,
                           ffi::ResultBuffer<ffi::F32> scratch) {
   auto run = [&](auto* typed) {
     using C = std::remove_pointer_t<decltype(typed)>;
     auto data = [](auto& buffer) { return static_cast<C*>(buffer.untyped_data()); };
-    forward(pool, shape_of(q_BTNH, slopes_N, windows_BN, scale), data(q_BTNH), data(k_BTNH), data(v_BTNH),
+    forward(pool, shape_of(q_BTNH, slopes_N, windows_BN, documents, scale), data(q_BTNH), data(k_BTNH), data(v_BTNH),
             data(*o_BTNH), lse_BNT->typed_data(), scratch->typed_data());
   };
   q_BTNH.element_type() == ffi::BF16 ? run(static_cast<bf16*>(nullptr)) : run(static_cast<float*>(nullptr));
@@ -95,4 +99,4 @@ ffi::Error causal_forward(ffi::ThreadPool pool, ffi::AnyBuffer q_BTNH, ffi::AnyB
 
 XLA_FFI_DEFINE_HANDLER_SYMBOL(btlm_causal_forward, causal_forward,
                               ffi::Ffi::Bind().Ctx<ffi::ThreadPool>().ANY_IN.ANY_IN.ANY_IN.F32_IN.S32_IN
-                                  .Attr<float>("scale").ANY_OUT.F32_OUT.F32_OUT);
+                                  .RemainingArgs().Attr<float>("scale").ANY_OUT.F32_OUT.F32_OUT);

@@ -47,10 +47,10 @@ class Attention(nn.Module):
     parametrization: Parametrization
     rules: AxisRules
     project: Project
-    attend: Callable  # (q_BTNH, k_BTNH, v_BTNH) -> o_BTNH, heads in the order of `device_head_order`
+    attend: Callable  # (q_BTNH, k_BTNH, v_BTNH, starts_BT) -> o_BTNH, heads in the order of `device_head_order`
 
     @nn.compact
-    def __call__(self, x_BTD: jax.Array) -> jax.Array:
+    def __call__(self, x_BTD: jax.Array, starts_BT: jax.Array | None) -> jax.Array:
         D, N = self.config.d_model, self.config.num_heads
         H = D // N
         linear = functools.partial(Linear, parametrization=self.parametrization, rules=self.rules, project=self.project)
@@ -58,7 +58,8 @@ class Attention(nn.Module):
             linear, in_shape=(D,), in_axes=("embed",), out_shape=(N, H), out_axes=("heads", "head_dim")
         )
         with jax.named_scope("attend"):
-            o_BTNH = self.attend(*(into_heads(name=name)(x_BTD) for name in ("query", "key", "value")))
+            qkv_BTNH = (into_heads(name=name)(x_BTD) for name in ("query", "key", "value"))
+            o_BTNH = self.attend(*qkv_BTNH, starts_BT)
         return linear(in_shape=(N, H), in_axes=("heads", "head_dim"), out_shape=(D,), out_axes=("embed",), name="out")(
             o_BTNH
         )
@@ -91,7 +92,7 @@ class Block(nn.Module):
     attend: Callable  # as Attention's
 
     @nn.compact
-    def __call__(self, x_BTD: jax.Array) -> tuple[jax.Array, None]:
+    def __call__(self, x_BTD: jax.Array, starts_BT: jax.Array | None) -> tuple[jax.Array, None]:
         parametrization, rules = self.parametrization, self.rules
         norm = functools.partial(
             LayerNorm, eps=self.config.layer_norm_eps, parametrization=parametrization, rules=rules
@@ -105,13 +106,16 @@ class Block(nn.Module):
             name="attention",
         )
         mlp = Mlp(config=self.config, parametrization=parametrization, rules=rules, project=self.project, name="mlp")
-        x_BTD = x_BTD + scale(attention(norm(name="ln_1")(x_BTD)), parametrization.residual_scale)
+        x_BTD = x_BTD + scale(attention(norm(name="ln_1")(x_BTD), starts_BT), parametrization.residual_scale)
         x_BTD = x_BTD + scale(mlp(norm(name="ln_2")(x_BTD)), parametrization.residual_scale)
         return x_BTD, None
 
 
 class Btlm(nn.Module):
-    """The decoder up to and including the final LayerNorm: inputs_BT -> hidden_BTD."""
+    """The decoder up to and including the final LayerNorm: inputs_BT -> hidden_BTD.
+
+    With `starts_BT` (see attention's `attend`) no position sees another document's.
+    """
 
     config: ModelConfig
     parametrization: Parametrization
@@ -120,7 +124,7 @@ class Btlm(nn.Module):
     alibi_train_len: int  # > 0: beyond so many keys ALiBi's slopes are divided by keys / this; 0: they are not
 
     @nn.compact
-    def __call__(self, inputs_BT: jax.Array) -> jax.Array:
+    def __call__(self, inputs_BT: jax.Array, starts_BT: jax.Array | None = None) -> jax.Array:
         config, parametrization, rules = self.config, self.parametrization, self.rules
         embedding = Embedding(
             vocab_size=config.vocab_size,
@@ -131,10 +135,13 @@ class Btlm(nn.Module):
             name="embedding",
         )
         x_BTD = scale(embedding(inputs_BT), parametrization.embedding_scale)
+        if starts_BT is not None:  # each device needs those of its whole sequences: gathered here, once for all blocks
+            starts_BT = jax.sharding.reshard(starts_BT, rules.spec("batch"))
         blocks = nn.scan(
             nn.remat(Block, prevent_cse=False, policy=_SAVED[config.remat]),
             variable_axes={"params": 0, "intermediates": 0},  # so that capture_intermediates sees every block
             split_rngs={"params": True},
+            in_axes=nn.broadcast,
             length=config.num_layers,
             metadata_params={nn.PARTITION_NAME: "layers"},
         )
@@ -145,11 +152,13 @@ class Btlm(nn.Module):
             project=self.project,
             attend=self._attend,
             name="blocks",
-        )(x_BTD)
+        )(x_BTD, starts_BT)
         norm = LayerNorm(eps=config.layer_norm_eps, parametrization=parametrization, rules=rules, name="ln_f")
         return norm(x_BTD)
 
-    def _attend(self, q_BTNH: jax.Array, k_BSNH: jax.Array, v_BSNH: jax.Array) -> jax.Array:
+    def _attend(
+        self, q_BTNH: jax.Array, k_BSNH: jax.Array, v_BSNH: jax.Array, starts_BT: jax.Array | None
+    ) -> jax.Array:
         slopes_N = device_slopes(self.config, self.rules, mesh=jax.sharding.get_abstract_mesh())
         if self.alibi_train_len:
             slopes_N /= dynamic_factor(k_BSNH.shape[1], self.alibi_train_len, xp=np)
@@ -160,6 +169,7 @@ class Btlm(nn.Module):
             slopes_N,
             scale=self.parametrization.attention_scale,
             implementation=self.config.attention,
+            starts_BT=starts_BT,
         )
 
 

@@ -104,7 +104,7 @@ def _flops_of_own_kernel(equation, name: str, times: float, kernels: _Kernels) -
     params = equation.params
     grid, slopes = params["grid_mapping"].grid, equation.invars[1].aval
     queries = equation.outvars[0].aval  # the output, or the gradient of queries, [pieces x B, T, M]
-    block = params["grid_mapping"].block_mappings[0].block_aval.shape[1]
+    block = next(iter(params["grid_mapping"].block_mappings_output)).block_aval.shape[1]
     programs, num_pairs = math.prod(grid), grid[2]
     squares = times * grid[0] * slopes.shape[0] * (block / BLOCK) ** 2  # of each pair of blocks
     num_queries = queries.shape[0] * queries.shape[1] // block // grid[0]

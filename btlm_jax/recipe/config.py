@@ -202,6 +202,7 @@ class DataConfig:
     seed: int  # of the order of blocks and windows, and of an installed_python corpus
     max_epochs: int  # passes over the store that the curriculum may take
     prefetch: int  # batches read ahead of the step
+    document_mask: bool  # attention and loss stop at documents' boundaries; off as BTLM was trained
 
     def __post_init__(self):
         _require(bool(self.store), "data.store is empty; give the directory of a token store")
@@ -370,6 +371,9 @@ def _shown(value) -> str:
     return text if len(text) <= 80 else f"{text[:77]}..."
 
 
+_BOOLEANS = {"true": True, "false": False, "True": True, "False": False}
+
+
 def value_from_text(key: str, text: str) -> object:
     """Return the value of a key of the config, as section.key, that a text of a command line stands for.
 
@@ -386,6 +390,9 @@ def value_from_text(key: str, text: str) -> object:
         return whole_number(f"--config.{key}", text)
     if hint is float:
         return finite_number(f"--config.{key}", text)
+    if hint is bool:
+        _require_choice(f"--config.{key}", text, tuple(_BOOLEANS))
+        return _BOOLEANS[text]
     assert hint == tuple[int, ...], f"{key} is of a type that is not read here"
     inner = text.strip()
     if (inner[:1], inner[-1:]) in (("(", ")"), ("[", "]")):

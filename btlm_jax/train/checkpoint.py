@@ -44,6 +44,7 @@ _ITEMS = ("state", "position", "config", "environment")
 # Keys that a config did not have at first, with what they would have been then.
 _LATER_KEYS = {
     "mesh": {"context": 1},
+    "data": {"document_mask": False},
     "optimizer": {
         "schedule": "linear",
         "initial_learning_rate": 0.0,

@@ -102,6 +102,7 @@ def _evaluate(run: Run, params: dict, *, blocks_per_source: int) -> HeldoutResul
         blocks_per_source=blocks_per_source,
         prefetch=run.config.data.prefetch,
         sharding=evaluation_sharding(run.mesh),
+        most_documents=run.most_documents,
     )
     with run.ledger.measure("evaluation"):
         return evaluate_heldout(run.eval_step, params, batches, manifest=run.token_store.manifest)

@@ -282,6 +282,7 @@ def _batches(run: Run, *, first_step: int) -> Generator[tuple[int, Batch]]:
         accumulation=accumulation,
         prefetch=data.prefetch,
         shardings=[batch_sharding(run.mesh, each) for each in rules],
+        most_documents=run.most_documents,
     )
     log(f"Data: {loader.use}")
     batches = loader.batches(first_step=first_step)

@@ -67,7 +67,8 @@ class Program:
         model = self.model.clone(rules=rules)
         step = make_train_step(model, self.optimizer, self.table, loss_chunk=self.config.model.loss_chunk)
         shape = (accumulation, phase.batch_size // accumulation, phase.seq_len)
-        batch = abstract_batch(shape, batch_sharding(self.mesh, rules))
+        sharding = batch_sharding(self.mesh, rules)
+        batch = abstract_batch(shape, sharding, document_mask=self.config.data.document_mask)
         learning_rate = jax.ShapeDtypeStruct((), np.float32)
         with jax.set_mesh(self.mesh):
             return jax.jit(step, donate_argnums=0).trace(self.state, batch, learning_rate)

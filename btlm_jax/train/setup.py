@@ -16,6 +16,7 @@ from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 
 from btlm_jax import notices
+from btlm_jax.attention import most_documents
 from btlm_jax.data.order import StoreUse, TrainingOrder, check_capacity
 from btlm_jax.data.reader import TokenStore, open_store
 from btlm_jax.data.store import HELDOUT, MANIFEST_FILE, TRAIN, Manifest
@@ -62,6 +63,11 @@ class Run:
     eval_step: Callable
     learning_rates: np.ndarray  # float64, of the update that completes step 1, 2, ...; nan before schedule_begin
     ledger: GoodputLedger
+
+    @property
+    def most_documents(self) -> int:
+        """Return how many documents of a window attention keeps apart at most, 0 without data.document_mask."""
+        return most_documents(self.config.model) if self.config.data.document_mask else 0
 
 
 def log(message: str) -> None:
@@ -236,7 +242,8 @@ def make_run(program: Program, *, workdir: Path, token_store: TokenStore, ledger
             program.compile(program.trace_train_step(phase)) for phase in config.curriculum.table.phases
         )
         rows = (config.evaluation.batch_size, token_store.manifest.block_len)
-        heldout = abstract_batch(rows, evaluation_sharding(mesh))
+        sharding = evaluation_sharding(mesh)
+        heldout = abstract_batch(rows, sharding, document_mask=config.data.document_mask)
         compiled_eval_step = jax.jit(eval_step).lower(program.state.params, heldout).compile()
     log(f"Compiled {len(train_steps)} phases and the evaluation in {time.monotonic() - began:.1f} s")
     return Run(

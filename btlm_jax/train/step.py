@@ -47,9 +47,11 @@ def abstract_state(table: dict, optimizer: optax.GradientTransformation, mesh: M
     return jax.tree.map(with_sharding, state)
 
 
-def abstract_batch(shape: tuple[int, ...], sharding: NamedSharding) -> dict:
+def abstract_batch(shape: tuple[int, ...], sharding: NamedSharding, *, document_mask: bool) -> dict:
     """Return the shapes, dtypes and shardings of a batch whose leaves have `shape`."""
     dtypes = {"inputs_BT": jnp.int32, "targets_BT": jnp.int32, "weights_BT": jnp.float32}
+    if document_mask:
+        dtypes["starts_BT"] = jnp.int32
     return {name: jax.ShapeDtypeStruct(shape, dtype, sharding=sharding) for name, dtype in dtypes.items()}
 
 
@@ -58,16 +60,17 @@ def make_train_step(
 ) -> Callable:
     """Make train_step(state, batch, learning_rate) -> (state, metrics), not yet jitted.
 
-    batch: {"inputs_BT", "targets_BT": int32, "weights_BT": float32}, leaves [A, B/A, T]; gradients are summed over the
-    A micro-batches and divided by the sum of all weights, so that every token counts the same. A batch without a weight
-    leaves parameters and optimizer as they are; only the count of steps goes on, and with it the schedule and the data.
+    batch: {"inputs_BT", "targets_BT": int32, "weights_BT": float32}, leaves [A, B/A, T]; with "starts_BT", int32, no
+    position sees another document's (see attention's `attend`). Gradients are summed over the A micro-batches and
+    divided by the sum of all weights, so that every token counts the same. A batch without a weight leaves parameters
+    and optimizer as they are; only the count of steps goes on, and with it the schedule and the data.
     metrics: loss (nats a token; 0 of no targets), weight (targets counted), grad_norm (before clipping), and for every
     class of mup.py grad_norm/<class> and update_norm/<class>; float32 scalars left on the device.
     """
 
     def micro_loss(params, micro):
         return loss_sum(
-            _hidden(model, params, micro["inputs_BT"]),
+            _hidden(model, params, micro),
             params["embedding"]["embedding"],
             micro["targets_BT"],
             micro["weights_BT"],
@@ -109,11 +112,14 @@ def make_train_step(
 
 
 def make_eval_step(model: Btlm, *, loss_chunk: int) -> Callable:
-    """Make eval_step(params, batch) -> sums of the weighted losses, replicated: loss_B, weight_B, loss_T, weight_T."""
+    """Make eval_step(params, batch) -> sums of the weighted losses, replicated: loss_B, weight_B, loss_T, weight_T.
+
+    T is the position in the window, or in the document as far as it is in the window where batch has "starts_BT".
+    """
 
     def eval_step(params: dict, batch: dict) -> dict:
         losses_BT = token_losses(
-            _hidden(model, params, batch["inputs_BT"]),
+            _hidden(model, params, batch),
             params["embedding"]["embedding"],
             batch["targets_BT"],
             output_scale=model.parametrization.output_scale,
@@ -125,16 +131,24 @@ def make_eval_step(model: Btlm, *, loss_chunk: int) -> Callable:
         return {
             "loss_B": losses_BT.sum(1),
             "weight_B": weights_BT.sum(1),
-            "loss_T": losses_BT.sum(0),
-            "weight_T": weights_BT.sum(0),
+            "loss_T": _sum_by_position(losses_BT, batch),
+            "weight_T": _sum_by_position(weights_BT, batch),
         }
 
     return eval_step
 
 
-def _hidden(model: Btlm, params: dict, inputs_BT: jax.Array) -> jax.Array:
+def _hidden(model: Btlm, params: dict, batch: dict) -> jax.Array:
     """Return the network's output, hidden_BTD."""
-    return cast(jax.Array, model.apply({"params": params}, inputs_BT))  # a tuple only with mutable collections
+    hidden_BTD = model.apply({"params": params}, batch["inputs_BT"], batch.get("starts_BT"))
+    return cast(jax.Array, hidden_BTD)  # a tuple only with mutable collections
+
+
+def _sum_by_position(x_BT: jax.Array, batch: dict) -> jax.Array:
+    if "starts_BT" not in batch:
+        return x_BT.sum(0)
+    position_BT = jnp.arange(x_BT.shape[1])[None] - _replicated(batch["starts_BT"])
+    return jnp.zeros(x_BT.shape[1:], x_BT.dtype).at[position_BT].add(x_BT)
 
 
 def _new_state(params: dict, optimizer: optax.GradientTransformation) -> TrainState:

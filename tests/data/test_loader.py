@@ -14,7 +14,7 @@ from support.loader import BLOCK_LEN, CURRICULUM, HELDOUT_TOKENS, TRAIN_TOKENS, 
 
 from btlm_jax.data import store
 from btlm_jax.data.heldout import heldout_batches
-from btlm_jax.data.loader import TrainLoader, make_placement, needed_rows
+from btlm_jax.data.loader import TrainLoader, document_starts, make_placement, needed_rows
 from btlm_jax.data.reader import TokenStore, open_store
 from btlm_jax.recipe.curriculum import make_curriculum
 
@@ -84,6 +84,42 @@ def test_mesh_and_accumulation_do_not_change_a_batch(token_store, accumulation, 
     expected = flat_batches(make_loader(token_store), first_step=0)
     loader = make_loader(token_store, accumulation=accumulation, fsdp=fsdp, tensor=tensor)
     assert_batches_equal(flat_batches(loader, first_step=0), expected)
+
+
+def test_documents_begin_with_their_eos(capsys):
+    inputs_BT = np.asarray([[5, 0, 6, 7, 0, 0, 8, 0], [0, 5, 0, 0, 0, 0, 0, 0], [5, 6, 7, 8, 9, 5, 6, 7]])
+    # The second row has 2 targets: what is behind the EOS that ends its document is padding, one document with it.
+    num_targets_B = np.asarray([8, 2, 8])
+    starts_BT = document_starts(inputs_BT, num_targets_B, eos_id=0, most=9)
+    assert starts_BT.dtype == np.int32
+    assert starts_BT.tolist() == [[0, 1, 1, 1, 4, 5, 5, 7], [0, 0, 2, 2, 2, 2, 2, 2], [0] * 8]
+    assert capsys.readouterr().err == ""
+    joined_BT = document_starts(inputs_BT, num_targets_B, eos_id=0, most=3)
+    assert joined_BT.tolist() == [[0, 1, 1, 1, 4, 4, 4, 4], *starts_BT[1:].tolist()]
+    assert "window of 8 tokens has more than the 3 documents that attention keeps apart" in capsys.readouterr().err
+
+
+def test_a_batch_has_documents_where_they_are_asked_for(token_store, monkeypatch):
+    """The tiny store's ids count up, so that the id 60 opens one document: in block 3, at its position 12."""
+    split = token_store.split
+    monkeypatch.setattr(TokenStore, "split", lambda self, name: with_eos(split(name), 60))
+    batches = flat_batches(make_loader(token_store, most_documents=9), first_step=0)
+    for step, batch in batches.items():
+        opens = batch["inputs_BT"] == 60
+        length = CURRICULUM.phase_at(step).seq_len
+        expected = np.where(opens.any(1), opens.argmax(1), 0)[:, None] * (np.arange(length) >= opens.argmax(1)[:, None])
+        np.testing.assert_array_equal(batch["starts_BT"], expected)
+    assert sum((batch["inputs_BT"] == 60).sum() for batch in batches.values()) == 1
+    sharding = NamedSharding(make_mesh(1, 1), P("fsdp"))
+    (_, batch), *_ = heldout_batches(
+        token_store, batch_size=8, blocks_per_source=9, prefetch=1, sharding=sharding, most_documents=9
+    )
+    assert batch["starts_BT"].shape == batch["inputs_BT"].shape
+
+
+def with_eos(reader, eos_id: int):
+    reader.eos_id = eos_id
+    return reader
 
 
 @pytest.mark.parametrize("first_step", [1, 3, 4, 6, 7])

@@ -40,6 +40,7 @@ def make_loader(
     seed: int = 5,
     max_epochs: int = 1,
     prefetch: int = 3,
+    most_documents: int = 0,
 ) -> TrainLoader:
     return TrainLoader(
         token_store,
@@ -49,4 +50,5 @@ def make_loader(
         accumulation=accumulation,
         prefetch=prefetch,
         shardings=[NamedSharding(make_mesh(fsdp, tensor), P(None, "fsdp")) for _ in curriculum.phases],
+        most_documents=most_documents,
     )
