@@ -284,7 +284,7 @@ def make_config(choices: Choices) -> TrainConfig:
             clip_norm=1.0,
         ),
         mesh=choices.mesh,
-        data=DataConfig(store=choices.store, seed=1, max_epochs=choices.max_epochs, prefetch=4),
+        data=DataConfig(store=choices.store, seed=1, max_epochs=choices.max_epochs, prefetch=4, document_mask=False),
         corpus=CorpusConfig(
             source=PREPARED,
             max_bytes=2_570_000_000_000,

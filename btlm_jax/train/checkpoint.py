@@ -246,7 +246,7 @@ def _reason(error: Exception) -> str:
 
 
 # What may not change between the start of a run and a resume: with another value it would be another run.
-_FIXED = ("seed", "mup", "data.seed", "curriculum.seq_len", "curriculum.batch_size")
+_FIXED = ("seed", "mup", "data.seed", "data.document_mask", "curriculum.seq_len", "curriculum.batch_size")
 _FIXED_MODEL = ("vocab_size", "num_layers", "d_model", "num_heads", "d_ff", "layer_norm_eps", "alibi_scaling", "dtype")
 
 
