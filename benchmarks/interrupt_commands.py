@@ -80,7 +80,7 @@ def make_inputs(folder: Path) -> dict[str, float]:
     seconds = {}
     for name, arguments in commands(folder).items():
         began = time.monotonic()
-        process = start(arguments, outputs.get(name, folder / "once"))
+        process = start(arguments, outputs.get(name, folder / f"once-{len(seconds)}"))
         said = process.communicate()[1]
         if process.returncode:
             raise RuntimeError(f"{name} does not work undisturbed: {said}")

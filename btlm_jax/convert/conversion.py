@@ -41,6 +41,7 @@ FORMATS = ("hf", "native", "jais", "gguf", "int4")
 GGUF_SUFFIX = ".gguf"
 DTYPES = ("float32", "bfloat16", "float16")
 # The default of `pad_ffn` by format; 256 is the largest block size of llama.cpp.
+_LARGEST_PADDING = 1 << 16
 PAD_FFN = {"hf": 1, "native": 1, "jais": 256, "gguf": 256, "int4": 1}
 # The largest difference of logits allowed, relative to the largest logit: the rounding of weights to the dtype.
 TOLERANCE = {"float32": 2e-5, "bfloat16": 3e-2, "float16": 4e-3}
@@ -89,6 +90,8 @@ class Conversion:
         for name in ("pad_ffn", "max_shard_bytes"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}={getattr(self, name)} must be at least 1")
+        if self.pad_ffn > _LARGEST_PADDING:
+            raise ValueError(f"pad_ffn={self.pad_ffn} must be at most {_LARGEST_PADDING:,}")
         if self.calibration is not None:
             calibrated = [method for method in Method if method.is_calibrated]
             if self.format != "int4" or self.method not in calibrated:
@@ -120,10 +123,10 @@ def convert(conversion: Conversion, *, log: Callable[[str], None]) -> list[Proof
       OSError: the target cannot be written.
     """
     started, target = time.perf_counter(), conversion.target
+    _check_is_free(target)
     target.parent.mkdir(parents=True, exist_ok=True)
     with only_writer(target):
-        if os.path.lexists(target):  # a link that leads nowhere, too
-            raise FileExistsError(f"{target} exists; delete it or give another --to")
+        _check_is_free(target)
         with scratch_directory(target) as partial:
             proofs = _write_and_prove(conversion, partial, log=log)
             failed = [str(proof) for proof in proofs if not proof.holds]
@@ -134,6 +137,11 @@ def convert(conversion: Conversion, *, log: Callable[[str], None]) -> list[Proof
     size = sum(path.stat().st_size for path in files)
     log(f"Done: {target}, {size / 1e6:,.1f} MB, in {time.perf_counter() - started:.1f} s.")
     return proofs
+
+
+def _check_is_free(target: Path) -> None:
+    if os.path.lexists(target):  # a link that leads nowhere, too
+        raise FileExistsError(f"{target} exists; delete it or give another --to")
 
 
 def _write_and_prove(conversion: Conversion, partial: Path, *, log: Callable[[str], None]) -> list[Proof]:

@@ -64,9 +64,11 @@ class GenerationConfig:
         if self.cache_dtype not in (MODEL_DTYPE, *CACHE_DTYPES):
             allowed = ", ".join((MODEL_DTYPE, *CACHE_DTYPES))
             raise ValueError(f"cache_dtype={self.cache_dtype} is not allowed; it must be one of {allowed}")
-        if self.bos not in (BOS_OF_MODEL, NO_BOS, EOS_AS_BOS) and not (self.bos.isascii() and self.bos.isdecimal()):
+        is_id = self.bos.isascii() and self.bos.isdecimal() and len(self.bos) < 10
+        if self.bos not in (BOS_OF_MODEL, NO_BOS, EOS_AS_BOS) and not is_id:
             raise ValueError(
-                f"bos={self.bos} is not allowed; it must be {BOS_OF_MODEL}, {NO_BOS}, {EOS_AS_BOS} or an id's number"
+                f"bos={self.bos[:40]} is not allowed; it must be {BOS_OF_MODEL}, {NO_BOS}, {EOS_AS_BOS} or an id's "
+                "number"
             )
 
     def bos_id(self, model: TextModel) -> int | None:

@@ -67,13 +67,13 @@ def read_client_settings(directory: Path, *, config: Mapping[str, Any], tokenize
     settings = _read(directory / TOKENIZER_CONFIG)
     kept = {key: value for key, value in settings.items() if key not in _NOT_KEPT}
     if tokenizer is not None:
-        unknown = [key for key in _TOKENS if key in kept and _id_of(kept[key], tokenizer) is None]
-        unknown = [key for key in unknown if kept[key] is not None]
+        unknown = [key for key in (*_TOKENS, "eos_token") if _id_of(settings.get(key), tokenizer) is None]
+        unknown = [key for key in unknown if settings.get(key) is not None]
         if unknown:
             notices.report(
                 "config-keys-dropped",
                 f"{directory / TOKENIZER_CONFIG} names tokens that its tokenizer has not, which are dropped: "
-                + ", ".join(f"{key} {kept[key]!r}" for key in unknown),
+                + ", ".join(f"{key} {settings[key]!r}" for key in unknown),
                 count=len(unknown),
             )
         kept = {key: value for key, value in kept.items() if key not in unknown and value is not None}
@@ -110,6 +110,7 @@ def end_of_text_id(
             vocab_size=size,
         ),
         CONFIG_FILE: token_ids(values.get("eos_token_id"), name="eos_token_id", vocab_size=size),
+        TOKENIZER_CONFIG: _eos_of_tokenizer_config(directory, tokenizer),
         "its tokenizer": () if tokenizer is None else (tokenizer.eos_id,),
     }
     named = {place: ids for place, ids in named.items() if ids}
@@ -131,6 +132,13 @@ def end_of_text_id(
             "what is written; generation_config.json is kept as it is",
         )
     return eos_id
+
+
+def _eos_of_tokenizer_config(directory: Path, tokenizer: Tokenizer | None) -> tuple[int, ...]:
+    """Return the id of the eos_token of tokenizer_config.json, if it is a token; a SentencePiece model has its own."""
+    token = _read(directory / TOKENIZER_CONFIG).get("eos_token")
+    number = None if tokenizer is None else _id_of(token, tokenizer)
+    return () if number is None else (number,)
 
 
 def pad_token(tokenizer: Tokenizer, settings: ClientSettings) -> str:

@@ -367,6 +367,12 @@ def test_a_killed_conversion_leaves_nothing_under_the_name_and_the_next_one_work
         (["--from=x", "--to=y", "--max_shard_gb=inf"], 2, "--max_shard_gb=inf must be a finite number"),
         (["--from=x", "--to=y.gguf", "--format=gguf", "--context_length=-1"], 2, "context_length=-1 must be from 1"),
         (["--from=nowhere", "--to=y"], 1, "nowhere holds no model: looked for checkpoints/"),
+        (["--from=x", "--to=."], 1, ". exists; delete it or give another --to"),
+        (
+            ["--from=x", "--to=y", "--pad_ffn=9223372036854775807"],
+            2,
+            "pad_ffn=9223372036854775807 must be at most 65,536",
+        ),
         (["--from=x", "--to=gs://bucket/y"], 2, "--to=gs://bucket/y is a URL; a path on this machine is needed"),
         (["--from=x", "--to=y", "--format=int4", "--calibration="], 2, "--calibration= is empty"),
         (["--from=x", "--to=y.gguf", "--format=gguf", "--name=\udce9"], 2, "name='\\udce9' is not valid Unicode"),

@@ -163,6 +163,15 @@ def test_one_id_ends_a_text_in_every_form(config, generation, eos_id, is_said, t
         assert GGUFFile(path).keys["tokenizer.ggml.eos_token_id"] == eos_id
 
 
+@pytest.mark.parametrize(("token", "said"), [("<0x41>", "eos-contradicts"), ("<nowhere>", "config-keys-dropped")])
+def test_an_end_of_text_of_tokenizer_config_beside_a_model_is_not_passed_over(token, said, tmp_path):
+    source = model_with(tmp_path / "in", MADE["ours"]())
+    settings = json.loads((source / "tokenizer_config.json").read_text()) | {"eos_token": token}
+    (source / "tokenizer_config.json").write_text(json.dumps(settings))
+    assert open_source(source).config.eos_token_id == 1
+    assert notices.counts() == {said: 1}
+
+
 def test_an_end_of_text_outside_the_vocabulary_is_refused(tmp_path):
     source = model_with(tmp_path / "in", MADE["ours"]())
     (source / "generation_config.json").write_text('{"eos_token_id": [1, 512]}')

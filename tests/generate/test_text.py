@@ -225,6 +225,8 @@ def test_a_failure_leaves_the_output_as_it_was(capsys, untrained, tmp_path, monk
         (["--output=/dev/null"], 1, "output=/dev/null is no regular file and is not replaced; without"),
         (["--bos=yes"], 2, "bos=yes is not allowed; it must be model, none, eos or an id's number"),
         (["--bos=-1"], 2, "bos=-1 is not allowed"),
+        (["--bos=" + "9" * 5000], 2, "99 is not allowed; it must be model, none, eos or an id's number"),
+        (["--num_samples=10000000000"], 2, "num_samples=10000000000 is not allowed; it must be 1,000,000 or less"),
     ],
 )  # fmt: skip
 def test_a_wrong_command_says_what_is_right(capsys, flags, code, message):
