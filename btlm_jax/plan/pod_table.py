@@ -125,6 +125,7 @@ def check_devices(config: TrainConfig, devices: Sequence[jax.Device], *, config_
 
 def _row(values: dict) -> Row:
     layout = values["layout"]
+    low, high = values["days"] or (0.0, 0.0)
     return Row(
         name=values["name"],
         topology=values["topology"],
@@ -135,7 +136,7 @@ def _row(values: dict) -> Row:
         fits=values["fits"],
         needed=values["needed_bytes"],
         available=values["available_bytes"],
-        days=tuple(values["days"] or (0.0, 0.0)),
+        days=(low, high),
     )
 
 

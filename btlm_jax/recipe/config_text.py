@@ -61,8 +61,8 @@ def _entry(name: str, value: str, comment: str, *, indent: int) -> Iterator[str]
 def _value(key: str, value: object, *, step: int) -> str:
     """Return a value as Python; tokens as multiples of a step."""
     if key in _IN_STEPS:
-        counts = value if isinstance(value, tuple) else (value,)
-        assert all(type(count) is int and count % step == 0 for count in counts), key
+        counts: tuple[int, ...] = value if isinstance(value, tuple) else (value,)  # pyright: ignore[reportAssignmentType]
+        assert all(count % step == 0 for count in counts), key
         shown = [f"{_number(count // step)} * {_STEP}" for count in counts]
         return f"({', '.join(shown)})" if isinstance(value, tuple) else shown[0]
     if isinstance(value, str):

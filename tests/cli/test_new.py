@@ -21,7 +21,9 @@ from btlm_jax.cli.config_keys import sections
 from btlm_jax.cli.new import short
 from btlm_jax.data import store as stores
 from btlm_jax.parallel.mesh import batch_sharding, make_mesh
-from btlm_jax.plan import measured_step, pod_table, search
+from btlm_jax.plan import make_table, measured_step, search
+from btlm_jax.plan.compiling import CompileCache
+from btlm_jax.plan.layout import layout_of
 from btlm_jax.recipe import sizes
 from btlm_jax.recipe.config import train_config_from
 from btlm_jax.recipe.optimizer import learning_rate_at
@@ -209,25 +211,35 @@ def test_a_slice_has_the_layout_that_a_search_finds(here, imagined_plans, capsys
     assert new("--params=2.7B", "--topology=v5e-32", "--cache=cache", "--output=a.py") == 0
     said = capsys.readouterr()
     config = written(here / "a.py")
-    plans = search.search_layouts(config, topology="v5e:4x8", cache=pretend_cache(), report_progress=lambda line: None)
-    assert plans.best is not None and plans.best.layout == dataclasses.replace(
-        plans.best.layout, mesh=config.mesh, remat=config.model.remat
-    )
+    cache = CompileCache(directory=here / "cache", max_compiles=0)
+    plans = search.search_layouts(config, topology="v5e:4x8", cache=cache, report_progress=lambda line: None)
+    assert plans.best is not None and plans.best.layout == layout_of(config)
     text = (here / "a.py").read_text()
     assert 'TOPOLOGY = "v5e:4x8"\nOTHERS = ()' in text
     assert f"predicted: {plans.best.needed / 2**30:.2f} of a chip's 15.75 GiB on v5e:4x8, 32 chips" in said.out
     assert f"of {len(plans.tried)} layouts compiled for v5e:4x8" in text
     low, high = (seconds / 86_400 for seconds in plans.best.seconds)
     assert f"predicted: {low:.1f} to {high:.1f} days, of steps alone" in text
-    assert pod_table.layout_of(config) == plans.best.layout
 
 
-def pretend_cache():
-    class Cache:
-        def outlook(self, **_):
-            return ""
-
-    return Cache()
+def test_a_layout_is_taken_from_a_table(here, imagined_plans, monkeypatch, capsys):
+    monkeypatch.setattr(make_table, "plan_fitting_phases", imagined)
+    assert new("--params=2.7B", "--topology=v5e-32", "--cache=cache", "--output=a.py") == 0
+    assert new("--params=4.2M", "--vocab_size=4096", "--topology=cpu", "--output=cpu.py") == 0
+    cache, lines = CompileCache(directory=here / "cache", max_compiles=0), []
+    assert make_table.make_table(here / "table.json", cache=cache, report_progress=lines.append) == []
+    assert f"{here / 'cpu.py'} has no TOPOLOGY: it is not for a slice, and not in the table" in lines
+    assert new("--params=2.7B", "--topology=v5e-32", "--plan_from=table.json", "--output=b.py") == 0
+    assert written(here / "b.py") == written(here / "a.py")
+    facts = [re.search(r"Memory: (.*)\nTime: (.*)\n", (here / name).read_text()) for name in ("a.py", "b.py")]
+    assert facts[0] and facts[1] and facts[0].groups() == facts[1].groups()
+    assert "compiled for v5e:4x8 (btlm plan --table)" in (here / "b.py").read_text()
+    capsys.readouterr()
+    assert new("--params=1.3B", "--topology=v5e-32", "--plan_from=table.json", "--output=c.py") == 1
+    assert "table.json has no layout of this config that fits on v5e:4x8; leave" in capsys.readouterr().err
+    (here / "table.json").write_text("{}")
+    assert new("--params=2.7B", "--topology=v5e-32", "--plan_from=table.json", "--output=c.py") == 1
+    assert "table.json does not say which compiler made it; make it again" in capsys.readouterr().err
 
 
 def test_a_slice_on_which_nothing_fits_is_refused(here, imagined_plans, capsys):

@@ -140,6 +140,7 @@ def test_what_the_table_does_not_have_is_said_with_the_command_that_finds_out(po
 def test_the_table_is_in_the_folder_pods_of_or_beside_the_config():
     assert table_beside(Path("configs/btlm_3b_8k.py")) == Path("configs/pods/table.json")
     assert table_beside(Path("configs/pods/v5e_256.py")) == Path("configs/pods/table.json")
+    assert table_beside(Path("configs/family/111M.py")) == Path("configs/family/table.json")
 
 
 @pytest.mark.parametrize("damage", [lambda text: text[:100], lambda text: text.replace("tensor", "tensors")])
