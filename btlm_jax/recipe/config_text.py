@@ -91,6 +91,7 @@ def _reasons(config: TrainConfig) -> dict[str, str]:
         "data.seed": "of the order of blocks",
         "data.max_epochs": "passes over the store that the tokens may take",
         "data.prefetch": "batches read ahead",
+        "data.document_mask": "as BTLM's",
         "corpus.source": "the store must exist: btlm corpus makes it",
         "corpus.max_bytes": "as BTLM's; of no effect on a prepared store, as the two below",
         "corpus.heldout_fraction": "as BTLM's",

@@ -76,6 +76,7 @@ def get_config() -> ConfigDict:
                 seed=1,  # of the order of blocks
                 max_epochs=1,  # passes over the store that the tokens may take
                 prefetch=4,  # batches read ahead
+                document_mask=False,  # as BTLM's
             ),
             corpus=dict(
                 source="prepared",  # the store must exist: btlm corpus makes it

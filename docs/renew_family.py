@@ -1,11 +1,17 @@
-"""Renew the table of docs/reference/family.md from configs/family/: `python docs/family_table.py`."""
+"""Renew configs/family/, each file by the command that it names, and its table: `python docs/renew_family.py`.
+
+After a change of the keys of a config or of a rule. Layouts are those of configs/family/table.json.
+"""
 
 from __future__ import annotations
 
+import contextlib
 import re
 import runpy
+import shlex
 from pathlib import Path
 
+from btlm_jax.cli import DONE, main
 from btlm_jax.plan.chips import GIB
 from btlm_jax.plan.placement import span
 from btlm_jax.plan.pod_table import Row, read_table, read_versions, training_fields
@@ -48,6 +54,12 @@ def table() -> str:
     return "\n".join(lines)
 
 
+def command_of(path: Path) -> list[str]:
+    """Return the arguments of btlm that wrote a file of the family, in its folder."""
+    (command,) = re.findall(r"^Written by: btlm (.*)$", path.read_text(), flags=re.MULTILINE)
+    return shlex.split(command)
+
+
 def renewed(page: str) -> str:
     """Return the page with the table as it is now."""
     return _MARKED.sub(lambda match: f"{match[1]}\n{table()}\n\n{match[2]}", page)
@@ -74,4 +86,7 @@ def _line(name: str, config: TrainConfig, rows: list[Row]) -> str:
 
 
 if __name__ == "__main__":
+    with contextlib.chdir(FAMILY):
+        for file in sorted(FAMILY.glob("*.py")):
+            assert main([*command_of(file), "--replace"]) == DONE, file
     PAGE.write_text(renewed(PAGE.read_text()))
