@@ -76,6 +76,9 @@ def clean_flags() -> Flags:
     """Define the flags of `btlm corpus clean`."""
     flags = _flags_with_workers(CLEAN_HELP)
     flags.define_string("source", "unnamed", "source of documents that do not say theirs")
+    flags.define_boolean(
+        "folders_are_sources", False, "instead of --source the folder inside the input, where there is one"
+    )
     flags.define_string(
         "on_bad_file",
         "fail",
@@ -99,11 +102,12 @@ def clean(arguments: Sequence[str]) -> int:
 
     try:
         config = stage.CleanConfig(
-            input=flags.location("input"),
+            inputs=(flags.location("input"),),
             default_source=flags.text("source"),
             on_bad_file=flags.string("on_bad_file"),
             max_bad_rate=flags.number("max_bad_rate"),
             keys=Keys(text=flags.text("text_key"), id=flags.text("id_key"), source=flags.text("source_key")),
+            folders_are_sources=flags.boolean("folders_are_sources"),
         )
     except ValueError as error:
         raise UsageError(str(error)) from error

@@ -32,7 +32,9 @@ CONFIG_HELP = "config"  # --help=config
 _ALL = "all"
 _YES, _NO = ("true", "t", "1", "yes", "y"), ("false", "f", "0", "no", "n")
 _WIDTH = 120
-TEXT, TEXTS, WHOLE, NUMBER, SWITCH = "TEXT", "TEXT ...", "N", "X", ""  # kinds of flags, as --help shows them
+# Kinds of flags, as --help shows them. PATHS takes the arguments up to the next flag, as a shell expands a pattern.
+TEXT, TEXTS, PATHS, WHOLE, NUMBER, SWITCH = "TEXT", "TEXT ...", "PATH ...", "N", "X", ""
+_LISTS = (TEXTS, PATHS)
 
 
 @dataclasses.dataclass(kw_only=True)
@@ -51,8 +53,8 @@ class Flag:
         """Return the flag's paragraph of --help."""
         takes = "" if self.kind == SWITCH else f"={self.kind.split()[0]}"
         notes = []
-        if self.kind == TEXTS:
-            notes.append("may be given several times")
+        if self.kind in _LISTS:
+            notes.append("may be given several times" if self.kind == TEXTS else "several may follow one another")
         elif self.kind == SWITCH:
             notes += ["on by default, --no_" + self.name + " turns it off"] if self.default else []
         elif self.default != "":
@@ -85,6 +87,10 @@ class Flags:
     def define_strings(self, name: str, help_text: str) -> None:
         """Define a flag that may be given several times, each with a text."""
         self._define(name, TEXTS, [], help_text)
+
+    def define_paths(self, name: str, help_text: str) -> None:
+        """Define a flag that may be given several times, each with one path or more: `--data a.txt b.txt`."""
+        self._define(name, PATHS, [], help_text)
 
     def define_integer(self, name: str, default: int, help_text: str) -> None:
         """Define a flag whose value is a whole number."""
@@ -171,7 +177,7 @@ class Flags:
         return value
 
     def strings(self, name: str) -> list[str]:
-        """Return the values of a flag that `define_strings` made."""
+        """Return the values of a flag that `define_strings` or `define_paths` made."""
         value = self._flags[name].value
         assert isinstance(value, list), name
         return value
@@ -193,6 +199,11 @@ class Flags:
         value = self._flags[name].value
         assert isinstance(value, bool), name
         return value
+
+    @property
+    def changes(self) -> dict[str, str]:
+        """The keys of the config that the command line changes, each with the text of its value."""
+        return dict(self._changes)
 
     def path(self, name: str) -> Path:
         """Return the value of a string flag as a path on this machine; a leading ~ is the home directory.
@@ -257,7 +268,7 @@ class Flags:
         return find_config(self.string("config").partition(":")[0])
 
     def _define(self, name: str, kind: str, default: Any, meaning: str, choices: Sequence[str] = ()) -> None:
-        value = list(default) if kind == TEXTS else default
+        value = list(default) if kind in _LISTS else default
         self._flags[name] = Flag(
             name=name, kind=kind, default=default, meaning=meaning, choices=tuple(choices), value=value
         )
@@ -291,6 +302,8 @@ class Flags:
             if flag.name == "strict" and not equals:
                 equals, text = "=", _ALL
             self._set(flag, _converted(flag, self._value_of(given, equals, text, rest)))
+            while flag.kind == PATHS and rest and not rest[0].startswith("-"):
+                self._set(flag, rest.pop(0))
 
     @property
     def _command(self) -> str:
@@ -298,7 +311,7 @@ class Flags:
         return self._help_text.partition(":")[0]
 
     def _set(self, flag: Flag, value: Any) -> None:
-        if flag.kind == TEXTS:
+        if flag.kind in _LISTS:
             flag.value.append(value)
         else:
             if flag.is_given:

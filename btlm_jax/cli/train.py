@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from btlm_jax.cli import BAD_NUMBERS, DONE, PREEMPTED, UsageError
-from btlm_jax.cli.parse import Flags
+from btlm_jax.cli.parse import Flags, find_config
 
 if TYPE_CHECKING:
     import jax
@@ -19,8 +19,14 @@ if TYPE_CHECKING:
 
 TRAIN_HELP = """btlm train: train, or resume from the last checkpoint in the workdir.
 
-examples:  btlm train --config=local_cpu --workdir=runs/local --config.optimizer.peak_learning_rate=0.006
+examples:  btlm train --data=TEXTS --workdir=runs/mine --minutes=10
+           btlm train --config=local_cpu --workdir=runs/local --config.optimizer.peak_learning_rate=0.006
            btlm train --config=btlm_3b_8k --dry-run
+
+--data makes a model of your text, from 64 kB on, without a config: files, folders (subfolders are sources), patterns
+or URLs of what btlm corpus clean reads. In the workdir it cleans and deduplicates the text, holds 5 % of it out, trains
+a tokenizer and makes a token store; then it measures a step and chooses the model's size, the batch and the tokens so
+that the whole command takes --minutes=N or --hours=N (at most 20 minutes without). It says what it chose and why.
 
 --config takes a name (btlm configs lists them) or the path of a file.
 
@@ -29,12 +35,20 @@ run it on each, with --distributed (TPU pods find each other) or with the three 
 """
 
 
+_DATA_FLAGS = ("tokenizer", "minutes", "hours")  # that only --data has
+
+
 def train(arguments: Sequence[str]) -> int:
     """Run `btlm train`; return the exit code."""
     flags = train_flags()
     if not flags.parse(arguments):
         return DONE
     _check_processes(flags)
+    if flags.is_given("data"):
+        return _train_on_data(flags)
+    for name in _DATA_FLAGS:
+        if flags.is_given(name):
+            raise UsageError(f"--{name} goes with --data=PATH: it belongs to a run that begins from text")
     config = flags.config()
     from btlm_jax.train import loop, setup
 
@@ -48,11 +62,30 @@ def train(arguments: Sequence[str]) -> int:
         num_processes=flags.integer("num_processes"),
         process_id=flags.integer("process_id"),
     )
+    return _run(config, flags, workdir=workdir, config_file=flags.config_file())
+
+
+def _train_on_data(flags: Flags) -> int:
+    """Make the store of --data and choose the run, if that is not done, and train; return the exit code."""
+    from btlm_jax.cli import train_data
+
+    train_data.check_flags(flags)
+    workdir = flags.path("workdir")
+    if flags.boolean("dry_run"):
+        print(train_data.dry_run(flags, workdir=workdir))
+        return DONE
+    config = train_data.config_of_data(flags, workdir=workdir)
+    return _run(config, flags, workdir=workdir, config_file=find_config(train_data.BASE_CONFIG))
+
+
+def _run(config: TrainConfig, flags: Flags, *, workdir: Path, config_file: Path) -> int:
+    from btlm_jax.train import loop
+
     outcome = loop.train(
         config,
         workdir=workdir,
         resume_step=flags.integer("resume_step"),
-        check_devices=functools.partial(_check_devices, config_file=flags.config_file()),
+        check_devices=functools.partial(_check_devices, config_file=config_file),
         build_store=build_store,
         continue_prompt=continue_prompt,
     )
@@ -62,6 +95,10 @@ def train(arguments: Sequence[str]) -> int:
 def train_flags() -> Flags:
     """Define the flags of `btlm train`."""
     flags = Flags(TRAIN_HELP)
+    flags.define_paths("data", "text to train on: files, folders, patterns, URLs")
+    flags.define_string("tokenizer", "", "with --data: directory of a tokenizer; by default one is trained")
+    flags.define_float("minutes", 0.0, "with --data: how long the whole command shall take")
+    flags.define_float("hours", 0.0, "the same in hours")
     flags.define_config()
     define_workdir(flags)
     flags.define_integer("resume_step", 0, "go back to this checkpoint and set later ones aside; 0: the last one")

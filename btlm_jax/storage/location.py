@@ -7,6 +7,7 @@ environment variables such as FSSPEC_S3_ANON or by their configuration files. Th
 from __future__ import annotations
 
 import contextlib
+import glob
 import hashlib
 import os
 import stat
@@ -31,6 +32,31 @@ _RETRY_SECONDS = (1.0, 2.0, 4.0, 8.0, 16.0)  # before each further attempt
 def parse_location(text: str) -> PathOrUrl:
     """Return a URL as it is and anything else as a path; a leading ~ is the home directory."""
     return text if "://" in text else Path(os.path.expanduser(text))
+
+
+def expand_pattern(text: str) -> list[PathOrUrl]:
+    """Return what a pattern with *, ? or [...] matches (of a URL: with *), in order; any other text as one location.
+
+    `**` matches folders of any depth.
+
+    Raises:
+      FileNotFoundError: nothing matches.
+      OSError: the URL cannot be reached.
+    """
+    location = parse_location(text)
+    if isinstance(location, Path):
+        if location.exists() or not glob.has_magic(text):
+            return [location]
+        matches = sorted(map(Path, glob.glob(str(location), recursive=True)))
+    elif "*" not in location:
+        return [location]
+    else:
+        with _plain_errors(location):
+            system, path = fsspec.core.url_to_fs(location)
+            matches = sorted(system.unstrip_protocol(match) for match in system.glob(path))
+    if not matches:
+        raise FileNotFoundError(f"nothing matches {text}")
+    return list(matches)
 
 
 def resolve_location(folder: Path, text: str) -> PathOrUrl:

@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import dataclasses
 import time
+from typing import TYPE_CHECKING
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from btlm_jax.recipe.config import ModelConfig
+
+if TYPE_CHECKING:
+    from btlm_jax.recipe.sizes import Shape
 
 FLOPS_CONVENTION = (
     "6 FLOP per matrix parameter and token, embedding counted once as the readout, plus 6 L D T of causal attention "
@@ -33,7 +37,7 @@ _PEAKS = (
 _MEASUREMENTS = 6
 
 
-def flops_per_token(model: ModelConfig, *, seq_len: int) -> float:
+def flops_per_token(model: ModelConfig | Shape, *, seq_len: int) -> float:
     """Return the FLOPs of training on one token of a sequence of `seq_len`, forward and backward.
 
     A matrix parameter multiplies and adds once forward and twice backward: 6. Causal attention does two T x T matmuls

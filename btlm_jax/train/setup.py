@@ -225,6 +225,14 @@ def prepare_store(
     return open_run_store(config, location, expected_fingerprint=expected_fingerprint)
 
 
+def keep_compiled(workdir: Path) -> None:
+    """Have executables kept in the workdir, where the next start finds them."""
+    jax.config.update("jax_compilation_cache_dir", str(workdir.resolve() / COMPILE_CACHE))
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
+    # With XLA's own caches the directory is part of the executables' keys, and a moved workdir would find none of them.
+    jax.config.update("jax_persistent_cache_enable_xla_caches", "none")
+
+
 def make_run(program: Program, *, workdir: Path, token_store: TokenStore, ledger: GoodputLedger) -> Run:
     """Compile the train step of every phase and the evaluation step.
 
@@ -232,10 +240,7 @@ def make_run(program: Program, *, workdir: Path, token_store: TokenStore, ledger
     """
     config, mesh = program.config, program.mesh
     eval_step = make_eval_step(program.model, loss_chunk=config.model.loss_chunk)
-    jax.config.update("jax_compilation_cache_dir", str(workdir.resolve() / COMPILE_CACHE))
-    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
-    # With XLA's own caches the directory is part of the executables' keys, and a moved workdir would find none of them.
-    jax.config.update("jax_persistent_cache_enable_xla_caches", "none")
+    keep_compiled(workdir)
     began = time.monotonic()
     with ledger.measure("compile"), jax.set_mesh(mesh):
         train_steps = tuple(

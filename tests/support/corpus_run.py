@@ -20,7 +20,7 @@ def make_store(folder: Path, workers: Workers) -> Path:
         write_raw(folder / "raw" / f"{number}.jsonl", texts[number::4], source=f"S{number % 2}")
     tiny_tokenizers.write_gpt2_files(folder / "bpe")
     by = {"workers": workers, "log": print}
-    cleaning = CleanConfig(input=folder / "raw", default_source="none", on_bad_file="fail", max_bad_rate=0.0)
+    cleaning = CleanConfig(inputs=(folder / "raw",), default_source="none", on_bad_file="fail", max_bad_rate=0.0)
     splitting = SplitConfig(
         input=folder / "dedup",
         validation=0.2,

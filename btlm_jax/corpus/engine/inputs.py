@@ -48,6 +48,33 @@ def raw_inputs(root: PathOrUrl) -> list[Input]:
     return [piece for item in inputs for piece in (_pieces(item) if _is_divisible(item) else [item])]
 
 
+def raw_inputs_of(roots: Sequence[PathOrUrl]) -> list[Input]:
+    """Return the raw text files of several folders and files, those of a folder under its name; each is read once.
+
+    Raises:
+      FileNotFoundError: a root has no raw file.
+    """
+    if len(roots) == 1:
+        return raw_inputs(roots[0])
+    found: dict[object, Input] = {}
+    names: Counter = Counter()
+    for root in roots:
+        inputs = raw_inputs(root)
+        is_folder = any(item.location != root for item in inputs)
+        prefix = f"{PurePosixPath(str(root)).name}/" if is_folder else ""
+        for item in inputs:
+            key = (item.location.resolve() if isinstance(item.location, Path) else item.location, item.begin)
+            if key in found:
+                notices.report("file-read-once", f"{item.location} is given more than once and read once")
+                continue
+            name = prefix + item.name
+            names[name] += 1
+            if names[name] > 1:
+                name = f"{names[name]}/{name}"
+            found[key] = dataclasses.replace(item, name=name)
+    return list(found.values())
+
+
 def _left_out(name: str, beside: Collection[str]) -> str:
     """Return why a file or folder is not read, "" if it is."""
     if name.startswith("."):

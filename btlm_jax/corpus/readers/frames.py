@@ -8,7 +8,7 @@ from typing import BinaryIO, Protocol
 
 import zstandard
 
-MAX_LINE_BYTES = 1 << 30  # far above any document; a file without newlines is not JSON lines
+MAX_LINE_BYTES = 1 << 27  # far above any document; a file without newlines is not JSON lines, and memory is limited
 CHUNK = 1 << 18
 
 

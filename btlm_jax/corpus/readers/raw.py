@@ -1,8 +1,9 @@
 """Read raw text files: yield every document, and a Defect for everything that is none. Nothing is dropped silently.
 
 The first bytes of a file tell its format: zstd, gzip, Parquet, a Git LFS pointer, a web page. A plain file with a text
-suffix is one document; anything else is lines of JSON, `{"text": ..., "meta": {"redpajama_set_name": ...}}` or with
-`source` and `id`. A line that is not a document becomes a Defect. A file that ends in the middle of a frame, which
+suffix is one document, or if it is long several; so is one with a suffix that says nothing, which is read only if it is
+named itself. Anything else is lines of JSON, `{"text": ..., "meta": {"redpajama_set_name": ...}}` or with `source` and
+`id`. A line that is not a document becomes a Defect. A file that ends in the middle of a frame, which
 zstandard, fsspec and datatrove read as if it were complete, raises BadFileError after its readable part.
 """
 
@@ -34,6 +35,8 @@ from btlm_jax.corpus.readers.tables import TFDS_SHARD, arrow_rows, parquet_rows,
 TEXT_SUFFIXES = (".txt", ".md", ".rst")
 SUFFIXES = (".jsonl", ".jsonl.zst", ".jsonl.gz", ".json.gz", ".zst", ".parquet", ".arrow", *TEXT_SUFFIXES)
 TEXT_KEY_FLAG = "--text_key"
+_JSON_SUFFIXES = (".json", ".ndjson")  # of lines of JSON too, where the file is named itself
+TEXT_BYTES = 16_000_000  # a text file is read in documents of at most so much, so that memory does not grow with it
 _METADATA = ("state.json", "dataset_info.json", "dataset_dict.json", "features.json")
 _HEAD_BYTES = 200  # of a Defect
 _MAX_DEPTH = 200  # of nested JSON; orjson writes up to 254
@@ -41,6 +44,7 @@ _ZSTD, _GZIP, _PARQUET = b"\x28\xb5\x2f\xfd", b"\x1f\x8b", b"PAR1"
 _ZSTD_SKIPPABLE = b"\x2a\x4d\x18"  # after a first byte of 0x50 to 0x5f
 _LFS = b"version https://git-lfs"
 _HTML = (b"<!doctype html", b"<html")
+_BINARY_BYTES = 8000  # a NUL among the first so many makes a file binary, as for git
 _LONG_NUMBER = re.compile(rb"[0-9]{19}")  # orjson reads integers of more than 64 bits as floats
 # What a document's other values cannot keep, as counted in `repairs`.
 LONE_SURROGATES, NOT_FINITE, LONG_INTEGERS = (
@@ -48,6 +52,8 @@ LONE_SURROGATES, NOT_FINITE, LONG_INTEGERS = (
     "NaN and infinities became null",
     "integers over 64 bits became text",
 )
+LONG_TEXT = f"text files read as several documents, being longer than {TEXT_BYTES:,} bytes"
+PLAIN_TEXT = "files of another kind read as plain text"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -119,8 +125,9 @@ def read_raw(
             yield from make.of_table(arrow_rows, file)
         elif TFDS_SHARD.fullmatch(name):
             yield from make.of_rows(tfds_rows(path))
-        elif name.endswith(TEXT_SUFFIXES):
-            yield from _from_text(file.read(), name=name, default_source=default_source)
+        elif name.endswith(TEXT_SUFFIXES) or _is_plain_text(name, head):
+            make.repairs.update([PLAIN_TEXT] if not name.endswith(TEXT_SUFFIXES) else [])
+            yield from _from_text(file, name=name, default_source=default_source, repairs=make.repairs)
         else:
             lines = split_lines(_chunks(file, head=head, name=name))
             # Unlike a loop, this keeps no line, which may be long.
@@ -310,10 +317,44 @@ def _is_deep(value: object) -> bool:
     return True
 
 
-def _from_text(data: bytes, *, name: str, default_source: str) -> Iterator[Record | Defect]:
-    try:
-        yield Record(id=name, source=default_source, text=data.decode("utf-8-sig"), meta={})
-    except UnicodeDecodeError as error:
-        head = data[:_HEAD_BYTES].decode("utf-8", "replace")
-        reason = f"not UTF-8: byte 0x{data[error.start]:02x} at {error.start}"
-        yield Defect(file=name, line=1, offset=0, reason=reason, head=head)
+def _is_plain_text(name: str, head: bytes) -> bool:
+    """Return whether a file whose suffix says nothing is text, and no lines of JSON nor compressed."""
+    is_known = is_raw(name) or name.endswith(_JSON_SUFFIXES)
+    return not is_known and are_plain_lines(head) and not head.lstrip().startswith(b"{")
+
+
+def _from_text(file: BinaryIO, *, name: str, default_source: str, repairs: Counter) -> Iterator[Record | Defect]:
+    """Yield a text file as one document; as several, which end at a line's end if they can, if it is long."""
+    data, offset = file.read(TEXT_BYTES + 1), 0
+    is_whole = len(data) <= TEXT_BYTES
+    repairs.update([LONG_TEXT] if not is_whole else [])
+    if b"\0" in data[:_BINARY_BYTES]:
+        yield Defect(file=name, line=0, offset=0, reason="it is binary, not text: it has NUL bytes", head="")
+        return
+    while data or is_whole:
+        end = len(data) if len(data) <= TEXT_BYTES else _end_of_piece(data)
+        piece, data = data[:end], data[end:]
+        try:
+            text = piece.decode("utf-8" if offset else "utf-8-sig")
+            yield Record(id=name if is_whole else f"{name}@{offset}", source=default_source, text=text, meta={})
+            del text  # here and below: to hold as few copies of a piece as possible
+        except UnicodeDecodeError as error:
+            head = piece[:_HEAD_BYTES].decode("utf-8", "replace")
+            reason = f"not UTF-8: byte 0x{piece[error.start]:02x} at {offset + error.start}"
+            yield Defect(file=name, line=1 if is_whole else 0, offset=offset, reason=reason, head=head)
+        del piece
+        if is_whole:
+            return
+        offset += end
+        data += file.read(TEXT_BYTES + 1 - len(data))
+
+
+def _end_of_piece(data: bytes) -> int:
+    """Return where the first piece of a long text ends: if possible after a newline or a space of its second half."""
+    for separator in (b"\n", b" "):
+        if (place := data.rfind(separator, TEXT_BYTES // 2, TEXT_BYTES)) >= 0:
+            return place + 1
+    end = TEXT_BYTES
+    while end > TEXT_BYTES - 3 and data[end] & 0xC0 == 0x80:  # inside a character
+        end -= 1
+    return end

@@ -19,7 +19,7 @@ import ftfy
 
 from btlm_jax import notices
 from btlm_jax.corpus.engine.counts import DocumentCounts
-from btlm_jax.corpus.engine.inputs import make_tasks, raw_inputs
+from btlm_jax.corpus.engine.inputs import make_tasks, raw_inputs_of
 from btlm_jax.corpus.engine.stage import Stage, run_stage
 from btlm_jax.corpus.engine.tasks import Heartbeat, LocalInput, LocalTask
 from btlm_jax.corpus.engine.workers import Workers
@@ -31,7 +31,7 @@ from btlm_jax.display.progress import Log
 from btlm_jax.storage.files import AtomicFile
 from btlm_jax.storage.location import PathOrUrl
 
-RECIPE = 2  # raise when the steps change
+RECIPE = 3  # raise when the steps change
 QUARANTINE_FOLDER = "quarantine"
 FAIL, KEEP_PREFIX = "fail", "keep-prefix"
 ON_BAD_FILE = (FAIL, KEEP_PREFIX)
@@ -48,11 +48,12 @@ _SUSPECT, _SUSPECT_OR_AMPERSAND = re.compile(f"[^&{_UNCHANGED}]"), re.compile(f"
 class CleanConfig:
     """What to clean, and what to do with bad input."""
 
-    input: PathOrUrl
+    inputs: tuple[PathOrUrl, ...]
     default_source: str
     on_bad_file: str
     max_bad_rate: float
     keys: Keys = DEFAULT_KEYS
+    folders_are_sources: bool = False  # the first folder of a file's name is the source, before default_source
 
     def __post_init__(self):
         if self.on_bad_file not in ON_BAD_FILE:
@@ -70,8 +71,9 @@ def clean(config: CleanConfig, *, output: Path, workers: Workers, log: Log) -> d
       FileNotFoundError: there are no raw files.
       ValueError: a file is bad, too many lines are bad, no document is left, or `output` is inside the input folder.
     """
-    if isinstance(config.input, Path) and output.resolve().is_relative_to(config.input.resolve()):
-        raise ValueError(f"output {output} lies in input {config.input}, so it would be read as input; choose another")
+    for source in config.inputs:
+        if isinstance(source, Path) and output.resolve().is_relative_to(source.resolve()):
+            raise ValueError(f"output {output} lies in input {source}, so it would be read as input; choose another")
     stage = Stage(
         name="clean",
         settings={
@@ -81,8 +83,9 @@ def clean(config: CleanConfig, *, output: Path, workers: Workers, log: Log) -> d
             "default_source": config.default_source,
             "on_bad_file": config.on_bad_file,
             "keys": dataclasses.asdict(config.keys),
+            **({"folders_are_sources": True} if config.folders_are_sources else {}),
         },
-        tasks=make_tasks(raw_inputs(config.input)),
+        tasks=make_tasks(raw_inputs_of(config.inputs)),
         run=functools.partial(_clean_task, config=config),
     )
     quarantine = output / QUARANTINE_FOLDER
@@ -161,7 +164,8 @@ def _clean_task(task: LocalTask, directory: Path, heartbeat: Heartbeat, *, confi
                 file.write(json.dumps(dataclasses.asdict(defect)).encode() + b"\n")
     bad = Counter({"quarantined": len(defects)})
     totals = counts.totals(dropped=dropped, bad=bad) | {"changed values": dict(repairs)}
-    return {"totals": totals, "outputs": writer.outputs}
+    example = f"{defects[0].file}: {defects[0].reason}" if defects else ""
+    return {"totals": totals, "outputs": writer.outputs, "example": example}
 
 
 def _read(item: LocalInput, defects: list[Defect], repairs: Counter, *, config: CleanConfig) -> Iterator[Record]:
@@ -172,10 +176,10 @@ def _read(item: LocalInput, defects: list[Defect], repairs: Counter, *, config: 
             defects.append(value)
         return isinstance(value, Record)
 
+    folder, slash, _ = item.name.partition("/")
+    default_source = folder if slash and config.folders_are_sources else config.default_source
     try:
-        found = read_raw(
-            item.path, name=item.name, default_source=config.default_source, keys=config.keys, repairs=repairs
-        )
+        found = read_raw(item.path, name=item.name, default_source=default_source, keys=config.keys, repairs=repairs)
         yield from filter(is_record, found)
     except BadFileError as error:
         if config.on_bad_file == FAIL:
@@ -189,9 +193,13 @@ def _check(results: list[dict], *, max_bad_rate: float, quarantine: Path) -> Non
     bad = sum(result["totals"]["bad"]["quarantined"] for result in results)
     good = sum(part["documents"] for result in results for part in result["totals"]["read"].values())
     if bad > max_bad_rate * (good + bad):
+        example = next((text for result in results if (text := result.get("example"))), "")
         raise ValueError(
             f"{bad:,} of {good + bad:,} lines are bad, which is more than max_bad_rate={max_bad_rate}; {quarantine} "
-            "says which and why. Finished work is kept: the same command with a higher --max_bad_rate accepts it"
+            f"says which and why{f' ({example})' if example else ''}. Finished work is kept: btlm corpus clean with a "
+            "higher --max_bad_rate accepts it"
         )
     if not any(result["totals"]["written"] for result in results):
-        raise ValueError("nothing is left: all documents are short, or there are none")
+        raise ValueError(
+            f"nothing is left: all documents are short (under {MIN_CHARACTERS} characters), or there are none"
+        )

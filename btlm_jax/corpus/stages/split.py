@@ -210,7 +210,7 @@ def _assign_task(
             if index is not None and index.is_in(record.text):
                 dropped["has evaluation text"] += 1
                 continue
-            text_hash = _hash_text(record.text, seed=config.seed)
+            text_hash = hash_text(record.text, seed=config.seed)
             position = text_hash / 2**64
             if position < config.validation + config.test:
                 name = VALIDATION if position < config.validation else TEST
@@ -346,7 +346,7 @@ def _copies(name: str, *, weight: float, seed: int) -> int:
     return int(weight) + (fraction < weight % 1)
 
 
-def _hash_text(text: str, *, seed: int) -> int:
+def hash_text(text: str, *, seed: int) -> int:
     """Return 64 bits of a hash of the seed and the normalised text."""
     digest = hashlib.blake2b(digest_size=8, key=f"split {seed}".encode())
     for codes in normalized_pieces(text):

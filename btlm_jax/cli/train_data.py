@@ -1,0 +1,381 @@
+"""`btlm train --data=PATH ...`: text -> token store -> a run that is sized to the text, the time and the machine.
+
+What was chosen is kept in the workdir's own_text.json: a later start reads it there and measures nothing again.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import shlex
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+from btlm_jax import notices
+from btlm_jax.cli import UsageError
+from btlm_jax.cli.parse import Flags, find_config, load_config
+from btlm_jax.corpus import own_text
+from btlm_jax.corpus.engine.inputs import Input
+from btlm_jax.corpus.engine.workers import LocalWorkers
+from btlm_jax.data.store import MANIFEST_FILE, TRAIN, Manifest
+from btlm_jax.recipe.config import TrainConfig, config_from, train_config_from, value_from_text
+from btlm_jax.storage.files import read_json_object, write_atomically
+from btlm_jax.storage.location import PathOrUrl, expand_pattern
+from btlm_jax.train import CHECKPOINTS, CONFIG_FILE, SUMMARY_FILE, loop, sizing
+from btlm_jax.train.setup import make_workdir
+from btlm_jax.train.size_run import size_run
+
+RECORD_FILE = "own_text.json"  # in the workdir
+CORPUS_FOLDER, STORE_FOLDER = "corpus", "store"  # in the workdir: the stages' work, the token store
+FORMAT = "btlm-own-text"
+BASE_CONFIG = "local_cpu"  # whose family the chosen run belongs to
+DEFAULT_MINUTES = 20.0  # at most, where no time is given
+_MIN_MINUTES, _MAX_MINUTES = 1.0, 60.0 * 24 * 366
+_OPEN_SECTIONS = ("optimizer", "evaluation", "checkpoint", "log")  # that --config.section.key=value may change
+_MANY_BYTES = 64_000_000  # from here on worker processes are worth their start
+_OF_ANOTHER_RUN = (CHECKPOINTS, STORE_FOLDER, CONFIG_FILE, SUMMARY_FILE)  # and *.safetensors, *.gguf
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Record:
+    """What a workdir's own_text.json has."""
+
+    format: str
+    data: tuple[str, ...]  # absolute paths and patterns, or URLs
+    tokenizer: str  # directory; "" where one is trained
+    inputs: str  # hash of the raw files' names and sizes
+    minutes: float  # as given; 0: no time was given
+    lines: tuple[str, ...]  # what was chosen and why; empty until it is
+    config: str  # JSON of the config; "" until it is chosen
+
+
+def check_flags(flags: Flags) -> None:
+    """Refuse flags that contradict --data, with the commands that would be right.
+
+    Raises:
+      UsageError: they do.
+    """
+    if not all(flags.strings("data")):
+        raise UsageError("--data needs a path: a file or folder of text, a pattern, or a URL")
+    workdir = flags.path("workdir")
+    store, config = flags.changes.get("data.store", ""), flags.string("config")
+    if store or config:
+        given = f"--config.data.store={store}" if store else f"--config={config}"
+        other = _store_command(store or "/PATH/OF/STORE", workdir, config=config or BASE_CONFIG)
+        raise UsageError(
+            f"--data and {given} are both given, text to make a store of and what names one. It is one of\n"
+            f"  {_command(flags, workdir)}\n  {other}\nthe second with a store that btlm corpus made"
+        )
+    for key in flags.changes:
+        if key.partition(".")[0] not in _OPEN_SECTIONS:
+            raise UsageError(
+                f"--config.{key} cannot be given with --data, which chooses it; keys of {', '.join(_OPEN_SECTIONS)} "
+                f"can. The first start writes the whole config to {workdir / CONFIG_FILE}; to train a changed copy\n"
+                f"  {_store_command(str(workdir / STORE_FOLDER), Path('OTHER'), config='COPY.json')}"
+            )
+    for name in ("coordinator", "distributed"):
+        if flags.is_given(name):
+            raise UsageError(
+                f"--data is for one process, and --{name} for several; make the store by btlm corpus, then give\n"
+                f"  {_store_command('/PATH/OF/STORE', workdir, config='CONFIG')} --{name}"
+            )
+    if flags.is_given("minutes") and flags.is_given("hours"):
+        raise UsageError("--minutes and --hours are both given; give one of them")
+    is_timed = flags.is_given("minutes") or flags.is_given("hours")
+    if is_timed and not _MIN_MINUTES <= _minutes(flags) <= _MAX_MINUTES:
+        raise UsageError(
+            f"the time is {_minutes(flags):g} minutes; it must be from {_MIN_MINUTES:g} to {_MAX_MINUTES:,.0f}"
+        )
+
+
+def config_of_data(flags: Flags, *, workdir: Path) -> TrainConfig:
+    """Make the token store of --data in the workdir and choose the run, where that is not done; return its config.
+
+    Raises:
+      UsageError: the command line and the workdir contradict each other, or a value is refused.
+      ValueError: the text is too small or cannot be read, or the tokenizer cannot be used.
+      OSError: something cannot be read or written.
+    """
+    record = _read_record(workdir)
+    _check_workdir(record, flags, workdir=workdir)
+    locations = _locations(flags, record)
+    if locations is not None:
+        inputs = own_text.list_inputs(locations)
+        record = _begun(record, inputs, flags, workdir=workdir)
+        make_workdir(workdir)
+        _write_record(record, workdir)
+        record = _with_store(record, locations, inputs, flags, workdir=workdir)
+    assert record is not None
+    for line in record.lines:
+        _log(line)
+    return _changed(json.loads(record.config), flags)
+
+
+def dry_run(flags: Flags, *, workdir: Path) -> str:
+    """Return what would be read, and the plan of the run where it is chosen already.
+
+    Raises:
+      UsageError: the command line and the workdir contradict each other.
+      ValueError: the text is too small.
+      OSError: it cannot be found.
+    """
+    record = _read_record(workdir)
+    _check_workdir(record, flags, workdir=workdir)
+    if record is not None and record.config:
+        plan = loop.dry_run(_changed(json.loads(record.config), flags), workdir=workdir)
+        return "\n".join([*record.lines, plan])
+    inputs = own_text.list_inputs(_locations(flags, None) or [])
+    return (
+        f"{_inputs_line(inputs)}, {inputs[0].name} the first. The run is chosen when the text is cleaned and a step is "
+        "measured: give the command without --dry_run"
+    )
+
+
+def seconds_since_start() -> float:
+    """Return how long this process has run: on Linux from its start, elsewhere since this module was imported."""
+    try:
+        began = float(Path("/proc/self/stat").read_text().rpartition(")")[2].split()[19]) / os.sysconf("SC_CLK_TCK")
+        return time.clock_gettime(time.CLOCK_BOOTTIME) - began
+    except (OSError, AttributeError):
+        return time.monotonic() - _IMPORTED
+
+
+_IMPORTED = time.monotonic()
+
+
+def _minutes(flags: Flags) -> float:
+    return flags.number("minutes") + 60 * flags.number("hours")
+
+
+def _absolute(text: str) -> str:
+    return text if "://" in text else os.path.abspath(os.path.expanduser(text))
+
+
+def _given_tokenizer(flags: Flags) -> str:
+    return _absolute(flags.string("tokenizer")) if flags.string("tokenizer") else ""
+
+
+def _command(flags: Flags, workdir: Path) -> str:
+    """Return the command that trains on the data, with the other flags as they were given."""
+    words = ["btlm", "train", "--data", *flags.strings("data"), f"--workdir={workdir}"]
+    words += [f"--tokenizer={flags.string('tokenizer')}"] if flags.string("tokenizer") else []
+    words += [f"--minutes={_minutes(flags):g}"] if _minutes(flags) else []
+    return shlex.join(words)
+
+
+def _store_command(store: str, workdir: Path, *, config: str) -> str:
+    """Return the command that trains a config on a store."""
+    words = ["btlm", "train", f"--config={config}", f"--workdir={workdir}", f"--config.data.store={_absolute(store)}"]
+    return shlex.join([*words, "--config.corpus.source=prepared"])
+
+
+def _read_record(workdir: Path) -> Record | None:
+    """Return what the workdir says of its data; None if it says nothing.
+
+    Raises:
+      ValueError: the file is damaged.
+    """
+    path = workdir / RECORD_FILE
+    if not path.is_file():
+        return None
+    try:
+        record = config_from(Record, read_json_object(path), path=RECORD_FILE)
+        if record.format != FORMAT:
+            raise ValueError(f"its format is {record.format!r}, not {FORMAT!r}")
+        if record.config:
+            train_config_from(json.loads(record.config))
+    except ValueError as error:
+        raise ValueError(f"{path} is damaged: {error}; choose another --workdir") from error
+    return record
+
+
+def _write_record(record: Record, workdir: Path) -> None:
+    write_atomically(workdir / RECORD_FILE, json.dumps(dataclasses.asdict(record), indent=1))
+
+
+def _new_workdir(workdir: Path) -> Path:
+    """Return the name of a workdir that is free."""
+    names = (workdir.with_name(f"{workdir.name}-{number}") for number in range(2, 10_000))
+    return next(name for name in names if not name.exists())
+
+
+def _check_workdir(record: Record | None, flags: Flags, *, workdir: Path) -> None:
+    """Refuse a workdir that belongs to another run, or to other data, with the commands that would be right.
+
+    Raises:
+      UsageError: it does.
+    """
+    anew = f"  {_command(flags, _new_workdir(workdir))}\n      (begins anew, in another workdir)"
+    if record is None:
+        there = [name for name in _OF_ANOTHER_RUN if (workdir / name).exists()]
+        there += sorted(path.name for path in workdir.glob("*.*") if path.suffix in (".safetensors", ".gguf"))
+        if there:
+            is_run = (workdir / CONFIG_FILE).is_file() and (workdir / CHECKPOINTS).is_dir()
+            other = ["train", f"--config={workdir / CONFIG_FILE}", f"--workdir={workdir}"]
+            other = other if is_run else ["generate", f"--checkpoint={workdir}"]
+            raise UsageError(
+                f"workdir {workdir} has {', '.join(there)}, which were not made from --data. It is one of\n{anew}\n"
+                f"  {shlex.join(['btlm', *other])}\n      (uses what is there)"
+            )
+        return
+    now = {"data": [*map(_absolute, flags.strings("data"))], "tokenizer": _given_tokenizer(flags)}
+    then = {"data": list(record.data), "tokenizer": record.tokenizer}
+    if record.config and _minutes(flags):
+        now["minutes"], then["minutes"] = _minutes(flags), record.minutes or "not given"
+    if differing := [name for name in now if now[name] != then[name]]:
+        said = "; ".join(f"--{name} was {then[name]}, is now {now[name]}" for name in differing)
+        on = _go_on(record, workdir)
+        raise UsageError(f"workdir {workdir} was begun otherwise: {said}. It is one of\n{anew}\n{on}")
+
+
+def _go_on(record: Record, workdir: Path) -> str:
+    """Return the command that goes on with what a workdir was begun with."""
+    words = ["btlm", "train", "--data", *record.data, f"--workdir={workdir}"]
+    words += [f"--tokenizer={record.tokenizer}"] if record.tokenizer else []
+    return f"  {shlex.join(words)}\n      (goes on with what was begun)"
+
+
+def _locations(flags: Flags, record: Record | None) -> list[PathOrUrl] | None:
+    """Return where the text is; None, with a notice, if it is gone and the store is made.
+
+    Raises:
+      FileNotFoundError: it is not there.
+      UsageError: a token store or a stage's work is in its place.
+    """
+    try:
+        found = [location for text in flags.strings("data") for location in expand_pattern(text)]
+        for location in found:
+            if isinstance(location, Path) and not location.exists():
+                raise FileNotFoundError(f"--data={location}: there is no such file or folder")
+    except FileNotFoundError as error:
+        if record is None or not record.config:
+            raise
+        notices.report("data-gone", f"{error}; the run goes on with the store that was made of it")
+        return None
+    for location in found:
+        if isinstance(location, Path) and (location / MANIFEST_FILE).is_file():
+            is_stage = (location / "plan.json").is_file() and not (location / "features.json").is_file()
+            what = "the work of a stage of btlm corpus" if is_stage else "a token store"
+            store = "/PATH/OF/STORE" if is_stage else str(location)
+            raise UsageError(
+                f"--data={location} is {what}, not text. It is one of\n"
+                f"  {_store_command(store, flags.path('workdir'), config=BASE_CONFIG)}\n"
+                f"  btlm train --data=TEXT --workdir={shlex.quote(flags.string('workdir'))}"
+            )
+    return found
+
+
+def _inputs_line(inputs: Sequence[Input]) -> str:
+    return f"Data: {len(inputs):,} files, {sum(item.num_bytes for item in inputs):,} bytes"
+
+
+def _begun(record: Record | None, inputs: Sequence[Input], flags: Flags, *, workdir: Path) -> Record:
+    """Return the record of a run that begins, or goes on with the files that it began with.
+
+    Raises:
+      UsageError: they are other files.
+    """
+    fingerprint = own_text.fingerprint_of_inputs(inputs)
+    if record is not None and record.inputs != fingerprint:
+        on = ["btlm", "train", f"--config={workdir / CONFIG_FILE}", f"--workdir={workdir}"]
+        other = f"  {shlex.join(on)}\n      (goes on with the store that was made)"
+        if not (workdir / CONFIG_FILE).is_file():
+            other = f"  {shlex.join(['rm', '-r', str(workdir)])}\n      (and the same command again: begins anew there)"
+        raise UsageError(
+            f"the files of --data are others than when {workdir} was begun, or have other sizes. It is one of\n"
+            f"  {_command(flags, _new_workdir(workdir))}\n      (begins anew, in another workdir)\n{other}"
+        )
+    if record is not None and record.config:
+        return record
+    return Record(
+        format=FORMAT,
+        data=tuple(map(_absolute, flags.strings("data"))),
+        tokenizer=_given_tokenizer(flags),
+        inputs=fingerprint,
+        minutes=_minutes(flags),
+        lines=(),
+        config="",
+    )
+
+
+def _with_store(
+    record: Record, locations: Sequence[PathOrUrl], inputs: Sequence[Input], flags: Flags, *, workdir: Path
+) -> Record:
+    """Run the stages, then choose the run unless it is chosen; return the record of it, which is written."""
+    folder = workdir / CORPUS_FOLDER
+    _log(f"{_inputs_line(inputs)}; the stages of btlm corpus work in {folder}")
+    is_large = sum(item.num_bytes for item in inputs) > _MANY_BYTES
+    workers = LocalWorkers((os.cpu_count() or 1) if is_large else 1)
+    text = own_text.split_text(locations, directory=folder, workers=workers, log=_log)
+    if record.config:
+        config = train_config_from(json.loads(record.config))
+        vocab_size, block_len = config.model.vocab_size, config.curriculum.table.block_len
+        lengths = sizing.Lengths(short=min(config.curriculum.seq_len), block=block_len)
+    else:
+        is_accelerator = _is_accelerator()
+        vocab_size = sizing.vocab_size_for(text.train_bytes, is_accelerator=is_accelerator)
+        lengths = sizing.lengths_for(text.train_bytes, is_accelerator=is_accelerator)
+    tokenizer = Path(record.tokenizer)
+    if not record.tokenizer:
+        tokenizer = own_text.make_tokenizer(text, vocab_size=vocab_size, directory=folder, log=_log)
+    manifest = own_text.make_store(
+        text, tokenizer=tokenizer, block_len=lengths.block, output=workdir / STORE_FOLDER, workers=workers, log=_log
+    )
+    if record.config:
+        return record
+    base = load_config(find_config(BASE_CONFIG), argument="", changes={})
+    base["data"]["store"], base["corpus"]["source"] = STORE_FOLDER, "prepared"
+    base["log"]["sample_prompt"] = text.beginning
+    base["checkpoint"]["keep_every"] = 2**31 - 1
+    sized = size_run(
+        manifest,
+        base=base,
+        change=lambda values: _changed(values, flags),
+        lengths=lengths,
+        budget=60 * (record.minutes or DEFAULT_MINUTES),
+        elapsed=seconds_since_start,
+        workdir=workdir,
+    )
+    lines = [*text.lines, _tokenizer_line(manifest, is_given=bool(record.tokenizer)), *sized.lines]
+    if not record.minutes:
+        lines.append(f"--minutes=N gives it another time than the {DEFAULT_MINUTES:g} minutes at most")
+    record = dataclasses.replace(record, lines=tuple(lines), config=sized.config.to_json())
+    _write_record(record, workdir)
+    return record
+
+
+def _is_accelerator() -> bool:
+    import jax
+
+    return jax.default_backend() != "cpu"
+
+
+def _tokenizer_line(manifest: Manifest, *, is_given: bool) -> str:
+    train = manifest.splits[TRAIN]
+    num_bytes = sum(source.num_bytes for source in train.sources.values())
+    return (
+        f"Tokenizer: {manifest.tokenizer.vocab_size:,} ids, {'as given' if is_given else 'trained on this text'}; "
+        f"{train.num_tokens:,} tokens to train on, of {num_bytes / train.num_tokens:.2f} bytes"
+    )
+
+
+def _changed(values: dict, flags: Flags) -> TrainConfig:
+    """Return the config of some values, changed by --config.section.key=value.
+
+    Raises:
+      UsageError: a value is refused.
+    """
+    try:
+        for key, text in flags.changes.items():
+            section, _, name = key.rpartition(".")
+            value = value_from_text(key, text)
+            values[section][name] = value
+        return train_config_from(values)
+    except ValueError as error:
+        raise UsageError(str(error)) from error
+
+
+def _log(line: str) -> None:
+    print(line, flush=True)

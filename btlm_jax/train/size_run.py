@@ -1,0 +1,153 @@
+"""Choose a whole run for a token store, a time and this machine, by a measured step (`sizing` has the arithmetic)."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+import jax
+
+from btlm_jax.data.store import HELDOUT, TRAIN, Manifest
+from btlm_jax.display.progress import print_line
+from btlm_jax.recipe.config import TrainConfig
+from btlm_jax.recipe.sizes import Shape
+from btlm_jax.train import sizing
+from btlm_jax.train.flops import flops_per_token, peak_flops
+from btlm_jax.train.sizing import Lengths
+from btlm_jax.train.step_time import RunTimes, measure_run
+
+# Share of a matmul's speed that a step reaches, by which a shape is chosen; its steps are measured then.
+_CPU_EFFICIENCY, _ACCELERATOR_EFFICIENCY = 0.4, 0.3
+_TRAINING_SHARE = 0.8  # of the time that is left, for the same
+_MEASURED_SECONDS = 4.0  # a phase
+_EVALUATIONS, _BLOCKS_OF_EVALUATION, _EVALUATION_ROWS = 4, 8, 8
+_BYTES_A_PARAMETER = 32  # state, gradients, and as much for activations
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class SizedRun:
+    """A chosen run, and what to say of it: what was chosen, and why."""
+
+    config: TrainConfig
+    lines: tuple[str, ...]
+
+
+def size_run(
+    manifest: Manifest,
+    *,
+    base: dict,
+    change: Callable[[dict], TrainConfig],
+    lengths: Lengths,
+    budget: float,
+    elapsed: Callable[[], float],
+    workdir: Path,
+) -> SizedRun:
+    """Choose shape, batch and tokens such that the whole command takes `budget` seconds, or less if the text is small.
+
+    `base` are the values of a config of the family, with the store; `change` makes a config of such values, with the
+    user's changes; `elapsed` returns the seconds that the command has taken by now.
+    """
+    devices = jax.devices()
+    is_accelerator = devices[0].platform != "cpu"
+    values = copy.deepcopy(base)
+    values["model"] |= {
+        "dtype": "bfloat16" if is_accelerator else "float32",
+        "loss_chunk": lengths.short,
+    }
+    rows = len(devices) * max(1, _EVALUATION_ROWS // len(devices))
+    values["evaluation"] |= {"batch_size": rows, "blocks_per_source": _BLOCKS_OF_EVALUATION}
+    peak = peak_flops(devices[0]).flops * len(devices)
+    efficiency = _ACCELERATOR_EFFICIENCY if is_accelerator else _CPU_EFFICIENCY
+    flops = _TRAINING_SHARE * max(budget - elapsed(), budget / 4) * peak * efficiency
+    tokens_per_epoch = manifest.splits[TRAIN].num_blocks * manifest.block_len
+    seq_len = round(sizing.PHASE_1_SHARE * lengths.short + (1 - sizing.PHASE_1_SHARE) * lengths.block)
+    shape = sizing.choose_shape(
+        vocab_size=manifest.tokenizer.vocab_size,
+        flops=flops,
+        tokens_per_epoch=tokens_per_epoch,
+        seq_len=seq_len,
+        max_parameters=_memory_bytes(devices[0]) * len(devices) / _BYTES_A_PARAMETER,
+    )
+    values["model"] |= dataclasses.asdict(shape)
+    most_tokens = sizing.MAX_EPOCHS * tokens_per_epoch
+    tokens_per_step = sizing.tokens_per_step_for(
+        min(flops / flops_per_token(shape, seq_len=seq_len), most_tokens),
+        block_len=lengths.block,
+        num_devices=len(devices),
+    )
+
+    def config_of(num_steps: int, *, step_seconds: float) -> TrainConfig:
+        chosen = copy.deepcopy(values)
+        for section, more in sizing.run_values(
+            lengths=lengths,
+            tokens_per_step=tokens_per_step,
+            num_steps=num_steps,
+            tokens_per_epoch=tokens_per_epoch,
+            peak=values["optimizer"]["peak_learning_rate"] * sizing.depth_factor(shape),
+            step_seconds=step_seconds,
+        ).items():
+            chosen[section] |= more
+        return change(chosen)
+
+    print_line(f"Measuring the steps of {_described(shape)} ...")
+    times = measure_run(
+        config_of(sizing.MIN_STEPS, step_seconds=1.0), workdir=workdir, seconds=min(_MEASURED_SECONDS, budget / 60)
+    )
+    step_seconds = _step_seconds(times)
+    fixed = _fixed_seconds(times, manifest, rows=rows)
+    by_time = int((budget - elapsed() - fixed) / step_seconds)
+    by_text = most_tokens // tokens_per_step
+    config = config_of(min(by_time, by_text), step_seconds=step_seconds)
+    table = config.curriculum.table
+    seconds = elapsed() + fixed + table.num_steps * step_seconds
+    if table.num_steps == by_time:
+        why = f"what {budget / 60:g} minutes hold"
+    elif table.num_steps == by_text:
+        why = f"at most {sizing.MAX_EPOCHS}: more would only repeat the text"
+    else:
+        why = f"the fewest, though more than {budget / 60:g} minutes hold"
+    per_step = " and ".join(
+        f"{1000 * each:.0f} ms at {phase.seq_len}" for each, phase in zip(times.steps, table.phases, strict=True)
+    )
+    lines = (
+        f"Model: {_described(shape)}: the least predicted loss for time and text; muP from width "
+        f"{config.mup.base_d_model:g}",
+        f"Run: {table.num_steps:,} steps of {table.tokens_per_step:,} tokens, "
+        f"{table.num_tokens / tokens_per_epoch:.2f} epochs ({why}), "
+        f"75 % at length {lengths.short}, the rest at {lengths.block}",
+        f"Time: about {shown_time(seconds)} for the whole command, by measured steps of {per_step}",
+    )
+    return SizedRun(config=config, lines=lines)
+
+
+def shown_time(seconds: float) -> str:
+    """Return a time as minutes, or as hours if it is long."""
+    return f"{seconds / 60:.1f} minutes" if seconds < 5400 else f"{seconds / 3600:.1f} hours"
+
+
+def _described(shape: Shape) -> str:
+    millions = shape.num_parameters / 1e6
+    return f"{millions:.3g} M parameters, {shape.num_layers} layers of width {shape.d_model}"
+
+
+def _step_seconds(times: RunTimes) -> float:
+    """Return the seconds of a step, a mean over both phases, with what the loop adds."""
+    first, second = times.steps
+    return sizing.STEP_OVERHEAD * (sizing.PHASE_1_SHARE * first + (1 - sizing.PHASE_1_SHARE) * second)
+
+
+def _fixed_seconds(times: RunTimes, manifest: Manifest, *, rows: int) -> float:
+    """Return the seconds of a run beside its steps: preparing, evaluations of so many rows at a time, the end."""
+    sources = manifest.splits[HELDOUT].sources.values()
+    some = sum(min(source.num_blocks, _BLOCKS_OF_EVALUATION) for source in sources)
+    batches = _EVALUATIONS * -(-some // rows) + -(-manifest.splits[HELDOUT].num_blocks // rows)
+    return times.prepare + batches * times.evaluation + sizing.END_SECONDS
+
+
+def _memory_bytes(device: jax.Device) -> float:  # pyright: ignore[reportInvalidTypeForm] # jax declares it as a variable
+    """Return the bytes of a device's memory, or of this machine's for a CPU."""
+    limit = (device.memory_stats() or {}).get("bytes_limit")
+    return float(limit or os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / jax.local_device_count())

@@ -1,0 +1,224 @@
+"""`btlm train --data`: chosen once and kept, the time is filled, and no other text is trained on than was asked."""
+
+import json
+import shlex
+import shutil
+from pathlib import Path
+
+import pytest
+from support.corpus_files import made_up_text, write_raw
+from support.tiny_tokenizers import tiny_byte_level
+
+from btlm_jax.cli import main, train_data
+from btlm_jax.recipe.config import train_config_from
+from btlm_jax.train import loop, size_run, sizing
+from btlm_jax.train.flops import Peak
+from btlm_jax.train.step_time import RunTimes
+
+TIMES = RunTimes(prepare=1.0, compile=3.0, steps=(0.4, 0.6), evaluation=0.1)
+
+
+@pytest.fixture
+def texts(tmp_path):
+    return write_book(tmp_path / "texts")
+
+
+def write_book(folder):
+    folder.mkdir()
+    (folder / "book.txt").write_text("\n".join(made_up_text(seed=seed, num_words=200) for seed in range(52)))  # 70 kB
+    return folder
+
+
+@pytest.fixture
+def trained(monkeypatch):
+    """The configs that would be trained, on a machine of known speed."""
+    configs = []
+    known_machine(monkeypatch, configs)
+    return configs
+
+
+def known_machine(patch, configs):
+    def train(config, **named):
+        configs.append(config)
+        (named["workdir"] / "config.json").write_text(config.to_json())
+        return loop.DONE
+
+    patch.setattr(loop, "train", train)
+    patch.setattr(size_run, "measure_run", lambda config, **named: TIMES)
+    patch.setattr(size_run, "peak_flops", lambda device: Peak(flops=1e11, source="made up"))
+    patch.setattr(train_data, "seconds_since_start", lambda: 10.0)
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory):
+    """A folder with `texts` and with `run`, a workdir that was begun on them with --minutes=1."""
+    folder = tmp_path_factory.mktemp("made")
+    write_book(folder / "texts")
+    with pytest.MonkeyPatch.context() as patch:
+        known_machine(patch, [])
+        assert run(f"--data={folder / 'texts'}", f"--workdir={folder / 'run'}", "--minutes=1") == 0
+    return folder
+
+
+@pytest.fixture
+def begun(made, tmp_path):
+    """A copy of that folder, at its place."""
+    kept = shutil.copytree(made, tmp_path / "kept")
+    yield made
+    shutil.rmtree(made)
+    shutil.copytree(kept, made)
+
+
+def run(*arguments):
+    return main(["train", *map(str, arguments)])
+
+
+def refused(capsys, *arguments, code=2):
+    """Run, and return what was said; the commands that are proposed must parse."""
+    assert run(*arguments) == code
+    said = capsys.readouterr().err
+    assert len(said) < 1500, said
+    return said
+
+
+def proposed(said):
+    return [shlex.split(line)[1:] for line in said.splitlines() if line.startswith("  btlm ")]
+
+
+def test_the_steps_fill_the_time_and_the_config_says_so(texts, trained, tmp_path, capsys):
+    workdir = tmp_path / "run"
+    assert run(f"--data={texts}", f"--workdir={workdir}", "--minutes=1") == 0
+    (config,) = trained
+    table = config.curriculum.table
+    # 10 s are over; 1 s to prepare, 12 s for the end; 5 evaluations of a few blocks in batches of 8.
+    rows = json.loads((workdir / "store" / "manifest.json").read_text())["splits"]["heldout"]["num_blocks"]
+    evaluations = 4 * -(-min(rows, 8) // 8) + -(-rows // 8)
+    step = 0.75 * 0.4 + 0.25 * 0.6
+    expected = (60 - 10 - 1 - 12 - 0.1 * evaluations) / (1.02 * step)
+    assert table.num_steps == int(expected) > sizing.MIN_STEPS
+    assert table.phases[0].num_steps == round(0.75 * table.num_steps)
+    assert (config.optimizer.schedule, config.data.store, config.corpus.source) == ("wsd", "store", "prepared")
+    assert config.curriculum.seq_len == (64, 256) and config.model.vocab_size == 512
+    said = capsys.readouterr().out
+    assert f"{table.num_steps:,} steps of {table.tokens_per_step:,} tokens" in said and "what 1 minutes hold" in said
+    assert "Time: about 1.0 minutes for the whole command" in said and "xz -9 takes" in said
+
+
+def test_a_later_start_measures_nothing_and_trains_the_same(made, trained, monkeypatch, capsys):
+    arguments = [f"--data={made / 'texts'}", f"--workdir={made / 'run'}"]
+
+    def measured(*arguments, **named):
+        raise AssertionError("a step is measured again")
+
+    monkeypatch.setattr(size_run, "measure_run", measured)
+    first = json.loads((made / "run" / "config.json").read_text())
+    assert run(*arguments, "--minutes=1", "--config.log.sample_tokens=9") == 0
+    assert run(*arguments) == 0
+    assert trained[1] == train_config_from(first)
+    first["log"]["sample_tokens"] = 9
+    assert trained[0] == train_config_from(first)
+    said = capsys.readouterr().out.splitlines()
+    assert sum(line.startswith(("Model: ", "Run: ", "Time: ")) for line in said) == 2 * 3
+
+
+def test_little_text_is_not_repeated_beyond_use(texts, trained, tmp_path, capsys):
+    assert run("--data", texts, f"--workdir={tmp_path / 'run'}", "--hours=2") == 0
+    (config,) = trained
+    assert config.data.max_epochs == sizing.MAX_EPOCHS
+    assert f"at most {sizing.MAX_EPOCHS}: more would only repeat the text" in capsys.readouterr().out
+
+
+def test_a_given_tokenizer_is_the_models(texts, trained, tmp_path):
+    tiny_byte_level().save(str(tmp_path / "tokenizer.json"))
+    assert run(f"--data={texts}", f"--workdir={tmp_path / 'run'}", f"--tokenizer={tmp_path}") == 0
+    (config,) = trained
+    assert config.model.vocab_size == tiny_byte_level().get_vocab_size()
+
+
+def test_flags_that_contradict_data_are_refused_with_commands(texts, trained, tmp_path, capsys):
+    data, workdir = f"--data={texts}", f"--workdir={tmp_path / 'run'}"
+    for arguments, said in (
+        ([data, workdir, "--config=local_cpu"], "--data and --config=local_cpu are both given"),
+        ([data, workdir, "--config.data.store=store"], "--data and --config.data.store=store are both given"),
+        ([data, workdir, "--config.model.d_model=64"], "--config.model.d_model cannot be given with --data"),
+        ([data, workdir, "--distributed"], "--data is for one process, and --distributed for several"),
+        ([data, workdir, "--minutes=1", "--hours=1"], "--minutes and --hours are both given"),
+        ([data, workdir, "--minutes=0.5"], "the time is 0.5 minutes; it must be from 1 to "),
+        (["--config=local_cpu", workdir, "--minutes=5"], "--minutes goes with --data=PATH"),
+        ([data], "--workdir=DIR is needed"),
+        (["--data=", workdir], "--data needs a path"),
+    ):
+        assert said in refused(capsys, *arguments)
+    words = proposed(refused(capsys, data, workdir, "--config.data.store=store"))
+    assert words[0] == ["train", "--data", str(texts), workdir]
+    assert words[1][-2:] == [
+        f"--config.data.store={Path.cwd() / 'store'}",
+        "--config.corpus.source=prepared",
+    ]
+    assert trained == [] and not (tmp_path / "run").exists()
+
+
+def test_a_workdir_of_other_data_or_of_another_run_is_refused_with_commands(begun, trained, tmp_path, capsys):
+    texts, workdir = begun / "texts", begun / "run"
+    other = shutil.copytree(texts, tmp_path / "other")
+    said = refused(capsys, f"--data={other}", f"--workdir={workdir}")
+    assert f"--data was ['{texts}'], is now ['{other}']" in said
+    anew, on = proposed(said)
+    assert anew == ["train", "--data", str(other), f"--workdir={begun / 'run-2'}"]
+    assert on == ["train", "--data", str(texts), f"--workdir={workdir}"] and main(on) == 0
+    assert "--minutes was 1.0, is now 3.0" in refused(capsys, f"--data={texts}", f"--workdir={workdir}", "--minutes=3")
+    assert "--tokenizer was , is now " in refused(capsys, f"--data={texts}", f"--workdir={workdir}", "--tokenizer=t")
+    (texts / "more.txt").write_text(made_up_text(seed=0, num_words=300))
+    said = refused(capsys, f"--data={texts}", f"--workdir={workdir}")
+    assert "the files of --data are others than when" in said and len(proposed(said)) == 2
+    assert proposed(said)[1] == ["train", f"--config={workdir / 'config.json'}", f"--workdir={workdir}"]
+    assert main(proposed(said)[1]) == 0 and trained[0] == trained[1]
+    converted = tmp_path / "model"
+    converted.mkdir()
+    (converted / "model.safetensors").write_bytes(b"weights")
+    said = refused(capsys, f"--data={other}", f"--workdir={converted}")
+    assert "has model.safetensors, which were not made from --data" in said
+    assert proposed(said)[1] == ["generate", f"--checkpoint={converted}"]
+    assert len(trained) == 2
+
+
+def test_a_token_store_or_a_stage_is_no_text(made, trained, tmp_path, capsys):
+    for folder, what in (("store", "a token store"), ("corpus/split", "the work of a stage of btlm corpus")):
+        said = refused(capsys, f"--data={made / 'run' / folder}", f"--workdir={tmp_path / 'new'}")
+        assert f"is {what}, not text" in said and len(proposed(said)) == 2
+    assert not (tmp_path / "new").exists()
+
+
+def test_text_that_is_gone_is_said_and_the_run_goes_on(begun, trained, capsys):
+    shutil.rmtree(begun / "texts")
+    assert run(f"--data={begun / 'texts'}", f"--workdir={begun / 'run'}") == 0
+    assert trained == [train_config_from(json.loads((begun / "run" / "config.json").read_text()))]
+    assert "there is no such file or folder; the run goes on with the store" in capsys.readouterr().err
+    assert refused(capsys, f"--data={begun / 'texts'}", f"--workdir={begun / 'new'}", code=1)
+
+
+def test_patterns_and_several_paths(trained, tmp_path, capsys):
+    for number in range(4):
+        write_raw(
+            tmp_path / f"{number}.jsonl",
+            [made_up_text(seed=100 * number + seed, num_words=300) for seed in range(20)],
+            source="",
+        )
+    assert run("--data", f"{tmp_path}/[01].jsonl", tmp_path / "2.jsonl", f"--workdir={tmp_path / 'run'}") == 0
+    assert "Data: 3 files" in capsys.readouterr().out
+    said = refused(capsys, f"--data={tmp_path}/*.parquet", f"--workdir={tmp_path / 'new'}", code=1)
+    assert "nothing matches" in said
+
+
+def test_a_damaged_record_is_named(begun, trained, capsys):
+    path = begun / "run" / train_data.RECORD_FILE
+    record = json.loads(path.read_text())
+    for damaged in ("{", "[]", json.dumps(record | {"config": "{}"}), json.dumps(record | {"format": "x"})):
+        path.write_text(damaged)
+        said = refused(capsys, f"--data={begun / 'texts'}", f"--workdir={begun / 'run'}", code=1)
+        assert "own_text.json is damaged" in said
+
+
+def test_a_dry_run_makes_nothing(texts, trained, tmp_path, capsys):
+    assert run(f"--data={texts}", f"--workdir={tmp_path / 'run'}", "--dry-run") == 0
+    assert "Data: 1 files" in capsys.readouterr().out and not (tmp_path / "run").exists()

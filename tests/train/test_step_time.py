@@ -1,0 +1,18 @@
+"""The measured times of a run's parts: of its own programs, which the run then finds compiled."""
+
+import pytest
+from support.tiny import tiny_config
+
+from btlm_jax.train import COMPILE_CACHE
+from btlm_jax.train.step_time import measure_run
+
+
+@pytest.mark.slow
+def test_every_phase_and_the_evaluation_are_timed_and_what_is_compiled_is_kept(tmp_path):
+    config = tiny_config()
+    times = measure_run(config, workdir=tmp_path, seconds=0)
+    assert len(times.steps) == len(config.curriculum.table.phases) == 2
+    assert all(seconds > 0 for seconds in (times.prepare, times.compile, times.evaluation, *times.steps))
+    kept = [path.name for path in (tmp_path / COMPILE_CACHE).iterdir()]
+    assert sum(name.startswith("jit_train_step") for name in kept) >= 2
+    assert any(name.startswith("jit_eval_step") for name in kept)
