@@ -50,7 +50,7 @@ def measure_run(config: TrainConfig, *, workdir: Path, seconds: float) -> RunTim
             compiling += time.monotonic() - began
             accumulation = config.mesh.accumulation
             shape = (accumulation, phase.batch_size // accumulation, phase.seq_len)
-            batch = _made_up(shape, batch_sharding(mesh, program.rules_for(phase)), vocab_size=config.model.vocab_size)
+            batch = _made_up(shape, batch_sharding(mesh, program.rules_for(phase)), config=config)
 
             def one_step(step=step, batch=batch):
                 nonlocal state
@@ -62,9 +62,10 @@ def measure_run(config: TrainConfig, *, workdir: Path, seconds: float) -> RunTim
         rows = (config.evaluation.batch_size, config.curriculum.table.block_len)
         sharding = evaluation_sharding(mesh)
         eval_step = jax.jit(make_eval_step(program.model, loss_chunk=config.model.loss_chunk))
-        compiled = eval_step.lower(program.state.params, abstract_batch(rows, sharding)).compile()
+        abstract = abstract_batch(rows, sharding, document_mask=config.data.document_mask)
+        compiled = eval_step.lower(program.state.params, abstract).compile()
         compiling += time.monotonic() - began
-        heldout = _made_up(rows, sharding, vocab_size=config.model.vocab_size)
+        heldout = _made_up(rows, sharding, config=config)
         evaluation = _median_seconds(lambda: jax.device_get(compiled(state.params, heldout)), seconds=seconds / 2)
     return RunTimes(prepare=prepare, compile=compiling, steps=tuple(times), evaluation=evaluation)
 
@@ -80,8 +81,10 @@ def _median_seconds(run: Callable[[], object], *, seconds: float) -> float:
     return statistics.median(times)
 
 
-def _made_up(shape: tuple[int, ...], sharding: jax.sharding.NamedSharding, *, vocab_size: int) -> dict[str, jax.Array]:
-    """Return a batch of random tokens."""
-    tokens = np.random.default_rng(0).integers(vocab_size, size=shape, dtype=np.int32)
+def _made_up(shape: tuple[int, ...], sharding: jax.sharding.NamedSharding, *, config: TrainConfig) -> dict:
+    """Return a batch of random tokens, of one document a row."""
+    tokens = np.random.default_rng(0).integers(config.model.vocab_size, size=shape, dtype=np.int32)
     leaves = {"inputs_BT": tokens, "targets_BT": tokens, "weights_BT": np.ones(shape, np.float32)}
+    if config.data.document_mask:
+        leaves["starts_BT"] = np.zeros(shape, np.int32)
     return {name: jax.device_put(leaf, sharding) for name, leaf in leaves.items()}
