@@ -94,7 +94,10 @@ def size_run(
 
     print_line(f"Measuring the steps of {_described(shape)} ...")
     times = measure_run(
-        config_of(sizing.MIN_STEPS, step_seconds=1.0), workdir=workdir, seconds=min(_MEASURED_SECONDS, budget / 60)
+        config_of(sizing.MIN_STEPS, step_seconds=1.0),
+        devices=devices,
+        workdir=workdir,
+        seconds=min(_MEASURED_SECONDS, budget / 60),
     )
     step_seconds = _step_seconds(times)
     fixed = _fixed_seconds(times, manifest, rows=rows)

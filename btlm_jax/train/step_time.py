@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import jax
@@ -30,9 +30,15 @@ class RunTimes:
     evaluation: float  # of one batch
 
 
-def measure_run(config: TrainConfig, *, workdir: Path, seconds: float) -> RunTimes:
+def measure_run(
+    config: TrainConfig,
+    *,
+    devices: Sequence[jax.Device],  # pyright: ignore[reportInvalidTypeForm] # jax declares it as a variable
+    workdir: Path,
+    seconds: float,
+) -> RunTimes:
     """Compile a run's programs, as it will, and time them on made-up tokens, each for about `seconds`."""
-    mesh = make_run_mesh(config.mesh, curriculum=config.curriculum.table, devices=jax.devices())
+    mesh = make_run_mesh(config.mesh, curriculum=config.curriculum.table, devices=devices)
     keep_compiled(workdir)
     prepare = compiling = 0.0
     times = []
