@@ -54,9 +54,8 @@ def contents_of(directory: Path, form: str) -> list:
 
 def is_same(found: list, expected: list) -> bool:
     """Return whether two contents are equal to the bit."""
-    same_arrays = all(
-        np.array_equal(a.view(np.uint8), b.view(np.uint8)) for a, b in zip(found[0], expected[0], strict=True)
-    )
+    pairs = zip(found[0], expected[0], strict=True)
+    same_arrays = all((a.dtype, a.shape, a.tobytes()) == (b.dtype, b.shape, b.tobytes()) for a, b in pairs)
     return same_arrays and found[1:] == expected[1:]
 
 

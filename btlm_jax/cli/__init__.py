@@ -143,6 +143,9 @@ def entry() -> None:
         _discard_output()
         print(f"btlm: error: standard output cannot be written: {error}", file=sys.stderr)
         code = ERROR
+    if code == INTERRUPTED:  # threads of libraries are at work: Python's end would wait for them, or crash in one
+        sys.stderr.flush()
+        os._exit(code)
     sys.exit(code)
 
 
@@ -175,7 +178,9 @@ def main(arguments: Sequence[str]) -> int:
     except KeyboardInterrupt:
         print(_interrupted(verb), file=sys.stderr)
         return INTERRUPTED
-    except Exception as error:
+    except SystemExit:
+        raise
+    except BaseException as error:  # a panic of a library in Rust is no Exception
         if isinstance(error, BrokenPipeError) and _is_reader_gone():
             raise
         from btlm_jax.cli import errors
@@ -209,6 +214,8 @@ def _on_interrupt(signum, frame) -> None:
     del signum
     while frame is not None:
         if frame.f_code.co_filename.startswith("<frozen importlib"):
+            if files := sys.modules.get("btlm_jax.storage.files"):
+                files.delete_unfinished()
             os.write(2, f"{_interrupted(' '.join(sys.argv[1:2]))}\n".encode())
             os._exit(INTERRUPTED)
         frame = frame.f_back

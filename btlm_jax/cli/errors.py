@@ -17,7 +17,7 @@ from btlm_jax.notices import StrictError, is_named
 _VERSIONS_OF = ("jax", "jaxlib", "numpy", "flax", "orbax-checkpoint", "grain")
 
 
-def report(error: Exception, *, verb: str, arguments: Sequence[str]) -> int:
+def report(error: BaseException, *, verb: str, arguments: Sequence[str]) -> int:
     """Print one line about an error and return the exit code.
 
     An error that the user can mend was named by our own code, or by the operating system. Any other is a fault of this
@@ -37,7 +37,7 @@ def report(error: Exception, *, verb: str, arguments: Sequence[str]) -> int:
     return FAULT
 
 
-def _message_for_user(error: Exception) -> str | None:
+def _message_for_user(error: BaseException) -> str | None:
     """Return what to say of an error that is not our fault, or None."""
     if is_named(error) or isinstance(error, StrictError):
         return str(error)
@@ -53,7 +53,7 @@ def _message_for_user(error: Exception) -> str | None:
     return None
 
 
-def _write_traceback(error: Exception, arguments: Sequence[str]) -> str:
+def _write_traceback(error: BaseException, arguments: Sequence[str]) -> str:
     """Write the traceback, the command and the versions to a file; return where they are."""
     installed = {str(found.metadata["name"]).lower(): found.version for found in metadata.distributions()}
     versions = [f"{name} {installed.get(name, 'missing')}" for name in _VERSIONS_OF]

@@ -20,7 +20,7 @@ from btlm_jax import install_command
 from btlm_jax.tokenizers.sentencepiece_proto import SPACE_MARK, USER_DEFINED
 
 if TYPE_CHECKING:
-    from gguf.gguf_reader import ReaderTensor
+    from gguf.gguf_reader import GGUFReader, ReaderTensor
 
 _ROWS = 1024  # of a matrix, read at a time, which bounds the copies of dequantization
 
@@ -59,12 +59,14 @@ class GGUFFile:
         """
         self._path = path
         try:
-            reader = import_gguf().GGUFReader(path)
+            reader = _make_reader(path)
         except (ValueError, IndexError, KeyError, UnicodeDecodeError) as error:
             raise ValueError(f"{path} is damaged or not a GGUF file: {error}") from error
         self.keys = {name: field.contents() for name, field in reader.fields.items()}
         if self.keys.get("general.architecture") != "jais":
             raise ValueError(f"{path} is of the architecture {self.keys.get('general.architecture')!r}, not 'jais'")
+        if empty := [tensor.name for tensor in reader.tensors if 0 in tensor.shape]:
+            raise ValueError(f"{path} is damaged: tensor {empty[0]!r} has no values")
         self.tensors = {tensor.name: _stored_tensor(tensor) for tensor in reader.tensors}
 
     def read(self, name: str) -> np.ndarray:
@@ -103,6 +105,18 @@ class GGUFFile:
         if name not in self.tensors:
             raise ValueError(f"{self._path} lacks tensor {name}")
         return self.tensors[name]
+
+
+def _make_reader(path: Path) -> GGUFReader:
+    """Return the library's reader, which would not notice that a file ends inside a list of 2**60 items."""
+
+    class Reader(import_gguf().GGUFReader):
+        def _get(self, offset, dtype, *arguments, **options):
+            if int(offset) >= len(self.data):
+                raise ValueError("it ends inside its keys")
+            return super()._get(offset, dtype, *arguments, **options)
+
+    return Reader(path)
 
 
 def _stored_tensor(tensor: ReaderTensor) -> StoredTensor:

@@ -22,6 +22,33 @@ _TEMPORARY_SUFFIX = ".tmp"
 _LFS_POINTER = b"version https://git-lfs.github.com/spec/"  # https://github.com/git-lfs/git-lfs/blob/main/docs/spec.md
 
 
+_unfinished: set[Path] = set()  # files and directories that are deleted at the end of the blocks that made them
+
+
+@contextlib.contextmanager
+def _unfinished_until_end(path: Path) -> Iterator[None]:
+    """Delete a file or directory, if it is there under its name, at the end of the block."""
+    _unfinished.add(path)
+    try:
+        yield
+    finally:
+        _unfinished.discard(path)
+        _delete(path)
+
+
+def delete_unfinished() -> None:
+    """Delete what the blocks that are running would delete at their ends, of a process that ends without them."""
+    for path in list(_unfinished):
+        _delete(path)
+
+
+def _delete(path: Path) -> None:
+    if path.is_dir():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        path.unlink(missing_ok=True)
+
+
 def write_atomically(path: Path, contents: str | bytes) -> None:
     """Replace the contents of a file, or create it.
 
@@ -146,11 +173,9 @@ def renamed_at_end(path: Path) -> Iterator[Path]:
     The block must write the file and flush it to disk. After an error the file is deleted.
     """
     temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}{_TEMPORARY_SUFFIX}")  # unique to this process
-    try:
+    with _unfinished_until_end(temporary):
         yield temporary
         os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 @contextlib.contextmanager
@@ -175,10 +200,8 @@ def scratch_directory(target: Path) -> Iterator[Path]:
     scratch = target.with_name(f".{target.name}.partial")
     shutil.rmtree(scratch, ignore_errors=True)
     scratch.mkdir(parents=True)
-    try:
+    with _unfinished_until_end(scratch):
         yield scratch
-    finally:
-        shutil.rmtree(scratch, ignore_errors=True)
 
 
 def cache_directory() -> Path:
@@ -223,8 +246,5 @@ def exclusive_lock(lock: Path, *, message: str) -> Iterator[None]:
             if os.path.samestat(os.fstat(file.fileno()), lock.stat()):
                 break
         file.close()  # its last holder deleted it between our open and our lock
-    try:
+    with file, _unfinished_until_end(lock):
         yield
-    finally:
-        lock.unlink(missing_ok=True)
-        file.close()

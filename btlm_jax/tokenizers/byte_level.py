@@ -259,6 +259,20 @@ def find_eos_id(contents: bytes, directory: Path) -> int:
 
 
 @contextlib.contextmanager
+def naming_library_errors(name: object) -> Iterator[None]:
+    """Turn what the tokenizers library raises for a damaged file into a ValueError; `name` is what it calls the file.
+
+    The library raises nothing narrower than Exception; where its Rust code panics, a BaseException.
+    """
+    try:
+        yield
+    except (KeyboardInterrupt, SystemExit, MemoryError):
+        raise
+    except BaseException as error:
+        raise ValueError(f"{name} is damaged: {error!r}") from error
+
+
+@contextlib.contextmanager
 def _naming_damage() -> Iterator[None]:
     """Turn what Python raises for parts that are missing or of another type into a ValueError."""
     try:
@@ -278,10 +292,8 @@ def _from_vocabulary(directory: Path) -> bytes:
     vocabulary = read_json_object(vocab)
     if not all(type(number) is int and 0 <= number < len(vocabulary) for number in vocabulary.values()):
         raise ValueError(f"{vocab} has an id that is not one of 0 to {len(vocabulary) - 1}")
-    try:
+    with naming_library_errors(f"{vocab}, or {MERGES_FILE},"):
         tokenizer = _like_gpt2(models.BPE.from_file(str(vocab), str(merges)))
-    except Exception as error:  # the library raises nothing narrower
-        raise ValueError(f"{vocab} and {MERGES_FILE} are damaged or not of one tokenizer: {error}") from error
     eos_token = _eos_token(directory)
     if tokenizer.token_to_id(eos_token) is not None:
         tokenizer.add_special_tokens([AddedToken(eos_token, special=True, normalized=False)])
@@ -321,10 +333,8 @@ def _read(contents: bytes, *, eos_id: int, check: Callable[[dict, Tokenizer], No
         body |= {"truncation": None, "padding": None, "post_processor": None}  # these would drop or add ids
         if "merges" in body["model"]:
             body["model"] |= {"type": "BPE", "dropout": None}
-    try:
+    with naming_library_errors(STORED_FILE):
         tokenizer = Tokenizer.from_str(json.dumps(body))
-    except Exception as error:  # the library raises nothing narrower
-        raise ValueError(f"{STORED_FILE} is damaged: {error!r}") from error
     eos_token = tokenizer.id_to_token(eos_id)
     if eos_token is None:
         raise ValueError(f"{STORED_FILE} has no token of id {eos_id}, which was to be the end of a text")

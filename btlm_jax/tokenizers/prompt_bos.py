@@ -9,7 +9,7 @@ import tokenizers
 
 from btlm_jax import notices
 from btlm_jax.storage.files import read_json_object
-from btlm_jax.tokenizers.byte_level import END_OF_TEXT, STORED_FILE
+from btlm_jax.tokenizers.byte_level import END_OF_TEXT, STORED_FILE, naming_library_errors
 from btlm_jax.tokenizers.tokenizer import Tokenizer
 
 CONFIG_FILE = "tokenizer_config.json"
@@ -51,13 +51,11 @@ def read_prompt_bos(directory: Path, tokenizer: Tokenizer) -> int | None:
 def _ids_around(path: Path) -> tuple[list[int], list[int]]:
     """Return the ids that a tokenizer.json puts before and after a text."""
     contents = path.read_bytes()
-    try:
+    with naming_library_errors(path):
         tokenizer = tokenizers.Tokenizer.from_str(contents.decode())
         tokenizer.no_truncation()
         tokenizer.no_padding()
         inner, whole = (tokenizer.encode("a", add_special_tokens=special).ids for special in (False, True))
-    except Exception as error:  # the library raises nothing narrower
-        raise ValueError(f"{path} is damaged: {error}") from error
     for start in range(len(whole) - len(inner) + 1):
         if inner and whole[start : start + len(inner)] == inner:
             return whole[:start], whole[start + len(inner) :]

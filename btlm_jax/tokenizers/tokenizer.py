@@ -13,7 +13,14 @@ from btlm_jax.data import store
 from btlm_jax.storage.files import check_no_lfs_pointer, read_json_object
 from btlm_jax.storage.location import PathOrUrl, join_location, read_bytes
 from btlm_jax.tokenizers.byte_level import KIND as BYTE_LEVEL
-from btlm_jax.tokenizers.byte_level import MERGES_FILE, VOCAB_FILE, ByteLevelTokenizer, find_eos_id, read_byte_level
+from btlm_jax.tokenizers.byte_level import (
+    MERGES_FILE,
+    VOCAB_FILE,
+    ByteLevelTokenizer,
+    find_eos_id,
+    naming_library_errors,
+    read_byte_level,
+)
 from btlm_jax.tokenizers.byte_level import STORED_FILE as BYTE_LEVEL_FILE
 from btlm_jax.tokenizers.sentencepiece_bpe import SENTENCEPIECE, TOKENIZER_FILE, SentencePieceTokenizer
 
@@ -212,10 +219,8 @@ def _difference(stored: Path, tokenizer: SentencePieceTokenizer) -> str:
     from tokenizers import Tokenizer as LibraryTokenizer
 
     read_json_object(stored)
-    try:
+    with naming_library_errors(stored):
         library = LibraryTokenizer.from_file(str(stored))
-    except Exception as error:  # the library raises nothing narrower
-        raise ValueError(f"{stored} is damaged: {error}") from error
     library.encode_special_tokens = True
     pieces, vocabulary = tokenizer.pieces, library.get_vocab(with_added_tokens=True)
     own = {piece: number for number, piece in enumerate(pieces)}

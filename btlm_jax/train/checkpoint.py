@@ -352,7 +352,10 @@ def go_back(workdir: Path, step: int) -> str:
     steps = _steps_in(directory)
     target = workdir / REPLACED / f"from-{step}"
     if target.is_dir():
-        return f"--resume_step={step} was done before: {target} has what it replaced"
+        return (
+            f"--resume_step={step} was done before, and is not done again: {target} has what it replaced; to go back "
+            "once more give that folder another name"
+        )
     if step not in steps:
         raise ValueError(
             f"--resume_step={step}: there is no such checkpoint in {directory}; there are "

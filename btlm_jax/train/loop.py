@@ -106,6 +106,8 @@ def train(
                 append_setting_changed(
                     workdir / METRICS_FILE, position.step, key=change.key, old=change.old, new=change.new
                 )
+            for event in events:
+                log(event)
             log(report)
             return DONE
         program = make_program(config, mesh)

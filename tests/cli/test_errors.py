@@ -19,6 +19,14 @@ from btlm_jax.cli import DONE, ERROR, FAULT, INTERRUPTED, USAGE, errors, main, p
 from btlm_jax.storage.files import parse_json
 
 
+class PanicException(BaseException):  # as what libraries in Rust raise, which is no Exception
+    pass
+
+
+def panic():
+    raise PanicException("range end index 4 out of range for slice of length 3")
+
+
 def raising(error: BaseException):
     def verb(arguments):
         flags = parse.Flags("")
@@ -46,6 +54,7 @@ def test_what_our_code_names_is_an_error(capsys):
         lambda: {}["key"],
         lambda: [].pop(),
         lambda: None.name,
+        lambda: panic(),
     ],
 )
 def test_what_nobody_named_is_a_fault_with_a_traceback_in_a_file(monkeypatch, tmp_path, capsys, fault):
@@ -210,3 +219,37 @@ def test_an_interrupt_is_never_lost(where):
     _, said = process.communicate(timeout=60)
     assert process.returncode == INTERRUPTED, said
     assert said == "btlm plan: interrupted; the same command resumes where it can\n"
+
+
+IMPORT = """
+import sys
+from pathlib import Path
+from btlm_jax import cli
+from btlm_jax.storage import files
+
+def work(arguments):
+    with files.only_writer(Path("x")), files.scratch_directory(Path("x")) as scratch:
+        (scratch / "half").write_text("")
+        import slow
+
+cli.VERBS["plan"] = work
+sys.path.insert(0, "")
+sys.argv = ["btlm", "plan"]
+cli.entry()
+"""
+
+
+def test_an_interrupt_during_an_import_leaves_nothing_unfinished(tmp_path):
+    (tmp_path / "slow.py").write_text("print('ready', flush=True)\nany(False for _ in range(10**9))")
+    process = subprocess.Popen(
+        [sys.executable, "-c", IMPORT], cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        env=os.environ | {"PYTHONPATH": str(REPOSITORY), "PYTHONDONTWRITEBYTECODE": "1"},
+    )  # fmt: skip
+    assert process.stdout.readline() == "ready\n"
+    process.send_signal(signal.SIGINT)
+    said = process.communicate(timeout=60)[1]
+    assert (process.returncode, said) == (
+        INTERRUPTED,
+        "btlm plan: interrupted; the same command resumes where it can\n",
+    )
+    assert [path.name for path in tmp_path.iterdir()] == ["slow.py"]

@@ -309,6 +309,18 @@ def test_settings_of_generation_that_gguf_has_no_place_for_are_said(tmp_path):
     assert {name: value for name, value in keys.items() if "sampling" in name} == {"general.sampling.temp": 0.5}
 
 
+def test_a_list_that_goes_on_beyond_the_file_is_damage_and_no_endless_loop(tmp_path):
+    config = dataclasses.replace(OTHER, vocab_size=300)
+    vocabulary = vocabulary_of(ByteLevelTokenizer(tiny_byte_level().to_str().encode(), eos_id=299))
+    path = write(tmp_path / "m.gguf", config, RandomTensors(config), tokenizer=vocabulary)
+    data = bytearray(path.read_bytes())
+    count = data.index(b"tokenizer.ggml.tokens") + len("tokenizer.ggml.tokens") + 8  # behind two types of 4 bytes
+    data[count + 7] = 0x10
+    path.write_bytes(data)
+    with pytest.raises(ValueError, match="m.gguf is damaged or not a GGUF file: it ends inside its keys"):
+        GGUFFile(path)
+
+
 def test_peak_memory_is_far_below_the_file(tmp_path):
     config = dataclasses.replace(OTHER, n_layer=24, n_embd=128, n_head=8)
     tracemalloc.start()

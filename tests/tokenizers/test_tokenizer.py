@@ -10,7 +10,7 @@ from support.tiny_tokenizers import ANY_TEXT, EOS, NASTY, TEXTS, tiny_byte_level
 from tokenizers import AddedToken, Regex, Tokenizer, models, normalizers, pre_tokenizers
 
 from btlm_jax.data import store
-from btlm_jax.tokenizers.byte_level import ByteLevelTokenizer, read_byte_level
+from btlm_jax.tokenizers.byte_level import ByteLevelTokenizer, naming_library_errors, read_byte_level
 from btlm_jax.tokenizers.sentencepiece_bpe import SentencePieceTokenizer, train_sentencepiece
 from btlm_jax.tokenizers.tokenizer import find_tokenizer, load_tokenizer, tokenizer_info
 
@@ -142,7 +142,7 @@ def test_vocabulary_and_merges_are_the_same_tokenizer(model, tmp_path):
     with pytest.raises(ValueError, match="lacks the end-of-text token '</s>'"):
         find_tokenizer(tmp_path)
     (tmp_path / "merges.txt").write_text("zz yy\n")
-    with pytest.raises(ValueError, match="damaged or not of one tokenizer"):
+    with pytest.raises(ValueError, match="vocab.json, or merges.txt, is damaged: "):
         find_tokenizer(tmp_path)
     (tmp_path / "merges.txt").unlink()
     with pytest.raises(FileNotFoundError, match="lacks merges.txt"):
@@ -192,6 +192,16 @@ def test_a_damaged_tokenizer_json_is_refused(tmp_path):
         (tmp_path / "tokenizer.json").write_text(contents)
         with pytest.raises(ValueError, match=message):
             read_byte_level(tmp_path)
+
+
+def test_a_panic_of_the_library_is_a_damaged_file():
+    class PanicException(BaseException):
+        pass
+
+    with pytest.raises(ValueError, match="x.json is damaged: PanicException"), naming_library_errors("x.json"):
+        raise PanicException
+    with pytest.raises(KeyboardInterrupt), naming_library_errors("x.json"):
+        raise KeyboardInterrupt
 
 
 def test_another_pattern_of_words_is_kept():

@@ -138,7 +138,7 @@ def test_going_back_sets_later_checkpoints_aside_once(tmp_path):
     assert (aside / "summary.json").is_file() and not (tmp_path / "summary.json").exists()
     assert (aside / "metrics.jsonl").read_text() == (tmp_path / "metrics.jsonl").read_text() == "rows\n"
     (tmp_path / "checkpoints" / "8").mkdir()  # the run has gone on, and its command is repeated
-    assert "was done before" in go_back(tmp_path, 6) and checkpoint_steps(tmp_path) == [3, 6, 8]
+    assert "was done before, and is not done again" in go_back(tmp_path, 6) and checkpoint_steps(tmp_path) == [3, 6, 8]
 
 
 def train(capsys, *arguments) -> tuple[int, str]:
