@@ -100,7 +100,8 @@ def test_the_shape_is_the_nearest_of_all(asked, vocab_size):
         return
     shape = sizes.shape_for(asked, vocab_size=vocab_size)
     assert (shape.d_model, shape.num_layers) == expected
-    assert 56 < shape.head_dim <= 112 or shape.num_heads == 4
+    assert shape.num_heads >= 4 and (56 < shape.head_dim <= 112 or shape.num_heads == 4)
+    assert shape.d_ff == math.floor(8 * shape.d_model / 3) // 2 * 2
 
 
 def test_a_given_width_takes_the_depth_that_is_missing():
@@ -126,11 +127,9 @@ def test_batches_follow_the_tokens(num_tokens):
     curriculum = sizes.curriculum_for(num_tokens, longest=sizes.longest_for(num_tokens))
     table = curriculum.table
     wanted = min(3_932_160 * (num_tokens / (159_636 * 3_932_160)) ** 0.383, num_tokens / 600)
+    assert sizes.tokens_per_step_for(num_tokens) == pytest.approx(wanted)
     sequences = max(1, wanted / curriculum.seq_len[1])
     assert curriculum.batch_size[1] == pytest.approx(sequences, rel=0.16, abs=0.5)
-    assert curriculum.batch_size[1] % 8 == 0 or curriculum.batch_size[1] <= 16
-    odd = curriculum.batch_size[1] // (curriculum.batch_size[1] & -curriculum.batch_size[1])
-    assert odd in (1, 3, 5, 15)
     assert 0 <= num_tokens - table.num_tokens < table.tokens_per_step
     assert table.phases[0].num_steps / table.num_steps == pytest.approx(0.75, abs=0.01)
     assert curriculum.seq_len[1] == 4 * curriculum.seq_len[0] <= 8192
@@ -155,6 +154,25 @@ def test_batches_follow_the_tokens(num_tokens):
 def test_what_cannot_be_is_refused_with_what_can(call, message):
     with pytest.raises(ValueError, match=message):
         call()
+
+
+def test_batches_are_numbers_that_meshes_divide():
+    counts = set()
+    for exponent in range(60, 130):
+        tokens = round(10 ** (exponent / 10))
+        counts.add(sizes.curriculum_for(tokens, longest=8192).batch_size[1])
+        assert sizes.curriculum_for(10 * tokens, longest=8192).batch_size[0] % 4 == 0
+    assert {24, 40, 120, 480, 640} < counts and not counts & {7, 14, 20, 28, 30, 56, 60, 112, 224, 448}
+    assert all(count % 8 == 0 for count in counts if count > 16)
+    assert sizes.longest_for(100) == 128 and sizes.longest_for(10**15) == 8192
+
+
+def test_a_short_run_is_looked_at_more_often():
+    config = config_of(12_000_000, num_tokens=614_400)  # 600 steps of 2 x 512
+    assert config.curriculum.table.num_steps == 600 and config.model.loss_chunk == 128
+    every = (config.evaluation.every_steps, config.checkpoint.every_steps, config.log.every_steps)
+    assert every == (30, 60, 1) and config.evaluation.batch_size == 2
+    assert config_of(111_000_000).log.every_steps == 10
 
 
 def test_larger_models_have_a_smaller_eps():
