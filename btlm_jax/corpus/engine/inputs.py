@@ -187,15 +187,15 @@ def read_stage(directory: Path) -> dict:
         raise ValueError(f"{path} is not the manifest of a stage, or damaged: {error}") from error
 
 
-def read_documents(directory: Path, *, of: Sequence[str], purpose: str) -> dict:
-    """Return the manifest of a finished stage of documents, one of the stages `of`, from which `purpose` is done.
+def read_documents(directory: Path, *, of: Sequence[str], also: Sequence[str] = (), purpose: str) -> dict:
+    """Return the manifest of a finished stage of documents, of which `purpose` is done: one of the verbs `of`, or `also`.
 
     Raises:
       FileNotFoundError: there is no finished stage in `directory`.
       ValueError: it is another one, or its manifest is damaged.
     """
     manifest = read_stage(directory)
-    if manifest["stage"] not in of:
+    if manifest["stage"] not in (*of, *also):
         raise ValueError(
             f"{directory} holds the stage {manifest['stage']}; {purpose} what btlm corpus {' or '.join(of)} wrote"
         )

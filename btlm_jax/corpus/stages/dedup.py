@@ -59,7 +59,7 @@ def deduplicate(source: Path, *, preset: str, output: Path, workers: Workers, lo
 
 def _deduplicate(source: Path, *, preset: str, output: Path, workers: Workers, log: Log) -> dict:
     rules = PRESETS[preset]
-    cleaned = read_documents(source, of=("clean", "dedup"), purpose="deduplicate")
+    cleaned = read_documents(source, of=("clean", "dedup"), also=("pieces",), purpose="deduplicate")
     tasks = [
         Task(index=index, inputs=(item,), weight=item.num_bytes)
         for index, item in enumerate(stage_inputs(source, cleaned))
