@@ -188,7 +188,7 @@ def read_stage(directory: Path) -> dict:
 
 
 def read_documents(directory: Path, *, of: Sequence[str], also: Sequence[str] = (), purpose: str) -> dict:
-    """Return the manifest of a finished stage of documents, of which `purpose` is done: one of `of`, the verbs, or `also`.
+    """Return the manifest of a finished stage of documents, one of the verbs `of` or of `also`, to do `purpose` with.
 
     Raises:
       FileNotFoundError: there is no finished stage in `directory`.
