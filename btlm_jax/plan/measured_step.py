@@ -22,6 +22,7 @@ from btlm_jax.recipe.curriculum import Phase
 from btlm_jax.recipe.sizes import count_parameters
 from btlm_jax.train.program import Program, make_program
 from btlm_jax.train.step import init_state
+from btlm_jax.train.step_time import made_up_batch
 
 _STATE_BYTES = 12  # of a parameter: float32, and two moments
 _GPU_MICRO_BATCH = 32_768  # tokens of one GPU
@@ -159,14 +160,7 @@ def _time_step(program: Program, step: jax.stages.Compiled) -> float:
     """Return the seconds of a step, the least of _TIMED_STEPS after one more."""
     phase = _only_phase(program)
     shape = (1, phase.batch_size, phase.seq_len)
-    random = np.random.default_rng(0)
-    tokens = {
-        name: random.integers(0, program.config.model.vocab_size, shape, np.int32)
-        for name in ("inputs_BT", "targets_BT")
-    }
-    batch = jax.device_put(
-        {**tokens, "weights_BT": np.ones(shape, np.float32)}, batch_sharding(program.mesh, program.rules_for(phase))
-    )
+    batch = made_up_batch(shape, batch_sharding(program.mesh, program.rules_for(phase)), config=program.config)
     state = init_state(program.model, program.optimizer, program.mesh, seed=program.config.seed)
     seconds = []
     for _ in range(1 + _TIMED_STEPS):

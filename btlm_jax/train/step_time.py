@@ -56,7 +56,7 @@ def measure_run(
             compiling += time.monotonic() - began
             accumulation = config.mesh.accumulation
             shape = (accumulation, phase.batch_size // accumulation, phase.seq_len)
-            batch = _made_up(shape, batch_sharding(mesh, program.rules_for(phase)), config=config)
+            batch = made_up_batch(shape, batch_sharding(mesh, program.rules_for(phase)), config=config)
 
             def one_step(step=step, batch=batch):
                 nonlocal state
@@ -71,9 +71,18 @@ def measure_run(
         abstract = abstract_batch(rows, sharding, document_mask=config.data.document_mask)
         compiled = eval_step.lower(program.state.params, abstract).compile()
         compiling += time.monotonic() - began
-        heldout = _made_up(rows, sharding, config=config)
+        heldout = made_up_batch(rows, sharding, config=config)
         evaluation = _median_seconds(lambda: jax.device_get(compiled(state.params, heldout)), seconds=seconds / 2)
     return RunTimes(prepare=prepare, compile=compiling, steps=tuple(times), evaluation=evaluation)
+
+
+def made_up_batch(shape: tuple[int, ...], sharding: jax.sharding.NamedSharding, *, config: TrainConfig) -> dict:
+    """Return a batch of random tokens, of one document a row."""
+    tokens = np.random.default_rng(0).integers(config.model.vocab_size, size=shape, dtype=np.int32)
+    leaves = {"inputs_BT": tokens, "targets_BT": tokens, "weights_BT": np.ones(shape, np.float32)}
+    if config.data.document_mask:
+        leaves["starts_BT"] = np.zeros(shape, np.int32)
+    return {name: jax.device_put(leaf, sharding) for name, leaf in leaves.items()}
 
 
 def _median_seconds(run: Callable[[], object], *, seconds: float) -> float:
@@ -85,12 +94,3 @@ def _median_seconds(run: Callable[[], object], *, seconds: float) -> float:
         run()
         times.append(time.monotonic() - began)
     return statistics.median(times)
-
-
-def _made_up(shape: tuple[int, ...], sharding: jax.sharding.NamedSharding, *, config: TrainConfig) -> dict:
-    """Return a batch of random tokens, of one document a row."""
-    tokens = np.random.default_rng(0).integers(config.model.vocab_size, size=shape, dtype=np.int32)
-    leaves = {"inputs_BT": tokens, "targets_BT": tokens, "weights_BT": np.ones(shape, np.float32)}
-    if config.data.document_mask:
-        leaves["starts_BT"] = np.zeros(shape, np.int32)
-    return {name: jax.device_put(leaf, sharding) for name, leaf in leaves.items()}
