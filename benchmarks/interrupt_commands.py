@@ -111,14 +111,14 @@ def interrupt(arguments: list[str], out: Path, *, after: float) -> tuple[str, fl
     if process.returncode == 130 and len(ends) == 1 and "Traceback" not in said:
         left = _left_of(process.pid, out)
         return ("130" if not left else f"FAULT: left {left}"), took
-    if "btlm_jax" not in said and process.returncode in (-signal.SIGINT, 130, 1):
+    if "btlm_jax/" not in said and process.returncode in (-signal.SIGINT, 130, 1):
         return "early", took
     return f"FAULT: code {process.returncode} after {after:.2f} s: {said}", took
 
 
 def _left_of(group: int, out: Path) -> str:
     """Return what is left of a command: its processes, or unfinished files beside its output."""
-    for _ in range(20):
+    for _ in range(100):  # a worker that is being started ends when it sees that its parent has
         try:
             os.killpg(group, 0)
         except ProcessLookupError:
