@@ -124,6 +124,7 @@ VERBS: dict[str, Callable[[Sequence[str]], int]] = {
 
 def entry() -> None:
     """Run the command line of this process and exit with its code."""
+    _open_closed_streams()
     signal.signal(signal.SIGINT, _on_interrupt)
     sys.unraisablehook = _report_unraisable
     if len(sys.argv) > 2:
@@ -147,6 +148,18 @@ def entry() -> None:
         sys.stderr.flush()
         os._exit(code)
     sys.exit(code)
+
+
+def _open_closed_streams() -> None:
+    """Have what is written to a standard stream that is closed (btlm ... 2>&-) go nowhere.
+
+    Python would print errors to the output in its place, and libraries write to the file that is opened next.
+    """
+    while (number := os.open(os.devnull, os.O_RDWR)) <= 2:
+        os.set_inheritable(number, True)
+    os.close(number)
+    if sys.stderr is None:
+        sys.stderr = open(2, "w", encoding="utf-8", errors="backslashreplace", closefd=False)  # noqa: SIM115
 
 
 def main(arguments: Sequence[str]) -> int:

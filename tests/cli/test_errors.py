@@ -253,3 +253,21 @@ def test_an_interrupt_during_an_import_leaves_nothing_unfinished(tmp_path):
         "btlm plan: interrupted; the same command resumes where it can\n",
     )
     assert [path.name for path in tmp_path.iterdir()] == ["slow.py"]
+
+
+SAY = """
+import os, sys
+from btlm_jax import cli
+cli.VERBS["plan"] = lambda arguments: print("an error", file=sys.stderr) or print(os.open("kept", 66) > 2) or 0
+sys.argv = ["btlm", "plan"]
+cli.entry()
+"""
+
+
+@pytest.mark.parametrize(("closed", "shown"), [("2>&-", "True\n"), ("0<&-", "True\n"), (">&-", "")])
+def test_a_closed_stream_is_no_place_for_what_is_said(tmp_path, closed, shown):
+    done = subprocess.run(
+        ["sh", "-c", f'"$0" -c "$1" {closed}', sys.executable, SAY], cwd=tmp_path, capture_output=True, text=True,
+        env=os.environ | {"PYTHONPATH": str(REPOSITORY)},
+    )  # fmt: skip
+    assert (done.returncode, done.stdout, done.stderr) == (0, shown, "" if closed == "2>&-" else "an error\n")

@@ -46,6 +46,12 @@ TESTS = {
     "model/loss": ["tests/model/test_loss.py"],
     "train/step": ["tests/train/test_step.py"],
     "train/checkpoint": ["tests/train/test_checkpoint.py"],
+    "tokenizers/prompt_bos": ["tests/tokenizers/test_prompt_bos.py"],
+    "hub/published": ["tests/hub/test_published.py"],
+    "hub/safetensors_files": ["tests/hub/test_safetensors_files.py"],
+    "hub/huggingface": ["tests/hub/test_huggingface.py"],
+    "hub/client_files": ["tests/convert/test_kept_files.py", "tests/hub/test_model_json.py"],
+    "generate/output": ["tests/generate/test_output.py"],
 }
 OPTIONS = ["-q", "-x", "-m", "not slow", "-p", "no:cacheprovider", "-p", "no:xdist"]
 OPTIONS += ["-W", "ignore::pytest.PytestAssertRewriteWarning"]  # of what the parent process has imported
