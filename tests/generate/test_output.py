@@ -101,6 +101,8 @@ def test_the_rest_of_an_earlier_start_is_read_as_far_as_it_is_whole(tmp_path):
         (whole[:second], {0}),
         (whole[:second] + bytes(200), {0}),
         (whole[:second] + b"7\t{}\n" + whole[second:], {0}),
+        (whole[:second] + b"3\t{}\n" + whole[second:], {0}),
+        (whole[:second] + b'1\t{"text": \n' + whole[second:], {0}),
         (whole[:first], set()),
         (whole[: first - 4], set()),
         (b"", set()),

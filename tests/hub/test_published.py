@@ -28,9 +28,17 @@ def test_the_older_keys_say_the_same(tmp_path):
 
 def test_keys_left_out_have_the_values_of_the_published_code(tmp_path):
     left_out = ("mup_embeddings_scale", "mup_output_alpha", "mup_width_scale", "mup_scale_qk_dot_by_d", "n_inner")
+    left_out += ("vocab_size", "n_positions", "initializer_range")
     config = read(tmp_path, **dict.fromkeys(left_out, ...))
+    assert (config.vocab_size, config.n_positions, config.initializer_range) == (50257, 1024, 0.02)
     assert (config.mup_embeddings_scale, config.output_scale, config.mup_scale_qk_dot_by_d) == (1.0, 1.0, False)
     assert config.n_inner == 4 * 64
+
+
+def test_a_trained_length_is_read(tmp_path):
+    for length in (1, 8192, 2**31 - 1):
+        config = read(tmp_path, alibi_scaling={"type": "linear", "train_seq_len": length})
+        assert (config.alibi_train_len, config.alibi_scaling) == (length, 1.0)
 
 
 def test_shapes_are_those_of_the_original():
@@ -55,6 +63,10 @@ def test_shapes_are_those_of_the_original():
         *[({"alibi_scaling": bad}, "alibi_scaling=") for bad in (["linear", 2], "linear", False, 2.0, {})],
         ({"alibi_scaling": {"type": "linear", "factor": 2.0, "train_seq_len": 64}}, "alibi_scaling="),
         ({"alibi_scaling": {"type": "linear", "factor": float("inf")}}, "alibi_scaling="),
+        *[
+            ({"alibi_scaling": {"type": "linear", "train_seq_len": bad}}, "alibi_scaling=")
+            for bad in (0, -8, 2.5, 2**31)
+        ],
         ({"n_layer": 2**40}, "n_layer=1099511627776 must be a whole number"),
         ({"layer_norm_epsilon": float("nan")}, "layer_norm_epsilon=nan must be a number above 0"),
         ({"mup_output_alpha": 10**400}, "must be a number above 0"),

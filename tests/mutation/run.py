@@ -1,4 +1,4 @@
-"""Mutation test of the recipe, the step and the data: does some test fail when a line is wrong?
+"""Mutation test of the recipe, the step, the data and readers of models: does some test fail when a line is wrong?
 
     python tests/mutation/run.py --results=mutation.jsonl                       # a sample of every module
     python tests/mutation/run.py --results=mutation.jsonl --modules=recipe/mup --per_module=0    # all of one module
@@ -48,7 +48,7 @@ TESTS = {
     "train/checkpoint": ["tests/train/test_checkpoint.py"],
     "tokenizers/prompt_bos": ["tests/tokenizers/test_prompt_bos.py"],
     "hub/published": ["tests/hub/test_published.py"],
-    "hub/safetensors_files": ["tests/hub/test_safetensors_files.py"],
+    "hub/safetensors_files": ["tests/hub/test_safetensors_files.py", "tests/hub/test_huggingface.py"],
     "hub/huggingface": ["tests/hub/test_huggingface.py"],
     "hub/client_files": ["tests/convert/test_kept_files.py", "tests/hub/test_model_json.py"],
     "generate/output": ["tests/generate/test_output.py"],
