@@ -9,7 +9,7 @@ uniform over the time that the command took undisturbed. A start is
   finished   it was done before, with 0
   early      the moment was before Python had begun to run btlm (its own start takes some hundredths of a second)
   FAULT      anything else: printed with what it said
-Exit code 1 if there is a fault. A line a command, with the longest time from the signal to the end.
+Exit code 1 if there is a fault. Prints a line a start, and one a command with the longest time from signal to end.
 """
 
 from __future__ import annotations
@@ -145,9 +145,8 @@ def main(count: int, seed: int) -> int:
             out.parent.mkdir()
             result, took = interrupt(commands(folder)[name], out, after=generator.uniform(0, seconds[name]))
             shutil.rmtree(out.parent)
-            if result.startswith("FAULT"):
-                print(f"{name}: {result}", flush=True)
-                num_faults += 1
+            print(f"{number + 1}/{count} {name}: {result} in {took:.1f} s", flush=True)
+            num_faults += result.startswith("FAULT")
             outcomes[name][result.partition(":")[0]] += 1
             slowest[name] = max(slowest[name], took)
         for name, counts in outcomes.items():

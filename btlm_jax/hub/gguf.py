@@ -65,7 +65,7 @@ class GGUFFile:
         self.keys = {name: field.contents() for name, field in reader.fields.items()}
         if self.keys.get("general.architecture") != "jais":
             raise ValueError(f"{path} is of the architecture {self.keys.get('general.architecture')!r}, not 'jais'")
-        if empty := [tensor.name for tensor in reader.tensors if 0 in tensor.shape]:
+        if empty := [tensor.name for tensor in reader.tensors if not len(tensor.shape) or 0 in tensor.shape]:
             raise ValueError(f"{path} is damaged: tensor {empty[0]!r} has no values")
         self.tensors = {tensor.name: _stored_tensor(tensor) for tensor in reader.tensors}
 

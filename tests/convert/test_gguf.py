@@ -309,6 +309,17 @@ def test_settings_of_generation_that_gguf_has_no_place_for_are_said(tmp_path):
     assert {name: value for name, value in keys.items() if "sampling" in name} == {"general.sampling.temp": 0.5}
 
 
+@pytest.mark.parametrize("place", ["dims", "first size"])
+def test_a_tensor_without_values_is_damage(tmp_path, place):
+    path = write(tmp_path / "m.gguf", OTHER, RandomTensors(OTHER))
+    data = bytearray(path.read_bytes())
+    dims = data.index(b"blk.0.attn_norm.weight") + len("blk.0.attn_norm.weight")
+    data[dims if place == "dims" else dims + 4] = 0  # 96 as 8 bytes follow the number of dims, 1
+    path.write_bytes(data)
+    with pytest.raises(ValueError, match="m.gguf is damaged"):
+        GGUFFile(path)
+
+
 def test_a_list_that_goes_on_beyond_the_file_is_damage_and_no_endless_loop(tmp_path):
     config = dataclasses.replace(OTHER, vocab_size=300)
     vocabulary = vocabulary_of(ByteLevelTokenizer(tiny_byte_level().to_str().encode(), eos_id=299))
