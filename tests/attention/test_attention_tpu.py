@@ -91,37 +91,39 @@ def test_no_array_grows_with_the_square_of_the_length_or_is_wider_than_the_heads
     assert max(sizes) == B * T * N * H
 
 
-def compile_for(topology: str, *, B: int, T: int, N: int, H: int):
+def compile_for(topology: str, *, B: int, T: int, N: int, H: int, has_documents: bool):
     """Compile forward and backward for a chip of a slice."""
     mesh = jax.make_mesh((1, 1), ("fsdp", "tensor"), devices=slice_devices(topology)[:1])
     x = jax.ShapeDtypeStruct((B, T, N * H), jnp.bfloat16, sharding=NamedSharding(mesh, P()))
     slopes = jax.ShapeDtypeStruct((N,), jnp.float32, sharding=NamedSharding(mesh, P()))
+    starts = jax.ShapeDtypeStruct((B, T), jnp.int32, sharding=NamedSharding(mesh, P()))
 
-    def step(slopes_N, *inputs):  # side by side, as projections write and read them
+    def step(slopes_N, starts_BT, *inputs):  # side by side, as projections write and read them
         inputs = [x.reshape(B, T, N, H) for x in inputs]
-        results = attend_and_gradients(*inputs, slopes_N, scale=1 / H, implementation="auto")
+        results = attend_and_gradients(*inputs, slopes_N, starts_BT, scale=1 / H, implementation="auto")
         return [x.reshape(B, T, N * H) for x in results]
 
     with jax.set_mesh(mesh):
-        return jax.jit(step).lower(slopes, x, x, x, x).compile()
+        return jax.jit(step).lower(slopes, starts if has_documents else None, x, x, x, x).compile()
 
 
 @pytest.mark.slow
 @needs_libtpu
 @pytest.mark.parametrize(
-    "topology, T, N, H, kernels",
+    "topology, T, N, H, kernels, has_documents",
     [
-        ("v5e:2x2", 8192, 4, 80, 2),  # as context parallelism leaves them
-        ("v6e:2x2", 2048, 12, 64, 2),
-        ("v4:2x2x1", 8192, 16, 80, 7),  # little vector memory: the passes in spans
+        ("v5e:2x2", 8192, 4, 80, 2, False),  # as context parallelism leaves them
+        ("v6e:2x2", 2048, 12, 64, 2, True),
+        ("v4:2x2x1", 8192, 16, 80, 7, False),  # little vector memory: the passes in spans
     ],
 )
-def test_they_compile_for_tpus(topology, T, N, H, kernels):
-    compiled = compile_for(topology, B=1, T=T, N=N, H=H)
+def test_they_compile_for_tpus(topology, T, N, H, kernels, has_documents):
+    compiled = compile_for(topology, B=1, T=T, N=N, H=H, has_documents=has_documents)
     assert num_kernels_compiled(compiled) == kernels
     # Beside results the log-sum-exp and its like, in float32; where there are spans, their sums of dk and dv.
     rows = N * T * 4
     assert compiled.memory_analysis().temp_size_in_bytes <= 3 * rows + (kernels > 2) * 6 * rows * H
+    assert f"{T},{T}]" not in compiled.as_text()
 
 
 @pytest.mark.slow

@@ -62,9 +62,9 @@ def oracle_at(queries, q, k, v, do, slopes_N, *, scale, windows_BN=math.inf):
 
 
 @functools.partial(jax.jit, static_argnames=("scale", "implementation"))
-def attend_and_gradients(q, k, v, do, slopes_N, *, scale, implementation):
+def attend_and_gradients(q, k, v, do, slopes_N, starts_BT=None, *, scale, implementation):
     def function(q, k, v):
-        return attend(q, k, v, slopes_N, scale=scale, implementation=implementation)
+        return attend(q, k, v, slopes_N, scale=scale, implementation=implementation, starts_BT=starts_BT)
 
     o, vjp = jax.vjp(function, q, k, v)
     return o, *vjp(do)
