@@ -24,7 +24,7 @@ from btlm_jax.recipe.config import TrainConfig, config_from, train_config_from, 
 from btlm_jax.storage.files import read_json_object, write_atomically
 from btlm_jax.storage.location import PathOrUrl, expand_pattern
 from btlm_jax.train import CHECKPOINTS, CONFIG_FILE, SUMMARY_FILE, loop, sizing
-from btlm_jax.train.setup import make_workdir
+from btlm_jax.train.setup import make_workdir, weights_in
 from btlm_jax.train.size_run import size_run
 
 RECORD_FILE = "own_text.json"  # in the workdir
@@ -35,7 +35,7 @@ DEFAULT_MINUTES = 20.0  # at most, where no time is given
 _MIN_MINUTES, _MAX_MINUTES = 1.0, 60.0 * 24 * 366
 _OPEN_SECTIONS = ("optimizer", "evaluation", "checkpoint", "log")  # that --config.section.key=value may change
 _MANY_BYTES = 64_000_000  # from here on worker processes are worth their start
-_OF_ANOTHER_RUN = (CHECKPOINTS, STORE_FOLDER, CONFIG_FILE, SUMMARY_FILE)  # and *.safetensors, *.gguf
+_OF_ANOTHER_RUN = (CHECKPOINTS, STORE_FOLDER, CONFIG_FILE, SUMMARY_FILE)  # and weights
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -210,7 +210,7 @@ def _check_workdir(record: Record | None, flags: Flags, *, workdir: Path) -> Non
     anew = f"  {_command(flags, _new_workdir(workdir))}\n      (begins anew, in another workdir)"
     if record is None:
         there = [name for name in _OF_ANOTHER_RUN if (workdir / name).exists()]
-        there += sorted(path.name for path in workdir.glob("*.*") if path.suffix in (".safetensors", ".gguf"))
+        there += weights_in(workdir)
         if there:
             is_run = (workdir / CONFIG_FILE).is_file() and (workdir / CHECKPOINTS).is_dir()
             other = ["train", f"--config={workdir / CONFIG_FILE}", f"--workdir={workdir}"]

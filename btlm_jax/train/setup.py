@@ -32,6 +32,8 @@ from btlm_jax.train.metric_writer import GoodputLedger
 from btlm_jax.train.program import Program
 from btlm_jax.train.step import abstract_batch, make_eval_step
 
+_SUFFIXES_OF_WEIGHTS = (".safetensors", ".gguf", ".bin")
+
 
 class BuildStore(Protocol):
     """Make the token store that a config describes."""
@@ -86,12 +88,23 @@ def start_processes(*, distributed: bool, coordinator: str, num_processes: int, 
         notices.mute()
 
 
+def weights_in(workdir: Path) -> list[str]:
+    """Return the names of a model's files of weights that lie in a workdir; a run has none there."""
+    return sorted(path.name for path in workdir.glob("*.*") if path.suffix in _SUFFIXES_OF_WEIGHTS)
+
+
 def make_workdir(workdir: Path) -> None:
     """Create the workdir, and write a file to it to see that this works.
 
     Raises:
       OSError: it cannot be created or written; names it.
+      ValueError: a model lies there, which is never trained into.
     """
+    if weights := weights_in(workdir):
+        raise ValueError(
+            f"workdir {workdir} holds a model ({weights[0]}), and nothing is trained into that: choose another "
+            f"--workdir. The model is used by btlm generate --checkpoint={workdir}"
+        )
     try:
         workdir.mkdir(parents=True, exist_ok=True)
         probe = workdir / f".writable-{jax.process_index()}"

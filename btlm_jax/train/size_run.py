@@ -111,7 +111,7 @@ def size_run(
     elif table.num_steps == by_text:
         why = f"at most {sizing.MAX_EPOCHS}: more would only repeat the text"
     else:
-        why = f"the fewest, though more than {budget / 60:g} minutes hold"
+        why = f"the fewest that are trained; {budget / 60:g} minutes do not hold them"
     per_step = " and ".join(
         f"{1000 * each:.0f} ms at {phase.seq_len}" for each, phase in zip(times.steps, table.phases, strict=True)
     )

@@ -9,7 +9,7 @@ from support.tiny import tiny_config
 
 from btlm_jax import notices
 from btlm_jax.data import store
-from btlm_jax.train.setup import check_curriculum, locate_store, open_run_store, prepare_store
+from btlm_jax.train.setup import check_curriculum, locate_store, make_workdir, open_run_store, prepare_store
 
 MADE = {
     "model__vocab_size": VOCAB_SIZE,
@@ -108,3 +108,13 @@ def test_what_the_curriculum_reads_is_checked(token_store):
         check_curriculum(
             config_of(token_store, curriculum__num_tokens=(384, (steps - 1) * 384)), store.read_manifest(token_store)
         )
+
+
+@pytest.mark.parametrize(
+    "name", ["model.safetensors", "model-00001-of-00002.safetensors", "m.gguf", "pytorch_model.bin"]
+)
+def test_nothing_is_trained_into_a_model(tmp_path, name):
+    (tmp_path / name).write_bytes(b"weights")
+    with pytest.raises(ValueError, match="holds a model .*: choose another --workdir.*generate --checkpoint="):
+        make_workdir(tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == [name]
