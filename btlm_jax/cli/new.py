@@ -160,7 +160,8 @@ def _choices(flags: Flags) -> tuple[sizes.Choices, dict[str, str]]:
         if flags.is_given(name) and flags.integer(name) < 1:
             raise UsageError(f"--{name}={flags.integer(name)} must be positive")
     if flags.string("store"):
-        store, vocab_size, longest, of_store = _store(flags)
+        found = _store(flags)
+        store, vocab_size, longest, of_store = found.name, found.vocab_size, found.block_len, found.num_tokens
         why = {
             "data.store": "as --store",
             "model.vocab_size": "ids of the store's tokenizer",
@@ -210,8 +211,16 @@ def _num_tokens(flags: Flags, num_parameters: int, *, of_store: int) -> int:
     return of_store or round(flags.number("tokens_per_parameter") * num_parameters)
 
 
-def _store(flags: Flags) -> tuple[str, int, int, int]:
-    """Return a token store's name for a config, its ids, its block length and its tokens of training.
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class _Store:
+    name: str  # for a config
+    vocab_size: int
+    block_len: int
+    num_tokens: int  # of its train split, once
+
+
+def _store(flags: Flags) -> _Store:
+    """Return what a config needs to know of the token store.
 
     Raises:
       UsageError: another flag contradicts it.
@@ -234,9 +243,12 @@ def _store(flags: Flags) -> tuple[str, int, int, int]:
         raise ValueError(
             f"--store={location} has no blocks to train on, only {', '.join(manifest.splits) or 'nothing'}"
         )
-    name = str(location.resolve()) if isinstance(location, Path) else str(location)
-    num_tokens = manifest.splits[TRAIN].num_blocks * manifest.block_len
-    return name, manifest.tokenizer.vocab_size, manifest.block_len, num_tokens
+    return _Store(
+        name=str(location.resolve()) if isinstance(location, Path) else str(location),
+        vocab_size=manifest.tokenizer.vocab_size,
+        block_len=manifest.block_len,
+        num_tokens=manifest.splits[TRAIN].num_blocks * manifest.block_len,
+    )
 
 
 def _amount(name: str, text: str) -> int:
