@@ -26,36 +26,37 @@ def pytest_collection_modifyitems(items):
     items.sort(key=lambda item: item.path not in slow)
 
 
-@pytest.fixture(scope="module")
-def little_optimized():
-    """Compile without LLVM's costly passes, in 0.6 of the time (Intel Xeon, 2 vCPU, 2026-11-29).
+@pytest.fixture(scope="module", autouse=True)
+def little_optimized(request):
+    """Compile without LLVM's costly passes, in half the time (Intel Xeon, 2 vCPU, 2026-11-29).
 
-    For modules that compile much and compute little, and do not ask for the bits of a real run.
+    Tests compile much and compute little. Commands in processes of their own, and modules with
+    pytestmark = pytest.mark.fully_optimized, compile as a user does.
     """
-    import jax
-
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
+    if "jax" in sys.modules:
+        marked = request.node.get_closest_marker("fully_optimized") is not None
+        sys.modules["jax"].config.update("jax_disable_most_optimizations", not marked)
 
 
 @pytest.fixture(scope="session", autouse=True)
 def compile_cache(tmp_path_factory):
-    """Compile what several tests compile once in a run of pytest; its workers share the folder, locked by JAX.
+    """Compile what several tests compile once in a run of pytest; its workers and commands share the folder.
 
     JAX_COMPILATION_CACHE_DIR names another folder, which the next run finds.
     """
-    jax = sys.modules.get("jax")
-    if jax is None:  # no test module of this run has imported it
-        return
     folder = tmp_path_factory.getbasetemp()
     if "PYTEST_XDIST_WORKER" in os.environ:
         folder = folder.parent
-    if not jax.config.jax_compilation_cache_dir:
-        jax.config.update("jax_compilation_cache_dir", str(folder / "compiled"))
-    jax.config.update("jax_compilation_cache_max_size", 1 << 33)  # a limit is what makes JAX lock
-    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
-    jax.config.update("jax_persistent_cache_enable_xla_caches", "none")  # as training sets it: it is part of the keys
+    settings = {
+        "jax_compilation_cache_dir": os.environ.get("JAX_COMPILATION_CACHE_DIR") or str(folder / "compiled"),
+        "jax_compilation_cache_max_size": 1 << 33,  # a limit is what makes JAX lock
+        "jax_persistent_cache_min_compile_time_secs": 0.1,
+        "jax_persistent_cache_enable_xla_caches": "none",  # as training sets it: it is part of the keys
+    }
+    for name, value in settings.items():
+        os.environ[name.upper()] = str(value)
+        if "jax" in sys.modules:  # a test module of this run has imported it
+            sys.modules["jax"].config.update(name, value)
 
 
 def made_once(tmp_path_factory, name: str, make):
@@ -92,7 +93,7 @@ def tiny_run(token_store, tmp_path_factory):
         config = write_config(
             folder / "config.py", store=token_store, checkpoint__keep_last=50, log__every_steps=3, log__sample_tokens=3
         )
-        result = run_btlm(*train_arguments(config, folder / "run"))
+        result = run_btlm(*train_arguments(config, folder / "run"), variables={"JAX_COMPILATION_CACHE_DIR": ""})
         assert result.returncode == 0, result.stdout + result.stderr
 
     folder = made_once(tmp_path_factory, "undisturbed", make)

@@ -8,6 +8,7 @@ import dataclasses
 import datetime
 import json
 import math
+import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -55,6 +56,18 @@ def append_setting_changed(path: Path, step: int, *, key: str, old: object, new:
     """Record what `MetricWriter.setting_changed` does, in the metrics file of a run that is done."""
     with open(path, "a", encoding="utf-8") as file:
         file.write(json.dumps(_setting_event(step, key=key, old=old, new=new)) + "\n")
+
+
+@contextlib.contextmanager
+def _hidden(*names: str) -> Iterator[None]:
+    """Let no import within load these modules, which a library imports where they are installed."""
+    hidden = {name: None for name in names if name not in sys.modules}
+    sys.modules.update(hidden)  # type: ignore[arg-type]  # None makes an import raise ImportError
+    try:
+        yield
+    finally:
+        for name in hidden:
+            del sys.modules[name]
 
 
 class GoodputLedger:
@@ -171,7 +184,8 @@ class MetricWriter:
 
     def __enter__(self) -> MetricWriter:
         if self._is_writer:
-            from tensorboardX import SummaryWriter
+            with _hidden("torch", "google.cloud.storage"):  # 0.02 s instead of 2.3 (2 vCPU Intel Xeon, 2026-11-29)
+                from tensorboardX import SummaryWriter
 
             path = self._workdir / METRICS_FILE
             _remove_replayed(path, first_step=self._first_step)

@@ -240,7 +240,8 @@ def prepare_store(
 
 def keep_compiled(workdir: Path) -> None:
     """Have executables kept in the workdir, where the next start finds them."""
-    jax.config.update("jax_compilation_cache_dir", str(workdir.resolve() / COMPILE_CACHE))
+    if not os.environ.get("JAX_COMPILATION_CACHE_DIR"):
+        jax.config.update("jax_compilation_cache_dir", str(workdir.resolve() / COMPILE_CACHE))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
     # With XLA's own caches the directory is part of the executables' keys, and a moved workdir would find none of them.
     jax.config.update("jax_persistent_cache_enable_xla_caches", "none")
@@ -249,7 +250,8 @@ def keep_compiled(workdir: Path) -> None:
 def make_run(program: Program, *, workdir: Path, token_store: TokenStore, ledger: GoodputLedger) -> Run:
     """Compile the train step of every phase and the evaluation step.
 
-    All before the first step, so that a change of phase costs nothing and cannot fail.
+    All before the first step, so that a change of phase costs nothing and cannot fail. Executables are kept in the
+    workdir, or in the folder that JAX_COMPILATION_CACHE_DIR names, which several runs can share.
     """
     config, mesh = program.config, program.mesh
     eval_step = make_eval_step(program.model, loss_chunk=config.model.loss_chunk)

@@ -77,7 +77,7 @@ def test_there_and_back_is_bit_identical(imported, tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("dtype", conversion.DTYPES)
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_a_run_becomes_a_directory_that_transformers_loads(monkeypatch, tiny_run, tmp_path, dtype):
     monkeypatch.setattr(conversion, "has_transformers", lambda: True)
     _, workdir = tiny_run

@@ -634,11 +634,9 @@ def test_files_need_nothing_but_torch_and_transformers(directories):
 
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:`torch.jit.script_method`:DeprecationWarning")  # PyTorch's own use of it
-@pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 1e-5), (torch.bfloat16, 1e-2)])
-def test_torch_compile_equals_eager(tiny, dtype, tolerance):
-    tiny.to(dtype)
+def test_torch_compile_equals_eager(tiny):
     compiled = torch.compile(tiny, fullgraph=True)
     for length in (60, 77):
         ids_BT = array("tiny", "input_ids")[:, :length]
         with torch.no_grad():
-            assert largest_difference(compiled(ids_BT).logits, tiny(ids_BT).logits) < tolerance
+            assert largest_difference(compiled(ids_BT).logits, tiny(ids_BT).logits) < 1e-5

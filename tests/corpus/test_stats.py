@@ -5,7 +5,7 @@ import unittest.mock
 import pytest
 from support.corpus_files import made_up_text, write_raw
 from support.real_store import write_config
-from support.run_command import recorded, run_btlm, train_arguments
+from support.run_command import ONE_PHASE, recorded, run_btlm, train_arguments
 
 from btlm_jax.cli import main
 from btlm_jax.corpus.inspect import charts
@@ -129,7 +129,7 @@ def test_every_verb_explains_itself(verb, capsys):
 
 
 def test_a_run_trains_on_the_store(corpus, tmp_path):
-    config = write_config(tmp_path / "config.py", store=corpus / "store")
+    config = write_config(tmp_path / "config.py", store=corpus / "store", **ONE_PHASE)
     result = run_btlm(*train_arguments(config, tmp_path / "run"))
     assert result.returncode == 0, result.stdout + result.stderr
     evaluated = recorded(tmp_path / "run", "eval")[-1]

@@ -10,7 +10,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 from support import fake_gcs
 from support.loader import make_loader, make_mesh
 from support.real_store import build_real_store, write_config
-from support.run_command import NUM_STEPS, run_btlm, train_arguments
+from support.run_command import ONE_PHASE, run_btlm, train_arguments
 from support.tiny import tiny_config
 from support.tiny_store import write_store
 
@@ -77,11 +77,11 @@ def test_a_run_reads_its_store_from_google_cloud_storage(tmp_path, monkeypatch, 
     files = [path for path in (tmp_path / "store").rglob("*") if path.is_file()]
     objects = {str(path.relative_to(tmp_path)): path.read_bytes() for path in files}
     with fake_gcs.connected(objects, monkeypatch) as bucket:
-        config = write_config(tmp_path / "config.py", store=f"{bucket}/store", log__sample_prompt="eta")
+        config = write_config(tmp_path / "config.py", store=f"{bucket}/store", log__sample_prompt="eta", **ONE_PHASE)
         ran = run_btlm(*train_arguments(config, tmp_path / "run"))
         assert ran.returncode == 0, ran.stderr
         losses = [row["loss"] for row in read_metrics(tmp_path / "run" / METRICS_FILE) if row["kind"] == "train"]
-        assert len(losses) == NUM_STEPS and losses[-1] < losses[0]
+        assert len(losses) == 3 and losses[-1] < losses[0]
         assert read_run(tmp_path / "run").tokenizer.vocab_size == manifest.tokenizer.vocab_size
         assert store_of_run(tmp_path / "run") == f"{bucket}/store"
         assert main(["corpus", "stats", f"--input={bucket}/store", f"--plots={tmp_path / 'plots'}"]) == 0

@@ -10,8 +10,6 @@ import pytest
 from btlm_jax.model.loss import loss_sum, token_losses
 from btlm_jax.parallel.mesh import RULES, make_mesh
 
-pytestmark = pytest.mark.usefixtures("little_optimized")
-
 B, T, D, V = 8, 12, 16, 37
 SCALE = 0.7
 

@@ -177,9 +177,8 @@ def test_the_outlook_is_of_the_compilations_allowed_and_of_those_made():
 @needs_libtpu
 @pytest.mark.slow
 def test_interrupted_it_goes_on_with_what_did_not_fit(capsys, tmp_path):
-    code, found = search_command(tmp_path, "--max-compiles=2")
-    said = capsys.readouterr()
-    assert "1 compilations made, at most 1 to go, about" in said.err and len(found["tried"]) == 2
+    code, found = search_command(tmp_path, "--max-compiles=1")
+    assert "at most 1 compilations to go" in capsys.readouterr().err and len(found["tried"]) == 1
     misfits = [plan for plan in found["tried"] if plan["misfits"]]
     assert misfits and all(plan["problems"][0].startswith("phase 1 (1,536 x 512) does not fit") for plan in misfits)
     values = config_dict("local_cpu")

@@ -14,8 +14,7 @@ from unittest import mock
 from btlm_jax.cli import main
 from btlm_jax.train.metric_writer import MetricWriter
 
-# PyTorch is not among them: tensorboardX imports it where it is installed.
-LIBRARIES_FOR_OTHERS = ("ftfy", "matplotlib", "sentencepiece", "tiktoken", "tokenizers", "transformers")
+LIBRARIES_FOR_OTHERS = ("ftfy", "matplotlib", "sentencepiece", "tiktoken", "tokenizers", "torch", "transformers")
 
 
 def noted_modules() -> list[str]:

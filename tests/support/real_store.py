@@ -49,6 +49,7 @@ def write_config(path: Path, *, store: Path | str, **changes) -> Path:
     """Write a config file: the tiny config on that store; a change is written model__d_model=80."""
     values = config_dict("local_cpu")
     dotted = {**TINY, "model.vocab_size": VOCAB_SIZE, "data.store": str(store), "corpus.source": "prepared"}
+    dotted["log.sample_tokens"] = 1
     for key, value in {**dotted, **{key.replace("__", "."): value for key, value in changes.items()}}.items():
         *sections, name = key.split(".")
         target = values

@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 
 import jax
@@ -21,15 +22,23 @@ from btlm_jax.train.step import abstract_state
 
 TOKENS_PER_STEP, PHASE_STEPS = 384, (6, 4)
 NUM_STEPS = sum(PHASE_STEPS)
+ONE_PHASE = {
+    "curriculum__seq_len": (48,),
+    "curriculum__batch_size": (8,),
+    "curriculum__num_tokens": (3 * TOKENS_PER_STEP,),
+    "checkpoint__every_steps": 2,
+    "evaluation__every_steps": 2,
+}  # changes of a config: three steps, which compile what the second phase does
 TIMEOUT = 400.0  # seconds; an idle machine needs about 10
 
 _CLOCK = ("tokens_per_second", "mfu", "seconds")
 
 
-def start_btlm(*arguments, num_devices: int = 1, **options) -> subprocess.Popen:
-    """Start `btlm ARGUMENTS` on simulated CPU devices; `options` are Popen's."""
+def start_btlm(*arguments, num_devices: int = 1, variables: Mapping[str, str] = {}, **options) -> subprocess.Popen:
+    """Start `btlm ARGUMENTS` on simulated CPU devices, with changed environment variables; `options` are Popen's."""
     environment = {name: value for name, value in os.environ.items() if name not in ("PYTHONWARNINGS", "XLA_FLAGS")}
     environment |= {"JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": str(num_devices), "PYTHONUNBUFFERED": "1"}
+    environment |= variables
     return subprocess.Popen(
         [sys.executable, "-m", "btlm_jax", *map(str, arguments)],
         stdout=subprocess.PIPE,

@@ -9,17 +9,10 @@ from pathlib import Path
 import pytest
 from support import loaded_modules
 from support.real_store import write_config
+from support.run_command import ONE_PHASE
 
 MAX_MODULES = 60  # of ours, in sys.modules after the first logged step
 TESTS = Path(__file__).parents[1]
-ONE_PHASE = {
-    "curriculum__seq_len": (48,),
-    "curriculum__batch_size": (8,),
-    "curriculum__num_tokens": (3 * 384,),
-    "checkpoint__every_steps": 2,
-    "evaluation__every_steps": 2,
-    "log__sample_tokens": 3,
-}
 
 
 def loaded(folder: Path, config: Path, *options: str) -> dict[str, set[str]]:

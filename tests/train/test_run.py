@@ -48,15 +48,17 @@ def test_a_run_says_at_its_end_what_it_did(tiny_run):
 
 def test_settings_changed_at_a_resume_are_lines_and_events(unfinished_run, capsys):
     config, workdir = unfinished_run
-    changes = ["--config.log.every_steps=5", "--config.optimizer.beta2=0.9", "--config.log.sample_tokens=2"]
+    values = {"log.every_steps": 5, "optimizer.peak_learning_rate": 0.005, "log.sample_tokens": 2}
+    changes = [f"--config.{key}={value}" for key, value in values.items()]
     done = run_btlm(*train_arguments(config, workdir), *changes)
     assert done.returncode == 0, done.stderr
-    assert "note: optimizer.beta2 was 0.95, is now 0.9 (from step 3 on) (setting-changed)" in done.stderr
+    said = "note: optimizer.peak_learning_rate was 0.006, is now 0.005 (from step 3 on) (setting-changed)"
+    assert said in done.stderr
     assert "3 setting-changed" in done.stderr.splitlines()[-1]
     assert "ETA 0:00:0" in done.stdout and " + sample" in done.stdout
     events = [row for row in recorded(workdir, "event") if "setting" in row]
     assert [(row["step"], row["setting"], row["old"], row["new"]) for row in events] == [
-        (3, "optimizer.beta2", 0.95, 0.9),
+        (3, "optimizer.peak_learning_rate", 0.006, 0.005),
         (3, "log.every_steps", 3, 5),
         (3, "log.sample_tokens", 3, 2),
     ]

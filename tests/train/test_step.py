@@ -24,8 +24,6 @@ from btlm_jax.train.step import (
     make_train_step,
 )
 
-pytestmark = pytest.mark.usefixtures("little_optimized")
-
 
 def host_batch(config, *, phase: int, seed: int):
     """Random rows [B, T]; a quarter of the targets have no weight, unevenly over the rows."""
@@ -38,20 +36,20 @@ def host_batch(config, *, phase: int, seed: int):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Run:
-    """What two steps, one of each phase, gave; everything on the host."""
+    """What a step of each phase gave, or of the first phases; everything on the host."""
 
     metrics: list[dict]
-    params: list[dict]  # before the first step, after it, after the second
+    params: list[dict]  # before the first step, after it, ...
     state: TrainState
     without_targets: tuple[TrainState, dict]  # after one more step, whose batch has no weights, and its metrics
-    sums: dict  # of the evaluation of the second batch with the final parameters
+    sums: dict  # of the evaluation of the last batch with the final parameters
 
 
-def run(config, *, devices: int) -> Run:
-    """Take a step of each phase in turn."""
+def run(config, *, devices: int, num_phases: int = 2) -> Run:
+    """Take a step of each of the first phases in turn."""
     mesh = make_run_mesh(config.mesh, curriculum=config.curriculum.table, devices=jax.devices()[:devices])
     program = make_program(config, mesh)
-    model, phases = program.model, config.curriculum.table.phases
+    model, phases = program.model, config.curriculum.table.phases[:num_phases]
     state = init_state(model, program.optimizer, mesh, seed=5)
     metrics_of_steps, params_of_steps = [], [jax.device_get(state.params)]
     with jax.set_mesh(mesh):
@@ -78,16 +76,27 @@ def single():
     return run(tiny_config(), devices=1)
 
 
+@pytest.fixture(scope="module")
+def single_step():
+    return run(tiny_config(), devices=1, num_phases=1)
+
+
 @pytest.mark.parametrize(
-    "devices, tensor, context, accumulation",
+    "devices, tensor, context, accumulation, num_phases",
     [
-        (1, 1, 1, 8),
-        *(pytest.param(*shape, marks=pytest.mark.slow) for shape in ((8, 1, 1, 1), (8, 1, 4, 4), (8, 2, 2, 4))),
+        (1, 1, 1, 8, 1),
+        *(
+            pytest.param(*shape, marks=pytest.mark.slow)
+            for shape in ((8, 1, 1, 1, 1), (8, 1, 4, 4, 1), (8, 2, 2, 4, 2))
+        ),
     ],
 )
-def test_every_mesh_and_accumulation_gives_the_same_step(single, devices, tensor, context, accumulation):
+def test_every_mesh_and_accumulation_gives_the_same_step(
+    single, single_step, devices, tensor, context, accumulation, num_phases
+):
+    single = single if num_phases == 2 else single_step
     config = tiny_config(mesh__tensor=tensor, mesh__context=context, mesh__accumulation=accumulation)
-    result = run(config, devices=devices)
+    result = run(config, devices=devices, num_phases=num_phases)
     for found, expected in zip(result.metrics, single.metrics, strict=True):
         assert found.keys() == expected.keys()
         for name in expected.keys() - {"grad_norm/key_bias"}:  # rounding noise
@@ -110,7 +119,7 @@ def test_every_mesh_and_accumulation_gives_the_same_step(single, devices, tensor
 def assert_unchanged_without_targets(result: Run) -> None:
     """Only the count of steps moves: parameters, moments and Adam's own count are the same to the bit."""
     state, metrics = result.without_targets
-    assert (state.step, result.state.step) == (3, 2)
+    assert state.step == result.state.step + 1 == len(result.params)
     jax.tree.map(
         np.testing.assert_array_equal, (state.params, state.opt_state), (result.state.params, result.state.opt_state)
     )
@@ -223,8 +232,8 @@ def test_abstract_state_is_the_state():
 
 @pytest.mark.slow
 def test_bfloat16_is_near_float32(single):
-    result = run(tiny_config(model__dtype="bfloat16"), devices=1)
-    for found, expected in zip(result.metrics, single.metrics, strict=True):
+    result = run(tiny_config(model__dtype="bfloat16"), devices=1, num_phases=1)
+    for found, expected in zip(result.metrics, single.metrics[:1], strict=True):
         np.testing.assert_allclose(found["loss"], expected["loss"], rtol=2e-3)
         np.testing.assert_allclose(found["grad_norm"], expected["grad_norm"], rtol=3e-2)
 
