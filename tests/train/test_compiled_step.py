@@ -13,13 +13,13 @@ from btlm_jax.plan.chips import slice_devices
 from btlm_jax.plan.executable import read_executable
 from btlm_jax.train.program import make_program
 
-L, D, F, V, T = 2, 1280, 1700, 5000, 1024  # heads of 80 as in BTLM; F and V divide by no tile
+L, D, F, V, T = 2, 320, 426, 1250, 256  # heads of 80 as in BTLM; F and V divide by no tile
 BATCHES = (16, 4)  # phase 1 fills 8 devices with sequences, phase 2 splits positions in two
 
 
 def compile_phase(index: int):
     config = tiny_config(
-        model__num_layers=L, model__d_model=D, model__num_heads=16, model__d_ff=F, model__vocab_size=V,
+        model__num_layers=L, model__d_model=D, model__num_heads=4, model__d_ff=F, model__vocab_size=V,
         model__dtype="bfloat16", model__attention="auto", model__remat="matmuls_saved", model__loss_chunk=128,
         mup__base_d_model=128.0, mup__base_d_ff=170.0, curriculum__seq_len=(T, 4 * T), curriculum__batch_size=BATCHES,
         curriculum__num_tokens=(16 * T, 16 * T), optimizer__warmup_tokens=0, evaluation__batch_size=4,
