@@ -153,7 +153,7 @@ def test_remats_are_ordered_by_what_they_keep():
 SIZES = {
     "model.vocab_size": 300, "model.num_layers": 40, "model.d_model": 128, "model.d_ff": 512,
     "model.dtype": "bfloat16", "model.loss_chunk": 512, "curriculum.seq_len": "(512,)",
-    "curriculum.batch_size": "(3072,)", "curriculum.num_tokens": "(15728640,)",
+    "curriculum.batch_size": "(8192,)", "curriculum.num_tokens": "(41943040,)",
 }  # fmt: skip
 
 
@@ -180,7 +180,7 @@ def test_interrupted_it_goes_on_with_what_did_not_fit(capsys, tmp_path):
     code, found = search_command(tmp_path, "--max-compiles=1")
     assert "at most 1 compilations to go" in capsys.readouterr().err and len(found["tried"]) == 1
     misfits = [plan for plan in found["tried"] if plan["misfits"]]
-    assert misfits and all(plan["problems"][0].startswith("phase 1 (3,072 x 512) does not fit") for plan in misfits)
+    assert misfits and all(plan["problems"][0].startswith("phase 1 (8,192 x 512) does not fit") for plan in misfits)
     values = config_dict("local_cpu")
     for name, value in SIZES.items():
         section, key = name.split(".")
