@@ -239,7 +239,7 @@ def prepare_store(
 
 
 def keep_compiled(workdir: Path) -> None:
-    """Have executables kept in the workdir, where the next start finds them."""
+    """Have executables kept in the workdir, or in the folder of JAX_COMPILATION_CACHE_DIR, which runs can share."""
     if not os.environ.get("JAX_COMPILATION_CACHE_DIR"):
         jax.config.update("jax_compilation_cache_dir", str(workdir.resolve() / COMPILE_CACHE))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
@@ -250,8 +250,7 @@ def keep_compiled(workdir: Path) -> None:
 def make_run(program: Program, *, workdir: Path, token_store: TokenStore, ledger: GoodputLedger) -> Run:
     """Compile the train step of every phase and the evaluation step.
 
-    All before the first step, so that a change of phase costs nothing and cannot fail. Executables are kept in the
-    workdir, or in the folder that JAX_COMPILATION_CACHE_DIR names, which several runs can share.
+    All before the first step, so that a change of phase costs nothing and cannot fail.
     """
     config, mesh = program.config, program.mesh
     eval_step = make_eval_step(program.model, loss_chunk=config.model.loss_chunk)
