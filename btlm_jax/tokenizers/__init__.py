@@ -8,6 +8,7 @@ from collections.abc import Iterable
 
 from btlm_jax import module_command
 
+MAX_VOCAB_SIZE = 1 << 22  # of a tokenizer that is trained; libraries take memory for all of it at once
 _PROGRAM = "btlm_jax.tokenizers.train_process"
 
 

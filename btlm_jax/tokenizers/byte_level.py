@@ -17,6 +17,7 @@ from pathlib import Path
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from btlm_jax.storage.files import check_no_lfs_pointer, parse_json_object, read_json_object
+from btlm_jax.tokenizers import MAX_VOCAB_SIZE
 
 # A space or newline between two other characters always starts a word of GPT-2's pattern, and the text before it is
 # split as at the end of a text. (What Python counts as white space, the pattern does too.)
@@ -27,7 +28,6 @@ VOCAB_FILE, MERGES_FILE = "vocab.json", "merges.txt"
 END_OF_TEXT = "<|endoftext|>"
 MAX_TRAINED_WORD = 256  # characters
 MIN_VOCAB_SIZE = 257  # 256 bytes and the end of text
-MAX_VOCAB_SIZE = 1 << 22  # of a tokenizer that is trained; libraries take memory for all of it at once
 _GPT2_STEPS = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True}
 _SPLITTING_STEPS = ("Split", "Digits", "Punctuation")  # others also drop or replace characters
 

@@ -9,7 +9,7 @@ from collections.abc import Iterable, Iterator, Sequence
 
 import sentencepiece
 
-from btlm_jax.tokenizers.byte_level import MAX_VOCAB_SIZE
+from btlm_jax.tokenizers import MAX_VOCAB_SIZE
 from btlm_jax.tokenizers.sentencepiece_proto import SPACE_MARK, USER_DEFINED, parse_model
 
 SENTENCEPIECE = "sentencepiece"
