@@ -23,6 +23,7 @@ from btlm_jax.data.store import MANIFEST_FILE, TRAIN, Manifest
 from btlm_jax.recipe.config import TrainConfig, config_from, train_config_from, value_from_text
 from btlm_jax.storage.files import read_json_object, write_atomically
 from btlm_jax.storage.location import PathOrUrl, expand_pattern
+from btlm_jax.tokenizers.tokenizer import find_tokenizer
 from btlm_jax.train import CHECKPOINTS, CONFIG_FILE, SUMMARY_FILE, loop, sizing
 from btlm_jax.train.setup import make_workdir, weights_in
 from btlm_jax.train.size_run import size_run
@@ -68,7 +69,11 @@ def check_flags(flags: Flags) -> None:
             f"--data and {given} are both given, text to make a store of and what names one. It is one of\n"
             f"  {_command(flags, workdir)}\n  {other}\nthe second with a store that btlm corpus made"
         )
-    for key in flags.changes:
+    for key, text in flags.changes.items():
+        try:
+            value_from_text(key, text)
+        except ValueError as error:
+            raise UsageError(str(error)) from error
         if key.partition(".")[0] not in _OPEN_SECTIONS:
             raise UsageError(
                 f"--config.{key} cannot be given with --data, which chooses it; keys of {', '.join(_OPEN_SECTIONS)} "
@@ -102,6 +107,8 @@ def config_of_data(flags: Flags, *, workdir: Path) -> TrainConfig:
     _check_workdir(record, flags, workdir=workdir)
     locations = _locations(flags, record)
     if locations is not None:
+        if flags.string("tokenizer"):
+            find_tokenizer(Path(_given_tokenizer(flags)))  # refuses what cannot be used before the work begins
         inputs = own_text.list_inputs(locations)
         record = _begun(record, inputs, flags, workdir=workdir)
         make_workdir(workdir)

@@ -141,6 +141,7 @@ def test_flags_that_contradict_data_are_refused_with_commands(texts, trained, tm
         ([data, workdir, "--config=local_cpu"], "--data and --config=local_cpu are both given"),
         ([data, workdir, "--config.data.store=store"], "--data and --config.data.store=store are both given"),
         ([data, workdir, "--config.model.d_model=64"], "--config.model.d_model cannot be given with --data"),
+        ([data, workdir, "--config.optimizer.peak_learning_rat=1"], "did you mean optimizer.peak_learning_rate or "),
         ([data, workdir, "--distributed"], "--data is for one process, and --distributed for several"),
         ([data, workdir, "--minutes=1", "--hours=1"], "--minutes and --hours are both given"),
         ([data, workdir, "--minutes=0.5"], "the time is 0.5 minutes; it must be from 1 to "),
@@ -195,6 +196,11 @@ def test_text_that_is_gone_is_said_and_the_run_goes_on(begun, trained, capsys):
     assert trained == [train_config_from(json.loads((begun / "run" / "config.json").read_text()))]
     assert "there is no such file or folder; the run goes on with the store" in capsys.readouterr().err
     assert refused(capsys, f"--data={begun / 'texts'}", f"--workdir={begun / 'new'}", code=1)
+
+
+def test_a_tokenizer_that_is_not_there_is_refused_before_the_work(texts, trained, tmp_path, capsys):
+    said = refused(capsys, f"--data={texts}", f"--workdir={tmp_path / 'run'}", f"--tokenizer={texts}", code=1)
+    assert "holds no tokenizer" in said and not (tmp_path / "run").exists()
 
 
 def test_patterns_and_several_paths(trained, tmp_path, capsys):
