@@ -2,7 +2,6 @@
 
 import os
 import sys
-from pathlib import Path
 
 __version__ = "0.1.0"
 
@@ -18,5 +17,13 @@ def module_command(module: str) -> list[str]:
     That finds this package wherever this process did, and nothing in the current directory: a file such as
     tokenizers.py there would be taken for the library (-P).
     """
-    folders = [str(Path(__file__).parents[1]), *filter(None, [os.environ.get("PYTHONPATH")])]
+    folders = [
+        os.path.dirname(os.path.dirname(os.path.abspath(__file__))),
+        *filter(None, [os.environ.get("PYTHONPATH")]),
+    ]
     return ["/usr/bin/env", f"PYTHONPATH={os.pathsep.join(folders)}", sys.executable, "-P", "-m", module]
+
+
+def interrupted_line(verb: str) -> str:
+    """Return what a command says when Ctrl-C has ended it."""
+    return f"btlm {verb}: interrupted; the same command resumes where it can"

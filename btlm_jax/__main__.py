@@ -1,6 +1,28 @@
 """`python -m btlm_jax <verb> ...` is the same as `btlm <verb> ...`."""
 
-from btlm_jax.cli import entry
+from __future__ import annotations
+
+import os
+import signal
+import sys
+
+from btlm_jax import interrupted_line
+
+
+def run() -> None:
+    """Run the command line; from here on Ctrl-C ends it in one line."""
+    signal.signal(signal.SIGINT, _end)
+    from btlm_jax.cli import entry
+
+    entry()
+
+
+def _end(signum, frame) -> None:
+    """End at once: nothing has begun yet, and an import would turn an exception into another."""
+    del signum, frame
+    os.write(2, f"{interrupted_line(' '.join(sys.argv[1:2]))}\n".encode())
+    os._exit(130)
+
 
 if __name__ == "__main__":
-    entry()
+    run()

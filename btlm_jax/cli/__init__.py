@@ -14,7 +14,7 @@ import signal
 import sys
 from collections.abc import Callable, Sequence
 
-from btlm_jax import __version__, notices
+from btlm_jax import __version__, interrupted_line, notices
 
 DONE, ERROR, USAGE, FAULT, PREEMPTED, BAD_NUMBERS, INTERRUPTED, PIPE_CLOSED = 0, 1, 2, 70, 75, 76, 130, 141
 
@@ -189,7 +189,7 @@ def main(arguments: Sequence[str]) -> int:
         print(f"btlm: usage: {error}", file=sys.stderr)
         return USAGE
     except KeyboardInterrupt:
-        print(_interrupted(verb), file=sys.stderr)
+        print(interrupted_line(verb), file=sys.stderr)
         return INTERRUPTED
     except SystemExit:
         raise
@@ -218,10 +218,6 @@ def _is_reader_gone() -> bool:
         return False
 
 
-def _interrupted(verb: str) -> str:
-    return f"btlm {verb}: interrupted; the same command resumes where it can"
-
-
 def _on_interrupt(signum, frame) -> None:
     """Raise KeyboardInterrupt, but end at once during an import, where libraries turn it into other errors."""
     del signum
@@ -229,7 +225,7 @@ def _on_interrupt(signum, frame) -> None:
         if frame.f_code.co_filename.startswith("<frozen importlib"):
             if files := sys.modules.get("btlm_jax.storage.files"):
                 files.delete_unfinished()
-            os.write(2, f"{_interrupted(' '.join(sys.argv[1:2]))}\n".encode())
+            os.write(2, f"{interrupted_line(' '.join(sys.argv[1:2]))}\n".encode())
             os._exit(INTERRUPTED)
         frame = frame.f_back
     raise KeyboardInterrupt

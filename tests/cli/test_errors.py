@@ -271,3 +271,27 @@ def test_a_closed_stream_is_no_place_for_what_is_said(tmp_path, closed, shown):
         env=os.environ | {"PYTHONPATH": str(REPOSITORY)},
     )  # fmt: skip
     assert (done.returncode, done.stdout, done.stderr) == (0, shown, "" if closed == "2>&-" else "an error\n")
+
+
+FIRST = """
+import os, signal, sys
+
+class Interrupting:
+    @staticmethod
+    def find_spec(name, path=None, target=None):
+        if name == "btlm_jax.notices":  # one of the first modules
+            os.kill(os.getpid(), signal.SIGINT)
+
+sys.meta_path.insert(0, Interrupting)
+sys.argv = ["btlm", "plan"]
+from btlm_jax.__main__ import run
+run()
+"""
+
+
+def test_an_interrupt_of_the_first_imports_is_one_line():
+    done = subprocess.run(
+        [sys.executable, "-c", FIRST], capture_output=True, text=True, env=os.environ | {"PYTHONPATH": str(REPOSITORY)}
+    )
+    said = "btlm plan: interrupted; the same command resumes where it can\n"
+    assert (done.returncode, done.stdout, done.stderr) == (INTERRUPTED, "", said)
