@@ -4,6 +4,8 @@ Documents are sequences of their own to cuDNN, packed into rows, which it finds 
 them than MOST_DOCUMENTS a row here, because its row statistics are an array [rows x most documents, heads, length].
 """
 
+from typing import cast
+
 import jax
 import jax.numpy as jnp
 from jax._src.cudnn import fused_attention_stablehlo as cudnn  # jax.nn's function takes no offsets
@@ -53,7 +55,7 @@ def attend_gpu(
         )
     else:
         lengths_BM, offsets_BM = packed_documents(starts_BT, most=max(2, min(MOST_DOCUMENTS, T)))
-        o_BTNW = cudnn.dot_product_attention(
+        attended = cudnn.dot_product_attention(
             q_BTNW,
             k_BSNW,
             v_BSNW,
@@ -64,6 +66,7 @@ def attend_gpu(
             scale=scale,
             mask_type=cudnn.MaskType.PADDING_CAUSAL,
         )
+        o_BTNW = cast(jax.Array, attended)  # custom_vjp hides its type
     return checkpoint_name(o_BTNW[..., :H], remat_names.OUTPUT)
 
 

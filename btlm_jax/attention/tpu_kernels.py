@@ -119,7 +119,7 @@ def forward_kernel(
             scores_CC = _scores(k_CW, q_CW, slope, heads)
             if is_diagonal:
                 scores_CC = jnp.where(_is_past(C), scores_CC, MASKED)
-            if has_others:
+            if documents is not None and has_others:
                 scores_CC = jnp.where(documents.is_own(j, C=C), scores_CC, MASKED)
             old_1C = max_G1C[n]
             new_1C = jnp.maximum(old_1C, scores_CC.max(0, keepdims=True) + offset)
@@ -184,7 +184,7 @@ def backward_kernel(
             weights_CC = jnp.exp(_scores(k_CW, q_CW, slope, heads) - (lse_1C - offset))
             if is_diagonal:
                 weights_CC = jnp.where(_is_past(C), weights_CC, 0.0)
-            if has_others:
+            if documents is not None and has_others:
                 weights_CC = jnp.where(documents.is_own(j, C=C), weights_CC, 0.0)
             dscores_CC = (weights_CC * (_dot(v_CW, do_CW, _TRANSPOSED) - delta_1C)).astype(dtype)
             dv_CW, dk_CW = _dot(weights_CC.astype(dtype), do_CW, _PLAIN), _dot(dscores_CC, q_CW, _PLAIN)

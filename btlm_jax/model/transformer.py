@@ -141,7 +141,7 @@ class Btlm(nn.Module):
             nn.remat(Block, prevent_cse=False, policy=_SAVED[config.remat]),
             variable_axes={"params": 0, "intermediates": 0},  # so that capture_intermediates sees every block
             split_rngs={"params": True},
-            in_axes=nn.broadcast,
+            in_axes=nn.broadcast,  # pyright: ignore[reportArgumentType] # its hint is of the ints alone
             length=config.num_layers,
             metadata_params={nn.PARTITION_NAME: "layers"},
         )
