@@ -13,6 +13,7 @@ void weigh(const Shape& shape, float slope, float* scores, int64_t first, int64_
       float key = first + j, *at = scores + j * kTile + c;
       wide score = load_wide(at) * shape.scale + slope * (key - query);
       if (first + j > first_query) score = query < key ? wide{} + kLowest : score;
+      // Of a query whose keys are all hidden so far, what is summed is dropped with its first score that is not.
       if (first + j < starts.last) score = wide{} + key < load_wide(starts.of_query + c) ? wide{} + kLowest : score;
       high = score > high ? score : high;
       store_wide(at, score);
@@ -21,7 +22,6 @@ void weigh(const Shape& shape, float slope, float* scores, int64_t first, int64_
       float key = first + j, *at = scores + j * kTile + c;
       wide weight = exp_wide(load_wide(at) - high);
       if (first + j > first_query) weight = query < key ? wide{} : weight;
-      if (first + j < starts.last) weight = wide{} + key < load_wide(starts.of_query + c) ? wide{} : weight;
       sum += weight;
       store_wide(at, weight);
     }
