@@ -16,7 +16,6 @@ import sys
 from pathlib import Path
 from unittest import mock
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 from machine import machine
@@ -25,7 +24,7 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
 from support.attention import NAMES, attend_and_gradients, errors, make_inputs, oracle
 
 from btlm_jax.attention import cpu
-from btlm_jax.attention.alibi import alibi_slopes
+from btlm_jax.attention.alibi import alibi_slopes, windows_of_heads
 
 HEAD_DIM, HALF_ULP = 80, 2.0**-24
 SHARPNESSES = (1.0, 8.0)
@@ -36,11 +35,11 @@ def measure(length: int, sharpness: float) -> str:
     slopes_N = alibi_slopes(32, scaling=1.0)[3::4]
     q, k, v, do, _ = make_inputs(B=1, T=length, N=len(slopes_N), H=HEAD_DIM)
     inputs, scale = (q * sharpness, k, v, do, slopes_N), 1 / HEAD_DIM
-    window_BN = np.asarray(jax.jit(cpu._window, static_argnums=3)(inputs[0], k, slopes_N, scale))
+    window_BN = np.asarray(windows_of_heads(inputs[0], k, slopes_N, scale=scale))
     seen_NT = np.minimum(np.arange(length), window_BN[0][:, None]) + 1
     attend = functools.partial(attend_and_gradients.__wrapped__, *inputs, scale=scale, implementation="cpu")
     with_window = attend()
-    with mock.patch.object(cpu, "_window", lambda *_: jnp.full(window_BN.shape, length, jnp.int32)):
+    with mock.patch.object(cpu, "windows_of_heads", lambda *_, **__: jnp.full(window_BN.shape, length, jnp.int32)):
         with_all = attend()
     exact_with_window, exact = (
         oracle(*inputs, scale=scale, windows_BN=windows_BN) for windows_BN in (window_BN, np.inf)
