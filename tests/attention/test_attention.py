@@ -120,7 +120,6 @@ def test_memory_grows_with_the_block_not_with_the_square(implementation):
     [
         *itertools.product(PORTABLE, [(1, 1, 1, 1), (4, 1, 1, 2), (1, 2, 2, 2), (1, 1, 4, 1)]),
         pytest.param("tpu", (2, 1, 2, 2), marks=pytest.mark.slow),
-        pytest.param("splash", (2, 1, 2, 2), marks=pytest.mark.slow),
     ],
 )
 def test_meshes_change_nothing(implementation, mesh_shape):

@@ -21,6 +21,8 @@ from btlm_jax.kernels.tiles import (
     tile_factors,
 )
 
+pytestmark = pytest.mark.fully_optimized
+
 SHAPES = [(40, 56), (171, 101), (64, 32), (7, 3), (200, 97)]  # inputs, outputs: whole tiles and groups, and not
 LAYERS = 3
 

@@ -151,9 +151,8 @@ def test_remats_are_ordered_by_what_they_keep():
 
 
 SIZES = {
-    "model.vocab_size": 300, "model.num_layers": 40, "model.d_model": 128, "model.d_ff": 512,
-    "model.dtype": "bfloat16", "model.loss_chunk": 512, "curriculum.seq_len": "(512,)",
-    "curriculum.batch_size": "(8192,)", "curriculum.num_tokens": "(41943040,)",
+    "model.num_layers": 1, "model.loss_chunk": 512, "model.vocab_size": 50257, "curriculum.seq_len": "(512,)",
+    "curriculum.batch_size": "(2048,)", "curriculum.num_tokens": "(1048576,)",
 }  # fmt: skip
 
 
@@ -180,7 +179,7 @@ def test_interrupted_it_goes_on_with_what_did_not_fit(capsys, tmp_path):
     code, found = search_command(tmp_path, "--max-compiles=1")
     assert "at most 1 compilations to go" in capsys.readouterr().err and len(found["tried"]) == 1
     misfits = [plan for plan in found["tried"] if plan["misfits"]]
-    assert misfits and all(plan["problems"][0].startswith("phase 1 (8,192 x 512) does not fit") for plan in misfits)
+    assert misfits and all(plan["problems"][0].startswith("phase 1 (2,048 x 512) does not fit") for plan in misfits)
     values = config_dict("local_cpu")
     for name, value in SIZES.items():
         section, key = name.split(".")
@@ -188,7 +187,7 @@ def test_interrupted_it_goes_on_with_what_did_not_fit(capsys, tmp_path):
     for plan in misfits:  # the bound is one, and not an empty one
         layout = MeshLayout(mesh=MeshConfig(**plan["mesh"]), remat=plan["remat"])
         least = search.least_bytes(train_config_from(values), layout, num_chips=4)
-        assert least < plan["misfits"][0]["needed"] < 5 * least
+        assert least < plan["misfits"][0]["needed"] < 10 * least
     with mock.patch.object(Program, "compile", side_effect=AssertionError("the cache has it")):
         again_code, again = search_command(tmp_path, "--max-compiles=0")
     assert again_code == code and again["tried"] == found["tried"]

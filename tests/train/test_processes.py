@@ -61,15 +61,12 @@ def test_sigterm_saves_and_exits_with_75_and_the_rest_is_the_same(tiny_run, tmp_
 @pytest.mark.slow
 def test_two_processes_give_the_losses_of_one(token_store, tmp_path):
     config = write_config(tmp_path / "config.py", store=token_store, **ONE_PHASE)
-    quick = {"variables": {"JAX_DISABLE_MOST_OPTIMIZATIONS": "1"}}  # both processes compile everything
     with socket.socket() as free:
         free.bind(("localhost", 0))
         port = free.getsockname()[1]
     flags = [f"--coordinator=localhost:{port}", "--num_processes=2"]
-    pair = [
-        start_btlm(*train_arguments(config, tmp_path / "pair"), *flags, f"--process_id={i}", **quick) for i in range(2)
-    ]
-    for process in [*pair, start_btlm(*train_arguments(config, tmp_path / "one"), **quick)]:
+    pair = [start_btlm(*train_arguments(config, tmp_path / "pair"), *flags, f"--process_id={i}") for i in range(2)]
+    for process in [*pair, start_btlm(*train_arguments(config, tmp_path / "one"))]:
         result = finish_btlm(process)
         assert result.returncode == 0, result.stdout + result.stderr
     for kind, name in (("train", "loss"), ("train", "grad_norm"), ("eval", "loss")):

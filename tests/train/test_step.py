@@ -85,10 +85,7 @@ def single_step():
     "devices, tensor, context, accumulation, num_phases",
     [
         (1, 1, 1, 8, 1),
-        *(
-            pytest.param(*shape, marks=pytest.mark.slow)
-            for shape in ((8, 1, 1, 1, 1), (8, 1, 4, 4, 1), (8, 2, 2, 4, 2))
-        ),
+        *(pytest.param(*shape, marks=pytest.mark.slow) for shape in ((8, 1, 4, 4, 1), (8, 2, 2, 4, 2))),
     ],
 )
 def test_every_mesh_and_accumulation_gives_the_same_step(
@@ -231,14 +228,6 @@ def test_abstract_state_is_the_state():
 
 
 @pytest.mark.slow
-def test_bfloat16_is_near_float32(single):
-    result = run(tiny_config(model__dtype="bfloat16"), devices=1, num_phases=1)
-    for found, expected in zip(result.metrics, single.metrics[:1], strict=True):
-        np.testing.assert_allclose(found["loss"], expected["loss"], rtol=2e-3)
-        np.testing.assert_allclose(found["grad_norm"], expected["grad_norm"], rtol=3e-2)
-
-
-@pytest.mark.slow
 def test_tied_embedding_gradients_are_finite_and_equal_across_batch_shapes_under_remat():
     """The guard for jax issue 35409: one executable a batch shape, tied table, remat."""
     config = tiny_config(model__remat="full")
@@ -264,5 +253,5 @@ def test_abstract_batch_names_the_leaves_of_a_batch():
     config = tiny_config()
     mesh = make_mesh(devices=jax.devices()[:1], tensor=1)
     rows = {k: v[None] for k, v in host_batch(config, phase=0, seed=0).items()}
-    abstract = abstract_batch(rows["inputs_BT"].shape, batch_sharding(mesh, RULES))
+    abstract = abstract_batch(rows["inputs_BT"].shape, batch_sharding(mesh, RULES), document_mask=False)
     assert {k: (v.shape, v.dtype) for k, v in abstract.items()} == {k: (v.shape, v.dtype) for k, v in rows.items()}

@@ -9,6 +9,8 @@ from btlm_jax.tune.coord_check import FULL, CaseResult, Design
 from btlm_jax.tune.coord_report import format_table, report_coord_check, write_plot
 from btlm_jax.tune.mutations import BTLM, CASES, NO_OUTPUT_SCALE
 
+pytestmark = pytest.mark.fully_optimized
+
 
 def result(case, *, slope: float, spread: float, design: Design = FULL) -> CaseResult:
     """A made-up measurement with this slope and spread."""
