@@ -50,6 +50,7 @@ def test_blockwise_matches_float64_when_blocks_share_widths():
         assert error < FLOAT32_ERROR, name
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("implementation", LEAVING_OUT)
 def test_keeps_a_far_key_whose_score_outweighs_its_distance(implementation):
     T, H = 1100, 8
@@ -62,6 +63,7 @@ def test_keeps_a_far_key_whose_score_outweighs_its_distance(implementation):
         assert error < 2e-5, name  # one float32 rounding of a score of 64 is 4e-6
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("implementation, block", [("blockwise", BLOCK), ("cpu", BLOCK), ("tpu", 512)])
 def test_does_not_read_keys_that_cannot_count(implementation, block):
     q, k, v, do, _ = make_inputs(B=1, T=4 * block, N=1, H=8)

@@ -31,6 +31,7 @@ from btlm_jax.attention.tpu_kernels import Heads
 from btlm_jax.plan.chips import slice_devices
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "B, T, N, H, together",
     [

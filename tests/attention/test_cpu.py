@@ -19,6 +19,7 @@ from btlm_jax.attention.alibi import alibi_window
 from btlm_jax.kernels import build
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("H, dtype, limit", [(80, np.float32, FLOAT32_ERROR), (64, jnp.bfloat16, 8e-3)])
 def test_matches_float64_at_8192_positions(H, dtype, limit):
     T, queries = 8192, np.asarray([0, 63, 64, 1000, 4097, 8190, 8191])
@@ -140,6 +141,7 @@ int main() {
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("processor", ["this one", "any x86-64", "one with AVX2"])
 def test_vectors_of_every_width_multiply_exactly_and_exponentiate_to_a_rounding(tmp_path, processor):
     flags = {

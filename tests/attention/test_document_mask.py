@@ -61,6 +61,7 @@ def assert_attends_as_each_alone(implementation, rows, *, N, H, is_spoilt):
         assert error < PACKED_ERROR, name
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "implementation, kind",
     [

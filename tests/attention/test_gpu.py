@@ -38,6 +38,7 @@ def kernels(*inputs, implementation: str) -> list[str]:
     return re.findall(r"custom_call @(__cudnn[\w$]+)", text)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("B, T, N, H", [(2, 37, 4, 64), (1, 300, 6, 80), (1, 70, 2, MAX_HEAD_DIM)])
 def test_the_arithmetic_is_that_of_float64(B, T, N, H):
     """With the ordinary kernel of the same function in cuDNN's place; an error of two bfloat16 roundings is allowed."""

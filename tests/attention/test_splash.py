@@ -32,6 +32,7 @@ from btlm_jax.parallel.mesh import TPU_LANES
 from btlm_jax.plan.chips import slice_devices
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "B, T, N, H, scaling",
     [

@@ -46,6 +46,7 @@ def imported(request, tmp_path_factory):
     return request.param, target
 
 
+@pytest.mark.slow
 def test_an_imported_oracle_gives_the_logits_of_the_original(imported):
     name, directory = imported
     source = open_source(directory)
@@ -62,6 +63,7 @@ def test_the_likeliest_tokens_of_an_imported_oracle_are_the_original_s(imported)
         assert source.logits(ids_T).argmax(-1)[15:-1].tolist() == ids_T[16:].tolist()
 
 
+@pytest.mark.slow
 def test_there_and_back_is_bit_identical(imported, tmp_path):
     name, native = imported
     exported, output = make(native, tmp_path / "hf")
@@ -327,6 +329,7 @@ def test_an_existing_target_is_left_alone(tmp_path, format, target):
         make(ORACLES / "tiny", tmp_path / target, format=format)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("format", "target"), [("hf", "hf"), ("gguf", "m.gguf")])
 def test_a_killed_conversion_leaves_nothing_under_the_name_and_the_next_one_works(tmp_path, format, target):
     code = "import sys, time; from btlm_jax.convert import conversion; "

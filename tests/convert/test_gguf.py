@@ -190,6 +190,7 @@ def sentencepiece_bpe(*, dummy_prefix):
     return trained(model_type="bpe", byte_fallback=True, remove_extra_whitespaces=False, user_defined_symbols=["\n"])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "make",
     [

@@ -88,6 +88,7 @@ def test_a_tokenizer_that_transformers_saved_is_read_back(name, tmp_path):
     assert load_tokenizer(tmp_path / "store", tokenizer_info(again)).encode(TEXTS[0]) == tokenizer.encode(TEXTS[0])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["ours", "byte-level"])
 def test_all_that_is_beside_the_weights_survives_every_form(name, tmp_path):
     """hf -> transformers -> hf -> native -> hf -> gguf, with added tokens, a pad token, a template and a config."""

@@ -50,6 +50,7 @@ def auto_tokenizer(directory):
     return transformers.AutoTokenizer.from_pretrained(directory, local_files_only=True)
 
 
+@pytest.mark.slow
 @settings(max_examples=60, deadline=None)
 @given(data=st.data())
 def test_auto_tokenizer_makes_the_same_ids_and_text(written, data):

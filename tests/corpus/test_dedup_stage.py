@@ -123,6 +123,7 @@ def test_only_verified_pairs_are_dropped(tmp_path):
     assert len(kept_texts(tmp_path / "published")) > 70
 
 
+@pytest.mark.slow
 def test_workers_and_partitions_change_nothing(cleaned, monkeypatch):
     assert main(arguments(cleaned)) == main(arguments(cleaned, "two", "--workers=2")) == 0
     expected = contents(cleaned / "dedup")
@@ -151,6 +152,7 @@ sys.exit(main(sys.argv[2:]))
 """
 
 
+@pytest.mark.slow
 def test_a_dedup_that_is_killed_ten_times_gives_the_same_bytes(cleaned):
     """Kill it as it is about to give a file its name, anywhere in its four steps; the temporary file stays behind."""
     assert main(arguments(cleaned, "undisturbed")) == 0

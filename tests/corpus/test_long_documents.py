@@ -43,6 +43,7 @@ TEXT = st.lists(st.sampled_from(ATOMS) | st.characters(exclude_categories=["Cs"]
 )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", TOKENIZERS)
 @settings(max_examples=400, deadline=None)
 @given(text=TEXT)

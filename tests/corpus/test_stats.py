@@ -128,6 +128,7 @@ def test_every_verb_explains_itself(verb, capsys):
     assert f"btlm corpus {verb}" in said and "example" in said and "--help" in said
 
 
+@pytest.mark.slow
 def test_a_run_trains_on_the_store(corpus, tmp_path):
     config = write_config(tmp_path / "config.py", store=corpus / "store", **ONE_PHASE)
     result = run_btlm(*train_arguments(config, tmp_path / "run"))

@@ -132,6 +132,7 @@ def test_two_workers_and_any_kill_give_the_same_bytes(prepared, tmp_path, monkey
     assert run(prepared, tmp_path / "killed") == 0  # says that it is done
 
 
+@pytest.mark.slow
 def test_workers_of_their_own_give_the_same_store(prepared, tmp_path, monkeypatch):
     monkeypatch.undo()  # spawned workers have the real size of a shard
     assert run(prepared, tmp_path / "one") == run(prepared, tmp_path / "two", "--workers=2") == 0

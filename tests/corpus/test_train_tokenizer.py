@@ -134,6 +134,7 @@ def test_the_stage_trains_it_and_the_next_one_takes_it(tmp_path, capsys):
     assert "--kind=unigram is not known; it may be sentencepiece, byte_level_bpe" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["sentencepiece", "byte_level_bpe"])
 def test_ctrl_c_ends_a_training(tmp_path, kind):
     """In the middle of the library's work, which does not look at signals."""

@@ -46,6 +46,7 @@ def one_device():
     return make_mesh(devices=jax.devices()[:1], tensor=1)
 
 
+@pytest.mark.slow
 def test_extending_in_pieces_equals_the_whole_pass_at_every_position(one_device):
     model, params = model_and_params(one_device, model__alibi_scaling=2.0)
     inputs_BT = ids(3, 90)
@@ -103,6 +104,7 @@ def test_decoding_is_the_whole_pass_for_mixed_lengths_across_growth_past_the_tra
         assert whole[len(prompt) :] == want_TV.argmax(-1).tolist()
 
 
+@pytest.mark.slow
 def test_a_bfloat16_cache_is_near(one_device):
     model, params = model_and_params(one_device)
     inputs_BT = jnp.asarray(ids(2, 30))
@@ -148,6 +150,7 @@ def tokens_of(batch) -> list[list[int]]:
     return made
 
 
+@pytest.mark.slow
 def test_a_sample_depends_on_its_prompt_seed_and_number_and_not_on_its_batch_or_place(one_device):
     model, params = model_and_params(one_device)
     first, second = ids(8, seed=1).tolist(), ids(31, seed=2).tolist()

@@ -87,6 +87,7 @@ def oracle(qkv_TNH, layout, *, windowed):
     return np.einsum("NTS,SNH->TNH", weights_NTS / weights_NTS.sum(-1, keepdims=True), v_TNH), lost
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("pieces", [[[37]], [[8]] * 4 + [[5]], [[16], [1], [1], [3], [1], [15]]], ids=["1", "5", "6"])
 def test_pieces_of_any_size(way, pieces):
     qkv = random_qkv(1, 37)
@@ -134,6 +135,7 @@ def test_slots_of_the_paper_s_model():
     assert list(layout.firsts) == [sum(layout.slots[:n]) for n in range(32)]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype,error", [("bfloat16", 2**-8), ("int8", 1 / 127)])
 def test_kept_in_fewer_bits(way, dtype, error):
     qkv = random_qkv(2, 40)
@@ -163,6 +165,7 @@ def test_rows_of_mixed_lengths(way, narrow):
         np.testing.assert_allclose(rows, expected_TNH, atol=2e-6)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", ["float32", "int8"])
 def test_growth_changes_nothing(way, narrow, dtype):
     small, large = (make_layout(CONFIG, length=length) for length in (64, 160))
@@ -190,6 +193,7 @@ def test_the_bound_is_nearly_reached(narrow):
     assert 0.02 < lost <= bound_B[0] < 1.2 * lost
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", cache.DTYPES)
 def test_a_number_that_is_none_is_seen(way, dtype):
     layout = make_layout(CONFIG, length=64)

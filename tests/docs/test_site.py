@@ -62,6 +62,7 @@ def _loads(text: str) -> _Loads:
     return parser
 
 
+@pytest.mark.slow
 def test_no_page_loads_anything_from_elsewhere(site):
     pages = sorted(site.rglob("*.html"))
     assert len(pages) > 25

@@ -62,6 +62,7 @@ def test_a_save_in_progress_is_left_alone(capsys, tiny_run, tmp_path):
     assert unfinished.is_dir()
 
 
+@pytest.mark.slow
 def test_every_form_of_a_model_writes_the_same(capsys, tiny_run, tmp_path):
     _, workdir = tiny_run
     expected = continued(capsys, workdir, "--temperature=0")
@@ -122,6 +123,7 @@ def written(directory, tmp_path, prompts, *flags) -> list[dict]:
 PROMPTS = [{"prompt": "eta"}, {"prompt": "", "id": 7}, {"prompt": "oin shr dlu " * 3}]
 
 
+@pytest.mark.slow
 def test_texts_do_not_depend_on_their_batch(capsys, untrained, tmp_path, monkeypatch):
     flags = ("--num_tokens=11", "--num_samples=2", "--seed=3")
     expected = written(untrained, tmp_path, PROMPTS, *flags, "--batch_size=2")
@@ -169,6 +171,7 @@ def test_the_end_of_a_document_ends_a_text(untrained, tmp_path, monkeypatch):
     assert (row["ended_by"], row["num_tokens"]) == ("end of document", 5)
 
 
+@pytest.mark.slow
 def test_the_speed_leaves_out_compilation_and_long_texts_are_noted(capsys, untrained, monkeypatch):
     monkeypatch.setattr(generation, "draw", lambda logits_V, **_: 70)
     jax.clear_caches()
@@ -234,6 +237,7 @@ def test_a_wrong_command_says_what_is_right(capsys, flags, code, message):
     assert message in capsys.readouterr().err
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "int8"])
 def test_the_cache_is_of_the_dtype_asked_for(untrained, monkeypatch, dtype, tmp_path):
     cache_dtypes = []
@@ -297,6 +301,7 @@ def padded(tmp_path_factory):
     return write_untrained(tmp_path_factory.mktemp("padded"), vocab_size=448, beyond=40)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("way", ["kernels", "int4", "jax"])
 def test_no_id_without_a_token_is_drawn(capsys, padded, tmp_path, monkeypatch, way):
     seen, drawn = [], []

@@ -93,6 +93,7 @@ def test_the_reference_tells_the_two_and_plain_alibi_apart(whole_and_cached):
     assert np.abs(whole - oracle_array("tiny", "logits")[0, :LENGTH]).max() > 1e-2 * scale
 
 
+@pytest.mark.slow
 def test_every_form_computes_it_and_says_it(source, whole_and_cached, tmp_path, monkeypatch):
     monkeypatch.setattr(conversion, "has_transformers", lambda: False)
     whole, _ = whole_and_cached
@@ -106,6 +107,7 @@ def test_every_form_computes_it_and_says_it(source, whole_and_cached, tmp_path, 
             make(hf, tmp_path / target, format=format)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("way", ["CPU kernels", "mesh"])
 def test_decoding_computes_it_while_the_cache_grows(source, whole_and_cached, way, monkeypatch):
     monkeypatch.setattr(loading, "has_kernels", lambda: way == "CPU kernels")
@@ -123,6 +125,7 @@ def test_decoding_computes_it_while_the_cache_grows(source, whole_and_cached, wa
     assert_near(np.stack(logits), whole_and_cached[1])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("implementation", ["sdpa", "eager"])
 def test_the_exported_code_computes_it(source, whole_and_cached, implementation):
     from btlm_jax.convert.remote_code.configuration_btlm import BTLMConfig

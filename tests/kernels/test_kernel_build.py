@@ -30,6 +30,7 @@ kept={folder}/$(echo "$@" | sed "s| -o $output||" | cksum | tr -d " ")
         yield
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("quick_compiler")
 def test_kernels_are_compiled_once(tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
@@ -99,6 +100,7 @@ def built_ahead(built_once, monkeypatch):
     return built_once
 
 
+@pytest.mark.slow
 def test_kernels_built_ahead_are_loaded_without_a_compiler(built_ahead, monkeypatch):
     assert [path.name for path in built_ahead] == ["kernels.so", "training.so"]
     monkeypatch.setenv("PATH", "")
@@ -148,6 +150,7 @@ def test_an_architecture_that_the_compiler_does_not_know_is_refused(tmp_path):
         build.build_ahead(tmp_path, architecture="nothing")
 
 
+@pytest.mark.slow
 def test_sizes_have_one_home():
     """The sources take the sizes that they share with Python from the command, and do not compile without them."""
     for name, source in (("TILE_OUTPUTS", "matmul.cc"), ("QUERY_TILE", "causal_forward.cc")):

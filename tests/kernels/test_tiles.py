@@ -101,6 +101,7 @@ def test_products(way, kind, shape, rows):
         np.testing.assert_array_less(np.abs(found_RM - exact_RK @ matrices_LKM[layer]), 3e-6 * scale)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", MAKE)
 def test_a_product_shared_between_threads(way, kind):
     made, matrices_LKM = MAKE[kind](640, 1000)
@@ -112,6 +113,7 @@ def test_a_product_shared_between_threads(way, kind):
             np.testing.assert_allclose(found_RM, expected_RM, atol=1e-5 * np.abs(expected_RM).max())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 @pytest.mark.parametrize("kind", MAKE)
 def test_columns_are_exact(kind, shape):
@@ -121,6 +123,7 @@ def test_columns_are_exact(kind, shape):
     np.testing.assert_allclose(found_RK, matrices_LKM[0][:, wanted].T, rtol=2e-7, atol=3e-7)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", MAKE)
 def test_a_number_that_is_none_stays_one(way, kind):
     made, _ = MAKE[kind](70, 40)

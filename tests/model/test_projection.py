@@ -113,6 +113,7 @@ def test_values_and_gradients_equal_the_product_in_float64(
         np.testing.assert_allclose(value, expected[name], rtol=1e-4, atol=1e-4, err_msg=name)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("is_from_model_dim", [True, False])
 @pytest.mark.parametrize("side", SIDES)
 def test_the_scheduled_product_in_bfloat16_is_the_plain_one_rounded(side, is_from_model_dim):
@@ -183,6 +184,7 @@ def test_gradients_of_bfloat16_products_are_summed_in_float32(implementation):
     assert np.all(values["dkernel"] == 1 + 7 * 2.0**-9) and np.all(values["dbias"] == 8)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mesh_shape", MESHES)
 def test_the_lookup_and_its_gradient(mesh_shape):
     mesh = mesh_of(mesh_shape)

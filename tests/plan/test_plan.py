@@ -133,6 +133,7 @@ def test_both_complaints_about_memory_are_read():
         needed_bytes("Mosaic failed to compile a kernel", state_bytes=GIB, chip=chip)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("tensor", [1, 4])
 @pytest.mark.parametrize("remat", ["none", "matmuls_saved", "full"])
 def test_executed_flops_are_the_closed_form(remat, tensor):
@@ -155,6 +156,7 @@ def test_executed_flops_are_the_closed_form(remat, tensor):
     assert not work.kernel_blocks and not work.distant_blocks
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("attention", ["tpu", "splash"])
 @pytest.mark.parametrize("remat, num_forwards", [("matmuls_saved", 1), ("full", 2)])
 def test_kernels_are_counted_by_the_blocks_of_the_lower_triangle(remat, num_forwards, attention):

@@ -181,6 +181,7 @@ def test_train_refuses_before_it_makes_anything(pods, capsys):
     assert check_devices(too_large, jax.devices(), config_file=pods / "v5e_32.py") == ""
 
 
+@pytest.mark.slow
 def test_the_launcher_refuses_by_the_same_table(pods):
     stand_in = pods / "btlm"
     stand_in.write_text(f'#!/usr/bin/env bash\nexec {sys.executable} -m btlm_jax "$@"\n')

@@ -51,6 +51,7 @@ def decoded(model, weights, ids_BT, *, prefilled, cache_dtype="float32"):
     return np.stack(logits_BV, axis=1)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("name", "way"), [*((name, "kernels") for name in NAMES), (NAMES[0], "XLA")])
 def test_decoding_on_a_cpu_gives_the_original_logits(name, way, monkeypatch):
     native = load_for_generation(ORACLES / name, as_int4=False)
@@ -64,6 +65,7 @@ def test_decoding_on_a_cpu_gives_the_original_logits(name, way, monkeypatch):
     np.testing.assert_allclose(actual, expected, atol=2e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("form", ["float32", "int4"])
 def test_a_residual_multiplier_counts_once(tmp_path, form):
     config = tiny_config(mup__preset="completep", mup__base_num_layers=1, model__vocab_size=300)
@@ -81,6 +83,7 @@ def test_a_residual_multiplier_counts_once(tmp_path, form):
     np.testing.assert_allclose(found_BTV[0], open_source(tmp_path / "m").logits(ids_T)[2:], atol=2e-5)
 
 
+@pytest.mark.slow
 def test_codes_come_back_as_they_were_rounded(rounded):
     name, directory = rounded
     source, stored = open_source(ORACLES / name), Int4Tensors(directory)
@@ -92,6 +95,7 @@ def test_codes_come_back_as_they_were_rounded(rounded):
         np.testing.assert_array_equal(stored.read(tensor), dequantize_tensor(tensor, value), err_msg=tensor)
 
 
+@pytest.mark.slow
 def test_the_kernels_compute_what_the_codes_stand_for(rounded):
     name, directory = rounded
     model, ids_BT = read_int4_directory(directory), oracle_array(name, "input_ids")
@@ -111,6 +115,7 @@ def test_an_int8_cache_is_near(tmp_path):
     assert 0 < np.abs(exact - near).max() < 0.03 * np.abs(exact).max()
 
 
+@pytest.mark.slow
 def test_rows_of_mixed_lengths_prefill_decode_and_grow():
     """Prompts that are whole pieces, and a cache that grows while they are decoded, against whole forward passes."""
     native, source = load_for_generation(ORACLES / "tiny", as_int4=False), open_source(ORACLES / "tiny")
@@ -131,6 +136,7 @@ def test_rows_of_mixed_lengths_prefill_decode_and_grow():
     assert num_slots == 1024
 
 
+@pytest.mark.slow
 def test_weights_stay_in_the_dtype_of_the_model(tmp_path):
     options = dict(file_type="F32", pad_ffn=1, max_shard_bytes=10**9, method="rtn", calibration=None)
     target = tmp_path / "hf"
@@ -151,6 +157,7 @@ def test_calibration_is_spread_over_the_training_data(tiny_run):
     assert len(ids_BT) == 32 and len(np.unique(ids_BT, axis=0)) > 1
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", ["gptq", "hqq"])
 def test_a_run_writes_text_at_4_bits(capsys, tiny_run, tmp_path, method):
     _, workdir = tiny_run

@@ -63,6 +63,7 @@ def oracle(name):
     return config, HuggingFaceTensors(ORACLES / name, config)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", Method)
 @pytest.mark.parametrize("bits", [4, 8])
 def test_every_matrix_is_rounded_and_nothing_else(method, bits):
@@ -123,6 +124,7 @@ def test_awq_scales_leave_the_float_network_as_it_is(name):
         np.testing.assert_allclose(streamed_logits(config, Held(arrays), ids_T), expected_TV, atol=3e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", NAMES)
 def test_calibrated_methods_keep_the_logits_of_an_oracle_closer(name):
     config, tensors = oracle(name)
