@@ -1,6 +1,7 @@
 """Every test runs on 8 simulated CPU devices, whatever the machine has."""
 
 import atexit
+import importlib.util
 import os
 import shutil
 import sys
@@ -18,6 +19,16 @@ os.environ.setdefault("MPLBACKEND", "agg")
 os.environ["HF_MODULES_CACHE"] = tempfile.mkdtemp(prefix="btlm_jax-modules-")  # copies of exported code
 atexit.register(shutil.rmtree, os.environ["HF_MODULES_CACHE"], ignore_errors=True)
 os.environ["RAY_AUTH_MODE"], os.environ["RAY_AUTH_TOKEN"] = "token", "only-for-tests" * 4  # read by importing ray
+
+collect_ignore = []
+if importlib.util.find_spec("torch") is None:
+    collect_ignore += ["convert/test_modeling_btlm.py", "hub/test_dynamic_alibi.py", "hub/test_huggingface.py"]
+
+
+def pytest_terminal_summary(terminalreporter):
+    """Say what was not even collected."""
+    if collect_ignore:
+        terminalreporter.write_line(f"left out, as PyTorch is not installed: {', '.join(collect_ignore)}")
 
 
 def pytest_collection_modifyitems(items):
