@@ -22,7 +22,7 @@ from btlm_jax.recipe.curriculum import Phase
 from btlm_jax.recipe.sizes import count_parameters
 from btlm_jax.train.program import Program, make_program
 from btlm_jax.train.step import init_state
-from btlm_jax.train.step_time import made_up_batch
+from btlm_jax.train.step_time import made_up_batch, memory_bytes
 
 _STATE_BYTES = 12  # of a parameter: float32, and two moments
 _GPU_MICRO_BATCH = 32_768  # tokens of one GPU
@@ -42,7 +42,7 @@ def measure_here(config: TrainConfig, *, report_progress: Callable[[str], None])
     platform = devices[0].platform
     if platform == "tpu":
         raise ValueError("--machine=this measures on CPUs and GPUs; on a TPU host name its slice: --topology=v5e-8")
-    available = _memory_bytes(devices[0])
+    available = memory_bytes(devices[0])
     state = _STATE_BYTES * count_parameters(config.model) // (1 if platform == CPU else len(devices))
     if state > available:
         raise ValueError(
@@ -175,11 +175,3 @@ def _needed_bytes(step: jax.stages.Compiled) -> int:
     memory = step.memory_analysis()
     assert memory is not None, "CPUs and GPUs give it"
     return memory.argument_size_in_bytes + memory.temp_size_in_bytes
-
-
-def _memory_bytes(device: jax.Device) -> int:  # pyright: ignore[reportInvalidTypeForm] # jax declares it as a variable
-    """Return the bytes that a device may use: of a CPU, the machine's memory."""
-    statistics = device.memory_stats() if device.platform != CPU else None
-    if statistics:
-        return statistics["bytes_limit"]
-    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-import os
 from collections.abc import Callable
 from pathlib import Path
 
@@ -17,7 +16,7 @@ from btlm_jax.recipe.sizes import Shape
 from btlm_jax.train import sizing
 from btlm_jax.train.flops import flops_per_token, peak_flops
 from btlm_jax.train.sizing import Lengths
-from btlm_jax.train.step_time import RunTimes, measure_run
+from btlm_jax.train.step_time import RunTimes, measure_run, memory_bytes
 
 # Share of a matmul's speed that a step reaches, by which a shape is chosen; its steps are measured then.
 _CPU_EFFICIENCY, _ACCELERATOR_EFFICIENCY = 0.4, 0.3
@@ -69,7 +68,7 @@ def size_run(
         flops=flops,
         tokens_per_epoch=tokens_per_epoch,
         seq_len=seq_len,
-        max_parameters=_memory_bytes(devices[0]) * len(devices) / _BYTES_A_PARAMETER,
+        max_parameters=memory_bytes(devices[0]) * (len(devices) if is_accelerator else 1) / _BYTES_A_PARAMETER,
     )
     values["model"] |= dataclasses.asdict(shape)
     most_tokens = sizing.MAX_EPOCHS * tokens_per_epoch
@@ -148,9 +147,3 @@ def _fixed_seconds(times: RunTimes, manifest: Manifest, *, rows: int) -> float:
     some = sum(min(source.num_blocks, _BLOCKS_OF_EVALUATION) for source in sources)
     batches = _EVALUATIONS * -(-some // rows) + -(-manifest.splits[HELDOUT].num_blocks // rows)
     return times.prepare + batches * times.evaluation + sizing.END_SECONDS
-
-
-def _memory_bytes(device: jax.Device) -> float:  # pyright: ignore[reportInvalidTypeForm] # jax declares it as a variable
-    """Return the bytes of a device's memory, or of this machine's for a CPU."""
-    limit = (device.memory_stats() or {}).get("bytes_limit")
-    return float(limit or os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / jax.local_device_count())

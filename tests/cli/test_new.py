@@ -165,7 +165,7 @@ def pretend_steps(monkeypatch):
     monkeypatch.setattr(measured_step.Program, "trace_train_step", lambda program, phase: phase)
     monkeypatch.setattr(measured_step.Program, "compile", lambda program, traced: PretendStep(program))
     monkeypatch.setattr(measured_step, "init_state", lambda *arguments, **named: {})
-    monkeypatch.setattr(measured_step, "_memory_bytes", lambda device: memory.pop(0))
+    monkeypatch.setattr(measured_step, "memory_bytes", lambda device: memory.pop(0))
     return memory
 
 

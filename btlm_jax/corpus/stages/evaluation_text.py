@@ -125,9 +125,7 @@ def index_task(task: LocalTask, directory: Path, heartbeat: Heartbeat, *, rule: 
       ValueError: a file or a line cannot be read, so its text would be missed.
     """
     runs, texts, lengths, whole = [], [], [], []
-    read = functools.partial(
-        read_raw, default_source="evaluation", keys=Keys(text=key), key_flag="--evaluation_key"
-    )  # fmt: skip
+    read = functools.partial(read_raw, default_source="evaluation", keys=Keys(text=key), key_flag="--evaluation_key")
     totals = {"texts": 0, "found whole only": 0, "unusable": 0, "files": len(task.inputs), "files without runs": {}}
     for item in task.inputs:
         num_usable = 0
