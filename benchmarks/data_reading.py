@@ -131,7 +131,7 @@ def write_random_store(directory: Path) -> None:
     tokenizer = store.TokenizerInfo(kind="none", file="tokenizer.model", sha256="", vocab_size=VOCAB_SIZE, eos_id=0)
     split = store.Split(num_blocks=NUM_BLOCKS, num_tokens=NUM_BLOCKS * BLOCK_LEN, shards=(shard,), sources={})
     manifest = store.Manifest(
-        block_len=BLOCK_LEN, dtype="uint16", tokenizer=tokenizer, splits={store.TRAIN: split}, made_by={}
+        block_len=BLOCK_LEN, dtype="uint16", tokenizer=tokenizer, splits={store.TRAIN: split}, features=(), made_by={}
     )
     store.write_manifest(directory, manifest)
 

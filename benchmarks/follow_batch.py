@@ -182,7 +182,8 @@ def _pack_store(directory: Path, *, block_len: int) -> None:
         kind="sentencepiece", file="tokenizer.model", sha256="", vocab_size=V, eos_id=eos_id
     )
     store.write_manifest(
-        directory, store.Manifest(block_len=block_len, dtype=dtype, tokenizer=tokenizer, splits=splits, made_by={})
+        directory,
+        store.Manifest(block_len=block_len, dtype=dtype, tokenizer=tokenizer, splits=splits, features=(), made_by={}),
     )
 
 

@@ -51,6 +51,6 @@ def heldout_blocks(split: Split, *, blocks_per_source: int) -> list[tuple[str, i
     """Return (source, block) of the first `blocks_per_source` blocks of each source, in the order of the blocks."""
     return [
         (name, block)
-        for name, source in sorted(split.sources.items(), key=lambda item: item[1].first_block)
+        for name, source in store_format.streams_of(split)
         for block in range(source.first_block, source.first_block + min(blocks_per_source, source.num_blocks))
     ]

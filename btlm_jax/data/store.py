@@ -11,7 +11,9 @@ Block b of a split is `stream[b*T : b*T + T + 1]` (T = block_len) of one packed 
 `EOS document EOS document ... EOS`, so each document token is a target exactly once. Each record is a TFDS example
 `{"tokens": uint16 or uint32 [T + 1] stored as bytes, "num_targets": int32}`; num_targets is T but in the last block
 of a stream, which is padded with EOS. `train` is one stream over all sources, documents shuffled; `heldout` is one
-stream a source, its blocks contiguous. Nothing here uses JAX, TFDS or Grain.
+stream a source, its blocks contiguous. That is format 1. Format 2 has one thing more or several, its `features`: with
+"sources" `train` too is one stream a source. A store with none of them is written in format 1, byte for byte as ever.
+Nothing here uses JAX, TFDS or Grain.
 """
 
 from __future__ import annotations
@@ -32,7 +34,8 @@ MANIFEST_FILE = "manifest.json"
 TOKENIZER_INFO_FILE = "tokenizer_info.json"  # beside a tokenizer that a run keeps
 DATASET_NAME = "tokens"
 FORMAT = "btlm-token-store"
-FORMAT_VERSION = 1
+SOURCES = "sources"  # `train` is one stream a source, its blocks contiguous
+FEATURES = (SOURCES,)  # that a store of format 2 may have
 TRAIN, HELDOUT = "train", "heldout"
 BLOCKS_PER_SHARD = 8192
 
@@ -67,7 +70,7 @@ class Shard:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Source:
-    """The share of one source in a split. first_block and num_blocks are 0 in `train`, whose blocks mix sources."""
+    """The share of one source in a split; first_block and num_blocks are 0 in a split that is one stream of all."""
 
     num_documents: int
     num_bytes: int  # UTF-8 bytes of the documents' text
@@ -94,12 +97,24 @@ class Manifest:
     dtype: str  # "uint16" up to 65,536 ids, else "uint32"
     tokenizer: TokenizerInfo
     splits: dict[str, Split]
+    features: tuple[str, ...]  # some of FEATURES, sorted; none in format 1
     made_by: dict  # settings, versions and inputs of the build; no times, so that the same input gives the same bytes
 
     @property
     def fingerprint(self) -> str:
         """Return a sha256 over every field of the manifest: with the shards' hashes in it, over the whole store."""
-        return hashlib.sha256(json.dumps(dataclasses.asdict(self), sort_keys=True).encode()).hexdigest()
+        return hashlib.sha256(json.dumps(self.to_json(), sort_keys=True).encode()).hexdigest()
+
+    @property
+    def format_version(self) -> int:
+        return 2 if self.features else 1
+
+    def to_json(self) -> dict:
+        """Return what `config_from` reads back; format 1 has no key `features`."""
+        body = dataclasses.asdict(self)
+        if not self.features:
+            del body["features"]
+        return body
 
 
 def token_dtype(vocab_size: int) -> str:
@@ -116,9 +131,9 @@ def write_manifest(directory: Path, manifest: Manifest) -> None:
     """Write manifest.json atomically, as the last file of a store: where it is, the store is complete."""
     body = {
         "format": FORMAT,
-        "format_version": FORMAT_VERSION,
+        "format_version": manifest.format_version,
         "fingerprint": manifest.fingerprint,
-        **dataclasses.asdict(manifest),
+        **manifest.to_json(),
     }
     write_atomically(directory / MANIFEST_FILE, json.dumps(body, indent=2, sort_keys=True))
 
@@ -139,12 +154,12 @@ def read_manifest(directory: PathOrUrl) -> Manifest:
     try:
         body = parse_json_object(contents, name=MANIFEST_FILE)
         found = {key: body.pop(key, None) for key in ("format", "format_version", "fingerprint")}
-        if (found["format"], found["format_version"]) != (FORMAT, FORMAT_VERSION):
-            raise ValueError(
-                f"its format is {found['format']}, {found['format_version']}; this version reads {FORMAT}, "
-                f"{FORMAT_VERSION}"
-            )
-        manifest = config_from(Manifest, body, path=MANIFEST_FILE)
+        version = found["format_version"]
+        if found["format"] != FORMAT or version not in (1, 2) or type(version) is not int:
+            raise ValueError(f"its format is {found['format']}, {version}; this version reads {FORMAT}, 1 and 2")
+        manifest = config_from(Manifest, {"features": []} | body if version == 1 else body, path=MANIFEST_FILE)
+        if manifest.format_version != version:
+            raise ValueError(f"its format is {version}, and its features are {list(manifest.features)}")
         if manifest.fingerprint != found["fingerprint"]:
             raise ValueError(
                 f"its contents hash to {manifest.fingerprint[:12]} but it says {str(found['fingerprint'])[:12]}"
@@ -167,6 +182,15 @@ def _check(manifest: Manifest) -> None:
     if manifest.block_len < 1 or manifest.dtype not in ("uint16", "uint32"):
         raise ValueError(f"block_len={manifest.block_len} or dtype={manifest.dtype!r} is not possible")
     _check_tokenizer_info(tokenizer)
+    if unknown := set(manifest.features) - set(FEATURES):
+        raise ValueError(
+            f"its features are {list(manifest.features)}, and this version does not know {', '.join(sorted(unknown))}, "
+            f"only {', '.join(FEATURES)}"
+        )
+    if list(manifest.features) != sorted(set(manifest.features)):
+        raise ValueError(f"its features {list(manifest.features)} are not in order, each once")
+    if SOURCES in manifest.features and TRAIN in manifest.splits:
+        _check_streams(manifest.splits[TRAIN])
     for name, split in manifest.splits.items():
         numbers = [split.num_tokens, *(shard.num_blocks for shard in split.shards)]
         numbers += [value for source in split.sources.values() for value in dataclasses.astuple(source)]
@@ -175,6 +199,24 @@ def _check(manifest: Manifest) -> None:
     for file in (shard.file for split in manifest.splits.values() for shard in split.shards):
         if file in ("", ".", "..") or Path(file).name != file:
             raise ValueError(f"{file!r} is not the name of a file in the store's directory")
+
+
+def _check_streams(split: Split) -> None:
+    end = 0
+    for name, source in streams_of(split):
+        if source.first_block != end or not source.num_blocks:
+            raise ValueError(
+                f"source {name!r} has {source.num_blocks} blocks of split {TRAIN} from {source.first_block} on, where "
+                f"those before it end at {end}"
+            )
+        end += source.num_blocks
+    if end != split.num_blocks:
+        raise ValueError(f"the sources have {end} of the {split.num_blocks} blocks of split {TRAIN}")
+
+
+def streams_of(split: Split) -> list[tuple[str, Source]]:
+    """Return the sources of a split with one stream a source, in the order of their blocks."""
+    return sorted(split.sources.items(), key=lambda item: item[1].first_block)
 
 
 def keep_tokenizer(tokenizer: TokenizerInfo, *, store: PathOrUrl, directory: Path) -> None:

@@ -1,4 +1,7 @@
 import dataclasses
+import hashlib
+import json
+import re
 import threading
 
 import numpy as np
@@ -194,6 +197,9 @@ def test_an_id_that_the_tokenizer_does_not_have_is_named(directory):
         ({"block_len": -24}, "block_len=-24"),
         ({"dtype": "object"}, "dtype='object'"),
         ({"splits": []}, "manifest.json.splits must be a table of keys"),
+        ({"features": ("masks", "sources")}, "does not know masks, only sources"),
+        ({"features": ("sources", "sources")}, "not in order, each once"),
+        ({"features": ("sources",)}, "source 'all' has 0 blocks of split train from 0 on"),
         ({"made_by": 3}, "manifest.json.made_by=3 must be of type dict"),
         ({"tokenizer": {"file": "x"}}, "config key manifest.json.tokenizer.kind is missing"),
         ({"tokenizer": ("vocab_size", -1)}, "eos_id=0 is none of the tokenizer's -1 ids"),
@@ -231,4 +237,31 @@ def test_a_manifest_nested_too_deeply_is_refused(directory):
             + "}" * (depth + 1)
         )
         with pytest.raises(ValueError, match="is corrupt: "):
+            store.read_manifest(directory)
+
+
+def test_a_store_without_features_is_of_format_1_as_ever(directory):
+    body = json.loads((directory / store.MANIFEST_FILE).read_text())
+    assert body.pop("format_version") == 1 and "features" not in body
+    fingerprint = body.pop("fingerprint")
+    del body["format"]
+    assert fingerprint == hashlib.sha256(json.dumps(body, sort_keys=True).encode()).hexdigest()
+
+
+def test_features_are_of_format_2(directory):
+    train = store.read_manifest(directory).splits[store.TRAIN]
+    sources = {"all": dataclasses.replace(train.sources["all"], num_blocks=train.num_blocks)}
+    splits = store.read_manifest(directory).splits | {store.TRAIN: dataclasses.replace(train, sources=sources)}
+    with_manifest(directory, splits=splits, features=(store.SOURCES,))
+    path = directory / store.MANIFEST_FILE
+    body = json.loads(path.read_text())
+    assert (body["format_version"], body["features"]) == (2, ["sources"])
+    assert store.read_manifest(directory).features == (store.SOURCES,)
+    for changes, said in (
+        ({"format_version": 1}, "its format is 1, and its features are ['sources']"),
+        ({"features": []}, "its format is 2, and its features are []"),
+        ({"format_version": 3}, "this version reads btlm-token-store, 1 and 2"),
+    ):
+        path.write_text(json.dumps(body | changes))
+        with pytest.raises(ValueError, match=re.escape(said)):
             store.read_manifest(directory)

@@ -40,7 +40,7 @@ def write_store(
         eos_id=0,
     )
     manifest = store.Manifest(
-        block_len=block_len, dtype="uint16", tokenizer=tokenizer, splits=splits, made_by={"test": True}
+        block_len=block_len, dtype="uint16", tokenizer=tokenizer, splits=splits, features=(), made_by={"test": True}
     )
     store.write_manifest(directory, manifest)
     return manifest

@@ -18,7 +18,9 @@ def manifest_of(**sources: tuple[int, int]) -> store.Manifest:
     }
     split = store.Split(num_blocks=9, num_tokens=99, shards=(), sources=entries)
     tokenizer = store.TokenizerInfo(kind="sentencepiece", file="t", sha256="0", vocab_size=50, eos_id=0)
-    return store.Manifest(block_len=5, dtype="uint16", tokenizer=tokenizer, splits={store.HELDOUT: split}, made_by={})
+    return store.Manifest(
+        block_len=5, dtype="uint16", tokenizer=tokenizer, splits={store.HELDOUT: split}, features=(), made_by={}
+    )
 
 
 def table_step(params, batch):

@@ -96,6 +96,7 @@ def _build(
             eos_id=tokenizer.eos_id,
         ),
         splits=splits,
+        features=(),
         made_by={
             "recipe": RECIPE,
             "corpus": {

@@ -143,7 +143,9 @@ def _tokenize(config: TokenizeConfig, *, output: Path, workers: Workers, log: Lo
     store_splits = _store_splits(streams, encoded=encoded, packed=packed)
     write_tfds_metadata(output, store_splits, block_len=block_len, dtype=dtype)
     made_by = {"stage": "tokenize", **settings}
-    manifest = store.Manifest(block_len=block_len, dtype=dtype, tokenizer=info, splits=store_splits, made_by=made_by)
+    manifest = store.Manifest(
+        block_len=block_len, dtype=dtype, tokenizer=info, splits=store_splits, features=(), made_by=made_by
+    )
     store.write_manifest(output, manifest)
     return manifest
 
