@@ -67,6 +67,9 @@ The tokenizer is a folder with GPT-2's vocab.json and merges.txt, with a tokeniz
 SentencePiece tokenizer.model. It must give every text back, which is measured on documents of the corpus before the
 work begins; --allow_lossy takes it nevertheless.
 
+Training blocks are cut from one stream in which documents of all sources mix, as BTLM's were. --by_source makes a
+stream for each source instead, so that training can weight them: --config.data.weights="web=3,books=1".
+
 Training takes the store with --config.data.store=store --config.corpus.source=prepared; copied to a bucket, as
 --config.data.store=gs://bucket/store: it is read there, block by block, and not fetched first.
 """
@@ -216,6 +219,7 @@ def tokenize_flags() -> Flags:
     flags = _flags_with_workers(TOKENIZE_HELP)
     flags.define_string("tokenizer", "", "directory of a tokenizer")
     flags.define_integer("block_len", 8192, "tokens of a block: the longest phase of training")
+    flags.define_boolean("by_source", False, "a stream of training blocks for each source, for data.weights")
     flags.define_boolean("allow_lossy", False, "take a tokenizer that does not give every text back")
     return flags
 
@@ -239,6 +243,7 @@ def tokenize(arguments: Sequence[str]) -> int:
             input=flags.path("input"),
             tokenizer=flags.path("tokenizer"),
             block_len=block_len,
+            by_source=flags.boolean("by_source"),
             allow_lossy=flags.boolean("allow_lossy"),
         )
         print_store(stage.tokenize(config, output=flags.path("output"), workers=workers, log=log))

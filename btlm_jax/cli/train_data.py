@@ -328,7 +328,13 @@ def _with_store(
     if not record.tokenizer:
         tokenizer = own_text.make_tokenizer(text, vocab_size=vocab_size, directory=folder, log=_log)
     manifest = own_text.make_store(
-        text, tokenizer=tokenizer, block_len=lengths.block, output=workdir / STORE_FOLDER, workers=workers, log=_log
+        text,
+        tokenizer=tokenizer,
+        block_len=lengths.block,
+        by_source=False,
+        output=workdir / STORE_FOLDER,
+        workers=workers,
+        log=_log,
     )
     if record.config:
         return record

@@ -264,8 +264,17 @@ def make_tokenizer(text: SplitText, *, vocab_size: int, directory: Path, log: Lo
 
 
 def make_store(
-    text: SplitText, *, tokenizer: Path, block_len: int, output: Path, workers: Workers, log: Log
+    text: SplitText,
+    *,
+    tokenizer: Path,
+    block_len: int,
+    by_source: bool,
+    output: Path,
+    workers: Workers,
+    log: Log,
 ) -> Manifest:
     """Encode and pack the text into the token store `output`."""
-    config = TokenizeConfig(input=text.folder, tokenizer=tokenizer, block_len=block_len, allow_lossy=False)
+    config = TokenizeConfig(
+        input=text.folder, tokenizer=tokenizer, block_len=block_len, by_source=by_source, allow_lossy=False
+    )
     return tokenize(config, output=output, workers=workers, log=log)

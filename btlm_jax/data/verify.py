@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import BinaryIO, cast
 
 from btlm_jax.data.reader import SplitReader, open_store
-from btlm_jax.data.store import DATASET_NAME, MANIFEST_FILE, Manifest, Shard, Split, TokenBlock
+from btlm_jax.data.store import DATASET_NAME, MANIFEST_FILE, Manifest, Shard, Source, Split, TokenBlock, streams_of
 from btlm_jax.display.progress import RateLimit
 from btlm_jax.storage.files import parse_json
 from btlm_jax.storage.location import PathOrUrl, hash_range, join_location, read_bytes
@@ -47,6 +47,12 @@ def verify(directory: PathOrUrl, *, log: Callable[[str], None]) -> Manifest:
             raise ValueError(
                 f"split {name} of {directory} has {counts} (tokens, documents), its manifest says {recorded}"
             )
+        for (source, part), found in zip(_streams_of(split), counts, strict=False):  # of no stream where all is one
+            if found != (part.num_tokens, part.num_documents):
+                raise ValueError(
+                    f"source {source!r} in split {name} of {directory} has {found} (tokens, documents), its manifest "
+                    f"says {(part.num_tokens, part.num_documents)}; rebuild the store"
+                )
     return manifest
 
 
@@ -111,7 +117,7 @@ def _check_streams(
 ) -> list[tuple[int, int]]:
     """Check that each block of a split belongs to one stream; return (targets, documents) of each stream."""
     counts, end = [], 0
-    own = sorted((source.first_block, source.num_blocks) for source in split.sources.values() if source.num_blocks)
+    own = [(source.first_block, source.num_blocks) for _, source in _streams_of(split)]
     for first, count in own or [(0, split.num_blocks)]:
         if first != end:
             break
@@ -120,6 +126,10 @@ def _check_streams(
     if next(blocks, None) is not None or end != split.num_blocks:
         raise ValueError(f"block {end} of split {name} is of no source, or of two, by its manifest; rebuild the store")
     return counts
+
+
+def _streams_of(split: Split) -> list[tuple[str, Source]]:
+    return [(name, source) for name, source in streams_of(split) if source.num_blocks]
 
 
 def _check_stream(blocks: Iterator[tuple[int, TokenBlock]], *, last: int, manifest: Manifest) -> tuple[int, int]:

@@ -70,7 +70,7 @@ def streams_of(opened, name: str) -> dict[str, list[int]]:
     """Return the targets of each stream of a split."""
     reader, split = opened.split(name), opened.manifest.splits[name]
     stretches = {source: (part.first_block, part.num_blocks) for source, part in split.sources.items()}
-    if name == store.TRAIN:
+    if name == store.TRAIN and not opened.manifest.features:
         stretches = {"": (0, split.num_blocks)}
     found = {}
     for source, (first, count) in stretches.items():
@@ -80,9 +80,10 @@ def streams_of(opened, name: str) -> dict[str, list[int]]:
     return found
 
 
-@pytest.mark.parametrize("tokenizer", ["bpe", "pieces"])
-def test_the_store_holds_every_document_once_and_in_order(prepared, tmp_path, tokenizer):
-    assert run(prepared, tmp_path / "store", tokenizer=tokenizer) == 0
+@pytest.mark.parametrize(("tokenizer", "flags"), [("bpe", []), ("pieces", []), ("bpe", ["--by_source"])])
+def test_the_store_holds_every_document_once_and_in_order(prepared, tmp_path, tokenizer, flags):
+    """With --by_source the training documents of each source are a stream, in the order of the split."""
+    assert run(prepared, tmp_path / "store", *flags, tokenizer=tokenizer) == 0
     manifest = verify(tmp_path / "store", log=print)
     opened = open_store(tmp_path / "store", expected_fingerprint=manifest.fingerprint)
     assert [len(manifest.splits[name].shards) > 1 for name in (store.TRAIN, store.HELDOUT)] == [True, True]
@@ -90,17 +91,20 @@ def test_the_store_holds_every_document_once_and_in_order(prepared, tmp_path, to
     for name, store_name in tokenizing.STORE_SPLITS.items():
         expected = documents(prepared, name)
         assert all(stored.decode(stored.encode_exactly(record.text)) == record.text for record in expected)
-        parts = {"": expected} if name == "train" else {
+        parts = {"": expected} if name == "train" and not flags else {
             source: [record for record in expected if record.source == source] for source in SOURCES
         }  # fmt: skip
+        found = streams_of(opened, store_name)
+        assert found.keys() == parts.keys()
         for source, records in parts.items():
             wanted = [token for record in records for token in [*stored.encode_exactly(record.text), stored.eos_id]]
-            assert streams_of(opened, store_name)[source] == wanted
+            assert found[source] == wanted
         for source, part in manifest.splits[store_name].sources.items():
             own = [record for record in expected if record.source == source]
             assert part.num_documents == len(own) > 0
             assert part.num_bytes == sum(len(record.text.encode()) for record in own)
             assert part.num_tokens == sum(len(stored.encode_exactly(record.text)) + 1 for record in own)
+    assert manifest.features == (("sources",) if flags else ())
     num_marked = sum(MARK in record.text for name in tokenizing.STORE_SPLITS for record in documents(prepared, name))
     assert num_marked == 12
     source = tfds.builder_from_directory(str(tmp_path / "store")).as_data_source(store.TRAIN)
@@ -143,6 +147,8 @@ def test_what_does_not_fit_is_refused(prepared, tmp_path, capsys):
     assert run(prepared, tmp_path / "store") == 0
     assert run(prepared, tmp_path / "store", block_len=32) == 1
     assert "block_len=64 then, 32 now" in capsys.readouterr().err
+    assert run(prepared, tmp_path / "store", "--by_source") == 1
+    assert "by_source=None then, True now" in capsys.readouterr().err
     assert run(prepared, tmp_path / "store", tokenizer="pieces") == 1
     assert "was begun otherwise" in capsys.readouterr().err
     assert run(prepared, tmp_path / "other", f"--input={prepared / 'clean'}") == 1

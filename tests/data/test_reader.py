@@ -139,6 +139,11 @@ def test_read_and_verify_name_a_corrupt_shard(directory):
         (store.TRAIN, {"sources": {"all": {"num_documents": 1}}}, "its manifest says"),
         (
             store.HELDOUT,
+            {"sources": {"b": {"num_tokens": 49}, "a": {"num_tokens": 32}}},
+            "source 'b' in split heldout .* has \\(50, 0\\)",
+        ),
+        (
+            store.HELDOUT,
             {"sources": {"b": {"num_blocks": 2}, "a": {"first_block": 2, "num_blocks": 3}}},
             "block 2 does",
         ),

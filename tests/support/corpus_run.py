@@ -35,6 +35,8 @@ def make_store(folder: Path, workers: Workers) -> Path:
         clean(cleaning, output=folder / "clean", **by)
     deduplicate(folder / "clean", preset="slimpajama", output=folder / "dedup", **by)
     split(splitting, output=folder / "split", **by)
-    tokenizing = TokenizeConfig(input=folder / "split", tokenizer=folder / "bpe", block_len=64, allow_lossy=False)
+    tokenizing = TokenizeConfig(
+        input=folder / "split", tokenizer=folder / "bpe", block_len=64, by_source=False, allow_lossy=False
+    )
     tokenize(tokenizing, output=folder / "store", **by)
     return folder

@@ -4,7 +4,8 @@
     work/shards    a task per shard of the store: its range of the stream, divided into blocks
 
 A shard's range follows from the counts, so shards are written in any order. `train` is one stream over the files in
-order; the validation documents become the split `heldout`, the test documents `test`, with one stream per source.
+order, or with `by_source` one stream per source, its documents in the same order; the validation documents become the
+split `heldout`, the test documents `test`, with one stream per source.
 """
 
 from __future__ import annotations
@@ -54,8 +55,9 @@ STORE_SPLITS = {TRAIN: store.TRAIN, VALIDATION: store.HELDOUT, TEST: "test"}
 class _Stream:
     """One packed stream of a split: EOS, then the tokens of its pieces."""
 
-    source: str
+    source: str | None  # None: of all sources
     pieces: tuple[int, ...]  # indices of tasks of work/tokens
+    starts: tuple[int, ...]  # where in the task's tokens each piece begins
     sizes: tuple[int, ...]  # number of tokens of each piece
     first_block: int  # its number in the split
     block_len: int
@@ -68,9 +70,10 @@ class _Stream:
         """Return the tokens from `begin` up to `end` of the stream."""
         parts = [np.full(1, eos_id, dtype)] if begin == 0 else []
         start = 1
-        for piece, size in zip(self.pieces, self.sizes, strict=True):
+        for piece, first, size in zip(self.pieces, self.starts, self.sizes, strict=True):
             if start < end and start + size > begin:
-                parts.append(load_array(folder, f"tokens-{piece:05d}")[max(begin - start, 0) : end - start])
+                tokens = load_array(folder, f"tokens-{piece:05d}")[first : first + size]
+                parts.append(tokens[max(begin - start, 0) : end - start])
             start += size
         return np.concatenate(parts)
 
@@ -82,6 +85,7 @@ class TokenizeConfig:
     input: Path
     tokenizer: Path
     block_len: int
+    by_source: bool  # one stream of training blocks for each source, which training can weight
     allow_lossy: bool  # take a tokenizer that does not give every text back
 
 
@@ -114,12 +118,19 @@ def _tokenize(config: TokenizeConfig, *, output: Path, workers: Workers, log: Lo
     tasks = [Task(index=index, inputs=(item,), weight=item.num_bytes) for index, item in enumerate(inputs)]
     run = functools.partial(run_stage, workers=workers, log=log, check=accept_all)
     tokens = output / "work" / "tokens"
+    if config.by_source:
+        settings["by_source"] = True
     step = functools.partial(
-        _tokens_task, tokenizer=tokenizer, allow_lossy=config.allow_lossy, sha256=info.sha256, dtype=dtype
+        _tokens_task,
+        tokenizer=tokenizer,
+        by_source=config.by_source,
+        allow_lossy=config.allow_lossy,
+        sha256=info.sha256,
+        dtype=dtype,
     )
     encoded = run(Stage(name="tokenize", settings=settings, tasks=tasks, run=step), tokens)
     splits = [file["split"] for file in documents["outputs"]]
-    streams = _streams(encoded, splits=splits, block_len=block_len)
+    streams = _streams(encoded, splits=splits, block_len=block_len, by_source=config.by_source)
     for name, store_name in ((TRAIN, store.TRAIN), (VALIDATION, store.HELDOUT)):
         if store_name not in streams:
             raise ValueError(f"{source} has no {name} document that this tokenizer can encode; split otherwise")
@@ -144,7 +155,12 @@ def _tokenize(config: TokenizeConfig, *, output: Path, workers: Workers, log: Lo
     write_tfds_metadata(output, store_splits, block_len=block_len, dtype=dtype)
     made_by = {"stage": "tokenize", **settings}
     manifest = store.Manifest(
-        block_len=block_len, dtype=dtype, tokenizer=info, splits=store_splits, features=(), made_by=made_by
+        block_len=block_len,
+        dtype=dtype,
+        tokenizer=info,
+        splits=store_splits,
+        features=(store.SOURCES,) if config.by_source else (),
+        made_by=made_by,
     )
     store.write_manifest(output, manifest)
     return manifest
@@ -176,20 +192,28 @@ def _sample(paths: Sequence[Path]) -> list[str]:
     ]
 
 
-def _streams(encoded: dict, *, splits: list[str], block_len: int) -> dict[str, list[_Stream]]:
-    """Return the streams of each split of the store: one for `train`, one per source for the others."""
-    outputs = encoded["outputs"]
+def _streams(encoded: dict, *, splits: list[str], block_len: int, by_source: bool) -> dict[str, list[_Stream]]:
+    """Return the streams of each split of the store: one per source, but one of all for `train` if not `by_source`."""
     streams: dict[str, list[_Stream]] = {}
     for name, store_name in STORE_SPLITS.items():
-        own = [index for index, split in enumerate(splits) if split == name and outputs[index]["num_tokens"]]
-        sources = [""][: len(own)] if name == TRAIN else sorted({outputs[index]["source"] for index in own})
+        is_mixed = name == TRAIN and not by_source
+        pieces: dict[str | None, list[tuple[int, int, int]]] = {}  # of a source: (task, first token, number of tokens)
+        for index, output in enumerate(encoded["outputs"]):
+            if splits[index] != name or not output["num_tokens"]:
+                continue
+            sizes = {source: counts["tokens"] for source, counts in sorted(output["counts"].items())}
+            start = 0
+            for source, size in ({None: output["num_tokens"]} if is_mixed else sizes).items():
+                pieces.setdefault(source, []).append((index, start, size))
+                start += size
         first_block = 0
-        for source in sources:
-            pieces = tuple(index for index in own if name == TRAIN or outputs[index]["source"] == source)
+        for source in sorted(pieces, key=str):
+            tasks, starts, sizes = zip(*pieces[source], strict=True)
             stream = _Stream(
                 source=source,
-                pieces=pieces,
-                sizes=tuple(outputs[index]["num_tokens"] for index in pieces),
+                pieces=tasks,
+                starts=starts,
+                sizes=sizes,
                 first_block=first_block,
                 block_len=block_len,
             )
@@ -210,14 +234,15 @@ def _store_splits(streams: dict[str, list[_Stream]], *, encoded: dict, packed: d
             totals: dict[str, Counter] = {}
             for piece in part.pieces:
                 for source, counts in encoded["outputs"][piece]["counts"].items():
-                    totals.setdefault(source, Counter()).update(counts)
+                    if part.source in (None, source):
+                        totals.setdefault(source, Counter()).update(counts)
             for source, count in sorted(totals.items()):
                 sources[source] = store.Source(
                     num_documents=count["documents"],
                     num_bytes=count["bytes"],
                     num_tokens=count["tokens"],
-                    first_block=0 if name == store.TRAIN else part.first_block,
-                    num_blocks=0 if name == store.TRAIN else part.num_blocks,
+                    first_block=0 if part.source is None else part.first_block,
+                    num_blocks=0 if part.source is None else part.num_blocks,
                 )
         store_splits[name] = store.Split(
             num_blocks=sum(part.num_blocks for part in parts),
@@ -250,6 +275,7 @@ def _tokens_task(
     heartbeat: Heartbeat,
     *,
     tokenizer: Path,
+    by_source: bool,
     allow_lossy: bool,
     sha256: str,
     dtype: str,
@@ -258,20 +284,20 @@ def _tokens_task(
     if tokenizer_info(encoder).sha256 != sha256:
         raise ValueError(f"the tokenizer in {tokenizer} changed while its texts were encoded")
     counts: dict[str, Counter] = {}
-    parts = [np.empty(0, dtype)]
+    parts: dict[str, list[np.ndarray]] = {}  # of each source, or all of them as ""
     for record in read_records(task.inputs[0].path):
         heartbeat(1, record.num_bytes)
         ids = [np.array(piece, dtype) for piece in encode_document(encoder, record.text)]
         ids.append(np.array([encoder.eos_id], dtype))
         num_tokens = sum(map(len, ids))
         counts.setdefault(record.source, Counter()).update(documents=1, bytes=record.num_bytes, tokens=num_tokens)
-        parts += ids
+        parts.setdefault(record.source if by_source else "", []).extend(ids)
         del record  # so that a long one is not held while the next is read
-    stream = np.concatenate(parts)
+    stream = np.concatenate([np.empty(0, dtype), *(ids for _, own in sorted(parts.items()) for ids in own)])
     output = save_array(directory, f"tokens-{task.index:05d}", stream)
     return {
         "totals": {},
-        "outputs": [{**output, "num_tokens": len(stream), "source": min(counts, default=""), "counts": counts}],
+        "outputs": [{**output, "num_tokens": len(stream), "counts": counts}],
     }
 
 
