@@ -55,6 +55,7 @@ def get_config() -> ConfigDict:
                 eps=1e-8,
                 weight_decay=0.1,
                 clip_norm=1.0,
+                freeze="",
             ),
             mesh=dict(tensor=1, context=1, accumulation=1),
             data=dict(store="store", seed=1, max_epochs=1, prefetch=4, document_mask=False),

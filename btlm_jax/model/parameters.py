@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import fnmatch
+from collections.abc import Sequence
 
 import flax.linen as nn
 import jax
@@ -11,7 +13,7 @@ from jax.sharding import Mesh, NamedSharding
 
 from btlm_jax.model.transformer import Btlm
 from btlm_jax.parallel.mesh import num_ways
-from btlm_jax.recipe.mup import ParameterRule
+from btlm_jax.recipe.mup import CLASSES, ParameterRule
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -49,6 +51,45 @@ def parameter_table(model: Btlm, mesh: Mesh) -> dict:
     with jax.set_mesh(mesh):
         boxed = jax.eval_shape(lambda: model.init(jax.random.key(0), _example_inputs(model, mesh)))["params"]
     return jax.tree_util.tree_map_with_path(info, boxed, is_leaf=lambda leaf: isinstance(leaf, nn.LogicallyPartitioned))
+
+
+def freeze(table: dict, patterns: Sequence[str]) -> dict:
+    """Return a table in which the parameters that match one of the patterns are frozen.
+
+    A pattern, with * ? [...] as in shells, matches a class of mup.py, or names of a path that lie side by side: `bias`,
+    `ln_*`, `mlp`, `attention/*/kernel`, `blocks/mlp/up`.
+
+    Raises:
+      ValueError: a pattern matches nothing, or nothing is left that learns.
+    """
+    infos = jax.tree.leaves(table)
+    for pattern in patterns:
+        if not any(_matches(info, pattern) for info in infos):
+            present = {info.rule.parameter_class for info in infos}
+            raise ValueError(
+                f"optimizer.freeze: {pattern!r} matches no parameter; there are the classes "
+                f"{', '.join(name for name in CLASSES if name in present)} and the parameters "
+                f"{', '.join(info.path for info in infos)}; patterns and parts of paths match too, as ln_* and "
+                "mlp/*/bias. Layers are one array each and are not frozen one by one"
+            )
+    frozen = [info for info in infos if any(_matches(info, pattern) for pattern in patterns)]
+    if not any(info.rule.learning_rate for info in infos if info not in frozen):
+        raise ValueError(
+            f"optimizer.freeze={','.join(patterns)} freezes every parameter that learns, so there is nothing to train; "
+            "leave a pattern out"
+        )
+
+    def rule(info: ParameterInfo) -> ParameterRule:
+        return dataclasses.replace(info.rule, learning_rate=0.0, weight_decay=0.0, is_frozen=True)
+
+    return jax.tree.map(lambda info: dataclasses.replace(info, rule=rule(info)) if info in frozen else info, table)
+
+
+def _matches(info: ParameterInfo, pattern: str) -> bool:
+    wanted, names = pattern.split("/"), info.path.split("/")
+    parts = [names[at : at + len(wanted)] for at in range(len(names) - len(wanted) + 1)]
+    is_part = any(all(map(fnmatch.fnmatchcase, part, wanted)) for part in parts)
+    return is_part or fnmatch.fnmatchcase(info.rule.parameter_class, pattern)
 
 
 def init_params(model: Btlm, mesh: Mesh, *, seed: int) -> dict:

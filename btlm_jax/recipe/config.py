@@ -135,6 +135,7 @@ class OptimizerConfig:
     eps: float  # AdamW's epsilon, outside the bias-corrected root
     weight_decay: float  # coupled to each parameter's learning rate
     clip_norm: float  # largest global norm of the gradients
+    freeze: str  # parameters that stay as they are: classes, paths or patterns, as embedding,ln_*; empty: none
 
     def __post_init__(self):
         _require_positive(
@@ -149,6 +150,15 @@ class OptimizerConfig:
             _require(getattr(self, name) >= 0, f"optimizer.{name}={getattr(self, name)} must not be negative")
         for name in ("beta1", "beta2"):
             _require(0 <= getattr(self, name) < 1, f"optimizer.{name}={getattr(self, name)} must be in [0, 1)")
+        _require(
+            not self.freeze or all(self.frozen_patterns),
+            f"optimizer.freeze={self.freeze!r} has a part that is empty; give patterns with a comma between them",
+        )
+
+    @property
+    def frozen_patterns(self) -> tuple[str, ...]:
+        """The patterns of `freeze`; see model/parameters.py."""
+        return tuple(part.strip() for part in self.freeze.split(",")) if self.freeze else ()
 
     def schedule_length(self, total_tokens: int) -> int:
         """Return the tokens of the schedule in a run of `total_tokens`."""

@@ -192,4 +192,5 @@ def _of_optimizer(config: TrainConfig) -> dict[str, str]:
             f"2505.13738 has {wanted:.3f} for so many tokens a parameter"
         ),
         "clip_norm": "as BTLM's",
+        "freeze": "every parameter is trained",
     }

@@ -62,6 +62,7 @@ class ParameterRule:
     learning_rate: float
     weight_decay: float
     eps: float
+    is_frozen: bool = False  # it gets no update, and the optimizer keeps no moments of it
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

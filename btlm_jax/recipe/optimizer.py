@@ -6,8 +6,9 @@
     p <- p - learning_rate(tokens) * learning_rate_p * u
 
 so that weight decay is coupled to each parameter's own learning rate, as in the published BTLM code. The multipliers
-of a parameter p come from mup.py. The learning rate is a float the host computes from an integer count of tokens and
-hands to the step: no counter on the device, no recompile.
+of a parameter p come from mup.py. A frozen parameter has no gradient, is not updated, and has no moments. The learning
+rate is a float the host computes from an integer count of tokens and hands to the step: no counter on the device, no
+recompile.
 
 A schedule begins at schedule_begin tokens and is L tokens long: a warm-up of W from the initial rate to the peak, then
 
@@ -141,11 +142,15 @@ def flags_of(values: dict[str, float]) -> str:
 def make_optimizer(config: OptimizerConfig, table: dict) -> optax.GradientTransformationExtraArgs:
     """Make the chain for parameters described by `table` (a tree of ParameterInfo); `update` takes learning_rate=."""
     rules = jax.tree.map(lambda info: info.rule, table)
+    adam = optax.scale_by_adam(b1=config.beta1, b2=config.beta2, eps=config.eps)
+    is_trained = jax.tree.map(lambda rule: not rule.is_frozen, rules)
+    if not all(jax.tree.leaves(is_trained)):
+        adam = optax.masked(adam, is_trained)  # what a gradient of zero is left as is zero
     return optax.chain(
         optax.clip_by_global_norm(config.clip_norm),
         # Adam is invariant to the scale of its gradients but for eps, so g/c before it is the same as eps*c inside it.
         scale_each(jax.tree.map(lambda rule: 1 / rule.eps, rules)),
-        optax.scale_by_adam(b1=config.beta1, b2=config.beta2, eps=config.eps),
+        adam,
         decay_each(jax.tree.map(lambda rule: config.weight_decay * rule.weight_decay, rules)),
         scale_each(jax.tree.map(lambda rule: rule.learning_rate, rules)),
         scale_by_given_learning_rate(),

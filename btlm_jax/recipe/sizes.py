@@ -282,6 +282,7 @@ def make_config(choices: Choices) -> TrainConfig:
             eps=eps_for(shape.num_parameters),
             weight_decay=weight_decay_for(choices.weight_decay, shape=shape, curriculum=curriculum),
             clip_norm=1.0,
+            freeze="",
         ),
         mesh=choices.mesh,
         data=DataConfig(store=choices.store, seed=1, max_epochs=choices.max_epochs, prefetch=4, document_mask=False),

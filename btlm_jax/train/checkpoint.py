@@ -51,6 +51,7 @@ _LATER_KEYS = {
         "decay_share": 0.2,
         "schedule_begin": 0,
         "schedule_tokens": 0,
+        "freeze": "",
     },
 }
 
@@ -246,7 +247,9 @@ def _reason(error: Exception) -> str:
 
 
 # What may not change between the start of a run and a resume: with another value it would be another run.
-_FIXED = ("seed", "mup", "data.seed", "data.document_mask", "curriculum.seq_len", "curriculum.batch_size")
+_FIXED = (
+    "seed", "mup", "optimizer.freeze", "data.seed", "data.document_mask", "curriculum.seq_len", "curriculum.batch_size",
+)  # fmt: skip
 _FIXED_MODEL = ("vocab_size", "num_layers", "d_model", "num_heads", "d_ff", "layer_norm_eps", "alibi_scaling", "dtype")
 
 

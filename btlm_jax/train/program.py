@@ -9,7 +9,7 @@ import numpy as np
 import optax
 from jax.sharding import Mesh
 
-from btlm_jax.model import Btlm, make_model, parameter_table
+from btlm_jax.model import Btlm, freeze, make_model, parameter_table
 from btlm_jax.parallel.mesh import AxisRules, batch_sharding, rules_for
 from btlm_jax.recipe.config import TrainConfig
 from btlm_jax.recipe.curriculum import Phase
@@ -80,9 +80,13 @@ class Program:
 
 
 def make_program(config: TrainConfig, mesh: Mesh) -> Program:
-    """Make the model, optimizer and abstract state of a config."""
+    """Make the model, optimizer and abstract state of a config.
+
+    Raises:
+      ValueError: optimizer.freeze names no parameter, or all of them.
+    """
     model = make_model(config.model, make_parametrization(config.mup, config.model))
-    table = parameter_table(model, mesh)
+    table = freeze(parameter_table(model, mesh), config.optimizer.frozen_patterns)
     optimizer = make_optimizer(config.optimizer, table)
     state = abstract_state(table, optimizer, mesh)
     return Program(config=config, mesh=mesh, model=model, table=table, optimizer=optimizer, state=state)

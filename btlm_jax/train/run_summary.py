@@ -39,6 +39,10 @@ def _parameters(model: ModelConfig, mup: MupConfig, table: dict) -> Iterator[str
         f"d_ff {model.d_ff}, vocabulary {model.vocab_size:,}, compute in {model.dtype}"
     )
     yield f"  parametrization {mup.preset}: d_model / base = {model.d_model} / {mup.base_d_model:g}"
+    if frozen := [info for info in jax.tree.leaves(table) if info.rule.is_frozen]:
+        count, total = sum(math.prod(info.shape) for info in frozen), num_parameters(table)
+        yield f"  frozen, to stay as they are: {count:,} parameters of {total:,}, {total - count:,} are trained"
+        yield f"    {', '.join(info.path for info in frozen)}"
 
 
 def _phases(curriculum: CurriculumConfig, model: ModelConfig) -> Iterator[str]:
@@ -96,13 +100,17 @@ def _steps(tokens: int, table: Curriculum) -> str:
 
 def _memory(table: dict) -> Iterator[str]:
     infos = jax.tree.leaves(table)
-    whole = 4 * num_parameters(table)
-    per_device = sum(4 * math.prod(info.sharding.shard_shape(info.shape)) for info in infos)
+
+    def size(infos: list, *, on_device: bool) -> int:
+        return sum(4 * math.prod(info.sharding.shard_shape(info.shape) if on_device else info.shape) for info in infos)
+
+    trained = [info for info in infos if not info.rule.is_frozen]
+    whole, per_device = (size(infos, on_device=x) + 2 * size(trained, on_device=x) for x in (False, True))
     axes = ", ".join(f"{name} {size}" for name, size in infos[0].sharding.mesh.shape.items())
     yield (
-        f"Memory, float32 state (parameters + 2 AdamW moments): {3 * whole / _GB:.4g} GB in all, "
-        f"{3 * per_device / _GB:.4g} GB a device on this mesh ({axes}); "
-        f"gradients {per_device / _GB:.4g} GB more while a step runs, activations on top"
+        f"Memory, float32 state (parameters + 2 AdamW moments{' of those that are trained' * (trained != infos)}): "
+        f"{whole / _GB:.4g} GB in all, {per_device / _GB:.4g} GB a device on this mesh ({axes}); "
+        f"gradients {size(trained, on_device=True) / _GB:.4g} GB more while a step runs, activations on top"
     )
 
 

@@ -65,10 +65,13 @@ def make_train_step(
     divided by the sum of all weights, so that every token counts the same. A batch without a weight leaves parameters
     and optimizer as they are; only the count of steps goes on, and with it the schedule and the data.
     metrics: loss (nats a token; 0 of no targets), weight (targets counted), grad_norm (before clipping), and for every
-    class of mup.py grad_norm/<class> and update_norm/<class>; float32 scalars left on the device.
+    class of mup.py grad_norm/<class> and update_norm/<class>; float32 scalars left on the device. Frozen parameters of
+    `table` have a gradient of zero, which is not computed, and stay as they are to the bit.
     """
+    is_frozen = jax.tree.map(lambda info: info.rule.is_frozen, table)
 
     def micro_loss(params, micro):
+        params = jax.tree.map(lambda p, frozen: jax.lax.stop_gradient(p) if frozen else p, params, is_frozen)
         return loss_sum(
             _hidden(model, params, micro),
             params["embedding"]["embedding"],
@@ -106,6 +109,7 @@ def make_train_step(
             **_class_norms("update_norm", updates, table),
         }
         params = optax.apply_updates(state.params, updates)
+        params = jax.tree.map(lambda new, old, frozen: old if frozen else new, params, state.params, is_frozen)
         return TrainState(step=state.step + 1, params=params, opt_state=opt_state), metrics
 
     return train_step

@@ -181,6 +181,7 @@ def make_program(model: Btlm, mesh: Mesh, *, num_steps: int):
         eps=1e-8,
         weight_decay=0.1,
         clip_norm=1.0,
+        freeze="",
     )
 
     def with_rule(info: ParameterInfo, multipliers: dict) -> ParameterInfo:

@@ -66,6 +66,7 @@ def get_config() -> ConfigDict:
                 # has 0.210 for so many tokens a parameter
                 weight_decay=0.1,
                 clip_norm=1.0,  # as BTLM's
+                freeze="",  # every parameter is trained
             ),
             mesh=dict(
                 tensor=1,  # ways that heads and d_ff are split
