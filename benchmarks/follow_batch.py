@@ -99,10 +99,8 @@ def follow_batch(directory: Path) -> Calls:
     loader = TrainLoader(
         open_store(directory, expected_fingerprint=""),
         curriculum=curriculum,
-        seed=config.data.seed,
-        max_epochs=config.data.max_epochs,
+        data=config.data,
         accumulation=config.mesh.accumulation,
-        prefetch=config.data.prefetch,
         shardings=[batch_sharding(mesh, program.rules_for(phase)) for phase in curriculum.phases],
     )
     rates = rates_of_steps(config.optimizer, curriculum)  # as a run does, before its first step

@@ -58,7 +58,7 @@ def get_config() -> ConfigDict:
                 freeze="",
             ),
             mesh=dict(tensor=1, context=1, accumulation=1),
-            data=dict(store="store", seed=1, max_epochs=1, prefetch=4, document_mask=False),
+            data=dict(store="store", seed=1, weights="", max_epochs=1, prefetch=4, document_mask=False),
             corpus=dict(
                 source="prepared",
                 max_bytes=2_570_000_000_000,

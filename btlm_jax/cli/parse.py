@@ -380,12 +380,12 @@ def load_config(file: Path, *, argument: str, changes: Mapping[str, str]) -> dic
     """
     from ml_collections import ConfigDict
 
-    from btlm_jax.recipe.config import value_from_text
+    from btlm_jax.recipe.config import value_from_text, with_later_keys
     from btlm_jax.storage.files import read_json_object
 
     values = {key: value_from_text(key, text) for key, text in changes.items()}
     is_json = file.suffix == ".json"  # such as the config.json of a workdir
-    stored = read_json_object(file) if is_json else {}
+    stored = with_later_keys(read_json_object(file)) if is_json else {}
     with _naming(file):
         config = ConfigDict(stored if is_json else _run(file, argument))
     with config.ignore_type(), config.unlocked():

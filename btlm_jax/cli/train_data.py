@@ -20,7 +20,7 @@ from btlm_jax.corpus import own_text
 from btlm_jax.corpus.engine.inputs import Input
 from btlm_jax.corpus.engine.workers import LocalWorkers
 from btlm_jax.data.store import MANIFEST_FILE, TRAIN, Manifest
-from btlm_jax.recipe.config import TrainConfig, config_from, train_config_from, value_from_text
+from btlm_jax.recipe.config import TrainConfig, config_from, train_config_from, value_from_text, with_later_keys
 from btlm_jax.storage.files import read_json_object, write_atomically
 from btlm_jax.storage.location import PathOrUrl, expand_pattern
 from btlm_jax.tokenizers.tokenizer import find_tokenizer
@@ -192,7 +192,8 @@ def _read_record(workdir: Path) -> Record | None:
         if record.format != FORMAT:
             raise ValueError(f"its format is {record.format!r}, not {FORMAT!r}")
         if record.config:
-            train_config_from(json.loads(record.config))
+            values = with_later_keys(json.loads(record.config))
+            record = dataclasses.replace(record, config=train_config_from(values).to_json())
     except ValueError as error:
         raise ValueError(f"{path} is damaged: {error}; choose another --workdir") from error
     return record

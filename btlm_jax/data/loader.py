@@ -17,8 +17,9 @@ from jax.sharding import NamedSharding
 
 from btlm_jax import notices
 from btlm_jax.data import store as store_format
-from btlm_jax.data.order import TrainingOrder, check_capacity
+from btlm_jax.data.order import make_order
 from btlm_jax.data.reader import SplitReader, TokenStore
+from btlm_jax.recipe.config import DataConfig
 from btlm_jax.recipe.curriculum import Curriculum
 
 MAX_READ_THREADS = 8
@@ -44,22 +45,15 @@ class TrainLoader:
         token_store: TokenStore,
         *,
         curriculum: Curriculum,
-        seed: int,
-        max_epochs: int,
+        data: DataConfig,
         accumulation: int,
-        prefetch: int,
         shardings: Sequence[NamedSharding],
         most_documents: int = 0,
     ):
         self._reader = token_store.split(store_format.TRAIN)
-        self._order = TrainingOrder(
-            curriculum=curriculum,
-            num_blocks=len(self._reader),
-            block_len=self._reader.block_len,
-            seed=seed,
-        )
-        self.use = check_capacity(self._order, max_epochs=max_epochs)
-        self._prefetch = prefetch
+        self.order = make_order(token_store.manifest, curriculum=curriculum, data=data)
+        self.use = self.order.check_capacity(max_epochs=data.max_epochs)
+        self._prefetch = data.prefetch
         self._most_documents = most_documents
         self._placements = [
             make_placement(
@@ -72,22 +66,22 @@ class TrainLoader:
 
     def batches(self, *, first_step: int) -> Generator[tuple[int, Batch]]:
         """Yield (step, batch) from `first_step` to the curriculum's end; closing the generator stops its threads."""
-        steps = range(first_step, self._order.curriculum.num_steps)
+        steps = range(first_step, self.order.curriculum.num_steps)
         with contextlib.closing(read_ahead(self._read_step, steps, prefetch=self._prefetch)) as rows_of_steps:
             for step, rows in zip(steps, rows_of_steps, strict=True):
                 yield step, self._placement(step).place(rows)
 
     def _read_step(self, step: int) -> Rows:
         """Read this process's rows of a step's batch."""
-        phase = self._order.curriculum.phase_at(step)
+        phase = self.order.curriculum.phase_at(step)
         first = (step - phase.first_step) * phase.batch_size
         sequences = [first + number for number in self._placement(step).row_numbers.tolist()]
-        windows = self._order.windows(phase, sequences=sequences)
+        windows = self.order.windows(phase, sequences=sequences)
         starts = [(window.block, window.window * phase.seq_len) for window in windows]
         return read_rows(self._reader, starts, seq_len=phase.seq_len, most_documents=self._most_documents)
 
     def _placement(self, step: int) -> Placement:
-        return self._placements[self._order.curriculum.phase_at(step).index]
+        return self._placements[self.order.curriculum.phase_at(step).index]
 
 
 def read_rows(reader: SplitReader, starts: Sequence[tuple[int, int]], *, seq_len: int, most_documents: int = 0) -> Rows:

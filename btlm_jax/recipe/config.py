@@ -210,13 +210,24 @@ class DataConfig:
 
     store: str  # directory, taken from the workdir if relative, or a URL that fsspec opens: gs://bucket/store
     seed: int  # of the order of blocks and windows, and of an installed_python corpus
-    max_epochs: int  # passes over the store that the curriculum may take
+    weights: str  # shares of the sources, "web=3,books=1", or one such text a phase with ";" between; "": as they are
+    max_epochs: int  # passes over the store, or over each weighted source, that the curriculum may take
     prefetch: int  # batches read ahead of the step
     document_mask: bool  # attention and loss stop at documents' boundaries; off as BTLM was trained
 
     def __post_init__(self):
         _require(bool(self.store), "data.store is empty; give the directory of a token store")
         _require_positive("data", max_epochs=self.max_epochs, prefetch=self.prefetch)
+        _ = self.weights_by_phase
+
+    @property
+    def weights_by_phase(self) -> tuple[dict[str, int], ...]:
+        """Return the sources' weights, those of all phases or of each; nothing without weights."""
+        if not self.weights:
+            return ()
+        from btlm_jax.recipe.mixture import parse_weights  # runs without weights load none of it
+
+        return parse_weights(self.weights)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -308,10 +319,44 @@ class TrainConfig:
                 f"curriculum.batch_size={phase.batch_size} of phase {phase.index + 1} is not divisible by "
                 f"mesh.accumulation={self.mesh.accumulation}",
             )
+        given, phases = len(self.data.weights_by_phase), len(table.phases)
+        _require(
+            given in (0, 1, phases), f"data.weights has {given} phases, curriculum has {phases}; give 1 or {phases}"
+        )
+        _require(
+            not given or self.corpus.source == PREPARED,
+            f"data.weights needs a store that btlm corpus tokenize --by_source made, and corpus.source=prepared; "
+            f"{self.corpus.source} makes one without a stream for each source",
+        )
 
     def to_json(self) -> str:
         """Return the config as sorted, indented JSON; `train_config_from` reads it back to an equal config."""
         return json.dumps(dataclasses.asdict(self), indent=2, sort_keys=True)
+
+
+# Keys that a config did not have at first, with what they would have been then: for configs that were stored as JSON.
+LATER_KEYS = {
+    "mesh": {"context": 1},
+    "data": {"document_mask": False, "weights": ""},
+    "optimizer": {
+        "schedule": "linear",
+        "initial_learning_rate": 0.0,
+        "decay_share": 0.2,
+        "schedule_begin": 0,
+        "schedule_tokens": 0,
+        "freeze": "",
+    },
+}
+
+
+def with_later_keys(config: typing.Any) -> typing.Any:
+    """Return a stored config with the keys that it is too old to have."""
+    if not isinstance(config, dict):
+        return config
+    return {
+        name: {**LATER_KEYS.get(name, {}), **section} if isinstance(section, dict) else section
+        for name, section in config.items()
+    }
 
 
 def train_config_from(mapping: Mapping) -> TrainConfig:

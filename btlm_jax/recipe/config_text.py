@@ -89,6 +89,7 @@ def _reasons(config: TrainConfig) -> dict[str, str]:
         "mesh.accumulation": "micro-batches a step",
         "data.store": "the token store, from the workdir if relative; --config.data.store=STORE",
         "data.seed": "of the order of blocks",
+        "data.weights": "the sources as they are",
         "data.max_epochs": "passes over the store that the tokens may take",
         "data.prefetch": "batches read ahead",
         "data.document_mask": "as BTLM's",

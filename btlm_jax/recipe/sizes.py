@@ -285,7 +285,14 @@ def make_config(choices: Choices) -> TrainConfig:
             freeze="",
         ),
         mesh=choices.mesh,
-        data=DataConfig(store=choices.store, seed=1, max_epochs=choices.max_epochs, prefetch=4, document_mask=False),
+        data=DataConfig(
+            store=choices.store,
+            seed=1,
+            weights="",
+            max_epochs=choices.max_epochs,
+            prefetch=4,
+            document_mask=False,
+        ),
         corpus=CorpusConfig(
             source=PREPARED,
             max_bytes=2_570_000_000_000,

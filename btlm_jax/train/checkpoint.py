@@ -25,7 +25,7 @@ import orbax.checkpoint as ocp
 
 from btlm_jax import __version__
 from btlm_jax.kernels.build import cpu_facts
-from btlm_jax.recipe.config import CheckpointConfig, TrainConfig, config_from, train_config_from
+from btlm_jax.recipe.config import CheckpointConfig, TrainConfig, config_from, train_config_from, with_later_keys
 from btlm_jax.recipe.optimizer import decay_again, flags_of, learning_rate_at, rates_of_steps, stretches_of
 from btlm_jax.train import CHECKPOINTS, METRICS_FILE, REPLACED, SUMMARY_FILE
 from btlm_jax.train.step import TrainState
@@ -41,19 +41,6 @@ class Position:
 
 
 _ITEMS = ("state", "position", "config", "environment")
-# Keys that a config did not have at first, with what they would have been then.
-_LATER_KEYS = {
-    "mesh": {"context": 1},
-    "data": {"document_mask": False},
-    "optimizer": {
-        "schedule": "linear",
-        "initial_learning_rate": 0.0,
-        "decay_share": 0.2,
-        "schedule_begin": 0,
-        "schedule_tokens": 0,
-        "freeze": "",
-    },
-}
 
 
 class Checkpointer:
@@ -107,7 +94,7 @@ class Checkpointer:
         metadata = self._restore(step, args)
         try:
             position = config_from(Position, metadata["position"], path="position")
-            config = train_config_from(_with_later_keys(metadata["config"]))
+            config = train_config_from(with_later_keys(metadata["config"]))
             expected = config.curriculum.table.tokens_seen(step)
             if (position.step, position.tokens_seen) != (step, expected):
                 raise ValueError(
@@ -248,8 +235,9 @@ def _reason(error: Exception) -> str:
 
 # What may not change between the start of a run and a resume: with another value it would be another run.
 _FIXED = (
-    "seed", "mup", "optimizer.freeze", "data.seed", "data.document_mask", "curriculum.seq_len", "curriculum.batch_size",
-)  # fmt: skip
+    *("seed", "mup", "optimizer.freeze", "data.seed", "data.weights_by_phase", "data.document_mask"),
+    *("curriculum.seq_len", "curriculum.batch_size"),
+)
 _FIXED_MODEL = ("vocab_size", "num_layers", "d_model", "num_heads", "d_ff", "layer_norm_eps", "alibi_scaling", "dtype")
 
 
@@ -395,16 +383,6 @@ def run_environment() -> dict[str, str]:
     else:
         facts["platform_version"] = device.client.platform_version
     return facts
-
-
-def _with_later_keys(config: Any) -> Any:
-    """Return a stored config with the keys that it is too old to have."""
-    if not isinstance(config, dict):
-        return config
-    return {
-        name: {**_LATER_KEYS.get(name, {}), **section} if isinstance(section, dict) else section
-        for name, section in config.items()
-    }
 
 
 def check_same_run(saved: TrainConfig, config: TrainConfig, *, where: str) -> None:

@@ -21,7 +21,7 @@ from btlm_jax.storage.files import read_json_object, write_atomically
 from btlm_jax.train import CHECKPOINTS, LOSS_PLOT, METRICS_FILE, POSITION_PLOT, SUMMARY_FILE, TENSORBOARD
 from btlm_jax.train.heldout import HeldoutResult, evaluate_heldout
 from btlm_jax.train.metric_writer import MetricWriter, read_metrics
-from btlm_jax.train.setup import Run, log
+from btlm_jax.train.setup import Run, check_curriculum, log
 
 ContinuePrompt = Callable[[Run, dict], str]  # (run, parameters) -> the continuation of log.sample_prompt
 
@@ -53,6 +53,7 @@ def finish_run(run: Run, params: dict, writer: MetricWriter, *, continue_prompt:
     summary = {
         "num_steps": step,
         "num_tokens": run.config.curriculum.table.num_tokens,
+        "data": check_curriculum(run.config, run.token_store.manifest).to_json(),
         "heldout": result.to_json(),
         "sample": {"prompt": run.config.log.sample_prompt, "continuation": sample},
         "seconds": run.ledger.seconds(),
@@ -123,6 +124,17 @@ def longer_flags(config: TrainConfig) -> tuple[str, str]:
     return "the learning rate warms up and decays once more, choose its peak", f"{flags} {flags_of(again)}"
 
 
+def _epochs_text(data: object) -> str:
+    """Return how many epochs the tokens were; nothing of a summary that does not say it."""
+    match data:
+        case {"epochs": float(epochs)}:
+            return f", {epochs:.3f} epochs"
+        case {"sources": dict(sources)}:
+            epochs = {name: source.get("epochs") for name, source in sources.items() if isinstance(source, dict)}
+            return "".join(f", {value:.3f} epochs of {name}" for name, value in epochs.items() if value)
+    return ""
+
+
 def _summary_text(summary: dict, config: TrainConfig, workdir: Path) -> str:
     heldout, prompt = summary["heldout"], summary["sample"]["prompt"]
     how, flags = longer_flags(config)
@@ -132,7 +144,7 @@ def _summary_text(summary: dict, config: TrainConfig, workdir: Path) -> str:
     ]
     lines = [
         "",
-        f"Done: {summary['num_steps']:,} steps, {summary['num_tokens']:,} tokens.",
+        f"Done: {summary['num_steps']:,} steps, {summary['num_tokens']:,} tokens{_epochs_text(summary.get('data'))}.",
         "Held-out loss:",
         *rows,
         f"Sample: {prompt}\u2502{summary['sample']['continuation']}",

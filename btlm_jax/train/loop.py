@@ -230,7 +230,9 @@ def _train_from(
     phase_ends = {phase.end_step for phase in curriculum.phases}
     pending = None  # the last step's metrics, still on the device: fetched while the next step runs
     step = first_step  # how many steps are complete
-    batches = _batches(run, first_step=first_step)
+    loader = _make_loader(run)
+    log(f"Data: {loader.use}")
+    batches = _batches(run, loader, first_step=first_step)
     try:
         for index, batch in batches:
             faulthandler.dump_traceback_later(STALL_SECONDS, file=sys.stderr)
@@ -241,7 +243,7 @@ def _train_from(
                 state, metrics = train_step(state, batch, np.float32(learning_rate))
                 if pending:
                     _record(writer, *pending)
-                pending = (step, learning_rate, metrics)
+                pending = (step, learning_rate, metrics | loader.order.epochs_seen(step))
                 is_last, is_stopping = step == curriculum.num_steps, stop.is_agreed(step)
                 is_evaluating = step in phase_ends or step % config.evaluation.every_steps == 0
                 is_saving = is_last or is_stopping or step % config.checkpoint.every_steps == 0
@@ -272,21 +274,21 @@ def _train_from(
         batches.close()
 
 
-def _batches(run: Run, *, first_step: int) -> Generator[tuple[int, Batch]]:
-    """Yield (step index, batch), and count the time spent waiting for each."""
+def _make_loader(run: Run) -> TrainLoader:
     data, accumulation, phases = run.config.data, run.config.mesh.accumulation, run.config.curriculum.table.phases
     rules = [rules_for(phase.batch_size, mesh=run.mesh, accumulation=accumulation) for phase in phases]
-    loader = TrainLoader(
+    return TrainLoader(
         run.token_store,
         curriculum=run.config.curriculum.table,
-        seed=data.seed,
-        max_epochs=data.max_epochs,
+        data=data,
         accumulation=accumulation,
-        prefetch=data.prefetch,
         shardings=[batch_sharding(run.mesh, each) for each in rules],
         most_documents=run.most_documents,
     )
-    log(f"Data: {loader.use}")
+
+
+def _batches(run: Run, loader: TrainLoader, *, first_step: int) -> Generator[tuple[int, Batch]]:
+    """Yield (step index, batch), and count the time spent waiting for each."""
     batches = loader.batches(first_step=first_step)
     try:
         while True:
@@ -299,7 +301,7 @@ def _batches(run: Run, *, first_step: int) -> Generator[tuple[int, Batch]]:
         batches.close()
 
 
-def _record(writer: MetricWriter, step: int, learning_rate: float, metrics: dict[str, jax.Array]) -> None:
+def _record(writer: MetricWriter, step: int, learning_rate: float, metrics: dict[str, jax.Array | float]) -> None:
     """Fetch a step's metrics and write them; refuse to go on from numbers that are not finite.
 
     A step whose batch has no targets changed nothing: its loss is written as nan, the mean over nothing.

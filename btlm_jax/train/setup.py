@@ -17,7 +17,7 @@ from jax.sharding import Mesh
 
 from btlm_jax import notices
 from btlm_jax.attention import most_documents
-from btlm_jax.data.order import StoreUse, TrainingOrder, check_capacity
+from btlm_jax.data.order import StoreUse, make_order
 from btlm_jax.data.reader import TokenStore, open_store
 from btlm_jax.data.store import HELDOUT, MANIFEST_FILE, TRAIN, Manifest
 from btlm_jax.display.progress import print_line
@@ -196,13 +196,8 @@ def check_curriculum(config: TrainConfig, manifest: Manifest) -> StoreUse:
         raise ValueError(
             "by its manifest no source of the token store's split 'heldout' has a block; rebuild the store"
         )
-    order = TrainingOrder(
-        curriculum=config.curriculum.table,
-        num_blocks=manifest.splits[TRAIN].num_blocks,
-        block_len=manifest.block_len,
-        seed=config.data.seed,
-    )
-    return check_capacity(order, max_epochs=config.data.max_epochs)
+    order = make_order(manifest, curriculum=config.curriculum.table, data=config.data)
+    return order.check_capacity(max_epochs=config.data.max_epochs)
 
 
 def prepare_store(

@@ -76,6 +76,7 @@ def get_config() -> ConfigDict:
             data=dict(
                 store="store",  # the token store, from the workdir if relative; --config.data.store=STORE
                 seed=1,  # of the order of blocks
+                weights="",  # the sources as they are
                 max_epochs=1,  # passes over the store that the tokens may take
                 prefetch=4,  # batches read ahead
                 document_mask=False,  # as BTLM's

@@ -4,11 +4,12 @@ import json
 import shutil
 
 import pytest
-from support.tiny import REPOSITORY
+from support.tiny import REPOSITORY, tiny_config
 
 from btlm_jax.cli import UsageError, main
-from btlm_jax.cli.parse import config_names, find_config, packaged_folder
+from btlm_jax.cli.parse import config_names, find_config, load_config, packaged_folder
 from btlm_jax.plan.pod_table import table_beside
+from btlm_jax.recipe.config import train_config_from
 
 
 def test_every_file_of_the_folder_has_a_name():
@@ -79,3 +80,16 @@ def test_the_list_says_name_parameters_tokens_and_what_it_is(capsys):
     assert rows["local_cpu"][:2] == ["4,207,440", "614,400"]
     assert lines[-2].split()[-1] == str(packaged_folder("configs"))
     assert (packaged_folder("launch") / "tpu.sh").is_file()
+
+
+def test_a_config_json_from_before_a_key_means_what_it_meant(tmp_path):
+    """As the config.json of a workdir; in a file of Python a missing key is an error."""
+    values = json.loads(tiny_config().to_json())
+    del values["data"]["weights"], values["optimizer"]["schedule"]
+    path = tmp_path / "config.json"
+    path.write_text(json.dumps(values))
+    assert train_config_from(load_config(path, argument="", changes={})) == tiny_config()
+    del values["data"]["seed"]
+    path.write_text(json.dumps(values))
+    with pytest.raises(ValueError, match="config.data.seed is missing"):
+        train_config_from(load_config(path, argument="", changes={}))

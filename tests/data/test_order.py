@@ -6,7 +6,7 @@ from grain.experimental import index_shuffle
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from btlm_jax.data.order import TrainingOrder, check_capacity, derived_seed
+from btlm_jax.data.order import TrainingOrder, derived_seed
 from btlm_jax.recipe.curriculum import Curriculum, make_curriculum
 
 
@@ -55,7 +55,7 @@ def runs(draw):
 @given(runs())
 def test_every_token_is_a_target_once_an_epoch(run):
     order, max_epochs = run
-    use = check_capacity(order, max_epochs=max_epochs)
+    use = order.check_capacity(max_epochs=max_epochs)
     targets = targets_of_run(order, first_step=0, end_step=order.curriculum.num_steps)
     assert len(targets) == use.curriculum_tokens == use.capacity_tokens - use.unused_tokens
     assert use.unused_tokens == use.spare_steps * use.tokens_per_step + use.tail_tokens
@@ -164,12 +164,12 @@ def test_capacity_error_gives_numbers_and_remedies():
     with pytest.raises(
         ValueError, match="wants 448 tokens.* 27 blocks x 16 x 1 epochs = 432: .* 416 .*max_epochs to 2"
     ):
-        check_capacity(order, max_epochs=1)
-    assert check_capacity(order, max_epochs=2).spare_steps == (2 * 432 - 448) // 32
+        order.check_capacity(max_epochs=1)
+    assert order.check_capacity(max_epochs=2).spare_steps == (2 * 432 - 448) // 32
 
 
 def test_capacity_reports_the_tail():
-    use = check_capacity(make_order(two_phases(), num_blocks=31, block_len=16, seed=7), max_epochs=1)
+    use = make_order(two_phases(), num_blocks=31, block_len=16, seed=7).check_capacity(max_epochs=1)
     assert (use.unused_tokens, use.spare_steps, use.tail_tokens) == (48, 1, 16)
     assert "448 tokens = 0.903 epochs of 496" in str(use) and "tail of 16" in str(use)
 

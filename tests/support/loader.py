@@ -9,6 +9,7 @@ from support.tiny_store import write_store
 
 from btlm_jax.data.loader import TrainLoader
 from btlm_jax.data.reader import TokenStore
+from btlm_jax.recipe.config import DataConfig
 from btlm_jax.recipe.curriculum import Curriculum, make_curriculum
 
 BLOCK_LEN, TRAIN_TOKENS = 16, 27 * 16 + 5  # 28 blocks, the last with 5 targets
@@ -39,16 +40,17 @@ def make_loader(
     tensor: int = 1,
     seed: int = 5,
     max_epochs: int = 1,
+    weights: str = "",
     prefetch: int = 3,
     most_documents: int = 0,
 ) -> TrainLoader:
     return TrainLoader(
         token_store,
         curriculum=curriculum,
-        seed=seed,
-        max_epochs=max_epochs,
+        data=DataConfig(
+            store="store", seed=seed, max_epochs=max_epochs, weights=weights, prefetch=prefetch, document_mask=False
+        ),
         accumulation=accumulation,
-        prefetch=prefetch,
         shardings=[NamedSharding(make_mesh(fsdp, tensor), P(None, "fsdp")) for _ in curriculum.phases],
         most_documents=most_documents,
     )

@@ -15,18 +15,25 @@ from btlm_jax.data import store
 
 
 def write_store(
-    directory: Path, *, block_len: int, train_tokens: int, heldout_tokens: dict[str, int], blocks_per_shard: int
+    directory: Path,
+    *,
+    block_len: int,
+    train_tokens: int | dict[str, int],
+    heldout_tokens: dict[str, int],
+    blocks_per_shard: int,
 ) -> store.Manifest:
-    """Write a store whose train stream has `train_tokens` targets and whose held-out streams have `heldout_tokens`."""
+    """Write a store whose train stream has `train_tokens` targets and whose held-out streams have `heldout_tokens`.
+
+    With a number for each source `train` has a stream of each too; the first begins with token 0, the next with 10,000.
+    """
     directory.mkdir(parents=True, exist_ok=True)
     (directory / "tokenizer.model").write_bytes(b"tiny tokenizer")
-    train_blocks = stream_blocks(first=0, num_targets=train_tokens, block_len=block_len)
-    heldout_blocks, sources = [], {}
-    for index, (name, num_targets) in enumerate(heldout_tokens.items()):
-        blocks = stream_blocks(first=10_000 * (index + 1), num_targets=num_targets, block_len=block_len)
-        sources[name] = _source(num_targets, first_block=len(heldout_blocks), num_blocks=len(blocks))
-        heldout_blocks += blocks
-    train_source = {"all": _source(train_tokens, first_block=0, num_blocks=0)}
+    if isinstance(train_tokens, dict):
+        train_blocks, train_source = _streams(train_tokens, first=0, block_len=block_len)
+    else:
+        train_blocks = stream_blocks(first=0, num_targets=train_tokens, block_len=block_len)
+        train_source = {"all": _source(train_tokens, first_block=0, num_blocks=0)}
+    heldout_blocks, sources = _streams(heldout_tokens, first=10_000, block_len=block_len)
     splits = {
         store.TRAIN: _write_split(directory, store.TRAIN, train_blocks, train_source, blocks_per_shard),
         store.HELDOUT: _write_split(directory, store.HELDOUT, heldout_blocks, sources, blocks_per_shard),
@@ -40,10 +47,25 @@ def write_store(
         eos_id=0,
     )
     manifest = store.Manifest(
-        block_len=block_len, dtype="uint16", tokenizer=tokenizer, splits=splits, features=(), made_by={"test": True}
+        block_len=block_len,
+        dtype="uint16",
+        tokenizer=tokenizer,
+        splits=splits,
+        features=(store.SOURCES,) if isinstance(train_tokens, dict) else (),
+        made_by={"test": True},
     )
     store.write_manifest(directory, manifest)
     return manifest
+
+
+def _streams(num_tokens: dict[str, int], *, first: int, block_len: int):
+    """Return the blocks of a stream of each source, and the sources."""
+    blocks, sources = [], {}
+    for index, (name, num_targets) in enumerate(num_tokens.items()):
+        own = stream_blocks(first=first + 10_000 * index, num_targets=num_targets, block_len=block_len)
+        sources[name] = _source(num_targets, first_block=len(blocks), num_blocks=len(own))
+        blocks += own
+    return blocks, sources
 
 
 def stream_blocks(*, first: int, num_targets: int, block_len: int) -> list[tuple[np.ndarray, int]]:

@@ -183,6 +183,10 @@ def test_what_decides_the_last_bits_is_in_a_checkpoint_and_a_difference_is_said(
         ({"mup__init_std": 0.1}, "mup: "),
         ({"seed": 9}, "seed: checkpoint 1, config 9"),
         ({"data__seed": 9}, "data.seed"),
+        (
+            {"data__weights": "a=1", "corpus__source": "prepared"},
+            "data.weights_by_phase: checkpoint \\(\\), config \\({'a': 1},\\)",
+        ),
         ({"curriculum__seq_len": (48, 24), "curriculum__batch_size": (8, 16)}, "curriculum.seq_len: "),
         ({"curriculum__batch_size": (32, 16), "curriculum__num_tokens": (768, 768)}, "curriculum.batch_size: "),
         ({"curriculum__num_tokens": (5 * 384, 5 * 384)}, "before the last phase"),
@@ -196,6 +200,13 @@ def test_another_run_is_refused(change, named):
 def test_a_longer_run_on_another_mesh_is_the_same_run():
     longer = tiny_config(curriculum__num_tokens=(6 * 384, 9 * 384), mesh__tensor=2, checkpoint__every_steps=50)
     check_same_run(tiny_config(), longer, where="somewhere")
+
+
+def test_weights_that_are_written_otherwise_are_the_same_run():
+    one, other = (
+        tiny_config(data__weights=text, corpus__source="prepared") for text in ("a=3,b=1;b=1,a=1", "b=2,a=6; a=1,b=1")
+    )
+    check_same_run(one, other, where="somewhere")
 
 
 def test_every_changed_setting_is_told_with_both_values(saved, tmp_path):
