@@ -195,14 +195,13 @@ def test_interrupted_it_goes_on_with_what_did_not_fit(capsys, tmp_path):
 
 
 @needs_libtpu
-@pytest.mark.slow
 def test_the_command_prints_flags_that_fit(capsys, tmp_path):
-    sizes = {
-        "model.num_layers": 2, "model.d_model": 64, "model.d_ff": 96, "model.loss_chunk": 64,
-        "curriculum.seq_len": "(256,)", "curriculum.batch_size": "(8,)", "curriculum.num_tokens": "(204800,)",
-    }  # fmt: skip
-    code, found = search_command(tmp_path, "--max-compiles=1", **sizes)
+    with mock.patch.object(search, "plan_fitting_phases", side_effect=imagined):
+        code, found = search_command(tmp_path)
     assert code == 0 and capsys.readouterr().out.endswith(found["best_flags"] + "\n")
-    (plan,) = found["tried"]
+    (plan,) = (plan for plan in found["tried"] if found["best_flags"] == flags_of(plan))
     assert plan["works"] and plan["run"]["days"] and not plan["misfits"]
-    assert found["best_flags"] == MeshLayout(mesh=MeshConfig(**plan["mesh"]), remat=plan["remat"]).flags
+
+
+def flags_of(plan: dict) -> str:
+    return MeshLayout(mesh=MeshConfig(**plan["mesh"]), remat=plan["remat"]).flags
