@@ -15,18 +15,23 @@ if TYPE_CHECKING:
 
     from btlm_jax.data.store import Manifest
     from btlm_jax.recipe.config import CorpusConfig, TrainConfig
-    from btlm_jax.train.setup import Run
+    from btlm_jax.train.setup import Beginning, Run
 
 TRAIN_HELP = """btlm train: train, or resume from the last checkpoint in the workdir.
 
 examples:  btlm train --data=TEXTS --workdir=runs/mine --minutes=10
            btlm train --config=local_cpu --workdir=runs/local --config.optimizer.peak_learning_rate=0.006
+           btlm train --config=local_cpu --init=runs/local --workdir=runs/other --config.data.store=/PATH/OF/STORE
            btlm train --config=btlm_3b_8k --dry-run
 
 --data makes a model of your text, from 64 kB on, without a config: files, folders (subfolders are sources), patterns
 or URLs of what btlm corpus clean reads. In the workdir it cleans and deduplicates the text, holds 5 % of it out, trains
 a tokenizer and makes a token store; then it measures a step and chooses the model's size, the batch and the tokens so
 that the whole command takes --minutes=N or --hours=N (at most 20 minutes without). It says what it chose and why.
+
+--init=MODEL begins with given weights: of a run (or RUN/checkpoints/STEP), of a directory that btlm convert wrote, of a
+Hugging Face BTLM directory, or of one behind a URL. Shape and parametrization are the model's, the rest the config's.
+The token store must have the model's tokenizer: btlm corpus tokenize --tokenizer=RUN/tokenizer. The schedule is new.
 
 --config takes a name (btlm configs lists them) or the path of a file.
 
@@ -44,16 +49,23 @@ def train(arguments: Sequence[str]) -> int:
     if not flags.parse(arguments):
         return DONE
     _check_processes(flags)
+    _check_init(flags)
     if flags.is_given("data"):
         return _train_on_data(flags)
     for name in _DATA_FLAGS:
         if flags.is_given(name):
             raise UsageError(f"--{name} goes with --data=PATH: it belongs to a run that begins from text")
     config = flags.config()
-    from btlm_jax.train import loop, setup
+    from btlm_jax.train import INIT_FILE, loop, setup
 
     if flags.boolean("dry_run"):
-        print(loop.dry_run(config, workdir=flags.optional_path("workdir")))
+        workdir = flags.optional_path("workdir")
+        if flags.is_given("init"):
+            from btlm_jax.cli import train_init
+
+            config, said = train_init.dry_run(config, flags, workdir=workdir)
+            print(said)
+        print(loop.dry_run(config, workdir=workdir))
         return DONE
     workdir = flags.path("workdir")
     setup.start_processes(
@@ -62,12 +74,19 @@ def train(arguments: Sequence[str]) -> int:
         num_processes=flags.integer("num_processes"),
         process_id=flags.integer("process_id"),
     )
-    return _run(config, flags, workdir=workdir, config_file=flags.config_file())
+    beginning = setup.FROM_SEED
+    if flags.is_given("init") or (workdir / INIT_FILE).is_file():
+        from btlm_jax.cli import train_init
+
+        start = train_init.start(config, flags, workdir=workdir)
+        config, beginning = start.config, start.beginning
+    return _run(config, flags, workdir=workdir, config_file=flags.config_file(), beginning=beginning)
 
 
 def _train_on_data(flags: Flags) -> int:
     """Make the store of --data and choose the run, if that is not done, and train; return the exit code."""
     from btlm_jax.cli import train_data
+    from btlm_jax.train import setup
 
     train_data.check_flags(flags)
     workdir = flags.path("workdir")
@@ -75,10 +94,11 @@ def _train_on_data(flags: Flags) -> int:
         print(train_data.dry_run(flags, workdir=workdir))
         return DONE
     config = train_data.config_of_data(flags, workdir=workdir)
-    return _run(config, flags, workdir=workdir, config_file=find_config(train_data.BASE_CONFIG))
+    config_file = find_config(train_data.BASE_CONFIG)
+    return _run(config, flags, workdir=workdir, config_file=config_file, beginning=setup.FROM_SEED)
 
 
-def _run(config: TrainConfig, flags: Flags, *, workdir: Path, config_file: Path) -> int:
+def _run(config: TrainConfig, flags: Flags, *, workdir: Path, config_file: Path, beginning: Beginning) -> int:
     from btlm_jax.train import loop
 
     outcome = loop.train(
@@ -87,6 +107,7 @@ def _run(config: TrainConfig, flags: Flags, *, workdir: Path, config_file: Path)
         resume_step=flags.integer("resume_step"),
         check_devices=functools.partial(_check_devices, config_file=config_file),
         build_store=build_store,
+        beginning=beginning,
         continue_prompt=continue_prompt,
     )
     return {loop.DONE: DONE, loop.PREEMPTED: PREEMPTED, loop.BAD_NUMBERS: BAD_NUMBERS}[outcome]
@@ -101,6 +122,11 @@ def train_flags() -> Flags:
     flags.define_float("hours", 0.0, "the same in hours")
     flags.define_config()
     define_workdir(flags)
+    flags.define_string("init", "", "begin with the weights of a run, a model's directory, or the URL of one")
+    flags.define_string(
+        "init_optimizer", "fresh", "with --init: moments of a run's checkpoint", choices=("fresh", "kept")
+    )
+    flags.define_boolean("grow_vocabulary", False, "with --init: new rows for ids that a tokenizer has more")
     flags.define_integer("resume_step", 0, "go back to this checkpoint and set later ones aside; 0: the last one")
     flags.define_boolean("dry_run", False, "print the whole plan of the run, check the token store, and end")
     flags.define_boolean("distributed", False, "join the other hosts of a TPU pod slice")
@@ -108,6 +134,24 @@ def train_flags() -> Flags:
     flags.define_integer("num_processes", 1, "with --coordinator: how many processes there are")
     flags.define_integer("process_id", 0, "with --coordinator: which of them this is, from 0")
     return flags
+
+
+def _check_init(flags: Flags) -> None:
+    """Refuse flags of --init that have no effect.
+
+    Raises:
+      UsageError: there is one.
+    """
+    if flags.is_given("init") and not flags.string("init"):
+        raise UsageError("--init= is empty; give a run, a model's directory, or the URL of one")
+    if flags.is_given("init") and flags.is_given("data"):
+        raise UsageError(
+            "--init and --data are both given: make a token store of the text with the model's tokenizer (btlm corpus) "
+            "and give --config and --config.data.store=STORE with --init"
+        )
+    for name in ("init_optimizer", "grow_vocabulary"):
+        if flags.is_given(name) and not flags.is_given("init"):
+            raise UsageError(f"--{name} goes with --init=MODEL: it says how a run begins with given weights")
 
 
 def _check_processes(flags: Flags) -> None:

@@ -30,7 +30,7 @@ from btlm_jax.storage.files import read_json_object, write_atomically
 from btlm_jax.storage.location import PathOrUrl, resolve_location
 from btlm_jax.tokenizers.tokenizer import Tokenizer, load_tokenizer
 from btlm_jax.train import CHECKPOINTS, KEPT_TOKENIZER, SUMMARY_FILE
-from btlm_jax.train.checkpoint import CheckpointReader, read_params
+from btlm_jax.train.checkpoint import CheckpointReader, Position, read_params
 
 MODEL_FILE, _OLD_PARAMS = "model.json", "params"
 FORMAT = "btlm_jax model 2"
@@ -68,6 +68,16 @@ class NativeModel:
     tokenizer: Tokenizer | None
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class RunCheckpoint:
+    """A checkpoint of a training run without its arrays."""
+
+    metadata: ModelMetadata
+    tokenizer: Tokenizer
+    position: Position
+    config: TrainConfig
+
+
 def is_run(directory: Path) -> bool:
     """Whether this is a training run's workdir with a checkpoint."""
     return (directory / CHECKPOINTS).is_dir()
@@ -87,26 +97,31 @@ def read_run(workdir: Path) -> NativeModel:
     """
     reader = CheckpointReader(workdir)
     try:
-        step = reader.steps()[-1]
-        position, config = reader.read_metadata(step)
-        notes = {"steps": f"{step:,}", "tokens": f"{position.tokens_seen:,}"} | _heldout_notes(workdir, step)
-        directory, tokenizer_info = _tokenizer_of_run(workdir, config)
-        tokenizer = load_tokenizer(directory, tokenizer_info)
-        metadata = ModelMetadata(
-            model=config.model,
-            mup=config.mup,
-            max_length=max(config.curriculum.seq_len),
-            eos_id=tokenizer_info.eos_id,
-            tokenizer=tokenizer_info,
-            prompt_bos_id=None,
-            notes=notes,
-        )
-        _check_vocabulary(metadata, tokenizer, where=workdir)
+        checkpoint = read_run_checkpoint(reader, reader.steps()[-1], workdir=workdir)
         mesh = one_device_mesh()
-        params = reader.restore_params(step, abstract=abstract_params(metadata, mesh))
+        params = reader.restore_params(checkpoint.position.step, abstract=abstract_params(checkpoint.metadata, mesh))
     finally:
         reader.close()
-    return NativeModel(metadata=metadata, params=params, mesh=mesh, tokenizer=tokenizer)
+    return NativeModel(metadata=checkpoint.metadata, params=params, mesh=mesh, tokenizer=checkpoint.tokenizer)
+
+
+def read_run_checkpoint(reader: CheckpointReader, step: int, *, workdir: Path) -> RunCheckpoint:
+    """Read what belongs to a checkpoint of a run beside its arrays; raises as `read_run`."""
+    position, config = reader.read_metadata(step)
+    notes = {"steps": f"{step:,}", "tokens": f"{position.tokens_seen:,}"} | _heldout_notes(workdir, step)
+    directory, tokenizer_info = _tokenizer_of_run(workdir, config)
+    tokenizer = load_tokenizer(directory, tokenizer_info)
+    metadata = ModelMetadata(
+        model=config.model,
+        mup=config.mup,
+        max_length=max(config.curriculum.seq_len),
+        eos_id=tokenizer_info.eos_id,
+        tokenizer=tokenizer_info,
+        prompt_bos_id=None,
+        notes=notes,
+    )
+    _check_vocabulary(metadata, tokenizer, where=workdir)
+    return RunCheckpoint(metadata=metadata, tokenizer=tokenizer, position=position, config=config)
 
 
 def store_of_run(workdir: Path) -> PathOrUrl:

@@ -26,8 +26,8 @@ from btlm_jax.tokenizers.sentencepiece_bpe import SENTENCEPIECE, TOKENIZER_FILE,
 
 PIECE_CHARACTERS = 1 << 20  # of a long text that is encoded in pieces
 SENTENCEPIECE_JSON = "sentencepiece_json"  # of sentencepiece_json.py, which is imported where it is needed
-# Texts by which a tokenizer.json and a model file beside it are compared
-_PROBES = (
+# Texts by which tokenizers are compared, such as a tokenizer.json and the model file beside it
+PROBES = (
     "Hello world, it's 10:45", "  two spaces,\ta tab\n\n and lines\n", "def f(x):\n    return x ** 2",
     "\u00c9t\u00e9 \u2014 \u6570\u5b66 \U0001f600", "a" * 9 + " " * 7 + "=" * 8,
 )  # fmt: skip
@@ -229,7 +229,7 @@ def _difference(stored: Path, tokenizer: SentencePieceTokenizer) -> str:
         more += sorted(own.keys() - vocabulary.keys(), key=own.__getitem__)
         count = len(vocabulary.items() ^ own.items())
         return f"{count:,} tokens differ" + (f", among them {', '.join(map(repr, more[:3]))}" if more else "")
-    for text in _PROBES:
+    for text in PROBES:
         if library.encode(text, add_special_tokens=False).ids != tokenizer.encode(text):
             return f"{text!r} gets other ids"
     return ""

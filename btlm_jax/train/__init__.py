@@ -8,4 +8,5 @@ TENSORBOARD = "tensorboard"  # directory
 COMPILE_CACHE = "compile_cache"  # directory of JAX's compilation cache
 LOSS_PLOT, POSITION_PLOT = "loss.png", "loss_by_position.png"
 REPLACED = "replaced"  # directory of checkpoints and metrics that --resume_step set aside
+INIT_FILE = "init.json"  # of a run that began with given weights: which, and what was taken of them
 SUMMARY_FILE = "summary.json"  # of a finished run

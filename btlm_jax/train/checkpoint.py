@@ -202,6 +202,11 @@ class CheckpointReader(Checkpointer):
         )
 
 
+def checkpoint_steps(workdir: Path) -> list[int]:
+    """Return the steps of a workdir's complete checkpoints, ascending; nothing is opened."""
+    return _steps_in(workdir / CHECKPOINTS)
+
+
 def _steps_in(directory: Path) -> list[int]:
     """Return the steps of the complete checkpoints in a folder, ascending, as orbax takes them from their names."""
     paths = directory.iterdir() if directory.is_dir() else ()

@@ -58,6 +58,10 @@ class HeldoutResult:
     loss_T: np.ndarray  # float64, nats summed over rows
     weight_T: np.ndarray  # float64, targets counted
 
+    def __str__(self) -> str:
+        rows = [f"{name} {part.loss:.4f} ({part.bits_per_byte:.4f} bits/byte)" for name, part in self.sources.items()]
+        return f"loss {self.total.loss:.4f} nats/token: {', '.join(rows)}"
+
     @property
     def total(self) -> SourceLoss:
         """Return the loss over all sources together: every token has the same weight."""

@@ -41,6 +41,7 @@ from btlm_jax.train.metric_writer import EvaluationWork, GoodputLedger, MetricWr
 from btlm_jax.train.program import make_program
 from btlm_jax.train.run_summary import describe_run
 from btlm_jax.train.setup import (
+    Beginning,
     BuildStore,
     Run,
     check_curriculum,
@@ -52,7 +53,7 @@ from btlm_jax.train.setup import (
     open_run_store,
     prepare_store,
 )
-from btlm_jax.train.step import TrainState, abstract_state, init_state
+from btlm_jax.train.step import TrainState, abstract_state
 
 DONE, PREEMPTED, BAD_NUMBERS = "done", "preempted", "bad numbers"
 CheckDevices = Callable[[TrainConfig, Sequence[jax.Device]], str]  # -> what is known of the layout, or ""
@@ -74,6 +75,7 @@ def train(
     check_devices: CheckDevices,
     resume_step: int,
     build_store: BuildStore,
+    beginning: Beginning,
     continue_prompt: ContinuePrompt,
 ) -> str:
     """Train `config` in `workdir` to its end, from wherever the workdir stands; return DONE, PREEMPTED or BAD_NUMBERS.
@@ -81,7 +83,8 @@ def train(
     With a `resume_step` other than 0 it goes back to that checkpoint first, and later ones are set aside.
 
     What belongs to folders above this one is handed in: `check_devices` refuses a layout that is known not to fit the
-    chips, `build_store` makes the token store that the config describes, `continue_prompt` makes the sample at the end.
+    chips, `build_store` makes the token store that the config describes, `beginning` the first state, `continue_prompt`
+    the sample at the end.
 
     Raises:
       ValueError: the config, the store, the mesh or the checkpoint do not fit together, or the step does not fit the
@@ -125,13 +128,16 @@ def train(
                 token_store.manifest.tokenizer, store=token_store.directory, directory=workdir / KEPT_TOKENIZER
             )
         if position.step == 0:
-            state = init_state(run.model, run.optimizer, mesh, seed=config.seed)
+            state = beginning.make_state(run)
         else:
             log(f"Resuming from step {position.step:,} ({position.tokens_seen:,} tokens)")
             state = checkpointer.restore_state(position.step, abstract=abstract_state(run.table, run.optimizer, mesh))
         with jax.set_mesh(mesh), _make_writer(run, first_step=position.step + 1) as writer:
             for event in events:
                 writer.event(position.step, event)
+            if position.step == 0 and beginning.events:
+                for event in (*beginning.events, f"held-out before the first step: {evaluate_some(run, state.params)}"):
+                    writer.event(0, event)
             for change in changes:
                 writer.setting_changed(position.step, key=change.key, old=change.old, new=change.new)
             return _train_from(

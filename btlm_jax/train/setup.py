@@ -30,9 +30,9 @@ from btlm_jax.storage.location import PathOrUrl, resolve_location
 from btlm_jax.train import COMPILE_CACHE
 from btlm_jax.train.metric_writer import GoodputLedger
 from btlm_jax.train.program import Program
-from btlm_jax.train.step import abstract_batch, make_eval_step
+from btlm_jax.train.step import TrainState, abstract_batch, init_state, make_eval_step
 
-_SUFFIXES_OF_WEIGHTS = (".safetensors", ".gguf", ".bin")
+_SUFFIXES_OF_WEIGHTS, _MODEL_FILE = (".safetensors", ".gguf", ".bin"), "model.json"
 
 
 class BuildStore(Protocol):
@@ -72,6 +72,19 @@ class Run:
         return most_documents(self.config.model) if self.config.data.document_mask else 0
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Beginning:
+    """How the state of step 0 is made, where there is no checkpoint to go on from."""
+
+    make_state: Callable[[Run], TrainState]
+    events: tuple[str, ...]  # what is recorded of it, and then the held-out loss before the first step is too
+
+
+FROM_SEED = Beginning(
+    make_state=lambda run: init_state(run.model, run.optimizer, run.mesh, seed=run.config.seed), events=()
+)
+
+
 def log(message: str) -> None:
     """Print a line, in process 0 only."""
     if jax.process_index() == 0:
@@ -89,8 +102,9 @@ def start_processes(*, distributed: bool, coordinator: str, num_processes: int, 
 
 
 def weights_in(workdir: Path) -> list[str]:
-    """Return the names of a model's files of weights that lie in a workdir; a run has none there."""
-    return sorted(path.name for path in workdir.glob("*.*") if path.suffix in _SUFFIXES_OF_WEIGHTS)
+    """Return the names of a model's files that lie in a workdir; a run has none there."""
+    files = (path for path in workdir.glob("*.*") if path.suffix in _SUFFIXES_OF_WEIGHTS or path.name == _MODEL_FILE)
+    return sorted(path.name for path in files)
 
 
 def make_workdir(workdir: Path) -> None:

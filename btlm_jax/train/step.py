@@ -27,7 +27,11 @@ class TrainState:
 
 def init_state(model: Btlm, optimizer: optax.GradientTransformation, mesh: Mesh, *, seed: int) -> TrainState:
     """Initialize the state of step 0, sharded over the mesh."""
-    params = init_params(model, mesh, seed=seed)
+    return make_state(init_params(model, mesh, seed=seed), optimizer, mesh)
+
+
+def make_state(params: dict, optimizer: optax.GradientTransformation, mesh: Mesh) -> TrainState:
+    """Make the state of step 0 with these parameters, which are on the mesh."""
     with jax.set_mesh(mesh):
         return jax.jit(lambda params: _new_state(params, optimizer))(params)
 

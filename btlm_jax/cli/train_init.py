@@ -1,0 +1,333 @@
+"""`btlm train --init=MODEL`: the config of a run that begins with given weights, and its first state.
+
+What decides the function of the model (shape, parametrization, ALiBi) is the model's, not the config file's. What a run
+began with is kept in the workdir's init.json: a later start reads it there, and the model no more.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import shutil
+from pathlib import Path
+
+import jax
+
+from btlm_jax import notices
+from btlm_jax.cli import UsageError
+from btlm_jax.cli.parse import Flags
+from btlm_jax.data.store import read_manifest
+from btlm_jax.hub.given_model import (
+    GivenModel,
+    NewRows,
+    begin_state,
+    check_has_moments,
+    fetch_model,
+    open_given_model,
+    split_step,
+)
+from btlm_jax.recipe.config import TrainConfig, config_from, train_config_from, value_from_text
+from btlm_jax.recipe.sizes import count_parameters
+from btlm_jax.storage.files import read_json_object, write_atomically
+from btlm_jax.storage.location import PathOrUrl, is_absolute
+from btlm_jax.tokenizers.compare import difference
+from btlm_jax.tokenizers.tokenizer import load_tokenizer
+from btlm_jax.train import INIT_FILE
+from btlm_jax.train.checkpoint import checkpoint_steps
+from btlm_jax.train.setup import FROM_SEED, Beginning, Run, has_store, locate_store, log, make_workdir
+from btlm_jax.train.step import TrainState
+
+FORMAT = "btlm-init"
+KEPT = "kept"  # of --init_optimizer
+# Keys of `model` that do not decide which function the weights are: the run's own.
+OWN_KEYS = ("dtype", "attention", "remat", "loss_chunk")
+_ALIBI_SCALING, _VOCAB_SIZE = "model.alibi_scaling", "model.vocab_size"
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Record:
+    """What a workdir's init.json has."""
+
+    format: str
+    init: str  # absolute path or URL, as given
+    step: int  # of the checkpoint that was taken, where the model is a run; else 0
+    fingerprint: str  # of the model's files
+    init_optimizer: str
+    grow_vocabulary: bool
+    said: str  # what was begun with, for a reader
+    taken: str  # JSON of the config's keys that are the model's, by section
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Start:
+    """A run's config, and how its first state is made."""
+
+    config: TrainConfig
+    beginning: Beginning
+
+
+def start(config: TrainConfig, flags: Flags, *, workdir: Path) -> Start:
+    """Return the config with what the model of --init decides, and the beginning; or go on as init.json says.
+
+    Raises:
+      UsageError: the command line, the workdir and the model contradict each other.
+      FileNotFoundError, ValueError, OSError: the model, the store or the record is missing, damaged or unreadable.
+    """
+    if checkpoint_steps(workdir):
+        return Start(config=_resumed(config, flags, workdir=workdir), beginning=FROM_SEED)
+    if not flags.is_given("init"):
+        raise UsageError(
+            f"workdir {workdir} has {INIT_FILE}, as it was begun with --init, and no checkpoint yet: give that flag "
+            "again, or choose another --workdir"
+        )
+    make_workdir(workdir)
+    model, fetched = _open(flags, workdir=workdir)
+    kept = flags.string("init_optimizer") == KEPT
+    rows = _new_rows(model, config, flags, location=_store_of(config, workdir, flags))
+    config, taken = _config_of(model, config, flags, rows=rows)
+    if kept:
+        check_has_moments(model, config, name=flags.string("init"))
+    said = _described(model, config, flags, rows=rows)
+    record = Record(
+        format=FORMAT,
+        init=_absolute(flags.string("init")),
+        step=model.step,
+        fingerprint=model.fingerprint,
+        init_optimizer=flags.string("init_optimizer"),
+        grow_vocabulary=flags.boolean("grow_vocabulary"),
+        said=said,
+        taken=json.dumps(taken),
+    )
+    if jax.process_index() == 0:
+        write_atomically(workdir / INIT_FILE, json.dumps(dataclasses.asdict(record), indent=1))
+    log(f"init: {said}")
+
+    def make_state(run: Run) -> TrainState:
+        state = begin_state(model, run, keep_optimizer=kept, rows=rows)
+        if fetched is not None:
+            shutil.rmtree(fetched)
+        return state
+
+    event = f"begins with {said}; fingerprint {model.fingerprint[:16]}"
+    return Start(config=config, beginning=Beginning(make_state=make_state, events=(event,)))
+
+
+def dry_run(config: TrainConfig, flags: Flags, *, workdir: Path | None) -> tuple[TrainConfig, str]:
+    """Return the config that `start` would, and what it would say; nothing is written, and no array is read.
+
+    Raises:
+      UsageError, FileNotFoundError, ValueError, OSError: as `start`.
+    """
+    if "://" in flags.string("init"):
+        raise UsageError(f"--dry_run does not fetch --init={flags.string('init')}; give a model on this machine")
+    if workdir is not None and checkpoint_steps(workdir):
+        return _resumed(config, flags, workdir=workdir), "init: of the run's first start, which is resumed"
+    name, step = split_step(_absolute(flags.string("init")))
+    model = open_given_model(Path(name), step=step)
+    rows = NewRows(first=model.metadata.model.vocab_size, end=model.metadata.model.vocab_size)
+    if workdir is not None or is_absolute(config.data.store):
+        rows = _new_rows(model, config, flags, location=_store_of(config, workdir or Path(), flags))
+    config, _ = _config_of(model, config, flags, rows=rows)
+    return config, f"init: {_described(model, config, flags, rows=rows)}"
+
+
+def _absolute(text: str) -> str:
+    return text if "://" in text else os.path.abspath(os.path.expanduser(text))
+
+
+def _resumed(config: TrainConfig, flags: Flags, *, workdir: Path) -> TrainConfig:
+    """Return the config of a run that has a checkpoint, as init.json says; the model is not read.
+
+    Without --init every key is the command's, and the checkpoint is compared with them.
+
+    Raises:
+      UsageError: the run is another one, or was begun otherwise.
+      ValueError: the record is damaged.
+    """
+    if not flags.is_given("init"):
+        return config
+    if not (workdir / INIT_FILE).is_file():
+        raise UsageError(
+            f"workdir {workdir} holds a run that did not begin with --init, at step {checkpoint_steps(workdir)[-1]:,}: "
+            "choose another --workdir, or leave --init out to go on with it"
+        )
+    record, taken = _read_record(workdir / INIT_FILE)
+    now = {
+        "init": _absolute(flags.string("init")),
+        "init_optimizer": flags.string("init_optimizer"),
+        "grow_vocabulary": flags.boolean("grow_vocabulary"),
+    }
+    then = {name: getattr(record, name) for name in now}
+    if differing := [f"--{name} was {then[name]}, is now {now[name]}" for name in now if now[name] != then[name]]:
+        raise UsageError(
+            f"workdir {workdir} was begun otherwise: {'; '.join(differing)}. Give what it was begun with to go on, or "
+            "another --workdir to begin anew"
+        )
+    return _with_taken(config, taken, flags)
+
+
+def _read_record(path: Path) -> tuple[Record, dict]:
+    """Return what the file says, and the config's keys in it.
+
+    Raises:
+      ValueError: it is damaged.
+    """
+    try:
+        record = config_from(Record, read_json_object(path), path=INIT_FILE)
+        if record.format != FORMAT:
+            raise ValueError(f"its format is {record.format!r}, not {FORMAT!r}")
+        taken = json.loads(record.taken)
+        if not isinstance(taken, dict) or not all(isinstance(taken.get(name), dict) for name in ("model", "mup")):
+            raise ValueError("its `taken` has no tables model and mup")
+    except ValueError as error:
+        raise ValueError(f"{path} is damaged: {error}; choose another --workdir") from error
+    return record, taken
+
+
+def _open(flags: Flags, *, workdir: Path) -> tuple[GivenModel, Path | None]:
+    """Open the model, and return the folder that it was fetched to, if it was."""
+    name, step = split_step(_absolute(flags.string("init")))
+    directory, fetched = Path(name), None
+    if "://" in name:
+        directory = fetched = workdir / f".init-{jax.process_index()}"
+        shutil.rmtree(fetched, ignore_errors=True)
+        fetch_model(name, step=step, directory=fetched, log=log)
+    return open_given_model(directory, step=step), fetched
+
+
+def _store_of(config: TrainConfig, workdir: Path, flags: Flags) -> PathOrUrl:
+    """Return where the run's token store is.
+
+    Raises:
+      UsageError: there is none, and one that the run would make would have a tokenizer of its own.
+    """
+    location = locate_store(config.data, workdir=workdir)
+    if not has_store(location):
+        raise UsageError(
+            f"there is no token store in {location}, and --init needs one whose tokenizer is the model's: make it by "
+            f"btlm corpus tokenize --tokenizer=DIR with a directory that has it (the folder tokenizer/ of a run, or a "
+            "model's directory), then give --config.data.store=STORE --config.corpus.source=prepared"
+        )
+    return location
+
+
+def _new_rows(model: GivenModel, config: TrainConfig, flags: Flags, *, location: PathOrUrl) -> NewRows:
+    """Compare the store's tokenizer with the model's, and return which rows the table of embeddings gets.
+
+    Raises:
+      UsageError: it is another one, and --grow_vocabulary is not given or does not help.
+      FileNotFoundError, ValueError, OSError: the store cannot be read.
+    """
+    name, size = flags.string("init"), model.metadata.model.vocab_size
+    info = read_manifest(location).tokenizer
+    known, end = size, max(size, info.vocab_size)
+    if model.tokenizer is None:
+        notices.report("tokenizer-unknown", f"{name} has no tokenizer; the ids of {location} are taken for its own")
+        if info.eos_id != model.metadata.eos_id:
+            raise UsageError(
+                f"in {location} a text ends with id {info.eos_id}, in {name} with {model.metadata.eos_id}: the store "
+                "was made with another tokenizer"
+            )
+        fault = f"{info.vocab_size:,} ids in place of {size:,}" if info.vocab_size > size else ""
+        is_extension = bool(fault)
+    else:
+        found = difference(model.tokenizer, load_tokenizer(location, info))
+        fault, is_extension = str(found), found.num_new_ids > 0
+        if is_extension:
+            known, end = model.tokenizer.vocab_size, info.vocab_size
+    if fault and not (is_extension and flags.boolean("grow_vocabulary")):
+        remedy = (
+            f"give --grow_vocabulary, which gives {end - known:,} new ids the mean of the rows of the others"
+            if is_extension
+            else "make the store with the model's tokenizer (btlm corpus tokenize --tokenizer=DIR); --grow_vocabulary "
+            "is for tokenizers that keep all of the model's tokens under their ids"
+        )
+        raise UsageError(f"token store {location} has another tokenizer than {name}: {fault}. {remedy}")
+    text = flags.changes.get(_VOCAB_SIZE)
+    if text is not None and flags.boolean("grow_vocabulary"):
+        wanted = value_from_text(_VOCAB_SIZE, text)
+        assert isinstance(wanted, int)
+        end = max(end, wanted) if wanted > size else end
+    rows = NewRows(first=known, end=end) if end > known else NewRows(first=size, end=size)
+    if rows.num_rows:
+        notices.report(
+            "vocabulary-grown",
+            f"{rows.num_rows:,} rows of the embeddings, which are the output layer too, are new: ids {rows.first:,} to "
+            f"{rows.end - 1:,}, each with the mean of the {rows.first:,} rows of {name} before them",
+            count=rows.num_rows,
+        )
+    return rows
+
+
+def _config_of(model: GivenModel, config: TrainConfig, flags: Flags, *, rows: NewRows) -> tuple[TrainConfig, dict]:
+    """Return the run's config, and the keys of it that are the model's, by section.
+
+    Raises:
+      UsageError: the command line contradicts the model.
+    """
+    name, metadata = flags.string("init"), model.metadata
+    taken = {
+        "model": {key: value for key, value in dataclasses.asdict(metadata.model).items() if key not in OWN_KEYS},
+        "mup": dataclasses.asdict(metadata.mup),
+    }
+    taken["model"]["vocab_size"] = max(metadata.model.vocab_size, rows.end)
+    longest, trained = max(config.curriculum.seq_len), metadata.alibi_train_len
+    if trained and _ALIBI_SCALING not in flags.changes:
+        if longest > trained:
+            raise UsageError(
+                f"{name} divides ALiBi's slopes by keys / {trained:,} where there are more keys than that, which "
+                f"training does not do: keep curriculum.seq_len (now up to {longest:,}) to {trained:,}, or give a "
+                f"fixed factor, --config.model.alibi_scaling={longest / trained:g}"
+            )
+        notices.report(
+            "init-not-kept", f"alibi_scaling of {name} by train_seq_len={trained:,} is not of the run's model"
+        )
+    if metadata.prompt_bos_id is not None:
+        notices.report("init-not-kept", f"id {metadata.prompt_bos_id}, in front of every prompt of {name}, is not kept")
+    return _with_taken(config, taken, flags), taken
+
+
+def _with_taken(config: TrainConfig, taken: dict, flags: Flags) -> TrainConfig:
+    """Return the config with the model's keys; say which of the file are replaced.
+
+    Raises:
+      UsageError: the command line gives a key another value than the model has.
+    """
+    values, name, replaced = dataclasses.asdict(config), flags.string("init"), []
+    for section, keys in taken.items():
+        for key, value in keys.items():
+            given, full = values[section].get(key), f"{section}.{key}"
+            if full == _ALIBI_SCALING and full in flags.changes:
+                continue
+            if given != value and full in flags.changes:
+                grows = " (--grow_vocabulary makes it larger)" * (full == _VOCAB_SIZE)
+                raise UsageError(
+                    f"--config.{full}={flags.changes[full]}: the weights of {name} were made with {full}={value}, "
+                    f"which decides what they compute; leave the flag out, or give --config.{full}={value}{grows}"
+                )
+            if given != value:
+                replaced.append(f"{full}={value} (not {given})")
+            values[section][key] = value
+    if replaced:
+        notices.report(
+            "config-keys-replaced", f"{name} decides {', '.join(replaced)} of the config", count=len(replaced)
+        )
+    return train_config_from(values)
+
+
+def _described(model: GivenModel, config: TrainConfig, flags: Flags, *, rows: NewRows) -> str:
+    """Return in one line what is begun with, what is taken of it, and what is not."""
+    optimizer, trained, longest = config.optimizer, model.metadata.max_length, max(config.curriculum.seq_len)
+    at = f", step {model.step:,}" if model.step else ""
+    context = f"trained at up to {trained:,} positions"
+    context += (
+        f", here up to {longest:,}, with alibi_scaling {config.model.alibi_scaling:g}" if longest > trained else ""
+    )
+    new = f", {rows.num_rows:,} rows of embeddings new" if rows.num_rows else ""
+    return (
+        f"the weights of {flags.string('init')} ({model.form}{at}): {count_parameters(config.model):,} parameters, "
+        f"parametrization {config.mup.preset}, {context}{new}; optimizer {flags.string('init_optimizer')}; the "
+        f"schedule starts anew: warm-up of {optimizer.warmup_tokens:,} tokens from {optimizer.initial_learning_rate:g} "
+        f"to {optimizer.peak_learning_rate:g}"
+    )
