@@ -22,6 +22,7 @@ TRAIN_HELP = """btlm train: train, or resume from the last checkpoint in the wor
 examples:  btlm train --data=TEXTS --workdir=runs/mine --minutes=10
            btlm train --config=local_cpu --workdir=runs/local --config.optimizer.peak_learning_rate=0.006
            btlm train --config=local_cpu --init=runs/local --workdir=runs/other --config.data.store=/PATH/OF/STORE
+           btlm train --data=TEXTS --init=runs/local --workdir=runs/mine
            btlm train --config=btlm_3b_8k --dry-run
 
 --data makes a model of your text, from 64 kB on, without a config: files, folders (subfolders are sources), patterns
@@ -78,7 +79,8 @@ def train(arguments: Sequence[str]) -> int:
     if flags.is_given("init") or (workdir / INIT_FILE).is_file():
         from btlm_jax.cli import train_init
 
-        start = train_init.start(config, flags, workdir=workdir)
+        open_model = functools.partial(train_init.open_init, flags, workdir=workdir)
+        start = train_init.start(config, flags, workdir=workdir, open_model=open_model)
         config, beginning = start.config, start.beginning
     return _run(config, flags, workdir=workdir, config_file=flags.config_file(), beginning=beginning)
 
@@ -93,9 +95,16 @@ def _train_on_data(flags: Flags) -> int:
     if flags.boolean("dry_run"):
         print(train_data.dry_run(flags, workdir=workdir))
         return DONE
-    config = train_data.config_of_data(flags, workdir=workdir)
     config_file = find_config(train_data.BASE_CONFIG)
-    return _run(config, flags, workdir=workdir, config_file=config_file, beginning=setup.FROM_SEED)
+    if not flags.is_given("init"):
+        config = train_data.config_of_data(flags, workdir=workdir, open_model=None)
+        return _run(config, flags, workdir=workdir, config_file=config_file, beginning=setup.FROM_SEED)
+    from btlm_jax.cli import train_init
+
+    open_model = functools.cache(functools.partial(train_init.open_init, flags, workdir=workdir))
+    config = train_data.config_of_data(flags, workdir=workdir, open_model=open_model)
+    start = train_init.start(config, flags, workdir=workdir, open_model=open_model)
+    return _run(start.config, flags, workdir=workdir, config_file=config_file, beginning=start.beginning)
 
 
 def _run(config: TrainConfig, flags: Flags, *, workdir: Path, config_file: Path, beginning: Beginning) -> int:
@@ -144,11 +153,6 @@ def _check_init(flags: Flags) -> None:
     """
     if flags.is_given("init") and not flags.string("init"):
         raise UsageError("--init= is empty; give a run, a model's directory, or the URL of one")
-    if flags.is_given("init") and flags.is_given("data"):
-        raise UsageError(
-            "--init and --data are both given: make a token store of the text with the model's tokenizer (btlm corpus) "
-            "and give --config and --config.data.store=STORE with --init"
-        )
     for name in ("init_optimizer", "grow_vocabulary"):
         if flags.is_given(name) and not flags.is_given("init"):
             raise UsageError(f"--{name} goes with --init=MODEL: it says how a run begins with given weights")

@@ -10,8 +10,9 @@ import json
 import os
 import shlex
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from btlm_jax import notices
 from btlm_jax.cli import UsageError
@@ -19,18 +20,23 @@ from btlm_jax.cli.parse import Flags, find_config, load_config
 from btlm_jax.corpus import own_text
 from btlm_jax.corpus.engine.inputs import Input
 from btlm_jax.corpus.engine.workers import LocalWorkers
-from btlm_jax.data.store import MANIFEST_FILE, TRAIN, Manifest
+from btlm_jax.data.store import MANIFEST_FILE, TOKENIZER_INFO_FILE, TRAIN, Manifest, write_tokenizer
 from btlm_jax.recipe.config import TrainConfig, config_from, train_config_from, value_from_text, with_later_keys
+from btlm_jax.recipe.sizes import Shape
 from btlm_jax.storage.files import read_json_object, write_atomically
 from btlm_jax.storage.location import PathOrUrl, expand_pattern
-from btlm_jax.tokenizers.tokenizer import find_tokenizer
+from btlm_jax.tokenizers.tokenizer import find_tokenizer, tokenizer_info
 from btlm_jax.train import CHECKPOINTS, CONFIG_FILE, SUMMARY_FILE, loop, sizing
 from btlm_jax.train.setup import make_workdir, weights_in
 from btlm_jax.train.size_run import size_run
 
+if TYPE_CHECKING:
+    from btlm_jax.cli.train_init import Opened
+
 RECORD_FILE = "own_text.json"  # in the workdir
 CORPUS_FOLDER, STORE_FOLDER = "corpus", "store"  # in the workdir: the stages' work, the token store
 FORMAT = "btlm-own-text"
+_LATER_KEYS = {"init": ""}  # that files did not have at first
 BASE_CONFIG = "local_cpu"  # whose family the chosen run belongs to
 DEFAULT_MINUTES = 20.0  # at most, where no time is given
 _MIN_MINUTES, _MAX_MINUTES = 1.0, 60.0 * 24 * 366
@@ -46,6 +52,7 @@ class Record:
     format: str
     data: tuple[str, ...]  # absolute paths and patterns, or URLs
     tokenizer: str  # directory; "" where one is trained
+    init: str  # the model that the run begins with; "" if it begins with random weights
     inputs: str  # hash of the raw files' names and sizes
     minutes: float  # as given; 0: no time was given
     lines: tuple[str, ...]  # what was chosen and why; empty until it is
@@ -95,8 +102,10 @@ def check_flags(flags: Flags) -> None:
         )
 
 
-def config_of_data(flags: Flags, *, workdir: Path) -> TrainConfig:
+def config_of_data(flags: Flags, *, workdir: Path, open_model: Callable[[], Opened] | None) -> TrainConfig:
     """Make the token store of --data in the workdir and choose the run, where that is not done; return its config.
+
+    `open_model` opens the model of --init, if that is given, of which shape, parametrization and tokenizer are taken.
 
     Raises:
       UsageError: the command line and the workdir contradict each other, or a value is refused.
@@ -112,8 +121,12 @@ def config_of_data(flags: Flags, *, workdir: Path) -> TrainConfig:
         inputs = own_text.list_inputs(locations)
         record = _begun(record, inputs, flags, workdir=workdir)
         make_workdir(workdir)
+        if open_model is not None and not record.config:
+            from btlm_jax.cli.train_init import check_tokenizer
+
+            check_tokenizer(open_model().model, flags)
         _write_record(record, workdir)
-        record = _with_store(record, locations, inputs, flags, workdir=workdir)
+        record = _with_store(record, locations, inputs, flags, workdir=workdir, open_model=open_model)
     assert record is not None
     for line in record.lines:
         _log(line)
@@ -167,7 +180,9 @@ def _given_tokenizer(flags: Flags) -> str:
 def _command(flags: Flags, workdir: Path) -> str:
     """Return the command that trains on the data, with the other flags as they were given."""
     words = ["btlm", "train", "--data", *flags.strings("data"), f"--workdir={workdir}"]
-    words += [f"--tokenizer={flags.string('tokenizer')}"] if flags.string("tokenizer") else []
+    for name in ("tokenizer", "init", "init_optimizer"):
+        words += [f"--{name}={flags.string(name)}"] if flags.is_given(name) else []
+    words += ["--grow_vocabulary"] if flags.boolean("grow_vocabulary") else []
     words += [f"--minutes={_minutes(flags):g}"] if _minutes(flags) else []
     return shlex.join(words)
 
@@ -188,7 +203,7 @@ def _read_record(workdir: Path) -> Record | None:
     if not path.is_file():
         return None
     try:
-        record = config_from(Record, read_json_object(path), path=RECORD_FILE)
+        record = config_from(Record, {**_LATER_KEYS, **read_json_object(path)}, path=RECORD_FILE)
         if record.format != FORMAT:
             raise ValueError(f"its format is {record.format!r}, not {FORMAT!r}")
         if record.config:
@@ -229,7 +244,8 @@ def _check_workdir(record: Record | None, flags: Flags, *, workdir: Path) -> Non
             )
         return
     now = {"data": [*map(_absolute, flags.strings("data"))], "tokenizer": _given_tokenizer(flags)}
-    then = {"data": list(record.data), "tokenizer": record.tokenizer}
+    now["init"] = _absolute(flags.string("init")) if flags.string("init") else ""
+    then = {"data": list(record.data), "tokenizer": record.tokenizer, "init": record.init}
     if record.config and _minutes(flags):
         now["minutes"], then["minutes"] = _minutes(flags), record.minutes or "not given"
     if differing := [name for name in now if now[name] != then[name]]:
@@ -242,6 +258,7 @@ def _go_on(record: Record, workdir: Path) -> str:
     """Return the command that goes on with what a workdir was begun with."""
     words = ["btlm", "train", "--data", *record.data, f"--workdir={workdir}"]
     words += [f"--tokenizer={record.tokenizer}"] if record.tokenizer else []
+    words += [f"--init={record.init}"] if record.init else []
     return f"  {shlex.join(words)}\n      (goes on with what was begun)"
 
 
@@ -301,6 +318,7 @@ def _begun(record: Record | None, inputs: Sequence[Input], flags: Flags, *, work
         format=FORMAT,
         data=tuple(map(_absolute, flags.strings("data"))),
         tokenizer=_given_tokenizer(flags),
+        init=_absolute(flags.string("init")) if flags.string("init") else "",
         inputs=fingerprint,
         minutes=_minutes(flags),
         lines=(),
@@ -309,7 +327,13 @@ def _begun(record: Record | None, inputs: Sequence[Input], flags: Flags, *, work
 
 
 def _with_store(
-    record: Record, locations: Sequence[PathOrUrl], inputs: Sequence[Input], flags: Flags, *, workdir: Path
+    record: Record,
+    locations: Sequence[PathOrUrl],
+    inputs: Sequence[Input],
+    flags: Flags,
+    *,
+    workdir: Path,
+    open_model: Callable[[], Opened] | None,
 ) -> Record:
     """Run the stages, then choose the run unless it is chosen; return the record of it, which is written."""
     folder = workdir / CORPUS_FOLDER
@@ -325,8 +349,17 @@ def _with_store(
         is_accelerator = _is_accelerator()
         vocab_size = sizing.vocab_size_for(text.train_bytes, is_accelerator=is_accelerator)
         lengths = sizing.lengths_for(text.train_bytes, is_accelerator=is_accelerator)
+        if open_model is not None:
+            lengths = lengths.at_most(open_model().model.metadata.max_length)
     tokenizer = Path(record.tokenizer)
-    if not record.tokenizer:
+    if not record.tokenizer and open_model is not None:
+        tokenizer = folder / "tokenizer-of-the-model"
+        if not (tokenizer / TOKENIZER_INFO_FILE).is_file():
+            from btlm_jax.cli.train_init import model_tokenizer
+
+            given = model_tokenizer(open_model().model, name=flags.string("init"))
+            write_tokenizer(tokenizer_info(given), given.contents, directory=tokenizer)
+    elif not record.tokenizer:
         tokenizer = own_text.make_tokenizer(text, vocab_size=vocab_size, directory=folder, log=_log)
     manifest = own_text.make_store(
         text,
@@ -343,6 +376,14 @@ def _with_store(
     base["data"]["store"], base["corpus"]["source"] = STORE_FOLDER, "prepared"
     base["log"]["sample_prompt"] = text.beginning
     base["checkpoint"]["keep_every"] = 2**31 - 1
+    given = None
+    if open_model is not None:
+        from btlm_jax.cli.train_init import values_of
+
+        for section, keys in values_of(open_model().model).items():
+            base[section] |= keys
+        shape = {field.name: base["model"][field.name] for field in dataclasses.fields(Shape)}
+        given = Shape(**{**shape, "vocab_size": max(shape["vocab_size"], manifest.tokenizer.vocab_size)})
     sized = size_run(
         manifest,
         base=base,
@@ -351,8 +392,10 @@ def _with_store(
         budget=60 * (record.minutes or DEFAULT_MINUTES),
         elapsed=seconds_since_start,
         workdir=workdir,
+        given=given,
     )
-    lines = [*text.lines, _tokenizer_line(manifest, is_given=bool(record.tokenizer)), *sized.lines]
+    is_given = bool(record.tokenizer) or open_model is not None
+    lines = [*text.lines, _tokenizer_line(manifest, is_given=is_given), *sized.lines]
     if not record.minutes:
         lines.append(f"--minutes=N gives it another time than the {DEFAULT_MINUTES:g} minutes at most")
     record = dataclasses.replace(record, lines=tuple(lines), config=sized.config.to_json())

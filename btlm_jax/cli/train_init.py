@@ -10,6 +10,7 @@ import dataclasses
 import json
 import os
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 import jax
@@ -30,9 +31,9 @@ from btlm_jax.hub.given_model import (
 from btlm_jax.recipe.config import TrainConfig, config_from, train_config_from, value_from_text
 from btlm_jax.recipe.sizes import count_parameters
 from btlm_jax.storage.files import read_json_object, write_atomically
-from btlm_jax.storage.location import PathOrUrl, is_absolute
+from btlm_jax.storage.location import is_absolute
 from btlm_jax.tokenizers.compare import difference
-from btlm_jax.tokenizers.tokenizer import load_tokenizer
+from btlm_jax.tokenizers.tokenizer import Tokenizer, find_tokenizer, load_tokenizer
 from btlm_jax.train import INIT_FILE
 from btlm_jax.train.checkpoint import checkpoint_steps
 from btlm_jax.train.setup import FROM_SEED, Beginning, Run, has_store, locate_store, log, make_workdir
@@ -67,8 +68,33 @@ class Start:
     beginning: Beginning
 
 
-def start(config: TrainConfig, flags: Flags, *, workdir: Path) -> Start:
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Opened:
+    """The model of --init, and the folder that it was fetched to, if it was."""
+
+    model: GivenModel
+    fetched: Path | None
+
+
+def open_init(flags: Flags, *, workdir: Path) -> Opened:
+    """Open the model of --init, and fetch it into the workdir first if it is behind a URL.
+
+    Raises:
+      FileNotFoundError, ValueError, OSError: it is missing, damaged or unreadable.
+    """
+    name, step = split_step(_absolute(flags.string("init")))
+    directory, fetched = Path(name), None
+    if "://" in name:
+        directory = fetched = workdir / f".init-{jax.process_index()}"
+        shutil.rmtree(fetched, ignore_errors=True)
+        fetch_model(name, step=step, directory=fetched, log=log)
+    return Opened(model=open_given_model(directory, step=step), fetched=fetched)
+
+
+def start(config: TrainConfig, flags: Flags, *, workdir: Path, open_model: Callable[[], Opened]) -> Start:
     """Return the config with what the model of --init decides, and the beginning; or go on as init.json says.
+
+    `open_model` opens the model, where the run has no checkpoint yet.
 
     Raises:
       UsageError: the command line, the workdir and the model contradict each other.
@@ -82,9 +108,11 @@ def start(config: TrainConfig, flags: Flags, *, workdir: Path) -> Start:
             "again, or choose another --workdir"
         )
     make_workdir(workdir)
-    model, fetched = _open(flags, workdir=workdir)
+    opened = open_model()
+    model = opened.model
     kept = flags.string("init_optimizer") == KEPT
-    rows = _new_rows(model, config, flags, location=_store_of(config, workdir, flags))
+    rows = new_rows(model, flags, *_tokenizer_of_store(config, workdir=workdir))
+    _report(model, rows, name=flags.string("init"))
     config, taken = _config_of(model, config, flags, rows=rows)
     if kept:
         check_has_moments(model, config, name=flags.string("init"))
@@ -105,8 +133,8 @@ def start(config: TrainConfig, flags: Flags, *, workdir: Path) -> Start:
 
     def make_state(run: Run) -> TrainState:
         state = begin_state(model, run, keep_optimizer=kept, rows=rows)
-        if fetched is not None:
-            shutil.rmtree(fetched)
+        if opened.fetched is not None:
+            shutil.rmtree(opened.fetched)
         return state
 
     event = f"begins with {said}; fingerprint {model.fingerprint[:16]}"
@@ -127,7 +155,8 @@ def dry_run(config: TrainConfig, flags: Flags, *, workdir: Path | None) -> tuple
     model = open_given_model(Path(name), step=step)
     rows = NewRows(first=model.metadata.model.vocab_size, end=model.metadata.model.vocab_size)
     if workdir is not None or is_absolute(config.data.store):
-        rows = _new_rows(model, config, flags, location=_store_of(config, workdir or Path(), flags))
+        rows = new_rows(model, flags, *_tokenizer_of_store(config, workdir=workdir or Path()))
+        _report(model, rows, name=flags.string("init"))
     config, _ = _config_of(model, config, flags, rows=rows)
     return config, f"init: {_described(model, config, flags, rows=rows)}"
 
@@ -185,57 +214,45 @@ def _read_record(path: Path) -> tuple[Record, dict]:
     return record, taken
 
 
-def _open(flags: Flags, *, workdir: Path) -> tuple[GivenModel, Path | None]:
-    """Open the model, and return the folder that it was fetched to, if it was."""
-    name, step = split_step(_absolute(flags.string("init")))
-    directory, fetched = Path(name), None
-    if "://" in name:
-        directory = fetched = workdir / f".init-{jax.process_index()}"
-        shutil.rmtree(fetched, ignore_errors=True)
-        fetch_model(name, step=step, directory=fetched, log=log)
-    return open_given_model(directory, step=step), fetched
-
-
-def _store_of(config: TrainConfig, workdir: Path, flags: Flags) -> PathOrUrl:
-    """Return where the run's token store is.
+def _tokenizer_of_store(config: TrainConfig, *, workdir: Path) -> tuple[Tokenizer, str]:
+    """Return the tokenizer of the run's token store, and what errors call the store.
 
     Raises:
       UsageError: there is none, and one that the run would make would have a tokenizer of its own.
+      FileNotFoundError, ValueError, OSError: it cannot be read.
     """
     location = locate_store(config.data, workdir=workdir)
     if not has_store(location):
         raise UsageError(
-            f"there is no token store in {location}, and --init needs one whose tokenizer is the model's: make it by "
-            f"btlm corpus tokenize --tokenizer=DIR with a directory that has it (the folder tokenizer/ of a run, or a "
-            "model's directory), then give --config.data.store=STORE --config.corpus.source=prepared"
+            f"there is no token store in {location}, and --init needs one whose tokenizer is the model's. Make it by "
+            "btlm corpus tokenize --tokenizer=DIR with a directory that has it (the folder tokenizer/ of a run, or a "
+            "model's directory) and give --config.data.store=STORE --config.corpus.source=prepared; or give --data="
+            "TEXTS without --config"
         )
-    return location
+    return load_tokenizer(location, read_manifest(location).tokenizer), f"token store {location}"
 
 
-def _new_rows(model: GivenModel, config: TrainConfig, flags: Flags, *, location: PathOrUrl) -> NewRows:
-    """Compare the store's tokenizer with the model's, and return which rows the table of embeddings gets.
+def new_rows(model: GivenModel, flags: Flags, tokenizer: Tokenizer, where: str) -> NewRows:
+    """Compare the tokenizer of the data with the model's, and return which rows the table of embeddings gets.
 
     Raises:
       UsageError: it is another one, and --grow_vocabulary is not given or does not help.
-      FileNotFoundError, ValueError, OSError: the store cannot be read.
     """
     name, size = flags.string("init"), model.metadata.model.vocab_size
-    info = read_manifest(location).tokenizer
-    known, end = size, max(size, info.vocab_size)
+    known, end = size, max(size, tokenizer.vocab_size)
     if model.tokenizer is None:
-        notices.report("tokenizer-unknown", f"{name} has no tokenizer; the ids of {location} are taken for its own")
-        if info.eos_id != model.metadata.eos_id:
+        if tokenizer.eos_id != model.metadata.eos_id:
             raise UsageError(
-                f"in {location} a text ends with id {info.eos_id}, in {name} with {model.metadata.eos_id}: the store "
-                "was made with another tokenizer"
+                f"in {where} a text ends with id {tokenizer.eos_id}, in {name} with {model.metadata.eos_id}: it was "
+                "made with another tokenizer"
             )
-        fault = f"{info.vocab_size:,} ids in place of {size:,}" if info.vocab_size > size else ""
+        fault = f"{tokenizer.vocab_size:,} ids in place of {size:,}" if tokenizer.vocab_size > size else ""
         is_extension = bool(fault)
     else:
-        found = difference(model.tokenizer, load_tokenizer(location, info))
+        found = difference(model.tokenizer, tokenizer)
         fault, is_extension = str(found), found.num_new_ids > 0
         if is_extension:
-            known, end = model.tokenizer.vocab_size, info.vocab_size
+            known, end = model.tokenizer.vocab_size, tokenizer.vocab_size
     if fault and not (is_extension and flags.boolean("grow_vocabulary")):
         remedy = (
             f"give --grow_vocabulary, which gives {end - known:,} new ids the mean of the rows of the others"
@@ -243,13 +260,21 @@ def _new_rows(model: GivenModel, config: TrainConfig, flags: Flags, *, location:
             else "make the store with the model's tokenizer (btlm corpus tokenize --tokenizer=DIR); --grow_vocabulary "
             "is for tokenizers that keep all of the model's tokens under their ids"
         )
-        raise UsageError(f"token store {location} has another tokenizer than {name}: {fault}. {remedy}")
+        raise UsageError(f"{where} has another tokenizer than {name}: {fault}. {remedy}")
     text = flags.changes.get(_VOCAB_SIZE)
     if text is not None and flags.boolean("grow_vocabulary"):
         wanted = value_from_text(_VOCAB_SIZE, text)
         assert isinstance(wanted, int)
         end = max(end, wanted) if wanted > size else end
-    rows = NewRows(first=known, end=end) if end > known else NewRows(first=size, end=size)
+    return NewRows(first=known, end=end) if end > known else NewRows(first=size, end=size)
+
+
+def _report(model: GivenModel, rows: NewRows, *, name: str) -> None:
+    """Say what is not as the model has it."""
+    if model.tokenizer is None:
+        notices.report(
+            "tokenizer-unknown", f"{name} has no tokenizer; the ids of the token store are taken for its own"
+        )
     if rows.num_rows:
         notices.report(
             "vocabulary-grown",
@@ -257,7 +282,36 @@ def _new_rows(model: GivenModel, config: TrainConfig, flags: Flags, *, location:
             f"{rows.end - 1:,}, each with the mean of the {rows.first:,} rows of {name} before them",
             count=rows.num_rows,
         )
-    return rows
+
+
+def model_tokenizer(model: GivenModel, *, name: str) -> Tokenizer:
+    """Return the tokenizer that a model comes with.
+
+    Raises:
+      UsageError: it has none.
+    """
+    if model.tokenizer is None:
+        raise UsageError(f"--init={name} comes without a tokenizer: give --tokenizer=DIR with the one of its ids")
+    return model.tokenizer
+
+
+def check_tokenizer(model: GivenModel, flags: Flags) -> None:
+    """Check the tokenizer that the text of --data is to be encoded with: --tokenizer, or the model's.
+
+    Raises:
+      UsageError: there is none, or it is another one than the model's, as `new_rows`.
+    """
+    given = flags.string("tokenizer")
+    tokenizer = find_tokenizer(Path(given)) if given else model_tokenizer(model, name=flags.string("init"))
+    new_rows(model, flags, tokenizer, f"--tokenizer={given}")
+
+
+def values_of(model: GivenModel) -> dict[str, dict]:
+    """Return the keys of a config that are the model's, by section."""
+    return {
+        "model": {key: value for key, value in dataclasses.asdict(model.metadata.model).items() if key not in OWN_KEYS},
+        "mup": dataclasses.asdict(model.metadata.mup),
+    }
 
 
 def _config_of(model: GivenModel, config: TrainConfig, flags: Flags, *, rows: NewRows) -> tuple[TrainConfig, dict]:
@@ -267,10 +321,7 @@ def _config_of(model: GivenModel, config: TrainConfig, flags: Flags, *, rows: Ne
       UsageError: the command line contradicts the model.
     """
     name, metadata = flags.string("init"), model.metadata
-    taken = {
-        "model": {key: value for key, value in dataclasses.asdict(metadata.model).items() if key not in OWN_KEYS},
-        "mup": dataclasses.asdict(metadata.mup),
-    }
+    taken = values_of(model)
     taken["model"]["vocab_size"] = max(metadata.model.vocab_size, rows.end)
     longest, trained = max(config.curriculum.seq_len), metadata.alibi_train_len
     if trained and _ALIBI_SCALING not in flags.changes:

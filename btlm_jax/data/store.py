@@ -231,6 +231,11 @@ def keep_tokenizer(tokenizer: TokenizerInfo, *, store: PathOrUrl, directory: Pat
         raise ValueError(
             f"tokenizer {tokenizer.file} of {store} is not the one its manifest records; rebuild the store"
         )
+    write_tokenizer(tokenizer, contents, directory=directory)
+
+
+def write_tokenizer(tokenizer: TokenizerInfo, contents: bytes, *, directory: Path) -> None:
+    """Write a tokenizer's file, with what identifies it, into a directory of its own."""
     directory.mkdir(exist_ok=True)
     write_atomically(directory / tokenizer.file, contents)
     write_atomically(directory / TOKENIZER_INFO_FILE, json.dumps(dataclasses.asdict(tokenizer), indent=2))

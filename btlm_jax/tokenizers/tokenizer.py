@@ -117,8 +117,8 @@ def encode_document(tokenizer: Tokenizer, text: str) -> Iterator[list[int]]:
         yield tokenizer.encode_exactly(piece)
 
 
-def load_tokenizer(directory: PathOrUrl, tokenizer: store.TokenizerInfo) -> Tokenizer:
-    """Load a store's tokenizer.
+def load_tokenizer(directory: PathOrUrl, tokenizer: store.TokenizerInfo, *, allow_lossy: bool = True) -> Tokenizer:
+    """Load a store's tokenizer; whoever made the store was asked whether it may change texts.
 
     Raises:
       FileNotFoundError: its file is missing.
@@ -138,8 +138,7 @@ def load_tokenizer(directory: PathOrUrl, tokenizer: store.TokenizerInfo) -> Toke
     if hashlib.sha256(contents).hexdigest() != tokenizer.sha256:
         raise ValueError(f"tokenizer {path} is not the one the manifest records; restore it or rebuild the store")
     if tokenizer.kind == BYTE_LEVEL:
-        # Whoever made the store was asked before its texts were encoded by a tokenizer that changes them.
-        return ByteLevelTokenizer(contents, eos_id=tokenizer.eos_id, allow_lossy=True)
+        return ByteLevelTokenizer(contents, eos_id=tokenizer.eos_id, allow_lossy=allow_lossy)
     if tokenizer.kind == SENTENCEPIECE_JSON:
         from btlm_jax.tokenizers.sentencepiece_json import SentencePieceJsonTokenizer
 
@@ -153,7 +152,7 @@ def has_tokenizer(directory: Path) -> bool:
 
 
 def find_tokenizer(directory: Path, *, allow_lossy: bool = False) -> Tokenizer:
-    """Read the tokenizer of a Hugging Face directory, from whichever kind of file it has.
+    """Read the tokenizer of a Hugging Face directory, from whichever kind of file it has, or the one that a run keeps.
 
     A tokenizer.json that would change texts is read only if `allow_lossy`. As in transformers it has priority. A
     tokenizer.model beside it is read if both make the same ids.
@@ -162,6 +161,8 @@ def find_tokenizer(directory: Path, *, allow_lossy: bool = False) -> Tokenizer:
       FileNotFoundError: there is none.
       ValueError: it is damaged, or of a kind that cannot be used.
     """
+    if (directory / store.TOKENIZER_INFO_FILE).is_file():
+        return load_tokenizer(directory, store.read_tokenizer_info(directory), allow_lossy=allow_lossy)
     model, stored = directory / TOKENIZER_FILE, directory / BYTE_LEVEL_FILE
     if not has_tokenizer(directory):
         raise FileNotFoundError(

@@ -22,6 +22,9 @@ from btlm_jax.train.step_time import RunTimes, measure_run, memory_bytes
 _CPU_EFFICIENCY, _ACCELERATOR_EFFICIENCY = 0.4, 0.3
 _TRAINING_SHARE = 0.8  # of the time that is left, for the same
 _MEASURED_SECONDS = 4.0  # a phase
+# Of a given model: its peak learning rate as a share of the family's, and how often text is read, as long as reading it
+# again is nearly as good as new text (arXiv 2305.16264).
+_GIVEN_PEAK, _GIVEN_EPOCHS = 0.5, 4
 _EVALUATIONS, _BLOCKS_OF_EVALUATION, _EVALUATION_ROWS = 4, 8, 8
 _BYTES_A_PARAMETER = 32  # state, gradients, and as much for activations
 
@@ -43,8 +46,11 @@ def size_run(
     budget: float,
     elapsed: Callable[[], float],
     workdir: Path,
+    given: Shape | None,
 ) -> SizedRun:
     """Choose shape, batch and tokens such that the whole command takes `budget` seconds, or less if the text is small.
+
+    A `given` shape is that of a model whose weights are trained on; `base` has its parametrization.
 
     `base` are the values of a config of the family, with the store; `change` makes a config of such values, with the
     user's changes; `elapsed` returns the seconds that the command has taken by now.
@@ -63,15 +69,24 @@ def size_run(
     flops = _TRAINING_SHARE * max(budget - elapsed(), budget / 4) * peak * efficiency
     tokens_per_epoch = manifest.splits[TRAIN].num_blocks * manifest.block_len
     seq_len = round(sizing.PHASE_1_SHARE * lengths.short + (1 - sizing.PHASE_1_SHARE) * lengths.block)
-    shape = sizing.choose_shape(
-        vocab_size=manifest.tokenizer.vocab_size,
-        flops=flops,
-        tokens_per_epoch=tokens_per_epoch,
-        seq_len=seq_len,
-        max_parameters=memory_bytes(devices[0]) * (len(devices) if is_accelerator else 1) / _BYTES_A_PARAMETER,
-    )
+    max_parameters = memory_bytes(devices[0]) * (len(devices) if is_accelerator else 1) / _BYTES_A_PARAMETER
+    if given is not None:
+        shape = given
+        _check_fits(shape, max_parameters=max_parameters)
+    else:
+        shape = sizing.choose_shape(
+            vocab_size=manifest.tokenizer.vocab_size,
+            flops=flops,
+            tokens_per_epoch=tokens_per_epoch,
+            seq_len=seq_len,
+            max_parameters=max_parameters,
+        )
     values["model"] |= dataclasses.asdict(shape)
-    most_tokens = sizing.MAX_EPOCHS * tokens_per_epoch
+    max_epochs = _GIVEN_EPOCHS if given else sizing.MAX_EPOCHS
+    most_tokens = max_epochs * tokens_per_epoch
+    peak_rate = values["optimizer"]["peak_learning_rate"] * sizing.depth_factor(shape)
+    if given is not None:
+        peak_rate *= _GIVEN_PEAK / (max(1.0, shape.width) if values["mup"]["preset"] == "sp" else 1.0)
     tokens_per_step = sizing.tokens_per_step_for(
         min(flops / flops_per_token(shape, seq_len=seq_len), most_tokens),
         block_len=lengths.block,
@@ -85,7 +100,7 @@ def size_run(
             tokens_per_step=tokens_per_step,
             num_steps=num_steps,
             tokens_per_epoch=tokens_per_epoch,
-            peak=values["optimizer"]["peak_learning_rate"] * sizing.depth_factor(shape),
+            peak=peak_rate,
             step_seconds=step_seconds,
         ).items():
             chosen[section] |= more
@@ -108,14 +123,16 @@ def size_run(
     if table.num_steps == by_time:
         why = f"what {budget / 60:g} minutes hold"
     elif table.num_steps == by_text:
-        why = f"at most {sizing.MAX_EPOCHS}: more would only repeat the text"
+        why = f"at most {max_epochs}: more would only repeat the text"
     else:
         why = f"the fewest that are trained; {budget / 60:g} minutes do not hold them"
     per_step = " and ".join(
         f"{1000 * each:.0f} ms at {phase.seq_len}" for each, phase in zip(times.steps, table.phases, strict=True)
     )
     lines = (
-        f"Model: {_described(shape)}: the least predicted loss for time and text; muP from width "
+        f"Model: {_described(shape)}, as given; peak learning rate {peak_rate:.3g}, {_GIVEN_PEAK:g} of a new one's"
+        if given
+        else f"Model: {_described(shape)}: the least predicted loss for time and text; muP from width "
         f"{config.mup.base_d_model:g}",
         f"Run: {table.num_steps:,} steps of {table.tokens_per_step:,} tokens, "
         f"{table.num_tokens / tokens_per_epoch:.2f} epochs ({why}), "
@@ -123,6 +140,19 @@ def size_run(
         f"Time: about {shown_time(seconds)} for the whole command, by measured steps of {per_step}",
     )
     return SizedRun(config=config, lines=lines)
+
+
+def _check_fits(shape: Shape, *, max_parameters: float) -> None:
+    """Check a given model against this machine's memory.
+
+    Raises:
+      ValueError: it is too large.
+    """
+    if shape.num_parameters > max_parameters:
+        raise ValueError(
+            f"the model of --init has {shape.num_parameters:,} parameters; to train it takes about "
+            f"{_BYTES_A_PARAMETER} bytes for each, and this machine's memory holds {max_parameters:,.0f}"
+        )
 
 
 def shown_time(seconds: float) -> str:

@@ -50,6 +50,11 @@ class Lengths:
     short: int
     block: int
 
+    def at_most(self, length: int) -> Lengths:
+        """Return lengths whose longer one is a power of two, at most `length`."""
+        block = min(self.block, 1 << length.bit_length() - 1)
+        return Lengths(short=max(1, block // 4), block=block)
+
 
 def vocab_size_for(num_bytes: int, *, is_accelerator: bool) -> int:
     """Return the ids of a tokenizer that is trained on so many bytes of text."""

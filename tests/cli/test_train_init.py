@@ -10,6 +10,7 @@ import fsspec
 import jax
 import numpy as np
 import pytest
+from support.corpus_files import made_up_text
 from support.made_up_run import run_config, write_run
 from support.published_files import oracle_weights, write_published
 from support.real_store import write_config
@@ -18,16 +19,18 @@ from support.tiny_tokenizers import tiny_byte_level
 from tokenizers import AddedToken
 
 from btlm_jax import notices
-from btlm_jax.cli import main
+from btlm_jax.cli import main, train_data
 from btlm_jax.data.reader import open_store
-from btlm_jax.data.store import HELDOUT, read_manifest, write_manifest
+from btlm_jax.data.store import HELDOUT, read_manifest, read_tokenizer_info, write_manifest
 from btlm_jax.hub.source import native_logits, read_native
 from btlm_jax.parallel.mesh import make_mesh
 from btlm_jax.recipe.config import train_config_from
-from btlm_jax.train import loop
+from btlm_jax.train import loop, size_run
 from btlm_jax.train.checkpoint import Checkpointer
+from btlm_jax.train.flops import Peak
 from btlm_jax.train.metric_writer import read_metrics
 from btlm_jax.train.program import make_program
+from btlm_jax.train.step_time import RunTimes
 
 MODEL = {"model__num_layers": 3, "model__d_model": 56, "mup__preset": "sp", "mup__embedding_multiplier": 3.0}
 
@@ -270,7 +273,7 @@ def test_a_published_model_without_a_tokenizer_is_taken_with_a_notice(
     assert "is a Hugging Face directory, which has no optimizer state" in said
     other = published(tmp_path / "other", token_store, eos_token_id=7)
     said = refused(capsys, command[0], f"--init={other}", f"--workdir={tmp_path / 'c'}")
-    assert "a text ends with id" in said and "with 7: the store was made with another tokenizer" in said
+    assert "a text ends with id" in said and "with 7: it was made with another tokenizer" in said
 
 
 def test_slopes_that_follow_the_length_are_refused_beyond_it(begun, config_file, token_store, tmp_path, capsys):
@@ -303,6 +306,60 @@ def test_a_run_behind_a_url_is_fetched_and_removed_when_it_is_read(source, begun
     state = beginning.make_state(program)  # which has what is read of a Run
     jax.tree.map(np.testing.assert_array_equal, state.params, read_checkpoint(source, 3, program))
     assert not (tmp_path / "new" / ".init-0").exists()
+
+
+@pytest.fixture
+def texts(tmp_path, monkeypatch):
+    """A folder of 70 kB of text, to be trained on by a machine of known speed."""
+    times = RunTimes(prepare=1.0, compile=3.0, steps=(0.4, 0.6), evaluation=0.1)
+    monkeypatch.setattr(size_run, "measure_run", lambda config, **named: times)
+    monkeypatch.setattr(size_run, "peak_flops", lambda device: Peak(flops=1e11, source="made up"))
+    monkeypatch.setattr(train_data, "seconds_since_start", lambda: 10.0)
+    folder = tmp_path / "texts"
+    folder.mkdir()
+    (folder / "book.txt").write_text("\n".join(made_up_text(seed=seed, num_words=200) for seed in range(52)))
+    return folder
+
+
+def test_text_continues_a_model_with_its_tokenizer(source, begun, texts, tmp_path, capsys):
+    model, workdir = tmp_path / "model", tmp_path / "new"
+    shutil.copytree(source, model)
+    command = (f"--data={texts}", f"--init={model}", f"--workdir={workdir}", "--minutes=1")
+    assert run(*command) == 0
+    ((config, beginning),) = begun
+    assert (config.model.num_layers, config.model.d_model, config.mup.preset) == (3, 56, "sp")
+    assert "config-keys-replaced" not in notices.counts() and f"{model} (run, step 7)" in beginning.events[0]
+    assert config.curriculum.seq_len == (8, 32)  # the largest power of two that is at most the 48 of the model
+    assert config.optimizer.peak_learning_rate == pytest.approx(0.006 / 2) and config.data.max_epochs <= 4
+    kept = [read_manifest(workdir / "store").tokenizer, read_tokenizer_info(model / "tokenizer")]
+    assert kept[0] == kept[1]
+    said = capsys.readouterr().out
+    assert "as given; peak learning rate 0.003" in said and "400 ids, as given" in said
+    write_run(
+        workdir,
+        dataclasses.replace(config, data=dataclasses.replace(config.data, store=str(workdir / "store"))),
+        steps=(4,),
+    )
+    shutil.rmtree(model)
+    assert run(*command) == 0
+    assert begun[1][0] == config and not begun[1][1].events
+    said = refused(capsys, f"--data={texts}", f"--init={source}", f"--workdir={workdir}")
+    assert f"--init was {model}, is now {source}" in said and f"--init={model}" in said
+    assert "--init was" in refused(capsys, f"--data={texts}", f"--workdir={workdir}")
+
+
+def test_text_for_a_model_of_another_tokenizer_is_refused_before_it_is_read(
+    byte_level, texts, source, tmp_path, capsys
+):
+    folder, model, _ = byte_level
+    said = refused(
+        capsys, f"--data={texts}", f"--init={model}", f"--workdir={tmp_path / 'new'}", f"--tokenizer={source}/tokenizer"
+    )
+    assert f"--tokenizer={source}/tokenizer has another tokenizer than {model}" in said
+    assert not (tmp_path / "new" / "corpus").exists()
+    published_model = published(tmp_path / "hf", folder / "store")
+    said = refused(capsys, f"--data={texts}", f"--init={published_model}", f"--workdir={tmp_path / 'new'}")
+    assert "comes without a tokenizer: give --tokenizer=DIR" in said
 
 
 @pytest.mark.slow

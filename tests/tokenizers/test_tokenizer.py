@@ -216,3 +216,24 @@ def test_another_pattern_of_words_is_kept():
     assert read.decode(ids) == "12 eta<tag><pad>" and 300 in ids and 301 not in ids
     in_pieces = [id for piece in ("12", " ", "eta") for id in BYTE_LEVEL.encode(piece)]
     assert read.encode("12 eta") == in_pieces != BYTE_LEVEL.encode("12 eta")
+
+
+def test_what_a_run_keeps_is_found_with_its_end_of_text(tmp_path):
+    """A tokenizer.json does not say which token ends a text; what a run keeps beside it does."""
+    contents = tiny_byte_level().to_str().replace("<|endoftext|>", "[end]").encode()
+    kept = ByteLevelTokenizer(contents, eos_id=299)
+    store.write_tokenizer(tokenizer_info(kept), contents, directory=tmp_path)
+    found = find_tokenizer(tmp_path)
+    assert (found.eos_id, found.contents, found.decode([299])) == (299, contents, "")
+    (tmp_path / store.TOKENIZER_INFO_FILE).unlink()
+    with pytest.raises(ValueError, match="lacks the end-of-text token"):
+        find_tokenizer(tmp_path)
+
+
+def test_a_kept_tokenizer_that_changes_texts_is_still_asked_about(tmp_path):
+    contents = tiny_byte_level(normalizer=normalizers.Lowercase()).to_str().encode()
+    kept = ByteLevelTokenizer(contents, eos_id=299, allow_lossy=True)
+    store.write_tokenizer(tokenizer_info(kept), contents, directory=tmp_path)
+    assert find_tokenizer(tmp_path, allow_lossy=True).contents == contents
+    with pytest.raises(ValueError):
+        find_tokenizer(tmp_path)

@@ -91,3 +91,11 @@ def test_vocabulary_and_lengths_grow_with_the_text():
     assert sizing.lengths_for(64_000, is_accelerator=False) == sizing.Lengths(short=64, block=256)
     # The smallest text fills at least one block of what is held out: 16 kB, at no more than 8 bytes a token.
     assert 16_000 / 8 > sizing.lengths_for(64_000, is_accelerator=False).block
+
+
+def test_lengths_stay_within_what_a_model_was_trained_at():
+    lengths = sizing.Lengths(short=128, block=512)
+    assert lengths.at_most(8192) == lengths
+    assert [lengths.at_most(n) for n in (511, 48, 1)] == [
+        sizing.Lengths(short=s, block=b) for s, b in ((64, 256), (8, 32), (1, 1))
+    ]
