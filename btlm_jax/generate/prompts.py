@@ -1,4 +1,4 @@
-"""Files of prompts, one prompt per line or JSON lines; and the ids of a prompt, by one rule for all that generates."""
+"""Files of prompts, one prompt per line or JSON lines."""
 
 from __future__ import annotations
 
@@ -8,8 +8,6 @@ import math
 import stat
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-
-from btlm_jax.tokenizers.tokenizer import Tokenizer
 
 JSON_LINES = ".jsonl"
 PROMPT_KEY = "prompt"
@@ -23,17 +21,6 @@ class Prompt:
 
     text: str
     extra: dict
-
-
-def prompt_ids(text: str, *, tokenizer: Tokenizer, bos_id: int | None) -> list[int]:
-    """Return the ids that a model continues; clients of its exports make the same ones.
-
-    Nothing is put in front of a text but `bos_id`, where the model's tokenizer files ask for one; those of models
-    trained here do not. Without any id the end-of-text id stands alone: it precedes every document in training. The
-    name of a special token in a text stands for its id.
-    """
-    ids = tokenizer.encode_prompt(text)
-    return ([] if bos_id is None else [bos_id]) + ids or [tokenizer.eos_id]
 
 
 def read_prompts(path: Path) -> list[Prompt]:

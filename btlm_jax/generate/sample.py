@@ -5,7 +5,7 @@ from __future__ import annotations
 from btlm_jax.decode.batch import continue_tokens
 from btlm_jax.decode.sampling import Sampling
 from btlm_jax.display.progress import printable
-from btlm_jax.generate.prompts import prompt_ids
+from btlm_jax.tokenizers.prompt_bos import prompt_ids
 from btlm_jax.tokenizers.tokenizer import load_tokenizer
 from btlm_jax.train.setup import Run
 

@@ -20,7 +20,7 @@ from btlm_jax.decode.sampling import Sampling, make_generator
 from btlm_jax.display.progress import RateLimit, StatusLine, printable
 from btlm_jax.generate.loading import GenerationModel, load_for_generation
 from btlm_jax.generate.output import TextsFile
-from btlm_jax.generate.prompts import PROMPT_KEY, Prompt, check_text, prompt_ids
+from btlm_jax.generate.prompts import PROMPT_KEY, Prompt, check_text
 from btlm_jax.hub.native import MODEL_FILE, is_model_directory, is_run
 from btlm_jax.hub.source import is_hugging_face
 from btlm_jax.kernels.tiles import Int4Tiles
@@ -28,6 +28,7 @@ from btlm_jax.kernels.weights import Weights
 from btlm_jax.model import Btlm
 from btlm_jax.storage.files import read_json_object
 from btlm_jax.tokenizers.detokenize import StreamDecoder
+from btlm_jax.tokenizers.prompt_bos import prompt_ids
 from btlm_jax.tokenizers.tokenizer import Tokenizer, has_tokenizer
 
 MODEL_DTYPE = "model"  # a cache in the dtype that the model computes in; int8 for 4-bit weights

@@ -14,16 +14,16 @@ from typing import Any
 from btlm_jax import notices
 from btlm_jax.hub.published import CONFIG_FILE, PublishedConfig, token_ids
 from btlm_jax.storage.files import read_json_object
+from btlm_jax.tokenizers.template_files import TEMPLATE_KEY, read_chat_templates
 from btlm_jax.tokenizers.tokenizer import Tokenizer
 
 TOKENIZER_CONFIG, GENERATION_CONFIG = "tokenizer_config.json", "generation_config.json"
-_TEMPLATE_FILE, _TEMPLATE_FOLDER, _TEMPLATE = "chat_template.jinja", "additional_chat_templates", "chat_template"
 # Keys of tokenizer_config.json that follow from the tokenizer and from who writes the file; all others are kept.
 _NOT_KEPT = frozenset((
     "add_prefix_space", "added_tokens_decoder", "auto_map", "backend", "clean_up_tokenization_spaces", "eos_token",
     "errors", "is_local", "legacy", "local_files_only", "merges_file", "model_max_length", "name_or_path",
     "processor_class", "sp_model_kwargs", "special_tokens_map_file", "tokenizer_class", "tokenizer_file",
-    "transformers_version", "trust_remote_code", "use_fast", "vocab_file", _TEMPLATE,
+    "transformers_version", "trust_remote_code", "use_fast", "vocab_file", TEMPLATE_KEY,
 ))  # fmt: skip
 _TOKENS = ("bos_token", "unk_token", "pad_token", "sep_token", "cls_token", "mask_token")
 
@@ -81,7 +81,7 @@ def read_client_settings(directory: Path, *, config: Mapping[str, Any], tokenize
     return ClientSettings(
         tokenizer_config=kept,
         generation_config=_generation_config(_read(directory / GENERATION_CONFIG)),
-        chat_templates=_chat_templates(directory, settings.get(_TEMPLATE)),
+        chat_templates=read_chat_templates(directory),
         bos_id=bos[0] if isinstance(bos, list) and bos else bos if isinstance(bos, int) else -1,
     )
 
@@ -169,28 +169,3 @@ def _generation_config(values: dict[str, Any]) -> dict[str, Any]:
 def _id_of(token: Any, tokenizer: Tokenizer) -> int | None:
     content = token.get("content") if isinstance(token, dict) else token
     return tokenizer.token_id(content) if isinstance(content, str) else None
-
-
-def _chat_templates(directory: Path, in_config: Any) -> dict[str, str]:
-    """Return the templates by name; files have priority over tokenizer_config.json, as in transformers."""
-    templates: dict[str, str] = {}
-    if isinstance(in_config, str):
-        templates["default"] = in_config
-    elif isinstance(in_config, list):
-        for entry in in_config:
-            if not isinstance(entry, dict) or not all(isinstance(entry.get(key), str) for key in ("name", "template")):
-                raise ValueError(
-                    f"{directory / TOKENIZER_CONFIG}: {_TEMPLATE} must be a text, or a list of name and template"
-                )
-            templates[entry["name"]] = entry["template"]
-    elif in_config is not None:
-        raise ValueError(f"{directory / TOKENIZER_CONFIG}: {_TEMPLATE}={in_config!r} must be a text")
-    files = {path.stem: path for path in sorted((directory / _TEMPLATE_FOLDER).glob("*.jinja"))}
-    if (directory / _TEMPLATE_FILE).is_file():
-        files["default"] = directory / _TEMPLATE_FILE
-    for name, path in files.items():
-        try:
-            templates[name] = path.read_text(encoding="utf-8")
-        except UnicodeDecodeError as error:
-            raise ValueError(f"{path} is no text: {error}") from error
-    return templates

@@ -89,11 +89,21 @@ class JsonTokenizer:
         """Return the ids of a text."""
         return self._tokenizer.encode(text, add_special_tokens=False).ids
 
+    @property
+    def special_tokens(self) -> dict[str, int]:
+        """The ids that no text is encoded as, by the tokens' names."""
+        return {self.token(number): number for number in self.special_ids}
+
     def encode_prompt(self, text: str) -> list[int]:
         """Return the ids of a text in which the name of a special token stands for its id."""
         if not any(name in text for name in map(self.token, self.special_ids)):
             return self.encode(text)
         return self._reading_special_names.encode(text, add_special_tokens=False).ids
+
+    def encode_prompt_with_offsets(self, text: str) -> tuple[list[int], list[tuple[int, int]]]:
+        """Return the ids of `encode_prompt`, and of each the (begin, end) of its characters in the text."""
+        encoding = self._reading_special_names.encode(text, add_special_tokens=False)
+        return encoding.ids, encoding.offsets
 
     @functools.cached_property
     def _reading_special_names(self) -> Tokenizer:

@@ -101,6 +101,15 @@ class FastGpt2Tokenizer:
         """Return the ids of a text in which the name of a special token stands for its id."""
         return self._tokenizer.encode_prompt(text)
 
+    @property
+    def special_tokens(self) -> dict[str, int]:
+        """The end of text, by its name."""
+        return self._tokenizer.special_tokens
+
+    def encode_prompt_with_offsets(self, text: str) -> tuple[list[int], list[tuple[int, int]]]:
+        """Return the ids of `encode_prompt`, and of each the (begin, end) of its characters in the text."""
+        return self._tokenizer.encode_prompt_with_offsets(text)
+
     def encode_batch(self, texts: Sequence[str], *, num_threads: int) -> list[list[int]]:
         """Return the ids of each text; the same for any number of threads."""
         if num_threads == 1 or any(len(text) > MAX_RUN for text in texts):

@@ -1,4 +1,4 @@
-"""What a Hugging Face directory's tokenizer files put in front of every text: nothing, or one id."""
+"""The ids of a prompt, and what a Hugging Face directory's tokenizer files put in front of it: nothing, or one id."""
 
 from __future__ import annotations
 
@@ -46,6 +46,17 @@ def read_prompt_bos(directory: Path, tokenizer: Tokenizer) -> int | None:
             f"{before or 'nothing'} in front of a text, and that counts",
         )
     return before[0] if before else None
+
+
+def prompt_ids(text: str, *, tokenizer: Tokenizer, bos_id: int | None) -> list[int]:
+    """Return the ids that a model continues; clients of its exports make the same ones.
+
+    Nothing is put in front of a text but `bos_id`, where the model's tokenizer files ask for one; those of models
+    trained here do not. Without any id the end-of-text id stands alone: it precedes every document in training. The
+    name of a special token in a text stands for its id.
+    """
+    ids = tokenizer.encode_prompt(text)
+    return ([] if bos_id is None else [bos_id]) + ids or [tokenizer.eos_id]
 
 
 def _ids_around(path: Path) -> tuple[list[int], list[int]]:

@@ -9,6 +9,7 @@ from collections.abc import Iterable, Iterator, Sequence
 
 import sentencepiece
 
+from btlm_jax.storage.protobuf import read_fields
 from btlm_jax.tokenizers import MAX_VOCAB_SIZE
 from btlm_jax.tokenizers.sentencepiece_proto import SPACE_MARK, USER_DEFINED, parse_model
 
@@ -70,14 +71,33 @@ class SentencePieceTokenizer:
 
     def encode_prompt(self, text: str) -> list[int]:
         """Return the ids of a text in which the name of a control piece stands for its id."""
-        ids_of = self._special_ids
-        names = "|".join(map(re.escape, sorted(ids_of, key=len, reverse=True)))
-        parts = re.split(f"({names})", text) if names else [text]
-        pieces = ([ids_of[part]] if number % 2 else self.encode(part) for number, part in enumerate(parts))
+        pieces = (
+            [self.special_tokens[part]] if number % 2 else self.encode(part)
+            for number, part in enumerate(self._split_at_special_names(text))
+        )
         return [token for piece in pieces for token in piece]
 
+    def encode_prompt_with_offsets(self, text: str) -> tuple[list[int], list[tuple[int, int]]]:
+        """Return the ids of `encode_prompt`, and of each the (begin, end) of its characters in the text."""
+        ids, offsets, begin = [], [], 0
+        for number, part in enumerate(self._split_at_special_names(text)):
+            if number % 2:
+                ids.append(self.special_tokens[part])
+                offsets.append((begin, begin + len(part)))
+            else:
+                found = list(_pieces(self._processor.encode(part, out_type="serialized_proto"), text=part))
+                ids += [piece for piece, _, _ in found]
+                offsets += _whole([(begin + first, begin + last) for _, first, last in found])
+            begin += len(part)
+        return ids, offsets
+
+    def _split_at_special_names(self, text: str) -> list[str]:
+        """Return a text in parts, of which every second one is the name of a special token."""
+        names = "|".join(map(re.escape, sorted(self.special_tokens, key=len, reverse=True)))
+        return re.split(f"({names})", text) if names else [text]
+
     @functools.cached_property
-    def _special_ids(self) -> dict[str, int]:
+    def special_tokens(self) -> dict[str, int]:
         """The ids that encoding a text never gives, by name: of control pieces, and of unknown characters."""
         special = (
             number
@@ -157,6 +177,27 @@ def train_sentencepiece(texts: Iterable[str], *, vocab_size: int) -> bytes:
     except RuntimeError as error:
         raise ValueError(f"no tokenizer of {vocab_size} pieces can be trained on this text: {error}") from error
     return model.getvalue()
+
+
+def _pieces(message: bytes, *, text: str) -> Iterator[tuple[int, int, int]]:
+    """Yield (id, begin, end in characters) of the pieces in a SentencePieceText, whose offsets are those of bytes.
+
+    https://github.com/google/sentencepiece/blob/master/src/sentencepiece.proto
+    """
+    character_of = [number for number, character in enumerate(text) for _ in character.encode()] + [len(text)]
+    for field, piece in read_fields(message):
+        if field == 2 and isinstance(piece, bytes):
+            values = {number: value for number, value in read_fields(piece) if isinstance(value, int)}
+            yield values.get(2, 0), character_of[values.get(4, 0)], character_of[values.get(5, 0)]
+
+
+def _whole(offsets: list[tuple[int, int]]) -> list[tuple[int, int]]:
+    """Return offsets in which each of the bytes of a character has the whole, not the last alone."""
+    for number in range(len(offsets) - 2, -1, -1):
+        (begin, end), (next_begin, next_end) = offsets[number : number + 2]
+        if begin == end == next_begin:
+            offsets[number] = (begin, next_end)
+    return offsets
 
 
 def _encodes_by_lines(contents: bytes) -> bool:

@@ -71,6 +71,11 @@ class Tokenizer(Protocol):
         """A token that no text has, to fill up batches with: the unknown one, or else the end of text."""
         ...
 
+    @property
+    def special_tokens(self) -> dict[str, int]:
+        """The ids that no text is encoded as, by the tokens' names."""
+        ...
+
     def token_id(self, token: str) -> int | None:
         """Return the id of a token as it stands in the vocabulary, or None."""
         ...
@@ -81,6 +86,10 @@ class Tokenizer(Protocol):
 
     def encode_prompt(self, text: str) -> list[int]:
         """Return the ids of a text in which the name of a special token stands for its id, as clients read prompts."""
+        ...
+
+    def encode_prompt_with_offsets(self, text: str) -> tuple[list[int], list[tuple[int, int]]]:
+        """Return the ids of `encode_prompt`, and of each the (begin, end) of its characters in the text."""
         ...
 
     def encode_exactly(self, text: str) -> list[int]:

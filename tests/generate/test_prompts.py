@@ -7,8 +7,9 @@ import threading
 import pytest
 from support.tiny_tokenizers import EOS, TEXTS, tiny_byte_level
 
-from btlm_jax.generate.prompts import prompt_ids, read_prompts
+from btlm_jax.generate.prompts import read_prompts
 from btlm_jax.tokenizers.byte_level import ByteLevelTokenizer
+from btlm_jax.tokenizers.prompt_bos import prompt_ids
 from btlm_jax.tokenizers.sentencepiece_bpe import SentencePieceTokenizer, train_sentencepiece
 
 
