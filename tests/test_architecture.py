@@ -38,6 +38,7 @@ FOLDERS_OF = {
     "sentencepiece": {"tokenizers"},
     "tokenizers": {"tokenizers", "corpus", "convert", "hub"},
     "tiktoken": {"tokenizers"},
+    "jinja2": {"tokenizers"},
     "ftfy": {"corpus"},
     "zstandard": {"corpus", "data"},
     "orjson": {"corpus"},

@@ -22,6 +22,7 @@ HELP = """btlm corpus VERB: make or check a corpus and its token store.
   split      train, validation and test by hash; nothing near the held-out text stays in train; shuffled
   tokenizer  train a tokenizer on the documents of split: SentencePiece or byte-level BPE
   tokenize   the documents of split -> a token store
+  examples   prompts and completions, or conversations, to fine-tune on -> a token store
   stats      documents, bytes and tokens by source, lengths, clusters
   show       documents by number or id; clusters of duplicates
   verify     read a stage's output or a token store again and compare every byte with its manifest
@@ -219,6 +220,7 @@ VERBS = {
     "split": corpus_stages.split,
     "tokenizer": corpus_stages.tokenizer,
     "tokenize": corpus_stages.tokenize,
+    "examples": corpus_stages.examples,
     "stats": _stats,
     "show": _show,
     "verify": _verify,
@@ -231,6 +233,7 @@ FLAGS = {
     "split": corpus_stages.split_flags,
     "tokenizer": corpus_stages.tokenizer_flags,
     "tokenize": corpus_stages.tokenize_flags,
+    "examples": corpus_stages.examples_flags,
     "stats": stats_flags,
     "show": show_flags,
     "verify": verify_flags,

@@ -1,4 +1,4 @@
-"""The stages of `btlm corpus`: clean, dedup, split, tokenizer, tokenize."""
+"""The stages of `btlm corpus`: clean, dedup, split, tokenizer, tokenize, examples."""
 
 from __future__ import annotations
 
@@ -72,6 +72,27 @@ stream for each source instead, so that training can weight them: --config.data.
 
 Training takes the store with --config.data.store=store --config.corpus.source=prepared; copied to a bucket, as
 --config.data.store=gs://bucket/store: it is read there, block by block, and not fetched first.
+"""
+
+
+EXAMPLES_HELP = """btlm corpus examples: prompts and completions, or conversations, to fine-tune on -> a token store.
+
+examples:  btlm corpus examples --input=pairs.jsonl --output=store --tokenizer=GPT2
+           btlm corpus examples --input=CHATS --output=store --tokenizer=MODEL --template=chatml --block_len=2048
+
+Lines of JSON, in .jsonl, .jsonl.zst or .jsonl.gz: {"prompt": ..., "completion": ...}, or {"messages": [{"role": ...,
+"content": ...}, ...]} with the roles system, developer, user, assistant, tool; "source" may name where a line is from.
+The loss is on completions alone, the assistant's messages, and on the token that ends each.
+
+A pair is the prompt, the completion and the end of text. Messages become a text by the chat template of the tokenizer's
+directory, or by --template, a file or a name, as transformers renders and encodes it; the assistant's part are the
+template's {% generation %} blocks, or the difference of prefixes where it has none. Nothing is cleaned; exact
+duplicates are dropped. Examples stay whole inside --window, the shortest sequence length of training, and do not see
+each other: the longest first, each where it fits best; what is left is padding. Of one that is longer the end is cut
+off. A hash of the prompt decides what is held out, so that one prompt is on one side.
+
+A bad line costs that line: it goes to quarantine/ with its file, line and the reason. Training needs
+--config.data.document_mask=true. btlm train --data=FILE does all this by itself.
 """
 
 
@@ -247,6 +268,57 @@ def tokenize(arguments: Sequence[str]) -> int:
             allow_lossy=flags.boolean("allow_lossy"),
         )
         print_store(stage.tokenize(config, output=flags.path("output"), workers=workers, log=log))
+    return DONE
+
+
+def examples_flags() -> Flags:
+    """Define the flags of `btlm corpus examples`."""
+    flags = _flags_with_workers(EXAMPLES_HELP)
+    flags.define_string("tokenizer", "", "directory of a tokenizer: of the model to be trained")
+    flags.define_string("template", "", "chat template: a file, or chatml, llama2, llama3, mistral, zephyr, gemma")
+    flags.define_integer("block_len", 2048, "tokens of a block: the longest phase of training")
+    flags.define_integer("window", 0, "tokens in which examples are whole: the shortest phase; 0: --block_len")
+    flags.define_string(
+        "too_long", "truncate", "of an example longer than the window: its beginning, or nothing",
+        choices=("truncate", "drop"),
+    )  # fmt: skip
+    flags.define_float("heldout", 0.05, "share of the examples")
+    flags.define_integer("seed", 0, "of the hashes that decide what is held out")
+    flags.define_float("max_bad_rate", 0.001, "share of bad lines that is accepted")
+    flags.define_boolean("allow_lossy", False, "take a tokenizer that does not give every text back")
+    return flags
+
+
+def examples(arguments: Sequence[str]) -> int:
+    """Run `btlm corpus examples`; return the exit code."""
+    flags = examples_flags()
+    if not _parse_stage(flags, arguments):
+        return DONE
+    if not flags.string("tokenizer"):
+        raise UsageError("--tokenizer=DIR is needed: the directory of the tokenizer of the model to be trained")
+    from btlm_jax.corpus.stages import examples as stage
+    from btlm_jax.tokenizers.template_files import find_template
+
+    tokenizer = flags.path("tokenizer")
+    template, name = find_template(flags.string("template"), directory=tokenizer)
+    try:
+        config = stage.ExamplesConfig(
+            inputs=(flags.location("input"),),
+            tokenizer=tokenizer,
+            template=template,
+            template_name=name,
+            block_len=flags.integer("block_len"),
+            window=flags.integer("window") or flags.integer("block_len"),
+            too_long=flags.string("too_long"),
+            heldout=flags.number("heldout"),
+            seed=flags.integer("seed"),
+            max_bad_rate=flags.number("max_bad_rate"),
+            allow_lossy=flags.boolean("allow_lossy"),
+        )
+    except ValueError as error:
+        raise UsageError(str(error)) from error
+    with chosen_workers(flags, log=log) as workers:
+        print_store(stage.make_example_store(config, output=flags.path("output"), workers=workers, log=log))
     return DONE
 
 

@@ -76,11 +76,16 @@ def _serialized(block: TokenBlock) -> bytes:
     """Serialise a block as TFDS does, but with the fields in the same order in every process."""
     tokens = _FEATURE.Feature(bytes_list=_FEATURE.BytesList(value=[block.tokens.tobytes()]))
     num_targets = _FEATURE.Feature(int64_list=_FEATURE.Int64List(value=[block.num_targets]))
-    features = _FEATURE.Features(feature={"tokens": tokens, "num_targets": num_targets})
+    feature = {"tokens": tokens, "num_targets": num_targets}
+    if block.marks is not None:
+        feature["marks"] = _FEATURE.Feature(bytes_list=_FEATURE.BytesList(value=[block.marks.tobytes()]))
+    features = _FEATURE.Features(feature=feature)
     return _EXAMPLE.Example(features=features).SerializeToString(deterministic=True)
 
 
-def write_tfds_metadata(directory: Path, splits: dict[str, store.Split], *, block_len: int, dtype: str) -> None:
+def write_tfds_metadata(
+    directory: Path, splits: dict[str, store.Split], *, block_len: int, dtype: str, has_marks: bool = False
+) -> None:
     """Write features.json and dataset_info.json, with which TFDS opens the shards without TensorFlow."""
     template = tfds.core.ShardedFileTemplate(
         data_dir=directory,  # pyright: ignore[reportArgumentType] # TFDS's own Path is an interface that pathlib fulfils
@@ -98,7 +103,7 @@ def write_tfds_metadata(directory: Path, splits: dict[str, store.Split], *, bloc
     ]
     tfds.folder_dataset.write_metadata(
         data_dir=str(directory),
-        features=make_features(block_len=block_len, dtype=dtype),
+        features=make_features(block_len=block_len, dtype=dtype, has_marks=has_marks),
         split_infos=infos,
         version=TFDS_VERSION,
         filename_template=template,
@@ -106,9 +111,12 @@ def write_tfds_metadata(directory: Path, splits: dict[str, store.Split], *, bloc
     )
 
 
-def make_features(*, block_len: int, dtype: str) -> tfds.features.FeaturesDict:
+def make_features(*, block_len: int, dtype: str, has_marks: bool) -> tfds.features.FeaturesDict:
     """Return the record format of data/store.py as TFDS features."""
-    tokens = tfds.features.Tensor(
-        shape=(block_len + 1,), dtype=np.dtype(dtype).type, encoding=tfds.features.Encoding.BYTES
-    )
-    return tfds.features.FeaturesDict({"tokens": tokens, "num_targets": tfds.features.Scalar(np.int32)})
+
+    def array(dtype: str) -> tfds.features.Tensor:
+        encoding = tfds.features.Encoding.BYTES
+        return tfds.features.Tensor(shape=(block_len + 1,), dtype=np.dtype(dtype).type, encoding=encoding)
+
+    marks = {"marks": array("uint8")} if has_marks else {}
+    return tfds.features.FeaturesDict({"tokens": array(dtype), "num_targets": tfds.features.Scalar(np.int32)} | marks)

@@ -87,22 +87,30 @@ class TrainLoader:
 def read_rows(reader: SplitReader, starts: Sequence[tuple[int, int]], *, seq_len: int, most_documents: int = 0) -> Rows:
     """Read one row for each (block, first target in the block): int32 inputs and targets, float32 weights, [rows, T].
 
-    A target's weight is 1, or 0 in the padding of a stream's last block. With `most_documents` > 0 there is starts_BT
-    too, see `document_starts`.
+    A target's weight is 1, or 0 in the padding of a stream's last block, and where examples are not trained. With
+    `most_documents` > 0 there is starts_BT too, see `document_starts`.
     """
     tokens_BT = np.zeros((len(starts), seq_len + 1), np.int32)
     num_targets_B = np.zeros(len(starts), np.int64)
+    marks_BT = np.zeros(tokens_BT.shape, np.uint8)
     blocks = reader.read_many([number for number, _ in starts])
     for row, (block, (_, start)) in enumerate(zip(blocks, starts, strict=True)):
         tokens_BT[row] = block.tokens[start : start + seq_len + 1]
         num_targets_B[row] = block.num_targets - start
+        if block.marks is not None:
+            marks_BT[row] = block.marks[start : start + seq_len + 1]
     rows = {
         "inputs_BT": tokens_BT[:, :-1],
         "targets_BT": tokens_BT[:, 1:],
         "weights_BT": (np.arange(seq_len) < num_targets_B[:, None]).astype(np.float32),
     }
+    if reader.has_marks:
+        rows["weights_BT"] = (marks_BT[:, 1:] & store_format.TRAINED > 0).astype(np.float32)
     if not most_documents:
         return rows
+    if reader.has_marks:
+        begins_BT = marks_BT[:, :-1] & store_format.BEGINS > 0
+        return {**rows, "starts_BT": starts_of(begins_BT, most=most_documents)}
     starts_BT = document_starts(rows["inputs_BT"], num_targets_B, eos_id=reader.eos_id, most=most_documents)
     return {**rows, "starts_BT": starts_BT}
 
@@ -114,8 +122,16 @@ def document_starts(inputs_BT: np.ndarray, num_targets_B: np.ndarray, *, eos_id:
     target, opens none. Of more than `most` documents in a row those beyond are one with the last, which is reported.
     """
     position_T = np.arange(inputs_BT.shape[1])
-    begins_BT = (inputs_BT == eos_id) & (position_T <= num_targets_B[:, None])
-    begins_BT[:, 0] = True
+    return starts_of((inputs_BT == eos_id) & (position_T <= num_targets_B[:, None]), most=most)
+
+
+def starts_of(begins_BT: np.ndarray, *, most: int) -> np.ndarray:
+    """Return the position of the last true at or before each position, int32 [B, T]; position 0 counts as true.
+
+    Of more than `most` in a row those beyond do not count, which is reported.
+    """
+    position_T = np.arange(begins_BT.shape[1])
+    begins_BT = begins_BT | (position_T == 0)
     number_BT = begins_BT.cumsum(1)
     if joined := int((number_BT[:, -1] - most).clip(0).sum()):
         message = (

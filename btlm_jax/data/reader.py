@@ -79,6 +79,7 @@ class SplitReader:
         self._dtype = np.dtype(manifest.dtype)
         self._vocab_size = manifest.tokenizer.vocab_size
         self.eos_id = manifest.tokenizer.eos_id
+        self.has_marks = store.EXAMPLES in manifest.features
         self._shard_ends = list(itertools.accumulate(shard.num_blocks for shard in split.shards))
         self._records = _open_records(directory, split.shards)
 
@@ -114,13 +115,16 @@ class SplitReader:
                 )
             if (largest := int(tokens.max())) >= self._vocab_size:
                 raise ValueError(f"it has the id {largest}, and the tokenizer's ids end at {self._vocab_size - 1}")
+            marks = np.frombuffer(feature["marks"].bytes_list.value[0], np.uint8) if self.has_marks else None
+            if marks is not None and marks.size != tokens.size:
+                raise ValueError(f"it has {marks.size} marks; expected {tokens.size}")
         except (RuntimeError, DecodeError, IndexError, ValueError) as error:
             shard = self.split.shards[bisect.bisect_right(self._shard_ends, block)]
             raise ValueError(
                 f"block {block} in shard {join_location(self._directory, shard.file)} is unreadable: {error}; "
                 "restore the shard from its source, or rebuild the store"
             ) from error
-        return TokenBlock(tokens, num_targets)
+        return TokenBlock(tokens, num_targets, marks)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

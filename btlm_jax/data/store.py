@@ -12,8 +12,11 @@ Block b of a split is `stream[b*T : b*T + T + 1]` (T = block_len) of one packed 
 `{"tokens": uint16 or uint32 [T + 1] stored as bytes, "num_targets": int32}`; num_targets is T but in the last block
 of a stream, which is padded with EOS. `train` is one stream over all sources, documents shuffled; `heldout` is one
 stream a source, its blocks contiguous. That is format 1. Format 2 has one thing more or several, its `features`: with
-"sources" `train` too is one stream a source. A store with none of them is written in format 1, byte for byte as ever.
-Nothing here uses JAX, TFDS or Grain.
+"sources" `train` too is one stream a source; with "examples" a stream is not `EOS document EOS ...` but windows of
+`window` tokens, in each of which some examples are whole, padding with EOS after them, and a record has "marks" too, a
+uint8 [T + 1] stored as bytes: bits TRAINED, BEGINS and PADDING of each token. A source's counts are then of the trained
+targets and their text. A store with none of them is written in format 1, byte for byte as ever. Nothing here uses JAX,
+TFDS or Grain.
 """
 
 from __future__ import annotations
@@ -35,7 +38,9 @@ TOKENIZER_INFO_FILE = "tokenizer_info.json"  # beside a tokenizer that a run kee
 DATASET_NAME = "tokens"
 FORMAT = "btlm-token-store"
 SOURCES = "sources"  # `train` is one stream a source, its blocks contiguous
-FEATURES = (SOURCES,)  # that a store of format 2 may have
+EXAMPLES = "examples"  # prompts and completions: marks say what is trained, and where an example begins
+FEATURES = (EXAMPLES, SOURCES)  # that a store of format 2 may have
+TRAINED, BEGINS, PADDING = 1, 2, 4  # bits of a token's mark; padding begins as an example does
 TRAIN, HELDOUT = "train", "heldout"
 BLOCKS_PER_SHARD = 8192
 
@@ -45,6 +50,7 @@ class TokenBlock(NamedTuple):
 
     tokens: np.ndarray  # [block_len + 1], of the store's dtype
     num_targets: int  # block_len, but less in the last block of a stream, which is padded
+    marks: np.ndarray | None = None  # uint8 [block_len + 1], of a store of examples
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -73,8 +79,8 @@ class Source:
     """The share of one source in a split; first_block and num_blocks are 0 in a split that is one stream of all."""
 
     num_documents: int
-    num_bytes: int  # UTF-8 bytes of the documents' text
-    num_tokens: int  # targets, end-of-document tokens included
+    num_bytes: int  # UTF-8 bytes of the documents' text; of examples, of what is trained
+    num_tokens: int  # targets, end-of-document tokens included; of examples, those that are trained
     first_block: int
     num_blocks: int
 
@@ -84,7 +90,7 @@ class Split:
     """The shards of a split, in order, and its sources."""
 
     num_blocks: int
-    num_tokens: int  # targets in all
+    num_tokens: int  # targets in all, as of the sources
     shards: tuple[Shard, ...]
     sources: dict[str, Source]
 
@@ -98,6 +104,7 @@ class Manifest:
     tokenizer: TokenizerInfo
     splits: dict[str, Split]
     features: tuple[str, ...]  # some of FEATURES, sorted; none in format 1
+    window: int = 0  # tokens in which examples are whole, a divisor of block_len; 0 without EXAMPLES
     made_by: dict  # settings, versions and inputs of the build; no times, so that the same input gives the same bytes
 
     @property
@@ -114,6 +121,8 @@ class Manifest:
         body = dataclasses.asdict(self)
         if not self.features:
             del body["features"]
+        if EXAMPLES not in self.features:
+            del body["window"]
         return body
 
 
@@ -157,7 +166,7 @@ def read_manifest(directory: PathOrUrl) -> Manifest:
         version = found["format_version"]
         if found["format"] != FORMAT or version not in (1, 2) or type(version) is not int:
             raise ValueError(f"its format is {found['format']}, {version}; this version reads {FORMAT}, 1 and 2")
-        manifest = config_from(Manifest, {"features": []} | body if version == 1 else body, path=MANIFEST_FILE)
+        manifest = config_from(Manifest, {"features": [], "window": 0} | body, path=MANIFEST_FILE)
         if manifest.format_version != version:
             raise ValueError(f"its format is {version}, and its features are {list(manifest.features)}")
         if manifest.fingerprint != found["fingerprint"]:
@@ -189,6 +198,9 @@ def _check(manifest: Manifest) -> None:
         )
     if list(manifest.features) != sorted(set(manifest.features)):
         raise ValueError(f"its features {list(manifest.features)} are not in order, each once")
+    window, has_examples = manifest.window, EXAMPLES in manifest.features
+    if not (window > 0 and manifest.block_len % window == 0 if has_examples else window == 0):
+        raise ValueError(f"window={window} is not possible with block_len={manifest.block_len}")
     if SOURCES in manifest.features and TRAIN in manifest.splits:
         _check_streams(manifest.splits[TRAIN])
     for name, split in manifest.splits.items():

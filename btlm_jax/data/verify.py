@@ -14,7 +14,20 @@ from pathlib import Path
 from typing import BinaryIO, cast
 
 from btlm_jax.data.reader import SplitReader, open_store
-from btlm_jax.data.store import DATASET_NAME, MANIFEST_FILE, Manifest, Shard, Source, Split, TokenBlock, streams_of
+from btlm_jax.data.store import (
+    BEGINS,
+    DATASET_NAME,
+    EXAMPLES,
+    MANIFEST_FILE,
+    PADDING,
+    TRAINED,
+    Manifest,
+    Shard,
+    Source,
+    Split,
+    TokenBlock,
+    streams_of,
+)
 from btlm_jax.display.progress import RateLimit
 from btlm_jax.storage.files import parse_json
 from btlm_jax.storage.location import PathOrUrl, hash_range, join_location, read_bytes
@@ -64,6 +77,7 @@ def check_tfds_metadata(directory: PathOrUrl, manifest: Manifest) -> None:
       ValueError: one is damaged, or describes something else.
     """
     tensor = {"dtype": manifest.dtype, "encoding": "bytes", "shape": {"dimensions": [str(manifest.block_len + 1)]}}
+    marks = tensor | {"dtype": "uint8"} if EXAMPLES in manifest.features else None
     splits = {
         name: [str(shard.num_blocks) for shard in split.shards] for name, split in sorted(manifest.splits.items())
     }
@@ -74,6 +88,7 @@ def check_tfds_metadata(directory: PathOrUrl, manifest: Manifest) -> None:
     }
     for file, what, found, expected in (
         ("features.json", "tokens", _at(records, "tokens", "tensor"), tensor),
+        ("features.json", "marks", _at(records, "marks", "tensor"), marks),
         (
             "features.json",
             "num_targets",
@@ -133,7 +148,10 @@ def _streams_of(split: Split) -> list[tuple[str, Source]]:
 
 
 def _check_stream(blocks: Iterator[tuple[int, TokenBlock]], *, last: int, manifest: Manifest) -> tuple[int, int]:
-    """Check that blocks are consecutive pieces of one stream; return how many targets and ends of documents it has."""
+    """Check that blocks are consecutive pieces of one stream; return how many targets and ends of documents it has.
+
+    Of examples these are the targets that are trained, and how many examples begin.
+    """
     num_tokens = num_documents = 0
     token = None
     for number, block in blocks:
@@ -141,8 +159,12 @@ def _check_stream(blocks: Iterator[tuple[int, TokenBlock]], *, last: int, manife
         if token not in (None, block.tokens[0]) or not is_full:
             raise ValueError(f"block {number} does not go on where the block before it ended; rebuild the store")
         token = block.tokens[-1]
-        num_tokens += block.num_targets
-        num_documents += int((block.tokens[1 : block.num_targets + 1] == manifest.tokenizer.eos_id).sum())
+        if block.marks is None:
+            num_tokens += block.num_targets
+            num_documents += int((block.tokens[1 : block.num_targets + 1] == manifest.tokenizer.eos_id).sum())
+        else:
+            num_tokens += int((block.marks[1 : block.num_targets + 1] & TRAINED > 0).sum())
+            num_documents += int((block.marks[: block.num_targets] & (BEGINS | PADDING) == BEGINS).sum())
     return num_tokens, num_documents
 
 

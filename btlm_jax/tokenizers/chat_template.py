@@ -20,8 +20,10 @@ import re
 from collections.abc import Collection, Iterator, Sequence
 from datetime import datetime
 from pathlib import Path
+from typing import cast
 
 import jinja2
+from jinja2 import nodes
 from jinja2.ext import Extension
 from jinja2.ext import loopcontrols as LoopControls
 from jinja2.sandbox import ImmutableSandboxedEnvironment
@@ -70,7 +72,7 @@ class ChatTemplate:
         environment.filters["tojson"] = _to_json
         environment.globals |= {"raise_exception": _raise_exception, "strftime_now": _strftime_now}
         environment.globals |= {"dict": _make_dict, "namespace": _Namespace}
-        self._blocks = environment.extensions[_GenerationBlocks.identifier]
+        self._blocks = cast(_GenerationBlocks, environment.extensions[_GenerationBlocks.identifier])
         try:
             self._template = environment.from_string(source)
         except (*_ERRORS, SyntaxError) as error:
@@ -140,10 +142,10 @@ class _GenerationBlocks(Extension):
         self._pieces, self._spans = [], []
         yield self._pieces, self._spans
 
-    def parse(self, parser) -> jinja2.nodes.Node:
+    def parse(self, parser) -> nodes.Node:
         line = next(parser.stream).lineno
         body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
-        return jinja2.nodes.CallBlock(self.call_method("_note"), [], [], body).set_lineno(line)
+        return nodes.CallBlock(self.call_method("_note"), [], [], body).set_lineno(line)
 
     def _note(self, caller) -> str:
         written = caller()

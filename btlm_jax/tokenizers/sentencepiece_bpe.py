@@ -96,9 +96,13 @@ class SentencePieceTokenizer:
         names = "|".join(map(re.escape, sorted(self.special_tokens, key=len, reverse=True)))
         return re.split(f"({names})", text) if names else [text]
 
-    @functools.cached_property
+    @property
     def special_tokens(self) -> dict[str, int]:
         """The ids that encoding a text never gives, by name: of control pieces, and of unknown characters."""
+        return self._special_tokens
+
+    @functools.cached_property
+    def _special_tokens(self) -> dict[str, int]:
         special = (
             number
             for number in range(self.vocab_size)

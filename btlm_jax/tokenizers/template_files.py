@@ -37,13 +37,13 @@ def read_chat_templates(directory: Path) -> dict[str, str]:
 
 
 def find_template(given: str, *, directory: Path) -> tuple[str, str]:
-    """Return the source of a template, and what it is called.
+    """Return the source of a chat template, and what it is called.
 
     `given` is one of NAMED_TEMPLATES or the path of a file; if it is "", the template is that of `directory`, where a
-    tokenizer is.
+    tokenizer is, or "" if that has none.
 
     Raises:
-      FileNotFoundError: there is no such file, or the directory has no template.
+      FileNotFoundError: there is no such file.
       ValueError: a file is damaged.
     """
     if given in NAMED_TEMPLATES:
@@ -56,13 +56,7 @@ def find_template(given: str, *, directory: Path) -> tuple[str, str]:
             )
         return _read_text(path), given
     templates = read_chat_templates(directory)
-    if DEFAULT not in templates:
-        others = f" by the name {DEFAULT!r}, only {', '.join(sorted(templates))}" if templates else ""
-        raise FileNotFoundError(
-            f"the tokenizer in {directory} has no chat template{others}, by which messages become a text; give one by "
-            f"--template, a file or one of {', '.join(NAMED_TEMPLATES)}"
-        )
-    return templates[DEFAULT], f"of {directory}"
+    return templates.get(DEFAULT, ""), f"of {directory}"
 
 
 def _read_text(path: Path) -> str:

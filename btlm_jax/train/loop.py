@@ -45,6 +45,7 @@ from btlm_jax.train.setup import (
     BuildStore,
     Run,
     check_curriculum,
+    describe_examples,
     has_store,
     locate_store,
     log,
@@ -120,6 +121,8 @@ def train(
                 config, workdir=workdir, expected_fingerprint=position.store_fingerprint, build_store=build_store
             )
         check_curriculum(config, token_store.manifest)
+        if examples := describe_examples(token_store.manifest):
+            log(examples)
         run = make_run(program, workdir=workdir, token_store=token_store, ledger=ledger)
         events += _machine_changes(checkpointer, position.step)
         if jax.process_index() == 0:
@@ -193,7 +196,8 @@ def _store_plan(config: TrainConfig, workdir: Path | None) -> str:
     location = locate_store(config.data, workdir=workdir or Path())
     if has_store(location):
         manifest = open_run_store(config, location, expected_fingerprint="").manifest
-        return f"Token store: {location}, checked\nData: {check_curriculum(config, manifest)}"
+        use, examples = check_curriculum(config, manifest), describe_examples(manifest)
+        return f"Token store: {location}, checked\nData: {use}" + (f"\n{examples}" if examples else "")
     plan = "give another data.store" if config.corpus.source == PREPARED else f"made from {config.corpus.source}"
     return f"Token store: none in {location} yet; {plan}"
 

@@ -19,7 +19,7 @@ from btlm_jax import notices
 from btlm_jax.attention import most_documents
 from btlm_jax.data.order import StoreUse, make_order
 from btlm_jax.data.reader import TokenStore, open_store
-from btlm_jax.data.store import HELDOUT, MANIFEST_FILE, TRAIN, Manifest
+from btlm_jax.data.store import EXAMPLES, HELDOUT, MANIFEST_FILE, TRAIN, Manifest
 from btlm_jax.display.progress import print_line
 from btlm_jax.model import Btlm
 from btlm_jax.parallel.mesh import evaluation_sharding
@@ -210,8 +210,46 @@ def check_curriculum(config: TrainConfig, manifest: Manifest) -> StoreUse:
         raise ValueError(
             "by its manifest no source of the token store's split 'heldout' has a block; rebuild the store"
         )
+    if EXAMPLES in manifest.features:
+        _check_examples(config, manifest)
     order = make_order(manifest, curriculum=config.curriculum.table, data=config.data)
     return order.check_capacity(max_epochs=config.data.max_epochs)
+
+
+def _check_examples(config: TrainConfig, manifest: Manifest) -> None:
+    """Check that a run keeps apart and whole what a store of examples has in each window.
+
+    Raises:
+      ValueError: it does not.
+    """
+    if not config.data.document_mask:
+        raise ValueError(
+            "the token store has several examples in a window, which must not see each other: give "
+            "--config.data.document_mask=true"
+        )
+    for phase in config.curriculum.table.phases:
+        if phase.seq_len % manifest.window:
+            raise ValueError(
+                f"the token store has examples that are whole in windows of {manifest.window:,} tokens, and "
+                f"curriculum.seq_len={phase.seq_len} of phase {phase.index + 1} would cut them: give a multiple of "
+                f"{manifest.window:,}, or make the store by btlm corpus examples --window={phase.seq_len}"
+            )
+
+
+def describe_examples(manifest: Manifest) -> str:
+    """Return how much of a store of examples is trained; "" for other stores."""
+    if EXAMPLES not in manifest.features:
+        return ""
+    lines = []
+    for name in (TRAIN, HELDOUT):
+        split = manifest.splits[name]
+        num_window_tokens = split.num_blocks * manifest.block_len
+        lines.append(
+            f"{name}: {sum(source.num_documents for source in split.sources.values()):,} examples; of "
+            f"{num_window_tokens:,} window tokens, which the curriculum counts, the loss is on {split.num_tokens:,} "
+            f"({split.num_tokens / num_window_tokens:.1%}: completions)"
+        )
+    return "Examples: " + "\n          ".join(lines)
 
 
 def prepare_store(

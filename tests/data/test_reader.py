@@ -34,10 +34,10 @@ def test_read_gives_every_block_of_every_shard(directory):
     reader = token_store.split(store.TRAIN)
     assert len(reader) == len(expected) == 14
     for number in np.random.default_rng(3).permutation(14).tolist():
-        tokens, num_targets = reader.read(number)
+        tokens, num_targets, marks = reader.read(number)
         assert tokens.dtype == np.uint16
         np.testing.assert_array_equal(tokens, expected[number][0])
-        assert num_targets == expected[number][1]
+        assert num_targets == expected[number][1] and marks is None
     assert reader.read(13).num_targets == 7
 
 
@@ -202,7 +202,7 @@ def test_an_id_that_the_tokenizer_does_not_have_is_named(directory):
         ({"block_len": -24}, "block_len=-24"),
         ({"dtype": "object"}, "dtype='object'"),
         ({"splits": []}, "manifest.json.splits must be a table of keys"),
-        ({"features": ("masks", "sources")}, "does not know masks, only sources"),
+        ({"features": ("masks", "sources")}, "does not know masks, only examples, sources"),
         ({"features": ("sources", "sources")}, "not in order, each once"),
         ({"features": ("sources",)}, "source 'all' has 0 blocks of split train from 0 on"),
         ({"made_by": 3}, "manifest.json.made_by=3 must be of type dict"),

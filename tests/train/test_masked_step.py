@@ -1,12 +1,18 @@
-"""The train step with data.document_mask: packed documents train as each alone, on every mesh; and a run of it."""
+"""The train step with data.document_mask: packed documents, and examples, train as each alone."""
+
+import json
 
 import jax
 import numpy as np
 import optax
 import pytest
 from support.tiny import tiny_config
+from support.tiny_tokenizers import tiny_byte_level
 
-from btlm_jax.data.loader import document_starts
+from btlm_jax.corpus.engine.workers import LocalWorkers
+from btlm_jax.corpus.stages.examples import ExamplesConfig, make_example_store
+from btlm_jax.data.loader import document_starts, read_rows
+from btlm_jax.data.reader import open_store
 from btlm_jax.model import parameter_table
 from btlm_jax.parallel.mesh import batch_sharding, evaluation_sharding, make_run_mesh, num_ways, rules_for
 from btlm_jax.train.program import make_program
@@ -75,20 +81,58 @@ def assert_close(found, expected) -> None:
         np.testing.assert_allclose(a, b, rtol=0, atol=atol, err_msg=jax.tree_util.keystr(path))
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("attention", ["cpu"])
-def test_packed_documents_train_as_each_alone(attention):
-    """On a mesh that splits sequences, positions and heads, with accumulation and remat."""
-    rows = packed_rows(batch=8, length=48, seed=1)
-    alone = each_alone(rows)
-    assert 20 < len(alone["inputs_BT"]) <= NUM_ROWS
-    differentiate = make_differentiate(
+@pytest.fixture(scope="module")
+def differentiate():
+    return make_differentiate(
         tiny_config(
-            model__attention=attention, model__remat="full", data__document_mask=True,
+            model__attention="cpu", model__remat="full", data__document_mask=True,
             mup__init_std=1.0,  # large enough for attention to matter
             mesh__tensor=2, mesh__context=2,
         )
     )  # fmt: skip
+
+
+def example_rows(folder, *, length: int) -> dict[str, np.ndarray]:
+    """Return the windows of a store of prompts and completions, as training reads them."""
+    tiny_byte_level().save(str(folder / "tokenizer.json"))
+    rng = np.random.default_rng(4)
+    lines = [{"prompt": "a" * rng.integers(0, 20), "completion": "b" * rng.integers(1, 25)} for _ in range(20)]
+    (folder / "pairs.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    config = ExamplesConfig(
+        inputs=(folder / "pairs.jsonl",), tokenizer=folder, template="", template_name="", block_len=2 * length,
+        window=length, too_long="drop", heldout=0.1, seed=0, max_bad_rate=0.0, allow_lossy=False,
+    )  # fmt: skip
+    make_example_store(config, output=folder / "store", workers=LocalWorkers(1), log=print)
+    reader = open_store(folder / "store", expected_fingerprint="").split("train")
+    places = [(block, start) for block in range(len(reader)) for start in (0, length)]
+    return read_rows(reader, places, seq_len=length, most_documents=length)
+
+
+@pytest.mark.slow
+def test_examples_of_a_window_train_as_each_alone(differentiate, tmp_path):
+    """Loss and gradients of completions: what is packed with them and padding change nothing."""
+    rows = example_rows(tmp_path, length=48)
+    alone = each_alone(rows)
+    assert len(rows["inputs_BT"]) <= 14 and 18 < len(alone["inputs_BT"]) <= NUM_ROWS
+    expected, gradients, _ = differentiate(alone)
+    metrics, found, _ = differentiate(rows)
+    assert metrics["weight"] == expected["weight"] == rows["weights_BT"].sum() < 0.8 * rows["weights_BT"].size
+    np.testing.assert_allclose(metrics["loss"], expected["loss"], rtol=PACKED_ERROR)
+    assert_close(found, gradients)
+    for name, changed in (
+        ("starts_BT", np.zeros_like(rows["starts_BT"])),
+        ("weights_BT", np.ones_like(rows["weights_BT"])),
+    ):  # otherwise nothing above could tell
+        other, *_ = differentiate({**rows, name: changed})
+        assert abs(other["loss"] / metrics["loss"] - 1) > 1e-3, name
+
+
+@pytest.mark.slow
+def test_packed_documents_train_as_each_alone(differentiate):
+    """On a mesh that splits sequences, positions and heads, with accumulation and remat."""
+    rows = packed_rows(batch=8, length=48, seed=1)
+    alone = each_alone(rows)
+    assert 20 < len(alone["inputs_BT"]) <= NUM_ROWS
     expected, gradients, expected_sums = differentiate(alone)
     metrics, found, sums = differentiate(rows)
     assert metrics["weight"] == expected["weight"] == rows["weights_BT"].sum()

@@ -42,6 +42,7 @@ _HEAD_BYTES = 200  # of a Defect
 _MAX_DEPTH = 200  # of nested JSON; orjson writes up to 254
 _ZSTD, _GZIP, _PARQUET = b"\x28\xb5\x2f\xfd", b"\x1f\x8b", b"PAR1"
 _ZSTD_SKIPPABLE = b"\x2a\x4d\x18"  # after a first byte of 0x50 to 0x5f
+_BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 _LFS = b"version https://git-lfs"
 _HTML = (b"<!doctype html", b"<html")
 _BINARY_BYTES = 8000  # a NUL among the first so many makes a file binary, as for git
@@ -113,12 +114,7 @@ def read_raw(
     repairs = Counter() if repairs is None else repairs
     make = _RecordMaker(keys, name=name, default_source=default_source, key_flag=key_flag, repairs=repairs)
     with open(path, "rb") as file:
-        head = file.read(64)
-        file.seek(0)
-        if head.startswith(_LFS):
-            raise BadFileError("it is a Git LFS pointer, not the data; fetch it with git lfs pull")
-        if head.lstrip().lower().startswith(_HTML):
-            raise BadFileError("it is a web page, not data; the download gave an error page")
+        head = _head(file)
         if head.startswith(_PARQUET):
             yield from make.of_table(parquet_rows, file)
         elif name.endswith(".arrow"):
@@ -132,6 +128,44 @@ def read_raw(
             lines = split_lines(_chunks(file, head=head, name=name))
             # Unlike a loop, this keeps no line, which may be long.
             yield from filter(None, map(functools.partial(_parse_line, make=make), lines))
+
+
+def read_objects(path: Path, *, name: str, repairs: Counter) -> Iterator[tuple[int, int, object] | Defect]:
+    """Yield (line number, offset, value) of each line of JSON of a file, compressed or not; of another line a Defect.
+
+    `name` and `repairs` are as for `read_raw`.
+
+    Raises:
+      BadFileError: it is cut short, damaged, or no file of lines.
+    """
+    with open(path, "rb") as file:
+        head = _head(file)
+        if head.startswith(_PARQUET) or name.endswith((".arrow", *TEXT_SUFFIXES)):
+            raise BadFileError("it has no lines of JSON")
+        for number, offset, line in split_lines(_chunks(file, head=head, name=name)):
+            line = line.removeprefix(_BYTE_ORDER_MARK) if number == 1 else line
+            if not line.strip():
+                continue
+            try:
+                yield number, offset, _parse_json(line, repairs)
+            except ValueError as error:
+                shown = line[:_HEAD_BYTES].decode("utf-8", "replace")
+                yield Defect(file=name, line=number, offset=offset, reason=str(error), head=shown)
+
+
+def _head(file: BinaryIO) -> bytes:
+    """Return the first bytes of a file, to the beginning of which it goes back.
+
+    Raises:
+      BadFileError: they are of something that is never data.
+    """
+    head = file.read(64)
+    file.seek(0)
+    if head.startswith(_LFS):
+        raise BadFileError("it is a Git LFS pointer, not the data; fetch it with git lfs pull")
+    if head.lstrip().lower().startswith(_HTML):
+        raise BadFileError("it is a web page, not data; the download gave an error page")
+    return head
 
 
 def is_raw(name: str) -> bool:
@@ -252,7 +286,7 @@ def _parse_line(numbered_line: tuple[int, int, bytes], *, make: _RecordMaker) ->
     """Return the document or the defect of a line; None if it is empty."""
     number, offset, line = numbered_line
     if number == 1:
-        line = line.removeprefix(b"\xef\xbb\xbf")
+        line = line.removeprefix(_BYTE_ORDER_MARK)
     if not line.strip():
         return None
     try:
