@@ -61,8 +61,7 @@ _TABLE = np.dtype(
         ("source", "<i4"),  # index into the task's names
     ]
 )
-# Counts of a task, by the notice that says them.
-_CUT, _TOO_LONG, _UNENDED, _NAMED = "example-cut", "example-too-long", "no-end-token", "special-token-named"
+_CUT, _TOO_LONG, _UNENDED, _NAMED = "cut", "too long", "without end token", "naming special tokens"  # counts of a task
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -311,24 +310,23 @@ def _check_encoded(results: list[dict], *, config: ExamplesConfig, quarantine: P
 
 def _report(totals: dict, *, config: ExamplesConfig, quarantine: Path) -> None:
     """Say what is not as it was in the files."""
-    counts, window = Counter(totals["examples"]), f"{config.window:,}"
-    messages = {
-        "line-quarantined": (counts["bad"], f"bad lines are in {quarantine}, with reasons"),
-        _CUT: (counts[_CUT], f"examples are longer than the window of {window} tokens, and are cut at its end"),
-        _TOO_LONG: (
-            counts[_TOO_LONG],
-            f"examples are longer than the window of {window} tokens"
-            + (", and are left out" if config.too_long == DROP else ", have no completion inside, and are left out"),
-        ),
-        _UNENDED: (
-            counts[_UNENDED],
-            "examples have completions that end with no special token: a model does not learn from them where to stop",
-        ),
-        _NAMED: (counts[_NAMED], "examples have a special token's name in a text, which stands for the token"),
-    }
-    for name, (count, message) in messages.items():
-        if count:
-            notices.report(name, f"{count:,} of {counts['read'] + counts['bad']:,} {message}", count=count)
+    counts = Counter(totals["examples"])
+    of, window = f"of {counts['read'] + counts['bad']:,}", f"the window of {config.window:,} tokens"
+    if count := counts["bad"]:
+        notices.report("line-quarantined", f"{count:,} {of} lines are bad: {quarantine} says why", count=count)
+    if count := counts[_CUT]:
+        message = f"{count:,} {of} examples are longer than {window}, and are cut at its end"
+        notices.report("example-cut", message, count=count)
+    if count := counts[_TOO_LONG]:
+        why = "" if config.too_long == DROP else ", have no completion inside,"
+        message = f"{count:,} {of} examples are longer than {window}{why} and are left out"
+        notices.report("example-too-long", message, count=count)
+    if count := counts[_UNENDED]:
+        message = f"{count:,} {of} examples have completions that end with no special token"
+        notices.report("no-end-token", f"{message}: a model does not learn from them where to stop", count=count)
+    if count := counts[_NAMED]:
+        message = f"{count:,} {of} examples have a special token's name in a text, which stands for the token"
+        notices.report("special-token-named", message, count=count)
     for change, count in sorted(totals["changed values"].items()):
         notices.report("value-changed", f"{change}: {count:,}", count=count)
 
