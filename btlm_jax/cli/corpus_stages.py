@@ -318,7 +318,9 @@ def examples(arguments: Sequence[str]) -> int:
     except ValueError as error:
         raise UsageError(str(error)) from error
     with chosen_workers(flags, log=log) as workers:
-        print_store(stage.make_example_store(config, output=flags.path("output"), workers=workers, log=log))
+        manifest = stage.make_example_store(config, output=flags.path("output"), workers=workers, log=log)
+    print(f"examples: {stage.describe(manifest)}")
+    print_store(manifest)
     return DONE
 
 

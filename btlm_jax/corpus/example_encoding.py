@@ -31,6 +31,9 @@ class EncodedExample:
         """The ids before the first that is trained."""
         return self.ids[: int(self.is_trained.argmax())]
 
+    def __len__(self) -> int:
+        return len(self.ids)
+
     def cut(self, length: int) -> EncodedExample:
         """Return the first `length` ids."""
         return EncodedExample(ids=self.ids[:length], is_trained=self.is_trained[:length])

@@ -153,6 +153,21 @@ def read_objects(path: Path, *, name: str, repairs: Counter) -> Iterator[tuple[i
                 yield Defect(file=name, line=number, offset=offset, reason=str(error), head=shown)
 
 
+def first_object(file: BinaryIO, *, name: str) -> object:
+    """Return the value of the first line of JSON that is not blank; None if there is none, or it is no such file."""
+    try:
+        head = _head(file)
+        if head.startswith(_PARQUET) or name.endswith((".arrow", *TEXT_SUFFIXES)) or TFDS_SHARD.fullmatch(name):
+            return None
+        for number, _, line in split_lines(_chunks(file, head=head, name=name)):
+            line = line.removeprefix(_BYTE_ORDER_MARK) if number == 1 else line
+            if line.strip():
+                return _parse_json(line, Counter())
+    except ValueError:  # whoever reads the file says what is wrong with it
+        return None
+    return None
+
+
 def _head(file: BinaryIO) -> bytes:
     """Return the first bytes of a file, to the beginning of which it goes back.
 

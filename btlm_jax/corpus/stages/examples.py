@@ -154,8 +154,6 @@ def _make(config: ExamplesConfig, *, output: Path, workers: Workers, log: Log) -
         output_folder="../..",
     )  # fmt: skip
     written = run(writing, work["shards"], check=accept_all)
-    totals = encoded["totals"]["examples"] | windows["totals"]
-    log(_described(totals, config))
     if (output / store.MANIFEST_FILE).is_file() and (output / info.file).is_file():
         return store.read_manifest(output)
     write_atomically(output / info.file, tokenizer.contents)
@@ -168,7 +166,7 @@ def _make(config: ExamplesConfig, *, output: Path, workers: Workers, log: Log) -
         splits=splits,
         features=(store.EXAMPLES, store.SOURCES),
         window=config.window,
-        made_by={"stage": "examples", **settings, "counts": totals},
+        made_by={"stage": "examples", **settings, "counts": encoded["totals"]["examples"] | windows["totals"]},
     )
     store.write_manifest(output, manifest)
     return manifest
@@ -540,12 +538,13 @@ def _blocks_of(
         yield block._replace(marks=mark.tokens)
 
 
-def _described(totals: dict, config: ExamplesConfig) -> str:
-    """Return in a line what became of the examples."""
-    window_tokens = totals["windows"] * config.window
+def describe(manifest: store.Manifest) -> str:
+    """Return in a line what became of the examples of which a store was made."""
+    counts = Counter(manifest.made_by["counts"])
+    window_tokens = counts["windows"] * manifest.window
     return (
-        f"examples: {totals['read']:,} read, {totals['duplicates']:,} exact duplicates dropped; "
-        f"{totals['held out']:,} held out by {'prompt' if totals['held out by prompt'] else 'example'}; "
-        f"{totals['windows']:,} windows of {config.window:,} tokens: {totals['trained'] / window_tokens:.1%} trained "
-        f"(completions), {1 - totals['ids'] / window_tokens:.1%} padding"
+        f"{counts['read']:,} read, {counts['duplicates']:,} exact duplicates dropped; {counts['held out']:,} held out "
+        f"by {'prompt' if counts['held out by prompt'] else 'example'}; {counts['windows']:,} windows of "
+        f"{manifest.window:,} tokens: {counts['trained'] / window_tokens:.1%} trained (completions), "
+        f"{1 - counts['ids'] / window_tokens:.1%} padding"
     )
