@@ -29,6 +29,7 @@ examples:  btlm train --data=TEXTS --workdir=runs/mine --minutes=10
 or URLs of what btlm corpus clean reads. In the workdir it cleans and deduplicates the text, holds 5 % of it out, trains
 a tokenizer and makes a token store; then it measures a step and chooses the model's size, the batch and the tokens so
 that the whole command takes --minutes=N or --hours=N (at most 20 minutes without). It says what it chose and why.
+--config.data.weights="web=3,books=1" weights sources, here and on any store that btlm corpus tokenize --by_source made.
 
 --init=MODEL begins with given weights: of a run (or RUN/checkpoints/STEP), of a directory that btlm convert wrote, of a
 Hugging Face BTLM directory, or of one behind a URL. Shape and parametrization are the model's, the rest the config's.

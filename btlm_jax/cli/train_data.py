@@ -22,6 +22,7 @@ from btlm_jax.corpus.engine.inputs import Input
 from btlm_jax.corpus.engine.workers import LocalWorkers
 from btlm_jax.data.store import MANIFEST_FILE, TOKENIZER_INFO_FILE, TRAIN, Manifest, write_tokenizer
 from btlm_jax.recipe.config import TrainConfig, config_from, train_config_from, value_from_text, with_later_keys
+from btlm_jax.recipe.mixture import check_sources, parse_weights
 from btlm_jax.recipe.sizes import Shape
 from btlm_jax.storage.files import read_json_object, write_atomically
 from btlm_jax.storage.location import PathOrUrl, expand_pattern
@@ -36,11 +37,13 @@ if TYPE_CHECKING:
 RECORD_FILE = "own_text.json"  # in the workdir
 CORPUS_FOLDER, STORE_FOLDER = "corpus", "store"  # in the workdir: the stages' work, the token store
 FORMAT = "btlm-own-text"
-_LATER_KEYS = {"init": ""}  # that files did not have at first
+_LATER_KEYS = {"init": "", "weights": ""}  # that files did not have at first
 BASE_CONFIG = "local_cpu"  # whose family the chosen run belongs to
 DEFAULT_MINUTES = 20.0  # at most, where no time is given
 _MIN_MINUTES, _MAX_MINUTES = 1.0, 60.0 * 24 * 366
 _OPEN_SECTIONS = ("optimizer", "evaluation", "checkpoint", "log")  # that --config.section.key=value may change
+_NUM_PHASES = 2  # that a chosen run has
+_WEIGHTS = "data.weights"  # a key that may be given too
 _MANY_BYTES = 64_000_000  # from here on worker processes are worth their start
 _OF_ANOTHER_RUN = (CHECKPOINTS, STORE_FOLDER, CONFIG_FILE, SUMMARY_FILE)  # and weights
 
@@ -53,6 +56,7 @@ class Record:
     data: tuple[str, ...]  # absolute paths and patterns, or URLs
     tokenizer: str  # directory; "" where one is trained
     init: str  # the model that the run begins with; "" if it begins with random weights
+    weights: str  # of the sources, as given; "" without
     inputs: str  # hash of the raw files' names and sizes
     minutes: float  # as given; 0: no time was given
     lines: tuple[str, ...]  # what was chosen and why; empty until it is
@@ -81,11 +85,21 @@ def check_flags(flags: Flags) -> None:
             value_from_text(key, text)
         except ValueError as error:
             raise UsageError(str(error)) from error
-        if key.partition(".")[0] not in _OPEN_SECTIONS:
+        if key.partition(".")[0] not in _OPEN_SECTIONS and key != _WEIGHTS:
             raise UsageError(
                 f"--config.{key} cannot be given with --data, which chooses it; keys of {', '.join(_OPEN_SECTIONS)} "
-                f"can. The first start writes the whole config to {workdir / CONFIG_FILE}; to train a changed copy\n"
+                f"and {_WEIGHTS} can. The first start writes the whole config to {workdir / CONFIG_FILE}; to train a "
+                f"changed copy\n"
                 f"  {_store_command(str(workdir / STORE_FOLDER), Path('OTHER'), config='COPY.json')}"
+            )
+    if weights := _weights(flags):
+        try:
+            given = len(parse_weights(weights))
+        except ValueError as error:
+            raise UsageError(str(error)) from error
+        if given > _NUM_PHASES:
+            raise UsageError(
+                f"--config.{_WEIGHTS} has {given} phases, and the run will have {_NUM_PHASES}; give 1 or 2"
             )
     for name in ("coordinator", "distributed"):
         if flags.is_given(name):
@@ -169,6 +183,10 @@ def _minutes(flags: Flags) -> float:
     return flags.number("minutes") + 60 * flags.number("hours")
 
 
+def _weights(flags: Flags) -> str:
+    return flags.changes.get(_WEIGHTS, "")
+
+
 def _absolute(text: str) -> str:
     return text if "://" in text else os.path.abspath(os.path.expanduser(text))
 
@@ -183,6 +201,7 @@ def _command(flags: Flags, workdir: Path) -> str:
     for name in ("tokenizer", "init", "init_optimizer"):
         words += [f"--{name}={flags.string(name)}"] if flags.is_given(name) else []
     words += ["--grow_vocabulary"] if flags.boolean("grow_vocabulary") else []
+    words += [f"--config.{_WEIGHTS}={_weights(flags)}"] if _weights(flags) else []
     words += [f"--minutes={_minutes(flags):g}"] if _minutes(flags) else []
     return shlex.join(words)
 
@@ -246,6 +265,8 @@ def _check_workdir(record: Record | None, flags: Flags, *, workdir: Path) -> Non
     now = {"data": [*map(_absolute, flags.strings("data"))], "tokenizer": _given_tokenizer(flags)}
     now["init"] = _absolute(flags.string("init")) if flags.string("init") else ""
     then = {"data": list(record.data), "tokenizer": record.tokenizer, "init": record.init}
+    if record.config:
+        now[f"config.{_WEIGHTS}"], then[f"config.{_WEIGHTS}"] = _weights(flags), record.weights
     if record.config and _minutes(flags):
         now["minutes"], then["minutes"] = _minutes(flags), record.minutes or "not given"
     if differing := [name for name in now if now[name] != then[name]]:
@@ -259,6 +280,7 @@ def _go_on(record: Record, workdir: Path) -> str:
     words = ["btlm", "train", "--data", *record.data, f"--workdir={workdir}"]
     words += [f"--tokenizer={record.tokenizer}"] if record.tokenizer else []
     words += [f"--init={record.init}"] if record.init else []
+    words += [f"--config.{_WEIGHTS}={record.weights}"] if record.weights else []
     return f"  {shlex.join(words)}\n      (goes on with what was begun)"
 
 
@@ -319,6 +341,7 @@ def _begun(record: Record | None, inputs: Sequence[Input], flags: Flags, *, work
         data=tuple(map(_absolute, flags.strings("data"))),
         tokenizer=_given_tokenizer(flags),
         init=_absolute(flags.string("init")) if flags.string("init") else "",
+        weights=_weights(flags),
         inputs=fingerprint,
         minutes=_minutes(flags),
         lines=(),
@@ -341,6 +364,8 @@ def _with_store(
     is_large = sum(item.num_bytes for item in inputs) > _MANY_BYTES
     workers = LocalWorkers((os.cpu_count() or 1) if is_large else 1)
     text = own_text.split_text(locations, directory=folder, workers=workers, log=_log)
+    weights = parse_weights(record.weights) if record.weights else ()
+    check_sources(weights, text.sources, of="the text")
     if record.config:
         config = train_config_from(json.loads(record.config))
         vocab_size, block_len = config.model.vocab_size, config.curriculum.table.block_len
@@ -365,7 +390,7 @@ def _with_store(
         text,
         tokenizer=tokenizer,
         block_len=lengths.block,
-        by_source=False,
+        by_source=bool(record.weights),
         output=workdir / STORE_FOLDER,
         workers=workers,
         log=_log,
@@ -389,6 +414,7 @@ def _with_store(
         base=base,
         change=lambda values: _changed(values, flags),
         lengths=lengths,
+        weights=weights,
         budget=60 * (record.minutes or DEFAULT_MINUTES),
         elapsed=seconds_since_start,
         workdir=workdir,

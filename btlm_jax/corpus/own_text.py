@@ -57,6 +57,7 @@ class SplitText:
 
     folder: Path  # of the stage `split`
     train_bytes: int
+    sources: tuple[str, ...]  # of what is trained on
     beginning: str  # of a held-out document: a few words
     lines: tuple[str, ...]  # what was read, left out and held out
 
@@ -137,6 +138,7 @@ def split_text(locations: Sequence[PathOrUrl], *, directory: Path, workers: Work
     return SplitText(
         folder=directory / "split",
         train_bytes=train.num_bytes,
+        sources=tuple(sorted(manifest["totals"]["splits"][TRAIN])),
         beginning=" ".join(next(texts).split()[:6])[:60],
         lines=(
             _read_line(cleaned, size, dropped=cleaned["dropped"] | deduplicated["dropped"], kept=kept),

@@ -18,7 +18,7 @@ from typing import NamedTuple
 from btlm_jax.data.order import Stretch, Window, check_windows, describe_repetition
 from btlm_jax.data.store import SOURCES, TRAIN, Manifest, streams_of
 from btlm_jax.recipe.curriculum import Curriculum, Phase
-from btlm_jax.recipe.mixture import Turns
+from btlm_jax.recipe.mixture import Turns, check_sources
 
 
 class Stream(NamedTuple):
@@ -207,17 +207,7 @@ def make_mixed_order(
         Stream(source, part.first_block, part.num_blocks) for source, part in streams_of(manifest.splits[TRAIN])
     )
     names = [stream.source for stream in streams]
-    for given in weights:
-        if unknown := sorted(given.keys() - set(names)):
-            raise ValueError(
-                f"data.weights names {', '.join(map(repr, unknown))}, which the token store does not have; its sources "
-                f"are {', '.join(map(repr, names))}"
-            )
-        if missing := [name for name in names if name not in given]:
-            raise ValueError(
-                f"data.weights says nothing of {', '.join(map(repr, missing))}; give each of the token store's sources "
-                "a number in every phase, 0 to leave it out"
-            )
+    check_sources(weights, names, of="the token store")
     by_phase = weights * len(curriculum.phases) if len(weights) == 1 else weights
     return MixedOrder(
         curriculum=curriculum,

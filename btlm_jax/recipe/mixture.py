@@ -59,6 +59,29 @@ def _whole(weights: dict[str, Fraction], *, text: str) -> dict[str, int]:
     return whole
 
 
+def check_sources(weights: Sequence[dict[str, int]], sources: Sequence[str], *, of: str) -> None:
+    """Check that the weights of every phase are of these sources, and of all of them; `of` is what has them.
+
+    Raises:
+      ValueError: they are not.
+    """
+    for given in weights:
+        if unknown := sorted(given.keys() - set(sources)):
+            raise ValueError(
+                f"data.weights names {_listed(unknown)}, which {of} does not have; its sources are {_listed(sources)}"
+            )
+        if missing := [name for name in sources if name not in given]:
+            raise ValueError(
+                f"data.weights says nothing of {_listed(missing)}; give each source of {of} a number in every phase, 0 "
+                "to leave it out"
+            )
+
+
+def _listed(names: Sequence[str]) -> str:
+    more = f" and {len(names) - 20} more" if len(names) > 20 else ""
+    return ", ".join(map(repr, names[:20])) + more
+
+
 def _shown(text: str) -> str:
     return repr(text if len(text) <= 80 else f"{text[:77]}...")
 

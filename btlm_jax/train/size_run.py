@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import jax
 
-from btlm_jax.data.store import HELDOUT, TRAIN, Manifest
+from btlm_jax.data.order import make_order
+from btlm_jax.data.store import HELDOUT, TRAIN, Manifest, Split
 from btlm_jax.display.progress import print_line
 from btlm_jax.recipe.config import TrainConfig
 from btlm_jax.recipe.sizes import Shape
@@ -43,6 +45,7 @@ def size_run(
     base: dict,
     change: Callable[[dict], TrainConfig],
     lengths: Lengths,
+    weights: Sequence[dict[str, int]],
     budget: float,
     elapsed: Callable[[], float],
     workdir: Path,
@@ -53,7 +56,8 @@ def size_run(
     A `given` shape is that of a model whose weights are trained on; `base` has its parametrization.
 
     `base` are the values of a config of the family, with the store; `change` makes a config of such values, with the
-    user's changes; `elapsed` returns the seconds that the command has taken by now.
+    user's changes, of which `weights` are those of the sources; `elapsed` returns the seconds that the command has
+    taken by now.
     """
     devices = jax.devices()
     is_accelerator = devices[0].platform != "cpu"
@@ -67,7 +71,7 @@ def size_run(
     peak = peak_flops(devices[0]).flops * len(devices)
     efficiency = _ACCELERATOR_EFFICIENCY if is_accelerator else _CPU_EFFICIENCY
     flops = _TRAINING_SHARE * max(budget - elapsed(), budget / 4) * peak * efficiency
-    tokens_per_epoch = manifest.splits[TRAIN].num_blocks * manifest.block_len
+    tokens_per_epoch = manifest.block_len * _num_blocks(manifest.splits[TRAIN], weights)
     seq_len = round(sizing.PHASE_1_SHARE * lengths.short + (1 - sizing.PHASE_1_SHARE) * lengths.block)
     max_parameters = memory_bytes(devices[0]) * (len(devices) if is_accelerator else 1) / _BYTES_A_PARAMETER
     if given is not None:
@@ -104,7 +108,11 @@ def size_run(
             step_seconds=step_seconds,
         ).items():
             chosen[section] |= more
-        return change(chosen)
+        config = change(chosen)
+        if weights:  # some source is read more often than all together
+            chosen["data"]["max_epochs"] = math.ceil(max(_epochs(config, manifest).values()))
+            return change(chosen)
+        return config
 
     print_line(f"Measuring the steps of {_described(shape)} ...")
     times = measure_run(
@@ -135,7 +143,7 @@ def size_run(
         else f"Model: {_described(shape)}: the least predicted loss for time and text; muP from width "
         f"{config.mup.base_d_model:g}",
         f"Run: {table.num_steps:,} steps of {table.tokens_per_step:,} tokens, "
-        f"{table.num_tokens / tokens_per_epoch:.2f} epochs ({why}), "
+        f"{_shown_epochs(config, manifest)} ({why}), "
         f"75 % at length {lengths.short}, the rest at {lengths.block}",
         f"Time: about {shown_time(seconds)} for the whole command, by measured steps of {per_step}",
     )
@@ -153,6 +161,25 @@ def _check_fits(shape: Shape, *, max_parameters: float) -> None:
             f"the model of --init has {shape.num_parameters:,} parameters; to train it takes about "
             f"{_BYTES_A_PARAMETER} bytes for each, and this machine's memory holds {max_parameters:,.0f}"
         )
+
+
+def _num_blocks(train: Split, weights: Sequence[dict[str, int]]) -> int:
+    """Return how many blocks there are to train on; with weights, of the sources that have one."""
+    if not weights:
+        return train.num_blocks
+    return sum(part.num_blocks for name, part in train.sources.items() if any(phase[name] for phase in weights))
+
+
+def _epochs(config: TrainConfig, manifest: Manifest) -> dict[str, float]:
+    """Return how many epochs a run is, of the store or of each source with a weight, as its metrics say it."""
+    curriculum = config.curriculum.table
+    order = make_order(manifest, curriculum=curriculum, data=config.data)
+    return order.epochs_seen(curriculum.num_steps)
+
+
+def _shown_epochs(config: TrainConfig, manifest: Manifest) -> str:
+    parts = [(name.partition("/")[2], epochs) for name, epochs in _epochs(config, manifest).items()]
+    return ", ".join(f"{epochs:.2f} epochs{' of ' * bool(source)}{source}" for source, epochs in parts)
 
 
 def shown_time(seconds: float) -> str:

@@ -1,6 +1,7 @@
 """`btlm train --data`: chosen once and kept, the time is filled, and no other text is trained on than was asked."""
 
 import json
+import math
 import shlex
 import shutil
 from pathlib import Path
@@ -10,6 +11,7 @@ from support.corpus_files import made_up_text, write_raw
 from support.tiny_tokenizers import tiny_byte_level
 
 from btlm_jax.cli import main, train_data
+from btlm_jax.data.store import read_manifest
 from btlm_jax.recipe.config import train_config_from
 from btlm_jax.train import loop, size_run, sizing
 from btlm_jax.train.flops import Peak
@@ -135,11 +137,38 @@ def test_a_given_tokenizer_is_the_models(texts, trained, tmp_path):
     assert config.model.vocab_size == tiny_byte_level().get_vocab_size()
 
 
+def test_sources_can_be_weighted(trained, tmp_path, capsys):
+    """Subfolders are the sources; the store has a stream of each, and the epochs allowed are those that are read."""
+    for number, (name, size) in enumerate((("many", 50), ("few", 12))):
+        texts = [made_up_text(seed=100 * number + seed, num_words=200) for seed in range(size)]
+        write_raw(tmp_path / "texts" / name / "a.jsonl", texts, source="")
+        lines = [json.dumps({"text": text}) for text in texts]
+        (tmp_path / "texts" / name / "a.jsonl").write_text("\n".join(lines))
+    arguments = [f"--data={tmp_path / 'texts'}", f"--workdir={tmp_path / 'run'}", "--minutes=1"]
+    assert "data.weights names 'mayn', which the text does not have; its sources are 'few', 'many'" in refused(
+        capsys, *arguments, "--config.data.weights=mayn=1,few=1", code=1
+    )
+    weights = "--config.data.weights=many=1,few=1"
+    assert run(*arguments, weights) == 0
+    (config,) = trained
+    manifest = read_manifest(tmp_path / "run" / "store")
+    assert manifest.features == ("sources",) and config.data.weights == "many=1,few=1"
+    tokens = {name: part.num_blocks * 256 for name, part in manifest.splits["train"].sources.items()}
+    assert config.data.max_epochs == math.ceil(config.curriculum.table.num_tokens / 2 / tokens["few"])
+    assert f"{config.curriculum.table.num_tokens / 2 / tokens['many']:.2f} epochs of many" in capsys.readouterr().out
+    said = refused(capsys, *arguments)
+    assert "--config.data.weights was many=1,few=1, is now . It is one of" in said
+    assert proposed(said)[1] == ["train", "--data", str(tmp_path / "texts"), arguments[1], weights]
+    assert main(proposed(said)[1]) == 0 and trained[0] == trained[1]
+
+
 def test_flags_that_contradict_data_are_refused_with_commands(texts, trained, tmp_path, capsys):
     data, workdir = f"--data={texts}", f"--workdir={tmp_path / 'run'}"
     for arguments, said in (
         ([data, workdir, "--config=local_cpu"], "--data and --config=local_cpu are both given"),
         ([data, workdir, "--config.data.store=store"], "--data and --config.data.store=store are both given"),
+        ([data, workdir, "--config.data.weights=a=1;a=1;a=1"], "has 3 phases, and the run will have 2; give 1 or 2"),
+        ([data, workdir, "--config.data.weights=a"], "cannot be read from 'a' on; it is SOURCE=NUMBER"),
         ([data, workdir, "--config.model.d_model=64"], "--config.model.d_model cannot be given with --data"),
         ([data, workdir, "--config.optimizer.peak_learning_rat=1"], "did you mean optimizer.peak_learning_rate or "),
         ([data, workdir, "--distributed"], "--data is for one process, and --distributed for several"),

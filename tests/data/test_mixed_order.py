@@ -345,7 +345,7 @@ def test_without_weights_a_store_of_format_2_is_read_as_one_of_format_1(token_st
     ("weights", "said"),
     [
         ("web=1,books=1,code=1,wbe=2", "names 'wbe', which the token store does not have; its sources are 'books', "),
-        ("web=1,books=1", "says nothing of 'code'; give each of the token store's sources a number in every phase"),
+        ("web=1,books=1", "says nothing of 'code'; give each source of the token store a number in every"),
         ("web=1,books=1,code=1;web=1,code=1", "says nothing of 'books'"),
     ],
 )
