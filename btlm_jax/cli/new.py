@@ -58,7 +58,8 @@ def new(arguments: Sequence[str]) -> int:
         dataclasses.replace(choices, dtype=placement.dtype, mesh=placement.layout.mesh, remat=placement.layout.remat)
     )
     write_atomically(output, _text(config, placement, origin=origin, arguments=arguments, output=output))
-    print(_summary(config, placement, asked=_amount("params", flags.string("params")), output=output))
+    asked = _amount("params", flags.string("params"))
+    print(_summary(config, placement, asked=asked, data=origin.get("data.max_epochs", ""), output=output))
     return DONE
 
 
@@ -176,8 +177,8 @@ def _choices(flags: Flags) -> tuple[sizes.Choices, dict[str, str]]:
         shape = sizes.shape_for(asked, vocab_size=vocab_size)
     num_tokens = _num_tokens(flags, shape.num_parameters, of_store=of_store)
     epochs = -(-num_tokens // of_store) if of_store else 1
-    if epochs > 1:
-        why["data.max_epochs"] = f"the store has {of_store:,} tokens"
+    if of_store:
+        why["data.max_epochs"] = f"{num_tokens / of_store:.3g} epochs of the store's {of_store:,} tokens"
     return sizes.Choices(
         shape=shape,
         num_tokens=num_tokens,
@@ -342,7 +343,7 @@ def _wrapped(head: str, text: str) -> list[str]:
     )  # fmt: skip
 
 
-def _summary(config: TrainConfig, placement: Placement, *, asked: int, output: Path) -> str:
+def _summary(config: TrainConfig, placement: Placement, *, asked: int, data: str, output: Path) -> str:
     model, table = config.model, config.curriculum.table
     count = sizes.count_parameters(model)
     phases = ", then ".join(
@@ -354,6 +355,7 @@ def _summary(config: TrainConfig, placement: Placement, *, asked: int, output: P
             f"  {count:,} parameters ({count / asked - 1:+.1%} of what was asked): {model.num_layers} layers, d_model "
             f"{model.d_model}, {model.num_heads} heads x {model.head_dim}, d_ff {model.d_ff}, {model.vocab_size:,} ids",
             f"  {table.num_tokens:,} tokens, {table.num_tokens / count:.3g} a parameter: {phases}",
+            *([f"  data   {data}"] if data else []),
             f"  layout {placement.layout}",
             f"  memory {placement.memory.replace('THIS', str(output))}",
             f"  time   {placement.time}",

@@ -101,7 +101,7 @@ def test_flags_change_what_they_name(here):
     assert "d_model=256,  # as --d_model" in text and "# as --seq_len, and a quarter" in text
 
 
-def test_a_store_gives_vocabulary_lengths_and_tokens(here, token_store):
+def test_a_store_gives_vocabulary_lengths_and_tokens(here, token_store, capsys):
     assert new("--params=500K", f"--store={token_store}", "--output=a.py") == 0
     config, manifest = written(here / "a.py"), stores.read_manifest(token_store)
     assert config.model.vocab_size == manifest.tokenizer.vocab_size == 400
@@ -111,6 +111,9 @@ def test_a_store_gives_vocabulary_lengths_and_tokens(here, token_store):
     assert config.data.store == str(token_store) and config.data.max_epochs == 1
     assert new("--params=500K", f"--store={token_store}", f"--tokens={3 * tokens}", "--output=b.py") == 0
     assert written(here / "b.py").data.max_epochs == 3
+    epochs = f"3 epochs of the store's {tokens:,} tokens"
+    assert f"  data   {epochs}\n" in capsys.readouterr().out
+    assert f"max_epochs=3,  # {epochs}\n" in (here / "b.py").read_text()
     assert main(["train", "--config=b.py", "--dry-run"]) == 0
 
 
