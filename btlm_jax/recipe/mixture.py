@@ -50,7 +50,7 @@ def _whole(weights: dict[str, Fraction], *, text: str) -> dict[str, int]:
     scale = math.lcm(*(weight.denominator for weight in weights.values()))
     whole = {source: int(weight * scale) for source, weight in weights.items()}
     divisor = math.gcd(*whole.values())
-    whole = {source: weight // divisor for source, weight in sorted(whole.items())}
+    whole = {source: weight // divisor for source, weight in whole.items()}
     if sum(whole.values()) > MAX_TURNS:
         raise ValueError(
             f"data.weights={_shown(text)} are as whole numbers {sum(whole.values()):,} together, and {MAX_TURNS:,} is "
