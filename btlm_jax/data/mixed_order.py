@@ -15,10 +15,12 @@ import math
 from collections.abc import Iterable
 from typing import NamedTuple
 
-from btlm_jax.data.order import Stretch, Window, check_windows, describe_repetition
-from btlm_jax.data.store import SOURCES, TRAIN, Manifest, streams_of
+from btlm_jax.data.order import Stretch, Window, check_windows
+from btlm_jax.data.store import SOURCES, TRAIN, Manifest, describe_repetition, streams_of
 from btlm_jax.recipe.curriculum import Curriculum, Phase
 from btlm_jax.recipe.mixture import Turns, check_sources
+
+_MUCH_PADDING = 0.01  # of a source's targets; it is said
 
 
 class Stream(NamedTuple):
@@ -27,6 +29,7 @@ class Stream(NamedTuple):
     source: str
     first_block: int
     num_blocks: int
+    num_tokens: int  # targets, the padding of the last block not counted
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -113,6 +116,7 @@ class MixedOrder:
                 source=stream.source,
                 num_tokens=sum(of_source),
                 tokens_per_epoch=stream.num_blocks * self.block_len,
+                padding=stream.num_blocks * self.block_len - stream.num_tokens,
                 epochs=epochs[f"epochs/{stream.source}"],
             )
             for stream, *of_source in zip(self.streams, *tokens, strict=True)
@@ -150,6 +154,7 @@ class SourceUse:
     source: str
     num_tokens: int
     tokens_per_epoch: int
+    padding: int  # of an epoch's, at the end of its last block
     epochs: float  # with what stays unread at phases' ends
 
 
@@ -170,9 +175,11 @@ class MixtureUse:
             if not use.num_tokens:
                 lines.append(f"  {use.source}: left out, all {use.tokens_per_epoch:,} tokens")
                 continue
+            share = use.padding / use.tokens_per_epoch
+            padding = f" ({share:.0%} of it padding: the source is small for blocks)" if share >= _MUCH_PADDING else ""
             lines.append(
                 f"  {use.source}: {use.num_tokens:,} tokens ({use.num_tokens / total:.2%}) = {use.epochs:.3f} epochs "
-                f"of {use.tokens_per_epoch:,}{describe_repetition(use.epochs)}"
+                f"of {use.tokens_per_epoch:,}{padding}{describe_repetition(use.epochs)}"
             )
         if self.num_unread:
             lines.append(f"  {self.num_unread:,} tokens of blocks that phases end in stay unread in their epoch")
@@ -204,7 +211,8 @@ def make_mixed_order(
             f"--block_len={manifest.block_len} --output=NEW_STORE"
         )
     streams = tuple(
-        Stream(source, part.first_block, part.num_blocks) for source, part in streams_of(manifest.splits[TRAIN])
+        Stream(source, part.first_block, part.num_blocks, part.num_tokens)
+        for source, part in streams_of(manifest.splits[TRAIN])
     )
     names = [stream.source for stream in streams]
     check_sources(weights, names, of="the token store")

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING
 
 from grain.experimental import index_shuffle
 
-from btlm_jax.data.store import TRAIN, Manifest
+from btlm_jax.data.store import TRAIN, Manifest, StoreUse
 from btlm_jax.recipe.config import DataConfig
 from btlm_jax.recipe.curriculum import Curriculum, Phase
 
@@ -28,7 +28,6 @@ if TYPE_CHECKING:
     from btlm_jax.data.mixed_order import MixedOrder
 
 FEISTEL_ROUNDS = 4
-_WORTH_EPOCHS = 4
 MAX_INDICES = 1 << 32  # index_shuffle computes in 32 bits and wraps silently beyond
 
 
@@ -168,58 +167,6 @@ def check_windows(curriculum: Curriculum, *, num_blocks: int, block_len: int) ->
                 f"{num_blocks:,} blocks of {block_len:,} have more than {MAX_INDICES:,} windows of {phase.seq_len}, "
                 "the most a 32-bit permutation orders; use longer sequences or fewer blocks"
             )
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class StoreUse:
-    """How much of a store's train split a run reads, in targets; padding of the last block is counted as targets."""
-
-    curriculum_tokens: int
-    tokens_per_step: int
-    tokens_per_epoch: int
-    max_epochs: int
-
-    @property
-    def capacity_tokens(self) -> int:
-        return self.tokens_per_epoch * self.max_epochs
-
-    @property
-    def epochs(self) -> float:
-        return self.curriculum_tokens / self.tokens_per_epoch
-
-    @property
-    def unused_tokens(self) -> int:
-        """Tokens of the allowed epochs that the run does not read."""
-        return self.capacity_tokens - self.curriculum_tokens
-
-    @property
-    def spare_steps(self) -> int:
-        """Whole steps by which the last phase could be longer."""
-        return self.unused_tokens // self.tokens_per_step
-
-    @property
-    def tail_tokens(self) -> int:
-        """The part of unused_tokens that fills no batch."""
-        return self.unused_tokens % self.tokens_per_step
-
-    def __str__(self) -> str:
-        return (
-            f"{self.curriculum_tokens:,} tokens = {self.epochs:.3f} epochs of {self.tokens_per_epoch:,} and as many of "
-            f"each source{describe_repetition(self.epochs)} (data.max_epochs={self.max_epochs}); "
-            f"unused {self.unused_tokens:,} = {self.spare_steps:,} steps and a tail of {self.tail_tokens:,} that fills "
-            "no batch"
-        )
-
-    def to_json(self) -> dict:
-        return {"epochs": self.epochs, "tokens_per_epoch": self.tokens_per_epoch}
-
-
-def describe_repetition(epochs: float) -> str:
-    """Return what is to be said of text that is read so many times."""
-    if epochs <= 1:
-        return ""
-    much = f"; what is read more than about {_WORTH_EPOCHS} times is worth less than new text (arXiv 2305.16264)"
-    return f", each epoch in another order{much if epochs > _WORTH_EPOCHS else ''}"
 
 
 def make_order(manifest: Manifest, *, curriculum: Curriculum, data: DataConfig) -> TrainingOrder | MixedOrder:

@@ -1,4 +1,5 @@
-"""The format of a token store, which corpus/ writes and training reads: the manifest, its fingerprint, its checks.
+"""The format of a token store, which corpus/ writes and training reads: the manifest, its fingerprint, its checks; and
+how much of a store a run reads.
 
 A token store is a directory; one that is only read may be a folder behind a URL:
 
@@ -43,6 +44,7 @@ FEATURES = (EXAMPLES, SOURCES)  # that a store of format 2 may have
 TRAINED, BEGINS, PADDING = 1, 2, 4  # bits of a token's mark; padding begins as an example does
 TRAIN, HELDOUT = "train", "heldout"
 BLOCKS_PER_SHARD = 8192
+_WORTH_EPOCHS = 4  # arXiv 2305.16264: up to so many are about as good as new text
 
 
 class TokenBlock(NamedTuple):
@@ -307,3 +309,55 @@ def check_shards(directory: PathOrUrl, manifest: Manifest) -> None:
                     f"shard {join_location(directory, shard.file)} is {sizes[shard.file]:,} bytes, its manifest says "
                     f"{shard.num_bytes:,}: truncated or replaced; restore or rebuild it"
                 )
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class StoreUse:
+    """How much of a store's train split a run reads, in targets; padding of the last block is counted as targets."""
+
+    curriculum_tokens: int
+    tokens_per_step: int
+    tokens_per_epoch: int
+    max_epochs: int
+
+    @property
+    def capacity_tokens(self) -> int:
+        return self.tokens_per_epoch * self.max_epochs
+
+    @property
+    def epochs(self) -> float:
+        return self.curriculum_tokens / self.tokens_per_epoch
+
+    @property
+    def unused_tokens(self) -> int:
+        """Tokens of the allowed epochs that the run does not read."""
+        return self.capacity_tokens - self.curriculum_tokens
+
+    @property
+    def spare_steps(self) -> int:
+        """Whole steps by which the last phase could be longer."""
+        return self.unused_tokens // self.tokens_per_step
+
+    @property
+    def tail_tokens(self) -> int:
+        """The part of unused_tokens that fills no batch."""
+        return self.unused_tokens % self.tokens_per_step
+
+    def __str__(self) -> str:
+        return (
+            f"{self.curriculum_tokens:,} tokens = {self.epochs:.3f} epochs of {self.tokens_per_epoch:,} and as many of "
+            f"each source{describe_repetition(self.epochs)} (data.max_epochs={self.max_epochs}); "
+            f"unused {self.unused_tokens:,} = {self.spare_steps:,} steps and a tail of {self.tail_tokens:,} that fills "
+            "no batch"
+        )
+
+    def to_json(self) -> dict:
+        return {"epochs": self.epochs, "tokens_per_epoch": self.tokens_per_epoch}
+
+
+def describe_repetition(epochs: float) -> str:
+    """Return what is to be said of text that is read so many times."""
+    if epochs <= 1:
+        return ""
+    much = f"; what is read more than about {_WORTH_EPOCHS} times is worth less than new text (arXiv 2305.16264)"
+    return f", each epoch in another order{much if epochs > _WORTH_EPOCHS else ''}"

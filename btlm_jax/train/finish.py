@@ -131,7 +131,11 @@ def _epochs_text(data: object) -> str:
             return f", {epochs:.3f} epochs"
         case {"sources": dict(sources)}:
             epochs = {name: source.get("epochs") for name, source in sources.items() if isinstance(source, dict)}
-            return "".join(f", {value:.3f} epochs of {name}" for name, value in epochs.items() if value)
+            return "".join(
+                f", {value:.3f} epochs of {name}"
+                for name, value in epochs.items()
+                if isinstance(value, float) and value
+            )
     return ""
 
 

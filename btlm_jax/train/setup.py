@@ -7,7 +7,7 @@ import os
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 import jax
 import numpy as np
@@ -17,9 +17,9 @@ from jax.sharding import Mesh
 
 from btlm_jax import notices
 from btlm_jax.attention import most_documents
-from btlm_jax.data.order import StoreUse, make_order
+from btlm_jax.data.order import make_order
 from btlm_jax.data.reader import TokenStore, open_store
-from btlm_jax.data.store import EXAMPLES, HELDOUT, MANIFEST_FILE, TRAIN, Manifest
+from btlm_jax.data.store import EXAMPLES, HELDOUT, MANIFEST_FILE, TRAIN, Manifest, StoreUse
 from btlm_jax.display.progress import print_line
 from btlm_jax.model import Btlm
 from btlm_jax.parallel.mesh import evaluation_sharding
@@ -31,6 +31,9 @@ from btlm_jax.train import COMPILE_CACHE
 from btlm_jax.train.metric_writer import GoodputLedger
 from btlm_jax.train.program import Program
 from btlm_jax.train.step import TrainState, abstract_batch, init_state, make_eval_step
+
+if TYPE_CHECKING:
+    from btlm_jax.data.mixed_order import MixtureUse
 
 _SUFFIXES_OF_WEIGHTS, _MODEL_FILE = (".safetensors", ".gguf", ".bin"), "model.json"
 
@@ -194,7 +197,7 @@ def _other_settings(config: TrainConfig, manifest: Manifest) -> list[tuple[str, 
     return [(key, stored.get(key), value) for key, value in wanted.items() if stored.get(key) != value]
 
 
-def check_curriculum(config: TrainConfig, manifest: Manifest) -> StoreUse:
+def check_curriculum(config: TrainConfig, manifest: Manifest) -> StoreUse | MixtureUse:
     """Check that a store has what the whole curriculum and its evaluations read; return how much of it they use.
 
     Raises:

@@ -31,7 +31,7 @@ NAMES = ("books", "code", "web")
 
 def streams_of(num_blocks: list[int]) -> tuple[Stream, ...]:
     firsts = np.cumsum([0, *num_blocks]).tolist()
-    return tuple(Stream(*each) for each in zip(NAMES, firsts, num_blocks, strict=False))
+    return tuple(Stream(*each, 16 * each[-1]) for each in zip(NAMES, firsts, num_blocks, strict=False))
 
 
 def windows_of_phases(order: MixedOrder) -> list[list[tuple[int, int, int]]]:
@@ -239,7 +239,9 @@ def test_what_is_read_of_each_source_is_said():
         two_sources().check_capacity(max_epochs=1)
     alone = str(two_sources(weights=((1, 0), (1, 0))).check_capacity(max_epochs=3))
     assert "phase 1: books 100.00%, no code" in alone and "  code: left out, all 496 tokens" in alone
-    assert "worth less than new text" not in alone
+    assert "worth less than new text" not in alone and "padding" not in alone
+    few = two_sources(streams=(Stream("books", 0, 6, 83), Stream("code", 6, 31, 496)))
+    assert "1.667 epochs of 96 (14% of it padding: the source" in str(few.check_capacity(max_epochs=2))
     assert "worth less than new text" in str(
         two_sources(streams=streams_of([2, 31])).check_capacity(max_epochs=5)
     )  # 10 blocks of 2

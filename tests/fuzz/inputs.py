@@ -263,6 +263,7 @@ def _of_runs(folder: Path, store: Path) -> list[Target]:
 
     from btlm_jax.data.reader import open_store
     from btlm_jax.data.store import MANIFEST_FILE, TOKENIZER_INFO_FILE, read_manifest, read_tokenizer_info
+    from btlm_jax.recipe.config import train_config_from
     from btlm_jax.tokenizers.tokenizer import load_tokenizer
     from btlm_jax.train import METRICS_FILE, SUMMARY_FILE, finish, metric_writer, setup
     from btlm_jax.train.checkpoint import Checkpointer
@@ -289,7 +290,15 @@ def _of_runs(folder: Path, store: Path) -> list[Target]:
             pass
         (copied / MANIFEST_FILE).write_bytes(data)
         opened = open_store(copied, expected_fingerprint="")
-        setup.check_curriculum(config, opened.manifest)
+        train = opened.manifest.splits.get("train")
+        names = train.sources if opened.manifest.features and train else ()
+        weighted = tiny_config(
+            model__vocab_size=VOCAB_SIZE,
+            corpus__source="prepared",
+            data__weights=",".join(f"{name}={number}" for number, name in enumerate(names)),
+            data__max_epochs=99,
+        )
+        setup.check_curriculum(weighted if names else config, opened.manifest)
         setup._other_settings(other, opened.manifest)
         opened.split("train").read(0)
 
@@ -327,6 +336,11 @@ def _of_runs(folder: Path, store: Path) -> list[Target]:
         summary.write_bytes(data)
         native._heldout_notes(folder, 10)
 
+    def weights(data: bytes) -> None:
+        text = data.decode(errors="surrogateescape")
+        values = {**dataclasses.asdict(config), "data": {**dataclasses.asdict(config.data), "weights": text}}
+        train_config_from({**values, "corpus": {**values["corpus"], "source": "prepared"}})
+
     def kept_tokenizer(data: bytes) -> None:
         (folder / TOKENIZER_INFO_FILE).write_bytes(data)
         load_tokenizer(folder, read_tokenizer_info(folder))
@@ -336,6 +350,7 @@ def _of_runs(folder: Path, store: Path) -> list[Target]:
     summary_body = {
         "num_steps": 10,
         "num_tokens": 3840,
+        "data": {"sources": {"code": {"tokens": 3840, "epochs": 0.5, "tokens_per_epoch": 7680}}},
         "heldout": {"loss": 4.5, "sources": {"code": {"loss": 4.5, "bits_per_byte": 2.0}}},
         "sample": {"prompt": "a", "continuation": "b"},
         "seconds": {"total": 3.0},
@@ -363,9 +378,13 @@ def _of_runs(folder: Path, store: Path) -> list[Target]:
 
     lines = "".join(json.dumps(row) + "\n" for row in rows).encode()
     valid = json.dumps(body).encode()
+    by_source = {**body, "format_version": 2, "features": ["sources"]}
+    by_source["splits"] = {"train": body["splits"]["heldout"], "heldout": body["splits"]["heldout"]}
     return [
         Target(name="manifest", valid=valid, read=manifest, is_json=True),
         Target(name="manifest that hashes right", valid=valid, read=sealed, is_json=True),
+        Target(name="manifest of format 2", valid=json.dumps(by_source).encode(), read=sealed, is_json=True),
+        Target(name="weights", valid=b"web=3,books=1.5; web=1,books=0", read=weights, is_json=False),
         Target(name="metrics", valid=lines, read=read_metrics, is_json=True),
         Target(name="metrics at a resume", valid=lines, read=resume_metrics, is_json=True),
         Target(name="kept tokenizer", valid=json.dumps(kept).encode(), read=kept_tokenizer, is_json=True),

@@ -78,7 +78,8 @@ def _sources(read: dict, written: dict) -> str:
 def _describe_store(manifest: store.Manifest) -> str:
     parts = [
         f"token store, blocks of {manifest.block_len:,} tokens, {manifest.dtype}, {manifest.tokenizer.kind} of "
-        f"{manifest.tokenizer.vocab_size:,} ids"
+        f"{manifest.tokenizer.vocab_size:,} ids, format {manifest.format_version}"
+        + (", a stream of training blocks for each source" if store.SOURCES in manifest.features else "")
     ]
     for name, split in manifest.splits.items():
         rows = [("source", "documents", "MB", "tokens", "share", "bytes/token")]
