@@ -67,6 +67,12 @@ def get_config() -> ConfigDict:
             ),
             evaluation=dict(every_steps=2000, blocks_per_source=64, batch_size=480),
             checkpoint=dict(every_steps=200, keep_last=3, keep_every=10_000),
-            log=dict(every_steps=10, sample_prompt="The key to training a language model is", sample_tokens=128),
+            log=dict(
+                every_steps=10,
+                sample_prompt="The key to training a language model is",
+                sample_tokens=128,
+                trackers="",
+                profile_steps="",
+            ),
         )
     )

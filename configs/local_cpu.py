@@ -67,6 +67,12 @@ def get_config() -> ConfigDict:
             ),
             evaluation=dict(every_steps=150, blocks_per_source=8, batch_size=8),
             checkpoint=dict(every_steps=100, keep_last=2, keep_every=1000),
-            log=dict(every_steps=1, sample_prompt="Return the number of", sample_tokens=64),
+            log=dict(
+                every_steps=1,
+                sample_prompt="Return the number of",
+                sample_tokens=64,
+                trackers="",
+                profile_steps="",
+            ),
         )
     )

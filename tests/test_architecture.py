@@ -51,6 +51,8 @@ FOLDERS_OF = {
     "absl.flags": {"cli"},
     "tensorboardX": {"train"},
     "matplotlib": {"display", "train", "tune"},
+    "wandb": {"train"},
+    "mlflow": {"train"},
 }
 MODULES = sorted(PACKAGE.rglob("*.py"))
 

@@ -11,6 +11,7 @@ import difflib
 import functools
 import json
 import math
+import re
 import types
 import typing
 from collections.abc import Mapping
@@ -24,6 +25,8 @@ REMATS = ("full", "attention_saved", "out_recomputed", "matmuls_saved", "none") 
 PREPARED = "prepared"
 SCHEDULES = ("linear", "cosine", "constant", "wsd")
 CORPUS_SOURCES = ("prepared", "installed_python")
+TRACKERS = ("wandb", "mlflow")
+MAX_PROFILE_STEPS = 100  # what is traced of them is held in memory until it is written
 
 
 def _require(condition: bool, message: str) -> None:
@@ -279,11 +282,13 @@ class CheckpointConfig:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class LogConfig:
-    """How often metrics are written, and what is printed at the end."""
+    """How often metrics are written and where else, what is traced, and what is printed at the end."""
 
     every_steps: int  # steps between lines of metrics on the console and in TensorBoard
     sample_prompt: str  # continued at the end of the run
     sample_tokens: int  # length of that continuation
+    trackers: str  # services that get the numbers too, as wandb,mlflow; empty for none
+    profile_steps: str  # as 100:105, both included: steps whose work on the devices is traced; empty for none
 
     def __post_init__(self):
         _require_positive("log", every_steps=self.every_steps, sample_tokens=self.sample_tokens)
@@ -291,6 +296,30 @@ class LogConfig:
             not any("\ud800" <= c <= "\udfff" for c in self.sample_prompt),
             "log.sample_prompt is not valid Unicode: it has half of a surrogate pair",
         )
+        names = self.tracker_names
+        _require(
+            set(names) <= set(TRACKERS) and len(set(names)) == len(names),
+            f"log.trackers={self.trackers!r} must name each of {', '.join(TRACKERS)} at most once, separated by commas",
+        )
+        _ = self.profile_window
+
+    @property
+    def tracker_names(self) -> tuple[str, ...]:
+        return tuple(name.strip() for name in self.trackers.split(",")) if self.trackers else ()
+
+    @property
+    def profile_window(self) -> range:
+        """The steps to be traced; the first step is 1."""
+        if not self.profile_steps:
+            return range(0)
+        form = re.fullmatch(r"(\d{1,12}):(\d{1,12})", self.profile_steps, flags=re.ASCII)
+        first, last = map(int, form.groups()) if form else (0, 0)
+        _require(
+            0 < first <= last < first + MAX_PROFILE_STEPS,
+            f"log.profile_steps={self.profile_steps!r} must be FIRST:LAST, such as 100:105 for six steps, FIRST at "
+            f"least 1, at most {MAX_PROFILE_STEPS} steps in all",
+        )
+        return range(first, last + 1)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -328,6 +357,11 @@ class TrainConfig:
             f"data.weights needs a store that btlm corpus tokenize --by_source made, and corpus.source=prepared; "
             f"{self.corpus.source} makes one without a stream for each source",
         )
+        window = self.log.profile_window
+        _require(
+            not window or window[-1] <= table.num_steps,
+            f"log.profile_steps={self.log.profile_steps} is not in the run, which has steps 1 to {table.num_steps:,}",
+        )
 
     def to_json(self) -> str:
         """Return the config as sorted, indented JSON; `train_config_from` reads it back to an equal config."""
@@ -346,6 +380,7 @@ LATER_KEYS = {
         "schedule_tokens": 0,
         "freeze": "",
     },
+    "log": {"trackers": "", "profile_steps": ""},
 }
 
 

@@ -106,6 +106,8 @@ def _reasons(config: TrainConfig) -> dict[str, str]:
         "log.every_steps": "every step in runs below 1,000",
         "log.sample_prompt": "continued at the end",
         "log.sample_tokens": "of the continuation",
+        "log.trackers": "wandb, mlflow or both: a run's numbers go there too",
+        "log.profile_steps": "as 100:105: steps to trace",
     }
 
 

@@ -311,6 +311,8 @@ def make_config(choices: Choices) -> TrainConfig:
             every_steps=10 if table.num_steps >= 1000 else 1,
             sample_prompt="The key to training a language model is",
             sample_tokens=128,
+            trackers="",
+            profile_steps="",
         ),
     )
 

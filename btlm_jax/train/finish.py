@@ -20,7 +20,7 @@ from btlm_jax.recipe.optimizer import decay_again, flags_of
 from btlm_jax.storage.files import read_json_object, write_atomically
 from btlm_jax.train import CHECKPOINTS, LOSS_PLOT, METRICS_FILE, POSITION_PLOT, SUMMARY_FILE, TENSORBOARD
 from btlm_jax.train.heldout import HeldoutResult, evaluate_heldout
-from btlm_jax.train.metric_writer import MetricWriter, read_metrics
+from btlm_jax.train.metric_writer import MetricWriter, read_metrics, text_of
 from btlm_jax.train.setup import Run, check_curriculum, log
 
 ContinuePrompt = Callable[[Run, dict], str]  # (run, parameters) -> the continuation of log.sample_prompt
@@ -45,6 +45,7 @@ def finish_run(run: Run, params: dict, writer: MetricWriter, *, continue_prompt:
     writer.evaluation(step, result)
     with run.ledger.measure("sample"):
         sample = continue_prompt(run, params)
+    writer.sample(step, prompt=run.config.log.sample_prompt, continuation=sample)
     writer.finish()
     if jax.process_index() != 0:
         return
@@ -151,7 +152,7 @@ def _summary_text(summary: dict, config: TrainConfig, workdir: Path) -> str:
         f"Done: {summary['num_steps']:,} steps, {summary['num_tokens']:,} tokens{_epochs_text(summary.get('data'))}.",
         "Held-out loss:",
         *rows,
-        f"Sample: {prompt}\u2502{summary['sample']['continuation']}",
+        f"Sample: {text_of(summary['sample'])}",
         "Where everything is:",
         f"  {workdir / LOSS_PLOT}, {workdir / POSITION_PLOT}   the curves",
         f"  {workdir / METRICS_FILE}, {workdir / TENSORBOARD}   every number",

@@ -12,6 +12,7 @@ import signal
 import sys
 from collections.abc import Callable, Generator, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import jax
 import numpy as np
@@ -37,7 +38,13 @@ from btlm_jax.train.checkpoint import (
 )
 from btlm_jax.train.finish import ContinuePrompt, evaluate_some, finish_run, finished_report
 from btlm_jax.train.flops import FLOPS_CONVENTION, flops_per_token, peak_flops
-from btlm_jax.train.metric_writer import EvaluationWork, GoodputLedger, MetricWriter, append_setting_changed
+from btlm_jax.train.metric_writer import (
+    EvaluationWork,
+    Follower,
+    GoodputLedger,
+    MetricWriter,
+    append_setting_changed,
+)
 from btlm_jax.train.program import make_program
 from btlm_jax.train.run_summary import describe_run
 from btlm_jax.train.setup import (
@@ -56,8 +63,12 @@ from btlm_jax.train.setup import (
 )
 from btlm_jax.train.step import TrainState, abstract_state
 
+if TYPE_CHECKING:
+    from btlm_jax.train.step_trace import StepTrace
+
 DONE, PREEMPTED, BAD_NUMBERS = "done", "preempted", "bad numbers"
 CheckDevices = Callable[[TrainConfig, Sequence[jax.Device]], str]  # -> what is known of the layout, or ""
+_OF_NO_NUMBER = ("log.", "checkpoint.", "mesh.")  # keys that do not change what is trained
 STALL_SECONDS = 1800.0  # this long without a step, and every thread's stack goes to stderr
 
 
@@ -93,6 +104,10 @@ def train(
       OSError: a file cannot be read or written.
     """
     ledger, stop = GoodputLedger(), StopRequest()
+    if config.log.trackers:
+        from btlm_jax.train import trackers
+
+        trackers.check_installed(config.log)
     if layout_note := check_devices(config, jax.devices()):
         log(layout_note)
     make_workdir(workdir)
@@ -135,7 +150,12 @@ def train(
         else:
             log(f"Resuming from step {position.step:,} ({position.tokens_seen:,} tokens)")
             state = checkpointer.restore_state(position.step, abstract=abstract_state(run.table, run.optimizer, mesh))
-        with jax.set_mesh(mesh), _make_writer(run, first_step=position.step + 1) as writer:
+        first_step = position.step + 1
+        is_other = bool(resume_step) or any(not change.key.startswith(_OF_NO_NUMBER) for change in changes)
+        followers = _make_followers(run, other_from=first_step if is_other else 0)
+        writer = _make_writer(run, first_step=first_step, followers=followers)
+        with jax.set_mesh(mesh), writer:
+            writer.config(config)
             for event in events:
                 writer.event(position.step, event)
             if position.step == 0 and beginning.events:
@@ -180,6 +200,10 @@ def dry_run(config: TrainConfig, *, workdir: Path | None) -> str:
       ValueError: the token store is there and does not serve the config.
       OSError: it is there and lacks a file, or cannot be reached.
     """
+    if config.log.trackers:
+        from btlm_jax.train import trackers
+
+        trackers.check_installed(config.log)
     mesh = make_run_mesh(config.mesh, curriculum=config.curriculum.table, devices=jax.devices())
     plan = describe_run(config, make_program(config, mesh).table)
     try:
@@ -243,6 +267,7 @@ def _train_from(
     loader = _make_loader(run)
     log(f"Data: {loader.use}")
     batches = _batches(run, loader, first_step=first_step)
+    trace = _make_trace(run, first_step=first_step + 1)
     try:
         for index, batch in batches:
             faulthandler.dump_traceback_later(STALL_SECONDS, file=sys.stderr)
@@ -250,7 +275,11 @@ def _train_from(
             learning_rate = float(run.learning_rates[index])
             train_step = run.train_steps[curriculum.phase_at(index).index]
             with run.ledger.measure("step"):
+                if trace:
+                    trace.before(step, state)
                 state, metrics = train_step(state, batch, np.float32(learning_rate))
+                if trace:
+                    trace.after(step, state)
                 if pending:
                     _record(writer, *pending)
                 pending = (step, learning_rate, metrics | loader.order.epochs_seen(step))
@@ -282,6 +311,8 @@ def _train_from(
     finally:
         faulthandler.cancel_dump_traceback_later()
         batches.close()
+        if trace:
+            trace.close(step)
 
 
 def _make_loader(run: Run) -> TrainLoader:
@@ -350,7 +381,26 @@ def _stop_on_bad_numbers(run: Run, error: BadNumbersError, *, checkpointer: Chec
     return BAD_NUMBERS
 
 
-def _make_writer(run: Run, *, first_step: int) -> MetricWriter:
+def _make_trace(run: Run, *, first_step: int) -> StepTrace | None:
+    """Return what traces the steps of log.profile_steps, None where there are none or in another process than 0."""
+    if not run.config.log.profile_window or jax.process_index() != 0:
+        return None
+    from btlm_jax.train.step_trace import StepTrace
+
+    return StepTrace(run, first_step=first_step)
+
+
+def _make_followers(run: Run, *, other_from: int) -> list[Follower]:
+    """Return the processes of log.trackers; `other_from` is as trackers.TrackerProcess has it."""
+    log_config = run.config.log
+    if not log_config.trackers:
+        return []
+    from btlm_jax.train.trackers import TrackerProcess
+
+    return [TrackerProcess(name, run.workdir, other_from=other_from) for name in log_config.tracker_names]
+
+
+def _make_writer(run: Run, *, first_step: int, followers: Sequence[Follower]) -> MetricWriter:
     """Make the writer of the run's numbers, and log which peak MFU is a share of."""
     config, curriculum = run.config, run.config.curriculum.table
     num_devices, peak = jax.device_count(), peak_flops(jax.local_devices()[0])
@@ -368,6 +418,7 @@ def _make_writer(run: Run, *, first_step: int) -> MetricWriter:
         log_every=config.log.every_steps,
         is_writer=jax.process_index() == 0,
         ledger=run.ledger,
+        followers=followers,
     )
 
 

@@ -1,4 +1,7 @@
-"""Record a run's numbers: metrics.jsonl (every step, exact), TensorBoard, a console line or bar, and wall seconds."""
+"""Record a run's numbers: metrics.jsonl (every step, exact), TensorBoard, a console line or bar, and wall seconds.
+
+What follows metrics.jsonl in processes of its own is in trackers.py, which is imported for runs that have log.trackers.
+"""
 
 from __future__ import annotations
 
@@ -9,14 +12,16 @@ import datetime
 import json
 import math
 import sys
+import textwrap
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Protocol, TextIO
 
 from btlm_jax import notices
 from btlm_jax.display.progress import StepBar, print_line
+from btlm_jax.recipe.config import TrainConfig
 from btlm_jax.recipe.curriculum import Curriculum
 from btlm_jax.storage.files import parse_json_object, write_atomically
 from btlm_jax.train import METRICS_FILE, TENSORBOARD
@@ -36,6 +41,66 @@ class Result(Protocol):
     def to_json(self) -> dict: ...
 
 
+class Tracker(Protocol):
+    """What shows a run: TensorBoard, and those of trackers.py."""
+
+    def numbers(self, step: int, values: dict[str, float]) -> None:
+        """Take finite numbers by name, such as "train/loss"."""
+        ...
+
+    def text(self, step: int, name: str, text: str) -> None:
+        """Take a text, such as the sample at the end."""
+        ...
+
+    def finish(self, *, is_done: bool) -> None:
+        """Write what is left; the run has all its steps if it `is_done`."""
+        ...
+
+
+class Follower(Protocol):
+    """A tracker in a process of its own, which reads the metrics file; nothing that fails there ends the run."""
+
+    def start(self) -> None: ...
+
+    def check(self) -> None:
+        """Report it if the process has ended."""
+        ...
+
+    def finish(self, *, is_whole: bool) -> None:
+        """Have it take the lines up to the file's end, all of the last step's among them if that `is_whole`."""
+        ...
+
+
+def numbers_of(row: dict) -> dict[str, float]:
+    """Return the finite numbers of a train or eval line by the names that trackers show; of other lines none."""
+    if row["kind"] == "train":
+        named = {f"train/{name}": value for name, value in row.items() if name not in ("kind", "step", "seconds")}
+    elif row["kind"] == "eval":
+        named = {"heldout/all": row["loss"]}
+        for name, source in row["sources"].items():
+            named |= {f"heldout/{name}": source["loss"]}
+            named |= {f"heldout_bits_per_byte/{name}": source.get("bits_per_byte", math.nan)}
+    else:
+        return {}
+    return {name: value for name, value in named.items() if math.isfinite(value)}
+
+
+def text_of(row: dict) -> str:
+    """Return a "sample" line as one text: the prompt, a bar, the continuation."""
+    return f"{row.get('prompt')}\u2502{row.get('continuation')}"
+
+
+def flat_config(values: dict) -> dict[str, bool | int | float | str]:
+    """Return a config's nested values as section.key -> value; tuples, which trackers do not take, as texts."""
+    flat = {}
+    for name, value in values.items():
+        if isinstance(value, dict):
+            flat |= {f"{name}.{key}": inner for key, inner in flat_config(value).items()}
+        else:
+            flat[name] = value if isinstance(value, (bool, int, float, str)) else str(value)
+    return flat
+
+
 def read_metrics(path: Path) -> list[dict]:
     """Return the lines of a metrics file, "nan", "inf" and "-inf" as floats; an incomplete last line is left out.
 
@@ -46,10 +111,31 @@ def read_metrics(path: Path) -> list[dict]:
     rows = []
     for number, line in enumerate(lines, start=1):
         try:
-            rows.append(_row(line, name=f"{path}, line {number}"))
+            rows.append(parse_row(line, name=f"{path}, line {number}"))
         except ValueError as error:
             raise ValueError(f"{error}; delete that line to read the rest") from error
     return rows
+
+
+def parse_row(line: bytes, *, name: str) -> dict:
+    """Return what a line of a metrics file says, with what readers of its kind need.
+
+    Raises:
+      ValueError: it is damaged; begins with `name`.
+    """
+    row: dict[str, Any] = {key: _with_floats(value) for key, value in parse_json_object(line, name=name).items()}
+    if not isinstance(row.get("kind"), str) or type(row.get("step")) is not int:
+        raise ValueError(f'{name} has no "kind", or no whole number as "step"')
+    values = {key: row.get(key) for key in _NUMBERS_OF.get(row["kind"], ())}
+    if row["kind"] == "eval":
+        sources = row.get("sources")
+        if not isinstance(sources, dict) or not all(isinstance(source, dict) for source in sources.values()):
+            raise ValueError(f'{name} has no "sources" with a loss each')
+        values |= {f"loss of {source}": losses.get("loss") for source, losses in sources.items()}
+    for key, value in values.items():
+        if type(value) not in (int, float) or (type(value) is int and abs(value) > 2**63):
+            raise ValueError(f'{name} has no number as "{key}"')
+    return row
 
 
 def append_setting_changed(path: Path, step: int, *, key: str, old: object, new: object) -> None:
@@ -68,6 +154,53 @@ def _hidden(*names: str) -> Iterator[None]:
     finally:
         for name in hidden:
             del sys.modules[name]
+
+
+class _TensorBoard:
+    """TensorBoard's files. That they cannot be written any more is said once, and the run goes on without them."""
+
+    def __init__(self, folder: Path, *, first_step: int):
+        with _hidden("torch", "google.cloud.storage"):  # 0.02 s instead of 2.3 (2 vCPU Intel Xeon, 2026-11-29)
+            from tensorboardX import SummaryWriter
+
+        self._writer = SummaryWriter(str(folder), purge_step=first_step)
+        self._files: Any = self._writer.file_writer
+        self._is_alive = True
+
+    def numbers(self, step: int, values: dict[str, float]) -> None:
+        for name, value in values.items():
+            if self._can_write():
+                self._writer.add_scalar(name, value, step)
+
+    def text(self, step: int, name: str, text: str) -> None:
+        if self._can_write():
+            self._writer.add_text(name, textwrap.indent(text, "    "), step)  # Markdown's verbatim text
+
+    def hyperparameters(self, values: dict[str, bool | int | float | str]) -> None:
+        """Take the run's settings for the table of runs."""
+        from tensorboardX.summary import hparams
+
+        if self._can_write():
+            for summary in hparams(values, {"train/loss": 0.0, "heldout/all": 0.0}):  # the names of columns
+                self._files.add_summary(summary)
+
+    def finish(self, *, is_done: bool) -> None:
+        del is_done
+        try:
+            self._writer.close()
+        except OSError as error:
+            if self._is_alive:
+                self._stop(str(error))
+
+    def _can_write(self) -> bool:
+        """Return whether the thread that writes is there: without it the queue to it would fill, and block the run."""
+        if self._is_alive and not self._files.event_writer._worker.is_alive():
+            self._stop("the thread that writes its files has failed, see above")
+        return self._is_alive
+
+    def _stop(self, reason: str) -> None:
+        self._is_alive = False
+        notices.report("tracker-stopped", f"TensorBoard's files are not written on: {reason}")
 
 
 class GoodputLedger:
@@ -166,6 +299,7 @@ class MetricWriter:
         log_every: int,
         is_writer: bool,
         ledger: GoodputLedger,
+        followers: Sequence[Follower],
     ):
         """Take FLOPs per token of each phase, and the peak FLOP/s of all devices together."""
         self._workdir = workdir
@@ -178,31 +312,38 @@ class MetricWriter:
         self._log_every = log_every
         self._is_writer = is_writer
         self._ledger = ledger
+        self._followers = followers
         self._notable = {first_step, *(phase.end_step for phase in curriculum.phases)}
         self._pace = collections.deque(maxlen=SMOOTHING_STEPS)  # (seconds, tokens, FLOP) of the last steps
         self._is_open = False
 
     def __enter__(self) -> MetricWriter:
         if self._is_writer:
-            with _hidden("torch", "google.cloud.storage"):  # 0.02 s instead of 2.3 (2 vCPU Intel Xeon, 2026-11-29)
-                from tensorboardX import SummaryWriter
-
             path = self._workdir / METRICS_FILE
             _remove_replayed(path, first_step=self._first_step)
             self._file: TextIO = open(path, "a", encoding="utf-8")
-            self._tensorboard = SummaryWriter(str(self._workdir / TENSORBOARD), purge_step=self._first_step)
+            self._tensorboard = _TensorBoard(self._workdir / TENSORBOARD, first_step=self._first_step)
             self._bar = StepBar(
                 total=self._curriculum.num_steps, first_step=self._first_step, line_seconds=LINE_SECONDS
             )
             self._clock = self._training_seconds()
             self._last_step = self._first_step - 1
             self._is_open = True
+            for follower in self._followers:
+                follower.start()
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
-        self.finish()
+        self._finish(is_whole=error is None)
+
+    def config(self, config: TrainConfig) -> None:
+        """Show the run's config, as text and as hyperparameters."""
+        if not self._is_open:
+            return
+        self._tensorboard.text(self._first_step - 1, "config", config.to_json())
+        self._tensorboard.hyperparameters(flat_config(dataclasses.asdict(config)))
 
     def train(self, step: int, *, learning_rate: float, metrics: dict[str, float]) -> None:
         """Record a train step; the values that depend on time are the last in its line."""
@@ -230,9 +371,9 @@ class MetricWriter:
         self._write(row)
         is_notable = step in self._notable
         if is_notable or step % self._log_every == 0:
-            for name in row.keys() - {"kind", "step", "seconds"}:
-                if math.isfinite(row[name]):  # TensorBoard cannot draw the others; metrics.jsonl has them
-                    self._tensorboard.add_scalar(f"train/{name}", row[name], step)
+            self._tensorboard.numbers(step, numbers_of(row))
+            for follower in self._followers:
+                follower.check()
         fields = self._fields(row)
         self._bar.update(
             step,
@@ -248,14 +389,20 @@ class MetricWriter:
             return
         self._evaluated_flops += self._evaluation.flops
         values = result.to_json()
-        self._write({"kind": "eval", "step": step, "tokens": self._curriculum.tokens_seen(step), **values})
-        self._tensorboard.add_scalar("heldout/all", values["loss"], step)
+        row = {"kind": "eval", "step": step, "tokens": self._curriculum.tokens_seen(step), **values}
+        self._write(row)
+        self._tensorboard.numbers(step, numbers_of(row))
         parts = [f"step {step:,}/{self._curriculum.num_steps:,}", f"held-out loss {values['loss']:.4f}"]
         for name, source in values["sources"].items():
-            self._tensorboard.add_scalar(f"heldout/{name}", source["loss"], step)
-            self._tensorboard.add_scalar(f"heldout_bits_per_byte/{name}", source["bits_per_byte"], step)
             parts.append(f"{name} {source['loss']:.4f} ({source['bits_per_byte']:.4f} bits/byte)")
         print_line(" | ".join(parts))
+
+    def sample(self, step: int, *, prompt: str, continuation: str) -> None:
+        """Record how the model continues a prompt."""
+        if self._is_open:
+            row = {"kind": "sample", "step": step, "prompt": prompt, "continuation": continuation}
+            self._write(row)
+            self._tensorboard.text(step, "sample", text_of(row))
 
     def event(self, step: int, message: str) -> None:
         """Record an event at `step`, which no later start of the run removes, and print it."""
@@ -276,6 +423,9 @@ class MetricWriter:
 
     def finish(self) -> None:
         """Record the seconds by category, and close the files; after it nothing can be recorded."""
+        self._finish(is_whole=True)
+
+    def _finish(self, *, is_whole: bool) -> None:
         if not self._is_open:
             return
         self._is_open = False
@@ -283,7 +433,9 @@ class MetricWriter:
         self._bar.close()
         print_line(self._ledger.describe())
         self._file.close()
-        self._tensorboard.close()
+        self._tensorboard.finish(is_done=self._last_step == self._curriculum.num_steps)
+        for follower in self._followers:
+            follower.finish(is_whole=is_whole)
 
     def _write(self, row: dict) -> None:
         line = json.dumps(_with_strings(row), allow_nan=False) + "\n"
@@ -343,7 +495,7 @@ def _remove_replayed(path: Path, *, first_step: int) -> None:
     remaining = []
     for number, line in enumerate(lines, start=1):
         try:
-            row = _row(line, name=f"{path}, line {number}")
+            row = parse_row(line, name=f"{path}, line {number}")
         except ValueError as error:
             notices.report("metrics-line-dropped", f"{error}; the line is removed")
             continue
@@ -351,27 +503,6 @@ def _remove_replayed(path: Path, *, first_step: int) -> None:
             remaining.append(line)
     if incomplete or len(remaining) < len(lines):
         write_atomically(path, b"".join(line + b"\n" for line in remaining))
-
-
-def _row(line: bytes, *, name: str) -> dict:
-    """Return what a line says, with what readers of its kind need.
-
-    Raises:
-      ValueError: it is damaged; begins with `name`.
-    """
-    row: dict[str, Any] = {key: _with_floats(value) for key, value in parse_json_object(line, name=name).items()}
-    if not isinstance(row.get("kind"), str) or type(row.get("step")) is not int:
-        raise ValueError(f'{name} has no "kind", or no whole number as "step"')
-    values = {key: row.get(key) for key in _NUMBERS_OF.get(row["kind"], ())}
-    if row["kind"] == "eval":
-        sources = row.get("sources")
-        if not isinstance(sources, dict) or not all(isinstance(source, dict) for source in sources.values()):
-            raise ValueError(f'{name} has no "sources" with a loss each')
-        values |= {f"loss of {source}": losses.get("loss") for source, losses in sources.items()}
-    for key, value in values.items():
-        if type(value) not in (int, float) or (type(value) is int and abs(value) > 2**63):
-            raise ValueError(f'{name} has no number as "{key}"')
-    return row
 
 
 def _with_strings(value):

@@ -100,6 +100,8 @@ def get_config() -> ConfigDict:
                 every_steps=10,  # every step in runs below 1,000
                 sample_prompt="The key to training a language model is",  # continued at the end
                 sample_tokens=128,  # of the continuation
+                trackers="",  # wandb, mlflow or both: a run's numbers go there too
+                profile_steps="",  # as 100:105: steps to trace
             ),
         )
     )

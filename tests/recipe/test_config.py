@@ -91,6 +91,15 @@ def test_every_key_is_read_outside_config(cls, name):
         (lambda c: c["optimizer"].update(eps=float("nan")), "config.optimizer.eps=nan must be a finite number"),
         (lambda c: c["optimizer"].update(eps=10**400), "config.optimizer.eps=a number of 1329 bits must be of type"),
         (lambda c: c["log"].update(sample_prompt="a\ud800"), "log.sample_prompt is not valid Unicode"),
+        *(
+            (lambda c, given=given: c["log"].update(trackers=given), "must name each of wandb, mlflow at most once")
+            for given in ("comet", "wandb,", "wandb,wandb", "Wandb", " ")
+        ),
+        *(
+            (lambda c, given=given: c["log"].update(profile_steps=given), "must be FIRST:LAST, such as 100:105 for six")
+            for given in ("100", "0:5", "9:8", "1:101", "-1:3", "1:2:3", "a:b", "\u0661:\u0662", "5:", " 1:2")
+        ),
+        (lambda c: c["log"].update(profile_steps="600:601"), "600:601 is not in the run, which has steps 1 to 600"),
         (lambda c: c["corpus"].update(source="web"), "corpus.source='web' is not known; allowed are prepared, "),
         (lambda c: c["model"].update(alibi_scaling=0.5), "must be at least 1"),
         (lambda c: c["optimizer"].update(beta1=-0.1), r"optimizer.beta1=-0.1 must be in \[0, 1\)"),
@@ -110,6 +119,13 @@ def test_a_wrong_value_is_refused_with_its_name(change, message):
     change(values)
     with pytest.raises(ValueError, match=message):
         train_config_from(values)
+
+
+def test_trackers_and_steps_to_trace_are_read():
+    log = tiny_config(log__trackers="wandb, mlflow", log__profile_steps="3:10").log
+    assert log.tracker_names == ("wandb", "mlflow") and list(log.profile_window) == [3, 4, 5, 6, 7, 8, 9, 10]
+    log = tiny_config().log
+    assert log.tracker_names == () and not log.profile_window
 
 
 @pytest.mark.parametrize(

@@ -8,59 +8,22 @@ import types
 
 import numpy as np
 import pytest
-from support.tensorboard import tensorboard_scalars
+from support.fake_run import (
+    CURRICULUM,
+    EVALUATION,
+    FLOPS_OF_PHASE,
+    Clock,
+    FakeRun,
+    fake_config,
+    record_steps,
+    result,
+)
+from support.tensorboard import tensorboard_hyperparameters, tensorboard_scalars, tensorboard_texts
 
 from btlm_jax import notices
-from btlm_jax.recipe.curriculum import make_curriculum
+from btlm_jax.recipe.config import config_types
 from btlm_jax.train import METRICS_FILE, loop
-from btlm_jax.train.metric_writer import EvaluationWork, GoodputLedger, MetricWriter, read_metrics, remaining_seconds
-
-# 4 steps of 12 x 16 and 5 steps of 4 x 48, 192 tokens each; a token costs 1e6 and 3e6 FLOP.
-CURRICULUM = make_curriculum(seq_len=(16, 48), batch_size=(12, 4), num_tokens=(4 * 192, 5 * 192))
-FLOPS_OF_PHASE = (1e6, 3e6)
-EVALUATION = EvaluationWork(every_steps=3, flops=4e6, final_flops=90e6)
-PEAK = 1e9
-
-
-class Clock:
-    """Seconds that pass only by assignment."""
-
-    now = 100.0
-
-    def __call__(self) -> float:
-        return self.now
-
-
-class FakeRun:
-    """A loop without a model: `step` takes its seconds in the ledger and is recorded."""
-
-    def __init__(self, workdir, *, first_step=1, log_every=1, is_writer=True):
-        self.clock = Clock()
-        self.ledger = GoodputLedger(self.clock)
-        self.writer = MetricWriter(
-            workdir,
-            first_step=first_step,
-            curriculum=CURRICULUM,
-            flops_of_phase=FLOPS_OF_PHASE,
-            evaluation=EVALUATION,
-            peak_flops=PEAK,
-            log_every=log_every,
-            is_writer=is_writer,
-            ledger=self.ledger,
-        )
-
-    def spend(self, name, seconds):
-        with self.ledger.measure(name):
-            self.clock.now += seconds
-
-    def step(self, step, *, seconds=2.0, loss=4.5):
-        self.spend("step", seconds)
-        self.writer.train(step, learning_rate=0.01 / step, metrics={"loss": loss, "grad_norm": 0.5})
-
-
-def result(loss=3.25):
-    sources = {"code": {"loss": loss, "bits_per_byte": 1.5}, "prose": {"loss": 2 * loss, "bits_per_byte": 0.75}}
-    return types.SimpleNamespace(to_json=lambda: {"loss": loss, "sources": sources})
+from btlm_jax.train.metric_writer import read_metrics, remaining_seconds
 
 
 def rows_of(workdir, kind):
@@ -377,4 +340,44 @@ def test_a_step_without_targets_is_no_bad_number(tmp_path):
     (event,) = rows_of(tmp_path, "event")
     assert event["step"] == 2 and "no update: the batch has no targets" in event["message"]
     assert notices.counts() == {"no-targets": 1}
+    notices.begin(strict=())
+
+
+def test_tensorboard_shows_the_config_the_hyperparameters_and_the_sample(tmp_path):
+    run = FakeRun(tmp_path, first_step=4)
+    config = fake_config()
+    with run.writer:
+        run.writer.config(config)
+        record_steps(run, 4, 9)
+        run.writer.sample(9, prompt="Return", continuation=" the number")
+    texts = tensorboard_texts(tmp_path)
+    assert json.loads(texts["config/text_summary", 3]) == json.loads(config.to_json())
+    assert texts["sample/text_summary", 9].strip() == "Return\u2502 the number"
+    settings = tensorboard_hyperparameters(tmp_path)
+    assert settings["model.d_model"] == config.model.d_model and settings["model.dtype"] == "float32"
+    assert settings["curriculum.seq_len"] == "(16, 48)" and settings["data.document_mask"] is False
+    assert settings.keys() == config_types().keys()
+    (row,) = rows_of(tmp_path, "sample")
+    assert row == {"kind": "sample", "step": 9, "prompt": "Return", "continuation": " the number"}
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
+def test_tensorboard_files_that_cannot_be_written_neither_end_nor_block_a_run(tmp_path, monkeypatch, capsys):
+    """The queue to the thread that writes them takes 10 events, and then waits for it."""
+
+    def fail(*arguments):
+        raise OSError(28, "No space left on device")
+
+    notices.begin(strict=())
+    run = FakeRun(tmp_path)
+    with run.writer:
+        record_steps(run, 1, 2)
+        monkeypatch.setattr("tensorboardX.event_file_writer.EventsWriter.write_event", fail)
+        monkeypatch.setattr("tensorboardX.event_file_writer.EventsWriter.flush", fail)
+        run.writer._tensorboard.numbers(2, {"x": 1.0})
+        run.writer._tensorboard._files.event_writer._worker.join(60)
+        record_steps(run, 3, 9)
+    assert notices.counts() == {"tracker-stopped": 1}
+    assert "TensorBoard's files are not written on" in capsys.readouterr().err
+    assert [row["step"] for row in rows_of(tmp_path, "train")] == list(range(1, 10))
     notices.begin(strict=())

@@ -1,8 +1,12 @@
 """The real command, undisturbed: everything happens at the steps that the config names, and is where it should be."""
 
 import json
+import os
+import sys
+from pathlib import Path
 
 import pytest
+from support import tensorboard
 from support.run_command import (
     NUM_STEPS,
     PHASE_STEPS,
@@ -16,7 +20,7 @@ from support.tensorboard import tensorboard_scalars
 
 from btlm_jax.cli import main
 from btlm_jax.recipe.config import train_config_from
-from btlm_jax.train import COMPILE_CACHE, CONFIG_FILE, LOSS_PLOT, POSITION_PLOT, SUMMARY_FILE
+from btlm_jax.train import COMPILE_CACHE, CONFIG_FILE, LOSS_PLOT, POSITION_PLOT, PROFILE, SUMMARY_FILE, TRACKERS
 
 pytestmark = pytest.mark.slow
 
@@ -65,3 +69,32 @@ def test_settings_changed_at_a_resume_are_lines_and_events(unfinished_run, capsy
     assert main([*train_arguments(config, workdir), *changes, "--strict=setting-changed"]) == 0
     assert main([*train_arguments(config, workdir), "--strict=setting-changed"]) == 1
     assert "an error because of --strict" in capsys.readouterr().err
+
+
+def test_a_resumed_run_traces_steps_and_gives_a_tracker_all_of_them(unfinished_run, monkeypatch, capsys):
+    config, workdir = unfinished_run
+    services = Path(tensorboard.__file__).parent / "services"
+    monkeypatch.syspath_prepend(services)
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(services), *sys.path]))
+    options = ["--config.log.profile_steps=5:6", "--config.log.trackers=wandb"]
+    assert main([*train_arguments(config, workdir), *options]) == 0
+    said = capsys.readouterr()
+    (trace,) = (workdir / PROFILE / "steps_5_6").rglob("*.xplane.pb")
+    assert f"Traced the steps up to 6: {trace.parents[3]}" in said.out and "not-traced" not in said.err
+    assert json.loads((workdir / SUMMARY_FILE).read_text())["seconds"]["profile"] > 0
+    (start,) = (workdir / TRACKERS / "wandb").iterdir()
+    rows = [json.loads(line) for line in start.read_text().splitlines()]
+    heldout = {row["step"] for row in rows if "heldout/all" in row.get("values", ())}
+    assert {row["step"] for row in rows if "train/loss" in row.get("values", ())} == {1, 3, 6, 9, 10}
+    assert heldout == {4, 6, 8, 10} and any("sample" in row.get("values", ()) for row in rows)
+    assert rows[-1] == {"exit": 0} and "tracker" not in said.err
+
+
+def test_a_tracker_whose_package_is_missing_is_refused_before_anything_is_made(tiny_run, tmp_path, monkeypatch, capsys):
+    config, _ = tiny_run
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    for more in ([], ["--dry_run"]):
+        arguments = [*train_arguments(config, tmp_path / "new"), "--config.log.trackers=mlflow", *more]
+        assert main(arguments) == 1
+        assert "log.trackers=mlflow needs the package mlflow" in capsys.readouterr().err
+    assert not (tmp_path / "new").exists()
