@@ -13,6 +13,7 @@ does. Prints one line for each; exit code 1 if one fails.
 
 from __future__ import annotations
 
+import argparse
 import os
 import subprocess
 import sys
@@ -97,4 +98,6 @@ def main(run: Path) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main(Path(sys.argv[1])))
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("run", metavar="RUN", type=Path)
+    sys.exit(main(parser.parse_args().run))

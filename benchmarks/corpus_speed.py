@@ -21,7 +21,6 @@ import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-import datasketch
 import ftfy
 import numpy as np
 
@@ -125,8 +124,10 @@ def slimpajama(texts: Sequence[str]) -> list[np.ndarray]:
     return [SLIMPAJAMA.signature(normalized_pieces(text)) for text in texts]
 
 
-def published_signature(texts: Sequence[str]) -> list[datasketch.MinHash]:
-    """Return to_hash.py's signatures: one update a gram."""
+def published_signature(texts: Sequence[str]) -> list:
+    """Return to_hash.py's signatures, datasketch's MinHash: one update a gram."""
+    import datasketch
+
     signatures = []
     for text in texts:
         normal = published_normalization(text)

@@ -83,7 +83,7 @@ def first_steps(config: TrainConfig, num_steps: int) -> dict[str, float]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--steps", type=int, default=4)
     arguments = parser.parse_args()
     for number, (name, (d_model, num_layers)) in enumerate(SHAPES.items()):

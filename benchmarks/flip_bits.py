@@ -14,6 +14,7 @@ Exit code 1 if there is a fault.
 
 from __future__ import annotations
 
+import argparse
 import collections
 import contextlib
 import io
@@ -113,5 +114,9 @@ def main(model: Path, *, flips: int, seed: int) -> int:
 
 
 if __name__ == "__main__":
-    options = [int(argument) for argument in sys.argv[2:]]
-    sys.exit(main(Path(sys.argv[1]), flips=options[0] if options else 300, seed=options[1] if options[1:] else 0))
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("model", metavar="MODEL", type=Path)
+    parser.add_argument("flips", metavar="FLIPS", type=int, nargs="?", default=300)
+    parser.add_argument("seed", metavar="SEED", type=int, nargs="?", default=0)
+    options = parser.parse_args()
+    sys.exit(main(options.model, flips=options.flips, seed=options.seed))

@@ -10,6 +10,7 @@ its limit.
 
 from __future__ import annotations
 
+import argparse
 import contextlib
 import functools
 import os
@@ -133,6 +134,8 @@ def follow_product() -> Calls:
 
 
 def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.parse_args()
     with tempfile.TemporaryDirectory() as directory:
         batch = follow_batch(Path(directory) / "store")
     product = follow_product()

@@ -14,6 +14,7 @@ Exit code 1 if there is a fault. Prints a line a start, and one a command with t
 
 from __future__ import annotations
 
+import argparse
 import os
 import random
 import shutil
@@ -156,5 +157,8 @@ def main(count: int, seed: int) -> int:
 
 
 if __name__ == "__main__":
-    numbers = [int(argument) for argument in sys.argv[1:]]
-    sys.exit(main(numbers[0] if numbers else 100, numbers[1] if numbers[1:] else 0))
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("count", metavar="COUNT", type=int, nargs="?", default=100)
+    parser.add_argument("seed", metavar="SEED", type=int, nargs="?", default=0)
+    options = parser.parse_args()
+    sys.exit(main(options.count, options.seed))

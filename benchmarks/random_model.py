@@ -6,8 +6,8 @@ Writes a Hugging Face directory without a tokenizer, tensor by tensor, the same 
 
 from __future__ import annotations
 
+import argparse
 import math
-import sys
 import zlib
 from pathlib import Path
 
@@ -91,4 +91,9 @@ def write_random_model(directory: Path, *, shape: str, dtype: str) -> None:
 
 
 if __name__ == "__main__":
-    write_random_model(Path(sys.argv[3]), shape=sys.argv[1], dtype=sys.argv[2])
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("shape", choices=sorted(SHAPES))
+    parser.add_argument("dtype", choices=("float32", "bfloat16"))
+    parser.add_argument("directory", metavar="DIR", type=Path)
+    options = parser.parse_args()
+    write_random_model(options.directory, shape=options.shape, dtype=options.dtype)

@@ -10,6 +10,7 @@ what differs from the first interpreter: ids must be the same, numbers within 1e
 
 from __future__ import annotations
 
+import argparse
 import json
 import os
 import subprocess
@@ -91,4 +92,8 @@ def main(directory: str, pythons: list[str]) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1], sys.argv[2:]))
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("directory", metavar="DIRECTORY")
+    parser.add_argument("pythons", metavar="PYTHON", nargs="+")
+    options = parser.parse_args()
+    sys.exit(main(options.directory, options.pythons))
