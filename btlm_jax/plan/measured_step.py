@@ -20,9 +20,10 @@ from btlm_jax.plan.placement import CPU, Placement, cpu_placement, span
 from btlm_jax.recipe.config import MeshConfig, TrainConfig
 from btlm_jax.recipe.curriculum import Phase
 from btlm_jax.recipe.sizes import count_parameters
+from btlm_jax.train.flops import memory_bytes
 from btlm_jax.train.program import Program, make_program
 from btlm_jax.train.step import init_state
-from btlm_jax.train.step_time import made_up_batch, memory_bytes
+from btlm_jax.train.step_time import made_up_batch
 
 _STATE_BYTES = 12  # of a parameter: float32, and two moments
 _GPU_MICRO_BATCH = 32_768  # tokens of one GPU

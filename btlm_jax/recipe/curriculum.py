@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 
-_MOST_STEPS, _MOST_TOKENS = 2**31, 2**62  # a training state has int32 for its steps; tokens are int64 of NumPy
+_MOST_STEPS, _MOST_TOKENS = 2**26, 2**62  # a run keeps a learning rate for each step; tokens are int64 of NumPy
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

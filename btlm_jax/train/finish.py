@@ -50,7 +50,8 @@ def finish_run(run: Run, params: dict, writer: MetricWriter, *, continue_prompt:
     if jax.process_index() != 0:
         return
     plot_loss(read_metrics(run.workdir / METRICS_FILE), run.config.curriculum.table, run.workdir / LOSS_PLOT)
-    plot_position(result, run.workdir / POSITION_PLOT, seq_lens=run.config.curriculum.seq_len)
+    mask, seq_lens = run.config.data.document_mask, run.config.curriculum.seq_len
+    plot_position(result, run.workdir / POSITION_PLOT, seq_lens=seq_lens, document_mask=mask)
     summary = {
         "num_steps": step,
         "num_tokens": run.config.curriculum.table.num_tokens,

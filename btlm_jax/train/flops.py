@@ -1,8 +1,9 @@
-"""FLOPs of training on a token, and the peak FLOP/s of a device: the two numbers that MFU is made of."""
+"""FLOPs of training on a token, and the peak FLOP/s of a device, which MFU is made of; and a device's memory."""
 
 from __future__ import annotations
 
 import dataclasses
+import os
 import time
 from typing import TYPE_CHECKING
 
@@ -62,6 +63,12 @@ def peak_flops(device: jax.Device) -> Peak:  # pyright: ignore[reportInvalidType
         if kind in device.device_kind:
             return Peak(flops=flops, source=f"data sheet of {kind}, dense bfloat16")
     return _measured_peak(device)
+
+
+def memory_bytes(device: jax.Device) -> int:  # pyright: ignore[reportInvalidTypeForm] # jax declares it as a variable
+    """Return the bytes that a device may use; the CPU's are the whole machine's, which all its devices share."""
+    limit = (device.memory_stats() or {}).get("bytes_limit")
+    return limit or os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
 def _measured_peak(device: jax.Device) -> Peak:  # pyright: ignore[reportInvalidTypeForm] # jax declares it as a variable

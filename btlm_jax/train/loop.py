@@ -52,6 +52,7 @@ from btlm_jax.train.setup import (
     BuildStore,
     Run,
     check_curriculum,
+    check_memory,
     describe_examples,
     has_store,
     locate_store,
@@ -131,6 +132,7 @@ def train(
             return DONE
         program = make_program(config, mesh)
         log(describe_run(config, program.table))
+        check_memory(program)
         with ledger.measure("corpus"):
             token_store = prepare_store(
                 config, workdir=workdir, expected_fingerprint=position.store_fingerprint, build_store=build_store
@@ -407,6 +409,7 @@ def _make_writer(run: Run, *, first_step: int, followers: Sequence[Follower]) ->
     log(
         f"MFU is of {num_devices} x {peak.flops:.4g} = {num_devices * peak.flops:.4g} FLOP/s ({peak.source}), "
         f"counting {FLOPS_CONVENTION}"
+        + (", and attention over whole sequences, of which data.document_mask skips parts" * config.data.document_mask)
     )
     return MetricWriter(
         run.workdir,

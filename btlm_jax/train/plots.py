@@ -50,8 +50,11 @@ def plot_loss(metrics: list[dict], curriculum: Curriculum, path: Path) -> None:
     _write(figure, path)
 
 
-def plot_position(result: HeldoutResult, path: Path, *, seq_lens: tuple[int, ...]) -> None:
-    """Draw held-out loss against position, in bins of doubling width, and mark the training lengths."""
+def plot_position(result: HeldoutResult, path: Path, *, seq_lens: tuple[int, ...], document_mask: bool) -> None:
+    """Draw held-out loss against position, in bins of doubling width, and mark the training lengths.
+
+    With data.document_mask a position counts from where its document begins, otherwise from the sequence's beginning.
+    """
     from matplotlib.ticker import FuncFormatter, NullLocator
 
     figure, axes = new_figure(size=SIZE, dpi=DPI)
@@ -68,7 +71,8 @@ def plot_position(result: HeldoutResult, path: Path, *, seq_lens: tuple[int, ...
     axes.set_xscale("log", base=2)
     axes.xaxis.set_major_formatter(FuncFormatter(lambda x, _: f"{x:,g}"))
     axes.xaxis.set_minor_locator(NullLocator())
-    axes.set_xlabel("position (tokens of context)")
+    where = "in its document, which data.document_mask keeps apart" if document_mask else "in the sequence"
+    axes.set_xlabel(f"position {where} (tokens of context)")
     axes.set_ylabel("held-out loss (nats per token)")
     axes.set_title(_rise_text(result), fontsize=10)
     _write(figure, path)

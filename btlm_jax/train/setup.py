@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import os
 import time
 from collections.abc import Callable
@@ -28,6 +29,7 @@ from btlm_jax.recipe.optimizer import rates_of_steps
 from btlm_jax.storage.files import write_atomically
 from btlm_jax.storage.location import PathOrUrl, resolve_location
 from btlm_jax.train import COMPILE_CACHE
+from btlm_jax.train.flops import memory_bytes
 from btlm_jax.train.metric_writer import GoodputLedger
 from btlm_jax.train.program import Program
 from btlm_jax.train.step import TrainState, abstract_batch, init_state, make_eval_step
@@ -35,6 +37,8 @@ from btlm_jax.train.step import TrainState, abstract_batch, init_state, make_eva
 if TYPE_CHECKING:
     from btlm_jax.data.mixed_order import MixtureUse
 
+_GIB = 2**30
+_BYTES_OF_IDS = 12  # of a token in a batch: its id, its target's, a weight
 _SUFFIXES_OF_WEIGHTS, _MODEL_FILE = (".safetensors", ".gguf", ".bin"), "model.json"
 
 
@@ -286,6 +290,47 @@ def prepare_store(
             )
         multihost_utils.sync_global_devices("token store made")
     return open_run_store(config, location, expected_fingerprint=expected_fingerprint)
+
+
+def check_memory(program: Program) -> None:
+    """Check that the least that the run keeps in memory fits into it, before anything is made or compiled.
+
+    That is the state; of a batch its ids, the logits of model.loss_chunk positions, and in training what comes into
+    each layer, which the backward pass reads whatever model.remat is. What passes may still be too large.
+
+    Raises:
+      ValueError: it does not fit.
+    """
+    config, device, num_devices = program.config, program.mesh.devices.flat[0], program.mesh.size
+    model, table, accumulation = config.model, config.curriculum.table, config.mesh.accumulation
+    # A CPU's devices share the machine's memory.
+    available = memory_bytes(device) // (num_devices if device.platform == "cpu" else 1)
+    state = sum(
+        math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize
+        for leaf in jax.tree.leaves(program.state)
+    )
+    if state > available:
+        raise ValueError(
+            f"the parameters and their two moments are {state / _GIB:,.1f} GiB of each device, which has "
+            f"{available / _GIB:,.1f}: make the model smaller, or give more devices"
+        )
+
+    def check(name: str, *, rows: int, length: int, layers: int) -> None:
+        itemsize = jax.numpy.dtype(model.dtype).itemsize
+        logits = min(model.loss_chunk, length) * model.vocab_size * itemsize
+        batch = rows * (length * (_BYTES_OF_IDS + layers * model.d_model * itemsize) + logits) // num_devices
+        if state + batch > available:
+            raise ValueError(
+                f"{name}={rows:,} of {length:,} tokens each needs at least {batch / _GIB:,.1f} GiB of each device, "
+                f"which has {available / _GIB:,.1f}, of which the parameters and their moments take "
+                f"{state / _GIB:,.1f}: make it smaller"
+            )
+
+    for phase in table.phases:
+        name = f"curriculum.batch_size of phase {phase.index + 1}"
+        rows = phase.batch_size // accumulation
+        check(f"{name} / mesh.accumulation", rows=rows, length=phase.seq_len, layers=model.num_layers)
+    check("evaluation.batch_size", rows=config.evaluation.batch_size, length=table.block_len, layers=1)
 
 
 def keep_compiled(workdir: Path) -> None:

@@ -16,9 +16,9 @@ from btlm_jax.display.progress import print_line
 from btlm_jax.recipe.config import TrainConfig
 from btlm_jax.recipe.sizes import Shape
 from btlm_jax.train import sizing
-from btlm_jax.train.flops import flops_per_token, peak_flops
+from btlm_jax.train.flops import flops_per_token, memory_bytes, peak_flops
 from btlm_jax.train.sizing import Lengths
-from btlm_jax.train.step_time import RunTimes, measure_run, memory_bytes
+from btlm_jax.train.step_time import RunTimes, measure_run
 
 # Share of a matmul's speed that a step reaches, by which a shape is chosen; its steps are measured then.
 _CPU_EFFICIENCY, _ACCELERATOR_EFFICIENCY = 0.4, 0.3

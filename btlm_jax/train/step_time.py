@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import os
 import statistics
 import time
 from collections.abc import Callable, Sequence
@@ -84,12 +83,6 @@ def made_up_batch(shape: tuple[int, ...], sharding: jax.sharding.NamedSharding, 
     if config.data.document_mask:
         leaves["starts_BT"] = np.zeros(shape, np.int32)
     return {name: jax.device_put(leaf, sharding) for name, leaf in leaves.items()}
-
-
-def memory_bytes(device: jax.Device) -> int:  # pyright: ignore[reportInvalidTypeForm] # jax declares it as a variable
-    """Return the bytes that a device may use; the CPU's are the whole machine's, which all its devices share."""
-    limit = (device.memory_stats() or {}).get("bytes_limit")
-    return limit or os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
 def _median_seconds(run: Callable[[], object], *, seconds: float) -> float:

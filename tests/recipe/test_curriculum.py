@@ -44,7 +44,7 @@ def test_phase_at_equals_enumeration(spec):
         ((), (), (), "need one entry a phase"),
         ((4, 8), (6, 4), (24, 32), "phase 2 has 8 x 4 = 32 tokens a step, but phase 1 has 4 x 6 = 24"),
         ((3, 8), (8, 3), (24, 24), "3 does not divide the longest length 8"),
-        ((4, 8), (2, 1), (8, 8 * (2**31 - 1)), "are 2,147,483,648 steps and .* counted up to 2,147,483,647"),
+        ((4, 8), (2, 1), (8, 8 * (2**26 - 1)), "are 67,108,864 steps and .* counted up to 67,108,863"),
         ((2**31,), (2**30,), (2**62,), r"are 2 steps and 4,611,686,018,427,387,904 tokens; .* counted up to"),
         (
             (4, 8),

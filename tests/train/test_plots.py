@@ -37,8 +37,9 @@ DRAW = {
     "loss": lambda path: plots.plot_loss(run_metrics(), CURRICULUM, path),
     "loss, nothing written yet": lambda path: plots.plot_loss([], CURRICULUM, path),
     "loss, one step": lambda path: plots.plot_loss(run_metrics()[:2], CURRICULUM, path),
-    "position": lambda path: plots.plot_position(heldout(32), path, seq_lens=(8, 32)),
-    "position, one": lambda path: plots.plot_position(heldout(1), path, seq_lens=(1,)),
+    "position": lambda path: plots.plot_position(heldout(32), path, seq_lens=(8, 32), document_mask=False),
+    "position, masked": lambda path: plots.plot_position(heldout(32), path, seq_lens=(8, 32), document_mask=True),
+    "position, one": lambda path: plots.plot_position(heldout(1), path, seq_lens=(1,), document_mask=False),
 }
 
 
@@ -124,3 +125,8 @@ def test_matplotlib_is_imported_only_to_draw_and_pyplot_never(tmp_path):
         "assert 'matplotlib' in sys.modules and 'matplotlib.pyplot' not in sys.modules\n"
     )
     subprocess.run([sys.executable, "-c", program, str(tmp_path / "plot.png")], check=True, timeout=300)
+
+
+@pytest.mark.parametrize(("name", "where"), [("position", "in the sequence"), ("position, masked", "in its document")])
+def test_the_position_plot_says_from_where_positions_count(drawn, name, where):
+    assert f"position {where}" in drawn(name).axes[0].get_xlabel()
