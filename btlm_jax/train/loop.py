@@ -130,6 +130,8 @@ def train(
                 log(event)
             log(report)
             return DONE
+        is_other = bool(resume_step) or any(not change.key.startswith(_OF_NO_NUMBER) for change in changes)
+        is_other |= position.step == 0 and _has_other_config(workdir, config)
         program = make_program(config, mesh)
         log(describe_run(config, program.table))
         check_memory(program)
@@ -153,9 +155,7 @@ def train(
             log(f"Resuming from step {position.step:,} ({position.tokens_seen:,} tokens)")
             state = checkpointer.restore_state(position.step, abstract=abstract_state(run.table, run.optimizer, mesh))
         first_step = position.step + 1
-        is_other = bool(resume_step) or any(not change.key.startswith(_OF_NO_NUMBER) for change in changes)
-        followers = _make_followers(run, other_from=first_step if is_other else 0)
-        writer = _make_writer(run, first_step=first_step, followers=followers)
+        writer = _make_writer(run, first_step=first_step, is_other=is_other)
         with jax.set_mesh(mesh), writer:
             writer.config(config)
             for event in events:
@@ -183,6 +183,12 @@ def _go_back(workdir: Path, step: int) -> list[str]:
     said = go_back(workdir, step) if jax.process_index() == 0 else ""
     multihost_utils.sync_global_devices("went back to an earlier checkpoint")
     return [said] if said else []
+
+
+def _has_other_config(workdir: Path, config: TrainConfig) -> bool:
+    """Return whether a start of this workdir had another config; without a checkpoint nothing else tells."""
+    path = workdir / CONFIG_FILE
+    return path.is_file() and path.read_bytes() != config.to_json().encode()
 
 
 def _machine_changes(checkpointer: Checkpointer, step: int) -> list[str]:
@@ -394,16 +400,18 @@ def _make_trace(run: Run, *, first_step: int) -> StepTrace | None:
 
 def _make_followers(run: Run, *, other_from: int) -> list[Follower]:
     """Return the processes of log.trackers; `other_from` is as trackers.TrackerProcess has it."""
-    log_config = run.config.log
-    if not log_config.trackers:
+    if not run.config.log.trackers:
         return []
     from btlm_jax.train.trackers import TrackerProcess
 
-    return [TrackerProcess(name, run.workdir, other_from=other_from) for name in log_config.tracker_names]
+    return [TrackerProcess(name, run.workdir, other_from=other_from) for name in run.config.log.tracker_names]
 
 
-def _make_writer(run: Run, *, first_step: int, followers: Sequence[Follower]) -> MetricWriter:
-    """Make the writer of the run's numbers, and log which peak MFU is a share of."""
+def _make_writer(run: Run, *, first_step: int, is_other: bool) -> MetricWriter:
+    """Make the writer of the run's numbers, and log which peak MFU is a share of.
+
+    Steps from the first on are trained with other settings than an earlier start had if it `is_other`.
+    """
     config, curriculum = run.config, run.config.curriculum.table
     num_devices, peak = jax.device_count(), peak_flops(jax.local_devices()[0])
     log(
@@ -421,7 +429,7 @@ def _make_writer(run: Run, *, first_step: int, followers: Sequence[Follower]) ->
         log_every=config.log.every_steps,
         is_writer=jax.process_index() == 0,
         ledger=run.ledger,
-        followers=followers,
+        followers=_make_followers(run, other_from=first_step if is_other else 0),
     )
 
 
