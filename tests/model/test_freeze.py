@@ -14,6 +14,7 @@ from btlm_jax.model import freeze
 from btlm_jax.parallel.mesh import RULES, make_mesh
 from btlm_jax.recipe.mup import ParameterRule
 from btlm_jax.recipe.optimizer import make_optimizer
+from btlm_jax.train.checkpoint import check_same_run
 from btlm_jax.train.program import make_program
 from btlm_jax.train.run_summary import describe_run
 from btlm_jax.train.step import make_state, make_train_step
@@ -139,3 +140,10 @@ def test_the_plan_names_what_is_frozen():
     assert all(f" {path}," in f"{said.splitlines()[4]}," for path in paths.split(", "))
     size = 4 * (counts[0] + 3 * counts[1])
     assert f"(parameters + 2 AdamW moments of those that are trained): {size / 1e9:.4g} GB in all" in said
+
+
+def test_a_run_goes_on_with_what_it_froze():
+    before = tiny_config(optimizer__freeze="mlp")
+    check_same_run(before, before, where="run")
+    with pytest.raises(ValueError, match="optimizer.freeze: checkpoint 'mlp', config ''"):
+        check_same_run(before, tiny_config(), where="run")
