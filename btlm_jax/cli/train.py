@@ -23,6 +23,7 @@ examples:  btlm train --data=TEXTS --workdir=runs/mine --minutes=10
            btlm train --config=local_cpu --workdir=runs/local --config.optimizer.peak_learning_rate=0.006
            btlm train --config=local_cpu --init=runs/local --workdir=runs/other --config.data.store=/PATH/OF/STORE
            btlm train --data=TEXTS --init=runs/local --workdir=runs/mine
+           btlm train --data=CHATS.jsonl --init=runs/local --template=zephyr --workdir=runs/tuned
            btlm train --config=btlm_3b_8k --dry-run
 
 --data makes a model of your text, from 64 kB on, without a config: files, folders (subfolders are sources), patterns
@@ -30,6 +31,8 @@ or URLs of what btlm corpus clean reads. In the workdir it cleans and deduplicat
 a tokenizer and makes a token store; then it measures a step and chooses the model's size, the batch and the tokens so
 that the whole command takes --minutes=N or --hours=N (at most 20 minutes without). It says what it chose and why.
 --config.data.weights="web=3,books=1" weights sources, here and on any store that btlm corpus tokenize --by_source made.
+Lines of {"prompt": ..., "completion": ...} or {"messages": [...]} are taken for examples to fine-tune on: nothing of
+them is cleaned, and the loss is on completions only (btlm corpus examples --help says more).
 
 --init=MODEL begins with given weights: of a run (or RUN/checkpoints/STEP), of a directory that btlm convert wrote, of a
 Hugging Face BTLM directory, or of one behind a URL. Shape and parametrization are the model's, the rest the config's.
@@ -42,7 +45,7 @@ run it on each, with --distributed (TPU pods find each other) or with the three 
 """
 
 
-_DATA_FLAGS = ("tokenizer", "minutes", "hours")  # that only --data has
+_DATA_FLAGS = ("tokenizer", "template", "minutes", "hours")  # that only --data has
 
 
 def train(arguments: Sequence[str]) -> int:
@@ -128,6 +131,7 @@ def train_flags() -> Flags:
     flags = Flags(TRAIN_HELP)
     flags.define_paths("data", "text to train on: files, folders, patterns, URLs")
     flags.define_string("tokenizer", "", "with --data: directory of a tokenizer; by default one is trained")
+    flags.define_string("template", "", "with --data of messages: chat template, a file or chatml, llama2, zephyr, ...")
     flags.define_float("minutes", 0.0, "with --data: how long the whole command shall take")
     flags.define_float("hours", 0.0, "the same in hours")
     flags.define_config()

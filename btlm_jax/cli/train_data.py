@@ -17,16 +17,19 @@ from typing import TYPE_CHECKING
 from btlm_jax import notices
 from btlm_jax.cli import UsageError
 from btlm_jax.cli.parse import Flags, find_config, load_config
-from btlm_jax.corpus import own_text
-from btlm_jax.corpus.engine.inputs import Input
-from btlm_jax.corpus.engine.workers import LocalWorkers
-from btlm_jax.data.store import MANIFEST_FILE, TOKENIZER_INFO_FILE, TRAIN, Manifest, write_tokenizer
+from btlm_jax.corpus import own_examples, own_text
+from btlm_jax.corpus.engine.inputs import Input, raw_inputs_of
+from btlm_jax.corpus.engine.workers import LocalWorkers, Workers
+from btlm_jax.corpus.stages.examples import describe
+from btlm_jax.data.store import MANIFEST_FILE, TOKENIZER_INFO_FILE, TRAIN, Manifest
 from btlm_jax.recipe.config import TrainConfig, config_from, train_config_from, value_from_text, with_later_keys
 from btlm_jax.recipe.mixture import check_sources, parse_weights
 from btlm_jax.recipe.sizes import Shape
 from btlm_jax.storage.files import read_json_object, write_atomically
 from btlm_jax.storage.location import PathOrUrl, expand_pattern
-from btlm_jax.tokenizers.tokenizer import find_tokenizer, tokenizer_info
+from btlm_jax.tokenizers.named_templates import NAMED_TEMPLATES
+from btlm_jax.tokenizers.template_files import find_template
+from btlm_jax.tokenizers.tokenizer import find_tokenizer
 from btlm_jax.train import CHECKPOINTS, CONFIG_FILE, SUMMARY_FILE, loop, sizing
 from btlm_jax.train.setup import make_workdir, weights_in
 from btlm_jax.train.size_run import size_run
@@ -37,13 +40,14 @@ if TYPE_CHECKING:
 RECORD_FILE = "own_text.json"  # in the workdir
 CORPUS_FOLDER, STORE_FOLDER = "corpus", "store"  # in the workdir: the stages' work, the token store
 FORMAT = "btlm-own-text"
-_LATER_KEYS = {"init": "", "weights": ""}  # that files did not have at first
+_LATER_KEYS = {"init": "", "weights": "", "template": ""}  # that files did not have at first
 BASE_CONFIG = "local_cpu"  # whose family the chosen run belongs to
 DEFAULT_MINUTES = 20.0  # at most, where no time is given
 _MIN_MINUTES, _MAX_MINUTES = 1.0, 60.0 * 24 * 366
 _OPEN_SECTIONS = ("optimizer", "evaluation", "checkpoint", "log")  # that --config.section.key=value may change
 _NUM_PHASES = 2  # that a chosen run has
 _WEIGHTS = "data.weights"  # a key that may be given too
+_LONGEST_WINDOW = 8192  # of examples; a model of --init has its own limit
 _MANY_BYTES = 64_000_000  # from here on worker processes are worth their start
 _OF_ANOTHER_RUN = (CHECKPOINTS, STORE_FOLDER, CONFIG_FILE, SUMMARY_FILE)  # and weights
 
@@ -57,6 +61,7 @@ class Record:
     tokenizer: str  # directory; "" where one is trained
     init: str  # the model that the run begins with; "" if it begins with random weights
     weights: str  # of the sources, as given; "" without
+    template: str  # name or absolute path of a chat template; "" for that of the tokenizer
     inputs: str  # hash of the raw files' names and sizes
     minutes: float  # as given; 0: no time was given
     lines: tuple[str, ...]  # what was chosen and why; empty until it is
@@ -132,7 +137,7 @@ def config_of_data(flags: Flags, *, workdir: Path, open_model: Callable[[], Open
     if locations is not None:
         if flags.string("tokenizer"):
             find_tokenizer(Path(_given_tokenizer(flags)))  # refuses what cannot be used before the work begins
-        inputs = own_text.list_inputs(locations)
+        inputs = _inputs(locations, flags)
         record = _begun(record, inputs, flags, workdir=workdir)
         make_workdir(workdir)
         if open_model is not None and not record.config:
@@ -160,10 +165,11 @@ def dry_run(flags: Flags, *, workdir: Path) -> str:
     if record is not None and record.config:
         plan = loop.dry_run(_changed(json.loads(record.config), flags), workdir=workdir)
         return "\n".join([*record.lines, plan])
-    inputs = own_text.list_inputs(_locations(flags, None) or [])
+    inputs = _inputs(_locations(flags, None) or [], flags)
+    kind = " of examples to fine-tune on" if own_examples.are_examples(inputs) else ""
     return (
-        f"{_inputs_line(inputs)}, {inputs[0].name} the first. The run is chosen when the text is cleaned and a step is "
-        "measured: give the command without --dry_run"
+        f"{_inputs_line(inputs)}{kind}, {inputs[0].name} the first. The run is chosen when the store is made and a "
+        "step is measured: give the command without --dry_run"
     )
 
 
@@ -195,10 +201,15 @@ def _given_tokenizer(flags: Flags) -> str:
     return _absolute(flags.string("tokenizer")) if flags.string("tokenizer") else ""
 
 
+def _given_template(flags: Flags) -> str:
+    given = flags.string("template")
+    return _absolute(given) if given and given not in NAMED_TEMPLATES else given
+
+
 def _command(flags: Flags, workdir: Path) -> str:
     """Return the command that trains on the data, with the other flags as they were given."""
     words = ["btlm", "train", "--data", *flags.strings("data"), f"--workdir={workdir}"]
-    for name in ("tokenizer", "init", "init_optimizer"):
+    for name in ("tokenizer", "template", "init", "init_optimizer"):
         words += [f"--{name}={flags.string(name)}"] if flags.is_given(name) else []
     words += ["--grow_vocabulary"] if flags.boolean("grow_vocabulary") else []
     words += [f"--config.{_WEIGHTS}={_weights(flags)}"] if _weights(flags) else []
@@ -264,7 +275,8 @@ def _check_workdir(record: Record | None, flags: Flags, *, workdir: Path) -> Non
         return
     now = {"data": [*map(_absolute, flags.strings("data"))], "tokenizer": _given_tokenizer(flags)}
     now["init"] = _absolute(flags.string("init")) if flags.string("init") else ""
-    then = {"data": list(record.data), "tokenizer": record.tokenizer, "init": record.init}
+    now["template"] = _given_template(flags)
+    then = {"data": list(record.data), "tokenizer": record.tokenizer, "init": record.init, "template": record.template}
     if record.config:
         now[f"config.{_WEIGHTS}"], then[f"config.{_WEIGHTS}"] = _weights(flags), record.weights
     if record.config and _minutes(flags):
@@ -279,6 +291,7 @@ def _go_on(record: Record, workdir: Path) -> str:
     """Return the command that goes on with what a workdir was begun with."""
     words = ["btlm", "train", "--data", *record.data, f"--workdir={workdir}"]
     words += [f"--tokenizer={record.tokenizer}"] if record.tokenizer else []
+    words += [f"--template={record.template}"] if record.template else []
     words += [f"--init={record.init}"] if record.init else []
     words += [f"--config.{_WEIGHTS}={record.weights}"] if record.weights else []
     return f"  {shlex.join(words)}\n      (goes on with what was begun)"
@@ -314,6 +327,29 @@ def _locations(flags: Flags, record: Record | None) -> list[PathOrUrl] | None:
     return found
 
 
+def _inputs(locations: Sequence[PathOrUrl], flags: Flags) -> list[Input]:
+    """Return the raw files, and check that they can be trained on with the flags given.
+
+    Raises:
+      UsageError: they are examples and there is no tokenizer for them, or --template is given for documents.
+      FileNotFoundError, OSError, ValueError: there are none; one cannot be read; they are too small, or of two kinds.
+    """
+    inputs = raw_inputs_of(locations)
+    if not own_examples.are_examples(inputs):
+        own_text.check_inputs(inputs)
+        if flags.is_given("template"):
+            raise UsageError(
+                f"--template={flags.string('template')} is for examples to fine-tune on, prompts and completions or "
+                f"messages in lines of JSON; {inputs[0].name} has none"
+            )
+    elif not (flags.string("init") or flags.string("tokenizer")):
+        raise UsageError(
+            f"{inputs[0].name} has examples to fine-tune on, prompts and completions or messages: give --init=MODEL, "
+            "which is trained on them and whose tokenizer encodes them, or --tokenizer=DIR to train a new model"
+        )
+    return inputs
+
+
 def _inputs_line(inputs: Sequence[Input]) -> str:
     return f"Data: {len(inputs):,} files, {sum(item.num_bytes for item in inputs):,} bytes"
 
@@ -342,11 +378,23 @@ def _begun(record: Record | None, inputs: Sequence[Input], flags: Flags, *, work
         tokenizer=_given_tokenizer(flags),
         init=_absolute(flags.string("init")) if flags.string("init") else "",
         weights=_weights(flags),
+        template=_given_template(flags),
         inputs=fingerprint,
         minutes=_minutes(flags),
         lines=(),
         config="",
     )
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class _Prepared:
+    """A token store, and what of its data decides the run."""
+
+    manifest: Manifest
+    lengths: sizing.Lengths
+    sample_prompt: str
+    document_mask: bool
+    lines: tuple[str, ...]
 
 
 def _with_store(
@@ -359,47 +407,19 @@ def _with_store(
     open_model: Callable[[], Opened] | None,
 ) -> Record:
     """Run the stages, then choose the run unless it is chosen; return the record of it, which is written."""
-    folder = workdir / CORPUS_FOLDER
-    _log(f"{_inputs_line(inputs)}; the stages of btlm corpus work in {folder}")
+    _log(f"{_inputs_line(inputs)}; the stages of btlm corpus work in {workdir / CORPUS_FOLDER}")
     is_large = sum(item.num_bytes for item in inputs) > _MANY_BYTES
     workers = LocalWorkers((os.cpu_count() or 1) if is_large else 1)
-    text = own_text.split_text(locations, directory=folder, workers=workers, log=_log)
     weights = parse_weights(record.weights) if record.weights else ()
-    check_sources(weights, text.sources, of="the text")
-    if record.config:
-        config = train_config_from(json.loads(record.config))
-        vocab_size, block_len = config.model.vocab_size, config.curriculum.table.block_len
-        lengths = sizing.Lengths(short=min(config.curriculum.seq_len), block=block_len)
-    else:
-        is_accelerator = _is_accelerator()
-        vocab_size = sizing.vocab_size_for(text.train_bytes, is_accelerator=is_accelerator)
-        lengths = sizing.lengths_for(text.train_bytes, is_accelerator=is_accelerator)
-        if open_model is not None:
-            lengths = lengths.at_most(open_model().model.metadata.max_length)
-    tokenizer = Path(record.tokenizer)
-    if not record.tokenizer and open_model is not None:
-        tokenizer = folder / "tokenizer-of-the-model"
-        if not (tokenizer / TOKENIZER_INFO_FILE).is_file():
-            from btlm_jax.cli.train_init import model_tokenizer
-
-            given = model_tokenizer(open_model().model, name=flags.string("init"))
-            write_tokenizer(tokenizer_info(given), given.contents, directory=tokenizer)
-    elif not record.tokenizer:
-        tokenizer = own_text.make_tokenizer(text, vocab_size=vocab_size, directory=folder, log=_log)
-    manifest = own_text.make_store(
-        text,
-        tokenizer=tokenizer,
-        block_len=lengths.block,
-        by_source=bool(record.weights),
-        output=workdir / STORE_FOLDER,
-        workers=workers,
-        log=_log,
-    )
+    prepare = _prepare_examples if own_examples.are_examples(inputs) else _prepare_text
+    prepared = prepare(record, locations, inputs, flags, workdir=workdir, workers=workers, open_model=open_model)
     if record.config:
         return record
+    manifest = prepared.manifest
     base = load_config(find_config(BASE_CONFIG), argument="", changes={})
-    base["data"]["store"], base["corpus"]["source"] = STORE_FOLDER, "prepared"
-    base["log"]["sample_prompt"] = text.beginning
+    base["data"] |= {"store": STORE_FOLDER, "document_mask": prepared.document_mask}
+    base["corpus"]["source"] = "prepared"
+    base["log"]["sample_prompt"] = prepared.sample_prompt
     base["checkpoint"]["keep_every"] = 2**31 - 1
     given = None
     if open_model is not None:
@@ -413,7 +433,7 @@ def _with_store(
         manifest,
         base=base,
         change=lambda values: _changed(values, flags),
-        lengths=lengths,
+        lengths=prepared.lengths,
         weights=weights,
         budget=60 * (record.minutes or DEFAULT_MINUTES),
         elapsed=seconds_since_start,
@@ -421,12 +441,123 @@ def _with_store(
         given=given,
     )
     is_given = bool(record.tokenizer) or open_model is not None
-    lines = [*text.lines, _tokenizer_line(manifest, is_given=is_given), *sized.lines]
+    lines = [*prepared.lines, _tokenizer_line(manifest, is_given=is_given), *sized.lines]
     if not record.minutes:
         lines.append(f"--minutes=N gives it another time than the {DEFAULT_MINUTES:g} minutes at most")
     record = dataclasses.replace(record, lines=tuple(lines), config=sized.config.to_json())
     _write_record(record, workdir)
     return record
+
+
+def _prepare_text(
+    record: Record,
+    locations: Sequence[PathOrUrl],
+    inputs: Sequence[Input],
+    flags: Flags,
+    *,
+    workdir: Path,
+    workers: Workers,
+    open_model: Callable[[], Opened] | None,
+) -> _Prepared:
+    """Make the token store of documents, with a tokenizer trained on them if there is none."""
+    folder = workdir / CORPUS_FOLDER
+    text = own_text.split_text(locations, directory=folder, workers=workers, log=_log)
+    check_sources(parse_weights(record.weights) if record.weights else (), text.sources, of="the text")
+    if record.config:
+        config = train_config_from(json.loads(record.config))
+        vocab_size, lengths = config.model.vocab_size, _lengths_of(config)
+    else:
+        is_accelerator = _is_accelerator()
+        vocab_size = sizing.vocab_size_for(text.train_bytes, is_accelerator=is_accelerator)
+        lengths = sizing.lengths_for(text.train_bytes, is_accelerator=is_accelerator)
+        if open_model is not None:
+            lengths = lengths.at_most(open_model().model.metadata.max_length)
+    tokenizer = _given_directory(record, flags, workdir=workdir, open_model=open_model)
+    if tokenizer is None:
+        tokenizer = own_text.make_tokenizer(text, vocab_size=vocab_size, directory=folder, log=_log)
+    manifest = own_text.make_store(
+        text,
+        tokenizer=tokenizer,
+        block_len=lengths.block,
+        by_source=bool(record.weights),
+        output=workdir / STORE_FOLDER,
+        workers=workers,
+        log=_log,
+    )
+    return _Prepared(
+        manifest=manifest, lengths=lengths, sample_prompt=text.beginning, document_mask=False, lines=text.lines
+    )
+
+
+def _prepare_examples(
+    record: Record,
+    locations: Sequence[PathOrUrl],
+    inputs: Sequence[Input],
+    flags: Flags,
+    *,
+    workdir: Path,
+    workers: Workers,
+    open_model: Callable[[], Opened] | None,
+) -> _Prepared:
+    """Make the token store of examples to fine-tune on; both phases have the length of a window of them."""
+    folder = workdir / CORPUS_FOLDER
+    folder.mkdir(exist_ok=True)
+    tokenizer = _given_directory(record, flags, workdir=workdir, open_model=open_model)
+    assert tokenizer is not None, "_inputs asks for it"
+    template = find_template(record.template, directory=tokenizer)
+    if record.config:
+        lengths = _lengths_of(train_config_from(json.loads(record.config)))
+    else:
+        usual = sizing.lengths_for(sum(item.num_bytes for item in inputs), is_accelerator=_is_accelerator())
+        longest = sizing.Lengths(short=_LONGEST_WINDOW, block=_LONGEST_WINDOW)
+        if open_model is not None:
+            longest = longest.at_most(open_model().model.metadata.max_length)
+        window = own_examples.choose_window(
+            inputs,
+            encoder=own_examples.make_encoder(tokenizer, template=template),
+            least=min(usual.block, longest.block),
+            most=longest.block,
+            folder=folder,
+        )
+        lengths = sizing.Lengths(short=window, block=window)
+    manifest = own_examples.make_store(
+        locations,
+        tokenizer=tokenizer,
+        template=template,
+        window=lengths.block,
+        output=workdir / STORE_FOLDER,
+        workers=workers,
+        log=_log,
+    )
+    weights = parse_weights(record.weights) if record.weights else ()
+    check_sources(weights, list(manifest.splits[TRAIN].sources), of="the examples")
+    return _Prepared(
+        manifest=manifest,
+        lengths=lengths,
+        sample_prompt=own_examples.first_prompt(workdir / STORE_FOLDER),
+        document_mask=True,
+        lines=(f"Examples to fine-tune on: {describe(manifest)}", "The loss, held out too, is over completions only"),
+    )
+
+
+def _lengths_of(config: TrainConfig) -> sizing.Lengths:
+    return sizing.Lengths(short=min(config.curriculum.seq_len), block=config.curriculum.table.block_len)
+
+
+def _given_directory(
+    record: Record, flags: Flags, *, workdir: Path, open_model: Callable[[], Opened] | None
+) -> Path | None:
+    """Return the directory of the tokenizer that is given or is the model's; None if there is none."""
+    if record.tokenizer:
+        return Path(record.tokenizer)
+    if open_model is None:
+        return None
+    directory = workdir / CORPUS_FOLDER / "tokenizer-of-the-model"
+    if not (directory / TOKENIZER_INFO_FILE).is_file():
+        from btlm_jax.cli.train_init import write_model_tokenizer
+
+        write_model_tokenizer(open_model().model, directory=directory, name=flags.string("init"))
+    return directory
 
 
 def _is_accelerator() -> bool:

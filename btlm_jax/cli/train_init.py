@@ -18,7 +18,7 @@ import jax
 from btlm_jax import notices
 from btlm_jax.cli import UsageError
 from btlm_jax.cli.parse import Flags
-from btlm_jax.data.store import read_manifest
+from btlm_jax.data.store import TEMPLATE_FILE, read_manifest, write_tokenizer
 from btlm_jax.hub.given_model import (
     GivenModel,
     NewRows,
@@ -33,7 +33,9 @@ from btlm_jax.recipe.sizes import count_parameters
 from btlm_jax.storage.files import read_json_object, write_atomically
 from btlm_jax.storage.location import is_absolute
 from btlm_jax.tokenizers.compare import difference
-from btlm_jax.tokenizers.tokenizer import Tokenizer, find_tokenizer, load_tokenizer
+from btlm_jax.tokenizers.prompt_bos import CONFIG_FILE
+from btlm_jax.tokenizers.template_files import DEFAULT
+from btlm_jax.tokenizers.tokenizer import Tokenizer, find_tokenizer, load_tokenizer, tokenizer_info
 from btlm_jax.train import INIT_FILE
 from btlm_jax.train.checkpoint import checkpoint_steps
 from btlm_jax.train.setup import FROM_SEED, Beginning, Run, has_store, locate_store, log, make_workdir
@@ -293,6 +295,22 @@ def model_tokenizer(model: GivenModel, *, name: str) -> Tokenizer:
     if model.tokenizer is None:
         raise UsageError(f"--init={name} comes without a tokenizer: give --tokenizer=DIR with the one of its ids")
     return model.tokenizer
+
+
+def write_model_tokenizer(model: GivenModel, *, directory: Path, name: str) -> None:
+    """Write the tokenizer that a model comes with, its special tokens' names and its chat template into a directory.
+
+    Raises:
+      UsageError: it has none.
+    """
+    tokenizer, clients = model_tokenizer(model, name=name), model.metadata.clients
+    directory.mkdir(parents=True, exist_ok=True)
+    eos = next(token for token, number in tokenizer.special_tokens.items() if number == tokenizer.eos_id)
+    settings = {**clients.tokenizer_config, "eos_token": eos}
+    write_atomically(directory / CONFIG_FILE, json.dumps(settings, indent=1))
+    if DEFAULT in clients.chat_templates:
+        write_atomically(directory / TEMPLATE_FILE, clients.chat_templates[DEFAULT])
+    write_tokenizer(tokenizer_info(tokenizer), tokenizer.contents, directory=directory)
 
 
 def check_tokenizer(model: GivenModel, flags: Flags) -> None:

@@ -52,11 +52,12 @@ class ExampleEncoder:
         self._special = dict(tokenizer.special_tokens)
         self._special_ids = frozenset(self._special.values())
         self.bos_id = read_prompt_bos(directory, tokenizer)
+        self.variables: dict[str, str] = {}  # that the template has
         self._template = None
         if template:
-            variables = read_variables(directory, tokenizer)
+            self.variables = read_variables(directory, tokenizer)
             self._template = ChatTemplate(
-                template, name=template_name, variables=variables, special_tokens=self._special
+                template, name=template_name, variables=self.variables, special_tokens=self._special
             )
         newline, after = tokenizer.encode("\n"), tokenizer.encode("\na")
         # What is put before a completion that would begin with a space if it stood alone, and taken away again.

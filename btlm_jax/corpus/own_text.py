@@ -21,7 +21,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from btlm_jax import notices
-from btlm_jax.corpus.engine.inputs import raw_inputs_of, read_stage
+from btlm_jax.corpus.engine.inputs import read_stage
 from btlm_jax.corpus.engine.tasks import Input
 from btlm_jax.corpus.engine.workers import Workers
 from btlm_jax.corpus.readers.records import Record, read_records
@@ -62,18 +62,14 @@ class SplitText:
     lines: tuple[str, ...]  # what was read, left out and held out
 
 
-def list_inputs(locations: Sequence[PathOrUrl]) -> list[Input]:
-    """Return the raw files, of which there must be enough to train on.
+def check_inputs(inputs: Sequence[Input]) -> None:
+    """Check that raw files may be enough to train on, before they are read.
 
     Raises:
-      FileNotFoundError: there are none.
-      OSError: a location cannot be reached.
       ValueError: they are too small.
     """
-    inputs = raw_inputs_of(locations)
     if all(item.name.endswith(_UNCOMPRESSED) for item in inputs):
         _check_size(sum(item.num_bytes for item in inputs), what=f"{len(inputs):,} files with")
-    return inputs
 
 
 def fingerprint_of_inputs(inputs: Sequence[Input]) -> str:

@@ -36,6 +36,8 @@ from btlm_jax.storage.location import PathOrUrl, join_location, list_sizes, read
 
 MANIFEST_FILE = "manifest.json"
 TOKENIZER_INFO_FILE = "tokenizer_info.json"  # beside a tokenizer that a run keeps
+# Beside it too, where examples were rendered by a chat template, and in Hugging Face directories.
+TEMPLATE_FILE, TOKENIZER_CONFIG_FILE = "chat_template.jinja", "tokenizer_config.json"
 DATASET_NAME = "tokens"
 FORMAT = "btlm-token-store"
 SOURCES = "sources"  # `train` is one stream a source, its blocks contiguous
@@ -246,6 +248,14 @@ def keep_tokenizer(tokenizer: TokenizerInfo, *, store: PathOrUrl, directory: Pat
             f"tokenizer {tokenizer.file} of {store} is not the one its manifest records; rebuild the store"
         )
     write_tokenizer(tokenizer, contents, directory=directory)
+
+
+def keep_template(manifest: Manifest, *, directory: Path) -> None:
+    """Write the chat template that a store's examples were rendered by, and its special tokens, beside a tokenizer."""
+    template, variables = manifest.made_by.get("template"), manifest.made_by.get("variables")
+    if EXAMPLES in manifest.features and isinstance(template, str) and template:
+        write_atomically(directory / TEMPLATE_FILE, template)
+        write_atomically(directory / TOKENIZER_CONFIG_FILE, json.dumps(variables, indent=1))
 
 
 def write_tokenizer(tokenizer: TokenizerInfo, contents: bytes, *, directory: Path) -> None:

@@ -20,7 +20,7 @@ from jax.sharding import Mesh
 
 from btlm_jax import notices
 from btlm_jax.data import store
-from btlm_jax.hub.client_files import NO_SETTINGS, ClientSettings
+from btlm_jax.hub.client_files import NO_SETTINGS, ClientSettings, read_client_settings
 from btlm_jax.hub.safetensors_files import SINGLE_FILE, SafetensorsFile, TensorToWrite, write_safetensors
 from btlm_jax.model import Btlm, make_model, parameter_table
 from btlm_jax.parallel.mesh import make_mesh
@@ -119,6 +119,7 @@ def read_run_checkpoint(reader: CheckpointReader, step: int, *, workdir: Path) -
         tokenizer=tokenizer_info,
         prompt_bos_id=None,
         notes=notes,
+        clients=read_client_settings(workdir / KEPT_TOKENIZER, config={}, tokenizer=tokenizer),
     )
     _check_vocabulary(metadata, tokenizer, where=workdir)
     return RunCheckpoint(metadata=metadata, tokenizer=tokenizer, position=position, config=config)

@@ -8,11 +8,10 @@ from pathlib import Path
 import tokenizers
 
 from btlm_jax import notices
+from btlm_jax.data.store import TOKENIZER_CONFIG_FILE as CONFIG_FILE
 from btlm_jax.storage.files import read_json_object
 from btlm_jax.tokenizers.byte_level import END_OF_TEXT, STORED_FILE, naming_library_errors
 from btlm_jax.tokenizers.tokenizer import Tokenizer
-
-CONFIG_FILE = "tokenizer_config.json"
 
 
 def read_prompt_bos(directory: Path, tokenizer: Tokenizer) -> int | None:

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from btlm_jax.data.store import TEMPLATE_FILE
 from btlm_jax.storage.files import read_json_object
 from btlm_jax.tokenizers.named_templates import NAMED_TEMPLATES
 from btlm_jax.tokenizers.prompt_bos import CONFIG_FILE
 
-TEMPLATE_FILE, TEMPLATE_FOLDER, TEMPLATE_KEY = "chat_template.jinja", "additional_chat_templates", "chat_template"
+TEMPLATE_FOLDER, TEMPLATE_KEY = "additional_chat_templates", "chat_template"
 DEFAULT = "default"  # the usual one of several
 
 

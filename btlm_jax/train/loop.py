@@ -21,7 +21,7 @@ from jax.experimental import multihost_utils
 from btlm_jax import notices
 from btlm_jax.data.heldout import heldout_blocks
 from btlm_jax.data.loader import Batch, TrainLoader
-from btlm_jax.data.store import HELDOUT, keep_tokenizer
+from btlm_jax.data.store import HELDOUT, keep_template, keep_tokenizer
 from btlm_jax.parallel.divisibility import check_divisible
 from btlm_jax.parallel.mesh import batch_sharding, make_run_mesh, rules_for
 from btlm_jax.recipe.config import PREPARED, TrainConfig
@@ -149,6 +149,7 @@ def train(
             keep_tokenizer(
                 token_store.manifest.tokenizer, store=token_store.directory, directory=workdir / KEPT_TOKENIZER
             )
+            keep_template(token_store.manifest, directory=workdir / KEPT_TOKENIZER)
         if position.step == 0:
             state = beginning.make_state(run)
         else:

@@ -144,7 +144,8 @@ def size_run(
         f"{config.mup.base_d_model:g}",
         f"Run: {table.num_steps:,} steps of {table.tokens_per_step:,} tokens, "
         f"{_shown_epochs(config, manifest)} ({why}), "
-        f"75 % at length {lengths.short}, the rest at {lengths.block}",
+        + ("" if lengths.short == lengths.block else f"75 % at length {lengths.short}, the rest ")
+        + f"at length {lengths.block}",
         f"Time: about {shown_time(seconds)} for the whole command, by measured steps of {per_step}",
     )
     return SizedRun(config=config, lines=lines)

@@ -21,7 +21,7 @@ BOOK = "\n\n".join(made_up_text(seed=seed, num_words=200) for seed in range(130)
 
 
 def prepare(directory, *locations):
-    own_text.list_inputs(locations)
+    own_text.check_inputs(raw_inputs_of(locations))
     return own_text.split_text(locations, directory=directory, workers=LocalWorkers(1), log=lambda line: None)
 
 

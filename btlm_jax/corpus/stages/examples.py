@@ -114,6 +114,7 @@ def _make(config: ExamplesConfig, *, output: Path, workers: Workers, log: Log) -
     info = tokenizer_info(tokenizer)
     dtype = store.token_dtype(info.vocab_size)
     settings = {"recipe": RECIPE, "tokenizer": info.sha256, "eos_id": info.eos_id, "template": config.template}
+    settings |= {"variables": encoder.variables}
     settings |= {"bos_id": encoder.bos_id, "window": config.window, "too_long": config.too_long, "seed": config.seed}
     if loss := describe_loss(tokenizer, PROBES):
         if not config.allow_lossy:

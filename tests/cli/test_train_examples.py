@@ -1,0 +1,169 @@
+"""`btlm train --data` of prompts and completions, and of chats; and a whole run on a store of them."""
+
+import json
+import shutil
+
+import pytest
+from support.corpus_files import made_up_text
+from support.made_up_run import run_config, write_run
+from support.real_store import write_config
+from support.tiny_tokenizers import tiny_byte_level
+
+from btlm_jax import notices
+from btlm_jax.cli import main, train_data
+from btlm_jax.data import store
+from btlm_jax.hub.given_model import open_given_model
+from btlm_jax.tokenizers.named_templates import NAMED_TEMPLATES
+from btlm_jax.train import loop, size_run
+from btlm_jax.train.flops import Peak
+from btlm_jax.train.metric_writer import read_metrics
+from btlm_jax.train.step_time import RunTimes
+
+LONG = {"curriculum__seq_len": (64, 256), "curriculum__batch_size": (8, 2), "curriculum__num_tokens": (1024, 512)}
+
+
+@pytest.fixture(scope="module")
+def model(token_store, tmp_path_factory):
+    """The workdir of a run whose longest phase has 256 positions."""
+    workdir = tmp_path_factory.mktemp("model") / "run"
+    write_run(workdir, run_config(token_store, **LONG, optimizer__warmup_tokens=512), steps=(2,))
+    return workdir
+
+
+@pytest.fixture
+def begun(monkeypatch):
+    """(config, beginning) of each run that would be trained, on a machine of known speed."""
+    runs = []
+
+    def train(config, **named):
+        runs.append((config, named["beginning"]))
+        return loop.DONE
+
+    times = RunTimes(prepare=1.0, compile=3.0, steps=(0.4, 0.6), evaluation=0.1)
+    monkeypatch.setattr(loop, "train", train)
+    monkeypatch.setattr(size_run, "measure_run", lambda config, **named: times)
+    monkeypatch.setattr(size_run, "peak_flops", lambda device: Peak(flops=1e11, source="made up"))
+    monkeypatch.setattr(train_data, "seconds_since_start", lambda: 10.0)
+    return runs
+
+
+def write(path, rows):
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+def pairs(count):
+    return [{"prompt": f"eta {number}", "completion": f" oin {number}"} for number in range(count)]
+
+
+def chats(count):
+    return [
+        {"messages": [{"role": "user", "content": f"eta {number}"}, {"role": "assistant", "content": f"oin {number}"}]}
+        for number in range(count)
+    ]
+
+
+def run(*arguments):
+    return main(["train", *map(str, arguments)])
+
+
+def refused(capsys, *arguments, code=2):
+    assert run(*arguments) == code
+    return capsys.readouterr().err
+
+
+def test_chats_tune_a_model_with_its_tokenizer_and_the_template_given(model, begun, tmp_path, capsys):
+    data, workdir = write(tmp_path / "chats.jsonl", chats(60)), tmp_path / "tuned"
+    command = (f"--data={data}", f"--init={model}", f"--workdir={workdir}", "--minutes=1", "--template=zephyr")
+    assert run(*command, "--dry_run") == 0
+    assert "Data: 1 files, " in (said := capsys.readouterr().out) and "bytes of examples to fine-tune on" in said
+    assert run(*command) == 0
+    ((config, beginning),) = begun
+    assert config.data.document_mask and config.curriculum.seq_len == (256, 256)
+    assert config.log.sample_prompt.startswith("<|user|>\neta ") and config.log.sample_prompt.endswith("|assistant|>\n")
+    assert f"{model} (run, step 2)" in beginning.events[0]
+    manifest = store.read_manifest(workdir / "store")
+    assert store.EXAMPLES in manifest.features and manifest.window == manifest.block_len == 256
+    assert manifest.tokenizer == store.read_tokenizer_info(model / "tokenizer")
+    assert manifest.made_by["template"] == NAMED_TEMPLATES["zephyr"]
+    said = capsys.readouterr().out
+    assert "Examples to fine-tune on: 60 read, 0 exact duplicates dropped; 3 held out by prompt" in said
+    assert "at length 256\n" in said and notices.counts() == {}
+    shutil.rmtree(workdir / "corpus")
+    assert run(*command) == 0 and begun[1][0] == config
+    assert "--template was zephyr, is now chatml" in refused(capsys, *command[:-1], "--template=chatml")
+
+
+def test_a_template_that_a_model_was_tuned_with_is_kept_and_serves_again(model, begun, tmp_path):
+    """It is written beside the run's tokenizer, is part of the model, and is the one of the next chats."""
+    tuned = shutil.copytree(model, tmp_path / "tuned")
+    write(tmp_path / "chats.jsonl", chats(20))
+    assert main(
+        ["corpus", "examples", f"--input={tmp_path / 'chats.jsonl'}", f"--output={tmp_path / 'store'}",
+         f"--tokenizer={model / 'tokenizer'}", "--template=zephyr", "--block_len=256"]
+    ) == 0  # fmt: skip
+    store.keep_template(store.read_manifest(tmp_path / "store"), directory=tuned / "tokenizer")
+    assert open_given_model(tuned, step=0).metadata.clients.chat_templates == {"default": NAMED_TEMPLATES["zephyr"]}
+    assert run(f"--data={tmp_path / 'chats.jsonl'}", f"--init={tuned}", f"--workdir={tmp_path / 'again'}") == 0
+    again, once = (store.read_manifest(tmp_path / name).splits for name in ("again/store", "store"))
+    assert again == once
+    assert run(f"--data={tmp_path / 'chats.jsonl'}", f"--init={model}", f"--workdir={tmp_path / 'bare'}") == 1
+
+
+def test_pairs_train_a_new_model_with_a_given_tokenizer(begun, tmp_path):
+    tiny_byte_level().save(str(tmp_path / "tokenizer.json"))
+    data = write(tmp_path / "pairs.jsonl", pairs(200))
+    assert run(f"--data={data}", f"--tokenizer={tmp_path}", f"--workdir={tmp_path / 'run'}", "--minutes=1") == 0
+    ((config, _),) = begun
+    assert config.data.document_mask and config.curriculum.seq_len == (256, 256) and config.model.vocab_size == 300
+
+
+def test_what_does_not_go_with_examples_is_refused(model, begun, tmp_path, capsys):
+    data, workdir = write(tmp_path / "pairs.jsonl", pairs(9)), f"--workdir={tmp_path / 'run'}"
+    said = refused(capsys, f"--data={data}", workdir)
+    assert "pairs.jsonl has examples to fine-tune on" in said and "give --init=MODEL" in said
+    book = tmp_path / "book.txt"
+    book.write_text("\n".join(made_up_text(seed=seed, num_words=200) for seed in range(52)))
+    said = refused(capsys, f"--data={book}", f"--init={model}", workdir, "--template=zephyr")
+    assert "--template=zephyr is for examples to fine-tune on" in said and "book.txt has none" in said
+    assert "goes with --data=PATH" in refused(capsys, "--config=local_cpu", workdir, "--template=zephyr")
+    write(tmp_path / "documents.jsonl", [{"text": "a document"}])
+    said = refused(capsys, "--data", data, tmp_path / "documents.jsonl", f"--init={model}", workdir, code=1)
+    assert "both examples to fine-tune on (pairs.jsonl) and documents (documents.jsonl)" in said
+    write(data, [*pairs(9), {"prompt": "without an answer"}])
+    said = refused(capsys, f"--data={data}", f"--init={model}", workdir, code=1)
+    assert "pairs.jsonl, line 10: there is no completion" in said
+    assert begun == []
+
+
+@pytest.mark.slow
+def test_a_run_on_examples_evaluates_completions_only(tmp_path, capfd):
+    tiny_byte_level().save(str(tmp_path / "tokenizer.json"))
+    data = write(tmp_path / "pairs.jsonl", pairs(400))
+    make = ["corpus", "examples", f"--input={data}", f"--output={tmp_path / 'store'}", f"--tokenizer={tmp_path}"]
+    assert main([*make, "--block_len=48", "--window=24"]) == 0
+    config = write_config(
+        tmp_path / "config.py", store=tmp_path / "store", model__vocab_size=300, log__sample_prompt="eta"
+    )
+    command = ["train", f"--config={config}", f"--workdir={tmp_path / 'run'}"]
+    assert main(command) == 1
+    assert "must not see each other: give --config.data.document_mask=true" in capfd.readouterr().err
+    command += ["--config.data.document_mask=true"]
+    assert main([*command, "--config.curriculum.seq_len=16,48", "--config.curriculum.batch_size=24,8"]) == 1
+    assert "whole in windows of 24 tokens, and curriculum.seq_len=16 of phase 1" in capfd.readouterr().err
+    assert main(command) == 0
+    said = capfd.readouterr().out
+    manifest = store.read_manifest(tmp_path / "store")
+    assert (
+        "Examples: train: 380 examples; of " in said
+        and f"the loss is on {manifest.splits['train'].num_tokens:,} (" in said
+    )
+    rows = read_metrics(tmp_path / "run" / "metrics.jsonl")
+    last = [row for row in rows if row["kind"] == "eval"][-1]
+    assert (
+        last["heldout_tokens"]
+        == manifest.splits["heldout"].num_tokens
+        < 0.7 * manifest.splits["heldout"].num_blocks * 48
+    )
+    losses = [row["loss"] for row in rows if row["kind"] == "train"]
+    assert losses[-1] < losses[0]
