@@ -18,7 +18,7 @@ from btlm_jax.cli import main
 from btlm_jax.recipe.config import with_later_keys
 from btlm_jax.recipe.optimizer import rates_of_steps
 from btlm_jax.train.checkpoint import Position, check_schedule, go_back
-from btlm_jax.train.finish import longer_flags
+from btlm_jax.train.finish import _epochs_text, longer_flags
 from btlm_jax.train.metric_writer import read_metrics
 
 PER_STEP = 384
@@ -186,3 +186,10 @@ def test_other_settings_are_said_and_the_printed_advice_works(tiny_run, tmp_path
     assert "curriculum.num_tokens was (2304, 1536), is now (2304, 3072)" in events_of(workdir)
     code, said = train(capsys, *command, *shlex.split(advice))
     assert code == 0 and "Already done" in said and "schedule_begin=5376" in said
+
+
+def test_a_summary_says_how_many_epochs_its_tokens_were():
+    assert _epochs_text({"epochs": 1.25, "tokens_per_epoch": 9}) == ", 1.250 epochs"
+    sources = {"web": {"epochs": 0.5}, "books": {"epochs": 2.0}, "code": {"epochs": 0.0}, "damaged": 3, "too": {}}
+    assert _epochs_text({"sources": sources}) == ", 0.500 epochs of web, 2.000 epochs of books"
+    assert _epochs_text(None) == _epochs_text({"epochs": "1"}) == ""

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 from support import tensorboard
+from support.real_store import BLOCK_LEN
 from support.run_command import (
     NUM_STEPS,
     PHASE_STEPS,
@@ -19,6 +20,7 @@ from support.run_command import (
 from support.tensorboard import tensorboard_scalars
 
 from btlm_jax.cli import main
+from btlm_jax.data.store import read_manifest
 from btlm_jax.recipe.config import train_config_from
 from btlm_jax.train import COMPILE_CACHE, CONFIG_FILE, LOSS_PLOT, POSITION_PLOT, PROFILE, SUMMARY_FILE, TRACKERS
 
@@ -37,10 +39,14 @@ def test_a_run_logs_evaluates_and_saves_when_its_config_says(tiny_run):
     assert checkpoint_steps(workdir) == [3, 6, 9, 10]
 
 
-def test_a_run_says_at_its_end_what_it_did(tiny_run):
+def test_a_run_says_at_its_end_what_it_did(tiny_run, token_store):
     _, workdir = tiny_run
     summary = json.loads((workdir / SUMMARY_FILE).read_text())
     assert (summary["num_steps"], summary["num_tokens"]) == (NUM_STEPS, NUM_STEPS * TOKENS_PER_STEP)
+    per_epoch = read_manifest(token_store).splits["train"].num_blocks * BLOCK_LEN
+    assert summary["data"] == {"epochs": summary["num_tokens"] / per_epoch, "tokens_per_epoch": per_epoch}
+    rows = recorded(workdir, "train")
+    assert [round(row["epochs"] * per_epoch) for row in rows] == [row["tokens"] for row in rows]
     last = recorded(workdir, "eval")[-1]
     assert summary["heldout"] == {name: last[name] for name in summary["heldout"]}
     assert summary["sample"]["prompt"] == "Return the number of" and summary["sample"]["continuation"]

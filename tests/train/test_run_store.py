@@ -1,16 +1,13 @@
 """Which token store a run takes: never silently another one than its config describes, and one that serves it."""
 
 import dataclasses
-import json
 import shutil
 
 import pytest
-from support.real_store import BLOCK_LEN, VOCAB_SIZE, write_config
-from support.run_command import NUM_STEPS, recorded, train_arguments
+from support.real_store import BLOCK_LEN, VOCAB_SIZE
 from support.tiny import tiny_config
 
 from btlm_jax import notices
-from btlm_jax.cli import main
 from btlm_jax.data import store
 from btlm_jax.train.setup import check_curriculum, locate_store, make_workdir, open_run_store, prepare_store
 
@@ -121,45 +118,3 @@ def test_nothing_is_trained_into_a_model(tmp_path, name):
     with pytest.raises(ValueError, match="holds a model .*: choose another --workdir.*generate --checkpoint="):
         make_workdir(tmp_path)
     assert [path.name for path in tmp_path.iterdir()] == [name]
-
-
-def by_source(token_store, directory) -> store.Manifest:
-    """Write a store whose training blocks are those held out of another, a stream for each source."""
-    shutil.copytree(token_store, directory)
-    manifest = store.read_manifest(directory)
-    heldout = manifest.splits[store.HELDOUT]
-    splits = {store.TRAIN: heldout, store.HELDOUT: heldout}
-    manifest = dataclasses.replace(manifest, splits=splits, features=(store.SOURCES,))
-    store.write_manifest(directory, manifest)
-    return manifest
-
-
-def weights_of(manifest: store.Manifest, *numbers: int) -> str:
-    names = manifest.splits[store.TRAIN].sources
-    return ",".join(f"{name}={number}" for name, number in zip(names, numbers, strict=True))
-
-
-@pytest.mark.slow
-def test_a_run_with_weights_resumes_and_says_what_it_reads(token_store, tmp_path, capsys):
-    manifest = by_source(token_store, tmp_path / "store")
-    weights = f"{weights_of(manifest, 2, 1, 0)}; {weights_of(manifest, 0, 1, 1)}"
-    config = write_config(
-        tmp_path / "config.py", store=tmp_path / "store", data__weights=weights, data__max_epochs=9
-    )  # fmt: skip
-    arguments = train_arguments(config, tmp_path / "run")
-    assert main([*arguments, "--config.curriculum.num_tokens=2304,768"]) == 0
-    said = capsys.readouterr().out
-    first, second, third = manifest.splits[store.TRAIN].sources
-    assert f"phase 1: {first} 66.67%, {second} 33.33%, no {third}" in said
-    assert main(arguments) == 0
-    rows = recorded(tmp_path / "run", "train")
-    assert [row["step"] for row in rows] == list(range(1, NUM_STEPS + 1))
-    per_epoch = manifest.splits[store.TRAIN].sources[third].num_blocks * BLOCK_LEN
-    assert [round(row[f"epochs/{third}"] * per_epoch) for row in rows] == [0] * 6 + [192 * step for step in range(1, 5)]
-    summary = json.loads((tmp_path / "run" / "summary.json").read_text())
-    assert summary["data"]["sources"][third] == {
-        "tokens": 768, "epochs": rows[-1][f"epochs/{third}"], "tokens_per_epoch": per_epoch
-    }  # fmt: skip
-    assert f" epochs of {third}" in capsys.readouterr().out.partition("Done: 10 steps")[2].partition("\n")[0]
-    assert main([*arguments, f"--config.data.weights={weights_of(manifest, 1, 1, 1)}"]) == 1
-    assert "data.weights_by_phase: checkpoint" in capsys.readouterr().err
