@@ -23,7 +23,7 @@ class StepTrace:
     def __init__(self, run: Run, *, first_step: int):
         """Say what will not be traced in a run whose next step is `first_step`."""
         window = run.config.log.profile_window
-        self._window = range(max(window[0], first_step), window[-1] + 1)
+        self._window = window
         self._folder = run.workdir / PROFILE / f"steps_{window[0]}_{window[-1]}"
         self._ledger = run.ledger
         self._open: contextlib.ExitStack | None = None

@@ -78,6 +78,8 @@ def test_numbers_that_are_not_finite_are_strings_in_strict_json(tmp_path, loss, 
     lines = (tmp_path / METRICS_FILE).read_text().splitlines()
     assert json.loads(lines[0], parse_constant=refuse)["loss"] == text
     train, evaluation, _ = read_metrics(tmp_path / METRICS_FILE)
+    assert not {("train/loss", 1), ("heldout/all", 1), ("heldout/code", 1)} & tensorboard_scalars(tmp_path)
+    assert {("train/grad_norm", 1), ("heldout_bits_per_byte/code", 1)} <= tensorboard_scalars(tmp_path)
     for value in (train["loss"], evaluation["loss"], evaluation["sources"]["code"]["loss"]):
         assert repr(value) == repr(loss)
 

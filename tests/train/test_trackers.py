@@ -195,17 +195,52 @@ def test_a_tracker_that_fails_does_not_end_the_run_and_gets_the_rest_later(tmp_p
     assert step_numbers(second)[-3:] == [7, 8, 9]
 
 
-def test_what_is_missing_can_be_sent_by_hand_and_only_once(tmp_path, stand_in):
+def by_hand(workdir: Path, *options: str, **named) -> subprocess.Popen:
+    command = [sys.executable, "-m", "btlm_jax.train.trackers", "wandb", str(workdir), *options]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(SERVICES), *sys.path])}
+    return subprocess.Popen(command, env=environment, stdin=subprocess.DEVNULL, **named)
+
+
+def test_a_process_whose_run_is_gone_sends_what_there_is(tmp_path, stand_in):
     begin(tmp_path)
-    with FakeRun(tmp_path).writer as writer:
-        assert writer  # a run without trackers
     run = FakeRun(tmp_path)
     with run.writer:
+        record_steps(run, 1, 5)
+    read, write = os.pipe()
+    os.close(read)  # nobody hears what it says
+    with by_hand(tmp_path, "--follow", stdout=write) as process:
+        os.close(write)
+    assert process.returncode == 0
+    (start,) = starts(tmp_path)
+    assert step_numbers(start) == [1, 2, 3, 4]  # step 5 might have been without its evaluation
+
+
+def test_one_process_of_a_tracker_waits_for_the_other(tmp_path, stand_in):
+    begin(tmp_path)
+    run = FakeRun(tmp_path)
+    with run.writer:
+        record_steps(run, 1, 2)
+    (tmp_path / TRACKERS).mkdir()
+    with open(tmp_path / TRACKERS / "wandb.lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        process = by_hand(tmp_path)
+        with pytest.raises(subprocess.TimeoutExpired):
+            process.wait(1.5)  # it needs 0.3 s
+        assert not (tmp_path / TRACKERS / "wandb").exists()
+    with process:
+        assert process.wait(60) == 0
+    assert step_numbers(starts(tmp_path)[0]) == [1, 2]
+
+
+def test_what_is_missing_can_be_sent_by_hand_and_only_once(tmp_path, stand_in):
+    begin(tmp_path)
+    run = FakeRun(tmp_path)  # without trackers
+    with run.writer:
         record_steps(run, 1, 9)
-    command = [sys.executable, "-m", "btlm_jax.train.trackers", "wandb", str(tmp_path)]
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(SERVICES), *sys.path])}
     for _ in range(2):
-        subprocess.run(command, env=environment, check=True, stdin=subprocess.DEVNULL)
+        with by_hand(tmp_path) as process:
+            pass
+        assert process.returncode == 0
     first, second = starts(tmp_path)
     assert step_numbers(first) == [1, 2, 3, 4, 5, 6, 7, 8, 9] and first["exit"] == 0
     assert first["id"] == second["id"] and step_numbers(second) == []
