@@ -301,10 +301,11 @@ def check_memory(program: Program) -> None:
     Raises:
       ValueError: it does not fit.
     """
-    config, device, num_devices = program.config, program.mesh.devices.flat[0], program.mesh.size
+    config, num_devices = program.config, program.mesh.size
     model, table, accumulation = config.model, config.curriculum.table, config.mesh.accumulation
+    own = program.mesh.local_devices  # only they say what memory they have
     # A CPU's devices share the machine's memory.
-    available = memory_bytes(device) // (num_devices if device.platform == "cpu" else 1)
+    available = memory_bytes(own[0]) // (len(own) if own[0].platform == "cpu" else 1)
     state = sum(
         math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize
         for leaf in jax.tree.leaves(program.state)
