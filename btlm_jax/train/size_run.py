@@ -14,6 +14,7 @@ from btlm_jax.data.order import make_order
 from btlm_jax.data.store import HELDOUT, TRAIN, Manifest, Split
 from btlm_jax.display.progress import print_line
 from btlm_jax.recipe.config import TrainConfig
+from btlm_jax.recipe.mixture import check_sources
 from btlm_jax.recipe.sizes import Shape
 from btlm_jax.train import sizing
 from btlm_jax.train.flops import flops_per_token, memory_bytes, peak_flops
@@ -165,9 +166,14 @@ def _check_fits(shape: Shape, *, max_parameters: float) -> None:
 
 
 def _num_blocks(train: Split, weights: Sequence[dict[str, int]]) -> int:
-    """Return how many blocks there are to train on; with weights, of the sources that have one."""
+    """Return how many blocks there are to train on; with weights, of the sources that have one.
+
+    Raises:
+      ValueError: the weights are of other sources.
+    """
     if not weights:
         return train.num_blocks
+    check_sources(weights, list(train.sources), of="the token store")
     return sum(part.num_blocks for name, part in train.sources.items() if any(phase[name] for phase in weights))
 
 

@@ -6,9 +6,11 @@ import math
 import pytest
 from support.tiny import config_dict
 
+from btlm_jax.data.store import Source, Split
 from btlm_jax.recipe import sizes
 from btlm_jax.recipe.config import train_config_from
 from btlm_jax.train import sizing
+from btlm_jax.train.size_run import _num_blocks
 
 LENGTHS = sizing.Lengths(short=128, block=512)
 
@@ -99,3 +101,18 @@ def test_lengths_stay_within_what_a_model_was_trained_at():
     assert [lengths.at_most(n) for n in (511, 48, 1)] == [
         sizing.Lengths(short=s, block=b) for s, b in ((64, 256), (8, 32), (1, 1))
     ]
+
+
+def test_weighted_sources_are_what_there_is_to_train_on():
+    sources = {
+        name: Source(num_documents=1, num_bytes=1, num_tokens=1, first_block=first, num_blocks=count)
+        for name, first, count in (("a", 0, 5), ("b", 5, 3))
+    }
+    train = Split(num_blocks=8, num_tokens=9, shards=(), sources=sources)
+    assert [
+        _num_blocks(train, weights) for weights in ((), ({"a": 1, "b": 0},), ({"a": 1, "b": 0}, {"a": 0, "b": 1}))
+    ] == [
+        *(8, 5, 8),
+    ]
+    with pytest.raises(ValueError, match="data.weights names 'c', which the token store does not have"):
+        _num_blocks(train, ({"a": 1, "b": 1, "c": 1},))
