@@ -471,7 +471,7 @@ def _prepare_text(
         vocab_size = sizing.vocab_size_for(text.train_bytes, is_accelerator=is_accelerator)
         lengths = sizing.lengths_for(text.train_bytes, is_accelerator=is_accelerator)
         if open_model is not None:
-            lengths = lengths.at_most(open_model().model.metadata.max_length)
+            lengths = lengths.at_most(open_model().model.longest)
     tokenizer = _given_directory(record, flags, workdir=workdir, open_model=open_model)
     if tokenizer is None:
         tokenizer = own_text.make_tokenizer(text, vocab_size=vocab_size, directory=folder, log=_log)
@@ -511,7 +511,7 @@ def _prepare_examples(
         usual = sizing.lengths_for(sum(item.num_bytes for item in inputs), is_accelerator=_is_accelerator())
         longest = sizing.Lengths(short=_LONGEST_WINDOW, block=_LONGEST_WINDOW)
         if open_model is not None:
-            longest = longest.at_most(open_model().model.metadata.max_length)
+            longest = longest.at_most(open_model().model.longest)
         window = own_examples.choose_window(
             inputs,
             encoder=own_examples.make_encoder(tokenizer, template=template),

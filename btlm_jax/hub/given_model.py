@@ -58,6 +58,11 @@ class GivenModel:
     tokenizer: Tokenizer | None
     config: TrainConfig | None  # of a run
 
+    @property
+    def longest(self) -> int:
+        """The length up to which a run computes what the model does, and the model was trained."""
+        return min(self.metadata.max_length, self.metadata.alibi_train_len or self.metadata.max_length)
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class NewRows:
