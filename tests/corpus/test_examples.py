@@ -25,7 +25,7 @@ from btlm_jax.attention.gpu import MOST_DOCUMENTS
 from btlm_jax.cli import main
 from btlm_jax.corpus.example_encoding import ExampleEncoder
 from btlm_jax.corpus.example_packing import pack_windows
-from btlm_jax.corpus.readers.examples import Pair
+from btlm_jax.corpus.readers.examples import Conversation, Pair
 from btlm_jax.corpus.stages import examples as stage
 from btlm_jax.data import store
 from btlm_jax.data.heldout import heldout_batches
@@ -156,6 +156,39 @@ def test_completions_and_their_ends_are_trained_once_and_nothing_else(made, seq_
     train, heldout = (trained_of(made, split, seq_len=seq_len) for split in (store.TRAIN, store.HELDOUT))
     assert len(train) == 95 and len(heldout) == 5 and not train.keys() & heldout.keys()
     assert train | heldout == expected
+
+
+def test_padding_begins_where_examples_end_and_nothing_of_it_is_trained(made):
+    """It is a document of its own: its queries see no example."""
+    reader = open_store(made / "store", expected_fingerprint="").split(store.TRAIN)
+    num_paddings = 0
+    for block in reader.read_many(range(len(reader))):
+        assert block.marks is not None
+        for marks in block.marks[:-1].reshape(-1, WINDOW):
+            is_padding = marks & store.PADDING > 0
+            begin = len(marks) - int(is_padding.sum())
+            assert is_padding[begin:].all() and not (marks[begin:] & store.TRAINED).any()
+            begins = np.flatnonzero(is_padding & (marks & store.BEGINS > 0)).tolist()
+            assert begins == [begin] * (0 < begin < len(marks)) or begin == 0
+            num_paddings += begin < len(marks)
+    assert num_paddings > 5
+
+
+def test_examples_of_one_prompt_are_held_out_together(tokenizer, tmp_path):
+    rows = [{"prompt": f"{number % 12}?", "completion": f" {number}"} for number in range(36)]
+    write(tmp_path / "pairs.jsonl", rows)
+    assert run(tmp_path / "pairs.jsonl", tmp_path / "store", tokenizer, "--heldout=0.2") == 0
+    opened, prompts = open_store(tmp_path / "store", expected_fingerprint=""), {}
+    stored = find_tokenizer(tmp_path / "store")
+    for name in (store.TRAIN, store.HELDOUT):
+        reader, prompts[name] = opened.split(name), []
+        for block in reader.read_many(range(len(reader))):
+            assert block.marks is not None
+            for begin in np.flatnonzero(block.marks[:-1] & (store.BEGINS | store.PADDING) == store.BEGINS):
+                end = begin + int((block.marks[begin:] & store.TRAINED > 0).argmax())
+                prompts[name].append(stored.decode(block.tokens[begin:end].tolist()))
+    assert len(prompts[store.HELDOUT]) == 9 and len(prompts[store.TRAIN]) == 27
+    assert not set(prompts[store.TRAIN]) & set(prompts[store.HELDOUT])
 
 
 def test_the_manifest_counts_what_is_trained(made):
@@ -341,6 +374,10 @@ def test_completions_are_encoded_as_after_their_prompts(tmp_path):
         encoded = encoder.encode(Pair(prompt=prompt, completion=completion))
         assert tokenizer.decode(encoded.ids.tolist()) == prompt + completion
         assert encoded.prompt.tolist() == tokenizer.encode(prompt)
+    source = "{% generation %}{{ messages[0].content }}{% endgeneration %}"  # before which nothing stands
+    bare = ExampleEncoder(tokenizer, directory=tmp_path, template=source, template_name="it")
+    chat = bare.encode(Conversation(messages=({"role": "assistant", "content": "eta oin"},), tools=None))
+    assert not chat.is_trained[0] and chat.is_trained[1:].all()
     empty = encoder.encode(Pair(prompt="", completion="oin"))
     assert empty.prompt.tolist() == [tokenizer.eos_id] and empty.is_trained[1:].all()
 

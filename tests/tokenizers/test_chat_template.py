@@ -160,6 +160,11 @@ def test_functions_and_filters_of_transformers_are_there(directories):
     assert template_of(source, directories["pieces"]).render(TURNS).text == '2 {"a": "é<"} 4 True'
 
 
+def test_keys_of_messages_that_are_null_are_left_out(directories):
+    source = "{% for m in messages %}{{ 'name' in m }} {% endfor %}{% generation %}{% endgeneration %}"
+    assert template_of(source, directories["pieces"]).render(TURNS).text == "False " * len(TURNS)
+
+
 def test_the_template_is_the_directorys_or_given(directories, tmp_path):
     (tmp_path / "tokenizer_config.json").write_text(json.dumps({"chat_template": "of the config"}))
     assert find_template("", directory=tmp_path)[0] == "of the config"
