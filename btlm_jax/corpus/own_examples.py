@@ -20,6 +20,7 @@ from btlm_jax.data.reader import open_store
 from btlm_jax.data.store import HELDOUT, TRAINED, Manifest
 from btlm_jax.display.progress import Log
 from btlm_jax.storage.location import PathOrUrl, open_binary
+from btlm_jax.tokenizers.gpt2 import fastest_tokenizer
 from btlm_jax.tokenizers.tokenizer import Tokenizer, find_tokenizer, load_tokenizer
 
 HELDOUT_SHARE = 0.05
@@ -106,7 +107,10 @@ def make_encoder(tokenizer: Path, *, template: tuple[str, str]) -> ExampleEncode
       FileNotFoundError, ValueError: the tokenizer or the template cannot be used.
     """
     return ExampleEncoder(
-        find_tokenizer(tokenizer), directory=tokenizer, template=template[0], template_name=template[1]
+        fastest_tokenizer(find_tokenizer(tokenizer)),
+        directory=tokenizer,
+        template=template[0],
+        template_name=template[1],
     )
 
 

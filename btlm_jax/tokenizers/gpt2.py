@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 
 import numpy as np
@@ -29,6 +30,10 @@ class FastGpt2Tokenizer:
         self.eos_id, self.vocab_size = tokenizer.eos_id, tokenizer.vocab_size
         byte_of = _byte_of_character()
         self._num_bytes = np.array([len(token) for token in tokenizer.tokens])
+        eos = tokenizer.added_tokens[tokenizer.eos_id]
+        # Where a text is divided by the name of the end of text, which takes nothing of what is around it.
+        is_plain = not (eos.lstrip or eos.rstrip or eos.single_word or eos.normalized)
+        self._eos_name = re.compile(f"({re.escape(tokenizer.eos_token)})") if is_plain else None
         self._encoding = tiktoken.Encoding(
             name="gpt2",
             pat_str=_PATTERN,
@@ -99,7 +104,10 @@ class FastGpt2Tokenizer:
 
     def encode_prompt(self, text: str) -> list[int]:
         """Return the ids of a text in which the name of a special token stands for its id."""
-        return self._tokenizer.encode_prompt(text)
+        if self._eos_name is None:
+            return self._tokenizer.encode_prompt(text)
+        parts = enumerate(self._eos_name.split(text))
+        return [token for number, part in parts for token in ([self.eos_id] if number % 2 else self.encode(part))]
 
     @property
     def special_tokens(self) -> dict[str, int]:
@@ -108,7 +116,23 @@ class FastGpt2Tokenizer:
 
     def encode_prompt_with_offsets(self, text: str) -> tuple[list[int], list[tuple[int, int]]]:
         """Return the ids of `encode_prompt`, and of each the (begin, end) of its characters in the text."""
-        return self._tokenizer.encode_prompt_with_offsets(text)
+        if self._eos_name is None:
+            return self._tokenizer.encode_prompt_with_offsets(text)
+        ids, offsets, begin = [], [], 0
+        for number, part in enumerate(self._eos_name.split(text)):
+            if number % 2:
+                ids.append(self.eos_id)
+                offsets.append((begin, begin + len(part)))
+            elif part:
+                own = self.encode(part)
+                ends = np.cumsum(self._num_bytes[own])
+                data = np.frombuffer(part.encode(), np.uint8)
+                character_of = begin + np.cumsum((data & 0xC0) != 0x80) - 1  # of each byte
+                firsts, lasts = character_of[ends - self._num_bytes[own]], character_of[ends - 1] + 1
+                ids += own
+                offsets += zip(firsts.tolist(), lasts.tolist(), strict=True)
+            begin += len(part)
+        return ids, offsets
 
     def encode_batch(self, texts: Sequence[str], *, num_threads: int) -> list[list[int]]:
         """Return the ids of each text; the same for any number of threads."""

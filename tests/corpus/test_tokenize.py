@@ -173,6 +173,9 @@ def test_tiktoken_gives_the_ids_of_the_tokenizers_library(fast_and_slow, text):
     assert fast.encode(text) == slow.encode(text)
     assert fast.decode(fast.encode(text)) == text
     assert fast.encode_batch([text, "a"], num_threads=2) == fast.encode_batch([text, "a"], num_threads=1)
+    for named in (text, f"{text}{tiny_tokenizers.EOS} {text}{tiny_tokenizers.EOS}"):
+        assert fast.encode_prompt(named) == slow.encode_prompt(named)
+        assert fast.encode_prompt_with_offsets(named) == slow.encode_prompt_with_offsets(named)
 
 
 @pytest.fixture(scope="module")

@@ -41,6 +41,7 @@ from btlm_jax.data.store import TokenBlock
 from btlm_jax.display.progress import Log
 from btlm_jax.storage.files import AtomicFile, renamed_at_end, write_atomically
 from btlm_jax.storage.location import PathOrUrl
+from btlm_jax.tokenizers.gpt2 import fastest_tokenizer
 from btlm_jax.tokenizers.tokenizer import find_tokenizer, tokenizer_info
 
 RECIPE = 1  # raise when the steps change
@@ -187,7 +188,7 @@ def _inputs(locations: Sequence[PathOrUrl]) -> list[Input]:
 
 def _encoder(config: ExamplesConfig) -> ExampleEncoder:
     return ExampleEncoder(
-        find_tokenizer(config.tokenizer, allow_lossy=config.allow_lossy),
+        fastest_tokenizer(find_tokenizer(config.tokenizer, allow_lossy=config.allow_lossy)),
         directory=config.tokenizer,
         template=config.template,
         template_name=config.template_name,
