@@ -213,7 +213,7 @@ class DataConfig:
 
     store: str  # directory, taken from the workdir if relative, or a URL that fsspec opens: gs://bucket/store
     seed: int  # of the order of blocks and windows, and of an installed_python corpus
-    weights: str  # shares of the sources, "web=3,books=1", or one such text a phase with ";" between; "": as they are
+    weights: str  # shares of the sources, "web=3,books=1", or such a text a phase, "natural; web=1,books=1"; "": none
     max_epochs: int  # passes over the store, or over each weighted source, that the curriculum may take
     prefetch: int  # batches read ahead of the step
     document_mask: bool  # attention and loss stop at documents' boundaries; off as BTLM was trained

@@ -12,28 +12,37 @@ from fractions import Fraction
 
 import numpy as np
 
+_PARTS = 10_000
 MAX_TURNS = 100_000  # of a round, all of which are listed
 _SHARE = re.compile(r"(?P<source>.+?)=\s*(?P<weight>[0-9]{1,12}(?:\.[0-9]{1,12})?)\s*(?P<end>[,;]|$)", flags=re.DOTALL)
+_NATURAL = re.compile(r"\s*natural\s*(?P<end>;|$)")
 
 
 def parse_weights(text: str) -> tuple[dict[str, int], ...]:
     """Return the weight of each source, as whole numbers without a common divisor, of each phase that a text names.
 
     "web=3,books=1" is of all phases; "web=3,books=1; web=1,books=1" of two. A weight may be 0 or have decimals. What
-    stands between a weight with its comma and the next "=" with a number is a name, whatever is in it.
+    stands between a weight with its comma and the next "=" with a number is a name, whatever is in it. Of a phase that
+    is "natural", which has the sources as the store has them, nothing is returned: `natural_weights` are its weights.
 
     Raises:
       ValueError: it is no such text, names a source twice, or has no weight above 0 in a phase.
     """
     phases: list[dict[str, Fraction]] = [{}]
+    naturals: list[int] = []  # indices of phases
     text, place = text.strip(), 0
     while place < len(text):
+        if not phases[-1] and (natural := _NATURAL.match(text, place)):
+            naturals.append(len(phases) - 1)
+            phases += [{}] if natural["end"] else []
+            place = natural.end()
+            continue
         found = _SHARE.match(text, place)
         source = found["source"].strip() if found else ""
         if found is None or not source:
             raise ValueError(
                 f"data.weights={_shown(text)} cannot be read from {_shown(text[place:])} on; it is SOURCE=NUMBER with "
-                'commas between, for example "web=3,books=1"; of each phase with ";" between: "web=3,books=1; web=1"'
+                'commas between, for example "web=3,books=1"; of each phase with ";" between: "natural; web=3,books=1"'
             )
         if source in phases[-1]:
             raise ValueError(f"data.weights={_shown(text)} names {source!r} twice in one phase")
@@ -41,7 +50,15 @@ def parse_weights(text: str) -> tuple[dict[str, int], ...]:
         place = found.end()
         if found["end"] == ";":
             phases.append({})
-    return tuple(_whole(weights, text=text) for weights in phases)
+    return tuple({} if number in naturals else _whole(weights, text=text) for number, weights in enumerate(phases))
+
+
+def natural_weights(sizes: Sequence[int]) -> tuple[int, ...]:
+    """Return whole numbers for sources of these sizes, in parts of a ten-thousandth of all where they are larger."""
+    total = sum(sizes)
+    parts = [max(1, round(size * _PARTS / total)) for size in sizes] if total > _PARTS else sizes
+    divisor = math.gcd(*parts)
+    return tuple(part // divisor for part in parts)
 
 
 def _whole(weights: dict[str, Fraction], *, text: str) -> dict[str, int]:
@@ -60,7 +77,7 @@ def _whole(weights: dict[str, Fraction], *, text: str) -> dict[str, int]:
 
 
 def check_sources(weights: Sequence[dict[str, int]], sources: Sequence[str], *, of: str) -> None:
-    """Check that the weights of every phase are of these sources, and of all of them; `of` is what has them.
+    """Check that the weights of every phase that has some are of these sources, and of all; `of` is what has them.
 
     Raises:
       ValueError: they are not.
@@ -70,7 +87,7 @@ def check_sources(weights: Sequence[dict[str, int]], sources: Sequence[str], *, 
             raise ValueError(
                 f"data.weights names {_listed(unknown)}, which {of} does not have; its sources are {_listed(sources)}"
             )
-        if missing := [name for name in sources if name not in given]:
+        if given and (missing := [name for name in sources if name not in given]):
             raise ValueError(
                 f"data.weights says nothing of {_listed(missing)}; give each source of {of} a number in every phase, 0 "
                 "to leave it out"

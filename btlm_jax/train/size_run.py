@@ -174,7 +174,9 @@ def _num_blocks(train: Split, weights: Sequence[dict[str, int]]) -> int:
     if not weights:
         return train.num_blocks
     check_sources(weights, list(train.sources), of="the token store")
-    return sum(part.num_blocks for name, part in train.sources.items() if any(phase[name] for phase in weights))
+    return sum(
+        part.num_blocks for name, part in train.sources.items() if any(not phase or phase[name] for phase in weights)
+    )
 
 
 def _epochs(config: TrainConfig, manifest: Manifest) -> dict[str, float]:

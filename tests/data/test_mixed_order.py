@@ -247,6 +247,11 @@ def test_what_is_read_of_each_source_is_said():
     )  # 10 blocks of 2
 
 
+def test_a_phase_can_have_the_sources_as_the_store_has_them(token_store):
+    order = make_mixed_loader(token_store, weights="natural; web=1,books=1,code=0").order
+    assert order.weights == ((6, 9, 20), (1, 0, 1)) and order.streams[2].source == "web"
+
+
 def test_windows_must_fit_each_source():
     with pytest.raises(ValueError, match="seq_len=4 of phase 1 does not divide .* 10"):
         two_sources(block_len=10)

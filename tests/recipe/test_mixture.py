@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from support.tiny import tiny_config
 
-from btlm_jax.recipe.mixture import MAX_TURNS, Turns, parse_weights
+from btlm_jax.recipe.mixture import MAX_TURNS, Turns, natural_weights, parse_weights
 
 
 @settings(max_examples=60, deadline=None)
@@ -52,6 +52,8 @@ def test_a_round_of_the_most_turns_is_listed_and_exact():
         ("web=1,books=0", ({"web": 1, "books": 0},)),
         ("web=6,books=2;web=2,books=2", ({"web": 3, "books": 1}, {"web": 1, "books": 1})),
         ("a,b=1,k=v=2,x=1=3,p;q=1;y=1", ({"a,b": 1, "k=v": 2, "x=1": 3, "p;q": 1}, {"y": 1})),
+        ("natural", ({},)),
+        (" natural ;web=2; natural=1;natural", ({}, {"web": 1}, {"natural": 1}, {})),
         ("web", None),
         ("web=", None),
         ("web=-1", None),
@@ -75,6 +77,7 @@ def test_weights_are_read(text, expected):
     [
         ("web=1,web=2", "names 'web' twice in one phase"),
         ("web=0,books=0", "has a phase without a weight above 0"),
+        ("natural;", "has a phase without a weight above 0"),
         ("web=1;", "has a phase without a weight above 0"),
         ("web=0.000001,books=1", "1,000,001 together, and 100,000 is the most"),
     ],
@@ -82,6 +85,14 @@ def test_weights_are_read(text, expected):
 def test_weights_that_mean_nothing_are_refused(text, said):
     with pytest.raises(ValueError, match=re.escape(said)):
         parse_weights(text)
+
+
+def test_natural_weights_are_the_sizes_or_their_shares():
+    assert natural_weights([6, 31]) == (6, 31) and natural_weights([6, 30]) == (1, 5)
+    sizes = [3, 70_000, 629_997, 300_000]
+    found = natural_weights(sizes)
+    assert found == (1, 700, 6300, 3000)  # of 10,000; the first is more than its 0.03
+    assert sum(found) <= 10_000 + len(sizes)
 
 
 def test_a_config_has_weights_for_all_phases_or_for_each():

@@ -110,9 +110,10 @@ def test_weighted_sources_are_what_there_is_to_train_on():
     }
     train = Split(num_blocks=8, num_tokens=9, shards=(), sources=sources)
     assert [
-        _num_blocks(train, weights) for weights in ((), ({"a": 1, "b": 0},), ({"a": 1, "b": 0}, {"a": 0, "b": 1}))
+        _num_blocks(train, weights)
+        for weights in ((), ({"a": 1, "b": 0},), ({"a": 1, "b": 0}, {"a": 0, "b": 1}), ({"a": 1, "b": 0}, {}))
     ] == [
-        *(8, 5, 8),
+        *(8, 5, 8, 8),
     ]
     with pytest.raises(ValueError, match="data.weights names 'c', which the token store does not have"):
         _num_blocks(train, ({"a": 1, "b": 1, "c": 1},))
