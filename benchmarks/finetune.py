@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import logging
 import subprocess
 import sys
 from pathlib import Path
@@ -49,6 +50,7 @@ def main() -> None:
     train(kept, *same, f"--init={base}", "--init_optimizer=kept")
     train(frozen, *same, f"--init={base}", f"--config.optimizer.freeze={FROZEN}")
     summary = json.loads((continued / "summary.json").read_text())
+    logging.getLogger("absl").setLevel(logging.ERROR)  # orbax warns of checkpoints that it opens for reading
     print(f"{summary['num_steps']:,} steps, {summary['num_tokens']:,} tokens of the other corpus in each but the first")
     print(f"{'model':<36} {'other: nats':>12} {'bits/byte':>10} {'base: nats':>12} {'bits/byte':>10}")
     for name, workdir in (
