@@ -173,7 +173,7 @@ class MixtureUse:
         lines += [f"  phase {number}: {text}" for number, text in enumerate(self.shares, start=1)]
         for use in self.sources:
             if not use.num_tokens:
-                lines.append(f"  {use.source}: left out, all {use.tokens_per_epoch:,} tokens")
+                lines.append(f"  {use.source}: none of its {use.tokens_per_epoch:,} tokens")
                 continue
             share = use.padding / use.tokens_per_epoch
             padding = f" ({share:.0%} of it padding: the source is small for blocks)" if share >= _MUCH_PADDING else ""

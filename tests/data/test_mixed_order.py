@@ -238,7 +238,7 @@ def test_what_is_read_of_each_source_is_said():
     with pytest.raises(ValueError, match="read books 1.67 times, and data.max_epochs=1: raise it to 2, lower"):
         two_sources().check_capacity(max_epochs=1)
     alone = str(two_sources(weights=((1, 0), (1, 0))).check_capacity(max_epochs=3))
-    assert "phase 1: books 100.00%, no code" in alone and "  code: left out, all 496 tokens" in alone
+    assert "phase 1: books 100.00%, no code" in alone and "  code: none of its 496 tokens" in alone
     assert "worth less than new text" not in alone and "padding" not in alone
     few = two_sources(streams=(Stream("books", 0, 6, 83), Stream("code", 6, 31, 496)))
     assert "1.667 epochs of 96 (14% of it padding: the source" in str(few.check_capacity(max_epochs=2))
