@@ -6,6 +6,7 @@ import functools
 import io
 import re
 from collections.abc import Iterable, Iterator, Sequence
+from typing import Any
 
 import sentencepiece
 
@@ -148,6 +149,9 @@ class SentencePieceTokenizer:
 def train_sentencepiece(texts: Iterable[str], *, vocab_size: int) -> bytes:
     """Train a byte-pair model with byte fallback and no normalisation; return the model file's contents.
 
+    It has a piece for the space, which SentencePiece writes as U+2581 and in bytes could not tell from that character:
+    where the texts have none, or so few that its rare characters are left out, it is trained once more to have it.
+
     Raises:
       ValueError: the vocabulary is too small, or too large for these texts.
     """
@@ -157,10 +161,19 @@ def train_sentencepiece(texts: Iterable[str], *, vocab_size: int) -> bytes:
         )
     if vocab_size > MAX_VOCAB_SIZE:
         raise ValueError(f"vocab_size={vocab_size} is too large: {MAX_VOCAB_SIZE:,} or less")
+    lines = list(_lines(texts))
+    contents = _train(lines, vocab_size=vocab_size, required_chars="")
+    if SPACE_MARK in parse_model(contents).pieces:
+        return contents
+    return _train(lines, vocab_size=vocab_size, required_chars=SPACE_MARK)
+
+
+def _train(lines: list[str], *, vocab_size: int, required_chars: str) -> bytes:
+    options: dict[str, Any] = {"required_chars": required_chars} if required_chars else {}  # a model records even ""
     model = io.BytesIO()
     try:
         sentencepiece.SentencePieceTrainer.train(
-            sentence_iterator=_lines(texts),
+            sentence_iterator=iter(lines),
             model_writer=model,
             vocab_size=vocab_size,
             model_type="bpe",
@@ -177,6 +190,7 @@ def train_sentencepiece(texts: Iterable[str], *, vocab_size: int) -> bytes:
             num_threads=1,
             max_sentence_length=4 * MAX_LINE_CHARACTERS,
             minloglevel=2,
+            **options,
         )
     except RuntimeError as error:
         raise ValueError(f"no tokenizer of {vocab_size} pieces can be trained on this text: {error}") from error

@@ -41,6 +41,16 @@ def test_training_and_encoding_are_deterministic(model):
     assert sum(map(len, alone)) < 0.7 * sum(map(len, TEXTS))  # it learned something
 
 
+@pytest.mark.parametrize("end", ["", " x"], ids=["no space", "one space in 20,000 characters"])
+def test_a_text_that_is_one_long_word_gives_a_tokenizer_that_has_spaces(end):
+    """As of a language that is written without; SentencePiece alone leaves out characters that are rare."""
+    words = [word for text in TEXTS for word in text.split()]
+    text = "".join(words[number % len(words)] for number in range(5000)) + end
+    tokenizer = SentencePieceTokenizer(train_sentencepiece([text], vocab_size=400))
+    for other in (text, " a", "a  b \u2581 c\n d", *NASTY):
+        assert tokenizer.decode(tokenizer.encode_exactly(other)) == other
+
+
 def test_sizes_that_cannot_be_trained_are_refused():
     with pytest.raises(ValueError, match="^vocab_size=200 is too small"):
         train_sentencepiece(TEXTS, vocab_size=200)

@@ -112,7 +112,9 @@ def _tokenize(config: TokenizeConfig, *, output: Path, workers: Workers, log: Lo
     paths = [source / item.name for item in inputs]
     if loss := describe_loss(fastest_tokenizer(loaded), [*PROBES, *_sample(paths)]):
         if not config.allow_lossy:
-            raise ValueError(f"the tokenizer in {tokenizer} {loss}; --allow_lossy takes it nevertheless")
+            raise ValueError(
+                f"the tokenizer in {tokenizer} {loss}; btlm corpus tokenize --allow_lossy takes it nevertheless"
+            )
         notices.report("tokenizer-lossy", f"the tokenizer in {tokenizer} {loss}")
         settings["lossy"] = loss
     tasks = [Task(index=index, inputs=(item,), weight=item.num_bytes) for index, item in enumerate(inputs)]
