@@ -1,5 +1,6 @@
 """Attention against a float64 oracle written here, and its memory, causality and behaviour on meshes."""
 
+import functools
 import itertools
 import math
 
@@ -120,7 +121,7 @@ def test_memory_grows_with_the_block_not_with_the_square(implementation):
 @pytest.mark.parametrize(
     "implementation, mesh_shape",
     [
-        *itertools.product(PORTABLE, [(1, 1, 1, 1), (4, 1, 1, 2), (1, 2, 2, 2), (1, 1, 4, 1)]),
+        *itertools.product(PORTABLE, [(4, 1, 1, 2), (1, 2, 2, 2), (1, 1, 4, 1)]),
         pytest.param("tpu", (2, 1, 2, 2), marks=pytest.mark.slow),
     ],
 )
@@ -129,9 +130,7 @@ def test_meshes_change_nothing(implementation, mesh_shape):
 
     Positions are split over two axes, heads over one: on 2 x 2 x 2 devices each attends with 1 of the 8 heads.
     """
-    *inputs, slopes_N = make_inputs(B=4, T=72, N=8, H=10)
-    step = make_layers(implementation, slopes_N)
-    expected = jax.tree.leaves(step(*inputs))
+    inputs, step, expected = without_mesh(implementation)
     axes = ("fsdp", "batch_or_context", "context", "tensor")
     spec = P("fsdp", ("batch_or_context", "context"), "tensor", None)
     with jax.set_mesh(jax.make_mesh(mesh_shape, axes, devices=jax.devices()[: math.prod(mesh_shape)])):
@@ -140,6 +139,14 @@ def test_meshes_change_nothing(implementation, mesh_shape):
         np.testing.assert_allclose(np.asarray(result), np.asarray(value), rtol=2e-5, atol=2e-5)
     for gradient in results[1:]:
         assert gradient.sharding.spec == spec
+
+
+@functools.cache
+def without_mesh(implementation):
+    """Return q, k, v and do, the function of them, and its value and gradients."""
+    *inputs, slopes_N = make_inputs(B=4, T=72, N=8, H=10)
+    step = make_layers(implementation, slopes_N)
+    return inputs, step, jax.tree.leaves(step(*inputs))
 
 
 def make_layers(implementation, slopes_N):
