@@ -115,7 +115,7 @@ def test_a_product_shared_between_threads(way, kind):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("shape", SHAPES[1:4], ids=str)
 @pytest.mark.parametrize("kind", MAKE)
 def test_columns_are_exact(kind, shape):
     made, matrices_LKM = MAKE[kind](*shape)
