@@ -70,7 +70,7 @@ def _lengths(inputs: Sequence[Input], encoder: ExampleEncoder, *, folder: Path) 
                 for line in itertools.islice(found, _SAMPLED_EXAMPLES // count):
                     with contextlib.suppress(ValueError):
                         if not isinstance(line, Defect):
-                            yield len(encoder.encode(parse_example(line[2])))
+                            yield len(encoder.encode(parse_example(line.value)))
 
 
 def make_store(

@@ -130,8 +130,23 @@ def read_raw(
             yield from filter(None, map(functools.partial(_parse_line, make=make), lines))
 
 
-def read_objects(path: Path, *, name: str, repairs: Counter) -> Iterator[tuple[int, int, object] | Defect]:
-    """Yield (line number, offset, value) of each line of JSON of a file, compressed or not; of another line a Defect.
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Line:
+    """A line of JSON."""
+
+    value: object
+    file: str
+    line: int  # from 1
+    offset: int  # of its first byte in the decompressed file
+    head: str  # the first 200 bytes
+
+    def defect(self, reason: str) -> Defect:
+        """Return the line as one that cannot be used."""
+        return Defect(file=self.file, line=self.line, offset=self.offset, reason=reason, head=self.head)
+
+
+def read_objects(path: Path, *, name: str, repairs: Counter) -> Iterator[Line | Defect]:
+    """Yield each line of JSON of a file, compressed or not; in place of another line a Defect.
 
     `name` and `repairs` are as for `read_raw`.
 
@@ -146,11 +161,13 @@ def read_objects(path: Path, *, name: str, repairs: Counter) -> Iterator[tuple[i
             line = line.removeprefix(_BYTE_ORDER_MARK) if number == 1 else line
             if not line.strip():
                 continue
+            shown = line[:_HEAD_BYTES].decode("utf-8", "replace")
             try:
-                yield number, offset, _parse_json(line, repairs)
+                value = _parse_json(line, repairs)
             except ValueError as error:
-                shown = line[:_HEAD_BYTES].decode("utf-8", "replace")
                 yield Defect(file=name, line=number, offset=offset, reason=str(error), head=shown)
+                continue
+            yield Line(value=value, file=name, line=number, offset=offset, head=shown)
 
 
 def first_object(file: BinaryIO, *, name: str) -> object:

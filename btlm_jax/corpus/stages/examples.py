@@ -218,13 +218,11 @@ def _encode_task(
                 if isinstance(found, Defect):
                     defects.append(found)
                     continue
-                number, offset, body = found
                 try:
-                    example = parse_example(body)
+                    example = parse_example(found.value)
                     encoded = encoder.encode(example)
                 except ValueError as error:
-                    shown = json.dumps(body, ensure_ascii=False)[:200]
-                    defects.append(Defect(file=item.name, line=number, offset=offset, reason=str(error), head=shown))
+                    defects.append(found.defect(str(error)))
                     continue
                 counts["read"] += 1
                 counts[_NAMED] += encoder.names_special_token(example)
@@ -236,7 +234,7 @@ def _encode_task(
                         continue
                     counts[_CUT] += 1
                 kept.append(encoded)
-                source = sources.setdefault(source_of(body, default=default), len(sources))
+                source = sources.setdefault(source_of(found.value, default=default), len(sources))
                 num_bytes = encoder.num_trained_bytes(encoded)
                 heartbeat(1, num_bytes)
                 rows.append(_row(encoded, start=start, num_bytes=num_bytes, source=source, seed=config.seed))
