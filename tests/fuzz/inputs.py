@@ -18,6 +18,7 @@ import shutil
 import signal
 import time
 import warnings
+from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -613,6 +614,7 @@ def _of_corpora(folder: Path, store: Path) -> list[Target]:
 
     compressed = zstandard.ZstdCompressor().compress(lines)
     found = [
+        *_of_examples(folder),
         Target(name="raw .jsonl", valid=lines, read=raw("a.jsonl"), is_json=True),
         Target(name="raw .jsonl.gz", valid=gzip.compress(lines, mtime=0), read=raw("a.jsonl.gz"), is_json=False),
         Target(name="raw .jsonl.zst", valid=compressed, read=raw("a.jsonl.zst"), is_json=False),
@@ -636,6 +638,43 @@ def _of_corpora(folder: Path, store: Path) -> list[Target]:
         *found,
         Target(name="raw .parquet", valid=parquet.getvalue(), read=raw("a.parquet"), is_json=False),
         Target(name="raw .arrow", valid=arrow.getvalue(), read=raw("a.arrow"), is_json=False),
+    ]
+
+
+def _of_examples(folder: Path) -> list[Target]:
+    """Examples to fine-tune on, and the template that renders them."""
+    from support.tiny_tokenizers import tiny_byte_level
+
+    from btlm_jax.corpus.own_examples import make_encoder
+    from btlm_jax.corpus.readers.examples import Conversation, parse_example
+    from btlm_jax.corpus.readers.raw import Line, read_objects
+    from btlm_jax.tokenizers.named_templates import NAMED_TEMPLATES
+    from btlm_jax.tokenizers.template_files import find_template
+
+    directory = folder / "tokenizer of examples"
+    directory.mkdir()
+    tiny_byte_level().save(str(directory / "tokenizer.json"))
+    turns = [{"role": "user", "content": "é?"}, {"role": "assistant", "content": "eta", "tool_calls": [{"a": 1}]}]
+    rows = [{"prompt": "é", "completion": "漢"}, {"messages": turns, "tools": [{"x": None}], "source": "A"}]
+    encoder = make_encoder(directory, template=find_template("zephyr", directory=directory))
+
+    def examples(data: bytes) -> None:
+        path = folder / "examples.jsonl"
+        path.write_bytes(data)
+        for found in read_objects(path, name=path.name, repairs=Counter()):
+            if isinstance(found, Line):
+                encoder.encode(parse_example(found.value))
+
+    def template(data: bytes) -> None:
+        path = folder / "own.jinja"
+        path.write_bytes(data)
+        own = make_encoder(directory, template=find_template(str(path), directory=directory))
+        own.encode(Conversation(messages=tuple(turns), tools=None))
+
+    lines = "".join(json.dumps(row) + "\n" for row in rows).encode()
+    return [
+        Target(name="examples .jsonl", valid=lines, read=examples, is_json=True),
+        Target(name="chat template", valid=NAMED_TEMPLATES["zephyr"].encode(), read=template, is_json=False),
     ]
 
 
