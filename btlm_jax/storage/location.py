@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import glob
 import hashlib
+import logging
 import os
 import stat
 import time
@@ -24,6 +25,7 @@ from btlm_jax import install_command, notices
 PathOrUrl = Path | str  # str: a URL
 
 _EXTRAS = {"gs": "gcs", "gcs": "gcs", "s3": "s3", "s3a": "s3"}  # of setup.cfg
+_LOGGERS = ("fsspec", "gcsfs", "s3fs")  # of libraries that print a traceback with what they also raise
 _VERSION_KEYS = ("etag", "ETag", "generation", "md5Hash", "LastModified", "mtime", "updated", "created")
 _CHUNK_BYTES = 1 << 20
 _RETRY_SECONDS = (1.0, 2.0, 4.0, 8.0, 16.0)  # before each further attempt
@@ -52,7 +54,7 @@ def expand_pattern(text: str) -> list[PathOrUrl]:
         return [location]
     else:
         with _plain_errors(location):
-            system, path = fsspec.core.url_to_fs(location)
+            system, path = _file_system(location)
             matches = sorted(system.unstrip_protocol(match) for match in system.glob(path))
     if not matches:
         raise FileNotFoundError(f"nothing matches {text}")
@@ -85,7 +87,7 @@ def list_sizes(folder: PathOrUrl) -> dict[str, int]:
         return {path.name: path.stat().st_size for path in paths if path.is_file()}
     try:
         with _plain_errors(folder):
-            system, path = fsspec.core.url_to_fs(folder)
+            system, path = _file_system(folder)
             system.invalidate_cache()
             infos = system.ls(path, detail=True)
     except FileNotFoundError:
@@ -120,7 +122,7 @@ def list_files(root: PathOrUrl, *, left_out: Callable[[str, Collection[str]], st
             raise FileNotFoundError(f"{root} is neither a file nor a folder")
         return sorted(_walk(root, left_out), key=lambda file: file[0])
     with _plain_errors(root):
-        system, path = fsspec.core.url_to_fs(root)
+        system, path = _file_system(root)
         infos = system.find(path, detail=True)  # of a file: itself
         base = path.rstrip("/")
         if not infos:
@@ -213,7 +215,7 @@ def version_stamp(location: PathOrUrl) -> list:
         status = location.stat()
         return [status.st_size, status.st_mtime_ns]
     with _plain_errors(location):
-        system, path = fsspec.core.url_to_fs(location)
+        system, path = _file_system(location)
         system.invalidate_cache()  # of directory listings, which may be outdated
         info = system.info(path)
     return [info["size"], *(str(info[key]) for key in _VERSION_KEYS if info.get(key) is not None)]
@@ -226,8 +228,10 @@ def open_binary(location: PathOrUrl) -> Iterator[BinaryIO]:
         with open(location, "rb") as file:
             yield file
     else:
-        with _plain_errors(location), fsspec.core.open(location, "rb") as file:
-            yield cast(BinaryIO, file)
+        with _plain_errors(location):
+            system, path = _file_system(location)
+            with system.open(path, "rb") as file:
+                yield cast(BinaryIO, file)
 
 
 def hash_range(location: PathOrUrl, *, begin: int, num_bytes: int, copy_to: BinaryIO | None) -> str:
@@ -268,7 +272,7 @@ class RangeReader:
         """
         self._folder = folder
         with _plain_errors(folder):
-            self._system, _ = fsspec.core.url_to_fs(folder)
+            self._system, _ = _file_system(folder)
 
     def read(self, ranges: Sequence[ByteRange]) -> list[bytes]:
         """Return the bytes of each range; all are requested at once, and those that fail again after a while.
@@ -319,6 +323,18 @@ def _check_length(answer: bytes | Exception, part: ByteRange) -> bytes | Excepti
     return OSError(f"of the {part.end - part.begin:,} bytes from {part.begin:,} on came {len(answer):,}")
 
 
+def _file_system(url: str) -> tuple[fsspec.AbstractFileSystem, str]:
+    """Return the file system of a URL, and the URL's path in it. Its library's log has no tracebacks from here on."""
+    for name in _LOGGERS:
+        logging.getLogger(name).addFilter(_without_traceback)  # a filter that is there is not added again
+    return fsspec.core.url_to_fs(url)
+
+
+def _without_traceback(record: logging.LogRecord) -> bool:
+    record.exc_info = record.exc_text = None
+    return True
+
+
 @contextlib.contextmanager
 def _plain_errors(url: str) -> Iterator[None]:
     """Turn errors of fsspec's libraries, which have types of their own, into an OSError or ValueError of one line."""
@@ -328,7 +344,7 @@ def _plain_errors(url: str) -> Iterator[None]:
         extra = _EXTRAS.get(url.split("://")[0])
         need = install_command(extra) if extra else str(error)
         raise ValueError(f"{url} needs a library that is not installed: {need}") from error
-    except OSError:  # includes errors of this machine, such as a full disk
-        raise
     except Exception as error:
+        if isinstance(error, OSError) and type(error).__module__ == "builtins":
+            raise  # of this machine, such as a full disk; or that a file is not there
         raise OSError(f"{url} cannot be read: {type(error).__name__}: {error}") from error

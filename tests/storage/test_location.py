@@ -1,6 +1,7 @@
 """Raw text behind URLs gives the documents of local files; what goes wrong on the way is said in one line."""
 
 import hashlib
+import logging
 import sys
 from pathlib import Path
 
@@ -108,6 +109,26 @@ def test_a_missing_library_is_named(raw, monkeypatch, capsys):
 
 def nothing(name, beside) -> str:
     return ""
+
+
+class ConnectionOfALibraryError(OSError):
+    """As aiohttp's: it does not say what was asked for."""
+
+
+def test_an_error_of_a_library_is_one_line_that_names_the_url(memory, monkeypatch, capsys, caplog):
+    def find(self, path, **_):
+        try:
+            raise ConnectionOfALibraryError("Name or service not known")
+        except OSError:
+            logging.getLogger("gcsfs").exception("out of retries")
+            raise
+
+    monkeypatch.setattr(type(memory), "find", find)
+    with pytest.raises(OSError, match=r"^memory://bucket/raw cannot be read: .*Name or service not known$"):
+        list_files("memory://bucket/raw", left_out=lambda name, beside: "")
+    assert caplog.messages == ["out of retries"] and not any(record.exc_info for record in caplog.records)
+    assert main(["corpus", "clean", "--input=memory://bucket/raw", "--output=unused"]) == 1
+    assert "error: memory://bucket/raw cannot be read: " in capsys.readouterr().err.splitlines()[-1]
 
 
 def test_links_are_followed_once_and_what_cannot_be_read_is_named(tmp_path, capsys):
