@@ -15,7 +15,7 @@ import stat
 import time
 from collections.abc import Callable, Collection, Iterator, Sequence
 from pathlib import Path
-from typing import BinaryIO, NamedTuple, cast
+from typing import Any, BinaryIO, NamedTuple, cast
 
 import fsspec
 import fsspec.core
@@ -323,7 +323,7 @@ def _check_length(answer: bytes | Exception, part: ByteRange) -> bytes | Excepti
     return OSError(f"of the {part.end - part.begin:,} bytes from {part.begin:,} on came {len(answer):,}")
 
 
-def _file_system(url: str) -> tuple[fsspec.AbstractFileSystem, str]:
+def _file_system(url: str) -> tuple[Any, str]:
     """Return the file system of a URL, and the URL's path in it. Its library's log has no tracebacks from here on."""
     for name in _LOGGERS:
         logging.getLogger(name).addFilter(_without_traceback)  # a filter that is there is not added again
