@@ -108,7 +108,7 @@ def finished_record(task: Task, directory: Path, *, outputs: Path) -> dict | Non
     path = record_path(directory, task)
     if not path.is_file():
         return None
-    record = _read_record(path)
+    record = _read_record(path, num_inputs=len(task.inputs))
     if record is None:
         return None
     if not all(_is_whole(outputs / output["file"], output) for output in record["result"]["outputs"]):
@@ -121,7 +121,7 @@ def finished_record(task: Task, directory: Path, *, outputs: Path) -> dict | Non
     return record
 
 
-def _read_record(path: Path) -> dict | None:
+def _read_record(path: Path, *, num_inputs: int) -> dict | None:
     """Return what a finished task wrote; None, with a notice, if the file is damaged."""
     try:
         record = read_json_object(path)
@@ -129,8 +129,9 @@ def _read_record(path: Path) -> dict | None:
         notices.report("task-repeated", f"{error}; the task is repeated")
         return None
     match record:
-        case {"result": {"outputs": list(outputs), "totals": dict()}, "stamps": list(), "sha256": list()}:
-            if isinstance(record.get("counted"), dict) and all(map(is_output, outputs)):
+        case {"result": {"outputs": list(outputs), "totals": dict()}, "stamps": list(stamps), "sha256": list(hashes)}:
+            is_of_inputs = len(stamps) == len(hashes) == num_inputs
+            if is_of_inputs and isinstance(record.get("counted"), dict) and all(map(is_output, outputs)):
                 return record
     notices.report("task-repeated", f"{path} is no record of a task; the task is repeated")
     return None
