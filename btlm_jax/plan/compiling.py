@@ -123,7 +123,7 @@ def needed_bytes(message: str, *, state_bytes: int, chip: Chip) -> int:
         return int(float(whole[1]) * GIB)
     if part := re.search(r"required for HLO (\w+) \(([\d.]+)G\) exceeds available HBM \([\d.]+G\)", message):
         return int(float(part[2]) * GIB) + (state_bytes if part[1] == "temporaries" else 0)
-    raise ValueError(f"the step does not compile for {chip.name}: {message.splitlines()[0][:500]}")
+    raise ValueError(f"the step does not compile for {chip.name}: {' '.join(message.split())[:1000]}")
 
 
 def compiler_versions() -> dict[str, str]:
