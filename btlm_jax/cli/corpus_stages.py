@@ -282,6 +282,7 @@ def examples_flags() -> Flags:
         "too_long", "truncate", "of an example longer than the window: its beginning, or nothing",
         choices=("truncate", "drop"),
     )  # fmt: skip
+    flags.define_integer("most_examples", 0, "of a window; 0: any number. Attention on GPUs keeps 128 documents apart")
     flags.define_float("heldout", 0.05, "share of the examples")
     flags.define_integer("seed", 0, "of the hashes that decide what is held out")
     flags.define_float("max_bad_rate", 0.001, "share of bad lines that is accepted")
@@ -310,6 +311,7 @@ def examples(arguments: Sequence[str]) -> int:
             block_len=flags.integer("block_len"),
             window=flags.integer("window") or flags.integer("block_len"),
             too_long=flags.string("too_long"),
+            most_examples=flags.integer("most_examples"),
             heldout=flags.number("heldout"),
             seed=flags.integer("seed"),
             max_bad_rate=flags.number("max_bad_rate"),

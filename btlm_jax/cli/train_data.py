@@ -525,6 +525,7 @@ def _prepare_examples(
         tokenizer=tokenizer,
         template=template,
         window=lengths.block,
+        most_examples=_most_examples(),
         output=workdir / STORE_FOLDER,
         workers=workers,
         log=_log,
@@ -564,6 +565,17 @@ def _is_accelerator() -> bool:
     import jax
 
     return jax.default_backend() != "cpu"
+
+
+def _most_examples() -> int:
+    """Return how many examples of a window attention keeps apart beside padding, on these devices; 0: any number."""
+    import jax
+
+    if jax.default_backend() != "gpu":
+        return 0
+    from btlm_jax.attention.gpu import MOST_DOCUMENTS
+
+    return MOST_DOCUMENTS - 1
 
 
 def _tokenizer_line(manifest: Manifest, *, is_given: bool) -> str:

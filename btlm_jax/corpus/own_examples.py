@@ -79,11 +79,15 @@ def make_store(
     tokenizer: Path,
     template: tuple[str, str],
     window: int,
+    most_examples: int,
     output: Path,
     workers: Workers,
     log: Log,
 ) -> Manifest:
-    """Make a token store of blocks of one window each; `template` is the source and the name of a chat template."""
+    """Make a token store of blocks of one window each; `template` is the source and the name of a chat template.
+
+    A window has at most `most_examples`, if that is not 0.
+    """
     config = ExamplesConfig(
         inputs=tuple(locations),
         tokenizer=tokenizer,
@@ -92,6 +96,7 @@ def make_store(
         block_len=window,
         window=window,
         too_long=TRUNCATE,
+        most_examples=most_examples,
         heldout=HELDOUT_SHARE,
         seed=0,
         max_bad_rate=0.001,

@@ -43,6 +43,7 @@ FORMAT = "btlm-token-store"
 SOURCES = "sources"  # `train` is one stream a source, its blocks contiguous
 EXAMPLES = "examples"  # prompts and completions: marks say what is trained, and where an example begins
 FEATURES = (EXAMPLES, SOURCES)  # that a store of format 2 may have
+MOST_DOCUMENTS = "most documents in a block"  # of examples and paddings, a count in `made_by`
 TRAINED, BEGINS, PADDING = 1, 2, 4  # bits of a token's mark; padding begins as an example does
 TRAIN, HELDOUT = "train", "heldout"
 BLOCKS_PER_SHARD = 8192

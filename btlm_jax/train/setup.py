@@ -20,7 +20,7 @@ from btlm_jax import notices
 from btlm_jax.attention import most_documents
 from btlm_jax.data.order import make_order
 from btlm_jax.data.reader import TokenStore, open_store
-from btlm_jax.data.store import EXAMPLES, HELDOUT, MANIFEST_FILE, TRAIN, Manifest, StoreUse
+from btlm_jax.data.store import EXAMPLES, HELDOUT, MANIFEST_FILE, MOST_DOCUMENTS, TRAIN, Manifest, StoreUse
 from btlm_jax.display.progress import print_line
 from btlm_jax.model import Btlm
 from btlm_jax.parallel.mesh import evaluation_sharding
@@ -233,6 +233,16 @@ def _check_examples(config: TrainConfig, manifest: Manifest) -> None:
         raise ValueError(
             "the token store has several examples in a window, which must not see each other: give "
             "--config.data.document_mask=true"
+        )
+    counts = manifest.made_by.get("counts")
+    found = counts.get(MOST_DOCUMENTS) if isinstance(counts, dict) else None
+    most = most_documents(config.model)
+    if isinstance(found, int) and found > most:
+        fitting = max(1, most * manifest.window // manifest.block_len - 1)
+        raise ValueError(
+            f"the token store has blocks of {found:,} examples and paddings, and attention keeps no more than {most:,} "
+            f"apart here: make it by btlm corpus examples --most_examples={fitting}, or give "
+            "--config.model.attention=blockwise"
         )
     for phase in config.curriculum.table.phases:
         if phase.seq_len % manifest.window:

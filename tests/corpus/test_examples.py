@@ -18,10 +18,10 @@ from hypothesis import strategies as st
 from jax.sharding import NamedSharding, PartitionSpec
 from support import tiny_tokenizers
 from support.corpus_files import contents
+from support.tiny import tiny_config
 from tokenizers import AddedToken
 
 from btlm_jax import notices
-from btlm_jax.attention.gpu import MOST_DOCUMENTS
 from btlm_jax.cli import main
 from btlm_jax.corpus.example_encoding import ExampleEncoder
 from btlm_jax.corpus.example_packing import pack_windows
@@ -34,6 +34,7 @@ from btlm_jax.data.reader import open_store
 from btlm_jax.data.verify import verify
 from btlm_jax.tokenizers.named_templates import NAMED_TEMPLATES
 from btlm_jax.tokenizers.tokenizer import find_tokenizer
+from btlm_jax.train.setup import check_curriculum
 
 WINDOW, BLOCK = 96, 384
 END, EOS = "<|im_end|>", tiny_tokenizers.EOS
@@ -416,5 +417,26 @@ def test_packing_is_best_fit_of_the_longest_first(lengths, most):
     assert not len(lengths) or np.bincount(window_N).max() <= most
 
 
-def test_attention_keeps_apart_what_a_block_holds():
-    assert stage.MOST_EXAMPLES <= MOST_DOCUMENTS
+def test_windows_with_few_examples_are_made_on_request_and_others_refused_where_attention_cannot(
+    tokenizer, tmp_path, monkeypatch
+):
+    rows = [{"prompt": "a", "completion": f"{number}"} for number in range(90)]
+    write(tmp_path / "short.jsonl", rows)
+    config = tiny_config(
+        curriculum__seq_len=(WINDOW, BLOCK), curriculum__batch_size=(4, 1), curriculum__num_tokens=(BLOCK, BLOCK),
+        optimizer__warmup_tokens=BLOCK, data__document_mask=True, data__max_epochs=9,
+    )  # fmt: skip
+    manifests = {}
+    for most in (0, 6):
+        assert run(tmp_path / "short.jsonl", tmp_path / f"{most}", tokenizer, f"--most_examples={most}") == 0
+        manifests[most] = store.read_manifest(tmp_path / f"{most}")
+        reader = open_store(tmp_path / f"{most}", expected_fingerprint="").split(store.TRAIN)
+        num_documents = [
+            int((block.marks[:-1] & store.BEGINS > 0).sum()) for block in reader.read_many(range(len(reader)))
+        ]
+        assert manifests[most].made_by["counts"][store.MOST_DOCUMENTS] == max(num_documents)
+        check_curriculum(config, manifests[most])
+    monkeypatch.setattr("btlm_jax.train.setup.most_documents", lambda model: 30)
+    check_curriculum(config, manifests[6])
+    with pytest.raises(ValueError, match=r"keeps no more than 30 apart here: .* --most_examples=6,"):
+        check_curriculum(config, manifests[0])

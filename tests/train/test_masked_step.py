@@ -100,7 +100,7 @@ def example_rows(folder, *, length: int) -> dict[str, np.ndarray]:
     (folder / "pairs.jsonl").write_text("\n".join(map(json.dumps, lines)))
     config = ExamplesConfig(
         inputs=(folder / "pairs.jsonl",), tokenizer=folder, template="", template_name="", block_len=2 * length,
-        window=length, too_long="drop", heldout=0.1, seed=0, max_bad_rate=0.0, allow_lossy=False,
+        window=length, too_long="drop", most_examples=0, heldout=0.1, seed=0, max_bad_rate=0.0, allow_lossy=False,
     )  # fmt: skip
     make_example_store(config, output=folder / "store", workers=LocalWorkers(1), log=print)
     reader = open_store(folder / "store", expected_fingerprint="").split("train")

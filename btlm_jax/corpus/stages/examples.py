@@ -49,7 +49,6 @@ DEFAULT_SOURCE = "examples"
 _OTHER_SUFFIXES = (*TEXT_SUFFIXES, ".parquet", ".arrow")
 TRUNCATE, DROP = "truncate", "drop"
 TOO_LONG = (TRUNCATE, DROP)  # what to do with an example that is longer than a window
-MOST_EXAMPLES = 120  # of a block, paddings counted: attention on GPUs keeps no more than 128 documents apart
 _TABLE = np.dtype(
     [
         ("start", "<i8"),  # of the example in the task's ids
@@ -76,6 +75,7 @@ class ExamplesConfig:
     block_len: int
     window: int  # the shortest sequence length of training, a divisor of block_len
     too_long: str
+    most_examples: int  # of a window; 0: any number
     heldout: float  # share of the examples
     seed: int  # of what is held out, and of the order of windows
     max_bad_rate: float  # share of bad lines that is accepted
@@ -88,6 +88,8 @@ class ExamplesConfig:
             raise ValueError(f"window={self.window} must be 2 or more and divide block_len={self.block_len}")
         if self.too_long not in TOO_LONG:
             raise ValueError(f"too_long={self.too_long!r} is not known; it may be {' or '.join(TOO_LONG)}")
+        if self.most_examples < 0:
+            raise ValueError(f"most_examples={self.most_examples} must be 1 or more, or 0 for any number")
         if not 0 < self.heldout <= 0.5:
             raise ValueError(f"heldout={self.heldout} must be above 0 and at most 0.5")
         if not 0 <= self.max_bad_rate <= 1:
@@ -133,7 +135,8 @@ def _make(config: ExamplesConfig, *, output: Path, workers: Workers, log: Log) -
     check = functools.partial(_check_encoded, config=config, quarantine=work["encoded"] / QUARANTINE_FOLDER)
     encoded = run(encoding, work["encoded"], check=check)
     _report(encoded["totals"], config=config, quarantine=work["encoded"] / QUARANTINE_FOLDER)
-    settings = settings | {"heldout": config.heldout, "block_len": config.block_len, "input": encoded["fingerprint"]}
+    settings = settings | {"input": encoded["fingerprint"], "most_examples": config.most_examples}
+    settings |= {"heldout": config.heldout, "block_len": config.block_len}
     packing = Stage(
         name="examples pack",
         settings=settings,
@@ -295,7 +298,7 @@ def _check_encoded(results: list[dict], *, config: ExamplesConfig, quarantine: P
             f"{quarantine} says which and why. --max_bad_rate=RATE accepts them, and leaves them out"
         )
     if not lines:
-        raise ValueError("there is no line in the files of --input")
+        raise ValueError("there is no line in the files given")
     if not totals["read"]:
         raise ValueError(f"no line of {lines:,} is an example; {quarantine} says why")
     if totals[_TOO_LONG] == totals["read"]:
@@ -350,7 +353,6 @@ def _windows_task(
     num_duplicates = int((~is_first_N).sum())
     table_N, task_N, source_N = table_N[is_first_N], task_N[is_first_N], source_N[is_first_N]
     is_heldout_N, by_prompt = hold_out(table_N["prompt"], table_N["whole"], share=config.heldout)
-    most = max(1, MOST_EXAMPLES * config.window // config.block_len - 1)
     outputs = []
     for split, is_in_N in ((store.TRAIN, ~is_heldout_N), (store.HELDOUT, is_heldout_N)):
         for number, name in enumerate(names):
@@ -359,7 +361,7 @@ def _windows_task(
                 continue
             own_N = own_N[np.argsort(table_N["whole"][own_N], kind="stable")]
             rows = np.stack(
-                [_windows_of(table_N[own_N], config=config, most=most), task_N[own_N],
+                [_windows_of(table_N[own_N], config=config), task_N[own_N],
                  table_N["start"][own_N], table_N["length"][own_N]], axis=1,
             )  # fmt: skip
             rows = rows[np.argsort(rows[:, 0], kind="stable")]
@@ -372,6 +374,7 @@ def _windows_task(
                     "num_windows": int(rows[-1, 0]) + 1,
                     "num_documents": len(rows),
                     "num_ids": int(rows[:, 3].sum()),
+                    "most_documents": _most_documents(rows[:, 0], rows[:, 3], config=config),
                     "num_tokens": int(table_N["num_trained"][own_N].sum()),
                     "num_text_bytes": int(table_N["num_bytes"][own_N].sum()),
                 }
@@ -381,6 +384,7 @@ def _windows_task(
         name: sum(output[key] for output in outputs)
         for name, key in (("windows", "num_windows"), ("ids", "num_ids"), ("trained", "num_tokens"))
     }
+    totals[store.MOST_DOCUMENTS] = max(output["most_documents"] for output in outputs)
     return {"totals": totals, "outputs": outputs}
 
 
@@ -415,8 +419,15 @@ def hold_out(prompt_N: np.ndarray, whole_N: np.ndarray, *, share: float) -> tupl
     raise ValueError(f"{len(whole_N)} different examples are too few: one is to be held out, and one to be trained on")
 
 
-def _windows_of(table_N: np.ndarray, *, config: ExamplesConfig, most: int) -> np.ndarray:
+def _most_documents(window_N: np.ndarray, length_N: np.ndarray, *, config: ExamplesConfig) -> int:
+    """Return how many documents the block with the most of them has, paddings counted."""
+    counts = np.bincount(window_N) + (np.bincount(window_N, weights=length_N) < config.window)
+    return int(np.add.reduceat(counts, np.arange(0, len(counts), config.block_len // config.window)).max())
+
+
+def _windows_of(table_N: np.ndarray, *, config: ExamplesConfig) -> np.ndarray:
     """Return the number of the window of each example, windows in the order of a hash of their first example."""
+    most = config.most_examples or config.window
     window_N = pack_windows(table_N["length"], window=config.window, most=most)
     first_N = np.unique(window_N, return_index=True)[1]
     keys = [_hash("order", config.seed, int(whole).to_bytes(8, "big")) for whole in table_N["whole"][first_N]]
