@@ -77,6 +77,7 @@ class Flags:
         self._help_text = help_text
         self._flags: dict[str, Flag] = {}
         self._has_config = False
+        self._config: TrainConfig | None = None
         self._changes: dict[str, str] = {}  # section.key of the config -> text
         self._repeated: list[str] = []  # flags that were given again, with the value that counts
 
@@ -249,13 +250,17 @@ class Flags:
         """
         from btlm_jax.recipe.config import train_config_from
 
+        if self._config is not None:
+            return self._config
         given = self.string("config")
         if not given:
             raise UsageError("--config=NAME or FILE is needed, for example --config=local_cpu (btlm configs lists all)")
         file = self.config_file()
         print(f"config: {file}", file=sys.stderr)
         try:
-            return train_config_from(load_config(file, argument=given.partition(":")[2], changes=self._changes))
+            values = load_config(file, argument=given.partition(":")[2], changes=self._changes)
+            self._config = train_config_from(values)
+            return self._config
         except ValueError as error:
             raise UsageError(str(error)) from error
 

@@ -22,6 +22,7 @@ TRAIN_HELP = """btlm train: train, or resume from the last checkpoint in the wor
 examples:  btlm train --data=TEXTS --workdir=runs/mine --minutes=10
            btlm train --config=local_cpu --workdir=runs/local --config.optimizer.peak_learning_rate=0.006
            btlm train --config=local_cpu --init=runs/local --workdir=runs/other --config.data.store=/PATH/OF/STORE
+           btlm train --data=TEXTS --config=12M --workdir=runs/mine
            btlm train --data=TEXTS --init=runs/local --workdir=runs/mine
            btlm train --data=CHATS.jsonl --init=runs/local --template=zephyr --workdir=runs/tuned
            btlm train --config=btlm_3b_8k --dry-run
@@ -30,6 +31,7 @@ examples:  btlm train --data=TEXTS --workdir=runs/mine --minutes=10
 or URLs of what btlm corpus clean reads. In the workdir it cleans and deduplicates the text, holds 5 % of it out, trains
 a tokenizer and makes a token store; then it measures a step and chooses the model's size, the batch and the tokens so
 that the whole command takes --minutes=N or --hours=N (at most 20 minutes without). It says what it chose and why.
+With --config it chooses nothing: it trains that config on a store of the text.
 --config.data.weights="web=3,books=1" weights sources, here and on any store that btlm corpus tokenize --by_source made.
 Lines of {"prompt": ..., "completion": ...} or {"messages": [...]} are taken for examples to fine-tune on: nothing of
 them is cleaned, and the loss is on completions only (btlm corpus examples --help says more).
@@ -95,11 +97,15 @@ def _train_on_data(flags: Flags) -> int:
     from btlm_jax.train import setup
 
     train_data.check_flags(flags)
+    if names := train_data.tracker_names(flags):
+        from btlm_jax.train import trackers
+
+        trackers.check_installed(names)  # before the text is worked on
     workdir = flags.path("workdir")
     if flags.boolean("dry_run"):
         print(train_data.dry_run(flags, workdir=workdir))
         return DONE
-    config_file = find_config(train_data.BASE_CONFIG)
+    config_file = flags.config_file() if flags.is_given("config") else find_config(train_data.BASE_CONFIG)
     if not flags.is_given("init"):
         config = train_data.config_of_data(flags, workdir=workdir, open_model=None)
         return _run(config, flags, workdir=workdir, config_file=config_file, beginning=setup.FROM_SEED)

@@ -1,6 +1,7 @@
 """`btlm train --data=PATH ...`: text -> token store -> a run that is sized to the text, the time and the machine.
 
-What was chosen is kept in the workdir's own_text.json: a later start reads it there and measures nothing again.
+What was chosen is kept in the workdir's own_text.json: a later start reads it there and measures nothing again. With
+--config nothing is chosen: the run is that config on a store of the text.
 """
 
 from __future__ import annotations
@@ -22,7 +23,14 @@ from btlm_jax.corpus.engine.inputs import Input, raw_inputs_of
 from btlm_jax.corpus.engine.workers import LocalWorkers, Workers
 from btlm_jax.corpus.stages.examples import describe
 from btlm_jax.data.store import MANIFEST_FILE, TOKENIZER_INFO_FILE, TRAIN, Manifest
-from btlm_jax.recipe.config import TrainConfig, config_from, train_config_from, value_from_text, with_later_keys
+from btlm_jax.recipe.config import (
+    PREPARED,
+    TrainConfig,
+    config_from,
+    train_config_from,
+    value_from_text,
+    with_later_keys,
+)
 from btlm_jax.recipe.mixture import check_sources, parse_weights
 from btlm_jax.recipe.sizes import Shape
 from btlm_jax.storage.files import read_json_object, write_atomically
@@ -40,7 +48,7 @@ if TYPE_CHECKING:
 RECORD_FILE = "own_text.json"  # in the workdir
 CORPUS_FOLDER, STORE_FOLDER = "corpus", "store"  # in the workdir: the stages' work, the token store
 FORMAT = "btlm-own-text"
-_LATER_KEYS = {"init": "", "weights": "", "template": ""}  # that files did not have at first
+_LATER_KEYS = {"init": "", "weights": "", "template": "", "config_file": ""}  # that files did not have at first
 BASE_CONFIG = "local_cpu"  # whose family the chosen run belongs to
 DEFAULT_MINUTES = 20.0  # at most, where no time is given
 _MIN_MINUTES, _MAX_MINUTES = 1.0, 60.0 * 24 * 366
@@ -63,9 +71,10 @@ class Record:
     weights: str  # of the sources, as given; "" without
     template: str  # name or absolute path of a chat template; "" for that of the tokenizer
     inputs: str  # hash of the raw files' names and sizes
+    config_file: str  # --config: a name, or an absolute path; "" where the run is chosen
     minutes: float  # as given; 0: no time was given
     lines: tuple[str, ...]  # what was chosen and why; empty until it is
-    config: str  # JSON of the config; "" until it is chosen
+    config: str  # JSON of the config, of --config as it was at first; "" until it is chosen
 
 
 def check_flags(flags: Flags) -> None:
@@ -77,35 +86,16 @@ def check_flags(flags: Flags) -> None:
     if not all(flags.strings("data")):
         raise UsageError("--data needs a path: a file or folder of text, a pattern, or a URL")
     workdir = flags.path("workdir")
-    store, config = flags.changes.get("data.store", ""), flags.string("config")
-    if store or config:
-        given = f"--config.data.store={store}" if store else f"--config={config}"
-        other = _store_command(store or "/PATH/OF/STORE", workdir, config=config or BASE_CONFIG)
+    if store := flags.changes.get("data.store", ""):
+        other = _store_command(store, workdir, config=flags.string("config") or BASE_CONFIG)
         raise UsageError(
-            f"--data and {given} are both given, text to make a store of and what names one. It is one of\n"
-            f"  {_command(flags, workdir)}\n  {other}\nthe second with a store that btlm corpus made"
+            f"--data and --config.data.store={store} are both given, text to make a store of and what names one. It is "
+            f"one of\n  {_command(flags, workdir, config='')}\n  {other}\nthe second with a store that btlm corpus made"
         )
-    for key, text in flags.changes.items():
-        try:
-            value_from_text(key, text)
-        except ValueError as error:
-            raise UsageError(str(error)) from error
-        if key.partition(".")[0] not in _OPEN_SECTIONS and key != _WEIGHTS:
-            raise UsageError(
-                f"--config.{key} cannot be given with --data, which chooses it; keys of {', '.join(_OPEN_SECTIONS)} "
-                f"and {_WEIGHTS} can. The first start writes the whole config to {workdir / CONFIG_FILE}; to train a "
-                f"changed copy\n"
-                f"  {_store_command(str(workdir / STORE_FOLDER), Path('OTHER'), config='COPY.json')}"
-            )
-    if weights := _weights(flags):
-        try:
-            given = len(parse_weights(weights))
-        except ValueError as error:
-            raise UsageError(str(error)) from error
-        if given > _NUM_PHASES:
-            raise UsageError(
-                f"--config.{_WEIGHTS} has {given} phases, and the run will have {_NUM_PHASES}; give 1 or 2"
-            )
+    if flags.is_given("config"):
+        _check_given_config(flags, workdir=workdir)
+    else:
+        _check_changes(flags)
     for name in ("coordinator", "distributed"):
         if flags.is_given(name):
             raise UsageError(
@@ -119,6 +109,75 @@ def check_flags(flags: Flags) -> None:
         raise UsageError(
             f"the time is {_minutes(flags):g} minutes; it must be from {_MIN_MINUTES:g} to {_MAX_MINUTES:,.0f}"
         )
+
+
+def _check_changes(flags: Flags) -> None:
+    """Refuse changes of keys that are chosen.
+
+    Raises:
+      UsageError: there is one, or a value is refused.
+    """
+    for key, text in flags.changes.items():
+        try:
+            value_from_text(key, text)
+        except ValueError as error:
+            raise UsageError(str(error)) from error
+        if key.partition(".")[0] not in _OPEN_SECTIONS and key != _WEIGHTS:
+            raise UsageError(
+                f"--config.{key} cannot be given with --data, which chooses it; keys of {', '.join(_OPEN_SECTIONS)} "
+                f"and {_WEIGHTS} can. A size of your own is a config beside --data: --config=NAME, of btlm configs, or "
+                "a file that btlm new wrote"
+            )
+    if weights := _weights(flags):
+        try:
+            given = len(parse_weights(weights))
+        except ValueError as error:
+            raise UsageError(str(error)) from error
+        if given > _NUM_PHASES:
+            raise UsageError(
+                f"--config.{_WEIGHTS} has {given} phases, and the run will have {_NUM_PHASES}; give 1 or 2"
+            )
+
+
+def _check_given_config(flags: Flags, *, workdir: Path) -> None:
+    """Refuse a --config beside --data that cannot be trained on a store of that text, and flags that choose a run.
+
+    Raises:
+      UsageError: so it is.
+    """
+    given = flags.string("config")
+    for name in ("init", "minutes", "hours"):
+        if flags.is_given(name):
+            why = "shape" if name == "init" else "length"
+            raise UsageError(
+                f"--config={given} and --{name} are both given with --data, and each says the run's {why}: drop one"
+            )
+    config = flags.config()
+    others = [f"--config.{key}" for key in flags.changes if key.startswith("corpus.")]
+    if config.data.store != STORE_FOLDER:
+        other = _store_command(config.data.store, workdir, config=given)
+        raise UsageError(
+            f"--data is text to make a store of, and --config={given} names one, data.store={config.data.store}. It is "
+            f"one of\n  {_command(flags, workdir, config='')}\n  {other}\nthe first without that config"
+        )
+    if others:
+        raise UsageError(f"{others[0]} has no effect on a store of --data, which btlm train makes by its own rules")
+
+
+def tracker_names(flags: Flags) -> tuple[str, ...]:
+    """Return the names in log.trackers of the run that will be.
+
+    Raises:
+      UsageError: a value of the log is refused.
+    """
+    if flags.is_given("config"):
+        return flags.config().log.tracker_names
+    changes = {key: text for key, text in flags.changes.items() if key == "log.trackers"}
+    try:
+        values = load_config(find_config(BASE_CONFIG), argument="", changes=changes)
+        return train_config_from(values).log.tracker_names
+    except ValueError as error:
+        raise UsageError(str(error)) from error
 
 
 def config_of_data(flags: Flags, *, workdir: Path, open_model: Callable[[], Opened] | None) -> TrainConfig:
@@ -149,7 +208,7 @@ def config_of_data(flags: Flags, *, workdir: Path, open_model: Callable[[], Open
     assert record is not None
     for line in record.lines:
         _log(line)
-    return _changed(json.loads(record.config), flags)
+    return _config_of_record(record, flags)
 
 
 def dry_run(flags: Flags, *, workdir: Path) -> str:
@@ -163,14 +222,21 @@ def dry_run(flags: Flags, *, workdir: Path) -> str:
     record = _read_record(workdir)
     _check_workdir(record, flags, workdir=workdir)
     if record is not None and record.config:
-        plan = loop.dry_run(_changed(json.loads(record.config), flags), workdir=workdir)
+        plan = loop.dry_run(_config_of_record(record, flags), workdir=workdir)
         return "\n".join([*record.lines, plan])
     inputs = _inputs(_locations(flags, None) or [], flags)
+    if flags.is_given("config"):
+        return f"{_inputs_line(inputs)}\n{loop.dry_run(_config_on_text(flags), workdir=workdir)}"
     kind = " of examples to fine-tune on" if own_examples.are_examples(inputs) else ""
     return (
         f"{_inputs_line(inputs)}{kind}, {inputs[0].name} the first. The run is chosen when the store is made and a "
         "step is measured: give the command without --dry_run"
     )
+
+
+def _config_of_record(record: Record, flags: Flags) -> TrainConfig:
+    """Return the config that was chosen, with changes; where one is given, that as it is now, as without --data."""
+    return _config_on_text(flags) if record.config_file else _changed(json.loads(record.config), flags)
 
 
 def seconds_since_start() -> float:
@@ -201,18 +267,25 @@ def _given_tokenizer(flags: Flags) -> str:
     return _absolute(flags.string("tokenizer")) if flags.string("tokenizer") else ""
 
 
+def _given_config(flags: Flags) -> str:
+    given = flags.string("config")
+    return _absolute(given) if given and os.path.exists(given) else given
+
+
 def _given_template(flags: Flags) -> str:
     given = flags.string("template")
     return _absolute(given) if given and given not in NAMED_TEMPLATES else given
 
 
-def _command(flags: Flags, workdir: Path) -> str:
-    """Return the command that trains on the data, with the other flags as they were given."""
+def _command(flags: Flags, workdir: Path, *, config: str) -> str:
+    """Return the command that trains on the data, with a config unless that is "", and other flags as given."""
     words = ["btlm", "train", "--data", *flags.strings("data"), f"--workdir={workdir}"]
+    if config:
+        words += [f"--config={config}", *(f"--config.{key}={text}" for key, text in flags.changes.items())]
     for name in ("tokenizer", "template", "init", "init_optimizer"):
         words += [f"--{name}={flags.string(name)}"] if flags.is_given(name) else []
     words += ["--grow_vocabulary"] if flags.boolean("grow_vocabulary") else []
-    words += [f"--config.{_WEIGHTS}={_weights(flags)}"] if _weights(flags) else []
+    words += [f"--config.{_WEIGHTS}={_weights(flags)}"] if _weights(flags) and not config else []
     words += [f"--minutes={_minutes(flags):g}"] if _minutes(flags) else []
     return shlex.join(words)
 
@@ -260,7 +333,8 @@ def _check_workdir(record: Record | None, flags: Flags, *, workdir: Path) -> Non
     Raises:
       UsageError: it does.
     """
-    anew = f"  {_command(flags, _new_workdir(workdir))}\n      (begins anew, in another workdir)"
+    again = _command(flags, _new_workdir(workdir), config=flags.string("config"))
+    anew = f"  {again}\n      (begins anew, in another workdir)"
     if record is None:
         there = [name for name in _OF_ANOTHER_RUN if (workdir / name).exists()]
         there += weights_in(workdir)
@@ -275,9 +349,10 @@ def _check_workdir(record: Record | None, flags: Flags, *, workdir: Path) -> Non
         return
     now = {"data": [*map(_absolute, flags.strings("data"))], "tokenizer": _given_tokenizer(flags)}
     now["init"] = _absolute(flags.string("init")) if flags.string("init") else ""
-    now["template"] = _given_template(flags)
+    now |= {"template": _given_template(flags), "config": _given_config(flags)}
     then = {"data": list(record.data), "tokenizer": record.tokenizer, "init": record.init, "template": record.template}
-    if record.config:
+    then["config"] = record.config_file
+    if record.config and not record.config_file:
         now[f"config.{_WEIGHTS}"], then[f"config.{_WEIGHTS}"] = _weights(flags), record.weights
     if record.config and _minutes(flags):
         now["minutes"], then["minutes"] = _minutes(flags), record.minutes or "not given"
@@ -293,6 +368,7 @@ def _go_on(record: Record, workdir: Path) -> str:
     words += [f"--tokenizer={record.tokenizer}"] if record.tokenizer else []
     words += [f"--template={record.template}"] if record.template else []
     words += [f"--init={record.init}"] if record.init else []
+    words += [f"--config={record.config_file}"] if record.config_file else []
     words += [f"--config.{_WEIGHTS}={record.weights}"] if record.weights else []
     return f"  {shlex.join(words)}\n      (goes on with what was begun)"
 
@@ -342,6 +418,11 @@ def _inputs(locations: Sequence[PathOrUrl], flags: Flags) -> list[Input]:
                 f"--template={flags.string('template')} is for examples to fine-tune on, prompts and completions or "
                 f"messages in lines of JSON; {inputs[0].name} has none"
             )
+    elif flags.is_given("config"):
+        raise UsageError(
+            f"{inputs[0].name} has examples to fine-tune on; --data chooses their window and takes no --config: drop "
+            "it, or make their store by btlm corpus examples"
+        )
     elif not (flags.string("init") or flags.string("tokenizer")):
         raise UsageError(
             f"{inputs[0].name} has examples to fine-tune on, prompts and completions or messages: give --init=MODEL, "
@@ -368,22 +449,32 @@ def _begun(record: Record | None, inputs: Sequence[Input], flags: Flags, *, work
             other = f"  {shlex.join(['rm', '-r', str(workdir)])}\n      (and the same command again: begins anew there)"
         raise UsageError(
             f"the files of --data are others than when {workdir} was begun, or have other sizes. It is one of\n"
-            f"  {_command(flags, _new_workdir(workdir))}\n      (begins anew, in another workdir)\n{other}"
+            f"  {_command(flags, _new_workdir(workdir), config=flags.string('config'))}\n"
+            f"      (begins anew, in another workdir)\n{other}"
         )
     if record is not None and record.config:
         return record
+    config = _config_on_text(flags) if flags.is_given("config") else None
     return Record(
         format=FORMAT,
+        config_file=_given_config(flags),
         data=tuple(map(_absolute, flags.strings("data"))),
         tokenizer=_given_tokenizer(flags),
         init=_absolute(flags.string("init")) if flags.string("init") else "",
-        weights=_weights(flags),
+        weights=_weights(flags) if config is None else config.data.weights,
         template=_given_template(flags),
         inputs=fingerprint,
         minutes=_minutes(flags),
         lines=(),
-        config="",
+        config="" if config is None else config.to_json(),
     )
+
+
+def _config_on_text(flags: Flags) -> TrainConfig:
+    """Return the config of --config with its changes, on the store that is made of the text."""
+    values = json.loads(flags.config().to_json())
+    values["data"]["store"], values["corpus"]["source"] = STORE_FOLDER, PREPARED
+    return train_config_from(values)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -413,9 +504,15 @@ def _with_store(
     weights = parse_weights(record.weights) if record.weights else ()
     prepare = _prepare_examples if own_examples.are_examples(inputs) else _prepare_text
     prepared = prepare(record, locations, inputs, flags, workdir=workdir, workers=workers, open_model=open_model)
-    if record.config:
+    if record.lines:
         return record
     manifest = prepared.manifest
+    if record.config:
+        tokenizer_line = _tokenizer_line(manifest, is_given=bool(record.tokenizer))
+        lines = (*prepared.lines, tokenizer_line, f"Model and run: as --config={record.config_file} has them")
+        record = dataclasses.replace(record, lines=lines)
+        _write_record(record, workdir)
+        return record
     base = load_config(find_config(BASE_CONFIG), argument="", changes={})
     base["data"] |= {"store": STORE_FOLDER, "document_mask": prepared.document_mask}
     base["corpus"]["source"] = "prepared"

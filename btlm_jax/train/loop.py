@@ -108,7 +108,7 @@ def train(
     if config.log.trackers:
         from btlm_jax.train import trackers
 
-        trackers.check_installed(config.log)
+        trackers.check_installed(config.log.tracker_names)
     if layout_note := check_devices(config, jax.devices()):
         log(layout_note)
     make_workdir(workdir)
@@ -212,7 +212,7 @@ def dry_run(config: TrainConfig, *, workdir: Path | None) -> str:
     if config.log.trackers:
         from btlm_jax.train import trackers
 
-        trackers.check_installed(config.log)
+        trackers.check_installed(config.log.tracker_names)
     mesh = make_run_mesh(config.mesh, curriculum=config.curriculum.table, devices=jax.devices())
     plan = describe_run(config, make_program(config, mesh).table)
     try:

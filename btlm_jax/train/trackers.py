@@ -27,13 +27,13 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import IO, Any
 
 from btlm_jax import install_command, module_command, notices
 from btlm_jax.display.progress import print_line
-from btlm_jax.recipe.config import LogConfig, TrainConfig, config_from, train_config_from
+from btlm_jax.recipe.config import TrainConfig, config_from, train_config_from
 from btlm_jax.storage.files import read_json_object, write_atomically
 from btlm_jax.train import CONFIG_FILE, METRICS_FILE, TRACKERS
 from btlm_jax.train.metric_writer import Tracker, flat_config, numbers_of, parse_row, text_of
@@ -46,15 +46,15 @@ _NOTE = "note: "  # before what the run is to report
 _WHOLE = b"whole"  # what the run says at its end where the last step has all its lines
 
 
-def check_installed(log: LogConfig) -> None:
-    """Check that the packages of log.trackers are there.
+def check_installed(names: Sequence[str]) -> None:
+    """Check that the packages of trackers are there.
 
     Raises:
       ImportError: one is missing; says how to install it.
     """
-    for name in log.tracker_names:
+    for name in names:
         if importlib.util.find_spec(name) is None:
-            raise ImportError(f"log.trackers={log.trackers} needs the package {name}: {install_command(name)}")
+            raise ImportError(f"log.trackers={','.join(names)} needs the package {name}: {install_command(name)}")
 
 
 class TrackerProcess:

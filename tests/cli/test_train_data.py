@@ -1,5 +1,6 @@
 """`btlm train --data`: chosen once and kept, the time is filled, and no other text is trained on than was asked."""
 
+import dataclasses
 import json
 import math
 import shlex
@@ -8,6 +9,8 @@ from pathlib import Path
 
 import pytest
 from support.corpus_files import made_up_text, write_raw
+from support.real_store import write_config
+from support.tiny import tiny_config
 from support.tiny_tokenizers import tiny_byte_level
 
 from btlm_jax.cli import main, train_data
@@ -165,7 +168,11 @@ def test_sources_can_be_weighted(trained, tmp_path, capsys):
 def test_flags_that_contradict_data_are_refused_with_commands(texts, trained, tmp_path, capsys):
     data, workdir = f"--data={texts}", f"--workdir={tmp_path / 'run'}"
     for arguments, said in (
-        ([data, workdir, "--config=local_cpu"], "--data and --config=local_cpu are both given"),
+        ([data, workdir, "--config=local_cpu", "--minutes=5"], "--config=local_cpu and --minutes are both given"),
+        ([data, workdir, "--config=local_cpu", "--init=runs/x"], "--config=local_cpu and --init are both given"),
+        ([data, workdir, "--config=local_cpu", "--config.corpus.max_bytes=9"], "corpus.max_bytes has no effect on a"),
+        ([data, workdir, "--config=local_cpu", "--config.model.d_model=9"], "d_model=9 is not divisible by"),
+        ([data, workdir, "--config.log.trackers=comet"], "log.trackers='comet' must name each of"),
         ([data, workdir, "--config.data.store=store"], "--data and --config.data.store=store are both given"),
         ([data, workdir, "--config.data.weights=a=1;a=1;a=1"], "has 3 phases, and the run will have 2; give 1 or 2"),
         ([data, workdir, "--config.data.weights=a"], "cannot be read from 'a' on; it is SOURCE=NUMBER"),
@@ -257,3 +264,49 @@ def test_a_damaged_record_is_named(begun, trained, capsys):
 def test_a_dry_run_makes_nothing(texts, trained, tmp_path, capsys):
     assert run(f"--data={texts}", f"--workdir={tmp_path / 'run'}", "--dry-run") == 0
     assert "Data: 1 files" in capsys.readouterr().out and not (tmp_path / "run").exists()
+
+
+def test_a_config_beside_data_is_trained_on_a_store_of_the_text(texts, trained, tmp_path, capsys):
+    file = write_config(tmp_path / "mine.py", store="store", model__vocab_size=500, corpus__source="installed_python")
+    workdir = tmp_path / "run"
+    arguments = [f"--data={texts}", f"--workdir={workdir}", f"--config={file}"]
+    changes = [
+        "--config.model.num_heads=2",
+        "--config.curriculum.seq_len=16,32",
+        "--config.curriculum.batch_size=24,12",
+    ]
+    assert run(*arguments, *changes, "--dry_run") == 0 and not workdir.exists()
+    assert "Token store: none in" in capsys.readouterr().out
+    assert run(*arguments, *changes) == 0
+    manifest = read_manifest(workdir / "store")
+    assert (manifest.tokenizer.vocab_size, manifest.block_len) == (500, 32)
+    said = capsys.readouterr()
+    assert f"Model and run: as --config={file} has them" in said.out and said.err.count("config: ") == 1
+    assert run(*arguments, *changes, "--config.log.every_steps=7") == 0
+    expected = tiny_config(
+        model__vocab_size=500, model__num_heads=2, curriculum__seq_len=(16, 32), curriculum__batch_size=(24, 12),
+        data__store="store", corpus__source="prepared", log__sample_tokens=1,
+    )  # fmt: skip
+    assert trained[0] == expected
+    assert trained[1] == dataclasses.replace(expected, log=dataclasses.replace(expected.log, every_steps=7))
+    said = refused(capsys, f"--data={texts}", f"--workdir={workdir}")
+    assert f"--config was {file}, is now" in said
+    assert proposed(said)[1] == ["train", "--data", str(texts), f"--workdir={workdir}", f"--config={file}"]
+    said = refused(capsys, *arguments[:2], "--config=local_cpu")
+    assert proposed(said)[0][-1] == "--config=local_cpu" and f"--config was {file}" in said
+
+
+def test_a_config_that_names_a_store_is_refused_beside_data(texts, tmp_path, capsys):
+    file = write_config(tmp_path / "mine.py", store=tmp_path / "other")
+    said = refused(capsys, f"--data={texts}", f"--workdir={tmp_path / 'run'}", f"--config={file}")
+    assert f"--config={file} names one, data.store={tmp_path / 'other'}" in said
+    first, second = proposed(said)
+    assert first == ["train", "--data", str(texts), f"--workdir={tmp_path / 'run'}"]
+    assert f"--config={file}" in second and f"--config.data.store={tmp_path / 'other'}" in second
+
+
+def test_a_tracker_whose_package_is_missing_is_refused_before_the_text_is_read(texts, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    for more in (["--config.log.trackers=wandb"], ["--config=local_cpu", "--config.log.trackers=wandb"]):
+        said = refused(capsys, f"--data={texts}", f"--workdir={tmp_path / 'run'}", *more, code=1)
+        assert "needs the package wandb" in said and not (tmp_path / "run").exists()

@@ -21,7 +21,6 @@ from support import fake_run
 from support.fake_run import FakeRun, fake_config, record_steps
 
 from btlm_jax import notices
-from btlm_jax.recipe.config import LogConfig
 from btlm_jax.train import CONFIG_FILE, METRICS_FILE, TRACKERS, trackers
 from btlm_jax.train.metric_writer import read_metrics
 from btlm_jax.train.trackers import TrackerProcess, check_installed
@@ -319,14 +318,10 @@ def test_mlflow_gets_each_step_once(tmp_path, monkeypatch):
     assert notices.counts() == {} and [path.name for path in tmp_path.iterdir()] == ["mine"]
 
 
-def log_config(names: str) -> LogConfig:
-    return fake_config(log__trackers=names).log
-
-
 def test_a_missing_package_is_refused_with_the_command_that_installs_it(monkeypatch):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "mlflow" else object())
-    check_installed(log_config("wandb"))
+    check_installed(("wandb",))
     with pytest.raises(
         ImportError, match=r"log.trackers=wandb, ?mlflow needs .* mlflow: .* install 'btlm_jax\[mlflow\]'"
     ):
-        check_installed(log_config("wandb,mlflow"))
+        check_installed(("wandb", "mlflow"))
