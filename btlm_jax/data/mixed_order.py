@@ -18,7 +18,7 @@ from typing import NamedTuple
 from btlm_jax.data.order import Stretch, Window, check_windows
 from btlm_jax.data.store import SOURCES, TRAIN, Manifest, describe_repetition, streams_of
 from btlm_jax.recipe.curriculum import Curriculum, Phase
-from btlm_jax.recipe.mixture import Turns, check_sources, natural_weights
+from btlm_jax.recipe.mixture import Turns, weights_of
 
 _MUCH_PADDING = 0.01  # of a source's targets; it is said
 
@@ -214,14 +214,12 @@ def make_mixed_order(
         Stream(source, part.first_block, part.num_blocks, part.num_tokens)
         for source, part in streams_of(manifest.splits[TRAIN])
     )
-    names = [stream.source for stream in streams]
-    check_sources(weights, names, of="the token store")
-    natural = natural_weights([stream.num_blocks for stream in streams])
+    sizes = {stream.source: stream.num_blocks for stream in streams}
     by_phase = weights * len(curriculum.phases) if len(weights) == 1 else weights
     return MixedOrder(
         curriculum=curriculum,
         streams=streams,
-        weights=tuple(tuple(given[name] for name in names) if given else natural for given in by_phase),
+        weights=tuple(weights_of(given, sizes, of="the token store") for given in by_phase),
         block_len=manifest.block_len,
         seed=seed,
     )

@@ -12,6 +12,7 @@ from fractions import Fraction
 
 import numpy as np
 
+OTHERS = "*"  # all sources that a phase does not name
 _PARTS = 10_000
 MAX_TURNS = 100_000  # of a round, all of which are listed
 _SHARE = re.compile(r"(?P<source>.+?)=\s*(?P<weight>[0-9]{1,12}(?:\.[0-9]{1,12})?)\s*(?P<end>[,;]|$)", flags=re.DOTALL)
@@ -22,8 +23,9 @@ def parse_weights(text: str) -> tuple[dict[str, int], ...]:
     """Return the weight of each source, as whole numbers without a common divisor, of each phase that a text names.
 
     "web=3,books=1" is of all phases; "web=3,books=1; web=1,books=1" of two. A weight may be 0 or have decimals. What
-    stands between a weight with its comma and the next "=" with a number is a name, whatever is in it. Of a phase that
-    is "natural", which has the sources as the store has them, nothing is returned: `natural_weights` are its weights.
+    stands between a weight with its comma and the next "=" with a number is a name, whatever is in it; "*" are all that
+    are not named, each with that weight. Of a phase that is "natural", which has the sources as the store has them,
+    nothing is returned. `weights_of` are a phase's weights.
 
     Raises:
       ValueError: it is no such text, names a source twice, or has no weight above 0 in a phase.
@@ -53,6 +55,44 @@ def parse_weights(text: str) -> tuple[dict[str, int], ...]:
     return tuple({} if number in naturals else _whole(weights, text=text) for number, weights in enumerate(phases))
 
 
+def weights_of(given: dict[str, int], sizes: dict[str, int], *, of: str) -> tuple[int, ...]:
+    """Return the weight of each source that has a size, of a phase of `parse_weights`; `of` is what has the sources.
+
+    Raises:
+      ValueError: the phase names other sources, or not all of them; or no weight is above 0, or they are too large.
+    """
+    if not given:
+        return natural_weights(list(sizes.values()))
+    if unknown := sorted(given.keys() - sizes.keys() - {OTHERS}):
+        raise ValueError(
+            f"data.weights names {_listed(unknown)}, which {of} does not have; its sources are {_listed(list(sizes))}"
+        )
+    missing = [source for source in sizes if source not in given]
+    if missing and OTHERS not in given:
+        raise ValueError(
+            f"data.weights says nothing of {_listed(missing)}; give each source of {of} a number in every phase, 0 to "
+            f'leave it out, or "{OTHERS}=0" for all others'
+        )
+    weights = tuple(given[source] if source in given else given[OTHERS] for source in sizes)
+    if not 0 < sum(weights) <= MAX_TURNS:
+        raise ValueError(
+            f"data.weights of the {len(sizes)} sources of {of} are {sum(weights):,} together in a phase; they must be "
+            f"from 1 to {MAX_TURNS:,}"
+        )
+    divisor = math.gcd(*weights)
+    return tuple(weight // divisor for weight in weights)
+
+
+def check_sources(weights: Sequence[dict[str, int]], sources: Sequence[str], *, of: str) -> None:
+    """Check that the weights of every phase are of these sources; `of` is what has them.
+
+    Raises:
+      ValueError: as `weights_of`.
+    """
+    for given in weights:
+        weights_of(given, dict.fromkeys(sources, 1), of=of)
+
+
 def natural_weights(sizes: Sequence[int]) -> tuple[int, ...]:
     """Return whole numbers for sources of these sizes, in parts of a ten-thousandth of all where they are larger."""
     total = sum(sizes)
@@ -74,24 +114,6 @@ def _whole(weights: dict[str, Fraction], *, text: str) -> dict[str, int]:
             "the most; use fewer digits"
         )
     return whole
-
-
-def check_sources(weights: Sequence[dict[str, int]], sources: Sequence[str], *, of: str) -> None:
-    """Check that the weights of every phase that has some are of these sources, and of all; `of` is what has them.
-
-    Raises:
-      ValueError: they are not.
-    """
-    for given in weights:
-        if unknown := sorted(given.keys() - set(sources)):
-            raise ValueError(
-                f"data.weights names {_listed(unknown)}, which {of} does not have; its sources are {_listed(sources)}"
-            )
-        if given and (missing := [name for name in sources if name not in given]):
-            raise ValueError(
-                f"data.weights says nothing of {_listed(missing)}; give each source of {of} a number in every phase, 0 "
-                "to leave it out"
-            )
 
 
 def _listed(names: Sequence[str]) -> str:

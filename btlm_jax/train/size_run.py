@@ -14,7 +14,7 @@ from btlm_jax.data.order import make_order
 from btlm_jax.data.store import HELDOUT, TRAIN, Manifest, Split
 from btlm_jax.display.progress import print_line
 from btlm_jax.recipe.config import TrainConfig
-from btlm_jax.recipe.mixture import check_sources
+from btlm_jax.recipe.mixture import weights_of
 from btlm_jax.recipe.sizes import Shape
 from btlm_jax.train import sizing
 from btlm_jax.train.flops import flops_per_token, memory_bytes, peak_flops
@@ -173,10 +173,9 @@ def _num_blocks(train: Split, weights: Sequence[dict[str, int]]) -> int:
     """
     if not weights:
         return train.num_blocks
-    check_sources(weights, list(train.sources), of="the token store")
-    return sum(
-        part.num_blocks for name, part in train.sources.items() if any(not phase or phase[name] for phase in weights)
-    )
+    sizes = {name: part.num_blocks for name, part in train.sources.items()}
+    by_phase = [weights_of(phase, sizes, of="the token store") for phase in weights]
+    return sum(size for size, *of_source in zip(sizes.values(), *by_phase, strict=True) if any(of_source))
 
 
 def _epochs(config: TrainConfig, manifest: Manifest) -> dict[str, float]:

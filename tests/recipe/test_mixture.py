@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from support.tiny import tiny_config
 
-from btlm_jax.recipe.mixture import MAX_TURNS, Turns, natural_weights, parse_weights
+from btlm_jax.recipe.mixture import MAX_TURNS, Turns, natural_weights, parse_weights, weights_of
 
 
 @settings(max_examples=60, deadline=None)
@@ -93,6 +93,23 @@ def test_natural_weights_are_the_sizes_or_their_shares():
     found = natural_weights(sizes)
     assert found == (1, 700, 6300, 3000)  # of 10,000; the first is more than its 0.03
     assert sum(found) <= 10_000 + len(sizes)
+
+
+def test_the_sources_that_are_not_named_have_the_weight_of_the_others():
+    sizes = dict.fromkeys(("books", "code", "web"), 7)
+
+    def weights(text):
+        [phase] = parse_weights(text)
+        return weights_of(phase, sizes, of="the store")
+
+    assert weights("web=4,*=2") == (1, 1, 2) and weights("web=4,*=0") == (0, 0, 1)
+    assert weights("*=5") == weights("natural") == (1, 1, 1) and weights("web=1,books=2,code=0,*=9") == (2, 0, 1)
+    assert weights_of({"*": 3, "web": 1}, {**sizes, "*": 1}, of="the store") == (3, 3, 1, 3)
+    with pytest.raises(ValueError, match="weights of the 3 sources of the store are 0 together in a phase"):
+        weights("web=0,books=0,code=0,*=1")
+    assert weights("web=2,books=4,code=6,*=1") == (2, 3, 1)
+    with pytest.raises(ValueError, match="are 100,001 together in a phase; they must be from 1 to 100,000"):
+        weights("web=1,*=50000")
 
 
 def test_a_config_has_weights_for_all_phases_or_for_each():
