@@ -28,6 +28,7 @@ from btlm_jax.data import store
 from btlm_jax.data.loader import TrainLoader, read_rows
 from btlm_jax.data.order import TrainingOrder
 from btlm_jax.data.reader import SplitReader, TokenStore, open_store
+from btlm_jax.recipe.config import DataConfig
 from btlm_jax.recipe.curriculum import Curriculum, Phase, make_curriculum
 
 BLOCK_LEN, NUM_BLOCKS, VOCAB_SIZE = 1024, 4096, 4096
@@ -86,11 +87,9 @@ def device_rate(token_store: TokenStore, curriculum: Curriculum) -> float:
     loader = TrainLoader(
         token_store,
         curriculum=curriculum,
-        seed=1,
-        max_epochs=1_000,
+        data=DataConfig(store="store", seed=1, weights="", max_epochs=1_000, prefetch=PREFETCH, document_mask=False),
         accumulation=1,
-        prefetch=PREFETCH,
-        sharding=NamedSharding(jax.make_mesh((1,), ("fsdp",), devices=jax.devices()[:1]), P(None, "fsdp")),
+        shardings=[NamedSharding(jax.make_mesh((1,), ("fsdp",), devices=jax.devices()[:1]), P(None, "fsdp"))],
     )
     start = time.perf_counter()
     for _, batch in loader.batches(first_step=0):
