@@ -25,6 +25,7 @@ from btlm_jax import notices
 from btlm_jax.cli import main
 from btlm_jax.corpus.example_encoding import ExampleEncoder
 from btlm_jax.corpus.example_packing import pack_windows
+from btlm_jax.corpus.inspect import stats
 from btlm_jax.corpus.readers.examples import Conversation, Pair
 from btlm_jax.corpus.stages import examples as stage
 from btlm_jax.data import store
@@ -204,6 +205,7 @@ def test_the_manifest_counts_what_is_trained(made):
         assert sum(source.num_bytes for source in split.sources.values()) == num_bytes
         assert split.num_tokens == sum(len(stored.encode_prompt(text)) for text in texts)
     assert set(manifest.splits[store.TRAIN].sources) == {"chats", "examples", "more"}
+    assert "documents are examples, whole in windows of 96 tokens" in stats.describe(made / "store")
     counts = manifest.made_by["counts"]
     assert counts["read"] == 101 and counts["duplicates"] == 1 and counts["held out"] == 5
     source = tfds.builder_from_directory(str(made / "store")).as_data_source(store.TRAIN)

@@ -81,6 +81,9 @@ def _describe_store(manifest: store.Manifest) -> str:
         f"{manifest.tokenizer.vocab_size:,} ids, format {manifest.format_version}"
         + (", a stream of training blocks for each source" if store.SOURCES in manifest.features else "")
     ]
+    if store.EXAMPLES in manifest.features:
+        whole = f"whole in windows of {manifest.window:,} tokens"
+        parts[0] += f"; documents are examples, {whole}; MB and tokens are those that are trained"
     for name, split in manifest.splits.items():
         rows = [("source", "documents", "MB", "tokens", "share", "bytes/token")]
         for source, part in split.sources.items():
