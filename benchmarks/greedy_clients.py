@@ -88,8 +88,8 @@ def ours(directory: Path, prompts: Sequence[str], *, num_tokens: int) -> list[Co
 
     from btlm_jax.decode import batch as decoding
     from btlm_jax.decode.sampling import GREEDY
-    from btlm_jax.generate.prompts import prompt_ids
     from btlm_jax.generate.text import load_with_tokenizer
+    from btlm_jax.tokenizers.prompt_bos import prompt_ids
 
     model, draw, made = load_with_tokenizer(directory, as_int4=False), decoding.draw, []
     tokenizer, network, margins = model.tokenizer, model.metadata.network(), []

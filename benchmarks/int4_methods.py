@@ -114,6 +114,7 @@ class Bench:
             parametrization=make_parametrization(self.native.metadata.mup, config),
             rules=RULES,
             project=project_scheduled,
+            alibi_train_len=self.native.metadata.alibi_train_len,
         )
         eval_step = jax.jit(make_eval_step(model, loss_chunk=config.loss_chunk))
 
