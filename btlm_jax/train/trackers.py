@@ -130,7 +130,7 @@ class TrackerProcess:
             lines = self._log.read_bytes()[-4096:].decode(errors="replace").split("\n")
         except OSError as error:
             return str(error)
-        return next((line.strip()[:300] for line in reversed(lines) if line.strip()), "it said nothing")
+        return next((line.strip()[:300].rstrip(".") for line in reversed(lines) if line.strip()), "it said nothing")
 
 
 # What follows runs in the tracker's process.
