@@ -225,12 +225,12 @@ def dry_run(flags: Flags, *, workdir: Path) -> str:
         plan = loop.dry_run(_config_of_record(record, flags), workdir=workdir)
         return "\n".join([*record.lines, plan])
     inputs = _inputs(_locations(flags, None) or [], flags)
+    line = _inputs_line(inputs, are_examples=own_examples.are_examples(inputs))
     if flags.is_given("config"):
-        return f"{_inputs_line(inputs)}\n{loop.dry_run(_config_on_text(flags), workdir=workdir)}"
-    kind = " of examples to fine-tune on" if own_examples.are_examples(inputs) else ""
+        return f"{line}\n{loop.dry_run(_config_on_text(flags), workdir=workdir)}"
     return (
-        f"{_inputs_line(inputs)}{kind}, {inputs[0].name} the first. The run is chosen when the store is made and a "
-        "step is measured: give the command without --dry_run"
+        f"{line}, {inputs[0].name} the first. The run is chosen when the store is made and a step is measured: give "
+        "the command without --dry_run"
     )
 
 
@@ -418,11 +418,6 @@ def _inputs(locations: Sequence[PathOrUrl], flags: Flags) -> list[Input]:
                 f"--template={flags.string('template')} is for examples to fine-tune on, prompts and completions or "
                 f"messages in lines of JSON; {inputs[0].name} has none"
             )
-    elif flags.is_given("config"):
-        raise UsageError(
-            f"{inputs[0].name} has examples to fine-tune on; --data chooses their window and takes no --config: drop "
-            "it, or make their store by btlm corpus examples"
-        )
     elif not (flags.string("init") or flags.string("tokenizer")):
         raise UsageError(
             f"{inputs[0].name} has examples to fine-tune on, prompts and completions or messages: give --init=MODEL, "
@@ -431,8 +426,9 @@ def _inputs(locations: Sequence[PathOrUrl], flags: Flags) -> list[Input]:
     return inputs
 
 
-def _inputs_line(inputs: Sequence[Input]) -> str:
-    return f"Data: {len(inputs):,} files, {sum(item.num_bytes for item in inputs):,} bytes"
+def _inputs_line(inputs: Sequence[Input], *, are_examples: bool) -> str:
+    kind = " of examples to fine-tune on" if are_examples else ""
+    return f"Data: {len(inputs):,} files, {sum(item.num_bytes for item in inputs):,} bytes{kind}"
 
 
 def _begun(record: Record | None, inputs: Sequence[Input], flags: Flags, *, workdir: Path) -> Record:
@@ -498,11 +494,13 @@ def _with_store(
     open_model: Callable[[], Opened] | None,
 ) -> Record:
     """Run the stages, then choose the run unless it is chosen; return the record of it, which is written."""
-    _log(f"{_inputs_line(inputs)}; the stages of btlm corpus work in {workdir / CORPUS_FOLDER}")
+    are_examples = own_examples.are_examples(inputs)
+    place = workdir / (STORE_FOLDER if are_examples else CORPUS_FOLDER)
+    _log(f"{_inputs_line(inputs, are_examples=are_examples)}; the stages of btlm corpus work in {place}")
     is_large = sum(item.num_bytes for item in inputs) > _MANY_BYTES
     workers = LocalWorkers((os.cpu_count() or 1) if is_large else 1)
     weights = parse_weights(record.weights) if record.weights else ()
-    prepare = _prepare_examples if own_examples.are_examples(inputs) else _prepare_text
+    prepare = _prepare_examples if are_examples else _prepare_text
     prepared = prepare(record, locations, inputs, flags, workdir=workdir, workers=workers, open_model=open_model)
     if record.lines:
         return record
@@ -596,14 +594,26 @@ def _prepare_examples(
     workers: Workers,
     open_model: Callable[[], Opened] | None,
 ) -> _Prepared:
-    """Make the token store of examples to fine-tune on; both phases have the length of a window of them."""
+    """Make the token store of examples to fine-tune on, which are whole in windows of the shortest phase.
+
+    Without a config both phases have the length of a window.
+
+    Raises:
+      UsageError: the config lets the examples of a window see each other.
+    """
     folder = workdir / CORPUS_FOLDER
     folder.mkdir(exist_ok=True)
     tokenizer = _given_directory(record, flags, workdir=workdir, open_model=open_model)
     assert tokenizer is not None, "_inputs asks for it"
     template = find_template(record.template, directory=tokenizer)
     if record.config:
-        lengths = _lengths_of(train_config_from(json.loads(record.config)))
+        config = train_config_from(json.loads(record.config))
+        lengths = _lengths_of(config)
+        if not config.data.document_mask:
+            raise UsageError(
+                f"{inputs[0].name} has examples to fine-tune on, which must not see each other: give "
+                "--config.data.document_mask=true, or a config that has it"
+            )
     else:
         usual = sizing.lengths_for(sum(item.num_bytes for item in inputs), is_accelerator=_is_accelerator())
         longest = sizing.Lengths(short=_LONGEST_WINDOW, block=_LONGEST_WINDOW)
@@ -621,8 +631,9 @@ def _prepare_examples(
         locations,
         tokenizer=tokenizer,
         template=template,
-        window=lengths.block,
-        most_examples=_most_examples(),
+        window=lengths.short,
+        block_len=lengths.block,
+        most_examples=_most_examples(lengths),
         output=workdir / STORE_FOLDER,
         workers=workers,
         log=_log,
@@ -664,7 +675,7 @@ def _is_accelerator() -> bool:
     return jax.default_backend() != "cpu"
 
 
-def _most_examples() -> int:
+def _most_examples(lengths: sizing.Lengths) -> int:
     """Return how many examples of a window attention keeps apart beside padding, on these devices; 0: any number."""
     import jax
 
@@ -672,7 +683,7 @@ def _most_examples() -> int:
         return 0
     from btlm_jax.attention.gpu import MOST_DOCUMENTS
 
-    return MOST_DOCUMENTS - 1
+    return max(1, MOST_DOCUMENTS * lengths.short // lengths.block - 1)
 
 
 def _tokenizer_line(manifest: Manifest, *, is_given: bool) -> str:

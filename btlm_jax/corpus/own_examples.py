@@ -79,12 +79,13 @@ def make_store(
     tokenizer: Path,
     template: tuple[str, str],
     window: int,
+    block_len: int,
     most_examples: int,
     output: Path,
     workers: Workers,
     log: Log,
 ) -> Manifest:
-    """Make a token store of blocks of one window each; `template` is the source and the name of a chat template.
+    """Make a token store of windows in blocks; `template` is the source and the name of a chat template.
 
     A window has at most `most_examples`, if that is not 0.
     """
@@ -93,7 +94,7 @@ def make_store(
         tokenizer=tokenizer,
         template=template[0],
         template_name=template[1],
-        block_len=window,
+        block_len=block_len,
         window=window,
         too_long=TRUNCATE,
         most_examples=most_examples,

@@ -119,6 +119,21 @@ def test_pairs_train_a_new_model_with_a_given_tokenizer(begun, tmp_path):
     assert config.data.document_mask and config.curriculum.seq_len == (256, 256) and config.model.vocab_size == 300
 
 
+def test_a_config_beside_examples_has_windows_of_its_shortest_phase(begun, tmp_path, capsys):
+    tiny_byte_level().save(str(tmp_path / "tokenizer.json"))
+    data = write(tmp_path / "pairs.jsonl", pairs(60))
+    config = write_config(
+        tmp_path / "config.py", store="store", corpus__source="installed_python", model__vocab_size=300
+    )
+    command = (f"--data={data}", f"--tokenizer={tmp_path}", f"--config={config}")
+    said = refused(capsys, *command, f"--workdir={tmp_path / 'no'}")
+    assert "which must not see each other: give --config.data.document_mask=true" in said
+    assert run(*command, f"--workdir={tmp_path / 'run'}", "--config.data.document_mask=true") == 0
+    manifest = store.read_manifest(tmp_path / "run" / "store")
+    assert (manifest.window, manifest.block_len) == (24, 48) == begun[0][0].curriculum.seq_len
+    assert begun[0][0].data.document_mask
+
+
 def test_what_does_not_go_with_examples_is_refused(model, begun, tmp_path, capsys):
     data, workdir = write(tmp_path / "pairs.jsonl", pairs(9)), f"--workdir={tmp_path / 'run'}"
     said = refused(capsys, f"--data={data}", workdir)
@@ -138,7 +153,8 @@ def test_what_does_not_go_with_examples_is_refused(model, begun, tmp_path, capsy
 
 
 @pytest.mark.slow
-def test_a_run_on_examples_evaluates_completions_only(tmp_path, capfd):
+def test_a_run_on_examples_evaluates_completions_only(tmp_path, capfd, monkeypatch):
+    monkeypatch.setattr("btlm_jax.cli.train.continue_prompt", lambda run, params: "")  # compiles a decoder
     tiny_byte_level().save(str(tmp_path / "tokenizer.json"))
     data = write(tmp_path / "pairs.jsonl", pairs(200))
     make = ["corpus", "examples", f"--input={data}", f"--output={tmp_path / 'store'}", f"--tokenizer={tmp_path}"]

@@ -64,14 +64,14 @@ def test_the_window_holds_nearly_all_examples(encoder, tmp_path, least, most, wi
 def test_the_sample_prompt_is_a_held_out_one_with_special_tokens_by_name(encoder, tmp_path):
     write(tmp_path / "a.jsonl", [{"prompt": "", "completion": f"{number}"} for number in range(9)])
     manifest = own_examples.make_store(
-        [tmp_path / "a.jsonl"], tokenizer=tmp_path / "tokenizer", template=("", ""), window=16, most_examples=0,
-        output=tmp_path / "store", workers=LocalWorkers(1), log=print,
+        [tmp_path / "a.jsonl"], tokenizer=tmp_path / "tokenizer", template=("", ""), window=16, block_len=16,
+        most_examples=0, output=tmp_path / "store", workers=LocalWorkers(1), log=print,
     )  # fmt: skip
     assert manifest == read_manifest(tmp_path / "store")
     assert own_examples.first_prompt(tmp_path / "store") == EOS  # before which an empty prompt begins
     write(tmp_path / "b.jsonl", [{"prompt": f"é {EOS}{EOS} x{number}", "completion": "y"} for number in range(9)])
     own_examples.make_store(
-        [tmp_path / "b.jsonl"], tokenizer=tmp_path / "tokenizer", template=("", ""), window=32, most_examples=0,
-        output=tmp_path / "other", workers=LocalWorkers(1), log=print,
+        [tmp_path / "b.jsonl"], tokenizer=tmp_path / "tokenizer", template=("", ""), window=32, block_len=32,
+        most_examples=0, output=tmp_path / "other", workers=LocalWorkers(1), log=print,
     )  # fmt: skip
     assert own_examples.first_prompt(tmp_path / "other")[:-1] == f"é {EOS}{EOS} x"
