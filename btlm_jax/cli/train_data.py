@@ -10,6 +10,7 @@ import dataclasses
 import json
 import os
 import shlex
+import shutil
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -20,8 +21,9 @@ from btlm_jax.cli import UsageError
 from btlm_jax.cli.parse import Flags, find_config, load_config
 from btlm_jax.corpus import own_examples, own_text
 from btlm_jax.corpus.engine.inputs import Input, raw_inputs_of
+from btlm_jax.corpus.engine.stage import only_command
 from btlm_jax.corpus.engine.workers import LocalWorkers, Workers
-from btlm_jax.corpus.stages.examples import describe
+from btlm_jax.corpus.stages.examples import WORK_FOLDER, describe
 from btlm_jax.data.store import MANIFEST_FILE, TOKENIZER_INFO_FILE, TRAIN, Manifest
 from btlm_jax.recipe.config import (
     PREPARED,
@@ -190,10 +192,16 @@ def config_of_data(flags: Flags, *, workdir: Path, open_model: Callable[[], Open
       ValueError: the text is too small or cannot be read, or the tokenizer cannot be used.
       OSError: something cannot be read or written.
     """
-    record = _read_record(workdir)
+    found = _read_record(workdir)
+    record = _with_template(found, flags, workdir=workdir)
     _check_workdir(record, flags, workdir=workdir)
+    if record is not found:
+        with only_command(workdir / STORE_FOLDER, inputs=[]):
+            shutil.rmtree(workdir / STORE_FOLDER / WORK_FOLDER, ignore_errors=True)
     locations = _locations(flags, record)
     if locations is not None:
+        if flags.string("template"):
+            find_template(_given_template(flags), directory=workdir)
         if flags.string("tokenizer"):
             find_tokenizer(Path(_given_tokenizer(flags)))  # refuses what cannot be used before the work begins
         inputs = _inputs(locations, flags)
@@ -219,7 +227,7 @@ def dry_run(flags: Flags, *, workdir: Path) -> str:
       ValueError: the text is too small.
       OSError: it cannot be found.
     """
-    record = _read_record(workdir)
+    record = _with_template(_read_record(workdir), flags, workdir=workdir)
     _check_workdir(record, flags, workdir=workdir)
     if record is not None and record.config:
         plan = loop.dry_run(_config_of_record(record, flags), workdir=workdir)
@@ -360,6 +368,14 @@ def _check_workdir(record: Record | None, flags: Flags, *, workdir: Path) -> Non
         said = "; ".join(f"--{name} was {then[name]}, is now {now[name]}" for name in differing)
         on = _go_on(record, workdir)
         raise UsageError(f"workdir {workdir} was begun otherwise: {said}. It is one of\n{anew}\n{on}")
+
+
+def _with_template(record: Record | None, flags: Flags, *, workdir: Path) -> Record | None:
+    """Return the record with the chat template given now, as long as no store was made with the one from before."""
+    given, store = _given_template(flags), workdir / STORE_FOLDER / MANIFEST_FILE
+    if record is None or record.config or record.template == given or store.is_file():
+        return record
+    return dataclasses.replace(record, template=given)
 
 
 def _go_on(record: Record, workdir: Path) -> str:

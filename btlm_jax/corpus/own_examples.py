@@ -13,7 +13,7 @@ import numpy as np
 from btlm_jax.corpus.engine.tasks import Input, local_copies
 from btlm_jax.corpus.engine.workers import Workers
 from btlm_jax.corpus.example_encoding import ExampleEncoder
-from btlm_jax.corpus.readers.examples import is_example, parse_example
+from btlm_jax.corpus.readers.examples import is_example, not_readable_as, parse_example
 from btlm_jax.corpus.readers.raw import BadFileError, Defect, first_object, read_objects
 from btlm_jax.corpus.stages.examples import TRUNCATE, ExamplesConfig, make_example_store
 from btlm_jax.data.reader import open_store
@@ -32,22 +32,29 @@ def are_examples(inputs: Sequence[Input]) -> bool:
     """Return whether raw files are of examples, by the first line of each that has lines of JSON.
 
     Raises:
-      ValueError: some are, and others are of documents.
+      ValueError: some are, and others are of documents; or all are of something else.
       OSError: a file cannot be read.
     """
     kinds: dict[bool, str] = {}
+    unusable: list[str] = []
+    num_files = 0
     for item in inputs:
         if item.begin:
             continue
         with open_binary(item.location) as file:
             first = first_object(file, name=item.name)
-        if first is not None:
+        num_files += 1
+        if why := not_readable_as(first):
+            unusable.append(f"{item.name} {why}")
+        elif first is not None:
             kinds.setdefault(is_example(first), item.name)
     if len(kinds) == 2:
         raise ValueError(
             f"--data has both examples to fine-tune on ({kinds[True]}) and documents ({kinds[False]}), which are "
             "trained on in runs of their own: give the documents first, and then --init=RUN with the examples"
         )
+    if unusable and len(unusable) == num_files:
+        raise ValueError(f"--data cannot be read: {unusable[0]}")
     return True in kinds
 
 

@@ -121,19 +121,23 @@ def list_files(root: PathOrUrl, *, left_out: Callable[[str, Collection[str]], st
         if not root.is_dir():
             raise FileNotFoundError(f"{root} is neither a file nor a folder")
         return sorted(_walk(root, left_out), key=lambda file: file[0])
+    why = ""
     with _plain_errors(root):
         system, path = _file_system(root)
         infos = system.find(path, detail=True)  # of a file: itself
         base = path.rstrip("/")
         if not infos:
-            with contextlib.suppress(FileNotFoundError):
+            try:
                 system.info(path)  # what cannot be reached is an error here, and only there, for some systems
+            except FileNotFoundError as error:
+                cause = error.__cause__  # HTTP: no answer is no file, too
+                why = f": {type(cause).__name__}: {cause}" if cause is not None else ""
         files = [
             (at.removeprefix(base).lstrip("/") or at.rsplit("/", 1)[-1], system.unstrip_protocol(at), info["size"])
             for at, info in infos.items()
         ]
     if not files:
-        raise FileNotFoundError(f"{root} holds no file, or is none")
+        raise FileNotFoundError(f"{root} holds no file, or is none{why}")
     if len(files) > 1 or base not in infos:
         files = _without_left_out(root, files, left_out)
     return sorted(files)

@@ -108,7 +108,11 @@ def test_a_template_that_a_model_was_tuned_with_is_kept_and_serves_again(model, 
     assert run(f"--data={tmp_path / 'chats.jsonl'}", f"--init={tuned}", f"--workdir={tmp_path / 'again'}") == 0
     again, once = (store.read_manifest(tmp_path / name).splits for name in ("again/store", "store"))
     assert again == once
-    assert run(f"--data={tmp_path / 'chats.jsonl'}", f"--init={model}", f"--workdir={tmp_path / 'bare'}") == 1
+    bare = (f"--data={tmp_path / 'chats.jsonl'}", f"--init={model}", f"--workdir={tmp_path / 'bare'}")
+    assert run(*bare) == 1 and run(*bare, "--template=zephir") == 1
+    assert run(*bare, "--template=zephyr") == 0  # nothing was made yet, so that a mistake can be mended there
+    assert store.read_manifest(tmp_path / "bare/store").splits == once
+    assert run(*bare, "--template=chatml") == 2
 
 
 def test_pairs_train_a_new_model_with_a_given_tokenizer(begun, tmp_path):

@@ -300,6 +300,7 @@ def test_bad_lines_are_refused_by_file_and_line_or_left_out_and_counted(tokenize
         assert re.search(reason, defect["reason"]), (reason, defect)
     assert run(tmp_path / "bad.jsonl", tmp_path / "store", tokenizer, "--max_bad_rate=0.9") == 0
     assert notices.counts()["line-quarantined"] == len(BAD_LINES)
+    assert "are bad and left out, bad.jsonl, line 1: not JSON" in capsys.readouterr().err
 
 
 def test_files_that_cannot_be_read_whole_are_refused(tokenizer, tmp_path, capsys):
@@ -320,7 +321,9 @@ def test_messages_without_a_template_and_refused_by_one_name_file_and_line(token
     bare.mkdir()
     tiny_tokenizers.tiny_byte_level().save(str(bare / "tokenizer.json"))
     assert run(tmp_path / "chats.jsonl", tmp_path / "a", bare) == 1
-    assert "chats.jsonl, line 1: it has messages, and the tokenizer's directory has no chat" in capsys.readouterr().err
+    said = capsys.readouterr().err
+    assert "chats.jsonl, line 1: it has messages, and the tokenizer's directory has no chat" in said
+    assert "None of 6 lines is an example" in said
     (tmp_path / "own.jinja").write_text(
         "{% if messages[0].role == 'system' %}{{ raise_exception('no system') }}{% endif %}"
     )

@@ -40,13 +40,33 @@ def test_files_of_examples_are_told_from_files_of_documents(tmp_path):
         ("e.txt", lines, False),
         ("f.jsonl", b"no JSON", False),
         ("g.jsonl", b"", False),
-        ("h.jsonl", json.dumps({"prompt": "a"}).encode(), False),
+        ("h.jsonl", b"no JSON\n" + lines, True),
         ("i.jsonl.zst", b"no zstd", False),
+        ("j.log", b"[1] a log, not lines of JSON", False),
     ):
         (folder / name).write_bytes(data)
         assert own_examples.are_examples(raw_inputs(folder / name)) is expected, name
     with pytest.raises(ValueError, match=r"both examples to fine-tune on \(a.jsonl\) and documents \(d.jsonl\)"):
         own_examples.are_examples(raw_inputs(folder))
+
+
+def test_lines_that_are_neither_documents_nor_examples_are_named_with_their_keys(tmp_path):
+    """Forms of other tools, and arrays, which no reader takes; beside files that can be read they are bad lines."""
+    for number, (text, said) in enumerate(
+        (
+            ('{"prompt": "a"}', "has lines with the keys prompt, which are no examples"),
+            ('{"conversations": [{"from": "human", "value": "a"}]}', "lines with the keys conversations"),
+            ('{"instruction": "a", "output": "b"}', "lines with the keys instruction, output"),
+            (json.dumps([CHAT]), "is a JSON array, not lines of JSON: jq"),
+            (json.dumps([CHAT], indent=1), "is a JSON array"),
+        )
+    ):
+        path = tmp_path / f"{number}.jsonl"
+        path.write_text(f"{text}\n")
+        with pytest.raises(ValueError, match=f"--data cannot be read: {path.name} .*{said}"):
+            own_examples.are_examples(raw_inputs(path))
+    write(tmp_path / "z.jsonl", [CHAT])
+    assert own_examples.are_examples(raw_inputs(tmp_path))
 
 
 @pytest.mark.parametrize(("least", "most", "window"), [(4, 1024, 64), (128, 1024, 128), (4, 32, 32)])

@@ -14,6 +14,10 @@ import dataclasses
 from btlm_jax.tokenizers.chat_template import ASSISTANT, ROLES
 
 _PROMPT, _COMPLETION, _MESSAGES = "prompt", "completion", "messages"
+# Keys of examples in other forms, and of parts of one.
+_MEANT = frozenset(
+    (_PROMPT, _COMPLETION, _MESSAGES, "conversations", "conversation", "instruction", "response", "chosen", "question")
+)
 _OTHER_ROLES = {"human": "user", "gpt": ASSISTANT, "ai": ASSISTANT, "bot": ASSISTANT, "model": ASSISTANT}
 
 
@@ -41,6 +45,18 @@ def is_example(body: object) -> bool:
     if not isinstance(body, dict) or "text" in body:
         return False
     return isinstance(body.get(_MESSAGES), list) or {_PROMPT, _COMPLETION} <= body.keys()
+
+
+def not_readable_as(body: object) -> str:
+    """Return why a line of JSON is neither an example nor a document, where what is meant can be told; otherwise ""."""
+    if isinstance(body, list):
+        return "is a JSON array, not lines of JSON: jq -c '.[]' FILE > LINES.jsonl makes lines of it"
+    if not isinstance(body, dict) or "text" in body or is_example(body) or not body.keys() & _MEANT:
+        return ""
+    return (
+        f"has lines with the keys {', '.join(sorted(map(str, body))[:6])}, which are no examples to fine-tune on: these "
+        f'have "{_PROMPT}" and "{_COMPLETION}", or "{_MESSAGES}" (a list of "role" and "content"); rename or add keys'
+    )
 
 
 def source_of(body: object, *, default: str) -> str:

@@ -9,8 +9,10 @@ zstandard, fsspec and datatrove read as if it were complete, raises BadFileError
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
+import itertools
 import json
 import math
 import re
@@ -39,6 +41,7 @@ _JSON_SUFFIXES = (".json", ".ndjson")  # of lines of JSON too, where the file is
 TEXT_BYTES = 16_000_000  # a text file is read in documents of at most so much, so that memory does not grow with it
 _METADATA = ("state.json", "dataset_info.json", "dataset_dict.json", "features.json")
 _HEAD_BYTES = 200  # of a Defect
+_TRIED_LINES = 100  # of a file, until one is JSON
 _MAX_DEPTH = 200  # of nested JSON; orjson writes up to 254
 _ZSTD, _GZIP, _PARQUET = b"\x28\xb5\x2f\xfd", b"\x1f\x8b", b"PAR1"
 _ZSTD_SKIPPABLE = b"\x2a\x4d\x18"  # after a first byte of 0x50 to 0x5f
@@ -171,15 +174,23 @@ def read_objects(path: Path, *, name: str, repairs: Counter) -> Iterator[Line | 
 
 
 def first_object(file: BinaryIO, *, name: str) -> object:
-    """Return the value of the first line of JSON that is not blank; None if there is none, or it is no such file."""
+    """Return the value of the first line that is JSON, [] if the file is one array over several lines.
+
+    None: it is no file of such lines, or the first of them are not JSON.
+    """
     try:
         head = _head(file)
         if head.startswith(_PARQUET) or name.endswith((".arrow", *TEXT_SUFFIXES)) or TFDS_SHARD.fullmatch(name):
             return None
-        for number, _, line in split_lines(_chunks(file, head=head, name=name)):
+        if _is_plain_text(name, head):
+            return None
+        for number, _, line in itertools.islice(split_lines(_chunks(file, head=head, name=name)), _TRIED_LINES):
             line = line.removeprefix(_BYTE_ORDER_MARK) if number == 1 else line
-            if line.strip():
-                return _parse_json(line, Counter())
+            with contextlib.suppress(ValueError):
+                if line.strip():
+                    return _parse_json(line, Counter())
+            if number == 1 and line.lstrip().startswith(b"["):
+                return []
     except ValueError:  # whoever reads the file says what is wrong with it
         return None
     return None

@@ -132,9 +132,18 @@ def _straighten_quotes(text: str) -> str:
 def _report(totals: dict, *, quarantine: Path) -> None:
     """Say what is not as it was in the raw files."""
     if num_bad := totals["bad"]["quarantined"]:
-        notices.report("line-quarantined", f"{num_bad:,} bad lines are in {quarantine}, with reasons", count=num_bad)
+        message = f"{num_bad:,} lines or files are bad and left out, {first_defect(quarantine)}; {quarantine} has all"
+        notices.report("line-quarantined", message, count=num_bad)
     for change, count in sorted(totals["changed values"].items()):
         notices.report("value-changed", f"{change}: {count:,}", count=count)
+
+
+def first_defect(quarantine: Path) -> str:
+    """Return where the first defect of a quarantine is, and its reason."""
+    with open(min(quarantine.glob("*.jsonl"))) as file:
+        found = json.loads(file.readline())
+    line = f", line {found['line']}" if found["line"] else ""
+    return f"{found['file']}{line}: {found['reason']}"
 
 
 def _clean_task(task: LocalTask, directory: Path, heartbeat: Heartbeat, *, config: CleanConfig) -> dict:
@@ -193,11 +202,13 @@ def _check(results: list[dict], *, max_bad_rate: float, quarantine: Path) -> Non
     bad = sum(result["totals"]["bad"]["quarantined"] for result in results)
     good = sum(part["documents"] for result in results for part in result["totals"]["read"].values())
     if bad > max_bad_rate * (good + bad):
-        example = next((text for result in results if (text := result.get("example"))), "")
+        example = next((f" ({text})" for result in results if (text := result.get("example"))), "")
+        if not good:
+            raise ValueError(f"no document can be read{example}; {quarantine} says of each line or file why")
         raise ValueError(
             f"{bad:,} of {good + bad:,} lines are bad, which is more than max_bad_rate={max_bad_rate}; {quarantine} "
-            f"says which and why{f' ({example})' if example else ''}. Finished work is kept: btlm corpus clean with a "
-            "higher --max_bad_rate accepts it"
+            f"says which and why{example}. Mend or remove them; btlm corpus clean --max_bad_rate=RATE leaves them out, "
+            "and keeps finished work"
         )
     if not any(result["totals"]["written"] for result in results):
         raise ValueError(

@@ -34,7 +34,7 @@ from btlm_jax.corpus.pack import cut_into_blocks, write_shard, write_tfds_metada
 from btlm_jax.corpus.readers.examples import parse_example, source_of
 from btlm_jax.corpus.readers.raw import TEXT_SUFFIXES, BadFileError, Defect, read_objects
 from btlm_jax.corpus.readers.records import load_array, save_array
-from btlm_jax.corpus.stages.clean import QUARANTINE_FOLDER
+from btlm_jax.corpus.stages.clean import QUARANTINE_FOLDER, first_defect
 from btlm_jax.corpus.stages.tokenize import PROBES, describe_loss
 from btlm_jax.data import store
 from btlm_jax.data.store import TokenBlock
@@ -46,6 +46,7 @@ from btlm_jax.tokenizers.tokenizer import find_tokenizer, tokenizer_info
 
 RECIPE = 1  # raise when the steps change
 DEFAULT_SOURCE = "examples"
+WORK_FOLDER = "work"  # in the store, of the steps before it
 _OTHER_SUFFIXES = (*TEXT_SUFFIXES, ".parquet", ".arrow")
 TRUNCATE, DROP = "truncate", "drop"
 TOO_LONG = (TRUNCATE, DROP)  # what to do with an example that is longer than a window
@@ -124,7 +125,7 @@ def _make(config: ExamplesConfig, *, output: Path, workers: Workers, log: Log) -
             raise ValueError(f"the tokenizer in {config.tokenizer} {loss}; --allow_lossy takes it nevertheless")
         notices.report("tokenizer-lossy", f"the tokenizer in {config.tokenizer} {loss}")
         settings["lossy"] = loss
-    work = {step: output / "work" / step for step in ("encoded", "windows", "shards")}
+    work = {step: output / WORK_FOLDER / step for step in ("encoded", "windows", "shards")}
     run = functools.partial(run_stage, workers=workers, log=log)
     encoding = Stage(
         name="examples encode",
@@ -293,9 +294,13 @@ def _check_encoded(results: list[dict], *, config: ExamplesConfig, quarantine: P
     lines, bad = totals["read"] + totals["bad"], totals["bad"]
     if bad > config.max_bad_rate * lines:
         example = next(text for result in results if (text := result["example"]))
+        example = example.removesuffix(".")
+        if not totals["read"]:
+            raise ValueError(f"{example}. None of {lines:,} lines is an example; {quarantine} says of each why")
         raise ValueError(
             f"{example}. {bad:,} of {lines:,} lines are bad, more than max_bad_rate={config.max_bad_rate}; "
-            f"{quarantine} says which and why. --max_bad_rate=RATE accepts them, and leaves them out"
+            f"{quarantine} says which and why. Mend or remove them; btlm corpus examples --max_bad_rate=RATE leaves "
+            "them out"
         )
     if not lines:
         raise ValueError("there is no line in the files given")
@@ -314,7 +319,8 @@ def _report(totals: dict, *, config: ExamplesConfig, quarantine: Path) -> None:
     counts = Counter(totals["examples"])
     of, window = f"of {counts['read'] + counts['bad']:,}", f"the window of {config.window:,} tokens"
     if count := counts["bad"]:
-        notices.report("line-quarantined", f"{count:,} {of} lines are bad: {quarantine} says why", count=count)
+        message = f"{count:,} {of} lines are bad and left out, {first_defect(quarantine)}; {quarantine} has all"
+        notices.report("line-quarantined", message, count=count)
     if count := counts[_CUT]:
         message = f"{count:,} {of} examples are longer than {window}, and are cut at its end"
         notices.report("example-cut", message, count=count)
