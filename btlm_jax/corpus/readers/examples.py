@@ -53,8 +53,9 @@ def not_readable_as(body: object) -> str:
         return "is a JSON array, not lines of JSON: jq -c '.[]' FILE > LINES.jsonl makes lines of it"
     if not isinstance(body, dict) or "text" in body or is_example(body) or not body.keys() & _MEANT:
         return ""
+    keys = ", ".join(sorted(map(str, body))[:6])
     return (
-        f"has lines with the keys {', '.join(sorted(map(str, body))[:6])}, which are no examples to fine-tune on: these "
+        f"has lines with the keys {keys}, which are no examples to fine-tune on; these "
         f'have "{_PROMPT}" and "{_COMPLETION}", or "{_MESSAGES}" (a list of "role" and "content"); rename or add keys'
     )
 
