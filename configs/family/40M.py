@@ -1,16 +1,19 @@
-"""31.8M parameters, 636M tokens (20 a parameter), 2,048 then 8,192 long.
+"""31.8M parameters, 636M tokens (20 a parameter), 2,048 then 8,192 long, on v5e:2x2.
 
-Written by: btlm new --params=32M --d_model=256 --output=40M.py
+Written by: btlm new --params=32M --d_model=256 --topology=v5e:2x2 --plan_from=table.json --output=40M.py
 See first:  btlm train --config=40M.py --dry-run
 Train:      btlm train --config=40M.py --workdir=DIR --config.data.store=STORE
-Memory:     not planned: btlm plan --config=40M.py --topology=SLICE --search
-Time:       not planned
+Memory:     predicted: 13.64 of a chip's 15.75 GiB on v5e:2x2, 4 chips, 13% to spare
+Time:       predicted: 18.1 to 19.2 minutes, of steps alone (docs/guide/plan.md; jax 0.10.2, jaxlib 0.10.2, libtpu
+            0.0.42.1)
 Loss:       none is predicted: no scaling law has been fitted to models of this recipe
 Rules:      docs/guide/new.md; what follows from none is as in configs/btlm_3b_8k.py
 """
 
 from ml_collections import ConfigDict
 
+TOPOLOGY = "v5e:2x2"
+OTHERS = ()  # further layouts for btlm plan --table
 TOKENS_PER_STEP = 128 * 2048  # = 32 * 8192 = 262,144
 
 
@@ -29,7 +32,7 @@ def get_config() -> ConfigDict:
                 alibi_scaling=1.0,  # positions as trained
                 dtype="bfloat16",  # of activations; parameters and sums are float32 anyway
                 attention="auto",  # the fastest for the devices
-                remat="full",  # keeps the least for the backward pass, so that it fits most
+                remat="none",  # what the backward pass keeps: compiled for v5e:2x2 (btlm plan --table)
                 loss_chunk=512,  # positions whose logits exist at one time
             ),
             mup=dict(
@@ -68,9 +71,9 @@ def get_config() -> ConfigDict:
                 freeze="",  # every parameter is trained
             ),
             mesh=dict(
-                tensor=1,  # ways that heads and d_ff are split
-                context=1,  # ways that positions are split
-                accumulation=1,  # micro-batches a step
+                tensor=1,  # ways that heads and d_ff are split: compiled for v5e:2x2 (btlm plan --table)
+                context=1,  # ways that positions are split: compiled for v5e:2x2 (btlm plan --table)
+                accumulation=2,  # micro-batches a step: compiled for v5e:2x2 (btlm plan --table)
             ),
             data=dict(
                 store="store",  # the token store, from the workdir if relative; --config.data.store=STORE
