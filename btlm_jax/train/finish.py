@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import shlex
 import shutil
 import sys
@@ -18,7 +19,7 @@ from btlm_jax.parallel.mesh import evaluation_sharding
 from btlm_jax.recipe.config import TrainConfig
 from btlm_jax.recipe.optimizer import decay_again, flags_of
 from btlm_jax.storage.files import read_json_object, write_atomically
-from btlm_jax.train import CHECKPOINTS, LOSS_PLOT, METRICS_FILE, POSITION_PLOT, SUMMARY_FILE, TENSORBOARD
+from btlm_jax.train import CHECKPOINTS, CONFIG_FILE, LOSS_PLOT, METRICS_FILE, POSITION_PLOT, SUMMARY_FILE, TENSORBOARD
 from btlm_jax.train.heldout import HeldoutResult, evaluate_heldout
 from btlm_jax.train.metric_writer import MetricWriter, read_metrics, text_of
 from btlm_jax.train.setup import Run, check_curriculum, log
@@ -126,24 +127,40 @@ def longer_flags(config: TrainConfig) -> tuple[str, str]:
     return "the learning rate warms up and decays once more, choose its peak", f"{flags} {flags_of(again)}"
 
 
-def _epochs_text(data: object) -> str:
-    """Return how many epochs the tokens were; nothing of a summary that does not say it."""
+def longer_command(config: TrainConfig, workdir: Path, *, data: object) -> tuple[str, str]:
+    """Return how a finished run may go on for 100 steps, and the command; `data` is that of its summary.
+
+    The command is of the workdir's config, which is right for runs that were begun with --data or --init too.
+    """
+    how, flags = longer_flags(config)
+    table = config.curriculum.table
+    growth = 1 + 100 * table.tokens_per_step / table.num_tokens
+    epochs = math.ceil(growth * max(_epochs(data).values(), default=0.0))
+    if epochs > config.data.max_epochs:
+        flags += f" --config.data.max_epochs={epochs}"
+    words = shlex.join(["btlm", "train", f"--config={workdir / CONFIG_FILE}", f"--workdir={workdir}"])
+    return how, f"{words} {flags}"
+
+
+def _epochs(data: object) -> dict[str, float]:
+    """Return how many epochs were read, by source or under "", where a summary says it."""
     match data:
         case {"epochs": float(epochs)}:
-            return f", {epochs:.3f} epochs"
+            return {"": epochs}
         case {"sources": dict(sources)}:
             epochs = {name: source.get("epochs") for name, source in sources.items() if isinstance(source, dict)}
-            return "".join(
-                f", {value:.3f} epochs of {name}"
-                for name, value in epochs.items()
-                if isinstance(value, float) and value
-            )
-    return ""
+            return {name: value for name, value in epochs.items() if isinstance(value, float) and value}
+    return {}
+
+
+def _epochs_text(data: object) -> str:
+    """Return how many epochs the tokens were; nothing of a summary that does not say it."""
+    return "".join(f", {value:.3f} epochs" + f" of {name}" * bool(name) for name, value in _epochs(data).items())
 
 
 def _summary_text(summary: dict, config: TrainConfig, workdir: Path) -> str:
     heldout, prompt = summary["heldout"], summary["sample"]["prompt"]
-    how, flags = longer_flags(config)
+    how, longer = longer_command(config, workdir, data=summary.get("data"))
     rows = [
         f"  {name:<12} {source['loss']:.4f} nats/token   {source['bits_per_byte']:.4f} bits/byte"
         for name, source in heldout["sources"].items()
@@ -159,8 +176,8 @@ def _summary_text(summary: dict, config: TrainConfig, workdir: Path) -> str:
         f"  {workdir / METRICS_FILE}, {workdir / TENSORBOARD}   every number",
         f"  {workdir / CHECKPOINTS}   checkpoints    {workdir / SUMMARY_FILE}   this, as JSON",
         "What to run next:",
-        f"  the same command with more tokens goes on from here; {how}:",
-        f"  {flags}",
+        f"  with more tokens the run goes on from here; {how}:",
+        f"  {longer}",
         f"  {'' if shutil.which('tensorboard') else f'{sys.executable} -m pip install tensorboard && '}"
         f"tensorboard --logdir={workdir / TENSORBOARD}",
         f"  btlm generate --checkpoint={workdir} --prompt={shlex.quote(prompt)}",

@@ -1,6 +1,7 @@
 """A run that goes on with other settings: nothing of it in silence, no schedule stretched, and the advice works."""
 
 import json
+import math
 import re
 import shlex
 import shutil
@@ -18,7 +19,7 @@ from btlm_jax.cli import main
 from btlm_jax.recipe.config import with_later_keys
 from btlm_jax.recipe.optimizer import rates_of_steps
 from btlm_jax.train.checkpoint import Position, check_schedule, go_back
-from btlm_jax.train.finish import _epochs_text, longer_flags
+from btlm_jax.train.finish import _epochs_text, longer_command, longer_flags
 from btlm_jax.train.metric_writer import read_metrics
 
 PER_STEP = 384
@@ -106,6 +107,18 @@ def test_the_advice_of_a_finished_run_is_taken_and_can_be_taken_again():
     assert longer_flags(run_of(20, optimizer__schedule="constant"))[1].count("--config") == 1
 
 
+def test_the_command_of_a_finished_run_is_of_its_workdirs_config_and_allows_the_epochs_it_takes():
+    config = run_of(20)
+    allowed = config.data.max_epochs
+    _, command = longer_command(config, Path("a run"), data={"epochs": allowed / 6})  # 100 steps more: 6 times as many
+    assert command.startswith("btlm train '--config=a run/config.json' '--workdir=a run' --config.curriculum.num_tok")
+    assert "max_epochs" not in command
+    sources = {"web": {"epochs": 0.1}, "books": {"epochs": allowed - 0.5}}
+    _, command = longer_command(config, Path("run"), data={"sources": sources})
+    assert command.endswith(f" --config.data.max_epochs={math.ceil(6 * (allowed - 0.5))}")
+    assert longer_command(config, Path("run"), data=None)[1].count("max_epochs") == 0
+
+
 def test_a_config_from_before_schedules_and_the_mask_is_the_linear_one_without_it():
     config = json.loads(tiny_config().to_json())
     for name in ("schedule", "initial_learning_rate", "decay_share", "schedule_begin", "schedule_tokens"):
@@ -167,7 +180,7 @@ def test_other_settings_are_said_and_the_printed_advice_works(tiny_run, tmp_path
     code, said = train(capsys, *command, "--config.curriculum.num_tokens=(2304, 3840)")
     assert code == 1 and "Choose how to go on" in said
     _, said = train(capsys, *command)
-    (advice,) = re.findall(r"^  (--config.curriculum.num_tokens=.*)$", said, flags=re.MULTILINE)
+    (advice,) = re.findall(r"^  btlm (train --config=.* --config.curriculum.num_tokens=.*)$", said, flags=re.MULTILINE)
     # As printed it is 100 steps with a warm-up of 10; here 4 with a warm-up of 1.
     shorter = {
         f"(2304, {1536 + 100 * PER_STEP})": f"(2304, {1536 + 4 * PER_STEP})",
@@ -176,7 +189,7 @@ def test_other_settings_are_said_and_the_printed_advice_works(tiny_run, tmp_path
     for old, new in shorter.items():
         assert advice.count(old) == 1
         advice = advice.replace(old, new)
-    result = run_btlm(*command, *shlex.split(advice))
+    result = run_btlm(*shlex.split(advice))
     assert result.returncode == 0, result.stdout + result.stderr
     rates = [row["learning_rate"] for row in recorded(workdir, "train")]
     assert rates[:NUM_STEPS] == [row["learning_rate"] for row in recorded(finished, "train")]
@@ -184,7 +197,7 @@ def test_other_settings_are_said_and_the_printed_advice_works(tiny_run, tmp_path
     assert rates[NUM_STEPS:] == pytest.approx([0.003, 0.003 - fall, 0.003 - 2 * fall, 1.0198e-4], rel=1e-12)
     assert "optimizer.peak_learning_rate was 0.006, is now 0.003" in events_of(workdir)
     assert "curriculum.num_tokens was (2304, 1536), is now (2304, 3072)" in events_of(workdir)
-    code, said = train(capsys, *command, *shlex.split(advice))
+    code, said = train(capsys, *shlex.split(advice))
     assert code == 0 and "Already done" in said and "schedule_begin=5376" in said
 
 
