@@ -28,6 +28,7 @@ from btlm_jax.data.store import MANIFEST_FILE, TOKENIZER_INFO_FILE, TRAIN, Manif
 from btlm_jax.recipe.config import (
     PREPARED,
     TrainConfig,
+    check_section,
     config_from,
     train_config_from,
     value_from_text,
@@ -130,6 +131,15 @@ def _check_changes(flags: Flags) -> None:
                 f"and {_WEIGHTS} can. A size of your own is a config beside --data: --config=NAME, of btlm configs, or "
                 "a file that btlm new wrote"
             )
+    base = load_config(find_config(BASE_CONFIG), argument="", changes={})
+    try:
+        for key, text in flags.changes.items():
+            section, _, name = key.partition(".")
+            base[section][name] = value_from_text(key, text)
+        for section in _OPEN_SECTIONS:
+            check_section(section, base[section])  # before the text is worked on; the whole of them with the run
+    except ValueError as error:
+        raise UsageError(str(error)) from error
     if weights := _weights(flags):
         try:
             given = len(parse_weights(weights))

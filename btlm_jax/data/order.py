@@ -144,7 +144,7 @@ class TrainingOrder:
             raise ValueError(
                 f"the curriculum wants {use.curriculum_tokens:,} tokens, but the token store gives {self.num_blocks:,} "
                 f"blocks x {self.block_len:,} x {max_epochs} epochs = {use.capacity_tokens:,}: lower "
-                f"curriculum.num_tokens to {fitting:,} in all, build a larger store (corpus.max_bytes), or raise "
+                f"curriculum.num_tokens to {fitting:,} in all, take a store with more tokens, or raise "
                 f"data.max_epochs to {-(-use.curriculum_tokens // use.tokens_per_epoch)}"
             )
         return use

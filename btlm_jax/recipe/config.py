@@ -423,6 +423,15 @@ def config_from(cls: type, mapping: Mapping, *, path: str):
     return cls(**{key: _convert(hint, mapping[key], path=f"{path}.{key}") for key, hint in hints.items()})
 
 
+def check_section(name: str, values: Mapping) -> None:
+    """Check the values of one section of a TrainConfig by themselves.
+
+    Raises:
+      ValueError: as `train_config_from`.
+    """
+    config_from(_type_hints(TrainConfig)[name], values, path=name)
+
+
 _type_hints = functools.cache(typing.get_type_hints)
 
 

@@ -15,7 +15,7 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -147,9 +147,11 @@ class Checkpointer:
 
     def _unreadable(self, step: int, error: Exception) -> str:
         """Return what to say of a damaged step: its directory, why, and what remains."""
-        other_steps = [other for other in self.steps() if other != step]
-        remedy = f"delete it to go on from step {other_steps[-1]}" if other_steps else "delete it to start again"
-        return f"checkpoint {self.directory / str(step)} cannot be read: {_reason(error)}; {remedy}"
+        others = [other for other in self.steps() if other != step]
+        return f"checkpoint {self.directory / str(step)} cannot be read: {_reason(error)}; {self._remedy(others)}"
+
+    def _remedy(self, others: Sequence[int]) -> str:
+        return f"delete it to go on from step {others[-1]}" if others else "delete it to start again"
 
     def wait(self) -> None:
         """Wait until every started save is complete.
@@ -201,6 +203,9 @@ class CheckpointReader(Checkpointer):
             item_names=_ITEMS,
         )
 
+    def _remedy(self, others: Sequence[int]) -> str:
+        return f"the run also has {self.directory / str(others[-1])}" if others else "the run has no other"
+
 
 def checkpoint_steps(workdir: Path) -> list[int]:
     """Return the steps of a workdir's complete checkpoints, ascending; nothing is opened."""
@@ -235,6 +240,7 @@ def _reason(error: Exception) -> str:
     message = str(error).strip()
     if code := re.search(r"os_error_code='(\d+)'", message):
         return os.strerror(int(code[1]))
+    message = message.partition(" See full TensorStore details")[0]
     return message.splitlines()[0] if message else type(error).__name__
 
 

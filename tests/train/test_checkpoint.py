@@ -20,6 +20,7 @@ from btlm_jax.recipe.mup import make_parametrization
 from btlm_jax.recipe.optimizer import make_optimizer
 from btlm_jax.train.checkpoint import (
     Checkpointer,
+    CheckpointReader,
     Position,
     changed_settings,
     check_same_run,
@@ -148,6 +149,10 @@ def test_a_damaged_checkpoint_is_named_with_the_remedy(single, tmp_path):
     with pytest.raises(ValueError, match=r"checkpoints/14 cannot be read: .*; delete it to go on from step 13"):
         checkpointer.restore_state(14, abstract=abstract)
     checkpointer.close()
+    reader = CheckpointReader(tmp_path)  # of a model that another command only reads: nothing of it is to be deleted
+    with pytest.raises(ValueError, match=r"cannot be read: .*; the run also has .*/checkpoints/13$"):
+        reader.restore_state(14, abstract=abstract)
+    reader.close()
 
 
 def test_what_decides_the_last_bits_is_in_a_checkpoint_and_a_difference_is_said(saved, tmp_path):
