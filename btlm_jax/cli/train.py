@@ -157,13 +157,16 @@ def train_flags() -> Flags:
 
 
 def _check_init(flags: Flags) -> None:
-    """Refuse flags of --init that have no effect.
+    """Refuse flags of --init that have no effect, and names that are empty.
 
     Raises:
       UsageError: there is one.
     """
     if flags.is_given("init") and not flags.string("init"):
         raise UsageError("--init= is empty; give a run, a model's directory, or the URL of one")
+    for name in ("template", "tokenizer"):
+        if flags.is_given(name) and not flags.string(name):
+            raise UsageError(f"--{name}= is empty; leave it out, or give one")
     for name in ("init_optimizer", "grow_vocabulary"):
         if flags.is_given(name) and not flags.is_given("init"):
             raise UsageError(f"--{name} goes with --init=MODEL: it says how a run begins with given weights")

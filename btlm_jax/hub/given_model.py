@@ -115,8 +115,14 @@ def open_given_model(directory: Path, *, step: int) -> GivenModel:
       ValueError: it is damaged, of an architecture that is not implemented here, or of a form without full weights.
     """
     if directory.is_file():
+        what = "a GGUF file, of which btlm reads no weights" if directory.suffix == ".gguf" else "a file"
         raise ValueError(
-            f"{directory} is a file; a run, a model directory or a Hugging Face directory can be begun with"
+            f"{directory} is {what}; a run, a model directory or a Hugging Face directory can be begun with"
+        )
+    if not directory.exists():
+        raise FileNotFoundError(
+            f"there is no {directory}; give a run, a model's directory or a URL (a model of the Hugging Face Hub is "
+            "fetched first: hf download OWNER/NAME --local-dir=DIR)"
         )
     if is_run(directory):
         return _open_run(directory, step=step)

@@ -66,6 +66,8 @@ def weights_of(given: dict[str, int], sizes: dict[str, int], *, of: str) -> tupl
     if unknown := sorted(given.keys() - sizes.keys() - {OTHERS}):
         raise ValueError(
             f"data.weights names {_listed(unknown)}, which {of} does not have; its sources are {_listed(list(sizes))}"
+            + "; a weight is a number such as 3 or 0.25, and what is none is taken for part of a name"
+            * any("=" in name for name in unknown)
         )
     missing = [source for source in sizes if source not in given]
     if missing and OTHERS not in given:
@@ -103,7 +105,8 @@ def natural_weights(sizes: Sequence[int]) -> tuple[int, ...]:
 
 def _whole(weights: dict[str, Fraction], *, text: str) -> dict[str, int]:
     if not any(weights.values()):
-        raise ValueError(f"data.weights={_shown(text)} has a phase without a weight above 0")
+        named = f": only {_listed(list(weights))}" if weights else ""
+        raise ValueError(f"data.weights={_shown(text)} has a phase without a weight above 0{named}")
     scale = math.lcm(*(weight.denominator for weight in weights.values()))
     whole = {source: int(weight * scale) for source, weight in weights.items()}
     divisor = math.gcd(*whole.values())

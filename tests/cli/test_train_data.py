@@ -173,6 +173,7 @@ def test_flags_that_contradict_data_are_refused_with_commands(texts, trained, tm
         ([data, workdir, "--config=local_cpu", "--config.corpus.max_bytes=9"], "corpus.max_bytes has no effect on a"),
         ([data, workdir, "--config=local_cpu", "--config.model.d_model=9"], "d_model=9 is not divisible by"),
         ([data, workdir, "--config.log.trackers=comet"], "log.trackers='comet' must name each of"),
+        ([data, workdir, "--template="], "--template= is empty; leave it out, or give one"),
         ([data, workdir, "--config.log.profile_steps=5"], "log.profile_steps='5' must be FIRST:LAST"),
         ([data, workdir, "--config.optimizer.beta1=2"], "beta1"),
         ([data, workdir, "--config.data.store=store"], "--data and --config.data.store=store are both given"),

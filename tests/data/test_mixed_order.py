@@ -352,6 +352,10 @@ def test_without_weights_a_store_of_format_2_is_read_as_one_of_format_1(token_st
     ("weights", "said"),
     [
         ("web=1,books=1,code=1,wbe=2", "names 'wbe', which the token store does not have; its sources are 'books', "),
+        (
+            "web=-1,books=1,code=1",
+            "names 'web=-1,books', which .*; a weight is a number such as 3 or 0.25, and what is none",
+        ),
         ("web=1,books=1", "says nothing of 'code'; give each source of the token store a number in every"),
         ("web=1,books=1,code=1;web=1,code=1", "says nothing of 'books'"),
     ],

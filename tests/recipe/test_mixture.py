@@ -76,7 +76,8 @@ def test_weights_are_read(text, expected):
     ("text", "said"),
     [
         ("web=1,web=2", "names 'web' twice in one phase"),
-        ("web=0,books=0", "has a phase without a weight above 0"),
+        ("web=0,books=0", "has a phase without a weight above 0: only 'web', 'books'"),
+        ("web=1/3,*=0", "has a phase without a weight above 0: only 'web=1/3,*'"),
         ("natural;", "has a phase without a weight above 0"),
         ("web=1;", "has a phase without a weight above 0"),
         ("web=0.000001,books=1", "1,000,001 together, and 100,000 is the most"),
