@@ -375,9 +375,13 @@ def _check_workdir(record: Record | None, flags: Flags, *, workdir: Path) -> Non
     if record.config and _minutes(flags):
         now["minutes"], then["minutes"] = _minutes(flags), record.minutes or "not given"
     if differing := [name for name in now if now[name] != then[name]]:
-        said = "; ".join(f"--{name} was {then[name]}, is now {now[name]}" for name in differing)
+        said = "; ".join(f"--{name} was {_shown(then[name])}, is now {_shown(now[name])}" for name in differing)
         on = _go_on(record, workdir)
         raise UsageError(f"workdir {workdir} was begun otherwise: {said}. It is one of\n{anew}\n{on}")
+
+
+def _shown(value: object) -> str:
+    return shlex.join(value) if isinstance(value, list) else str(value or "not given")
 
 
 def _with_template(record: Record | None, flags: Flags, *, workdir: Path) -> Record | None:
@@ -416,7 +420,13 @@ def _locations(flags: Flags, record: Record | None) -> list[PathOrUrl] | None:
             raise
         notices.report("data-gone", f"{error}; the run goes on with the store that was made of it")
         return None
+    workdir = flags.path("workdir").resolve()
     for location in found:
+        if isinstance(location, Path) and workdir.is_relative_to(location.resolve()):
+            raise UsageError(
+                f"--workdir={flags.string('workdir')} lies in --data={location}, where its files would be taken for "
+                "text; choose another --workdir"
+            )
         if isinstance(location, Path) and (location / MANIFEST_FILE).is_file():
             is_stage = (location / "plan.json").is_file() and not (location / "features.json").is_file()
             what = "the work of a stage of btlm corpus" if is_stage else "a token store"

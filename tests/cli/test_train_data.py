@@ -160,7 +160,7 @@ def test_sources_can_be_weighted(trained, tmp_path, capsys):
     assert config.data.max_epochs == math.ceil(config.curriculum.table.num_tokens / 2 / tokens["few"])
     assert f"{config.curriculum.table.num_tokens / 2 / tokens['many']:.2f} epochs of many" in capsys.readouterr().out
     said = refused(capsys, *arguments)
-    assert "--config.data.weights was many=1,few=1, is now . It is one of" in said
+    assert "--config.data.weights was many=1,few=1, is now not given. It is one of" in said
     assert proposed(said)[1] == ["train", "--data", str(tmp_path / "texts"), arguments[1], weights]
     assert main(proposed(said)[1]) == 0 and trained[0] == trained[1]
 
@@ -173,6 +173,7 @@ def test_flags_that_contradict_data_are_refused_with_commands(texts, trained, tm
         ([data, workdir, "--config=local_cpu", "--config.corpus.max_bytes=9"], "corpus.max_bytes has no effect on a"),
         ([data, workdir, "--config=local_cpu", "--config.model.d_model=9"], "d_model=9 is not divisible by"),
         ([data, workdir, "--config.log.trackers=comet"], "log.trackers='comet' must name each of"),
+        ([f"--data={tmp_path}", workdir], "lies in --data="),
         ([data, workdir, "--template="], "--template= is empty; leave it out, or give one"),
         ([data, workdir, "--config.log.profile_steps=5"], "log.profile_steps='5' must be FIRST:LAST"),
         ([data, workdir, "--config.optimizer.beta1=2"], "beta1"),
@@ -202,12 +203,14 @@ def test_a_workdir_of_other_data_or_of_another_run_is_refused_with_commands(begu
     texts, workdir = begun / "texts", begun / "run"
     other = shutil.copytree(texts, tmp_path / "other")
     said = refused(capsys, f"--data={other}", f"--workdir={workdir}")
-    assert f"--data was ['{texts}'], is now ['{other}']" in said
+    assert f"--data was {texts}, is now {other}" in said
     anew, on = proposed(said)
     assert anew == ["train", "--data", str(other), f"--workdir={begun / 'run-2'}"]
     assert on == ["train", "--data", str(texts), f"--workdir={workdir}"] and main(on) == 0
     assert "--minutes was 1.0, is now 3.0" in refused(capsys, f"--data={texts}", f"--workdir={workdir}", "--minutes=3")
-    assert "--tokenizer was , is now " in refused(capsys, f"--data={texts}", f"--workdir={workdir}", "--tokenizer=t")
+    assert "--tokenizer was not given, is now " in refused(
+        capsys, f"--data={texts}", f"--workdir={workdir}", "--tokenizer=t"
+    )
     (texts / "more.txt").write_text(made_up_text(seed=0, num_words=300))
     said = refused(capsys, f"--data={texts}", f"--workdir={workdir}")
     assert "the files of --data are others than when" in said and len(proposed(said)) == 2

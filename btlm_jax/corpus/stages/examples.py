@@ -310,7 +310,7 @@ def _check_encoded(results: list[dict], *, config: ExamplesConfig, quarantine: P
         raise ValueError(
             f"all {lines:,} examples are longer than the window of {config.window:,} tokens"
             + ("" if config.too_long == DROP else ", and their completions lie beyond it")
-            + "; give a longer --window"
+            + "; a longer --window of btlm corpus examples holds them, for a model that is trained at such lengths"
         )
 
 
