@@ -256,13 +256,17 @@ def new_rows(model: GivenModel, flags: Flags, tokenizer: Tokenizer, where: str) 
         if is_extension:
             known, end = model.tokenizer.vocab_size, tokenizer.vocab_size
     if fault and not (is_extension and flags.boolean("grow_vocabulary")):
+        own = (
+            "leave --tokenizer out, to take the model's"
+            if flags.is_given("tokenizer")
+            else "make the store with the model's tokenizer (btlm corpus tokenize --tokenizer=DIR)"
+        )
         remedy = (
             f"give --grow_vocabulary, which gives {end - known:,} new ids the mean of the rows of the others"
             if is_extension
-            else "make the store with the model's tokenizer (btlm corpus tokenize --tokenizer=DIR); --grow_vocabulary "
-            "is for tokenizers that keep all of the model's tokens under their ids"
+            else f"{own}; --grow_vocabulary is for tokenizers that keep all of the model's tokens under their ids"
         )
-        raise UsageError(f"{where} has another tokenizer than {name}: {fault}. {remedy}")
+        raise UsageError(f"{where} has another tokenizer than {name}: {fault}: {remedy}")
     text = flags.changes.get(_VOCAB_SIZE)
     if text is not None and flags.boolean("grow_vocabulary"):
         wanted = value_from_text(_VOCAB_SIZE, text)

@@ -356,6 +356,7 @@ def test_text_for_a_model_of_another_tokenizer_is_refused_before_it_is_read(
         capsys, f"--data={texts}", f"--init={model}", f"--workdir={tmp_path / 'new'}", f"--tokenizer={source}/tokenizer"
     )
     assert f"--tokenizer={source}/tokenizer has another tokenizer than {model}" in said
+    assert "leave --tokenizer out, to take the model's" in said
     assert not (tmp_path / "new" / "corpus").exists()
     published_model = published(tmp_path / "hf", folder / "store")
     said = refused(capsys, f"--data={texts}", f"--init={published_model}", f"--workdir={tmp_path / 'new'}")
