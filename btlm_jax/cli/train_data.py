@@ -213,7 +213,13 @@ def config_of_data(flags: Flags, *, workdir: Path, open_model: Callable[[], Open
         if flags.string("template"):
             find_template(_given_template(flags), directory=workdir)
         if flags.string("tokenizer"):
-            find_tokenizer(Path(_given_tokenizer(flags)))  # refuses what cannot be used before the work begins
+            # Refuses what cannot be used before the work begins.
+            ids = find_tokenizer(Path(_given_tokenizer(flags))).vocab_size
+            if flags.is_given("config") and ids > (most := flags.config().model.vocab_size):
+                raise UsageError(
+                    f"--tokenizer={flags.string('tokenizer')} has {ids:,} ids, and model.vocab_size={most:,}; give "
+                    f"--config.model.vocab_size={ids} or more, or another tokenizer"
+                )
         inputs = _inputs(locations, flags)
         record = _begun(record, inputs, flags, workdir=workdir)
         make_workdir(workdir)

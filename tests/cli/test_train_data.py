@@ -165,6 +165,14 @@ def test_sources_can_be_weighted(trained, tmp_path, capsys):
     assert main(proposed(said)[1]) == 0 and trained[0] == trained[1]
 
 
+def test_a_tokenizer_with_more_ids_than_the_config_is_refused_before_the_text_is_read(texts, tmp_path, capsys):
+    tiny_byte_level().save(str(tmp_path / "tokenizer.json"))
+    command = (f"--data={texts}", "--config=local_cpu", f"--tokenizer={tmp_path}", f"--workdir={tmp_path / 'run'}")
+    said = refused(capsys, *command, "--config.model.vocab_size=256")
+    assert "has 300 ids, and model.vocab_size=256; give --config.model.vocab_size=300 or more" in said
+    assert not (tmp_path / "run").exists()
+
+
 def test_flags_that_contradict_data_are_refused_with_commands(texts, trained, tmp_path, capsys):
     data, workdir = f"--data={texts}", f"--workdir={tmp_path / 'run'}"
     for arguments, said in (
