@@ -39,9 +39,15 @@ def traces(folder: Path) -> list[tuple[list[int], int]]:
     """Of each trace: the numbers of its steps, and how many events are calls of the program."""
     found = []
     for path in sorted(folder.rglob("*.xplane.pb")):
-        events = [e for plane in ProfileData.from_file(str(path)).planes for line in plane.lines for e in line.events]
-        steps = sorted(dict(event.stats)["step_num"] for event in events if event.name == "train")
-        found.append((steps, sum(traced_step.__name__ in event.name for event in events)))
+        data = ProfileData.from_file(str(path))  # its parts are read while it is there: they do not keep it
+        steps, num_calls = [], 0
+        for plane in data.planes:
+            for line in plane.lines:
+                for event in line.events:
+                    num_calls += traced_step.__name__ in event.name
+                    if event.name == "train":
+                        steps.append(dict(event.stats)["step_num"])
+        found.append((sorted(steps), num_calls))
     return found
 
 
