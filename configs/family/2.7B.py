@@ -1,16 +1,19 @@
-"""2.65B parameters, 52.9B tokens (20 a parameter), 2,048 then 8,192 long.
+"""2.65B parameters, 52.9B tokens (20 a parameter), 2,048 then 8,192 long, on v5e:16x16.
 
-Written by: btlm new --params=2.7B --output=2.7B.py
+Written by: btlm new --params=2.7B --topology=v5e:16x16 --plan_from=table.json --output=2.7B.py
 See first:  btlm train --config=2.7B.py --dry-run
 Train:      btlm train --config=2.7B.py --workdir=DIR --config.data.store=STORE
-Memory:     not planned: btlm plan --config=2.7B.py --topology=SLICE --search
-Time:       not planned
+Memory:     predicted: 5.68 of a chip's 15.75 GiB on v5e:16x16, 256 chips, 64% to spare
+Time:       predicted: 12.9 to 16.0 hours, of steps alone (docs/guide/plan.md; jax 0.10.2, jaxlib 0.10.2, libtpu
+            0.0.42.1)
 Loss:       none is predicted: no scaling law has been fitted to models of this recipe
 Rules:      docs/guide/new.md; what follows from none is as in configs/btlm_3b_8k.py
 """
 
 from ml_collections import ConfigDict
 
+TOPOLOGY = "v5e:16x16"
+OTHERS = ()  # further layouts for btlm plan --table
 TOKENS_PER_STEP = 768 * 2048  # = 192 * 8192 = 1,572,864
 
 
@@ -30,7 +33,7 @@ def get_config() -> ConfigDict:
                 alibi_scaling=1.0,  # positions as trained
                 dtype="bfloat16",  # of activations; parameters and sums are float32 anyway
                 attention="auto",  # the fastest for the devices
-                remat="full",  # keeps the least for the backward pass, so that it fits most
+                remat="matmuls_saved",  # what the backward pass keeps: compiled for v5e:16x16 (btlm plan --table)
                 loss_chunk=512,  # positions whose logits exist at one time
             ),
             mup=dict(
@@ -69,9 +72,9 @@ def get_config() -> ConfigDict:
                 freeze="",  # every parameter is trained
             ),
             mesh=dict(
-                tensor=1,  # ways that heads and d_ff are split
-                context=1,  # ways that positions are split
-                accumulation=1,  # micro-batches a step
+                tensor=1,  # ways that heads and d_ff are split: compiled for v5e:16x16 (btlm plan --table)
+                context=4,  # ways that positions are split: compiled for v5e:16x16 (btlm plan --table)
+                accumulation=3,  # micro-batches a step: compiled for v5e:16x16 (btlm plan --table)
             ),
             data=dict(
                 store="store",  # the token store, from the workdir if relative; --config.data.store=STORE
