@@ -37,6 +37,8 @@ def run_steps(workdir: Path, first_step: int, last_step: int, *, window: str) ->
 
 def traces(folder: Path) -> list[tuple[list[int], int]]:
     """Of each trace: the numbers of its steps, and how many events are calls of the program."""
+    if jax.__version_info__ >= (0, 11):
+        pytest.skip("ProfileData of JAX 0.11.2 ends the process where it reads what an event has besides its name")
     found = []
     for path in sorted(folder.rglob("*.xplane.pb")):
         data = ProfileData.from_file(str(path))  # its parts are read while it is there: they do not keep it
