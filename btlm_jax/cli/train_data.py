@@ -23,6 +23,7 @@ from btlm_jax.corpus import own_examples, own_text
 from btlm_jax.corpus.engine.inputs import Input, raw_inputs_of
 from btlm_jax.corpus.engine.stage import only_command
 from btlm_jax.corpus.engine.workers import LocalWorkers, Workers
+from btlm_jax.corpus.example_encoding import make_encoder
 from btlm_jax.corpus.stages.examples import WORK_FOLDER, describe
 from btlm_jax.data.store import MANIFEST_FILE, TOKENIZER_INFO_FILE, TRAIN, Manifest
 from btlm_jax.recipe.config import (
@@ -37,7 +38,7 @@ from btlm_jax.recipe.config import (
 from btlm_jax.recipe.mixture import check_sources, parse_weights
 from btlm_jax.recipe.sizes import Shape
 from btlm_jax.storage.files import read_json_object, write_atomically
-from btlm_jax.storage.location import PathOrUrl, expand_pattern
+from btlm_jax.storage.location import PathOrUrl, absolute_location, expand_pattern
 from btlm_jax.tokenizers.named_templates import NAMED_TEMPLATES
 from btlm_jax.tokenizers.template_files import find_template
 from btlm_jax.tokenizers.tokenizer import find_tokenizer
@@ -78,6 +79,11 @@ class Record:
     minutes: float  # as given; 0: no time was given
     lines: tuple[str, ...]  # what was chosen and why; empty until it is
     config: str  # JSON of the config, of --config as it was at first; "" until it is chosen
+
+    @property
+    def parsed_weights(self) -> tuple[dict[str, int], ...]:
+        """The sources' weights, those of all phases or of each; nothing without weights."""
+        return parse_weights(self.weights) if self.weights else ()
 
 
 def check_flags(flags: Flags) -> None:
@@ -214,7 +220,7 @@ def config_of_data(flags: Flags, *, workdir: Path, open_model: Callable[[], Open
             find_template(_given_template(flags), directory=workdir)
         if flags.string("tokenizer"):
             # Refuses what cannot be used before the work begins.
-            ids = find_tokenizer(Path(_given_tokenizer(flags))).vocab_size
+            ids = find_tokenizer(Path(_given_location(flags, "tokenizer"))).vocab_size
             if flags.is_given("config") and ids > (most := flags.config().model.vocab_size):
                 raise UsageError(
                     f"--tokenizer={flags.string('tokenizer')} has {ids:,} ids, and model.vocab_size={most:,}; give "
@@ -283,22 +289,18 @@ def _weights(flags: Flags) -> str:
     return flags.changes.get(_WEIGHTS, "")
 
 
-def _absolute(text: str) -> str:
-    return text if "://" in text else os.path.abspath(os.path.expanduser(text))
-
-
-def _given_tokenizer(flags: Flags) -> str:
-    return _absolute(flags.string("tokenizer")) if flags.string("tokenizer") else ""
+def _given_location(flags: Flags, name: str) -> str:
+    return absolute_location(flags.string(name)) if flags.string(name) else ""
 
 
 def _given_config(flags: Flags) -> str:
     given = flags.string("config")
-    return _absolute(given) if given and os.path.exists(given) else given
+    return absolute_location(given) if given and os.path.exists(given) else given
 
 
 def _given_template(flags: Flags) -> str:
     given = flags.string("template")
-    return _absolute(given) if given and given not in NAMED_TEMPLATES else given
+    return absolute_location(given) if given and given not in NAMED_TEMPLATES else given
 
 
 def _command(flags: Flags, workdir: Path, *, config: str) -> str:
@@ -316,7 +318,13 @@ def _command(flags: Flags, workdir: Path, *, config: str) -> str:
 
 def _store_command(store: str, workdir: Path, *, config: str) -> str:
     """Return the command that trains a config on a store."""
-    words = ["btlm", "train", f"--config={config}", f"--workdir={workdir}", f"--config.data.store={_absolute(store)}"]
+    words = [
+        "btlm",
+        "train",
+        f"--config={config}",
+        f"--workdir={workdir}",
+        f"--config.data.store={absolute_location(store)}",
+    ]
     return shlex.join([*words, "--config.corpus.source=prepared"])
 
 
@@ -371,8 +379,8 @@ def _check_workdir(record: Record | None, flags: Flags, *, workdir: Path) -> Non
                 f"  {shlex.join(['btlm', *other])}\n      (uses what is there)"
             )
         return
-    now = {"data": [*map(_absolute, flags.strings("data"))], "tokenizer": _given_tokenizer(flags)}
-    now["init"] = _absolute(flags.string("init")) if flags.string("init") else ""
+    now = {"data": [*map(absolute_location, flags.strings("data"))], "tokenizer": _given_location(flags, "tokenizer")}
+    now["init"] = _given_location(flags, "init")
     now |= {"template": _given_template(flags), "config": _given_config(flags)}
     then = {"data": list(record.data), "tokenizer": record.tokenizer, "init": record.init, "template": record.template}
     then["config"] = record.config_file
@@ -496,9 +504,9 @@ def _begun(record: Record | None, inputs: Sequence[Input], flags: Flags, *, work
     return Record(
         format=FORMAT,
         config_file=_given_config(flags),
-        data=tuple(map(_absolute, flags.strings("data"))),
-        tokenizer=_given_tokenizer(flags),
-        init=_absolute(flags.string("init")) if flags.string("init") else "",
+        data=tuple(map(absolute_location, flags.strings("data"))),
+        tokenizer=_given_location(flags, "tokenizer"),
+        init=_given_location(flags, "init"),
         weights=_weights(flags) if config is None else config.data.weights,
         template=_given_template(flags),
         inputs=fingerprint,
@@ -541,7 +549,6 @@ def _with_store(
     _log(f"{_inputs_line(inputs, are_examples=are_examples)}; the stages of btlm corpus work in {place}")
     is_large = sum(item.num_bytes for item in inputs) > _MANY_BYTES
     workers = LocalWorkers((os.cpu_count() or 1) if is_large else 1)
-    weights = parse_weights(record.weights) if record.weights else ()
     prepare = _prepare_examples if are_examples else _prepare_text
     prepared = prepare(record, locations, inputs, flags, workdir=workdir, workers=workers, open_model=open_model)
     if record.lines:
@@ -571,7 +578,7 @@ def _with_store(
         base=base,
         change=lambda values: _changed(values, flags),
         lengths=prepared.lengths,
-        weights=weights,
+        weights=record.parsed_weights,
         budget=60 * (record.minutes or DEFAULT_MINUTES),
         elapsed=seconds_since_start,
         workdir=workdir,
@@ -599,7 +606,7 @@ def _prepare_text(
     """Make the token store of documents, with a tokenizer trained on them if there is none."""
     folder = workdir / CORPUS_FOLDER
     text = own_text.split_text(locations, directory=folder, workers=workers, log=_log)
-    check_sources(parse_weights(record.weights) if record.weights else (), text.sources, of="the text")
+    check_sources(record.parsed_weights, text.sources, of="the text")
     if record.config:
         config = train_config_from(json.loads(record.config))
         vocab_size, lengths = config.model.vocab_size, _lengths_of(config)
@@ -663,7 +670,7 @@ def _prepare_examples(
             longest = longest.at_most(open_model().model.longest)
         window = own_examples.choose_window(
             inputs,
-            encoder=own_examples.make_encoder(tokenizer, template=template),
+            encoder=make_encoder(tokenizer, template=template),
             least=min(usual.block, longest.block),
             most=longest.block,
             folder=folder,
@@ -680,8 +687,7 @@ def _prepare_examples(
         workers=workers,
         log=_log,
     )
-    weights = parse_weights(record.weights) if record.weights else ()
-    check_sources(weights, list(manifest.splits[TRAIN].sources), of="the examples")
+    check_sources(record.parsed_weights, list(manifest.splits[TRAIN].sources), of="the examples")
     return _Prepared(
         manifest=manifest,
         lengths=lengths,

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -31,7 +30,7 @@ from btlm_jax.hub.given_model import (
 from btlm_jax.recipe.config import TrainConfig, config_from, train_config_from, value_from_text
 from btlm_jax.recipe.sizes import count_parameters
 from btlm_jax.storage.files import read_json_object, write_atomically
-from btlm_jax.storage.location import is_absolute
+from btlm_jax.storage.location import absolute_location, is_absolute
 from btlm_jax.tokenizers.compare import difference
 from btlm_jax.tokenizers.prompt_bos import CONFIG_FILE
 from btlm_jax.tokenizers.template_files import DEFAULT
@@ -84,7 +83,7 @@ def open_init(flags: Flags, *, workdir: Path) -> Opened:
     Raises:
       FileNotFoundError, ValueError, OSError: it is missing, damaged or unreadable.
     """
-    name, step = split_step(_absolute(flags.string("init")))
+    name, step = split_step(absolute_location(flags.string("init")))
     directory, fetched = Path(name), None
     if "://" in name:
         directory = fetched = workdir / f".init-{jax.process_index()}"
@@ -121,7 +120,7 @@ def start(config: TrainConfig, flags: Flags, *, workdir: Path, open_model: Calla
     said = _described(model, config, flags, rows=rows)
     record = Record(
         format=FORMAT,
-        init=_absolute(flags.string("init")),
+        init=absolute_location(flags.string("init")),
         step=model.step,
         fingerprint=model.fingerprint,
         init_optimizer=flags.string("init_optimizer"),
@@ -153,7 +152,7 @@ def dry_run(config: TrainConfig, flags: Flags, *, workdir: Path | None) -> tuple
         raise UsageError(f"--dry_run does not fetch --init={flags.string('init')}; give a model on this machine")
     if workdir is not None and checkpoint_steps(workdir):
         return _resumed(config, flags, workdir=workdir), "init: of the run's first start, which is resumed"
-    name, step = split_step(_absolute(flags.string("init")))
+    name, step = split_step(absolute_location(flags.string("init")))
     model = open_given_model(Path(name), step=step)
     rows = NewRows(first=model.metadata.model.vocab_size, end=model.metadata.model.vocab_size)
     if workdir is not None or is_absolute(config.data.store):
@@ -161,10 +160,6 @@ def dry_run(config: TrainConfig, flags: Flags, *, workdir: Path | None) -> tuple
         _report(model, rows, name=flags.string("init"))
     config, _ = _config_of(model, config, flags, rows=rows)
     return config, f"init: {_described(model, config, flags, rows=rows)}"
-
-
-def _absolute(text: str) -> str:
-    return text if "://" in text else os.path.abspath(os.path.expanduser(text))
 
 
 def _resumed(config: TrainConfig, flags: Flags, *, workdir: Path) -> TrainConfig:
@@ -185,7 +180,7 @@ def _resumed(config: TrainConfig, flags: Flags, *, workdir: Path) -> TrainConfig
         )
     record, taken = _read_record(workdir / INIT_FILE)
     now = {
-        "init": _absolute(flags.string("init")),
+        "init": absolute_location(flags.string("init")),
         "init_optimizer": flags.string("init_optimizer"),
         "grow_vocabulary": flags.boolean("grow_vocabulary"),
     }

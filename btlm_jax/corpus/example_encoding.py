@@ -14,9 +14,10 @@ import numpy as np
 
 from btlm_jax.corpus.readers.examples import Conversation, Example, Pair
 from btlm_jax.tokenizers.chat_template import ChatTemplate, read_variables
+from btlm_jax.tokenizers.gpt2 import fastest_tokenizer
 from btlm_jax.tokenizers.named_templates import NAMED_TEMPLATES
 from btlm_jax.tokenizers.prompt_bos import prompt_ids, read_prompt_bos
-from btlm_jax.tokenizers.tokenizer import Tokenizer
+from btlm_jax.tokenizers.tokenizer import Tokenizer, find_tokenizer
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
@@ -37,6 +38,16 @@ class EncodedExample:
     def cut(self, length: int) -> EncodedExample:
         """Return the first `length` ids."""
         return EncodedExample(ids=self.ids[:length], is_trained=self.is_trained[:length])
+
+
+def make_encoder(directory: Path, *, template: tuple[str, str], allow_lossy: bool = False) -> ExampleEncoder:
+    """Return an encoder with the tokenizer of a directory; `template` is the source and the name of a chat template.
+
+    Raises:
+      FileNotFoundError, ValueError: the tokenizer or the template cannot be used.
+    """
+    tokenizer = fastest_tokenizer(find_tokenizer(directory, allow_lossy=allow_lossy))
+    return ExampleEncoder(tokenizer, directory=directory, template=template[0], template_name=template[1])
 
 
 class ExampleEncoder:

@@ -20,8 +20,7 @@ from btlm_jax.data.reader import open_store
 from btlm_jax.data.store import HELDOUT, TRAINED, Manifest
 from btlm_jax.display.progress import Log
 from btlm_jax.storage.location import PathOrUrl, open_binary
-from btlm_jax.tokenizers.gpt2 import fastest_tokenizer
-from btlm_jax.tokenizers.tokenizer import Tokenizer, find_tokenizer, load_tokenizer
+from btlm_jax.tokenizers.tokenizer import Tokenizer, load_tokenizer
 
 HELDOUT_SHARE = 0.05
 FITTING_SHARE = 0.99  # of the examples, which a window holds whole
@@ -111,20 +110,6 @@ def make_store(
         allow_lossy=False,
     )
     return make_example_store(config, output=output, workers=workers, log=log)
-
-
-def make_encoder(tokenizer: Path, *, template: tuple[str, str]) -> ExampleEncoder:
-    """Return an encoder with the tokenizer of a directory.
-
-    Raises:
-      FileNotFoundError, ValueError: the tokenizer or the template cannot be used.
-    """
-    return ExampleEncoder(
-        fastest_tokenizer(find_tokenizer(tokenizer)),
-        directory=tokenizer,
-        template=template[0],
-        template_name=template[1],
-    )
 
 
 def first_prompt(directory: Path) -> str:

@@ -66,6 +66,11 @@ def resolve_location(folder: Path, text: str) -> PathOrUrl:
     return text if "://" in text else folder / os.path.expanduser(text)
 
 
+def absolute_location(text: str) -> str:
+    """Return a path as an absolute one, and a URL as it is."""
+    return text if "://" in text else os.path.abspath(os.path.expanduser(text))
+
+
 def is_absolute(text: str) -> bool:
     """Return whether `resolve_location` of the text does not depend on the folder."""
     return "://" in text or os.path.isabs(os.path.expanduser(text))

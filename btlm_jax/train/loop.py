@@ -105,10 +105,7 @@ def train(
       OSError: a file cannot be read or written.
     """
     ledger, stop = GoodputLedger(), StopRequest()
-    if config.log.trackers:
-        from btlm_jax.train import trackers
-
-        trackers.check_installed(config.log.tracker_names)
+    _check_trackers(config)
     if layout_note := check_devices(config, jax.devices()):
         log(layout_note)
     make_workdir(workdir)
@@ -209,10 +206,7 @@ def dry_run(config: TrainConfig, *, workdir: Path | None) -> str:
       ValueError: the token store is there and does not serve the config.
       OSError: it is there and lacks a file, or cannot be reached.
     """
-    if config.log.trackers:
-        from btlm_jax.train import trackers
-
-        trackers.check_installed(config.log.tracker_names)
+    _check_trackers(config)
     mesh = make_run_mesh(config.mesh, curriculum=config.curriculum.table, devices=jax.devices())
     plan = describe_run(config, make_program(config, mesh).table)
     try:
@@ -397,6 +391,18 @@ def _make_trace(run: Run, *, first_step: int) -> StepTrace | None:
     from btlm_jax.train.step_trace import StepTrace
 
     return StepTrace(run, first_step=first_step)
+
+
+def _check_trackers(config: TrainConfig) -> None:
+    """Check that the packages of log.trackers are there.
+
+    Raises:
+      ImportError: one is missing.
+    """
+    if config.log.trackers:
+        from btlm_jax.train import trackers
+
+        trackers.check_installed(config.log.tracker_names)
 
 
 def _make_followers(run: Run, *, other_from: int) -> list[Follower]:

@@ -129,20 +129,12 @@ def size_run(
     config = config_of(min(by_time, by_text), step_seconds=step_seconds)
     table = config.curriculum.table
     seconds = elapsed() + fixed + table.num_steps * step_seconds
-    if table.num_steps == by_time:
-        why = f"what {budget / 60:g} minutes hold"
-    elif table.num_steps == by_text:
-        why = f"at most {max_epochs}: more would only repeat the text"
-    else:
-        why = f"the fewest that are trained; {budget / 60:g} minutes do not hold them"
+    why = _why_so_many(table.num_steps, by_time=by_time, by_text=by_text, budget=budget, max_epochs=max_epochs)
     per_step = " and ".join(
         f"{1000 * each:.0f} ms at {phase.seq_len}" for each, phase in zip(times.steps, table.phases, strict=True)
     )
     lines = (
-        f"Model: {_described(shape)}, as given; peak learning rate {peak_rate:.3g}, {_GIVEN_PEAK:g} of a new one's"
-        if given
-        else f"Model: {_described(shape)}: the least predicted loss for time and text; muP from width "
-        f"{config.mup.base_d_model:g}",
+        _model_line(shape, config=config, is_given=given is not None, peak_rate=peak_rate),
         f"Run: {table.num_steps:,} steps of {table.tokens_per_step:,} tokens, "
         f"{_shown_epochs(config, manifest)} ({why}), "
         + ("" if lengths.short == lengths.block else f"75 % at length {lengths.short}, the rest ")
@@ -150,6 +142,25 @@ def size_run(
         f"Time: about {shown_time(seconds)} for the whole command, by measured steps of {per_step}",
     )
     return SizedRun(config=config, lines=lines)
+
+
+def _why_so_many(num_steps: int, *, by_time: int, by_text: int, budget: float, max_epochs: float) -> str:
+    if num_steps == by_time:
+        return f"what {budget / 60:g} minutes hold"
+    if num_steps == by_text:
+        return f"at most {max_epochs}: more would only repeat the text"
+    return f"the fewest that are trained; {budget / 60:g} minutes do not hold them"
+
+
+def _model_line(shape: Shape, *, config: TrainConfig, is_given: bool, peak_rate: float) -> str:
+    if is_given:
+        return (
+            f"Model: {_described(shape)}, as given; peak learning rate {peak_rate:.3g}, {_GIVEN_PEAK:g} of a new one's"
+        )
+    return (
+        f"Model: {_described(shape)}: the least predicted loss for time and text; muP from width "
+        f"{config.mup.base_d_model:g}"
+    )
 
 
 def _check_fits(shape: Shape, *, max_parameters: float) -> None:

@@ -44,19 +44,6 @@ def source(token_store, tmp_path_factory):
 
 
 @pytest.fixture
-def begun(monkeypatch):
-    """(config, beginning) of each run that would be trained."""
-    runs = []
-
-    def train(config, **named):
-        runs.append((config, named["beginning"]))
-        return loop.DONE
-
-    monkeypatch.setattr(loop, "train", train)
-    return runs
-
-
-@pytest.fixture
 def config_file(token_store, tmp_path):
     return write_config(tmp_path / "config.py", store=token_store)
 

@@ -10,6 +10,7 @@ from support.tiny_tokenizers import EOS, tiny_byte_level
 from btlm_jax.corpus import own_examples
 from btlm_jax.corpus.engine.inputs import raw_inputs
 from btlm_jax.corpus.engine.workers import LocalWorkers
+from btlm_jax.corpus.example_encoding import make_encoder
 from btlm_jax.data.store import read_manifest
 
 PAIR = {"prompt": "a", "completion": "b"}
@@ -25,7 +26,7 @@ def write(path, rows):
 def encoder(tmp_path):
     (tmp_path / "tokenizer").mkdir()
     tiny_byte_level().save(str(tmp_path / "tokenizer" / "tokenizer.json"))
-    return own_examples.make_encoder(tmp_path / "tokenizer", template=("", ""))
+    return make_encoder(tmp_path / "tokenizer", template=("", ""))
 
 
 def test_files_of_examples_are_told_from_files_of_documents(tmp_path):

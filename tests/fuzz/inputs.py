@@ -645,7 +645,7 @@ def _of_examples(folder: Path) -> list[Target]:
     """Examples to fine-tune on, and the template that renders them."""
     from support.tiny_tokenizers import tiny_byte_level
 
-    from btlm_jax.corpus.own_examples import make_encoder
+    from btlm_jax.corpus.example_encoding import make_encoder
     from btlm_jax.corpus.readers.examples import Conversation, parse_example
     from btlm_jax.corpus.readers.raw import Line, read_objects
     from btlm_jax.tokenizers.named_templates import NAMED_TEMPLATES

@@ -11,7 +11,7 @@ import functools
 import json
 import re
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TypeGuard
 
@@ -71,9 +71,7 @@ def clean(config: CleanConfig, *, output: Path, workers: Workers, log: Log) -> d
       FileNotFoundError: there are no raw files.
       ValueError: a file is bad, too many lines are bad, no document is left, or `output` is inside the input folder.
     """
-    for source in config.inputs:
-        if isinstance(source, Path) and output.resolve().is_relative_to(source.resolve()):
-            raise ValueError(f"output {output} lies in input {source}, so it would be read as input; choose another")
+    check_not_inside(output, config.inputs)
     stage = Stage(
         name="clean",
         settings={
@@ -138,6 +136,27 @@ def _report(totals: dict, *, quarantine: Path) -> None:
         notices.report("value-changed", f"{change}: {count:,}", count=count)
 
 
+def check_not_inside(output: Path, inputs: Sequence[PathOrUrl]) -> None:
+    """Check that what a stage writes is not among what it reads.
+
+    Raises:
+      ValueError: it is.
+    """
+    for source in inputs:
+        if isinstance(source, Path) and output.resolve().is_relative_to(source.resolve()):
+            raise ValueError(f"output {output} lies in input {source}, so it would be read as input; choose another")
+
+
+def write_quarantine(defects: Sequence[Defect], *, directory: Path, task: LocalTask) -> None:
+    """Write a task's defects, if there are any, to a file of the stage's quarantine."""
+    if defects:
+        folder = directory / QUARANTINE_FOLDER
+        folder.mkdir(exist_ok=True)
+        with AtomicFile(folder / f"{task.index:05d}.jsonl") as file:
+            for defect in defects:
+                file.write(json.dumps(dataclasses.asdict(defect)).encode() + b"\n")
+
+
 def first_defect(quarantine: Path) -> str:
     """Return where the first defect of a quarantine is, and its reason."""
     with open(min(quarantine.glob("*.jsonl"))) as file:
@@ -165,12 +184,7 @@ def _clean_task(task: LocalTask, directory: Path, heartbeat: Heartbeat, *, confi
                     counts.count_written(record)
                     writer.add(record)
                 del record
-    if defects:
-        folder = directory / QUARANTINE_FOLDER
-        folder.mkdir(exist_ok=True)
-        with AtomicFile(folder / f"{task.index:05d}.jsonl") as file:
-            for defect in defects:
-                file.write(json.dumps(dataclasses.asdict(defect)).encode() + b"\n")
+    write_quarantine(defects, directory=directory, task=task)
     bad = Counter({"quarantined": len(defects)})
     totals = counts.totals(dropped=dropped, bad=bad) | {"changed values": dict(repairs)}
     example = f"{defects[0].file}: {defects[0].reason}" if defects else ""

@@ -16,7 +16,6 @@ from __future__ import annotations
 import dataclasses
 import functools
 import hashlib
-import json
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -28,21 +27,20 @@ from btlm_jax.corpus.engine.inputs import make_tasks, raw_inputs_of
 from btlm_jax.corpus.engine.stage import Stage, accept_all, only_command, run_stage
 from btlm_jax.corpus.engine.tasks import Heartbeat, Input, LocalTask, Task
 from btlm_jax.corpus.engine.workers import Workers
-from btlm_jax.corpus.example_encoding import EncodedExample, ExampleEncoder
+from btlm_jax.corpus.example_encoding import EncodedExample, ExampleEncoder, make_encoder
 from btlm_jax.corpus.example_packing import pack_windows
 from btlm_jax.corpus.pack import cut_into_blocks, write_shard, write_tfds_metadata
 from btlm_jax.corpus.readers.examples import parse_example, source_of
 from btlm_jax.corpus.readers.raw import TEXT_SUFFIXES, BadFileError, Defect, read_objects
 from btlm_jax.corpus.readers.records import load_array, save_array
-from btlm_jax.corpus.stages.clean import QUARANTINE_FOLDER, first_defect
+from btlm_jax.corpus.stages.clean import QUARANTINE_FOLDER, check_not_inside, first_defect, write_quarantine
 from btlm_jax.corpus.stages.tokenize import PROBES, describe_loss
 from btlm_jax.data import store
 from btlm_jax.data.store import TokenBlock
 from btlm_jax.display.progress import Log
-from btlm_jax.storage.files import AtomicFile, renamed_at_end, write_atomically
+from btlm_jax.storage.files import renamed_at_end, write_atomically
 from btlm_jax.storage.location import PathOrUrl
-from btlm_jax.tokenizers.gpt2 import fastest_tokenizer
-from btlm_jax.tokenizers.tokenizer import find_tokenizer, tokenizer_info
+from btlm_jax.tokenizers.tokenizer import tokenizer_info
 
 RECIPE = 1  # raise when the steps change
 DEFAULT_SOURCE = "examples"
@@ -105,16 +103,14 @@ def make_example_store(config: ExamplesConfig, *, output: Path, workers: Workers
       ValueError: a file or the template is bad, too many lines are, nothing is left to train on or to hold out, the
         tokenizer does not give texts back, or `output` has other settings or inputs.
     """
-    for source in config.inputs:
-        if isinstance(source, Path) and output.resolve().is_relative_to(source.resolve()):
-            raise ValueError(f"output {output} lies in input {source}, so it would be read as input; choose another")
+    check_not_inside(output, config.inputs)
     with only_command(output, inputs=[]):
         return _make(config, output=output, workers=workers, log=log)
 
 
 def _make(config: ExamplesConfig, *, output: Path, workers: Workers, log: Log) -> store.Manifest:
-    tokenizer = find_tokenizer(config.tokenizer, allow_lossy=config.allow_lossy)
-    encoder = _encoder(config)  # refuses the template before the work begins
+    encoder = _encoder(config)  # refuses the tokenizer or the template before the work begins
+    tokenizer = encoder.tokenizer
     info = tokenizer_info(tokenizer)
     dtype = store.token_dtype(info.vocab_size)
     settings = {"recipe": RECIPE, "tokenizer": info.sha256, "eos_id": info.eos_id, "template": config.template}
@@ -191,12 +187,8 @@ def _inputs(locations: Sequence[PathOrUrl]) -> list[Input]:
 
 
 def _encoder(config: ExamplesConfig) -> ExampleEncoder:
-    return ExampleEncoder(
-        fastest_tokenizer(find_tokenizer(config.tokenizer, allow_lossy=config.allow_lossy)),
-        directory=config.tokenizer,
-        template=config.template,
-        template_name=config.template_name,
-    )
+    template = config.template, config.template_name
+    return make_encoder(config.tokenizer, template=template, allow_lossy=config.allow_lossy)
 
 
 def _tasks(encoded: dict) -> list[dict]:
@@ -245,12 +237,7 @@ def _encode_task(
                 start += len(encoded.ids)
         except BadFileError as error:
             raise ValueError(f"{item.name} cannot be used: {error}") from error
-    if defects:
-        folder = directory / QUARANTINE_FOLDER
-        folder.mkdir(exist_ok=True)
-        with AtomicFile(folder / f"{task.index:05d}.jsonl") as file:
-            for defect in defects:
-                file.write(json.dumps(dataclasses.asdict(defect)).encode() + b"\n")
+    write_quarantine(defects, directory=directory, task=task)
     ids = np.concatenate([np.empty(0, dtype), *(encoded.ids.astype(dtype) for encoded in kept)])
     marks = np.concatenate([np.empty(0, np.uint8), *(_marks(encoded) for encoded in kept)])
     stem = f"{task.index:05d}"
