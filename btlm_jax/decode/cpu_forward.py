@@ -29,6 +29,29 @@ def extend(
     Returns the float32 logits_BV after each row's last new token, the cache, and a bound on the share of attention
     outside the cache's windows (cpu_cache.py).
     """
+    x_BTD, cache, dropped = _run_blocks(model, weights, cache, layout, inputs_BT, starts_B, counts_B, lengths_B)
+    last_BD = jnp.take_along_axis(x_BTD, jnp.maximum(counts_B - 1, 0)[:, None, None], axis=1)[:, 0]
+    return read_out(model, weights, _norm_last(model, weights, last_BD)), cache, dropped
+
+
+@functools.partial(jax.jit, static_argnames=("model", "layout"), donate_argnames="cache")
+def extend_hidden(
+    model: Btlm, weights: Weights, cache: Cache, *, layout: CacheLayout, inputs_BT, starts_B, counts_B, lengths_B
+):
+    """Do what `extend` does, but return the normed float32 hidden_BTD of all new tokens, for `read_out`."""
+    x_BTD, cache, dropped = _run_blocks(model, weights, cache, layout, inputs_BT, starts_B, counts_B, lengths_B)
+    B, T, D = x_BTD.shape
+    return _norm_last(model, weights, x_BTD.reshape(B * T, D)).reshape(B, T, D), cache, dropped
+
+
+def read_out(model: Btlm, weights: Weights, hidden_RD: jax.Array) -> jax.Array:
+    """Return the float32 logits_RV of what `extend_hidden` returns."""
+    return matmul(hidden_RD, weights.embedding, layer=0) * model.parametrization.output_scale
+
+
+def _run_blocks(
+    model: Btlm, weights: Weights, cache: Cache, layout: CacheLayout, inputs_BT, starts_B, counts_B, lengths_B
+):
     config, parametrization = model.config, model.parametrization
     (B, T), N, H, F = inputs_BT.shape, config.num_heads, config.head_dim, config.d_ff
     x_RD = columns(weights.embedding, inputs_BT.reshape(-1)) * parametrization.embedding_scale
@@ -55,10 +78,12 @@ def extend(
 
     layers = jnp.arange(config.num_layers)
     (x_RD, cache, dropped), _ = jax.lax.scan(block, (x_RD, cache, jnp.float32(0)), (layers, blocks))
-    last_BD = jnp.take_along_axis(x_RD.reshape(B, T, -1), jnp.maximum(counts_B - 1, 0)[:, None, None], axis=1)[:, 0]
+    return x_RD.reshape(B, T, -1), cache, dropped
+
+
+def _norm_last(model: Btlm, weights: Weights, x_RD):
     vectors = weights.vectors
-    last_BD = _norm(last_BD, vectors["ln_f.scale"], vectors["ln_f.bias"], eps=config.layer_norm_eps)
-    return matmul(last_BD, weights.embedding, layer=0) * parametrization.output_scale, cache, dropped
+    return _norm(x_RD, vectors["ln_f.scale"], vectors["ln_f.bias"], eps=model.config.layer_norm_eps)
 
 
 def _norm(x_RD, scale_D, bias_D, *, eps: float):

@@ -15,7 +15,7 @@ from pathlib import Path, PurePosixPath
 import jax
 import numpy as np
 import optax
-from jax.sharding import NamedSharding, PartitionSpec
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from btlm_jax.hub import tensor_names
 from btlm_jax.hub.native import (
@@ -138,9 +138,8 @@ def open_given_model(directory: Path, *, step: int) -> GivenModel:
             f"{directory} holds no model: looked for {CHECKPOINTS}/ (a training run), {MODEL_FILE} (a converted model) "
             "and config.json (a Hugging Face checkpoint)"
         )
-    files = sorted(path for path in directory.iterdir() if path.is_file() and path.suffix in _READ_SUFFIXES)
     return GivenModel(
-        directory=directory, form=form, step=0, fingerprint=_fingerprint(directory, files), metadata=metadata,
+        directory=directory, form=form, step=0, fingerprint=fingerprint_of_model(directory), metadata=metadata,
         tokenizer=tokenizer, config=config,
     )  # fmt: skip
 
@@ -162,6 +161,12 @@ def _open_run(workdir: Path, *, step: int) -> GivenModel:
         directory=workdir, form=RUN, step=checkpoint.position.step, fingerprint=_fingerprint(folder, files),
         metadata=checkpoint.metadata, tokenizer=checkpoint.tokenizer, config=checkpoint.config,
     )  # fmt: skip
+
+
+def fingerprint_of_model(directory: Path) -> str:
+    """Return a hash of the names, sizes and beginnings of the files of a model's directory."""
+    files = sorted(path for path in directory.iterdir() if path.is_file() and path.suffix in _READ_SUFFIXES)
+    return _fingerprint(directory, files)
 
 
 def _fingerprint(folder: Path, files: list[Path]) -> str:
@@ -208,22 +213,41 @@ def begin_state(model: GivenModel, run: Run, *, keep_optimizer: bool, rows: NewR
       OSError: a file cannot be read.
     """
     table = _with_rows(parameter_table(run.model, run.mesh), model.metadata.model.vocab_size)
+    if keep_optimizer:
+        reader = CheckpointReader(model.directory)
+        try:
+            return _kept_state(model, run, table, reader, rows=rows)
+        finally:
+            reader.close()
+    params = _read_params(model, table)
+    params[_EMBEDDING] = _grown(params[_EMBEDDING], rows, mean=True)
+    return make_state(_placed(params, run.table), run.optimizer, run.mesh)
+
+
+def placed_params(model: GivenModel, mesh: Mesh) -> dict:
+    """Return a model's weights, float32, laid out on a mesh as a run has them.
+
+    Raises:
+      FileNotFoundError, ValueError: a file is missing or damaged; an array has another shape.
+      OSError: a file cannot be read.
+    """
+    table = parameter_table(model.metadata.network(), mesh)
+    return _placed(_read_params(model, table), table)
+
+
+def _read_params(model: GivenModel, table: dict) -> dict:
+    """Return a model's weights; those of a run are where `table` has them already."""
+    abstract = jax.tree.map(lambda info: info.abstract, table)
     if model.form == RUN:
         reader = CheckpointReader(model.directory)
         try:
-            if keep_optimizer:
-                return _kept_state(model, run, table, reader, rows=rows)
-            abstract = jax.tree.map(lambda info: info.abstract, table)
-            params = reader.restore_params(model.step, abstract=abstract)
+            return reader.restore_params(model.step, abstract=abstract)
         finally:
             reader.close()
-    elif model.form == NATIVE:
-        params = read_model_directory(model.directory).params
-    else:
-        source, shapes = HuggingFaceSource(model.directory), jax.tree.map(lambda info: info.abstract, table)
-        params = tensor_names.read_params(source.tensors, source.config, shapes=shapes, report=lambda name: None)
-    params[_EMBEDDING] = _grown(params[_EMBEDDING], rows, mean=True)
-    return make_state(_placed(params, run.table), run.optimizer, run.mesh)
+    if model.form == NATIVE:
+        return read_model_directory(model.directory).params
+    source = HuggingFaceSource(model.directory)
+    return tensor_names.read_params(source.tensors, source.config, shapes=abstract, report=lambda name: None)
 
 
 def _kept_state(model: GivenModel, run: Run, table: dict, reader: CheckpointReader, *, rows: NewRows) -> TrainState:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -59,19 +60,52 @@ def token_losses(
 ) -> jax.Array:
     """Return each position's negative log-likelihood_BT, float32, in nats; for evaluation, not differentiated."""
 
+    def losses(logits_RV, targets_R):
+        return (jax.nn.logsumexp(logits_RV, -1) - _pick(logits_RV, targets_R),)
+
+    statics = _LossStatics(output_scale=output_scale, chunk=chunk, rules=rules)
+    return _by_chunk(losses, statics, hidden_BTD, table_VD, targets_BT, num_results=1)[0]
+
+
+def token_scores(
+    hidden_BTD: jax.Array,
+    table_VD: jax.Array,
+    targets_BT: jax.Array,
+    *,
+    output_scale: float,
+    chunk: int,
+    rules: AxisRules,
+) -> tuple[jax.Array, jax.Array]:
+    """Return the losses_BT of `token_losses`, and whether each target is the likeliest token, of equals the first."""
+    statics = _LossStatics(output_scale=output_scale, chunk=chunk, rules=rules)
+    losses_BT, is_greedy_BT = _by_chunk(score_logits, statics, hidden_BTD, table_VD, targets_BT, num_results=2)
+    return losses_BT, is_greedy_BT
+
+
+def score_logits(logits_RV: jax.Array, targets_R: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Return each target's negative log-likelihood, float32, in nats, and whether it is the likeliest token."""
+    return jax.nn.logsumexp(logits_RV, -1) - _pick(logits_RV, targets_R), jnp.argmax(logits_RV, -1) == targets_R
+
+
+def _by_chunk(
+    score: Callable, statics: _LossStatics, hidden_BTD, table_VD, targets_BT, *, num_results: int
+) -> tuple[jax.Array, ...]:
+    """Return the arrays, [B, T], of what score(logits_RV, targets_R) returns in arrays [R], one chunk at a time."""
+
     def local(hidden_BTD, table_VD, targets_BT):
         table_VD = gather_table(table_VD, dtype=hidden_BTD.dtype)
 
-        def chunk_losses(_, chunk_arrays):
+        def of_chunk(_, chunk_arrays):
             hidden_RD, targets_R = chunk_arrays
-            logits_RV = _logits(hidden_RD, table_VD, output_scale)
-            return None, jax.nn.logsumexp(logits_RV, -1) - _pick(logits_RV, targets_R)
+            return None, score(_logits(hidden_RD, table_VD, statics.output_scale), targets_R)
 
-        chunks = (_split_chunks(hidden_BTD, chunk), _split_chunks(targets_BT, chunk))
-        _, losses = jax.lax.scan(chunk_losses, None, chunks)
-        return _merge_chunks(losses, batch=targets_BT.shape[0], length=targets_BT.shape[1])
+        chunks = (_split_chunks(hidden_BTD, statics.chunk), _split_chunks(targets_BT, statics.chunk))
+        _, results = jax.lax.scan(of_chunk, None, chunks)
+        batch, length = targets_BT.shape
+        return tuple(_merge_chunks(result, batch=batch, length=length) for result in results)
 
-    mapped = _per_device(local, rules, out_specs=PartitionSpec(*_by_position(rules)))
+    by_position = PartitionSpec(*_by_position(statics.rules))
+    mapped = _per_device(local, statics.rules, out_specs=(by_position,) * num_results)
     return mapped(hidden_BTD, table_VD, targets_BT)
 
 
