@@ -17,6 +17,8 @@ NAMES = {
     "batch-halved": "a batch to score does not fit into memory; half of it is scored at a time from then on",
     "code-not-run": "PyTorch or transformers is missing, and a part of a conversion's proof is left out",
     "changed-since-export": "a file is not as it was when btlm convert wrote it beside these weights",
+    "evaluation-again": "a file of an evaluation's results is not what its name says, and the part is measured again",
+    "text-empty": "texts to evaluate are empty",
     "config-keys-dropped": "a config.json has keys that no form here keeps",
     "eos-contradicts": "files of a model name different end-of-text ids",
     "files-not-converted": "a model's directory has files that are not carried over",

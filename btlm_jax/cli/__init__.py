@@ -30,6 +30,7 @@ usage: btlm <verb> [flags]        (btlm <verb> --help explains a verb)
   new              write a config for so many parameters, every value with its rule
   train            train from a config, or resume what is in the workdir
   generate         continue texts with a trained model
+  evaluate         the loss of texts under a trained model, by source, with intervals
   convert          make a model of another form: Hugging Face both ways, GGUF, Jais, 4 bits
   corpus build     make the token store that a config names, without training
   corpus clean     make a corpus out of raw files, stage by stage (btlm corpus --help)
@@ -64,6 +65,12 @@ def _generate(arguments: Sequence[str]) -> int:
     from btlm_jax.cli.generate import generate
 
     return generate(arguments)
+
+
+def _evaluate(arguments: Sequence[str]) -> int:
+    from btlm_jax.cli.evaluate import evaluate
+
+    return evaluate(arguments)
 
 
 def _convert(arguments: Sequence[str]) -> int:
@@ -112,6 +119,7 @@ VERBS: dict[str, Callable[[Sequence[str]], int]] = {
     "new": _new,
     "train": _train,
     "generate": _generate,
+    "evaluate": _evaluate,
     "convert": _convert,
     "corpus": _corpus,
     "tune": _tune,

@@ -32,10 +32,14 @@ def test_help_imports_no_verb():
     assert not modules & {*HEAVY, "absl", "ml_collections"}
 
 
-@pytest.mark.parametrize("verb", ["train", "generate", "convert", "corpus", "tune", "plan", "configs", "build-kernels"])
+@pytest.mark.parametrize(
+    "verb", ["train", "generate", "evaluate", "convert", "corpus", "tune", "plan", "configs", "build-kernels"]
+)
 def test_help_of_a_verb_imports_that_verb_only(verb):
     modules = imported(verb, "--help")
-    others = {"train", "generate", "convert", "tune", "plan", "configs", "build_kernels"} - {verb.replace("-", "_")}
+    others = {"train", "generate", "evaluate", "convert", "tune", "plan", "configs", "build_kernels"} - {
+        verb.replace("-", "_")
+    }
     if verb == "corpus":
         others -= {"train"}  # hands it what builds a store
     assert not modules & {f"btlm_jax.cli.{other}" for other in others}

@@ -1,0 +1,74 @@
+"""`btlm evaluate`: what a model is judged by."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from btlm_jax.cli import DONE, UsageError
+from btlm_jax.cli.parse import Flags
+
+EVALUATE_HELP = """btlm evaluate: measure a model on texts.
+
+examples:
+  btlm evaluate --checkpoint=runs/local
+      the loss of all held-out documents of the run's token store, by source, with intervals
+  btlm evaluate --checkpoint=runs/local/checkpoints/400 --text articles/ more.jsonl.zst
+      one of its checkpoints, on other texts
+  btlm evaluate --checkpoint=btlm-3b-8k-base --store=gs://bucket/store --overlap=4096 --tokens_per_source=1000000
+      a Hugging Face model on a store's held-out documents, every token with at least 4,096 tokens before it
+
+Every token is counted once. A text longer than the model's length is scored in windows, each of which sees --overlap
+tokens of the one before; with 1 a text's loss is what lm-evaluation-harness has for it (loglikelihood_rolling). Before
+each text stands the end-of-text id, which is not counted. Intervals hold 95 % of 1,000 samples of whole documents.
+
+Results go to evaluation/ beside the model's files or to --output: each part's own file, and evaluation.json. What is
+done is not measured again, and an interrupted command goes on. Progress goes to the error stream.
+"""
+
+
+def evaluate(arguments: Sequence[str]) -> int:
+    """Run `btlm evaluate`; return the exit code."""
+    flags = evaluate_flags()
+    if not flags.parse(arguments):
+        return DONE
+    if not flags.string("checkpoint"):
+        raise UsageError("--checkpoint=MODEL is needed: a run, one of its checkpoints, a model's directory or a URL")
+    from btlm_jax.evaluate import evaluation, report
+    from btlm_jax.storage.location import expand_pattern
+
+    try:
+        config = evaluation.EvaluationConfig(
+            parts=(evaluation.HELDOUT,),
+            texts=tuple(location for text in flags.strings("text") for location in expand_pattern(text)),
+            store=flags.location("store") if flags.is_given("store") else None,
+            output=flags.optional_path("output"),
+            length=flags.integer("length"),
+            overlap=flags.integer("overlap"),
+            tokens_per_source=flags.integer("tokens_per_source"),
+            dtype=flags.string("dtype"),
+            batch_tokens=flags.integer("batch_tokens"),
+        )
+    except ValueError as error:
+        raise UsageError(str(error)) from error
+    found = evaluation.evaluate(flags.string("checkpoint"), config)
+    print(report.heldout_table(found["parts"][evaluation.HELDOUT]))
+    return DONE
+
+
+def evaluate_flags() -> Flags:
+    """Define the flags of `btlm evaluate`."""
+    flags = Flags(EVALUATE_HELP)
+    flags.define_string(
+        "checkpoint", "", "a run, one of its checkpoints, a converted, 4-bit or Hugging Face model, or a URL of one"
+    )
+    flags.define_paths("text", "files, folders, patterns or URLs of texts, in every form that btlm corpus reads")
+    flags.define_string("store", "", "token store of whose held-out documents; by default the run's own")
+    flags.define_string("output", "", "folder for the results; by default evaluation/ beside the model's files")
+    flags.define_integer("length", 0, "of a window, in tokens; 0: the longest that the model was trained at")
+    flags.define_integer("overlap", 1, "tokens that a window sees of the one before it, at least")
+    flags.define_integer("tokens_per_source", 0, "of each source the first documents, up to so many tokens; 0: all")
+    flags.define_string(
+        "dtype", "model", "in which it computes; model: its own", choices=("model", "float32", "bfloat16")
+    )
+    flags.define_integer("batch_tokens", 8192, "tokens that a device scores at a time; halved when out of memory")
+    return flags

@@ -1,0 +1,130 @@
+"""The parts of an evaluation, one after the other: open the model, read the documents, measure, report."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from btlm_jax.display.progress import print_error_line
+from btlm_jax.evaluate.checkpoint import DTYPES, Checkpoint, opened_checkpoint
+from btlm_jax.evaluate.documents import Corpus, limited, read_store, read_texts
+from btlm_jax.evaluate.report import write_report
+from btlm_jax.evaluate.results import Results, Work
+from btlm_jax.evaluate.scorer import Scorer
+from btlm_jax.evaluate.text_loss import measure_text_loss
+from btlm_jax.hub.given_model import RUN
+from btlm_jax.hub.native import store_of_run
+from btlm_jax.storage.location import PathOrUrl
+
+HELDOUT = "heldout"
+PARTS = (HELDOUT,)
+FOLDER = "evaluation"  # beside a model's files
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class EvaluationConfig:
+    """What is evaluated, and how. Raises ValueError for what cannot be."""
+
+    parts: tuple[str, ...]  # some of PARTS
+    texts: tuple[PathOrUrl, ...]  # raw files; none: the store
+    store: PathOrUrl | None  # None: the one that a run was trained on
+    output: Path | None  # folder for the results; None: FOLDER beside the model's files
+    length: int  # of a window; 0: the longest that the model was trained at
+    overlap: int
+    tokens_per_source: int  # 0: all
+    dtype: str  # one of DTYPES
+    batch_tokens: int  # of a device at a time
+
+    def __post_init__(self):
+        for name, least in (("length", 0), ("overlap", 1), ("tokens_per_source", 0), ("batch_tokens", 1)):
+            if getattr(self, name) < least:
+                raise ValueError(f"{name}={getattr(self, name)} is not allowed; it must be {least} or more")
+        if self.texts and self.store is not None:
+            raise ValueError("text and store are both given; give one of them")
+        if self.dtype not in DTYPES:
+            raise ValueError(f"dtype={self.dtype} is not allowed; it must be one of {', '.join(DTYPES)}")
+
+
+def evaluate(name: str, config: EvaluationConfig) -> dict[str, Any]:
+    """Evaluate a model, keep the results, and return the report (report.py).
+
+    Raises:
+      FileNotFoundError, OSError: the model, its documents or the folder is missing or cannot be used.
+      ValueError: something is damaged, or the settings do not fit the model.
+    """
+    with opened_checkpoint(name, log=print_error_line) as checkpoint:
+        return _Evaluation(checkpoint, config).run()
+
+
+class _Evaluation:
+    """One model's evaluation; weights and documents are loaded when the first part needs them."""
+
+    def __init__(self, checkpoint: Checkpoint, config: EvaluationConfig):
+        self._checkpoint, self._config = checkpoint, config
+        self._length = config.length or checkpoint.metadata.max_length
+        if config.overlap > self._length:
+            raise ValueError(f"overlap={config.overlap:,} is more than the window's {self._length:,} tokens")
+        folder = _folder(checkpoint, config.output)
+        self._results = Results(folder, identity={"model": checkpoint.identity, "dtype": config.dtype})
+
+    def run(self) -> dict[str, Any]:
+        """Measure every part that is asked for."""
+        measured = {part: getattr(self, f"_{part}")() for part in PARTS if part in self._config.parts}
+        return write_report(self._results.folder, self._checkpoint, measured)
+
+    @functools.cached_property
+    def _scorer(self) -> Scorer:
+        print(f"loading {self._checkpoint.name}", file=sys.stderr)
+        return self._checkpoint.make_scorer(dtype=self._config.dtype, batch_tokens=self._config.batch_tokens)
+
+    @functools.cached_property
+    def _corpus(self) -> Corpus:
+        config, checkpoint = self._config, self._checkpoint
+        if config.texts:
+            corpus = read_texts(config.texts, checkpoint.tokenizer)
+        else:
+            store = config.store
+            if store is None:
+                store = _own_store(checkpoint)
+            corpus = read_store(store, checkpoint.tokenizer, name=checkpoint.name)
+        return limited(corpus, tokens_per_source=config.tokens_per_source)
+
+    def _heldout(self) -> dict:
+        corpus, length, overlap = self._corpus, self._length, self._config.overlap
+        settings = {
+            "documents": corpus.identity,
+            "tokens_per_source": self._config.tokens_per_source,
+            "length": length,
+            "overlap": overlap,
+        }
+
+        def make(work: Work) -> dict:
+            loss = measure_text_loss(self._scorer, corpus.documents, length=length, overlap=overlap, work=work)
+            return settings | {"of": corpus.description} | loss.to_json()
+
+        return self._results.measure(HELDOUT, settings, make)
+
+
+def _folder(checkpoint: Checkpoint, output: Path | None) -> Path:
+    if output is not None:
+        return output
+    if checkpoint.is_fetched:
+        raise ValueError(f"{checkpoint.name} is a URL, beside which nothing is written: give --output=DIR")
+    folder = checkpoint.directory / FOLDER
+    return folder / f"step-{checkpoint.step}" if checkpoint.form == RUN else folder
+
+
+def _own_store(checkpoint: Checkpoint) -> PathOrUrl:
+    """Return the token store that a run was trained on."""
+    if checkpoint.form != RUN or checkpoint.is_fetched:
+        raise ValueError(f"{checkpoint.name} is no run on this machine with a token store: give --text or --store")
+    return store_of_run(checkpoint.directory)
+
+
+def parts_of(names: Sequence[str]) -> tuple[str, ...]:
+    """Return parts in the order in which they are measured."""
+    return tuple(part for part in PARTS if part in names)

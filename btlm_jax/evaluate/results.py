@@ -1,0 +1,137 @@
+"""What is kept of an evaluation: a file for each part, which is not measured again; its units of work; and progress.
+
+A part is kept as PART-SETTINGS.json, where SETTINGS is a hash of all that its numbers depend on: the model's identity,
+the documents', and its settings. While it is measured, PART-SETTINGS.partial has a line of JSON for each unit of work.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+import sys
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from btlm_jax import notices
+from btlm_jax.display.progress import RateLimit, StatusLine
+from btlm_jax.storage.files import parse_json, read_json_object, write_atomically
+
+FORMAT = "btlm evaluation 1"
+PROGRESS_SECONDS = 5.0
+
+
+class Work:
+    """The units of a part: which are done, what they gave; and how long the others will take.
+
+    Without a path nothing is kept.
+    """
+
+    def __init__(self, name: str, path: Path | None):
+        """Read what an interrupted start has left at `path`."""
+        self.name, self._path = name, path
+        self._done: dict[int, Any] = {}
+        self._num_bytes = 0  # of whole lines
+        self._file: io.FileIO | None = None
+        self._line, self._limit = StatusLine(sys.stderr), RateLimit(PROGRESS_SECONDS, is_due_at_start=False)
+        self._sizes: Sequence[int] = ()
+        self._first, self._since = 0, 0.0
+        if path is not None and path.exists():
+            self._read(path)
+
+    def begin(self, sizes: Sequence[int], *, unit_name: str) -> None:
+        """Say how large each unit is, which decides how long it will take, in what; before `done` and `add`."""
+        self._sizes, self._unit_name = sizes, unit_name
+        self._done = {number: value for number, value in self._done.items() if number < len(sizes)}
+        if self._done:
+            print(f"{self.name}: going on, {len(self._done):,} of {len(sizes):,} parts are done", file=sys.stderr)
+
+    def done(self, number: int) -> Any:
+        """Return what a unit gave, or None if it is to be done."""
+        return self._done.get(number)
+
+    def add(self, number: int, value: Any) -> None:
+        """Keep what a unit gave.
+
+        Raises:
+          OSError: it cannot be written.
+        """
+        self._done[number] = value
+        if self._path is not None:
+            if self._file is None:
+                self._file = open(self._path, "r+b" if self._path.exists() else "xb", buffering=0)
+                self._file.truncate(self._num_bytes)
+                self._file.seek(self._num_bytes)
+            self._file.write(json.dumps([number, value]).encode() + b"\n")
+        self._show(number)
+
+    def close(self) -> None:
+        """Close the file; it stays for a later start."""
+        self._line.clear()
+        if self._file is not None:
+            self._file.close()
+            self._file = None
+
+    def _read(self, path: Path) -> None:
+        contents = path.read_bytes()
+        for line in contents.splitlines(keepends=True):
+            if not line.endswith(b"\n"):
+                break  # it was cut off
+            entry = parse_json(line, name=path)
+            if not (isinstance(entry, list) and len(entry) == 2 and isinstance(entry[0], int)):
+                raise ValueError(f"{path} is damaged: a line is no unit of work; delete it")
+            self._done[entry[0]] = entry[1]
+            self._num_bytes += len(line)
+
+    def _show(self, number: int) -> None:
+        """Show what is done, and how long the rest takes at the rate since the first unit, which compiled programs."""
+        size = sum(self._sizes[done] for done in self._done)
+        if not self._since:
+            self._first, self._since = size, time.monotonic()
+        if not self._limit.is_due():
+            return
+        self._limit.restart()
+        total = sum(self._sizes)
+        text = f"{self.name}: {size:,} of {total:,} {self._unit_name} ({size / total:.0%})"
+        if size > self._first:
+            rate = (size - self._first) / (time.monotonic() - self._since)
+            minutes, seconds = divmod(int((total - size) / rate), 60)
+            text += f", {rate:,.0f}/s, {minutes}:{seconds:02} left"
+        self._line.show(text)
+
+
+class Results:
+    """The folder of a model's results."""
+
+    def __init__(self, folder: Path, *, identity: dict[str, Any]):
+        """Keep results in a folder; `identity` says which model and how it computes, and is part of every settings."""
+        self.folder, self.identity = folder, identity
+
+    def measure(self, part: str, settings: dict[str, Any], make: Callable[[Work], dict]) -> dict:
+        """Return what `make` gives, or gave at an earlier start with the same settings.
+
+        Raises:
+          OSError: the folder cannot be read or written.
+          ValueError: a file of it is damaged.
+        """
+        everything = json.loads(json.dumps(self.identity | {"part": part} | settings))
+        name = f"{part}-{hashlib.sha256(json.dumps(everything, sort_keys=True).encode()).hexdigest()[:12]}"
+        path = self.folder / f"{name}.json"
+        if path.exists():
+            kept = read_json_object(path)
+            if kept.get("settings") == everything and isinstance(kept.get("result"), dict):
+                print(f"{part}: done already, {path}", file=sys.stderr)
+                return kept["result"]
+            notices.report("evaluation-again", f"{path} is not what its name says; it is measured again")
+        self.folder.mkdir(parents=True, exist_ok=True)
+        partial = self.folder / f"{name}.partial"
+        work = Work(part, partial)
+        try:
+            result = make(work)
+        finally:
+            work.close()
+        write_atomically(path, json.dumps({"format": FORMAT, "settings": everything, "result": result}))
+        partial.unlink(missing_ok=True)
+        return result

@@ -1,0 +1,194 @@
+"""Held-out loss: windows, exact counts, intervals; a run's texts against PyTorch; what is kept and said."""
+
+import json
+import math
+
+import numpy as np
+import pytest
+from support.made_up_run import run_config, write_run
+
+from btlm_jax import notices
+from btlm_jax.cli import main
+from btlm_jax.data.store import read_manifest
+from btlm_jax.evaluate.bootstrap import interval_of, resampled_sums
+from btlm_jax.evaluate.documents import Document, read_store
+from btlm_jax.evaluate.results import Results, Work
+from btlm_jax.evaluate.scorer import Scores
+from btlm_jax.evaluate.text_loss import TextLoss, documents_of, measure_text_loss
+from btlm_jax.evaluate.windows import rolling_windows
+from btlm_jax.tokenizers.tokenizer import load_tokenizer
+
+
+def windows_of_the_harness(tokens, *, prefix, length, overlap):
+    """lm_eval 0.4.13, utils.get_rolling_token_windows and make_disjoint_window, in the order of their definitions."""
+    pairs, predicted = [], min(length, len(tokens))
+    if tokens:
+        pairs.append(([prefix, *tokens[: predicted - 1]], tokens[:predicted]))
+    while predicted < len(tokens):
+        count = min(len(tokens) - predicted, length - overlap + 1)
+        end = predicted + count
+        pairs.append((tokens[end - length - 1 : end - 1], tokens[end - count : end]))
+        predicted += count
+    return [(context[: len(context) - (len(scored) - 1)], scored) for context, scored in pairs]
+
+
+@pytest.mark.parametrize("overlap", [1, 3, 7])
+@pytest.mark.parametrize("number", [0, 1, 6, 7, 8, 13, 14, 15, 50])
+def test_windows_are_those_of_the_harness_and_score_every_token_once(number, overlap):
+    tokens = np.arange(100, 101 + number)
+    ours = [
+        (tokens[begin:first].tolist(), tokens[first:end].tolist())
+        for begin, first, end in rolling_windows(number, length=7, overlap=overlap)
+    ]
+    assert ours == windows_of_the_harness(tokens[1:].tolist(), prefix=100, length=7, overlap=overlap)
+    assert [token for _, scored in ours for token in scored] == tokens[1:].tolist()
+    assert all(len(context) >= overlap for context, _ in ours[1:])
+
+
+def test_an_overlap_that_is_no_overlap_is_refused():
+    for overlap in (0, 8):
+        with pytest.raises(ValueError, match=f"overlap={overlap}"):
+            list(rolling_windows(20, length=7, overlap=overlap))
+
+
+class CountingScorer:
+    """Gives token t the log-likelihood -t, and counts how often each is scored."""
+
+    def __init__(self):
+        self.num_scored = 0
+
+    def log_likelihoods(self, rows):
+        scores = [np.asarray(row.tokens[row.first :], np.float64) for row in rows]
+        self.num_scored += sum(map(len, scores))
+        return [Scores(log_p_T=-score, is_greedy_T=score > 0) for score in scores]
+
+
+def made_up_documents():
+    rng = np.random.default_rng(1)
+    sizes = {"a": (5, 90, 31), "b": (1, 17)}
+    return [
+        Document(
+            source=source, tokens=rng.integers(1, 50, n + 1), is_counted=rng.random(n) < (1.0 if n < 40 else 0.7),
+            num_bytes=3 * n,
+        )
+        for source, lengths in sizes.items()
+        for n in lengths
+    ]  # fmt: skip
+
+
+def test_losses_are_sums_over_counted_tokens(tmp_path):
+    documents, scorer = made_up_documents(), CountingScorer()
+    loss = measure_text_loss(scorer, documents, length=9, overlap=4, work=Work("heldout", None))
+    assert scorer.num_scored == 5 + 90 + 31 + 1 + 17
+    nats = {name: [d.tokens[1:][d.is_counted].sum() for d in documents if d.source == name] for name in "ab"}
+    counts = {name: [d.is_counted.sum() for d in documents if d.source == name] for name in "ab"}
+    found = loss.to_json()
+    for name in "ab":
+        assert found["sources"][name]["tokens"] == sum(counts[name])
+        assert found["sources"][name]["loss"] == pytest.approx(sum(nats[name]) / sum(counts[name]))
+    total, tokens, size = sum(map(sum, nats.values())), sum(map(sum, counts.values())), 3 * (5 + 90 + 31 + 1 + 17)
+    assert (found["tokens"], found["bytes"], found["documents"]) == (tokens, size, 5)
+    assert found["loss"] == pytest.approx(total / tokens)
+    assert found["bits_per_byte"] == pytest.approx(total / math.log(2) / size)
+    assert found["mean_of_sources"] == pytest.approx(np.mean([sum(nats[n]) / sum(counts[n]) for n in "ab"]))
+    again = documents_of(json.loads(json.dumps(found)))
+    assert all(np.array_equal(again[name], array) for name, array in loss.documents.items())
+
+
+def test_intervals_cover_the_truth_about_as_often_as_they_say():
+    rng, covered = np.random.default_rng(3), 0
+    for trial in range(200):
+        tokens = rng.integers(50, 150, 60)
+        nats = tokens * 2.0 + rng.normal(0, 30, 60)
+        sums = resampled_sums([np.stack([nats, tokens], axis=1)], seed=trial)[:, 0]
+        interval = interval_of(sums[:, 0] / sums[:, 1])
+        covered += interval.low <= 2.0 <= interval.high
+    assert 178 <= covered <= 198  # 95 % of 200 is 190, with a standard deviation of 3
+
+
+def test_a_source_of_one_document_has_no_interval():
+    loss = TextLoss(documents={"a": np.array([[6.0, 2, 5]]), "b": np.array([[3.0, 1, 4], [9, 3, 9]])}).to_json()
+    assert loss["sources"]["a"]["loss_interval"] is None is loss["loss_interval"]
+    assert loss["sources"]["b"]["loss_interval"] == [3.0, 3.0]
+
+
+@pytest.fixture(scope="module")
+def made_up_run(token_store, tmp_path_factory):
+    """The workdir of a run of random weights, with checkpoints of steps 3 and 6."""
+    workdir = tmp_path_factory.mktemp("evaluated") / "run"
+    write_run(workdir, run_config(token_store, evaluation__batch_size=8), steps=(3, 6))
+    return workdir
+
+
+def test_every_held_out_token_of_a_store_is_counted_once(token_store):
+    manifest = read_manifest(token_store)
+    tokenizer = load_tokenizer(token_store, manifest.tokenizer)
+    corpus = read_store(token_store, tokenizer, name="model")
+    assert corpus.num_targets == manifest.splits["heldout"].num_tokens
+    for name, source in manifest.splits["heldout"].sources.items():
+        documents = corpus.of_source(name)
+        assert len(documents) == source.num_documents
+        assert sum(document.num_bytes for document in documents) == source.num_bytes
+
+
+def test_the_verb_measures_once_and_says_what_it_found(made_up_run, tmp_path, capsys):
+    (tmp_path / "a.jsonl").write_text('{"text": "one two three", "source": "x"}\n{"text": ""}\nnot json\n')
+    output = tmp_path / "out"
+    command = ["evaluate", f"--checkpoint={made_up_run}/checkpoints/3", "--text", str(tmp_path), f"--output={output}"]
+    assert main(command) == 0
+    said = capsys.readouterr()
+    assert "x" in said.out and "nats/token" in said.out
+    assert notices.counts()["line-quarantined"] >= 1
+    report = json.loads((output / "evaluation.json").read_text())
+    assert (report["step"], report["parts"]["heldout"]["sources"].keys()) == (3, {"x"})
+    assert main(command) == 0
+    again = capsys.readouterr()
+    assert again.out == said.out and "done already" in again.err and "loading" not in again.err
+    assert main([*command, "--overlap=5"]) == 0
+    assert "loading" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("flags", "said"),
+    [
+        (["--text", "{folder}/nothing*"], "nothing matches"),
+        (["--text", "{folder}/empty.txt"], "there is no text in"),
+        (["--text", "{folder}/a.txt", "--overlap=0"], "overlap=0 is not allowed"),
+        (["--text", "{folder}/a.txt", "--overlap=49"], "overlap=49 is more than the window's 48 tokens"),
+        (["--text", "{folder}/a.txt", "--store={folder}"], "give one of them"),
+        (["--store={folder}"], "is not a token store"),
+    ],
+)
+def test_what_cannot_be_evaluated_is_said(made_up_run, tmp_path, capsys, flags, said):
+    (tmp_path / "empty.txt").write_text("")
+    (tmp_path / "a.txt").write_text("a text")
+    words = [word.format(folder=tmp_path) for word in flags]
+    assert main(["evaluate", f"--checkpoint={made_up_run}", *words]) in (1, 2)
+    assert said in capsys.readouterr().err
+
+
+def test_interrupted_work_goes_on(tmp_path, capsys):
+    results = Results(tmp_path, identity={"model": "m"})
+
+    def make(work):
+        work.begin([1, 1, 1], unit_name="tokens")
+        for number in range(3):
+            if work.done(number) is None:
+                calls.append(number)
+                work.add(number, number * 10)
+            if number == stop_after:
+                raise KeyboardInterrupt
+        return {"values": [work.done(number) for number in range(3)]}
+
+    calls, stop_after = [], 1
+    with pytest.raises(KeyboardInterrupt):
+        results.measure("part", {"length": 5}, make)
+    (partial,) = tmp_path.glob("part-*.partial")
+    partial.write_bytes(partial.read_bytes() + b"[2, 2")  # cut off by a kill
+    stop_after = 9
+    assert results.measure("part", {"length": 5}, make) == {"values": [0, 10, 20]}
+    assert calls == [0, 1, 2] and not partial.exists()
+    assert results.measure("part", {"length": 5}, lambda work: 1 / 0) == {"values": [0, 10, 20]}
+    calls.clear()
+    results.measure("part", {"length": 6}, make)
+    assert calls == [0, 1, 2]
