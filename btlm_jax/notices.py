@@ -26,6 +26,8 @@ NAMES = {
     "kernels-not-compiled": "C++ kernels cannot be compiled here; slower code computes the same",
     "kernels-not-kept": "the user's cache cannot be written, so C++ kernels are compiled at every start",
     "kernels-ignored": "kernels that were built ahead do not fit this installation",
+    "checkpoint-damaged": "a checkpoint is not as it was written; it is set aside, and the one before it is taken",
+    "checkpoint-without-hashes": "a checkpoint is too old to have hashes, so that its arrays cannot be compared",
     "data-gone": "the text that a run's store was made of is not there any more",
     "setting-changed": "a resumed run has a setting that its checkpoint has not",
     "given-twice": "a flag is given more than once, and the last one counts",

@@ -1,33 +1,38 @@
 """Checkpoints through orbax: state, data position and config in one atomic step; restore onto any mesh.
 
-A step is a directory `<workdir>/checkpoints/<step>` with items `state` (arrays), `position`, `config` and `environment`
-(JSON), the last of which says what besides the config decides a number's last bits. Orbax
-writes it beside its final name in the background and renames it when it is complete, so a process that dies at any
-moment leaves either the whole step or none. The only importer of orbax.
+A step is a directory `<workdir>/checkpoints/<step>` with items `state` (arrays), `position`, `config`, `environment`
+and `digests` (JSON). `environment` says what besides the config decides a number's last bits, `digests` has a hash of
+each array and of each other item, which are compared whenever something is read. Orbax writes a step beside its final
+name in the background and renames it when it is complete, so a process that dies at any moment leaves either the whole
+step or none. The only importer of orbax.
 """
 
 from __future__ import annotations
 
 import contextlib
 import dataclasses
+import hashlib
 import importlib.metadata
 import json
+import math
 import os
 import re
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
+from jax.experimental import multihost_utils
 
-from btlm_jax import __version__
+from btlm_jax import __version__, notices
 from btlm_jax.kernels.build import cpu_facts
 from btlm_jax.recipe.config import CheckpointConfig, TrainConfig, config_from, train_config_from, with_later_keys
 from btlm_jax.recipe.optimizer import decay_again, flags_of, learning_rate_at, rates_of_steps, stretches_of
-from btlm_jax.train import CHECKPOINTS, METRICS_FILE, REPLACED, SUMMARY_FILE
+from btlm_jax.train import CHECKPOINTS, DAMAGED, METRICS_FILE, REPLACED, SUMMARY_FILE
 from btlm_jax.train.step import TrainState
 
 
@@ -40,7 +45,17 @@ class Position:
     store_fingerprint: str
 
 
-_ITEMS = ("state", "position", "config", "environment")
+class DamagedError(ValueError):
+    """A checkpoint cannot be read, or is not as it was written; `reason` says why in one line."""
+
+    def __init__(self, message: str, *, reason: str):
+        super().__init__(message)
+        self.reason = reason
+
+
+_ITEMS = ("state", "position", "config", "environment", "digests")
+_ARRAYS, _TABLES, _OWN = "arrays", "items", "digests"  # of the item `digests`: hashes of arrays, of JSON, of itself
+_Read = TypeVar("_Read")
 
 
 class Checkpointer:
@@ -74,13 +89,21 @@ class Checkpointer:
             self._manager.check_for_errors()
             if position.step in self._manager.all_steps():
                 return
+            tables = {
+                "position": dataclasses.asdict(position),
+                "config": json.loads(config.to_json()),
+                "environment": run_environment(),
+            }
+            digests: dict[str, Any] = {
+                _ARRAYS: {name: facts.digest for name, facts in facts_of(state).items()},
+                _TABLES: {name: _hash_of(table) for name, table in tables.items()},
+            }
+            tables["digests"] = digests | {_OWN: _hash_of(digests)}
             self._manager.save(
                 position.step,
                 args=ocp.args.Composite(
                     state=ocp.args.StandardSave(state),
-                    position=ocp.args.JsonSave(dataclasses.asdict(position)),
-                    config=ocp.args.JsonSave(json.loads(config.to_json())),
-                    environment=ocp.args.JsonSave(run_environment()),
+                    **{name: ocp.args.JsonSave(table) for name, table in tables.items()},
                 ),
             )
 
@@ -88,10 +111,10 @@ class Checkpointer:
         """Return a checkpoint's position and config.
 
         Raises:
-          ValueError: they cannot be read; the message names the directory and what remains.
+          DamagedError: they cannot be read, or are not as they were written; names the directory and what remains.
         """
-        args = ocp.args.Composite(position=ocp.args.JsonRestore(), config=ocp.args.JsonRestore())
-        metadata = self._restore(step, args)
+        metadata = {name: self._read_table(step, name) for name in ("position", "config")}
+        self.read_environment(step)  # whose damage, too, is to be seen here
         try:
             position = config_from(Position, metadata["position"], path="position")
             config = train_config_from(with_later_keys(metadata["config"]))
@@ -102,53 +125,136 @@ class Checkpointer:
                     f"checkpoint {step:,}, with {expected:,} by its config"
                 )
         except ValueError as error:
-            raise ValueError(self._unreadable(step, error)) from error
+            raise self._damaged(step, str(error)) from error
         return position, config
 
     def read_environment(self, step: int) -> dict[str, str]:
         """Return what `run_environment` was where a checkpoint was written; nothing in checkpoints from before it.
 
         Raises:
-          ValueError: it cannot be read; the message names the directory and what remains.
+          DamagedError: as `read_metadata`.
         """
         if not (self.directory / str(step) / "environment").is_dir():
             return {}
-        stored = self._restore(step, ocp.args.Composite(environment=ocp.args.JsonRestore()))["environment"]
+        stored = self._read_table(step, "environment")
         if not isinstance(stored, dict):
-            raise ValueError(self._unreadable(step, ValueError(f"its environment is no table: {stored!r}")))
+            raise self._damaged(step, f"its environment is no table: {stored!r}")
+        return stored
+
+    def read_digests(self, step: int) -> dict[str, Any]:
+        """Return a checkpoint's hashes: "arrays" by path and "items" by name; nothing in checkpoints from before them.
+
+        Raises:
+          DamagedError: they cannot be read, or are not as they were written.
+        """
+        if not (self.directory / str(step) / "digests").is_dir():
+            return {}
+        stored = self._restore(step, ocp.args.Composite(digests=ocp.args.JsonRestore()))["digests"]
+        own = stored.pop(_OWN, None) if isinstance(stored, dict) else None
+        if own != _hash_of(stored):
+            raise self._damaged(step, "its hashes are not as they were written")
         return stored
 
     def restore_state(self, step: int, *, abstract: TrainState) -> TrainState:
         """Return a checkpoint's state, laid out as `abstract` says, whatever mesh it was saved from.
 
         Raises:
-          ValueError: it cannot be read; the message names the directory and what remains.
+          DamagedError: it cannot be read, is not as it was written, or has values that are not finite; names the
+            directory and what remains.
         """
-        return self._restore(step, ocp.args.Composite(state=ocp.args.StandardRestore(abstract)))["state"]
+        state = self._restore(step, ocp.args.Composite(state=ocp.args.StandardRestore(abstract)))["state"]
+        self._check_arrays(step, state, prefix="")
+        return state
 
     def restore_params(self, step: int, *, abstract: dict) -> dict:
         """Return a checkpoint's parameters alone, laid out as `abstract` says; the optimizer's state is not read.
 
         Raises:
-          ValueError: they cannot be read; the message names the directory and what remains.
+          DamagedError: as `restore_state`.
         """
         args = ocp.args.PyTreeRestore(
             item={"params": abstract},
             restore_args=ocp.checkpoint_utils.construct_restore_args({"params": abstract}),
             partial_restore=True,
         )
-        return self._restore(step, ocp.args.Composite(state=args))["state"]["params"]
+        params = self._restore(step, ocp.args.Composite(state=args))["state"]["params"]
+        self._check_arrays(step, params, prefix="params/")
+        return params
+
+    def newest(self, read: Callable[[int], _Read]) -> tuple[_Read, list[str]]:
+        """Return what `read` returns of the newest checkpoint for which it raises no DamagedError.
+
+        The damaged ones after it are set aside: renamed into the workdir's folder DAMAGED, in one process for all.
+        With it comes a sentence on each of them.
+
+        Raises:
+          DamagedError: all are damaged; none is set aside. Names each.
+          OSError: one cannot be renamed.
+        """
+        reasons: dict[int, str] = {}
+        for step in reversed(self.steps()):
+            try:
+                result, reason = [read(step)], ""
+            except DamagedError as error:
+                result, reason = [], error.reason
+            if _is_so_everywhere(bool(result)):
+                return result[0], [self._set_aside(*damaged, found=step) for damaged in reasons.items()]
+            reasons[step] = reason or "another process cannot read it"
+        raise DamagedError(
+            f"no checkpoint in {self.directory} can be used: "
+            + "; ".join(f"{step}: {reason}" for step, reason in reasons.items())
+            + "; put back what is missing, or delete them to start again",
+            reason="all are damaged",
+        )
+
+    def _set_aside(self, step: int, reason: str, *, found: int) -> str:
+        """Rename a damaged checkpoint in favour of the one of step `found`; return a sentence, which is reported."""
+        source, target = self.directory / str(step), self.directory.parent / DAMAGED / f"{CHECKPOINTS}-{step}"
+        while target.exists():  # another one of the same step was set aside before
+            target = target.with_name(f"{target.name}+")
+        if jax.process_index() == 0:
+            target.parent.mkdir(exist_ok=True)
+            source.replace(target)
+        if jax.process_count() > 1:
+            multihost_utils.sync_global_devices(f"checkpoint {step} is set aside")
+        self._manager.reload()
+        said = f"checkpoint {step:,} is damaged and set aside as {target}: {reason}; going on from step {found:,}"
+        notices.report("checkpoint-damaged", said)
+        return said
+
+    def _read_table(self, step: int, name: str) -> Any:  # what is there
+        """Return an item of JSON, compared with its hash."""
+        args = ocp.args.Composite(**{name: ocp.args.JsonRestore()})
+        table, digests = self._restore(step, args)[name], self.read_digests(step)
+        if digests and digests[_TABLES].get(name) != _hash_of(table):
+            raise self._damaged(step, f"its {name} is not as it was written")
+        return table
+
+    def _check_arrays(self, step: int, tree: Any, *, prefix: str) -> None:
+        """Compare arrays, part of the state below `prefix`, with their hashes, and see that they are finite."""
+        expected = self.read_digests(step).get(_ARRAYS)
+        if expected is None:
+            said = "it is from before arrays had hashes, so that nothing tells whether it is as it was written"
+            notices.report("checkpoint-without-hashes", f"checkpoint {self.directory / str(step)}: {said}")
+        found = {prefix + name: facts for name, facts in facts_of(tree).items()}
+        differing = [name for name, facts in found.items() if expected and facts.digest != expected.get(name)]
+        infinite = [name for name, facts in found.items() if not facts.is_finite]
+        for names, what in ((differing, "not as it was written"), (infinite, "not finite everywhere")):
+            if names:
+                more = f" and {len(names) - 3} more arrays" if len(names) > 3 else ""
+                raise self._damaged(step, f"{', '.join(names[:3])}{more}: {what}")
 
     def _restore(self, step: int, args: ocp.args.Composite) -> Any:  # a mapping by item
         try:
             return self._manager.restore(step, args=args)
         except Exception as error:  # orbax raises many kinds for a damaged step; the user needs one message
-            raise ValueError(self._unreadable(step, error)) from error
+            raise self._damaged(step, _reason(error)) from error
 
-    def _unreadable(self, step: int, error: Exception) -> str:
-        """Return what to say of a damaged step: its directory, why, and what remains."""
+    def _damaged(self, step: int, reason: str) -> DamagedError:
+        """Return the error of a damaged step, which names its directory, why, and what remains."""
         others = [other for other in self.steps() if other != step]
-        return f"checkpoint {self.directory / str(step)} cannot be read: {_reason(error)}; {self._remedy(others)}"
+        where = self.directory / str(step)
+        return DamagedError(f"checkpoint {where} cannot be used: {reason}; {self._remedy(others)}", reason=reason)
 
     def _remedy(self, others: Sequence[int]) -> str:
         return f"delete it to go on from step {others[-1]}" if others else "delete it to start again"
@@ -207,6 +313,92 @@ class CheckpointReader(Checkpointer):
         return f"the run also has {self.directory / str(others[-1])}" if others else "the run has no other"
 
 
+class ArrayFacts(NamedTuple):
+    """What is to be known of an array without having it."""
+
+    digest: str  # 16 hexadecimal digits
+    is_finite: bool
+
+
+def facts_of(tree: Any) -> dict[str, ArrayFacts]:
+    """Return a hash of 64 bits of each array of a tree, by its path, such as "params/embedding/embedding".
+
+    It is that of the bits at each position of the whole array, whatever mesh it is on: with mix and mix' two bijections
+    of 32 bits, and y = bits ^ mix(position), the sums of mix(y) and of mix'(y) over all elements modulo 2^32. That one
+    element has changed is always seen; of other changes one in 2^64 is not. Computed where the arrays are: every
+    process calls it, and all get the same.
+    """
+    pairs = jax.tree_util.tree_leaves_with_path(tree)
+    facts = jax.device_get([_facts(leaf) for _, leaf in pairs])
+    return {
+        jax.tree_util.keystr(path, simple=True, separator="/"): ArrayFacts(f"{int(a):08x}{int(b):08x}", bool(is_finite))
+        for (path, _), (a, b, is_finite) in zip(pairs, facts, strict=True)
+    }
+
+
+_MURMUR = ((16, 13, 16), (0x85EBCA6B, 0xC2B2AE35))  # shifts and factors of MurmurHash3's finalizer
+_LOW_BIAS = ((16, 15, 16), (0x7FEB352D, 0x846CA68B))  # of Chris Wellons' "lowbias32"
+_HOST_BLOCK = 1 << 15  # elements that are hashed at a time, so that they stay in a core's cache
+
+
+def _facts(x: jax.Array | np.ndarray) -> tuple[Any, Any, Any]:
+    """Return the two sums of `facts_of`, and whether all values are finite.
+
+    A CPU's arrays are hashed by NumPy, as fast as by XLA, which would take 0.1 s to compile each shape.
+    """
+    is_here = isinstance(x, np.ndarray) or (
+        x.is_fully_addressable and all(device.platform == "cpu" for device in x.devices())
+    )
+    return facts_on_host(np.asarray(x)) if is_here else facts_on_device(x)
+
+
+def facts_on_host(x: np.ndarray) -> tuple[np.uint32, np.uint32, bool]:
+    """Return the two sums of `facts_of`, and whether all values are finite, by NumPy."""
+    values = x.reshape(-1)
+    bits = values.view(f"uint{8 * x.dtype.itemsize}")
+    sums, is_finite = [np.uint32(0), np.uint32(0)], True
+    with np.errstate(over="ignore"):
+        for begin in range(0, bits.size, _HOST_BLOCK):
+            block = slice(begin, min(begin + _HOST_BLOCK, bits.size))
+            positions = np.arange(block.start, block.stop, dtype=np.uint64).astype(np.uint32)
+            y = bits[block].astype(np.uint32) ^ _mix(positions, *_MURMUR)
+            for index, constants in enumerate((_MURMUR, _LOW_BIAS)):
+                sums[index] += _mix(y, *constants).sum(dtype=np.uint32)
+            is_finite = is_finite and bool(np.isfinite(values[block]).all())
+    return sums[0], sums[1], is_finite
+
+
+@jax.jit
+def facts_on_device(x: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Return the two sums of `facts_of`, and whether all values are finite, by XLA."""
+    bits = jax.lax.bitcast_convert_type(x, jnp.dtype(f"uint{8 * x.dtype.itemsize}")).astype(jnp.uint32)
+    position = jnp.zeros_like(bits)
+    for dim in range(x.ndim):
+        stride = np.uint32(math.prod(x.shape[dim + 1 :]) % 2**32)
+        sharding = getattr(jax.typeof(x), "sharding", None)
+        position += stride * jax.lax.broadcasted_iota(jnp.uint32, x.shape, dim, out_sharding=sharding)
+    y = bits ^ _mix(position, *_MURMUR)
+    sums = [_mix(y, *constants).sum(dtype=jnp.uint32) for constants in (_MURMUR, _LOW_BIAS)]
+    return sums[0], sums[1], jnp.isfinite(x).all()
+
+
+def _mix(x: Any, shifts: tuple[int, int, int], factors: tuple[int, int]) -> Any:
+    """Return a bijection of uint32, of an array of NumPy or JAX."""
+    x = (x ^ (x >> np.uint32(shifts[0]))) * np.uint32(factors[0])
+    x = (x ^ (x >> np.uint32(shifts[1]))) * np.uint32(factors[1])
+    return x ^ (x >> np.uint32(shifts[2]))
+
+
+def _hash_of(table: Any) -> str:
+    """Return the SHA-256 of what JSON can hold, whatever the order of its keys."""
+    return hashlib.sha256(json.dumps(table, sort_keys=True).encode()).hexdigest()
+
+
+def _is_so_everywhere(value: bool) -> bool:
+    """Return whether it is true in all processes."""
+    return value if jax.process_count() == 1 else bool(multihost_utils.process_allgather(np.array(value)).all())
+
+
 def checkpoint_steps(workdir: Path) -> list[int]:
     """Return the steps of a workdir's complete checkpoints, ascending; nothing is opened."""
     return _steps_in(workdir / CHECKPOINTS)
@@ -241,7 +433,7 @@ def _reason(error: Exception) -> str:
     if code := re.search(r"os_error_code='(\d+)'", message):
         return os.strerror(int(code[1]))
     message = message.partition(" See full TensorStore details")[0]
-    return message.splitlines()[0] if message else type(error).__name__
+    return message.splitlines()[0][:200] if message else type(error).__name__
 
 
 # What may not change between the start of a run and a resume: with another value it would be another run.
@@ -252,32 +444,61 @@ _FIXED = (
 _FIXED_MODEL = ("vocab_size", "num_layers", "d_model", "num_heads", "d_ff", "layer_norm_eps", "alibi_scaling", "dtype")
 
 
-def last_position(checkpointer: Checkpointer, config: TrainConfig) -> Position:
+class Restored(NamedTuple):
+    """Where a run stands, and its state, if that was asked for."""
+
+    position: Position
+    state: TrainState | None
+    events: list[str]  # of checkpoints that were set aside
+
+
+def last_position(checkpointer: Checkpointer, config: TrainConfig) -> Restored:
     """Return where the workdir's run stands, step 0 without a checkpoint, having checked that `config` continues it.
 
+    The newest checkpoint whose position and config can be read counts; those after it are set aside.
+
     Raises:
-      ValueError: the checkpoint cannot be read, is of another run, is past the configured end, or was trained with
-        learning rates that are not those of the configured schedule.
+      DamagedError: none can be read.
+      ValueError: the checkpoint is of another run, is past the configured end, or was trained with learning rates that
+        are not those of the configured schedule.
     """
-    steps = checkpointer.steps()
-    optimizer, curriculum = config.optimizer, config.curriculum.table
-    if not steps:
-        if optimizer.schedule_begin:
+    if not checkpointer.steps():
+        if config.optimizer.schedule_begin:
             raise ValueError(
-                f"optimizer.schedule_begin={optimizer.schedule_begin:,} is for a run that has trained so many tokens, "
-                f"and there is no checkpoint in {checkpointer.directory}: give the --workdir of that run, or 0"
+                f"optimizer.schedule_begin={config.optimizer.schedule_begin:,} is for a run that has trained so many "
+                f"tokens, and there is no checkpoint in {checkpointer.directory}: give the --workdir of that run, or 0"
             )
-        return Position(step=0, tokens_seen=0, store_fingerprint="")
-    position, saved = checkpointer.read_metadata(steps[-1])
-    check_same_run(saved, config, where=str(checkpointer.directory / str(steps[-1])))
+        return Restored(Position(step=0, tokens_seen=0, store_fingerprint=""), None, [])
+    (position, saved), events = checkpointer.newest(checkpointer.read_metadata)
+    _check_continues(saved, config, position=position, checkpointer=checkpointer)
+    return Restored(position, None, events)
+
+
+def restore_last(checkpointer: Checkpointer, config: TrainConfig, *, abstract: TrainState) -> Restored:
+    """Return `last_position` with the state, laid out as `abstract` says, of the newest checkpoint that is whole.
+
+    Call it after `last_position`, where there is a checkpoint. Raises as it does.
+    """
+    ((position, saved), state), events = checkpointer.newest(
+        lambda step: (checkpointer.read_metadata(step), checkpointer.restore_state(step, abstract=abstract))
+    )
+    _check_continues(saved, config, position=position, checkpointer=checkpointer)
+    return Restored(position, state, events)
+
+
+def _check_continues(
+    saved: TrainConfig, config: TrainConfig, *, position: Position, checkpointer: Checkpointer
+) -> None:
+    """Check that `config` goes on from a checkpoint; raises the ValueErrors of `last_position`."""
+    curriculum = config.curriculum.table
+    check_same_run(saved, config, where=str(checkpointer.directory / str(position.step)))
     if position.step > curriculum.num_steps:
         raise ValueError(
             f"the checkpoint is at step {position.step:,} ({position.tokens_seen:,} tokens), past the configured "
             f"{curriculum.num_steps:,} steps ({curriculum.num_tokens:,} tokens): raise curriculum.num_tokens of the "
             "last phase, or choose another --workdir"
         )
-    check_schedule(saved, config, position=position, steps=steps)
-    return position
+    check_schedule(saved, config, position=position, steps=checkpointer.steps())
 
 
 def environment_changes(checkpointer: Checkpointer, step: int) -> list[str]:

@@ -31,10 +31,12 @@ from btlm_jax.train import CONFIG_FILE, KEPT_TOKENIZER, METRICS_FILE
 from btlm_jax.train.checkpoint import (
     Checkpointer,
     Position,
+    SettingChange,
     changed_settings,
     environment_changes,
     go_back,
     last_position,
+    restore_last,
 )
 from btlm_jax.train.finish import ContinuePrompt, evaluate_some, finish_run, finished_report
 from btlm_jax.train.flops import FLOPS_CONVENTION, flops_per_token, peak_flops
@@ -55,6 +57,7 @@ from btlm_jax.train.setup import (
     check_memory,
     describe_examples,
     has_store,
+    keep_compiled,
     locate_store,
     log,
     make_run,
@@ -62,7 +65,7 @@ from btlm_jax.train.setup import (
     open_run_store,
     prepare_store,
 )
-from btlm_jax.train.step import TrainState, abstract_state
+from btlm_jax.train.step import TrainState
 
 if TYPE_CHECKING:
     from btlm_jax.train.step_trace import StepTrace
@@ -114,11 +117,9 @@ def train(
     events = _go_back(workdir, resume_step) if resume_step else []
     checkpointer = Checkpointer(workdir, config=config.checkpoint)
     try:
-        position = last_position(checkpointer, config)
-        changes = changed_settings(checkpointer, config)
-        for change in changes:
-            notices.report("setting-changed", f"{change} (from step {position.step:,} on)")
+        position, state, damages = last_position(checkpointer, config)
         if report := finished_report(config, workdir=workdir, step=position.step):
+            changes = _report_changes(checkpointer, config, position)
             for change in changes if jax.process_index() == 0 else ():
                 append_setting_changed(
                     workdir / METRICS_FILE, position.step, key=change.key, old=change.old, new=change.new
@@ -127,11 +128,17 @@ def train(
                 log(event)
             log(report)
             return DONE
-        is_other = bool(resume_step) or any(not change.key.startswith(_OF_NO_NUMBER) for change in changes)
-        is_other |= position.step == 0 and _has_other_config(workdir, config)
         program = make_program(config, mesh)
         log(describe_run(config, program.table))
         check_memory(program)
+        if position.step:
+            keep_compiled(workdir)
+            with ledger.measure("restore"):
+                position, state, more = restore_last(checkpointer, config, abstract=program.state)
+            damages += more
+        changes = _report_changes(checkpointer, config, position)
+        is_other = bool(resume_step) or any(not change.key.startswith(_OF_NO_NUMBER) for change in changes)
+        is_other |= position.step == 0 and _has_other_config(workdir, config)
         with ledger.measure("corpus"):
             token_store = prepare_store(
                 config, workdir=workdir, expected_fingerprint=position.store_fingerprint, build_store=build_store
@@ -147,17 +154,18 @@ def train(
                 token_store.manifest.tokenizer, store=token_store.directory, directory=workdir / KEPT_TOKENIZER
             )
             keep_template(token_store.manifest, directory=workdir / KEPT_TOKENIZER)
-        if position.step == 0:
+        if state is None:
             state = beginning.make_state(run)
         else:
             log(f"Resuming from step {position.step:,} ({position.tokens_seen:,} tokens)")
-            state = checkpointer.restore_state(position.step, abstract=abstract_state(run.table, run.optimizer, mesh))
         first_step = position.step + 1
         writer = _make_writer(run, first_step=first_step, is_other=is_other)
         with jax.set_mesh(mesh), writer:
             writer.config(config)
             for event in events:
                 writer.event(position.step, event)
+            for damage in damages:
+                writer.record_event(position.step, damage)
             if position.step == 0 and beginning.events:
                 for event in (*beginning.events, f"held-out before the first step: {evaluate_some(run, state.params)}"):
                     writer.event(0, event)
@@ -181,6 +189,14 @@ def _go_back(workdir: Path, step: int) -> list[str]:
     said = go_back(workdir, step) if jax.process_index() == 0 else ""
     multihost_utils.sync_global_devices("went back to an earlier checkpoint")
     return [said] if said else []
+
+
+def _report_changes(checkpointer: Checkpointer, config: TrainConfig, position: Position) -> list[SettingChange]:
+    """Report which settings are not those of the last checkpoint, and return them."""
+    changes = changed_settings(checkpointer, config)
+    for change in changes:
+        notices.report("setting-changed", f"{change} (from step {position.step:,} on)")
+    return changes
 
 
 def _has_other_config(workdir: Path, config: TrainConfig) -> bool:

@@ -146,11 +146,11 @@ def test_a_damaged_checkpoint_is_named_with_the_remedy(single, tmp_path):
     for path in (tmp_path / "checkpoints" / "14" / "state").rglob("*"):
         if path.is_file() and path.stat().st_size > 10_000:
             path.write_bytes(path.read_bytes()[:5_000])
-    with pytest.raises(ValueError, match=r"checkpoints/14 cannot be read: .*; delete it to go on from step 13"):
+    with pytest.raises(ValueError, match=r"checkpoints/14 cannot be used: .*; delete it to go on from step 13"):
         checkpointer.restore_state(14, abstract=abstract)
     checkpointer.close()
     reader = CheckpointReader(tmp_path)  # of a model that another command only reads: nothing of it is to be deleted
-    with pytest.raises(ValueError, match=r"cannot be read: .*; the run also has .*/checkpoints/13$"):
+    with pytest.raises(ValueError, match=r"cannot be used: .*; the run also has .*/checkpoints/13$"):
         reader.restore_state(14, abstract=abstract)
     reader.close()
 
@@ -264,11 +264,12 @@ def test_a_checkpoint_s_position_and_config_are_plain_json(saved):
 def test_damaged_json_of_a_checkpoint_is_named_with_the_remedy(saved, tmp_path, item, contents, said):
     workdir, _ = saved
     shutil.copytree(workdir / "checkpoints", tmp_path / "checkpoints")
+    shutil.rmtree(tmp_path / "checkpoints" / "7" / "digests")  # of a checkpoint from before them
     path = tmp_path / "checkpoints" / "7" / item / "metadata"
     text = contents if isinstance(contents, str) else json.dumps(json.loads(path.read_text()) | contents)
     path.write_text(text)
     checkpointer = Checkpointer(tmp_path, config=KEEP)
-    with pytest.raises(ValueError, match="checkpoints/7 cannot be read: .*delete it to start again") as raised:
+    with pytest.raises(ValueError, match="checkpoints/7 cannot be used: .*delete it to start again") as raised:
         checkpointer.read_metadata(7)
     assert said in str(raised.value) and errors.is_named(raised.value)
     checkpointer.close()
