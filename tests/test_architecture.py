@@ -51,7 +51,7 @@ FOLDERS_OF = {
     "gguf": {"convert", "hub"},
     "absl.flags": {"cli"},
     "tensorboardX": {"train"},
-    "matplotlib": {"display", "train", "tune"},
+    "matplotlib": {"display", "evaluate", "train", "tune"},
     "wandb": {"train"},
     "mlflow": {"train"},
 }

@@ -16,6 +16,8 @@ examples:
       one of its checkpoints, on other texts
   btlm evaluate --checkpoint=btlm-3b-8k-base --store=gs://bucket/store --overlap=4096 --tokens_per_source=1000000
       a Hugging Face model on a store's held-out documents, every token with at least 4,096 tokens before it
+  btlm evaluate --checkpoint=runs/local --positions --position_lengths=512,2048,8192
+      the loss by position, beyond the trained length too, with and without interpolated ALiBi; and its plot
 
 Every token is counted once. A text longer than the model's length is scored in windows, each of which sees --overlap
 tokens of the one before; with 1 a text's loss is what lm-evaluation-harness has for it (loglikelihood_rolling). Before
@@ -38,21 +40,41 @@ def evaluate(arguments: Sequence[str]) -> int:
 
     try:
         config = evaluation.EvaluationConfig(
-            parts=(evaluation.HELDOUT,),
+            parts=_parts(flags),
             texts=tuple(location for text in flags.strings("text") for location in expand_pattern(text)),
             store=flags.location("store") if flags.is_given("store") else None,
             output=flags.optional_path("output"),
             length=flags.integer("length"),
             overlap=flags.integer("overlap"),
             tokens_per_source=flags.integer("tokens_per_source"),
+            position_lengths=_lengths(flags, "position_lengths"),
+            position_tokens=flags.integer("position_tokens"),
             dtype=flags.string("dtype"),
             batch_tokens=flags.integer("batch_tokens"),
         )
     except ValueError as error:
         raise UsageError(str(error)) from error
-    found = evaluation.evaluate(flags.string("checkpoint"), config)
-    print(report.heldout_table(found["parts"][evaluation.HELDOUT]))
+    print(report.tables(evaluation.evaluate(flags.string("checkpoint"), config)))
     return DONE
+
+
+def _parts(flags: Flags) -> tuple[str, ...]:
+    """Return the parts that are asked for; held-out loss if there is none."""
+    from btlm_jax.evaluate import evaluation
+
+    if flags.boolean("all"):
+        return evaluation.PARTS
+    return tuple(part for part in evaluation.PARTS if flags.boolean(part)) or (evaluation.HELDOUT,)
+
+
+def _lengths(flags: Flags, name: str) -> tuple[int, ...]:
+    """Return the numbers of a flag that lists lengths."""
+    from btlm_jax.recipe.config import whole_number
+
+    try:
+        return tuple(whole_number(f"--{name}", word.strip()) for word in flags.string(name).split(","))
+    except ValueError as error:
+        raise UsageError(f"{error}; lengths are separated by commas: 2048,8192") from None
 
 
 def evaluate_flags() -> Flags:
@@ -67,6 +89,11 @@ def evaluate_flags() -> Flags:
     flags.define_integer("length", 0, "of a window, in tokens; 0: the longest that the model was trained at")
     flags.define_integer("overlap", 1, "tokens that a window sees of the one before it, at least")
     flags.define_integer("tokens_per_source", 0, "of each source the first documents, up to so many tokens; 0: all")
+    flags.define_boolean("heldout", False, "measure the loss by source; done when nothing else is asked for")
+    flags.define_boolean("positions", False, "measure the loss by position, in windows beyond the trained length too")
+    flags.define_boolean("all", False, "measure everything")
+    flags.define_string("position_lengths", "2048,8192,16384,32768", "of windows for the loss by position")
+    flags.define_integer("position_tokens", 1 << 20, "of a curve, at most, and one window at least; 0: all")
     flags.define_string(
         "dtype", "model", "in which it computes; model: its own", choices=("model", "float32", "bfloat16")
     )

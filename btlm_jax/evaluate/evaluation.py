@@ -5,13 +5,14 @@ from __future__ import annotations
 import dataclasses
 import functools
 import sys
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from btlm_jax.display.progress import print_error_line
 from btlm_jax.evaluate.checkpoint import DTYPES, Checkpoint, opened_checkpoint
 from btlm_jax.evaluate.documents import Corpus, limited, read_store, read_texts
+from btlm_jax.evaluate.plots import plot_positions
+from btlm_jax.evaluate.positions import Setting, Stream, measure_positions, settings_of, stream_of
 from btlm_jax.evaluate.report import write_report
 from btlm_jax.evaluate.results import Results, Work
 from btlm_jax.evaluate.scorer import Scorer
@@ -20,8 +21,9 @@ from btlm_jax.hub.given_model import RUN
 from btlm_jax.hub.native import store_of_run
 from btlm_jax.storage.location import PathOrUrl
 
-HELDOUT = "heldout"
-PARTS = (HELDOUT,)
+HELDOUT, POSITIONS = "heldout", "positions"
+PARTS = (HELDOUT, POSITIONS)
+POSITIONS_PLOT = "positions.png"
 FOLDER = "evaluation"  # beside a model's files
 
 
@@ -36,13 +38,18 @@ class EvaluationConfig:
     length: int  # of a window; 0: the longest that the model was trained at
     overlap: int
     tokens_per_source: int  # 0: all
+    position_lengths: tuple[int, ...]  # of windows
+    position_tokens: int  # of each curve, at most; 0: all
     dtype: str  # one of DTYPES
     batch_tokens: int  # of a device at a time
 
     def __post_init__(self):
-        for name, least in (("length", 0), ("overlap", 1), ("tokens_per_source", 0), ("batch_tokens", 1)):
+        leasts = {"length": 0, "overlap": 1, "tokens_per_source": 0, "position_tokens": 0, "batch_tokens": 1}
+        for name, least in leasts.items():
             if getattr(self, name) < least:
                 raise ValueError(f"{name}={getattr(self, name)} is not allowed; it must be {least} or more")
+        if not self.position_lengths or min(self.position_lengths) < 2:
+            raise ValueError(f"position_lengths={self.position_lengths} is not allowed; give lengths of 2 or more")
         if self.texts and self.store is not None:
             raise ValueError("text and store are both given; give one of them")
         if self.dtype not in DTYPES:
@@ -108,6 +115,35 @@ class _Evaluation:
 
         return self._results.measure(HELDOUT, settings, make)
 
+    def _positions(self) -> dict:
+        config, trained_length = self._config, self._checkpoint.metadata.max_length
+        corpus, lengths = self._corpus, sorted(set(config.position_lengths))
+        stream = stream_of(corpus)
+        curves = []
+        for setting in settings_of(lengths, trained_length=trained_length, stream_length=len(stream.is_counted)):
+            # The same tokens at every length, and at the longest a window at least
+            limit = config.position_tokens and max(config.position_tokens, lengths[-1])
+            settings = {
+                "documents": corpus.identity,
+                "tokens_per_source": config.tokens_per_source,
+                "limit": limit,
+                **dataclasses.asdict(setting),
+            }
+            measure = functools.partial(
+                _measure_positions, self, stream.cut(limit), setting, trained_length=trained_length
+            )
+            curves.append(self._results.measure(POSITIONS, settings, measure, what=f" {setting}"))
+        title = f"{self._checkpoint.name}: {corpus.description}, in one stream"
+        plot = self._results.folder / POSITIONS_PLOT
+        plot_positions(curves, plot, trained_length=trained_length, title=title)
+        return {"of": corpus.description, "plot": POSITIONS_PLOT, "curves": curves}
+
+
+def _measure_positions(
+    evaluation: _Evaluation, stream: Stream, setting: Setting, work: Work, *, trained_length: int
+) -> dict:
+    return measure_positions(evaluation._scorer, stream, setting, trained_length=trained_length, work=work)
+
 
 def _folder(checkpoint: Checkpoint, output: Path | None) -> Path:
     if output is not None:
@@ -123,8 +159,3 @@ def _own_store(checkpoint: Checkpoint) -> PathOrUrl:
     if checkpoint.form != RUN or checkpoint.is_fetched:
         raise ValueError(f"{checkpoint.name} is no run on this machine with a token store: give --text or --store")
     return store_of_run(checkpoint.directory)
-
-
-def parts_of(names: Sequence[str]) -> tuple[str, ...]:
-    """Return parts in the order in which they are measured."""
-    return tuple(part for part in PARTS if part in names)

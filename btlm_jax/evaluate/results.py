@@ -109,8 +109,8 @@ class Results:
         """Keep results in a folder; `identity` says which model and how it computes, and is part of every settings."""
         self.folder, self.identity = folder, identity
 
-    def measure(self, part: str, settings: dict[str, Any], make: Callable[[Work], dict]) -> dict:
-        """Return what `make` gives, or gave at an earlier start with the same settings.
+    def measure(self, part: str, settings: dict[str, Any], make: Callable[[Work], dict], *, what: str = "") -> dict:
+        """Return what `make` gives, or gave at an earlier start with the same settings; `what` is for the progress.
 
         Raises:
           OSError: the folder cannot be read or written.
@@ -122,12 +122,12 @@ class Results:
         if path.exists():
             kept = read_json_object(path)
             if kept.get("settings") == everything and isinstance(kept.get("result"), dict):
-                print(f"{part}: done already, {path}", file=sys.stderr)
+                print(f"{part}{what}: done already, {path}", file=sys.stderr)
                 return kept["result"]
             notices.report("evaluation-again", f"{path} is not what its name says; it is measured again")
         self.folder.mkdir(parents=True, exist_ok=True)
         partial = self.folder / f"{name}.partial"
-        work = Work(part, partial)
+        work = Work(f"{part}{what}", partial)
         try:
             result = make(work)
         finally:

@@ -58,6 +58,10 @@ class Scorer:
         self.batch_tokens = batch_tokens
         self.dropped_attention_bound = 0.0
 
+    def with_model(self, model: Btlm) -> Scorer:
+        """Return a scorer of the same weights with another network, such as one with other slopes of ALiBi."""
+        return Scorer(model, self._params, self._mesh, batch_tokens=self.batch_tokens)
+
     def log_likelihoods(self, rows: Sequence[Row]) -> list[Scores]:
         """Return the scores of each row."""
         found = dict(self.score(rows))

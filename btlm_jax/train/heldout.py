@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 
 import numpy as np
 
@@ -84,26 +84,12 @@ class HeldoutResult:
         while edges[-1] < len(self.weight_T):
             edges.append(min(max(2 * edges[-1], 1), len(self.weight_T)))
         parts = [slice(start, end) for start, end in zip(edges, edges[1:], strict=False)]
-        return tuple(_position_bin(self, part) for part in parts if self.weight_T[part].sum())
+        return tuple(position_bin(self.loss_T, self.weight_T, part) for part in parts if self.weight_T[part].sum())
 
     @property
     def first_rise(self) -> int:
-        """Return the first position of the first bin whose loss has risen, or 0.
-
-        A bin has risen if its loss is above the lowest bin before it by more than RISE and by more than two standard
-        errors of the difference: with few blocks, neighbouring bins differ by more than RISE by chance. Bins of one
-        position are ignored, because their error is unknown.
-        """
-        bins = [bin_ for bin_ in self.bins if bin_.first < bin_.last]
-        if not bins:
-            return 0
-        lowest = bins[0]
-        for bin_ in bins[1:]:
-            error = math.hypot(bin_.standard_error, lowest.standard_error)
-            if bin_.loss - lowest.loss > max(RISE, 2 * error):
-                return bin_.first
-            lowest = min(lowest, bin_, key=lambda candidate: candidate.loss)
-        return 0
+        """Return the first position at which the loss has risen, see `first_rise`, or 0."""
+        return first_rise(self.bins)
 
     def to_json(self) -> dict:
         """Return the losses as JSON's numbers, lists and dicts; by position only the bins."""
@@ -132,6 +118,25 @@ class HeldoutResult:
             },
             "first_rise": self.first_rise,
         }
+
+
+def first_rise(bins: Sequence[PositionBin]) -> int:
+    """Return the first position of the first bin whose loss has risen, or 0.
+
+    A bin has risen if its loss is above the lowest bin before it by more than RISE and by more than two standard errors
+    of the difference: with few blocks, neighbouring bins differ by more than RISE by chance. Bins of one position are
+    ignored, because their error is unknown.
+    """
+    wide = [bin_ for bin_ in bins if bin_.first < bin_.last]
+    if not wide:
+        return 0
+    lowest = wide[0]
+    for bin_ in wide[1:]:
+        error = math.hypot(bin_.standard_error, lowest.standard_error)
+        if bin_.loss - lowest.loss > max(RISE, 2 * error):
+            return bin_.first
+        lowest = min(lowest, bin_, key=lambda candidate: candidate.loss)
+    return 0
 
 
 def evaluate_heldout(
@@ -197,8 +202,9 @@ def _fetch(sources: list[str], sums: dict) -> tuple[list[str], dict[str, np.ndar
     return sources, {name: np.asarray(x, np.float64) for name, x in sums.items()}
 
 
-def _position_bin(result: HeldoutResult, part: slice) -> PositionBin:
-    loss_P, weight_P = result.loss_T[part], result.weight_T[part]
+def position_bin(loss_T: np.ndarray, weight_T: np.ndarray, part: slice) -> PositionBin:
+    """Return the loss over a part of the positions, from the sums of losses and weights at each."""
+    loss_P, weight_P = loss_T[part], weight_T[part]
     loss = loss_P.sum() / weight_P.sum()
     # The contribution of each position to the error of a ratio of sums: (loss - mean * weight) / total weight.
     error_P = (loss_P - loss * weight_P) / weight_P.sum()

@@ -24,7 +24,9 @@ def test_a_texts_loss_is_the_rolling_loglikelihood_of_the_harness(token_store, t
     workdir, exported = tmp_path / "run", tmp_path / "hf"
     write_run(workdir, run_config(token_store, evaluation__batch_size=8), steps=(6,))
     options = {"dtype": "float32", "file_type": "F32", "pad_ffn": 1, "max_shard_bytes": 10**9, "method": "rtn"}
-    convert(Conversion(source=workdir, target=exported, format="hf", calibration=None, **options), log=lambda line: None)
+    convert(
+        Conversion(source=workdir, target=exported, format="hf", calibration=None, **options), log=lambda line: None
+    )
     theirs = models.HFLM(pretrained=str(exported), trust_remote_code=True, device="cpu", dtype="float32", batch_size=2)
     assert theirs.max_length == 48
     requests = [
