@@ -18,6 +18,8 @@ examples:
       a Hugging Face model on a store's held-out documents, every token with at least 4,096 tokens before it
   btlm evaluate --checkpoint=runs/local --positions --position_lengths=512,2048,8192
       the loss by position, beyond the trained length too, with and without interpolated ALiBi; and its plot
+  btlm evaluate --checkpoint=runs/local --retrieval --retrieval_lengths=256,512,1024
+      what it finds again of lines, topics and passkeys, by length and depth, and the loss of the answers
 
 Every token is counted once. A text longer than the model's length is scored in windows, each of which sees --overlap
 tokens of the one before; with 1 a text's loss is what lm-evaluation-harness has for it (loglikelihood_rolling). Before
@@ -49,6 +51,9 @@ def evaluate(arguments: Sequence[str]) -> int:
             tokens_per_source=flags.integer("tokens_per_source"),
             position_lengths=_lengths(flags, "position_lengths"),
             position_tokens=flags.integer("position_tokens"),
+            retrieval_lengths=_lengths(flags, "retrieval_lengths"),
+            retrieval_cases=flags.integer("retrieval_cases"),
+            seed=flags.integer("seed"),
             dtype=flags.string("dtype"),
             batch_tokens=flags.integer("batch_tokens"),
         )
@@ -91,9 +96,13 @@ def evaluate_flags() -> Flags:
     flags.define_integer("tokens_per_source", 0, "of each source the first documents, up to so many tokens; 0: all")
     flags.define_boolean("heldout", False, "measure the loss by source; done when nothing else is asked for")
     flags.define_boolean("positions", False, "measure the loss by position, in windows beyond the trained length too")
+    flags.define_boolean("retrieval", False, "measure whether it finds lines, topics and passkeys far back in a text")
     flags.define_boolean("all", False, "measure everything")
     flags.define_string("position_lengths", "2048,8192,16384,32768", "of windows for the loss by position")
     flags.define_integer("position_tokens", 1 << 20, "of a curve, at most, and one window at least; 0: all")
+    flags.define_string("retrieval_lengths", "512,1024,2048,4096,8192", "of retrieval's texts, in tokens")
+    flags.define_integer("retrieval_cases", 50, "of each task and length")
+    flags.define_integer("seed", 0, "of retrieval's texts")
     flags.define_string(
         "dtype", "model", "in which it computes; model: its own", choices=("model", "float32", "bfloat16")
     )

@@ -10,14 +10,21 @@ from btlm_jax.storage.files import write_atomically
 
 def new_figure(*, size: tuple[float, float], dpi: int):
     """Return a figure (size in inches) with an Agg canvas of its own, and its axes."""
+    figure, (axes,) = new_panels(size=size, dpi=dpi, columns=1)
+    return figure, axes
+
+
+def new_panels(*, size: tuple[float, float], dpi: int, columns: int):
+    """Return such a figure with so many axes side by side, and a list of them."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=size, dpi=dpi, layout="constrained")
     FigureCanvasAgg(figure)
-    axes = figure.add_subplot()
-    axes.grid(alpha=0.25)
-    return figure, axes
+    panels = [figure.add_subplot(1, columns, number + 1) for number in range(columns)]
+    for axes in panels:
+        axes.grid(alpha=0.25)
+    return figure, panels
 
 
 def write_figure(figure, path: Path) -> None:

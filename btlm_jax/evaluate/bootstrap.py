@@ -1,8 +1,10 @@
-"""Intervals of ratios of sums, by resampling whole documents (Efron's percentile bootstrap), from a seed."""
+"""Intervals: of ratios of sums by resampling whole documents (Efron's percentile bootstrap), and of proportions."""
 
 from __future__ import annotations
 
 import dataclasses
+import math
+import statistics
 from collections.abc import Iterator, Sequence
 
 import numpy as np
@@ -58,3 +60,11 @@ def interval_of(values: np.ndarray) -> Interval:
     tail = (1 - LEVEL) / 2
     low, high = np.quantile(values, [tail, 1 - tail])
     return Interval(low=float(low), high=float(high))
+
+
+def interval_of_proportion(number: int, of: int) -> Interval:
+    """Return Wilson's interval of a proportion, which is none of zero width where all cases or none are right."""
+    z = statistics.NormalDist().inv_cdf((1 + LEVEL) / 2)
+    centre = (number + z * z / 2) / (of + z * z)
+    margin = z / (of + z * z) * math.sqrt(number * (of - number) / of + z * z / 4)
+    return Interval(low=max(0.0, centre - margin), high=min(1.0, centre + margin))

@@ -8,22 +8,24 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from btlm_jax import notices
 from btlm_jax.display.progress import print_error_line
 from btlm_jax.evaluate.checkpoint import DTYPES, Checkpoint, opened_checkpoint
 from btlm_jax.evaluate.documents import Corpus, limited, read_store, read_texts
-from btlm_jax.evaluate.plots import plot_positions
+from btlm_jax.evaluate.plots import plot_positions, plot_retrieval
 from btlm_jax.evaluate.positions import Setting, Stream, measure_positions, settings_of, stream_of
 from btlm_jax.evaluate.report import write_report
 from btlm_jax.evaluate.results import Results, Work
+from btlm_jax.evaluate.retrieval import CHANCE_NATS, make_group, measure_retrieval
+from btlm_jax.evaluate.retrieval_cases import Task
 from btlm_jax.evaluate.scorer import Scorer
 from btlm_jax.evaluate.text_loss import measure_text_loss
 from btlm_jax.hub.given_model import RUN
 from btlm_jax.hub.native import store_of_run
 from btlm_jax.storage.location import PathOrUrl
 
-HELDOUT, POSITIONS = "heldout", "positions"
-PARTS = (HELDOUT, POSITIONS)
-POSITIONS_PLOT = "positions.png"
+HELDOUT, POSITIONS, RETRIEVAL = PARTS = ("heldout", "positions", "retrieval")
+POSITIONS_PLOT, RETRIEVAL_PLOT = "positions.png", "retrieval.png"
 FOLDER = "evaluation"  # beside a model's files
 
 
@@ -40,16 +42,20 @@ class EvaluationConfig:
     tokens_per_source: int  # 0: all
     position_lengths: tuple[int, ...]  # of windows
     position_tokens: int  # of each curve, at most; 0: all
+    retrieval_lengths: tuple[int, ...]  # of cases, in tokens
+    retrieval_cases: int  # of each task and length
+    seed: int  # of retrieval's cases
     dtype: str  # one of DTYPES
     batch_tokens: int  # of a device at a time
 
     def __post_init__(self):
-        leasts = {"length": 0, "overlap": 1, "tokens_per_source": 0, "position_tokens": 0, "batch_tokens": 1}
-        for name, least in leasts.items():
+        leasts = {"length": 0, "overlap": 1, "tokens_per_source": 0, "position_tokens": 0, "retrieval_cases": 1}
+        for name, least in (leasts | {"seed": 0, "batch_tokens": 1}).items():
             if getattr(self, name) < least:
                 raise ValueError(f"{name}={getattr(self, name)} is not allowed; it must be {least} or more")
-        if not self.position_lengths or min(self.position_lengths) < 2:
-            raise ValueError(f"position_lengths={self.position_lengths} is not allowed; give lengths of 2 or more")
+        for name in ("position_lengths", "retrieval_lengths"):
+            if not getattr(self, name) or min(getattr(self, name)) < 2:
+                raise ValueError(f"{name}={getattr(self, name)} is not allowed; give lengths of 2 or more")
         if self.texts and self.store is not None:
             raise ValueError("text and store are both given; give one of them")
         if self.dtype not in DTYPES:
@@ -137,6 +143,36 @@ class _Evaluation:
         plot = self._results.folder / POSITIONS_PLOT
         plot_positions(curves, plot, trained_length=trained_length, title=title)
         return {"of": corpus.description, "plot": POSITIONS_PLOT, "curves": curves}
+
+    def _retrieval(self) -> dict:
+        config, checkpoint, groups = self._config, self._checkpoint, []
+        for task in Task:
+            for length in sorted(set(config.retrieval_lengths)):
+                settings = {"task": task, "length": length, "cases": config.retrieval_cases, "seed": config.seed}
+                measure = functools.partial(_measure_retrieval, self, **settings)
+                found = self._results.measure(RETRIEVAL, settings, measure, what=f" of {task} at {length:,}")
+                if not found["groups"]:
+                    notices.report(
+                        "length-left-out", f"no retrieval of {task} at {length:,} tokens: two items have more"
+                    )
+                groups += found["groups"]
+        if not groups:
+            raise ValueError(
+                f"retrieval_lengths={config.retrieval_lengths}: not even two items of any task fit; give longer ones"
+            )
+        plot = self._results.folder / RETRIEVAL_PLOT
+        trained_length = checkpoint.metadata.max_length
+        plot_retrieval(groups, plot, trained_length=trained_length, title=checkpoint.name)
+        return {"chance_nats": CHANCE_NATS, "plot": RETRIEVAL_PLOT, "groups": groups}
+
+
+def _measure_retrieval(evaluation: _Evaluation, work: Work, *, task: Task, length: int, cases: int, seed: int) -> dict:
+    checkpoint = evaluation._checkpoint
+    group = make_group(
+        task, length=length, num_cases=cases, seed=seed, tokenizer=checkpoint.tokenizer,
+        bos_id=checkpoint.metadata.prompt_bos_id,
+    )  # fmt: skip
+    return {"groups": [measure_retrieval(evaluation._scorer, group, work=work)] if group else []}
 
 
 def _measure_positions(

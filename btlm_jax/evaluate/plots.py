@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from btlm_jax.display.plotting import new_figure, write_figure
+from btlm_jax.display.plotting import new_figure, new_panels, write_figure
 
 SIZE, DPI = (9.0, 5.0), 120
 _COLOURS = ("#1f77b4", "#d62728", "#2ca02c", "#9467bd", "#ff7f0e", "#8c564b", "#17becf", "#e377c2")
@@ -49,4 +49,37 @@ def plot_positions(curves: Sequence[dict], path: Path, *, trained_length: int, t
     axes.set_ylabel("loss (nats per token), 2 std. errors")
     axes.set_title(title, fontsize=10)
     figure.legend(loc="outside upper center", ncols=4, fontsize=8, frameon=False)
+    write_figure(figure, path)
+
+
+def plot_retrieval(groups: Sequence[dict], path: Path, *, trained_length: int, title: str) -> None:
+    """Draw, for each task, accuracy and the answer's loss by length, and the loss at each depth."""
+    from matplotlib.ticker import FuncFormatter, NullLocator
+
+    tasks = list(dict.fromkeys(group["task"] for group in groups))
+    figure, panels = new_panels(size=(4.2 * len(tasks), 4.2), dpi=DPI, columns=len(tasks))
+    for axes, task in zip(panels, tasks, strict=True):
+        own = [group for group in groups if group["task"] == task]
+        lengths = [group["length"] for group in own]
+        right = axes.twinx()
+        right.plot(lengths, [100 * group["accuracy"] for group in own], color="#000000", marker="s", label="accuracy")
+        right.set_ylim(-3, 103)
+        depths = [part["depth"] for part in own[0]["depths"]]
+        for number, depth in enumerate(depths):
+            losses = [group["depths"][number]["answer_nats"] for group in own]
+            axes.plot(
+                lengths, losses, color=_COLOURS[number], marker="o", markersize=3, linewidth=1,
+                label=f"loss at depth {depth:g}",
+            )  # fmt: skip
+        axes.set_ylim(bottom=0)
+        axes.axvline(trained_length, color="#888888", linestyle="--", linewidth=1)
+        axes.set_xscale("log", base=2)
+        axes.xaxis.set_major_formatter(FuncFormatter(lambda x, _: f"{x:,g}"))
+        axes.xaxis.set_minor_locator(NullLocator())
+        axes.set_title(task, fontsize=10)
+        axes.set_xlabel("tokens")
+    panels[0].set_ylabel("loss of the answer (nats)")
+    right.set_ylabel("accuracy (%), black")
+    handles, labels = panels[0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside upper center", ncols=5, fontsize=8, frameon=False, title=title)
     write_figure(figure, path)

@@ -39,7 +39,7 @@ def _without_details(value: Any) -> Any:
 
 def tables(report: dict[str, Any]) -> str:
     """Return every part as a table for a terminal."""
-    made = {"heldout": heldout_table, "positions": positions_table}
+    made = {"heldout": heldout_table, "positions": positions_table, "retrieval": retrieval_table}
     return "\n\n".join(made[part](result) for part, result in report["parts"].items() if part in made)
 
 
@@ -61,6 +61,33 @@ def positions_table(result: dict) -> str:
             )
         )
     return "\n".join([f"loss by position: {result['of']}, in one stream; {result['plot']}", *_aligned(rows)])
+
+
+def retrieval_table(result: dict) -> str:
+    """Return retrieval as a table for a terminal."""
+    depths = sorted({part["depth"] for group in result["groups"] for part in group["depths"]})
+    rows = [("task", "tokens", "items", "cases", "accuracy", "answer nats", *(f"at {depth:g}" for depth in depths))]
+    for group in result["groups"]:
+        low, high = group["accuracy_interval"]
+        by_depth = {part["depth"]: part for part in group["depths"]}
+        rows.append(
+            (
+                group["task"],
+                f"{group['length']:,}",
+                f"{group['items']:,.0f}",
+                f"{group['cases']:,}",
+                f"{group['accuracy']:.0%} [{low:.0%}, {high:.0%}]",
+                _with_interval(group, "answer_nats"),
+                *(_at_depth(by_depth[depth]) if depth in by_depth else "" for depth in depths),
+            )
+        )
+    chance = f"a number guessed at random has {result['chance_nats']:.2f} nats"
+    head = f"retrieval, by depth accuracy and nats of the answer ({chance}); {result['plot']}"
+    return "\n".join([head, *_aligned(rows)])
+
+
+def _at_depth(part: dict) -> str:
+    return f"{part['accuracy']:.0%} {part['answer_nats']:.2f}"
 
 
 def _mean(bins: Iterable[tuple[int, int, float, int]]) -> str:

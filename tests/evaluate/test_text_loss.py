@@ -10,7 +10,7 @@ from support.made_up_run import run_config, write_run
 from btlm_jax import notices
 from btlm_jax.cli import main
 from btlm_jax.data.store import read_manifest
-from btlm_jax.evaluate.bootstrap import interval_of, resampled_sums
+from btlm_jax.evaluate.bootstrap import interval_of, interval_of_proportion, resampled_sums
 from btlm_jax.evaluate.documents import Document, read_store
 from btlm_jax.evaluate.results import Results, Work
 from btlm_jax.evaluate.scorer import Scores
@@ -104,6 +104,14 @@ def test_intervals_cover_the_truth_about_as_often_as_they_say():
         interval = interval_of(sums[:, 0] / sums[:, 1])
         covered += interval.low <= 2.0 <= interval.high
     assert 178 <= covered <= 198  # 95 % of 200 is 190, with a standard deviation of 3
+
+
+def test_intervals_of_proportions_are_those_of_scipy():
+    stats = pytest.importorskip("scipy.stats")
+    for number, of in ((0, 10), (4, 10), (10, 10), (31, 50)):
+        theirs = stats.binomtest(number, of).proportion_ci(0.95, method="wilson")
+        ours = interval_of_proportion(number, of)
+        assert (ours.low, ours.high) == pytest.approx((theirs.low, theirs.high), abs=1e-12)
 
 
 def test_a_source_of_one_document_has_no_interval():
