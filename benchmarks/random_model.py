@@ -14,6 +14,7 @@ from pathlib import Path
 import numpy as np
 
 from btlm_jax.convert.to_hf import write_hf
+from btlm_jax.hub.evaluation_card import NO_CARD
 from btlm_jax.hub.published import PublishedConfig, tensor_shapes
 
 _BASE_WIDTH, _INIT_STD = 256, 0.073  # of the published recipe
@@ -85,6 +86,7 @@ def write_random_model(directory: Path, *, shape: str, dtype: str) -> None:
         notes={},
         generation_config={},
         pad_token_id=None,
+        evaluation=NO_CARD,
         report=lambda name: None,
     )
     partial.rename(directory)

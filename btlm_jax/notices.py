@@ -19,6 +19,7 @@ NAMES = {
     "changed-since-export": "a file is not as it was when btlm convert wrote it beside these weights",
     "evaluation-again": "a file of an evaluation's results is not what its name says, and the part is measured again",
     "length-left-out": "an evaluation's texts are too short for windows of a length",
+    "evaluation-of-other": "the evaluation beside a model is of other weights, and stays out of its model card",
     "text-empty": "texts to evaluate are empty",
     "config-keys-dropped": "a config.json has keys that no form here keeps",
     "eos-contradicts": "files of a model name different end-of-text ids",

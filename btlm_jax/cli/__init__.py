@@ -30,7 +30,7 @@ usage: btlm <verb> [flags]        (btlm <verb> --help explains a verb)
   new              write a config for so many parameters, every value with its rule
   train            train from a config, or resume what is in the workdir
   generate         continue texts with a trained model
-  evaluate         the loss of texts under a trained model, by source, with intervals
+  evaluate         measure a trained model: loss by source and by position, retrieval; compare two
   convert          make a model of another form: Hugging Face both ways, GGUF, Jais, 4 bits
   corpus build     make the token store that a config names, without training
   corpus clean     make a corpus out of raw files, stage by stage (btlm corpus --help)

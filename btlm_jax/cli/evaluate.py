@@ -20,13 +20,18 @@ examples:
       the loss by position, beyond the trained length too, with and without interpolated ALiBi; and its plot
   btlm evaluate --checkpoint=runs/local --retrieval --retrieval_lengths=256,512,1024
       what it finds again of lines, topics and passkeys, by length and depth, and the loss of the answers
+  btlm evaluate --checkpoint=runs/local --all
+      all of this; evaluation/ then has a card, which btlm convert puts into the model card
+  btlm evaluate --compare runs/a runs/b --text articles/
+      the differences of two models, with intervals of pairs of documents
 
 Every token is counted once. A text longer than the model's length is scored in windows, each of which sees --overlap
 tokens of the one before; with 1 a text's loss is what lm-evaluation-harness has for it (loglikelihood_rolling). Before
 each text stands the end-of-text id, which is not counted. Intervals hold 95 % of 1,000 samples of whole documents.
 
-Results go to evaluation/ beside the model's files or to --output: each part's own file, and evaluation.json. What is
-done is not measured again, and an interrupted command goes on. Progress goes to the error stream.
+Results go to evaluation/ beside the model's files or to --output: each part's own file, plots, evaluation.json and the
+card evaluation.md. What is done is not measured again, and an interrupted command goes on. Progress goes to the error
+stream.
 """
 
 
@@ -35,9 +40,12 @@ def evaluate(arguments: Sequence[str]) -> int:
     flags = evaluate_flags()
     if not flags.parse(arguments):
         return DONE
-    if not flags.string("checkpoint"):
+    compared = flags.strings("compare")
+    if compared and (flags.is_given("checkpoint") or len(compared) != 2):
+        raise UsageError("--compare A B takes two models, and no --checkpoint")
+    if not compared and not flags.string("checkpoint"):
         raise UsageError("--checkpoint=MODEL is needed: a run, one of its checkpoints, a model's directory or a URL")
-    from btlm_jax.evaluate import evaluation, report
+    from btlm_jax.evaluate import evaluation
     from btlm_jax.storage.location import expand_pattern
 
     try:
@@ -59,7 +67,11 @@ def evaluate(arguments: Sequence[str]) -> int:
         )
     except ValueError as error:
         raise UsageError(str(error)) from error
-    print(report.tables(evaluation.evaluate(flags.string("checkpoint"), config)))
+    if compared:
+        tables = evaluation.evaluate_both(compared, config)
+    else:
+        tables = evaluation.evaluate(flags.string("checkpoint"), config)
+    print("\n\n".join(table.as_text() for table in tables))
     return DONE
 
 
@@ -88,6 +100,7 @@ def evaluate_flags() -> Flags:
     flags.define_string(
         "checkpoint", "", "a run, one of its checkpoints, a converted, 4-bit or Hugging Face model, or a URL of one"
     )
+    flags.define_paths("compare", "two models, which are measured alike, and their differences")
     flags.define_paths("text", "files, folders, patterns or URLs of texts, in every form that btlm corpus reads")
     flags.define_string("store", "", "token store of whose held-out documents; by default the run's own")
     flags.define_string("output", "", "folder for the results; by default evaluation/ beside the model's files")

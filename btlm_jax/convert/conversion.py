@@ -24,6 +24,7 @@ from btlm_jax.convert.tokenizer_files import write_tokenizer_files
 from btlm_jax.convert.transformers_logits import has_transformers, transformers_logits
 from btlm_jax.display.progress import item_bar
 from btlm_jax.hub.client_files import pad_token_id
+from btlm_jax.hub.evaluation_card import read_evaluation_card
 from btlm_jax.hub.gguf import GGUFFile, gguf_logits, import_gguf
 from btlm_jax.hub.huggingface import HuggingFaceTensors
 from btlm_jax.hub.native import abstract_params, one_device_mesh, read_model_directory, write_model_directory
@@ -220,6 +221,7 @@ def _write_hf(source: Source, directory: Path, conversion: Conversion) -> None:
             notes=source.notes,
             generation_config=source.clients.generation_config,
             pad_token_id=pad_token_id(source.tokenizer, source.clients),
+            evaluation=read_evaluation_card(conversion.source),
             report=report,
         )
 

@@ -15,6 +15,7 @@ import numpy as np
 from btlm_jax import __version__
 from btlm_jax.attention.alibi import alibi_slopes
 from btlm_jax.hub.client_files import GENERATION_CONFIG
+from btlm_jax.hub.evaluation_card import EvaluationCard
 from btlm_jax.hub.huggingface import FILE_HASHES, file_hashes
 from btlm_jax.hub.published import BTLM, CONFIG_FILE, SLOPES, PublishedConfig, Tensors, tensor_shapes
 from btlm_jax.hub.safetensors_files import TensorToWrite, write_safetensors
@@ -33,6 +34,7 @@ def write_hf(
     notes: Mapping[str, str],
     generation_config: Mapping[str, Any],
     pad_token_id: int | None,
+    evaluation: EvaluationCard,
     report: Callable[[str], None],
 ) -> None:
     """Write weights, configs, model code and a model card into `directory`; the tokenizer's files are there already.
@@ -56,7 +58,10 @@ def write_hf(
     write_safetensors(directory, to_write, max_shard_bytes=max_shard_bytes, metadata=metadata)
     for path in MODEL_FILES:
         shutil.copyfile(path, directory / path.name)
-    (directory / "README.md").write_text(model_card(config, dtype=dtype, notes=notes))
+    card = model_card(config, dtype=dtype, notes=notes)
+    (directory / "README.md").write_text(f"{card}\n{evaluation.text}" if evaluation.text else card)
+    for name, contents in evaluation.plots.items():
+        (directory / name).write_bytes(contents)
 
 
 def cast_tensor(

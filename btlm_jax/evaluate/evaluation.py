@@ -4,29 +4,34 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import json
 import sys
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 from btlm_jax import notices
+from btlm_jax.corpus.stages.clean import check_not_inside
 from btlm_jax.display.progress import print_error_line
 from btlm_jax.evaluate.checkpoint import DTYPES, Checkpoint, opened_checkpoint
+from btlm_jax.evaluate.comparison import compare, table_of
 from btlm_jax.evaluate.documents import Corpus, limited, read_store, read_texts
 from btlm_jax.evaluate.plots import plot_positions, plot_retrieval
 from btlm_jax.evaluate.positions import Setting, Stream, measure_positions, settings_of, stream_of
-from btlm_jax.evaluate.report import write_report
+from btlm_jax.evaluate.report import Table, tables_of, write_report
 from btlm_jax.evaluate.results import Results, Work
 from btlm_jax.evaluate.retrieval import CHANCE_NATS, make_group, measure_retrieval
 from btlm_jax.evaluate.retrieval_cases import Task
 from btlm_jax.evaluate.scorer import Scorer
 from btlm_jax.evaluate.text_loss import measure_text_loss
+from btlm_jax.hub.evaluation_card import evaluation_folder
 from btlm_jax.hub.given_model import RUN
 from btlm_jax.hub.native import store_of_run
+from btlm_jax.storage.files import write_atomically
 from btlm_jax.storage.location import PathOrUrl
 
 HELDOUT, POSITIONS, RETRIEVAL = PARTS = ("heldout", "positions", "retrieval")
 POSITIONS_PLOT, RETRIEVAL_PLOT = "positions.png", "retrieval.png"
-FOLDER = "evaluation"  # beside a model's files
+COMPARISON_FILE, FIRST, SECOND = "comparison.json", "first", "second"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -62,15 +67,41 @@ class EvaluationConfig:
             raise ValueError(f"dtype={self.dtype} is not allowed; it must be one of {', '.join(DTYPES)}")
 
 
-def evaluate(name: str, config: EvaluationConfig) -> dict[str, Any]:
-    """Evaluate a model, keep the results, and return the report (report.py).
+def evaluate(name: str, config: EvaluationConfig) -> list[Table]:
+    """Evaluate a model, keep the results and write the report; return its tables.
 
     Raises:
       FileNotFoundError, OSError: the model, its documents or the folder is missing or cannot be used.
       ValueError: something is damaged, or the settings do not fit the model.
     """
     with opened_checkpoint(name, log=print_error_line) as checkpoint:
-        return _Evaluation(checkpoint, config).run()
+        evaluation = _Evaluation(checkpoint, config)
+        return tables_of(write_report(evaluation.folder, checkpoint, evaluation.measure()))
+
+
+def evaluate_both(names: Sequence[str], config: EvaluationConfig) -> list[Table]:
+    """Evaluate two models alike, each as `evaluate` does, and return their differences as a table.
+
+    With config.output the results of each are in a folder of it, FIRST and SECOND, and COMPARISON_FILE has the
+    differences.
+
+    Raises:
+      ValueError: they are not two, or were not measured on the same documents; and as `evaluate`.
+    """
+    if len(names) != 2:
+        raise ValueError(f"compare needs two models; got {len(names)}")
+    measured = []
+    for name, folder in zip(names, (FIRST, SECOND), strict=True):
+        own = config if config.output is None else dataclasses.replace(config, output=config.output / folder)
+        with opened_checkpoint(name, log=print_error_line) as checkpoint:
+            evaluation = _Evaluation(checkpoint, own)
+            measured.append(evaluation.measure())
+            write_report(evaluation.folder, checkpoint, measured[-1])
+    differences = compare(*measured)
+    if config.output is not None:
+        values = {"first": names[0], "second": names[1], "differences": differences}
+        write_atomically(config.output / COMPARISON_FILE, json.dumps(values, indent=1))
+    return [table_of(differences, names=(names[0], names[1]))]
 
 
 class _Evaluation:
@@ -81,13 +112,14 @@ class _Evaluation:
         self._length = config.length or checkpoint.metadata.max_length
         if config.overlap > self._length:
             raise ValueError(f"overlap={config.overlap:,} is more than the window's {self._length:,} tokens")
-        folder = _folder(checkpoint, config.output)
-        self._results = Results(folder, identity={"model": checkpoint.identity, "dtype": config.dtype})
+        self.folder = _folder(checkpoint, config.output)
+        check_not_inside(self.folder, config.texts)
+        self._results = Results(self.folder, identity={"model": checkpoint.identity, "dtype": config.dtype})
 
-    def run(self) -> dict[str, Any]:
-        """Measure every part that is asked for."""
-        measured = {part: getattr(self, f"_{part}")() for part in PARTS if part in self._config.parts}
-        return write_report(self._results.folder, self._checkpoint, measured)
+    def measure(self) -> dict[str, dict]:
+        """Return the results of every part that is asked for, with their details."""
+        make = {HELDOUT: self._heldout, POSITIONS: self._positions, RETRIEVAL: self._retrieval}
+        return {part: make[part]() for part in PARTS if part in self._config.parts}
 
     @functools.cached_property
     def _scorer(self) -> Scorer:
@@ -109,7 +141,7 @@ class _Evaluation:
     def _heldout(self) -> dict:
         corpus, length, overlap = self._corpus, self._length, self._config.overlap
         settings = {
-            "documents": corpus.identity,
+            "corpus": corpus.identity,
             "tokens_per_source": self._config.tokens_per_source,
             "length": length,
             "overlap": overlap,
@@ -130,7 +162,7 @@ class _Evaluation:
             # The same tokens at every length, and at the longest a window at least
             limit = config.position_tokens and max(config.position_tokens, lengths[-1])
             settings = {
-                "documents": corpus.identity,
+                "corpus": corpus.identity,
                 "tokens_per_source": config.tokens_per_source,
                 "limit": limit,
                 **dataclasses.asdict(setting),
@@ -140,7 +172,7 @@ class _Evaluation:
             )
             curves.append(self._results.measure(POSITIONS, settings, measure, what=f" {setting}"))
         title = f"{self._checkpoint.name}: {corpus.description}, in one stream"
-        plot = self._results.folder / POSITIONS_PLOT
+        plot = self.folder / POSITIONS_PLOT
         plot_positions(curves, plot, trained_length=trained_length, title=title)
         return {"of": corpus.description, "plot": POSITIONS_PLOT, "curves": curves}
 
@@ -160,7 +192,7 @@ class _Evaluation:
             raise ValueError(
                 f"retrieval_lengths={config.retrieval_lengths}: not even two items of any task fit; give longer ones"
             )
-        plot = self._results.folder / RETRIEVAL_PLOT
+        plot = self.folder / RETRIEVAL_PLOT
         trained_length = checkpoint.metadata.max_length
         plot_retrieval(groups, plot, trained_length=trained_length, title=checkpoint.name)
         return {"chance_nats": CHANCE_NATS, "plot": RETRIEVAL_PLOT, "groups": groups}
@@ -186,8 +218,7 @@ def _folder(checkpoint: Checkpoint, output: Path | None) -> Path:
         return output
     if checkpoint.is_fetched:
         raise ValueError(f"{checkpoint.name} is a URL, beside which nothing is written: give --output=DIR")
-    folder = checkpoint.directory / FOLDER
-    return folder / f"step-{checkpoint.step}" if checkpoint.form == RUN else folder
+    return evaluation_folder(checkpoint.directory, step=checkpoint.step)
 
 
 def _own_store(checkpoint: Checkpoint) -> PathOrUrl:

@@ -1,24 +1,57 @@
-"""The report of an evaluation: one JSON file, and tables for a terminal and for a model card."""
+"""The report of an evaluation: one JSON file, tables for a terminal, and a section of a model card."""
 
 from __future__ import annotations
 
+import dataclasses
+import datetime
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
+from btlm_jax import __version__
 from btlm_jax.evaluate.checkpoint import Checkpoint
+from btlm_jax.hub.evaluation_card import CARD_FILE, REPORT_FILE
 from btlm_jax.storage.files import write_atomically
 
-REPORT_FILE = "evaluation.json"
 FORMAT = "btlm evaluation report 1"
 _DETAILS = ("of_documents", "of_windows", "of_positions", "of_cases")  # are in a part's own file, not in the report
+_ALIBI = {"none": "as trained", "dynamic": "dynamic"}
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Table:
+    """One table of a report."""
+
+    title: str
+    rows: tuple[tuple[str, ...], ...]  # the first is the header
+    note: str = ""  # below it
+    plot: str = ""  # file beside the report
+
+    def as_text(self) -> str:
+        """Return it for a terminal, the first column at the left, the others at the right."""
+        widths = [max(map(len, column)) for column in zip(*self.rows, strict=True)]
+        lines = []
+        for row in self.rows:
+            cells = [cell.rjust(width) for cell, width in zip(row, widths, strict=True)]
+            lines.append("  ".join([row[0].ljust(widths[0]), *cells[1:]]).rstrip())
+        return "\n".join([self.title, *lines, *filter(None, [self.note, self.plot])])
+
+    def as_markdown(self) -> str:
+        """Return it for a model card."""
+        header, *rows = (f"| {' | '.join(cell.replace('|', '/') for cell in row)} |" for row in self.rows)
+        rule = f"|{'|'.join(['---', *['---:'] * (len(self.rows[0]) - 1)])}|"
+        parts = [f"**{self.title}**", "\n".join([header, rule, *rows])]
+        parts += [self.note] if self.note else []
+        parts += [f"![{self.title.partition(':')[0]}]({self.plot})"] if self.plot else []
+        return "\n\n".join(parts)
 
 
 def write_report(folder: Path, checkpoint: Checkpoint, parts: dict[str, dict]) -> dict[str, Any]:
-    """Write what was measured to a folder, and return it."""
+    """Write what was measured to a folder, as JSON and as a card, and return it without its details."""
     report = {
         "format": FORMAT,
+        "version": __version__,
         "model": checkpoint.name,
         "form": checkpoint.form,
         "step": checkpoint.step,
@@ -28,7 +61,22 @@ def write_report(folder: Path, checkpoint: Checkpoint, parts: dict[str, dict]) -
     }
     folder.mkdir(parents=True, exist_ok=True)
     write_atomically(folder / REPORT_FILE, json.dumps(report, indent=1))
+    write_atomically(folder / CARD_FILE, _card(report))
     return report
+
+
+def tables_of(report: dict[str, Any]) -> list[Table]:
+    """Return the tables of every part."""
+    return [table for part, result in report["parts"].items() for table in _TABLES[part](result)]
+
+
+def _card(report: dict[str, Any]) -> str:
+    """Return the section of a model card."""
+    head = (
+        f"## Evaluation\n\nMeasured with btlm_jax {report['version']} on "
+        f"{datetime.datetime.now(datetime.UTC).date()}; intervals in brackets hold 95 %."
+    )
+    return "\n\n".join([head, *(table.as_markdown() for table in tables_of(report))]) + "\n"
 
 
 def _without_details(value: Any) -> Any:
@@ -37,39 +85,47 @@ def _without_details(value: Any) -> Any:
     return [_without_details(each) for each in value] if isinstance(value, list) else value
 
 
-def tables(report: dict[str, Any]) -> str:
-    """Return every part as a table for a terminal."""
-    made = {"heldout": heldout_table, "positions": positions_table, "retrieval": retrieval_table}
-    return "\n\n".join(made[part](result) for part, result in report["parts"].items() if part in made)
+def _heldout(result: dict) -> list[Table]:
+    def row(name: str, part: dict) -> tuple[str, ...]:
+        bits = with_interval(part, "bits_per_byte") if "bits_per_byte" in part else ""
+        counts = (f"{part['documents']:,}", f"{part['tokens']:,}")
+        return (name, *counts, with_interval(part, "loss"), f"{part['perplexity']:,.2f}", bits)
+
+    rows = [("source", "documents", "tokens", "nats/token", "perplexity", "bits/byte")]
+    rows += [row(name, part) for name, part in result["sources"].items()]
+    note = ""
+    if len(result["sources"]) > 1:
+        rows.append(row("all", result))
+        note = f"mean of sources: {with_interval(result, 'mean_of_sources')} nats/token"
+    windows = f"windows of {result['length']:,} tokens, overlap {result['overlap']:,}"
+    return [Table(title=f"held-out loss: {result['of']}, {windows}", rows=tuple(rows), note=note)]
 
 
-def positions_table(result: dict) -> str:
-    """Return the curves of loss by position as a table for a terminal."""
-    names = {"none": "as trained", "dynamic": "dynamic"}
+def _positions(result: dict) -> list[Table]:
     rows = [("window", "ALiBi", "tokens", "nats/token", "rises at", "first 256", "last quarter")]
     for curve in result["curves"]:
         bins = list(zip(*(curve["bins"][key] for key in ("first", "last", "loss", "num_tokens")), strict=True))
         rows.append(
             (
                 f"{curve['length']:,}",
-                names.get(curve["alibi"], f"slopes / {curve['factor']:g}"),
+                alibi_name(curve),
                 f"{curve['tokens']:,}",
-                _with_interval(curve, "loss"),
+                with_interval(curve, "loss"),
                 f"{curve['first_rise']:,}" if curve["first_rise"] else "no rise",
                 _mean(part for part in bins if part[1] <= 256),
                 _mean(part for part in bins if part[0] > curve["length"] * 3 // 4),
             )
         )
-    return "\n".join([f"loss by position: {result['of']}, in one stream; {result['plot']}", *_aligned(rows)])
+    title = f"loss by position: {result['of']}, in one stream"
+    return [Table(title=title, rows=tuple(rows), plot=result["plot"])]
 
 
-def retrieval_table(result: dict) -> str:
-    """Return retrieval as a table for a terminal."""
+def _retrieval(result: dict) -> list[Table]:
     depths = sorted({part["depth"] for group in result["groups"] for part in group["depths"]})
     rows = [("task", "tokens", "items", "cases", "accuracy", "answer nats", *(f"at {depth:g}" for depth in depths))]
     for group in result["groups"]:
         low, high = group["accuracy_interval"]
-        by_depth = {part["depth"]: part for part in group["depths"]}
+        by_depth = {part["depth"]: f"{part['accuracy']:.0%} {part['answer_nats']:.2f}" for part in group["depths"]}
         rows.append(
             (
                 group["task"],
@@ -77,60 +133,36 @@ def retrieval_table(result: dict) -> str:
                 f"{group['items']:,.0f}",
                 f"{group['cases']:,}",
                 f"{group['accuracy']:.0%} [{low:.0%}, {high:.0%}]",
-                _with_interval(group, "answer_nats"),
-                *(_at_depth(by_depth[depth]) if depth in by_depth else "" for depth in depths),
+                with_interval(group, "answer_nats", digits=2),
+                *(by_depth.get(depth, "") for depth in depths),
             )
         )
-    chance = f"a number guessed at random has {result['chance_nats']:.2f} nats"
-    head = f"retrieval, by depth accuracy and nats of the answer ({chance}); {result['plot']}"
-    return "\n".join([head, *_aligned(rows)])
+    note = f"a number guessed at random has {result['chance_nats']:.2f} nats"
+    title = "retrieval: accuracy and nats of the answer, in all and by depth (0: at the beginning)"
+    return [Table(title=title, rows=tuple(rows), note=note, plot=result["plot"])]
 
 
-def _at_depth(part: dict) -> str:
-    return f"{part['accuracy']:.0%} {part['answer_nats']:.2f}"
+_TABLES: dict[str, Callable[[dict], list[Table]]] = {
+    "heldout": _heldout,
+    "positions": _positions,
+    "retrieval": _retrieval,
+}
+
+
+def alibi_name(curve: dict) -> str:
+    """Return how ALiBi's slopes are divided in a curve."""
+    return _ALIBI.get(curve["alibi"], f"slopes / {curve['factor']:g}")
+
+
+def with_interval(part: dict, name: str, *, digits: int = 4) -> str:
+    """Return a number of a part with its interval, where it has one."""
+    interval = part[f"{name}_interval"]
+    text = f"{part[name]:.{digits}f}"
+    return text if interval is None else f"{text} [{interval[0]:.{digits}f}, {interval[1]:.{digits}f}]"
 
 
 def _mean(bins: Iterable[tuple[int, int, float, int]]) -> str:
     """Return the loss over bins (first, last, loss, tokens)."""
-    parts = [(loss * count, count) for _, _, loss, count in bins]
+    parts: Sequence[tuple[float, int]] = [(loss * count, count) for _, _, loss, count in bins]
     total = sum(count for _, count in parts)
     return f"{sum(nats for nats, _ in parts) / total:.4f}" if total else ""
-
-
-def _aligned(rows: Sequence[tuple[str, ...]]) -> list[str]:
-    """Return rows as lines, the first column at the left, the others at the right."""
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    lines = []
-    for row in rows:
-        cells = [cell.rjust(width) for cell, width in zip(row, widths, strict=True)]
-        lines.append("  ".join([row[0].ljust(widths[0]), *cells[1:]]).rstrip())
-    return lines
-
-
-def heldout_table(result: dict) -> str:
-    """Return the held-out loss as a table for a terminal."""
-    rows = [("source", "documents", "tokens", "nats/token", "perplexity", "bits/byte")]
-    rows += [_row(name, part) for name, part in result["sources"].items()]
-    if len(result["sources"]) > 1:
-        rows.append(_row("all", result))
-    lines = _aligned(rows)
-    if len(result["sources"]) > 1:
-        lines.append(f"mean of sources: {_with_interval(result, 'mean_of_sources')} nats/token")
-    head = f"held-out loss: {result['of']}, windows of {result['length']:,} tokens, overlap {result['overlap']:,}"
-    return "\n".join([head, *lines])
-
-
-def _row(name: str, part: dict) -> tuple[str, ...]:
-    return (
-        name,
-        f"{part['documents']:,}",
-        f"{part['tokens']:,}",
-        _with_interval(part, "loss"),
-        f"{part['perplexity']:,.2f}",
-        _with_interval(part, "bits_per_byte") if "bits_per_byte" in part else "",
-    )
-
-
-def _with_interval(part: dict, name: str) -> str:
-    interval = part[f"{name}_interval"]
-    return f"{part[name]:.4f}" + (f" [{interval[0]:.4f}, {interval[1]:.4f}]" if interval else "")

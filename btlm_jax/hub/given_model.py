@@ -155,12 +155,17 @@ def _open_run(workdir: Path, *, step: int) -> GivenModel:
         checkpoint = read_run_checkpoint(reader, step or steps[-1], workdir=workdir)
     finally:
         reader.close()
-    folder = workdir / CHECKPOINTS / str(checkpoint.position.step)
-    files = sorted(path for path in folder.rglob("*") if path.is_file())
+    step = checkpoint.position.step
     return GivenModel(
-        directory=workdir, form=RUN, step=checkpoint.position.step, fingerprint=_fingerprint(folder, files),
+        directory=workdir, form=RUN, step=step, fingerprint=fingerprint_of_checkpoint(workdir, step),
         metadata=checkpoint.metadata, tokenizer=checkpoint.tokenizer, config=checkpoint.config,
     )  # fmt: skip
+
+
+def fingerprint_of_checkpoint(workdir: Path, step: int) -> str:
+    """Return a hash of the names, sizes and beginnings of the files of a run's checkpoint."""
+    folder = workdir / CHECKPOINTS / str(step)
+    return _fingerprint(folder, sorted(path for path in folder.rglob("*") if path.is_file()))
 
 
 def fingerprint_of_model(directory: Path) -> str:

@@ -20,7 +20,7 @@ from btlm_jax.evaluate.positions import (
     settings_of,
     stream_of,
 )
-from btlm_jax.evaluate.report import positions_table
+from btlm_jax.evaluate.report import tables_of
 from btlm_jax.evaluate.results import Work
 from btlm_jax.evaluate.scorer import Row, Scorer, Scores
 from btlm_jax.hub.source import load_native
@@ -142,7 +142,9 @@ def test_the_table_and_the_plot(tmp_path):
     curves = [curve(lambda p: 4 - 0.1 * np.log(p), corpus, 32), curve(lambda p: 4 - 0.1 * np.log(p), corpus, 64)]
     curves[0] |= {"alibi": "none"}
     curves[1] |= {"alibi": "none"}
-    table = positions_table({"of": "made up", "plot": "positions.png", "curves": curves})
+    part = {"of": "made up", "plot": "positions.png", "curves": curves}
+    (made,) = tables_of({"parts": {"positions": part}})
+    table = made.as_text()
     assert "no rise" in table and f"{curves[1]['loss']:.4f}" in table
     plot_positions(curves, tmp_path / "p.png", trained_length=32, title="made up")
     assert (tmp_path / "p.png").read_bytes().startswith(b"\x89PNG")

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from btlm_jax.evaluate.plots import plot_retrieval
-from btlm_jax.evaluate.report import retrieval_table
+from btlm_jax.evaluate.report import tables_of
 from btlm_jax.evaluate.results import Work
 from btlm_jax.evaluate.retrieval import CHANCE_NATS, DEPTHS, encode_case, make_group, measure_retrieval
 from btlm_jax.evaluate.retrieval_cases import Case, Task, make_case
@@ -105,7 +105,9 @@ def test_a_model_that_sees_half_of_a_text_finds_what_is_in_it(tmp_path):
     assert far["answer_nats"] == pytest.approx(sum(lost) / 10)
     low, high = far["accuracy_interval"]
     assert low < 0.4 < high
-    table = retrieval_table({"chance_nats": CHANCE_NATS, "plot": "retrieval.png", "groups": groups})
+    part = {"chance_nats": CHANCE_NATS, "plot": "retrieval.png", "groups": groups}
+    (made,) = tables_of({"parts": {"retrieval": part}})
+    table = made.as_text()
     assert "40%" in table and "10.82 nats" in table
     plot_retrieval(groups, tmp_path / "r.png", trained_length=2048, title="made up")
     assert (tmp_path / "r.png").read_bytes().startswith(b"\x89PNG")

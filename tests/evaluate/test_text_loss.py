@@ -140,9 +140,16 @@ def test_every_held_out_token_of_a_store_is_counted_once(token_store):
 
 
 def test_the_verb_measures_once_and_says_what_it_found(made_up_run, tmp_path, capsys):
-    (tmp_path / "a.jsonl").write_text('{"text": "one two three", "source": "x"}\n{"text": ""}\nnot json\n')
+    (tmp_path / "texts").mkdir()
+    (tmp_path / "texts" / "a.jsonl").write_text('{"text": "one two three", "source": "x"}\n{"text": ""}\nnot json\n')
     output = tmp_path / "out"
-    command = ["evaluate", f"--checkpoint={made_up_run}/checkpoints/3", "--text", str(tmp_path), f"--output={output}"]
+    command = [
+        "evaluate",
+        f"--checkpoint={made_up_run}/checkpoints/3",
+        "--text",
+        f"{tmp_path}/texts",
+        f"--output={output}",
+    ]
     assert main(command) == 0
     said = capsys.readouterr()
     assert "x" in said.out and "nats/token" in said.out
@@ -165,6 +172,7 @@ def test_the_verb_measures_once_and_says_what_it_found(made_up_run, tmp_path, ca
         (["--text", "{folder}/a.txt", "--overlap=49"], "overlap=49 is more than the window's 48 tokens"),
         (["--text", "{folder}/a.txt", "--store={folder}"], "give one of them"),
         (["--store={folder}"], "is not a token store"),
+        (["--text={folder}", "--output={folder}/out"], "so it would be read as input"),
     ],
 )
 def test_what_cannot_be_evaluated_is_said(made_up_run, tmp_path, capsys, flags, said):

@@ -1,0 +1,100 @@
+"""Two models on the same documents: differences with intervals, of pairs of documents, windows or cases.
+
+Both are resampled alike, so that what makes a document easy or hard for both drops out of the difference.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import numpy as np
+
+from btlm_jax.evaluate.bootstrap import interval_of, resampled_sums
+from btlm_jax.evaluate.report import Table, alibi_name
+from btlm_jax.evaluate.text_loss import BYTES, NATS, TOKENS, documents_of
+
+
+def compare(first: dict[str, dict], second: dict[str, dict]) -> list[dict[str, Any]]:
+    """Return the differences, second - first, of all that was measured of both, details included.
+
+    Each is {"part", "what", "unit", "first", "second", "difference", "interval", "pairs"}; the interval is None where
+    there is only one pair. Losses a token are compared where both divide the documents into as many tokens.
+
+    Raises:
+      ValueError: the two were not measured on the same documents.
+    """
+    found = []
+    for part, differences in (("heldout", _heldout), ("positions", _positions), ("retrieval", _retrieval)):
+        if part in first and part in second:
+            found += [{"part": part} | difference for difference in differences(first[part], second[part])]
+    return found
+
+
+def table_of(differences: list[dict[str, Any]], *, names: tuple[str, str]) -> Table:
+    """Return differences as a table."""
+    rows = [("", "unit", *names, "difference", "pairs")]
+    for each in differences:
+        low_high = "" if each["interval"] is None else " [{:+.4f}, {:+.4f}]".format(*each["interval"])
+        values = (f"{each['first']:.4f}", f"{each['second']:.4f}", f"{each['difference']:+.4f}{low_high}")
+        rows.append((f"{each['part']} {each['what']}", each["unit"], *values, f"{each['pairs']:,}"))
+    return Table(title=f"{names[1]} compared with {names[0]}", rows=tuple(rows))
+
+
+def _heldout(first: dict, second: dict) -> list[dict]:
+    if first["corpus"] != second["corpus"] or first["sources"].keys() != second["sources"].keys():
+        raise ValueError("held-out losses are of other documents, and cannot be compared: give both the same --text")
+    ours, theirs = documents_of(first), documents_of(second)
+    same_tokens = all(np.array_equal(ours[source][:, TOKENS], theirs[source][:, TOKENS]) for source in ours)
+    found = []
+    for unit, column, scale in (("nats/token", TOKENS, 1.0), ("bits/byte", BYTES, math.log(2))):
+        if column == TOKENS and not same_tokens:
+            continue
+        strata = {
+            source: np.stack([ours[source][:, NATS], theirs[source][:, NATS], ours[source][:, column] * scale], axis=1)
+            for source in ours
+        }
+        found += [_difference(source, unit, [array]) for source, array in strata.items() if array[:, 2].any()]
+        if len(strata) > 1:
+            found.append(_difference("all", unit, list(strata.values())))
+    return found
+
+
+def _positions(first: dict, second: dict) -> list[dict]:
+    theirs = {(curve["length"], curve["alibi"], curve["factor"]): curve["of_windows"] for curve in second["curves"]}
+    found = []
+    for curve in first["curves"]:
+        own, other = curve["of_windows"], theirs.get((curve["length"], curve["alibi"], curve["factor"]))
+        if other is not None and other["tokens"] == own["tokens"]:  # another tokenizer cuts other windows
+            array = np.array([own["nats"], other["nats"], own["tokens"]], np.float64).T
+            found.append(_difference(f"{curve['length']:,}, {alibi_name(curve)}", "nats/token", [array]))
+    return found
+
+
+def _retrieval(first: dict, second: dict) -> list[dict]:
+    theirs = {(group["task"], group["length"]): group for group in second["groups"]}
+    found = []
+    for group in first["groups"]:
+        other = theirs.get((group["task"], group["length"]))
+        if other is None or (other["items"], other["cases"]) != (group["items"], group["cases"]):
+            continue  # another tokenizer fills the length with other items
+        for key, name, unit in (("right", "accuracy", "share"), ("nats", "answer", "nats")):
+            columns = [group["of_cases"][key], other["of_cases"][key], [1] * group["cases"]]
+            what = f"{group['task']} {group['length']:,} {name}"
+            found.append(_difference(what, unit, [np.array(columns, np.float64).T]))
+    return found
+
+
+def _difference(what: str, unit: str, strata: list[np.ndarray]) -> dict:
+    """Return a difference of two ratios of sums; a stratum is [pairs, (first, second, what both are divided by)]."""
+    sums, resamples = np.sum([array.sum(0) for array in strata], axis=0), resampled_sums(strata).sum(1)
+    drawn = (resamples[:, 1] - resamples[:, 0]) / resamples[:, 2]
+    return {
+        "what": what,
+        "unit": unit,
+        "first": float(sums[0] / sums[2]),
+        "second": float(sums[1] / sums[2]),
+        "difference": float((sums[1] - sums[0]) / sums[2]),
+        "interval": interval_of(drawn).to_json() if min(map(len, strata)) > 1 else None,
+        "pairs": sum(map(len, strata)),
+    }

@@ -1,0 +1,51 @@
+"""Where the report of a model's evaluation lies beside its files, and what of it goes into a model card."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+
+from btlm_jax import notices
+from btlm_jax.hub.given_model import fingerprint_of_checkpoint, fingerprint_of_model
+from btlm_jax.hub.native import is_run
+from btlm_jax.storage.files import read_json_object
+from btlm_jax.train.checkpoint import checkpoint_steps
+
+FOLDER, REPORT_FILE, CARD_FILE = "evaluation", "evaluation.json", "evaluation.md"
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class EvaluationCard:
+    """A section of a model card, in Markdown, and the plots that it shows, by file name."""
+
+    text: str
+    plots: dict[str, bytes]
+
+
+NO_CARD = EvaluationCard(text="", plots={})
+
+
+def evaluation_folder(directory: Path, *, step: int) -> Path:
+    """Return the folder of a model's evaluation; `step` is that of a run's checkpoint, otherwise 0."""
+    return directory / FOLDER / f"step-{step}" if step else directory / FOLDER
+
+
+def read_evaluation_card(directory: Path) -> EvaluationCard:
+    """Return the card of the evaluation of a model, of a run that of its last checkpoint; NO_CARD if there is none.
+
+    Raises:
+      OSError: a file cannot be read.
+      ValueError: the report is damaged.
+    """
+    step = checkpoint_steps(directory)[-1] if is_run(directory) else 0
+    folder = evaluation_folder(directory, step=step)
+    report, card = folder / REPORT_FILE, folder / CARD_FILE
+    if not report.is_file() or not card.is_file():
+        return NO_CARD
+    identity = fingerprint_of_checkpoint(directory, step) if step else fingerprint_of_model(directory)
+    if read_json_object(report).get("identity") != identity:
+        notices.report("evaluation-of-other", f"{folder} is of other weights, and stays out of the model card")
+        return NO_CARD
+    text = card.read_text(encoding="utf-8")
+    plots = {path.name: path.read_bytes() for path in sorted(folder.glob("*.png")) if f"({path.name})" in text}
+    return EvaluationCard(text=text, plots=plots)

@@ -1,0 +1,125 @@
+"""The report: card and model card; two models side by side; and that a card of other weights stays out."""
+
+import json
+
+import numpy as np
+import pytest
+from support.made_up_run import run_config, write_run
+from support.published_files import ORACLES
+
+from btlm_jax import notices
+from btlm_jax.cli import main
+from btlm_jax.convert.to_hf import write_hf
+from btlm_jax.evaluate.comparison import compare, table_of
+from btlm_jax.evaluate.report import Table
+from btlm_jax.evaluate.text_loss import TextLoss
+from btlm_jax.hub.evaluation_card import NO_CARD, EvaluationCard, read_evaluation_card
+from btlm_jax.hub.source import open_source
+
+
+def part_of(seed, *, better_by, tokens=None, corpus="c"):
+    """A held-out part of 40 hard and easy documents of source a and 2 of b, `better_by` nats a token below seed's."""
+    rng = np.random.default_rng(7)
+    counts = rng.integers(20, 90, 42) if tokens is None else tokens
+    hardness = rng.normal(3.0, 0.8, 42)
+    nats = counts * (hardness - better_by + np.random.default_rng(seed).normal(0, 0.01, 42))
+    rows = np.stack([nats, counts, 4.0 * np.arange(1, 43)], axis=1)
+    return {"corpus": corpus} | TextLoss(documents={"a": rows[:40], "b": rows[40:]}).to_json()
+
+
+def test_paired_intervals_are_much_narrower_than_those_of_each():
+    first, second = part_of(1, better_by=0.0), part_of(2, better_by=0.05)
+    found = {(each["what"], each["unit"]): each for each in compare({"heldout": first}, {"heldout": second})}
+    assert found.keys() == {(what, unit) for what in ("a", "b", "all") for unit in ("nats/token", "bits/byte")}
+    ours = found["a", "nats/token"]
+    assert ours["difference"] == pytest.approx(second["sources"]["a"]["loss"] - first["sources"]["a"]["loss"])
+    low, high = ours["interval"]
+    assert low < -0.05 < high < 0
+    own_low, own_high = first["sources"]["a"]["loss_interval"]
+    assert (high - low) < 0.1 * (own_high - own_low)
+    bits = found["all", "bits/byte"]
+    assert bits["second"] == pytest.approx(second["bits_per_byte"])
+    text = table_of(list(found.values()), names=("A", "B")).as_text()
+    assert f"{ours['difference']:+.4f} [{low:+.4f}, {high:+.4f}]" in text
+
+
+def test_other_tokenizers_are_compared_by_bytes_alone_and_other_documents_not_at_all():
+    first = part_of(1, better_by=0.0)
+    other = part_of(1, better_by=0.0, tokens=np.arange(20, 62))
+    assert {each["unit"] for each in compare({"heldout": first}, {"heldout": other})} == {"bits/byte"}
+    with pytest.raises(ValueError, match="other documents"):
+        compare({"heldout": first}, {"heldout": first | {"corpus": "d"}})
+
+
+def test_windows_and_cases_are_compared_in_pairs():
+    def parts(shift):
+        windows = {"nats": [30.0 + shift, 20.0 + 2 * shift], "tokens": [10, 5]}
+        curve = {"length": 8, "alibi": "none", "factor": 1.0, "of_windows": windows}
+        cases = {"right": [0, 1, int(shift > 0)], "nats": [3.0, 0.0, 1.0 - shift], "tokens": [2, 2, 2]}
+        group = {"task": "lines", "length": 64, "items": 3.0, "cases": 3, "of_cases": cases}
+        return {"positions": {"curves": [curve]}, "retrieval": {"groups": [group]}}
+
+    found = {each["what"]: each for each in compare(parts(0.0), parts(0.5))}
+    assert found["8, as trained"]["difference"] == pytest.approx(1.5 / 15)
+    assert found["8, as trained"]["interval"] == pytest.approx([0.05, 0.2])  # of all draws of two windows
+    assert found["lines 64 accuracy"]["difference"] == pytest.approx(1 / 3)
+    assert found["lines 64 answer"]["difference"] == pytest.approx(-0.5 / 3)
+
+
+def test_a_table_in_markdown():
+    table = Table(title="a: b", rows=(("x", "y"), ("1|2", "3")), note="n", plot="p.png")
+    assert table.as_markdown() == "**a: b**\n\n| x | y |\n|---|---:|\n| 1/2 | 3 |\n\nn\n\n![a](p.png)"
+
+
+def test_the_card_of_an_evaluation_is_of_these_weights(token_store, tmp_path, capsys):
+    workdir = tmp_path / "run"
+    config = run_config(token_store, evaluation__batch_size=8)
+    write_run(workdir, config, steps=(3,))
+    assert read_evaluation_card(workdir) == NO_CARD
+    command = ["evaluate", f"--checkpoint={workdir}", "--heldout", "--positions", "--position_lengths=24"]
+    assert main([*command, "--position_tokens=400"]) == 0
+    capsys.readouterr()
+    folder = workdir / "evaluation" / "step-3"
+    report = json.loads((folder / "evaluation.json").read_text())
+    assert report["parts"].keys() == {"heldout", "positions"}
+    assert not any(key.startswith("of_") for key in report["parts"]["heldout"])
+    card = read_evaluation_card(workdir)
+    assert card.plots == {"positions.png": (folder / "positions.png").read_bytes()}
+    assert f"{report['parts']['heldout']['loss']:.4f}" in card.text
+    notices.begin(strict=())
+    (folder / "evaluation.json").write_text(json.dumps(report | {"identity": "other"}))
+    assert read_evaluation_card(workdir) == NO_CARD
+    assert notices.counts() == {"evaluation-of-other": 1}
+
+
+def test_an_export_has_the_card(tmp_path):
+    source = open_source(ORACLES / "tiny")
+    for folder, evaluation in (
+        ("with", EvaluationCard(text="## Evaluation\n\nvery good\n", plots={"p.png": b"png"})),
+        ("without", NO_CARD),
+    ):
+        (tmp_path / folder).mkdir()
+        write_hf(
+            tmp_path / folder, config=source.config, tensors=source.tensors, dtype="float32", max_shard_bytes=10**9,
+            notes={}, generation_config={}, pad_token_id=None, evaluation=evaluation, report=lambda name: None,
+        )  # fmt: skip
+    without = (tmp_path / "without" / "README.md").read_text()
+    assert (tmp_path / "with" / "README.md").read_text() == f"{without}\n## Evaluation\n\nvery good\n"
+    assert (tmp_path / "with" / "p.png").read_bytes() == b"png"
+    assert "Evaluation" not in without
+
+
+def test_two_runs_are_compared(token_store, tmp_path, capsys):
+    workdir, output = tmp_path / "run", tmp_path / "out"
+    write_run(workdir, run_config(token_store, evaluation__batch_size=8), steps=(3, 6))
+    (tmp_path / "texts.jsonl").write_text("".join(f'{{"text": "text number {n}"}}\n' for n in range(5)))
+    models = [f"{workdir}/checkpoints/{step}" for step in (3, 6)]
+    command = ["evaluate", "--compare", *models, "--text", f"{tmp_path}/texts.jsonl", f"--output={output}"]
+    assert main(command) == 0
+    said = capsys.readouterr().out
+    kept = json.loads((output / "comparison.json").read_text())["differences"]
+    assert f"{kept[0]['difference']:+.4f}" in said and kept[0]["pairs"] == 5
+    losses = [json.loads((output / name / "evaluation.json").read_text())["parts"] for name in ("first", "second")]
+    assert kept[0]["difference"] == pytest.approx(losses[1]["heldout"]["loss"] - losses[0]["heldout"]["loss"])
+    assert main(["evaluate", "--compare", models[0]]) == 2
+    assert "--compare A B takes two models" in capsys.readouterr().err
