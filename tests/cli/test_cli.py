@@ -23,7 +23,10 @@ def refused(capsys, *arguments, code: int, said: str) -> None:
 @pytest.mark.parametrize(
     "arguments, said",
     [
-        (["trian"], "unknown verb 'trian'; verbs are new, train, generate, evaluate, convert, corpus, tune, plan, "),
+        (
+            ["trian"],
+            "unknown verb 'trian'; verbs are new, train, generate, evaluate, lm-eval, convert, corpus, tune, plan, ",
+        ),
         (["train"], "--config=NAME or FILE is needed"),
         (["train", LOCAL], "--workdir=DIR is needed"),
         (["train", LOCAL, "extra"], "unexpected argument 'extra'"),

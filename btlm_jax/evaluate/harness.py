@@ -1,0 +1,461 @@
+"""Models of any form as models of EleutherAI's lm-evaluation-harness: its tasks' requests, answered here.
+
+The harness makes requests of three kinds out of a task's documents and turns the answers into scores. An answer is
+what its own `hf` model gives of the model's export: the same ids, the same prefix of a text without context, the same
+windows of long texts, the same cut at the left. Of the package lm_eval this needs neither PyTorch nor transformers.
+"""
+
+from __future__ import annotations
+
+import atexit
+import collections
+import contextlib
+import dataclasses
+import functools
+import math
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, cast
+
+import jax
+import lm_eval.utils
+from lm_eval.api.instance import Instance
+from lm_eval.api.model import TemplateLM
+from lm_eval.api.registry import register_model
+from lm_eval.models.utils import handle_stop_sequences, normalize_gen_kwargs, postprocess_generated_text
+
+from btlm_jax import notices
+from btlm_jax.decode.batch import Batch, FinishReason, Timings
+from btlm_jax.decode.sampling import Sampling, make_generator
+from btlm_jax.display.progress import print_error_line
+from btlm_jax.evaluate.checkpoint import MODEL_DTYPE, Checkpoint, opened_checkpoint
+from btlm_jax.evaluate.results import Work
+from btlm_jax.evaluate.scorer import Row
+from btlm_jax.evaluate.shared_prefix import PrefixScorer
+from btlm_jax.generate.loading import GenerationModel, float_weights, load_for_generation
+from btlm_jax.hub.given_model import NATIVE, RUN, placed_params
+from btlm_jax.hub.native import NativeModel, one_device_mesh
+from btlm_jax.hub.source import HuggingFaceSource, NativeSource
+from btlm_jax.kernels.build import has_kernels
+from btlm_jax.kernels.tiles import Int4Tiles
+from btlm_jax.kernels.weights import Weights
+from btlm_jax.tokenizers.tokenizer import Tokenizer
+from btlm_jax.train.checkpoint import CheckpointReader
+
+MODEL_NAME = "btlm"  # of --model
+DEFAULT_BATCH_TOKENS, DEFAULT_BATCH_SIZE = 2048, 16
+MODEL_ARGS = {  # of --model_args, with their defaults
+    "checkpoint": "", "pretrained": "", "int4": False, "dtype": MODEL_DTYPE, "max_length": 0, "seed": 0,
+    "batch_tokens": DEFAULT_BATCH_TOKENS,
+}  # fmt: skip
+_NOT_OURS = {"tokenizer", "trust_remote_code"}  # for tasks, and for its own models
+MAX_NEW_TOKENS = 256  # of a request that does not say; the harness's default
+# What requests say of sampling, by its name in transformers, and its value that changes nothing.
+_SAMPLING = {"temperature": 1.0, "top_k": 0, "top_p": 1.0, "min_p": 0.0, "repetition_penalty": 1.0}
+_GREEDY = {**_SAMPLING, "temperature": 0.0}
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class HarnessSettings:
+    """How requests are answered. Raises ValueError for what cannot be."""
+
+    batch_tokens: int  # scored at a time
+    batch_size: int  # texts generated at a time
+    max_length: int  # of context and continuation, in tokens; 0: the length that the model was trained at
+    seed: int  # of sampled texts
+
+    def __post_init__(self):
+        for name, least in (("batch_tokens", 1), ("batch_size", 1), ("max_length", 0), ("seed", 0)):
+            if getattr(self, name) < least:
+                raise ValueError(f"{name}={getattr(self, name)} is not allowed; it must be {least} or more")
+
+
+def load_to_generate(checkpoint: Checkpoint, *, dtype: str, as_int4: bool) -> GenerationModel:
+    """Load a model with its weights in the layout that is fastest for prompts here: kernels' tiles, or a mesh.
+
+    Raises:
+      ValueError: it has 4 bits already, or they are asked for of a checkpoint that is not a run's last.
+    """
+    given = checkpoint.given
+    if as_int4 and dtype != MODEL_DTYPE:
+        raise ValueError(f"dtype={dtype} says nothing about 4-bit weights; leave it out")
+    if given is None or as_int4:
+        if given is not None and given.form == RUN and given.step != _last_step(checkpoint):
+            raise ValueError(f"{checkpoint.name} is not the run's last checkpoint: convert it to 4 bits first")
+        return load_for_generation(checkpoint.directory, as_int4=as_int4)
+    metadata = checkpoint.metadata
+    if dtype != MODEL_DTYPE:
+        metadata = dataclasses.replace(metadata, model=dataclasses.replace(metadata.model, dtype=dtype))
+    if not has_kernels():
+        params, mesh = checkpoint.load()
+        return GenerationModel(metadata=metadata, params=params, mesh=mesh, tokenizer=checkpoint.tokenizer)
+    mesh = one_device_mesh()
+    if given.form in (RUN, NATIVE):
+        native = NativeModel(
+            metadata=metadata, params=placed_params(given, mesh), mesh=mesh, tokenizer=checkpoint.tokenizer
+        )
+        source = NativeSource(native)
+    else:
+        source = HuggingFaceSource(checkpoint.directory)
+    weights = float_weights(source.config, source.tensors, dtype=metadata.model.dtype)
+    return GenerationModel(metadata=metadata, params=weights, mesh=mesh, tokenizer=checkpoint.tokenizer)
+
+
+def _last_step(checkpoint: Checkpoint) -> int:
+    reader = CheckpointReader(checkpoint.directory)
+    try:
+        return reader.steps()[-1]
+    finally:
+        reader.close()
+
+
+class BtlmLM(TemplateLM):
+    """Answers the harness's requests with a model of any form."""
+
+    def __init__(self, model: GenerationModel, *, name: str, settings: HarnessSettings):
+        """`name` is what results call the model.
+
+        Raises:
+          ValueError: the model has no tokenizer.
+        """
+        super().__init__()
+        if model.tokenizer is None:
+            raise ValueError(f"{name} holds no tokenizer, which tasks of text need; put its files beside the weights")
+        self.model, self.name, self.settings = model, name, settings
+        self.model_tokenizer: Tokenizer = model.tokenizer
+        self._network = model.metadata.network()
+        self._scorer = PrefixScorer(self._network, model.params, model.mesh, batch_tokens=settings.batch_tokens)
+        self._batch_size = settings.batch_size
+        self._work: Work | None = None  # where answers are kept
+        self._sizes: list[int] = []  # of the requests there so far
+        self.max_length = settings.max_length or model.metadata.max_length
+        self._ids_of = functools.lru_cache(maxsize=1 << 12)(self._encode)  # a context comes with each of its choices
+
+    @classmethod
+    def create_from_arg_obj(cls, arg_dict: dict[str, Any], additional_config: dict[str, Any] | None = None) -> BtlmLM:
+        """Load what the harness's own command line says in --model_args, --batch_size and --device.
+
+        Raises:
+          ValueError: an argument is not known, or its value is refused.
+        """
+        given = {**MODEL_ARGS, **arg_dict}
+        unknown = sorted(given.keys() - MODEL_ARGS.keys() - _NOT_OURS)
+        if unknown:
+            raise ValueError(f"model_args has {', '.join(unknown)}; known are {', '.join(MODEL_ARGS)}")
+        name = str(given["checkpoint"] or given["pretrained"])
+        if not name:
+            raise ValueError("model_args lacks checkpoint=MODEL: a run, a model's directory or a URL of one")
+        more = additional_config or {}
+        _check_device(more.get("device"))
+        batch_size = str(more.get("batch_size") or "auto").partition(":")[0]
+        settings = HarnessSettings(
+            batch_tokens=int(given["batch_tokens"]), max_length=int(given["max_length"]), seed=int(given["seed"]),
+            batch_size=DEFAULT_BATCH_SIZE if batch_size in ("auto", "1") else int(batch_size),
+        )  # fmt: skip
+        stack = contextlib.ExitStack()  # what was fetched from a URL is deleted when the process ends
+        atexit.register(stack.close)
+        checkpoint = stack.enter_context(opened_checkpoint(name, log=print_error_line))
+        model = load_to_generate(checkpoint, dtype=str(given["dtype"]), as_int4=bool(given["int4"]))
+        return cls(model, name=name, settings=settings)
+
+    @classmethod
+    def create_from_arg_string(cls, arg_string: str, additional_config: dict | None = None) -> BtlmLM:
+        """Do what `create_from_arg_obj` does with arguments in one text."""
+        return cls.create_from_arg_obj(lm_eval.utils.simple_parse_args_string(arg_string), additional_config)
+
+    @property
+    def eot_token_id(self) -> int:
+        """The id that ends a text."""
+        return self.model.metadata.eos_id
+
+    @property
+    def prefix_token_id(self) -> int:
+        """The id in front of a text without context: the bos_token of the model's export."""
+        return _bos_id(self.model, self.model_tokenizer)
+
+    def tok_encode(self, string: str, add_special_tokens: bool | None = None, **kwargs: Any) -> list[int]:
+        """Return the ids that transformers makes of the text from the model's export."""
+        del kwargs
+        return list(self._ids_of(string, add_special_tokens))
+
+    def loglikelihood(self, requests: list[Instance], disable_tqdm: bool = False) -> list[tuple[float, bool]]:
+        """Return (log p, is greedy) of each request's continuation after its context.
+
+        Raises:
+          ValueError: a continuation is empty, or longer than the model's length.
+          FloatingPointError: a log p is not finite.
+        """
+        del disable_tqdm
+        for request in requests:
+            if cast(tuple[str, str], request.args)[1] == "":
+                raise ValueError(f"{_place_of(request)}: the text to score is empty; mend the document or the task")
+        self._requests = requests
+        return super().loglikelihood(requests, disable_tqdm=True)
+
+    def loglikelihood_rolling(self, requests: list[Instance], disable_tqdm: bool = False) -> list[float]:
+        """Return log p of each request's text: every token once, in windows of the model's length.
+
+        Raises:
+          FloatingPointError: a log p is not finite.
+        """
+        del disable_tqdm
+        windows = [list(self._windows(request.args[0])) for request in requests]
+        if num_empty := sum(not rows for rows in windows):
+            notices.report("empty-text", f"{num_empty:,} texts to score are empty: log p of each is 0", count=num_empty)
+
+        def answer(waiting: Sequence[int]) -> Iterator[tuple[int, float]]:
+            yield from ((number, 0.0) for number in waiting if not windows[number])
+            owners = [number for number in waiting for _ in windows[number]]
+            totals, missing = dict.fromkeys(waiting, 0.0), collections.Counter(owners)
+            for index, scores in self._scorer.score([row for number in waiting for row in windows[number]]):
+                number = owners[index]
+                totals[number] += float(scores.log_p_T.sum())
+                missing[number] -= 1
+                if not missing[number]:
+                    yield number, totals[number]
+
+        sizes = [sum(len(row.tokens) - row.first for row in rows) for rows in windows]
+        return self._answers("loglikelihood_rolling", requests, sizes, answer)
+
+    def generate_until(self, requests: list[Instance], disable_tqdm: bool = False) -> list[str]:
+        """Return the text after each request's context, up to its stop strings.
+
+        Raises:
+          ValueError: a request's settings are not known, or leave no room for its context.
+        """
+        del disable_tqdm
+        seen: collections.Counter[int] = collections.Counter()  # requests that are to be sampled several times
+        jobs = []
+        for number, request in enumerate(requests):
+            jobs.append(self._make_job(number, request, sample=seen[id(request)]))
+            seen[id(request)] += 1
+        self._note_cut(sum(job.is_cut for job in jobs))
+
+        def answer(waiting: Sequence[int]) -> Iterator[tuple[int, str]]:
+            for job, text in self._generate_all([jobs[number] for number in waiting]):
+                yield job.number, text
+
+        sizes = [len(job.ids) + job.num_tokens for job in jobs]
+        return self._answers("generate_until", requests, sizes, answer)
+
+    @contextlib.contextmanager
+    def answers_kept(self, work: Work) -> Iterator[None]:
+        """Keep the answers of this block, and take from there those that it has already."""
+        self._work, self._sizes = work, []
+        try:
+            yield
+        finally:
+            self._work, self._sizes = None, []
+
+    def _answers(
+        self, kind: str, requests: Sequence[Instance], sizes: Sequence[int],
+        answer: Callable[[Sequence[int]], Iterator[tuple[int, Any]]],
+    ) -> list[Any]:  # fmt: skip
+        """Return the answers of all requests: those that are kept, and what `answer` yields for the others' numbers."""
+        first, work = len(self._sizes), self._work or Work(kind, None)
+        self._sizes += sizes
+        work.begin(self._sizes, unit_name="tokens")
+        found = {number: work.done(first + number) for number in range(len(requests))}
+        for number, value in answer([number for number, value in found.items() if value is None]):
+            found[number] = value
+            work.add(first + number, value)
+            self.cache_hook.add_partial(kind, requests[number].args, value)
+        if self._work is None:
+            work.close()
+            self._sizes = []
+        return [found[number] for number in range(len(requests))]
+
+    @property
+    def tokenizer_name(self) -> str:
+        """What the harness's cache of prompts with a chat template is named by."""
+        return self.name.replace("/", "__")
+
+    def get_model_info(self) -> dict[str, Any]:
+        """Return what the harness writes into its results of the model."""
+        metadata = self.model.metadata
+        is_int4 = isinstance(self.model.params, Weights) and isinstance(self.model.params.down, Int4Tiles)
+        return {
+            "model_name": self.name,
+            "model_dtype": "int4" if is_int4 else metadata.model.dtype,
+            "max_length": self.max_length,
+            **{f"model_{key}": value for key, value in metadata.notes.items()},
+        }
+
+    def _encode(self, text: str, add_special_tokens: bool | None) -> tuple[int, ...]:
+        bos_id = self.model.metadata.prompt_bos_id
+        ids = tuple(self.model_tokenizer.encode_prompt(text))
+        if add_special_tokens is False or bos_id is None or (add_special_tokens is None and ids[:1] == (bos_id,)):
+            return ids
+        return (bos_id, *ids)
+
+    def _loglikelihood_tokens(
+        self, requests: list[tuple[tuple[str, str], list[int], list[int]]], **kwargs: Any
+    ) -> list[tuple[float, bool]]:
+        del kwargs
+        rows, num_cut = [], 0
+        for number, (_, context, continuation) in enumerate(requests):
+            if not context or not 0 < len(continuation) <= self.max_length:
+                raise ValueError(
+                    f"{_place_of(self._requests[number])}: a continuation of {len(continuation):,} tokens after "
+                    f"{len(context):,}; it must be 1 to {self.max_length:,} tokens, the model's length, after at least "
+                    "one"
+                )
+            tokens = (context + continuation)[-(self.max_length + 1) :]
+            num_cut += len(tokens) < len(context) + len(continuation)
+            rows.append(Row(tokens=tokens, first=len(tokens) - len(continuation)))
+        self._note_cut(num_cut)
+
+        def answer(waiting: Sequence[int]) -> Iterator[tuple[int, tuple[float, bool]]]:
+            for index, scores in self._scorer.score([rows[number] for number in waiting]):
+                log_p = float(scores.log_p_T.sum())
+                if not math.isfinite(log_p):
+                    place = _place_of(self._requests[waiting[index]])
+                    raise FloatingPointError(f"{place}: log p is {log_p}: the model's weights are damaged")
+                yield waiting[index], (log_p, bool(scores.is_greedy_T.all()))
+
+        sizes = [len(row.tokens) for row in rows]
+        return [
+            (log_p, is_greedy) for log_p, is_greedy in self._answers("loglikelihood", self._requests, sizes, answer)
+        ]
+
+    def _windows(self, text: str) -> Iterator[Row]:
+        windows = lm_eval.utils.get_rolling_token_windows(
+            token_list=self.tok_encode(text), prefix_token=self.prefix_token_id, max_seq_len=self.max_length,
+            context_len=1,
+        )  # fmt: skip
+        for context, continuation in map(lm_eval.utils.make_disjoint_window, windows):
+            yield Row(tokens=[*context, *continuation], first=len(context))
+
+    def _make_job(self, number: int, request: Instance, *, sample: int) -> _Job:
+        context, given = cast(tuple[str, dict[str, Any]], request.args)
+        try:
+            settings: dict[str, Any] = dict(normalize_gen_kwargs(dict(given), MAX_NEW_TOKENS))
+        except (TypeError, ValueError) as error:
+            raise ValueError(f"{_place_of(request)}: generation_kwargs={given!r} cannot be used: {error}") from error
+        end = self.model_tokenizer.decode([self.eot_token_id]) or _name_of(self.model_tokenizer, self.eot_token_id)
+        stops = tuple(handle_stop_sequences(settings.pop("until", None), eos=end))
+        num_tokens = int(settings.pop("max_gen_toks"))
+        does_sample = bool(settings.pop("do_sample", False))
+        known = {name: settings.pop(name) for name in tuple(settings) if name in _SAMPLING}
+        if settings:
+            raise ValueError(
+                f"{_place_of(request)}: generation_kwargs has {', '.join(settings)}; known are until, max_gen_toks, "
+                f"do_sample, {', '.join(_SAMPLING)}"
+            )
+        if not 0 < num_tokens < self.max_length:
+            raise ValueError(
+                f"{_place_of(request)}: max_gen_toks={num_tokens} leaves no room for a context in the model's length "
+                f"of {self.max_length:,}; give a larger max_length, or the task a smaller max_gen_toks"
+            )
+        ids = self.tok_encode(context) or [self.prefix_token_id]
+        kept = ids[-(self.max_length - num_tokens) :]
+        only = known if does_sample else {name: known[name] for name in known if name == "repetition_penalty"}
+        sampling = Sampling(**{**(_SAMPLING if does_sample else _GREEDY), **only})
+        return _Job(
+            number=number, ids=kept, stops=stops, num_tokens=num_tokens, sample=sample if does_sample else 0,
+            sampling=sampling, is_cut=len(kept) < len(ids),
+        )  # fmt: skip
+
+    def _generate_all(self, jobs: Sequence[_Job]) -> Iterator[tuple[_Job, str]]:
+        """Yield (job, its text): a batch at a time of one kind of sampling, long contexts first."""
+        kinds: dict[tuple[Sampling, int], list[_Job]] = {}
+        for job in sorted(jobs, key=lambda job: -len(job.ids)):
+            kinds.setdefault((job.sampling, job.num_tokens), []).append(job)
+        for waiting in kinds.values():
+            while waiting:
+                batch = waiting[: self._batch_size]
+                try:
+                    made = list(self._generate(batch))
+                except (MemoryError, jax.errors.JaxRuntimeError) as error:
+                    self._halve(error, num_rows=len(batch))
+                    continue
+                waiting = waiting[len(batch) :]
+                yield from made
+
+    def _halve(self, error: Exception, *, num_rows: int) -> None:
+        """Halve the batch of texts after an error of memory; raise any other."""
+        if not isinstance(error, MemoryError) and "RESOURCE_EXHAUSTED" not in str(error):
+            raise error
+        if num_rows == 1:
+            raise MemoryError("a single text is too long for the memory; give a smaller max_length") from error
+        self._batch_size = max(1, num_rows // 2)
+        notices.report("batch-halved", f"out of memory with {num_rows:,} texts: {self._batch_size:,} at a time")
+
+    def _generate(self, jobs: Sequence[_Job]) -> Iterator[tuple[_Job, str]]:
+        """Yield (job, its text) of every job of a batch."""
+        batch = Batch(
+            self._network, self.model.params, self.model.mesh, prompts=[job.ids for job in jobs],
+            generators=[make_generator(self.settings.seed, sample=job.sample, prompt=job.ids) for job in jobs],
+            num_rows=len(jobs), num_tokens=jobs[0].num_tokens, sampling=jobs[0].sampling,
+            num_ids=self.model_tokenizer.vocab_size, stop_id=self.eot_token_id, cache_dtype=self._cache_dtype,
+            timings=Timings(),
+        )  # fmt: skip
+        ids: list[list[int]] = [[] for _ in jobs]
+        texts = [""] * len(jobs)
+        while batch.active_rows:
+            for row, token in batch.step().items():
+                ids[row].append(token)
+                texts[row] = self.model_tokenizer.decode(ids[row])
+                if row in batch.active_rows and any(stop and stop in texts[row] for stop in jobs[row].stops):
+                    batch.finish(row, FinishReason.STOP_STRING)
+        for job, text in zip(jobs, texts, strict=True):
+            yield job, postprocess_generated_text(text, list(job.stops), None)
+
+    @property
+    def _cache_dtype(self) -> str:
+        return "float32" if isinstance(self.model.params, Weights) else self.model.metadata.model.dtype
+
+    def _note_cut(self, num_cut: int) -> None:
+        if num_cut:
+            notices.report(
+                "context-cut",
+                f"{num_cut:,} contexts are longer than the model's length of {self.max_length:,} tokens allows: their "
+                "beginnings are left out",
+                count=num_cut,
+            )
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class _Job:
+    """A text to generate."""
+
+    number: int  # of the request
+    ids: list[int]
+    stops: tuple[str, ...]
+    num_tokens: int  # at most
+    sample: int  # of equal requests, which this is
+    sampling: Sampling
+    is_cut: bool
+
+
+register_model(MODEL_NAME)(BtlmLM)
+
+
+def _check_device(device: object) -> None:
+    """Check that --device names what JAX computes on; the harness's default is cuda:0."""
+    if device not in (None, "cuda:0") and str(device).partition(":")[0] not in (jax.default_backend(), "cuda"):
+        raise ValueError(
+            f"device={device} is not what JAX computes on here, {jax.default_backend()}: leave it out, and choose with "
+            "the environment variable JAX_PLATFORMS"
+        )
+
+
+def _place_of(request: Instance) -> str:
+    return f"task {request.task_name}, document {request.doc_id}"
+
+
+def _bos_id(model: GenerationModel, tokenizer: Tokenizer) -> int:
+    """Return the id of what tokenizer_config.json of the model's export calls bos_token."""
+    metadata = model.metadata
+    if metadata.prompt_bos_id is not None:
+        return metadata.prompt_bos_id
+    token = metadata.clients.tokenizer_config.get("bos_token")
+    name = token.get("content") if isinstance(token, dict) else token
+    ids = tokenizer.encode_prompt(name) if isinstance(name, str) else []
+    if len(ids) == 1:
+        return ids[0]
+    bos_id = getattr(tokenizer, "bos_id", -1)  # of SentencePiece
+    return bos_id if bos_id >= 0 else metadata.eos_id
+
+
+def _name_of(tokenizer: Tokenizer, number: int) -> str | None:
+    return next((name for name, at in tokenizer.special_tokens.items() if at == number), None)

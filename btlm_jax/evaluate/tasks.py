@@ -1,0 +1,269 @@
+"""Tasks of lm-evaluation-harness on one model: found by name, loaded, measured one by one, and their scores kept.
+
+A finished task is not measured again, and an unfinished one goes on from its last answer. Scores are in the harness's
+own form, in one file, which its other tools read.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import difflib
+import hashlib
+import importlib.metadata
+import json
+import os
+import random
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any, cast
+
+import numpy as np
+from lm_eval import evaluator_utils
+from lm_eval.api.group import Group
+from lm_eval.api.task import Task
+from lm_eval.evaluator import evaluate
+from lm_eval.tasks import TaskManager
+from lm_eval.tasks._yaml_loader import load_yaml
+from lm_eval.utils import handle_non_serializable
+
+from btlm_jax.convert.tokenizer_files import write_tokenizer_files
+from btlm_jax.evaluate.harness import BtlmLM
+from btlm_jax.evaluate.report import Table
+from btlm_jax.evaluate.results import Results, Work
+from btlm_jax.evaluate.task_settings import PAPER, PAPER_TASKS, PaperTask, TaskSettings
+from btlm_jax.hub.native import ModelMetadata
+from btlm_jax.storage.files import write_atomically
+from btlm_jax.tokenizers.tokenizer import Tokenizer
+
+RESULTS_FILE = "lm_eval.json"
+SEED, NUMPY_SEED, FEWSHOT_SEED = 0, 1234, 1234  # the harness's own
+NUM_RESAMPLES = 1000  # of documents, for standard errors that have no formula
+_SYNTHETIC = ("ruler", "niah_")  # beginnings of the names of tasks that make their texts with a tokenizer
+_LOADING_ERRORS = (OSError, ImportError, ValueError, LookupError, AssertionError, RuntimeError)
+
+
+def measure_tasks(lm: BtlmLM, settings: TaskSettings, results: Results) -> dict[str, Any]:
+    """Measure every task, keep its scores, and return them in the harness's form (that of lm_eval.evaluate).
+
+    Raises:
+      ValueError: a task is not known, its data cannot be had, or it does not fit the model.
+      OSError: results cannot be written.
+    """
+    fork_nothing()
+    with _tokenizer_for_tasks(lm, settings) as metadata:
+        found = load_tasks(settings, metadata=metadata)
+    groups = [item for item in found if isinstance(item, Group)]
+    groups += [inner for group in groups for inner in group.get_all_groups()]
+    tasks = [task for item in found for task in (item.get_all_tasks() if isinstance(item, Group) else [item])]
+    accumulated = evaluator_utils.EvalAcc(groups={group.name: group for group in groups})
+    for number, task in enumerate(tasks):
+        print(f"task {number + 1} of {len(tasks)}: {task.task_name}", file=sys.stderr)
+        facts = _facts(task, settings, lm)
+        kept = results.measure(f"task-{task.task_name}".replace("/", "-"), facts, _measuring(lm, task, settings))
+        name = task.task_name
+        accumulated.metrics[name] = kept["metrics"]
+        accumulated.configs[name] = kept["config"]
+        accumulated.versions[name], accumulated.num_fewshot[name] = kept["version"], kept["n-shot"]
+        accumulated.higher_is_better[name] = kept["higher_is_better"]
+        accumulated.n_samples[name] = kept["n-samples"]
+    report = cast(dict[str, Any], evaluator_utils.aggregate_groups(accumulated)._to_eval_results())
+    report["config"] = {
+        "model": "btlm", "model_args": {"checkpoint": lm.name}, **lm.get_model_info(),
+        "batch_size": lm.settings.batch_size, "limit": settings.limit or None, "num_fewshot": settings.num_fewshot,
+        "random_seed": SEED, "numpy_seed": NUMPY_SEED, "fewshot_seed": FEWSHOT_SEED,
+    }  # fmt: skip
+    report |= {"lm_eval_version": importlib.metadata.version("lm_eval"), "date": time.time()}
+    write_atomically(results.folder / RESULTS_FILE, _json(report))
+    return report
+
+
+def part_of(report: dict[str, Any]) -> dict[str, Any]:
+    """Return what btlm's own report has of the harness's."""
+    columns = [column for column in ("results", "groups") if column in report]
+    return {
+        "lm_eval": report["lm_eval_version"], "file": RESULTS_FILE,
+        "tables": {column: [list(row) for row in _rows(report, column)] for column in columns},
+        "scores": report["results"],
+    }  # fmt: skip
+
+
+def fork_nothing() -> None:
+    """Have the harness resample in this process: others that it forks can deadlock, as JAX has threads here."""
+    os.environ["DISABLE_MULTIPROC"] = "1"
+
+
+def table(report: dict[str, Any], column: str = "results") -> str:
+    """Return the scores of tasks, or of "groups", as a table in Markdown."""
+    return Table(title=column, rows=_rows(report, column)).as_markdown()
+
+
+def _rows(report: dict[str, Any], column: str) -> tuple[tuple[str, ...], ...]:
+    rows = [("", "version", "filter", "n-shot", "metric", "value", "standard error")]
+    for name, scores in report[column].items():
+        facts = str(report["versions"].get(name, "")), str(report["n-shot"].get(name, ""))
+        for key, value in scores.items():
+            metric, _, of_filter = key.partition(",")
+            if of_filter and not metric.endswith("_stderr"):
+                error = scores.get(f"{metric}_stderr,{of_filter}", "")
+                rows.append((name, facts[0], of_filter, facts[1], metric, _number(value), _number(error)))
+    return tuple(rows)
+
+
+def _number(value: object) -> str:
+    return f"{value:.4f}" if isinstance(value, float) else str(value)
+
+
+def load_tasks(settings: TaskSettings, *, metadata: dict[str, Any]) -> list[Task | Group]:
+    """Return the tasks and groups of all names, with their data.
+
+    Raises:
+      ValueError: a name is not known, or a task or its data cannot be loaded.
+    """
+    random.seed(SEED)  # some tasks make their documents when they are loaded
+    np.random.seed(NUMPY_SEED)
+    manager = _manager(settings, metadata)
+    found: list[Task | Group] = []
+    for name in settings.names:
+        if name == PAPER and PAPER not in manager.all_tasks:
+            for paper_task in PAPER_TASKS:
+                found += _loaded(manager, paper_task, num_fewshot=paper_task.num_fewshot)
+            continue
+        for match in _matches(name, manager):
+            found += _loaded(manager, PaperTask(name=match, kind=""), num_fewshot=settings.num_fewshot)
+    return found
+
+
+def _manager(settings: TaskSettings, metadata: dict[str, Any]) -> TaskManager:
+    """Return what finds tasks; the harness's own 14,000 are read only if a name is not in --include_path."""
+    include = [str(path) for path in settings.include_paths]
+    if include:
+        manager = TaskManager(include_path=list(include), include_defaults=False, metadata=metadata)
+        if all(manager.match_tasks([name]) or name.endswith(".yaml") for name in settings.names):
+            return manager
+    return TaskManager(include_path=list(include) or None, metadata=metadata)
+
+
+def _matches(name: str, manager: TaskManager) -> list[str]:
+    if name.endswith(".yaml"):
+        if not Path(name).is_file():
+            raise ValueError(f"tasks={name} is no file; give a YAML file of a task, or a task's name")
+        return [name]
+    matches = manager.match_tasks([name])
+    if not matches:
+        near = difflib.get_close_matches(name, [*manager.all_tasks, PAPER], n=3)
+        hint = f"; did you mean {', '.join(near)}?" if near else ""
+        raise ValueError(
+            f"tasks={name} is no task, group or tag of lm-evaluation-harness nor of --include_path{hint} "
+            "(btlm lm-eval ls tasks lists all)"
+        )
+    return matches
+
+
+def _loaded(manager: TaskManager, named: PaperTask, *, num_fewshot: int) -> list[Task | Group]:
+    name = named.of or named.name
+    try:
+        spec: Any = name
+        if named.changes:
+            path = manager.task_index[name].yaml_path
+            assert path is not None, name
+            spec = load_yaml(path, resolve_func=True) | {"task": named.name} | named.changes
+        loaded = manager.load([spec])
+    except _LOADING_ERRORS as error:
+        raise ValueError(
+            f"task {named.name} cannot be loaded: {type(error).__name__}: {str(error)[:500]}. Data of the harness's "
+            "tasks are fetched from huggingface.co; what is offline needs them in its cache (HF_HOME), or a copy and a "
+            "task file that names it (docs/guide/lm-eval.md)"
+        ) from error
+    for task in loaded["tasks"].values():
+        given = task.get_config("num_fewshot")
+        if given is None or (num_fewshot >= 0 and given != 0):  # a task that has 0 cannot have others
+            task.set_config(key="num_fewshot", value=max(0, num_fewshot))
+        task.set_fewshot_seed(seed=FEWSHOT_SEED)
+    groups = loaded.get("groups", {})
+    inner = {child.name for group in groups.values() for child in group.get_all_groups()}
+    in_groups = {task.task_name for group in groups.values() for task in group.get_all_tasks()}
+    return [
+        *(group for group in groups.values() if group.name not in inner),
+        *(task for task in loaded["tasks"].values() if task.task_name not in in_groups),
+    ]
+
+
+@contextlib.contextmanager
+def _tokenizer_for_tasks(lm: BtlmLM, settings: TaskSettings) -> Iterator[dict[str, Any]]:
+    """Yield the metadata for tasks; those that make texts of given lengths get the model's tokenizer in a folder."""
+    if "tokenizer" in settings.metadata or not needs_tokenizer_folder(settings.names):
+        yield settings.metadata
+        return
+    with tokenizer_folder(lm.model.metadata, lm.model_tokenizer) as folder:
+        yield {"tokenizer": str(folder)} | settings.metadata
+
+
+@contextlib.contextmanager
+def tokenizer_folder(metadata: ModelMetadata, tokenizer: Tokenizer) -> Iterator[Path]:
+    """Yield a folder with a model's tokenizer as transformers reads it, which is deleted at the end of the block."""
+    with tempfile.TemporaryDirectory(prefix="btlm-tokenizer-") as name:
+        write_tokenizer_files(
+            Path(name), tokenizer, model_max_length=metadata.max_length, prompt_bos_id=metadata.prompt_bos_id,
+            clients=metadata.clients,
+        )  # fmt: skip
+        yield Path(name)
+
+
+def needs_tokenizer_folder(names: Sequence[str]) -> bool:
+    """Return whether a task makes its texts with a tokenizer of transformers."""
+    return any(name.startswith(_SYNTHETIC) for name in names)
+
+
+def _facts(task: Task, settings: TaskSettings, lm: BtlmLM) -> dict[str, Any]:
+    """Return all that a task's scores depend on besides the model."""
+    config = {key: value for key, value in task.dump_config().items() if key != "metadata"}
+    metadata = {key: value for key, value in settings.metadata.items() if key != "tokenizer"}
+    facts = {
+        "config": config, "version": task.VERSION, "metadata": metadata, "limit": settings.limit,
+        "max_length": lm.max_length, "seed": lm.settings.seed, "lm_eval": importlib.metadata.version("lm_eval"),
+        "documents": _digest(task, limit=settings.limit),
+    }  # fmt: skip
+    return json.loads(_json(facts))
+
+
+def _digest(task: Task, *, limit: int) -> str:
+    digest = hashlib.sha256()
+    for number, document in enumerate(task.eval_docs):
+        if limit and number >= limit:
+            break
+        digest.update(_json(document).encode())
+    return digest.hexdigest()[:16]
+
+
+def _measuring(lm: BtlmLM, task: Task, settings: TaskSettings) -> Callable[[Work], dict]:
+    def measure(work: Work) -> dict:
+        with lm.answers_kept(work):
+            try:
+                found = evaluate(
+                    lm, {"tasks": {task.task_name: task}}, limit=settings.limit or None, log_samples=True,
+                    bootstrap_iters=NUM_RESAMPLES, confirm_run_unsafe_code=settings.run_code,
+                )  # fmt: skip
+            except (LookupError, AssertionError, TypeError, AttributeError) as error:  # of the task's own code
+                raise ValueError(
+                    f"task {task.task_name} does not fit its documents: {type(error).__name__}: {error}"
+                ) from error
+        found, name = cast(dict[str, Any], found), task.task_name
+        parts = {
+            "metrics": found["results"][name],
+            "config": found["configs"][name],
+            "version": found["versions"][name],
+            "n-shot": found["n-shot"][name],
+            "higher_is_better": found["higher_is_better"][name],
+            "n-samples": found["n-samples"][name],
+            "of_cases": found["samples"][name],
+        }
+        return json.loads(_json(parts))
+
+    return measure
+
+
+def _json(value: Any) -> str:
+    return json.dumps(value, indent=1, default=handle_non_serializable, ensure_ascii=False)

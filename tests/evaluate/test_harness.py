@@ -1,0 +1,256 @@
+"""Answers to lm-evaluation-harness, against its own `hf` model of the export; and tasks from their names to results."""
+
+import functools
+import json
+
+import jax
+import pytest
+
+lm_eval_tasks = pytest.importorskip("lm_eval.tasks")
+pytest.importorskip("torch")
+from lm_eval.api.instance import Instance  # noqa: E402
+from lm_eval.evaluator import evaluate  # noqa: E402
+from support.harness_tasks import TASKS, write_tasks, write_tiny_model  # noqa: E402
+
+from btlm_jax import notices  # noqa: E402
+from btlm_jax.cli import main  # noqa: E402
+from btlm_jax.evaluate import tasks as task_module  # noqa: E402
+from btlm_jax.evaluate.checkpoint import opened_checkpoint  # noqa: E402
+from btlm_jax.evaluate.harness import BtlmLM, HarnessSettings, load_to_generate  # noqa: E402
+from btlm_jax.evaluate.results import Results  # noqa: E402
+from btlm_jax.evaluate.tasks import TaskSettings, load_tasks, measure_tasks  # noqa: E402
+
+MAX_LENGTH = 256
+ALL = TaskSettings(names=tuple(TASKS), include_paths=(), num_fewshot=-1, limit=0, metadata={}, run_code=False)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def offline(tmp_path_factory):
+    """Have the harness fetch nothing, and keep what it prepares in a folder of the tests."""
+    import datasets
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(datasets.config, "HF_DATASETS_CACHE", str(tmp_path_factory.mktemp("datasets")))
+        patch.setattr(datasets.config, "HF_HUB_OFFLINE", True)
+        datasets.disable_progress_bars()
+        yield
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("harness")
+    write_tasks(folder / "tasks")
+    write_tiny_model(folder)
+    return folder
+
+
+def settings_of(folder, *names, **changes):
+    values = {"names": names or tuple(TASKS), "include_paths": (folder / "tasks",), "num_fewshot": -1, "limit": 0}
+    return TaskSettings(**values | {"metadata": {}, "run_code": False} | changes)
+
+
+def load(folder, *, as_int4=False, on_mesh=False, **changes):
+    values = {"batch_tokens": 2048, "batch_size": 8, "max_length": MAX_LENGTH, "seed": 0} | changes
+    with opened_checkpoint(str(folder / "export"), log=print) as checkpoint, pytest.MonkeyPatch.context() as patch:
+        if on_mesh:
+            patch.setattr("btlm_jax.evaluate.harness.has_kernels", lambda: False)
+        model = load_to_generate(checkpoint, dtype="model", as_int4=as_int4)
+    return BtlmLM(model, name="tiny", settings=HarnessSettings(**values))
+
+
+@pytest.fixture(scope="module")
+def ours(folder):
+    return load(folder)
+
+
+@pytest.fixture(scope="module")
+def measured(folder, ours):
+    results = Results(folder / "results", identity={"model": "tiny"})
+    return measure_tasks(ours, settings_of(folder), results), results
+
+
+def samples_of(results, name):
+    (file,) = results.folder.glob(f"task-{name}-*.json")
+    return json.loads(file.read_text())["result"]["of_cases"]
+
+
+@pytest.mark.slow
+def test_scores_and_answers_are_those_of_the_harness_s_own_model_of_the_export(folder, measured):
+    from lm_eval.models.huggingface import HFLM
+
+    report, results = measured
+    hf = HFLM(
+        pretrained=str(folder / "export"), trust_remote_code=True, dtype="float32", device="cpu", batch_size=4,
+        max_length=MAX_LENGTH,
+    )  # fmt: skip
+    tasks = {task.task_name: task for task in load_tasks(settings_of(folder), metadata={})}
+    theirs = json.loads(task_module._json(evaluate(hf, {"tasks": tasks}, bootstrap_iters=0)))
+    for name in TASKS:
+        for key, value in theirs["results"][name].items():
+            if "stderr" not in key:
+                close = pytest.approx(value, rel=1e-4) if "perplexity" in key or "bits" in key else value
+                assert report["results"][name][key] == close, (name, key)
+        for mine, its in zip(samples_of(results, name), theirs["samples"][name], strict=True):
+            assert mine["arguments"] == its["arguments"]
+            for (answer,), (expected,) in zip(mine["resps"], its["resps"], strict=True):
+                if name == "local_answer":
+                    assert answer == expected
+                    continue
+                answer, expected = (one if isinstance(one, list) else [one] for one in (answer, expected))
+                num_tokens = len(load_ids(folder, mine))
+                assert answer[0] == pytest.approx(expected[0], abs=max(1e-4, 1e-6 * num_tokens))
+                assert answer[1:] == expected[1:]
+    assert any(sample["resps"][0][0] for sample in samples_of(results, "local_answer"))
+
+
+@functools.cache
+def tokenizer_of(directory):
+    from btlm_jax.tokenizers.tokenizer import find_tokenizer
+
+    return find_tokenizer(directory)
+
+
+def load_ids(folder, sample):
+    return tokenizer_of(folder / "export").encode(sample["doc"]["text"])
+
+
+def test_finished_tasks_are_not_done_again_and_others_go_on(folder, measured, monkeypatch, capsys, tmp_path):
+    report, results = measured
+    again, asked = load(folder), []
+    whole = again._scorer.score
+
+    def interrupted(rows):
+        for number, found in enumerate(whole(rows)):
+            if number == 20:
+                raise KeyboardInterrupt
+            yield found
+
+    monkeypatch.setattr(again._scorer, "score", interrupted)
+    assert measure_tasks(again, settings_of(folder), results)["results"] == report["results"]
+    assert "local_choice: done already" in capsys.readouterr().err
+    elsewhere = Results(tmp_path, identity={"model": "tiny"})
+    with pytest.raises(KeyboardInterrupt):
+        measure_tasks(again, settings_of(folder, "local_choice"), elsewhere)
+
+    def counting(rows):
+        asked.extend(rows)
+        return whole(rows)
+
+    monkeypatch.setattr(again._scorer, "score", counting)
+    went_on = measure_tasks(again, settings_of(folder, "local_choice"), elsewhere)
+    assert len(asked) == 36 - 20
+    assert went_on["results"]["local_choice"] == report["results"]["local_choice"]
+    assert json.loads((tmp_path / task_module.RESULTS_FILE).read_text())["results"] == went_on["results"]
+
+
+def test_a_changed_document_or_setting_is_measured_anew(folder, ours, measured):
+    report, results = measured
+    before = set(results.folder.iterdir())
+    few = measure_tasks(ours, settings_of(folder, "local_letter", limit=3), results)
+    assert few["results"]["local_letter"]["sample_len"] == 3
+    assert len(set(results.folder.iterdir()) - before) == 1
+
+
+@pytest.mark.parametrize(("form", "tolerance"), [("mesh", 1e-4), ("int4", 2.0)])
+def test_other_forms_answer_alike(folder, ours, form, tolerance):
+    other = load(folder, as_int4=form == "int4", on_mesh=form == "mesh")
+    assert other.get_model_info()["model_dtype"] == {"mesh": "float32", "int4": "int4"}[form]
+    requests = [
+        Instance(request_type="loglikelihood", doc={}, arguments=arguments, idx=0)
+        for arguments in (("one two", " three"), ("one two", " four five"), ("", "six"))
+    ]
+    for (log_p, _), (expected, _) in zip(other.loglikelihood(requests), ours.loglikelihood(requests), strict=True):
+        assert log_p == pytest.approx(expected, abs=tolerance)
+    until = Instance(request_type="generate_until", doc={}, arguments=("one", {"max_gen_toks": 3}), idx=0)
+    assert (other.generate_until([until]) == ours.generate_until([until])) or form == "int4"
+
+
+def request_of(kind, *arguments):
+    return Instance(request_type=kind, doc={}, arguments=arguments, idx=0, metadata=("some_task", 7, 1))
+
+
+def test_sampled_texts_of_equal_requests_differ_and_are_the_same_again(ours):
+    request = request_of("generate_until", "one two", {"do_sample": True, "temperature": 1.5, "max_gen_toks": 6})
+    texts = ours.generate_until([request] * 3)
+    assert len(set(texts)) == 3 and ours.generate_until([request] * 3) == texts
+
+
+def test_out_of_memory_halves_the_batch_of_texts(ours, monkeypatch, capsys):
+    whole, sizes = ours._generate, []
+
+    def of_little_memory(jobs):
+        sizes.append(len(jobs))
+        if len(jobs) > 1:
+            raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory")
+        return whole(jobs)
+
+    monkeypatch.setattr(ours, "_generate", of_little_memory)
+    monkeypatch.setattr(ours, "_batch_size", 4)
+    notices.begin(strict=())
+    requests = [request_of("generate_until", text, {"max_gen_toks": 2}) for text in ("a", "b", "c")]
+    assert len(ours.generate_until(requests)) == 3
+    assert sizes == [3, 1, 1, 1] and notices.counts()["batch-halved"] == 1
+
+
+@pytest.mark.parametrize(
+    ("request_", "message"),
+    [
+        (request_of("loglikelihood", "context", ""), "task some_task, document 7: the text to score is empty"),
+        (request_of("loglikelihood", "context", " word" * 300), "task some_task, document 7: a continuation of"),
+        (request_of("generate_until", "a", {"max_gen_toks": 256}), "leaves no room for a context"),
+        (request_of("generate_until", "a", {"num_beams": 4}), "generation_kwargs has num_beams; known are until"),
+    ],
+)
+def test_requests_that_cannot_be_answered(ours, request_, message):
+    with pytest.raises(ValueError, match=message):
+        getattr(ours, request_.request_type)([request_])
+
+
+@pytest.mark.parametrize(
+    ("names", "changes", "message"),
+    [
+        (("local_chioce",), {}, "did you mean local_choice"),
+        (("broken",), {}, "task broken cannot be loaded: .*there_is_no_such_data.*docs/guide/lm-eval.md"),
+        (("missing.yaml",), {}, "missing.yaml is no file"),
+    ],
+)
+def test_tasks_that_cannot_be_had(folder, names, changes, message, monkeypatch):
+    monkeypatch.setattr(task_module, "TaskManager", functools.partial(task_module.TaskManager, include_defaults=False))
+    broken = "task: broken\ndataset_path: there_is_no_such_data\ntest_split: test\n"
+    (folder / "tasks" / "broken.yaml").write_text(broken)
+    with pytest.raises(ValueError, match=message):
+        load_tasks(settings_of(folder, *names, **changes), metadata={})
+
+
+def test_the_harness_s_own_command_line_has_our_model(folder, measured, monkeypatch, tmp_path, capsys):
+    local = functools.partial(lm_eval_tasks.TaskManager, include_defaults=False)
+    monkeypatch.setattr(lm_eval_tasks, "TaskManager", local)
+    monkeypatch.setattr("lm_eval.evaluator.add_env_info", lambda storage: None)  # it asks for all of the machine
+    arguments = [
+        "lm-eval", "--model_args", f"checkpoint={folder / 'export'},max_length={MAX_LENGTH}",
+        "--tasks", "local_letter,local_answer", "--include_path", str(folder / "tasks"), "--output_path", str(tmp_path),
+    ]  # fmt: skip
+    assert main(arguments) == 0
+    assert "| local_letter |" in capsys.readouterr().out
+    (file,) = tmp_path.rglob("results_*.json")
+    found = json.loads(file.read_text())
+    for name in ("local_letter", "local_answer"):
+        assert found["results"][name] == measured[0]["results"][name]
+    assert main([*arguments[:2], "checkpoint=x,colour=blue", *arguments[3:]]) == 1
+    assert "model_args has colour; known are checkpoint" in capsys.readouterr().err
+
+
+def test_btlm_evaluate_measures_tasks(folder, measured, tmp_path, capsys):
+    arguments = ["evaluate", f"--checkpoint={folder / 'export'}", f"--output={tmp_path}", f"--length={MAX_LENGTH}"]
+    tasks = ["--tasks=local_letter,local_answer", f"--include_path={folder / 'tasks'}"]
+    assert main([*arguments, *tasks]) == 0
+    assert "local_letter" in capsys.readouterr().out
+    report = json.loads((tmp_path / "evaluation.json").read_text())
+    assert list(report["parts"]) == ["tasks"]
+    for name, scores in report["parts"]["tasks"]["scores"].items():
+        assert scores == measured[0]["results"][name]
+    assert "| local_letter |" in (tmp_path / "evaluation.md").read_text()
+    assert main([*arguments, "--tasks=no_such_task", *tasks[1:], "--include_path=x"]) == 2
+    assert "include_path=x is no folder" in capsys.readouterr().err
+    assert main([*arguments, "--limit=3"]) == 2
+    assert "--limit is for --tasks, which is not given" in capsys.readouterr().err
