@@ -15,7 +15,8 @@ from btlm_jax.parallel.mesh import axis_names, num_ways, platform
 from btlm_jax.recipe.config import ModelConfig
 
 IMPLEMENTATIONS = ("reference", "blockwise", "cpu", "tpu", "splash", "gpu")
-AUTO = "auto"  # the one made for the devices: tpu on TPUs, gpu and cpu where they are possible, otherwise blockwise
+# The one made for the devices: tpu on TPUs, or splash for more heads than fit; gpu, cpu where possible, or blockwise.
+AUTO = "auto"
 
 
 def attend(
@@ -86,7 +87,9 @@ def most_documents(config: ModelConfig) -> int:
 def _implementation_for(q_BTNH: jax.Array, *, has_documents: bool) -> str:
     """Return the implementation made for the devices, of those that take such queries."""
     if platform() == "tpu":
-        return "tpu"
+        from btlm_jax.attention.tpu import has_kernels_for as fits_vmem
+
+        return "tpu" if fits_vmem(_num_heads_of_device(q_BTNH), q_BTNH.shape[3], q_BTNH.dtype) else "splash"
     if platform() == "gpu":
         from btlm_jax.attention.gpu import has_kernel_for
 
@@ -94,6 +97,15 @@ def _implementation_for(q_BTNH: jax.Array, *, has_documents: bool) -> str:
     from btlm_jax.attention.cpu import has_kernels_for
 
     return "cpu" if platform() == "cpu" and has_kernels_for(q_BTNH) else "blockwise"
+
+
+def _num_heads_of_device(q_BTNH: jax.Array) -> int:
+    """Return how many heads a device attends with, once a sharded length has been exchanged for heads."""
+    mesh = jax.sharding.get_abstract_mesh()
+    if AxisType.Explicit not in mesh.axis_types:
+        return q_BTNH.shape[2]
+    _, length, heads, _ = P(*jax.typeof(q_BTNH).sharding.spec)
+    return q_BTNH.shape[2] // num_ways(mesh, (*axis_names(length), *axis_names(heads)))
 
 
 def _local_attention(implementation: str, *, length_axes: tuple[str, ...]) -> Callable[..., jax.Array]:

@@ -43,18 +43,25 @@ class _Limits:
 
     Chosen so that the shapes of tests/attention/test_attention_tpu.py compile with libtpu 0.0.42, which refuses a
     kernel that needs too much: run that test after a change. Larger blocks also compute more of the masked triangle,
-    smaller spans of queries take more instruction bundles (LOG.md, 2026-11-26).
+    smaller spans of queries take more instruction bundles (LOG.md, 2026-11-26). The backward kernel takes as many
+    queries at once as `_fits_vmem` says: blocks and scratch in whole tiles, which is what libtpu needs to within a MiB
+    (LOG.md, 2026-11-29).
     """
 
     block_positions: int  # most positions of a block
     block_bytes: int  # most bytes of a block of split heads: positions x heads of a program x padded head dim
     resident_bytes: int  # most bytes of an array that holds something of every position
     vmem_bytes: int  # most bytes that a kernel asks for
+    stack_bytes: int  # of those, for what the compiler puts there beside blocks and scratch
 
 
 _SMALL_VMEM_CHIPS = ("TPU v2", "TPU v3", "TPU v4")  # 16 MiB of vector memory a core; later chips have 64 or more
-_SMALL_VMEM = _Limits(block_positions=256, block_bytes=_MIB // 2, resident_bytes=4 * _MIB, vmem_bytes=16 * _MIB)
-_LARGE_VMEM = _Limits(block_positions=512, block_bytes=2 * _MIB, resident_bytes=28 * _MIB, vmem_bytes=60 * _MIB)
+_SMALL_VMEM = _Limits(
+    block_positions=256, block_bytes=_MIB // 2, resident_bytes=4 * _MIB, vmem_bytes=16 * _MIB, stack_bytes=_MIB
+)
+_LARGE_VMEM = _Limits(
+    block_positions=512, block_bytes=2 * _MIB, resident_bytes=28 * _MIB, vmem_bytes=60 * _MIB, stack_bytes=2 * _MIB
+)
 _DEFAULT_VMEM_BYTES = 16 * _MIB  # what a kernel gets that asks for nothing
 _COMPILER_VMEM_BYTES = 8 * _MIB  # for what the compiler puts there beside blocks and scratch
 
@@ -79,8 +86,16 @@ def attend_tpu(
     `slopes_N` are those of the heads that this device has once the length, sharded over `length_axes`, has been
     exchanged for heads. Pieces go into the kernels as they come. The output is saved for the backward pass as it has
     been exchanged back, because its projection needs it that way: one exchange fewer.
+
+    Raises:
+      ValueError: so many heads do not fit the vector memory.
     """
     head_dim = q_BTNH.shape[-1]
+    if not interpret and not has_kernels_for(slopes_N.shape[0], head_dim, q_BTNH.dtype):
+        raise ValueError(
+            f"{slopes_N.shape[0]} heads of {head_dim} a device in {q_BTNH.dtype} do not fit the vector memory of a "
+            f"{device_kind()}: give --config.model.attention=auto, which takes splash, or split the heads more ways"
+        )
     q_SBTM, k_SBTM, v_SBTM = (seq_to_heads(x, length_axes) for x in (q_BTNH, k_BTNH, v_BTNH))
     config = _KernelConfig(
         heads=Heads(
@@ -188,8 +203,13 @@ def _documents_of_blocks(starts_BT: jax.Array | None, length: int, block: int) -
 def block_size(heads: Heads, length: int) -> int:
     """Return how many positions a block of the kernels has: whole tiles, that divide a length of whole tiles."""
     limits = _limits()
+
+    def is_too_large(size: int) -> bool:
+        split = size * heads.together * heads.width * heads.itemsize
+        return split > limits.block_bytes or not _fits_vmem(heads, size, num_queries=1, is_whole=False)
+
     most = limits.block_positions
-    while most > TPU_LANES and most * heads.together * heads.width * heads.itemsize > limits.block_bytes:
+    while most > TPU_LANES and is_too_large(most):
         most //= 2
     size = min(most, whole_tiles(length))
     while length % TPU_LANES == 0 and length % size:
@@ -281,9 +301,42 @@ def _backward(heads: Heads, S: int, starts_BT, inputs: tuple, interpret: bool):
     return dq_ATM, total([dk for _, dk, _ in spans]), total([dv for _, _, dv in spans])
 
 
+def has_kernels_for(num_heads: int, head_dim: int, dtype: jnp.dtype) -> bool:
+    """Whether the smallest blocks of a device's heads fit into vector memory: not of many that together fill no tiles.
+
+    On a TPU v4 that is so from 32 heads of 100 on, in float32 from 16 of 72 on; later TPUs take all of `btlm new`.
+    """
+    heads = Heads(num=num_heads, dim=head_dim, scale=1.0, itemsize=jnp.dtype(dtype).itemsize)
+    return _fits_vmem(heads, TPU_LANES, num_queries=1, is_whole=False)
+
+
 def _queries_at_once(heads: Heads, length: int, size: int) -> int:
     """Return for how many blocks of `size` queries a float32 dq fits into vector memory at a time."""
-    return max(1, min(length // size, _limits().resident_bytes // (size * heads.together * heads.dim * 4)))
+    num = min(length // size, _limits().resident_bytes // (size * heads.together * heads.dim * 4))
+    while num > 1 and not _fits_vmem(heads, size, num_queries=num, is_whole=num == length // size):
+        num -= 1
+    return max(1, num)
+
+
+def _fits_vmem(heads: Heads, size: int, *, num_queries: int, is_whole: bool) -> bool:
+    """Whether the backward kernel, which needs more than the forward one, fits with `num_queries` blocks at once.
+
+    `is_whole`: those are all queries, so that dk and dv are no partial sums, which are float32.
+    """
+    G, H, W, C, itemsize = heads.together, heads.dim, heads.width, size, heads.itemsize
+    scratch = 4 * _padded_bytes(G, C, W, itemsize=itemsize) + _padded_bytes(G, H, C, itemsize=itemsize)
+    scratch += 2 * _padded_bytes(G, C, W, itemsize=4) + num_queries * _padded_bytes(G, H, C, itemsize=4)
+    blocks = 5 * _padded_bytes(C, G * H, itemsize=itemsize)  # q, k, v, do and dq
+    blocks += 2 * _padded_bytes(C, G * H, itemsize=itemsize if is_whole else 4)
+    blocks += 2 * _padded_bytes(G, C, itemsize=4) + _padded_bytes(1, C, itemsize=4)  # rows, starts of documents
+    limits = _limits()
+    return scratch + 2 * blocks + limits.stack_bytes <= limits.vmem_bytes
+
+
+def _padded_bytes(*shape: int, itemsize: int) -> int:
+    """Return what an array takes in vector memory: whole tiles of its last two dims."""
+    rows = 8 * 4 // itemsize
+    return math.prod(shape[:-2]) * -(-shape[-2] // rows) * rows * whole_tiles(shape[-1]) * itemsize
 
 
 def _differentiate(

@@ -25,10 +25,12 @@ from support.attention import (
 )
 from support.tpu import needs_libtpu
 
+from btlm_jax import attention
 from btlm_jax.attention import tpu
 from btlm_jax.attention.alibi import alibi_slopes
 from btlm_jax.attention.tpu_kernels import Heads
 from btlm_jax.plan.chips import slice_devices
+from btlm_jax.recipe.sizes import _widths, shape_of
 
 
 @pytest.mark.slow
@@ -83,6 +85,49 @@ def test_bfloat16_errs_like_the_reference():
         assert error < 1.8 * theirs and error < 4e-3, name
 
 
+@pytest.mark.parametrize(
+    "kind, N, H, T, block, at_once",
+    [
+        ("TPU v5 lite", 32, 80, 8192, 512, 16),  # the 3B: all queries
+        ("TPU v5", 4, 80, 8192, 512, 16),
+        ("TPU v5 lite", 16, 72, 8192, 512, 9),  # 13 MiB of scratch and 24 of blocks leave 22 for dq, of 2.25 each
+        ("TPU v5", 16, 104, 8192, 512, 3),
+        ("TPU v5 lite", 20, 128, 32768, 512, 64),  # a head at a time
+        ("TPU v4", 4, 80, 8192, 256, 12),
+        ("TPU v4", 16, 72, 2048, 128, 7),
+    ],
+)
+def test_blocks_are_as_large_as_the_vector_memory_allows(kind, N, H, T, block, at_once):
+    """The numbers were seen to compile; benchmarks/kernel_vmem.py compiles them, and that a little more does not."""
+    heads = Heads(num=N, dim=H, scale=1.0, itemsize=2)
+    with mock.patch.object(tpu, "device_kind", lambda: kind):
+        assert tpu.block_size(heads, T) == block and tpu._queries_at_once(heads, T, block) == at_once
+
+
+def test_every_size_has_kernels_on_every_tpu():
+    """All heads that `btlm new` gives a model, split between devices in every way."""
+    shapes = {(shape_of(d_model=D, num_layers=1, vocab_size=400)) for D in _widths() if D <= 16_384}
+    split = {(shape.num_heads >> n, shape.head_dim) for shape in shapes for n in range(shape.num_heads.bit_length())}
+    assert {(16, 72), (32, 80), (1, 112), (128, 80)} <= split
+    for kind in ("TPU v4", "TPU v5", "TPU v5 lite", "TPU v6 lite"):
+        with mock.patch.object(tpu, "device_kind", lambda kind=kind: kind):
+            assert [each for each in split if not tpu.has_kernels_for(*each, jnp.bfloat16)] == []
+
+
+def test_heads_that_do_not_fit_are_left_to_splash_or_refused():
+    q_BTNH = jnp.zeros((1, 128, 36, 80), jnp.bfloat16)
+    with (
+        mock.patch.object(tpu, "device_kind", lambda: "TPU v4"),
+        mock.patch.object(attention, "platform", lambda: "tpu"),
+    ):
+        assert attention._implementation_for(q_BTNH, has_documents=False) == "splash"
+        assert attention._implementation_for(q_BTNH[:, :, :32], has_documents=False) == "tpu"
+        with pytest.raises(
+            ValueError, match="36 heads of 80 a device in bfloat16 do not fit the vector memory of a TPU"
+        ):
+            attention.attend(*3 * [q_BTNH], jnp.ones(36), scale=1.0, implementation="tpu")
+
+
 def test_no_array_grows_with_the_square_of_the_length_or_is_wider_than_the_heads():
     B, T, N, H = 1, 8192, 8, 80
     x = jax.ShapeDtypeStruct((B, T, N, H), jnp.bfloat16)
@@ -113,9 +158,9 @@ def compile_for(topology: str, *, B: int, T: int, N: int, H: int, has_documents:
 @pytest.mark.parametrize(
     "topology, T, N, H, kernels, has_documents",
     [
-        ("v5e:2x2", 8192, 4, 80, 2, False),  # as context parallelism leaves them
-        ("v6e:2x2", 2048, 12, 64, 2, True),
-        ("v4:2x2x1", 8192, 16, 80, 7, False),  # little vector memory: the passes in spans
+        ("v5e:2x2", 8192, 16, 72, 3, False),  # 16 heads together: more than 60 MiB for all queries at once
+        ("v6e:2x2", 2048, 4, 80, 2, True),  # as context parallelism leaves them
+        ("v4:2x2x1", 2048, 16, 72, 4, False),  # little vector memory: the passes in spans
     ],
 )
 def test_they_compile_for_tpus(topology, T, N, H, kernels, has_documents):
