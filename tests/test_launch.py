@@ -1,84 +1,440 @@
-"""The launchers, with stand-ins on PATH for what is not here."""
+"""The launchers, with stand-ins on PATH for what is not here: see support/fake_cloud.py."""
 
 import os
+import re
 import shutil
 import subprocess
+import sys
+import time
 from pathlib import Path
 
 import pytest
+from support.fake_cloud import Cloud, make_checkout
 
-REFUSING = 'echo "$@" >> "$(dirname "$0")/asked"; echo "it does not fit" >&2; exit 1'
-LAUNCH = Path(__file__).parent.parent / "launch"
-SLICE = {
-    "NAME": "pod",
-    "ZONE": "zone-a",
-    "TYPE": "v5litepod-256",
-    "CONFIG": "configs/pods/v5e_256.py",
-    "WORKDIR": "/mnt/run",
-}
+ROOT = Path(__file__).parent.parent
+LAUNCH = ROOT / "launch"
+SCRIPTS = sorted([*LAUNCH.glob("*.sh"), ROOT / "tests" / "support" / "fake_gcloud.sh"])
+SHELLCHECK = shutil.which("shellcheck", path=f"{Path(sys.executable).parent}:{os.environ['PATH']}")
+GCLOUD = "ERROR: (gcloud.compute.tpus"
+EXPIRED = "There was a problem refreshing your current auth tokens: please run: gcloud auth login"
 
 
-def run(verb: str, folder: Path, *, gcloud: str, btlm: str = "true", **settings: str) -> subprocess.CompletedProcess:
-    """Run launch/tpu.sh with stand-ins (bash): a gcloud that logs its arguments and then runs `gcloud`, and a btlm."""
-    for name, script in (("gcloud", f'echo "$@" >> {folder}/log\n{gcloud}'), ("btlm", btlm)):
-        (folder / name).write_text(f"#!/usr/bin/env bash\n{script}\n")
-        (folder / name).chmod(0o755)
-    environment = {"PATH": f"{folder}:{os.environ['PATH']}", **settings}
-    return subprocess.run(
-        [LAUNCH / "tpu.sh", verb], env=environment, capture_output=True, text=True, timeout=300, check=False
+@pytest.fixture(scope="module")
+def checkout(tmp_path_factory):
+    return make_checkout(tmp_path_factory.mktemp("launch") / "checkout")
+
+
+@pytest.fixture
+def cloud(tmp_path, checkout):
+    cloud = Cloud(tmp_path, checkout)
+    yield cloud
+    cloud.end()
+
+
+def test_scripts_are_executable():
+    assert [script for script in SCRIPTS if not os.access(script, os.X_OK)] == []
+
+
+@pytest.mark.skipif(SHELLCHECK is None, reason="needs shellcheck: pip install 'btlm_jax[test]'")
+def test_shellcheck_finds_nothing():
+    found = subprocess.run([str(SHELLCHECK), *SCRIPTS], capture_output=True, text=True, check=False)
+    assert found.returncode == 0, found.stdout
+
+
+def test_flags_of_the_compiler_are_in_one_place():
+    assert [path.name for path in LAUNCH.iterdir() if "xla_" in path.read_text()] == []
+
+
+# ---------------------------------------------------------------------------------------------- a whole run
+
+
+def test_all_goes_from_nothing_to_nothing(cloud, checkout):
+    """With words that no shell may read, changes that are not committed, and a restart after a preemption."""
+    cloud.will(runs=["10:75 10:75", "20:0 20:0"])
+    evil = """--config.a=b  c; touch evil 'q' "d" `touch evil` $(touch evil) $HOME \\ é"""
+    said = cloud.run(
+        "all", "--", evil, "--flag", WORKERS="2", FLAGS="""--config.curriculum.seq_len="(4, 8)" '--x=$HOME; y'"""
     )
+    assert "exit code 0" in said and "nothing of it is listed" in said and cloud.is_empty
+    arguments = cloud.read("arguments-pod-w-1").split("\0")[:-1]
+    run = ["train", "--distributed", "--config=configs/one.py", f"--workdir={cloud.workdir}"]
+    assert arguments == [*run, "--config.curriculum.seq_len=(4, 8)", "--x=$HOME; y", evil, "--flag"]
+    assert not [*checkout.rglob("evil"), *cloud.state.rglob("evil")]
+    # What was asked of the table is what changes the config.
+    asked = (
+        "plan --check --topology=v5litepod-16 --config=configs/one.py --config.curriculum.seq_len=(4, 8) --config.a="
+    )
+    assert cloud.read("asked").startswith(asked)
+    assert cloud.read("tree-pod-w-0") == cloud.read("tree-pod-w-1") == "changed here\nnew here\n"
+    (record,) = (cloud.workdir / "launches").iterdir()
+    commit = subprocess.run(["git", "-C", checkout, "rev-parse", "HEAD"], capture_output=True, text=True, check=True)
+    assert (record / "commit").read_text() == commit.stdout
+    assert "+changed here" in (difference := (record / "diff.patch").read_text()) and "+new here" in difference
+    words = subprocess.run(
+        ["bash", "-c", f"printf '%s\\0' {(record / 'command').read_text()}"], capture_output=True, text=True, check=True
+    )
+    assert words.stdout.split("\0")[:-1] == ["btlm", *arguments]
+    # Each worker has made an environment, once, in the place of the tree, and both have checked 16 devices.
+    setup = cloud.read("setup")
+    assert setup.count("uv venv") == setup.count("pip install") == 2 and setup.count("--devices=16") == 2
+    assert "./tree[tpu]" in setup and cloud.num_starts() == cloud.num_starts("pod-w-1") == 2
 
 
-def log_of(folder: Path) -> str:
-    return (folder / "log").read_text()
+def test_preempted_slices_are_created_again_and_get_the_same_tree(cloud):
+    cloud.will(runs=["10:preempt", "20:0"])
+    said = cloud.run("all", PROVISION="spot")
+    assert "pod is SUSPENDED" in said and "exit code 0" in said and cloud.is_empty
+    created = cloud.commands("queued-resources create")
+    assert len(created) == 2 and all(line.endswith("--spot --node-id=pod") for line in created)
+    assert cloud.num_starts() == 2 and cloud.read("tree-pod-w-0") == "changed here\nnew here\n"
 
 
-@pytest.mark.parametrize("script", sorted(LAUNCH.glob("*.sh")), ids=lambda path: path.name)
-def test_scripts_are_valid_bash_and_executable(script):
-    subprocess.run(["bash", "-n", script], check=True)
-    assert os.access(script, os.X_OK)
+def test_watch_restarts_but_creates_nothing(cloud):
+    cloud.will(runs=["10:75", "20:preempt"])
+    cloud.run("up")
+    cloud.run("run")
+    assert "launch/tpu.sh all creates it again" in cloud.run("watch", code=1)
+    assert cloud.num_starts() == 2 and len(cloud.commands("queued-resources create")) == 1
+
+
+# ------------------------------------------------------------------------------------- how workers can end
 
 
 @pytest.mark.parametrize(
-    "kind, version",
+    "ends, code",
     [
-        ("v4-128", "tpu-ubuntu2204-base"),
-        ("v5litepod-256", "v2-alpha-tpuv5-lite"),
-        ("v5p-128", "v2-alpha-tpuv5"),
-        ("v6e-256", "v2-alpha-tpuv6e"),
+        ("10:kill 10:77", 0),  # a process that was killed: its peer says that it is gone
+        ("10:77 10:wait", 0),  # one that does not end by itself is stopped
+        ("10:77 10:70", 70),  # the fault counts, of whatever worker
     ],
 )
-def test_up_asks_for_the_runtime_of_the_generation_and_waits(tmp_path, kind, version):
-    process = run(
-        "up", tmp_path, gcloud='[[ "$*" != *describe* ]] || echo ACTIVE', **SLICE | {"TYPE": kind, "SPOT": "1"}
+def test_a_run_ends_as_all_workers_do(cloud, ends, code):
+    cloud.will(runs=[ends, "20:0"])
+    said = cloud.run("all", code=code, GRACE="300", WORKERS="2")
+    assert f"exit code {code}" in said and cloud.is_empty
+    assert cloud.num_starts() == (1 if code else 2)
+
+
+@pytest.mark.parametrize(
+    "codes, together",
+    [
+        ("0 0 0", 0),
+        ("0 75 75", 75),
+        ("75 77 75", 77),
+        ("75 lost 0", 77),
+        ("silent 75", 77),
+        ("134 77", 77),  # JAX's client aborts by itself
+        ("137 0", 77),
+        ("77 76 75", 76),
+        ("75 2 2", 2),
+        ("1 77", 1),
+        ("0 130", 130),
+        ("141 77", 141),
+    ],
+)
+def test_the_codes_of_all_workers_decide(codes, together):
+    words = " ".join(f"host-{number}:{code}" for number, code in enumerate(codes.split()))
+    source = f"PREEMPTED=75 PEER_GONE=77; codes=({words}); {function('verdict')} verdict"
+    assert subprocess.run(["bash", "-c", source], check=False).returncode == together
+
+
+def test_restarts_end(cloud):
+    cloud.will(runs=["10:75", "20:75", "20:77", "20:77", "20:75"])
+    said = cloud.run("all", code=77, MAX_FRUITLESS="1")
+    assert "no checkpoint after 20 in 2 starts" in said and cloud.num_starts() == 4 and cloud.is_empty
+
+
+def test_restarts_that_advance_end_too(cloud):
+    cloud.will(runs=["10:75", "20:75", "30:75"])
+    assert "MAX_RESTARTS=1" in cloud.run("all", code=75, MAX_RESTARTS="1", KEEP="1")
+    assert cloud.num_starts() == 2 and not cloud.is_empty
+
+
+def test_a_worker_that_does_not_answer_any_more_costs_the_slice(cloud):
+    cloud.will(runs=["10:77 10:wait", "20:0"])
+    process = cloud.start("all", WORKERS="2")
+    wait_for(cloud, "waits-pod-w-1")
+    cloud.will(silent_1="")
+    said, _ = process.communicate(timeout=60)
+    assert process.returncode == 0 and "1 of 2 workers do not answer" in said, said
+    assert len(cloud.commands("queued-resources create")) == 2
+
+
+def test_processes_that_left_no_code_are_lost_and_started_again(cloud):
+    cloud.will(runs=["10:wait", "20:0"])
+    cloud.run("up")
+    cloud.run("run")
+    wait_for(cloud, "waits-pod-w-0")
+    cloud.end()
+    said = cloud.run("watch")
+    assert "pod-w-0:lost" in said and cloud.num_starts() == 2
+
+
+def test_a_heartbeat_that_stands_still_is_a_worker_that_is_gone(cloud):
+    cloud.will(runs=["10:wait", "20:0"])
+    cloud.run("up", BEAT="60")
+    cloud.run("run", BEAT="60")
+    wait_for(cloud, "waits-pod-w-0")
+    (beat,) = cloud.state.glob("homes/pod/0/btlm_launch/pod/run/beat")
+    beat.write_text("1000\n")
+    said = cloud.run("watch")
+    assert "pod-w-0:silent" in said and "exit code 0" in said
+
+
+def test_stop_has_the_run_save_and_kills_what_does_not(cloud):
+    cloud.will(runs=["10:wait 10:hang"])
+    cloud.run("up", WORKERS="2")
+    cloud.run("run", STOP_TIMEOUT="1")
+    wait_for(cloud, "waits-pod-w-0")
+    assert "running on 2 workers" in cloud.run("run", code=2)
+    said = cloud.run("stop")
+    assert "pod-w-0: ended, exit code 75, checkpoint 10" in said and "pod-w-1: ended, exit code 137" in said
+    cloud.run("run")
+    assert cloud.read("setup").count("pip install") == 2  # the environments were there
+
+
+# ------------------------------------------------------------------------------------- what the cloud does
+
+
+@pytest.mark.parametrize(
+    "plans",
+    [
+        {"lives": ["WAITING_FOR_RESOURCES FAILED", "WAITING_FOR_RESOURCES PROVISIONING ACTIVE"]},
+        {"faults": f"resources create|1|{GCLOUD}.queued-resources.create) RESOURCE_EXHAUSTED: no capacity"},
+        {"faults": [f"resources create|1|{GCLOUD}.queued-resources.create) UNAVAILABLE"] * 2},
+        {"faults": [f"resources describe|1|{EXPIRED}"] * 2},
+    ],
+    ids=["creation failed", "no capacity", "network", "expired login"],
+)
+def test_up_tries_again(cloud, plans):
+    cloud.will(**plans)
+    assert "pod is ready" in cloud.run("up") and not cloud.is_empty
+
+
+@pytest.mark.parametrize(
+    "plans, said, code",
+    [
+        ({"lives": ["FAILED"] * 9}, "could not be created in 3 attempts", 1),
+        ({"lives": "WAITING_FOR_RESOURCES"}, "the request is withdrawn", 1),  # for good
+        ({"state_of_nodes": "CREATING"}, "could not be created in 3 attempts", 1),
+        ({"faults": f"create|1|{GCLOUD}.queued-resources.create) INVALID_ARGUMENT: no such zone"}, "no such zone", 1),
+        ({"faults": f"create|1|{GCLOUD}.queued-resources.create) PERMISSION_DENIED: no"}, "was refused", 1),
+        ({"faults": [f"|1|{EXPIRED}"] * 9}, "gcloud auth login", 1),
+    ],
+    ids=["always fails", "never granted", "never ready", "invalid", "refused", "never logged in"],
+)
+def test_up_ends_and_leaves_nothing(cloud, plans, said, code):
+    cloud.will(**plans)
+    assert said in cloud.run("up", code=code, UP_TIMEOUT="200", READY_TIMEOUT="100") and cloud.is_empty
+    assert len(cloud.commands("queued-resources create")) <= 3
+
+
+def test_what_exists_is_taken(cloud):
+    """Also where the answer to the creation was lost, and while a run is on it."""
+    cloud.will(runs="10:wait", lives="ACTIVE", faults=f"describe|1|{GCLOUD}.queued-resources.describe) NOT_FOUND")
+    cloud.run("up")
+    cloud.will(faults=f"describe|1|{GCLOUD}.queued-resources.describe) NOT_FOUND")
+    assert "exists already" in cloud.run("up")
+    assert "pod is a v5litepod-16, not TYPE=v5litepod-64" in cloud.run("up", code=2, TYPE="v5litepod-64")
+    cloud.run("run")
+    wait_for(cloud, "waits-pod-w-0")
+    process = cloud.start("all")
+    time.sleep(0.5)
+    cloud.will(runs=["10:wait", "20:0"])
+    cloud.run("stop")
+    said, _ = process.communicate(timeout=60)
+    assert process.returncode == 0 and "is running on 1 workers of pod; it is followed" in said, said
+    assert cloud.num_starts() == 2 and cloud.read("setup").count("pip install") == 1 and cloud.is_empty
+
+
+def test_ssh_that_fails_now_and_then_ends_nothing(cloud):
+    """Each kind of call fails once or twice, that of the start after it was carried out."""
+    cloud.will(
+        runs=["10:75", "20:0"],
+        faults=[
+            *["tpu-vm scp|255|ssh: connection reset"] * 2,
+            *["tar xzf|255|ssh: connection reset"],
+            *["worker setup|255|ssh: connection reset"] * 2,
+            *["worker check|255|ssh: connection reset"],
+            *["worker report|255|ssh: connection reset"] * 2,
+            *["worker start|255|ssh: connection reset"] * 2,
+            *["worker report|1|" + EXPIRED] * 2,
+        ],
     )
-    assert process.returncode == 0, process.stderr
-    create, *_ = log_of(tmp_path).splitlines()
-    assert f"--runtime-version={version}" in create and f"--accelerator-type={kind}" in create
-    assert create.endswith("--spot") and "--zone=zone-a" in create
+    assert "exit code 0" in cloud.run("all") and cloud.num_starts() == 2 and cloud.read("faults") == ""
 
 
-def test_up_stops_when_the_slice_failed(tmp_path):
-    process = run("up", tmp_path, gcloud='[[ "$*" != *describe* ]] || echo FAILED', **SLICE)
-    assert process.returncode == 1 and "pod is FAILED" in process.stderr
+def test_a_start_whose_answer_is_lost_is_one_start(cloud):
+    cloud.will(runs=["10:wait"])
+    cloud.run("up")
+    cloud.run("run")
+    wait_for(cloud, "waits-pod-w-0")
+    home = cloud.state / "homes" / "pod" / "0"
+    start = (home / "btlm_launch/pod/run/start").read_text().strip()
+    environment = cloud.settings | {"PATH": str(cloud.there), "HOSTNAME": "pod-w-0", "NUMBER": "0"}
+    for again, count in ((start, 1), (start + "1", 2)):
+        command = ["bash", "btlm_launch/pod/tpu.sh", "worker", "start", again]
+        subprocess.run(command, cwd=home, env=environment, check=True)
+        assert cloud.num_starts() == count
 
 
-def test_run_starts_every_worker_detached(tmp_path):
-    process = run("run", tmp_path, gcloud="true", **SLICE, FLAGS="--config.seed=2")
-    assert process.returncode == 0, process.stderr
-    start = log_of(tmp_path).splitlines()[-1]
-    assert "--worker=all" in start and "nohup" in start
-    assert "btlm train --distributed --config=configs/pods/v5e_256.py --workdir=/mnt/run --config.seed=2" in start
+def test_an_expired_login_ends_the_watch_not_the_run(cloud):
+    cloud.will(runs=["10:wait"])
+    cloud.run("up")
+    cloud.run("run")
+    cloud.will(faults=[f"{each}|1|{EXPIRED}" for each in ("worker report", "resources describe") for _ in range(20)])
+    assert "the run goes on by itself" in cloud.run("watch", code=1, ATTEMPTS="2")
+    cloud.will(faults="")
+    assert "pod-w-0: running" in cloud.run("status")
 
 
-def test_run_copies_a_wheel_where_there_is_no_checkout(tmp_path):
-    wheel = "dist/btlm_jax-1-py3-none-any.whl"
-    process = run("run", tmp_path, gcloud="true", **SLICE | {"CONFIG": "pods/v5e_256"}, WHEEL=wheel)
-    assert process.returncode == 0, process.stderr
-    copy, install, start = log_of(tmp_path).splitlines()
-    assert f"scp {wheel} pod:" in copy and "mv 'btlm_jax-1-py3-none-any.whl' btlm_jax/" in install
-    assert ".venv/bin/pip install -q ./btlm_jax-1-py3-none-any.whl[tpu]" in install
-    assert "btlm train --distributed --config=pods/v5e_256" in start
+def test_sick_devices_cost_the_slice(cloud):
+    cloud.will(unhealthy=["once"] * 2, runs="10:0")
+    assert "do not compute" in cloud.run("all") and len(cloud.commands("queued-resources create")) == 2
+
+
+def test_down_proves_that_nothing_is_left(cloud):
+    cloud.run("up")
+    cloud.will(leaves_nodes="")
+    assert "nothing of it is listed" in cloud.run("down") and cloud.is_empty
+    assert len(cloud.commands("tpu-vm delete pod")) == 1  # whose queued resource did not take it along
+    assert "nothing of it is listed" in cloud.run("down")  # nothing was there
+    cloud.run("up")
+    cloud.will(faults=[f"delete|1|{GCLOUD}.queued-resources.delete) UNAVAILABLE"] * 99)
+    said = cloud.run("down", code=1)
+    assert "still there: queued-resources pod, tpu-vm pod" in said and "may cost money" in said
+
+
+# ---------------------------------------------------------------------------------------- what is sent
+
+
+@pytest.mark.parametrize(
+    "kind, version, devices",
+    [
+        ("v4-128", "tpu-ubuntu2204-base", 64),
+        ("v5litepod-256", "v2-alpha-tpuv5-lite", 256),
+        ("v5p-128", "v2-alpha-tpuv5", 64),
+        ("v6e-256", "v2-alpha-tpuv6e", 256),
+    ],
+)
+def test_each_generation_has_its_image_and_number_of_devices(cloud, kind, version, devices):
+    settings = {"PROVISION": "reserved", "CREATE_FLAGS": "--network='a b' --internal-ips"}
+    said = cloud.run("up", "--dry-run", TYPE=kind, **settings)
+    assert f"--accelerator-type={kind} --runtime-version={version} --network=a\\ b --internal-ips --reserved" in said
+    source = f"TYPE={kind} SLICES=1; die() {{ exit 9; }}; " + function("num_devices") + "num_devices"
+    assert subprocess.run(["bash", "-c", source], capture_output=True, text=True, check=True).stdout == f"{devices}\n"
+
+
+def test_a_dry_run_prints_every_command_and_runs_none(cloud):
+    said = cloud.run("all", "--dry-run")
+    assert not cloud.read("log")
+    order = ("create", "tpu-vm scp", "worker\\ setup", "worker\\ check", "worker\\ start", "delete", "tpu-vm list")
+    places = [said.index(word) for word in order]
+    assert places == sorted(places)
+
+
+def test_several_slices_know_each_other(cloud):
+    cloud.will(runs="10:0")
+    cloud.run("all", SLICES="2", WORKERS="2", SECRET="s;e c", EXPORT="SECRET", LIBTPU_INIT_ARGS="--xla_a=1 --xla_b=2")
+    assert "--node-count=2 --node-prefix=pod" in cloud.commands("queued-resources create")[0]
+    assert cloud.read("setup").count("--devices=32") == 4 and cloud.is_empty
+    for number in (0, 1):
+        variables = cloud.read(f"variables-pod-{number}-w-1")
+        shared = "MEGASCALE_COORDINATOR_ADDRESS=10.0.0.0", "MEGASCALE_NUM_SLICES=2", "SECRET=s;e c"
+        assert all(f"{each}\n" in variables for each in (*shared, f"MEGASCALE_SLICE_ID={number}"))
+        assert "LIBTPU_INIT_ARGS=--xla_a=1 --xla_b=2\n" in cloud.read(f"environment-pod-{number}-w-1")
+    records = [*(cloud.workdir / "launches").rglob("*")]
+    assert records and not any("s;e c" in path.read_text() for path in records if path.is_file())
+
+
+@pytest.mark.parametrize("python", ["python3.11", "uv", "deadsnakes"])
+def test_a_python_is_found_or_brought(cloud, python):
+    if python == "python3.11":
+        cloud.python_on_image(python)
+    if python == "deadsnakes":
+        cloud.will(no_uv="")
+        (cloud.there / "uv").unlink()
+    cloud.will(runs="10:0")
+    cloud.run("all", CACHE_DIR="gs://bucket/cache", FLAGS="--config.data.store=gs://bucket/store")
+    setup = cloud.read("setup")
+    assert ("uv venv" in setup) == (python == "uv") and ("deadsnakes" in setup) == (python == "deadsnakes")
+    assert ("python3.11 -m venv" in setup) == (python != "uv")
+    assert "./tree[tpu,gcs]" in setup
+    assert cloud.read("variables-pod-w-0") == "JAX_COMPILATION_CACHE_DIR=gs://bucket/cache\n"
+
+
+def test_a_wheel_and_a_config_that_git_ignores_are_sent(cloud, checkout, tmp_path):
+    cloud.will(runs="10:0")
+    (tmp_path / "btlm_jax-1-py3-none-any.whl").write_text("wheel")
+    cloud.run("all", WHEEL=str(tmp_path / "btlm_jax-1-py3-none-any.whl"), CONFIG="pods/v5e_256")
+    assert "--config=pods/v5e_256\0" in cloud.read("arguments-pod-w-0")
+    assert "./btlm_jax-1-py3-none-any.whl[tpu]" in cloud.read("setup")
+    cloud.run("up", CONFIG="ignored.py")
+    cloud.run("run", CONFIG="ignored.py")
+    assert "--config=../config.py\0" in cloud.read("arguments-pod-w-0")
+    (sent,) = cloud.state.glob("homes/pod/0/btlm_launch/pod/config.py")
+    assert sent.read_text() == (checkout / "ignored.py").read_text()
+
+
+def test_leftovers_are_cleaned(cloud):
+    cloud.will(runs="10:0", lock="")
+    cloud.run("all")
+    assert not (cloud.state / "lock").exists()
+
+
+# --------------------------------------------------------------------------------------- looking, and mistakes
+
+
+def test_logs_status_and_ssh(cloud):
+    cloud.will(runs="10:wait")
+    cloud.run("up", WORKERS="2")
+    cloud.run("run")
+    wait_for(cloud, "waits-pod-w-0", "waits-pod-w-1")
+    said = cloud.run("status")
+    assert "pod: queued resource ACTIVE" in said and "queued-resources pod\ntpu-vm pod\n" in said
+    assert re.search(r"^pod-w-1: running, heartbeat \d+ s ago, checkpoint 10: step 10$", said, flags=re.MULTILINE)
+    assert "someone-else" not in said
+    assert re.findall(r"^(\S+)  step 10$", cloud.run("logs"), flags=re.MULTILINE) in (
+        ["pod-w-0", "pod-w-1"],
+        ["pod-w-1", "pod-w-0"],
+    )
+    assert re.findall(r"^(\S+)  step 10$", cloud.run("logs", "1"), flags=re.MULTILINE) == ["pod-w-1"]
+    assert cloud.run("ssh", "1", "echo", "a  b;", "'") == "a  b; '\n"
+    assert "--worker=1 --command=echo" in cloud.commands("tpu-vm ssh")[-1]
+
+
+@pytest.mark.parametrize(
+    "words, settings, said",
+    [
+        (["up"], {"TYPE": ""}, "set TYPE"),
+        (["run"], {"CONFIG": ""}, "set CONFIG"),
+        (["all"], {"WORKDIR": ""}, "set WORKDIR"),
+        (["down"], {"NAME": ""}, "set NAME"),
+        (["down"], {"NAME": "a; b"}, "NAME=a; b must be"),
+        (["run"], {"WORKDIR": "runs/x"}, "must be an absolute path"),
+        (["run"], {"FLAGS": "--a='b"}, "a quote that does not end"),
+        (["run", "--config.seed=2"], {}, "after --, as in launch/tpu.sh run -- --config.seed=2"),
+        (["up"], {"TYPE": "h100"}, "TYPE=h100 is not known"),
+        (["up"], {"PROVISION": "cheap"}, "PROVISION=cheap is not known"),
+        (["all"], {"POLL": "1m"}, "POLL=1m must be a whole number"),
+        (["all"], {"WHEEL": "gone.whl"}, "WHEEL=gone.whl is no file"),
+        (["launch"], {}, "launch/tpu.sh up"),
+    ],
+)
+def test_mistakes_are_named(cloud, words, settings, said):
+    assert said in cloud.run(*words, code=2, **settings)
+    assert not cloud.commands("create") and not cloud.commands("scp")
+
+
+@pytest.mark.parametrize("verb", ["up", "run", "all"])
+def test_what_does_not_fit_is_neither_created_nor_copied(cloud, verb):
+    cloud.will(refuses="")
+    assert "it does not fit" in cloud.run(verb, code=1) and not cloud.read("log")
+
+
+def test_without_btlm_here_nothing_is_created(cloud):
+    (Path(cloud.settings["PATH"]) / "btlm").unlink()
+    assert "no btlm here to check the layout with" in cloud.run("up", code=2) and not cloud.read("log")
 
 
 def test_beside_an_installed_package_the_btlm_on_path_trains(tmp_path):
@@ -92,61 +448,14 @@ def test_beside_an_installed_package_the_btlm_on_path_trains(tmp_path):
         assert shown == "train --config=local_cpu --workdir=runs/local\n"
 
 
-@pytest.mark.parametrize("verb", ["up", "run"])
-def test_what_does_not_fit_is_neither_created_nor_copied(tmp_path, verb):
-    flags = """--config.mesh.tensor=2 --config.curriculum.seq_len="(4, 8)" --unrelated"""
-    process = run(verb, tmp_path, gcloud="true", btlm=REFUSING, **SLICE, FLAGS=flags)
-    assert process.returncode == 1 and "it does not fit" in process.stderr
-    assert not (tmp_path / "log").exists()
-    asked = "plan --check --topology=v5litepod-256 --config=configs/pods/v5e_256.py"
-    changes = "--config.mesh.tensor=2 --config.curriculum.seq_len=(4, 8)"
-    assert (tmp_path / "asked").read_text() == f"{asked} {changes}\n"
+def function(name: str) -> str:
+    """Return the text of a function of launch/tpu.sh."""
+    (text,) = re.findall(rf"^{name}\(\) {{\n.*?^}}\n", (LAUNCH / "tpu.sh").read_text(), flags=re.MULTILINE | re.DOTALL)
+    return text
 
 
-def test_without_btlm_here_nothing_is_created(tmp_path):
-    lean = tmp_path / "lean"
-    lean.mkdir()
-    for tool in ("bash", "dirname", "env"):
-        (lean / tool).symlink_to(shutil.which(tool))
-    root = tmp_path / "checkout" / "launch"
-    root.mkdir(parents=True)
-    shutil.copy(LAUNCH / "tpu.sh", root)
-    process = subprocess.run(
-        [root / "tpu.sh", "up"], env={"PATH": str(lean), **SLICE}, capture_output=True, text=True, check=False
-    )
-    assert process.returncode == 2 and "no btlm here to check the layout with" in process.stderr
-
-
-def test_watch_restarts_a_preempted_run_and_returns_the_last_code(tmp_path):
-    codes = (
-        '[[ "$*" == *"cat btlm_jax/exit_code"* ]] || exit 0\n'
-        f'n=$(grep -c "cat btlm_jax" {tmp_path}/log)\n'
-        "(( n < 3 )) && echo 75 || echo 0"
-    )
-    process = run("watch", tmp_path, gcloud=codes, **SLICE)
-    assert process.returncode == 0 and "exit code 0" in process.stdout
-    assert log_of(tmp_path).count("nohup") == 2
-
-
-def test_watch_gives_up_after_too_many_restarts(tmp_path):
-    process = run("watch", tmp_path, gcloud='[[ "$*" != *"cat btlm_jax"* ]] || echo 75', **SLICE, MAX_RESTARTS="2")
-    assert process.returncode == 75 and "giving up" in process.stderr
-
-
-@pytest.mark.parametrize("verb, missing", [("up", "TYPE"), ("run", "CONFIG"), ("down", "NAME")])
-def test_a_missing_setting_is_named(tmp_path, verb, missing):
-    settings = {name: value for name, value in SLICE.items() if name != missing}
-    process = run(verb, tmp_path, gcloud="true", **settings)
-    assert process.returncode == 2 and f"set {missing}" in process.stderr
-    assert not (tmp_path / "log").exists()
-
-
-def test_an_unknown_type_and_an_unknown_verb_are_usage_errors(tmp_path):
-    assert "TYPE=h100 is not known" in run("up", tmp_path, gcloud="true", **SLICE | {"TYPE": "h100"}).stderr
-    assert run("launch", tmp_path, gcloud="true", **SLICE).returncode == 2
-
-
-def test_dry_run_calls_nothing(tmp_path):
-    process = run("up", tmp_path, gcloud="true", **SLICE, DRY_RUN="1")
-    assert "gcloud compute tpus queued-resources create pod" in process.stdout
-    assert not (tmp_path / "log").exists()
+def wait_for(cloud: Cloud, *names: str) -> None:
+    end = time.monotonic() + 30
+    while not all((cloud.state / name).exists() for name in names):
+        assert time.monotonic() < end, names
+        time.sleep(0.02)

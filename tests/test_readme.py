@@ -94,7 +94,7 @@ def test_every_flag_with_choices_is_given_one_of_them():
 
 def test_every_launcher_command_is_one_of_its_verbs():
     script = (ROOT / "launch/tpu.sh").read_text()
-    (verbs,) = re.findall(r"^  ((?:\w+ \| )+\w+)\) \"\$1\" ;;$", script, flags=re.MULTILINE)
+    (verbs,) = re.findall(r"^    ((?:\w+ \| )+\w+)\) shift ;;$", script, flags=re.MULTILINE)
     used = [match[1] for line in COMMANDS if (match := re.search(r"launch/tpu\.sh(?: (\w+))?", line))]
     assert used and set(used) <= set(verbs.split(" | "))
 

@@ -1,0 +1,79 @@
+#!/usr/bin/env bash
+# Run a config on GPU nodes of a Slurm cluster:
+#
+#   sbatch --nodes=2 --gpus-per-node=8 --ntasks-per-node=8 launch/slurm.sh CONFIG WORKDIR [flags]
+#
+# One task a GPU: JAX finds the others by Slurm's variables, and gives each task the GPU of its number. WORKDIR is a
+# folder that every node sees. `btlm` is that of .venv in the folder where sbatch was called, or on PATH.
+#
+# Five minutes before the time limit, and at a preemption or scancel, all tasks get SIGTERM: the run saves and ends with
+# 75. After 75 and 77 (a peer is gone) the job is requeued, at most MAX_RESTARTS times (20), and at most 3 times in a row
+# without a new checkpoint. Any other code is the job's own; a fault of one task counts before what it did to others.
+#SBATCH --job-name=btlm
+#SBATCH --signal=B:TERM@300
+#SBATCH --requeue
+#SBATCH --open-mode=append
+set -euo pipefail
+[ $# -ge 2 ] || { echo "usage: sbatch --nodes=N --gpus-per-node=G --ntasks-per-node=G launch/slurm.sh CONFIG WORKDIR [flags]" >&2; exit 2; }
+config=$1 workdir=$2
+shift 2
+[ -n "${SLURM_JOB_ID:-}" ] || { echo "launch/slurm.sh: this is no Slurm job; submit it with sbatch" >&2; exit 2; }
+PATH=${SLURM_SUBMIT_DIR:-$PWD}/.venv/bin:$PATH
+state=$workdir/slurm-$SLURM_JOB_ID
+rm -rf "$state/codes"
+mkdir -p "$state/codes"
+
+newest_step() { # of a checkpoint, 0 without one
+  local name step=0
+  for name in "$workdir"/checkpoints/*; do
+    name=${name##*/}
+    [[ ! $name =~ ^[0-9]{1,15}$ ]] || ((10#$name <= step)) || step=$((10#$name))
+  done
+  echo "$step"
+}
+
+# Print what the tasks' codes mean together: the first fault, else 77, else 75, else 0. srun's own is the largest.
+verdict() {
+  local file code again=0
+  for ((task = 0; task < ${SLURM_NTASKS:-1}; task++)); do
+    file=$state/codes/$task
+    code=lost
+    [ ! -s "$file" ] || code=$(< "$file")
+    case $code in
+      0) ;;
+      75) [ "$again" -ne 0 ] || again=75 ;;
+      lost | 77 | 13[1-9] | 14[02-9]) again=77 ;; # gone with its node, or by a signal
+      *) echo "$code"; return ;;
+    esac
+  done
+  echo "$again"
+}
+
+# The task's own code goes to a file. Words are passed on as they are; $1 is where the codes go.
+# shellcheck disable=SC2016
+task='codes=$1; shift; code=0; trap "" TERM
+env --default-signal=TERM btlm train --distributed "$@" || code=$?
+echo "$code" > "$codes/$SLURM_PROCID"; exit "$code"'
+
+from=$(newest_step)
+signalled=""
+srun --kill-on-bad-exit=0 bash -c "$task" btlm "$state/codes" --config="$config" --workdir="$workdir" "$@" &
+job=$!
+trap 'signalled=1; kill -TERM "$job" 2> /dev/null || true' TERM # srun hands it on to every task
+while :; do
+  signalled=""
+  wait "$job" || true
+  [ -n "$signalled" ] || break # a signal ends the wait, not the tasks
+done
+code=$(verdict)
+case $code in 75 | 77) ;; *) exit "$code" ;; esac
+
+fruitless=0
+if (($(newest_step) <= from)); then fruitless=$(($(cat "$state/fruitless" 2> /dev/null || echo 0) + 1)); fi
+echo "$fruitless" > "$state/fruitless"
+if ((${SLURM_RESTART_COUNT:-0} >= ${MAX_RESTARTS:-20} || fruitless > 3)); then
+  echo "launch/slurm.sh: exit code $code after ${SLURM_RESTART_COUNT:-0} restarts, $fruitless in a row without a checkpoint; giving up" >&2
+  exit "$code"
+fi
+echo "launch/slurm.sh: exit code $code at checkpoint $(newest_step); the job is requeued" >&2
+scontrol requeue "$SLURM_JOB_ID"

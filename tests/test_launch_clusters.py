@@ -1,0 +1,184 @@
+"""launch/gpu.sh, launch/slurm.sh and launch/jobset.yaml, with stand-ins on PATH for btlm, srun and scontrol."""
+
+import os
+import re
+import signal
+import subprocess
+import time
+from pathlib import Path
+
+import pytest
+import yaml
+
+from btlm_jax import cli
+from btlm_jax.cli.train import train_flags
+
+ROOT = Path(__file__).parent.parent
+WORDS = ["--config.a=b  c; 'x' \"y\" $HOME `z`", "--flag"]
+# Task n ends with word n of line N of `ends` at its start N: STEP:CODE, or STEP:wait for SIGTERM.
+BTLM = r"""
+n=${SLURM_PROCID:-0}
+echo started >> "$STATE/starts-$n"
+printf '%s\0' "$@" > "$STATE/arguments-$n"
+read -ra ends <<< "$(sed -n "$(grep -c . "$STATE/starts-$n")p" "$STATE/ends")"
+end=${ends[n]:-${ends[0]}}
+[ "${end%:*}" = 0 ] || mkdir -p "$STATE/work dir/checkpoints/${end%:*}"
+if [ "${end#*:}" = wait ]; then
+  trap 'echo >> "$STATE/signals-$n"; exit 75' TERM
+  touch "$STATE/waits-$n"
+  while :; do sleep 0.02; done
+fi
+exit "${end#*:}"
+"""
+SRUN = r"""
+while [[ $1 == --* ]]; do shift; done
+jobs=() worst=0
+trap 'for job in "${jobs[@]}"; do kill -TERM -- "-$job" 2> /dev/null; done' TERM
+for ((n = 0; n < SLURM_NTASKS; n++)); do SLURM_PROCID=$n setsid "$@" & jobs+=($!); done
+for job in "${jobs[@]}"; do
+  while :; do
+    code=0
+    wait "$job" || code=$?
+    [ -e "/proc/$job" ] || break
+  done
+  ((code <= worst)) || worst=$code
+done
+exit "$worst"
+"""
+
+
+@pytest.fixture
+def place(tmp_path):
+    (tmp_path / "bin").mkdir()
+    for name, script in (("btlm", BTLM), ("srun", SRUN), ("scontrol", 'echo "$@" >> "$STATE/requeued"')):
+        (tmp_path / "bin" / name).write_text(f"#!/usr/bin/env bash\n{script}")
+        (tmp_path / "bin" / name).chmod(0o755)
+    (tmp_path / "launch").mkdir()  # without setup.cfg beside it: the btlm on PATH
+    (tmp_path / "launch" / "gpu.sh").write_text((ROOT / "launch" / "gpu.sh").read_text())
+    return tmp_path
+
+
+def start(place: Path, script: Path, ends: list[str], **settings: str) -> subprocess.Popen:
+    (place / "ends").write_text("".join(f"{line}\n" for line in ends))
+    environment = {"PATH": f"{place / 'bin'}:{os.environ['PATH']}", "STATE": str(place), **settings}
+    return subprocess.Popen(
+        ["bash", script, "local_cpu", place / "work dir", *WORDS],
+        env=environment,
+        stderr=subprocess.PIPE,
+        text=True,
+        cwd=place,
+    )
+
+
+def finish(process: subprocess.Popen, *, code: int) -> str:
+    _, said = process.communicate(timeout=60)
+    assert process.returncode == code, said
+    return said
+
+
+def wait_for(*paths: Path) -> None:
+    end = time.monotonic() + 30
+    while not all(path.exists() for path in paths):
+        assert time.monotonic() < end, paths
+        time.sleep(0.02)
+
+
+def num_starts(place: Path) -> int:
+    return len((place / "starts-0").read_text().splitlines())
+
+
+def slurm(place: Path, ends: list[str], **settings: str) -> subprocess.Popen:
+    job = {"SLURM_JOB_ID": "7", "SLURM_NTASKS": "2", **settings}
+    return start(place, ROOT / "launch" / "slurm.sh", ends, **job)
+
+
+def test_gpu_restarts_after_75_and_77_and_not_for_ever(place):
+    gpu = place / "launch" / "gpu.sh"
+    finish(start(place, gpu, ["1:75", "2:77", "3:0"]), code=0)
+    arguments = (place / "arguments-0").read_text().split("\0")[:-1]
+    assert num_starts(place) == 3
+    assert arguments == ["train", "--config=local_cpu", f"--workdir={place / 'work dir'}", *WORDS]
+    (place / "starts-0").unlink()
+    finish(start(place, gpu, ["1:77"] * 9, MAX_RESTARTS="2"), code=77)
+    assert num_starts(place) == 3
+
+
+def test_gpu_hands_sigterm_on_and_ends_with_the_run(place):
+    process = start(place, place / "launch" / "gpu.sh", ["1:wait", "2:0"])
+    wait_for(place / "waits-0")
+    process.send_signal(signal.SIGTERM)
+    finish(process, code=75)
+    assert num_starts(place) == 1 and (place / "signals-0").exists()
+
+
+def test_slurm_runs_every_task_with_the_same_words(place):
+    finish(slurm(place, ["5:0"]), code=0)
+    for task in (0, 1):
+        arguments = (place / f"arguments-{task}").read_text().split("\0")[:-1]
+        run = ["train", "--distributed", "--config=local_cpu", f"--workdir={place / 'work dir'}"]
+        assert arguments == [*run, *WORDS]
+    assert not (place / "requeued").exists()
+
+
+def test_slurm_hands_sigterm_to_all_tasks_and_requeues(place):
+    process = slurm(place, ["5:wait"])
+    wait_for(place / "waits-0", place / "waits-1")
+    process.send_signal(signal.SIGTERM)
+    assert "the job is requeued" in finish(process, code=0)
+    assert (place / "signals-0").exists() and (place / "signals-1").exists()
+    assert (place / "requeued").read_text() == "requeue 7\n"
+
+
+@pytest.mark.parametrize(
+    "ends, code, is_requeued",
+    [("5:77 5:137", 0, True), ("5:77 5:70", 70, False), ("5:76 5:77", 76, False), ("5:2", 2, False)],
+)
+def test_slurm_ends_as_all_tasks_do(place, ends, code, is_requeued):
+    finish(slurm(place, [ends]), code=code)
+    assert (place / "requeued").exists() == is_requeued
+
+
+def test_slurm_gives_up(place):
+    assert "after 2 restarts" in finish(slurm(place, ["5:75"], MAX_RESTARTS="2", SLURM_RESTART_COUNT="2"), code=75)
+    for code in (0, 0, 0, 75):  # no checkpoint after the fifth
+        said = finish(slurm(place, ["5:75"] * 9), code=code)
+    assert "giving up" in said
+
+
+def test_slurm_asks_for_the_signal_and_to_be_requeued():
+    text = (ROOT / "launch" / "slurm.sh").read_text()
+    options = re.findall(r"^#SBATCH (\S+)$", text, flags=re.MULTILINE)
+    assert {"--requeue", "--signal=B:TERM@300"} <= set(options)
+    assert text.index("#SBATCH") < text.index("set -euo")  # Slurm reads no further than the first command
+
+
+def test_the_jobset_is_whole_and_its_command_is_one_of_btlm(place):
+    job = yaml.safe_load((ROOT / "launch" / "jobset.yaml").read_text())
+    assert (job["apiVersion"], job["kind"]) == ("jobset.x-k8s.io/v1alpha2", "JobSet")
+    (slices,) = job["spec"]["replicatedJobs"]
+    spec = slices["template"]["spec"]
+    pod = spec["template"]["spec"]
+    (container,) = pod["containers"]
+    topology = pod["nodeSelector"]["cloud.google.com/gke-tpu-topology"]
+    chips = 1
+    for side in topology.split("x"):
+        chips *= int(side)
+    assert spec["parallelism"] == spec["completions"]
+    assert chips == spec["completions"] * container["resources"]["limits"]["google.com/tpu"] == 128
+    # A pod's end is the Job's, which the rule of the JobSet tells from a fault that would come again.
+    (rule,) = spec["podFailurePolicy"]["rules"]
+    codes = rule["onExitCodes"]["values"]
+    assert spec["backoffLimit"] == 0 and pod["restartPolicy"] == "Never" and rule["action"] == "FailJob"
+    assert rule["onExitCodes"]["containerName"] == container["name"] and codes == sorted(codes)
+    assert {cli.ERROR, cli.USAGE, cli.FAULT, cli.BAD_NUMBERS} == set(codes)
+    policy = job["spec"]["failurePolicy"]
+    assert policy["rules"] == [{"action": "FailJobSet", "onJobFailureReasons": ["PodFailurePolicy"]}]
+    assert {mount["name"] for mount in container["volumeMounts"]} == {volume["name"] for volume in pod["volumes"]}
+    # The command, as a container without an entry point runs it.
+    (place / "ends").write_text("0:0\n")
+    environment = {"PATH": f"{place / 'bin'}:{os.environ['PATH']}", "STATE": str(place)}
+    subprocess.run(container["command"], env=environment, check=True)
+    verb, *arguments = (place / "arguments-0").read_text().split("\0")[:-1]
+    flags = train_flags()
+    assert verb == "train" and flags.parse(arguments) and flags.boolean("distributed")
+    assert flags.config().model.num_layers == 32
