@@ -102,7 +102,7 @@ def _heldout(result: dict) -> list[Table]:
 
 
 def _positions(result: dict) -> list[Table]:
-    rows = [("window", "ALiBi", "tokens", "nats/token", "rises at", "first 256", "last quarter")]
+    rows = [("window", "ALiBi", "tokens", "nats/token", "rises at", "first 256", "second half")]
     for curve in result["curves"]:
         bins = list(zip(*(curve["bins"][key] for key in ("first", "last", "loss", "num_tokens")), strict=True))
         rows.append(
@@ -113,7 +113,7 @@ def _positions(result: dict) -> list[Table]:
                 with_interval(curve, "loss"),
                 f"{curve['first_rise']:,}" if curve["first_rise"] else "no rise",
                 _mean(part for part in bins if part[1] <= 256),
-                _mean(part for part in bins if part[0] > curve["length"] * 3 // 4),
+                _mean(part for part in bins if part[0] > curve["length"] // 2),
             )
         )
     title = f"loss by position: {result['of']}, in one stream"

@@ -33,6 +33,7 @@ from btlm_jax.data.heldout import heldout_batches
 from btlm_jax.data.loader import read_rows
 from btlm_jax.data.reader import open_store
 from btlm_jax.data.verify import verify
+from btlm_jax.evaluate.documents import read_store
 from btlm_jax.tokenizers.named_templates import NAMED_TEMPLATES
 from btlm_jax.tokenizers.tokenizer import find_tokenizer
 from btlm_jax.train.setup import check_curriculum
@@ -226,6 +227,28 @@ def test_the_held_out_loss_is_over_completions_only(made):
             weights[source] = weights.get(source, 0) + weight
     expected = {name: source.num_tokens for name, source in opened.manifest.splits[store.HELDOUT].sources.items()}
     assert {name: weight for name, weight in weights.items() if name} == expected and sum(expected.values()) > 20
+
+
+def test_each_example_is_evaluated_by_itself_over_what_is_trained(made):
+    stored = find_tokenizer(made / "store")
+    corpus = read_store(made / "store", stored, name="model")
+    expected = trained_of(made, store.HELDOUT, seq_len=WINDOW)
+    found = {}
+    for document in corpus.documents:
+        prompt_and_more = stored.decode(document.tokens.tolist())
+        (key,) = [
+            key for key in expected if prompt_and_more.lstrip().startswith(key) or f"user\n{key}" in prompt_and_more
+        ]
+        found[key] = document
+    assert found.keys() == expected.keys() and len(corpus.documents) == len(expected)
+    for key, document in found.items():
+        assert document.num_targets == sum(len(stored.encode_prompt(text)) for text in expected[key])
+    for name, source in (
+        open_store(made / "store", expected_fingerprint="").manifest.splits[store.HELDOUT].sources.items()
+    ):
+        own = corpus.of_source(name)
+        assert sum(document.num_targets for document in own) == source.num_tokens
+        assert sum(document.num_bytes for document in own) == source.num_bytes
 
 
 def test_what_was_killed_goes_on_to_the_same_bytes(made, tokenizer, tmp_path, monkeypatch):
