@@ -166,9 +166,11 @@ def train(
                 writer.event(position.step, event)
             for damage in damages:
                 writer.record_event(position.step, damage)
-            if position.step == 0 and beginning.events:
-                for event in (*beginning.events, f"held-out before the first step: {evaluate_some(run, state.params)}"):
+            if position.step == 0:
+                result = evaluate_some(run, state.params)
+                for event in beginning.events and (*beginning.events, f"held-out before the first step: {result}"):
                     writer.event(0, event)
+                writer.evaluation(0, result)
             for change in changes:
                 writer.setting_changed(position.step, key=change.key, old=change.old, new=change.new)
             return _train_from(

@@ -487,7 +487,8 @@ def _line(fields: dict[str, str]) -> str:
 def _remove_replayed(path: Path, *, first_step: int) -> None:
     """Rewrite the file without the train and eval lines from `first_step` on, and without lines that are damaged.
 
-    An incomplete last line is what a kill leaves, and is written again; each other one that is damaged is a notice.
+    Where the first step is 1, step 0 is evaluated once more, too. An incomplete last line is what a kill leaves, and is
+    written again; each other one that is damaged is a notice.
     """
     if not path.exists():
         return
@@ -499,7 +500,7 @@ def _remove_replayed(path: Path, *, first_step: int) -> None:
         except ValueError as error:
             notices.report("metrics-line-dropped", f"{error}; the line is removed")
             continue
-        if not (row["kind"] in _REPLAYED and row["step"] >= first_step):
+        if not (row["kind"] in _REPLAYED and (row["step"] >= first_step or first_step == 1)):
             remaining.append(line)
     if incomplete or len(remaining) < len(lines):
         write_atomically(path, b"".join(line + b"\n" for line in remaining))

@@ -260,7 +260,8 @@ class _Steps:
             return
         step = row["step"]
         is_due = row["kind"] in ("eval", "sample") or step % self._every == 0 or step in self._notable
-        if step > self._after and row["kind"] in ("train", "eval", "sample") and is_due:
+        is_new = step > self._after or step == self._after == 0  # before the first step there is an evaluation
+        if is_new and row["kind"] in ("train", "eval", "sample") and is_due:
             self._rows.setdefault(step, []).append(row)
 
     def take(self, *, is_last: bool) -> dict[int, list[dict]]:

@@ -35,7 +35,7 @@ def test_a_run_logs_evaluates_and_saves_when_its_config_says(tiny_run):
     assert [row["step"] for row in recorded(workdir, "train")] == list(range(1, NUM_STEPS + 1))
     # The first step, the ends of phases, and what log.every_steps divides.
     assert {step for tag, step in tensorboard_scalars(workdir) if tag == "train/loss"} == {1, 3, 6, 9, 10}
-    assert [row["step"] for row in recorded(workdir, "eval")] == [4, 6, 8, 10]
+    assert [row["step"] for row in recorded(workdir, "eval")] == [0, 4, 6, 8, 10]
     assert checkpoint_steps(workdir) == [3, 6, 9, 10]
 
 
@@ -90,7 +90,7 @@ def test_a_resumed_run_traces_steps_and_gives_a_tracker_all_of_them(unfinished_r
     rows = [json.loads(line) for line in start.read_text().splitlines()]
     heldout = {row["step"] for row in rows if "heldout/all" in row.get("values", ())}
     assert {row["step"] for row in rows if "train/loss" in row.get("values", ())} == {1, 3, 6, 9, 10}
-    assert heldout == {4, 6, 8, 10} and any("sample" in row.get("values", ()) for row in rows)
+    assert heldout == {0, 4, 6, 8, 10} and any("sample" in row.get("values", ()) for row in rows)
     assert rows[-1] == {"exit": 0} and "tracker-" not in said.stderr
 
 
