@@ -12,23 +12,17 @@ import shlex
 from pathlib import Path
 
 from btlm_jax.cli import DONE, main
-from btlm_jax.plan.chips import GIB, num_chips
+from btlm_jax.plan.chips import GIB
 from btlm_jax.plan.placement import span
 from btlm_jax.plan.pod_table import Row, read_table, read_versions, training_fields
 from btlm_jax.recipe.config import TrainConfig, train_config_from
 from btlm_jax.recipe.sizes import count_parameters
-from btlm_jax.storage.files import read_json_object
-from btlm_jax.train.flops import flops_per_token
 
 ROOT = Path(__file__).resolve().parent.parent
 FAMILY = ROOT / "configs" / "family"
 TABLE = FAMILY / "table.json"
 PAGE = ROOT / "docs" / "reference" / "family.md"
 PLANNED = "2026-11-29"  # when the table of layouts was compiled
-# Slices of sizes whose layouts are not in the table: their times are by FLOPs, at the MFU of a config that is compiled.
-SLICES = {"256M": "v5e:2x4"}
-NOT_COMPILED = "*not compiled*"
-PODS, ALIKE, PEAK_FLOPS = ROOT / "configs" / "pods" / "table.json", "v5e_8_124m", 197e12
 BTLM_TOKENS_PER_PARAMETER = 237.2
 _MARKED = re.compile(r"(<!-- family -->\n).*?(<!-- end of family -->)", flags=re.DOTALL)
 
@@ -41,13 +35,11 @@ def table() -> str:
         for path in FAMILY.glob("*.py")
     }
     names = sorted(configs, key=lambda name: count_parameters(configs[name].model))
-    (alike,) = (row for row in read_json_object(PODS)["rows"] if row["name"] == ALIKE and row["is_config"])
-    mfus = [mfu for phase in alike["phases"] for mfu in phase["mfu"]]
     lines = [
         "| config | parameters | layers, width, heads | tokens at 20 a parameter | at 237 | batch | where | GiB "
         "| time at 20 | at 237 |",
         "|---|---|---|---|---|---|---|---|---|---|",
-        *(_line(name, configs[name], rows, mfus) for name in names),
+        *(_line(name, configs[name], rows) for name in names),
     ]
     if any(row.name in configs for row in rows):
         versions = ", ".join(f"{name} {version}" for name, version in read_versions(TABLE).items())
@@ -57,13 +49,6 @@ def table() -> str:
             f"{versions}), not measured on a TPU;",
             "the time at 237 is for the batch at 20. Exchanges, step times and MFU: `configs/family/table.md`.",
             "`btlm train` on TPUs asks it, as the table of the [pods](pod-table.md), whether a layout fits.",
-        ]
-    if NOT_COMPILED in "".join(lines):
-        lines += [
-            "",
-            f"Times of sizes marked {NOT_COMPILED} are by FLOPs, if {min(mfus):.0%} to {max(mfus):.0%} of the peak are",
-            f"reached, as predicted of `pods/{ALIKE}`; narrower models reach less. That plans no memory and no layout;",
-            "`btlm plan --config=590M --topology=v5e-16 --search` makes one.",
         ]
     lines += ["", "4M is for CPUs: `btlm new --machine=this` measures it on yours."]
     return "\n".join(lines)
@@ -80,16 +65,10 @@ def renewed(page: str) -> str:
     return _MARKED.sub(lambda match: f"{match[1]}\n{table()}\n\n{match[2]}", page)
 
 
-def _line(name: str, config: TrainConfig, rows: list[Row], mfus: list[float]) -> str:
+def _line(name: str, config: TrainConfig, rows: list[Row]) -> str:
     model, curriculum = config.model, config.curriculum
     count, tokens = count_parameters(model), curriculum.table.num_tokens
-    place, memory, seconds = SLICES.get(name, ""), NOT_COMPILED if name in SLICES else "", []
-    if name in SLICES:
-        flops = sum(
-            phase.num_tokens * flops_per_token(model, seq_len=phase.seq_len) for phase in curriculum.table.phases
-        )
-        peak = PEAK_FLOPS * num_chips(place.partition(":")[2])
-        seconds = [flops / peak / max(mfus), flops / peak / min(mfus)]
+    place, memory, seconds = "", "", []
     for row in rows:
         if row.name == name and row.trains == training_fields(config):
             place, memory = row.topology, f"{row.needed / GIB:.2f} of {row.available / GIB:.2f}"

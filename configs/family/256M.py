@@ -1,16 +1,18 @@
-"""265M parameters, 5.3B tokens (20 a parameter), 2,048 then 8,192 long.
+"""265M parameters, 5.3B tokens (20 a parameter), 2,048 then 8,192 long, on v5e:2x4.
 
-Written by: btlm new --params=256M --output=256M.py
+Written by: btlm new --params=256M --topology=v5e:2x4 --plan_from=table.json --output=256M.py
 See first:  btlm train --config=256M.py --dry-run
 Train:      btlm train --config=256M.py --workdir=DIR --config.data.store=STORE
-Memory:     not planned: btlm plan --config=256M.py --topology=SLICE --search
-Time:       not planned
+Memory:     predicted: 8.10 of a chip's 15.75 GiB on v5e:2x4, 8 chips, 49% to spare
+Time:       predicted: 3.1 to 3.3 hours, of steps alone (docs/guide/plan.md; jax 0.10.2, jaxlib 0.10.2, libtpu 0.0.42.1)
 Loss:       none is predicted: no scaling law has been fitted to models of this recipe
 Rules:      docs/guide/new.md; what follows from none is as in configs/btlm_3b_8k.py
 """
 
 from ml_collections import ConfigDict
 
+TOPOLOGY = "v5e:2x4"
+OTHERS = ()  # further layouts for btlm plan --table
 TOKENS_PER_STEP = 320 * 2048  # = 80 * 8192 = 655,360
 
 
@@ -29,7 +31,7 @@ def get_config() -> ConfigDict:
                 alibi_scaling=1.0,  # positions as trained
                 dtype="bfloat16",  # of activations; parameters and sums are float32 anyway
                 attention="auto",  # the fastest for the devices
-                remat="full",  # keeps the least for the backward pass, so that it fits most
+                remat="matmuls_saved",  # what the backward pass keeps: compiled for v5e:2x4 (btlm plan --table)
                 loss_chunk=512,  # positions whose logits exist at one time
             ),
             mup=dict(
@@ -68,9 +70,9 @@ def get_config() -> ConfigDict:
                 freeze="",  # every parameter is trained
             ),
             mesh=dict(
-                tensor=1,  # ways that heads and d_ff are split
-                context=1,  # ways that positions are split
-                accumulation=1,  # micro-batches a step
+                tensor=1,  # ways that heads and d_ff are split: compiled for v5e:2x4 (btlm plan --table)
+                context=1,  # ways that positions are split: compiled for v5e:2x4 (btlm plan --table)
+                accumulation=5,  # micro-batches a step: compiled for v5e:2x4 (btlm plan --table)
             ),
             data=dict(
                 store="store",  # the token store, from the workdir if relative; --config.data.store=STORE
