@@ -19,11 +19,11 @@ from pathlib import Path
 
 import jax
 
-from btlm_jax.data.heldout import heldout_batches
 from btlm_jax.data.reader import open_store
 from btlm_jax.data.store import HELDOUT
 from btlm_jax.hub.native import read_run
 from btlm_jax.parallel.mesh import evaluation_sharding
+from btlm_jax.train.finish import heldout_batches
 from btlm_jax.train.heldout import SourceLoss, evaluate_heldout
 from btlm_jax.train.step import make_eval_step
 

@@ -20,7 +20,6 @@ import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 from machine import machine
 
-from btlm_jax.data.heldout import heldout_batches
 from btlm_jax.data.loader import read_rows
 from btlm_jax.data.reader import open_store
 from btlm_jax.data.store import HELDOUT, TRAIN
@@ -33,6 +32,7 @@ from btlm_jax.model.projection import project_scheduled
 from btlm_jax.parallel.mesh import FSDP, RULES
 from btlm_jax.quantize.quantize_model import Method, dequantize_tensor, quantize_model
 from btlm_jax.recipe.mup import make_parametrization
+from btlm_jax.train.finish import heldout_batches
 from btlm_jax.train.heldout import SourceLoss, evaluate_heldout
 from btlm_jax.train.step import make_eval_step
 

@@ -1,19 +1,29 @@
-"""Kill a real training run at random moments, resume it until it ends, and compare every bit with an undisturbed run.
+"""Interrupt real training runs at random moments, resume them, and compare every bit with an undisturbed run.
 
-Command: python benchmarks/kill_resume.py --config=FILE --kills=20
-Prints a line a kill and a verdict; exits with 1 when anything differs. The config should take some tens of steps.
+Command: python benchmarks/kill_resume.py --config=FILE --switch=STEP --folder=DIR --hits=60
+
+Each run takes --per-run hits and is then left to end: SIGKILL, SIGTERM or SIGSTOP, of one process or of all, during
+imports, compilation, a step, a save, around the switch of phases, an evaluation, or the end report. Kinds of runs: one
+process; two processes of a device each; "elastic", where every start is at random one process of two devices or two
+of one. What each process of a hit run ended with must be as documented: 75 after SIGTERM, 77 within 60 s where another
+one is gone, 0 where the run was done. What ends must have the state, and every logged number, of an undisturbed run
+with as many devices; each step once. Hits are appended to DIR/hits.jsonl: the same command goes on until there are so
+many. Prints a table by moment; exits with 1 when anything differs. The config should take some tens of steps.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
+import dataclasses
 import json
 import os
 import random
+import shutil
 import signal
+import socket
 import subprocess
 import sys
-import tempfile
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -22,19 +32,69 @@ import jax
 import numpy as np
 import orbax.checkpoint as ocp
 
-MOMENTS = ("any time", "during a step", "during a save", "before the switch", "after the switch", "during evaluation")
+MOMENTS = ("imports", "compilation", "a step", "a save", "the switch", "an evaluation", "the end report")
+SIGNALS = {"SIGKILL": signal.SIGKILL, "SIGTERM": signal.SIGTERM, "SIGSTOP": signal.SIGSTOP}
+KINDS = ("one", "two", "elastic")
 TIMING_KEYS = ("tokens_per_second", "mfu", "seconds")
-ENVIRONMENT = {"JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": "1"}
+DONE, PREEMPTED, PEER_GONE = 0, 75, 77
 POLL_SECONDS = 0.002
-GIVE_UP_SECONDS = 300.0
+GONE_SECONDS = 60.0  # in which a process must end when another one is gone
+GIVE_UP_SECONDS = 400.0
 
 
-def start_run(config: Path, workdir: Path, *, changes: Sequence[str]) -> subprocess.Popen:
-    """Start the real command as a process."""
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Hit:
+    """What to do to a run."""
+
+    moment: str
+    signal: str
+    victims: str  # "one" or "all"
+    delay: float  # share of a moment that lasts: 0 at its beginning
+
+
+@dataclasses.dataclass
+class Started:
+    """The processes of one start of a command."""
+
+    workdir: Path
+    processes: list[subprocess.Popen]
+    output_from: int  # where process 0 began to write
+
+    def output(self) -> str:
+        """Return what process 0 has said since this start."""
+        with open(output_file(self.workdir, 0), "rb") as file:
+            file.seek(self.output_from)
+            return file.read().decode(errors="replace")
+
+    def is_running(self) -> bool:
+        return any(process.poll() is None for process in self.processes)
+
+
+def output_file(workdir: Path, number: int) -> Path:
+    return workdir / f"output-{number}.txt"
+
+
+def start_run(
+    config: Path, workdir: Path, *, num_processes: int, num_devices: int, cache: Path, changes: Sequence[str]
+) -> Started:
+    """Start the real command, in so many processes that share the devices."""
     command = [sys.executable, "-m", "btlm_jax", "train", f"--config={config}", f"--workdir={workdir}", *changes]
+    devices = str(num_devices // num_processes)
+    environment = os.environ | {"JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": devices, "PYTHONUNBUFFERED": "1"}
+    environment["JAX_COMPILATION_CACHE_DIR"] = str(cache)
     workdir.mkdir(parents=True, exist_ok=True)
-    with open(workdir / "output.txt", "ab") as output:
-        return subprocess.Popen(command, stdout=output, stderr=output, env=os.environ | ENVIRONMENT)
+    if num_processes > 1:
+        with socket.socket() as free:
+            free.bind(("localhost", 0))
+            command += [f"--coordinator=localhost:{free.getsockname()[1]}", f"--num_processes={num_processes}"]
+    processes = []
+    first = output_file(workdir, 0)
+    output_from = first.stat().st_size if first.exists() else 0
+    for number in range(num_processes):
+        own = [f"--process_id={number}"] if num_processes > 1 else []
+        with open(output_file(workdir, number), "ab") as output:
+            processes.append(subprocess.Popen([*command, *own], stdout=output, stderr=output, env=environment))
+    return Started(workdir, processes, output_from)
 
 
 def rows_of(workdir: Path) -> list[dict]:
@@ -45,44 +105,85 @@ def rows_of(workdir: Path) -> list[dict]:
     return [json.loads(line) for line in path.read_text().split("\n")[:-1]]
 
 
-def kill_at(process: subprocess.Popen, workdir: Path, moment: str, *, switch: int, delay: float) -> str:
-    """Kill the process with SIGKILL at the moment; return what it had reached, or "" when it ended by itself first.
-
-    `switch` is the last step of the first phase.
-    """
-    began, fewest = time.monotonic(), len(rows_of(workdir))
-    while process.poll() is None:
+def wait_for(started: Started, moment: str, *, switch: int) -> bool:
+    """Wait until a run comes to the beginning of a moment; return False when it ended before."""
+    began, fewest = time.monotonic(), len(rows_of(started.workdir))
+    while started.is_running():
         # A resumed run first drops the lines after its checkpoint, then adds its own.
-        num_rows = len(rows_of(workdir))
-        fewest = min(fewest, num_rows)
+        rows = rows_of(started.workdir)
+        fewest = min(fewest, len(rows))
         if time.monotonic() - began > GIVE_UP_SECONDS:
-            raise TimeoutError(f"the run in {workdir} did not come to {moment!r} in {GIVE_UP_SECONDS:.0f} s")
-        if _is_now(moment, workdir, has_progressed=num_rows > fewest, switch=switch):
-            if moment in ("any time", "during a step"):
-                time.sleep(delay)
-            process.send_signal(signal.SIGKILL)
-            process.wait()
-            rows = rows_of(workdir)
-            return f"after step {rows[-1]['step']}" if rows else "before the first step"
+            raise TimeoutError(f"the run in {started.workdir} did not come to {moment!r} in {GIVE_UP_SECONDS:.0f} s")
+        if _is_now(started, moment, rows[-1] if len(rows) > fewest else None, switch=switch):
+            return True
         time.sleep(POLL_SECONDS)
-    return ""
+    return False
 
 
-def _is_now(moment: str, workdir: Path, *, has_progressed: bool, switch: int) -> bool:
-    if moment == "any time":
+def _is_now(started: Started, moment: str, last: dict | None, *, switch: int) -> bool:
+    """Return whether a moment has begun; `last` is the last line that this start has logged."""
+    if moment == "imports":
         return True
-    if moment == "during a save":
-        return any("tmp" in path.name for path in (workdir / "checkpoints").glob("*"))
-    if not has_progressed:
+    if moment == "compilation":
+        return "Model:" in started.output()
+    if moment == "a save":
+        return any("tmp" in path.name for path in (started.workdir / "checkpoints").glob("*"))
+    if moment == "the end report":
+        return "All steps are trained" in started.output()
+    if last is None or last["kind"] != "train":
         return False
-    last = rows_of(workdir)[-1]
-    if moment == "during a step":
-        return last["kind"] == "train"
-    if moment == "before the switch":
+    if moment == "the switch":
         return last["step"] >= switch - 1
-    if moment == "after the switch":
-        return last["step"] > switch
-    return last["kind"] == "train" and last["step"] % 10 == 0  # an evaluation begins after this line
+    return moment == "a step" or last["step"] % 10 == 9  # an evaluation is soon after this line
+
+
+# Seconds that a moment lasts about, over which a hit's delay is spread.
+LASTING = {"imports": 4.0, "compilation": 6.0, "a step": 0.4, "a save": 0.1, "the switch": 0.3}
+LASTING |= {"an evaluation": 0.3, "the end report": 2.0}
+
+
+def strike(started: Started, hit: Hit, *, switch: int, rng: random.Random) -> dict:
+    """Do a hit to a run and wait for its end; return what happened, with "problem" if that is not as documented."""
+    if not wait_for(started, hit.moment, switch=switch):
+        codes = [process.wait() for process in started.processes]
+        return {"codes": codes, "problem": "" if set(codes) == {DONE} else f"ended by itself with {codes}"}
+    time.sleep(hit.delay * LASTING[hit.moment])
+    victims = started.processes if hit.victims == "all" else [rng.choice(started.processes)]
+    began = time.monotonic()
+    for victim in victims:
+        victim.send_signal(SIGNALS[hit.signal])
+    others = [process for process in started.processes if process not in victims]
+    if hit.signal == "SIGSTOP" and not others:  # nobody misses them: they go on as if nothing had been
+        time.sleep(2.0)
+        for victim in victims:
+            victim.send_signal(signal.SIGCONT)
+    waited_for = others if hit.signal == "SIGSTOP" and others else started.processes
+    codes = []
+    for process in waited_for:
+        try:
+            codes.append(process.wait(timeout=GIVE_UP_SECONDS))
+        except subprocess.TimeoutExpired:
+            codes.append("none")
+    seconds = time.monotonic() - began
+    for process in started.processes:
+        with contextlib.suppress(ProcessLookupError):
+            process.kill()
+        process.wait()
+    rows = rows_of(started.workdir)
+    allowed = {
+        "SIGKILL": {-signal.SIGKILL, DONE} | ({PEER_GONE} if others else set()),
+        "SIGTERM": {PREEMPTED, DONE, -signal.SIGTERM} if hit.moment == "imports" else {PREEMPTED, DONE},
+        "SIGSTOP": {PEER_GONE, DONE} if others else {DONE},
+    }[hit.signal]
+    problem = "" if set(codes) <= allowed else f"ended with {codes}"
+    if others and PEER_GONE in codes and seconds > GONE_SECONDS:
+        problem = f"ended after {seconds:.0f} s"
+    return {
+        "codes": [int(code) if code != "none" else code for code in codes],
+        "seconds": round(seconds, 1),
+        "step": rows[-1]["step"] if rows else 0,
+        "problem": problem,
+    }
 
 
 def differences(found: Path, expected: Path) -> list[str]:
@@ -92,9 +193,8 @@ def differences(found: Path, expected: Path) -> list[str]:
     for name, leaf in states[1].items():
         if name not in states[0] or not np.array_equal(states[0][name], leaf):
             problems.append(f"state {name}")
-    logs = [
-        [_numbers(row) for row in rows_of(workdir) if row["kind"] in ("train", "eval")] for workdir in (found, expected)
-    ]
+    kinds = ("train", "eval", "sample")
+    logs = [[_numbers(row) for row in rows_of(workdir) if row["kind"] in kinds] for workdir in (found, expected)]
     if len(logs[0]) != len(logs[1]):
         problems.append(f"{len(logs[0])} logged lines instead of {len(logs[1])}")
     problems += [f"line of step {a['step']}" for a, b in zip(*logs, strict=False) if a != b]
@@ -112,59 +212,117 @@ def _final_state(workdir: Path) -> dict[str, np.ndarray]:
     return {jax.tree_util.keystr(path): np.asarray(leaf) for path, leaf in jax.tree_util.tree_leaves_with_path(tree)}
 
 
-def run_with_kills(
-    config: Path, workdir: Path, moments: Sequence[str], *, switch: int, seed: int, changes: Sequence[str]
-) -> list[str]:
-    """Run to the end through one kill a moment; return what each kill hit. A run that ends early is killed no more."""
-    rng = random.Random(seed)
-    hits = []
-    for moment in moments:
-        process = start_run(config, workdir, changes=changes)
-        hit = kill_at(process, workdir, moment, switch=switch, delay=rng.uniform(0, 0.5 if moment != "any time" else 8))
-        if not hit:
-            break
-        hits.append(f"{moment}: {hit}")
-    finish(config, workdir, changes=changes)
-    return hits
+class Runs:
+    """Runs of one config, all with one compilation cache."""
+
+    def __init__(self, config: Path, folder: Path, *, switch: int, changes: Sequence[str]):
+        self._config, self._folder, self._switch, self._changes = config, folder, switch, changes
+
+    def undisturbed(self, num_devices: int) -> Path:
+        """Return the workdir of a run in one process that nobody hits; it is made once."""
+        workdir = self._folder / f"undisturbed-{num_devices}"
+        if not (workdir / "summary.json").exists():
+            shutil.rmtree(workdir, ignore_errors=True)
+            self.finish(workdir, kind="one", num_devices=num_devices, rng=random.Random(0))
+        return workdir
+
+    def start(self, workdir: Path, *, kind: str, num_devices: int, rng: random.Random, is_cached: bool) -> Started:
+        num_processes = {"one": 1, "two": 2, "elastic": rng.choice((1, 2))}[kind]
+        cache = self._folder / "cache" if is_cached else workdir / f"cache-{rng.randrange(10**9)}"
+        sizes = {"num_processes": num_processes, "num_devices": num_devices}
+        return start_run(self._config, workdir, **sizes, cache=cache, changes=self._changes)
+
+    def finish(self, workdir: Path, *, kind: str, num_devices: int, rng: random.Random) -> None:
+        """Run the command until it ends by itself.
+
+        Raises:
+          RuntimeError: it ended with an error; with the end of its output.
+        """
+        started = self.start(workdir, kind=kind, num_devices=num_devices, rng=rng, is_cached=True)
+        codes = [process.wait(timeout=GIVE_UP_SECONDS) for process in started.processes]
+        if set(codes) != {DONE}:
+            raise RuntimeError(f"exit codes {codes}:\n{started.output()[-3000:]}")
+
+    def hit(self, workdir: Path, hits: Sequence[Hit], *, kind: str, rng: random.Random) -> list[dict]:
+        """Run to the end through hits; return what became of each. A run that ends early is hit no more."""
+        num_devices, results = (1 if kind == "one" else 2), []
+        for hit in hits:
+            is_cached = hit.moment != "compilation"
+            started = self.start(workdir, kind=kind, num_devices=num_devices, rng=rng, is_cached=is_cached)
+            result = strike(started, hit, switch=self._switch, rng=rng)
+            results.append({**dataclasses.asdict(hit), "kind": kind, "processes": len(started.processes), **result})
+            if set(result["codes"]) == {DONE}:
+                break
+        self.finish(workdir, kind=kind, num_devices=num_devices, rng=rng)
+        problems = differences(workdir, self.undisturbed(num_devices))
+        steps = [row["step"] for row in rows_of(workdir) if row["kind"] == "train"]
+        if steps != list(range(1, len(steps) + 1)):
+            problems.append("steps are missing or repeated")
+        results[-1]["end"] = ", ".join(problems[:5])
+        return results
 
 
-def finish(config: Path, workdir: Path, *, changes: Sequence[str]) -> None:
-    """Run the command until it ends by itself.
+def choose_hit(rng: random.Random, *, moment: str) -> Hit:
+    """Return a hit of a moment, the rest at random."""
+    signal_name = rng.choice(list(SIGNALS))
+    return Hit(moment=moment, signal=signal_name, victims=rng.choice(("one", "all")), delay=rng.random())
 
-    Raises:
-      RuntimeError: it ended with an error; with the end of its output.
-    """
-    process = start_run(config, workdir, changes=changes)
-    if process.wait(timeout=GIVE_UP_SECONDS):
-        raise RuntimeError(f"exit code {process.returncode}:\n" + (workdir / "output.txt").read_text()[-3000:])
+
+def table(results: Sequence[dict]) -> str:
+    """Return a row a moment: hits, codes, the longest times from signal to end, runs that ended otherwise."""
+    lines = [
+        "| moment | hits | SIGKILL | SIGTERM | SIGSTOP | one / two / elastic | SIGTERM to end, s: median, longest | "
+        "77 after, s: longest | not as documented |",
+        "|---|---|---|---|---|---|---|---|---|",
+    ]
+    for moment in (*MOMENTS, "all"):
+        mine = [row for row in results if moment in (row["moment"], "all") and "seconds" in row]
+        if not mine:
+            continue
+        counts = [sum(row["signal"] == name for row in mine) for name in SIGNALS]
+        kinds = [sum(row["kind"] == kind for row in mine) for kind in KINDS]
+        ends = sorted(row["seconds"] for row in mine if PREEMPTED in row["codes"])
+        gone = [row["seconds"] for row in mine if PEER_GONE in row["codes"]]
+        stops = f"{ends[len(ends) // 2]}, {ends[-1]}" if ends else ""
+        bad = sum(bool(row["problem"]) for row in mine)
+        cells = [moment, len(mine), *counts, " / ".join(map(str, kinds)), stops, max(gone, default=""), bad]
+        lines.append(f"| {' | '.join(map(str, cells))} |")
+    return "\n".join(lines)
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--config", type=Path, required=True)
-    parser.add_argument("--kills", type=int, default=20)
-    parser.add_argument("--per-run", type=int, default=4, help="kills a run must survive before it may end")
+    parser.add_argument("--folder", type=Path, required=True, help="keeps hits.jsonl, the cache, undisturbed runs")
+    parser.add_argument("--hits", type=int, default=60)
+    parser.add_argument("--per-run", type=int, default=3, help="hits a run must survive before it may end")
     parser.add_argument("--switch", type=int, required=True, help="the last step of the first phase")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--kinds", nargs="+", choices=KINDS, default=KINDS)
     arguments, changes = parser.parse_known_args()
-    rng = random.Random(arguments.seed)
-    with tempfile.TemporaryDirectory() as folder:
-        undisturbed = Path(folder) / "undisturbed"
-        finish(arguments.config, undisturbed, changes=changes)
-        killed = ends = bad = 0
-        while killed < arguments.kills:
-            workdir = Path(folder) / f"run{ends}"
-            moments = [rng.choice(MOMENTS) for _ in range(min(arguments.per_run, arguments.kills - killed))]
-            hits = run_with_kills(
-                arguments.config, workdir, moments, switch=arguments.switch, seed=arguments.seed + ends, changes=changes
-            )
-            problems = differences(workdir, undisturbed)
-            killed, ends, bad = killed + len(hits), ends + 1, bad + bool(problems)
-            for hit in hits:
-                print(f"run {ends}: killed {hit}", flush=True)
-            print(f"run {ends}: {'identical' if not problems else 'DIFFERS: ' + ', '.join(problems[:5])}", flush=True)
-        print(f"{killed} kills, {ends} ends, {ends - bad} of them bit-identical")
-    return int(bad > 0)
+    arguments.folder.mkdir(parents=True, exist_ok=True)
+    log = arguments.folder / "hits.jsonl"
+    results = [json.loads(line) for line in log.read_text().splitlines()] if log.exists() else []
+    runs = Runs(arguments.config, arguments.folder, switch=arguments.switch, changes=changes)
+    while (num_hits := sum("seconds" in row for row in results)) < arguments.hits:
+        rng = random.Random(arguments.seed * 10**6 + len(results))
+        kind = rng.choice(arguments.kinds)
+        hits = [choose_hit(rng, moment=rng.choice(MOMENTS)) for _ in range(arguments.per_run)]
+        hits.sort(key=lambda hit: MOMENTS.index(hit.moment) == len(MOMENTS) - 1)  # after the end there are no others
+        workdir = arguments.folder / f"run-{len(results)}"
+        shutil.rmtree(workdir, ignore_errors=True)
+        found = runs.hit(workdir, hits, kind=kind, rng=rng)
+        results += found
+        with open(log, "a", encoding="utf-8") as file:
+            file.writelines(json.dumps(row) + "\n" for row in found)
+        for row in found:
+            print(f"{num_hits}: {json.dumps(row)}", flush=True)
+        if not any(row["problem"] or row.get("end") for row in found):
+            shutil.rmtree(workdir)
+    print(table(results))
+    ends = [row["end"] for row in results if "end" in row]
+    print(f"{num_hits} hits, {len(ends)} ends, {sum(not end for end in ends)} of them bit-identical")
+    return int(any(ends) or any(row["problem"] for row in results))
 
 
 if __name__ == "__main__":

@@ -32,6 +32,8 @@ NAMES = {
     "checkpoint-damaged": "a checkpoint is not as it was written; it is set aside, and the one before it is taken",
     "checkpoint-without-hashes": "a checkpoint is too old to have hashes, so that its arrays cannot be compared",
     "data-gone": "the text that a run's store was made of is not there any more",
+    "workdir-taken-over": "a workdir is taken from the command that owned it",
+    "workdir-watched": "a workdir has an owner on another machine, which may be dead",
     "setting-changed": "a resumed run has a setting that its checkpoint has not",
     "given-twice": "a flag is given more than once, and the last one counts",
     "not-the-store": "data.store is also the name of something in the current directory, which is not read",

@@ -14,9 +14,10 @@ import signal
 import sys
 from collections.abc import Callable, Sequence
 
-from btlm_jax import __version__, interrupted_line, notices
+from btlm_jax import __version__, interrupted_line, notices, stopping
+from btlm_jax.stopping import INTERRUPTED, PEER_GONE, PREEMPTED, Stopped
 
-DONE, ERROR, USAGE, FAULT, PREEMPTED, BAD_NUMBERS, INTERRUPTED, PIPE_CLOSED = 0, 1, 2, 70, 75, 76, 130, 141
+DONE, ERROR, USAGE, FAULT, BAD_NUMBERS, PIPE_CLOSED = 0, 1, 2, 70, 76, 141
 
 
 class UsageError(Exception):
@@ -45,8 +46,10 @@ usage: btlm <verb> [flags]        (btlm <verb> --help explains a verb)
 first:  btlm train --config=local_cpu --workdir=runs/local
 
 exit codes:  0 done    1 an error, named in one line    2 a wrong command line    70 a fault of btlm, please report it
-             75 preempted and saved: the same command goes on    76 stopped on numbers that are not finite
-             130 Ctrl-C    141 whoever read the output has left
+             {PREEMPTED} preempted and saved: the same command goes on    76 stopped on numbers that are not finite
+             {PEER_GONE} another process of the run is gone, or the run stands still: the same command goes on
+             {INTERRUPTED} Ctrl-C (of train the second one; the first saves and ends with {PREEMPTED})
+             141 whoever read the output has left
 """
 
 
@@ -141,7 +144,10 @@ VERBS: dict[str, Callable[[Sequence[str]], int]] = {
 def entry() -> None:
     """Run the command line of this process and exit with its code."""
     _open_closed_streams()
-    signal.signal(signal.SIGINT, _on_interrupt)
+    if sys.argv[1:2] == ["train"]:
+        stopping.begin()
+    else:
+        signal.signal(signal.SIGINT, _on_interrupt)
     sys.unraisablehook = _report_unraisable
     if len(sys.argv) > 2:
         _quiet_orbax()
@@ -160,8 +166,10 @@ def entry() -> None:
         _discard_output()
         print(f"btlm: error: standard output cannot be written: {error}", file=sys.stderr)
         code = ERROR
-    if code == INTERRUPTED:  # threads of libraries are at work: Python's end would wait for them, or crash in one
-        sys.stderr.flush()
+    # Threads of libraries are at work: Python's end would wait for them, or crash in one.
+    if stopping.leave(code) or code == INTERRUPTED:
+        if sys.stderr is not None:
+            sys.stderr.flush()
         os._exit(code)
     sys.exit(code)
 
@@ -204,6 +212,9 @@ def main(arguments: Sequence[str]) -> int:
     except UsageError as error:
         print(f"btlm: usage: {error}", file=sys.stderr)
         return USAGE
+    except Stopped:
+        print(f"btlm {verb}: {stopping.current().said()}", file=sys.stderr)
+        return PREEMPTED
     except KeyboardInterrupt:
         print(interrupted_line(verb), file=sys.stderr)
         return INTERRUPTED
@@ -254,7 +265,7 @@ def _report_unraisable(unraisable) -> None:
         import threading
 
         threading.Timer(0.01, _thread.interrupt_main).start()
-    elif str(unraisable.exc_value) != "Event loop is closed":  # see _quiet_orbax
+    elif unraisable.exc_type is not Stopped and str(unraisable.exc_value) != "Event loop is closed":  # see _quiet_orbax
         sys.__unraisablehook__(unraisable)
 
 

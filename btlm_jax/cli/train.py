@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
+import dataclasses
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from btlm_jax.cli import BAD_NUMBERS, DONE, PREEMPTED, UsageError
+from btlm_jax import notices, stopping
+from btlm_jax.cli import BAD_NUMBERS, DONE, ERROR, PREEMPTED, UsageError
 from btlm_jax.cli.parse import Flags, find_config
+from btlm_jax.stopping import ProcessesDifferError, Stop
 
 if TYPE_CHECKING:
     import jax
@@ -43,7 +47,9 @@ The token store must have the model's tokenizer: btlm corpus tokenize --tokenize
 --config takes a name (btlm configs lists them) or the path of a file.
 
 The same command resumes: after a kill, a preemption (exit code 75) or with more tokens configured. On several hosts
-run it on each, with --distributed (TPU pods find each other) or with the three flags below it.
+run it on each, with --distributed (TPU pods find each other) or with the three flags below it. They compare what they
+were started with, stop together, and end with 77 when one of them is gone: then run the command again on all.
+SIGTERM or one Ctrl-C saves and ends with 75. A workdir has one owner: a second command there is refused.
 """
 
 
@@ -63,38 +69,100 @@ def train(arguments: Sequence[str]) -> int:
         if flags.is_given(name):
             raise UsageError(f"--{name} goes with --data=PATH: it belongs to a run that begins from text")
     config = flags.config()
-    from btlm_jax.train import INIT_FILE, loop, setup
-
     if flags.boolean("dry_run"):
-        workdir = flags.optional_path("workdir")
-        if flags.is_given("init"):
-            from btlm_jax.cli import train_init
-
-            config, said = train_init.dry_run(config, flags, workdir=workdir)
-            print(said)
-        print(loop.dry_run(config, workdir=workdir))
-        return DONE
+        return _print_plan(config, flags)
     workdir = flags.path("workdir")
-    setup.start_processes(
-        distributed=flags.boolean("distributed"),
-        coordinator=flags.string("coordinator"),
-        num_processes=flags.integer("num_processes"),
-        process_id=flags.integer("process_id"),
-    )
+    try:
+        with _owned(workdir, flags) as stop:
+            return _train(config, flags, workdir=workdir, stop=stop)
+    except ProcessesDifferError as error:
+        raise UsageError(str(error)) from error
+    except (RuntimeError, OSError):  # of JAX and orbax, when they wait for a process that is gone
+        stopping.current().wait_if_peer_is_gone()
+        raise
+
+
+def _print_plan(config: TrainConfig, flags: Flags) -> int:
+    from btlm_jax.train import loop
+
+    workdir = flags.optional_path("workdir")
+    if flags.is_given("init"):
+        from btlm_jax.cli import train_init
+
+        config, said = train_init.dry_run(config, flags, workdir=workdir)
+        print(said)
+    print(loop.dry_run(config, workdir=workdir))
+    return DONE
+
+
+def _train(config: TrainConfig, flags: Flags, *, workdir: Path, stop: Stop) -> int:
+    from btlm_jax.train import INIT_FILE, setup
+
     beginning = setup.FROM_SEED
+    if flags.string("coordinator") or flags.boolean("distributed"):
+        _join_processes(config, flags, workdir=workdir, stop=stop)
     if flags.is_given("init") or (workdir / INIT_FILE).is_file():
         from btlm_jax.cli import train_init
 
         open_model = functools.partial(train_init.open_init, flags, workdir=workdir)
         start = train_init.start(config, flags, workdir=workdir, open_model=open_model)
         config, beginning = start.config, start.beginning
-    return _run(config, flags, workdir=workdir, config_file=flags.config_file(), beginning=beginning)
+    return _run(config, flags, workdir=workdir, config_file=flags.config_file(), beginning=beginning, stop=stop)
+
+
+@contextlib.contextmanager
+def _owned(workdir: Path, flags: Flags) -> Iterator[Stop]:
+    """Own the workdir meanwhile, in process 0 of the run; yield what says when to stop."""
+    from btlm_jax.train import setup
+
+    stop = stopping.current()
+    setup.make_workdir(workdir)
+    stop.workdir = workdir
+    if _process_id(flags):
+        yield stop
+        return
+    from btlm_jax.storage import owner
+
+    ownership = owner.take(workdir, steal=flags.boolean("steal"))
+    stop.at_exit(ownership.release)
+    ownership.keep(on_loss=functools.partial(stop.end_now, ERROR))
+    try:
+        yield stop
+    finally:
+        ownership.release()
+
+
+def _process_id(flags: Flags) -> int:
+    """Return which process of the run this is."""
+    if not flags.boolean("distributed"):
+        return flags.integer("process_id")
+    from btlm_jax.parallel import peers
+
+    return peers.place_in_cluster().index
+
+
+def _join_processes(config: TrainConfig, flags: Flags, *, workdir: Path, stop: Stop) -> None:
+    """Join the other processes of this run; must come before anything touches a device."""
+    from btlm_jax.display.progress import print_line
+    from btlm_jax.parallel import peers
+
+    if flags.boolean("distributed"):
+        place = peers.place_in_cluster()
+    else:
+        count, index = flags.integer("num_processes"), flags.integer("process_id")
+        place = peers.Place(address=flags.string("coordinator"), count=count, index=index)
+    if place.index != 0:
+        notices.mute()
+    log = print_line if place.index == 0 else lambda line: None
+    given = {name: flags.string(name) for name in ("init", "init_optimizer")}
+    given |= {"resume_step": flags.integer("resume_step"), "grow_vocabulary": flags.boolean("grow_vocabulary")}
+    facts = peers.facts_of(dataclasses.asdict(config), flags=given)
+    peers.join(place, facts=facts, stop=stop, log=log).check_workdir(workdir)
 
 
 def _train_on_data(flags: Flags) -> int:
     """Make the store of --data and choose the run, if that is not done, and train; return the exit code."""
     from btlm_jax.cli import train_data
-    from btlm_jax.train import setup
 
     train_data.check_flags(flags)
     if names := train_data.tracker_names(flags):
@@ -105,24 +173,37 @@ def _train_on_data(flags: Flags) -> int:
     if flags.boolean("dry_run"):
         print(train_data.dry_run(flags, workdir=workdir))
         return DONE
+    with _owned(workdir, flags) as stop:
+        return _work_on_data(flags, workdir=workdir, stop=stop)
+
+
+def _work_on_data(flags: Flags, *, workdir: Path, stop: Stop) -> int:
+    from btlm_jax.cli import train_data
+    from btlm_jax.train import setup
+
     config_file = flags.config_file() if flags.is_given("config") else find_config(train_data.BASE_CONFIG)
     if not flags.is_given("init"):
         config = train_data.config_of_data(flags, workdir=workdir, open_model=None)
-        return _run(config, flags, workdir=workdir, config_file=config_file, beginning=setup.FROM_SEED)
-    from btlm_jax.cli import train_init
+        beginning = setup.FROM_SEED
+    else:
+        from btlm_jax.cli import train_init
 
-    open_model = functools.cache(functools.partial(train_init.open_init, flags, workdir=workdir))
-    config = train_data.config_of_data(flags, workdir=workdir, open_model=open_model)
-    start = train_init.start(config, flags, workdir=workdir, open_model=open_model)
-    return _run(start.config, flags, workdir=workdir, config_file=config_file, beginning=start.beginning)
+        open_model = functools.cache(functools.partial(train_init.open_init, flags, workdir=workdir))
+        config = train_data.config_of_data(flags, workdir=workdir, open_model=open_model)
+        start = train_init.start(config, flags, workdir=workdir, open_model=open_model)
+        config, beginning = start.config, start.beginning
+    return _run(config, flags, workdir=workdir, config_file=config_file, beginning=beginning, stop=stop)
 
 
-def _run(config: TrainConfig, flags: Flags, *, workdir: Path, config_file: Path, beginning: Beginning) -> int:
+def _run(
+    config: TrainConfig, flags: Flags, *, workdir: Path, config_file: Path, beginning: Beginning, stop: Stop
+) -> int:
     from btlm_jax.train import loop
 
     outcome = loop.train(
         config,
         workdir=workdir,
+        stop=stop,
         resume_step=flags.integer("resume_step"),
         check_devices=functools.partial(_check_devices, config_file=config_file),
         build_store=build_store,
@@ -147,6 +228,7 @@ def train_flags() -> Flags:
         "init_optimizer", "fresh", "with --init: moments of a run's checkpoint", choices=("fresh", "kept")
     )
     flags.define_boolean("grow_vocabulary", False, "with --init: new rows for ids that a tokenizer has more")
+    flags.define_boolean("steal", False, "take the workdir from a command that owns it and that you know is dead")
     flags.define_integer("resume_step", 0, "go back to this checkpoint and set later ones aside; 0: the last one")
     flags.define_boolean("dry_run", False, "print the whole plan of the run, check the token store, and end")
     flags.define_boolean("distributed", False, "join the other hosts of a TPU pod slice")

@@ -22,8 +22,7 @@ import numpy as np
 from jax.experimental import mesh_utils
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 
-from btlm_jax.parallel.divisibility import divisors
-from btlm_jax.recipe.config import MeshConfig
+from btlm_jax.recipe.config import MeshConfig, divisors
 from btlm_jax.recipe.curriculum import Curriculum
 
 FSDP, BATCH_OR_CONTEXT, CONTEXT, TENSOR = MESH_AXES = ("fsdp", "batch_or_context", "context", "tensor")

@@ -12,12 +12,11 @@ from collections.abc import Callable, Sequence
 import jax
 import numpy as np
 
-from btlm_jax.parallel.divisibility import divisors
 from btlm_jax.parallel.mesh import batch_sharding, make_mesh
 from btlm_jax.plan.chips import GIB
 from btlm_jax.plan.layout import MeshLayout
 from btlm_jax.plan.placement import CPU, Placement, cpu_placement, span
-from btlm_jax.recipe.config import MeshConfig, TrainConfig
+from btlm_jax.recipe.config import MeshConfig, TrainConfig, divisors
 from btlm_jax.recipe.curriculum import Phase
 from btlm_jax.recipe.sizes import count_parameters
 from btlm_jax.train.flops import memory_bytes

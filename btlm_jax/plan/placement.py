@@ -11,13 +11,12 @@ import math
 from collections.abc import Mapping
 from pathlib import Path
 
-from btlm_jax.parallel.divisibility import divisors
 from btlm_jax.plan.chips import GIB
 from btlm_jax.plan.compiling import compiler_versions
 from btlm_jax.plan.layout import MeshLayout
 from btlm_jax.plan.pod_table import read_table, read_versions, training_fields
 from btlm_jax.plan.search import SPARE, SearchResult
-from btlm_jax.recipe.config import MeshConfig, TrainConfig
+from btlm_jax.recipe.config import MeshConfig, TrainConfig, divisors
 from btlm_jax.recipe.curriculum import Curriculum
 
 CPU = "cpu"

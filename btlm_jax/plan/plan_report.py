@@ -6,10 +6,10 @@ import collections
 import dataclasses
 from collections.abc import Iterator
 
-from btlm_jax.parallel.divisibility import describe_mesh
 from btlm_jax.plan.chips import GIB, Chip
 from btlm_jax.plan.estimate import ASSUMPTIONS, PhasePlan, collective_seconds
 from btlm_jax.plan.slice_plan import SlicePlan
+from btlm_jax.recipe.config import describe_mesh
 from btlm_jax.train.flops import FLOPS_CONVENTION
 
 _HOUR = 3600.0

@@ -9,13 +9,12 @@ from collections.abc import Callable, Iterator, Sequence
 import jax
 
 from btlm_jax.display.progress import report_while_running
-from btlm_jax.parallel.divisibility import divisibility_problems, divisors
 from btlm_jax.parallel.mesh import make_run_mesh
 from btlm_jax.plan.chips import GIB, Chip, chip_of, num_chips, slice_devices
 from btlm_jax.plan.compiling import CompileCache, DoesNotFitError
 from btlm_jax.plan.estimate import PhasePlan, plan_phase
 from btlm_jax.plan.layout import MeshLayout, format_mesh, layout_of
-from btlm_jax.recipe.config import MeshConfig, TrainConfig
+from btlm_jax.recipe.config import MeshConfig, TrainConfig, divisibility_problems, divisors
 from btlm_jax.recipe.curriculum import Phase
 from btlm_jax.train.program import Program, make_program
 

@@ -6,10 +6,8 @@ run that was never interrupted. All code that the steps need is imported before 
 
 from __future__ import annotations
 
-import faulthandler
+import dataclasses
 import math
-import signal
-import sys
 from collections.abc import Callable, Generator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -19,12 +17,11 @@ import numpy as np
 from jax.experimental import multihost_utils
 
 from btlm_jax import notices
-from btlm_jax.data.heldout import heldout_blocks
 from btlm_jax.data.loader import Batch, TrainLoader
 from btlm_jax.data.store import HELDOUT, keep_template, keep_tokenizer
-from btlm_jax.parallel.divisibility import check_divisible
 from btlm_jax.parallel.mesh import batch_sharding, make_run_mesh, rules_for
-from btlm_jax.recipe.config import PREPARED, TrainConfig
+from btlm_jax.recipe.config import PREPARED, TrainConfig, check_divisible
+from btlm_jax.stopping import Stop
 from btlm_jax.storage.files import write_atomically
 from btlm_jax.storage.location import is_absolute
 from btlm_jax.train import CONFIG_FILE, KEPT_TOKENIZER, METRICS_FILE
@@ -37,8 +34,9 @@ from btlm_jax.train.checkpoint import (
     go_back,
     last_position,
     restore_last,
+    run_environment,
 )
-from btlm_jax.train.finish import ContinuePrompt, evaluate_some, finish_run, finished_report
+from btlm_jax.train.finish import ContinuePrompt, evaluate_some, finish_run, finished_report, heldout_blocks
 from btlm_jax.train.flops import FLOPS_CONVENTION, flops_per_token, peak_flops
 from btlm_jax.train.metric_writer import (
     EvaluationWork,
@@ -63,6 +61,7 @@ from btlm_jax.train.setup import (
     make_run,
     make_workdir,
     open_run_store,
+    predict_stop,
     prepare_store,
 )
 from btlm_jax.train.step import TrainState
@@ -73,7 +72,6 @@ if TYPE_CHECKING:
 DONE, PREEMPTED, BAD_NUMBERS = "done", "preempted", "bad numbers"
 CheckDevices = Callable[[TrainConfig, Sequence[jax.Device]], str]  # -> what is known of the layout, or ""
 _OF_NO_NUMBER = ("log.", "checkpoint.", "mesh.")  # keys that do not change what is trained
-STALL_SECONDS = 1800.0  # this long without a step, and every thread's stack goes to stderr
 
 
 class BadNumbersError(Exception):
@@ -93,6 +91,7 @@ def train(
     build_store: BuildStore,
     beginning: Beginning,
     continue_prompt: ContinuePrompt,
+    stop: Stop,
 ) -> str:
     """Train `config` in `workdir` to its end, from wherever the workdir stands; return DONE, PREEMPTED or BAD_NUMBERS.
 
@@ -106,8 +105,10 @@ def train(
       ValueError: the config, the store, the mesh or the checkpoint do not fit together, or the step does not fit the
         chips' memory; says which and how.
       OSError: a file cannot be read or written.
+      ProcessesDifferError: processes of this run have other devices, or see another store or checkpoint.
+      Stopped: `stop` was requested where there is nothing to save.
     """
-    ledger, stop = GoodputLedger(), StopRequest()
+    ledger = GoodputLedger()
     _check_trackers(config)
     if layout_note := check_devices(config, jax.devices()):
         log(layout_note)
@@ -118,6 +119,7 @@ def train(
     checkpointer = Checkpointer(workdir, config=config.checkpoint)
     try:
         position, state, damages = last_position(checkpointer, config)
+        stop.agree("start", _start_facts(position))
         if report := finished_report(config, workdir=workdir, step=position.step):
             changes = _report_changes(checkpointer, config, position)
             for change in changes if jax.process_index() == 0 else ():
@@ -148,6 +150,7 @@ def train(
             log(examples)
         run = make_run(program, workdir=workdir, token_store=token_store, ledger=ledger)
         events += _machine_changes(checkpointer, position.step)
+        stop.agree("first step", {"token store": token_store.manifest.fingerprint, **run_environment()})
         if jax.process_index() == 0:
             write_atomically(workdir / CONFIG_FILE, config.to_json())
             keep_tokenizer(
@@ -158,6 +161,8 @@ def train(
             state = beginning.make_state(run)
         else:
             log(f"Resuming from step {position.step:,} ({position.tokens_seen:,} tokens)")
+        num_bytes = sum(leaf.nbytes for leaf in jax.tree.leaves(state))
+        log(predict_stop(workdir, num_bytes=num_bytes, num_processes=jax.process_count()))
         first_step = position.step + 1
         writer = _make_writer(run, first_step=first_step, is_other=is_other)
         with jax.set_mesh(mesh), writer:
@@ -184,6 +189,13 @@ def train(
             )
     finally:
         checkpointer.close()
+
+
+def _start_facts(position: Position) -> dict[str, str]:
+    """Return what of the devices and the checkpoint must be the same in all processes."""
+    devices = jax.local_devices()
+    kinds = {"devices of each process": f"{len(devices)} x {devices[0].device_kind}"}
+    return kinds | {f"checkpoint's {name}": repr(value) for name, value in dataclasses.asdict(position).items()}
 
 
 def _go_back(workdir: Path, step: int) -> list[str]:
@@ -247,29 +259,6 @@ def _store_plan(config: TrainConfig, workdir: Path | None) -> str:
     return f"Token store: none in {location} yet; {plan}"
 
 
-class StopRequest:
-    """Detect SIGTERM or a TPU preemption notice; all processes agree after which step to stop.
-
-    With one process this is a SIGTERM handler. With several, JAX's preemption service receives the signal of any of
-    them and broadcasts one step, after which all save the same checkpoint.
-    """
-
-    def __init__(self):
-        self._is_received = False
-        if jax.process_count() == 1:
-            signal.signal(signal.SIGTERM, self._on_signal)
-
-    def is_agreed(self, step: int) -> bool:
-        """Return whether to stop after `step`; every process gets the same answer for the same step."""
-        if jax.process_count() == 1:
-            return self._is_received
-        return multihost_utils.reached_preemption_sync_point(step)
-
-    def _on_signal(self, signum, frame):
-        del signum, frame
-        self._is_received = True
-
-
 def _train_from(
     run: Run,
     state: TrainState,
@@ -277,7 +266,7 @@ def _train_from(
     *,
     checkpointer: Checkpointer,
     writer: MetricWriter,
-    stop: StopRequest,
+    stop: Stop,
     continue_prompt: ContinuePrompt,
 ) -> str:
     """Run the loop from step `first_step` to the end, then finish."""
@@ -290,8 +279,8 @@ def _train_from(
     batches = _batches(run, loader, first_step=first_step)
     trace = _make_trace(run, first_step=first_step + 1)
     try:
+        stop.begin_steps()
         for index, batch in batches:
-            faulthandler.dump_traceback_later(STALL_SECONDS, file=sys.stderr)
             step = index + 1
             learning_rate = float(run.learning_rates[index])
             train_step = run.train_steps[curriculum.phase_at(index).index]
@@ -308,6 +297,7 @@ def _train_from(
                 is_evaluating = step in phase_ends or step % config.evaluation.every_steps == 0
                 is_saving = is_last or is_stopping or step % config.checkpoint.every_steps == 0
                 if is_evaluating or is_saving:
+                    stop.allow_long()
                     # What is evaluated or saved must be known to be finite first.
                     _record(writer, *pending)
                     pending = None
@@ -319,18 +309,23 @@ def _train_from(
             if is_stopping:
                 with run.ledger.measure("checkpoint"):
                     checkpointer.wait()
-                log(f"Preempted: saved at step {step:,}; run the same command to go on")
+                log(
+                    f"Preempted ({stop.reason}): saved at step {step:,}, {stop.seconds_since:.1f} s after it; run the "
+                    "same command to go on"
+                )
+                stop.finish()
                 return PREEMPTED
         with run.ledger.measure("checkpoint"):
             checkpointer.wait()
+        stop.begin_end()
         finish_run(run, state.params, writer, continue_prompt=continue_prompt)
+        stop.finish()
         return DONE
     except BadNumbersError as error:
         return _stop_on_bad_numbers(run, error, checkpointer=checkpointer, writer=writer)
     except FloatingPointError as error:  # from an evaluation
         return _stop_on_bad_numbers(run, BadNumbersError(step, str(error)), checkpointer=checkpointer, writer=writer)
     finally:
-        faulthandler.cancel_dump_traceback_later()
         batches.close()
         if trace:
             trace.close(step)

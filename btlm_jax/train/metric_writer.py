@@ -30,6 +30,7 @@ SMOOTHING_STEPS = 20  # tokens/s, MFU and the ETA on the console are means over 
 LINE_SECONDS = 2.0  # between lines of the console, at least
 TRAINING = ("step", "data wait")  # the ledger's categories whose seconds count for tokens/s and MFU
 _REPLAYED = ("train", "eval")  # kinds of lines that a resumed run writes again; it never removes events and goodput
+_OF_END = ("eval", "sample")  # kinds of lines that the end of a run writes, at its last step
 _NUMBERS_OF = {"train": ("tokens", "loss", "learning_rate"), "eval": ("tokens", "loss")}  # what is drawn of a line
 _BAR_FIELDS = ("ETA", "loss", "len", "lr", "tok/s", "MFU")  # a narrow terminal cuts off the last ones
 _NOT_FINITE = {"nan": math.nan, "inf": math.inf, "-inf": -math.inf}
@@ -320,7 +321,7 @@ class MetricWriter:
     def __enter__(self) -> MetricWriter:
         if self._is_writer:
             path = self._workdir / METRICS_FILE
-            _remove_replayed(path, first_step=self._first_step)
+            _remove_replayed(path, first_step=self._first_step, num_steps=self._curriculum.num_steps)
             self._file: TextIO = open(path, "a", encoding="utf-8")
             self._tensorboard = _TensorBoard(self._workdir / TENSORBOARD, first_step=self._first_step)
             self._bar = StepBar(
@@ -484,10 +485,11 @@ def _line(fields: dict[str, str]) -> str:
     return " | ".join(f"{text} {name}" if name == "tok/s" else f"{name} {text}" for name, text in fields.items())
 
 
-def _remove_replayed(path: Path, *, first_step: int) -> None:
+def _remove_replayed(path: Path, *, first_step: int, num_steps: int) -> None:
     """Rewrite the file without the train and eval lines from `first_step` on, and without lines that are damaged.
 
-    Where the first step is 1, step 0 is evaluated once more, too. An incomplete last line is what a kill leaves, and is
+    Where the first step is 1, step 0 is evaluated once more, too. After the last step only the end is repeated: what it
+    has written before, an evaluation and a sample, goes too. An incomplete last line is what a kill leaves, and is
     written again; each other one that is damaged is a notice.
     """
     if not path.exists():
@@ -500,7 +502,9 @@ def _remove_replayed(path: Path, *, first_step: int) -> None:
         except ValueError as error:
             notices.report("metrics-line-dropped", f"{error}; the line is removed")
             continue
-        if not (row["kind"] in _REPLAYED and (row["step"] >= first_step or first_step == 1)):
+        is_of_end = first_step > num_steps == row["step"] and row["kind"] in _OF_END
+        is_replayed = row["kind"] in _REPLAYED and (row["step"] >= first_step or first_step == 1)
+        if not is_replayed and not is_of_end:
             remaining.append(line)
     if incomplete or len(remaining) < len(lines):
         write_atomically(path, b"".join(line + b"\n" for line in remaining))

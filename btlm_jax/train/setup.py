@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import os
+import socket
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -37,7 +38,10 @@ from btlm_jax.train.step import TrainState, abstract_batch, init_state, make_eva
 if TYPE_CHECKING:
     from btlm_jax.data.mixed_order import MixtureUse
 
-_GIB = 2**30
+_MIB, _GIB = 2**20, 2**30
+_PROBE_BLOCKS = 32  # of a MiB, written to see how fast the storage is
+_SAVE_SECONDS = 0.5  # of a checkpoint however small: its files, their names, its hashes (2 vCPU Intel Xeon, 2026-11-29)
+_SPOT_SECONDS = 25.0
 _BYTES_OF_IDS = 12  # of a token in a batch: its id, its target's, a weight
 _SUFFIXES_OF_WEIGHTS, _MODEL_FILE = (".safetensors", ".gguf", ".bin"), "model.json"
 
@@ -98,16 +102,6 @@ def log(message: str) -> None:
         print_line(message)
 
 
-def start_processes(*, distributed: bool, coordinator: str, num_processes: int, process_id: int) -> None:
-    """Join the other processes of this run, if there are any; must come before anything touches a device."""
-    if coordinator:
-        jax.distributed.initialize(coordinator, num_processes=num_processes, process_id=process_id)
-    elif distributed:
-        jax.distributed.initialize()
-    if (coordinator or distributed) and jax.process_index() != 0:
-        notices.mute()
-
-
 def weights_in(workdir: Path) -> list[str]:
     """Return the names of a model's files that lie in a workdir; a run has none there."""
     files = (path for path in workdir.glob("*.*") if path.suffix in _SUFFIXES_OF_WEIGHTS or path.name == _MODEL_FILE)
@@ -128,11 +122,40 @@ def make_workdir(workdir: Path) -> None:
         )
     try:
         workdir.mkdir(parents=True, exist_ok=True)
-        probe = workdir / f".writable-{jax.process_index()}"
+        probe = workdir / f".writable-{socket.gethostname()}-{os.getpid()}"  # no device is touched yet
         write_atomically(probe, "")
         probe.unlink()
     except OSError as error:
         raise OSError(f"workdir {workdir} cannot be written: {error}; choose another --workdir") from error
+
+
+def predict_stop(workdir: Path, *, num_bytes: int, num_processes: int) -> str:
+    """Return how long a stop between steps will take: a state of `num_bytes` written to this storage.
+
+    Measured by writing a part of it there, as one process of `num_processes` does, each of which writes its share.
+
+    Raises:
+      OSError: nothing can be written.
+    """
+    block = os.urandom(_MIB)
+    num_blocks = min(_PROBE_BLOCKS, -(-num_bytes // _MIB))
+    probe = workdir / f".speed-{os.getpid()}"
+    began = time.monotonic()
+    try:
+        with open(probe, "wb") as file:
+            for _ in range(num_blocks):
+                file.write(block)
+            file.flush()
+            os.fsync(file.fileno())
+    finally:
+        probe.unlink(missing_ok=True)
+    rate = num_blocks * _MIB / max(time.monotonic() - began, 1e-6)
+    seconds = _SAVE_SECONDS + num_bytes / num_processes / rate
+    warning = "; a spot VM is gone after 30 s" if seconds > _SPOT_SECONDS else ""
+    return (
+        f"A stop (SIGTERM, Ctrl-C): the step that runs, then some {seconds:.1f} s to save {num_bytes / 1e6:,.0f} MB at "
+        f"{rate / 1e6:,.0f} MB/s{' a process' * (num_processes > 1)}{warning}"
+    )
 
 
 def locate_store(data: DataConfig, *, workdir: Path) -> PathOrUrl:

@@ -28,7 +28,9 @@ def imported(*arguments: str) -> set[str]:
 
 def test_help_imports_no_verb():
     modules = imported("--help")
-    assert {name for name in modules if name.startswith("btlm_jax.")} == {"btlm_jax.cli", "btlm_jax.notices"}
+    assert {name for name in modules if name.startswith("btlm_jax.")} == {
+        *("btlm_jax.cli", "btlm_jax.notices", "btlm_jax.stopping")
+    }
     assert not modules & {*HEAVY, "absl", "ml_collections"}
 
 

@@ -29,13 +29,13 @@ from btlm_jax.corpus.inspect import stats
 from btlm_jax.corpus.readers.examples import Conversation, Pair
 from btlm_jax.corpus.stages import examples as stage
 from btlm_jax.data import store
-from btlm_jax.data.heldout import heldout_batches
 from btlm_jax.data.loader import read_rows
 from btlm_jax.data.reader import open_store
 from btlm_jax.data.verify import verify
 from btlm_jax.evaluate.documents import read_store
 from btlm_jax.tokenizers.named_templates import NAMED_TEMPLATES
 from btlm_jax.tokenizers.tokenizer import find_tokenizer
+from btlm_jax.train.finish import heldout_batches
 from btlm_jax.train.setup import check_curriculum
 
 WINDOW, BLOCK = 96, 384

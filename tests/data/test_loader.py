@@ -13,10 +13,10 @@ from jax.sharding import PartitionSpec as P
 from support.loader import BLOCK_LEN, CURRICULUM, HELDOUT_TOKENS, TRAIN_TOKENS, make_loader, make_mesh, write_tiny_store
 
 from btlm_jax.data import store
-from btlm_jax.data.heldout import heldout_batches
 from btlm_jax.data.loader import TrainLoader, document_starts, make_placement, needed_rows
 from btlm_jax.data.reader import TokenStore, open_store
 from btlm_jax.recipe.curriculum import make_curriculum
+from btlm_jax.train.finish import heldout_batches
 
 
 @pytest.fixture(scope="module")

@@ -16,12 +16,12 @@ from support.tiny_store import write_store
 
 from btlm_jax.cli import main
 from btlm_jax.data import remote, store
-from btlm_jax.data.heldout import heldout_batches
 from btlm_jax.data.reader import open_store
 from btlm_jax.data.verify import verify
 from btlm_jax.hub.native import read_run, store_of_run
 from btlm_jax.storage import location
 from btlm_jax.train import METRICS_FILE
+from btlm_jax.train.finish import heldout_batches
 from btlm_jax.train.metric_writer import read_metrics
 from btlm_jax.train.setup import prepare_store
 

@@ -41,7 +41,6 @@ TESTS = {
     "recipe/optimizer": ["tests/recipe/test_optimizer.py"],
     "recipe/config": ["tests/recipe/test_config.py"],
     "data/order": ["tests/data/test_order.py"],
-    "data/heldout": ["tests/data/test_loader.py"],
     "data/loader": ["tests/data/test_loader.py"],
     "model/loss": ["tests/model/test_loss.py"],
     "train/step": ["tests/train/test_step.py"],

@@ -122,6 +122,22 @@ def test_resumed_lines_are_the_uninterrupted_ones(tmp_path):
     assert rows_of(whole, "train") == rows_of(parts, "train")
 
 
+def test_an_end_that_is_repeated_is_written_once(tmp_path):
+    last = CURRICULUM.num_steps
+    run = FakeRun(tmp_path)
+    with run.writer:
+        record_steps(run, 1, last)
+    for _ in range(2):  # the first one is killed after its sample
+        ended = FakeRun(tmp_path, first_step=last + 1)
+        with ended.writer:
+            ended.writer.evaluation(last, result(2.5))
+            ended.writer.sample(last, prompt="a", continuation="b")
+    rows = read_metrics(tmp_path / METRICS_FILE)
+    ends = [(row["kind"], row["step"]) for row in rows if row["kind"] in ("eval", "sample")]
+    assert ends == [("eval", 3), ("eval", 6), ("eval", last), ("sample", last)]
+    assert [row["step"] for row in rows if row["kind"] == "train"] == list(range(1, last + 1))
+
+
 def test_a_resume_with_nothing_to_drop_leaves_the_file_alone(tmp_path):
     run = FakeRun(tmp_path)
     with run.writer:

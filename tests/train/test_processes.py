@@ -46,14 +46,14 @@ def test_bad_numbers_stop_with_76_and_are_not_saved(unfinished_run):
 def test_sigterm_saves_and_exits_with_75_and_the_rest_is_the_same(tiny_run, tmp_path):
     config, finished = tiny_run
     process = start_btlm(*train_arguments(config, tmp_path / "run"))
-    for line in process.stdout:  # the plan is printed before the first step
-        if line.startswith("Model:"):
+    for line in process.stdout:
+        if line.startswith("step 1/"):
             break
     process.send_signal(signal.SIGTERM)
     result = finish_btlm(process)
     assert result.returncode == 75, result.stdout + result.stderr
     (saved,) = checkpoint_steps(tmp_path / "run")
-    assert 1 <= saved < NUM_STEPS and f"Preempted: saved at step {saved}" in result.stdout
+    assert 1 <= saved < NUM_STEPS and f"Preempted (SIGTERM): saved at step {saved}, " in result.stdout
     assert run_btlm(*train_arguments(config, tmp_path / "run")).returncode == 0
     assert_same_run(tmp_path / "run", finished, config)
 

@@ -1,0 +1,111 @@
+"""When a run stops, and what happens then; the ends of the process are recorded instead of made."""
+
+import pytest
+
+from btlm_jax import stopping
+from btlm_jax.stopping import BEGINNING, ENDING, PEER_GONE, PREEMPTED, Stop, Stopped
+
+
+class Ended(BaseException):
+    pass
+
+
+@pytest.fixture
+def clock():
+    return [100.0]
+
+
+@pytest.fixture
+def stop(clock, monkeypatch, tmp_path):
+    ended = []
+
+    def end(code):
+        ended.append(code)
+        raise Ended
+
+    monkeypatch.setattr(stopping.os, "_exit", end)
+    made = Stop(clock=lambda: clock[0])
+    made.workdir = tmp_path
+    made.ended = ended
+    return made
+
+
+def wait(stop, clock, seconds):
+    """Let time pass as the watching thread sees it."""
+    for _ in range(int(2 * seconds)):
+        clock[0] += 0.5
+        stop.tick()
+
+
+def test_before_the_first_step_and_after_the_last_save_a_stop_is_at_once(stop, clock, capfd):
+    stop.request("SIGTERM")
+    with pytest.raises(Stopped):
+        stop.begin_steps()
+    assert stop.stage == BEGINNING and "nothing to save before the first step" in stop.said()
+    wait(stop, clock, stopping.GRACE_SECONDS)
+    with pytest.raises(Ended):  # the main thread has not ended by itself
+        wait(stop, clock, 1)
+    assert stop.ended == [PREEMPTED] and "preempted (SIGTERM)" in capfd.readouterr().err
+
+
+def test_between_steps_the_loop_is_asked_and_the_first_reason_counts(stop, clock):
+    stop.begin_steps()
+    assert not stop.is_agreed(1)
+    stop.request("SIGTERM")
+    clock[0] += 3
+    stop.request("SIGINT")
+    assert stop.is_agreed(2) and stop.reason == "SIGTERM" and stop.seconds_since == 3
+    wait(stop, clock, 20)  # the loop saves
+    with pytest.raises(Stopped):
+        stop.begin_end()
+    assert stop.stage == ENDING and "all steps are saved" in stop.said()
+    stop.finish()
+    wait(stop, clock, 20)
+    assert stop.ended == []
+
+
+def test_a_run_that_stands_still_is_ended_with_every_stack(stop, clock, capfd):
+    stop.begin_steps()
+    for step in range(1, 8):
+        wait(stop, clock, 20)
+        assert not stop.is_agreed(step)
+    wait(stop, clock, 590)  # 30 times the median step
+    with pytest.raises(Ended):
+        wait(stop, clock, 20)
+    assert stop.ended == [PEER_GONE]
+    stacks = (stop.workdir / "stacks" / "process-0.txt").read_text()
+    assert "no step for 600 s" in stacks and "test_a_run_that_stands_still" in stacks
+    assert str(stop.workdir) in capfd.readouterr().err
+
+
+def test_evaluations_saves_and_first_steps_may_take_long(stop, clock):
+    stop.begin_steps()
+    wait(stop, clock, 1700)
+    for step in range(1, 8):
+        clock[0] += 1
+        stop.is_agreed(step)
+    stop.allow_long()
+    wait(stop, clock, 1700)
+    stop.begin_end()
+    wait(stop, clock, 4000)
+    assert stop.ended == []
+
+
+def test_a_process_that_was_suspended_is_not_late(stop, clock):
+    stop.begin_steps()
+    for step in range(1, 8):
+        clock[0] += 1
+        stop.is_agreed(step)
+    stop.tick()
+    clock[0] += 5000  # as after Ctrl-Z and fg
+    stop.tick()
+    wait(stop, clock, 200)
+    assert stop.ended == []
+
+
+def test_what_must_be_done_at_an_end_at_once_is_done(stop):
+    released = []
+    stop.at_exit(lambda: released.append(True))
+    with pytest.raises(Ended):
+        stop.end_now(1, "it was taken over")
+    assert released == [True] and stop.ended == [1]
