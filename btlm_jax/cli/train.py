@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import functools
+import os
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -116,6 +117,7 @@ def _owned(workdir: Path, flags: Flags) -> Iterator[Stop]:
     from btlm_jax.train import setup
 
     stop = stopping.current()
+    _watch_notices(stop)
     setup.make_workdir(workdir)
     stop.workdir = workdir
     if _process_id(flags):
@@ -130,6 +132,22 @@ def _owned(workdir: Path, flags: Flags) -> Iterator[Stop]:
         yield stop
     finally:
         ownership.release()
+
+
+def _watch_notices(stop: Stop) -> None:
+    """Stop at a notice that Google Cloud takes this machine away or halts it."""
+    if os.environ.get("GCE_METADATA_HOST") or _machine().startswith("Google"):
+        from btlm_jax.parallel import maintenance  # only there: a run loads few modules
+
+        maintenance.watch(stop.request)
+
+
+def _machine() -> str:
+    """Return what kind of machine this is, "" where that is not known."""
+    try:
+        return Path("/sys/class/dmi/id/product_name").read_text(encoding="utf-8")
+    except OSError:
+        return ""
 
 
 def _process_id(flags: Flags) -> int:

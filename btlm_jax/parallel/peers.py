@@ -409,7 +409,7 @@ def _end_on_abort(stop: Stop) -> None:
         if threading.current_thread() is threading.main_thread():
             libc.signal(signal.SIGABRT, 0)  # another fault: let it abort
             return
-        stop.end_standing("the connection to process 0 is broken: it is gone")
+        stop.end_standing("the connection to the coordinator beside process 0 is broken: it is gone")
 
     globals()["_on_abort"] = on_abort  # C has the only other reference
     libc.signal(signal.SIGABRT, on_abort)
