@@ -70,6 +70,7 @@ NAMES = {
     "empty-text": "a text to evaluate is empty",
     "example-cut": "an example to fine-tune on is longer than a window of training, and its end is cut off",
     "example-too-long": "an example to fine-tune on is longer than a window of training, and is left out",
+    "network-open": "programs that a model wrote are run with the network",
     "no-end-token": "a completion to fine-tune on ends with no special token, so that a model does not learn to stop",
     "special-token-named": "a text to fine-tune on has the name of a special token, which stands for the token",
     "tokenizer-lossy": "a tokenizer does not give every text back, as --allow_lossy permits",

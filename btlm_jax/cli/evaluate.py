@@ -11,7 +11,7 @@ from btlm_jax.cli import DONE, UsageError
 from btlm_jax.cli.parse import Flags
 
 if TYPE_CHECKING:
-    from btlm_jax.evaluate.task_settings import TaskSettings
+    from btlm_jax.evaluate.task_settings import CodeSettings, TaskSettings
 
 EVALUATE_HELP = """btlm evaluate: measure a model on texts.
 
@@ -31,6 +31,8 @@ examples:
   btlm evaluate --checkpoint=runs/local --tasks=hellaswag,piqa,mmlu
       tasks of lm-evaluation-harness, which fetches their data; --tasks=btlm: those that the published model was judged
       by. btlm lm-eval has the harness's whole command line
+  btlm evaluate --checkpoint=runs/local --summaries qmsum.jsonl govreport.jsonl --human_eval --run_code
+      ROUGE of summaries of long documents; pass@1 of the functions that it completes, which are run
   btlm evaluate --compare runs/a runs/b --text articles/
       the differences of two models, with intervals of pairs of documents
 
@@ -72,6 +74,9 @@ def evaluate(arguments: Sequence[str]) -> int:
             retrieval_cases=flags.integer("retrieval_cases"),
             seed=flags.integer("seed"),
             tasks=_tasks(flags),
+            summaries=tuple(Path(os.path.expanduser(path)) for path in flags.strings("summaries")),
+            summary_lengths=_lengths(flags, "summary_lengths"),
+            code=_code(flags),
             batch_size=flags.integer("batch_size"),
             int4=flags.boolean("int4"),
             dtype=flags.string("dtype"),
@@ -91,9 +96,24 @@ def _parts(flags: Flags) -> tuple[str, ...]:
     """Return the parts that are asked for; held-out loss if there is none."""
     from btlm_jax.evaluate import evaluation
 
-    given = {part: flags.boolean(part) or flags.boolean("all") for part in evaluation.PARTS if part != evaluation.TASKS}
-    given[evaluation.TASKS] = flags.is_given("tasks")
+    given = {part: flags.boolean(part) or flags.boolean("all") for part in evaluation.MEASURED_ALWAYS}
+    given |= {part: flags.is_given(part) for part in evaluation.MEASURED_IF_GIVEN}
     return tuple(part for part in evaluation.PARTS if given[part]) or (evaluation.HELDOUT,)
+
+
+def _code(flags: Flags) -> CodeSettings | None:
+    """Return what --human_eval and its flags say, or None without it."""
+    from btlm_jax.evaluate.task_settings import CodeSettings
+
+    if not flags.boolean("human_eval"):
+        return None
+    return CodeSettings(
+        samples=flags.integer("code_samples"),
+        temperature=flags.number("code_temperature"),
+        num_tokens=flags.integer("code_num_tokens"),
+        limit=flags.integer("limit"),
+        run_code=flags.boolean("run_code"),
+    )
 
 
 def _tasks(flags: Flags) -> TaskSettings | None:
@@ -101,7 +121,7 @@ def _tasks(flags: Flags) -> TaskSettings | None:
     from btlm_jax.evaluate.task_settings import TaskSettings
     from btlm_jax.storage.files import parse_json_object
 
-    of_tasks = ("include_path", "num_fewshot", "limit", "task_metadata", "run_code", "int4")
+    of_tasks = ("include_path", "num_fewshot", "task_metadata")
     if not flags.is_given("tasks"):
         if given := [name for name in of_tasks if flags.is_given(name)]:
             raise UsageError(f"--{given[0]} is for --tasks, which is not given")
@@ -143,7 +163,7 @@ def evaluate_flags() -> Flags:
     flags.define_boolean("heldout", False, "measure the loss by source; done when nothing else is asked for")
     flags.define_boolean("positions", False, "measure the loss by position, in windows beyond the trained length too")
     flags.define_boolean("retrieval", False, "measure whether it finds lines, topics and passkeys far back in a text")
-    flags.define_boolean("all", False, "measure all of these; --tasks are measured if they are given")
+    flags.define_boolean("all", False, "measure all of these; what follows is measured if it is given")
     flags.define_string("position_lengths", "2048,8192,16384,32768", "of windows for the loss by position")
     flags.define_integer("position_tokens", 1 << 20, "of a curve, at most, and one window at least; 0: all")
     flags.define_string("retrieval_lengths", "512,1024,2048,4096,8192", "of retrieval's texts, in tokens")
@@ -157,13 +177,17 @@ def evaluate_flags() -> Flags:
     )
     flags.define_paths("include_path", "folders with YAML files of further tasks")
     flags.define_integer("num_fewshot", -1, "examples before each question of --tasks; -1: each task's own number")
-    flags.define_integer("limit", 0, "of each task only so many documents, for a try; 0: all")
+    flags.define_integer("limit", 0, "of each task, and of HumanEval, only so many documents, for a try; 0: all")
     flags.define_string("task_metadata", "", 'JSON for tasks that make texts (RULER): {"max_seq_lengths": [2048]}')
-    flags.define_boolean(
-        "run_code", False, "run what the model writes in tasks that ask for it: any code, as this user"
-    )
-    flags.define_boolean("int4", False, "run --tasks with weights of 4 bits, made on the way")
-    flags.define_integer("batch_size", 16, "texts of --tasks that are generated at a time")
+    flags.define_paths("summaries", "files of JSON lines with document, summary and perhaps question: ROUGE")
+    flags.define_string("summary_lengths", "2048,4096,8192", "of a document's prompt and summary, in tokens")
+    flags.define_boolean("human_eval", False, "have HumanEval's functions completed; --run_code runs and counts them")
+    flags.define_integer("code_samples", 1, "of each of HumanEval's problems; one is the likeliest")
+    flags.define_float("code_temperature", 0.8, "of several samples")
+    flags.define_integer("code_num_tokens", 512, "of a completion, at most")
+    flags.define_boolean("run_code", False, "run what the model writes: HumanEval's in a sandbox, tasks' as this user")
+    flags.define_boolean("int4", False, "run tasks, summaries and HumanEval with weights of 4 bits, made on the way")
+    flags.define_integer("batch_size", 16, "texts that are generated at a time; halved when out of memory")
     flags.define_string(
         "dtype", "model", "in which it computes; model: its own", choices=("model", "float32", "bfloat16")
     )

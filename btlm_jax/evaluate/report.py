@@ -16,6 +16,7 @@ from btlm_jax.storage.files import write_atomically
 
 FORMAT = "btlm evaluation report 1"
 _DETAILS = ("of_documents", "of_windows", "of_positions", "of_cases")  # are in a part's own file, not in the report
+_PASS = (1, 10, 100)  # k of pass@k
 _ALIBI = {"none": "as trained", "dynamic": "dynamic"}
 
 
@@ -149,11 +150,33 @@ def _tasks(result: dict) -> list[Table]:
     ]
 
 
+def _summaries(result: dict) -> list[Table]:
+    rows: list[tuple[str, ...]] = [("documents", "number", "tokens", "cut", "ROUGE-1", "ROUGE-2", "ROUGE-L")]
+    for group in result["groups"]:
+        scores = (with_interval(group, measure, digits=3) for measure in ("rouge1", "rouge2", "rougeL"))
+        counts = (f"{group['documents']:,}", f"{group['length']:,}", f"{group['cut_documents']:,}")
+        rows.append((group["of"], *counts, *scores))
+    note = "F1 with stems; cut: documents that lost their middle"
+    return [Table(title="summaries, by tokens of prompt and summary", rows=tuple(rows), note=note)]
+
+
+def _code(result: dict) -> list[Table]:
+    rows: list[tuple[str, ...]] = [
+        ("problems", "samples of each", *(f"pass@{k}" for k in _PASS if f"pass@{k}" in result))
+    ]
+    scores = (with_interval(result, name, digits=3) for name in rows[0][2:])
+    rows.append((f"{result['problems']:,}", f"{result['samples']:,}", *scores))
+    note = "" if result["was_run"] else "the completions are kept, and were not run: --run_code does"
+    return [Table(title="HumanEval", rows=tuple(rows), note=note)]
+
+
 _TABLES: dict[str, Callable[[dict], list[Table]]] = {
     "heldout": _heldout,
     "positions": _positions,
     "retrieval": _retrieval,
     "tasks": _tasks,
+    "summaries": _summaries,
+    "human_eval": _code,
 }
 
 

@@ -1,8 +1,9 @@
-"""Which tasks of lm-evaluation-harness are measured, and how; and the list that the model card's claims are about."""
+"""Which tasks are measured, and how: of lm-evaluation-harness, with the list of the model card's kinds; and of code."""
 
 from __future__ import annotations
 
 import dataclasses
+import math
 from pathlib import Path
 from typing import Any
 
@@ -63,3 +64,21 @@ class TaskSettings:
         for path in self.include_paths:
             if not path.is_dir():
                 raise ValueError(f"include_path={path} is no folder; give one with YAML files of tasks")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class CodeSettings:
+    """How problems are completed. Raises ValueError for what cannot be."""
+
+    samples: int  # of each problem; one is the likeliest completion
+    temperature: float  # of several
+    num_tokens: int  # of a completion, at most
+    limit: int  # of problems; 0: all
+    run_code: bool
+
+    def __post_init__(self):
+        for name, least in (("samples", 1), ("num_tokens", 1), ("limit", 0)):
+            if getattr(self, name) < least:
+                raise ValueError(f"code_{name}={getattr(self, name)} is not allowed; it must be {least} or more")
+        if not 0 < self.temperature < math.inf:
+            raise ValueError(f"code_temperature={self.temperature} is not allowed; it must be above 0")

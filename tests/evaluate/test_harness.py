@@ -16,9 +16,10 @@ from btlm_jax import notices  # noqa: E402
 from btlm_jax.cli import main  # noqa: E402
 from btlm_jax.evaluate import tasks as task_module  # noqa: E402
 from btlm_jax.evaluate.checkpoint import opened_checkpoint  # noqa: E402
-from btlm_jax.evaluate.harness import BtlmLM, HarnessSettings, load_to_generate  # noqa: E402
+from btlm_jax.evaluate.harness import BtlmLM, HarnessSettings  # noqa: E402
 from btlm_jax.evaluate.results import Results  # noqa: E402
 from btlm_jax.evaluate.tasks import TaskSettings, load_tasks, measure_tasks  # noqa: E402
+from btlm_jax.evaluate.texts import load_to_generate  # noqa: E402
 
 MAX_LENGTH = 256
 ALL = TaskSettings(names=tuple(TASKS), include_paths=(), num_fewshot=-1, limit=0, metadata={}, run_code=False)
@@ -53,7 +54,7 @@ def load(folder, *, as_int4=False, on_mesh=False, **changes):
     values = {"batch_tokens": 2048, "batch_size": 8, "max_length": MAX_LENGTH, "seed": 0} | changes
     with opened_checkpoint(str(folder / "export"), log=print) as checkpoint, pytest.MonkeyPatch.context() as patch:
         if on_mesh:
-            patch.setattr("btlm_jax.evaluate.harness.has_kernels", lambda: False)
+            patch.setattr("btlm_jax.evaluate.texts.has_kernels", lambda: False)
         model = load_to_generate(checkpoint, dtype="model", as_int4=as_int4)
     return BtlmLM(model, name="tiny", settings=HarnessSettings(**values))
 
@@ -176,7 +177,7 @@ def test_sampled_texts_of_equal_requests_differ_and_are_the_same_again(ours):
 
 
 def test_out_of_memory_halves_the_batch_of_texts(ours, monkeypatch, capsys):
-    whole, sizes = ours._generate, []
+    whole, sizes = ours.writer._write_batch, []
 
     def of_little_memory(jobs):
         sizes.append(len(jobs))
@@ -184,8 +185,8 @@ def test_out_of_memory_halves_the_batch_of_texts(ours, monkeypatch, capsys):
             raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory")
         return whole(jobs)
 
-    monkeypatch.setattr(ours, "_generate", of_little_memory)
-    monkeypatch.setattr(ours, "_batch_size", 4)
+    monkeypatch.setattr(ours.writer, "_write_batch", of_little_memory)
+    monkeypatch.setattr(ours.writer, "batch_size", 4)
     notices.begin(strict=())
     requests = [request_of("generate_until", text, {"max_gen_toks": 2}) for text in ("a", "b", "c")]
     assert len(ours.generate_until(requests)) == 3
@@ -252,5 +253,20 @@ def test_btlm_evaluate_measures_tasks(folder, measured, tmp_path, capsys):
     assert "| local_letter |" in (tmp_path / "evaluation.md").read_text()
     assert main([*arguments, "--tasks=no_such_task", *tasks[1:], "--include_path=x"]) == 2
     assert "include_path=x is no folder" in capsys.readouterr().err
-    assert main([*arguments, "--limit=3"]) == 2
-    assert "--limit is for --tasks, which is not given" in capsys.readouterr().err
+    assert main([*arguments, "--num_fewshot=3"]) == 2
+    assert "--num_fewshot is for --tasks, which is not given" in capsys.readouterr().err
+
+
+def test_btlm_evaluate_measures_summaries_and_code(folder, tmp_path, capsys, monkeypatch):
+    rows = [{"document": "one two three " * 200, "summary": "one two"}, {"document": "four", "summary": "four five"}]
+    (tmp_path / "reports.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    monkeypatch.setattr("btlm_jax.evaluate.summaries.TOKENS_OF_SUMMARY", 4)
+    arguments = ["evaluate", f"--checkpoint={folder / 'export'}", f"--output={tmp_path}", "--summary_lengths=64,96"]
+    arguments += ["--summaries", str(tmp_path / "reports.jsonl"), "--human_eval", "--limit=2", "--code_num_tokens=3"]
+    assert main([*arguments, "--length=1024"]) == 0
+    said = capsys.readouterr().out
+    assert "ROUGE-1" in said and "were not run" in said
+    parts = json.loads((tmp_path / "evaluation.json").read_text())["parts"]
+    assert [(group["length"], group["cut_documents"]) for group in parts["summaries"]["groups"]] == [(64, 1), (96, 1)]
+    assert (parts["human_eval"]["problems"], parts["human_eval"]["was_run"]) == (2, False)
+    assert len(list(tmp_path.glob("summaries-*.json"))) == 2
