@@ -137,7 +137,7 @@ def measure_positions(scorer: Scorer, stream: Stream, setting: Setting, *, train
     nats_of_windows: list[list[float]] = []
     for number, unit in enumerate(units):
         if (done := work.done(number)) is None:
-            done = _score_windows(scorer, stream, unit, length=length, edges=edges)
+            done = _score_windows(scorer, stream, unit, length=length, edges=edges, work=work)
             work.add(number, done)
         nats_of_windows += done["nats"]
         loss_T += np.array(done["loss_T"])
@@ -167,11 +167,14 @@ def measure_positions(scorer: Scorer, stream: Stream, setting: Setting, *, train
     }
 
 
-def _score_windows(scorer: Scorer, stream: Stream, starts: Sequence[int], *, length: int, edges: list[int]) -> dict:
+def _score_windows(
+    scorer: Scorer, stream: Stream, starts: Sequence[int], *, length: int, edges: list[int], work: Work
+) -> dict:
     """Return the nats of each window's bins, and their sum over windows at each position."""
     rows = [Row(tokens=stream.tokens[start : start + length + 1], first=1) for start in starts]
     loss_T, nats = np.zeros(length), []
-    for start, scores in zip(starts, scorer.log_likelihoods(rows), strict=True):
+    scored = scorer.log_likelihoods(rows, on_scored=lambda row: work.advance(row.num_scored))
+    for start, scores in zip(starts, scored, strict=True):
         losses = -scores.log_p_T * stream.is_counted[start : start + length]
         loss_T[: len(losses)] += losses
         nats.append(_sums_of_bins(losses, edges))

@@ -12,7 +12,7 @@ from typing import Any
 from btlm_jax import __version__
 from btlm_jax.evaluate.checkpoint import Checkpoint
 from btlm_jax.hub.evaluation_card import CARD_FILE, REPORT_FILE
-from btlm_jax.storage.files import write_atomically
+from btlm_jax.storage.files import read_json_object, write_atomically
 
 FORMAT = "btlm evaluation report 1"
 _DETAILS = ("of_documents", "of_windows", "of_positions", "of_cases")  # are in a part's own file, not in the report
@@ -49,7 +49,10 @@ class Table:
 
 
 def write_report(folder: Path, checkpoint: Checkpoint, parts: dict[str, dict]) -> dict[str, Any]:
-    """Write what was measured to a folder, as JSON and as a card, and return it without its details."""
+    """Write what was measured to a folder, as JSON and as a card, and return it without its details.
+
+    Parts of an earlier report of the same weights that were not measured now stay in the files.
+    """
     report = {
         "format": FORMAT,
         "version": __version__,
@@ -61,9 +64,25 @@ def write_report(folder: Path, checkpoint: Checkpoint, parts: dict[str, dict]) -
         "parts": _without_details(parts),
     }
     folder.mkdir(parents=True, exist_ok=True)
-    write_atomically(folder / REPORT_FILE, json.dumps(report, indent=1))
-    write_atomically(folder / CARD_FILE, _card(report))
+    together = {**_earlier_parts(folder / REPORT_FILE, identity=checkpoint.identity), **report["parts"]}
+    kept = report | {"parts": {part: together[part] for part in _TABLES if part in together}}
+    write_atomically(folder / REPORT_FILE, json.dumps(kept, indent=1))
+    write_atomically(folder / CARD_FILE, _card(kept))
     return report
+
+
+def _earlier_parts(path: Path, *, identity: str) -> dict[str, dict]:
+    """Return the parts of a report of the same weights, if there is one, written in this format.
+
+    Raises:
+      ValueError: it is damaged.
+    """
+    if not path.is_file():
+        return {}
+    earlier = read_json_object(path)
+    parts = earlier.get("parts")
+    is_of_same = (earlier.get("format"), earlier.get("identity")) == (FORMAT, identity)
+    return parts if is_of_same and isinstance(parts, dict) else {}
 
 
 def tables_of(report: dict[str, Any]) -> list[Table]:

@@ -17,7 +17,7 @@ from typing import Any
 
 from btlm_jax import notices
 from btlm_jax.display.progress import RateLimit, StatusLine
-from btlm_jax.storage.files import parse_json, read_json_object, write_atomically
+from btlm_jax.storage.files import only_writer, parse_json, read_json_object, write_atomically
 
 FORMAT = "btlm evaluation 1"
 PROGRESS_SECONDS = 5.0
@@ -37,6 +37,7 @@ class Work:
         self._file: io.FileIO | None = None
         self._line, self._limit = StatusLine(sys.stderr), RateLimit(PROGRESS_SECONDS, is_due_at_start=False)
         self._sizes: Sequence[int] = ()
+        self._ahead = 0  # of the unit that is being done, what is behind it
         self._first, self._since = 0, 0.0
         if path is not None and path.exists():
             self._read(path)
@@ -52,20 +53,25 @@ class Work:
         """Return what a unit gave, or None if it is to be done."""
         return self._done.get(number)
 
+    def advance(self, size: int) -> None:
+        """Say that so much more of a unit is done, for the progress alone."""
+        self._ahead += size
+        self._show()
+
     def add(self, number: int, value: Any) -> None:
         """Keep what a unit gave.
 
         Raises:
           OSError: it cannot be written.
         """
-        self._done[number] = value
+        self._done[number], self._ahead = value, 0
         if self._path is not None:
             if self._file is None:
                 self._file = open(self._path, "r+b" if self._path.exists() else "xb", buffering=0)
                 self._file.truncate(self._num_bytes)
                 self._file.seek(self._num_bytes)
             self._file.write(json.dumps([number, value]).encode() + b"\n")
-        self._show(number)
+        self._show()
 
     def close(self) -> None:
         """Close the file; it stays for a later start."""
@@ -85,11 +91,12 @@ class Work:
             self._done[entry[0]] = entry[1]
             self._num_bytes += len(line)
 
-    def _show(self, number: int) -> None:
-        """Show what is done, and how long the rest takes at the rate since the first unit, which compiled programs."""
+    def _show(self) -> None:
+        """Show what is done, and how long the rest takes at the rate since the first call, which compiled."""
         if self._since and not self._limit.is_due():
             return
-        size, total = sum(self._sizes[done] for done in self._done), sum(self._sizes)
+        total = sum(self._sizes)
+        size = min(total, sum(self._sizes[done] for done in self._done) + self._ahead)
         if not self._since:
             self._first, self._since = size, time.monotonic()
         if not self._limit.is_due():
@@ -114,7 +121,7 @@ class Results:
         """Return what `make` gives, or gave at an earlier start with the same settings; `what` is for the progress.
 
         Raises:
-          OSError: the folder cannot be read or written.
+          OSError: the folder cannot be read or written, or another process measures the same.
           ValueError: a file of it is damaged.
         """
         everything = json.loads(json.dumps(self.identity | {"part": part} | settings))
@@ -128,11 +135,12 @@ class Results:
             notices.report("evaluation-again", f"{path} is not what its name says; it is measured again")
         self.folder.mkdir(parents=True, exist_ok=True)
         partial = self.folder / f"{name}.partial"
-        work = Work(f"{part}{what}", partial)
-        try:
-            result = make(work)
-        finally:
-            work.close()
-        write_atomically(path, json.dumps({"format": FORMAT, "settings": everything, "result": result}))
-        partial.unlink(missing_ok=True)
+        with only_writer(path):
+            work = Work(f"{part}{what}", partial)
+            try:
+                result = make(work)
+            finally:
+                work.close()
+            write_atomically(path, json.dumps({"format": FORMAT, "settings": everything, "result": result}))
+            partial.unlink(missing_ok=True)
         return result

@@ -79,7 +79,8 @@ def measure_retrieval(scorer: Scorer, group: Group, *, work: Work) -> dict:
     found: list[list[float]] = []
     for number, unit in enumerate(units):
         if (done := work.done(number)) is None:
-            scores = scorer.log_likelihoods([group.rows[index] for index in unit])
+            rows = [group.rows[index] for index in unit]
+            scores = scorer.log_likelihoods(rows, on_scored=lambda row: work.advance(len(row.tokens)))
             done = [[-float(s.log_p_T.sum()), len(s.log_p_T), int(s.is_greedy_T.all())] for s in scores]
             work.add(number, done)
         found += done

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import cast
 
 import jax
@@ -36,6 +36,11 @@ class Row:
     tokens: Sequence[int] | np.ndarray
     first: int
 
+    @property
+    def num_scored(self) -> int:
+        """Return how many tokens are scored."""
+        return len(self.tokens) - self.first
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
 class Scores:
@@ -62,9 +67,14 @@ class Scorer:
         """Return a scorer of the same weights with another network, such as one with other slopes of ALiBi."""
         return Scorer(model, self._params, self._mesh, batch_tokens=self.batch_tokens)
 
-    def log_likelihoods(self, rows: Sequence[Row]) -> list[Scores]:
-        """Return the scores of each row."""
-        found = dict(self.score(rows))
+    def log_likelihoods(
+        self, rows: Sequence[Row], *, on_scored: Callable[[Row], None] = lambda row: None
+    ) -> list[Scores]:
+        """Return the scores of each row; call `on_scored` with each once it is scored."""
+        found: dict[int, Scores] = {}
+        for index, scores in self.score(rows):
+            found[index] = scores
+            on_scored(rows[index])
         return [found[index] for index in range(len(rows))]
 
     def score(self, rows: Sequence[Row]) -> Iterator[tuple[int, Scores]]:
@@ -122,7 +132,7 @@ class Scorer:
         ways = self._mesh.shape[FSDP]
         B = ways * _power_from(-(-len(rows) // ways))
         T = self.padded_length(len(rows[0].tokens) - 1)
-        counts = [len(row.tokens) - row.first for row in rows]
+        counts = [row.num_scored for row in rows]
         S = min(T, max(8, _power_from(max(counts))))
         inputs_BT, lengths_B = np.zeros((B, T), np.int32), np.ones(B, np.int32)
         positions_BS, targets_BS = np.zeros((B, S), np.int32), np.zeros((B, S), np.int32)

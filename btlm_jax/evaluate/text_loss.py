@@ -71,11 +71,12 @@ def measure_text_loss(
       FloatingPointError: a loss is not finite.
     """
     units = list(_units(documents))
-    work.begin([sum(documents[index].num_targets for index in unit) for unit in units], unit_name="tokens")
+    work.begin([sum(len(documents[index].tokens) - 1 for index in unit) for unit in units], unit_name="tokens")
     nats = np.zeros(len(documents))
     for number, unit in enumerate(units):
         if (done := work.done(number)) is None:
-            done = _score_documents(scorer, [documents[index] for index in unit], length=length, overlap=overlap)
+            chosen = [documents[index] for index in unit]
+            done = _score_documents(scorer, chosen, length=length, overlap=overlap, work=work)
             work.add(number, done)
         nats[unit] = done
     for document, loss in zip(documents, nats.tolist(), strict=True):
@@ -100,10 +101,13 @@ def _units(documents: Sequence[Document]) -> Iterator[list[int]]:
         yield unit
 
 
-def _score_documents(scorer: Scorer, documents: Sequence[Document], *, length: int, overlap: int) -> list[float]:
+def _score_documents(
+    scorer: Scorer, documents: Sequence[Document], *, length: int, overlap: int, work: Work
+) -> list[float]:
     """Return the nats of each document's counted tokens."""
     rows = [rows_of(document, length=length, overlap=overlap) for document in documents]
-    scores = iter(scorer.log_likelihoods([row for of_document in rows for row in of_document]))
+    all_rows = [row for of_document in rows for row in of_document]
+    scores = iter(scorer.log_likelihoods(all_rows, on_scored=lambda row: work.advance(row.num_scored)))
     nats = []
     for document, of_document in zip(documents, rows, strict=True):
         log_p = np.concatenate([next(scores).log_p_T for _ in of_document])

@@ -50,7 +50,7 @@ class ByPosition:
     def with_model(self, model):
         return self
 
-    def log_likelihoods(self, rows):
+    def log_likelihoods(self, rows, *, on_scored):
         assert all(row.first == 1 for row in rows)
         losses = [np.array([self._loss(p) for p in range(1, len(row.tokens))], np.float64) for row in rows]
         return [Scores(log_p_T=-loss, is_greedy_T=loss > 0) for loss in losses]

@@ -32,7 +32,7 @@ class SeesBack:
     def __init__(self, reach):
         self._reach = reach
 
-    def log_likelihoods(self, rows):
+    def log_likelihoods(self, rows, *, on_scored):
         scores = []
         for row in rows:
             tokens, answer = list(row.tokens), list(row.tokens[row.first :])

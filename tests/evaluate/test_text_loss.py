@@ -57,7 +57,7 @@ class CountingScorer:
     def __init__(self):
         self.num_scored = 0
 
-    def log_likelihoods(self, rows):
+    def log_likelihoods(self, rows, *, on_scored):
         scores = [np.asarray(row.tokens[row.first :], np.float64) for row in rows]
         self.num_scored += sum(map(len, scores))
         return [Scores(log_p_T=-score, is_greedy_T=score > 0) for score in scores]
@@ -181,6 +181,29 @@ def test_what_cannot_be_evaluated_is_said(made_up_run, tmp_path, capsys, flags, 
     words = [word.format(folder=tmp_path) for word in flags]
     assert main(["evaluate", f"--checkpoint={made_up_run}", *words]) in (1, 2)
     assert said in capsys.readouterr().err
+
+
+def test_progress_and_what_is_left_are_of_what_is_done(capsys, monkeypatch):
+    now = [100.0]
+    monkeypatch.setattr("time.monotonic", lambda: now[0])
+    work = Work("heldout", None)
+    work.begin([100, 300], unit_name="tokens")
+    for size in (50, 50):
+        now[0] += 10
+        work.advance(size)
+    work.add(0, [])
+    now[0] += 10
+    work.advance(150)
+    lines = capsys.readouterr().err.splitlines()
+    assert lines[0] == "heldout: 50 of 400 tokens (12%)"  # nothing to tell a rate from
+    assert lines[1] == "heldout: 100 of 400 tokens (25%), 5/s, 1:00 left"
+    assert lines[2] == "heldout: 250 of 400 tokens (62%), 10/s, 0:15 left"
+
+
+def test_only_one_process_measures_the_same(tmp_path):
+    results = Results(tmp_path, identity={"model": "m"})
+    with pytest.raises(FileExistsError, match="another process"):
+        results.measure("part", {}, lambda work: results.measure("part", {}, lambda work: {}))
 
 
 def test_interrupted_work_goes_on(tmp_path, capsys):
