@@ -140,7 +140,10 @@ def limited(corpus: Corpus, *, tokens_per_source: int) -> Corpus:
             if number and left < 0:
                 break
             kept.append(document)
-    return dataclasses.replace(corpus, documents=tuple(kept))
+    if len(kept) == len(corpus.documents):
+        return corpus
+    description = f"the first {len(kept):,} of {corpus.description}"
+    return dataclasses.replace(corpus, documents=tuple(kept), description=description)
 
 
 def _document(source: str, tokens: Sequence[int] | np.ndarray, *, num_bytes: int) -> Document:

@@ -6,6 +6,9 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from btlm_jax.display.plotting import new_figure, new_panels, write_figure
+from btlm_jax.evaluate.positions import FEWEST_TOKENS
+from btlm_jax.evaluate.retrieval import CHANCE_NATS
+from btlm_jax.evaluate.retrieval_cases import Task
 
 SIZE, DPI = (9.0, 5.0), 120
 _COLOURS = ("#1f77b4", "#d62728", "#2ca02c", "#9467bd", "#ff7f0e", "#8c564b", "#17becf", "#e377c2")
@@ -24,6 +27,7 @@ def plot_positions(curves: Sequence[dict], path: Path, *, trained_length: int, t
     for curve in curves:
         bins = curve["bins"]
         shown = [number for number, first in enumerate(bins["first"]) if first >= min(_SHOWN_FROM, lengths[0] // 2)]
+        shown = [number for number in shown if bins["num_tokens"][number] >= FEWEST_TOKENS] or shown
         centres = [(bins["first"][number] * bins["last"][number]) ** 0.5 for number in shown]
         losses = [bins["loss"][number] for number in shown]
         errors = [2 * bins["standard_error"][number] for number in shown]
@@ -70,6 +74,12 @@ def plot_retrieval(groups: Sequence[dict], path: Path, *, trained_length: int, t
             axes.plot(
                 lengths, losses, color=_COLOURS[number], marker="o", markersize=3, linewidth=1,
                 label=f"loss at depth {depth:g}",
+            )  # fmt: skip
+        if task != Task.TOPICS:
+            axes.axhline(CHANCE_NATS, color="#888888", linestyle=":", linewidth=1)
+            axes.annotate(
+                "random number", (0.02, CHANCE_NATS), xycoords=axes.get_yaxis_transform(), xytext=(0, 2),
+                textcoords="offset points", fontsize=8, color="#888888",
             )  # fmt: skip
         axes.set_ylim(bottom=0)
         axes.axvline(trained_length, color="#888888", linestyle="--", linewidth=1)

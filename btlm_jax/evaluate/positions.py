@@ -26,6 +26,7 @@ from btlm_jax.train.heldout import PositionBin, first_rise, position_bin
 PLAIN, FIXED, DYNAMIC = "none", "fixed", "dynamic"
 LENGTHS = (2048, 8192, 16384, 32768)
 SEED = 0  # of the order of documents
+FEWEST_TOKENS = 1000  # of a bin, for its loss to be shown or to count as a rise: losses of tokens scatter by nats
 _UNIT_TOKENS = 1 << 16
 
 
@@ -160,7 +161,7 @@ def measure_positions(scorer: Scorer, stream: Stream, setting: Setting, *, train
         "tokens": round(float(totals[:, 1].sum())),
         "loss": float(totals[:, 0].sum() / totals[:, 1].sum()),
         "loss_interval": interval_of(resamples[:, 0] / resamples[:, 1]).to_json() if len(starts) > 1 else None,
-        "first_rise": first_rise(bins),
+        "first_rise": first_rise([each for each in bins if each.num_tokens >= FEWEST_TOKENS]),
         "bins": {field.name: [getattr(each, field.name) for each in bins] for field in dataclasses.fields(PositionBin)},
         "of_windows": {"nats": totals[:, 0].tolist(), "tokens": totals[:, 1].tolist()},
         "of_positions": {"nats": loss_T.tolist(), "tokens": weight_T.astype(int).tolist()},

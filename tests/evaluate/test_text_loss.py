@@ -11,7 +11,7 @@ from btlm_jax import notices
 from btlm_jax.cli import main
 from btlm_jax.data.store import read_manifest
 from btlm_jax.evaluate.bootstrap import interval_of, interval_of_proportion, resampled_sums
-from btlm_jax.evaluate.documents import Document, read_store
+from btlm_jax.evaluate.documents import Corpus, Document, limited, read_store
 from btlm_jax.evaluate.results import Results, Work
 from btlm_jax.evaluate.scorer import Scores
 from btlm_jax.evaluate.text_loss import TextLoss, documents_of, measure_text_loss
@@ -43,6 +43,15 @@ def test_windows_are_those_of_the_harness_and_score_every_token_once(number, ove
     assert ours == windows_of_the_harness(tokens[1:].tolist(), prefix=100, length=7, overlap=overlap)
     assert [token for _, scored in ours for token in scored] == tokens[1:].tolist()
     assert all(len(context) >= overlap for context, _ in ours[1:])
+
+
+def test_the_first_documents_of_each_source_are_enough():
+    corpus = Corpus(documents=tuple(made_up_documents()), identity="i", description="5 documents")
+    counts = [document.num_targets for document in corpus.documents]
+    some = limited(corpus, tokens_per_source=counts[0] + counts[1] - 1)
+    assert [document.num_targets for document in some.documents] == [counts[0], *counts[3:]]
+    assert some.description == "the first 3 of 5 documents"
+    assert limited(corpus, tokens_per_source=0) is limited(corpus, tokens_per_source=1000) is corpus
 
 
 def test_an_overlap_that_is_no_overlap_is_refused():
