@@ -1,4 +1,4 @@
-"""Press Ctrl-C at random moments of commands, and see that each ends with one line, code 130 and nothing left over.
+"""Press Ctrl-C at random moments of commands, and see that each ends with one line, its code and nothing left over.
 
     python benchmarks/interrupt_commands.py [COUNT] [SEED]
 
@@ -6,6 +6,7 @@ COUNT (100) starts, in turn of generate, train, convert to Hugging Face and to G
 workers, on small inputs made here. SIGINT goes to the whole process group, as a terminal sends it, at a moment that is
 uniform over the time that the command took undisturbed. A start is
   130        it ended with that code and one line; no process of it and no unfinished output is left
+  75         the same of train, which saves first where there is something to save
   finished   it was done before, with 0
   early      the moment was before Python had begun to run btlm (its own start takes some hundredths of a second)
   FAULT      anything else: printed with what it said
@@ -109,9 +110,13 @@ def interrupt(arguments: list[str], out: Path, *, after: float) -> tuple[str, fl
     lines = [line for line in said.splitlines() if not line.startswith(("config: ", "note: ", "notes: "))]
     verb = arguments[0]
     ends = [line for line in lines if line == f"btlm {verb}: interrupted; the same command resumes where it can"]
-    if process.returncode == 130 and len(ends) == 1 and "Traceback" not in said:
+    if verb == "train":  # what it says of a stop between steps is in its output
+        code, is_said = 75, not lines or lines[-1].startswith(f"btlm {verb}: preempted (SIGINT)") or len(ends) == 1
+    else:
+        code, is_said = 130, len(ends) == 1
+    if process.returncode == code and is_said and "Traceback" not in said:
         left = _left_of(process.pid, out)
-        return ("130" if not left else f"FAULT: left {left}"), took
+        return (str(code) if not left else f"FAULT: left {left}"), took
     if "btlm_jax/" not in said and process.returncode in (-signal.SIGINT, 130, 1):
         return "early", took
     return f"FAULT: code {process.returncode} after {after:.2f} s: {said}", took

@@ -37,7 +37,7 @@ SIGNALS = {"SIGKILL": signal.SIGKILL, "SIGTERM": signal.SIGTERM, "SIGSTOP": sign
 KINDS = ("one", "two", "elastic")
 TIMING_KEYS = ("tokens_per_second", "mfu", "seconds")
 DONE, PREEMPTED, PEER_GONE = 0, 75, 77
-POLL_SECONDS = 0.002
+POLL_SECONDS = 0.005
 GONE_SECONDS = 60.0  # in which a process must end when another one is gone
 GIVE_UP_SECONDS = 400.0
 
@@ -207,8 +207,11 @@ def _numbers(row: dict) -> dict:
 
 def _final_state(workdir: Path) -> dict[str, np.ndarray]:
     steps = sorted(int(path.name) for path in (workdir / "checkpoints").iterdir() if path.name.isdigit())
-    with ocp.StandardCheckpointer() as checkpointer:
-        tree = checkpointer.restore((workdir / "checkpoints" / str(steps[-1]) / "state").resolve())
+    path = (workdir / "checkpoints" / str(steps[-1]) / "state").resolve()
+    with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:  # on the host, whatever devices wrote it
+        shapes = checkpointer.metadata(path).item_metadata.tree
+        arrays = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), shapes)
+        tree = checkpointer.restore(path, args=ocp.args.PyTreeRestore(restore_args=arrays))
     return {jax.tree_util.keystr(path): np.asarray(leaf) for path, leaf in jax.tree_util.tree_leaves_with_path(tree)}
 
 
