@@ -253,6 +253,10 @@ class Stop:
         if self._peers:
             self._peers.agree(name, facts)
 
+    def wait_for_all(self, name: str) -> None:
+        """Return when all processes of the run have called this with `name`, however long that takes."""
+        self.agree(name, {})
+
     def wait_if_peer_is_gone(self) -> None:
         """Wait for the end of this process if another one is gone, which is what an error here may come from."""
         if self._peers:

@@ -102,7 +102,9 @@ def _build(arguments: Sequence[str]) -> int:
     from btlm_jax.train import setup
 
     setup.make_workdir(workdir)
-    token_store = setup.prepare_store(config, workdir=workdir, expected_fingerprint="", build_store=build_store)
+    token_store = setup.prepare_store(
+        config, workdir=workdir, expected_fingerprint="", build_store=build_store, wait_for_all=lambda: None
+    )
     print_store(token_store.manifest)
     return DONE
 

@@ -7,6 +7,7 @@ run that was never interrupted. All code that the steps need is imported before 
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 from collections.abc import Callable, Generator, Sequence
 from pathlib import Path
@@ -14,7 +15,6 @@ from typing import TYPE_CHECKING
 
 import jax
 import numpy as np
-from jax.experimental import multihost_utils
 
 from btlm_jax import notices
 from btlm_jax.data.loader import Batch, TrainLoader
@@ -115,7 +115,7 @@ def train(
     make_workdir(workdir)
     check_divisible(config, num_devices=jax.device_count())
     mesh = make_run_mesh(config.mesh, curriculum=config.curriculum.table, devices=jax.devices())
-    events = _go_back(workdir, resume_step) if resume_step else []
+    events = _go_back(workdir, resume_step, stop) if resume_step else []
     checkpointer = Checkpointer(workdir, config=config.checkpoint)
     try:
         position, state, damages = last_position(checkpointer, config)
@@ -143,7 +143,11 @@ def train(
         is_other |= position.step == 0 and _has_other_config(workdir, config)
         with ledger.measure("corpus"):
             token_store = prepare_store(
-                config, workdir=workdir, expected_fingerprint=position.store_fingerprint, build_store=build_store
+                config,
+                workdir=workdir,
+                expected_fingerprint=position.store_fingerprint,
+                build_store=build_store,
+                wait_for_all=functools.partial(stop.wait_for_all, "token store made"),
             )
         check_curriculum(config, token_store.manifest)
         if examples := describe_examples(token_store.manifest):
@@ -198,10 +202,10 @@ def _start_facts(position: Position) -> dict[str, str]:
     return kinds | {f"checkpoint's {name}": repr(value) for name, value in dataclasses.asdict(position).items()}
 
 
-def _go_back(workdir: Path, step: int) -> list[str]:
+def _go_back(workdir: Path, step: int, stop: Stop) -> list[str]:
     """Go back to an earlier checkpoint, in one process for all; return what to say of it."""
     said = go_back(workdir, step) if jax.process_index() == 0 else ""
-    multihost_utils.sync_global_devices("went back to an earlier checkpoint")
+    stop.wait_for_all("went back to an earlier checkpoint")
     return [said] if said else []
 
 

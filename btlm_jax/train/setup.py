@@ -14,7 +14,6 @@ from typing import TYPE_CHECKING, Protocol
 import jax
 import numpy as np
 import optax
-from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 
 from btlm_jax import notices
@@ -293,10 +292,16 @@ def describe_examples(manifest: Manifest) -> str:
 
 
 def prepare_store(
-    config: TrainConfig, *, workdir: Path, expected_fingerprint: str, build_store: BuildStore
+    config: TrainConfig,
+    *,
+    workdir: Path,
+    expected_fingerprint: str,
+    build_store: BuildStore,
+    wait_for_all: Callable[[], None],
 ) -> TokenStore:
-    """Open the run's token store; if there is none and `corpus` names a source, build it first.
+    """Open the run's token store; if there is none and `corpus` names a source, build it first, in process 0.
 
+    `wait_for_all` returns when all processes have called it, however long process 0 builds.
     `expected_fingerprint` is the one that the checkpoint recorded, or "" without a checkpoint.
 
     Raises:
@@ -321,7 +326,7 @@ def prepare_store(
                 directory=location,
                 log=log,
             )
-        multihost_utils.sync_global_devices("token store made")
+    wait_for_all()  # also where this process came so late that the store is there
     return open_run_store(config, location, expected_fingerprint=expected_fingerprint)
 
 

@@ -96,6 +96,7 @@ def test_a_run_reads_its_store_from_google_cloud_storage(tmp_path, monkeypatch, 
                 workdir=tmp_path / "other",
                 expected_fingerprint="",
                 build_store=mock.Mock(side_effect=AssertionError),
+                wait_for_all=mock.Mock(),
             )
         assert not (tmp_path / "other").exists()  # nothing is made in place of a URL
 

@@ -29,8 +29,11 @@ def unbuildable(*arguments, **named):
     raise AssertionError("a store is built")
 
 
+ALONE = {"build_store": unbuildable, "wait_for_all": lambda: None}
+
+
 def test_the_store_that_the_config_would_build_is_taken(token_store, tmp_path):
-    found = prepare_store(config_of(token_store), workdir=tmp_path, expected_fingerprint="", build_store=unbuildable)
+    found = prepare_store(config_of(token_store), workdir=tmp_path, expected_fingerprint="", **ALONE)
     assert found.manifest == store.read_manifest(token_store)
 
 
@@ -70,11 +73,11 @@ def test_a_store_beside_the_shell_is_not_replaced_by_a_new_one(token_store, tmp_
     shutil.copytree(token_store, "runs/x/store")
     config, workdir = config_of("runs/x/store"), tmp_path / "runs/x"
     with pytest.raises(ValueError) as raised:
-        prepare_store(config, workdir=workdir, expected_fingerprint="", build_store=unbuildable)
+        prepare_store(config, workdir=workdir, expected_fingerprint="", **ALONE)
     here, there = tmp_path / "runs/x/store", workdir / "runs/x/store"
     assert f"--config.data.store={here}," in str(raised.value) and str(raised.value).endswith(f"store={there}")
     absolute = config_of(here)
-    assert prepare_store(absolute, workdir=workdir, expected_fingerprint="", build_store=unbuildable)
+    assert prepare_store(absolute, workdir=workdir, expected_fingerprint="", **ALONE)
     (here / store.MANIFEST_FILE).unlink()  # then it is a folder like others, which is only mentioned
     notices.begin(strict=())
     assert locate_store(config.data, workdir=workdir) == there
