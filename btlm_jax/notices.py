@@ -17,7 +17,7 @@ NAMES = {
     "batch-halved": "a batch to score does not fit into memory; half of it is scored at a time from then on",
     "code-not-run": "PyTorch or transformers is missing, and a part of a conversion's proof is left out",
     "changed-since-export": "a file is not as it was when btlm convert wrote it beside these weights",
-    "evaluation-again": "a file of an evaluation's results is not what its name says, and the part is measured again",
+    "evaluation-again": "a file of an evaluation's results is not as it was written, and is not used",
     "length-left-out": "an evaluation's texts are too short for windows of a length",
     "evaluation-of-other": "the evaluation beside a model is of other weights, and stays out of its model card",
     "text-empty": "texts to evaluate are empty",

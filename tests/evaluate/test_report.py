@@ -84,6 +84,13 @@ def test_the_card_of_an_evaluation_is_of_these_weights(token_store, tmp_path, ca
     report = json.loads((folder / "evaluation.json").read_text())
     assert report["parts"].keys() == {"heldout", "positions"}
     assert not any(key.startswith("of_") for key in report["parts"]["heldout"])
+    damaged = report | {"parts": report["parts"] | {"positions": {"curves": "none"}}}
+    (folder / "evaluation.json").write_text(json.dumps(damaged))
+    assert main([*command, "--heldout"]) == 0
+    assert notices.counts()["evaluation-again"] == 1
+    assert json.loads((folder / "evaluation.json").read_text())["parts"].keys() == {"heldout"}
+    assert main([*command, "--positions"]) == 0
+    assert json.loads((folder / "evaluation.json").read_text())["parts"] == report["parts"]
     card = read_evaluation_card(workdir)
     assert card.plots == {"positions.png": (folder / "positions.png").read_bytes()}
     assert f"{report['parts']['heldout']['loss']:.4f}" in card.text
