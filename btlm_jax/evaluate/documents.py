@@ -90,9 +90,10 @@ def read_texts(locations: Sequence[PathOrUrl], tokenizer: Tokenizer) -> Corpus:
             except BadFileError as error:
                 raise ValueError(f"{location} cannot be read to its end: {error}") from error
     if num_bad:
-        notices.report("line-quarantined", f"{num_bad:,} lines are no documents; the first: {first_bad}", count=num_bad)
+        message = f"lines that are no documents: {num_bad:,}, the first is {first_bad}"
+        notices.report("line-quarantined", message, count=num_bad)
     if num_empty:
-        notices.report("text-empty", f"{num_empty:,} texts are empty, and have no loss", count=num_empty)
+        notices.report("text-empty", f"texts that are empty, and so have no loss: {num_empty:,}", count=num_empty)
     if not documents:
         raise ValueError(f"there is no text in {', '.join(map(str, locations))}: give files with documents")
     documents.sort(key=lambda document: document.source)

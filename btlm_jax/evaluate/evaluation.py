@@ -86,6 +86,7 @@ def evaluate(name: str, config: EvaluationConfig) -> list[Table]:
       FileNotFoundError, OSError: the model, its documents or the folder is missing or cannot be used.
       ValueError: something is damaged, or the settings do not fit the model.
     """
+    _check_has_folder(name, config)
     with opened_checkpoint(name, log=print_error_line) as checkpoint:
         evaluation = _Evaluation(checkpoint, config)
         return tables_of(write_report(evaluation.folder, checkpoint, evaluation.measure()))
@@ -104,6 +105,7 @@ def evaluate_both(names: Sequence[str], config: EvaluationConfig) -> list[Table]
         raise ValueError(f"compare needs two models; got {len(names)}")
     measured = []
     for name, folder in zip(names, (FIRST, SECOND), strict=True):
+        _check_has_folder(name, config)
         own = config if config.output is None else dataclasses.replace(config, output=config.output / folder)
         with opened_checkpoint(name, log=print_error_line) as checkpoint:
             evaluation = _Evaluation(checkpoint, own)
@@ -133,7 +135,7 @@ class _Evaluation:
         self._length = config.length or checkpoint.metadata.max_length
         if config.overlap > self._length:
             raise ValueError(f"overlap={config.overlap:,} is more than the window's {self._length:,} tokens")
-        self.folder = _folder(checkpoint, config.output)
+        self.folder = config.output or evaluation_folder(checkpoint.directory, step=checkpoint.step)
         check_not_inside(self.folder, config.texts)
         self._results = Results(self.folder, identity={"model": checkpoint.identity, "dtype": config.dtype})
 
@@ -224,6 +226,9 @@ class _Evaluation:
         return limited(corpus, tokens_per_source=config.tokens_per_source)
 
     def _heldout(self) -> dict:
+        trained = self._checkpoint.metadata.max_length
+        if self._length > trained:
+            print_error_line(f"windows of {self._length:,} tokens, past the {trained:,} this model was trained at")
         corpus, length, overlap = self._corpus, self._length, self._config.overlap
         settings = {
             "corpus": corpus.identity,
@@ -298,12 +303,14 @@ def _measure_positions(
     return measure_positions(evaluation._scorer, stream, setting, trained_length=trained_length, work=work)
 
 
-def _folder(checkpoint: Checkpoint, output: Path | None) -> Path:
-    if output is not None:
-        return output
-    if checkpoint.is_fetched:
-        raise ValueError(f"{checkpoint.name} is a URL, beside which nothing is written: give --output=DIR")
-    return evaluation_folder(checkpoint.directory, step=checkpoint.step)
+def _check_has_folder(name: str, config: EvaluationConfig) -> None:
+    """Check, before a model is fetched, that there is a place for its results.
+
+    Raises:
+      ValueError: it is behind a URL, and no folder is given.
+    """
+    if "://" in name and config.output is None:
+        raise ValueError(f"{name} is a URL, beside which nothing is written: give --output=DIR")
 
 
 def _own_store(checkpoint: Checkpoint) -> PathOrUrl:

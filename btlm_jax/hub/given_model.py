@@ -116,9 +116,7 @@ def open_given_model(directory: Path, *, step: int) -> GivenModel:
     """
     if directory.is_file():
         what = "a GGUF file, of which btlm reads no weights" if directory.suffix == ".gguf" else "a file"
-        raise ValueError(
-            f"{directory} is {what}; a run, a model directory or a Hugging Face directory can be begun with"
-        )
+        raise ValueError(f"{directory} is {what}; give a run, a model directory or a Hugging Face directory")
     if not directory.exists():
         raise FileNotFoundError(
             f"there is no {directory}; give a run, a model's directory or a URL (a model of the Hugging Face Hub is "

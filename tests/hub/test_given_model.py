@@ -184,7 +184,7 @@ def test_what_is_no_model_is_refused(tmp_path):
     with pytest.raises(FileNotFoundError, match="holds no model: looked for checkpoints/"):
         open_given_model(tmp_path, step=0)
     (tmp_path / "x.gguf").write_bytes(b"GGUF")
-    with pytest.raises(ValueError, match="x.gguf is a GGUF file, of which btlm reads no weights; a run"):
+    with pytest.raises(ValueError, match="x.gguf is a GGUF file, of which btlm reads no weights; give a run"):
         open_given_model(tmp_path / "x.gguf", step=0)
     (tmp_path / "config.json").write_text('{"model_type": "llama", "architectures": ["LlamaForCausalLM"]}')
     with pytest.raises(ValueError, match="model_type='llama'"):
