@@ -18,6 +18,7 @@ NAMES = {
     "code-not-run": "PyTorch or transformers is missing, and a part of a conversion's proof is left out",
     "changed-since-export": "a file is not as it was when btlm convert wrote it beside these weights",
     "evaluation-again": "a file of an evaluation's results is not as it was written, and is not used",
+    "not-compared": "something was measured of two models on texts that differ, and is not compared",
     "length-left-out": "an evaluation's texts are too short for windows of a length",
     "evaluation-of-other": "the evaluation beside a model is of other weights, and stays out of its model card",
     "text-empty": "texts to evaluate are empty",

@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 
+from btlm_jax import notices
 from btlm_jax.evaluate.bootstrap import interval_of, resampled_sums
 from btlm_jax.evaluate.report import Table, alibi_name
 from btlm_jax.evaluate.text_loss import BYTES, NATS, TOKENS, documents_of
@@ -42,8 +43,7 @@ def table_of(differences: list[dict[str, Any]], *, names: tuple[str, str]) -> Ta
 
 
 def _heldout(first: dict, second: dict) -> list[dict]:
-    if first["corpus"] != second["corpus"] or first["sources"].keys() != second["sources"].keys():
-        raise ValueError("held-out losses are of other documents, and cannot be compared: give both the same --text")
+    _check_same_documents(first, second)
     ours, theirs = documents_of(first), documents_of(second)
     same_tokens = all(np.array_equal(ours[source][:, TOKENS], theirs[source][:, TOKENS]) for source in ours)
     found = []
@@ -60,14 +60,23 @@ def _heldout(first: dict, second: dict) -> list[dict]:
     return found
 
 
+def _check_same_documents(first: dict, second: dict) -> None:
+    if first["corpus"] != second["corpus"]:
+        raise ValueError("the two were measured on other documents, and cannot be compared: give both the same --text")
+
+
 def _positions(first: dict, second: dict) -> list[dict]:
+    _check_same_documents(first, second)
     theirs = {(curve["length"], curve["alibi"], curve["factor"]): curve["of_windows"] for curve in second["curves"]}
     found = []
     for curve in first["curves"]:
         own, other = curve["of_windows"], theirs.get((curve["length"], curve["alibi"], curve["factor"]))
-        if other is not None and other["tokens"] == own["tokens"]:  # another tokenizer cuts other windows
-            array = np.array([own["nats"], other["nats"], own["tokens"]], np.float64).T
-            found.append(_difference(f"{curve['length']:,}, {alibi_name(curve)}", "nats/token", [array]))
+        what = f"{curve['length']:,}, {alibi_name(curve)}"
+        if other is None or other["tokens"] != own["tokens"]:  # another trained length, or another tokenizer
+            _report_left_out(f"loss by position at {what}")
+            continue
+        array = np.array([own["nats"], other["nats"], own["tokens"]], np.float64).T
+        found.append(_difference(what, "nats/token", [array]))
     return found
 
 
@@ -77,12 +86,19 @@ def _retrieval(first: dict, second: dict) -> list[dict]:
     for group in first["groups"]:
         other = theirs.get((group["task"], group["length"]))
         if other is None or (other["items"], other["cases"]) != (group["items"], group["cases"]):
-            continue  # another tokenizer fills the length with other items
+            _report_left_out(
+                f"retrieval of {group['task']} at {group['length']:,}"
+            )  # another tokenizer fills it otherwise
+            continue
         for key, name, unit in (("right", "accuracy", "share"), ("nats", "answer", "nats")):
             columns = [group["of_cases"][key], other["of_cases"][key], [1] * group["cases"]]
             what = f"{group['task']} {group['length']:,} {name}"
             found.append(_difference(what, unit, [np.array(columns, np.float64).T]))
     return found
+
+
+def _report_left_out(what: str) -> None:
+    notices.report("not-compared", f"{what} is not compared: the two have other texts there")
 
 
 def _difference(what: str, unit: str, strata: list[np.ndarray]) -> dict:

@@ -264,7 +264,7 @@ class _Evaluation:
         title = f"{self._checkpoint.name}: {corpus.description}, in one stream"
         plot = self.folder / POSITIONS_PLOT
         plot_positions(curves, plot, trained_length=trained_length, title=title)
-        return {"of": corpus.description, "plot": POSITIONS_PLOT, "curves": curves}
+        return {"corpus": corpus.identity, "of": corpus.description, "plot": POSITIONS_PLOT, "curves": curves}
 
     def _retrieval(self) -> dict:
         config, checkpoint, groups = self._config, self._checkpoint, []

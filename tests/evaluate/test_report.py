@@ -52,18 +52,23 @@ def test_other_tokenizers_are_compared_by_bytes_alone_and_other_documents_not_at
 
 
 def test_windows_and_cases_are_compared_in_pairs():
-    def parts(shift):
+    def parts(shift, *, corpus="c", items=3.0, length=8):
         windows = {"nats": [30.0 + shift, 20.0 + 2 * shift], "tokens": [10, 5]}
-        curve = {"length": 8, "alibi": "none", "factor": 1.0, "of_windows": windows}
+        curve = {"length": length, "alibi": "none", "factor": 1.0, "of_windows": windows}
         cases = {"right": [0, 1, int(shift > 0)], "nats": [3.0, 0.0, 1.0 - shift], "tokens": [2, 2, 2]}
-        group = {"task": "lines", "length": 64, "items": 3.0, "cases": 3, "of_cases": cases}
-        return {"positions": {"curves": [curve]}, "retrieval": {"groups": [group]}}
+        group = {"task": "lines", "length": 64, "items": items, "cases": 3, "of_cases": cases}
+        return {"positions": {"corpus": corpus, "curves": [curve]}, "retrieval": {"groups": [group]}}
 
     found = {each["what"]: each for each in compare(parts(0.0), parts(0.5))}
     assert found["8, as trained"]["difference"] == pytest.approx(1.5 / 15)
     assert found["8, as trained"]["interval"] == pytest.approx([0.05, 0.2])  # of all draws of two windows
     assert found["lines 64 accuracy"]["difference"] == pytest.approx(1 / 3)
     assert found["lines 64 answer"]["difference"] == pytest.approx(-0.5 / 3)
+    notices.begin(strict=())
+    assert compare(parts(0.0), parts(0.5, items=2.9, length=16)) == []
+    assert notices.counts() == {"not-compared": 2}
+    with pytest.raises(ValueError, match="other documents"):
+        compare(parts(0.0), parts(0.5, corpus="d"))
 
 
 def test_a_table_in_markdown():
