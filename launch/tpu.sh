@@ -214,7 +214,8 @@ worker_supervise() {
   cd ..
   echo "$child" > run/child
   while kill -0 "$child" 2> /dev/null; do
-    printf '%(%s)T\n' -1 > run/beat
+    printf '%(%s)T\n' -1 > run/beat.new
+    mv run/beat.new run/beat # a report may read it at any time
     sleep "$BEAT"
   done &
   wait "$child" || code=$?
@@ -244,7 +245,7 @@ worker_report() {
   if is_alive; then
     beat=$(content run/beat)
     printf -v now '%(%s)T' -1
-    state=running age=$((now - ${beat:-0}))
+    state=running age=$((now - ${beat:-now}))
   elif [ -s run/exit_code ]; then
     state=ended code=$(content run/exit_code)
   elif [ -e run/start ]; then
@@ -396,6 +397,10 @@ num_devices() {
 
 check_fits() {
   local changes=() word
+  if ((SLICES > 1)); then
+    say "the table has layouts of one slice: btlm plan --topology=$TYPE --slices=$SLICES tells whether $CONFIG fits"
+    return 0
+  fi
   for word in "${train_flags[@]}"; do [[ $word != --config.* ]] || changes+=("$word"); done
   PATH=$PATH:.venv/bin command -v btlm > /dev/null ||
     die 2 "no btlm here to check the layout with: python3 -m venv .venv && .venv/bin/pip install -e ."
@@ -500,12 +505,11 @@ is_gone() {
 
 # List what there is of NAME, one a line.
 list_all() {
-  local kind names name
+  local kind names name each
   for kind in queued-resources tpu-vm; do
     names=$(cloud 300 compute tpus "$kind" list "${place[@]}" --format='value(name)') || return 1
     while read -r name; do
-      name=${name##*/}
-      if [[ $name =~ ^"$NAME"(-[0-9]+)?$ ]] && { [ "$name" = "$NAME" ] || ((SLICES > 1)); }; then echo "$kind $name"; fi
+      for each in "${owned[@]}"; do [ "${name##*/}" != "$each" ] || echo "$kind $each"; done
     done <<< "$names"
   done
 }
@@ -883,6 +887,8 @@ set_up() {
   ssh_flags=(--quiet "--ssh-flag=-oConnectTimeout=30" "--ssh-flag=-oServerAliveInterval=15")
   nodes=("$NAME")
   if ((SLICES > 1)); then mapfile -t nodes < <(for ((name = 0; name < SLICES; name++)); do echo "$NAME-$name"; done); fi
+  owned=("$NAME")
+  if ((SLICES > 1)); then owned+=("${nodes[@]}"); fi
   waited=0 num_workers=0 num_starts=0 step=0 from_step=0 last_line="" is_lost="" running=0 codes=()
   split "${CREATE_FLAGS:-}" CREATE_FLAGS
   create_flags=("${words[@]}")

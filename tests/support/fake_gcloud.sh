@@ -80,7 +80,7 @@ case $command in
     ;;
   "queued-resources list")
     [ ! -e "$CLOUD/queue" ] || echo "projects/p/locations/z/queuedResources/$(cat "$CLOUD/queue-name" 2> /dev/null || echo pod)"
-    echo "projects/p/locations/z/queuedResources/pod-of-someone-else"
+    echo "projects/p/locations/z/queuedResources/pod-7" # someone else's
     ;;
   "tpu-vm list")
     for node in "$CLOUD"/nodes/*; do echo "${node##*/}"; done
