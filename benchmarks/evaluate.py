@@ -12,6 +12,7 @@ Ours is called twice, with other requests of the same kind: the first call compi
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import logging
 import sys
 import time
@@ -29,35 +30,43 @@ from btlm_jax.generate.loading import load_for_generation
 
 Request = tuple[tuple[str, str], list[int], list[int]]  # as HFLM takes them: texts, context, continuation
 BATCH_TOKENS = 2048
-NUM_IDS = 50_000
 
 
-def multiple_choice(generator: np.random.Generator, number: int) -> list[Request]:
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Ids:
+    """Random ids of a vocabulary whose last one ends a text."""
+
+    generator: np.random.Generator
+    vocab_size: int
+
+    def draw(self, least: int, most: int) -> list[int]:
+        """Return a text of `least` to `most` - 1 ids."""
+        size = self.generator.integers(least, most)
+        return self.generator.integers(0, self.vocab_size - 1, size).tolist()
+
+
+def multiple_choice(ids: Ids, number: int) -> list[Request]:
     """Return four choices of each of `number` questions."""
     requests = []
     for _ in range(number):
-        context = _ids(generator, 40, 120)
-        requests += [(("", ""), context, _ids(generator, 10, 35)) for _ in range(4)]
+        context = ids.draw(40, 120)
+        requests += [(("", ""), context, ids.draw(10, 35)) for _ in range(4)]
     return requests
 
 
-def few_shot_letters(generator: np.random.Generator, number: int) -> list[Request]:
+def few_shot_letters(ids: Ids, number: int) -> list[Request]:
     """Return four one-token choices of each of `number` questions after the same examples."""
-    examples = _ids(generator, 400, 401)
+    examples = ids.draw(400, 401)
     requests = []
     for _ in range(number):
-        context = examples + _ids(generator, 60, 120)
+        context = examples + ids.draw(60, 120)
         requests += [(("", ""), context, [letter]) for letter in (32, 33, 34, 35)]
     return requests
 
 
-def windows(generator: np.random.Generator, number: int, *, length: int) -> list[Request]:
+def windows(ids: Ids, number: int, *, length: int) -> list[Request]:
     """Return windows of `length` tokens, each after the end-of-text id."""
-    return [(("", ""), [50256], _ids(generator, length, length + 1)) for _ in range(number)]
-
-
-def _ids(generator: np.random.Generator, least: int, most: int) -> list[int]:
-    return generator.integers(0, NUM_IDS, generator.integers(least, most)).tolist()
+    return [(("", ""), [ids.vocab_size - 1], ids.draw(length, length + 1)) for _ in range(number)]
 
 
 def ours(scorer: PrefixScorer, requests: Sequence[Request]) -> list[float]:
@@ -109,7 +118,7 @@ def main() -> None:
     if not arguments.model.exists():
         write_random_model(arguments.model, shape="small", dtype="float32")
     hf = load_hf(arguments.model)
-    scorers = {}
+    scorers, vocab_size = {}, hf.model.config.vocab_size
     for name, as_int4 in (("float32", False), ("4 bits", True)):
         model = load_for_generation(arguments.model, as_int4=as_int4)
         scorers[name] = PrefixScorer(model.metadata.network(), model.params, model.mesh, batch_tokens=BATCH_TOKENS)
@@ -118,12 +127,12 @@ def main() -> None:
     ]
     lines.append("|---|---:|---|---:|---:|---:|---:|")
     kinds = {
-        "multiple choice": lambda generator: multiple_choice(generator, arguments.questions),
-        "few-shot letters": lambda generator: few_shot_letters(generator, arguments.questions),
-        "windows": lambda generator: windows(generator, arguments.windows, length=arguments.window_length),
+        "multiple choice": lambda ids: multiple_choice(ids, arguments.questions),
+        "few-shot letters": lambda ids: few_shot_letters(ids, arguments.questions),
+        "windows": lambda ids: windows(ids, arguments.windows, length=arguments.window_length),
     }
     for kind, make in kinds.items():
-        first, second = (make(np.random.default_rng(seed)) for seed in (0, 1))
+        first, second = (make(Ids(generator=np.random.default_rng(seed), vocab_size=vocab_size)) for seed in (0, 1))
         num_tokens = [sum(len(context) + len(its) for _, context, its in requests) for requests in (first, second)]
         best, expected = 0.0, []
         for batch_size in arguments.batch_sizes:

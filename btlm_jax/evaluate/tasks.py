@@ -141,7 +141,9 @@ def _manager(settings: TaskSettings, metadata: dict[str, Any]) -> TaskManager:
     include = [str(path) for path in settings.include_paths]
     if include:
         manager = TaskManager(include_path=list(include), include_defaults=False, metadata=metadata)
-        if all(manager.match_tasks([name]) or name.endswith(".yaml") for name in settings.names):
+        names = [name for name in settings.names if name != PAPER and not name.endswith(".yaml")]
+        names += [task.of or task.name for task in PAPER_TASKS if PAPER in settings.names]
+        if all(manager.match_tasks([name]) for name in names):
             return manager
     return TaskManager(include_path=list(include) or None, metadata=metadata)
 
