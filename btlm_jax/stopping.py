@@ -23,7 +23,7 @@ STACKS = "stacks"  # directory in a workdir: every thread's stack, of a run whos
 GRACE_SECONDS = 5.0  # for the main thread to end by itself where there is nothing to save
 # Without a step for so long, or for so many times the median step, whichever is longer, a run stands still. First
 # steps, evaluations and saves may take longer.
-STILL_SECONDS, STILL_STEPS, LONG_SECONDS = 300.0, 30, 1800.0
+STILL_SECONDS, STILL_STEPS, LONG_SECONDS = 300.0, 30, 3600.0
 _FIRST_STEPS = 3
 _TICK_SECONDS = 0.5
 _SUSPENDED_SECONDS = 10.0  # the watching thread was late by so much: the whole process was suspended
