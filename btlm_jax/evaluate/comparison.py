@@ -26,7 +26,7 @@ def compare(first: dict[str, dict], second: dict[str, dict]) -> list[dict[str, A
       ValueError: the two were not measured on the same documents.
     """
     found = []
-    for part, differences in (("heldout", _heldout), ("positions", _positions), ("retrieval", _retrieval)):
+    for part, differences in _PARTS.items():
         if part in first and part in second:
             found += [{"part": part} | difference for difference in differences(first[part], second[part])]
     return found
@@ -97,6 +97,49 @@ def _retrieval(first: dict, second: dict) -> list[dict]:
     return found
 
 
+def _tasks(first: dict, second: dict) -> list[dict]:
+    found = []
+    for what, values in first["of_cases"].items():
+        other = second["of_cases"].get(what)
+        if other is None or len(other) != len(values):
+            _report_left_out(f"the task {what}")
+            continue
+        columns = np.array([values, other, [1.0] * len(values)]).T
+        found.append(_difference(what.partition(" [")[0], "mean", [columns]))
+    return found
+
+
+def _summaries(first: dict, second: dict) -> list[dict]:
+    theirs = {(group["digest"], group["length"]): group["of_cases"] for group in second["groups"]}
+    found = []
+    for group in first["groups"]:
+        other = theirs.get((group["digest"], group["length"]))
+        if other is None:
+            _report_left_out(f"the summaries of {group['of']} at {group['length']:,}")
+            continue
+        for measure, name in (("rouge1", "ROUGE-1"), ("rouge2", "ROUGE-2"), ("rougeL", "ROUGE-L")):
+            pairs = zip(group["of_cases"], other, strict=True)
+            columns = np.array([(own[measure], its[measure], 1.0) for own, its in pairs])
+            found.append(_difference(f"{group['of']} {group['length']:,} {name}", "F1", [columns]))
+    return found
+
+
+def _code(first: dict, second: dict) -> list[dict]:
+    if not first["was_run"] or not second["was_run"]:
+        return []
+    shares = []
+    for result in (first, second):
+        outcomes: dict[str, list[bool]] = {}
+        for case in result["of_cases"]:
+            outcomes.setdefault(case["task_id"], []).append(case["outcome"] == "passed")
+        shares.append({problem: float(np.mean(passed)) for problem, passed in outcomes.items()})
+    if shares[0].keys() != shares[1].keys():
+        _report_left_out("HumanEval")
+        return []
+    columns = np.array([(share, shares[1][problem], 1.0) for problem, share in shares[0].items()])
+    return [_difference("pass@1", "share", [columns])]
+
+
 def _report_left_out(what: str) -> None:
     notices.report("not-compared", f"{what} is not compared: the two have other texts there")
 
@@ -114,3 +157,13 @@ def _difference(what: str, unit: str, strata: list[np.ndarray]) -> dict:
         "interval": interval_of(drawn).to_json() if min(map(len, strata)) > 1 else None,
         "pairs": sum(map(len, strata)),
     }
+
+
+_PARTS = {
+    "heldout": _heldout,
+    "positions": _positions,
+    "retrieval": _retrieval,
+    "tasks": _tasks,
+    "summaries": _summaries,
+    "human_eval": _code,
+}

@@ -175,7 +175,10 @@ class _Evaluation:
                     cases=cases, length=length,
                 )  # fmt: skip
                 what = f" {name}, {length:,} tokens"
-                groups.append({"of": name} | self._results_of_texts.measure(SUMMARIES, settings, measure, what=what))
+                groups.append(
+                    {"of": name, "digest": settings["documents"]}
+                    | self._results_of_texts.measure(SUMMARIES, settings, measure, what=what)
+                )
         return {"groups": groups}
 
     def _code(self) -> dict:

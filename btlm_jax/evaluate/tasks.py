@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any, cast
 
 import numpy as np
+from datasets.exceptions import DatasetsError
 from lm_eval import evaluator_utils
 from lm_eval.api.group import Group
 from lm_eval.api.task import Task
@@ -35,6 +36,7 @@ from btlm_jax.evaluate.report import Table
 from btlm_jax.evaluate.results import Results, Work
 from btlm_jax.evaluate.task_settings import PAPER, PAPER_TASKS, PaperTask, TaskSettings
 from btlm_jax.hub.native import ModelMetadata
+from btlm_jax.notices import is_named
 from btlm_jax.storage.files import write_atomically
 from btlm_jax.tokenizers.tokenizer import Tokenizer
 
@@ -42,7 +44,7 @@ RESULTS_FILE = "lm_eval.json"
 SEED, NUMPY_SEED, FEWSHOT_SEED = 0, 1234, 1234  # the harness's own
 NUM_RESAMPLES = 1000  # of documents, for standard errors that have no formula
 _SYNTHETIC = ("ruler", "niah_")  # beginnings of the names of tasks that make their texts with a tokenizer
-_LOADING_ERRORS = (OSError, ImportError, ValueError, LookupError, AssertionError, RuntimeError)
+_LOADING_ERRORS = (DatasetsError, OSError, ImportError, ValueError, LookupError, AssertionError, RuntimeError)
 
 
 def measure_tasks(lm: BtlmLM, settings: TaskSettings, results: Results) -> dict[str, Any]:
@@ -58,12 +60,14 @@ def measure_tasks(lm: BtlmLM, settings: TaskSettings, results: Results) -> dict[
     groups = [item for item in found if isinstance(item, Group)]
     groups += [inner for group in groups for inner in group.get_all_groups()]
     tasks = [task for item in found for task in (item.get_all_tasks() if isinstance(item, Group) else [item])]
+    of_cases: dict[str, list[float]] = {}
     accumulated = evaluator_utils.EvalAcc(groups={group.name: group for group in groups})
     for number, task in enumerate(tasks):
         print(f"task {number + 1} of {len(tasks)}: {task.task_name}", file=sys.stderr)
         facts = _facts(task, settings, lm)
         kept = results.measure(f"task-{task.task_name}".replace("/", "-"), facts, _measuring(lm, task, settings))
         name = task.task_name
+        of_cases |= _scores_of_documents(name, facts["documents"], kept["of_cases"])
         accumulated.metrics[name] = kept["metrics"]
         accumulated.configs[name] = kept["config"]
         accumulated.versions[name], accumulated.num_fewshot[name] = kept["version"], kept["n-shot"]
@@ -77,7 +81,18 @@ def measure_tasks(lm: BtlmLM, settings: TaskSettings, results: Results) -> dict[
     }  # fmt: skip
     report |= {"lm_eval_version": importlib.metadata.version("lm_eval"), "date": time.time()}
     write_atomically(results.folder / RESULTS_FILE, _json(report))
-    return report
+    return report | {"of_cases": of_cases}
+
+
+def _scores_of_documents(name: str, digest: str, samples: list[dict]) -> dict[str, list[float]]:
+    """Return the scores of each document that are numbers, by the name of metric and documents to compare models by."""
+    found: dict[str, list[float]] = {}
+    for sample in samples:
+        for metric in sample["metrics"]:
+            if isinstance(sample[metric], (bool, int, float)):
+                key = f"{name} {metric}, {sample['filter']} [{digest[:6]}]"
+                found.setdefault(key, []).append(float(sample[metric]))
+    return {key: values for key, values in found.items() if len(values) == len({each["doc_id"] for each in samples})}
 
 
 def part_of(report: dict[str, Any]) -> dict[str, Any]:
@@ -86,7 +101,7 @@ def part_of(report: dict[str, Any]) -> dict[str, Any]:
     return {
         "lm_eval": report["lm_eval_version"], "file": RESULTS_FILE,
         "tables": {column: [list(row) for row in _rows(report, column)] for column in columns},
-        "scores": report["results"],
+        "scores": report["results"], "of_cases": report["of_cases"],
     }  # fmt: skip
 
 
@@ -248,7 +263,9 @@ def _measuring(lm: BtlmLM, task: Task, settings: TaskSettings) -> Callable[[Work
                     lm, {"tasks": {task.task_name: task}}, limit=settings.limit or None, log_samples=True,
                     bootstrap_iters=NUM_RESAMPLES, confirm_run_unsafe_code=settings.run_code,
                 )  # fmt: skip
-            except (LookupError, AssertionError, TypeError, AttributeError) as error:  # of the task's own code
+            except (ValueError, LookupError, AssertionError, TypeError, AttributeError) as error:  # of the task's code
+                if is_named(error):
+                    raise
                 raise ValueError(
                     f"task {task.task_name} does not fit its documents: {type(error).__name__}: {error}"
                 ) from error

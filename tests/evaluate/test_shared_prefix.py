@@ -5,6 +5,7 @@ import numpy as np
 import pytest
 from support.published_files import ORACLES, oracle_array
 
+from btlm_jax import notices
 from btlm_jax.evaluate.scorer import Row
 from btlm_jax.evaluate.shared_prefix import PrefixScorer, make_families
 from btlm_jax.generate.loading import load_for_generation
@@ -71,3 +72,20 @@ def test_what_rows_share_runs_once(monkeypatch):
     rows = [Row(tokens=[*question, choice, 9], first=203) for question in questions for choice in (1, 2, 5)]
     scorer.log_likelihoods(rows)
     assert ran == [200, 2 * 2, 2 * 3 * 2]  # of 6 x 204 inputs
+
+
+@pytest.mark.skipif(not has_kernels(), reason="a mesh shares nothing")
+def test_out_of_memory_halves_the_batch_and_every_row_is_scored_once(monkeypatch):
+    scorer, sizes = make_scorer(64), []
+
+    def of_little_memory(batch, *_):
+        sizes.append(len(batch))
+        if len(batch) > 2:
+            raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory")
+        return [(number, number) for branch in batch for number in branch.rows]
+
+    monkeypatch.setattr(scorer, "_score_branches", of_little_memory)
+    notices.begin(strict=())
+    found = list(scorer.score(rows_that_begin_alike()))
+    assert sorted(number for number, _ in found) == list(range(15))
+    assert notices.counts()["batch-halved"] >= 1 and max(sizes) > 2
