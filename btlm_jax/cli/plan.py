@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import math
 import os
@@ -30,6 +31,8 @@ how much, which sizes the mesh does not divide and which layouts would, what the
 step time, MFU, days and cost. Takes minutes and libtpu (pip install 'btlm_jax[tpu]'). Exit code 0 when the config would
 run on the slice, 1 when it would not.
 
+--slices=2 compiles for two such slices, joined over the data-center network: each stores all parameters, sequences are
+split between them, and only gradients are exchanged over the network.
 --search tries mesh x model.remat x mesh.accumulation, the most promising first, and prints the flags of the fastest
 layout that fits, of those that leave a tenth of the memory if there are any. What cannot win is not compiled. The same
 command goes on after an interruption, or after --max_compiles.
@@ -41,7 +44,7 @@ layout does not divide or, by the table, does not fit; 0 with a note when the ta
 
 # What each mode takes beside --config and --topology.
 _FLAGS_OF = {
-    "plan": ("json", "usd_per_chip_hour", "cache"),
+    "plan": ("json", "usd_per_chip_hour", "cache", "slices"),
     "search": ("json", "usd_per_chip_hour", "cache", "max_compiles"),
     "check": (),
     "table": ("cache",),
@@ -71,7 +74,10 @@ def plan(arguments: Sequence[str]) -> int:
     if mode == "check":
         return _check(config, flags.config_file(), topology=topology)
     _use_no_accelerator()
-    run = _search if mode == "search" else _plan
+    slices = flags.integer("slices")
+    if slices < 1:
+        raise UsageError(f"--slices={slices} must be at least 1")
+    run = _search if mode == "search" else functools.partial(_plan, slices=slices)
     content, text, works = run(config, topology=topology, cache=_cache(flags, mode), price=price)
     if target is not None:
         write_atomically(target, json.dumps(content, indent=2))
@@ -79,12 +85,14 @@ def plan(arguments: Sequence[str]) -> int:
     return DONE if works else ERROR
 
 
-def _plan(config: TrainConfig, *, topology: str, cache: CompileCache, price: float) -> tuple[dict, str, bool]:
+def _plan(
+    config: TrainConfig, *, topology: str, cache: CompileCache, price: float, slices: int
+) -> tuple[dict, str, bool]:
     """Return the plan as JSON, as a table, and whether it works."""
     from btlm_jax.plan.plan_report import format_plan, plan_to_json
     from btlm_jax.plan.slice_plan import plan_run
 
-    planned = plan_run(config, topology=topology, cache=cache, report_progress=_print_progress)
+    planned = plan_run(config, topology=topology, cache=cache, report_progress=_print_progress, slices=slices)
     content = plan_to_json(planned, usd_per_chip_hour=price)
     return content, format_plan(planned, usd_per_chip_hour=price), planned.works
 
@@ -159,6 +167,7 @@ def plan_flags() -> Flags:
     flags.define_string(
         "topology", "", "the slice: v5e:16x16, v5p:4x4x8, ..., or an accelerator type such as v5litepod-256"
     )
+    flags.define_integer("slices", 1, "how many slices of --topology, joined over the data-center network")
     flags.define_boolean("search", False, "try layouts and print the best")
     flags.define_integer("max_compiles", 12, "most compilations that --search makes")
     flags.define_boolean("check", False, "ask the table of layouts, without compiling")

@@ -16,7 +16,7 @@ import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 
 from btlm_jax.parallel.collectives import gather_table, scatter_table_gradient
-from btlm_jax.parallel.mesh import MESH_AXES, TENSOR, AxisRules, axis_names
+from btlm_jax.parallel.mesh import TENSOR, AxisRules, axis_names
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -127,7 +127,7 @@ def _loss_sum(statics: _LossStatics, hidden_BTD, table_VD, targets_BT, weights_B
 
         chunks = tuple(_split_chunks(x, statics.chunk) for x in (hidden_BTD, targets_BT, weights_BT))
         total, _ = jax.lax.scan(add, _varying(jnp.zeros(())), chunks)
-        return jax.lax.psum(total, MESH_AXES)
+        return jax.lax.psum(total, _all_axes())
 
     return _per_device(local, statics.rules, out_specs=PartitionSpec())(hidden_BTD, table_VD, targets_BT, weights_BT)
 
@@ -153,7 +153,7 @@ def _loss_sum_forward(statics: _LossStatics, hidden_BTD, table_VD, targets_BT, w
         chunks = tuple(_split_chunks(x, statics.chunk) for x in (hidden_BTD, targets_BT, weights_BT))
         (total, grad_VD), grads = jax.lax.scan(add, zeros, chunks)
         grad_BTD = _merge_chunks(grads, batch=hidden_BTD.shape[0], length=hidden_BTD.shape[1])
-        return jax.lax.psum(total, MESH_AXES), grad_BTD, scatter_table_gradient(grad_VD)
+        return jax.lax.psum(total, _all_axes()), grad_BTD, scatter_table_gradient(grad_VD)
 
     out_specs = (
         PartitionSpec(),
@@ -212,7 +212,11 @@ def _pick(logits_RV, targets_R):
 
 def _varying(x):
     """Give a replicated value the type, inside shard_map, of one that may differ on every device."""
-    return jax.lax.pcast(x, MESH_AXES, to="varying")
+    return jax.lax.pcast(x, _all_axes(), to="varying")
+
+
+def _all_axes() -> tuple[str, ...]:
+    return jax.sharding.get_abstract_mesh().axis_names
 
 
 def _split_chunks(x_BT, chunk: int):

@@ -25,6 +25,7 @@ from btlm_jax.parallel.collectives import (
     REPLICA_AXES,
     gather_kernel,
     scatter_kernel_gradient,
+    sum_gradient,
     with_row_major_layout,
 )
 from btlm_jax.parallel.mesh import FSDP, TENSOR, TPU_LANES, AxisRules, device_head_order, num_ways, platform
@@ -161,7 +162,7 @@ def _backward(projection: Projection, residuals: tuple[jax.Array, jax.Array], dy
             dbias, axes = projection.to_stored_order(dbias, dim=0), (*axes, TENSOR)
         dx = (jnp.moveaxis(dx, 0, 2) if "S" in x_dims else dx).reshape(x.shape)
         dkernel = projection.to_stored_order(dkernel_KM, dim=1 - projection.embed_dim)
-        return dx, dkernel, jax.lax.psum(dbias, axes)
+        return dx, dkernel, sum_gradient(dbias, axes)
 
     in_specs = projection.x_spec, projection.kernel_spec, projection.y_spec
     out_specs = projection.x_spec, projection.kernel_spec, projection.bias_spec

@@ -3,7 +3,8 @@
 A weight is stored in float32, split along its model dim over (fsdp, tensor). In use it has the activations' dtype, is
 whole along the model dim and split along its hidden dim over tensor.
 Its gradient is summed over the devices in float32 and never whole on all of them: a reduce-scatter over fsdp leaves
-each device the sum of its own part, which is then summed over the axes that hold replicas of that part.
+each device the sum of its own part, which is then summed over the axes that hold replicas of that part, and last over
+slices, if there are several: all else stays within one.
 
 A collective over a single device is left out: XLA:CPU would copy its operand (10 % of the local step, see LOG.md).
 """
@@ -14,7 +15,7 @@ import jax
 import jax.numpy as jnp
 from jax.experimental.layout import Layout, with_layout_constraint
 
-from btlm_jax.parallel.mesh import BATCH_OR_CONTEXT, CONTEXT, FSDP, TENSOR, platform
+from btlm_jax.parallel.mesh import BATCH_OR_CONTEXT, CONTEXT, FSDP, SLICE, TENSOR, platform
 
 REPLICA_AXES = (BATCH_OR_CONTEXT, CONTEXT)  # the axes whose devices store the same part of every weight
 TABLE_PIECE = 8192  # tokens whose gradients are scattered at a time
@@ -36,7 +37,7 @@ def scatter_kernel_gradient(grad_XX: jax.Array, *, embed_dim: int) -> jax.Array:
         grad_XX = _reduce_scatter(grad_XX, FSDP, dim=embed_dim)
     if jax.lax.axis_size(TENSOR) > 1:
         grad_XX = jax.lax.all_to_all(grad_XX, TENSOR, split_axis=embed_dim, concat_axis=1 - embed_dim, tiled=True)
-    return jax.lax.psum(grad_XX, REPLICA_AXES)
+    return sum_gradient(grad_XX, REPLICA_AXES)
 
 
 def gather_table(stored_VD: jax.Array, *, dtype: jnp.dtype) -> jax.Array:
@@ -55,7 +56,13 @@ def scatter_table_gradient(grad_VD: jax.Array) -> jax.Array:
     pieces = jnp.split(grad_VD, list(range(TABLE_PIECE, grad_VD.shape[0], TABLE_PIECE)))
     if jax.lax.axis_size((FSDP, TENSOR)) > 1:
         pieces = [_reduce_scatter(piece, (FSDP, TENSOR), dim=1) for piece in pieces]
-    return jax.lax.psum(jnp.concatenate(pieces), REPLICA_AXES)
+    return sum_gradient(jnp.concatenate(pieces), REPLICA_AXES)
+
+
+def sum_gradient(grad, axes: tuple[str, ...]):
+    """Return the sum of a gradient over these axes of the mesh, and then over slices, of which `axes` has none."""
+    grad = jax.lax.psum(grad, axes)
+    return jax.lax.psum(grad, SLICE) if SLICE in jax.sharding.get_abstract_mesh().axis_names else grad
 
 
 def with_row_major_layout(x: jax.Array) -> jax.Array:

@@ -7,6 +7,10 @@ A logical axis is the name of a dim of a parameter or an activation ("embed", "h
     CONTEXT            splits the positions of a sequence
     TENSOR             splits heads and d_ff in use, and the stored parameters
 
+Several TPU slices, joined over the data-center network, are a further axis outside of these, SLICE. It splits sequences
+alone: each slice stores all parameters, and only gradients, and numbers of the whole batch, are exchanged over it. The
+mesh of one slice does not have it.
+
 The mesh is in explicit mode: the sharding of every array is part of its type, and a mistake is an error at trace time,
 on one CPU device too.
 """
@@ -25,6 +29,7 @@ from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionS
 from btlm_jax.recipe.config import MeshConfig, divisors
 from btlm_jax.recipe.curriculum import Curriculum
 
+SLICE = "slice"
 FSDP, BATCH_OR_CONTEXT, CONTEXT, TENSOR = MESH_AXES = ("fsdp", "batch_or_context", "context", "tensor")
 TPU_LANES = 128  # numbers side by side in a vector register of a TPU, and the width of its tiles
 
@@ -59,6 +64,10 @@ class AxisRules:
         """Return the mesh axes that heads are split over once each device has whole sequences of its share."""
         return *axis_names(self.act_heads), *axis_names(self.length)
 
+    def over_slices(self, mesh: Mesh | AbstractMesh) -> AxisRules:
+        """Return the rules that split sequences over the slices of a mesh too, if it has several."""
+        return dataclasses.replace(self, batch=(SLICE, *axis_names(self.batch))) if SLICE in mesh.axis_names else self
+
     def spec(self, *axes: str) -> PartitionSpec:
         """Return the PartitionSpec of a tensor with these logical axes."""
         return PartitionSpec(*(getattr(self, axis) for axis in axes))
@@ -75,12 +84,20 @@ def make_mesh(
     tensor: int,
     context: int = 1,
     batch_or_context: int = 1,
+    slices: int = 1,
 ) -> Mesh:
     """Make the explicit mesh over `devices`; fsdp takes what the others leave.
 
     Raises:
-      ValueError: the other axes do not divide the number of devices.
+      ValueError: the other axes do not divide the number of devices, or of one of the slices.
     """
+    if slices > 1:
+        meshes = [
+            make_mesh(devices=each, tensor=tensor, context=context, batch_or_context=batch_or_context)
+            for each in _devices_of_slices(devices, slices)
+        ]
+        axes = (SLICE, *MESH_AXES)
+        return Mesh(np.stack([mesh.devices for mesh in meshes]), axes, axis_types=(AxisType.Explicit,) * len(axes))
     length_ways = batch_or_context * context
     if len(devices) % (length_ways * tensor):
         ways = f"mesh.tensor={tensor}" + (f" x mesh.context={length_ways}" if length_ways > 1 else "")
@@ -102,24 +119,48 @@ def make_run_mesh(
     Raises:
       ValueError: mesh.tensor x mesh.context does not divide the number of devices.
     """
-    tensor, ways = config.tensor, config.context
-    fsdp = len(devices) // (tensor * ways)
+    tensor, ways, slices = config.tensor, config.context, num_slices(devices)
+    sequence_ways = len(devices) // (tensor * ways)  # fsdp, of all slices
     batches = [phase.batch_size for phase in curriculum.phases]
     batch_ways = max(
         (
             divisor
             for divisor in divisors(ways)
-            if any(batch % (max(fsdp, 1) * config.accumulation * divisor) == 0 for batch in batches)
+            if any(batch % (max(sequence_ways, 1) * config.accumulation * divisor) == 0 for batch in batches)
         ),
         default=1,
     )
-    return make_mesh(devices=devices, tensor=tensor, context=ways // batch_ways, batch_or_context=batch_ways)
+    context = ways // batch_ways
+    return make_mesh(devices=devices, tensor=tensor, context=context, batch_or_context=batch_ways, slices=slices)
+
+
+def num_slices(
+    devices: Sequence[jax.Device],  # pyright: ignore[reportInvalidTypeForm] # jax declares it as a variable
+) -> int:
+    """Return of how many TPU slices the devices are; 1 where they are no TPUs."""
+    return len({device.slice_index for device in devices}) if devices[0].platform == "tpu" else 1
+
+
+def _devices_of_slices(devices: Sequence, slices: int) -> list[list]:
+    """Return the devices of each slice.
+
+    Raises:
+      ValueError: slices differ in size.
+    """
+    parts = {}
+    for number, device in enumerate(devices):
+        is_tpu = device.platform == "tpu"
+        parts.setdefault(device.slice_index if is_tpu else number * slices // len(devices), []).append(device)
+    sizes = [len(parts[each]) for each in sorted(parts)]
+    if len(set(sizes)) > 1 or len(sizes) != slices:
+        raise ValueError(f"the {slices} slices of this run have {sizes} devices; all must have the same number")
+    return [parts[each] for each in sorted(parts)]
 
 
 def rules_for(batch_size: int, *, mesh: Mesh, accumulation: int) -> AxisRules:
     """Return the rules of a phase: positions are split the fewest ways that its batch allows."""
-    is_filled = batch_size % (mesh.shape[FSDP] * mesh.shape[BATCH_OR_CONTEXT] * accumulation) == 0
-    return MANY_SEQUENCES if is_filled else RULES
+    many, few = MANY_SEQUENCES.over_slices(mesh), RULES.over_slices(mesh)
+    return many if batch_size % (num_ways(mesh, many.batch) * accumulation) == 0 else few
 
 
 def batch_sharding(mesh: Mesh, rules: AxisRules) -> NamedSharding:
@@ -129,7 +170,7 @@ def batch_sharding(mesh: Mesh, rules: AxisRules) -> NamedSharding:
 
 def evaluation_sharding(mesh: Mesh) -> NamedSharding:
     """Return the sharding of an evaluation batch's leaves [B, T]."""
-    return NamedSharding(mesh, RULES.spec("batch", "length"))
+    return NamedSharding(mesh, RULES.over_slices(mesh).spec("batch", "length"))
 
 
 def device_head_order(num_heads: int, rules: AxisRules, *, mesh: Mesh | AbstractMesh) -> np.ndarray:

@@ -29,6 +29,7 @@ class Chip:
     clock: float  # cycles/s
     num_cores: int  # that one device is made of
     link_bytes: float  # bytes/s of one direction of one link to a neighbour
+    network_bytes: float  # bytes/s over the data-center network, a chip's share of its host's; published
     kernel_bundles: dict[str, int]  # instructions of attention kernels, see _bundles
     slices: tuple[str, ...]
     options: dict[str, str]  # of libtpu's topology description
@@ -63,6 +64,7 @@ CHIPS = {
     for chip in (
         Chip(
             name="v4", hbm_bytes=int(30.75 * GIB), clock=1.05e9, num_cores=2, link_bytes=45e9,
+            network_bytes=6.25e9,
             kernel_bundles=_bundles(
                 splash=(1411, 1700, 2150), forward=(2856, 3464), backward=(3248, 4256), out_of_window=(452, 328)
             ),
@@ -72,6 +74,7 @@ CHIPS = {
         ),
         Chip(
             name="v5e", hbm_bytes=int(15.75 * GIB), clock=1.5e9, num_cores=1, link_bytes=45e9,
+            network_bytes=3.125e9,
             kernel_bundles=_bundles(
                 splash=(1038, 1362, 1752), forward=(1278, 1447), backward=(2375, 2651), out_of_window=(18, 83)
             ),
@@ -80,6 +83,7 @@ CHIPS = {
         ),
         Chip(
             name="v5p", hbm_bytes=int(95.74 * GIB), clock=1.75e9, num_cores=2, link_bytes=90e9,
+            network_bytes=6.25e9,
             kernel_bundles=_bundles(
                 splash=(1016, 1360, 1750), forward=(1314, 1425), backward=(2390, 2640), out_of_window=(18, 83)
             ),
@@ -88,6 +92,7 @@ CHIPS = {
         ),
         Chip(
             name="v6e", hbm_bytes=int(31.25 * GIB), clock=1.75e9, num_cores=1, link_bytes=90e9,
+            network_bytes=12.5e9,
             kernel_bundles=_bundles(
                 splash=(672, 780, 1000), forward=(988, 1018), backward=(1406, 1589), out_of_window=(18, 54)
             ),
@@ -143,8 +148,8 @@ def usual_topology(chip: Chip, *, count: int) -> str:
     return next((f"{chip.name}:{shape}" for shape in chip.slices if num_chips(shape) == count), "")
 
 
-def slice_devices(topology: str) -> list[jax.Device]:
-    """Return the devices of a slice: programs can be compiled for them, arrays cannot be put on them.
+def slice_devices(topology: str, *, slices: int = 1) -> list[jax.Device]:
+    """Return the devices of so many slices: programs can be compiled for them, arrays cannot be put on them.
 
     Raises:
       ValueError: there is no such slice, or libtpu is not installed.
@@ -153,8 +158,9 @@ def slice_devices(topology: str) -> list[jax.Device]:
     if importlib.util.find_spec("libtpu") is None:
         raise ValueError(f"compiling for TPUs needs libtpu, on any Linux machine: {install_command('tpu')}")
     _configure_libtpu_without_tpu()
+    options = chip.options | ({"num_slices": slices} if slices > 1 else {})
     try:
-        description = topologies.get_topology_desc(platform="tpu", topology_name=topology, **chip.options)
+        description = topologies.get_topology_desc(platform="tpu", topology_name=topology, **options)
     except jax.errors.JaxRuntimeError as error:
         raise ValueError(
             f"libtpu refuses --topology={topology}: {str(error).splitlines()[0]}; usual slices of {chip.name} are "

@@ -18,7 +18,7 @@ from btlm_jax.model.transformer import device_slopes
 from btlm_jax.parallel.mesh import num_ways
 from btlm_jax.plan.chips import Chip
 from btlm_jax.plan.compiling import CompileCache, CompiledStep
-from btlm_jax.plan.executable import Collective, Executable
+from btlm_jax.plan.executable import BETWEEN_SLICES, Collective, Executable
 from btlm_jax.plan.flop_count import OUT_OF_WINDOW, StepWork, count_step_work
 from btlm_jax.recipe.curriculum import Phase
 from btlm_jax.train.flops import flops_per_token, peak_flops
@@ -33,6 +33,10 @@ ASSUMPTIONS = (
     "low end: all asynchronous collectives hidden, and q and k so short that ALiBi puts many keys out of sight: the "
     f"scores of a row spread by {SPREAD:.0f} nats at most without it; high end: nothing hidden, all keys seen",
     "left out: HBM stalls, input, checkpoints, evaluation, failures",
+)
+BETWEEN_SLICES_ASSUMPTION = (
+    "between slices: all-reduce bytes x 2 (n - 1) / n / a chip's share of its host's network, as published; hidden at "
+    "the low end"
 )
 _KERNEL_OVERHEAD = 300  # bundles a program
 
@@ -119,6 +123,14 @@ def plan_phase(program: Program, phase: Phase, *, topology: str, chip: Chip, cac
     )
 
 
+def seconds_on(chip: Chip, collective: Collective) -> float:
+    """Return the seconds a step spends in one collective, over links or, between slices, over the network."""
+    if collective.kind.startswith(BETWEEN_SLICES):  # each chip sends, and receives, by its share of the host's network
+        inner = dataclasses.replace(collective, kind=collective.kind.removeprefix(BETWEEN_SLICES))
+        return collective_seconds(inner, link_bytes=chip.network_bytes / 2)
+    return collective_seconds(collective, link_bytes=chip.link_bytes)
+
+
 def collective_seconds(collective: Collective, *, link_bytes: float) -> float:
     """Return the seconds a step spends in one collective: on a ring in both directions, permutes over one link."""
     n = collective.num_devices
@@ -144,7 +156,7 @@ def step_time(executable: Executable, work: StepWork, *, slopes_XN: np.ndarray, 
         saved_X += blocks * saved * (window_XN <= distance).mean(1)
     seconds = {False: 0.0, True: 0.0}
     for collective in executable.collectives:
-        seconds[collective.is_asynchronous] += collective_seconds(collective, link_bytes=chip.link_bytes)
+        seconds[collective.is_asynchronous] += seconds_on(chip, collective)
     return StepTime(
         computation=executable.num_cycles / chip.clock,
         attention=bundles / num_chips / chip.clock / chip.num_cores,

@@ -7,6 +7,8 @@ import math
 import re
 
 _COLLECTIVES = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute")
+_NETWORK = '_xla_host_transfer_handler_name="xla_megascale_runtime"'  # what leaves a slice is sent by it
+BETWEEN_SLICES = "slice-"  # before the kind of such a collective
 _REDUCE_SCATTER_FUSION = "all-reduce-scatter"  # what the name of such a fusion begins with
 _BYTES = {
     "pred": 1, "s8": 1, "u8": 1, "s16": 2, "u16": 2, "bf16": 2, "f16": 2,
@@ -60,6 +62,8 @@ def read_executable(text: str, *, num_devices: int) -> Executable:
                 not is_fused or is_begun or name.startswith(_REDUCE_SCATTER_FUSION)
             ):
                 exchanges.append(_collective(instruction, name, count=count, is_begun=is_begun, ways=num_devices))
+            if instruction.opcode == "send" and _NETWORK in instruction.rest:
+                exchanges.append(_between_slices(instruction, count=count))
             cycles = re.search(r'"estimated_cycles":"(\d+)"', instruction.rest)
             if cycles and not is_fused:  # a fusion's estimate covers what is in it
                 num_cycles += count * int(cycles[1])
@@ -122,13 +126,27 @@ def _collective(instruction: _Instruction, computation: str, *, count: int, is_b
     )
 
 
+def _between_slices(instruction: _Instruction, *, count: int) -> Collective:
+    """Return a collective over the data-center network; its results come by a `recv`, work may be done until then."""
+    kind = re.search(r'_xla_megascale_transfer_type="(\w+)"', instruction.rest)
+    slices = re.search(r'_xla_megascale_target="\{([\d,]+)\}', instruction.rest)
+    assert kind is not None and slices is not None, instruction.rest
+    return Collective(
+        kind=BETWEEN_SLICES + kind[1].lower().replace("_", "-"),
+        num_bytes=_num_bytes(*_ARRAY.findall(instruction.result)[0]),
+        num_devices=len(slices[1].split(",")),
+        count=count,
+        is_asynchronous=True,
+    )
+
+
 def _num_bytes(dtype: str, dims: str) -> int:
     return _BYTES[dtype] * math.prod(int(dim) for dim in dims.split(",") if dim)
 
 
 def _group_size(attributes: str, *, num_devices: int) -> int:
     """Return the number of devices in a group, from any of the three notations of replica groups."""
-    if mesh := re.search(r"replica_groups=mesh\[([^\]]*)\] \{([^}]*)\}", attributes):
+    if mesh := re.search(r"replica_groups=mesh\[([^\]]*)\](?:, device_ids=\S+)? \{([^}]*)\}", attributes):
         sizes = dict(re.findall(r"'(\w+)'=(\d+)", mesh[1]))
         return math.prod(int(sizes[axis]) for axis in re.findall(r"'(\w+)'", mesh[2]))
     if tiled := re.search(r"replica_groups=\[\d+,(\d+)\]", attributes):

@@ -7,7 +7,7 @@ import dataclasses
 from collections.abc import Iterator
 
 from btlm_jax.plan.chips import GIB, Chip
-from btlm_jax.plan.estimate import ASSUMPTIONS, PhasePlan, collective_seconds
+from btlm_jax.plan.estimate import ASSUMPTIONS, BETWEEN_SLICES_ASSUMPTION, PhasePlan, seconds_on
 from btlm_jax.plan.slice_plan import SlicePlan
 from btlm_jax.recipe.config import describe_mesh
 from btlm_jax.train.flops import FLOPS_CONVENTION
@@ -17,8 +17,9 @@ _HOUR = 3600.0
 
 def format_plan(plan: SlicePlan, *, usd_per_chip_hour: float) -> str:
     """Return the plan as text; a price of 0 leaves the cost out."""
-    axes = describe_mesh(plan.layout.mesh, num_devices=plan.num_chips)
-    lines = [f"{plan.topology}: {plan.num_chips} chips as {axes}; {plan.layout}"]
+    axes = describe_mesh(plan.layout.mesh, num_devices=plan.num_chips, slices=plan.slices)
+    where = f"{plan.slices} slices of {plan.topology}" if plan.slices > 1 else plan.topology
+    lines = [f"{where}: {plan.num_chips} chips as {axes}; {plan.layout}"]
     lines += [f"PROBLEM: {problem}" for problem in plan.problems]
     for phase in plan.phases:
         lines += ["", *_phase_lines(plan, phase)]
@@ -26,7 +27,7 @@ def format_plan(plan: SlicePlan, *, usd_per_chip_hour: float) -> str:
         lines += ["", *_run_lines(plan, usd_per_chip_hour=usd_per_chip_hour)]
     if plan.phases:
         lines += ["", f"Predicted, not measured. FLOPs counted: {FLOPS_CONVENTION}.", "Step time assumes:"]
-        lines += [f"  - {assumption}" for assumption in ASSUMPTIONS]
+        lines += [f"  - {assumption}" for assumption in _assumptions(plan)]
     return "\n".join(lines)
 
 
@@ -41,6 +42,7 @@ def plan_to_json(plan: SlicePlan, *, usd_per_chip_hour: float) -> dict:
         whole["usd"] = [usd_per_chip_hour * hours for hours in whole["chip_hours"]]
     return {
         "topology": plan.topology,
+        "slices": plan.slices,
         "num_chips": plan.num_chips,
         "mesh": dataclasses.asdict(plan.layout.mesh),
         "remat": plan.layout.remat,
@@ -50,8 +52,12 @@ def plan_to_json(plan: SlicePlan, *, usd_per_chip_hour: float) -> dict:
         "misfits": [dataclasses.asdict(too_large) for too_large in plan.misfits],
         "run": whole if plan.works else None,
         "flops_convention": FLOPS_CONVENTION,
-        "assumptions": list(ASSUMPTIONS),
+        "assumptions": _assumptions(plan),
     }
+
+
+def _assumptions(plan: SlicePlan) -> list[str]:
+    return [*ASSUMPTIONS, *[BETWEEN_SLICES_ASSUMPTION] * (plan.slices > 1)]
 
 
 def collectives_by_kind(each: PhasePlan, *, chip: Chip) -> dict[tuple[str, bool], list[float]]:
@@ -61,7 +67,7 @@ def collectives_by_kind(each: PhasePlan, *, chip: Chip) -> dict[tuple[str, bool]
         total = totals[collective.kind, collective.is_asynchronous]
         total[0] += collective.count
         total[1] += collective.count * collective.num_bytes
-        total[2] += collective_seconds(collective, link_bytes=chip.link_bytes)
+        total[2] += seconds_on(chip, collective)
     return dict(sorted(totals.items(), key=lambda item: -item[1][2]))
 
 

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import jax
 
+from btlm_jax.parallel.mesh import num_slices
 from btlm_jax.plan.chips import CHIPS, GIB, chip_of_device, usual_topology
 from btlm_jax.plan.layout import MeshLayout, layout_of
 from btlm_jax.recipe.config import MeshConfig, TrainConfig, config_from
@@ -120,6 +121,8 @@ def check_devices(config: TrainConfig, devices: Sequence[jax.Device], *, config_
       ValueError: as `check_layout_fits`.
     """
     chip = chip_of_device(devices[0])
+    if chip and (slices := num_slices(devices)) > 1:
+        return f"the table has layouts of one slice; for {slices} see btlm plan --slices={slices}"
     return check_layout_fits(config, config_file=config_file, chip=chip.name, num_chips=len(devices)) if chip else ""
 
 

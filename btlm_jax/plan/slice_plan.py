@@ -43,13 +43,14 @@ class DoesNotFit:
 class SlicePlan:
     """Predicted memory and time of a run on a slice, or why it would not run."""
 
-    topology: str
+    topology: str  # of a slice
     chip: Chip
-    num_chips: int
+    num_chips: int  # of all slices
     layout: MeshLayout
     phases: tuple[PhasePlan, ...]  # those that fit
     misfits: tuple[DoesNotFit, ...]  # those that do not fit
     obstacles: tuple[str, ...]  # why nothing was, or could be, compiled
+    slices: int = 1
 
     @property
     def works(self) -> bool:
@@ -78,21 +79,26 @@ class SlicePlan:
 
 
 def plan_run(
-    config: TrainConfig, *, topology: str, cache: CompileCache, report_progress: Callable[[str], None]
+    config: TrainConfig,
+    *,
+    topology: str,
+    cache: CompileCache,
+    report_progress: Callable[[str], None],
+    slices: int = 1,
 ) -> SlicePlan:
-    """Compile every phase of a config for a slice, or take it from `cache`; `report_progress` gets lines of progress.
+    """Compile every phase of a config for slices, or take it from `cache`; `report_progress` gets lines of progress.
 
     Raises:
       ValueError: there is no such slice, libtpu is not installed, or the step does not compile.
       NoCompilationsLeftError: `cache` may compile no more.
     """
-    devices = slice_devices(topology)
-    if problems := layout_problems(config, num_devices=len(devices), chip=chip_of(topology)):
-        return _slice_plan(config, topology=topology, num_chips=len(devices), results=(), obstacles=problems)
-    results = tuple(
-        _plan_phases(program_on(config, devices), topology=topology, cache=cache, report_progress=report_progress)
-    )
-    return _slice_plan(config, topology=topology, num_chips=len(devices), results=results, obstacles=())
+    devices = slice_devices(topology, slices=slices)
+    results, problems = (), layout_problems(config, num_devices=len(devices), chip=chip_of(topology), slices=slices)
+    if not problems:
+        program = program_on(config, devices)
+        results = tuple(_plan_phases(program, topology=topology, cache=cache, report_progress=report_progress))
+    planned = _slice_plan(config, topology=topology, num_chips=len(devices), results=results, obstacles=problems)
+    return dataclasses.replace(planned, slices=slices)
 
 
 def plan_fitting_phases(
@@ -153,20 +159,22 @@ def phase_name(phase: Phase) -> str:
     return f"phase {phase.index + 1} ({phase.batch_size:,} x {phase.seq_len:,})"
 
 
-def layout_problems(config: TrainConfig, *, num_devices: int, chip: Chip) -> tuple[str, ...]:
+def layout_problems(config: TrainConfig, *, num_devices: int, chip: Chip, slices: int = 1) -> tuple[str, ...]:
     """Return every size that the config's mesh does not divide on so many devices, then the nearest meshes that do."""
-    problems = divisibility_problems(config, num_devices=num_devices)
+    problems = divisibility_problems(config, num_devices=num_devices, slices=slices)
     if not problems:
         return ()
-    if works := dividing_meshes(config, num_devices=num_devices)[:_MAX_SUGGESTED_LAYOUTS]:
+    if works := dividing_meshes(config, num_devices=num_devices, slices=slices)[:_MAX_SUGGESTED_LAYOUTS]:
         shown = "; ".join(map(format_mesh, works))
         return (*problems, f"layouts of this config that divide {num_devices} chips: {shown}")
-    slices = [shape for shape in chip.slices if dividing_meshes(config, num_devices=num_chips(shape))]
-    shown = ", ".join(f"{chip.name}:{shape}" for shape in slices) or "none"
+    if slices > 1:
+        return (*problems, f"no layout of this config divides {num_devices} chips in {slices} slices")
+    shapes = [shape for shape in chip.slices if dividing_meshes(config, num_devices=num_chips(shape))]
+    shown = ", ".join(f"{chip.name}:{shape}" for shape in shapes) or "none"
     return (*problems, f"no layout of this config divides {num_devices} chips; slices that one divides: {shown}")
 
 
-def dividing_meshes(config: TrainConfig, *, num_devices: int) -> list[MeshConfig]:
+def dividing_meshes(config: TrainConfig, *, num_devices: int, slices: int = 1) -> list[MeshConfig]:
     """Return the meshes that divide every size on so many devices, the nearest to the config's first."""
 
     def distance(mesh: MeshConfig) -> float:
@@ -180,7 +188,7 @@ def dividing_meshes(config: TrainConfig, *, num_devices: int) -> list[MeshConfig
         for context in divisors(num_devices // tensor)
         for accumulation in divisors(batch)
         for mesh in (MeshConfig(tensor=tensor, context=context, accumulation=accumulation),)
-        if not divisibility_problems(dataclasses.replace(config, mesh=mesh), num_devices=num_devices)
+        if not divisibility_problems(dataclasses.replace(config, mesh=mesh), num_devices=num_devices, slices=slices)
     ]
     return sorted(found, key=distance)
 

@@ -580,33 +580,35 @@ def _is_short_for(short: str, name: str) -> bool:
     return set(short.split("_")) <= set(words) or (len(short) > 1 and initials.endswith(short))
 
 
-def check_divisible(config: TrainConfig, *, num_devices: int) -> None:
-    """Check that the config's mesh on so many devices divides every size that it splits.
+def check_divisible(config: TrainConfig, *, num_devices: int, slices: int = 1) -> None:
+    """Check that the config's mesh on so many devices, of all slices, divides every size that it splits.
 
     Raises:
       ValueError: it does not; names each size, its divisor, and the nearest sizes that would do.
     """
-    if problems := divisibility_problems(config, num_devices=num_devices):
-        layout = f"on {num_devices} devices as {describe_mesh(config.mesh, num_devices=num_devices)}"
+    if problems := divisibility_problems(config, num_devices=num_devices, slices=slices):
+        layout = f"on {num_devices} devices as {describe_mesh(config.mesh, num_devices=num_devices, slices=slices)}"
         raise ValueError(f"the config does not divide {layout}:\n  " + "\n  ".join(problems))
 
 
-def describe_mesh(mesh: MeshConfig, *, num_devices: int) -> str:
+def describe_mesh(mesh: MeshConfig, *, num_devices: int, slices: int = 1) -> str:
     """Return the axes of a config's mesh on so many devices, for example "fsdp 32 x context 8 x tensor 1"."""
-    return f"fsdp {num_devices // (mesh.tensor * mesh.context)} x context {mesh.context} x tensor {mesh.tensor}"
+    outside = f"slice {slices} x " if slices > 1 else ""
+    fsdp = num_devices // (mesh.tensor * mesh.context * slices)
+    return f"{outside}fsdp {fsdp} x context {mesh.context} x tensor {mesh.tensor}"
 
 
-def divisibility_problems(config: TrainConfig, *, num_devices: int) -> list[str]:
+def divisibility_problems(config: TrainConfig, *, num_devices: int, slices: int = 1) -> list[str]:
     """Return, for each size that the mesh on so many devices does not divide, a line with the nearest that it does."""
     mesh = config.mesh
-    if num_devices % (mesh.tensor * mesh.context):
-        ways = f"mesh.tensor={mesh.tensor} x mesh.context={mesh.context}"
+    if num_devices % (mesh.tensor * mesh.context * slices):
+        ways = f"mesh.tensor={mesh.tensor} x mesh.context={mesh.context}" + (f" x {slices} slices" * (slices > 1))
         return [f"{ways} does not divide the {num_devices} devices"]
-    fsdp = num_devices // (mesh.tensor * mesh.context)
+    fsdp = num_devices // (mesh.tensor * mesh.context * slices)
     return [
         f"{name}={size} is not divisible by {by} ({reason}); nearest: "
         + ", ".join(map(str, sorted({max(size // by * by, by), (size // by + 1) * by})))
-        for name, size, by, reason in _divisions(config, fsdp=fsdp)
+        for name, size, by, reason in _divisions(config, fsdp=fsdp, slices=slices)
         if size % by
     ]
 
@@ -616,16 +618,17 @@ def divisors(number: int) -> list[int]:
     return [divisor for divisor in range(1, number + 1) if number % divisor == 0]
 
 
-def _divisions(config: TrainConfig, *, fsdp: int) -> Iterator[tuple[str, int, int, str]]:
+def _divisions(config: TrainConfig, *, fsdp: int, slices: int) -> Iterator[tuple[str, int, int, str]]:
     """Yield (name, size, divisor, what the divisor is made of) of everything that is split."""
     mesh = config.mesh
-    batch_ways = f"mesh fsdp {fsdp} x mesh.accumulation {mesh.accumulation}"
+    sequences = f"mesh slice {slices} x fsdp {fsdp}" if slices > 1 else f"mesh fsdp {fsdp}"
+    batch_ways = f"{sequences} x mesh.accumulation {mesh.accumulation}"
     inner, inner_ways = mesh.tensor * mesh.context, f"mesh.tensor {mesh.tensor} x mesh.context {mesh.context}"
     for phase in config.curriculum.table.phases:
         name = f"of phase {phase.index + 1}"
-        yield f"curriculum.batch_size {name}", phase.batch_size, fsdp * mesh.accumulation, batch_ways
+        yield f"curriculum.batch_size {name}", phase.batch_size, slices * fsdp * mesh.accumulation, batch_ways
         yield f"curriculum.seq_len {name}", phase.seq_len, inner, inner_ways
-    yield "evaluation.batch_size", config.evaluation.batch_size, fsdp, f"mesh fsdp {fsdp}"
+    yield "evaluation.batch_size", config.evaluation.batch_size, slices * fsdp, sequences
     stored_ways = f"mesh fsdp {fsdp} x mesh.tensor {mesh.tensor}"
     yield "model.d_model", config.model.d_model, fsdp * mesh.tensor, stored_ways
     yield "model.num_heads", config.model.num_heads, inner, inner_ways

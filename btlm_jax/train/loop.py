@@ -19,7 +19,7 @@ import numpy as np
 from btlm_jax import notices
 from btlm_jax.data.loader import Batch, TrainLoader
 from btlm_jax.data.store import HELDOUT, keep_template, keep_tokenizer
-from btlm_jax.parallel.mesh import batch_sharding, make_run_mesh, rules_for
+from btlm_jax.parallel.mesh import batch_sharding, make_run_mesh, num_slices, rules_for
 from btlm_jax.recipe.config import PREPARED, TrainConfig, check_divisible
 from btlm_jax.stopping import Stop
 from btlm_jax.storage.files import write_atomically
@@ -113,7 +113,7 @@ def train(
     if layout_note := check_devices(config, jax.devices()):
         log(layout_note)
     make_workdir(workdir)
-    check_divisible(config, num_devices=jax.device_count())
+    check_divisible(config, num_devices=jax.device_count(), slices=num_slices(jax.devices()))
     mesh = make_run_mesh(config.mesh, curriculum=config.curriculum.table, devices=jax.devices())
     events = _go_back(workdir, resume_step, stop) if resume_step else []
     checkpointer = Checkpointer(workdir, config=config.checkpoint)
@@ -244,7 +244,7 @@ def dry_run(config: TrainConfig, *, workdir: Path | None) -> str:
     mesh = make_run_mesh(config.mesh, curriculum=config.curriculum.table, devices=jax.devices())
     plan = describe_run(config, make_program(config, mesh).table)
     try:
-        check_divisible(config, num_devices=mesh.size)
+        check_divisible(config, num_devices=mesh.size, slices=num_slices(jax.devices()))
     except ValueError as error:
         plan += f"\n\nNote: {error}"
     return f"{plan}\n{_store_plan(config, workdir)}"

@@ -86,6 +86,7 @@ def make_program(config: TrainConfig, mesh: Mesh) -> Program:
       ValueError: optimizer.freeze names no parameter, or all of them.
     """
     model = make_model(config.model, make_parametrization(config.mup, config.model))
+    model = model.clone(rules=model.rules.over_slices(mesh))
     table = freeze(parameter_table(model, mesh), config.optimizer.frozen_patterns)
     optimizer = make_optimizer(config.optimizer, table)
     state = abstract_state(table, optimizer, mesh)

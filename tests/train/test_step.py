@@ -1,6 +1,8 @@
 """The train step: the plain loss and its gradients, the same on every mesh and for every accumulation."""
 
 import dataclasses
+import re
+from unittest import mock
 
 import jax
 import jax.numpy as jnp
@@ -8,6 +10,7 @@ import numpy as np
 import optax
 import pytest
 from jax.sharding import PartitionSpec
+from support.hlo import device_groups
 from support.tiny import tiny_config
 
 from btlm_jax.model import make_model, parameter_table
@@ -43,11 +46,13 @@ class Run:
     states: list[TrainState]  # after each step
     without_targets: tuple[TrainState, dict]  # after one more step, whose batch has no weights, and its metrics
     sums: dict  # of the evaluation of the last batch with the final parameters
+    text: str  # of the last phase's compiled step
 
 
-def run(config, *, devices: int, num_phases: int = 2) -> Run:
+def run(config, *, devices: int, num_phases: int = 2, slices: int = 1) -> Run:
     """Take a step of each of the first phases in turn."""
-    mesh = make_run_mesh(config.mesh, curriculum=config.curriculum.table, devices=jax.devices()[:devices])
+    with mock.patch("btlm_jax.parallel.mesh.num_slices", lambda devices: slices):
+        mesh = make_run_mesh(config.mesh, curriculum=config.curriculum.table, devices=jax.devices()[:devices])
     program = make_program(config, mesh)
     model, phases = program.model, config.curriculum.table.phases[:num_phases]
     state = init_state(model, program.optimizer, mesh, seed=5)
@@ -72,6 +77,7 @@ def run(config, *, devices: int, num_phases: int = 2) -> Run:
         states=states,
         without_targets=without_targets,
         sums=jax.device_get(sums),
+        text=step.as_text(),
     )
 
 
@@ -90,6 +96,22 @@ def single():
 def test_every_mesh_and_accumulation_gives_the_same_step(single, devices, tensor, context, accumulation, num_phases):
     config = tiny_config(mesh__tensor=tensor, mesh__context=context, mesh__accumulation=accumulation)
     result = run(config, devices=devices, num_phases=num_phases)
+    assert_same_steps(result, single, num_phases=num_phases)
+
+
+@pytest.mark.slow
+def test_two_slices_give_the_same_step_and_exchange_gradients_alone(single):
+    config = tiny_config(mesh__tensor=2, mesh__context=1, mesh__accumulation=2)
+    result = run(config, devices=8, slices=2)
+    assert_same_steps(result, single, num_phases=2)
+    crossing, within = set(), set()
+    for kind, attributes in re.findall(r" (all-[a-z-]+|reduce-scatter)\((.*replica_groups=.*)", result.text):
+        slices_of_groups = device_groups(attributes) // 4
+        (crossing if (slices_of_groups != slices_of_groups[:, :1]).any() else within).add(kind)
+    assert crossing == {"all-reduce"} and {"all-gather", "reduce-scatter", "all-to-all"} <= within
+
+
+def assert_same_steps(result: Run, single: Run, *, num_phases: int) -> None:
     for found, expected in zip(result.metrics, single.metrics[:num_phases], strict=True):
         assert found.keys() == expected.keys()
         for name in expected.keys() - {"grad_norm/key_bias"}:  # rounding noise
