@@ -24,8 +24,7 @@ from btlm_jax.data.store import HELDOUT
 from btlm_jax.hub.native import read_run
 from btlm_jax.parallel.mesh import evaluation_sharding
 from btlm_jax.train.finish import heldout_batches
-from btlm_jax.train.heldout import SourceLoss, evaluate_heldout
-from btlm_jax.train.step import make_eval_step
+from btlm_jax.train.heldout import SourceLoss, evaluate_heldout, make_eval_step
 
 ROWS = 8  # sequences of a batch of the evaluation
 FROZEN = "embedding,ln_*"

@@ -33,8 +33,7 @@ from btlm_jax.parallel.mesh import FSDP, RULES
 from btlm_jax.quantize.quantize_model import Method, dequantize_tensor, quantize_model
 from btlm_jax.recipe.mup import make_parametrization
 from btlm_jax.train.finish import heldout_batches
-from btlm_jax.train.heldout import SourceLoss, evaluate_heldout
-from btlm_jax.train.step import make_eval_step
+from btlm_jax.train.heldout import SourceLoss, evaluate_heldout, make_eval_step
 
 BATCH = 8
 KL_BLOCKS = 8  # of each source

@@ -66,7 +66,8 @@ def get_config() -> ConfigDict:
                 heldout_bytes_per_source=300_000_000,
             ),
             evaluation=dict(every_steps=2000, blocks_per_source=64, batch_size=480),
-            checkpoint=dict(every_steps=200, keep_last=3, keep_every=10_000),
+            checkpoint=dict(every_steps=200, keep_last=3, keep_every=10_000, keep_hours=0.0),
+            bad_numbers=dict(spike_score=30.0, max_skips=8, max_rollbacks=3),
             log=dict(
                 every_steps=10,
                 sample_prompt="The key to training a language model is",

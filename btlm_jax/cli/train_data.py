@@ -56,7 +56,8 @@ _LATER_KEYS = {"init": "", "weights": "", "template": "", "config_file": ""}  # 
 BASE_CONFIG = "local_cpu"  # whose family the chosen run belongs to
 DEFAULT_MINUTES = 20.0  # at most, where no time is given
 _MIN_MINUTES, _MAX_MINUTES = 1.0, 60.0 * 24 * 366
-_OPEN_SECTIONS = ("optimizer", "evaluation", "checkpoint", "log")  # that --config.section.key=value may change
+# Sections that --config.section.key=value may change.
+_OPEN_SECTIONS = ("optimizer", "evaluation", "checkpoint", "bad_numbers", "log")
 _NUM_PHASES = 2  # that a chosen run has
 _WEIGHTS = "data.weights"  # a key that may be given too
 _LONGEST_WINDOW = 8192  # of examples; a model of --init has its own limit

@@ -274,7 +274,8 @@ def _kept_state(model: GivenModel, run: Run, table: dict, reader: CheckpointRead
     count = optax.tree.get(before.opt_state, "count")
     opt_state = optax.tree.set(abstract.opt_state, mu=moments("mu"), nu=moments("nu"), count=count)
     params = {**before.params, _EMBEDDING: _grown(before.params[_EMBEDDING], rows, mean=True)}
-    return TrainState(step=jax.numpy.zeros_like(before.step), params=_placed(params, run.table), opt_state=opt_state)
+    fresh = make_state(_placed(params, run.table), run.optimizer, run.mesh)
+    return fresh.replace(opt_state=opt_state)
 
 
 def _with_rows(table: dict, vocab_size: int) -> dict:

@@ -16,7 +16,7 @@ import types
 import typing
 from collections.abc import Iterator, Mapping
 
-from btlm_jax.recipe.curriculum import Curriculum, make_curriculum
+from btlm_jax.recipe.curriculum import Curriculum, Phase, make_curriculum
 
 PRESETS = ("btlm", "sp", "completep")
 DTYPES = ("float32", "bfloat16")
@@ -273,11 +273,40 @@ class CheckpointConfig:
     every_steps: int  # steps between checkpoints
     keep_last: int  # newest checkpoints that are kept
     keep_every: int  # steps; checkpoints at its multiples are never deleted
+    keep_hours: float  # hours; of the checkpoints one in so many is never deleted; 0: none for its age
 
     def __post_init__(self):
         _require_positive(
             "checkpoint", every_steps=self.every_steps, keep_last=self.keep_last, keep_every=self.keep_every
         )
+        _require(self.keep_hours >= 0, f"checkpoint.keep_hours={self.keep_hours} must not be negative")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class BadNumbersConfig:
+    """What is done about a step whose loss, gradient or update is not finite or far above those before it."""
+
+    spike_score: float  # robust deviations above the median at which a step is skipped; 0: only if it is not finite
+    max_skips: int  # steps skipped in a row, after which the run goes back to a checkpoint and passes over the steps
+    max_rollbacks: int  # of a run, after which it stops
+
+    def __post_init__(self):
+        _require_positive("bad_numbers", max_skips=self.max_skips)
+        for name in ("spike_score", "max_rollbacks"):
+            _require(getattr(self, name) >= 0, f"bad_numbers.{name}={getattr(self, name)} must not be negative")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class UpdateRule:
+    """Which updates of a phase are not made: see `judge` of train/step.py."""
+
+    spike_score: float
+    max_skips: int
+    first_step: int  # of the phase
+    watched_from: int  # steps complete before spikes are looked for: the warm-up
+
+
+TAKE_FINITE = UpdateRule(spike_score=0.0, max_skips=2**30, first_step=0, watched_from=0)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -336,6 +365,7 @@ class TrainConfig:
     corpus: CorpusConfig
     evaluation: EvaluationConfig
     checkpoint: CheckpointConfig
+    bad_numbers: BadNumbersConfig
     log: LogConfig
 
     def __post_init__(self):
@@ -363,12 +393,23 @@ class TrainConfig:
             f"log.profile_steps={self.log.profile_steps} is not in the run, which has steps 1 to {table.num_steps:,}",
         )
 
+    def update_rule(self, phase: Phase) -> UpdateRule:
+        """Return which updates of a phase are not made."""
+        warmup_end = self.optimizer.schedule_begin + self.optimizer.warmup_tokens
+        return UpdateRule(
+            spike_score=self.bad_numbers.spike_score,
+            max_skips=self.bad_numbers.max_skips,
+            first_step=phase.first_step,
+            watched_from=-(-warmup_end // phase.tokens_per_step),
+        )
+
     def to_json(self) -> str:
         """Return the config as sorted, indented JSON; `train_config_from` reads it back to an equal config."""
         return json.dumps(dataclasses.asdict(self), indent=2, sort_keys=True)
 
 
-# Keys that a config did not have at first, with what they would have been then: for configs that were stored as JSON.
+# Keys that a config did not have at first, for configs that were stored as JSON: with what they would have been then,
+# or, of what does not decide what is trained on good numbers, the values of configs/.
 LATER_KEYS = {
     "mesh": {"context": 1},
     "data": {"document_mask": False, "weights": ""},
@@ -380,6 +421,8 @@ LATER_KEYS = {
         "schedule_tokens": 0,
         "freeze": "",
     },
+    "checkpoint": {"keep_hours": 0.0},
+    "bad_numbers": {"spike_score": 30.0, "max_skips": 8, "max_rollbacks": 3},
     "log": {"trackers": "", "profile_steps": ""},
 }
 
@@ -388,6 +431,7 @@ def with_later_keys(config: typing.Any) -> typing.Any:
     """Return a stored config with the keys that it is too old to have."""
     if not isinstance(config, dict):
         return config
+    config = {"bad_numbers": {}, **config}
     return {
         name: {**LATER_KEYS.get(name, {}), **section} if isinstance(section, dict) else section
         for name, section in config.items()

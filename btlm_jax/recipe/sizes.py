@@ -33,6 +33,7 @@ from collections.abc import Iterator
 
 from btlm_jax.recipe.config import (
     PREPARED,
+    BadNumbersConfig,
     CheckpointConfig,
     CorpusConfig,
     CurriculumConfig,
@@ -305,8 +306,9 @@ def make_config(choices: Choices) -> TrainConfig:
             batch_size=curriculum.batch_size[-1],
         ),
         checkpoint=CheckpointConfig(
-            every_steps=min(200, max(1, table.num_steps // 10)), keep_last=3, keep_every=10_000
+            every_steps=min(200, max(1, table.num_steps // 10)), keep_last=3, keep_every=10_000, keep_hours=0.0
         ),
+        bad_numbers=BadNumbersConfig(spike_score=30.0, max_skips=8, max_rollbacks=3),
         log=LogConfig(
             every_steps=10 if table.num_steps >= 1000 else 1,
             sample_prompt="The key to training a language model is",

@@ -1,4 +1,7 @@
-"""Held-out loss by source, in nats per token and bits per byte, and by position; sums are float64, on the host."""
+"""Held-out loss by source, in nats per token and bits per byte, and by position; sums are float64, on the host.
+
+The compiled function that they are sums of, eval_step, is here too.
+"""
 
 from __future__ import annotations
 
@@ -6,9 +9,15 @@ import dataclasses
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 
+import jax
+import jax.numpy as jnp
 import numpy as np
+from jax.sharding import PartitionSpec
 
 from btlm_jax.data.store import HELDOUT, Manifest
+from btlm_jax.model import Btlm
+from btlm_jax.model.loss import token_losses
+from btlm_jax.train.step import hidden
 
 RISE = 0.02  # nats by which the loss of a later bin must exceed the lowest before it to count as a rise
 PADDING = ""  # the source of a row that only fills its batch
@@ -216,3 +225,41 @@ def position_bin(loss_T: np.ndarray, weight_T: np.ndarray, part: slice) -> Posit
         standard_error=math.sqrt(float(np.square(error_P).sum()) * num_positions / max(num_positions - 1, 1)),
         num_tokens=round(float(weight_P.sum())),
     )
+
+
+def make_eval_step(model: Btlm, *, loss_chunk: int) -> Callable:
+    """Make eval_step(params, batch) -> sums of the weighted losses, replicated: loss_B, weight_B, loss_T, weight_T.
+
+    T is the position in the window, or in the document as far as it is in the window where batch has "starts_BT".
+    """
+
+    def eval_step(params: dict, batch: dict) -> dict:
+        losses_BT = token_losses(
+            hidden(model, params, batch),
+            params["embedding"]["embedding"],
+            batch["targets_BT"],
+            output_scale=model.parametrization.output_scale,
+            chunk=loss_chunk,
+            rules=model.rules,
+        )
+        losses_BT, weights_BT = _replicated(losses_BT), _replicated(batch["weights_BT"])
+        losses_BT = losses_BT * weights_BT
+        return {
+            "loss_B": losses_BT.sum(1),
+            "weight_B": weights_BT.sum(1),
+            "loss_T": _sum_by_position(losses_BT, batch),
+            "weight_T": _sum_by_position(weights_BT, batch),
+        }
+
+    return eval_step
+
+
+def _sum_by_position(x_BT: jax.Array, batch: dict) -> jax.Array:
+    if "starts_BT" not in batch:
+        return x_BT.sum(0)
+    position_BT = jnp.arange(x_BT.shape[1])[None] - _replicated(batch["starts_BT"])
+    return jnp.zeros(x_BT.shape[1:], x_BT.dtype).at[position_BT].add(x_BT)
+
+
+def _replicated(x_BT):
+    return jax.sharding.reshard(x_BT, PartitionSpec(None, None))

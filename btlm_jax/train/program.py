@@ -65,7 +65,8 @@ class Program:
         """Trace the step of a phase, for `compile`."""
         rules, accumulation = self.rules_for(phase), self.config.mesh.accumulation
         model = self.model.clone(rules=rules)
-        step = make_train_step(model, self.optimizer, self.table, loss_chunk=self.config.model.loss_chunk)
+        loss_chunk, rule = self.config.model.loss_chunk, self.config.update_rule(phase)
+        step = make_train_step(model, self.optimizer, self.table, loss_chunk=loss_chunk, rule=rule)
         shape = (accumulation, phase.batch_size // accumulation, phase.seq_len)
         sharding = batch_sharding(self.mesh, rules)
         batch = abstract_batch(shape, sharding, document_mask=self.config.data.document_mask)

@@ -30,9 +30,10 @@ from btlm_jax.storage.files import write_atomically
 from btlm_jax.storage.location import PathOrUrl, resolve_location
 from btlm_jax.train import COMPILE_CACHE
 from btlm_jax.train.flops import memory_bytes
+from btlm_jax.train.heldout import make_eval_step
 from btlm_jax.train.metric_writer import GoodputLedger
 from btlm_jax.train.program import Program
-from btlm_jax.train.step import TrainState, abstract_batch, init_state, make_eval_step
+from btlm_jax.train.step import TrainState, abstract_batch, init_state
 
 if TYPE_CHECKING:
     from btlm_jax.data.mixed_order import MixtureUse

@@ -1,4 +1,4 @@
-"""The training state and the two compiled functions: train_step and eval_step."""
+"""The training state and the compiled function that updates it, train_step; which updates are not made."""
 
 from __future__ import annotations
 
@@ -12,17 +12,31 @@ import optax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from btlm_jax.model import Btlm, init_params
-from btlm_jax.model.loss import loss_sum, token_losses
+from btlm_jax.model.loss import loss_sum
+from btlm_jax.recipe.config import UpdateRule
 from btlm_jax.recipe.mup import CLASSES
+
+WINDOW = 64  # steps whose numbers the next one's are compared with
+
+
+@flax.struct.dataclass
+class History:
+    """What a step is judged by: numbers of the last WINDOW updates made in its phase. S: see `judge`."""
+
+    values_SW: jax.Array
+    count: jax.Array  # updates made in the phase
+    first_step: jax.Array  # of the phase
+    skips: jax.Array  # updates in a row that were not made, up to now
 
 
 @flax.struct.dataclass
 class TrainState:
-    """The state that a step updates: the number of steps taken, float32 parameters, and the optimizer's state."""
+    """The state that a step updates: the number of steps, float32 parameters, the optimizer's state, the history."""
 
     step: jax.Array
     params: Any  # a tree of dicts
     opt_state: optax.OptState
+    history: History
 
 
 def init_state(model: Btlm, optimizer: optax.GradientTransformation, mesh: Mesh, *, seed: int) -> TrainState:
@@ -33,14 +47,14 @@ def init_state(model: Btlm, optimizer: optax.GradientTransformation, mesh: Mesh,
 def make_state(params: dict, optimizer: optax.GradientTransformation, mesh: Mesh) -> TrainState:
     """Make the state of step 0 with these parameters, which are on the mesh."""
     with jax.set_mesh(mesh):
-        return jax.jit(lambda params: _new_state(params, optimizer))(params)
+        return jax.jit(lambda params: new_state(params, optimizer))(params)
 
 
 def abstract_state(table: dict, optimizer: optax.GradientTransformation, mesh: Mesh) -> TrainState:
     """Return the shapes, dtypes and shardings of the state; nothing is computed. `table` is a tree of ParameterInfo."""
     params = jax.tree.map(lambda info: info.abstract, table)
     with jax.set_mesh(mesh):
-        state = jax.eval_shape(lambda params: _new_state(params, optimizer), params)
+        state = jax.eval_shape(lambda params: new_state(params, optimizer), params)
     replicated = NamedSharding(mesh, PartitionSpec())
 
     def with_sharding(leaf):
@@ -59,25 +73,54 @@ def abstract_batch(shape: tuple[int, ...], sharding: NamedSharding, *, document_
     return {name: jax.ShapeDtypeStruct(shape, dtype, sharding=sharding) for name, dtype in dtypes.items()}
 
 
+def judge(history: History, values_S: jax.Array, *, step: jax.Array, rule: UpdateRule) -> tuple[jax.Array, History]:
+    """Return whether a step's update is made, and the history after it.
+
+    S: loss, norm of the gradients, norm of the updates. An update is made if all are finite, none is a spike, and fewer
+    than max_skips before it in a row were not made. A spike is more than spike_score deviations above the median of the
+    last WINDOW values, where a deviation is 1.4826 times their median distance from it, at least a hundredth of it.
+    There are none in the warm-up, before a phase has made WINDOW updates, and with a spike_score of 0.
+    """
+    count = jnp.where(history.first_step == rule.first_step, history.count, 0)
+    median_S = _median(history.values_SW)
+    deviation_S = jnp.maximum(1.4826 * _median(jnp.abs(history.values_SW - median_S[:, None])), 0.01 * median_S)
+    is_spike = (values_S > median_S + rule.spike_score * deviation_S).any() & (rule.spike_score > 0)
+    is_watched = (count >= WINDOW) & (step >= rule.watched_from)
+    is_made = jnp.isfinite(values_S).all() & ~(is_watched & is_spike) & (history.skips < rule.max_skips)
+    is_place_W = is_made & (jnp.arange(WINDOW) == count % WINDOW)
+    return is_made, History(
+        values_SW=jnp.where(is_place_W, values_S[:, None], history.values_SW),
+        count=count + is_made,
+        first_step=jnp.full_like(history.first_step, rule.first_step),
+        skips=jnp.where(is_made, 0, history.skips + 1),
+    )
+
+
+def _median(values_SW: jax.Array) -> jax.Array:
+    return jnp.sort(values_SW, axis=1)[:, WINDOW // 2 - 1 : WINDOW // 2 + 1].mean(1)
+
+
 def make_train_step(
-    model: Btlm, optimizer: optax.GradientTransformationExtraArgs, table: dict, *, loss_chunk: int
+    model: Btlm, optimizer: optax.GradientTransformationExtraArgs, table: dict, *, loss_chunk: int, rule: UpdateRule
 ) -> Callable:
     """Make train_step(state, batch, learning_rate) -> (state, metrics), not yet jitted.
 
     batch: {"inputs_BT", "targets_BT": int32, "weights_BT": float32}, leaves [A, B/A, T]; with "starts_BT", int32, no
     position sees another document's (see attention's `attend`). Gradients are summed over the A micro-batches and
-    divided by the sum of all weights, so that every token counts the same. A batch without a weight leaves parameters
-    and optimizer as they are; only the count of steps goes on, and with it the schedule and the data.
+    divided by the sum of all weights, so that every token counts the same. A batch without a weight, or an update that
+    `judge` has not made, leaves parameters and optimizer as they are to the bit; only the count of steps goes on, and
+    with it the schedule and the data.
     metrics: loss (nats a token; 0 of no targets), weight (targets counted), grad_norm (before clipping), and for every
-    class of mup.py grad_norm/<class> and update_norm/<class>; float32 scalars left on the device. Frozen parameters of
-    `table` have a gradient of zero, which is not computed, and stay as they are to the bit.
+    class of mup.py grad_norm/<class> and update_norm/<class>, of the update made or not; scalars left on the device, as
+    is skips, that of History. Frozen parameters of `table` have a gradient of zero, which is not computed, and stay as
+    they are to the bit.
     """
     is_frozen = jax.tree.map(lambda info: info.rule.is_frozen, table)
 
     def micro_loss(params, micro):
         params = jax.tree.map(lambda p, frozen: jax.lax.stop_gradient(p) if frozen else p, params, is_frozen)
         return loss_sum(
-            _hidden(model, params, micro),
+            hidden(model, params, micro),
             params["embedding"]["embedding"],
             micro["targets_BT"],
             micro["weights_BT"],
@@ -104,7 +147,6 @@ def make_train_step(
             updates, opt_state = optimizer.update(grads, state.opt_state, state.params, learning_rate=learning_rate)
             # Adam moves on its moments, and weights decay, without a gradient too.
             updates = jax.tree.map(lambda u: jnp.where(has_targets, u, 0), updates)
-            opt_state = jax.tree.map(lambda new, old: jnp.where(has_targets, new, old), opt_state, state.opt_state)
         metrics = {
             "loss": loss / divisor,
             "weight": weight,
@@ -112,59 +154,31 @@ def make_train_step(
             **_class_norms("grad_norm", grads, table),
             **_class_norms("update_norm", updates, table),
         }
-        params = optax.apply_updates(state.params, updates)
-        params = jax.tree.map(lambda new, old, frozen: old if frozen else new, params, state.params, is_frozen)
-        return TrainState(step=state.step + 1, params=params, opt_state=opt_state), metrics
+        values_S = jnp.stack([metrics["loss"], metrics["grad_norm"], optax.tree.norm(updates)])
+        is_made, history = judge(state.history, values_S, step=state.step, rule=rule)
+        history = jax.tree.map(lambda new, old: jnp.where(has_targets, new, old), history, state.history)
+        is_made &= has_targets
+        opt_state = jax.tree.map(lambda new, old: jnp.where(is_made, new, old), opt_state, state.opt_state)
+        params = jax.tree.map(
+            lambda old, u, frozen: old if frozen else jnp.where(is_made, old + u, old), state.params, updates, is_frozen
+        )
+        new_state = TrainState(step=state.step + 1, params=params, opt_state=opt_state, history=history)
+        return new_state, metrics | {"skips": history.skips}
 
     return train_step
 
 
-def make_eval_step(model: Btlm, *, loss_chunk: int) -> Callable:
-    """Make eval_step(params, batch) -> sums of the weighted losses, replicated: loss_B, weight_B, loss_T, weight_T.
-
-    T is the position in the window, or in the document as far as it is in the window where batch has "starts_BT".
-    """
-
-    def eval_step(params: dict, batch: dict) -> dict:
-        losses_BT = token_losses(
-            _hidden(model, params, batch),
-            params["embedding"]["embedding"],
-            batch["targets_BT"],
-            output_scale=model.parametrization.output_scale,
-            chunk=loss_chunk,
-            rules=model.rules,
-        )
-        losses_BT, weights_BT = _replicated(losses_BT), _replicated(batch["weights_BT"])
-        losses_BT = losses_BT * weights_BT
-        return {
-            "loss_B": losses_BT.sum(1),
-            "weight_B": weights_BT.sum(1),
-            "loss_T": _sum_by_position(losses_BT, batch),
-            "weight_T": _sum_by_position(weights_BT, batch),
-        }
-
-    return eval_step
-
-
-def _hidden(model: Btlm, params: dict, batch: dict) -> jax.Array:
+def hidden(model: Btlm, params: dict, batch: dict) -> jax.Array:
     """Return the network's output, hidden_BTD."""
     hidden_BTD = model.apply({"params": params}, batch["inputs_BT"], batch.get("starts_BT"))
     return cast(jax.Array, hidden_BTD)  # a tuple only with mutable collections
 
 
-def _sum_by_position(x_BT: jax.Array, batch: dict) -> jax.Array:
-    if "starts_BT" not in batch:
-        return x_BT.sum(0)
-    position_BT = jnp.arange(x_BT.shape[1])[None] - _replicated(batch["starts_BT"])
-    return jnp.zeros(x_BT.shape[1:], x_BT.dtype).at[position_BT].add(x_BT)
-
-
-def _new_state(params: dict, optimizer: optax.GradientTransformation) -> TrainState:
-    return TrainState(step=jnp.zeros((), jnp.int32), params=params, opt_state=optimizer.init(params))
-
-
-def _replicated(x_BT):
-    return jax.sharding.reshard(x_BT, PartitionSpec(None, None))
+def new_state(params: dict, optimizer: optax.GradientTransformation) -> TrainState:
+    """Return the state of step 0 with these parameters."""
+    zero = jnp.zeros((), jnp.int32)
+    history = History(values_SW=jnp.zeros((3, WINDOW)), count=zero, first_step=zero, skips=zero)
+    return TrainState(step=zero, params=params, opt_state=optimizer.init(params), history=history)
 
 
 def _class_norms(name: str, tree: optax.Updates, table: dict) -> dict:

@@ -13,9 +13,10 @@ import numpy as np
 
 from btlm_jax.parallel.mesh import batch_sharding, evaluation_sharding, make_run_mesh
 from btlm_jax.recipe.config import TrainConfig
+from btlm_jax.train.heldout import make_eval_step
 from btlm_jax.train.program import make_program
 from btlm_jax.train.setup import keep_compiled
-from btlm_jax.train.step import abstract_batch, init_state, make_eval_step
+from btlm_jax.train.step import abstract_batch, init_state
 
 MIN_RUNS = 3
 

@@ -23,10 +23,10 @@ from jax.sharding import Mesh
 
 from btlm_jax.model import Btlm, ParameterInfo, make_model, parameter_table
 from btlm_jax.parallel.mesh import RULES, WHOLE_SEQUENCES, batch_sharding, make_mesh
-from btlm_jax.recipe.config import ModelConfig, MupConfig, OptimizerConfig
+from btlm_jax.recipe.config import TAKE_FINITE, ModelConfig, MupConfig, OptimizerConfig
 from btlm_jax.recipe.mup import make_parametrization
 from btlm_jax.recipe.optimizer import make_optimizer
-from btlm_jax.train.step import TrainState, make_train_step
+from btlm_jax.train.step import TrainState, make_train_step, new_state
 from btlm_jax.tune.mutations import CASES, Case
 
 TEXT = (
@@ -190,14 +190,14 @@ def make_program(model: Btlm, mesh: Mesh, *, num_steps: int):
     def program(params, rules, batch, probe_BT):
         ruled = jax.tree.map(with_rule, table, rules)
         optimizer = make_optimizer(config, ruled)
-        train_step = make_train_step(model, optimizer, ruled, loss_chunk=SEQ_LEN)
+        train_step = make_train_step(model, optimizer, ruled, loss_chunk=SEQ_LEN, rule=TAKE_FINITE)
 
         def step(state: TrainState, _):
             activations = probe_activations(model, state.params, probe_BT)
             state, metrics = train_step(state, batch, LEARNING_RATE)
             return state, (activations, metrics["loss"])
 
-        state = TrainState(step=jnp.zeros((), jnp.int32), params=params, opt_state=optimizer.init(params))
+        state = new_state(params, optimizer)
         _, (activations, losses) = jax.lax.scan(step, state, length=num_steps + 1)
         sizes = {name: jnp.abs(activations[name][0]).mean() for name in SIZES}
         changes = {name: activations[name] - activations[name][0] for name in CHANGES}

@@ -96,6 +96,12 @@ def get_config() -> ConfigDict:
                 every_steps=64,  # a tenth of the run, at most BTLM's 200
                 keep_last=3,  # as BTLM's
                 keep_every=10_000,  # as BTLM's
+                keep_hours=0.0,  # none for its age
+            ),
+            bad_numbers=dict(
+                spike_score=30.0,  # deviations above the median; none of the runs measured has 14
+                max_skips=8,  # steps in a row, and then the run goes back to a checkpoint
+                max_rollbacks=3,  # times, and then it stops
             ),
             log=dict(
                 every_steps=1,  # every step in runs below 1,000

@@ -12,6 +12,7 @@ from support.tiny import tiny_config
 
 from btlm_jax.model import freeze
 from btlm_jax.parallel.mesh import RULES, make_mesh
+from btlm_jax.recipe.config import TAKE_FINITE
 from btlm_jax.recipe.mup import ParameterRule
 from btlm_jax.recipe.optimizer import make_optimizer
 from btlm_jax.train.checkpoint import check_same_run
@@ -116,7 +117,7 @@ def test_a_frozen_parameter_keeps_its_bits_and_has_no_moments():
     batch = {"inputs_BT": ids_ABT, "targets_BT": (ids_ABT + 1) % 11, "weights_BT": np.ones((2, 3, 4), np.float32)}
     with jax.set_mesh(mesh):
         state = make_state(jax.device_put(params, NamedSharding(mesh, P())), optimizer, mesh)
-        step = jax.jit(make_train_step(Lookup(), optimizer, table, loss_chunk=4))
+        step = jax.jit(make_train_step(Lookup(), optimizer, table, loss_chunk=4, rule=TAKE_FINITE))
         after, metrics = step(state, jax.device_put(batch, NamedSharding(mesh, P())), 0.01)
         padding, _ = step(
             state, jax.device_put({**batch, "weights_BT": 0 * batch["weights_BT"]}, NamedSharding(mesh, P())), 0.01

@@ -15,8 +15,10 @@ from btlm_jax.data.loader import document_starts, read_rows
 from btlm_jax.data.reader import open_store
 from btlm_jax.model import parameter_table
 from btlm_jax.parallel.mesh import batch_sharding, evaluation_sharding, make_run_mesh, num_ways, rules_for
+from btlm_jax.recipe.config import TAKE_FINITE
+from btlm_jax.train.heldout import make_eval_step
 from btlm_jax.train.program import make_program
-from btlm_jax.train.step import init_state, make_eval_step, make_train_step
+from btlm_jax.train.step import init_state, make_train_step
 
 pytestmark = pytest.mark.usefixtures("little_optimized")
 
@@ -59,7 +61,9 @@ def make_differentiate(config):
     optimizer = optax.with_extra_args_support(optax.trace(decay=0.0))  # its state are the last gradients
     state = init_state(model, optimizer, mesh, seed=config.seed)
     loss_chunk = config.model.loss_chunk
-    train_step = jax.jit(make_train_step(model, optimizer, parameter_table(model, mesh), loss_chunk=loss_chunk))
+    train_step = jax.jit(
+        make_train_step(model, optimizer, parameter_table(model, mesh), loss_chunk=loss_chunk, rule=TAKE_FINITE)
+    )
     eval_step = jax.jit(make_eval_step(model, loss_chunk=loss_chunk))
 
     def differentiate(rows: dict[str, np.ndarray]):
