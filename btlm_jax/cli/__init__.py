@@ -46,7 +46,7 @@ usage: btlm <verb> [flags]        (btlm <verb> --help explains a verb)
 first:  btlm train --config=local_cpu --workdir=runs/local
 
 exit codes:  0 done    1 an error, named in one line    2 a wrong command line    70 a fault of btlm, please report it
-             {PREEMPTED} preempted and saved: the same command goes on    76 stopped on numbers that are not finite
+             {PREEMPTED} preempted and saved: the same command goes on    76 stopped on bad numbers
              {PEER_GONE} another process of the run is gone, or the run stands still: the same command goes on
              {INTERRUPTED} Ctrl-C (of train the second one; the first saves and ends with {PREEMPTED})
              141 whoever read the output has left

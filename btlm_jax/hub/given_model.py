@@ -275,7 +275,7 @@ def _kept_state(model: GivenModel, run: Run, table: dict, reader: CheckpointRead
     opt_state = optax.tree.set(abstract.opt_state, mu=moments("mu"), nu=moments("nu"), count=count)
     params = {**before.params, _EMBEDDING: _grown(before.params[_EMBEDDING], rows, mean=True)}
     fresh = make_state(_placed(params, run.table), run.optimizer, run.mesh)
-    return fresh.replace(opt_state=opt_state)
+    return dataclasses.replace(fresh, opt_state=opt_state)
 
 
 def _with_rows(table: dict, vocab_size: int) -> dict:

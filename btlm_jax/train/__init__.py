@@ -10,6 +10,7 @@ PROFILE = "profile"  # directory of what log.profile_steps traced
 COMPILE_CACHE = "compile_cache"  # directory of JAX's compilation cache
 LOSS_PLOT, POSITION_PLOT = "loss.png", "loss_by_position.png"
 DAMAGED = "damaged"  # directory of checkpoints that were set aside because they are not as they were written
+EVIDENCE = "bad_numbers"  # directory of what a run left that stopped on them
 REPLACED = "replaced"  # directory of checkpoints and metrics that --resume_step set aside
 INIT_FILE = "init.json"  # of a run that began with given weights: which, and what was taken of them
 SUMMARY_FILE = "summary.json"  # of a finished run

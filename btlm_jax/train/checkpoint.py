@@ -43,6 +43,11 @@ class Position:
     step: int
     tokens_seen: int
     store_fingerprint: str
+    passed_over: tuple[tuple[int, ...], ...] = ()  # (first, last) step, for each time that the run went back
+
+    def has_passed_over(self, step: int) -> bool:
+        """Return whether nothing was trained in a step."""
+        return any(first <= step <= last for first, last in self.passed_over)
 
 
 class DamagedError(ValueError):
@@ -63,11 +68,16 @@ class Checkpointer:
 
     def __init__(self, workdir: Path, *, config: CheckpointConfig):
         self.directory = workdir.resolve() / CHECKPOINTS
-        self._manager = ocp.CheckpointManager(
+        self._config = config
+        self._failure: OSError | None = None  # of the last save, until one is complete
+        self._is_saving = False
+        self._manager = self._make_manager()
+
+    def _make_manager(self) -> ocp.CheckpointManager:
+        return ocp.CheckpointManager(
             self.directory,
             options=ocp.CheckpointManagerOptions(
-                max_to_keep=config.keep_last,
-                keep_period=config.keep_every,
+                preservation_policy=_KeepRules(self._config),
                 cleanup_tmp_directories=True,
                 enable_async_checkpointing=True,
             ),
@@ -107,6 +117,77 @@ class Checkpointer:
                 ),
             )
 
+    def save_or_go_on(self, state: TrainState, *, position: Position, config: TrainConfig) -> None:
+        """Save as `save` does, where training can go on after one that failed: the first in a row is only reported.
+
+        Raises:
+          OSError: no save is complete since the one before this, which failed; or there are several processes, of which
+            the others do not know of it.
+        """
+        if jax.process_count() > 1:
+            return self.save(state, position=position, config=config)
+        for attempt in (self._check_last, lambda: self._start(state, position=position, config=config)):
+            try:
+                attempt()
+            except OSError as error:
+                if self._failure is not None:
+                    raise
+                self._go_on_after(error)
+
+    def retry(self, state: TrainState, *, position: Position, config: TrainConfig) -> None:
+        """Save once more if the last save has failed; that this fails too is seen by the next `save_or_go_on`."""
+        if jax.process_count() > 1:
+            return
+        try:
+            self._check_last()
+        except OSError as error:
+            self._go_on_after(error)
+        if self._failure is None or self._is_saving:
+            return
+        try:
+            self._start(state, position=position, config=config)
+        except OSError as error:
+            self._failure = error
+
+    def finish(self, state: TrainState, *, position: Position, config: TrainConfig) -> None:
+        """Wait until this position is saved; if that has failed try once more.
+
+        Raises:
+          OSError: it failed again.
+        """
+        try:
+            self.wait()
+        except OSError as error:
+            if jax.process_count() > 1:
+                raise
+            self._go_on_after(error)
+        if position.step not in _steps_in(self.directory):
+            self.save(state, position=position, config=config)
+            self.wait()
+
+    def _start(self, state: TrainState, *, position: Position, config: TrainConfig) -> None:
+        self.save(state, position=position, config=config)  # after the one before, whose error it raises
+        if self._is_saving:
+            self._failure = None
+        self._is_saving = True
+
+    def _check_last(self) -> None:
+        """Raise the error of the save in the background, if it has one; note that it is complete, if it is."""
+        with self._naming_the_last_checkpoint():
+            self._manager.check_for_errors()
+        if self._is_saving and not self._manager.is_saving_in_progress():
+            self._is_saving, self._failure = False, None
+
+    def _go_on_after(self, error: OSError) -> None:
+        """Report a save that failed, and remove what it left."""
+        reason = _reason(error.__cause__) if isinstance(error.__cause__, Exception) else str(error)
+        said = f"a checkpoint could not be written to {self.directory}: {reason}"
+        notices.report("save-failed", f"{said}; training goes on, and it is tried again")
+        self._failure, self._is_saving = error, False
+        with contextlib.suppress(Exception):  # that it failed is known
+            self._manager.close()
+        self._manager = self._make_manager()
+
     def read_metadata(self, step: int) -> tuple[Position, TrainConfig]:
         """Return a checkpoint's position and config.
 
@@ -116,7 +197,9 @@ class Checkpointer:
         metadata = {name: self._read_table(step, name) for name in ("position", "config")}
         self.read_environment(step)  # whose damage, too, is to be seen here
         try:
-            position = config_from(Position, metadata["position"], path="position")
+            stored = metadata["position"]
+            stored = {"passed_over": (), **stored} if isinstance(stored, dict) else stored  # which older ones lack
+            position = config_from(Position, stored, path="position")
             config = train_config_from(with_later_keys(metadata["config"]))
             expected = config.curriculum.table.tokens_seen(step)
             if (position.step, position.tokens_seen) != (step, expected):
@@ -162,9 +245,13 @@ class Checkpointer:
           DamagedError: it cannot be read, is not as it was written, or has values that are not finite; names the
             directory and what remains.
         """
-        state = self._restore(step, ocp.args.Composite(state=ocp.args.StandardRestore(abstract)))["state"]
-        self._check_arrays(step, state, prefix="")
-        return state
+        wanted = {field.name: getattr(abstract, field.name) for field in dataclasses.fields(abstract)}
+        if not any(name.startswith("history/") for name in self.read_digests(step).get(_ARRAYS, ())):
+            del wanted["history"]  # an older checkpoint has none
+        values = self._restore(step, ocp.args.Composite(state=ocp.args.StandardRestore(wanted)))["state"]
+        self._check_arrays(step, values, prefix="")
+        empty = jax.tree.map(lambda x: jax.device_put(np.zeros(x.shape, x.dtype), x.sharding), abstract.history)
+        return TrainState(**{"history": empty, **values})
 
     def restore_params(self, step: int, *, abstract: dict) -> dict:
         """Return a checkpoint's parameters alone, laid out as `abstract` says; the optimizer's state is not read.
@@ -181,8 +268,21 @@ class Checkpointer:
         self._check_arrays(step, params, prefix="params/")
         return params
 
-    def newest(self, read: Callable[[int], _Read]) -> tuple[_Read, list[str]]:
-        """Return what `read` returns of the newest checkpoint for which it raises no DamagedError.
+    def rollback_steps(self, *, before: int, position: Position) -> list[int]:
+        """Return the steps, ascending, of the checkpoints that a run may go back to from bad numbers at step `before`.
+
+        They are those that every start of the run saves, whatever else made one save: so all go back to the same.
+        """
+        every = self._config.every_steps
+        return [s for s in self.steps() if s < before and s % every == 0 and not position.has_passed_over(s)]
+
+    def delete_after(self, step: int) -> None:
+        """Delete the checkpoints after a step, of a run that has gone back to it."""
+        for later in [each for each in self.steps() if each > step]:
+            self._manager.delete(later)
+
+    def newest(self, read: Callable[[int], _Read], *, steps: Sequence[int]) -> tuple[_Read, list[str]]:
+        """Return what `read` returns of the last of the steps for which it raises no DamagedError.
 
         The damaged ones after it are set aside: renamed into the workdir's folder DAMAGED, in one process for all.
         With it comes a sentence on each of them.
@@ -192,7 +292,7 @@ class Checkpointer:
           OSError: one cannot be renamed.
         """
         reasons: dict[int, str] = {}
-        for step in reversed(self.steps()):
+        for step in reversed(steps):
             try:
                 result, reason = [read(step)], ""
             except DamagedError as error:
@@ -290,6 +390,35 @@ class Checkpointer:
                 f"a checkpoint could not be written to {self.directory}: {_reason(error)}; {last}; free some space "
                 "or mend the disk, and run the same command to go on"
             ) from error
+
+
+def kept_steps(checkpoints: Sequence[tuple[int, float]], config: CheckpointConfig) -> set[int]:
+    """Return which of the checkpoints, (step, time in seconds) ascending, the config keeps.
+
+    The last keep_last; those at multiples of keep_every; with keep_hours the first, and each that is at least so much
+    younger than the one kept before it; and the last one at a multiple of every_steps, to which a run can go back.
+    """
+    steps = [step for step, _ in checkpoints]
+    kept = {*steps[-config.keep_last :], *(step for step in steps if step % config.keep_every == 0)}
+    kept.update([step for step in steps if step % config.every_steps == 0][-1:])
+    last = -math.inf
+    for step, seconds in checkpoints if config.keep_hours else ():
+        if seconds - last >= 3600 * config.keep_hours:
+            kept.add(step)
+            last = seconds
+    return kept
+
+
+@dataclasses.dataclass(frozen=True)
+class _KeepRules:
+    """`kept_steps` as orbax asks for it."""
+
+    config: CheckpointConfig
+
+    def should_preserve(self, checkpoints: Sequence[Any], *, context: Any) -> list[bool]:
+        del context
+        kept = kept_steps([(each.step, each.time.timestamp()) for each in checkpoints], self.config)
+        return [each.step in kept for each in checkpoints]
 
 
 class CheckpointReader(Checkpointer):
@@ -469,7 +598,7 @@ def last_position(checkpointer: Checkpointer, config: TrainConfig) -> Restored:
                 f"tokens, and there is no checkpoint in {checkpointer.directory}: give the --workdir of that run, or 0"
             )
         return Restored(Position(step=0, tokens_seen=0, store_fingerprint=""), None, [])
-    (position, saved), events = checkpointer.newest(checkpointer.read_metadata)
+    (position, saved), events = checkpointer.newest(checkpointer.read_metadata, steps=checkpointer.steps())
     _check_continues(saved, config, position=position, checkpointer=checkpointer)
     return Restored(position, None, events)
 
@@ -480,7 +609,8 @@ def restore_last(checkpointer: Checkpointer, config: TrainConfig, *, abstract: T
     Call it after `last_position`, where there is a checkpoint. Raises as it does.
     """
     ((position, saved), state), events = checkpointer.newest(
-        lambda step: (checkpointer.read_metadata(step), checkpointer.restore_state(step, abstract=abstract))
+        lambda step: (checkpointer.read_metadata(step), checkpointer.restore_state(step, abstract=abstract)),
+        steps=checkpointer.steps(),
     )
     _check_continues(saved, config, position=position, checkpointer=checkpointer)
     return Restored(position, state, events)

@@ -8,6 +8,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import cast
 
 import jax
 import jax.numpy as jnp
@@ -17,7 +18,6 @@ from jax.sharding import PartitionSpec
 from btlm_jax.data.store import HELDOUT, Manifest
 from btlm_jax.model import Btlm
 from btlm_jax.model.loss import token_losses
-from btlm_jax.train.step import hidden
 
 RISE = 0.02  # nats by which the loss of a later bin must exceed the lowest before it to count as a rise
 PADDING = ""  # the source of a row that only fills its batch
@@ -235,7 +235,7 @@ def make_eval_step(model: Btlm, *, loss_chunk: int) -> Callable:
 
     def eval_step(params: dict, batch: dict) -> dict:
         losses_BT = token_losses(
-            hidden(model, params, batch),
+            _hidden(model, params, batch),
             params["embedding"]["embedding"],
             batch["targets_BT"],
             output_scale=model.parametrization.output_scale,
@@ -252,6 +252,12 @@ def make_eval_step(model: Btlm, *, loss_chunk: int) -> Callable:
         }
 
     return eval_step
+
+
+def _hidden(model: Btlm, params: dict, batch: dict) -> jax.Array:
+    """Return the network's output, hidden_BTD."""
+    hidden_BTD = model.apply({"params": params}, batch["inputs_BT"], batch.get("starts_BT"))
+    return cast(jax.Array, hidden_BTD)  # a tuple only with mutable collections
 
 
 def _sum_by_position(x_BT: jax.Array, batch: dict) -> jax.Array:

@@ -11,7 +11,7 @@ import functools
 import math
 from collections.abc import Callable, Generator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import jax
 import numpy as np
@@ -71,7 +71,7 @@ if TYPE_CHECKING:
 
 DONE, PREEMPTED, BAD_NUMBERS = "done", "preempted", "bad numbers"
 CheckDevices = Callable[[TrainConfig, Sequence[jax.Device]], str]  # -> what is known of the layout, or ""
-_OF_NO_NUMBER = ("log.", "checkpoint.", "mesh.")  # keys that do not change what is trained
+_OF_NO_NUMBER = ("log.", "checkpoint.", "bad_numbers.", "mesh.")  # keys that do not change what is trained
 
 
 class BadNumbersError(Exception):
@@ -185,10 +185,11 @@ def train(
             return _train_from(
                 run,
                 state,
-                position.step,
+                position,
                 checkpointer=checkpointer,
                 writer=writer,
                 stop=stop,
+                beginning=beginning,
                 continue_prompt=continue_prompt,
             )
     finally:
@@ -263,27 +264,96 @@ def _store_plan(config: TrainConfig, workdir: Path | None) -> str:
     return f"Token store: none in {location} yet; {plan}"
 
 
+class TooManySkipsError(Exception):
+    """The updates of bad_numbers.max_skips steps in a row, up to `step`, were not made; `state` is as before them."""
+
+    def __init__(self, step: int, state: TrainState):
+        super().__init__(f"step {step:,}")
+        self.step, self.state = step, state
+
+
 def _train_from(
     run: Run,
     state: TrainState,
-    first_step: int,
+    position: Position,
     *,
     checkpointer: Checkpointer,
     writer: MetricWriter,
     stop: Stop,
+    beginning: Beginning,
     continue_prompt: ContinuePrompt,
 ) -> str:
-    """Run the loop from step `first_step` to the end, then finish."""
-    config, curriculum = run.config, run.config.curriculum.table
-    phase_ends = {phase.end_step for phase in curriculum.phases}
-    pending = None  # the last step's metrics, still on the device: fetched while the next step runs
-    step = first_step  # how many steps are complete
+    """Run the loop from a position to the end, back from bad numbers where there are some, then finish."""
     loader = _make_loader(run)
     log(f"Data: {loader.use}")
-    batches = _batches(run, loader, first_step=first_step)
-    trace = _make_trace(run, first_step=first_step + 1)
+    trace = _make_trace(run, first_step=position.step + 1)
     try:
         stop.begin_steps()
+        while True:
+            try:
+                ended = _run_steps(
+                    run,
+                    state,
+                    position,
+                    loader=loader,
+                    trace=trace,
+                    checkpointer=checkpointer,
+                    writer=writer,
+                    stop=stop,
+                )
+                break
+            except TooManySkipsError as error:
+                stop.allow_long()
+                if reason := _reason_to_stop(run, error, position, checkpointer=checkpointer):
+                    raise BadNumbersError(error.step, f"{reason}; {_write_evidence(run, error, loader)}") from error
+                state, position = _roll_back(
+                    run, error, position, checkpointer=checkpointer, writer=writer, beginning=beginning
+                )
+        if ended.is_preempted:
+            return PREEMPTED
+        stop.begin_end()
+        finish_run(run, ended.state.params, writer, continue_prompt=continue_prompt)
+        stop.finish()
+        return DONE
+    except BadNumbersError as error:
+        return _stop_on_bad_numbers(run, error, checkpointer=checkpointer, writer=writer)
+    except FloatingPointError as error:  # from the last evaluation
+        bad = BadNumbersError(run.config.curriculum.table.num_steps, str(error))
+        return _stop_on_bad_numbers(run, bad, checkpointer=checkpointer, writer=writer)
+    finally:
+        if trace:
+            trace.close(writer.last_step)
+
+
+class _Ended(NamedTuple):
+    """How the steps ended: all are trained, or the run is preempted."""
+
+    state: TrainState
+    is_preempted: bool
+
+
+def _run_steps(
+    run: Run,
+    state: TrainState,
+    position: Position,
+    *,
+    loader: TrainLoader,
+    trace: StepTrace | None,
+    checkpointer: Checkpointer,
+    writer: MetricWriter,
+    stop: Stop,
+) -> _Ended:
+    """Train, evaluate and save from a position to the end, or up to a preemption.
+
+    Raises:
+      TooManySkipsError: updates were not made, as often in a row as the config allows.
+      BadNumbersError: an evaluation is not finite.
+    """
+    config, curriculum = run.config, run.config.curriculum.table
+    phase_ends, every = {phase.end_step for phase in curriculum.phases}, config.checkpoint.every_steps
+    pending = None  # the last step's metrics, still on the device: fetched while the next step runs
+    batches = _batches(run, loader, first_step=position.step)
+    try:
         for index, batch in batches:
             step = index + 1
             learning_rate = float(run.learning_rates[index])
@@ -294,45 +364,102 @@ def _train_from(
                 state, metrics = train_step(state, batch, np.float32(learning_rate))
                 if trace:
                     trace.after(step, state)
-                if pending:
-                    _record(writer, *pending)
+                skips = _record(writer, *pending) if pending else 0
                 pending = (step, learning_rate, metrics | loader.order.epochs_seen(step))
                 is_last, is_stopping = step == curriculum.num_steps, stop.is_agreed(step)
                 is_evaluating = step in phase_ends or step % config.evaluation.every_steps == 0
-                is_saving = is_last or is_stopping or step % config.checkpoint.every_steps == 0
-                if is_evaluating or is_saving:
+                is_saving = is_last or is_stopping or step % every == 0
+                if (is_evaluating or is_saving) and skips < config.bad_numbers.max_skips:
                     stop.allow_long()
                     # What is evaluated or saved must be known to be finite first.
-                    _record(writer, *pending)
+                    skips = _record(writer, *pending)
                     pending = None
+            if skips >= config.bad_numbers.max_skips:
+                raise TooManySkipsError(step - 1 if pending else step, state)
             if is_evaluating and not is_last:
-                writer.evaluation(step, evaluate_some(run, state.params))
-            if is_saving:
-                with run.ledger.measure("checkpoint"):
-                    checkpointer.save(state, position=_position(run, step), config=config)
-            if is_stopping:
-                with run.ledger.measure("checkpoint"):
+                try:
+                    writer.evaluation(step, evaluate_some(run, state.params))
+                except FloatingPointError as error:
+                    raise BadNumbersError(step, str(error)) from error
+            now = dataclasses.replace(_position(run, step), passed_over=position.passed_over)
+            with run.ledger.measure("checkpoint"):
+                # A run goes back to what is saved at multiples of `every`: there no bad numbers may have followed.
+                if is_last or (is_stopping and (not skips or step % every)):
+                    checkpointer.save_or_go_on(state, position=now, config=config)
+                    checkpointer.finish(state, position=now, config=config)
+                elif is_stopping:
                     checkpointer.wait()
+                elif is_saving and not skips:
+                    checkpointer.save_or_go_on(state, position=now, config=config)
+                elif step % every == every // 2:
+                    checkpointer.retry(state, position=now, config=config)
+            if is_stopping:
+                saved = (checkpointer.steps() or [0])[-1]
                 log(
-                    f"Preempted ({stop.reason}): saved at step {step:,}, {stop.seconds_since:.1f} s after it; run the "
+                    f"Preempted ({stop.reason}): saved at step {saved:,}, {stop.seconds_since:.1f} s after it; run the "
                     "same command to go on"
                 )
                 stop.finish()
-                return PREEMPTED
-        with run.ledger.measure("checkpoint"):
-            checkpointer.wait()
-        stop.begin_end()
-        finish_run(run, state.params, writer, continue_prompt=continue_prompt)
-        stop.finish()
-        return DONE
-    except BadNumbersError as error:
-        return _stop_on_bad_numbers(run, error, checkpointer=checkpointer, writer=writer)
-    except FloatingPointError as error:  # from an evaluation
-        return _stop_on_bad_numbers(run, BadNumbersError(step, str(error)), checkpointer=checkpointer, writer=writer)
+                return _Ended(state, is_preempted=True)
+        return _Ended(state, is_preempted=False)
     finally:
         batches.close()
-        if trace:
-            trace.close(step)
+
+
+def _reason_to_stop(run: Run, error: TooManySkipsError, position: Position, *, checkpointer: Checkpointer) -> str:
+    """Return why a run does not go back from bad numbers once more, or ""."""
+    bad_numbers, every = run.config.bad_numbers, run.config.checkpoint.every_steps
+    skipped = f"the updates of {bad_numbers.max_skips} steps in a row were not made"
+    if len(position.passed_over) >= bad_numbers.max_rollbacks:
+        return f"{skipped}, and the run has gone back {len(position.passed_over)} times (bad_numbers.max_rollbacks)"
+    if error.step == run.config.curriculum.table.num_steps:
+        return f"{skipped}, and no step is left"
+    checkpointer.wait()
+    first = error.step - bad_numbers.max_skips + 1
+    is_near = all(s % every or position.has_passed_over(s) for s in range(1, first))  # to the beginning of the run
+    if not is_near and not checkpointer.rollback_steps(before=first, position=position):
+        return f"{skipped}, and there is no checkpoint to go back to"
+    return ""
+
+
+def _roll_back(
+    run: Run,
+    error: TooManySkipsError,
+    position: Position,
+    *,
+    checkpointer: Checkpointer,
+    writer: MetricWriter,
+    beginning: Beginning,
+) -> tuple[TrainState, Position]:
+    """Return the state of the last good checkpoint, or of the beginning, and the position after the bad steps.
+
+    The steps from there on are passed over: tokens and learning rate advance, and nothing is trained on their windows.
+    """
+    first = error.step - run.config.bad_numbers.max_skips + 1
+    if steps := checkpointer.rollback_steps(before=first, position=position):
+        abstract = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), error.state)
+        (good, state), damages = checkpointer.newest(
+            lambda step: (step, checkpointer.restore_state(step, abstract=abstract)), steps=steps
+        )
+        for damage in damages:
+            writer.record_event(error.step, damage)
+    else:
+        good, state = 0, beginning.make_state(run)
+    checkpointer.delete_after(good)
+    state = dataclasses.replace(state, step=jax.device_put(np.int32(error.step), state.step.sharding))
+    said = f"went back to step {good:,}; steps {good + 1:,} to {error.step:,} are passed over"
+    notices.report("went-back", said)
+    writer.record_event(error.step, said, is_repeated=True)
+    passed_over = (*position.passed_over, (good + 1, error.step))
+    return state, dataclasses.replace(_position(run, error.step), passed_over=passed_over)
+
+
+def _write_evidence(run: Run, error: TooManySkipsError, loader: TrainLoader) -> str:
+    """Write what may tell why a step's numbers are bad; return what is where."""
+    from btlm_jax.train.evidence import write_evidence  # only a run that stops so loads it
+
+    folder = write_evidence(run, error.state, step=error.step, loader=loader)
+    return f"the batch, the norms of each layer and the last metrics are in {folder}"
 
 
 def _make_loader(run: Run) -> TrainLoader:
@@ -362,29 +489,32 @@ def _batches(run: Run, loader: TrainLoader, *, first_step: int) -> Generator[tup
         batches.close()
 
 
-def _record(writer: MetricWriter, step: int, learning_rate: float, metrics: dict[str, jax.Array | float]) -> None:
-    """Fetch a step's metrics and write them; refuse to go on from numbers that are not finite.
+def _record(writer: MetricWriter, step: int, learning_rate: float, metrics: dict[str, jax.Array | float]) -> int:
+    """Fetch a step's metrics and write them; return how many updates in a row, up to this one, were not made.
 
     A step whose batch has no targets changed nothing: its loss is written as nan, the mean over nothing.
 
-    The updates' norms are among them, so what is saved after a step that passes is finite too.
-
-    Raises:
-      BadNumbersError: names the values that are not finite.
+    The updates' norms are among what an update is judged by, so what is saved after one that was made is finite too.
     """
     values = {name: float(value) for name, value in jax.device_get(metrics).items()}
+    skips = int(values.pop("skips"))
     if not values["weight"]:
         writer.train(step, learning_rate=learning_rate, metrics=values | {"loss": math.nan})
         message = "no update: the batch has no targets, it is all padding"
         writer.record_event(step, message)
         notices.report("no-targets", f"step {step:,}: {message}")
-        return
-    writer.train(step, learning_rate=learning_rate, metrics=values)
-    bad = [f"{name}={value}" for name, value in values.items() if not math.isfinite(value)]
-    if bad:
+        return 0
+    writer.train(step, learning_rate=learning_rate, metrics=values | ({"skips": skips} if skips else {}))
+    if skips:
+        bad = [f"{name}={value}" for name, value in values.items() if not math.isfinite(value)]
         bad.sort(key=lambda text: not text.startswith("loss="))
+        shown = bad[:3] or [f"a spike, or it follows {skips - 1:,} of them: loss={values['loss']:.6g}"]
+        shown += [] if bad else [f"grad_norm={values['grad_norm']:.6g}"]
         more = f" and {len(bad) - 3} more" if len(bad) > 3 else ""
-        raise BadNumbersError(step, f"{', '.join(bad[:3])}{more} at learning rate {learning_rate:.6g}")
+        message = f"no update: {', '.join(shown)}{more} at learning rate {learning_rate:.6g}"
+        writer.record_event(step, message, is_repeated=True)
+        notices.report("step-skipped", f"step {step:,}: {message}")
+    return skips
 
 
 def _stop_on_bad_numbers(run: Run, error: BadNumbersError, *, checkpointer: Checkpointer, writer: MetricWriter) -> str:
@@ -396,7 +526,8 @@ def _stop_on_bad_numbers(run: Run, error: BadNumbersError, *, checkpointer: Chec
         f"Stopped on bad numbers at {error}. "
         + (f"The last good checkpoint is step {steps[-1]:,}. " if steps else "There is no checkpoint yet. ")
         + f"The same command would stop there again. {run.workdir / METRICS_FILE} has the norms of every class up to "
-        "here; try a lower optimizer.peak_learning_rate, or model.dtype=float32 in a new workdir"
+        "here; try a lower optimizer.peak_learning_rate, a larger bad_numbers.max_rollbacks, or model.dtype=float32 in "
+        "a new workdir"
     )
     return BAD_NUMBERS
 

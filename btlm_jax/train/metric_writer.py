@@ -31,6 +31,7 @@ LINE_SECONDS = 2.0  # between lines of the console, at least
 TRAINING = ("step", "data wait")  # the ledger's categories whose seconds count for tokens/s and MFU
 _REPLAYED = ("train", "eval")  # kinds of lines that a resumed run writes again; it never removes events and goodput
 _OF_END = ("eval", "sample")  # kinds of lines that the end of a run writes, at its last step
+_REPEATED = "repeated"  # a key of events that follow from the steps before them
 _NUMBERS_OF = {"train": ("tokens", "loss", "learning_rate"), "eval": ("tokens", "loss")}  # what is drawn of a line
 _BAR_FIELDS = ("ETA", "loss", "len", "lr", "tok/s", "MFU")  # a narrow terminal cuts off the last ones
 _NOT_FINITE = {"nan": math.nan, "inf": math.inf, "-inf": -math.inf}
@@ -412,10 +413,15 @@ class MetricWriter:
         self.record_event(step, message)
         print_line(f"step {step:,}/{self._curriculum.num_steps:,} | {message}")
 
-    def record_event(self, step: int, message: str) -> None:
-        """Record an event that is said elsewhere."""
+    @property
+    def last_step(self) -> int:
+        """Return the last step that was recorded."""
+        return self._last_step
+
+    def record_event(self, step: int, message: str, *, is_repeated: bool = False) -> None:
+        """Record an event that is said elsewhere; a resumed run removes one that it repeats, as it does steps."""
         if self._is_open:
-            self._write(_event(step, message))
+            self._write(_event(step, message) | ({_REPEATED: True} if is_repeated else {}))
 
     def setting_changed(self, step: int, *, key: str, old: object, new: object) -> None:
         """Record as an event that a key of the config has another value from `step` on than in the checkpoint."""
@@ -504,7 +510,8 @@ def _remove_replayed(path: Path, *, first_step: int, num_steps: int) -> None:
             continue
         is_of_end = first_step > num_steps == row["step"] and row["kind"] in _OF_END
         is_replayed = row["kind"] in _REPLAYED and (row["step"] >= first_step or first_step == 1)
-        if not is_replayed and not is_of_end:
+        is_repeated = row.get(_REPEATED) and row["step"] >= first_step
+        if not is_replayed and not is_of_end and not is_repeated:
             remaining.append(line)
     if incomplete or len(remaining) < len(lines):
         write_atomically(path, b"".join(line + b"\n" for line in remaining))

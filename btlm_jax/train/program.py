@@ -11,7 +11,7 @@ from jax.sharding import Mesh
 
 from btlm_jax.model import Btlm, freeze, make_model, parameter_table
 from btlm_jax.parallel.mesh import AxisRules, batch_sharding, rules_for
-from btlm_jax.recipe.config import TrainConfig
+from btlm_jax.recipe.config import TrainConfig, UpdateRule
 from btlm_jax.recipe.curriculum import Phase
 from btlm_jax.recipe.mup import make_parametrization
 from btlm_jax.recipe.optimizer import make_optimizer
@@ -56,6 +56,7 @@ class Program:
     table: dict  # the parameters' tree of ParameterInfo
     optimizer: optax.GradientTransformationExtraArgs
     state: TrainState  # abstract
+    update_rules: tuple[UpdateRule, ...]  # one a phase
 
     def rules_for(self, phase: Phase) -> AxisRules:
         """Return the sharding rules of a phase, which depend on its batch size."""
@@ -65,7 +66,7 @@ class Program:
         """Trace the step of a phase, for `compile`."""
         rules, accumulation = self.rules_for(phase), self.config.mesh.accumulation
         model = self.model.clone(rules=rules)
-        loss_chunk, rule = self.config.model.loss_chunk, self.config.update_rule(phase)
+        loss_chunk, rule = self.config.model.loss_chunk, self.update_rules[phase.index]
         step = make_train_step(model, self.optimizer, self.table, loss_chunk=loss_chunk, rule=rule)
         shape = (accumulation, phase.batch_size // accumulation, phase.seq_len)
         sharding = batch_sharding(self.mesh, rules)
@@ -91,4 +92,7 @@ def make_program(config: TrainConfig, mesh: Mesh) -> Program:
     table = freeze(parameter_table(model, mesh), config.optimizer.frozen_patterns)
     optimizer = make_optimizer(config.optimizer, table)
     state = abstract_state(table, optimizer, mesh)
-    return Program(config=config, mesh=mesh, model=model, table=table, optimizer=optimizer, state=state)
+    rules = tuple(map(config.update_rule, config.curriculum.table.phases))
+    return Program(
+        config=config, mesh=mesh, model=model, table=table, optimizer=optimizer, state=state, update_rules=rules
+    )

@@ -73,31 +73,67 @@ def abstract_batch(shape: tuple[int, ...], sharding: NamedSharding, *, document_
     return {name: jax.ShapeDtypeStruct(shape, dtype, sharding=sharding) for name, dtype in dtypes.items()}
 
 
-def judge(history: History, values_S: jax.Array, *, step: jax.Array, rule: UpdateRule) -> tuple[jax.Array, History]:
-    """Return whether a step's update is made, and the history after it.
+def judge(
+    history: History, values_S: jax.Array, has_targets: jax.Array, *, step: jax.Array, rule: UpdateRule
+) -> tuple[jax.Array, History]:
+    """Return whether a step's update is made, and the history after it. S: loss, norms of gradients and of updates.
 
-    S: loss, norm of the gradients, norm of the updates. An update is made if all are finite, none is a spike, and fewer
-    than max_skips before it in a row were not made. A spike is more than spike_score deviations above the median of the
-    last WINDOW values, where a deviation is 1.4826 times their median distance from it, at least a hundredth of it.
-    There are none in the warm-up, before a phase has made WINDOW updates, and with a spike_score of 0.
+    It is made if there are targets, all is finite, nothing a spike, and fewer than max_skips in a row were not made. A
+    spike is more than spike_score deviations above the median of the last WINDOW values; a deviation is 1.4826 times
+    their median distance from it, at least a hundredth of it. There are none in the warm-up, before a phase has made
+    WINDOW updates, and with a spike_score of 0.
     """
+
+    def median(values_SW: jax.Array) -> jax.Array:
+        return jnp.sort(values_SW, axis=1)[:, WINDOW // 2 - 1 : WINDOW // 2 + 1].mean(1)
+
     count = jnp.where(history.first_step == rule.first_step, history.count, 0)
-    median_S = _median(history.values_SW)
-    deviation_S = jnp.maximum(1.4826 * _median(jnp.abs(history.values_SW - median_S[:, None])), 0.01 * median_S)
+    median_S = median(history.values_SW)
+    deviation_S = jnp.maximum(1.4826 * median(jnp.abs(history.values_SW - median_S[:, None])), 0.01 * median_S)
     is_spike = (values_S > median_S + rule.spike_score * deviation_S).any() & (rule.spike_score > 0)
-    is_watched = (count >= WINDOW) & (step >= rule.watched_from)
-    is_made = jnp.isfinite(values_S).all() & ~(is_watched & is_spike) & (history.skips < rule.max_skips)
+    is_spike &= (count >= WINDOW) & (step >= rule.watched_from)
+    is_made = has_targets & jnp.isfinite(values_S).all() & ~is_spike & (history.skips < rule.max_skips)
     is_place_W = is_made & (jnp.arange(WINDOW) == count % WINDOW)
     return is_made, History(
         values_SW=jnp.where(is_place_W, values_S[:, None], history.values_SW),
         count=count + is_made,
         first_step=jnp.full_like(history.first_step, rule.first_step),
-        skips=jnp.where(is_made, 0, history.skips + 1),
+        skips=jnp.where(is_made, 0, history.skips + has_targets),
     )
 
 
-def _median(values_SW: jax.Array) -> jax.Array:
-    return jnp.sort(values_SW, axis=1)[:, WINDOW // 2 - 1 : WINDOW // 2 + 1].mean(1)
+def make_gradients(model: Btlm, table: dict, *, loss_chunk: int) -> Callable:
+    """Make gradients(params, batch) -> (loss, weight, gradients) of `make_train_step`, not yet jitted."""
+    is_frozen = jax.tree.map(lambda info: info.rule.is_frozen, table)
+
+    def micro_loss(params, micro):
+        params = jax.tree.map(lambda p, frozen: jax.lax.stop_gradient(p) if frozen else p, params, is_frozen)
+        hidden_BTD = model.apply({"params": params}, micro["inputs_BT"], micro.get("starts_BT"))
+        return loss_sum(
+            cast(jax.Array, hidden_BTD),  # a tuple only with mutable collections
+            params["embedding"]["embedding"],
+            micro["targets_BT"],
+            micro["weights_BT"],
+            output_scale=model.parametrization.output_scale,
+            chunk=loss_chunk,
+            rules=model.rules,
+        )
+
+    def gradients(params: dict, batch: dict) -> tuple[jax.Array, jax.Array, dict]:
+        def accumulate(carry, micro):
+            loss, grads = jax.value_and_grad(micro_loss)(params, micro)
+            return jax.tree.map(jnp.add, carry, (loss, grads)), None
+
+        if batch["inputs_BT"].shape[0] == 1:
+            loss, grads = jax.value_and_grad(micro_loss)(params, jax.tree.map(lambda x: x[0], batch))
+        else:
+            zeros = (jnp.zeros((), jnp.float32), jax.tree.map(jnp.zeros_like, params))
+            (loss, grads), _ = jax.lax.scan(accumulate, zeros, batch)
+        weight = batch["weights_BT"].sum()
+        divisor = jnp.where(weight > 0, weight, 1)
+        return loss / divisor, weight, jax.tree.map(lambda g: g / divisor, grads)
+
+    return gradients
 
 
 def make_train_step(
@@ -107,71 +143,38 @@ def make_train_step(
 
     batch: {"inputs_BT", "targets_BT": int32, "weights_BT": float32}, leaves [A, B/A, T]; with "starts_BT", int32, no
     position sees another document's (see attention's `attend`). Gradients are summed over the A micro-batches and
-    divided by the sum of all weights, so that every token counts the same. A batch without a weight, or an update that
-    `judge` has not made, leaves parameters and optimizer as they are to the bit; only the count of steps goes on, and
-    with it the schedule and the data.
+    divided by the sum of all weights, so that every token counts the same. Without a weight, or where `judge` says so,
+    no update is made: parameters and optimizer stay as they are to the bit, and only the count of steps goes on.
     metrics: loss (nats a token; 0 of no targets), weight (targets counted), grad_norm (before clipping), and for every
-    class of mup.py grad_norm/<class> and update_norm/<class>, of the update made or not; scalars left on the device, as
-    is skips, that of History. Frozen parameters of `table` have a gradient of zero, which is not computed, and stay as
-    they are to the bit.
+    class of mup.py grad_norm/<class> and update_norm/<class>, also of an update that is not made; skips of History.
+    Frozen parameters have a gradient of zero, which is not computed, and stay as they are. All metrics are scalars.
     """
     is_frozen = jax.tree.map(lambda info: info.rule.is_frozen, table)
-
-    def micro_loss(params, micro):
-        params = jax.tree.map(lambda p, frozen: jax.lax.stop_gradient(p) if frozen else p, params, is_frozen)
-        return loss_sum(
-            hidden(model, params, micro),
-            params["embedding"]["embedding"],
-            micro["targets_BT"],
-            micro["weights_BT"],
-            output_scale=model.parametrization.output_scale,
-            chunk=loss_chunk,
-            rules=model.rules,
-        )
+    gradients = make_gradients(model, table, loss_chunk=loss_chunk)
 
     def train_step(state: TrainState, batch: dict, learning_rate) -> tuple[TrainState, dict]:
-        def accumulate(carry, micro):
-            loss, grads = jax.value_and_grad(micro_loss)(state.params, micro)
-            return jax.tree.map(jnp.add, carry, (loss, grads)), None
-
-        if batch["inputs_BT"].shape[0] == 1:
-            loss, grads = jax.value_and_grad(micro_loss)(state.params, jax.tree.map(lambda x: x[0], batch))
-        else:
-            zeros = (jnp.zeros((), jnp.float32), jax.tree.map(jnp.zeros_like, state.params))
-            (loss, grads), _ = jax.lax.scan(accumulate, zeros, batch)
-        weight = batch["weights_BT"].sum()
+        loss, weight, grads = gradients(state.params, batch)
         has_targets = weight > 0
-        divisor = jnp.where(has_targets, weight, 1)
-        grads = jax.tree.map(lambda g: g / divisor, grads)
         with jax.named_scope("optimizer"):
             updates, opt_state = optimizer.update(grads, state.opt_state, state.params, learning_rate=learning_rate)
-            # Adam moves on its moments, and weights decay, without a gradient too.
             updates = jax.tree.map(lambda u: jnp.where(has_targets, u, 0), updates)
         metrics = {
-            "loss": loss / divisor,
+            "loss": loss,
             "weight": weight,
             "grad_norm": optax.tree.norm(grads),
             **_class_norms("grad_norm", grads, table),
             **_class_norms("update_norm", updates, table),
         }
-        values_S = jnp.stack([metrics["loss"], metrics["grad_norm"], optax.tree.norm(updates)])
-        is_made, history = judge(state.history, values_S, step=state.step, rule=rule)
-        history = jax.tree.map(lambda new, old: jnp.where(has_targets, new, old), history, state.history)
-        is_made &= has_targets
+        values_S = jnp.stack([loss, metrics["grad_norm"], optax.tree.norm(updates)])
+        is_made, history = judge(state.history, values_S, has_targets, step=state.step, rule=rule)
         opt_state = jax.tree.map(lambda new, old: jnp.where(is_made, new, old), opt_state, state.opt_state)
         params = jax.tree.map(
             lambda old, u, frozen: old if frozen else jnp.where(is_made, old + u, old), state.params, updates, is_frozen
         )
-        new_state = TrainState(step=state.step + 1, params=params, opt_state=opt_state, history=history)
-        return new_state, metrics | {"skips": history.skips}
+        after = TrainState(step=state.step + 1, params=params, opt_state=opt_state, history=history)
+        return after, metrics | {"skips": history.skips}
 
     return train_step
-
-
-def hidden(model: Btlm, params: dict, batch: dict) -> jax.Array:
-    """Return the network's output, hidden_BTD."""
-    hidden_BTD = model.apply({"params": params}, batch["inputs_BT"], batch.get("starts_BT"))
-    return cast(jax.Array, hidden_BTD)  # a tuple only with mutable collections
 
 
 def new_state(params: dict, optimizer: optax.GradientTransformation) -> TrainState:

@@ -28,7 +28,7 @@ from btlm_jax.train.checkpoint import (
 )
 from btlm_jax.train.step import abstract_state, init_state
 
-KEEP = CheckpointConfig(every_steps=1, keep_last=2, keep_every=10)
+KEEP = CheckpointConfig(every_steps=1, keep_last=2, keep_every=10, keep_hours=0.0)
 
 
 def build(*, devices: int, tensor: int):
@@ -235,6 +235,7 @@ def test_a_checkpoint_s_position_and_config_are_plain_json(saved):
         "step": 7,
         "tokens_seen": 384 * 7,
         "store_fingerprint": "abc",
+        "passed_over": [],
     }
     config = json.loads((folder / "config" / "metadata").read_text())
     assert config == json.loads(tiny_config(mesh__tensor=2).to_json())

@@ -9,6 +9,7 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 import numpy as np
+import orbax.checkpoint as ocp
 import pytest
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
@@ -234,8 +235,21 @@ def test_values_that_are_not_finite_and_arrays_that_were_replaced_are_refused(wo
 
 
 def test_a_checkpoint_from_before_hashes_is_read_and_that_is_said(workdir, program):
-    shutil.rmtree(workdir / "checkpoints" / "6" / "digests")
-    assert restored(workdir, program) == (6, 6.0, [])
+    state = make_state(program, 7)
+    tables = {"position": {"step": 7, "tokens_seen": 384 * 7, "store_fingerprint": "abc"}}
+    tables |= {"config": json.loads(CONFIG.to_json()), "environment": {"jax": "0.9"}}
+    arrays = {"step": state.step, "params": state.params, "opt_state": state.opt_state}
+    names = ("state", "position", "config", "environment")
+    with ocp.CheckpointManager(workdir / "checkpoints", item_names=names) as manager:  # as before 2026-11-29
+        json_items = {name: ocp.args.JsonSave(table) for name, table in tables.items()}
+        manager.save(7, args=ocp.args.Composite(state=ocp.args.StandardSave(arrays), **json_items))
+    checkpointer = Checkpointer(workdir, config=CONFIG.checkpoint)
+    restored = restore_last(checkpointer, CONFIG, abstract=program.state)
+    checkpointer.close()
+    assert restored.position == Position(step=7, tokens_seen=384 * 7, store_fingerprint="abc")
+    assert restored.state is not None and not restored.events
+    assert {float(np.unique(leaf).item()) for leaf in jax.tree.leaves(jax.device_get(restored.state.params))} == {7.0}
+    assert int(restored.state.history.count) == 0 and not np.asarray(restored.state.history.values_SW).any()
     assert notices.counts() == {"checkpoint-without-hashes": 1}
 
 

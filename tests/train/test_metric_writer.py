@@ -343,21 +343,24 @@ def test_a_second_process_writes_nothing(tmp_path, capsys):
 
 
 def test_a_step_without_targets_is_no_bad_number(tmp_path):
-    """It is a line with the loss nan, an event, and a notice; a loss that is nan with targets still ends the run."""
+    """It is a line with the loss nan, an event, and a notice; with targets it is an update that was not made."""
     notices.begin(strict=())
     run = FakeRun(tmp_path)
     values = {"loss": np.float32(0), "weight": np.float32(0), "grad_norm": np.float32(0)}
+    values["skips"] = np.int32(0)
     with run.writer:
         run.step(1)
         run.spend("step", 2.0)
-        loop._record(run.writer, 2, 0.005, values)
-        with pytest.raises(loop.BadNumbersError, match="step 3: loss=nan"):
-            loop._record(run.writer, 3, 0.005, {**values, "weight": np.float32(5), "loss": np.float32(np.nan)})
+        assert loop._record(run.writer, 2, 0.005, values) == 0
+        bad = {"weight": np.float32(5), "loss": np.float32(np.nan), "skips": np.int32(4)}
+        assert loop._record(run.writer, 3, 0.005, {**values, **bad}) == 4
     _, empty, bad = rows_of(tmp_path, "train")
     assert (empty["step"], empty["weight"]) == (2, 0) and math.isnan(empty["loss"]) and math.isnan(bad["loss"])
-    (event,) = rows_of(tmp_path, "event")
+    event, skipped = rows_of(tmp_path, "event")
     assert event["step"] == 2 and "no update: the batch has no targets" in event["message"]
-    assert notices.counts() == {"no-targets": 1}
+    assert skipped["step"] == 3 and skipped["message"] == "no update: loss=nan at learning rate 0.005"
+    assert bad["skips"] == 4 and "skips" not in empty
+    assert notices.counts() == {"no-targets": 1, "step-skipped": 1}
     notices.begin(strict=())
 
 

@@ -1,5 +1,6 @@
 """The real command in processes: a full disk, bad numbers, SIGTERM, and two processes as one run."""
 
+import json
 import resource
 import signal
 import socket
@@ -34,12 +35,27 @@ def test_a_full_disk_keeps_the_last_good_checkpoint(tiny_run, unfinished_run):
 
 
 @pytest.mark.slow
-def test_bad_numbers_stop_with_76_and_are_not_saved(unfinished_run):
+def test_bad_numbers_stop_with_76_and_are_not_saved(tiny_run, unfinished_run):
     config, workdir = unfinished_run
-    result = run_btlm(*train_arguments(config, workdir), "--config.optimizer.peak_learning_rate=1e38")
+    changes = ("optimizer.peak_learning_rate=1e38", "bad_numbers.max_skips=2", "bad_numbers.max_rollbacks=1")
+    result = run_btlm(*train_arguments(config, workdir), *(f"--config.{change}" for change in changes))
     assert result.returncode == 76, result.stdout + result.stderr
-    assert "Stopped on bad numbers at step" in result.stdout and "last good checkpoint is step 3" in result.stdout
-    assert checkpoint_steps(workdir) == [3]
+    assert "went back to step 3; steps 4 to 5 are passed over" in result.stderr
+    assert "Stopped on bad numbers at step 7: the updates of 2 steps in a row were not made" in result.stdout
+    assert "last good checkpoint is step 3" in result.stdout and checkpoint_steps(workdir) == [3]
+    assert [row["loss"] for row in recorded(workdir, "train")][:3] == [
+        row["loss"] for row in recorded(tiny_run[1], "train")
+    ][:3]
+    evidence = workdir / "bad_numbers" / "step-7"
+    assert sorted(path.name for path in evidence.iterdir()) == [
+        "batch.jsonl", "config.json", "metrics.jsonl", "norms.json"
+    ]  # fmt: skip
+    rows = [json.loads(line) for line in (evidence / "batch.jsonl").read_text().splitlines()]
+    assert [len(row["ids"]) for row in rows] == [49] * 8 and all(row["text"] for row in rows)
+    norms = json.loads((evidence / "norms.json").read_text())
+    kernel = norms["parameters"]["blocks/mlp/up/kernel"]
+    assert norms["targets"] == 384 and len(kernel["gradient"]) == len(kernel["nu"]) == 2  # of each layer
+    assert norms["classes"]["mlp_in"]["parameter"] > 0 and norms["classes"]["mlp_in"]["gradient"] > 0
 
 
 @pytest.mark.slow
