@@ -17,7 +17,8 @@ import jax
 from btlm_jax.plan.chips import GIB, Chip
 from btlm_jax.plan.executable import Collective, Executable, read_executable
 from btlm_jax.storage.files import read_json_object, write_atomically
-from btlm_jax.train.program import Program, compiler_options
+from btlm_jax.train.flops import compiler_options
+from btlm_jax.train.program import Program
 
 
 class DoesNotFitError(Exception):

@@ -15,35 +15,8 @@ from btlm_jax.recipe.config import TrainConfig, UpdateRule
 from btlm_jax.recipe.curriculum import Phase
 from btlm_jax.recipe.mup import make_parametrization
 from btlm_jax.recipe.optimizer import make_optimizer
+from btlm_jax.train.flops import compiler_options
 from btlm_jax.train.step import TrainState, abstract_batch, abstract_state, make_train_step
-
-# Collectives that overlap with computation. By default XLA makes some of them asynchronous on a v5e and none on a v5p
-# (read in compiled steps).
-_TPU_OPTIONS = {
-    "xla_enable_async_all_gather": "true",
-    "xla_tpu_enable_async_collective_fusion": "true",
-    "xla_tpu_enable_async_collective_fusion_fuse_all_gather": "true",
-    "xla_tpu_enable_async_collective_fusion_fuse_reduce_scatter": "true",
-    "xla_tpu_enable_async_collective_fusion_multiple_steps": "true",
-    "xla_tpu_overlap_compute_collective_tc": "true",
-}
-# KiB of vector memory (VMEM) for one fusion. A v5p has 64 MiB of it, a v5e and v6e 128, a v4 only the default's 16.
-# With more, products use larger blocks, and a v5e and v6e reduce gradients without padding (read in compiled steps).
-_SCOPED_VMEM_KIB = {"TPU v5": 32768, "TPU v5 lite": 65536, "TPU v6 lite": 65536}
-
-
-def compiler_options(
-    device: jax.Device,  # pyright: ignore[reportInvalidTypeForm] # jax declares it as a variable
-) -> dict[str, str | bool]:
-    """Return XLA's options for the train step on this kind of device."""
-    if device.platform != "tpu":
-        return {}
-    options: dict[str, str | bool] = {**_TPU_OPTIONS}
-    if "lite" not in device.device_kind:  # libtpu 0.0.42 refuses asynchronous all-to-alls, or aborts, on v5e and v6e
-        options["xla_tpu_enable_async_all_to_all"] = "true"
-    if kib := _SCOPED_VMEM_KIB.get(device.device_kind):
-        options["xla_tpu_scoped_vmem_limit_kib"] = str(kib)
-    return options
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -57,6 +30,7 @@ class Program:
     optimizer: optax.GradientTransformationExtraArgs
     state: TrainState  # abstract
     update_rules: tuple[UpdateRule, ...]  # one a phase
+    options: dict[str, str | bool]  # of XLA
 
     def rules_for(self, phase: Phase) -> AxisRules:
         """Return the sharding rules of a phase, which depend on its batch size."""
@@ -78,7 +52,7 @@ class Program:
     def compile(self, traced: jax.stages.Traced) -> jax.stages.Compiled:
         """Compile a traced step for the mesh's devices."""
         with jax.set_mesh(self.mesh):
-            return traced.lower().compile(compiler_options=compiler_options(self.mesh.devices.flat[0]))
+            return traced.lower().compile(compiler_options=self.options)
 
 
 def make_program(config: TrainConfig, mesh: Mesh) -> Program:
@@ -92,7 +66,8 @@ def make_program(config: TrainConfig, mesh: Mesh) -> Program:
     table = freeze(parameter_table(model, mesh), config.optimizer.frozen_patterns)
     optimizer = make_optimizer(config.optimizer, table)
     state = abstract_state(table, optimizer, mesh)
-    rules = tuple(map(config.update_rule, config.curriculum.table.phases))
     return Program(
-        config=config, mesh=mesh, model=model, table=table, optimizer=optimizer, state=state, update_rules=rules
-    )
+        config=config, mesh=mesh, model=model, table=table, optimizer=optimizer, state=state,
+        update_rules=tuple(map(config.update_rule, config.curriculum.table.phases)),
+        options=compiler_options(mesh.devices.flat[0]),
+    )  # fmt: skip

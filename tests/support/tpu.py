@@ -14,5 +14,5 @@ needs_libtpu = pytest.mark.skipif(
 @pytest.fixture(scope="module")
 def quickly_compiled():
     """Compile as for a TPU with little vector memory: several times as fast, the same to what is done with plans."""
-    with mock.patch("btlm_jax.train.program._SCOPED_VMEM_KIB", {}):
+    with mock.patch("btlm_jax.train.flops._SCOPED_VMEM_KIB", {}):
         yield
