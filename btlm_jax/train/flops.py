@@ -1,4 +1,4 @@
-"""FLOPs of training on a token, and the peak FLOP/s of a device, which MFU is made of; its memory; XLA's options for it."""
+"""FLOPs of training on a token; of a device the peak FLOP/s, which MFU is made of, the memory, and XLA's options."""
 
 from __future__ import annotations
 

@@ -23,8 +23,8 @@ def check(monkeypatch, *, memory: int, num_devices: int = 1, **changes) -> None:
 
 
 def state_bytes(**changes) -> int:
-    """Parameters, two moments, and the step, which AdamW counts too."""
-    return 3 * 4 * count_parameters(tiny_config(**changes).model) + 2 * 4
+    """Parameters, two moments, the step, which AdamW counts too, and a history of three numbers of 64 updates."""
+    return 3 * 4 * count_parameters(tiny_config(**changes).model) + 2 * 4 + 4 * (3 * 64 + 3)
 
 
 @pytest.mark.parametrize(

@@ -215,7 +215,7 @@ def test_metrics_are_those_of_the_plain_loss(single, plain):
         for name, norm in norms_of_classes(moved, classes).items():
             np.testing.assert_allclose(found[f"update_norm/{name}"], norm, rtol=1e-3, err_msg=name)
     assert single.states[-1].step == len(single.metrics) == 2
-    assert found.keys() == {"loss", "weight", "grad_norm"} | {
+    assert found.keys() == {"loss", "weight", "grad_norm", "skips"} | {
         f"{kind}_norm/{name}" for kind in ("grad", "update") for name in CLASSES
     }
 
