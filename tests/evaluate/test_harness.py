@@ -138,7 +138,7 @@ def test_finished_tasks_are_not_done_again_and_others_go_on(folder, measured, mo
 
     def interrupted(rows):
         for number, found in enumerate(whole(rows)):
-            if number == 20:
+            if number == 10:
                 raise KeyboardInterrupt
             yield found
 
@@ -155,7 +155,7 @@ def test_finished_tasks_are_not_done_again_and_others_go_on(folder, measured, mo
 
     monkeypatch.setattr(again._scorer, "score", counting)
     went_on = measure_tasks(again, settings_of(folder, "local_choice"), elsewhere)
-    assert len(asked) == 36 - 20
+    assert len(asked) == 24 - 10
     assert went_on["results"]["local_choice"] == report["results"]["local_choice"]
     assert json.loads((tmp_path / task_module.RESULTS_FILE).read_text())["results"] == went_on["results"]
 
@@ -213,8 +213,8 @@ def test_out_of_memory_halves_the_batch_of_texts(ours, monkeypatch, capsys):
     ("request_", "message"),
     [
         (request_of("loglikelihood", "context", ""), "task some_task, document 7: the text to score is empty"),
-        (request_of("loglikelihood", "context", " word" * 300), "task some_task, document 7: a continuation of"),
-        (request_of("generate_until", "a", {"max_gen_toks": 256}), "leaves no room for a context"),
+        (request_of("loglikelihood", "context", " word" * 400), "task some_task, document 7: a continuation of"),
+        (request_of("generate_until", "a", {"max_gen_toks": MAX_LENGTH}), "leaves no room for a context"),
         (request_of("generate_until", "a", {"num_beams": 4}), "generation_kwargs has num_beams; known are until"),
     ],
 )

@@ -45,7 +45,7 @@ TASKS = {
 }  # fmt: skip
 
 
-def write_tasks(folder: Path, *, num_documents: int = 12) -> Path:
+def write_tasks(folder: Path, *, num_documents: int = 8) -> Path:
     """Write TASKS and their documents; return the folder, which is for --include_path."""
     folder.mkdir()
     generator = random.Random(1)
@@ -56,7 +56,7 @@ def write_tasks(folder: Path, *, num_documents: int = 12) -> Path:
     documents = [
         {
             "question": some_words(2, 25), "choices": [some_words(1, 6) for _ in range(3)],
-            "answer": generator.randrange(3), "text": some_words(1, 400) if number else "",
+            "answer": generator.randrange(3), "text": some_words(1, 250) if number else "",
             "generated": some_words(1, 2),
         }
         for number in range(num_documents)
