@@ -37,6 +37,7 @@ usage: btlm <verb> [flags]        (btlm <verb> --help explains a verb)
   corpus build     make the token store that a config names, without training
   corpus clean     make a corpus out of raw files, stage by stage (btlm corpus --help)
   corpus verify    read a token store again and compare every byte with its manifest
+  checkpoints      list, verify, prune and copy the checkpoints of a run
   tune coord-check prove on a CPU that the parametrization is right, and that wrong ones are caught (2 minutes)
   plan             compile the train steps for a TPU slice that is not there: fits? how fast? how much?
   configs          list the configs that --config takes by name
@@ -95,6 +96,12 @@ def _corpus(arguments: Sequence[str]) -> int:
     return corpus(arguments)
 
 
+def _checkpoints(arguments: Sequence[str]) -> int:
+    from btlm_jax.cli.checkpoints import checkpoints
+
+    return checkpoints(arguments)
+
+
 def _tune(arguments: Sequence[str]) -> int:
     from btlm_jax.cli.tune import tune
 
@@ -133,6 +140,7 @@ VERBS: dict[str, Callable[[Sequence[str]], int]] = {
     "lm-eval": _lm_eval,
     "convert": _convert,
     "corpus": _corpus,
+    "checkpoints": _checkpoints,
     "tune": _tune,
     "plan": _plan,
     "configs": _configs,

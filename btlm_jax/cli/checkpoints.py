@@ -1,0 +1,137 @@
+"""`btlm checkpoints`: list, verify, prune and copy the checkpoints of a run."""
+
+from __future__ import annotations
+
+import shutil
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from btlm_jax.cli import DONE, ERROR, UsageError
+from btlm_jax.cli.parse import Flags
+
+CHECKPOINTS_HELP = """btlm checkpoints WORKDIR: list the checkpoints of a run; the run may be going on.
+
+examples:  btlm checkpoints runs/local                       step, tokens, date, size of each
+           btlm checkpoints runs/local --verify              and whether all is as it was written
+           btlm checkpoints runs/local --copy=backup/local   a workdir that btlm train, generate and convert take
+           btlm checkpoints runs/local --prune               delete what the rules of the run's config do not keep
+
+--verify reads every array, compares it with its hash and looks for values that are not finite, with as much memory as
+a state takes; the exit code is 1 if a checkpoint is damaged, and nothing is moved: the next start of the run does that.
+"""
+_KEPT_WITH_A_COPY = ("config.json", "init.json", "tokenizer")
+
+
+def checkpoints(arguments: Sequence[str]) -> int:
+    """Run `btlm checkpoints`; return the exit code."""
+    flags = checkpoints_flags()
+    given = [argument for argument in arguments[:1] if not argument.startswith("-")]
+    if not flags.parse([*(f"--workdir={name}" for name in given), *arguments[len(given) :]]):
+        return DONE
+    workdir = flags.path("workdir")
+    if flags.boolean("prune") and flags.is_given("copy"):
+        raise UsageError("give --prune or --copy, not both")
+    from btlm_jax.train.checkpoint import CheckpointReader
+
+    reader = CheckpointReader(workdir)
+    try:
+        rows = [_Row(reader, step, verify=flags.boolean("verify")) for step in reader.steps()]
+    finally:
+        reader.close()
+    print(f"{'step':>12} {'tokens':>19} {'written':>17} {'size':>10}  state")
+    for row in rows:
+        print(row.text())
+    if flags.is_given("copy"):
+        _copy(workdir, flags.path("copy"), [row for row in rows if not row.reason])
+    if flags.boolean("prune"):
+        _prune(rows)
+    return ERROR if any(row.reason for row in rows) else DONE
+
+
+def checkpoints_flags() -> Flags:
+    """Define the flags of `btlm checkpoints`."""
+    flags = Flags(CHECKPOINTS_HELP)
+    flags.define_string("workdir", "", "the run; may be given without the flag, first")
+    flags.define_boolean("verify", False, "compare every array with its hash")
+    flags.define_boolean("prune", False, "delete what checkpoint.keep_... of the run's config do not keep")
+    flags.define_string("copy", "", "new folder for the checkpoints that are not damaged, the config and the tokenizer")
+    return flags
+
+
+class _Row:
+    """What is to be said of one checkpoint."""
+
+    def __init__(self, reader, step: int, *, verify: bool):
+        from btlm_jax.train.checkpoint import DamagedError
+
+        self.step, self.folder = step, reader.directory / str(step)
+        self.seconds = self.folder.stat().st_mtime
+        self.num_bytes = sum(path.stat().st_size for path in self.folder.rglob("*") if path.is_file())
+        self.config: Any = None  # a TrainConfig, once it is read
+        self.tokens, self.reason, self.state = "", "", "not verified"
+        try:
+            position, self.config = reader.read_metadata(step)
+            self.tokens = f"{position.tokens_seen:,}"
+            has_hashes = bool(reader.read_digests(step))
+            if verify:
+                _restore(reader, step, self.config)
+                self.state = "verified" if has_hashes else "finite; it has no hashes"
+            elif not has_hashes:
+                self.state = "has no hashes"
+        except DamagedError as error:
+            self.reason, self.state = error.reason, f"DAMAGED: {error.reason}"
+
+    def text(self) -> str:
+        """Return its line."""
+        written = time.strftime("%Y-%m-%d %H:%M", time.localtime(self.seconds))
+        return f"{self.step:>12,} {self.tokens:>19} {written:>17} {self.num_bytes / 1e6:>7,.1f} MB  {self.state}"
+
+
+def _restore(reader, step: int, config) -> None:
+    """Read the whole state, which compares it with its hashes."""
+    import jax
+
+    from btlm_jax.parallel.mesh import make_mesh
+    from btlm_jax.train.program import make_program
+
+    program = make_program(config, make_mesh(devices=jax.local_devices()[:1], tensor=1))
+    reader.restore_state(step, abstract=program.state)
+
+
+def _copy(workdir: Path, target: Path, rows: list[_Row]) -> None:
+    """Copy checkpoints and what a run keeps beside them to a new workdir, which appears when it is complete.
+
+    Raises:
+      ValueError: it exists.
+    """
+    from btlm_jax.train import CHECKPOINTS
+
+    if target.exists():
+        raise ValueError(f"--copy={target} exists; give the name of a new folder")
+    partial = target.with_name(f".{target.name}.partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    for row in rows:
+        shutil.copytree(row.folder, partial / CHECKPOINTS / str(row.step))
+    for name in _KEPT_WITH_A_COPY:
+        if (workdir / name).is_dir():
+            shutil.copytree(workdir / name, partial / name)
+        elif (workdir / name).is_file():
+            shutil.copy2(workdir / name, partial / name)
+    partial.rename(target)
+    print(f"copied {len(rows)} checkpoints to {target}")
+
+
+def _prune(rows: list[_Row]) -> None:
+    """Delete the checkpoints that the newest one's config does not keep; damaged ones stay, and count for none."""
+    from btlm_jax.train.checkpoint import kept_steps
+
+    good = [row for row in rows if not row.reason and row.config is not None]
+    if not good:
+        return
+    kept = kept_steps([(row.step, row.seconds) for row in good], good[-1].config.checkpoint)
+    for row in good:
+        if row.step not in kept:
+            shutil.rmtree(row.folder)
+            print(f"deleted {row.folder}")
