@@ -40,7 +40,8 @@ class SeesBack:
             seen = tokens[max(0, row.first - self._reach) : row.first]
             knows = any(seen[at : at + len(core)] == core for at in range(len(seen)))
             count = len(answer)
-            scores.append(Scores(log_p_T=np.full(count, 0.0 if knows else -2.0), is_greedy_T=np.full(count, knows)))
+            is_greedy_T = np.arange(count) < (count if knows else 1)  # the first token of an answer is easy
+            scores.append(Scores(log_p_T=np.full(count, 0.0 if knows else -2.0), is_greedy_T=is_greedy_T))
         return scores
 
 

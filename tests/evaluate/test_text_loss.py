@@ -109,6 +109,7 @@ def test_losses_are_sums_over_counted_tokens(tmp_path):
     assert found["mean_of_sources"] == pytest.approx(np.mean([sum(nats[n]) / sum(counts[n]) for n in "ab"]))
     again = documents_of(json.loads(json.dumps(found)))
     assert all(np.array_equal(again[name], array) for name, array in loss.documents.items())
+    assert found == loss.to_json()  # intervals are drawn from a fixed seed
 
 
 def test_intervals_cover_the_truth_about_as_often_as_they_say():
