@@ -14,6 +14,7 @@ from lm_eval.api.instance import Instance  # noqa: E402
 from lm_eval.evaluator import evaluate  # noqa: E402
 from support.harness_tasks import TASKS, write_tasks, write_tiny_model  # noqa: E402
 from support.hub_data import write_published_tasks  # noqa: E402
+from support.real_store import made_up_documents  # noqa: E402
 
 from btlm_jax import notices  # noqa: E402
 from btlm_jax.cli import main  # noqa: E402
@@ -122,6 +123,27 @@ def hf(folder):
         pretrained=str(folder / "export"), trust_remote_code=True, dtype="float32", device="cpu", batch_size=4,
         max_length=MAX_LENGTH,
     )  # fmt: skip
+
+
+@pytest.mark.slow
+def test_a_texts_loss_is_the_harness_s_rolling_one(folder, hf, tmp_path):
+    documents = [document.text for document in made_up_documents(None)]
+    lines = ["".join(documents)[:4000], documents[1][:90], documents[2][:1]]
+    requests = [
+        Instance(request_type="loglikelihood_rolling", doc={}, arguments=(text,), idx=number)
+        for number, text in enumerate(lines)
+    ]
+    expected = hf.loglikelihood_rolling(requests, disable_tqdm=True)
+    counts = [len(hf.tok_encode(text, add_special_tokens=False)) for text in lines]
+    assert max(counts) > 3 * MAX_LENGTH
+    (tmp_path / "texts.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in lines))
+    arguments = [f"--checkpoint={folder / 'export'}", f"--text={tmp_path / 'texts.jsonl'}", f"--length={MAX_LENGTH}"]
+    assert main(["evaluate", *arguments, f"--output={tmp_path / 'results'}"]) == 0
+    (path,) = (tmp_path / "results").glob("heldout-*.json")
+    (found,) = json.loads(path.read_text())["result"]["of_documents"].values()
+    assert found["tokens"] == counts
+    for nats, count, log_p in zip(found["nats"], counts, expected, strict=True):
+        assert nats == pytest.approx(-log_p, abs=1e-5 * count)
 
 
 @functools.cache
