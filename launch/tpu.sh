@@ -433,7 +433,7 @@ up() {
         ABSENT)
           [ -z "$is_new" ] || break # what was asked for has vanished
           create || break
-          is_new=1
+          is_new=1 created=1
           [ -z "$DRY_RUN" ] || return 0
           continue
           ;;
@@ -776,7 +776,10 @@ all() {
   trap 'say "$NAME stays, and costs money: the same command goes on with it, launch/tpu.sh down deletes it"; exit 130' INT TERM
   up
   count_workers
-  surely_ask || is_lost=1
+  if ! surely_ask; then # of a slice that was there already a run may be on it
+    [ -n "$created" ] || die 1 "the workers of $NAME do not answer: run the same command again, or launch/tpu.sh down"
+    is_lost=1
+  fi
   if ((running)); then
     say "btlm train is running on $running workers of $NAME; it is followed"
     from_step=$step
@@ -889,7 +892,7 @@ set_up() {
   if ((SLICES > 1)); then mapfile -t nodes < <(for ((name = 0; name < SLICES; name++)); do echo "$NAME-$name"; done); fi
   owned=("$NAME")
   if ((SLICES > 1)); then owned+=("${nodes[@]}"); fi
-  waited=0 num_workers=0 num_starts=0 step=0 from_step=0 last_line="" is_lost="" running=0 codes=()
+  waited=0 num_workers=0 num_starts=0 step=0 from_step=0 last_line="" is_lost="" created="" running=0 codes=()
   split "${CREATE_FLAGS:-}" CREATE_FLAGS
   create_flags=("${words[@]}")
   split "${EXPORT:-}" EXPORT

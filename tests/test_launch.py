@@ -291,6 +291,12 @@ def test_an_expired_login_ends_the_watch_not_the_run(cloud):
     assert "pod-w-0: running" in cloud.run("status")
 
 
+def test_a_slice_that_was_there_is_not_deleted_because_ssh_fails(cloud):
+    cloud.run("up")
+    cloud.will(faults=["worker report|255|ssh: connection refused"] * 3)
+    assert "do not answer" in cloud.run("all", code=1) and not cloud.is_empty
+
+
 def test_sick_devices_cost_the_slice(cloud):
     cloud.will(unhealthy=["once"] * 2, runs="10:0")
     assert "do not compute" in cloud.run("all") and len(cloud.commands("queued-resources create")) == 2
