@@ -113,11 +113,15 @@ def _train(config: TrainConfig, flags: Flags, *, workdir: Path, stop: Stop) -> i
 
 @contextlib.contextmanager
 def _owned(workdir: Path, flags: Flags) -> Iterator[Stop]:
-    """Own the workdir meanwhile, in process 0 of the run; yield what says when to stop."""
+    """Own the workdir meanwhile, in process 0 of the run; yield what says when to stop.
+
+    A workdir that was made here, and in which nothing is left at the end, as in a run that is refused, is deleted.
+    """
     from btlm_jax.train import setup
 
     stop = stopping.current()
     _watch_notices(stop)
+    is_new = not workdir.exists()
     setup.make_workdir(workdir)
     stop.workdir = workdir
     if _process_id(flags):
@@ -132,6 +136,9 @@ def _owned(workdir: Path, flags: Flags) -> Iterator[Stop]:
         yield stop
     finally:
         ownership.release()
+        if is_new:
+            with contextlib.suppress(OSError):  # it is not empty
+                workdir.rmdir()
 
 
 def _watch_notices(stop: Stop) -> None:
