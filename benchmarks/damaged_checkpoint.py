@@ -25,7 +25,7 @@ import jax
 import numpy as np
 
 from btlm_jax import notices
-from btlm_jax.parallel.mesh import make_mesh
+from btlm_jax.parallel.make_mesh import make_mesh
 from btlm_jax.recipe.config import TrainConfig, train_config_from
 from btlm_jax.train import CHECKPOINTS, DAMAGED
 from btlm_jax.train.checkpoint import Checkpointer, Position, last_position, restore_last

@@ -18,7 +18,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from btlm_jax.model import init_params
-from btlm_jax.parallel.mesh import batch_sharding, make_mesh
+from btlm_jax.parallel.make_mesh import make_mesh
+from btlm_jax.parallel.mesh import batch_sharding
 from btlm_jax.recipe import sizes
 from btlm_jax.recipe.config import MeshConfig, TrainConfig
 from btlm_jax.train.program import make_program

@@ -33,7 +33,8 @@ from btlm_jax.data import store
 from btlm_jax.data.loader import TrainLoader
 from btlm_jax.data.reader import open_store
 from btlm_jax.model.projection import make_projection, project_scheduled
-from btlm_jax.parallel.mesh import RULES, batch_sharding, make_run_mesh
+from btlm_jax.parallel.make_mesh import make_run_mesh
+from btlm_jax.parallel.mesh import RULES, batch_sharding
 from btlm_jax.recipe.config import TrainConfig, train_config_from
 from btlm_jax.recipe.optimizer import rates_of_steps
 from btlm_jax.train.program import make_program

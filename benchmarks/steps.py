@@ -56,7 +56,8 @@ def make_jax_step(config: TrainConfig) -> Step:
     """Compile our step and make its state."""
     import jax
 
-    from btlm_jax.parallel.mesh import batch_sharding, make_mesh
+    from btlm_jax.parallel.make_mesh import make_mesh
+    from btlm_jax.parallel.mesh import batch_sharding
     from btlm_jax.train.program import make_program
     from btlm_jax.train.step import init_state
 

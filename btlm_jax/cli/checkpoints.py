@@ -93,7 +93,7 @@ def _restore(reader, step: int, config) -> None:
     """Read the whole state, which compares it with its hashes."""
     import jax
 
-    from btlm_jax.parallel.mesh import make_mesh
+    from btlm_jax.parallel.make_mesh import make_mesh
     from btlm_jax.train.program import make_program
 
     program = make_program(config, make_mesh(devices=jax.local_devices()[:1], tensor=1))

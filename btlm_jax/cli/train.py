@@ -198,6 +198,7 @@ def _train_on_data(flags: Flags) -> int:
     if flags.boolean("dry_run"):
         print(train_data.dry_run(flags, workdir=workdir))
         return DONE
+    train_data.check_is_of_data(flags, workdir=workdir)
     with _owned(workdir, flags) as stop:
         return _work_on_data(flags, workdir=workdir, stop=stop)
 

@@ -360,6 +360,17 @@ def _new_workdir(workdir: Path) -> Path:
     return next(name for name in names if not name.exists())
 
 
+def check_is_of_data(flags: Flags, *, workdir: Path) -> None:
+    """Refuse a workdir of something that was not made from --data, before anything is written to it.
+
+    Raises:
+      UsageError: it is.
+      ValueError: what it says of its data is damaged.
+    """
+    if _read_record(workdir) is None:
+        _check_workdir(None, flags, workdir=workdir)
+
+
 def _check_workdir(record: Record | None, flags: Flags, *, workdir: Path) -> None:
     """Refuse a workdir that belongs to another run, or to other data, with the commands that would be right.
 

@@ -22,7 +22,7 @@ from btlm_jax.hub.given_model import (
 )
 from btlm_jax.hub.native import ModelMetadata, one_device_mesh, read_metadata, read_tokenizer
 from btlm_jax.kernels.weights import Weights
-from btlm_jax.parallel.mesh import make_mesh
+from btlm_jax.parallel.make_mesh import make_mesh
 from btlm_jax.quantize.int4_directory import FORMAT as INT4_FORMAT
 from btlm_jax.quantize.int4_directory import is_int4_directory, read_int4_directory
 from btlm_jax.storage.location import absolute_location

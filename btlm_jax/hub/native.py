@@ -23,7 +23,7 @@ from btlm_jax.data import store
 from btlm_jax.hub.client_files import NO_SETTINGS, ClientSettings, read_client_settings
 from btlm_jax.hub.safetensors_files import SINGLE_FILE, SafetensorsFile, TensorToWrite, write_safetensors
 from btlm_jax.model import Btlm, make_model, parameter_table
-from btlm_jax.parallel.mesh import make_mesh
+from btlm_jax.parallel.make_mesh import make_mesh
 from btlm_jax.recipe.config import ModelConfig, MupConfig, TrainConfig, config_from
 from btlm_jax.recipe.mup import make_parametrization
 from btlm_jax.storage.files import read_json_object, write_atomically

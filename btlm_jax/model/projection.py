@@ -53,6 +53,7 @@ class Projection:
     num_groups: int  # S
     kernel_shape: tuple[int, ...]  # of kernel_dims, on one device
     y_shape: tuple[int, ...]  # on one device, without batch and length
+    is_on_tpu: bool
     is_bias_gradient_a_product: bool
 
     def to_device_order(self, stored: jax.Array, *, dim: int) -> jax.Array:
@@ -119,7 +120,8 @@ def project_scheduled(projection: Projection, x: jax.Array, kernel: jax.Array, b
         kernel_KM = projection.to_device_order(kernel, dim=1 - projection.embed_dim)
         kernel_KM = gather_kernel(kernel_KM, dtype=x.dtype, embed_dim=projection.embed_dim)
         x_laid_out, in_use = projection.to_layout(x, x_dims), kernel_KM.reshape(projection.kernel_shape)
-        y = with_row_major_layout(jnp.einsum(f"{x_dims},{projection.kernel_dims}->{y_dims}", x_laid_out, in_use))
+        y = jnp.einsum(f"{x_dims},{projection.kernel_dims}->{y_dims}", x_laid_out, in_use)
+        y = with_row_major_layout(y) if projection.is_on_tpu else y
         if into_hidden:  # each device adds its own part of the bias
             bias = projection.to_device_order(bias, dim=0)
             size = bias.shape[0] // jax.lax.axis_size(TENSOR)
@@ -145,7 +147,8 @@ def _backward(projection: Projection, residuals: tuple[jax.Array, jax.Array], dy
         kernel_KM = gather_kernel(kernel_KM, dtype=x.dtype, embed_dim=projection.embed_dim)
         x_laid_out, dy_laid_out = projection.to_layout(x, x_dims), projection.to_layout(dy, y_dims)
         in_use, kernel_dims = kernel_KM.reshape(projection.kernel_shape), projection.kernel_dims
-        dx = with_row_major_layout(jnp.einsum(f"{y_dims},{kernel_dims}->{x_dims}", dy_laid_out, in_use))
+        dx = jnp.einsum(f"{y_dims},{kernel_dims}->{x_dims}", dy_laid_out, in_use)
+        dx = with_row_major_layout(dx) if projection.is_on_tpu else dx
         product = f"{x_dims},{y_dims}->{kernel_dims}"
         dkernel = jnp.einsum(product, x_laid_out, dy_laid_out, preferred_element_type=jnp.float32)
         dkernel_KM = scatter_kernel_gradient(dkernel.reshape(kernel_KM.shape), embed_dim=projection.embed_dim)
@@ -223,6 +226,7 @@ def make_projection(
         num_groups=num_groups,
         kernel_shape=(d_model, *local_hidden) if into_hidden else (*local_hidden, d_model),
         y_shape=local_shape if into_hidden else out_shape,
+        is_on_tpu=platform() == "tpu",
         # The products that make the gradients of `up` and `gate` take the sums on their way.
         is_bias_gradient_a_product=platform() == "tpu" and out_axes != ("mlp",),
     )

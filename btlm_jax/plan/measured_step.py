@@ -12,7 +12,8 @@ from collections.abc import Callable, Sequence
 import jax
 import numpy as np
 
-from btlm_jax.parallel.mesh import batch_sharding, make_mesh
+from btlm_jax.parallel.make_mesh import make_mesh
+from btlm_jax.parallel.mesh import batch_sharding
 from btlm_jax.plan.chips import GIB
 from btlm_jax.plan.layout import MeshLayout
 from btlm_jax.plan.placement import CPU, Placement, cpu_placement, span

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import jax
 
-from btlm_jax.parallel.mesh import num_slices
+from btlm_jax.parallel.make_mesh import num_slices
 from btlm_jax.plan.chips import CHIPS, GIB, chip_of_device, usual_topology
 from btlm_jax.plan.layout import MeshLayout, layout_of
 from btlm_jax.recipe.config import MeshConfig, TrainConfig, config_from

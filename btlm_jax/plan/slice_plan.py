@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator, Sequence
 import jax
 
 from btlm_jax.display.progress import report_while_running
-from btlm_jax.parallel.mesh import make_run_mesh
+from btlm_jax.parallel.make_mesh import make_run_mesh
 from btlm_jax.plan.chips import GIB, Chip, chip_of, num_chips, slice_devices
 from btlm_jax.plan.compiling import CompileCache, DoesNotFitError
 from btlm_jax.plan.estimate import PhasePlan, plan_phase

@@ -19,7 +19,8 @@ import numpy as np
 from btlm_jax import notices
 from btlm_jax.data.loader import Batch, TrainLoader
 from btlm_jax.data.store import HELDOUT, keep_template, keep_tokenizer
-from btlm_jax.parallel.mesh import batch_sharding, make_run_mesh, num_slices, rules_for
+from btlm_jax.parallel.make_mesh import make_run_mesh, num_slices
+from btlm_jax.parallel.mesh import batch_sharding, rules_for
 from btlm_jax.recipe.config import PREPARED, TrainConfig, check_divisible
 from btlm_jax.stopping import Stop
 from btlm_jax.storage.files import write_atomically
@@ -46,7 +47,6 @@ from btlm_jax.train.metric_writer import (
     append_setting_changed,
 )
 from btlm_jax.train.program import make_program
-from btlm_jax.train.run_summary import describe_run
 from btlm_jax.train.setup import (
     Beginning,
     BuildStore,
@@ -54,6 +54,7 @@ from btlm_jax.train.setup import (
     check_curriculum,
     check_memory,
     describe_examples,
+    describe_run,
     has_store,
     keep_compiled,
     locate_store,

@@ -11,7 +11,8 @@ from pathlib import Path
 import jax
 import numpy as np
 
-from btlm_jax.parallel.mesh import batch_sharding, evaluation_sharding, make_run_mesh
+from btlm_jax.parallel.make_mesh import make_run_mesh
+from btlm_jax.parallel.mesh import batch_sharding, evaluation_sharding
 from btlm_jax.recipe.config import TrainConfig
 from btlm_jax.train.heldout import make_eval_step
 from btlm_jax.train.program import make_program

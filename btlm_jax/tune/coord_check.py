@@ -22,7 +22,8 @@ import numpy as np
 from jax.sharding import Mesh
 
 from btlm_jax.model import Btlm, ParameterInfo, make_model, parameter_table
-from btlm_jax.parallel.mesh import RULES, WHOLE_SEQUENCES, batch_sharding, make_mesh
+from btlm_jax.parallel.make_mesh import make_mesh
+from btlm_jax.parallel.mesh import RULES, WHOLE_SEQUENCES, batch_sharding
 from btlm_jax.recipe.config import TAKE_FINITE, ModelConfig, MupConfig, OptimizerConfig
 from btlm_jax.recipe.mup import make_parametrization
 from btlm_jax.recipe.optimizer import make_optimizer

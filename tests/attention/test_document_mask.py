@@ -3,6 +3,7 @@
 test_attention_tpu.py compiles the TPU kernels with them, test_gpu.py lowers cuDNN's.
 """
 
+import dataclasses
 import functools
 from unittest import mock
 
@@ -79,7 +80,7 @@ def test_packed_documents_attend_as_each_alone(implementation, kind):
 @pytest.mark.slow
 def test_the_tpu_kernels_in_interpret_mode():
     """In blocks of 128; benchmarks/document_mask.py has more lengths, and little vector memory."""
-    limits = tpu._Limits(block_positions=128, block_bytes=1 << 20, resident_bytes=1 << 24, vmem_bytes=1 << 24)
+    limits = dataclasses.replace(tpu._SMALL_VMEM, block_positions=128, block_bytes=1 << 20, resident_bytes=1 << 24)
     with mock.patch.object(tpu, "_limits", lambda: limits):
         assert_attends_as_each_alone("tpu", ((128, 60, 108, 20, 68),), N=1, H=128, is_spoilt=True)
 

@@ -6,7 +6,7 @@ import pytest
 from support.tiny import tiny_config
 
 from btlm_jax.cli import main
-from btlm_jax.parallel.mesh import make_mesh
+from btlm_jax.parallel.make_mesh import make_mesh
 from btlm_jax.train.checkpoint import Checkpointer, CheckpointReader, Position
 from btlm_jax.train.program import make_program
 

@@ -21,7 +21,8 @@ from btlm_jax.cli import main
 from btlm_jax.cli.config_keys import sections
 from btlm_jax.cli.new import short
 from btlm_jax.data import store as stores
-from btlm_jax.parallel.mesh import batch_sharding, make_mesh
+from btlm_jax.parallel.make_mesh import make_mesh
+from btlm_jax.parallel.mesh import batch_sharding
 from btlm_jax.plan import make_table, measured_step, search
 from btlm_jax.plan.compiling import CompileCache
 from btlm_jax.plan.layout import layout_of

@@ -23,7 +23,7 @@ from btlm_jax.cli import main, train_data
 from btlm_jax.data.reader import open_store
 from btlm_jax.data.store import HELDOUT, read_manifest, read_tokenizer_info, write_manifest
 from btlm_jax.hub.source import native_logits, read_native
-from btlm_jax.parallel.mesh import make_mesh
+from btlm_jax.parallel.make_mesh import make_mesh
 from btlm_jax.recipe.config import train_config_from
 from btlm_jax.train import loop, size_run
 from btlm_jax.train.checkpoint import Checkpointer

@@ -15,7 +15,7 @@ from btlm_jax.decode.kv_cache import extend, make_cache
 from btlm_jax.decode.sampling import GREEDY, Sampling, make_generator
 from btlm_jax.model import init_params, make_model
 from btlm_jax.model.loss import logits
-from btlm_jax.parallel.mesh import make_mesh
+from btlm_jax.parallel.make_mesh import make_mesh
 from btlm_jax.recipe.mup import make_parametrization
 
 PLAIN = {"top_k": 0, "top_p": 1.0, "min_p": 0.0, "repetition_penalty": 1.0}

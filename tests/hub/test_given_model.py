@@ -14,7 +14,7 @@ from btlm_jax.hub.native import write_model_directory
 from btlm_jax.hub.numpy_network import streamed_logits
 from btlm_jax.hub.source import published_config, read_native
 from btlm_jax.hub.tensor_names import NativeTensors
-from btlm_jax.parallel.mesh import make_mesh
+from btlm_jax.parallel.make_mesh import make_mesh
 from btlm_jax.recipe.mup import make_parametrization
 from btlm_jax.train.program import make_program
 

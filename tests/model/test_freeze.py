@@ -11,13 +11,14 @@ from jax.sharding import PartitionSpec as P
 from support.tiny import tiny_config
 
 from btlm_jax.model import freeze
-from btlm_jax.parallel.mesh import RULES, make_mesh
+from btlm_jax.parallel.make_mesh import make_mesh
+from btlm_jax.parallel.mesh import RULES
 from btlm_jax.recipe.config import TAKE_FINITE
 from btlm_jax.recipe.mup import ParameterRule
 from btlm_jax.recipe.optimizer import make_optimizer
 from btlm_jax.train.checkpoint import check_same_run
 from btlm_jax.train.program import make_program
-from btlm_jax.train.run_summary import describe_run
+from btlm_jax.train.setup import describe_run
 from btlm_jax.train.step import make_state, make_train_step
 
 FROZEN = "embedding, ln_*,mlp/*/bias"

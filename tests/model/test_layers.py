@@ -12,7 +12,7 @@ from btlm_jax.decode.cpu_forward import _norm
 from btlm_jax.hub import numpy_network
 from btlm_jax.model import init_params, make_model
 from btlm_jax.model.layers import normalise, scale
-from btlm_jax.parallel.mesh import make_mesh
+from btlm_jax.parallel.make_mesh import make_mesh
 from btlm_jax.recipe.mup import make_parametrization
 
 EPS, D = 1e-5, 320

@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 
 from btlm_jax.model.loss import loss_sum, token_losses
-from btlm_jax.parallel.mesh import RULES, make_mesh
+from btlm_jax.parallel.make_mesh import make_mesh
+from btlm_jax.parallel.mesh import RULES
 
 B, T, D, V = 8, 12, 16, 37
 SCALE = 0.7

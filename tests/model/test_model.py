@@ -16,7 +16,8 @@ from btlm_jax.decode.batch import continue_tokens
 from btlm_jax.decode.sampling import GREEDY
 from btlm_jax.model import init_params, make_model, parameter_table
 from btlm_jax.model.loss import logits, token_losses
-from btlm_jax.parallel.mesh import RULES, make_mesh
+from btlm_jax.parallel.make_mesh import make_mesh
+from btlm_jax.parallel.mesh import RULES
 from btlm_jax.recipe.config import ModelConfig, MupConfig
 from btlm_jax.recipe.mup import make_parametrization
 

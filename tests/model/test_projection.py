@@ -14,7 +14,8 @@ from support.tiny import tiny_config
 from btlm_jax.model import make_model
 from btlm_jax.model.layers import look_up
 from btlm_jax.model.projection import Projection, make_projection, padded_shape, project_plain, project_scheduled
-from btlm_jax.parallel.mesh import RULES, batch_sharding, device_head_order, make_mesh, make_run_mesh
+from btlm_jax.parallel.make_mesh import make_mesh, make_run_mesh
+from btlm_jax.parallel.mesh import RULES, batch_sharding, device_head_order
 from btlm_jax.recipe.mup import make_parametrization
 from btlm_jax.train.program import make_program
 from btlm_jax.train.step import init_state

@@ -6,7 +6,8 @@ from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
 from support.tiny import tiny_config
 
-from btlm_jax.parallel.mesh import MANY_SEQUENCES, RULES, make_mesh, make_run_mesh, rules_for
+from btlm_jax.parallel.make_mesh import make_mesh, make_run_mesh
+from btlm_jax.parallel.mesh import MANY_SEQUENCES, RULES, rules_for
 from btlm_jax.recipe.config import check_divisible
 
 

@@ -15,7 +15,7 @@ from support.tpu import needs_libtpu, quickly_compiled  # noqa: F401
 
 from btlm_jax.attention.tpu import BACKWARD, FORWARD
 from btlm_jax.cli import main
-from btlm_jax.parallel.mesh import make_run_mesh
+from btlm_jax.parallel.make_mesh import make_run_mesh
 from btlm_jax.plan.chips import CHIPS, GIB, num_chips, slice_devices, topology_named
 from btlm_jax.plan.compiling import needed_bytes
 from btlm_jax.plan.estimate import collective_seconds, step_time

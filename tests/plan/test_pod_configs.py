@@ -7,7 +7,7 @@ import pytest
 from support.tiny import REPOSITORY, config_dict
 from support.tpu import needs_libtpu
 
-from btlm_jax.parallel.mesh import make_run_mesh
+from btlm_jax.parallel.make_mesh import make_run_mesh
 from btlm_jax.plan.chips import chip_of, num_chips, slice_devices
 from btlm_jax.plan.make_table import read_pod_config
 from btlm_jax.plan.pod_table import check_layout_fits

@@ -10,7 +10,8 @@ from support.hlo import device_groups
 from support.tiny import tiny_config
 from support.tpu import needs_libtpu, quickly_compiled  # noqa: F401
 
-from btlm_jax.parallel.mesh import make_run_mesh, num_slices, rules_for
+from btlm_jax.parallel.make_mesh import make_run_mesh, num_slices
+from btlm_jax.parallel.mesh import rules_for
 from btlm_jax.plan.chips import CHIPS, slice_devices
 from btlm_jax.plan.estimate import seconds_on
 from btlm_jax.plan.executable import Collective, read_executable

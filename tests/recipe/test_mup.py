@@ -10,7 +10,7 @@ from support.tiny import config_dict, tiny_config
 
 from btlm_jax.model import init_params, make_model, parameter_table
 from btlm_jax.model.loss import token_losses
-from btlm_jax.parallel.mesh import make_mesh
+from btlm_jax.parallel.make_mesh import make_mesh
 from btlm_jax.recipe.config import ModelConfig, MupConfig, train_config_from
 from btlm_jax.recipe.mup import CLASSES, HIDDEN_CLASSES, classify, make_parametrization
 

@@ -7,12 +7,12 @@ import jax
 import pytest
 from support.tiny import config_dict, tiny_config
 
-from btlm_jax.parallel.mesh import make_mesh
+from btlm_jax.parallel.make_mesh import make_mesh
 from btlm_jax.recipe import sizes
 from btlm_jax.recipe.config import MeshConfig, TrainConfig, train_config_from
 from btlm_jax.recipe.mup import make_parametrization
 from btlm_jax.train.program import make_program
-from btlm_jax.train.run_summary import num_parameters
+from btlm_jax.train.setup import num_parameters
 
 
 def config_of(

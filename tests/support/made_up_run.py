@@ -8,7 +8,7 @@ from support.real_store import VOCAB_SIZE
 from support.tiny import tiny_config
 
 from btlm_jax.data.store import keep_tokenizer, read_manifest
-from btlm_jax.parallel.mesh import make_mesh
+from btlm_jax.parallel.make_mesh import make_mesh
 from btlm_jax.recipe.config import TrainConfig
 from btlm_jax.train.checkpoint import Checkpointer, Position
 from btlm_jax.train.program import make_program

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from btlm_jax.model import make_model, parameter_table
-from btlm_jax.parallel.mesh import make_mesh
+from btlm_jax.parallel.make_mesh import make_mesh
 from btlm_jax.recipe.config import train_config_from
 from btlm_jax.recipe.mup import make_parametrization
 from btlm_jax.recipe.optimizer import make_optimizer

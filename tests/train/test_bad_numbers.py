@@ -14,7 +14,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 from support.tiny import tiny_config
 
 from btlm_jax import notices
-from btlm_jax.parallel.mesh import make_mesh
+from btlm_jax.parallel.make_mesh import make_mesh
 from btlm_jax.recipe.config import UpdateRule, with_later_keys
 from btlm_jax.train import loop
 from btlm_jax.train.checkpoint import Checkpointer, Position, kept_steps, last_position, restore_last

@@ -14,7 +14,7 @@ from support.tiny import tiny_config
 
 from btlm_jax.cli import errors
 from btlm_jax.model import make_model, parameter_table
-from btlm_jax.parallel.mesh import make_mesh
+from btlm_jax.parallel.make_mesh import make_mesh
 from btlm_jax.recipe.config import CheckpointConfig
 from btlm_jax.recipe.mup import make_parametrization
 from btlm_jax.recipe.optimizer import make_optimizer

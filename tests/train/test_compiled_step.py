@@ -8,7 +8,7 @@ import pytest
 from support.tiny import tiny_config
 from support.tpu import needs_libtpu, quickly_compiled  # noqa: F401
 
-from btlm_jax.parallel.mesh import make_run_mesh
+from btlm_jax.parallel.make_mesh import make_run_mesh
 from btlm_jax.plan.chips import slice_devices
 from btlm_jax.plan.executable import read_executable
 from btlm_jax.train.program import make_program

@@ -17,7 +17,7 @@ from support.tiny import tiny_config
 
 from btlm_jax import notices
 from btlm_jax.cli import errors
-from btlm_jax.parallel.mesh import make_mesh
+from btlm_jax.parallel.make_mesh import make_mesh
 from btlm_jax.train.checkpoint import (
     Checkpointer,
     CheckpointReader,

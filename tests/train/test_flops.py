@@ -7,7 +7,7 @@ import jax
 import pytest
 from support.tiny import config_dict, tiny_config
 
-from btlm_jax.parallel.mesh import make_mesh
+from btlm_jax.parallel.make_mesh import make_mesh
 from btlm_jax.recipe.config import train_config_from
 from btlm_jax.train.flops import flops_per_token, peak_flops
 

@@ -14,7 +14,8 @@ from btlm_jax.corpus.stages.examples import ExamplesConfig, make_example_store
 from btlm_jax.data.loader import document_starts, read_rows
 from btlm_jax.data.reader import open_store
 from btlm_jax.model import parameter_table
-from btlm_jax.parallel.mesh import batch_sharding, evaluation_sharding, make_run_mesh, num_ways, rules_for
+from btlm_jax.parallel.make_mesh import make_run_mesh
+from btlm_jax.parallel.mesh import batch_sharding, evaluation_sharding, num_ways, rules_for
 from btlm_jax.recipe.config import TAKE_FINITE
 from btlm_jax.train.heldout import make_eval_step
 from btlm_jax.train.program import make_program

@@ -4,7 +4,7 @@ import jax
 import pytest
 from support.tiny import tiny_config
 
-from btlm_jax.parallel.mesh import make_run_mesh
+from btlm_jax.parallel.make_mesh import make_run_mesh
 from btlm_jax.recipe.sizes import count_parameters
 from btlm_jax.train import setup
 from btlm_jax.train.program import make_program

@@ -14,7 +14,8 @@ from support.hlo import device_groups
 from support.tiny import tiny_config
 
 from btlm_jax.model import make_model, parameter_table
-from btlm_jax.parallel.mesh import RULES, batch_sharding, evaluation_sharding, make_mesh, make_run_mesh
+from btlm_jax.parallel.make_mesh import make_mesh, make_run_mesh
+from btlm_jax.parallel.mesh import RULES, batch_sharding, evaluation_sharding
 from btlm_jax.recipe.config import TAKE_FINITE
 from btlm_jax.recipe.mup import CLASSES, make_parametrization
 from btlm_jax.recipe.optimizer import make_optimizer
@@ -52,7 +53,7 @@ class Run:
 
 def run(config, *, devices: int, num_phases: int = 2, slices: int = 1) -> Run:
     """Take a step of each of the first phases in turn."""
-    with mock.patch("btlm_jax.parallel.mesh.num_slices", lambda devices: slices):
+    with mock.patch("btlm_jax.parallel.make_mesh.num_slices", lambda devices: slices):
         mesh = make_run_mesh(config.mesh, curriculum=config.curriculum.table, devices=jax.devices()[:devices])
     program = make_program(config, mesh)
     model, phases = program.model, config.curriculum.table.phases[:num_phases]
