@@ -169,7 +169,7 @@ def train(capsys, *arguments) -> tuple[int, str]:
 
 
 def test_train_refuses_before_it_makes_anything(pods, capsys):
-    devices = [types.SimpleNamespace(device_kind="TPU v5 lite")] * 32
+    devices = [types.SimpleNamespace(device_kind="TPU v5 lite", platform="tpu")] * 32
     workdir = pods / "run"
     arguments = [f"--config={pods / 'v5e_32.py'}", f"--workdir={workdir}", *UNFITTING]
     with mock.patch.object(jax, "devices", return_value=devices):

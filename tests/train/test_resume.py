@@ -15,12 +15,18 @@ STEPS = (20, 12)
 
 
 @pytest.fixture(scope="module")
-def kill_resume():
+def kill_resume(tmp_path_factory):
     spec = importlib.util.spec_from_file_location("kill_resume", BENCHMARK)
     module = importlib.util.module_from_spec(spec)
     sys.modules["kill_resume"] = module
     spec.loader.exec_module(module)
-    return module
+    with pytest.MonkeyPatch.context() as patch:
+        patch.delenv("XLA_FLAGS", raising=False)  # its runs compile as a user's do
+        # A run that is killed while it compiles can leave a file without the one beside it that a cache of limited
+        # size needs, so that no other test could write to the cache.
+        patch.setenv("JAX_COMPILATION_CACHE_DIR", str(tmp_path_factory.mktemp("compiled")))
+        patch.delenv("JAX_COMPILATION_CACHE_MAX_SIZE", raising=False)
+        yield module
 
 
 @pytest.fixture(scope="module")
