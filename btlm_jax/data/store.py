@@ -31,7 +31,7 @@ from typing import NamedTuple
 import numpy as np
 
 from btlm_jax.recipe.config import config_from
-from btlm_jax.storage.files import parse_json_object, write_atomically
+from btlm_jax.storage.files import hash_json, parse_json_object, write_atomically
 from btlm_jax.storage.location import PathOrUrl, join_location, list_sizes, read_bytes
 
 MANIFEST_FILE = "manifest.json"
@@ -115,7 +115,7 @@ class Manifest:
     @property
     def fingerprint(self) -> str:
         """Return a sha256 over every field of the manifest: with the shards' hashes in it, over the whole store."""
-        return hashlib.sha256(json.dumps(self.to_json(), sort_keys=True).encode()).hexdigest()
+        return hash_json(self.to_json())
 
     @property
     def format_version(self) -> int:

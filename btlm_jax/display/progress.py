@@ -36,6 +36,12 @@ def printable(text: str) -> str:
     return "".join(c if c.isprintable() or c in "\n\t" else "\N{REPLACEMENT CHARACTER}" for c in text)
 
 
+def minutes_and_seconds(seconds: float) -> str:
+    """Return a time as text: "83:05"."""
+    minutes, rest = divmod(int(seconds), 60)
+    return f"{minutes}:{rest:02}"
+
+
 class RateLimit:
     """Limits how often something is reported: at most once in `seconds`."""
 

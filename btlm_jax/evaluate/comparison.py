@@ -85,10 +85,9 @@ def _retrieval(first: dict, second: dict) -> list[dict]:
     found = []
     for group in first["groups"]:
         other = theirs.get((group["task"], group["length"]))
+        # Another tokenizer fills the same length otherwise.
         if other is None or (other["items"], other["cases"]) != (group["items"], group["cases"]):
-            _report_left_out(
-                f"retrieval of {group['task']} at {group['length']:,}"
-            )  # another tokenizer fills it otherwise
+            _report_left_out(f"retrieval of {group['task']} at {group['length']:,}")
             continue
         for key, name, unit in (("right", "accuracy", "share"), ("nats", "answer", "nats")):
             columns = [group["of_cases"][key], other["of_cases"][key], [1] * group["cases"]]

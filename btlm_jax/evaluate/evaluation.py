@@ -161,19 +161,20 @@ class _Evaluation:
 
     def _summaries(self) -> dict:
         with _extra_needed("summaries"):
-            from btlm_jax.evaluate.summaries import digest_of, measure_summaries, read_cases
+            from btlm_jax.evaluate.summaries import Case, digest_of, measure_summaries, read_cases
+
+        def summaries_of(work: Work, *, cases: list[Case], length: int) -> dict:
+            return measure_summaries(
+                self._writer, self._checkpoint.tokenizer, cases, length=length,
+                bos_id=self._checkpoint.metadata.prompt_bos_id, work=work,
+            )  # fmt: skip
+
         groups = []
         files = {path.name: read_cases(path) for path in self._config.summaries}
         for name, cases in files.items():
             for length in sorted(set(self._config.summary_lengths)):
                 settings = {"of": name, "documents": digest_of(cases), "length": length}
-                measure = functools.partial(
-                    lambda work, cases, length: measure_summaries(
-                        self._writer, self._checkpoint.tokenizer, cases, length=length,
-                        bos_id=self._checkpoint.metadata.prompt_bos_id, work=work,
-                    ),
-                    cases=cases, length=length,
-                )  # fmt: skip
+                measure = functools.partial(summaries_of, cases=cases, length=length)
                 what = f" {name}, {length:,} tokens"
                 groups.append(
                     {"of": name, "digest": settings["documents"]}
@@ -260,21 +261,23 @@ class _Evaluation:
                 "limit": limit,
                 **dataclasses.asdict(setting),
             }
-            measure = functools.partial(
-                _measure_positions, self, stream.cut(limit), setting, trained_length=trained_length
-            )
+            measure = functools.partial(self._measure_positions, stream.cut(limit), setting)
             curves.append(self._results.measure(POSITIONS, settings, measure, what=f" {setting}"))
         title = f"{self._checkpoint.name}: {corpus.description}, in one stream"
         plot = self.folder / POSITIONS_PLOT
         plot_positions(curves, plot, trained_length=trained_length, title=title)
         return {"corpus": corpus.identity, "of": corpus.description, "plot": POSITIONS_PLOT, "curves": curves}
 
+    def _measure_positions(self, stream: Stream, setting: Setting, work: Work) -> dict:
+        trained_length = self._checkpoint.metadata.max_length
+        return measure_positions(self._scorer, stream, setting, trained_length=trained_length, work=work)
+
     def _retrieval(self) -> dict:
         config, checkpoint, groups = self._config, self._checkpoint, []
         for task in Task:
             for length in sorted(set(config.retrieval_lengths)):
                 settings = {"task": task, "length": length, "cases": config.retrieval_cases, "seed": config.seed}
-                measure = functools.partial(_measure_retrieval, self, **settings)
+                measure = functools.partial(self._measure_retrieval, **settings)
                 found = self._results.measure(RETRIEVAL, settings, measure, what=f" of {task} at {length:,}")
                 if not found["groups"]:
                     notices.report(
@@ -290,20 +293,10 @@ class _Evaluation:
         plot_retrieval(groups, plot, trained_length=trained_length, title=checkpoint.name)
         return {"chance_nats": CHANCE_NATS, "plot": RETRIEVAL_PLOT, "groups": groups}
 
-
-def _measure_retrieval(evaluation: _Evaluation, work: Work, *, task: Task, length: int, cases: int, seed: int) -> dict:
-    checkpoint = evaluation._checkpoint
-    group = make_group(
-        task, length=length, num_cases=cases, seed=seed, tokenizer=checkpoint.tokenizer,
-        bos_id=checkpoint.metadata.prompt_bos_id,
-    )  # fmt: skip
-    return {"groups": [measure_retrieval(evaluation._scorer, group, work=work)] if group else []}
-
-
-def _measure_positions(
-    evaluation: _Evaluation, stream: Stream, setting: Setting, work: Work, *, trained_length: int
-) -> dict:
-    return measure_positions(evaluation._scorer, stream, setting, trained_length=trained_length, work=work)
+    def _measure_retrieval(self, work: Work, *, task: Task, length: int, cases: int, seed: int) -> dict:
+        tokenizer, bos_id = self._checkpoint.tokenizer, self._checkpoint.metadata.prompt_bos_id
+        group = make_group(task, length=length, num_cases=cases, seed=seed, tokenizer=tokenizer, bos_id=bos_id)
+        return {"groups": [measure_retrieval(self._scorer, group, work=work)] if group else []}
 
 
 def _check_has_folder(name: str, config: EvaluationConfig) -> None:

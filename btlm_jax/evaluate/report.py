@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import datetime
-import hashlib
 import json
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
@@ -13,7 +12,7 @@ from typing import Any
 from btlm_jax import __version__, notices
 from btlm_jax.evaluate.checkpoint import Checkpoint
 from btlm_jax.hub.evaluation_card import CARD_FILE, REPORT_FILE
-from btlm_jax.storage.files import read_json_object, write_atomically
+from btlm_jax.storage.files import hash_json, read_json_object, write_atomically
 
 FORMAT = "btlm evaluation report 1"
 _DETAILS = ("of_documents", "of_windows", "of_positions", "of_cases")  # are in a part's own file, not in the report
@@ -68,7 +67,7 @@ def write_report(folder: Path, checkpoint: Checkpoint, parts: dict[str, dict]) -
     folder.mkdir(parents=True, exist_ok=True)
     together = {**_earlier_parts(folder / REPORT_FILE, identity=checkpoint.identity), **report["parts"]}
     parts = {part: together[part] for part in _TABLES if part in together}
-    kept = report | {"parts": parts, _SHA256: _hash_of(parts)}
+    kept = report | {"parts": parts, _SHA256: hash_json(parts)}
     write_atomically(folder / REPORT_FILE, json.dumps(kept, indent=1))
     write_atomically(folder / CARD_FILE, _card(kept))
     return report
@@ -86,14 +85,10 @@ def _earlier_parts(path: Path, *, identity: str) -> dict[str, dict]:
     if (earlier.get("format"), earlier.get("identity")) != (FORMAT, identity):
         return {}
     parts = earlier.get("parts")
-    if earlier.get(_SHA256) != _hash_of(parts):
+    if earlier.get(_SHA256) != hash_json(parts):
         notices.report("evaluation-again", f"{path} is not as it was written; what it says of other parts is left out")
         return {}
     return parts  # pyright: ignore[reportReturnType] # as it was written
-
-
-def _hash_of(parts: object) -> str:
-    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
 
 
 def tables_of(report: dict[str, Any]) -> list[Table]:

@@ -6,7 +6,6 @@ the documents', and its settings. While it is measured, PART-SETTINGS.partial ha
 
 from __future__ import annotations
 
-import hashlib
 import io
 import json
 import sys
@@ -16,8 +15,8 @@ from pathlib import Path
 from typing import Any
 
 from btlm_jax import notices
-from btlm_jax.display.progress import RateLimit, StatusLine
-from btlm_jax.storage.files import only_writer, parse_json, read_json_object, write_atomically
+from btlm_jax.display.progress import RateLimit, StatusLine, minutes_and_seconds
+from btlm_jax.storage.files import hash_json, only_writer, parse_json, read_json_object, write_atomically
 
 FORMAT = "btlm evaluation 1"
 PROGRESS_SECONDS = 5.0
@@ -105,8 +104,7 @@ class Work:
         text = f"{self.name}: {size:,} of {total:,} {self._unit_name} ({size / total:.0%})"
         if size > self._first:
             rate = (size - self._first) / (time.monotonic() - self._since)
-            minutes, seconds = divmod(int((total - size) / rate), 60)
-            text += f", {rate:,.0f}/s, {minutes}:{seconds:02} left"
+            text += f", {rate:,.0f}/s, {minutes_and_seconds((total - size) / rate)} left"
         self._line.show(text)
 
 
@@ -125,7 +123,7 @@ class Results:
           ValueError: a file of it is damaged.
         """
         everything = json.loads(json.dumps(self.identity | {"part": part} | settings))
-        name = f"{part}-{hashlib.sha256(json.dumps(everything, sort_keys=True).encode()).hexdigest()[:12]}"
+        name = f"{part}-{hash_json(everything)[:12]}"
         path = self.folder / f"{name}.json"
         if path.exists():
             kept = read_json_object(path)

@@ -25,10 +25,8 @@ from btlm_jax.storage.files import parse_json_object
 from btlm_jax.tokenizers.tokenizer import Tokenizer
 
 MEASURES = ("rouge1", "rouge2", "rougeL")
-TOKENS_OF_ANSWER, TOKENS_OF_SUMMARY = (
-    256,
-    512,
-)  # to write: about a question (QMSum), and of a whole document (GovReport)
+TOKENS_OF_ANSWER = 256  # to write about a question (QMSum)
+TOKENS_OF_SUMMARY = 512  # to write of a whole document (GovReport)
 # Names that data sets have for a document, a question and the references: ours, LongBench's, GovReport's, SCROLLS'
 _FORMS = (
     ("document", ("question", "query"), "summary"),

@@ -17,7 +17,7 @@ from btlm_jax import notices
 from btlm_jax.decode.batch import Batch, FinishReason, Timings
 from btlm_jax.decode.decoder import CACHE_DTYPES
 from btlm_jax.decode.sampling import Sampling, make_generator
-from btlm_jax.display.progress import RateLimit, StatusLine, printable
+from btlm_jax.display.progress import RateLimit, StatusLine, minutes_and_seconds, printable
 from btlm_jax.generate.loading import GenerationModel, load_for_generation
 from btlm_jax.generate.output import TextsFile
 from btlm_jax.generate.prompts import PROMPT_KEY, Prompt, check_text
@@ -358,10 +358,9 @@ class _Progress:
         rate = num_tokens / max(time.monotonic() - self._start - self._timings.compile_seconds, 1e-9)
         max_remaining = (self._num_texts - num_done) * self._max_tokens
         max_remaining -= sum(decoders[row].num_tokens for row in active_rows)
-        minutes, seconds = divmod(int(max_remaining / rate), 60)
         self._line.show(
             f"{num_done:,} of {self._num_texts:,} texts, {num_tokens:,} tokens, {rate:,.1f} tokens/s, "
-            f"ETA at most {minutes}:{seconds:02}"
+            f"ETA at most {minutes_and_seconds(max_remaining / rate)}"
         )
 
     def clear_line(self) -> None:

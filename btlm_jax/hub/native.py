@@ -8,7 +8,6 @@ orbax, without hashes.
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import json
 from collections.abc import Iterator
 from pathlib import Path
@@ -26,7 +25,7 @@ from btlm_jax.model import Btlm, make_model, parameter_table
 from btlm_jax.parallel.make_mesh import make_mesh
 from btlm_jax.recipe.config import ModelConfig, MupConfig, TrainConfig, config_from
 from btlm_jax.recipe.mup import make_parametrization
-from btlm_jax.storage.files import read_json_object, write_atomically
+from btlm_jax.storage.files import hash_json, read_json_object, write_atomically
 from btlm_jax.storage.location import PathOrUrl, resolve_location
 from btlm_jax.tokenizers.tokenizer import Tokenizer, load_tokenizer
 from btlm_jax.train import CHECKPOINTS, KEPT_TOKENIZER, SUMMARY_FILE
@@ -200,7 +199,7 @@ def read_metadata(directory: Path, *, formats: tuple[str, ...] = FORMATS) -> Mod
     path = directory / MODEL_FILE
     values = read_json_object(path)
     recorded = values.pop(_SHA256, None)
-    if recorded is not None and recorded != _hash_of(values):
+    if recorded is not None and recorded != hash_json(values):
         notices.report("changed-since-export", f"{path} is not as it was written; what it says now is used")
     try:
         if values["format"] not in formats:
@@ -224,10 +223,6 @@ def read_metadata(directory: Path, *, formats: tuple[str, ...] = FORMATS) -> Mod
         raise ValueError(f"{path} cannot be used: {error}") from error
 
 
-def _hash_of(values: dict[str, Any]) -> str:
-    return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
-
-
 def write_model_directory(
     directory: Path, *, metadata: ModelMetadata, params: dict, tokenizer: Tokenizer | None
 ) -> None:
@@ -248,7 +243,7 @@ def write_metadata(
     if tokenizer is not None:
         write_atomically(directory / tokenizer.stored_file, tokenizer.contents)
     values = json.loads(json.dumps({"format": format} | dataclasses.asdict(metadata)))
-    values[_SHA256] = _hash_of(values)
+    values[_SHA256] = hash_json(values)
     write_atomically(directory / MODEL_FILE, json.dumps(values, indent=2, sort_keys=True))
 
 

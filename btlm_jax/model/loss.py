@@ -61,7 +61,7 @@ def token_losses(
     """Return each position's negative log-likelihood_BT, float32, in nats; for evaluation, not differentiated."""
 
     def losses(logits_RV, targets_R):
-        return (jax.nn.logsumexp(logits_RV, -1) - _pick(logits_RV, targets_R),)
+        return (_losses(logits_RV, targets_R),)
 
     statics = _LossStatics(output_scale=output_scale, chunk=chunk, rules=rules)
     return _by_chunk(losses, statics, hidden_BTD, table_VD, targets_BT, num_results=1)[0]
@@ -84,7 +84,7 @@ def token_scores(
 
 def score_logits(logits_RV: jax.Array, targets_R: jax.Array) -> tuple[jax.Array, jax.Array]:
     """Return each target's negative log-likelihood, float32, in nats, and whether it is the likeliest token."""
-    return jax.nn.logsumexp(logits_RV, -1) - _pick(logits_RV, targets_R), jnp.argmax(logits_RV, -1) == targets_R
+    return _losses(logits_RV, targets_R), jnp.argmax(logits_RV, -1) == targets_R
 
 
 def _by_chunk(
@@ -123,7 +123,7 @@ def _loss_sum(statics: _LossStatics, hidden_BTD, table_VD, targets_BT, weights_B
         def add(total, chunk_arrays):
             hidden_RD, targets_R, weights_R = chunk_arrays
             logits_RV = _logits(hidden_RD, table_VD, statics.output_scale)
-            return total + (weights_R * (jax.nn.logsumexp(logits_RV, -1) - _pick(logits_RV, targets_R))).sum(), None
+            return total + (weights_R * _losses(logits_RV, targets_R)).sum(), None
 
         chunks = tuple(_split_chunks(x, statics.chunk) for x in (hidden_BTD, targets_BT, weights_BT))
         total, _ = jax.lax.scan(add, _varying(jnp.zeros(())), chunks)
@@ -203,6 +203,10 @@ def _logits(hidden_RD, table_VD, output_scale):
 
 def _one_hot(targets_R, vocab_size: int):
     return targets_R[..., None] == jnp.arange(vocab_size)
+
+
+def _losses(logits_RV, targets_R):
+    return jax.nn.logsumexp(logits_RV, -1) - _pick(logits_RV, targets_R)
 
 
 def _pick(logits_RV, targets_R):

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import ast
 import dataclasses
-import hashlib
 import importlib.metadata
 import json
 import os
@@ -16,7 +15,7 @@ import jax
 
 from btlm_jax.plan.chips import GIB, Chip
 from btlm_jax.plan.executable import Collective, Executable, read_executable
-from btlm_jax.storage.files import read_json_object, write_atomically
+from btlm_jax.storage.files import hash_json, read_json_object, write_atomically
 from btlm_jax.train.flops import compiler_options
 from btlm_jax.train.program import Program
 
@@ -142,7 +141,7 @@ def _key(traced: jax.stages.Traced, *, topology: str, device: jax.Device) -> str
         "versions": compiler_versions(),
         "reader": ast.dump(ast.parse(Path(__file__).with_name("executable.py").read_text())),  # not its layout
     }
-    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:32]
+    return hash_json(parts)[:32]
 
 
 def program_text(traced: jax.stages.Traced) -> str:

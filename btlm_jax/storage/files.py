@@ -142,6 +142,11 @@ def check_no_lfs_pointer(path: Path) -> None:
             raise ValueError(f"{path} is a Git LFS pointer, not the file itself: run `git lfs pull` in its repository")
 
 
+def hash_json(value: Any) -> str:
+    """Return the SHA-256, hexadecimal, of what JSON can hold, whatever the order of its keys."""
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
+
+
 def hash_file(path: Path) -> str:
     """Return the sha256 of a file's contents."""
     with open(path, "rb") as file:

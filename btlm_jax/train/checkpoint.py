@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import hashlib
 import importlib.metadata
 import json
 import math
@@ -32,6 +31,7 @@ from btlm_jax import __version__, notices
 from btlm_jax.kernels.build import cpu_facts
 from btlm_jax.recipe.config import CheckpointConfig, TrainConfig, config_from, train_config_from, with_later_keys
 from btlm_jax.recipe.optimizer import decay_again, flags_of, learning_rate_at, rates_of_steps, stretches_of
+from btlm_jax.storage.files import hash_json
 from btlm_jax.train import CHECKPOINTS, DAMAGED, METRICS_FILE, REPLACED, SUMMARY_FILE
 from btlm_jax.train.step import TrainState
 
@@ -106,9 +106,9 @@ class Checkpointer:
             }
             digests: dict[str, Any] = {
                 _ARRAYS: {name: facts.digest for name, facts in facts_of(state).items()},
-                _TABLES: {name: _hash_of(table) for name, table in tables.items()},
+                _TABLES: {name: hash_json(table) for name, table in tables.items()},
             }
-            tables["digests"] = digests | {_OWN: _hash_of(digests)}
+            tables["digests"] = digests | {_OWN: hash_json(digests)}
             self._manager.save(
                 position.step,
                 args=ocp.args.Composite(
@@ -194,8 +194,9 @@ class Checkpointer:
         Raises:
           DamagedError: they cannot be read, or are not as they were written; names the directory and what remains.
         """
-        metadata = {name: self._read_table(step, name) for name in ("position", "config")}
-        self.read_environment(step)  # whose damage, too, is to be seen here
+        digests = self.read_digests(step)
+        metadata = {name: self._read_table(step, name, digests) for name in ("position", "config")}
+        self._read_environment(step, digests)  # whose damage, too, is to be seen here
         try:
             stored = metadata["position"]
             stored = {"passed_over": (), **stored} if isinstance(stored, dict) else stored  # which older ones lack
@@ -217,9 +218,12 @@ class Checkpointer:
         Raises:
           DamagedError: as `read_metadata`.
         """
+        return self._read_environment(step, self.read_digests(step))
+
+    def _read_environment(self, step: int, digests: dict[str, Any]) -> dict[str, str]:
         if not (self.directory / str(step) / "environment").is_dir():
             return {}
-        stored = self._read_table(step, "environment")
+        stored = self._read_table(step, "environment", digests)
         if not isinstance(stored, dict):
             raise self._damaged(step, f"its environment is no table: {stored!r}")
         return stored
@@ -234,7 +238,7 @@ class Checkpointer:
             return {}
         stored = self._restore(step, ocp.args.Composite(digests=ocp.args.JsonRestore()))["digests"]
         own = stored.pop(_OWN, None) if isinstance(stored, dict) else None
-        if own != _hash_of(stored):
+        if own != hash_json(stored):
             raise self._damaged(step, "its hashes are not as they were written")
         return stored
 
@@ -246,10 +250,11 @@ class Checkpointer:
             directory and what remains.
         """
         wanted = {field.name: getattr(abstract, field.name) for field in dataclasses.fields(abstract)}
-        if not any(name.startswith("history/") for name in self.read_digests(step).get(_ARRAYS, ())):
+        expected = self.read_digests(step).get(_ARRAYS)
+        if not any(name.startswith("history/") for name in expected or ()):
             del wanted["history"]  # an older checkpoint has none
         values = self._restore(step, ocp.args.Composite(state=ocp.args.StandardRestore(wanted)))["state"]
-        self._check_arrays(step, values, prefix="")
+        self._check_arrays(step, values, expected, prefix="")
         empty = jax.tree.map(lambda x: jax.device_put(np.zeros(x.shape, x.dtype), x.sharding), abstract.history)
         return TrainState(**{"history": empty, **values})
 
@@ -265,7 +270,7 @@ class Checkpointer:
             partial_restore=True,
         )
         params = self._restore(step, ocp.args.Composite(state=args))["state"]["params"]
-        self._check_arrays(step, params, prefix="params/")
+        self._check_arrays(step, params, self.read_digests(step).get(_ARRAYS), prefix="params/")
         return params
 
     def rollback_steps(self, *, before: int, position: Position) -> list[int]:
@@ -322,17 +327,16 @@ class Checkpointer:
         notices.report("checkpoint-damaged", said)
         return said
 
-    def _read_table(self, step: int, name: str) -> Any:  # what is there
+    def _read_table(self, step: int, name: str, digests: dict[str, Any]) -> Any:  # what is there
         """Return an item of JSON, compared with its hash."""
         args = ocp.args.Composite(**{name: ocp.args.JsonRestore()})
-        table, digests = self._restore(step, args)[name], self.read_digests(step)
-        if digests and digests[_TABLES].get(name) != _hash_of(table):
+        table = self._restore(step, args)[name]
+        if digests and digests[_TABLES].get(name) != hash_json(table):
             raise self._damaged(step, f"its {name} is not as it was written")
         return table
 
-    def _check_arrays(self, step: int, tree: Any, *, prefix: str) -> None:
+    def _check_arrays(self, step: int, tree: Any, expected: dict[str, str] | None, *, prefix: str) -> None:
         """Compare arrays, part of the state below `prefix`, with their hashes, and see that they are finite."""
-        expected = self.read_digests(step).get(_ARRAYS)
         if expected is None:
             said = "it is from before arrays had hashes, so that nothing tells whether it is as it was written"
             notices.report("checkpoint-without-hashes", f"checkpoint {self.directory / str(step)}: {said}")
@@ -516,11 +520,6 @@ def _mix(x: Any, shifts: tuple[int, int, int], factors: tuple[int, int]) -> Any:
     x = (x ^ (x >> np.uint32(shifts[0]))) * np.uint32(factors[0])
     x = (x ^ (x >> np.uint32(shifts[1]))) * np.uint32(factors[1])
     return x ^ (x >> np.uint32(shifts[2]))
-
-
-def _hash_of(table: Any) -> str:
-    """Return the SHA-256 of what JSON can hold, whatever the order of its keys."""
-    return hashlib.sha256(json.dumps(table, sort_keys=True).encode()).hexdigest()
 
 
 def _is_so_everywhere(value: bool) -> bool:

@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import hashlib
 import json
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -27,7 +26,7 @@ from btlm_jax.corpus.engine.slurm import wait_for_earlier_job
 from btlm_jax.corpus.engine.tasks import DONE_FOLDER, Task, TaskFunction, finished_record
 from btlm_jax.corpus.engine.workers import Workers
 from btlm_jax.display.progress import Log
-from btlm_jax.storage.files import delete_temporary_files, exclusive_lock, read_json_object, write_atomically
+from btlm_jax.storage.files import delete_temporary_files, exclusive_lock, hash_json, read_json_object, write_atomically
 
 FORMAT = "btlm-corpus-stage"
 FORMAT_VERSION = 1
@@ -198,7 +197,7 @@ def _write_manifest(stage: Stage, directory: Path, records: list[dict]) -> dict:
 def fingerprint_of(manifest: dict) -> str:
     """Return the sha256 over all other fields of a stage's manifest."""
     others = {key: value for key, value in manifest.items() if key != "fingerprint"}
-    return hashlib.sha256(json.dumps(others, sort_keys=True).encode()).hexdigest()
+    return hash_json(others)
 
 
 def _add(total: dict, part: dict) -> None:
