@@ -54,6 +54,7 @@ def get_config() -> ConfigDict:
                 beta2=0.95,
                 eps=1e-8,
                 weight_decay=0.1,
+                weight_decay_convention="preset",
                 clip_norm=1.0,
                 freeze="",
             ),

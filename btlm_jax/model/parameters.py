@@ -85,6 +85,11 @@ def freeze(table: dict, patterns: Sequence[str]) -> dict:
     return jax.tree.map(lambda info: dataclasses.replace(info, rule=rule(info)) if info in frozen else info, table)
 
 
+def with_decay(table: dict, convention: str) -> dict:
+    """Return a table whose rules have the weight decay of one of recipe/config.py's WEIGHT_DECAY_CONVENTIONS."""
+    return jax.tree.map(lambda info: dataclasses.replace(info, rule=info.rule.with_decay(convention)), table)
+
+
 def _matches(info: ParameterInfo, pattern: str) -> bool:
     wanted, names = pattern.split("/"), info.path.split("/")
     parts = [names[at : at + len(wanted)] for at in range(len(names) - len(wanted) + 1)]

@@ -24,6 +24,8 @@ ATTENTIONS = ("auto", "reference", "blockwise", "cpu", "tpu", "splash", "gpu")
 REMATS = ("full", "attention_saved", "out_recomputed", "matmuls_saved", "none")  # the first keeps the least
 PREPARED = "prepared"
 SCHEDULES = ("linear", "cosine", "constant", "wsd")
+WEIGHT_DECAY_CONVENTIONS = ("preset", "coupled", "independent")
+AUTO = "auto"  # a weight decay that TrainConfig.with_numbers computes
 CORPUS_SOURCES = ("prepared", "installed_python")
 TRACKERS = ("wandb", "mlflow")
 MAX_PROFILE_STEPS = 100  # what is traced of them is held in memory until it is written
@@ -136,7 +138,8 @@ class OptimizerConfig:
     beta1: float  # decay of AdamW's first moment
     beta2: float  # decay of AdamW's second moment
     eps: float  # AdamW's epsilon, outside the bias-corrected root
-    weight_decay: float  # coupled to each parameter's learning rate
+    weight_decay: float | str  # decoupled, times the learning rate; "auto": by a power law, see recipe/sizes.py
+    weight_decay_convention: str  # how decay scales with width; "preset": mup.preset's; see recipe/mup.py
     clip_norm: float  # largest global norm of the gradients
     freeze: str  # parameters that stay as they are: classes, paths or patterns, as embedding,ln_*; empty: none
 
@@ -146,9 +149,13 @@ class OptimizerConfig:
         )
         _require_choice("optimizer.schedule", self.schedule, SCHEDULES)
         _require(0 < self.decay_share <= 1, f"optimizer.decay_share={self.decay_share} must be above 0 and at most 1")
+        _require_choice("optimizer.weight_decay_convention", self.weight_decay_convention, WEIGHT_DECAY_CONVENTIONS)
+        _require(
+            self.weight_decay == AUTO or float(self.weight_decay) >= 0,
+            f"optimizer.weight_decay={self.weight_decay} must not be negative, or {AUTO!r}",
+        )
         for name in (
-            "end_learning_rate", "initial_learning_rate", "warmup_tokens", "schedule_begin", "schedule_tokens",
-            "weight_decay",
+            "end_learning_rate", "initial_learning_rate", "warmup_tokens", "schedule_begin", "schedule_tokens"
         ):  # fmt: skip
             _require(getattr(self, name) >= 0, f"optimizer.{name}={getattr(self, name)} must not be negative")
         for name in ("beta1", "beta2"):
@@ -162,6 +169,12 @@ class OptimizerConfig:
     def frozen_patterns(self) -> tuple[str, ...]:
         """The patterns of `freeze`; see model/parameters.py."""
         return tuple(part.strip() for part in self.freeze.split(",")) if self.freeze else ()
+
+    @property
+    def decay(self) -> float:
+        """The weight decay of a config that TrainConfig.with_numbers has returned."""
+        assert not isinstance(self.weight_decay, str), "a weight decay has no number yet: TrainConfig.with_numbers"
+        return self.weight_decay
 
     def schedule_length(self, total_tokens: int) -> int:
         """Return the tokens of the schedule in a run of `total_tokens`."""
@@ -403,6 +416,16 @@ class TrainConfig:
             watched_from=-(-warmup_end // phase.tokens_per_step),
         )
 
+    def with_numbers(self) -> TrainConfig:
+        """Return the config with the number that a weight decay of "auto" stands for."""
+        if self.optimizer.weight_decay != AUTO:
+            return self
+        from btlm_jax.recipe.sizes import weight_decay_of  # other runs load none of it
+
+        return dataclasses.replace(
+            self, optimizer=dataclasses.replace(self.optimizer, weight_decay=weight_decay_of(self))
+        )
+
     def to_json(self) -> str:
         """Return the config as sorted, indented JSON; `train_config_from` reads it back to an equal config."""
         return json.dumps(dataclasses.asdict(self), indent=2, sort_keys=True)
@@ -420,6 +443,7 @@ LATER_KEYS = {
         "schedule_begin": 0,
         "schedule_tokens": 0,
         "freeze": "",
+        "weight_decay_convention": "preset",
     },
     "checkpoint": {"keep_hours": 0.0},
     "bad_numbers": {"spike_score": 30.0, "max_skips": 8, "max_rollbacks": 3},
@@ -483,6 +507,8 @@ def _convert(hint, value, *, path: str):
     origin, arguments = typing.get_origin(hint), typing.get_args(hint)
     if origin is types.UnionType and value is None:
         return None
+    if hint == float | str and value == AUTO:
+        return value
     if origin is types.UnionType:
         return _convert(arguments[0], value, path=path)  # X | None
     if isinstance(hint, type) and dataclasses.is_dataclass(hint):
@@ -527,11 +553,11 @@ def value_from_text(key: str, text: str) -> object:
     if key not in hints:
         raise ValueError(_unknown_key(key, hints))
     hint, shown = hints[key], f"--config.{key}={text[:80]}"
-    if hint is str:
+    if hint is str or (hint == float | str and text == AUTO):
         return text
     if hint is int:
         return whole_number(f"--config.{key}", text)
-    if hint is float:
+    if hint is float or hint == float | str:
         return finite_number(f"--config.{key}", text)
     if hint is bool:
         _require_choice(f"--config.{key}", text, tuple(_BOOLEANS))

@@ -16,7 +16,8 @@ eta = peak learning rate, lambda = optimizer.weight_decay:
 
 That is preset `btlm`: the published BTLM configs and arXiv 2304.03208. Its forward multipliers: embedding lookup
 x embedding_multiplier, logits x output_multiplier/m, attention scores q.k/head_dim. Weight decay is coupled to the
-learning rate, so a hidden matrix shrinks by (eta/m) lambda a step.
+learning rate, so a hidden matrix shrinks by (eta/m) lambda a step. With optimizer.weight_decay_convention "independent"
+that is eta lambda (lambda m in the table), with "coupled" it is the table's in every preset.
 
 `sp`, standard parametrization: m = m_ff = 1 throughout and attention scores q.k/sqrt(head_dim).
 
@@ -64,6 +65,12 @@ class ParameterRule:
     eps: float
     is_frozen: bool = False  # it gets no update, and the optimizer keeps no moments of it
 
+    def with_decay(self, convention: str) -> ParameterRule:
+        """Return the rule with the weight decay of one of config.WEIGHT_DECAY_CONVENTIONS; this one is the preset's."""
+        if convention == "preset" or not self.weight_decay:
+            return self
+        return dataclasses.replace(self, weight_decay=1 / self.learning_rate if convention == "independent" else 1.0)
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Parametrization:
@@ -106,6 +113,11 @@ class Parametrization:
             weight_decay=0.0 if parameter_class in _VECTOR_CLASSES else width if completep and hidden else 1.0,
             eps=1 / (width * self.depth) if completep and in_block else 1.0,
         )
+
+
+def is_independent(convention: str, mup: MupConfig) -> bool:
+    """Return whether a step's weight decay, of one of config.WEIGHT_DECAY_CONVENTIONS, is the same at every width."""
+    return convention == "independent" or (convention == "preset" and mup.preset == "completep")
 
 
 def classify(axes: tuple[str, ...], *, layer: str, leaf: str) -> str:

@@ -788,7 +788,8 @@ def changed_settings(checkpointer: Checkpointer, config: TrainConfig) -> list[Se
     if not steps:
         return []
     _, saved = checkpointer.read_metadata(steps[-1])
-    pairs = zip(_leaves(dataclasses.asdict(saved), ""), _leaves(dataclasses.asdict(config), ""), strict=True)
+    old, new = (_leaves(dataclasses.asdict(each.with_numbers()), "") for each in (saved, config))
+    pairs = zip(old, new, strict=True)
     return [SettingChange(key, old, new) for (key, old), (_, new) in pairs if old != new]
 
 

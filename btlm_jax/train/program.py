@@ -9,7 +9,7 @@ import numpy as np
 import optax
 from jax.sharding import Mesh
 
-from btlm_jax.model import Btlm, freeze, make_model, parameter_table
+from btlm_jax.model import Btlm, freeze, make_model, parameter_table, with_decay
 from btlm_jax.parallel.mesh import AxisRules, batch_sharding, rules_for
 from btlm_jax.recipe.config import TrainConfig, UpdateRule
 from btlm_jax.recipe.curriculum import Phase
@@ -64,7 +64,8 @@ def make_program(config: TrainConfig, mesh: Mesh) -> Program:
     model = make_model(config.model, make_parametrization(config.mup, config.model))
     model = model.clone(rules=model.rules.over_slices(mesh))
     table = freeze(parameter_table(model, mesh), config.optimizer.frozen_patterns)
-    optimizer = make_optimizer(config.optimizer, table)
+    table = with_decay(table, config.optimizer.weight_decay_convention)
+    optimizer = make_optimizer(config.with_numbers().optimizer, table)
     state = abstract_state(table, optimizer, mesh)
     return Program(
         config=config, mesh=mesh, model=model, table=table, optimizer=optimizer, state=state,

@@ -181,6 +181,7 @@ def make_program(model: Btlm, mesh: Mesh, *, num_steps: int):
         beta2=0.95,
         eps=1e-8,
         weight_decay=0.1,
+        weight_decay_convention="preset",
         clip_norm=1.0,
         freeze="",
     )

@@ -67,6 +67,7 @@ def get_config() -> ConfigDict:
                 # AdamW remembers tau = m / (peak decay steps) = 0.538 of the run in hidden matrices; arXiv 2505.13738
                 # has 0.210 for so many tokens a parameter
                 weight_decay=0.1,
+                weight_decay_convention="preset",  # coupled to the learning rate, as BTLM's
                 clip_norm=1.0,  # as BTLM's
                 freeze="",  # every parameter is trained
             ),
