@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import functools
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -20,6 +19,7 @@ if TYPE_CHECKING:
 
     from btlm_jax.data.store import Manifest
     from btlm_jax.recipe.config import CorpusConfig, TrainConfig
+    from btlm_jax.train.metric_writer import GoodputLedger
     from btlm_jax.train.setup import Beginning, Run
 
 TRAIN_HELP = """btlm train: train, or resume from the last checkpoint in the workdir.
@@ -74,8 +74,7 @@ def train(arguments: Sequence[str]) -> int:
         return _print_plan(config, flags)
     workdir = flags.path("workdir")
     try:
-        with _owned(workdir, flags) as stop:
-            return _train(config, flags, workdir=workdir, stop=stop)
+        return _run_as_owner(workdir, flags, functools.partial(_train, config))
     except ProcessesDifferError as error:
         raise UsageError(str(error)) from error
     except (RuntimeError, OSError):  # of JAX and orbax, when they wait for a process that is gone
@@ -96,7 +95,7 @@ def _print_plan(config: TrainConfig, flags: Flags) -> int:
     return DONE
 
 
-def _train(config: TrainConfig, flags: Flags, *, workdir: Path, stop: Stop) -> int:
+def _train(config: TrainConfig, flags: Flags, *, workdir: Path, stop: Stop, ledger: GoodputLedger) -> int:
     from btlm_jax.train import INIT_FILE, setup
 
     beginning = setup.FROM_SEED
@@ -108,37 +107,54 @@ def _train(config: TrainConfig, flags: Flags, *, workdir: Path, stop: Stop) -> i
         open_model = functools.partial(train_init.open_init, flags, workdir=workdir)
         start = train_init.start(config, flags, workdir=workdir, open_model=open_model)
         config, beginning = start.config, start.beginning
-    return _run(config, flags, workdir=workdir, config_file=flags.config_file(), beginning=beginning, stop=stop)
+    return _run(
+        config,
+        flags,
+        workdir=workdir,
+        config_file=flags.config_file(),
+        beginning=beginning,
+        stop=stop,
+        ledger=ledger,
+    )
 
 
-@contextlib.contextmanager
-def _owned(workdir: Path, flags: Flags) -> Iterator[Stop]:
-    """Own the workdir meanwhile, in process 0 of the run; yield what says when to stop.
+def _run_as_owner(workdir: Path, flags: Flags, work: Callable[..., int]) -> int:
+    """Own the workdir in process 0 of the run while `work` runs; return its exit code, which is recorded.
 
     A workdir that was made here, and in which nothing is left at the end, as in a run that is refused, is deleted.
     """
     from btlm_jax.train import setup
+    from btlm_jax.train.metric_writer import GoodputLedger, StartRecord
 
     stop = stopping.current()
+    ledger = GoodputLedger(began=stop.began)
     _watch_notices(stop)
     is_new = not workdir.exists()
     setup.make_workdir(workdir)
     stop.workdir = workdir
     if _process_id(flags):
-        yield stop
-        return
+        return work(flags, workdir=workdir, stop=stop, ledger=ledger)
     from btlm_jax.storage import owner
 
     ownership = owner.take(workdir, steal=flags.boolean("steal"))
-    stop.at_exit(ownership.release)
+    record = StartRecord(workdir, ledger)
+    stop.at_exit(lambda code, reason: ownership.release())
+    stop.at_exit(record.end)
     ownership.keep(on_loss=functools.partial(stop.end_now, ERROR))
+    record.keep()
     try:
-        yield stop
+        code = work(flags, workdir=workdir, stop=stop, ledger=ledger)
+        record.end(code, stop.reason)
+        return code
+    except BaseException as error:
+        from btlm_jax.cli import errors
+
+        record.end(errors.code_of(error), str(error) or stop.reason)
+        raise
     finally:
         ownership.release()
         if is_new:
-            with contextlib.suppress(OSError):  # it is not empty
-                workdir.rmdir()
+            setup.delete_unused(workdir)
 
 
 def _watch_notices(stop: Stop) -> None:
@@ -199,30 +215,38 @@ def _train_on_data(flags: Flags) -> int:
         print(train_data.dry_run(flags, workdir=workdir))
         return DONE
     train_data.check_is_of_data(flags, workdir=workdir)
-    with _owned(workdir, flags) as stop:
-        return _work_on_data(flags, workdir=workdir, stop=stop)
+    return _run_as_owner(workdir, flags, _work_on_data)
 
 
-def _work_on_data(flags: Flags, *, workdir: Path, stop: Stop) -> int:
+def _work_on_data(flags: Flags, *, workdir: Path, stop: Stop, ledger: GoodputLedger) -> int:
     from btlm_jax.cli import train_data
     from btlm_jax.train import setup
 
     config_file = flags.config_file() if flags.is_given("config") else find_config(train_data.BASE_CONFIG)
     if not flags.is_given("init"):
-        config = train_data.config_of_data(flags, workdir=workdir, open_model=None)
+        with ledger.measure("corpus"):
+            config = train_data.config_of_data(flags, workdir=workdir, open_model=None)
         beginning = setup.FROM_SEED
     else:
         from btlm_jax.cli import train_init
 
         open_model = functools.cache(functools.partial(train_init.open_init, flags, workdir=workdir))
-        config = train_data.config_of_data(flags, workdir=workdir, open_model=open_model)
+        with ledger.measure("corpus"):
+            config = train_data.config_of_data(flags, workdir=workdir, open_model=open_model)
         start = train_init.start(config, flags, workdir=workdir, open_model=open_model)
         config, beginning = start.config, start.beginning
-    return _run(config, flags, workdir=workdir, config_file=config_file, beginning=beginning, stop=stop)
+    return _run(config, flags, workdir=workdir, config_file=config_file, beginning=beginning, stop=stop, ledger=ledger)
 
 
 def _run(
-    config: TrainConfig, flags: Flags, *, workdir: Path, config_file: Path, beginning: Beginning, stop: Stop
+    config: TrainConfig,
+    flags: Flags,
+    *,
+    workdir: Path,
+    config_file: Path,
+    beginning: Beginning,
+    stop: Stop,
+    ledger: GoodputLedger,
 ) -> int:
     from btlm_jax.train import loop
 
@@ -230,6 +254,7 @@ def _run(
         config,
         workdir=workdir,
         stop=stop,
+        ledger=ledger,
         resume_step=flags.integer("resume_step"),
         check_devices=functools.partial(_check_devices, config_file=config_file),
         build_store=build_store,

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import math
 import os
+import shutil
 import socket
 import time
 from collections.abc import Callable, Iterator
@@ -40,7 +42,7 @@ from btlm_jax.recipe.mup import is_independent
 from btlm_jax.recipe.optimizer import learning_rate_at, rates_of_steps, stretches_of
 from btlm_jax.storage.files import write_atomically
 from btlm_jax.storage.location import PathOrUrl, resolve_location
-from btlm_jax.train import COMPILE_CACHE
+from btlm_jax.train import COMPILE_CACHE, STARTS
 from btlm_jax.train.flops import FLOPS_CONVENTION, flops_per_token, memory_bytes
 from btlm_jax.train.heldout import make_eval_step
 from btlm_jax.train.metric_writer import GoodputLedger
@@ -139,6 +141,14 @@ def make_workdir(workdir: Path) -> None:
         probe.unlink()
     except OSError as error:
         raise OSError(f"workdir {workdir} cannot be written: {error}; choose another --workdir") from error
+
+
+def delete_unused(workdir: Path) -> None:
+    """Delete a workdir in which there is nothing but the record of starts."""
+    with contextlib.suppress(OSError):
+        if {path.name for path in workdir.iterdir()} <= {STARTS}:
+            shutil.rmtree(workdir / STARTS, ignore_errors=True)
+            workdir.rmdir()
 
 
 def predict_stop(workdir: Path, *, num_bytes: int, num_processes: int) -> str:
