@@ -55,6 +55,7 @@ def get_config() -> ConfigDict:
                 eps=1e-8,
                 weight_decay=0.1,
                 weight_decay_convention="preset",
+                z_loss=0.0,
                 clip_norm=1.0,
                 freeze="",
             ),

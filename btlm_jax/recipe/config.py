@@ -140,6 +140,7 @@ class OptimizerConfig:
     eps: float  # AdamW's epsilon, outside the bias-corrected root
     weight_decay: float | str  # decoupled, times the learning rate; "auto": by a power law, see recipe/sizes.py
     weight_decay_convention: str  # how decay scales with width; "preset": mup.preset's; see recipe/mup.py
+    z_loss: float  # times log(Z)^2 of each position, added to what is differentiated; 0: none, 1e-4 is usual
     clip_norm: float  # largest global norm of the gradients
     freeze: str  # parameters that stay as they are: classes, paths or patterns, as embedding,ln_*; empty: none
 
@@ -155,7 +156,8 @@ class OptimizerConfig:
             f"optimizer.weight_decay={self.weight_decay} must not be negative, or {AUTO!r}",
         )
         for name in (
-            "end_learning_rate", "initial_learning_rate", "warmup_tokens", "schedule_begin", "schedule_tokens"
+            "end_learning_rate", "initial_learning_rate", "warmup_tokens", "schedule_begin", "schedule_tokens",
+            "z_loss",
         ):  # fmt: skip
             _require(getattr(self, name) >= 0, f"optimizer.{name}={getattr(self, name)} must not be negative")
         for name in ("beta1", "beta2"):
@@ -444,6 +446,7 @@ LATER_KEYS = {
         "schedule_tokens": 0,
         "freeze": "",
         "weight_decay_convention": "preset",
+        "z_loss": 0.0,
     },
     "checkpoint": {"keep_hours": 0.0},
     "bad_numbers": {"spike_score": 30.0, "max_skips": 8, "max_rollbacks": 3},

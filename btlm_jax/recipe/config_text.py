@@ -199,6 +199,7 @@ def _of_optimizer(config: TrainConfig) -> dict[str, str]:
             f"2505.13738 has {wanted:.3f} for so many tokens a parameter"
         ),
         "weight_decay_convention": "coupled to the learning rate, as BTLM's",
+        "z_loss": "none, as BTLM's",
         "clip_norm": "as BTLM's",
         "freeze": "every parameter is trained",
     }

@@ -301,6 +301,7 @@ def make_config(choices: Choices) -> TrainConfig:
             eps=eps_for(shape.num_parameters),
             weight_decay=weight_decay_for(choices.weight_decay, shape=shape, curriculum=curriculum),
             weight_decay_convention="preset",
+            z_loss=0.0,
             clip_norm=1.0,
             freeze="",
         ),

@@ -40,8 +40,10 @@ class Program:
         """Trace the step of a phase, for `compile`."""
         rules, accumulation = self.rules_for(phase), self.config.mesh.accumulation
         model = self.model.clone(rules=rules)
-        loss_chunk, rule = self.config.model.loss_chunk, self.update_rules[phase.index]
-        step = make_train_step(model, self.optimizer, self.table, loss_chunk=loss_chunk, rule=rule)
+        step = make_train_step(
+            model, self.optimizer, self.table, loss_chunk=self.config.model.loss_chunk,
+            rule=self.update_rules[phase.index], z_loss=self.config.optimizer.z_loss,
+        )  # fmt: skip
         shape = (accumulation, phase.batch_size // accumulation, phase.seq_len)
         sharding = batch_sharding(self.mesh, rules)
         batch = abstract_batch(shape, sharding, document_mask=self.config.data.document_mask)

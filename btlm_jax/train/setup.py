@@ -515,7 +515,7 @@ def _schedule(optimizer: OptimizerConfig, curriculum: CurriculumConfig) -> Itera
         )
     yield (
         f"  AdamW beta ({optimizer.beta1:g}, {optimizer.beta2:g}), eps {optimizer.eps:g}, clip at global norm "
-        f"{optimizer.clip_norm:g}"
+        f"{optimizer.clip_norm:g}" + f", z-loss {optimizer.z_loss:g}" * (optimizer.z_loss > 0)
     )
 
 

@@ -182,6 +182,7 @@ def make_program(model: Btlm, mesh: Mesh, *, num_steps: int):
         eps=1e-8,
         weight_decay=0.1,
         weight_decay_convention="preset",
+        z_loss=0.0,
         clip_norm=1.0,
         freeze="",
     )

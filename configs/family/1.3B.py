@@ -69,6 +69,7 @@ def get_config() -> ConfigDict:
                 # has 0.210 for so many tokens a parameter
                 weight_decay=0.1,
                 weight_decay_convention="preset",  # coupled to the learning rate, as BTLM's
+                z_loss=0.0,  # none, as BTLM's
                 clip_norm=1.0,  # as BTLM's
                 freeze="",  # every parameter is trained
             ),
