@@ -21,6 +21,7 @@ def get_config() -> ConfigDict:
                 num_heads=32,
                 d_ff=6826,
                 layer_norm_eps=1e-5,
+                qk_norm="none",
                 alibi_scaling=1.0,
                 dtype="bfloat16",
                 attention="auto",

@@ -21,6 +21,7 @@ def get_config() -> ConfigDict:
                 num_heads=4,
                 d_ff=682,
                 layer_norm_eps=1e-5,
+                qk_norm="none",
                 alibi_scaling=1.0,
                 dtype="float32",
                 attention="auto",

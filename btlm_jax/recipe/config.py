@@ -21,6 +21,7 @@ from btlm_jax.recipe.curriculum import Curriculum, Phase, make_curriculum
 PRESETS = ("btlm", "sp", "completep")
 DTYPES = ("float32", "bfloat16")
 ATTENTIONS = ("auto", "reference", "blockwise", "cpu", "tpu", "splash", "gpu")
+QK_NORMS = ("none", "rms", "rms_gain")
 REMATS = ("full", "attention_saved", "out_recomputed", "matmuls_saved", "none")  # the first keeps the least
 PREPARED = "prepared"
 SCHEDULES = ("linear", "cosine", "constant", "wsd")
@@ -60,6 +61,7 @@ class ModelConfig:
     num_heads: int  # N; each head has d_model / num_heads dims
     d_ff: int  # F, width of the SwiGLU layer
     layer_norm_eps: float  # added to the variance of every LayerNorm
+    qk_norm: str  # norm of each head's queries and keys: see model/qk_norm.py
     alibi_scaling: float  # ALiBi slopes are divided by this; 1.0 as trained, > 1 interpolates positions
     dtype: str  # of activations and matmuls; parameters, softmax, norms' statistics and the loss are float32
     attention: str  # implementation of attention; "auto" takes the fastest for the devices: see attention/__init__.py
@@ -77,6 +79,7 @@ class ModelConfig:
             f"model.d_model={self.d_model} is not divisible by model.num_heads={self.num_heads}",
         )
         _require(self.alibi_scaling >= 1, f"model.alibi_scaling={self.alibi_scaling} must be at least 1")
+        _require_choice("model.qk_norm", self.qk_norm, QK_NORMS)
         _require_choice("model.dtype", self.dtype, DTYPES)
         _require_choice("model.attention", self.attention, ATTENTIONS)
         _require_choice("model.remat", self.remat, REMATS)
@@ -436,6 +439,7 @@ class TrainConfig:
 # Keys that a config did not have at first, for configs that were stored as JSON: with what they would have been then,
 # or, of what does not decide what is trained on good numbers, the values of configs/.
 LATER_KEYS = {
+    "model": {"qk_norm": "none"},
     "mesh": {"context": 1},
     "data": {"document_mask": False, "weights": ""},
     "optimizer": {

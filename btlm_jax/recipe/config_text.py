@@ -131,6 +131,7 @@ def _of_model(config: TrainConfig) -> dict[str, str]:
         "num_heads": f"heads {model.head_dim} wide: the least power of two, from 4 on, that makes them at most 112",
         "d_ff": f"8/3 d_model, rounded down to an even number as BTLM's 6,826{padding}",
         "layer_norm_eps": "as BTLM's",
+        "qk_norm": "none, as BTLM's",
         "alibi_scaling": "positions as trained",
         "dtype": "of activations; parameters and sums are float32 anyway",
         "attention": "the fastest for the devices",

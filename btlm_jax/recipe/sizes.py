@@ -117,6 +117,7 @@ def count_parameters(model: ModelConfig | Shape) -> int:
     """Return how many parameters a model has: matrices, biases and norms, the embedding once."""
     L, D, F, V = model.num_layers, model.d_model, model.d_ff, model.vocab_size
     attention, mlp, norms = 4 * D * D + 4 * D, 3 * D * F + 2 * F + D, 4 * D
+    norms += 2 * model.head_dim * (isinstance(model, ModelConfig) and model.qk_norm == "rms_gain")
     return V * D + L * (attention + mlp + norms) + 2 * D
 
 
@@ -271,6 +272,7 @@ def make_config(choices: Choices) -> TrainConfig:
             num_heads=shape.num_heads,
             d_ff=shape.d_ff,
             layer_norm_eps=1e-5,
+            qk_norm="none",
             alibi_scaling=1.0,
             dtype=choices.dtype,
             attention="auto",

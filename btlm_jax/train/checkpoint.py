@@ -569,7 +569,10 @@ _FIXED = (
     *("seed", "mup", "optimizer.freeze", "data.seed", "data.weights_by_phase", "data.document_mask"),
     *("curriculum.seq_len", "curriculum.batch_size"),
 )
-_FIXED_MODEL = ("vocab_size", "num_layers", "d_model", "num_heads", "d_ff", "layer_norm_eps", "alibi_scaling", "dtype")
+_FIXED_MODEL = (
+    *("vocab_size", "num_layers", "d_model", "num_heads", "d_ff"),
+    *("layer_norm_eps", "qk_norm", "alibi_scaling", "dtype"),
+)
 
 
 class Restored(NamedTuple):

@@ -144,6 +144,7 @@ def make_case_model(case: Case, *, width: int, base_width: int) -> Btlm:
         num_heads=2 if case.wide_heads else width // HEAD_DIM,
         d_ff=3 * width,
         layer_norm_eps=1e-5,
+        qk_norm="none",
         alibi_scaling=1.0,
         dtype="float32",
         attention="reference",

@@ -27,6 +27,7 @@ def get_config() -> ConfigDict:
                 # 8/3 d_model, rounded down to an even number as BTLM's 6,826; a TPU pads it to 768, 12.6% more
                 d_ff=682,
                 layer_norm_eps=1e-5,  # as BTLM's
+                qk_norm="none",  # none, as BTLM's
                 alibi_scaling=1.0,  # positions as trained
                 dtype="float32",  # of activations: what CPUs compute
                 attention="auto",  # the fastest for the devices

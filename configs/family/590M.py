@@ -28,6 +28,7 @@ def get_config() -> ConfigDict:
                 num_heads=16,  # heads 96 wide: the least power of two, from 4 on, that makes them at most 112
                 d_ff=4096,  # 8/3 d_model, rounded down to an even number as BTLM's 6,826
                 layer_norm_eps=1e-5,  # as BTLM's
+                qk_norm="none",  # none, as BTLM's
                 alibi_scaling=1.0,  # positions as trained
                 dtype="bfloat16",  # of activations; parameters and sums are float32 anyway
                 attention="auto",  # the fastest for the devices
