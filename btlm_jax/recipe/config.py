@@ -421,6 +421,12 @@ class TrainConfig:
             watched_from=-(-warmup_end // phase.tokens_per_step),
         )
 
+    @property
+    def is_decay_independent(self) -> bool:
+        """Whether a step's weight decay of a hidden matrix is the same at every width: see recipe/mup.py."""
+        convention = self.optimizer.weight_decay_convention
+        return convention == "independent" or (convention == "preset" and self.mup.preset == "completep")
+
     def with_numbers(self) -> TrainConfig:
         """Return the config with the number that a weight decay of "auto" stands for."""
         if self.optimizer.weight_decay != AUTO:

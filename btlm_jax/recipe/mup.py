@@ -65,12 +65,6 @@ class ParameterRule:
     eps: float
     is_frozen: bool = False  # it gets no update, and the optimizer keeps no moments of it
 
-    def with_decay(self, convention: str) -> ParameterRule:
-        """Return the rule with the weight decay of one of config.WEIGHT_DECAY_CONVENTIONS; this one is the preset's."""
-        if convention == "preset" or not self.weight_decay:
-            return self
-        return dataclasses.replace(self, weight_decay=1 / self.learning_rate if convention == "independent" else 1.0)
-
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Parametrization:
@@ -114,11 +108,6 @@ class Parametrization:
             weight_decay=0.0 if parameter_class in _VECTOR_CLASSES else width if completep and hidden else 1.0,
             eps=1 / (width * self.depth) if completep and in_block else 1.0,
         )
-
-
-def is_independent(convention: str, mup: MupConfig) -> bool:
-    """Return whether a step's weight decay, of one of config.WEIGHT_DECAY_CONVENTIONS, is the same at every width."""
-    return convention == "independent" or (convention == "preset" and mup.preset == "completep")
 
 
 def classify(axes: tuple[str, ...], *, layer: str, leaf: str) -> str:

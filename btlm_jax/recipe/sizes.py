@@ -46,7 +46,7 @@ from btlm_jax.recipe.config import (
     OptimizerConfig,
     TrainConfig,
 )
-from btlm_jax.recipe.mup import is_independent, make_parametrization
+from btlm_jax.recipe.mup import make_parametrization
 
 GPT2_VOCAB_SIZE = 50_257
 TOKENS_PER_PARAMETER = 20.0  # arXiv 2203.15556
@@ -238,7 +238,7 @@ def weight_decay_of(config: TrainConfig) -> float:
     the independent one.
     """
     rate = config.optimizer.peak_learning_rate
-    if not is_independent(config.optimizer.weight_decay_convention, config.mup):
+    if not config.is_decay_independent:
         rate /= make_parametrization(config.mup, config.model).width
     num_parameters = count_parameters(config.model)
     return _decay_by_tau(config.curriculum, num_parameters=num_parameters, learning_rate=rate)

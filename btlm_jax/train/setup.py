@@ -38,7 +38,6 @@ from btlm_jax.recipe.config import (
     TrainConfig,
 )
 from btlm_jax.recipe.curriculum import Curriculum
-from btlm_jax.recipe.mup import is_independent
 from btlm_jax.recipe.optimizer import learning_rate_at, rates_of_steps, stretches_of
 from btlm_jax.storage.files import write_atomically
 from btlm_jax.storage.location import PathOrUrl, resolve_location
@@ -521,8 +520,9 @@ def _schedule(optimizer: OptimizerConfig, curriculum: CurriculumConfig) -> Itera
 
 def _weight_decay(config: TrainConfig, table: dict) -> str:
     decay = config.with_numbers().optimizer.decay
-    independent = is_independent(config.optimizer.weight_decay_convention, config.mup)
-    how = "independent of the width: times the peak rate" if independent else "coupled to each class's learning rate"
+    how = "coupled to each class's learning rate"
+    if config.is_decay_independent:
+        how = "independent of the width: times the peak rate"
     why = ""
     if config.optimizer.weight_decay == AUTO:
         per_parameter = config.curriculum.table.num_tokens / num_parameters(table)
