@@ -38,6 +38,7 @@ usage: btlm <verb> [flags]        (btlm <verb> --help explains a verb)
   corpus clean     make a corpus out of raw files, stage by stage (btlm corpus --help)
   corpus verify    read a token store again and compare every byte with its manifest
   status           what runs do or how they ended: step, loss, speed, time left, where the time went
+  report           write a run as one HTML page: curves, where the time went, config; two runs beside each other
   checkpoints      list, verify, prune and copy the checkpoints of a run
   tune coord-check prove on a CPU that the parametrization is right, and that wrong ones are caught (2 minutes)
   plan             compile the train steps for a TPU slice that is not there: fits? how fast? how much?
@@ -103,6 +104,12 @@ def _status(arguments: Sequence[str]) -> int:
     return status(arguments)
 
 
+def _report(arguments: Sequence[str]) -> int:
+    from btlm_jax.cli.report import report
+
+    return report(arguments)
+
+
 def _checkpoints(arguments: Sequence[str]) -> int:
     from btlm_jax.cli.checkpoints import checkpoints
 
@@ -148,6 +155,7 @@ VERBS: dict[str, Callable[[Sequence[str]], int]] = {
     "convert": _convert,
     "corpus": _corpus,
     "status": _status,
+    "report": _report,
     "checkpoints": _checkpoints,
     "tune": _tune,
     "plan": _plan,

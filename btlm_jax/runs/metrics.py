@@ -57,6 +57,7 @@ class Metrics:
     train: dict[str, np.ndarray]  # by name, float64 of the same length; nan where a line lacks it
     others: dict[str, list[dict[str, Any]]]
     num_train: int  # train lines in the file
+    stride: int  # every so many of them are in the columns
     num_damaged: int
 
     def kind(self, name: str) -> list[dict[str, Any]]:
@@ -92,7 +93,7 @@ def read_metrics_of(path: Path, *, max_rows: int = MAX_TRAIN_ROWS) -> Metrics:
             others.setdefault(row["kind"], []).append(row)
     if last and (row := _row(last, path)):
         rows.append(row)
-    return Metrics(train=_columns(rows), others=others, num_train=num_train, num_damaged=num_damaged)
+    return Metrics(train=_columns(rows), others=others, num_train=num_train, stride=stride, num_damaged=num_damaged)
 
 
 def _beginning(kind: str) -> bytes:

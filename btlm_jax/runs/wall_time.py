@@ -63,12 +63,14 @@ def wall_time(starts: Sequence[Start]) -> WallTime:
     for index, start in enumerate(starts):
         if start.first_step is None:
             continue
-        resumed = start.first_step - 1
+        resumed, known = start.first_step - 1, sum(lost_steps)
         for number, earlier in enumerate(starts[:index]):
             if earlier.first_step is not None and kept[number] > resumed:
                 last_kept = max(resumed, earlier.first_step - 1)
                 lost_steps[number] += max(0, kept[number] - last_kept)
                 kept[number], lost_from[number] = last_kept, earlier.at(last_kept)
+        if index:  # what a killed start trained after the last write of its record
+            lost_steps[index - 1] += max(0, start.repeated_steps - (sum(lost_steps) - known))
     rows = []
     for index, start in enumerate(starts):
         gap = start.began - starts[index - 1].ended if index else 0.0

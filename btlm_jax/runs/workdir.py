@@ -40,6 +40,7 @@ class Start:
     facts: dict[str, str]  # versions, devices, the commit, the store's fingerprint
     first_step: int | None  # that it trained; None: it did not come so far
     step: int | None  # the last one that is recorded
+    repeated_steps: int  # that an earlier start had recorded already
     running: str  # the category that was running
     seconds: dict[str, float]  # by category, and "total"
     marks: tuple[tuple[int, dict[str, float]], ...]  # (step, the same up to it)
@@ -202,6 +203,7 @@ def _start(row: dict[str, Any]) -> Start:
         facts={str(name): str(value) for name, value in facts.items() if value},
         first_step=_whole(row.get("first_step")),
         step=_whole(row.get("step")),
+        repeated_steps=_whole(row.get("repeated_steps")) or 0,
         running=str(row.get("running") or ""),
         seconds=_seconds(seconds),
         marks=tuple((step, _seconds(at)) for step, at in map(_mark, marks)),

@@ -223,6 +223,7 @@ class GoodputLedger:
     def __init__(self, clock: Callable[[], float] = time.monotonic, *, began: float | None = None):
         self.first_step: int | None = None  # that this start of the run trains
         self.step: int | None = None  # the last one that is recorded
+        self.repeated_steps = 0  # that an earlier start has recorded, and this one trains again
         self.facts: dict[str, str] = {}  # what the start knows of itself: devices, versions, the store's fingerprint
         self._clock = clock
         self._began = self._charged = clock() if began is None else began
@@ -271,6 +272,7 @@ class GoodputLedger:
             return {
                 "first_step": self.first_step,
                 "step": self.step,
+                "repeated_steps": self.repeated_steps,
                 "running": self._running[-1] if self._running else "",
                 "facts": dict(self.facts),
                 "seconds": _rounded(self.seconds()),
@@ -446,7 +448,9 @@ class MetricWriter:
     def __enter__(self) -> MetricWriter:
         if self._is_writer:
             path = self._workdir / METRICS_FILE
-            _remove_replayed(path, first_step=self._first_step, num_steps=self._curriculum.num_steps)
+            self._ledger.repeated_steps = _remove_replayed(
+                path, first_step=self._first_step, num_steps=self._curriculum.num_steps
+            )
             self._file: TextIO = open(path, "a", encoding="utf-8")
             self._tensorboard = _TensorBoard(self._workdir / TENSORBOARD, first_step=self._first_step)
             self._bar = StepBar(
@@ -616,17 +620,19 @@ def _line(fields: dict[str, str]) -> str:
     return " | ".join(f"{text} {name}" if name == "tok/s" else f"{name} {text}" for name, text in fields.items())
 
 
-def _remove_replayed(path: Path, *, first_step: int, num_steps: int) -> None:
+def _remove_replayed(path: Path, *, first_step: int, num_steps: int) -> int:
     """Rewrite the file without the train and eval lines from `first_step` on, and without lines that are damaged.
+
+    Return how many train lines are removed.
 
     Where the first step is 1, step 0 is evaluated once more, too. After the last step only the end is repeated: what it
     has written before, an evaluation and a sample, goes too. An incomplete last line is what a kill leaves, and is
     written again; each other one that is damaged is a notice.
     """
     if not path.exists():
-        return
+        return 0
     *lines, incomplete = path.read_bytes().split(b"\n")
-    remaining = []
+    remaining, num_repeated = [], 0
     for number, line in enumerate(lines, start=1):
         try:
             row = parse_row(line, name=f"{path}, line {number}")
@@ -635,11 +641,13 @@ def _remove_replayed(path: Path, *, first_step: int, num_steps: int) -> None:
             continue
         is_of_end = first_step > num_steps == row["step"] and row["kind"] in _OF_END
         is_replayed = row["kind"] in _REPLAYED and (row["step"] >= first_step or first_step == 1)
+        num_repeated += is_replayed and row["kind"] == "train"
         is_repeated = row.get(_REPEATED) and row["step"] >= first_step
         if not is_replayed and not is_of_end and not is_repeated:
             remaining.append(line)
     if incomplete or len(remaining) < len(lines):
         write_atomically(path, b"".join(line + b"\n" for line in remaining))
+    return num_repeated
 
 
 def _with_strings(value):
