@@ -37,6 +37,18 @@ class ProcessesDifferError(ValueError):
     """The processes of a run do not agree on what they do."""
 
 
+class AgreedError(OSError):
+    """What failed in one process of a run or in several, raised in all; `reason` says in which, and why."""
+
+    def __init__(self, message: str, *, reason: str):
+        super().__init__(message)
+        self.reason = reason
+
+
+class OthersFailedError(Exception):
+    """Other processes have failed at what this one waits for; they say why."""
+
+
 class Peers(Protocol):
     """The other processes of a run, as parallel/peers.py has them."""
 

@@ -12,12 +12,13 @@ from typing import TYPE_CHECKING
 from btlm_jax import notices, stopping
 from btlm_jax.cli import BAD_NUMBERS, DONE, ERROR, PREEMPTED, UsageError
 from btlm_jax.cli.parse import Flags, find_config
-from btlm_jax.stopping import ProcessesDifferError, Stop
+from btlm_jax.stopping import AgreedError, ProcessesDifferError, Stop
 
 if TYPE_CHECKING:
     import jax
 
     from btlm_jax.data.store import Manifest
+    from btlm_jax.parallel.peers import Place
     from btlm_jax.recipe.config import CorpusConfig, TrainConfig
     from btlm_jax.train.metric_writer import GoodputLedger
     from btlm_jax.train.setup import Beginning, Run
@@ -77,6 +78,8 @@ def train(arguments: Sequence[str]) -> int:
         return _run_as_owner(workdir, flags, functools.partial(_train, config))
     except ProcessesDifferError as error:
         raise UsageError(str(error)) from error
+    except AgreedError:
+        raise
     except (RuntimeError, OSError):  # of JAX and orbax, when they wait for a process that is gone
         stopping.current().wait_if_peer_is_gone()
         raise
@@ -99,7 +102,7 @@ def _train(config: TrainConfig, flags: Flags, *, workdir: Path, stop: Stop, ledg
     from btlm_jax.train import INIT_FILE, setup
 
     beginning = setup.FROM_SEED
-    if flags.string("coordinator") or flags.boolean("distributed"):
+    if _has_several(flags):
         _join_processes(config, flags, workdir=workdir, stop=stop)
     if flags.is_given("init") or (workdir / INIT_FILE).is_file():
         from btlm_jax.cli import train_init
@@ -130,13 +133,23 @@ def _run_as_owner(workdir: Path, flags: Flags, work: Callable[..., int]) -> int:
     ledger = GoodputLedger(began=stop.began)
     _watch_notices(stop)
     is_new = not workdir.exists()
-    setup.make_workdir(workdir)
-    stop.workdir = workdir
-    if _process_id(flags):
-        return work(flags, workdir=workdir, stop=stop, ledger=ledger)
-    from btlm_jax.storage import owner
+    try:
+        setup.make_workdir(workdir)
+        stop.workdir = workdir
+        if _process_id(flags):
+            ownership = None
+        else:
+            from btlm_jax.storage import owner
 
-    ownership = owner.take(workdir, steal=flags.boolean("steal"))
+            ownership = owner.take(workdir, steal=flags.boolean("steal"))
+    except (OSError, ValueError, notices.StrictError) as error:
+        if _has_several(flags):
+            from btlm_jax.parallel import peers
+
+            peers.refuse(_place(flags), str(error))
+        raise
+    if ownership is None:
+        return work(flags, workdir=workdir, stop=stop, ledger=ledger)
     record = StartRecord(workdir, ledger)
     stop.at_exit(lambda code, reason: ownership.release())
     stop.at_exit(record.end)
@@ -175,11 +188,22 @@ def _machine() -> str:
 
 def _process_id(flags: Flags) -> int:
     """Return which process of the run this is."""
-    if not flags.boolean("distributed"):
-        return flags.integer("process_id")
+    return _place(flags).index if flags.boolean("distributed") else flags.integer("process_id")
+
+
+def _has_several(flags: Flags) -> bool:
+    """Return whether the run has several processes."""
+    return bool(flags.string("coordinator")) or flags.boolean("distributed")
+
+
+def _place(flags: Flags) -> Place:
+    """Return where this process stands among those of the run."""
     from btlm_jax.parallel import peers
 
-    return peers.place_in_cluster().index
+    if flags.boolean("distributed"):
+        return peers.place_in_cluster()
+    count, index = flags.integer("num_processes"), flags.integer("process_id")
+    return peers.Place(address=flags.string("coordinator"), count=count, index=index)
 
 
 def _join_processes(config: TrainConfig, flags: Flags, *, workdir: Path, stop: Stop) -> None:
@@ -187,11 +211,7 @@ def _join_processes(config: TrainConfig, flags: Flags, *, workdir: Path, stop: S
     from btlm_jax.display.progress import print_line
     from btlm_jax.parallel import peers
 
-    if flags.boolean("distributed"):
-        place = peers.place_in_cluster()
-    else:
-        count, index = flags.integer("num_processes"), flags.integer("process_id")
-        place = peers.Place(address=flags.string("coordinator"), count=count, index=index)
+    place = _place(flags)
     if place.index != 0:
         notices.mute()
     log = print_line if place.index == 0 else lambda line: None
