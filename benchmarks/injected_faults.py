@@ -1,6 +1,6 @@
 """Do to real training runs what happens to runs of weeks, and see that each ends as documented.
 
-Command: python benchmarks/injected_faults.py --folder=DIR [--only=TEXT]          (root, for disks that are full)
+Command: python benchmarks/injected_faults.py --folder=DIR [--only=NAME]          (root, for disks that are full)
 
 Every fault meets `btlm train` on a tiny model, in one process or in two on loopback. Bad numbers, and a clock that
 jumps, are put in by a wrapper around the same command; all else happens outside of it: signals, flipped bits, a
@@ -446,7 +446,7 @@ def child(bad: dict) -> None:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--folder", type=Path, required=True, help="keeps rows.jsonl, and runs that ended otherwise")
-    parser.add_argument("--only", default="", help="faults whose name has this text")
+    parser.add_argument("--only", default="", help="the fault of this name")
     arguments = parser.parse_args()
     from support.real_store import build_real_store, write_config
 
@@ -460,7 +460,7 @@ def main() -> int:
     rows = [json.loads(line) for line in log.read_text().splitlines()] if log.exists() else []
     failed = []
     for each in FAULTS:
-        if arguments.only not in each.name or each.name in [row["name"] for row in rows]:
+        if arguments.only not in ("", each.name) or each.name in [row["name"] for row in rows]:
             continue
         row = run(each, folder / "case", config, runs.undisturbed(each.processes))
         print(json.dumps(row), flush=True)

@@ -35,6 +35,8 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+
 import jax
 import numpy as np
 import orbax.checkpoint as ocp
@@ -46,6 +48,7 @@ MOMENTS = (
     *("the switch", "an evaluation", "the end report"),
 )
 SIGNALS = {"SIGKILL": signal.SIGKILL, "SIGTERM": signal.SIGTERM, "SIGSTOP": signal.SIGSTOP}
+SHARES = (75, 15, 10)  # of the hits; a run of one process that is only stopped for a while comes to its end
 KINDS = ("one", "two", "elastic")
 UNDISTURBED = "none"  # in place of a moment
 TIMING_KEYS = ("tokens_per_second", "mfu", "seconds")
@@ -437,7 +440,7 @@ class Runs:
 
 def choose_hit(rng: random.Random, *, moment: str) -> Hit:
     """Return a hit of a moment, the rest at random."""
-    signal_name = rng.choice(list(SIGNALS))
+    (signal_name,) = rng.choices(list(SIGNALS), weights=SHARES)
     return Hit(moment=moment, signal=signal_name, victims=rng.choice(("one", "all")), delay=rng.random())
 
 

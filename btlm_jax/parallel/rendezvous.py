@@ -18,6 +18,7 @@ from jax.experimental import multihost_utils
 
 from btlm_jax.stopping import OthersFailedError
 
+OTHERS_FAILED = "another process has failed"
 _PREFIX = "btlm-save/"  # of keys
 _LONGEST = 512  # bytes of a text that all are told
 _POLL_SECONDS = (0.02, 1.0)  # between two looks: at first, and after a long wait
@@ -37,12 +38,7 @@ class Rendezvous:
         self._client, self._index, self._count, self._clock = client, index, count, clock
         self._prefix = f"{_PREFIX}{number}/"
         self._calls = itertools.count()
-        self._failure = ""
-
-    @property
-    def has_failed(self) -> bool:
-        """Whether one has come for another thing than the others."""
-        return bool(self._failure)
+        self.has_failed = False  # one has come for another thing than the others
 
     def __call__(self, *, key: str, timeout_ms: int) -> None:
         """Wait until all processes have come for `key`.
@@ -51,8 +47,8 @@ class Rendezvous:
           OthersFailedError: one has come for something else.
           TimeoutError: one has not come; names it.
         """
-        if self._failure:
-            raise OthersFailedError(self._failure)
+        if self.has_failed:
+            raise OthersFailedError(OTHERS_FAILED)
         number, until = next(self._calls), self._clock() + timeout_ms / 1000
         self._client.key_value_set(f"{self._prefix}{number}/{self._index}", key)
         if number >= 2:  # all have come to the last one, and so have seen all of the one before it
@@ -61,9 +57,9 @@ class Rendezvous:
         while True:
             found = self._client.key_value_dir_get(f"{self._prefix}{number}/")
             keys = {int(name.rpartition("/")[2]): value for name, value in found}
-            if other := sorted(process for process, value in keys.items() if value != key):
-                self._failure = f"process {', '.join(map(str, other))} came for another thing than {key}"
-                raise OthersFailedError(self._failure)
+            if any(value != key for value in keys.values()):
+                self.has_failed = True
+                raise OthersFailedError(OTHERS_FAILED)
             if len(keys) == self._count:
                 return
             if self._clock() > until:
@@ -87,9 +83,14 @@ def texts_of_all(text: str) -> list[str]:
 
 
 def said_of(texts: Sequence[str]) -> str:
-    """Return which process said what, "" if none said anything; of those that say the same, the first."""
+    """Return which process said what, "" if none said anything; of those that say the same, the first.
+
+    OTHERS_FAILED counts only where nothing else is said.
+    """
     first: dict[str, int] = {}
     for number, text in enumerate(texts):
         if text:
             first.setdefault(text, number)
+    if len(first) > 1:
+        first.pop(OTHERS_FAILED, None)
     return "; ".join(f"process {number}: {text}" for text, number in first.items())

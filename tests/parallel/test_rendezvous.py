@@ -4,7 +4,7 @@ import threading
 
 import pytest
 
-from btlm_jax.parallel.rendezvous import Rendezvous, said_of
+from btlm_jax.parallel.rendezvous import OTHERS_FAILED, Rendezvous, said_of
 from btlm_jax.stopping import OthersFailedError
 
 
@@ -58,9 +58,8 @@ def test_one_that_has_failed_lets_nobody_wait(failing):
     keys = [["begin", "written", "committed", "end"], ["begin", "written", "committed", "end"]]
     keys[failing] = ["begin", "end"]  # its part could not be written
     passed, _ = pass_through(keys)
-    for index, found in enumerate(passed):
+    for found in passed:
         assert found[0] == "begin" and all(isinstance(error, OthersFailedError) for error in found[1:])
-        assert f"process {1 - index} came for another thing" in str(found[1])
     assert len(passed[1 - failing]) == 4
 
 
@@ -71,4 +70,6 @@ def test_one_that_does_not_come_is_named():
 
 def test_what_is_said_names_the_first_process_that_says_it():
     assert said_of(["", "", ""]) == ""
+    assert said_of([OTHERS_FAILED, "quota"]) == "process 1: quota"
+    assert said_of(["", OTHERS_FAILED]) == f"process 1: {OTHERS_FAILED}"
     assert said_of(["", "no space left", "no space left", "quota"]) == "process 1: no space left; process 3: quota"
