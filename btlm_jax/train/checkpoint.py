@@ -67,6 +67,8 @@ _Read = TypeVar("_Read")
 class Checkpointer:
     """The checkpoints of one workdir."""
 
+    _rendezvous, _has_failed_in_all = None, False
+
     def __init__(self, workdir: Path, *, config: CheckpointConfig):
         self.directory = workdir.resolve() / CHECKPOINTS
         self._config = config
