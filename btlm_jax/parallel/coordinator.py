@@ -3,9 +3,9 @@
     python -m btlm_jax.parallel.coordinator PORT COUNT SECONDS
 
 First it waits, SECONDS at most, until all COUNT processes are there, and compares what they say of themselves; one that
-is missing or different, or that cannot take part, is named to all. Then it is JAX's coordination service at the same port. A process of its own,
-because every client of that service aborts at once when it goes: with process 0 killed the others would end so, and
-could say nothing. It ends when process 0 and the connections of the others are gone.
+is missing or different, or that cannot take part, is named to all. Then it is JAX's coordination service at the same
+port. A process of its own, because every client of that service aborts at once when it goes: with process 0 killed the
+others would end so, and could say nothing. It ends when process 0 and the connections of the others are gone.
 """
 
 from __future__ import annotations
