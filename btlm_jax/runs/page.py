@@ -45,6 +45,7 @@ th{font-weight:600;color:var(--soft);border-bottom-color:var(--line);white-space
 th.n,td.n{text-align:right;font-variant-numeric:tabular-nums;white-space:nowrap}
 td.code,code,pre{font-family:ui-monospace,SFMono-Regular,Menlo,Consolas,monospace;font-size:.84em}
 td.code{overflow-wrap:anywhere}
+td:first-child{white-space:nowrap}
 tr.first td{background:color-mix(in srgb,var(--c1) 16%,transparent)}
 pre{background:var(--card);border:1px solid var(--line);border-radius:.4rem;padding:.7rem .9rem;margin:.3rem 0 1rem;
  white-space:pre-wrap;overflow-wrap:anywhere}

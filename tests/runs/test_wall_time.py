@@ -22,8 +22,13 @@ class Runs:
         self.now = 1_000_000.0
         monkeypatch.setattr("btlm_jax.train.metric_writer.time.time", lambda: self.now)
 
-    def start(self, *, first_step, last_step, seconds=2.0, set_up=7.0, compile_seconds=11.0, end=None, each=None):
-        """Begin, train steps of so many seconds each, and end with an exit code, or as if killed; return its file."""
+    def start(
+        self, *, first_step, last_step, seconds=2.0, set_up=7.0, compile_seconds=11.0, end=None, each=None, written_at=0
+    ):
+        """Begin, train steps of so many seconds each, and end with an exit code, or as if killed.
+
+        The record is written at the end, or at a step.
+        """
         run = FakeRun(self.workdir, first_step=first_step)
         record = StartRecord(self.workdir, run.ledger)
         began = run.clock.now
@@ -35,11 +40,13 @@ class Runs:
                 if each:
                     each(run, step)
                 run.ledger.mark()
+                if step == written_at:
+                    record.write()
         self.now += run.clock.now - began
-        record.write()
+        if not written_at:
+            record.write()
         if end is not None:
             record.end(end, "as told")
-        return record
 
     def read(self):
         problems = []
@@ -65,6 +72,12 @@ def test_steps_that_are_trained_again_are_lost_and_the_time_between_starts_count
     assert (times.lost_steps, times.goodput) == (3, 22 / 164)
     assert [row.lost_steps for row in times.starts] == [3, 0]
     assert [row.total for row in times.starts] == [34, 30]
+
+
+def test_steps_after_the_last_write_of_a_killed_starts_record_are_counted(runs):
+    runs.start(first_step=1, last_step=8, written_at=6)
+    runs.start(first_step=4, last_step=9, end=0)
+    assert wall_time(runs.read()).lost_steps == 5
 
 
 def test_a_start_may_go_back_over_several_starts(runs):
