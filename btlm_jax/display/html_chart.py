@@ -16,7 +16,7 @@ import numpy as np
 
 from btlm_jax.display.progress import printable
 
-NUM_COLOURS = 8
+NUM_COLOURS, NUM_BAR_COLOURS = 8, 12  # of lines, of parts of a bar
 MAX_POINTS = 500  # of a line: of more, the mean of so many bins, with a band from their least to their greatest
 _WIDTH, _HEIGHT = 1000, 400  # of the SVG's own coordinates
 _TICKS = 5
@@ -87,14 +87,17 @@ def line_chart(series: Sequence[Series], *, x: Axis, y: Axis, marks: Sequence[Ma
     )
 
 
-def stacked_bar(parts: Sequence[tuple[str, float, str]]) -> str:
-    """Return a bar of (name, amount, text of the amount), each with a colour of its own, and its legend."""
-    total = sum(amount for _, amount, _ in parts)
+def stacked_bar(parts: Sequence[tuple[str, float, str, int]]) -> str:
+    """Return a bar of (name, amount, text of the amount, number of the colour), and its legend.
+
+    Its colours are the page's variables --b0 to --b11.
+    """
+    total = sum(amount for _, amount, _, _ in parts)
     if total <= 0:
         return '<p class="none">nothing to draw yet</p>'
     bars, keys = [], []
-    for number, (name, amount, text) in enumerate(parts):
-        colour = f"b{number}" if number < 12 else "b11"
+    for name, amount, text, number in parts:
+        colour = f"b{min(number, NUM_BAR_COLOURS - 1)}"
         share = f"{amount / total:.1%}"
         bars.append(
             f'<span class="{colour}" style="width:{100 * amount / total:.3f}%" '
@@ -264,7 +267,7 @@ STYLE = (
         f".key i.c{n}{{border-color:var(--c{n})}}\n"
         for n in range(NUM_COLOURS)
     )
-    + "".join(f".b{n}{{background:var(--b{n})}}\n" for n in range(12))
+    + "".join(f".b{n}{{background:var(--b{n})}}\n" for n in range(NUM_BAR_COLOURS))
 )
 
 # Shows the values of every line at the pointer, from the lines' own coordinates.

@@ -36,7 +36,7 @@ p{margin:.4rem 0 .9rem}
 .tile{background:var(--card);border:1px solid var(--line);border-radius:.5rem;padding:.7rem .9rem}
 .tile b{display:block;font-size:1.3rem;font-weight:650;line-height:1.3;font-variant-numeric:tabular-nums}
 .tile span{color:var(--soft);font-size:.82rem;display:block;line-height:1.35}
-.tile .other{color:var(--c1);font-size:1rem;font-weight:600;margin-top:.1rem}
+.tile .other{color:var(--c2);font-size:1rem;font-weight:600;margin-top:.1rem}
 .two{display:grid;grid-template-columns:repeat(2,minmax(0,1fr));gap:0 2rem}
 .scroll{overflow-x:auto;margin:0 0 1rem}
 table{border-collapse:collapse;font-size:.88rem}

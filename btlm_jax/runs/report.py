@@ -13,12 +13,12 @@ import numpy as np
 
 from btlm_jax import __version__
 from btlm_jax.data.store import MANIFEST_FILE, Manifest, read_manifest
-from btlm_jax.display.html_chart import NUM_COLOURS, Axis, Mark, Series, line_chart, stacked_bar
+from btlm_jax.display.html_chart import Axis, Mark, Series, line_chart, stacked_bar
 from btlm_jax.recipe.config import with_later_keys
 from btlm_jax.runs.metrics import Metrics, read_metrics_of
 from btlm_jax.runs.page import details, page, table, text, tiles
 from btlm_jax.runs.status import FINISHED, RUNNING, Status, count, duration, make_status, size
-from btlm_jax.runs.wall_time import STEP, WallTime, wall_time
+from btlm_jax.runs.wall_time import CATEGORIES, STEP, WallTime, wall_time
 from btlm_jax.runs.workdir import Workdir, read_workdir
 from btlm_jax.storage.location import resolve_location
 from btlm_jax.train.plots import smooth
@@ -187,16 +187,19 @@ def _marks(run: RunRecords, *, to_x: Callable[[int], float]) -> list[Mark]:
 
 def _loss(runs: Sequence[RunRecords]) -> str:
     by_tokens, by_time = [], []
-    unit, unit_name = _unit(max(_seconds_of(run)[-1] if len(_seconds_of(run)) else 0.0 for run in runs))
+    is_wall = all(run.is_wall for run in runs)
+    seconds_of = [_seconds_of(run, is_wall=is_wall) for run in runs]
+    unit, unit_name = _unit(max(float(seconds[-1]) if len(seconds) else 0.0 for seconds in seconds_of))
     for number, run in enumerate(runs):
-        train, seconds = run.metrics.train, _seconds_of(run)
+        train, seconds = run.metrics.train, seconds_of[number]
         if "loss" not in train:
             continue
         prefix = f"{run.name}: " if len(runs) > 1 else ""
         evals = run.metrics.kind("eval")
         held_tokens, held_loss = _column(evals, "tokens"), _column(evals, "loss")
         colours = (2 * number, 2 * number + 1)
-        breaks = tuple((row.start.began - run.times.starts[0].start.began) / unit for row in run.times.starts[1:])
+        zero = run.times.starts[0].start.began if is_wall else 0.0
+        breaks = tuple((row.start.began - zero) / unit for row in run.times.starts[1:] if is_wall)
         held = {"label": f"{prefix}held-out", "y": held_loss, "colour": colours[1], "has_points": True}
         label = f"{prefix}training"
         by_tokens += [*_with_mean(label, train["tokens"], train["loss"], colours[0]), Series(x=held_tokens, **held)]
@@ -212,8 +215,8 @@ def _loss(runs: Sequence[RunRecords]) -> str:
     token_marks = _marks(first, to_x=lambda step: float(step * per_step)) if len(runs) == 1 else []
     time_marks = [
         Mark(x=(row.start.began - first.times.starts[0].start.began) / unit) for row in first.times.starts[1:]
-    ][:_MOST_MARKS] if len(runs) == 1 and first.is_wall else []  # fmt: skip
-    what = "wall time since the first start" if all(run.is_wall for run in runs) else "time of training steps"
+    ][:_MOST_MARKS] if len(runs) == 1 and is_wall else []  # fmt: skip
+    what = "wall time since the first start" if is_wall else "time of training steps"
     charts = line_chart(by_tokens, x=_tokens_axis(), y=y, marks=token_marks, note=note)
     charts += line_chart(
         by_time, x=Axis(title=f"{what} ({unit_name})", text="{:g}".format, begins_at_zero=True), y=y, marks=time_marks
@@ -252,13 +255,13 @@ def _loss_limits(series: Sequence[Series]) -> tuple[tuple[float, float] | None, 
     return (low - margin, high + margin), note
 
 
-def _seconds_of(run: RunRecords) -> np.ndarray:
-    """Return of each train line when it was trained, in seconds from the first start on.
+def _seconds_of(run: RunRecords, *, is_wall: bool) -> np.ndarray:
+    """Return of each train line when it was trained, in seconds from the first start on, as the starts' records tell.
 
-    The records of the starts tell; where there are none, it is the time of the steps alone.
+    Without `is_wall` it is the time of the steps alone.
     """
     steps = run.metrics.train.get("step", np.zeros(0))
-    if not run.is_wall:
+    if not is_wall:
         seconds = np.nan_to_num(run.metrics.train.get("seconds", np.zeros(len(steps))))
         return np.cumsum(seconds) * (run.metrics.num_train / max(1, len(steps)))
     at = np.full(len(steps), math.nan)
@@ -292,7 +295,7 @@ def _heldout(runs: Sequence[RunRecords]) -> str:
                     label=f"{prefix}{name}",
                     x=_column(of_source, "tokens"),
                     y=np.array([_float(row["sources"][name].get("bits_per_byte")) for row in of_source]),
-                    colour=(index + (number * len(names) if len(runs) > 1 else 0)) % NUM_COLOURS,
+                    colour=index,
                     has_points=True,
                     is_dashed=number == 1,
                 )
@@ -364,19 +367,24 @@ def _norms(runs: Sequence[RunRecords]) -> str:
             line_chart(series, x=_tokens_axis(), y=Axis(title=title, text=_short, is_log=name == "grad_norm"))
         )
     for title, prefix in (("gradient norm by class", "grad_norm/"), ("update norm by class", "update_norm/")):
-        series = [
-            Series(
-                label=(f"{run.name}: " if len(runs) > 1 else "") + name.removeprefix(prefix).replace("_", " "),
-                x=run.metrics.train["tokens"],
-                y=run.metrics.train[name],
-                colour=index,
-                is_dashed=number == 1,
-            )
-            for number, run in enumerate(runs)
-            for index, name in enumerate(sorted(each for each in run.metrics.train if each.startswith(prefix)))
+        series_of = [
+            [
+                Series(
+                    label=name.removeprefix(prefix).replace("_", " "),
+                    x=run.metrics.train["tokens"],
+                    y=run.metrics.train[name],
+                    colour=index,
+                )
+                for index, name in enumerate(sorted(each for each in run.metrics.train if each.startswith(prefix)))
+            ]
+            for run in runs
         ]
-        y = Axis(title=title, text=_short, is_log=True, limits=_log_limits(series))
-        charts.append(line_chart(series, x=_tokens_axis(), y=y))
+        limits = _log_limits([each for series in series_of for each in series])
+        for run, series in zip(runs, series_of, strict=True):
+            named = title + (f", {run.name}" if len(runs) > 1 else "")
+            charts.append(
+                line_chart(series, x=_tokens_axis(), y=Axis(title=named, text=_short, is_log=True, limits=limits))
+            )
     return f'<div class="two">{"".join(charts)}</div>'
 
 
@@ -426,9 +434,9 @@ def _time(run: RunRecords) -> str:
         if not isinstance(seconds, dict):
             return '<p class="none">This version of the run kept no record of its starts.</p>'
         parts = [(str(name), _float(value)) for name, value in seconds.items() if name != "total"]
-        parts = [(name, value, duration(value)) for name, value in parts if value > 0]
+        parts = _bar([(name, value) for name, value in parts if value > 0])
         return '<p class="none">Of the last start that ended by itself:</p>' + stacked_bar(parts)
-    parts = [(name, value, duration(value)) for name, value in run.times.seconds.items()]
+    parts = _bar(list(run.times.seconds.items()))
     lost = run.times.lost_steps
     said = (
         f"{duration(run.times.total)} from the first start on; goodput, the share of steps that count, is "
@@ -449,6 +457,13 @@ def _time(run: RunRecords) -> str:
         rows.append((*where, duration(row.total), f"{useful:.1%}", lost_steps, gap, ended, start.reason[:200]))
     header = ("start", "host", "steps", "time", "in steps", "lost steps", "gap before", "exit code", "reason")
     return f"<p>{text(said)}</p>{stacked_bar(parts)}" + _shortened(header, rows, right=(3, 4, 5, 6, 7))
+
+
+def _bar(seconds: Sequence[tuple[str, float]]) -> list[tuple[str, float, str, int]]:
+    """Return the parts of a bar in the order of the categories, each of which has the same colour in every bar."""
+    places = {name: place for place, name in enumerate(CATEGORIES)}
+    parts = [(name, value, duration(value), places.get(name, len(CATEGORIES))) for name, value in seconds]
+    return sorted(parts, key=lambda part: part[3])
 
 
 def _is_running(run: RunRecords, start: object) -> bool:

@@ -501,6 +501,8 @@ class MetricWriter:
         }
         self._write(row)
         is_notable = step in self._notable
+        if is_notable:
+            self._ledger.mark()
         if is_notable or step % self._log_every == 0:
             self._tensorboard.numbers(step, numbers_of(row))
             for follower in self._followers:
