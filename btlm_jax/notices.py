@@ -36,6 +36,9 @@ NAMES = {
     "step-skipped": "a step's numbers are not finite, or far above those before, and its update is not made",
     "went-back": "a run went back to a checkpoint from steps with bad numbers, and passes over them",
     "data-gone": "the text that a run's store was made of is not there any more",
+    "bucket-again": "a request to a bucket failed, and is made again",
+    "upload-failed": "files of a run could not be copied to its bucket; the run goes on, and it is tried again",
+    "upload-caught-up": "after that, a bucket has all of a run's files",
     "workdir-taken-over": "a workdir is taken from the command that owned it",
     "workdir-watched": "a workdir has an owner on another machine, which may be dead",
     "setting-changed": "a resumed run has a setting that its checkpoint has not",
@@ -77,7 +80,6 @@ NAMES = {
     "network-open": "programs that a model wrote are run with the network",
     "no-end-token": "a completion to fine-tune on ends with no special token, so that a model does not learn to stop",
     "special-token-named": "a text to fine-tune on has the name of a special token, which stands for the token",
-    "without-kernels": "a model is of a form that the CPU kernels lack, and decodes in XLA",
     "tokenizer-lossy": "a tokenizer does not give every text back, as --allow_lossy permits",
     "tokenizer-preferred": "a directory has files of several tokenizers; one is read, as transformers does",
     "weights-preferred": "a directory has several files of weights; one is read, as transformers does",
@@ -119,6 +121,21 @@ def _print_line(line: str) -> None:
     print(line, file=sys.stderr, flush=True)
 
 
+_called: dict[str, str] = {}  # local folder -> what the user knows it as
+
+
+def call_it(folder: os.PathLike, name: str) -> None:
+    """Have `named` say another name for a folder of this machine: the URL that it is a copy of."""
+    _called[os.fspath(folder)] = name
+
+
+def named(text: str) -> str:
+    """Return a text with the folders of `call_it` under their other names."""
+    for folder, name in _called.items():
+        text = text.replace(folder, name)
+    return text
+
+
 _counts: collections.Counter[str] = collections.Counter()  # name -> things it was said of
 _lines: collections.Counter[str] = collections.Counter()  # name -> lines printed
 _strict: frozenset[str] = frozenset()
@@ -155,13 +172,13 @@ def report(name: str, text: str, *, count: int = 1) -> None:
     """
     NAMES[name]
     if name in _strict:
-        raise StrictError(f"{text} ({name}, an error because of --strict)")
+        raise StrictError(f"{named(text)} ({name}, an error because of --strict)")
     _counts[name] += count
     _lines[name] += 1
     if not _is_muted and (_lines[name] <= LINES_OF_ONE_NAME or name in _EACH_SAID):
         is_last = _lines[name] == LINES_OF_ONE_NAME and name not in _EACH_SAID
         more = "; further ones are counted only" if is_last else ""
-        _print(f"note: {text} ({name}{more})")
+        _print(f"note: {named(text)} ({name}{more})")
 
 
 def counts() -> dict[str, int]:

@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import contextlib
 import shutil
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+from btlm_jax import notices
 from btlm_jax.cli import DONE, ERROR, UsageError
 from btlm_jax.cli.parse import Flags
+
+if TYPE_CHECKING:
+    from btlm_jax.storage.location import PathOrUrl
 
 CHECKPOINTS_HELP = """btlm checkpoints WORKDIR: list the checkpoints of a run; the run may be going on.
 
@@ -17,6 +22,7 @@ examples:  btlm checkpoints runs/local                       step, tokens, date,
            btlm checkpoints runs/local --verify              and whether all is as it was written
            btlm checkpoints runs/local --copy=backup/local   a workdir that btlm train, generate and convert take
            btlm checkpoints runs/local --prune               delete what the rules of the run's config do not keep
+           btlm checkpoints gs://bucket/run --copy=runs/run  WORKDIR and --copy may be folders in buckets
 
 --verify reads every array, compares it with its hash and looks for values that are not finite, with as much memory as
 a state takes; the exit code is 1 if a checkpoint is damaged, and nothing is moved: the next start of the run does that.
@@ -30,21 +36,21 @@ def checkpoints(arguments: Sequence[str]) -> int:
     given = [argument for argument in arguments[:1] if not argument.startswith("-")]
     if not flags.parse([*(f"--workdir={name}" for name in given), *arguments[len(given) :]]):
         return DONE
-    workdir = flags.path("workdir")
     if flags.boolean("prune") and flags.is_given("copy"):
         raise UsageError("give --prune or --copy, not both")
+    workdir = flags.run_path("workdir")
     from btlm_jax.train.checkpoint import CheckpointReader
 
     reader = CheckpointReader(workdir)
     try:
         rows = [_Row(reader, step, verify=flags.boolean("verify")) for step in reader.steps()]
+        print(f"{'step':>12} {'tokens':>19} {'written':>17} {'size':>10}  state")
+        for row in rows:
+            print(row.text())
+        if flags.is_given("copy"):
+            _copy(reader, workdir, flags.location("copy"), [row for row in rows if not row.reason])
     finally:
         reader.close()
-    print(f"{'step':>12} {'tokens':>19} {'written':>17} {'size':>10}  state")
-    for row in rows:
-        print(row.text())
-    if flags.is_given("copy"):
-        _copy(workdir, flags.path("copy"), [row for row in rows if not row.reason])
     if flags.boolean("prune"):
         _prune(rows)
     return ERROR if any(row.reason for row in rows) else DONE
@@ -56,7 +62,7 @@ def checkpoints_flags() -> Flags:
     flags.define_string("workdir", "", "the run; may be given without the flag, first")
     flags.define_boolean("verify", False, "compare every array with its hash")
     flags.define_boolean("prune", False, "delete what checkpoint.keep_... of the run's config do not keep")
-    flags.define_string("copy", "", "new folder for the checkpoints that are not damaged, the config and the tokenizer")
+    flags.define_string("copy", "", "new folder or URL for what is not damaged, config and tokenizer")
     return flags
 
 
@@ -64,11 +70,17 @@ class _Row:
     """What is to be said of one checkpoint."""
 
     def __init__(self, reader, step: int, *, verify: bool):
+        from btlm_jax.storage import bucket
+        from btlm_jax.storage.location import ORIGIN
         from btlm_jax.train.checkpoint import DamagedError
 
         self.step, self.folder = step, reader.directory / str(step)
         self.seconds = self.folder.stat().st_mtime
-        self.num_bytes = sum(path.stat().st_size for path in self.folder.rglob("*") if path.is_file())
+        self.is_remote = (self.folder / ORIGIN).is_file()
+        if self.is_remote:
+            self.num_bytes = bucket.num_bytes_of(self.folder)
+        else:
+            self.num_bytes = sum(path.stat().st_size for path in self.folder.rglob("*") if path.is_file())
         self.config: Any = None  # a TrainConfig, once it is read
         self.tokens, self.reason, self.state = "", "", "not verified"
         try:
@@ -77,6 +89,8 @@ class _Row:
             has_hashes = bool(reader.read_digests(step))
             if verify:
                 _restore(reader, step, self.config)
+                if self.is_remote:
+                    bucket.release(self.folder)
                 self.state = "verified" if has_hashes else "finite; it has no hashes"
             elif not has_hashes:
                 self.state = "has no hashes"
@@ -100,31 +114,45 @@ def _restore(reader, step: int, config) -> None:
     reader.restore_state(step, abstract=program.state)
 
 
-def _copy(workdir: Path, target: Path, rows: list[_Row]) -> None:
+def _copy(reader, workdir: Path, target: PathOrUrl, rows: list[_Row]) -> None:
     """Copy checkpoints and what a run keeps beside them to a new workdir, which appears when it is complete.
 
     Raises:
       ValueError: it exists.
     """
+    from btlm_jax.storage import bucket
     from btlm_jax.train import CHECKPOINTS
 
-    if target.exists():
+    is_here = isinstance(target, Path)
+    if is_here and target.exists():
         raise ValueError(f"--copy={target} exists; give the name of a new folder")
-    partial = target.with_name(f".{target.name}.partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    for row in rows:
-        shutil.copytree(row.folder, partial / CHECKPOINTS / str(row.step))
-    for name in _KEPT_WITH_A_COPY:
-        if (workdir / name).is_dir():
-            shutil.copytree(workdir / name, partial / name)
-        elif (workdir / name).is_file():
-            shutil.copy2(workdir / name, partial / name)
-    partial.rename(target)
+    with contextlib.ExitStack() as stack:
+        if is_here:
+            partial = target.with_name(f".{target.name}.partial")
+        else:
+            bucket.check_is_new(target)
+            partial = stack.enter_context(bucket.local_folder(target, role="copy"))
+        shutil.rmtree(partial, ignore_errors=True)
+        for row in rows:
+            reader.complete(row.step)
+            names = shutil.ignore_patterns(*bucket.NOT_OF_A_CHECKPOINT)
+            shutil.copytree(row.folder, partial / CHECKPOINTS / str(row.step), ignore=names)
+        for name in _KEPT_WITH_A_COPY:
+            if (workdir / name).is_dir():
+                shutil.copytree(workdir / name, partial / name)
+            elif (workdir / name).is_file():
+                shutil.copy2(workdir / name, partial / name)
+        if is_here:
+            partial.rename(target)
+        else:
+            bucket.upload_run(partial, target)
+            shutil.rmtree(partial)
     print(f"copied {len(rows)} checkpoints to {target}")
 
 
 def _prune(rows: list[_Row]) -> None:
     """Delete the checkpoints that the newest one's config does not keep; damaged ones stay, and count for none."""
+    from btlm_jax.storage import bucket
     from btlm_jax.train.checkpoint import kept_steps
 
     good = [row for row in rows if not row.reason and row.config is not None]
@@ -133,5 +161,5 @@ def _prune(rows: list[_Row]) -> None:
     kept = kept_steps([(row.step, row.seconds) for row in good], good[-1].config.checkpoint)
     for row in good:
         if row.step not in kept:
-            shutil.rmtree(row.folder)
-            print(f"deleted {row.folder}")
+            bucket.delete_checkpoint(row.folder) if row.is_remote else shutil.rmtree(row.folder)
+            print(f"deleted {notices.named(str(row.folder))}")

@@ -42,7 +42,7 @@ def convert(arguments: Sequence[str]) -> int:
     flags = convert_flags()
     if not flags.parse(arguments):
         return DONE
-    source = flags.path("from")
+    source = flags.run_path("from")
     target = flags.path("to")
     from btlm_jax.convert import conversion
 

@@ -11,9 +11,8 @@ from collections.abc import Sequence
 from importlib import metadata
 
 import btlm_jax
-from btlm_jax.cli import ERROR, FAULT, PIPE_CLOSED, USAGE, UsageError, is_reader_gone
-from btlm_jax.notices import StrictError, is_named
-from btlm_jax.stopping import INTERRUPTED, PREEMPTED, ProcessesDifferError, Stopped
+from btlm_jax.cli import ERROR, FAULT
+from btlm_jax.notices import StrictError, is_named, named
 
 _VERSIONS_OF = ("jax", "jaxlib", "numpy", "flax", "orbax-checkpoint", "grain")
 
@@ -28,7 +27,7 @@ def report(error: BaseException, *, verb: str, arguments: Sequence[str]) -> int:
         traceback.print_exception(error)
     message = _message_for_user(error)
     if message is not None:
-        print(f"btlm {verb}: error: {message}", file=sys.stderr)
+        print(f"btlm {verb}: error: {named(message)}", file=sys.stderr)
         return ERROR
     text = " ".join(f"{type(error).__name__}: {error}".split())
     print(
@@ -36,17 +35,6 @@ def report(error: BaseException, *, verb: str, arguments: Sequence[str]) -> int:
         file=sys.stderr,
     )
     return FAULT
-
-
-def code_of(error: BaseException) -> int:
-    """Return the exit code of a command that an error ends."""
-    if isinstance(error, (UsageError, ProcessesDifferError)):
-        return USAGE
-    if isinstance(error, KeyboardInterrupt):
-        return PREEMPTED if isinstance(error, Stopped) else INTERRUPTED
-    if isinstance(error, BrokenPipeError) and is_reader_gone():
-        return PIPE_CLOSED
-    return FAULT if _message_for_user(error) is None else ERROR
 
 
 def _message_for_user(error: BaseException) -> str | None:

@@ -32,8 +32,9 @@ where the model has more of them than its tokenizer, are never drawn.
 --output keeps each text in FILE.partial once it is finished; after Ctrl-C, a kill or a full disk the same command goes
 on and ends with the same file. It replaces nothing but an empty file or earlier texts of btlm generate.
 
---checkpoint is a training run, a converted model or a Hugging Face BTLM directory. Text goes to the output; progress
-and speed go to the error stream. A sample depends on its prompt, --seed and its number, not on the batch or its place.
+--checkpoint is a training run, a converted model or a Hugging Face BTLM directory, or the URL of one. Text goes to the
+output; progress and speed go to the error stream. A sample depends on its prompt, --seed and its number, not on the
+batch or its place.
 """
 
 
@@ -42,7 +43,7 @@ def generate(arguments: Sequence[str]) -> int:
     flags = generate_flags()
     if not flags.parse(arguments):
         return DONE
-    checkpoint = flags.path("checkpoint")
+    checkpoint = flags.run_path("checkpoint")
     if flags.is_given("prompt") and flags.is_given("prompts_file"):
         raise UsageError("--prompt and --prompts_file are both given; give one of them")
     prompts_file, path = flags.optional_path("prompts_file"), flags.optional_path("output")

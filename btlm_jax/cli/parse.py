@@ -218,6 +218,23 @@ class Flags:
             raise UsageError(f"--{name}={self.string(name)} is a URL; a path on this machine is needed")
         return Path(os.path.expanduser(self.string(name)))
 
+    def run_path(self, name: str) -> Path:
+        """Return the same of a run or a model that is read; what is behind a URL is copied to this machine.
+
+        Raises:
+          UsageError: it is empty.
+          OSError: the URL cannot be reached.
+        """
+        if "://" not in self.string(name):
+            return self.path(name)
+        from btlm_jax.storage import bucket
+
+        return bucket.open_for_reading(self.string(name))
+
+    def set_string(self, name: str, value: str) -> None:
+        """Replace the value of a string flag, by the local folder of a URL that was given."""
+        self._flags[name].value = value
+
     def optional_path(self, name: str) -> Path | None:
         """Return the same, or None if the flag is not given.
 

@@ -2,25 +2,25 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from btlm_jax import notices, stopping
 from btlm_jax.cli import BAD_NUMBERS, DONE, ERROR, PREEMPTED, UsageError
 from btlm_jax.cli.parse import Flags, find_config
-from btlm_jax.stopping import AgreedError, ProcessesDifferError, Stop
+from btlm_jax.stopping import ProcessesDifferError, Stop
 
 if TYPE_CHECKING:
     import jax
 
     from btlm_jax.data.store import Manifest
-    from btlm_jax.parallel.peers import Place
     from btlm_jax.recipe.config import CorpusConfig, TrainConfig
-    from btlm_jax.train.metric_writer import GoodputLedger
+    from btlm_jax.storage.location import Mirror
     from btlm_jax.train.setup import Beginning, Run
 
 TRAIN_HELP = """btlm train: train, or resume from the last checkpoint in the workdir.
@@ -52,6 +52,8 @@ The same command resumes: after a kill, a preemption (exit code 75) or with more
 run it on each, with --distributed (TPU pods find each other) or with the three flags below it. They compare what they
 were started with, stop together, and end with 77 when one of them is gone: then run the command again on all.
 SIGTERM or one Ctrl-C saves and ends with 75. A workdir has one owner: a second command there is refused.
+--workdir may be a folder in a bucket, gs://bucket/run or s3://bucket/run: the run stages in a folder of this machine
+(BTLM_STAGING, else ~/.cache) and uploads checkpoints, metrics every minute and all else; any machine goes on from it.
 """
 
 
@@ -73,13 +75,11 @@ def train(arguments: Sequence[str]) -> int:
     config = flags.config()
     if flags.boolean("dry_run"):
         return _print_plan(config, flags)
-    workdir = flags.path("workdir")
     try:
-        return _run_as_owner(workdir, flags, functools.partial(_train, config))
+        with _local_workdir(flags) as workdir, _owned(workdir, flags) as stop:
+            return _train(config, flags, workdir=workdir, stop=stop)
     except ProcessesDifferError as error:
         raise UsageError(str(error)) from error
-    except AgreedError:
-        raise
     except (RuntimeError, OSError):  # of JAX and orbax, when they wait for a process that is gone
         stopping.current().wait_if_peer_is_gone()
         raise
@@ -88,7 +88,8 @@ def train(arguments: Sequence[str]) -> int:
 def _print_plan(config: TrainConfig, flags: Flags) -> int:
     from btlm_jax.train import loop
 
-    workdir = flags.optional_path("workdir")
+    is_url = "://" in flags.string("workdir")
+    workdir = flags.run_path("workdir") if is_url else flags.optional_path("workdir")
     if flags.is_given("init"):
         from btlm_jax.cli import train_init
 
@@ -98,11 +99,11 @@ def _print_plan(config: TrainConfig, flags: Flags) -> int:
     return DONE
 
 
-def _train(config: TrainConfig, flags: Flags, *, workdir: Path, stop: Stop, ledger: GoodputLedger) -> int:
+def _train(config: TrainConfig, flags: Flags, *, workdir: Path, stop: Stop) -> int:
     from btlm_jax.train import INIT_FILE, setup
 
     beginning = setup.FROM_SEED
-    if _has_several(flags):
+    if flags.string("coordinator") or flags.boolean("distributed"):
         _join_processes(config, flags, workdir=workdir, stop=stop)
     if flags.is_given("init") or (workdir / INIT_FILE).is_file():
         from btlm_jax.cli import train_init
@@ -110,64 +111,83 @@ def _train(config: TrainConfig, flags: Flags, *, workdir: Path, stop: Stop, ledg
         open_model = functools.partial(train_init.open_init, flags, workdir=workdir)
         start = train_init.start(config, flags, workdir=workdir, open_model=open_model)
         config, beginning = start.config, start.beginning
-    return _run(
-        config,
-        flags,
-        workdir=workdir,
-        config_file=flags.config_file(),
-        beginning=beginning,
-        stop=stop,
-        ledger=ledger,
-    )
+    return _run(config, flags, workdir=workdir, config_file=flags.config_file(), beginning=beginning, stop=stop)
 
 
-def _run_as_owner(workdir: Path, flags: Flags, work: Callable[..., int]) -> int:
-    """Own the workdir in process 0 of the run while `work` runs; return its exit code, which is recorded.
+@contextlib.contextmanager
+def _local_workdir(flags: Flags) -> Iterator[Path]:
+    """Yield the workdir of a run, of one in a bucket its local folder, which the flag then has too.
+
+    What is left to copy is copied at the end.
+    """
+    url = flags.string("workdir")
+    if "://" not in url:
+        yield flags.path("workdir")
+        return
+    from btlm_jax.storage import bucket
+
+    process, count = flags.integer("process_id"), flags.integer("num_processes")
+    if flags.boolean("distributed"):
+        from btlm_jax.parallel import peers
+
+        place = peers.place_in_cluster()
+        process, count = place.index, place.count
+    if count > 1:
+        raise UsageError(f"--workdir={url} is for one process; several need a folder that all see")
+    with bucket.opened_for_run(url, process=process, count=count) as mirror:
+        flags.set_string("workdir", str(mirror.folder))
+        yield mirror.folder
+
+
+@contextlib.contextmanager
+def _owned(workdir: Path, flags: Flags) -> Iterator[Stop]:
+    """Own the workdir meanwhile, in process 0 of the run; yield what says when to stop.
 
     A workdir that was made here, and in which nothing is left at the end, as in a run that is refused, is deleted.
     """
+    from btlm_jax.storage import location
     from btlm_jax.train import setup
-    from btlm_jax.train.metric_writer import GoodputLedger, StartRecord
 
     stop = stopping.current()
-    ledger = GoodputLedger(began=stop.began)
     _watch_notices(stop)
     is_new = not workdir.exists()
-    try:
-        setup.make_workdir(workdir)
-        stop.workdir = workdir
-        if _process_id(flags):
-            ownership = None
-        else:
-            from btlm_jax.storage import owner
+    setup.make_workdir(workdir)
+    stop.workdir = workdir
+    mirror = location.mirror_of(workdir)
+    if _process_id(flags):
+        with _copied(mirror):
+            yield stop
+        return
+    from btlm_jax.storage import owner
 
-            ownership = owner.take(workdir, steal=flags.boolean("steal"))
-    except (OSError, ValueError, notices.StrictError) as error:
-        if _has_several(flags):
-            from btlm_jax.parallel import peers
-
-            peers.refuse(_place(flags), str(error))
-        raise
-    if ownership is None:
-        return work(flags, workdir=workdir, stop=stop, ledger=ledger)
-    record = StartRecord(workdir, ledger)
-    stop.at_exit(lambda code, reason: ownership.release())
-    stop.at_exit(record.end)
+    ownership = owner.take(mirror.owned or workdir, steal=flags.boolean("steal"))
+    stop.at_exit(ownership.release)
     ownership.keep(on_loss=functools.partial(stop.end_now, ERROR))
-    record.keep()
     try:
-        code = work(flags, workdir=workdir, stop=stop, ledger=ledger)
-        record.end(code, stop.reason)
-        return code
-    except BaseException as error:
-        from btlm_jax.cli import errors
-
-        record.end(errors.code_of(error), str(error) or stop.reason)
-        raise
+        with _copied(mirror):
+            yield stop
     finally:
         ownership.release()
         if is_new:
-            setup.delete_unused(workdir)
+            with contextlib.suppress(OSError):  # it is not empty
+                workdir.rmdir()
+
+
+@contextlib.contextmanager
+def _copied(mirror: Mirror) -> Iterator[None]:
+    """Copy the workdir to where it belongs meanwhile; all of it at the end, or what can be after an error."""
+    from btlm_jax.train import setup
+
+    mirror.begin()
+    if mirror.is_remote:
+        setup.make_workdir(mirror.folder)  # now that it has what the bucket has
+    try:
+        yield
+    except BaseException:
+        with contextlib.suppress(OSError):
+            mirror.close()
+        raise
+    mirror.close()
 
 
 def _watch_notices(stop: Stop) -> None:
@@ -188,37 +208,35 @@ def _machine() -> str:
 
 def _process_id(flags: Flags) -> int:
     """Return which process of the run this is."""
-    return _place(flags).index if flags.boolean("distributed") else flags.integer("process_id")
-
-
-def _has_several(flags: Flags) -> bool:
-    """Return whether the run has several processes."""
-    return bool(flags.string("coordinator")) or flags.boolean("distributed")
-
-
-def _place(flags: Flags) -> Place:
-    """Return where this process stands among those of the run."""
+    if not flags.boolean("distributed"):
+        return flags.integer("process_id")
     from btlm_jax.parallel import peers
 
-    if flags.boolean("distributed"):
-        return peers.place_in_cluster()
-    count, index = flags.integer("num_processes"), flags.integer("process_id")
-    return peers.Place(address=flags.string("coordinator"), count=count, index=index)
+    return peers.place_in_cluster().index
 
 
 def _join_processes(config: TrainConfig, flags: Flags, *, workdir: Path, stop: Stop) -> None:
     """Join the other processes of this run; must come before anything touches a device."""
     from btlm_jax.display.progress import print_line
     from btlm_jax.parallel import peers
+    from btlm_jax.storage import location
 
-    place = _place(flags)
+    if flags.boolean("distributed"):
+        place = peers.place_in_cluster()
+    else:
+        count, index = flags.integer("num_processes"), flags.integer("process_id")
+        place = peers.Place(address=flags.string("coordinator"), count=count, index=index)
     if place.index != 0:
         notices.mute()
     log = print_line if place.index == 0 else lambda line: None
     given = {name: flags.string(name) for name in ("init", "init_optimizer")}
     given |= {"resume_step": flags.integer("resume_step"), "grow_vocabulary": flags.boolean("grow_vocabulary")}
     facts = peers.facts_of(dataclasses.asdict(config), flags=given)
-    peers.join(place, facts=facts, stop=stop, log=log).check_workdir(workdir)
+    mirror = location.mirror_of(workdir)
+    facts |= {"--workdir": mirror.url} if mirror.is_remote else {}
+    joined = peers.join(place, facts=facts, stop=stop, log=log)
+    if not mirror.is_remote:
+        joined.check_workdir(workdir)
 
 
 def _train_on_data(flags: Flags) -> int:
@@ -230,43 +248,39 @@ def _train_on_data(flags: Flags) -> int:
         from btlm_jax.train import trackers
 
         trackers.check_installed(names)  # before the text is worked on
-    workdir = flags.path("workdir")
     if flags.boolean("dry_run"):
-        print(train_data.dry_run(flags, workdir=workdir))
+        print(train_data.dry_run(flags, workdir=flags.run_path("workdir")))
         return DONE
-    train_data.check_is_of_data(flags, workdir=workdir)
-    return _run_as_owner(workdir, flags, _work_on_data)
+    is_url = "://" in flags.string("workdir")
+    with _local_workdir(flags) as workdir:
+        if not is_url:
+            train_data.check_is_of_data(flags, workdir=workdir)
+        with _owned(workdir, flags) as stop:
+            if is_url:  # what is there is known only now
+                train_data.check_is_of_data(flags, workdir=workdir)
+            return _work_on_data(flags, workdir=workdir, stop=stop)
 
 
-def _work_on_data(flags: Flags, *, workdir: Path, stop: Stop, ledger: GoodputLedger) -> int:
+def _work_on_data(flags: Flags, *, workdir: Path, stop: Stop) -> int:
     from btlm_jax.cli import train_data
     from btlm_jax.train import setup
 
     config_file = flags.config_file() if flags.is_given("config") else find_config(train_data.BASE_CONFIG)
     if not flags.is_given("init"):
-        with ledger.measure("corpus"):
-            config = train_data.config_of_data(flags, workdir=workdir, open_model=None)
+        config = train_data.config_of_data(flags, workdir=workdir, open_model=None)
         beginning = setup.FROM_SEED
     else:
         from btlm_jax.cli import train_init
 
         open_model = functools.cache(functools.partial(train_init.open_init, flags, workdir=workdir))
-        with ledger.measure("corpus"):
-            config = train_data.config_of_data(flags, workdir=workdir, open_model=open_model)
+        config = train_data.config_of_data(flags, workdir=workdir, open_model=open_model)
         start = train_init.start(config, flags, workdir=workdir, open_model=open_model)
         config, beginning = start.config, start.beginning
-    return _run(config, flags, workdir=workdir, config_file=config_file, beginning=beginning, stop=stop, ledger=ledger)
+    return _run(config, flags, workdir=workdir, config_file=config_file, beginning=beginning, stop=stop)
 
 
 def _run(
-    config: TrainConfig,
-    flags: Flags,
-    *,
-    workdir: Path,
-    config_file: Path,
-    beginning: Beginning,
-    stop: Stop,
-    ledger: GoodputLedger,
+    config: TrainConfig, flags: Flags, *, workdir: Path, config_file: Path, beginning: Beginning, stop: Stop
 ) -> int:
     from btlm_jax.train import loop
 
@@ -274,7 +288,6 @@ def _run(
         config,
         workdir=workdir,
         stop=stop,
-        ledger=ledger,
         resume_step=flags.integer("resume_step"),
         check_devices=functools.partial(_check_devices, config_file=config_file),
         build_store=build_store,
@@ -346,7 +359,7 @@ def _check_processes(flags: Flags) -> None:
 
 def define_workdir(flags: Flags) -> None:
     """Define --workdir."""
-    flags.define_string("workdir", "", "directory of the run: checkpoints, metrics, plots")
+    flags.define_string("workdir", "", "directory of the run, or its URL in a bucket: checkpoints, metrics, plots")
 
 
 def build_store(

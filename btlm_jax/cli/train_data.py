@@ -95,7 +95,7 @@ def check_flags(flags: Flags) -> None:
     """
     if not all(flags.strings("data")):
         raise UsageError("--data needs a path: a file or folder of text, a pattern, or a URL")
-    workdir = flags.path("workdir")
+    workdir = flags.location("workdir")
     if store := flags.changes.get("data.store", ""):
         other = _store_command(store, workdir, config=flags.string("config") or BASE_CONFIG)
         raise UsageError(
@@ -158,7 +158,7 @@ def _check_changes(flags: Flags) -> None:
             )
 
 
-def _check_given_config(flags: Flags, *, workdir: Path) -> None:
+def _check_given_config(flags: Flags, *, workdir: PathOrUrl) -> None:
     """Refuse a --config beside --data that cannot be trained on a store of that text, and flags that choose a run.
 
     Raises:
@@ -304,7 +304,7 @@ def _given_template(flags: Flags) -> str:
     return absolute_location(given) if given and given not in NAMED_TEMPLATES else given
 
 
-def _command(flags: Flags, workdir: Path, *, config: str) -> str:
+def _command(flags: Flags, workdir: PathOrUrl, *, config: str) -> str:
     """Return the command that trains on the data, with a config unless that is "", and other flags as given."""
     words = ["btlm", "train", "--data", *flags.strings("data"), f"--workdir={workdir}"]
     if config:
@@ -317,7 +317,7 @@ def _command(flags: Flags, workdir: Path, *, config: str) -> str:
     return shlex.join(words)
 
 
-def _store_command(store: str, workdir: Path, *, config: str) -> str:
+def _store_command(store: str, workdir: PathOrUrl, *, config: str) -> str:
     """Return the command that trains a config on a store."""
     words = [
         "btlm",

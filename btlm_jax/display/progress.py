@@ -18,13 +18,13 @@ Log = Callable[[str], None]  # prints or writes one line
 
 def print_line(text: str) -> None:
     """Print a line to standard output, above the progress bar if one is shown."""
-    tqdm.write(text, file=sys.stdout)
+    tqdm.write(notices.named(text), file=sys.stdout)
     sys.stdout.flush()
 
 
 def print_error_line(text: str) -> None:
     """Print a line to standard error, above the progress bar if one is shown."""
-    tqdm.write(text, file=sys.stderr)
+    tqdm.write(notices.named(text), file=sys.stderr)
     sys.stderr.flush()
 
 

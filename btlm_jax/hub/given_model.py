@@ -91,8 +91,15 @@ def fetch_model(url: str, *, step: int, directory: Path, log: Callable[[str], No
       FileNotFoundError: there is none.
       OSError: it cannot be reached, or a file ends too early.
     """
+    from btlm_jax.storage.bucket import COMMIT, SESSION  # only where something is behind a URL
+
     files = list_files(url, left_out=lambda name, names: "")
-    steps = [int(parts[1]) for name, _, _ in files if (parts := name.split("/"))[0] == CHECKPOINTS and len(parts) > 2]
+    names = {name for name, _, _ in files}
+    steps = [int(parts[1]) for name in names if (parts := name.split("/"))[0] == CHECKPOINTS and len(parts) > 2]
+    if SESSION in names:  # of a run in a bucket, whose checkpoints count once they are committed
+        steps = [each for each in steps if f"{CHECKPOINTS}/{each}/{COMMIT}" in names]
+        if step and step not in steps:
+            raise FileNotFoundError(f"{url} has no checkpoint of step {step:,}")
     wanted = f"{CHECKPOINTS}/{step or max(steps, default=0)}/"
     chosen: list[tuple[str, PathOrUrl, int]] = [
         file for file in files if file[0].startswith((wanted, f"{KEPT_TOKENIZER}/")) or "/" not in file[0]

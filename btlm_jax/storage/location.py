@@ -1,7 +1,8 @@
 """Read from a local path or from a URL that fsspec opens, such as gs://bucket/folder or s3://bucket/file.
 
 Knows nothing of what the files contain. Credentials and endpoints are configured for fsspec and its libraries, by
-environment variables such as FSSPEC_S3_ANON or by their configuration files. The only importer of fsspec.
+environment variables such as FSSPEC_S3_ANON or by their configuration files. Beside bucket.py, which writes there, the
+only importer of fsspec.
 """
 
 from __future__ import annotations
@@ -10,12 +11,13 @@ import contextlib
 import glob
 import hashlib
 import logging
+import math
 import os
 import stat
 import time
 from collections.abc import Callable, Collection, Iterator, Sequence
 from pathlib import Path
-from typing import Any, BinaryIO, NamedTuple, cast
+from typing import Any, BinaryIO, NamedTuple, Protocol, cast
 
 import fsspec
 import fsspec.core
@@ -28,7 +30,58 @@ _EXTRAS = {"gs": "gcs", "gcs": "gcs", "s3": "s3", "s3a": "s3"}  # of setup.cfg
 _LOGGERS = ("fsspec", "gcsfs", "s3fs")  # of libraries that print a traceback with what they also raise
 _VERSION_KEYS = ("etag", "ETag", "generation", "md5Hash", "LastModified", "mtime", "updated", "created")
 _CHUNK_BYTES = 1 << 20
+ORIGIN = ".origin"  # in the local folder of a checkpoint in a bucket: its URL there
 _RETRY_SECONDS = (1.0, 2.0, 4.0, 8.0, 16.0)  # before each further attempt
+
+
+class Mirror(Protocol):
+    """Where what a run writes to its workdir is copied: to nowhere, or as bucket.py does it."""
+
+    url: str
+    folder: Path
+    is_remote: bool
+    owned: Any  # where the file of the owner is, if not in the workdir: an owner.Bucket
+
+    def begin(self) -> None: ...
+    def close(self) -> None: ...
+    def check(self) -> None: ...
+    def is_behind(self) -> bool: ...
+    def settle(self) -> None: ...
+    def flush(self) -> None: ...
+    def give(self) -> None: ...
+    def receive(self) -> None: ...
+    def upload_rate(self, num_bytes: int) -> float: ...
+
+
+class NoMirror:
+    """Of a workdir that is a folder which all processes of its run see."""
+
+    url, folder, is_remote, owned = "", Path(), False, None
+
+    def check(self) -> None:
+        """Do nothing, as the others."""
+
+    begin = close = settle = flush = give = receive = check
+
+    def is_behind(self) -> bool:
+        return False
+
+    def upload_rate(self, num_bytes: int) -> float:
+        del num_bytes
+        return math.inf
+
+
+_mirrors: dict[Path, Mirror] = {}
+
+
+def add_mirror(mirror: Mirror) -> None:
+    """Have `mirror_of` return it from here on."""
+    _mirrors[mirror.folder] = mirror
+
+
+def mirror_of(workdir: Path) -> Mirror:
+    """Return what copies a run's workdir to where it belongs."""
+    return _mirrors.get(workdir) or NoMirror()
 
 
 def parse_location(text: str) -> PathOrUrl:
@@ -226,8 +279,22 @@ def version_stamp(location: PathOrUrl) -> list:
     with _plain_errors(location):
         system, path = _file_system(location)
         system.invalidate_cache()  # of directory listings, which may be outdated
-        info = system.info(path)
+        return stamp_of(system.info(path))
+
+
+def stamp_of(info: dict[str, Any]) -> list:
+    """Return `version_stamp` of what fsspec says of a file."""
     return [info["size"], *(str(info[key]) for key in _VERSION_KEYS if info.get(key) is not None)]
+
+
+def open_system(url: str) -> tuple[Any, str]:
+    """Return fsspec's file system of a URL, and the URL's path in it.
+
+    Raises:
+      ValueError: no installed library opens URLs of this kind.
+    """
+    with _plain_errors(url):
+        return _file_system(url)
 
 
 @contextlib.contextmanager
@@ -344,15 +411,20 @@ def _without_traceback(record: logging.LogRecord) -> bool:
     return True
 
 
+def missing_library(url: str, error: ImportError) -> ValueError:
+    """Return what to raise where a URL's library cannot be imported."""
+    extra = _EXTRAS.get(url.split("://")[0])
+    need = install_command(extra) if extra else str(error)
+    return ValueError(f"{url} needs a library that is not installed: {need}")
+
+
 @contextlib.contextmanager
 def _plain_errors(url: str) -> Iterator[None]:
     """Turn errors of fsspec's libraries, which have types of their own, into an OSError or ValueError of one line."""
     try:
         yield
     except ImportError as error:
-        extra = _EXTRAS.get(url.split("://")[0])
-        need = install_command(extra) if extra else str(error)
-        raise ValueError(f"{url} needs a library that is not installed: {need}") from error
+        raise missing_library(url, error) from error
     except Exception as error:
         if isinstance(error, OSError) and type(error).__module__ == "builtins":
             raise  # of this machine, such as a full disk; or that a file is not there

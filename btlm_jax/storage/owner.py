@@ -19,6 +19,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Protocol
 
 from btlm_jax import notices
 from btlm_jax.storage.files import parse_json_object, write_atomically
@@ -45,11 +46,21 @@ class Owner:
         return f"process {self.pid} on {self.host}, since {self.since}"
 
 
+class Bucket(Protocol):
+    """A workdir in a bucket, as bucket.py has it; each raises an OSError where it cannot be reached."""
+
+    url: str
+
+    def read(self, name: str) -> bytes: ...
+    def write(self, name: str, data: bytes) -> None: ...
+    def delete(self, name: str) -> None: ...
+
+
 class Ownership:
     """The ownership of one workdir, until `release`."""
 
-    def __init__(self, path: Path, owner: Owner):
-        self._path, self._owner = path, owner
+    def __init__(self, workdir: Path | Bucket, owner: Owner):
+        self._workdir, self._owner = workdir, owner
         self._released = threading.Event()
         self._lock = threading.Lock()  # between the thread that writes the file and `release`
 
@@ -59,9 +70,7 @@ class Ownership:
         def beat() -> None:
             while not self._released.wait(BEAT_SECONDS):
                 if other := self.beat():
-                    on_loss(
-                        f"{self._path.parent} was taken over by {other}: this run is ended, nothing more is written"
-                    )
+                    on_loss(f"{self._workdir} was taken over by {other}: this run is ended, nothing more is written")
 
         threading.Thread(target=beat, name="owner", daemon=True).start()
 
@@ -70,12 +79,12 @@ class Ownership:
         with self._lock, contextlib.suppress(OSError):
             if self._released.is_set():
                 return None
-            found = read_owner(self._path.parent)
+            found = read_owner(self._workdir)
             if found is not None and found.token != self._owner.token:
                 return found
             self._owner = dataclasses.replace(self._owner, beat=self._owner.beat + 1)
-            if self._path.parent.is_dir():
-                write_atomically(self._path, _to_json(self._owner))
+            if not isinstance(self._workdir, Path) or self._workdir.is_dir():
+                _write_file(self._workdir, self._owner)
         return None
 
     def release(self) -> None:
@@ -84,21 +93,26 @@ class Ownership:
         # Without waiting for ever: a process that ends at once may hold the lock in a thread that hangs.
         is_locked = self._lock.acquire(timeout=1.0)
         with contextlib.suppress(OSError):
-            found = read_owner(self._path.parent)
+            found = read_owner(self._workdir)
             if found is not None and found.token == self._owner.token:
-                self._path.unlink(missing_ok=True)
+                if isinstance(self._workdir, Path):
+                    (self._workdir / OWNER_FILE).unlink(missing_ok=True)
+                else:
+                    self._workdir.delete(OWNER_FILE)
         if is_locked:
             self._lock.release()
 
 
-def read_owner(workdir: Path) -> Owner | None:
+def read_owner(workdir: Path | Bucket) -> Owner | None:
     """Return who owns a workdir, None if nobody does, or the file is damaged.
 
     Raises:
       OSError: the file cannot be read.
     """
     try:
-        values = parse_json_object((workdir / OWNER_FILE).read_bytes(), name=OWNER_FILE)
+        is_here = isinstance(workdir, Path)
+        contents = (workdir / OWNER_FILE).read_bytes() if is_here else workdir.read(OWNER_FILE)
+        values = parse_json_object(contents, name=OWNER_FILE)
     except (FileNotFoundError, NotADirectoryError, ValueError):  # damaged: it is written atomically, so by nobody of us
         return None
     kinds = {field.name: int if field.name in ("pid", "beat") else str for field in dataclasses.fields(Owner)}
@@ -107,7 +121,7 @@ def read_owner(workdir: Path) -> Owner | None:
     return Owner(**{name: values[name] for name in kinds})
 
 
-def take(workdir: Path, *, steal: bool) -> Ownership:
+def take(workdir: Path | Bucket, *, steal: bool) -> Ownership:
     """Become the owner of a workdir that exists. A dead owner is replaced, and with `steal` one that may live.
 
     Raises:
@@ -135,11 +149,6 @@ def take(workdir: Path, *, steal: bool) -> Ownership:
         time.sleep(_LOOK_SECONDS)
 
 
-def is_alive(owner: Owner) -> bool | None:
-    """Return whether the process of an owner is there; None if it is on another machine, where that cannot be seen."""
-    return _is_alive(owner) if owner.machine == _machine() else None
-
-
 def _why_taken(other: Owner | None, *, unchanged_seconds: float, steal: bool) -> str:
     """Return why a workdir may be taken from its owner, "" if it may not."""
     if other is None:
@@ -152,14 +161,22 @@ def _why_taken(other: Owner | None, *, unchanged_seconds: float, steal: bool) ->
     return f"it has not written to {OWNER_FILE} for {DEAD_SECONDS:.0f} s, and is taken for dead" if is_dead else ""
 
 
-def _refusal(workdir: Path, other: Owner) -> str:
+def _refusal(workdir: Path | Bucket, other: Owner) -> str:
     return (
         f"{workdir} belongs to {other}, which is writing to it: wait for its end, stop it, or choose another "
         "--workdir; if you know that it is dead, --steal takes the workdir over"
     )
 
 
-def _write(workdir: Path, *, is_locked: bool) -> Ownership:
+def _write_file(workdir: Path | Bucket, owner: Owner) -> None:
+    text = json.dumps(dataclasses.asdict(owner), indent=2)
+    if isinstance(workdir, Path):
+        write_atomically(workdir / OWNER_FILE, text)
+    else:
+        workdir.write(OWNER_FILE, text.encode())
+
+
+def _write(workdir: Path | Bucket, *, is_locked: bool) -> Ownership:
     now = datetime.datetime.now().astimezone().isoformat(timespec="seconds")
     owner = Owner(
         token=secrets.token_hex(8),
@@ -170,22 +187,21 @@ def _write(workdir: Path, *, is_locked: bool) -> Ownership:
         since=now,
         beat=0,
     )
-    write_atomically(workdir / OWNER_FILE, _to_json(owner))
+    _write_file(workdir, owner)
     if not is_locked:
         time.sleep(_READ_BACK_SECONDS)
     found = read_owner(workdir)
     if found is not None and found.token != owner.token:
         raise FileExistsError(_refusal(workdir, found))
-    return Ownership(workdir / OWNER_FILE, owner)
-
-
-def _to_json(owner: Owner) -> str:
-    return json.dumps(dataclasses.asdict(owner), indent=2)
+    return Ownership(workdir, owner)
 
 
 @contextlib.contextmanager
-def _locked(workdir: Path) -> Iterator[bool]:
+def _locked(workdir: Path | Bucket) -> Iterator[bool]:
     """Let no other command of this machine look or write meanwhile; yield whether that is so."""
+    if not isinstance(workdir, Path):
+        yield False
+        return
     folder = os.open(workdir, os.O_RDONLY)
     try:
         try:

@@ -24,7 +24,7 @@ from btlm_jax.parallel.mesh import batch_sharding, rules_for
 from btlm_jax.recipe.config import PREPARED, TrainConfig, check_divisible
 from btlm_jax.stopping import Stop
 from btlm_jax.storage.files import write_atomically
-from btlm_jax.storage.location import is_absolute
+from btlm_jax.storage.location import is_absolute, mirror_of
 from btlm_jax.train import CONFIG_FILE, KEPT_TOKENIZER, METRICS_FILE
 from btlm_jax.train.checkpoint import (
     Checkpointer,
@@ -93,7 +93,6 @@ def train(
     beginning: Beginning,
     continue_prompt: ContinuePrompt,
     stop: Stop,
-    ledger: GoodputLedger,
 ) -> str:
     """Train `config` in `workdir` to its end, from wherever the workdir stands; return DONE, PREEMPTED or BAD_NUMBERS.
 
@@ -101,7 +100,7 @@ def train(
 
     What belongs to folders above this one is handed in: `check_devices` refuses a layout that is known not to fit the
     chips, `build_store` makes the token store that the config describes, `beginning` the first state, `continue_prompt`
-    the sample at the end. `ledger` counts the time of this start.
+    the sample at the end.
 
     Raises:
       ValueError: the config, the store, the mesh or the checkpoint do not fit together, or the step does not fit the
@@ -110,6 +109,7 @@ def train(
       ProcessesDifferError: processes of this run have other devices, or see another store or checkpoint.
       Stopped: `stop` was requested where there is nothing to save.
     """
+    ledger = GoodputLedger()
     _check_trackers(config)
     if layout_note := check_devices(config, jax.devices()):
         log(layout_note)
@@ -148,15 +148,14 @@ def train(
                 workdir=workdir,
                 expected_fingerprint=position.store_fingerprint,
                 build_store=build_store,
-                wait_for_all=functools.partial(stop.wait_for_all, "token store made"),
+                wait_for_all=functools.partial(_wait_for_files, workdir, stop, "token store made"),
             )
         check_curriculum(config, token_store.manifest)
         if examples := describe_examples(token_store.manifest):
             log(examples)
         run = make_run(program, workdir=workdir, token_store=token_store, ledger=ledger)
         events += _machine_changes(checkpointer, position.step)
-        ledger.facts |= {"token store": token_store.manifest.fingerprint, **run_environment()}
-        stop.agree("first step", ledger.facts)
+        stop.agree("first step", {"token store": token_store.manifest.fingerprint, **run_environment()})
         if jax.process_index() == 0:
             write_atomically(workdir / CONFIG_FILE, config.to_json())
             keep_tokenizer(
@@ -208,8 +207,16 @@ def _start_facts(position: Position) -> dict[str, str]:
 def _go_back(workdir: Path, step: int, stop: Stop) -> list[str]:
     """Go back to an earlier checkpoint, in one process for all; return what to say of it."""
     said = go_back(workdir, step) if jax.process_index() == 0 else ""
-    stop.wait_for_all("went back to an earlier checkpoint")
+    _wait_for_files(workdir, stop, "went back to an earlier checkpoint")
     return [said] if said else []
+
+
+def _wait_for_files(workdir: Path, stop: Stop, name: str) -> None:
+    """Return when all processes have called this with `name`, and see what process 0 has in the workdir."""
+    mirror = mirror_of(workdir)
+    mirror.give()
+    stop.wait_for_all(name)
+    mirror.receive()
 
 
 def _report_changes(checkpointer: Checkpointer, config: TrainConfig, position: Position) -> list[SettingChange]:

@@ -4,15 +4,12 @@ from __future__ import annotations
 
 import math
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import numpy as np
 
 from btlm_jax.display.plotting import new_figure, write_figure
 from btlm_jax.recipe.curriculum import Curriculum
-
-if TYPE_CHECKING:
-    from btlm_jax.train.heldout import HeldoutResult
+from btlm_jax.train.heldout import HeldoutResult
 
 SIZE = (9.0, 5.0)  # inches
 DPI = 120

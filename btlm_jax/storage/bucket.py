@@ -1,0 +1,775 @@
+"""A workdir in a bucket: a folder of this machine, and a folder behind a URL that is kept equal to it.
+
+A run writes to the local folder as to any other; a thread copies that to the bucket. An object store has neither
+renames nor appends, so it is the order of the writes that makes a kill at any moment harmless:
+
+- A checkpoint counts once it has its COMMIT, which names its files with their sizes and hashes. That is written after
+  all of them and after the metrics, and deleted before any of them.
+- Other files go whole, in the order in which they were changed; what is gone locally is deleted last.
+- SESSION says which local folder wrote last: that one goes on from what it has, any other is made anew.
+
+Of several processes each has a local folder and uploads its part of a checkpoint; process 0 does all the rest.
+Imported only for a workdir that is a URL.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import json
+import os
+import re
+import secrets
+import shutil
+import threading
+import time
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import fsspec.asyn
+
+from btlm_jax import notices
+from btlm_jax.storage import location
+from btlm_jax.storage.files import (
+    cache_directory,
+    exclusive_lock,
+    hash_file,
+    hash_json,
+    parse_json_object,
+    renamed_at_end,
+    write_atomically,
+)
+from btlm_jax.storage.location import ORIGIN
+from btlm_jax.storage.owner import BEAT_SECONDS, OWNER_FILE
+
+COMMIT = "commit.json"
+SESSION = ".session"
+NOT_OF_A_CHECKPOINT = (COMMIT, ORIGIN)  # what lies beside its files
+STAGING_VARIABLE = "BTLM_STAGING"  # where the local folders are, if not in the user's cache
+FILES_SECONDS = 60.0  # between copies of the files beside the checkpoints
+_PART = ".part-{}.json"  # of a checkpoint: what another process than 0 has uploaded
+_SYNCED = ".synced.json"  # of a local folder: which of its files are as in the bucket
+_STATE = "state/"  # of a checkpoint: the arrays, which are fetched when they are read
+_NOT_FOR_READERS = ("tensorboard/", "compile_cache/", "trackers/", "profile/", "corpus/", "store/", "replaced/")
+_LAST_NAMES = ("manifest.json", "summary.json")  # of files that say that others are complete
+_WAITS = (2.0, 8.0)  # seconds before each further attempt, beside those of fsspec's libraries
+_CALL_SECONDS, _SLOWEST = 120.0, 4e6  # for a request, and bytes per second for what it carries
+_OTHERS_SECONDS = 600.0  # for other processes to upload their part
+_IN_MEMORY = 1 << 28  # bytes; a larger file is not one that grows
+_THREADS = 8
+_POLL_SECONDS = 0.5
+_LOCAL_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS)
+_REFUSED = ("NoCredentialsError", "PartialCredentialsError", "DefaultCredentialsError", "PermissionError")
+
+
+class RemoteFolder:
+    """A folder behind a URL. Each call is bounded in time, tried again after each of `waits`, and raises an OSError."""
+
+    def __init__(self, url: str, *, waits: tuple[float, ...] | None = None, seconds: float = _CALL_SECONDS):
+        self.url = url.rstrip("/")
+        self._waits, self._seconds = waits, seconds
+        self._system, self._path = location.open_system(self.url)
+
+    def __str__(self) -> str:
+        return self.url
+
+    def list(self) -> dict[str, list]:
+        """Return the version stamp of each object, its size first, by name relative to the folder."""
+        self._system.invalidate_cache()  # of listings
+        infos = self._try("find", "", self._path, detail=True)
+        base = self._path.rstrip("/") + "/"
+        return {
+            at.removeprefix(base): location.stamp_of(info)
+            for at, info in infos.items()
+            if at.startswith(base) and info["type"] == "file" and not at.endswith("/")
+        }
+
+    def read(self, name: str) -> bytes:
+        """Return an object's contents.
+
+        Raises:
+          FileNotFoundError: it is not there.
+        """
+        return self._try("cat_file", name, self._at(name))
+
+    def write(self, name: str, data: bytes) -> None:
+        """Replace an object, or create it."""
+        self._try("pipe_file", name, self._at(name), data, num_bytes=len(data))
+
+    def upload(self, path: Path, name: str) -> None:
+        """Replace an object by a file, or create it."""
+        self._try("put_file", name, str(path), self._at(name), num_bytes=path.stat().st_size)
+
+    def download(self, name: str, path: Path, *, num_bytes: int) -> None:
+        """Replace a file by an object, or create it.
+
+        Raises:
+          FileNotFoundError: there is no such object.
+        """
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with renamed_at_end(path) as temporary:
+            self._try("get_file", name, self._at(name), str(temporary), num_bytes=num_bytes)
+            if not temporary.exists():  # some systems make none of an empty object
+                temporary.touch()
+
+    def copy(self, name: str, target: str) -> None:
+        """Copy an object within the bucket.
+
+        Raises:
+          FileNotFoundError: there is no such object.
+        """
+        self._try("cp_file", name, self._at(name), self._at(target))
+
+    def delete(self, name: str) -> None:
+        """Delete an object, if it is there."""
+        with contextlib.suppress(FileNotFoundError):
+            self._try("rm_file", name, self._at(name))
+
+    def _at(self, name: str) -> str:
+        return f"{self._path.rstrip('/')}/{name}"
+
+    def _try(self, method: str, name: str, *arguments: Any, num_bytes: int = 0, **options: Any) -> Any:
+        waits = _WAITS if self._waits is None else self._waits
+        for attempt, wait in enumerate((*waits, None), start=1):
+            try:
+                return self._call(method, *arguments, seconds=self._seconds + num_bytes / _SLOWEST, **options)
+            except ImportError as error:
+                raise location.missing_library(self.url, error) from error
+            except Exception as error:  # fsspec's libraries raise errors of their own types
+                is_write = method in ("pipe_file", "put_file")
+                if isinstance(error, FileNotFoundError) and not is_write:
+                    raise FileNotFoundError(f"{self.url}/{name} is not there") from error
+                if isinstance(error, OSError) and error.errno in _LOCAL_ERRORS:
+                    raise
+                why = _reason(error) if not isinstance(error, FileNotFoundError) else "there is no such bucket"
+                is_final = isinstance(error, FileNotFoundError) or _is_refusal(error)
+                if wait is None or is_final:
+                    raise OSError(
+                        f"{self.url}/{name} cannot be {'written' if is_write else 'reached'} "
+                        f"({attempt} attempt{'s' * (attempt > 1)}): {why}"
+                    ) from error
+                notices.report(
+                    "bucket-again",
+                    f"{self.url}/{name}: attempt {attempt} of {len(waits) + 1} failed, again in {wait:.0f} s: {why}",
+                )
+                time.sleep(wait)
+        raise AssertionError("the last attempt returns or raises")
+
+    def _call(self, method: str, *arguments: Any, seconds: float, **options: Any) -> Any:
+        if getattr(self._system, "async_impl", False):
+            coroutine = getattr(self._system, f"_{method}")
+            return fsspec.asyn.sync(self._system.loop, coroutine, *arguments, timeout=seconds, **options)
+        return getattr(self._system, method)(*arguments, **options)
+
+
+def _reason(error: Exception) -> str:
+    """Return an error in one line."""
+    if type(error).__name__ in ("FSTimeoutError", "TimeoutError"):
+        return "no answer in time"
+    return " ".join(f"{type(error).__name__}: {error}".split())[:300]
+
+
+def _is_refusal(error: Exception) -> bool:
+    """Return whether an error says that this user may not, which will be so again."""
+    code = getattr(error, "code", None)
+    return type(error).__name__ in _REFUSED or str(code) in ("401", "403") or "Forbidden" in str(error)
+
+
+class Mirror:
+    """A workdir that is a folder of this machine and one in a bucket; `close` it at the end."""
+
+    is_remote = True
+
+    def __init__(self, remote: RemoteFolder, folder: Path, *, process: int, count: int):
+        self.remote, self.folder, self.url = remote, folder, remote.url
+        self.owned = RemoteFolder(remote.url, waits=(), seconds=BEAT_SECONDS)
+        self._process, self._count = process, count
+        self._known: dict[str, dict] = {}  # objects that are there; of each the local file that it is equal to
+        self._token = ""
+        self._has_session = False
+        self._error: Exception | None = None  # of the last copy, if that failed
+        self._lock = threading.RLock()  # of one copy at a time
+        self._closed = threading.Event()
+        self._thread: threading.Thread | None = None
+
+    # What a run asks for.
+
+    def begin(self) -> None:
+        """Bring the local folder to what the bucket has, and copy in the background from here on.
+
+        Raises:
+          OSError: the bucket cannot be reached or written.
+        """
+        with self._lock:
+            listing = self.remote.list()
+            if self._process == 0:
+                self._adopt(listing)
+            self._bring(listing)
+            if self._process == 0:
+                self._delete_gone()  # parts of checkpoints that were not committed, before others write new ones
+        self._thread = threading.Thread(target=self._work, name="bucket", daemon=True)
+        self._thread.start()
+
+    def check(self) -> None:
+        """Raise the error of the last copy, if a checkpoint waits for it.
+
+        Raises:
+          OSError: it is one of the bucket.
+        """
+        if self._error is not None and (self.is_behind() or not isinstance(self._error, OSError)):
+            raise self._error
+
+    def is_behind(self) -> bool:
+        """Return whether a checkpoint is complete here, and not in the bucket."""
+        return bool(self._waiting())
+
+    def settle(self) -> None:
+        """Wait until no checkpoint is behind; raises as `check`."""
+        while self.is_behind():
+            self.check()
+            time.sleep(_POLL_SECONDS / 5)
+
+    def flush(self) -> None:
+        """Copy everything now, and return when it is in the bucket.
+
+        Raises:
+          OSError: it cannot be.
+        """
+        began = time.monotonic()
+        with self._lock:
+            self._copy()
+            while self._process and (open_steps := [step for step in self._steps() if not self._has_commit(step)]):
+                for step in open_steps:
+                    self._take_commit(step)
+                if time.monotonic() - began > _OTHERS_SECONDS:
+                    raise OSError(f"{self.url}: process 0 has not committed checkpoint {open_steps[0]:,}")
+                time.sleep(_POLL_SECONDS)
+        self._error = None
+
+    def give(self) -> None:
+        """Copy what other processes shall see, before they are told."""
+        if self._count > 1 and self._process == 0:
+            self.flush()
+
+    def receive(self) -> None:
+        """Bring the local folder of another process than 0 to what the bucket has."""
+        if self._process:
+            with self._lock:
+                self._bring(self.remote.list())
+
+    def upload_rate(self, num_bytes: int) -> float:
+        """Return the bytes per second of writing an object of that size."""
+        data, began = os.urandom(num_bytes), time.monotonic()
+        self.remote.write(f".speed-{self._process}", data)
+        rate = num_bytes / max(time.monotonic() - began, 1e-6)
+        self.remote.delete(f".speed-{self._process}")
+        return rate
+
+    def close(self) -> None:
+        """Copy what is left, and end the copying in the background.
+
+        Raises:
+          OSError: something could not be copied; says what to do.
+        """
+        self._closed.set()
+        if self._thread is None:
+            return
+        try:
+            self.flush()
+        except OSError as error:
+            raise OSError(
+                f"{error}. What is not uploaded is kept in this machine's folder {os.fspath(self.folder)!r}: "
+                "the same command here goes on with it"
+            ) from error
+        finally:
+            self._thread.join(timeout=5.0)
+            self._thread = None
+        if self._process == 0 and set(self._known) <= {SESSION}:  # of a run that was refused
+            self.remote.delete(SESSION)
+
+    # The copying.
+
+    def _work(self) -> None:
+        wait, at = _POLL_SECONDS, time.monotonic() + FILES_SECONDS
+        while not self._closed.wait(wait):
+            wait = _POLL_SECONDS
+            if not self._waiting() and time.monotonic() < at:
+                continue
+            try:
+                with self._lock:
+                    if self._closed.is_set():
+                        return
+                    self._copy()
+            except Exception as error:  # raised where the run asks for it
+                wait = self._failed(error)
+            else:
+                self._caught_up()
+            at = time.monotonic() + FILES_SECONDS
+
+    def _failed(self, error: Exception) -> float:
+        self._error = error
+        wait = FILES_SECONDS / 4
+        try:
+            notices.report("upload-failed", f"{error}; the run goes on, and it is tried again in {wait:.0f} s")
+        except notices.StrictError as strict:
+            self._error = strict
+        return wait
+
+    def _caught_up(self) -> None:
+        if isinstance(self._error, OSError):
+            notices.report("upload-caught-up", f"{self.url} has all of the run's files again")
+            self._error = None
+
+    def _copy(self) -> None:
+        for step in self._waiting():
+            self._copy_checkpoint(step)
+        if self._process == 0:
+            self._copy_moved()
+            self._copy_files()
+            self._delete_gone()
+            write_atomically(self.folder / _SYNCED, json.dumps(self._known))
+
+    def _steps(self) -> list[int]:
+        folder = self.folder / "checkpoints"
+        names = os.listdir(folder) if folder.is_dir() else ()
+        return sorted(int(name) for name in names if name.isdecimal())
+
+    def _has_commit(self, step: int) -> bool:
+        return (self.folder / "checkpoints" / str(step) / COMMIT).is_file()
+
+    def _waiting(self) -> list[int]:
+        """Return the steps of checkpoints that this process has not copied."""
+        return [step for step in self._steps() if not (self.folder / "checkpoints" / str(step) / ORIGIN).is_file()]
+
+    def _copy_checkpoint(self, step: int) -> None:
+        base = f"checkpoints/{step}"
+        folder = self.folder / base
+        self._write_session()
+        if self._process == 0 and f"{base}/{COMMIT}" in self._known:  # of an earlier one of this step
+            self._delete(f"{base}/{COMMIT}")
+        paths = [path for path in folder.rglob("*") if path.is_file() and self._is_own(path.relative_to(folder))]
+
+        def copy(path: Path) -> tuple[str, list]:
+            name = path.relative_to(folder).as_posix()
+            facts = [path.stat().st_size, hash_file(path)]
+            self.remote.upload(path, f"{base}/{name}")
+            return name, facts
+
+        files = dict(_in_threads(copy, paths))
+        if self._process:
+            self.remote.write(f"{base}/{_PART.format(self._process)}", json.dumps({"files": files}).encode())
+            (folder / COMMIT).unlink(missing_ok=True)
+            write_atomically(folder / ORIGIN, f"{self.url}/{base}")
+            return
+        self._known |= {f"{base}/{name}": {} for name in files}
+        for process in range(1, self._count):
+            files |= self._part_of(process, step)
+        self._copy_files()  # the metrics up to this step
+        commit = json.dumps({"processes": self._count, "written": folder.stat().st_mtime, "files": files})
+        self.remote.write(f"{base}/{COMMIT}", commit.encode())
+        self._known |= {f"{base}/{name}": {} for name in (COMMIT, *files)}
+        write_atomically(folder / COMMIT, commit)
+        write_atomically(folder / ORIGIN, f"{self.url}/{base}")
+        for name in [name for name in self._known if name.startswith(f"{base}/")]:
+            if name.removeprefix(f"{base}/") not in (COMMIT, *files):
+                self._delete(name)
+        for process in range(1, self._count):
+            self.remote.delete(f"{base}/{_PART.format(process)}")
+        self._free(before=step)
+
+    def _is_own(self, name: Path) -> bool:
+        """Return whether this process uploads a file of a checkpoint: of several each has its part of the arrays."""
+        if name.name.startswith(".") or name.name == COMMIT:
+            return False
+        if self._count == 1:
+            return True
+        if self._process:
+            return any(re.fullmatch(rf"(ocdbt\.)?process_{self._process}", part) for part in name.parts)
+        # The directory of all parts is made where they are together.
+        return not name.as_posix().startswith((f"{_STATE}d/", f"{_STATE}manifest.ocdbt"))
+
+    def _part_of(self, process: int, step: int) -> dict[str, list]:
+        """Wait for what another process has uploaded, and return it."""
+        until = time.monotonic() + _OTHERS_SECONDS
+        name = f"checkpoints/{step}/{_PART.format(process)}"
+        while True:
+            with contextlib.suppress(FileNotFoundError):
+                return parse_json_object(self.remote.read(name), name=f"{self.url}/{name}")["files"]
+            if time.monotonic() > until:
+                raise OSError(
+                    f"{self.url}: process {process} has not uploaded its part of checkpoint {step:,} in "
+                    f"{_OTHERS_SECONDS:.0f} s"
+                )
+            time.sleep(_POLL_SECONDS)
+
+    def _take_commit(self, step: int) -> None:
+        base = f"checkpoints/{step}"
+        with contextlib.suppress(FileNotFoundError):
+            write_atomically(self.folder / base / COMMIT, self.remote.read(f"{base}/{COMMIT}"))
+            self._free(before=step)
+
+    def _free(self, *, before: int) -> None:
+        """Delete the local arrays of earlier checkpoints that are in the bucket."""
+        for step in self._steps():
+            if step < before and self._has_commit(step):
+                shutil.rmtree(self.folder / "checkpoints" / str(step) / _STATE, ignore_errors=True)
+
+    def _copy_moved(self) -> None:
+        """Copy the checkpoints that were set aside from where they were in the bucket to where they are now."""
+        places = (f"replaced/*/checkpoints/*/{ORIGIN}", f"damaged/*/{ORIGIN}")
+        for origin in [path for place in places for path in self.folder.glob(place)]:
+            base = origin.parent.relative_to(self.folder).as_posix()
+            before = origin.read_text(encoding="utf-8").removeprefix(f"{self.url}/")
+            if before == base or not (origin.parent / COMMIT).is_file():
+                continue
+            commit = (origin.parent / COMMIT).read_bytes()
+            names = parse_json_object(commit, name=origin.parent / COMMIT)["files"]
+
+            def copy(name: str, before: str = before, base: str = base) -> None:
+                with contextlib.suppress(FileNotFoundError):  # which may be what is damaged
+                    self.remote.copy(f"{before}/{name}", f"{base}/{name}")
+
+            _in_threads(copy, names)
+            self.remote.write(f"{base}/{COMMIT}", commit)
+            self._known |= {f"{base}/{name}": {} for name in (COMMIT, *names)}
+            write_atomically(origin, f"{self.url}/{base}")
+
+    def _copy_files(self) -> None:
+        """Copy the files beside the checkpoints that have changed, in the order of the changes."""
+        changed = []
+        for name, path in self._local_files():
+            with contextlib.suppress(FileNotFoundError):  # deleted meanwhile
+                if self._known.get(name, {}).get("local") != (facts := _facts(path)):
+                    changed.append((path.name in _LAST_NAMES, facts[1], name, path, facts))
+        for _, _, name, path, facts in sorted(changed):
+            self._write_session()
+            try:
+                if facts[0] > _IN_MEMORY:
+                    self.remote.upload(path, name)
+                else:
+                    data = path.read_bytes()
+                    self.remote.write(name, data[: data.rfind(b"\n") + 1] if path.suffix == ".jsonl" else data)
+            except FileNotFoundError:
+                continue
+            self._known[name] = {"local": facts}
+
+    def _local_files(self) -> Iterator[tuple[str, Path]]:
+        """Yield (name, path) of the files that are copied beside checkpoints."""
+        for at, folders, files in os.walk(self.folder):
+            root = Path(at)
+            if ORIGIN in files or root == self.folder / "checkpoints":
+                folders.clear()
+                continue
+            folders[:] = [name for name in folders if not name.startswith(".")]
+            for name in files:
+                path = root / name
+                if not name.startswith(".") and not (root == self.folder and name == OWNER_FILE) and path.is_file():
+                    yield path.relative_to(self.folder).as_posix(), path
+
+    def _delete_gone(self) -> None:
+        """Delete the objects of files and checkpoints that are not here any more, each checkpoint's COMMIT first."""
+        here = {name for name, _ in self._local_files()}
+        stubs = {origin.parent.relative_to(self.folder).as_posix() for origin in self.folder.rglob(ORIGIN)}
+        steps = {f"checkpoints/{step}" for step in self._steps()}
+        gone = [
+            name
+            for name in self._known
+            if name not in here and name != SESSION and not any(name.startswith(f"{x}/") for x in (stubs | steps))
+        ]
+        for name in sorted(gone, key=lambda name: not name.endswith(f"/{COMMIT}")):
+            self._delete(name)
+
+    def _delete(self, name: str) -> None:
+        self.remote.delete(name)
+        self._known.pop(name, None)
+
+    # The beginning.
+
+    def check_writable(self) -> None:
+        """Write an object, to see that this works.
+
+        Raises:
+          OSError: it does not.
+        """
+        probe = f".writable-{secrets.token_hex(4)}"
+        try:
+            self.remote.write(probe, b"")
+            self.remote.delete(probe)
+        except OSError as error:
+            raise OSError(f"workdir {self.url} cannot be written: {error}; choose another --workdir") from error
+
+    def _adopt(self, listing: dict[str, list]) -> None:
+        """Commit checkpoints that were copied to the bucket by other means, of which no run has written there."""
+        if SESSION in listing:
+            return
+        for base, files in _uncommitted(listing).items():
+            commit = json.dumps({"processes": 1, "written": time.time(), "files": files})
+            self.remote.write(f"{base}/{COMMIT}", commit.encode())
+            listing[f"{base}/{COMMIT}"] = [len(commit)]
+
+    def _bring(self, listing: dict[str, list]) -> None:
+        """Make the local folder what the bucket has, unless it is the one that wrote last."""
+        synced = _read_json(self.folder / _SYNCED)
+        session = _read_json(self.folder / SESSION)
+        is_ours = False
+        if SESSION in listing and self._process == 0:
+            found = _parse(self.remote.read(SESSION))
+            is_ours = bool(found.get("token")) and session == {"token": found["token"], "boot": _boot()}
+        if is_ours:
+            self._token, self._has_session = session["token"], True
+            self._known = {name: synced.get(name, {}) if name in synced else {} for name in listing}
+            if self._count > 1:  # of which no process has what another lacks
+                for step in self._waiting():
+                    shutil.rmtree(self.folder / "checkpoints" / str(step))
+            for step in self._steps():  # those that btlm checkpoints --prune has deleted in the bucket
+                if f"checkpoints/{step}/{COMMIT}" not in listing and step not in self._waiting():
+                    shutil.rmtree(self.folder / "checkpoints" / str(step))
+        else:
+            (self.folder / SESSION).unlink(missing_ok=True)
+            self._known = pull(self.remote, self.folder, listing, is_wanted=lambda name: True)
+        self._known = {name: facts for name, facts in self._known.items() if name != OWNER_FILE}
+
+    def _write_session(self) -> None:
+        """Say that this folder is the one that writes, before it first does."""
+        if self._has_session or self._process:
+            return
+        self._token = secrets.token_hex(8)
+        write_atomically(self.folder / SESSION, json.dumps({"token": self._token, "boot": _boot()}))
+        self.remote.write(SESSION, json.dumps({"token": self._token}).encode())
+        self._known[SESSION] = {}
+        self._has_session = True
+
+
+def pull(
+    remote: RemoteFolder, folder: Path, listing: dict[str, list], *, is_wanted: Callable[[str], bool]
+) -> dict[str, dict]:
+    """Make a folder what the bucket has of the wanted names, of checkpoints all but the arrays.
+
+    Return, of each object, what of the local folder it is equal to. A file that is as in the bucket is not read again.
+
+    Raises:
+      OSError: the bucket cannot be reached, or the folder not be written.
+    """
+    synced = _read_json(folder / _SYNCED)
+    commits = {name.removesuffix(f"/{COMMIT}"): remote.read(name) for name in listing if name.endswith(f"/{COMMIT}")}
+    open_ones = _uncommitted(listing)
+    if SESSION not in listing:  # no run has written here: what lies there was copied, and is taken for whole
+        written = {"processes": 1, "written": 0.0}
+        commits |= {base: json.dumps(written | {"files": files}).encode() for base, files in open_ones.items()}
+        open_ones = {}
+    stubs = tuple(f"{base}/{_STATE}" for base in commits)
+    left_out = tuple(f"{base}/" for base in open_ones)
+    chosen = [
+        name
+        for name in listing
+        if is_wanted(name) and not name.startswith((*stubs, *left_out, ".")) and not name.endswith(f"/{COMMIT}")
+    ]
+    same = tuple(f"{base}/{_STATE}" for base, commit in commits.items() if _text(folder / base / COMMIT) == commit)
+    kept = {*chosen, _SYNCED}
+    for path in [path for path in folder.rglob("*") if path.is_file()]:
+        name = path.relative_to(folder).as_posix()
+        if name not in kept and not name.startswith(same):
+            path.unlink()
+
+    def fetch_one(name: str) -> tuple[str, dict]:
+        path, before = folder / name, synced.get(name, {})
+        if before.get("remote") != listing[name] or not path.is_file() or before.get("local") != _facts(path):
+            remote.download(name, path, num_bytes=listing[name][0])
+        return name, {"remote": listing[name], "local": _facts(path)}
+
+    known: dict[str, dict] = {name: {} for name in listing} | dict(_in_threads(fetch_one, chosen))
+    for base, commit in commits.items():
+        if not is_wanted(f"{base}/{COMMIT}"):
+            continue
+        place = folder / base
+        place.mkdir(parents=True, exist_ok=True)
+        write_atomically(place / COMMIT, commit)
+        write_atomically(place / ORIGIN, f"{remote.url}/{base}")
+        _as_written(place)
+    for path in sorted((path for path in folder.rglob("*") if path.is_dir()), reverse=True):
+        with contextlib.suppress(OSError):  # it is not empty
+            path.rmdir()
+    write_atomically(folder / _SYNCED, json.dumps(known))
+    return known
+
+
+def fetch(folder: Path) -> int:
+    """Fetch what a local folder of a checkpoint in a bucket lacks of it; return how many files that were.
+
+    Raises:
+      ValueError: a file is gone, or is not as it was committed.
+      OSError: the bucket cannot be reached.
+    """
+    remote = RemoteFolder((folder / ORIGIN).read_text(encoding="utf-8"))
+    files = parse_json_object((folder / COMMIT).read_bytes(), name=f"{remote.url}/{COMMIT}")["files"]
+    missing = [name for name, (size, _) in files.items() if _size(folder / name) != size]
+
+    def fetch_one(name: str) -> None:
+        size, digest = files[name]
+        path = folder / name
+        try:
+            remote.download(name, path, num_bytes=size)
+        except FileNotFoundError as error:
+            raise ValueError(f"{name} is gone") from error
+        if path.stat().st_size != size or digest not in ("", hash_file(path)):
+            path.unlink()
+            raise ValueError(f"{name} is not as it was written")
+
+    _in_threads(fetch_one, missing)
+    _as_written(folder)
+    return len(missing)
+
+
+def num_bytes_of(folder: Path) -> int:
+    """Return how large a checkpoint in a bucket is."""
+    commit = parse_json_object((folder / COMMIT).read_bytes(), name=folder / COMMIT)
+    return sum(size for size, _ in commit["files"].values())
+
+
+def release(folder: Path) -> None:
+    """Delete the local arrays of a checkpoint that was fetched."""
+    shutil.rmtree(folder / _STATE, ignore_errors=True)
+    _as_written(folder)
+
+
+def _as_written(folder: Path) -> None:
+    """Give a local folder of a checkpoint the time at which the checkpoint was written."""
+    seconds = _read_json(folder / COMMIT).get("written") or time.time()
+    os.utime(folder, (seconds, seconds))
+
+
+@contextlib.contextmanager
+def opened_for_run(url: str, *, process: int, count: int) -> Iterator[Mirror]:
+    """Yield the workdir of a run in a bucket, which has to `begin` and to `close`.
+
+    Raises:
+      OSError: the bucket cannot be reached or written.
+    """
+    with local_folder(url, role=f"run-{process}") as folder:
+        mirror = Mirror(RemoteFolder(url), folder, process=process, count=count)
+        if process == 0:
+            mirror.check_writable()
+        location.add_mirror(mirror)
+        notices.call_it(folder, mirror.url)
+        yield mirror
+
+
+_kept_open = contextlib.ExitStack()  # folders that readers use until their process ends
+
+
+def open_for_reading(url: str) -> Path:
+    """Return a local folder with what the bucket has of a run or a model, arrays of checkpoints not yet.
+
+    Raises:
+      FileNotFoundError: there is nothing.
+      OSError: the bucket cannot be reached.
+    """
+    remote = RemoteFolder(url)
+    if not (listing := remote.list()):
+        raise FileNotFoundError(f"there is nothing in {remote.url}")
+    folder = _kept_open.enter_context(local_folder(url, role="reader"))
+    notices.call_it(folder, remote.url)
+    pull(remote, folder, listing, is_wanted=lambda name: not name.startswith(_NOT_FOR_READERS))
+    return folder
+
+
+def delete_checkpoint(folder: Path) -> None:
+    """Delete a checkpoint in a bucket, and its local folder."""
+    remote = RemoteFolder((folder / ORIGIN).read_text(encoding="utf-8"))
+    remote.delete(COMMIT)
+    for name in remote.list():
+        remote.delete(name)
+    shutil.rmtree(folder)
+
+
+def check_is_new(url: str) -> None:
+    """Check that nothing is behind a URL.
+
+    Raises:
+      ValueError: something is.
+    """
+    if RemoteFolder(url).list():
+        raise ValueError(f"{url} exists; give the name of a new folder")
+
+
+def upload_run(folder: Path, url: str) -> None:
+    """Copy a local workdir to a bucket where nothing is; it gets this module's files.
+
+    Raises:
+      OSError: it cannot be written.
+    """
+    mirror = Mirror(RemoteFolder(url), folder, process=0, count=1)
+    mirror.check_writable()
+    mirror.flush()
+
+
+@contextlib.contextmanager
+def local_folder(url: str, *, role: str) -> Iterator[Path]:
+    """Yield the local folder of a URL, which no other process uses meanwhile."""
+    staging = os.environ.get(STAGING_VARIABLE)
+    root = (Path(staging) if staging else cache_directory() / "workdirs").resolve()
+    name = re.sub(r"[^A-Za-z0-9.]+", "-", url.partition("://")[2]).strip("-")[-60:]
+    name += f"-{hash_json(url)[:8]}-{role}"
+    root.mkdir(parents=True, exist_ok=True)
+    for number in range(100):
+        folder = root / (f"{name}-{number}" if number else name)
+        lock = exclusive_lock(folder.with_name(f"{folder.name}.lock"), message="")
+        with contextlib.suppress(FileExistsError):
+            lock.__enter__()
+            break
+    else:
+        raise OSError(f"100 folders of {url} are in use in {root}")
+    try:
+        folder.mkdir(exist_ok=True)
+        yield folder
+    finally:
+        lock.__exit__(None, None, None)
+
+
+def _in_threads(function: Callable[[Any], Any], items: Iterable[Any]) -> list[Any]:
+    with ThreadPoolExecutor(_THREADS) as pool:
+        return list(pool.map(function, items))
+
+
+def _uncommitted(listing: dict[str, list]) -> dict[str, dict[str, list]]:
+    """Return the folders of checkpoints without COMMIT, and of each its files as a COMMIT has them, without hashes."""
+    found: dict[str, dict[str, list]] = {}
+    for name, (size, *_) in listing.items():
+        parts = name.split("/")
+        if parts[0] == "checkpoints" and len(parts) > 2 and parts[1].isdecimal():
+            found.setdefault("/".join(parts[:2]), {})["/".join(parts[2:])] = [size, ""]
+    return {base: files for base, files in found.items() if COMMIT not in files}
+
+
+def _facts(path: Path) -> list[int]:
+    """Return what changes when a local file does."""
+    status = path.stat()
+    return [status.st_size, status.st_mtime_ns]
+
+
+def _size(path: Path) -> int:
+    return path.stat().st_size if path.is_file() else -1
+
+
+def _text(path: Path) -> bytes:
+    return path.read_bytes() if path.is_file() else b""
+
+
+def _read_json(path: Path) -> dict:
+    """Return the JSON object in a file of the local folder, an empty one where there is none: it says nothing then."""
+    return _parse(_text(path))
+
+
+def _parse(contents: bytes) -> dict:
+    with contextlib.suppress(ValueError):
+        return parse_json_object(contents, name="")
+    return {}
+
+
+def _boot() -> str:
+    """Return what names this start of the machine: what a crash of it left in a local folder is not trusted."""
+    with contextlib.suppress(OSError):
+        return Path("/proc/sys/kernel/random/boot_id").read_text(encoding="utf-8").strip()
+    return ""

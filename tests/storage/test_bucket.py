@@ -1,0 +1,331 @@
+"""A workdir in a bucket: what a kill between any two writes leaves is a run to go on from, and errors are named.
+
+The bucket is tests/support/fake_gcs.py on loopback, through gcsfs.
+"""
+
+import asyncio
+import contextlib
+import json
+import os
+import shutil
+import time
+import types
+
+import pytest
+from support import fake_gcs
+
+from btlm_jax import notices
+from btlm_jax.storage import bucket, owner
+
+RUN = "a/run"
+
+
+@pytest.fixture
+def refusals():
+    """Statuses with which the bucket answers, by (method, part of an object's name)."""
+    return {}
+
+
+@pytest.fixture
+def objects(refusals, monkeypatch, tmp_path):
+    """The bucket's objects by name, those of the run without `RUN`; the local folders are new."""
+    monkeypatch.setenv(bucket.STAGING_VARIABLE, str(tmp_path / "staging"))
+    monkeypatch.setattr(bucket, "_WAITS", (0.0, 0.001))
+    monkeypatch.setattr(bucket, "_POLL_SECONDS", 0.02)
+    notices.begin(strict=())
+
+    def refuse(method, name):
+        found = [status for (verb, part), status in refusals.items() if verb == method and part in name]
+        return found[0] if found else 0
+
+    stored = {}
+    with fake_gcs.connected(stored, monkeypatch, refuse=refuse):
+        import gcsfs.retry  # gcsfs tries each request six times, in half a minute
+
+        monkeypatch.setattr(gcsfs.retry, "asyncio", types.SimpleNamespace(sleep=lambda _: asyncio.sleep(0)))
+        yield stored
+
+
+URL = f"gs://{fake_gcs.BUCKET}/{RUN}"
+
+
+def end_copying(mirror):
+    mirror._closed.set()
+    if mirror._thread:
+        mirror._thread.join()
+
+
+@contextlib.contextmanager
+def opened(process=0, count=1):
+    with bucket.opened_for_run(URL, process=process, count=count) as mirror:
+        mirror.begin()
+        try:
+            yield mirror
+        finally:
+            end_copying(mirror)  # without a last copy, as after a kill
+
+
+def write_checkpoint(folder, step, *, parts=1):
+    """Write what orbax leaves of a checkpoint, in one rename."""
+    partial = folder / f".{step}.partial"
+    parts_of_arrays = [f"state/ocdbt.process_{i}/d" for i in range(parts)]
+    for name in ("position/metadata", "state/manifest.ocdbt", "state/d/x", *parts_of_arrays):
+        path = partial / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(f"{name} of {step}")
+    (folder / "checkpoints").mkdir(exist_ok=True)
+    partial.rename(folder / "checkpoints" / str(step))
+
+
+def steps_of(objects):
+    names = [name.removeprefix(f"{RUN}/").split("/") for name in objects if name.endswith("/commit.json")]
+    return sorted(int(parts[1]) for parts in names if parts[0] == "checkpoints")
+
+
+def contents(folder):
+    """Return the files of a local workdir, without this module's own."""
+    paths = [path for path in folder.rglob("*") if path.is_file() and not path.name.startswith(".")]
+    return {path.relative_to(folder).as_posix(): path.read_text() for path in paths if path.name != "commit.json"}
+
+
+def fetched(folder):
+    """Return what a command that reads finds of the last checkpoint, and of the metrics."""
+    steps = sorted(int(path.name) for path in (folder / "checkpoints").iterdir())
+    bucket.fetch(folder / "checkpoints" / str(steps[-1]))
+    state = (folder / "checkpoints" / str(steps[-1]) / "state/d/x").read_text()
+    return steps, state, (folder / "metrics.jsonl").read_text()
+
+
+def test_a_run_is_copied_and_goes_on_elsewhere(objects, tmp_path):
+    with opened() as mirror:
+        (mirror.folder / "metrics.jsonl").write_text("1\n2\n3")  # the last line is being written
+        (mirror.folder / "stacks").mkdir()
+        (mirror.folder / "stacks" / "0.txt").write_text("main")
+        write_checkpoint(mirror.folder, 3)
+        mirror.settle()
+        assert steps_of(objects) == [3] and objects[f"{RUN}/metrics.jsonl"] == b"1\n2\n"
+        write_checkpoint(mirror.folder, 6)
+        mirror.flush()
+        assert not (mirror.folder / "checkpoints/3/state").exists()  # it is in the bucket
+        first = mirror.folder
+        here = contents(first)
+        # The same machine goes on from its folder without reading it again; another one gets the same.
+    shutil.rmtree(first / "stacks")
+    before = dict(objects)
+    with opened() as mirror:
+        assert mirror.folder == first and fetched(first)[:2] == ([3, 6], "state/d/x of 6")
+        mirror.flush()
+    assert set(before) - set(objects) == {f"{RUN}/stacks/0.txt"}
+    shutil.rmtree(tmp_path / "staging")
+    with opened() as mirror:
+        assert fetched(mirror.folder) == ([3, 6], "state/d/x of 6", "1\n2\n")
+        found = contents(mirror.folder)
+    assert found == {k: v for k, v in here.items() if k != "stacks/0.txt"} | {"metrics.jsonl": "1\n2\n"}
+
+
+def test_another_machine_that_wrote_last_counts(objects, tmp_path, monkeypatch):
+    with opened() as mirror:
+        (mirror.folder / "metrics.jsonl").write_text("1\n")
+        mirror.flush()
+        stale = mirror.folder
+    monkeypatch.setenv(bucket.STAGING_VARIABLE, str(tmp_path / "elsewhere"))
+    with opened() as mirror:
+        (mirror.folder / "metrics.jsonl").write_text("1\n2\n")
+        mirror.flush()
+    monkeypatch.setenv(bucket.STAGING_VARIABLE, str(stale.parent))
+    (stale / "metrics.jsonl").write_text("1\nlost\n")
+    with opened() as mirror:
+        assert mirror.folder == stale and contents(stale) == {"metrics.jsonl": "1\n2\n"}
+        # Another boot of the machine, which may have lost what was not yet on its disk: the bucket counts, too.
+        (stale / "metrics.jsonl").write_text("1\n2\n3\n")
+        mirror.flush()
+        (stale / "metrics.jsonl").write_text("1\n")
+    monkeypatch.setattr(bucket, "_boot", lambda: "other")
+    with opened():
+        assert contents(stale) == {"metrics.jsonl": "1\n2\n3\n"}
+
+
+class Killed(BaseException):
+    """The process ends before a write."""
+
+
+def test_a_kill_before_any_write_leaves_a_run_to_go_on_from(objects, tmp_path, monkeypatch):
+    """Each of the writes of: a checkpoint, its successor, one deleted by the rules, going back to the first one."""
+    write, kinds = bucket.RemoteFolder._call, set()
+    left = [10**6]
+
+    def call(self, method, *arguments, **options):
+        if method in ("pipe_file", "put_file", "rm_file", "cp_file"):
+            left[0] -= 1
+            kinds.add(method)
+            if left[0] < 0:
+                raise Killed
+        return write(self, method, *arguments, **options)
+
+    monkeypatch.setattr(bucket.RemoteFolder, "_call", call)
+    monkeypatch.setattr(bucket, "_THREADS", 1)
+
+    def train(mirror):
+        folder = mirror.folder
+        end_copying(mirror)  # so that it is known which write comes when
+        for step in (3, 6, 9):
+            (folder / "metrics.jsonl").write_text("".join(f"{n}\n" for n in range(1, step + 2)))
+            write_checkpoint(folder, step)
+            if step == 9:
+                shutil.rmtree(folder / "checkpoints" / "3")
+            mirror.flush()
+            yield step
+        target = folder / "replaced/from-6/checkpoints"
+        target.mkdir(parents=True)
+        (folder / "checkpoints/9").rename(target / "9")
+        mirror.flush()
+        yield 10
+
+    num_writes, reached, outcomes = 0, 0, set()
+    while reached < 10:
+        objects.clear()
+        shutil.rmtree(tmp_path / "staging", ignore_errors=True)
+        left[0], reached = num_writes, 0
+        with contextlib.suppress(Killed), opened() as mirror:
+            for step in train(mirror):
+                reached = step
+        left[0] = 10**6
+        shutil.rmtree(tmp_path / "staging", ignore_errors=True)  # the next start is elsewhere
+        with opened() as mirror:
+            mirror.flush()
+            if reached:
+                steps, state, metrics = fetched(mirror.folder)
+                assert steps[-1] >= (6 if reached >= 9 else reached) and state == f"state/d/x of {steps[-1]}"
+                assert len(metrics.splitlines()) >= steps[-1]  # each step that counts is in the metrics
+                outcomes.add((reached, *steps))
+            if reached == 10:
+                assert steps == [6]
+                bucket.fetch(mirror.folder / "replaced/from-6/checkpoints/9")
+                assert (mirror.folder / "replaced/from-6/checkpoints/9/state/d/x").read_text() == "state/d/x of 9"
+            mirror.flush()
+        # Nothing is left that counts for nothing.
+        open_ones = bucket._uncommitted({name.removeprefix(f"{RUN}/"): [0] for name in objects})
+        assert not open_ones, num_writes
+        num_writes += 1
+    assert num_writes > 30 and kinds == {"pipe_file", "put_file", "rm_file", "cp_file"}
+    assert outcomes == {(3, 3), (6, 3, 6), (6, 6, 9), (6, 3, 6, 9), (9, 6), (9, 6, 9), (10, 6)}
+
+
+def test_what_was_copied_by_other_means_is_taken(objects):
+    for name in ("position/metadata", "state/d/x"):
+        objects[f"{RUN}/checkpoints/5/{name}"] = b"copied"
+    objects[f"{RUN}/metrics.jsonl"] = b"1\n"
+    folder = bucket.open_for_reading(URL)
+    assert fetched(folder) == ([5], "copied", "1\n") and steps_of(objects) == []
+    with opened() as mirror:
+        assert fetched(mirror.folder) == ([5], "copied", "1\n") and steps_of(objects) == [5]
+
+
+def test_damage_in_the_bucket_is_named(objects):
+    with opened() as mirror:
+        write_checkpoint(mirror.folder, 3)
+        mirror.flush()
+    folder = bucket.open_for_reading(URL)
+    whole = objects.pop(f"{RUN}/checkpoints/3/state/d/x")
+    with pytest.raises(ValueError, match=r"^state/d/x is gone$"):
+        bucket.fetch(folder / "checkpoints/3")
+    objects[f"{RUN}/checkpoints/3/state/d/x"] = whole[:-1] + b"#"
+    with pytest.raises(ValueError, match=r"^state/d/x is not as it was written$"):
+        bucket.fetch(folder / "checkpoints/3")
+
+
+def test_processes_upload_their_parts(objects):
+    with opened(0, 2) as first, opened(1, 2) as second:
+        assert first.folder != second.folder
+        for mirror in (first, second):
+            write_checkpoint(mirror.folder, 3, parts=2)
+        (first.folder / "checkpoints/3/state/ocdbt.process_1/d").unlink()
+        (second.folder / "checkpoints/3/state/ocdbt.process_0/d").unlink()
+        second.flush()
+        first.flush()
+        assert json.loads(objects[f"{RUN}/checkpoints/3/commit.json"])["processes"] == 2
+        names = {name.removeprefix(f"{RUN}/checkpoints/3/") for name in objects if "checkpoints" in name}
+        assert names == {"commit.json", "position/metadata", "state/ocdbt.process_0/d", "state/ocdbt.process_1/d"}
+        for mirror in (first, second):  # each then has both
+            assert bucket.fetch(mirror.folder / "checkpoints/3") == 1
+        # A checkpoint that one of two has alone does not count for it.
+        write_checkpoint(first.folder, 6, parts=2)
+    with opened(0, 2) as first:
+        assert sorted(path.name for path in (first.folder / "checkpoints").iterdir()) == ["3"]
+
+
+def test_metrics_that_cannot_be_copied_do_not_stop_a_run_and_a_checkpoint_does_in_the_end(
+    objects, refusals, monkeypatch, capsys
+):
+    monkeypatch.setattr(bucket, "FILES_SECONDS", 0.05)
+    with opened() as mirror:
+        refusals["POST", ""] = 503
+        (mirror.folder / "metrics.jsonl").write_text("1\n")
+        until = time.monotonic() + 20
+        while "upload-failed" not in notices.counts() and time.monotonic() < until:
+            time.sleep(0.02)
+        mirror.check()
+        write_checkpoint(mirror.folder, 3)
+        with pytest.raises(OSError, match=r"gs://bucket/a/run/.* cannot be written \(3 attempts\): "):
+            mirror.settle()
+        refusals.clear()
+        until = time.monotonic() + 20
+        while "upload-caught-up" not in notices.counts() and time.monotonic() < until:
+            time.sleep(0.02)
+        mirror.check()
+        assert steps_of(objects) == [3] and objects[f"{RUN}/metrics.jsonl"] == b"1\n"
+    said = capsys.readouterr().err
+    assert "attempt 1 of 3 failed, again in 0 s: " in said and "the run goes on, and it is tried again in" in said
+
+
+@pytest.mark.parametrize(
+    ("url", "refused", "message"),
+    [
+        (URL, 403, r"^workdir gs://bucket/a/run cannot be written: .* \(1 attempt\): .*Forbidden"),
+        (URL, 503, r"^workdir gs://bucket/a/run cannot be written: .* \(3 attempts\): "),
+        ("gs://no-bucket/run", 0, r"^workdir gs://no-bucket/run cannot be written: .*there is no such bucket; choose"),
+    ],
+)
+def test_a_bucket_that_cannot_be_written_is_named_at_the_start(objects, refusals, url, refused, message):
+    refusals["POST", ""] = refused
+    with pytest.raises(OSError, match=message), bucket.opened_for_run(url, process=0, count=1):
+        pass
+
+
+def test_a_bucket_that_does_not_answer_is_named(objects, monkeypatch):
+    remote = bucket.RemoteFolder(URL, waits=(), seconds=1.0)
+    monkeypatch.setattr(fake_gcs, "_description", lambda *_: time.sleep(4))
+    with pytest.raises(OSError, match=r"gs://bucket/a/run/x cannot be written \(1 attempt\): no answer in time"):
+        remote.write("x", b"")
+
+
+def test_a_bucket_has_one_owner(objects, monkeypatch):
+    monkeypatch.setattr(owner, "_READ_BACK_SECONDS", 0.0)
+    remote = bucket.RemoteFolder(URL)
+    ownership = owner.take(remote, steal=False)
+    with pytest.raises(FileExistsError, match=f"^{URL} belongs to process {os.getpid()} on "):
+        owner.take(remote, steal=False)
+    assert ownership.beat() is None
+    stolen = owner.take(remote, steal=True)
+    assert ownership.beat().token == stolen._owner.token
+    ownership.release()  # of what is not its own any more
+    assert f"{RUN}/owner.json" in objects
+    stolen.release()
+    assert f"{RUN}/owner.json" not in objects
+
+
+def test_the_owner_s_file_is_not_copied(objects, monkeypatch):
+    monkeypatch.setattr(owner, "_READ_BACK_SECONDS", 0.0)
+    with opened() as mirror:
+        ownership = owner.take(mirror.owned, steal=False)
+        write_checkpoint(mirror.folder, 3)
+        mirror.flush()
+        assert not (mirror.folder / "owner.json").exists()
+        assert ownership.beat() is None
+        ownership.release()
+
+
+def test_a_run_that_wrote_nothing_leaves_nothing(objects):
+    with opened() as mirror:
+        mirror.close()
+    assert objects == {}
