@@ -214,7 +214,14 @@ def random_model(directory: Path) -> None:
     tokenizer = SentencePieceTokenizer(trained.getvalue())
     sizes = {"vocab_size": 500, "num_layers": 2, "d_model": 60, "num_heads": 4, "d_ff": 88}
     model = ModelConfig(
-        **sizes, layer_norm_eps=1e-5, alibi_scaling=1.0, dtype="float32", attention="auto", remat="full", loss_chunk=100
+        **sizes,
+        layer_norm_eps=1e-5,
+        qk_norm="none",
+        alibi_scaling=1.0,
+        dtype="float32",
+        attention="auto",
+        remat="full",
+        loss_chunk=100,
     )
     mup = MupConfig(
         preset="btlm", base_d_model=30.0, base_d_ff=44.0, base_num_layers=2, init_std=0.2, embedding_multiplier=10.0,

@@ -3,12 +3,17 @@
 Command: python benchmarks/kill_resume.py --config=FILE --switch=STEP --folder=DIR --hits=60
 
 Each run takes --per-run hits and is then left to end: SIGKILL, SIGTERM or SIGSTOP, of one process or of all, during
-imports, compilation, a step, a save, around the switch of phases, an evaluation, or the end report. Kinds of runs: one
-process; two processes of a device each; "elastic", where every start is at random one process of two devices or two
-of one. What each process of a hit run ended with must be as documented: 75 after SIGTERM, 77 within 60 s where another
-one is gone, 0 where the run was done. What ends must have the state, and every logged number, of an undisturbed run
-with as many devices; each step once. Hits are appended to DIR/hits.jsonl: the same command goes on until there are so
-many. Prints a table by moment; exits with 1 when anything differs. The config should take some tens of steps.
+imports, compilation, a restore, quarantine (a bit of the newest checkpoint was flipped), a step, a save, around the
+switch of phases, an evaluation, or the end report. Kinds of runs: one process; two processes of a device each;
+"elastic", where every start is at random one process of two devices or two of one. What each process of a hit run ended
+with must be as documented: 75 after SIGTERM, 77 within 60 s where another one is gone, 0 where the run was done. What
+ends must have the state, and every logged number, of an undisturbed run with as many devices; each step once. Hits are
+appended to DIR/hits.jsonl: the same command goes on until there are so many. Prints a table by moment; exits with 1
+when anything differs. The config should take some tens of steps.
+
+Where imports and compilation are not what is hit, starts are forks of a process that has imported what a run imports
+and has touched no device, and the workdir has the compilation cache of an undisturbed run, which each run then writes
+to as a user's does.
 """
 
 from __future__ import annotations
@@ -18,26 +23,38 @@ import contextlib
 import dataclasses
 import json
 import os
+import queue
 import random
 import shutil
 import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Sequence
 from pathlib import Path
+
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
 
 import jax
 import numpy as np
 import orbax.checkpoint as ocp
 
-MOMENTS = ("imports", "compilation", "a step", "a save", "the switch", "an evaluation", "the end report")
+from btlm_jax.train import COMPILE_CACHE
+
+MOMENTS = (
+    *("imports", "compilation", "a restore", "quarantine", "a step", "a save"),
+    *("the switch", "an evaluation", "the end report"),
+)
 SIGNALS = {"SIGKILL": signal.SIGKILL, "SIGTERM": signal.SIGTERM, "SIGSTOP": signal.SIGSTOP}
+SHARES = (75, 15, 10)  # of the hits; a run of one process that is only stopped for a while comes to its end
 KINDS = ("one", "two", "elastic")
+UNDISTURBED = "none"  # in place of a moment
 TIMING_KEYS = ("tokens_per_second", "mfu", "seconds")
 DONE, PREEMPTED, PEER_GONE = 0, 75, 77
 POLL_SECONDS = 0.005
+COMMAND = [sys.executable, "-m", "btlm_jax"]
 GONE_SECONDS = 60.0  # in which a process must end when another one is gone
 GIVE_UP_SECONDS = 400.0
 
@@ -57,12 +74,13 @@ class Started:
     """The processes of one start of a command."""
 
     workdir: Path
-    processes: list[subprocess.Popen]
+    outputs: Path  # the folder of what they say
+    processes: list[subprocess.Popen | Fork]
     output_from: int  # where process 0 began to write
 
     def output(self) -> str:
         """Return what process 0 has said since this start."""
-        with open(output_file(self.workdir, 0), "rb") as file:
+        with open(output_file(self.outputs, 0), "rb") as file:
             file.seek(self.output_from)
             return file.read().decode(errors="replace")
 
@@ -70,31 +88,149 @@ class Started:
         return any(process.poll() is None for process in self.processes)
 
 
-def output_file(workdir: Path, number: int) -> Path:
-    return workdir / f"output-{number}.txt"
+def output_file(folder: Path, number: int) -> Path:
+    return folder / f"output-{number}.txt"
+
+
+class Fork:
+    """A process that Forks has started, with what is used of Popen."""
+
+    def __init__(self, forks: Forks, pid: int):
+        self._forks, self.pid = forks, pid
+
+    def poll(self) -> int | None:
+        return self._forks.codes.get(self.pid)
+
+    def wait(self, timeout: float | None = None) -> int:
+        until = None if timeout is None else time.monotonic() + timeout
+        while (code := self.poll()) is None:
+            if until is not None and time.monotonic() > until:
+                raise subprocess.TimeoutExpired("a fork", timeout or 0.0)
+            time.sleep(POLL_SECONDS)
+        return code
+
+    def send_signal(self, number: int) -> None:
+        if self.poll() is None:
+            os.kill(self.pid, number)
+
+    def kill(self) -> None:
+        self.send_signal(signal.SIGKILL)
+
+
+class Forks:
+    """A process that has imported what a run imports, and forks commands; it has no devices and no threads."""
+
+    def __init__(self, environment: dict[str, str]):
+        self.codes: dict[int, int] = {}
+        self._pids: queue.Queue[int] = queue.Queue()
+        self._process = subprocess.Popen(
+            [sys.executable, __file__, "--forks"],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+            env=environment | {"OPENBLAS_NUM_THREADS": "1"},  # it would start others
+        )
+        threading.Thread(target=self._read, daemon=True).start()
+
+    def _read(self) -> None:
+        assert self._process.stdout is not None
+        for line in self._process.stdout:
+            pid, code = map(int, line.split())
+            if code == _BEGUN:
+                self._pids.put(pid)
+            else:
+                self.codes[pid] = code
+
+    def start(self, arguments: Sequence[str], *, output: Path) -> Fork:
+        """Fork a command."""
+        assert self._process.stdin is not None
+        self._process.stdin.write(json.dumps([str(output), *arguments]) + "\n")
+        self._process.stdin.flush()
+        pid = self._pids.get(timeout=60)
+        self.codes.pop(pid, None)  # of an earlier process with this id
+        return Fork(self, pid)
+
+
+_BEGUN = 1000  # in place of an exit code
+
+
+def fork_commands() -> int:
+    """Fork a command for each line of the standard input, [output, arguments...]; print "PID CODE" of each end."""
+    import select
+
+    from btlm_jax import cli
+    from btlm_jax.cli import train  # noqa: F401
+    from btlm_jax.generate import sample  # noqa: F401  the end report's
+    from btlm_jax.storage import owner  # noqa: F401
+    from btlm_jax.train import loop  # noqa: F401
+
+    assert len(list(Path("/proc/self/task").iterdir())) == 1, "a process with threads cannot be forked"
+    running: set[int] = set()
+    pending = b""
+    while True:
+        if select.select([0], [], [], POLL_SECONDS)[0]:
+            data = os.read(0, 1 << 16)
+            if not data:
+                return 0
+            *lines, pending = (pending + data).split(b"\n")
+            for line in lines:
+                output, *arguments = json.loads(line)
+                if (pid := os.fork()) == 0:
+                    file = os.open(output, os.O_WRONLY | os.O_APPEND | os.O_CREAT)
+                    os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
+                    os.dup2(file, 1)
+                    os.dup2(file, 2)
+                    sys.argv = ["btlm", *arguments]
+                    try:
+                        cli.entry()
+                    except SystemExit as end:
+                        sys.stdout.flush()
+                        os._exit(end.code if isinstance(end.code, int) else 1)
+                running.add(pid)
+                print(pid, _BEGUN, flush=True)
+        for pid in list(running):
+            ended, status = os.waitpid(pid, os.WNOHANG)
+            if ended:
+                running.discard(pid)
+                print(pid, os.waitstatus_to_exitcode(status), flush=True)
+
+
+def environment_of(*, num_devices: int) -> dict[str, str]:
+    """Return the environment of a process with so many devices."""
+    names = {"JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": str(num_devices), "PYTHONUNBUFFERED": "1"}
+    return {name: value for name, value in os.environ.items() if not name.startswith("JAX_")} | names
 
 
 def start_run(
-    config: Path, workdir: Path, *, num_processes: int, num_devices: int, cache: Path, changes: Sequence[str]
+    config: Path,
+    workdir: Path,
+    *,
+    outputs: Path,
+    num_processes: int,
+    num_devices: int,
+    changes: Sequence[Sequence[str]],
+    command: Sequence[str] = COMMAND,
+    forks: Forks | None = None,
 ) -> Started:
-    """Start the real command, in so many processes that share the devices."""
-    command = [sys.executable, "-m", "btlm_jax", "train", f"--config={config}", f"--workdir={workdir}", *changes]
-    devices = str(num_devices // num_processes)
-    environment = os.environ | {"JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": devices, "PYTHONUNBUFFERED": "1"}
-    environment["JAX_COMPILATION_CACHE_DIR"] = str(cache)
-    workdir.mkdir(parents=True, exist_ok=True)
+    """Start the real command, in so many processes that share the devices; `changes` are flags of each."""
+    arguments = ["train", f"--config={config}", f"--workdir={workdir}"]
+    environment = environment_of(num_devices=num_devices // num_processes)
+    outputs.mkdir(parents=True, exist_ok=True)
     if num_processes > 1:
         with socket.socket() as free:
             free.bind(("localhost", 0))
-            command += [f"--coordinator=localhost:{free.getsockname()[1]}", f"--num_processes={num_processes}"]
-    processes = []
-    first = output_file(workdir, 0)
+            arguments += [f"--coordinator=localhost:{free.getsockname()[1]}", f"--num_processes={num_processes}"]
+    processes: list[subprocess.Popen | Fork] = []
+    first = output_file(outputs, 0)
     output_from = first.stat().st_size if first.exists() else 0
     for number in range(num_processes):
-        own = [f"--process_id={number}"] if num_processes > 1 else []
-        with open(output_file(workdir, number), "ab") as output:
+        own = [*arguments, *changes[number], *([f"--process_id={number}"] if num_processes > 1 else [])]
+        if forks:
+            processes.append(forks.start(own, output=output_file(outputs, number)))
+            continue
+        with open(output_file(outputs, number), "ab") as output:
             processes.append(subprocess.Popen([*command, *own], stdout=output, stderr=output, env=environment))
-    return Started(workdir, processes, output_from)
+    return Started(workdir, outputs, processes, output_from)
 
 
 def rows_of(workdir: Path) -> list[dict]:
@@ -124,7 +260,7 @@ def _is_now(started: Started, moment: str, last: dict | None, *, switch: int) ->
     """Return whether a moment has begun; `last` is the last line that this start has logged."""
     if moment == "imports":
         return True
-    if moment == "compilation":
+    if moment in ("compilation", "a restore", "quarantine"):
         return "Model:" in started.output()
     if moment == "a save":
         return any("tmp" in path.name for path in (started.workdir / "checkpoints").glob("*"))
@@ -138,8 +274,8 @@ def _is_now(started: Started, moment: str, last: dict | None, *, switch: int) ->
 
 
 # Seconds that a moment lasts about, over which a hit's delay is spread.
-LASTING = {"imports": 4.0, "compilation": 6.0, "a step": 0.4, "a save": 0.1, "the switch": 0.3}
-LASTING |= {"an evaluation": 0.3, "the end report": 2.0}
+LASTING = {"imports": 4.0, "compilation": 6.0, "a restore": 1.5, "quarantine": 1.5, "a step": 0.4, "a save": 0.1}
+LASTING |= {"the switch": 0.3, "an evaluation": 0.3, "the end report": 2.0}
 
 
 def strike(started: Started, hit: Hit, *, switch: int, rng: random.Random) -> dict:
@@ -215,33 +351,71 @@ def _final_state(workdir: Path) -> dict[str, np.ndarray]:
     return {jax.tree_util.keystr(path): np.asarray(leaf) for path, leaf in jax.tree_util.tree_leaves_with_path(tree)}
 
 
+def flip_newest(workdir: Path, *, rng: random.Random) -> None:
+    """Flip a bit of the arrays of the newest checkpoint, where there is one to fall back to."""
+    folder = workdir / "checkpoints"
+    steps = sorted(int(path.name) for path in folder.glob("*") if path.name.isdecimal())
+    if len(steps) < 2:
+        return
+    path = max((folder / str(steps[-1]) / "state").rglob("*"), key=lambda path: path.stat().st_size * path.is_file())
+    data = bytearray(path.read_bytes())
+    data[rng.randrange(len(data))] ^= 1 << rng.randrange(8)
+    path.write_bytes(data)
+
+
 class Runs:
-    """Runs of one config, all with one compilation cache."""
+    """Runs of one config."""
 
     def __init__(self, config: Path, folder: Path, *, switch: int, changes: Sequence[str]):
         self._config, self._folder, self._switch, self._changes = config, folder, switch, changes
+        self._forks: dict[int, Forks] = {}
 
     def undisturbed(self, num_devices: int) -> Path:
         """Return the workdir of a run in one process that nobody hits; it is made once."""
         workdir = self._folder / f"undisturbed-{num_devices}"
-        if not (workdir / "summary.json").exists():
+        if not (workdir / "whole").exists():
             shutil.rmtree(workdir, ignore_errors=True)
-            self.finish(workdir, kind="one", num_devices=num_devices, rng=random.Random(0))
+            options = {"num_devices": num_devices, "rng": random.Random(0), "moment": UNDISTURBED}
+            self.finish(workdir, kind="one", **options)
+            if num_devices > 1:  # two processes have other executables
+                pair = self._folder / "undisturbed-pair"
+                self.finish(pair, kind="two", **options)
+                shutil.copytree(pair / COMPILE_CACHE, workdir / COMPILE_CACHE, dirs_exist_ok=True)
+                shutil.rmtree(pair)
+            (workdir / "whole").touch()
         return workdir
 
-    def start(self, workdir: Path, *, kind: str, num_devices: int, rng: random.Random, is_cached: bool) -> Started:
+    def start(self, workdir: Path, *, kind: str, num_devices: int, rng: random.Random, moment: str) -> Started:
+        """Start the command, as what is to be hit asks for."""
         num_processes = {"one": 1, "two": 2, "elastic": rng.choice((1, 2))}[kind]
-        cache = self._folder / "cache" if is_cached else workdir / f"cache-{rng.randrange(10**9)}"
-        sizes = {"num_processes": num_processes, "num_devices": num_devices}
-        return start_run(self._config, workdir, **sizes, cache=cache, changes=self._changes)
+        if moment == "compilation":
+            shutil.rmtree(workdir / COMPILE_CACHE, ignore_errors=True)
+        elif not (workdir / COMPILE_CACHE).exists() and moment != UNDISTURBED:
+            shutil.copytree(self.undisturbed(num_devices) / COMPILE_CACHE, workdir / COMPILE_CACHE)
+        if moment == "quarantine":
+            flip_newest(workdir, rng=rng)
+        return start_run(
+            self._config,
+            workdir,
+            outputs=workdir,
+            num_processes=num_processes,
+            num_devices=num_devices,
+            changes=[self._changes] * num_processes,
+            forks=None if moment == "imports" else self._forks_of(num_devices // num_processes),
+        )
 
-    def finish(self, workdir: Path, *, kind: str, num_devices: int, rng: random.Random) -> None:
+    def _forks_of(self, num_devices: int) -> Forks:
+        if num_devices not in self._forks:
+            self._forks[num_devices] = Forks(environment_of(num_devices=num_devices))
+        return self._forks[num_devices]
+
+    def finish(self, workdir: Path, *, kind: str, num_devices: int, rng: random.Random, moment: str = "") -> None:
         """Run the command until it ends by itself.
 
         Raises:
           RuntimeError: it ended with an error; with the end of its output.
         """
-        started = self.start(workdir, kind=kind, num_devices=num_devices, rng=rng, is_cached=True)
+        started = self.start(workdir, kind=kind, num_devices=num_devices, rng=rng, moment=moment)
         codes = [process.wait(timeout=GIVE_UP_SECONDS) for process in started.processes]
         if set(codes) != {DONE}:
             raise RuntimeError(f"exit codes {codes}:\n{started.output()[-3000:]}")
@@ -250,8 +424,7 @@ class Runs:
         """Run to the end through hits; return what became of each. A run that ends early is hit no more."""
         num_devices, results = (1 if kind == "one" else 2), []
         for hit in hits:
-            is_cached = hit.moment != "compilation"
-            started = self.start(workdir, kind=kind, num_devices=num_devices, rng=rng, is_cached=is_cached)
+            started = self.start(workdir, kind=kind, num_devices=num_devices, rng=rng, moment=hit.moment)
             result = strike(started, hit, switch=self._switch, rng=rng)
             results.append({**dataclasses.asdict(hit), "kind": kind, "processes": len(started.processes), **result})
             if set(result["codes"]) == {DONE}:
@@ -267,7 +440,7 @@ class Runs:
 
 def choose_hit(rng: random.Random, *, moment: str) -> Hit:
     """Return a hit of a moment, the rest at random."""
-    signal_name = rng.choice(list(SIGNALS))
+    (signal_name,) = rng.choices(list(SIGNALS), weights=SHARES)
     return Hit(moment=moment, signal=signal_name, victims=rng.choice(("one", "all")), delay=rng.random())
 
 
@@ -329,4 +502,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(fork_commands() if sys.argv[1:] == ["--forks"] else main())

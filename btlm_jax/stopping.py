@@ -37,6 +37,18 @@ class ProcessesDifferError(ValueError):
     """The processes of a run do not agree on what they do."""
 
 
+class AgreedError(OSError):
+    """What failed in one process of a run or in several, raised in all; `reason` says in which, and why."""
+
+    def __init__(self, message: str, *, reason: str):
+        super().__init__(message)
+        self.reason = reason
+
+
+class OthersFailedError(Exception):
+    """Other processes have failed at what this one waits for; they say why."""
+
+
 class Peers(Protocol):
     """The other processes of a run, as parallel/peers.py has them."""
 
@@ -87,12 +99,12 @@ class Stop:
         self.stage = BEGINNING
         self.workdir: Path | None = None
         self._clock = clock
-        self._requested_at = self._ticked = clock()
+        self.began = self._requested_at = self._ticked = clock()
         self._deadline = 0.0  # for the next step; 0: none
         self._stepped_at = 0.0
         self._intervals = collections.deque(maxlen=50)  # seconds between the last steps
         self._peers: Peers | None = None
-        self._at_exit: list[Callable[[], None]] = []
+        self._at_exit: list[Callable[[int, str], None]] = []
 
     def watch_signals(self) -> None:
         """Take SIGTERM and SIGINT from here on; call it in the main thread, once."""
@@ -111,8 +123,8 @@ class Stop:
         if self.reason:
             peers.request(self.reason)
 
-    def at_exit(self, function: Callable[[], None]) -> None:
-        """Have a function called before this process ends at once."""
+    def at_exit(self, function: Callable[[int, str], None]) -> None:
+        """Have a function called, with the exit code and the reason, before this process ends at once."""
         self._at_exit.append(function)
 
     def request(self, reason: str) -> None:
@@ -198,7 +210,7 @@ class Stop:
             self._peers.end(code, reason)
         for function in self._at_exit:
             with contextlib.suppress(OSError):
-                function()
+                function(code, reason)
         if files := sys.modules.get("btlm_jax.storage.files"):
             files.delete_unfinished()
         os._exit(code)

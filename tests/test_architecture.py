@@ -14,6 +14,7 @@ PACKAGE = Path(__file__).parent.parent / "btlm_jax"
 LINES = (
     ("__main__",),
     ("cli",),
+    ("runs",),
     ("evaluate",),
     ("generate",),
     ("convert", "plan", "tune"),

@@ -105,7 +105,7 @@ def test_a_process_that_was_suspended_is_not_late(stop, clock):
 
 def test_what_must_be_done_at_an_end_at_once_is_done(stop):
     released = []
-    stop.at_exit(lambda: released.append(True))
+    stop.at_exit(lambda code, reason: released.append((code, reason)))
     with pytest.raises(Ended):
         stop.end_now(1, "it was taken over")
-    assert released == [True] and stop.ended == [1]
+    assert released == [(1, "it was taken over")] and stop.ended == [1]

@@ -37,6 +37,8 @@ usage: btlm <verb> [flags]        (btlm <verb> --help explains a verb)
   corpus build     make the token store that a config names, without training
   corpus clean     make a corpus out of raw files, stage by stage (btlm corpus --help)
   corpus verify    read a token store again and compare every byte with its manifest
+  status           what runs do or how they ended: step, loss, speed, time left, where the time went
+  report           write a run as one HTML page: curves, where the time went, config; two runs beside each other
   checkpoints      list, verify, prune and copy the checkpoints of a run
   tune coord-check prove on a CPU that the parametrization is right, and that wrong ones are caught (2 minutes)
   plan             compile the train steps for a TPU slice that is not there: fits? how fast? how much?
@@ -96,6 +98,18 @@ def _corpus(arguments: Sequence[str]) -> int:
     return corpus(arguments)
 
 
+def _status(arguments: Sequence[str]) -> int:
+    from btlm_jax.cli.status import status
+
+    return status(arguments)
+
+
+def _report(arguments: Sequence[str]) -> int:
+    from btlm_jax.cli.report import report
+
+    return report(arguments)
+
+
 def _checkpoints(arguments: Sequence[str]) -> int:
     from btlm_jax.cli.checkpoints import checkpoints
 
@@ -140,6 +154,8 @@ VERBS: dict[str, Callable[[Sequence[str]], int]] = {
     "lm-eval": _lm_eval,
     "convert": _convert,
     "corpus": _corpus,
+    "status": _status,
+    "report": _report,
     "checkpoints": _checkpoints,
     "tune": _tune,
     "plan": _plan,
@@ -229,7 +245,7 @@ def main(arguments: Sequence[str]) -> int:
     except SystemExit:
         raise
     except BaseException as error:  # a panic of a library in Rust is no Exception
-        if isinstance(error, BrokenPipeError) and _is_reader_gone():
+        if isinstance(error, BrokenPipeError) and is_reader_gone():
             raise
         from btlm_jax.cli import errors
 
@@ -243,7 +259,7 @@ def _discard_output() -> None:
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
-def _is_reader_gone() -> bool:
+def is_reader_gone() -> bool:
     """Return whether nobody reads standard output any more; a broken pipe to a worker process is another thing."""
     try:
         poll = select.poll()

@@ -40,7 +40,20 @@ def completion_flags() -> Flags:
 
 def commands() -> dict[str, Callable[[], Flags]]:
     """Return what defines the flags of each command; its words are those of the key."""
-    from btlm_jax.cli import build_kernels, checkpoints, configs, convert, corpus, generate, new, plan, train, tune
+    from btlm_jax.cli import (
+        build_kernels,
+        checkpoints,
+        configs,
+        convert,
+        corpus,
+        generate,
+        new,
+        plan,
+        report,
+        status,
+        train,
+        tune,
+    )
 
     found = {
         "new": new.new_flags,
@@ -49,6 +62,8 @@ def commands() -> dict[str, Callable[[], Flags]]:
         "convert": convert.convert_flags,
         "tune coord-check": tune.tune_flags,
         "plan": plan.plan_flags,
+        "status": status.status_flags,
+        "report": report.report_flags,
         "checkpoints": checkpoints.checkpoints_flags,
         "configs": configs.configs_flags,
         "build-kernels": build_kernels.build_kernels_flags,

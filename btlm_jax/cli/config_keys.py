@@ -88,6 +88,7 @@ def explain_keys() -> str:
 _TYPES = {
     "int": "whole number",
     "float": "number",
+    "float | str": "number or a word",
     "str": "text",
     "bool": "true or false",
     "tuple[int, ...]": "whole numbers",

@@ -11,8 +11,9 @@ from collections.abc import Sequence
 from importlib import metadata
 
 import btlm_jax
-from btlm_jax.cli import ERROR, FAULT
+from btlm_jax.cli import ERROR, FAULT, PIPE_CLOSED, USAGE, UsageError, is_reader_gone
 from btlm_jax.notices import StrictError, is_named, named
+from btlm_jax.stopping import INTERRUPTED, PREEMPTED, ProcessesDifferError, Stopped
 
 _VERSIONS_OF = ("jax", "jaxlib", "numpy", "flax", "orbax-checkpoint", "grain")
 
@@ -35,6 +36,17 @@ def report(error: BaseException, *, verb: str, arguments: Sequence[str]) -> int:
         file=sys.stderr,
     )
     return FAULT
+
+
+def code_of(error: BaseException) -> int:
+    """Return the exit code of a command that an error ends."""
+    if isinstance(error, (UsageError, ProcessesDifferError)):
+        return USAGE
+    if isinstance(error, KeyboardInterrupt):
+        return PREEMPTED if isinstance(error, Stopped) else INTERRUPTED
+    if isinstance(error, BrokenPipeError) and is_reader_gone():
+        return PIPE_CLOSED
+    return FAULT if _message_for_user(error) is None else ERROR
 
 
 def _message_for_user(error: BaseException) -> str | None:

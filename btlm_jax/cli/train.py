@@ -13,14 +13,16 @@ from typing import TYPE_CHECKING
 from btlm_jax import notices, stopping
 from btlm_jax.cli import BAD_NUMBERS, DONE, ERROR, PREEMPTED, UsageError
 from btlm_jax.cli.parse import Flags, find_config
-from btlm_jax.stopping import ProcessesDifferError, Stop
+from btlm_jax.stopping import AgreedError, ProcessesDifferError, Stop
 
 if TYPE_CHECKING:
     import jax
 
     from btlm_jax.data.store import Manifest
+    from btlm_jax.parallel.peers import Place
     from btlm_jax.recipe.config import CorpusConfig, TrainConfig
     from btlm_jax.storage.location import Mirror
+    from btlm_jax.train.metric_writer import GoodputLedger
     from btlm_jax.train.setup import Beginning, Run
 
 TRAIN_HELP = """btlm train: train, or resume from the last checkpoint in the workdir.
@@ -76,10 +78,12 @@ def train(arguments: Sequence[str]) -> int:
     if flags.boolean("dry_run"):
         return _print_plan(config, flags)
     try:
-        with _local_workdir(flags) as workdir, _owned(workdir, flags) as stop:
-            return _train(config, flags, workdir=workdir, stop=stop)
+        with _local_workdir(flags) as workdir:
+            return _run_as_owner(workdir, flags, functools.partial(_train, config))
     except ProcessesDifferError as error:
         raise UsageError(str(error)) from error
+    except AgreedError:
+        raise
     except (RuntimeError, OSError):  # of JAX and orbax, when they wait for a process that is gone
         stopping.current().wait_if_peer_is_gone()
         raise
@@ -99,11 +103,11 @@ def _print_plan(config: TrainConfig, flags: Flags) -> int:
     return DONE
 
 
-def _train(config: TrainConfig, flags: Flags, *, workdir: Path, stop: Stop) -> int:
+def _train(config: TrainConfig, flags: Flags, *, workdir: Path, stop: Stop, ledger: GoodputLedger) -> int:
     from btlm_jax.train import INIT_FILE, setup
 
     beginning = setup.FROM_SEED
-    if flags.string("coordinator") or flags.boolean("distributed"):
+    if _has_several(flags):
         _join_processes(config, flags, workdir=workdir, stop=stop)
     if flags.is_given("init") or (workdir / INIT_FILE).is_file():
         from btlm_jax.cli import train_init
@@ -111,7 +115,15 @@ def _train(config: TrainConfig, flags: Flags, *, workdir: Path, stop: Stop) -> i
         open_model = functools.partial(train_init.open_init, flags, workdir=workdir)
         start = train_init.start(config, flags, workdir=workdir, open_model=open_model)
         config, beginning = start.config, start.beginning
-    return _run(config, flags, workdir=workdir, config_file=flags.config_file(), beginning=beginning, stop=stop)
+    return _run(
+        config,
+        flags,
+        workdir=workdir,
+        config_file=flags.config_file(),
+        beginning=beginning,
+        stop=stop,
+        ledger=ledger,
+    )
 
 
 @contextlib.contextmanager
@@ -128,9 +140,7 @@ def _local_workdir(flags: Flags) -> Iterator[Path]:
 
     process, count = flags.integer("process_id"), flags.integer("num_processes")
     if flags.boolean("distributed"):
-        from btlm_jax.parallel import peers
-
-        place = peers.place_in_cluster()
+        place = _place(flags)
         process, count = place.index, place.count
     if count > 1:
         raise UsageError(f"--workdir={url} is for one process; several need a folder that all see")
@@ -139,38 +149,58 @@ def _local_workdir(flags: Flags) -> Iterator[Path]:
         yield mirror.folder
 
 
-@contextlib.contextmanager
-def _owned(workdir: Path, flags: Flags) -> Iterator[Stop]:
-    """Own the workdir meanwhile, in process 0 of the run; yield what says when to stop.
+def _run_as_owner(workdir: Path, flags: Flags, work: Callable[..., int]) -> int:
+    """Own the workdir in process 0 of the run while `work` runs; return its exit code, which is recorded.
 
     A workdir that was made here, and in which nothing is left at the end, as in a run that is refused, is deleted.
     """
     from btlm_jax.storage import location
     from btlm_jax.train import setup
+    from btlm_jax.train.metric_writer import GoodputLedger, StartRecord
 
     stop = stopping.current()
+    ledger = GoodputLedger(began=stop.began)
     _watch_notices(stop)
     is_new = not workdir.exists()
-    setup.make_workdir(workdir)
-    stop.workdir = workdir
-    mirror = location.mirror_of(workdir)
-    if _process_id(flags):
-        with _copied(mirror):
-            yield stop
-        return
-    from btlm_jax.storage import owner
+    try:
+        setup.make_workdir(workdir)
+        stop.workdir = workdir
+        mirror = location.mirror_of(workdir)
+        if _process_id(flags):
+            ownership = None
+        else:
+            from btlm_jax.storage import owner
 
-    ownership = owner.take(mirror.owned or workdir, steal=flags.boolean("steal"))
-    stop.at_exit(ownership.release)
+            ownership = owner.take(mirror.owned or workdir, steal=flags.boolean("steal"))
+    except (OSError, ValueError, notices.StrictError) as error:
+        if _has_several(flags):
+            from btlm_jax.parallel import peers
+
+            peers.refuse(_place(flags), str(error))
+        raise
+    if ownership is None:
+        with _copied(mirror):
+            return work(flags, workdir=workdir, stop=stop, ledger=ledger)
+    stop.at_exit(lambda code, reason: ownership.release())
     ownership.keep(on_loss=functools.partial(stop.end_now, ERROR))
     try:
         with _copied(mirror):
-            yield stop
+            record = StartRecord(workdir, ledger)
+            stop.at_exit(record.end)
+            record.keep()
+            try:
+                code = work(flags, workdir=workdir, stop=stop, ledger=ledger)
+            except BaseException as error:
+                from btlm_jax.cli import errors
+
+                record.end(errors.code_of(error), str(error) or stop.reason)
+                raise
+            record.end(code, stop.reason)
+        return code
     finally:
         ownership.release()
         if is_new:
-            with contextlib.suppress(OSError):  # it is not empty
-                workdir.rmdir()
+            setup.delete_unused(workdir)
 
 
 @contextlib.contextmanager
@@ -208,11 +238,22 @@ def _machine() -> str:
 
 def _process_id(flags: Flags) -> int:
     """Return which process of the run this is."""
-    if not flags.boolean("distributed"):
-        return flags.integer("process_id")
+    return _place(flags).index if flags.boolean("distributed") else flags.integer("process_id")
+
+
+def _has_several(flags: Flags) -> bool:
+    """Return whether the run has several processes."""
+    return bool(flags.string("coordinator")) or flags.boolean("distributed")
+
+
+def _place(flags: Flags) -> Place:
+    """Return where this process stands among those of the run."""
     from btlm_jax.parallel import peers
 
-    return peers.place_in_cluster().index
+    if flags.boolean("distributed"):
+        return peers.place_in_cluster()
+    count, index = flags.integer("num_processes"), flags.integer("process_id")
+    return peers.Place(address=flags.string("coordinator"), count=count, index=index)
 
 
 def _join_processes(config: TrainConfig, flags: Flags, *, workdir: Path, stop: Stop) -> None:
@@ -221,11 +262,7 @@ def _join_processes(config: TrainConfig, flags: Flags, *, workdir: Path, stop: S
     from btlm_jax.parallel import peers
     from btlm_jax.storage import location
 
-    if flags.boolean("distributed"):
-        place = peers.place_in_cluster()
-    else:
-        count, index = flags.integer("num_processes"), flags.integer("process_id")
-        place = peers.Place(address=flags.string("coordinator"), count=count, index=index)
+    place = _place(flags)
     if place.index != 0:
         notices.mute()
     log = print_line if place.index == 0 else lambda line: None
@@ -255,32 +292,44 @@ def _train_on_data(flags: Flags) -> int:
     with _local_workdir(flags) as workdir:
         if not is_url:
             train_data.check_is_of_data(flags, workdir=workdir)
-        with _owned(workdir, flags) as stop:
-            if is_url:  # what is there is known only now
-                train_data.check_is_of_data(flags, workdir=workdir)
-            return _work_on_data(flags, workdir=workdir, stop=stop)
+            return _run_as_owner(workdir, flags, _work_on_data)
+
+        def check_and_work(flags: Flags, *, workdir: Path, stop: Stop, ledger: GoodputLedger) -> int:
+            train_data.check_is_of_data(flags, workdir=workdir)  # what is there is known only now
+            return _work_on_data(flags, workdir=workdir, stop=stop, ledger=ledger)
+
+        return _run_as_owner(workdir, flags, check_and_work)
 
 
-def _work_on_data(flags: Flags, *, workdir: Path, stop: Stop) -> int:
+def _work_on_data(flags: Flags, *, workdir: Path, stop: Stop, ledger: GoodputLedger) -> int:
     from btlm_jax.cli import train_data
     from btlm_jax.train import setup
 
     config_file = flags.config_file() if flags.is_given("config") else find_config(train_data.BASE_CONFIG)
     if not flags.is_given("init"):
-        config = train_data.config_of_data(flags, workdir=workdir, open_model=None)
+        with ledger.measure("corpus"):
+            config = train_data.config_of_data(flags, workdir=workdir, open_model=None)
         beginning = setup.FROM_SEED
     else:
         from btlm_jax.cli import train_init
 
         open_model = functools.cache(functools.partial(train_init.open_init, flags, workdir=workdir))
-        config = train_data.config_of_data(flags, workdir=workdir, open_model=open_model)
+        with ledger.measure("corpus"):
+            config = train_data.config_of_data(flags, workdir=workdir, open_model=open_model)
         start = train_init.start(config, flags, workdir=workdir, open_model=open_model)
         config, beginning = start.config, start.beginning
-    return _run(config, flags, workdir=workdir, config_file=config_file, beginning=beginning, stop=stop)
+    return _run(config, flags, workdir=workdir, config_file=config_file, beginning=beginning, stop=stop, ledger=ledger)
 
 
 def _run(
-    config: TrainConfig, flags: Flags, *, workdir: Path, config_file: Path, beginning: Beginning, stop: Stop
+    config: TrainConfig,
+    flags: Flags,
+    *,
+    workdir: Path,
+    config_file: Path,
+    beginning: Beginning,
+    stop: Stop,
+    ledger: GoodputLedger,
 ) -> int:
     from btlm_jax.train import loop
 
@@ -288,6 +337,7 @@ def _run(
         config,
         workdir=workdir,
         stop=stop,
+        ledger=ledger,
         resume_step=flags.integer("resume_step"),
         check_devices=functools.partial(_check_devices, config_file=config_file),
         build_store=build_store,

@@ -91,6 +91,21 @@ def _earlier_parts(path: Path, *, identity: str) -> dict[str, dict]:
     return parts  # pyright: ignore[reportReturnType] # as it was written
 
 
+def read_report(path: Path) -> dict[str, Any]:
+    """Return a report as `write_report` kept it.
+
+    Raises:
+      OSError: it cannot be read.
+      ValueError: it is not as it was written, or is of another version.
+    """
+    report = read_json_object(path)
+    if report.get("format") != FORMAT:
+        raise ValueError(f"{path} has the format {report.get('format')!r}, and this version reads {FORMAT!r}")
+    if report.get(_SHA256) != hash_json(report.get("parts")):
+        raise ValueError(f"{path} is not as it was written: make it again by btlm evaluate")
+    return report
+
+
 def tables_of(report: dict[str, Any]) -> list[Table]:
     """Return the tables of every part."""
     return [table for part, result in report["parts"].items() for table in _TABLES[part](result)]

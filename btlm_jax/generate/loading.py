@@ -11,9 +11,10 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
+from btlm_jax import notices
 from btlm_jax.hub.native import ModelMetadata, one_device_mesh
 from btlm_jax.hub.published import EMBEDDING, PublishedConfig, Tensors, block_prefix, tensor_shapes
-from btlm_jax.hub.source import load_native, open_source, published_metadata
+from btlm_jax.hub.source import UnpublishedError, load_native, open_source, published_metadata
 from btlm_jax.kernels.build import GROUP_INPUTS, TILE_OUTPUTS, has_kernels
 from btlm_jax.kernels.tiles import FloatTiles, float_tiles
 from btlm_jax.kernels.weights import Weights, aligned_empty, from_numpy_zero_copy
@@ -52,12 +53,19 @@ def load_for_generation(directory: Path, *, as_int4: bool) -> GenerationModel:
         if as_int4:
             raise ValueError(f"{directory} has 4 bits already; leave out --int4")
         return _read_int4(directory)
-    if not as_int4 and not has_kernels():
+    source = None
+    if as_int4 or has_kernels():
+        try:
+            source = open_source(directory)
+        except UnpublishedError as error:
+            if as_int4:
+                raise
+            notices.report("without-kernels", f"{directory} decodes without the CPU kernels, slower: {error}")
+    if source is None:
         native = load_native(directory)
         return GenerationModel(
             metadata=native.metadata, params=native.params, mesh=native.mesh, tokenizer=native.tokenizer
         )
-    source = open_source(directory)
     metadata = published_metadata(source)
     if not as_int4:
         weights = float_weights(source.config, source.tensors, dtype=metadata.model.dtype)

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +23,7 @@ from btlm_jax.hub.client_files import NO_SETTINGS, ClientSettings, read_client_s
 from btlm_jax.hub.safetensors_files import SINGLE_FILE, SafetensorsFile, TensorToWrite, write_safetensors
 from btlm_jax.model import Btlm, make_model, parameter_table
 from btlm_jax.parallel.make_mesh import make_mesh
-from btlm_jax.recipe.config import ModelConfig, MupConfig, TrainConfig, config_from
+from btlm_jax.recipe.config import LATER_KEYS, ModelConfig, MupConfig, TrainConfig, config_from
 from btlm_jax.recipe.mup import make_parametrization
 from btlm_jax.storage.files import hash_json, read_json_object, write_atomically
 from btlm_jax.storage.location import PathOrUrl, resolve_location
@@ -87,16 +87,21 @@ def is_model_directory(directory: Path) -> bool:
     return (directory / MODEL_FILE).is_file()
 
 
-def read_run(workdir: Path) -> NativeModel:
-    """Read the parameters of a run's last checkpoint; the run may be going on.
+def accept(metadata: ModelMetadata) -> None:
+    """Refuse no model."""
+
+
+def read_run(workdir: Path, *, check: Callable[[ModelMetadata], object] = accept) -> NativeModel:
+    """Read the parameters of a run's last checkpoint, which `check` may refuse before; the run may be going on.
 
     Raises:
       FileNotFoundError: there is no checkpoint, or the run has kept no tokenizer and its token store is missing.
-      ValueError: the checkpoint, the tokenizer or the store's manifest is damaged.
+      ValueError: the checkpoint, the tokenizer or the store's manifest is damaged; or of `check`.
     """
     reader = CheckpointReader(workdir)
     try:
         checkpoint = read_run_checkpoint(reader, reader.steps()[-1], workdir=workdir)
+        check(checkpoint.metadata)
         mesh = one_device_mesh()
         params = reader.restore_params(checkpoint.position.step, abstract=abstract_params(checkpoint.metadata, mesh))
     finally:
@@ -207,7 +212,7 @@ def read_metadata(directory: Path, *, formats: tuple[str, ...] = FORMATS) -> Mod
             hint = "; a 4-bit model is only for btlm generate: give the one it was made of" if is_int4 else ""
             raise ValueError(f"its format is {values['format']!r}, not {formats[0]!r}{hint}")
         return ModelMetadata(
-            model=config_from(ModelConfig, values["model"], path="model"),
+            model=config_from(ModelConfig, {**LATER_KEYS["model"], **values["model"]}, path="model"),
             mup=config_from(MupConfig, values["mup"], path="mup"),
             max_length=_whole(values["max_length"], name="max_length"),
             eos_id=_whole(values["eos_id"], name="eos_id"),

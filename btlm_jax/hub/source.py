@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+from collections.abc import Callable
 from pathlib import Path
 from typing import cast
 
@@ -17,9 +18,11 @@ from btlm_jax.hub.native import (
     ModelMetadata,
     NativeModel,
     abstract_params,
+    accept,
     is_model_directory,
     is_run,
     one_device_mesh,
+    read_metadata,
     read_model_directory,
     read_run,
 )
@@ -98,6 +101,10 @@ class NativeSource:
 Source = HuggingFaceSource | NativeSource
 
 
+class UnpublishedError(ValueError):
+    """A model has what no published form, and no kernel for them, has."""
+
+
 def is_hugging_face(directory: Path) -> bool:
     """Whether this looks like a Hugging Face directory: it has a config.json, and is not one of our own forms."""
     return (directory / CONFIG_FILE).is_file() and not is_run(directory) and not is_model_directory(directory)
@@ -109,8 +116,11 @@ def open_source(directory: Path) -> Source:
     Raises:
       FileNotFoundError: there is no model, or one of its files is missing.
       ValueError: it is damaged, contradicts itself, or is of an architecture that is not implemented here.
+      UnpublishedError: before its weights are read, as `published_config`.
     """
-    return HuggingFaceSource(directory) if is_hugging_face(directory) else NativeSource(read_native(directory))
+    if is_hugging_face(directory):
+        return HuggingFaceSource(directory)
+    return NativeSource(read_native(directory, check=published_config))
 
 
 def load_native(directory: Path) -> NativeModel:
@@ -129,16 +139,17 @@ def load_native(directory: Path) -> NativeModel:
     return NativeModel(metadata=metadata, params=params, mesh=mesh, tokenizer=source.tokenizer)
 
 
-def read_native(directory: Path) -> NativeModel:
-    """Read a run or a model directory.
+def read_native(directory: Path, *, check: Callable[[ModelMetadata], object] = accept) -> NativeModel:
+    """Read a run or a model directory; `check` gets what is known of the model before its weights are read.
 
     Raises:
       FileNotFoundError: it is neither.
-      ValueError: it is damaged.
+      ValueError: it is damaged, or of `check`.
     """
     if is_run(directory):
-        return read_run(directory)
+        return read_run(directory, check=check)
     if is_model_directory(directory):
+        check(read_metadata(directory))
         return read_model_directory(directory)
     raise FileNotFoundError(
         f"{directory} holds no model: looked for checkpoints/ (a training run), model.json (a converted model) and "
@@ -161,8 +172,17 @@ def _logits_BTV(params: dict, ids_BT: jax.Array, *, model: Btlm) -> jax.Array:
 
 
 def published_config(metadata: ModelMetadata) -> PublishedConfig:
-    """Return our configs as a published one."""
+    """Return our configs as a published one.
+
+    Raises:
+      UnpublishedError: the model has what published models have not.
+    """
     model, mup = metadata.model, metadata.mup
+    if model.qk_norm != "none":
+        raise UnpublishedError(
+            f"the model has model.qk_norm={model.qk_norm}, which is in no published form: it cannot become a Hugging "
+            "Face, GGUF, Jais, 4-bit or native directory; btlm generate and btlm evaluate take the run itself"
+        )
     return PublishedConfig(
         vocab_size=model.vocab_size,
         n_positions=metadata.max_length,
@@ -206,6 +226,7 @@ def model_metadata(
             num_heads=config.n_head,
             d_ff=config.n_inner,
             layer_norm_eps=config.layer_norm_epsilon,
+            qk_norm="none",
             alibi_scaling=config.alibi_scaling,
             dtype=dtype,
             attention="auto",

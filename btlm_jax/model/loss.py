@@ -26,6 +26,7 @@ class _LossStatics:
     output_scale: float
     chunk: int
     rules: AxisRules
+    z_loss: float = 0.0
 
 
 def loss_sum(
@@ -37,15 +38,18 @@ def loss_sum(
     output_scale: float,
     chunk: int,
     rules: AxisRules,
+    z_loss: float = 0.0,
 ) -> jax.Array:
     """Return the float32 scalar sum over positions of weight * negative log-likelihood of the target, in nats.
 
+    Its gradients are those of weight * (negative log-likelihood + z_loss * log(Z)^2), Z the sum of exp(logits): PaLM's
+    z-loss (arXiv 2204.02311), which is not in the value, so that losses stay comparable.
     logits = (hidden @ table^T) * output_scale, of `chunk` positions of each sequence at a time. The float32 table_VD is
     cast to the dtype of hidden_BTD; logits and the table's gradient are accumulated in float32.
     """
     hidden_BTD = jax.sharding.reshard(hidden_BTD, rules.spec("batch", "length", "act_embed"))
     table_VD = jax.sharding.reshard(table_VD, rules.spec("vocab", "embed"))
-    statics = _LossStatics(output_scale=output_scale, chunk=chunk, rules=rules)
+    statics = _LossStatics(output_scale=output_scale, chunk=chunk, rules=rules, z_loss=z_loss)
     return _loss_sum(statics, hidden_BTD, table_VD, targets_BT, weights_BT)
 
 
@@ -143,6 +147,8 @@ def _loss_sum_forward(statics: _LossStatics, hidden_BTD, table_VD, targets_BT, w
             norm_R = jax.nn.logsumexp(logits_RV, -1)
             losses_R = norm_R - _pick(logits_RV, targets_R)
             probability_RV = jnp.exp(logits_RV - norm_R[..., None])
+            if statics.z_loss:
+                probability_RV *= (1 + 2 * statics.z_loss * norm_R)[..., None]
             delta_RV = probability_RV - _one_hot(targets_R, table_VD.shape[0])
             delta_RV = (delta_RV * (weights_R * statics.output_scale)[..., None]).astype(hidden_RD.dtype)
             grad_RD = jnp.einsum("RV,VD->RD", delta_RV, table_VD)

@@ -85,6 +85,17 @@ def freeze(table: dict, patterns: Sequence[str]) -> dict:
     return jax.tree.map(lambda info: dataclasses.replace(info, rule=rule(info)) if info in frozen else info, table)
 
 
+def with_decay(table: dict, convention: str) -> dict:
+    """Return a table whose rules have the weight decay of one of recipe/config.py's WEIGHT_DECAY_CONVENTIONS."""
+
+    def rule(rule: ParameterRule) -> ParameterRule:
+        if convention == "preset" or not rule.weight_decay:
+            return rule
+        return dataclasses.replace(rule, weight_decay=1 / rule.learning_rate if convention == "independent" else 1.0)
+
+    return jax.tree.map(lambda info: dataclasses.replace(info, rule=rule(info.rule)), table)
+
+
 def _matches(info: ParameterInfo, pattern: str) -> bool:
     wanted, names = pattern.split("/"), info.path.split("/")
     parts = [names[at : at + len(wanted)] for at in range(len(names) - len(wanted) + 1)]

@@ -58,7 +58,12 @@ class Attention(nn.Module):
             linear, in_shape=(D,), in_axes=("embed",), out_shape=(N, H), out_axes=("heads", "head_dim")
         )
         with jax.named_scope("attend"):
-            qkv_BTNH = (into_heads(name=name)(x_BTD) for name in ("query", "key", "value"))
+            qkv_BTNH = [into_heads(name=name)(x_BTD) for name in ("query", "key", "value")]
+            if self.config.qk_norm != "none":
+                from btlm_jax.model.qk_norm import HeadNorm  # networks without it load none of it
+
+                norm = functools.partial(HeadNorm, self.config, self.parametrization, self.rules)
+                qkv_BTNH[:2] = norm(name="query_norm")(qkv_BTNH[0]), norm(name="key_norm")(qkv_BTNH[1])
             o_BTNH = self.attend(*qkv_BTNH, starts_BT)
         return linear(in_shape=(N, H), in_axes=("heads", "head_dim"), out_shape=(D,), out_axes=("embed",), name="out")(
             o_BTNH

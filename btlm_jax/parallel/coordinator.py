@@ -3,9 +3,9 @@
     python -m btlm_jax.parallel.coordinator PORT COUNT SECONDS
 
 First it waits, SECONDS at most, until all COUNT processes are there, and compares what they say of themselves; one that
-is missing or different is named to all. Then it is JAX's coordination service at the same port. A process of its own,
-because every client of that service aborts at once when it goes: with process 0 killed the others would end so, and
-could say nothing. It ends when process 0 and the connections of the others are gone.
+is missing or different, or that cannot take part, is named to all. Then it is JAX's coordination service at the same
+port. A process of its own, because every client of that service aborts at once when it goes: with process 0 killed the
+others would end so, and could say nothing. It ends when process 0 and the connections of the others are gone.
 """
 
 from __future__ import annotations
@@ -25,9 +25,10 @@ from pathlib import Path
 READY = "ready\n"  # on standard output: the port is open
 HEARTBEAT_SECONDS = 1800  # of JAX's own: longer than anything that peers.py watches
 _LAST_SECONDS = 120.0  # of this process, at most, after process 0
-_REFUSING_SECONDS = 5.0  # in which those that come late are told why there is no run
+_REFUSING_SECONDS = 20.0  # in which those that come late are told why there is no run
 _SAY_SECONDS = 1.0
 _ESTABLISHED = "01"  # in /proc/net/tcp
+_refusing = threading.Event()
 
 
 def differences(facts: Sequence[tuple[str, Mapping[str, str]]]) -> list[str]:
@@ -55,6 +56,8 @@ class Meeting:
             return f"process {number} ({where}) was started for --num_processes={count}, process 0 for {self.count}"
         if not isinstance(number, int) or not 0 <= number < self.count:
             return f"there is no process {number} of {self.count} ({where})"
+        if refused := hello.get("refused"):
+            return f"process {number} ({where}) cannot take part: {refused}"
         if number in self.hellos:
             other = self.hellos[number]
             both = f"{other.get('host')}, pid {other.get('pid')}, and {where}"
@@ -98,19 +101,23 @@ def meet(server: socket.socket, *, count: int, seconds: float) -> bool:
     """Wait for all processes and answer each; return whether they may go on.
 
     The answers are {"missing": numbers}, every second, and then one of {"go": names}, {"error": why},
-    {"differ": lines} and {"late": numbers}. Those that come too late for an error are told it too.
+    {"differ": lines} and {"late": numbers}. Those that come too late for an error are told it too, for a while.
     """
     meeting, until, said_at = Meeting(count), time.monotonic() + seconds, 0.0
     members: dict[int, socket.socket] = {}
 
-    def refuse(answer: dict, also: Sequence[socket.socket] = ()) -> bool:
-        _answer([*members.values(), *also], answer)
-        last = time.monotonic() + _REFUSING_SECONDS
-        while (left := last - time.monotonic()) > 0:
+    def refuse(answer: dict) -> bool:
+        _refusing.set()
+        told = [key.fileobj for key in selector.get_map().values() if isinstance(key.fileobj, socket.socket)]
+        told.remove(server)
+        _answer(told, answer)
+        num_told, last = len(told), time.monotonic() + _REFUSING_SECONDS
+        while num_told < count and (left := last - time.monotonic()) > 0:
             server.settimeout(left)
             with contextlib.suppress(TimeoutError):
                 with server.accept()[0] as connection:
                     _answer([connection], answer)
+                    num_told += 1
         return False
 
     with contextlib.ExitStack() as connections, selectors.DefaultSelector() as selector:
@@ -133,7 +140,7 @@ def meet(server: socket.socket, *, count: int, seconds: float) -> bool:
                     connection.close()
                 elif hello:
                     if refusal := meeting.welcome(hello):
-                        return refuse({"error": refusal}, [connection])
+                        return refuse({"error": refusal})
                     members[hello["index"]] = connection
                     if different := meeting.differences():
                         return refuse({"differ": different})
@@ -191,7 +198,7 @@ def _end_after_parent(port: int) -> None:
     while os.read(0, 1024):
         pass
     until = time.monotonic() + _LAST_SECONDS
-    while time.monotonic() < until and _is_connected(port):
+    while time.monotonic() < until and (_refusing.is_set() or _is_connected(port)):
         time.sleep(_SAY_SECONDS / 4)
     os._exit(0)
 

@@ -34,6 +34,7 @@ from btlm_jax.parallel.coordinator import HEARTBEAT_SECONDS, READY, differences
 from btlm_jax.stopping import BEGINNING, ENDING, PEER_GONE, PREEMPTED, STEPPING, ProcessesDifferError, Stop
 
 MEETING_SECONDS = 300.0  # for all processes to come
+REFUSING_SECONDS = 20.0  # for a process that cannot take part to find another one that it can tell so
 BEAT_SECONDS = 2.0
 GONE_SECONDS = 40.0  # without a word from a process: it is gone
 SUSPECT_SECONDS = 12.0  # the same, once an exchange with it has failed
@@ -105,8 +106,8 @@ def join(place: Place, *, facts: Mapping[str, str], stop: Stop, log: Callable[[s
     """
     host, _, port = place.address.rpartition(":")
     if place.index == 0:
-        _start_coordinator(int(port), place)
-    names = _meet(host.strip("[]"), int(port), place, facts=facts, log=log)
+        _start_coordinator(int(port), place, seconds=MEETING_SECONDS)
+    names = _meet(host.strip("[]"), int(port), place, facts=facts, log=log, refused="", seconds=MEETING_SECONDS)
     jax.config.update("jax_enable_preemption_service", False)  # it takes SIGTERM, and only between steps
     # The service runs in coordinator.py; JAX would start another one in process 0.
     jaxlib: Any = importlib.import_module("jaxlib._jax")
@@ -126,13 +127,25 @@ def join(place: Place, *, facts: Mapping[str, str], stop: Stop, log: Callable[[s
     return peers
 
 
-def _start_coordinator(port: int, place: Place) -> None:
+def refuse(place: Place, reason: str) -> None:
+    """Tell the other processes of the run, where they can be reached, why this one cannot take part."""
+    host, _, port = place.address.rpartition(":")
+    try:
+        if place.index == 0:
+            _start_coordinator(int(port), place, seconds=REFUSING_SECONDS)
+        refused = reason.partition("\n")[0]
+        _meet(host.strip("[]"), int(port), place, facts={}, log=print, refused=refused, seconds=REFUSING_SECONDS)
+    except (OSError, ProcessesDifferError):  # nobody is there; or it is what this process has said
+        pass
+
+
+def _start_coordinator(port: int, place: Place, *, seconds: float) -> None:
     """Start the meeting point beside process 0, which this is.
 
     Raises:
       OSError: it does not start, for example because the port is in use.
     """
-    command = [*module_command("btlm_jax.parallel.coordinator"), str(port), str(place.count), str(MEETING_SECONDS)]
+    command = [*module_command("btlm_jax.parallel.coordinator"), str(port), str(place.count), str(seconds)]
     child = subprocess.Popen(
         command,
         stdin=subprocess.PIPE,
@@ -149,12 +162,25 @@ def _start_coordinator(port: int, place: Place) -> None:
     globals()["_coordinator"] = child  # its standard input is open for as long as this process lives
 
 
-def _meet(host: str, port: int, place: Place, *, facts: Mapping[str, str], log: Callable[[str], None]) -> list[str]:
-    """Wait until all processes are at the meeting point; return what each is called."""
+def _meet(
+    host: str,
+    port: int,
+    place: Place,
+    *,
+    facts: Mapping[str, str],
+    log: Callable[[str], None],
+    refused: str,
+    seconds: float,
+) -> list[str]:
+    """Wait until all processes are at the meeting point; return what each is called.
+
+    With a reason why this one is `refused` they are told it.
+    """
     hello = {"index": place.index, "count": place.count, "host": socket.gethostname(), "pid": os.getpid()}
+    hello |= {"refused": refused} if refused else {}
     line = json.dumps({**hello, "facts": dict(facts)}).encode() + b"\n"
     began, opened_at, problem = time.monotonic(), 0.0, ""
-    while time.monotonic() - began < MEETING_SECONDS:
+    while time.monotonic() - began < seconds:
         try:
             with socket.create_connection((host, port), timeout=10) as connection:
                 opened_at = opened_at or time.monotonic()

@@ -81,7 +81,11 @@ def training_fields(config: TrainConfig) -> dict:
     model = dataclasses.asdict(config.model)
     phases = [[phase.batch_size, phase.seq_len] for phase in config.curriculum.table.phases]
     return {
-        "model": {name: value for name, value in model.items() if name not in _NO_EFFECT_ON_MEMORY},
+        "model": {
+            name: value
+            for name, value in model.items()
+            if name not in _NO_EFFECT_ON_MEMORY and (name, value) != ("qk_norm", "none")  # older tables lack this key
+        },
         "batch_x_seq_len": phases,
     }
 

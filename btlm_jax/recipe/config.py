@@ -21,9 +21,12 @@ from btlm_jax.recipe.curriculum import Curriculum, Phase, make_curriculum
 PRESETS = ("btlm", "sp", "completep")
 DTYPES = ("float32", "bfloat16")
 ATTENTIONS = ("auto", "reference", "blockwise", "cpu", "tpu", "splash", "gpu")
+QK_NORMS = ("none", "rms", "rms_gain")
 REMATS = ("full", "attention_saved", "out_recomputed", "matmuls_saved", "none")  # the first keeps the least
 PREPARED = "prepared"
 SCHEDULES = ("linear", "cosine", "constant", "wsd")
+WEIGHT_DECAY_CONVENTIONS = ("preset", "coupled", "independent")
+AUTO = "auto"  # a weight decay that TrainConfig.with_numbers computes
 CORPUS_SOURCES = ("prepared", "installed_python")
 TRACKERS = ("wandb", "mlflow")
 MAX_PROFILE_STEPS = 100  # what is traced of them is held in memory until it is written
@@ -58,6 +61,7 @@ class ModelConfig:
     num_heads: int  # N; each head has d_model / num_heads dims
     d_ff: int  # F, width of the SwiGLU layer
     layer_norm_eps: float  # added to the variance of every LayerNorm
+    qk_norm: str  # norm of each head's queries and keys: see model/qk_norm.py
     alibi_scaling: float  # ALiBi slopes are divided by this; 1.0 as trained, > 1 interpolates positions
     dtype: str  # of activations and matmuls; parameters, softmax, norms' statistics and the loss are float32
     attention: str  # implementation of attention; "auto" takes the fastest for the devices: see attention/__init__.py
@@ -75,6 +79,7 @@ class ModelConfig:
             f"model.d_model={self.d_model} is not divisible by model.num_heads={self.num_heads}",
         )
         _require(self.alibi_scaling >= 1, f"model.alibi_scaling={self.alibi_scaling} must be at least 1")
+        _require_choice("model.qk_norm", self.qk_norm, QK_NORMS)
         _require_choice("model.dtype", self.dtype, DTYPES)
         _require_choice("model.attention", self.attention, ATTENTIONS)
         _require_choice("model.remat", self.remat, REMATS)
@@ -136,7 +141,9 @@ class OptimizerConfig:
     beta1: float  # decay of AdamW's first moment
     beta2: float  # decay of AdamW's second moment
     eps: float  # AdamW's epsilon, outside the bias-corrected root
-    weight_decay: float  # coupled to each parameter's learning rate
+    weight_decay: float | str  # decoupled, times the learning rate; "auto": by a power law, see recipe/sizes.py
+    weight_decay_convention: str  # how decay scales with width; "preset": mup.preset's; see recipe/mup.py
+    z_loss: float  # times log(Z)^2 of each position, added to what is differentiated; 0: none, 1e-4 is usual
     clip_norm: float  # largest global norm of the gradients
     freeze: str  # parameters that stay as they are: classes, paths or patterns, as embedding,ln_*; empty: none
 
@@ -146,9 +153,14 @@ class OptimizerConfig:
         )
         _require_choice("optimizer.schedule", self.schedule, SCHEDULES)
         _require(0 < self.decay_share <= 1, f"optimizer.decay_share={self.decay_share} must be above 0 and at most 1")
+        _require_choice("optimizer.weight_decay_convention", self.weight_decay_convention, WEIGHT_DECAY_CONVENTIONS)
+        _require(
+            self.weight_decay == AUTO or float(self.weight_decay) >= 0,
+            f"optimizer.weight_decay={self.weight_decay} must not be negative, or {AUTO!r}",
+        )
         for name in (
             "end_learning_rate", "initial_learning_rate", "warmup_tokens", "schedule_begin", "schedule_tokens",
-            "weight_decay",
+            "z_loss",
         ):  # fmt: skip
             _require(getattr(self, name) >= 0, f"optimizer.{name}={getattr(self, name)} must not be negative")
         for name in ("beta1", "beta2"):
@@ -162,6 +174,12 @@ class OptimizerConfig:
     def frozen_patterns(self) -> tuple[str, ...]:
         """The patterns of `freeze`; see model/parameters.py."""
         return tuple(part.strip() for part in self.freeze.split(",")) if self.freeze else ()
+
+    @property
+    def decay(self) -> float:
+        """The weight decay of a config that TrainConfig.with_numbers has returned."""
+        assert not isinstance(self.weight_decay, str), "a weight decay has no number yet: TrainConfig.with_numbers"
+        return self.weight_decay
 
     def schedule_length(self, total_tokens: int) -> int:
         """Return the tokens of the schedule in a run of `total_tokens`."""
@@ -403,6 +421,22 @@ class TrainConfig:
             watched_from=-(-warmup_end // phase.tokens_per_step),
         )
 
+    @property
+    def is_decay_independent(self) -> bool:
+        """Whether a step's weight decay of a hidden matrix is the same at every width: see recipe/mup.py."""
+        convention = self.optimizer.weight_decay_convention
+        return convention == "independent" or (convention == "preset" and self.mup.preset == "completep")
+
+    def with_numbers(self) -> TrainConfig:
+        """Return the config with the number that a weight decay of "auto" stands for."""
+        if self.optimizer.weight_decay != AUTO:
+            return self
+        from btlm_jax.recipe.sizes import weight_decay_of  # other runs load none of it
+
+        return dataclasses.replace(
+            self, optimizer=dataclasses.replace(self.optimizer, weight_decay=weight_decay_of(self))
+        )
+
     def to_json(self) -> str:
         """Return the config as sorted, indented JSON; `train_config_from` reads it back to an equal config."""
         return json.dumps(dataclasses.asdict(self), indent=2, sort_keys=True)
@@ -411,6 +445,7 @@ class TrainConfig:
 # Keys that a config did not have at first, for configs that were stored as JSON: with what they would have been then,
 # or, of what does not decide what is trained on good numbers, the values of configs/.
 LATER_KEYS = {
+    "model": {"qk_norm": "none"},
     "mesh": {"context": 1},
     "data": {"document_mask": False, "weights": ""},
     "optimizer": {
@@ -420,6 +455,8 @@ LATER_KEYS = {
         "schedule_begin": 0,
         "schedule_tokens": 0,
         "freeze": "",
+        "weight_decay_convention": "preset",
+        "z_loss": 0.0,
     },
     "checkpoint": {"keep_hours": 0.0},
     "bad_numbers": {"spike_score": 30.0, "max_skips": 8, "max_rollbacks": 3},
@@ -483,6 +520,8 @@ def _convert(hint, value, *, path: str):
     origin, arguments = typing.get_origin(hint), typing.get_args(hint)
     if origin is types.UnionType and value is None:
         return None
+    if hint == float | str and value == AUTO:
+        return value
     if origin is types.UnionType:
         return _convert(arguments[0], value, path=path)  # X | None
     if isinstance(hint, type) and dataclasses.is_dataclass(hint):
@@ -527,11 +566,11 @@ def value_from_text(key: str, text: str) -> object:
     if key not in hints:
         raise ValueError(_unknown_key(key, hints))
     hint, shown = hints[key], f"--config.{key}={text[:80]}"
-    if hint is str:
+    if hint is str or (hint == float | str and text == AUTO):
         return text
     if hint is int:
         return whole_number(f"--config.{key}", text)
-    if hint is float:
+    if hint is float or hint == float | str:
         return finite_number(f"--config.{key}", text)
     if hint is bool:
         _require_choice(f"--config.{key}", text, tuple(_BOOLEANS))

@@ -131,6 +131,7 @@ def _of_model(config: TrainConfig) -> dict[str, str]:
         "num_heads": f"heads {model.head_dim} wide: the least power of two, from 4 on, that makes them at most 112",
         "d_ff": f"8/3 d_model, rounded down to an even number as BTLM's 6,826{padding}",
         "layer_norm_eps": "as BTLM's",
+        "qk_norm": "none, as BTLM's",
         "alibi_scaling": "positions as trained",
         "dtype": "of activations; parameters and sums are float32 anyway",
         "attention": "the fastest for the devices",
@@ -176,7 +177,7 @@ def _of_curriculum(config: TrainConfig) -> dict[str, str]:
 def _of_optimizer(config: TrainConfig) -> dict[str, str]:
     optimizer, table = config.optimizer, config.curriculum.table
     width = config.model.d_model / config.mup.base_d_model
-    memory = width / (optimizer.peak_learning_rate * optimizer.weight_decay * table.num_steps)
+    memory = width / (optimizer.peak_learning_rate * optimizer.decay * table.num_steps)
     wanted = sizes.tau_for(table.num_tokens / sizes.count_parameters(config.model))
     is_small = table.tokens_per_step < sizes.SMALL_BATCH
     return {
@@ -198,6 +199,8 @@ def _of_optimizer(config: TrainConfig) -> dict[str, str]:
             f"AdamW remembers tau = m / (peak decay steps) = {memory:.3f} of the run in hidden matrices; arXiv "
             f"2505.13738 has {wanted:.3f} for so many tokens a parameter"
         ),
+        "weight_decay_convention": "coupled to the learning rate, as BTLM's",
+        "z_loss": "none, as BTLM's",
         "clip_norm": "as BTLM's",
         "freeze": "every parameter is trained",
     }

@@ -16,7 +16,8 @@ eta = peak learning rate, lambda = optimizer.weight_decay:
 
 That is preset `btlm`: the published BTLM configs and arXiv 2304.03208. Its forward multipliers: embedding lookup
 x embedding_multiplier, logits x output_multiplier/m, attention scores q.k/head_dim. Weight decay is coupled to the
-learning rate, so a hidden matrix shrinks by (eta/m) lambda a step.
+learning rate, so a hidden matrix shrinks by (eta/m) lambda a step. With optimizer.weight_decay_convention "independent"
+that is eta lambda (lambda m in the table), with "coupled" it is the table's in every preset.
 
 `sp`, standard parametrization: m = m_ff = 1 throughout and attention scores q.k/sqrt(head_dim).
 
@@ -25,7 +26,7 @@ output kernels; weight decay lambda m of hidden matrices; eps (1/m)(L_b/L) for e
 
 The bias of the keys adds q.b to every score of a row, which softmax ignores: its gradient is zero in exact arithmetic,
 and what is computed is rounding noise, which Adam would turn into steps of full size. So it stays where it is: the same
-function as with the published rate eta. With QK-norm, which this model has not, its gradient would be a true one.
+function as with the published rate eta. With model.qk_norm its gradient is a true one, and it learns as other biases.
 
 Normal initializers are truncated at two sigma and not corrected for it, as in the published code: the real standard
 deviation is 0.8796 of the one in the table.
@@ -79,6 +80,7 @@ class Parametrization:
     output_scale: float  # x on the logits
     attention_scale: float  # x on q.k
     residual_scale: float  # x on every residual branch
+    has_qk_norm: bool = False
 
     def rule(self, axes: tuple[str, ...], *, layer: str, leaf: str) -> ParameterRule:
         """Return the rule of the parameter named `leaf` of the layer named `layer`, with these logical axes.
@@ -102,7 +104,7 @@ class Parametrization:
             parameter_class=parameter_class,
             init_mean=1.0 if parameter_class == "norm_scale" else 0.0,
             init_std=math.sqrt(variance),
-            learning_rate=1 / width if hidden else 0.0 if parameter_class == "key_bias" else 1.0,
+            learning_rate=1 / width if hidden else float(parameter_class != "key_bias" or self.has_qk_norm),
             weight_decay=0.0 if parameter_class in _VECTOR_CLASSES else width if completep and hidden else 1.0,
             eps=1 / (width * self.depth) if completep and in_block else 1.0,
         )
@@ -142,4 +144,5 @@ def make_parametrization(mup: MupConfig, model: ModelConfig) -> Parametrization:
         output_scale=mup.output_multiplier / width,
         attention_scale=1 / model.head_dim if scaled else 1 / math.sqrt(model.head_dim),
         residual_scale=1 / depth,
+        has_qk_norm=model.qk_norm != "none",
     )

@@ -5,14 +5,14 @@
     u <- u + weight_decay_p * p
     p <- p - learning_rate(tokens) * learning_rate_p * u
 
-so that weight decay is coupled to each parameter's own learning rate, as in the published BTLM code. The multipliers
-of a parameter p come from mup.py. A frozen parameter has no gradient, is not updated, and has no moments. The learning
-rate is a float the host computes from an integer count of tokens and hands to the step: no counter on the device, no
-recompile.
+so that weight decay is coupled to each parameter's own learning rate, as in the published BTLM code, or not (mup.py);
+"auto" is sizes.py's. The multipliers of a parameter p come from mup.py. A frozen parameter has no gradient, is not
+updated, and has no moments. The learning rate is a float the host computes from an integer count of tokens and hands to
+the step: no counter on the device, no recompile.
 
 A schedule begins at schedule_begin tokens and is L tokens long: a warm-up of W from the initial rate to the peak, then
 
-    linear      to the end rate at L
+    linear      to the end rate at L; 0 is the decay to zero of arXiv 2502.15938
     cosine      peak (1 - c) + end c, with c = (1 - cos(pi x)) / 2 and x from 0 to 1 at L
     constant    the peak
     wsd         the peak, then linear to the end rate over the last decay_share of L (arXiv 2405.18392)
@@ -151,7 +151,7 @@ def make_optimizer(config: OptimizerConfig, table: dict) -> optax.GradientTransf
         # Adam is invariant to the scale of its gradients but for eps, so g/c before it is the same as eps*c inside it.
         scale_each(jax.tree.map(lambda rule: 1 / rule.eps, rules)),
         adam,
-        decay_each(jax.tree.map(lambda rule: config.weight_decay * rule.weight_decay, rules)),
+        decay_each(jax.tree.map(lambda rule: config.decay * rule.weight_decay, rules)),
         scale_each(jax.tree.map(lambda rule: rule.learning_rate, rules)),
         scale_by_given_learning_rate(),
     )

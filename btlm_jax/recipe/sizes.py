@@ -46,6 +46,7 @@ from btlm_jax.recipe.config import (
     OptimizerConfig,
     TrainConfig,
 )
+from btlm_jax.recipe.mup import make_parametrization
 
 GPT2_VOCAB_SIZE = 50_257
 TOKENS_PER_PARAMETER = 20.0  # arXiv 2203.15556
@@ -116,6 +117,7 @@ def count_parameters(model: ModelConfig | Shape) -> int:
     """Return how many parameters a model has: matrices, biases and norms, the embedding once."""
     L, D, F, V = model.num_layers, model.d_model, model.d_ff, model.vocab_size
     attention, mlp, norms = 4 * D * D + 4 * D, 3 * D * F + 2 * F + D, 4 * D
+    norms += 2 * model.head_dim * (isinstance(model, ModelConfig) and model.qk_norm == "rms_gain")
     return V * D + L * (attention + mlp + norms) + 2 * D
 
 
@@ -225,9 +227,26 @@ def weight_decay_for(rule: str, *, shape: Shape, curriculum: CurriculumConfig) -
     """Return the weight decay by one of WEIGHT_DECAYS, to three digits."""
     if rule == PUBLISHED:
         return 0.1
+    peak = peak_learning_rate_for(curriculum.table.tokens_per_step) / shape.width
+    return _digits(_decay_by_tau(curriculum, num_parameters=shape.num_parameters, learning_rate=peak), 3)
+
+
+def weight_decay_of(config: TrainConfig) -> float:
+    """Return the weight decay for which AdamW's memory of the query, key and value matrices is `tau_for`'s.
+
+    That is 1 / (eta' tau S), where eta' is their peak learning rate with the coupled convention and the peak rate with
+    the independent one.
+    """
+    rate = config.optimizer.peak_learning_rate
+    if not config.is_decay_independent:
+        rate /= make_parametrization(config.mup, config.model).width
+    num_parameters = count_parameters(config.model)
+    return _decay_by_tau(config.curriculum, num_parameters=num_parameters, learning_rate=rate)
+
+
+def _decay_by_tau(curriculum: CurriculumConfig, *, num_parameters: int, learning_rate: float) -> float:
     table = curriculum.table
-    tau = tau_for(table.num_tokens / shape.num_parameters)
-    return _digits(shape.width / (peak_learning_rate_for(table.tokens_per_step) * tau * table.num_steps), 3)
+    return 1 / (learning_rate * tau_for(table.num_tokens / num_parameters) * table.num_steps)
 
 
 def eps_for(num_parameters: int) -> float:
@@ -253,6 +272,7 @@ def make_config(choices: Choices) -> TrainConfig:
             num_heads=shape.num_heads,
             d_ff=shape.d_ff,
             layer_norm_eps=1e-5,
+            qk_norm="none",
             alibi_scaling=1.0,
             dtype=choices.dtype,
             attention="auto",
@@ -282,6 +302,8 @@ def make_config(choices: Choices) -> TrainConfig:
             beta2=0.95,
             eps=eps_for(shape.num_parameters),
             weight_decay=weight_decay_for(choices.weight_decay, shape=shape, curriculum=curriculum),
+            weight_decay_convention="preset",
+            z_loss=0.0,
             clip_norm=1.0,
             freeze="",
         ),

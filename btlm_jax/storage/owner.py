@@ -149,6 +149,11 @@ def take(workdir: Path | Bucket, *, steal: bool) -> Ownership:
         time.sleep(_LOOK_SECONDS)
 
 
+def is_alive(owner: Owner) -> bool | None:
+    """Return whether the process of an owner is there; None if it is on another machine, where that cannot be seen."""
+    return _is_alive(owner) if owner.machine == _machine() else None
+
+
 def _why_taken(other: Owner | None, *, unchanged_seconds: float, steal: bool) -> str:
     """Return why a workdir may be taken from its owner, "" if it may not."""
     if other is None:

@@ -4,6 +4,7 @@ CONFIG_FILE = "config.json"  # of the start that ran last
 CHECKPOINTS = "checkpoints"  # directory; one directory a step
 KEPT_TOKENIZER = "tokenizer"  # directory: the token store's tokenizer, so that the model can be used without the store
 METRICS_FILE = "metrics.jsonl"  # a line a step, an evaluation or an event
+STARTS = "starts"  # directory: of each start its command, its wall time by category, and how it ended
 TENSORBOARD = "tensorboard"  # directory
 TRACKERS = "trackers"  # directory: how far log.trackers are, and their logs and files
 PROFILE = "profile"  # directory of what log.profile_steps traced

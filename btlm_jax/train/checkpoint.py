@@ -35,7 +35,8 @@ from btlm_jax import __version__, notices
 from btlm_jax.kernels.build import cpu_facts
 from btlm_jax.recipe.config import CheckpointConfig, TrainConfig, config_from, train_config_from, with_later_keys
 from btlm_jax.recipe.optimizer import decay_again, flags_of, learning_rate_at, rates_of_steps, stretches_of
-from btlm_jax.storage.files import hash_json
+from btlm_jax.stopping import AgreedError, OthersFailedError
+from btlm_jax.storage.files import hash_json, write_atomically
 from btlm_jax.storage.location import ORIGIN, mirror_of
 from btlm_jax.train import CHECKPOINTS, DAMAGED, METRICS_FILE, REPLACED, SUMMARY_FILE
 from btlm_jax.train.step import TrainState
@@ -71,6 +72,8 @@ _Read = TypeVar("_Read")
 class Checkpointer:
     """The checkpoints of one workdir."""
 
+    _rendezvous, _has_failed_in_all = None, False
+
     def __init__(self, workdir: Path, *, config: CheckpointConfig):
         self.directory = workdir.resolve() / CHECKPOINTS
         self._config = config
@@ -80,14 +83,20 @@ class Checkpointer:
         self._manager = self._make_manager()
 
     def _make_manager(self) -> ocp.CheckpointManager:
+        self._rendezvous, self._has_failed_in_all = None, False
         own: dict[str, Any] = {}
         handlers: dict[str, ocp.CheckpointHandler] | None = None
+        if jax.process_count() > 1:
+            from btlm_jax.parallel.rendezvous import make_rendezvous
+
+            self._rendezvous = make_rendezvous()
+            own["async_options"] = ocp.AsyncOptions(barrier_sync_fn=self._rendezvous)
         if self._mirror.is_remote and jax.process_count() > 1:  # each process has a folder of its own
             self.directory.mkdir(parents=True, exist_ok=True)
-            own = {"multiprocessing_options": ocp.options.MultiprocessingOptions(primary_host=None)}
-            handlers = {name: ocp.JsonCheckpointHandler(**own) for name in _ITEMS}
-            handlers["state"] = ocp.StandardCheckpointHandler(**own)
-            own["create"] = False
+            alone = ocp.options.MultiprocessingOptions(primary_host=None)
+            handlers = {name: ocp.JsonCheckpointHandler(multiprocessing_options=alone) for name in _ITEMS}
+            handlers["state"] = ocp.StandardCheckpointHandler(multiprocessing_options=alone)
+            own |= {"multiprocessing_options": alone, "create": False}
         return ocp.CheckpointManager(
             self.directory,
             options=ocp.CheckpointManagerOptions(
@@ -111,8 +120,8 @@ class Checkpointer:
           OSError: this save could not start, or an earlier one failed, for example because the disk is full; the
             message names the last complete checkpoint.
         """
+        self._raise_if_failed()
         with self._naming_the_last_checkpoint():
-            self._manager.check_for_errors()
             if self._mirror.is_remote:  # at most two checkpoints wait on this machine
                 self._manager.wait_until_finished()
                 self._mirror.settle()
@@ -140,11 +149,8 @@ class Checkpointer:
         """Save as `save` does, where training can go on after one that failed: the first in a row is only reported.
 
         Raises:
-          OSError: no save is complete since the one before this, which failed; or there are several processes, of which
-            the others do not know of it.
+          OSError: no save is complete since the one before this, which failed.
         """
-        if jax.process_count() > 1:
-            return self.save(state, position=position, config=config)
         for attempt in (self._check_last, lambda: self._start(state, position=position, config=config)):
             try:
                 attempt()
@@ -155,8 +161,6 @@ class Checkpointer:
 
     def retry(self, state: TrainState, *, position: Position, config: TrainConfig) -> None:
         """Save once more if the last save has failed; that this fails too is seen by the next `save_or_go_on`."""
-        if jax.process_count() > 1:
-            return
         try:
             self._check_last()
         except OSError as error:
@@ -177,31 +181,79 @@ class Checkpointer:
         try:
             self.wait()
         except OSError as error:
-            if jax.process_count() > 1:
-                raise
             self._go_on_after(error)
-        if position.step not in _steps_in(self.directory):
+        if not _is_so_everywhere(position.step in _steps_in(self.directory)):
             self.save(state, position=position, config=config)
         self.wait()
 
     def _start(self, state: TrainState, *, position: Position, config: TrainConfig) -> None:
+        if jax.process_count() > 1:  # an error in the midst of orbax's own exchanges would leave the others there
+            self.wait()
+            self._do_in_all(self._try_to_write, say=self._not_written)
         self.save(state, position=position, config=config)  # after the one before, whose error it raises
         if self._is_saving:
             self._failure = None
         self._is_saving = True
 
+    def _try_to_write(self) -> None:
+        """See that process 0 can make the folder of a checkpoint, for which orbax lets the others wait 5 minutes."""
+        if jax.process_index() == 0:
+            probe = self.directory / ".probe"
+            with self._naming_the_last_checkpoint():
+                write_atomically(probe, "x" * 4096)
+                probe.unlink()
+
     def _check_last(self) -> None:
         """Raise the error of the save in the background, if it has one; note that it is complete, if it is."""
-        with self._naming_the_last_checkpoint():
-            self._manager.check_for_errors()
-            self._mirror.check()
-        if self._is_saving and not self._manager.is_saving_in_progress() and not self._mirror.is_behind():
+
+        def check() -> None:
+            self._raise_if_failed()
+            with self._naming_the_last_checkpoint():
+                self._mirror.check()
+
+        self._do_in_all(check, say=self._not_written)
+        is_over = not self._is_in_progress() and not self._mirror.is_behind()
+        if self._is_saving and _is_so_everywhere(is_over):
             self._is_saving, self._failure = False, None
+
+    def _is_in_progress(self) -> bool:
+        is_failed = self._rendezvous is not None and self._rendezvous.has_failed
+        return self._manager.is_saving_in_progress() and not is_failed
+
+    def _raise_if_failed(self) -> None:
+        """Raise the error of the save in the background, if it has ended with one.
+
+        By orbax's `check_for_errors` it would be taken from the thread that does not delete older checkpoints then.
+        """
+        if not self._is_in_progress():
+            with self._naming_the_last_checkpoint():
+                self._manager.wait_until_finished()
+
+    def _do_in_all(self, attempt: Callable[[], None], *, say: Callable[[str], str]) -> None:
+        """Do in all processes what may fail in one of them.
+
+        Raises:
+          OSError: it failed here.
+          AgreedError: there are several processes, and it failed in one; all raise what `say` makes of the reason,
+            which names the process.
+        """
+        failure: OSError | None = None
+        try:
+            attempt()
+        except OSError as error:
+            failure = error
+        if jax.process_count() > 1:
+            from btlm_jax.parallel.rendezvous import said_of, texts_of_all
+
+            if said := said_of(texts_of_all("" if failure is None else _why(failure))):
+                self._has_failed_in_all = True
+                raise AgreedError(say(said), reason=said) from failure
+        elif failure is not None:
+            raise failure
 
     def _go_on_after(self, error: OSError) -> None:
         """Report a save that failed, and remove what it left."""
-        reason = _reason(error.__cause__) if isinstance(error.__cause__, Exception) else str(error)
-        said = f"a checkpoint could not be written to {self.directory}: {reason}"
+        said = f"a checkpoint could not be written to {self.directory}: {_why(error)}"
         notices.report("save-failed", f"{said}; training goes on, and it is tried again")
         self._failure, self._is_saving = error, False
         with contextlib.suppress(Exception):  # that it failed is known
@@ -217,7 +269,8 @@ class Checkpointer:
         digests = self.read_digests(step)
         metadata = {name: self._read_table(step, name, digests) for name in ("position", "config")}
         self._read_environment(step, digests)  # whose damage, too, is to be seen here
-        try:
+
+        def parse() -> tuple[Position, TrainConfig]:
             stored = metadata["position"]
             stored = {"passed_over": (), **stored} if isinstance(stored, dict) else stored  # which older ones lack
             position = config_from(Position, stored, path="position")
@@ -228,9 +281,9 @@ class Checkpointer:
                     f"its position is step {position.step:,} with {position.tokens_seen:,} tokens seen, and it is "
                     f"checkpoint {step:,}, with {expected:,} by its config"
                 )
-        except ValueError as error:
-            raise self._damaged(step, str(error)) from error
-        return position, config
+            return position, config
+
+        return self._in_all(step, parse, errors=ValueError)
 
     def read_environment(self, step: int) -> dict[str, str]:
         """Return what `run_environment` was where a checkpoint was written; nothing in checkpoints from before it.
@@ -257,10 +310,14 @@ class Checkpointer:
         if not (self.directory / str(step) / "digests").is_dir():
             return {}
         stored = self._restore(step, ocp.args.Composite(digests=ocp.args.JsonRestore()))["digests"]
-        own = stored.pop(_OWN, None) if isinstance(stored, dict) else None
-        if own != hash_json(stored):
-            raise self._damaged(step, "its hashes are not as they were written")
-        return stored
+
+        def check() -> dict[str, Any]:
+            own = stored.pop(_OWN, None) if isinstance(stored, dict) else None
+            if own != hash_json(stored):
+                raise ValueError("its hashes are not as they were written")
+            return stored
+
+        return self._in_all(step, check, errors=ValueError)
 
     def restore_state(self, step: int, *, abstract: TrainState) -> TrainState:
         """Return a checkpoint's state, laid out as `abstract` says, whatever mesh it was saved from.
@@ -353,12 +410,11 @@ class Checkpointer:
         reasons: dict[int, str] = {}
         for step in reversed(steps):
             try:
-                result, reason = [read(step)], ""
-            except DamagedError as error:
-                result, reason = [], error.reason
-            if _is_so_everywhere(bool(result)):
-                return result[0], [self._set_aside(*damaged, found=step) for damaged in reasons.items()]
-            reasons[step] = reason or "another process cannot read it"
+                result = read(step)
+            except DamagedError as error:  # in all processes
+                reasons[step] = error.reason
+                continue
+            return result, [self._set_aside(*damaged, found=step) for damaged in reasons.items()]
         raise DamagedError(
             f"no checkpoint in {self.directory} can be used: "
             + "; ".join(f"{step}: {reason}" for step, reason in reasons.items())
@@ -371,11 +427,13 @@ class Checkpointer:
         source, target = self.directory / str(step), self.directory.parent / DAMAGED / f"{CHECKPOINTS}-{step}"
         while target.exists():  # another one of the same step was set aside before
             target = target.with_name(f"{target.name}+")
-        if jax.process_index() == 0 or self._mirror.is_remote:
-            target.parent.mkdir(exist_ok=True)
-            source.replace(target)
-        if jax.process_count() > 1:
-            multihost_utils.sync_global_devices(f"checkpoint {step} is set aside")
+
+        def rename() -> None:
+            if jax.process_index() == 0 or self._mirror.is_remote:
+                target.parent.mkdir(exist_ok=True)
+                source.replace(target)
+
+        self._do_in_all(rename, say=lambda why: f"the damaged checkpoint {source} cannot be moved to {target}: {why}")
         self._manager.reload()
         said = f"checkpoint {step:,} is damaged and set aside as {target}: {reason}; going on from step {found:,}"
         notices.report("checkpoint-damaged", said)
@@ -385,9 +443,13 @@ class Checkpointer:
         """Return an item of JSON, compared with its hash."""
         args = ocp.args.Composite(**{name: ocp.args.JsonRestore()})
         table = self._restore(step, args)[name]
-        if digests and digests[_TABLES].get(name) != hash_json(table):
-            raise self._damaged(step, f"its {name} is not as it was written")
-        return table
+
+        def check() -> Any:
+            if digests and digests[_TABLES].get(name) != hash_json(table):
+                raise ValueError(f"its {name} is not as it was written")
+            return table
+
+        return self._in_all(step, check, errors=ValueError)
 
     def _check_arrays(self, step: int, tree: Any, expected: dict[str, str] | None, *, prefix: str) -> None:
         """Compare arrays, part of the state below `prefix`, with their hashes, and see that they are finite."""
@@ -403,10 +465,40 @@ class Checkpointer:
                 raise self._damaged(step, f"{', '.join(names[:3])}{more}: {what}")
 
     def _restore(self, step: int, args: ocp.args.Composite) -> Any:  # a mapping by item
-        try:
+        # Orbax raises many kinds of errors for a damaged step; the user needs one message.
+        return self._in_all(step, lambda: self._read(step, args), errors=Exception)
+
+    def _read(self, step: int, args: ocp.args.Composite) -> Any:
+        if jax.process_count() == 1:
             return self._manager.restore(step, args=args)
-        except Exception as error:  # orbax raises many kinds for a damaged step; the user needs one message
-            raise self._damaged(step, _reason(error)) from error
+        # Orbax would wait for all processes at the end, also for those that cannot read their part.
+        alone = ocp.options.MultiprocessingOptions(
+            primary_host=jax.process_index(), active_processes={jax.process_index()}
+        )
+        with ocp.Checkpointer(ocp.CompositeCheckpointHandler(*_ITEMS), multiprocessing_options=alone) as reader:
+            return reader.restore(self.directory / str(step), args=args)
+
+    def _in_all(self, step: int, read: Callable[[], _Read], *, errors: type[Exception]) -> _Read:
+        """Return what `read` returns of a step; if it fails in one process raise a DamagedError in all.
+
+        All processes call it at the same place. Between two such places none may fail alone: the others would wait.
+        """
+        result: list[_Read] = []
+        failure: Exception | None = None
+        try:
+            result.append(read())
+        except errors as error:
+            failure = error
+        reason = ""
+        if failure is not None:
+            reason = str(failure) if notices.is_named(failure) else _reason(failure)
+        if jax.process_count() > 1:
+            from btlm_jax.parallel.rendezvous import said_of, texts_of_all
+
+            reason = said_of(texts_of_all(reason))
+        if reason:
+            raise self._damaged(step, reason) from failure
+        return result[0]
 
     def _damaged(self, step: int, reason: str) -> DamagedError:
         """Return the error of a damaged step, which names its directory, why, and what remains."""
@@ -422,19 +514,23 @@ class Checkpointer:
 
         Raises:
           OSError: one of them failed; the message names the last complete checkpoint.
+          AgreedError: as `_do_in_all`.
         """
-        with self._naming_the_last_checkpoint():
-            self._manager.wait_until_finished()
-            self._manager.check_for_errors()
-            self._mirror.flush()
+
+        def wait_here() -> None:
+            with self._naming_the_last_checkpoint():
+                self._manager.wait_until_finished()
+                self._mirror.flush()
+
+        self._do_in_all(wait_here, say=self._not_written)
 
     def close(self) -> None:
-        """Wait for saves and release orbax's threads.
+        """Wait for saves and release orbax's threads; may be called in one process alone.
 
         Raises:
           OSError: a save failed that nobody waited for.
         """
-        with self._naming_the_last_checkpoint():
+        with self._naming_the_last_checkpoint() if not self._has_failed_in_all else contextlib.suppress(Exception):
             self._manager.close()
 
     @contextlib.contextmanager
@@ -443,12 +539,15 @@ class Checkpointer:
         try:
             yield
         except Exception as error:  # orbax raises many kinds, some of them tensorstore's; the user needs one message
-            complete = _steps_in(self.directory)
-            last = f"the last complete checkpoint is step {complete[-1]:,}" if complete else "there is none yet"
-            raise OSError(
-                f"a checkpoint could not be written to {self.directory}: {_reason(error)}; {last}; free some space "
-                "or mend the disk, and run the same command to go on"
-            ) from error
+            raise OSError(self._not_written(_reason(error))) from error
+
+    def _not_written(self, reason: str) -> str:
+        complete = _steps_in(self.directory)
+        last = f"the last complete checkpoint is step {complete[-1]:,}" if complete else "there is none yet"
+        return (
+            f"a checkpoint could not be written to {self.directory}: {reason}; {last}; free some space or mend the "
+            "disk, and run the same command to go on"
+        )
 
 
 def kept_steps(checkpoints: Sequence[tuple[int, float]], config: CheckpointConfig) -> set[int]:
@@ -578,6 +677,16 @@ def _mix(x: Any, shifts: tuple[int, int, int], factors: tuple[int, int]) -> Any:
     return x ^ (x >> np.uint32(shifts[2]))
 
 
+def _why(error: OSError) -> str:
+    """Return why a checkpoint could not be written, in one line, as this process knows it."""
+    if isinstance(error, AgreedError):
+        return error.reason
+    cause: BaseException | None = error.__cause__
+    while isinstance(cause, OthersFailedError) and cause.__context__ is not None:
+        cause = cause.__context__  # what made this process come to the end of the save before the others
+    return _reason(cause) if isinstance(cause, Exception) else str(error)
+
+
 def _is_so_everywhere(value: bool) -> bool:
     """Return whether it is true in all processes."""
     return value if jax.process_count() == 1 else bool(multihost_utils.process_allgather(np.array(value)).all())
@@ -625,7 +734,10 @@ _FIXED = (
     *("seed", "mup", "optimizer.freeze", "data.seed", "data.weights_by_phase", "data.document_mask"),
     *("curriculum.seq_len", "curriculum.batch_size"),
 )
-_FIXED_MODEL = ("vocab_size", "num_layers", "d_model", "num_heads", "d_ff", "layer_norm_eps", "alibi_scaling", "dtype")
+_FIXED_MODEL = (
+    *("vocab_size", "num_layers", "d_model", "num_heads", "d_ff"),
+    *("layer_norm_eps", "qk_norm", "alibi_scaling", "dtype"),
+)
 
 
 class Restored(NamedTuple):
@@ -844,7 +956,8 @@ def changed_settings(checkpointer: Checkpointer, config: TrainConfig) -> list[Se
     if not steps:
         return []
     _, saved = checkpointer.read_metadata(steps[-1])
-    pairs = zip(_leaves(dataclasses.asdict(saved), ""), _leaves(dataclasses.asdict(config), ""), strict=True)
+    old, new = (_leaves(dataclasses.asdict(each.with_numbers()), "") for each in (saved, config))
+    pairs = zip(old, new, strict=True)
     return [SettingChange(key, old, new) for (key, old), (_, new) in pairs if old != new]
 
 

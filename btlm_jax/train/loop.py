@@ -93,6 +93,7 @@ def train(
     beginning: Beginning,
     continue_prompt: ContinuePrompt,
     stop: Stop,
+    ledger: GoodputLedger,
 ) -> str:
     """Train `config` in `workdir` to its end, from wherever the workdir stands; return DONE, PREEMPTED or BAD_NUMBERS.
 
@@ -100,7 +101,7 @@ def train(
 
     What belongs to folders above this one is handed in: `check_devices` refuses a layout that is known not to fit the
     chips, `build_store` makes the token store that the config describes, `beginning` the first state, `continue_prompt`
-    the sample at the end.
+    the sample at the end. `ledger` counts the time of this start.
 
     Raises:
       ValueError: the config, the store, the mesh or the checkpoint do not fit together, or the step does not fit the
@@ -109,7 +110,6 @@ def train(
       ProcessesDifferError: processes of this run have other devices, or see another store or checkpoint.
       Stopped: `stop` was requested where there is nothing to save.
     """
-    ledger = GoodputLedger()
     _check_trackers(config)
     if layout_note := check_devices(config, jax.devices()):
         log(layout_note)
@@ -155,7 +155,8 @@ def train(
             log(examples)
         run = make_run(program, workdir=workdir, token_store=token_store, ledger=ledger)
         events += _machine_changes(checkpointer, position.step)
-        stop.agree("first step", {"token store": token_store.manifest.fingerprint, **run_environment()})
+        ledger.facts |= {"token store": token_store.manifest.fingerprint, **run_environment()}
+        stop.agree("first step", ledger.facts)
         if jax.process_index() == 0:
             write_atomically(workdir / CONFIG_FILE, config.to_json())
             keep_tokenizer(

@@ -1,6 +1,7 @@
 """Record a run's numbers: metrics.jsonl (every step, exact), TensorBoard, a console line or bar, and wall seconds.
 
-What follows metrics.jsonl in processes of its own is in trackers.py, which is imported for runs that have log.trackers.
+Where the seconds of each start of a run went is kept in a file of that start, which runs/ reads. What follows
+metrics.jsonl in processes of its own is in trackers.py, which is imported for runs that have log.trackers.
 """
 
 from __future__ import annotations
@@ -11,20 +12,26 @@ import dataclasses
 import datetime
 import json
 import math
+import os
+import secrets
+import socket
+import subprocess
 import sys
 import textwrap
+import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
+from importlib import metadata
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Protocol, TextIO
 
-from btlm_jax import notices
+from btlm_jax import __version__, notices
 from btlm_jax.display.progress import StepBar, print_line
 from btlm_jax.recipe.config import TrainConfig
 from btlm_jax.recipe.curriculum import Curriculum
 from btlm_jax.storage.files import parse_json_object, write_atomically
-from btlm_jax.train import METRICS_FILE, TENSORBOARD
+from btlm_jax.train import METRICS_FILE, STARTS, TENSORBOARD
 
 SMOOTHING_STEPS = 20  # tokens/s, MFU and the ETA on the console are means over this many steps
 LINE_SECONDS = 2.0  # between lines of the console, at least
@@ -34,6 +41,8 @@ _OF_END = ("eval", "sample")  # kinds of lines that the end of a run writes, at 
 _REPEATED = "repeated"  # a key of events that follow from the steps before them
 _NUMBERS_OF = {"train": ("tokens", "loss", "learning_rate"), "eval": ("tokens", "loss")}  # what is drawn of a line
 _BAR_FIELDS = ("ETA", "loss", "len", "lr", "tok/s", "MFU")  # a narrow terminal cuts off the last ones
+WRITE_SECONDS = 5.0  # between writes of a start's file: a killed run loses the knowledge of so much time at most
+_MAX_MARKS = 128  # of a start
 _NOT_FINITE = {"nan": math.nan, "inf": math.inf, "-inf": -math.inf}
 
 
@@ -206,29 +215,69 @@ class _TensorBoard:
 
 
 class GoodputLedger:
-    """Wall seconds of one thread by category, such as "data wait"; an inner category pauses the outer one."""
+    """Wall seconds of one thread by category, such as "data wait"; an inner category pauses the outer one.
 
-    def __init__(self, clock: Callable[[], float] = time.monotonic):
+    Other threads may read it. `began` is when the time begins, as the clock has it.
+    """
+
+    def __init__(self, clock: Callable[[], float] = time.monotonic, *, began: float | None = None):
+        self.first_step: int | None = None  # that this start of the run trains
+        self.step: int | None = None  # the last one that is recorded
+        self.repeated_steps = 0  # that an earlier start has recorded, and this one trains again
+        self.facts: dict[str, str] = {}  # what the start knows of itself: devices, versions, the store's fingerprint
         self._clock = clock
-        self._began = self._charged = clock()
+        self._began = self._charged = clock() if began is None else began
         self._seconds: dict[str, float] = {}
         self._running: list[str] = []
+        self._marks: list[tuple[int, dict[str, float]]] = []
+        self._lock = threading.RLock()  # a signal's handler may read it within `_charge`
 
     @contextlib.contextmanager
     def measure(self, name: str) -> Iterator[None]:
         """Count the time inside the `with` block to category `name`."""
-        self._charge()
-        self._running.append(name)
+        with self._lock:
+            self._charge()
+            self._running.append(name)
         try:
             yield
         finally:
-            self._charge()
-            self._running.pop()
+            with self._lock:
+                self._charge()
+                self._running.pop()
+
+    def begin_steps(self, first_step: int) -> None:
+        """Note that everything before the first step is done."""
+        with self._lock:
+            self.first_step, self.step = first_step, first_step - 1
+            self.mark()
+
+    def mark(self) -> None:
+        """Keep how many seconds were counted up to the last recorded step, if it is a new one."""
+        with self._lock:
+            if self.step is not None and (not self._marks or self._marks[-1][0] < self.step):
+                self._marks.append((self.step, self.seconds()))
+                if len(self._marks) > _MAX_MARKS:
+                    del self._marks[1::2]  # the first and the last stay: an odd number of them is left
 
     def seconds(self) -> dict[str, float]:
         """Return the seconds of every category up to now, the running one included, and the "total" since the start."""
-        self._charge()
-        return {**self._seconds, "total": self._charged - self._began}
+        with self._lock:
+            self._charge()
+            return {**self._seconds, "total": self._charged - self._began}
+
+    def to_json(self) -> dict:
+        """Return the steps, what is running, and the seconds up to now and up to some of the steps before."""
+        with self._lock:
+            self.mark()
+            return {
+                "first_step": self.first_step,
+                "step": self.step,
+                "repeated_steps": self.repeated_steps,
+                "running": self._running[-1] if self._running else "",
+                "facts": dict(self.facts),
+                "seconds": _rounded(self.seconds()),
+                "marks": [[step, _rounded(seconds)] for step, seconds in self._marks],
+            }
 
     def describe(self) -> str:
         """Return one line: the total, and each category's share of it, largest first."""
@@ -247,6 +296,83 @@ class GoodputLedger:
             name = self._running[-1]
             self._seconds[name] = self._seconds.get(name, 0.0) + now - self._charged
         self._charged = now
+
+
+def _rounded(seconds: dict[str, float]) -> dict[str, float]:
+    return {name: round(value, 3) for name, value in seconds.items()}
+
+
+class StartRecord:
+    """The file of one start of a run in its workdir: which command, where, its ledger, how it ended.
+
+    A thread rewrites it every WRITE_SECONDS, so that it is known of a killed run too. A file that cannot be written is
+    left as it is: what stands in the way of it ends the run where the metrics are written.
+    """
+
+    def __init__(self, workdir: Path, ledger: GoodputLedger):
+        self._began = time.time() - ledger.seconds()["total"]
+        stamp = time.strftime("%Y%m%dT%H%M%SZ", time.gmtime(self._began))
+        self._path = workdir / STARTS / f"{stamp}-{secrets.token_hex(4)}.json"
+        self._ledger = ledger
+        self._facts: dict[str, Any] = {
+            "host": socket.gethostname(),
+            "pid": os.getpid(),
+            "command": ["btlm", *sys.argv[1:]],
+            "folder": os.getcwd(),
+            "python": ".".join(map(str, sys.version_info[:3])),
+            "btlm_jax": __version__,
+        }
+        self._end: dict[str, Any] | None = None
+        self._is_over = threading.Event()
+        self._lock = threading.RLock()  # between the thread and `end`
+
+    def keep(self) -> None:
+        """Write the file from here on."""
+
+        def write() -> None:
+            self._facts |= {"commit": _commit()} | {name: _version(name) for name in ("jax", "jaxlib", "numpy")}
+            while not self._is_over.is_set():
+                self.write()
+                self._is_over.wait(WRITE_SECONDS)
+
+        threading.Thread(target=write, name="start record", daemon=True).start()
+
+    def write(self) -> None:
+        """Write the file, if the workdir is there."""
+        with self._lock, contextlib.suppress(OSError):
+            if self._path.parent.parent.is_dir():
+                self._path.parent.mkdir(exist_ok=True)
+                row = {**self._facts, "began": self._began, "written": time.time(), **self._ledger.to_json()}
+                row |= {"notices": notices.counts(), "end": self._end}
+                write_atomically(self._path, json.dumps(row))
+
+    def end(self, code: int, reason: str) -> None:
+        """Record with which exit code the command ends, and why."""
+        self._is_over.set()
+        # Without waiting for ever: a process that ends at once may hold the lock in a thread that hangs.
+        if self._lock.acquire(timeout=1.0):
+            self._end = {"code": code, "reason": " ".join(reason.split())}
+            self.write()
+            self._lock.release()
+
+
+def _version(package: str) -> str:
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return ""
+
+
+def _commit() -> str:
+    """Return the commit of the checkout that the code is run from, with "-dirty" if files of it have changed, or ""."""
+    checkout = Path(__file__).parents[2]
+    if not (checkout / ".git").exists():
+        return ""
+    command = ["git", "-C", str(checkout), "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
+    try:
+        return subprocess.run(command, capture_output=True, text=True, timeout=60).stdout.strip()
+    except (OSError, subprocess.TimeoutExpired):
+        return ""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -322,7 +448,9 @@ class MetricWriter:
     def __enter__(self) -> MetricWriter:
         if self._is_writer:
             path = self._workdir / METRICS_FILE
-            _remove_replayed(path, first_step=self._first_step, num_steps=self._curriculum.num_steps)
+            self._ledger.repeated_steps = _remove_replayed(
+                path, first_step=self._first_step, num_steps=self._curriculum.num_steps
+            )
             self._file: TextIO = open(path, "a", encoding="utf-8")
             self._tensorboard = _TensorBoard(self._workdir / TENSORBOARD, first_step=self._first_step)
             self._bar = StepBar(
@@ -330,6 +458,7 @@ class MetricWriter:
             )
             self._clock = self._training_seconds()
             self._last_step = self._first_step - 1
+            self._ledger.begin_steps(self._first_step)
             self._is_open = True
             for follower in self._followers:
                 follower.start()
@@ -358,7 +487,7 @@ class MetricWriter:
         if step == self._first_step + 1:
             self._pace.clear()  # the first step waits for the first batch to be read: it is slower than the others
         self._pace.append((seconds, phase.tokens_per_step, flops))
-        self._last_step = step
+        self._last_step = self._ledger.step = step
         row = {
             "kind": "train",
             "step": step,
@@ -372,6 +501,8 @@ class MetricWriter:
         }
         self._write(row)
         is_notable = step in self._notable
+        if is_notable:
+            self._ledger.mark()
         if is_notable or step % self._log_every == 0:
             self._tensorboard.numbers(step, numbers_of(row))
             for follower in self._followers:
@@ -491,17 +622,19 @@ def _line(fields: dict[str, str]) -> str:
     return " | ".join(f"{text} {name}" if name == "tok/s" else f"{name} {text}" for name, text in fields.items())
 
 
-def _remove_replayed(path: Path, *, first_step: int, num_steps: int) -> None:
+def _remove_replayed(path: Path, *, first_step: int, num_steps: int) -> int:
     """Rewrite the file without the train and eval lines from `first_step` on, and without lines that are damaged.
+
+    Return how many train lines are removed.
 
     Where the first step is 1, step 0 is evaluated once more, too. After the last step only the end is repeated: what it
     has written before, an evaluation and a sample, goes too. An incomplete last line is what a kill leaves, and is
     written again; each other one that is damaged is a notice.
     """
     if not path.exists():
-        return
+        return 0
     *lines, incomplete = path.read_bytes().split(b"\n")
-    remaining = []
+    remaining, num_repeated = [], 0
     for number, line in enumerate(lines, start=1):
         try:
             row = parse_row(line, name=f"{path}, line {number}")
@@ -510,11 +643,13 @@ def _remove_replayed(path: Path, *, first_step: int, num_steps: int) -> None:
             continue
         is_of_end = first_step > num_steps == row["step"] and row["kind"] in _OF_END
         is_replayed = row["kind"] in _REPLAYED and (row["step"] >= first_step or first_step == 1)
+        num_repeated += is_replayed and row["kind"] == "train"
         is_repeated = row.get(_REPEATED) and row["step"] >= first_step
         if not is_replayed and not is_of_end and not is_repeated:
             remaining.append(line)
     if incomplete or len(remaining) < len(lines):
         write_atomically(path, b"".join(line + b"\n" for line in remaining))
+    return num_repeated
 
 
 def _with_strings(value):

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import math
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from btlm_jax.display.plotting import new_figure, write_figure
 from btlm_jax.recipe.curriculum import Curriculum
-from btlm_jax.train.heldout import HeldoutResult
+
+if TYPE_CHECKING:
+    from btlm_jax.train.heldout import HeldoutResult
 
 SIZE = (9.0, 5.0)  # inches
 DPI = 120

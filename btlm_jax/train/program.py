@@ -9,7 +9,7 @@ import numpy as np
 import optax
 from jax.sharding import Mesh
 
-from btlm_jax.model import Btlm, freeze, make_model, parameter_table
+from btlm_jax.model import Btlm, freeze, make_model, parameter_table, with_decay
 from btlm_jax.parallel.mesh import AxisRules, batch_sharding, rules_for
 from btlm_jax.recipe.config import TrainConfig, UpdateRule
 from btlm_jax.recipe.curriculum import Phase
@@ -40,8 +40,10 @@ class Program:
         """Trace the step of a phase, for `compile`."""
         rules, accumulation = self.rules_for(phase), self.config.mesh.accumulation
         model = self.model.clone(rules=rules)
-        loss_chunk, rule = self.config.model.loss_chunk, self.update_rules[phase.index]
-        step = make_train_step(model, self.optimizer, self.table, loss_chunk=loss_chunk, rule=rule)
+        step = make_train_step(
+            model, self.optimizer, self.table, loss_chunk=self.config.model.loss_chunk,
+            rule=self.update_rules[phase.index], z_loss=self.config.optimizer.z_loss,
+        )  # fmt: skip
         shape = (accumulation, phase.batch_size // accumulation, phase.seq_len)
         sharding = batch_sharding(self.mesh, rules)
         batch = abstract_batch(shape, sharding, document_mask=self.config.data.document_mask)
@@ -64,7 +66,8 @@ def make_program(config: TrainConfig, mesh: Mesh) -> Program:
     model = make_model(config.model, make_parametrization(config.mup, config.model))
     model = model.clone(rules=model.rules.over_slices(mesh))
     table = freeze(parameter_table(model, mesh), config.optimizer.frozen_patterns)
-    optimizer = make_optimizer(config.optimizer, table)
+    table = with_decay(table, config.optimizer.weight_decay_convention)
+    optimizer = make_optimizer(config.with_numbers().optimizer, table)
     state = abstract_state(table, optimizer, mesh)
     return Program(
         config=config, mesh=mesh, model=model, table=table, optimizer=optimizer, state=state,

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import math
 import os
+import shutil
 import socket
 import time
 from collections.abc import Callable, Iterator
@@ -25,6 +27,7 @@ from btlm_jax.display.progress import print_line
 from btlm_jax.model import Btlm
 from btlm_jax.parallel.mesh import evaluation_sharding
 from btlm_jax.recipe.config import (
+    AUTO,
     PREPARED,
     CorpusConfig,
     CurriculumConfig,
@@ -38,7 +41,7 @@ from btlm_jax.recipe.curriculum import Curriculum
 from btlm_jax.recipe.optimizer import learning_rate_at, rates_of_steps, stretches_of
 from btlm_jax.storage.files import write_atomically
 from btlm_jax.storage.location import PathOrUrl, mirror_of, resolve_location
-from btlm_jax.train import COMPILE_CACHE
+from btlm_jax.train import COMPILE_CACHE, STARTS
 from btlm_jax.train.flops import FLOPS_CONVENTION, flops_per_token, memory_bytes
 from btlm_jax.train.heldout import make_eval_step
 from btlm_jax.train.metric_writer import GoodputLedger
@@ -137,6 +140,14 @@ def make_workdir(workdir: Path) -> None:
         probe.unlink()
     except OSError as error:
         raise OSError(f"workdir {workdir} cannot be written: {error}; choose another --workdir") from error
+
+
+def delete_unused(workdir: Path) -> None:
+    """Delete a workdir in which there is nothing but the record of starts."""
+    with contextlib.suppress(OSError):
+        if {path.name for path in workdir.iterdir()} <= {STARTS}:
+            shutil.rmtree(workdir / STARTS, ignore_errors=True)
+            workdir.rmdir()
 
 
 def predict_stop(workdir: Path, *, num_bytes: int, num_processes: int) -> str:
@@ -428,10 +439,12 @@ def make_run(program: Program, *, workdir: Path, token_store: TokenStore, ledger
 
 def describe_run(config: TrainConfig, table: dict) -> str:
     """Return the whole plan; `table` is the model's tree of ParameterInfo."""
+    how_decayed = _weight_decay(config, table)
+    config = config.with_numbers()
     sections = (
         _parameters(config.model, config.mup, table),
         _phases(config.curriculum, config.model),
-        _schedule(config.optimizer, config.curriculum),
+        [*_schedule(config.optimizer, config.curriculum), how_decayed],
         _memory(table),
         _parameter_rows(config.optimizer, table, num_steps=config.curriculum.table.num_steps),
     )
@@ -488,6 +501,7 @@ def _schedule(optimizer: OptimizerConfig, curriculum: CurriculumConfig) -> Itera
     if parts.decay:
         shape = "cosine" if optimizer.schedule == "cosine" else "linear"
         share = f", the last {optimizer.decay_share:.4g}" if optimizer.schedule == "wsd" else ""
+        share += ", a decay to zero" * (optimizer.end_learning_rate == 0)
         stretches.append(f"{shape} to {optimizer.end_learning_rate:g} in {_steps(parts.decay, table)}{share}")
     begin = f" from {optimizer.schedule_begin:,} tokens on" if optimizer.schedule_begin else ""
     last = rate(table.num_steps)
@@ -500,9 +514,21 @@ def _schedule(optimizer: OptimizerConfig, curriculum: CurriculumConfig) -> Itera
             f"{phase.first_step + 1:,}): {rate(phase.first_step + 1):.6g}"
         )
     yield (
-        f"  AdamW beta ({optimizer.beta1:g}, {optimizer.beta2:g}), eps {optimizer.eps:g}, weight decay "
-        f"{optimizer.weight_decay:g} coupled to the learning rate, clip at global norm {optimizer.clip_norm:g}"
+        f"  AdamW beta ({optimizer.beta1:g}, {optimizer.beta2:g}), eps {optimizer.eps:g}, clip at global norm "
+        f"{optimizer.clip_norm:g}" + f", z-loss {optimizer.z_loss:g}" * (optimizer.z_loss > 0)
     )
+
+
+def _weight_decay(config: TrainConfig, table: dict) -> str:
+    decay = config.with_numbers().optimizer.decay
+    how = "coupled to each class's learning rate"
+    if config.is_decay_independent:
+        how = "independent of the width: times the peak rate"
+    why = ""
+    if config.optimizer.weight_decay == AUTO:
+        per_parameter = config.curriculum.table.num_tokens / num_parameters(table)
+        why = f" (auto: for {per_parameter:.4g} tokens a parameter, arXiv 2505.13738)"
+    return f"  weight decay {decay:.4g}{why}, {how}; tau of each class is in the table below"
 
 
 def _steps(tokens: int, table: Curriculum) -> str:
@@ -534,7 +560,7 @@ def _parameter_rows(optimizer: OptimizerConfig, table: dict, *, num_steps: int) 
     for info in jax.tree.leaves(table):
         rule = info.rule
         peak = optimizer.peak_learning_rate * rule.learning_rate
-        decay = optimizer.weight_decay * rule.weight_decay
+        decay = optimizer.decay * rule.weight_decay
         init = f"{rule.init_std:.6g}" if rule.init_std else f"= {rule.init_mean:g}"
         tau = f"{1 / (peak * decay * num_steps):.4f}" if decay else "-"
         shape = " x ".join(map(str, info.shape))

@@ -102,7 +102,7 @@ def judge(
     )
 
 
-def make_gradients(model: Btlm, table: dict, *, loss_chunk: int) -> Callable:
+def make_gradients(model: Btlm, table: dict, *, loss_chunk: int, z_loss: float = 0.0) -> Callable:
     """Make gradients(params, batch) -> (loss, weight, gradients) of `make_train_step`, not yet jitted."""
     is_frozen = jax.tree.map(lambda info: info.rule.is_frozen, table)
 
@@ -117,6 +117,7 @@ def make_gradients(model: Btlm, table: dict, *, loss_chunk: int) -> Callable:
             output_scale=model.parametrization.output_scale,
             chunk=loss_chunk,
             rules=model.rules,
+            z_loss=z_loss,
         )
 
     def gradients(params: dict, batch: dict) -> tuple[jax.Array, jax.Array, dict]:
@@ -137,20 +138,21 @@ def make_gradients(model: Btlm, table: dict, *, loss_chunk: int) -> Callable:
 
 
 def make_train_step(
-    model: Btlm, optimizer: optax.GradientTransformationExtraArgs, table: dict, *, loss_chunk: int, rule: UpdateRule
-) -> Callable:
+    model: Btlm, optimizer: optax.GradientTransformationExtraArgs, table: dict,
+    *, loss_chunk: int, rule: UpdateRule, z_loss: float = 0.0,
+) -> Callable:  # fmt: skip
     """Make train_step(state, batch, learning_rate) -> (state, metrics), not yet jitted.
 
     batch: {"inputs_BT", "targets_BT": int32, "weights_BT": float32}, leaves [A, B/A, T]; with "starts_BT", int32, no
     position sees another document's (see attention's `attend`). Gradients are summed over the A micro-batches and
     divided by the sum of all weights, so that every token counts the same. Without a weight, or where `judge` says so,
     no update is made: parameters and optimizer stay as they are to the bit, and only the count of steps goes on.
-    metrics: loss (nats a token; 0 of no targets), weight (targets counted), grad_norm (before clipping), and for every
-    class of mup.py grad_norm/<class> and update_norm/<class>, also of an update that is not made; skips of History.
-    Frozen parameters have a gradient of zero, which is not computed, and stay as they are. All metrics are scalars.
+    metrics: loss (nats a token without z_loss; 0 of no targets), weight (targets counted), grad_norm (before clipping),
+    for every class of mup.py grad_norm/<class> and update_norm/<class>, also of an update that is not made, skips of
+    History. Frozen parameters have a gradient of zero, which is not computed, and stay as they are. All are scalars.
     """
     is_frozen = jax.tree.map(lambda info: info.rule.is_frozen, table)
-    gradients = make_gradients(model, table, loss_chunk=loss_chunk)
+    gradients = make_gradients(model, table, loss_chunk=loss_chunk, z_loss=z_loss)
 
     def train_step(state: TrainState, batch: dict, learning_rate) -> tuple[TrainState, dict]:
         loss, weight, grads = gradients(state.params, batch)

@@ -144,6 +144,7 @@ def make_case_model(case: Case, *, width: int, base_width: int) -> Btlm:
         num_heads=2 if case.wide_heads else width // HEAD_DIM,
         d_ff=3 * width,
         layer_norm_eps=1e-5,
+        qk_norm="none",
         alibi_scaling=1.0,
         dtype="float32",
         attention="reference",
@@ -181,6 +182,8 @@ def make_program(model: Btlm, mesh: Mesh, *, num_steps: int):
         beta2=0.95,
         eps=1e-8,
         weight_decay=0.1,
+        weight_decay_convention="preset",
+        z_loss=0.0,
         clip_norm=1.0,
         freeze="",
     )

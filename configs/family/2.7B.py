@@ -30,6 +30,7 @@ def get_config() -> ConfigDict:
                 # 8/3 d_model, rounded down to an even number as BTLM's 6,826; a TPU pads it to 6,912, 1.3% more
                 d_ff=6826,
                 layer_norm_eps=1e-5,  # as BTLM's
+                qk_norm="none",  # none, as BTLM's
                 alibi_scaling=1.0,  # positions as trained
                 dtype="bfloat16",  # of activations; parameters and sums are float32 anyway
                 attention="auto",  # the fastest for the devices
@@ -68,6 +69,8 @@ def get_config() -> ConfigDict:
                 # AdamW remembers tau = m / (peak decay steps) = 0.248 of the run in hidden matrices; arXiv 2505.13738
                 # has 0.210 for so many tokens a parameter
                 weight_decay=0.1,
+                weight_decay_convention="preset",  # coupled to the learning rate, as BTLM's
+                z_loss=0.0,  # none, as BTLM's
                 clip_norm=1.0,  # as BTLM's
                 freeze="",  # every parameter is trained
             ),

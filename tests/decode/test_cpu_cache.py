@@ -20,7 +20,8 @@ SCALE = 0.3
 
 def model_config(**changes) -> ModelConfig:
     values = dict(
-        vocab_size=99, num_layers=L, d_model=N * H, num_heads=N, d_ff=56, layer_norm_eps=1e-5, alibi_scaling=1.0,
+        vocab_size=99, num_layers=L, d_model=N * H, num_heads=N, d_ff=56, layer_norm_eps=1e-5, qk_norm="none",
+        alibi_scaling=1.0,
         dtype="float32", attention="blockwise", remat="full", loss_chunk=20,
     )  # fmt: skip
     return ModelConfig(**values | changes)

@@ -50,6 +50,7 @@ def model_of(hf: dict, *, attention: str):
         num_heads=hf["n_head"],
         d_ff=hf["n_inner"],
         layer_norm_eps=hf["layer_norm_epsilon"],
+        qk_norm="none",
         alibi_scaling=hf["alibi_scaling"]["factor"] if hf["alibi_scaling"] else 1.0,
         dtype="float32",
         attention=attention,

@@ -2,7 +2,9 @@
 
 import dataclasses
 import json
+import re
 import threading
+import time
 
 import pytest
 from support.tiny import tiny_config
@@ -16,7 +18,7 @@ from btlm_jax.stopping import ENDING, PEER_GONE, PREEMPTED, STEPPING, ProcessesD
 NAMES = ["process 0 (a)", "process 1 (b)", "process 2 (c)"]
 
 
-def met(facts_of_processes, *, counts=None, seconds=20.0, indices=None):
+def met(facts_of_processes, *, counts=None, seconds=20.0, indices=None, refused=("",) * 3):
     """What each process is told at a real meeting point: names, or the error's text."""
     server = listen(0, seconds=0)
     port, count = server.getsockname()[1], len(facts_of_processes)
@@ -29,7 +31,15 @@ def met(facts_of_processes, *, counts=None, seconds=20.0, indices=None):
             index=(indices or range(count))[number],
         )
         try:
-            told[number] = peers._meet("localhost", port, place, facts=facts_of_processes[number], log=print)
+            told[number] = peers._meet(
+                "localhost",
+                port,
+                place,
+                facts=facts_of_processes[number],
+                log=print,
+                refused=refused[number],
+                seconds=peers.MEETING_SECONDS,
+            )
         except (OSError, ProcessesDifferError) as error:
             told[number] = error
 
@@ -77,13 +87,22 @@ def test_two_processes_of_one_number_are_refused():
     assert "there is no process 5 of 2" in meeting.welcome(hello | {"index": 5})
 
 
-def test_a_process_0_that_cannot_be_reached_is_an_error_that_says_so(monkeypatch):
-    monkeypatch.setattr(peers, "MEETING_SECONDS", 0.3)
+@pytest.mark.parametrize("number", [0, 2])
+def test_a_process_that_cannot_take_part_says_why_to_all(number):
+    began = time.monotonic()
+    may_go, told = met([{"seed": "1"}] * 3, refused=[f"no {i}" if i == number else "" for i in range(3)])
+    assert not may_go and time.monotonic() - began < 10  # not as long as those that never come are waited for
+    for error in told:
+        assert isinstance(error, ProcessesDifferError)
+        assert re.search(rf"process {number} \(\S+, pid \d+\) cannot take part: no {number}$", str(error))
+
+
+def test_a_process_0_that_cannot_be_reached_is_an_error_that_says_so():
     with listen(0, seconds=0) as server:
         port = server.getsockname()[1]
     place = Place(address=f"localhost:{port}", count=2, index=1)
     with pytest.raises(OSError, match=rf"process 1 of 2 cannot reach process 0 at localhost:{port}.*refused"):
-        peers._meet("localhost", port, place, facts={}, log=print)
+        peers._meet("localhost", port, place, facts={}, log=print, refused="", seconds=0.3)
 
 
 def test_a_port_has_one_owner():

@@ -71,7 +71,8 @@ def test_btlm_3b_has_the_published_numbers():
 
 
 MODEL = dict(
-    vocab_size=300, num_layers=6, d_model=96, num_heads=4, d_ff=200, layer_norm_eps=1e-5, alibi_scaling=1.0,
+    vocab_size=300, num_layers=6, d_model=96, num_heads=4, d_ff=200, layer_norm_eps=1e-5, qk_norm="none",
+    alibi_scaling=1.0,
     dtype="float32", attention="reference", remat="none", loss_chunk=8,
 )  # fmt: skip
 MUP = dict(

@@ -62,6 +62,8 @@ def make_config(**changes) -> OptimizerConfig:
     values = dict(
         schedule="linear", peak_learning_rate=0.012, end_learning_rate=1e-4, initial_learning_rate=0.0, warmup_tokens=0,
         decay_share=0.2, schedule_begin=0, schedule_tokens=0, beta1=0.8, beta2=0.95, eps=1e-8, weight_decay=0.1,
+        weight_decay_convention="preset",
+        z_loss=0.0,
         clip_norm=1.0,
         freeze="",
     )  # fmt: skip

@@ -22,6 +22,7 @@ from support.tensorboard import tensorboard_scalars
 from btlm_jax.cli import main
 from btlm_jax.data.store import read_manifest
 from btlm_jax.recipe.config import train_config_from
+from btlm_jax.runs.workdir import read_starts
 from btlm_jax.train import COMPILE_CACHE, CONFIG_FILE, LOSS_PLOT, POSITION_PLOT, PROFILE, SUMMARY_FILE, TRACKERS
 
 pytestmark = pytest.mark.slow
@@ -54,6 +55,16 @@ def test_a_run_says_at_its_end_what_it_did(tiny_run, token_store):
     for picture in (LOSS_PLOT, POSITION_PLOT):
         assert (workdir / picture).read_bytes().startswith(b"\x89PNG")
     assert any((workdir / COMPILE_CACHE).iterdir())
+
+
+def test_a_run_keeps_a_record_of_its_start(tiny_run):
+    _, workdir = tiny_run
+    problems = []
+    (start,) = read_starts(workdir, problems)
+    assert problems == [] and (start.code, start.first_step, start.step) == (0, 1, NUM_STEPS)
+    assert {"step", "compile", "checkpoint", "evaluation", "sample", "total"} <= start.seconds.keys()
+    assert start.command[1] == "train" and start.facts["processes"] == "1"
+    assert start.facts["token store"] and start.facts["jax"]
 
 
 def test_settings_changed_at_a_resume_are_lines_and_events(unfinished_run, capsys):

@@ -1,0 +1,75 @@
+"""`btlm report`: a run as one HTML page, from the records in its workdir."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from btlm_jax.cli import DONE, UsageError
+from btlm_jax.cli.parse import Flags, config_names, find_config, load_config
+
+if TYPE_CHECKING:
+    from btlm_jax.runs.report import RunRecords
+
+REPORT_HELP = """btlm report WORKDIR: write a run as one HTML page: report.html in the workdir, or --output.
+
+examples:  btlm report runs/local
+           btlm report runs/local --compare=runs/other --output=both.html
+           btlm report runs/local --base=btlm_3b_8k
+
+The page needs no network and no other file. It has the curves of the loss by tokens and by time with phases and
+restarts, held-out loss by source, norms, speed, where the wall time of all starts went, notices, checkpoints, samples,
+what btlm evaluate left, the config against the one that the run was started with, machine, versions and data. It is
+made from the records of the run alone, which may be going on. --compare draws a second run beside it, and says where
+configs differ.
+"""
+_DEFAULT_BASE = "btlm_3b_8k"  # where the run's own is not known
+
+
+def report(arguments: Sequence[str]) -> int:
+    """Run `btlm report`; return the exit code."""
+    flags = report_flags()
+    given = [argument for argument in arguments[:1] if not argument.startswith("-")]
+    if not flags.parse([*(f"--workdir={name}" for name in given), *arguments[len(given) :]]):
+        return DONE
+    workdir, other = flags.path("workdir"), flags.optional_path("compare")
+    from btlm_jax.runs.report import read_run, report_html
+    from btlm_jax.storage.files import write_atomically
+
+    runs = [read_run(path) for path in (workdir, *([other] if other else []))]
+    output = flags.optional_path("output") or workdir / "report.html"
+    if output.is_dir():
+        raise UsageError(f"--output={output} is a folder; give the name of a file")
+    write_atomically(output, report_html(runs, base=_base(flags, runs[0])))
+    print(output)
+    return DONE
+
+
+def report_flags() -> Flags:
+    """Define the flags of `btlm report`."""
+    flags = Flags(REPORT_HELP)
+    flags.define_string("workdir", "", "the run; may be given without the flag, first")
+    flags.define_string("compare", "", "workdir of a second run, drawn beside the first")
+    flags.define_string("output", "", "the file; by default report.html in the workdir")
+    flags.define_string("base", "", "config to compare the run's with; by default the one that its command names")
+    return flags
+
+
+def _base(flags: Flags, run: RunRecords) -> tuple[str, dict[str, Any]]:
+    """Return the config to compare with, and its name. Of the run's command only names are taken, not files."""
+    name = flags.string("base") or _name_in_command(run) or _DEFAULT_BASE
+    return name, load_config(find_config(name), argument="", changes={})
+
+
+def _name_in_command(run: RunRecords) -> str:
+    """Return the name of the config that the last start was given, "" if it was none of those that are installed."""
+    starts = run.workdir.starts
+    words = starts[-1].command if starts else ()
+    for word, following in itertools.pairwise((*words, "")):
+        key, _, value = word.partition("=")
+        if key.lstrip("-") == "config" and key.startswith("-"):
+            name = Path(value or following).stem
+            return name if name in config_names() else ""
+    return ""

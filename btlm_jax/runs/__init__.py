@@ -1,0 +1,1 @@
+"""A run from outside: what its workdir says of it, while it runs or afterwards. Nothing is written or locked there."""

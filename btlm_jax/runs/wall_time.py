@@ -1,0 +1,108 @@
+"""Where the wall time of a run went, over all its starts: steps that count, what stands beside them, and what was lost.
+
+A start that goes on from step s has no use of what earlier starts trained after s: their seconds from there on, as the
+marks in their records have them, are lost.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+
+from btlm_jax.runs.workdir import Start
+
+STEP, LOST, BETWEEN, SET_UP, OTHER = "step", "lost work", "between starts", "set-up", "other"
+# In the order in which they are shown; a record may have others, which come after them.
+CATEGORIES = (
+    STEP, "data wait", "evaluation", "checkpoint", LOST, BETWEEN, SET_UP, "corpus", "compile", "restore", "sample",
+)  # fmt: skip
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class StartTime:
+    """One start: its seconds by category, those of steps that were trained again later apart."""
+
+    start: Start
+    seconds: dict[str, float]  # by category, LOST and OTHER among them; they sum to what the start took
+    lost_steps: int
+    last_kept: int | None  # the last step that counts; None: it trained none
+    before: float  # seconds between the start before it and this one
+
+    @property
+    def total(self) -> float:
+        return sum(self.seconds.values())
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class WallTime:
+    """All starts of a run."""
+
+    starts: tuple[StartTime, ...]
+    seconds: dict[str, float]  # by category, in the order of CATEGORIES; they sum to `total`
+
+    @property
+    def total(self) -> float:
+        """Return the seconds from the beginning of the first start to what is known of the last one."""
+        return sum(self.seconds.values())
+
+    @property
+    def goodput(self) -> float:
+        """Return the share of all time that went into steps that count."""
+        return self.seconds.get(STEP, 0.0) / self.total if self.total else 0.0
+
+    @property
+    def lost_steps(self) -> int:
+        return sum(each.lost_steps for each in self.starts)
+
+
+def wall_time(starts: Sequence[Start]) -> WallTime:
+    """Return where the time of a run went; the starts are in order."""
+    kept = [each.step or 0 for each in starts]  # the last step of each start that still counts
+    lost_from: list[dict[str, float]] = [each.seconds for each in starts]  # seconds up to there
+    lost_steps = [0] * len(starts)
+    for index, start in enumerate(starts):
+        if start.first_step is None:
+            continue
+        resumed, known = start.first_step - 1, sum(lost_steps)
+        for number, earlier in enumerate(starts[:index]):
+            if earlier.first_step is not None and kept[number] > resumed:
+                last_kept = max(resumed, earlier.first_step - 1)
+                lost_steps[number] += max(0, kept[number] - last_kept)
+                kept[number], lost_from[number] = last_kept, earlier.at(last_kept)
+        if index:  # what a killed start trained after the last write of its record
+            lost_steps[index - 1] += max(0, start.repeated_steps - (sum(lost_steps) - known))
+    rows = []
+    for index, start in enumerate(starts):
+        gap = start.began - starts[index - 1].ended if index else 0.0
+        seconds = _by_category(start, lost_from[index])
+        rows.append(
+            StartTime(
+                start=start,
+                seconds=seconds,
+                lost_steps=lost_steps[index],
+                last_kept=None if start.first_step is None else kept[index],
+                before=max(gap, 0.0),
+            )
+        )
+    sums: dict[str, float] = {BETWEEN: sum(row.before for row in rows)}
+    for row in rows:
+        for name, value in row.seconds.items():
+            sums[name] = sums.get(name, 0.0) + value
+    return WallTime(starts=tuple(rows), seconds=_in_order(sums))
+
+
+def _by_category(start: Start, kept: dict[str, float]) -> dict[str, float]:
+    """Return a start's seconds, those after `kept` as LOST; what is in no category is set-up until the steps begin."""
+    counted = {name: value for name, value in kept.items() if name != "total"}
+    lost = start.seconds["total"] - kept["total"]
+    other = kept["total"] - sum(counted.values())
+    begun = start.marks[0][1] if start.marks else kept
+    set_up = begun["total"] - sum(value for name, value in begun.items() if name != "total")
+    counted |= {LOST: lost, SET_UP: set_up, OTHER: other - set_up}
+    return _in_order({name: max(value, 0.0) for name, value in counted.items()})
+
+
+def _in_order(seconds: dict[str, float]) -> dict[str, float]:
+    """Return the categories that took time: the known ones in their order, then others."""
+    names = [*CATEGORIES, *(name for name in seconds if name not in CATEGORIES)]
+    return {name: seconds[name] for name in names if seconds.get(name)}

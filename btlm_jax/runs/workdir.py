@@ -1,0 +1,281 @@
+"""The files of a run's workdir, read from outside: its config, the records of its starts, its checkpoints.
+
+What is damaged is not an error here, as the rest is still worth reading: it becomes a sentence in `problems`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import os
+import time
+from pathlib import Path
+from typing import Any
+
+from btlm_jax.recipe.config import TrainConfig, train_config_from, with_later_keys
+from btlm_jax.storage.files import read_json_object
+from btlm_jax.storage.owner import OWNER_FILE, Owner, is_alive, read_owner
+from btlm_jax.train import CHECKPOINTS, CONFIG_FILE, METRICS_FILE, STARTS, SUMMARY_FILE
+
+_OF_A_RUN = (CHECKPOINTS, METRICS_FILE, OWNER_FILE, STARTS)  # a workdir has one of them
+_OTHERS = {  # what else a folder may be, by a file in it
+    "manifest.json": "it is a token store",
+    "model.json": "it is a model that btlm convert wrote",
+    "model.safetensors": "it is a model",
+    "model.safetensors.index.json": "it is a model",
+}
+RUNNING, UNKNOWN, DEAD = "running", "unknown", "dead"
+SILENT_SECONDS = 60.0  # an owner on another machine is taken for dead when it has not written for so long
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Start:
+    """One start of a run: the command, where, when, its ledger, how it ended."""
+
+    began: float  # of the Unix epoch, by that machine's clock
+    written: float  # when the record was written last
+    host: str
+    pid: int
+    command: tuple[str, ...]
+    facts: dict[str, str]  # versions, devices, the commit, the store's fingerprint
+    first_step: int | None  # that it trained; None: it did not come so far
+    step: int | None  # the last one that is recorded
+    repeated_steps: int  # that an earlier start had recorded already
+    running: str  # the category that was running
+    seconds: dict[str, float]  # by category, and "total"
+    marks: tuple[tuple[int, dict[str, float]], ...]  # (step, the same up to it)
+    notices: dict[str, int]
+    code: int | None  # exit code; None: it runs, or was killed
+    reason: str
+
+    @property
+    def ended(self) -> float:
+        """When it ended, as far as is known."""
+        return self.began + self.seconds["total"]
+
+    def at(self, step: int) -> dict[str, float]:
+        """Return the seconds by category up to a step, from the marks on both sides of it."""
+        before = max((mark for mark in self.marks if mark[0] <= step), key=lambda mark: mark[0], default=None)
+        later = (mark for mark in self.marks if mark[0] >= step)
+        after = min(later, key=lambda mark: mark[0], default=(self.step, self.seconds))
+        if before is None:
+            return dict(self.marks[0][1]) if self.marks else dict(self.seconds)
+        if before[0] == step or not after[0] or after[0] <= before[0]:
+            return dict(before[1])
+        share = (step - before[0]) / (after[0] - before[0])
+        names = after[1].keys() | before[1].keys()
+        return {
+            name: before[1].get(name, 0.0) + share * (after[1].get(name, 0.0) - before[1].get(name, 0.0))
+            for name in names
+        }
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Saved:
+    """A complete checkpoint."""
+
+    step: int
+    time: float  # when it was complete, of the Unix epoch
+    folder: Path
+
+    def num_bytes(self) -> int:
+        """Return its size, 0 if it was deleted meanwhile."""
+        try:
+            return sum(file.stat().st_size for file in self.folder.rglob("*") if file.is_file())
+        except OSError:
+            return 0
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Workdir:
+    """What a workdir says, but for its metrics."""
+
+    path: Path
+    values: dict[str, Any]  # of config.json
+    config: TrainConfig | None  # None: there is none yet, or one that this version cannot read
+    starts: tuple[Start, ...]  # in order
+    owner: Owner | None
+    life: str  # RUNNING, UNKNOWN or DEAD: of the process that owns it
+    checkpoints: tuple[Saved, ...]  # ascending
+    summary: dict[str, Any]
+    problems: tuple[str, ...]
+
+    @property
+    def metrics(self) -> Path:
+        return self.path / METRICS_FILE
+
+    @property
+    def is_finished(self) -> bool:
+        """Return whether the run has trained all its steps and written its end."""
+        if self.config is None or not self.summary:
+            return False
+        num_steps = self.config.curriculum.table.num_steps
+        return self.summary.get("num_steps") == num_steps and bool(self.checkpoints) and (
+            self.checkpoints[-1].step == num_steps
+        )  # fmt: skip
+
+
+def read_workdir(path: Path) -> Workdir:
+    """Read a workdir, of a run that may be going on, of this version or an older one.
+
+    Raises:
+      FileNotFoundError: there is no such folder.
+      ValueError: it is no workdir; says what it is, where that is known.
+      OSError: it cannot be read.
+    """
+    check_is_workdir(path)
+    problems: list[str] = []
+    values = _json(path / CONFIG_FILE, problems)
+    owner = read_owner(path)
+    return Workdir(
+        path=path,
+        values=values,
+        config=_config(path / CONFIG_FILE, values, problems),
+        starts=read_starts(path, problems),
+        owner=owner,
+        life=_life(path, owner),
+        checkpoints=_checkpoints(path / CHECKPOINTS),
+        summary=_json(path / SUMMARY_FILE, problems),
+        problems=tuple(problems),
+    )
+
+
+def check_is_workdir(path: Path) -> None:
+    """Check that a folder is a run's workdir; raises as `read_workdir`."""
+    if not path.exists():
+        raise FileNotFoundError(f"there is no {path}; give the --workdir of a training run")
+    if not path.is_dir():
+        raise ValueError(f"{path} is a file; give the --workdir of a training run")
+    names = set(os.listdir(path))
+    if not names.intersection(_OF_A_RUN):
+        other = next((said for name, said in _OTHERS.items() if name in names), "")
+        other = other or ("it holds " + ", ".join(sorted(names)[:4]) if names else "it is empty")
+        raise ValueError(
+            f"{path} is no workdir of a training run: it has none of {', '.join(_OF_A_RUN)}; {other}. Give the "
+            "--workdir of btlm train"
+        )
+
+
+def read_starts(path: Path, problems: list[str]) -> tuple[Start, ...]:
+    """Return the starts of a run in order; add what is wrong with their records to `problems`."""
+    folder = path / STARTS
+    starts = []
+    for file in sorted(folder.glob("[!.]*.json")):
+        try:
+            starts.append(_start(read_json_object(file)))
+        except (ValueError, OSError) as error:
+            problems.append(f"the record of a start, {file}, is not read: {error}")
+    return tuple(sorted(starts, key=lambda start: start.began))
+
+
+def _start(row: dict[str, Any]) -> Start:
+    """Return what a record of a start says.
+
+    Raises:
+      ValueError: it is damaged.
+    """
+    match row:
+        case {
+            "began": float() as began,
+            "written": float() as written,
+            "host": str() as host,
+            "pid": int() as pid,
+            "command": list() as command,
+            "seconds": dict() as seconds,
+            "marks": list() as marks,
+            "notices": dict() as counts,
+        }:
+            pass
+        case _:
+            raise ValueError("it lacks a part of a start's record")
+    end = row.get("end") or {}
+    if not isinstance(end, dict) or not isinstance(end.get("code"), (int, type(None))):
+        raise ValueError('its "end" has no exit code')
+    facts = row.get("facts")
+    here = {name: row.get(name) for name in ("btlm_jax", "python", "jax", "jaxlib", "numpy", "commit", "folder")}
+    facts = here | (facts if isinstance(facts, dict) else {})
+    return Start(
+        began=began,
+        written=written,
+        host=host,
+        pid=pid,
+        command=tuple(map(str, command)),
+        facts={str(name): str(value) for name, value in facts.items() if value},
+        first_step=_whole(row.get("first_step")),
+        step=_whole(row.get("step")),
+        repeated_steps=_whole(row.get("repeated_steps")) or 0,
+        running=str(row.get("running") or ""),
+        seconds=_seconds(seconds),
+        marks=tuple((step, _seconds(at)) for step, at in map(_mark, marks)),
+        notices={str(name): count for name, count in counts.items() if isinstance(count, int)},
+        code=end.get("code"),
+        reason=str(end.get("reason") or ""),
+    )
+
+
+def _whole(value: object) -> int | None:
+    if value is not None and type(value) is not int:
+        raise ValueError(f"a step is no whole number: {value!r}")
+    return value
+
+
+def _mark(value: object) -> tuple[int, dict]:
+    match value:
+        case [int() as step, dict() as seconds]:
+            return step, seconds
+    raise ValueError("a mark is no [step, seconds]")
+
+
+def _seconds(values: dict) -> dict[str, float]:
+    seconds = {str(name): value for name, value in values.items()}
+    if "total" not in seconds or not all(
+        isinstance(value, (int, float)) and math.isfinite(value) for value in seconds.values()
+    ):
+        raise ValueError("its seconds are no numbers with a total")
+    return {name: float(value) for name, value in seconds.items()}
+
+
+def _config(file: Path, values: dict[str, Any], problems: list[str]) -> TrainConfig | None:
+    if not values:
+        return None
+    try:
+        return train_config_from(with_later_keys(values))
+    except ValueError as error:
+        problems.append(f"{file} cannot be read by this version: {error}")
+        return None
+
+
+def _json(file: Path, problems: list[str]) -> dict[str, Any]:
+    try:
+        return read_json_object(file)
+    except FileNotFoundError:
+        return {}
+    except (ValueError, OSError) as error:
+        problems.append(str(error))
+        return {}
+
+
+def _life(path: Path, owner: Owner | None) -> str:
+    """Return whether the process that owns a workdir is there; on another machine its last write tells."""
+    if owner is None:
+        return DEAD
+    alive = is_alive(owner)
+    if alive is not None:
+        return RUNNING if alive else DEAD
+    try:
+        silent = time.time() - (path / OWNER_FILE).stat().st_mtime
+    except OSError:
+        return UNKNOWN
+    return RUNNING if silent < SILENT_SECONDS else UNKNOWN
+
+
+def _checkpoints(folder: Path) -> tuple[Saved, ...]:
+    """Return the complete checkpoints: orbax gives a folder its step as a name when it is complete."""
+    found = []
+    for entry in folder.iterdir() if folder.is_dir() else ():
+        if entry.name.isdecimal() and entry.is_dir():
+            try:
+                found.append(Saved(step=int(entry.name), time=entry.stat().st_mtime, folder=entry))
+            except OSError:  # deleted meanwhile
+                continue
+    return tuple(sorted(found, key=lambda saved: saved.step))

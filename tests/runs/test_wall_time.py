@@ -1,0 +1,162 @@
+"""Where the wall time of a run went over its starts, against starts whose every second is told."""
+
+import json
+
+import pytest
+from support.fake_run import Clock, FakeRun
+
+from btlm_jax import notices
+from btlm_jax.runs.wall_time import wall_time
+from btlm_jax.runs.workdir import read_starts
+from btlm_jax.train import STARTS
+from btlm_jax.train.metric_writer import GoodputLedger, StartRecord
+
+TOTAL = "total"
+
+
+class Runs:
+    """Starts of one workdir, one after another."""
+
+    def __init__(self, workdir, monkeypatch):
+        self.workdir = workdir
+        self.now = 1_000_000.0
+        monkeypatch.setattr("btlm_jax.train.metric_writer.time.time", lambda: self.now)
+
+    def start(
+        self, *, first_step, last_step, seconds=2.0, set_up=7.0, compile_seconds=11.0, end=None, each=None, written_at=0
+    ):
+        """Begin, train steps of so many seconds each, and end with an exit code, or as if killed.
+
+        The record is written at the end, or at a step.
+        """
+        run = FakeRun(self.workdir, first_step=first_step)
+        record = StartRecord(self.workdir, run.ledger)
+        began = run.clock.now
+        run.spend("compile", compile_seconds)
+        run.clock.now += set_up
+        with run.writer:
+            for step in range(first_step, last_step + 1):
+                run.step(step, seconds=seconds)
+                if each:
+                    each(run, step)
+                run.ledger.mark()
+                if step == written_at:
+                    record.write()
+        self.now += run.clock.now - began
+        if not written_at:
+            record.write()
+        if end is not None:
+            record.end(end, "as told")
+
+    def read(self):
+        problems = []
+        starts = read_starts(self.workdir, problems)
+        assert problems == []
+        return starts
+
+
+@pytest.fixture
+def runs(tmp_path, monkeypatch):
+    return Runs(tmp_path, monkeypatch)
+
+
+def test_steps_that_are_trained_again_are_lost_and_the_time_between_starts_counts(runs):
+    runs.start(first_step=1, last_step=8)  # killed; it had saved step 5
+    runs.now += 100
+    runs.start(first_step=6, last_step=9, seconds=3.0, end=0)
+    times = wall_time(runs.read())
+    assert times.seconds == {
+        "step": 5 * 2 + 4 * 3, "lost work": 3 * 2, "between starts": 100, "set-up": 14, "compile": 22,
+    }  # fmt: skip
+    assert times.total == 100 + (18 + 16) + (18 + 12) == runs.now - 1_000_000
+    assert (times.lost_steps, times.goodput) == (3, 22 / 164)
+    assert [row.lost_steps for row in times.starts] == [3, 0]
+    assert [row.total for row in times.starts] == [34, 30]
+
+
+def test_steps_after_the_last_write_of_a_killed_starts_record_are_counted(runs):
+    runs.start(first_step=1, last_step=8, written_at=6)
+    runs.start(first_step=4, last_step=9, end=0)
+    assert wall_time(runs.read()).lost_steps == 5
+
+
+def test_a_start_may_go_back_over_several_starts(runs):
+    runs.start(first_step=1, last_step=4)
+    runs.start(first_step=5, last_step=7)
+    runs.start(first_step=3, last_step=9, end=0)  # two checkpoints were damaged
+    times = wall_time(runs.read())
+    assert [row.lost_steps for row in times.starts] == [2, 3, 0]
+    assert times.seconds["lost work"] == 2 * 2 + 3 * 2 and times.seconds["step"] == 9 * 2
+    assert times.starts[1].seconds.get("step", 0) == 0
+
+
+def test_what_stands_beside_lost_steps_is_lost_with_them(runs):
+    def evaluate(run, step):
+        if step in (2, 6):
+            run.spend("evaluation", 5)
+
+    runs.start(first_step=1, last_step=8, each=evaluate)
+    runs.start(first_step=4, last_step=9, end=0)
+    times = wall_time(runs.read())
+    assert times.seconds["evaluation"] == 5 and times.seconds["lost work"] == 5 * 2 + 5
+    assert times.total == runs.now - 1_000_000
+
+
+def test_marks_are_few_and_steps_between_them_are_found(tmp_path):
+    clock = Clock()
+    ledger = GoodputLedger(clock)
+    record = StartRecord(tmp_path, ledger)
+    ledger.begin_steps(1)
+    for step in range(1, 1001):
+        with ledger.measure("step"):
+            clock.now += 3
+        ledger.step = step
+        ledger.mark()
+    record.write()
+    (start,) = read_starts(tmp_path, [])
+    assert 50 < len(start.marks) <= 128
+    assert [start.at(step).get("step", 0) for step in (0, 1, 500, 777, 1000)] == pytest.approx([0, 3, 1500, 2331, 3000])
+
+
+def test_a_start_without_steps_is_set_up_only(tmp_path):
+    clock = Clock()
+    ledger = GoodputLedger(clock, began=clock.now - 4)
+    record = StartRecord(tmp_path, ledger)
+    with ledger.measure("compile"):
+        clock.now += 10
+        record.write()
+        assert json.loads(next((tmp_path / STARTS).iterdir()).read_text())["running"] == "compile"
+        clock.now += 10
+    clock.now += 1
+    notices.report("step-skipped", "one")
+    record.end(2, "a  wrong\nline")
+    (start,) = read_starts(tmp_path, [])
+    assert wall_time([start]).seconds == {"set-up": 5, "compile": 20}
+    assert (start.code, start.reason, start.first_step) == (2, "a wrong line", None)
+    assert start.notices["step-skipped"] == 1
+
+
+@pytest.mark.parametrize(
+    "damage",
+    ["", "[]", "{}", '{"began": "x"}', "\0" * 9, '{"began": 1.0, "seconds": {}}'],
+)
+def test_a_damaged_record_is_named_and_the_others_are_read(runs, damage):
+    runs.start(first_step=1, last_step=2, end=0)
+    (runs.workdir / STARTS / "20990101T000000Z-ffffffff.json").write_text(damage)
+    (runs.workdir / STARTS / ".20990101T000000Z-ffffffff.json.ab.tmp").write_text("{")
+    problems = []
+    assert len(read_starts(runs.workdir, problems)) == 1
+    assert len(problems) == 1 and "20990101T000000Z" in problems[0]
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [("marks", [[1, {}], 2]), ("marks", [["a", {"total": 1}]]), ("seconds", {"total": "x"}), ("step", 1.5),
+     ("end", [1]), ("seconds", {"step": 1.0}), ("seconds", {"total": 1e400})],
+)  # fmt: skip
+def test_a_record_with_a_wrong_part_is_named(runs, key, value):
+    runs.start(first_step=1, last_step=2, end=0)
+    (file,) = (runs.workdir / STARTS).iterdir()
+    file.write_text(json.dumps(json.loads(file.read_text()) | {key: value}))
+    problems = []
+    assert read_starts(runs.workdir, problems) == () and file.name in problems[0]
