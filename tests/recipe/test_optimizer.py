@@ -130,9 +130,9 @@ def test_all_multipliers_one_is_adamw_of_optax():
     grads, rates = [normal(1 + step, 0.3) for step in range(5)], [0.012] * 5
     peer = optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(0.012, b1=0.8, b2=0.95, eps=1e-8, weight_decay=0.1))
     expected = jax.tree.map(jnp.asarray, params)
-    state = peer.init(expected)
+    state, update = jax.jit(peer.init)(expected), jax.jit(peer.update)
     for grad in grads:
-        updates, state = peer.update(jax.tree.map(jnp.asarray, grad), state, expected)
+        updates, state = update(grad, state, expected)
         expected = optax.apply_updates(expected, updates)
     found = trained(config, table_of(ones), params, grads, rates)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-6, atol=1e-7), found, jax.device_get(expected))
