@@ -5,11 +5,11 @@
 // half; 4-bit codes as words of eight inputs, the first in the lowest bits, in groups of 64 inputs that share a scale and
 // an offset, [layers, M/32, K/64, 8, 32]; signed 8-bit codes as words of four in groups that share a scale.
 
-#include "simd.h"
+#include "wide.h"
 
 namespace {
 
-constexpr int64_t kTile = BTLM_TILE_OUTPUTS, kGroup = BTLM_GROUP_INPUTS, kRows = 6;
+constexpr int64_t kTile = BTLM_TILE_OUTPUTS, kGroup = BTLM_GROUP_INPUTS;
 
 inline u32x8 words(const uint32_t* p) { return *reinterpret_cast<const u32x8*>(p); }
 inline f8 low_half(u32x8 pair) { return (f8)(pair << 16); }
@@ -22,40 +22,9 @@ inline f8 code(u32x8 word, int i) {
 // Signed byte i of a word.
 inline f8 byte(u32x8 word, int i) { return __builtin_convertvector((i8)(word << (24 - 8 * i)) >> 24, f8); }
 
-// y[RB][32] += x[RB][0..depth) . w[depth][32]
-template <int RB>
-inline void accumulate(const float* w, const float* x, int64_t ld_x, float* y, int64_t ld_y, int64_t depth) {
-  for (int64_t half = 0; half < kTile; half += 2 * kLanes) {
-    f8 sums[RB][2];
-    for (int r = 0; r < RB; ++r) {
-      sums[r][0] = load(y + r * ld_y + half);
-      sums[r][1] = load(y + r * ld_y + half + kLanes);
-    }
-    for (int64_t k = 0; k < depth; ++k) {
-      f8 w0 = load(w + k * kTile + half), w1 = load(w + k * kTile + half + kLanes);
-#pragma GCC unroll 8
-      for (int r = 0; r < RB; ++r) {
-        float x_rk = x[r * ld_x + k];
-        sums[r][0] += w0 * x_rk;
-        sums[r][1] += w1 * x_rk;
-      }
-    }
-    for (int r = 0; r < RB; ++r) {
-      store(y + r * ld_y + half, sums[r][0]);
-      store(y + r * ld_y + half + kLanes, sums[r][1]);
-    }
-  }
-}
-
+// y[rows][32] += x[rows][0..depth) . w[depth][32]
 void accumulate_rows(const float* w, const float* x, int64_t ld_x, float* y, int64_t ld_y, int64_t depth, int64_t rows) {
-  for (; rows >= kRows; rows -= kRows, x += kRows * ld_x, y += kRows * ld_y) {
-    accumulate<kRows>(w, x, ld_x, y, ld_y, depth);
-  }
-  if (rows >= 3) {
-    accumulate<3>(w, x, ld_x, y, ld_y, depth);
-    rows -= 3, x += 3 * ld_x, y += 3 * ld_y;
-  }
-  for (; rows > 0; --rows, x += ld_x, y += ld_y) accumulate<1>(w, x, ld_x, y, ld_y, depth);
+  product<Into::kSum>(Left<Stored::kByRows>{x, ld_x}, w, kTile, y, ld_y, depth, rows, kTile);
 }
 
 // One row, whose sums stay in registers.
@@ -139,7 +108,7 @@ void into_columns(int64_t tile, int64_t rows, int64_t M, float* y, const Fill& f
 }
 
 template <typename W>
-void product(ffi::ThreadPool pool, const float* x, const W* w, float* y, int64_t R, int64_t K, int64_t M) {
+void product_ungrouped(ffi::ThreadPool pool, const float* x, const W* w, float* y, int64_t R, int64_t K, int64_t M) {
   constexpr int64_t kDepth = 128, kInputs = std::is_same_v<W, float> ? 1 : 2;
 #ifdef __AVX512BF16__
   if constexpr (kInputs == 2) {
@@ -273,9 +242,9 @@ ffi::Error matmul(ffi::ThreadPool pool, ffi::Buffer<ffi::F32> x_RK, ffi::AnyBuff
   int64_t at = layer.typed_data()[0] * w.dimensions()[1] * w.dimensions()[2] * kTile;
   const float* x = x_RK.typed_data();
   if (w.element_type() == ffi::F32) {
-    product(pool, x, static_cast<const float*>(w.untyped_data()) + at, y_RM->typed_data(), R, K, M);
+    product_ungrouped(pool, x, static_cast<const float*>(w.untyped_data()) + at, y_RM->typed_data(), R, K, M);
   } else {
-    product(pool, x, static_cast<const uint32_t*>(w.untyped_data()) + at, y_RM->typed_data(), R, K, M);
+    product_ungrouped(pool, x, static_cast<const uint32_t*>(w.untyped_data()) + at, y_RM->typed_data(), R, K, M);
   }
   return ffi::Error::Success();
 }

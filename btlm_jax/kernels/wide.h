@@ -1,4 +1,4 @@
-// Vectors as wide as the processor's, e^x of them, and products of small matrices in registers; for causal.h.
+// Vectors as wide as the processor's, e^x of them, and products of small matrices in registers; for causal.h and matmul.cc.
 
 #pragma once
 
