@@ -17,7 +17,7 @@ import numpy as np
 from btlm_jax.display.progress import printable
 
 NUM_COLOURS, NUM_BAR_COLOURS = 8, 12  # of lines, of parts of a bar
-MAX_POINTS = 500  # of a line: of more, the mean of so many bins, with a band from their least to their greatest
+MAX_POINTS = 500  # of a line: of more, the mean of about so many bins, with a band from their least to their greatest
 _WIDTH, _HEIGHT = 1000, 400  # of the SVG's own coordinates
 _TICKS = 5
 
@@ -179,7 +179,7 @@ def _lines(drawn: Sequence[Series], to_x: _Scale, to_y: _Scale) -> list[str]:
     for each in drawn:
         colour, paths, bands = f"c{each.colour % NUM_COLOURS}", [], []
         for x, y in _stretches(each):
-            x, low, mean, high = binned(x, y)
+            x, low, mean, high = binned(x, y, num_bins=max(2, MAX_POINTS * len(x) // len(each.x)))
             at, height = _WIDTH * to_x(x), [_HEIGHT * (1 - np.clip(to_y(v), -0.5, 1.5)) for v in (low, mean, high)]
             paths.append(_path(at, height[1]))
             if each.has_band and len(x) < len(y):
@@ -204,11 +204,11 @@ def _stretches(series: Series) -> list[tuple[np.ndarray, np.ndarray]]:
     return [(series.x[a:b], series.y[a:b]) for a, b in itertools.pairwise(sorted(edges)) if b > a]
 
 
-def binned(x: np.ndarray, y: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
-    """Return x, and the least, mean and greatest y, of at most MAX_POINTS bins of as many points each; x ascends."""
-    if len(x) <= MAX_POINTS:
+def binned(x: np.ndarray, y: np.ndarray, *, num_bins: int) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+    """Return x, and the least, mean and greatest y, of at most so many bins of as many points each; x ascends."""
+    if len(x) <= num_bins:
         return x, y, y, y
-    edges = np.linspace(0, len(x), MAX_POINTS + 1).astype(int)[:-1]
+    edges = np.linspace(0, len(x), num_bins + 1).astype(int)[:-1]
     counts = np.diff([*edges, len(x)])
     mean_x, mean_y = np.add.reduceat(x, edges) / counts, np.add.reduceat(y, edges) / counts
     return mean_x, np.minimum.reduceat(y, edges), mean_y, np.maximum.reduceat(y, edges)

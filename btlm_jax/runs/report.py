@@ -20,6 +20,7 @@ from btlm_jax.runs.page import details, page, table, text, tiles
 from btlm_jax.runs.status import FINISHED, RUNNING, Status, count, duration, make_status, size
 from btlm_jax.runs.wall_time import CATEGORIES, STEP, WallTime, wall_time
 from btlm_jax.runs.workdir import Workdir, read_workdir
+from btlm_jax.stopping import STACKS
 from btlm_jax.storage.location import resolve_location
 from btlm_jax.train.plots import smooth
 
@@ -27,6 +28,7 @@ _MOST_ROWS = 200  # of a table of events or starts: the first and the last
 # The loss axis ends at this percentile of the losses after this share of the tokens: with the first all else is flat.
 _ROBUST_PERCENTILE, _BEGINNING = 99.5, 0.08
 _MOST_MARKS = 200  # restarts that are drawn
+_MOST_STACKS, _STACK_BYTES = 8, 6000
 _UNITS = ((2 * 60, 1, "s"), (2 * 3600, 60, "minutes"), (3 * 86400, 3600, "hours"), (math.inf, 86400, "days"))
 _DAMAGED_TOKENS = "the losses are per token of different tokenizers, and are not comparable: compare bits per byte"
 
@@ -484,8 +486,17 @@ def _events(run: RunRecords) -> str:
     counted = [(name, f"{number:,}") for name, number in run.status.notices.items()]
     bad = run.status.bad_numbers
     said = f'<p class="bad">Evidence of bad numbers: {text(", ".join(bad["evidence"]))}</p>' if bad["evidence"] else ""
-    said += table(("notice", "times, in all starts"), counted, right=(1,))
+    said += table(("notice", "times, in all starts"), counted, right=(1,)) + _stacks(run.workdir.path / STACKS)
     return said + _shortened(("step", "event"), rows, right=(0,)) or '<p class="none">None.</p>'
+
+
+def _stacks(folder: Path) -> str:
+    """Return the ends of the files of stacks that processes wrote which stood still."""
+    parts = []
+    for file in sorted(folder.glob("*.txt")) if folder.is_dir() else ():
+        lines = file.read_bytes()[-_STACK_BYTES:].decode("utf-8", "replace").splitlines()
+        parts.append(details(f"{folder.name}/{file.name}, its end", f"<pre>{text(chr(10).join(lines))}</pre>"))
+    return "".join(parts[:_MOST_STACKS])
 
 
 def _checkpoints(run: RunRecords) -> str:

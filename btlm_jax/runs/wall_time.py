@@ -64,8 +64,11 @@ def wall_time(starts: Sequence[Start]) -> WallTime:
         if start.first_step is None:
             continue
         resumed, known = start.first_step - 1, sum(lost_steps)
-        for number, earlier in enumerate(starts[:index]):
-            if earlier.first_step is not None and kept[number] > resumed:
+        for number in range(index - 1, -1, -1):
+            earlier = starts[number]
+            if earlier.first_step is not None:
+                if kept[number] <= resumed:
+                    break  # those before it end before it begins
                 last_kept = max(resumed, earlier.first_step - 1)
                 lost_steps[number] += max(0, kept[number] - last_kept)
                 kept[number], lost_from[number] = last_kept, earlier.at(last_kept)

@@ -226,6 +226,7 @@ def _summary_text(summary: dict, config: TrainConfig, workdir: Path) -> str:
         f"  {longer}",
         f"  {'' if shutil.which('tensorboard') else f'{sys.executable} -m pip install tensorboard && '}"
         f"tensorboard --logdir={workdir / TENSORBOARD}",
+        f"  btlm report {workdir}",
         f"  btlm generate --checkpoint={workdir} --prompt={shlex.quote(prompt)}",
     ]
     return "\n".join(lines)
