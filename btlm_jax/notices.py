@@ -37,6 +37,7 @@ NAMES = {
     "went-back": "a run went back to a checkpoint from steps with bad numbers, and passes over them",
     "data-gone": "the text that a run's store was made of is not there any more",
     "bucket-again": "a request to a bucket failed, and is made again",
+    "not-uploaded": "a run in a bucket drops a checkpoint that an earlier start of it could not upload",
     "upload-failed": "files of a run could not be copied to its bucket; the run goes on, and it is tried again",
     "upload-caught-up": "after that, a bucket has all of a run's files",
     "workdir-taken-over": "a workdir is taken from the command that owned it",

@@ -228,11 +228,12 @@ worker_supervise() {
 newest_step() {
   local names step=0 name
   case $WORKDIR in
-    *://*) names=$(gcloud storage ls "$WORKDIR/checkpoints/" 2> /dev/null || true) ;;
+    # There a checkpoint counts once it has this object, which is written last.
+    *://*) names=$(gcloud storage ls "$WORKDIR/checkpoints/*/commit.json" 2> /dev/null || true) ;;
     *) names=$(ls "$WORKDIR/checkpoints" 2> /dev/null || true) ;;
   esac
   while read -r name; do
-    name=${name%/}
+    name=${name%/commit.json}
     name=${name##*/}
     [[ ! $name =~ ^[0-9]{1,15}$ ]] || ((10#$name <= step)) || step=$((10#$name))
   done <<< "$names"

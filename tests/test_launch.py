@@ -356,6 +356,35 @@ def test_several_slices_know_each_other(cloud):
     assert records and not any("s;e c" in path.read_text() for path in records if path.is_file())
 
 
+def in_bucket(cloud):
+    return {"WORKDIR": "gs://bucket/a run", "CHECKPOINTS": str(cloud.state / "gs/bucket/a run/checkpoints")}
+
+
+def test_a_workdir_in_a_bucket(cloud):
+    """Commit and changes are kept there, and a preempted run goes on from what is committed there."""
+    cloud.will(runs=["10:75", "20:wait"])
+    started = cloud.start("all", **in_bucket(cloud))
+    wait_until = time.monotonic() + 60
+    while not (cloud.state / "waits-pod-w-0").exists() and time.monotonic() < wait_until:
+        time.sleep(0.05)
+    assert " step 20" in cloud.run("status", **in_bucket(cloud))
+    assert "step 20" in cloud.run("logs", **in_bucket(cloud))
+    cloud.run("stop", **in_bucket(cloud))
+    started.communicate(timeout=60)
+    cloud.run("down", **in_bucket(cloud))
+    assert cloud.is_empty
+    records = [*(cloud.state / "gs/bucket/a run/launches").iterdir()]
+    assert records and all((record / "command").read_text().startswith("btlm train ") for record in records)
+    assert "--workdir=gs://bucket/a run" in cloud.read("arguments-pod-w-0").split("\0")
+    assert "./tree[tpu,gcs]" in cloud.read("setup")
+
+
+def test_checkpoints_that_are_not_committed_are_no_progress(cloud):
+    cloud.will(runs=["10:75", "20:75", "30:75"], commits_nothing="")
+    said = cloud.run("all", code=75, MAX_FRUITLESS="2", **in_bucket(cloud))
+    assert "step 30" not in said and cloud.is_empty
+
+
 @pytest.mark.parametrize("python", ["python3.11", "uv", "deadsnakes"])
 def test_a_python_is_found_or_brought(cloud, python):
     if python == "python3.11":

@@ -275,7 +275,8 @@ class Flags:
         file = self.config_file()
         print(f"config: {file}", file=sys.stderr)
         try:
-            values = load_config(file, argument=given.partition(":")[2], changes=self._changes)
+            argument = "" if "://" in given else given.partition(":")[2]
+            values = load_config(file, argument=argument, changes=self._changes)
             self._config = train_config_from(values)
             return self._config
         except ValueError as error:
@@ -287,7 +288,8 @@ class Flags:
         Raises:
           UsageError: there is none.
         """
-        return find_config(self.string("config").partition(":")[0])
+        given = self.string("config")
+        return find_config(given if "://" in given else given.partition(":")[0])
 
     def _define(self, name: str, kind: str, default: Any, meaning: str, choices: Sequence[str] = ()) -> None:
         value = list(default) if kind in _LISTS else default
@@ -375,9 +377,22 @@ def find_config(given: str) -> Path:
 
     The last part of a packaged config's name is enough if no other ends in it: 111M for family/111M.
 
+    Of a URL, such as that of the config.json of a run in a bucket, it is a copy in the user's cache.
+
     Raises:
-      UsageError: it is neither.
+      UsageError: it is neither, or the URL is not that of a .json file.
+      OSError: the URL cannot be read.
     """
+    if "://" in given:
+        from btlm_jax.storage import files, location
+
+        if not given.endswith(".json"):
+            raise UsageError(f"--config={given} is a URL, at which only a .json file is taken: no code is fetched")
+        contents = location.read_bytes(given)
+        path = files.cache_directory() / "configs" / files.hash_json(given)[:16] / given.rpartition("/")[2]
+        path.parent.mkdir(parents=True, exist_ok=True)
+        files.write_atomically(path, contents)
+        return path
     path = Path(os.path.expanduser(given))
     if path.is_file():
         return path

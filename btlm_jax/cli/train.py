@@ -142,8 +142,6 @@ def _local_workdir(flags: Flags) -> Iterator[Path]:
     if flags.boolean("distributed"):
         place = _place(flags)
         process, count = place.index, place.count
-    if count > 1:
-        raise UsageError(f"--workdir={url} is for one process; several need a folder that all see")
     with bucket.opened_for_run(url, process=process, count=count) as mirror:
         flags.set_string("workdir", str(mirror.folder))
         yield mirror.folder

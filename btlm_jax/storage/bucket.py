@@ -52,6 +52,7 @@ FILES_SECONDS = 60.0  # between copies of the files beside the checkpoints
 _PART = ".part-{}.json"  # of a checkpoint: what another process than 0 has uploaded
 _SYNCED = ".synced.json"  # of a local folder: which of its files are as in the bucket
 _STATE = "state/"  # of a checkpoint: the arrays, which are fetched when they are read
+_CHECKPOINTS = "checkpoints/"
 _NOT_FOR_READERS = ("tensorboard/", "compile_cache/", "trackers/", "profile/", "corpus/", "store/", "replaced/")
 _LAST_NAMES = ("manifest.json", "summary.json")  # of files that say that others are complete
 _WAITS = (2.0, 8.0)  # seconds before each further attempt, beside those of fsspec's libraries
@@ -184,7 +185,7 @@ class Mirror:
 
     def __init__(self, remote: RemoteFolder, folder: Path, *, process: int, count: int):
         self.remote, self.folder, self.url = remote, folder, remote.url
-        self.owned = RemoteFolder(remote.url, waits=(), seconds=BEAT_SECONDS)
+        self.owned = RemoteFolder(remote.url, waits=(), seconds=2 * BEAT_SECONDS)
         self._process, self._count = process, count
         self._known: dict[str, dict] = {}  # objects that are there; of each the local file that it is equal to
         self._token = ""
@@ -260,10 +261,10 @@ class Mirror:
                 self._bring(self.remote.list())
 
     def upload_rate(self, num_bytes: int) -> float:
-        """Return the bytes per second of writing an object of that size."""
-        data, began = os.urandom(num_bytes), time.monotonic()
+        """Return the bytes per second of writing an object of that size, or of 8 MiB if that is less."""
+        data, began = os.urandom(min(num_bytes, 8 << 20)), time.monotonic()
         self.remote.write(f".speed-{self._process}", data)
-        rate = num_bytes / max(time.monotonic() - began, 1e-6)
+        rate = len(data) / max(time.monotonic() - began, 1e-6)
         self.remote.delete(f".speed-{self._process}")
         return rate
 
@@ -325,6 +326,9 @@ class Mirror:
     def _copy(self) -> None:
         for step in self._waiting():
             self._copy_checkpoint(step)
+        for step in self._steps()[:-1] if self._process else ():
+            if not self._has_commit(step):
+                self._take_commit(step)
         if self._process == 0:
             self._copy_moved()
             self._copy_files()
@@ -519,17 +523,27 @@ class Mirror:
             is_ours = bool(found.get("token")) and session == {"token": found["token"], "boot": _boot()}
         if is_ours:
             self._token, self._has_session = session["token"], True
-            self._known = {name: synced.get(name, {}) if name in synced else {} for name in listing}
+            ours = {*synced, *(name for name, _ in self._local_files())}  # others may have put theirs there
+            self._known = {
+                name: synced.get(name, {}) for name in listing if name in ours or name.startswith((_CHECKPOINTS, "."))
+            }
             if self._count > 1:  # of which no process has what another lacks
-                for step in self._waiting():
-                    shutil.rmtree(self.folder / "checkpoints" / str(step))
+                self._drop("of several processes all go on from what is in the bucket")
             for step in self._steps():  # those that btlm checkpoints --prune has deleted in the bucket
                 if f"checkpoints/{step}/{COMMIT}" not in listing and step not in self._waiting():
                     shutil.rmtree(self.folder / "checkpoints" / str(step))
         else:
+            self._drop("another command has written there since, or this machine was started anew")
             (self.folder / SESSION).unlink(missing_ok=True)
             self._known = pull(self.remote, self.folder, listing, is_wanted=lambda name: True)
         self._known = {name: facts for name, facts in self._known.items() if name != OWNER_FILE}
+
+    def _drop(self, why: str) -> None:
+        """Delete checkpoints that an earlier run could not upload."""
+        for step in self._waiting():
+            said = f"checkpoint {step:,} is on this machine and not in {self.url}, and is dropped: {why}"
+            notices.report("not-uploaded", said)
+            shutil.rmtree(self.folder / "checkpoints" / str(step))
 
     def _write_session(self) -> None:
         """Say that this folder is the one that writes, before it first does."""
@@ -710,19 +724,20 @@ def local_folder(url: str, *, role: str) -> Iterator[Path]:
     """Yield the local folder of a URL, which no other process uses meanwhile."""
     staging = os.environ.get(STAGING_VARIABLE)
     root = (Path(staging) if staging else cache_directory() / "workdirs").resolve()
-    name = re.sub(r"[^A-Za-z0-9.]+", "-", url.partition("://")[2]).strip("-")[-60:]
-    name += f"-{hash_json(url)[:8]}-{role}"
+    last = re.sub(r"[^A-Za-z0-9._-]+", "-", url.rstrip("/").rpartition("/")[2]) or "bucket"
+    name = f"{last[:60]}-{hash_json(url.rstrip('/'))[:8]}-{role}"
     root.mkdir(parents=True, exist_ok=True)
     for number in range(100):
-        folder = root / (f"{name}-{number}" if number else name)
-        lock = exclusive_lock(folder.with_name(f"{folder.name}.lock"), message="")
+        place = root / (f"{name}-{number}" if number else name)
+        lock = exclusive_lock(place.with_name(f"{place.name}.lock"), message="")
         with contextlib.suppress(FileExistsError):
             lock.__enter__()
             break
     else:
         raise OSError(f"100 folders of {url} are in use in {root}")
     try:
-        folder.mkdir(exist_ok=True)
+        folder = place / last  # a run has the name of its workdir in trackers
+        folder.mkdir(parents=True, exist_ok=True)
         yield folder
     finally:
         lock.__exit__(None, None, None)

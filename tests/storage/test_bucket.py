@@ -111,6 +111,7 @@ def test_a_run_is_copied_and_goes_on_elsewhere(objects, tmp_path):
         here = contents(first)
         # The same machine goes on from its folder without reading it again; another one gets the same.
     shutil.rmtree(first / "stacks")
+    objects[f"{RUN}/launches/1/command"] = b"btlm train"  # of launch/tpu.sh
     before = dict(objects)
     with opened() as mirror:
         assert mirror.folder == first and fetched(first)[:2] == ([3, 6], "state/d/x of 6")
@@ -120,7 +121,8 @@ def test_a_run_is_copied_and_goes_on_elsewhere(objects, tmp_path):
     with opened() as mirror:
         assert fetched(mirror.folder) == ([3, 6], "state/d/x of 6", "1\n2\n")
         found = contents(mirror.folder)
-    assert found == {k: v for k, v in here.items() if k != "stacks/0.txt"} | {"metrics.jsonl": "1\n2\n"}
+    kept = {name: text for name, text in here.items() if name != "stacks/0.txt"}
+    assert found == kept | {"metrics.jsonl": "1\n2\n", "launches/1/command": "btlm train"}
 
 
 def test_another_machine_that_wrote_last_counts(objects, tmp_path, monkeypatch):
@@ -132,10 +134,12 @@ def test_another_machine_that_wrote_last_counts(objects, tmp_path, monkeypatch):
     with opened() as mirror:
         (mirror.folder / "metrics.jsonl").write_text("1\n2\n")
         mirror.flush()
-    monkeypatch.setenv(bucket.STAGING_VARIABLE, str(stale.parent))
+    monkeypatch.setenv(bucket.STAGING_VARIABLE, str(tmp_path / "staging"))
+    write_checkpoint(stale, 3)
     (stale / "metrics.jsonl").write_text("1\nlost\n")
     with opened() as mirror:
         assert mirror.folder == stale and contents(stale) == {"metrics.jsonl": "1\n2\n"}
+        assert notices.counts() == {"not-uploaded": 1}  # and said
         # Another boot of the machine, which may have lost what was not yet on its disk: the bucket counts, too.
         (stale / "metrics.jsonl").write_text("1\n2\n3\n")
         mirror.flush()

@@ -59,6 +59,7 @@ read -ra ends <<< "$line"
 end=${ends[NUMBER]:-${ends[0]:-0:0}}
 step=${end%:*} code=${end#*:}
 [ "$step" = 0 ] || mkdir -p "$CHECKPOINTS/$step" "$CHECKPOINTS/$step.orbax-checkpoint-tmp"
+[ -e "$CLOUD/commits-nothing" ] || touch "$CHECKPOINTS/$step/commit.json" # as in a bucket
 echo "step $step"
 case $code in
   wait) trap 'exit 75' TERM; touch "$CLOUD/waits-$HOSTNAME"; while :; do sleep 0.05; done ;;

@@ -4,6 +4,7 @@
 #   $CLOUD/lives    one line a creation: the states that the queued resource shows, each once, the last for good
 #   $CLOUD/faults   lines PATTERN|CODE|MESSAGE: the first whose pattern is in a command makes it fail so, once
 #   $CLOUD/log      every command, one a line
+#   $CLOUD/gs/      the buckets, for `storage ls` and `storage cp -r`
 #   $CLOUD/queue    the states to come; $CLOUD/nodes/NAME a VM slice's state; $CLOUD/homes/NAME/N a worker's home
 set -euo pipefail
 shopt -s nullglob
@@ -23,6 +24,18 @@ while IFS='|' read -r pattern code message; do
     fail "$code" "$message"
   fi
 done < <(if [ -s "$CLOUD/faults" ]; then cat "$CLOUD/faults"; fi)
+
+if [ "$1" = storage ]; then
+  case $2 in
+    ls)
+      mapfile -t found < <(compgen -G "$CLOUD/gs/${3#gs://}")
+      ((${#found[@]})) || fail 1 "ERROR: (gcloud.storage.ls) One or more URLs matched no objects."
+      printf '%s\n' "${found[@]/#$CLOUD\/gs\//gs://}"
+      ;;
+    cp) mkdir -p "$CLOUD/gs/${5#gs://}" && cp -r "$4" "$CLOUD/gs/${5#gs://}" ;;
+  esac
+  exit
+fi
 
 command="$3 $4" name=$5
 flag() { # the value of --$1=
