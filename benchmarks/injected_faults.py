@@ -1,13 +1,14 @@
 """Do to real training runs what happens to runs of weeks, and see that each ends as documented.
 
-Command: python benchmarks/injected_faults.py --folder=DIR [--only=NAME]          (root, for disks that are full)
+Command: python benchmarks/injected_faults.py --folder=DIR [--only 3 4]           (root, for disks that are full)
 
 Every fault meets `btlm train` on a tiny model, in one process or in two on loopback. Bad numbers, and a clock that
 jumps, are put in by a wrapper around the same command; all else happens outside of it: signals, flipped bits, a
 truncated shard, a small tmpfs that is filled or made read-only, a limit on the size of one process's files. A row has
 what the command said, its exit codes, the seconds from the fault to the end, the last step that was logged, and what
-the same command did afterwards, whose end is compared with a run that nothing happened to. Rows are kept in
-DIR/rows.jsonl: the same command goes on. Exits with 1 if anything differs from what is expected here.
+the same command did afterwards, whose end is compared with a run that nothing happened to. Starts are those of
+kill_resume.py. Rows are kept in DIR/rows.jsonl: the same command goes on. Exits with 1 if anything differs from what is
+expected here.
 """
 
 from __future__ import annotations
@@ -48,7 +49,8 @@ NO_END = -99  # in place of an exit code
 class Case:
     """The runs of one fault in a workdir of its own."""
 
-    def __init__(self, folder: Path, config: Path, *, processes: int):
+    def __init__(self, folder: Path, config: Path, *, processes: int, runs: kill_resume.Runs):
+        self._runs = runs
         self.folder, self.config, self.processes = folder, config, processes
         self.workdir, self.outputs = folder / "run", folder / "outputs"
         self.started: kill_resume.Started
@@ -66,7 +68,8 @@ class Case:
             num_processes=self.processes,
             num_devices=self.processes,
             changes=changes,
-            command=[sys.executable, str(HERE), f"--child={json.dumps(bad)}"] if bad else kill_resume.COMMAND,
+            command=[sys.executable, str(HERE), f"--child={json.dumps(bad)}"],
+            forks=None if bad else self._runs.forks_of(1),
         )
         self.waited_for = list(self.started.processes)
 
@@ -359,11 +362,12 @@ FAULTS = [
 ]
 
 
-def run(fault: Fault, folder: Path, config: Path, expected: Path) -> dict:
+def run(fault: Fault, folder: Path, config: Path, *, runs: kill_resume.Runs) -> dict:
     """Have a fault happen; return its row, with "problem" if it is not as expected."""
     unmount(folder)
     shutil.rmtree(folder, ignore_errors=True)
-    case = Case(folder, config, processes=fault.processes)
+    expected = runs.undisturbed(fault.processes)
+    case = Case(folder, config, processes=fault.processes, runs=runs)
     shutil.copytree(expected / "compile_cache", case.workdir / "compile_cache")
     began = time.monotonic()
     fault.meets(case)
@@ -446,7 +450,7 @@ def child(bad: dict) -> None:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--folder", type=Path, required=True, help="keeps rows.jsonl, and runs that ended otherwise")
-    parser.add_argument("--only", default="", help="the fault of this name")
+    parser.add_argument("--only", nargs="+", default=(), help="the faults of these numbers, from 1")
     arguments = parser.parse_args()
     from support.real_store import build_real_store, write_config
 
@@ -459,10 +463,11 @@ def main() -> int:
     runs = kill_resume.Runs(config, folder, switch=STEPS[0], changes=())
     rows = [json.loads(line) for line in log.read_text().splitlines()] if log.exists() else []
     failed = []
-    for each in FAULTS:
-        if arguments.only not in ("", each.name) or each.name in [row["name"] for row in rows]:
+    for number, each in enumerate(FAULTS, 1):
+        is_chosen = not arguments.only or str(number) in arguments.only
+        if not is_chosen or each.name in [row["name"] for row in rows]:
             continue
-        row = run(each, folder / "case", config, runs.undisturbed(each.processes))
+        row = run(each, folder / "case", config, runs=runs)
         print(json.dumps(row), flush=True)
         if row["problem"]:
             (folder / "case").rename(folder / f"failed-{len(list(folder.glob('failed-*')))}")

@@ -401,10 +401,11 @@ class Runs:
             num_processes=num_processes,
             num_devices=num_devices,
             changes=[self._changes] * num_processes,
-            forks=None if moment == "imports" else self._forks_of(num_devices // num_processes),
+            forks=None if moment == "imports" else self.forks_of(num_devices // num_processes),
         )
 
-    def _forks_of(self, num_devices: int) -> Forks:
+    def forks_of(self, num_devices: int) -> Forks:
+        """Return what forks processes with so many devices."""
         if num_devices not in self._forks:
             self._forks[num_devices] = Forks(environment_of(num_devices=num_devices))
         return self._forks[num_devices]
