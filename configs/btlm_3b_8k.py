@@ -70,7 +70,7 @@ def get_config() -> ConfigDict:
             ),
             evaluation=dict(every_steps=2000, blocks_per_source=64, batch_size=480),
             checkpoint=dict(every_steps=200, keep_last=3, keep_every=10_000, keep_hours=0.0),
-            bad_numbers=dict(spike_score=30.0, max_skips=8, max_rollbacks=3),
+            bad_numbers=dict(spike_score=30.0, max_skips=8, max_rollbacks=3, compare_every=0, recompute_every=0),
             log=dict(
                 every_steps=10,
                 sample_prompt="The key to training a language model is",

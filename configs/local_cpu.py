@@ -70,7 +70,7 @@ def get_config() -> ConfigDict:
             ),
             evaluation=dict(every_steps=150, blocks_per_source=8, batch_size=8),
             checkpoint=dict(every_steps=100, keep_last=2, keep_every=1000, keep_hours=0.0),
-            bad_numbers=dict(spike_score=30.0, max_skips=8, max_rollbacks=3),
+            bad_numbers=dict(spike_score=30.0, max_skips=8, max_rollbacks=3, compare_every=0, recompute_every=0),
             log=dict(
                 every_steps=1,
                 sample_prompt="Return the number of",

@@ -307,10 +307,12 @@ class BadNumbersConfig:
     spike_score: float  # robust deviations above the median at which a step is skipped; 0: only if it is not finite
     max_skips: int  # steps skipped in a row, after which the run goes back to a checkpoint and passes over the steps
     max_rollbacks: int  # of a run, after which it stops
+    compare_every: int  # steps after which all devices' copies of the state are compared, as before a save; 0: never
+    recompute_every: int  # steps of which one is computed twice, and all bits compared; 0: none
 
     def __post_init__(self):
         _require_positive("bad_numbers", max_skips=self.max_skips)
-        for name in ("spike_score", "max_rollbacks"):
+        for name in ("spike_score", "max_rollbacks", "compare_every", "recompute_every"):
             _require(getattr(self, name) >= 0, f"bad_numbers.{name}={getattr(self, name)} must not be negative")
 
 
@@ -459,7 +461,13 @@ LATER_KEYS = {
         "z_loss": 0.0,
     },
     "checkpoint": {"keep_hours": 0.0},
-    "bad_numbers": {"spike_score": 30.0, "max_skips": 8, "max_rollbacks": 3},
+    "bad_numbers": {
+        "spike_score": 30.0,
+        "max_skips": 8,
+        "max_rollbacks": 3,
+        "compare_every": 0,
+        "recompute_every": 0,
+    },
     "log": {"trackers": "", "profile_steps": ""},
 }
 

@@ -107,6 +107,8 @@ def _reasons(config: TrainConfig) -> dict[str, str]:
         "bad_numbers.spike_score": "deviations above the median; none of the runs measured has 14",
         "bad_numbers.max_skips": "steps in a row, and then the run goes back to a checkpoint",
         "bad_numbers.max_rollbacks": "times, and then it stops",
+        "bad_numbers.compare_every": "steps between comparisons of the devices' copies; 0: none",
+        "bad_numbers.recompute_every": "steps of which one is computed twice and compared; 0: none",
         "log.every_steps": "every step in runs below 1,000",
         "log.sample_prompt": "continued at the end",
         "log.sample_tokens": "of the continuation",

@@ -330,7 +330,9 @@ def make_config(choices: Choices) -> TrainConfig:
         checkpoint=CheckpointConfig(
             every_steps=min(200, max(1, table.num_steps // 10)), keep_last=3, keep_every=10_000, keep_hours=0.0
         ),
-        bad_numbers=BadNumbersConfig(spike_score=30.0, max_skips=8, max_rollbacks=3),
+        bad_numbers=BadNumbersConfig(
+            spike_score=30.0, max_skips=8, max_rollbacks=3, compare_every=0, recompute_every=0
+        ),
         log=LogConfig(
             every_steps=10 if table.num_steps >= 1000 else 1,
             sample_prompt="The key to training a language model is",

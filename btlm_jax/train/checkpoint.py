@@ -661,6 +661,12 @@ def facts_on_host(x: np.ndarray) -> tuple[np.uint32, np.uint32, bool]:
 @jax.jit
 def facts_on_device(x: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
     """Return the two sums of `facts_of`, and whether all values are finite, by XLA."""
+    sums = local_sums(x)
+    return sums[0], sums[1], jnp.isfinite(x).all()
+
+
+def local_sums(x: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Return the two sums of `facts_of`, traced."""
     bits = jax.lax.bitcast_convert_type(x, jnp.dtype(f"uint{8 * x.dtype.itemsize}")).astype(jnp.uint32)
     position = jnp.zeros_like(bits)
     for dim in range(x.ndim):
@@ -668,8 +674,8 @@ def facts_on_device(x: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
         sharding = getattr(jax.typeof(x), "sharding", None)
         position += stride * jax.lax.broadcasted_iota(jnp.uint32, x.shape, dim, out_sharding=sharding)
     y = bits ^ _mix(position, *_MURMUR)
-    sums = [_mix(y, *constants).sum(dtype=jnp.uint32) for constants in (_MURMUR, _LOW_BIAS)]
-    return sums[0], sums[1], jnp.isfinite(x).all()
+    first, second = (_mix(y, *constants).sum(dtype=jnp.uint32) for constants in (_MURMUR, _LOW_BIAS))
+    return first, second
 
 
 def _mix(x: Any, shifts: tuple[int, int, int], factors: tuple[int, int]) -> Any:

@@ -65,9 +65,10 @@ from btlm_jax.train.setup import (
     predict_stop,
     prepare_store,
 )
-from btlm_jax.train.step import TrainState
+from btlm_jax.train.step import CorruptionError, TrainState
 
 if TYPE_CHECKING:
+    from btlm_jax.train.corruption import Checks
     from btlm_jax.train.step_trace import StepTrace
 
 DONE, PREEMPTED, BAD_NUMBERS = "done", "preempted", "bad numbers"
@@ -327,6 +328,8 @@ def _train_from(
         return DONE
     except BadNumbersError as error:
         return _stop_on_bad_numbers(run, error, checkpointer=checkpointer, writer=writer)
+    except CorruptionError as error:
+        return _stop_on_corruption(error, checkpointer=checkpointer, writer=writer)
     except FloatingPointError as error:  # from the last evaluation
         bad = BadNumbersError(run.config.curriculum.table.num_steps, str(error))
         return _stop_on_bad_numbers(run, bad, checkpointer=checkpointer, writer=writer)
@@ -362,7 +365,7 @@ def _run_steps(
     config, curriculum = run.config, run.config.curriculum.table
     phase_ends, every = {phase.end_step for phase in curriculum.phases}, config.checkpoint.every_steps
     pending = None  # the last step's metrics, still on the device: fetched while the next step runs
-    batches = _batches(run, loader, first_step=position.step)
+    batches, checks = _batches(run, loader, first_step=position.step), _make_checks(run)
     try:
         for index, batch in batches:
             step = index + 1
@@ -371,6 +374,8 @@ def _run_steps(
             with run.ledger.measure("step"):
                 if trace:
                     trace.before(step, state)
+                if checks:
+                    train_step = functools.partial(checks.step, train_step, step)
                 state, metrics = train_step(state, batch, np.float32(learning_rate))
                 if trace:
                     trace.after(step, state)
@@ -379,6 +384,8 @@ def _run_steps(
                 is_last, is_stopping = step == curriculum.num_steps, stop.is_agreed(step)
                 is_evaluating = step in phase_ends or step % config.evaluation.every_steps == 0
                 is_saving = is_last or is_stopping or step % every == 0
+                if checks:
+                    checks.compare(step, state, is_saving=is_saving)
                 if (is_evaluating or is_saving) and skips < config.bad_numbers.max_skips:
                     stop.allow_long()
                     # What is evaluated or saved must be known to be finite first.
@@ -540,6 +547,32 @@ def _stop_on_bad_numbers(run: Run, error: BadNumbersError, *, checkpointer: Chec
         "a new workdir"
     )
     return BAD_NUMBERS
+
+
+def _stop_on_corruption(error: CorruptionError, *, checkpointer: Checkpointer, writer: MetricWriter) -> str:
+    """Wait for the last checkpoint, and log what was found, and what to do about it."""
+    checkpointer.wait()
+    steps = checkpointer.steps()
+    writer.event(error.step, f"stopped because a device computes wrongly: {error}")
+    log(
+        f"Stopped because a device computes wrongly: {error}. Nothing of this step is saved. Take its machine out, and "
+        "give the same command again; it goes on from "
+        + (
+            f"step {steps[-1]:,}, or with --resume_step from one of {', '.join(map(str, steps))}"
+            if steps
+            else "the beginning"
+        )
+    )
+    return BAD_NUMBERS
+
+
+def _make_checks(run: Run) -> Checks | None:
+    """Return what looks for devices that compute wrongly, None where the config asks for nothing of it."""
+    if not run.config.bad_numbers.compare_every and not run.config.bad_numbers.recompute_every:
+        return None
+    from btlm_jax.train.corruption import Checks
+
+    return Checks(run.config.bad_numbers, run.mesh)
 
 
 def _make_trace(run: Run, *, first_step: int) -> StepTrace | None:

@@ -29,6 +29,14 @@ class History:
     skips: jax.Array  # updates in a row that were not made, up to now
 
 
+class CorruptionError(Exception):
+    """Devices do not have the bits that they should have after `step` steps."""
+
+    def __init__(self, step: int, message: str):
+        super().__init__(f"step {step:,}: {message}")
+        self.step = step
+
+
 @flax.struct.dataclass
 class TrainState:
     """The state that a step updates: the number of steps, float32 parameters, the optimizer's state, the history."""

@@ -107,6 +107,8 @@ def get_config() -> ConfigDict:
                 spike_score=30.0,  # deviations above the median; none of the runs measured has 14
                 max_skips=8,  # steps in a row, and then the run goes back to a checkpoint
                 max_rollbacks=3,  # times, and then it stops
+                compare_every=0,  # steps between comparisons of the devices' copies; 0: none
+                recompute_every=0,  # steps of which one is computed twice and compared; 0: none
             ),
             log=dict(
                 every_steps=10,  # every step in runs below 1,000
