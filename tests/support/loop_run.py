@@ -3,8 +3,9 @@
 Each token of each step counts in it, at its place, so that no mesh can change its bits.
 """
 
+import dataclasses
 import types
-from typing import Any
+from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
@@ -86,7 +87,8 @@ def train(workdir, store, monkeypatch, parts, *, step_function=train_step, **cha
                 {"w": jax.device_put(jnp.ones((8, 3)), NamedSharding(mesh, PartitionSpec(FSDP)))}, optimizer
             )
             whole = NamedSharding(mesh, PartitionSpec())
-            state = state.replace(step=jax.device_put(state.step, whole), history=jax.device_put(state.history, whole))
+            rest = {"step": jax.device_put(state.step, whole), "history": jax.device_put(state.history, whole)}
+            state = dataclasses.replace(state, **rest)
         run = types.SimpleNamespace(
             config=config, workdir=workdir, mesh=mesh, train_steps=(step_function,) * 2, ledger=GoodputLedger(),
             learning_rates=np.ones(16), token_store=store, most_documents=1,
@@ -95,13 +97,14 @@ def train(workdir, store, monkeypatch, parts, *, step_function=train_step, **cha
         position, _, _ = last_position(checkpointer, config)
         if position.step:
             abstract = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), state)
-            position, state, _ = restore_last(checkpointer, config, abstract=abstract)
-            assert len(state.params["w"].sharding.device_set) == num_devices
+            position, restored, _ = restore_last(checkpointer, config, abstract=abstract)
+            assert restored is not None and len(restored.params["w"].sharding.device_set) == num_devices
+            state = restored
         with jax.set_mesh(mesh):
             train_from: Any = loop._train_from
             outcome = train_from(
                 run, state, position, checkpointer=checkpointer, writer=writer, stop=StopAt(last),
-                beginning=Beginning(make_state=lambda run: None, events=()), continue_prompt=lambda run, params: "",
+                beginning=Beginning(make_state=cast(Any, None), events=()), continue_prompt=lambda run, params: "",
             )  # fmt: skip
         checkpointer.close()
         outcomes.append(outcome)
