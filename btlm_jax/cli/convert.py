@@ -76,7 +76,7 @@ def convert(arguments: Sequence[str]) -> int:
 def convert_flags() -> Flags:
     """Define the flags of `btlm convert`."""
     flags = Flags(CONVERT_HELP)
-    flags.define_string("from", "", "a run, a model directory or a Hugging Face directory")
+    flags.define_string("from", "", "a run, RUN/average, a model directory or a Hugging Face directory")
     flags.define_string("to", "", "directory, or .gguf file, to make; it must not exist")
     flags.define_string(
         "format", "hf", "hf is Hugging Face's, native and int4 are ours, jais is for vLLM", choices=FORMATS

@@ -151,7 +151,9 @@ def evaluate_flags() -> Flags:
     """Define the flags of `btlm evaluate`."""
     flags = Flags(EVALUATE_HELP)
     flags.define_string(
-        "checkpoint", "", "a run, one of its checkpoints, a converted, 4-bit or Hugging Face model, or a URL of one"
+        "checkpoint",
+        "",
+        "a run, RUN/average, one of its checkpoints, a converted, 4-bit or Hugging Face model, or its URL",
     )
     flags.define_paths("compare", "two models, which are measured alike, and their differences")
     flags.define_paths("text", "files, folders, patterns or URLs of texts, in every form that btlm corpus reads")

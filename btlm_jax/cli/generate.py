@@ -91,7 +91,7 @@ def generate(arguments: Sequence[str]) -> int:
 def generate_flags() -> Flags:
     """Define the flags of `btlm generate`."""
     flags = Flags(GENERATE_HELP)
-    flags.define_string("checkpoint", "", "a run, a converted model or a Hugging Face directory")
+    flags.define_string("checkpoint", "", "a run, RUN/average, a converted model or a Hugging Face directory")
     flags.define_string("prompt", "", "text to continue; empty: begin a document")
     flags.define_string("prompts_file", "", "file of prompts, one a line or JSON lines (.jsonl)")
     flags.define_string("output", "", "file for the texts as JSON lines, instead of printing them")

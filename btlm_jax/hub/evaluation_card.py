@@ -7,7 +7,7 @@ from pathlib import Path
 
 from btlm_jax import notices
 from btlm_jax.hub.given_model import fingerprint_of_checkpoint, fingerprint_of_model
-from btlm_jax.hub.native import is_run
+from btlm_jax.hub.native import is_run, split_average
 from btlm_jax.storage.files import read_json_object
 from btlm_jax.train.checkpoint import checkpoint_steps
 
@@ -37,7 +37,7 @@ def read_evaluation_card(directory: Path) -> EvaluationCard:
       OSError: a file cannot be read.
       ValueError: the report is damaged.
     """
-    step = checkpoint_steps(directory)[-1] if is_run(directory) else 0
+    step = checkpoint_steps(split_average(directory)[0])[-1] if is_run(directory) else 0
     folder = evaluation_folder(directory, step=step)
     report, card = folder / REPORT_FILE, folder / CARD_FILE
     if not report.is_file() or not card.is_file():

@@ -19,6 +19,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from btlm_jax.hub import tensor_names
 from btlm_jax.hub.native import (
+    AVERAGE,
     MODEL_FILE,
     ModelMetadata,
     is_model_directory,
@@ -28,6 +29,8 @@ from btlm_jax.hub.native import (
     read_model_directory,
     read_run_checkpoint,
     read_tokenizer,
+    read_weights,
+    split_average,
 )
 from btlm_jax.hub.source import HuggingFaceSource, is_hugging_face
 from btlm_jax.model import freeze, parameter_table
@@ -124,7 +127,7 @@ def open_given_model(directory: Path, *, step: int) -> GivenModel:
     if directory.is_file():
         what = "a GGUF file, of which btlm reads no weights" if directory.suffix == ".gguf" else "a file"
         raise ValueError(f"{directory} is {what}; give a run, a model directory or a Hugging Face directory")
-    if not directory.exists():
+    if not directory.exists() and not is_run(directory):
         raise FileNotFoundError(
             f"there is no {directory}; give a run, a model's directory or a URL (a model of the Hugging Face Hub is "
             "fetched first: hf download OWNER/NAME --local-dir=DIR)"
@@ -150,7 +153,7 @@ def open_given_model(directory: Path, *, step: int) -> GivenModel:
 
 
 def _open_run(workdir: Path, *, step: int) -> GivenModel:
-    reader = CheckpointReader(workdir)
+    reader = CheckpointReader(split_average(workdir)[0])
     try:
         steps = reader.steps()
         if step and step not in steps:
@@ -168,9 +171,11 @@ def _open_run(workdir: Path, *, step: int) -> GivenModel:
 
 
 def fingerprint_of_checkpoint(workdir: Path, step: int) -> str:
-    """Return a hash of the names, sizes and beginnings of the files of a run's checkpoint."""
-    folder = workdir / CHECKPOINTS / str(step)
-    return _fingerprint(folder, sorted(path for path in folder.rglob("*") if path.is_file()))
+    """Return a hash of the names, sizes and beginnings of the files of a run's checkpoint; another of its average."""
+    run, is_average = split_average(workdir)
+    folder = run / CHECKPOINTS / str(step)
+    files = sorted(path for path in folder.rglob("*") if path.is_file())
+    return _fingerprint(folder, files) + f"-{AVERAGE}" * is_average
 
 
 def fingerprint_of_model(directory: Path) -> str:
@@ -199,6 +204,12 @@ def check_has_moments(model: GivenModel, config: TrainConfig, *, name: str) -> N
             f"--init_optimizer=kept: {name} is a {model.form}, which has no optimizer state; only a run's "
             "checkpoint has. Leave it out, to begin with a fresh optimizer"
         )
+    if "muon" in (model.config.optimizer.hidden_optimizer, config.optimizer.hidden_optimizer):
+        raise ValueError(
+            f"--init_optimizer=kept: {name} was trained with optimizer.hidden_optimizer="
+            f"{model.config.optimizer.hidden_optimizer} and the run has {config.optimizer.hidden_optimizer}; only "
+            "AdamW's moments are kept: leave --init_optimizer=kept out"
+        )
     table = parameter_table(model.metadata.network(), one_device_mesh())
     then, now = (
         {info.path for info in jax.tree.leaves(freeze(table, each.optimizer.frozen_patterns)) if info.rule.is_frozen}
@@ -224,7 +235,7 @@ def begin_state(model: GivenModel, run: Run, *, keep_optimizer: bool, rows: NewR
     """
     table = _with_rows(parameter_table(run.model, run.mesh), model.metadata.model.vocab_size)
     if keep_optimizer:
-        reader = CheckpointReader(model.directory)
+        reader = CheckpointReader(split_average(model.directory)[0])
         try:
             return _kept_state(model, run, table, reader, rows=rows)
         finally:
@@ -249,9 +260,9 @@ def _read_params(model: GivenModel, table: dict) -> dict:
     """Return a model's weights; those of a run are where `table` has them already."""
     abstract = jax.tree.map(lambda info: info.abstract, table)
     if model.form == RUN:
-        reader = CheckpointReader(model.directory)
+        reader = CheckpointReader(split_average(model.directory)[0])
         try:
-            return reader.restore_params(model.step, abstract=abstract)
+            return read_weights(reader, model.step, workdir=model.directory, abstract=abstract)
         finally:
             reader.close()
     if model.form == NATIVE:
@@ -279,9 +290,9 @@ def _kept_state(model: GivenModel, run: Run, table: dict, reader: CheckpointRead
         )  # fmt: skip
 
     count = optax.tree.get(before.opt_state, "count")
-    opt_state = optax.tree.set(abstract.opt_state, mu=moments("mu"), nu=moments("nu"), count=count)
     params = {**before.params, _EMBEDDING: _grown(before.params[_EMBEDDING], rows, mean=True)}
-    fresh = make_state(_placed(params, run.table), run.optimizer, run.mesh)
+    fresh = make_state(_placed(params, run.table), run.optimizer, run.mesh)  # an average begins anew
+    opt_state = optax.tree.set(fresh.opt_state, mu=moments("mu"), nu=moments("nu"), count=count)
     return dataclasses.replace(fresh, opt_state=opt_state)
 
 

@@ -31,6 +31,7 @@ from btlm_jax.tokenizers.tokenizer import Tokenizer, load_tokenizer
 from btlm_jax.train import CHECKPOINTS, KEPT_TOKENIZER, SUMMARY_FILE
 from btlm_jax.train.checkpoint import CheckpointReader, Position, read_params
 
+AVERAGE = "average"  # WORKDIR/average names a run's averaged weights
 MODEL_FILE, _OLD_PARAMS = "model.json", "params"
 FORMAT = "btlm_jax model 2"
 FORMATS = (FORMAT, "btlm_jax model 1")  # that are read
@@ -78,8 +79,15 @@ class RunCheckpoint:
 
 
 def is_run(directory: Path) -> bool:
-    """Whether this is a training run's workdir with a checkpoint."""
-    return (directory / CHECKPOINTS).is_dir()
+    """Whether this is a training run's workdir with a checkpoint, or the average of its weights (`split_average`)."""
+    return (split_average(directory)[0] / CHECKPOINTS).is_dir()
+
+
+def split_average(directory: Path) -> tuple[Path, bool]:
+    """Return the workdir of a run, and whether the average of its weights is meant: WORKDIR/average, if no model."""
+    is_in_run = directory.name == AVERAGE and (directory.parent / CHECKPOINTS).is_dir()
+    is_average = is_in_run and not any((directory / name).exists() for name in (CHECKPOINTS, MODEL_FILE, "config.json"))
+    return (directory.parent, True) if is_average else (directory, False)
 
 
 def is_model_directory(directory: Path) -> bool:
@@ -92,27 +100,44 @@ def accept(metadata: ModelMetadata) -> None:
 
 
 def read_run(workdir: Path, *, check: Callable[[ModelMetadata], object] = accept) -> NativeModel:
-    """Read the parameters of a run's last checkpoint, which `check` may refuse before; the run may be going on.
+    """Read the weights of a run's last checkpoint, which `check` may refuse before; the run may be going on.
+
+    Of WORKDIR/average they are the average that the run keeps.
 
     Raises:
       FileNotFoundError: there is no checkpoint, or the run has kept no tokenizer and its token store is missing.
-      ValueError: the checkpoint, the tokenizer or the store's manifest is damaged; or of `check`.
+      ValueError: the checkpoint, the tokenizer or the store's manifest is damaged; no average is kept; or of `check`.
     """
-    reader = CheckpointReader(workdir)
+    reader = CheckpointReader(split_average(workdir)[0])
     try:
         checkpoint = read_run_checkpoint(reader, reader.steps()[-1], workdir=workdir)
         check(checkpoint.metadata)
         mesh = one_device_mesh()
-        params = reader.restore_params(checkpoint.position.step, abstract=abstract_params(checkpoint.metadata, mesh))
+        abstract = abstract_params(checkpoint.metadata, mesh)
+        params = read_weights(reader, checkpoint.position.step, workdir=workdir, abstract=abstract)
     finally:
         reader.close()
     return NativeModel(metadata=checkpoint.metadata, params=params, mesh=mesh, tokenizer=checkpoint.tokenizer)
 
 
+def read_weights(reader: CheckpointReader, step: int, *, workdir: Path, abstract: dict) -> dict:
+    """Return the weights of a checkpoint, laid out as `abstract` says: of WORKDIR/average their average."""
+    restore = reader.restore_average if split_average(workdir)[1] else reader.restore_params
+    return restore(step, abstract=abstract)
+
+
 def read_run_checkpoint(reader: CheckpointReader, step: int, *, workdir: Path) -> RunCheckpoint:
     """Read what belongs to a checkpoint of a run beside its arrays; raises as `read_run`."""
-    position, config = reader.read_metadata(step)
+    (position, config), (run, is_average) = reader.read_metadata(step), split_average(workdir)
     notes = {"steps": f"{step:,}", "tokens": f"{position.tokens_seen:,}"} | _heldout_notes(workdir, step)
+    if is_average:
+        if config.optimizer.average == "none":
+            raise ValueError(f"{run} keeps no average of its weights: it was trained with optimizer.average=none")
+        optimizer = config.optimizer
+        notes["weights"] = f"average ({optimizer.average}, optimizer.average_share={optimizer.average_share})"
+    elif config.optimizer.average != "none":
+        notices.report("average-not-taken", f"{run}: its last weights are taken; those averaged are {run / AVERAGE}")
+    workdir = run
     directory, tokenizer_info = _tokenizer_of_run(workdir, config)
     tokenizer = load_tokenizer(directory, tokenizer_info)
     metadata = ModelMetadata(

@@ -25,6 +25,8 @@ QK_NORMS = ("none", "rms", "rms_gain")
 REMATS = ("full", "attention_saved", "out_recomputed", "matmuls_saved", "none")  # the first keeps the least
 PREPARED = "prepared"
 SCHEDULES = ("linear", "cosine", "constant", "wsd")
+HIDDEN_OPTIMIZERS = ("adamw", "muon")
+AVERAGES = ("none", "ema", "last")
 WEIGHT_DECAY_CONVENTIONS = ("preset", "coupled", "independent")
 AUTO = "auto"  # a weight decay that TrainConfig.with_numbers computes
 CORPUS_SOURCES = ("prepared", "installed_python")
@@ -145,18 +147,32 @@ class OptimizerConfig:
     weight_decay_convention: str  # how decay scales with width; "preset": mup.preset's; see recipe/mup.py
     z_loss: float  # times log(Z)^2 of each position, added to what is differentiated; 0: none, 1e-4 is usual
     clip_norm: float  # largest global norm of the gradients
+    hidden_optimizer: str  # of the hidden matrices; all else has AdamW: see recipe/muon.py
+    muon_learning_rate: float  # of "muon", at the peak: the same at every width
+    average: str  # of the weights, kept beside them, for evaluation and export: see recipe/averaging.py
+    average_share: float  # of the run's steps: after so many "ema" halves a weight, so many at the end "last" takes
     freeze: str  # parameters that stay as they are: classes, paths or patterns, as embedding,ln_*; empty: none
 
     def __post_init__(self):
         _require_positive(
-            "optimizer", peak_learning_rate=self.peak_learning_rate, eps=self.eps, clip_norm=self.clip_norm
-        )
+            "optimizer", peak_learning_rate=self.peak_learning_rate, eps=self.eps, clip_norm=self.clip_norm,
+            muon_learning_rate=self.muon_learning_rate,
+        )  # fmt: skip
+        _require_choice("optimizer.hidden_optimizer", self.hidden_optimizer, HIDDEN_OPTIMIZERS)
         _require_choice("optimizer.schedule", self.schedule, SCHEDULES)
+        _require_choice("optimizer.average", self.average, AVERAGES)
+        _require(
+            0 < self.average_share <= 1, f"optimizer.average_share={self.average_share} must be above 0 and at most 1"
+        )
         _require(0 < self.decay_share <= 1, f"optimizer.decay_share={self.decay_share} must be above 0 and at most 1")
         _require_choice("optimizer.weight_decay_convention", self.weight_decay_convention, WEIGHT_DECAY_CONVENTIONS)
         _require(
             self.weight_decay == AUTO or float(self.weight_decay) >= 0,
             f"optimizer.weight_decay={self.weight_decay} must not be negative, or {AUTO!r}",
+        )
+        _require(
+            self.hidden_optimizer == "adamw" or self.weight_decay != AUTO,
+            f"optimizer.weight_decay={AUTO} is a law of AdamW; with optimizer.hidden_optimizer=muon give a number",
         )
         for name in (
             "end_learning_rate", "initial_learning_rate", "warmup_tokens", "schedule_begin", "schedule_tokens",
@@ -459,6 +475,10 @@ LATER_KEYS = {
         "freeze": "",
         "weight_decay_convention": "preset",
         "z_loss": 0.0,
+        "hidden_optimizer": "adamw",
+        "muon_learning_rate": 0.02,
+        "average": "none",
+        "average_share": 0.1,
     },
     "checkpoint": {"keep_hours": 0.0},
     "bad_numbers": {

@@ -204,5 +204,9 @@ def _of_optimizer(config: TrainConfig) -> dict[str, str]:
         "weight_decay_convention": "coupled to the learning rate, as BTLM's",
         "z_loss": "none, as BTLM's",
         "clip_norm": "as BTLM's",
+        "hidden_optimizer": "AdamW, as BTLM's",
+        "muon_learning_rate": "of muon only",
+        "average": "none is kept",
+        "average_share": "of ema and last only",
         "freeze": "every parameter is trained",
     }

@@ -119,34 +119,21 @@ def learning_rate_at(config: OptimizerConfig, *, tokens: int, total_tokens: int)
     return float(learning_rates(config, tokens=[tokens], total_tokens=total_tokens)[0])
 
 
-def decay_again(config: OptimizerConfig, *, tokens: int, total_tokens: int, more_tokens: int) -> dict[str, float]:
-    """Return values of the optimizer that warm up and decay once more over `more_tokens`, from where a run stands.
+def make_optimizer(config: OptimizerConfig, table: dict, *, num_steps=1) -> optax.GradientTransformationExtraArgs:
+    """Make the chain for parameters described by `table` (a tree of ParameterInfo); `update` takes learning_rate=.
 
-    The peak is half of what it was and the warm-up a tenth of the tokens, where a decay leaves it so much: a proposal.
+    `num_steps` are the run's, for an average of the weights.
     """
-    decay = round(config.decay_share * more_tokens) if config.schedule == "wsd" else 0
-    return {
-        "schedule_begin": tokens,
-        "schedule_tokens": 0,
-        "initial_learning_rate": learning_rate_at(config, tokens=tokens, total_tokens=total_tokens),
-        "peak_learning_rate": config.peak_learning_rate / 2,
-        "warmup_tokens": min(more_tokens // 10, more_tokens - decay),
-    }
-
-
-def flags_of(values: dict[str, float]) -> str:
-    """Return the flags that set these values of the optimizer."""
-    return " ".join(f"--config.optimizer.{name}={value!r}" for name, value in values.items())
-
-
-def make_optimizer(config: OptimizerConfig, table: dict) -> optax.GradientTransformationExtraArgs:
-    """Make the chain for parameters described by `table` (a tree of ParameterInfo); `update` takes learning_rate=."""
     rules = jax.tree.map(lambda info: info.rule, table)
     adam = optax.scale_by_adam(b1=config.beta1, b2=config.beta2, eps=config.eps)
     is_trained = jax.tree.map(lambda rule: not rule.is_frozen, rules)
-    if not all(jax.tree.leaves(is_trained)):
+    if config.hidden_optimizer == "muon":
+        from btlm_jax.recipe.muon import with_muon  # other runs load none of it
+
+        adam = with_muon(adam, table)
+    elif not all(jax.tree.leaves(is_trained)):
         adam = optax.masked(adam, is_trained)  # what a gradient of zero is left as is zero
-    return optax.chain(
+    chain = optax.chain(
         optax.clip_by_global_norm(config.clip_norm),
         # Adam is invariant to the scale of its gradients but for eps, so g/c before it is the same as eps*c inside it.
         scale_each(jax.tree.map(lambda rule: 1 / rule.eps, rules)),
@@ -155,6 +142,11 @@ def make_optimizer(config: OptimizerConfig, table: dict) -> optax.GradientTransf
         scale_each(jax.tree.map(lambda rule: rule.learning_rate, rules)),
         scale_by_given_learning_rate(),
     )
+    if config.average != "none":
+        from btlm_jax.recipe.averaging import with_average  # other runs load none of it
+
+        return with_average(chain, config, num_steps=num_steps)
+    return chain
 
 
 def scale_each(multipliers) -> optax.GradientTransformation:

@@ -12,6 +12,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import dataclasses
+import functools
 import importlib.metadata
 import json
 import math
@@ -33,8 +34,15 @@ from orbax.checkpoint._src.serialization import tensorstore_utils as ts_utils
 
 from btlm_jax import __version__, notices
 from btlm_jax.kernels.build import cpu_facts
-from btlm_jax.recipe.config import CheckpointConfig, TrainConfig, config_from, train_config_from, with_later_keys
-from btlm_jax.recipe.optimizer import decay_again, flags_of, learning_rate_at, rates_of_steps, stretches_of
+from btlm_jax.recipe.config import (
+    CheckpointConfig,
+    OptimizerConfig,
+    TrainConfig,
+    config_from,
+    train_config_from,
+    with_later_keys,
+)
+from btlm_jax.recipe.optimizer import learning_rate_at, rates_of_steps, stretches_of
 from btlm_jax.stopping import AgreedError, OthersFailedError
 from btlm_jax.storage.files import hash_json, write_atomically
 from btlm_jax.storage.location import ORIGIN, mirror_of
@@ -344,15 +352,29 @@ class Checkpointer:
         Raises:
           DamagedError: as `restore_state`.
         """
+        return self._restore_part(step, abstract, at=("params",))
+
+    def restore_average(self, step: int, *, abstract: dict) -> dict:
+        """Return the average of the weights that a run with optimizer.average keeps, laid out as `abstract` says.
+
+        Raises:
+          DamagedError: as `restore_state`.
+        """
+        if not any(name.startswith("opt_state/average/") for name in self.read_digests(step).get(_ARRAYS, ())):
+            raise self._damaged(step, "it has no average of the weights")
+        return self._restore_part(step, abstract, at=("opt_state", "average"))
+
+    def _restore_part(self, step: int, abstract: dict, *, at: tuple[str, ...]) -> dict:
+        """Return the arrays below a path of a checkpoint's state, laid out as `abstract` says; read nothing else."""
+        item = functools.reduce(lambda inner, name: {name: inner}, reversed(at), abstract)
         args = ocp.args.PyTreeRestore(
-            item={"params": abstract},
-            restore_args=ocp.checkpoint_utils.construct_restore_args({"params": abstract}),
-            partial_restore=True,
+            item=item, restore_args=ocp.checkpoint_utils.construct_restore_args(item), partial_restore=True
         )
         self.complete(step)
-        params = self._restore(step, ocp.args.Composite(state=args))["state"]["params"]
-        self._check_arrays(step, params, self.read_digests(step).get(_ARRAYS), prefix="params/")
-        return params
+        state = self._restore(step, ocp.args.Composite(state=args))["state"]
+        part = functools.reduce(lambda outer, name: outer[name], at, state)
+        self._check_arrays(step, part, self.read_digests(step).get(_ARRAYS), prefix="/".join((*at, "")))
+        return part
 
     def complete(self, step: int) -> None:
         """Fetch what this machine's folder of a checkpoint in a bucket lacks, and join the parts of its processes.
@@ -739,8 +761,8 @@ def _reason(error: Exception) -> str:
 
 # What may not change between the start of a run and a resume: with another value it would be another run.
 _FIXED = (
-    *("seed", "mup", "optimizer.freeze", "data.seed", "data.weights_by_phase", "data.document_mask"),
-    *("curriculum.seq_len", "curriculum.batch_size"),
+    *("seed", "mup", "optimizer.freeze", "optimizer.average", "optimizer.hidden_optimizer"),
+    *("data.seed", "data.weights_by_phase", "data.document_mask", "curriculum.seq_len", "curriculum.batch_size"),
 )
 _FIXED_MODEL = (
     *("vocab_size", "num_layers", "d_model", "num_heads", "d_ff"),
@@ -865,6 +887,26 @@ def check_schedule(saved: TrainConfig, config: TrainConfig, *, position: Positio
         f"  keep the schedule, and go on at its last rate after its end: {flags_of({'schedule_tokens': old_length})}\n"
         f"  go back to the checkpoint before the decay: {back}"
     )
+
+
+def decay_again(config: OptimizerConfig, *, tokens: int, total_tokens: int, more_tokens: int) -> dict[str, float]:
+    """Return values of the optimizer that warm up and decay once more over `more_tokens`, from where a run stands.
+
+    The peak is half of what it was and the warm-up a tenth of the tokens, where a decay leaves it so much: a proposal.
+    """
+    decay = round(config.decay_share * more_tokens) if config.schedule == "wsd" else 0
+    return {
+        "schedule_begin": tokens,
+        "schedule_tokens": 0,
+        "initial_learning_rate": learning_rate_at(config, tokens=tokens, total_tokens=total_tokens),
+        "peak_learning_rate": config.peak_learning_rate / 2,
+        "warmup_tokens": min(more_tokens // 10, more_tokens - decay),
+    }
+
+
+def flags_of(values: dict[str, float]) -> str:
+    """Return the flags that set these values of the optimizer."""
+    return " ".join(f"--config.optimizer.{name}={value!r}" for name, value in values.items())
 
 
 def go_back(workdir: Path, step: int) -> str:

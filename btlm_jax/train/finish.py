@@ -8,11 +8,12 @@ import math
 import shlex
 import shutil
 import sys
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Generator, Iterator
 from pathlib import Path
 
 import jax
 import numpy as np
+import optax
 from jax.sharding import NamedSharding
 
 from btlm_jax import notices
@@ -21,9 +22,9 @@ from btlm_jax.data.reader import TokenStore
 from btlm_jax.data.store import HELDOUT, Split, streams_of
 from btlm_jax.parallel.mesh import evaluation_sharding
 from btlm_jax.recipe.config import TrainConfig
-from btlm_jax.recipe.optimizer import decay_again, flags_of
 from btlm_jax.storage.files import read_json_object, write_atomically
 from btlm_jax.train import CHECKPOINTS, CONFIG_FILE, LOSS_PLOT, METRICS_FILE, POSITION_PLOT, SUMMARY_FILE, TENSORBOARD
+from btlm_jax.train.checkpoint import decay_again, flags_of
 from btlm_jax.train.heldout import HeldoutResult, evaluate_heldout
 from btlm_jax.train.metric_writer import MetricWriter, read_metrics, text_of
 from btlm_jax.train.setup import Run, check_curriculum, log
@@ -78,7 +79,9 @@ def heldout_blocks(split: Split, *, blocks_per_source: int) -> list[tuple[str, i
     ]
 
 
-def finish_run(run: Run, params: dict, writer: MetricWriter, *, continue_prompt: ContinuePrompt) -> None:
+def finish_run(
+    run: Run, params: dict, writer: MetricWriter, *, continue_prompt: ContinuePrompt, opt_state: optax.OptState = ()
+) -> None:
     """Evaluate on all held-out text, draw the plots, continue the prompt, write and print the summary.
 
     What only this end needs, plots and decoding, is imported here. The last checkpoint is complete by now, so an error
@@ -88,8 +91,13 @@ def finish_run(run: Run, params: dict, writer: MetricWriter, *, continue_prompt:
 
     step = run.config.curriculum.table.num_steps
     log("All steps are trained; what is left: the loss on all held-out text, a sample, the plots")
-    result = _evaluate(run, params, blocks_per_source=run.token_store.manifest.splits[HELDOUT].num_blocks)
+    num_blocks = run.token_store.manifest.splits[HELDOUT].num_blocks
+    result = _evaluate(run, params, blocks_per_source=num_blocks)
     writer.evaluation(step, result)
+    of_average = {}
+    if run.config.optimizer.average != "none":
+        averaged = _evaluate(run, optax.tree.get(opt_state, "average"), blocks_per_source=num_blocks)
+        of_average = {"heldout_of_average": averaged.to_json()}
     with run.ledger.measure("sample"):
         sample = continue_prompt(run, params)
     writer.sample(step, prompt=run.config.log.sample_prompt, continuation=sample)
@@ -104,6 +112,7 @@ def finish_run(run: Run, params: dict, writer: MetricWriter, *, continue_prompt:
         "num_tokens": run.config.curriculum.table.num_tokens,
         "data": check_curriculum(run.config, run.token_store.manifest).to_json(),
         "heldout": result.to_json(),
+        **of_average,
         "sample": {"prompt": run.config.log.sample_prompt, "continuation": sample},
         "seconds": run.ledger.seconds(),
     }
@@ -204,18 +213,30 @@ def _epochs_text(data: object) -> str:
     return "".join(f", {value:.3f} epochs" + f" of {name}" * bool(name) for name, value in _epochs(data).items())
 
 
+def _average_rows(summary: dict, config: TrainConfig) -> Iterator[str]:
+    """Yield the held-out loss of the averaged weights, where a summary has it."""
+    match summary.get("heldout_of_average"):
+        case {"sources": dict(sources)} if all(_has_losses(source) for source in sources.values()):
+            yield f"Of the averaged weights (optimizer.average={config.optimizer.average}):"
+            yield from _heldout_rows(sources)
+
+
+def _heldout_rows(sources: dict) -> list[str]:
+    return [
+        f"  {name:<12} {source['loss']:.4f} nats/token   {source['bits_per_byte']:.4f} bits/byte"
+        for name, source in sources.items()
+    ]
+
+
 def _summary_text(summary: dict, config: TrainConfig, workdir: Path) -> str:
     heldout, prompt = summary["heldout"], summary["sample"]["prompt"]
     how, longer = longer_command(config, workdir, data=summary.get("data"))
-    rows = [
-        f"  {name:<12} {source['loss']:.4f} nats/token   {source['bits_per_byte']:.4f} bits/byte"
-        for name, source in heldout["sources"].items()
-    ]
     lines = [
         "",
         f"Done: {summary['num_steps']:,} steps, {summary['num_tokens']:,} tokens{_epochs_text(summary.get('data'))}.",
         "Held-out loss:",
-        *rows,
+        *_heldout_rows(heldout["sources"]),
+        *_average_rows(summary, config),
         f"Sample: {text_of(summary['sample'])}",
         "Where everything is:",
         f"  {workdir / LOSS_PLOT}, {workdir / POSITION_PLOT}   the curves",

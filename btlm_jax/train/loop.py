@@ -323,7 +323,8 @@ def _train_from(
         if ended.is_preempted:
             return PREEMPTED
         stop.begin_end()
-        finish_run(run, ended.state.params, writer, continue_prompt=continue_prompt)
+        state = ended.state
+        finish_run(run, state.params, writer, continue_prompt=continue_prompt, opt_state=state.opt_state)
         stop.finish()
         return DONE
     except BadNumbersError as error:

@@ -67,7 +67,12 @@ def make_program(config: TrainConfig, mesh: Mesh) -> Program:
     model = model.clone(rules=model.rules.over_slices(mesh))
     table = freeze(parameter_table(model, mesh), config.optimizer.frozen_patterns)
     table = with_decay(table, config.optimizer.weight_decay_convention)
-    optimizer = make_optimizer(config.with_numbers().optimizer, table)
+    if config.optimizer.hidden_optimizer == "muon":
+        from btlm_jax.recipe.muon import with_muon_rates
+
+        table = with_muon_rates(table, config)
+    num_steps = config.curriculum.table.num_steps
+    optimizer = make_optimizer(config.with_numbers().optimizer, table, num_steps=num_steps)
     state = abstract_state(table, optimizer, mesh)
     return Program(
         config=config, mesh=mesh, model=model, table=table, optimizer=optimizer, state=state,

@@ -38,6 +38,7 @@ from btlm_jax.recipe.config import (
     TrainConfig,
 )
 from btlm_jax.recipe.curriculum import Curriculum
+from btlm_jax.recipe.mup import HIDDEN_CLASSES
 from btlm_jax.recipe.optimizer import learning_rate_at, rates_of_steps, stretches_of
 from btlm_jax.storage.files import write_atomically
 from btlm_jax.storage.location import PathOrUrl, mirror_of, resolve_location
@@ -444,8 +445,8 @@ def describe_run(config: TrainConfig, table: dict) -> str:
     sections = (
         _parameters(config.model, config.mup, table),
         _phases(config.curriculum, config.model),
-        [*_schedule(config.optimizer, config.curriculum), how_decayed],
-        _memory(table),
+        [*_schedule(config.optimizer, config.curriculum), *_muon(config.optimizer, table), how_decayed],
+        _memory(config.optimizer, table),
         _parameter_rows(config.optimizer, table, num_steps=config.curriculum.table.num_steps),
     )
     return "\n\n".join("\n".join(section) for section in sections)
@@ -517,6 +518,22 @@ def _schedule(optimizer: OptimizerConfig, curriculum: CurriculumConfig) -> Itera
         f"  AdamW beta ({optimizer.beta1:g}, {optimizer.beta2:g}), eps {optimizer.eps:g}, clip at global norm "
         f"{optimizer.clip_norm:g}" + f", z-loss {optimizer.z_loss:g}" * (optimizer.z_loss > 0)
     )
+    if optimizer.average != "none":
+        steps = f"{optimizer.average_share * table.num_steps:,.6g} steps"
+        kind = f"halved after {steps}" if optimizer.average == "ema" else f"of the last {steps}"
+        yield f"  average of the weights ({optimizer.average}, {kind}): WORKDIR/average, in training it is not read"
+
+
+def _muon(optimizer: OptimizerConfig, table: dict) -> Iterator[str]:
+    if optimizer.hidden_optimizer == "muon":
+        from btlm_jax.recipe.muon import exchanged_bytes
+
+        is_alone = jax.tree.leaves(table)[0].sharding.mesh.size == 1
+        gigabytes = f"{exchanged_bytes(table) / _GIGA:.4g} GB of momentum change devices twice a step"
+        yield (
+            f"  hidden matrices: Muon, peak {optimizer.muon_learning_rate:g} at every width, updates x sqrt(max(1, "
+            f"outputs / inputs)); {'nothing is exchanged, on one device' if is_alone else gigabytes}"
+        )
 
 
 def _weight_decay(config: TrainConfig, table: dict) -> str:
@@ -535,17 +552,25 @@ def _steps(tokens: int, table: Curriculum) -> str:
     return f"{tokens / table.tokens_per_step:g} steps ({tokens:,} tokens)"
 
 
-def _memory(table: dict) -> Iterator[str]:
+def _memory(optimizer: OptimizerConfig, table: dict) -> Iterator[str]:
     infos = jax.tree.leaves(table)
 
     def size(infos: list, *, on_device: bool) -> int:
         return sum(4 * math.prod(info.sharding.shard_shape(info.shape) if on_device else info.shape) for info in infos)
 
     trained = [info for info in infos if not info.rule.is_frozen]
-    whole, per_device = (size(infos, on_device=x) + 2 * size(trained, on_device=x) for x in (False, True))
+    num_copies, average = (2, " + their average") if optimizer.average != "none" else (1, "")
+    one_moment = [info for info in trained if info.rule.parameter_class in HIDDEN_CLASSES]
+    if optimizer.hidden_optimizer != "muon":
+        one_moment = []
+    whole, per_device = (
+        num_copies * size(infos, on_device=x) + 2 * size(trained, on_device=x) - size(one_moment, on_device=x)
+        for x in (False, True)
+    )
     axes = ", ".join(f"{name} {size}" for name, size in infos[0].sharding.mesh.shape.items())
     yield (
-        f"Memory, float32 state (parameters + 2 AdamW moments{' of those that are trained' * (trained != infos)}): "
+        f"Memory, float32 state (parameters{average} + 2 AdamW moments{', one of hidden matrices' * bool(one_moment)}"
+        f"{' of those that are trained' * (trained != infos)}): "
         f"{whole / _GIGA:.4g} GB in all, {per_device / _GIGA:.4g} GB a device on this mesh ({axes}); "
         f"gradients {size(trained, on_device=True) / _GIGA:.4g} GB more while a step runs, activations on top"
     )

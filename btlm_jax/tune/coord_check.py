@@ -185,6 +185,10 @@ def make_program(model: Btlm, mesh: Mesh, *, num_steps: int):
         weight_decay_convention="preset",
         z_loss=0.0,
         clip_norm=1.0,
+        hidden_optimizer="adamw",
+        muon_learning_rate=0.02,
+        average="none",
+        average_share=0.1,
         freeze="",
     )
 

@@ -70,6 +70,10 @@ def get_config() -> ConfigDict:
                 weight_decay_convention="preset",  # coupled to the learning rate, as BTLM's
                 z_loss=0.0,  # none, as BTLM's
                 clip_norm=1.0,  # as BTLM's
+                hidden_optimizer="adamw",  # AdamW, as BTLM's
+                muon_learning_rate=0.02,  # of muon only
+                average="none",  # none is kept
+                average_share=0.1,  # of ema and last only
                 freeze="",  # every parameter is trained
             ),
             mesh=dict(

@@ -28,7 +28,10 @@ def test_allowed_values_are_those_of_the_checks():
     assert allowed["model.attention"] == (", ".join(config.ATTENTIONS),)
     assert allowed["model.d_model"] == ("> 0", "d_model % num_heads == 0")
     assert allowed["optimizer.beta1"] == ("0 <= beta1 < 1",)
-    assert allowed["optimizer.weight_decay"] == ("== AUTO or float(weight_decay) >= 0",)
+    assert allowed["optimizer.weight_decay"] == (
+        "== AUTO or float(weight_decay) >= 0",
+        "hidden_optimizer == 'adamw' or weight_decay != AUTO",
+    )
     assert allowed["corpus.heldout_fraction"] == ("0 < heldout_fraction < 1",)
 
 

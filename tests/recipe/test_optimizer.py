@@ -65,6 +65,10 @@ def make_config(**changes) -> OptimizerConfig:
         weight_decay_convention="preset",
         z_loss=0.0,
         clip_norm=1.0,
+        hidden_optimizer="adamw",
+        muon_learning_rate=0.02,
+        average="none",
+        average_share=0.1,
         freeze="",
     )  # fmt: skip
     return OptimizerConfig(**{**values, **changes})
