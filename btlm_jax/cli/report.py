@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -34,12 +35,17 @@ def report(arguments: Sequence[str]) -> int:
     given = [argument for argument in arguments[:1] if not argument.startswith("-")]
     if not flags.parse([*(f"--workdir={name}" for name in given), *arguments[len(given) :]]):
         return DONE
-    workdir, other = flags.path("workdir"), flags.optional_path("compare")
+    texts = [os.path.expanduser(flags.string(name)) for name in ("workdir", "compare") if flags.is_given(name)]
+    if not flags.string("workdir") or not all(texts):
+        raise UsageError("btlm report needs the workdir of a run: btlm report runs/local")
+    output = flags.optional_path("output")
+    if output is None and "://" in texts[0]:
+        raise UsageError(f"--output=FILE is needed: nothing is written to {texts[0]}")
     from btlm_jax.runs.report import read_run, report_html
     from btlm_jax.storage.files import write_atomically
 
-    runs = [read_run(path) for path in (workdir, *([other] if other else []))]
-    output = flags.optional_path("output") or workdir / "report.html"
+    runs = [read_run(text) for text in texts]
+    output = output or runs[0].workdir.path / "report.html"
     if output.is_dir():
         raise UsageError(f"--output={output} is a folder; give the name of a file")
     write_atomically(output, report_html(runs, base=_base(flags, runs[0])))

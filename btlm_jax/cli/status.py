@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 import time
 from collections.abc import Sequence
-from pathlib import Path
 
 from btlm_jax.cli import DONE, ERROR, UsageError
 from btlm_jax.cli.parse import Flags
@@ -18,7 +18,8 @@ examples:  btlm status runs/local                the run in full
            btlm status runs/local --watch        again every 5 seconds, until it does not run any more
            btlm status runs/local --json         for programs: {"runs": [...], "errors": [...]}
 
-Files are read, nothing is written or locked, so that it can be asked at any moment, of a run that goes on too. Times
+Files are read, nothing is written or locked, so that it can be asked at any moment, of a run that goes on too; of a
+run in a bucket (gs://, s3://) what its last copy has, to the minute. Times
 are of all starts of the run: goodput is the share of steps that count in the time since the first one began.
 The exit code is 1 if a folder is no workdir of a run.
 """
@@ -33,8 +34,8 @@ def status(arguments: Sequence[str]) -> int:
     given = ["--workdir", *arguments[:count]] if count else []
     if not flags.parse([*given, *arguments[count:]]):
         return DONE
-    paths = _paths(flags, "workdir")
-    if not paths:
+    texts = [os.path.expanduser(text) for text in flags.strings("workdir")]
+    if not texts or not all(texts):
         raise UsageError("btlm status needs the workdir of a run: btlm status runs/local")
     if flags.number("seconds") <= 0:
         raise UsageError(f"--seconds={flags.number('seconds'):g} must be positive")
@@ -43,10 +44,10 @@ def status(arguments: Sequence[str]) -> int:
     from btlm_jax.runs.status import RUNNING
 
     while True:
-        statuses, errors = _read(paths)
+        statuses, errors = _read(texts)
         if flags.boolean("watch") and sys.stdout.isatty():
             print(_CLEAR, end="")
-        _print(statuses, errors, as_json=flags.boolean("json"), is_single=len(paths) == 1)
+        _print(statuses, errors, as_json=flags.boolean("json"), is_single=len(texts) == 1)
         if not flags.boolean("watch") or not any(each.state == RUNNING for each in statuses):
             return ERROR if errors else DONE
         sys.stdout.flush()
@@ -63,23 +64,16 @@ def status_flags() -> Flags:
     return flags
 
 
-def _paths(flags: Flags, name: str) -> list[Path]:
-    for text in flags.strings(name):
-        if not text or "://" in text:
-            raise UsageError(f"--{name}={text} must be a path on this machine")
-    return [Path(text).expanduser() for text in flags.strings(name)]
-
-
-def _read(paths: Sequence[Path]):
+def _read(texts: Sequence[str]):
     """Return the states of the runs, and what is wrong with folders that are none."""
     from btlm_jax.runs.status import status_of
 
     statuses, errors = [], []
-    for path in paths:
+    for text in texts:
         try:
-            statuses.append(status_of(path))
+            statuses.append(status_of(text))
         except (ValueError, OSError) as error:
-            if len(paths) == 1:
+            if len(texts) == 1:
                 raise
             errors.append(str(error))
     return statuses, errors

@@ -5,6 +5,7 @@ A line that is damaged is left out and counted; the last one may be half written
 
 from __future__ import annotations
 
+import array
 import dataclasses
 import math
 import mmap
@@ -19,7 +20,7 @@ from btlm_jax.train.metric_writer import parse_row
 
 TAIL_BYTES = 256 << 10
 _SEARCH_BYTES = 256 << 20  # from the end, for the last line of a kind
-MAX_TRAIN_ROWS = 100_000  # that are parsed: of longer runs every k-th
+MAX_TRAIN_ROWS = 50_000  # that are parsed: of longer runs every k-th
 
 
 def last_rows(path: Path, *, num_bytes: int = TAIL_BYTES) -> list[dict[str, Any]]:
@@ -71,7 +72,7 @@ def read_metrics_of(path: Path, *, max_rows: int = MAX_TRAIN_ROWS) -> Metrics:
     Raises:
       OSError: it cannot be read.
     """
-    rows: list[dict[str, Any]] = []
+    columns = _Columns()
     others: dict[str, list[dict[str, Any]]] = {}
     num_train, num_damaged = 0, 0
     stride = max(1, -(-_count_train(path) // max_rows))
@@ -88,12 +89,12 @@ def read_metrics_of(path: Path, *, max_rows: int = MAX_TRAIN_ROWS) -> Metrics:
         if row is None:
             num_damaged += 1
         elif row["kind"] == "train":
-            rows.append(row)
+            columns.add(row)
         else:
             others.setdefault(row["kind"], []).append(row)
     if last and (row := _row(last, path)):
-        rows.append(row)
-    return Metrics(train=_columns(rows), others=others, num_train=num_train, stride=stride, num_damaged=num_damaged)
+        columns.add(row)
+    return Metrics(train=columns.arrays(), others=others, num_train=num_train, stride=stride, num_damaged=num_damaged)
 
 
 def _beginning(kind: str) -> bytes:
@@ -122,10 +123,23 @@ def _row(line: bytes, path: Path) -> dict[str, Any] | None:
         return None
 
 
-def _columns(rows: list[dict[str, Any]]) -> dict[str, np.ndarray]:
-    names = sorted({name for row in rows for name, value in row.items() if isinstance(value, (int, float))})
-    return {name: np.array([_number(row.get(name)) for row in rows], np.float64) for name in names}
+class _Columns:
+    """Columns of the numbers in rows."""
 
+    def __init__(self) -> None:
+        self._length = 0
+        self._columns: dict[str, array.array] = {}
 
-def _number(value: object) -> float:
-    return float(value) if isinstance(value, (int, float)) else math.nan
+    def add(self, row: dict[str, Any]) -> None:
+        for name, value in row.items():
+            if isinstance(value, (int, float)):
+                column = self._columns.setdefault(name, array.array("d"))
+                column.extend([math.nan] * (self._length - len(column)))  # of rows that lack it
+                column.append(value)
+        self._length += 1
+
+    def arrays(self) -> dict[str, np.ndarray]:
+        """Return the columns, all of the same length."""
+        for column in self._columns.values():
+            column.extend([math.nan] * (self._length - len(column)))
+        return {name: np.array(self._columns[name]) for name in sorted(self._columns)}

@@ -22,6 +22,7 @@ from btlm_jax.runs.wall_time import CATEGORIES, STEP, WallTime, wall_time
 from btlm_jax.runs.workdir import Workdir, read_workdir
 from btlm_jax.stopping import STACKS
 from btlm_jax.storage.location import resolve_location
+from btlm_jax.train import METRICS_FILE
 from btlm_jax.train.plots import smooth
 
 _MOST_ROWS = 200  # of a table of events or starts: the first and the last
@@ -50,16 +51,16 @@ class RunRecords:
         return any(row.last_kept for row in self.times.starts)
 
 
-def read_run(path: Path) -> RunRecords:
-    """Read what the report is made of; raises as `read_workdir`."""
-    workdir = read_workdir(path)
+def read_run(text: str) -> RunRecords:
+    """Read what the report of a run in a workdir, a path or a URL, is made of; raises as `read_workdir`."""
+    workdir = read_workdir(text)
     return RunRecords(
         workdir=workdir,
         status=make_status(workdir),
         metrics=read_metrics_of(workdir.metrics),
         times=wall_time(workdir.starts),
         manifest=_manifest(workdir),
-        name=path.resolve().name or str(path),
+        name=text.rstrip("/").rpartition("/")[2] if "://" in text else Path(text).resolve().name or text,
     )
 
 
@@ -81,7 +82,7 @@ def report_html(runs: Sequence[RunRecords], *, base: tuple[str, dict[str, Any]])
         ("What ran", "".join(_each(runs, _what_ran))),
     ]
     now = datetime.datetime.now().astimezone().isoformat(sep=" ", timespec="minutes")
-    footer = f"Made by btlm_jax {__version__} on {now} from {', '.join(str(each.workdir.path) for each in runs)}."
+    footer = f"Made by btlm_jax {__version__} on {now} from {', '.join(each.workdir.name for each in runs)}."
     return page(title, sections, head=_head(runs), footer=footer)
 
 
@@ -117,7 +118,7 @@ def _head(runs: Sequence[RunRecords]) -> str:
 
 
 def _about_metrics(run: RunRecords) -> Iterator[str]:
-    metrics, name = run.metrics, run.workdir.metrics
+    metrics, name = run.metrics, f"{run.workdir.name}/{METRICS_FILE}"
     if metrics.num_damaged:
         yield f"{metrics.num_damaged:,} lines of {name} are damaged, and are left out"
     if metrics.stride > 1:

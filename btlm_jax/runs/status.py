@@ -78,9 +78,9 @@ class Status:
         return _jsonable(dataclasses.asdict(self))
 
 
-def status_of(path: Path) -> Status:
-    """Return the state of the run in a workdir; raises as `read_workdir`."""
-    return make_status(read_workdir(path))
+def status_of(text: str) -> Status:
+    """Return the state of the run in a workdir, a path or a URL; raises as `read_workdir`."""
+    return make_status(read_workdir(text))
 
 
 def make_status(workdir: Workdir) -> Status:
@@ -102,7 +102,7 @@ def make_status(workdir: Workdir) -> Status:
     is_done = curriculum is not None and step >= curriculum.num_steps
     counts = _sums(each.notices for each in workdir.starts)
     return Status(
-        workdir=str(workdir.path),
+        workdir=workdir.name,
         state=state,
         detail=detail,
         exit_code=code,
@@ -133,7 +133,7 @@ def make_status(workdir: Workdir) -> Status:
         notices=counts,
         bad_numbers=_bad_numbers(workdir.path, counts),
         events=tuple(f"step {row['step']:,}: {row.get('message')}" for row in _events(workdir)),
-        free_bytes=shutil.disk_usage(workdir.path).free,
+        free_bytes=None if "://" in workdir.name else shutil.disk_usage(workdir.path).free,
         problems=workdir.problems,
     )
 

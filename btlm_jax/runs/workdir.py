@@ -14,7 +14,7 @@ from typing import Any
 
 from btlm_jax.recipe.config import TrainConfig, train_config_from, with_later_keys
 from btlm_jax.storage.files import read_json_object
-from btlm_jax.storage.owner import OWNER_FILE, Owner, is_alive, read_owner
+from btlm_jax.storage.owner import BEAT_SECONDS, OWNER_FILE, Owner, is_alive, read_owner
 from btlm_jax.train import CHECKPOINTS, CONFIG_FILE, METRICS_FILE, STARTS, SUMMARY_FILE
 
 _OF_A_RUN = (CHECKPOINTS, METRICS_FILE, OWNER_FILE, STARTS)  # a workdir has one of them
@@ -25,6 +25,7 @@ _OTHERS = {  # what else a folder may be, by a file in it
     "model.safetensors.index.json": "it is a model",
 }
 RUNNING, UNKNOWN, DEAD = "running", "unknown", "dead"
+_SLACK_SECONDS = 2.0  # for a write to a bucket
 SILENT_SECONDS = 60.0  # an owner on another machine is taken for dead when it has not written for so long
 
 
@@ -90,7 +91,8 @@ class Saved:
 class Workdir:
     """What a workdir says, but for its metrics."""
 
-    path: Path
+    path: Path  # of a run in a bucket: the local copy
+    name: str  # what it is called: the path or the URL
     values: dict[str, Any]  # of config.json
     config: TrainConfig | None  # None: there is none yet, or one that this version cannot read
     starts: tuple[Start, ...]  # in order
@@ -115,43 +117,61 @@ class Workdir:
         )  # fmt: skip
 
 
-def read_workdir(path: Path) -> Workdir:
-    """Read a workdir, of a run that may be going on, of this version or an older one.
+_copies: dict[str, Path] = {}  # of URLs, which are brought up to date when they are read again
+
+
+def read_workdir(text: str) -> Workdir:
+    """Read a workdir, a path or a URL, of a run that may be going on, of this version or an older one.
 
     Raises:
       FileNotFoundError: there is no such folder.
       ValueError: it is no workdir; says what it is, where that is known.
       OSError: it cannot be read.
     """
-    check_is_workdir(path)
+    path = _local(text)
+    check_is_workdir(path, name=text)
     problems: list[str] = []
     values = _json(path / CONFIG_FILE, problems)
     owner = read_owner(path)
     return Workdir(
         path=path,
+        name=text,
         values=values,
         config=_config(path / CONFIG_FILE, values, problems),
         starts=read_starts(path, problems),
         owner=owner,
-        life=_life(path, owner),
+        life=_life(text, owner),
         checkpoints=_checkpoints(path / CHECKPOINTS),
         summary=_json(path / SUMMARY_FILE, problems),
         problems=tuple(problems),
     )
 
 
-def check_is_workdir(path: Path) -> None:
+def _local(text: str) -> Path:
+    """Return a path as it is, and of a URL the local copy, which is made or brought up to date."""
+    if "://" not in text:
+        return Path(text)
+    from btlm_jax.storage import bucket
+
+    if text in _copies:
+        bucket.read_again(text, _copies[text])
+    else:
+        _copies[text] = bucket.open_for_reading(text)
+    return _copies[text]
+
+
+def check_is_workdir(path: Path, *, name: str) -> None:
     """Check that a folder is a run's workdir; raises as `read_workdir`."""
     if not path.exists():
-        raise FileNotFoundError(f"there is no {path}; give the --workdir of a training run")
+        raise FileNotFoundError(f"there is no {name}; give the --workdir of a training run")
     if not path.is_dir():
-        raise ValueError(f"{path} is a file; give the --workdir of a training run")
+        raise ValueError(f"{name} is a file; give the --workdir of a training run")
     names = set(os.listdir(path))
     if not names.intersection(_OF_A_RUN):
         other = next((said for name, said in _OTHERS.items() if name in names), "")
         other = other or ("it holds " + ", ".join(sorted(names)[:4]) if names else "it is empty")
         raise ValueError(
-            f"{path} is no workdir of a training run: it has none of {', '.join(_OF_A_RUN)}; {other}. Give the "
+            f"{name} is no workdir of a training run: it has none of {', '.join(_OF_A_RUN)}; {other}. Give the "
             "--workdir of btlm train"
         )
 
@@ -255,18 +275,29 @@ def _json(file: Path, problems: list[str]) -> dict[str, Any]:
         return {}
 
 
-def _life(path: Path, owner: Owner | None) -> str:
-    """Return whether the process that owns a workdir is there; on another machine its last write tells."""
+def _life(text: str, owner: Owner | None) -> str:
+    """Return whether the process that owns a workdir is there; of one on another machine its writes tell."""
     if owner is None:
         return DEAD
     alive = is_alive(owner)
     if alive is not None:
         return RUNNING if alive else DEAD
+    if "://" in text:
+        return _life_in_bucket(text, owner)
     try:
-        silent = time.time() - (path / OWNER_FILE).stat().st_mtime
+        silent = time.time() - (Path(text) / OWNER_FILE).stat().st_mtime
     except OSError:
         return UNKNOWN
     return RUNNING if silent < SILENT_SECONDS else UNKNOWN
+
+
+def _life_in_bucket(url: str, owner: Owner) -> str:
+    """Return whether an owner writes to its file in a bucket; another owner is a sign of life, too."""
+    from btlm_jax.storage import bucket
+
+    time.sleep(BEAT_SECONDS + _SLACK_SECONDS)
+    now = read_owner(bucket.RemoteFolder(url))
+    return DEAD if now is None else UNKNOWN if now == owner else RUNNING
 
 
 def _checkpoints(folder: Path) -> tuple[Saved, ...]:

@@ -680,13 +680,18 @@ def open_for_reading(url: str) -> Path:
       FileNotFoundError: there is nothing.
       OSError: the bucket cannot be reached.
     """
-    remote = RemoteFolder(url)
-    if not (listing := remote.list()):
-        raise FileNotFoundError(f"there is nothing in {remote.url}")
+    if not RemoteFolder(url).list():
+        raise FileNotFoundError(f"there is nothing in {url}")
     folder = _kept_open.enter_context(local_folder(url, role="reader"))
-    notices.call_it(folder, remote.url)
-    pull(remote, folder, listing, is_wanted=lambda name: not name.startswith(_NOT_FOR_READERS))
+    notices.call_it(folder, url.rstrip("/"))
+    read_again(url, folder)
     return folder
+
+
+def read_again(url: str, folder: Path) -> None:
+    """Bring a folder of `open_for_reading` to what the bucket has now; raises as it does."""
+    remote = RemoteFolder(url)
+    pull(remote, folder, remote.list(), is_wanted=lambda name: not name.startswith(_NOT_FOR_READERS))
 
 
 def delete_checkpoint(folder: Path) -> None:

@@ -190,5 +190,5 @@ def test_a_chart_of_few_or_extreme_points_is_drawn(y, is_log):
 
 
 def test_records_are_read_once_for_both(tmp_path):
-    run = read_run(write_run(tmp_path / "run"))
+    run = read_run(str(write_run(tmp_path / "run")))
     assert run.status.goodput == pytest.approx(run.times.goodput) and run.name == "run"

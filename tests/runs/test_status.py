@@ -8,11 +8,12 @@ import socket
 import time
 
 import pytest
+from support import fake_gcs
 from support.fake_run import CURRICULUM, FakeRun, fake_config, record_steps, result
 
 from btlm_jax.cli import main
 from btlm_jax.runs.status import status_of, status_text
-from btlm_jax.storage import owner
+from btlm_jax.storage import bucket, owner
 from btlm_jax.train import CHECKPOINTS, CONFIG_FILE, METRICS_FILE, STARTS, SUMMARY_FILE
 from btlm_jax.train.metric_writer import StartRecord
 
@@ -47,7 +48,7 @@ def test_a_running_run(workdir, capsys):
         with run.ledger.measure("evaluation"):
             run.clock.now += 5
             record.write()
-            status = status_of(workdir)
+            status = status_of(str(workdir))
         assert (status.state, status.exit_code, status.doing) == ("running", None, "evaluation")
         assert f"process {os.getpid()} on {socket.gethostname()}" in status.detail
         assert (status.step, status.num_steps, status.tokens, status.num_tokens) == (5, 9, 5 * 192, 9 * 192)
@@ -75,7 +76,7 @@ def test_the_steps_left_of_a_longer_phase_are_slower(workdir):
     from btlm_jax.train.flops import flops_per_token
 
     ratio = flops_per_token(CONFIG.model, seq_len=48) / flops_per_token(CONFIG.model, seq_len=16)
-    assert ratio > 1.01 and status_of(workdir).eta == pytest.approx(2 * 2 + 5 * 2 * ratio)
+    assert ratio > 1.01 and status_of(str(workdir)).eta == pytest.approx(2 * 2 + 5 * 2 * ratio)
 
 
 @pytest.mark.parametrize(
@@ -97,7 +98,7 @@ def test_a_run_that_ended(workdir, capsys, code, state, said):
     if code is not None:
         record.end(code, "as told")
     ownership.release()
-    status = status_of(workdir)
+    status = status_of(str(workdir))
     assert (status.state, status.exit_code) == (state, code) and said in status.detail
     assert status.steps_at_risk == 2 and "2 steps after it" in status_text(status)
     assert status.eta is not None and "once it goes on" in status_text(status)
@@ -115,7 +116,7 @@ def test_a_finished_run(workdir):
     (workdir / SUMMARY_FILE).write_text(json.dumps({"num_steps": LAST}))
     record.end(0, "")
     ownership.release()
-    status = status_of(workdir)
+    status = status_of(str(workdir))
     assert (status.state, status.eta, status.next_save_step) == ("finished", None, None)
 
 
@@ -125,14 +126,14 @@ def test_a_process_that_is_gone_and_one_on_another_machine(workdir):
     found = owner.read_owner(workdir)
     gone = dataclasses.replace(found, began="1")
     (workdir / owner.OWNER_FILE).write_text(json.dumps(dataclasses.asdict(gone)))
-    status = status_of(workdir)
+    status = status_of(str(workdir))
     assert status.state == "killed" and "before its first step" in status.detail
     elsewhere = dataclasses.replace(found, machine="another", host="tpu-7")
     (workdir / owner.OWNER_FILE).write_text(json.dumps(dataclasses.asdict(elsewhere)))
-    assert status_of(workdir).state == "running"
+    assert status_of(str(workdir)).state == "running"
     long_ago = time.time() - 600
     os.utime(workdir / owner.OWNER_FILE, (long_ago, long_ago))
-    status = status_of(workdir)
+    status = status_of(str(workdir))
     assert status.state == "unknown" and "tpu-7" in status.detail and "dead, or cut off" in status.detail
 
 
@@ -160,14 +161,14 @@ def test_a_file_cut_anywhere_and_numbers_that_are_not_finite(workdir):
         run.writer.event(1, "seen \x1b[31m")
     record.write()
     contents = (workdir / METRICS_FILE).read_bytes()
-    status = status_of(workdir)
+    status = status_of(str(workdir))
     assert math.isnan(status.loss) and status.to_json()["loss"] is None
     assert "\x1b" not in status_text(status) and "seen" in status_text(status)
     for length in range(0, len(contents), 7):
         (workdir / METRICS_FILE).write_bytes(contents[:length])
-        assert status_text(status_of(workdir))
+        assert status_text(status_of(str(workdir)))
     (workdir / METRICS_FILE).write_bytes(b"\0\xff\n{}\n" * 100 + contents)
-    assert status_of(workdir).step == 1
+    assert status_of(str(workdir)).step == 1
 
 
 def test_what_is_no_workdir_is_named(tmp_path, capsys):
@@ -188,7 +189,7 @@ def test_what_is_no_workdir_is_named(tmp_path, capsys):
     captured = capsys.readouterr()
     assert captured.out.splitlines()[1].split()[:2] == [str(tmp_path / "run"), "running"]
     assert captured.err.count("btlm status:") == 2
-    for wrong in ([], ["gs://bucket/run"], [""], ["run", "--seconds=3"], ["run", "--watch", "--seconds=0"]):
+    for wrong in ([], [""], ["run", "--seconds=3"], ["run", "--watch", "--seconds=0"]):
         assert main(["status", *wrong]) == 2
 
 
@@ -211,6 +212,39 @@ def test_nothing_is_written_or_locked(workdir):
     _, _, record = begin(workdir)
     record.write()
     before = {path: path.stat().st_mtime_ns for path in [workdir, *workdir.rglob("*")]}
-    status_of(workdir)
+    status_of(str(workdir))
     assert {path: path.stat().st_mtime_ns for path in [workdir, *workdir.rglob("*")]} == before
     assert next((workdir / STARTS).iterdir()).suffix == ".json"
+
+
+def test_a_run_in_a_bucket(workdir, tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv(bucket.STAGING_VARIABLE, str(tmp_path / "staging"))
+    url = f"gs://{fake_gcs.BUCKET}/a/run"
+    _, run, record = begin(workdir)
+    with run.writer:
+        record_steps(run, 1, 4)
+        record.write()
+        stored = {}
+        with fake_gcs.connected(stored, monkeypatch):
+            bucket.upload_run(workdir, url)
+            found = dataclasses.asdict(owner.read_owner(workdir))
+            stored["a/run/owner.json"] = json.dumps(found).encode()
+            status = status_of(url)
+            assert (status.workdir, status.state, status.step, status.free_bytes) == (url, "running", 4, None)
+            run.step(5)
+            stored["a/run/metrics.jsonl"] = (workdir / METRICS_FILE).read_bytes()
+            stored["a/run/owner.json"] = json.dumps(found | {"machine": "another"}).encode()
+            monkeypatch.setattr("btlm_jax.runs.workdir.time.sleep", lambda seconds: None)
+            status = status_of(url)  # the copy is brought up to date
+            assert (status.step, status.state) == (5, "unknown")
+
+            def beat(seconds):
+                stored["a/run/owner.json"] = json.dumps(found | {"machine": "another", "beat": 9}).encode()
+
+            monkeypatch.setattr("btlm_jax.runs.workdir.time.sleep", beat)
+            assert status_of(url).state == "running"
+            assert main(["report", url]) == 2 and "--output=FILE is needed" in capsys.readouterr().err
+            assert main(["report", url, f"--output={tmp_path / 'page.html'}"]) == 0
+            assert main(["status", url.replace("run", "none")]) == 1
+    assert "there is nothing in" in capsys.readouterr().err
+    assert url in (tmp_path / "page.html").read_text()
