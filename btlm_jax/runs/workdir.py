@@ -14,6 +14,7 @@ from typing import Any
 
 from btlm_jax.recipe.config import TrainConfig, train_config_from, with_later_keys
 from btlm_jax.storage.files import read_json_object
+from btlm_jax.storage.location import ORIGIN
 from btlm_jax.storage.owner import BEAT_SECONDS, OWNER_FILE, Owner, is_alive, read_owner
 from btlm_jax.train import CHECKPOINTS, CONFIG_FILE, METRICS_FILE, STARTS, SUMMARY_FILE
 
@@ -82,6 +83,10 @@ class Saved:
     def num_bytes(self) -> int:
         """Return its size, 0 if it was deleted meanwhile."""
         try:
+            if (self.folder / ORIGIN).is_file():  # in a bucket
+                from btlm_jax.storage.bucket import num_bytes_of
+
+                return num_bytes_of(self.folder)
             return sum(file.stat().st_size for file in self.folder.rglob("*") if file.is_file())
         except OSError:
             return 0

@@ -72,6 +72,7 @@ class RemoteFolder:
         self.url = url.rstrip("/")
         self._waits, self._seconds = waits, seconds
         self._system, self._path = location.open_system(self.url)
+        self.times: dict[str, float] = {}  # when each object was written, in seconds since 1970, as last listed
 
     def __str__(self) -> str:
         return self.url
@@ -81,11 +82,13 @@ class RemoteFolder:
         self._system.invalidate_cache()  # of listings
         infos = self._try("find", "", self._path, detail=True)
         base = self._path.rstrip("/") + "/"
-        return {
-            at.removeprefix(base): location.stamp_of(info)
+        found = {
+            at.removeprefix(base): info
             for at, info in infos.items()
             if at.startswith(base) and info["type"] == "file" and not at.endswith("/")
         }
+        self.times = {name: seconds for name, info in found.items() if (seconds := location.time_of(info))}
+        return {name: location.stamp_of(info) for name, info in found.items()}
 
     def read(self, name: str) -> bytes:
         """Return an object's contents.
@@ -591,6 +594,8 @@ def pull(
         path, before = folder / name, synced.get(name, {})
         if before.get("remote") != listing[name] or not path.is_file() or before.get("local") != _facts(path):
             remote.download(name, path, num_bytes=listing[name][0])
+            if seconds := remote.times.get(name):
+                os.utime(path, (seconds, seconds))
         return name, {"remote": listing[name], "local": _facts(path)}
 
     known: dict[str, dict] = {name: {} for name in listing} | dict(_in_threads(fetch_one, chosen))
@@ -670,11 +675,13 @@ def opened_for_run(url: str, *, process: int, count: int) -> Iterator[Mirror]:
         yield mirror
 
 
-_kept_open = contextlib.ExitStack()  # folders that readers use until their process ends
+_kept_open = contextlib.ExitStack()  # folders that this process reads until it ends
 
 
 def open_for_reading(url: str) -> Path:
     """Return a local folder with what the bucket has of a run or a model, arrays of checkpoints not yet.
+
+    Each file has the time at which it was written to the bucket.
 
     Raises:
       FileNotFoundError: there is nothing.

@@ -8,6 +8,7 @@ only importer of fsspec.
 from __future__ import annotations
 
 import contextlib
+import datetime
 import glob
 import hashlib
 import logging
@@ -29,6 +30,7 @@ PathOrUrl = Path | str  # str: a URL
 _EXTRAS = {"gs": "gcs", "gcs": "gcs", "s3": "s3", "s3a": "s3"}  # of setup.cfg
 _LOGGERS = ("fsspec", "gcsfs", "s3fs")  # of libraries that print a traceback with what they also raise
 _VERSION_KEYS = ("etag", "ETag", "generation", "md5Hash", "LastModified", "mtime", "updated", "created")
+_TIME_KEYS = ("mtime", "LastModified", "updated", "last_modified")
 _CHUNK_BYTES = 1 << 20
 ORIGIN = ".origin"  # in the local folder of a checkpoint in a bucket: its URL there
 _RETRY_SECONDS = (1.0, 2.0, 4.0, 8.0, 16.0)  # before each further attempt
@@ -285,6 +287,14 @@ def version_stamp(location: PathOrUrl) -> list:
 def stamp_of(info: dict[str, Any]) -> list:
     """Return `version_stamp` of what fsspec says of a file."""
     return [info["size"], *(str(info[key]) for key in _VERSION_KEYS if info.get(key) is not None)]
+
+
+def time_of(info: dict[str, Any]) -> float:
+    """Return when a file was written, by what fsspec says of it, in seconds since 1970; 0 where that is not known."""
+    for key in _TIME_KEYS:
+        if isinstance(info.get(key), datetime.datetime):
+            return info[key].timestamp()
+    return 0.0
 
 
 def open_system(url: str) -> tuple[Any, str]:

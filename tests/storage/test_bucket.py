@@ -311,7 +311,7 @@ def test_a_bucket_has_one_owner(objects, monkeypatch):
         owner.take(remote, steal=False)
     assert ownership.beat() is None
     stolen = owner.take(remote, steal=True)
-    assert ownership.beat().token == stolen._owner.token
+    assert (thief := ownership.beat()) and thief.token == stolen._owner.token
     ownership.release()  # of what is not its own any more
     assert f"{RUN}/owner.json" in objects
     stolen.release()
