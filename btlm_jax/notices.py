@@ -44,6 +44,7 @@ NAMES = {
     "workdir-watched": "a workdir has an owner on another machine, which may be dead",
     "setting-changed": "a resumed run has a setting that its checkpoint has not",
     "given-twice": "a flag is given more than once, and the last one counts",
+    "constants-not-taken": "btlm new --constants leaves out what a search found of values that follow a run's length",
     "not-the-store": "data.store is also the name of something in the current directory, which is not read",
     "metrics-line-dropped": "a line of metrics.jsonl is damaged, and is removed at a resume",
     "tracker-stopped": "a tracker cannot take a run's numbers any more, and the run goes on without it",

@@ -40,7 +40,7 @@ usage: btlm <verb> [flags]        (btlm <verb> --help explains a verb)
   status           what runs do or how they ended: step, loss, speed, time left, where the time went
   report           write a run as one HTML page: curves, where the time went, config; two runs beside each other
   checkpoints      list, verify, prune and copy the checkpoints of a run
-  tune coord-check prove on a CPU that the parametrization is right, and that wrong ones are caught (2 minutes)
+  tune             prove that the parametrization is right; learning-rate sweeps, searches, scaling laws
   plan             compile the train steps for a TPU slice that is not there: fits? how fast? how much?
   configs          list the configs that --config takes by name
   build-kernels    compile the C++ kernels for CPUs ahead of their first use
@@ -165,10 +165,13 @@ VERBS: dict[str, Callable[[Sequence[str]], int]] = {
 }
 
 
+_STUDIES = (["tune", "lr-transfer"], ["tune", "search"])  # train as `btlm train` does, and stop as it does
+
+
 def entry() -> None:
     """Run the command line of this process and exit with its code."""
     _open_closed_streams()
-    if sys.argv[1:2] == ["train"]:
+    if sys.argv[1:2] == ["train"] or sys.argv[1:3] in _STUDIES:
         stopping.begin()
     else:
         signal.signal(signal.SIGINT, _on_interrupt)

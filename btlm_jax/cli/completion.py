@@ -60,7 +60,6 @@ def commands() -> dict[str, Callable[[], Flags]]:
         "train": train.train_flags,
         "generate": generate.generate_flags,
         "convert": convert.convert_flags,
-        "tune coord-check": tune.tune_flags,
         "plan": plan.plan_flags,
         "status": status.status_flags,
         "report": report.report_flags,
@@ -69,6 +68,7 @@ def commands() -> dict[str, Callable[[], Flags]]:
         "build-kernels": build_kernels.build_kernels_flags,
         "completion": completion_flags,
     }
+    found |= {f"tune {verb}": flags for verb, flags in tune.FLAGS.items()}
     return found | {f"corpus {verb}": flags for verb, flags in corpus.FLAGS.items()}
 
 

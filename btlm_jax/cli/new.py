@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import re
 import shlex
 import sys
 import textwrap
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -35,7 +36,8 @@ is the paper's own. Sources of the rules: docs/guide/new.md.
 --topology=v5e-8 searches layouts for that slice, as btlm plan --search does, and writes the fastest with its predicted
 memory and time; this takes minutes and libtpu. --topology=cpu writes a CPU's layout. --machine=this compiles and times
 a step on the CPU or the GPUs here. Without either the layout fits most devices and is not the fastest.
-No loss is predicted.
+--constants=search.json takes what btlm tune search found on a proxy in place of BTLM's constants. --law=law.json, a
+scaling law of btlm tune scaling, predicts the loss as far as it is trusted; otherwise none is.
 """
 
 _SUFFIXES = {"": 1, "K": 10**3, "M": 10**6, "B": 10**9, "T": 10**12}
@@ -52,14 +54,21 @@ def new(arguments: Sequence[str]) -> int:
     output = _output(flags)
     topology = _topology(flags)
     choices, origin = _choices(flags)
-    bare = sizes.make_config(choices)
+    change, why = _constants(flags)
+    origin |= why
+    bare = change(sizes.make_config(choices))
     placement = _placement(flags, bare, topology=topology)
-    config = sizes.make_config(
-        dataclasses.replace(choices, dtype=placement.dtype, mesh=placement.layout.mesh, remat=placement.layout.remat)
+    config = change(
+        sizes.make_config(
+            dataclasses.replace(
+                choices, dtype=placement.dtype, mesh=placement.layout.mesh, remat=placement.layout.remat
+            )
+        )
     )
-    write_atomically(output, _text(config, placement, origin=origin, arguments=arguments, output=output))
+    loss = _loss(flags, config)
+    write_atomically(output, _text(config, placement, origin=origin, arguments=arguments, loss=loss, output=output))
     asked = _amount("params", flags.string("params"))
-    print(_summary(config, placement, asked=asked, data=origin.get("data.max_epochs", ""), output=output))
+    print(_summary(config, placement, asked=asked, data=origin.get("data.max_epochs", ""), loss=loss, output=output))
     return DONE
 
 
@@ -94,6 +103,8 @@ def new_flags() -> Flags:
     flags.define_string(
         "cache", "", "directory of what compilations said, as of btlm plan; or plan/ in the user's cache"
     )
+    flags.define_string("constants", "", "search.json of btlm tune search: its best constants in place of BTLM's")
+    flags.define_string("law", "", "scaling law that predicts the loss, as btlm tune scaling writes it")
     flags.define_string("output", "", "file to write")
     flags.define_boolean("replace", False, "replace the file if it is there")
     return flags
@@ -304,8 +315,56 @@ def _placement(flags: Flags, config: TrainConfig, *, topology: str) -> Placement
     return placement.searched(result)
 
 
+def _constants(flags: Flags) -> tuple[Callable[[TrainConfig], TrainConfig], dict[str, str]]:
+    """Return what puts the constants of a search into a config, and comments of their keys.
+
+    Raises:
+      ValueError: the file is none of a search.
+    """
+    if not flags.is_given("constants"):
+        return lambda config: config, {}
+    from btlm_jax.tune import search
+
+    path = flags.path("constants")
+    found = search.read_constants(path)
+    why = dict.fromkeys(found.values, f"of {path.name}, btlm tune search at base width {found.base_width:g}")
+    if "optimizer.peak_learning_rate" in why:
+        why["optimizer.end_learning_rate"] = "0.85 % of the peak, as BTLM's"
+    why["mup.base_d_model"] = "of the proxy that was searched on"
+    return functools.partial(search.with_constants, found=found), why
+
+
+def _loss(flags: Flags, config: TrainConfig) -> str:
+    """Return what is known of the loss of a config's run.
+
+    Raises:
+      ValueError: the law cannot be read.
+    """
+    if not flags.is_given("law"):
+        return _NO_LOSS
+    from btlm_jax.tune import scaling
+
+    path = flags.path("law")
+    law = scaling.read_law(path)
+    try:
+        found = scaling.predict_config(law, config)
+    except ValueError as error:
+        return f"none is predicted: {error}"
+    return (
+        f"{found.loss:.3f} nats a token predicted, {scaling.LEVEL:.0%} of runs from {found.low:.3f} to "
+        f"{found.high:.3f}, by the {law.form} law {path.name} of {len(law.points)} runs, "
+        f"{found.flops / max(point.flops for point in law.points):.3g} times the FLOPs of the largest"
+    )
+
+
 def _text(
-    config: TrainConfig, placement: Placement, *, origin: dict[str, str], arguments: Sequence[str], output: Path
+    config: TrainConfig,
+    placement: Placement,
+    *,
+    origin: dict[str, str],
+    arguments: Sequence[str],
+    loss: str,
+    output: Path,
 ) -> str:
     from btlm_jax.recipe.config_text import format_config
 
@@ -324,7 +383,7 @@ def _text(
     facts = {
         "Memory": placement.memory.replace("THIS", str(output)),
         "Time": placement.time,
-        "Loss": _NO_LOSS,
+        "Loss": loss,
         "Rules": "docs/guide/new.md; what follows from none is as in configs/btlm_3b_8k.py",
     }
     notes = [f"{_head(name)}{command}" for name, command in commands.items()]
@@ -343,7 +402,7 @@ def _wrapped(head: str, text: str) -> list[str]:
     )  # fmt: skip
 
 
-def _summary(config: TrainConfig, placement: Placement, *, asked: int, data: str, output: Path) -> str:
+def _summary(config: TrainConfig, placement: Placement, *, asked: int, data: str, loss: str, output: Path) -> str:
     model, table = config.model, config.curriculum.table
     count = sizes.count_parameters(model)
     phases = ", then ".join(
@@ -359,7 +418,7 @@ def _summary(config: TrainConfig, placement: Placement, *, asked: int, data: str
             f"  layout {placement.layout}",
             f"  memory {placement.memory.replace('THIS', str(output))}",
             f"  time   {placement.time}",
-            f"  loss   {_NO_LOSS}",
+            f"  loss   {loss}",
             f"See the whole plan: btlm train --config={output} --dry-run",
         ]
     )

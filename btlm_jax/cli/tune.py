@@ -1,49 +1,500 @@
-"""`btlm tune`: check the parametrization on tiny models."""
+"""The verbs of `btlm tune`: check the parametrization."""
 
 from __future__ import annotations
 
+import dataclasses
+import functools
+import json
+import math
 from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
 
-from btlm_jax.cli import DONE, ERROR, USAGE, UsageError
+from btlm_jax import stopping
+from btlm_jax.cli import BAD_NUMBERS, DONE, ERROR, PREEMPTED, USAGE, UsageError
 from btlm_jax.cli.parse import Flags, did_you_mean
+from btlm_jax.storage.files import write_atomically
 
-TUNE_HELP = """btlm tune coord-check: train tiny models at several widths and see that nothing depends on the width.
+if TYPE_CHECKING:
+    from btlm_jax.recipe.config import TrainConfig
+    from btlm_jax.storage.location import PathOrUrl
+    from btlm_jax.tune.search import Dimension
+    from btlm_jax.tune.trials import Choose, Result
 
-example:  btlm tune coord-check --directory=runs/coord_check
+TUNE_HELP = """btlm tune VERB: check what a narrow model says of a wide one, and use it.
 
-Prints a row for every parametrization: presets btlm and completep must be flat, standard parametrization and a dozen
-deliberately broken ones must be caught. Exit code 0 when all are as expected, 1 otherwise; a table and a plot stay in
-the directory.
+  coord-check  train at several widths for a few steps and see that nothing depends on the width
+  lr-transfer  sweep the learning rate at several widths: where is the best one, and does it stay there?
+  search       search for better constants on a proxy, with successive halving
+  scaling      fit a law of the loss to finished runs, predict a larger one, hold it against that
+
+examples:  btlm tune coord-check --directory=runs/coord_check
+           btlm tune coord-check --directory=runs/my_check --config=my.py
+           btlm tune scaling --law=law.json --runs runs/4M runs/8M runs/16M runs/32M
+
+btlm tune VERB --help explains a verb; without one it is coord-check.
+"""
+
+COORD_CHECK_HELP = """btlm tune coord-check: train at several widths for a few steps; nothing may depend on the width.
+
+examples:  btlm tune coord-check --directory=runs/coord_check
+           btlm tune coord-check --directory=runs/my_check --config=my.py
+           btlm tune coord-check --directory=runs/my_check --config=my.py --mutate
+           btlm tune coord-check --directory=runs/depth --config=my.py --config.mup.preset=completep --depths=2,4,8
+
+Without --config a tiny model is checked on one CPU device: presets btlm and completep must be flat, standard
+parametrization and all deliberately broken ones must be caught. With --config it is that config's model, optimizer,
+step and mesh, on the devices here; --mutate breaks it in all those ways too, and says which ones only the exact check
+of the optimizer can see. Exit code 0 when all are as expected, 1 otherwise; the table, a plot and all numbers as JSON
+stay in the directory. Limits and what is chosen: docs/guide/tune.md.
 """
 
 
-VERBS = ("coord-check",)
+LR_TRANSFER_HELP = """btlm tune lr-transfer: sweep the learning rate at several widths; does the best one stay?
+
+examples:  btlm tune lr-transfer --directory=runs/transfer --config=local_cpu --widths=256,512 --rates=-9:-5
+           btlm tune lr-transfer --directory=runs/transfer --config=my.py --widths=256,512,1024 --presets=btlm,sp \\
+             --rates=-10:-5 --seeds=2 --workers=2
+
+Every trial is an ordinary run of the config in a folder of the directory, with its width (depth, batch, tokens), preset
+and peak learning rate changed. The same command goes on after a kill; any number of them, on any host that sees the
+directory, take trials from it. At the end: the best rate of every curve with its interval, what the first curve's best
+rate costs at the last one, a plot and all numbers as JSON.
+"""
+
+SEARCH_HELP = """btlm tune search: search for better constants on a proxy, with successive halving.
+
+examples:  btlm tune search --directory=runs/search --config=local_cpu --points=40
+           btlm tune search --directory=runs/search --config=my.py --points=80 --rungs=3 --seeds=3 --workers=2 \\
+             --space optimizer.peak_learning_rate=0.001:0.03:log mup.init_std=0.03:0.15:log warmup=0.5:4:log
+           btlm new --params=124M --constants=runs/search/search.json --output=large.py
+
+Points are tried on a third or a ninth of the config's tokens, the best third goes on to three times as many, up to all;
+the config as it is goes on beside them. Every trial is an ordinary run in a folder of the directory; the same command
+goes on after a kill, and any number of them take trials from it. At the end: the best points, the gain over the config
+with its interval over --seeds, and how much of the result each key decides. btlm new --constants writes the large
+model's config with what was found.
+"""
+
+SCALING_HELP = """btlm tune scaling: fit a law of the loss to finished runs, predict a larger one, hold it against that.
+
+examples:  btlm tune scaling --law=law.json --runs runs/4M runs/8M runs/16M runs/32M
+           btlm tune scaling --law=law.json --points=points.json --form=power
+           btlm tune scaling --law=law.json --config=my.py
+           btlm tune scaling --law=law.json --check=runs/mine
+           btlm new --params=124M --law=law.json --output=my.py
+
+--runs or --points fits a law and writes it: chinchilla, L = E + A / N^alpha + B / D^beta, where the runs' tokens a
+parameter differ enough and they are 6 or more, otherwise power, L = E + (C / C0)^-gamma. --config predicts that
+config's run and records it with date and hash beside the law; --check=WORKDIR holds what was recorded against the
+finished run. A law is trusted up to 10 times beyond its runs.
+"""
 
 
 def tune(arguments: Sequence[str]) -> int:
     """Run `btlm tune`; return the exit code."""
-    if not arguments:
+    if not arguments or arguments[0] in ("--help", "-h", "help"):
         print(TUNE_HELP)
-        return USAGE
+        return DONE if arguments else USAGE
     verb, *rest = arguments
-    if verb.startswith("-"):
-        rest = list(arguments)
-    elif verb.replace("_", "-") not in VERBS:
-        raise UsageError(f"btlm tune needs coord-check, got {verb!r}{did_you_mean(verb, VERBS)}")
-    flags = tune_flags()
-    if not flags.parse(rest):
+    if verb.startswith("-"):  # the spelling of before there were several
+        return _coord_check(arguments)
+    if verb.replace("_", "-") not in VERBS:
+        raise UsageError(f"btlm tune needs one of {', '.join(VERBS)}; got {verb}{did_you_mean(verb, list(VERBS))}")
+    return VERBS[verb.replace("_", "-")](rest)
+
+
+def coord_check_flags() -> Flags:
+    """Define the flags of `btlm tune coord-check`."""
+    flags = Flags(COORD_CHECK_HELP)
+    flags.define_string("directory", "", "where the table, the plot and the numbers go")
+    flags.define_config()
+    flags.define_string("widths", "", "widths, 256,512,1024; otherwise from the base width on, doubled twice")
+    flags.define_string("depths", "", "numbers of layers, 2,4,8, at the base width, in place of widths")
+    flags.define_integer("num_layers", 0, "layers at every width; otherwise the config's, at most 4")
+    flags.define_integer("steps", 8, "steps")
+    flags.define_integer("seeds", 3, "seeds to average over")
+    flags.define_float("learning_rate", 2.0**-9, "peak rate of these steps, without warm-up")
+    flags.define_boolean("mutate", False, "break the parametrization in every known way too, and see each one caught")
+    return flags
+
+
+def _coord_check(arguments: Sequence[str]) -> int:
+    flags = coord_check_flags()
+    if not flags.parse(arguments):
         return DONE
     directory = flags.path("directory")
-    from btlm_jax.tune.coord_check import FULL
-    from btlm_jax.tune.coord_report import report_coord_check
+    of_config = ("widths", "depths", "num_layers", "steps", "seeds", "learning_rate", "mutate")
+    if not flags.string("config"):
+        for name in of_config:
+            if flags.is_given(name):
+                raise UsageError(f"--{name} goes with --config: the check without one is always the same")
+    if flags.string("widths") and flags.string("depths"):
+        raise UsageError("--widths and --depths are both given; one of them grows, give that")
+    if flags.integer("seeds") < 1:
+        raise UsageError(f"--seeds={flags.integer('seeds')} must be at least 1")
+    sizes = {name: _whole_numbers(flags, name) for name in ("widths", "depths")}
+    config = flags.config() if flags.string("config") else None
+    import jax
 
-    report = report_coord_check(FULL, directory=directory)
+    from btlm_jax.display.progress import print_line
+    from btlm_jax.tune import coord_check
+    from btlm_jax.tune.coord_report import describe_design, report_coord_check
+
+    if config is None:
+        design, devices = coord_check.FULL, jax.local_devices(backend="cpu")[:1]
+    else:
+        devices = jax.devices()
+        design = coord_check.design_for(
+            config,
+            num_devices=len(devices),
+            ladder=coord_check.DEPTH if sizes["depths"] else coord_check.WIDTH,
+            sizes=sizes["depths"] or sizes["widths"],
+            seeds=flags.integer("seeds"),
+            num_steps=flags.integer("steps"),
+            learning_rate=flags.number("learning_rate"),
+            num_layers=flags.integer("num_layers"),
+            mutate=flags.boolean("mutate"),
+        )
+        print_line(describe_design(design, config, num_devices=len(devices)))
+    report = report_coord_check(design, directory=directory, devices=devices, report_progress=print_line)
     print(report.table)
     return DONE if report.passed else ERROR
 
 
-def tune_flags() -> Flags:
-    """Define the flags of `btlm tune coord-check`."""
-    flags = Flags(TUNE_HELP)
-    flags.define_string("directory", "", "where the table and the plot go")
+def _whole_numbers(flags: Flags, name: str) -> tuple[int, ...]:
+    """Return the positive whole numbers that a flag lists, none if it is not given.
+
+    Raises:
+      UsageError: there is another thing among them.
+    """
+    text = flags.string(name)
+    parts = [part.strip() for part in text.split(",")] if text else []
+    if not all(part.isascii() and part.isdigit() and 0 < int(part) < 2**31 for part in parts):
+        raise UsageError(f"--{name}={text[:80]} must be whole numbers with a comma between them, as 256,512")
+    return tuple(map(int, parts))
+
+
+def scaling_flags() -> Flags:
+    """Define the flags of `btlm tune scaling`."""
+    flags = Flags(SCALING_HELP)
+    flags.define_string("law", "", "JSON file of the law: written with --runs or --points, otherwise read")
+    flags.define_paths("runs", "workdirs of finished runs to fit to")
+    flags.define_string("points", "", "JSON file of the same: points of name, num_parameters, num_tokens, flops, loss")
+    flags.define_string("form", "auto", "form of the law", choices=("auto", "chinchilla", "power"))
+    flags.define_config()
+    flags.define_string("check", "", "workdir of the finished run that was predicted")
+    flags.define_string("plot", "", "PNG file to draw runs, law and predictions into")
     return flags
+
+
+def _scaling(arguments: Sequence[str]) -> int:
+    flags = scaling_flags()
+    if not flags.parse(arguments):
+        return DONE
+    path, is_fit = flags.path("law"), bool(flags.strings("runs")) or flags.is_given("points")
+    if bool(flags.strings("runs")) and flags.is_given("points"):
+        raise UsageError("--runs and --points are both given; fit to one of them")
+    if flags.is_given("form") and not is_fit:
+        raise UsageError("--form goes with --runs or --points: it is fitted")
+    if not is_fit and not flags.string("config") and not flags.is_given("check") and not flags.is_given("plot"):
+        raise UsageError("btlm tune scaling needs --runs or --points to fit to, --config to predict, or --check")
+    config = flags.config() if flags.string("config") else None
+    from btlm_jax.tune import scaling, scaling_report
+
+    if is_fit:
+        vocab_size = 0
+        if flags.is_given("points"):
+            points = scaling.read_points(flags.path("points"))
+        else:
+            points, vocab_size = scaling.read_runs([Path(each).expanduser() for each in flags.strings("runs")])
+        form = flags.string("form")
+        if form == "auto":
+            is_separable = len(points) > scaling.NUM_COEFFICIENTS[scaling.CHINCHILLA] and scaling.can_separate(points)
+            form = scaling.CHINCHILLA if is_separable else scaling.POWER
+        law = scaling.fit(points, form=form, vocab_size=vocab_size)
+        scaling.write_law(law, path)
+        print(f"wrote {path}")
+    else:
+        law = scaling.read_law(path)
+    print(scaling_report.describe_law(law))
+    predicted, kept = [], scaling.predictions_file(path)
+    if config is not None:
+        predicted = [scaling.predict_config(law, config)]
+        sha256 = scaling.record(kept, {"predicted": dataclasses.asdict(predicted[0])})
+        print(scaling_report.describe_prediction(predicted[0]))
+        print(f"recorded in {kept} with hash {sha256[:12]}")
+    if flags.is_given("check"):
+        outcomes = scaling.hold_against(scaling.read_run(flags.path("check")), scaling.recorded_predictions(kept))
+        for outcome in outcomes:
+            print(scaling_report.describe_outcome(outcome))
+            scaling.record(kept, {"held": {"run": flags.string("check"), "loss": outcome.loss, "of": outcome.sha256}})
+    if flags.is_given("plot"):
+        scaling_report.plot_law(law, flags.path("plot"), predictions=predicted)
+    return DONE
+
+
+def lr_transfer_flags() -> Flags:
+    """Define the flags of `btlm tune lr-transfer`."""
+    flags = Flags(LR_TRANSFER_HELP)
+    _define_study(flags)
+    flags.define_string("presets", "btlm", "parametrizations, btlm,sp,completep")
+    flags.define_string("widths", "", "widths, 256,512,1024; otherwise the config's alone")
+    flags.define_string("depths", "", "numbers of layers; otherwise the config's")
+    flags.define_string("batches", "1", "factors of the config's batch, 1,2,4")
+    flags.define_string("tokens", "1", "factors of the config's tokens, 1,2,4")
+    flags.define_string("rates", "-9:-5", "log2 of the peak learning rates: FIRST:LAST, FIRST:LAST:STEP or a list")
+    flags.define_integer("seeds", 1, "runs of each, that differ in initial parameters and order of data")
+    return flags
+
+
+def _lr_transfer(arguments: Sequence[str]) -> int:
+    flags = lr_transfer_flags()
+    if not flags.parse(arguments):
+        return DONE
+    rates, factors = _rates(flags), {name: _numbers(flags, name) for name in ("batches", "tokens")}
+    sizes = {name: _whole_numbers(flags, name) for name in ("widths", "depths")}
+    study = _Study(flags, ["tune", "lr-transfer", *arguments])
+    presets = tuple(part.strip() for part in flags.string("presets").split(","))
+    from btlm_jax.recipe.config import PRESETS
+
+    for preset in presets:
+        if preset not in PRESETS:
+            raise UsageError(f"--presets={preset[:40]} is not known; allowed are {', '.join(PRESETS)}")
+    from btlm_jax.tune import lr_transfer
+
+    model = study.config.model
+
+    def make_sweep(config: TrainConfig) -> lr_transfer.Sweep:
+        return lr_transfer.Sweep(
+            config=config,
+            presets=presets,
+            widths=sizes["widths"] or (model.d_model,),
+            depths=sizes["depths"] or (model.num_layers,),
+            batches=factors["batches"],
+            tokens=factors["tokens"],
+            log2_rates=rates,
+            num_seeds=flags.integer("seeds"),
+        )
+
+    plan = dataclasses.asdict(make_sweep(study.config))
+    sweep = make_sweep(study.begin({"kind": "lr-transfer", **plan}))
+    results = study.work(sweep.choose)
+    if results is None:
+        return PREEMPTED
+    values = lr_transfer.report(sweep, results)
+    study.write("lr_transfer.json", values)
+    lr_transfer.plot(values, study.directory / "lr_transfer.png")
+    print(lr_transfer.format_report(values))
+    return DONE
+
+
+def search_flags() -> Flags:
+    """Define the flags of `btlm tune search`."""
+    flags = Flags(SEARCH_HELP)
+    _define_study(flags)
+    flags.define_integer("points", 40, "points of the space to try")
+    flags.define_integer("rungs", 2, "rungs of successive halving; 1: every point on all tokens")
+    flags.define_integer("seeds", 1, "runs of each point on the last rung, which give the gain its interval")
+    flags.define_string("method", "sobol", "how points are spread", choices=("sobol", "random"))
+    flags.define_integer("seed", 1, "of the points")
+    flags.define_paths("space", "KEY=LOW:HIGH[:log|linear|log2_whole]: keys of the config, or batch, warmup: factors")
+    return flags
+
+
+def _search(arguments: Sequence[str]) -> int:
+    flags = search_flags()
+    if not flags.parse(arguments):
+        return DONE
+    study = _Study(flags, ["tune", "search", *arguments])
+    from btlm_jax.tune import search
+
+    space = tuple(map(_dimension, flags.strings("space"))) or search.DEFAULT_SPACE
+
+    def make_search(config: TrainConfig) -> search.Search:
+        return search.Search(
+            config=config,
+            space=space,
+            num_points=flags.integer("points"),
+            num_rungs=flags.integer("rungs"),
+            num_seeds=flags.integer("seeds"),
+            method=flags.string("method"),
+            seed=flags.integer("seed"),
+        )
+
+    plan = dataclasses.asdict(make_search(study.config))
+    made = make_search(study.begin({"kind": "search", **plan}))
+    results = study.work(made.choose)
+    if results is None:
+        return PREEMPTED
+    values = search.report(made, results)
+    study.write("search.json", values)
+    print(search.format_report(values))
+    return DONE
+
+
+def _dimension(text: str) -> Dimension:
+    """Return what one --space says.
+
+    Raises:
+      UsageError: it says none.
+    """
+    from btlm_jax.tune import search
+
+    key, _, given = text.partition("=")
+    low, _, rest = given.partition(":")
+    high, _, scale = rest.partition(":")
+    scales = (search.LINEAR, search.LOG, search.LOG2_WHOLE)
+    try:
+        ends = float(low), float(high)
+    except ValueError:
+        raise UsageError(f"--space={text[:80]} must be KEY=LOW:HIGH or KEY=LOW:HIGH:SCALE") from None
+    if (scale or search.LOG) not in scales:
+        raise UsageError(f"--space={text[:80]}: the scale must be one of {', '.join(scales)}")
+    return search.Dimension(key=key, low=ends[0], high=ends[1], scale=scale or search.LOG)
+
+
+def _define_study(flags: Flags) -> None:
+    """Define the flags of the verbs whose trials are training runs."""
+    flags.define_string("directory", "", "where the trials go; the same command goes on there")
+    flags.define_config()
+    flags.define_integer("workers", 1, "processes that make trials here, each on its share of the machine")
+
+
+class _Study:
+    """The directory of a verb whose trials are training runs."""
+
+    def __init__(self, flags: Flags, arguments: Sequence[str]):
+        self.directory = flags.path("directory")
+        self._workers, self._arguments = flags.integer("workers"), _without_workers(arguments)
+        if self._workers < 1:
+            raise UsageError(f"--workers={self._workers} must be at least 1")
+        self.config = flags.config()
+
+    def begin(self, study: dict) -> TrainConfig:
+        """Take the directory and start the other workers; return the config on the study's token store."""
+        from btlm_jax.cli.train import build_store
+        from btlm_jax.train import setup
+        from btlm_jax.tune import trials
+
+        trials.begin_study(self.directory, study)
+        self._started = trials.start_workers(self._workers, self._arguments, directory=self.directory)
+        trials.share_compiled(self.directory)
+
+        def prepare(config: TrainConfig, directory: Path) -> PathOrUrl:
+            setup.prepare_store(
+                config, workdir=directory, expected_fingerprint="", build_store=build_store, wait_for_all=lambda: None
+            )
+            return setup.locate_store(config.data, workdir=directory)
+
+        return trials.with_store(self.config, self.directory, prepare)
+
+    def work(self, choose: Choose) -> dict[str, Result] | None:
+        """Make trials until there are no more; return their results, or None if this process was told to stop."""
+        from btlm_jax.cli import errors
+        from btlm_jax.cli.train import build_store
+        from btlm_jax.display.progress import print_line
+        from btlm_jax.train import loop, setup
+        from btlm_jax.train.metric_writer import GoodputLedger, StartRecord
+        from btlm_jax.tune import trials
+
+        stop = stopping.current()
+
+        def run_trial(config: TrainConfig, workdir: Path) -> str:
+            ledger = GoodputLedger()
+            record = StartRecord(workdir, ledger)
+            record.keep()
+            try:
+                outcome = loop.train(
+                    config,
+                    workdir=workdir,
+                    ledger=ledger,
+                    check_devices=lambda config, devices: "",
+                    resume_step=0,
+                    build_store=build_store,
+                    beginning=setup.FROM_SEED,
+                    continue_prompt=lambda run, params: "",
+                    stop=stop,
+                )
+            except BaseException as error:
+                record.end(errors.code_of(error), str(error))
+                raise
+            codes = {loop.DONE: DONE, loop.PREEMPTED: PREEMPTED, loop.BAD_NUMBERS: BAD_NUMBERS}
+            record.end(codes[outcome], stop.reason)
+            return outcome
+
+        try:
+            return trials.work(
+                self.directory,
+                choose,
+                run_trial,
+                is_stopping=lambda: bool(stop.reason),
+                on_loss=functools.partial(stop.end_now, ERROR),
+                log=print_line,
+            )
+        finally:
+            for process in self._started:
+                if stop.reason:
+                    process.terminate()
+                process.wait()
+
+    def write(self, name: str, values: dict) -> None:
+        """Write a file of JSON into the directory."""
+        write_atomically(self.directory / name, json.dumps(values, indent=1))
+
+
+def _without_workers(arguments: Sequence[str]) -> list[str]:
+    """Return a command line without --workers and its value, for the workers themselves."""
+    kept, rest = [], list(arguments)
+    while rest:
+        argument = rest.pop(0)
+        if argument == "--workers":
+            rest[:1] = []
+        elif not argument.startswith("--workers="):
+            kept.append(argument)
+    return kept
+
+
+def _rates(flags: Flags) -> tuple[float, ...]:
+    """Return what --rates lists.
+
+    Raises:
+      UsageError: it is no list and no range.
+    """
+    text = flags.string("rates")
+    if ":" not in text:
+        return _numbers(flags, "rates")
+    parts = text.split(":")
+    try:
+        first, last, step = map(float, [*parts, "1"][:3] if len(parts) == 2 else parts)
+    except ValueError:
+        raise UsageError(f"--rates={text[:80]} must be FIRST:LAST or FIRST:LAST:STEP, as -9:-5 or -9:-5:0.5") from None
+    if not (-40 <= first < last <= 10 and 0 < step <= last - first):
+        raise UsageError(f"--rates={text[:80]} must rise, between -40 and 10, in steps that fit")
+    return tuple(first + step * number for number in range(int((last - first) / step + 1e-9) + 1))
+
+
+def _numbers(flags: Flags, name: str) -> tuple[float, ...]:
+    """Return the numbers that a flag lists.
+
+    Raises:
+      UsageError: there is another thing among them.
+    """
+    text = flags.string(name)
+    try:
+        found = tuple(float(part) for part in text.split(","))
+    except ValueError:
+        found = ()
+    if not found or not all(map(math.isfinite, found)) or (name != "rates" and min(found) <= 0):
+        raise UsageError(f"--{name}={text[:80]} must be numbers with a comma between them")
+    return found
+
+
+VERBS = {"coord-check": _coord_check, "lr-transfer": _lr_transfer, "search": _search, "scaling": _scaling}
+
+FLAGS = {
+    "coord-check": coord_check_flags,
+    "lr-transfer": lr_transfer_flags,
+    "search": search_flags,
+    "scaling": scaling_flags,
+}

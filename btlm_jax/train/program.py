@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 
 import jax
 import numpy as np
@@ -36,14 +37,24 @@ class Program:
         """Return the sharding rules of a phase, which depend on its batch size."""
         return rules_for(phase.batch_size, mesh=self.mesh, accumulation=self.config.mesh.accumulation)
 
+    def with_table(self, table: dict) -> Program:
+        """Return the program with other rules of the parameters, which its optimizer follows."""
+        num_steps = self.config.curriculum.table.num_steps
+        optimizer = make_optimizer(self.config.with_numbers().optimizer, table, num_steps=num_steps)
+        return dataclasses.replace(self, table=table, optimizer=optimizer)
+
+    def make_train_step(self, phase: Phase) -> Callable:
+        """Make the step of a phase, not yet jitted: see `make_train_step` of step.py."""
+        return make_train_step(
+            self.model.clone(rules=self.rules_for(phase)), self.optimizer, self.table,
+            loss_chunk=self.config.model.loss_chunk, rule=self.update_rules[phase.index],
+            z_loss=self.config.optimizer.z_loss,
+        )  # fmt: skip
+
     def trace_train_step(self, phase: Phase) -> jax.stages.Traced:
         """Trace the step of a phase, for `compile`."""
         rules, accumulation = self.rules_for(phase), self.config.mesh.accumulation
-        model = self.model.clone(rules=rules)
-        step = make_train_step(
-            model, self.optimizer, self.table, loss_chunk=self.config.model.loss_chunk,
-            rule=self.update_rules[phase.index], z_loss=self.config.optimizer.z_loss,
-        )  # fmt: skip
+        step = self.make_train_step(phase)
         shape = (accumulation, phase.batch_size // accumulation, phase.seq_len)
         sharding = batch_sharding(self.mesh, rules)
         batch = abstract_batch(shape, sharding, document_mask=self.config.data.document_mask)

@@ -57,7 +57,7 @@ def refused(capsys, *arguments, code: int, said: str) -> None:
         (["corpus", "clean", "--executor=slrum"], "did you mean slurm?"),
         (["corpus"], "needs one of build, clean, dedup, "),
         (["corpus", "verify"], "--store=DIR is needed"),
-        (["tune", "lr"], "needs coord-check, got 'lr'"),
+        (["tune", "scale"], "got scale; did you mean scaling?"),
         (["tune", "coord-check"], "--directory=DIR is needed"),
     ],
 )

@@ -34,7 +34,7 @@ def offered(script, line: str) -> list[str]:
         ("btlm tr", ["train"]),
         (".venv/bin/btlm co", ["convert", "corpus", "configs", "completion"]),
         ("btlm corpus to", ["tokenizer", "tokenize"]),
-        ("btlm tune ", ["coord-check"]),
+        ("btlm tune ", ["coord-check", "lr-transfer", "search", "scaling"]),
         ("btlm completion z", ["zsh"]),
         ("btlm convert --fo", ["--format="]),
         ("btlm convert --from=x --format=g", ["gguf"]),
@@ -104,7 +104,7 @@ def test_fish_completes(tmp_path):
     (tmp_path / "btlm.fish").write_text(fish_script())
     cases = {
         "btlm tr": ["train"],
-        "btlm tune ": ["coord-check"],
+        "btlm tune ": ["coord-check", "lr-transfer", "search", "scaling"],
         "btlm corpus clean ": [],  # no verbs once more
         "btlm convert --format=g": ["--format=gguf"],
         "btlm train --config=loc": ["--config=local_cpu"],

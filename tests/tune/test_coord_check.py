@@ -1,49 +1,86 @@
 """The coordinate check: right parametrizations are flat, and every broken one is caught."""
 
 import dataclasses
+import json
+import math
 
+import jax
 import numpy as np
 import pytest
+from support.tiny import tiny_config
 
-from btlm_jax.tune.coord_check import FULL, CaseResult, Design
+from btlm_jax.cli import main
+from btlm_jax.parallel.make_mesh import make_run_mesh
+from btlm_jax.parallel.mesh import batch_sharding
+from btlm_jax.train.program import Program, make_program
+from btlm_jax.tune.coord_check import (
+    DEPTH,
+    FULL,
+    LIMITS,
+    CaseResult,
+    Design,
+    _Checked,
+    at_width,
+    config_at,
+    coord_check,
+    design_for,
+    make_batch,
+)
 from btlm_jax.tune.coord_report import format_table, report_coord_check, write_plot
-from btlm_jax.tune.mutations import BTLM, CASES, NO_OUTPUT_SCALE
+from btlm_jax.tune.mutations import BROKEN, BTLM, CASES, NO_OUTPUT_SCALE, OWN, Case
+from btlm_jax.tune.optimizer_check import optimizer_error
 
-pytestmark = pytest.mark.fully_optimized
+HIDDEN = BROKEN[-1]  # of those that only the optimizer's check sees
 
 
-def result(case, *, slope: float, spread: float, design: Design = FULL) -> CaseResult:
-    """A made-up measurement with this slope and spread."""
-    x = np.log2(design.widths)
-    statistics = {"flat one": tuple(0 * x), "tilted one": tuple(3 + slope * x)}
-    return CaseResult(case=case, design=design, statistics=statistics, losses=(4.0 + spread, *[4.0] * (len(x) - 1)))
+def result(case: Case, *, slope: float, spread: float, error: float = 0.0, design: Design = FULL) -> CaseResult:
+    """A made-up measurement of two seeds with this slope and spread."""
+    x = np.log2(design.sizes)
+    rows = {"flat one": 0 * x, "tilted one": 3 + slope * x, "change of logits at step 3": 9 * x}
+    statistics = {name: tuple((v - 0.1, v + 0.1) for v in values.tolist()) for name, values in rows.items()}
+    losses = (4.0 + spread, *[4.0] * (len(x) - 1))
+    return CaseResult(case=case, design=design, statistics=statistics, losses=losses, optimizer_error=error)
 
 
 @pytest.mark.parametrize(
-    ("case", "slope", "spread", "expected"),
+    ("case", "slope", "spread", "error", "expected"),
     [
-        (BTLM, 0.11, 0.1, True),
-        (BTLM, -0.13, 0.1, False),
-        (BTLM, 0.0, 0.13, False),
-        (BTLM, np.nan, 0.0, False),
-        (BTLM, 0.0, np.nan, False),
-        (NO_OUTPUT_SCALE, 0.24, 0.29, False),
-        (NO_OUTPUT_SCALE, -0.26, 0.0, True),
-        (NO_OUTPUT_SCALE, 0.0, 0.31, True),
-        (NO_OUTPUT_SCALE, np.nan, 0.0, True),
+        (BTLM, 0.11, 0.1, 0.0, True),
+        (BTLM, -0.13, 0.1, 0.0, False),
+        (BTLM, 0.0, 0.13, 0.0, False),
+        (BTLM, 0.0, 0.0, 0.01, False),
+        (BTLM, np.nan, 0.0, 0.0, False),
+        (BTLM, 0.0, np.nan, 0.0, False),
+        (NO_OUTPUT_SCALE, 0.24, 0.29, 0.0, False),
+        (NO_OUTPUT_SCALE, 0.24, 0.29, 1.0, False),  # the activations and losses must show it
+        (NO_OUTPUT_SCALE, -0.26, 0.0, 0.0, True),
+        (NO_OUTPUT_SCALE, 0.0, 0.31, 0.0, True),
+        (NO_OUTPUT_SCALE, np.nan, 0.0, 0.0, True),
+        (HIDDEN, 0.0, 0.0, 0.01, True),
+        (HIDDEN, 0.0, 0.0, 0.0, False),
     ],
 )
-def test_verdict(case, slope, spread, expected):
-    found = result(case, slope=slope, spread=spread)
+def test_verdict(case, slope, spread, error, expected):
+    found = result(case, slope=slope, spread=spread, error=error)
     assert found.is_as_expected == expected
     if np.isfinite(slope):
-        assert found.slopes == pytest.approx({"flat one": 0.0, "tilted one": slope})
+        assert found.slopes == pytest.approx({"flat one": 0.0, "tilted one": slope, "change of logits at step 3": 9.0})
+        assert found.errors == pytest.approx(dict.fromkeys(found.slopes, 0.0), abs=1e-12)
+
+
+def test_the_error_of_a_slope_is_that_of_its_seeds():
+    steep = tuple((value, 3 * value) for value in np.log2(FULL.sizes).tolist())
+    found = CaseResult(case=BTLM, design=FULL, statistics={"one": steep}, losses=(1.0,) * 3, optimizer_error=0.0)
+    assert found.slopes == pytest.approx({"one": 2.0})
+    assert found.errors == pytest.approx({"one": math.sqrt(2) / math.sqrt(2)})
 
 
 def test_a_wrong_case_fails_the_table_by_name():
     right, wrong = result(BTLM, slope=0.0, spread=0.0), result(NO_OUTPUT_SCALE, slope=0.1, spread=0.0)
+    hidden = result(HIDDEN, slope=0.0, spread=0.0, error=0.1)
     assert format_table([right]).endswith("passed: all 1 cases are as expected")
     assert format_table([right, wrong]).endswith("failed: logits unscaled")
+    assert "not by activations or loss: Adam eps / m\n" in format_table([right, hidden])
 
 
 def test_plot_is_a_png(tmp_path):
@@ -52,23 +89,121 @@ def test_plot_is_a_png(tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["plot.png"]
 
 
-@pytest.mark.parametrize("change", [{"widths": (64,)}, {"widths": (64, 100)}, {"cases": ()}, {"seeds": ()}])
+@pytest.mark.parametrize(
+    "change",
+    [{"sizes": (64,)}, {"sizes": (64, 100)}, {"sizes": (64, 64)}, {"cases": ()}, {"seeds": ()}, {"num_steps": 0}],
+)
 def test_a_senseless_design_is_refused(change):
     with pytest.raises(ValueError):
         dataclasses.replace(FULL, **change)
 
 
-@pytest.mark.slow
-def test_right_ones_pass_and_broken_ones_do_not(tmp_path):
-    """A sample of `btlm tune coord-check`: the recipe, and the nearest of the broken ones.
+def program_at(case: Case, size: int, design: Design = FULL, *, num_devices: int = 1) -> Program:
+    config = config_at(design, case, size)
+    devices = jax.devices("cpu")[:num_devices]
+    return make_program(config, make_run_mesh(config.mesh, curriculum=config.curriculum.table, devices=devices))
 
-    The middle one of three widths at equal distances does not enter their slope.
+
+def test_the_optimizer_check_tells_wrong_rates_decays_and_epsilons():
+    """Of every case; the initialization and the forward multipliers are not the optimizer's."""
+    blind = {"hidden init unscaled", "logits unscaled", "logits / sqrt(m)", "embedding init / sqrt(m)"}
+    programs = {}
+    for case in CASES:
+        if case.wide_heads:
+            continue
+        program = programs.setdefault(case.preset, None) or program_at(case, 256)
+        programs[case.preset] = program
+        error = optimizer_error(program.config, _Checked.make(case, program, num_steps=1).rules)
+        is_right = case.is_flat or case.name in (*blind, "sp")
+        assert (error < 1e-6) if is_right else (error > 0.01), (case.name, error)
+
+
+@pytest.mark.parametrize("convention", ["independent", "coupled"])
+def test_the_optimizer_check_knows_conventions_of_decay(convention):
+    optimizer = dataclasses.replace(FULL.config.optimizer, weight_decay_convention=convention)
+    design = dataclasses.replace(FULL, config=dataclasses.replace(FULL.config, optimizer=optimizer))
+    for case in CASES[:3]:  # btlm, completep, sp
+        assert optimizer_error(config_at(design, case, 128), program_at(case, 128, design).table) < 1e-6
+
+
+def test_a_design_of_a_config_begins_at_the_base_width_in_whole_heads():
+    config = tiny_config(model__num_heads=4, mup__base_d_model=33.0)  # heads 10 wide
+    design = design_for(config, num_devices=8)
+    assert design.sizes == (40, 80, 160) and design.config.model.num_layers == 2
+    assert design.config.curriculum.batch_size == (8,) and design.cases == (OWN,)
+    assert design_for(config, num_devices=8, ladder=DEPTH).sizes == (2, 4, 8)
+    assert len(design_for(config, num_devices=1, mutate=True).cases) == len(BROKEN) + 2
+    plain = design_for(tiny_config(optimizer__weight_decay=0.0), num_devices=1, mutate=True)
+    assert not [case.name for case in plain.cases if "decay" in case.name]
+    muon = design_for(tiny_config(optimizer__hidden_optimizer="muon"), num_devices=1, mutate=True)
+    assert not [case.name for case in muon.cases if "LR unscaled" in case.name] and len(muon.cases) == len(BROKEN) - 5
+    assert at_width(config.model, 80).d_ff == 108
+    with pytest.raises(ValueError, match="heads are 10 wide, so give a multiple of 10"):
+        at_width(config.model, 84)
+
+
+def test_the_checked_step_is_the_trainers():
+    """Losses of the check's step, sharded, are those of the step that `btlm train` compiles."""
+    config = tiny_config(model__num_layers=1, model__remat="none", model__attention="reference")
+    design = design_for(config, num_devices=2)
+    found = _Checked.make(OWN, program_at(OWN, 40, design, num_devices=2), num_steps=1)
+    program, (phase,) = found.program, found.program.config.curriculum.table.phases
+    trainers = program.compile(program.trace_train_step(phase))
+    losses = {}
+    with jax.set_mesh(program.mesh):
+        batch = jax.device_put(
+            make_batch(program.config, seed=0), batch_sharding(program.mesh, program.rules_for(phase))
+        )
+        for name, step in {"trainer": trainers, "check": found.step}.items():
+            state = jax.device_put(
+                found.begin(found.initial(found.rules, found.draw(0))),
+                jax.tree.map(lambda leaf: leaf.sharding, program.state),
+            )
+            more = () if name == "trainer" else (found.multipliers(found.rules),)
+            for _ in range(3):
+                state, metrics = step(state, batch, np.float32(2.0**-7), *more)
+                losses.setdefault(name, []).append(float(metrics["loss"]))
+    assert losses["check"] == pytest.approx(losses["trainer"], rel=1e-6)
+    assert losses["check"][2] < losses["check"][0] - 0.1
+
+
+def test_the_recipe_is_flat_and_wrong_rates_are_caught():
+    """The core of `btlm tune coord-check`: one program a width serves the recipe and everything wrong in its rules."""
+    names = ("btlm", "hidden LR unscaled", "mlp_out LR unscaled", "embedding LR / m", "bias, norm LR / m")
+    cases = tuple(case for case in CASES if case.name in names)
+    design = dataclasses.replace(FULL, cases=cases, sizes=FULL.sizes[::2])
+    for found in coord_check(design, devices=jax.devices("cpu")[:1]):
+        assert found.is_as_expected, format_table([found])
+
+
+@pytest.mark.slow
+def test_wide_heads_are_judged(tmp_path):
+    """The nearest of the broken ones, and the right one beside it.
+
+    A middle one of three widths does not enter their slope.
     """
-    names = ("btlm", "attention / sqrt(d)")
-    design = dataclasses.replace(
-        FULL, cases=tuple(case for case in CASES if case.name in names), widths=FULL.widths[::2]
+    names = ("wide heads", "attention / sqrt(d)")
+    cases = tuple(case for case in CASES if case.name in names)
+    assert len(cases) == len(names)
+    design = dataclasses.replace(FULL, cases=cases, sizes=FULL.sizes[::2])
+    report = report_coord_check(
+        design, directory=tmp_path, devices=jax.devices("cpu")[:1], report_progress=lambda line: None
     )
-    assert len(design.cases) == len(names)
-    report = report_coord_check(design, directory=tmp_path)
     assert report.passed, report.table
     assert (tmp_path / "coord_check.txt").read_text() == report.table + "\n"
+    values = json.loads((tmp_path / "coord_check.json").read_text())
+    assert [case["name"] for case in values["cases"]] == [case.name for case in cases]
+    assert values["limits"] == dataclasses.asdict(LIMITS)
+
+
+def test_flags_that_have_no_effect_are_refused(capsys, tmp_path):
+    for arguments, said in (
+        (["--widths=64,128"], "--widths goes with --config"),
+        (["--config=local_cpu", "--widths=64,x"], "must be whole numbers"),
+        (["--config=local_cpu", "--widths=64,128", "--depths=2,4"], "one of them grows"),
+        (["--config=local_cpu", "--seeds=0"], "--seeds=0 must be at least 1"),
+    ):
+        assert main(["tune", "coord-check", f"--directory={tmp_path}", *arguments]) == 2
+        assert said in capsys.readouterr().err
+    assert main(["tune", "coord-check", f"--directory={tmp_path}", "--config=local_cpu", "--widths=256,300"]) == 1
+    assert "heads are 64 wide" in capsys.readouterr().err

@@ -1,0 +1,344 @@
+"""Search over hyperparameters of a proxy: random or Sobol points, successive halving, ranks and importance.
+
+A space is a list of keys of the config, each with a range and a scale. Points are tried at a part of the tokens first;
+of a rung, the share 1 / ETA with the least losses goes on to ETA times the tokens, from the beginning, as a schedule
+that decays to its end needs it (arXiv 1810.05934 without its asynchrony: what is tried follows from results alone).
+
+Importance of a key is omega squared of the ranks on the first rung: their variance between BINS equal parts of the
+key's range, less what chance gives it, over their variance in all. It is the key's main effect, without interactions.
+"""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import functools
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import numpy as np
+
+from btlm_jax import notices
+from btlm_jax.recipe.config import TrainConfig, config_types, train_config_from
+from btlm_jax.storage.files import read_json_object
+from btlm_jax.tune.trials import Result, Trial
+
+ETA = 3  # of a rung, one in so many goes on, to so many times the tokens
+BINS = 4
+NUM_SAMPLES = 500
+TAILS = (0.05, 0.95)
+LINEAR, LOG, LOG2_WHOLE = "linear", "log", "log2_whole"
+RANDOM, SOBOL = "random", "sobol"
+BATCH, WARMUP = "batch", "warmup"  # factors of the config's, which are several keys
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Dimension:
+    """A key of the config, or BATCH or WARMUP, and the range that is searched."""
+
+    key: str
+    low: float
+    high: float
+    scale: str  # LINEAR, LOG, or LOG2_WHOLE: powers of two
+
+    def __post_init__(self):
+        if not (math.isfinite(self.low) and math.isfinite(self.high) and self.low < self.high):
+            raise ValueError(f"{self.key}={self.low:g}:{self.high:g} is no range that rises")
+        if self.scale != LINEAR and self.low <= 0:
+            raise ValueError(f"{self.key}={self.low:g}:{self.high:g} must be positive for the scale {self.scale}")
+        types = config_types()
+        if self.key not in (BATCH, WARMUP) and types.get(self.key) not in (float, float | str):
+            raise ValueError(f"{self.key} is no key of the config whose value is a number with a fraction")
+
+    def value(self, share: float) -> float:
+        """Return the value at a share of the range, from 0 to 1."""
+        if self.scale == LINEAR:
+            return self.low + share * (self.high - self.low)
+        low, high = math.log2(self.low), math.log2(self.high)
+        if self.scale == LOG2_WHOLE:
+            return 2.0 ** min(math.floor(low + share * (high - low + 1)), math.floor(high))
+        return 2 ** (low + share * (high - low))
+
+
+# Around BTLM's and configs/local_cpu.py's constants.
+DEFAULT_SPACE = (
+    Dimension(key="optimizer.peak_learning_rate", low=2.0**-10, high=2.0**-5, scale=LOG),
+    Dimension(key="mup.init_std", low=0.02, high=0.2, scale=LOG),
+    Dimension(key="mup.embedding_multiplier", low=2.0, high=40.0, scale=LOG),
+    Dimension(key="mup.output_multiplier", low=0.25, high=8.0, scale=LOG),
+    Dimension(key="optimizer.weight_decay", low=0.01, high=1.0, scale=LOG),
+    Dimension(key=WARMUP, low=0.25, high=4.0, scale=LOG),
+)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Search:
+    """What is tried: `num_points` points of the space beside the config itself, on rungs of the config's tokens."""
+
+    config: TrainConfig
+    space: tuple[Dimension, ...]
+    num_points: int
+    num_rungs: int
+    num_seeds: int  # of the last rung
+    method: str
+    seed: int
+
+    def __post_init__(self):
+        if self.num_points < 2 or self.num_rungs < 1 or self.num_seeds < 1:
+            raise ValueError("a search needs two points or more, and one rung and seed or more")
+        keys = [dimension.key for dimension in self.space]
+        if len(set(keys)) < len(keys) or not keys:
+            raise ValueError(f"the space has the keys {', '.join(keys)}; give one or more, each once")
+        for number in range(self.num_points + 1):
+            self.config_of(number, rung=0, seed=0)
+
+    @functools.cached_property
+    def shares(self) -> np.ndarray:
+        """The points as shares of each range, [num_points, dimensions]."""
+        if self.method == SOBOL:
+            from scipy.stats import qmc
+
+            sampler = qmc.Sobol(len(self.space), rng=np.random.default_rng(self.seed))
+            return sampler.random_base2(math.ceil(math.log2(self.num_points)))[: self.num_points]
+        return np.random.default_rng(self.seed).random((self.num_points, len(self.space)))
+
+    def values_of(self, number: int) -> dict[str, float]:
+        """Return the values of a point by key; point 0 is the config as it is, and has none."""
+        if number == 0:
+            return {}
+        shares = self.shares[number - 1]
+        return {dimension.key: dimension.value(x) for dimension, x in zip(self.space, shares.tolist(), strict=True)}
+
+    def config_of(self, number: int, *, rung: int, seed: int) -> TrainConfig:
+        """Return the config of a point, with a rung's tokens.
+
+        Raises:
+          ValueError: the config refuses the values.
+        """
+        return with_values(self.config, self.values_of(number), tokens=ETA ** (rung + 1 - self.num_rungs), seed=seed)
+
+    def seeds_of(self, rung: int) -> range:
+        return range(self.num_seeds if rung == self.num_rungs - 1 else 1)
+
+    def name_of(self, number: int, *, rung: int, seed: int) -> str:
+        return f"point-{number:03}-rung-{rung}-s{seed}"
+
+    def rungs(self, results: Mapping[str, Result]) -> list[list[int]]:
+        """Return the points on each rung, as far as the results say; the config itself is on every rung."""
+        found = [list(range(self.num_points + 1))]
+        for rung in range(self.num_rungs - 1):
+            losses = {number: self.loss_of(number, rung=rung, results=results) for number in found[-1]}
+            if None in losses.values():
+                break
+            best = sorted(found[-1], key=lambda number: (losses[number], number))[: max(1, len(found[-1]) // ETA)]
+            found.append(sorted({0, *best}))
+        return found
+
+    def loss_of(self, number: int, *, rung: int, results: Mapping[str, Result]) -> float | None:
+        """Return the mean loss of a point on a rung, None before all its seeds are known."""
+        names = [self.name_of(number, rung=rung, seed=seed) for seed in self.seeds_of(rung)]
+        if not all(name in results for name in names):
+            return None
+        return float(np.mean([results[name].loss for name in names]))
+
+    def choose(self, results: Mapping[str, Result]) -> list[Trial]:
+        """Return all trials that there are to be, as far as the results say."""
+        return [
+            Trial(name=self.name_of(number, rung=rung, seed=seed), config=self.config_of(number, rung=rung, seed=seed))
+            for rung, numbers in enumerate(self.rungs(results))
+            for number in numbers
+            for seed in self.seeds_of(rung)
+        ]
+
+
+def with_values(config: TrainConfig, values: Mapping[str, float], *, tokens: float, seed: int) -> TrainConfig:
+    """Return the config with values by key, a share of its tokens, and seeds that are so much larger.
+
+    The warm-up, a factor of the config's share, stays within the run; the end rate keeps its share of the peak.
+
+    Raises:
+      ValueError: the config refuses a value.
+    """
+    made = copy.deepcopy(dataclasses.asdict(config))
+    curriculum, optimizer = made["curriculum"], made["optimizer"]
+    factor = values.get(BATCH, 1.0)
+    sizes = tuple(max(1, round(size * factor)) for size in curriculum["batch_size"])
+    ratio = sizes[-1] / curriculum["batch_size"][-1]
+    sizes = tuple(round(size * ratio) for size in curriculum["batch_size"])
+    per_step = sizes[0] * curriculum["seq_len"][0]
+    whole = tuple(max(1, round(n * tokens / per_step)) * per_step for n in curriculum["num_tokens"])
+    warmup = optimizer["warmup_tokens"] * sum(whole) / sum(curriculum["num_tokens"]) * values.get(WARMUP, 1.0)
+    end = optimizer["end_learning_rate"] / optimizer["peak_learning_rate"]
+    curriculum |= {"batch_size": sizes, "num_tokens": whole}
+    for key, value in values.items():
+        if key not in (BATCH, WARMUP):
+            section, _, name = key.rpartition(".")
+            made[section][name] = value
+    optimizer["warmup_tokens"] = min(round(warmup / per_step) * per_step, sum(whole) // 2)
+    if "optimizer.peak_learning_rate" in values and "optimizer.end_learning_rate" not in values:
+        optimizer["end_learning_rate"] = end * optimizer["peak_learning_rate"]
+    made["seed"] += seed
+    made["data"]["seed"] += seed
+    return train_config_from(made)
+
+
+def report(search: Search, results: Mapping[str, Result]) -> dict:
+    """Return ranks, the gain over the config with its interval, and importance, as JSON's values."""
+    rungs = search.rungs(results)
+    last = len(rungs) - 1
+    losses = {number: search.loss_of(number, rung=last, results=results) for number in rungs[last]}
+    ranked = sorted((number for number in losses if losses[number] is not None), key=lambda n: (losses[n], n))
+    finals = [
+        {
+            "point": number,
+            "losses": [
+                _number(results[search.name_of(number, rung=last, seed=seed)].loss) for seed in search.seeds_of(last)
+            ],
+            "loss": _number(losses[number]),
+            "values": search.values_of(number),
+        }
+        for number in ranked
+    ]
+    best = next((each for each in finals if each["point"] != 0), None)
+    own = next(each for each in finals if each["point"] == 0)
+    first = [search.loss_of(number, rung=0, results=results) for number in range(1, search.num_points + 1)]
+    assert best is not None and None not in first
+    return {
+        "rungs": rungs,
+        "final": finals,
+        "gain": gain_of(own["losses"], best["losses"]),
+        "importance": importance(search.space, search.shares, np.array(first, float)),
+        "constants": best["values"],
+        "base": {
+            "d_model": search.config.mup.base_d_model,
+            "preset": search.config.mup.preset,
+        },
+    }
+
+
+# Keys whose best value does not depend on the model's width and depth under muP, nor much on the number of steps.
+# Weight decay does on the latter (AdamW's memory is 1 / (rate decay steps)), batch and warm-up do too.
+TRANSFERRED = (
+    "optimizer.peak_learning_rate", "mup.init_std", "mup.embedding_multiplier", "mup.output_multiplier",
+)  # fmt: skip
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Constants:
+    """What a search found that larger models take: values by key, and the width that they are relative to."""
+
+    values: dict[str, float]
+    base_width: float
+    preset: str
+
+
+def read_constants(path: Path) -> Constants:
+    """Return the constants of a search's report.
+
+    Raises:
+      ValueError: it is none, or none of its keys are transferred.
+    """
+    match read_json_object(path):
+        case {"constants": dict(values), "base": {"d_model": float(width), "preset": str(preset)}}:
+            kept = {key: float(value) for key, value in values.items() if key in TRANSFERRED}
+        case _:
+            raise ValueError(f"{path} is no search.json of btlm tune search")
+    if left_out := sorted(set(values) - set(kept)):
+        text = f"{path}: {', '.join(left_out)} depend on the length of the run, which has its own"
+        notices.report("constants-not-taken", text, count=len(left_out))
+    if not kept:
+        raise ValueError(f"{path} has none of {', '.join(TRANSFERRED)}, which are what a larger model takes")
+    return Constants(values=kept, base_width=width, preset=preset)
+
+
+def with_constants(config: TrainConfig, *, found: Constants) -> TrainConfig:
+    """Return a config with constants in place of its own; the end of its rate keeps its share of the peak."""
+    made = dataclasses.asdict(config)
+    share = config.optimizer.end_learning_rate / config.optimizer.peak_learning_rate
+    for key, value in found.values.items():
+        section, _, name = key.rpartition(".")
+        made[section][name] = value
+    made["optimizer"]["end_learning_rate"] = share * made["optimizer"]["peak_learning_rate"]
+    made["mup"] |= {
+        "preset": found.preset,
+        "base_d_model": found.base_width,
+        "base_d_ff": config.model.d_ff * found.base_width / config.model.d_model,
+    }
+    return train_config_from(made)
+
+
+def gain_of(own: Sequence, best: Sequence, *, seed: int = 0) -> dict:
+    """Return by how many nats the best point is below the config itself, with a bootstrap's interval over seeds.
+
+    Of one seed there is no interval: its ends are None; where one of them diverged, a loss of None, all are. The best
+    of many is chosen by these losses, so the gain is high by what its seeds' luck gave it.
+    """
+    if None in (*own, *best):
+        return {"nats": None, "low": None, "high": None}
+    gain = float(np.mean(own) - np.mean(best))
+    if min(len(own), len(best)) < 2:
+        return {"nats": gain, "low": None, "high": None}
+    rng = np.random.default_rng(seed)
+    found = [rng.choice(own, len(own)).mean() - rng.choice(best, len(best)).mean() for _ in range(NUM_SAMPLES)]
+    low, high = np.quantile(found, TAILS)
+    return {"nats": gain, "low": float(low), "high": float(high)}
+
+
+def importance(space: Sequence[Dimension], shares: np.ndarray, losses: np.ndarray, *, seed: int = 0) -> list[dict]:
+    """Return the main effect of each key on the rank of the loss, with a bootstrap's interval, the largest first.
+
+    shares: [points, dimensions], from 0 to 1. Ranks, and not losses, so that points that diverged count as the worst
+    and no more. 0 is what chance gives; 1 is a key that alone decides the rank.
+    """
+    ranks = _ranks(losses)
+    rng = np.random.default_rng(seed)
+    again = [rng.integers(0, len(ranks), len(ranks)) for _ in range(NUM_SAMPLES)]
+    found = []
+    for column, dimension in enumerate(space):
+        values = [_main_effect(shares[rows, column], ranks[rows]) for rows in again]
+        low, high = np.quantile(values, TAILS)
+        share = _main_effect(shares[:, column], ranks)
+        found.append({"key": dimension.key, "share": share, "low": float(low), "high": float(high)})
+    return sorted(found, key=lambda each: -each["share"])
+
+
+def _number(loss: float | None) -> float | None:
+    return loss if loss is not None and math.isfinite(loss) else None  # JSON has no infinity
+
+
+def _main_effect(shares: np.ndarray, ranks: np.ndarray) -> float:
+    """Return the adjusted share of the ranks' variance that lies between the BINS parts of a range (omega squared)."""
+    bins = np.minimum((shares * BINS).astype(int), BINS - 1)
+    total = np.square(ranks - ranks.mean()).sum()
+    groups = [ranks[bins == number] for number in range(BINS) if (bins == number).any()]
+    between = sum(len(group) * (group.mean() - ranks.mean()) ** 2 for group in groups)
+    free = len(ranks) - len(groups)
+    if total == 0 or free <= 0:
+        return 0.0
+    noise = (total - between) / free
+    return float(max(0.0, (between - (len(groups) - 1) * noise) / (total + noise)))
+
+
+def _ranks(losses: np.ndarray) -> np.ndarray:
+    """Return ranks from 0, equal losses sharing the mean of theirs; those that are not finite are the last."""
+    losses = np.where(np.isfinite(losses), losses, np.inf)
+    order = np.sort(losses)
+    return (np.searchsorted(order, losses, "left") + np.searchsorted(order, losses, "right") - 1) / 2
+
+
+def format_report(values: dict) -> str:
+    """Return the best points, the gain, and the importance of each key."""
+    lines = [f"Best of {len(values['rungs'][0]) - 1} points, of which {len(values['final'])} had all tokens:"]
+    for each in values["final"][:10]:
+        shown = ", ".join(f"{key.rpartition('.')[2]} {value:.4g}" for key, value in each["values"].items())
+        loss = "diverged" if each["loss"] is None else f"{each['loss']:.4f}"
+        lines.append(f"  {loss}  {shown or 'the config as it is'}")
+    gain = values["gain"]
+    interval = "" if gain["low"] is None else f", 90 % from {gain['low']:+.4f} to {gain['high']:+.4f} over seeds"
+    better = "one of them diverged" if gain["nats"] is None else f"{gain['nats']:+.4f} nats better{interval}"
+    lines.append(f"Against the config as it is: {better}")
+    lines.append("Share of the variance of ranks that each key explains alone (omega squared of 4 bins, 90 %):")
+    for each in values["importance"]:
+        lines.append(f"  {each['key']:<32} {each['share']:>5.2f}   {each['low']:.2f} to {each['high']:.2f}")
+    return "\n".join(lines)

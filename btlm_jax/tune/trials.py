@@ -1,0 +1,253 @@
+"""A directory of trials: ordinary training runs that any number of commands, on any number of hosts, take one by one.
+
+    study.json            what is studied; another study is refused in the same directory
+    store/                the token store, where the config makes one
+    compile_cache/        of all trials: those of equal shapes and multipliers compile once
+    trials/NAME/          the workdir of a run as `btlm train` makes it, resumed by whoever takes it next after a kill
+    trials/NAME/log.txt   what that run printed
+    trials/NAME/result.json
+
+A trial belongs to the command that owns its workdir (storage/owner.py); a dead owner's is taken over. What is tried
+next follows from the results alone, so all workers choose alike.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import fcntl
+import json
+import math
+import os
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+
+from btlm_jax.recipe.config import PREPARED, TrainConfig
+from btlm_jax.storage import owner
+from btlm_jax.storage.files import read_json_object, write_atomically
+from btlm_jax.train import CHECKPOINTS, COMPILE_CACHE, SUMMARY_FILE
+from btlm_jax.train.loop import DONE, PREEMPTED
+
+STUDY_FILE, TRIALS, RESULT_FILE, LOG_FILE = "study.json", "trials", "result.json", "log.txt"
+_WAIT_SECONDS = 1.0
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Trial:
+    """A run to be made; its name is that of its directory."""
+
+    name: str
+    config: TrainConfig
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Result:
+    """What came of a trial: the loss on all held-out text in nats a token, infinite of one that diverged."""
+
+    loss: float
+    seconds: float  # of the run that finished it
+
+
+Results = Mapping[str, Result]
+Choose = Callable[[Results], Sequence[Trial]]  # what is to be tried, finished trials included; no new ones: the end
+RunTrial = Callable[[TrainConfig, Path], str]  # (config, workdir) -> DONE, PREEMPTED or BAD_NUMBERS of train/loop.py
+
+
+def begin_study(directory: Path, study: dict) -> None:
+    """Make the directory of a study, or see that it is this study's.
+
+    Raises:
+      ValueError: it is another study's.
+      OSError: it cannot be written.
+    """
+    directory.mkdir(parents=True, exist_ok=True)
+    path, wanted = directory / STUDY_FILE, json.loads(json.dumps(study))
+    with _locked(directory):
+        if path.is_file():
+            found = read_json_object(path)
+            if found != wanted:
+                different = _first_difference(found, wanted)
+                raise ValueError(
+                    f"{directory} holds another study, of {different}; give its flags again, or another --directory"
+                )
+            return
+        write_atomically(path, json.dumps(wanted, indent=1))
+
+
+def _first_difference(found: object, wanted: object, name: str = "") -> str:
+    if isinstance(found, dict) and isinstance(wanted, dict):
+        for key in sorted({*found, *wanted}):
+            if found.get(key) != wanted.get(key):
+                return _first_difference(found.get(key), wanted.get(key), f"{name}.{key}" if name else key)
+    return f"{name}={json.dumps(found)[:80]}, not {json.dumps(wanted)[:80]}"
+
+
+def with_store(
+    config: TrainConfig, directory: Path, prepare_store: Callable[[TrainConfig, Path], Path | str]
+) -> TrainConfig:
+    """Return the config with the study's token store, which `prepare_store` makes or finds; one worker at a time."""
+    with _locked(directory):
+        location = prepare_store(config, directory)
+    shown = str(location.resolve()) if isinstance(location, Path) else location
+    return dataclasses.replace(
+        config,
+        data=dataclasses.replace(config.data, store=shown),
+        corpus=dataclasses.replace(config.corpus, source=PREPARED),
+    )
+
+
+def work(
+    directory: Path,
+    choose: Choose,
+    run_trial: RunTrial,
+    *,
+    is_stopping: Callable[[], bool],
+    on_loss: Callable[[str], None],
+    log: Callable[[str], None],
+) -> dict[str, Result] | None:
+    """Make trials until `choose` names no new one; return all results, or None if the run is to stop.
+
+    Trials that other workers are making are waited for. `on_loss` is called with a line, in a thread, if another worker
+    takes the trial that this one is making; it must end this process, or two would write to one workdir.
+    """
+    while True:
+        results = read_results(directory)
+        left = [trial for trial in choose(results) if trial.name not in results]
+        if not left:
+            return results
+        is_any_done = False
+        for trial in left:
+            if is_stopping():
+                return None
+            with _claimed(directory, trial, on_loss) as is_ours:
+                if not is_ours:
+                    continue
+                if read_result(directory, trial.name) is None:
+                    began = time.monotonic()
+                    if _make(directory, trial, run_trial) is None:
+                        return None
+                    result = read_result(directory, trial.name)
+                    assert result is not None
+                    done = len(results) + 1
+                    log(f"{trial.name}: loss {result.loss:.4f}, {time.monotonic() - began:.0f} s, trial {done}")
+            is_any_done = True
+            break  # what is to be tried may be other trials now
+        if not is_any_done:
+            time.sleep(_WAIT_SECONDS)
+
+
+def read_results(directory: Path) -> dict[str, Result]:
+    """Return the results of all finished trials by name."""
+    found = {path.parent.name: read_result(directory, path.parent.name) for path in _result_files(directory)}
+    return {name: result for name, result in found.items() if result is not None}
+
+
+def read_result(directory: Path, name: str) -> Result | None:
+    """Return the result of a trial, None if it is not finished.
+
+    Raises:
+      ValueError: the file is damaged.
+    """
+    path = directory / TRIALS / name / RESULT_FILE
+    if not path.is_file():
+        return None
+    values = read_json_object(path)
+    loss, seconds = values.get("loss"), values.get("seconds")
+    if not isinstance(loss, (float, type(None))) or not isinstance(seconds, float):
+        raise ValueError(f"{path} has no loss and seconds; delete it, and the trial is finished again")
+    return Result(loss=math.inf if loss is None else loss, seconds=seconds)
+
+
+def start_workers(count: int, arguments: Sequence[str], *, directory: Path) -> list[subprocess.Popen]:
+    """Start `count` - 1 processes of the command `arguments` and leave this process its own share of the machine.
+
+    GPUs are dealt out by CUDA_VISIBLE_DEVICES, otherwise CPU cores by affinity. Call it before a device is touched.
+
+    Raises:
+      ValueError: there are more workers than GPUs or cores.
+    """
+    if count == 1:
+        return []
+    gpus = os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if os.environ.get("CUDA_VISIBLE_DEVICES") else []
+    gpus = gpus or [path.name.removeprefix("nvidia") for path in sorted(Path("/dev").glob("nvidia[0-9]*"))]
+    cores = sorted(os.sched_getaffinity(0))
+    parts = gpus or cores
+    if count > len(parts):
+        raise ValueError(f"--workers={count}, but there are {len(parts)} {'GPUs' if gpus else 'CPU cores'} here")
+    shares = [parts[number * len(parts) // count : (number + 1) * len(parts) // count] for number in range(count)]
+    directory.mkdir(parents=True, exist_ok=True)
+    started = []
+    for number, share in enumerate(shares[1:], start=1):
+        environment = {**os.environ, **({"CUDA_VISIBLE_DEVICES": ",".join(map(str, share))} if gpus else {})}
+        if not gpus:
+            os.sched_setaffinity(0, set(map(int, share)))  # which the process inherits
+        with open(directory / f"worker-{number}.txt", "ab") as log:
+            command = [sys.executable, "-m", "btlm_jax", *arguments]
+            started.append(subprocess.Popen(command, env=environment, stdout=log, stderr=log))
+    if gpus:
+        os.environ["CUDA_VISIBLE_DEVICES"] = ",".join(map(str, shares[0]))
+    else:
+        os.sched_setaffinity(0, set(map(int, shares[0])))
+    return started
+
+
+def share_compiled(directory: Path) -> None:
+    """Have all trials of this process find and leave what is compiled in the study's folder."""
+    import jax
+
+    if not os.environ.get("JAX_COMPILATION_CACHE_DIR"):
+        folder = str((directory / COMPILE_CACHE).resolve())
+        os.environ["JAX_COMPILATION_CACHE_DIR"] = folder
+        jax.config.update("jax_compilation_cache_dir", folder)
+
+
+def _make(directory: Path, trial: Trial, run_trial: RunTrial) -> Result | None:
+    """Run a trial that is ours and write its result; return None if it was preempted."""
+    workdir = directory / TRIALS / trial.name
+    began = time.monotonic()
+    with open(workdir / LOG_FILE, "a", encoding="utf-8") as file, contextlib.redirect_stdout(file):
+        outcome = run_trial(trial.config, workdir)
+    if outcome == PREEMPTED:
+        return None
+    loss = None
+    if outcome == DONE:
+        heldout = read_json_object(workdir / SUMMARY_FILE)["heldout"]
+        loss = float(heldout["loss"])
+    result = Result(loss=math.inf if loss is None else loss, seconds=time.monotonic() - began)
+    values = {"loss": loss, "seconds": result.seconds, "outcome": outcome}
+    write_atomically(workdir / RESULT_FILE, json.dumps(values))
+    shutil.rmtree(workdir / CHECKPOINTS, ignore_errors=True)  # of dozens of trials; the numbers stay
+    return result
+
+
+@contextlib.contextmanager
+def _claimed(directory: Path, trial: Trial, on_loss: Callable[[str], None]) -> Iterator[bool]:
+    """Own the trial's workdir meanwhile; yield whether it is ours."""
+    workdir = directory / TRIALS / trial.name
+    workdir.mkdir(parents=True, exist_ok=True)
+    try:
+        ownership = owner.take(workdir, steal=False)
+    except FileExistsError:
+        yield False
+        return
+    ownership.keep(on_loss=on_loss)
+    try:
+        yield True
+    finally:
+        ownership.release()
+
+
+@contextlib.contextmanager
+def _locked(directory: Path) -> Iterator[None]:
+    """Let one worker of this machine in at a time."""
+    with open(directory / ".lock", "w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
+
+
+def _result_files(directory: Path) -> list[Path]:
+    return sorted((directory / TRIALS).glob(f"*/{RESULT_FILE}"))

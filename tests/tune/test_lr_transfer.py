@@ -1,0 +1,173 @@
+"""Learning-rate transfer: optima are where the losses were made to have them, trials are the config's runs."""
+
+import dataclasses
+import json
+import math
+
+import numpy as np
+import pytest
+from support.real_store import write_config
+from support.tiny import tiny_config
+
+from btlm_jax.cli import main
+from btlm_jax.cli.tune import _without_workers
+from btlm_jax.tune import lr_transfer
+from btlm_jax.tune.lr_transfer import Curve, Sweep, optimum_of
+from btlm_jax.tune.trials import Result
+
+
+def sweep(**changes) -> Sweep:
+    values = {
+        "config": tiny_config(model__num_heads=2),
+        "presets": ("btlm", "sp"),
+        "widths": (20, 40, 80),
+        "depths": (2,),
+        "batches": (1.0,),
+        "tokens": (1.0,),
+        "log2_rates": (-9.0, -8.0, -7.0, -6.0),
+        "num_seeds": 2,
+    }
+    return Sweep(**{**values, **changes})
+
+
+def made_up_loss(curve: Curve, rate: float, seed: int) -> float:
+    """The optimum of btlm is at -7.3 at every width, that of sp falls by an octave a doubling; seeds scatter."""
+    best = -7.3 if curve.preset == "btlm" else -6.3 - math.log2(curve.width / 20)
+    return 3 - 0.1 * math.log2(curve.width) + 0.05 * (rate - best) ** 2 + 0.002 * math.sin(99 * rate + 7 * seed)
+
+
+def finish(tried: Sweep) -> dict[str, Result]:
+    """Make up results until nothing more is to be tried."""
+    results = {}
+    for _ in range(20):
+        new = {}
+        for curve in tried.curves:
+            for rate in tried.rates_of(curve, results):
+                for seed in range(tried.num_seeds):
+                    new[tried.name_of(curve, rate=rate, seed=seed)] = Result(
+                        loss=made_up_loss(curve, rate, seed), seconds=1.0
+                    )
+        if set(new) == set(results):
+            return results
+        results = new
+    raise AssertionError("it does not end")
+
+
+def test_optima_are_found_with_intervals_and_rates_are_added_at_the_ends(tmp_path):
+    tried = sweep()
+    results = finish(tried)
+    values = lr_transfer.report(tried, results)
+    for curve in values["curves"]:
+        best = -7.3 if curve["preset"] == "btlm" else -6.3 - math.log2(curve["width"] / 20)
+        optimum = curve["optimum"]
+        assert optimum["rate"] == pytest.approx(best, abs=0.05) and optimum["is_bracketed"]
+        assert optimum["low"] - 0.02 <= best <= optimum["high"] + 0.02 and optimum["high"] - optimum["low"] < 0.2
+    ends = {(curve["preset"], curve["width"]): curve["log2_rates"][-1] for curve in values["curves"]}
+    assert ends["btlm", 20] == -6 and ends["sp", 20] == -5  # of which the least loss was at -6, the last one asked for
+    transfers = {each["preset"]: each for each in values["transfers"]}
+    assert transfers["btlm"]["range_of_optima"] < 0.1
+    assert transfers["sp"]["range_of_optima"] == pytest.approx(2, abs=0.1)
+    cost = transfers["sp"]["loss_with_first_optimum"] - transfers["sp"]["loss_with_own_optimum"]
+    assert cost == pytest.approx(0.05 * 2**2, abs=0.02)
+    text = lr_transfer.format_report(values)
+    assert "sp-d80-l2" in text and "not an optimum" not in text
+    lr_transfer.plot(values, tmp_path / "plot.png")
+    assert (tmp_path / "plot.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_an_optimum_at_the_end_is_said_to_be_none_and_divergence_is_left_out():
+    rates = [-9.0, -8.0, -7.0, -6.0]
+    falling = optimum_of(rates, [[4.0], [3.5], [3.2], [3.0]])
+    assert not falling.is_bracketed
+    diverged = optimum_of(rates, [[3.3], [3.0], [3.4], [math.inf]])
+    assert diverged.is_bracketed and diverged.rate == pytest.approx(-8 - 1 / 14)  # of the parabola through the three
+    with pytest.raises(ValueError, match="2 of 4 learning rates have a finite loss"):
+        optimum_of(rates, [[3.3], [3.0], [math.inf], [math.nan]])
+
+
+def test_an_interval_of_one_seed_grows_with_the_scatter_about_the_parabola():
+    rates = np.arange(-10, -4.9)
+    rng = np.random.default_rng(0)
+    widths = []
+    for noise in (0.001, 0.02):
+        losses = [[0.05 * (rate + 7.3) ** 2 + noise * rng.standard_normal()] for rate in rates]
+        found = optimum_of(rates.tolist(), losses)
+        widths.append(found.high - found.low)
+        assert found.low - 0.1 < -7.3 < found.high + 0.1
+    assert 5 * widths[0] < widths[1]
+
+
+def test_a_trial_is_the_config_with_its_sizes_and_rate():
+    tried = sweep(batches=(0.5, 2.0), tokens=(1.0, 3.0))
+    base, curve = tried.config, Curve(preset="sp", width=80, depth=3, batch=2.0, tokens=3.0)
+    config = tried.config_of(curve, rate=-7.0, seed=1)
+    assert (config.model.d_model, config.model.num_heads, config.model.num_layers) == (80, 4, 3)
+    assert config.model.head_dim == base.model.head_dim and config.model.d_ff == 2 * base.model.d_ff
+    assert config.mup.preset == "sp" and config.mup.base_d_model == base.mup.base_d_model
+    assert config.curriculum.batch_size == (32, 16)
+    assert config.curriculum.table.num_tokens == 3 * base.curriculum.table.num_tokens
+    shares = [c.optimizer.warmup_tokens / c.curriculum.table.num_tokens for c in (base, config)]
+    assert shares[0] == pytest.approx(shares[1], rel=0.1)
+    assert config.optimizer.peak_learning_rate == 2**-7
+    ends = [c.optimizer.end_learning_rate / c.optimizer.peak_learning_rate for c in (base, config)]
+    assert ends[0] == pytest.approx(ends[1])
+    assert (config.seed, config.data.seed) == (base.seed + 1, base.data.seed + 1)
+    assert len({trial.name for trial in tried.choose({})}) == 2 * 3 * 2 * 2 * 4 * 2
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"log2_rates": (-9.0, -8.0)}, "three or more"),
+        ({"log2_rates": (-9.0, -8.0, -6.0)}, "equal distances"),
+        ({"widths": (30,)}, "heads are 20 wide"),
+        ({"batches": (0.05,)}, "gives 0.8 sequences a step"),
+        ({"num_seeds": 0}, "seeds=0 must be at least 1"),
+    ],
+)
+def test_a_sweep_that_cannot_be_is_refused_at_once(change, said):
+    with pytest.raises(ValueError, match=said):
+        sweep(**change)
+
+
+@pytest.mark.slow
+def test_a_sweep_goes_on_and_trains_what_is_left(token_store, tmp_path, capsys):
+    """Two of its three trials are finished, by a made-up loss; the third is an ordinary run."""
+    config = write_config(tmp_path / "config.py", store=token_store, curriculum__num_tokens=(2 * 384, 384))
+    directory = tmp_path / "study"
+    for rate, loss in ((-9, 9.0), (-7, 9.5)):
+        (directory / "trials" / f"btlm-d40-l2-lr{rate}-s0").mkdir(parents=True)
+        values = {"loss": loss, "seconds": 1.0, "outcome": "done"}
+        (directory / "trials" / f"btlm-d40-l2-lr{rate}-s0" / "result.json").write_text(json.dumps(values))
+    command = ["tune", "lr-transfer", f"--directory={directory}", f"--config={config}", "--rates=-9:-7"]
+    command += ["--config.optimizer.warmup_tokens=384"]
+    assert main(command) == 0
+    said = capsys.readouterr().out
+    assert "Resuming" not in said and "curve costs +0.0000 nats against its own" in said
+    (curve,) = json.loads((directory / "lr_transfer.json").read_text())["curves"]
+    loss = float(said.partition("btlm-d40-l2-lr-8-s0: loss ")[2].partition(",")[0])
+    summary = json.loads((directory / "trials" / "btlm-d40-l2-lr-8-s0" / "summary.json").read_text())
+    assert curve["losses"] == [[9.0], [summary["heldout"]["loss"]], [9.5]] and summary["num_steps"] == 3
+    assert loss == pytest.approx(summary["heldout"]["loss"], abs=1e-4) and loss < 8
+    assert not (directory / "trials" / "btlm-d40-l2-lr-8-s0" / "checkpoints").exists()
+    assert main(command) == 0  # all is done
+    assert main([*command[:-1], "--config.optimizer.warmup_tokens=768"]) == 1
+    assert "holds another study, of config.optimizer.warmup_tokens=384, not 768" in capsys.readouterr().err
+
+
+def test_flags_that_cannot_be_are_refused(tmp_path, capsys):
+    for arguments, said in (
+        (["--rates=-5:-9"], "must rise"),
+        (["--rates=a:b"], "must be FIRST:LAST"),
+        (["--tokens=1,0"], "--tokens=1,0 must be numbers"),
+        (["--presets=mup"], "--presets=mup is not known; allowed are btlm"),
+        (["--workers=0"], "--workers=0 must be at least 1"),
+    ):
+        assert main(["tune", "lr-transfer", f"--directory={tmp_path / 'd'}", "--config=local_cpu", *arguments]) == 2
+        assert said in capsys.readouterr().err
+    assert dataclasses.is_dataclass(Sweep) and not (tmp_path / "d").exists()
+
+
+def test_workers_are_given_the_same_command_without_workers():
+    arguments = ["tune", "search", "--workers", "2", "--points=3", "--workers=4", "--seed=1"]
+    assert _without_workers(arguments) == ["tune", "search", "--points=3", "--seed=1"]

@@ -1,0 +1,147 @@
+"""A directory of trials: each is made once, whoever takes part, and goes on after a stop."""
+
+import json
+import math
+import threading
+
+import pytest
+from support.tiny import tiny_config
+
+from btlm_jax.storage import owner
+from btlm_jax.train.loop import BAD_NUMBERS, DONE, PREEMPTED
+from btlm_jax.tune import trials
+from btlm_jax.tune.trials import Result, Trial, begin_study, read_result, work
+
+
+def trial(number: int) -> Trial:
+    return Trial(name=f"trial-{number}", config=tiny_config(seed=number))
+
+
+def finish(config, workdir, outcome: str = DONE) -> str:
+    """Leave what a run leaves; its loss is its seed."""
+    (workdir / "checkpoints").mkdir(exist_ok=True)
+    if outcome == DONE:
+        (workdir / "summary.json").write_text(json.dumps({"heldout": {"loss": float(config.seed)}}))
+    print(f"trained {config.seed}")
+    return outcome
+
+
+def run_all(directory, choose, run_trial, **more):
+    return work(
+        directory,
+        choose,
+        run_trial,
+        **{"is_stopping": lambda: False, "on_loss": print, "log": lambda line: None, **more},
+    )
+
+
+def test_each_trial_is_made_once_by_workers_side_by_side(tmp_path, monkeypatch):
+    monkeypatch.setattr(trials, "_WAIT_SECONDS", 0.01)
+    made, lock, both = [], threading.Lock(), threading.Barrier(2, timeout=30)
+
+    def run_trial(config, workdir):
+        with lock:
+            made.append(config.seed)
+            number = len(made)
+        if number <= 2:
+            both.wait()  # two are being made at one time
+        return finish(config, workdir)
+
+    found = []
+    workers = [
+        threading.Thread(
+            target=lambda: found.append(run_all(tmp_path, lambda _: [trial(n) for n in range(5)], run_trial))
+        )
+        for _ in range(2)
+    ]
+    for each in workers:
+        each.start()
+    for each in workers:
+        each.join(60)
+    assert sorted(made) == [0, 1, 2, 3, 4]
+    assert [{name: result.loss for name, result in each.items()} for each in found] == 2 * [
+        {f"trial-{n}": float(n) for n in range(5)}
+    ]
+    assert not list(tmp_path.glob("trials/*/checkpoints")) and not list(tmp_path.glob("trials/*/owner.json"))
+
+
+def test_what_is_tried_next_follows_from_the_results(tmp_path, capsys):
+    def choose(results):
+        return [trial(number) for number in range(len(results) + 1) if number < 3]
+
+    assert set(run_all(tmp_path, choose, finish)) == {"trial-0", "trial-1", "trial-2"}
+    assert (tmp_path / "trials/trial-2/log.txt").read_text() == "trained 2\n"
+    assert capsys.readouterr().out == ""
+
+
+def test_a_stop_leaves_the_trial_to_be_gone_on_with(tmp_path):
+    def stopped(config, workdir):
+        return finish(config, workdir, DONE if config.seed == 0 else PREEMPTED)
+
+    assert run_all(tmp_path, lambda _: [trial(0), trial(1)], stopped) is None
+    assert read_result(tmp_path, "trial-0") is not None and read_result(tmp_path, "trial-1") is None
+    assert (tmp_path / "trials/trial-1/checkpoints").is_dir()
+    assert run_all(tmp_path, lambda _: [trial(1)], finish, is_stopping=lambda: True) is None
+    assert set(run_all(tmp_path, lambda _: [trial(0), trial(1)], finish)) == {"trial-0", "trial-1"}
+
+
+def test_a_run_that_diverged_has_an_infinite_loss(tmp_path):
+    found = run_all(tmp_path, lambda _: [trial(1)], lambda config, workdir: finish(config, workdir, BAD_NUMBERS))
+    assert found["trial-1"].loss == math.inf
+    assert json.loads((tmp_path / "trials/trial-1/result.json").read_text())["outcome"] == BAD_NUMBERS
+
+
+def test_a_trial_of_another_owner_is_waited_for(tmp_path, monkeypatch):
+    monkeypatch.setattr(trials, "_WAIT_SECONDS", 0.01)
+    workdir = tmp_path / "trials/trial-0"
+    workdir.mkdir(parents=True)
+    other = owner.take(workdir, steal=False)
+    waited = []
+
+    def release(_):
+        waited.append(1)
+        if len(waited) == 3:
+            other.release()
+        return [trial(0)]
+
+    assert run_all(tmp_path, release, finish) == {"trial-0": Result(loss=0.0, seconds=pytest.approx(0, abs=5))}
+    assert len(waited) >= 3
+
+
+def test_another_study_and_damaged_results_are_refused(tmp_path):
+    begin_study(tmp_path, {"kind": "a", "config": {"x": (1, 2)}})
+    begin_study(tmp_path, {"kind": "a", "config": {"x": (1, 2)}})
+    with pytest.raises(ValueError, match=r"another study, of config.x=\[1, 2\], not \[1, 3\]; give its flags again"):
+        begin_study(tmp_path, {"kind": "a", "config": {"x": (1, 3)}})
+    (tmp_path / "trials/trial-0").mkdir(parents=True)
+    (tmp_path / "trials/trial-0/result.json").write_text('{"loss": "low", "seconds": 1.0}')
+    with pytest.raises(ValueError, match="has no loss and seconds; delete it"):
+        read_result(tmp_path, "trial-0")
+
+
+@pytest.mark.parametrize("gpus", ["", "4,5,7"])
+def test_workers_share_the_machine(tmp_path, monkeypatch, gpus):
+    """Each has its own cores or GPUs, all of them are dealt out, and this process keeps the first share."""
+    cores, started = {0, 1, 2, 3, 4}, []
+
+    def set_affinity(_, share):
+        cores.clear()
+        cores.update(share)
+
+    def popen(command, *, env, **files):
+        started.append((command, sorted(cores), env.get("CUDA_VISIBLE_DEVICES", "")))
+
+    monkeypatch.setattr(trials.os, "sched_getaffinity", lambda _: set(cores))
+    monkeypatch.setattr(trials.os, "sched_setaffinity", set_affinity)
+    monkeypatch.setattr(trials.subprocess, "Popen", popen)
+    monkeypatch.setattr(trials.Path, "glob", lambda *_: [])  # no /dev/nvidia0 of this machine
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", gpus)
+    trials.start_workers(2, ["tune", "search"], directory=tmp_path)
+    ((command, theirs, their_gpus),) = started
+    assert command[1:] == ["-m", "btlm_jax", "tune", "search"]
+    if gpus:
+        assert (trials.os.environ["CUDA_VISIBLE_DEVICES"], their_gpus, theirs) == ("4", "5,7", [0, 1, 2, 3, 4])
+    else:
+        assert (sorted(cores), theirs) == ([0, 1], [2, 3, 4])
+    with pytest.raises(ValueError, match="--workers=9, but there are"):
+        trials.start_workers(9, [], directory=tmp_path)
