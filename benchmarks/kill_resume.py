@@ -56,7 +56,7 @@ DONE, PREEMPTED, PEER_GONE = 0, 75, 77
 POLL_SECONDS = 0.005
 COMMAND = [sys.executable, "-m", "btlm_jax"]
 GONE_SECONDS = 60.0  # in which a process must end when another one is gone
-GIVE_UP_SECONDS = 400.0
+GIVE_UP_SECONDS = 1500.0
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

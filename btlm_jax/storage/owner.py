@@ -76,7 +76,7 @@ class Ownership:
 
     def beat(self) -> Owner | None:
         """Rewrite the file; return the other owner if there is one. A file that cannot be written is left as it is."""
-        with self._lock, contextlib.suppress(OSError):
+        with self._lock, contextlib.suppress(OSError), _locked(self._workdir):
             if self._released.is_set():
                 return None
             found = read_owner(self._workdir)

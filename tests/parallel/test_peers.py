@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import re
+import socket
 import threading
 import time
 
@@ -59,6 +60,30 @@ def test_processes_that_were_started_alike_meet():
     assert may_go and all(len(names) == 3 and names[2].startswith("process 2 (") for names in told)
 
 
+def test_one_that_left_may_come_again(monkeypatch):
+    monkeypatch.setattr("btlm_jax.parallel.coordinator._SAY_SECONDS", 0.05)
+    server = listen(0, seconds=0)
+    port, hello = server.getsockname()[1], {"count": 3, "host": "a", "pid": 7, "facts": {}}
+    thread = threading.Thread(target=meet, args=(server,), kwargs={"count": 3, "seconds": 60.0})
+    thread.start()
+
+    def come(index):
+        connection = socket.create_connection(("localhost", port))
+        connection.sendall(json.dumps(hello | {"index": index}).encode() + b"\n")
+        return connection
+
+    with come(0) as first, first.makefile("rb") as lines:
+        answers = map(json.loads, lines)
+        leaving = come(1)
+        assert {"missing": [2]} in answers
+        leaving.close()
+        assert {"missing": [1, 2]} in answers
+        with come(1), come(2):
+            assert any("go" in answer for answer in answers)
+    thread.join(10)
+    server.close()
+
+
 def test_a_difference_names_the_process_the_key_and_both_values(monkeypatch):
     monkeypatch.setattr("btlm_jax.parallel.coordinator._REFUSING_SECONDS", 0.5)
     may_go, told = met([{"seed": "1", "jax": "0.10"}, {"seed": "2", "jax": "0.10"}])
@@ -84,7 +109,7 @@ def test_two_processes_of_one_number_are_refused():
     assert meeting.welcome(hello) == "" and meeting.missing == [0]
     assert "--process_id=1: a, pid 7, and b, pid 8" in meeting.welcome(hello | {"host": "b", "pid": 8})
     assert "--num_processes=3, process 0 for 2" in meeting.welcome(hello | {"count": 3})
-    assert "there is no process 5 of 2" in meeting.welcome(hello | {"index": 5})
+    assert "there is no process 2 of 2" in meeting.welcome(hello | {"index": 2})
 
 
 @pytest.mark.parametrize("number", [0, 2])
@@ -187,7 +212,8 @@ def test_where_nothing_is_to_save_all_end_at_once(stage):
     assert [each._stop.ended[0] for each in group] == [(PREEMPTED, "preempted")] * 2
 
 
-def test_a_silent_process_is_gone_and_one_that_has_left_is_not():
+@pytest.mark.parametrize("done", [0, PREEMPTED])
+def test_a_silent_process_is_gone_and_one_that_has_left_is_not(done):
     group, store, now = make_peers(3)
     group[2].is_agreed(5)
     look(group)
@@ -199,8 +225,11 @@ def test_a_silent_process_is_gone_and_one_that_has_left_is_not():
     look(group[:2], times=3)
     code, reason = group[0].gone()
     assert code == PEER_GONE and reason.startswith("process 2 (c) has not been heard of for 41 s, last after step 5")
-    group[2].end(0, "done")
+    group[2].end(done, "done")
     look(group[:2])
+    assert group[0].gone() is None
+    now[0] += peers.ENDED_SECONDS + 1
+    look(group[:2], times=2)
     assert group[0].gone() is None
     now[0] += peers.GONE_SECONDS + 1  # the store does not answer
     assert group[0].gone()[1].startswith("process 0 (a) has not answered for 41 s")
