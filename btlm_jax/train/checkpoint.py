@@ -207,7 +207,7 @@ class Checkpointer:
 
     def _try_to_write(self) -> None:
         """See that process 0 can make the folder of a checkpoint, for which orbax lets the others wait 5 minutes."""
-        if jax.process_index() == 0:
+        if jax.process_index() == 0 and not self._mirror.is_remote:
             probe = self.directory / ".probe"
             with self._naming_the_last_checkpoint():
                 write_atomically(probe, "x" * 4096)
