@@ -250,6 +250,17 @@ def test_an_end_with_an_error_ends_the_others(code, own, seconds):
     assert group[1].gone() is None
 
 
+def test_after_an_exchange_that_failed_less_silence_is_waited_for(monkeypatch):
+    group, _, now = make_peers(2)
+    look(group, times=2)
+    now[0] += peers.SUSPECT_SECONDS + 1
+    group[0].look(group[0]._exchange(1))
+    assert group[0].gone() is None
+    monkeypatch.setattr(peers.time, "sleep", lambda seconds: None)
+    group[0].wait_for_verdict()
+    assert group[0].gone()[1].startswith("process 1 (b) has not been heard of for 13 s")
+
+
 def test_facts_that_differ_are_refused_in_every_process():
     group, store, _ = make_peers(2)
     store.key_value_set("btlm-facts/start/1", json.dumps({"devices": "4", "step": "7"}), allow_overwrite=True)
