@@ -254,7 +254,7 @@ def test_after_an_exchange_that_failed_less_silence_is_waited_for(monkeypatch):
     group, _, now = make_peers(2)
     look(group, times=2)
     now[0] += peers.SUSPECT_SECONDS + 1
-    group[0].look(group[0]._exchange(1))
+    group[0].look(group[0]._exchange(9))
     assert group[0].gone() is None
     monkeypatch.setattr(peers.time, "sleep", lambda seconds: None)
     group[0].wait_for_verdict()

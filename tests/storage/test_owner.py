@@ -32,7 +32,7 @@ def test_a_second_command_is_refused_and_told_who_owns_the_workdir(tmp_path):
     with pytest.raises(FileExistsError, match=rf"belongs to process {os.getpid()} on .*--steal"):
         take(tmp_path, steal=False)
     first.release()
-    assert not list(tmp_path.iterdir())
+    assert first.beat() is None and not list(tmp_path.iterdir())
     take(tmp_path, steal=False).release()
     assert notices.counts() == {}
 
