@@ -131,10 +131,9 @@ class Checkpointer:
             message names the last complete checkpoint.
         """
         self._raise_if_failed()
+        if self._mirror.is_remote:
+            self._do_in_all(self._settle, say=self._not_written)
         with self._naming_the_last_checkpoint():
-            if self._mirror.is_remote:  # at most two checkpoints wait on this machine
-                self._manager.wait_until_finished()
-                self._mirror.settle()
             if position.step in self._manager.all_steps():
                 return
             tables = {
@@ -154,6 +153,12 @@ class Checkpointer:
                     **{name: ocp.args.JsonSave(table) for name, table in tables.items()},
                 ),
             )
+
+    def _settle(self) -> None:
+        """Wait until the checkpoint before is in the bucket: at most two are kept on this machine."""
+        with self._naming_the_last_checkpoint():
+            self._manager.wait_until_finished()
+            self._mirror.settle()
 
     def save_or_go_on(self, state: TrainState, *, position: Position, config: TrainConfig) -> None:
         """Save as `save` does, where training can go on after one that failed: the first in a row is only reported.
@@ -383,30 +388,17 @@ class Checkpointer:
           DamagedError: a file of it is gone, or not as it was written.
           OSError: the bucket cannot be reached.
         """
+        self._in_all(step, lambda: self._fetch(step), errors=ValueError)
+
+    def _fetch(self, step: int) -> None:
         folder, num_fetched = self.directory / str(step), 0
         if (folder / ORIGIN).is_file():
             from btlm_jax.storage import bucket  # only where there is one
 
-            try:
-                num_fetched = bucket.fetch(folder)
-            except ValueError as error:
-                raise self._damaged(step, str(error)) from error
+            num_fetched = bucket.fetch(folder)
         state = folder / "state"
         if len(list(state.glob("ocdbt.process_*"))) > 1 and (num_fetched or not (state / "manifest.ocdbt").is_file()):
-            self._join_parts(step, state)
-
-    def _join_parts(self, step: int, state: Path) -> None:
-        """Write the directory of all parts of a checkpoint, as orbax does where the processes share a folder."""
-        (state / "manifest.ocdbt").unlink(missing_ok=True)
-        shutil.rmtree(state / "d", ignore_errors=True)
-        try:
-            asyncio.run(
-                ocdbt_utils.merge_ocdbt_per_process_files(
-                    epath.Path(state), ts_context=ts_utils.get_ts_context(use_ocdbt=True), use_zarr3=False
-                )
-            )
-        except Exception as error:  # tensorstore's, of a damaged part
-            raise self._damaged(step, _reason(error)) from error
+            _join_parts(state)
 
     def rollback_steps(self, *, before: int, position: Position) -> list[int]:
         """Return the steps, ascending, of the checkpoints that a run may go back to from bad numbers at step `before`.
@@ -572,6 +564,21 @@ class Checkpointer:
             f"a checkpoint could not be written to {self.directory}: {reason}; {last}; free some space or mend the "
             "disk, and run the same command to go on"
         )
+
+
+def _join_parts(state: Path) -> None:
+    """Write the directory of all parts of a state, as orbax does where the processes share a folder.
+
+    Raises:
+      ValueError: a part is damaged.
+    """
+    (state / "manifest.ocdbt").unlink(missing_ok=True)
+    shutil.rmtree(state / "d", ignore_errors=True)
+    context = ts_utils.get_ts_context(use_ocdbt=True)
+    try:
+        asyncio.run(ocdbt_utils.merge_ocdbt_per_process_files(epath.Path(state), ts_context=context, use_zarr3=False))
+    except Exception as error:  # tensorstore's
+        raise ValueError(_reason(error)) from error
 
 
 def kept_steps(checkpoints: Sequence[tuple[int, float]], config: CheckpointConfig) -> set[int]:
