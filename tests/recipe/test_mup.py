@@ -14,8 +14,6 @@ from btlm_jax.parallel.make_mesh import make_mesh
 from btlm_jax.recipe.config import ModelConfig, MupConfig, train_config_from
 from btlm_jax.recipe.mup import CLASSES, HIDDEN_CLASSES, classify, make_parametrization
 
-pytestmark = pytest.mark.fully_optimized
-
 AXES = {
     "embedding": (("vocab", "embed"), "embedding"),
     "attention_in": (("layers", "embed", "heads", "head_dim"), "kernel"),
@@ -171,7 +169,17 @@ def test_initial_values_follow_the_rules(name):
     assert (query[0] != query[1]).mean() > 0.99 and (query != key).mean() > 0.99
 
 
+@pytest.fixture
+def fully_optimized():
+    """Compile as a user does."""
+    before = jax.config.read("jax_disable_most_optimizations")
+    jax.config.update("jax_disable_most_optimizations", False)
+    yield
+    jax.config.update("jax_disable_most_optimizations", before)
+
+
 @pytest.mark.slow
+@pytest.mark.usefixtures("fully_optimized")
 def test_initial_values_do_not_depend_on_the_mesh():
     values = []
     for devices, tensor in ((1, 1), (8, 2)):
