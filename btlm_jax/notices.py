@@ -83,6 +83,8 @@ NAMES = {
     "no-end-token": "a completion to fine-tune on ends with no special token, so that a model does not learn to stop",
     "special-token-named": "a text to fine-tune on has the name of a special token, which stands for the token",
     "average-not-taken": "a run keeps an average of its weights, and the last ones are taken",
+    "departed-from-reference": "the loss is above the course that it had beside the run of log.reference",
+    "reference-differs": "the run of log.reference was trained on another course than this one",
     "without-kernels": "a model is of a form that the CPU kernels lack, and decodes in XLA",
     "tokenizer-lossy": "a tokenizer does not give every text back, as --allow_lossy permits",
     "tokenizer-preferred": "a directory has files of several tokenizers; one is read, as transformers does",

@@ -80,6 +80,7 @@ def get_config() -> ConfigDict:
                 sample_prompt="The key to training a language model is",
                 sample_tokens=128,
                 trackers="",
+                reference="",
                 profile_steps="",
             ),
         )

@@ -80,6 +80,7 @@ def get_config() -> ConfigDict:
                 sample_prompt="Return the number of",
                 sample_tokens=64,
                 trackers="",
+                reference="",
                 profile_steps="",
             ),
         )

@@ -353,6 +353,7 @@ class LogConfig:
     sample_prompt: str  # continued at the end of the run
     sample_tokens: int  # length of that continuation
     trackers: str  # services that get the numbers too, as wandb,mlflow; empty for none
+    reference: str  # workdir of a finished smaller run whose loss curve this one's is compared with; empty for none
     profile_steps: str  # as 100:105, both included: steps whose work on the devices is traced; empty for none
 
     def __post_init__(self):
@@ -488,7 +489,7 @@ LATER_KEYS = {
         "compare_every": 0,
         "recompute_every": 0,
     },
-    "log": {"trackers": "", "profile_steps": ""},
+    "log": {"trackers": "", "reference": "", "profile_steps": ""},
 }
 
 

@@ -113,6 +113,7 @@ def _reasons(config: TrainConfig) -> dict[str, str]:
         "log.sample_prompt": "continued at the end",
         "log.sample_tokens": "of the continuation",
         "log.trackers": "wandb, mlflow or both: a run's numbers go there too",
+        "log.reference": "no run to compare the curve with",
         "log.profile_steps": "as 100:105: steps to trace",
     }
 

@@ -120,15 +120,12 @@ def learning_rate_at(config: OptimizerConfig, *, tokens: int, total_tokens: int)
 
 
 def make_optimizer(config: OptimizerConfig, table: dict, *, num_steps=1) -> optax.GradientTransformationExtraArgs:
-    """Make the chain for parameters described by `table` (a tree of ParameterInfo); `update` takes learning_rate=.
-
-    `num_steps` are the run's, for an average of the weights.
-    """
+    """Make the chain for `table`, a tree of ParameterInfo, and a run of num_steps; `update` takes learning_rate=."""
     rules = jax.tree.map(lambda info: info.rule, table)
     adam = optax.scale_by_adam(b1=config.beta1, b2=config.beta2, eps=config.eps)
     is_trained = jax.tree.map(lambda rule: not rule.is_frozen, rules)
     if config.hidden_optimizer == "muon":
-        from btlm_jax.recipe.muon import with_muon  # other runs load none of it
+        from btlm_jax.recipe.muon import with_muon
 
         adam = with_muon(adam, table)
     elif not all(jax.tree.leaves(is_trained)):

@@ -342,6 +342,7 @@ def make_config(choices: Choices) -> TrainConfig:
             sample_prompt="The key to training a language model is",
             sample_tokens=128,
             trackers="",
+            reference="",
             profile_steps="",
         ),
     )

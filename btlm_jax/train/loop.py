@@ -40,11 +40,13 @@ from btlm_jax.train.checkpoint import (
 from btlm_jax.train.finish import ContinuePrompt, evaluate_some, finish_run, finished_report, heldout_blocks
 from btlm_jax.train.flops import FLOPS_CONVENTION, flops_per_token, peak_flops
 from btlm_jax.train.metric_writer import (
+    Compare,
     EvaluationWork,
     Follower,
     GoodputLedger,
     MetricWriter,
     append_setting_changed,
+    compare_with_nothing,
 )
 from btlm_jax.train.program import make_program
 from btlm_jax.train.setup import (
@@ -154,6 +156,7 @@ def train(
         check_curriculum(config, token_store.manifest)
         if examples := describe_examples(token_store.manifest):
             log(examples)
+        compare = _make_comparison(config, workdir=workdir, first_step=position.step + 1)
         run = make_run(program, workdir=workdir, token_store=token_store, ledger=ledger)
         events += _machine_changes(checkpointer, position.step)
         ledger.facts |= {"token store": token_store.manifest.fingerprint, **run_environment()}
@@ -171,7 +174,7 @@ def train(
         num_bytes = sum(leaf.nbytes for leaf in jax.tree.leaves(state))
         log(predict_stop(workdir, num_bytes=num_bytes, num_processes=jax.process_count()))
         first_step = position.step + 1
-        writer = _make_writer(run, first_step=first_step, is_other=is_other)
+        writer = _make_writer(run, first_step=first_step, is_other=is_other, compare=compare)
         with jax.set_mesh(mesh), writer:
             writer.config(config)
             for event in events:
@@ -606,7 +609,18 @@ def _make_followers(run: Run, *, other_from: int) -> list[Follower]:
     return [TrackerProcess(name, run.workdir, other_from=other_from) for name in run.config.log.tracker_names]
 
 
-def _make_writer(run: Run, *, first_step: int, is_other: bool) -> MetricWriter:
+def _make_comparison(config: TrainConfig, *, workdir: Path, first_step: int) -> Compare:
+    """Return what compares the losses with those of the run of log.reference, in the process that writes them."""
+    if not config.log.reference or jax.process_index() != 0:
+        return compare_with_nothing
+    from btlm_jax.train.reference_curve import ReferenceCurve  # other runs load none of it
+
+    curve = ReferenceCurve(Path(config.log.reference), config)
+    curve.follow(workdir, first_step=first_step)
+    return curve.add
+
+
+def _make_writer(run: Run, *, first_step: int, is_other: bool, compare: Compare) -> MetricWriter:
     """Make the writer of the run's numbers, and log which peak MFU is a share of.
 
     Steps from the first on are trained with other settings than an earlier start had if it `is_other`.
@@ -629,6 +643,7 @@ def _make_writer(run: Run, *, first_step: int, is_other: bool) -> MetricWriter:
         is_writer=jax.process_index() == 0,
         ledger=run.ledger,
         followers=_make_followers(run, other_from=first_step if is_other else 0),
+        compare=compare,
     )
 
 

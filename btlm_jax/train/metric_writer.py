@@ -408,6 +408,15 @@ def remaining_seconds(
     return flops / flops_rate + (num_evaluations * evaluation.flops + evaluation.final_flops) / evaluation_rate
 
 
+Compare = Callable[[int, float], dict[str, float]]  # (tokens, loss) -> more numbers of a step
+
+
+def compare_with_nothing(tokens: int, loss: float) -> dict[str, float]:
+    """Return no more numbers of a step."""
+    del tokens, loss
+    return {}
+
+
 class MetricWriter:
     """Write what a run measures; `step` is the number of complete steps. Without `is_writer` nothing is written.
 
@@ -428,8 +437,9 @@ class MetricWriter:
         is_writer: bool,
         ledger: GoodputLedger,
         followers: Sequence[Follower],
+        compare: Compare = compare_with_nothing,
     ):
-        """Take FLOPs per token of each phase, and the peak FLOP/s of all devices together."""
+        """Take FLOPs per token of each phase, the peak FLOP/s of all devices, and more numbers of (tokens, loss)."""
         self._workdir = workdir
         self._first_step = self._last_step = first_step
         self._curriculum = curriculum
@@ -441,6 +451,7 @@ class MetricWriter:
         self._is_writer = is_writer
         self._ledger = ledger
         self._followers = followers
+        self._compare = compare
         self._notable = {first_step, *(phase.end_step for phase in curriculum.phases)}
         self._pace = collections.deque(maxlen=SMOOTHING_STEPS)  # (seconds, tokens, FLOP) of the last steps
         self._is_open = False
@@ -488,13 +499,15 @@ class MetricWriter:
             self._pace.clear()  # the first step waits for the first batch to be read: it is slower than the others
         self._pace.append((seconds, phase.tokens_per_step, flops))
         self._last_step = self._ledger.step = step
+        tokens = self._curriculum.tokens_seen(step)
         row = {
             "kind": "train",
             "step": step,
-            "tokens": self._curriculum.tokens_seen(step),
+            "tokens": tokens,
             "seq_len": phase.seq_len,
             "learning_rate": learning_rate,
             **metrics,
+            **self._compare(tokens, metrics["loss"]),
             "tokens_per_second": phase.tokens_per_step / seconds,
             "mfu": flops / seconds / self._peak_flops,
             "seconds": seconds,

@@ -118,6 +118,7 @@ def get_config() -> ConfigDict:
                 sample_prompt="The key to training a language model is",  # continued at the end
                 sample_tokens=128,  # of the continuation
                 trackers="",  # wandb, mlflow or both: a run's numbers go there too
+                reference="",  # no run to compare the curve with
                 profile_steps="",  # as 100:105: steps to trace
             ),
         )
