@@ -171,7 +171,7 @@ _STUDIES = (["tune", "lr-transfer"], ["tune", "search"])  # train as `btlm train
 def entry() -> None:
     """Run the command line of this process and exit with its code."""
     _open_closed_streams()
-    if sys.argv[1:2] == ["train"] or sys.argv[1:3] in _STUDIES:
+    if sys.argv[1:2] == ["train"] or [word.replace("_", "-") for word in sys.argv[1:3]] in _STUDIES:
         stopping.begin()
     else:
         signal.signal(signal.SIGINT, _on_interrupt)
