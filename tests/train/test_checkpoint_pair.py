@@ -1,0 +1,44 @@
+"""Two real processes with the checkpoints of one workdir: what is damaged for one, or cannot be written by one."""
+
+import json
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+
+@pytest.mark.slow
+def test_two_processes_fall_back_together_and_hear_of_a_save_that_failed_in_one(tmp_path):
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = str(free.getsockname()[1])
+    environment = os.environ | {"JAX_NUM_CPU_DEVICES": "1", "PYTHONPATH": os.pathsep.join(map(str, _folders()))}
+    environment["JAX_COMPILATION_CACHE_DIR"] = ""
+    command = [sys.executable, "-m", "support.checkpoint_pair", port]
+    pair = [
+        subprocess.Popen(
+            [*command, str(index), str(tmp_path)],
+            stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment,
+        )
+        for index in range(2)
+    ]  # fmt: skip
+    rows = []
+    for process in pair:
+        stdout, stderr = process.communicate(timeout=300)
+        assert process.returncode == 0, stderr[-3000:]
+        rows.append(json.loads(stdout.splitlines()[-1]))
+    for row in rows:
+        assert row["found"] == 3 and row["same"]
+        assert [text.partition(" is damaged")[0] for text in row["said"]] == ["checkpoint 9", "checkpoint 6"]
+        assert row["failed"] == "process 1: File too large" and row["seconds"] < 100
+        assert row["steps"] == [3, 9] and row["left"] == [3]
+    assert rows[0]["notices"] == {"checkpoint-damaged": 2, "save-failed": 1}
+    assert sorted(path.name for path in (tmp_path / "damaged").iterdir()) == ["checkpoints-6", "checkpoints-9"]
+
+
+def _folders() -> list[Path]:
+    tests = Path(__file__).parents[1]
+    return [tests, tests.parent]
