@@ -570,8 +570,12 @@ def pull(
       OSError: the bucket cannot be reached, or the folder not be written.
     """
     synced = _read_json(folder / _SYNCED)
-    commits = {name.removesuffix(f"/{COMMIT}"): remote.read(name) for name in listing if name.endswith(f"/{COMMIT}")}
-    open_ones = _uncommitted(listing)
+    commits, open_ones = {}, _uncommitted(listing)
+    for base in [name.removesuffix(f"/{COMMIT}") for name in listing if name.endswith(f"/{COMMIT}")]:
+        try:
+            commits[base] = remote.read(f"{base}/{COMMIT}")
+        except FileNotFoundError:  # the run has begun to delete it since
+            open_ones[base] = {}
     if SESSION not in listing:  # no run has written here: what lies there was copied, and is taken for whole
         written = {"processes": 1, "written": 0.0}
         commits |= {base: json.dumps(written | {"files": files}).encode() for base, files in open_ones.items()}
@@ -593,7 +597,11 @@ def pull(
     def fetch_one(name: str) -> tuple[str, dict]:
         path, before = folder / name, synced.get(name, {})
         if before.get("remote") != listing[name] or not path.is_file() or before.get("local") != _facts(path):
-            remote.download(name, path, num_bytes=listing[name][0])
+            try:
+                remote.download(name, path, num_bytes=listing[name][0])
+            except FileNotFoundError:  # deleted since
+                path.unlink(missing_ok=True)
+                return name, {}
             if seconds := remote.times.get(name):
                 os.utime(path, (seconds, seconds))
         return name, {"remote": listing[name], "local": _facts(path)}

@@ -238,6 +238,25 @@ def test_damage_in_the_bucket_is_named(objects):
         bucket.fetch(folder / "checkpoints/3")
 
 
+def test_what_is_deleted_while_it_is_read_is_not_there(objects, monkeypatch):
+    with opened() as mirror:
+        (mirror.folder / "metrics.jsonl").write_text("1\n")
+        for step in (3, 6):
+            write_checkpoint(mirror.folder, step)
+            mirror.flush()
+    listed = bucket.RemoteFolder.list
+
+    def list_then_delete(self):
+        found = listed(self)
+        for name in [name for name in objects if "/checkpoints/3/" in name or name.endswith("metrics.jsonl")]:
+            del objects[name]
+        return found
+
+    monkeypatch.setattr(bucket.RemoteFolder, "list", list_then_delete)
+    folder = bucket.open_for_reading(URL)
+    assert contents(folder) == {"checkpoints/6/position/metadata": "position/metadata of 6"}
+
+
 def test_processes_upload_their_parts(objects):
     with opened(0, 2) as first, opened(1, 2) as second:
         assert first.folder != second.folder
