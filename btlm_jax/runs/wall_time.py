@@ -1,7 +1,8 @@
 """Where the wall time of a run went, over all its starts: steps that count, what stands beside them, and what was lost.
 
 A start that goes on from step s has no use of what earlier starts trained after s: their seconds from there on, as the
-marks in their records have them, are lost.
+marks in their records have them, are lost. So are those of steps that a run passed over when it went back from bad
+numbers.
 """
 
 from __future__ import annotations
@@ -24,7 +25,8 @@ class StartTime:
 
     start: Start
     seconds: dict[str, float]  # by category, LOST and OTHER among them; they sum to what the start took
-    lost_steps: int
+    lost_steps: int  # that a later start trained again
+    passed_over_steps: int
     last_kept: int | None  # the last step that counts; None: it trained none
     before: float  # seconds between the start before it and this one
 
@@ -74,15 +76,20 @@ def wall_time(starts: Sequence[Start]) -> WallTime:
                 kept[number], lost_from[number] = last_kept, earlier.at(last_kept)
         if index:  # what a killed start trained after the last write of its record
             lost_steps[index - 1] += max(0, start.repeated_steps - (sum(lost_steps) - known))
+    known = [steps for index, each in enumerate(starts) for steps in each.passed_over if steps[1] <= kept[index]]
+    passed_over = _joined(known)
     rows = []
     for index, start in enumerate(starts):
         gap = start.began - starts[index - 1].ended if index else 0.0
-        seconds = _by_category(start, lost_from[index])
+        own = [(max(a, start.first_step or 0), min(b, kept[index])) for a, b in passed_over]
+        own = [(a, b) for a, b in own if start.first_step is not None and a <= b]
+        seconds = _by_category(start, lost_from[index], passed_over=own)
         rows.append(
             StartTime(
                 start=start,
                 seconds=seconds,
                 lost_steps=lost_steps[index],
+                passed_over_steps=sum(b - a + 1 for a, b in own),
                 last_kept=None if start.first_step is None else kept[index],
                 before=max(gap, 0.0),
             )
@@ -94,13 +101,31 @@ def wall_time(starts: Sequence[Start]) -> WallTime:
     return WallTime(starts=tuple(rows), seconds=_in_order(sums))
 
 
-def _by_category(start: Start, kept: dict[str, float]) -> dict[str, float]:
-    """Return a start's seconds, those after `kept` as LOST; what is in no category is set-up until the steps begin."""
+def _joined(ranges: Sequence[tuple[int, int]]) -> list[tuple[int, int]]:
+    """Return ranges without what they have in common: a run may go back to the same step twice."""
+    joined: list[tuple[int, int]] = []
+    for first, last in sorted(ranges):
+        first = max(first, joined[-1][1] + 1) if joined else first
+        if first <= last:
+            joined.append((first, last))
+    return joined
+
+
+def _by_category(start: Start, kept: dict[str, float], *, passed_over: Sequence[tuple[int, int]]) -> dict[str, float]:
+    """Return a start's seconds, those after `kept` and of steps that were passed over as LOST.
+
+    What is in no category is set-up until the steps begin.
+    """
     counted = {name: value for name, value in kept.items() if name != "total"}
     lost = start.seconds["total"] - kept["total"]
     other = kept["total"] - sum(counted.values())
     begun = start.marks[0][1] if start.marks else kept
     set_up = begun["total"] - sum(value for name, value in begun.items() if name != "total")
+    for first, last in passed_over:
+        before, after = start.at(first - 1), start.at(last)
+        for name in counted:
+            seconds = after.get(name, 0.0) - before.get(name, 0.0)
+            counted[name], lost = counted[name] - seconds, lost + seconds
     counted |= {LOST: lost, SET_UP: set_up, OTHER: other - set_up}
     return _in_order({name: max(value, 0.0) for name, value in counted.items()})
 

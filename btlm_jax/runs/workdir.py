@@ -43,6 +43,7 @@ class Start:
     first_step: int | None  # that it trained; None: it did not come so far
     step: int | None  # the last one that is recorded
     repeated_steps: int  # that an earlier start had recorded already
+    passed_over: tuple[tuple[int, int], ...]  # (first, last) step, of which nothing was kept
     running: str  # the category that was running
     seconds: dict[str, float]  # by category, and "total"
     marks: tuple[tuple[int, dict[str, float]], ...]  # (step, the same up to it)
@@ -213,6 +214,9 @@ def _start(row: dict[str, Any]) -> Start:
             pass
         case _:
             raise ValueError("it lacks a part of a start's record")
+    passed_over = row.get("passed_over", [])
+    if not isinstance(passed_over, list):
+        raise ValueError("steps that are passed over are no list")
     end = row.get("end") or {}
     if not isinstance(end, dict) or not isinstance(end.get("code"), (int, type(None))):
         raise ValueError('its "end" has no exit code')
@@ -229,6 +233,7 @@ def _start(row: dict[str, Any]) -> Start:
         first_step=_whole(row.get("first_step")),
         step=_whole(row.get("step")),
         repeated_steps=_whole(row.get("repeated_steps")) or 0,
+        passed_over=tuple(map(_steps, passed_over)),
         running=str(row.get("running") or ""),
         seconds=_seconds(seconds),
         marks=tuple((step, _seconds(at)) for step, at in map(_mark, marks)),
@@ -242,6 +247,13 @@ def _whole(value: object) -> int | None:
     if value is not None and type(value) is not int:
         raise ValueError(f"a step is no whole number: {value!r}")
     return value
+
+
+def _steps(value: object) -> tuple[int, int]:
+    match value:
+        case [int() as first, int() as last]:
+            return first, last
+    raise ValueError("steps that are passed over are no [first, last]")
 
 
 def _mark(value: object) -> tuple[int, dict]:

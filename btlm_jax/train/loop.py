@@ -471,6 +471,7 @@ def _roll_back(
     said = f"went back to step {good:,}; steps {good + 1:,} to {error.step:,} are passed over"
     notices.report("went-back", said)
     writer.record_event(error.step, said, is_repeated=True)
+    run.ledger.passed_over.append((good + 1, error.step))
     passed_over = (*position.passed_over, (good + 1, error.step))
     return state, dataclasses.replace(_position(run, error.step), passed_over=passed_over)
 

@@ -224,6 +224,7 @@ class GoodputLedger:
         self.first_step: int | None = None  # that this start of the run trains
         self.step: int | None = None  # the last one that is recorded
         self.repeated_steps = 0  # that an earlier start has recorded, and this one trains again
+        self.passed_over: list[tuple[int, int]] = []  # (first, last) step, for each time that the run went back here
         self.facts: dict[str, str] = {}  # what the start knows of itself: devices, versions, the store's fingerprint
         self._clock = clock
         self._began = self._charged = clock() if began is None else began
@@ -273,6 +274,7 @@ class GoodputLedger:
                 "first_step": self.first_step,
                 "step": self.step,
                 "repeated_steps": self.repeated_steps,
+                "passed_over": self.passed_over,
                 "running": self._running[-1] if self._running else "",
                 "facts": dict(self.facts),
                 "seconds": _rounded(self.seconds()),

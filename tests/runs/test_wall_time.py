@@ -23,7 +23,17 @@ class Runs:
         monkeypatch.setattr("btlm_jax.train.metric_writer.time.time", lambda: self.now)
 
     def start(
-        self, *, first_step, last_step, seconds=2.0, set_up=7.0, compile_seconds=11.0, end=None, each=None, written_at=0
+        self,
+        *,
+        first_step,
+        last_step,
+        seconds=2.0,
+        set_up=7.0,
+        compile_seconds=11.0,
+        end=None,
+        each=None,
+        written_at=0,
+        passed_over=(),
     ):
         """Begin, train steps of so many seconds each, and end with an exit code, or as if killed.
 
@@ -32,6 +42,7 @@ class Runs:
         run = FakeRun(self.workdir, first_step=first_step)
         record = StartRecord(self.workdir, run.ledger)
         began = run.clock.now
+        run.ledger.passed_over += passed_over
         run.spend("compile", compile_seconds)
         run.clock.now += set_up
         with run.writer:
@@ -102,6 +113,18 @@ def test_what_stands_beside_lost_steps_is_lost_with_them(runs):
     assert times.total == runs.now - 1_000_000
 
 
+def test_steps_that_were_passed_over_are_lost_whichever_start_trained_them(runs):
+    runs.start(first_step=1, last_step=4, end=75)
+    runs.start(first_step=5, last_step=8, passed_over=[(3, 5), (3, 6)])
+    times = wall_time(runs.read())
+    assert [row.passed_over_steps for row in times.starts] == [2, 2] and times.lost_steps == 0
+    assert times.seconds["step"] == 4 * 2 and times.seconds["lost work"] == 4 * 2
+    assert times.total == runs.now - 1_000_000
+    runs.start(first_step=5, last_step=9, end=0)  # the second was killed before a checkpoint: what it knew is gone
+    times = wall_time(runs.read())
+    assert times.lost_steps == 4 and times.seconds["lost work"] == 4 * 2 and times.seconds["step"] == 9 * 2
+
+
 def test_marks_are_few_and_steps_between_them_are_found(tmp_path):
     clock = Clock()
     ledger = GoodputLedger(clock)
@@ -152,7 +175,8 @@ def test_a_damaged_record_is_named_and_the_others_are_read(runs, damage):
 @pytest.mark.parametrize(
     ("key", "value"),
     [("marks", [[1, {}], 2]), ("marks", [["a", {"total": 1}]]), ("seconds", {"total": "x"}), ("step", 1.5),
-     ("end", [1]), ("seconds", {"step": 1.0}), ("seconds", {"total": 1e400})],
+     ("end", [1]), ("seconds", {"step": 1.0}), ("seconds", {"total": 1e400}), ("passed_over", [[1]]),
+     ("passed_over", 3)],
 )  # fmt: skip
 def test_a_record_with_a_wrong_part_is_named(runs, key, value):
     runs.start(first_step=1, last_step=2, end=0)

@@ -104,6 +104,7 @@ class Recorder:
     losses: dict[int, str] = dataclasses.field(default_factory=dict)
     events: dict[tuple[int, str], None] = dataclasses.field(default_factory=dict)
     last_step: int = 0
+    passed_over: tuple[tuple[int, int], ...] = ()  # that the ledger knows of
 
     def train(self, step, *, learning_rate, metrics):
         assert learning_rate == step
@@ -209,6 +210,7 @@ def train(workdir, monkeypatch, *, bad, preempted_at=(), **changes):
     checkpointer = Checkpointer(workdir, config=config.checkpoint)
     last = checkpointer.read_metadata(checkpointer.steps()[-1])[0] if checkpointer.steps() else None
     checkpointer.close()
+    writer.passed_over = tuple(run.ledger.passed_over)
     return outcome, writer, finished, last
 
 
@@ -241,7 +243,7 @@ def test_after_bad_steps_in_a_row_a_run_goes_back_and_passes_over_them(
     assert said == [
         f"went back to step {first - 1}; steps {first} to {end} are passed over" for first, end in passed_over
     ]
-    assert sorted(writer.losses) == list(range(1, NUM_STEPS + 1))
+    assert sorted(writer.losses) == list(range(1, NUM_STEPS + 1)) and writer.passed_over == passed_over
 
 
 @pytest.mark.parametrize("bad", [{6, 7, 8}, {9, 10, 11, 12, 13, 14, 15}])
