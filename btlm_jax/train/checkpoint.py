@@ -106,7 +106,9 @@ class Checkpointer:
             handlers["state"] = state = ocp.StandardCheckpointHandler(multiprocessing_options=alone)
             # What describes an array is written by process 0 alone, and missed in the parts of the others.
             state._impl._handler_impl._enable_post_merge_validation = False
-            own |= {"multiprocessing_options": alone, "create": False}
+            # In the background a process would take another one's word that its folders are there.
+            waiting = ocp.AsyncOptions(barrier_sync_fn=self._rendezvous, create_directories_asynchronously=False)
+            own |= {"multiprocessing_options": alone, "create": False, "async_options": waiting}
         return ocp.CheckpointManager(
             self.directory,
             options=ocp.CheckpointManagerOptions(
