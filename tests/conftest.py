@@ -17,6 +17,7 @@ settings.load_profile("gate")
 
 os.environ["JAX_PLATFORMS"] = "cpu"
 os.environ["JAX_NUM_CPU_DEVICES"] = "8"
+os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"] = "1"  # of what commands in processes of their own compile
 os.environ.setdefault("MPLBACKEND", "agg")
 if importlib.metadata.version("jaxlib").startswith("0.10."):  # a later one ends at a flag that it does not know
     # XLA's older emitters, one LLVM module a program, compile in half the CPU seconds (Intel Xeon, 2 vCPU, 2026-11-29).
@@ -53,8 +54,8 @@ def pytest_collection_modifyitems(items):
 def little_optimized(request):
     """Compile without LLVM's costly passes, in half the time (Intel Xeon, 2 vCPU, 2026-11-29).
 
-    Tests compile much and compute little. Commands in processes of their own, and modules with
-    pytestmark = pytest.mark.fully_optimized, compile as a user does.
+    Tests compile much and compute little. Modules with pytestmark = pytest.mark.fully_optimized, and the commands of
+    tests/train/test_resume.py, compile as a user does.
     """
     if "jax" in sys.modules:
         marked = request.node.get_closest_marker("fully_optimized") is not None

@@ -38,7 +38,6 @@ def start_btlm(*arguments, num_devices: int = 1, variables: Mapping[str, str] = 
     """Start `btlm ARGUMENTS` on simulated CPU devices, with changed environment variables; `options` are Popen's."""
     environment = {name: value for name, value in os.environ.items() if name != "PYTHONWARNINGS"}
     environment |= {"JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": str(num_devices), "PYTHONUNBUFFERED": "1"}
-    environment["JAX_DISABLE_MOST_OPTIMIZATIONS"] = "1"  # tests/train/test_resume.py compiles as a user does
     environment |= variables
     return subprocess.Popen(
         [sys.executable, "-m", "btlm_jax", *map(str, arguments)],

@@ -21,7 +21,8 @@ def kill_resume(tmp_path_factory):
     sys.modules["kill_resume"] = module
     spec.loader.exec_module(module)
     with pytest.MonkeyPatch.context() as patch:
-        patch.delenv("XLA_FLAGS", raising=False)  # its runs compile as a user's do
+        for name in ("XLA_FLAGS", "JAX_DISABLE_MOST_OPTIMIZATIONS"):  # its runs compile as a user's do
+            patch.delenv(name, raising=False)
         # A run that is killed while it compiles can leave a file without the one beside it that a cache of limited
         # size needs, so that no other test could write to the cache.
         patch.setenv("JAX_COMPILATION_CACHE_DIR", str(tmp_path_factory.mktemp("compiled")))
