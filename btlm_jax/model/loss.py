@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -63,12 +62,7 @@ def token_losses(
     rules: AxisRules,
 ) -> jax.Array:
     """Return each position's negative log-likelihood_BT, float32, in nats; for evaluation, not differentiated."""
-
-    def losses(logits_RV, targets_R):
-        return (_losses(logits_RV, targets_R),)
-
-    statics = _LossStatics(output_scale=output_scale, chunk=chunk, rules=rules)
-    return _by_chunk(losses, statics, hidden_BTD, table_VD, targets_BT, num_results=1)[0]
+    return token_scores(hidden_BTD, table_VD, targets_BT, output_scale=output_scale, chunk=chunk, rules=rules)[0]
 
 
 def token_scores(
@@ -81,8 +75,21 @@ def token_scores(
     rules: AxisRules,
 ) -> tuple[jax.Array, jax.Array]:
     """Return the losses_BT of `token_losses`, and whether each target is the likeliest token, of equals the first."""
-    statics = _LossStatics(output_scale=output_scale, chunk=chunk, rules=rules)
-    losses_BT, is_greedy_BT = _by_chunk(score_logits, statics, hidden_BTD, table_VD, targets_BT, num_results=2)
+
+    def local(hidden_BTD, table_VD, targets_BT):
+        table_VD = gather_table(table_VD, dtype=hidden_BTD.dtype)
+
+        def of_chunk(_, chunk_arrays):
+            hidden_RD, targets_R = chunk_arrays
+            return None, score_logits(_logits(hidden_RD, table_VD, output_scale), targets_R)
+
+        chunks = (_split_chunks(hidden_BTD, chunk), _split_chunks(targets_BT, chunk))
+        _, (losses, is_greedy) = jax.lax.scan(of_chunk, None, chunks)
+        batch, length = targets_BT.shape
+        return tuple(_merge_chunks(each, batch=batch, length=length) for each in (losses, is_greedy))
+
+    by_position = PartitionSpec(*_by_position(rules))
+    losses_BT, is_greedy_BT = _per_device(local, rules, out_specs=(by_position,) * 2)(hidden_BTD, table_VD, targets_BT)
     return losses_BT, is_greedy_BT
 
 
@@ -93,28 +100,6 @@ def score_logits(logits_RV: jax.Array, targets_R: jax.Array) -> tuple[jax.Array,
     # Two comparisons, as XLA's argmax on a CPU takes three times as long.
     is_greedy_R = ((logits_RV < own_R1) | ((logits_RV == own_R1) & is_later_RV)).all(-1)
     return _losses(logits_RV, targets_R), is_greedy_R
-
-
-def _by_chunk(
-    score: Callable, statics: _LossStatics, hidden_BTD, table_VD, targets_BT, *, num_results: int
-) -> tuple[jax.Array, ...]:
-    """Return the arrays, [B, T], of what score(logits_RV, targets_R) returns in arrays [R], one chunk at a time."""
-
-    def local(hidden_BTD, table_VD, targets_BT):
-        table_VD = gather_table(table_VD, dtype=hidden_BTD.dtype)
-
-        def of_chunk(_, chunk_arrays):
-            hidden_RD, targets_R = chunk_arrays
-            return None, score(_logits(hidden_RD, table_VD, statics.output_scale), targets_R)
-
-        chunks = (_split_chunks(hidden_BTD, statics.chunk), _split_chunks(targets_BT, statics.chunk))
-        _, results = jax.lax.scan(of_chunk, None, chunks)
-        batch, length = targets_BT.shape
-        return tuple(_merge_chunks(result, batch=batch, length=length) for result in results)
-
-    by_position = PartitionSpec(*_by_position(statics.rules))
-    mapped = _per_device(local, statics.rules, out_specs=(by_position,) * num_results)
-    return mapped(hidden_BTD, table_VD, targets_BT)
 
 
 def logits(hidden_BTD: jax.Array, table_VD: jax.Array, *, output_scale: float) -> jax.Array:

@@ -43,7 +43,7 @@ class Checks:
         result = train_step(state, batch, learning_rate)
         devices = np.flatnonzero((self._sums(result[0]) != sums).any((1, 2)))
         if devices.size:
-            names = ", ".join(self._name(number) for number in devices)
+            names = ", ".join(self._name(int(number)) for number in devices)
             raise CorruptionError(step, f"computed twice it has other bits on {names}")
         again = jax.device_get(result[1])
         if differing := sorted(name for name in again if np.asarray(again[name]).tobytes() != numbers[name].tobytes()):
