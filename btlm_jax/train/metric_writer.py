@@ -626,7 +626,7 @@ class MetricWriter:
 
 
 def _event(step: int, message: str) -> dict:
-    return {"kind": "event", "step": step, "message": message}
+    return {"kind": "event", "step": step, "message": notices.named(message)}  # of a run in a bucket: its URL
 
 
 def _setting_event(step: int, *, key: str, old: object, new: object) -> dict:
