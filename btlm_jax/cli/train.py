@@ -142,6 +142,8 @@ def _local_workdir(flags: Flags) -> Iterator[Path]:
     if flags.boolean("distributed"):
         place = _place(flags)
         process, count = place.index, place.count
+    if count > 1:  # orbax's saves of processes that share no folder have stood still, once in a few
+        raise UsageError(f"--workdir={url} is for a run of one process; several need a folder that all hosts see")
     with bucket.opened_for_run(url, process=process, count=count) as mirror:
         flags.set_string("workdir", str(mirror.folder))
         yield mirror.folder
