@@ -6,6 +6,7 @@ import math
 
 import numpy as np
 import pytest
+from support.real_store import write_config
 from support.tiny import tiny_config
 
 from btlm_jax import notices
@@ -156,3 +157,21 @@ def test_a_large_config_is_written_with_what_was_found(tmp_path, capsys):
     assert main(["new", "--params=40M", f"--constants={tmp_path / 'search.json'}", f"--output={output}x.py"]) == 1
     assert "has none of optimizer.peak_learning_rate, " in capsys.readouterr().err
     assert dataclasses.is_dataclass(Search)
+
+
+def test_a_finished_search_is_reported_by_its_command(token_store, tmp_path, capsys):
+    config = write_config(tmp_path / "config.py", store=token_store)
+    for number, value in enumerate((5.5, 5.25, None)):
+        trial = tmp_path / f"study/trials/point-00{number}-rung-0-s0"
+        trial.mkdir(parents=True)
+        (trial / "result.json").write_text(json.dumps({"loss": value, "seconds": 1.0, "outcome": ""}))
+    command = ["tune", "search", f"--directory={tmp_path / 'study'}", f"--config={config}", "--points=2", "--rungs=1"]
+    assert main([*command, "--space", "mup.init_std=0.02:0.2"]) == 0
+    said = capsys.readouterr().out
+    assert "  5.2500  init_std 0." in said and "  5.5000  the config as it is" in said and "  diverged  init" in said
+    assert "Against the config as it is: +0.2500 nats better\n" in said
+    values = json.loads((tmp_path / "study/search.json").read_text())
+    assert [each["loss"] for each in values["final"]] == [5.25, 5.5, None]
+    assert list(values["constants"]) == ["mup.init_std"] and values["base"] == {"d_model": 20.0, "preset": "btlm"}
+    assert main([*command, "--space", "mup.init_std=0.02:0.3"]) == 1
+    assert "holds another study, of space=" in capsys.readouterr().err
