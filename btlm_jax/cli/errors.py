@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime
+import errno
 import platform
 import sys
 import tempfile
@@ -15,6 +16,7 @@ from btlm_jax.cli import ERROR, FAULT, PIPE_CLOSED, USAGE, UsageError, is_reader
 from btlm_jax.notices import StrictError, is_named, named
 from btlm_jax.stopping import INTERRUPTED, PREEMPTED, ProcessesDifferError, Stopped
 
+_DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
 _VERSIONS_OF = ("jax", "jaxlib", "numpy", "flax", "orbax-checkpoint", "grain")
 
 
@@ -54,7 +56,8 @@ def _message_for_user(error: BaseException) -> str | None:
     if is_named(error) or isinstance(error, StrictError):
         return str(error)
     if isinstance(error, OSError):
-        return f"{type(error).__name__}: {error}" if error.errno is None else str(error)
+        advice = "; free some space and give the same command again" if error.errno in _DISK_FULL else ""
+        return f"{type(error).__name__}: {error}" if error.errno is None else f"{error}{advice}"
     if isinstance(error, ModuleNotFoundError) and not str(error.name).startswith("btlm_jax"):
         return f"the package {error.name} is missing here: install btlm_jax again (docs/reference/files.md, extras too)"
     if isinstance(error, MemoryError) or "RESOURCE_EXHAUSTED" in str(error):

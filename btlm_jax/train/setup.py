@@ -169,6 +169,11 @@ def predict_stop(workdir: Path, *, num_bytes: int, num_processes: int) -> str:
                 file.write(block)
             file.flush()
             os.fsync(file.fileno())
+    except OSError as error:
+        raise OSError(
+            f"{workdir} cannot take {num_blocks} MiB, a part of a checkpoint of {num_bytes / 1e6:,.0f} MB: {error}; free "
+            "some space and give the same command again"
+        ) from error
     finally:
         probe.unlink(missing_ok=True)
     rate = num_blocks * _MIB / max(time.monotonic() - began, 1e-6)

@@ -76,7 +76,7 @@ def test_debug_prints_the_traceback(monkeypatch, capsys):
     [
         (MemoryError(), "out of memory"),
         (RuntimeError("RESOURCE_EXHAUSTED: Out of memory allocating 9 bytes\nmore"), "allocating 9 bytes; make what"),
-        (OSError(28, "No space left on device", "/full/file"), "No space left on device: '/full/file'"),
+        (OSError(28, "No space left on device", "/full/file"), "device: '/full/file'; free some space and"),
     ],
 )
 def test_an_exhausted_machine_is_an_error(monkeypatch, capsys, error, said):
