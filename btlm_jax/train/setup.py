@@ -171,8 +171,8 @@ def predict_stop(workdir: Path, *, num_bytes: int, num_processes: int) -> str:
             os.fsync(file.fileno())
     except OSError as error:
         raise OSError(
-            f"{workdir} cannot take {num_blocks} MiB, a part of a checkpoint of {num_bytes / 1e6:,.0f} MB: {error}; free "
-            "some space and give the same command again"
+            f"{workdir} cannot take {num_blocks} MiB, a part of a checkpoint of {num_bytes / 1e6:,.0f} MB: {error}; "
+            "free some space and give the same command again"
         ) from error
     finally:
         probe.unlink(missing_ok=True)
