@@ -54,8 +54,7 @@ def pytest_collection_modifyitems(items):
 def little_optimized(request):
     """Compile without LLVM's costly passes, in half the time (Intel Xeon, 2 vCPU, 2026-11-29).
 
-    Tests compile much and compute little. Modules with pytestmark = pytest.mark.fully_optimized, and the commands of
-    tests/train/test_resume.py, compile as a user does.
+    Tests compile much and compute little. Modules with pytestmark = pytest.mark.fully_optimized compile as a user does.
     """
     if "jax" in sys.modules:
         marked = request.node.get_closest_marker("fully_optimized") is not None

@@ -25,7 +25,7 @@ def refused(capsys, *arguments, code: int, said: str) -> None:
     [
         (
             ["trian"],
-            "unknown verb 'trian'; verbs are new, train, generate, evaluate, lm-eval, convert, corpus, checkpoints, ",
+            "unknown verb 'trian'; verbs are new, train, generate, evaluate, lm-eval, convert, corpus, status, ",
         ),
         (["train"], "--config=NAME or FILE is needed"),
         (["train", LOCAL], "--workdir=DIR is needed"),

@@ -15,18 +15,15 @@ STEPS = (20, 12)
 
 
 @pytest.fixture(scope="module")
-def kill_resume(tmp_path_factory):
+def kill_resume():
     spec = importlib.util.spec_from_file_location("kill_resume", BENCHMARK)
     module = importlib.util.module_from_spec(spec)
     sys.modules["kill_resume"] = module
     spec.loader.exec_module(module)
+    little_optimized = {"JAX_DISABLE_MOST_OPTIMIZATIONS": "1"}  # the script compiles as a user does
+    environment_of = module.environment_of
     with pytest.MonkeyPatch.context() as patch:
-        for name in ("XLA_FLAGS", "JAX_DISABLE_MOST_OPTIMIZATIONS"):  # its runs compile as a user's do
-            patch.delenv(name, raising=False)
-        # A run that is killed while it compiles can leave a file without the one beside it that a cache of limited
-        # size needs, so that no other test could write to the cache.
-        patch.setenv("JAX_COMPILATION_CACHE_DIR", str(tmp_path_factory.mktemp("compiled")))
-        patch.delenv("JAX_COMPILATION_CACHE_MAX_SIZE", raising=False)
+        patch.setattr(module, "environment_of", lambda **options: environment_of(**options) | little_optimized)
         yield module
 
 
