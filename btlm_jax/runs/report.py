@@ -122,7 +122,7 @@ def _about_metrics(run: RunRecords) -> Iterator[str]:
     if metrics.num_damaged:
         yield f"{metrics.num_damaged:,} lines of {name} are damaged, and are left out"
     if metrics.stride > 1:
-        yield f"of the {metrics.num_train:,} steps in {name} every {metrics.stride:,}th is drawn"
+        yield f"of the {metrics.num_train:,} steps in {name} one in {metrics.stride:,} is drawn"
 
 
 def _lead(run: RunRecords) -> str:
@@ -160,7 +160,7 @@ def _tiles_of(run: RunRecords) -> list[tuple[str, str]]:
         (f"{bits:.4f}" if isinstance(bits, (int, float)) else "", "held-out bits/byte"),
         ("" if status.tokens_per_second is None else f"{status.tokens_per_second:,.0f}", "tokens/s, last 50 steps"),
         ("" if status.mfu is None else f"{status.mfu:.1%}", "MFU"),
-        (duration(total) if total else "", f"wall time, {status.num_starts:,} starts"),
+        (duration(total) if total else "", f"wall time, {status.num_starts:,} start{'s' * (status.num_starts != 1)}"),
         ("" if status.goodput is None else f"{status.goodput:.1%}", "goodput: steps that count"),
         ("" if status.eta is None else duration(status.eta), "left, before the end report"),
     ]
@@ -201,8 +201,7 @@ def _loss(runs: Sequence[RunRecords]) -> str:
         evals = run.metrics.kind("eval")
         held_tokens, held_loss = _column(evals, "tokens"), _column(evals, "loss")
         colours = (2 * number, 2 * number + 1)
-        zero = run.times.starts[0].start.began if is_wall else 0.0
-        breaks = tuple((row.start.began - zero) / unit for row in run.times.starts[1:] if is_wall)
+        breaks = tuple(row.at / unit for row in run.times.starts[1:] if is_wall)
         held = {"label": f"{prefix}held-out", "y": held_loss, "colour": colours[1], "has_points": True}
         label = f"{prefix}training"
         by_tokens += [*_with_mean(label, train["tokens"], train["loss"], colours[0]), Series(x=held_tokens, **held)]
@@ -217,7 +216,7 @@ def _loss(runs: Sequence[RunRecords]) -> str:
     per_step = first.workdir.config.curriculum.table.tokens_per_step if first.workdir.config else 1
     token_marks = _marks(first, to_x=lambda step: float(step * per_step)) if len(runs) == 1 else []
     time_marks = [
-        Mark(x=(row.start.began - first.times.starts[0].start.began) / unit) for row in first.times.starts[1:]
+        Mark(x=row.at / unit) for row in first.times.starts[1:]
     ][:_MOST_MARKS] if len(runs) == 1 and is_wall else []  # fmt: skip
     what = "wall time since the first start" if is_wall else "time of training steps"
     charts = line_chart(by_tokens, x=_tokens_axis(), y=y, marks=token_marks, note=note)
@@ -268,7 +267,6 @@ def _seconds_of(run: RunRecords, *, is_wall: bool) -> np.ndarray:
         seconds = np.nan_to_num(run.metrics.train.get("seconds", np.zeros(len(steps))))
         return np.cumsum(seconds) * (run.metrics.num_train / max(1, len(steps)))
     at = np.full(len(steps), math.nan)
-    zero = run.times.starts[0].start.began
     for row in run.times.starts:
         first, start = row.start.first_step, row.start
         if first is None or row.last_kept is None:
@@ -277,7 +275,7 @@ def _seconds_of(run: RunRecords, *, is_wall: bool) -> np.ndarray:
         marks = dict([*start.marks, (start.step or 0, start.seconds)])
         totals = [seconds["total"] for seconds in marks.values()]
         own = steps >= first
-        at[own] = start.began - zero + np.interp(steps[own], list(marks), totals)
+        at[own] = row.at + np.interp(steps[own], list(marks), totals)
     return at
 
 
@@ -443,8 +441,7 @@ def _time(run: RunRecords) -> str:
     lost = run.times.lost_steps
     said = (
         f"{duration(run.times.total)} from the first start on; goodput, the share of steps that count, is "
-        f"{run.times.goodput:.1%}."
-        + (f" {lost:,} steps were trained again after a start that was killed." if lost else "")
+        f"{run.times.goodput:.1%}." + (f" {lost:,} steps were trained again by a later start." if lost else "")
     )
     rows = []
     for row in run.times.starts:

@@ -114,7 +114,7 @@ def make_status(workdir: Workdir) -> Status:
         phase=phase.index + 1 if phase else None,
         num_phases=len(curriculum.phases) if curriculum else None,
         seq_len=phase.seq_len if phase else None,
-        loss=_mean([row["loss"] for row in train[-LOSS_STEPS:]]),
+        loss=_mean_loss(train[-LOSS_STEPS:]),
         heldout=_heldout(workdir),
         tokens_per_second=curriculum.tokens_per_step / pace if curriculum and pace else None,
         mfu=statistics.median(shares) if (shares := numbers(train[-RECENT_STEPS:], "mfu")) else None,
@@ -126,7 +126,7 @@ def make_status(workdir: Workdir) -> Status:
         next_save_step=None if is_done else next_save,
         next_save=(next_save - step) * pace if next_save and pace and not is_done else None,
         steps_at_risk=step - (saved.step if saved else 0),
-        num_starts=len(workdir.starts),
+        num_starts=len(times.starts),
         wall_time=times.seconds if workdir.starts else {},
         goodput=times.goodput if workdir.starts else None,
         lost_steps=times.lost_steps,
@@ -234,8 +234,10 @@ def _sums(counts) -> dict[str, int]:
     return dict(sorted(sums.items()))
 
 
-def _mean(values: Sequence[float]) -> float | None:
-    return math.fsum(values) / len(values) if values else None
+def _mean_loss(train: Sequence[dict]) -> float | None:
+    """Return the mean of the finite ones: a batch of padding alone has none."""
+    losses = numbers(train, "loss")
+    return sum(losses) / len(losses) if losses else math.nan if train else None
 
 
 def _jsonable(value: Any) -> Any:

@@ -29,6 +29,7 @@ class StartTime:
     passed_over_steps: int
     last_kept: int | None  # the last step that counts; None: it trained none
     before: float  # seconds between the start before it and this one
+    at: float  # seconds from the beginning of the first start to that of this one
 
     @property
     def total(self) -> float:
@@ -37,7 +38,7 @@ class StartTime:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class WallTime:
-    """All starts of a run."""
+    """All starts of a run, but those that found it finished."""
 
     starts: tuple[StartTime, ...]
     seconds: dict[str, float]  # by category, in the order of CATEGORIES; they sum to `total`
@@ -59,6 +60,7 @@ class WallTime:
 
 def wall_time(starts: Sequence[Start]) -> WallTime:
     """Return where the time of a run went; the starts are in order."""
+    starts = [each for each in starts if not (each.code == 0 and each.first_step is None)]
     kept = [each.step or 0 for each in starts]  # the last step of each start that still counts
     lost_from: list[dict[str, float]] = [each.seconds for each in starts]  # seconds up to there
     lost_steps = [0] * len(starts)
@@ -78,9 +80,9 @@ def wall_time(starts: Sequence[Start]) -> WallTime:
             lost_steps[index - 1] += max(0, start.repeated_steps - (sum(lost_steps) - known))
     known = [steps for index, each in enumerate(starts) for steps in each.passed_over if steps[1] <= kept[index]]
     passed_over = _joined(known)
-    rows = []
+    rows: list[StartTime] = []
     for index, start in enumerate(starts):
-        gap = start.began - starts[index - 1].ended if index else 0.0
+        before = max(start.began - starts[index - 1].ended, 0.0) if index else 0.0  # a clock may have been set back
         own = [(max(a, start.first_step or 0), min(b, kept[index])) for a, b in passed_over]
         own = [(a, b) for a, b in own if start.first_step is not None and a <= b]
         seconds = _by_category(start, lost_from[index], passed_over=own)
@@ -91,7 +93,8 @@ def wall_time(starts: Sequence[Start]) -> WallTime:
                 lost_steps=lost_steps[index],
                 passed_over_steps=sum(b - a + 1 for a, b in own),
                 last_kept=None if start.first_step is None else kept[index],
-                before=max(gap, 0.0),
+                before=before,
+                at=rows[-1].at + rows[-1].start.seconds["total"] + before if rows else 0.0,
             )
         )
     sums: dict[str, float] = {BETWEEN: sum(row.before for row in rows)}

@@ -6,7 +6,6 @@ What is damaged is not an error here, as the rest is still worth reading: it bec
 from __future__ import annotations
 
 import dataclasses
-import math
 import os
 import time
 from pathlib import Path
@@ -26,6 +25,7 @@ _OTHERS = {  # what else a folder may be, by a file in it
     "model.safetensors.index.json": "it is a model",
 }
 RUNNING, UNKNOWN, DEAD = "running", "unknown", "dead"
+_MOST_SECONDS = 1e11  # the year 5138
 _SLACK_SECONDS = 2.0  # for a write to a bucket
 SILENT_SECONDS = 60.0  # an owner on another machine is taken for dead when it has not written for so long
 
@@ -34,6 +34,7 @@ SILENT_SECONDS = 60.0  # an owner on another machine is taken for dead when it h
 class Start:
     """One start of a run: the command, where, when, its ledger, how it ended."""
 
+    number: int  # of starts before it: clocks of several machines do not tell the order
     began: float  # of the Unix epoch, by that machine's clock
     written: float  # when the record was written last
     host: str
@@ -191,7 +192,7 @@ def read_starts(path: Path, problems: list[str]) -> tuple[Start, ...]:
             starts.append(_start(read_json_object(file)))
         except (ValueError, OSError) as error:
             problems.append(f"the record of a start, {file}, is not read: {error}")
-    return tuple(sorted(starts, key=lambda start: start.began))
+    return tuple(sorted(starts, key=lambda start: (start.number, start.began)))
 
 
 def _start(row: dict[str, Any]) -> Start:
@@ -214,6 +215,8 @@ def _start(row: dict[str, Any]) -> Start:
             pass
         case _:
             raise ValueError("it lacks a part of a start's record")
+    if not 0 <= min(began, written) <= max(began, written) < _MOST_SECONDS:
+        raise ValueError("when it began, or was written, is no time")
     passed_over = row.get("passed_over", [])
     if not isinstance(passed_over, list):
         raise ValueError("steps that are passed over are no list")
@@ -224,6 +227,7 @@ def _start(row: dict[str, Any]) -> Start:
     here = {name: row.get(name) for name in ("btlm_jax", "python", "jax", "jaxlib", "numpy", "commit", "folder")}
     facts = here | (facts if isinstance(facts, dict) else {})
     return Start(
+        number=_whole(row.get("number")) or 0,
         began=began,
         written=written,
         host=host,
@@ -244,29 +248,33 @@ def _start(row: dict[str, Any]) -> Start:
 
 
 def _whole(value: object) -> int | None:
-    if value is not None and type(value) is not int:
-        raise ValueError(f"a step is no whole number: {value!r}")
+    return None if value is None else _step(value)
+
+
+def _step(value: object) -> int:
+    if type(value) is not int or not 0 <= value < 2**53:
+        raise ValueError(f"a step is no whole number from 0 on: {str(value)[:40]}")
     return value
 
 
 def _steps(value: object) -> tuple[int, int]:
     match value:
-        case [int() as first, int() as last]:
-            return first, last
+        case [first, last]:
+            return _step(first), _step(last)
     raise ValueError("steps that are passed over are no [first, last]")
 
 
 def _mark(value: object) -> tuple[int, dict]:
     match value:
-        case [int() as step, dict() as seconds]:
-            return step, seconds
+        case [step, dict() as seconds]:
+            return _step(step), seconds
     raise ValueError("a mark is no [step, seconds]")
 
 
 def _seconds(values: dict) -> dict[str, float]:
     seconds = {str(name): value for name, value in values.items()}
     if "total" not in seconds or not all(
-        isinstance(value, (int, float)) and math.isfinite(value) for value in seconds.values()
+        isinstance(value, (int, float)) and 0 <= value < _MOST_SECONDS for value in seconds.values()
     ):
         raise ValueError("its seconds are no numbers with a total")
     return {name: float(value) for name, value in seconds.items()}

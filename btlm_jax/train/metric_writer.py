@@ -134,7 +134,7 @@ def parse_row(line: bytes, *, name: str) -> dict:
     Raises:
       ValueError: it is damaged; begins with `name`.
     """
-    row: dict[str, Any] = {key: _with_floats(value) for key, value in parse_json_object(line, name=name).items()}
+    row: dict[str, Any] = _with_floats(parse_json_object(line, name=name), name=name)
     if not isinstance(row.get("kind"), str) or type(row.get("step")) is not int:
         raise ValueError(f'{name} has no "kind", or no whole number as "step"')
     values = {key: row.get(key) for key in _NUMBERS_OF.get(row["kind"], ())}
@@ -144,7 +144,7 @@ def parse_row(line: bytes, *, name: str) -> dict:
             raise ValueError(f'{name} has no "sources" with a loss each')
         values |= {f"loss of {source}": losses.get("loss") for source, losses in sources.items()}
     for key, value in values.items():
-        if type(value) not in (int, float) or (type(value) is int and abs(value) > 2**63):
+        if type(value) not in (int, float):
             raise ValueError(f'{name} has no number as "{key}"')
     return row
 
@@ -317,6 +317,7 @@ class StartRecord:
         self._path = workdir / STARTS / f"{stamp}-{secrets.token_hex(4)}.json"
         self._ledger = ledger
         self._facts: dict[str, Any] = {
+            "number": len(list(self._path.parent.glob("[!.]*.json"))),  # of earlier starts
             "host": socket.gethostname(),
             "pid": os.getpid(),
             "command": ["btlm", *sys.argv[1:]],
@@ -332,6 +333,7 @@ class StartRecord:
         """Write the file from here on."""
 
         def write() -> None:
+            self.write()  # before git is asked, which may take long
             self._facts |= {"commit": _commit()} | {name: _version(name) for name in ("jax", "jaxlib", "numpy")}
             while not self._is_over.is_set():
                 self.write()
@@ -370,7 +372,9 @@ def _commit() -> str:
     checkout = Path(__file__).parents[2]
     if not (checkout / ".git").exists():
         return ""
-    command = ["git", "-C", str(checkout), "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
+    # Without optional locks nothing is written to the checkout, in which someone may be committing.
+    git = ["git", "--no-optional-locks", "-C", str(checkout)]
+    command = [*git, "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
     try:
         return subprocess.run(command, capture_output=True, text=True, timeout=60).stdout.strip()
     except (OSError, subprocess.TimeoutExpired):
@@ -678,10 +682,12 @@ def _with_strings(value):
     return value
 
 
-def _with_floats(value: Any) -> Any:
-    """Undo `_with_strings`."""
+def _with_floats(value: Any, *, name: str) -> Any:
+    """Undo `_with_strings`; a whole number that is no float either is a ValueError that begins with `name`."""
     if isinstance(value, dict):
-        return {name: _with_floats(item) for name, item in value.items()}
+        return {key: _with_floats(item, name=name) for key, item in value.items()}
     if isinstance(value, list):
-        return [_with_floats(item) for item in value]
+        return [_with_floats(item, name=name) for item in value]
+    if isinstance(value, int) and abs(value) > 2**63:
+        raise ValueError(f"{name} has a whole number beyond 2^63")
     return _NOT_FINITE.get(value, value) if isinstance(value, str) else value

@@ -163,6 +163,11 @@ def test_a_file_cut_anywhere_and_numbers_that_are_not_finite(workdir):
     contents = (workdir / METRICS_FILE).read_bytes()
     status = status_of(str(workdir))
     assert math.isnan(status.loss) and status.to_json()["loss"] is None
+    with open(workdir / METRICS_FILE, "a") as file:
+        row = {"kind": "train", "step": 2, "tokens": 384, "learning_rate": 0.1, "loss": 3.0}
+        file.write(json.dumps(row) + "\n")
+        file.write(json.dumps(row | {"step": 10**400}) + "\n" + json.dumps(row | {"mfu": 10**400}) + "\n")
+    assert (status_of(str(workdir)).loss, status_of(str(workdir)).step) == (3.0, 2)  # of the finite ones
     assert "\x1b" not in status_text(status) and "seen" in status_text(status)
     for length in range(0, len(contents), 7):
         (workdir / METRICS_FILE).write_bytes(contents[:length])

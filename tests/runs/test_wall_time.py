@@ -159,6 +159,26 @@ def test_a_start_without_steps_is_set_up_only(tmp_path):
     assert start.notices["step-skipped"] == 1
 
 
+def test_a_start_that_finds_the_run_finished_is_no_part_of_it(runs):
+    runs.start(first_step=1, last_step=9, end=0)
+    before = wall_time(runs.read())
+    runs.now += 1e6
+    ledger = GoodputLedger(Clock())
+    StartRecord(runs.workdir, ledger).end(0, "")
+    assert len(runs.read()) == 2 and wall_time(runs.read()) == before
+    StartRecord(runs.workdir, ledger).end(1, "damaged")  # this one had something to do
+    assert wall_time(runs.read()).seconds["between starts"] == 1e6
+
+
+def test_the_order_of_starts_is_not_that_of_clocks(runs):
+    runs.start(first_step=1, last_step=8)
+    runs.now -= 1000  # on another machine
+    runs.start(first_step=6, last_step=9, end=0)
+    times = wall_time(runs.read())
+    assert [row.lost_steps for row in times.starts] == [3, 0] and times.seconds["step"] == (5 + 4) * 2
+    assert [row.at for row in times.starts] == [0, 34] and times.total == 34 + 26
+
+
 @pytest.mark.parametrize(
     "damage",
     ["", "[]", "{}", '{"began": "x"}', "\0" * 9, '{"began": 1.0, "seconds": {}}'],
@@ -176,7 +196,8 @@ def test_a_damaged_record_is_named_and_the_others_are_read(runs, damage):
     ("key", "value"),
     [("marks", [[1, {}], 2]), ("marks", [["a", {"total": 1}]]), ("seconds", {"total": "x"}), ("step", 1.5),
      ("end", [1]), ("seconds", {"step": 1.0}), ("seconds", {"total": 1e400}), ("passed_over", [[1]]),
-     ("passed_over", 3)],
+     ("passed_over", 3), ("began", 1e300), ("written", -1.0), ("seconds", {"total": 10**400}), ("step", 10**400),
+     ("passed_over", [[1, -1]]), ("marks", [[-1, {"total": 1}]])],
 )  # fmt: skip
 def test_a_record_with_a_wrong_part_is_named(runs, key, value):
     runs.start(first_step=1, last_step=2, end=0)
