@@ -196,11 +196,29 @@ def _run_as_owner(workdir: Path, flags: Flags, work: Callable[..., int]) -> int:
                 record.end(errors.code_of(error), str(error) or stop.reason)
                 raise
             record.end(code, stop.reason)
+        _print_time_of_starts(workdir)
         return code
     finally:
         ownership.release()
         if is_new:
             setup.delete_unused(workdir)
+
+
+def _print_time_of_starts(workdir: Path) -> None:
+    """Print where the time of a run of several starts went; of one start its end has printed it."""
+    from btlm_jax.display.progress import print_line
+    from btlm_jax.train import STARTS
+
+    if len(list((workdir / STARTS).glob("[!.]*.json"))) < 2:
+        return
+    from btlm_jax.runs.status import time_text  # only here: a run loads few modules
+    from btlm_jax.runs.wall_time import wall_time
+    from btlm_jax.runs.workdir import read_starts
+
+    times = wall_time(read_starts(workdir, []))
+    if (num_starts := len(times.starts)) > 1:
+        said = time_text(times.seconds, num_starts=num_starts, goodput=times.goodput, lost_steps=times.lost_steps)
+        print_line(f"The whole run: {said}")
 
 
 @contextlib.contextmanager

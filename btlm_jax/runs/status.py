@@ -283,6 +283,7 @@ def status_text(status: Status, *, now: float | None = None) -> str:
 
 
 def _lines(status: Status, *, now: float) -> list[tuple[str, str]]:
+    counts = {"num_starts": status.num_starts, "lost_steps": status.lost_steps}
     return [
         ("doing", status.doing if status.doing != STEP else ""),
         ("step", _step_text(status)),
@@ -290,7 +291,7 @@ def _lines(status: Status, *, now: float) -> list[tuple[str, str]]:
         ("speed", _speed_text(status)),
         ("left", _eta_text(status, now=now)),
         ("saved", _saved_text(status)),
-        ("time", _time_text(status)),
+        ("time", time_text(status.wall_time, **counts, goodput=status.goodput)),
         ("notices", ", ".join(f"{number:,} {name}" for name, number in status.notices.items())),
         ("bad", _bad_text(status)),
         *(("event", event) for event in status.events),
@@ -354,15 +355,16 @@ def _saved_text(status: Status) -> str:
     return text
 
 
-def _time_text(status: Status) -> str:
-    if not status.wall_time:
+def time_text(seconds: dict[str, float], *, num_starts: int, goodput: float | None, lost_steps: int) -> str:
+    """Return one line on the wall time of a run, by category; "" if none is known."""
+    total = sum(seconds.values())
+    if not total:
         return ""
-    total = sum(status.wall_time.values())
-    shares = sorted(status.wall_time.items(), key=lambda item: -item[1])
-    parts = [f"{name} {value / total:.1%}" for name, value in shares if total and value / total >= 0.0005]
-    starts = f"{status.num_starts:,} start{'s' * (status.num_starts != 1)}"
-    lost = f"; {status.lost_steps:,} steps were trained again" if status.lost_steps else ""
-    return f"{duration(total)} in {starts}, goodput {status.goodput or 0:.1%}: {', '.join(parts)}{lost}"
+    shares = sorted(seconds.items(), key=lambda item: -item[1])
+    parts = [f"{name} {value / total:.1%}" for name, value in shares if value / total >= 0.0005]
+    starts = f"{num_starts:,} start{'s' * (num_starts != 1)}"
+    lost = f"; {lost_steps:,} steps were trained again" if lost_steps else ""
+    return f"{duration(total)} in {starts}, goodput {goodput or 0:.1%}: {', '.join(parts)}{lost}"
 
 
 def _bad_text(status: Status) -> str:

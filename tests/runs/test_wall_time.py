@@ -6,9 +6,10 @@ import pytest
 from support.fake_run import Clock, FakeRun
 
 from btlm_jax import notices
+from btlm_jax.cli import main
 from btlm_jax.runs.wall_time import wall_time
 from btlm_jax.runs.workdir import read_starts
-from btlm_jax.train import STARTS
+from btlm_jax.train import STARTS, loop
 from btlm_jax.train.metric_writer import GoodputLedger, StartRecord
 
 TOTAL = "total"
@@ -177,6 +178,22 @@ def test_the_order_of_starts_is_not_that_of_clocks(runs):
     times = wall_time(runs.read())
     assert [row.lost_steps for row in times.starts] == [3, 0] and times.seconds["step"] == (5 + 4) * 2
     assert [row.at for row in times.starts] == [0, 34] and times.total == 34 + 26
+
+
+def test_the_end_of_a_run_prints_the_time_of_all_its_starts(runs, tmp_path, monkeypatch, capsys):
+    def train(config, *, ledger, **others):
+        ledger.begin_steps(6)
+        ledger.step = 9
+        return loop.DONE
+
+    monkeypatch.setattr(loop, "train", train)
+    runs.start(first_step=1, last_step=8)
+    runs.now += 100
+    assert main(["train", "--config=local_cpu", f"--workdir={runs.workdir}"]) == 0
+    (line,) = [line for line in capsys.readouterr().out.splitlines() if line.startswith("The whole run: ")]
+    assert " in 2 starts, goodput " in line and "between starts" in line and "3 steps were trained again" in line
+    assert main(["train", "--config=local_cpu", f"--workdir={tmp_path / 'other'}"]) == 0
+    assert "The whole run" not in capsys.readouterr().out  # its only start was printed as it ended
 
 
 @pytest.mark.parametrize(
