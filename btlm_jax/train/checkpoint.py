@@ -902,14 +902,17 @@ def decay_again(config: OptimizerConfig, *, tokens: int, total_tokens: int, more
     """Return values of the optimizer that warm up and decay once more over `more_tokens`, from where a run stands.
 
     The peak is half of what it was and the warm-up a tenth of the tokens, where a decay leaves it so much: a proposal.
+    Muon's peak is halved too: its rate is a multiple of the other, which would otherwise double.
     """
     decay = round(config.decay_share * more_tokens) if config.schedule == "wsd" else 0
+    has_muon = config.hidden_optimizer == "muon"
     return {
         "schedule_begin": tokens,
         "schedule_tokens": 0,
         "initial_learning_rate": learning_rate_at(config, tokens=tokens, total_tokens=total_tokens),
         "peak_learning_rate": config.peak_learning_rate / 2,
         "warmup_tokens": min(more_tokens // 10, more_tokens - decay),
+        **({"muon_learning_rate": config.muon_learning_rate / 2} if has_muon else {}),
     }
 
 

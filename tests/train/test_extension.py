@@ -90,7 +90,7 @@ def test_a_schedule_begins_where_it_did_or_where_the_run_stands():
 
 
 def test_the_advice_of_a_finished_run_is_taken_and_can_be_taken_again():
-    config, steps = run_of(20), 20
+    config, steps = run_of(20, optimizer__hidden_optimizer="muon"), 20
     for _ in range(3):
         _, flags = longer_flags(config)
         changes = {}
@@ -99,11 +99,16 @@ def test_the_advice_of_a_finished_run_is_taken_and_can_be_taken_again():
             changes[name.replace(".", "__")] = (
                 tuple(json.loads(f"[{value[1:-2]}]")) if "(" in value else json.loads(value)
             )
-        longer = tiny_config(**{"curriculum__seq_len": (24,), "curriculum__batch_size": (16,), **changes})
+        fixed = {"curriculum__seq_len": (24,), "curriculum__batch_size": (16,), "optimizer__hidden_optimizer": "muon"}
+        longer = tiny_config(**{**fixed, **changes})
         check_schedule(config, longer, position=at(steps), steps=[steps])
         rates = rates_of_steps(longer.optimizer, longer.curriculum.table)[steps:]
         assert len(rates) == 100 and rates.argmax() == 9 and rates[-1] == config.optimizer.end_learning_rate
+        before, after = config.optimizer, longer.optimizer  # Muon's rate goes on from where it was, too
+        assert after.muon_learning_rate / before.muon_learning_rate == 0.5
+        assert after.peak_learning_rate / before.peak_learning_rate == 0.5
         config, steps = longer, steps + 100
+    assert "muon" not in longer_flags(run_of(20))[1]
     assert longer_flags(run_of(20, optimizer__schedule="constant"))[1].count("--config") == 1
 
 
