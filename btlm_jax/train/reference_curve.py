@@ -136,6 +136,7 @@ def _differences(reference: TrainConfig, config: TrainConfig) -> list[str]:
             "end rate's share of the peak": each.optimizer.end_learning_rate / each.optimizer.peak_learning_rate,
             "tau": _tau(each),
             "schedule": each.optimizer.schedule,
+            "hidden_optimizer": each.optimizer.hidden_optimizer,
         }
         for each in (reference, config)
     ]
@@ -144,11 +145,13 @@ def _differences(reference: TrainConfig, config: TrainConfig) -> list[str]:
 
 
 def _tau(config: TrainConfig) -> float:
-    """Return AdamW's memory of the hidden matrices, as a share of the run's steps; inf without decay."""
-    optimizer, width = config.with_numbers().optimizer, 1.0
+    """Return the optimizer's memory of the hidden matrices, as a share of the run's steps; inf without decay."""
+    optimizer = config.with_numbers().optimizer
+    rate = optimizer.peak_learning_rate
     if not config.is_decay_independent:
-        width = make_parametrization(config.mup, config.model).width
-    shrinks = optimizer.peak_learning_rate / width * optimizer.decay * config.curriculum.table.num_steps
+        has_muon, width = optimizer.hidden_optimizer == "muon", make_parametrization(config.mup, config.model).width
+        rate = optimizer.muon_learning_rate if has_muon else rate / width
+    shrinks = rate * optimizer.decay * config.curriculum.table.num_steps
     return 1 / shrinks if shrinks else math.inf
 
 

@@ -109,6 +109,11 @@ def test_what_cannot_be_compared_is_refused_or_said(reference, tmp_path):
     other = config_of(STEPS, optimizer__schedule="constant")
     with pytest.raises(notices.StrictError, match="tokens a parameter .* here; tau .*; schedule linear there, c"):
         ReferenceCurve(reference, other)
+    muon = config_of(200, optimizer__hidden_optimizer="muon")
+    with pytest.raises(
+        notices.StrictError, match="course: tau 16.67 there, 2.5 here; hidden_optimizer adamw there, muon here"
+    ):
+        ReferenceCurve(reference, muon)
     optimizer = dataclasses.replace(config_of(200).optimizer, end_learning_rate=1e-5)
     with pytest.raises(notices.StrictError, match="end rate's share of the peak 0.017 there, 0.001667 here"):
         ReferenceCurve(reference, dataclasses.replace(config_of(200), optimizer=optimizer))
