@@ -547,10 +547,12 @@ _type_hints = functools.cache(typing.get_type_hints)
 
 def _convert(hint, value, *, path: str):
     origin, arguments = typing.get_origin(hint), typing.get_args(hint)
+    if hint == float | str:
+        if isinstance(value, str) and value != AUTO:
+            raise ValueError(f"{path}={_shown(value)} must be a number or {AUTO!r}")
+        return value if value == AUTO else _convert(float, value, path=path)
     if origin is types.UnionType and value is None:
         return None
-    if hint == float | str and value == AUTO:
-        return value
     if origin is types.UnionType:
         return _convert(arguments[0], value, path=path)  # X | None
     if isinstance(hint, type) and dataclasses.is_dataclass(hint):
@@ -599,7 +601,12 @@ def value_from_text(key: str, text: str) -> object:
         return text
     if hint is int:
         return whole_number(f"--config.{key}", text)
-    if hint is float or hint == float | str:
+    if hint == float | str:
+        try:
+            return finite_number(f"--config.{key}", text)
+        except ValueError as error:
+            raise ValueError(f"{error}, or {AUTO!r}") from None
+    if hint is float:
         return finite_number(f"--config.{key}", text)
     if hint is bool:
         _require_choice(f"--config.{key}", text, tuple(_BOOLEANS))

@@ -6,7 +6,7 @@ import jax
 import pytest
 from support.tiny import config_dict, tiny_config
 
-from btlm_jax.model import parameter_table
+from btlm_jax.model import freeze, parameter_table, with_decay
 from btlm_jax.model.transformer import make_model
 from btlm_jax.parallel.make_mesh import make_mesh
 from btlm_jax.recipe.config import train_config_from, value_from_text, with_later_keys
@@ -20,17 +20,18 @@ M, M_FF = 40 / 20, 54 / 24  # of the tiny config
 
 
 @pytest.mark.parametrize("preset", ["btlm", "sp", "completep"])
-@pytest.mark.parametrize("convention", ["preset", "coupled", "independent"])
-def test_a_convention_decides_what_a_step_takes_of_each_class(preset, convention):
-    config = tiny_config(mup__preset=preset, optimizer__weight_decay_convention=convention, optimizer__freeze="ln_f")
-    program = make_program(config, make_mesh(devices=jax.devices()[:1], tensor=1))
-    independent = convention == "independent" or (convention == "preset" and preset == "completep")
+def test_a_convention_decides_what_a_step_takes_of_each_class(preset):
+    config = tiny_config(mup__preset=preset)
+    model = make_model(config.model, make_parametrization(config.mup, config.model))
+    table = freeze(parameter_table(model, make_mesh(devices=jax.devices()[:1], tensor=1)), ("ln_f",))
     widths = {"embedding": 1.0, "attention_in": M, "attention_out": M, "mlp_in": M, "mlp_out": M_FF}
-    for info in jax.tree.leaves(program.table):
-        shrinks = info.rule.learning_rate * info.rule.weight_decay  # of eta lambda, a step
-        width = widths.get(info.rule.parameter_class)
-        expected = 0 if width is None else 1 if independent or preset == "sp" else 1 / width
-        assert shrinks == pytest.approx(expected), info.path
+    for convention in ("preset", "coupled", "independent"):
+        independent = convention == "independent" or (convention == "preset" and preset == "completep")
+        for info in jax.tree.leaves(with_decay(table, convention)):
+            shrinks = info.rule.learning_rate * info.rule.weight_decay  # of eta lambda, a step
+            width = widths.get(info.rule.parameter_class)
+            expected = 0 if width is None else 1 if independent or preset == "sp" else 1 / width
+            assert shrinks == pytest.approx(expected), (convention, info.path)
 
 
 def test_the_default_leaves_the_rules_and_old_configs_as_they_are():
@@ -61,10 +62,12 @@ def test_auto_is_the_power_law_at_btlm(convention):
 def test_auto_is_read_said_and_kept():
     assert value_from_text("optimizer.weight_decay", "auto") == "auto"
     assert value_from_text("optimizer.weight_decay", "0.25") == 0.25
-    with pytest.raises(ValueError, match="optimizer.weight_decay=much must be a number"):
+    with pytest.raises(ValueError, match="optimizer.weight_decay=much must be a number, or 'auto'"):
         value_from_text("optimizer.weight_decay", "much")
-    with pytest.raises(ValueError, match="optimizer.weight_decay='none' must be of type float, not str"):
+    with pytest.raises(ValueError, match="optimizer.weight_decay='none' must be a number or 'auto'"):
         tiny_config(optimizer__weight_decay="none")
+    with pytest.raises(ValueError, match="optimizer.weight_decay=None must be of type float, not NoneType"):
+        tiny_config(optimizer__weight_decay=None)
     with pytest.raises(ValueError, match="optimizer.weight_decay=-1.0 must not be negative, or 'auto'"):
         tiny_config(optimizer__weight_decay=-1.0)
     config = tiny_config(optimizer__weight_decay="auto", optimizer__weight_decay_convention="independent")
