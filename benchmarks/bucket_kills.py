@@ -1,6 +1,6 @@
 """Kill training runs whose workdir is in a bucket, go on elsewhere or here, and compare every bit with a local run.
 
-Command: python benchmarks/bucket_kills.py --config=FILE --folder=DIR --kills=20 --processes=1
+Command: python benchmarks/bucket_kills.py --config=FILE --folder=DIR --kills=20
 
 The bucket is tests/support/fake_gcs.py, slow enough that SIGKILL mostly comes in the middle of an upload. After half of
 the kills the local folder is deleted, as if the next start were on another machine. A run that ends must have, in the
@@ -16,7 +16,6 @@ import json
 import os
 import random
 import shutil
-import signal
 import socket
 import subprocess
 import sys
@@ -36,7 +35,6 @@ def main() -> int:
     parser.add_argument("--config", required=True)
     parser.add_argument("--folder", type=Path, required=True)
     parser.add_argument("--kills", type=int, default=20)
-    parser.add_argument("--processes", type=int, default=1, help="of a run; of several one is killed, or all")
     parser.add_argument("--seed", type=int, default=0)
     flags = parser.parse_args()
     rng = random.Random(flags.seed)
@@ -51,7 +49,7 @@ def main() -> int:
         "JAX_COMPILATION_CACHE_DIR": str(flags.folder / "compiled"),
     }
     local = flags.folder / "local"
-    finish(start(flags.config, str(local), environment, count=flags.processes))
+    finish(start(flags.config, str(local), environment))
     expected = numbers((local / "metrics.jsonl").read_bytes()), arrays_of_last(local)
     server = subprocess.Popen([sys.executable, SERVER, str(port), str(WRITE_SECONDS)])
     num_wrong = num_kills = num_runs = 0
@@ -59,21 +57,19 @@ def main() -> int:
         while num_kills < flags.kills:
             workdir, num_runs = f"run-{num_runs}", num_runs + 1
             while True:
-                processes = start(flags.config, f"gs://bucket/{workdir}", environment, count=flags.processes)
-                moment = wait_for_upload(processes, port, workdir, rng) if num_kills < flags.kills else "left to end"
-                if not is_running(processes) or moment == "left to end":
+                process = start(flags.config, f"gs://bucket/{workdir}", environment)
+                moment = wait_for_upload(process, port, workdir, rng) if num_kills < flags.kills else "left to end"
+                if process.poll() is not None or moment == "left to end":
                     break
-                for process in rng.choice([processes, processes[-1:]]):
-                    process.send_signal(signal.SIGKILL)
-                for process in processes:  # the others end by themselves
-                    process.wait()
+                process.kill()
+                process.wait()
                 num_kills += 1
                 is_elsewhere = rng.random() < 0.5
                 if is_elsewhere:
                     shutil.rmtree(flags.folder / "staging", ignore_errors=True)
                 print(f"{num_kills:4}  {workdir:8}  {moment:40}  next start {'elsewhere' if is_elsewhere else 'here'}")
                 sys.stdout.flush()
-            finish(processes)
+            finish(process)
             objects = contents(port, workdir)
             found = numbers(objects["metrics.jsonl"]), arrays_of_objects(objects)
             left = [name for name in objects if name.startswith("checkpoints/") and not is_committed(name, objects)]
@@ -93,32 +89,24 @@ def free_port() -> int:
         return free.getsockname()[1]
 
 
-def start(config: str, workdir: str, environment: dict[str, str], *, count: int) -> list[subprocess.Popen]:
-    """Start the real command in so many processes; what they say goes to a file of the local folder."""
+def start(config: str, workdir: str, environment: dict[str, str]) -> subprocess.Popen:
+    """Start the real command; what it says goes to a file of the local folder."""
     command = [sys.executable, "-m", "btlm_jax", "train", f"--config={config}", f"--workdir={workdir}"]
-    if count > 1:
-        command += [f"--coordinator=localhost:{free_port()}", f"--num_processes={count}"]
     with open(Path(environment["BTLM_STAGING"]).parent / "output.txt", "ab") as output:
-        commands = [[*command, *[f"--process_id={number}"] * (count > 1)] for number in range(count)]
-        return [subprocess.Popen(each, env=environment, stdout=output, stderr=output) for each in commands]
+        return subprocess.Popen(command, env=environment, stdout=output, stderr=output)
 
 
-def is_running(processes: list[subprocess.Popen]) -> bool:
-    return all(process.poll() is None for process in processes)
-
-
-def finish(processes: list[subprocess.Popen]) -> None:
+def finish(process: subprocess.Popen) -> None:
     """Wait for the end of a run, which must be its end."""
-    codes = [process.wait() for process in processes]
-    if any(codes):
-        raise SystemExit(f"the run ended with {codes}: see output.txt")
+    if code := process.wait():
+        raise SystemExit(f"the run ended with {code}: see output.txt")
 
 
-def wait_for_upload(processes: list[subprocess.Popen], port: int, workdir: str, rng: random.Random) -> str:
+def wait_for_upload(process: subprocess.Popen, port: int, workdir: str, rng: random.Random) -> str:
     """Return what is going on when it is time to kill the run: up to half a second after a new object is seen."""
     before = len(names(port, workdir))
     num_new = rng.randrange(1, 60)
-    while is_running(processes):
+    while process.poll() is None:
         found = names(port, workdir)
         if len(found) >= before + num_new:
             time.sleep(rng.random() / 2)

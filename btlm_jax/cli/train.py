@@ -138,13 +138,10 @@ def _local_workdir(flags: Flags) -> Iterator[Path]:
         return
     from btlm_jax.storage import bucket
 
-    process, count = flags.integer("process_id"), flags.integer("num_processes")
-    if flags.boolean("distributed"):
-        place = _place(flags)
-        process, count = place.index, place.count
-    if count > 1:  # orbax's saves of processes that share no folder have stood still, once in a few
+    # Saves by orbax in processes that share no folder have stood still, once in some ten (docs/results.md).
+    if _has_several(flags) and _place(flags).count > 1:
         raise UsageError(f"--workdir={url} is for a run of one process; several need a folder that all hosts see")
-    with bucket.opened_for_run(url, process=process, count=count) as mirror:
+    with bucket.opened_for_run(url) as mirror:
         flags.set_string("workdir", str(mirror.folder))
         yield mirror.folder
 
@@ -179,8 +176,7 @@ def _run_as_owner(workdir: Path, flags: Flags, work: Callable[..., int]) -> int:
             peers.refuse(_place(flags), str(error))
         raise
     if ownership is None:
-        with _copied(mirror):
-            return work(flags, workdir=workdir, stop=stop, ledger=ledger)
+        return work(flags, workdir=workdir, stop=stop, ledger=ledger)
     stop.at_exit(lambda code, reason: ownership.release())
     ownership.keep(on_loss=functools.partial(stop.end_now, ERROR))
     try:
@@ -278,7 +274,6 @@ def _join_processes(config: TrainConfig, flags: Flags, *, workdir: Path, stop: S
     """Join the other processes of this run; must come before anything touches a device."""
     from btlm_jax.display.progress import print_line
     from btlm_jax.parallel import peers
-    from btlm_jax.storage import location
 
     place = _place(flags)
     if place.index != 0:
@@ -287,11 +282,7 @@ def _join_processes(config: TrainConfig, flags: Flags, *, workdir: Path, stop: S
     given = {name: flags.string(name) for name in ("init", "init_optimizer")}
     given |= {"resume_step": flags.integer("resume_step"), "grow_vocabulary": flags.boolean("grow_vocabulary")}
     facts = peers.facts_of(dataclasses.asdict(config), flags=given)
-    mirror = location.mirror_of(workdir)
-    facts |= {"--workdir": mirror.url} if mirror.is_remote else {}
-    joined = peers.join(place, facts=facts, stop=stop, log=log)
-    if not mirror.is_remote:
-        joined.check_workdir(workdir)
+    peers.join(place, facts=facts, stop=stop, log=log).check_workdir(workdir)
 
 
 def _train_on_data(flags: Flags) -> int:

@@ -8,8 +8,7 @@ renames nor appends, so it is the order of the writes that makes a kill at any m
 - Other files go whole, in the order in which they were changed; what is gone locally is deleted last.
 - SESSION says which local folder wrote last: that one goes on from what it has, any other is made anew.
 
-Of several processes each has a local folder and uploads its part of a checkpoint; process 0 does all the rest.
-Imported only for a workdir that is a URL.
+A run of several processes is refused (cli/train.py). Imported only for a workdir that is a URL.
 """
 
 from __future__ import annotations
@@ -49,15 +48,14 @@ SESSION = ".session"
 NOT_OF_A_CHECKPOINT = (COMMIT, ORIGIN)  # what lies beside its files
 STAGING_VARIABLE = "BTLM_STAGING"  # where the local folders are, if not in the user's cache
 FILES_SECONDS = 60.0  # between copies of the files beside the checkpoints
-_PART = ".part-{}.json"  # of a checkpoint: what another process than 0 has uploaded
 _SYNCED = ".synced.json"  # of a local folder: which of its files are as in the bucket
+_SPEED = ".speed"  # the object by which the speed of writing is measured
 _STATE = "state/"  # of a checkpoint: the arrays, which are fetched when they are read
 _CHECKPOINTS = "checkpoints/"
 _NOT_FOR_READERS = ("tensorboard/", "compile_cache/", "trackers/", "profile/", "corpus/", "store/", "replaced/")
 _LAST_NAMES = ("manifest.json", "summary.json")  # of files that say that others are complete
 _WAITS = (2.0, 8.0)  # seconds before each further attempt, beside those of fsspec's libraries
 _CALL_SECONDS, _SLOWEST = 120.0, 4e6  # for a request, and bytes per second for what it carries
-_OTHERS_SECONDS = 600.0  # for other processes to upload their part
 _IN_MEMORY = 1 << 28  # bytes; a larger file is not one that grows
 _THREADS = 8
 _POLL_SECONDS = 0.5
@@ -186,10 +184,9 @@ class Mirror:
 
     is_remote = True
 
-    def __init__(self, remote: RemoteFolder, folder: Path, *, process: int, count: int):
+    def __init__(self, remote: RemoteFolder, folder: Path):
         self.remote, self.folder, self.url = remote, folder, remote.url
         self.owned = RemoteFolder(remote.url, waits=(), seconds=2 * BEAT_SECONDS)
-        self._process, self._count = process, count
         self._known: dict[str, dict] = {}  # objects that are there; of each the local file that it is equal to
         self._token = ""
         self._has_session = False
@@ -208,11 +205,9 @@ class Mirror:
         """
         with self._lock:
             listing = self.remote.list()
-            if self._process == 0:
-                self._adopt(listing)
+            self._adopt(listing)
             self._bring(listing)
-            if self._process == 0:
-                self._delete_gone()  # parts of checkpoints that were not committed, before others write new ones
+            self._delete_gone()  # checkpoints that were not committed
         self._thread = threading.Thread(target=self._work, name="bucket", daemon=True)
         self._thread.start()
 
@@ -241,34 +236,16 @@ class Mirror:
         Raises:
           OSError: it cannot be.
         """
-        began = time.monotonic()
         with self._lock:
             self._copy()
-            while self._process and (open_steps := [step for step in self._steps() if not self._has_commit(step)]):
-                for step in open_steps:
-                    self._take_commit(step)
-                if time.monotonic() - began > _OTHERS_SECONDS:
-                    raise OSError(f"{self.url}: process 0 has not committed checkpoint {open_steps[0]:,}")
-                time.sleep(_POLL_SECONDS)
         self._error = None
-
-    def give(self) -> None:
-        """Copy what other processes shall see, before they are told."""
-        if self._count > 1 and self._process == 0:
-            self.flush()
-
-    def receive(self) -> None:
-        """Bring the local folder of another process than 0 to what the bucket has."""
-        if self._process:
-            with self._lock:
-                self._bring(self.remote.list())
 
     def upload_rate(self, num_bytes: int) -> float:
         """Return the bytes per second of writing an object of that size, or of 8 MiB if that is less."""
         data, began = os.urandom(min(num_bytes, 8 << 20)), time.monotonic()
-        self.remote.write(f".speed-{self._process}", data)
+        self.remote.write(_SPEED, data)
         rate = len(data) / max(time.monotonic() - began, 1e-6)
-        self.remote.delete(f".speed-{self._process}")
+        self.remote.delete(_SPEED)
         return rate
 
     def close(self) -> None:
@@ -290,7 +267,7 @@ class Mirror:
         finally:
             self._thread.join(timeout=5.0)
             self._thread = None
-        if self._process == 0 and set(self._known) <= {SESSION}:  # of a run that was refused
+        if set(self._known) <= {SESSION}:  # of a run that was refused
             self.remote.delete(SESSION)
 
     # The copying.
@@ -329,14 +306,10 @@ class Mirror:
     def _copy(self) -> None:
         for step in self._waiting():
             self._copy_checkpoint(step)
-        for step in self._steps()[:-1] if self._process else ():
-            if not self._has_commit(step):
-                self._take_commit(step)
-        if self._process == 0:
-            self._copy_moved()
-            self._copy_files()
-            self._delete_gone()
-            write_atomically(self.folder / _SYNCED, json.dumps(self._known))
+        self._copy_moved()
+        self._copy_files()
+        self._delete_gone()
+        write_atomically(self.folder / _SYNCED, json.dumps(self._known))
 
     def _steps(self) -> list[int]:
         folder = self.folder / "checkpoints"
@@ -347,16 +320,20 @@ class Mirror:
         return (self.folder / "checkpoints" / str(step) / COMMIT).is_file()
 
     def _waiting(self) -> list[int]:
-        """Return the steps of checkpoints that this process has not copied."""
+        """Return the steps of checkpoints that are complete here, and not in the bucket."""
         return [step for step in self._steps() if not (self.folder / "checkpoints" / str(step) / ORIGIN).is_file()]
 
     def _copy_checkpoint(self, step: int) -> None:
         base = f"checkpoints/{step}"
         folder = self.folder / base
         self._write_session()
-        if self._process == 0 and f"{base}/{COMMIT}" in self._known:  # of an earlier one of this step
+        if f"{base}/{COMMIT}" in self._known:  # of an earlier one of this step
             self._delete(f"{base}/{COMMIT}")
-        paths = [path for path in folder.rglob("*") if path.is_file() and self._is_own(path.relative_to(folder))]
+        paths = [
+            path
+            for path in folder.rglob("*")
+            if path.is_file() and not path.name.startswith(".") and path.name != COMMIT
+        ]
 
         def copy(path: Path) -> tuple[str, list]:
             name = path.relative_to(folder).as_posix()
@@ -365,16 +342,9 @@ class Mirror:
             return name, facts
 
         files = dict(_in_threads(copy, paths))
-        if self._process:
-            self.remote.write(f"{base}/{_PART.format(self._process)}", json.dumps({"files": files}).encode())
-            (folder / COMMIT).unlink(missing_ok=True)
-            write_atomically(folder / ORIGIN, f"{self.url}/{base}")
-            return
         self._known |= {f"{base}/{name}": {} for name in files}
-        for process in range(1, self._count):
-            files |= self._part_of(process, step)
         self._copy_files()  # the metrics up to this step
-        commit = json.dumps({"processes": self._count, "written": folder.stat().st_mtime, "files": files})
+        commit = json.dumps({"written": folder.stat().st_mtime, "files": files})
         self.remote.write(f"{base}/{COMMIT}", commit.encode())
         self._known |= {f"{base}/{name}": {} for name in (COMMIT, *files)}
         write_atomically(folder / COMMIT, commit)
@@ -382,40 +352,7 @@ class Mirror:
         for name in [name for name in self._known if name.startswith(f"{base}/")]:
             if name.removeprefix(f"{base}/") not in (COMMIT, *files):
                 self._delete(name)
-        for process in range(1, self._count):
-            self.remote.delete(f"{base}/{_PART.format(process)}")
         self._free(before=step)
-
-    def _is_own(self, name: Path) -> bool:
-        """Return whether this process uploads a file of a checkpoint: of several each has its part of the arrays."""
-        if name.name.startswith(".") or name.name == COMMIT:
-            return False
-        if self._count == 1:
-            return True
-        if self._process:
-            return any(re.fullmatch(rf"(ocdbt\.)?process_{self._process}", part) for part in name.parts)
-        # The directory of all parts is made where they are together.
-        return not name.as_posix().startswith((f"{_STATE}d/", f"{_STATE}manifest.ocdbt"))
-
-    def _part_of(self, process: int, step: int) -> dict[str, list]:
-        """Wait for what another process has uploaded, and return it."""
-        until = time.monotonic() + _OTHERS_SECONDS
-        name = f"checkpoints/{step}/{_PART.format(process)}"
-        while True:
-            with contextlib.suppress(FileNotFoundError):
-                return parse_json_object(self.remote.read(name), name=f"{self.url}/{name}")["files"]
-            if time.monotonic() > until:
-                raise OSError(
-                    f"{self.url}: process {process} has not uploaded its part of checkpoint {step:,} in "
-                    f"{_OTHERS_SECONDS:.0f} s"
-                )
-            time.sleep(_POLL_SECONDS)
-
-    def _take_commit(self, step: int) -> None:
-        base = f"checkpoints/{step}"
-        with contextlib.suppress(FileNotFoundError):
-            write_atomically(self.folder / base / COMMIT, self.remote.read(f"{base}/{COMMIT}"))
-            self._free(before=step)
 
     def _free(self, *, before: int) -> None:
         """Delete the local arrays of earlier checkpoints that are in the bucket."""
@@ -512,7 +449,7 @@ class Mirror:
         if SESSION in listing:
             return
         for base, files in _uncommitted(listing).items():
-            commit = json.dumps({"processes": 1, "written": time.time(), "files": files})
+            commit = json.dumps({"written": time.time(), "files": files})
             self.remote.write(f"{base}/{COMMIT}", commit.encode())
             listing[f"{base}/{COMMIT}"] = [len(commit)]
 
@@ -521,7 +458,7 @@ class Mirror:
         synced = _read_json(self.folder / _SYNCED)
         session = _read_json(self.folder / SESSION)
         is_ours = False
-        if SESSION in listing and self._process == 0:
+        if SESSION in listing:
             found = _parse(self.remote.read(SESSION))
             is_ours = bool(found.get("token")) and session == {"token": found["token"], "boot": _boot()}
         if is_ours:
@@ -530,19 +467,18 @@ class Mirror:
             self._known = {
                 name: synced.get(name, {}) for name in listing if name in ours or name.startswith((_CHECKPOINTS, "."))
             }
-            if self._count > 1:  # of which no process has what another lacks
-                self._drop("of several processes all go on from what is in the bucket")
             for step in self._steps():  # those that btlm checkpoints --prune has deleted in the bucket
                 if f"checkpoints/{step}/{COMMIT}" not in listing and step not in self._waiting():
                     shutil.rmtree(self.folder / "checkpoints" / str(step))
         else:
-            self._drop("another command has written there since, or this machine was started anew")
+            self._drop()
             (self.folder / SESSION).unlink(missing_ok=True)
             self._known = pull(self.remote, self.folder, listing, is_wanted=lambda name: True)
         self._known = {name: facts for name, facts in self._known.items() if name != OWNER_FILE}
 
-    def _drop(self, why: str) -> None:
+    def _drop(self) -> None:
         """Delete checkpoints that an earlier run could not upload."""
+        why = "another command has written there since, or this machine was started anew"
         for step in self._waiting():
             said = f"checkpoint {step:,} is on this machine and not in {self.url}, and is dropped: {why}"
             notices.report("not-uploaded", said)
@@ -550,7 +486,7 @@ class Mirror:
 
     def _write_session(self) -> None:
         """Say that this folder is the one that writes, before it first does."""
-        if self._has_session or self._process:
+        if self._has_session:
             return
         self._token = secrets.token_hex(8)
         write_atomically(self.folder / SESSION, json.dumps({"token": self._token, "boot": _boot()}))
@@ -577,8 +513,7 @@ def pull(
         except FileNotFoundError:  # the run has begun to delete it since
             open_ones[base] = {}
     if SESSION not in listing:  # no run has written here: what lies there was copied, and is taken for whole
-        written = {"processes": 1, "written": 0.0}
-        commits |= {base: json.dumps(written | {"files": files}).encode() for base, files in open_ones.items()}
+        commits |= {base: json.dumps({"written": 0.0, "files": files}).encode() for base, files in open_ones.items()}
         open_ones = {}
     stubs = tuple(f"{base}/{_STATE}" for base in commits)
     left_out = tuple(f"{base}/" for base in open_ones)
@@ -668,16 +603,15 @@ def _as_written(folder: Path) -> None:
 
 
 @contextlib.contextmanager
-def opened_for_run(url: str, *, process: int, count: int) -> Iterator[Mirror]:
+def opened_for_run(url: str) -> Iterator[Mirror]:
     """Yield the workdir of a run in a bucket, which has to `begin` and to `close`.
 
     Raises:
       OSError: the bucket cannot be reached or written.
     """
-    with local_folder(url, role=f"run-{process}") as folder:
-        mirror = Mirror(RemoteFolder(url), folder, process=process, count=count)
-        if process == 0:
-            mirror.check_writable()
+    with local_folder(url, role="run") as folder:
+        mirror = Mirror(RemoteFolder(url), folder)
+        mirror.check_writable()
         location.add_mirror(mirror)
         notices.call_it(folder, mirror.url)
         yield mirror
@@ -734,7 +668,7 @@ def upload_run(folder: Path, url: str) -> None:
     Raises:
       OSError: it cannot be written.
     """
-    mirror = Mirror(RemoteFolder(url), folder, process=0, count=1)
+    mirror = Mirror(RemoteFolder(url), folder)
     mirror.check_writable()
     mirror.flush()
 

@@ -50,20 +50,18 @@ class Mirror(Protocol):
     def is_behind(self) -> bool: ...
     def settle(self) -> None: ...
     def flush(self) -> None: ...
-    def give(self) -> None: ...
-    def receive(self) -> None: ...
     def upload_rate(self, num_bytes: int) -> float: ...
 
 
 class NoMirror:
-    """Of a workdir that is a folder which all processes of its run see."""
+    """Of a workdir that is a folder."""
 
     url, folder, is_remote, owned = "", Path(), False, None
 
     def check(self) -> None:
         """Do nothing, as the others."""
 
-    begin = close = settle = flush = give = receive = check
+    begin = close = settle = flush = check
 
     def is_behind(self) -> bool:
         return False

@@ -9,7 +9,6 @@ step or none. The only importer of orbax.
 
 from __future__ import annotations
 
-import asyncio
 import contextlib
 import dataclasses
 import functools
@@ -27,10 +26,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
-from etils import epath
 from jax.experimental import multihost_utils
-from orbax.checkpoint._src.serialization import ocdbt_utils
-from orbax.checkpoint._src.serialization import tensorstore_utils as ts_utils
 
 from btlm_jax import __version__, notices
 from btlm_jax.kernels.build import cpu_facts
@@ -93,22 +89,11 @@ class Checkpointer:
     def _make_manager(self) -> ocp.CheckpointManager:
         self._rendezvous, self._has_failed_in_all = None, False
         own: dict[str, Any] = {}
-        handlers: dict[str, ocp.CheckpointHandler] | None = None
         if jax.process_count() > 1:
             from btlm_jax.parallel.rendezvous import make_rendezvous
 
             self._rendezvous = make_rendezvous()
             own["async_options"] = ocp.AsyncOptions(barrier_sync_fn=self._rendezvous)
-        if self._mirror.is_remote and jax.process_count() > 1:  # each process has a folder of its own
-            self.directory.mkdir(parents=True, exist_ok=True)
-            alone = ocp.options.MultiprocessingOptions(primary_host=None)
-            handlers = {name: ocp.JsonCheckpointHandler(multiprocessing_options=alone) for name in _ITEMS}
-            handlers["state"] = state = ocp.StandardCheckpointHandler(multiprocessing_options=alone)
-            # What describes an array is written by process 0 alone, and missed in the parts of the others.
-            state._impl._handler_impl._enable_post_merge_validation = False
-            # In the background a process would take another one's word that its folders are there.
-            waiting = ocp.AsyncOptions(barrier_sync_fn=self._rendezvous, create_directories_asynchronously=False)
-            own |= {"multiprocessing_options": alone, "create": False, "async_options": waiting}
         return ocp.CheckpointManager(
             self.directory,
             options=ocp.CheckpointManagerOptions(
@@ -117,8 +102,7 @@ class Checkpointer:
                 enable_async_checkpointing=True,
                 **own,
             ),
-            item_names=None if handlers else _ITEMS,
-            item_handlers=handlers,
+            item_names=_ITEMS,
         )
 
     def steps(self) -> list[int]:
@@ -134,7 +118,7 @@ class Checkpointer:
         """
         self._raise_if_failed()
         if self._mirror.is_remote:
-            self._do_in_all(self._settle, say=self._not_written)
+            self._settle()
         with self._naming_the_last_checkpoint():
             if position.step in self._manager.all_steps():
                 return
@@ -214,7 +198,7 @@ class Checkpointer:
 
     def _try_to_write(self) -> None:
         """See that process 0 can make the folder of a checkpoint, for which orbax lets the others wait 5 minutes."""
-        if jax.process_index() == 0 and not self._mirror.is_remote:
+        if jax.process_index() == 0:
             probe = self.directory / ".probe"
             with self._naming_the_last_checkpoint():
                 write_atomically(probe, "x" * 4096)
@@ -384,7 +368,7 @@ class Checkpointer:
         return part
 
     def complete(self, step: int) -> None:
-        """Fetch what this machine's folder of a checkpoint in a bucket lacks, and join the parts of its processes.
+        """Fetch what this machine's folder of a checkpoint in a bucket lacks.
 
         Raises:
           DamagedError: a file of it is gone, or not as it was written.
@@ -393,14 +377,11 @@ class Checkpointer:
         self._in_all(step, lambda: self._fetch(step), errors=ValueError)
 
     def _fetch(self, step: int) -> None:
-        folder, num_fetched = self.directory / str(step), 0
+        folder = self.directory / str(step)
         if (folder / ORIGIN).is_file():
             from btlm_jax.storage import bucket  # only where there is one
 
-            num_fetched = bucket.fetch(folder)
-        state = folder / "state"
-        if len(list(state.glob("ocdbt.process_*"))) > 1 and (num_fetched or not (state / "manifest.ocdbt").is_file()):
-            _join_parts(state)
+            bucket.fetch(folder)
 
     def rollback_steps(self, *, before: int, position: Position) -> list[int]:
         """Return the steps, ascending, of the checkpoints that a run may go back to from bad numbers at step `before`.
@@ -447,7 +428,7 @@ class Checkpointer:
             target = target.with_name(f"{target.name}+")
 
         def rename() -> None:
-            if jax.process_index() == 0 or self._mirror.is_remote:
+            if jax.process_index() == 0:
                 target.parent.mkdir(exist_ok=True)
                 source.replace(target)
 
@@ -566,21 +547,6 @@ class Checkpointer:
             f"a checkpoint could not be written to {self.directory}: {reason}; {last}; free some space or mend the "
             "disk, and run the same command to go on"
         )
-
-
-def _join_parts(state: Path) -> None:
-    """Write the directory of all parts of a state, as orbax does where the processes share a folder.
-
-    Raises:
-      ValueError: a part is damaged.
-    """
-    (state / "manifest.ocdbt").unlink(missing_ok=True)
-    shutil.rmtree(state / "d", ignore_errors=True)
-    context = ts_utils.get_ts_context(use_ocdbt=True)
-    try:
-        asyncio.run(ocdbt_utils.merge_ocdbt_per_process_files(epath.Path(state), ts_context=context, use_zarr3=False))
-    except Exception as error:  # tensorstore's
-        raise ValueError(_reason(error)) from error
 
 
 def kept_steps(checkpoints: Sequence[tuple[int, float]], config: CheckpointConfig) -> set[int]:

@@ -24,7 +24,7 @@ from btlm_jax.parallel.mesh import batch_sharding, rules_for
 from btlm_jax.recipe.config import PREPARED, TrainConfig, check_divisible
 from btlm_jax.stopping import Stop
 from btlm_jax.storage.files import write_atomically
-from btlm_jax.storage.location import is_absolute, mirror_of
+from btlm_jax.storage.location import is_absolute
 from btlm_jax.train import CONFIG_FILE, KEPT_TOKENIZER, METRICS_FILE
 from btlm_jax.train.checkpoint import (
     Checkpointer,
@@ -151,7 +151,7 @@ def train(
                 workdir=workdir,
                 expected_fingerprint=position.store_fingerprint,
                 build_store=build_store,
-                wait_for_all=functools.partial(_wait_for_files, workdir, stop, "token store made"),
+                wait_for_all=functools.partial(stop.wait_for_all, "token store made"),
             )
         check_curriculum(config, token_store.manifest)
         if examples := describe_examples(token_store.manifest):
@@ -212,16 +212,8 @@ def _start_facts(position: Position) -> dict[str, str]:
 def _go_back(workdir: Path, step: int, stop: Stop) -> list[str]:
     """Go back to an earlier checkpoint, in one process for all; return what to say of it."""
     said = go_back(workdir, step) if jax.process_index() == 0 else ""
-    _wait_for_files(workdir, stop, "went back to an earlier checkpoint")
+    stop.wait_for_all("went back to an earlier checkpoint")
     return [said] if said else []
-
-
-def _wait_for_files(workdir: Path, stop: Stop, name: str) -> None:
-    """Return when all processes have called this with `name`, and see what process 0 has in the workdir."""
-    mirror = mirror_of(workdir)
-    mirror.give()
-    stop.wait_for_all(name)
-    mirror.receive()
 
 
 def _report_changes(checkpointer: Checkpointer, config: TrainConfig, position: Position) -> list[SettingChange]:

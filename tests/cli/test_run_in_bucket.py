@@ -29,7 +29,7 @@ def steps_of(objects, folder="run/checkpoints"):
 
 def test_checkpoints_in_a_bucket(objects, token_store, tmp_path, capsys):
     config = run_config(token_store)
-    with bucket.opened_for_run(URL, process=0, count=1) as mirror:
+    with bucket.opened_for_run(URL) as mirror:
         mirror.begin()
         write_run(mirror.folder, config, steps=(3, 6, 9))
         (mirror.folder / "metrics.jsonl").write_text('{"kind": "event", "step": 9, "message": "x"}\n')
@@ -58,7 +58,7 @@ def test_checkpoints_in_a_bucket(objects, token_store, tmp_path, capsys):
     (arrays,) = [name for name in objects if name.startswith("run/checkpoints/9/state/d/")][:1]
     objects[arrays] = objects[arrays][:-1] + bytes([objects[arrays][-1] ^ 1])
     assert main(["checkpoints", URL, "--verify"]) == 1 and "is not as it was written" in capsys.readouterr().out
-    with bucket.opened_for_run(URL, process=0, count=1) as mirror:
+    with bucket.opened_for_run(URL) as mirror:
         mirror.begin()
         checkpointer = Checkpointer(mirror.folder, config=config.checkpoint)
         assert last_position(checkpointer, config).position.step == 9  # its JSON is whole

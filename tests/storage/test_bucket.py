@@ -5,7 +5,6 @@ The bucket is tests/support/fake_gcs.py on loopback, through gcsfs.
 
 import asyncio
 import contextlib
-import json
 import os
 import shutil
 import time
@@ -56,8 +55,8 @@ def end_copying(mirror):
 
 
 @contextlib.contextmanager
-def opened(process=0, count=1):
-    with bucket.opened_for_run(URL, process=process, count=count) as mirror:
+def opened():
+    with bucket.opened_for_run(URL) as mirror:
         mirror.begin()
         try:
             yield mirror
@@ -65,11 +64,10 @@ def opened(process=0, count=1):
             end_copying(mirror)  # without a last copy, as after a kill
 
 
-def write_checkpoint(folder, step, *, parts=1):
+def write_checkpoint(folder, step):
     """Write what orbax leaves of a checkpoint, in one rename."""
     partial = folder / f".{step}.partial"
-    parts_of_arrays = [f"state/ocdbt.process_{i}/d" for i in range(parts)]
-    for name in ("position/metadata", "state/manifest.ocdbt", "state/d/x", *parts_of_arrays):
+    for name in ("position/metadata", "state/manifest.ocdbt", "state/d/x", "state/ocdbt.process_0/d"):
         path = partial / name
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(f"{name} of {step}")
@@ -257,26 +255,6 @@ def test_what_is_deleted_while_it_is_read_is_not_there(objects, monkeypatch):
     assert contents(folder) == {"checkpoints/6/position/metadata": "position/metadata of 6"}
 
 
-def test_processes_upload_their_parts(objects):
-    with opened(0, 2) as first, opened(1, 2) as second:
-        assert first.folder != second.folder
-        for mirror in (first, second):
-            write_checkpoint(mirror.folder, 3, parts=2)
-        (first.folder / "checkpoints/3/state/ocdbt.process_1/d").unlink()
-        (second.folder / "checkpoints/3/state/ocdbt.process_0/d").unlink()
-        second.flush()
-        first.flush()
-        assert json.loads(objects[f"{RUN}/checkpoints/3/commit.json"])["processes"] == 2
-        names = {name.removeprefix(f"{RUN}/checkpoints/3/") for name in objects if "checkpoints" in name}
-        assert names == {"commit.json", "position/metadata", "state/ocdbt.process_0/d", "state/ocdbt.process_1/d"}
-        for mirror in (first, second):  # each then has both
-            assert bucket.fetch(mirror.folder / "checkpoints/3") == 1
-        # A checkpoint that one of two has alone does not count for it.
-        write_checkpoint(first.folder, 6, parts=2)
-    with opened(0, 2) as first:
-        assert sorted(path.name for path in (first.folder / "checkpoints").iterdir()) == ["3"]
-
-
 def test_metrics_that_cannot_be_copied_do_not_stop_a_run_and_a_checkpoint_does_in_the_end(
     objects, refusals, monkeypatch, capsys
 ):
@@ -311,7 +289,7 @@ def test_metrics_that_cannot_be_copied_do_not_stop_a_run_and_a_checkpoint_does_i
 )
 def test_a_bucket_that_cannot_be_written_is_named_at_the_start(objects, refusals, url, refused, message):
     refusals["POST", ""] = refused
-    with pytest.raises(OSError, match=message), bucket.opened_for_run(url, process=0, count=1):
+    with pytest.raises(OSError, match=message), bucket.opened_for_run(url):
         pass
 
 
