@@ -13,7 +13,7 @@ from btlm_jax.convert.prove import Proof, compare
 from btlm_jax.data.loader import read_rows
 from btlm_jax.data.reader import open_store
 from btlm_jax.decode.cpu_decoder import CpuDecoder
-from btlm_jax.hub.native import is_run, split_average, store_of_run
+from btlm_jax.hub.native import is_run, store_of_run
 from btlm_jax.hub.numpy_network import streamed_logits
 from btlm_jax.hub.source import Source, published_metadata
 from btlm_jax.kernels.build import GROUP_INPUTS
@@ -51,7 +51,7 @@ def calibration_ids(directory: Path, tokenizer: Tokenizer | None, *, text: Path 
         return ids[: num_rows * _CALIBRATION_LENGTH].reshape(num_rows, _CALIBRATION_LENGTH)
     if not is_run(directory):
         raise ValueError(f"{directory} is no training run: give --calibration=TEXTFILE, or --method=hqq, without one")
-    reader = open_store(store_of_run(split_average(directory)[0]), expected_fingerprint="").split("train")
+    reader = open_store(store_of_run(directory), expected_fingerprint="").split("train")
     starts = [(int(block), 0) for block in np.linspace(0, len(reader) - 1, _CALIBRATION_ROWS)]
     return read_rows(reader, starts, seq_len=min(reader.block_len, _CALIBRATION_LENGTH))["inputs_BT"]
 

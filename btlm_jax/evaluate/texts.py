@@ -13,7 +13,7 @@ from btlm_jax.decode.sampling import Sampling, make_generator
 from btlm_jax.evaluate.checkpoint import MODEL_DTYPE, Checkpoint
 from btlm_jax.generate.loading import GenerationModel, float_weights, load_for_generation
 from btlm_jax.hub.given_model import NATIVE, RUN, placed_params
-from btlm_jax.hub.native import NativeModel, one_device_mesh
+from btlm_jax.hub.native import NativeModel, one_device_mesh, split_average
 from btlm_jax.hub.source import HuggingFaceSource, NativeSource
 from btlm_jax.kernels.build import has_kernels
 from btlm_jax.kernels.weights import Weights
@@ -52,7 +52,7 @@ def load_to_generate(checkpoint: Checkpoint, *, dtype: str, as_int4: bool) -> Ge
 
 
 def _last_step(checkpoint: Checkpoint) -> int:
-    reader = CheckpointReader(checkpoint.directory)
+    reader = CheckpointReader(split_average(checkpoint.directory)[0])
     try:
         return reader.steps()[-1]
     finally:

@@ -210,6 +210,11 @@ def check_has_moments(model: GivenModel, config: TrainConfig, *, name: str) -> N
             f"{model.config.optimizer.hidden_optimizer} and the run has {config.optimizer.hidden_optimizer}; only "
             "AdamW's moments are kept: leave --init_optimizer=kept out"
         )
+    if split_average(model.directory)[1]:
+        raise ValueError(
+            f"--init_optimizer=kept: {name} is the average of a run's weights, and the moments are those of its last "
+            f"weights: give {model.directory.parent}, or leave --init_optimizer=kept out"
+        )
     table = parameter_table(model.metadata.network(), one_device_mesh())
     then, now = (
         {info.path for info in jax.tree.leaves(freeze(table, each.optimizer.frozen_patterns)) if info.rule.is_frozen}
@@ -235,7 +240,7 @@ def begin_state(model: GivenModel, run: Run, *, keep_optimizer: bool, rows: NewR
     """
     table = _with_rows(parameter_table(run.model, run.mesh), model.metadata.model.vocab_size)
     if keep_optimizer:
-        reader = CheckpointReader(split_average(model.directory)[0])
+        reader = CheckpointReader(model.directory)
         try:
             return _kept_state(model, run, table, reader, rows=rows)
         finally:
@@ -274,9 +279,8 @@ def _read_params(model: GivenModel, table: dict) -> dict:
 def _kept_state(model: GivenModel, run: Run, table: dict, reader: CheckpointReader, *, rows: NewRows) -> TrainState:
     assert model.config is not None
     frozen_then = freeze(table, model.config.optimizer.frozen_patterns)
-    before = reader.restore_state(
-        model.step, abstract=abstract_state(frozen_then, make_optimizer(model.config.optimizer, frozen_then), run.mesh)
-    )
+    optimizer_then = make_optimizer(model.config.with_numbers().optimizer, frozen_then)
+    before = reader.restore_state(model.step, abstract=abstract_state(frozen_then, optimizer_then, run.mesh))
     abstract = abstract_state(run.table, run.optimizer, run.mesh)
 
     def moments(name: str) -> dict:

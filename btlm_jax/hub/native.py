@@ -155,18 +155,19 @@ def read_run_checkpoint(reader: CheckpointReader, step: int, *, workdir: Path) -
 
 
 def store_of_run(workdir: Path) -> PathOrUrl:
-    """Return the location of a run's token store.
+    """Return the location of a run's token store; of WORKDIR/average it is the run's.
 
     Raises:
       FileNotFoundError: there is no checkpoint.
       ValueError: the last checkpoint is damaged.
     """
-    reader = CheckpointReader(workdir)
+    run, _ = split_average(workdir)
+    reader = CheckpointReader(run)
     try:
         _, config = reader.read_metadata(reader.steps()[-1])
     finally:
         reader.close()
-    return resolve_location(workdir, config.data.store)
+    return resolve_location(run, config.data.store)
 
 
 def read_model_directory(directory: Path) -> NativeModel:
