@@ -38,7 +38,7 @@ def by_formula(hidden_BTD, table_VD, targets_BT, weights_BT, *, z_loss: float):
     return (weights_BT * losses_BT).sum(), delta_BTV @ table_VD, np.einsum("BTV,BTD->VD", delta_BTV, hidden_BTD)
 
 
-@pytest.mark.parametrize("layout, chunk", [((1, 1, 1), 50), ((1, 1, 1), 5), ((2, 2, 2), 5), ((2, 1, 4), 2)])
+@pytest.mark.parametrize("layout, chunk", [((1, 1, 1), 50), ((2, 2, 2), 5)])
 def test_gradients_are_those_of_the_formula(layout, chunk):
     case = arrays()
     loss, grad_BTD, grad_VD = by_formula(*case, z_loss=Z_LOSS)

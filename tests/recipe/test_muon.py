@@ -59,10 +59,9 @@ def by_formula(info, grads: list[np.ndarray], param: np.ndarray, *, rate: float,
     return param
 
 
-@pytest.mark.parametrize("layout", [(1, 1, 1), (8, 2, 2)])
-def test_updates_are_those_of_the_definition(layout):
+def test_updates_are_those_of_the_definition():
     config = muon_config(optimizer__weight_decay=0.2, optimizer__peak_learning_rate=0.01)
-    mesh = make_mesh(devices=jax.devices()[: layout[0]], context=layout[1], tensor=layout[2])
+    mesh = make_mesh(devices=jax.devices()[:8], context=2, tensor=2)
     program = make_program(config, mesh)
     rng = np.random.default_rng(0)
 
@@ -84,7 +83,7 @@ def test_updates_are_those_of_the_definition(layout):
         compiled = jax.jit(step).lower(place(grads[0]), state, found, np.float32(0)).compile()
         for grad in grads:
             found, state = compiled(place(grad), state, found, np.float32(0.005))  # half the peak
-    assert ("all-to-all" in str(compiled.as_text())) == (mesh.size > 1)
+    assert "all-to-all" in str(compiled.as_text())
 
     def clipped(tree):
         norm = np.sqrt(sum((leaf.astype(np.float64) ** 2).sum() for leaf in jax.tree.leaves(tree)))
@@ -100,7 +99,7 @@ def test_updates_are_those_of_the_definition(layout):
 
 
 def test_its_rate_is_the_same_at_every_width_and_its_decay_follows_it():
-    for changes in ({}, {"mup__base_d_model": 10.0}, {"optimizer__freeze": "mlp"}, {"mup__preset": "completep"}):
+    for changes in ({"mup__base_d_model": 10.0, "optimizer__freeze": "mlp"}, {"mup__preset": "completep"}):
         config = muon_config(**changes)
         program = make_program(config, make_mesh(devices=jax.devices()[:1], tensor=1))
         adam = make_program(
