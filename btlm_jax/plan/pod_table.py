@@ -14,11 +14,12 @@ import jax
 from btlm_jax.parallel.make_mesh import num_slices
 from btlm_jax.plan.chips import CHIPS, GIB, chip_of_device, usual_topology
 from btlm_jax.plan.layout import MeshLayout, layout_of
-from btlm_jax.recipe.config import MeshConfig, TrainConfig, config_from
+from btlm_jax.recipe.config import LATER_KEYS, MeshConfig, TrainConfig, config_from
 from btlm_jax.storage.files import parse_json_object, read_json_object
 
 TABLE_FILE = "table.json"
 POD_FOLDER, FAMILY_FOLDER = "pods", "family"  # of configs/, with a table each
+_DECIDES_STATE = ("average", "hidden_optimizer")  # of the optimizer; without either a row says nothing of it
 _NO_EFFECT_ON_MEMORY = ("layer_norm_eps", "alibi_scaling", "remat")
 
 
@@ -80,6 +81,8 @@ def training_fields(config: TrainConfig) -> dict:
     """Return the fields of a config, besides its layout, on which the compiled program and its memory depend."""
     model = dataclasses.asdict(config.model)
     phases = [[phase.batch_size, phase.seq_len] for phase in config.curriculum.table.phases]
+    usual, optimizer = LATER_KEYS["optimizer"], dataclasses.asdict(config.optimizer)
+    state = {name: optimizer[name] for name in _DECIDES_STATE if optimizer[name] != usual[name]}
     return {
         "model": {
             name: value
@@ -87,6 +90,7 @@ def training_fields(config: TrainConfig) -> dict:
             if name not in _NO_EFFECT_ON_MEMORY and (name, value) != ("qk_norm", "none")  # older tables lack this key
         },
         "batch_x_seq_len": phases,
+        **({"optimizer": state} if state else {}),
     }
 
 

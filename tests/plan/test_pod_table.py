@@ -125,9 +125,11 @@ def test_a_layout_that_does_not_fit_is_refused_and_those_that_fit_are_named(pods
 def test_what_the_table_does_not_have_is_said_with_the_command_that_finds_out(pods):
     config = config_of(pods)
     longer = dataclasses.replace(config, model=dataclasses.replace(config.model, loss_chunk=1024))
+    averaged = dataclasses.replace(config, optimizer=dataclasses.replace(config.optimizer, average="ema"))
     for asked, where in (
         (config_of(pods, accumulation=5), {}),
         (longer, {}),
+        (averaged, {}),
         (config_of(pods, accumulation=3, remat="matmuls_saved"), {"chip": "v5p"}),
         (config_of(pods, accumulation=3, remat="matmuls_saved"), {"num_chips": 16}),
     ):
