@@ -36,7 +36,11 @@ def load_to_generate(checkpoint: Checkpoint, *, dtype: str, as_int4: bool) -> Ge
     metadata = checkpoint.metadata
     if dtype != MODEL_DTYPE:
         metadata = dataclasses.replace(metadata, model=dataclasses.replace(metadata.model, dtype=dtype))
-    if not has_kernels():
+    has_norms = metadata.model.qk_norm != "none"
+    if has_norms and has_kernels():
+        text = f"{checkpoint.name} decodes without the CPU kernels, slower: they have no model.qk_norm"
+        notices.report("without-kernels", text)
+    if has_norms or not has_kernels():
         params, mesh = checkpoint.load()
         return GenerationModel(metadata=metadata, params=params, mesh=mesh, tokenizer=checkpoint.tokenizer)
     mesh = one_device_mesh()

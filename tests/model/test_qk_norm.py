@@ -1,5 +1,8 @@
 """QK-norm: the network against NumPy in float64, in training's form and over a cache; its rules; what refuses it."""
 
+import types
+from typing import cast
+
 import jax
 import numpy as np
 import pytest
@@ -8,8 +11,11 @@ from support.tiny import tiny_config
 from btlm_jax import notices
 from btlm_jax.attention.alibi import alibi_slopes
 from btlm_jax.decode.decoder import make_decoder
+from btlm_jax.evaluate.checkpoint import Checkpoint
+from btlm_jax.evaluate.texts import load_to_generate
 from btlm_jax.generate.loading import load_for_generation
 from btlm_jax.hub.client_files import NO_SETTINGS
+from btlm_jax.hub.given_model import NATIVE
 from btlm_jax.hub.native import ModelMetadata, one_device_mesh, write_model_directory
 from btlm_jax.hub.source import UnpublishedError, open_source
 from btlm_jax.model import make_model, parameter_table
@@ -166,3 +172,9 @@ def test_a_model_with_it_is_read_and_decoded_and_not_exported(tmp_path, monkeypa
     assert isinstance(found, dict)
     jax.tree.map(np.testing.assert_array_equal, found, params)
     assert notices.counts() == {"without-kernels": 1}
+
+    monkeypatch.setattr("btlm_jax.evaluate.texts.has_kernels", lambda: True)
+    parts = {"name": "M", "given": types.SimpleNamespace(form=NATIVE), "metadata": metadata, "tokenizer": None}
+    checkpoint = types.SimpleNamespace(**parts, load=lambda: (params, mesh))
+    assert load_to_generate(cast(Checkpoint, checkpoint), dtype="float32", as_int4=False).params is params
+    assert notices.counts() == {"without-kernels": 2}
