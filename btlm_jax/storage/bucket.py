@@ -49,7 +49,7 @@ NOT_OF_A_CHECKPOINT = (COMMIT, ORIGIN)  # what lies beside its files
 STAGING_VARIABLE = "BTLM_STAGING"  # where the local folders are, if not in the user's cache
 FILES_SECONDS = 60.0  # between copies of the files beside the checkpoints
 _SYNCED = ".synced.json"  # of a local folder: which of its files are as in the bucket
-_SPEED = ".speed"  # the object by which the speed of writing is measured
+_SPEED, _PROBE = ".speed", ".writable-"  # objects by which the speed of writing is measured, and that one can write
 _STATE = "state/"  # of a checkpoint: the arrays, which are fetched when they are read
 _CHECKPOINTS = "checkpoints/"
 _NOT_FOR_READERS = ("tensorboard/", "compile_cache/", "trackers/", "profile/", "corpus/", "store/", "replaced/")
@@ -188,7 +188,7 @@ class Mirror:
         self.remote, self.folder, self.url = remote, folder, remote.url
         self.owned = RemoteFolder(remote.url, waits=(), seconds=2 * BEAT_SECONDS)
         self._known: dict[str, dict] = {}  # objects that are there; of each the local file that it is equal to
-        self._token = ""
+        self._token, self._token_before = secrets.token_hex(8), ""  # of this folder's SESSION, of the bucket's at first
         self._has_session = False
         self._error: Exception | None = None  # of the last copy, if that failed
         self._lock = threading.RLock()  # of one copy at a time
@@ -362,7 +362,7 @@ class Mirror:
 
     def _copy_moved(self) -> None:
         """Copy the checkpoints that were set aside from where they were in the bucket to where they are now."""
-        places = (f"replaced/*/checkpoints/*/{ORIGIN}", f"damaged/*/{ORIGIN}")
+        places = (f"replaced/[!.]*/checkpoints/*/{ORIGIN}", f"damaged/*/{ORIGIN}")
         for origin in [path for place in places for path in self.folder.glob(place)]:
             base = origin.parent.relative_to(self.folder).as_posix()
             before = origin.read_text(encoding="utf-8").removeprefix(f"{self.url}/")
@@ -415,13 +415,12 @@ class Mirror:
     def _delete_gone(self) -> None:
         """Delete the objects of files and checkpoints that are not here any more, each checkpoint's COMMIT first."""
         here = {name for name, _ in self._local_files()}
-        stubs = {origin.parent.relative_to(self.folder).as_posix() for origin in self.folder.rglob(ORIGIN)}
-        steps = {f"checkpoints/{step}" for step in self._steps()}
-        gone = [
-            name
-            for name in self._known
-            if name not in here and name != SESSION and not any(name.startswith(f"{x}/") for x in (stubs | steps))
-        ]
+        bases = {f"checkpoints/{step}" for step in self._steps()}
+        for origin in self.folder.rglob(ORIGIN):  # of one that is being set aside: where it is, and where it still is
+            bases.add(origin.parent.relative_to(self.folder).as_posix())
+            bases.add(origin.read_text(encoding="utf-8").removeprefix(f"{self.url}/"))
+        kept = tuple(f"{base}/" for base in bases)
+        gone = [name for name in self._known if name not in here and not name.startswith(kept) and not _is_hidden(name)]
         for name in sorted(gone, key=lambda name: not name.endswith(f"/{COMMIT}")):
             self._delete(name)
 
@@ -437,7 +436,7 @@ class Mirror:
         Raises:
           OSError: it does not.
         """
-        probe = f".writable-{secrets.token_hex(4)}"
+        probe = f"{_PROBE}{secrets.token_hex(4)}"
         try:
             self.remote.write(probe, b"")
             self.remote.delete(probe)
@@ -457,12 +456,10 @@ class Mirror:
         """Make the local folder what the bucket has, unless it is the one that wrote last."""
         synced = _read_json(self.folder / _SYNCED)
         session = _read_json(self.folder / SESSION)
-        is_ours = False
-        if SESSION in listing:
-            found = _parse(self.remote.read(SESSION))
-            is_ours = bool(found.get("token")) and session == {"token": found["token"], "boot": _boot()}
-        if is_ours:
-            self._token, self._has_session = session["token"], True
+        last = (_parse(self.remote.read(SESSION)).get("token") if SESSION in listing else "") or ""
+        self._token_before = last
+        if session.get("boot") == _boot() and last in (session["token"], session.get("token_before")):
+            self._has_session = last == session["token"]
             ours = {*synced, *(name for name, _ in self._local_files())}  # others may have put theirs there
             self._known = {
                 name: synced.get(name, {}) for name in listing if name in ours or name.startswith((_CHECKPOINTS, "."))
@@ -488,9 +485,11 @@ class Mirror:
         """Say that this folder is the one that writes, before it first does."""
         if self._has_session:
             return
-        self._token = secrets.token_hex(8)
-        write_atomically(self.folder / SESSION, json.dumps({"token": self._token, "boot": _boot()}))
+        session = {"token": self._token, "boot": _boot()}
+        # Should the bucket not take it: with the token that it has, by which the next start knows this folder.
+        write_atomically(self.folder / SESSION, json.dumps(session | {"token_before": self._token_before}))
         self.remote.write(SESSION, json.dumps({"token": self._token}).encode())
+        write_atomically(self.folder / SESSION, json.dumps(session))
         self._known[SESSION] = {}
         self._has_session = True
 
@@ -620,16 +619,16 @@ def opened_for_run(url: str) -> Iterator[Mirror]:
 _kept_open = contextlib.ExitStack()  # folders that this process reads until it ends
 
 
-def open_for_reading(url: str) -> Path:
+def open_for_reading(url: str, *, may_be_new: bool = False) -> Path:
     """Return a local folder with what the bucket has of a run or a model, arrays of checkpoints not yet.
 
     Each file has the time at which it was written to the bucket.
 
     Raises:
-      FileNotFoundError: there is nothing.
+      FileNotFoundError: there is nothing, and it may not be a new one.
       OSError: the bucket cannot be reached.
     """
-    if not RemoteFolder(url).list():
+    if not may_be_new and not RemoteFolder(url).list():
         raise FileNotFoundError(f"there is nothing in {url}")
     folder = _kept_open.enter_context(local_folder(url, role="reader"))
     notices.call_it(folder, url.rstrip("/"))
@@ -695,6 +694,11 @@ def local_folder(url: str, *, role: str) -> Iterator[Path]:
         yield folder
     finally:
         lock.__exit__(None, None, None)
+
+
+def _is_hidden(name: str) -> bool:
+    """Return whether an object is one that is not copied from a local folder, and not deleted where that lacks it."""
+    return "/." in f"/{name}" and not name.startswith((_CHECKPOINTS, _SPEED, _PROBE))
 
 
 def _in_threads(function: Callable[[Any], Any], items: Iterable[Any]) -> list[Any]:

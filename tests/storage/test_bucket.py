@@ -110,6 +110,7 @@ def test_a_run_is_copied_and_goes_on_elsewhere(objects, tmp_path):
         # The same machine goes on from its folder without reading it again; another one gets the same.
     shutil.rmtree(first / "stacks")
     objects[f"{RUN}/launches/1/command"] = b"btlm train"  # of launch/tpu.sh
+    objects |= {f"{RUN}/.hidden": b"x", f"{RUN}/of_others/.hidden": b"x"}  # which a run does not copy
     before = dict(objects)
     with opened() as mirror:
         assert mirror.folder == first and fetched(first)[:2] == ([3, 6], "state/d/x of 6")
@@ -117,6 +118,8 @@ def test_a_run_is_copied_and_goes_on_elsewhere(objects, tmp_path):
     assert set(before) - set(objects) == {f"{RUN}/stacks/0.txt"}
     shutil.rmtree(tmp_path / "staging")
     with opened() as mirror:
+        mirror.flush()
+        assert objects.keys() >= {f"{RUN}/.hidden", f"{RUN}/of_others/.hidden"}
         assert fetched(mirror.folder) == ([3, 6], "state/d/x of 6", "1\n2\n")
         found = contents(mirror.folder)
     kept = {name: text for name, text in here.items() if name != "stacks/0.txt"}
@@ -145,6 +148,40 @@ def test_another_machine_that_wrote_last_counts(objects, tmp_path, monkeypatch):
     monkeypatch.setattr(bucket, "_boot", lambda: "other")
     with opened():
         assert contents(stale) == {"metrics.jsonl": "1\n2\n3\n"}
+
+
+def test_a_checkpoint_that_is_being_set_aside_is_not_lost(objects):
+    with opened() as mirror:
+        for step in (3, 6, 9):
+            write_checkpoint(mirror.folder, step)
+            mirror.flush()
+        partial = mirror.folder / "replaced/.from-3.partial"
+        (partial / "checkpoints").mkdir(parents=True)
+        (mirror.folder / "checkpoints/6").rename(partial / "checkpoints/6")  # whose arrays are in the bucket alone
+        mirror.flush()
+    with opened() as mirror:  # after a kill here, and after one at the end of it
+        target = mirror.folder / "replaced/from-3"
+        (mirror.folder / "replaced/.from-3.partial").rename(target)
+    with opened() as mirror:
+        assert f"{RUN}/checkpoints/6/state/d/x" in objects
+        mirror.flush()
+        bucket.fetch(target / "checkpoints/6")
+        assert (target / "checkpoints/6/state/d/x").read_text() == "state/d/x of 6" and steps_of(objects) == [3, 9]
+
+
+def test_what_an_outage_from_the_start_on_kept_here_is_uploaded_by_the_next_start(objects, refusals):
+    with pytest.raises(OSError, match="cannot be written"), opened() as mirror:
+        refusals["POST", ""] = 503
+        (mirror.folder / "metrics.jsonl").write_text("1\n")
+        write_checkpoint(mirror.folder, 3)
+        mirror.flush()
+    refusals.clear()
+    with opened() as mirror:
+        mirror.flush()
+        assert steps_of(objects) == [3]
+    objects.clear()  # the user deletes the run there
+    with opened() as mirror:
+        assert contents(mirror.folder) == {}
 
 
 class Killed(BaseException):
