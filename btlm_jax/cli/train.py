@@ -92,15 +92,24 @@ def train(arguments: Sequence[str]) -> int:
 def _print_plan(config: TrainConfig, flags: Flags) -> int:
     from btlm_jax.train import loop
 
-    is_url = "://" in flags.string("workdir")
-    workdir = flags.run_path("workdir") if is_url else flags.optional_path("workdir")
+    workdir = _workdir_of_dry_run(flags) if flags.is_given("workdir") else None
     if flags.is_given("init"):
         from btlm_jax.cli import train_init
 
         config, said = train_init.dry_run(config, flags, workdir=workdir)
         print(said)
-    print(loop.dry_run(config, workdir=workdir))
+    print(notices.named(loop.dry_run(config, workdir=workdir)))
     return DONE
+
+
+def _workdir_of_dry_run(flags: Flags) -> Path:
+    """Return the workdir, which is only read; of one in a bucket a folder with what is there, if anything is."""
+    url = flags.string("workdir")
+    if "://" not in url:
+        return flags.path("workdir")
+    from btlm_jax.storage import bucket
+
+    return bucket.open_for_reading(url, may_be_new=True)
 
 
 def _train(config: TrainConfig, flags: Flags, *, workdir: Path, stop: Stop, ledger: GoodputLedger) -> int:
@@ -228,8 +237,12 @@ def _copied(mirror: Mirror) -> Iterator[None]:
     try:
         yield
     except BaseException:
-        with contextlib.suppress(OSError):
+        try:
             mirror.close()
+        except OSError as error:  # said beside the one that ends the run
+            from btlm_jax.display.progress import print_error_line
+
+            print_error_line(str(error))
         raise
     mirror.close()
 
@@ -295,7 +308,7 @@ def _train_on_data(flags: Flags) -> int:
 
         trackers.check_installed(names)  # before the text is worked on
     if flags.boolean("dry_run"):
-        print(train_data.dry_run(flags, workdir=flags.run_path("workdir")))
+        print(notices.named(train_data.dry_run(flags, workdir=_workdir_of_dry_run(flags))))
         return DONE
     is_url = "://" in flags.string("workdir")
     with _local_workdir(flags) as workdir:

@@ -1,12 +1,14 @@
 """Checkpoints of a run in a bucket: what the run and the commands that read it do with them."""
 
 import shutil
+import types
 
 import pytest
 from support import fake_gcs
 from support.made_up_run import run_config, write_run
 
-from btlm_jax.cli import main
+from btlm_jax import notices
+from btlm_jax.cli import main, train
 from btlm_jax.hub.given_model import fetch_model
 from btlm_jax.storage import bucket
 from btlm_jax.train.checkpoint import Checkpointer, CheckpointReader, last_position
@@ -79,3 +81,27 @@ def test_checkpoints_in_a_bucket(objects, token_store, tmp_path, capsys):
         with pytest.raises(OSError, match=r"cannot be reached \(1 attempt\): no answer in time"):
             reader.complete(6)
     reader.close()
+
+
+def test_a_dry_run_of_a_new_workdir_reads_nothing_and_writes_nothing(objects):
+    flags = train.train_flags()
+    flags.parse([f"--workdir={URL}"])
+    folder = train._workdir_of_dry_run(flags)
+    assert not [path for path in folder.iterdir() if not path.name.startswith(".")] and not objects
+    assert notices.named(f"{folder}/store") == f"{URL}/store"
+
+
+def test_several_processes_are_refused(objects, capsys):
+    several = ["--coordinator=localhost:1", "--num_processes=2"]
+    assert main(["train", "--config=local_cpu", f"--workdir={URL}", *several]) == 2 and not objects
+    assert f"--workdir={URL} is for a run of one process" in capsys.readouterr().err
+
+
+def test_what_cannot_be_copied_at_the_end_is_said_beside_the_error_that_ends_a_run(capsys):
+    def close():
+        raise OSError("what is not uploaded is kept")
+
+    mirror = types.SimpleNamespace(begin=lambda: None, close=close, is_remote=False)
+    with pytest.raises(ValueError, match="^the reason$"), train._copied(mirror):
+        raise ValueError("the reason")
+    assert "what is not uploaded is kept" in capsys.readouterr().err
