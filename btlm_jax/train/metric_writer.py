@@ -174,7 +174,8 @@ class _TensorBoard:
         with _hidden("torch", "google.cloud.storage"):  # 0.02 s instead of 2.3 (2 vCPU Intel Xeon, 2026-11-29)
             from tensorboardX import SummaryWriter
 
-        self._writer = SummaryWriter(str(folder), purge_step=first_step)
+        # A queue without an end: where the thread that reads it dies, a full one would block the run for ever.
+        self._writer = SummaryWriter(str(folder), purge_step=first_step, max_queue=0)
         self._files: Any = self._writer.file_writer
         self._is_alive = True
 
@@ -204,13 +205,14 @@ class _TensorBoard:
                 self._stop(str(error))
 
     def _can_write(self) -> bool:
-        """Return whether the thread that writes is there: without it the queue to it would fill, and block the run."""
+        """Return whether the thread that writes is there."""
         if self._is_alive and not self._files.event_writer._worker.is_alive():
             self._stop("the thread that writes its files has failed, see above")
         return self._is_alive
 
     def _stop(self, reason: str) -> None:
         self._is_alive = False
+        self._files.event_writer._event_queue.cancel_join_thread()  # the process ends without it
         notices.report("tracker-stopped", f"TensorBoard's files are not written on: {reason}")
 
 

@@ -4,6 +4,7 @@ import io
 import json
 import math
 import struct
+import threading
 import types
 
 import numpy as np
@@ -384,9 +385,11 @@ def test_tensorboard_shows_the_config_the_hyperparameters_and_the_sample(tmp_pat
 
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
 def test_tensorboard_files_that_cannot_be_written_neither_end_nor_block_a_run(tmp_path, monkeypatch, capsys):
-    """The queue to the thread that writes them takes 10 events, and then waits for it."""
+    """It writes, and takes long until it fails, while the run has more to write than a queue of tensorboardX holds."""
+    recorded = threading.Event()
 
     def fail(*arguments):
+        recorded.wait(60)
         raise OSError(28, "No space left on device")
 
     notices.begin(strict=())
@@ -395,7 +398,12 @@ def test_tensorboard_files_that_cannot_be_written_neither_end_nor_block_a_run(tm
         record_steps(run, 1, 2)
         monkeypatch.setattr("tensorboardX.event_file_writer.EventsWriter.write_event", fail)
         monkeypatch.setattr("tensorboardX.event_file_writer.EventsWriter.flush", fail)
-        run.writer._tensorboard.numbers(2, {"x": 1.0})
+        values = {f"x{number}": 1.0 for number in range(100)}
+        burst = threading.Thread(target=run.writer._tensorboard.numbers, args=(2, values), daemon=True)
+        burst.start()
+        burst.join(30)
+        assert not burst.is_alive()
+        recorded.set()
         run.writer._tensorboard._files.event_writer._worker.join(60)
         record_steps(run, 3, 9)
     assert notices.counts() == {"tracker-stopped": 1}
