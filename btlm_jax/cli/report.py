@@ -48,6 +48,8 @@ def report(arguments: Sequence[str]) -> int:
     output = output or runs[0].workdir.path / "report.html"
     if output.is_dir():
         raise UsageError(f"--output={output} is a folder; give the name of a file")
+    if not os.access(output.parent, os.W_OK):
+        raise UsageError(f"{output} cannot be written; give --output=FILE in a folder that is there and yours")
     write_atomically(output, report_html(runs, base=_base(flags, runs[0])))
     print(output)
     return DONE

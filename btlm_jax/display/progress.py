@@ -6,6 +6,7 @@ import contextlib
 import sys
 import threading
 import time
+import unicodedata
 from collections.abc import Callable, Iterator
 from typing import TextIO
 
@@ -33,7 +34,12 @@ notices.print_with(print_error_line)
 
 def printable(text: str) -> str:
     """Return the text with control characters replaced, as generated ones would act on the terminal."""
-    return "".join(c if c.isprintable() or c in "\n\t" else "\N{REPLACEMENT CHARACTER}" for c in text)
+    return "".join(c if c.isprintable() or c in "\n\t" or _is_space(c) else "\N{REPLACEMENT CHARACTER}" for c in text)
+
+
+def _is_space(character: str) -> bool:
+    """Return whether it is a space of some width, as French and Japanese texts have them."""
+    return unicodedata.category(character) == "Zs"
 
 
 def minutes_and_seconds(seconds: float) -> str:

@@ -255,6 +255,7 @@ def test_the_cache_is_of_the_dtype_asked_for(untrained, monkeypatch, dtype, tmp_
 
 def test_a_terminal_gets_no_control_characters():
     assert printable("a\tb\n\x1b[2Jc\x07\r é") == "a\tb\n\ufffd[2Jc\ufffd\ufffd é"
+    assert printable("12\u00a0%\u202f!\u3000\u2028\u202e") == "12\u00a0%\u202f!\u3000\ufffd\ufffd"
 
 
 def interrupted_after(num_draws, monkeypatch) -> None:

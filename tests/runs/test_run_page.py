@@ -156,6 +156,8 @@ def test_wrong_folders_and_flags_are_named(tmp_path, capsys):
     assert main(["report", str(workdir), f"--compare={tmp_path / 'empty'}"]) == 1
     assert main(["report"]) == 2 and main(["report", str(workdir), "--base=none_such"]) == 2
     assert main(["report", str(workdir), f"--output={tmp_path / 'empty'}"]) == 2
+    assert main(["report", str(workdir), f"--output={tmp_path / 'none' / 'page.html'}"]) == 2
+    assert "none/page.html cannot be written; give --output=FILE" in capsys.readouterr().err
 
 
 def test_a_longer_run_is_read_in_part(tmp_path):
@@ -189,6 +191,8 @@ def test_a_chart_of_few_or_extreme_points_is_drawn(y, is_log):
     assert "nan" not in chart and "inf" not in chart
 
 
-def test_records_are_read_once_for_both(tmp_path):
+def test_the_page_and_the_status_have_the_same_times(tmp_path, capsys):
     run = read_run(str(write_run(tmp_path / "run")))
-    assert run.status.goodput == pytest.approx(run.times.goodput) and run.name == "run"
+    assert run.name == "run" and run.status.goodput == 1.0 and run.status.wall_time == run.times.seconds == {"step": 18}
+    said = Page(report(capsys, tmp_path / "run")).text
+    assert "wall time, 1 start" in said and "1 starts" not in said
