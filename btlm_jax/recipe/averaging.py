@@ -6,7 +6,8 @@ After update t (those that are not made do not count), with the weights p_s afte
     last    a_t = the mean of p_s over s > (1 - average_share) x steps of the run; before that p_t
 
 `ema` halves a weight's share after so many steps and has no bias to the initial weights. `last` is the mean of the last
-share of the run (arXiv 2405.18392 on cooldowns and their stead). Training does not read the average.
+share of the run (arXiv 2405.18392 on cooldowns and their stead). Training does not read the average. Of a run that is
+made longer, a mean whose new share has begun goes on with what it has, and another begins anew.
 """
 
 from __future__ import annotations
