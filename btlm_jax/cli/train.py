@@ -239,7 +239,7 @@ def _copied(mirror: Mirror) -> Iterator[None]:
     except BaseException:
         try:
             mirror.close()
-        except OSError as error:  # said beside the one that ends the run
+        except (OSError, notices.StrictError) as error:  # said beside the one that ends the run
             from btlm_jax.display.progress import print_error_line
 
             print_error_line(str(error))

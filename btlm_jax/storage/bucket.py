@@ -64,7 +64,10 @@ _REFUSED = ("NoCredentialsError", "PartialCredentialsError", "DefaultCredentials
 
 
 class RemoteFolder:
-    """A folder behind a URL. Each call is bounded in time, tried again after each of `waits`, and raises an OSError."""
+    """A folder behind a URL. Each call is tried again after each of `waits`, and raises an OSError.
+
+    An attempt is bounded in time where fsspec's library is asynchronous, as those of gs:// and s3:// are.
+    """
 
     def __init__(self, url: str, *, waits: tuple[float, ...] | None = None, seconds: float = _CALL_SECONDS):
         self.url = url.rstrip("/")
@@ -235,10 +238,13 @@ class Mirror:
 
         Raises:
           OSError: it cannot be.
+          StrictError: an earlier copy failed, which is an error by --strict.
         """
         with self._lock:
             self._copy()
-        self._error = None
+        error, self._error = self._error, None
+        if isinstance(error, notices.StrictError):
+            raise error
 
     def upload_rate(self, num_bytes: int) -> float:
         """Return the bytes per second of writing an object of that size, or of 8 MiB if that is less."""
@@ -283,10 +289,9 @@ class Mirror:
                     if self._closed.is_set():
                         return
                     self._copy()
+                self._caught_up()
             except Exception as error:  # raised where the run asks for it
                 wait = self._failed(error)
-            else:
-                self._caught_up()
             at = time.monotonic() + FILES_SECONDS
 
     def _failed(self, error: Exception) -> float:

@@ -316,6 +316,23 @@ def test_metrics_that_cannot_be_copied_do_not_stop_a_run_and_a_checkpoint_does_i
     assert "attempt 1 of 3 failed, again in 0 s: " in said and "the run goes on, and it is tried again in" in said
 
 
+def test_a_failed_copy_is_an_error_by_strict_wherever_the_run_looks_next(objects, refusals, monkeypatch):
+    monkeypatch.setattr(bucket, "FILES_SECONDS", 0.05)
+    notices.begin(strict=("upload-caught-up",))
+    with opened() as mirror:
+        refusals["POST", ""] = 503
+        (mirror.folder / "metrics.jsonl").write_text("1\n")
+        until = time.monotonic() + 20
+        while not isinstance(mirror._error, notices.StrictError) and time.monotonic() < until:
+            if mirror._error is not None:
+                refusals.clear()
+            time.sleep(0.02)
+        with pytest.raises(notices.StrictError):
+            mirror.check()
+        with pytest.raises(notices.StrictError):
+            mirror.flush()
+
+
 @pytest.mark.parametrize(
     ("url", "refused", "message"),
     [
