@@ -23,6 +23,7 @@ from btlm_jax.data.store import HELDOUT, Split, streams_of
 from btlm_jax.parallel.mesh import evaluation_sharding
 from btlm_jax.recipe.config import TrainConfig
 from btlm_jax.storage.files import read_json_object, write_atomically
+from btlm_jax.storage.location import mirror_of
 from btlm_jax.train import CHECKPOINTS, CONFIG_FILE, LOSS_PLOT, METRICS_FILE, POSITION_PLOT, SUMMARY_FILE, TENSORBOARD
 from btlm_jax.train.checkpoint import decay_again, flags_of
 from btlm_jax.train.heldout import HeldoutResult, evaluate_heldout
@@ -231,6 +232,7 @@ def _heldout_rows(sources: dict) -> list[str]:
 def _summary_text(summary: dict, config: TrainConfig, workdir: Path) -> str:
     heldout, prompt = summary["heldout"], summary["sample"]["prompt"]
     how, longer = longer_command(config, workdir, data=summary.get("data"))
+    report = " --output=report.html" if mirror_of(workdir).is_remote else ""  # nothing is written to a bucket
     lines = [
         "",
         f"Done: {summary['num_steps']:,} steps, {summary['num_tokens']:,} tokens{_epochs_text(summary.get('data'))}.",
@@ -246,8 +248,8 @@ def _summary_text(summary: dict, config: TrainConfig, workdir: Path) -> str:
         f"  with more tokens the run goes on from here; {how}:",
         f"  {longer}",
         f"  {'' if shutil.which('tensorboard') else f'{sys.executable} -m pip install tensorboard && '}"
-        f"tensorboard --logdir={workdir / TENSORBOARD}",
-        f"  btlm report {workdir}",
-        f"  btlm generate --checkpoint={workdir} --prompt={shlex.quote(prompt)}",
+        + shlex.join(["tensorboard", f"--logdir={workdir / TENSORBOARD}"]),
+        f"  {shlex.join(['btlm', 'report', str(workdir)])}{report}",
+        f"  {shlex.join(['btlm', 'generate', f'--checkpoint={workdir}'])} --prompt={shlex.quote(prompt)}",
     ]
     return "\n".join(lines)

@@ -19,7 +19,7 @@ from btlm_jax.cli import main
 from btlm_jax.recipe.config import with_later_keys
 from btlm_jax.recipe.optimizer import rates_of_steps
 from btlm_jax.train.checkpoint import Position, check_schedule, go_back
-from btlm_jax.train.finish import _epochs_text, longer_command, longer_flags
+from btlm_jax.train.finish import _epochs_text, _summary_text, longer_command, longer_flags
 from btlm_jax.train.metric_writer import read_metrics
 
 PER_STEP = 384
@@ -122,6 +122,20 @@ def test_the_command_of_a_finished_run_is_of_its_workdirs_config_and_allows_the_
     _, command = longer_command(config, Path("run"), data={"sources": sources})
     assert command.endswith(f" --config.data.max_epochs={math.ceil(6 * (allowed - 0.5))}")
     assert longer_command(config, Path("run"), data=None)[1].count("max_epochs") == 0
+
+
+def test_the_commands_that_the_end_prints_can_be_given_as_they_are(tmp_path, monkeypatch):
+    workdir = tmp_path / "a run"
+    workdir.mkdir()
+    (workdir / "metrics.jsonl").write_text("")
+    summary = {"num_steps": 20, "num_tokens": 7680, "heldout": {"sources": {}}}
+    summary |= {"sample": {"prompt": "it's", "continuation": "so"}}
+    lines = _summary_text(summary, run_of(20), workdir).splitlines()
+    commands = [shlex.split(line) for line in lines if line.startswith("  btlm ")]
+    assert commands[-1] == ["btlm", "generate", f"--checkpoint={workdir}", "--prompt=it's"]
+    assert commands[-2][:2] == ["btlm", "report"] and main(commands[-2][1:]) == 0
+    monkeypatch.setattr("btlm_jax.train.finish.mirror_of", lambda workdir: mock.Mock(is_remote=True))
+    assert f"btlm report '{workdir}' --output=report.html\n" in _summary_text(summary, run_of(20), workdir)
 
 
 def test_a_config_from_before_schedules_and_the_mask_is_the_linear_one_without_it():
