@@ -137,6 +137,8 @@ def _copy(reader, workdir: Path, target: PathOrUrl, rows: list[_Row]) -> None:
             reader.complete(row.step)
             names = shutil.ignore_patterns(*bucket.NOT_OF_A_CHECKPOINT)
             shutil.copytree(row.folder, partial / CHECKPOINTS / str(row.step), ignore=names)
+            if row.is_remote:
+                bucket.release(row.folder)
         for name in _KEPT_WITH_A_COPY:
             if (workdir / name).is_dir():
                 shutil.copytree(workdir / name, partial / name)

@@ -543,9 +543,10 @@ class Checkpointer:
     def _not_written(self, reason: str) -> str:
         complete = _steps_in(self.directory)
         last = f"the last complete checkpoint is step {complete[-1]:,}" if complete else "there is none yet"
+        what = "the disk or the bucket" if self._mirror.is_remote else "the disk"
         return (
-            f"a checkpoint could not be written to {self.directory}: {reason}; {last}; free some space or mend the "
-            "disk, and run the same command to go on"
+            f"a checkpoint could not be written to {self.directory}: {reason}; {last}; free some space or mend {what}, "
+            "and run the same command to go on"
         )
 
 

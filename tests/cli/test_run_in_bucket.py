@@ -43,6 +43,7 @@ def test_checkpoints_in_a_bucket(objects, token_store, tmp_path, capsys):
     assert [row.split()[0] for row in rows] == ["step", "6", "9"] and all(row.endswith(" verified") for row in rows[1:])
     assert not [*(tmp_path / "staging").glob("run-*-reader/run/checkpoints/*/state")]  # what was verified is not kept
     assert main(["checkpoints", URL, f"--copy={tmp_path / 'copy'}"]) == 0
+    assert not [*(tmp_path / "staging").glob("run-*-reader/run/checkpoints/*/state")]  # nor what was copied
     assert main(["checkpoints", str(tmp_path / "copy"), f"--copy={URL}-2"]) == 0
     assert steps_of(objects, "run-2/checkpoints") == {"6", "9"}
     assert main(["checkpoints", f"{URL}-2", f"--copy={URL}-2"]) == 1 and "exists" in capsys.readouterr().err
