@@ -545,6 +545,9 @@ def check_section(name: str, values: Mapping) -> None:
 _type_hints = functools.cache(typing.get_type_hints)
 
 
+_MOST = 10**40  # whole numbers end below it
+
+
 def _convert(hint, value, *, path: str):
     origin, arguments = typing.get_origin(hint), typing.get_args(hint)
     if hint == float | str:
@@ -571,6 +574,8 @@ def _convert(hint, value, *, path: str):
         return float(value)
     if type(value) is not hint:
         raise ValueError(f"{path}={_shown(value)} must be of type {hint.__name__}, not {type(value).__name__}")
+    if hint is int and abs(value) >= _MOST:
+        raise ValueError(f"{path}={_shown(value)} is too large")
     if hint is float and not math.isfinite(value):
         raise ValueError(f"{path}={value} must be a finite number")
     return value
@@ -578,7 +583,7 @@ def _convert(hint, value, *, path: str):
 
 def _shown(value) -> str:
     """Return the beginning of a value's repr; of an integer too long for decimal digits, its size."""
-    if type(value) is int and abs(value) >= 10**40:
+    if type(value) is int and abs(value) >= _MOST:
         return f"a number of {value.bit_length()} bits"
     text = repr(value)
     return text if len(text) <= 80 else f"{text[:77]}..."

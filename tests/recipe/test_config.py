@@ -89,6 +89,7 @@ def test_every_key_is_read_outside_config(cls, name):
         (lambda c: c["model"].update(vocab_size=10**11), "model.vocab_size=100,000,000,000 must be positive and below"),
         (lambda c: c["optimizer"].update(peak_learning_rate=float("inf")), "peak_learning_rate=inf must be a finite"),
         (lambda c: c["optimizer"].update(eps=float("nan")), "config.optimizer.eps=nan must be a finite number"),
+        (lambda c: c["optimizer"].update(schedule_tokens=10**400), "schedule_tokens=a number of 1329 bits is too"),
         (lambda c: c["optimizer"].update(eps=10**400), "config.optimizer.eps=a number of 1329 bits must be of type"),
         (lambda c: c["log"].update(sample_prompt="a\ud800"), "log.sample_prompt is not valid Unicode"),
         *(
