@@ -399,6 +399,8 @@ num_devices() {
 check_fits() {
   local changes=() word
   if ((SLICES > 1)); then
+    [[ $WORKDIR != *://* ]] ||
+      die 2 "WORKDIR=$WORKDIR is for a run of one process: with SLICES=$SLICES give a folder that every worker sees"
     say "the table has layouts of one slice: btlm plan --topology=$TYPE --slices=$SLICES tells whether $CONFIG fits"
     return 0
   fi
