@@ -13,6 +13,7 @@ import datetime
 import json
 import math
 import os
+import re
 import secrets
 import socket
 import subprocess
@@ -322,7 +323,7 @@ class StartRecord:
             "number": len(list(self._path.parent.glob("[!.]*.json"))),  # of earlier starts
             "host": socket.gethostname(),
             "pid": os.getpid(),
-            "command": ["btlm", *sys.argv[1:]],
+            "command": ["btlm", *map(_without_secrets, sys.argv[1:])],
             "folder": os.getcwd(),
             "python": ".".join(map(str, sys.version_info[:3])),
             "btlm_jax": __version__,
@@ -360,6 +361,11 @@ class StartRecord:
             self._end = {"code": code, "reason": " ".join(reason.split())}
             self.write()
             self._lock.release()
+
+
+def _without_secrets(word: str) -> str:
+    """Return a word of a command without what tells in a URL who asks: user, password, the query that is signed."""
+    return re.sub(r"://[^/?#\s]*@", "://...@", re.sub(r"(://[^?\s]*)\?\S*", r"\1?...", word))
 
 
 def _version(package: str) -> str:

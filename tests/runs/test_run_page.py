@@ -54,7 +54,7 @@ def write_run(workdir, *, config=None, last_step=9, loss=lambda step: 10 / step)
         run.writer.event(2, "<script>alert(1)</script>")
         run.writer.sample(last_step, prompt="a<b", continuation="c&d \x07")
         run.writer.record_event(3, "half \ud800 of a pair")
-    record.end(0, "")
+    record.end(1, "<img src=y>")
     return workdir
 
 
@@ -76,9 +76,10 @@ def points_of(source, label, number=0):
 
 
 def test_the_page_needs_nothing_else_and_shows_what_was_recorded(tmp_path, capsys):
-    workdir = write_run(tmp_path / "run")
+    workdir = write_run(tmp_path / 'r"><img src=x>', config=fake_config(log__sample_prompt="'\"><img src=z>"))
     source = report(capsys, workdir)
     page = Page(source)
+    assert all(f"<img src={name}>" in page.text for name in "xyz")
     names = {tag for tag, _ in page.tags}
     assert not names & {"link", "img", "iframe", "object", "base"} and "url(" not in source and "http" not in source
     assert all(attributes["href"].startswith("#s") for tag, attributes in page.tags if tag == "a")

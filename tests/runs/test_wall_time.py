@@ -171,6 +171,14 @@ def test_a_start_that_finds_the_run_finished_is_no_part_of_it(runs):
     assert wall_time(runs.read()).seconds["between starts"] == 1e6
 
 
+def test_a_record_has_no_secrets_of_urls(tmp_path, monkeypatch):
+    words = ["train", "--data=https://me:word@host/a@b.txt?sig=1&x=2", "s3://bucket/run", "--name=is it?"]
+    monkeypatch.setattr("sys.argv", ["btlm", *words])
+    StartRecord(tmp_path, GoodputLedger(Clock())).end(0, "")
+    (start,) = read_starts(tmp_path, [])
+    assert start.command == ("btlm", "train", "--data=https://...@host/a@b.txt?...", *words[2:])
+
+
 def test_the_order_of_starts_is_not_that_of_clocks(runs):
     runs.start(first_step=1, last_step=8)
     runs.now -= 1000  # on another machine
