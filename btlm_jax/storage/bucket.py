@@ -421,9 +421,11 @@ class Mirror:
         """Delete the objects of files and checkpoints that are not here any more, each checkpoint's COMMIT first."""
         here = {name for name, _ in self._local_files()}
         bases = {f"checkpoints/{step}" for step in self._steps()}
-        for origin in self.folder.rglob(ORIGIN):  # of one that is being set aside: where it is, and where it still is
-            bases.add(origin.parent.relative_to(self.folder).as_posix())
-            bases.add(origin.read_text(encoding="utf-8").removeprefix(f"{self.url}/"))
+        for at in [Path(at) for at, _, files in os.walk(self.folder) if ORIGIN in files]:
+            bases.add(at.relative_to(self.folder).as_posix())
+            with contextlib.suppress(FileNotFoundError):  # deleted meanwhile
+                # Of one that was set aside and is not copied yet: where it is in the bucket.
+                bases.add((at / ORIGIN).read_text(encoding="utf-8").removeprefix(f"{self.url}/"))
         kept = tuple(f"{base}/" for base in bases)
         gone = [name for name in self._known if name not in here and not name.startswith(kept) and not _is_hidden(name)]
         for name in sorted(gone, key=lambda name: not name.endswith(f"/{COMMIT}")):
