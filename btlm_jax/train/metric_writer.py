@@ -311,7 +311,7 @@ class StartRecord:
     """The file of one start of a run in its workdir: which command, where, its ledger, how it ended.
 
     A thread rewrites it every WRITE_SECONDS, so that it is known of a killed run too. A file that cannot be written is
-    left as it is: what stands in the way of it ends the run where the metrics are written.
+    left as it is: what stands in the way of it ends the run where the metrics are written. The end is written over it.
     """
 
     def __init__(self, workdir: Path, ledger: GoodputLedger):
@@ -351,7 +351,11 @@ class StartRecord:
                 self._path.parent.mkdir(exist_ok=True)
                 row = {**self._facts, "began": self._began, "written": time.time(), **self._ledger.to_json()}
                 row |= {"notices": notices.counts(), "end": self._end}
-                write_atomically(self._path, json.dumps(row))
+                try:
+                    write_atomically(self._path, json.dumps(row))
+                except OSError:
+                    if self._end is not None and self._path.is_file():
+                        self._path.write_text(json.dumps(row))  # a full disk has the room that the file takes
 
     def end(self, code: int, reason: str) -> None:
         """Record with which exit code the command ends, and why."""

@@ -171,6 +171,27 @@ def test_a_start_that_finds_the_run_finished_is_no_part_of_it(runs):
     assert wall_time(runs.read()).seconds["between starts"] == 1e6
 
 
+def test_the_end_is_recorded_on_a_full_disk(tmp_path, monkeypatch):
+    def fail(path, contents):
+        raise OSError(28, "No space left on device")
+
+    clock = Clock()
+    record = StartRecord(tmp_path, GoodputLedger(clock))
+    monkeypatch.setattr("btlm_jax.train.metric_writer.write_atomically", fail)
+    record.end(1, "no record yet")
+    assert read_starts(tmp_path, []) == ()
+    monkeypatch.undo()
+    record = StartRecord(tmp_path, GoodputLedger(clock))
+    record.write()
+    monkeypatch.setattr("btlm_jax.train.metric_writer.write_atomically", fail)
+    clock.now += 5
+    record.write()
+    assert read_starts(tmp_path, [])[0].seconds == {"total": 0.0}
+    record.end(1, "No space left")
+    (start,) = read_starts(tmp_path, problems := [])
+    assert (start.code, start.reason, start.seconds, problems) == (1, "No space left", {"total": 5.0}, [])
+
+
 def test_a_record_has_no_secrets_of_urls(tmp_path, monkeypatch):
     words = ["train", "--data=https://me:word@host/a@b.txt?sig=1&x=2", "s3://bucket/run", "--name=is it?"]
     monkeypatch.setattr("sys.argv", ["btlm", *words])
