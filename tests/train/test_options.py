@@ -4,8 +4,10 @@ import json
 import shutil
 
 import pytest
+from support.made_up_curve import write_curve
 from support.real_store import write_config
-from support.run_command import assert_same_run, recorded, train_arguments
+from support.run_command import NUM_STEPS, assert_same_run, recorded, train_arguments
+from support.tiny import tiny_config
 
 from btlm_jax.cli import main
 from btlm_jax.hub.native import read_run
@@ -27,8 +29,7 @@ OPTIONS = {
 
 @pytest.mark.slow
 def test_a_run_with_all_of_them_resumes_to_the_bit(token_store, tmp_path, capfd):
-    plain = write_config(tmp_path / "plain.py", store=str(token_store))
-    assert main(train_arguments(plain, tmp_path / "reference")) == 0
+    write_curve(tmp_path / "reference", tiny_config(), [6.0 - step / 10 for step in range(NUM_STEPS)])
     config = write_config(
         tmp_path / "config.py", store=str(token_store), log__reference=str(tmp_path / "reference"), **OPTIONS
     )

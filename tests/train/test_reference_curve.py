@@ -1,14 +1,14 @@
 """The curve of a run beside a smaller one's: made-up curves that collapse, one that departs, in float64 sums."""
 
 import dataclasses
-import json
 
 import numpy as np
 import pytest
+from support.made_up_curve import write_curve
 from support.tiny import tiny_config
 
 from btlm_jax import notices
-from btlm_jax.train import CONFIG_FILE, METRICS_FILE
+from btlm_jax.train import CONFIG_FILE
 from btlm_jax.train.reference_curve import AFTER_WARMUP, SMOOTHING, TOLERANCE, ReferenceCurve
 
 STEPS = 400
@@ -23,23 +23,12 @@ def shape(share: np.ndarray) -> np.ndarray:
     return 1 + 0.8 * np.exp(-6 * share) + 0.1 * (1 - share)
 
 
-def write_run(workdir, config, losses) -> None:
-    workdir.mkdir(parents=True, exist_ok=True)
-    (workdir / CONFIG_FILE).write_text(config.to_json())
-    numbers = {"learning_rate": 0.1, "grad_norm": 1.0, "tokens_per_second": 1.0, "mfu": 0.1, "seconds": 1.0}
-    rows = [
-        {"kind": "train", "step": step, "tokens": 384 * step, "seq_len": 24, "loss": loss, "weight": 384.0, **numbers}
-        for step, loss in enumerate(losses, start=1)
-    ]
-    (workdir / METRICS_FILE).write_text("".join(json.dumps(row) + "\n" for row in rows))
-
-
 @pytest.fixture
 def reference(tmp_path):
     notices.begin(strict=())
     config = config_of(200)
     shares = np.arange(1, 201) / 200
-    write_run(tmp_path / "small", config, (5 * shape(shares)).tolist())
+    write_curve(tmp_path / "small", config, (5 * shape(shares)).tolist())
     return tmp_path / "small"
 
 
@@ -87,7 +76,7 @@ def test_a_resumed_run_goes_on_as_if_it_had_not_stopped(reference, tmp_path):
     losses[100] = float("nan")  # of a step without targets
     whole = ReferenceCurve(reference, config)
     expected = [whole.add(384 * step, loss) for step, loss in enumerate(losses, start=1)]
-    write_run(tmp_path / "run", config, losses[:300])  # a killed run, whose checkpoint is of step 250
+    write_curve(tmp_path / "run", config, losses[:300])  # a killed run, whose checkpoint is of step 250
     again = ReferenceCurve(reference, config)
     again.follow(tmp_path / "run", first_step=251)
     assert [again.add(384 * step, losses[step - 1]) for step in range(251, STEPS + 1)] == expected[250:]
@@ -97,7 +86,7 @@ def test_a_resumed_run_goes_on_as_if_it_had_not_stopped(reference, tmp_path):
 def test_what_cannot_be_compared_is_refused_or_said(reference, tmp_path):
     with pytest.raises(FileNotFoundError, match="log.reference=.*none is no run: it has no config.json"):
         ReferenceCurve(tmp_path / "none", config_of(STEPS))
-    write_run(tmp_path / "half", config_of(200), [5.0] * 150)
+    write_curve(tmp_path / "half", config_of(200), [5.0] * 150)
     with pytest.raises(ValueError, match="half has trained 57,600 of 76,800 tokens; it must be a finished run"):
         ReferenceCurve(tmp_path / "half", config_of(STEPS))
     (tmp_path / "half" / CONFIG_FILE).write_text("{}")
