@@ -131,6 +131,9 @@ def _coord_check(arguments: Sequence[str]) -> int:
                 raise UsageError(f"--{name} goes with --config: the check without one is always the same")
     if flags.string("widths") and flags.string("depths"):
         raise UsageError("--widths and --depths are both given; one of them grows, give that")
+    for name, why in (("num_layers", "depths say the layers"), ("mutate", "what it breaks are rules of the width")):
+        if flags.string("depths") and flags.is_given(name):
+            raise UsageError(f"--{name} has no effect with --depths: {why}; leave it out")
     if flags.integer("seeds") < 1:
         raise UsageError(f"--seeds={flags.integer('seeds')} must be at least 1")
     sizes = {name: _whole_numbers(flags, name) for name in ("widths", "depths")}
@@ -423,8 +426,9 @@ class _Study:
             record.end(codes[outcome], stop.reason)
             return outcome
 
+        results = None
         try:
-            return trials.work(
+            results = trials.work(
                 self.directory,
                 choose,
                 run_trial,
@@ -433,10 +437,13 @@ class _Study:
                 log=print_line,
             )
         finally:
-            for process in self._started:
-                if stop.reason:
+            for number, process in enumerate(self._started, start=1):
+                if results is None:  # stopped, or an error: the others are to leave checkpoints and end too
                     process.terminate()
-                process.wait()
+                code = process.wait()
+                if results is not None and code:
+                    print_line(f"worker {number} ended with exit code {code}: see {self.directory}/worker-{number}.txt")
+        return results
 
     def write(self, name: str, values: dict) -> None:
         """Write a file of JSON into the directory."""
@@ -448,10 +455,11 @@ def _without_workers(arguments: Sequence[str]) -> list[str]:
     kept, rest = [], list(arguments)
     while rest:
         argument = rest.pop(0)
-        if argument == "--workers":
-            rest[:1] = []
-        elif not argument.startswith("--workers="):
+        name, equals, _ = argument.partition("=")
+        if not (argument.startswith("-") and name.lstrip("-") == "workers"):  # as Flags reads names: -workers too
             kept.append(argument)
+        elif not equals:
+            rest[:1] = []
     return kept
 
 

@@ -19,7 +19,7 @@ import numpy as np
 from btlm_jax.display.plotting import new_panels, write_figure
 from btlm_jax.recipe.config import TrainConfig
 from btlm_jax.tune.coord_check import at_width
-from btlm_jax.tune.trials import Result, Trial
+from btlm_jax.tune.trials import Result, Trial, resampled_mean, scale_tokens
 
 NEAR = 2.0  # octaves to either side of the best rate that the parabola is laid through
 MOST_MORE = 4  # rates that a curve gets beyond each end of those asked for
@@ -61,6 +61,8 @@ class Sweep:
             raise ValueError(f"rates={self.log2_rates}: give three or more, ascending, at equal distances")
         if self.num_seeds < 1:
             raise ValueError(f"seeds={self.num_seeds} must be at least 1")
+        if len(set(self.curves)) < len(self.curves):
+            raise ValueError("a preset, width, depth, batch or number of tokens is given twice")
         for curve in self.curves:
             self.config_of(curve, rate=self.log2_rates[0], seed=0)
 
@@ -89,7 +91,7 @@ class Sweep:
         per_step = batch_size[0] * config.curriculum.seq_len[0]
         num_tokens = tuple(max(1, round(n * curve.tokens / per_step)) * per_step for n in config.curriculum.num_tokens)
         optimizer, peak = config.optimizer, 2.0**rate
-        total = config.curriculum.table.num_tokens
+        ratio = sum(num_tokens) / config.curriculum.table.num_tokens
         return dataclasses.replace(
             config,
             seed=config.seed + seed,
@@ -100,7 +102,10 @@ class Sweep:
                 optimizer,
                 peak_learning_rate=peak,
                 end_learning_rate=peak * optimizer.end_learning_rate / optimizer.peak_learning_rate,
-                warmup_tokens=round(optimizer.warmup_tokens * sum(num_tokens) / total / per_step) * per_step,
+                **{
+                    name: scale_tokens(getattr(optimizer, name), ratio, per_step=per_step)
+                    for name in ("warmup_tokens", "schedule_begin", "schedule_tokens")
+                },
             ),
             data=dataclasses.replace(config.data, seed=config.data.seed + seed),
         )
@@ -149,20 +154,19 @@ class Optimum:
     """Where a curve's loss is least: log2 of the learning rate, its interval, and the parabola's loss there."""
 
     rate: float
-    low: float
-    high: float
+    low: float | None  # None: one seed and three rates, which a parabola meets exactly, have no scatter to see
+    high: float | None
     loss: float
     is_bracketed: bool  # the vertex lies between the rates that were tried, with higher losses on both sides
 
 
 def optimum_of(rates: Sequence[float], losses: Sequence[Sequence[float]], *, seed: int = 0) -> Optimum:
-    """Return the optimum of losses by rate and seed; those that are not finite are left out.
+    """Return the optimum of losses by rate and seed; rates at which a seed diverged are left out.
 
     Raises:
       ValueError: fewer than three rates have a finite loss.
     """
-    pairs = [(rate, [x for x in each if math.isfinite(x)]) for rate, each in zip(rates, losses, strict=True)]
-    pairs = [(rate, each) for rate, each in pairs if each]
+    pairs = [(rate, each) for rate, each in zip(rates, losses, strict=True) if each and all(map(math.isfinite, each))]
     if len(pairs) < 3:
         raise ValueError(f"{len(pairs)} of {len(rates)} learning rates have a finite loss; an optimum needs three")
     best = min(pairs, key=lambda pair: float(np.mean(pair[1])))[0]
@@ -179,17 +183,17 @@ def optimum_of(rates: Sequence[float], losses: Sequence[Sequence[float]], *, see
     found = []
     for _ in range(NUM_SAMPLES):
         if is_seeded:
-            again = np.array([np.mean(rng.choice(each, len(each))) for _, each in near])
+            again = np.array([resampled_mean(each, rng) for _, each in near])
         else:
             again = fitted + rng.choice(spread, len(x))
         found.append(_vertex(x - best, np.polyfit(x - best, again, 2)))
-    low, high = np.quantile(found, TAILS)
+    low, high = np.quantile(found, TAILS).tolist() if is_seeded or len(x) > 3 else (None, None)
     place = _vertex(x - best, (a, b, c))
     is_inside = a > 0 and min(rates) < best < max(rates)
     return Optimum(
         rate=float(best + place),
-        low=float(best + low),
-        high=float(best + high),
+        low=None if low is None else float(best + low),
+        high=None if high is None else float(best + high),
         loss=float(np.polyval((a, b, c), place)),
         is_bracketed=bool(is_inside),
     )
@@ -236,7 +240,7 @@ def _transfers(curves: Sequence[dict]) -> list[dict]:
             {
                 "preset": preset,
                 "range_of_optima": max(rates) - min(rates),
-                "loss_with_own_optimum": own_loss,
+                "loss_with_own_optimum": own_loss if math.isfinite(own_loss) else None,
                 "loss_with_first_optimum": moved if math.isfinite(moved) else None,
             }
         )
@@ -244,11 +248,14 @@ def _transfers(curves: Sequence[dict]) -> list[dict]:
 
 
 def _loss_at(curve: dict, rate: float) -> float:
-    """Return a curve's loss at a rate, by the parabola through the three rates nearest to it; inf if one diverged."""
+    """Return a curve's loss at a rate, by the parabola through the three nearest rates that did not diverge.
+
+    It is infinite where the rate nearest of all did.
+    """
     pairs = sorted(zip(curve["log2_rates"], map(_mean, curve["losses"]), strict=True), key=lambda p: abs(p[0] - rate))
-    rates, losses = zip(*pairs[:3], strict=True)
-    if not all(map(math.isfinite, losses)):
+    if not math.isfinite(pairs[0][1]):
         return math.inf
+    rates, losses = zip(*[pair for pair in pairs if math.isfinite(pair[1])][:3], strict=True)
     return float(np.polyval(np.polyfit(np.array(rates) - rate, losses, 2), 0.0))
 
 
@@ -263,16 +270,15 @@ def format_report(values: dict) -> str:
         curve = Curve(**{field.name: each[field.name] for field in dataclasses.fields(Curve)})
         optimum = each["optimum"]
         note = "" if optimum["is_bracketed"] else "  at the end of the rates: not an optimum"
-        lines.append(
-            f"{curve!s:<28} {optimum['rate']:>15.2f} {optimum['low']:>8.2f} to {optimum['high']:>6.2f} "
-            f"{optimum['loss']:>11.4f}{note}"
-        )
+        interval = "unknown" if optimum["low"] is None else f"{optimum['low']:.2f} to {optimum['high']:>6.2f}"
+        lines.append(f"{curve!s:<28} {optimum['rate']:>15.2f} {interval:>18} {optimum['loss']:>11.4f}{note}")
     for each in values["transfers"]:
-        moved = each["loss_with_first_optimum"]
-        cost = "it diverges" if moved is None else f"{moved - each['loss_with_own_optimum']:+.4f} nats"
+        moved, own = each["loss_with_first_optimum"], each["loss_with_own_optimum"]
+        diverges = moved is None or own is None
+        cost = "all: it diverges there" if diverges else f"{moved - own:+.4f} nats against its own"
         lines.append(
             f"{each['preset']}: the optimum moves over {each['range_of_optima']:.2f} octaves; the first curve's "
-            f"optimum at the last curve costs {cost} against its own"
+            f"optimum at the last curve costs {cost}"
         )
     return "\n".join(lines)
 
@@ -291,9 +297,10 @@ def plot(values: dict, path: Path) -> None:
             name = str(Curve(**{field.name: curve[field.name] for field in dataclasses.fields(Curve)}))
             (line,) = panel.plot(curve["log2_rates"], means, "o-", markersize=3, label=name.partition("-")[2])
             optimum, color = curve["optimum"], line.get_color()
+            ends = [optimum["rate"] if optimum[end] is None else optimum[end] for end in ("low", "high")]
             panel.errorbar(
                 [optimum["rate"]], [optimum["loss"]], fmt="*", markersize=10, color=color, capsize=3,
-                xerr=[[optimum["rate"] - optimum["low"]], [optimum["high"] - optimum["rate"]]],
+                xerr=[[max(0.0, optimum["rate"] - ends[0])], [max(0.0, ends[1] - optimum["rate"])]],
             )  # fmt: skip
         panel.set_ylim(least - 0.05, min(max(finite), least + 1.5) + 0.05)
         panel.set_xlabel("log2(peak learning rate)")

@@ -22,7 +22,7 @@ import numpy as np
 from btlm_jax import notices
 from btlm_jax.recipe.config import TrainConfig, config_types, train_config_from
 from btlm_jax.storage.files import read_json_object
-from btlm_jax.tune.trials import Result, Trial
+from btlm_jax.tune.trials import Result, Trial, resampled_mean, scale_tokens
 
 ETA = 3  # of a rung, one in so many goes on, to so many times the tokens
 BINS = 4
@@ -47,6 +47,8 @@ class Dimension:
             raise ValueError(f"{self.key}={self.low:g}:{self.high:g} is no range that rises")
         if self.scale != LINEAR and self.low <= 0:
             raise ValueError(f"{self.key}={self.low:g}:{self.high:g} must be positive for the scale {self.scale}")
+        if self.scale == LOG2_WHOLE and math.ceil(math.log2(self.low)) > math.floor(math.log2(self.high)):
+            raise ValueError(f"{self.key}={self.low:g}:{self.high:g} has no power of two")
         types = config_types()
         if self.key not in (BATCH, WARMUP) and types.get(self.key) not in (float, float | str):
             raise ValueError(f"{self.key} is no key of the config whose value is a number with a fraction")
@@ -57,7 +59,8 @@ class Dimension:
             return self.low + share * (self.high - self.low)
         low, high = math.log2(self.low), math.log2(self.high)
         if self.scale == LOG2_WHOLE:
-            return 2.0 ** min(math.floor(low + share * (high - low + 1)), math.floor(high))
+            first, last = math.ceil(low), math.floor(high)
+            return 2.0 ** min(math.floor(first + share * (last - first + 1)), last)
         return 2 ** (low + share * (high - low))
 
 
@@ -168,14 +171,17 @@ def with_values(config: TrainConfig, values: Mapping[str, float], *, tokens: flo
     sizes = tuple(round(size * ratio) for size in curriculum["batch_size"])
     per_step = sizes[0] * curriculum["seq_len"][0]
     whole = tuple(max(1, round(n * tokens / per_step)) * per_step for n in curriculum["num_tokens"])
-    warmup = optimizer["warmup_tokens"] * sum(whole) / sum(curriculum["num_tokens"]) * values.get(WARMUP, 1.0)
+    ratio, factor = sum(whole) / sum(curriculum["num_tokens"]), values.get(WARMUP, 1.0)
+    warmup = scale_tokens(optimizer["warmup_tokens"], ratio * factor, per_step=per_step)
     end = optimizer["end_learning_rate"] / optimizer["peak_learning_rate"]
     curriculum |= {"batch_size": sizes, "num_tokens": whole}
     for key, value in values.items():
         if key not in (BATCH, WARMUP):
             section, _, name = key.rpartition(".")
             made[section][name] = value
-    optimizer["warmup_tokens"] = min(round(warmup / per_step) * per_step, sum(whole) // 2)
+    optimizer["warmup_tokens"] = warmup if ratio == factor == 1 else min(warmup, sum(whole) // 2)
+    for name in ("schedule_begin", "schedule_tokens"):
+        optimizer[name] = scale_tokens(optimizer[name], ratio, per_step=per_step)
     if "optimizer.peak_learning_rate" in values and "optimizer.end_learning_rate" not in values:
         optimizer["end_learning_rate"] = end * optimizer["peak_learning_rate"]
     made["seed"] += seed
@@ -209,9 +215,10 @@ def report(search: Search, results: Mapping[str, Result]) -> dict:
         "final": finals,
         "gain": gain_of(own["losses"], best["losses"]),
         "importance": importance(search.space, search.shares, np.array(first, float)),
-        "constants": best["values"],
+        "constants": {key: _value_of(search.config, key) for key in TRANSFERRED} | finals[0]["values"],
         "base": {
             "d_model": search.config.mup.base_d_model,
+            "num_layers": search.config.mup.base_num_layers,
             "preset": search.config.mup.preset,
         },
     }
@@ -224,12 +231,18 @@ TRANSFERRED = (
 )  # fmt: skip
 
 
+def _value_of(config: TrainConfig, key: str) -> float:
+    section, _, name = key.rpartition(".")
+    return getattr(getattr(config, section), name)
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Constants:
-    """What a search found that larger models take: values by key, and the width that they are relative to."""
+    """What a search found that larger models take: values by key, and the width and depth that they are relative to."""
 
     values: dict[str, float]
     base_width: float
+    base_depth: int
     preset: str
 
 
@@ -240,7 +253,13 @@ def read_constants(path: Path) -> Constants:
       ValueError: it is none, or none of its keys are transferred.
     """
     match read_json_object(path):
-        case {"constants": dict(values), "base": {"d_model": float(width), "preset": str(preset)}}:
+        case {
+            "constants": dict(values),
+            "base": {"d_model": float(width), "num_layers": int(depth), "preset": str(preset)},
+        }:
+            for key, value in values.items():
+                if type(value) not in (int, float):
+                    raise ValueError(f"{path}: constants.{key} must be a number; run the search's command again")
             kept = {key: float(value) for key, value in values.items() if key in TRANSFERRED}
         case _:
             raise ValueError(f"{path} is no search.json of btlm tune search")
@@ -249,7 +268,7 @@ def read_constants(path: Path) -> Constants:
         notices.report("constants-not-taken", text, count=len(left_out))
     if not kept:
         raise ValueError(f"{path} has none of {', '.join(TRANSFERRED)}, which are what a larger model takes")
-    return Constants(values=kept, base_width=width, preset=preset)
+    return Constants(values=kept, base_width=width, base_depth=depth, preset=preset)
 
 
 def with_constants(config: TrainConfig, *, found: Constants) -> TrainConfig:
@@ -263,6 +282,7 @@ def with_constants(config: TrainConfig, *, found: Constants) -> TrainConfig:
     made["mup"] |= {
         "preset": found.preset,
         "base_d_model": found.base_width,
+        "base_num_layers": found.base_depth,
         "base_d_ff": config.model.d_ff * found.base_width / config.model.d_model,
     }
     return train_config_from(made)
@@ -280,7 +300,7 @@ def gain_of(own: Sequence, best: Sequence, *, seed: int = 0) -> dict:
     if min(len(own), len(best)) < 2:
         return {"nats": gain, "low": None, "high": None}
     rng = np.random.default_rng(seed)
-    found = [rng.choice(own, len(own)).mean() - rng.choice(best, len(best)).mean() for _ in range(NUM_SAMPLES)]
+    found = [resampled_mean(own, rng) - resampled_mean(best, rng) for _ in range(NUM_SAMPLES)]
     low, high = np.quantile(found, TAILS)
     return {"nats": gain, "low": float(low), "high": float(high)}
 
@@ -338,6 +358,8 @@ def format_report(values: dict) -> str:
     interval = "" if gain["low"] is None else f", 90 % from {gain['low']:+.4f} to {gain['high']:+.4f} over seeds"
     better = "one of them diverged" if gain["nats"] is None else f"{gain['nats']:+.4f} nats better{interval}"
     lines.append(f"Against the config as it is: {better}")
+    if not values["final"][0]["values"]:
+        lines.append("No point is better than the config: its own constants are those of search.json")
     lines.append("Share of the variance of ranks that each key explains alone (omega squared of 4 bins, 90 %):")
     for each in values["importance"]:
         lines.append(f"  {each['key']:<32} {each['share']:>5.2f}   {each['low']:.2f} to {each['high']:.2f}")

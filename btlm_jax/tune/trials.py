@@ -26,6 +26,8 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 
+import numpy as np
+
 from btlm_jax.recipe.config import PREPARED, TrainConfig
 from btlm_jax.storage import owner
 from btlm_jax.storage.files import read_json_object, write_atomically
@@ -55,6 +57,17 @@ class Result:
 Results = Mapping[str, Result]
 Choose = Callable[[Results], Sequence[Trial]]  # what is to be tried, finished trials included; no new ones: the end
 RunTrial = Callable[[TrainConfig, Path], str]  # (config, workdir) -> DONE, PREEMPTED or BAD_NUMBERS of train/loop.py
+
+
+def scale_tokens(tokens: int, ratio: float, *, per_step: int) -> int:
+    """Return so many times the tokens in whole steps; as they are at 1."""
+    return tokens if ratio == 1 else round(tokens * ratio / per_step) * per_step
+
+
+def resampled_mean(values: Sequence[float], rng: np.random.Generator) -> float:
+    """Return the mean of a bootstrap's sample of n >= 2 values, its deviation widened by sqrt(n / (n - 1))."""
+    mean, count = float(np.mean(values)), len(values)
+    return mean + (float(np.mean(rng.choice(values, count))) - mean) * math.sqrt(count / (count - 1))
 
 
 def begin_study(directory: Path, study: dict) -> None:
@@ -114,6 +127,7 @@ def work(
     Trials that other workers are making are waited for. `on_loss` is called with a line, in a thread, if another worker
     takes the trial that this one is making; it must end this process, or two would write to one workdir.
     """
+    seen: dict[Path, tuple[owner.Owner, float]] = {}
     while True:
         results = read_results(directory)
         left = [trial for trial in choose(results) if trial.name not in results]
@@ -123,6 +137,8 @@ def work(
         for trial in left:
             if is_stopping():
                 return None
+            if _is_elsewhere(directory / TRIALS / trial.name, seen):
+                continue
             with _claimed(directory, trial, on_loss) as is_ours:
                 if not is_ours:
                     continue
@@ -159,7 +175,7 @@ def read_result(directory: Path, name: str) -> Result | None:
     loss, seconds = values.get("loss"), values.get("seconds")
     if not isinstance(loss, (float, type(None))) or not isinstance(seconds, float):
         raise ValueError(f"{path} has no loss and seconds; delete it, and the trial is finished again")
-    return Result(loss=math.inf if loss is None else loss, seconds=seconds)
+    return Result(loss=loss if loss is not None and math.isfinite(loss) else math.inf, seconds=seconds)
 
 
 def start_workers(count: int, arguments: Sequence[str], *, directory: Path) -> list[subprocess.Popen]:
@@ -172,8 +188,13 @@ def start_workers(count: int, arguments: Sequence[str], *, directory: Path) -> l
     """
     if count == 1:
         return []
-    gpus = os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if os.environ.get("CUDA_VISIBLE_DEVICES") else []
-    gpus = gpus or [path.name.removeprefix("nvidia") for path in sorted(Path("/dev").glob("nvidia[0-9]*"))]
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if visible in ("", "-1") or os.environ.get("JAX_PLATFORMS") == "cpu":
+        gpus = []
+    elif visible:
+        gpus = visible.split(",")
+    else:
+        gpus = [path.name.removeprefix("nvidia") for path in sorted(Path("/dev").glob("nvidia[0-9]*"))]
     cores = sorted(os.sched_getaffinity(0))
     parts = gpus or cores
     if count > len(parts):
@@ -215,13 +236,26 @@ def _make(directory: Path, trial: Trial, run_trial: RunTrial) -> Result | None:
         return None
     loss = None
     if outcome == DONE:
-        heldout = read_json_object(workdir / SUMMARY_FILE)["heldout"]
-        loss = float(heldout["loss"])
+        found = float(read_json_object(workdir / SUMMARY_FILE)["heldout"]["loss"])
+        loss = found if math.isfinite(found) else None
     result = Result(loss=math.inf if loss is None else loss, seconds=time.monotonic() - began)
     values = {"loss": loss, "seconds": result.seconds, "outcome": outcome}
     write_atomically(workdir / RESULT_FILE, json.dumps(values))
     shutil.rmtree(workdir / CHECKPOINTS, ignore_errors=True)  # of dozens of trials; the numbers stay
     return result
+
+
+def _is_elsewhere(workdir: Path, seen: dict[Path, tuple[owner.Owner, float]]) -> bool:
+    """Return whether a command on another machine owns a workdir and may live, by what was `seen` of it when.
+
+    owner.take would stand and watch it, for seconds of each trial, where there are others to be made meanwhile.
+    """
+    found, now = owner.read_owner(workdir), time.monotonic()
+    if found is None or owner.is_alive(found) is not None:
+        return False
+    if workdir not in seen or seen[workdir][0] != found:
+        seen[workdir] = found, now
+    return now - seen[workdir][1] <= owner.DEAD_SECONDS
 
 
 @contextlib.contextmanager

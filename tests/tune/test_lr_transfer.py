@@ -81,8 +81,26 @@ def test_an_optimum_at_the_end_is_said_to_be_none_and_divergence_is_left_out():
     assert not falling.is_bracketed
     diverged = optimum_of(rates, [[3.3], [3.0], [3.4], [math.inf]])
     assert diverged.is_bracketed and diverged.rate == pytest.approx(-8 - 1 / 14)  # of the parabola through the three
+    of_two = optimum_of(rates, [[3.3, 3.3], [3.0, 3.0], [3.4, 3.4], [2.0, math.inf]])
+    assert of_two.rate == pytest.approx(diverged.rate)  # one seed of the best rate diverged: it is not the best
     with pytest.raises(ValueError, match="2 of 4 learning rates have a finite loss"):
         optimum_of(rates, [[3.3], [3.0], [math.inf], [math.nan]])
+
+
+def test_three_rates_of_one_seed_have_no_interval(tmp_path):
+    """A parabola meets them exactly, and has no residuals; and the last rate, which diverged, costs nothing."""
+    tried = sweep(presets=("btlm",), num_seeds=1)
+    losses = dict(zip(tried.log2_rates, (3.3, 3.1, 3.0, math.inf), strict=True))
+    results = {
+        tried.name_of(curve, rate=rate, seed=0): Result(loss=loss, seconds=1.0)
+        for curve in tried.curves
+        for rate, loss in losses.items()
+    }
+    values = lr_transfer.report(tried, results)
+    assert all((each["optimum"]["low"], each["optimum"]["high"]) == (None, None) for each in values["curves"])
+    assert json.loads(json.dumps(values, allow_nan=False)) == json.loads(json.dumps(values))
+    assert "unknown" in (text := lr_transfer.format_report(values)) and "curve costs +0.0000 nats" in text
+    lr_transfer.plot(values, tmp_path / "plot.png")
 
 
 def test_an_interval_of_one_seed_grows_with_the_scatter_about_the_parabola():
@@ -106,6 +124,8 @@ def test_a_trial_is_the_config_with_its_sizes_and_rate():
     assert config.mup.preset == "sp" and config.mup.base_d_model == base.mup.base_d_model
     assert config.curriculum.batch_size == (32, 16)
     assert config.curriculum.table.num_tokens == 3 * base.curriculum.table.num_tokens
+    long = sweep(config=tiny_config(model__num_heads=2, optimizer__schedule_tokens=8 * 384), tokens=(3.0,))
+    assert long.config_of(curve, rate=-7.0, seed=0).optimizer.schedule_tokens == 3 * 8 * 384
     shares = [c.optimizer.warmup_tokens / c.curriculum.table.num_tokens for c in (base, config)]
     assert shares[0] == pytest.approx(shares[1], rel=0.1)
     assert config.optimizer.peak_learning_rate == 2**-7
@@ -123,6 +143,7 @@ def test_a_trial_is_the_config_with_its_sizes_and_rate():
         ({"widths": (30,)}, "heads are 20 wide"),
         ({"batches": (0.05,)}, "gives 0.8 sequences a step"),
         ({"num_seeds": 0}, "seeds=0 must be at least 1"),
+        ({"widths": (20, 20)}, "is given twice"),
     ],
 )
 def test_a_sweep_that_cannot_be_is_refused_at_once(change, said):
@@ -133,7 +154,9 @@ def test_a_sweep_that_cannot_be_is_refused_at_once(change, said):
 @pytest.mark.slow
 def test_a_sweep_goes_on_and_trains_what_is_left(token_store, tmp_path, capsys):
     """Two of its three trials are finished, by a made-up loss; the third is an ordinary run."""
-    config = write_config(tmp_path / "config.py", store=token_store, curriculum__num_tokens=(2 * 384, 384))
+    one_phase = {"seq_len": (48,), "batch_size": (8,), "num_tokens": (3 * 384,)}
+    changes = {f"curriculum__{name}": value for name, value in one_phase.items()}
+    config = write_config(tmp_path / "config.py", store=token_store, **changes)
     directory = tmp_path / "study"
     for rate, loss in ((-9, 9.0), (-7, 9.5)):
         (directory / "trials" / f"btlm-d40-l2-lr{rate}-s0").mkdir(parents=True)
@@ -150,7 +173,6 @@ def test_a_sweep_goes_on_and_trains_what_is_left(token_store, tmp_path, capsys):
     assert curve["losses"] == [[9.0], [summary["heldout"]["loss"]], [9.5]] and summary["num_steps"] == 3
     assert loss == pytest.approx(summary["heldout"]["loss"], abs=1e-4) and loss < 8
     assert not (directory / "trials" / "btlm-d40-l2-lr-8-s0" / "checkpoints").exists()
-    assert main(command) == 0  # all is done
     assert main([*command[:-1], "--config.optimizer.warmup_tokens=768"]) == 1
     assert "holds another study, of config.optimizer.warmup_tokens=384, not 768" in capsys.readouterr().err
 
@@ -169,5 +191,16 @@ def test_flags_that_cannot_be_are_refused(tmp_path, capsys):
 
 
 def test_workers_are_given_the_same_command_without_workers():
-    arguments = ["tune", "search", "--workers", "2", "--points=3", "--workers=4", "--seed=1"]
+    arguments = [
+        "tune",
+        "search",
+        "--workers",
+        "2",
+        "--points=3",
+        "--workers=4",
+        "-workers=4",
+        "-workers",
+        "3",
+        "--seed=1",
+    ]
     assert _without_workers(arguments) == ["tune", "search", "--points=3", "--seed=1"]

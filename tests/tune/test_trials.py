@@ -108,6 +108,23 @@ def test_a_trial_of_another_owner_is_waited_for(tmp_path, monkeypatch):
     assert len(waited) >= 3
 
 
+def test_trials_of_another_machine_are_passed_over_without_watching_them(tmp_path, monkeypatch):
+    monkeypatch.setattr(trials, "_WAIT_SECONDS", 0.01)
+    workdir = tmp_path / "trials/trial-0"
+    workdir.mkdir(parents=True)
+    owner.take(workdir, steal=False)
+    file = workdir / owner.OWNER_FILE
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"machine": "another"}))
+    monkeypatch.setattr(owner.time, "sleep", lambda seconds: pytest.fail("it is watched") if seconds > 0.1 else None)
+
+    def choose(results):
+        if "trial-1" in results:
+            file.unlink(missing_ok=True)  # that command is done with it
+        return [trial(0), trial(1)]
+
+    assert list(run_all(tmp_path, choose, finish)) == ["trial-0", "trial-1"]
+
+
 def test_another_study_and_damaged_results_are_refused(tmp_path):
     begin_study(tmp_path, {"kind": "a", "config": {"x": (1, 2)}})
     begin_study(tmp_path, {"kind": "a", "config": {"x": (1, 2)}})
@@ -119,8 +136,8 @@ def test_another_study_and_damaged_results_are_refused(tmp_path):
         read_result(tmp_path, "trial-0")
 
 
-@pytest.mark.parametrize("gpus", ["", "4,5,7"])
-def test_workers_share_the_machine(tmp_path, monkeypatch, gpus):
+@pytest.mark.parametrize(("gpus", "visible", "platforms"), [(0, "", ""), (0, "4,5", "cpu"), (1, "4,5,7", "")])
+def test_workers_share_the_machine(tmp_path, monkeypatch, gpus, visible, platforms):
     """Each has its own cores or GPUs, all of them are dealt out, and this process keeps the first share."""
     cores, started = {0, 1, 2, 3, 4}, []
 
@@ -134,8 +151,9 @@ def test_workers_share_the_machine(tmp_path, monkeypatch, gpus):
     monkeypatch.setattr(trials.os, "sched_getaffinity", lambda _: set(cores))
     monkeypatch.setattr(trials.os, "sched_setaffinity", set_affinity)
     monkeypatch.setattr(trials.subprocess, "Popen", popen)
-    monkeypatch.setattr(trials.Path, "glob", lambda *_: [])  # no /dev/nvidia0 of this machine
-    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", gpus)
+    monkeypatch.setattr(trials.Path, "glob", lambda *_: [trials.Path("/dev/nvidia0")])
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+    monkeypatch.setenv("JAX_PLATFORMS", platforms)
     trials.start_workers(2, ["tune", "search"], directory=tmp_path)
     ((command, theirs, their_gpus),) = started
     assert command[1:] == ["-m", "btlm_jax", "tune", "search"]

@@ -54,12 +54,25 @@ def test_of_each_rung_the_best_third_goes_on_and_the_config_beside_them():
     assert [sorted(set(rung) - {0}) for rung in rungs[1:]] == [sorted(truth[:9]), sorted(truth[:3])]
     assert len(results) == 28 + 10 + 2 * 4
     values = search.report(tried, results)
-    assert values["constants"] == tried.values_of(truth[0])
+    assert {key: values["constants"][key] for key in tried.values_of(1)} == tried.values_of(truth[0])
+    assert (
+        values["constants"]["mup.output_multiplier"] == tried.config.mup.output_multiplier
+    )  # not searched: the proxy's
     gain = 3.2 - loss(tried.values_of(truth[0]))
     assert values["gain"]["nats"] == pytest.approx(gain)
-    assert values["gain"]["low"] <= gain <= values["gain"]["high"] < gain + 0.011
+    assert values["gain"]["low"] <= gain <= values["gain"]["high"] < gain + 0.015
     assert "Best of 27 points, of which 4 had all tokens" in (text := search.format_report(values))
     assert text.index("optimizer.peak_learning_rate  ") < text.index("mup.init_std  ")
+
+
+def test_a_config_that_no_point_beats_keeps_its_constants():
+    tried = made(num_points=2, num_rungs=1, num_seeds=1)
+    results = {trial.name: Result(loss=math.inf, seconds=1.0) for trial in tried.choose({})}
+    for own in (math.inf, 4.0):
+        results[tried.name_of(0, rung=0, seed=0)] = Result(loss=own, seconds=1.0)
+        values = search.report(tried, results)
+        assert values["constants"]["mup.init_std"] == tried.config.mup.init_std
+        assert "No point is better than the config" in search.format_report(values)
 
 
 def test_a_diverged_point_does_not_go_on():
@@ -94,6 +107,8 @@ def test_points_cover_the_ranges_in_their_scales():
     assert 0.01 <= min(stds) < 0.03 and 0.18 < max(stds) <= 0.2
     batch = Dimension(key=BATCH, low=0.5, high=4.0, scale=LOG2_WHOLE)
     assert [batch.value(share) for share in (0.0, 0.24, 0.26, 0.6, 1.0)] == [0.5, 0.5, 1.0, 2.0, 4.0]
+    within = Dimension(key=BATCH, low=3.0, high=9.0, scale=LOG2_WHOLE)
+    assert [within.value(share) for share in (0.0, 0.49, 0.51, 1.0)] == [4.0, 4.0, 8.0, 8.0]
 
 
 def test_a_points_config_has_its_values_tokens_and_shares():
@@ -128,6 +143,7 @@ def test_flags_that_cannot_be_are_refused(tmp_path, capsys):
         ("mup.init_std=1:2:square", 2, "the scale must be one of linear, log, log2_whole"),
         ("mup.init_std=2:1", 1, "is no range that rises"),
         ("mup.init_std=0:1", 1, "must be positive for the scale log"),
+        ("batch=5:7:log2_whole", 1, "has no power of two"),
         ("model.d_model=64:128", 1, "no key of the config whose value is a number with a fraction"),
     ):
         arguments = [f"--directory={tmp_path / 'd'}", "--config=local_cpu", "--space", space]
@@ -149,7 +165,7 @@ def test_a_large_config_is_written_with_what_was_found(tmp_path, capsys):
     best = values["constants"]
     assert config.optimizer.peak_learning_rate == best["optimizer.peak_learning_rate"]
     assert config.mup.init_std == best["mup.init_std"] and config.mup.output_multiplier == 2.22
-    assert config.mup.base_d_model == 20.0  # of the tiny proxy
+    assert (config.mup.base_d_model, config.mup.base_num_layers) == (20.0, 2)  # of the tiny proxy
     assert config.model.d_ff / config.mup.base_d_ff == config.model.d_model / 20.0
     assert config.optimizer.weight_decay in (0.1, AUTO)
     assert "of search.json, btlm tune search at base width 20" in output.read_text()
@@ -172,6 +188,7 @@ def test_a_finished_search_is_reported_by_its_command(token_store, tmp_path, cap
     assert "Against the config as it is: +0.2500 nats better\n" in said
     values = json.loads((tmp_path / "study/search.json").read_text())
     assert [each["loss"] for each in values["final"]] == [5.25, 5.5, None]
-    assert list(values["constants"]) == ["mup.init_std"] and values["base"] == {"d_model": 20.0, "preset": "btlm"}
+    assert values["constants"]["mup.init_std"] == values["final"][0]["values"]["mup.init_std"]
+    assert values["base"] == {"d_model": 20.0, "num_layers": 2, "preset": "btlm"}
     assert main([*command, "--space", "mup.init_std=0.02:0.3"]) == 1
     assert "holds another study, of space=" in capsys.readouterr().err
