@@ -14,6 +14,9 @@ parametrization is right. The logits have a random part that shrinks with the wi
 judged, and the readout is judged by the loss after the last step. The check tests itself: a broken parametrization that
 passes fails it. What moves neither activations nor loss is in optimizer_check.py.
 
+Over depths means over the layers say little, since a deeper model has more early ones: of slopes only that of the last
+layer's residual stream after one step is judged.
+
 Method: arXiv 2203.03466 (appendix D.1) and 2304.03208, on changes rather than on sizes.
 """
 
@@ -48,7 +51,9 @@ BYTES = 256
 WIDTH, DEPTH = "width", "depth"
 SIZES = ("embedding", "value", "attention", "mlp", "residual")
 CHANGES = ("embedding", "scores", "value", "attention", "mlp", "residual")
-SHOWN = ("change of logits",)  # statistics of which the slope is not judged, by their beginning
+SHOWN = ("change of logits",)  # statistics of which the slope is not judged over widths, by their beginning
+LAST_RESIDUAL = "last layer's residual"
+JUDGED_OVER_DEPTHS = f"change of {LAST_RESIDUAL} at step 1"
 LEARNING_RATE = 2.0**-9  # of a config's check
 CONFIG_STEPS = 8  # after which it has learnt a config's batch by heart, and its loss is level: see design_for
 STEPS, WIDE_STEPS = 3, 24  # scores of wide heads start at zero and need about 20 steps to align with the data
@@ -76,6 +81,7 @@ class Limits:
 
 
 LIMITS = Limits(flat_slope=0.12, flat_spread=0.12, broken_slope=0.25, broken_spread=0.3)
+DEPTH_LIMITS = dataclasses.replace(LIMITS, flat_slope=0.25)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -210,7 +216,7 @@ def design_for(
         seeds=tuple(range(seeds)),
         num_steps=num_steps,
         learning_rate=learning_rate,
-        limits=LIMITS,
+        limits=DEPTH_LIMITS if ladder == DEPTH else LIMITS,
     )
 
 
@@ -255,10 +261,14 @@ class CaseResult:
             found[name] = float(slopes.std(ddof=1) / math.sqrt(len(slopes))) if len(slopes) > 1 else 0.0
         return found
 
+    def is_judged(self, name: str) -> bool:
+        """Return whether the slope of a statistic is judged."""
+        return name == JUDGED_OVER_DEPTHS if self.design.ladder == DEPTH else not name.startswith(SHOWN)
+
     @property
     def worst(self) -> str:
         """The name of the judged statistic with the steepest slope; one that is not a number is the steepest."""
-        slopes = {name: slope for name, slope in self.slopes.items() if not name.startswith(SHOWN)}
+        slopes = {name: slope for name, slope in self.slopes.items() if self.is_judged(name)}
         return max(slopes, key=lambda name: np.nan_to_num(abs(slopes[name]), nan=np.inf))
 
     @property
@@ -446,7 +456,7 @@ class _Checked:
             before = jax.device_get(self.probe(state.params, probe_BT))
             found: dict[str, Any] = {
                 "size": {name: float(np.abs(before[name]).mean()) for name in SIZES},
-                "change": [{name: 0.0 for name in before}],
+                "change": [{name: 0.0 for name in (*before, LAST_RESIDUAL)}],
                 "loss": [],
                 "update": {},
             }
@@ -461,7 +471,9 @@ class _Checked:
                     }
                 if number in (0, self.num_steps - 1):
                     after = jax.device_get(self.probe(state.params, probe_BT))
-                    found["change"].append({name: _rms(after[name] - before[name]) for name in before})
+                    moved = {name: _rms(after[name] - before[name]) for name in before}
+                    last = _rms(after["residual"][-1] - before["residual"][-1])
+                    found["change"].append({**moved, LAST_RESIDUAL: last})
         return found
 
 
@@ -552,7 +564,8 @@ def _summarize(case: Case, design: Design, runs: list[list[dict]], error: float)
         for name in SIZES:
             statistics[f"size of {name} at step 0"] = each(lambda run, name=name: run["size"][name])
         statistics["size of loss at step 0"] = each(lambda run: run["loss"][0])
-    for name in ("scores",) if case.wide_heads else (*CHANGES, "logits"):
+    changes = (*CHANGES, *((LAST_RESIDUAL,) if design.ladder == DEPTH else ()), "logits")
+    for name in ("scores",) if case.wide_heads else changes:
         for index, step in ((-1, last),) if case.wide_heads else ((1, 1), (-1, last)):
             statistics[f"change of {name} at step {step}"] = each(
                 lambda run, name=name, i=index: run["change"][i][name]

@@ -12,7 +12,7 @@ from typing import Any
 from btlm_jax.display.plotting import new_panels, write_figure
 from btlm_jax.recipe.config import TrainConfig, describe_mesh
 from btlm_jax.storage.files import write_atomically
-from btlm_jax.tune.coord_check import SHOWN, WIDTH, CaseResult, Design, coord_check
+from btlm_jax.tune.coord_check import WIDTH, CaseResult, Design, coord_check
 
 STEM = "coord_check"  # of the files
 
@@ -78,7 +78,7 @@ def format_table(results: Sequence[CaseResult]) -> str:
         )
     lines += ["", f"Slopes of {first.case.name!r}, with their standard error over seeds:"]
     for name, slope in first.slopes.items():
-        shown = "  (not judged)" if name.startswith(SHOWN) else ""
+        shown = "" if first.is_judged(name) else "  (not judged)"
         lines.append(f"  {name:<34} {slope:>+6.2f} +- {first.errors[name]:.2f}{shown}")
     hidden = [result.case.name for result in results if not result.case.is_visible]
     if hidden:

@@ -15,7 +15,9 @@ from btlm_jax.parallel.mesh import batch_sharding
 from btlm_jax.train.program import Program, make_program
 from btlm_jax.tune.coord_check import (
     DEPTH,
+    DEPTH_LIMITS,
     FULL,
+    JUDGED_OVER_DEPTHS,
     LIMITS,
     CaseResult,
     Design,
@@ -66,6 +68,16 @@ def test_verdict(case, slope, spread, error, expected):
     if np.isfinite(slope):
         assert found.slopes == pytest.approx({"flat one": 0.0, "tilted one": slope, "change of logits at step 3": 9.0})
         assert found.errors == pytest.approx(dict.fromkeys(found.slopes, 0.0), abs=1e-12)
+
+
+@pytest.mark.parametrize(("slope", "expected"), [(-0.08, True), (0.73, False), (np.nan, False)])
+def test_over_depths_the_last_layers_residual_is_judged_and_no_mean_over_layers(slope, expected):
+    design = dataclasses.replace(FULL, ladder=DEPTH, sizes=(2, 4, 8), limits=DEPTH_LIMITS)
+    found = result(OWN, slope=9.0, spread=0.05, design=design)
+    judged = tuple((slope * value,) for value in np.log2(design.sizes))
+    found = dataclasses.replace(found, statistics={**found.statistics, JUDGED_OVER_DEPTHS: judged})
+    assert found.is_as_expected == expected and found.worst == JUDGED_OVER_DEPTHS
+    assert not found.is_judged("tilted one") and "tilted one" in found.slopes
 
 
 def test_the_error_of_a_slope_is_that_of_its_seeds():
