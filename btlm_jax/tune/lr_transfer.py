@@ -274,8 +274,9 @@ def format_report(values: dict) -> str:
         lines.append(f"{curve!s:<28} {optimum['rate']:>15.2f} {interval:>18} {optimum['loss']:>11.4f}{note}")
     for each in values["transfers"]:
         moved, own = each["loss_with_first_optimum"], each["loss_with_own_optimum"]
-        diverges = moved is None or own is None
-        cost = "all: it diverges there" if diverges else f"{moved - own:+.4f} nats against its own"
+        cost = "all: it diverges there"
+        if moved is not None and own is not None:
+            cost = f"{moved - own:+.4f} nats against its own"
         lines.append(
             f"{each['preset']}: the optimum moves over {each['range_of_optima']:.2f} octaves; the first curve's "
             f"optimum at the last curve costs {cost}"
