@@ -119,7 +119,6 @@ def test_a_store_gives_vocabulary_lengths_and_tokens(here, token_store, capsys):
 
 
 @pytest.mark.slow
-@pytest.mark.usefixtures("little_optimized")
 def test_the_familys_smallest_trains_from_the_loss_of_its_constants():
     """27.7 nats whatever the width: tests/recipe/test_mup.py; the program is that of a short first phase."""
     config = train_config_from(config_dict("family/4M"))

@@ -169,17 +169,8 @@ def test_initial_values_follow_the_rules(name):
     assert (query[0] != query[1]).mean() > 0.99 and (query != key).mean() > 0.99
 
 
-@pytest.fixture
-def fully_optimized():
-    """Compile as a user does."""
-    before = jax.config.read("jax_disable_most_optimizations")
-    jax.config.update("jax_disable_most_optimizations", False)
-    yield
-    jax.config.update("jax_disable_most_optimizations", before)
-
-
 @pytest.mark.slow
-@pytest.mark.usefixtures("fully_optimized")
+@pytest.mark.fully_optimized
 def test_initial_values_do_not_depend_on_the_mesh():
     values = []
     for devices, tensor in ((1, 1), (8, 2)):

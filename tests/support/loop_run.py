@@ -55,6 +55,8 @@ class Recorder:
 
 
 class StopAt:
+    """Ask to stop after a step, once."""
+
     reason, seconds_since = "a test", 0.0
 
     def __init__(self, step):

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.sharding import NamedSharding, PartitionSpec
+from support.loop_run import StopAt
 from support.tiny import tiny_config
 
 from btlm_jax import notices
@@ -145,23 +146,6 @@ def fake_train_step(rule):
         return TrainState(step=state.step + 1, params=params, opt_state=(), history=history), metrics
 
     return train_step
-
-
-class StopAt:
-    """Ask to stop after a step, once."""
-
-    reason, seconds_since = "a test", 0.0
-
-    def __init__(self, step):
-        self._step = step
-
-    def begin_steps(self):
-        pass
-
-    allow_long = begin_end = finish = begin_steps
-
-    def is_agreed(self, step):
-        return step == self._step
 
 
 def parameters_after(steps) -> float:

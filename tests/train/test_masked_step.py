@@ -21,8 +21,6 @@ from btlm_jax.train.heldout import make_eval_step
 from btlm_jax.train.program import make_program
 from btlm_jax.train.step import init_state, make_train_step
 
-pytestmark = pytest.mark.usefixtures("little_optimized")
-
 EOS = 3
 NUM_ROWS, ACCUMULATION = 40, 20  # of a batch; rows that are not needed have no weight
 PACKED_ERROR = 1e-5
