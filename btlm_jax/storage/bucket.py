@@ -51,7 +51,7 @@ FILES_SECONDS = 60.0  # between copies of the files beside the checkpoints
 _SYNCED = ".synced.json"  # of a local folder: which of its files are as in the bucket
 _SPEED, _PROBE = ".speed", ".writable-"  # objects by which the speed of writing is measured, and that one can write
 _STATE = "state/"  # of a checkpoint: the arrays, which are fetched when they are read
-_CHECKPOINTS = "checkpoints/"
+_CHECKPOINTS = "checkpoints"
 _NOT_FOR_READERS = ("tensorboard/", "compile_cache/", "trackers/", "profile/", "corpus/", "store/", "replaced/")
 _LAST_NAMES = ("manifest.json", "summary.json")  # of files that say that others are complete
 _WAITS = (2.0, 8.0)  # seconds before each further attempt, beside those of fsspec's libraries
@@ -317,19 +317,19 @@ class Mirror:
         write_atomically(self.folder / _SYNCED, json.dumps(self._known))
 
     def _steps(self) -> list[int]:
-        folder = self.folder / "checkpoints"
+        folder = self.folder / _CHECKPOINTS
         names = os.listdir(folder) if folder.is_dir() else ()
         return sorted(int(name) for name in names if name.isdecimal())
 
     def _has_commit(self, step: int) -> bool:
-        return (self.folder / "checkpoints" / str(step) / COMMIT).is_file()
+        return (self.folder / _CHECKPOINTS / str(step) / COMMIT).is_file()
 
     def _waiting(self) -> list[int]:
         """Return the steps of checkpoints that are complete here, and not in the bucket."""
-        return [step for step in self._steps() if not (self.folder / "checkpoints" / str(step) / ORIGIN).is_file()]
+        return [step for step in self._steps() if not (self.folder / _CHECKPOINTS / str(step) / ORIGIN).is_file()]
 
     def _copy_checkpoint(self, step: int) -> None:
-        base = f"checkpoints/{step}"
+        base = f"{_CHECKPOINTS}/{step}"
         folder = self.folder / base
         self._write_session()
         if f"{base}/{COMMIT}" in self._known:  # of an earlier one of this step
@@ -363,7 +363,7 @@ class Mirror:
         """Delete the local arrays of earlier checkpoints that are in the bucket."""
         for step in self._steps():
             if step < before and self._has_commit(step):
-                shutil.rmtree(self.folder / "checkpoints" / str(step) / _STATE, ignore_errors=True)
+                shutil.rmtree(self.folder / _CHECKPOINTS / str(step) / _STATE, ignore_errors=True)
 
     def _copy_moved(self) -> None:
         """Copy the checkpoints that were set aside from where they were in the bucket to where they are now."""
@@ -408,7 +408,7 @@ class Mirror:
         """Yield (name, path) of the files that are copied beside checkpoints."""
         for at, folders, files in os.walk(self.folder):
             root = Path(at)
-            if ORIGIN in files or root == self.folder / "checkpoints":
+            if ORIGIN in files or root == self.folder / _CHECKPOINTS:
                 folders.clear()
                 continue
             folders[:] = [name for name in folders if not name.startswith(".")]
@@ -420,7 +420,7 @@ class Mirror:
     def _delete_gone(self) -> None:
         """Delete the objects of files and checkpoints that are not here any more, each checkpoint's COMMIT first."""
         here = {name for name, _ in self._local_files()}
-        bases = {f"checkpoints/{step}" for step in self._steps()}
+        bases = {f"{_CHECKPOINTS}/{step}" for step in self._steps()}
         for at in [Path(at) for at, _, files in os.walk(self.folder) if ORIGIN in files]:
             bases.add(at.relative_to(self.folder).as_posix())
             with contextlib.suppress(FileNotFoundError):  # deleted meanwhile
@@ -469,11 +469,13 @@ class Mirror:
             self._has_session = last == session["token"]
             ours = {*synced, *(name for name, _ in self._local_files())}  # others may have put theirs there
             self._known = {
-                name: synced.get(name, {}) for name in listing if name in ours or name.startswith((_CHECKPOINTS, "."))
+                name: synced.get(name, {})
+                for name in listing
+                if name in ours or name.startswith((f"{_CHECKPOINTS}/", "."))
             }
             for step in self._steps():  # those that btlm checkpoints --prune has deleted in the bucket
-                if f"checkpoints/{step}/{COMMIT}" not in listing and step not in self._waiting():
-                    shutil.rmtree(self.folder / "checkpoints" / str(step))
+                if f"{_CHECKPOINTS}/{step}/{COMMIT}" not in listing and step not in self._waiting():
+                    shutil.rmtree(self.folder / _CHECKPOINTS / str(step))
         else:
             self._drop()
             (self.folder / SESSION).unlink(missing_ok=True)
@@ -486,7 +488,7 @@ class Mirror:
         for step in self._waiting():
             said = f"checkpoint {step:,} is on this machine and not in {self.url}, and is dropped: {why}"
             notices.report("not-uploaded", said)
-            shutil.rmtree(self.folder / "checkpoints" / str(step))
+            shutil.rmtree(self.folder / _CHECKPOINTS / str(step))
 
     def _write_session(self) -> None:
         """Say that this folder is the one that writes, before it first does."""
@@ -705,7 +707,7 @@ def local_folder(url: str, *, role: str) -> Iterator[Path]:
 
 def _is_hidden(name: str) -> bool:
     """Return whether an object is one that is not copied from a local folder, and not deleted where that lacks it."""
-    return "/." in f"/{name}" and not name.startswith((_CHECKPOINTS, _SPEED, _PROBE))
+    return "/." in f"/{name}" and not name.startswith((f"{_CHECKPOINTS}/", _SPEED, _PROBE))
 
 
 def _in_threads(function: Callable[[Any], Any], items: Iterable[Any]) -> list[Any]:
@@ -718,7 +720,7 @@ def _uncommitted(listing: dict[str, list]) -> dict[str, dict[str, list]]:
     found: dict[str, dict[str, list]] = {}
     for name, (size, *_) in listing.items():
         parts = name.split("/")
-        if parts[0] == "checkpoints" and len(parts) > 2 and parts[1].isdecimal():
+        if parts[0] == _CHECKPOINTS and len(parts) > 2 and parts[1].isdecimal():
             found.setdefault("/".join(parts[:2]), {})["/".join(parts[2:])] = [size, ""]
     return {base: files for base, files in found.items() if COMMIT not in files}
 
