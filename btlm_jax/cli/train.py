@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from btlm_jax.parallel.peers import Place
     from btlm_jax.recipe.config import CorpusConfig, TrainConfig
     from btlm_jax.storage.location import Mirror
-    from btlm_jax.train.metric_writer import GoodputLedger
+    from btlm_jax.train.metric_writer import GoodputLedger, StartRecord
     from btlm_jax.train.setup import Beginning, Run
 
 TRAIN_HELP = """btlm train: train, or resume from the last checkpoint in the workdir.
@@ -193,13 +193,8 @@ def _run_as_owner(workdir: Path, flags: Flags, work: Callable[..., int]) -> int:
             record = StartRecord(workdir, ledger)
             stop.at_exit(record.end)
             record.keep()
-            try:
+            with recorded_errors(record, stop):
                 code = work(flags, workdir=workdir, stop=stop, ledger=ledger)
-            except BaseException as error:
-                from btlm_jax.cli import errors
-
-                record.end(errors.code_of(error), str(error) or stop.reason)
-                raise
             record.end(code, stop.reason)
         _print_time_of_starts(workdir)
         return code
@@ -224,6 +219,18 @@ def _print_time_of_starts(workdir: Path) -> None:
     if (num_starts := len(times.starts)) > 1:
         said = time_text(times.seconds, num_starts=num_starts, goodput=times.goodput, lost_steps=times.lost_steps)
         print_line(f"The whole run: {said}")
+
+
+@contextlib.contextmanager
+def recorded_errors(record: StartRecord, stop: Stop) -> Iterator[None]:
+    """Record the error that ends a start, and raise it."""
+    try:
+        yield
+    except BaseException as error:
+        from btlm_jax.cli import errors
+
+        record.end(errors.code_of(error), str(error) or stop.reason)
+        raise
 
 
 @contextlib.contextmanager
@@ -366,6 +373,13 @@ def _run(
         beginning=beginning,
         continue_prompt=continue_prompt,
     )
+    return code_of_outcome(outcome)
+
+
+def code_of_outcome(outcome: str) -> int:
+    """Return the exit code of what train/loop.py returns."""
+    from btlm_jax.train import loop
+
     return {loop.DONE: DONE, loop.PREEMPTED: PREEMPTED, loop.BAD_NUMBERS: BAD_NUMBERS}[outcome]
 
 

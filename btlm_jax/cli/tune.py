@@ -6,20 +6,23 @@ import dataclasses
 import functools
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
 from btlm_jax import stopping
-from btlm_jax.cli import BAD_NUMBERS, DONE, ERROR, PREEMPTED, USAGE, UsageError
+from btlm_jax.cli import DONE, ERROR, PREEMPTED, USAGE, UsageError
 from btlm_jax.cli.parse import Flags, did_you_mean
 from btlm_jax.storage.files import write_atomically
 
 if TYPE_CHECKING:
     from btlm_jax.recipe.config import TrainConfig
     from btlm_jax.storage.location import PathOrUrl
-    from btlm_jax.tune.search import Dimension
+    from btlm_jax.tune.lr_transfer import Sweep
+    from btlm_jax.tune.search import Dimension, Search
     from btlm_jax.tune.trials import Choose, Result
+
+_Plan = TypeVar("_Plan", "Sweep", "Search")  # of trials
 
 TUNE_HELP = """btlm tune VERB: check what a narrow model says of a wide one, and use it.
 
@@ -280,9 +283,7 @@ def _lr_transfer(arguments: Sequence[str]) -> int:
             num_seeds=flags.integer("seeds"),
         )
 
-    plan = dataclasses.asdict(make_sweep(study.config))
-    sweep = make_sweep(study.begin({"kind": "lr-transfer", **plan}))
-    results = study.work(sweep.choose)
+    sweep, results = study.results_of(make_sweep, kind="lr-transfer")
     if results is None:
         return PREEMPTED
     values = lr_transfer.report(sweep, results)
@@ -325,9 +326,7 @@ def _search(arguments: Sequence[str]) -> int:
             seed=flags.integer("seed"),
         )
 
-    plan = dataclasses.asdict(make_search(study.config))
-    made = make_search(study.begin({"kind": "search", **plan}))
-    results = study.work(made.choose)
+    made, results = study.results_of(make_search, kind="search")
     if results is None:
         return PREEMPTED
     values = search.report(made, results)
@@ -374,7 +373,12 @@ class _Study:
             raise UsageError(f"--workers={self._workers} must be at least 1")
         self.config = flags.config()
 
-    def begin(self, study: dict) -> TrainConfig:
+    def results_of(self, make: Callable[[TrainConfig], _Plan], *, kind: str) -> tuple[_Plan, dict[str, Result] | None]:
+        """Make the trials of a plan; return it, on the study's token store, and their results, None if stopped."""
+        plan = make(self._begin({"kind": kind, **dataclasses.asdict(make(self.config))}))
+        return plan, self._work(plan.choose)
+
+    def _begin(self, study: dict) -> TrainConfig:
         """Take the directory and start the other workers; return the config on the study's token store."""
         from btlm_jax.cli.train import build_store
         from btlm_jax.train import setup
@@ -392,10 +396,9 @@ class _Study:
 
         return trials.with_store(self.config, self.directory, prepare)
 
-    def work(self, choose: Choose) -> dict[str, Result] | None:
+    def _work(self, choose: Choose) -> dict[str, Result] | None:
         """Make trials until there are no more; return their results, or None if this process was told to stop."""
-        from btlm_jax.cli import errors
-        from btlm_jax.cli.train import build_store
+        from btlm_jax.cli.train import build_store, code_of_outcome, recorded_errors
         from btlm_jax.display.progress import print_line
         from btlm_jax.train import loop, setup
         from btlm_jax.train.metric_writer import GoodputLedger, StartRecord
@@ -407,7 +410,7 @@ class _Study:
             ledger = GoodputLedger()
             record = StartRecord(workdir, ledger)
             record.keep()
-            try:
+            with recorded_errors(record, stop):
                 outcome = loop.train(
                     config,
                     workdir=workdir,
@@ -419,11 +422,7 @@ class _Study:
                     continue_prompt=lambda run, params: "",
                     stop=stop,
                 )
-            except BaseException as error:
-                record.end(errors.code_of(error), str(error))
-                raise
-            codes = {loop.DONE: DONE, loop.PREEMPTED: PREEMPTED, loop.BAD_NUMBERS: BAD_NUMBERS}
-            record.end(codes[outcome], stop.reason)
+            record.end(code_of_outcome(outcome), stop.reason)
             return outcome
 
         results = None

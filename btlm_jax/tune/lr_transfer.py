@@ -19,7 +19,7 @@ import numpy as np
 from btlm_jax.display.plotting import new_panels, write_figure
 from btlm_jax.recipe.config import TrainConfig
 from btlm_jax.tune.coord_check import at_width
-from btlm_jax.tune.trials import Result, Trial, resampled_mean, scale_tokens
+from btlm_jax.tune.trials import Result, Trial, resampled_mean, scale_phases, scale_tokens
 
 NEAR = 2.0  # octaves to either side of the best rate that the parabola is laid through
 MOST_MORE = 4  # rates that a curve gets beyond each end of those asked for
@@ -89,7 +89,7 @@ class Sweep:
         model = dataclasses.replace(at_width(config.model, curve.width), num_layers=curve.depth)
         batch_size = tuple(_whole(size * curve.batch, "batch", curve) for size in config.curriculum.batch_size)
         per_step = batch_size[0] * config.curriculum.seq_len[0]
-        num_tokens = tuple(max(1, round(n * curve.tokens / per_step)) * per_step for n in config.curriculum.num_tokens)
+        num_tokens = scale_phases(config.curriculum.num_tokens, curve.tokens, per_step=per_step)
         optimizer, peak = config.optimizer, 2.0**rate
         ratio = sum(num_tokens) / config.curriculum.table.num_tokens
         return dataclasses.replace(
@@ -259,6 +259,11 @@ def _loss_at(curve: dict, rate: float) -> float:
     return float(np.polyval(np.polyfit(np.array(rates) - rate, losses, 2), 0.0))
 
 
+def _curve_of(values: dict) -> Curve:
+    """Return the curve of a report's values."""
+    return Curve(**{field.name: values[field.name] for field in dataclasses.fields(Curve)})
+
+
 def _mean(losses: Sequence[float | None]) -> float:
     return math.inf if None in losses else float(np.mean([x for x in losses if x is not None]))
 
@@ -267,7 +272,7 @@ def format_report(values: dict) -> str:
     """Return the optimum of each curve, and how far it moves."""
     lines = [f"{'curve':<28} {'best log2 rate':>15} {'90 % interval':>18} {'loss there':>11}"]
     for each in values["curves"]:
-        curve = Curve(**{field.name: each[field.name] for field in dataclasses.fields(Curve)})
+        curve = _curve_of(each)
         optimum = each["optimum"]
         note = "" if optimum["is_bracketed"] else "  at the end of the rates: not an optimum"
         interval = "unknown" if optimum["low"] is None else f"{optimum['low']:.2f} to {optimum['high']:>6.2f}"
@@ -295,7 +300,7 @@ def plot(values: dict, path: Path) -> None:
             if curve["preset"] != preset:
                 continue
             means = [_mean(each) for each in curve["losses"]]
-            name = str(Curve(**{field.name: curve[field.name] for field in dataclasses.fields(Curve)}))
+            name = str(_curve_of(curve))
             (line,) = panel.plot(curve["log2_rates"], means, "o-", markersize=3, label=name.partition("-")[2])
             optimum, color = curve["optimum"], line.get_color()
             ends = [optimum["rate"] if optimum[end] is None else optimum[end] for end in ("low", "high")]

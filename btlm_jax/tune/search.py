@@ -10,7 +10,6 @@ key's range, less what chance gives it, over their variance in all. It is the ke
 
 from __future__ import annotations
 
-import copy
 import dataclasses
 import functools
 import math
@@ -22,7 +21,7 @@ import numpy as np
 from btlm_jax import notices
 from btlm_jax.recipe.config import TrainConfig, config_types, train_config_from
 from btlm_jax.storage.files import read_json_object
-from btlm_jax.tune.trials import Result, Trial, resampled_mean, scale_tokens
+from btlm_jax.tune.trials import Result, Trial, resampled_mean, scale_phases, scale_tokens
 
 ETA = 3  # of a rung, one in so many goes on, to so many times the tokens
 BINS = 4
@@ -163,22 +162,19 @@ def with_values(config: TrainConfig, values: Mapping[str, float], *, tokens: flo
     Raises:
       ValueError: the config refuses a value.
     """
-    made = copy.deepcopy(dataclasses.asdict(config))
+    made = dataclasses.asdict(config)
     curriculum, optimizer = made["curriculum"], made["optimizer"]
     factor = values.get(BATCH, 1.0)
     sizes = tuple(max(1, round(size * factor)) for size in curriculum["batch_size"])
     ratio = sizes[-1] / curriculum["batch_size"][-1]
     sizes = tuple(round(size * ratio) for size in curriculum["batch_size"])
     per_step = sizes[0] * curriculum["seq_len"][0]
-    whole = tuple(max(1, round(n * tokens / per_step)) * per_step for n in curriculum["num_tokens"])
+    whole = scale_phases(curriculum["num_tokens"], tokens, per_step=per_step)
     ratio, factor = sum(whole) / sum(curriculum["num_tokens"]), values.get(WARMUP, 1.0)
     warmup = scale_tokens(optimizer["warmup_tokens"], ratio * factor, per_step=per_step)
     end = optimizer["end_learning_rate"] / optimizer["peak_learning_rate"]
     curriculum |= {"batch_size": sizes, "num_tokens": whole}
-    for key, value in values.items():
-        if key not in (BATCH, WARMUP):
-            section, _, name = key.rpartition(".")
-            made[section][name] = value
+    _put(made, {key: value for key, value in values.items() if key not in (BATCH, WARMUP)})
     optimizer["warmup_tokens"] = warmup if ratio == factor == 1 else min(warmup, sum(whole) // 2)
     for name in ("schedule_begin", "schedule_tokens"):
         optimizer[name] = scale_tokens(optimizer[name], ratio, per_step=per_step)
@@ -231,6 +227,13 @@ TRANSFERRED = (
 )  # fmt: skip
 
 
+def _put(made: dict, values: Mapping[str, float]) -> None:
+    """Put values by key into a config's dictionary."""
+    for key, value in values.items():
+        section, _, name = key.rpartition(".")
+        made[section][name] = value
+
+
 def _value_of(config: TrainConfig, key: str) -> float:
     section, _, name = key.rpartition(".")
     return getattr(getattr(config, section), name)
@@ -275,9 +278,7 @@ def with_constants(config: TrainConfig, *, found: Constants) -> TrainConfig:
     """Return a config with constants in place of its own; the end of its rate keeps its share of the peak."""
     made = dataclasses.asdict(config)
     share = config.optimizer.end_learning_rate / config.optimizer.peak_learning_rate
-    for key, value in found.values.items():
-        section, _, name = key.rpartition(".")
-        made[section][name] = value
+    _put(made, found.values)
     made["optimizer"]["end_learning_rate"] = share * made["optimizer"]["peak_learning_rate"]
     made["mup"] |= {
         "preset": found.preset,

@@ -64,6 +64,11 @@ def scale_tokens(tokens: int, ratio: float, *, per_step: int) -> int:
     return tokens if ratio == 1 else round(tokens * ratio / per_step) * per_step
 
 
+def scale_phases(num_tokens: Sequence[int], ratio: float, *, per_step: int) -> tuple[int, ...]:
+    """Return so many times the tokens of each phase in whole steps, one or more."""
+    return tuple(max(1, round(tokens * ratio / per_step)) * per_step for tokens in num_tokens)
+
+
 def resampled_mean(values: Sequence[float], rng: np.random.Generator) -> float:
     """Return the mean of a bootstrap's sample of n >= 2 values, its deviation widened by sqrt(n / (n - 1))."""
     mean, count = float(np.mean(values)), len(values)
