@@ -225,10 +225,10 @@ def start_run(
     output_from = first.stat().st_size if first.exists() else 0
     for number in range(num_processes):
         own = [*arguments, *changes[number], *([f"--process_id={number}"] if num_processes > 1 else [])]
-        if forks:
-            processes.append(forks.start(own, output=output_file(outputs, number)))
-            continue
-        with open(output_file(outputs, number), "ab") as output:
+        with open(output_file(outputs, number), "ab") as output:  # it is there before a fork comes to open it
+            if forks:
+                processes.append(forks.start(own, output=output_file(outputs, number)))
+                continue
             processes.append(subprocess.Popen([*command, *own], stdout=output, stderr=output, env=environment))
     return Started(workdir, outputs, processes, output_from)
 

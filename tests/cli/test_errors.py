@@ -16,6 +16,7 @@ from support.tiny import REPOSITORY
 
 from btlm_jax import cli, notices
 from btlm_jax.cli import DONE, ERROR, FAULT, INTERRUPTED, USAGE, errors, main, parse
+from btlm_jax.stopping import PREEMPTED, Stopped
 from btlm_jax.storage.files import parse_json
 
 
@@ -271,6 +272,25 @@ def test_a_closed_stream_is_no_place_for_what_is_said(tmp_path, closed, shown):
         env=os.environ | {"PYTHONPATH": str(REPOSITORY)},
     )  # fmt: skip
     assert (done.returncode, done.stdout, done.stderr) == (0, shown, "" if closed == "2>&-" else "an error\n")
+
+
+@pytest.mark.parametrize(("kind", "code"), [(Stopped, PREEMPTED), (KeyboardInterrupt, INTERRUPTED)])
+def test_what_an_interrupt_left_half_built_is_not_freed(monkeypatch, kind, code):
+    """JAX's half-built programs crash when they are freed: benchmarks/kill_resume.py, moment "compilation"."""
+    freed = []
+
+    class HalfBuilt:
+        def __del__(self):
+            freed.append(self)
+
+    def interrupted(arguments):
+        _half_built = HalfBuilt()
+        raise kind
+
+    monkeypatch.setattr(cli, "_not_freed", [])
+    monkeypatch.setitem(cli.VERBS, "plan", interrupted)
+    assert main(["plan"]) == code
+    assert freed == []
 
 
 FIRST = """
