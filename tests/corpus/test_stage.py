@@ -172,6 +172,12 @@ def test_the_time_left_is_known_when_it_can_be():
     unknown.add(1, 100)
     unknown.report()
     assert "ETA unknown" in said[0]
+    first = Progress("of one large file", num_tasks=1, num_done=0, weights=[2000], log=print)
+    assert first.eta(5) == "unknown"
+    first.add(1, 500)
+    assert first.eta(10) == "at least 0:00:30"
+    first.add(1, 1500)
+    assert first.eta(40) == "unknown"  # a compressed file
 
 
 def test_an_error_of_writing_names_the_file(tmp_path, monkeypatch):

@@ -66,7 +66,7 @@ class Progress:
         """Return about how long the rest will take after `seconds`; None while that is not known.
 
         Of the shards that are being worked on counts what text they have reported, at the rate of text to weight that
-        the finished ones had. Before one is finished nothing is known of them.
+        the finished ones had.
         """
         if self._weight_done == self._weight:
             return 0.0
@@ -77,16 +77,25 @@ class Progress:
             done = max(done, self._num_bytes * self._weight_done / self._bytes_done)
         return seconds * (self._weight - done) / done if done < self._weight else None
 
+    def eta(self, seconds: float) -> str:
+        """Return what a line says of the time left after `seconds`.
+
+        Before the first shard is finished, its text is taken to be as long as its file: compressed, it is longer.
+        """
+        if (left := self.seconds_left(seconds)) is not None:
+            return _clock(left)
+        if not self._weight_done and 0 < self._num_bytes < self._weight:
+            return f"at least {_clock(seconds * (self._weight / self._num_bytes - 1))}"
+        return "unknown"
+
     def report(self) -> None:
         """Log a line."""
         self._rate_limit.restart()
         seconds = max(time.monotonic() - self._start, 1e-9)
-        left = self.seconds_left(seconds)
-        eta = "unknown" if left is None else _clock(left)
         self._log(
             f"{self._stage}: {self._num_done}/{self._num_tasks} shards, {self._num_documents:,} documents, "
             f"{self._num_documents / seconds:,.0f} documents/s, {self._num_bytes / 1e6 / seconds:.1f} MB/s, "
-            f"ETA {eta}, at most {max(peak_bytes(), self._worker_peak) / 1e6:.0f} MB a process"
+            f"ETA {self.eta(seconds)}, at most {max(peak_bytes(), self._worker_peak) / 1e6:.0f} MB a process"
         )
 
     def report_if_due(self) -> None:
