@@ -31,6 +31,22 @@ def case():
     return hidden_BTD, table_VD, targets_BT, weights_BT
 
 
+@pytest.fixture(scope="module")
+def plain(case):
+    """The weighted sum of the plain losses, its gradients, and the losses."""
+
+    @jax.jit
+    def run(hidden_BTD, table_VD, targets_BT, weights_BT):
+        def sum_and_losses(hidden_BTD, table_VD):
+            losses_BT = plain_losses(hidden_BTD, table_VD, targets_BT)
+            return (losses_BT * weights_BT).sum(), losses_BT
+
+        return jax.value_and_grad(sum_and_losses, argnums=(0, 1), has_aux=True)(hidden_BTD, table_VD)
+
+    (total, losses_BT), grads = jax.device_get(run(*case))
+    return total, grads, losses_BT
+
+
 @pytest.mark.parametrize(
     "layout, chunk",
     [
@@ -39,33 +55,31 @@ def case():
         *((layout, 5) for layout in ((8, 1, 1), (2, 1, 4), (2, 4, 1))),
     ],
 )
-def test_sum_and_gradients_equal_the_plain_loss(case, chunk, layout):
-    hidden_BTD, table_VD, targets_BT, weights_BT = case
-
-    def plain(hidden_BTD, table_VD):
-        return (plain_losses(hidden_BTD, table_VD, targets_BT) * weights_BT).sum()
+def test_sum_and_gradients_equal_the_plain_loss(case, plain, chunk, layout):
+    expected, expected_grads, expected_BT = plain
 
     def chunked(hidden_BTD, table_VD, targets_BT, weights_BT):
         return loss_sum(hidden_BTD, table_VD, targets_BT, weights_BT, output_scale=SCALE, chunk=chunk, rules=RULES)
 
-    expected, expected_grads = jax.value_and_grad(plain, argnums=(0, 1))(hidden_BTD, table_VD)
+    @jax.jit
+    def run(hidden_BTD, table_VD, targets_BT, weights_BT):
+        losses_BT = token_losses(hidden_BTD, table_VD, targets_BT, output_scale=SCALE, chunk=chunk, rules=RULES)
+        given = hidden_BTD, table_VD, targets_BT, weights_BT
+        return *jax.value_and_grad(chunked, argnums=(0, 1))(*given), losses_BT
+
     mesh = make_mesh(devices=jax.devices()[: math.prod(layout)], context=layout[1], tensor=layout[2])
     with jax.set_mesh(mesh):
-        found, found_grads = jax.jit(jax.value_and_grad(chunked, argnums=(0, 1)))(*case)
-        evaluated = jax.jit(lambda *arrays: token_losses(*arrays, output_scale=SCALE, chunk=chunk, rules=RULES))
-        losses_BT = evaluated(*case[:3])
+        found, found_grads, losses_BT = run(*case)
     np.testing.assert_allclose(found, expected, rtol=1e-5)
     for found_grad, expected_grad in zip(found_grads, expected_grads, strict=True):
         np.testing.assert_allclose(found_grad, expected_grad, rtol=1e-4, atol=1e-5)
-    np.testing.assert_allclose(losses_BT, plain_losses(hidden_BTD, table_VD, targets_BT), rtol=1e-5)
+    np.testing.assert_allclose(losses_BT, expected_BT, rtol=1e-5)
 
 
-def test_the_sum_without_gradients_is_the_plain_one_too(case):
-    hidden_BTD, table_VD, targets_BT, weights_BT = case
+def test_the_sum_without_gradients_is_the_plain_one_too(case, plain):
     with jax.set_mesh(make_mesh(devices=jax.devices()[:1], tensor=1)):
         found = jax.jit(lambda *arrays: loss_sum(*arrays, output_scale=SCALE, chunk=5, rules=RULES))(*case)
-    expected = (plain_losses(hidden_BTD, table_VD, targets_BT) * weights_BT).sum()
-    np.testing.assert_allclose(found, expected, rtol=1e-5)
+    np.testing.assert_allclose(found, plain[0], rtol=1e-5)
 
 
 def test_all_the_logits_never_exist():
