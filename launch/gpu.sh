@@ -1,30 +1,101 @@
 #!/usr/bin/env bash
 # Set up a virtual environment with CUDA and run a config on this machine's GPUs: launch/gpu.sh CONFIG WORKDIR [flags]
 #
+#   GPUS=0,1      these; by default those of CUDA_VISIBLE_DEVICES, or all
+#   PROCESSES=N   of the run, each with its share of the GPUs: 1 by default. NVIDIA advises one a GPU where one process
+#                 with several hangs (docs/GPU_performance.md of JAX-Toolbox)
+#
+# The driver is checked first: CUDA 13 needs 580 and GPUs from compute capability 7.5 on, CUDA 12 needs 525 and is taken
+# where that is all there is. Then, in a checkout, all GPUs must multiply and exchange (btlm_jax/parallel/health.py).
+#
 # Starts the run again after exit codes 75 (preempted and saved) and 77 (a peer is gone), MAX_RESTARTS times (20). SIGTERM
 # to this script is handed on: the run saves and ends, and the script with it.
 set -euo pipefail
 cd "$(dirname "$0")/.."
-[ $# -ge 2 ] || { echo "usage: launch/gpu.sh CONFIG WORKDIR [flags]" >&2; exit 2; }
+[ $# -ge 2 ] || { echo "usage: [GPUS=0,1] [PROCESSES=N] launch/gpu.sh CONFIG WORKDIR [flags]" >&2; exit 2; }
 config=$1 workdir=$2
 shift 2
+
+refuse() { echo "launch/gpu.sh: $*" >&2; exit 2; }
+
+# ------------------------------------------------------------------------------------------------ GPUs and driver
+command -v nvidia-smi > /dev/null || refuse "no nvidia-smi: install NVIDIA's driver, 580 or newer, or use launch/local.sh"
+found=$(nvidia-smi --query-gpu=driver_version,compute_cap --format=csv,noheader) || refuse "nvidia-smi failed: $found"
+mapfile -t lines <<< "$found"
+GPUS=${GPUS:-${CUDA_VISIBLE_DEVICES:-$(seq -s, 0 $((${#lines[@]} - 1)))}}
+IFS=, read -ra gpus <<< "$GPUS"
+extra=cuda
+for gpu in "${gpus[@]}"; do
+  [[ $gpu =~ ^[0-9]+$ && $gpu -lt ${#lines[@]} ]] || refuse "GPUS=$GPUS names no GPU $gpu: there are ${#lines[@]}, from 0 on"
+  driver=${lines[gpu]%%,*} capability=${lines[gpu]##*, }
+  [[ $driver =~ ^[0-9]+\. && $capability =~ ^[0-9]+\.[0-9]+$ ]] || refuse "nvidia-smi says of GPU $gpu: ${lines[gpu]}"
+  major=${driver%%.*} capability=$((${capability%.*} * 10 + ${capability#*.}))
+  ((major >= 525)) || refuse "driver $driver is too old: CUDA 12 needs 525, CUDA 13 needs 580"
+  ((major >= 580 && capability >= 75)) || extra=cuda12
+done
+processes=${PROCESSES:-1}
+if [[ ! $processes =~ ^[1-9][0-9]*$ ]] || ((${#gpus[@]} % processes)); then
+  refuse "PROCESSES=$processes does not divide ${#gpus[@]} GPUs"
+fi
+cuda=13
+[ "$extra" = cuda ] || cuda=12
+echo "launch/gpu.sh: ${#gpus[@]} GPUs, driver $driver, CUDA $cuda" >&2
+
+# ------------------------------------------------------------------------------------------------ environment
+export JAX_PLATFORMS=${JAX_PLATFORMS:-cuda,cpu} # an error where CUDA does not start, not a run on the CPU
+export XLA_PYTHON_CLIENT_MEM_FRACTION=${XLA_PYTHON_CLIENT_MEM_FRACTION:-0.9} # of each GPU's memory; JAX's own is 0.75
 # In a checkout its own environment; beside an installed package (btlm configs says where this file is) the btlm on PATH.
 if [ -f setup.cfg ]; then
-  [ -x .venv/bin/btlm ] || { python3 -m venv .venv && .venv/bin/pip install -e '.[cuda]'; }
+  [ -x .venv/bin/btlm ] || { python3 -m venv .venv && .venv/bin/pip install -e ".[$extra]"; }
   PATH=$PWD/.venv/bin:$PATH
+  CUDA_VISIBLE_DEVICES=$(IFS=,; echo "${gpus[*]}") .venv/bin/python -m btlm_jax.parallel.health --devices="${#gpus[@]}" ||
+    refuse "the GPUs do not compute as they should, see above"
 fi
-child="" stopping="" signalled=""
-trap 'stopping=1 signalled=1; [ -z "$child" ] || kill -TERM "$child" 2> /dev/null || true' TERM
-for ((restarts = 0; ; restarts++)); do
-  # In the background, as bash acts on a signal only between commands; Ctrl-C reaches the run as it does this script.
-  env --default-signal=INT btlm train --config="$config" --workdir="$workdir" "$@" &
-  child=$!
-  while :; do
-    signalled="" code=0
-    wait "$child" || code=$?
-    [ -n "$signalled" ] || break # a signal ends the wait, not the run
+
+# ------------------------------------------------------------------------------------------------ the run
+children=() stopping="" signalled=""
+trap 'stopping=1 signalled=1; kill_children' TERM
+kill_children() { # hand SIGTERM on; one that has ended is none
+  local child
+  for child in "${children[@]}"; do kill -TERM "$child" 2> /dev/null || true; done
+}
+
+# In the background, as bash acts on a signal only between commands; Ctrl-C reaches the run as it does this script.
+start() {
+  local share=$((${#gpus[@]} / processes)) port=$((20000 + RANDOM % 10000)) together=() n
+  children=()
+  for ((n = 0; n < processes; n++)); do
+    ((processes == 1)) || together=(--coordinator="localhost:$port" --num_processes="$processes" --process_id="$n")
+    CUDA_VISIBLE_DEVICES=$(IFS=,; echo "${gpus[*]:n * share:share}") env --default-signal=INT \
+      btlm train --config="$config" --workdir="$workdir" "${together[@]}" "$@" &
+    children+=($!)
   done
-  child=""
+}
+
+# Wait for all processes; set code to what they mean together: the first fault, else 77, else 75, else 0.
+finish() {
+  local child one again=0 fault=""
+  for child in "${children[@]}"; do
+    while :; do
+      signalled="" one=0
+      wait "$child" || one=$?
+      [ -n "$signalled" ] || break # a signal ends the wait, not the run
+    done
+    case $one in
+      0) ;;
+      75) [ "$again" -ne 0 ] || again=75 ;;
+      77) again=77 ;;
+      # By a signal, beside others: they say that it is gone.
+      13[1-9] | 14[02-9]) if ((processes > 1)); then again=77; else fault=${fault:-$one}; fi ;;
+      *) fault=${fault:-$one} ;;
+    esac
+  done
+  code=${fault:-$again}
+}
+
+for ((restarts = 0; ; restarts++)); do
+  start "$@"
+  finish
   case $code in 75 | 77) ;; *) exit "$code" ;; esac
   if [ -n "$stopping" ] || ((restarts >= ${MAX_RESTARTS:-20})); then exit "$code"; fi
   echo "launch/gpu.sh: exit code $code; starting again" >&2

@@ -483,7 +483,9 @@ def test_without_btlm_here_nothing_is_created(cloud):
 def test_beside_an_installed_package_the_btlm_on_path_trains(tmp_path):
     shutil.copytree(LAUNCH, tmp_path / "work" / "launch")
     (tmp_path / "btlm").write_text('#!/usr/bin/env bash\necho "$@"')
-    (tmp_path / "btlm").chmod(0o755)
+    (tmp_path / "nvidia-smi").write_text("#!/usr/bin/env bash\necho '580.65.06, 9.0'")
+    for name in ("btlm", "nvidia-smi"):
+        (tmp_path / name).chmod(0o755)
     environment = {"PATH": f"{tmp_path}:{os.environ['PATH']}"}
     for words in (["local.sh"], ["gpu.sh", "local_cpu", "runs/local"]):
         command = [tmp_path / "work" / "launch" / words[0], *words[1:]]

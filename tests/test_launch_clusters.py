@@ -18,6 +18,8 @@ WORDS = ["--config.a=b  c; 'x' \"y\" $HOME `z`", "--flag"]
 # Task n ends with word n of line N of `ends` at its start N: STEP:CODE, or STEP:wait for SIGTERM.
 BTLM = r"""
 n=${SLURM_PROCID:-0}
+for word; do case $word in --process_id=*) n=${word#*=} ;; esac; done
+echo "${CUDA_VISIBLE_DEVICES:-}" > "$STATE/gpus-$n"
 echo started >> "$STATE/starts-$n"
 printf '%s\0' "$@" > "$STATE/arguments-$n"
 read -ra ends <<< "$(sed -n "$(grep -c . "$STATE/starts-$n")p" "$STATE/ends")"
@@ -50,7 +52,9 @@ exit "$worst"
 @pytest.fixture
 def place(tmp_path):
     (tmp_path / "bin").mkdir()
-    for name, script in (("btlm", BTLM), ("srun", SRUN), ("scontrol", 'echo "$@" >> "$STATE/requeued"')):
+    scripts = {"btlm": BTLM, "srun": SRUN, "scontrol": 'echo "$@" >> "$STATE/requeued"'}
+    scripts["nvidia-smi"] = """printf '%b' "${SMI:-580.65.06, 9.0\\n580.65.06, 9.0\\n}"; exit "${SMI_CODE:-0}" """
+    for name, script in scripts.items():
         (tmp_path / "bin" / name).write_text(f"#!/usr/bin/env bash\n{script}")
         (tmp_path / "bin" / name).chmod(0o755)
     (tmp_path / "launch").mkdir()  # without setup.cfg beside it: the btlm on PATH
@@ -101,6 +105,69 @@ def test_gpu_restarts_after_75_and_77_and_not_for_ever(place):
     (place / "starts-0").unlink()
     finish(start(place, gpu, ["1:77"] * 9, MAX_RESTARTS="2"), code=77)
     assert num_starts(place) == 3
+
+
+@pytest.mark.parametrize(
+    "settings, gpus",
+    [
+        ({}, ["0,1"]),
+        ({"GPUS": "1"}, ["1"]),
+        ({"CUDA_VISIBLE_DEVICES": "1,0"}, ["1,0"]),
+        ({"PROCESSES": "2"}, ["0", "1"]),
+    ],
+)
+def test_gpu_gives_each_process_its_share_of_the_gpus(place, settings, gpus):
+    said = finish(start(place, place / "launch" / "gpu.sh", ["1:0"], **settings), code=0)
+    assert f"{len(','.join(gpus).split(','))} GPUs, driver 580.65.06, CUDA 13" in said
+    assert [(place / f"gpus-{n}").read_text().strip() for n in range(len(gpus))] == gpus
+    for n in range(len(gpus) if len(gpus) > 1 else 0):
+        words = (place / f"arguments-{n}").read_text().split("\0")[3:6]
+        assert re.fullmatch(r"--coordinator=localhost:2\d{4}", words[0])
+        assert words[1:] == [f"--num_processes={len(gpus)}", f"--process_id={n}"]
+
+
+@pytest.mark.parametrize(
+    "ends, code, starts",
+    [("1:77 1:75", 77, 2), ("1:75 1:0", 75, 2), ("1:77 1:70", 70, 1), ("1:0 1:137", 77, 2), ("1:2 1:77", 2, 1)],
+)
+def test_gpu_ends_as_all_processes_do(place, ends, code, starts):
+    finish(start(place, place / "launch" / "gpu.sh", [ends] * 3, PROCESSES="2", MAX_RESTARTS="1"), code=code)
+    assert num_starts(place) == starts
+
+
+@pytest.mark.parametrize(
+    "settings, said",
+    [
+        ({"SMI": "520.61.05, 8.0\\n"}, "driver 520.61.05 is too old: CUDA 12 needs 525, CUDA 13 needs 580"),
+        ({"SMI": "No devices were found\\n"}, "nvidia-smi says of GPU 0: No devices were found"),
+        ({"SMI": "no driver", "SMI_CODE": "9"}, "nvidia-smi failed: no driver"),
+        ({"GPUS": "0,2"}, "GPUS=0,2 names no GPU 2: there are 2, from 0 on"),
+        ({"PROCESSES": "3"}, "PROCESSES=3 does not divide 2 GPUs"),
+    ],
+)
+def test_gpu_refuses_what_cannot_run(place, settings, said):
+    assert said in finish(start(place, place / "launch" / "gpu.sh", ["1:0"], **settings), code=2)
+    assert not (place / "starts-0").exists()
+
+
+@pytest.mark.parametrize(
+    "smi, extra", [("580.65.06, 9.0", "cuda"), ("550.90.07, 9.0", "cuda12"), ("580.65.06, 7.0", "cuda12")]
+)
+def test_gpu_installs_what_the_driver_takes_and_checks_the_gpus(place, smi, extra):
+    """In a checkout, whose environment is a stand-in too."""
+    (place / "setup.cfg").touch()
+    for name, script in {
+        "python3": 'mkdir -p .venv/bin && cp "$STATE"/bin/{btlm,pip,python} .venv/bin',
+        "pip": 'echo "$@" > "$STATE/installed"',
+        "python": 'echo "$JAX_PLATFORMS $CUDA_VISIBLE_DEVICES $*" > "$STATE/checked"; [ ! -e "$STATE/sick" ]',
+    }.items():
+        (place / "bin" / name).write_text(f"#!/usr/bin/env bash\n{script}")
+        (place / "bin" / name).chmod(0o755)
+    finish(start(place, place / "launch" / "gpu.sh", ["1:0"], SMI=f"{smi}\\n"), code=0)
+    assert (place / "installed").read_text() == f"install -e .[{extra}]\n"
+    assert (place / "checked").read_text() == "cuda,cpu 0 -m btlm_jax.parallel.health --devices=1\n"
+    (place / "sick").touch()
+    assert "do not compute" in finish(start(place, place / "launch" / "gpu.sh", ["1:0"], SMI=f"{smi}\\n"), code=2)
 
 
 def test_gpu_hands_sigterm_on_and_ends_with_the_run(place):
