@@ -12,10 +12,9 @@ from jax.sharding import AbstractMesh, AxisType
 from jax.sharding import PartitionSpec as P
 
 from btlm_jax.parallel.mesh import axis_names, num_ways, platform
-from btlm_jax.recipe.config import ModelConfig
 
-IMPLEMENTATIONS = ("reference", "blockwise", "cpu", "tpu", "splash", "gpu")
-# The one made for the devices: tpu on TPUs, or splash for more heads than fit; gpu, cpu where possible, or blockwise.
+IMPLEMENTATIONS = ("reference", "blockwise", "chunked", "cpu", "tpu", "splash", "gpu")
+# The one made for the devices: tpu on TPUs, or splash for more heads than fit; gpu, or chunked; cpu, or blockwise.
 AUTO = "auto"
 
 
@@ -70,18 +69,9 @@ def attend(
         in_specs=(spec, spec, spec, slopes_spec, starts_spec),
         out_specs=spec,
         # The kernels do not declare what their results vary over, which the check would need.
-        check_vma=implementation in ("reference", "blockwise"),
+        check_vma=implementation in ("reference", "blockwise", "chunked"),
     )
     return mapped(q_BTNH, k_BSNH, v_BSNH, slopes_N, starts_BT)
-
-
-def most_documents(config: ModelConfig) -> int:
-    """Return how many documents of a sequence attention keeps apart at most, on these devices."""
-    if platform() != "gpu" or config.attention not in (AUTO, "gpu"):
-        return 1 << 31
-    from btlm_jax.attention.gpu import MOST_DOCUMENTS
-
-    return MOST_DOCUMENTS
 
 
 def _implementation_for(q_BTNH: jax.Array, *, has_documents: bool) -> str:
@@ -91,9 +81,11 @@ def _implementation_for(q_BTNH: jax.Array, *, has_documents: bool) -> str:
 
         return "tpu" if fits_vmem(_num_heads_of_device(q_BTNH), q_BTNH.shape[3], q_BTNH.dtype) else "splash"
     if platform() == "gpu":
-        from btlm_jax.attention.gpu import has_kernel_for
+        from btlm_jax.attention.gpu import why_no_kernel
 
-        return "gpu" if has_kernel_for(q_BTNH, has_documents=has_documents) else "blockwise"
+        return (
+            "chunked" if why_no_kernel(q_BTNH.dtype, head_dim=q_BTNH.shape[3], has_documents=has_documents) else "gpu"
+        )
     from btlm_jax.attention.cpu import has_kernels_for
 
     return "cpu" if platform() == "cpu" and has_kernels_for(q_BTNH) else "blockwise"
@@ -126,6 +118,8 @@ def _local_attention(implementation: str, *, length_axes: tuple[str, ...]) -> Ca
         from btlm_jax.attention.gpu import attend_gpu as attend_local
     elif implementation == "cpu":
         from btlm_jax.attention.cpu import attend_cpu as attend_local
+    elif implementation == "chunked":
+        from btlm_jax.attention.chunked import attend_chunked as attend_local
     elif implementation == "blockwise":
         from btlm_jax.attention.blockwise import attend_blockwise as attend_local
     else:

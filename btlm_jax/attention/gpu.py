@@ -9,12 +9,14 @@ from typing import cast
 import jax
 import jax.numpy as jnp
 from jax._src.cudnn import fused_attention_stablehlo as cudnn  # jax.nn's function takes no offsets
-from jax.ad_checkpoint import checkpoint_name
 
 from btlm_jax.attention import remat_names
 from btlm_jax.attention.alibi_lanes import NUM_LANES, alibi_lanes, widen
+from btlm_jax.recipe.config import ModelConfig
 
-MAX_HEAD_DIM = 128 - NUM_LANES  # cuDNN's limit before Hopper; BTLM's 80 becomes 96
+# The widest heads of cuDNN's backward pass, NVIDIA/cudnn-frontend, docs/operations/Attention.md: 128, on Hopper 256.
+# BTLM's 80 become 96.
+MAX_HEAD_DIM, MAX_HEAD_DIM_HOPPER = 128 - NUM_LANES, 256 - NUM_LANES
 MOST_DOCUMENTS = 128  # of a row; what comes after them is one with the last
 
 
@@ -33,18 +35,10 @@ def attend_gpu(
       ValueError: a dtype or a head dim that the kernel does not take, or documents on a GPU before Hopper.
     """
     T, H = q_BTNH.shape[1], q_BTNH.shape[3]
-    if not has_kernel_for(q_BTNH, has_documents=False):
-        raise ValueError(
-            f"attention implementation 'gpu' takes bfloat16 and head dims up to {MAX_HEAD_DIM}; got {q_BTNH.dtype} and "
-            f"{H}: use 'blockwise'"
-        )
-    if not has_kernel_for(q_BTNH, has_documents=starts_BT is not None):
-        raise ValueError(
-            "attention implementation 'gpu' keeps documents apart (data.document_mask) from Hopper on, compute "
-            "capability 9.0: use model.attention=blockwise"
-        )
+    if reason := why_no_kernel(q_BTNH.dtype, head_dim=H, has_documents=starts_BT is not None):
+        raise ValueError(f"attention implementation 'gpu' {reason}: use model.attention=chunked")
     q_BTNH, k_BSNH, v_BSNH = remat_names.with_checkpoint_names(q_BTNH, k_BSNH, v_BSNH)
-    width = -(-(H + NUM_LANES) // 8) * 8
+    width = padded_width(H)
     # The kernel multiplies everything by the scale, ALiBi too.
     q_lanes_TNW, k_lanes_SNW = alibi_lanes(slopes_N / scale, length=T, head_dim=H, width=width)
     q_BTNW, k_BSNW = widen(q_BTNH, q_lanes_TNW), widen(k_BSNH, k_lanes_SNW)
@@ -67,13 +61,37 @@ def attend_gpu(
             mask_type=cudnn.MaskType.PADDING_CAUSAL,
         )
         o_BTNW = cast(jax.Array, attended)  # custom_vjp hides its type
-    return checkpoint_name(o_BTNW[..., :H], remat_names.OUTPUT)
+    return o_BTNW[..., :H]  # without a name: remat saves o_BTNW (remat_names.CUDNN_FORWARD), and not both
 
 
-def has_kernel_for(q_BTNH: jax.Array, *, has_documents: bool) -> bool:
-    """Whether the kernel takes such queries, on this GPU."""
-    takes_documents = not has_documents or cudnn.check_compute_capability("9.0")
-    return takes_documents and q_BTNH.dtype == jnp.bfloat16 and q_BTNH.shape[3] <= MAX_HEAD_DIM
+def why_no_kernel(dtype: jnp.dtype, *, head_dim: int, has_documents: bool) -> str:
+    """Return why the kernel does not take such queries on this GPU, or "" if it does."""
+    is_from_hopper = cudnn.check_compute_capability("9.0")
+    is_hopper = is_from_hopper and not cudnn.check_compute_capability("10.0")
+    most = MAX_HEAD_DIM_HOPPER if is_hopper else MAX_HEAD_DIM
+    if dtype != jnp.bfloat16 or head_dim > most:
+        here = f"{most} on Hopper" if is_hopper else f"{most}, on Hopper {MAX_HEAD_DIM_HOPPER}"
+        return f"takes bfloat16 and head dims up to {here}; got {dtype} and {head_dim}"
+    if has_documents and not is_from_hopper:
+        return "keeps documents apart (data.document_mask) from Hopper on, compute capability 9.0"
+    return ""
+
+
+def describe_attention(config: ModelConfig, *, has_documents: bool) -> str:
+    """Return how a config's attention is computed on this GPU, and why where that is not by cuDNN."""
+    if config.attention not in ("auto", "gpu"):
+        return f"{config.attention}, as model.attention says"
+    reason = why_no_kernel(jnp.dtype(config.dtype), head_dim=config.head_dim, has_documents=has_documents)
+    if reason:
+        return f"chunked, in XLA: cuDNN's kernel {reason}"
+    return (
+        f"gpu, cuDNN's kernel: heads of {config.head_dim} widened to {padded_width(config.head_dim)} by ALiBi's lanes"
+    )
+
+
+def padded_width(head_dim: int) -> int:
+    """Return how wide the kernel's heads are: a multiple of 8 with room for ALiBi's lanes."""
+    return -(-(head_dim + NUM_LANES) // 8) * 8
 
 
 def packed_documents(starts_BT: jax.Array, *, most: int) -> tuple[jax.Array, jax.Array]:

@@ -20,7 +20,7 @@ from jax.sharding import AbstractMesh, Mesh
 
 from btlm_jax.attention import attend
 from btlm_jax.attention.alibi import alibi_slopes, dynamic_factor
-from btlm_jax.attention.remat_names import CHECKPOINT_NAMES
+from btlm_jax.attention.remat_names import save_attention_and
 from btlm_jax.model.layers import Embedding, LayerNorm, Linear, scale
 from btlm_jax.model.projection import Project, project_scheduled
 from btlm_jax.parallel.mesh import RULES, AxisRules, device_head_order
@@ -30,12 +30,11 @@ from btlm_jax.recipe.mup import Parametrization
 # What is saved of each block for the backward pass, by checkpoint name; the rest is computed again. The names are given
 # in attention/, by the norms, and by the linear layers, which give their own.
 _NORM = ("norm_shift", "norm_mean", "norm_inverse")
-_ATTENTION = (*_NORM, *CHECKPOINT_NAMES)
 _SAVED = {
     "full": jax.checkpoint_policies.nothing_saveable,
-    "attention_saved": jax.checkpoint_policies.save_only_these_names(*_ATTENTION),
-    "out_recomputed": jax.checkpoint_policies.save_only_these_names(*_ATTENTION, "up", "gate"),
-    "matmuls_saved": jax.checkpoint_policies.save_only_these_names(*_ATTENTION, "out", "up", "gate"),
+    "attention_saved": save_attention_and(*_NORM),
+    "out_recomputed": save_attention_and(*_NORM, "up", "gate"),
+    "matmuls_saved": save_attention_and(*_NORM, "out", "up", "gate"),
     "none": jax.checkpoint_policies.everything_saveable,
 }
 

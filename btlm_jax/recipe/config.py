@@ -20,7 +20,7 @@ from btlm_jax.recipe.curriculum import Curriculum, Phase, make_curriculum
 
 PRESETS = ("btlm", "sp", "completep")
 DTYPES = ("float32", "bfloat16")
-ATTENTIONS = ("auto", "reference", "blockwise", "cpu", "tpu", "splash", "gpu")
+ATTENTIONS = ("auto", "reference", "blockwise", "chunked", "cpu", "tpu", "splash", "gpu")
 QK_NORMS = ("none", "rms", "rms_gain")
 REMATS = ("full", "attention_saved", "out_recomputed", "matmuls_saved", "none")  # the first keeps the least
 PREPARED = "prepared"

@@ -102,6 +102,20 @@ _TPU_OPTIONS = {
     "xla_tpu_enable_async_collective_fusion_multiple_steps": "true",
     "xla_tpu_overlap_compute_collective_tc": "true",
 }
+# What hides collectives behind computation on GPUs, by docs/GPU_performance.md of NVIDIA/JAX-Toolbox: what XLA's
+# optimization level O1 stands for, and collectives that are combined up to more than a layer's weights, in bytes.
+_GPU_OPTIONS: dict[str, str | bool] = {  # XLA takes a flag of its own as True, libtpu's as text
+    "xla_gpu_enable_latency_hiding_scheduler": True,
+    "xla_gpu_enable_pipelined_all_gather": True,
+    "xla_gpu_enable_pipelined_reduce_scatter": True,
+    "xla_gpu_enable_pipelined_all_reduce": True,
+    "xla_gpu_enable_while_loop_double_buffering": True,
+    "xla_gpu_all_gather_combine_threshold_bytes": str(1 << 30),
+    "xla_gpu_reduce_scatter_combine_threshold_bytes": str(1 << 30),
+}
+# Scatters, products and attention without atomic sums, by docs/determinism.md of openxla/xla: a resumed run ends with
+# the same bits, as long as its compiled steps are kept (WORKDIR/compile_cache), since kernels are chosen by their time.
+_GPU_DETERMINISM: dict[str, str | bool] = {"xla_gpu_exclude_nondeterministic_ops": True}
 # KiB of vector memory (VMEM) for one fusion. A v5p has 64 MiB of it, a v5e and v6e 128, a v4 only the default's 16.
 # With more, products use larger blocks, and a v5e and v6e reduce gradients without padding (read in compiled steps).
 _SCOPED_VMEM_KIB = {"TPU v5": 32768, "TPU v5 lite": 65536, "TPU v6 lite": 65536}
@@ -110,7 +124,12 @@ _SCOPED_VMEM_KIB = {"TPU v5": 32768, "TPU v5 lite": 65536, "TPU v6 lite": 65536}
 def compiler_options(
     device: jax.Device,  # pyright: ignore[reportInvalidTypeForm] # jax declares it as a variable
 ) -> dict[str, str | bool]:
-    """Return XLA's options for the train step on this kind of device."""
+    """Return XLA's options for the train step on this kind of device; a GPU's without those that XLA_FLAGS sets."""
+    if device.platform == "gpu":
+        given = {flag.lstrip("-").partition("=")[0] for flag in os.environ.get("XLA_FLAGS", "").split()}
+        if "xla_gpu_deterministic_ops" in given:  # which means the other one too
+            given |= _GPU_DETERMINISM.keys()
+        return {name: value for name, value in (_GPU_OPTIONS | _GPU_DETERMINISM).items() if name not in given}
     if device.platform != "tpu":
         return {}
     options: dict[str, str | bool] = {**_TPU_OPTIONS}

@@ -136,6 +136,10 @@ def train(
             return DONE
         program = make_program(config, mesh)
         log(describe_run(config, program.table))
+        if mesh.devices.flat[0].platform == "gpu":
+            from btlm_jax.train.gpu_step import describe_gpu_step  # only there: a run loads few modules
+
+            log(describe_gpu_step(program))
         check_memory(program)
         if position.step:
             keep_compiled(workdir)

@@ -18,14 +18,13 @@ import numpy as np
 import optax
 from jax.sharding import Mesh
 
-from btlm_jax import notices
-from btlm_jax.attention import most_documents
+from btlm_jax import attention, notices
 from btlm_jax.data.order import make_order
 from btlm_jax.data.reader import TokenStore, open_store
 from btlm_jax.data.store import EXAMPLES, HELDOUT, MANIFEST_FILE, MOST_DOCUMENTS, TRAIN, Manifest, StoreUse
 from btlm_jax.display.progress import print_line
 from btlm_jax.model import Btlm
-from btlm_jax.parallel.mesh import evaluation_sharding
+from btlm_jax.parallel.mesh import evaluation_sharding, platform
 from btlm_jax.recipe.config import (
     AUTO,
     PREPARED,
@@ -108,6 +107,16 @@ class Beginning:
 FROM_SEED = Beginning(
     make_state=lambda run: init_state(run.model, run.optimizer, run.mesh, seed=run.config.seed), events=()
 )
+
+
+def most_documents(config: ModelConfig) -> int:
+    """Return how many documents of a sequence attention keeps apart at most, on these devices."""
+    if platform() != "gpu" or config.attention not in (attention.AUTO, "gpu"):
+        return 1 << 31
+    from btlm_jax.attention.gpu import MOST_DOCUMENTS, why_no_kernel
+
+    has_kernel = not why_no_kernel(jax.numpy.dtype(config.dtype), head_dim=config.head_dim, has_documents=True)
+    return MOST_DOCUMENTS if has_kernel else 1 << 31
 
 
 def log(message: str) -> None:
@@ -293,7 +302,7 @@ def _check_examples(config: TrainConfig, manifest: Manifest) -> None:
         raise ValueError(
             f"the token store has blocks of {found:,} examples and paddings, and attention keeps no more than {most:,} "
             f"apart here: make it by btlm corpus examples --most_examples={fitting}, or give "
-            "--config.model.attention=blockwise"
+            "--config.model.attention=chunked"
         )
     for phase in config.curriculum.table.phases:
         if phase.seq_len % manifest.window:

@@ -17,6 +17,7 @@ from btlm_jax.plan.chips import slice_devices
 
 NAMES = ("o", "dq", "dk", "dv")
 OURS = ("blockwise", "cpu")
+CUDNN = "jax._src.cudnn.fused_attention_stablehlo"
 FLOAT32_ERROR = 2e-6  # about 16 units in the last place: sums are taken in an order that depends on the threads
 
 

@@ -9,7 +9,7 @@ from support.tiny import config_dict, tiny_config
 
 from btlm_jax.parallel.make_mesh import make_mesh
 from btlm_jax.recipe.config import train_config_from
-from btlm_jax.train.flops import flops_per_token, peak_flops
+from btlm_jax.train.flops import compiler_options, flops_per_token, peak_flops
 
 
 def device(kind: str):
@@ -84,3 +84,16 @@ def test_measured_peak_is_possible_and_needs_no_mesh_of_its_own_device():
         peak = peak_flops(jax.devices()[3])
     # All devices together: between a slow core and the fastest server there is.
     assert 1e9 < peak.flops * jax.device_count() < 1e14
+
+
+def test_options_of_gpus_are_known_to_xla_and_give_way_to_xla_flags(monkeypatch):
+    """The names and kinds of values; a jaxlib without CUDA knows them too."""
+    monkeypatch.delenv("XLA_FLAGS", raising=False)
+    options = compiler_options(device("NVIDIA H100 80GB HBM3"))
+    jax.jit(lambda x: x + 1).lower(1.0).compile(compiler_options=options)
+    deterministic, scheduler = "xla_gpu_exclude_nondeterministic_ops", "xla_gpu_enable_latency_hiding_scheduler"
+    assert options[deterministic] is True and options[scheduler] is True
+    monkeypatch.setenv("XLA_FLAGS", f"--xla_other=1 --{deterministic}=false")
+    assert compiler_options(device("A100")) == {k: v for k, v in options.items() if k != deterministic}
+    monkeypatch.setenv("XLA_FLAGS", f"--xla_gpu_deterministic_ops=false --{scheduler}=false")
+    assert compiler_options(device("A100")).keys() == options.keys() - {deterministic, scheduler}
