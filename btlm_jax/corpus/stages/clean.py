@@ -39,9 +39,11 @@ ON_BAD_FILE = (FAIL, KEEP_PREFIX)
 FTFY = ftfy.TextFixerConfig(normalization="NFC", explain=False)
 _FTFY_WITHOUT_HTML = FTFY._replace(unescape_html=False)
 # In a line of only these characters ftfy changes nothing but the curly quotes: next to ASCII alone they are no sign of
-# a wrong encoding. Lines with any other character are passed to ftfy.
-_UNCHANGED = "\\t\\n -%'-~\u2018\u2019\u201c\u201d\u2013\u2014\u2026"
-_SUSPECT, _SUSPECT_OR_AMPERSAND = re.compile(f"[^&{_UNCHANGED}]"), re.compile(f"[^{_UNCHANGED}]")
+# a wrong encoding. Lines with any other character, or with an entity as ftfy knows them, are passed to ftfy.
+_UNCHANGED = "\\t\\n -~\u2018\u2019\u201c\u201d\u2013\u2014\u2026"
+_ENTITY = re.compile("&#?[0-9A-Za-z]{1,24};")
+_SUSPECT = re.compile(f"[^{_UNCHANGED}]")
+_SUSPECT_OR_ENTITY = re.compile(f"{_SUSPECT.pattern}|{_ENTITY.pattern}")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -105,8 +107,8 @@ def fix_unicode_pieces(text: str) -> Iterator[str]:
     entities such as &amp; as they are.
     """
     first_tag = text.find("<")
-    has_entities = text.find("&", 0, len(text) if first_tag < 0 else first_tag) >= 0
-    suspects = _SUSPECT_OR_AMPERSAND if has_entities else _SUSPECT
+    has_entities = _ENTITY.search(text, 0, len(text) if first_tag < 0 else first_tag) is not None
+    suspects = _SUSPECT_OR_ENTITY if has_entities else _SUSPECT
     match, num_done = suspects.search(text), 0
     while match is not None:
         start = text.rfind("\n", 0, match.start()) + 1
