@@ -10,7 +10,8 @@ from jax.sharding import NamedSharding, PartitionSpec
 from support import fake_gcs
 from support.loader import make_loader, make_mesh
 from support.real_store import build_real_store, write_config
-from support.run_command import ONE_PHASE, run_btlm, train_arguments
+from support.run_command import ONE_PHASE, train_arguments
+from support.run_here import run_here
 from support.tiny import tiny_config
 from support.tiny_store import write_store
 
@@ -78,8 +79,7 @@ def test_a_run_reads_its_store_from_google_cloud_storage(tmp_path, monkeypatch, 
     objects = {str(path.relative_to(tmp_path)): path.read_bytes() for path in files}
     with fake_gcs.connected(objects, monkeypatch) as bucket:
         config = write_config(tmp_path / "config.py", store=f"{bucket}/store", log__sample_prompt="eta", **ONE_PHASE)
-        ran = run_btlm(*train_arguments(config, tmp_path / "run"))
-        assert ran.returncode == 0, ran.stderr
+        assert run_here(*train_arguments(config, tmp_path / "run")) == 0
         losses = [row["loss"] for row in read_metrics(tmp_path / "run" / METRICS_FILE) if row["kind"] == "train"]
         assert len(losses) == 3 and losses[-1] < losses[0]
         assert read_run(tmp_path / "run").tokenizer.vocab_size == manifest.tokenizer.vocab_size
