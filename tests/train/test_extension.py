@@ -5,13 +5,13 @@ import math
 import re
 import shlex
 import shutil
-import sys
 from pathlib import Path
 from unittest import mock
 
 import numpy as np
 import pytest
-from support.run_command import NUM_STEPS, checkpoint_steps, recorded, run_btlm, train_arguments
+from support.run_command import NUM_STEPS, checkpoint_steps, recorded, train_arguments
+from support.run_here import run_here
 from support.tiny import tiny_config
 
 from btlm_jax import notices
@@ -175,9 +175,7 @@ def test_going_back_sets_later_checkpoints_aside_once(tmp_path):
 
 
 def train(capsys, *arguments) -> tuple[int, str]:
-    words = [str(argument) for argument in arguments]
-    with mock.patch.object(sys, "argv", ["btlm", *words]):  # config_flags looks there for what to change
-        code = main(words)
+    code = run_here(*arguments)
     said = capsys.readouterr()
     return code, said.out + said.err
 
@@ -208,8 +206,8 @@ def test_other_settings_are_said_and_the_printed_advice_works(tiny_run, tmp_path
     for old, new in shorter.items():
         assert advice.count(old) == 1
         advice = advice.replace(old, new)
-    result = run_btlm(*shlex.split(advice))
-    assert result.returncode == 0, result.stdout + result.stderr
+    code, said = train(capsys, *shlex.split(advice))
+    assert code == 0, said
     rates = [row["learning_rate"] for row in recorded(workdir, "train")]
     assert rates[:NUM_STEPS] == [row["learning_rate"] for row in recorded(finished, "train")]
     fall = (0.003 - 1.0198e-4) / 3
