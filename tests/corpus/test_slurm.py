@@ -52,7 +52,7 @@ def run(step, directory, *, workers=None, said=None, count=3) -> dict:
 @pytest.mark.slow
 def test_every_stage_gives_the_store_that_local_workers_give(cluster, tmp_path):
     local = make_store(tmp_path / "local", LocalWorkers(1))
-    found = make_store(tmp_path / "jobs", SlurmWorkers(count=2, options=("--partition=cpu",), log=print))
+    found = make_store(tmp_path / "jobs", SlurmWorkers(count=1, options=("--partition=cpu",), log=print))
     assert contents(found) == contents(local)
     jobs = fake_slurm.jobs_of(cluster)
     steps = ["clean", "dedup-signatures", "dedup-pairs", "dedup-clusters", "dedup"]

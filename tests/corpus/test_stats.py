@@ -1,16 +1,23 @@
 """The tables of stats, and the whole way from raw files through a tokenizer of its own to a store that trains."""
 
 import unittest.mock
+from collections import Counter
 
+import jax
+import numpy as np
 import pytest
+from support import loop_run
 from support.corpus_files import made_up_text, write_raw
-from support.real_store import write_config
-from support.run_command import ONE_PHASE, recorded, run_btlm, train_arguments
 
 from btlm_jax.cli import main
 from btlm_jax.corpus.inspect import charts
 from btlm_jax.data import store
+from btlm_jax.data.reader import open_store
 from btlm_jax.data.verify import verify
+from btlm_jax.parallel.make_mesh import make_mesh
+from btlm_jax.parallel.mesh import evaluation_sharding
+from btlm_jax.train import loop
+from btlm_jax.train.finish import heldout_batches
 
 TEXTS = [made_up_text(seed=seed, num_words=40 + 8 * (seed % 5)) for seed in range(300)]
 
@@ -128,15 +135,19 @@ def test_every_verb_explains_itself(verb, capsys):
     assert f"btlm corpus {verb}" in said and "example" in said and "--help" in said
 
 
-@pytest.mark.slow
-def test_a_run_trains_on_the_store(corpus, tmp_path):
-    config = write_config(tmp_path / "config.py", store=corpus / "store", **ONE_PHASE)
-    result = run_btlm(*train_arguments(config, tmp_path / "run"))
-    assert result.returncode == 0, result.stdout + result.stderr
-    evaluated = recorded(tmp_path / "run", "eval")[-1]
-    heldout = store.read_manifest(corpus / "store").splits[store.HELDOUT]
-    tokens = {source: counts["tokens"] for source, counts in evaluated["sources"].items()}
-    assert tokens == {source: part.num_tokens for source, part in heldout.sources.items()}
+def test_a_run_trains_on_the_store(corpus, tmp_path, monkeypatch):
+    """The loop, with a step that only counts, and what is evaluated; a whole run is on a stage's store of examples."""
+    token_store = open_store(corpus / "store", expected_fingerprint="")
+    found = loop_run.train(tmp_path, token_store, monkeypatch, [(1, 0)])
+    assert found.outcomes == [loop.DONE] and {weight for _, weight in found.steps.values()} == {384}
+    mesh = make_mesh(devices=jax.devices()[:1], tensor=1)
+    options = {"batch_size": 8, "blocks_per_source": 10**9, "prefetch": 1, "sharding": evaluation_sharding(mesh)}
+    tokens = Counter()
+    for sources, batch in heldout_batches(token_store, **options):
+        for source, weight in zip(sources, np.asarray(batch["weights_BT"]).sum(1).tolist(), strict=True):
+            tokens[source] += weight
+    heldout = token_store.manifest.splits[store.HELDOUT]
+    assert +tokens == {source: part.num_tokens for source, part in heldout.sources.items()}
 
 
 @pytest.mark.parametrize("stage", ["tokenizer", "dedup/work/pairs", "split/work/assign", "store/work/tokens"])
