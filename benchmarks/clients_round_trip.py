@@ -7,8 +7,8 @@ RUN is a finished training run. Each arrow is `btlm convert`, which proves itsel
     RUN -> hf -> Trainer.train, 1 step -> save_pretrained (tokenizer, too) -> native -> GGUF F32
 
 Checked besides: the step changed weights; native has the tuned weights to the bit; every form's tokenizer makes the
-same ids; native's logits are those of transformers on the tuned directory, and of the GGUF file computed as llama.cpp
-does. Prints one line for each; exit code 1 if one fails.
+same ids; the run's logits are those of transformers on the export, native's and those of the GGUF file, computed as
+llama.cpp does, are those of transformers on the tuned directory. Prints one line for each; exit code 1 if one fails.
 """
 
 from __future__ import annotations
@@ -23,7 +23,6 @@ from pathlib import Path
 import numpy as np
 
 from btlm_jax.convert.conversion import Conversion, convert
-from btlm_jax.convert.transformers_logits import transformers_logits
 from btlm_jax.hub.gguf import GGUFFile, GGUFTokenizer, gguf_logits
 from btlm_jax.hub.source import open_source
 
@@ -32,19 +31,27 @@ TEXTS = (
     " two  spaces\tand a tab",
     "\u00c9t\u00e9 \u6570\u5b66 \U0001f600",
 )
-# One step on the first text, in a process of its own: this one has JAX's threads.
+# One step on the first text, and the logits before and after it, in a process of its own: this one has JAX's threads.
 TRAIN = """
-import sys, torch
+import sys, numpy, torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, Trainer, TrainingArguments
 source, target, text = sys.argv[1:]
 model = AutoModelForCausalLM.from_pretrained(source, trust_remote_code=True)
 tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=True)
 ids = tokenizer(text, return_tensors="pt")["input_ids"][0]
+
+def save_logits(directory):
+    model = AutoModelForCausalLM.from_pretrained(directory, trust_remote_code=True)
+    with torch.no_grad():
+        numpy.save(directory + ".npy", model(ids[None]).logits[0].numpy())
+
+save_logits(source)
 arguments = TrainingArguments(output_dir=target + ".work", max_steps=1, learning_rate=1e-3, report_to=[],
     save_strategy="no", use_cpu=True, per_device_train_batch_size=1, disable_tqdm=True)
 Trainer(model=model, args=arguments, train_dataset=[{"input_ids": ids, "labels": ids}]).train()
 model.save_pretrained(target)
 tokenizer.save_pretrained(target)
+save_logits(target)
 """
 
 
@@ -88,12 +95,14 @@ def main(run: Path) -> int:
             check(all(other == ids for other in others), f"the ids of {text[:20]!r} in run, hf, tuned and native")
             check(GGUFTokenizer(file.keys).encode(text) == ids, f"the ids of {text[:20]!r} in the GGUF file")
         ids_T = np.asarray(run_tokenizer.encode(TEXTS[0]))
-        expected_TV = transformers_logits(tuned, ids_T)
-        for name, actual_TV in (("native", last.logits(ids_T)), ("the GGUF file", gguf_logits(file, ids_T))):
+        exported_TV, tuned_TV = (np.load(f"{directory}.npy") for directory in (hf, tuned))
+        for name, actual_TV, expected_TV in (
+            ("the run", open_source(run).logits(ids_T), exported_TV),
+            ("native", last.logits(ids_T), tuned_TV),
+            ("the GGUF file", gguf_logits(file, ids_T), tuned_TV),
+        ):
             error = float(np.abs(actual_TV - expected_TV).max() / np.abs(expected_TV).max())
-            check(
-                error < 2e-5, f"logits of {name} against transformers on the tuned weights: {error:.1e} of the largest"
-            )
+            check(error < 2e-5, f"logits of {name} against transformers on these weights: {error:.1e} of the largest")
     return int(failures > 0)
 
 

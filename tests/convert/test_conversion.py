@@ -1,6 +1,8 @@
 """Conversions from end to end, and what is left when one fails."""
 
 import json
+import os
+import signal
 import subprocess
 import sys
 
@@ -79,17 +81,37 @@ def test_there_and_back_is_bit_identical(imported, tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_a_run_becomes_a_directory_that_transformers_loads(monkeypatch, tiny_run, tmp_path, dtype):
+def test_a_run_becomes_a_directory_that_transformers_loads(monkeypatch, tiny_run, tmp_path):
+    """In float32, test_a_run_goes_through_its_clients_and_back has transformers load it."""
     monkeypatch.setattr(conversion, "has_transformers", lambda: True)
     _, workdir = tiny_run
-    exported, output = make(workdir, tmp_path / "hf", dtype=dtype, pad_ffn=64, max_shard_bytes=50_000)
+    exported, output = make(workdir, tmp_path / "hf", dtype="bfloat16", pad_ffn=64, max_shard_bytes=50_000)
     assert "transformers: largest difference" in output
     assert len(list(exported.glob("model-*-of-*.safetensors"))) > 1
     config = json.loads((exported / "config.json").read_text())
-    assert (config["n_inner"], config["n_positions"], config["torch_dtype"]) == (64, 48, dtype)
+    assert (config["n_inner"], config["n_positions"], config["torch_dtype"]) == (64, 48, "bfloat16")
     card = (exported / "README.md").read_text()
     assert "| steps | 10 |" in card and "held-out bits/byte" in card
+
+
+def test_what_transformers_computes_decides(monkeypatch, tmp_path):
+    factor, lengths = 1.0, []
+
+    def computed(directory, ids_T):
+        lengths.append(len(ids_T))
+        config = read_published_config(directory / "config.json")
+        return factor * streamed_logits(config, conversion.HuggingFaceTensors(directory, config), ids_T)
+
+    monkeypatch.setattr(conversion, "has_transformers", lambda: True)
+    monkeypatch.setattr(conversion, "transformers_logits", computed)
+    _, output = make(ORACLES / "tiny", tmp_path / "hf")
+    assert "transformers: largest difference" in output
+    make(ORACLES / "tiny", tmp_path / "half", dtype="bfloat16")
+    assert lengths[0] > lengths[1] == 12
+    factor = 1.001
+    with pytest.raises(ValueError, match="does not compute the same, so it was not kept: transformers: largest"):
+        make(ORACLES / "tiny", tmp_path / "wrong")
+    assert {path.name for path in tmp_path.iterdir()} == {"hf", "half"}
 
 
 def test_a_run_there_and_back_is_bit_identical(tiny_run, tmp_path):
@@ -329,24 +351,43 @@ def test_an_existing_target_is_left_alone(tmp_path, format, target):
         make(ORACLES / "tiny", tmp_path / target, format=format)
 
 
+STUCK = """
+import os, sys, time
+from btlm_jax.cli import main
+from btlm_jax.convert import conversion
+for target in sys.argv[2:]:
+    if not os.fork():
+        format = "gguf" if target.endswith(".gguf") else "hf"
+        stuck = lambda *a, **k: (print("written", target, os.getpid(), flush=True), time.sleep(300))
+        setattr(conversion, f"_prove_{format}", stuck)
+        main(["convert", f"--from={sys.argv[1]}", f"--to={target}", f"--format={format}"])
+while True:
+    os.wait()
+"""  # conversions that were written and do not end, each in a process
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize(("format", "target"), [("hf", "hf"), ("gguf", "m.gguf")])
-def test_a_killed_conversion_leaves_nothing_under_the_name_and_the_next_one_works(tmp_path, format, target):
-    code = "import sys, time; from btlm_jax.convert import conversion; "
-    code += f"conversion._prove_{format} = lambda *a, **k: (print('written', flush=True), time.sleep(60)); "
-    code += "from btlm_jax.cli import main; main(sys.argv[1:])"
-    arguments = ["convert", f"--from={ORACLES / 'tiny'}", f"--to={tmp_path / target}", f"--format={format}"]
-    process = subprocess.Popen([sys.executable, "-c", code, *arguments], stdout=subprocess.PIPE, text=True)
-    assert any(line == "written\n" for line in process.stdout)
+def test_a_killed_conversion_leaves_nothing_under_the_name_and_the_next_one_works(tmp_path):
+    targets = {"hf": tmp_path / "a" / "hf", "gguf": tmp_path / "b" / "m.gguf"}
+    command = [sys.executable, "-c", STUCK, ORACLES / "tiny", *targets.values()]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
+    pids = []
+    while len(pids) < 2:
+        assert (line := process.stdout.readline())
+        if line.startswith("written "):
+            pids.append(int(line.split()[-1]))
     before = sorted(tmp_path.rglob("*"))
-    with pytest.raises(FileExistsError, match="is being made by another process; wait for it, or give another name"):
-        make(ORACLES / "tiny", tmp_path / target, format=format)
+    for format, target in targets.items():
+        with pytest.raises(FileExistsError, match="is being made by another process; wait for it, or give another na"):
+            make(ORACLES / "tiny", target, format=format)
     assert sorted(tmp_path.rglob("*")) == before
-    process.kill()
-    process.communicate()
-    assert {path.name for path in tmp_path.iterdir()} == {f".{target}.partial", f".{target}.lock"}
-    make(ORACLES / "tiny", tmp_path / target, format=format)
-    assert [path.name for path in tmp_path.iterdir()] == [target]
+    for pid in pids:
+        os.kill(pid, signal.SIGKILL)
+    process.communicate()  # ends when it has no child
+    for format, target in targets.items():
+        assert {path.name for path in target.parent.iterdir()} == {f".{target.name}.partial", f".{target.name}.lock"}
+        make(ORACLES / "tiny", target, format=format)
+        assert [path.name for path in target.parent.iterdir()] == [target.name]
 
 
 @pytest.mark.parametrize(
