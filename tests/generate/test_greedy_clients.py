@@ -9,9 +9,12 @@ pytest.importorskip("transformers")
 sys.path.insert(0, str(REPOSITORY / "benchmarks"))
 import greedy_clients  # noqa: E402
 
+from btlm_jax.convert import conversion  # noqa: E402
+
 
 @pytest.mark.slow
-def test_clients_write_the_same_texts(tmp_path):
+def test_clients_write_the_same_texts(monkeypatch, tmp_path):
+    monkeypatch.setattr(conversion, "has_transformers", lambda: False)  # it is asked below
     greedy_clients.random_model(tmp_path / "model")
     options = {"num_tokens": 12, "python": "", "prompts": greedy_clients.PROMPTS}
     found = greedy_clients.run(tmp_path / "model", tmp_path, **options)
