@@ -43,8 +43,8 @@ def test_prose_of_python_takes_docstrings_and_comment_paragraphs_only():
 @pytest.mark.parametrize("piece", ['"""', "'", '"\\', "#'\"", "''' ", '"" "'])
 def test_pathological_source_takes_linear_time(piece):
     began = time.process_time()
-    installed.prose_of_python(piece * 100_000)
-    assert time.process_time() - began < 20
+    installed.prose_of_python(piece * 40_000)
+    assert time.process_time() - began < 8
 
 
 def write(path: Path, content: bytes) -> None:

@@ -3,7 +3,6 @@
 import functools
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 from support.tiny import tiny_config
@@ -35,10 +34,14 @@ def ids(*shape, seed=0):
 
 def full_logits(model, params, mesh, inputs_BT):
     """The logits_BTV by the whole forward pass on one device."""
-    with jax.set_mesh(mesh):
-        hidden_BTD = model.apply({"params": params}, jnp.asarray(inputs_BT))
+
+    def whole_pass(params, inputs_BT):
+        hidden_BTD = model.apply({"params": params}, inputs_BT)
         table_VD = params["embedding"]["embedding"]
-        return np.asarray(logits(hidden_BTD, table_VD, output_scale=model.parametrization.output_scale))
+        return logits(hidden_BTD, table_VD, output_scale=model.parametrization.output_scale)
+
+    with jax.set_mesh(mesh):
+        return np.asarray(jax.jit(whole_pass)(params, np.asarray(inputs_BT)))
 
 
 @pytest.fixture(scope="module")
@@ -51,15 +54,15 @@ def test_extending_in_pieces_equals_the_whole_pass_at_every_position(one_device)
     model, params = model_and_params(one_device, model__alibi_scaling=2.0)
     inputs_BT = ids(3, 90)
     with jax.set_mesh(one_device):
-        want_BTD = model.apply({"params": params}, jnp.asarray(inputs_BT))
+        want_BTD = jax.jit(model.apply)({"params": params}, inputs_BT)
         cache = make_cache(model, one_device, batch_size=3, num_slots=96, dtype="float32")
         step = jax.jit(
             lambda cache, x, s: extend(model, params, cache, inputs_BT=x, starts_B=s, lengths_B=s + x.shape[1])
         )
         made = []
         for start, end in ((0, 40), (40, 57), *((t, t + 1) for t in range(57, 90))):
-            hidden, cache = step(cache, jnp.asarray(inputs_BT[:, start:end]), jnp.full(3, start))
-            made.append(hidden)
+            hidden, cache = step(cache, inputs_BT[:, start:end], np.full(3, start, np.int32))
+            made.append(np.asarray(hidden))
     np.testing.assert_allclose(np.concatenate(made, axis=1), want_BTD, rtol=0, atol=3e-6)
 
 
@@ -107,15 +110,14 @@ def test_decoding_is_the_whole_pass_for_mixed_lengths_across_growth_past_the_tra
 @pytest.mark.slow
 def test_a_bfloat16_cache_is_near(one_device):
     model, params = model_and_params(one_device)
-    inputs_BT = jnp.asarray(ids(2, 30))
+    inputs_BT, zeros_B = ids(2, 30), np.zeros(2, np.int32)
+    results = {}
     with jax.set_mesh(one_device):
-        results = {}
+        step = jax.jit(lambda cache, x, s: extend(model, params, cache, inputs_BT=x, starts_B=s, lengths_B=s + 30))
         for dtype in ("float32", "bfloat16"):
             cache = make_cache(model, one_device, batch_size=2, num_slots=32, dtype=dtype)
-            zeros_B = jnp.zeros(2, jnp.int32)
-            results[dtype], kept = extend(
-                model, params, cache, inputs_BT=inputs_BT, starts_B=zeros_B, lengths_B=zeros_B + inputs_BT.shape[1]
-            )
+            hidden_BTD, kept = step(cache, inputs_BT, zeros_B)
+            results[dtype] = np.asarray(hidden_BTD)
             assert kept.k_LBSNH.dtype == dtype
     difference = np.abs(results["float32"] - results["bfloat16"]).max()
     assert 0 < difference < 0.05
