@@ -17,6 +17,7 @@ from btlm_jax.storage.files import cache_directory, write_atomically
 
 if TYPE_CHECKING:
     from btlm_jax.plan.compiling import CompileCache
+    from btlm_jax.plan.own_runs import OwnRun
     from btlm_jax.recipe.config import TrainConfig
 
 PLAN_HELP = """btlm plan: compile a config's train steps for a TPU slice, here, without one.
@@ -28,7 +29,7 @@ examples:  btlm plan --config=pods/v5e_256 --topology=v5e:16x16 --usd_per_chip_h
 
 What is compiled is what btlm train would run on that slice, for every phase. Says whether it fits the memory and by
 how much, which sizes the mesh does not divide and which layouts would, what the chips exchange, and a prediction of
-step time, MFU, days and cost. Takes minutes and libtpu (pip install 'btlm_jax[tpu]'). Exit code 0 when the config would
+step time, MFU, days and cost. It takes minutes, and libtpu (pip install 'btlm_jax[tpu]'). Exit code 0 when the config would
 run on the slice, 1 when it would not.
 
 --slices=2 compiles for two such slices, joined over the data-center network: each stores all parameters, sequences are
@@ -36,18 +37,23 @@ split between them, and only gradients are exchanged over the network.
 --search tries mesh x model.remat x mesh.accumulation, the most promising first, and prints the flags of the fastest
 layout that fits, of those that leave a tenth of the memory if there are any. What cannot win is not compiled. The same
 command goes on after an interruption, or after --max_compiles.
+--measured=WORKDIR plans the config of a run that has trained a few steps on the slice, prints what they took beside
+what was planned, and keeps that: later plans for the same chips are corrected by it.
 --check compiles nothing: it asks the table of layouts in the folder pods beside the config file. Exit code 1 when the
 layout does not divide or, by the table, does not fit; 0 with a note when the table does not have it.
---table compiles the configs in the folder of FILE and their OTHERS again, and writes FILE and the same in Markdown.
+--table compiles the configs in the folder of FILE and their OTHERS again, and writes FILE and the same in Markdown;
+--only=v5e_256,v5p_128 those alone, and the other rows stay.
+
+Times are a central value and its range, calibrated on published runs of other models, with the parts under them.
 """
 
 
 # What each mode takes beside --config and --topology.
 _FLAGS_OF = {
-    "plan": ("json", "usd_per_chip_hour", "cache", "slices"),
+    "plan": ("json", "usd_per_chip_hour", "cache", "slices", "measured"),
     "search": ("json", "usd_per_chip_hour", "cache", "max_compiles"),
     "check": (),
-    "table": ("cache",),
+    "table": ("cache", "only"),
 }
 
 
@@ -62,7 +68,8 @@ def plan(arguments: Sequence[str]) -> int:
     target = flags.optional_path("json")
     if target is not None and (target.is_dir() or not os.access(target.parent, os.W_OK)):  # before minutes of compiling
         raise OSError(f"--json={target} cannot be written: it is a directory, or {target.parent} is none to write to")
-    config = flags.config()
+    measured = _own_run(flags)
+    config = measured.config if measured else flags.config()
     if not flags.string("topology"):
         raise UsageError("btlm plan needs --topology, for example --topology=v5e:16x16 or --topology=v5litepod-256")
     price = flags.number("usd_per_chip_hour")
@@ -77,7 +84,13 @@ def plan(arguments: Sequence[str]) -> int:
     slices = flags.integer("slices")
     if slices < 1:
         raise UsageError(f"--slices={slices} must be at least 1")
-    run = _search if mode == "search" else functools.partial(_plan, slices=slices)
+    if measured:
+        from btlm_jax.plan import own_runs
+
+        if slices > 1:
+            raise UsageError("--measured takes a run on one slice: leave out --slices")
+        own_runs.check_slice(measured, topology=topology)
+    run = _search if mode == "search" else functools.partial(_plan, slices=slices, measured=measured)
     content, text, works = run(config, topology=topology, cache=_cache(flags, mode), price=price)
     if target is not None:
         write_atomically(target, json.dumps(content, indent=2))
@@ -85,16 +98,44 @@ def plan(arguments: Sequence[str]) -> int:
     return DONE if works else ERROR
 
 
+def _own_run(flags: Flags) -> OwnRun | None:
+    """Return the run whose steps were measured, if one is given."""
+    if not flags.is_given("measured"):
+        return None
+    if flags.is_given("config") or flags.changes:
+        raise UsageError("--measured takes the config from the run: leave out --config")
+    from btlm_jax.plan.own_runs import read_own_run
+
+    return read_own_run(flags.path("measured"))
+
+
 def _plan(
-    config: TrainConfig, *, topology: str, cache: CompileCache, price: float, slices: int
+    config: TrainConfig,
+    *,
+    topology: str,
+    cache: CompileCache,
+    price: float,
+    slices: int,
+    measured: OwnRun | None,
 ) -> tuple[dict, str, bool]:
-    """Return the plan as JSON, as a table, and whether it works."""
+    """Return the plan as JSON, as a table, and whether it works; keep what was measured for later plans."""
     from btlm_jax.plan.plan_report import format_plan, plan_to_json
     from btlm_jax.plan.slice_plan import plan_run
 
     planned = plan_run(config, topology=topology, cache=cache, report_progress=_print_progress, slices=slices)
     content = plan_to_json(planned, usd_per_chip_hour=price)
-    return content, format_plan(planned, usd_per_chip_hour=price), planned.works
+    text = format_plan(planned, usd_per_chip_hour=price)
+    if measured:
+        from btlm_jax.plan.calibration import keep_points
+        from btlm_jax.plan.own_runs import format_measured, measured_points
+
+        points = measured_points(measured, planned)
+        assert cache.measured is not None, "plans have it"
+        keep_points(points, directory=cache.measured)
+        content["measured"] = {point.name: point.measured for point in points}
+        text += f"\n\n{format_measured(points, planned)}\nKept in {cache.measured}: later plans of "
+        text += f"{measured.chip.name} are corrected by such steps, in place of the published runs."
+    return content, text, planned.works
 
 
 def _search(config: TrainConfig, *, topology: str, cache: CompileCache, price: float) -> tuple[dict, str, bool]:
@@ -124,7 +165,8 @@ def _make_table(flags: Flags) -> int:
     _use_no_accelerator()
     from btlm_jax.plan.make_table import make_table
 
-    problems = make_table(flags.path("table"), cache=_cache(flags, "table"), report_progress=_print_progress)
+    only = [name for name in flags.string("only").split(",") if name]
+    problems = make_table(flags.path("table"), cache=_cache(flags, "table"), report_progress=_print_progress, only=only)
     for problem in problems:
         print(f"PROBLEM: {problem}")
     print(f"Wrote {flags.string('table')} and the same in Markdown")
@@ -150,7 +192,11 @@ def _cache(flags: Flags, mode: str) -> CompileCache:
     if max_compiles < 0:
         raise UsageError(f"--max_compiles={max_compiles} must not be negative")
     directory = flags.optional_path("cache") or cache_directory() / "plan"
-    return CompileCache(directory=directory, max_compiles=max_compiles if mode == "search" else math.inf)
+    return CompileCache(
+        directory=directory,
+        max_compiles=max_compiles if mode == "search" else math.inf,
+        measured=None if mode == "table" else directory / "measured",  # a table is by the frozen calibration
+    )
 
 
 def _use_no_accelerator() -> None:
@@ -172,6 +218,10 @@ def plan_flags() -> Flags:
     flags.define_integer("max_compiles", 12, "most compilations that --search makes")
     flags.define_boolean("check", False, "ask the table of layouts, without compiling")
     flags.define_string("table", "", "file of the table of layouts to make again")
+    flags.define_string(
+        "measured", "", "workdir of a run on the slice: its seconds a step beside the plan, and for later plans"
+    )
+    flags.define_string("only", "", "names of configs, with commas, of which alone --table makes the rows again")
     flags.define_string("json", "", "file for the plan, or the search, as JSON")
     flags.define_float("usd_per_chip_hour", 0.0, "price of a chip; with it the plan has a cost")
     flags.define_string(

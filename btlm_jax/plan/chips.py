@@ -28,6 +28,7 @@ class Chip:
     hbm_bytes: int  # what the compiler allows a program; its error names it when a program needs more
     clock: float  # cycles/s
     num_cores: int  # that one device is made of
+    hbm_bandwidth: float  # bytes/s, from the data sheet
     link_bytes: float  # bytes/s of one direction of one link to a neighbour
     network_bytes: float  # bytes/s over the data-center network, a chip's share of its host's; published
     kernel_bundles: dict[str, int]  # instructions of attention kernels, see _bundles
@@ -35,6 +36,11 @@ class Chip:
     options: dict[str, str]  # of libtpu's topology description
     kinds: tuple[str, ...]  # jax.Device.device_kind
     accelerator: str  # what Google Cloud calls its slices, before the number
+
+    @property
+    def is_cube(self) -> bool:
+        """Whether slices have three sides."""
+        return self.slices == _CUBE
 
 
 def _bundles(
@@ -63,7 +69,8 @@ CHIPS = {
     chip.name: chip
     for chip in (
         Chip(
-            name="v4", hbm_bytes=int(30.75 * GIB), clock=1.05e9, num_cores=2, link_bytes=45e9,
+            name="v4", hbm_bytes=int(30.75 * GIB), clock=1.05e9, num_cores=2, hbm_bandwidth=1228e9,
+            link_bytes=45e9,
             network_bytes=6.25e9,
             kernel_bundles=_bundles(
                 splash=(1411, 1700, 2150), forward=(2856, 3464), backward=(3248, 4256), out_of_window=(452, 328)
@@ -73,7 +80,8 @@ CHIPS = {
             kinds=("TPU v4",), accelerator="v4",
         ),
         Chip(
-            name="v5e", hbm_bytes=int(15.75 * GIB), clock=1.5e9, num_cores=1, link_bytes=45e9,
+            name="v5e", hbm_bytes=int(15.75 * GIB), clock=1.5e9, num_cores=1, hbm_bandwidth=819e9,
+            link_bytes=45e9,
             network_bytes=3.125e9,
             kernel_bundles=_bundles(
                 splash=(1038, 1362, 1752), forward=(1278, 1447), backward=(2375, 2651), out_of_window=(18, 83)
@@ -82,7 +90,8 @@ CHIPS = {
             kinds=("TPU v5 lite", "TPU v5e"), accelerator="v5litepod",
         ),
         Chip(
-            name="v5p", hbm_bytes=int(95.74 * GIB), clock=1.75e9, num_cores=2, link_bytes=90e9,
+            name="v5p", hbm_bytes=int(95.74 * GIB), clock=1.75e9, num_cores=2, hbm_bandwidth=2765e9,
+            link_bytes=90e9,
             network_bytes=6.25e9,
             kernel_bundles=_bundles(
                 splash=(1016, 1360, 1750), forward=(1314, 1425), backward=(2390, 2640), out_of_window=(18, 83)
@@ -91,7 +100,8 @@ CHIPS = {
             kinds=("TPU v5", "TPU v5p"), accelerator="v5p",
         ),
         Chip(
-            name="v6e", hbm_bytes=int(31.25 * GIB), clock=1.75e9, num_cores=1, link_bytes=90e9,
+            name="v6e", hbm_bytes=int(31.25 * GIB), clock=1.75e9, num_cores=1, hbm_bandwidth=1640e9,
+            link_bytes=90e9,
             network_bytes=12.5e9,
             kernel_bundles=_bundles(
                 splash=(672, 780, 1000), forward=(988, 1018), backward=(1406, 1589), out_of_window=(18, 54)

@@ -14,7 +14,7 @@ from pathlib import Path
 import jax
 
 from btlm_jax.plan.chips import GIB, Chip
-from btlm_jax.plan.executable import Collective, Executable, read_executable
+from btlm_jax.plan.executable import Collective, Executable, Operation, read_executable
 from btlm_jax.storage.files import hash_json, read_json_object, write_atomically
 from btlm_jax.train.flops import compiler_options
 from btlm_jax.train.program import Program
@@ -55,6 +55,7 @@ class CompileCache:
 
     directory: Path
     max_compiles: float  # math.inf: as many as needed
+    measured: Path | None = None  # directory of steps measured in runs of one's own, which correct its plans
     num_compiled: int = 0
     seconds: float = 0.0  # of those compilations
 
@@ -156,5 +157,10 @@ def program_text(traced: jax.stages.Traced) -> str:
 
 
 def _executable(values: dict) -> Executable:
-    collectives = tuple(Collective(**collective) for collective in values["collectives"])
-    return Executable(collectives=collectives, num_cycles=values["num_cycles"])
+    collectives = tuple(
+        Collective(**{**collective, "groups": tuple(map(tuple, collective["groups"]))})
+        for collective in values["collectives"]
+    )
+    return Executable(
+        collectives=collectives, operations=tuple(Operation(**operation) for operation in values["operations"])
+    )

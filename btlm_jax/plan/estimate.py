@@ -1,44 +1,52 @@
 """Predict the memory and the time of one phase's train step on a slice. Not yet compared with a run on a TPU.
 
-The time is static arithmetic over the compiled program; ASSUMPTIONS says what it leaves out. It is a range. Low end:
-every asynchronous collective is hidden behind computation, and every block of keys outside ALiBi's window is skipped.
-High end: none is.
+The time is static arithmetic over the compiled program, corrected by what published runs of other models took over the
+same arithmetic (calibration.py). It is a central value with its error, and the parts that it is made of.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Callable, Sequence
 
 import jax
 import numpy as np
 
+from btlm_jax import notices
 from btlm_jax.attention.alibi import SPREAD, alibi_window
+from btlm_jax.attention.tpu import BACKWARD
 from btlm_jax.model.transformer import device_slopes
 from btlm_jax.parallel.mesh import num_ways
+from btlm_jax.plan.calibration import Correction, Parts, best_published_hfu, correction_of, kept_points
 from btlm_jax.plan.chips import Chip
 from btlm_jax.plan.compiling import CompileCache, CompiledStep
-from btlm_jax.plan.executable import BETWEEN_SLICES, Collective, Executable
-from btlm_jax.plan.flop_count import OUT_OF_WINDOW, StepWork, count_step_work
+from btlm_jax.plan.executable import ELEMENTWISE, PREFETCH, PRODUCT, UNESTIMATED, Executable, Operation
+from btlm_jax.plan.flop_count import DIAGONAL, OUT_OF_WINDOW, StepWork, count_step_work
+from btlm_jax.plan.torus import Exchange, time_collective, torus_of
 from btlm_jax.recipe.curriculum import Phase
-from btlm_jax.train.flops import flops_per_token, peak_flops
+from btlm_jax.train.flops import attention_flops_per_token, flops_per_token, peak_flops
 from btlm_jax.train.program import Program
 
 ASSUMPTIONS = (
-    "XLA's own cycle estimate of every fusion x the trips of the loops around it / clock",
+    "roofline: of every fusion the greater one of FLOPs at the chip's peak and bytes at the bandwidth of HBM, x the "
+    "trips of the loops around it; gathers, scatters, sorts, copies without an estimate: bytes at 0.8 of the bandwidth",
     "attention kernels: instruction bundles of their loops, as compiled, + 300 a program, / clock / cores, on the "
-    "device whose heads see the most",
-    "collectives: bytes x (n - 1) / n / (2 x link), all-reduce twice that, all-to-all bytes x n / 4 / (2 x link), "
-    "collective-permute bytes / link, as to a neighbour, each alone on its links",
-    "low end: all asynchronous collectives hidden, and q and k so short that ALiBi puts many keys out of sight: the "
-    f"scores of a row spread by {SPREAD:.0f} nats at most without it; high end: nothing hidden, all keys seen",
-    "left out: HBM stalls, input, checkpoints, evaluation, failures",
+    "device whose heads see the most, over all keys",
+    "central value: roofline x what published runs took over theirs on this chip, + exchanges that nothing hides; "
+    "error: what leaving one of those runs out makes",
+    "exchanges by where the devices are: along a side of the slice a closed ring has two links into a device, a line "
+    "one, a group that takes every nth device 1/n of them; synchronous ones are alone, the others beside computation",
+    "compiler: XLA's own cycle estimates / clock, which include memory time and are the faster end of what is known",
+    f"with windows: q and k so short that the scores of a row spread by {SPREAD:.0f} nats at most without ALiBi, so "
+    "that keys out of sight are skipped; what is skipped is in neither MFU nor HFU",
+    "HFU: FLOPs executed, recompute and padding too; left out: input, checkpoints, evaluation, failures",
 )
 BETWEEN_SLICES_ASSUMPTION = (
-    "between slices: all-reduce bytes x 2 (n - 1) / n / a chip's share of its host's network, as published; hidden at "
-    "the low end"
+    "between slices: all-reduce bytes x 2 (n - 1) / n / a chip's share of its host's network, as published"
 )
 _KERNEL_OVERHEAD = 300  # bundles a program
+_COPY_SPEED = 0.8  # of HBM's bandwidth, of operations that the compiler does not estimate
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -61,21 +69,32 @@ class Memory:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class StepTime:
-    """Predicted seconds of a step."""
+    """Predicted seconds of a step, over all keys unless it says otherwise."""
 
-    computation: float
-    attention: float  # over all keys
-    negligible: float  # the part of it over keys outside ALiBi's windows
-    exposed: float  # synchronous collectives
-    asynchronous: float  # collectives that may run beside computation
+    parts: Parts
+    correction: Correction
+
+    @property
+    def central(self) -> float:
+        return self.correction.seconds(self.parts)
 
     @property
     def low(self) -> float:
-        return self.computation + self.attention - self.negligible + self.exposed
+        return self.central / (1 + self.correction.error)
 
     @property
     def high(self) -> float:
-        return self.low + self.negligible + self.asynchronous
+        return self.central * (1 + self.correction.error)
+
+    @property
+    def windowed(self) -> float:
+        """The central value if keys outside of ALiBi's windows are skipped."""
+        return self.correction.seconds(self.parts, skipped=self.parts.negligible)
+
+    @property
+    def compiler(self) -> float:
+        """By the compiler's estimates alone, uncorrected."""
+        return self.parts.estimate + self.parts.exchanged
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -86,14 +105,25 @@ class PhasePlan:
     program: str  # CompiledStep.program
     compile_seconds: float
     memory: Memory
-    collectives: tuple[Collective, ...]
+    collectives: tuple[Exchange, ...]
     counted_flops: float  # a step, by FLOPS_CONVENTION
     executed_flops: float  # a step over all keys, with recompute, masked halves of blocks and ALiBi's lanes
+    skipped_flops: float  # of those counted, what is skipped where keys are out of sight
     peak_flops: float  # of the slice, a second
     step_time: StepTime
 
     def mfu(self, seconds: float) -> float:
         return self.counted_flops / self.peak_flops / seconds
+
+    @property
+    def hfu(self) -> float:
+        """FLOPs executed at the central value, over the peak."""
+        return self.executed_flops / self.peak_flops / self.step_time.central
+
+    @property
+    def mfu_windowed(self) -> float:
+        """MFU where keys are skipped, of the FLOPs that are left."""
+        return (self.counted_flops - self.skipped_flops) / self.peak_flops / self.step_time.windowed
 
 
 def plan_phase(program: Program, phase: Phase, *, topology: str, chip: Chip, cache: CompileCache) -> PhasePlan:
@@ -106,64 +136,113 @@ def plan_phase(program: Program, phase: Phase, *, topology: str, chip: Chip, cac
     """
     traced = program.trace_train_step(phase)
     step = cache.compile_step(program, traced, topology=topology, chip=chip, state_bytes=state_bytes(program))
-    num_chips = program.mesh.size
+    num_chips, model = program.mesh.size, program.config.model
     work = count_step_work(traced.jaxpr.jaxpr)
-    return PhasePlan(
+    devices = list(program.mesh.devices.flat)
+    torus = torus_of(devices, chip=chip)
+    exchanges = tuple(time_collective(each, torus) for each in step.executable.collectives)
+    slopes_XN, peak = _slopes_of_devices(program, phase), peak_flops(devices[0]).flops
+    parts = step_parts(step.executable, work, exchanges, slopes_XN=slopes_XN, chip=chip, num_chips=num_chips, peak=peak)
+    own = kept_points(chip.name, directory=cache.measured) if cache.measured else ()
+    attention = attention_flops_per_token(model, seq_len=phase.seq_len) * phase.tokens_per_step
+    plan = PhasePlan(
         phase=phase,
         program=step.program,
         compile_seconds=step.seconds,
         memory=_memory(program, step, chip=chip),
-        collectives=step.executable.collectives,
-        counted_flops=flops_per_token(program.config.model, seq_len=phase.seq_len) * phase.tokens_per_step,
+        collectives=exchanges,
+        counted_flops=flops_per_token(model, seq_len=phase.seq_len) * phase.tokens_per_step,
         executed_flops=work.flops,
-        peak_flops=peak_flops(program.mesh.devices.flat[0]).flops * num_chips,
-        step_time=step_time(
-            step.executable, work, slopes_XN=_slopes_of_devices(program, phase), chip=chip, num_chips=num_chips
-        ),
+        skipped_flops=attention * skipped_share(work, slopes_XN=slopes_XN),
+        peak_flops=peak * num_chips,
+        step_time=StepTime(parts=parts, correction=correction_of(chip.name, own=own)),
+    )
+    best = best_published_hfu(chip.name)
+    if best is not None and plan.hfu > best:
+        notices.report(
+            "plan-too-fast",
+            f"the predicted step of {phase.batch_size:,} x {phase.seq_len:,} on {chip.name} executes {plan.hfu:.0%} of "
+            f"the peak, above the {best:.0%} that is the best published: the prediction is at fault",
+        )
+    return plan
+
+
+def step_parts(
+    executable: Executable,
+    work: StepWork,
+    exchanges: Sequence[Exchange],
+    *,
+    slopes_XN: np.ndarray | None,
+    chip: Chip,
+    num_chips: int,
+    peak: float,
+) -> Parts:
+    """Return the parts of a step's time; `slopes_XN` as `attention_seconds` takes them, `peak` is a chip's FLOP/s."""
+
+    def total(cost: Callable[[Operation], float], *kinds: str) -> float:
+        return sum(each.count * cost(each) for each in executable.operations if each.kind in kinds)
+
+    def estimated(each: Operation) -> float:
+        return each.cycles / chip.clock
+
+    def at_peak(each: Operation) -> float:
+        return each.flops / peak
+
+    def at_bandwidth(each: Operation) -> float:
+        return each.num_bytes / chip.hbm_bandwidth
+
+    attention, negligible = attention_seconds(work, slopes_XN=slopes_XN, chip=chip, num_chips=num_chips)
+    return Parts(
+        products=total(estimated, PRODUCT),
+        products_at_peak=total(at_peak, PRODUCT),
+        elementwise=total(estimated, ELEMENTWISE),
+        elementwise_at_bandwidth=total(at_bandwidth, ELEMENTWISE),
+        slowest=total(lambda each: max(at_peak(each), at_bandwidth(each)), PRODUCT, ELEMENTWISE),
+        unestimated=total(at_bandwidth, UNESTIMATED) / _COPY_SPEED,
+        prefetched=total(at_bandwidth, PREFETCH),
+        attention=attention,
+        negligible=negligible,
+        exposed=sum(each.seconds for each in exchanges if not each.is_asynchronous),
+        asynchronous=sum(each.seconds for each in exchanges if each.is_asynchronous),
     )
 
 
-def seconds_on(chip: Chip, collective: Collective) -> float:
-    """Return the seconds a step spends in one collective, over links or, between slices, over the network."""
-    if collective.kind.startswith(BETWEEN_SLICES):  # each chip sends, and receives, by its share of the host's network
-        inner = dataclasses.replace(collective, kind=collective.kind.removeprefix(BETWEEN_SLICES))
-        return collective_seconds(inner, link_bytes=chip.network_bytes / 2)
-    return collective_seconds(collective, link_bytes=chip.link_bytes)
+def attention_seconds(
+    work: StepWork, *, slopes_XN: np.ndarray | None, chip: Chip, num_chips: int
+) -> tuple[float, float]:
+    """Return the seconds of attention kernels over all keys, and the part of them that ALiBi's windows leave out.
+
+    slopes_XN: ALiBi slopes of the heads of each of the X devices that share a sequence; None without ALiBi.
+    """
+    bundles = work.kernel_steps * _KERNEL_OVERHEAD
+    bundles += sum(blocks * chip.kernel_bundles[name] for name, blocks in work.kernel_blocks.items())
+    saved = 0.0
+    if slopes_XN is not None and work.distant_blocks:
+        window_XN = alibi_window(SPREAD, slopes_XN, xp=np)
+        saved_X = np.zeros(len(slopes_XN))
+        for (name, distance), blocks in work.distant_blocks.items():
+            less = chip.kernel_bundles[name] - chip.kernel_bundles[name + OUT_OF_WINDOW]
+            saved_X += blocks * less * (window_XN <= distance).mean(1)
+        saved = float(saved_X.min())
+    rate = num_chips * chip.clock * chip.num_cores
+    return bundles / rate, saved / rate
 
 
-def collective_seconds(collective: Collective, *, link_bytes: float) -> float:
-    """Return the seconds a step spends in one collective: on a ring in both directions, permutes over one link."""
-    n = collective.num_devices
-    passes = {"all-reduce": 2 * (n - 1) / n, "all-to-all": n / 4, "collective-permute": 2}.get(
-        collective.kind, (n - 1) / n
+def skipped_share(work: StepWork, *, slopes_XN: np.ndarray) -> float:
+    """Return the share of attention's blocks that are out of sight, on the mean over devices."""
+    window_XN = alibi_window(SPREAD, slopes_XN, xp=np)
+    skipped = sum(
+        blocks * float((window_XN <= distance).mean())
+        for (name, distance), blocks in work.distant_blocks.items()
+        if name == BACKWARD
     )
-    return collective.count * passes * collective.num_bytes / (2 * link_bytes)
+    # kernel_blocks[BACKWARD] are those off the diagonal; those on it are half as much work.
+    return skipped / (work.kernel_blocks[BACKWARD] + work.kernel_blocks[BACKWARD + DIAGONAL] / 2) if skipped else 0.0
 
 
 def state_bytes(program: Program) -> int:
     """Return the bytes of parameters and optimizer on one device, which every step needs."""
     return _bytes_of(program.state)
-
-
-def step_time(executable: Executable, work: StepWork, *, slopes_XN: np.ndarray, chip: Chip, num_chips: int) -> StepTime:
-    """Predict a step's time; `slopes_XN`: ALiBi slopes of the heads of each of the X devices that share a sequence."""
-    window_XN = alibi_window(SPREAD, slopes_XN, xp=np)
-    bundles = work.kernel_steps * _KERNEL_OVERHEAD
-    bundles += sum(blocks * chip.kernel_bundles[name] for name, blocks in work.kernel_blocks.items())
-    saved_X = np.zeros(len(slopes_XN))
-    for (name, distance), blocks in work.distant_blocks.items():
-        saved = chip.kernel_bundles[name] - chip.kernel_bundles[name + OUT_OF_WINDOW]
-        saved_X += blocks * saved * (window_XN <= distance).mean(1)
-    seconds = {False: 0.0, True: 0.0}
-    for collective in executable.collectives:
-        seconds[collective.is_asynchronous] += seconds_on(chip, collective)
-    return StepTime(
-        computation=executable.num_cycles / chip.clock,
-        attention=bundles / num_chips / chip.clock / chip.num_cores,
-        negligible=float(saved_X.min()) / num_chips / chip.clock / chip.num_cores,
-        exposed=seconds[False],
-        asynchronous=seconds[True],
-    )
 
 
 def _slopes_of_devices(program: Program, phase: Phase) -> np.ndarray:

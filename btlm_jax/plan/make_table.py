@@ -1,7 +1,8 @@
 """Make the table of layouts compiled for the slices of configs/pods/: table.json, and table.md to read.
 
 Beside get_config(), a config file there has TOPOLOGY, its slice, and OTHERS, further layouts for the table: each a dict
-of the differences to the config's mesh and model.remat.
+of the differences to the config's mesh and model.remat, and to its slice as `topology`. A file others.json in the
+folder has more of them by the name of the config, for config files that a command writes.
 """
 
 from __future__ import annotations
@@ -9,20 +10,23 @@ from __future__ import annotations
 import dataclasses
 import json
 import runpy
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from pathlib import Path
 
-from btlm_jax.plan.chips import Chip, topology_named
+from btlm_jax.plan.calibration import calibration_hash
+from btlm_jax.plan.chips import topology_named
 from btlm_jax.plan.compiling import CompileCache, compiler_versions
 from btlm_jax.plan.estimate import ASSUMPTIONS, PhasePlan
 from btlm_jax.plan.layout import MeshLayout, layout_of
-from btlm_jax.plan.plan_report import collectives_by_kind
+from btlm_jax.plan.plan_report import collectives_by_kind, time_to_json
 from btlm_jax.plan.pod_table import training_fields
 from btlm_jax.plan.slice_plan import DoesNotFit, SlicePlan, plan_fitting_phases
 from btlm_jax.plan.table_text import format_table_markdown
 from btlm_jax.recipe.config import TrainConfig, train_config_from
-from btlm_jax.storage.files import write_atomically
+from btlm_jax.storage.files import read_json_object, write_atomically
 from btlm_jax.train.flops import FLOPS_CONVENTION
+
+OTHERS_FILE = "others.json"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -32,14 +36,19 @@ class PodConfig:
     name: str
     topology: str
     config: TrainConfig
-    others: tuple[MeshLayout, ...]
+    others: tuple[tuple[str, MeshLayout], ...]  # slice, layout
+
+    @property
+    def layouts(self) -> tuple[tuple[str, MeshLayout], ...]:
+        """The file's own slice and layout, and the others."""
+        return ((self.topology, layout_of(self.config)), *self.others)
 
 
 def read_pod_config(path: Path) -> PodConfig:
     """Load a config file of the folder.
 
     Raises:
-      ValueError: it lacks TOPOLOGY or OTHERS, names no known slice, or a config refuses its values.
+      ValueError: it lacks TOPOLOGY or OTHERS, it or others.json names no known slice, or a config refuses its values.
     """
     module = runpy.run_path(str(path))
     if missing := {"TOPOLOGY", "OTHERS", "get_config"} - module.keys():
@@ -47,37 +56,65 @@ def read_pod_config(path: Path) -> PodConfig:
     config = train_config_from(module["get_config"]().to_dict())
     own = layout_of(config)
     others = []
-    for change in module["OTHERS"]:
-        mesh = {name: value for name, value in change.items() if name != "remat"}
-        try:
-            others.append(MeshLayout(mesh=dataclasses.replace(own.mesh, **mesh), remat=change.get("remat", own.remat)))
-        except TypeError as error:
-            raise ValueError(f"{path}: OTHERS has {change}; keys are those of mesh, and remat: {error}") from error
+    for change in (*module["OTHERS"], *_more_others(path)):
+        mesh = {name: value for name, value in change.items() if name not in ("remat", "topology")}
+        if unknown := mesh.keys() - dataclasses.asdict(own.mesh).keys():
+            raise ValueError(
+                f"{path}: OTHERS has {change}; keys are those of mesh, remat and topology, and not "
+                f"{', '.join(sorted(unknown))}"
+            )
+        layout = MeshLayout(mesh=dataclasses.replace(own.mesh, **mesh), remat=change.get("remat", own.remat))
+        others.append((topology_named(change.get("topology", module["TOPOLOGY"])), layout))
     return PodConfig(name=path.stem, topology=topology_named(module["TOPOLOGY"]), config=config, others=tuple(others))
 
 
-def make_table(path: Path, *, cache: CompileCache, report_progress: Callable[[str], None]) -> list[str]:
-    """Compile every layout of the folder of `path`, write the table there, and return its problems.
+def _more_others(path: Path) -> list[dict]:
+    """Return the further layouts that others.json beside a config file has for it.
 
     Raises:
-      ValueError: the folder has no config, or one that does not load.
+      ValueError: it is damaged.
+    """
+    file = path.with_name(OTHERS_FILE)
+    found = read_json_object(file).get(path.stem, []) if file.is_file() else []
+    if not isinstance(found, list) or not all(isinstance(each, dict) for each in found):
+        raise ValueError(f"{file}: {path.stem} has {found!r}, and not a list of objects as OTHERS of the config files")
+    return found
+
+
+def make_table(
+    path: Path, *, cache: CompileCache, report_progress: Callable[[str], None], only: Collection[str] = ()
+) -> list[str]:
+    """Compile every layout of the folder of `path`, write the table there, and return its problems.
+
+    With `only`, names of configs, rows of others stay as they are.
+
+    Raises:
+      ValueError: the folder has no config, none of a name in `only`, or one that does not load.
       NoCompilationsLeftError: `cache` may compile no more; finished results stay in it.
     """
     files = sorted(path.parent.glob("*.py"))
     if not files:
         raise ValueError(f"{path.parent} has no config files to make a table of; see configs/pods/")
+    if unknown := set(only) - {file.stem for file in files}:
+        raise ValueError(f"{path.parent} has no config of the name {', '.join(sorted(unknown))}")
     pods = [read_pod_config(file) for file in files if _has_slice(file, report_progress)]
-    layouts = [(pod, layout) for pod in pods for layout in (layout_of(pod.config), *pod.others)]
-    rows, problems = [], []
-    for number, (pod, layout) in enumerate(layouts, start=1):
+    kept = {}
+    for row in read_json_object(path)["rows"] if only else ():
+        kept.setdefault(row["name"], []).append(row)
+    layouts = [
+        (pod, topology, layout) for pod in pods if pod.name in only or not only for topology, layout in pod.layouts
+    ]
+    made, problems = {}, []
+    for number, (pod, topology, layout) in enumerate(layouts, start=1):
         outlook = cache.outlook(layouts=len(layouts) - number + 1, phases=len(pod.config.curriculum.table.phases))
-        report_progress(f"{number} of {len(layouts)}: {pod.name} on {pod.topology}, {layout}; {outlook}")
-        config = layout.applied_to(pod.config)
-        plan = plan_fitting_phases(config, topology=pod.topology, cache=cache, report_progress=report_progress)
-        if plan.obstacles or (not plan.works and layout == layout_of(pod.config)):
+        report_progress(f"{number} of {len(layouts)}: {pod.name} on {topology}, {layout}; {outlook}")
+        config, is_config = layout.applied_to(pod.config), (topology, layout) == pod.layouts[0]
+        plan = plan_fitting_phases(config, topology=topology, cache=cache, report_progress=report_progress)
+        if plan.obstacles or (not plan.works and is_config):
             problems += [f"{pod.name}, {layout}: {problem}" for problem in plan.problems]
         if not plan.obstacles:
-            rows.append(table_row(plan, config, name=pod.name, is_config=layout == layout_of(pod.config)))
+            made.setdefault(pod.name, []).append(table_row(plan, config, name=pod.name, is_config=is_config))
+    rows = [row for pod in pods for row in made.get(pod.name, kept.get(pod.name, []))]
     table = {
         "made_by": f"btlm plan --table=configs/{path.resolve().parent.name}/{path.name}",
         "versions": compiler_versions(),
@@ -112,15 +149,16 @@ def table_row(plan: SlicePlan, config: TrainConfig, *, name: str, is_config: boo
         "needed_bytes": plan.needed,
         "available_bytes": plan.chip.hbm_bytes,
         "days": [seconds / 86_400 for seconds in plan.seconds] if plan.works else None,
-        "phases": [_phase(each, chip=plan.chip) for each in (*plan.phases, *plan.misfits)],
+        "days_central": plan.central_seconds / 86_400 if plan.works else None,
+        "calibration": calibration_hash(),
+        "phases": [_phase(each) for each in (*plan.phases, *plan.misfits)],
     }
 
 
-def _phase(each: PhasePlan | DoesNotFit, *, chip: Chip) -> dict:
+def _phase(each: PhasePlan | DoesNotFit) -> dict:
     phase = {"batch_size": each.phase.batch_size, "seq_len": each.phase.seq_len, "program": each.program}
     if isinstance(each, DoesNotFit):
         return {**phase, "fits": False, "needed_bytes": each.needed}
-    step = each.step_time
     return {
         **phase,
         "fits": True,
@@ -128,9 +166,8 @@ def _phase(each: PhasePlan | DoesNotFit, *, chip: Chip) -> dict:
         "memory": dataclasses.asdict(each.memory),
         "collectives": [
             {"kind": kind, "is_asynchronous": asynchronous, "count": count, "bytes": num_bytes, "seconds": seconds}
-            for (kind, asynchronous), (count, num_bytes, seconds) in collectives_by_kind(each, chip=chip).items()
+            for (kind, asynchronous), (count, num_bytes, seconds) in collectives_by_kind(each).items()
         ],
         "executed_flops": each.executed_flops,
-        "step_seconds": [step.low, step.high],
-        "mfu": [each.mfu(step.high), each.mfu(step.low)],
+        **time_to_json(each),
     }

@@ -6,8 +6,9 @@ import collections
 import dataclasses
 from collections.abc import Iterator
 
-from btlm_jax.plan.chips import GIB, Chip
-from btlm_jax.plan.estimate import ASSUMPTIONS, BETWEEN_SLICES_ASSUMPTION, PhasePlan, seconds_on
+from btlm_jax.plan.calibration import best_published_hfu, calibration_hash
+from btlm_jax.plan.chips import GIB
+from btlm_jax.plan.estimate import ASSUMPTIONS, BETWEEN_SLICES_ASSUMPTION, PhasePlan
 from btlm_jax.plan.slice_plan import SlicePlan
 from btlm_jax.recipe.config import describe_mesh
 from btlm_jax.train.flops import FLOPS_CONVENTION
@@ -36,6 +37,7 @@ def plan_to_json(plan: SlicePlan, *, usd_per_chip_hour: float) -> dict:
     low, high = plan.seconds
     whole = {
         "days": [low / 24 / _HOUR, high / 24 / _HOUR],
+        "days_central": plan.central_seconds / 24 / _HOUR,
         "chip_hours": [plan.num_chips * low / _HOUR, plan.num_chips * high / _HOUR],
     }
     if usd_per_chip_hour:
@@ -53,6 +55,7 @@ def plan_to_json(plan: SlicePlan, *, usd_per_chip_hour: float) -> dict:
         "run": whole if plan.works else None,
         "flops_convention": FLOPS_CONVENTION,
         "assumptions": _assumptions(plan),
+        "calibration": calibration_hash(),
     }
 
 
@@ -60,19 +63,28 @@ def _assumptions(plan: SlicePlan) -> list[str]:
     return [*ASSUMPTIONS, *[BETWEEN_SLICES_ASSUMPTION] * (plan.slices > 1)]
 
 
-def collectives_by_kind(each: PhasePlan, *, chip: Chip) -> dict[tuple[str, bool], list[float]]:
+def collectives_by_kind(each: PhasePlan) -> dict[tuple[str, bool], list[float]]:
     """Return count, bytes and seconds of a step's collectives by (kind, asynchronous?), the slowest first."""
     totals: dict[tuple[str, bool], list[float]] = collections.defaultdict(lambda: [0, 0, 0.0])
     for collective in each.collectives:
         total = totals[collective.kind, collective.is_asynchronous]
         total[0] += collective.count
         total[1] += collective.count * collective.num_bytes
-        total[2] += seconds_on(chip, collective)
+        total[2] += collective.seconds
     return dict(sorted(totals.items(), key=lambda item: -item[1][2]))
 
 
+def _ways_of(each: PhasePlan, kind: str, is_asynchronous: bool) -> str:
+    """Return where the collectives of a kind run, the slowest first."""
+    seconds: dict[str, float] = collections.defaultdict(float)
+    for collective in each.collectives:
+        if (collective.kind, collective.is_asynchronous) == (kind, is_asynchronous):
+            seconds[collective.way] += collective.seconds
+    return "; ".join(sorted(seconds, key=lambda way: -seconds[way]))
+
+
 def _phase_lines(plan: SlicePlan, each: PhasePlan) -> Iterator[str]:
-    memory, step = each.memory, each.step_time
+    memory = each.memory
     spare = memory.available - memory.needed
     yield (
         f"Phase {each.phase.index + 1}: {each.phase.num_steps:,} steps of {each.phase.batch_size:,} x "
@@ -91,31 +103,67 @@ def _phase_lines(plan: SlicePlan, each: PhasePlan) -> Iterator[str]:
         f"  FLOPs a step   {each.counted_flops:.4g} counted, {each.executed_flops:.4g} executed "
         f"({each.executed_flops / each.counted_flops:.2f} times) over all keys"
     )
-    yield "  collectives    kind               count      GiB  seconds"
-    for (kind, asynchronous), (count, num_bytes, seconds) in collectives_by_kind(each, chip=plan.chip).items():
+    yield "  collectives    kind               count      GiB  seconds  of a group"
+    for (kind, asynchronous), (count, num_bytes, seconds) in collectives_by_kind(each).items():
         how = "asynchronous" if asynchronous else "alone"
-        yield f"    {how:<12} {kind:<18} {count:>5} {_gib(num_bytes):>8} {seconds:>8.3f}"
+        yield (
+            f"    {how:<12} {kind:<18} {count:>5} {_gib(num_bytes):>8} {seconds:>8.3f}  "
+            f"{_ways_of(each, kind, asynchronous)}"
+        )
+    yield from _time_lines(plan, each)
+
+
+def _time_lines(plan: SlicePlan, each: PhasePlan) -> Iterator[str]:
+    step, parts, correction = each.step_time, each.step_time.parts, each.step_time.correction
+    worst, best = each.mfu(step.high), each.mfu(step.low)
     yield (
-        f"  step           {step.low:.3f} to {step.high:.3f} s: computation {step.computation:.3f}, attention "
-        f"{step.attention:.3f} (of that outside ALiBi's windows {step.negligible:.3f}), collectives alone "
-        f"{step.exposed:.3f}, asynchronous {step.asynchronous:.3f}"
+        f"  step           {step.central:.3f} s ({step.low:.3f} to {step.high:.3f}), MFU {each.mfu(step.central):.1%} "
+        f"({worst:.1%} to {best:.1%}), HFU {each.hfu:.1%}; x {correction.factor:.2f} +- {correction.error:.0%} by "
+        f"{correction.source}"
     )
-    yield f"  MFU            {each.mfu(step.high):.1%} to {each.mfu(step.low):.1%}"
+    if parts.negligible:
+        yield (f"                 {step.windowed:.3f} s with windows, MFU {each.mfu_windowed:.1%} of the FLOPs left")
+    if (published := best_published_hfu(plan.chip.name)) is not None:
+        yield f"                 the best published HFU of a {plan.chip.name} is {published:.1%}"
+    yield (
+        f"  its parts      roofline {parts.roofline:.3f}, compiler {step.compiler:.3f}; products {parts.products:.3f} "
+        f"(at peak {parts.products_at_peak:.3f}), element-wise {parts.elementwise:.3f} (at bandwidth "
+        f"{parts.elementwise_at_bandwidth:.3f}), without estimate {parts.unestimated:.3f}, attention "
+        f"{parts.attention:.3f} (outside of windows {parts.negligible:.3f}), exchanges alone {parts.exposed:.3f}, "
+        f"beside {parts.asynchronous:.3f}"
+    )
 
 
 def _run_lines(plan: SlicePlan, *, usd_per_chip_hour: float) -> Iterator[str]:
     low, high = (seconds / _HOUR for seconds in plan.seconds)
     yield (
-        f"Run: {low / 24:.1f} to {high / 24:.1f} days, {plan.num_chips * low:,.0f} to {plan.num_chips * high:,.0f} "
-        "chip-hours"
+        f"Run: {plan.central_seconds / _HOUR / 24:.1f} days ({low / 24:.1f} to {high / 24:.1f}), "
+        f"{plan.num_chips * low:,.0f} to {plan.num_chips * high:,.0f} chip-hours"
     )
     if usd_per_chip_hour:
         costs = [usd_per_chip_hour * plan.num_chips * hours for hours in (low, high)]
         yield f"Cost: {costs[0]:,.0f} to {costs[1]:,.0f} USD at {usd_per_chip_hour:g} a chip-hour"
 
 
-def _phase_json(each: PhasePlan) -> dict:
+def time_to_json(each: PhasePlan) -> dict:
+    """Return a phase's prediction of time as the plan's JSON and the table have it."""
     step = each.step_time
+    return {
+        "step_seconds": [step.low, step.high],
+        "step_central": step.central,
+        "step_with_windows": step.windowed,
+        "step_by_compiler": step.compiler,
+        "parts": dataclasses.asdict(step.parts),
+        "factor": step.correction.factor,
+        "error": step.correction.error,
+        "mfu": [each.mfu(step.high), each.mfu(step.low)],
+        "mfu_central": each.mfu(step.central),
+        "mfu_with_windows": each.mfu_windowed,
+        "hfu": each.hfu,
+    }
+
+
+def _phase_json(each: PhasePlan) -> dict:
     return {
         "phase": dataclasses.asdict(each.phase),
         "program": each.program,
@@ -125,8 +173,7 @@ def _phase_json(each: PhasePlan) -> dict:
         "counted_flops": each.counted_flops,
         "executed_flops": each.executed_flops,
         "peak_flops": each.peak_flops,
-        "step_seconds": {**dataclasses.asdict(step), "low": step.low, "high": step.high},
-        "mfu": [each.mfu(step.high), each.mfu(step.low)],
+        **time_to_json(each),
     }
 
 

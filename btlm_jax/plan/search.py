@@ -163,7 +163,7 @@ def _rank(plan: SlicePlan) -> tuple:
     """Sort key: with SPARE memory left, then other fitting ones, each by time; then the rest by memory needed."""
     if not plan.works:
         return 2, plan.needed
-    return int(plan.spare < SPARE), sum(plan.seconds)
+    return int(plan.spare < SPARE), plan.central_seconds
 
 
 def _rough_seconds(config: TrainConfig, layout: MeshLayout, *, chip: Chip, chips: int, peak: float) -> float:
@@ -191,4 +191,7 @@ def _describe_outcome(plan: SlicePlan) -> str:
     if not plan.works:
         return f"  {plan.problems[0]}"
     low, high = (seconds / 86_400 for seconds in plan.seconds)
-    return f"  fits with {plan.spare:.0%} to spare; the run takes {low:.1f} to {high:.1f} days"
+    return (
+        f"  fits with {plan.spare:.0%} to spare; the run takes {plan.central_seconds / 86_400:.1f} days "
+        f"({low:.1f} to {high:.1f})"
+    )

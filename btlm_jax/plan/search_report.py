@@ -53,7 +53,7 @@ def _outcome_lines(plan: SlicePlan) -> list[str]:
     low, high = plan.seconds
     return [
         f"{plan.needed / GIB:.2f} of {plan.chip.hbm_bytes / GIB:.2f} GiB a chip, {plan.spare:.0%} to spare; "
-        f"the run {low / _DAY:.1f} to {high / _DAY:.1f} days",
+        f"the run {plan.central_seconds / _DAY:.1f} days ({low / _DAY:.1f} to {high / _DAY:.1f})",
         *(_phase_line(phase) for phase in plan.phases),
     ]
 
@@ -61,8 +61,8 @@ def _outcome_lines(plan: SlicePlan) -> list[str]:
 def _phase_line(plan: PhasePlan) -> str:
     step = plan.step_time
     return (
-        f"{plan.phase.batch_size:,} x {plan.phase.seq_len:,}: step {step.low:.3f} to {step.high:.3f} s, "
-        f"MFU {plan.mfu(step.high):.1%} to {plan.mfu(step.low):.1%}"
+        f"{plan.phase.batch_size:,} x {plan.phase.seq_len:,}: step {step.central:.3f} s ({step.low:.3f} to "
+        f"{step.high:.3f}), MFU {plan.mfu(step.central):.1%}, HFU {plan.hfu:.1%}"
     )
 
 

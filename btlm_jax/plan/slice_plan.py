@@ -77,6 +77,11 @@ class SlicePlan:
         steps = [(plan.phase.num_steps, plan.step_time) for plan in self.phases]
         return sum(n * step.low for n, step in steps), sum(n * step.high for n, step in steps)
 
+    @property
+    def central_seconds(self) -> float:
+        """Seconds of the whole run, the central value."""
+        return sum(plan.phase.num_steps * plan.step_time.central for plan in self.phases)
+
 
 def plan_run(
     config: TrainConfig,

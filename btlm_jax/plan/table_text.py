@@ -10,6 +10,7 @@ from btlm_jax.plan.chips import GIB
 def format_table_markdown(table: dict) -> str:
     """Return a table as Markdown."""
     versions = ", ".join(f"{name} {version}" for name, version in table["versions"].items())
+    calibrations = sorted({row["calibration"] for row in table["rows"] if row.get("calibration")})
     lines = [
         "# Layouts compiled for TPU slices",
         "",
@@ -18,13 +19,27 @@ def format_table_markdown(table: dict) -> str:
         "`launch/tpu.sh` refuse what does not fit. Names count chips: v5p_128 and v4_128 are what Google Cloud calls",
         "v5p-256 and v4-256, after their cores.",
         "",
-        "| config | slice | layout | phase | GiB a chip | fits | step, s | MFU | GiB exchanged alone / beside work |",
-        "|---|---|---|---|---|---|---|---|---|",
+        "| config | slice | layout | phase | GiB a chip | fits | step, s | MFU | HFU "
+        "| GiB exchanged alone / beside work |",
+        "|---|---|---|---|---|---|---|---|---|---|",
     ]
     lines += [line for row in table["rows"] for line in _row_lines(row)]
-    lines += ["", "Step time is a range out of the compiler's own estimates:", ""]
-    lines += [f"- {assumption}" for assumption in table["assumptions"]]
-    lines += [f"- MFU counts {table['flops_convention']}", ""]
+    if calibrations:
+        lines += [
+            "",
+            f"Steps have a central value and its range, by the calibration {', '.join(calibrations)}",
+            "(docs/guide/plan.md); MFU and HFU are those of the central value, over all keys:",
+            "",
+        ]
+        lines += [f"- {assumption}" for assumption in table["assumptions"]]
+    if any(not row.get("calibration") for row in table["rows"]):
+        lines += [
+            "",
+            "Rows marked (old) were made before the calibration: a range out of the compiler's own estimates,",
+            "optimistic by up to a half, in which every exchange has a closed ring of neighbours, and the fast end",
+            "skips keys. Their memory and exchanged bytes hold.",
+        ]
+    lines += ["", f"MFU counts {table['flops_convention']}.", ""]
     return "\n".join(lines)
 
 
@@ -37,15 +52,18 @@ def _row_lines(row: dict) -> Iterator[str]:
         memory = f"{phase['needed_bytes'] / GIB:.2f} of {row['available_bytes'] / GIB:.2f}"
         shown = f"{head}| {phase['batch_size']:,} x {phase['seq_len']:,} | {memory} "
         if not phase["fits"]:
-            yield f"{shown}| **no** | | | |"
+            yield f"{shown}| **no** | | | | |"
             continue
         spare = 1 - phase["needed_bytes"] / row["available_bytes"]
-        low, high = phase["step_seconds"]
-        worst, best = phase["mfu"]
-        yield (
-            f"{shown}| {spare:.0%} to spare | {low:.2f} to {high:.2f} | {worst:.1%} to {best:.1%} | "
-            f"{_exchanged(phase)} |"
-        )
+        yield f"{shown}| {spare:.0%} to spare | {_time_cells(phase)} | {_exchanged(phase)} |"
+
+
+def _time_cells(phase: dict) -> str:
+    low, high = phase["step_seconds"]
+    worst, best = phase["mfu"]
+    if "step_central" not in phase:
+        return f"{low:.2f} to {high:.2f} (old) | {worst:.1%} to {best:.1%} | "
+    return f"{phase['step_central']:.2f} ({low:.2f} to {high:.2f}) | {phase['mfu_central']:.1%} | {phase['hfu']:.1%}"
 
 
 def _exchanged(phase: dict) -> str:

@@ -46,7 +46,12 @@ def flops_per_token(model: ModelConfig | Shape, *, seq_len: int) -> float:
     """
     L, D, F, V = model.num_layers, model.d_model, model.d_ff, model.vocab_size
     matrix_parameters = L * (4 * D * D + 3 * D * F) + V * D
-    return float(6 * matrix_parameters + 6 * L * D * seq_len)
+    return 6.0 * matrix_parameters + attention_flops_per_token(model, seq_len=seq_len)
+
+
+def attention_flops_per_token(model: ModelConfig | Shape, *, seq_len: int) -> float:
+    """Return the part of `flops_per_token` that is causal attention's products of queries, keys and values."""
+    return 6.0 * model.num_layers * model.d_model * seq_len
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

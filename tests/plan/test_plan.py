@@ -1,6 +1,7 @@
 """Planning: what is read out of a compiled program, what is counted, what is refused, and the command end to end."""
 
 import dataclasses
+import functools
 import itertools
 import json
 import math
@@ -18,10 +19,19 @@ from btlm_jax.cli import main
 from btlm_jax.parallel.make_mesh import make_run_mesh
 from btlm_jax.plan.chips import CHIPS, GIB, num_chips, slice_devices, topology_named
 from btlm_jax.plan.compiling import needed_bytes
-from btlm_jax.plan.estimate import collective_seconds, step_time
-from btlm_jax.plan.executable import Collective, Executable, read_executable
+from btlm_jax.plan.estimate import attention_seconds, skipped_share, step_parts
+from btlm_jax.plan.executable import (
+    ELEMENTWISE,
+    PREFETCH,
+    PRODUCT,
+    UNESTIMATED,
+    Executable,
+    Operation,
+    read_executable,
+)
 from btlm_jax.plan.flop_count import DIAGONAL, OUT_OF_WINDOW, StepWork, count_step_work
 from btlm_jax.plan.slice_plan import dividing_meshes, layout_problems
+from btlm_jax.plan.torus import Exchange
 from btlm_jax.recipe.config import MeshConfig, train_config_from
 from btlm_jax.train.flops import flops_per_token
 from btlm_jax.train.program import Program, make_program
@@ -102,23 +112,108 @@ def test_collectives_and_cycles_of_a_compiled_program():
     read = read_executable(PROGRAM, num_devices=8)
     assert read.num_cycles == 5 * 3 * (10 + 1000) + 5
     expected = {
-        ("all-gather", 2 * 40 * 60, 4, 15, True),
-        ("reduce-scatter", 4 * 16 * 100, 4, 5, False),
-        ("all-reduce", 4 + 2 * 20, 8, 1, False),
-        ("collective-permute", 4 * 6, 8, 1, True),
+        ("all-gather", 2 * 40 * 60, 4, 15, True, ((0, 2, 4, 6), (1, 3, 5, 7))),
+        ("reduce-scatter", 4 * 16 * 100, 4, 5, False, ((0, 1, 2, 3), (4, 5, 6, 7))),
+        ("all-reduce", 4 + 2 * 20, 8, 1, False, (tuple(range(8)),)),
+        ("collective-permute", 4 * 6, 8, 1, True, ((0, 1), (1, 0))),
     }
     assert {dataclasses.astuple(collective) for collective in read.collectives} == expected
 
 
-def test_seconds_of_a_ring():
-    gather = Collective(kind="all-gather", num_bytes=800, num_devices=4, count=3, is_asynchronous=False)
-    assert collective_seconds(gather, link_bytes=100) == 3 * 800 * 3 / 4 / 200
-    reduce = dataclasses.replace(gather, kind="all-reduce")
-    assert collective_seconds(reduce, link_bytes=100) == 2 * collective_seconds(gather, link_bytes=100)
-    exchange = dataclasses.replace(gather, kind="all-to-all", num_devices=8)
-    assert collective_seconds(exchange, link_bytes=100) == 3 * 800 * 8 / 4 / 200
-    handed_on = dataclasses.replace(gather, kind="collective-permute")  # one way, over one link
-    assert collective_seconds(handed_on, link_bytes=100) == 3 * 800 / 100
+# Cut down from another: a windowed product's loop, whose counter begins at 1 and grows by 2, in a body where products
+# have slices of a stack for operands and results; a gather, a scatter of rows, a copy to vector memory.
+OPERATIONS = """HloModule jit_step, is_scheduled=true
+
+%slice_of (p.0: bf16[6,64,200], p.1: s32[]) -> bf16[64,200] {
+  %p.0 = bf16[6,64,200]{2,1,0:T(8,128)(2,1)} parameter(0)
+  %p.1 = s32[]{:T(128)} parameter(1)
+  %dynamic-slice.1 = bf16[1,64,200]{2,1,0:T(8,128)(2,1)} dynamic-slice(%p.0, %p.1, %p.1, %p.1), dynamic_slice_sizes={1,64,200}
+  ROOT %bitcast.1 = bf16[64,200]{1,0:T(8,128)(2,1)} bitcast(%dynamic-slice.1)
+}
+
+%product (p.2: bf16[3,16,64], p.3: bf16[6,64,200], p.4: s32[], p.5: f32[6,48,200]) -> f32[6,48,200] {
+  %p.2 = bf16[3,16,64]{2,1,0:T(8,128)(2,1)S(1)} parameter(0)
+  %p.3 = bf16[6,64,200]{2,1,0:T(8,128)(2,1)} parameter(1)
+  %p.4 = s32[]{:T(128)} parameter(2)
+  %p.5 = f32[6,48,200]{2,1,0:T(8,128)} parameter(3)
+  %fusion.9 = bf16[64,200]{1,0:T(8,128)(2,1)} fusion(%p.3, %p.4), kind=kLoop, calls=%slice_of
+  %convolution.1 = f32[3,16,200]{2,1,0:T(8,128)} convolution(%p.2, %fusion.9), window={size=1}, dim_labels=0bf_io0->0bf
+  %bitcast.2 = f32[1,48,200]{2,1,0:T(8,128)} bitcast(%convolution.1)
+  ROOT %dynamic-update-slice.1 = f32[6,48,200]{2,1,0:T(8,128)} dynamic-update-slice(%p.5, %bitcast.2, %p.4, %p.4, %p.4)
+}
+
+%condition (p.6: (s32[], bf16[6,64,200], f32[6,48,200], s32[])) -> pred[] {
+  %c.6 = s32[]{:T(128)} constant(6)
+  %p.6 = (s32[]{:T(128)}, bf16[6,64,200]{2,1,0}, f32[6,48,200]{2,1,0}, s32[]{:T(128)}) parameter(0)
+  %g.6 = s32[]{:T(128)} get-tuple-element(%p.6), index=0
+  ROOT %lt.6 = pred[]{:T(512)} compare(%g.6, %c.6), direction=LT
+}
+
+%body (p.7: (s32[], bf16[6,64,200], f32[6,48,200], s32[])) -> (s32[], bf16[6,64,200], f32[6,48,200], s32[]) {
+  %p.7 = (s32[]{:T(128)}, bf16[6,64,200]{2,1,0}, f32[6,48,200]{2,1,0}, s32[]{:T(128)}) parameter(0)
+  %g.7 = s32[]{:T(128)S(6)} get-tuple-element(%p.7), index=0
+  %g.8 = bf16[6,64,200]{2,1,0:T(8,128)(2,1)} get-tuple-element(%p.7), index=1
+  %g.9 = f32[6,48,200]{2,1,0:T(8,128)} get-tuple-element(%p.7), index=2
+  %g.10 = s32[]{:T(128)S(6)} get-tuple-element(%p.7), index=3
+  %on_chip = bf16[3,16,64]{2,1,0:T(8,128)(2,1)S(1)} custom-call(%g.7), custom_call_target="AllocateBuffer"
+  %fusion.1 = f32[6,48,200]{2,1,0:T(8,128)} fusion(%on_chip, %g.8, %g.7, %g.9), kind=kOutput, calls=%product, backend_config={"window_config":{"estimated_cycles":"700"}}
+  %next = s32[]{:T(128)S(6)} add(%g.7, %g.10)
+  ROOT %t.7 = (s32[]{:T(128)}, bf16[6,64,200]{2,1,0}, f32[6,48,200]{2,1,0}, s32[]{:T(128)}) tuple(%next, %g.8, %fusion.1, %g.10)
+}
+
+%rows (p.8: f32[500,256], p.9: s32[16]) -> bf16[16,256] {
+  %p.8 = f32[500,256]{1,0:T(8,128)} parameter(0)
+  %p.9 = s32[16]{0:T(128)S(1)} parameter(1)
+  ROOT %gather.1 = bf16[16,256]{1,0:T(8,128)(2,1)} gather(%p.8, %p.9), offset_dims={1}, slice_sizes={1,256}
+}
+
+%add_rows (p.10: f32[500,256], p.11: s32[16], p.12: f32[16,256]) -> f32[500,256] {
+  %p.10 = f32[500,256]{1,0:T(8,128)} parameter(0)
+  %p.11 = s32[16]{0:T(128)S(1)} parameter(1)
+  %p.12 = f32[16,256]{1,0:T(8,128)S(1)} parameter(2)
+  ROOT %scatter.1 = f32[500,256]{1,0:T(8,128)} scatter(%p.10, %p.11, %p.12), update_window_dims={1}, to_apply=%sum
+}
+
+%sum (x: f32[], y: f32[]) -> f32[] {
+  %x = f32[]{:T(128)} parameter(0)
+  ROOT %add.1 = f32[]{:T(128)} add(%x, %x)
+}
+
+ENTRY %main (p.13: f32[500,256], p.14: bf16[6,64,200], p.15: f32[6,48,200]) -> f32[500,256] {
+  %p.13 = f32[500,256]{1,0:T(8,128)} parameter(0)
+  %p.14 = bf16[6,64,200]{2,1,0:T(8,128)(2,1)} parameter(1)
+  %p.15 = f32[6,48,200]{2,1,0:T(8,128)} parameter(2)
+  %one = s32[]{:T(128)S(6)} constant(1)
+  %first = s32[]{:T(128)S(6)} copy(%one)
+  %two = s32[]{:T(128)S(6)} constant(2)
+  %ids = s32[16]{0:T(128)S(1)} custom-call(), custom_call_target="AllocateBuffer"
+  %updates = f32[16,256]{1,0:T(8,128)S(1)} custom-call(), custom_call_target="AllocateBuffer"
+  %t.15 = (s32[]{:T(128)}, bf16[6,64,200]{2,1,0}, f32[6,48,200]{2,1,0}, s32[]{:T(128)}) tuple(%first, %p.14, %p.15, %two)
+  %while.1 = (s32[]{:T(128)}, bf16[6,64,200]{2,1,0}, f32[6,48,200]{2,1,0}, s32[]{:T(128)}) while(%t.15), condition=%condition, body=%body
+  %copy-start.1 = (bf16[6,64,200]{2,1,0:T(8,128)(2,1)S(1)}, bf16[6,64,200]{2,1,0:T(8,128)(2,1)}, u32[]{:S(2)}) copy-start(%p.14)
+  %copy-done.1 = bf16[6,64,200]{2,1,0:T(8,128)(2,1)S(1)} copy-done(%copy-start.1)
+  %batched.1 = f32[4,8,128]{2,1,0:T(8,128)S(1)} convolution(%lhs, %rhs), window={size=4 stride=3 lhs_dilate=4}, dim_labels=0bf_0io->0bf, backend_config={"window_config":{"estimated_cycles":"90"}}
+  %lhs = f32[4,8,16]{2,1,0:T(8,128)S(1)} custom-call(), custom_call_target="AllocateBuffer"
+  %rhs = f32[4,16,128]{2,1,0:T(8,128)S(1)} custom-call(), custom_call_target="AllocateBuffer"
+  %gather_fusion = bf16[16,256]{1,0:T(8,128)(2,1)} fusion(%p.13, %ids), kind=kCustom, calls=%rows
+  ROOT %scatter_fusion = f32[500,256]{1,0:T(8,128)} fusion(%p.13, %ids, %updates), kind=kCustom, calls=%add_rows
+}
+"""  # noqa: E501
+
+
+def test_operations_of_a_compiled_program():
+    """Trips of 1, 3, 5; 64 x 256 in tiles of 8 x 128 for 64 x 200; of stacks a slice a trip; of tables their rows."""
+    read = read_executable(OPERATIONS, num_devices=8)
+    found = {each.name: each for each in read.operations}
+    slices = 2 * 64 * 256 + 4 * 48 * 256  # the stack's slice read, the result's slice written
+    expected = {
+        "fusion.1": (PRODUCT, 700, 2.0 * 48 * 64 * 200, slices, 3),
+        "copy-start.1": (PREFETCH, 0, 0.0, 2 * 6 * 64 * 256, 1),
+        "batched.1": (PRODUCT, 90, 2.0 * 4 * 8 * 16 * 128, 0, 1),
+        "gather_fusion": (UNESTIMATED, 0, 0.0, 2 * (2 * 16 * 256), 1),
+        "scatter_fusion": (UNESTIMATED, 0, 0.0, 2 * (4 * 16 * 256), 1),
+    }
+    assert {name: dataclasses.astuple(each)[1:] for name, each in found.items()} == expected
 
 
 def test_both_complaints_about_memory_are_read():
@@ -194,7 +289,7 @@ def test_attention_takes_as_long_as_on_the_device_that_sees_the_most():
     pairs = {(FORWARD, (apart - 1) * block): 4 * (num_blocks - apart) for apart in range(1, num_blocks)}
     blocks = {FORWARD: sum(pairs.values()), FORWARD + DIAGONAL: 4 * num_blocks}
     work = StepWork(flops=0.0, kernel_blocks=blocks, distant_blocks=pairs, kernel_steps=0)
-    step = step_time(Executable(num_cycles=0, collectives=()), work, slopes_XN=slopes_XN, chip=chip, num_chips=2)
+    attention, negligible = attention_seconds(work, slopes_XN=slopes_XN, chip=chip, num_chips=2)
     bundles = chip.kernel_bundles
 
     def seconds_of(slopes):  # a head of each of two sequences, or two of one: all the same
@@ -208,16 +303,52 @@ def test_attention_takes_as_long_as_on_the_device_that_sees_the_most():
         return visits / chip.clock
 
     everything = 2 * (num_blocks * bundles[FORWARD + DIAGONAL] + num_blocks * (num_blocks - 1) / 2 * bundles[FORWARD])
-    assert step.high == step.attention == pytest.approx(everything / chip.clock)
-    assert step.low == pytest.approx(max(map(seconds_of, slopes_XN)))
-    assert seconds_of(slopes_XN[1]) < step.low < step.high
+    assert attention == pytest.approx(everything / chip.clock)
+    assert attention - negligible == pytest.approx(max(map(seconds_of, slopes_XN)))
+    assert seconds_of(slopes_XN[1]) < attention - negligible < attention
+    assert attention_seconds(work, slopes_XN=None, chip=chip, num_chips=2) == (attention, 0.0)
 
 
-def test_a_step_without_kernels_of_ours_is_timed_too():
+def test_the_share_of_blocks_out_of_sight():
+    slopes_XN = np.array([[1.0, 1e-6]])  # a window of 81 positions, and one without end
+    blocks = {BACKWARD: 3.0, BACKWARD + DIAGONAL: 6.0, FORWARD: 30.0}
+    work = StepWork(
+        flops=0.0, kernel_blocks=blocks, distant_blocks={(BACKWARD, 0): 2.0, (BACKWARD, 512): 1.0, (FORWARD, 512): 9.0},
+        kernel_steps=0,
+    )  # fmt: skip
+    # Of 3 blocks and 6 halves, half of the heads skip the one that is 512 away.
+    assert skipped_share(work, slopes_XN=slopes_XN) == pytest.approx(0.5 * 1 / (3 + 3))
+
+
+def test_parts_of_a_step():
+    """By hand, on a v5e: 1.5e9 cycles/s, 819e9 bytes/s; a product at peak, one at bandwidth, and so on."""
+    operation = functools.partial(Operation, name="x", cycles=0, flops=0.0, num_bytes=0, count=1)
+    operations = (
+        operation(kind=PRODUCT, cycles=3_000_000, flops=100e9, num_bytes=819_000, count=10),  # 1 ms of FLOPs, 1 us
+        operation(kind=PRODUCT, cycles=3_000, flops=100e6, num_bytes=8_190_000),  # 1 us of FLOPs, 10 us of bytes
+        operation(kind=ELEMENTWISE, cycles=6_000_000, num_bytes=819_000_000, count=2),  # 1 ms of bytes
+        operation(kind=UNESTIMATED, num_bytes=819_000_000, count=4),
+        operation(kind=PREFETCH, num_bytes=819_000_000, count=3),
+    )
+    executable = Executable(collectives=(), operations=operations)
     work = StepWork(flops=0.0, kernel_blocks={}, distant_blocks={}, kernel_steps=0)
-    executable = Executable(num_cycles=3_000_000_000, collectives=())
-    step = step_time(executable, work, slopes_XN=np.ones((2, 2)), chip=CHIPS["v5e"], num_chips=2)
-    assert step.low == step.high == 2.0
+    exchange = Exchange(
+        kind="all-gather", num_bytes=1, num_devices=2, count=1, is_asynchronous=False, way="", seconds=0.25
+    )
+    parts = step_parts(
+        executable, work, (exchange, dataclasses.replace(exchange, is_asynchronous=True, seconds=0.5)),
+        slopes_XN=None, chip=CHIPS["v5e"], num_chips=2, peak=100e12,
+    )  # fmt: skip
+    expected = {
+        "products": 20e-3 + 2e-6, "products_at_peak": 10e-3 + 1e-6, "elementwise": 8e-3,
+        "elementwise_at_bandwidth": 2e-3, "slowest": 10e-3 + 10e-6 + 2e-3, "unestimated": 4e-3 / 0.8,
+        "prefetched": 3e-3, "attention": 0.0, "negligible": 0.0, "exposed": 0.25, "asynchronous": 0.5,
+    }  # fmt: skip
+    assert dataclasses.asdict(parts) == pytest.approx(expected)
+    assert executable.num_cycles == 30_000_000 + 3_000 + 12_000_000
+    # Of the exchange beside computation, what is longer than all of that is waited for.
+    assert parts.exchanged == pytest.approx(0.25 + 0.5 - parts.estimate)
+    assert parts.estimate == pytest.approx(20e-3 + 2e-6 + 8e-3 + 5e-3)
 
 
 def test_the_paper_on_slices_that_its_batches_do_not_divide():
@@ -338,8 +469,10 @@ def test_the_command_end_to_end(capsys, tmp_path):
     assert len(gathers) >= 7  # the kernels of a block, as often as there are layers and micro-batches
     assert sum(c["is_asynchronous"] for c in gathers) >= 5
     assert phase["executed_flops"] > phase["counted_flops"] > 0
-    low, high = phase["step_seconds"]["low"], phase["step_seconds"]["high"]
-    assert 0 < low <= high
+    low, high = phase["step_seconds"]
+    assert 0 < low < phase["step_central"] < high and phase["step_with_windows"] <= phase["step_central"]
+    assert 0 < phase["parts"]["products_at_peak"] < phase["parts"]["products"] and phase["parts"]["unestimated"] > 0
+    assert phase["hfu"] == pytest.approx(phase["executed_flops"] / phase["peak_flops"] / phase["step_central"])
     assert plan["run"]["chip_hours"] == pytest.approx([4 * 100 * low / 3600, 4 * 100 * high / 3600])
     assert plan["run"]["usd"] == pytest.approx([2 * hours for hours in plan["run"]["chip_hours"]])
     with mock.patch.object(Program, "compile", side_effect=AssertionError("the cache has it")):

@@ -13,9 +13,9 @@ from support.tpu import needs_libtpu, quickly_compiled  # noqa: F401
 from btlm_jax.parallel.make_mesh import make_run_mesh, num_slices
 from btlm_jax.parallel.mesh import rules_for
 from btlm_jax.plan.chips import CHIPS, slice_devices
-from btlm_jax.plan.estimate import seconds_on
 from btlm_jax.plan.executable import Collective, read_executable
 from btlm_jax.plan.slice_plan import layout_problems
+from btlm_jax.plan.torus import Torus, time_collective
 from btlm_jax.train.program import make_program
 
 ATTRIBUTES = (
@@ -40,12 +40,16 @@ ENTRY %main (p.7: s32[]) -> f32[] {{
 
 def test_what_crosses_is_read_once_and_takes_the_network():
     (crossing,) = read_executable(PROGRAM, num_devices=8).collectives
-    assert dataclasses.astuple(crossing) == ("slice-all-reduce", 4 * 10 * 8 * 128, 2, 1, True)
+    assert dataclasses.astuple(crossing) == ("slice-all-reduce", 4 * 10 * 8 * 128, 2, 1, True, ())
     chip = CHIPS["v5e"]
     # Two slices: each chip sends its bytes once, by an eighth of its host's 2 x 100 Gbit/s.
-    assert seconds_on(chip, crossing) == pytest.approx(4 * 10 * 8 * 128 / (200e9 / 8 / 8))
-    within = Collective(kind="all-reduce", num_bytes=4 * 10 * 8 * 128, num_devices=2, count=1, is_asynchronous=True)
-    assert seconds_on(chip, within) == pytest.approx(4 * 10 * 8 * 128 / (2 * 45e9))
+    torus = Torus(chip=chip, coordinates=((0, 0, 0), (1, 0, 0)), sides=(2, 1, 1), wraps=(False,) * 3)
+    assert time_collective(crossing, torus).seconds == pytest.approx(4 * 10 * 8 * 128 / (200e9 / 8 / 8))
+    within = Collective(
+        kind="all-reduce", num_bytes=4 * 10 * 8 * 128, num_devices=2, count=1, is_asynchronous=True, groups=((0, 1),)
+    )
+    # A pair has one link: half to the other and the sum back.
+    assert time_collective(within, torus).seconds == pytest.approx(4 * 10 * 8 * 128 / 45e9)
 
 
 def test_sequences_are_split_between_slices_and_parameters_are_not():

@@ -1,17 +1,22 @@
 """Plans that nothing compiled: memory and time of a layout by a formula, for tests of what is done with plans."""
 
+import dataclasses
+
+from btlm_jax.plan.calibration import Correction, Parts
 from btlm_jax.plan.chips import GIB, chip_of, num_chips
 from btlm_jax.plan.estimate import Memory, PhasePlan, StepTime
-from btlm_jax.plan.executable import Collective
 from btlm_jax.plan.layout import layout_of
 from btlm_jax.plan.slice_plan import DoesNotFit, SlicePlan
+from btlm_jax.plan.torus import Exchange
 from btlm_jax.recipe.config import TrainConfig
 from btlm_jax.recipe.curriculum import Phase
 
 # For BTLM-3B on 32 chips, a little above what search.py says that a layout needs at least.
 KEPT = {"full": 1.1, "attention_saved": 5.2, "out_recomputed": 11.5, "matmuls_saved": 12, "none": 26}
 _AGAIN = {"full": 1.0, "attention_saved": 0.7, "out_recomputed": 0.2, "matmuls_saved": 0.1, "none": 0.0}
-_GATHER = Collective(kind="all-gather", num_bytes=3 * GIB, num_devices=4, count=5, is_asynchronous=True)
+_GATHER = Exchange(
+    kind="all-gather", num_bytes=3 * GIB, num_devices=4, count=5, is_asynchronous=True, way="line of 4", seconds=1.0
+)
 
 
 def imagined(config: TrainConfig, *, topology: str, **_) -> SlicePlan:
@@ -48,6 +53,14 @@ def _phase(phase: Phase, *, needed: int, available: int, seconds: float) -> Phas
         collectives=(_GATHER,),
         counted_flops=30.0,
         executed_flops=40.0,
+        skipped_flops=5.0,
         peak_flops=2.0,
-        step_time=StepTime(computation=seconds, attention=0.0, negligible=0.0, exposed=0.0, asynchronous=1.0),
+        step_time=StepTime(parts=parts_of(seconds), correction=Correction(factor=1.0, error=0.25, source="imagined")),
     )
+
+
+def parts_of(seconds: float, **changes: float) -> Parts:
+    """Return parts of which products alone take time, at the chip's peak, but for `changes`."""
+    names = (field.name for field in dataclasses.fields(Parts))
+    products = dict.fromkeys(("products", "products_at_peak", "slowest"), seconds)
+    return Parts(**(dict.fromkeys(names, 0.0) | products | changes))

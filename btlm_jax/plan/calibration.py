@@ -1,0 +1,183 @@
+"""What a step really took over what is computed from its program: published runs of other models, and one's own.
+
+calibration.json beside this file holds the published runs, each with its source, and the parts of its program as
+`benchmarks/plan_calibration.py` compiled it. It is frozen: its hash is in every table that is made by it.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import json
+import math
+from collections.abc import Sequence
+from pathlib import Path
+
+from btlm_jax.storage.files import hash_json, read_json_object, write_atomically
+
+CALIBRATION_FILE = Path(__file__).with_name("calibration.json")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Parts:
+    """Seconds of a step's parts, by its compiled program; estimates are the compiler's own."""
+
+    products: float  # fusions with matrix products, by the estimate
+    products_at_peak: float  # their FLOPs at the chip's peak
+    elementwise: float  # fusions without, by the estimate
+    elementwise_at_bandwidth: float  # their bytes at the bandwidth of HBM
+    slowest: float  # of both, each fusion's greater one of FLOPs at peak and bytes at bandwidth
+    unestimated: float  # gathers, scatters, sorts, copies: bytes at 0.8 of the bandwidth
+    prefetched: float  # copies beside other work, bytes at the bandwidth; in no sum
+    attention: float  # kernels, over all keys
+    negligible: float  # the part of them over keys outside ALiBi's windows
+    exposed: float  # synchronous collectives
+    asynchronous: float  # collectives that may run beside computation
+
+    @property
+    def estimate(self) -> float:
+        """Seconds of computation by the compiler's estimates."""
+        return self.products + self.elementwise + self.unestimated + self.attention
+
+    @property
+    def roofline(self) -> float:
+        """Seconds of computation if every fusion ran at the chip's limits."""
+        return self.slowest + self.unestimated + self.attention
+
+    @property
+    def exchanged(self) -> float:
+        """Seconds of exchanges that nothing hides: those alone, and what is longer than all computation."""
+        return self.exposed + max(0.0, self.asynchronous - self.estimate)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Point:
+    """A run whose step was measured."""
+
+    name: str
+    chip: str
+    measured: float  # seconds a step
+    parts: Parts
+    hfu: float  # executed FLOP/s over peak, as measured
+
+    @property
+    def ratio(self) -> float:
+        """What computation took over its roofline."""
+        return (self.measured - self.parts.exchanged) / self.parts.roofline
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Correction:
+    """What the roofline of a chip's steps is multiplied by, and how far off that is."""
+
+    factor: float
+    error: float  # relative: a step is between its value / (1 + error) and its value x (1 + error)
+    source: str
+
+    def seconds(self, parts: Parts, *, skipped: float = 0.0) -> float:
+        """Return the central value of a step's seconds, without `skipped` of its attention."""
+        return self.factor * (parts.roofline - skipped) + parts.exchanged
+
+
+@functools.cache
+def published_points(file: Path = CALIBRATION_FILE) -> tuple[Point, ...]:
+    """Return the published runs that have been compiled."""
+    return tuple(_point(each) for each in read_json_object(file)["points"] if each.get("parts"))
+
+
+@functools.cache
+def calibration_hash() -> str:
+    """Return the first 12 digits of the hash of the published runs and their parts."""
+    points = [[each.name, each.chip, each.measured, dataclasses.asdict(each.parts)] for each in published_points()]
+    return hash_json({"points": points})[:12]
+
+
+def best_published_hfu(chip: str) -> float | None:
+    """Return the greatest hardware FLOPs utilization published of a chip; None if there is none."""
+    stored = read_json_object(CALIBRATION_FILE)["best_hfu"]
+    return stored[chip]["hfu"] if chip in stored else None
+
+
+def correction_of(chip: str, *, own: Sequence[Point] = ()) -> Correction:
+    """Return the correction of a chip: by one's own runs on it if there are any, else by the published ones.
+
+    The factor is the geometric mean of the ratios of the chip's runs, or of all runs if none is of this chip. The error
+    is the root of the mean square of all errors that leaving one run out makes, and for a chip without runs that of
+    leaving out a whole chip.
+    """
+    if own:
+        ratios = [math.log(each.ratio) for each in own]
+        mean = sum(ratios) / len(ratios)
+        spread = max((abs(each - mean) for each in ratios), default=0.0)
+        return Correction(
+            factor=math.exp(mean), error=max(_OWN_ERROR, math.expm1(spread)), source=f"{len(own)} steps measured here"
+        )
+    points = published_points()
+    same = [each for each in points if each.chip == chip]
+    if same:
+        errors = [math.log(each.measured / predicted) for each, predicted in left_out(points)]
+        source = f"{len(same)} published runs on {chip}, of {len(points)} in all, none of this model"
+    else:
+        chips = {each.chip for each in points}
+        errors = [
+            math.log(each.ratio / _mean_ratio([other for other in points if other.chip != left]))
+            for left in sorted(chips)
+            for each in points
+            if each.chip == left
+        ]
+        source = f"{len(points)} published runs on other chips"
+    error = math.expm1(math.sqrt(sum(each**2 for each in errors) / len(errors)))
+    return Correction(factor=_mean_ratio(same or points), error=error, source=source)
+
+
+def left_out(points: Sequence[Point]) -> list[tuple[Point, float]]:
+    """Return each run with the seconds predicted of it by the other runs on its chip, or by all others."""
+    found = []
+    for point in points:
+        others = [each for each in points if each is not point]
+        same = [each for each in others if each.chip == point.chip]
+        correction = Correction(factor=_mean_ratio(same or others), error=0.0, source="")
+        found.append((point, correction.seconds(point.parts)))
+    return found
+
+
+def keep_points(points: list[Point], *, directory: Path) -> None:
+    """Keep points for later plans; one of the same name and program takes the place of an earlier one."""
+    directory.mkdir(parents=True, exist_ok=True)
+    for point in points:
+        values = dataclasses.asdict(point)
+        name = hash_json({"name": point.name, "parts": values["parts"]})[:16]
+        write_atomically(directory / f"{point.chip}-{name}.json", json.dumps(values, indent=1))
+
+
+def kept_points(chip: str, *, directory: Path) -> tuple[Point, ...]:
+    """Return the points of a chip that were kept.
+
+    Raises:
+      ValueError: a file of them is damaged.
+    """
+    found = []
+    for path in sorted(directory.glob(f"{chip}-*.json")):
+        values = read_json_object(path)
+        try:
+            found.append(Point(**{**values, "parts": Parts(**values["parts"])}))
+        except (KeyError, TypeError) as error:
+            raise ValueError(f"{path} is no measured step that this version wrote ({error}); delete it") from error
+    return tuple(found)
+
+
+_OWN_ERROR = 0.05  # at least, of a prediction by one's own runs: other layouts differ
+
+
+def _mean_ratio(points: Sequence[Point]) -> float:
+    return math.exp(sum(math.log(each.ratio) for each in points) / len(points))
+
+
+def _point(values: dict) -> Point:
+    return Point(
+        name=values["name"],
+        chip=values["chip"],
+        measured=values["step_seconds"],
+        parts=Parts(**values["parts"]),
+        hfu=values["hfu"],
+    )

@@ -1,0 +1,106 @@
+"""Steps that a run of one's own took on a slice: read from its workdir, and held against the plan.
+
+A workdir has what this needs from the first logged step on: its config, seconds of every step, its devices.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import statistics
+from pathlib import Path
+
+from btlm_jax.plan.calibration import Point
+from btlm_jax.plan.chips import CHIPS, Chip, chip_of, num_chips
+from btlm_jax.plan.slice_plan import SlicePlan
+from btlm_jax.recipe.config import TrainConfig, train_config_from, with_later_keys
+from btlm_jax.storage.files import read_json_object
+from btlm_jax.train import CONFIG_FILE, METRICS_FILE, STARTS
+from btlm_jax.train.metric_writer import read_metrics
+
+MIN_STEPS = 10  # of a phase; fewer are not used
+_WARM_UP = 3  # steps of a phase that are left out: compiling, filling the loader
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class OwnRun:
+    """What a workdir says of its steps' times."""
+
+    workdir: Path
+    config: TrainConfig
+    chip: Chip
+    num_chips: int
+    seconds: dict[int, float]  # of a step, the median, by the phase's index; phases with MIN_STEPS only
+
+
+def read_own_run(workdir: Path) -> OwnRun:
+    """Read a run's config, devices and seconds a step.
+
+    Raises:
+      ValueError: it did not run on TPUs, on different devices from start to start, or has too few steps; or a file is
+        damaged.
+      OSError: a file is missing.
+    """
+    config = train_config_from(with_later_keys(read_json_object(workdir / CONFIG_FILE)))
+    starts = [read_json_object(path) for path in sorted((workdir / STARTS).glob("*.json"))]
+    devices = {start.get("facts", {}).get("devices", "") for start in starts} - {""}
+    if len(devices) != 1:
+        found = " and ".join(sorted(devices)) or "none"
+        raise ValueError(f"{workdir} must have run on one number of devices of one kind to be measured; it has {found}")
+    count, _, kind = devices.pop().partition(" x ")
+    chip = next((each for each in CHIPS.values() if kind in each.kinds), None)
+    if chip is None or not count.isdigit():
+        kinds = ", ".join(kind for each in CHIPS.values() for kind in each.kinds)
+        raise ValueError(f"{workdir} ran on {count} x {kind}; plans are made for {kinds}")
+    table = config.curriculum.table
+    seconds: dict[int, list[float]] = {}
+    for row in read_metrics(workdir / METRICS_FILE):
+        if row["kind"] == "train":
+            seconds.setdefault(table.phase_at(row["step"] - 1).index, []).append(row["seconds"])
+    least = MIN_STEPS + _WARM_UP
+    medians = {phase: statistics.median(each[_WARM_UP:]) for phase, each in seconds.items() if len(each) >= least}
+    if not medians:
+        most = max(map(len, seconds.values()), default=0)
+        raise ValueError(f"{workdir} has {most} steps of a phase; {least} are needed to be measured")
+    return OwnRun(workdir=workdir, config=config, chip=chip, num_chips=int(count), seconds=medians)
+
+
+def check_slice(run: OwnRun, *, topology: str) -> None:
+    """Check that a run's devices are a slice.
+
+    Raises:
+      ValueError: they are of another generation, or of another number.
+    """
+    chip, count = chip_of(topology), num_chips(topology.partition(":")[2])
+    if (run.chip, run.num_chips) != (chip, count):
+        raise ValueError(
+            f"{run.workdir} ran on {run.num_chips} chips of {run.chip.name}; --topology={topology} has {count} of "
+            f"{chip.name}"
+        )
+
+
+def measured_points(run: OwnRun, plan: SlicePlan) -> list[Point]:
+    """Return the measured phases of a run with the parts that its plan has."""
+    return [
+        Point(
+            name=f"{run.workdir.name}, phase {phase.phase.index + 1} on {plan.topology}",
+            chip=run.chip.name,
+            measured=run.seconds[phase.phase.index],
+            parts=phase.step_time.parts,
+            hfu=phase.executed_flops / phase.peak_flops / run.seconds[phase.phase.index],
+        )
+        for phase in plan.phases
+        if phase.phase.index in run.seconds
+    ]
+
+
+def format_measured(points: list[Point], plan: SlicePlan) -> str:
+    """Return measured beside planned, a line a phase."""
+    phases = {phase.step_time.parts: phase for phase in plan.phases}
+    lines = []
+    for point in points:
+        step = phases[point.parts].step_time
+        lines.append(
+            f"Measured, {point.name}: {point.measured:.3f} s a step, {point.measured / step.central:.2f} times the "
+            f"{step.central:.3f} s planned; HFU {point.hfu:.1%}"
+        )
+    return "\n".join(lines)
