@@ -7,29 +7,31 @@
 Each run of btlm_jax/plan/calibration.json is a plain decoder (RMSNorm, SwiGLU, RoPE, JAX's splash attention, AdamW, a
 scan over layers, sharded by XLA) at the published shapes, mesh, recomputation and compiler options, compiled for the
 published slice. No TPU is needed, but libtpu is (pip install 'btlm_jax[tpu]'), and 1 to 3 minutes of 2 cores a run.
-Finished runs are kept in the file, so that the same command goes on after an interruption. The file's `small` step, of
-no published run, is compiled again by the tests, which so see what another libtpu estimates otherwise.
+Finished runs are kept in the file, so that the same command goes on after an interruption.
 
 The table has, of every run: seconds measured; `old`, the compiler's cycles and the attention kernels alone, which is
 what btlm plan estimated before it was calibrated, and measured / old; the roofline and measured / roofline; seconds
-predicted by the other runs on that chip (by all others where there is none), with the error. Another file with --file
-tries changes out.
+predicted by the other runs, with the error. Another file with --file tries changes out.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import dataclasses
 import json
 import math
 import time
+from collections.abc import Iterator
 from pathlib import Path
+from unittest import mock
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 from jax.ad_checkpoint import checkpoint_name
+from jax.experimental import pallas
 from jax.experimental.pallas.ops.tpu import splash_attention
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
@@ -203,6 +205,16 @@ def trace_step(values: dict, *, num_layers: int) -> tuple[jax.stages.Traced, Mes
         return jitted.trace((params, moments), tokens, tokens), mesh
 
 
+@contextlib.contextmanager
+def kernels_left_out() -> Iterator[None]:
+    """Trace Pallas kernels without what they compute: to compile that takes longest, and nothing of it is read."""
+    make = pallas.pallas_call
+    jax.clear_caches()  # of the kernels as they are
+    with mock.patch.object(pallas, "pallas_call", lambda _, **options: make(lambda *refs: None, **options)):
+        yield
+    jax.clear_caches()
+
+
 def compile_run(values: dict, *, num_layers: int) -> tuple[Parts, float]:
     """Compile a run at so many layers; return the parts of its step, and the FLOPs that it executes.
 
@@ -211,6 +223,9 @@ def compile_run(values: dict, *, num_layers: int) -> tuple[Parts, float]:
     """
     chip = chip_of(values["topology"])
     traced, mesh = trace_step(values, num_layers=num_layers)
+    work = count_step_work(traced.jaxpr.jaxpr)
+    with kernels_left_out():
+        traced, _ = trace_step(values, num_layers=num_layers)
     try:
         with jax.set_mesh(mesh):
             compiled = traced.lower().compile(compiler_options=values["options"])
@@ -220,7 +235,6 @@ def compile_run(values: dict, *, num_layers: int) -> tuple[Parts, float]:
     text = compiled.as_text()
     assert text is not None, "libtpu gives it"
     executable = read_executable(text, num_devices=mesh.size)
-    work = count_step_work(traced.jaxpr.jaxpr)
     devices = list(mesh.devices.flat)
     torus, peak = torus_of(devices, chip=chip), peak_flops(devices[0]).flops
     exchanges = [time_collective(each, torus) for each in executable.collectives]
@@ -245,12 +259,12 @@ def measure_parts(values: dict) -> dict:
         depths = list(SHALLOW)
     chip = values["topology"].partition(":")[0]
     device = slice_devices(values["topology"])[0]
-    chips, step = values["mesh"]["fsdp"] * values["mesh"]["tensor"], values.get("step_seconds")
+    chips = values["mesh"]["fsdp"] * values["mesh"]["tensor"]
     return {
         "chip": chip,
         "parts": {name: float(f"{value:.6g}") for name, value in dataclasses.asdict(parts).items()},
         "executed_flops": flops,
-        **({"hfu": round(flops / chips / peak_flops(device).flops / step, 4)} if step else {}),
+        "hfu": round(flops / chips / peak_flops(device).flops / values["step_seconds"], 4),
         "compiled_layers": depths,
         "compile_cpu_seconds": round(time.process_time() - began),
         "versions": compiler_versions(),
@@ -278,6 +292,8 @@ def make_report(points: list[Point]) -> str:
         math.log(each.measured / (each.parts.products + each.parts.elementwise + each.parts.attention))
         for each in points
     ]
+    if not points:
+        return "No run has been compiled: give --compile."
     rms, old_rms = (math.expm1(float(np.sqrt(np.mean(np.square(each))))) for each in (logs, old_logs))
     lines += ["", f"Root mean square error: {rms:.0%} leaving one out, {old_rms:.0%} of the old estimate."]
     return "\n".join(lines)
@@ -291,14 +307,18 @@ def main() -> None:
     arguments = parser.parse_args()
     jax.config.update("jax_platforms", "cpu")
     content = read_json_object(arguments.file)
-    if unknown := set(arguments.names) - {each["name"] for each in (content["small"], *content["points"])}:
+    if unknown := set(arguments.names) - {each["name"] for each in content["points"]}:
         parser.error(f"no such runs: {', '.join(sorted(unknown))}")
-    for values in (content["small"], *content["points"]) if arguments.compile else ():
+    for values in content["points"] if arguments.compile else ():
         is_asked = values["name"] in arguments.names if arguments.names else _is_missing(values)
         if not is_asked:
             continue
         print(f"compiling {values['name']} for {values['topology']}", flush=True)
-        values |= measure_parts(values)
+        added = measure_parts(values)
+        content = read_json_object(arguments.file)  # as it is now: another run may have been added meanwhile
+        (values,) = (each for each in content["points"] if each["name"] == values["name"])
+        values |= added
+        values.pop("compiled", None)  # what was said of parts that these replace
         best = {}
         for each in content["points"]:
             if "hfu" in each and each["hfu"] > best.get(each["chip"], {"hfu": 0.0})["hfu"]:

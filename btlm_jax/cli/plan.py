@@ -29,7 +29,7 @@ examples:  btlm plan --config=pods/v5e_256 --topology=v5e:16x16 --usd_per_chip_h
 
 What is compiled is what btlm train would run on that slice, for every phase. Says whether it fits the memory and by
 how much, which sizes the mesh does not divide and which layouts would, what the chips exchange, and a prediction of
-step time, MFU, days and cost. It takes minutes, and libtpu (pip install 'btlm_jax[tpu]'). Exit code 0 when the config would
+step time, MFU, days and cost. Takes minutes and libtpu (pip install 'btlm_jax[tpu]'). Exit code 0 when the config would
 run on the slice, 1 when it would not.
 
 --slices=2 compiles for two such slices, joined over the data-center network: each stores all parameters, sequences are

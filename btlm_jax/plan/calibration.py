@@ -101,42 +101,34 @@ def best_published_hfu(chip: str) -> float | None:
 def correction_of(chip: str, *, own: Sequence[Point] = ()) -> Correction:
     """Return the correction of a chip: by one's own runs on it if there are any, else by the published ones.
 
-    The factor is the geometric mean of the ratios of the chip's runs, or of all runs if none is of this chip. The error
-    is the root of the mean square of all errors that leaving one run out makes, and for a chip without runs that of
-    leaving out a whole chip.
+    The factor is the geometric mean of the ratios of the chip's runs and of one more, the mean of all runs: with so
+    few, that leaves less error than either mean. The error is the root of the mean square of the errors, in nats, that
+    leaving one run out makes; for a chip without runs that of leaving out a chip, if it is greater.
     """
     if own:
-        ratios = [math.log(each.ratio) for each in own]
-        mean = sum(ratios) / len(ratios)
-        spread = max((abs(each - mean) for each in ratios), default=0.0)
+        factor = _mean_ratio(own)
+        spread = max(abs(math.log(each.ratio / factor)) for each in own)
         return Correction(
-            factor=math.exp(mean), error=max(_OWN_ERROR, math.expm1(spread)), source=f"{len(own)} steps measured here"
+            factor=factor, error=max(_OWN_ERROR, math.expm1(spread)), source=f"{len(own)} steps measured here"
         )
     points = published_points()
-    same = [each for each in points if each.chip == chip]
-    if same:
-        errors = [math.log(each.measured / predicted) for each, predicted in left_out(points)]
-        source = f"{len(same)} published runs on {chip}, of {len(points)} in all, none of this model"
-    else:
-        chips = {each.chip for each in points}
-        errors = [
-            math.log(each.ratio / _mean_ratio([other for other in points if other.chip != left]))
-            for left in sorted(chips)
-            for each in points
-            if each.chip == left
-        ]
+    error = _root_mean_square([math.log(each.measured / predicted) for each, predicted in left_out(points)])
+    num_same = sum(each.chip == chip for each in points)
+    source = f"{num_same} published runs on {chip}, of {len(points)} in all, none of this model"
+    if not num_same:
         source = f"{len(points)} published runs on other chips"
-    error = math.expm1(math.sqrt(sum(each**2 for each in errors) / len(errors)))
-    return Correction(factor=_mean_ratio(same or points), error=error, source=source)
+        chips = {each.chip for each in points}
+        by_others = {left: _mean_ratio([each for each in points if each.chip != left]) for left in chips}
+        error = max(error, _root_mean_square([math.log(each.ratio / by_others[each.chip]) for each in points]))
+    return Correction(factor=_factor(chip, points), error=math.expm1(error), source=source)
 
 
 def left_out(points: Sequence[Point]) -> list[tuple[Point, float]]:
-    """Return each run with the seconds predicted of it by the other runs on its chip, or by all others."""
+    """Return each run with the seconds predicted of it by the others."""
     found = []
     for point in points:
         others = [each for each in points if each is not point]
-        same = [each for each in others if each.chip == point.chip]
-        correction = Correction(factor=_mean_ratio(same or others), error=0.0, source="")
+        correction = Correction(factor=_factor(point.chip, others), error=0.0, source="")
         found.append((point, correction.seconds(point.parts)))
     return found
 
@@ -169,8 +161,18 @@ def kept_points(chip: str, *, directory: Path) -> tuple[Point, ...]:
 _OWN_ERROR = 0.05  # at least, of a prediction by one's own runs: other layouts differ
 
 
+def _factor(chip: str, points: Sequence[Point]) -> float:
+    of_all, same = _mean_ratio(points), [each for each in points if each.chip == chip]
+    logs = [math.log(of_all), *(math.log(each.ratio) for each in same)]
+    return math.exp(sum(logs) / len(logs))
+
+
 def _mean_ratio(points: Sequence[Point]) -> float:
     return math.exp(sum(math.log(each.ratio) for each in points) / len(points))
+
+
+def _root_mean_square(values: Sequence[float]) -> float:
+    return math.sqrt(sum(each**2 for each in values) / len(values))
 
 
 def _point(values: dict) -> Point:
