@@ -126,11 +126,13 @@ def _time_lines(plan: SlicePlan, each: PhasePlan) -> Iterator[str]:
     if (published := best_published_hfu(plan.chip.name)) is not None:
         yield f"                 the best published HFU of a {plan.chip.name} is {published:.1%}"
     yield (
-        f"  its parts      roofline {parts.roofline:.3f}, compiler {step.compiler:.3f}; products {parts.products:.3f} "
+        f"  its parts      roofline {parts.roofline:.3f}, compiler {step.compiler:.3f}: products {parts.products:.3f} "
         f"(at peak {parts.products_at_peak:.3f}), element-wise {parts.elementwise:.3f} (at bandwidth "
-        f"{parts.elementwise_at_bandwidth:.3f}), without estimate {parts.unestimated:.3f}, attention "
-        f"{parts.attention:.3f} (outside of windows {parts.negligible:.3f}), exchanges alone {parts.exposed:.3f}, "
-        f"beside {parts.asynchronous:.3f}"
+        f"{parts.elementwise_at_bandwidth:.3f}),"
+    )
+    yield (
+        f"                 without estimate {parts.unestimated:.3f}, attention {parts.attention:.3f} (outside of "
+        f"windows {parts.negligible:.3f}), exchanges alone {parts.exposed:.3f}, beside {parts.asynchronous:.3f}"
     )
 
 
