@@ -62,8 +62,8 @@ class Point:
 
     @property
     def ratio(self) -> float:
-        """What computation took over its roofline."""
-        return (self.measured - self.parts.exchanged) / self.parts.roofline
+        """What computation took over its roofline; of exchanges no more than half of the step is believed."""
+        return max(self.measured - self.parts.exchanged, self.measured / 2) / self.parts.roofline
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -37,6 +37,7 @@ class Row:
     needed: int  # bytes of a chip, in the phase that needs the most
     available: int
     days: tuple[float, float]  # of the config's whole run, (low end, high end); zeros of one that does not fit
+    steps: tuple[str, ...]  # predicted seconds of each phase's step, where the row has a central value
 
     def __str__(self) -> str:
         return f"{self.layout.flags} ({self.needed / GIB:.2f} of {self.available / GIB:.2f} GiB)"
@@ -114,8 +115,10 @@ def check_layout_fits(config: TrainConfig, *, config_file: Path, chip: str, num_
                 f"{layout} does not fit on {num_chips} chips of {chip}: {_compared(layout, row)}, by {table}. "
                 f"{_fitting_layouts(rows)}; or look for others: {command} --search"
             )
-    if any(row.layout == layout for row in rows):
-        return f"{layout} fits on {num_chips} chips of {chip}, by {table}"
+    for row in rows:
+        if row.layout == layout:
+            predicted = f"; predicted, not measured: {', '.join(row.steps)}" if row.steps else ""
+            return f"{layout} fits on {num_chips} chips of {chip}, by {table}{predicted}"
     return (
         f"{table} does not have {layout} on {num_chips} chips of {chip}, so whether it fits is not known; to see: "
         f"{command} {layout.flags}"
@@ -148,6 +151,11 @@ def _row(values: dict) -> Row:
         needed=values["needed_bytes"],
         available=values["available_bytes"],
         days=(low, high),
+        steps=tuple(
+            f"{phase['step_central']:.3f} s a step of {phase['batch_size']:,} x {phase['seq_len']:,}"
+            for phase in values["phases"]
+            if "step_central" in phase
+        ),
     )
 
 

@@ -78,6 +78,10 @@ def test_a_step_is_the_corrected_roofline_and_what_nothing_hides():
     assert step.compiler == pytest.approx(3.25 + 0.125 + waited)
 
 
+def test_a_run_that_was_faster_than_its_planned_exchanges_has_a_ratio_too():
+    assert point("v5e", 3.0, exposed=1.0).ratio == 2.0 and point("v5e", 3.0, exposed=5.0).ratio == 1.5
+
+
 def test_ones_own_steps_replace_the_published_ones(three_runs, tmp_path):
     own = [point("v5e", 1.1), point("v5e", 1.3)]
     keep_points([*own, point("v5p", 9.0)], directory=tmp_path)

@@ -143,7 +143,7 @@ OPERATIONS = """HloModule jit_step, is_scheduled=true
 }
 
 %condition (p.6: (s32[], bf16[6,64,200], f32[6,48,200], s32[])) -> pred[] {
-  %c.6 = s32[]{:T(128)} constant(6)
+  %c.6 = s32[]{:T(128)} constant(7)
   %p.6 = (s32[]{:T(128)}, bf16[6,64,200]{2,1,0}, f32[6,48,200]{2,1,0}, s32[]{:T(128)}) parameter(0)
   %g.6 = s32[]{:T(128)} get-tuple-element(%p.6), index=0
   ROOT %lt.6 = pred[]{:T(512)} compare(%g.6, %c.6), direction=LT
