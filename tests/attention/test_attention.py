@@ -1,7 +1,6 @@
 """Attention against a float64 oracle written here, and its memory, causality and behaviour on meshes."""
 
 import functools
-import itertools
 import math
 
 import jax
@@ -56,7 +55,8 @@ def test_blockwise_matches_float64_when_blocks_share_widths():
 def test_keeps_a_far_key_whose_score_outweighs_its_distance(implementation):
     T, H = 1100, 8
     q, k, v, do, _ = make_inputs(B=1, T=T, N=1, H=H)
-    q, k = q.at[..., 0].set(8.0), k.at[:, 0, :, 0].set(8.0)  # 64 nats for key 0, 55 off for the last query's distance
+    q, k = np.array(q), np.array(k)
+    q[..., 0], k[:, 0, :, 0] = 8.0, 8.0  # 64 nats for key 0, 55 off for the last query's distance
     slopes_N = np.asarray([0.05], np.float32)
     assert alibi_window(0.0, slopes_N[0], xp=np) < T  # were all scores alike, key 0 would be left out
     results = attend_and_gradients(q, k, v, do, slopes_N, scale=1.0, implementation=implementation)
@@ -68,17 +68,19 @@ def test_keeps_a_far_key_whose_score_outweighs_its_distance(implementation):
 @pytest.mark.parametrize("implementation, block", [("blockwise", BLOCK), ("cpu", BLOCK), ("tpu", 512)])
 def test_does_not_read_keys_that_cannot_count(implementation, block):
     q, k, v, do, _ = make_inputs(B=1, T=4 * block, N=1, H=8)
-    v = v.at[:, 0].set(jnp.inf)
+    v = np.array(v)
+    v[:, 0] = np.inf
     slopes_N = np.asarray([1.0], np.float32)
     o, dq, *_ = attend_and_gradients(q, k, v, do, slopes_N, scale=0.1, implementation=implementation)
-    assert not np.isfinite(np.asarray(o[:, 0])).any()
-    assert np.isfinite(np.asarray(o[:, 2 * block :])).all() and np.isfinite(np.asarray(dq[:, 2 * block :])).all()
+    o, dq = np.asarray(o), np.asarray(dq)
+    assert not np.isfinite(o[:, 0]).any()
+    assert np.isfinite(o[:, 2 * block :]).all() and np.isfinite(dq[:, 2 * block :]).all()
 
 
 @pytest.mark.parametrize("implementation", OURS)
 def test_survives_scores_far_beyond_the_range_of_exp(implementation):
     q, k, v, do, slopes_N = make_inputs(B=1, T=150, N=2, H=8)
-    q, k = 30 * q, 30 * k
+    q, k = 30 * np.asarray(q), 30 * np.asarray(k)
     results = attend_and_gradients(q, k, v, do, slopes_N, scale=1.0, implementation=implementation)
     for name, error in zip(NAMES, errors(results, oracle(q, k, v, do, slopes_N, scale=1.0)), strict=True):
         assert error < 1e-3, name  # one float32 rounding of a score of 10,000 is 1e-3
@@ -99,13 +101,14 @@ def test_in_bfloat16_errs_no_more_than_the_reference(implementation):
 def test_no_output_depends_on_a_later_input(implementation):
     t = 66
     q, k, v, do, slopes_N = make_inputs(B=1, T=140, N=2, H=8)
-    do = jnp.zeros_like(do).at[:, t].set(do[:, t])
+    do = np.where(np.arange(140)[:, None, None] == t, np.asarray(do), 0)
     slopes_N = slopes_N / 4
     assert t < alibi_window(0.0, slopes_N.max(), xp=np)  # every key is seen
-    _, dq, dk, dv = attend_and_gradients(q, k, v, do, slopes_N, scale=1 / 8, implementation=implementation)
+    results = attend_and_gradients(q, k, v, do, slopes_N, scale=1 / 8, implementation=implementation)
+    _, dq, dk, dv = map(np.asarray, results)
     for gradient in (dq, dk, dv):
-        assert np.all(np.asarray(gradient[:, t + 1 :]) == 0)
-    assert np.all(np.any(np.asarray(dk[:, : t + 1]) != 0, axis=-1))
+        assert np.all(gradient[:, t + 1 :] == 0)
+    assert np.all(np.any(dk[:, : t + 1] != 0, axis=-1))
 
 
 @pytest.mark.parametrize("implementation", OURS)
@@ -121,7 +124,8 @@ def test_memory_grows_with_the_block_not_with_the_square(implementation):
 @pytest.mark.parametrize(
     "implementation, mesh_shape",
     [
-        *itertools.product(PORTABLE, [(4, 1, 1, 2), (1, 2, 2, 2), (1, 1, 4, 1)]),
+        *(("blockwise", shape) for shape in [(4, 1, 1, 2), (1, 2, 2, 2), (1, 1, 4, 1)]),
+        *(("reference", (4, 1, 1, 2)), ("cpu", (1, 2, 2, 2))),
         pytest.param("tpu", (2, 1, 2, 2), marks=pytest.mark.slow),
     ],
 )
@@ -177,11 +181,11 @@ def test_a_remat_policy_can_keep_the_output_and_the_log_sum_exp():
 @pytest.mark.slow
 def test_slopes_are_constants():
     q, k, v, do, slopes_N = make_inputs(B=1, T=9, N=2, H=4)
-    for implementation in RUN_HERE:
-        gradient = jax.grad(
-            lambda slopes_N, name=implementation: attend(q, k, v, slopes_N, scale=1.0, implementation=name).sum()
-        )(jnp.asarray(slopes_N))
-        assert np.all(np.asarray(gradient) == 0)
+
+    def total(slopes_N):
+        return sum(attend(q, k, v, slopes_N, scale=1.0, implementation=name).sum() for name in RUN_HERE)
+
+    assert np.all(np.asarray(jax.jit(jax.grad(total))(slopes_N)) == 0)
 
 
 def test_wrong_calls_are_refused():

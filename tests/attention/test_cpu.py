@@ -24,7 +24,8 @@ from btlm_jax.kernels import build
 def test_matches_float64_at_8192_positions(H, dtype, limit):
     T, queries = 8192, np.asarray([0, 63, 64, 1000, 4097, 8190, 8191])
     q, k, v, do, _ = make_inputs(B=1, T=T, N=4, H=H, dtype=dtype)
-    do = jnp.zeros_like(do).at[:, queries].set(do[:, queries])
+    do = np.array(do)
+    do[:, np.setdiff1d(np.arange(T), queries)] = 0
     slopes_N = np.asarray([0.3, 0.05, 1e-4, 0.0], np.float32)  # windows of some 70 and 460 positions, and everything
     o, dq, dk, dv = attend_and_gradients(q, k, v, do, slopes_N, scale=1 / H, implementation="cpu")
     expected = oracle_at(queries, q, k, v, do, slopes_N, scale=1 / H)
@@ -60,7 +61,8 @@ def test_nothing_is_hidden_that_is_not_finite(which, value):
     slopes_N = slopes_N / 8
     assert T < alibi_window(0.0, slopes_N.max(), xp=np)  # every key is seen
     sound = attend_and_gradients(*inputs, slopes_N, scale=1 / 20, implementation="cpu")
-    inputs[which] = inputs[which].at[1, t, 0, 3].set(value)
+    inputs[which] = np.array(inputs[which])
+    inputs[which][1, t, 0, 3] = value
     results = attend_and_gradients(*inputs, slopes_N, scale=1 / 20, implementation="cpu")
     early, own, late = slice(0, t + 1), slice(t, t + 1), slice(t, T)
     if which == 0:  # q: the weights of one query

@@ -42,14 +42,11 @@ def oracle_at(queries, q, k, v, do, slopes_N, *, scale, windows_BN=math.inf):
     q, k, v, do = (np.asarray(x, np.float64) for x in (q, k, v, do))
     B, T, N, _ = q.shape
     results = [np.zeros(q.shape) for _ in NAMES]
+    distances = np.asarray(queries)[:, None] - np.arange(T)
     for b in range(B):
         for n in range(N):
-            scores = np.full((len(queries), T), -np.inf)
-            for row, t in zip(scores, queries, strict=True):
-                row[: t + 1] = scale * k[b, : t + 1, n] @ q[b, t, n]
-                distance = t - np.arange(t + 1)
-                row[: t + 1] -= np.float64(slopes_N[n]) * distance
-                row[: t + 1][distance > windows_BN[b, n]] = -np.inf
+            scores = scale * q[b, queries, n] @ k[b, :, n].T - np.float64(slopes_N[n]) * distances
+            scores[(distances < 0) | (distances > windows_BN[b, n])] = -np.inf
             weights = np.exp(scores - scores.max(1, keepdims=True))
             weights /= weights.sum(1, keepdims=True)
             own_do = do[b, queries, n]
