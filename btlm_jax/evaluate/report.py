@@ -11,13 +11,11 @@ from typing import Any
 
 from btlm_jax import __version__, notices
 from btlm_jax.evaluate.checkpoint import Checkpoint
-from btlm_jax.hub.evaluation_card import CARD_FILE, REPORT_FILE
-from btlm_jax.storage.files import hash_json, read_json_object, write_atomically
+from btlm_jax.hub.evaluation_card import CARD_FILE, FORMAT, REPORT_FILE, SHA256, read_report
+from btlm_jax.storage.files import hash_json, write_atomically
 
-FORMAT = "btlm evaluation report 1"
 _DETAILS = ("of_documents", "of_windows", "of_positions", "of_cases")  # are in a part's own file, not in the report
 _PASS = (1, 10, 100)  # k of pass@k
-_SHA256 = "sha256"  # of the parts
 _ALIBI = {"none": "as trained", "dynamic": "dynamic"}
 
 
@@ -67,43 +65,25 @@ def write_report(folder: Path, checkpoint: Checkpoint, parts: dict[str, dict]) -
     folder.mkdir(parents=True, exist_ok=True)
     together = {**_earlier_parts(folder / REPORT_FILE, identity=checkpoint.identity), **report["parts"]}
     parts = {part: together[part] for part in _TABLES if part in together}
-    kept = report | {"parts": parts, _SHA256: hash_json(parts)}
+    kept = report | {"parts": parts, SHA256: hash_json(parts)}
     write_atomically(folder / REPORT_FILE, json.dumps(kept, indent=1))
     write_atomically(folder / CARD_FILE, _card(kept))
     return report
 
 
 def _earlier_parts(path: Path, *, identity: str) -> dict[str, dict]:
-    """Return the parts of a report of the same weights, if there is one.
-
-    Raises:
-      ValueError: it is no JSON.
-    """
+    """Return the parts of an earlier report, if there is one that can be read and is of the same weights."""
     if not path.is_file():
         return {}
-    earlier = read_json_object(path)
-    if (earlier.get("format"), earlier.get("identity")) != (FORMAT, identity):
+    try:
+        earlier = read_report(path)
+    except ValueError as error:
+        notices.report("evaluation-again", f"{error}; what it says of other parts is left out")
         return {}
-    parts = earlier.get("parts")
-    if earlier.get(_SHA256) != hash_json(parts):
-        notices.report("evaluation-again", f"{path} is not as it was written; what it says of other parts is left out")
+    if earlier["identity"] != identity:
+        notices.report("evaluation-of-other", f"{path} was of other weights, and is replaced")
         return {}
-    return parts  # pyright: ignore[reportReturnType] # as it was written
-
-
-def read_report(path: Path) -> dict[str, Any]:
-    """Return a report as `write_report` kept it.
-
-    Raises:
-      OSError: it cannot be read.
-      ValueError: it is not as it was written, or is of another version.
-    """
-    report = read_json_object(path)
-    if report.get("format") != FORMAT:
-        raise ValueError(f"{path} has the format {report.get('format')!r}, and this version reads {FORMAT!r}")
-    if report.get(_SHA256) != hash_json(report.get("parts")):
-        raise ValueError(f"{path} is not as it was written: make it again by btlm evaluate")
-    return report
+    return earlier["parts"]
 
 
 def tables_of(report: dict[str, Any]) -> list[Table]:

@@ -520,7 +520,8 @@ def _evaluations(run: RunRecords) -> str:
     files = sorted(folder.glob("**/evaluation.json"), key=lambda file: (len(file.parent.name), file.parent.name))
     parts = []
     for file in files[-3:]:
-        from btlm_jax.evaluate.report import read_report, tables_of  # imports JAX
+        from btlm_jax.evaluate.report import tables_of  # imports JAX
+        from btlm_jax.hub.evaluation_card import read_report
 
         try:
             report = read_report(file)

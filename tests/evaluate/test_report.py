@@ -81,7 +81,8 @@ def test_the_card_of_an_evaluation_is_of_these_weights(token_store, tmp_path, ca
     config = run_config(token_store, evaluation__batch_size=8)
     write_run(workdir, config, steps=(3,))
     assert read_evaluation_card(workdir) == NO_CARD
-    command = ["evaluate", f"--checkpoint={workdir}", "--position_lengths=24", "--position_tokens=400"]
+    (tmp_path / "texts.jsonl").write_text("".join(f'{{"text": "{n} " }}\n' for n in range(40)))
+    command = ["evaluate", f"--checkpoint={workdir}", "--position_lengths=16", f"--text={tmp_path / 'texts.jsonl'}"]
     assert main([*command, "--positions"]) == 0
     assert main([*command, "--heldout"]) == 0  # the report keeps what was measured before
     capsys.readouterr()
@@ -96,6 +97,13 @@ def test_the_card_of_an_evaluation_is_of_these_weights(token_store, tmp_path, ca
     assert json.loads((folder / "evaluation.json").read_text())["parts"].keys() == {"heldout"}
     assert main([*command, "--positions"]) == 0
     assert json.loads((folder / "evaluation.json").read_text())["parts"] == report["parts"]
+    (folder / "evaluation.json").write_text("{")
+    notices.begin(strict=())
+    assert read_evaluation_card(workdir) == NO_CARD and notices.counts() == {"evaluation-again": 1}
+    (folder / "evaluation.json").write_text(json.dumps(report | {"identity": "other"}))
+    assert main([*command, "--heldout"]) == 0 and notices.counts() == {"evaluation-of-other": 1}
+    assert json.loads((folder / "evaluation.json").read_text())["parts"].keys() == {"heldout"}
+    assert main([*command, "--positions"]) == 0
     card = read_evaluation_card(workdir)
     assert card.plots == {"positions.png": (folder / "positions.png").read_bytes()}
     assert f"{report['parts']['heldout']['loss']:.4f}" in card.text
