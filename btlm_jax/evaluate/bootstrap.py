@@ -12,7 +12,7 @@ import numpy as np
 RESAMPLES = 1000
 LEVEL = 0.95
 SEED = 0
-_RESAMPLES_AT_A_TIME = 50
+_COUNTS_AT_A_TIME = 1 << 22  # of documents in resamples: a million documents are resampled four times at once
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -33,8 +33,9 @@ def counts_of_resamples(num_documents: int, *, seed: int) -> Iterator[np.ndarray
     The same seed gives the same draws, so that two models on the same documents are compared in pairs.
     """
     generator = np.random.default_rng(seed)
-    for start in range(0, RESAMPLES, _RESAMPLES_AT_A_TIME):
-        number = min(_RESAMPLES_AT_A_TIME, RESAMPLES - start)
+    at_a_time = max(1, min(50, _COUNTS_AT_A_TIME // num_documents))
+    for start in range(0, RESAMPLES, at_a_time):
+        number = min(at_a_time, RESAMPLES - start)
         drawn = generator.integers(0, num_documents, (number, num_documents))
         offsets = np.arange(number)[:, None] * num_documents
         counts = np.bincount((drawn + offsets).ravel(), minlength=number * num_documents)

@@ -72,13 +72,17 @@ def run_program(program: str, *, seconds: float) -> str:
 
 @functools.cache
 def _without_network() -> tuple[str, ...]:
-    """Return the beginning of a command that has no network, or nothing where that cannot be."""
+    """Return the beginning of a command that has no network, or nothing where that cannot be.
+
+    All processes that such a command has started end with it, those of sessions of their own too, where there are
+    namespaces of processes.
+    """
     command = ("unshare", "--user", "--map-root-user", "--net")
-    try:
-        subprocess.run([*command, "true"], check=True, capture_output=True)
-    except (OSError, subprocess.CalledProcessError):
-        notices.report(
-            "network-open", "programs that the model writes can reach the network: unshare does not work here"
-        )
-        return ()
-    return command
+    for more in (("--pid", "--fork", "--kill-child"), ()):  # util-linux before 2.32 has no --kill-child
+        try:
+            subprocess.run([*command, *more, "true"], check=True, capture_output=True)
+        except (OSError, subprocess.CalledProcessError):
+            continue
+        return (*command, *more)
+    notices.report("network-open", "programs that the model writes can reach the network: unshare does not work here")
+    return ()

@@ -60,7 +60,7 @@ def read_cases(path: Path) -> list[Case]:
     if not path.is_file():
         raise FileNotFoundError(f"summaries={path} is no file; give JSON lines with document, summary and question")
     cases = []
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
+    for number, line in enumerate(path.read_bytes().split(b"\n"), start=1):
         if line.strip():
             where = f"{path}, line {number}"
             cases.append(_case(parse_json_object(line, name=where), where))
@@ -81,11 +81,16 @@ def _case(row: dict[str, Any], where: str) -> Case:
     if not references:
         raise ValueError(f"{where}: {of_summary} is empty")
     for name, text in ((of_document, document), *((of_summary, each) for each in references)):
-        if not isinstance(text, str) or not text.strip():
+        if not _is_text(text) or not text.strip():
             raise ValueError(f"{where}: {name} must be text, and not empty")
-    if not isinstance(question, str):
+    if not _is_text(question):
         raise ValueError(f"{where}: the question must be text")
     return Case(document=document, question=question, references=tuple(references))
+
+
+def _is_text(value: object) -> bool:
+    """Return whether a value is text that UTF-8 has: JSON can name halves of pairs of surrogates."""
+    return isinstance(value, str) and value.encode(errors="replace") == value.encode(errors="surrogatepass")
 
 
 def prompt_of(case: Case, tokenizer: Tokenizer, *, length: int, bos_id: int | None = None) -> tuple[list[int], int]:

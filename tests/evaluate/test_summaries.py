@@ -121,12 +121,12 @@ def test_the_mean_is_over_documents(tmp_path):
             {"context": "d", "input": "q", "answers": ["s", "t"]},
             Case(document="d", question="q", references=("s", "t")),
         ),
-        ({"report": "d", "summary": "s"}, Case(document="d", question="", references=("s",))),
+        ({"report": "d\u2028e", "summary": "s"}, Case(document="d\u2028e", question="", references=("s",))),
         ({"id": 1, "input": "d", "output": "s"}, Case(document="d", question="", references=("s",))),
     ],
 )
 def test_lines_of_several_data_sets(tmp_path, row, expected):
-    (tmp_path / "cases.jsonl").write_text(json.dumps(row) + "\n\n")
+    (tmp_path / "cases.jsonl").write_text(json.dumps(row, ensure_ascii=False) + "\n\n")
     assert read_cases(tmp_path / "cases.jsonl") == [expected]
 
 
@@ -137,10 +137,12 @@ def test_lines_of_several_data_sets(tmp_path, row, expected):
         ('{"document": " ", "summary": "s"}', "line 1: document must be text, and not empty"),
         ('{"document": "d", "summary": []}', "line 1: summary is empty"),
         ("[1]", "line 1"),
+        (b'{"document": "\xff", "summary": "s"}', "line 1 is not valid JSON"),
+        ('{"document": "\\ud800", "summary": "s"}', "line 1: document must be text"),
         ("", "has no documents"),
     ],
 )
 def test_lines_that_cannot_be_used(tmp_path, text, message):
-    (tmp_path / "cases.jsonl").write_text(text)
+    (tmp_path / "cases.jsonl").write_bytes(text if isinstance(text, bytes) else text.encode())
     with pytest.raises(ValueError, match=message):
         read_cases(tmp_path / "cases.jsonl")
