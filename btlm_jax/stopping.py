@@ -97,6 +97,7 @@ class Stop:
     def __init__(self, clock: Callable[[], float] = time.monotonic):
         self.reason = ""  # of the request, "" without one
         self.stage = BEGINNING
+        self.kept = f"nothing to save {BEGINNING}"  # what is said of a stop there
         self.workdir: Path | None = None
         self._clock = clock
         self.began = self._requested_at = self._ticked = clock()
@@ -198,7 +199,7 @@ class Stop:
     def said(self) -> str:
         """Return what is said of a stop where there was nothing to save."""
         at_end = "all steps are saved; the same command repeats what comes after them"
-        what = at_end if self.stage == ENDING else f"nothing to save {BEGINNING}; the same command goes on"
+        what = at_end if self.stage == ENDING else f"{self.kept}; the same command goes on"
         return f"preempted ({self.reason}): {what}"
 
     def end_now(self, code: int, reason: str, advice: str = "") -> None:

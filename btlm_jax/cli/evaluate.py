@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from btlm_jax import notices, stopping
 from btlm_jax.cli import DONE, UsageError
 from btlm_jax.cli.parse import Flags
 
 if TYPE_CHECKING:
+    from btlm_jax.evaluate.evaluation import EvaluationConfig
+    from btlm_jax.evaluate.report import Table
     from btlm_jax.evaluate.task_settings import CodeSettings, TaskSettings
 
 EVALUATE_HELP = """btlm evaluate: measure a model on texts.
@@ -35,6 +39,8 @@ examples:
       ROUGE of summaries of long documents; pass@1 of the functions that it completes, which are run
   btlm evaluate --compare runs/a runs/b --text articles/
       the differences of two models, with intervals of pairs of documents
+  btlm evaluate --checkpoint=gs://bucket/run --store=gs://bucket/store --output=results --distributed
+      on every host of a TPU pod slice at the same time: all its devices score, and the first host writes
 
 Every token is counted once. A text longer than the model's length is scored in windows, each of which sees --overlap
 tokens of the one before; with 1 a text's loss is what lm-evaluation-harness has for it (loglikelihood_rolling). Before
@@ -42,7 +48,8 @@ each text stands the end-of-text id, which is not counted. Intervals hold 95 % o
 
 Results go to evaluation/ beside the model's files or to --output: each part's own file, plots, evaluation.json and the
 card evaluation.md. What is done is not measured again, and an interrupted command goes on. Progress goes to the error
-stream.
+stream. Of several processes, which --distributed or --coordinator joins as in training, all load the model and the
+texts, and process 0 alone reads and writes results; weights of 4 bits run in one process.
 """
 
 
@@ -56,9 +63,11 @@ def evaluate(arguments: Sequence[str]) -> int:
         raise UsageError("--compare A B takes two models, and no --checkpoint")
     if not compared and not flags.string("checkpoint"):
         raise UsageError("--checkpoint=MODEL is needed: a run, one of its checkpoints, a model's directory or a URL")
+    from btlm_jax.cli.train import check_processes, has_several
     from btlm_jax.evaluate import evaluation
     from btlm_jax.storage.location import expand_pattern
 
+    check_processes(flags)
     try:
         config = evaluation.EvaluationConfig(
             parts=_parts(flags),
@@ -84,12 +93,46 @@ def evaluate(arguments: Sequence[str]) -> int:
         )
     except ValueError as error:
         raise UsageError(str(error)) from error
-    if compared:
-        tables = evaluation.evaluate_both(compared, config)
-    else:
-        tables = evaluation.evaluate(flags.string("checkpoint"), config)
-    print("\n\n".join(table.as_text() for table in tables))
+    names = tuple(compared) or (flags.string("checkpoint"),)
+    tables = (_measure_with_others if has_several(flags) else _measure)(names, config, flags)
+    if tables:
+        print("\n\n".join(table.as_text() for table in tables))
     return DONE
+
+
+def _measure(names: Sequence[str], config: EvaluationConfig, flags: Flags) -> list[Table]:
+    """Evaluate one model, or compare two; return the tables."""
+    from btlm_jax.evaluate import evaluation
+
+    return (
+        evaluation.evaluate_both(names, config) if flags.is_given("compare") else evaluation.evaluate(names[0], config)
+    )
+
+
+def _measure_with_others(names: Sequence[str], config: EvaluationConfig, flags: Flags) -> list[Table]:
+    """Do what `_measure` does together with the other processes; the tables are process 0's."""
+    from btlm_jax.cli.train import place_of
+    from btlm_jax.display.progress import print_error_line
+    from btlm_jax.parallel import peers
+
+    stopping.begin()
+    stop, place = stopping.current(), place_of(flags)
+    stop.kept = "what is measured is kept"
+    if place.index:
+        notices.mute()
+    settings = dataclasses.asdict(config)
+    settings.pop("output")  # of process 0 alone
+    facts = peers.facts_of(settings, flags={"models": " ".join(names)})
+    try:
+        peers.join(place, facts=facts, stop=stop, log=print_error_line if place.index == 0 else lambda line: None)
+        tables = _measure(names, config, flags)
+        stop.wait_for_all("evaluated")
+        return tables
+    except stopping.ProcessesDifferError as error:
+        raise UsageError(str(error)) from error
+    except RuntimeError:  # of JAX, when it waits for a process that is gone
+        stop.wait_if_peer_is_gone()
+        raise
 
 
 def _parts(flags: Flags) -> tuple[str, ...]:
@@ -149,6 +192,8 @@ def _lengths(flags: Flags, name: str) -> tuple[int, ...]:
 
 def evaluate_flags() -> Flags:
     """Define the flags of `btlm evaluate`."""
+    from btlm_jax.cli.train import define_processes
+
     flags = Flags(EVALUATE_HELP)
     flags.define_string(
         "checkpoint",
@@ -194,4 +239,5 @@ def evaluate_flags() -> Flags:
         "dtype", "model", "in which it computes; model: its own", choices=("model", "float32", "bfloat16")
     )
     flags.define_integer("batch_tokens", 8192, "tokens that a device scores at a time; halved when out of memory")
+    define_processes(flags)
     return flags

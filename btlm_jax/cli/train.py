@@ -67,7 +67,7 @@ def train(arguments: Sequence[str]) -> int:
     flags = train_flags()
     if not flags.parse(arguments):
         return DONE
-    _check_processes(flags)
+    check_processes(flags)
     _check_init(flags)
     if flags.is_given("data"):
         return _train_on_data(flags)
@@ -116,7 +116,7 @@ def _train(config: TrainConfig, flags: Flags, *, workdir: Path, stop: Stop, ledg
     from btlm_jax.train import INIT_FILE, setup
 
     beginning = setup.FROM_SEED
-    if _has_several(flags):
+    if has_several(flags):
         _join_processes(config, flags, workdir=workdir, stop=stop)
     if flags.is_given("init") or (workdir / INIT_FILE).is_file():
         from btlm_jax.cli import train_init
@@ -148,7 +148,7 @@ def _local_workdir(flags: Flags) -> Iterator[Path]:
     from btlm_jax.storage import bucket
 
     # Saves by orbax in processes that share no folder have stood still, once in some ten (docs/results.md).
-    if _has_several(flags) and _place(flags).count > 1:
+    if has_several(flags) and place_of(flags).count > 1:
         raise UsageError(f"--workdir={url} is for a run of one process; several need a folder that all hosts see")
     with bucket.opened_for_run(url) as mirror:
         flags.set_string("workdir", str(mirror.folder))
@@ -179,10 +179,10 @@ def _run_as_owner(workdir: Path, flags: Flags, work: Callable[..., int]) -> int:
 
             ownership = owner.take(mirror.owned or workdir, steal=flags.boolean("steal"))
     except (OSError, ValueError, notices.StrictError) as error:
-        if _has_several(flags):
+        if has_several(flags):
             from btlm_jax.parallel import peers
 
-            peers.refuse(_place(flags), str(error))
+            peers.refuse(place_of(flags), str(error))
         raise
     if ownership is None:
         return work(flags, workdir=workdir, stop=stop, ledger=ledger)
@@ -272,15 +272,15 @@ def _machine() -> str:
 
 def _process_id(flags: Flags) -> int:
     """Return which process of the run this is."""
-    return _place(flags).index if flags.boolean("distributed") else flags.integer("process_id")
+    return place_of(flags).index if flags.boolean("distributed") else flags.integer("process_id")
 
 
-def _has_several(flags: Flags) -> bool:
+def has_several(flags: Flags) -> bool:
     """Return whether the run has several processes."""
     return bool(flags.string("coordinator")) or flags.boolean("distributed")
 
 
-def _place(flags: Flags) -> Place:
+def place_of(flags: Flags) -> Place:
     """Return where this process stands among those of the run."""
     from btlm_jax.parallel import peers
 
@@ -295,7 +295,7 @@ def _join_processes(config: TrainConfig, flags: Flags, *, workdir: Path, stop: S
     from btlm_jax.display.progress import print_line
     from btlm_jax.parallel import peers
 
-    place = _place(flags)
+    place = place_of(flags)
     if place.index != 0:
         notices.mute()
     log = print_line if place.index == 0 else lambda line: None
@@ -401,11 +401,16 @@ def train_flags() -> Flags:
     flags.define_boolean("steal", False, "take the workdir from a command that owns it and that you know is dead")
     flags.define_integer("resume_step", 0, "go back to this checkpoint and set later ones aside; 0: the last one")
     flags.define_boolean("dry_run", False, "print the whole plan of the run, check the token store, and end")
+    define_processes(flags)
+    return flags
+
+
+def define_processes(flags: Flags) -> None:
+    """Define the flags of several processes."""
     flags.define_boolean("distributed", False, "join the other hosts of a TPU pod slice")
     flags.define_string("coordinator", "", "host:port of process 0, for several processes")
     flags.define_integer("num_processes", 1, "with --coordinator: how many processes there are")
     flags.define_integer("process_id", 0, "with --coordinator: which of them this is, from 0")
-    return flags
 
 
 def _check_init(flags: Flags) -> None:
@@ -424,7 +429,7 @@ def _check_init(flags: Flags) -> None:
             raise UsageError(f"--{name} goes with --init=MODEL: it says how a run begins with given weights")
 
 
-def _check_processes(flags: Flags) -> None:
+def check_processes(flags: Flags) -> None:
     """Refuse flags of several processes that contradict each other.
 
     Raises:

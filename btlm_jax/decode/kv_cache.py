@@ -38,7 +38,7 @@ def make_cache(model: Btlm, mesh: Mesh, *, batch_size: int, num_slots: int, dtyp
     """Make an empty cache on the mesh: rows over fsdp, heads over tensor."""
     config = model.config
     shape = (config.num_layers, batch_size, num_slots, config.num_heads, config.head_dim)
-    sharding = NamedSharding(mesh, _cache_spec())
+    sharding = NamedSharding(mesh, cache_spec())
     return KVCache(
         k_LBSNH=jnp.zeros(shape, jnp.dtype(dtype), device=sharding),
         v_LBSNH=jnp.zeros(shape, jnp.dtype(dtype), device=sharding),
@@ -91,7 +91,8 @@ def extend(model: Btlm, params: dict, cache: KVCache, *, inputs_BT, starts_B, le
     return norm.apply({"params": params["ln_f"]}, x_BTD), cache
 
 
-def _cache_spec() -> P:
+def cache_spec() -> P:
+    """Return how keys and values are split: rows over fsdp, heads over tensor."""
     return WHOLE_SEQUENCES.spec("layers", "batch", "length", "act_heads", "head_dim")
 
 
@@ -117,7 +118,7 @@ def _attend_cached(model: Btlm, q_BTNH, k_BTNH, v_BTNH, cache: KVCache, starts_B
         o_BTNH = jnp.einsum("BNTS,BSNH->BTNH", weights_BNTS, v_BSNH, preferred_element_type=jnp.float32)
         return o_BTNH.astype(q_BTNH.dtype), k_LBSNH, v_LBSNH
 
-    new, cached = rules.spec("batch", "length", "act_heads", "head_dim"), _cache_spec()
+    new, cached = rules.spec("batch", "length", "act_heads", "head_dim"), cache_spec()
     rows, heads = rules.spec("batch"), rules.spec("act_heads")
     mapped = jax.shard_map(
         local, in_specs=(new, new, new, cached, cached, rows, rows, heads, P()), out_specs=(new, cached, cached)

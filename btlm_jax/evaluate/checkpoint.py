@@ -22,7 +22,7 @@ from btlm_jax.hub.given_model import (
 )
 from btlm_jax.hub.native import ModelMetadata, one_device_mesh, read_metadata, read_tokenizer
 from btlm_jax.kernels.weights import Weights
-from btlm_jax.parallel.make_mesh import make_mesh
+from btlm_jax.parallel.make_mesh import make_mesh, num_slices
 from btlm_jax.quantize.int4_directory import FORMAT as INT4_FORMAT
 from btlm_jax.quantize.int4_directory import is_int4_directory, read_int4_directory
 from btlm_jax.storage.location import absolute_location
@@ -48,15 +48,33 @@ class Checkpoint:
     given: GivenModel | None  # None: 4 bits
 
     def load(self) -> tuple[dict | Weights, Mesh]:
-        """Return the weights, and the mesh that they are on: all devices that divide the model's width."""
+        """Return the weights, and the mesh that they are on: all devices that divide the model's width.
+
+        Raises:
+          ValueError: weights of 4 bits in several processes, several TPU slices, or processes with devices too many.
+        """
         if self.given is None:
+            self.check_one_process()
             return read_int4_directory(self.directory).weights, one_device_mesh()
         width, devices = self.metadata.model.d_model, jax.devices()
+        if (slices := num_slices(devices)) > 1:
+            raise ValueError(
+                f"{self.name}: {slices} TPU slices do not evaluate together; give the command on one of them"
+            )
         number = max(n for n in range(1, len(devices) + 1) if width % n == 0)
         if number != len(devices) and jax.process_count() > 1:
             raise ValueError(f"{self.name}: d_model={width} does not divide by the {len(devices)} devices of all hosts")
         mesh = make_mesh(devices=devices[:number], tensor=1)
         return placed_params(self.given, mesh), mesh
+
+    def check_one_process(self) -> None:
+        """Check that weights of 4 bits can run here.
+
+        Raises:
+          ValueError: there are several processes.
+        """
+        if jax.process_count() > 1:
+            raise ValueError(f"{self.name}: weights of 4 bits run in one process; leave the other processes out")
 
     def make_scorer(self, *, dtype: str, batch_tokens: int) -> Scorer:
         """Load the weights, and return what scores tokens with them.

@@ -6,11 +6,10 @@ import contextlib
 import dataclasses
 import functools
 import json
-import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from btlm_jax import install_command, notices
+from btlm_jax import install_command, notices, stopping
 from btlm_jax.corpus.stages.clean import check_not_inside
 from btlm_jax.display.progress import print_error_line
 from btlm_jax.evaluate.checkpoint import DTYPES, Checkpoint, opened_checkpoint
@@ -18,6 +17,7 @@ from btlm_jax.evaluate.comparison import compare, table_of
 from btlm_jax.evaluate.documents import Corpus, limited, read_store, read_texts
 from btlm_jax.evaluate.plots import plot_positions, plot_retrieval
 from btlm_jax.evaluate.positions import Setting, Stream, measure_positions, settings_of, stream_of
+from btlm_jax.evaluate.processes import is_first, say
 from btlm_jax.evaluate.report import Table, tables_of, write_report
 from btlm_jax.evaluate.results import Results, Work
 from btlm_jax.evaluate.retrieval import CHANCE_NATS, make_group, measure_retrieval
@@ -82,6 +82,8 @@ class EvaluationConfig:
 def evaluate(name: str, config: EvaluationConfig) -> list[Table]:
     """Evaluate a model, keep the results and write the report; return its tables.
 
+    Of several processes (processes.py) all take part, and the first writes; the others return no tables.
+
     Raises:
       FileNotFoundError, OSError: the model, its documents or the folder is missing or cannot be used.
       ValueError: something is damaged, or the settings do not fit the model.
@@ -89,7 +91,8 @@ def evaluate(name: str, config: EvaluationConfig) -> list[Table]:
     _check_has_folder(name, config)
     with opened_checkpoint(name, log=print_error_line) as checkpoint:
         evaluation = _Evaluation(checkpoint, config)
-        return tables_of(write_report(evaluation.folder, checkpoint, evaluation.measure()))
+        parts = evaluation.measure()
+        return tables_of(write_report(evaluation.folder, checkpoint, parts)) if is_first() else []
 
 
 def evaluate_both(names: Sequence[str], config: EvaluationConfig) -> list[Table]:
@@ -110,7 +113,10 @@ def evaluate_both(names: Sequence[str], config: EvaluationConfig) -> list[Table]
         with opened_checkpoint(name, log=print_error_line) as checkpoint:
             evaluation = _Evaluation(checkpoint, own)
             measured.append(evaluation.measure())
-            write_report(evaluation.folder, checkpoint, measured[-1])
+            if is_first():
+                write_report(evaluation.folder, checkpoint, measured[-1])
+    if not is_first():
+        return []
     differences = compare(*measured)
     if config.output is not None:
         values = {"first": names[0], "second": names[1], "differences": differences}
@@ -135,6 +141,7 @@ class _Evaluation:
         self._length = config.length or checkpoint.metadata.max_length
         if config.overlap > self._length:
             raise ValueError(f"overlap={config.overlap:,} is more than the window's {self._length:,} tokens")
+        stopping.current().agree(f"model {checkpoint.name}", {"files of the model": checkpoint.identity})
         self.folder = config.output or evaluation_folder(checkpoint.directory, step=checkpoint.step)
         check_not_inside(self.folder, config.texts)
         self._results = Results(self.folder, identity={"model": checkpoint.identity, "dtype": config.dtype})
@@ -187,6 +194,7 @@ class _Evaluation:
             from btlm_jax.evaluate.code_problems import measure_code, problems_of
         settings, metadata = self._config.code, self._checkpoint.metadata
         assert settings is not None
+        settings = dataclasses.replace(settings, run_code=settings.run_code and is_first())
         length = self._config.length or metadata.max_length
         facts = dataclasses.asdict(settings) | {"seed": self._config.seed, "length": length}
 
@@ -200,7 +208,7 @@ class _Evaluation:
 
     @functools.cached_property
     def _generation_model(self) -> GenerationModel:
-        print(f"loading {self._checkpoint.name}", file=sys.stderr)
+        say(f"loading {self._checkpoint.name}")
         return load_to_generate(self._checkpoint, dtype=self._config.dtype, as_int4=self._config.int4)
 
     @functools.cached_property
@@ -214,7 +222,7 @@ class _Evaluation:
 
     @functools.cached_property
     def _scorer(self) -> Scorer:
-        print(f"loading {self._checkpoint.name}", file=sys.stderr)
+        say(f"loading {self._checkpoint.name}")
         return self._checkpoint.make_scorer(dtype=self._config.dtype, batch_tokens=self._config.batch_tokens)
 
     @functools.cached_property
@@ -227,6 +235,8 @@ class _Evaluation:
             if store is None:
                 store = _own_store(checkpoint)
             corpus = read_store(store, checkpoint.tokenizer, name=checkpoint.name)
+        facts = {"documents": corpus.identity, "tokens": str(corpus.num_targets)}
+        stopping.current().agree(f"documents of {checkpoint.name}", facts)
         return limited(corpus, tokens_per_source=config.tokens_per_source)
 
     def _heldout(self) -> dict:
@@ -265,7 +275,8 @@ class _Evaluation:
             curves.append(self._results.measure(POSITIONS, settings, measure, what=f" {setting}"))
         title = f"{self._checkpoint.name}: {corpus.description}, in one stream"
         plot = self.folder / POSITIONS_PLOT
-        plot_positions(curves, plot, trained_length=trained_length, title=title)
+        if is_first():
+            plot_positions(curves, plot, trained_length=trained_length, title=title)
         return {"corpus": corpus.identity, "of": corpus.description, "plot": POSITIONS_PLOT, "curves": curves}
 
     def _measure_positions(self, stream: Stream, setting: Setting, work: Work) -> dict:
@@ -290,7 +301,8 @@ class _Evaluation:
             )
         plot = self.folder / RETRIEVAL_PLOT
         trained_length = checkpoint.metadata.max_length
-        plot_retrieval(groups, plot, trained_length=trained_length, title=checkpoint.name)
+        if is_first():
+            plot_retrieval(groups, plot, trained_length=trained_length, title=checkpoint.name)
         return {"chance_nats": CHANCE_NATS, "plot": RETRIEVAL_PLOT, "groups": groups}
 
     def _measure_retrieval(self, work: Work, *, task: Task, length: int, cases: int, seed: int) -> dict:

@@ -156,7 +156,7 @@ class BtlmLM(TemplateLM):
         del disable_tqdm
         windows = [list(self._windows(request.args[0])) for request in requests]
         if num_empty := sum(not rows for rows in windows):
-            notices.report("empty-text", f"{num_empty:,} texts to score are empty: log p of each is 0", count=num_empty)
+            notices.report("text-empty", f"{num_empty:,} texts to score are empty: log p of each is 0", count=num_empty)
 
         def answer(waiting: Sequence[int]) -> Iterator[tuple[int, float]]:
             yield from ((number, 0.0) for number in waiting if not windows[number])

@@ -14,7 +14,8 @@ from lm_eval._cli import HarnessCLI
 from btlm_jax.display.progress import print_error_line
 from btlm_jax.evaluate.checkpoint import opened_checkpoint
 from btlm_jax.evaluate.harness import MODEL_NAME
-from btlm_jax.evaluate.tasks import fork_nothing, needs_tokenizer_folder, table, tokenizer_folder
+from btlm_jax.evaluate.ruler import check_lengths, makes_texts
+from btlm_jax.evaluate.tasks import fork_nothing, table, tokenizer_folder
 from btlm_jax.notices import StrictError, is_named
 
 _COMMANDS = ("run", "ls", "validate")
@@ -49,13 +50,19 @@ def run(arguments: Sequence[str]) -> None:
 
 
 def _add_tokenizer(parsed: argparse.Namespace, stack: contextlib.ExitStack) -> None:
-    """Give tasks that make their texts the model's tokenizer, unless the command line names one."""
+    """Give tasks that make their texts the model's tokenizer, unless the command line names one.
+
+    Raises:
+      ValueError: they cannot be made of the lengths in --metadata.
+    """
     arguments, metadata = parsed.model_args or {}, parsed.metadata or {}
     names = [name for names in parsed.tasks or () for name in names.split(",")]
-    if "tokenizer" in arguments or "tokenizer" in metadata or not needs_tokenizer_folder(names):
+    if not makes_texts(names):
         return
     name = str(arguments.get("checkpoint") or arguments.get("pretrained") or "")
-    if name:
+    if "tokenizer" not in arguments and "tokenizer" not in metadata and name:
         checkpoint = stack.enter_context(opened_checkpoint(name, log=print_error_line))
         folder = stack.enter_context(tokenizer_folder(checkpoint.metadata, checkpoint.tokenizer))
-        parsed.metadata = {"tokenizer": str(folder)} | metadata
+        parsed.metadata = metadata = {"tokenizer": str(folder)} | metadata
+    if tokenizer := arguments.get("tokenizer") or metadata.get("tokenizer"):
+        check_lengths(names, metadata | {"tokenizer": str(tokenizer)})

@@ -16,6 +16,7 @@ from typing import Any
 
 from btlm_jax import notices
 from btlm_jax.display.progress import RateLimit, StatusLine, minutes_and_seconds
+from btlm_jax.evaluate.processes import is_first, of_first, say
 from btlm_jax.storage.files import hash_json, only_writer, parse_json, read_json_object, write_atomically
 
 FORMAT = "btlm evaluation 1"
@@ -28,10 +29,10 @@ class Work:
     Without a path nothing is kept.
     """
 
-    def __init__(self, name: str, path: Path | None):
-        """Read what an interrupted start has left at `path`."""
+    def __init__(self, name: str, path: Path | None, *, done: Sequence[tuple[int, Any]] = ()):
+        """Begin with (number, what it gave) of units that are done, and with what a start has left at `path`."""
         self.name, self._path = name, path
-        self._done: dict[int, Any] = {}
+        self._done: dict[int, Any] = dict(done)
         self._num_bytes = 0  # of whole lines
         self._file: io.FileIO | None = None
         self._line, self._limit = StatusLine(sys.stderr), RateLimit(PROGRESS_SECONDS, is_due_at_start=False)
@@ -46,7 +47,12 @@ class Work:
         self._sizes, self._unit_name = sizes, unit_name
         self._done = {number: value for number, value in self._done.items() if number < len(sizes)}
         if self._done:
-            print(f"{self.name}: going on, {len(self._done):,} of {len(sizes):,} parts are done", file=sys.stderr)
+            say(f"{self.name}: going on, {len(self._done):,} of {len(sizes):,} parts are done")
+
+    @property
+    def units(self) -> list[tuple[int, Any]]:
+        """Return (number, what it gave) of every unit that is done."""
+        return list(self._done.items())
 
     def done(self, number: int) -> Any:
         """Return what a unit gave, or None if it is to be done."""
@@ -92,7 +98,7 @@ class Work:
 
     def _show(self) -> None:
         """Show what is done, and how long the rest takes at the rate since the first call, which compiled."""
-        if self._since and not self._limit.is_due():
+        if not is_first() or (self._since and not self._limit.is_due()):
             return
         total = sum(self._sizes)
         size = min(total, sum(self._sizes[done] for done in self._done) + self._ahead)
@@ -125,20 +131,31 @@ class Results:
         everything = json.loads(json.dumps(self.identity | {"part": part} | settings))
         name = f"{part}-{hash_json(everything)[:12]}"
         path = self.folder / f"{name}.json"
-        if path.exists():
-            kept = read_json_object(path)
-            if kept.get("settings") == everything and isinstance(kept.get("result"), dict):
-                print(f"{part}{what}: done already, {path}", file=sys.stderr)
-                return kept["result"]
-            notices.report("evaluation-again", f"{path} is not what its name says; it is measured again")
+        if (kept := of_first(_kept(path, everything) if is_first() else None)) is not None:
+            say(f"{part}{what}: done already, {path}")
+            return kept
+        if not is_first():
+            return make(Work(f"{part}{what}", None, done=of_first(None)))
         self.folder.mkdir(parents=True, exist_ok=True)
         partial = self.folder / f"{name}.partial"
         with only_writer(path):
             work = Work(f"{part}{what}", partial)
             try:
+                of_first(work.units)
                 result = make(work)
             finally:
                 work.close()
             write_atomically(path, json.dumps({"format": FORMAT, "settings": everything, "result": result}))
             partial.unlink(missing_ok=True)
         return result
+
+
+def _kept(path: Path, settings: dict[str, Any]) -> dict | None:
+    """Return the result that a file keeps of these settings, if it does."""
+    if not path.exists():
+        return None
+    kept = read_json_object(path)
+    if kept.get("settings") == settings and isinstance(kept.get("result"), dict):
+        return kept["result"]
+    notices.report("evaluation-again", f"{path} is not what its name says; it is measured again")
+    return None

@@ -19,6 +19,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from btlm_jax import notices
 from btlm_jax.decode.cpu_cache import MAX_PIECE, make_cache, make_layout
 from btlm_jax.decode.cpu_forward import extend_hidden, read_out
+from btlm_jax.evaluate.processes import wait_for_halving
 from btlm_jax.kernels.weights import Weights
 from btlm_jax.model import Btlm
 from btlm_jax.model.loss import score_logits, token_scores
@@ -194,6 +195,7 @@ class Scorer:
             raise error
         if num_rows <= self._mesh.shape[FSDP]:
             raise MemoryError("a single row of each device is too long for its memory; score shorter ones") from error
+        wait_for_halving()
         self.batch_tokens = max(1, self.batch_tokens // 2)
         notices.report("batch-halved", f"out of memory with {num_rows:,} rows: {self.batch_tokens:,} tokens at a time")
 
@@ -213,8 +215,15 @@ def _scores_on_mesh(model: Btlm, params: dict, inputs_BT, positions_BS, targets_
     hidden_BTD = cast(jax.Array, model.apply({"params": params}, inputs_BT))
     rows = PartitionSpec(FSDP)
     take = jax.shard_map(_take_positions, in_specs=(rows, rows), out_specs=rows)
-    hidden_BSD = take(jax.sharding.reshard(hidden_BTD, rows), positions_BS)
-    rows_of_device = inputs_BT.shape[0] // jax.sharding.get_abstract_mesh().shape[FSDP]
+    return scores_of_hidden(model, params, take(jax.sharding.reshard(hidden_BTD, rows), positions_BS), targets_BS)
+
+
+def scores_of_hidden(model: Btlm, params: dict, hidden_BSD, targets_BS) -> tuple[jax.Array, jax.Array]:
+    """Return the losses_BS of targets and whether each is the likeliest, whole on every device, in a jitted function.
+
+    hidden_BSD, after the last norm, is split over FSDP; logits of HEAD_ROWS positions of a device exist at a time.
+    """
+    rows_of_device = hidden_BSD.shape[0] // jax.sharding.get_abstract_mesh().shape[FSDP]
     scores = token_scores(
         hidden_BSD, params["embedding"]["embedding"], targets_BS, output_scale=model.parametrization.output_scale,
         chunk=max(1, HEAD_ROWS // rows_of_device), rules=model.rules,

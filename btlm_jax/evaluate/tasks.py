@@ -13,10 +13,9 @@ import importlib.metadata
 import json
 import os
 import random
-import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any, cast
 
@@ -32,8 +31,10 @@ from lm_eval.utils import handle_non_serializable
 
 from btlm_jax.convert.tokenizer_files import write_tokenizer_files
 from btlm_jax.evaluate.harness import BtlmLM
+from btlm_jax.evaluate.processes import is_first, say
 from btlm_jax.evaluate.report import Table
 from btlm_jax.evaluate.results import Results, Work
+from btlm_jax.evaluate.ruler import check_lengths, makes_texts
 from btlm_jax.evaluate.task_settings import PAPER, PAPER_TASKS, PaperTask, TaskSettings
 from btlm_jax.hub.native import ModelMetadata
 from btlm_jax.notices import is_named
@@ -43,7 +44,6 @@ from btlm_jax.tokenizers.tokenizer import Tokenizer
 RESULTS_FILE = "lm_eval.json"
 SEED, NUMPY_SEED, FEWSHOT_SEED = 0, 1234, 1234  # the harness's own
 NUM_RESAMPLES = 1000  # of documents, for standard errors that have no formula
-_SYNTHETIC = ("ruler", "niah_")  # beginnings of the names of tasks that make their texts with a tokenizer
 _LOADING_ERRORS = (DatasetsError, OSError, ImportError, ValueError, LookupError, AssertionError, RuntimeError)
 
 
@@ -56,6 +56,7 @@ def measure_tasks(lm: BtlmLM, settings: TaskSettings, results: Results) -> dict[
     """
     fork_nothing()
     with _tokenizer_for_tasks(lm, settings) as metadata:
+        check_lengths(settings.names, metadata)
         found = load_tasks(settings, metadata=metadata)
     groups = [item for item in found if isinstance(item, Group)]
     groups += [inner for group in groups for inner in group.get_all_groups()]
@@ -63,7 +64,7 @@ def measure_tasks(lm: BtlmLM, settings: TaskSettings, results: Results) -> dict[
     of_cases: dict[str, list[float]] = {}
     accumulated = evaluator_utils.EvalAcc(groups={group.name: group for group in groups})
     for number, task in enumerate(tasks):
-        print(f"task {number + 1} of {len(tasks)}: {task.task_name}", file=sys.stderr)
+        say(f"task {number + 1} of {len(tasks)}: {task.task_name}")
         facts = _facts(task, settings, lm)
         kept = results.measure(f"task-{task.task_name}".replace("/", "-"), facts, _measuring(lm, task, settings))
         name = task.task_name
@@ -80,7 +81,8 @@ def measure_tasks(lm: BtlmLM, settings: TaskSettings, results: Results) -> dict[
         "random_seed": SEED, "numpy_seed": NUMPY_SEED, "fewshot_seed": FEWSHOT_SEED,
     }  # fmt: skip
     report |= {"lm_eval_version": importlib.metadata.version("lm_eval"), "date": time.time()}
-    write_atomically(results.folder / RESULTS_FILE, _json(report))
+    if is_first():
+        write_atomically(results.folder / RESULTS_FILE, _json(report))
     return report | {"of_cases": of_cases}
 
 
@@ -89,7 +91,7 @@ def _scores_of_documents(name: str, digest: str, samples: list[dict]) -> dict[st
     found: dict[str, list[float]] = {}
     for sample in samples:
         for metric in sample["metrics"]:
-            if isinstance(sample[metric], (bool, int, float)):
+            if isinstance(sample[metric], (bool, int, float)) and not _is_unmeasured(metric, sample[metric]):
                 key = f"{name} {metric}, {sample['filter']} [{digest[:6]}]"
                 found.setdefault(key, []).append(float(sample[metric]))
     return {key: values for key, values in found.items() if len(values) == len({each["doc_id"] for each in samples})}
@@ -121,10 +123,15 @@ def _rows(report: dict[str, Any], column: str) -> tuple[tuple[str, ...], ...]:
         facts = str(report["versions"].get(name, "")), str(report["n-shot"].get(name, ""))
         for key, value in scores.items():
             metric, _, of_filter = key.partition(",")
-            if of_filter and not metric.endswith("_stderr"):
+            if of_filter and not metric.endswith("_stderr") and not _is_unmeasured(metric, value):
                 error = scores.get(f"{metric}_stderr,{of_filter}", "")
                 rows.append((name, facts[0], of_filter, facts[1], metric, _number(value), _number(error)))
     return tuple(rows)
+
+
+def _is_unmeasured(metric: str, value: object) -> bool:
+    """Return whether this is RULER's score of a length that no text has."""
+    return metric.isdecimal() and value == -1
 
 
 def _number(value: object) -> str:
@@ -211,7 +218,7 @@ def _loaded(manager: TaskManager, named: PaperTask, *, num_fewshot: int) -> list
 @contextlib.contextmanager
 def _tokenizer_for_tasks(lm: BtlmLM, settings: TaskSettings) -> Iterator[dict[str, Any]]:
     """Yield the metadata for tasks; those that make texts of given lengths get the model's tokenizer in a folder."""
-    if "tokenizer" in settings.metadata or not needs_tokenizer_folder(settings.names):
+    if "tokenizer" in settings.metadata or not makes_texts(settings.names):
         yield settings.metadata
         return
     with tokenizer_folder(lm.model.metadata, lm.model_tokenizer) as folder:
@@ -229,11 +236,6 @@ def tokenizer_folder(metadata: ModelMetadata, tokenizer: Tokenizer) -> Iterator[
         yield Path(name)
 
 
-def needs_tokenizer_folder(names: Sequence[str]) -> bool:
-    """Return whether a task makes its texts with a tokenizer of transformers."""
-    return any(name.startswith(_SYNTHETIC) for name in names)
-
-
 def _facts(task: Task, settings: TaskSettings, lm: BtlmLM) -> dict[str, Any]:
     """Return all that a task's scores depend on besides the model."""
     config = {key: value for key, value in task.dump_config().items() if key != "metadata"}
@@ -241,14 +243,16 @@ def _facts(task: Task, settings: TaskSettings, lm: BtlmLM) -> dict[str, Any]:
     facts = {
         "config": config, "version": task.VERSION, "metadata": metadata, "limit": settings.limit,
         "max_length": lm.max_length, "seed": lm.settings.seed, "lm_eval": importlib.metadata.version("lm_eval"),
-        "documents": _digest(task, limit=settings.limit),
+        "documents": _digest(task.eval_docs, limit=settings.limit),
     }  # fmt: skip
+    if task.get_config("num_fewshot"):
+        facts["examples"] = _digest(task.fewshot_docs(), limit=0)
     return json.loads(_json(facts))
 
 
-def _digest(task: Task, *, limit: int) -> str:
+def _digest(documents: Iterable[Any], *, limit: int) -> str:
     digest = hashlib.sha256()
-    for number, document in enumerate(task.eval_docs):
+    for number, document in enumerate(documents):
         if limit and number >= limit:
             break
         digest.update(_json(document).encode())

@@ -11,6 +11,7 @@ from btlm_jax import notices
 from btlm_jax.decode.batch import Batch, FinishReason, Timings
 from btlm_jax.decode.sampling import Sampling, make_generator
 from btlm_jax.evaluate.checkpoint import MODEL_DTYPE, Checkpoint
+from btlm_jax.evaluate.processes import wait_for_halving
 from btlm_jax.generate.loading import GenerationModel, float_weights, load_for_generation
 from btlm_jax.hub.given_model import NATIVE, RUN, placed_params
 from btlm_jax.hub.native import NativeModel, one_device_mesh, split_average
@@ -24,9 +25,12 @@ def load_to_generate(checkpoint: Checkpoint, *, dtype: str, as_int4: bool) -> Ge
     """Load a model with its weights in the layout that is fastest for prompts here: kernels' tiles, or a mesh.
 
     Raises:
-      ValueError: it has 4 bits already, or they are asked for of a checkpoint that is not a run's last.
+      ValueError: it has 4 bits already, or they are asked for of a checkpoint that is not a run's last, or in several
+        processes.
     """
-    given = checkpoint.given
+    given, has_others = checkpoint.given, jax.process_count() > 1
+    if given is None or as_int4:
+        checkpoint.check_one_process()
     if as_int4 and dtype != MODEL_DTYPE:
         raise ValueError(f"dtype={dtype} says nothing about 4-bit weights; leave it out")
     if given is None or as_int4:
@@ -37,10 +41,10 @@ def load_to_generate(checkpoint: Checkpoint, *, dtype: str, as_int4: bool) -> Ge
     if dtype != MODEL_DTYPE:
         metadata = dataclasses.replace(metadata, model=dataclasses.replace(metadata.model, dtype=dtype))
     has_norms = metadata.model.qk_norm != "none"
-    if has_norms and has_kernels():
+    if has_norms and has_kernels() and not has_others:
         text = f"{checkpoint.name} decodes without the CPU kernels, slower: they have no model.qk_norm"
         notices.report("without-kernels", text)
-    if has_norms or not has_kernels():
+    if has_norms or not has_kernels() or has_others:
         params, mesh = checkpoint.load()
         return GenerationModel(metadata=metadata, params=params, mesh=mesh, tokenizer=checkpoint.tokenizer)
     mesh = one_device_mesh()
@@ -109,6 +113,7 @@ class TextWriter:
             raise error
         if num_rows == 1:
             raise MemoryError("a single text is too long for the memory; write shorter ones") from error
+        wait_for_halving()
         self.batch_size = max(1, num_rows // 2)
         notices.report("batch-halved", f"out of memory with {num_rows:,} texts: {self.batch_size:,} at a time")
 

@@ -7,6 +7,7 @@ process that cannot write its part never comes, and the others wait for 20 minut
 from __future__ import annotations
 
 import itertools
+import json
 import time
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -80,6 +81,16 @@ def texts_of_all(text: str) -> list[str]:
     data = text.encode()[:_LONGEST].ljust(_LONGEST, b"\0")
     rows = multihost_utils.process_allgather(np.frombuffer(data, np.uint8))
     return [bytes(row).rstrip(b"\0").decode(errors="replace") for row in np.asarray(rows)]
+
+
+def value_of_first(value: Any) -> Any:
+    """Return what process 0 has called this with, as JSON keeps it; every process calls it at the same place."""
+    data = np.frombuffer(json.dumps(value).encode(), np.uint8)
+    size = int(multihost_utils.broadcast_one_to_all(np.int32(len(data))))
+    padded = np.zeros(1 << size.bit_length(), np.uint8)  # few sizes are compiled
+    if jax.process_index() == 0:
+        padded[:size] = data
+    return json.loads(bytes(np.asarray(multihost_utils.broadcast_one_to_all(padded))[:size]))
 
 
 def said_of(texts: Sequence[str]) -> str:

@@ -190,6 +190,19 @@ def test_a_changed_document_or_setting_is_measured_anew(folder, ours, measured):
     assert len(set(results.folder.iterdir()) - before) == 1
 
 
+def test_examples_and_documents_are_facts_of_a_task(ours, tmp_path):
+    paths, found = write_tasks(tmp_path / "tasks"), []
+    settings = settings_of(tmp_path, "local_few_shot")
+    for file in ("", "few", "test"):
+        if file:
+            lines = (paths / f"{file}.jsonl").read_text().splitlines()
+            (paths / f"{file}.jsonl").write_text("\n".join([*lines[1:], lines[0]]) + "\n")
+        (task,) = load_tasks(settings, metadata={})
+        found.append(task_module._facts(task, settings, ours))
+    assert [key for key in found[0] if found[0][key] != found[1][key]] == ["examples"]
+    assert [key for key in found[1] if found[1][key] != found[2][key]] == ["documents"]
+
+
 @pytest.mark.parametrize(("form", "tolerance"), [("mesh", 1e-4), ("int4", 2.0)])
 def test_other_forms_answer_alike(folder, ours, form, tolerance):
     other = load(folder, as_int4=form == "int4", on_mesh=form == "mesh")

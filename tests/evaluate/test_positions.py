@@ -128,15 +128,14 @@ def test_interpolated_slopes_are_the_published_ones():
     expected_BT = np.take_along_axis(np.asarray(log_p_BTV)[:, :-1], ids_BT[:, 1:, None], axis=2)[..., 0]
     rows = [Row(tokens=ids_T, first=1) for ids_T in ids_BT]
     length = ids_BT.shape[1] - 1  # the keys of a call whose last token is scored only; 4 x 24.75
-    for setting, trained_length, is_equal in (
-        (Setting(length=length, alibi=FIXED, factor=4.0), 25, True),
-        (Setting(length=length, alibi=DYNAMIC, factor=1.0), length / 4, True),
-        (Setting(length=length, alibi=PLAIN, factor=1.0), 25, False),
+    for setting, trained_length in (
+        (Setting(length=length, alibi=FIXED, factor=4.0), 25),
+        (Setting(length=length, alibi=DYNAMIC, factor=1.0), length / 4),
     ):
         network = setting.network(scorer.model, trained_length=trained_length)
         found = scorer.with_model(network).log_likelihoods(rows)
         errors = [np.abs(one.log_p_T - expected).max() for one, expected in zip(found, expected_BT, strict=True)]
-        assert (max(errors) < 2e-4) == is_equal, (setting, errors)
+        assert max(errors) < 2e-4, (setting, errors)
 
 
 def test_the_table_and_the_plot(tmp_path):

@@ -1,8 +1,10 @@
 """One of two processes that share the checkpoints of a workdir: python -m support.checkpoint_pair PORT INDEX WORKDIR.
 
-Saves three, has the newest ones damaged, restores, cannot write its part, can write it again. Prints what came of it.
+Saves three, has the newest ones damaged, restores, cannot write its part, can write it again. Then both measure a part
+of an evaluation, are interrupted and go on. Prints what came of it.
 """
 
+import contextlib
 import dataclasses
 import json
 import resource
@@ -19,6 +21,8 @@ from jax.sharding import NamedSharding, PartitionSpec
 from support.tiny import tiny_config
 
 from btlm_jax import notices
+from btlm_jax.evaluate.processes import wait_for_halving
+from btlm_jax.evaluate.results import Results, Work
 from btlm_jax.parallel.make_mesh import make_mesh
 from btlm_jax.parallel.mesh import FSDP
 from btlm_jax.stopping import AgreedError
@@ -48,6 +52,27 @@ def damage(workdir: Path) -> None:
     data[len(data) // 2] ^= 16
     path.write_bytes(data)
     shutil.rmtree(workdir / "checkpoints" / "6" / "state" / "ocdbt.process_1")
+
+
+def measure_twice(folder: Path) -> dict:
+    """Measure a part of three units, interrupted after the first; return what came of it."""
+    results, asked = Results(folder, identity={}), []
+
+    def make(work: Work) -> dict:
+        work.begin([1, 1, 1], unit_name="units")
+        for number in range(3):
+            if work.done(number) is None:
+                asked.append(number)
+                work.add(number, [number, "one"])
+                if len(asked) == 1:
+                    raise KeyboardInterrupt
+        wait_for_halving()
+        return {"values": [work.done(number) for number in range(3)]}
+
+    with contextlib.suppress(KeyboardInterrupt):
+        results.measure("part", {}, make)
+    found = [results.measure("part", {}, make)["values"] for _ in range(2)]
+    return {"values": found, "asked": asked, "files": len(list(folder.glob("*.json"))), "is_there": folder.exists()}
 
 
 def main(port: str, index: int, workdir: Path) -> dict:
@@ -98,6 +123,7 @@ def main(port: str, index: int, workdir: Path) -> dict:
     left = checkpointer.steps()
     checkpointer.close()
     return {
+        "measured": measure_twice(workdir / f"results-{index}"),
         "found": found, "said": said, "same": is_same, "failed": failed, "seconds": seconds, "steps": steps,
         "left": left, "notices": dict(notices.counts()), "position": dataclasses.asdict(position(3))["step"],
     }  # fmt: skip

@@ -11,7 +11,7 @@ import pytest
 
 
 @pytest.mark.slow
-def test_two_processes_fall_back_together_and_hear_of_a_save_that_failed_in_one(tmp_path):
+def test_two_processes_fall_back_measure_and_hear_of_a_save_that_failed_in_one_together(tmp_path):
     with socket.socket() as free:
         free.bind(("localhost", 0))
         port = str(free.getsockname()[1])
@@ -35,6 +35,14 @@ def test_two_processes_fall_back_together_and_hear_of_a_save_that_failed_in_one(
         assert [text.partition(" is damaged")[0] for text in row["said"]] == ["checkpoint 9", "checkpoint 6"]
         assert row["failed"] == "process 1: File too large" and row["seconds"] < 100
         assert row["steps"] == [3, 9] and row["left"] == [3]
+    units = [[0, "one"], [1, "one"], [2, "one"]]
+    for row, is_first in zip(rows, (True, False), strict=True):  # the other one has no folder, and is told
+        assert row["measured"] == {
+            "values": [units, units],
+            "asked": [0, 1, 2],
+            "files": is_first,
+            "is_there": is_first,
+        }
     assert rows[0]["notices"] == {"checkpoint-damaged": 2, "save-failed": 1}
     assert sorted(path.name for path in (tmp_path / "damaged").iterdir()) == ["checkpoints-6", "checkpoints-9"]
 
