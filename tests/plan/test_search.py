@@ -156,10 +156,13 @@ SIZES = {
 }  # fmt: skip
 
 
-def search_command(folder, *arguments, **sizes) -> tuple[int, dict]:
+SIZE_FLAGS = [f"--config.{name}={value}" for name, value in SIZES.items()]
+
+
+def search_command(folder, *arguments) -> tuple[int, dict]:
     """Run the command; return its exit code and its JSON."""
     words = ["plan", f"--config={REPOSITORY / 'configs' / 'local_cpu.py'}", "--topology=v5e:2x2", "--search"]
-    words += [f"--config.{name}={value}" for name, value in {**SIZES, **sizes}.items()]
+    words += SIZE_FLAGS
     words += [f"--json={folder / 'search.json'}", f"--cache={folder / 'cache'}", *arguments]
     with mock.patch.object(sys, "argv", ["btlm", *words]):  # config_flags looks there for what to change
         code = main(words)
@@ -192,6 +195,16 @@ def test_interrupted_it_goes_on_with_what_did_not_fit(capsys, tmp_path):
         again_code, again = search_command(tmp_path, "--max-compiles=0")
     assert again_code == code and again["tried"] == found["tried"]
     assert "not reached" in {skip["reason"] for skip in again["skipped"]} <= {"not reached", "too large"}
+    capsys.readouterr()
+    words = ["plan", f"--config={REPOSITORY / 'configs' / 'local_cpu.py'}", "--topology=v5litepod-4", *SIZE_FLAGS]
+    words += [*flags_of(misfits[0]).split(), f"--cache={tmp_path / 'cache'}"]
+    with (
+        mock.patch.object(sys, "argv", ["btlm", *words]),
+        mock.patch.object(Program, "compile", side_effect=AssertionError("the cache has it")),
+    ):
+        assert main(words) == 1
+    said = capsys.readouterr().out
+    assert "PROBLEM: phase 1 (2,048 x 512) does not fit: it needs" in said and "GiB too much; try more" in said
 
 
 @needs_libtpu
