@@ -89,7 +89,8 @@ def make_table(
     With `only`, names of configs, rows of others stay as they are.
 
     Raises:
-      ValueError: the folder has no config, none of a name in `only`, or one that does not load.
+      ValueError: the folder has no config, none of a name in `only`, or one that does not load; the table has no rows
+        to keep.
       NoCompilationsLeftError: `cache` may compile no more; finished results stay in it.
     """
     files = sorted(path.parent.glob("*.py"))
@@ -98,9 +99,7 @@ def make_table(
     if unknown := set(only) - {file.stem for file in files}:
         raise ValueError(f"{path.parent} has no config of the name {', '.join(sorted(unknown))}")
     pods = [read_pod_config(file) for file in files if _has_slice(file, report_progress)]
-    kept = {}
-    for row in read_json_object(path)["rows"] if only else ():
-        kept.setdefault(row["name"], []).append(row)
+    kept = _rows_by_config(path) if only else {}
     layouts = [
         (pod, topology, layout) for pod in pods if pod.name in only or not only for topology, layout in pod.layouts
     ]
@@ -125,6 +124,22 @@ def make_table(
     write_atomically(path, json.dumps(table, indent=1) + "\n")
     write_atomically(path.with_suffix(".md"), format_table_markdown(table))
     return problems
+
+
+def _rows_by_config(path: Path) -> dict[str, list[dict]]:
+    """Return a table's rows by the name of their config.
+
+    Raises:
+      ValueError: it is damaged.
+      OSError: there is none.
+    """
+    rows = read_json_object(path).get("rows")
+    if not isinstance(rows, list) or not all(isinstance(row, dict) and "name" in row for row in rows):
+        raise ValueError(f"{path} has no rows to keep; make it whole: btlm plan --table={path}, without --only")
+    found = {}
+    for row in rows:
+        found.setdefault(row["name"], []).append(row)
+    return found
 
 
 def _has_slice(file: Path, report_progress: Callable[[str], None]) -> bool:

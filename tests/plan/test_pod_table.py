@@ -5,6 +5,7 @@ import json
 import subprocess
 import sys
 import types
+from collections.abc import Sequence
 from pathlib import Path
 from unittest import mock
 
@@ -47,10 +48,10 @@ def pods(tmp_path):
     return folder
 
 
-def make(folder: Path) -> list[str]:
+def make(folder: Path, *, only: Sequence[str] = ()) -> list[str]:
     cache = CompileCache(directory=folder, max_compiles=0)
     with mock.patch.object(making, "plan_fitting_phases", side_effect=imagined):
-        return making.make_table(folder / "table.json", cache=cache, report_progress=lambda line: None)
+        return making.make_table(folder / "table.json", cache=cache, report_progress=lambda line: None, only=only)
 
 
 def config_of(folder: Path, **changes) -> TrainConfig:
@@ -109,6 +110,32 @@ def test_what_is_wrong_with_a_folder_is_named(pods):
             make(pods)
     with pytest.raises(ValueError, match="has no config files"):
         make(pods.parent)
+
+
+def test_further_slices_and_a_table_of_one_config_alone(pods):
+    (pods / "another.py").write_text((pods / "v5e_32.py").read_text())
+    (pods / "others.json").write_text(json.dumps({"another": [{"topology": "v6e-64", "accumulation": 5}]}))
+    before = json.loads((pods / "table.json").read_text())["rows"]
+    before[0]["days"] = [1.0, 2.0]
+    (pods / "table.json").write_text(json.dumps({"rows": before}))
+    assert make(pods, only=["another"]) == []
+    rows = json.loads((pods / "table.json").read_text())["rows"]
+    assert rows[-3:] == before  # of the config that was not asked for
+    made = [
+        (row["name"], row["topology"], row["is_config"], row["layout"]["mesh"]["accumulation"]) for row in rows[:-3]
+    ]
+    assert made == [
+        ("another", "v5e:4x8", True, 15), ("another", "v5e:4x8", False, 3), ("another", "v5e:4x8", False, 15),
+        ("another", "v6e:8x8", False, 5),
+    ]  # fmt: skip
+    with pytest.raises(ValueError, match="has no config of the name other"):
+        make(pods, only=["other"])
+    (pods / "table.json").write_text("{}")
+    with pytest.raises(ValueError, match="has no rows to keep; make it whole"):
+        make(pods, only=["another"])
+    (pods / "others.json").write_text('{"another": [5]}')
+    with pytest.raises(ValueError, match=r"others.json: another has \[5\], and not a list of objects"):
+        make(pods)
 
 
 def test_a_layout_that_fits_is_confirmed_whatever_else_is_trained(pods):
