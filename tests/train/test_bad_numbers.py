@@ -230,10 +230,18 @@ def test_after_bad_steps_in_a_row_a_run_goes_back_and_passes_over_them(
     assert sorted(writer.losses) == list(range(1, NUM_STEPS + 1)) and writer.passed_over == passed_over
 
 
-@pytest.mark.parametrize("bad", [{6, 7, 8}, {9, 10, 11, 12, 13, 14, 15}])
-def test_a_run_that_is_preempted_goes_back_to_the_same_and_ends_with_the_same_bits(tmp_path, monkeypatch, bad):
+@pytest.mark.parametrize(
+    "bad, preemptions",
+    [
+        ({6, 7, 8}, [(3, 7, 9), (5, 6, 8, 10, 11)]),
+        ({9, 10, 11, 12, 13, 14, 15}, [(12, 14, 16, 17), (9, 13, 15)]),
+    ],
+)
+def test_a_run_that_is_preempted_goes_back_to_the_same_and_ends_with_the_same_bits(
+    tmp_path, monkeypatch, bad, preemptions
+):
     _, expected, finished, last = train(tmp_path / "whole", monkeypatch, bad=bad)
-    for number, preempted_at in enumerate([(3, 7, 9), (5, 6, 8, 10, 11), (12, 14, 16, 17), (9, 13, 15)]):
+    for number, preempted_at in enumerate(preemptions):
         found = train(tmp_path / str(number), monkeypatch, bad=bad, preempted_at=preempted_at)
         assert found[0] == loop.DONE and found[2] == finished and found[3] == last
         assert found[1].losses == expected.losses and set(found[1].events) == set(expected.events)

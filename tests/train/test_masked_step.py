@@ -6,6 +6,7 @@ import jax
 import numpy as np
 import optax
 import pytest
+from support.initial import params_on
 from support.tiny import tiny_config
 from support.tiny_tokenizers import tiny_byte_level
 
@@ -19,7 +20,7 @@ from btlm_jax.parallel.mesh import batch_sharding, evaluation_sharding, num_ways
 from btlm_jax.recipe.config import TAKE_FINITE
 from btlm_jax.train.heldout import make_eval_step
 from btlm_jax.train.program import make_program
-from btlm_jax.train.step import init_state, make_train_step
+from btlm_jax.train.step import make_state, make_train_step
 
 EOS = 3
 NUM_ROWS, ACCUMULATION = 40, 20  # of a batch; rows that are not needed have no weight
@@ -58,7 +59,7 @@ def make_differentiate(config):
     assert [num_ways(mesh, axes) for axes in (rules.batch, rules.length, rules.act_heads)] == [2, 2, 2]
     model = make_program(config, mesh).model.clone(rules=rules)
     optimizer = optax.with_extra_args_support(optax.trace(decay=0.0))  # its state are the last gradients
-    state = init_state(model, optimizer, mesh, seed=config.seed)
+    state = make_state(params_on(mesh, model, seed=config.seed), optimizer, mesh)
     loss_chunk = config.model.loss_chunk
     train_step = jax.jit(
         make_train_step(model, optimizer, parameter_table(model, mesh), loss_chunk=loss_chunk, rule=TAKE_FINITE)
