@@ -14,9 +14,9 @@ from support.run_command import (
     TOKENS_PER_STEP,
     checkpoint_steps,
     recorded,
-    run_btlm,
     train_arguments,
 )
+from support.run_here import run_here
 from support.tensorboard import tensorboard_scalars
 
 from btlm_jax.cli import main
@@ -67,42 +67,40 @@ def test_a_run_keeps_a_record_of_its_start(tiny_run):
     assert start.facts["token store"] and start.facts["jax"]
 
 
-def test_settings_changed_at_a_resume_are_lines_and_events(unfinished_run, capsys):
-    config, workdir = unfinished_run
-    values = {"log.every_steps": 5, "optimizer.peak_learning_rate": 0.005, "log.sample_tokens": 2}
-    changes = [f"--config.{key}={value}" for key, value in values.items()]
-    done = run_btlm(*train_arguments(config, workdir), *changes)
-    assert done.returncode == 0, done.stderr
-    said = "note: optimizer.peak_learning_rate was 0.006, is now 0.005 (from step 3 on) (setting-changed)"
-    assert said in done.stderr
-    assert "3 setting-changed" in done.stderr.splitlines()[-1]
-    assert "ETA 0:00:0" in done.stdout and " + sample" in done.stdout
-    events = [row for row in recorded(workdir, "event") if "setting" in row]
-    assert [(row["step"], row["setting"], row["old"], row["new"]) for row in events] == [
-        (3, "optimizer.peak_learning_rate", 0.006, 0.005),
-        (3, "log.every_steps", 3, 5),
-        (3, "log.sample_tokens", 3, 2),
-    ]
-    assert main([*train_arguments(config, workdir), *changes, "--strict=setting-changed"]) == 0
-    assert main([*train_arguments(config, workdir), "--strict=setting-changed"]) == 1
-    assert "an error because of --strict" in capsys.readouterr().err
-
-
-def test_a_resumed_run_traces_steps_and_gives_a_tracker_all_of_them(unfinished_run):
+def test_a_resume_says_what_changed_traces_steps_and_gives_a_tracker_all_of_them(unfinished_run, monkeypatch, capsys):
     config, workdir = unfinished_run
     folders = os.pathsep.join([str(Path(tensorboard.__file__).parent / "services"), *sys.path])
+    values = {"optimizer.peak_learning_rate": 0.005, "log.every_steps": 5, "log.sample_tokens": 2}
+    changes = [f"--config.{key}={value}" for key, value in values.items()]
+    command = [*train_arguments(config, workdir), *changes]
     options = ["--config.log.profile_steps=5:6", "--config.log.trackers=wandb"]
-    said = run_btlm(*train_arguments(config, workdir), *options, variables={"PYTHONPATH": folders})
-    assert said.returncode == 0, said.stderr
+    monkeypatch.setenv("PYTHONPATH", folders)  # of the tracker's process
+    monkeypatch.syspath_prepend(Path(tensorboard.__file__).parent / "services")
+    assert run_here(*command, *options) == 0
+    done = capsys.readouterr()
+
+    said = "note: optimizer.peak_learning_rate was 0.006, is now 0.005 (from step 3 on) (setting-changed)"
+    assert said in done.err
+    assert "ETA 0:00:0" in done.out and " + sample" in done.out
+    events = [row for row in recorded(workdir, "event") if "setting" in row]
+    assert f"{len(events)} setting-changed" in done.err.splitlines()[-1]
+    for name, old in (("optimizer.peak_learning_rate", 0.006), ("log.every_steps", 3), ("log.sample_tokens", 3)):
+        (row,) = (row for row in events if row["setting"] == name)
+        assert (row["step"], row["old"], row["new"]) == (3, old, values[name])
+
     (trace,) = (workdir / PROFILE / "steps_5_6").rglob("*.xplane.pb")
-    assert f"Traced the steps up to 6: {trace.parents[3]}" in said.stdout and "not-traced" not in said.stderr
+    assert f"Traced the steps up to 6: {trace.parents[3]}" in done.out and "not-traced" not in done.err
     assert json.loads((workdir / SUMMARY_FILE).read_text())["seconds"]["profile"] > 0
     (start,) = (workdir / TRACKERS / "wandb").iterdir()
     rows = [json.loads(line) for line in start.read_text().splitlines()]
     heldout = {row["step"] for row in rows if "heldout/all" in row.get("values", ())}
-    assert {row["step"] for row in rows if "train/loss" in row.get("values", ())} == {1, 3, 6, 9, 10}
+    assert {row["step"] for row in rows if "train/loss" in row.get("values", ())} == {1, 5, 6, 10}
     assert heldout == {0, 4, 6, 8, 10} and any("sample" in row.get("values", ()) for row in rows)
-    assert rows[-1] == {"exit": 0} and "tracker-" not in said.stderr
+    assert rows[-1] == {"exit": 0} and "tracker-" not in done.err
+
+    assert run_here(*command, *options, "--strict=setting-changed") == 0
+    assert run_here(*train_arguments(config, workdir), "--strict=setting-changed") == 1
+    assert "an error because of --strict" in capsys.readouterr().err
 
 
 def test_a_tracker_whose_package_is_missing_is_refused_before_anything_is_made(tiny_run, tmp_path, monkeypatch, capsys):
