@@ -11,28 +11,49 @@ from btlm_jax import notices
 from btlm_jax.kernels import build
 
 
-@pytest.fixture(scope="module")
-def quick_compiler(tmp_path_factory):
-    """A compiler that does not optimize, and keeps what it made: the same command once more is a copy."""
-    folder = tmp_path_factory.mktemp("compiler")
-    path = folder / "c++"
-    path.write_text(
-        f"""#!/bin/sh
-for output; do :; done
-case "$*" in *" -o $output") ;; *) exec {shutil.which(build._compilers()[0])} "$@" ;; esac
-kept={folder}/$(echo "$@" | sed "s| -o $output||" | cksum | tr -d " ")
-[ -f "$kept" ] || {shutil.which(build._compilers()[0])} "$@" -O0 -o "$kept" && cp "$kept" "$output"
-"""
+def test_an_architecture_that_the_compiler_does_not_know_is_refused(tmp_path):
+    with pytest.raises(OSError, match="-m(arch|cpu)=nothing failed: .*error"):
+        build.build_ahead(tmp_path, architecture="nothing")
+
+
+@pytest.mark.parametrize(
+    "compiler,message",
+    [("", "no C++ compiler was found"), ("#!/bin/sh\necho error: no room >&2; exit 1", "failed: error: no room")],
+)
+def test_without_a_compiler_a_warning_says_what_is_slow(tmp_path, monkeypatch, capsys, compiler, message):
+    (tmp_path / "bin").mkdir()
+    if compiler:
+        (tmp_path / "bin" / "c++").write_text(compiler)
+        (tmp_path / "bin" / "c++").chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path / "bin"))
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.delenv("CXX", raising=False)
+    assert build.has_kernels.__wrapped__() is False and build.has_training_kernels.__wrapped__() is False
+    said = capsys.readouterr().err
+    assert "generation on this CPU is slow, " in said and "attention of training on this CPU" in said
+    assert said.count(message) == said.count("kernels-not-compiled") == 2 and not list(
+        (tmp_path / "cache").rglob("*.so")
     )
-    path.chmod(0o755)
+
+
+@pytest.fixture(scope="module")
+def compiled():
+    """Let the compiler's work be what it has made for this CPU before; this is the list of what was asked for."""
+    kept = {library.name: build._compiled(library).read_bytes() for library in (build._GENERATION, build._TRAINING)}
+    asked = []
+
+    def copy(command, library):
+        assert command == build._command(build._compilers()[0], architecture=build.NATIVE)
+        asked.append(library.name)
+        return kept[library.name]
+
     with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("CXX", str(path))
-        yield
+        patch.setattr(build, "_compile", copy)
+        yield asked
 
 
-@pytest.mark.slow
-@pytest.mark.usefixtures("quick_compiler")
-def test_kernels_are_compiled_once(tmp_path, monkeypatch):
+def test_kernels_are_compiled_once(tmp_path, monkeypatch, compiled):
+    compiled.clear()
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     first = build._compiled(build._GENERATION)
     written = first.stat().st_mtime_ns
@@ -41,8 +62,10 @@ def test_kernels_are_compiled_once(tmp_path, monkeypatch):
         and build._compiled(build._GENERATION).stat().st_mtime_ns == written
     )
     assert {path.name for path in first.parent.iterdir()} == {first.name, first.with_suffix(".sha256").name}
+    assert compiled == ["kernels"]
     first.write_bytes(first.read_bytes()[:1000])  # as a power cut may leave it
     assert build._compiled(build._GENERATION) == first and first.stat().st_size > 1000
+    assert compiled == ["kernels"] * 2
 
 
 def test_other_sources_are_compiled_anew(tmp_path, monkeypatch):
@@ -67,28 +90,8 @@ def test_where_nothing_can_be_kept_the_kernels_last_as_long_as_the_process(monke
     shutil.rmtree(directory)
 
 
-@pytest.mark.parametrize(
-    "compiler,message",
-    [("", "no C++ compiler was found"), ("#!/bin/sh\necho error: no room >&2; exit 1", "failed: error: no room")],
-)
-def test_without_a_compiler_a_warning_says_what_is_slow(tmp_path, monkeypatch, capsys, compiler, message):
-    (tmp_path / "bin").mkdir()
-    if compiler:
-        (tmp_path / "bin" / "c++").write_text(compiler)
-        (tmp_path / "bin" / "c++").chmod(0o755)
-    monkeypatch.setenv("PATH", str(tmp_path / "bin"))
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    monkeypatch.delenv("CXX", raising=False)
-    assert build.has_kernels.__wrapped__() is False and build.has_training_kernels.__wrapped__() is False
-    said = capsys.readouterr().err
-    assert "generation on this CPU is slow, " in said and "attention of training on this CPU" in said
-    assert said.count(message) == said.count("kernels-not-compiled") == 2 and not list(
-        (tmp_path / "cache").rglob("*.so")
-    )
-
-
 @pytest.fixture(scope="module")
-def built_once(tmp_path_factory, quick_compiler):
+def built_once(tmp_path_factory, compiled):
     return build.build_ahead(tmp_path_factory.mktemp("prebuilt"), architecture=build.NATIVE)
 
 
@@ -100,7 +103,6 @@ def built_ahead(built_once, monkeypatch):
     return built_once
 
 
-@pytest.mark.slow
 def test_kernels_built_ahead_are_loaded_without_a_compiler(built_ahead, monkeypatch):
     assert [path.name for path in built_ahead] == ["kernels.so", "training.so"]
     monkeypatch.setenv("PATH", "")
@@ -143,11 +145,6 @@ def test_an_architecture_names_the_instructions_that_it_needs():
     }
     assert not needs["x86-64"] and {"avx2", "fma", "f16c", "bmi2"} <= needs["x86-64-v3"] < needs["x86-64-v4"]
     assert needs[build.NATIVE] <= build._cpu_instruction_sets()  # every name is the kernel's
-
-
-def test_an_architecture_that_the_compiler_does_not_know_is_refused(tmp_path):
-    with pytest.raises(OSError, match="-m(arch|cpu)=nothing failed: .*error"):
-        build.build_ahead(tmp_path, architecture="nothing")
 
 
 def test_sizes_have_one_home():
