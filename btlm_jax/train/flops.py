@@ -108,13 +108,13 @@ _TPU_OPTIONS = {
     "xla_tpu_overlap_compute_collective_tc": "true",
 }
 # What hides collectives behind computation on GPUs, by docs/GPU_performance.md of NVIDIA/JAX-Toolbox: what XLA's
-# optimization level O1 stands for, and collectives that are combined up to more than a layer's weights, in bytes.
+# optimization level O1 stands for, and collectives that are combined up to more than a layer's weights, in bytes. But
+# not loops with two buffers: gathers and scatters are asynchronous without them, and code and compile time double.
 _GPU_OPTIONS: dict[str, str | bool] = {  # XLA takes a flag of its own as True, libtpu's as text
     "xla_gpu_enable_latency_hiding_scheduler": True,
     "xla_gpu_enable_pipelined_all_gather": True,
     "xla_gpu_enable_pipelined_reduce_scatter": True,
     "xla_gpu_enable_pipelined_all_reduce": True,
-    "xla_gpu_enable_while_loop_double_buffering": True,
     "xla_gpu_all_gather_combine_threshold_bytes": str(1 << 30),
     "xla_gpu_reduce_scatter_combine_threshold_bytes": str(1 << 30),
 }

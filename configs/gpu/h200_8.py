@@ -1,0 +1,32 @@
+"""The family on 8 H200: gpu/h200_8:SIZE, of 111M, 256M, 590M, 1.3B, 2.7B; 1.3B without one.
+
+Train:      launch/gpu.sh gpu/h200_8:1.3B DIR --config.data.store=STORE
+Memory:     in LAYOUTS, GiB of a GPU at 2,048 tokens, of 126.9 that JAX may take (nine tenths). "compiled" is by
+            benchmarks/compile_for_cuda.py, for CUDA without a GPU (jax 0.10.2, 2026-11-29). The others are a formula
+            that is above each of six compiled layouts: state, two gradients, logits, gathered weights, cuDNN's, and 1.8
+            times what remat saves. None is measured.
+"""
+
+import runpy
+from pathlib import Path
+
+from ml_collections import ConfigDict
+
+LAYOUTS = {
+    "111M": dict(accumulation=1, remat="matmuls_saved", evaluation=48),  # 19
+    "256M": dict(accumulation=1, remat="matmuls_saved", evaluation=40),  # 55
+    "590M": dict(accumulation=2, remat="matmuls_saved", evaluation=48),  # 58
+    "1.3B": dict(accumulation=4, remat="matmuls_saved", evaluation=64),  # compiled: 68.0
+    "2.7B": dict(accumulation=6, remat="matmuls_saved", evaluation=48),  # 114
+}
+
+
+def get_config(size: str = "1.3B") -> ConfigDict:
+    if size not in LAYOUTS:
+        raise ValueError(f"gpu/h200_8 has no size {size!r}, but {', '.join(LAYOUTS)}")
+    config = runpy.run_path(str(Path(__file__).parent.parent / "family" / f"{size}.py"))["get_config"]()
+    layout = LAYOUTS[size]
+    config.mesh.update(tensor=1, context=1, accumulation=layout["accumulation"])
+    config.model.remat = layout["remat"]
+    config.evaluation.batch_size = layout["evaluation"]
+    return config
