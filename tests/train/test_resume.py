@@ -10,8 +10,7 @@ import pytest
 from support.real_store import build_real_store, write_config
 
 BENCHMARK = Path(__file__).parents[2] / "benchmarks" / "kill_resume.py"
-PER_STEP = 16 * 24
-STEPS = (20, 12)
+PER_STEP, STEPS = 8 * 48, 20  # of one phase: tests/train/test_processes.py resumes over a change of phases
 
 
 @pytest.fixture(scope="module")
@@ -34,13 +33,15 @@ def runs(tmp_path_factory, kill_resume):
     config = write_config(
         folder / "config.py",
         store=folder / "store",
-        curriculum__num_tokens=tuple(steps * PER_STEP for steps in STEPS),
+        curriculum__seq_len=(48,),
+        curriculum__batch_size=(8,),
+        curriculum__num_tokens=(STEPS * PER_STEP,),
         evaluation__every_steps=5,
         checkpoint__every_steps=6,
         log__sample_prompt="eta",
         log__sample_tokens=1,
     )
-    return kill_resume.Runs(config, folder, switch=STEPS[0], changes=())
+    return kill_resume.Runs(config, folder, switch=STEPS, changes=())
 
 
 @pytest.mark.slow
@@ -63,7 +64,7 @@ def test_the_comparison_sees_a_difference(runs, kill_resume, tmp_path):
     run = tmp_path / "run"
     shutil.copytree(expected, run)
     assert kill_resume.differences(run, expected) == []
-    shutil.rmtree(run / "checkpoints" / str(sum(STEPS)))  # now an earlier one is the last
+    shutil.rmtree(run / "checkpoints" / str(STEPS))  # now an earlier one is the last
     lines = (run / "metrics.jsonl").read_text().splitlines(keepends=True)
     row = next(number for number, line in enumerate(lines) if '"kind": "train"' in line)
     lines[row] = lines[row].replace('"loss": ', '"loss": 1')
