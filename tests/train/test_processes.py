@@ -19,6 +19,7 @@ from support.run_command import (
     start_btlm,
     train_arguments,
 )
+from support.run_here import run_here
 
 
 @pytest.mark.slow
@@ -31,19 +32,21 @@ def test_a_full_disk_keeps_the_last_good_checkpoint(tiny_run, unfinished_run):
     result = finish_btlm(process)
     assert_refused(result, code=1, said=("error: ",))
     assert checkpoint_steps(workdir) == [3]
-    assert run_btlm(*train_arguments(config, workdir)).returncode == 0
+    assert (
+        run_btlm(*train_arguments(config, workdir)).returncode == 0
+    )  # here its bits are of as many threads as devices
     assert_same_run(workdir, tiny_run[1], config)
 
 
 @pytest.mark.slow
-def test_bad_numbers_stop_with_76_and_are_not_saved(tiny_run, unfinished_run):
+def test_bad_numbers_stop_with_76_and_are_not_saved(tiny_run, unfinished_run, capsys):
     config, workdir = unfinished_run
     changes = ("optimizer.peak_learning_rate=1e38", "bad_numbers.max_skips=2", "bad_numbers.max_rollbacks=1")
-    result = run_btlm(*train_arguments(config, workdir), *(f"--config.{change}" for change in changes))
-    assert result.returncode == 76, result.stdout + result.stderr
-    assert "went back to step 3; steps 4 to 5 are passed over" in result.stderr
-    assert "Stopped on bad numbers at step 7: the updates of 2 steps in a row were not made" in result.stdout
-    assert "last good checkpoint is step 3" in result.stdout and checkpoint_steps(workdir) == [3]
+    assert run_here(*train_arguments(config, workdir), *(f"--config.{change}" for change in changes)) == 76
+    said = capsys.readouterr()
+    assert "went back to step 3; steps 4 to 5 are passed over" in said.err
+    assert "Stopped on bad numbers at step 7: the updates of 2 steps in a row were not made" in said.out
+    assert "last good checkpoint is step 3" in said.out and checkpoint_steps(workdir) == [3]
     assert [row["loss"] for row in recorded(workdir, "train")][:3] == [
         row["loss"] for row in recorded(tiny_run[1], "train")
     ][:3]
@@ -60,7 +63,8 @@ def test_bad_numbers_stop_with_76_and_are_not_saved(tiny_run, unfinished_run):
 
 
 @pytest.mark.slow
-def test_sigterm_saves_and_exits_with_75_and_the_rest_is_the_same(tiny_run, tmp_path):
+def test_sigterm_saves_and_exits_with_75(tiny_run, tmp_path):
+    """What it has saved is the undisturbed run up to there; test_resume.py goes on from such ends."""
     config, finished = tiny_run
     process = start_btlm(*train_arguments(config, tmp_path / "run"))
     for line in process.stdout:
@@ -71,8 +75,7 @@ def test_sigterm_saves_and_exits_with_75_and_the_rest_is_the_same(tiny_run, tmp_
     assert result.returncode == 75, result.stdout + result.stderr
     (saved,) = checkpoint_steps(tmp_path / "run")
     assert 1 <= saved < NUM_STEPS and f"Preempted (SIGTERM): saved at step {saved}, " in result.stdout
-    assert run_btlm(*train_arguments(config, tmp_path / "run")).returncode == 0
-    assert_same_run(tmp_path / "run", finished, config)
+    assert recorded(tmp_path / "run", "train") == recorded(finished, "train")[:saved]
 
 
 @pytest.mark.slow
@@ -83,9 +86,10 @@ def test_two_processes_give_the_losses_of_one(token_store, tmp_path):
         port = free.getsockname()[1]
     flags = [f"--coordinator=localhost:{port}", "--num_processes=2"]
     pair = [start_btlm(*train_arguments(config, tmp_path / "pair"), *flags, f"--process_id={i}") for i in range(2)]
-    for process in [*pair, start_btlm(*train_arguments(config, tmp_path / "one"))]:
+    for process in pair:
         result = finish_btlm(process)
         assert result.returncode == 0, result.stdout + result.stderr
+    assert run_here(*train_arguments(config, tmp_path / "one")) == 0
     for kind, name in (("train", "loss"), ("train", "grad_norm"), ("eval", "loss")):
         found, expected = ([row[name] for row in recorded(run, kind)] for run in (tmp_path / "pair", tmp_path / "one"))
         assert found == pytest.approx(expected, rel=1e-6)
