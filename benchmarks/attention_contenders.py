@@ -18,17 +18,20 @@ SCALE = 1 / HEAD_DIM
 OURS = "btlm_jax"
 EVERY_KEY = "btlm_jax, every key in reach"
 BLOCKWISE = "btlm_jax, blockwise (XLA)"
+CHUNKED = "btlm_jax, chunked (XLA)"
 NO_ALIBI = "btlm_jax, every key, no ALiBi"
+FLASH_FOLDED, CUDNN_FOLDED = "torch SDPA flash, ALiBi folded", "torch SDPA cuDNN, ALiBi folded"
+FLEX = "torch FlexAttention, ALiBi"
 PEERS = (
     "torch SDPA, mask",
-    "torch SDPA flash, ALiBi folded",
+    FLASH_FOLDED,
     "torch eager, bias",
     "jax.nn.dot_product_attention, bias",
     "jax naive, bias",
 )
 CONTENDERS = {
     "cpu": (OURS, EVERY_KEY, BLOCKWISE, *PEERS),
-    "cuda": (OURS, EVERY_KEY, NO_ALIBI, *PEERS, "torch FlexAttention, ALiBi"),
+    "cuda": (OURS, EVERY_KEY, NO_ALIBI, CHUNKED, *PEERS, CUDNN_FOLDED, FLEX),
 }
 # How many [N, T, T] arrays exist at once, mask and bias included; the others hold none.
 SQUARES = {
@@ -139,6 +142,7 @@ def _jax_function(name: str, shape: Shape, slopes_N) -> Callable:
         OURS: ours,
         EVERY_KEY: functools.partial(ours, slopes_N=slopes_N * 1e-9),
         BLOCKWISE: functools.partial(ours, implementation="blockwise"),
+        CHUNKED: functools.partial(ours, implementation="chunked"),
         NO_ALIBI: no_alibi,
         "jax.nn.dot_product_attention, bias": library,
         "jax naive, bias": naive,
@@ -188,18 +192,19 @@ def _torch_bias(slopes_N, length: int, dtype, device: str):
 def _torch_function(name: str, shape: Shape, slopes_N, bias) -> Callable:
     import torch
     import torch.nn.functional as F
-    from torch_btlm import attend_flex, attend_folded, folded_lanes, make_flex_mask
+    from torch_btlm import attend_cudnn, attend_flex, attend_folded, folded_lanes, make_flex_mask
 
     slopes = torch.tensor(slopes_N, device=shape.device)
     if name == "torch SDPA, mask":
         return lambda q, k, v: F.scaled_dot_product_attention(q, k, v, attn_mask=bias, scale=SCALE)
     if name == "torch eager, bias":
         return lambda q, k, v: torch.softmax(q @ k.transpose(-1, -2) * SCALE + bias, -1) @ v
-    if name == "torch SDPA flash, ALiBi folded":
+    if name in (FLASH_FOLDED, CUDNN_FOLDED):
         dtype = torch.float32 if shape.device == "cpu" else torch.bfloat16
         lanes = [x.to(shape.device) for x in folded_lanes(slopes_N, shape.length, scale=SCALE, dtype=dtype)]
-        return lambda q, k, v: attend_folded(q, k, v, lanes, scale=SCALE)
-    assert name == "torch FlexAttention, ALiBi"
+        attend = attend_folded if name == FLASH_FOLDED else attend_cudnn
+        return lambda q, k, v: attend(q, k, v, lanes, scale=SCALE)
+    assert name == FLEX
     mask = make_flex_mask(shape.length, device=shape.device)
     flex = torch.compile(attend_flex, dynamic=False)
     return lambda q, k, v: flex(q, k, v, slopes, mask, scale=SCALE)

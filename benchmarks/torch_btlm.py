@@ -12,13 +12,14 @@ from btlm_jax.attention.alibi_lanes import NUM_LANES, alibi_lanes
 from btlm_jax.recipe.config import TrainConfig
 from btlm_jax.recipe.mup import make_parametrization
 
-ATTENTIONS = ("mask", "folded", "flex")  # SDPA with a bias; SDPA with ALiBi in lanes of q and k; FlexAttention
+# SDPA with a bias; SDPA with ALiBi in lanes of q and k, by its choice and by cuDNN; FlexAttention.
+ATTENTIONS = ("mask", "folded", "cudnn", "flex")
 
 
 def folded_lanes(slopes_N: np.ndarray, length: int, *, scale: float, dtype: torch.dtype) -> list[torch.Tensor]:
     """Return what to append to q and to k [B, N, T, H], each [1, N, T, W], so that q . k gains slope * s / scale.
 
-    In float32 one lane does, padded to a multiple of 8; bfloat16 needs the parts of btlm_jax/attention/lanes.py.
+    In float32 one lane does, padded to a multiple of 8; bfloat16 needs the parts of btlm_jax/attention/alibi_lanes.py.
     """
     if dtype == torch.bfloat16:
         lanes = alibi_lanes(slopes_N / scale, length=length, head_dim=0, width=NUM_LANES + 4)
@@ -34,6 +35,14 @@ def attend_folded(q, k, v, lanes, *, scale: float):
     extra_q, extra_k = (x.expand(q.shape[0], -1, -1, -1) for x in lanes)
     q, k, v = torch.cat([q, extra_q], -1), torch.cat([k, extra_k], -1), F.pad(v, (0, extra_q.shape[-1]))
     return F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale)[..., : -extra_q.shape[-1]]
+
+
+def attend_cudnn(q, k, v, lanes, *, scale: float):
+    """Attend as `attend_folded` does, through cuDNN's kernel, and fail where it cannot."""
+    from torch.nn.attention import SDPBackend, sdpa_kernel
+
+    with sdpa_kernel(SDPBackend.CUDNN_ATTENTION):
+        return attend_folded(q, k, v, lanes, scale=scale)
 
 
 def make_flex_mask(length: int, *, device: str):
@@ -102,9 +111,10 @@ class TorchBtlm(nn.Module):
     def _make_attend(self, attention: str, slopes_N, length: int, device: str):
         scale = self.parametrization.attention_scale
         slopes = torch.tensor(slopes_N, device=device)
-        if attention == "folded":
+        if attention in ("folded", "cudnn"):
             lanes = [x.to(device) for x in folded_lanes(slopes_N, length, scale=scale, dtype=self.dtype)]
-            return lambda q, k, v: attend_folded(q, k, v, lanes, scale=scale)
+            attend = attend_folded if attention == "folded" else attend_cudnn
+            return lambda q, k, v: attend(q, k, v, lanes, scale=scale)
         if attention == "flex":
             mask = make_flex_mask(length, device=device)
             return lambda q, k, v: attend_flex(q, k, v, slopes, mask, scale=scale)

@@ -4,8 +4,8 @@ Command: python benchmarks/train_step.py [--device=cuda] [--quick] [--output=ben
 Needs pip install -e '.[bench]'. On a CPU the local run's model in float32; on a GPU models of 125M to 1.3B parameters
 in bfloat16. Each framework runs in processes of its own, in turns; a row is the median over rounds of each round's
 median step. The peer is written as well as we can: SDPA with an ALiBi mask, SDPA with ALiBi folded into the head dim
-(so that its causal flash kernel serves), on a GPU FlexAttention with ALiBi; fused AdamW; the same clipping, multipliers
-and weight decay; the best of them is the one to beat.
+(so that its causal flash kernel serves), on a GPU the same by cuDNN, and FlexAttention with ALiBi; fused AdamW; the
+same clipping, multipliers and weight decay; the best of them is the one to beat.
 """
 
 from __future__ import annotations
@@ -27,7 +27,9 @@ from btlm_jax.train.flops import FLOPS_CONVENTION, flops_per_token, peak_flops
 
 OURS = "btlm_jax"
 CPU_PEERS = tuple(f"torch {mode}, {attention}" for mode in ("eager", "compile") for attention in ("mask", "folded"))
-GPU_PEERS = ("torch compile, folded", "torch compile, flex")  # eager or with a mask is never the best there
+GPU_PEERS = tuple(
+    f"torch compile, {attention}" for attention in ("folded", "cudnn", "flex")
+)  # others are never the best
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -3,8 +3,7 @@
 Train:      launch/gpu.sh gpu/80gb_1:1.3B DIR --config.data.store=STORE
 Memory:     in LAYOUTS, GiB of a GPU at 2,048 tokens, of 71.2 that JAX may take (nine tenths). "compiled" is by
             benchmarks/compile_for_cuda.py, for CUDA without a GPU (jax 0.10.2, 2026-11-29). The others are a formula
-            that is above each of six compiled layouts: state, two gradients, logits, gathered weights, cuDNN's, and 1.8
-            times what remat saves. None is measured.
+            that is above each of four compiled layouts (docs/guide/gpus.md). None is measured.
 """
 
 import runpy
@@ -14,10 +13,10 @@ from ml_collections import ConfigDict
 
 LAYOUTS = {
     "111M": dict(accumulation=4, remat="matmuls_saved", evaluation=12),  # compiled: 26.1
-    "256M": dict(accumulation=8, remat="matmuls_saved", evaluation=8),  # 59
-    "590M": dict(accumulation=24, remat="matmuls_saved", evaluation=4),  # 48
-    "1.3B": dict(accumulation=64, remat="matmuls_saved", evaluation=4),  # 57
-    "2.7B": dict(accumulation=192, remat="attention_saved", evaluation=2),  # 62
+    "256M": dict(accumulation=8, remat="matmuls_saved", evaluation=8),  # 41
+    "590M": dict(accumulation=16, remat="matmuls_saved", evaluation=6),  # 49
+    "1.3B": dict(accumulation=64, remat="matmuls_saved", evaluation=4),  # 50
+    "2.7B": dict(accumulation=192, remat="full", evaluation=2),  # 61
 }
 
 

@@ -3,8 +3,7 @@
 Train:      launch/gpu.sh gpu/h200_8:1.3B DIR --config.data.store=STORE
 Memory:     in LAYOUTS, GiB of a GPU at 2,048 tokens, of 126.9 that JAX may take (nine tenths). "compiled" is by
             benchmarks/compile_for_cuda.py, for CUDA without a GPU (jax 0.10.2, 2026-11-29). The others are a formula
-            that is above each of six compiled layouts: state, two gradients, logits, gathered weights, cuDNN's, and 1.8
-            times what remat saves. None is measured.
+            that is above each of four compiled layouts (docs/guide/gpus.md). None is measured.
 """
 
 import runpy
@@ -13,11 +12,11 @@ from pathlib import Path
 from ml_collections import ConfigDict
 
 LAYOUTS = {
-    "111M": dict(accumulation=1, remat="matmuls_saved", evaluation=48),  # 19
-    "256M": dict(accumulation=1, remat="matmuls_saved", evaluation=40),  # 55
-    "590M": dict(accumulation=2, remat="matmuls_saved", evaluation=48),  # 58
-    "1.3B": dict(accumulation=4, remat="matmuls_saved", evaluation=64),  # compiled: 68.0
-    "2.7B": dict(accumulation=6, remat="matmuls_saved", evaluation=48),  # 114
+    "111M": dict(accumulation=1, remat="matmuls_saved", evaluation=48),  # 13
+    "256M": dict(accumulation=1, remat="matmuls_saved", evaluation=40),  # 36
+    "590M": dict(accumulation=1, remat="matmuls_saved", evaluation=48),  # 74
+    "1.3B": dict(accumulation=2, remat="matmuls_saved", evaluation=64),  # 86
+    "2.7B": dict(accumulation=6, remat="matmuls_saved", evaluation=48),  # 75
 }
 
 
