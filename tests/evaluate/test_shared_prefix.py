@@ -54,6 +54,7 @@ def test_families_keep_equal_contexts_together_and_what_contexts_share():
     rows += [Row(tokens=[*range(20), 5, end], first=21) for end in (8, 9)]  # one branch
     rows += [Row(tokens=[*range(30, 50), 5, end, 4], first=20) for end in (8, 9)]  # two branches
     assert len(make_families(rows, least_saved=81, lanes=1)) == 1
+    assert [len(make_families(rows, least_saved=saved, lanes=2)) for saved in (20, 21)] == [2, 1]  # 2 of 3 run it
     shared, rest = make_families(rows, least_saved=80, lanes=1)
     assert shared.num_shared == 40
     assert [(branch.context, branch.inputs, branch.rows) for branch in shared.branches] == [
