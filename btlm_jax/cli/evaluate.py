@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 from btlm_jax import notices, stopping
 from btlm_jax.cli import DONE, UsageError
-from btlm_jax.cli.parse import Flags
+from btlm_jax.cli.parse import Flags, check_processes, define_processes, has_several, place_of
 
 if TYPE_CHECKING:
     from btlm_jax.evaluate.evaluation import EvaluationConfig
@@ -63,7 +63,6 @@ def evaluate(arguments: Sequence[str]) -> int:
         raise UsageError("--compare A B takes two models, and no --checkpoint")
     if not compared and not flags.string("checkpoint"):
         raise UsageError("--checkpoint=MODEL is needed: a run, one of its checkpoints, a model's directory or a URL")
-    from btlm_jax.cli.train import check_processes, has_several
     from btlm_jax.evaluate import evaluation
     from btlm_jax.storage.location import expand_pattern
 
@@ -111,7 +110,6 @@ def _measure(names: Sequence[str], config: EvaluationConfig, flags: Flags) -> li
 
 def _measure_with_others(names: Sequence[str], config: EvaluationConfig, flags: Flags) -> list[Table]:
     """Do what `_measure` does together with the other processes; the tables are process 0's."""
-    from btlm_jax.cli.train import place_of
     from btlm_jax.display.progress import print_error_line
     from btlm_jax.parallel import peers
 
@@ -192,8 +190,6 @@ def _lengths(flags: Flags, name: str) -> tuple[int, ...]:
 
 def evaluate_flags() -> Flags:
     """Define the flags of `btlm evaluate`."""
-    from btlm_jax.cli.train import define_processes
-
     flags = Flags(EVALUATE_HELP)
     flags.define_string(
         "checkpoint",

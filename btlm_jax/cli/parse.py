@@ -24,6 +24,7 @@ from btlm_jax import notices
 from btlm_jax.cli import UsageError
 
 if TYPE_CHECKING:
+    from btlm_jax.parallel.peers import Place
     from btlm_jax.recipe.config import TrainConfig
     from btlm_jax.storage.location import PathOrUrl
 
@@ -514,3 +515,45 @@ def _strict_names(given: str) -> list[str]:
             hint = did_you_mean(name, list(notices.NAMES))
             raise UsageError(f"--strict={name} is no notice; there are {', '.join(notices.NAMES)}{hint}")
     return names
+
+
+def define_processes(flags: Flags) -> None:
+    """Define the flags of several processes."""
+    flags.define_boolean("distributed", False, "join the other hosts of a TPU pod slice")
+    flags.define_string("coordinator", "", "host:port of process 0, for several processes")
+    flags.define_integer("num_processes", 1, "with --coordinator: how many processes there are")
+    flags.define_integer("process_id", 0, "with --coordinator: which of them this is, from 0")
+
+
+def check_processes(flags: Flags) -> None:
+    """Refuse flags of several processes that contradict each other.
+
+    Raises:
+      UsageError: they do.
+    """
+    coordinator = flags.string("coordinator")
+    for name in ("num_processes", "process_id"):
+        if flags.is_given(name) and not coordinator:
+            raise UsageError(f"--{name} has no effect without --coordinator=HOST:PORT, the address of process 0")
+    if coordinator and flags.boolean("distributed"):
+        raise UsageError("--coordinator and --distributed are both given; --distributed finds the other hosts itself")
+    count, number = flags.integer("num_processes"), flags.integer("process_id")
+    if coordinator and not coordinator.rpartition(":")[2].isdigit():
+        raise UsageError(f"--coordinator={coordinator} must be HOST:PORT, for example --coordinator=10.0.0.1:8476")
+    if not 0 <= number < count:
+        raise UsageError(f"--process_id={number} must be from 0 to --num_processes - 1 = {count - 1}")
+
+
+def has_several(flags: Flags) -> bool:
+    """Return whether the run has several processes."""
+    return bool(flags.string("coordinator")) or flags.boolean("distributed")
+
+
+def place_of(flags: Flags) -> Place:
+    """Return where this process stands among those of the run."""
+    from btlm_jax.parallel import peers
+
+    if flags.boolean("distributed"):
+        return peers.place_in_cluster()
+    count, index = flags.integer("num_processes"), flags.integer("process_id")
+    return peers.Place(address=flags.string("coordinator"), count=count, index=index)

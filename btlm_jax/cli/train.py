@@ -12,14 +12,13 @@ from typing import TYPE_CHECKING
 
 from btlm_jax import notices, stopping
 from btlm_jax.cli import BAD_NUMBERS, DONE, ERROR, PREEMPTED, UsageError
-from btlm_jax.cli.parse import Flags, find_config
+from btlm_jax.cli.parse import Flags, check_processes, define_processes, find_config, has_several, place_of
 from btlm_jax.stopping import AgreedError, ProcessesDifferError, Stop
 
 if TYPE_CHECKING:
     import jax
 
     from btlm_jax.data.store import Manifest
-    from btlm_jax.parallel.peers import Place
     from btlm_jax.recipe.config import CorpusConfig, TrainConfig
     from btlm_jax.storage.location import Mirror
     from btlm_jax.train.metric_writer import GoodputLedger, StartRecord
@@ -275,21 +274,6 @@ def _process_id(flags: Flags) -> int:
     return place_of(flags).index if flags.boolean("distributed") else flags.integer("process_id")
 
 
-def has_several(flags: Flags) -> bool:
-    """Return whether the run has several processes."""
-    return bool(flags.string("coordinator")) or flags.boolean("distributed")
-
-
-def place_of(flags: Flags) -> Place:
-    """Return where this process stands among those of the run."""
-    from btlm_jax.parallel import peers
-
-    if flags.boolean("distributed"):
-        return peers.place_in_cluster()
-    count, index = flags.integer("num_processes"), flags.integer("process_id")
-    return peers.Place(address=flags.string("coordinator"), count=count, index=index)
-
-
 def _join_processes(config: TrainConfig, flags: Flags, *, workdir: Path, stop: Stop) -> None:
     """Join the other processes of this run; must come before anything touches a device."""
     from btlm_jax.display.progress import print_line
@@ -405,14 +389,6 @@ def train_flags() -> Flags:
     return flags
 
 
-def define_processes(flags: Flags) -> None:
-    """Define the flags of several processes."""
-    flags.define_boolean("distributed", False, "join the other hosts of a TPU pod slice")
-    flags.define_string("coordinator", "", "host:port of process 0, for several processes")
-    flags.define_integer("num_processes", 1, "with --coordinator: how many processes there are")
-    flags.define_integer("process_id", 0, "with --coordinator: which of them this is, from 0")
-
-
 def _check_init(flags: Flags) -> None:
     """Refuse flags of --init that have no effect, and names that are empty.
 
@@ -427,25 +403,6 @@ def _check_init(flags: Flags) -> None:
     for name in ("init_optimizer", "grow_vocabulary"):
         if flags.is_given(name) and not flags.is_given("init"):
             raise UsageError(f"--{name} goes with --init=MODEL: it says how a run begins with given weights")
-
-
-def check_processes(flags: Flags) -> None:
-    """Refuse flags of several processes that contradict each other.
-
-    Raises:
-      UsageError: they do.
-    """
-    coordinator = flags.string("coordinator")
-    for name in ("num_processes", "process_id"):
-        if flags.is_given(name) and not coordinator:
-            raise UsageError(f"--{name} has no effect without --coordinator=HOST:PORT, the address of process 0")
-    if coordinator and flags.boolean("distributed"):
-        raise UsageError("--coordinator and --distributed are both given; --distributed finds the other hosts itself")
-    count, number = flags.integer("num_processes"), flags.integer("process_id")
-    if coordinator and not coordinator.rpartition(":")[2].isdigit():
-        raise UsageError(f"--coordinator={coordinator} must be HOST:PORT, for example --coordinator=10.0.0.1:8476")
-    if not 0 <= number < count:
-        raise UsageError(f"--process_id={number} must be from 0 to --num_processes - 1 = {count - 1}")
 
 
 def define_workdir(flags: Flags) -> None:
