@@ -150,6 +150,7 @@ def test_restarts_that_advance_end_too(cloud):
     assert cloud.num_starts() == 2 and not cloud.is_empty
 
 
+@pytest.mark.slow
 def test_a_worker_that_does_not_answer_any_more_costs_the_slice(cloud):
     cloud.will(runs=["10:77 10:wait", "20:0"])
     process = cloud.start("all", WORKERS="2")
@@ -181,6 +182,7 @@ def test_a_heartbeat_that_stands_still_is_a_worker_that_is_gone(cloud):
     assert "pod-w-0:silent" in said and "exit code 0" in said
 
 
+@pytest.mark.slow
 def test_stop_has_the_run_save_and_kills_what_does_not(cloud):
     cloud.will(runs=["10:wait 10:hang"])
     cloud.run("up", WORKERS="2")
@@ -360,6 +362,7 @@ def in_bucket(cloud):
     return {"WORKDIR": "gs://bucket/a run", "CHECKPOINTS": str(cloud.state / "gs/bucket/a run/checkpoints")}
 
 
+@pytest.mark.slow
 def test_a_workdir_in_a_bucket(cloud):
     """Commit and changes are kept there, and a preempted run goes on from what is committed there."""
     cloud.will(runs=["10:75", "20:wait"])

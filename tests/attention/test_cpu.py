@@ -43,6 +43,7 @@ print(digest())
 """
 
 
+@pytest.mark.slow
 def test_computes_the_same_bits_with_any_number_of_threads():
     here = {digest() for _ in range(5)}
     alone = os.environ | {"NPROC": "1", "JAX_NUM_CPU_DEVICES": "1"}  # XLA then has one thread

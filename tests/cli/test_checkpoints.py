@@ -37,6 +37,7 @@ def steps_of(workdir):
     return sorted(int(path.name) for path in (workdir / "checkpoints").iterdir())
 
 
+@pytest.mark.slow
 def test_the_list_and_what_is_verified_copied_and_pruned(workdir, program, capsys):
     assert main(["checkpoints", str(workdir)]) == 0
     lines = capsys.readouterr().out.splitlines()

@@ -29,6 +29,7 @@ def steps_of(objects, folder="run/checkpoints"):
     return {name.split("/")[-2] for name in objects if name.startswith(f"{folder}/") and name.endswith("/commit.json")}
 
 
+@pytest.mark.slow
 def test_checkpoints_in_a_bucket(objects, token_store, tmp_path, capsys):
     config = run_config(token_store)
     with bucket.opened_for_run(URL) as mirror:

@@ -139,6 +139,7 @@ def test_blocks_are_those_of_llama_cpp(written, file_type, output):
     assert_blocks_are_llama_cpp_s(path, values(written("tiny", "F32")))
 
 
+@pytest.mark.slow
 def test_k_quants_are_those_of_llama_cpp(tmp_path):
     tensors = RandomTensors(WIDE)
     floats = values(write(tmp_path / "f32.gguf", WIDE, tensors))

@@ -86,6 +86,7 @@ def sdpa_masks(monkeypatch):
 # Outputs
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("attention", ["eager", "sdpa"])
 @pytest.mark.parametrize("name", NAMES)
 def test_logits_and_loss_equal_the_published_code(directories, name, attention):

@@ -221,6 +221,7 @@ def test_of_a_chain_stays_what_is_not_near_the_one_that_stays(tmp_path):
     assert len(kept_texts(tmp_path / "published")) < 12  # of the published rule one of each chain that it sees stays
 
 
+@pytest.mark.slow
 def test_copies_among_many_fillings_of_a_template_are_found(tmp_path, monkeypatch):
     """More survivors in one cluster than rounds of comparison: the rest is divided anew, and no copy is missed."""
     monkeypatch.setattr("btlm_jax.corpus.near_duplicates.lsh.MAX_ROUNDS", 3)

@@ -98,6 +98,7 @@ def test_bad_files_lists_and_tests_are_skipped_and_counted(tmp_path, monkeypatch
     }
 
 
+@pytest.mark.slow
 def test_this_installation_has_documents_of_every_source_and_no_absolute_path():
     seen = set()
     for document in installed.installed_documents(Counter()):

@@ -76,6 +76,7 @@ def test_jobs_share_all_tasks_each_is_done_once_and_counted(cluster, tmp_path):
     assert "5/5 shards, 50 documents" in said[-1] and not (tmp_path / "out" / "slurm").exists()
 
 
+@pytest.mark.slow
 def test_a_killed_job_is_named_with_its_log_the_rest_is_done_and_the_next_start_finishes(cluster, tmp_path):
     with pytest.raises(ValueError) as raised:
         run(die, tmp_path / "out")
@@ -88,6 +89,7 @@ def test_a_killed_job_is_named_with_its_log_the_rest_is_done_and_the_next_start_
     assert manifest == run(count, tmp_path / "local", workers=LocalWorkers(1))
 
 
+@pytest.mark.slow
 def test_what_a_task_raises_is_raised_here_and_no_other_begins(cluster, tmp_path):
     with pytest.raises(ValueError, match="^task 0 cannot be done$"):
         run(refuse, tmp_path / "out", count=1)

@@ -95,6 +95,7 @@ def contents(directory) -> dict:
     return {path.name: path.read_bytes() for path in directory.iterdir() if path.is_file()}
 
 
+@pytest.mark.slow
 def test_workers_change_nothing_and_partitions_lose_nothing(cleaned, monkeypatch):
     monkeypatch.setattr(splitting, "GATHER_BYTES", 20_000)
     assert run_split(cleaned) == run_split(cleaned, "two", "--workers=2") == 0

@@ -46,6 +46,7 @@ def shown(capsys, directory) -> list[list[str]]:
     return [line.split() for line in capsys.readouterr().out.splitlines()]
 
 
+@pytest.mark.slow
 def test_pictures_are_drawn_for_stages_and_stores(corpus, tmp_path):
     for name, pictures in (
         ("clean", {"bytes.png", "lengths.png"}),

@@ -111,6 +111,7 @@ def test_the_store_holds_every_document_once_and_in_order(prepared, tmp_path, to
     np.testing.assert_array_equal(source[3]["tokens"], opened.split(store.TRAIN).read(3).tokens)
 
 
+@pytest.mark.slow
 def test_two_workers_and_any_kill_give_the_same_bytes(prepared, tmp_path, monkeypatch):
     assert run(prepared, tmp_path / "one") == 0
     expected = contents(tmp_path / "one")

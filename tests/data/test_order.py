@@ -51,6 +51,7 @@ def runs(draw):
     return order, max_epochs
 
 
+@pytest.mark.slow
 @settings(max_examples=80, deadline=None)
 @given(runs())
 def test_every_token_is_a_target_once_an_epoch(run):

@@ -53,6 +53,7 @@ def memory(directory, monkeypatch):
     system.store.clear()
 
 
+@pytest.mark.slow
 def test_batches_from_google_cloud_storage_are_those_of_the_disk(directory, monkeypatch):
     objects = {f"a/store/{path.name}": path.read_bytes() for path in directory.iterdir()}
     objects["a/store/folder/other"] = b""

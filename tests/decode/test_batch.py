@@ -66,6 +66,7 @@ def test_extending_in_pieces_equals_the_whole_pass_at_every_position(one_device)
     np.testing.assert_allclose(np.concatenate(made, axis=1), want_BTD, rtol=0, atol=3e-6)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("shape", [(1, 1), pytest.param((2, 4), marks=pytest.mark.slow)], ids=str)
 def test_decoding_is_the_whole_pass_for_mixed_lengths_across_growth_past_the_trained_length(
     one_device, shape, monkeypatch
@@ -167,6 +168,7 @@ def test_a_sample_depends_on_its_prompt_seed_and_number_and_not_on_its_batch_or_
     assert alone == a != other
 
 
+@pytest.mark.slow
 def test_a_batch_says_why_rows_ended_and_where_the_time_went(one_device):
     model, params = model_and_params(one_device)
     prompts = [ids(length, seed=length).tolist() for length in (7, 6, 11)]

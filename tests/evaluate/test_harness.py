@@ -212,6 +212,7 @@ def test_examples_and_documents_are_facts_of_a_task(ours, tmp_path):
     assert [key for key in found[1] if found[1][key] != found[2][key]] == ["documents"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("form", "tolerance"), [("mesh", 1e-4), ("int4", 2.0)])
 def test_other_forms_answer_alike(folder, ours, form, tolerance):
     other = load(folder, as_int4=form == "int4", on_mesh=form == "mesh")
@@ -368,6 +369,7 @@ def test_btlm_evaluate_measures_tasks(folder, measured, tmp_path, capsys):
     assert "--num_fewshot is for --tasks, which is not given" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_btlm_evaluate_measures_summaries_and_code(folder, tmp_path, capsys, monkeypatch):
     rows = [{"document": "one two three " * 200, "summary": "one two"}, {"document": "four", "summary": "four five"}]
     (tmp_path / "reports.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))

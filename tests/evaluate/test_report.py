@@ -76,6 +76,7 @@ def test_a_table_in_markdown():
     assert table.as_markdown() == "**a: b**\n\n| x | y |\n|---|---:|\n| 1/2 | 3 |\n\nn\n\n![a](p.png)"
 
 
+@pytest.mark.slow
 def test_the_card_of_an_evaluation_is_of_these_weights(token_store, tmp_path, capsys):
     workdir = tmp_path / "run"
     config = run_config(token_store, evaluation__batch_size=8)
@@ -130,6 +131,7 @@ def test_an_export_has_the_card(tmp_path):
     assert "Evaluation" not in without
 
 
+@pytest.mark.slow
 def test_two_runs_are_compared(token_store, tmp_path, capsys):
     workdir, output = tmp_path / "run", tmp_path / "out"
     write_run(workdir, run_config(token_store, evaluation__batch_size=8), steps=(3, 6))

@@ -48,6 +48,7 @@ def rows_of_oracle():
     ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("scorer", ["mesh_scorer", "tiles_scorer"])
 def test_scores_are_those_of_the_original_logits(scorer, request):
     rows = rows_of_oracle()

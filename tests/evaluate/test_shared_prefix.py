@@ -66,6 +66,7 @@ def test_families_keep_equal_contexts_together_and_what_contexts_share():
     ]  # fmt: skip
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("batch_tokens", "num_devices"), [(20, 0), (4096, 0), (16, 2)])
 def test_scores_are_those_of_the_original_logits(batch_tokens, num_devices, monkeypatch):
     if num_devices:

@@ -14,6 +14,7 @@ def targets(tmp_path_factory, token_store):
     return [target for group in made for target in group]
 
 
+@pytest.mark.slow
 def test_mutated_inputs_are_accepted_or_named(targets, monkeypatch):
     monkeypatch.setattr(notices, "_is_muted", True)
     faults, tried = [], 0

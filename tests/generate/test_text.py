@@ -272,6 +272,7 @@ def interrupted_after(num_draws, monkeypatch) -> None:
     monkeypatch.setattr(generation, "draw", drawn)
 
 
+@pytest.mark.slow
 def test_an_interrupted_job_goes_on_and_ends_with_the_same_file(capsys, untrained, tmp_path, monkeypatch):
     flags = ("--num_tokens=7", "--num_samples=2", "--seed=3", "--batch_size=2", "--stop=t")
     expected = written(untrained, tmp_path, PROMPTS, *flags)

@@ -64,6 +64,7 @@ def test_it_finds_what_trying_everything_finds_with_fewer_compilations():
         assert plan.misfits if skip.reason == "too large" else slower
 
 
+@pytest.mark.slow
 def test_the_best_leaves_a_tenth_if_any_does_and_otherwise_that_is_said():
     def tight(config, **options):
         plan = imagined(config, **options)

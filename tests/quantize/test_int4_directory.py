@@ -174,6 +174,7 @@ def test_a_run_writes_text_at_4_bits(capsys, tiny_run, tmp_path, method):
         assert texts["directory"] == texts["run"]
 
 
+@pytest.mark.slow
 def test_a_text_to_calibrate_on(tiny_run, tmp_path):
     text = tmp_path / "text.txt"
     text.write_text("def area(radius):\n    return 3.14159 * radius ** 2\n" * 200)

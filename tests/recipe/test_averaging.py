@@ -80,6 +80,7 @@ def test_last_is_the_mean_of_the_last_share_and_training_does_not_read_it(share,
         jax.tree.map(np.testing.assert_array_equal, plain, weights)
 
 
+@pytest.mark.slow
 def test_it_is_saved_read_by_name_and_said(token_store, tmp_path):
     config = run_config(token_store, optimizer__average="ema", optimizer__weight_decay="auto")
     state = write_run(tmp_path, config, steps=(7,))

@@ -59,6 +59,7 @@ def by_formula(info, grads: list[np.ndarray], param: np.ndarray, *, rate: float,
     return param
 
 
+@pytest.mark.slow
 def test_updates_are_those_of_the_definition():
     config = muon_config(optimizer__weight_decay=0.2, optimizer__peak_learning_rate=0.01)
     mesh = make_mesh(devices=jax.devices()[:8], context=2, tensor=2)

@@ -188,6 +188,7 @@ class Killed(BaseException):
     """The process ends before a write."""
 
 
+@pytest.mark.slow
 def test_a_kill_before_any_write_leaves_a_run_to_go_on_from(objects, tmp_path, monkeypatch):
     """Each of the writes of: a checkpoint, its successor, one deleted by the rules, going back to the first one."""
     write, kinds = bucket.RemoteFolder._call, set()

@@ -82,6 +82,7 @@ def test_updates_are_judged_as_the_definition_says(watched_from):
     assert (111 in skipped) == (watched_from == 0)
 
 
+@pytest.mark.slow
 def test_after_as_many_as_are_allowed_no_update_is_made_before_the_run_goes_back():
     rule = UpdateRule(spike_score=0.0, max_skips=2, first_step=0, watched_from=0)
     history, found = empty_history(), []
@@ -230,6 +231,7 @@ def test_after_bad_steps_in_a_row_a_run_goes_back_and_passes_over_them(
     assert sorted(writer.losses) == list(range(1, NUM_STEPS + 1)) and writer.passed_over == passed_over
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "bad, preemptions",
     [

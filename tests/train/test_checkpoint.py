@@ -68,6 +68,7 @@ def single():
     return config, init_state(model, optimizer, mesh, seed=4), abstract
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("devices, tensor", [(8, 2), (8, 4), (1, 1)])
 def test_a_checkpoint_restores_onto_any_mesh(saved, devices, tensor):
     workdir, expected = saved

@@ -84,6 +84,7 @@ def wrong_once(step_function, *, device, at, array=None):
     return computed
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("every", [3, 0])
 def test_a_step_that_is_computed_wrongly_stops_the_run_and_is_not_saved(
     token_store, tmp_path, monkeypatch, capsys, every

@@ -55,6 +55,7 @@ def exported(phase_index: int, **changes) -> export.Exported:
         return export.export(jitted, platforms=("cuda",), disabled_checks=checks)(program.state, batch, rate)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("phase_index", [0, 1])
 def test_the_step_attends_by_cudnn_and_runs_its_forward_pass_once(hopper, layout, phase_index):

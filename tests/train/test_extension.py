@@ -37,6 +37,7 @@ def at(step: int) -> Position:
     return Position(step=step, tokens_seen=step * PER_STEP, store_fingerprint="")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("schedule", ["linear", "cosine", "wsd"])
 @pytest.mark.parametrize("num_steps", [25, 15])
 def test_a_schedule_that_decays_is_not_stretched_nor_squeezed(schedule, num_steps):

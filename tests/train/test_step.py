@@ -90,6 +90,7 @@ def single():
     return run(tiny_config(), devices=1)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "devices, tensor, context, accumulation, num_phases",
     [
@@ -209,6 +210,7 @@ def norms_of_classes(tree, classes) -> dict:
     return {name: value**0.5 for name, value in squares.items()}
 
 
+@pytest.mark.slow
 def test_metrics_are_those_of_the_plain_loss(single, plain):
     of, classes = plain
     loss, grads, _ = of(single.params[0], host_batch(tiny_config(), phase=0, seed=0))

@@ -126,6 +126,7 @@ def step_numbers(start: dict) -> list[int]:
     return list(start["steps"])
 
 
+@pytest.mark.slow
 def test_a_run_that_is_killed_goes_on_in_the_tracker_with_no_step_twice(tmp_path, wandb, capsys):
     workdir = tmp_path / "mine"
     begin(workdir, log__every_steps=2)

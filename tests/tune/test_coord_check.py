@@ -116,6 +116,7 @@ def program_at(case: Case, size: int, design: Design = FULL, *, num_devices: int
     return make_program(config, make_run_mesh(config.mesh, curriculum=config.curriculum.table, devices=devices))
 
 
+@pytest.mark.slow
 def test_the_optimizer_check_tells_wrong_rates_decays_and_epsilons():
     """Of every case; the initialization and the forward multipliers are not the optimizer's."""
     blind = {"hidden init unscaled", "logits unscaled", "logits / sqrt(m)", "embedding init / sqrt(m)"}
@@ -154,6 +155,7 @@ def test_a_design_of_a_config_begins_at_the_base_width_in_whole_heads():
         at_width(config.model, 84)
 
 
+@pytest.mark.slow
 def test_the_checked_step_is_the_trainers():
     """Losses of the check's step, sharded, are those of the step that `btlm train` compiles."""
     config = tiny_config(model__num_layers=1, model__remat="none", model__attention="reference")

@@ -48,6 +48,7 @@ def test_a_known_law_of_parameters_and_tokens_is_found_again():
     assert loss_of(law, far) == pytest.approx(chinchilla(1e9, 8e9), rel=1e-3)
 
 
+@pytest.mark.slow
 def test_intervals_hold_the_truth_and_grow_with_the_scatter():
     laws = [fit(grid(noise), form=CHINCHILLA) for noise in (0.002, 0.01)]
     found = [predict(law, num_parameters=4e8, num_tokens=8e9, flops=2e19) for law in laws]
