@@ -20,12 +20,17 @@ LAYOUTS = {
 }
 
 
-def get_config(size: str = "1.3B") -> ConfigDict:
-    if size not in LAYOUTS:
-        raise ValueError(f"gpu/80gb_1 has no size {size!r}, but {', '.join(LAYOUTS)}")
+def family_config(name: str, layouts: dict, size: str) -> ConfigDict:
+    """Return the family's config of a size, laid out as this file or one beside it says."""
+    if size not in layouts:
+        raise ValueError(f"{name} has no size {size!r}, but {', '.join(layouts)}")
     config = runpy.run_path(str(Path(__file__).parent.parent / "family" / f"{size}.py"))["get_config"]()
-    layout = LAYOUTS[size]
+    layout = layouts[size]
     config.mesh.update(tensor=1, context=1, accumulation=layout["accumulation"])
     config.model.remat = layout["remat"]
     config.evaluation.batch_size = layout["evaluation"]
     return config
+
+
+def get_config(size: str = "1.3B") -> ConfigDict:
+    return family_config("gpu/80gb_1", LAYOUTS, size)

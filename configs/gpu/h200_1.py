@@ -21,11 +21,5 @@ LAYOUTS = {
 
 
 def get_config(size: str = "1.3B") -> ConfigDict:
-    if size not in LAYOUTS:
-        raise ValueError(f"gpu/h200_1 has no size {size!r}, but {', '.join(LAYOUTS)}")
-    config = runpy.run_path(str(Path(__file__).parent.parent / "family" / f"{size}.py"))["get_config"]()
-    layout = LAYOUTS[size]
-    config.mesh.update(tensor=1, context=1, accumulation=layout["accumulation"])
-    config.model.remat = layout["remat"]
-    config.evaluation.batch_size = layout["evaluation"]
-    return config
+    family_config = runpy.run_path(str(Path(__file__).with_name("80gb_1.py")))["family_config"]
+    return family_config("gpu/h200_1", LAYOUTS, size)
