@@ -37,7 +37,7 @@ NAMED_IN_TEXT = sorted(  # `btlm plan --check` inside a sentence or a table
 )
 CONFIGS = sorted({config for each in BTLM_COMMANDS if (config := tuple(x for x in each if x.startswith("--config")))})
 DRY_RUNS = sorted({tuple(x for x in each if "--workdir" not in x) for each in BTLM_COMMANDS if "--dry-run" in each})
-REPOSITORY_FOLDERS = ("benchmarks", "btlm_jax", "configs", "docs", "launch", "tests")
+REPOSITORY_FOLDERS = ("benchmarks", "btlm_jax", "configs", "docs", "experiments", "launch", "tests")
 
 
 def _words(arguments: tuple[str, ...]) -> list[str]:

@@ -177,7 +177,7 @@ def entry() -> None:
         signal.signal(signal.SIGINT, _on_interrupt)
     sys.unraisablehook = _report_unraisable
     if len(sys.argv) > 2:
-        _quiet_orbax()
+        quiet_orbax()
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):  # a terminal that is not UTF-8 gets \\u2502 in place of what it lacks
             stream.reconfigure(errors="backslashreplace")
@@ -298,11 +298,11 @@ def _report_unraisable(unraisable) -> None:
         import threading
 
         threading.Timer(0.01, _thread.interrupt_main).start()
-    elif unraisable.exc_type is not Stopped and str(unraisable.exc_value) != "Event loop is closed":  # see _quiet_orbax
+    elif unraisable.exc_type is not Stopped and str(unraisable.exc_value) != "Event loop is closed":  # see quiet_orbax
         sys.__unraisablehook__(unraisable)
 
 
-def _quiet_orbax() -> None:
+def quiet_orbax() -> None:
     """Report a failed checkpoint in the one line that `main` prints.
 
     Orbax logs the same error from each of its threads, and writes in flight complain to an event loop that is closed by

@@ -17,10 +17,11 @@ from btlm_jax.storage.files import write_atomically
 
 if TYPE_CHECKING:
     from btlm_jax.recipe.config import TrainConfig
+    from btlm_jax.stopping import Stop
     from btlm_jax.storage.location import PathOrUrl
     from btlm_jax.tune.lr_transfer import Sweep
     from btlm_jax.tune.search import Dimension, Search
-    from btlm_jax.tune.trials import Choose, Result
+    from btlm_jax.tune.trials import Choose, Result, RunTrial
 
 _Plan = TypeVar("_Plan", "Sweep", "Search")  # of trials
 
@@ -398,39 +399,16 @@ class _Study:
 
     def _work(self, choose: Choose) -> dict[str, Result] | None:
         """Make trials until there are no more; return their results, or None if this process was told to stop."""
-        from btlm_jax.cli.train import build_store, code_of_outcome, recorded_errors
         from btlm_jax.display.progress import print_line
-        from btlm_jax.train import loop, setup
-        from btlm_jax.train.metric_writer import GoodputLedger, StartRecord
         from btlm_jax.tune import trials
 
         stop = stopping.current()
-
-        def run_trial(config: TrainConfig, workdir: Path) -> str:
-            ledger = GoodputLedger()
-            record = StartRecord(workdir, ledger)
-            record.keep()
-            with recorded_errors(record, stop):
-                outcome = loop.train(
-                    config,
-                    workdir=workdir,
-                    ledger=ledger,
-                    check_devices=lambda config, devices: "",
-                    resume_step=0,
-                    build_store=build_store,
-                    beginning=setup.FROM_SEED,
-                    continue_prompt=lambda run, params: "",
-                    stop=stop,
-                )
-            record.end(code_of_outcome(outcome), stop.reason)
-            return outcome
-
         results = None
         try:
             results = trials.work(
                 self.directory,
                 choose,
-                run_trial,
+                make_run_trial(stop),
                 is_stopping=lambda: bool(stop.reason),
                 on_loss=functools.partial(stop.end_now, ERROR),
                 log=print_line,
@@ -447,6 +425,34 @@ class _Study:
     def write(self, name: str, values: dict) -> None:
         """Write a file of JSON into the directory."""
         write_atomically(self.directory / name, json.dumps(values, indent=1))
+
+
+def make_run_trial(stop: Stop) -> RunTrial:
+    """Return what makes a trial's run in its workdir, as `btlm train` makes it."""
+    from btlm_jax.cli.train import build_store, code_of_outcome, recorded_errors
+    from btlm_jax.train import loop, setup
+    from btlm_jax.train.metric_writer import GoodputLedger, StartRecord
+
+    def run_trial(config: TrainConfig, workdir: Path) -> str:
+        ledger = GoodputLedger()
+        record = StartRecord(workdir, ledger)
+        record.keep()
+        with recorded_errors(record, stop):
+            outcome = loop.train(
+                config,
+                workdir=workdir,
+                ledger=ledger,
+                check_devices=lambda config, devices: "",
+                resume_step=0,
+                build_store=build_store,
+                beginning=setup.FROM_SEED,
+                continue_prompt=lambda run, params: "",
+                stop=stop,
+            )
+        record.end(code_of_outcome(outcome), stop.reason)
+        return outcome
+
+    return run_trial
 
 
 def _without_workers(arguments: Sequence[str]) -> list[str]:

@@ -1,0 +1,329 @@
+"""An experiment: ordinary training runs of a config's variants in one folder; then its numbers and its figure.
+
+    python -m experiments.NAME --folder=DIR [--data FILES]
+
+    DIR/corpus, DIR/store    what --data was made into; without it the documentation of the installed packages
+    DIR/trials/VARIANT-sN    the runs, as btlm_jax/tune/trials.py makes them, each with its measured.json
+
+The same command goes on where it was, after a kill too; any number of them take runs from one folder. Seeds come last:
+whenever time ends there are whole comparisons, with fewer seeds. What is reported is of the seeds of which every
+variant is finished. An interval is Student's, of seeds.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import os
+import shlex
+import statistics
+import sys
+import threading
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+
+import scipy.stats
+
+from benchmarks.machine import machine
+from btlm_jax import notices, stopping
+from btlm_jax.cli import DONE, ERROR, PREEMPTED, USAGE, UsageError, quiet_orbax
+from btlm_jax.cli.parse import Flags
+from btlm_jax.recipe.config import PREPARED, TrainConfig
+from btlm_jax.stopping import Stopped
+from btlm_jax.storage.files import read_json_object, write_atomically
+
+MEASURED_FILE, RESULTS_FILE, FIGURE_FILE = "measured.json", "results.json", "figure.png"
+CORPUS_FOLDER, STORE_FOLDER = "corpus", "store"
+QUICK, LARGE = "quick", "large"  # arguments of an experiment's config.py
+LEVEL = 0.95
+
+Measured = Mapping[str, dict]  # what a run left, by the variant's name
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Experiment:
+    """What is varied, what is measured of each run, and what is made of that.
+
+    `make_stores` returns the config on its token stores by variant, or one under "": (config, data, folder).
+    `make_variants` returns the configs by name; it is given what the runs of the first seed have left, so that some may
+    follow from others, and the stores. `measure` is called of a finished run whose checkpoint is still there.
+    `report` gets what was measured, a mapping for each seed, and returns values of JSON.
+    """
+
+    folder: Path  # its README.md and config.py; results go there
+    kind: str  # experiments of one kind share their runs
+    help_text: str
+    make_stores: Callable[[TrainConfig, Sequence[str], Path], dict[str, Path]]
+    make_variants: Callable[[TrainConfig, Measured, Mapping[str, Path]], dict[str, TrainConfig]]
+    measure: Callable[[TrainConfig, Path], dict]
+    report: Callable[[TrainConfig, Sequence[Measured]], dict]
+    describe: Callable[[dict], str]
+    plot: Callable[[dict, Path], None]
+    num_seeds: int
+
+    @property
+    def name(self) -> str:
+        return self.folder.name
+
+
+def run(experiment: Experiment) -> None:
+    """Run the command line of an experiment and exit with its code; Ctrl-C and SIGTERM stop it as `btlm train`."""
+    stopping.begin()
+    quiet_orbax()
+    code = _main(experiment, sys.argv[1:])
+    sys.stdout.flush()
+    if stopping.leave(code):
+        os._exit(code)  # threads of libraries are at work
+    sys.exit(code)
+
+
+def experiment_flags(experiment: Experiment) -> Flags:
+    """Define the flags of an experiment."""
+    flags = Flags(f"python -m experiments.{experiment.name}: {experiment.help_text}")
+    flags.define_string("folder", "", "where the runs go, outside of the repository; the same command goes on there")
+    flags.define_paths("data", "raw text, as btlm train --data takes it; without it docs of the installed packages")
+    flags.define_config()
+    flags.define_integer("seeds", experiment.num_seeds, "runs of each variant")
+    flags.define_float("minutes", 0.0, "stop after so long, to be gone on with; 0: at the end")
+    flags.define_boolean("quick", False, f"config.py:{QUICK} with one seed: a few minutes")
+    flags.define_boolean("gather", False, "make no run: report those that are finished")
+    return flags
+
+
+def conduct(experiment: Experiment, arguments: Sequence[str]) -> int:
+    """Make the runs that are missing and report the finished ones; return the exit code.
+
+    Raises:
+      UsageError, ValueError, OSError: as `btlm train` and `btlm tune` raise them.
+    """
+    flags = experiment_flags(experiment)
+    if not flags.parse(arguments):
+        return DONE
+    folder, num_seeds = flags.path("folder"), flags.integer("seeds")
+    if flags.boolean("quick"):
+        if flags.is_given("config") or flags.is_given("seeds"):
+            raise UsageError("--quick says config and seeds itself; leave --config and --seeds out, or --quick")
+        num_seeds = 1
+    if num_seeds < 1 or flags.number("minutes") < 0:
+        raise UsageError("--seeds must be at least 1, and --minutes not negative")
+    is_own = not flags.is_given("config") and not flags.boolean("quick")
+    if not flags.is_given("config"):
+        argument = f":{QUICK}" if flags.boolean("quick") else ""
+        flags.set_string("config", f"{experiment.folder / 'config.py'}{argument}")
+    config, data = flags.config(), flags.strings("data")
+    from btlm_jax.tune import trials
+
+    trials.begin_study(folder, {"kind": experiment.kind, "config": dataclasses.asdict(config), "text": _names(data)})
+    stores = experiment.make_stores(config, data, folder)
+
+    def choose(results: trials.Results) -> list[trials.Trial]:
+        return trials_of(experiment, config, folder=folder, stores=stores, num_seeds=num_seeds)
+
+    is_stopped = False
+    if not flags.boolean("gather"):
+        is_stopped = _make_runs(experiment, choose, folder=folder, minutes=flags.number("minutes"))
+    seeds = finished_seeds(experiment, config, folder=folder, stores=stores)[:num_seeds]
+    if not seeds:
+        print(f"no seed has all its runs yet in {folder}: give the command again")
+        return PREEMPTED
+    values = {
+        "experiment": experiment.name,
+        "command": _shown_command(experiment, arguments),
+        "machines": sorted({measured["machine"] for seed in seeds for measured in seed.values()}),
+        "text": _names(data) or ["documentation of the installed packages"],
+        "num_seeds": len(seeds),
+        "config": dataclasses.asdict(config),
+        **experiment.report(config, seeds),
+    }
+    output = experiment.folder if is_own else folder
+    write_atomically(output / RESULTS_FILE, json.dumps(values, indent=1) + "\n")
+    experiment.plot(values, output / FIGURE_FILE)
+    print(f"{experiment.describe(values)}\nwrote {output / RESULTS_FILE} and {output / FIGURE_FILE}")
+    return PREEMPTED if is_stopped else DONE
+
+
+def trials_of(
+    experiment: Experiment, config: TrainConfig, *, folder: Path, stores: Mapping[str, Path], num_seeds: int
+) -> list:
+    """Return the trials that there are to be, as far as what the first seed has left says; seeds come last."""
+    from btlm_jax.tune.trials import Trial
+
+    variants = experiment.make_variants(config, _measured_of(folder, seed=0), stores)
+    return [
+        Trial(name=f"{name}-s{seed}", config=with_seed(variant, seed))
+        for seed in range(num_seeds)
+        for name, variant in variants.items()
+    ]
+
+
+def finished_seeds(
+    experiment: Experiment, config: TrainConfig, *, folder: Path, stores: Mapping[str, Path]
+) -> list[Measured]:
+    """Return what the runs of each seed have left, of seeds of which all are finished."""
+    names = experiment.make_variants(config, _measured_of(folder, seed=0), stores).keys()
+    found = []
+    while names <= (measured := _measured_of(folder, seed=len(found))).keys():
+        found.append({name: measured[name] for name in names})
+    return found
+
+
+def with_seed(config: TrainConfig, seed: int) -> TrainConfig:
+    """Return the config with other initial parameters and another order of data; seed 0 is the config."""
+    data = dataclasses.replace(config.data, seed=config.data.seed + seed)
+    return dataclasses.replace(config, seed=config.seed + seed, data=data)
+
+
+def on_store(config: TrainConfig, store: Path) -> TrainConfig:
+    """Return the config on a token store that is there."""
+    return dataclasses.replace(
+        config,
+        data=dataclasses.replace(config.data, store=str(store.resolve())),
+        corpus=dataclasses.replace(config.corpus, source=PREPARED),
+    )
+
+
+def make_one_store(config: TrainConfig, data: Sequence[str], folder: Path) -> dict[str, Path]:
+    """Make the token store of raw text, or else of the installed packages' documentation; it is named ""."""
+    from btlm_jax.cli.train import build_store
+    from btlm_jax.display.progress import print_line
+    from btlm_jax.train import setup
+
+    if not data:
+        setup.prepare_store(
+            config, workdir=folder, expected_fingerprint="", build_store=build_store, wait_for_all=lambda: None
+        )
+        return {"": folder / config.data.store}
+    from btlm_jax.corpus import own_text
+    from btlm_jax.corpus.engine.workers import LocalWorkers
+
+    store, workers = folder / STORE_FOLDER, LocalWorkers(1)
+    if not setup.has_store(store):
+        place = folder / CORPUS_FOLDER
+        text = own_text.split_text([Path(each) for each in data], directory=place, workers=workers, log=print_line)
+        tokenizer = own_text.make_tokenizer(text, vocab_size=config.model.vocab_size, directory=place, log=print_line)
+        own_text.make_store(
+            text, tokenizer=tokenizer, block_len=config.curriculum.table.block_len, by_source=False, output=store,
+            workers=workers, log=print_line,
+        )  # fmt: skip
+    return {"": store}
+
+
+def mean_and_interval(values: Sequence[float]) -> dict:
+    """Return the mean of the seeds' values and its interval at LEVEL, None for the ends of one seed."""
+    mean, n = statistics.fmean(values), len(values)
+    if n < 2:
+        return {"mean": mean, "low": None, "high": None, "values": list(values)}
+    half = float(scipy.stats.t.ppf((1 + LEVEL) / 2, n - 1)) * statistics.stdev(values) / math.sqrt(n)
+    return {"mean": mean, "low": mean - half, "high": mean + half, "values": list(values)}
+
+
+def shown(value: Mapping, *, digits: int = 4, sign: str = "") -> str:
+    """Return a mean with its interval as text."""
+    mean = f"{value['mean']:{sign}.{digits}f}"
+    if value["low"] is None:
+        return f"{mean} (one seed)"
+    return f"{mean} ({value['low']:{sign}.{digits}f} to {value['high']:{sign}.{digits}f})"
+
+
+def step_seconds(workdir: Path) -> dict[str, float]:
+    """Return the seconds of a step at each sequence length: the lowest decile, which other work disturbs least."""
+    from btlm_jax.train import METRICS_FILE
+    from btlm_jax.train.metric_writer import read_metrics
+
+    seconds: dict[str, list[float]] = {}
+    for row in read_metrics(workdir / METRICS_FILE):
+        if row["kind"] == "train":
+            seconds.setdefault(str(row["seq_len"]), []).append(row["seconds"])
+    return {length: sorted(each)[len(each) // 10] for length, each in seconds.items()}
+
+
+def _main(experiment: Experiment, arguments: Sequence[str]) -> int:
+    notices.begin(strict=())
+    try:
+        return conduct(experiment, arguments)
+    except UsageError as error:
+        print(f"{experiment.name}: usage: {error}", file=sys.stderr)
+        return USAGE
+    except Stopped:
+        print(f"{experiment.name}: {stopping.current().said()}", file=sys.stderr)
+        return PREEMPTED
+    except Exception as error:  # the last place: said in one line, as the command line of btlm does
+        from btlm_jax.cli import errors
+
+        return errors.report(error, verb=f"experiment {experiment.name}", arguments=arguments)
+    finally:
+        notices.finish()
+
+
+def _make_runs(experiment: Experiment, choose: Callable, *, folder: Path, minutes: float) -> bool:
+    """Make the runs that are missing; return whether the run was stopped before they were all made."""
+    import functools
+
+    from btlm_jax.cli.tune import make_run_trial
+    from btlm_jax.display.progress import print_line
+    from btlm_jax.train import SUMMARY_FILE
+    from btlm_jax.train.loop import DONE as TRAINED
+    from btlm_jax.tune import trials
+
+    stop = stopping.current()
+    if minutes:
+        timer = threading.Timer(60 * minutes, stop.request, [f"{minutes:g} minutes are over"])
+        timer.daemon = True
+        timer.start()
+    trials.share_compiled(folder)
+    train = make_run_trial(stop)
+
+    def run_trial(config: TrainConfig, workdir: Path) -> str:
+        outcome = train(config, workdir)
+        if outcome == TRAINED:
+            heldout = read_json_object(workdir / SUMMARY_FILE)["heldout"]
+            measured = {
+                "machine": machine("jax", "numpy"),
+                "loss": heldout["loss"],
+                "bits_per_byte": heldout["bits_per_byte"],
+                "sources": heldout["sources"],
+                "step_seconds": step_seconds(workdir),
+                **experiment.measure(config, workdir),
+            }
+            write_atomically(workdir / MEASURED_FILE, json.dumps(measured))
+        return outcome
+
+    results = trials.work(
+        folder,
+        choose,
+        run_trial,
+        is_stopping=lambda: bool(stop.reason),
+        on_loss=functools.partial(stop.end_now, ERROR),
+        log=print_line,
+    )
+    return results is None
+
+
+def _measured_of(folder: Path, *, seed: int) -> dict[str, dict]:
+    """Return what was measured of the finished runs of a seed, by variant."""
+    from btlm_jax.tune.trials import TRIALS
+
+    suffix = f"-s{seed}"
+    paths = sorted((folder / TRIALS).glob(f"*{suffix}/{MEASURED_FILE}"))
+    return {path.parent.name.removesuffix(suffix): read_json_object(path) for path in paths}
+
+
+def _names(data: Sequence[str]) -> list[str]:
+    return [Path(each).name for each in data]
+
+
+def _shown_command(experiment: Experiment, arguments: Sequence[str]) -> str:
+    """Return the command without the places of files, and without what only ends a piece of it."""
+    words, rest = [], list(arguments)
+    while rest:
+        word = rest.pop(0)
+        name, _, value = word.partition("=")
+        if name in ("--folder", "--minutes", "--gather"):
+            if "=" not in word and name != "--gather":
+                rest[:1] = []
+            continue
+        words.append(
+            f"{name}={Path(value).name}" if value and "/" in value else Path(word).name if "/" in word else word
+        )
+    return shlex.join(["python", "-m", f"experiments.{experiment.name}", "--folder=DIR", *words])

@@ -1,0 +1,264 @@
+"""The experiments: which runs they make, what they report of given numbers, and one tiny run that is really made."""
+
+import dataclasses
+import importlib
+import json
+import math
+from pathlib import Path
+
+import pytest
+from support.real_store import BLOCK_LEN, build_real_store, write_config
+from support.run_here import one_device
+from support.tiny import tiny_config
+
+from btlm_jax import notices, stopping
+from btlm_jax.cli import DONE, PREEMPTED, UsageError
+from btlm_jax.evaluate.positions import Setting
+from btlm_jax.recipe.config import train_config_from
+from experiments import study
+from experiments.curriculum import positions
+
+FOLDER = Path(__file__).parent.parent / "experiments"
+NAMES = sorted(path.parent.name for path in FOLDER.glob("*/__main__.py"))
+STORE = {"": Path("/a/store")}
+
+
+def experiment_of(name):
+    return importlib.import_module(f"experiments.{name}.__main__").EXPERIMENT
+
+
+def config_of(name, size=""):
+    made = importlib.import_module(f"experiments.{name}.config").get_config
+    return train_config_from((made(size) if size else made()).to_dict())
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_an_experiment_has_its_parts_and_its_config_in_three_sizes(name, capsys):
+    experiment = experiment_of(name)
+    assert experiment.folder == FOLDER / name and (FOLDER / name / "README.md").is_file()
+    tokens = [config_of(name, size).curriculum.table.num_tokens for size in (study.QUICK, "", study.LARGE)]
+    assert tokens == sorted(set(tokens))
+    assert study.conduct(experiment, ["--help"]) == DONE
+    assert f"python -m experiments.{name} --folder=" in capsys.readouterr().out
+    readme = (FOLDER / name / "README.md").read_text()
+    assert f"python -m experiments.{name} --folder=" in readme
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_what_is_committed_is_of_the_config_that_is_there(name):
+    path = FOLDER / name / study.RESULTS_FILE
+    if not path.exists():
+        assert "not run yet" in (FOLDER / name / "README.md").read_text()
+        return
+    values = json.loads(path.read_text())
+    assert values["config"] == json.loads(json.dumps(dataclasses.asdict(config_of(name))))
+    assert values["experiment"] == name and values["num_seeds"] >= 1
+    assert (FOLDER / name / study.FIGURE_FILE).is_file()
+    assert experiment_of(name).describe(values) in (FOLDER / name / "README.md").read_text()
+
+
+def made_up(folder, **changes):
+    """An experiment of two variants, the second of which follows from the first one's loss."""
+
+    def make_variants(config, first, stores):
+        made = {"a": study.on_store(config, stores[""])}
+        if "a" in first:
+            made["b"] = dataclasses.replace(made["a"], seed=round(10 * first["a"]["loss"]))
+        return made
+
+    values = {
+        "folder": folder,
+        "kind": "made up",
+        "help_text": "made up",
+        "make_stores": lambda config, data, folder: STORE,
+        "make_variants": make_variants,
+        "measure": lambda config, workdir: {"seed": config.seed},
+        "report": lambda config, seeds: {"losses": [[run["loss"] for run in runs.values()] for runs in seeds]},
+        "describe": lambda values: f"losses {values['losses']}",
+        "plot": lambda values, path: path.write_bytes(b"figure"),
+        "num_seeds": 2,
+    }
+    return study.Experiment(**{**values, **changes})
+
+
+@pytest.fixture
+def here(tmp_path, monkeypatch):
+    """A folder of an experiment, and a stand-in for training whose loss is a tenth of the seed."""
+    (tmp_path / "own").mkdir()
+    write_config(tmp_path / "own" / "config.py", store="store")
+    runs = []
+
+    def make_run_trial(stop):
+        def train(config, workdir):
+            runs.append(workdir.name)
+            heldout = {"loss": config.seed / 10, "bits_per_byte": 1.0, "sources": {}}
+            (workdir / "summary.json").write_text(json.dumps({"heldout": heldout}))
+            rows = [{"kind": "train", "step": n + 1, "seq_len": 24, "seconds": 1.0 + n} for n in range(20)]
+            (workdir / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+            return "done"
+
+        return train
+
+    monkeypatch.setattr("btlm_jax.cli.tune.make_run_trial", make_run_trial)
+    monkeypatch.setattr(
+        "btlm_jax.train.metric_writer.read_metrics", lambda path: map(json.loads, path.read_text().splitlines())
+    )
+    monkeypatch.setattr("btlm_jax.tune.trials.share_compiled", lambda folder: None)
+    return tmp_path, runs
+
+
+def test_runs_are_made_once_with_seeds_last_and_then_reported(here, capsys):
+    folder, runs = here
+    experiment = made_up(folder / "own")
+    arguments = [f"--folder={folder / 'runs'}", "--data", "/a/place/text.txt"]
+    assert study.conduct(experiment, [*arguments, "--gather"]) == PREEMPTED
+    assert study.conduct(experiment, arguments) == DONE
+    assert runs == ["a-s0", "b-s0", "a-s1", "b-s1"]
+    assert study.conduct(experiment, [*arguments, "--minutes=5"]) == DONE
+    assert len(runs) == 4
+    text = (folder / "own/results.json").read_text()
+    values = json.loads(text)
+    assert values["losses"] == [[0.1, 0.1], [0.2, 0.2]]  # b has the seed 10 x 0.1, and one more in the second
+    assert values["text"] == ["text.txt"] and "/a/place" not in text and str(folder) not in text
+    assert values["command"] == "python -m experiments.own --folder=DIR --data text.txt"
+    measured = json.loads((folder / "runs/trials/b-s1/measured.json").read_text())
+    assert measured["seed"] == 2 and measured["step_seconds"] == {"24": 3.0}  # the third of 20
+
+
+def test_only_seeds_of_which_all_runs_are_finished_are_reported(here):
+    folder, _ = here
+    experiment = made_up(folder / "own")
+    arguments = [f"--folder={folder / 'runs'}"]
+    study.conduct(experiment, arguments)
+    (folder / "runs/trials/b-s1/measured.json").unlink()
+    assert study.conduct(experiment, [*arguments, "--gather"]) == DONE
+    assert json.loads((folder / "own/results.json").read_text())["losses"] == [[0.1, 0.1]]
+
+
+def test_another_text_and_contradicting_flags_are_refused(here):
+    folder, _ = here
+    experiment = made_up(folder / "own")
+    study.conduct(experiment, [f"--folder={folder / 'runs'}", "--data", "one.txt"])
+    with pytest.raises(ValueError, match=r"text=.*one.txt"):
+        study.conduct(experiment, [f"--folder={folder / 'runs'}", "--data", "two.txt"])
+    for wrong in (["--quick", "--seeds=2"], ["--seeds=0"], ["--minutes=-1"]):
+        with pytest.raises(UsageError):
+            study.conduct(experiment, [f"--folder={folder / 'more'}", *wrong])
+
+
+def test_a_seed_changes_parameters_and_order_alike():
+    config = tiny_config(seed=7)
+    assert study.with_seed(config, 0) == config
+    other = study.with_seed(config, 2)
+    assert (other.seed, other.data.seed) == (9, config.data.seed + 2)
+
+
+def test_the_interval_of_seeds_is_students():
+    found = study.mean_and_interval([1.0, 2.0, 3.0])
+    half = 4.302653 / math.sqrt(3)  # two degrees of freedom, 97.5 %, of a table
+    assert found["mean"] == 2 and found["low"] == pytest.approx(2 - half) and found["high"] == pytest.approx(2 + half)
+    assert study.mean_and_interval([1.5])["low"] is None and "one seed" in study.shown(study.mean_and_interval([1.5]))
+
+
+def curve(length, loss, *, alibi="none", factor=1.0):
+    """A curve whose loss in a bin is loss(its last position); bins of doubling width, a token a position."""
+    firsts = [1, *(2**n + 1 for n in range(int(math.log2(length))))]
+    lasts = [1, *(2 ** (n + 1) for n in range(int(math.log2(length))))]
+    bins = {
+        "first": firsts, "last": lasts, "loss": [loss(last) for last in lasts],
+        "num_tokens": [last - first + 1 for first, last in zip(firsts, lasts, strict=True)],
+    }  # fmt: skip
+    mean = sum(x * n for x, n in zip(bins["loss"], bins["num_tokens"], strict=True)) / length
+    return {"length": length, "alibi": alibi, "factor": factor, "loss": mean, "first_rise": 0, "bins": bins}
+
+
+def curves_of(trained, longest, *, loss, divided):
+    """The curves of a run: as trained they have one loss, with divided slopes another."""
+    plain = [curve(length, loss) for length in sorted({2 * trained, 4 * trained, 8 * trained, longest})]
+    fixed = [curve(8 * trained, divided, alibi="fixed", factor=factor) for factor in positions.FACTORS]
+    return [*plain, *fixed, *(curve(times * trained, divided, alibi="dynamic") for times in (2, 4))]
+
+
+def test_the_curriculum_at_equal_tokens_and_at_equal_time():
+    module = importlib.import_module("experiments.curriculum.__main__")
+    config = config_of("curriculum")
+    assert list(module.make_variants(config, {}, STORE)) == ["mixed", "short", "long"]
+    first = {
+        "mixed": {"step_seconds": {"128": 1.5, "512": 3.0}},
+        "short": {"step_seconds": {"128": 1.0}},
+        "long": {"step_seconds": {"512": 4.0}},
+    }
+    made = module.make_variants(config, first, STORE)
+    assert {made[name].curriculum.table.num_tokens for name in ("mixed", "short", "long")} == {600 * 1024}
+    steps = {name: variant.curriculum.table.num_steps for name, variant in made.items()}
+    assert steps["short-equal-time"] == 450 + 150 * 3 and steps["long-equal-time"] == 300  # of 900 seconds
+    assert made["long-equal-time"].optimizer.warmup_tokens == config.optimizer.warmup_tokens // 2
+    assert made["short"].curriculum.seq_len == (128,) and made["long"].curriculum.seq_len == (512,)
+    assert made["short"].data.store == "/a/store"
+
+
+def test_what_is_reported_of_the_curriculum_and_of_alibi(tmp_path):
+    def measured(trained, loss):
+        step_seconds = {"128": 1.0, "512": 3.0}
+        curves = curves_of(trained, 4096, loss=lambda last: loss + (last > 512), divided=lambda last: loss + 2)
+        return {"loss": loss, "step_seconds": step_seconds, "trained_length": trained, "curves": curves}
+
+    lengths = {"mixed": 512, "short": 128, "long": 512, "short-equal-time": 128, "long-equal-time": 512}
+    seeds = [
+        {name: measured(length, seed + (name == "short") / 2) for name, length in lengths.items()} for seed in (1, 2)
+    ]
+    for name in ("curriculum", "alibi"):
+        experiment, config = experiment_of(name), config_of(name)
+        values = {"config": dataclasses.asdict(config), **experiment.report(config, seeds)}
+        experiment.plot(values, tmp_path / f"{name}.png")
+        assert (tmp_path / f"{name}.png").stat().st_size > 10_000
+        assert "| mixed" in experiment.describe(values)
+        short = values["variants"]["short"]
+        if name == "curriculum":
+            assert values["bands"] == {"inside_short": (1, 128), "inside_long": (129, 512), "beyond": (513, 4096)}
+            assert short["losses"]["beyond"]["values"] == [2.5, 3.5] and short["losses"]["inside_long"]["mean"] == 2
+            assert short["minus_mixed"]["heldout"]["values"] == [0.5, 0.5]
+            assert short["seconds_to_mixed"] == pytest.approx(600 / 900)
+        else:
+            assert short["losses"]["plain"]["1x"]["values"] == [1.5, 2.5]
+            assert short["losses"]["plain"]["8x"]["values"] == [2.5, 3.5]  # positions 513-1,024
+            assert (
+                short["minus_plain"]["fixed 8"]["2x"]["mean"] == 2
+                and short["minus_plain"]["fixed 8"]["8x"]["mean"] == 1
+            )
+            assert short["dynamic_minus_plain"]["256"]["mean"] == pytest.approx(2)
+            assert short["dynamic_minus_plain"]["1024"]["mean"] == pytest.approx(1.5)  # half of it has risen by 1
+
+
+def test_loss_between_weighs_bins_by_their_tokens():
+    one = {"bins": {"first": [1, 2, 3], "last": [1, 2, 4], "loss": [9.0, 1.0, 2.0], "num_tokens": [5, 1, 3]}}
+    assert positions.loss_between(one, 2, 4) == (1 * 1 + 2 * 3) / 4
+    with pytest.raises(ValueError, match="no bin"):
+        positions.loss_between(one, 5, 9)
+
+
+@pytest.mark.slow
+def test_a_run_of_the_curriculum_is_made_and_its_curves_are_measured(tmp_path, monkeypatch):
+    from btlm_jax.cli.tune import make_run_trial
+
+    settings = positions.settings_for(config_of("curriculum"), longest=4096)  # 7 curves, of which 2 are compiled here
+    assert [setting.length for setting in settings] == [1024, 2048, 4096, 4096, 4096, 1024, 2048]
+    few = [
+        Setting(length=8 * BLOCK_LEN, alibi=alibi, factor=factor) for alibi, factor in (("none", 1.0), ("fixed", 8.0))
+    ]
+    monkeypatch.setattr(positions, "settings_for", lambda config, longest: few)
+
+    build_real_store(tmp_path / "store")
+    config = tiny_config(model__vocab_size=400, log__sample_tokens=1)
+    config = experiment_of("curriculum").make_variants(config, {}, {"": tmp_path / "store"})["short"]
+    notices.begin(strict=())
+    with one_device():
+        assert make_run_trial(stopping.current())(config, tmp_path / "run") == "done"
+        measured = positions.measure_positions_of(config, tmp_path / "run")
+    assert [curve["length"] for curve in measured["curves"]] == 2 * [8 * BLOCK_LEN]
+    assert measured["trained_length"] == 24
+    for curve in measured["curves"]:
+        assert 4 < curve["loss"] < 7 and sum(curve["bins"]["num_tokens"]) >= 8 * BLOCK_LEN
+    plain, divided = (curve["bins"]["loss"][:6] for curve in measured["curves"])
+    assert plain[0] == pytest.approx(divided[0]) and plain[3:] != pytest.approx(divided[3:])  # one token has no slope
+    assert study.step_seconds(tmp_path / "run").keys() == {"24"}
