@@ -75,8 +75,9 @@ examples:  btlm tune search --directory=runs/search --config=local_cpu --points=
 
 Points are tried on a third or a ninth of the config's tokens, the best third goes on to three times as many, up to all;
 the config as it is goes on beside them. Every trial is an ordinary run in a folder of the directory; the same command
-goes on after a kill, and any number of them take trials from it. At the end: the best points, the gain over the config
-with its interval over --seeds, and how much of the result each key decides. btlm new --constants writes the large
+goes on after a kill, and any number of them take trials from it. At the end the best point and the config are trained
+--fresh_seeds times more, with seeds that nothing was chosen by: their difference is the gain, with its interval. It
+prints the best points, the gain, and how much of the result each key decides. btlm new --constants writes the large
 model's config with what was found.
 """
 
@@ -300,7 +301,10 @@ def search_flags() -> Flags:
     _define_study(flags)
     flags.define_integer("points", 40, "points of the space to try")
     flags.define_integer("rungs", 2, "rungs of successive halving; 1: every point on all tokens")
-    flags.define_integer("seeds", 1, "runs of each point on the last rung, which give the gain its interval")
+    flags.define_integer("seeds", 1, "runs of each point on the last rung, by whose mean loss the best is chosen")
+    flags.define_integer(
+        "fresh_seeds", 3, "further runs of the best point and of the config, whose gain is not flattered"
+    )
     flags.define_string("method", "sobol", "how points are spread", choices=("sobol", "random"))
     flags.define_integer("seed", 1, "of the points")
     flags.define_paths("space", "KEY=LOW:HIGH[:log|linear|log2_whole]: keys of the config, or batch, warmup: factors")
@@ -323,6 +327,7 @@ def _search(arguments: Sequence[str]) -> int:
             num_points=flags.integer("points"),
             num_rungs=flags.integer("rungs"),
             num_seeds=flags.integer("seeds"),
+            num_fresh=flags.integer("fresh_seeds"),
             method=flags.string("method"),
             seed=flags.integer("seed"),
         )

@@ -61,7 +61,8 @@ FIRST_SHARE = 0.75  # of the steps, in the first phase
 MIN_STEPS = 600  # configs/local_cpu.py's
 SMALL_BATCH = 16_384  # tokens; below it the peak rate is configs/local_cpu.py's
 WARMUP_TOKENS = 375e6
-BATCH_EXPONENT, TAU_EXPONENT, TAU_AT_20 = 0.383, -0.527, 0.21  # arXiv 2505.13738
+# arXiv 2505.13738. TAU_AT_20 is what summaries quote of its 610 M model; Celerity (2509.25087) takes 0.1745.
+BATCH_EXPONENT, TAU_EXPONENT, TAU_AT_20 = 0.383, -0.527, 0.21
 BTLM_TOKENS_PER_STEP = 480 * 8192
 BTLM_TOKENS = 159_636 * BTLM_TOKENS_PER_STEP
 PEAK, SMALL_PEAK, END_SHARE = 0.012, 0.006, 1.0198e-4 / 0.012

@@ -3,7 +3,8 @@
 A curve is a preset, a width, a depth, a batch and a number of tokens; its trials are ordinary runs of a config with one
 peak learning rate each, 2^r for whole or half numbers r. The optimum of a curve is the vertex of a parabola through the
 losses over r near the least one, its interval of a bootstrap: of seeds where there are several, otherwise of the
-parabola's residuals. A curve whose least loss is at an end of its rates gets one rate more there, up to a limit.
+parabola's residuals. Far higher losses at higher rates are those of unstable training, and bend no parabola. A curve
+whose least loss is at an end of its rates gets one rate more there, up to a limit.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ from btlm_jax.tune.coord_check import at_width
 from btlm_jax.tune.trials import Result, Trial, resampled_mean, scale_phases, scale_tokens
 
 NEAR = 2.0  # octaves to either side of the best rate that the parabola is laid through
+HIGHEST = 1.15  # times the least loss: at higher rates, losses above it are left out where three others are left
 MOST_MORE = 4  # rates that a curve gets beyond each end of those asked for
 NUM_SAMPLES = 1000
 TAILS = (0.05, 0.95)
@@ -169,10 +171,14 @@ def optimum_of(rates: Sequence[float], losses: Sequence[Sequence[float]], *, see
     pairs = [(rate, each) for rate, each in zip(rates, losses, strict=True) if each and all(map(math.isfinite, each))]
     if len(pairs) < 3:
         raise ValueError(f"{len(pairs)} of {len(rates)} learning rates have a finite loss; an optimum needs three")
-    best = min(pairs, key=lambda pair: float(np.mean(pair[1])))[0]
-    near = [pair for pair in pairs if abs(pair[0] - best) <= NEAR + 1e-9]
-    if len(near) < 3:
-        near = sorted(pairs, key=lambda pair: abs(pair[0] - best))[:3]
+    best, least = min(((rate, float(np.mean(each))) for rate, each in pairs), key=lambda pair: pair[1])
+    nearest = sorted(pairs, key=lambda pair: abs(pair[0] - best))
+    near = [
+        (rate, each)
+        for rate, each in nearest
+        if abs(rate - best) <= NEAR + 1e-9 and (rate <= best or float(np.mean(each)) <= HIGHEST * least)
+    ]
+    near = sorted(near if len(near) >= 3 else nearest[:3])
     x = np.array([rate for rate, _ in near])
     y = np.array([np.mean(each) for _, each in near])
     a, b, c = np.polyfit(x - best, y, 2)

@@ -3,6 +3,8 @@
 A space is a list of keys of the config, each with a range and a scale. Points are tried at a part of the tokens first;
 of a rung, the share 1 / ETA with the least losses goes on to ETA times the tokens, from the beginning, as a schedule
 that decays to its end needs it (arXiv 1810.05934 without its asynchrony: what is tried follows from results alone).
+The best of many points is chosen by its losses, which flatters it; so at the end it and the config are trained again
+with seeds that nothing was chosen by, and the gain is said of these.
 
 Importance of a key is omega squared of the ranks on the first rung: their variance between BINS equal parts of the
 key's range, less what chance gives it, over their variance in all. It is the key's main effect, without interactions.
@@ -83,12 +85,13 @@ class Search:
     num_points: int
     num_rungs: int
     num_seeds: int  # of the last rung
+    num_fresh: int  # seeds beyond those, of the best point and of the config
     method: str
     seed: int
 
     def __post_init__(self):
-        if self.num_points < 2 or self.num_rungs < 1 or self.num_seeds < 1:
-            raise ValueError("a search needs two points or more, and one rung and seed or more")
+        if self.num_points < 2 or self.num_rungs < 1 or self.num_seeds < 1 or self.num_fresh < 0:
+            raise ValueError("a search needs two points or more, one rung and seed or more, and no fewer than 0 fresh")
         keys = [dimension.key for dimension in self.space]
         if len(set(keys)) < len(keys) or not keys:
             raise ValueError(f"the space has the keys {', '.join(keys)}; give one or more, each once")
@@ -123,6 +126,10 @@ class Search:
     def seeds_of(self, rung: int) -> range:
         return range(self.num_seeds if rung == self.num_rungs - 1 else 1)
 
+    @property
+    def fresh_seeds(self) -> range:
+        return range(self.num_seeds, self.num_seeds + self.num_fresh)
+
     def name_of(self, number: int, *, rung: int, seed: int) -> str:
         return f"point-{number:03}-rung-{rung}-s{seed}"
 
@@ -144,13 +151,28 @@ class Search:
             return None
         return float(np.mean([results[name].loss for name in names]))
 
+    def ranked(self, results: Mapping[str, Result]) -> list[int]:
+        """Return the points of the last rung, the best first; none before all its losses are known."""
+        rungs = self.rungs(results)
+        losses = {number: self.loss_of(number, rung=len(rungs) - 1, results=results) for number in rungs[-1]}
+        if len(rungs) < self.num_rungs or None in losses.values():
+            return []
+        return sorted(losses, key=lambda number: (losses[number], number))
+
     def choose(self, results: Mapping[str, Result]) -> list[Trial]:
         """Return all trials that there are to be, as far as the results say."""
-        return [
-            Trial(name=self.name_of(number, rung=rung, seed=seed), config=self.config_of(number, rung=rung, seed=seed))
+        found = [
+            (number, rung, seed)
             for rung, numbers in enumerate(self.rungs(results))
             for number in numbers
             for seed in self.seeds_of(rung)
+        ]
+        best = next((number for number in self.ranked(results) if number), None)
+        if best is not None and math.isfinite(self.loss_of(best, rung=self.num_rungs - 1, results=results) or math.inf):
+            found += [(number, self.num_rungs - 1, seed) for seed in self.fresh_seeds for number in (0, best)]
+        return [
+            Trial(name=self.name_of(number, rung=rung, seed=seed), config=self.config_of(number, rung=rung, seed=seed))
+            for number, rung, seed in found
         ]
 
 
@@ -189,29 +211,36 @@ def report(search: Search, results: Mapping[str, Result]) -> dict:
     """Return ranks, the gain over the config with its interval, and importance, as JSON's values."""
     rungs = search.rungs(results)
     last = len(rungs) - 1
-    losses = {number: search.loss_of(number, rung=last, results=results) for number in rungs[last]}
-    ranked = sorted((number for number in losses if losses[number] is not None), key=lambda n: (losses[n], n))
+
+    def losses_of(number: int, seeds: range) -> list[float | None]:
+        return [_number(results[search.name_of(number, rung=last, seed=seed)].loss) for seed in seeds]
+
     finals = [
         {
             "point": number,
-            "losses": [
-                _number(results[search.name_of(number, rung=last, seed=seed)].loss) for seed in search.seeds_of(last)
-            ],
-            "loss": _number(losses[number]),
+            "losses": losses_of(number, search.seeds_of(last)),
+            "loss": _number(search.loss_of(number, rung=last, results=results)),
             "values": search.values_of(number),
         }
-        for number in ranked
+        for number in search.ranked(results)
     ]
     best = next((each for each in finals if each["point"] != 0), None)
     own = next(each for each in finals if each["point"] == 0)
     first = [search.loss_of(number, rung=0, results=results) for number in range(1, search.num_points + 1)]
     assert best is not None and None not in first
+    fresh = {"seeds": len(search.fresh_seeds), "config": [], "best": [], "gain": None}
+    if search.num_fresh and best["loss"] is not None:
+        fresh["config"], fresh["best"] = (losses_of(number, search.fresh_seeds) for number in (0, best["point"]))
+        fresh["gain"] = gain_of(fresh["config"], fresh["best"])
+    is_worse = bool(fresh["gain"]) and (fresh["gain"]["nats"] or 0.0) < 0
     return {
         "rungs": rungs,
         "final": finals,
         "gain": gain_of(own["losses"], best["losses"]),
+        "fresh": fresh,
         "importance": importance(search.space, search.shares, np.array(first, float)),
-        "constants": {key: _value_of(search.config, key) for key in TRANSFERRED} | finals[0]["values"],
+        "constants": {key: _value_of(search.config, key) for key in TRANSFERRED}
+        | ({} if is_worse else finals[0]["values"]),
         "base": {
             "d_model": search.config.mup.base_d_model,
             "num_layers": search.config.mup.base_num_layers,
@@ -292,8 +321,8 @@ def with_constants(config: TrainConfig, *, found: Constants) -> TrainConfig:
 def gain_of(own: Sequence, best: Sequence, *, seed: int = 0) -> dict:
     """Return by how many nats the best point is below the config itself, with a bootstrap's interval over seeds.
 
-    Of one seed there is no interval: its ends are None; where one of them diverged, a loss of None, all are. The best
-    of many is chosen by these losses, so the gain is high by what its seeds' luck gave it.
+    Of one seed there is no interval: its ends are None; where one of them diverged, a loss of None, all are. Of losses
+    that the best of many was chosen by, the gain is high by what its seeds' luck gave it.
     """
     if None in (*own, *best):
         return {"nats": None, "low": None, "high": None}
@@ -348,6 +377,13 @@ def _ranks(losses: np.ndarray) -> np.ndarray:
     return (np.searchsorted(order, losses, "left") + np.searchsorted(order, losses, "right") - 1) / 2
 
 
+def _shown_gain(gain: dict) -> str:
+    if gain["nats"] is None:
+        return "one of them diverged"
+    interval = "" if gain["low"] is None else f", 90 % from {gain['low']:+.4f} to {gain['high']:+.4f} over seeds"
+    return f"{gain['nats']:+.4f} nats better{interval}"
+
+
 def format_report(values: dict) -> str:
     """Return the best points, the gain, and the importance of each key."""
     lines = [f"Best of {len(values['rungs'][0]) - 1} points, of which {len(values['final'])} had all tokens:"]
@@ -355,11 +391,11 @@ def format_report(values: dict) -> str:
         shown = ", ".join(f"{key.rpartition('.')[2]} {value:.4g}" for key, value in each["values"].items())
         loss = "diverged" if each["loss"] is None else f"{each['loss']:.4f}"
         lines.append(f"  {loss}  {shown or 'the config as it is'}")
-    gain = values["gain"]
-    interval = "" if gain["low"] is None else f", 90 % from {gain['low']:+.4f} to {gain['high']:+.4f} over seeds"
-    better = "one of them diverged" if gain["nats"] is None else f"{gain['nats']:+.4f} nats better{interval}"
-    lines.append(f"Against the config as it is: {better}")
-    if not values["final"][0]["values"]:
+    lines.append(f"Against the config as it is: {_shown_gain(values['gain'])}")
+    fresh = values["fresh"]
+    if fresh["gain"]:
+        lines.append(f"With {fresh['seeds']} seeds that it was not chosen by: {_shown_gain(fresh['gain'])}")
+    if not values["final"][0]["values"] or fresh["gain"] and (fresh["gain"]["nats"] or 0.0) < 0:
         lines.append("No point is better than the config: its own constants are those of search.json")
     lines.append("Share of the variance of ranks that each key explains alone (omega squared of 4 bins, 90 %):")
     for each in values["importance"]:

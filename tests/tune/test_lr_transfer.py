@@ -87,6 +87,16 @@ def test_an_optimum_at_the_end_is_said_to_be_none_and_divergence_is_left_out():
         optimum_of(rates, [[3.3], [3.0], [math.inf], [math.nan]])
 
 
+def test_a_loss_beyond_the_edge_of_stability_bends_no_parabola():
+    """Measured losses of a width of 64: at 2^-4 training is unstable, and with it -6.26 came out."""
+    rates = [-8.0, -7.0, -6.0, -5.0, -4.0]
+    found = optimum_of(rates, [[4.5329], [4.2018], [4.0461], [4.0593], [5.1886]])
+    without = optimum_of(rates[:-1], [[4.5329], [4.2018], [4.0461], [4.0593]])
+    assert found == without and -5.7 < found.rate < -5.3 and found.is_bracketed
+    few = optimum_of([-7.0, -6.0, -5.0], [[9.0], [4.0], [9.0]])  # three are needed, so all are taken
+    assert few.rate == pytest.approx(-6)
+
+
 def test_three_rates_of_one_seed_have_no_interval(tmp_path):
     """A parabola meets them exactly, and has no residuals; and the last rate, which diverged, costs nothing."""
     tried = sweep(presets=("btlm",), num_seeds=1)
@@ -108,7 +118,7 @@ def test_an_interval_of_one_seed_grows_with_the_scatter_about_the_parabola():
     rng = np.random.default_rng(0)
     widths = []
     for noise in (0.001, 0.02):
-        losses = [[0.05 * (rate + 7.3) ** 2 + noise * rng.standard_normal()] for rate in rates]
+        losses = [[3 + 0.05 * (rate + 7.3) ** 2 + noise * rng.standard_normal()] for rate in rates]
         found = optimum_of(rates.tolist(), losses)
         widths.append(found.high - found.low)
         assert found.low - 0.1 < -7.3 < found.high + 0.1

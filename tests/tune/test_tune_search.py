@@ -24,7 +24,7 @@ SPACE = (
 
 
 def made(**changes) -> Search:
-    values = {"config": tiny_config(), "space": SPACE, "num_points": 27, "num_rungs": 3, "num_seeds": 2}
+    values = {"config": tiny_config(), "space": SPACE, "num_points": 27, "num_rungs": 3, "num_seeds": 2, "num_fresh": 3}
     return Search(**{**values, "method": SOBOL, "seed": 1, **changes})
 
 
@@ -52,7 +52,7 @@ def test_of_each_rung_the_best_third_goes_on_and_the_config_beside_them():
     assert [len(set(rung) - {0}) for rung in rungs] == [27, 9, 3] and all(0 in rung for rung in rungs)
     truth = sorted(range(1, 28), key=lambda number: loss(tried.values_of(number)))
     assert [sorted(set(rung) - {0}) for rung in rungs[1:]] == [sorted(truth[:9]), sorted(truth[:3])]
-    assert len(results) == 28 + 10 + 2 * 4
+    assert len(results) == 28 + 10 + 2 * 4 + 2 * 3
     values = search.report(tried, results)
     assert {key: values["constants"][key] for key in tried.values_of(1)} == tried.values_of(truth[0])
     assert (
@@ -61,8 +61,24 @@ def test_of_each_rung_the_best_third_goes_on_and_the_config_beside_them():
     gain = 3.2 - loss(tried.values_of(truth[0]))
     assert values["gain"]["nats"] == pytest.approx(gain)
     assert values["gain"]["low"] <= gain <= values["gain"]["high"] < gain + 0.015
+    assert values["fresh"]["config"] == pytest.approx([3.22, 3.23, 3.24])  # seeds 2 to 4, which chose nothing
+    assert values["fresh"]["gain"]["nats"] == pytest.approx(gain)
+    assert "With 3 seeds that it was not chosen by: +" in search.format_report(values)
     assert "Best of 27 points, of which 4 had all tokens" in (text := search.format_report(values))
     assert text.index("optimizer.peak_learning_rate  ") < text.index("mup.init_std  ")
+
+
+def test_a_point_that_fresh_seeds_show_to_be_worse_leaves_the_configs_constants():
+    tried = made(num_points=2, num_rungs=1, num_seeds=1, num_fresh=2)
+    losses = {"000-rung-0-s0": 3.2, "001-rung-0-s0": 3.1, "002-rung-0-s0": 3.3}
+    results = {f"point-{name}": Result(loss=each, seconds=1.0) for name, each in losses.items()}
+    left = [trial.name for trial in tried.choose(results) if trial.name not in results]
+    assert left == [f"point-{number}-rung-0-s{seed}" for seed in (1, 2) for number in ("000", "001")]
+    results |= {name: Result(loss=3.5 if "001" in name else 3.2, seconds=1.0) for name in left}
+    values = search.report(tried, results)
+    assert values["gain"]["nats"] == pytest.approx(0.1) and values["fresh"]["gain"]["nats"] == pytest.approx(-0.3)
+    assert values["constants"]["mup.init_std"] == tried.config.mup.init_std
+    assert "No point is better than the config" in search.format_report(values)
 
 
 def test_a_config_that_no_point_beats_keeps_its_constants():
@@ -182,6 +198,7 @@ def test_a_finished_search_is_reported_by_its_command(token_store, tmp_path, cap
         trial.mkdir(parents=True)
         (trial / "result.json").write_text(json.dumps({"loss": value, "seconds": 1.0, "outcome": ""}))
     command = ["tune", "search", f"--directory={tmp_path / 'study'}", f"--config={config}", "--points=2", "--rungs=1"]
+    command += ["--fresh_seeds=0"]
     assert main([*command, "--space", "mup.init_std=0.02:0.2"]) == 0
     said = capsys.readouterr().out
     assert "  5.2500  init_std 0." in said and "  5.5000  the config as it is" in said and "  diverged  init" in said
