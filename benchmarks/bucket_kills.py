@@ -1,12 +1,13 @@
 """Kill training runs whose workdir is in a bucket, go on elsewhere or here, and compare every bit with a local run.
 
-Command: python benchmarks/bucket_kills.py --config=FILE --folder=DIR --kills=20
+Command: python benchmarks/bucket_kills.py --config=FILE --folder=DIR --kills=20 --processes=one
 
-The bucket is tests/support/fake_gcs.py, slow enough that SIGKILL mostly comes in the middle of an upload. After half of
-the kills the local folder is deleted, as if the next start were on another machine. A run that ends must have, in the
-bucket, the hashes of arrays of an undisturbed local run at its last step, and every number that it logged, each step
-once; no object of a checkpoint without its commit may be left. Prints a row for each kill; exits with 1 when anything
-differs.
+The bucket is tests/support/fake_gcs.py, slow enough that SIGKILL mostly comes in the middle of an upload. A run is one
+process; two of a device each, with --processes=two; or with --processes=elastic, at each start, one of two devices or
+two of one. Of two, one or both are killed: the other must end with 77. After half of the kills the local folders are
+deleted, as if the next start were on other machines. A run that ends must have, in the bucket, the hashes of arrays of
+an undisturbed local run at its last step, and every number that it logged, each step once; no object of a checkpoint
+without its commit may be left. Prints a row for each kill; exits with 1 when anything differs.
 """
 
 from __future__ import annotations
@@ -27,6 +28,7 @@ from pathlib import Path
 SERVER = Path(__file__).parents[1] / "tests" / "support" / "fake_gcs.py"
 CLOCK = ("tokens_per_second", "mfu", "seconds")
 WRITE_SECONDS = 0.05
+LEFT = "left to end"
 
 
 def main() -> int:
@@ -36,6 +38,7 @@ def main() -> int:
     parser.add_argument("--folder", type=Path, required=True)
     parser.add_argument("--kills", type=int, default=20)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--processes", choices=("one", "two", "elastic"), default="one")
     flags = parser.parse_args()
     rng = random.Random(flags.seed)
     flags.folder.mkdir(parents=True, exist_ok=True)
@@ -49,7 +52,8 @@ def main() -> int:
         "JAX_COMPILATION_CACHE_DIR": str(flags.folder / "compiled"),
     }
     local = flags.folder / "local"
-    finish(start(flags.config, str(local), environment))
+    num_devices = 1 if flags.processes == "one" else 2
+    finish(start(flags.config, str(local), environment, num_devices=num_devices, count=1))
     expected = numbers((local / "metrics.jsonl").read_bytes()), arrays_of_last(local)
     server = subprocess.Popen([sys.executable, SERVER, str(port), str(WRITE_SECONDS)])
     num_wrong = num_kills = num_runs = 0
@@ -57,19 +61,25 @@ def main() -> int:
         while num_kills < flags.kills:
             workdir, num_runs = f"run-{num_runs}", num_runs + 1
             while True:
-                process = start(flags.config, f"gs://bucket/{workdir}", environment)
-                moment = wait_for_upload(process, port, workdir, rng) if num_kills < flags.kills else "left to end"
-                if process.poll() is not None or moment == "left to end":
+                count = rng.choice((1, 2)) if flags.processes == "elastic" else num_devices
+                url = f"gs://bucket/{workdir}"
+                processes = start(flags.config, url, environment, num_devices=num_devices, count=count)
+                moment = wait_for_upload(processes[0], port, workdir, rng) if num_kills < flags.kills else LEFT
+                if processes[0].poll() is not None or moment == LEFT:
                     break
-                process.kill()
-                process.wait()
+                codes = kill(processes, rng.sample(range(count), rng.randint(1, count)))
+                if any(code not in (-9, 77) for code in codes):
+                    print(f"{workdir}: ended with {codes}")
+                    num_wrong += 1
                 num_kills += 1
                 is_elsewhere = rng.random() < 0.5
                 if is_elsewhere:
                     shutil.rmtree(flags.folder / "staging", ignore_errors=True)
-                print(f"{num_kills:4}  {workdir:8}  {moment:40}  next start {'elsewhere' if is_elsewhere else 'here'}")
+                print(
+                    f"{num_kills:4}  {workdir:8}  {moment:40}  {str(codes):10}  next start {'elsewhere' if is_elsewhere else 'here'}"
+                )
                 sys.stdout.flush()
-            finish(process)
+            finish(processes)
             objects = contents(port, workdir)
             found = numbers(objects["metrics.jsonl"]), arrays_of_objects(objects)
             left = [name for name in objects if name.startswith("checkpoints/") and not is_committed(name, objects)]
@@ -89,17 +99,30 @@ def free_port() -> int:
         return free.getsockname()[1]
 
 
-def start(config: str, workdir: str, environment: dict[str, str]) -> subprocess.Popen:
-    """Start the real command; what it says goes to a file of the local folder."""
+def start(
+    config: str, workdir: str, environment: dict[str, str], *, num_devices: int, count: int
+) -> list[subprocess.Popen]:
+    """Start the real command in `count` processes; what they say goes to a file of the local folder."""
     command = [sys.executable, "-m", "btlm_jax", "train", f"--config={config}", f"--workdir={workdir}"]
+    environment = environment | {"JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": str(num_devices // count)}
+    flags = [[f"--process_id={index}"] for index in range(count)]
+    if count > 1:
+        command += [f"--coordinator=127.0.0.1:{free_port()}", f"--num_processes={count}"]
     with open(Path(environment["BTLM_STAGING"]).parent / "output.txt", "ab") as output:
-        return subprocess.Popen(command, env=environment, stdout=output, stderr=output)
+        return [subprocess.Popen([*command, *own], env=environment, stdout=output, stderr=output) for own in flags]
 
 
-def finish(process: subprocess.Popen) -> None:
+def kill(processes: list[subprocess.Popen], victims: list[int]) -> list[int]:
+    """Kill some processes of a run, and return with which code each of all ends."""
+    for index in victims:
+        processes[index].kill()
+    return [process.wait(timeout=300) for process in processes]
+
+
+def finish(processes: list[subprocess.Popen]) -> None:
     """Wait for the end of a run, which must be its end."""
-    if code := process.wait():
-        raise SystemExit(f"the run ended with {code}: see output.txt")
+    if any(codes := [process.wait() for process in processes]):
+        raise SystemExit(f"the run ended with {codes}: see output.txt")
 
 
 def wait_for_upload(process: subprocess.Popen, port: int, workdir: str, rng: random.Random) -> str:
@@ -113,7 +136,7 @@ def wait_for_upload(process: subprocess.Popen, port: int, workdir: str, rng: ran
             open_ones = {name.split("/")[1] for name in names(port, workdir) if not is_committed(name, found)}
             return f"uploading checkpoint {', '.join(sorted(open_ones))}" if open_ones else "between checkpoints"
         time.sleep(0.02)
-    return "left to end"
+    return LEFT
 
 
 def is_committed(name: str, objects) -> bool:

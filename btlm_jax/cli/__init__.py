@@ -320,5 +320,5 @@ def quiet_orbax() -> None:
         lambda record: record.levelno < logging.ERROR or "orbax" not in record.pathname
     )
     absl_logging.get_absl_logger().addFilter(  # TensorStore warns of checkpoints that it opens for reading
-        lambda record: not re.search("read_only=True|is read only", record.getMessage())
+        lambda record: not re.search("read_only=True|is read only|size logging disabled", record.getMessage())
     )

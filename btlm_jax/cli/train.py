@@ -6,6 +6,7 @@ import contextlib
 import dataclasses
 import functools
 import os
+import secrets
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -146,10 +147,8 @@ def _local_workdir(flags: Flags) -> Iterator[Path]:
         return
     from btlm_jax.storage import bucket
 
-    # Saves by orbax in processes that share no folder have stood still, once in some ten (docs/results.md).
-    if has_several(flags) and place_of(flags).count > 1:
-        raise UsageError(f"--workdir={url} is for a run of one process; several need a folder that all hosts see")
-    with bucket.opened_for_run(url) as mirror:
+    index, count = (place_of(flags).index, place_of(flags).count) if has_several(flags) else (0, 1)
+    with bucket.opened_for_run(url, index=index, count=count) as mirror:
         flags.set_string("workdir", str(mirror.folder))
         yield mirror.folder
 
@@ -183,8 +182,11 @@ def _run_as_owner(workdir: Path, flags: Flags, work: Callable[..., int]) -> int:
 
             peers.refuse(place_of(flags), str(error))
         raise
+    if mirror.is_remote:
+        stop.at_exit(lambda code, reason: mirror.copy_now(stopping.STACKS))
     if ownership is None:
-        return work(flags, workdir=workdir, stop=stop, ledger=ledger)
+        with _closed(mirror):
+            return work(flags, workdir=workdir, stop=stop, ledger=ledger)
     stop.at_exit(lambda code, reason: ownership.release())
     ownership.keep(on_loss=functools.partial(stop.end_now, ERROR))
     try:
@@ -240,6 +242,13 @@ def _copied(mirror: Mirror) -> Iterator[None]:
     mirror.begin()
     if mirror.is_remote:
         setup.make_workdir(mirror.folder)  # now that it has what the bucket has
+    with _closed(mirror):
+        yield
+
+
+@contextlib.contextmanager
+def _closed(mirror: Mirror) -> Iterator[None]:
+    """Close it at the end; after an error, what this raises is said beside the error."""
     try:
         yield
     except BaseException:
@@ -278,6 +287,7 @@ def _join_processes(config: TrainConfig, flags: Flags, *, workdir: Path, stop: S
     """Join the other processes of this run; must come before anything touches a device."""
     from btlm_jax.display.progress import print_line
     from btlm_jax.parallel import peers
+    from btlm_jax.storage import location
 
     place = place_of(flags)
     if place.index != 0:
@@ -285,8 +295,17 @@ def _join_processes(config: TrainConfig, flags: Flags, *, workdir: Path, stop: S
     log = print_line if place.index == 0 else lambda line: None
     given = {name: flags.string(name) for name in ("init", "init_optimizer")}
     given |= {"resume_step": flags.integer("resume_step"), "grow_vocabulary": flags.boolean("grow_vocabulary")}
+    mirror = location.mirror_of(workdir)
+    given |= {"workdir": mirror.url} if mirror.is_remote else {}
     facts = peers.facts_of(dataclasses.asdict(config), flags=given)
-    peers.join(place, facts=facts, stop=stop, log=log).check_workdir(workdir)
+    joined = peers.join(place, facts=facts, stop=stop, log=log)
+    if not mirror.is_remote:
+        joined.check_workdir(workdir)
+        return
+    mirror.run = joined.value_of_first("run", secrets.token_hex(8))
+    if place.index != 0:
+        mirror.begin()  # process 0 has begun: what the bucket has is what it goes on from
+    stop.wait_for_all("workdir in the bucket read")
 
 
 def _train_on_data(flags: Flags) -> int:

@@ -399,11 +399,10 @@ class Peers:
         Raises:
           ProcessesDifferError: one does not; names it.
         """
-        token, path = f"{_FACTS}token", workdir / TOKEN_FILE
+        path, token = workdir / TOKEN_FILE, os.urandom(8).hex()
         if self.index == 0:
-            path.write_text(os.urandom(8).hex(), encoding="utf-8")
-            self._set(token, path.read_text(encoding="utf-8"))
-        expected, until = self._client.blocking_key_value_get(token, int(1000 * MEETING_SECONDS)), self._clock()
+            path.write_text(token, encoding="utf-8")
+        expected, until = self.value_of_first("token", token), self._clock()
         until += SEEN_SECONDS
         while not (is_seen := _text_of(path) == expected) and self._clock() < until:
             time.sleep(0.2)
@@ -417,6 +416,13 @@ class Peers:
                 f"the workdir {workdir} is not one for all processes: what {self._names[0]} wrote there is not seen by "
                 f"{', '.join(self._names[number] for number in blind)}. Give a folder that all hosts share"
             )
+
+    def value_of_first(self, name: str, value: str) -> str:
+        """Return the value with which process 0 has called this; waits until it has."""
+        key = f"{_FACTS}{name}"
+        if self.index == 0:
+            self._set(key, value)
+        return self._client.blocking_key_value_get(key, int(1000 * MEETING_SECONDS))
 
 
 def _text_of(path: Path) -> str:

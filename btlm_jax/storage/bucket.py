@@ -8,7 +8,12 @@ renames nor appends, so it is the order of the writes that makes a kill at any m
 - Other files go whole, in the order in which they were changed; what is gone locally is deleted last.
 - SESSION says which local folder wrote last: that one goes on from what it has, any other is made anew.
 
-A run of several processes is refused (cli/train.py). Imported only for a workdir that is a URL.
+Of a run of several processes each has a local folder of its own, where orbax saves what this process holds: a database
+of OCDBT, `state/ocdbt.process_<index>`. All but the first are a PartMirror: it uploads that database, and then an
+object that names its files. The first uploads the rest, waits for these objects, and names all files in the COMMIT.
+Whoever fetches such a checkpoint joins the databases to the one that orbax reads; only names are copied for that.
+
+Imported only for a workdir that is a URL.
 """
 
 from __future__ import annotations
@@ -51,6 +56,10 @@ FILES_SECONDS = 60.0  # between copies of the files beside the checkpoints
 _SYNCED = ".synced.json"  # of a local folder: which of its files are as in the bucket
 _SPEED, _PROBE = ".speed", ".writable-"  # objects by which the speed of writing is measured, and that one can write
 _STATE = "state/"  # of a checkpoint: the arrays, which are fetched when they are read
+_PROCESS = f"{_STATE}ocdbt.process_"  # and an index: the database of arrays of one process
+_JOINED = (f"{_STATE}manifest.ocdbt", f"{_STATE}d")  # the database of all
+_IS_JOINED = f"{_STATE}.joined"  # it is that of all processes' databases, not of this one's alone
+_DIGESTS = "digests/metadata"  # of a checkpoint: hashes of its arrays, the same in all processes
 _CHECKPOINTS = "checkpoints"
 _NOT_FOR_READERS = ("tensorboard/", "compile_cache/", "trackers/", "profile/", "corpus/", "store/", "replaced/")
 _LAST_NAMES = ("manifest.json", "summary.json")  # of files that say that others are complete
@@ -59,6 +68,7 @@ _CALL_SECONDS, _SLOWEST = 120.0, 4e6  # for a request, and bytes per second for 
 _IN_MEMORY = 1 << 28  # bytes; a larger file is not one that grows
 _THREADS = 8
 _POLL_SECONDS = 0.5
+_OTHERS_SECONDS, _OTHERS_AT_END = 600.0, 30.0  # for the parts of other processes; at the end of the run
 _LOCAL_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS)
 _REFUSED = ("NoCredentialsError", "PartialCredentialsError", "DefaultCredentialsError", "PermissionError")
 
@@ -183,12 +193,17 @@ def _is_refusal(error: Exception) -> bool:
 
 
 class Mirror:
-    """A workdir that is a folder of this machine and one in a bucket; `close` it at the end."""
+    """A workdir that is a folder of this machine and one in a bucket; `close` it at the end.
+
+    Of the first of `count` processes, or of the only one.
+    """
 
     is_remote = True
 
-    def __init__(self, remote: RemoteFolder, folder: Path):
-        self.remote, self.folder, self.url = remote, folder, remote.url
+    def __init__(self, remote: RemoteFolder, folder: Path, *, count: int = 1):
+        self.remote, self.folder, self.url, self.count = remote, folder, remote.url, count
+        self.run = ""  # what names this start of several processes
+        self._uploaded: dict[int, dict[str, list]] = {}  # own files of a checkpoint that waits for others' parts
         self.owned = RemoteFolder(remote.url, waits=(), seconds=2 * BEAT_SECONDS)
         self._known: dict[str, dict] = {}  # objects that are there; of each the local file that it is equal to
         self._token, self._token_before = secrets.token_hex(8), ""  # of this folder's SESSION, of the bucket's at first
@@ -240,11 +255,32 @@ class Mirror:
           OSError: it cannot be.
           StrictError: an earlier copy failed, which is an error by --strict.
         """
-        with self._lock:
-            self._copy()
+        self._flush(patience=_OTHERS_SECONDS)
+
+    def _flush(self, *, patience: float) -> None:
+        until = time.monotonic() + patience
+        while True:
+            with self._lock:
+                self._copy()
+                missing = self._missing_parts()
+            if not missing:
+                break
+            if time.monotonic() > until:
+                raise OSError(
+                    f"checkpoint {self._waiting()[0]:,} is not in {self.url}: process {', '.join(map(str, missing))} "
+                    f"has not uploaded its part in {patience:.0f} s"
+                )
+            time.sleep(_POLL_SECONDS)
         error, self._error = self._error, None
         if isinstance(error, notices.StrictError):
             raise error
+
+    def _missing_parts(self) -> list[int]:
+        """Return the processes whose parts of the first checkpoint that waits are not in the bucket."""
+        if not (waiting := self._waiting()):
+            return []
+        parts = self._parts_of_others(waiting[0])
+        return [index for index in range(1, self.count) if index not in parts]
 
     def upload_rate(self, num_bytes: int) -> float:
         """Return the bytes per second of writing an object of that size, or of 8 MiB if that is less."""
@@ -264,17 +300,27 @@ class Mirror:
         if self._thread is None:
             return
         try:
-            self.flush()
+            self._flush(patience=_OTHERS_AT_END)
         except OSError as error:
+            kept = f"What is not uploaded is kept in this machine's folder {os.fspath(self.folder)!r}: "
+            lost = "The same command goes on from the last checkpoint there"
             raise OSError(
-                f"{error}. What is not uploaded is kept in this machine's folder {os.fspath(self.folder)!r}: "
-                "the same command here goes on with it"
+                f"{error}. " + (f"{kept}the same command here goes on with it" if self.count == 1 else lost)
             ) from error
         finally:
             self._thread.join(timeout=5.0)
             self._thread = None
-        if set(self._known) <= {SESSION}:  # of a run that was refused
+        if set(self._known) == {SESSION}:  # of a run that was refused
             self.remote.delete(SESSION)
+
+    def copy_now(self, folder: str) -> None:
+        """Copy the files of a folder of the workdir, once and in little time: the process ends.
+
+        Raises:
+          OSError: they cannot be written.
+        """
+        for path in (self.folder / folder).glob("*"):
+            self.owned.upload(path, f"{folder}/{path.name}")
 
     # The copying.
 
@@ -310,7 +356,8 @@ class Mirror:
 
     def _copy(self) -> None:
         for step in self._waiting():
-            self._copy_checkpoint(step)
+            if not self._copy_checkpoint(step):
+                break  # later ones wait, too
         self._copy_moved()
         self._copy_files()
         self._delete_gone()
@@ -328,26 +375,23 @@ class Mirror:
         """Return the steps of checkpoints that are complete here, and not in the bucket."""
         return [step for step in self._steps() if not (self.folder / _CHECKPOINTS / str(step) / ORIGIN).is_file()]
 
-    def _copy_checkpoint(self, step: int) -> None:
+    def _copy_checkpoint(self, step: int) -> bool:
+        """Copy a checkpoint; return whether it is complete in the bucket, for which other processes may be missing."""
         base = f"{_CHECKPOINTS}/{step}"
         folder = self.folder / base
         self._write_session()
         if f"{base}/{COMMIT}" in self._known:  # of an earlier one of this step
             self._delete(f"{base}/{COMMIT}")
-        paths = [
-            path
-            for path in folder.rglob("*")
-            if path.is_file() and not path.name.startswith(".") and path.name != COMMIT
-        ]
-
-        def copy(path: Path) -> tuple[str, list]:
-            name = path.relative_to(folder).as_posix()
-            facts = [path.stat().st_size, hash_file(path)]
-            self.remote.upload(path, f"{base}/{name}")
-            return name, facts
-
-        files = dict(_in_threads(copy, paths))
-        self._known |= {f"{base}/{name}": {} for name in files}
+        if step not in self._uploaded:
+            files = self._upload(step, lambda name: self.count == 1 or not name.startswith(_JOINED))
+            self._known |= {f"{base}/{name}": {} for name in files}
+            self._uploaded[step] = files
+        parts = self._parts_of_others(step)
+        if len(parts) < self.count - 1:
+            return False
+        files = self._uploaded.pop(step)
+        for part in parts.values():
+            files |= part
         self._copy_files()  # the metrics up to this step
         commit = json.dumps({"written": folder.stat().st_mtime, "files": files})
         self.remote.write(f"{base}/{COMMIT}", commit.encode())
@@ -357,7 +401,45 @@ class Mirror:
         for name in [name for name in self._known if name.startswith(f"{base}/")]:
             if name.removeprefix(f"{base}/") not in (COMMIT, *files):
                 self._delete(name)
+        for index in parts:
+            self.remote.delete(f"{base}/{_part_name(index)}")
         self._free(before=step)
+        return True
+
+    def _upload(self, step: int, is_wanted: Callable[[str], bool]) -> dict[str, list]:
+        """Upload the wanted files of a checkpoint; return size and hash of each by its name."""
+        base = f"{_CHECKPOINTS}/{step}"
+        folder = self.folder / base
+        names = [
+            path.relative_to(folder).as_posix()
+            for path in folder.rglob("*")
+            if path.is_file() and not path.name.startswith(".") and path.name != COMMIT
+        ]
+
+        def upload(name: str) -> tuple[str, list]:
+            path = folder / name
+            facts = [path.stat().st_size, hash_file(path)]
+            self.remote.upload(path, f"{base}/{name}")
+            return name, facts
+
+        return dict(_in_threads(upload, [name for name in names if is_wanted(name)]))
+
+    def _parts_of_others(self, step: int) -> dict[int, dict[str, list]]:
+        """Return size and hash of each file by its name, by process, of the parts of a checkpoint in the bucket."""
+
+        def read(index: int) -> tuple[int, dict]:
+            try:
+                return index, _parse(self.remote.read(f"{_CHECKPOINTS}/{step}/{_part_name(index)}"))
+            except FileNotFoundError:
+                return index, {}
+
+        identity = self._identity(step)
+        parts = _in_threads(read, range(1, self.count))
+        return {index: part["files"] for index, part in parts if part.get("of") == identity}
+
+    def _identity(self, step: int) -> list[str]:
+        """Return what tells a checkpoint from any other one of that step: this start, and the hashes of its arrays."""
+        return [self.run, hash_file(self.folder / _CHECKPOINTS / str(step) / _DIGESTS)]
 
     def _free(self, *, before: int) -> None:
         """Delete the local arrays of earlier checkpoints that are in the bucket."""
@@ -461,6 +543,8 @@ class Mirror:
 
     def _bring(self, listing: dict[str, list]) -> None:
         """Make the local folder what the bucket has, unless it is the one that wrote last."""
+        if self.count > 1:  # what the next start would find here is a part
+            (self.folder / SESSION).unlink(missing_ok=True)
         synced = _read_json(self.folder / _SYNCED)
         session = _read_json(self.folder / SESSION)
         last = (_parse(self.remote.read(SESSION)).get("token") if SESSION in listing else "") or ""
@@ -494,13 +578,49 @@ class Mirror:
         """Say that this folder is the one that writes, before it first does."""
         if self._has_session:
             return
-        session = {"token": self._token, "boot": _boot()}
+        session = {"token": self._token, "boot": _boot() if self.count == 1 else "that of several processes"}
         # Should the bucket not take it: with the token that it has, by which the next start knows this folder.
         write_atomically(self.folder / SESSION, json.dumps(session | {"token_before": self._token_before}))
         self.remote.write(SESSION, json.dumps({"token": self._token}).encode())
         write_atomically(self.folder / SESSION, json.dumps(session))
         self._known[SESSION] = {}
         self._has_session = True
+
+
+class PartMirror(Mirror):
+    """The workdir of a run in a bucket, in a process other than the first: its part of checkpoints is uploaded."""
+
+    def __init__(self, remote: RemoteFolder, folder: Path, *, index: int, count: int):
+        super().__init__(remote, folder, count=count)
+        self._index = index
+
+    def _bring(self, listing: dict[str, list]) -> None:
+        self._drop()
+        pull(self.remote, self.folder, listing, is_wanted=lambda name: True)
+
+    def _adopt(self, listing: dict[str, list]) -> None:
+        """Do nothing: the first process has done so."""
+
+    def _copy(self) -> None:
+        for step in self._waiting():
+            base = f"{_CHECKPOINTS}/{step}"
+            files = self._upload(step, lambda name: name.startswith(f"{_PROCESS}{self._index}/"))
+            part = {"of": self._identity(step), "files": files}
+            self.remote.write(f"{base}/{_part_name(self._index)}", json.dumps(part).encode())
+            write_atomically(self.folder / base / ORIGIN, f"{self.url}/{base}")
+            for earlier in [each for each in self._steps() if each < step]:  # all are in the bucket before a save
+                shutil.rmtree(self.folder / _CHECKPOINTS / str(earlier) / _STATE, ignore_errors=True)
+
+    def _delete_gone(self) -> None:
+        """Do nothing: the first process does so."""
+
+    def _missing_parts(self) -> list[int]:
+        return []
+
+
+def _part_name(index: int) -> str:
+    """Return the name, in a checkpoint, of the object that a process writes when its part is uploaded."""
+    return f"part.{index}.json"
 
 
 def pull(
@@ -573,6 +693,8 @@ def fetch(folder: Path) -> int:
       OSError: the bucket cannot be reached.
     """
     remote = RemoteFolder((folder / ORIGIN).read_text(encoding="utf-8"))
+    if not (folder / COMMIT).is_file():  # this process has uploaded a part of it
+        write_atomically(folder / COMMIT, remote.read(COMMIT))
     files = parse_json_object((folder / COMMIT).read_bytes(), name=f"{remote.url}/{COMMIT}")["files"]
     missing = [name for name, (size, _) in files.items() if _size(folder / name) != size]
 
@@ -588,8 +710,37 @@ def fetch(folder: Path) -> int:
             raise ValueError(f"{name} is not as it was written")
 
     _in_threads(fetch_one, missing)
+    if _JOINED[0] not in files and any(name.startswith(_PROCESS) for name in files):
+        _join_databases(folder)
     _as_written(folder)
     return len(missing)
+
+
+def _join_databases(folder: Path) -> None:
+    """Make one database of those of a checkpoint's processes; it names their files, and copies no array.
+
+    Source: `merge_ocdbt_per_process_files` of orbax, which does so at the end of a save to a folder that all share.
+
+    Raises:
+      ValueError: one cannot be read.
+    """
+    if (folder / _IS_JOINED).is_file():
+        return
+    import tensorstore as ts
+
+    for name in _JOINED:  # of one process alone, or of a kill here
+        shutil.rmtree(folder / name) if (folder / name).is_dir() else (folder / name).unlink(missing_ok=True)
+    context = ts.Context()
+
+    def opened(path: Path) -> ts.KvStore:
+        spec = {"driver": "ocdbt", "base": {"driver": "file", "path": f"{os.fspath(path)}/"}}
+        return ts.KvStore.open(spec, context=context).result()
+
+    whole, transaction = opened(folder / _STATE), ts.Transaction(atomic=True)
+    for path in sorted((folder / _STATE).glob(_PROCESS.removeprefix(_STATE) + "*")):
+        opened(path).experimental_copy_range_to(whole.with_transaction(transaction)).result()
+    transaction.commit_async().result()
+    write_atomically(folder / _IS_JOINED, "")
 
 
 def num_bytes_of(folder: Path) -> int:
@@ -611,14 +762,17 @@ def _as_written(folder: Path) -> None:
 
 
 @contextlib.contextmanager
-def opened_for_run(url: str) -> Iterator[Mirror]:
-    """Yield the workdir of a run in a bucket, which has to `begin` and to `close`.
+def opened_for_run(url: str, *, index: int = 0, count: int = 1) -> Iterator[Mirror]:
+    """Yield the workdir of a run in a bucket, in one of its processes, which has to `begin` and to `close`.
+
+    All but the first process begin when the first one has.
 
     Raises:
       OSError: the bucket cannot be reached or written.
     """
-    with local_folder(url, role="run") as folder:
-        mirror = Mirror(RemoteFolder(url), folder)
+    with local_folder(url, role=f"run-process-{index}" if index else "run") as folder:
+        remote = RemoteFolder(url)
+        mirror = PartMirror(remote, folder, index=index, count=count) if index else Mirror(remote, folder, count=count)
         mirror.check_writable()
         location.add_mirror(mirror)
         notices.call_it(folder, mirror.url)

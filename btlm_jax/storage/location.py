@@ -43,6 +43,7 @@ class Mirror(Protocol):
     folder: Path
     is_remote: bool
     owned: Any  # where the file of the owner is, if not in the workdir: an owner.Bucket
+    run: str  # what names this start of several processes in a bucket
 
     def begin(self) -> None: ...
     def close(self) -> None: ...
@@ -51,12 +52,13 @@ class Mirror(Protocol):
     def settle(self) -> None: ...
     def flush(self) -> None: ...
     def upload_rate(self, num_bytes: int) -> float: ...
+    def copy_now(self, folder: str) -> None: ...
 
 
 class NoMirror:
     """Of a workdir that is a folder."""
 
-    url, folder, is_remote, owned = "", Path(), False, None
+    url, folder, is_remote, owned, run = "", Path(), False, None, ""
 
     def check(self) -> None:
         """Do nothing, as the others."""
@@ -69,6 +71,9 @@ class NoMirror:
     def upload_rate(self, num_bytes: int) -> float:
         del num_bytes
         return math.inf
+
+    def copy_now(self, folder: str) -> None:
+        del folder
 
 
 _mirrors: dict[Path, Mirror] = {}

@@ -84,10 +84,14 @@ class Checkpointer:
         self._mirror = mirror_of(workdir)
         self._failure: OSError | None = None  # of the last save, until one is complete
         self._is_saving = False
+        self._saves_alone = self._mirror.is_remote and jax.process_count() > 1  # processes share no folder
         self._manager = self._make_manager()
+        self._whole = set(self.steps())  # with the parts of all processes
 
     def _make_manager(self) -> ocp.CheckpointManager:
         self._rendezvous, self._has_failed_in_all = None, False
+        if self._saves_alone:
+            return _make_manager_alone(self.directory, preservation_policy=_KeepRules(self._config))
         own: dict[str, Any] = {}
         if jax.process_count() > 1:
             from btlm_jax.parallel.rendezvous import make_rendezvous
@@ -135,7 +139,7 @@ class Checkpointer:
             self._manager.save(
                 position.step,
                 args=ocp.args.Composite(
-                    state=ocp.args.StandardSave(state),
+                    state=ocp.args.PyTreeSave(state) if self._saves_alone else ocp.args.StandardSave(state),
                     **{name: ocp.args.JsonSave(table) for name, table in tables.items()},
                 ),
             )
@@ -198,7 +202,7 @@ class Checkpointer:
 
     def _try_to_write(self) -> None:
         """See that process 0 can make the folder of a checkpoint, for which orbax lets the others wait 5 minutes."""
-        if jax.process_index() == 0:
+        if jax.process_index() == 0 or self._saves_alone:
             probe = self.directory / ".probe"
             with self._naming_the_last_checkpoint():
                 write_atomically(probe, "x" * 4096)
@@ -259,6 +263,9 @@ class Checkpointer:
         self._failure, self._is_saving = error, False
         with contextlib.suppress(Exception):  # that it failed is known
             self._manager.close()
+        if self._saves_alone:  # what is complete here lacks another process's part
+            for step in set(_steps_in(self.directory)) - self._whole:
+                shutil.rmtree(self.directory / str(step))
         self._manager = self._make_manager()
 
     def read_metadata(self, step: int) -> tuple[Position, TrainConfig]:
@@ -395,6 +402,7 @@ class Checkpointer:
         """Delete the checkpoints after a step, of a run that has gone back to it."""
         for later in [each for each in self.steps() if each > step]:
             self._manager.delete(later)
+            self._whole.discard(later)
 
     def newest(self, read: Callable[[int], _Read], *, steps: Sequence[int]) -> tuple[_Read, list[str]]:
         """Return what `read` returns of the last of the steps for which it raises no DamagedError.
@@ -428,7 +436,7 @@ class Checkpointer:
             target = target.with_name(f"{target.name}+")
 
         def rename() -> None:
-            if jax.process_index() == 0:
+            if jax.process_index() == 0 or self._saves_alone:
                 target.parent.mkdir(exist_ok=True)
                 source.replace(target)
 
@@ -522,6 +530,7 @@ class Checkpointer:
                 self._mirror.flush()
 
         self._do_in_all(wait_here, say=self._not_written)
+        self._whole = set(self.steps())
 
     def close(self) -> None:
         """Wait for saves and release orbax's threads; may be called in one process alone.
@@ -548,6 +557,36 @@ class Checkpointer:
             f"a checkpoint could not be written to {self.directory}: {reason}; {last}; free some space or mend {what}, "
             "and run the same command to go on"
         )
+
+
+def _make_manager_alone(directory: Path, **options: Any) -> ocp.CheckpointManager:
+    """Return a manager by which each process saves what it holds of the arrays in a folder of its own.
+
+    No process waits for another one. Orbax does so for folders of each host, where all are the "primary host". What
+    storage/bucket.py brings together is a checkpoint; a part alone lacks arrays, so that it is not checked for them.
+    """
+    directory.mkdir(parents=True, exist_ok=True)
+    own = jax.process_index()
+    alone = ocp.options.MultiprocessingOptions(
+        primary_host=None, active_processes={own}, barrier_sync_key_prefix=f"process-{own}"
+    )
+    arrays = ocp.BasePyTreeCheckpointHandler(multiprocessing_options=alone, enable_post_merge_validation=False)
+    tables = {name: ocp.JsonCheckpointHandler(multiprocessing_options=alone) for name in _ITEMS[1:]}
+    return ocp.CheckpointManager(
+        directory,
+        options=ocp.CheckpointManagerOptions(
+            create=False,
+            cleanup_tmp_directories=True,
+            enable_async_checkpointing=True,
+            multiprocessing_options=alone,
+            async_options=ocp.AsyncOptions(create_directories_asynchronously=False),  # of which all would be told
+            **options,
+        ),
+        item_handlers={
+            "state": ocp.PyTreeCheckpointHandler(multiprocessing_options=alone, handler_impl=arrays),
+            **tables,
+        },
+    )
 
 
 def kept_steps(checkpoints: Sequence[tuple[int, float]], config: CheckpointConfig) -> set[int]:

@@ -24,7 +24,7 @@ from btlm_jax.parallel.mesh import batch_sharding, rules_for
 from btlm_jax.recipe.config import PREPARED, TrainConfig, check_divisible
 from btlm_jax.stopping import Stop
 from btlm_jax.storage.files import write_atomically
-from btlm_jax.storage.location import is_absolute
+from btlm_jax.storage.location import is_absolute, mirror_of
 from btlm_jax.train import CONFIG_FILE, KEPT_TOKENIZER, METRICS_FILE
 from btlm_jax.train.checkpoint import (
     Checkpointer,
@@ -214,8 +214,8 @@ def _start_facts(position: Position) -> dict[str, str]:
 
 
 def _go_back(workdir: Path, step: int, stop: Stop) -> list[str]:
-    """Go back to an earlier checkpoint, in one process for all; return what to say of it."""
-    said = go_back(workdir, step) if jax.process_index() == 0 else ""
+    """Go back to an earlier checkpoint, in one process for all that share a folder; return what to say of it."""
+    said = go_back(workdir, step) if jax.process_index() == 0 or mirror_of(workdir).is_remote else ""
     stop.wait_for_all("went back to an earlier checkpoint")
     return [said] if said else []
 
