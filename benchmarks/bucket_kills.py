@@ -75,9 +75,8 @@ def main() -> int:
                 is_elsewhere = rng.random() < 0.5
                 if is_elsewhere:
                     shutil.rmtree(flags.folder / "staging", ignore_errors=True)
-                print(
-                    f"{num_kills:4}  {workdir:8}  {moment:40}  {str(codes):10}  next start {'elsewhere' if is_elsewhere else 'here'}"
-                )
+                where = "elsewhere" if is_elsewhere else "here"
+                print(f"{num_kills:4}  {workdir:8}  {moment:40}  {str(codes):10}  next start {where}")
                 sys.stdout.flush()
             finish(processes)
             objects = contents(port, workdir)
@@ -105,7 +104,7 @@ def start(
     """Start the real command in `count` processes; what they say goes to a file of the local folder."""
     command = [sys.executable, "-m", "btlm_jax", "train", f"--config={config}", f"--workdir={workdir}"]
     environment = environment | {"JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": str(num_devices // count)}
-    flags = [[f"--process_id={index}"] for index in range(count)]
+    flags = [[f"--process_id={index}"] for index in range(count)] if count > 1 else [[]]
     if count > 1:
         command += [f"--coordinator=127.0.0.1:{free_port()}", f"--num_processes={count}"]
     with open(Path(environment["BTLM_STAGING"]).parent / "output.txt", "ab") as output:

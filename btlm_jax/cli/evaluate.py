@@ -128,8 +128,8 @@ def _measure_with_others(names: Sequence[str], config: EvaluationConfig, flags: 
         return tables
     except stopping.ProcessesDifferError as error:
         raise UsageError(str(error)) from error
-    except RuntimeError:  # of JAX, when it waits for a process that is gone
-        stop.wait_if_peer_is_gone()
+    except Exception as error:
+        stop.wait_if_peer_is_gone(error)
         raise
 
 

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 from btlm_jax import notices, stopping
 from btlm_jax.cli import BAD_NUMBERS, DONE, ERROR, PREEMPTED, UsageError
 from btlm_jax.cli.parse import Flags, check_processes, define_processes, find_config, has_several, place_of
-from btlm_jax.stopping import AgreedError, ProcessesDifferError, Stop
+from btlm_jax.stopping import ProcessesDifferError, Stop
 
 if TYPE_CHECKING:
     import jax
@@ -82,10 +82,8 @@ def train(arguments: Sequence[str]) -> int:
             return _run_as_owner(workdir, flags, functools.partial(_train, config))
     except ProcessesDifferError as error:
         raise UsageError(str(error)) from error
-    except AgreedError:
-        raise
-    except (RuntimeError, OSError):  # of JAX and orbax, when they wait for a process that is gone
-        stopping.current().wait_if_peer_is_gone()
+    except Exception as error:
+        stopping.current().wait_if_peer_is_gone(error)
         raise
 
 

@@ -433,6 +433,8 @@ class Mirror:
             except FileNotFoundError:
                 return index, {}
 
+        if self.count == 1:
+            return {}
         identity = self._identity(step)
         parts = _in_threads(read, range(1, self.count))
         return {index: part["files"] for index, part in parts if part.get("of") == identity}
@@ -569,6 +571,7 @@ class Mirror:
     def _drop(self) -> None:
         """Delete checkpoints that an earlier run could not upload."""
         why = "another command has written there since, or this machine was started anew"
+        why = why if self.count == 1 else "a run of several processes goes on from what is there"
         for step in self._waiting():
             said = f"checkpoint {step:,} is on this machine and not in {self.url}, and is dropped: {why}"
             notices.report("not-uploaded", said)

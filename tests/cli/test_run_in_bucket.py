@@ -93,12 +93,6 @@ def test_a_dry_run_of_a_new_workdir_reads_nothing_and_writes_nothing(objects):
     assert notices.named(f"{folder}/store") == f"{URL}/store"
 
 
-def test_several_processes_are_refused(objects, capsys):
-    several = ["--coordinator=localhost:1", "--num_processes=2"]
-    assert main(["train", "--config=local_cpu", f"--workdir={URL}", *several]) == 2 and not objects
-    assert f"--workdir={URL} is for a run of one process" in capsys.readouterr().err
-
-
 def test_what_cannot_be_copied_at_the_end_is_said_beside_the_error_that_ends_a_run(capsys):
     def close():
         raise OSError("what is not uploaded is kept")

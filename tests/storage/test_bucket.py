@@ -11,6 +11,7 @@ import time
 import types
 
 import pytest
+import tensorstore
 from support import fake_gcs
 
 from btlm_jax import notices
@@ -385,3 +386,157 @@ def test_a_run_that_wrote_nothing_leaves_nothing(objects):
     with opened() as mirror:
         mirror.close()
     assert objects == {}
+
+
+# Several processes.
+
+
+@contextlib.contextmanager
+def opened_pair(monkeypatch, tmp_path, *, run="1"):
+    """Yield the workdir of each of two processes of a run, whose folders are of different machines."""
+    with contextlib.ExitStack() as stack:
+        pair = []
+        for index in range(2):
+            monkeypatch.setenv(bucket.STAGING_VARIABLE, str(tmp_path / f"machine-{index}"))
+            mirror = stack.enter_context(bucket.opened_for_run(URL, index=index, count=2))
+            mirror.run = run
+            stack.callback(end_copying, mirror)
+            mirror.begin()
+            end_copying(mirror)  # so that it is known which write comes when
+            pair.append(mirror)
+        monkeypatch.setenv(bucket.STAGING_VARIABLE, str(tmp_path / "staging"))
+        yield pair
+
+
+def database(path):
+    spec = {"driver": "ocdbt", "base": f"file://{path}/"}
+    return tensorstore.KvStore.open(spec).result()
+
+
+def write_part(mirror, step, *, index, text=""):
+    """Write what orbax leaves where a process saves its own part: also a database of all that has only this part."""
+    folder = mirror.folder / "checkpoints" / str(step)
+    for place in ("state", f"state/ocdbt.process_{index}"):
+        (folder / place).mkdir(parents=True, exist_ok=True)
+        database(folder / place)[f"w/{index}"] = f"{step}{text}: {index}".encode() * 99
+    (folder / "digests").mkdir()
+    (folder / "digests/metadata").write_text(f"hashes of {step}{text}")
+
+
+def whole(folder, step):
+    """Return what is in a checkpoint's database of all."""
+    bucket.fetch(folder / "checkpoints" / str(step))
+    found = database(folder / "checkpoints" / str(step) / "state")
+    return {key.decode(): found[key].decode()[: len(f"{step}: 0")] for key in found.list().result()}
+
+
+def test_each_process_uploads_its_part_and_the_first_commits_all(objects, tmp_path, monkeypatch):
+    with opened_pair(monkeypatch, tmp_path) as (first, second):
+        for step in (3, 6):
+            (first.folder / "metrics.jsonl").write_text(f"{step}\n")
+            for index, mirror in enumerate((second, first)):
+                write_part(mirror, step, index=1 - index)
+                mirror.flush()
+                assert (step in steps_of(objects)) == (mirror is first)
+        assert objects[f"{RUN}/metrics.jsonl"] == b"6\n"
+        assert not [name for name in objects if name.endswith(("part.1.json", "state/manifest.ocdbt"))]
+        expected = {step: {f"w/{index}": f"{step}: {index}" for index in range(2)} for step in (3, 6)}
+        for step in (3, 6):  # this run goes back, and another command reads: the own part of 3 is not here any more
+            assert [whole(mirror.folder, step) for mirror in (first, second)] == [expected[step]] * 2
+        (second.folder / "stacks").mkdir()
+        (second.folder / "stacks/process-1.txt").write_text("main")
+        second.copy_now("stacks")
+        assert objects[f"{RUN}/stacks/process-1.txt"] == b"main"
+        before = set(objects)
+        second.close()
+        first.close()
+        assert set(objects) == before
+    folder = bucket.open_for_reading(URL)
+    assert whole(folder, 6) == whole(folder, 6) == expected[6]
+    for mirror in (first, second):  # as a kill leaves it, complete in one process or in both
+        write_part(mirror, 9, index=int(mirror is second))
+    second.flush()
+    with opened_pair(monkeypatch, tmp_path, run="2") as pair:
+        assert notices.counts() == {"not-uploaded": 1}  # of the second the part is in the bucket
+        assert [sorted(path.name for path in (each.folder / "checkpoints").iterdir()) for each in pair] == [
+            ["3", "6"], ["3", "6"]
+        ]  # fmt: skip
+        assert not [name for name in objects if "/checkpoints/9/" in name]
+        write_part(pair[0], 9, index=0)
+    monkeypatch.setenv(bucket.STAGING_VARIABLE, str(tmp_path / "machine-0"))
+    with opened() as alone:  # one process goes on where the first one was
+        assert [path.name for path in (alone.folder / "checkpoints").iterdir()] == ["3", "6"]
+        assert whole(alone.folder, 6) == expected[6]
+
+
+def test_a_part_counts_for_its_own_save_alone(objects, tmp_path, monkeypatch):
+    monkeypatch.setattr(bucket, "_OTHERS_SECONDS", 0.1)
+    late = f"^checkpoint 3 is not in {URL}: process 1 has not uploaded its part in 0 s"
+    with opened_pair(monkeypatch, tmp_path) as (first, second):
+        write_part(first, 3, index=0)
+        with pytest.raises(OSError, match=late):
+            first.flush()
+        write_part(second, 3, index=1, text=" before the run went back")
+        second.flush()
+        with pytest.raises(OSError, match=late):
+            first.flush()
+        shutil.rmtree(second.folder / "checkpoints/3")
+        write_part(second, 3, index=1)
+        second.run = "of an earlier start"
+        second.flush()
+        with pytest.raises(OSError, match=late):
+            first.flush()
+        shutil.rmtree(second.folder / "checkpoints/3")
+        assert steps_of(objects) == []
+        second.run = first.run
+        write_part(second, 3, index=1)
+        second.flush()
+        first.flush()
+        assert steps_of(objects) == [3] and whole(second.folder, 3) == {"w/0": "3: 0", "w/1": "3: 1"}
+
+
+@pytest.mark.slow
+def test_a_kill_of_processes_before_any_write_leaves_a_run_to_go_on_from(objects, tmp_path, monkeypatch):
+    """As the test of one process: a checkpoint, its successor, and the first one is deleted by the rules."""
+    write = bucket.RemoteFolder._call
+    left = [10**6]
+
+    def call(self, method, *arguments, **options):
+        if method in ("pipe_file", "put_file", "rm_file", "cp_file"):
+            left[0] -= 1
+            if left[0] < 0:
+                raise Killed
+        return write(self, method, *arguments, **options)
+
+    monkeypatch.setattr(bucket.RemoteFolder, "_call", call)
+    monkeypatch.setattr(bucket, "_THREADS", 1)
+    num_writes, reached, outcomes = 0, 0, set()
+    while reached < 9:
+        objects.clear()
+        for index in range(2):
+            shutil.rmtree(tmp_path / f"machine-{index}", ignore_errors=True)
+        left[0], reached = num_writes, 0
+        with contextlib.suppress(Killed), opened_pair(monkeypatch, tmp_path) as (first, second):
+            for step in (3, 6, 9):
+                (first.folder / "metrics.jsonl").write_text("".join(f"{n}\n" for n in range(1, step + 2)))
+                for mirror in (first, second):
+                    write_part(mirror, step, index=int(mirror is second))
+                    if step == 9:
+                        shutil.rmtree(mirror.folder / "checkpoints" / "3")
+                second.flush()
+                first.flush()
+                reached = step
+        left[0] = 10**6
+        with opened_pair(monkeypatch, tmp_path, run="2") as pair:
+            pair[0].flush()
+            found = [sorted(path.name for path in (each.folder / "checkpoints").glob("*")) for each in pair]
+            assert found[0] == found[1]
+            if reached:
+                last = int(found[0][-1])
+                outcomes.add((reached, *found[0]))
+                assert last >= (6 if reached >= 9 else reached)
+                assert whole(pair[1].folder, last) == {f"w/{index}": f"{last}: {index}" for index in range(2)}
+                assert len((pair[0].folder / "metrics.jsonl").read_text().splitlines()) >= last
+        assert not bucket._uncommitted({name.removeprefix(f"{RUN}/"): [0] for name in objects}), num_writes
+        num_writes += 1
+    assert num_writes > 30 and {(3, "3"), (6, "3", "6"), (9, "6", "9")} <= outcomes

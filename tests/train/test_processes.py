@@ -6,6 +6,7 @@ import signal
 import socket
 
 import pytest
+from support import fake_gcs
 from support.real_store import write_config
 from support.run_command import (
     NUM_STEPS,
@@ -20,6 +21,8 @@ from support.run_command import (
     train_arguments,
 )
 from support.run_here import run_here
+
+from btlm_jax.storage import bucket
 
 
 @pytest.mark.slow
@@ -79,18 +82,45 @@ def test_sigterm_saves_and_exits_with_75(tiny_run, tmp_path):
 
 
 @pytest.mark.slow
-def test_two_processes_give_the_losses_of_one(token_store, tmp_path):
+def test_two_processes_give_the_losses_of_one_in_a_folder_and_in_a_bucket(token_store, tmp_path, monkeypatch, capsys):
     config = write_config(tmp_path / "config.py", store=token_store, **ONE_PHASE)
-    with socket.socket() as free:
-        free.bind(("localhost", 0))
-        port = free.getsockname()[1]
-    flags = [f"--coordinator=localhost:{port}", "--num_processes=2"]
-    pair = [start_btlm(*train_arguments(config, tmp_path / "pair"), *flags, f"--process_id={i}") for i in range(2)]
-    for process in pair:
-        result = finish_btlm(process)
-        assert result.returncode == 0, result.stdout + result.stderr
+    finish_pair(train_arguments(config, tmp_path / "pair"), {})
     assert run_here(*train_arguments(config, tmp_path / "one")) == 0
     for kind, name in (("train", "loss"), ("train", "grad_norm"), ("eval", "loss")):
         found, expected = ([row[name] for row in recorded(run, kind)] for run in (tmp_path / "pair", tmp_path / "one"))
         assert found == pytest.approx(expected, rel=1e-6)
         assert len(found) == (3 if kind == "train" else len(expected)) > 0
+
+    objects = {}
+    with fake_gcs.connected(objects, monkeypatch) as url:  # folders that the processes do not share
+        places = [{bucket.STAGING_VARIABLE: str(tmp_path / f"staging-{index}")} for index in range(2)]
+        finish_pair(train_arguments(config, f"{url}/run"), *places)
+        monkeypatch.setenv(bucket.STAGING_VARIABLE, str(tmp_path / "staging"))
+        folder = bucket.open_for_reading(f"{url}/run")
+        for kind in ("train", "eval"):
+            assert recorded(folder, kind) == recorded(tmp_path / "pair", kind)
+        capsys.readouterr()
+        assert run_here("checkpoints", f"{url}/run", "--verify") == 0
+        assert capsys.readouterr().out.count("verified") == 2
+    names = [name.removeprefix("run/checkpoints/3/") for name in objects if name.startswith("run/checkpoints/3/")]
+    assert {name.split("/")[1] for name in names if name.startswith("state/ocdbt")} == {
+        "ocdbt.process_0", "ocdbt.process_1"
+    }  # fmt: skip
+    assert not {"part.1.json", "state/manifest.ocdbt"} & set(names)
+    in_folder = (tmp_path / "pair" / "checkpoints" / "3" / "digests" / "metadata").read_bytes()
+    in_bucket = objects["run/checkpoints/3/digests/metadata"]
+    assert json.loads(in_folder)["arrays"] == json.loads(in_bucket)["arrays"]
+
+
+def finish_pair(arguments, *variables):
+    """Run a command in two processes, each with some environment variables of its own, to their end."""
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        flags = [f"--coordinator=localhost:{free.getsockname()[1]}", "--num_processes=2"]
+    pair = [
+        start_btlm(*arguments, *flags, f"--process_id={i}", variables=variables[min(i, len(variables) - 1)])
+        for i in range(2)
+    ]
+    for process in pair:
+        result = finish_btlm(process)
+        assert result.returncode == 0, result.stdout + result.stderr
