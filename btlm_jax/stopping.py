@@ -17,8 +17,6 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Protocol
 
-from btlm_jax import notices
-
 PREEMPTED, PEER_GONE, INTERRUPTED = 75, 77, 130  # exit codes
 BEGINNING, STEPPING, ENDING = "before the first step", "between steps", "after the last save"
 STACKS = "stacks"  # directory in a workdir: every thread's stack, of a run whose steps stood still
@@ -272,14 +270,9 @@ class Stop:
         """Return when all processes of the run have called this with `name`, however long that takes."""
         self.agree(name, {})
 
-    def wait_if_peer_is_gone(self, error: Exception) -> None:
-        """Wait for the end of this process if another one is gone, which is what the error may come from.
-
-        JAX and orbax, when they wait for a process that is gone, raise RuntimeErrors and OSErrors, and JAX a ValueError
-        where it broke an exchange that a call waited for. Another ValueError than one of our own `raise` is such a one.
-        """
-        is_own = isinstance(error, AgreedError) or (isinstance(error, ValueError) and notices.is_named(error))
-        if self._peers and isinstance(error, (RuntimeError, OSError, ValueError)) and not is_own:
+    def wait_if_peer_is_gone(self) -> None:
+        """Wait for the end of this process if another one is gone, which is what an error here may come from."""
+        if self._peers:
             self._peers.wait_for_verdict()
 
     def _leave_if_requested(self) -> None:

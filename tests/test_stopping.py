@@ -3,6 +3,7 @@
 import pytest
 
 from btlm_jax import stopping
+from btlm_jax.cli import errors
 from btlm_jax.stopping import BEGINNING, ENDING, PEER_GONE, PREEMPTED, Stop, Stopped
 from btlm_jax.storage.files import parse_json_object
 
@@ -115,7 +116,7 @@ def test_what_must_be_done_at_an_end_at_once_is_done(stop):
     assert released == [(1, "it was taken over")] and stop.ended == [1]
 
 
-def test_an_error_that_may_come_from_a_process_that_is_gone_waits_for_the_verdict(stop):
+def test_an_error_that_may_come_from_a_process_that_is_gone_waits_for_the_verdict(stop, monkeypatch):
     class Waited(Exception):
         pass
 
@@ -126,12 +127,13 @@ def test_an_error_that_may_come_from_a_process_that_is_gone_waits_for_the_verdic
     def check_ours():
         parse_json_object(b"[]", name="x")
 
-    stop.wait_if_peer_is_gone(RuntimeError("alone"))
+    monkeypatch.setattr(stopping, "current", lambda: stop)
+    errors.wait_if_peer_is_gone(RuntimeError("alone"))
     stop._peers = Peers()
     for error in (RuntimeError("UNKNOWN"), OSError("orbax"), ValueError("UNKNOWN: Gloo AllGather failed")):
         with pytest.raises(Waited):
-            stop.wait_if_peer_is_gone(error)
+            errors.wait_if_peer_is_gone(error)
     with pytest.raises(ValueError) as caught:
         check_ours()
     for error in (caught.value, stopping.AgreedError("in all", reason="quota")):
-        stop.wait_if_peer_is_gone(error)
+        errors.wait_if_peer_is_gone(error)

@@ -12,9 +12,10 @@ from collections.abc import Sequence
 from importlib import metadata
 
 import btlm_jax
+from btlm_jax import stopping
 from btlm_jax.cli import ERROR, FAULT, PIPE_CLOSED, USAGE, UsageError, is_reader_gone
 from btlm_jax.notices import StrictError, is_named, named
-from btlm_jax.stopping import INTERRUPTED, PREEMPTED, ProcessesDifferError, Stopped
+from btlm_jax.stopping import INTERRUPTED, PREEMPTED, AgreedError, ProcessesDifferError, Stopped
 
 _DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
 _VERSIONS_OF = ("jax", "jaxlib", "numpy", "flax", "orbax-checkpoint", "grain")
@@ -49,6 +50,17 @@ def code_of(error: BaseException) -> int:
     if isinstance(error, BrokenPipeError) and is_reader_gone():
         return PIPE_CLOSED
     return FAULT if _message_for_user(error) is None else ERROR
+
+
+def wait_if_peer_is_gone(error: Exception) -> None:
+    """Wait for the end of this process if the error may come from another process of the run that is gone.
+
+    JAX and orbax, when they wait for a process that is gone, raise RuntimeErrors and OSErrors, and JAX a ValueError
+    where an exchange broke that a call waited for: any other ValueError than one of our own `raise` is taken for one.
+    """
+    is_own = isinstance(error, AgreedError) or (isinstance(error, ValueError) and is_named(error))
+    if isinstance(error, (RuntimeError, OSError, ValueError)) and not is_own:
+        stopping.current().wait_if_peer_is_gone()
 
 
 def _message_for_user(error: BaseException) -> str | None:

@@ -129,7 +129,9 @@ def _measure_with_others(names: Sequence[str], config: EvaluationConfig, flags: 
     except stopping.ProcessesDifferError as error:
         raise UsageError(str(error)) from error
     except Exception as error:
-        stop.wait_if_peer_is_gone(error)
+        from btlm_jax.cli import errors
+
+        errors.wait_if_peer_is_gone(error)
         raise
 
 

@@ -83,7 +83,9 @@ def train(arguments: Sequence[str]) -> int:
     except ProcessesDifferError as error:
         raise UsageError(str(error)) from error
     except Exception as error:
-        stopping.current().wait_if_peer_is_gone(error)
+        from btlm_jax.cli import errors
+
+        errors.wait_if_peer_is_gone(error)
         raise
 
 
