@@ -22,11 +22,6 @@ inline f8 code(u32x8 word, int i) {
 // Signed byte i of a word.
 inline f8 byte(u32x8 word, int i) { return __builtin_convertvector((i8)(word << (24 - 8 * i)) >> 24, f8); }
 
-// y[rows][32] += x[rows][0..depth) . w[depth][32]
-void accumulate_rows(const float* w, const float* x, int64_t ld_x, float* y, int64_t ld_y, int64_t depth, int64_t rows) {
-  product<Into::kSum>(Left<Stored::kByRows>{x, ld_x}, w, kTile, y, ld_y, depth, rows, kTile);
-}
-
 // One row, whose sums stay in registers.
 void one_row(const float* w, const float* x, float* y, int64_t depth) {
   f8 sums[4] = {};
@@ -96,56 +91,163 @@ std::vector<uint32_t> pairs_of(const float* x, int64_t count) {
 }
 #endif
 
-// Rows are computed in the tile's own [rows, 32] buffer, then copied to y[rows, M].
+// One row in the tile's own buffer, then copied to y[M].
 template <typename Fill>
-void into_columns(int64_t tile, int64_t rows, int64_t M, float* y, const Fill& fill) {
-  std::vector<float> own(rows * kTile, 0.0f);
-  fill(own.data());
-  int64_t width = std::min(kTile, M - tile * kTile);
-  for (int64_t r = 0; r < rows; ++r) {
-    std::memcpy(y + r * M + tile * kTile, own.data() + r * kTile, width * sizeof(float));
-  }
+void into_columns(int64_t tile, int64_t M, float* y, const Fill& fill) {
+  float own[kTile];
+  fill(own);
+  std::memcpy(y + tile * kTile, own, std::min(kTile, M - tile * kTile) * sizeof(float));
 }
 
-template <typename W>
-void product_ungrouped(ffi::ThreadPool pool, const float* x, const W* w, float* y, int64_t R, int64_t K, int64_t M) {
-  constexpr int64_t kDepth = 128, kInputs = std::is_same_v<W, float> ? 1 : 2;
-#ifdef __AVX512BF16__
-  if constexpr (kInputs == 2) {
-    if (R > 1) {
-      std::vector<uint32_t> rounded = pairs_of(x, R * K);
-      parallel(pool, (M + kTile - 1) / kTile, R * K * kTile, [=, pairs = rounded.data()](int64_t tile) {
-        into_columns(tile, R, M, y, [=](float* own) {
-          for (int64_t k = 0; k < K / 2; k += kDepth) {
-            int64_t depth = std::min(kDepth, K / 2 - k);
-            accumulate_pair_rows(w + (tile * K / 2 + k) * kTile, pairs + k, K / 2, own, depth, R);
-          }
-        });
-      });
-      return;
+// Products of several rows in blocks of rows and of tiles, whose inputs and sums stay in the processor's cache. A `Product`
+// has add(tile, k, first, end, sums), which adds inputs k .. k + kDepth of rows first .. end to sums[end - first][32]. Every
+// sum is over rising k, so it depends on no size of a block. finish(block, first, end, first_tile, end_tile, sums) gets the
+// sums [tiles][end - first][32] of a task. `group` is the tiles of a task.
+constexpr int64_t kBlockRows = 96, kBlockTiles = 4, kManyRows = 48;
+
+int64_t num_blocks(int64_t R) { return std::max<int64_t>(1, R / kBlockRows); }  // rows left over are in the last
+
+template <typename Product, typename Finish>
+void in_blocks(ffi::ThreadPool pool, const Product& product, int64_t R, int64_t K, int64_t M, int64_t group,
+               const Finish& finish) {
+  int64_t tiles = (M + kTile - 1) / kTile, groups = (tiles + group - 1) / group, blocks = num_blocks(R);
+  parallel(pool, groups * blocks, R / blocks * K * kTile * group, [&](int64_t task) {
+    int64_t first_tile = task % groups * group, end_tile = std::min(first_tile + group, tiles), block = task / groups;
+    int64_t first = block * kBlockRows, end = block == blocks - 1 ? R : first + kBlockRows;
+    std::vector<float> sums((end_tile - first_tile) * (end - first) * kTile, 0.0f);
+    for (int64_t k = 0; k < K; k += Product::kDepth) {
+      for (int64_t tile = first_tile; tile < end_tile; ++tile) {
+        product.add(tile, k, first, end, sums.data() + (tile - first_tile) * (end - first) * kTile);
+      }
     }
-  }
-#endif
-  parallel(pool, (M + kTile - 1) / kTile, R * K * kTile, [=](int64_t tile) {
-    const W* stream = w + tile * K / kInputs * kTile;
-    into_columns(tile, R, M, y, [=](float* own) {
-      if (R == 1) return one_row(stream, x, own, K);
-      for (int64_t k = 0; k < K; k += kDepth) {
-        int64_t depth = std::min(kDepth, K - k);
-        if constexpr (kInputs == 1) {
-          accumulate_rows(stream + k * kTile, x + k, K, own, kTile, depth, R);
-        } else {
-          float wide[kDepth * kTile];
-          for (int64_t i = 0; i < depth / 2 * kTile; i += kLanes) {
-            u32x8 pair = words(stream + k / 2 * kTile + i);
-            float* to = wide + i / kTile * 2 * kTile + i % kTile;
-            store(to, low_half(pair));
-            store(to + kTile, high_half(pair));
-          }
-          accumulate_rows(wide, x + k, K, own, kTile, depth, R);
+    finish(block, first, end, first_tile, end_tile, sums.data());
+  });
+}
+
+// A product as y[R, M].
+template <typename Product>
+void write_product(ffi::ThreadPool pool, const Product& product, int64_t R, int64_t K, int64_t M, float* y) {
+  auto copy = [=](int64_t, int64_t first, int64_t end, int64_t first_tile, int64_t end_tile, const float* sums) {
+    for (int64_t tile = first_tile; tile < end_tile; ++tile) {
+      int64_t width = std::min(kTile, M - tile * kTile);
+      for (int64_t row = first; row < end; ++row, sums += kTile) {
+        std::memcpy(y + row * M + tile * kTile, sums, width * sizeof(float));
+      }
+    }
+  };
+  in_blocks(pool, product, R, K, M, R < kManyRows ? 1 : kBlockTiles, copy);
+}
+
+// A `Product` of float32: Weights::widen(tile, k, depth, space) returns inputs k .. k + depth of a tile as floats
+// [depth][32], in `space` or where they are kept.
+template <typename Weights>
+class FloatProduct {
+ public:
+  static constexpr int64_t kDepth = Weights::kDepth;
+
+  FloatProduct(ffi::ThreadPool pool, const float* x, int64_t R, int64_t K, Weights weights)
+      : x_(x), K_(K), panels_(R < kManyRows ? 0 : R / kPanel), copied_(panels_ * kPanel * K), weights_(weights) {
+    parallel(pool, panels_, kPanel * K, [this](int64_t panel) {
+      for (int64_t k = 0; k < K_; k += kDepth) {
+        int64_t depth = std::min(kDepth, K_ - k);
+        float* own = copied_.data() + (k * panels_ + panel * depth) * kPanel;
+        for (int r = 0; r < kPanel; ++r) {
+          for (int64_t i = 0; i < depth; ++i) own[i * kPanel + r] = x_[(panel * kPanel + r) * K_ + k + i];
         }
       }
     });
+  }
+
+  void add(int64_t tile, int64_t k, int64_t first, int64_t end, float* sums) const {
+    alignas(64) float space[kDepth * kTile];
+    int64_t depth = std::min(kDepth, K_ - k), row = first, last_panel = std::min(end / kPanel, panels_) * kPanel;
+    const float* w = weights_.widen(tile, k, depth, space);
+    // Weights that are used where they are: those of the next tile are fetched meanwhile.
+    const float* next = w + K_ * kTile;
+    int64_t step = w == space ? 0 : depth * kTile * kPanel / (end - first) + 1;
+    for (; row < last_panel; row += kPanel, sums += kPanel * kTile, next += step) {
+      for (int64_t i = 0; i < step; i += 64 / sizeof(float)) __builtin_prefetch(next + i, 0, 2);
+      const float* panel = copied_.data() + k * panels_ * kPanel + row * depth;
+      product<Into::kSum>(Left<Stored::kByColumns>{panel, kPanel}, w, kTile, sums, kTile, depth, kPanel, kTile);
+    }
+    product<Into::kSum>(Left<Stored::kByRows>{x_ + row * K_ + k, K_}, w, kTile, sums, kTile, depth, end - row, kTile);
+  }
+
+ private:
+  static constexpr int kPanel = kWide == 16 ? 8 : 6;  // rows that `product` sums in registers at a time
+  const float* x_;
+  int64_t K_, panels_;
+  std::vector<float> copied_;  // whole panels of many rows, side by side: [depth block][panel][k][kPanel]
+  Weights weights_;
+};
+
+struct FloatWeights {
+  static constexpr int64_t kDepth = 128;
+  const float* data;
+  int64_t K;
+  const float* of_tile(int64_t tile) const { return data + tile * K * kTile; }
+  const float* widen(int64_t tile, int64_t k, int64_t, float*) const { return of_tile(tile) + k * kTile; }
+};
+
+struct PairWeights {
+  static constexpr int64_t kDepth = 128;
+  const uint32_t* data;
+  int64_t K;
+  const uint32_t* of_tile(int64_t tile) const { return data + tile * K / 2 * kTile; }
+  const float* widen(int64_t tile, int64_t k, int64_t depth, float* to) const {
+    for (int64_t i = 0; i < depth / 2 * kTile; i += kLanes) {
+      u32x8 pair = words(of_tile(tile) + k / 2 * kTile + i);
+      float* both = to + i / kTile * 2 * kTile + i % kTile;
+      store(both, low_half(pair));
+      store(both + kTile, high_half(pair));
+    }
+    return to;
+  }
+};
+
+#ifdef __AVX512BF16__
+// A `Product` by the processor's own of bfloat16.
+class PairProduct {
+ public:
+  static constexpr int64_t kDepth = 256;
+
+  PairProduct(const float* x, int64_t R, int64_t K, PairWeights weights)
+      : K_(K), rounded_(pairs_of(x, R * K)), weights_(weights) {}
+
+  void add(int64_t tile, int64_t k, int64_t first, int64_t end, float* sums) const {
+    int64_t pairs = std::min(kDepth, K_ - k) / 2;
+    accumulate_pair_rows(weights_.of_tile(tile) + k / 2 * kTile, rounded_.data() + (first * K_ + k) / 2, K_ / 2, sums,
+                         pairs, end - first);
+  }
+
+ private:
+  int64_t K_;
+  std::vector<uint32_t> rounded_;
+  PairWeights weights_;
+};
+#endif
+
+// Calls use(product) with the product of several rows with weights.
+template <typename Use>
+void with_product(ffi::ThreadPool pool, const float* x, int64_t R, int64_t K, FloatWeights weights, const Use& use) {
+  use(FloatProduct<FloatWeights>(pool, x, R, K, weights));
+}
+template <typename Use>
+void with_product(ffi::ThreadPool pool, const float* x, int64_t R, int64_t K, PairWeights weights, const Use& use) {
+#ifdef __AVX512BF16__
+  use(PairProduct(x, R, K, weights));
+#else
+  use(FloatProduct<PairWeights>(pool, x, R, K, weights));
+#endif
+}
+
+template <typename Weights>
+void product_ungrouped(ffi::ThreadPool pool, const float* x, Weights weights, float* y, int64_t R, int64_t K, int64_t M) {
+  if (R > 1) {
+    return with_product(pool, x, R, K, weights, [&](const auto& product) { write_product(pool, product, R, K, M, y); });
+  }
+  parallel(pool, (M + kTile - 1) / kTile, K * kTile, [=](int64_t tile) {
+    into_columns(tile, M, y, [=](float* own) { one_row(weights.of_tile(tile), x, own, K); });
   });
 }
 
@@ -211,27 +313,40 @@ struct Int8 {
 
 // Codes in groups of 64 inputs. For Int8, offset is any pointer.
 template <typename Codes>
-void product_grouped(ffi::ThreadPool pool, const float* x, const uint32_t* codes, const f16* scale, const f16* offset,
-                     float* y, int64_t R, int64_t groups, int64_t M) {
-  int64_t K = groups * kGroup;
-  std::vector<float> x_sums(R == 1 ? groups : 0);
-  for (size_t i = 0; i < x_sums.size() * kGroup; ++i) x_sums[i / kGroup] += x[i];
-  parallel(pool, (M + kTile - 1) / kTile, R * K * kTile, [=, &x_sums](int64_t tile) {
-    const uint32_t* own_codes = codes + tile * groups * Codes::kWords;
-    const f16 *own_scale = scale + tile * groups * kTile, *own_offset = offset + tile * groups * kTile;
-    into_columns(tile, R, M, y, [=, &x_sums](float* own) {
+struct GroupedWeights {
+  static constexpr int64_t kDepth = kGroup;
+  const uint32_t* codes;
+  const f16 *scale, *offset;
+  int64_t groups;
+  const float* widen(int64_t tile, int64_t k, int64_t, float* to) const {
+    int64_t at = tile * groups + k / kGroup;
+    Codes::widen(codes + at * Codes::kWords, scale + at * kTile, offset + at * kTile, to);
+    return to;
+  }
+  void one_row(int64_t tile, int64_t group, const float* x, float x_sum, f8* sums) const {
+    int64_t at = tile * groups + group;
+    Codes::one_row(codes + at * Codes::kWords, scale + at * kTile, offset + at * kTile, x + group * kGroup, x_sum, sums);
+  }
+};
+
+template <typename Codes, typename Use>
+void with_product(ffi::ThreadPool pool, const float* x, int64_t R, int64_t K, GroupedWeights<Codes> weights, const Use& use) {
+  use(FloatProduct<GroupedWeights<Codes>>(pool, x, R, K, weights));
+}
+
+template <typename Codes>
+void product_grouped(ffi::ThreadPool pool, const float* x, GroupedWeights<Codes> weights, float* y, int64_t R, int64_t M) {
+  int64_t groups = weights.groups, K = groups * kGroup;
+  if (R > 1) {
+    return with_product(pool, x, R, K, weights, [&](const auto& product) { write_product(pool, product, R, K, M, y); });
+  }
+  std::vector<float> x_sums(groups);
+  for (int64_t i = 0; i < K; ++i) x_sums[i / kGroup] += x[i];
+  parallel(pool, (M + kTile - 1) / kTile, K * kTile, [=, &x_sums](int64_t tile) {
+    into_columns(tile, M, y, [=, &x_sums](float* own) {
       f8 sums[4] = {};
-      float wide[kGroup * kTile];
-      for (int64_t g = 0; g < groups; ++g) {
-        const uint32_t* group = own_codes + g * Codes::kWords;
-        if (R == 1) {
-          Codes::one_row(group, own_scale + g * kTile, own_offset + g * kTile, x + g * kGroup, x_sums[g], sums);
-        } else {
-          Codes::widen(group, own_scale + g * kTile, own_offset + g * kTile, wide);
-          accumulate_rows(wide, x + g * kGroup, K, own, kTile, kGroup, R);
-        }
-      }
-      for (int c = 0; R == 1 && c < 4; ++c) store(own + c * kLanes, sums[c]);
+      for (int64_t g = 0; g < groups; ++g) weights.one_row(tile, g, x, x_sums[g], sums);
+      for (int c = 0; c < 4; ++c) store(own + c * kLanes, sums[c]);
     });
   });
 }
@@ -242,9 +357,11 @@ ffi::Error matmul(ffi::ThreadPool pool, ffi::Buffer<ffi::F32> x_RK, ffi::AnyBuff
   int64_t at = layer.typed_data()[0] * w.dimensions()[1] * w.dimensions()[2] * kTile;
   const float* x = x_RK.typed_data();
   if (w.element_type() == ffi::F32) {
-    product_ungrouped(pool, x, static_cast<const float*>(w.untyped_data()) + at, y_RM->typed_data(), R, K, M);
+    FloatWeights weights{static_cast<const float*>(w.untyped_data()) + at, K};
+    product_ungrouped(pool, x, weights, y_RM->typed_data(), R, K, M);
   } else {
-    product_ungrouped(pool, x, static_cast<const uint32_t*>(w.untyped_data()) + at, y_RM->typed_data(), R, K, M);
+    PairWeights weights{static_cast<const uint32_t*>(w.untyped_data()) + at, K};
+    product_ungrouped(pool, x, weights, y_RM->typed_data(), R, K, M);
   }
   return ffi::Error::Success();
 }
@@ -255,10 +372,10 @@ ffi::Error matmul_grouped(ffi::ThreadPool pool, ffi::Buffer<ffi::F32> x_RK, ffi:
                           ffi::ResultBuffer<ffi::F32> y_RM) {
   int64_t R = x_RK.dimensions()[0], M = y_RM->dimensions()[1];
   int64_t tiles = codes.dimensions()[1], groups = codes.dimensions()[2], at = layer.typed_data()[0] * tiles * groups;
-  product_grouped<Codes>(pool, x_RK.typed_data(), codes.typed_data() + at * Codes::kWords,
-                         reinterpret_cast<const f16*>(scale.untyped_data()) + at * kTile,
-                         reinterpret_cast<const f16*>(offset.untyped_data()) + at * kTile, y_RM->typed_data(), R,
-                         groups, M);
+  GroupedWeights<Codes> weights{codes.typed_data() + at * Codes::kWords,
+                                reinterpret_cast<const f16*>(scale.untyped_data()) + at * kTile,
+                                reinterpret_cast<const f16*>(offset.untyped_data()) + at * kTile, groups};
+  product_grouped(pool, x_RK.typed_data(), weights, y_RM->typed_data(), R, M);
   return ffi::Error::Success();
 }
 

@@ -23,9 +23,10 @@ from btlm_jax.kernels.tiles import (
 
 pytestmark = pytest.mark.fully_optimized
 
-SHAPES = [(40, 56), (171, 101), (64, 32), (7, 3), (200, 97)]  # inputs, outputs: whole tiles and groups, and not
+SHAPES = [(40, 56), (171, 101), (64, 32), (7, 3), (200, 157)]  # inputs, outputs: whole tiles and groups, and not
 LAYERS = 3
-ROWS = {"kernels": (1, 2, 3, 13, 29), "XLA": (2, 13)}  # the kernels take one, three, and six or twelve at a time
+# The kernels take one, three, and six to twelve at a time; from 48 on they copy rows, from 192 on in blocks of 96.
+ROWS = {"kernels": (1, 2, 3, 13, 29, 61, 205), "XLA": (2, 13)}
 
 
 @pytest.fixture(params=["kernels", "XLA"])
