@@ -12,6 +12,7 @@ variant is finished. An interval is Student's, of seeds.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import math
@@ -47,7 +48,8 @@ class Experiment:
 
     `make_stores` returns the config on its token stores by variant, or one under "": (config, data, folder).
     `make_variants` returns the configs by name; it is given what the runs of the first seed have left, so that some may
-    follow from others, and the stores. `measure` is called of a finished run whose checkpoint is still there.
+    follow from others, and the stores. `measure` is called of a finished run whose checkpoint is still there. A run
+    is made and measured within `surround` of its variant.
     `report` gets what was measured, a mapping for each seed, and returns values of JSON.
     """
 
@@ -61,6 +63,7 @@ class Experiment:
     describe: Callable[[dict], str]
     plot: Callable[[dict, Path], None]
     num_seeds: int
+    surround: Callable[[str], contextlib.AbstractContextManager[None]] = lambda variant: contextlib.nullcontext()
 
     @property
     def name(self) -> str:
@@ -263,6 +266,7 @@ def _make_runs(experiment: Experiment, choose: Callable, *, folder: Path, minute
     from btlm_jax.cli.tune import make_run_trial
     from btlm_jax.display.progress import print_line
     from btlm_jax.train import SUMMARY_FILE
+    from btlm_jax.train.loop import BAD_NUMBERS
     from btlm_jax.train.loop import DONE as TRAINED
     from btlm_jax.tune import trials
 
@@ -275,18 +279,23 @@ def _make_runs(experiment: Experiment, choose: Callable, *, folder: Path, minute
     train = make_run_trial(stop)
 
     def run_trial(config: TrainConfig, workdir: Path) -> str:
-        outcome = train(config, workdir)
-        if outcome == TRAINED:
-            heldout = read_json_object(workdir / SUMMARY_FILE)["heldout"]
-            measured = {
-                "machine": machine("jax", "numpy"),
-                "loss": heldout["loss"],
-                "bits_per_byte": heldout["bits_per_byte"],
-                "sources": heldout["sources"],
-                "step_seconds": step_seconds(workdir),
-                **experiment.measure(config, workdir),
-            }
-            write_atomically(workdir / MEASURED_FILE, json.dumps(measured))
+        with experiment.surround(workdir.name.rpartition("-s")[0]):
+            outcome = train(config, workdir)
+            if outcome == BAD_NUMBERS:
+                raise ValueError(
+                    f"{workdir} stopped on a loss that is not finite, and cannot be compared: see its log.txt"
+                )
+            if outcome == TRAINED:
+                heldout = read_json_object(workdir / SUMMARY_FILE)["heldout"]
+                measured = {
+                    "machine": machine("jax", "numpy"),
+                    "loss": heldout["loss"],
+                    "bits_per_byte": heldout["bits_per_byte"],
+                    "sources": heldout["sources"],
+                    "step_seconds": step_seconds(workdir),
+                    **experiment.measure(config, workdir),
+                }
+                write_atomically(workdir / MEASURED_FILE, json.dumps(measured))
         return outcome
 
     results = trials.work(

@@ -262,3 +262,126 @@ def test_a_run_of_the_curriculum_is_made_and_its_curves_are_measured(tmp_path, m
     plain, divided = (curve["bins"]["loss"][:6] for curve in measured["curves"])
     assert plain[0] == pytest.approx(divided[0]) and plain[3:] != pytest.approx(divided[3:])  # one token has no slope
     assert study.step_seconds(tmp_path / "run").keys() == {"24"}
+
+
+def test_ends_of_the_rate_at_few_and_many_tokens(tmp_path):
+    experiment, config = experiment_of("end_rate"), config_of("end_rate")
+    made = experiment.make_variants(config, {}, STORE)
+    assert len(made) == 12 and list(made)[0].startswith("few")
+    zero, tenth = made["many-end0-peak2"], made["few-end10-peak1"]
+    assert (zero.optimizer.peak_learning_rate, zero.optimizer.end_learning_rate) == (0.012, 0)
+    assert tenth.optimizer.end_learning_rate == pytest.approx(0.1 * 0.006)
+    assert zero.curriculum.table.num_tokens == 8 * tenth.curriculum.table.num_tokens
+    assert zero.optimizer.warmup_tokens == 8 * tenth.optimizer.warmup_tokens
+
+    def loss(name, seed):  # an end at 0 is best at twice the peak, by 0.3; the others at the config's
+        return 3.0 + seed - {"few-end0-peak2": 0.3, "few-end0.85-peak1": 0.1, "few-end10-peak1": 0.05}.get(name, 0)
+
+    seeds = [{name: {"loss": loss(name, seed)} for name in made} for seed in (0, 1)]
+    values = experiment.report(config, seeds)
+    few = values["budgets"]["few"]
+    assert few["best_peak"] == {"10 %": "1", "0.85 %": "1", "0": "2"}
+    assert few["best_minus_btlm"]["0"]["mean"] == pytest.approx(-0.2)
+    assert few["minus_btlm"]["0"]["2"]["mean"] == pytest.approx(-0.3)
+    model = config.model
+    matrices = 2 * (4 * model.d_model**2 + 3 * model.d_model * model.d_ff) + model.vocab_size * model.d_model
+    assert values["num_parameters"] == pytest.approx(matrices, rel=0.02)
+    experiment.plot(values, tmp_path / "figure.png")
+    assert (tmp_path / "figure.png").exists() and "-0.2000" in experiment.describe(values)
+
+
+def test_gelu_has_as_many_parameters_and_the_best_peaks_are_compared(tmp_path):
+    experiment, config = experiment_of("activation"), config_of("activation")
+    made = experiment.make_variants(config, {}, STORE)
+    losses = {"swiglu-peak2": 2.5, "gelu-peak4": 2.75}
+    seeds = [{name: {"loss": losses.get(name, 3.0), "step_seconds": {"128": 1.0}} for name in made}] * 2
+    values = experiment.report(config, seeds)
+    swiglu, gelu = values["layers"]["swiglu"], values["layers"]["gelu"]
+    assert (swiglu["d_ff"], gelu["d_ff"]) == (256, 384)
+    assert gelu["parameters"] == pytest.approx(swiglu["parameters"], rel=0.002)
+    assert made["gelu-peak1"].model.d_ff / made["gelu-peak1"].mup.base_d_ff == 1
+    assert made["gelu-peak2"].optimizer.peak_learning_rate == 2 * config.optimizer.peak_learning_rate
+    assert values["swiglu_minus_gelu"]["mean"] == -0.25 and gelu["best_peak"] == "4"
+    experiment.plot(values, tmp_path / "figure.png")
+    assert "-0.2500" in experiment.describe(values)
+
+
+def test_the_network_with_gelu_is_down_of_gelu_of_up():
+    import flax.linen as nn
+    import jax
+    import numpy as np
+
+    from btlm_jax.model import transformer
+    from btlm_jax.model.projection import project_scheduled
+    from btlm_jax.parallel.make_mesh import make_mesh
+    from btlm_jax.parallel.mesh import RULES
+    from btlm_jax.recipe.mup import make_parametrization
+    from experiments.activation.gelu import GeluMlp, gelu_in_place_of_swiglu
+
+    config = tiny_config()
+    usual = transformer.Mlp
+    with gelu_in_place_of_swiglu():
+        assert transformer.Mlp is GeluMlp
+    assert transformer.Mlp is usual
+    mlp = GeluMlp(
+        config=config.model,
+        parametrization=make_parametrization(config.mup, config.model),
+        rules=RULES,
+        project=project_scheduled,
+        name="mlp",
+    )
+    x_BTD = np.random.default_rng(0).normal(size=(2, 3, config.model.d_model)).astype(np.float32)
+    with jax.set_mesh(make_mesh(devices=jax.devices()[:1], tensor=1)):
+        placed_BTD = jax.reshard(x_BTD, RULES.spec("batch", "length", "act_embed"))
+        params = nn.meta.unbox(jax.jit(mlp.init)(jax.random.key(1), placed_BTD)["params"])
+        params["up"]["bias"] += 0.5
+        found_BTD = jax.jit(mlp.apply)({"params": params}, placed_BTD)
+    weights = {
+        name: {key: np.asarray(value, np.float64) for key, value in part.items()} for name, part in params.items()
+    }
+    assert sorted(weights) == ["down", "up"]
+    up = x_BTD @ weights["up"]["kernel"] + weights["up"]["bias"]
+    hidden = up * (1 + np.vectorize(math.erf)(up / math.sqrt(2))) / 2
+    wanted_BTD = hidden @ weights["down"]["kernel"] + weights["down"]["bias"]
+    np.testing.assert_allclose(found_BTD, wanted_BTD, rtol=1e-4, atol=1e-5)
+
+
+def test_what_is_planted_and_what_is_kept_apart():
+    from experiments.dedup.stores import COPIES, choose_texts
+
+    texts = [f"document {number} " + " ".join(f"w{number * k % 97}" for k in range(600)) for number in range(40)]
+    chosen = choose_texts(texts, [600] * 40, num_tokens=11_990, seed=3)
+    assert len(chosen.unique) == 22 and len(set(chosen.unique)) == 22  # 1.1 x 11,990, of 600 each
+    assert len(chosen.copied) == len(chosen.control) == 2 and not set(chosen.copied) & set(chosen.control)
+    assert {*chosen.copied, *chosen.control} <= {*chosen.unique}
+    assert len(chosen.copies) == 2 * COPIES and len(set(chosen.copies)) == 2 * COPIES
+    words = chosen.copied[0].split(" ")
+    changed = [sum(a != b for a, b in zip(words, copy.split(" "), strict=True)) for copy in chosen.copies[:COPIES]]
+    assert 1 <= max(changed) <= round(0.01 * len(words))
+    assert chosen == choose_texts(texts, [600] * 40, num_tokens=11_990, seed=3)
+    with pytest.raises(ValueError, match="give more --data"):
+        choose_texts(texts, [600] * 40, num_tokens=120_000, seed=3)
+
+
+def test_what_is_reported_of_near_duplicates(tmp_path):
+    def measured(loss, copied):
+        groups = {
+            "copied": {"loss": copied, "right": 1 / copied}, "control": {"loss": 4.0, "right": 0.25},
+            "heldout": {"loss": 5.0, "right": 0.2},
+        }  # fmt: skip
+        facts = {
+            "unique_documents": 12, "copied_documents": 2, "planted_copies": 32, "planted_share": 0.61,
+            "left_by_dedup": 12, "natural_documents": 787, "natural_near_duplicates": 0,
+        }  # fmt: skip
+        return {"loss": loss, "groups": groups, "facts": facts}
+
+    experiment, config = experiment_of("dedup"), config_of("dedup")
+    seeds = [{"clean": measured(5 + n, 4.0), "planted": measured(5.5 + n, 2.0), "deduplicated": measured(5 + n, 4.0)}
+             for n in (0, 1)]  # fmt: skip
+    values = experiment.report(config, seeds)
+    planted = values["variants"]["planted"]
+    assert planted["minus_clean"]["heldout_split"]["values"] == [0.5, 0.5]
+    assert planted["minus_clean"]["copied_loss"]["mean"] == -2 and planted["values"]["copied_right"]["mean"] == 0.5
+    experiment.plot(values, tmp_path / "figure.png")
+    text = experiment.describe(values)
+    assert "| planted | 6.0000 | +0.5000" in text and "leaves 12 documents of 44" in text

@@ -17,5 +17,4 @@ def get_config(size: str = "") -> ConfigDict:
         config.mup.update(base_d_model=64.0, base_d_ff=170.0)
         config.curriculum.update(num_tokens=(48 * step, 16 * step))
         config.optimizer.update(warmup_tokens=8 * step)
-        config.corpus.update(max_bytes=2_000_000)
     return config
