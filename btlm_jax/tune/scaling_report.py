@@ -50,8 +50,17 @@ def describe_outcome(outcome: Outcome) -> str:
     )
 
 
-def plot_law(law: Law, path: Path, *, predictions: Sequence[Prediction] = ()) -> None:
-    """Draw the loss of each run against its compute, what the law says of it, and predictions with their intervals."""
+def plot_law(
+    law: Law,
+    path: Path,
+    *,
+    predictions: Sequence[Prediction] = (),
+    measured: Sequence[tuple[float, float]] = (),
+) -> None:
+    """Draw the loss of each run against its compute, what the law says of it, and predictions with their intervals.
+
+    `measured` are (FLOPs, loss) of runs that were predicted.
+    """
     figure, axes = new_figure(size=(7.0, 4.5), dpi=110)
     points = sorted(law.points, key=lambda point: point.flops)
     flops = [point.flops for point in points]
@@ -61,6 +70,8 @@ def plot_law(law: Law, path: Path, *, predictions: Sequence[Prediction] = ()) ->
         losses = np.array([each.loss for each in predictions])
         ends = np.array([[each.loss - each.low, each.high - each.loss] for each in predictions]).T
         axes.errorbar([each.flops for each in predictions], losses, yerr=ends, fmt="s", capsize=3, label="predicted")
+    if measured:
+        axes.plot(*zip(*measured, strict=True), "r*", label="measured afterwards")
     axes.set_xscale("log")
     axes.set_xlabel("training FLOPs")
     axes.set_ylabel("held-out loss, nats a token")

@@ -239,6 +239,11 @@ def report(search: Search, results: Mapping[str, Result]) -> dict:
         "gain": gain_of(own["losses"], best["losses"]),
         "fresh": fresh,
         "importance": importance(search.space, search.shares, np.array(first, float)),
+        "first_rung": [
+            {"point": number, "loss": _number(loss), "values": search.values_of(number)}
+            for number, loss in enumerate(first, start=1)
+        ],
+        "own": {dimension.key: _value_of(search.config, dimension.key) for dimension in search.space},
         "constants": {key: _value_of(search.config, key) for key in TRANSFERRED}
         | ({} if is_worse else finals[0]["values"]),
         "base": {
@@ -264,6 +269,8 @@ def _put(made: dict, values: Mapping[str, float]) -> None:
 
 
 def _value_of(config: TrainConfig, key: str) -> float:
+    if key in (BATCH, WARMUP):
+        return 1.0
     section, _, name = key.rpartition(".")
     return getattr(getattr(config, section), name)
 

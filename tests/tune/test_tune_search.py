@@ -61,6 +61,10 @@ def test_of_each_rung_the_best_third_goes_on_and_the_config_beside_them():
     gain = 3.2 - loss(tried.values_of(truth[0]))
     assert values["gain"]["nats"] == pytest.approx(gain)
     assert values["gain"]["low"] <= gain <= values["gain"]["high"] < gain + 0.015
+    assert values["own"] == {dimension.key: search._value_of(tried.config, dimension.key) for dimension in SPACE}
+    assert [each["loss"] for each in values["first_rung"]] == pytest.approx(
+        [loss(tried.values_of(n)) for n in range(1, 28)]
+    )
     assert values["fresh"]["config"] == pytest.approx([3.22, 3.23, 3.24])  # seeds 2 to 4, which chose nothing
     assert values["fresh"]["gain"]["nats"] == pytest.approx(gain)
     assert "With 3 seeds that it was not chosen by: +" in search.format_report(values)

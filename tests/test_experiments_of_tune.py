@@ -1,0 +1,168 @@
+"""The experiments on tuning: what they run, and what they report of made-up numbers."""
+
+import dataclasses
+import importlib
+import json
+import math
+
+import pytest
+
+from btlm_jax.cli.tune import coord_check_flags, search_flags
+from btlm_jax.recipe.config import train_config_from
+from btlm_jax.recipe.sizes import count_parameters
+from btlm_jax.tune import scaling
+from experiments.coordinate_check import __main__ as coordinate_check
+from experiments.lr_transfer import __main__ as lr_transfer
+from experiments.scaling_law import __main__ as scaling_law
+from experiments.scaling_law.family import fitted_sizes
+from experiments.search import __main__ as search
+
+
+def config_of(name, size=""):
+    return train_config_from(importlib.import_module(f"experiments.{name}.config").get_config(size).to_dict())
+
+
+def test_the_sweeps_find_made_up_optima_over_both_ladders(tmp_path, monkeypatch):
+    monkeypatch.setattr("btlm_jax.tune.lr_transfer.NUM_SAMPLES", 20)
+    config, stores = config_of("lr_transfer", "quick"), {"": tmp_path / "store"}
+
+    def loss(name, seed):
+        """The optimum is at 2^-6.3, and of sp an octave lower a doubling of the width."""
+        preset, width, depth, *_ = name.split("-")
+        best = -6.3 - (math.log2(int(width[1:]) / 64) if preset == "sp" else 0.0)
+        return 4 + 0.1 * (float(name.partition("lr")[2]) - best) ** 2 + 0.002 * seed + 0.001 * int(depth[1:])
+
+    first = lr_transfer.make_variants(config, {}, stores)
+    assert len(first) == 4 * 7 and "sp-d64-l4-lr-6" not in first and "completep-d64-l4-lr-6" in first
+    deep = first["completep-d64-l4-lr-6"]
+    assert (deep.mup.preset, deep.model.num_layers, deep.model.d_model) == ("completep", 4, 64)
+    assert deep.optimizer.peak_learning_rate == 2.0**-6 and deep.data.store == str(tmp_path / "store")
+    measured = {name: {"loss": loss(name, 0)} for name in first}
+    measured["sp-d128-l2-lr-8"]["loss"] = 3.0  # at the end of the rates: one more is tried
+    again = lr_transfer.make_variants(config, measured, stores)
+    assert again.keys() - first.keys() == {"sp-d128-l2-lr-9"}
+    seeds = [{name: {"loss": loss(name, seed)} for name in first} for seed in (0, 1)]
+    values = lr_transfer.report(config, seeds)
+    for ladder in values.values():
+        for curve in ladder["curves"]:
+            best = -7.3 if curve["preset"] == "sp" and curve["width"] == 128 else -6.3
+            assert curve["optimum"]["rate"] == pytest.approx(best, abs=0.01)
+    text = lr_transfer.describe(values)
+    assert "- sp over widths: 1.00 octaves; the smallest one's optimum at the largest costs +0.1000 nats" in text
+    assert "| completep, width 64, 4 layers | -6.30 |" in text
+    lr_transfer.plot(values, tmp_path / "figure.png")
+    assert (tmp_path / "figure.png").stat().st_size > 10_000
+    with pytest.raises(ValueError, match="model.d_model=192 must be the base's 64 doubled once or more"):
+        lr_transfer.sweeps_of(
+            dataclasses.replace(config, model=dataclasses.replace(config.model, d_model=192, num_heads=6)), num_seeds=1
+        )
+
+
+@pytest.mark.slow
+def test_the_target_is_predicted_before_it_is_made(tmp_path, monkeypatch):
+    monkeypatch.setattr("btlm_jax.tune.scaling.NUM_SAMPLES", 8)
+    config, stores = config_of("scaling_law"), {"": tmp_path / "store"}
+
+    def loss(name, run):
+        tokens = run.curriculum.table.num_tokens
+        return 1.5 + (2e4 / count_parameters(run.model)) ** 0.4 + (1e5 / tokens) ** 0.5 + 1e-4 * (len(name) % 3)
+
+    first = scaling_law.make_variants(config, {}, stores)
+    assert len(first) == 8 and not (tmp_path / scaling_law.RECORD).exists()
+    assert max(count_parameters(each.model) for each in first.values()) * 4 <= 1.01 * count_parameters(config.model)
+    assert {each.mup.init_std for each in first.values()} == {config.mup.init_std}
+    assert all(each.model.d_ff / each.mup.base_d_ff == each.model.d_model / 64 for each in first.values())
+    measured = {name: {"loss": loss(name, run)} for name, run in first.items()}
+    made = scaling_law.make_variants(config, measured, stores)
+    assert list(made)[-1] == scaling_law.TARGET and made[scaling_law.TARGET].model == config.model
+    recorded = (tmp_path / scaling_law.RECORD).read_text()
+    scaling_law.make_variants(config, measured, stores)
+    assert (tmp_path / scaling_law.RECORD).read_text() == recorded  # once
+    workdir = tmp_path / "trials" / "target-s0"
+    measured[scaling_law.TARGET] = {"loss": loss("target", config), **scaling_law.measure(config, workdir)}
+    values = scaling_law.report(config, [measured])
+    assert values["target"]["flops_to_largest_fitted"] > 4
+    chinchilla = values["outcomes"]["chinchilla"]
+    assert abs(chinchilla["errors"][0]) < 0.02 and chinchilla["sha256"] in recorded
+    text = scaling_law.describe(json.loads(json.dumps(values)))
+    assert f"| chinchilla | {chinchilla['predicted']['loss']:.4f} |" in text
+    scaling_law.plot(values, tmp_path / "figure.png")
+    assert (tmp_path / "figure.png").stat().st_size > 10_000
+
+
+def test_sizes_that_are_the_same_are_refused():
+    small = importlib.import_module("experiments.scaling_law.family").make_size(
+        600_000, tokens_per_parameter=5, vocab_size=512, longest=256
+    )
+    with pytest.raises(ValueError, match="no|two of the fitted sizes"):
+        fitted_sizes(small)
+
+
+@pytest.mark.parametrize("size", ["", "quick", "large"])
+def test_every_coordinate_check_is_a_command(size):
+    for name in coordinate_check.CHECKS:
+        flags = coord_check_flags()
+        assert flags.parse(["--directory=d", *coordinate_check.arguments_of(name, size)])
+        assert flags.config().model.num_layers >= 2
+
+
+def case(name, slope, *, expected=True, caught_by=""):
+    return {
+        "name": name, "steepest": "x", "slopes": {"x": slope}, "standard_errors": {"x": 0.01}, "loss_spread": 0.02,
+        "caught_by": caught_by, "is_as_expected": expected,
+    }  # fmt: skip
+
+
+def test_what_is_said_of_coordinate_checks(tmp_path):
+    made = {
+        "btlm": [case("as configured", 0.05)],
+        "sp": [case("as configured", 1.5, expected=False)],
+        "btlm over depths": [case("as configured", 0.1)],  # said to be steep
+        "btlm, broken": [case("as configured", 0.05), case("logits unscaled", 0.1, caught_by="loss")],
+    }
+    head = {"ladder": "width", "sizes": [64, 128], "seeds": [0, 1], "steps": 8, "learning_rate": 2.0**-9}
+    for name, cases in made.items():
+        directory = tmp_path / name.replace(" ", "_").replace(",", "")
+        directory.mkdir()
+        (directory / "coord_check.json").write_text(json.dumps({**head, "cases": cases}))
+    checks = coordinate_check.gather(tmp_path, list(coordinate_check.CHECKS))
+    assert list(checks) == list(made)
+    assert [coordinate_check.is_as_expected(name, each) for name, each in checks.items()] == [True, True, False, True]
+    rows = coordinate_check.describe(checks).splitlines()[2:]
+    assert rows[1].endswith("| +1.50 ± 0.01 | x | 0.02 | not flat |") and rows[2].endswith(
+        "flat: **not as expected** |"
+    )
+    assert rows[3].endswith("flat, 1 of 1 variants as expected |")
+    coordinate_check.plot(checks, tmp_path / "figure.png")
+    assert (tmp_path / "figure.png").stat().st_size > 10_000
+
+
+def test_the_search_and_its_large_config_are_commands(tmp_path):
+    flags = search_flags()
+    assert flags.parse(search.search_arguments(tmp_path, size="", store=tmp_path)[2:])
+    assert flags.integer("points") >= 40 and flags.config().model.vocab_size == 4096
+    gain = {"nats": 0.1, "low": 0.05, "high": 0.2}
+    key = "mup.init_std"
+    values = {
+        "search": {
+            "rungs": [[0, 1, 2], [0, 1]], "final": [{"values": {}}, {"values": {key: 0.1}}], "gain": gain,
+            "fresh": {"seeds": 5, "gain": gain}, "own": {key: 0.073},
+            "importance": [{"key": key, "share": 0.5, "low": 0.2, "high": 0.7}],
+            "first_rung": [{"loss": 3.0, "values": {key: 0.1}}, {"loss": None, "values": {key: 0.2}}],
+        },
+        "large": {"parameters": 12_000_000, "steps": 12, "first_loss": 9.0, "last_loss": 8.0},
+    }  # fmt: skip
+    text = search.describe(values)
+    assert "better than BTLM's constants by +0.1000 nats with 5 fresh seeds, 90 % from +0.0500 to +0.2000" in text
+    assert "| mup.init_std | 0.073 | 0.1 | 0.50, 0.20 to 0.70 |" in text
+    search.plot(values, tmp_path / "figure.png")
+    assert (tmp_path / "figure.png").stat().st_size > 5_000
+
+
+def test_records_of_predictions_are_those_of_the_verb(tmp_path):
+    """A changed line is refused where the experiment reads it."""
+    path = tmp_path / scaling_law.RECORD
+    scaling.record(path, {"form": "power", "predicted": {"loss": 3.0}})
+    path.write_text(path.read_text().replace("3.0", "3.1"))
+    with pytest.raises(ValueError, match="its hash differs"):
+        scaling_law.measure(config_of("scaling_law"), tmp_path / "trials" / "target-s0")
