@@ -48,8 +48,8 @@ examples:  btlm tune coord-check --directory=runs/coord_check
 
 Without --config a tiny model is checked on one CPU device: presets btlm and completep must be flat, standard
 parametrization and all deliberately broken ones must be caught. With --config it is that config's model, optimizer,
-step and mesh, on the devices here; --mutate breaks it in all those ways too, and says which ones only the exact check
-of the optimizer can see. Exit code 0 when all are as expected, 1 otherwise; the table, a plot and all numbers as JSON
+step and mesh, on the devices here; --mutate breaks it in all those ways too, and says which ones only the exact checks
+can see. Exit code 0 when all are as expected, 1 otherwise; the table, a plot and all numbers as JSON
 stay in the directory. Limits and what is chosen: docs/guide/tune.md.
 """
 
@@ -118,7 +118,7 @@ def coord_check_flags() -> Flags:
     flags.define_string("depths", "", "numbers of layers, 2,4,8, at the base width, in place of widths")
     flags.define_integer("num_layers", 0, "layers at every width; otherwise the config's, at most 4")
     flags.define_integer("steps", 8, "steps")
-    flags.define_integer("seeds", 3, "seeds to average over")
+    flags.define_integer("seeds", 5, "seeds to average over")
     flags.define_float("learning_rate", 2.0**-9, "peak rate of these steps, without warm-up")
     flags.define_boolean("mutate", False, "break the parametrization in every known way too, and see each one caught")
     return flags

@@ -39,8 +39,8 @@ from btlm_jax.recipe.mup import HIDDEN_CLASSES
 from btlm_jax.recipe.sizes import PUBLISHED, Choices, Shape, make_config
 from btlm_jax.train.program import Program, make_program
 from btlm_jax.train.step import TrainState, new_state
-from btlm_jax.tune.mutations import BROKEN, CASES, OWN, WIDE_HEADS, Case
-from btlm_jax.tune.optimizer_check import optimizer_error
+from btlm_jax.tune.mutations import BROKEN, CASES, OWN, Case, with_own_heads
+from btlm_jax.tune.optimizer_check import forward_error, optimizer_error
 
 TEXT = (
     b"The width of a network is a choice of budget, not of learning rate: when every layer moves its outputs by the "
@@ -55,11 +55,12 @@ SHOWN = ("change of logits",)  # statistics of which the slope is not judged ove
 LAST_RESIDUAL = "last layer's residual"
 JUDGED_OVER_DEPTHS = f"change of {LAST_RESIDUAL} at step 1"
 LEARNING_RATE = 2.0**-9  # of a config's check
+NUM_SEEDS = 5  # of the same: two left a slope of 0.12 +- 0.05, and most of the time is compilation
 CONFIG_STEPS = 8  # after which it has learnt a config's batch by heart, and its loss is level: see design_for
 STEPS, WIDE_STEPS = 3, 24  # scores of wide heads start at zero and need about 20 steps to align with the data
 # Classes whose first update must be of one size: power of 1/m in their rate. A bias or a norm has it at 0.
 _RATES = {"embedding": 0, **dict.fromkeys(HIDDEN_CLASSES, 1), "norm_scale": 0, "bias": 0}
-OPTIMIZER_LIMIT = 1e-4  # relative; a float32 update of the right multipliers is within 1e-6
+EXACT, EXACT_LIMIT = "exact check", 1e-4  # relative; a float32 update of the right multipliers is within 1e-6
 # Compilation is nearly all of the time, and nothing runs long enough to repay optimization.
 COMPILER_OPTIONS = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
 
@@ -175,7 +176,7 @@ def design_for(
     num_devices: int,
     ladder: str = WIDTH,
     sizes: tuple[int, ...] = (),
-    seeds: int = 3,
+    seeds: int = NUM_SEEDS,
     num_steps: int = CONFIG_STEPS,
     learning_rate: float = LEARNING_RATE,
     num_layers: int = 0,
@@ -210,7 +211,7 @@ def design_for(
     )
     return Design(
         config=checked,
-        cases=(OWN, *((WIDE_HEADS, *mutations_of(config)) if mutate else ())),
+        cases=(OWN, *(mutations_of(config) if mutate else ())),
         ladder=ladder,
         sizes=sizes,
         seeds=tuple(range(seeds)),
@@ -223,7 +224,9 @@ def design_for(
 def mutations_of(config: TrainConfig) -> tuple[Case, ...]:
     """Return the broken variants that are broken in a config: without weight decay, wrong decays are not.
 
-    Muon's rates have no 1/m that could be missing, and are not in the optimizer's check.
+    Muon's rates have no 1/m that could be missing, and are not in the optimizer's check. Heads stay as wide as they
+    are: where they grow, scores align with the data only in some 20 steps at 2^-7, too many and too fast for constants
+    that begin at 28 nats, and at lower rates chance outweighs what 1 / sqrt(d) does (LOG.md, 2026-11-29).
     """
     has_muon = config.optimizer.hidden_optimizer == "muon"
 
@@ -232,7 +235,7 @@ def mutations_of(config: TrainConfig) -> tuple[Case, ...]:
             return bool(config.optimizer.decay) and not (has_muon and name.startswith("hidden"))
         return not (has_muon and (name.endswith("LR unscaled") or name.startswith("hidden LR")))
 
-    return tuple(case for case in BROKEN if is_broken(case.name))
+    return tuple(with_own_heads(case) for case in BROKEN if is_broken(case.name))
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -243,7 +246,7 @@ class CaseResult:
     design: Design
     statistics: dict[str, tuple[tuple[float, ...], ...]]  # name -> log2, by size and then by seed
     losses: tuple[float, ...]  # nats, after the last step, by size, averaged over seeds
-    optimizer_error: float  # largest relative error of an update, see optimizer_check.py
+    exact_error: float  # largest relative error of an update or a forward multiplier, see optimizer_check.py
 
     @property
     def slopes(self) -> dict[str, float]:
@@ -277,27 +280,35 @@ class CaseResult:
 
     @property
     def caught_by(self) -> str:
-        """What shows that the case is broken: "slope", "loss", "optimizer", or "" for nothing."""
+        """What shows that the case is broken: "slope", "loss", "exact check", or "" for nothing."""
         limits = self.design.limits
         if not abs(self.slopes[self.worst]) <= limits.broken_slope:
             return "slope"
         if not self.loss_spread <= limits.broken_spread:
             return "loss"
-        return "optimizer" if not self.optimizer_error <= OPTIMIZER_LIMIT else ""
+        return EXACT if not self.exact_error <= EXACT_LIMIT else ""
 
     @property
     def is_flat(self) -> bool:
         """Whether all is within the limits of a right one; numbers that are not finite are never flat."""
         limits = self.design.limits
         is_flat = abs(self.slopes[self.worst]) <= limits.flat_slope and self.loss_spread <= limits.flat_spread
-        return is_flat and self.optimizer_error <= OPTIMIZER_LIMIT
+        return is_flat and self.exact_error <= EXACT_LIMIT
+
+    @property
+    def is_undecided(self) -> bool:
+        """Whether a right case is steep by no more than chance: more seeds would say."""
+        limits, slope = self.design.limits, abs(self.slopes[self.worst])
+        is_near = limits.flat_slope < slope <= limits.flat_slope + 2 * self.errors[self.worst]
+        rest = self.loss_spread <= limits.flat_spread and self.exact_error <= EXACT_LIMIT
+        return self.case.is_flat and is_near and rest
 
     @property
     def is_as_expected(self) -> bool:
         """Whether a right case is flat, or a broken one is caught, by what it is said to be caught by."""
         if self.case.is_flat:
             return self.is_flat
-        return self.caught_by in (("slope", "loss") if self.case.is_visible else ("optimizer",))
+        return self.caught_by in (("slope", "loss") if self.case.is_visible else (EXACT,))
 
     @property
     def _x(self) -> np.ndarray:
@@ -337,7 +348,11 @@ def coord_check(
                     draws[drawn] = checked.draw(seed)
                 runs.append(found.run(checked.rules, draws[drawn], seed=seed, learning_rate=design.learning_rate))
             measured[case].append(runs)
-            errors[case] = max(errors[case], optimizer_error(config, checked.rules))
+            errors[case] = max(
+                errors[case],
+                optimizer_error(config, checked.rules),
+                forward_error(config, checked.program.model.parametrization),
+            )
         report_progress(f"{design.ladder} {size}: {len(design.cases)} cases, {len(programs)} programs")
     return tuple(_summarize(case, design, runs, errors[case]) for case, runs in measured.items())
 
@@ -579,7 +594,7 @@ def _summarize(case: Case, design: Design, runs: list[list[dict]], error: float)
     losses = tuple(float(np.mean([run["loss"][-1] for run in of_size])) for of_size in runs)
     # What does not move at all, because it is frozen, has no slope.
     statistics = {name: values for name, values in statistics.items() if np.isfinite(values).any()}
-    return CaseResult(case=case, design=design, statistics=statistics, losses=losses, optimizer_error=error)
+    return CaseResult(case=case, design=design, statistics=statistics, losses=losses, exact_error=error)
 
 
 def _listed(sizes: Sequence[int]) -> str:

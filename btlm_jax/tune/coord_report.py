@@ -82,7 +82,12 @@ def format_table(results: Sequence[CaseResult]) -> str:
         lines.append(f"  {name:<34} {slope:>+6.2f} +- {first.errors[name]:.2f}{shown}")
     hidden = [result.case.name for result in results if not result.case.is_visible]
     if hidden:
-        lines += ["", f"Seen by the optimizer's exact check alone, not by activations or loss: {'; '.join(hidden)}"]
+        lines += ["", f"Seen by the exact checks alone, not by activations or loss: {'; '.join(hidden)}"]
+    undecided = [result.case.name for result in results if result.is_undecided]
+    if undecided:
+        lines.append(
+            f"Within two standard errors of the limit, so not decided; give more --seeds: {', '.join(undecided)}"
+        )
     wrong = [result.case.name for result in results if not result.is_as_expected]
     lines.append(f"failed: {', '.join(wrong)}" if wrong else f"passed: all {len(results)} cases are as expected")
     return "\n".join(lines)
@@ -117,7 +122,7 @@ def to_json(results: Sequence[CaseResult]) -> dict:
                 "log2": {name: [[_number(x) for x in row] for row in rows] for name, rows in result.statistics.items()},
                 "losses": [_number(loss) for loss in result.losses],
                 "loss_spread": _number(result.loss_spread),
-                "optimizer_error": _number(result.optimizer_error),
+                "exact_error": _number(result.exact_error),
             }
             for result in results
         ],

@@ -1,7 +1,7 @@
 """Parametrizations for the coordinate check: the right ones, and deliberately broken ones that it must catch.
 
 A mutation changes the numbers that recipe/mup.py returns, not the code that uses them. m is the width multiplier.
-What moves neither activations nor the loss of a few steps is caught by the optimizer's own check (optimizer_check.py).
+What moves neither activations nor the loss of a few steps is caught by the exact checks (optimizer_check.py).
 """
 
 from __future__ import annotations
@@ -124,6 +124,11 @@ def broken_rule(name: str, rule: RuleChange, *, is_visible: bool = True) -> Case
 def broken_forward(name: str, forward: ForwardChange, *, wide_heads: bool) -> Case:
     """Make a case of the config's preset whose forward multipliers are wrong."""
     return Case(name=name, preset="", forward=forward, rule=same_rule, wide_heads=wide_heads, is_flat=False)
+
+
+def with_own_heads(case: Case) -> Case:
+    """Return a case of a config whose heads stay as wide as they are: a wrong multiplier of scores does not show."""
+    return dataclasses.replace(case, wide_heads=False, is_visible=False) if case.wide_heads else case
 
 
 OWN = correct("as configured", preset="", wide_heads=False)

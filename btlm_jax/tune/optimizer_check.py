@@ -1,9 +1,12 @@
-"""The optimizer's first update of every class against its closed form, in float64: no model, no compilation.
+"""The optimizer's first update of every class, and the forward multipliers, against their closed forms in float64.
+
+No model, no compilation:
 
     u = g / (|g| + eps eps_c) + weight_decay decay_c p,    p <- p - learning_rate rate_c u
 
 Adam's bias-corrected moments of one gradient g are g and g^2. rate_c, decay_c and eps_c are written here once more,
-from the papers' tables and not from recipe/mup.py. g is of eps's own size, where a wrong epsilon shows.
+from the papers' tables and not from recipe/mup.py. g is of eps's own size, where a wrong epsilon shows. So are the
+forward multipliers: that of the scores shows in activations only where heads grow, and a config's heads do not.
 """
 
 from __future__ import annotations
@@ -14,7 +17,7 @@ import jax
 import numpy as np
 
 from btlm_jax.recipe.config import TrainConfig
-from btlm_jax.recipe.mup import HIDDEN_CLASSES
+from btlm_jax.recipe.mup import HIDDEN_CLASSES, Parametrization
 from btlm_jax.recipe.optimizer import make_optimizer
 
 _PARAMETER, _RATE = 0.5, 2.0**-7
@@ -47,6 +50,19 @@ def expected_multipliers(config: TrainConfig, parameter_class: str, *, is_in_blo
         decay=0.0 if not is_hidden else own_m if is_independent else 1.0,
         eps=1 / (own_m * depth) if is_completep and is_in_block else 1.0,
     )
+
+
+def forward_error(config: TrainConfig, parametrization: Parametrization) -> float:
+    """Return the largest relative error of a forward multiplier."""
+    model, mup = config.model, config.mup
+    is_standard = mup.preset == "sp"
+    expected = {
+        "embedding_scale": mup.embedding_multiplier,
+        "output_scale": mup.output_multiplier * (1.0 if is_standard else mup.base_d_model / model.d_model),
+        "attention_scale": model.head_dim ** (-0.5 if is_standard else -1.0),
+        "residual_scale": mup.base_num_layers / model.num_layers if mup.preset == "completep" else 1.0,
+    }
+    return max(abs(getattr(parametrization, name) / value - 1) for name, value in expected.items())
 
 
 def optimizer_error(config: TrainConfig, table: dict) -> float:

@@ -19,13 +19,15 @@ def get_config(size: str = "") -> ConfigDict:
         made = make_size(600_000_000, tokens_per_parameter=20, vocab_size=50257, longest=2048)
         return ConfigDict(dataclasses.asdict(made))
     ratio = 1 if size == "quick" else 5
-    config = ConfigDict(dataclasses.asdict(make_size(SMALL, tokens_per_parameter=ratio, vocab_size=512, longest=256)))
-    config.mup.update(
-        base_d_model=64.0, base_d_ff=170.0, init_std=0.125, embedding_multiplier=8.0, output_multiplier=0.25
-    )
-    config.optimizer.update(peak_learning_rate=2.0**-6, end_learning_rate=0.0085 * 2.0**-6)
-    config.corpus.update(source="installed_python", max_bytes=16_000_000, heldout_fraction=0.05)
-    config.evaluation.update(every_steps=1_000_000, blocks_per_source=128)
-    config.checkpoint.update(every_steps=200, keep_last=1)
-    config.log.update(every_steps=20, sample_tokens=1)
-    return config
+    made = dataclasses.asdict(make_size(SMALL, tokens_per_parameter=ratio, vocab_size=512, longest=256))
+    changes = {
+        "mup": dict(
+            base_d_model=64.0, base_d_ff=170.0, init_std=0.125, embedding_multiplier=8.0, output_multiplier=0.25
+        ),
+        "optimizer": dict(peak_learning_rate=2.0**-6, end_learning_rate=0.0085 * 2.0**-6),
+        "corpus": dict(source="installed_python", max_bytes=16_000_000, heldout_fraction=0.05),
+        "evaluation": dict(every_steps=1_000_000, blocks_per_source=128),
+        "checkpoint": dict(every_steps=200, keep_last=1),
+        "log": dict(every_steps=20, sample_tokens=1),
+    }
+    return ConfigDict(made | {name: made[name] | change for name, change in changes.items()})

@@ -12,6 +12,7 @@ from support.tiny import tiny_config
 from btlm_jax.cli import main
 from btlm_jax.parallel.make_mesh import make_run_mesh
 from btlm_jax.parallel.mesh import batch_sharding
+from btlm_jax.recipe.mup import make_parametrization
 from btlm_jax.train.program import Program, make_program
 from btlm_jax.tune.coord_check import (
     DEPTH,
@@ -30,7 +31,7 @@ from btlm_jax.tune.coord_check import (
 )
 from btlm_jax.tune.coord_report import format_table, report_coord_check, write_plot
 from btlm_jax.tune.mutations import BROKEN, BTLM, CASES, NO_OUTPUT_SCALE, OWN, Case
-from btlm_jax.tune.optimizer_check import optimizer_error
+from btlm_jax.tune.optimizer_check import forward_error, optimizer_error
 
 HIDDEN = BROKEN[-1]  # of those that only the optimizer's check sees
 
@@ -41,7 +42,7 @@ def result(case: Case, *, slope: float, spread: float, error: float = 0.0, desig
     rows = {"flat one": 0 * x, "tilted one": 3 + slope * x, "change of logits at step 3": 9 * x}
     statistics = {name: tuple((v - 0.1, v + 0.1) for v in values.tolist()) for name, values in rows.items()}
     losses = (4.0 + spread, *[4.0] * (len(x) - 1))
-    return CaseResult(case=case, design=design, statistics=statistics, losses=losses, optimizer_error=error)
+    return CaseResult(case=case, design=design, statistics=statistics, losses=losses, exact_error=error)
 
 
 @pytest.mark.parametrize(
@@ -82,7 +83,7 @@ def test_over_depths_the_last_layers_residual_is_judged_and_no_mean_over_layers(
 
 def test_the_error_of_a_slope_is_that_of_its_seeds():
     steep = tuple((value, 3 * value) for value in np.log2(FULL.sizes).tolist())
-    found = CaseResult(case=BTLM, design=FULL, statistics={"one": steep}, losses=(1.0,) * 3, optimizer_error=0.0)
+    found = CaseResult(case=BTLM, design=FULL, statistics={"one": steep}, losses=(1.0,) * 3, exact_error=0.0)
     assert found.slopes == pytest.approx({"one": 2.0})
     assert found.errors == pytest.approx({"one": math.sqrt(2) / math.sqrt(2)})
 
@@ -131,6 +132,39 @@ def test_the_optimizer_check_tells_wrong_rates_decays_and_epsilons():
         assert (error < 1e-6) if is_right else (error > 0.01), (case.name, error)
 
 
+def test_forward_multipliers_are_held_to_the_papers_tables():
+    """Of every preset where head width, depth and width differ from the base's; a broken one is off by its factor."""
+    for preset in ("btlm", "completep", "sp"):
+        config = tiny_config(model__num_layers=6, mup__preset=preset, mup__base_d_model=10.0)  # m = 4, heads 10 wide
+        right = make_parametrization(config.mup, config.model)
+        assert forward_error(config, right) < 1e-12
+        wrong = [case for case in BROKEN if case.forward(right) != right]
+        errors = {case.name: forward_error(config, case.forward(right)) for case in wrong}
+        root = config.model.head_dim ** (0.25 if preset == "sp" else 0.5)
+        expected = {"attention / sqrt(d)": root - 1}
+        if preset != "sp":  # whose m is 1
+            expected |= {"logits unscaled": 3.0, "logits / sqrt(m)": 1.0}
+        assert errors == pytest.approx(expected, rel=1e-9)
+
+
+def test_a_config_s_heads_stay_and_scores_are_checked_exactly():
+    design = design_for(tiny_config(), num_devices=1, mutate=True)
+    assert not any(case.wide_heads for case in design.cases)
+    (scores,) = (case for case in design.cases if case.name == "attention / sqrt(d)")
+    assert not result(scores, slope=0.3, spread=0.0, error=0.5).is_as_expected  # not by a slope: heads do not grow
+    assert result(scores, slope=0.0, spread=0.0, error=0.5).caught_by == "exact check"
+    assert result(scores, slope=0.0, spread=0.0, error=0.5).is_as_expected
+
+
+def test_a_slope_near_the_limit_is_said_to_be_undecided():
+    near = result(BTLM, slope=0.13, spread=0.0)
+    x = np.log2(FULL.sizes)
+    scattered = {"tilted": tuple((0.03 * v, 0.23 * v) for v in x.tolist())}  # slopes 0.03 and 0.23: 0.13 +- 0.1
+    found = dataclasses.replace(near, statistics=scattered)
+    assert found.is_undecided and not found.is_as_expected and not near.is_undecided
+    assert "not decided; give more --seeds: btlm\n" in format_table([found])
+
+
 @pytest.mark.parametrize("convention", ["independent", "coupled"])
 def test_the_optimizer_check_knows_conventions_of_decay(convention):
     optimizer = dataclasses.replace(FULL.config.optimizer, weight_decay_convention=convention)
@@ -145,11 +179,11 @@ def test_a_design_of_a_config_begins_at_the_base_width_in_whole_heads():
     assert design.sizes == (40, 80, 160) and design.config.model.num_layers == 2
     assert design.config.curriculum.batch_size == (8,) and design.cases == (OWN,)
     assert design_for(config, num_devices=8, ladder=DEPTH).sizes == (2, 4, 8)
-    assert len(design_for(config, num_devices=1, mutate=True).cases) == len(BROKEN) + 2
+    assert len(design_for(config, num_devices=1, mutate=True).cases) == len(BROKEN) + 1
     plain = design_for(tiny_config(optimizer__weight_decay=0.0), num_devices=1, mutate=True)
     assert not [case.name for case in plain.cases if "decay" in case.name]
     muon = design_for(tiny_config(optimizer__hidden_optimizer="muon"), num_devices=1, mutate=True)
-    assert not [case.name for case in muon.cases if "LR unscaled" in case.name] and len(muon.cases) == len(BROKEN) - 5
+    assert not [case.name for case in muon.cases if "LR unscaled" in case.name] and len(muon.cases) == len(BROKEN) - 6
     assert at_width(config.model, 80).d_ff == 108
     with pytest.raises(ValueError, match="heads are 10 wide, so give a multiple of 10"):
         at_width(config.model, 84)
