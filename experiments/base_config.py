@@ -1,4 +1,4 @@
-"""The config that the experiments vary: local_cpu's at width 128 with 1,024 ids, some 1.1 M parameters."""
+"""The config that the experiments vary: local_cpu's at width 96, with 2 layers and 1,024 ids: 0.3 M parameters."""
 
 import runpy
 from pathlib import Path
@@ -10,9 +10,9 @@ STEP = 1024  # tokens
 
 def get_config() -> ConfigDict:
     config = runpy.run_path(str(Path(__file__).parent.parent / "configs" / "local_cpu.py"))["get_config"]()
-    config.model.update(vocab_size=1024, num_layers=4, d_model=128, num_heads=4, d_ff=342)
-    config.mup.update(base_d_model=128.0, base_d_ff=342.0)
-    config.curriculum.update(seq_len=(128, 512), batch_size=(8, 2), num_tokens=(450 * STEP, 150 * STEP))
+    config.model.update(vocab_size=1024, num_layers=2, d_model=96, num_heads=2, d_ff=256)
+    config.mup.update(base_d_model=96.0, base_d_ff=256.0)
+    config.curriculum.update(seq_len=(128, 512), batch_size=(8, 2), num_tokens=(360 * STEP, 120 * STEP))
     config.corpus.update(max_bytes=16_000_000)
     config.evaluation.update(every_steps=1_000_000, blocks_per_source=4)
     config.checkpoint.update(every_steps=200, keep_last=1)

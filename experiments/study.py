@@ -87,10 +87,13 @@ def experiment_flags(experiment: Experiment) -> Flags:
     flags.define_string("folder", "", "where the runs go, outside of the repository; the same command goes on there")
     flags.define_paths("data", "raw text, as btlm train --data takes it; without it docs of the installed packages")
     flags.define_config()
-    flags.define_integer("seeds", experiment.num_seeds, "runs of each variant")
+    flags.define_integer("seeds", experiment.num_seeds, "runs of each variant; with --quick 1 unless it is given")
     flags.define_float("minutes", 0.0, "stop after so long, to be gone on with; 0: at the end")
-    flags.define_boolean("quick", False, f"config.py:{QUICK} with one seed: a few minutes")
+    flags.define_boolean("quick", False, f"config.py:{QUICK}, a few minutes with one seed")
     flags.define_boolean("gather", False, "make no run: report those that are finished")
+    flags.define_string(
+        "output", "", "where numbers and figure go; else beside config.py, of another config to --folder"
+    )
     return flags
 
 
@@ -105,12 +108,12 @@ def conduct(experiment: Experiment, arguments: Sequence[str]) -> int:
         return DONE
     folder, num_seeds = flags.path("folder"), flags.integer("seeds")
     if flags.boolean("quick"):
-        if flags.is_given("config") or flags.is_given("seeds"):
-            raise UsageError("--quick says config and seeds itself; leave --config and --seeds out, or --quick")
-        num_seeds = 1
+        if flags.is_given("config"):
+            raise UsageError("--quick and --config are both given, and each names a config; leave one out")
+        num_seeds = num_seeds if flags.is_given("seeds") else 1
     if num_seeds < 1 or flags.number("minutes") < 0:
         raise UsageError("--seeds must be at least 1, and --minutes not negative")
-    is_own = not flags.is_given("config") and not flags.boolean("quick")
+    is_own = not flags.is_given("config") and not flags.boolean("quick") and not flags.changes
     if not flags.is_given("config"):
         argument = f":{QUICK}" if flags.boolean("quick") else ""
         flags.set_string("config", f"{experiment.folder / 'config.py'}{argument}")
@@ -139,7 +142,7 @@ def conduct(experiment: Experiment, arguments: Sequence[str]) -> int:
         "config": dataclasses.asdict(config),
         **experiment.report(config, seeds),
     }
-    output = experiment.folder if is_own else folder
+    output = flags.optional_path("output") or (experiment.folder if is_own else folder)
     write_atomically(output / RESULTS_FILE, json.dumps(values, indent=1) + "\n")
     experiment.plot(values, output / FIGURE_FILE)
     print(f"{experiment.describe(values)}\nwrote {output / RESULTS_FILE} and {output / FIGURE_FILE}")
@@ -328,7 +331,7 @@ def _shown_command(experiment: Experiment, arguments: Sequence[str]) -> str:
     while rest:
         word = rest.pop(0)
         name, _, value = word.partition("=")
-        if name in ("--folder", "--minutes", "--gather"):
+        if name in ("--folder", "--minutes", "--gather", "--output"):
             if "=" not in word and name != "--gather":
                 rest[:1] = []
             continue

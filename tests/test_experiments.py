@@ -52,7 +52,8 @@ def test_what_is_committed_is_of_the_config_that_is_there(name):
         assert "not run yet" in (FOLDER / name / "README.md").read_text()
         return
     values = json.loads(path.read_text())
-    assert values["config"] == json.loads(json.dumps(dataclasses.asdict(config_of(name))))
+    size = study.QUICK if "--quick" in values["command"] else ""
+    assert values["config"] == json.loads(json.dumps(dataclasses.asdict(config_of(name, size))))
     assert values["experiment"] == name and values["num_seeds"] >= 1
     assert (FOLDER / name / study.FIGURE_FILE).is_file()
     assert experiment_of(name).describe(values) in (FOLDER / name / "README.md").read_text()
@@ -142,7 +143,7 @@ def test_another_text_and_contradicting_flags_are_refused(here):
     study.conduct(experiment, [f"--folder={folder / 'runs'}", "--data", "one.txt"])
     with pytest.raises(ValueError, match=r"text=.*one.txt"):
         study.conduct(experiment, [f"--folder={folder / 'runs'}", "--data", "two.txt"])
-    for wrong in (["--quick", "--seeds=2"], ["--seeds=0"], ["--minutes=-1"]):
+    for wrong in (["--quick", "--config=local_cpu"], ["--seeds=0"], ["--minutes=-1"]):
         with pytest.raises(UsageError):
             study.conduct(experiment, [f"--folder={folder / 'more'}", *wrong])
 
@@ -190,9 +191,9 @@ def test_the_curriculum_at_equal_tokens_and_at_equal_time():
         "long": {"step_seconds": {"512": 4.0}},
     }
     made = module.make_variants(config, first, STORE)
-    assert {made[name].curriculum.table.num_tokens for name in ("mixed", "short", "long")} == {600 * 1024}
+    assert {made[name].curriculum.table.num_tokens for name in ("mixed", "short", "long")} == {480 * 1024}
     steps = {name: variant.curriculum.table.num_steps for name, variant in made.items()}
-    assert steps["short-equal-time"] == 450 + 150 * 3 and steps["long-equal-time"] == 300  # of 900 seconds
+    assert steps["short-equal-time"] == 360 + 120 * 3 and steps["long-equal-time"] == 240  # of 720 seconds
     assert made["long-equal-time"].optimizer.warmup_tokens == config.optimizer.warmup_tokens // 2
     assert made["short"].curriculum.seq_len == (128,) and made["long"].curriculum.seq_len == (512,)
     assert made["short"].data.store == "/a/store"
@@ -219,7 +220,7 @@ def test_what_is_reported_of_the_curriculum_and_of_alibi(tmp_path):
             assert values["bands"] == {"inside_short": (1, 128), "inside_long": (129, 512), "beyond": (513, 4096)}
             assert short["losses"]["beyond"]["values"] == [2.5, 3.5] and short["losses"]["inside_long"]["mean"] == 2
             assert short["minus_mixed"]["heldout"]["values"] == [0.5, 0.5]
-            assert short["seconds_to_mixed"] == pytest.approx(600 / 900)
+            assert short["seconds_to_mixed"] == pytest.approx(480 / 720)
         else:
             assert short["losses"]["plain"]["1x"]["values"] == [1.5, 2.5]
             assert short["losses"]["plain"]["8x"]["values"] == [2.5, 3.5]  # positions 513-1,024

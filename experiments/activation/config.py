@@ -12,8 +12,6 @@ def get_config(size: str = "") -> ConfigDict:
         return made["get_large_config"]()
     config, step = made["get_config"](), made["STEP"]
     num_steps = 32 if size == "quick" else 480
-    config.model.update(num_layers=2, d_model=96, num_heads=2, d_ff=256)
-    config.mup.update(base_d_model=96.0, base_d_ff=256.0)
     config.curriculum.update(seq_len=(128,), batch_size=(8,), num_tokens=(num_steps * step,))
     config.optimizer.update(warmup_tokens=num_steps // 10 * step)
     return config

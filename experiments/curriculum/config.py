@@ -13,7 +13,7 @@ def get_config(size: str = "") -> ConfigDict:
     config = made["get_config"]()
     if size == "quick":
         step = made["STEP"]
-        config.model.update(num_layers=2, d_model=64, num_heads=2, d_ff=170)
+        config.model.update(d_model=64, d_ff=170)
         config.mup.update(base_d_model=64.0, base_d_ff=170.0)
         config.curriculum.update(num_tokens=(48 * step, 16 * step))
         config.optimizer.update(warmup_tokens=8 * step)
