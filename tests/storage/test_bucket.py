@@ -11,8 +11,8 @@ import time
 import types
 
 import pytest
-import tensorstore
 from support import fake_gcs
+from support.bucket_pair import end_copying, opened_pair, whole, write_part
 
 from btlm_jax import notices
 from btlm_jax.storage import bucket, owner
@@ -47,12 +47,6 @@ def objects(refusals, monkeypatch, tmp_path):
 
 
 URL = f"gs://{fake_gcs.BUCKET}/{RUN}"
-
-
-def end_copying(mirror):
-    mirror._closed.set()
-    if mirror._thread:
-        mirror._thread.join()
 
 
 @contextlib.contextmanager
@@ -391,47 +385,8 @@ def test_a_run_that_wrote_nothing_leaves_nothing(objects):
 # Several processes.
 
 
-@contextlib.contextmanager
-def opened_pair(monkeypatch, tmp_path, *, run="1"):
-    """Yield the workdir of each of two processes of a run, whose folders are of different machines."""
-    with contextlib.ExitStack() as stack:
-        pair = []
-        for index in range(2):
-            monkeypatch.setenv(bucket.STAGING_VARIABLE, str(tmp_path / f"machine-{index}"))
-            mirror = stack.enter_context(bucket.opened_for_run(URL, index=index, count=2))
-            mirror.run = run
-            stack.callback(end_copying, mirror)
-            mirror.begin()
-            end_copying(mirror)  # so that it is known which write comes when
-            pair.append(mirror)
-        monkeypatch.setenv(bucket.STAGING_VARIABLE, str(tmp_path / "staging"))
-        yield pair
-
-
-def database(path):
-    spec = {"driver": "ocdbt", "base": f"file://{path}/"}
-    return tensorstore.KvStore.open(spec).result()
-
-
-def write_part(mirror, step, *, index, text=""):
-    """Write what orbax leaves where a process saves its own part: also a database of all that has only this part."""
-    folder = mirror.folder / "checkpoints" / str(step)
-    for place in ("state", f"state/ocdbt.process_{index}"):
-        (folder / place).mkdir(parents=True, exist_ok=True)
-        database(folder / place)[f"w/{index}"] = f"{step}{text}: {index}".encode() * 99
-    (folder / "digests").mkdir()
-    (folder / "digests/metadata").write_text(f"hashes of {step}{text}")
-
-
-def whole(folder, step):
-    """Return what is in a checkpoint's database of all."""
-    bucket.fetch(folder / "checkpoints" / str(step))
-    found = database(folder / "checkpoints" / str(step) / "state")
-    return {key.decode(): found[key].decode()[: len(f"{step}: 0")] for key in found.list().result()}
-
-
 def test_each_process_uploads_its_part_and_the_first_commits_all(objects, tmp_path, monkeypatch):
-    with opened_pair(monkeypatch, tmp_path) as (first, second):
+    with opened_pair(URL, monkeypatch, tmp_path) as (first, second):
         for step in (3, 6):
             (first.folder / "metrics.jsonl").write_text(f"{step}\n")
             for index, mirror in enumerate((second, first)):
@@ -456,7 +411,7 @@ def test_each_process_uploads_its_part_and_the_first_commits_all(objects, tmp_pa
     for mirror in (first, second):  # as a kill leaves it, complete in one process or in both
         write_part(mirror, 9, index=int(mirror is second))
     second.flush()
-    with opened_pair(monkeypatch, tmp_path, run="2") as pair:
+    with opened_pair(URL, monkeypatch, tmp_path, run="2") as pair:
         assert notices.counts() == {"not-uploaded": 1}  # of the second the part is in the bucket
         assert [sorted(path.name for path in (each.folder / "checkpoints").iterdir()) for each in pair] == [
             ["3", "6"], ["3", "6"]
@@ -472,7 +427,7 @@ def test_each_process_uploads_its_part_and_the_first_commits_all(objects, tmp_pa
 def test_a_part_counts_for_its_own_save_alone(objects, tmp_path, monkeypatch):
     monkeypatch.setattr(bucket, "_OTHERS_SECONDS", 0.1)
     late = f"^checkpoint 3 is not in {URL}: process 1 has not uploaded its part in 0 s"
-    with opened_pair(monkeypatch, tmp_path) as (first, second):
+    with opened_pair(URL, monkeypatch, tmp_path) as (first, second):
         write_part(first, 3, index=0)
         with pytest.raises(OSError, match=late):
             first.flush()
@@ -516,7 +471,7 @@ def test_a_kill_of_processes_before_any_write_leaves_a_run_to_go_on_from(objects
         for index in range(2):
             shutil.rmtree(tmp_path / f"machine-{index}", ignore_errors=True)
         left[0], reached = num_writes, 0
-        with contextlib.suppress(Killed), opened_pair(monkeypatch, tmp_path) as (first, second):
+        with contextlib.suppress(Killed), opened_pair(URL, monkeypatch, tmp_path) as (first, second):
             for step in (3, 6, 9):
                 (first.folder / "metrics.jsonl").write_text("".join(f"{n}\n" for n in range(1, step + 2)))
                 for mirror in (first, second):
@@ -527,7 +482,7 @@ def test_a_kill_of_processes_before_any_write_leaves_a_run_to_go_on_from(objects
                 first.flush()
                 reached = step
         left[0] = 10**6
-        with opened_pair(monkeypatch, tmp_path, run="2") as pair:
+        with opened_pair(URL, monkeypatch, tmp_path, run="2") as pair:
             pair[0].flush()
             found = [sorted(path.name for path in (each.folder / "checkpoints").glob("*")) for each in pair]
             assert found[0] == found[1]
