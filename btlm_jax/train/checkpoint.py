@@ -570,7 +570,14 @@ def _make_manager_alone(directory: Path, **options: Any) -> ocp.CheckpointManage
     alone = ocp.options.MultiprocessingOptions(
         primary_host=None, active_processes={own}, barrier_sync_key_prefix=f"process-{own}"
     )
-    arrays = ocp.BasePyTreeCheckpointHandler(multiprocessing_options=alone, enable_post_merge_validation=False)
+    # Orbax's own registry is one for all handlers, and what it keeps of arrays then waits for the folder that process 0
+    # makes: the handler that reads, whose first process is another, has told it to.
+    registry = ocp.type_handlers.create_type_handler_registry(
+        (jax.Array, ocp.type_handlers.ArrayHandler(primary_host=None))
+    )
+    arrays = ocp.BasePyTreeCheckpointHandler(
+        multiprocessing_options=alone, type_handler_registry=registry, enable_post_merge_validation=False
+    )
     tables = {name: ocp.JsonCheckpointHandler(multiprocessing_options=alone) for name in _ITEMS[1:]}
     return ocp.CheckpointManager(
         directory,
