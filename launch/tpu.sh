@@ -12,8 +12,8 @@
 #   launch/tpu.sh stop               have the run save and end (SIGTERM); print the workers' exit codes
 #   launch/tpu.sh down               delete the slice, and prove by listing that nothing of it is left
 #
-# Set NAME, ZONE, TYPE (for example v5litepod-256), CONFIG (a name or a path) and WORKDIR (an absolute path that every
-# worker sees, such as a Filestore mount, or a URL). FLAGS after -- go to `btlm train` as they are; the variable FLAGS is
+# Set NAME, ZONE, TYPE (for example v5litepod-256), CONFIG (a name or a path) and WORKDIR (a URL such as
+# gs://bucket/run, or an absolute path that every worker sees, such as a Filestore mount). FLAGS after -- go to `btlm train` as they are; the variable FLAGS is
 # split at spaces, with quotes as a shell's but nothing expanded. Optional settings:
 #
 #   PROJECT  PROVISION=on-demand|spot|reserved (SPOT=1 is spot)  WHEEL (of btlm_jax, where there is no checkout)
@@ -399,8 +399,6 @@ num_devices() {
 check_fits() {
   local changes=() word
   if ((SLICES > 1)); then
-    [[ $WORKDIR != *://* ]] ||
-      die 2 "WORKDIR=$WORKDIR is for a run of one process: with SLICES=$SLICES give a folder that every worker sees"
     say "the table has layouts of one slice: btlm plan --topology=$TYPE --slices=$SLICES tells whether $CONFIG fits"
     return 0
   fi
@@ -880,7 +878,7 @@ set_up() {
   done
   ((SLICES > 0 && ATTEMPTS > 0)) || die 2 "SLICES and ATTEMPTS must be at least 1"
   [[ -z $WORKDIR || $WORKDIR == /* || $WORKDIR == *://* ]] ||
-    die 2 "WORKDIR=$WORKDIR must be an absolute path that every worker sees, or a URL"
+    die 2 "WORKDIR=$WORKDIR must be a URL, or an absolute path that every worker sees"
   [ -z "$WHEEL" ] || { [ -f "$WHEEL" ] && WHEEL=$(realpath "$WHEEL"); } || die 2 "WHEEL=$WHEEL is no file"
   if [ -n "$CONFIG" ] && [ -f "$CONFIG" ]; then config_here=$(realpath "$CONFIG"); fi # where the user stands
   cd "$(dirname "$0")/.."

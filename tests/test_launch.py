@@ -382,11 +382,6 @@ def test_a_workdir_in_a_bucket(cloud):
     assert "./tree[tpu,gcs]" in cloud.read("setup")
 
 
-def test_a_workdir_in_a_bucket_is_refused_for_several_slices(cloud):
-    said = cloud.run("all", code=2, SLICES="2", **in_bucket(cloud))
-    assert "is for a run of one process: with SLICES=2" in said and cloud.is_empty
-
-
 def test_checkpoints_that_are_not_committed_are_no_progress(cloud):
     cloud.will(runs=["10:75", "20:75", "30:75"], commits_nothing="")
     said = cloud.run("all", code=75, MAX_FRUITLESS="2", **in_bucket(cloud))

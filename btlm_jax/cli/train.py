@@ -56,6 +56,7 @@ were started with, stop together, and end with 77 when one of them is gone: then
 SIGTERM or one Ctrl-C saves and ends with 75. A workdir has one owner: a second command there is refused.
 --workdir may be a folder in a bucket, gs://bucket/run or s3://bucket/run: the run stages in a folder of this machine
 (BTLM_STAGING, else ~/.cache) and uploads checkpoints, metrics every minute and all else; any machine goes on from it.
+Several hosts then need no folder that all see.
 """
 
 
