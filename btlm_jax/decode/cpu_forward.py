@@ -12,10 +12,12 @@ import jax
 import jax.numpy as jnp
 
 from btlm_jax.decode.cpu_cache import Cache, CacheLayout, attend
-from btlm_jax.kernels.tiles import columns, matmul
+from btlm_jax.kernels.build import has_kernels
+from btlm_jax.kernels.tiles import columns, matmul, target_scores
 from btlm_jax.kernels.weights import Weights
 from btlm_jax.model import Btlm
 from btlm_jax.model.layers import normalise
+from btlm_jax.model.loss import score_logits
 
 
 @functools.partial(jax.jit, static_argnames=("model", "layout"), donate_argnames="cache")
@@ -31,21 +33,28 @@ def extend(
     """
     x_BTD, cache, dropped = _run_blocks(model, weights, cache, layout, inputs_BT, starts_B, counts_B, lengths_B)
     last_BD = jnp.take_along_axis(x_BTD, jnp.maximum(counts_B - 1, 0)[:, None, None], axis=1)[:, 0]
-    return read_out(model, weights, _norm_last(model, weights, last_BD)), cache, dropped
+    return _read_out(model, weights, _norm_last(model, weights, last_BD)), cache, dropped
 
 
 @functools.partial(jax.jit, static_argnames=("model", "layout"), donate_argnames="cache")
 def extend_hidden(
     model: Btlm, weights: Weights, cache: Cache, *, layout: CacheLayout, inputs_BT, starts_B, counts_B, lengths_B
 ):
-    """Do what `extend` does, but return the normed float32 hidden_BTD of all new tokens, for `read_out`."""
+    """Do what `extend` does, but return the normed float32 hidden_BTD of all new tokens, for `score_hidden`."""
     x_BTD, cache, dropped = _run_blocks(model, weights, cache, layout, inputs_BT, starts_B, counts_B, lengths_B)
     B, T, D = x_BTD.shape
     return _norm_last(model, weights, x_BTD.reshape(B * T, D)).reshape(B, T, D), cache, dropped
 
 
-def read_out(model: Btlm, weights: Weights, hidden_RD: jax.Array) -> jax.Array:
-    """Return the float32 logits_RV of what `extend_hidden` returns."""
+def score_hidden(model: Btlm, weights: Weights, hidden_RD: jax.Array, targets_R) -> tuple[jax.Array, jax.Array]:
+    """Return the losses_R of targets after what `extend_hidden` returns, and whether each is the likeliest token."""
+    if not has_kernels():
+        return score_logits(_read_out(model, weights, hidden_RD), targets_R)
+    return target_scores(hidden_RD, weights.embedding, targets_R, scale=model.parametrization.output_scale)
+
+
+def _read_out(model: Btlm, weights: Weights, hidden_RD: jax.Array) -> jax.Array:
+    """Return the float32 logits_RV of normed hidden vectors."""
     return matmul(hidden_RD, weights.embedding, layer=0) * model.parametrization.output_scale
 
 

@@ -18,11 +18,11 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from btlm_jax import notices
 from btlm_jax.decode.cpu_cache import MAX_PIECE, make_cache, make_layout
-from btlm_jax.decode.cpu_forward import extend_hidden, read_out
+from btlm_jax.decode.cpu_forward import extend_hidden, score_hidden
 from btlm_jax.evaluate.processes import wait_for_halving
 from btlm_jax.kernels.weights import Weights
 from btlm_jax.model import Btlm
-from btlm_jax.model.loss import score_logits, token_scores
+from btlm_jax.model.loss import token_scores
 from btlm_jax.parallel.mesh import FSDP
 
 SHORTEST = 16  # the shortest padded length
@@ -242,7 +242,7 @@ def _scores_of_tiles(model: Btlm, weights: Weights, hidden_BTD, positions_BS, ta
 
     def score(chunk_arrays):
         hidden_RD, targets_R = chunk_arrays
-        return score_logits(read_out(model, weights, hidden_RD), targets_R)
+        return score_hidden(model, weights, hidden_RD, targets_R)
 
     scores = jax.lax.map(score, (hidden_CRD, targets_CR))
     return jax.tree.map(lambda x_CR: x_CR.reshape(-1)[: B * S].reshape(B, S), scores)

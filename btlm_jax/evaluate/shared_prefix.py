@@ -23,12 +23,11 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from btlm_jax.decode import cpu_cache, kv_cache
 from btlm_jax.decode.cpu_cache import MAX_PIECE
-from btlm_jax.decode.cpu_forward import extend_hidden, read_out
+from btlm_jax.decode.cpu_forward import extend_hidden, score_hidden
 from btlm_jax.decode.decoder import bucket
 from btlm_jax.evaluate.scorer import HEAD_ROWS, Row, Scorer, Scores, scores_of_hidden
 from btlm_jax.kernels.weights import Weights
 from btlm_jax.model import Btlm
-from btlm_jax.model.loss import score_logits
 from btlm_jax.parallel.mesh import FSDP
 
 SHORTEST_CONTEXT = 8  # tokens; shorter ones run with each of their rows
@@ -425,7 +424,7 @@ def _take_rows(cache: cpu_cache.Cache, parents_B) -> cpu_cache.Cache:
 @functools.partial(jax.jit, static_argnames="model")
 def _scores_at(model: Btlm, weights: Weights, hidden_BTD, at_WP, targets_WP) -> tuple[jax.Array, jax.Array]:
     hidden_PD = jnp.take(hidden_BTD.reshape(-1, hidden_BTD.shape[-1]), at_WP[0], axis=0)
-    losses_P, is_greedy_P = score_logits(read_out(model, weights, hidden_PD), targets_WP[0])
+    losses_P, is_greedy_P = score_hidden(model, weights, hidden_PD, targets_WP[0])
     return losses_P[None], is_greedy_P[None]
 
 

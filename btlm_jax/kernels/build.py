@@ -83,7 +83,10 @@ class _Library:
 _GENERATION = _Library(
     name="kernels",
     sources=("matmul.cc", "attend.cc"),
-    targets=("btlm_matmul", "btlm_matmul_int4", "btlm_matmul_int8", "btlm_attend"),
+    targets=(
+        *("btlm_matmul", "btlm_matmul_int4", "btlm_matmul_int8"),
+        *("btlm_scores", "btlm_scores_int4", "btlm_scores_int8", "btlm_attend"),
+    ),
     slow_without="generation on this CPU is slow",
 )
 _TRAINING = _Library(

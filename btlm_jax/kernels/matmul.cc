@@ -1,4 +1,4 @@
-// Products of few rows with large matrices, which read every weight once; tiles.py has the same in JAX.
+// Products of rows with large matrices, and losses of what such a product reads out; tiles.py has the products in JAX.
 //
 // Sizes: R rows, K inputs, M outputs. A matrix is in tiles of 32 outputs, so that a task reads one stream of memory:
 // float32 as [layers, M/32, K, 32]; bfloat16 as 32-bit words of two inputs, [layers, M/32, K/2, 32], the first in the low
@@ -99,18 +99,17 @@ void into_columns(int64_t tile, int64_t M, float* y, const Fill& fill) {
   std::memcpy(y + tile * kTile, own, std::min(kTile, M - tile * kTile) * sizeof(float));
 }
 
-// Products of several rows in blocks of rows and of tiles, whose inputs and sums stay in the processor's cache. A `Product`
-// has add(tile, k, first, end, sums), which adds inputs k .. k + kDepth of rows first .. end to sums[end - first][32]. Every
-// sum is over rising k, so it depends on no size of a block. finish(block, first, end, first_tile, end_tile, sums) gets the
-// sums [tiles][end - first][32] of a task. `group` is the tiles of a task.
+// Products of several rows in blocks of rows and of tiles, whose inputs and sums stay in the processor's cache. A
+// `Product` has add(tile, k, first, end, sums), which adds inputs k .. k + kDepth of rows first .. end to
+// sums[end - first][32]. Every sum is over rising k, so it depends on no size of a block. finish(first, end, first_tile,
+// end_tile, sums) gets the sums [tiles][end - first][32] of a task, and may change them. A task has `group` tiles.
 constexpr int64_t kBlockRows = 96, kBlockTiles = 4, kManyRows = 48;
-
-int64_t num_blocks(int64_t R) { return std::max<int64_t>(1, R / kBlockRows); }  // rows left over are in the last
 
 template <typename Product, typename Finish>
 void in_blocks(ffi::ThreadPool pool, const Product& product, int64_t R, int64_t K, int64_t M, int64_t group,
                const Finish& finish) {
-  int64_t tiles = (M + kTile - 1) / kTile, groups = (tiles + group - 1) / group, blocks = num_blocks(R);
+  int64_t tiles = (M + kTile - 1) / kTile, groups = (tiles + group - 1) / group;
+  int64_t blocks = std::max<int64_t>(1, R / kBlockRows);  // the last has what is left
   parallel(pool, groups * blocks, R / blocks * K * kTile * group, [&](int64_t task) {
     int64_t first_tile = task % groups * group, end_tile = std::min(first_tile + group, tiles), block = task / groups;
     int64_t first = block * kBlockRows, end = block == blocks - 1 ? R : first + kBlockRows;
@@ -120,14 +119,14 @@ void in_blocks(ffi::ThreadPool pool, const Product& product, int64_t R, int64_t 
         product.add(tile, k, first, end, sums.data() + (tile - first_tile) * (end - first) * kTile);
       }
     }
-    finish(block, first, end, first_tile, end_tile, sums.data());
+    finish(first, end, first_tile, end_tile, sums.data());
   });
 }
 
 // A product as y[R, M].
 template <typename Product>
 void write_product(ffi::ThreadPool pool, const Product& product, int64_t R, int64_t K, int64_t M, float* y) {
-  auto copy = [=](int64_t, int64_t first, int64_t end, int64_t first_tile, int64_t end_tile, const float* sums) {
+  auto copy = [=](int64_t first, int64_t end, int64_t first_tile, int64_t end_tile, const float* sums) {
     for (int64_t tile = first_tile; tile < end_tile; ++tile) {
       int64_t width = std::min(kTile, M - tile * kTile);
       for (int64_t row = first; row < end; ++row, sums += kTile) {
@@ -242,7 +241,8 @@ void with_product(ffi::ThreadPool pool, const float* x, int64_t R, int64_t K, Pa
 }
 
 template <typename Weights>
-void product_ungrouped(ffi::ThreadPool pool, const float* x, Weights weights, float* y, int64_t R, int64_t K, int64_t M) {
+void product_ungrouped(ffi::ThreadPool pool, const float* x, Weights weights, float* y, int64_t R, int64_t K,
+                       int64_t M) {
   if (R > 1) {
     return with_product(pool, x, R, K, weights, [&](const auto& product) { write_product(pool, product, R, K, M, y); });
   }
@@ -325,17 +325,20 @@ struct GroupedWeights {
   }
   void one_row(int64_t tile, int64_t group, const float* x, float x_sum, f8* sums) const {
     int64_t at = tile * groups + group;
-    Codes::one_row(codes + at * Codes::kWords, scale + at * kTile, offset + at * kTile, x + group * kGroup, x_sum, sums);
+    x += group * kGroup;
+    Codes::one_row(codes + at * Codes::kWords, scale + at * kTile, offset + at * kTile, x, x_sum, sums);
   }
 };
 
 template <typename Codes, typename Use>
-void with_product(ffi::ThreadPool pool, const float* x, int64_t R, int64_t K, GroupedWeights<Codes> weights, const Use& use) {
+void with_product(ffi::ThreadPool pool, const float* x, int64_t R, int64_t K, GroupedWeights<Codes> weights,
+                  const Use& use) {
   use(FloatProduct<GroupedWeights<Codes>>(pool, x, R, K, weights));
 }
 
 template <typename Codes>
-void product_grouped(ffi::ThreadPool pool, const float* x, GroupedWeights<Codes> weights, float* y, int64_t R, int64_t M) {
+void product_grouped(ffi::ThreadPool pool, const float* x, GroupedWeights<Codes> weights, float* y, int64_t R,
+                     int64_t M) {
   int64_t groups = weights.groups, K = groups * kGroup;
   if (R > 1) {
     return with_product(pool, x, R, K, weights, [&](const auto& product) { write_product(pool, product, R, K, M, y); });
@@ -351,18 +354,90 @@ void product_grouped(ffi::ThreadPool pool, const float* x, GroupedWeights<Codes>
   });
 }
 
+// What a row's softmax needs of the outputs of one task.
+struct Part {
+  float largest, total;  // total: of e^(output - largest)
+  int64_t at;            // the first output that is the largest
+};
+
+// Part of scaled outputs [tiles][ld][32], of which `columns` exist; the scaled outputs are left there.
+Part part_of(float* outputs, int64_t ld, int64_t columns, int64_t first_column, float scale) {
+  wide high = wide{} - INFINITY, total = {};
+  for (int64_t c = 0; c < columns; c += kTile) {
+    float* tile = outputs + c * ld;
+    for (int64_t i = 0; i < kTile; i += kWide) store_wide(tile + i, load_wide(tile + i) * scale);
+    for (int64_t i = columns - c; i < kTile; ++i) tile[i] = -INFINITY;
+    for (int64_t i = 0; i < kTile; i += kWide) {
+      wide v = load_wide(tile + i);
+      high = v > high ? v : high;
+    }
+  }
+  Part part{-INFINITY, 0, -1};
+  for (int i = 0; i < kWide; ++i) part.largest = std::max(part.largest, high[i]);
+  for (int64_t c = 0; c < columns; c += kTile) {
+    const float* tile = outputs + c * ld;
+    for (int64_t i = 0; i < kTile; i += kWide) total += exp_wide(load_wide(tile + i) - part.largest);  // NaN stays NaN
+    for (int64_t i = 0; i < kTile && part.at < 0; ++i) {
+      if (tile[i] == part.largest) part.at = first_column + c + i;
+    }
+  }
+  for (int i = 0; i < kWide; ++i) part.total += total[i];
+  return part;
+}
+
+// Losses of targets under a softmax over scale * product, and whether each is the likeliest, of equals the first: the
+// outputs are never in memory together.
+template <typename Product>
+void score_targets(ffi::ThreadPool pool, const Product& product, int64_t R, int64_t K, int64_t M,
+                   const int32_t* targets, float scale, float* losses, bool* is_greedy) {
+  constexpr int64_t kTiles = 16;
+  int64_t groups = (M + kTiles * kTile - 1) / (kTiles * kTile);
+  std::vector<Part> parts(R * groups);
+  std::vector<float> own(R);
+  auto take = [&](int64_t first, int64_t end, int64_t first_tile, int64_t end_tile, float* sums) {
+    int64_t first_column = first_tile * kTile, columns = std::min(M, end_tile * kTile) - first_column;
+    for (int64_t row = first; row < end; ++row, sums += kTile) {
+      parts[row * groups + first_tile / kTiles] = part_of(sums, end - first, columns, first_column, scale);
+      int64_t at = targets[row] - first_column;
+      if (at >= 0 && at < columns) own[row] = sums[at / kTile * (end - first) * kTile + at % kTile];
+    }
+  };
+  in_blocks(pool, product, R, K, M, kTiles, take);
+  for (int64_t row = 0; row < R; ++row) {
+    const Part *from = parts.data() + row * groups, *best = from;
+    for (int64_t i = 1; i < groups; ++i) best = from[i].largest > best->largest ? from + i : best;
+    double total = 0;
+    for (int64_t i = 0; i < groups; ++i) total += from[i].total * std::exp(double(from[i].largest) - best->largest);
+    losses[row] = std::log(total) + best->largest - own[row];
+    is_greedy[row] = best->at == targets[row] && losses[row] == losses[row];
+  }
+}
+
+// Calls use(weights) with a layer's matrix of floats for K inputs.
+template <typename Use>
+void with_weights(const ffi::AnyBuffer& w, const ffi::Buffer<ffi::S32>& layer, int64_t K, const Use& use) {
+  int64_t at = layer.typed_data()[0] * w.dimensions()[1] * w.dimensions()[2] * kTile;
+  if (w.element_type() == ffi::F32) {
+    use(FloatWeights{static_cast<const float*>(w.untyped_data()) + at, K});
+  } else {
+    use(PairWeights{static_cast<const uint32_t*>(w.untyped_data()) + at, K});
+  }
+}
+
+template <typename Codes>
+GroupedWeights<Codes> grouped_weights(const ffi::Buffer<ffi::U32>& codes, const ffi::Buffer<ffi::F16>& scale,
+                                      const ffi::Buffer<ffi::F16>& offset, const ffi::Buffer<ffi::S32>& layer) {
+  int64_t groups = codes.dimensions()[2], at = layer.typed_data()[0] * codes.dimensions()[1] * groups;
+  return {codes.typed_data() + at * Codes::kWords, reinterpret_cast<const f16*>(scale.untyped_data()) + at * kTile,
+          reinterpret_cast<const f16*>(offset.untyped_data()) + at * kTile, groups};
+}
+
 ffi::Error matmul(ffi::ThreadPool pool, ffi::Buffer<ffi::F32> x_RK, ffi::AnyBuffer w, ffi::Buffer<ffi::S32> layer,
                   ffi::ResultBuffer<ffi::F32> y_RM) {
   int64_t R = x_RK.dimensions()[0], K = x_RK.dimensions()[1], M = y_RM->dimensions()[1];
-  int64_t at = layer.typed_data()[0] * w.dimensions()[1] * w.dimensions()[2] * kTile;
-  const float* x = x_RK.typed_data();
-  if (w.element_type() == ffi::F32) {
-    FloatWeights weights{static_cast<const float*>(w.untyped_data()) + at, K};
-    product_ungrouped(pool, x, weights, y_RM->typed_data(), R, K, M);
-  } else {
-    PairWeights weights{static_cast<const uint32_t*>(w.untyped_data()) + at, K};
-    product_ungrouped(pool, x, weights, y_RM->typed_data(), R, K, M);
-  }
+  with_weights(w, layer, K, [&](auto weights) {
+    product_ungrouped(pool, x_RK.typed_data(), weights, y_RM->typed_data(), R, K, M);
+  });
   return ffi::Error::Success();
 }
 
@@ -371,33 +446,70 @@ ffi::Error matmul_grouped(ffi::ThreadPool pool, ffi::Buffer<ffi::F32> x_RK, ffi:
                           ffi::Buffer<ffi::F16> scale, ffi::Buffer<ffi::F16> offset, ffi::Buffer<ffi::S32> layer,
                           ffi::ResultBuffer<ffi::F32> y_RM) {
   int64_t R = x_RK.dimensions()[0], M = y_RM->dimensions()[1];
-  int64_t tiles = codes.dimensions()[1], groups = codes.dimensions()[2], at = layer.typed_data()[0] * tiles * groups;
-  GroupedWeights<Codes> weights{codes.typed_data() + at * Codes::kWords,
-                                reinterpret_cast<const f16*>(scale.untyped_data()) + at * kTile,
-                                reinterpret_cast<const f16*>(offset.untyped_data()) + at * kTile, groups};
+  auto weights = grouped_weights<Codes>(codes, scale, offset, layer);
   product_grouped(pool, x_RK.typed_data(), weights, y_RM->typed_data(), R, M);
   return ffi::Error::Success();
 }
 
+template <typename Weights>
+ffi::Error scores_with(ffi::ThreadPool pool, const ffi::Buffer<ffi::F32>& x_RK, const Weights& weights,
+                       const ffi::Buffer<ffi::S32>& targets_R, float scale, int64_t num_outputs,
+                       ffi::ResultBuffer<ffi::F32>& losses_R, ffi::ResultBuffer<ffi::PRED>& is_greedy_R) {
+  int64_t R = x_RK.dimensions()[0], K = x_RK.dimensions()[1];
+  with_product(pool, x_RK.typed_data(), R, K, weights, [&](const auto& product) {
+    score_targets(pool, product, R, K, num_outputs, targets_R.typed_data(), scale, losses_R->typed_data(),
+                  is_greedy_R->typed_data());
+  });
+  return ffi::Error::Success();
+}
+
+ffi::Error scores(ffi::ThreadPool pool, ffi::Buffer<ffi::F32> x_RK, ffi::AnyBuffer w, ffi::Buffer<ffi::S32> layer,
+                  ffi::Buffer<ffi::S32> targets_R, float scale, int64_t num_outputs,
+                  ffi::ResultBuffer<ffi::F32> losses_R, ffi::ResultBuffer<ffi::PRED> is_greedy_R) {
+  with_weights(w, layer, x_RK.dimensions()[1], [&](auto weights) {
+    scores_with(pool, x_RK, weights, targets_R, scale, num_outputs, losses_R, is_greedy_R);
+  });
+  return ffi::Error::Success();
+}
+
+template <typename Codes>
+ffi::Error scores_grouped(ffi::ThreadPool pool, ffi::Buffer<ffi::F32> x_RK, ffi::Buffer<ffi::U32> codes,
+                          ffi::Buffer<ffi::F16> scales, ffi::Buffer<ffi::F16> offsets, ffi::Buffer<ffi::S32> layer,
+                          ffi::Buffer<ffi::S32> targets_R, float scale, int64_t num_outputs,
+                          ffi::ResultBuffer<ffi::F32> losses_R, ffi::ResultBuffer<ffi::PRED> is_greedy_R) {
+  return scores_with(pool, x_RK, grouped_weights<Codes>(codes, scales, offsets, layer), targets_R, scale, num_outputs,
+                     losses_R, is_greedy_R);
+}
+
 }  // namespace
 
-XLA_FFI_DEFINE_HANDLER_SYMBOL(btlm_matmul, matmul,
-                              ffi::Ffi::Bind()
-                                  .Ctx<ffi::ThreadPool>()
-                                  .Arg<ffi::Buffer<ffi::F32>>()
-                                  .Arg<ffi::AnyBuffer>()
-                                  .Arg<ffi::Buffer<ffi::S32>>()
-                                  .Ret<ffi::Buffer<ffi::F32>>());
+#define FLOAT_INPUTS                \
+  ffi::Ffi::Bind()                  \
+      .Ctx<ffi::ThreadPool>()       \
+      .Arg<ffi::Buffer<ffi::F32>>() \
+      .Arg<ffi::AnyBuffer>()        \
+      .Arg<ffi::Buffer<ffi::S32>>()
 
-#define GROUPED_BINDING              \
-  ffi::Ffi::Bind()                   \
-      .Ctx<ffi::ThreadPool>()        \
-      .Arg<ffi::Buffer<ffi::F32>>()  \
-      .Arg<ffi::Buffer<ffi::U32>>()  \
-      .Arg<ffi::Buffer<ffi::F16>>()  \
-      .Arg<ffi::Buffer<ffi::F16>>()  \
-      .Arg<ffi::Buffer<ffi::S32>>()  \
-      .Ret<ffi::Buffer<ffi::F32>>()
+#define GROUPED_INPUTS              \
+  ffi::Ffi::Bind()                  \
+      .Ctx<ffi::ThreadPool>()       \
+      .Arg<ffi::Buffer<ffi::F32>>() \
+      .Arg<ffi::Buffer<ffi::U32>>() \
+      .Arg<ffi::Buffer<ffi::F16>>() \
+      .Arg<ffi::Buffer<ffi::F16>>() \
+      .Arg<ffi::Buffer<ffi::S32>>()
 
-XLA_FFI_DEFINE_HANDLER_SYMBOL(btlm_matmul_int4, matmul_grouped<Int4>, GROUPED_BINDING);
-XLA_FFI_DEFINE_HANDLER_SYMBOL(btlm_matmul_int8, matmul_grouped<Int8>, GROUPED_BINDING);
+#define PRODUCT(INPUTS) INPUTS.Ret<ffi::Buffer<ffi::F32>>()
+#define SCORES(INPUTS)               \
+  INPUTS.Arg<ffi::Buffer<ffi::S32>>() \
+      .Attr<float>("scale")          \
+      .Attr<int64_t>("num_outputs")  \
+      .Ret<ffi::Buffer<ffi::F32>>()  \
+      .Ret<ffi::Buffer<ffi::PRED>>()
+
+XLA_FFI_DEFINE_HANDLER_SYMBOL(btlm_matmul, matmul, PRODUCT(FLOAT_INPUTS));
+XLA_FFI_DEFINE_HANDLER_SYMBOL(btlm_matmul_int4, matmul_grouped<Int4>, PRODUCT(GROUPED_INPUTS));
+XLA_FFI_DEFINE_HANDLER_SYMBOL(btlm_matmul_int8, matmul_grouped<Int8>, PRODUCT(GROUPED_INPUTS));
+XLA_FFI_DEFINE_HANDLER_SYMBOL(btlm_scores, scores, SCORES(FLOAT_INPUTS));
+XLA_FFI_DEFINE_HANDLER_SYMBOL(btlm_scores_int4, scores_grouped<Int4>, SCORES(GROUPED_INPUTS));
+XLA_FFI_DEFINE_HANDLER_SYMBOL(btlm_scores_int8, scores_grouped<Int8>, SCORES(GROUPED_INPUTS));

@@ -93,12 +93,22 @@ def matmul(x_RK, tiles: Tiles, *, layer):
         matrix_KM = _matrix(tiles, layer)
         return jnp.matmul(padded_RK, matrix_KM, precision="highest")[:, : tiles.num_outputs]
     out = jax.ShapeDtypeStruct((len(x_RK), tiles.num_outputs), jnp.float32)
-    at = jnp.reshape(layer, (1,)).astype(jnp.int32)
-    if isinstance(tiles, FloatTiles):
-        return jax.ffi.ffi_call("btlm_matmul", out)(padded_RK, tiles.data, at)
-    if isinstance(tiles, Int8Tiles):
-        return jax.ffi.ffi_call("btlm_matmul_int8", out)(padded_RK, tiles.words, tiles.scale, tiles.scale, at)
-    return jax.ffi.ffi_call("btlm_matmul_int4", out)(padded_RK, tiles.words, tiles.scale, tiles.offset, at)
+    return jax.ffi.ffi_call(f"btlm_matmul{_suffix(tiles)}", out)(padded_RK, *_operands(tiles, layer))
+
+
+def target_scores(x_RK, tiles: Tiles, targets_R, *, scale: float):
+    """Return the losses_R of targets under a softmax over `scale` times the product with the first layer's matrix.
+
+    The losses are float32 and in nats; is_greedy_R besides says whether each target is the likeliest output, of equals
+    the first. The product is never in memory as a whole. Only where `has_kernels`. With bfloat16 weights a single row
+    is rounded as several are.
+    """
+    padded_RK = jnp.pad(x_RK, ((0, 0), (0, _padded_inputs(tiles) - x_RK.shape[1])))
+    out = [jax.ShapeDtypeStruct(targets_R.shape, dtype) for dtype in (jnp.float32, jnp.bool_)]
+    call = jax.ffi.ffi_call(f"btlm_scores{_suffix(tiles)}", out)
+    operands = (padded_RK, *_operands(tiles, 0), targets_R.astype(jnp.int32))
+    losses_R, is_greedy_R = call(*operands, scale=np.float32(scale), num_outputs=np.int64(tiles.num_outputs))
+    return losses_R, is_greedy_R
 
 
 def columns(tiles: Tiles, column_R):
@@ -112,6 +122,19 @@ def columns(tiles: Tiles, column_R):
             values_RGK = values_RGK + tiles.offset[0, tile_R, :, lane_R][..., None]
         values_RK = values_RGK.reshape(len(tile_R), -1)
     return values_RK[:, : tiles.num_inputs]
+
+
+def _suffix(tiles: Tiles) -> str:
+    """Return what the name of a kernel for these tiles ends in."""
+    return {FloatTiles: "", Int4Tiles: "_int4", Int8Tiles: "_int8"}[type(tiles)]
+
+
+def _operands(tiles: Tiles, layer) -> tuple:
+    """Return what a kernel takes of a layer's matrix."""
+    at = jnp.reshape(layer, (1,)).astype(jnp.int32)
+    if isinstance(tiles, FloatTiles):
+        return tiles.data, at
+    return tiles.words, tiles.scale, tiles.offset if isinstance(tiles, Int4Tiles) else tiles.scale, at
 
 
 def _padded_inputs(tiles: Tiles) -> int:

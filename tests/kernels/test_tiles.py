@@ -18,6 +18,7 @@ from btlm_jax.kernels.tiles import (
     float_tiles,
     matmul,
     pack_codes,
+    target_scores,
     tile_factors,
 )
 
@@ -147,6 +148,38 @@ def test_a_number_that_is_none_stays_one(way, kind):
         x[-1, 69] = np.nan
     for found_RM in products(x_RK, made, [1, 1]):
         assert np.isnan(found_RM[-1]).all() and not np.isnan(found_RM[:-1]).any()
+
+
+@pytest.mark.parametrize("kind", MAKE)
+def test_scores_of_targets(kind):
+    """Losses and ranks against a softmax in float64, of several tasks' outputs and blocks of rows."""
+    assert build.has_kernels(), "no C++ compiler here?"
+    (K, M), scale = (70, 1100), {"int4": 0.05, "int8": 0.002}.get(kind, 0.4)  # logits of some 10
+    made, matrices_LKM = MAKE[kind](K, M)
+    for rows in (2, 9, 205):
+        x_RK = np.random.default_rng(rows).standard_normal((rows, K), np.float32)
+        exact_RM = scale * (as_multiplied(x_RK, way="kernels", kind=kind) @ matrices_LKM[0])
+        targets_R = np.arange(rows) * 101 % M
+        targets_R[1::2] = exact_RM[1::2].argmax(-1)  # the likeliest of every second row
+        targets_R[-1] = M - 1
+        losses_R, is_greedy_R = jax.jit(lambda x, t: target_scores(x, made, t, scale=scale))(x_RK, targets_R)
+        largest_R = exact_RM.max(-1)
+        log_total_R = np.log(np.exp(exact_RM - largest_R[:, None]).sum(-1)) + largest_R
+        expected_R = log_total_R - exact_RM[np.arange(rows), targets_R]
+        np.testing.assert_allclose(losses_R, expected_R, rtol=2e-6, atol=1e-5)
+        np.testing.assert_array_equal(is_greedy_R, exact_RM.argmax(-1) == targets_R)
+
+
+def test_of_equal_outputs_the_first_is_the_likeliest():
+    matrix_KM = np.zeros((3, 1200), np.float32)
+    matrix_KM[:, [40, 41, 700]] = 1.0  # in one tile, and in another task
+    made = FloatTiles(data=jnp.asarray(float_tiles(matrix_KM, dtype="float32")[None]), num_inputs=3, num_outputs=1200)
+    x_RK, targets_R = np.ones((5, 3), np.float32), np.array([40, 41, 700, 0, 40])
+    x_RK[4, 1] = np.nan
+    losses_R, is_greedy_R = jax.jit(lambda x, t: target_scores(x, made, t, scale=2.0))(x_RK, targets_R)
+    assert list(np.asarray(is_greedy_R)) == [True, False, False, False, False]
+    total = np.log(3 + 1197 * np.exp(-6))
+    np.testing.assert_allclose(losses_R, [total, total, total, total + 6, np.nan], rtol=3e-6)
 
 
 READ_ALL = """
