@@ -64,6 +64,7 @@ class Experiment:
     plot: Callable[[dict, Path], None]
     num_seeds: int
     surround: Callable[[str], contextlib.AbstractContextManager[None]] = lambda variant: contextlib.nullcontext()
+    may_diverge: bool = False  # a run that stops on a loss that is not finite is measured as {"loss": None}
 
     @property
     def name(self) -> str:
@@ -284,7 +285,10 @@ def _make_runs(experiment: Experiment, choose: Callable, *, folder: Path, minute
     def run_trial(config: TrainConfig, workdir: Path) -> str:
         with experiment.surround(workdir.name.rpartition("-s")[0]):
             outcome = train(config, workdir)
-            if outcome == BAD_NUMBERS:
+            if outcome == BAD_NUMBERS and experiment.may_diverge:
+                diverged = {"machine": machine("jax", "numpy"), "loss": None}
+                write_atomically(workdir / MEASURED_FILE, json.dumps(diverged))
+            elif outcome == BAD_NUMBERS:
                 raise ValueError(
                     f"{workdir} stopped on a loss that is not finite, and cannot be compared: see its log.txt"
                 )

@@ -38,6 +38,7 @@ def test_the_sweeps_find_made_up_optima_over_both_ladders(tmp_path, monkeypatch)
     assert (deep.mup.preset, deep.model.num_layers, deep.model.d_model) == ("completep", 4, 64)
     assert deep.optimizer.peak_learning_rate == 2.0**-6 and deep.data.store == str(tmp_path / "store")
     measured = {name: {"loss": loss(name, 0)} for name in first}
+    measured["btlm-d64-l2-lr-5"]["loss"] = None  # it diverged
     measured["sp-d128-l2-lr-8"]["loss"] = 3.0  # at the end of the rates: one more is tried
     again = lr_transfer.make_variants(config, measured, stores)
     assert again.keys() - first.keys() == {"sp-d128-l2-lr-9"}
@@ -50,6 +51,8 @@ def test_the_sweeps_find_made_up_optima_over_both_ladders(tmp_path, monkeypatch)
     text = lr_transfer.describe(values)
     assert "- sp over widths: 1.00 octaves; the smallest one's optimum at the largest costs +0.1000 nats" in text
     assert "| completep, width 64, 4 layers | -6.30 |" in text
+    seeds[1]["btlm-d128-l2-lr-5"]["loss"] = None
+    values = json.loads(json.dumps(lr_transfer.report(config, seeds), allow_nan=False))
     lr_transfer.plot(values, tmp_path / "figure.png")
     assert (tmp_path / "figure.png").stat().st_size > 10_000
     with pytest.raises(ValueError, match="model.d_model=192 must be the base's 64 doubled once or more"):

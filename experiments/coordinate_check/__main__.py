@@ -22,7 +22,7 @@ from btlm_jax.storage.files import read_json_object, write_atomically
 FOLDER = Path(__file__).parent
 RESULTS_FILE, FIGURE_FILE = "results.json", "figure.png"
 DEPTHS = {"": "--depths=2,4,8", "quick": "--depths=2,4", "large": "--depths=2,4,8,16"}
-SEEDS = {"": 3, "quick": 3, "large": 5}
+SEEDS = {"": 5, "quick": 5, "large": 5}
 # What is checked, and whether it must be flat; None: it is broken in known ways, and each must be as expected.
 CHECKS = {
     "btlm": (["--config.mup.preset=btlm"], True),
@@ -41,7 +41,7 @@ def arguments_of(name: str, size: str) -> list[str]:
     found = [f"--config={config}:{size}" if size else f"--config={config}", f"--seeds={SEEDS[size]}", *CHECKS[name][0]]
     if "depths" in name:
         return [*found, DEPTHS[size]]
-    return [*found, "--widths=64,128"] if size == "quick" else found
+    return [*found, "--widths=64,256"] if size == "quick" else found
 
 
 def gather(folder: Path, names: list[str]) -> dict[str, dict]:
@@ -130,6 +130,7 @@ def run(folder: Path, *, size: str, names: list[str]) -> int:
     values = {
         "experiment": FOLDER.name,
         "command": f"python -m experiments.{FOLDER.name} --folder=DIR" + (f" --{size}" if size else ""),
+        "checks_left_out": [name for name in CHECKS if name not in checks],
         "machine": machine("jax", "numpy"),
         "checks": checks,
     }

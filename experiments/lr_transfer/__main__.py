@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -56,7 +57,7 @@ def _doubled(first: float, last: int, key: str) -> tuple[int, ...]:
 def make_variants(config: TrainConfig, first: Measured, stores: Mapping[str, Path]) -> dict[str, TrainConfig]:
     """Return the runs, small models first; rates beyond the ends follow from the first seed's losses."""
     config = on_store(config, stores[""])
-    results = {f"{name}-s0": Result(loss=each["loss"], seconds=0.0) for name, each in first.items()}
+    results = _results_of([first])
     found = {}
     for sweep in sweeps_of(config, num_seeds=1).values():
         for curve in sorted(sweep.curves, key=lambda curve: curve.width * curve.depth):
@@ -68,14 +69,19 @@ def make_variants(config: TrainConfig, first: Measured, stores: Mapping[str, Pat
 
 def report(config: TrainConfig, seeds: Sequence[Measured]) -> dict:
     """Return of each ladder the losses, optima with intervals, and what the first optimum costs at the last size."""
-    results = {
-        f"{name}-s{number}": Result(loss=each["loss"], seconds=0.0)
-        for number, measured in enumerate(seeds)
-        for name, each in measured.items()
-    }
+    results = _results_of(seeds)
     return {
         ladder: lr_transfer.report(_as_tried(sweep, seeds[0]), results)
         for ladder, sweep in sweeps_of(config, num_seeds=len(seeds)).items()
+    }
+
+
+def _results_of(seeds: Sequence[Measured]) -> dict[str, Result]:
+    """Return what was measured as the sweep knows it; the loss of a run that diverged is infinite."""
+    return {
+        f"{name}-s{number}": Result(loss=math.inf if each["loss"] is None else each["loss"], seconds=0.0)
+        for number, measured in enumerate(seeds)
+        for name, each in measured.items()
     }
 
 
@@ -86,7 +92,7 @@ def _as_tried(sweep: Sweep, first: Measured) -> Sweep:
     class Tried(Sweep):
         def rates_of(self, curve, results):
             own = dataclasses.replace(sweep, num_seeds=1)
-            return own.rates_of(curve, {f"{name}-s0": Result(loss=x["loss"], seconds=0.0) for name, x in first.items()})
+            return own.rates_of(curve, _results_of([first]))
 
     return Tried(**{field.name: getattr(sweep, field.name) for field in dataclasses.fields(sweep)})
 
@@ -133,6 +139,7 @@ EXPERIMENT = Experiment(
     describe=describe,
     plot=plot,
     num_seeds=2,
+    may_diverge=True,  # at a rate that is too high
 )
 
 if __name__ == "__main__":

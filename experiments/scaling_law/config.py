@@ -18,7 +18,7 @@ def get_config(size: str = "") -> ConfigDict:
     if size == "large":
         made = make_size(600_000_000, tokens_per_parameter=20, vocab_size=50257, longest=2048)
         return ConfigDict(dataclasses.asdict(made))
-    ratio = 1 if size == "quick" else 5
+    ratio = 0.5 if size == "quick" else 5
     made = dataclasses.asdict(make_size(SMALL, tokens_per_parameter=ratio, vocab_size=512, longest=256))
     changes = {
         "mup": dict(
