@@ -452,7 +452,7 @@ def test_logs_status_and_ssh(cloud):
         (["all"], {"WORKDIR": ""}, "set WORKDIR"),
         (["down"], {"NAME": ""}, "set NAME"),
         (["down"], {"NAME": "a; b"}, "NAME=a; b must be"),
-        (["run"], {"WORKDIR": "runs/x"}, "must be an absolute path"),
+        (["run"], {"WORKDIR": "runs/x"}, "must be a URL, or an absolute path"),
         (["run"], {"FLAGS": "--a='b"}, "a quote that does not end"),
         (["run", "--config.seed=2"], {}, "after --, as in launch/tpu.sh run -- --config.seed=2"),
         (["up"], {"TYPE": "h100"}, "TYPE=h100 is not known"),
