@@ -270,6 +270,11 @@ class Stop:
         """Return when all processes of the run have called this with `name`, however long that takes."""
         self.agree(name, {})
 
+    @property
+    def has_peers(self) -> bool:
+        """Whether the run has other processes, which this one has met."""
+        return self._peers is not None
+
     def wait_if_peer_is_gone(self) -> None:
         """Wait for the end of this process if another one is gone, which is what an error here may come from."""
         if self._peers:

@@ -137,3 +137,9 @@ def test_an_error_that_may_come_from_a_process_that_is_gone_waits_for_the_verdic
         check_ours()
     for error in (caught.value, stopping.AgreedError("in all", reason="quota")):
         errors.wait_if_peer_is_gone(error)
+
+    Peers.wait_for_verdict, Peers.index, Peers.end = lambda self: None, 0, lambda self, code, reason: None
+    errors.wait_if_peer_is_gone(RuntimeError("another"))  # all are there: it is an error of this process
+    with pytest.raises(Ended):
+        errors.wait_if_peer_is_gone(RuntimeError("UNKNOWN: Gloo context initialization failed: DEADLINE_EXCEEDED"))
+    assert stop.ended == [PEER_GONE]

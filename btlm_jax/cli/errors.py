@@ -41,6 +41,9 @@ def report(error: BaseException, *, verb: str, arguments: Sequence[str]) -> int:
     return FAULT
 
 
+_OF_EXCHANGES = ("Gloo", "CoordinationService", "DEADLINE_EXCEEDED")  # in what JAX says of one that failed
+
+
 def code_of(error: BaseException) -> int:
     """Return the exit code of a command that an error ends."""
     if isinstance(error, (UsageError, ProcessesDifferError)):
@@ -57,10 +60,14 @@ def wait_if_peer_is_gone(error: Exception) -> None:
 
     JAX and orbax, when they wait for a process that is gone, raise RuntimeErrors and OSErrors, and JAX a ValueError
     where an exchange broke that a call waited for: any other ValueError than one of our own `raise` is taken for one.
+    An exchange that failed although all are there ends this process in the same way: the run can go on.
     """
     is_own = isinstance(error, AgreedError) or (isinstance(error, ValueError) and is_named(error))
     if isinstance(error, (RuntimeError, OSError, ValueError)) and not is_own:
-        stopping.current().wait_if_peer_is_gone()
+        stop = stopping.current()
+        stop.wait_if_peer_is_gone()
+        if stop.has_peers and any(name in str(error) for name in _OF_EXCHANGES):
+            stop.end_standing(f"an exchange between the processes failed: {str(error).splitlines()[0][:200]}")
 
 
 def _message_for_user(error: BaseException) -> str | None:

@@ -179,6 +179,8 @@ def train(
         log(predict_stop(workdir, num_bytes=num_bytes, num_processes=jax.process_count()))
         first_step = position.step + 1
         writer = _make_writer(run, first_step=first_step, is_other=is_other, compare=compare)
+        # The first exchange on CPUs fails where another process comes to it 30 s later, which compiling may take.
+        stop.wait_for_all("ready for the first exchange")
         with jax.set_mesh(mesh), writer:
             writer.config(config)
             for event in events:
