@@ -264,6 +264,24 @@ def test_a_run_of_the_curriculum_is_made_and_its_curves_are_measured(tmp_path, m
     plain, divided = (curve["bins"]["loss"][:6] for curve in measured["curves"])
     assert plain[0] == pytest.approx(divided[0]) and plain[3:] != pytest.approx(divided[3:])  # one token has no slope
     assert study.step_seconds(tmp_path / "run").keys() == {"24"}
+    _check_written_store(tmp_path)
+
+
+def _check_written_store(folder):
+    """A store of the dedup experiment has the documents, each after the end-of-text id, and those held out apart."""
+    from btlm_jax.data.reader import open_store
+    from btlm_jax.tokenizers.tokenizer import find_tokenizer
+    from experiments.dedup.stores import write_store
+
+    train, heldout = ["one two three", "four " * 50], ["five six"]
+    write_store(folder / "written", train, heldout, folder / "store", config=tiny_config())
+    store, tokenizer = open_store(folder / "written", expected_fingerprint=""), find_tokenizer(folder / "store")
+    for split, texts in (("train", train), ("heldout", heldout)):
+        reader = store.split(split)
+        blocks = reader.read_many(range(reader.split.num_blocks))
+        ids = [token for block in blocks for token in block.tokens[1 : block.num_targets + 1].tolist()]
+        wanted = [token for text in texts for token in (*tokenizer.encode(text), tokenizer.eos_id)]
+        assert ids == wanted and blocks[0].tokens[0] == tokenizer.eos_id
 
 
 def test_ends_of_the_rate_at_few_and_many_tokens(tmp_path):

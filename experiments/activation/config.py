@@ -11,7 +11,7 @@ def get_config(size: str = "") -> ConfigDict:
     if size == "large":
         return made["get_large_config"]()
     config, step = made["get_config"](), made["STEP"]
-    num_steps = 32 if size == "quick" else 480
+    num_steps = 240 if size == "quick" else 720
     config.curriculum.update(seq_len=(128,), batch_size=(8,), num_tokens=(num_steps * step,))
     config.optimizer.update(warmup_tokens=num_steps // 10 * step)
     return config

@@ -15,6 +15,6 @@ def get_config(size: str = "") -> ConfigDict:
         step = made["STEP"]
         config.model.update(d_model=64, d_ff=170)
         config.mup.update(base_d_model=64.0, base_d_ff=170.0)
-        config.curriculum.update(num_tokens=(48 * step, 16 * step))
-        config.optimizer.update(warmup_tokens=8 * step)
+        config.curriculum.update(num_tokens=(180 * step, 60 * step))
+        config.optimizer.update(warmup_tokens=24 * step)
     return config

@@ -11,7 +11,7 @@ def get_config(size: str = "") -> ConfigDict:
     if size == "large":
         return made["get_large_config"]()
     config, step = made["get_config"](), made["STEP"]
-    num_steps = 64 if size == "quick" else 600
+    num_steps = 240 if size == "quick" else 600
     if size == "quick":
         config.model.update(d_model=64, d_ff=170)
         config.mup.update(base_d_model=64.0, base_d_ff=170.0)

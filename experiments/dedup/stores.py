@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 import random
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -22,7 +23,7 @@ VARIANTS = (CLEAN, PLANTED, DEDUPLICATED)
 DOCUMENTS_FILE = "documents.json"
 COPIES = 16  # of each document that is copied
 EDITED = 0.01  # of the words of a copy, replaced by other words of the document
-COPIED_CHARACTERS = (1_000, 12_000)  # of a document that is copied
+COPIED_CHARACTERS = (1_000, 40_000)  # of a document that is copied
 MARGIN = 1.1  # the clean text has so many times the tokens of a run
 
 
@@ -55,7 +56,8 @@ def choose_texts(texts: Sequence[str], sizes: Sequence[int], *, num_tokens: int,
     rng = random.Random(seed)
     order = list(range(len(texts)))
     rng.shuffle(order)
-    unique, size = [], 0
+    unique: list[int] = []
+    size = 0
     for number in order:
         if size >= MARGIN * num_tokens:
             break
@@ -68,7 +70,8 @@ def choose_texts(texts: Sequence[str], sizes: Sequence[int], *, num_tokens: int,
         )
     least, most = COPIED_CHARACTERS
     fitting = [number for number in unique if least <= len(texts[number]) <= most]
-    copied, copied_size = [], 0
+    copied: list[int] = []
+    copied_size = 0
     for number in fitting:
         if COPIES * copied_size >= size or 2 * (len(copied) + 1) > len(fitting):
             break
@@ -77,7 +80,7 @@ def choose_texts(texts: Sequence[str], sizes: Sequence[int], *, num_tokens: int,
     if not copied:
         raise ValueError(f"two documents or more of {least:,} to {most:,} characters are needed; give other --data")
     others = [number for number in fitting if number not in copied]
-    control = []
+    control: list[int] = []
     for number in copied:  # the nearest in length
         nearest = min(others, key=lambda other, size=sizes[number]: abs(sizes[other] - size))
         others.remove(nearest)
@@ -135,7 +138,7 @@ def make_stores(config: TrainConfig, data: Sequence[str], folder: Path) -> dict[
     values = {"facts": facts, "copied": chosen.copied, "control": chosen.control, "heldout": split["validation"]}
     write_atomically(folder / DOCUMENTS_FILE, json.dumps(values))
     for name, documents in zip(VARIANTS, (chosen.unique, planted, kept), strict=True):
-        _write_store(stores[name], documents, split["validation"], directory, config=config)
+        write_store(stores[name], documents, split["validation"], directory, config=config)
     return stores
 
 
@@ -170,12 +173,10 @@ def facts_of(store: Path) -> dict:
     return read_json_object(store.parent / DOCUMENTS_FILE)
 
 
-def _write_store(
+def write_store(
     directory: Path, train: Sequence[str], heldout: Sequence[str], tokenizer_folder: Path, *, config: TrainConfig
 ) -> None:
     """Write a token store: one stream of the training documents, and one of those held out."""
-    import os
-
     from btlm_jax.corpus.pack import pack, write_shards, write_tfds_metadata
     from btlm_jax.data import store
     from btlm_jax.data.store import TokenBlock

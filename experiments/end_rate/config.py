@@ -11,7 +11,7 @@ def get_config(size: str = "") -> ConfigDict:
     if size == "large":
         return made["get_large_config"]()
     config, step = made["get_config"](), made["STEP"]
-    num_steps = 16 if size == "quick" else 200
+    num_steps = 60 if size == "quick" else 200
     config.model.update(d_model=64, d_ff=170)
     config.mup.update(base_d_model=64.0, base_d_ff=170.0)
     config.curriculum.update(seq_len=(128,), batch_size=(8,), num_tokens=(num_steps * step,))
