@@ -291,6 +291,7 @@ def test_ends_of_the_rate_at_few_and_many_tokens(tmp_path):
     zero, tenth = made["many-end0-peak2"], made["few-end10-peak1"]
     assert (zero.optimizer.peak_learning_rate, zero.optimizer.end_learning_rate) == (0.012, 0)
     assert tenth.optimizer.end_learning_rate == pytest.approx(0.1 * 0.006)
+    assert made["few-end10-peak2"].optimizer.end_learning_rate == pytest.approx(0.1 * 0.012)
     assert zero.curriculum.table.num_tokens == 8 * tenth.curriculum.table.num_tokens
     assert zero.optimizer.warmup_tokens == 8 * tenth.optimizer.warmup_tokens
 
@@ -367,7 +368,7 @@ def test_the_network_with_gelu_is_down_of_gelu_of_up():
 
 
 def test_what_is_planted_and_what_is_kept_apart():
-    from experiments.dedup.stores import COPIES, choose_texts
+    from experiments.dedup.stores import COPIES, PIECE_CHARACTERS, choose_texts, pieces_of
 
     texts = [f"document {number} " + " ".join(f"w{number * k % 97}" for k in range(600)) for number in range(40)]
     chosen = choose_texts(texts, [600] * 40, num_tokens=11_990, seed=3)
@@ -379,6 +380,10 @@ def test_what_is_planted_and_what_is_kept_apart():
     changed = [sum(a != b for a, b in zip(words, copy.split(" "), strict=True)) for copy in chosen.copies[:COPIES]]
     assert 1 <= max(changed) <= round(0.01 * len(words))
     assert chosen == choose_texts(texts, [600] * 40, num_tokens=11_990, seed=3)
+    long = " ".join(texts[:9])
+    pieces = pieces_of(long)
+    assert " ".join(pieces) == long and max(map(len, pieces)) <= PIECE_CHARACTERS and len(pieces) == 6
+    assert pieces_of("x" * 9_000) == ["x" * 4_000, "x" * 4_000, "x" * 1_000]
     with pytest.raises(ValueError, match="give more --data"):
         choose_texts(texts, [600] * 40, num_tokens=120_000, seed=3)
 

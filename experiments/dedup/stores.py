@@ -23,7 +23,8 @@ VARIANTS = (CLEAN, PLANTED, DEDUPLICATED)
 DOCUMENTS_FILE = "documents.json"
 COPIES = 16  # of each document that is copied
 EDITED = 0.01  # of the words of a copy, replaced by other words of the document
-COPIED_CHARACTERS = (1_000, 40_000)  # of a document that is copied
+PIECE_CHARACTERS = 4_000  # documents are cut to so many: those that are copied are then like all others
+SHORTEST = 1_000  # characters of a document that is copied
 MARGIN = 1.1  # the clean text has so many times the tokens of a run
 
 
@@ -43,6 +44,17 @@ def edited(text: str, *, rng: random.Random) -> str:
     for place in rng.sample(range(len(words)), max(1, round(EDITED * len(words)))):
         words[place] = rng.choice(words)
     return " ".join(words)
+
+
+def pieces_of(text: str) -> list[str]:
+    """Return a text in pieces of at most PIECE_CHARACTERS, cut at spaces where there are any."""
+    pieces, begin = [], 0
+    while len(text) - begin > PIECE_CHARACTERS:
+        space = text.rfind(" ", begin + 1, begin + PIECE_CHARACTERS)
+        end = space if space > 0 else begin + PIECE_CHARACTERS
+        pieces.append(text[begin:end])
+        begin = end + (space > 0)
+    return [*pieces, text[begin:]]
 
 
 def choose_texts(texts: Sequence[str], sizes: Sequence[int], *, num_tokens: int, seed: int) -> Texts:
@@ -68,8 +80,7 @@ def choose_texts(texts: Sequence[str], sizes: Sequence[int], *, num_tokens: int,
             f"the training text has {size:,} tokens, and this needs {round(MARGIN * num_tokens):,}: give more "
             "--data, or fewer tokens (--config.curriculum.num_tokens)"
         )
-    least, most = COPIED_CHARACTERS
-    fitting = [number for number in unique if least <= len(texts[number]) <= most]
+    fitting = [number for number in unique if len(texts[number]) >= SHORTEST]
     copied: list[int] = []
     copied_size = 0
     for number in fitting:
@@ -78,7 +89,7 @@ def choose_texts(texts: Sequence[str], sizes: Sequence[int], *, num_tokens: int,
         copied.append(number)
         copied_size += sizes[number]
     if not copied:
-        raise ValueError(f"two documents or more of {least:,} to {most:,} characters are needed; give other --data")
+        raise ValueError(f"two documents or more of {SHORTEST:,} characters are needed; give other --data")
     others = [number for number in fitting if number not in copied]
     control: list[int] = []
     for number in copied:  # the nearest in length
@@ -119,9 +130,12 @@ def make_stores(config: TrainConfig, data: Sequence[str], folder: Path) -> dict[
     split: dict[str, list[str]] = {"train": [], "validation": []}
     for output in read_stage(text.folder)["outputs"]:
         split[output["split"]] += [record.text for record in read_records(text.folder / output["file"])]
-    sizes = [sum(map(len, encode_document(tokenizer, each))) for each in split["train"]]
+    train = [piece for each in split["train"] for piece in pieces_of(each)]
+    sizes = [sum(map(len, encode_document(tokenizer, each))) for each in train]
     num_tokens = config.curriculum.table.num_tokens
-    chosen = choose_texts(split["train"], sizes, num_tokens=num_tokens, seed=config.data.seed)
+    chosen = choose_texts(train, sizes, num_tokens=num_tokens, seed=config.data.seed)
+    heldout = [piece for each in split["validation"] for piece in pieces_of(each)]
+    random.Random(config.data.seed).shuffle(heldout)
     planted = [*chosen.unique, *chosen.copies]
     random.Random(config.data.seed).shuffle(planted)
     kept = deduplicated(planted, folder / PLANTED)
@@ -135,10 +149,10 @@ def make_stores(config: TrainConfig, data: Sequence[str], folder: Path) -> dict[
         "natural_documents": sum(each["documents"] for each in natural["read"].values()),
         "natural_near_duplicates": sum(natural["dropped"].values()),
     }
-    values = {"facts": facts, "copied": chosen.copied, "control": chosen.control, "heldout": split["validation"]}
+    values = {"facts": facts, "copied": chosen.copied, "control": chosen.control, "heldout": heldout}
     write_atomically(folder / DOCUMENTS_FILE, json.dumps(values))
     for name, documents in zip(VARIANTS, (chosen.unique, planted, kept), strict=True):
-        write_store(stores[name], documents, split["validation"], directory, config=config)
+        write_store(stores[name], documents, heldout, directory, config=config)
     return stores
 
 
