@@ -91,7 +91,9 @@ class Checkpointer:
     def _make_manager(self) -> ocp.CheckpointManager:
         self._rendezvous, self._has_failed_in_all = None, False
         if self._saves_alone:
-            return _make_manager_alone(self.directory, preservation_policy=_KeepRules(self._config))
+            is_first = jax.process_index() == 0
+            rules = _KeepRules(self._config) if is_first else None  # which `_follow_first` applies in the others
+            return _make_manager_alone(self.directory, preservation_policy=rules)
         own: dict[str, Any] = {}
         if jax.process_count() > 1:
             from btlm_jax.parallel.rendezvous import make_rendezvous
@@ -530,7 +532,16 @@ class Checkpointer:
                 self._mirror.flush()
 
         self._do_in_all(wait_here, say=self._not_written)
+        if self._saves_alone:
+            self._follow_first()
         self._whole = set(self.steps())
+
+    def _follow_first(self) -> None:
+        """Delete the checkpoints that process 0 does not keep: what the clock decides is decided once for all."""
+        from btlm_jax.parallel.rendezvous import value_of_first
+
+        for step in set(self.steps()) - set(value_of_first(self.steps())):
+            self._manager.delete(step)
 
     def close(self) -> None:
         """Wait for saves and release orbax's threads; may be called in one process alone.

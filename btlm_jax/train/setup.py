@@ -337,7 +337,9 @@ def prepare_store(
     build_store: BuildStore,
     wait_for_all: Callable[[], None],
 ) -> TokenStore:
-    """Open the run's token store; if there is none and `corpus` names a source, build it first, in process 0.
+    """Open the run's token store; if there is none and `corpus` names a source, build it first.
+
+    Process 0 builds it for all that share the workdir. Of one in a bucket each builds the same.
 
     `wait_for_all` returns when all processes have called it, however long process 0 builds.
     `expected_fingerprint` is the one that the checkpoint recorded, or "" without a checkpoint.
@@ -354,7 +356,7 @@ def prepare_store(
                 f"there is no token store in {location}: it has no {MANIFEST_FILE}; point --config.data.store to one, "
                 "or let the run make one (--config.corpus.source=installed_python) where nothing is yet"
             )
-        if jax.process_index() == 0:
+        if jax.process_index() == 0 or mirror_of(workdir).is_remote:
             location.parent.mkdir(parents=True, exist_ok=True)
             build_store(
                 config.corpus,

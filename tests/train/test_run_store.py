@@ -2,6 +2,7 @@
 
 import dataclasses
 import shutil
+import types
 
 import pytest
 from support.real_store import BLOCK_LEN, VOCAB_SIZE
@@ -9,6 +10,8 @@ from support.tiny import tiny_config
 
 from btlm_jax import notices
 from btlm_jax.data import store
+from btlm_jax.storage import location
+from btlm_jax.train import setup
 from btlm_jax.train.setup import check_curriculum, locate_store, make_workdir, open_run_store, prepare_store
 
 MADE = {
@@ -35,6 +38,18 @@ ALONE = {"build_store": unbuildable, "wait_for_all": lambda: None}
 def test_the_store_that_the_config_would_build_is_taken(token_store, tmp_path):
     found = prepare_store(config_of(token_store), workdir=tmp_path, expected_fingerprint="", **ALONE)
     assert found.manifest == store.read_manifest(token_store)
+
+
+def test_a_process_other_than_the_first_makes_a_store_only_where_they_share_no_folder(
+    token_store, tmp_path, monkeypatch
+):
+    monkeypatch.setattr(setup.jax, "process_index", lambda: 1)
+    made = {"build_store": lambda *_, directory, **__: shutil.copytree(token_store, directory)}
+    made |= {"wait_for_all": lambda: None}
+    with pytest.raises(FileNotFoundError):  # as process 0 has made none
+        prepare_store(config_of("store"), workdir=tmp_path, expected_fingerprint="", **made)
+    monkeypatch.setitem(location._mirrors, tmp_path, types.SimpleNamespace(is_remote=True))
+    assert prepare_store(config_of("store"), workdir=tmp_path, expected_fingerprint="", **made).directory
 
 
 @pytest.mark.parametrize(
