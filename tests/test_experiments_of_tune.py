@@ -4,6 +4,7 @@ import dataclasses
 import importlib
 import json
 import math
+from pathlib import Path
 
 import pytest
 
@@ -16,6 +17,8 @@ from experiments.lr_transfer import __main__ as lr_transfer
 from experiments.scaling_law import __main__ as scaling_law
 from experiments.scaling_law.family import fitted_sizes
 from experiments.search import __main__ as search
+
+FOLDER = Path(__file__).parent.parent / "experiments"
 
 
 def config_of(name, size=""):
@@ -160,6 +163,17 @@ def test_the_search_and_its_large_config_are_commands(tmp_path):
     assert "| mup.init_std | 0.073 | 0.1 | 0.50, 0.20 to 0.70 |" in text
     search.plot(values, tmp_path / "figure.png")
     assert (tmp_path / "figure.png").stat().st_size > 5_000
+
+
+@pytest.mark.parametrize("folder", sorted(FOLDER.glob("*/quick")), ids=lambda path: path.parent.name)
+def test_what_is_committed_of_the_quick_size_is_in_the_text(folder):
+    values = json.loads((folder / "results.json").read_text())
+    module = importlib.import_module(f"experiments.{folder.parent.name}.__main__")
+    said = module.describe(values["checks"] if "checks" in values else values)
+    assert said in (folder.parent / "README.md").read_text() and (folder / "figure.png").is_file()
+    if "config" in values:
+        config = dataclasses.asdict(config_of(folder.parent.name, "quick"))
+        assert values["config"] == json.loads(json.dumps(config))
 
 
 def test_records_of_predictions_are_those_of_the_verb(tmp_path):

@@ -52,7 +52,7 @@ def large_arguments(folder: Path, *, vocab_size: int, store: Path) -> list[list[
         "train", f"--config={config}", f"--workdir={folder / 'large'}", f"--config.data.store={store.resolve()}",
         "--config.curriculum.batch_size=(4, 1)", f"--config.curriculum.num_tokens={tokens}",
         f"--config.optimizer.warmup_tokens={2 * step}", "--config.log.sample_tokens=1",
-        "--config.evaluation.blocks_per_source=2", "--config.model.dtype=float32",
+        "--config.evaluation.blocks_per_source=2", "--config.evaluation.batch_size=2", "--config.model.dtype=float32",
     ]  # fmt: skip
     return [new, train]
 
