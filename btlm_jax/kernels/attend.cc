@@ -2,11 +2,13 @@
 //
 // Sizes: B rows, T new tokens, N heads, H head dim, S slots of all heads together.
 
-#include "simd.h"
+#include "wide.h"
 
 namespace {
 
 constexpr int64_t kKeys = 64;       // processed at a time
+constexpr int64_t kQueries = 64;    // of a row with many, whose scores are products of matrices
+constexpr int64_t kManyQueries = 16;
 constexpr float kLowest = -1e30f;   // below every score
 
 // e^v for v <= 0, to 2 units in the last place: 2^n times a polynomial (Cephes, expf.c).
@@ -154,6 +156,135 @@ void attend_tile(const Head& head, const float* q, const float* k, const float* 
   }
 }
 
+// Up to 64 queries that attend together, scores and values transposed: a query is a column, its softmax in one lane.
+class QueryTile {
+ public:
+  QueryTile(const Head& head, const float* q, int64_t first, int64_t count)
+      : head_(head), position_(head.start + first), count_(count), columns_((count + kWide - 1) / kWide * kWide),
+        q_(head.H * kQueries), values_(head.H * kQueries) {
+    for (int64_t j = 0; j < count; ++j) {
+      for (int64_t h = 0; h < head.H; ++h) q_[h * kQueries + j] = q[(first + j) * head.ld + h];
+    }
+    std::fill_n(largest_, kQueries, kLowest);
+  }
+
+  // As attend_tile, for all queries. A value that is no number is seen by all of them, whether they see its key or not.
+  void add(const float* k, const float* v, int64_t first, int64_t keys) {
+    if (first >= position_ + count_ || first + keys <= position_ - head_.window + 1) return;
+    alignas(64) float scores[kKeys * kQueries], kept[kQueries];
+    product<Into::kNew>(Left<Stored::kByRows>{k, head_.H}, q_.data(), kQueries, scores, kQueries, head_.H, keys,
+                        columns_);
+    for (int64_t c = 0; c < columns_; c += kWide) {
+      wide old = load_wide(largest_ + c), high = old, sum = {}, distance = {};
+      for (int i = 0; i < kWide; ++i) distance[i] = position_ + c + i - first;
+      float window = head_.window;
+      for (int64_t j = 0; j < keys; ++j, distance -= 1.0f) {
+        float* at = scores + j * kQueries + c;
+        wide score = load_wide(at) * head_.scale - head_.slope * distance;
+        score = distance < 0.0f ? wide{} + kLowest : score;
+        score = distance >= window ? wide{} + kLowest : score;
+        high = score > high ? score : high;
+        store_wide(at, score);
+      }
+      for (int64_t j = 0; j < keys; ++j) {
+        float* at = scores + j * kQueries + c;
+        wide score = load_wide(at), weight = exp_wide(score - high);
+        weight = score <= kLowest ? wide{} : weight;  // not so for NaN, which must be seen
+        sum += weight;
+        store_wide(at, weight);
+      }
+      wide keep = exp_wide(old - high);
+      store_wide(largest_ + c, high);
+      store_wide(total_ + c, load_wide(total_ + c) * keep + sum);
+      store_wide(kept + c, keep);
+    }
+    for (int64_t h = 0; h < head_.H; ++h) {
+      for (int64_t c = 0; c < columns_; c += kWide) {
+        float* at = values_.data() + h * kQueries + c;
+        store_wide(at, load_wide(at) * load_wide(kept + c));
+      }
+    }
+    product<Into::kSum>(Left<Stored::kByColumns>{v, head_.H}, scores, kQueries, values_.data(), kQueries, keys, head_.H,
+                        columns_);
+  }
+
+  // Writes the result of query j of the tile; returns its largest score.
+  float finish(int64_t j, float* out) const {
+    for (int64_t h = 0; h < head_.H; ++h) out[h] = values_[h * kQueries + j] / total_[j];
+    return largest_[j];
+  }
+
+ private:
+  Head head_;
+  int64_t position_, count_, columns_;
+  std::vector<float> q_, values_;  // [H][64]
+  alignas(64) float largest_[kQueries], total_[kQueries] = {};
+};
+
+// The same for any number of queries, one by one.
+class SingleQueries {
+ public:
+  SingleQueries(const Head& head, const float* q) : head_(head), q_(q), runs_(head.count) {
+    for (RunningSoftmax& run : runs_) run.values.assign(head.H, 0.0f);
+  }
+  void add(const float* k, const float* v, int64_t first, int64_t keys) {
+    for (int64_t t = 0; t < head_.count; ++t) {
+      attend_tile(head_, q_ + t * head_.ld, k, v, first, keys, head_.start + t, runs_[t]);
+    }
+  }
+  float finish(int64_t t, float* out) const {
+    for (int64_t h = 0; h < head_.H; ++h) out[h] = runs_[t].values[h] / runs_[t].total;
+    return runs_[t].largest;
+  }
+
+ private:
+  Head head_;
+  const float* q_;
+  std::vector<RunningSoftmax> runs_;
+};
+
+class ManyQueries {
+ public:
+  ManyQueries(const Head& head, const float* q) {
+    for (int64_t t = 0; t < head.count; t += kQueries) {
+      tiles_.emplace_back(head, q, t, std::min(kQueries, head.count - t));
+    }
+  }
+  void add(const float* k, const float* v, int64_t first, int64_t keys) {
+    for (QueryTile& tile : tiles_) tile.add(k, v, first, keys);
+  }
+  float finish(int64_t t, float* out) const { return tiles_[t / kQueries].finish(t % kQueries, out); }
+
+ private:
+  std::vector<QueryTile> tiles_;
+};
+
+// Attends to the cache; returns a bound on the share of weight outside the window.
+template <typename Queries, typename C>
+float attend_cached(const Head& head, Queries queries, const float* q, const C* k, const C* v, const float* k_scale,
+                    const float* v_scale, float largest_key, float* out) {
+  int64_t H = head.H;
+  std::vector<float> wide((2 * kKeys + kLanes) * H);  // keys, then values
+  int64_t end = head.start + head.count, first = std::max<int64_t>(0, head.start - head.window + 1);
+  while (first < end) {
+    int64_t slot = first % head.slots, keys = std::min({kKeys, head.slots - slot, end - first});
+    widen(k + slot * H, k_scale + slot, wide.data(), keys, H);
+    widen(v + slot * H, v_scale + slot, wide.data() + kKeys * H, keys, H);
+    queries.add(wide.data(), wide.data() + kKeys * H, first, keys);
+    first += keys;
+  }
+  float dropped = 0;
+  for (int64_t t = 0; t < head.count; ++t) {
+    const float* row = q + t * head.ld;
+    float largest = queries.finish(t, out + t * head.ld);
+    if (head.start + t < head.window) continue;
+    float highest = __builtin_sqrtf(dot(row, row, H)) * largest_key * head.scale - head.slope * float(head.window);
+    float share = __builtin_expf(std::min(highest - largest, 80.0f)) / (1 - __builtin_expf(-head.slope));
+    dropped = std::max(dropped, share);
+  }
+  return dropped;
+}
+
 // Writes the new keys and values to the cache, then attends. Returns a bound on the share of weight outside the window.
 template <typename C>
 float attend_head(const Head& head, const float* q, const float* k_new, const float* v_new, C* k, C* v, float* k_scale,
@@ -165,29 +296,10 @@ float attend_head(const Head& head, const float* q, const float* k_new, const fl
     write(v_new + t * head.ld, v + slot * H, v_scale + slot, H);
     *largest_key = std::max(*largest_key, __builtin_sqrtf(dot(k_new + t * head.ld, k_new + t * head.ld, H)));
   }
-  std::vector<RunningSoftmax> runs(head.count);
-  for (RunningSoftmax& run : runs) run.values.assign(H, 0.0f);
-  std::vector<float> wide((2 * kKeys + kLanes) * H);  // keys, then values
-  int64_t end = head.start + head.count, first = std::max<int64_t>(0, head.start - head.window + 1);
-  while (first < end) {
-    int64_t slot = first % head.slots, keys = std::min({kKeys, head.slots - slot, end - first});
-    widen(k + slot * H, k_scale + slot, wide.data(), keys, H);
-    widen(v + slot * H, v_scale + slot, wide.data() + kKeys * H, keys, H);
-    for (int64_t t = 0; t < head.count; ++t) {
-      attend_tile(head, q + t * head.ld, wide.data(), wide.data() + kKeys * H, first, keys, head.start + t, runs[t]);
-    }
-    first += keys;
+  if (head.count < kManyQueries) {
+    return attend_cached(head, SingleQueries(head, q), q, k, v, k_scale, v_scale, *largest_key, out);
   }
-  float dropped = 0;
-  for (int64_t t = 0; t < head.count; ++t) {
-    const float* row = q + t * head.ld;
-    for (int64_t h = 0; h < H; ++h) out[t * head.ld + h] = runs[t].values[h] / runs[t].total;
-    if (head.start + t < head.window) continue;
-    float highest = __builtin_sqrtf(dot(row, row, H)) * *largest_key * head.scale - head.slope * float(head.window);
-    float share = __builtin_expf(std::min(highest - runs[t].largest, 80.0f)) / (1 - __builtin_expf(-head.slope));
-    dropped = std::max(dropped, share);
-  }
-  return dropped;
+  return attend_cached(head, ManyQueries(head, q), q, k, v, k_scale, v_scale, *largest_key, out);
 }
 
 ffi::Error attend(ffi::ThreadPool pool, ffi::Buffer<ffi::F32> q_BTNH, ffi::Buffer<ffi::F32> k_BTNH,

@@ -108,6 +108,20 @@ def test_rings_keep_exactly_the_window(way, narrow):
     assert lost > 1e-4 and bound_B[0] >= lost  # what is lost is known
 
 
+def test_many_queries_see_exactly_their_windows(monkeypatch):
+    """Pieces of 16 queries and more, which the kernels take together, beside pieces of fewer; narrow windows."""
+    assert build.has_kernels(), "no C++ compiler here?"
+    monkeypatch.setattr(cache, "SPREAD", -12.0)
+    layout = make_layout(CONFIG, length=400)
+    assert min(layout.windows) < 20 and min(layout.slots) < 300
+    qkv = random_qkv(2, 340)
+    found, _, bound_B = run(qkv, [[70, 16], [3, 17], [130, 129], [1, 100], [19, 1], [117, 77]], layout=layout)
+    for b, rows in enumerate(found):
+        expected_TNH, lost = oracle(qkv[:, b, : len(rows)], layout, windowed=True)
+        np.testing.assert_allclose(rows, expected_TNH, atol=2e-6)
+        assert lost > 1e-4 and bound_B[b] >= lost
+
+
 def test_what_windows_cut_off_cannot_be_seen(way):
     layout = make_layout(CONFIG, length=1000)
     assert layout.windows[0] < 400 and layout.slots[0] < 1000
@@ -200,7 +214,9 @@ def test_a_number_that_is_none_is_seen(way, dtype):
     layout = make_layout(CONFIG, length=64)
     qkv = random_qkv(1, 30)
     qkv[1, 0, 20, 2, 3] = np.nan
-    (found,), _, _ = run(qkv, [[16], [14]], layout=layout, dtype=dtype)
+    (found,), _, _ = run(qkv, [[15], [15]], layout=layout, dtype=dtype)
+    (of_many,), _, _ = run(qkv, [[30]], layout=layout, dtype=dtype)
+    np.testing.assert_array_equal(np.isnan(of_many), np.isnan(found))
     assert not np.isnan(found[:20]).any() and np.isnan(found[20:, 2]).all() and not np.isnan(found[:, 3]).any()
 
 
