@@ -37,6 +37,10 @@ class ProcessesDifferError(ValueError):
     """The processes of a run do not agree on what they do."""
 
 
+class MissingProcessesError(OSError):
+    """Processes of the run have not come to its beginning."""
+
+
 class AgreedError(OSError):
     """What failed in one process of a run or in several, raised in all; `reason` says in which, and why."""
 
@@ -170,6 +174,17 @@ class Stop:
     def allow_long(self) -> None:
         """Let what comes until the next step, an evaluation or a save, take LONG_SECONDS."""
         self._deadline = self._clock() + LONG_SECONDS
+
+    def leave_if_beginning(self) -> None:
+        """Leave the run if a stop was requested, before the first step; wait for the end if there are other processes.
+
+        For where an error came up that may be what libraries made of `Stopped`.
+
+        Raises:
+          Stopped: a stop was requested.
+        """
+        if self.stage == BEGINNING:
+            self._leave_if_requested()
 
     def begin_end(self) -> None:
         """The last state is saved: from here on nothing is lost.

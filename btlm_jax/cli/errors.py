@@ -15,7 +15,15 @@ import btlm_jax
 from btlm_jax import stopping
 from btlm_jax.cli import ERROR, FAULT, PIPE_CLOSED, USAGE, UsageError, is_reader_gone
 from btlm_jax.notices import StrictError, is_named, named
-from btlm_jax.stopping import INTERRUPTED, PREEMPTED, AgreedError, ProcessesDifferError, Stopped
+from btlm_jax.stopping import (
+    INTERRUPTED,
+    PEER_GONE,
+    PREEMPTED,
+    AgreedError,
+    MissingProcessesError,
+    ProcessesDifferError,
+    Stopped,
+)
 
 _DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
 _VERSIONS_OF = ("jax", "jaxlib", "numpy", "flax", "orbax-checkpoint", "grain")
@@ -32,7 +40,7 @@ def report(error: BaseException, *, verb: str, arguments: Sequence[str]) -> int:
     message = _message_for_user(error)
     if message is not None:
         print(f"btlm {verb}: error: {named(message)}", file=sys.stderr)
-        return ERROR
+        return code_of(error)
     text = " ".join(f"{type(error).__name__}: {error}".split())
     print(
         f"btlm {verb}: this is a fault of btlm, please report it: {text[:300]} ({_write_traceback(error, arguments)})",
@@ -48,6 +56,8 @@ def code_of(error: BaseException) -> int:
     """Return the exit code of a command that an error ends."""
     if isinstance(error, (UsageError, ProcessesDifferError)):
         return USAGE
+    if isinstance(error, MissingProcessesError):
+        return PEER_GONE
     if isinstance(error, KeyboardInterrupt):
         return PREEMPTED if isinstance(error, Stopped) else INTERRUPTED
     if isinstance(error, BrokenPipeError) and is_reader_gone():

@@ -31,7 +31,16 @@ from jax._src import clusters, distributed  # no public name: the key-value stor
 import btlm_jax
 from btlm_jax import module_command
 from btlm_jax.parallel.coordinator import HEARTBEAT_SECONDS, READY, differences
-from btlm_jax.stopping import BEGINNING, ENDING, PEER_GONE, PREEMPTED, STEPPING, ProcessesDifferError, Stop
+from btlm_jax.stopping import (
+    BEGINNING,
+    ENDING,
+    PEER_GONE,
+    PREEMPTED,
+    STEPPING,
+    MissingProcessesError,
+    ProcessesDifferError,
+    Stop,
+)
 
 MEETING_SECONDS = 300.0  # for all processes to come
 REFUSING_SECONDS = 20.0  # for a process that cannot take part to find another one that it can tell so
@@ -195,15 +204,11 @@ def _meet(
                 raise
             problem = error.strerror or str(error)
         time.sleep(0.5)
-    raise OSError(
+    raise MissingProcessesError(
         f"process {place.index} of {place.count} cannot reach process 0 at {place.address}, tried for "
         f"{time.monotonic() - began:.0f} s: {problem}. Start the same command there with --process_id=0, and see that "
         "the address is right, that nothing else has the port, and that no firewall is between"
     )
-
-
-class MissingProcessesError(OSError):
-    """Processes of a run have not come."""
 
 
 def _answered(connection: socket.socket, place: Place, *, log: Callable[[str], None]) -> list[str]:

@@ -28,7 +28,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 from jax.experimental import multihost_utils
 
-from btlm_jax import __version__, notices
+from btlm_jax import __version__, notices, stopping
 from btlm_jax.kernels.build import cpu_facts
 from btlm_jax.recipe.config import (
     CheckpointConfig,
@@ -497,6 +497,7 @@ class Checkpointer:
         try:
             result.append(read())
         except errors as error:
+            stopping.current().leave_if_beginning()  # what a signal broke is not damaged
             failure = error
         reason = ""
         if failure is not None:

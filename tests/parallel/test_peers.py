@@ -10,11 +10,12 @@ import time
 import pytest
 from support.tiny import tiny_config
 
+from btlm_jax.cli import errors
 from btlm_jax.parallel import peers
 from btlm_jax.parallel.coordinator import Meeting, differences, listen, meet
 from btlm_jax.parallel.peers import Peers, Place
 from btlm_jax.recipe.config import TrainConfig
-from btlm_jax.stopping import ENDING, PEER_GONE, PREEMPTED, STEPPING, ProcessesDifferError
+from btlm_jax.stopping import ENDING, PEER_GONE, PREEMPTED, STEPPING, MissingProcessesError, ProcessesDifferError
 
 NAMES = ["process 0 (a)", "process 1 (b)", "process 2 (c)"]
 
@@ -126,8 +127,10 @@ def test_a_process_0_that_cannot_be_reached_is_an_error_that_says_so():
     with listen(0, seconds=0) as server:
         port = server.getsockname()[1]
     place = Place(address=f"localhost:{port}", count=2, index=1)
-    with pytest.raises(OSError, match=rf"process 1 of 2 cannot reach process 0 at localhost:{port}.*refused"):
+    said = rf"process 1 of 2 cannot reach process 0 at localhost:{port}.*refused"
+    with pytest.raises(MissingProcessesError, match=said) as caught:
         peers._meet("localhost", port, place, facts={}, log=print, refused="", seconds=0.3)
+    assert errors.report(caught.value, verb="train", arguments=()) == PEER_GONE
 
 
 def test_a_port_has_one_owner():

@@ -3,7 +3,7 @@
 import pytest
 from support.tiny import tiny_config
 
-from btlm_jax import notices
+from btlm_jax import notices, stopping
 from btlm_jax.parallel import rendezvous
 from btlm_jax.stopping import AgreedError, OthersFailedError
 from btlm_jax.train import checkpoint
@@ -77,3 +77,17 @@ def test_what_another_process_cannot_read_is_damaged_here_too(checkpointer, say)
         checkpointer._in_all(7, lambda: "read", errors=ValueError)
     assert caught.value.reason == "process 1: its part is missing"
     assert checkpointer._in_all(7, lambda: "read", errors=ValueError) == "read"
+
+
+def test_what_a_signal_broke_is_not_damaged(checkpointer, monkeypatch):
+    def read():
+        raise RuntimeError("the loop is closed")  # as a library may say of an interrupt
+
+    stop = stopping.Stop()
+    monkeypatch.setattr(stopping, "current", lambda: stop)
+    stop.heed("SIGTERM")
+    with pytest.raises(stopping.Stopped):
+        checkpointer._in_all(7, read, errors=Exception)
+    stop.stage = stopping.STEPPING  # there no handler raises
+    with pytest.raises(DamagedError):
+        checkpointer._in_all(7, read, errors=Exception)
