@@ -103,6 +103,7 @@ def target_scores(x_RK, tiles: Tiles, targets_R, *, scale: float):
     the first. The product is never in memory as a whole. Only where `has_kernels`. With bfloat16 weights a single row
     is rounded as several are.
     """
+    assert has_kernels()  # which also hands them to XLA
     padded_RK = jnp.pad(x_RK, ((0, 0), (0, _padded_inputs(tiles) - x_RK.shape[1])))
     out = [jax.ShapeDtypeStruct(targets_R.shape, dtype) for dtype in (jnp.float32, jnp.bool_)]
     call = jax.ffi.ffi_call(f"btlm_scores{_suffix(tiles)}", out)
