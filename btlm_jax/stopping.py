@@ -178,8 +178,6 @@ class Stop:
     def leave_if_beginning(self) -> None:
         """Leave the run if a stop was requested, before the first step; wait for the end if there are other processes.
 
-        For where an error came up that may be what libraries made of `Stopped`.
-
         Raises:
           Stopped: a stop was requested.
         """
@@ -333,6 +331,7 @@ def _forget_signals() -> None:
 
 
 _current: Stop | None = None  # signals are of the whole process
+_is_interrupted = False
 
 
 def begin() -> None:
@@ -345,6 +344,25 @@ def begin() -> None:
 def current() -> Stop:
     """Return the one that `begin` made, or one that no signal reaches."""
     return _current or Stop()
+
+
+def interrupt() -> None:
+    """Raise KeyboardInterrupt, also wherever `raise_if_interrupted` is called from here on."""
+    global _is_interrupted
+    _is_interrupted = True
+    raise KeyboardInterrupt
+
+
+def raise_if_interrupted() -> None:
+    """Raise what a signal raised before; for where an error came up that may be what a library made of that.
+
+    Raises:
+      KeyboardInterrupt: the command was interrupted.
+      Stopped: a run that trains was to stop, and has no step yet.
+    """
+    if _is_interrupted:
+        raise KeyboardInterrupt
+    current().leave_if_beginning()
 
 
 def leave(code: int) -> bool:

@@ -288,7 +288,7 @@ def _on_interrupt(signum, frame) -> None:
             os.write(2, f"{interrupted_line(' '.join(sys.argv[1:2]))}\n".encode())
             os._exit(INTERRUPTED)
         frame = frame.f_back
-    raise KeyboardInterrupt
+    stopping.interrupt()
 
 
 def _report_unraisable(unraisable) -> None:

@@ -497,7 +497,7 @@ class Checkpointer:
         try:
             result.append(read())
         except errors as error:
-            stopping.current().leave_if_beginning()  # what a signal broke is not damaged
+            stopping.raise_if_interrupted()  # what a signal broke is not damaged
             failure = error
         reason = ""
         if failure is not None:
@@ -781,6 +781,7 @@ def read_params(directory: Path, *, abstract: dict) -> dict:
             args = ocp.args.PyTreeRestore(item=abstract, restore_args=restore_args)
             return checkpointer.restore(directory.resolve(), args=args)
     except Exception as error:  # orbax raises many kinds for a damaged directory; the user needs one message
+        stopping.raise_if_interrupted()
         raise ValueError(f"the parameters in {directory} cannot be read: {_reason(error)}") from error
 
 

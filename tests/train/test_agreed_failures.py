@@ -88,6 +88,11 @@ def test_what_a_signal_broke_is_not_damaged(checkpointer, monkeypatch):
     stop.heed("SIGTERM")
     with pytest.raises(stopping.Stopped):
         checkpointer._in_all(7, read, errors=Exception)
+    with pytest.MonkeyPatch.context() as patch:  # of another command
+        patch.setattr(stopping, "_is_interrupted", True)
+        patch.setattr(stopping, "current", stopping.Stop)
+        with pytest.raises(KeyboardInterrupt):
+            checkpointer._in_all(7, read, errors=Exception)
     stop.stage = stopping.STEPPING  # there no handler raises
     with pytest.raises(DamagedError):
         checkpointer._in_all(7, read, errors=Exception)
