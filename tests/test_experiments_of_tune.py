@@ -167,6 +167,10 @@ def test_the_search_and_its_large_config_are_commands(tmp_path):
 
 @pytest.mark.parametrize("folder", sorted(FOLDER.glob("*/quick")), ids=lambda path: path.parent.name)
 def test_what_is_committed_of_the_quick_size_is_in_the_text(folder):
+    if not (folder / "results.json").is_file():
+        assert [path.name for path in folder.iterdir()] == ["predictions.jsonl"]  # of a run that is not made yet
+        assert len(scaling.recorded_predictions(folder / "predictions.jsonl")) == 2
+        return
     values = json.loads((folder / "results.json").read_text())
     module = importlib.import_module(f"experiments.{folder.parent.name}.__main__")
     said = module.describe(values["checks"] if "checks" in values else values)

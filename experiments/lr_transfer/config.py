@@ -23,7 +23,7 @@ def get_config(size: str = "") -> ConfigDict:
         config.curriculum.update(seq_len=(512,), batch_size=(256,), num_tokens=(4000 * step,))
         config.optimizer.update(warmup_tokens=400 * step)
         return config
-    num_steps = 60 if size == "quick" else 240
+    num_steps = 120 if size == "quick" else 240
     wide, deep = (128, 4) if size == "quick" else (512, 16)
     config.model.update(
         vocab_size=512, num_layers=deep, d_model=wide, num_heads=wide // 32, d_ff=170 * wide // 64, remat="none",
