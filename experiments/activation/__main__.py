@@ -100,7 +100,7 @@ def describe(values: dict) -> str:
             f"| {layer} | {each['d_ff']:,} | {each['parameters']:,} | {losses} | {each['step_seconds'] / fastest:.2f} |"
         )
     return "\n".join(
-        [*lines, f"SwiGLU minus GELU, each at its best peak: {shown(values['swiglu_minus_gelu'], sign='+')}"]
+        [*lines, f"\nSwiGLU minus GELU, each at its best peak: {shown(values['swiglu_minus_gelu'], sign='+')}"]
     )
 
 

@@ -92,26 +92,27 @@ def describe(values: dict) -> str:
         for setting, losses in each["losses"].items():
             row = " | ".join(f"{losses[band]['mean']:.4f}" for band in ("1x", "2x", "4x", "8x"))
             lines.append(f"| {name}, {each['trained_length']:,} | {setting} | {row} |")
+    lines.append("")
     for name, each in values["variants"].items():
         for length, difference in each["dynamic_minus_plain"].items():
-            lines.append(f"{name}: dynamic in windows of {int(length):,} minus plain {shown(difference, sign='+')}")
+            lines.append(f"- {name}: dynamic in windows of {int(length):,} minus plain {shown(difference, sign='+')}")
     return "\n".join(lines)
 
 
 def plot(values: dict, path: Path) -> None:
-    """Draw the loss by position: a panel a run, a line for each way to divide the slopes."""
+    """Draw by position what dividing the slopes adds to the loss: a panel a run, a line for each factor."""
     figure, panels = new_panels(size=(13.0, 4.2), dpi=110, columns=len(VARIANTS))
     for panel, (name, each) in zip(panels, values["variants"].items(), strict=True):
+        plain = each["curves"]["plain"]["loss"]
         for setting, curve in each["curves"].items():
-            panel.plot(curve["position"], curve["loss"], marker="o", markersize=2, label=setting)
+            difference = [a - b for a, b in zip(curve["loss"], plain, strict=True)]
+            panel.plot(curve["position"], difference, marker="o", markersize=2, label=setting)
         panel.axvline(each["trained_length"], color="#888888", linestyle=":", linewidth=1)
-        shown_losses = [x for curve in each["curves"].values() for x in curve["loss"][4:]]
-        panel.set_ylim(min(shown_losses) - 0.05, min(max(shown_losses), min(shown_losses) + 2) + 0.05)
         panel.set_xscale("log", base=2)
         panel.set_title(f"{name}: trained to {each['trained_length']:,} (dotted)")
         panel.set_xlabel("tokens of context")
         panel.legend(fontsize=8)
-    panels[0].set_ylabel("loss, nats a token")
+    panels[0].set_ylabel("loss minus that of plain slopes, nats a token")
     write_figure(figure, path)
 
 

@@ -96,7 +96,7 @@ def describe(values: dict) -> str:
         )
     facts = values["facts"]
     lines.append(
-        f"{facts['planted_copies']:,} copies of {facts['copied_documents']:,} documents are "
+        f"\n{facts['planted_copies']:,} copies of {facts['copied_documents']:,} documents are "
         f"{facts['planted_share']:.0%} of the planted text; dedup leaves {facts['left_by_dedup']:,} documents of "
         f"{facts['unique_documents'] + facts['planted_copies']:,}, {facts['unique_documents']:,} of which are unique. "
         f"Near-duplicates that the text had by itself: {facts['natural_near_duplicates']:,} of "
