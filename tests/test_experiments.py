@@ -314,7 +314,7 @@ def test_ends_of_the_rate_at_few_and_many_tokens(tmp_path):
 def test_gelu_has_as_many_parameters_and_the_best_peaks_are_compared(tmp_path):
     experiment, config = experiment_of("activation"), config_of("activation")
     made = experiment.make_variants(config, {}, STORE)
-    losses = {"swiglu-peak2": 2.5, "gelu-peak4": 2.75}
+    losses = {"swiglu-peak2": 2.5, "gelu-peak0.5": 2.75}
     seeds = [{name: {"loss": losses.get(name, 3.0), "step_seconds": {"128": 1.0}} for name in made}] * 2
     values = experiment.report(config, seeds)
     swiglu, gelu = values["layers"]["swiglu"], values["layers"]["gelu"]
@@ -322,7 +322,7 @@ def test_gelu_has_as_many_parameters_and_the_best_peaks_are_compared(tmp_path):
     assert gelu["parameters"] == pytest.approx(swiglu["parameters"], rel=0.002)
     assert made["gelu-peak1"].model.d_ff / made["gelu-peak1"].mup.base_d_ff == 1
     assert made["gelu-peak2"].optimizer.peak_learning_rate == 2 * config.optimizer.peak_learning_rate
-    assert values["swiglu_minus_gelu"]["mean"] == -0.25 and gelu["best_peak"] == "4"
+    assert values["swiglu_minus_gelu"]["mean"] == -0.25 and gelu["best_peak"] == "0.5"
     experiment.plot(values, tmp_path / "figure.png")
     assert "-0.2500" in experiment.describe(values)
 

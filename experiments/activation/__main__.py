@@ -12,11 +12,11 @@ from btlm_jax.recipe.config import ModelConfig, TrainConfig
 from experiments.study import Experiment, Measured, make_one_store, mean_and_interval, on_store, run, shown
 
 SWIGLU, GELU = "swiglu", "gelu"
-PEAKS = (1.0, 2.0, 4.0)  # times the config's
+PEAKS = (0.5, 1.0, 2.0)  # times the config's
 HELP = """SwiGLU against the feed-forward layer of GPT-2, down(gelu(up(x))), with as many parameters.
 
 SwiGLU has three matrices and GELU two, which are 3/2 as wide here: the same parameters, and the same FLOPs of matrix
-products. Each at the config's peak rate and at twice and four times that, and compared at its best one.
+products. Each at the config's peak rate, at half and at twice that, and compared at its best one.
 
 example:  python -m experiments.activation --folder=/tmp/activation --data gutenberg_pd.jsonl us_presidents_pd.jsonl
 """
