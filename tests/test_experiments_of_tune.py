@@ -165,19 +165,23 @@ def test_the_search_and_its_large_config_are_commands(tmp_path):
     assert (tmp_path / "figure.png").stat().st_size > 5_000
 
 
-@pytest.mark.parametrize("folder", sorted(FOLDER.glob("*/quick")), ids=lambda path: path.parent.name)
-def test_what_is_committed_of_the_quick_size_is_in_the_text(folder):
+def test_the_coordinate_checks_that_are_committed_are_in_the_text():
+    folder = FOLDER / "coordinate_check"
+    text = (folder / "README.md").read_text()
     if not (folder / "results.json").is_file():
-        assert [path.name for path in folder.iterdir()] == ["predictions.jsonl"]  # of a run that is not made yet
-        assert len(scaling.recorded_predictions(folder / "predictions.jsonl")) == 2
+        assert "not run yet" in text
         return
     values = json.loads((folder / "results.json").read_text())
-    module = importlib.import_module(f"experiments.{folder.parent.name}.__main__")
-    said = module.describe(values["checks"] if "checks" in values else values)
-    assert said in (folder.parent / "README.md").read_text() and (folder / "figure.png").is_file()
-    if "config" in values:
-        config = dataclasses.asdict(config_of(folder.parent.name, "quick"))
-        assert values["config"] == json.loads(json.dumps(config))
+    assert coordinate_check.describe(values["checks"]) in text and (folder / "figure.png").is_file()
+    assert all(coordinate_check.is_as_expected(name, each) for name, each in values["checks"].items())
+
+
+def test_the_predictions_that_are_committed_are_those_of_the_results():
+    folder = FOLDER / "scaling_law"
+    recorded = scaling.recorded_predictions(folder / scaling_law.RECORD)
+    outcomes = json.loads((folder / "results.json").read_text())["outcomes"]
+    assert {line["form"]: line["sha256"] for line in recorded} == {form: x["sha256"] for form, x in outcomes.items()}
+    assert all(each["was_before"] for each in outcomes.values())
 
 
 def test_records_of_predictions_are_those_of_the_verb(tmp_path):
