@@ -149,9 +149,24 @@ def _local_workdir(flags: Flags) -> Iterator[Path]:
     from btlm_jax.storage import bucket
 
     index, count = (place_of(flags).index, place_of(flags).count) if has_several(flags) else (0, 1)
-    with bucket.opened_for_run(url, index=index, count=count) as mirror:
+    with contextlib.ExitStack() as stack:
+        with _telling_others(flags):
+            mirror = stack.enter_context(bucket.opened_for_run(url, index=index, count=count))
         flags.set_string("workdir", str(mirror.folder))
         yield mirror.folder
+
+
+@contextlib.contextmanager
+def _telling_others(flags: Flags) -> Iterator[None]:
+    """Tell the other processes of the run, which wait for this one, of an error that keeps it from taking part."""
+    try:
+        yield
+    except (OSError, ValueError, notices.StrictError) as error:
+        if has_several(flags):
+            from btlm_jax.parallel import peers
+
+            peers.refuse(place_of(flags), str(error))
+        raise
 
 
 def _run_as_owner(workdir: Path, flags: Flags, work: Callable[..., int]) -> int:
@@ -167,7 +182,7 @@ def _run_as_owner(workdir: Path, flags: Flags, work: Callable[..., int]) -> int:
     ledger = GoodputLedger(began=stop.began)
     _watch_notices(stop)
     is_new = not workdir.exists()
-    try:
+    with _telling_others(flags):
         setup.make_workdir(workdir)
         stop.workdir = workdir
         mirror = location.mirror_of(workdir)
@@ -177,12 +192,6 @@ def _run_as_owner(workdir: Path, flags: Flags, work: Callable[..., int]) -> int:
             from btlm_jax.storage import owner
 
             ownership = owner.take(mirror.owned or workdir, steal=flags.boolean("steal"))
-    except (OSError, ValueError, notices.StrictError) as error:
-        if has_several(flags):
-            from btlm_jax.parallel import peers
-
-            peers.refuse(place_of(flags), str(error))
-        raise
     if mirror.is_remote:
         stop.at_exit(lambda code, reason: mirror.copy_now(stopping.STACKS))
     if ownership is None:
@@ -191,7 +200,7 @@ def _run_as_owner(workdir: Path, flags: Flags, work: Callable[..., int]) -> int:
     stop.at_exit(lambda code, reason: ownership.release())
     ownership.keep(on_loss=functools.partial(stop.end_now, ERROR))
     try:
-        with _copied(mirror):
+        with _copied(mirror, flags):
             record = StartRecord(workdir, ledger)
             stop.at_exit(record.end)
             record.keep()
@@ -236,11 +245,12 @@ def recorded_errors(record: StartRecord, stop: Stop) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _copied(mirror: Mirror) -> Iterator[None]:
+def _copied(mirror: Mirror, flags: Flags) -> Iterator[None]:
     """Copy the workdir to where it belongs meanwhile; all of it at the end, or what can be after an error."""
     from btlm_jax.train import setup
 
-    mirror.begin()
+    with _telling_others(flags):
+        mirror.begin()
     if mirror.is_remote:
         setup.make_workdir(mirror.folder)  # now that it has what the bucket has
     with _closed(mirror):

@@ -10,8 +10,9 @@ renames nor appends, so it is the order of the writes that makes a kill at any m
 
 Of a run of several processes each has a local folder of its own, where orbax saves what this process holds: a database
 of OCDBT, `state/ocdbt.process_<index>`. All but the first are a PartMirror: it uploads that database, and then an
-object that names its files. The first uploads the rest, waits for these objects, and names all files in the COMMIT.
-Whoever fetches such a checkpoint joins the databases to the one that orbax reads; only names are copied for that.
+object that names its files; both have names that no other save has. The first uploads the rest, waits for these
+objects, and names all files in the COMMIT. Nothing is deleted before that. Whoever fetches such a checkpoint joins the
+databases to the one that orbax reads; only names are copied for that.
 
 Imported only for a workdir that is a URL.
 """
@@ -58,7 +59,7 @@ _SPEED, _PROBE = ".speed", ".writable-"  # objects by which the speed of writing
 _STATE = "state/"  # of a checkpoint: the arrays, which are fetched when they are read
 _PROCESS = f"{_STATE}ocdbt.process_"  # and an index: the database of arrays of one process
 _JOINED = (f"{_STATE}manifest.ocdbt", f"{_STATE}d")  # the database of all
-_IS_JOINED = f"{_STATE}.joined"  # it is that of all processes' databases, not of this one's alone
+_IS_JOINED = ".joined"  # in `state`: it is that of all processes' databases, not of this one's alone
 _DIGESTS = "digests/metadata"  # of a checkpoint: hashes of its arrays, the same in all processes
 _CHECKPOINTS = "checkpoints"
 _NOT_FOR_READERS = ("tensorboard/", "compile_cache/", "trackers/", "profile/", "corpus/", "store/", "replaced/")
@@ -68,7 +69,7 @@ _CALL_SECONDS, _SLOWEST = 120.0, 4e6  # for a request, and bytes per second for 
 _IN_MEMORY = 1 << 28  # bytes; a larger file is not one that grows
 _THREADS = 8
 _POLL_SECONDS = 0.5
-_OTHERS_SECONDS, _OTHERS_AT_END = 600.0, 30.0  # for the parts of other processes; at the end of the run
+_OTHERS_SECONDS = 30.0  # for the parts of other processes, which are uploaded before they are waited for
 _LOCAL_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS)
 _REFUSED = ("NoCredentialsError", "PartialCredentialsError", "DefaultCredentialsError", "PermissionError")
 
@@ -204,6 +205,7 @@ class Mirror:
         self.remote, self.folder, self.url, self.count = remote, folder, remote.url, count
         self.run = ""  # what names this start of several processes
         self._uploaded: dict[int, dict[str, list]] = {}  # own files of a checkpoint that waits for others' parts
+        self._attempt = 0  # of the saves that failed in one process, and so in all
         self.owned = RemoteFolder(remote.url, waits=(), seconds=2 * BEAT_SECONDS)
         self._known: dict[str, dict] = {}  # objects that are there; of each the local file that it is equal to
         self._token, self._token_before = secrets.token_hex(8), ""  # of this folder's SESSION, of the bucket's at first
@@ -255,39 +257,54 @@ class Mirror:
           OSError: it cannot be.
           StrictError: an earlier copy failed, which is an error by --strict.
         """
-        self._flush(patience=_OTHERS_SECONDS)
-
-    def _flush(self, *, patience: float) -> None:
-        until = time.monotonic() + patience
+        until = time.monotonic() + _OTHERS_SECONDS
         while True:
             with self._lock:
-                self._copy()
-                missing = self._missing_parts()
+                missing = self._copy()
             if not missing:
                 break
             if time.monotonic() > until:
                 raise OSError(
                     f"checkpoint {self._waiting()[0]:,} is not in {self.url}: process {', '.join(map(str, missing))} "
-                    f"has not uploaded its part in {patience:.0f} s"
+                    "has not uploaded its part"
                 )
             time.sleep(_POLL_SECONDS)
         error, self._error = self._error, None
         if isinstance(error, notices.StrictError):
             raise error
 
-    def _missing_parts(self) -> list[int]:
-        """Return the processes whose parts of the first checkpoint that waits are not in the bucket."""
-        if not (waiting := self._waiting()):
-            return []
-        parts = self._parts_of_others(waiting[0])
-        return [index for index in range(1, self.count) if index not in parts]
+    def upload(self) -> None:
+        """Upload this process's files of the checkpoints that wait; of several processes, each does before a `flush`.
+
+        Raises:
+          OSError: they cannot be.
+        """
+        with self._lock:
+            for step in self._waiting():
+                self._upload_part(step)
+
+    def forget(self, steps: Iterable[int]) -> None:
+        """Delete checkpoints that are complete here and not in all processes; what is uploaded of them counts no more.
+
+        All processes call it together.
+        """
+        with self._lock:
+            self._attempt += 1
+            for step in steps:
+                self._uploaded.pop(step, None)
+                shutil.rmtree(self.folder / _CHECKPOINTS / str(step))
+
+    def committed(self) -> list[int]:
+        """Return the steps of the checkpoints here that are in the bucket, with the parts of all processes."""
+        return [step for step in self._steps() if self._has_commit(step)]
 
     def upload_rate(self, num_bytes: int) -> float:
         """Return the bytes per second of writing an object of that size, or of 8 MiB if that is less."""
         data, began = os.urandom(min(num_bytes, 8 << 20)), time.monotonic()
-        self.remote.write(_SPEED, data)
+        name = f"{_SPEED}-{secrets.token_hex(4)}"
+        self.remote.write(name, data)
         rate = len(data) / max(time.monotonic() - began, 1e-6)
-        self.remote.delete(_SPEED)
+        self.remote.delete(name)
         return rate
 
     def close(self) -> None:
@@ -300,7 +317,7 @@ class Mirror:
         if self._thread is None:
             return
         try:
-            self._flush(patience=_OTHERS_AT_END)
+            self.flush()
         except OSError as error:
             kept = f"What is not uploaded is kept in this machine's folder {os.fspath(self.folder)!r}: "
             lost = "The same command goes on from the last checkpoint there"
@@ -334,7 +351,9 @@ class Mirror:
                 with self._lock:
                     if self._closed.is_set():
                         return
-                    self._copy()
+                    if self._copy() and time.monotonic() < at:
+                        continue  # another process's part is missing
+                    self._copy_files()
                 self._caught_up()
             except Exception as error:  # raised where the run asks for it
                 wait = self._failed(error)
@@ -354,14 +373,16 @@ class Mirror:
             notices.report("upload-caught-up", f"{self.url} has all of the run's files again")
             self._error = None
 
-    def _copy(self) -> None:
+    def _copy(self) -> list[int]:
+        """Copy everything; return the processes whose parts are missing of a checkpoint, for which all else waits."""
+        self._copy_moved()  # before there is a new checkpoint of that step
         for step in self._waiting():
-            if not self._copy_checkpoint(step):
-                break  # later ones wait, too
-        self._copy_moved()
+            if missing := self._copy_checkpoint(step):
+                return missing
         self._copy_files()
         self._delete_gone()
         write_atomically(self.folder / _SYNCED, json.dumps(self._known))
+        return []
 
     def _steps(self) -> list[int]:
         folder = self.folder / _CHECKPOINTS
@@ -375,20 +396,17 @@ class Mirror:
         """Return the steps of checkpoints that are complete here, and not in the bucket."""
         return [step for step in self._steps() if not (self.folder / _CHECKPOINTS / str(step) / ORIGIN).is_file()]
 
-    def _copy_checkpoint(self, step: int) -> bool:
-        """Copy a checkpoint; return whether it is complete in the bucket, for which other processes may be missing."""
+    def _copy_checkpoint(self, step: int) -> list[int]:
+        """Copy a checkpoint; return the processes whose parts are missing, without which it has no COMMIT yet."""
         base = f"{_CHECKPOINTS}/{step}"
         folder = self.folder / base
         self._write_session()
         if f"{base}/{COMMIT}" in self._known:  # of an earlier one of this step
             self._delete(f"{base}/{COMMIT}")
-        if step not in self._uploaded:
-            files = self._upload(step, lambda name: self.count == 1 or not name.startswith(_JOINED))
-            self._known |= {f"{base}/{name}": {} for name in files}
-            self._uploaded[step] = files
+        self._upload_part(step)
         parts = self._parts_of_others(step)
-        if len(parts) < self.count - 1:
-            return False
+        if missing := [index for index in range(1, self.count) if index not in parts]:
+            return missing
         files = self._uploaded.pop(step)
         for part in parts.values():
             files |= part
@@ -402,12 +420,19 @@ class Mirror:
             if name.removeprefix(f"{base}/") not in (COMMIT, *files):
                 self._delete(name)
         for index in parts:
-            self.remote.delete(f"{base}/{_part_name(index)}")
+            self.remote.delete(f"{base}/{self._part_name(step, index)}")
         self._free(before=step)
-        return True
+        return []
 
-    def _upload(self, step: int, is_wanted: Callable[[str], bool]) -> dict[str, list]:
-        """Upload the wanted files of a checkpoint; return size and hash of each by its name."""
+    def _upload_part(self, step: int) -> None:
+        """Upload a checkpoint's files; of several processes, those of the first one's part."""
+        if step not in self._uploaded:
+            files = self._upload(step, lambda name: "" if self.count > 1 and name.startswith(_JOINED) else name)
+            self._known |= {f"{_CHECKPOINTS}/{step}/{name}": {} for name in files}
+            self._uploaded[step] = files
+
+    def _upload(self, step: int, name_there: Callable[[str], str]) -> dict[str, list]:
+        """Upload files of a checkpoint under their names there, if they have one; return size and hash by these."""
         base = f"{_CHECKPOINTS}/{step}"
         folder = self.folder / base
         names = [
@@ -419,29 +444,31 @@ class Mirror:
         def upload(name: str) -> tuple[str, list]:
             path = folder / name
             facts = [path.stat().st_size, hash_file(path)]
-            self.remote.upload(path, f"{base}/{name}")
-            return name, facts
+            self.remote.upload(path, f"{base}/{name_there(name)}")
+            return name_there(name), facts
 
-        return dict(_in_threads(upload, [name for name in names if is_wanted(name)]))
+        return dict(_in_threads(upload, [name for name in names if name_there(name)]))
 
     def _parts_of_others(self, step: int) -> dict[int, dict[str, list]]:
         """Return size and hash of each file by its name, by process, of the parts of a checkpoint in the bucket."""
 
         def read(index: int) -> tuple[int, dict]:
             try:
-                return index, _parse(self.remote.read(f"{_CHECKPOINTS}/{step}/{_part_name(index)}"))
+                return index, _parse(self.remote.read(f"{_CHECKPOINTS}/{step}/{self._part_name(step, index)}"))
             except FileNotFoundError:
                 return index, {}
 
-        if self.count == 1:
-            return {}
-        identity = self._identity(step)
         parts = _in_threads(read, range(1, self.count))
-        return {index: part["files"] for index, part in parts if part.get("of") == identity}
+        return {index: part["files"] for index, part in parts if part}
 
-    def _identity(self, step: int) -> list[str]:
-        """Return what tells a checkpoint from any other one of that step: this start, and the hashes of its arrays."""
-        return [self.run, hash_file(self.folder / _CHECKPOINTS / str(step) / _DIGESTS)]
+    def _identity(self, step: int) -> str:
+        """Return what tells a save from any other of that step: the start, its attempt, the hashes of the arrays."""
+        digests = hash_file(self.folder / _CHECKPOINTS / str(step) / _DIGESTS)
+        return hash_json([self.run, self._attempt, digests])[:16]
+
+    def _part_name(self, step: int, index: int) -> str:
+        """Return the name, in a checkpoint, of the object that a process writes when its part is uploaded."""
+        return f"part.{index}.{self._identity(step)}.json"
 
     def _free(self, *, before: int) -> None:
         """Delete the local arrays of earlier checkpoints that are in the bucket."""
@@ -604,26 +631,24 @@ class PartMirror(Mirror):
     def _adopt(self, listing: dict[str, list]) -> None:
         """Do nothing: the first process has done so."""
 
-    def _copy(self) -> None:
-        for step in self._waiting():
-            base = f"{_CHECKPOINTS}/{step}"
-            files = self._upload(step, lambda name: name.startswith(f"{_PROCESS}{self._index}/"))
-            part = {"of": self._identity(step), "files": files}
-            self.remote.write(f"{base}/{_part_name(self._index)}", json.dumps(part).encode())
-            write_atomically(self.folder / base / ORIGIN, f"{self.url}/{base}")
-            for earlier in [each for each in self._steps() if each < step]:  # all are in the bucket before a save
-                shutil.rmtree(self.folder / _CHECKPOINTS / str(earlier) / _STATE, ignore_errors=True)
+    def _copy(self) -> list[int]:
+        self.upload()
+        return []
+
+    def _upload_part(self, step: int) -> None:
+        base, own = f"{_CHECKPOINTS}/{step}", f"{_PROCESS}{self._index}"
+        there = f"{own}.{self._identity(step)}"
+        files = self._upload(step, lambda name: name.replace(own, there) if name.startswith(f"{own}/") else "")
+        self.remote.write(f"{base}/{self._part_name(step, self._index)}", json.dumps({"files": files}).encode())
+        write_atomically(self.folder / base / ORIGIN, f"{self.url}/{base}")
+        for earlier in [each for each in self._steps() if each < step]:  # all are in the bucket before a save
+            shutil.rmtree(self.folder / _CHECKPOINTS / str(earlier) / _STATE, ignore_errors=True)
+
+    def _copy_files(self) -> None:
+        """Do nothing: the first process does so."""
 
     def _delete_gone(self) -> None:
         """Do nothing: the first process does so."""
-
-    def _missing_parts(self) -> list[int]:
-        return []
-
-
-def _part_name(index: int) -> str:
-    """Return the name, in a checkpoint, of the object that a process writes when its part is uploaded."""
-    return f"part.{index}.json"
 
 
 def pull(
@@ -697,7 +722,10 @@ def fetch(folder: Path) -> int:
     """
     remote = RemoteFolder((folder / ORIGIN).read_text(encoding="utf-8"))
     if not (folder / COMMIT).is_file():  # this process has uploaded a part of it
-        write_atomically(folder / COMMIT, remote.read(COMMIT))
+        try:
+            write_atomically(folder / COMMIT, remote.read(COMMIT))
+        except FileNotFoundError as error:
+            raise ValueError(f"{COMMIT} is gone") from error
     files = parse_json_object((folder / COMMIT).read_bytes(), name=f"{remote.url}/{COMMIT}")["files"]
     missing = [name for name, (size, _) in files.items() if _size(folder / name) != size]
 
@@ -713,13 +741,14 @@ def fetch(folder: Path) -> int:
             raise ValueError(f"{name} is not as it was written")
 
     _in_threads(fetch_one, missing)
-    if _JOINED[0] not in files and any(name.startswith(_PROCESS) for name in files):
-        _join_databases(folder)
+    databases = {name.removeprefix(_STATE).partition("/")[0] for name in files if name.startswith(_PROCESS)}
+    if _JOINED[0] not in files and databases:
+        _join_databases(folder / _STATE, sorted(databases))
     _as_written(folder)
     return len(missing)
 
 
-def _join_databases(folder: Path) -> None:
+def _join_databases(state: Path, names: list[str]) -> None:
     """Make one database of those of a checkpoint's processes; it names their files, and copies no array.
 
     Source: `merge_ocdbt_per_process_files` of orbax, which does so at the end of a save to a folder that all share.
@@ -727,23 +756,24 @@ def _join_databases(folder: Path) -> None:
     Raises:
       ValueError: one cannot be read.
     """
-    if (folder / _IS_JOINED).is_file():
+    if (state / _IS_JOINED).is_file():
         return
     import tensorstore as ts
 
     for name in _JOINED:  # of one process alone, or of a kill here
-        shutil.rmtree(folder / name) if (folder / name).is_dir() else (folder / name).unlink(missing_ok=True)
+        path = state.parent / name
+        shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
     context = ts.Context()
 
     def opened(path: Path) -> ts.KvStore:
         spec = {"driver": "ocdbt", "base": {"driver": "file", "path": f"{os.fspath(path)}/"}}
         return ts.KvStore.open(spec, context=context).result()
 
-    whole, transaction = opened(folder / _STATE), ts.Transaction(atomic=True)
-    for path in sorted((folder / _STATE).glob(_PROCESS.removeprefix(_STATE) + "*")):
-        opened(path).experimental_copy_range_to(whole.with_transaction(transaction)).result()
+    whole, transaction = opened(state), ts.Transaction(atomic=True)
+    for name in names:
+        opened(state / name).experimental_copy_range_to(whole.with_transaction(transaction)).result()
     transaction.commit_async().result()
-    write_atomically(folder / _IS_JOINED, "")
+    write_atomically(state / _IS_JOINED, "")
 
 
 def num_bytes_of(folder: Path) -> int:

@@ -16,7 +16,7 @@ import math
 import os
 import stat
 import time
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple, Protocol, cast
 
@@ -53,6 +53,9 @@ class Mirror(Protocol):
     def flush(self) -> None: ...
     def upload_rate(self, num_bytes: int) -> float: ...
     def copy_now(self, folder: str) -> None: ...
+    def upload(self) -> None: ...
+    def forget(self, steps: Iterable[int]) -> None: ...
+    def committed(self) -> list[int]: ...
 
 
 class NoMirror:
@@ -63,7 +66,7 @@ class NoMirror:
     def check(self) -> None:
         """Do nothing, as the others."""
 
-    begin = close = settle = flush = check
+    begin = close = settle = flush = upload = check
 
     def is_behind(self) -> bool:
         return False
@@ -74,6 +77,12 @@ class NoMirror:
 
     def copy_now(self, folder: str) -> None:
         del folder
+
+    def forget(self, steps: Iterable[int]) -> None:
+        del steps
+
+    def committed(self) -> list[int]:
+        return []
 
 
 _mirrors: dict[Path, Mirror] = {}

@@ -86,14 +86,11 @@ class Checkpointer:
         self._is_saving = False
         self._saves_alone = self._mirror.is_remote and jax.process_count() > 1  # processes share no folder
         self._manager = self._make_manager()
-        self._whole = set(self.steps())  # with the parts of all processes
 
     def _make_manager(self) -> ocp.CheckpointManager:
         self._rendezvous, self._has_failed_in_all = None, False
         if self._saves_alone:
-            is_first = jax.process_index() == 0
-            rules = _KeepRules(self._config) if is_first else None  # which `_follow_first` applies in the others
-            return _make_manager_alone(self.directory, preservation_policy=rules)
+            return _make_manager_alone(self.directory)
         own: dict[str, Any] = {}
         if jax.process_count() > 1:
             from btlm_jax.parallel.rendezvous import make_rendezvous
@@ -190,17 +187,21 @@ class Checkpointer:
         except OSError as error:
             self._go_on_after(error)
         if not _is_so_everywhere(position.step in _steps_in(self.directory)):
-            self.save(state, position=position, config=config)
+            self._save_in_all(state, position=position, config=config)
         self.wait()
 
     def _start(self, state: TrainState, *, position: Position, config: TrainConfig) -> None:
         if jax.process_count() > 1:  # an error in the midst of orbax's own exchanges would leave the others there
             self.wait()
             self._do_in_all(self._try_to_write, say=self._not_written)
-        self.save(state, position=position, config=config)  # after the one before, whose error it raises
+        self._save_in_all(state, position=position, config=config)  # after the one before, whose error it raises
         if self._is_saving:
             self._failure = None
         self._is_saving = True
+
+    def _save_in_all(self, state: TrainState, *, position: Position, config: TrainConfig) -> None:
+        save = functools.partial(self.save, state, position=position, config=config)
+        self._do_in_all(save, say=self._not_written) if self._saves_alone else save()
 
     def _try_to_write(self) -> None:
         """See that process 0 can make the folder of a checkpoint, for which orbax lets the others wait 5 minutes."""
@@ -265,9 +266,11 @@ class Checkpointer:
         self._failure, self._is_saving = error, False
         with contextlib.suppress(Exception):  # that it failed is known
             self._manager.close()
-        if self._saves_alone:  # what is complete here lacks another process's part
-            for step in set(_steps_in(self.directory)) - self._whole:
-                shutil.rmtree(self.directory / str(step))
+        if self._saves_alone:  # what is complete here, and not in the bucket, lacks another process's part
+            from btlm_jax.parallel.rendezvous import value_of_first
+
+            whole = value_of_first(self._mirror.committed())
+            self._mirror.forget([step for step in _steps_in(self.directory) if step not in whole])
         self._manager = self._make_manager()
 
     def read_metadata(self, step: int) -> tuple[Position, TrainConfig]:
@@ -404,7 +407,6 @@ class Checkpointer:
         """Delete the checkpoints after a step, of a run that has gone back to it."""
         for later in [each for each in self.steps() if each > step]:
             self._manager.delete(later)
-            self._whole.discard(later)
 
     def newest(self, read: Callable[[int], _Read], *, steps: Sequence[int]) -> tuple[_Read, list[str]]:
         """Return what `read` returns of the last of the steps for which it raises no DamagedError.
@@ -527,21 +529,41 @@ class Checkpointer:
           AgreedError: as `_do_in_all`.
         """
 
+        if self._saves_alone:  # in turn, so that no process waits for what another one cannot do
+            for do in (self._manager.wait_until_finished, self._mirror.upload):
+                self._do_in_all(functools.partial(self._named, do), say=self._not_written)
+            self._do_in_all(functools.partial(self._named, self._commit), say=self._not_written)
+            self._delete_by_rules()
+            return
+
         def wait_here() -> None:
-            with self._naming_the_last_checkpoint():
-                self._manager.wait_until_finished()
-                self._mirror.flush()
+            self._manager.wait_until_finished()
+            self._mirror.flush()
 
-        self._do_in_all(wait_here, say=self._not_written)
-        if self._saves_alone:
-            self._follow_first()
-        self._whole = set(self.steps())
+        self._do_in_all(functools.partial(self._named, wait_here), say=self._not_written)
 
-    def _follow_first(self) -> None:
-        """Delete the checkpoints that process 0 does not keep: what the clock decides is decided once for all."""
+    def _named(self, do: Callable[[], None]) -> None:
+        with self._naming_the_last_checkpoint():
+            do()
+
+    def _commit(self) -> None:
+        """Bring all to the bucket; what comes after a checkpoint's commit, and fails, is tried again by its thread."""
+        try:
+            self._mirror.flush()
+        except OSError:
+            if self._mirror.is_behind() or not self._is_saving:
+                raise
+
+    def _delete_by_rules(self) -> None:
+        """Delete the checkpoints that the config does not keep, now that the new one is in the bucket.
+
+        What the clock decides, process 0 decides for all.
+        """
         from btlm_jax.parallel.rendezvous import value_of_first
 
-        for step in set(self.steps()) - set(value_of_first(self.steps())):
+        times = [(step, (self.directory / str(step)).stat().st_mtime) for step in self.steps()]
+        kept = value_of_first(sorted(kept_steps(times, self._config)))
+        for step in [step for step in self.steps() if step not in kept]:
             self._manager.delete(step)
 
     def close(self) -> None:

@@ -351,6 +351,8 @@ def prepare_store(
     """
     location = locate_store(config.data, workdir=workdir)
     if isinstance(location, Path) and not has_store(location):
+        if mirror_of(workdir).is_remote and config.corpus.source != PREPARED and location.is_relative_to(workdir):
+            shutil.rmtree(location, ignore_errors=True)  # of which a kill left a part in the bucket
         if config.corpus.source == PREPARED or location.exists():
             raise FileNotFoundError(
                 f"there is no token store in {location}: it has no {MANIFEST_FILE}; point --config.data.store to one, "

@@ -98,6 +98,6 @@ def test_what_cannot_be_copied_at_the_end_is_said_beside_the_error_that_ends_a_r
         raise OSError("what is not uploaded is kept")
 
     mirror = types.SimpleNamespace(begin=lambda: None, close=close, is_remote=False)
-    with pytest.raises(ValueError, match="^the reason$"), train._copied(mirror):
+    with pytest.raises(ValueError, match="^the reason$"), train._copied(mirror, train.train_flags()):
         raise ValueError("the reason")
     assert "what is not uploaded is kept" in capsys.readouterr().err
