@@ -42,6 +42,32 @@ LEVEL = 0.95
 Measured = Mapping[str, dict]  # what a run left, by the variant's name
 
 
+def make_one_store(config: TrainConfig, data: Sequence[str], folder: Path) -> dict[str, Path]:
+    """Make the token store of raw text, or else of the installed packages' documentation; it is named ""."""
+    from btlm_jax.cli.train import build_store
+    from btlm_jax.display.progress import print_line
+    from btlm_jax.train import setup
+
+    if not data:
+        setup.prepare_store(
+            config, workdir=folder, expected_fingerprint="", build_store=build_store, wait_for_all=lambda: None
+        )
+        return {"": folder / config.data.store}
+    from btlm_jax.corpus import own_text
+    from btlm_jax.corpus.engine.workers import LocalWorkers
+
+    store, workers = folder / STORE_FOLDER, LocalWorkers(1)
+    if not setup.has_store(store):
+        place = folder / CORPUS_FOLDER
+        text = own_text.split_text([Path(each) for each in data], directory=place, workers=workers, log=print_line)
+        tokenizer = own_text.make_tokenizer(text, vocab_size=config.model.vocab_size, directory=place, log=print_line)
+        own_text.make_store(
+            text, tokenizer=tokenizer, block_len=config.curriculum.table.block_len, by_source=False, output=store,
+            workers=workers, log=print_line,
+        )  # fmt: skip
+    return {"": store}
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Experiment:
     """What is varied, what is measured of each run, and what is made of that.
@@ -56,13 +82,13 @@ class Experiment:
     folder: Path  # its README.md and config.py; results go there
     kind: str  # experiments of one kind share their runs
     help_text: str
-    make_stores: Callable[[TrainConfig, Sequence[str], Path], dict[str, Path]]
     make_variants: Callable[[TrainConfig, Measured, Mapping[str, Path]], dict[str, TrainConfig]]
-    measure: Callable[[TrainConfig, Path], dict]
     report: Callable[[TrainConfig, Sequence[Measured]], dict]
     describe: Callable[[dict], str]
     plot: Callable[[dict, Path], None]
-    num_seeds: int
+    make_stores: Callable[[TrainConfig, Sequence[str], Path], dict[str, Path]] = make_one_store
+    measure: Callable[[TrainConfig, Path], dict] = lambda config, workdir: {}
+    num_seeds: int = 3
     surround: Callable[[str], contextlib.AbstractContextManager[None]] = lambda variant: contextlib.nullcontext()
     may_diverge: bool = False  # a run that stops on a loss that is not finite is measured as {"loss": None}
 
@@ -144,9 +170,7 @@ def conduct(experiment: Experiment, arguments: Sequence[str]) -> int:
         **experiment.report(config, seeds),
     }
     output = flags.optional_path("output") or (experiment.folder if is_own else folder)
-    write_atomically(output / RESULTS_FILE, json.dumps(values, indent=1) + "\n")
-    experiment.plot(values, output / FIGURE_FILE)
-    print(f"{experiment.describe(values)}\nwrote {output / RESULTS_FILE} and {output / FIGURE_FILE}")
+    write_results(values, output, plot=experiment.plot, text=experiment.describe(values))
     return PREEMPTED if is_stopped else DONE
 
 
@@ -190,32 +214,6 @@ def on_store(config: TrainConfig, store: Path) -> TrainConfig:
     )
 
 
-def make_one_store(config: TrainConfig, data: Sequence[str], folder: Path) -> dict[str, Path]:
-    """Make the token store of raw text, or else of the installed packages' documentation; it is named ""."""
-    from btlm_jax.cli.train import build_store
-    from btlm_jax.display.progress import print_line
-    from btlm_jax.train import setup
-
-    if not data:
-        setup.prepare_store(
-            config, workdir=folder, expected_fingerprint="", build_store=build_store, wait_for_all=lambda: None
-        )
-        return {"": folder / config.data.store}
-    from btlm_jax.corpus import own_text
-    from btlm_jax.corpus.engine.workers import LocalWorkers
-
-    store, workers = folder / STORE_FOLDER, LocalWorkers(1)
-    if not setup.has_store(store):
-        place = folder / CORPUS_FOLDER
-        text = own_text.split_text([Path(each) for each in data], directory=place, workers=workers, log=print_line)
-        tokenizer = own_text.make_tokenizer(text, vocab_size=config.model.vocab_size, directory=place, log=print_line)
-        own_text.make_store(
-            text, tokenizer=tokenizer, block_len=config.curriculum.table.block_len, by_source=False, output=store,
-            workers=workers, log=print_line,
-        )  # fmt: skip
-    return {"": store}
-
-
 def mean_and_interval(values: Sequence[float]) -> dict:
     """Return the mean of the seeds' values and its interval at LEVEL, None for the ends of one seed."""
     mean, n = statistics.fmean(values), len(values)
@@ -223,6 +221,18 @@ def mean_and_interval(values: Sequence[float]) -> dict:
         return {"mean": mean, "low": None, "high": None, "values": list(values)}
     half = float(scipy.stats.t.ppf((1 + LEVEL) / 2, n - 1)) * statistics.stdev(values) / math.sqrt(n)
     return {"mean": mean, "low": mean - half, "high": mean + half, "values": list(values)}
+
+
+def difference_and_interval(first: Sequence[float], second: Sequence[float]) -> dict:
+    """Return `mean_and_interval` of the differences of two variants, seed by seed."""
+    return mean_and_interval([a - b for a, b in zip(first, second, strict=True)])
+
+
+def write_results(values: dict, output: Path, *, plot: Callable[[dict, Path], None], text: str) -> None:
+    """Write an experiment's numbers and figure, and print what they say."""
+    write_atomically(output / RESULTS_FILE, json.dumps(values, indent=1) + "\n")
+    plot(values, output / FIGURE_FILE)
+    print(f"{text}\nwrote {output / RESULTS_FILE} and {output / FIGURE_FILE}")
 
 
 def shown(value: Mapping, *, digits: int = 4, sign: str = "") -> str:

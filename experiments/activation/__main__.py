@@ -9,7 +9,7 @@ from pathlib import Path
 
 from btlm_jax.display.plotting import new_figure, write_figure
 from btlm_jax.recipe.config import ModelConfig, TrainConfig
-from experiments.study import Experiment, Measured, make_one_store, mean_and_interval, on_store, run, shown
+from experiments.study import Experiment, Measured, difference_and_interval, mean_and_interval, on_store, run, shown
 
 SWIGLU, GELU = "swiglu", "gelu"
 PEAKS = (0.5, 1.0, 2.0)  # times the config's
@@ -85,8 +85,8 @@ def report(config: TrainConfig, seeds: Sequence[Measured]) -> dict:
             "best": mean_and_interval(losses[best]),
             "step_seconds": min(seconds),
         }
-    pairs = zip(layers[SWIGLU]["best"]["values"], layers[GELU]["best"]["values"], strict=True)
-    return {"layers": layers, "swiglu_minus_gelu": mean_and_interval([a - b for a, b in pairs])}
+    best_of = [layers[layer]["best"]["values"] for layer in (SWIGLU, GELU)]
+    return {"layers": layers, "swiglu_minus_gelu": difference_and_interval(*best_of)}
 
 
 def describe(values: dict) -> str:
@@ -124,14 +124,11 @@ EXPERIMENT = Experiment(
     folder=Path(__file__).parent,
     kind="activation",
     help_text=HELP,
-    make_stores=make_one_store,
     make_variants=make_variants,
-    measure=lambda config, workdir: {},
     surround=surround,
     report=report,
     describe=describe,
     plot=plot,
-    num_seeds=3,
 )
 
 if __name__ == "__main__":

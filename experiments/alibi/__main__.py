@@ -18,7 +18,7 @@ from experiments.curriculum.positions import (
     measure_positions_of,
     own_lengths,
 )
-from experiments.study import Experiment, Measured, make_one_store, mean_and_interval, run, shown
+from experiments.study import Experiment, Measured, difference_and_interval, mean_and_interval, run, shown
 
 VARIANTS = (SHORT, LONG, MIXED)
 HELP = """loss to 8 times the trained length, with ALiBi's slopes as trained, fixed and dynamic interpolation.
@@ -60,7 +60,10 @@ def report(config: TrainConfig, seeds: Sequence[Measured]) -> dict:
             "losses": losses,
             "first_rise": {setting: [curve["first_rise"] for curve in each] for setting, each in curves.items()},
             "minus_plain": {
-                setting: {band: _difference(losses[setting][band], losses["plain"][band]) for band in bands}
+                setting: {
+                    band: difference_and_interval(losses[setting][band]["values"], losses["plain"][band]["values"])
+                    for band in bands
+                }
                 for setting in list(losses)[1:]
             },
             "dynamic_minus_plain": {  # of whole windows, all of whose positions see the slopes divided
@@ -124,21 +127,15 @@ def _dynamic(curves: Sequence[dict], length: int, trained: int) -> float:
     return find_curve(curves, DYNAMIC, length=length)["loss"]
 
 
-def _difference(first: Mapping, second: Mapping) -> dict:
-    return mean_and_interval([a - b for a, b in zip(first["values"], second["values"], strict=True)])
-
-
 EXPERIMENT = Experiment(
     folder=Path(__file__).parent,
     kind=KIND,
     help_text=HELP,
-    make_stores=make_one_store,
     make_variants=make_variants,
     measure=measure_positions_of,
     report=report,
     describe=describe,
     plot=plot,
-    num_seeds=3,
 )
 
 if __name__ == "__main__":

@@ -9,7 +9,6 @@ one breaks the config in every known way, and each must be caught.
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 from collections.abc import Mapping
 from pathlib import Path
@@ -17,10 +16,10 @@ from pathlib import Path
 from benchmarks.machine import machine
 from btlm_jax.cli import DONE, ERROR, main
 from btlm_jax.display.plotting import new_panels, write_figure
-from btlm_jax.storage.files import read_json_object, write_atomically
+from btlm_jax.storage.files import read_json_object
+from experiments.study import write_results
 
 FOLDER = Path(__file__).parent
-RESULTS_FILE, FIGURE_FILE = "results.json", "figure.png"
 DEPTHS = {"": "--depths=2,4,8", "quick": "--depths=2,4", "large": "--depths=2,4,8,16"}
 SEEDS = {"": 5, "quick": 5, "large": 5}
 # What is checked, and whether it must be flat; None: it is broken in known ways, and each must be as expected.
@@ -135,9 +134,7 @@ def run(folder: Path, *, size: str, names: list[str]) -> int:
         "checks": checks,
     }
     output = folder if size else FOLDER
-    write_atomically(output / RESULTS_FILE, json.dumps(values, indent=1) + "\n")
-    plot(checks, output / FIGURE_FILE)
-    print(f"{describe(checks)}\nwrote {output / RESULTS_FILE} and {output / FIGURE_FILE}")
+    write_results(values, output, plot=lambda values, path: plot(values["checks"], path), text=describe(checks))
     return DONE if all(is_as_expected(name, each) for name, each in checks.items()) else ERROR
 
 

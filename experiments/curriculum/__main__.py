@@ -11,15 +11,7 @@ from btlm_jax.evaluate.positions import PLAIN
 from btlm_jax.recipe.config import CurriculumConfig, TrainConfig
 from btlm_jax.tune.trials import scale_phases, scale_tokens
 from experiments.curriculum.positions import find_curve, loss_between, measure_positions_of
-from experiments.study import (
-    Experiment,
-    Measured,
-    make_one_store,
-    mean_and_interval,
-    on_store,
-    run,
-    shown,
-)
+from experiments.study import Experiment, Measured, difference_and_interval, mean_and_interval, on_store, run, shown
 
 FOLDER = Path(__file__).parent
 KIND = "curriculum"
@@ -96,13 +88,8 @@ def report(config: TrainConfig, seeds: Sequence[Measured]) -> dict:
         }
     for name in VARIANTS:
         variants[name]["minus_mixed"] = {
-            band: mean_and_interval(
-                [
-                    a - b
-                    for a, b in zip(
-                        variants[name]["losses"][band]["values"], variants[MIXED]["losses"][band]["values"], strict=True
-                    )
-                ]
+            band: difference_and_interval(
+                variants[name]["losses"][band]["values"], variants[MIXED]["losses"][band]["values"]
             )
             for band in variants[name]["losses"]
         }
@@ -166,13 +153,11 @@ EXPERIMENT = Experiment(
     folder=FOLDER,
     kind=KIND,
     help_text=HELP,
-    make_stores=make_one_store,
     make_variants=make_variants,
     measure=measure_positions_of,
     report=report,
     describe=describe,
     plot=plot,
-    num_seeds=3,
 )
 
 if __name__ == "__main__":

@@ -8,7 +8,7 @@ from pathlib import Path
 from btlm_jax.display.plotting import new_panels, write_figure
 from btlm_jax.recipe.config import TrainConfig
 from experiments.dedup.stores import CLEAN, DEDUPLICATED, PLANTED, VARIANTS, facts_of, make_stores
-from experiments.study import Experiment, Measured, mean_and_interval, on_store, run, shown
+from experiments.study import Experiment, Measured, difference_and_interval, mean_and_interval, on_store, run, shown
 
 COPIED, CONTROL, HELDOUT = "copied", "control", "heldout"
 GROUPS = (COPIED, CONTROL, HELDOUT)
@@ -74,9 +74,7 @@ def report(config: TrainConfig, seeds: Sequence[Measured]) -> dict:
                 clean[f"{group}_{key}"] = [measured[CLEAN]["groups"][group][key] for measured in seeds]
         variants[name] = {
             "values": {key: mean_and_interval(each) for key, each in values.items()},
-            "minus_clean": {
-                key: mean_and_interval([a - b for a, b in zip(values[key], clean[key], strict=True)]) for key in values
-            },
+            "minus_clean": {key: difference_and_interval(values[key], clean[key]) for key in values},
         }
     return {"facts": seeds[0][CLEAN]["facts"], "variants": variants}
 
@@ -135,7 +133,6 @@ EXPERIMENT = Experiment(
     report=report,
     describe=describe,
     plot=plot,
-    num_seeds=3,
 )
 
 if __name__ == "__main__":

@@ -10,7 +10,7 @@ from btlm_jax.display.plotting import new_panels, write_figure
 from btlm_jax.recipe.config import TrainConfig
 from btlm_jax.recipe.sizes import count_parameters
 from btlm_jax.tune.trials import scale_phases, scale_tokens
-from experiments.study import Experiment, Measured, make_one_store, mean_and_interval, on_store, run, shown
+from experiments.study import Experiment, Measured, difference_and_interval, mean_and_interval, on_store, run, shown
 
 ENDS = {"10 %": 0.1, "0.85 %": 0.0085, "0": 0.0}  # of the peak
 BTLM = "0.85 %"
@@ -76,16 +76,15 @@ def report(config: TrainConfig, seeds: Sequence[Measured]) -> dict:
             "tokens_per_parameter": num_tokens / parameters,
             "losses": {end: {f"{peak:g}": mean_and_interval(losses[end][peak]) for peak in PEAKS} for end in ENDS},
             "minus_btlm": {
-                end: {f"{peak:g}": _difference(losses[end][peak], losses[BTLM][peak]) for peak in PEAKS} for end in ENDS
+                end: {f"{peak:g}": difference_and_interval(losses[end][peak], losses[BTLM][peak]) for peak in PEAKS}
+                for end in ENDS
             },
             "best_peak": {end: f"{best[end]:g}" for end in ENDS},
-            "best_minus_btlm": {end: _difference(losses[end][best[end]], losses[BTLM][best[BTLM]]) for end in ENDS},
+            "best_minus_btlm": {
+                end: difference_and_interval(losses[end][best[end]], losses[BTLM][best[BTLM]]) for end in ENDS
+            },
         }
     return {"num_parameters": parameters, "budgets": budgets}
-
-
-def _difference(first: Sequence[float], second: Sequence[float]) -> dict:
-    return mean_and_interval([a - b for a, b in zip(first, second, strict=True)])
 
 
 def describe(values: dict) -> str:
@@ -124,13 +123,10 @@ EXPERIMENT = Experiment(
     folder=Path(__file__).parent,
     kind="end_rate",
     help_text=HELP,
-    make_stores=make_one_store,
     make_variants=make_variants,
-    measure=lambda config, workdir: {},
     report=report,
     describe=describe,
     plot=plot,
-    num_seeds=3,
 )
 
 if __name__ == "__main__":

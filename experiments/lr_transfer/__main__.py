@@ -11,7 +11,7 @@ from btlm_jax.recipe.config import TrainConfig
 from btlm_jax.tune import lr_transfer
 from btlm_jax.tune.lr_transfer import Sweep
 from btlm_jax.tune.trials import Result
-from experiments.study import Experiment, Measured, make_one_store, on_store, run
+from experiments.study import Experiment, Measured, on_store, run
 
 RATES = (-8.0, -7.0, -6.0, -5.0)  # log2; a curve whose least loss is at an end gets more there
 LADDERS = {"widths": ("btlm", "sp"), "depths": ("btlm", "completep")}
@@ -132,9 +132,7 @@ EXPERIMENT = Experiment(
     folder=Path(__file__).parent,
     kind="lr_transfer",
     help_text=HELP,
-    make_stores=make_one_store,
     make_variants=make_variants,
-    measure=lambda config, workdir: {},
     report=report,
     describe=describe,
     plot=plot,

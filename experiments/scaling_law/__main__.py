@@ -11,7 +11,7 @@ from btlm_jax.recipe.config import TrainConfig, config_from
 from btlm_jax.tune import scaling, scaling_report
 from btlm_jax.tune.scaling import CHINCHILLA, POWER, Law, Point, Prediction
 from experiments.scaling_law.family import fitted_sizes
-from experiments.study import Experiment, Measured, make_one_store, on_store, run
+from experiments.study import Experiment, Measured, on_store, run
 
 TARGET = "target"
 RECORD = "predictions.jsonl"  # in the folder of the runs
@@ -131,7 +131,6 @@ EXPERIMENT = Experiment(
     folder=Path(__file__).parent,
     kind="scaling_law",
     help_text=HELP,
-    make_stores=make_one_store,
     make_variants=make_variants,
     measure=measure,
     report=report,

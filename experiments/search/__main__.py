@@ -9,7 +9,6 @@ with Ctrl-C. Then `btlm new --constants` writes a config of more parameters, and
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -20,12 +19,11 @@ from btlm_jax.cli import DONE, main
 from btlm_jax.cli.parse import load_config
 from btlm_jax.display.plotting import new_panels, write_figure
 from btlm_jax.recipe.config import train_config_from
-from btlm_jax.storage.files import read_json_object, write_atomically
+from btlm_jax.storage.files import read_json_object
 from btlm_jax.train import SUMMARY_FILE
-from experiments.study import make_one_store
+from experiments.study import make_one_store, write_results
 
 FOLDER = Path(__file__).parent
-RESULTS_FILE, FIGURE_FILE = "results.json", "figure.png"
 POINTS = {"": 40, "quick": 6, "large": 120}
 LARGE_PARAMETERS, LARGE_STEPS = "12M", 12
 
@@ -110,9 +108,7 @@ def run(folder: Path, data: Sequence[str], *, size: str) -> int:
             return code
     values = gather(folder, data, size=size)
     output = folder if size else FOLDER
-    write_atomically(output / RESULTS_FILE, json.dumps(values, indent=1) + "\n")
-    plot(values, output / FIGURE_FILE)
-    print(f"{describe(values)}\nwrote {output / RESULTS_FILE} and {output / FIGURE_FILE}")
+    write_results(values, output, plot=plot, text=describe(values))
     return DONE
 
 
