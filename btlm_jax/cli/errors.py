@@ -26,6 +26,7 @@ from btlm_jax.stopping import (
 )
 
 _DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
+_OF_EXCHANGES = ("Gloo", "CoordinationService", "DEADLINE_EXCEEDED")  # in what JAX says of one that failed
 _VERSIONS_OF = ("jax", "jaxlib", "numpy", "flax", "orbax-checkpoint", "grain")
 
 
@@ -47,9 +48,6 @@ def report(error: BaseException, *, verb: str, arguments: Sequence[str]) -> int:
         file=sys.stderr,
     )
     return FAULT
-
-
-_OF_EXCHANGES = ("Gloo", "CoordinationService", "DEADLINE_EXCEEDED")  # in what JAX says of one that failed
 
 
 def code_of(error: BaseException) -> int:

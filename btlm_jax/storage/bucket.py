@@ -351,9 +351,10 @@ class Mirror:
                 with self._lock:
                     if self._closed.is_set():
                         return
-                    if self._copy() and time.monotonic() < at:
-                        continue  # another process's part is missing
-                    self._copy_files()
+                    if self._copy():  # another process's part is missing
+                        if time.monotonic() < at:
+                            continue
+                        self._copy_files()
                 self._caught_up()
             except Exception as error:  # raised where the run asks for it
                 wait = self._failed(error)

@@ -530,9 +530,8 @@ class Checkpointer:
         """
 
         if self._saves_alone:  # in turn, so that no process waits for what another one cannot do
-            for do in (self._manager.wait_until_finished, self._mirror.upload):
-                self._do_in_all(functools.partial(self._named, do), say=self._not_written)
-            self._do_in_all(functools.partial(self._named, self._commit), say=self._not_written)
+            for do in (self._manager.wait_until_finished, self._mirror.upload, self._commit):
+                self._finish_in_all(do)
             self._delete_by_rules()
             return
 
@@ -540,11 +539,16 @@ class Checkpointer:
             self._manager.wait_until_finished()
             self._mirror.flush()
 
-        self._do_in_all(functools.partial(self._named, wait_here), say=self._not_written)
+        self._finish_in_all(wait_here)
 
-    def _named(self, do: Callable[[], None]) -> None:
-        with self._naming_the_last_checkpoint():
-            do()
+    def _finish_in_all(self, do: Callable[[], None]) -> None:
+        """Do a part of a save in all processes; its errors name the last complete checkpoint, and are agreed on."""
+
+        def attempt() -> None:
+            with self._naming_the_last_checkpoint():
+                do()
+
+        self._do_in_all(attempt, say=self._not_written)
 
     def _commit(self) -> None:
         """Bring all to the bucket; what comes after a checkpoint's commit, and fails, is tried again by its thread."""
@@ -593,7 +597,7 @@ class Checkpointer:
         )
 
 
-def _make_manager_alone(directory: Path, **options: Any) -> ocp.CheckpointManager:
+def _make_manager_alone(directory: Path) -> ocp.CheckpointManager:
     """Return a manager by which each process saves what it holds of the arrays in a folder of its own.
 
     No process waits for another one. Orbax does so for folders of each host, where all are the "primary host". What
@@ -621,7 +625,6 @@ def _make_manager_alone(directory: Path, **options: Any) -> ocp.CheckpointManage
             enable_async_checkpointing=True,
             multiprocessing_options=alone,
             async_options=ocp.AsyncOptions(create_directories_asynchronously=False),  # of which all would be told
-            **options,
         ),
         item_handlers={
             "state": ocp.PyTreeCheckpointHandler(multiprocessing_options=alone, handler_impl=arrays),
