@@ -3,20 +3,23 @@
 Command: python benchmarks/injected_faults.py --folder=DIR [--only 3 4]           (root, for disks that are full)
 
 Every fault meets `btlm train` on a tiny model, in one process or in two on loopback. Bad numbers, and a clock that
-jumps, are put in by a wrapper around the same command; all else happens outside of it: signals, flipped bits, a
-truncated shard, a small tmpfs that is filled or made read-only, a limit on the size of one process's files. A row has
-what the command said, its exit codes, the seconds from the fault to the end, the last step that was logged, and what
-the same command did afterwards, whose end is compared with a run that nothing happened to. Starts are those of
-kill_resume.py. Rows are kept in DIR/rows.jsonl: the same command goes on. Exits with 1 if anything differs from what is
-expected here.
+jumps, are put in by a wrapper around the same command, and so is what one process has otherwise than the other one:
+a mount, a package's version. All else happens outside of it: signals, flipped bits, a truncated shard, a small disk
+that is filled or that fails, a limit on the size of one process's files. A row has what the command said, its exit
+codes, the seconds from the fault to the end, the last step that was logged, and what the same command did afterwards,
+whose end is compared with a run that nothing happened to. Starts are those of kill_resume.py. Rows are kept in
+DIR/rows.jsonl: the same command goes on. Exits with 1 if anything differs from what is expected here.
 """
 
 from __future__ import annotations
 
 import argparse
 import contextlib
+import ctypes
 import dataclasses
+import importlib.metadata
 import json
+import os
 import re
 import resource
 import shutil
@@ -178,12 +181,43 @@ def newest_lacks_a_part(case: Case) -> None:
     case.start()
 
 
-def shard_is_cut(case: Case) -> None:
-    """The run has a store of its own, of which a shard is cut in half while it is preempted."""
+def copy_store(case: Case) -> Path:
+    """Give the run a store of its own; return its folder."""
     store, original = case.folder / "store", case.config
     shutil.copytree(original.parent / "store", store)
     case.config = case.folder / "config.py"
     case.config.write_text(original.read_text().replace(str(original.parent / "store"), str(store)))
+    return store
+
+
+def rewrite_manifest(store: Path, original: Path, *, vocab_size: int) -> None:
+    """Write a store whose manifest says that its tokenizer has so many ids."""
+    from btlm_jax.data.store import read_manifest, write_manifest
+
+    if store != original:
+        shutil.copytree(original, store)
+    manifest = read_manifest(store)
+    tokenizer = dataclasses.replace(manifest.tokenizer, vocab_size=vocab_size)
+    write_manifest(store, dataclasses.replace(manifest, tokenizer=tokenizer))
+
+
+def ids_are_bad(case: Case) -> None:
+    store = copy_store(case)
+    rewrite_manifest(store, store, vocab_size=300)  # the tokens go to 399
+    case.start()
+
+
+def tmpdir_is_full(case: Case) -> None:
+    disk = case.folder / "disk"
+    disk.mkdir()
+    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=4k", "tmpfs", str(disk)], check=True)
+    (disk / "other").write_bytes(bytes(4096))
+    case.start(bad={"TMPDIR": str(disk)})
+
+
+def shard_is_cut(case: Case) -> None:
+    """The run has a store of its own, of which a shard is cut in half while it is preempted."""
+    store = copy_store(case)
     preempt(case)
     shard = max(store.glob("*train*"), key=lambda path: path.stat().st_size)
     whole = shard.read_bytes()
@@ -194,12 +228,17 @@ def shard_is_cut(case: Case) -> None:
 
 
 def on_disk(then: Callable[[Case, Path], None]) -> Callable[[Case], None]:
-    """Have the workdir on a tmpfs of 24 MB, and something happen to it after the first save."""
+    """Have the workdir on a disk of 24 MB, and something happen to it after the first save."""
 
     def meet(case: Case) -> None:
-        disk = case.folder / "disk"
+        disk, image = case.folder / "disk", case.folder / "image"
         disk.mkdir()
-        subprocess.run(["mount", "-t", "tmpfs", "-o", "size=24m", "tmpfs", str(disk)], check=True)
+        if then is made_read_only:
+            image.write_bytes(bytes(24 << 20))
+            subprocess.run(["mkfs.ext4", "-q", str(image)], check=True)
+            subprocess.run(["mount", "-o", "loop", str(image), str(disk)], check=True)
+        else:
+            subprocess.run(["mount", "-t", "tmpfs", "-o", "size=24m", "tmpfs", str(disk)], check=True)
         shutil.copytree(case.workdir, disk / "run")
         case.workdir = disk / "run"
         case.start()
@@ -225,9 +264,12 @@ def filled(*, but: int) -> Callable[[Case, Path], None]:
 
 
 def made_read_only(case: Case, disk: Path) -> None:
-    subprocess.run(["mount", "-o", "remount,ro", str(disk)], check=True)
+    """Have the kernel make the disk read-only, as after an input/output error; then mend it and mount it again."""
+    subprocess.run(["mount", "-o", "remount,abort", str(disk)], check=True)
     case.finish()
-    subprocess.run(["mount", "-o", "remount,rw", str(disk)], check=True)
+    subprocess.run(["umount", str(disk)], check=True)
+    subprocess.run(["e2fsck", "-p", str(case.folder / "image")], check=False, stdout=subprocess.DEVNULL)
+    subprocess.run(["mount", "-o", "loop", str(case.folder / "image"), str(disk)], check=True)
 
 
 def workdir_is_deleted(case: Case) -> None:
@@ -269,6 +311,17 @@ def owner_lives(case: Case) -> None:
 
 def configs_differ(case: Case) -> None:
     case.start(changes=[["--config.optimizer.peak_learning_rate=0.001"], []])
+
+
+def stores_differ(case: Case) -> None:
+    """Process 1 sees another store at the path of the config: a folder mounted over it, for this process alone."""
+    store = copy_store(case)
+    rewrite_manifest(other := case.folder / "other", store, vocab_size=399)
+    case.start(bad={"process 1 mounts": [str(other), str(store)]})
+
+
+def versions_differ(case: Case) -> None:
+    case.start(bad={"process 1 has": ["optax", "0.0.1"]})
 
 
 def workdirs_differ(case: Case) -> None:
@@ -318,6 +371,8 @@ FAULTS = [
     fault("disk full at a line of metrics", on_disk(filled(but=0)), 1, "No space left on device"),
     fault("disk read-only", on_disk(made_read_only), 1, "Read-only file system"),
     fault("workdir deleted", workdir_is_deleted, 1, "error: "),
+    fault("TMPDIR is full", tmpdir_is_full, 0, ""),
+    fault("the store has ids that its tokenizer has not", ids_are_bad, 1, "the tokenizer's ids end at 299", **OTHER),
     fault(
         "process 1 of two cannot write its part (a limit on its files)",
         files_are_limited(1, until_step=None),
@@ -358,6 +413,8 @@ FAULTS = [
         **OTHER,
     ),
     fault("two processes with other configs", configs_differ, 2, "peak_learning_rate: process 0 ", **PAIR, **OTHER),
+    fault("two processes with other stores at one path", stores_differ, 2, "store", **PAIR, **OTHER),
+    fault("two processes with other versions of a package", versions_differ, 2, "optax: process 0 ", **PAIR, **OTHER),
     fault("two processes with other workdirs", workdirs_differ, 2, "is not one for all processes", **PAIR, **OTHER),
 ]
 
@@ -419,7 +476,14 @@ def table(rows: Sequence[dict]) -> str:
 
 
 def child(bad: dict) -> None:
-    """Run the command of the arguments with bad numbers or a clock that jumps."""
+    """Run the command of the arguments with bad numbers, a clock that jumps, or surroundings of its own."""
+    if "TMPDIR" in bad:
+        os.environ["TMPDIR"] = bad["TMPDIR"]
+    if "--process_id=1" in sys.argv and (mounted := bad.get("process 1 mounts")):
+        if ctypes.CDLL(None).unshare(0x00020000):  # CLONE_NEWNS: what is mounted from here on is this process's alone
+            raise OSError("unshare")
+        subprocess.run(["mount", "--make-rprivate", "/"], check=True)
+        subprocess.run(["mount", "--bind", *mounted], check=True)
     import jax
     import jax.numpy as jnp
 
@@ -442,6 +506,9 @@ def child(bad: dict) -> None:
                 batch = {**batch, "weights_BT": jax.jit(spoil, out_shardings=weights.sharding)(weights, factor)}
             yield index, batch
 
+    if "--process_id=1" in sys.argv and (said := bad.get("process 1 has")):
+        version = importlib.metadata.version
+        importlib.metadata.version = lambda name: said[1] if name == said[0] else version(name)
     loader.TrainLoader.batches = spoiled
     time.time = lambda: real_time() + shift[0]
     cli.entry()
