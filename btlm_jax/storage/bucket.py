@@ -594,6 +594,7 @@ class Mirror:
             self._drop()
             (self.folder / SESSION).unlink(missing_ok=True)
             self._known = pull(self.remote, self.folder, listing, is_wanted=lambda name: True)
+            _settle_moves(self.folder)
         self._known = {name: facts for name, facts in self._known.items() if name != OWNER_FILE}
 
     def _drop(self) -> None:
@@ -628,6 +629,7 @@ class PartMirror(Mirror):
     def _bring(self, listing: dict[str, list]) -> None:
         self._drop()
         pull(self.remote, self.folder, listing, is_wanted=lambda name: True)
+        _settle_moves(self.folder)
 
     def _adopt(self, listing: dict[str, list]) -> None:
         """Do nothing: the first process has done so."""
@@ -712,6 +714,23 @@ def pull(
             path.rmdir()
     write_atomically(folder / _SYNCED, json.dumps(known))
     return known
+
+
+def _settle_moves(folder: Path) -> None:
+    """Delete one of the two of each checkpoint that a kill has left both at its place and set aside.
+
+    They are copied one after another, then the files beside them, and only then deleted where they were: without such
+    a file the copies are not all there, and the command that goes back begins anew.
+    """
+    for target in folder.glob("replaced/*"):
+        copies = [path for path in target.glob(f"{_CHECKPOINTS}/*") if path.is_dir()]
+        originals = {path: folder / _CHECKPOINTS / path.name for path in copies}
+        if any(path.is_file() for path in target.iterdir()):
+            for path, original in originals.items():
+                if (commit := _text(path / COMMIT)) and commit == _text(original / COMMIT):
+                    shutil.rmtree(original)
+        elif all((original / COMMIT).is_file() for original in originals.values()):
+            shutil.rmtree(target)
 
 
 def fetch(folder: Path) -> int:

@@ -16,6 +16,7 @@ from support.bucket_pair import end_copying, opened_pair, whole, write_part
 
 from btlm_jax import notices
 from btlm_jax.storage import bucket, owner
+from btlm_jax.train.checkpoint import go_back
 
 RUN = "a/run"
 
@@ -179,6 +180,9 @@ def test_what_an_outage_from_the_start_on_kept_here_is_uploaded_by_the_next_star
         assert contents(mirror.folder) == {}
 
 
+WENT_BACK = 13
+
+
 class Killed(BaseException):
     """The process ends before a write."""
 
@@ -203,21 +207,19 @@ def test_a_kill_before_any_write_leaves_a_run_to_go_on_from(objects, tmp_path, m
     def train(mirror):
         folder = mirror.folder
         end_copying(mirror)  # so that it is known which write comes when
-        for step in (3, 6, 9):
+        for step in (3, 6, 9, 12):
             (folder / "metrics.jsonl").write_text("".join(f"{n}\n" for n in range(1, step + 2)))
             write_checkpoint(folder, step)
             if step == 9:
                 shutil.rmtree(folder / "checkpoints" / "3")
             mirror.flush()
             yield step
-        target = folder / "replaced/from-6/checkpoints"
-        target.mkdir(parents=True)
-        (folder / "checkpoints/9").rename(target / "9")
+        assert go_back(folder, 6)
         mirror.flush()
-        yield 10
+        yield WENT_BACK
 
     num_writes, reached, outcomes = 0, 0, set()
-    while reached < 10:
+    while reached < WENT_BACK:
         objects.clear()
         shutil.rmtree(tmp_path / "staging", ignore_errors=True)
         left[0], reached = num_writes, 0
@@ -230,20 +232,28 @@ def test_a_kill_before_any_write_leaves_a_run_to_go_on_from(objects, tmp_path, m
             mirror.flush()
             if reached:
                 steps, state, metrics = fetched(mirror.folder)
-                assert steps[-1] >= (6 if reached >= 9 else reached) and state == f"state/d/x of {steps[-1]}"
+                assert steps[-1] >= (6 if reached >= 12 else reached) and state == f"state/d/x of {steps[-1]}"
                 assert len(metrics.splitlines()) >= steps[-1]  # each step that counts is in the metrics
                 outcomes.add((reached, *steps))
-            if reached == 10:
+            if reached == 12 and steps[-1] == 12:  # the same command goes back now
+                assert go_back(mirror.folder, 6).startswith("went back")
+                mirror.flush()
+                steps, _, _ = fetched(mirror.folder)
+            if reached >= 12:
                 assert steps == [6]
-                bucket.fetch(mirror.folder / "replaced/from-6/checkpoints/9")
-                assert (mirror.folder / "replaced/from-6/checkpoints/9/state/d/x").read_text() == "state/d/x of 9"
+                for step in (9, 12):
+                    bucket.fetch(path := mirror.folder / f"replaced/from-6/checkpoints/{step}")
+                    assert (path / "state/d/x").read_text() == f"state/d/x of {step}"
             mirror.flush()
         # Nothing is left that counts for nothing.
         open_ones = bucket._uncommitted({name.removeprefix(f"{RUN}/"): [0] for name in objects})
         assert not open_ones, num_writes
         num_writes += 1
     assert num_writes > 30 and kinds == {"pipe_file", "put_file", "rm_file", "cp_file"}
-    assert outcomes == {(3, 3), (6, 3, 6), (6, 6, 9), (6, 3, 6, 9), (9, 6), (9, 6, 9), (10, 6)}
+    assert outcomes == {
+        *((3, 3), (6, 3, 6), (6, 3, 6, 9), (6, 6, 9), (9, 6, 9), (12, 6, 9, 12), (12, 6)),
+        (WENT_BACK, 6),
+    }
 
 
 def test_what_was_copied_by_other_means_is_taken(objects):
