@@ -6,10 +6,11 @@ Where the processor multiplies bfloat16, products of several rows with bfloat16 
 from __future__ import annotations
 
 import functools
-from typing import cast
+from typing import NamedTuple, cast
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from btlm_jax.decode.cpu_cache import Cache, CacheLayout, attend
 from btlm_jax.kernels.build import has_kernels
@@ -18,6 +19,8 @@ from btlm_jax.kernels.weights import Weights
 from btlm_jax.model import Btlm
 from btlm_jax.model.layers import normalise
 from btlm_jax.model.loss import score_logits
+
+_PACKED_SIZES = 8  # numbers of packed positions for which a shape is compiled at most
 
 
 @functools.partial(jax.jit, static_argnames=("model", "layout"), donate_argnames="cache")
@@ -31,19 +34,62 @@ def extend(
     Returns the float32 logits_BV after each row's last new token, the cache, and a bound on the share of attention
     outside the cache's windows (cpu_cache.py).
     """
-    x_BTD, cache, dropped = _run_blocks(model, weights, cache, layout, inputs_BT, starts_B, counts_B, lengths_B)
+    x_XD, cache, dropped = _run_blocks(model, weights, cache, layout, inputs_BT, starts_B, counts_B, lengths_B, None)
+    x_BTD = x_XD.reshape(*inputs_BT.shape, -1)
     last_BD = jnp.take_along_axis(x_BTD, jnp.maximum(counts_B - 1, 0)[:, None, None], axis=1)[:, 0]
     return _read_out(model, weights, _norm_last(model, weights, last_BD)), cache, dropped
 
 
-@functools.partial(jax.jit, static_argnames=("model", "layout"), donate_argnames="cache")
 def extend_hidden(
-    model: Btlm, weights: Weights, cache: Cache, *, layout: CacheLayout, inputs_BT, starts_B, counts_B, lengths_B
-):
-    """Do what `extend` does, but return the normed float32 hidden_BTD of all new tokens, for `score_hidden`."""
-    x_BTD, cache, dropped = _run_blocks(model, weights, cache, layout, inputs_BT, starts_B, counts_B, lengths_B)
-    B, T, D = x_BTD.shape
-    return _norm_last(model, weights, x_BTD.reshape(B * T, D)).reshape(B, T, D), cache, dropped
+    model: Btlm, weights: Weights, cache: Cache, *, layout: CacheLayout, inputs_BT: np.ndarray, starts_B: np.ndarray,
+    counts_B: np.ndarray, lengths_B: np.ndarray,
+):  # fmt: skip
+    """Do what `extend` does, but return the normed float32 hidden_BTD of all new tokens, for `score_hidden`.
+
+    Beyond counts_B[b] it has values of other tokens: products take the new tokens side by side, without the padding but
+    for an eighth of B * T at most.
+    """
+    step = -(-inputs_BT.size // _PACKED_SIZES)
+    num_packed = -(-max(1, int(counts_B.sum())) // step) * step
+    return _extend_hidden(
+        model, weights, cache, layout=layout, num_packed=min(num_packed, inputs_BT.size), inputs_BT=inputs_BT,
+        starts_B=starts_B, counts_B=counts_B, lengths_B=lengths_B,
+    )  # fmt: skip
+
+
+@functools.partial(jax.jit, static_argnames=("model", "layout", "num_packed"), donate_argnames="cache")
+def _extend_hidden(
+    model: Btlm, weights: Weights, cache: Cache, *, layout: CacheLayout, num_packed: int, inputs_BT, starts_B, counts_B,
+    lengths_B,
+):  # fmt: skip
+    packing = None if num_packed == inputs_BT.size else _Packing.of(counts_B, inputs_BT.shape[1], num_packed)
+    x_RD, cache, dropped = _run_blocks(model, weights, cache, layout, inputs_BT, starts_B, counts_B, lengths_B, packing)
+    hidden_RD = _norm_last(model, weights, x_RD)
+    hidden_XD = packing.unpack(hidden_RD) if packing else hidden_RD
+    return hidden_XD.reshape(*inputs_BT.shape, -1), cache, dropped
+
+
+class _Packing(NamedTuple):
+    """Which of the B * T positions of padded rows the R packed ones are, and where each of the former is packed."""
+
+    from_R: jax.Array
+    at_X: jax.Array
+
+    @classmethod
+    def of(cls, counts_B: jax.Array, T: int, num_packed: int) -> _Packing:
+        """Pack the first counts_B[b] positions of each row b, one row after another."""
+        ends_B = jnp.cumsum(counts_B)
+        begins_B, packed_R = ends_B - counts_B, jnp.arange(num_packed)
+        row_R = jnp.minimum(jnp.searchsorted(ends_B, packed_R, side="right"), len(counts_B) - 1)
+        from_R = row_R * T + jnp.minimum(packed_R - begins_B[row_R], T - 1)
+        at_BT = jnp.minimum(begins_B[:, None] + jnp.arange(T), num_packed - 1)
+        return cls(from_R, at_BT.reshape(-1))
+
+    def pack(self, x_X: jax.Array) -> jax.Array:
+        return jnp.take(x_X, self.from_R, axis=0, mode="clip")
+
+    def unpack(self, x_R: jax.Array) -> jax.Array:
+        return jnp.take(x_R, self.at_X, axis=0, mode="clip")
 
 
 def score_hidden(model: Btlm, weights: Weights, hidden_RD: jax.Array, targets_R) -> tuple[jax.Array, jax.Array]:
@@ -59,11 +105,14 @@ def _read_out(model: Btlm, weights: Weights, hidden_RD: jax.Array) -> jax.Array:
 
 
 def _run_blocks(
-    model: Btlm, weights: Weights, cache: Cache, layout: CacheLayout, inputs_BT, starts_B, counts_B, lengths_B
-):
+    model: Btlm, weights: Weights, cache: Cache, layout: CacheLayout, inputs_BT, starts_B, counts_B, lengths_B,
+    packing: _Packing | None,
+):  # fmt: skip
+    """Return x_RD after the last layer, of all B * T positions or of those that are packed, the cache and the bound."""
     config, parametrization = model.config, model.parametrization
     (B, T), N, H, F = inputs_BT.shape, config.num_heads, config.head_dim, config.d_ff
-    x_RD = columns(weights.embedding, inputs_BT.reshape(-1)) * parametrization.embedding_scale
+    ids_X = inputs_BT.reshape(-1)
+    x_RD = columns(weights.embedding, packing.pack(ids_X) if packing else ids_X) * parametrization.embedding_scale
     blocks = {name: vector for name, vector in weights.vectors.items() if not name.startswith("ln_f")}
 
     def block(carry, scanned):
@@ -71,12 +120,14 @@ def _run_blocks(
         layer, own = scanned  # this layer's vectors
         normed_RD = _norm(x_RD, own["ln_1.scale"], own["ln_1.bias"], eps=config.layer_norm_eps)
         qkv_RM = matmul(normed_RD, weights.qkv, layer=layer) + _without_key_bias(own["qkv.bias"])
-        q_BTNH, k_BTNH, v_BTNH = (part.reshape(B, T, N, H) for part in jnp.split(qkv_RM, 3, axis=1))
+        qkv_XM = packing.unpack(qkv_RM) if packing else qkv_RM
+        q_BTNH, k_BTNH, v_BTNH = (part.reshape(B, T, N, H) for part in jnp.split(qkv_XM, 3, axis=1))
         o_BTNH, cache, dropped_B = attend(
             q_BTNH, k_BTNH, v_BTNH, cache, layout=layout, layer=layer, starts_B=starts_B, counts_B=counts_B,
             lengths_B=lengths_B, scale=parametrization.attention_scale,
         )  # fmt: skip
-        branch_RD = matmul(o_BTNH.reshape(B * T, N * H), weights.out, layer=layer) + own["out.bias"]
+        o_XM = o_BTNH.reshape(B * T, N * H)
+        branch_RD = matmul(packing.pack(o_XM) if packing else o_XM, weights.out, layer=layer) + own["out.bias"]
         x_RD = x_RD + parametrization.residual_scale * branch_RD
         normed_RD = _norm(x_RD, own["ln_2.scale"], own["ln_2.bias"], eps=config.layer_norm_eps)
         wide_RM = matmul(normed_RD, weights.up_gate, layer=layer) + own["up_gate.bias"]
@@ -87,7 +138,7 @@ def _run_blocks(
 
     layers = jnp.arange(config.num_layers)
     (x_RD, cache, dropped), _ = jax.lax.scan(block, (x_RD, cache, jnp.float32(0)), (layers, blocks))
-    return x_RD.reshape(B, T, -1), cache, dropped
+    return x_RD, cache, dropped
 
 
 def _norm_last(model: Btlm, weights: Weights, x_RD):
