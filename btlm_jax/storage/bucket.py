@@ -723,13 +723,12 @@ def _settle_moves(folder: Path) -> None:
     a file the copies are not all there, and the command that goes back begins anew.
     """
     for target in folder.glob("replaced/*"):
-        copies = [path for path in target.glob(f"{_CHECKPOINTS}/*") if path.is_dir()]
-        originals = {path: folder / _CHECKPOINTS / path.name for path in copies}
+        commits = {folder / _CHECKPOINTS / path.name: _text(path / COMMIT) for path in target.glob(f"{_CHECKPOINTS}/*")}
+        both = [original for original, commit in commits.items() if commit and commit == _text(original / COMMIT)]
         if any(path.is_file() for path in target.iterdir()):
-            for path, original in originals.items():
-                if (commit := _text(path / COMMIT)) and commit == _text(original / COMMIT):
-                    shutil.rmtree(original)
-        elif all((original / COMMIT).is_file() for original in originals.values()):
+            for original in both:
+                shutil.rmtree(original)
+        elif all(original in both or (original / COMMIT).is_file() and not commits[original] for original in commits):
             shutil.rmtree(target)
 
 
