@@ -20,8 +20,6 @@ from btlm_jax.model import Btlm
 from btlm_jax.model.layers import normalise
 from btlm_jax.model.loss import score_logits
 
-_PACKED_SIZES = 8  # numbers of packed positions for which a shape is compiled at most
-
 
 @functools.partial(jax.jit, static_argnames=("model", "layout"), donate_argnames="cache")
 def extend(
@@ -47,14 +45,17 @@ def extend_hidden(
     """Do what `extend` does, but return the normed float32 hidden_BTD of all new tokens, for `score_hidden`.
 
     Beyond counts_B[b] it has values of other tokens: products take the new tokens side by side, without the padding but
-    for an eighth of B * T at most.
+    for what rounds their number up to a power of two or three quarters of one.
     """
-    step = -(-inputs_BT.size // _PACKED_SIZES)
-    num_packed = -(-max(1, int(counts_B.sum())) // step) * step
     return _extend_hidden(
-        model, weights, cache, layout=layout, num_packed=min(num_packed, inputs_BT.size), inputs_BT=inputs_BT,
-        starts_B=starts_B, counts_B=counts_B, lengths_B=lengths_B,
+        model, weights, cache, layout=layout, num_packed=min(_round_up(int(counts_B.sum())), inputs_BT.size),
+        inputs_BT=inputs_BT, starts_B=starts_B, counts_B=counts_B, lengths_B=lengths_B,
     )  # fmt: skip
+
+
+def _round_up(number: int) -> int:
+    power = 1 << max(2, (number - 1).bit_length())
+    return power * 3 // 4 if number <= power * 3 // 4 else power
 
 
 @functools.partial(jax.jit, static_argnames=("model", "layout", "num_packed"), donate_argnames="cache")

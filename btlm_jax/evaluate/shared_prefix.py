@@ -124,6 +124,7 @@ class _Engine(Protocol):
     """What runs rows over a cache: `lanes` groups of equally many rows, each with contexts of its own."""
 
     lanes: int
+    is_packed: bool  # padding takes part in no product
 
     def make_layout(self, length: int) -> Any:
         """Return the layout of a cache for rows of up to `length` tokens."""
@@ -220,17 +221,21 @@ class PrefixScorer(Scorer):
         most = self._engine.most_rows(layout)
         batch: list[Branch] = []
         contexts: set[Tokens] = set()
-        longest_inputs = longest_context = 0
+        longest_inputs = longest_context = num_inputs = num_of_contexts = 0
         for branch in waiting:
             if len(batch) >= share and (not branch.context or branch.context not in contexts):
                 break
+            rest = len(branch.context) - family.num_shared
+            num_of_contexts += rest * (branch.context not in contexts)
+            num_inputs += len(branch.inputs)
             contexts.add(branch.context)
-            longest_inputs = max(longest_inputs, len(branch.inputs))
-            longest_context = max(longest_context, len(branch.context) - family.num_shared)
-            num_tokens = max(
+            longest_inputs, longest_context = max(longest_inputs, len(branch.inputs)), max(longest_context, rest)
+            num_padded = max(
                 _width_of(longest_inputs) * _power_from(len(batch) + 1),
                 _width_of(longest_context) * _power_from(len(contexts)),
             )
+            # Of padding, the kernels have attention alone.
+            num_tokens = max(num_inputs, num_of_contexts, num_padded // 2) if self._engine.is_packed else num_padded
             if batch and (num_tokens > self.batch_tokens or len(batch) + len(contexts) >= most):
                 break
             batch.append(branch)
@@ -325,7 +330,7 @@ class PrefixScorer(Scorer):
 class _TilesEngine:
     """Weights in the kernels' tiles over the cache of decode/cpu_cache.py, in one lane."""
 
-    lanes = 1
+    lanes, is_packed = 1, True
 
     def __init__(self, model: Btlm, weights: Weights, *, note_dropped: Callable[[float], None]):
         self._model, self._weights, self._note_dropped = model, weights, note_dropped
@@ -357,6 +362,8 @@ class _TilesEngine:
 
 class _MeshEngine:
     """Parameters on a mesh over the cache of decode/kv_cache.py: each device is a lane."""
+
+    is_packed = False
 
     def __init__(self, model: Btlm, params: dict, mesh: Mesh):
         self._model, self._params, self._mesh = model, params, mesh

@@ -84,6 +84,8 @@ def test_scores_are_those_of_the_original_logits(batch_tokens, num_devices, monk
 class CountingEngine:
     """Runs nothing, and keeps what it is asked for; the hidden state of a position is where it is."""
 
+    is_packed = False
+
     def __init__(self, lanes):
         self.lanes, self.ran, self.parents = lanes, [], []
 
