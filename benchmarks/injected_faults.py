@@ -265,6 +265,7 @@ def filled(*, but: int) -> Callable[[Case, Path], None]:
 
 def made_read_only(case: Case, disk: Path) -> None:
     """Have the kernel make the disk read-only, as after an input/output error; then mend it and mount it again."""
+    os.sync()  # the last checkpoint is on the disk
     subprocess.run(["mount", "-o", "remount,abort", str(disk)], check=True)
     case.finish()
     subprocess.run(["umount", str(disk)], check=True)
@@ -439,6 +440,7 @@ def run(fault: Fault, folder: Path, config: Path, *, runs: kill_resume.Runs) -> 
     row = {"name": fault.name, "codes": codes, "seconds": seconds if is_ended_by_it else ""}
     row |= {"said": shorten(found[0] if found else output[-1000:], folder), "step": case.last_step, "again": ""}
     if fault.is_repeated and set(codes) != {0}:
+        case.outputs.rename(case.outputs.with_name("outputs-of-the-first"))
         case.start()
         if set(codes := case.finish()) != {0}:
             problems.append(f"the same command ended with {codes}: {case.output()[-1000:]}")
