@@ -274,7 +274,7 @@ def made_read_only(case: Case, disk: Path) -> None:
 
 
 def workdir_is_deleted(case: Case) -> None:
-    case.start()
+    case.start(bad={"seconds of a batch": 0.2})
     case.wait_for_save(EVERY)
     case.strike()
     shutil.rmtree(case.workdir, ignore_errors=True)
@@ -371,7 +371,7 @@ FAULTS = [
     fault("disk full at a save, two processes", on_disk(filled(but=100_000)), 1, f"{NOT_WRITTEN}process", **PAIR),
     fault("disk full at a line of metrics", on_disk(filled(but=0)), 1, "No space left on device"),
     fault("disk read-only", on_disk(made_read_only), 1, "Read-only file system"),
-    fault("workdir deleted", workdir_is_deleted, 1, "error: "),
+    fault("workdir deleted", workdir_is_deleted, 1, "was deleted or moved: this run is ended"),
     fault("TMPDIR is full", tmpdir_is_full, 0, ""),
     fault("the store has ids that its tokenizer has not", ids_are_bad, 1, "the tokenizer's ids end at 299", **OTHER),
     fault(
@@ -501,6 +501,7 @@ def child(bad: dict) -> None:
     def spoiled(self, *, first_step):
         for index, batch in batches(self, first_step=first_step):
             step = index + 1
+            time.sleep(bad.get("seconds of a batch", 0.0))
             shift[0] += bad.get("clock", {}).get(str(step), 0.0)
             factor = jnp.inf if step in bad.get("nan", ()) else -0.98 if step in bad.get("spike", ()) else None
             if factor is not None:

@@ -61,31 +61,37 @@ class Ownership:
 
     def __init__(self, workdir: Path | Bucket, owner: Owner):
         self._workdir, self._owner = workdir, owner
+        self._folder = _inode(workdir)
         self._released = threading.Event()
         self._lock = threading.Lock()  # between the thread that writes the file and `release`
 
     def keep(self, *, on_loss: Callable[[str], None]) -> None:
-        """Rewrite the file in a thread from here on; call `on_loss` with a line if another command takes it."""
+        """Rewrite the file in a thread from here on; call `on_loss` with a line if the workdir is lost."""
 
         def beat() -> None:
             while not self._released.wait(BEAT_SECONDS):
-                if other := self.beat():
-                    on_loss(f"{self._workdir} was taken over by {other}: this run is ended, nothing more is written")
+                if why := self.beat():
+                    on_loss(f"{self._workdir} {why}: this run is ended, nothing more is written")
 
         threading.Thread(target=beat, name="owner", daemon=True).start()
 
-    def beat(self) -> Owner | None:
-        """Rewrite the file; return the other owner if there is one. A file that cannot be written is left as it is."""
-        with self._lock, contextlib.suppress(OSError), _locked(self._workdir):
+    def beat(self) -> str:
+        """Rewrite the file; return why the workdir is lost, "" while it is ours.
+
+        A file that cannot be written is left as it is.
+        """
+        with self._lock, contextlib.suppress(OSError):
             if self._released.is_set():
-                return None
-            found = read_owner(self._workdir)
-            if found is not None and found.token != self._owner.token:
-                return found
-            self._owner = dataclasses.replace(self._owner, beat=self._owner.beat + 1)
-            if not isinstance(self._workdir, Path) or self._workdir.is_dir():
+                return ""
+            if _inode(self._workdir) != self._folder:  # what is open there is written to what nobody finds
+                return "was deleted or moved"
+            with _locked(self._workdir):
+                found = read_owner(self._workdir)
+                if found is not None and found.token != self._owner.token:
+                    return f"was taken over by {found}"
+                self._owner = dataclasses.replace(self._owner, beat=self._owner.beat + 1)
                 _write_file(self._workdir, self._owner)
-        return None
+        return ""
 
     def release(self) -> None:
         """Give the workdir up; the file is deleted if it is still ours."""
@@ -171,6 +177,14 @@ def _refusal(workdir: Path | Bucket, other: Owner) -> str:
         f"{workdir} belongs to {other}, which is writing to it: wait for its end, stop it, or choose another "
         "--workdir; if you know that it is dead, --steal takes the workdir over"
     )
+
+
+def _inode(workdir: Path | Bucket) -> int:
+    """Return what tells a local folder from another one at its place, 0 if there is none or it is in a bucket."""
+    try:
+        return workdir.stat().st_ino if isinstance(workdir, Path) else 0
+    except (FileNotFoundError, NotADirectoryError):
+        return 0
 
 
 def _write_file(workdir: Path | Bucket, owner: Owner) -> None:

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import os
+import queue
 import subprocess
 import sys
 import threading
@@ -32,9 +33,24 @@ def test_a_second_command_is_refused_and_told_who_owns_the_workdir(tmp_path):
     with pytest.raises(FileExistsError, match=rf"belongs to process {os.getpid()} on .*--steal"):
         take(tmp_path, steal=False)
     first.release()
-    assert first.beat() is None and not list(tmp_path.iterdir())
+    assert first.beat() == "" and not list(tmp_path.iterdir())
     take(tmp_path, steal=False).release()
     assert notices.counts() == {}
+
+
+def test_a_workdir_that_was_deleted_or_moved_ends_its_run_and_is_not_made_anew(tmp_path, monkeypatch):
+    monkeypatch.setattr(owner, "BEAT_SECONDS", 0.01)
+    workdir, lost = tmp_path / "run", queue.Queue()
+    workdir.mkdir()
+    ownership = take(workdir, steal=False)
+    assert ownership.beat() == ""
+    workdir.rename(tmp_path / "moved")
+    assert ownership.beat() == "was deleted or moved" and not workdir.exists()
+    workdir.mkdir()  # as a save does that is under way
+    ownership.keep(on_loss=lost.put)
+    assert lost.get(timeout=60).startswith(f"{workdir} was deleted or moved: this run is ended")
+    ownership.release()
+    assert not list(workdir.iterdir())
 
 
 def test_an_owner_whose_process_is_gone_is_replaced_at_once(tmp_path):
