@@ -368,7 +368,9 @@ FAULTS = [
     fault("a bit of every checkpoint is flipped", all_are_damaged, 1, "no checkpoint in .* can be used", **OTHER),
     fault("a shard of the store is cut in half", shard_is_cut, 1, "error: "),
     fault("disk full at a save", on_disk(filled(but=100_000)), 1, f"{NOT_WRITTEN}No space left"),
-    fault("disk full at a save, two processes", on_disk(filled(but=100_000)), 1, f"{NOT_WRITTEN}process", **PAIR),
+    fault(
+        "disk full at a save, two processes", on_disk(filled(but=100_000)), 1, f"{NOT_WRITTEN}.*No space left", **PAIR
+    ),
     fault("disk full at a line of metrics", on_disk(filled(but=0)), 1, "No space left on device"),
     fault("disk read-only", on_disk(made_read_only), 1, "Read-only file system"),
     fault("workdir deleted", workdir_is_deleted, 1, "was deleted or moved: this run is ended"),

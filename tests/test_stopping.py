@@ -135,7 +135,8 @@ def test_an_error_that_may_come_from_a_process_that_is_gone_waits_for_the_verdic
             errors.wait_if_peer_is_gone(error)
     with pytest.raises(ValueError) as caught:
         check_ours()
-    for error in (caught.value, stopping.AgreedError("in all", reason="quota")):
+    full = OSError("a checkpoint could not be written to runs/a: No space left on device; mend the disk")
+    for error in (caught.value, stopping.AgreedError("in all", reason="quota"), full):
         errors.wait_if_peer_is_gone(error)
 
     Peers.wait_for_verdict, Peers.index, Peers.end = lambda self: None, 0, lambda self, code, reason: None

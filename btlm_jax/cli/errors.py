@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import datetime
 import errno
+import os
 import platform
 import sys
 import tempfile
@@ -26,6 +27,7 @@ from btlm_jax.stopping import (
 )
 
 _DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
+_OF_DISKS = tuple(map(os.strerror, (*_DISK_FULL, errno.EROFS, errno.EFBIG)))
 _OF_EXCHANGES = ("Gloo", "CoordinationService", "DEADLINE_EXCEEDED")  # in what JAX says of one that failed
 _VERSIONS_OF = ("jax", "jaxlib", "numpy", "flax", "orbax-checkpoint", "grain")
 
@@ -68,9 +70,11 @@ def wait_if_peer_is_gone(error: Exception) -> None:
 
     JAX and orbax, when they wait for a process that is gone, raise RuntimeErrors and OSErrors, and JAX a ValueError
     where an exchange broke that a call waited for: any other ValueError than one of our own `raise` is taken for one.
+    That a disk cannot be written comes from no other process.
     An exchange that failed although all are there ends this process in the same way: the run can go on.
     """
     is_own = isinstance(error, AgreedError) or (isinstance(error, ValueError) and is_named(error))
+    is_own |= isinstance(error, OSError) and any(reason in str(error) for reason in _OF_DISKS)
     if isinstance(error, (RuntimeError, OSError, ValueError)) and not is_own:
         stop = stopping.current()
         stop.wait_if_peer_is_gone()
