@@ -9,6 +9,7 @@ QUERY, KEY, VALUE = "attention_query", "attention_key", "attention_value"
 OUTPUT, LOG_SUM_EXP, WINDOW = "attention_out", "attention_lse", "attention_window"
 CHECKPOINT_NAMES = (QUERY, KEY, VALUE, OUTPUT, LOG_SUM_EXP, WINDOW)
 CUDNN_FORWARD = "dot_product_attention_fwd_wrapper"  # JAX's primitive, whose results have no names: output, statistics
+CUDNN_BACKWARD = "dot_product_attention_bwd_wrapper"
 
 
 def save_attention_and(*names: str) -> Callable[..., bool]:

@@ -41,7 +41,7 @@ usage: btlm <verb> [flags]        (btlm <verb> --help explains a verb)
   report           write a run as one HTML page: curves, where the time went, config; two runs beside each other
   checkpoints      list, verify, prune and copy the checkpoints of a run
   tune             prove that the parametrization is right; learning-rate sweeps, searches, scaling laws
-  plan             compile the train steps for a TPU slice that is not there: fits? how fast? how much?
+  plan             compile the train steps for TPUs or GPUs that are not there: fits? how fast? how much?
   configs          list the configs that --config takes by name
   build-kernels    compile the C++ kernels for CPUs ahead of their first use
   completion       print a script that completes verbs, flags and keys in bash, zsh or fish

@@ -34,8 +34,9 @@ follow the tokens: 20 a parameter, or --tokens, or all of --store. At 2.7B param
 is the paper's own. Sources of the rules: docs/guide/new.md.
 
 --topology=v5e-8 searches layouts for that slice, as btlm plan --search does, and writes the fastest with its predicted
-memory and time; this takes minutes and libtpu. --topology=cpu writes a CPU's layout. --machine=this compiles and times
-a step on the CPU or the GPUs here. Without either the layout fits most devices and is not the fastest.
+memory and time; this takes minutes and libtpu. h100-8 and other GPUs are planned as there. --topology=cpu writes a
+CPU's layout. --machine=this compiles and times a step on the CPU or the GPUs here. Without either the layout fits most
+devices and is not the fastest.
 --constants=search.json takes what btlm tune search found on a proxy in place of BTLM's constants. --law=law.json, a
 scaling law of btlm tune scaling, predicts the loss as far as it is trusted; otherwise none is.
 """
@@ -96,7 +97,7 @@ def new_flags() -> Flags:
         "BTLM's 0.1, or so that AdamW's memory follows the tokens a parameter",
         choices=sizes.WEIGHT_DECAYS,
     )
-    flags.define_string("topology", "", "where it is to run: v5e-8, v5p:4x4x8, ... as btlm plan has it, or cpu")
+    flags.define_string("topology", "", "where it is to run: v5e-8, v5p:4x4x8, h100-8, ... as btlm plan has it, or cpu")
     flags.define_string("machine", "", "this: time a step on the CPU or the GPUs here", choices=("this",))
     flags.define_integer("max_compiles", 12, "most compilations for --topology; the same command goes on")
     flags.define_string("plan_from", "", "table of btlm plan --table to take the layout from, instead of compiling")

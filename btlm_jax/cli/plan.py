@@ -1,4 +1,4 @@
-"""`btlm plan`: compile a config's train steps for a TPU slice; search for a layout; the table of pods."""
+"""`btlm plan`: compile a config's train steps for TPUs or GPUs, or time them here; search a layout; table of pods."""
 
 from __future__ import annotations
 
@@ -20,10 +20,11 @@ if TYPE_CHECKING:
     from btlm_jax.plan.own_runs import OwnRun
     from btlm_jax.recipe.config import TrainConfig
 
-PLAN_HELP = """btlm plan: compile a config's train steps for a TPU slice, here, without one.
+PLAN_HELP = """btlm plan: compile a config's train steps for a TPU slice or for GPUs, here, without one.
 
 examples:  btlm plan --config=pods/v5e_256 --topology=v5e:16x16 --usd_per_chip_hour=1.2 --json=plan.json
            btlm plan --config=btlm_3b_8k --topology=v5p:4x4x2 --search
+           btlm plan --config=gpu/80gb_8:1.3B --topology=h100-8
            btlm plan --config=btlm_3b_8k --topology=v6e-64 --check
            btlm plan --table=configs/pods/table.json
 
@@ -31,6 +32,10 @@ What is compiled is what btlm train would run on that slice, for every phase. Sa
 how much, which sizes the mesh does not divide and which layouts would, what the chips exchange, and a prediction of
 step time, MFU, days and cost. Takes minutes and libtpu (pip install 'btlm_jax[tpu]'). Exit code 0 when the config would
 run on the slice, 1 when it would not.
+
+GPUs: h100-N, h200-N, a100-N (of 80 GB) with N = 1, 2, 4, 8, and machines of eight: h100-16. With JAX's CUDA plugin
+(pip install 'btlm_jax[cuda]', 3 GB) the steps are compiled; without it memory is by a formula, and says so.
+--topology=cpu compiles the steps for the CPU here and times them, as btlm new --machine=this does.
 
 --slices=2 compiles for two such slices, joined over the data-center network: each stores all parameters, sequences are
 split between them, and only gradients are exchanged over the network.
@@ -71,10 +76,12 @@ def plan(arguments: Sequence[str]) -> int:
     measured = _own_run(flags)
     config = measured.config if measured else flags.config()
     if not flags.string("topology"):
-        raise UsageError("btlm plan needs --topology, for example --topology=v5e:16x16 or --topology=v5litepod-256")
+        raise UsageError("btlm plan needs --topology, for example --topology=v5e:16x16, v5litepod-256, h100-8 or cpu")
     price = flags.number("usd_per_chip_hour")
     if price < 0:
         raise UsageError(f"--usd_per_chip_hour={price:g} must not be negative")
+    if flags.string("topology") == "cpu":
+        return _plan_cpu(flags, config, mode)
     from btlm_jax.plan.chips import topology_named
 
     topology = topology_named(flags.string("topology"))
@@ -96,6 +103,19 @@ def plan(arguments: Sequence[str]) -> int:
         write_atomically(target, json.dumps(content, indent=2))
     print(text)
     return DONE if works else ERROR
+
+
+def _plan_cpu(flags: Flags, config: TrainConfig, mode: str) -> int:
+    """Measure a config's steps on the CPU here; return the exit code."""
+    given = [f"--{name}" for name in (*_FLAGS_OF["plan"], *_FLAGS_OF["search"]) if flags.is_given(name)]
+    if mode != "plan" or given:
+        raise UsageError(f"--topology=cpu measures the config as it is: leave out {', '.join(given) or f'--{mode}'}")
+    _use_no_accelerator()
+    from btlm_jax.plan.measured_step import format_here, measure_as_laid_out
+
+    measured = measure_as_laid_out(config, report_progress=_print_progress)
+    print(format_here(measured))
+    return DONE if measured.fits else ERROR
 
 
 def _own_run(flags: Flags) -> OwnRun | None:
@@ -152,6 +172,8 @@ def _check(config: TrainConfig, file: Path, *, topology: str) -> int:
     from btlm_jax.plan import chips, pod_table, slice_plan
 
     chip, count = chips.chip_of(topology), chips.num_chips(topology.partition(":")[2])
+    if not isinstance(chip, chips.Chip):
+        raise UsageError("--check asks a table of layouts, which has TPU slices only: leave it out to plan for GPUs")
     if problems := slice_plan.layout_problems(config, num_devices=count, chip=chip):
         raise ValueError(f"the config does not divide {topology}:\n  " + "\n  ".join(problems))
     print(pod_table.check_layout_fits(config, config_file=file, chip=chip.name, num_chips=count))
@@ -211,7 +233,7 @@ def plan_flags() -> Flags:
     flags = Flags(PLAN_HELP)
     flags.define_config()
     flags.define_string(
-        "topology", "", "the slice: v5e:16x16, v5p:4x4x8, ..., or an accelerator type such as v5litepod-256"
+        "topology", "", "the slice: v5e:16x16, v5p:4x4x8, ..., an accelerator type as v5litepod-256; h100-8, ...; cpu"
     )
     flags.define_integer("slices", 1, "how many slices of --topology, joined over the data-center network")
     flags.define_boolean("search", False, "try layouts and print the best")
@@ -223,7 +245,7 @@ def plan_flags() -> Flags:
     )
     flags.define_string("only", "", "names of configs, with commas, of which alone --table makes the rows again")
     flags.define_string("json", "", "file for the plan, or the search, as JSON")
-    flags.define_float("usd_per_chip_hour", 0.0, "price of a chip; with it the plan has a cost")
+    flags.define_float("usd_per_chip_hour", 0.0, "price of a chip, or a GPU; with it the plan has a cost")
     flags.define_string(
         "cache", "", "directory of what compilations said, the same one is not repeated; or plan/ in the user's cache"
     )

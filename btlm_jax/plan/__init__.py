@@ -1,1 +1,1 @@
-"""Compile a config's train steps for a TPU slice on a machine without one; predict memory, step time and cost."""
+"""Compile a config's train steps for TPUs or GPUs on a machine without them; predict memory, step time and cost."""

@@ -88,8 +88,13 @@ def published_points(file: Path = CALIBRATION_FILE) -> tuple[Point, ...]:
 @functools.cache
 def calibration_hash() -> str:
     """Return the first 12 digits of the hash of the published runs and their parts."""
-    points = [[each.name, each.chip, each.measured, dataclasses.asdict(each.parts)] for each in published_points()]
-    return hash_json({"points": points})[:12]
+    return hash_of_points(published_points())
+
+
+def hash_of_points(points: Sequence[Point]) -> str:
+    """Return the first 12 digits of the hash of runs and their parts."""
+    values = [[each.name, each.chip, each.measured, dataclasses.asdict(each.parts)] for each in points]
+    return hash_json({"points": values})[:12]
 
 
 def best_published_hfu(chip: str) -> float | None:
@@ -99,7 +104,12 @@ def best_published_hfu(chip: str) -> float | None:
 
 
 def correction_of(chip: str, *, own: Sequence[Point] = ()) -> Correction:
-    """Return the correction of a chip: by one's own runs on it if there are any, else by the published ones.
+    """Return the correction of a TPU: see `correction_by`."""
+    return correction_by(published_points(), chip=chip, own=own)
+
+
+def correction_by(points: Sequence[Point], *, chip: str, own: Sequence[Point] = ()) -> Correction:
+    """Return the correction of a chip: by one's own runs on it if there are any, else by published ones.
 
     The factor is the geometric mean of the ratios of the chip's runs and of one more, the mean of all runs: with so
     few, that leaves less error than either mean. The error is the root of the mean square of the errors, in nats, that
@@ -111,7 +121,6 @@ def correction_of(chip: str, *, own: Sequence[Point] = ()) -> Correction:
         return Correction(
             factor=factor, error=max(_OWN_ERROR, math.expm1(spread)), source=f"{len(own)} steps measured here"
         )
-    points = published_points()
     error = _root_mean_square([math.log(each.measured / predicted) for each, predicted in left_out(points)])
     num_same = sum(each.chip == chip for each in points)
     source = f"{num_same} published runs on {chip}, of {len(points)} in all, none of this model"

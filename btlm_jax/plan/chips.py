@@ -1,10 +1,14 @@
-"""Figures of each TPU generation, and a slice's devices to compile for, which libtpu makes on any machine."""
+"""Figures of each TPU generation, and a slice's devices to compile for, which libtpu makes on any machine.
+
+What a topology's name stands for is decided here, of GPUs (gpus.py) too.
+"""
 
 from __future__ import annotations
 
 import dataclasses
 import difflib
 import importlib.util
+import math
 import os
 import re
 
@@ -14,6 +18,7 @@ from jax.experimental import topologies
 from btlm_jax import install_command
 from btlm_jax.attention.tpu import BACKWARD, FORWARD
 from btlm_jax.plan.flop_count import DIAGONAL, OUT_OF_WINDOW
+from btlm_jax.plan.gpus import GPUS, Gpu, describe_gpu_topologies, gpu_devices, gpu_topology_named
 
 GIB = 1 << 30
 _PLANE = ("2x2", "2x4", "4x4", "4x8", "8x8", "8x16", "16x16")
@@ -113,13 +118,18 @@ CHIPS = {
 }  # fmt: skip
 
 
+ACCELERATORS: dict[str, Chip | Gpu] = {**CHIPS, **GPUS}
+
+
 def topology_named(name: str) -> str:
-    """Return a topology such as v5e:16x16, from its own name, its number of chips or cores as v5e-256, or
-    Google Cloud's accelerator type v5litepod-256.
+    """Return a topology such as v5e:16x16 or h100:8, from its own name, its number of chips or cores as v5e-256, of
+    GPUs as h100-8, or Google Cloud's accelerator type v5litepod-256.
 
     Raises:
-      ValueError: it is neither.
+      ValueError: it is none of these.
     """
+    if gpus := gpu_topology_named(name):
+        return gpus
     for chip in CHIPS.values():
         if shapes := [shape for shape in chip.slices if name in _types(chip, shape)]:
             return f"{chip.name}:{shapes[0]}"
@@ -136,16 +146,18 @@ def topology_named(name: str) -> str:
         for shape in chip.slices
         for known in (f"{chip.name}:{shape}", *_types(chip, shape))
     ]
+    known += [f"{gpu.name}-{count}" for gpu in GPUS.values() for count in gpu.slices]
     close = difflib.get_close_matches(name, known, n=1)
     hint = f"; did you mean {close[0]}?" if close else ""
     raise ValueError(
-        f"--topology={name!r} is not known; allowed are {topologies_}, or accelerator types: {types}{hint}"
+        f"--topology={name!r} is not known; allowed are {topologies_}, or accelerator types: {types}; or GPUs: "
+        f"{describe_gpu_topologies()}; or cpu{hint}"
     )
 
 
-def chip_of(topology: str) -> Chip:
-    """Return the chip of a topology that `topology_named` returned."""
-    return CHIPS[topology.partition(":")[0]]
+def chip_of(topology: str) -> Chip | Gpu:
+    """Return the chip, or the GPU, of a topology that `topology_named` returned."""
+    return ACCELERATORS[topology.partition(":")[0]]
 
 
 def chip_of_device(device: jax.Device) -> Chip | None:
@@ -159,12 +171,16 @@ def usual_topology(chip: Chip, *, count: int) -> str:
 
 
 def slice_devices(topology: str, *, slices: int = 1) -> list[jax.Device]:
-    """Return the devices of so many slices: programs can be compiled for them, arrays cannot be put on them.
+    """Return the devices of so many slices, or of GPUs: programs are compiled for them, arrays cannot be put on them.
 
     Raises:
-      ValueError: there is no such slice, or libtpu is not installed.
+      ValueError: there is no such slice, or libtpu is not installed; more than one "slice" of GPUs.
     """
     chip = chip_of(topology)
+    if isinstance(chip, Gpu):
+        if slices > 1:
+            raise ValueError(f"--slices={slices} is of TPUs; several machines of GPUs are {chip.name}-{8 * slices}")
+        return gpu_devices(chip, count=num_chips(topology.partition(":")[2]))
     if importlib.util.find_spec("libtpu") is None:
         raise ValueError(f"compiling for TPUs needs libtpu, on any Linux machine: {install_command('tpu')}")
     _configure_libtpu_without_tpu()
@@ -180,9 +196,8 @@ def slice_devices(topology: str, *, slices: int = 1) -> list[jax.Device]:
 
 
 def num_chips(slice_shape: str) -> int:
-    """Return how many chips "4x8" or "4x4x8" has."""
-    sides = [int(side) for side in slice_shape.split("x")]
-    return sides[0] * sides[1] * (sides[2] if len(sides) == 3 else 1)
+    """Return how many chips "4x8", "4x4x8", or of GPUs "8" has."""
+    return math.prod(int(side) for side in slice_shape.split("x"))
 
 
 def _accelerator_number(chip: Chip, slice_shape: str) -> int:

@@ -15,6 +15,7 @@ import jax
 
 from btlm_jax.plan.chips import GIB, Chip
 from btlm_jax.plan.executable import Collective, Executable, Operation, read_executable
+from btlm_jax.plan.gpus import Gpu, has_cuda_plugin
 from btlm_jax.storage.files import hash_json, read_json_object, write_atomically
 from btlm_jax.train.flops import compiler_options
 from btlm_jax.train.program import Program
@@ -60,7 +61,7 @@ class CompileCache:
     seconds: float = 0.0  # of those compilations
 
     def compile_step(
-        self, program: Program, traced: jax.stages.Traced, *, topology: str, chip: Chip, state_bytes: int
+        self, program: Program, traced: jax.stages.Traced, *, topology: str, chip: Chip | Gpu, state_bytes: int
     ) -> CompiledStep:
         """Compile a traced step, or read the cached result of the same program for the same slice.
 
@@ -69,7 +70,7 @@ class CompileCache:
           NoCompilationsLeftError: it is not cached, and `max_compiles` have been made.
           ValueError: the compiler complains about something other than memory.
         """
-        key = _key(traced, topology=topology, device=program.mesh.devices.flat[0])
+        key = _key(traced, topology=topology, chip=chip, device=program.mesh.devices.flat[0])
         cached = self.directory / f"{key}.json"
         if not cached.is_file():
             if self.num_compiled >= self.max_compiles:
@@ -89,7 +90,7 @@ class CompileCache:
         return f"{self.num_compiled} compilations made, at most {most:.0f} to go, about {minutes:.0f} min"
 
     def _compile(
-        self, program: Program, traced: jax.stages.Traced, *, chip: Chip, state_bytes: int, path: Path
+        self, program: Program, traced: jax.stages.Traced, *, chip: Chip | Gpu, state_bytes: int, path: Path
     ) -> None:
         began = time.monotonic()
         self.num_compiled += 1
@@ -99,7 +100,7 @@ class CompileCache:
             result = {"needed_bytes": needed_bytes(str(error), state_bytes=state_bytes, chip=chip)}
         else:
             stats, text = compiled.memory_analysis(), compiled.as_text()
-            assert stats is not None and text is not None, "libtpu gives both"
+            assert stats is not None and text is not None, "libtpu and the CUDA plugin give both"
             result = {
                 "argument_bytes": stats.argument_size_in_bytes,
                 "output_bytes": stats.output_size_in_bytes,
@@ -114,7 +115,7 @@ class CompileCache:
         write_atomically(path, json.dumps(result))
 
 
-def needed_bytes(message: str, *, state_bytes: int, chip: Chip) -> int:
+def needed_bytes(message: str, *, state_bytes: int, chip: Chip | Gpu) -> int:
     """Return the bytes needed, from either form of the compiler's out-of-memory message: the whole, or a part.
 
     Raises:
@@ -128,18 +129,27 @@ def needed_bytes(message: str, *, state_bytes: int, chip: Chip) -> int:
 
 
 def compiler_versions() -> dict[str, str]:
-    """Return the versions of the compiler's packages."""
+    """Return the versions of the packages that compile for TPUs."""
     return {name: importlib.metadata.version(name) for name in ("jax", "jaxlib", "libtpu")}
 
 
-def _key(traced: jax.stages.Traced, *, topology: str, device: jax.Device) -> str:
+def versions_for(chip: Chip | Gpu) -> dict[str, str]:
+    """Return the versions of the packages that compile for a chip, or for a GPU that only trace where no plugin is."""
+    if not isinstance(chip, Gpu):
+        return compiler_versions()
+    plugin = ("jax-cuda13-plugin", "nvidia-cudnn-cu13") if has_cuda_plugin() else ()
+    return {name: importlib.metadata.version(name) for name in ("jax", "jaxlib", *plugin)}
+
+
+def _key(traced: jax.stages.Traced, *, topology: str, chip: Chip | Gpu, device: jax.Device) -> str:
     """Return a hash of everything that the result depends on: program, slice, options, compiler, and our reader."""
+    variable = "XLA_FLAGS" if isinstance(chip, Gpu) else "LIBTPU_INIT_ARGS"
     parts = {
         "program": program_text(traced),
         "topology": topology,
         "options": compiler_options(device),
-        "environment": os.environ.get("LIBTPU_INIT_ARGS", ""),
-        "versions": compiler_versions(),
+        "environment": os.environ.get(variable, ""),
+        "versions": versions_for(chip),
         "reader": ast.dump(ast.parse(Path(__file__).with_name("executable.py").read_text())),  # not its layout
     }
     return hash_json(parts)[:32]

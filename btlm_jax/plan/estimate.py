@@ -60,11 +60,12 @@ class Memory:
     outputs: int
     temporaries: int  # activations, gradients, gathered weights
     code: int
+    workspace: int = 0  # of cuDNN's kernels, which is not in the executable
 
     @property
     def needed(self) -> int:
         arguments = self.parameters + self.optimizer + self.other_arguments
-        return arguments + self.outputs + self.temporaries + self.code
+        return arguments + self.outputs + self.temporaries + self.code + self.workspace
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -242,7 +243,7 @@ def skipped_share(work: StepWork, *, slopes_XN: np.ndarray) -> float:
 
 def state_bytes(program: Program) -> int:
     """Return the bytes of parameters and optimizer on one device, which every step needs."""
-    return _bytes_of(program.state)
+    return bytes_of(program.state)
 
 
 def _slopes_of_devices(program: Program, phase: Phase) -> np.ndarray:
@@ -255,7 +256,7 @@ def _slopes_of_devices(program: Program, phase: Phase) -> np.ndarray:
 
 def _memory(program: Program, step: CompiledStep, *, chip: Chip) -> Memory:
     state = program.state
-    parameters, optimizer = _bytes_of(state.params), _bytes_of(state.opt_state)
+    parameters, optimizer = bytes_of(state.params), bytes_of(state.opt_state)
     return Memory(
         available=chip.hbm_bytes,
         parameters=parameters,
@@ -267,6 +268,6 @@ def _memory(program: Program, step: CompiledStep, *, chip: Chip) -> Memory:
     )
 
 
-def _bytes_of(tree) -> int:
+def bytes_of(tree) -> int:
     """Return the bytes of a tree of abstract arrays on one device."""
     return sum(leaf.dtype.itemsize * math.prod(leaf.sharding.shard_shape(leaf.shape)) for leaf in jax.tree.leaves(tree))

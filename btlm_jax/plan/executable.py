@@ -138,6 +138,8 @@ def _called(instruction: _Instruction) -> list[str]:
 def _trip_count(instruction: _Instruction, computation: _Computation, computations: dict[str, _Computation]) -> int:
     """Return a loop's trip count: from the counter's first value to the constant that its condition compares it with,
     by the constant that its body adds to it."""
+    if known := re.search(r'"known_trip_count":\{"n":"(\d+)"\}', instruction.rest):  # as programs for GPUs say it
+        return int(known[1])
     found = re.search(r"condition=%?([\w.\-]+)", instruction.rest)
     assert found is not None, f"the loop {instruction.name} has no condition"
     condition = computations[found[1]]
@@ -394,8 +396,10 @@ def _collective(instruction: _Instruction, computation: str, *, count: int, is_b
     kind = instruction.opcode.removesuffix("-start")
     is_started = instruction.opcode != kind
     sizes = [_num_bytes(dtype, dims) for dtype, dims, _ in _ARRAY.findall(instruction.result)]
-    # A started collective's result holds its operand too, except for all-reduce; the whole array is the larger.
-    num_bytes = max(sizes) if is_started and kind != "all-reduce" else sum(sizes)
+    # A started collective's result holds its operands too, except for all-reduce; the whole arrays are the larger.
+    n = len(instruction.operands) or 1
+    whole = max(sum(sizes[:n]), sum(sizes[n : 2 * n]))
+    num_bytes = whole if is_started and kind != "all-reduce" else sum(sizes)
     groups = device_groups(instruction.rest, num_devices=ways)
     # The pairs of a permute say who sends to whom; each device is in a chain of all of them, as far as is known.
     group = ways if kind == "collective-permute" else len(groups[0])

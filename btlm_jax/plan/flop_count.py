@@ -1,4 +1,5 @@
-"""Count the work of a traced step: FLOPs of its matrix products, recompute included, and blocks of attention kernels.
+"""Count the work of a traced step: FLOPs of its matrix products, recompute included, blocks of attention kernels, and
+the exchanges that it asks for itself, which are all but those that XLA adds for what it shards.
 
 The compiler's own count (`cost_analysis`) counts the body of a loop once and a kernel not at all.
 """
@@ -11,11 +12,17 @@ import math
 
 import jax.extend
 
+from btlm_jax.attention.remat_names import CUDNN_BACKWARD, CUDNN_FORWARD
 from btlm_jax.attention.tpu import BACKWARD, FORWARD
 
 BLOCK = 512  # positions: the work of kernels is counted in blocks of BLOCK queries x BLOCK keys
 OUT_OF_WINDOW = "_out_of_window"  # suffix of a kernel's name: what is left of a block outside a head's window
 DIAGONAL = "_diagonal"  # suffix: blocks on the diagonal, with what is done once for each
+_CUDNN_PRODUCTS = {CUDNN_FORWARD: 2, CUDNN_BACKWARD: 5}  # of T x T: scores and values; both again, and three gradients
+_EXCHANGES = {
+    "all_gather": "all-gather", "reduce_scatter": "reduce-scatter", "all_to_all": "all-to-all",
+    "ppermute": "collective-permute", "psum": "all-reduce", "psum_invariant": "all-reduce",
+}  # fmt: skip
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -28,6 +35,9 @@ class StepWork:
     kernel_blocks: dict[str, float]
     distant_blocks: dict[tuple[str, int], float]
     kernel_steps: float  # grid steps of all kernels
+    kernel_flops: float = 0.0  # of cuDNN's kernels, which `flops` has
+    # How often devices run an exchange, by (kind, bytes of the whole array on one device, mesh axes that it is over).
+    exchanges: dict[tuple[str, int, tuple[str, ...]], float] = dataclasses.field(default_factory=dict)
 
 
 def count_step_work(jaxpr) -> StepWork:
@@ -39,16 +49,22 @@ def count_step_work(jaxpr) -> StepWork:
         kernel_blocks=dict(kernels.blocks),
         distant_blocks=dict(kernels.distant_blocks),
         kernel_steps=kernels.steps,
+        kernel_flops=kernels.cudnn_flops,
+        exchanges=dict(kernels.exchanges),
     )
 
 
 @dataclasses.dataclass
 class _Kernels:
-    """Counters of kernels; see StepWork."""
+    """Counters of kernels and exchanges; see StepWork."""
 
     blocks: collections.Counter[str] = dataclasses.field(default_factory=collections.Counter)
     distant_blocks: collections.Counter[tuple[str, int]] = dataclasses.field(default_factory=collections.Counter)
     steps: float = 0.0
+    cudnn_flops: float = 0.0
+    exchanges: dict[tuple[str, int, tuple[str, ...]], float] = dataclasses.field(
+        default_factory=lambda: collections.defaultdict(float)
+    )
 
 
 def _flops(jaxpr, is_needed: list[bool], times: float, kernels: _Kernels) -> float:
@@ -72,6 +88,11 @@ def _flops_of_equation(equation, used: list[bool], times: float, kernels: _Kerne
         return times * 2.0 * equation.outvars[0].aval.size * math.prod(left[dim] for dim in contracted)
     if name == "pallas_call":
         return _flops_of_kernel(equation, times, kernels)
+    if name in _CUDNN_PRODUCTS:
+        return _flops_of_cudnn(equation, times, kernels)
+    if name in _EXCHANGES:
+        _count_exchange(equation, times, kernels)
+        return 0.0
     inner = [_open(part) for part in jax.extend.core.jaxprs_in_params(params)]
     if name == "cond":
         return max(_flops(part, used, times, kernels) for part in inner)
@@ -97,6 +118,24 @@ def _flops_of_kernel(equation, times: float, kernels: _Kernels) -> float:
             return _flops_of_own_kernel(equation, own, times, kernels)
     (kind,) = (kind for kind in ("fwd", "dkv", "dq") if f"_{kind}_" in name)
     return _flops_of_splash(equation, kind, times, kernels)
+
+
+def _flops_of_cudnn(equation, times: float, kernels: _Kernels) -> float:
+    """Count cuDNN's causal attention on q_BTNH: it runs the lower half of each product of T x T."""
+    B, T, N, H = equation.invars[0].aval.shape
+    flops = times * _CUDNN_PRODUCTS[equation.primitive.name] * 2.0 * B * N * H * T * (T + 1) / 2
+    kernels.cudnn_flops += flops
+    return flops
+
+
+def _count_exchange(equation, times: float, kernels: _Kernels) -> None:
+    params = equation.params
+    axes = params["axes"] if "axes" in params else params["axis_name"]
+    axes = (axes,) if isinstance(axes, str) else tuple(axes)
+    kind = _EXCHANGES[equation.primitive.name]
+    arrays = equation.outvars if kind == "all-gather" else equation.invars
+    num_bytes = sum(each.aval.size * each.aval.dtype.itemsize for each in arrays)
+    kernels.exchanges[kind, num_bytes, axes] += times
 
 
 def _flops_of_own_kernel(equation, name: str, times: float, kernels: _Kernels) -> float:

@@ -6,6 +6,10 @@ import dataclasses
 
 from btlm_jax.recipe.config import REMATS, MeshConfig, TrainConfig
 
+# By remat: activations saved a token and a layer, as (arrays of width d_model, arrays of width d_ff). Lower bounds.
+# Where there are several of d_model, four of them are attention's: q, k, v and its output.
+KEPT = {"full": (1, 0), "attention_saved": (5, 0), "out_recomputed": (5, 2), "matmuls_saved": (6, 2), "none": (10, 5)}
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class MeshLayout:

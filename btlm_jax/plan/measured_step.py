@@ -15,9 +15,9 @@ import numpy as np
 from btlm_jax.parallel.make_mesh import make_mesh
 from btlm_jax.parallel.mesh import batch_sharding
 from btlm_jax.plan.chips import GIB
-from btlm_jax.plan.layout import MeshLayout
+from btlm_jax.plan.layout import MeshLayout, layout_of
 from btlm_jax.plan.placement import CPU, Placement, cpu_placement, span
-from btlm_jax.recipe.config import MeshConfig, TrainConfig, divisors
+from btlm_jax.recipe.config import MeshConfig, TrainConfig, divisibility_problems, divisors
 from btlm_jax.recipe.curriculum import Phase
 from btlm_jax.recipe.sizes import count_parameters
 from btlm_jax.train.flops import memory_bytes
@@ -29,6 +29,67 @@ _STATE_BYTES = 12  # of a parameter: float32, and two moments
 _GPU_MICRO_BATCH = 32_768  # tokens of one GPU
 _SPARE = 0.1  # share of the memory that a step leaves
 _TIMED_STEPS = 2
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class StepsHere:
+    """A config's steps on this CPU, as it lays them out."""
+
+    phases: tuple[Phase, ...]
+    layout: MeshLayout
+    needed: int  # bytes of the phase that needs the most
+    available: int
+    seconds: tuple[float, ...]  # of a step, by phase; none where they do not fit
+
+    @property
+    def fits(self) -> bool:
+        return self.needed <= self.available
+
+
+def measure_as_laid_out(config: TrainConfig, *, report_progress: Callable[[str], None]) -> StepsHere:
+    """Compile a micro-batch of each phase of a config for the CPU here, and time it if it fits the memory.
+
+    Raises:
+      ValueError: the config splits a step over several devices; a CPU is one.
+    """
+    if problems := divisibility_problems(config, num_devices=1, slices=1):
+        raise ValueError(f"the config does not divide cpu, which is one device: {'; '.join(problems)}")
+    phases, devices = config.curriculum.table.phases, jax.devices("cpu")[:1]
+    placement = dataclasses.replace(
+        cpu_placement(config.curriculum.table), dtype=config.model.dtype, layout=layout_of(config)
+    )
+    programs = [_micro_program(config, placement, phase, devices=devices) for phase in phases]
+    report_progress(f"compiling a step of {_shapes(programs)} tokens here")
+    compiled = [program.compile(program.trace_train_step(_only_phase(program))) for program in programs]
+    micro_batches = config.mesh.accumulation
+    sums = 4 * count_parameters(config.model) if micro_batches > 1 else 0  # of gradients over micro-batches
+    needed, available = max(map(_needed_bytes, compiled)) + sums, memory_bytes(devices[0])
+    seconds: tuple[float, ...] = ()
+    if needed <= available:
+        report_progress(f"timing {_TIMED_STEPS} steps of {_shapes(programs)} tokens")
+        timed = [_time_step(program, step) for program, step in zip(programs, compiled, strict=True)]
+        seconds = tuple(micro_batches * each for each in timed)
+    return StepsHere(phases=phases, layout=layout_of(config), needed=needed, available=available, seconds=seconds)
+
+
+def format_here(steps: StepsHere) -> str:
+    """Return what was measured, a line a phase."""
+    lines = [
+        f"cpu: {len(os.sched_getaffinity(0))} CPU cores, as btlm new --machine=this measures them; {steps.layout}",
+        f"A step needs {steps.needed / GIB:.2f} of {steps.available / GIB:.1f} GiB, as compiled here",
+    ]
+    if not steps.fits:
+        lines.append("PROBLEM: it does not fit: try more mesh.accumulation, model.remat=full, or fewer parameters")
+    total = 0.0
+    for phase, seconds in zip(steps.phases, steps.seconds, strict=False):
+        total += phase.num_steps * seconds
+        lines.append(
+            f"Phase {phase.index + 1}: {phase.num_steps:,} steps of {phase.batch_size:,} x {phase.seq_len:,} tokens, "
+            f"{seconds:.3g} s each, {phase.tokens_per_step / seconds:,.0f} tokens/s"
+        )
+    if steps.seconds:
+        lines.append(f"Run: {span(total)} of steps alone. Measured here: a micro-batch with its update, x their number")
+    return "\n".join(lines)
 
 
 def measure_here(config: TrainConfig, *, report_progress: Callable[[str], None]) -> Placement:

@@ -10,7 +10,8 @@ import statistics
 from pathlib import Path
 
 from btlm_jax.plan.calibration import Point
-from btlm_jax.plan.chips import CHIPS, Chip, chip_of, num_chips
+from btlm_jax.plan.chips import ACCELERATORS, Chip, chip_of, num_chips
+from btlm_jax.plan.gpus import Gpu
 from btlm_jax.plan.slice_plan import SlicePlan
 from btlm_jax.recipe.config import TrainConfig, train_config_from, with_later_keys
 from btlm_jax.storage.files import read_json_object
@@ -27,7 +28,7 @@ class OwnRun:
 
     workdir: Path
     config: TrainConfig
-    chip: Chip
+    chip: Chip | Gpu
     num_chips: int
     seconds: dict[int, float]  # of a step, the median, by the phase's index; phases with MIN_STEPS only
 
@@ -36,8 +37,8 @@ def read_own_run(workdir: Path) -> OwnRun:
     """Read a run's config, devices and seconds a step.
 
     Raises:
-      ValueError: it did not run on TPUs, on different devices from start to start, or has too few steps; or a file is
-        damaged.
+      ValueError: it ran on nothing that plans are made for, on different devices from start to start, or has too few
+        steps; or a file is damaged.
       OSError: a file is missing.
     """
     config = train_config_from(with_later_keys(read_json_object(workdir / CONFIG_FILE)))
@@ -47,9 +48,9 @@ def read_own_run(workdir: Path) -> OwnRun:
         found = " and ".join(sorted(devices)) or "none"
         raise ValueError(f"{workdir} must have run on one number of devices of one kind to be measured; it has {found}")
     count, _, kind = devices.pop().partition(" x ")
-    chip = next((each for each in CHIPS.values() if kind in each.kinds), None)
+    chip = next((each for each in ACCELERATORS.values() if kind in each.kinds), None)
     if chip is None or not count.isdigit():
-        kinds = ", ".join(kind for each in CHIPS.values() for kind in each.kinds)
+        kinds = ", ".join(kind for each in ACCELERATORS.values() for kind in each.kinds)
         raise ValueError(f"{workdir} ran on {count} x {kind}; plans are made for {kinds}")
     table = config.curriculum.table
     seconds: dict[int, list[float]] = {}

@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from btlm_jax.plan.chips import GIB
-from btlm_jax.plan.compiling import compiler_versions
+from btlm_jax.plan.compiling import versions_for
 from btlm_jax.plan.layout import MeshLayout
 from btlm_jax.plan.pod_table import read_table, read_versions, training_fields
 from btlm_jax.plan.search import SPARE, SearchResult
@@ -93,7 +93,8 @@ def searched(result: SearchResult) -> Placement:
             + "; ".join(reasons[:4])
             + "; take another slice, or more compilations (--max_compiles)"
         )
-    how = f"the fastest of {len(result.tried)} layouts compiled for {result.topology}"
+    made = "planned by formula" if result.is_by_formula else "compiled"
+    how = f"the fastest of {len(result.tried)} layouts {made} for {result.topology}"
     if best.spare < SPARE:
         how += f", none of which leaves {SPARE:.0%} of the memory"
     return _planned(
@@ -103,7 +104,7 @@ def searched(result: SearchResult) -> Placement:
         needed=best.needed,
         available=best.chip.hbm_bytes,
         seconds=best.seconds,
-        versions=compiler_versions(),
+        versions=versions_for(best.chip),
         how=how,
     )
 

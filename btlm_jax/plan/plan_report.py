@@ -6,9 +6,13 @@ import collections
 import dataclasses
 from collections.abc import Iterator
 
+from btlm_jax import install_command
 from btlm_jax.plan.calibration import best_published_hfu, calibration_hash
 from btlm_jax.plan.chips import GIB
 from btlm_jax.plan.estimate import ASSUMPTIONS, BETWEEN_SLICES_ASSUMPTION, PhasePlan
+from btlm_jax.plan.gpu_estimate import COMPILED_ASSUMPTION, FORMULA_ASSUMPTION, GPU_ASSUMPTIONS, GpuPhasePlan
+from btlm_jax.plan.gpu_roofline import gpu_calibration_hash
+from btlm_jax.plan.gpus import Gpu
 from btlm_jax.plan.slice_plan import SlicePlan
 from btlm_jax.recipe.config import describe_mesh
 from btlm_jax.train.flops import FLOPS_CONVENTION
@@ -21,6 +25,7 @@ def format_plan(plan: SlicePlan, *, usd_per_chip_hour: float) -> str:
     axes = describe_mesh(plan.layout.mesh, num_devices=plan.num_chips, slices=plan.slices)
     where = f"{plan.slices} slices of {plan.topology}" if plan.slices > 1 else plan.topology
     lines = [f"{where}: {plan.num_chips} chips as {axes}; {plan.layout}"]
+    lines += _gpu_lines(plan) if isinstance(plan.chip, Gpu) else []
     lines += [f"PROBLEM: {problem}" for problem in plan.problems]
     for phase in plan.phases:
         lines += ["", *_phase_lines(plan, phase)]
@@ -55,11 +60,20 @@ def plan_to_json(plan: SlicePlan, *, usd_per_chip_hour: float) -> dict:
         "run": whole if plan.works else None,
         "flops_convention": FLOPS_CONVENTION,
         "assumptions": _assumptions(plan),
-        "calibration": calibration_hash(),
+        "calibration": gpu_calibration_hash() if isinstance(plan.chip, Gpu) else calibration_hash(),
     }
 
 
+def _gpu_lines(plan: SlicePlan) -> list[str]:
+    lines = sorted({f"Attention: {each.attention}" for each in plan.phases if isinstance(each, GpuPhasePlan)})
+    if plan.is_by_formula:
+        lines.append(f"By formula, not compiled; to have the steps compiled, 3 GB: {install_command('cuda')}")
+    return lines
+
+
 def _assumptions(plan: SlicePlan) -> list[str]:
+    if isinstance(plan.chip, Gpu):
+        return [*GPU_ASSUMPTIONS, FORMULA_ASSUMPTION if plan.is_by_formula else COMPILED_ASSUMPTION]
     return [*ASSUMPTIONS, *[BETWEEN_SLICES_ASSUMPTION] * (plan.slices > 1)]
 
 
@@ -86,9 +100,11 @@ def _ways_of(each: PhasePlan, kind: str, is_asynchronous: bool) -> str:
 def _phase_lines(plan: SlicePlan, each: PhasePlan) -> Iterator[str]:
     memory = each.memory
     spare = memory.available - memory.needed
+    by_formula = isinstance(each, GpuPhasePlan) and not each.is_compiled
+    how = "by formula, not compiled" if by_formula else f"compiled in {each.compile_seconds:.0f} s"
     yield (
         f"Phase {each.phase.index + 1}: {each.phase.num_steps:,} steps of {each.phase.batch_size:,} x "
-        f"{each.phase.seq_len:,} tokens, compiled in {each.compile_seconds:.0f} s"
+        f"{each.phase.seq_len:,} tokens, {how}"
     )
     yield (
         f"  HBM a chip     {_gib(memory.needed)} of {_gib(memory.available)} GiB needed, {_gib(spare)} "
@@ -98,6 +114,7 @@ def _phase_lines(plan: SlicePlan, each: PhasePlan) -> Iterator[str]:
         f"                 parameters {_gib(memory.parameters)}, optimizer {_gib(memory.optimizer)}, batch and padding "
         f"{_gib(memory.other_arguments)}, outputs beyond the donated {_gib(memory.outputs)}, temporaries "
         f"{_gib(memory.temporaries)}, code {_gib(memory.code)}"
+        + (f", cuDNN's workspace {_gib(memory.workspace)}" if memory.workspace else "")
     )
     yield (
         f"  FLOPs a step   {each.counted_flops:.4g} counted, {each.executed_flops:.4g} executed "
@@ -125,6 +142,14 @@ def _time_lines(plan: SlicePlan, each: PhasePlan) -> Iterator[str]:
         yield (f"                 {step.windowed:.3f} s with windows, MFU {each.mfu_windowed:.1%} of the FLOPs left")
     if (published := best_published_hfu(plan.chip.name)) is not None:
         yield f"                 the best published HFU of a {plan.chip.name} is {published:.1%}"
+    if isinstance(each, GpuPhasePlan):
+        compiled = f" (those of the compiled program {each.moved_seconds:.3f})" if each.is_compiled else ""
+        yield (
+            f"  its parts      roofline {parts.roofline:.3f}: products at peak {parts.products:.3f}, attention at peak "
+            f"{parts.attention:.3f}, bytes at bandwidth {parts.elementwise:.3f}{compiled};"
+        )
+        yield f"                 exchanges alone {parts.exposed:.3f}, beside {parts.asynchronous:.3f}"
+        return
     yield (
         f"  its parts      roofline {parts.roofline:.3f}, compiler {step.compiler:.3f}: products {parts.products:.3f} "
         f"(at peak {parts.products_at_peak:.3f}), element-wise {parts.elementwise:.3f} (at bandwidth "
@@ -176,6 +201,25 @@ def _phase_json(each: PhasePlan) -> dict:
         "executed_flops": each.executed_flops,
         "peak_flops": each.peak_flops,
         **time_to_json(each),
+        **(
+            {
+                "compiled": each.is_compiled,
+                "attention": each.attention,
+                "memory_by_formula": each.formula_bytes,
+                "moved_seconds": each.moved_seconds,
+            }
+            if isinstance(each, GpuPhasePlan)
+            else {}
+        ),
+    }
+
+
+def _of_gpus(each: GpuPhasePlan) -> dict:
+    return {
+        "compiled": each.is_compiled,
+        "attention": each.attention,
+        "memory_by_formula": each.formula_bytes,
+        "moved_seconds": each.moved_seconds,
     }
 
 

@@ -15,7 +15,8 @@ import jax
 
 from btlm_jax.plan.chips import GIB, Chip, chip_of, slice_devices
 from btlm_jax.plan.compiling import CompileCache, NoCompilationsLeftError
-from btlm_jax.plan.layout import MeshLayout
+from btlm_jax.plan.gpus import Gpu, is_stand_in
+from btlm_jax.plan.layout import KEPT, MeshLayout
 from btlm_jax.plan.slice_plan import SlicePlan, dividing_meshes, layout_problems, plan_fitting_phases
 from btlm_jax.recipe.config import REMATS, TrainConfig
 from btlm_jax.train.flops import flops_per_token, peak_flops
@@ -23,8 +24,6 @@ from btlm_jax.train.flops import flops_per_token, peak_flops
 SPARE = 0.1  # share of a chip's memory that the best layout must leave
 TOO_LARGE, SLOWER, NOT_REACHED = "too large", "slower", "not reached"  # reasons not to compile a layout
 
-# By remat: activations saved a token and a layer, as (arrays of width d_model, arrays of width d_ff). Lower bounds.
-_KEPT = {"full": (1, 0), "attention_saved": (5, 0), "out_recomputed": (5, 2), "matmuls_saved": (6, 2), "none": (10, 5)}
 # By remat: share of the forward pass that is recomputed. Only the order of trying depends on it.
 _COMPUTED_AGAIN = {"full": 1.0, "attention_saved": 0.75, "out_recomputed": 0.2, "matmuls_saved": 0.1, "none": 0.0}
 _MATMUL_SPEED = 0.6  # share of the peak; only the order depends on it
@@ -59,6 +58,10 @@ class SearchResult:
     problems: tuple[str, ...]  # why no layout could be tried
 
     @property
+    def is_by_formula(self) -> bool:
+        return any(plan.is_by_formula for plan in self.tried)
+
+    @property
     def best(self) -> SlicePlan | None:
         return self.tried[0] if self.tried and self.tried[0].works else None
 
@@ -80,7 +83,9 @@ def search_layouts(
     )
     while remaining:
         guess, *rest = remaining
-        outlook = cache.outlook(layouts=len(remaining), phases=len(config.curriculum.table.phases))
+        outlook = "by formula"
+        if not is_stand_in(devices[0]):
+            outlook = cache.outlook(layouts=len(remaining), phases=len(config.curriculum.table.phases))
         report_progress(f"{len(tried) + 1}. {guess.layout}; {outlook}")
         try:
             plan = plan_fitting_phases(
@@ -102,7 +107,7 @@ def search_layouts(
     )
 
 
-def promising_layouts(config: TrainConfig, *, chip: Chip, devices: Sequence[jax.Device]) -> list[Guess]:
+def promising_layouts(config: TrainConfig, *, chip: Chip | Gpu, devices: Sequence[jax.Device]) -> list[Guess]:
     """Return every layout that divides, sorted by a rough estimate of its step time."""
     peak = peak_flops(devices[0]).flops
     guesses = [
@@ -116,7 +121,7 @@ def promising_layouts(config: TrainConfig, *, chip: Chip, devices: Sequence[jax.
 def least_bytes(config: TrainConfig, layout: MeshLayout, *, num_chips: int) -> int:
     """Return a lower bound of a chip's bytes: its share of parameters, moments and saved activations."""
     model = config.model
-    num_d, num_f = _KEPT[layout.remat]
+    num_d, num_f = KEPT[layout.remat]
     width = num_d * model.d_model + num_f * model.d_ff
     tokens = config.curriculum.table.tokens_per_step // layout.mesh.accumulation
     activations = tokens * model.num_layers * width * (2 if model.dtype == "bfloat16" else 4)
@@ -132,7 +137,7 @@ def _sift(
     return [skipped for _, skipped in decisions if skipped], [guess for guess, skipped in decisions if not skipped]
 
 
-def _skip_by_bound(guess: Guess, *, config: TrainConfig, chip: Chip, chips: int) -> SkippedLayout | None:
+def _skip_by_bound(guess: Guess, *, config: TrainConfig, chip: Chip | Gpu, chips: int) -> SkippedLayout | None:
     """Return why a layout need not be compiled, by its own lower bound of memory; None if it must."""
     least = least_bytes(config, guess.layout, num_chips=chips)
     if least <= chip.hbm_bytes:
@@ -166,7 +171,7 @@ def _rank(plan: SlicePlan) -> tuple:
     return int(plan.spare < SPARE), plan.central_seconds
 
 
-def _rough_seconds(config: TrainConfig, layout: MeshLayout, *, chip: Chip, chips: int, peak: float) -> float:
+def _rough_seconds(config: TrainConfig, layout: MeshLayout, *, chip: Chip | Gpu, chips: int, peak: float) -> float:
     """Estimate a step's seconds: matrix products, weights gathered, gradients scattered, activations exchanged."""
     model, mesh = config.model, layout.mesh
     phases = config.curriculum.table.phases

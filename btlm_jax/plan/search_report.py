@@ -16,13 +16,14 @@ _DAY = 86_400.0
 
 def format_search(search: SearchResult) -> str:
     """Return the compiled layouts, the best first, why others were skipped, and the flags of the best."""
+    how = "planned by formula" if search.is_by_formula else "compiled"
     lines = [
-        f"{search.topology}, {search.num_chips} chips: {len(search.tried)} layouts compiled, {len(search.skipped)} not"
+        f"{search.topology}, {search.num_chips} chips: {len(search.tried)} layouts {how}, {len(search.skipped)} not"
     ]
     lines += [f"PROBLEM: {problem}" for problem in search.problems]
     for rank, plan in enumerate(search.tried, start=1):
         lines += [f"{rank:>3}. {plan.layout}", *(f"     {line}" for line in _outcome_lines(plan))]
-    lines += _skipped_lines(search)
+    lines += _skipped_lines(search, how=how)
     if search.best:
         if search.best.spare < SPARE:
             lines += [f"None leaves {SPARE:.0%} of a chip's memory, as a run should."]
@@ -66,12 +67,12 @@ def _phase_line(plan: PhasePlan) -> str:
     )
 
 
-def _skipped_lines(search: SearchResult) -> list[str]:
+def _skipped_lines(search: SearchResult, *, how: str) -> list[str]:
     """Return a line for each reason, with its first layout as an example."""
     by_reason = collections.defaultdict(list)
     for skip in search.skipped:
         by_reason[skip.reason].append(skip)
     return [
-        f"{len(skips)} not compiled, {reason}: for example {skips[0].layout} ({skips[0].detail})"
+        f"{len(skips)} not {how}, {reason}: for example {skips[0].layout} ({skips[0].detail})"
         for reason, skips in by_reason.items()
     ]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import math
 from collections.abc import Callable, Iterator, Sequence
@@ -13,6 +14,8 @@ from btlm_jax.parallel.make_mesh import make_run_mesh
 from btlm_jax.plan.chips import GIB, Chip, chip_of, num_chips, slice_devices
 from btlm_jax.plan.compiling import CompileCache, DoesNotFitError
 from btlm_jax.plan.estimate import PhasePlan, plan_phase
+from btlm_jax.plan.gpu_estimate import plan_gpu_phase
+from btlm_jax.plan.gpus import Gpu, answering_for, has_cuda_plugin, is_stand_in
 from btlm_jax.plan.layout import MeshLayout, format_mesh, layout_of
 from btlm_jax.recipe.config import MeshConfig, TrainConfig, divisibility_problems, divisors
 from btlm_jax.recipe.curriculum import Phase
@@ -44,7 +47,7 @@ class SlicePlan:
     """Predicted memory and time of a run on a slice, or why it would not run."""
 
     topology: str  # of a slice
-    chip: Chip
+    chip: Chip | Gpu
     num_chips: int  # of all slices
     layout: MeshLayout
     phases: tuple[PhasePlan, ...]  # those that fit
@@ -55,6 +58,11 @@ class SlicePlan:
     @property
     def works(self) -> bool:
         return not self.misfits and not self.obstacles
+
+    @property
+    def is_by_formula(self) -> bool:
+        """Whether memory is by a formula: of GPUs that cannot be compiled for here."""
+        return isinstance(self.chip, Gpu) and not has_cuda_plugin()
 
     @property
     def problems(self) -> tuple[str, ...]:
@@ -100,8 +108,9 @@ def plan_run(
     devices = slice_devices(topology, slices=slices)
     results, problems = (), layout_problems(config, num_devices=len(devices), chip=chip_of(topology), slices=slices)
     if not problems:
-        program = program_on(config, devices)
-        results = tuple(_plan_phases(program, topology=topology, cache=cache, report_progress=report_progress))
+        with _answering(topology):
+            program = program_on(config, devices)
+            results = tuple(_plan_phases(program, topology=topology, cache=cache, report_progress=report_progress))
     planned = _slice_plan(config, topology=topology, num_chips=len(devices), results=results, obstacles=problems)
     return dataclasses.replace(planned, slices=slices)
 
@@ -119,12 +128,12 @@ def plan_fitting_phases(
     devices = slice_devices(topology)
     results, obstacles = [], ()
     try:
-        for result in _plan_phases(
-            program_on(config, devices), topology=topology, cache=cache, report_progress=report_progress
-        ):
-            results.append(result)
-            if isinstance(result, DoesNotFit):
-                break
+        with _answering(topology):
+            program = program_on(config, devices)
+            for result in _plan_phases(program, topology=topology, cache=cache, report_progress=report_progress):
+                results.append(result)
+                if isinstance(result, DoesNotFit):
+                    break
     except ValueError as error:
         obstacles = (str(error),)
     return _slice_plan(config, topology=topology, num_chips=len(devices), results=tuple(results), obstacles=obstacles)
@@ -139,6 +148,12 @@ def program_on(config: TrainConfig, devices: Sequence[jax.Device]) -> Program:
     return make_program(config, make_run_mesh(config.mesh, curriculum=config.curriculum.table, devices=devices))
 
 
+def _answering(topology: str) -> contextlib.AbstractContextManager[None]:
+    """Return what answers JAX's questions about the GPU here, where a topology is of GPUs."""
+    chip = chip_of(topology)
+    return answering_for(chip) if isinstance(chip, Gpu) else contextlib.nullcontext()
+
+
 def _plan_phases(
     program: Program, *, topology: str, cache: CompileCache, report_progress: Callable[[str], None]
 ) -> Iterator[PhasePlan | DoesNotFit]:
@@ -148,12 +163,16 @@ def _plan_phases(
       ValueError: a step does not compile, for another reason than memory.
       NoCompilationsLeftError: `cache` may compile no more.
     """
+    chip, is_traced_only = chip_of(topology), is_stand_in(program.mesh.devices.flat[0])
     for phase in program.config.curriculum.table.phases:
-        what = f"compiling {phase_name(phase)} for {topology}"
-        report_progress(f"{what}: a minute or several")
+        what = f"{'tracing' if is_traced_only else 'compiling'} {phase_name(phase)} for {topology}"
+        report_progress(what if is_traced_only else f"{what}: a minute or several")
         with report_while_running(what, seconds=_PROGRESS_SECONDS, say=report_progress):
             try:
-                plan = plan_phase(program, phase, topology=topology, chip=chip_of(topology), cache=cache)
+                if isinstance(chip, Gpu):
+                    plan = plan_gpu_phase(program, phase, topology=topology, gpu=chip, cache=cache)
+                else:
+                    plan = plan_phase(program, phase, topology=topology, chip=chip, cache=cache)
             except DoesNotFitError as error:
                 plan = DoesNotFit(phase=phase, program=error.program, needed=error.needed, available=error.available)
         yield plan
@@ -164,7 +183,7 @@ def phase_name(phase: Phase) -> str:
     return f"phase {phase.index + 1} ({phase.batch_size:,} x {phase.seq_len:,})"
 
 
-def layout_problems(config: TrainConfig, *, num_devices: int, chip: Chip, slices: int = 1) -> tuple[str, ...]:
+def layout_problems(config: TrainConfig, *, num_devices: int, chip: Chip | Gpu, slices: int = 1) -> tuple[str, ...]:
     """Return every size that the config's mesh does not divide on so many devices, then the nearest meshes that do."""
     problems = divisibility_problems(config, num_devices=num_devices, slices=slices)
     if not problems:

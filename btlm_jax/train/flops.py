@@ -70,6 +70,11 @@ def peak_flops(device: jax.Device) -> Peak:  # pyright: ignore[reportInvalidType
     return _measured_peak(device)
 
 
+def peak_of_kind(device_kind: str) -> float:
+    """Return the dense bfloat16 FLOP/s of a kind that the table knows."""
+    return next(flops for kind, flops in _PEAKS if kind in device_kind)
+
+
 def memory_bytes(device: jax.Device) -> int:  # pyright: ignore[reportInvalidTypeForm] # jax declares it as a variable
     """Return the bytes that a device may use; the CPU's are the whole machine's, which all its devices share."""
     limit = (device.memory_stats() or {}).get("bytes_limit")

@@ -1,9 +1,8 @@
 """The family on one H100 or A100 of 80 GB: gpu/80gb_1:SIZE, of 111M, 256M, 590M, 1.3B, 2.7B; 1.3B without one.
 
 Train:      launch/gpu.sh gpu/80gb_1:1.3B DIR --config.data.store=STORE
-Memory:     in LAYOUTS, GiB of a GPU at 2,048 tokens, of 71.2 that JAX may take (nine tenths). "compiled" is by
-            benchmarks/compile_for_cuda.py, for CUDA without a GPU (jax 0.10.2, 2026-11-29). The others are a formula
-            that is above each of four compiled layouts (docs/guide/gpus.md). None is measured.
+Memory:     in LAYOUTS, GiB of a GPU at 2,048 tokens, of 71.2 that JAX may take (nine tenths), compiled without one:
+            btlm plan --config=gpu/80gb_1:SIZE --topology=h100-1 (jax 0.10.2, cuDNN 9.20, 2026-11-30). Not measured.
 """
 
 import runpy
@@ -12,11 +11,11 @@ from pathlib import Path
 from ml_collections import ConfigDict
 
 LAYOUTS = {
-    "111M": dict(accumulation=4, remat="matmuls_saved", evaluation=12),  # compiled: 26.1
-    "256M": dict(accumulation=8, remat="matmuls_saved", evaluation=8),  # 41
-    "590M": dict(accumulation=16, remat="matmuls_saved", evaluation=6),  # 49
-    "1.3B": dict(accumulation=64, remat="matmuls_saved", evaluation=4),  # 50
-    "2.7B": dict(accumulation=192, remat="full", evaluation=2),  # 61
+    "111M": dict(accumulation=4, remat="matmuls_saved", evaluation=12),  # 26.1
+    "256M": dict(accumulation=8, remat="matmuls_saved", evaluation=8),  # 38.2
+    "590M": dict(accumulation=16, remat="matmuls_saved", evaluation=6),  # 45.3
+    "1.3B": dict(accumulation=64, remat="matmuls_saved", evaluation=4),  # 46.7
+    "2.7B": dict(accumulation=192, remat="full", evaluation=2),  # 57.9
 }
 
 

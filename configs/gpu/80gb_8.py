@@ -1,9 +1,8 @@
 """The family on 8 H100 or A100 of 80 GB: gpu/80gb_8:SIZE, of 111M, 256M, 590M, 1.3B, 2.7B; 1.3B without one.
 
 Train:      launch/gpu.sh gpu/80gb_8:1.3B DIR --config.data.store=STORE
-Memory:     in LAYOUTS, GiB of a GPU at 2,048 tokens, of 71.2 that JAX may take (nine tenths). "compiled" is by
-            benchmarks/compile_for_cuda.py, for CUDA without a GPU (jax 0.10.2, 2026-11-29). The others are a formula
-            that is above each of four compiled layouts (docs/guide/gpus.md). None is measured.
+Memory:     in LAYOUTS, GiB of a GPU at 2,048 tokens, of 71.2 that JAX may take (nine tenths), compiled without one:
+            btlm plan --config=gpu/80gb_8:SIZE --topology=h100-8 (jax 0.10.2, cuDNN 9.20, 2026-11-30). Not measured.
 """
 
 import runpy
@@ -12,11 +11,11 @@ from pathlib import Path
 from ml_collections import ConfigDict
 
 LAYOUTS = {
-    "111M": dict(accumulation=1, remat="matmuls_saved", evaluation=48),  # 13
-    "256M": dict(accumulation=1, remat="matmuls_saved", evaluation=40),  # 36
-    "590M": dict(accumulation=2, remat="matmuls_saved", evaluation=32),  # 38
-    "1.3B": dict(accumulation=4, remat="matmuls_saved", evaluation=32),  # compiled: 42.3
-    "2.7B": dict(accumulation=8, remat="matmuls_saved", evaluation=24),  # 58
+    "111M": dict(accumulation=1, remat="matmuls_saved", evaluation=48),  # 12.7
+    "256M": dict(accumulation=1, remat="matmuls_saved", evaluation=40),  # 34.6
+    "590M": dict(accumulation=2, remat="matmuls_saved", evaluation=32),  # 35.8
+    "1.3B": dict(accumulation=4, remat="matmuls_saved", evaluation=32),  # 43.3
+    "2.7B": dict(accumulation=8, remat="matmuls_saved", evaluation=24),  # 55.4
 }
 
 

@@ -1,9 +1,8 @@
 """The family on one H200: gpu/h200_1:SIZE, of 111M, 256M, 590M, 1.3B, 2.7B; 1.3B without one.
 
 Train:      launch/gpu.sh gpu/h200_1:1.3B DIR --config.data.store=STORE
-Memory:     in LAYOUTS, GiB of a GPU at 2,048 tokens, of 126.9 that JAX may take (nine tenths). "compiled" is by
-            benchmarks/compile_for_cuda.py, for CUDA without a GPU (jax 0.10.2, 2026-11-29). The others are a formula
-            that is above each of four compiled layouts (docs/guide/gpus.md). None is measured.
+Memory:     in LAYOUTS, GiB of a GPU at 2,048 tokens, of 126.9 that JAX may take (nine tenths), by formula,
+            not compiled: btlm plan --config=gpu/h200_1:SIZE --topology=h200-1 (2026-11-30). Not measured.
 """
 
 import runpy
@@ -12,11 +11,11 @@ from pathlib import Path
 from ml_collections import ConfigDict
 
 LAYOUTS = {
-    "111M": dict(accumulation=2, remat="matmuls_saved", evaluation=24),  # 53
-    "256M": dict(accumulation=4, remat="matmuls_saved", evaluation=16),  # 76
-    "590M": dict(accumulation=8, remat="matmuls_saved", evaluation=8),  # 85
-    "1.3B": dict(accumulation=32, remat="matmuls_saved", evaluation=8),  # 70
-    "2.7B": dict(accumulation=96, remat="matmuls_saved", evaluation=4),  # 92
+    "111M": dict(accumulation=2, remat="matmuls_saved", evaluation=24),  # 51.3
+    "256M": dict(accumulation=4, remat="matmuls_saved", evaluation=16),  # 75.7
+    "590M": dict(accumulation=8, remat="matmuls_saved", evaluation=8),  # 83.3
+    "1.3B": dict(accumulation=32, remat="matmuls_saved", evaluation=8),  # 69.0
+    "2.7B": dict(accumulation=96, remat="matmuls_saved", evaluation=4),  # 90.9
 }
 
 

@@ -1,9 +1,8 @@
 """The family on 8 H200: gpu/h200_8:SIZE, of 111M, 256M, 590M, 1.3B, 2.7B; 1.3B without one.
 
 Train:      launch/gpu.sh gpu/h200_8:1.3B DIR --config.data.store=STORE
-Memory:     in LAYOUTS, GiB of a GPU at 2,048 tokens, of 126.9 that JAX may take (nine tenths). "compiled" is by
-            benchmarks/compile_for_cuda.py, for CUDA without a GPU (jax 0.10.2, 2026-11-29). The others are a formula
-            that is above each of four compiled layouts (docs/guide/gpus.md). None is measured.
+Memory:     in LAYOUTS, GiB of a GPU at 2,048 tokens, of 126.9 that JAX may take (nine tenths), by formula,
+            not compiled: btlm plan --config=gpu/h200_8:SIZE --topology=h200-8 (2026-11-30). Not measured.
 """
 
 import runpy
@@ -12,11 +11,11 @@ from pathlib import Path
 from ml_collections import ConfigDict
 
 LAYOUTS = {
-    "111M": dict(accumulation=1, remat="matmuls_saved", evaluation=48),  # 13
-    "256M": dict(accumulation=1, remat="matmuls_saved", evaluation=40),  # 36
-    "590M": dict(accumulation=1, remat="matmuls_saved", evaluation=48),  # 74
-    "1.3B": dict(accumulation=2, remat="matmuls_saved", evaluation=64),  # 86
-    "2.7B": dict(accumulation=6, remat="matmuls_saved", evaluation=48),  # 75
+    "111M": dict(accumulation=1, remat="matmuls_saved", evaluation=48),  # 12.5
+    "256M": dict(accumulation=1, remat="matmuls_saved", evaluation=40),  # 35.6
+    "590M": dict(accumulation=1, remat="matmuls_saved", evaluation=48),  # 71.9
+    "1.3B": dict(accumulation=2, remat="matmuls_saved", evaluation=64),  # 83.0
+    "2.7B": dict(accumulation=6, remat="matmuls_saved", evaluation=48),  # 70.8
 }
 
 

@@ -4,7 +4,6 @@ import json
 import math
 import re
 import runpy
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -12,7 +11,8 @@ import pytest
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 from support.imagined_plan import imagined, parts_of
-from support.tiny import REPOSITORY, tiny_config
+from support.measured_run import write_run
+from support.tiny import REPOSITORY
 from support.tpu import needs_libtpu
 
 from btlm_jax.plan import calibration, own_runs
@@ -96,24 +96,6 @@ def test_ones_own_steps_replace_the_published_ones(three_runs, tmp_path):
     path.write_text(path.read_text().replace('"measured"', '"took"'))
     with pytest.raises(ValueError, match=re.escape(f"{path} is no measured step that this version wrote")):
         kept_points("v5e", directory=tmp_path)
-
-
-TOKENS = tiny_config().curriculum.table.tokens_per_step
-RUN = tiny_config(model__remat="full", mesh__accumulation=2, curriculum__num_tokens=(20 * TOKENS, 10 * TOKENS))
-
-
-def write_run(workdir: Path, *, steps: int, devices: str = "4 x TPU v5 lite") -> None:
-    (workdir / "starts").mkdir(parents=True)
-    (workdir / "config.json").write_text(RUN.to_json())
-    (workdir / "starts" / "1.json").write_text(json.dumps({"facts": {"devices": devices}}))
-    (workdir / "starts" / "2.json").write_text(json.dumps({"facts": {}}))  # one that ended before it knew
-    first, _ = RUN.curriculum.table.phases
-    rows = [
-        {"kind": "train", "step": step, "tokens": 1, "seq_len": 1, "learning_rate": 1.0, "loss": 1.0, "grad_norm": 1.0,
-         "tokens_per_second": 1.0, "mfu": 0.1, "seconds": 9.0 if step < 4 else 2.0 if step <= first.num_steps else 3.0}
-        for step in range(1, steps + 1)
-    ]  # fmt: skip
-    (workdir / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
 
 
 def test_a_run_is_measured_by_its_workdir(tmp_path):

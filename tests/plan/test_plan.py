@@ -391,7 +391,7 @@ def run_plan(*arguments) -> int:
 
 def test_slices_that_are_not_there_are_refused(capsys):
     assert run_plan() == 2 and "needs --topology, for example" in capsys.readouterr().err
-    for topology in ("v7:2x2", "v5e", "v5e:2", "v5p-7", "h100-8"):
+    for topology in ("v7:2x2", "v5e", "v5e:2", "v5p-7", "b200-8"):
         assert run_plan(f"--topology={topology}") == 1
         assert "is not known; allowed are v4:{2x2x1,2x2x2," in capsys.readouterr().err
 

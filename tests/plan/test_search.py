@@ -147,7 +147,7 @@ def test_more_micro_batches_divide_what_is_needed_at_best(needed, is_skipped):
 
 
 def test_remats_are_ordered_by_what_they_keep():
-    assert KEPT.keys() == search._KEPT.keys() == search._COMPUTED_AGAIN.keys() == set(REMATS)
+    assert KEPT.keys() == search.KEPT.keys() == search._COMPUTED_AGAIN.keys() == set(REMATS)
     assert sorted(REMATS, key=KEPT.get) == list(REMATS)
 
 
