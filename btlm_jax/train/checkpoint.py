@@ -18,6 +18,7 @@ import math
 import os
 import re
 import shutil
+import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
@@ -69,6 +70,7 @@ class DamagedError(ValueError):
 
 
 _ITEMS = ("state", "position", "config", "environment", "digests")
+_PARTIAL_SECONDS = 10.0  # for which what failed saves have left is deleted again and again
 _ARRAYS, _TABLES, _OWN = "arrays", "items", "digests"  # of the item `digests`: hashes of arrays, of JSON, of itself
 _Read = TypeVar("_Read")
 
@@ -271,6 +273,8 @@ class Checkpointer:
 
             whole = value_of_first(self._mirror.committed())
             self._mirror.forget([step for step in _steps_in(self.directory) if step not in whole])
+        if jax.process_index() == 0 or self._saves_alone:
+            _delete_partial(self.directory)
         self._manager = self._make_manager()
 
     def read_metadata(self, step: int) -> tuple[Position, TrainConfig]:
@@ -595,6 +599,20 @@ class Checkpointer:
             f"a checkpoint could not be written to {self.directory}: {reason}; {last}; free some space or mend {what}, "
             "and run the same command to go on"
         )
+
+
+def _delete_partial(directory: Path) -> None:
+    """Delete what failed saves have left in a folder of checkpoints, though threads may write there still.
+
+    Those of a save that orbax waits for no longer do. Orbax would fail at the next save where it cannot delete all.
+    """
+    until = time.monotonic() + _PARTIAL_SECONDS
+    while partial := list(directory.glob("*.orbax-checkpoint-tmp*")):
+        for path in partial:
+            shutil.rmtree(path, ignore_errors=True)
+        if time.monotonic() > until:
+            break
+        time.sleep(0.1)
 
 
 def _make_manager_alone(directory: Path) -> ocp.CheckpointManager:

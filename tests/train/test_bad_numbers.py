@@ -1,8 +1,11 @@
 """Updates from bad numbers are not made, a run goes back from many of them, and every start of it does the same."""
 
+import contextlib
 import dataclasses
 import math
 import statistics
+import threading
+import time
 import types
 from typing import Any
 
@@ -300,6 +303,33 @@ def test_a_save_that_fails_is_tried_again_and_training_goes_on(tmp_path, monkeyp
     steps = sorted(int(path.name) for path in (tmp_path / "checkpoints").iterdir())
     assert steps == [4, 10, 12, 18, 20, 24]  # 8 and 16 failed, and were made up for two steps later
     assert notices.counts() == {"save-failed": 2}
+
+
+def test_a_save_that_still_writes_when_it_has_failed_does_not_fail_the_next_one(tmp_path, monkeypatch):
+    """As one that orbax waits for no longer, be it that the storage is slow or that the clock has jumped."""
+    left = tmp_path / "checkpoints" / "8.orbax-checkpoint-tmp" / "state.orbax-checkpoint-tmp"
+    threads, real = [], Checkpointer.save
+
+    def write_on():
+        until = time.monotonic() + 0.7
+        while time.monotonic() < until:
+            left.mkdir(parents=True, exist_ok=True)
+            with contextlib.suppress(FileNotFoundError):
+                (left / f"{time.monotonic_ns()}").touch()
+
+    def save(checkpointer, state, *, position, config):
+        if position.step == 8:
+            threads.append(threading.Thread(target=write_on))
+            threads[-1].start()
+            while not left.is_dir():
+                time.sleep(0.001)
+            raise OSError("ChainedFuture completed 6/7 futures but timed out after 36000.21 seconds.")
+        real(checkpointer, state, position=position, config=config)
+
+    monkeypatch.setattr(Checkpointer, "save", save)
+    outcome, _, finished, _ = train(tmp_path, monkeypatch, bad=(), checkpoint__keep_last=50)
+    assert outcome == loop.DONE and finished == [parameters_after(range(1, 25))] and len(threads) == 1
+    assert sorted(path.name for path in (tmp_path / "checkpoints").iterdir()) == ["10", "12", "16", "20", "24", "4"]
 
 
 def test_two_failed_saves_in_a_row_end_the_run_with_the_reason(tmp_path, monkeypatch):
