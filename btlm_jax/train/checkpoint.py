@@ -70,6 +70,9 @@ class DamagedError(ValueError):
 
 
 _ITEMS = ("state", "position", "config", "environment", "digests")
+_IN_FLIGHT = (
+    16  # programs at a time: XLA:CPU lets the 33rd wait in a thread that the others' exchanges need (jaxlib 0.10.2)
+)
 _PARTIAL_SECONDS = 10.0  # for which what failed saves have left is deleted again and again
 _ARRAYS, _TABLES, _OWN = "arrays", "items", "digests"  # of the item `digests`: hashes of arrays, of JSON, of itself
 _Read = TypeVar("_Read")
@@ -717,8 +720,9 @@ def facts_of(tree: Any) -> dict[str, ArrayFacts]:
     element has changed is always seen; of other changes one in 2^64 is not. Computed where the arrays are: every
     process calls it, and all get the same.
     """
-    pairs = jax.tree_util.tree_leaves_with_path(tree)
-    facts = jax.device_get([_facts(leaf) for _, leaf in pairs])
+    pairs, facts = jax.tree_util.tree_leaves_with_path(tree), []
+    for first in range(0, len(pairs), _IN_FLIGHT):
+        facts += jax.device_get([_facts(leaf) for _, leaf in pairs[first : first + _IN_FLIGHT]])
     return {
         jax.tree_util.keystr(path, simple=True, separator="/"): ArrayFacts(f"{int(a):08x}{int(b):08x}", bool(is_finite))
         for (path, _), (a, b, is_finite) in zip(pairs, facts, strict=True)
