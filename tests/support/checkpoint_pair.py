@@ -33,7 +33,7 @@ SIZE = 4096
 
 
 def make_state(mesh, number: float) -> TrainState:
-    """A state of which each process has half of the parameters."""
+    """A state of which each process has half of the parameters, on two devices."""
 
     def put(values, *spec):
         sharding = NamedSharding(mesh, PartitionSpec(*spec))
@@ -97,7 +97,7 @@ def main(port: str, index: int, workdir: Path) -> dict:
     (found, state), said = checkpointer.newest(
         lambda step: (step, checkpointer.restore_state(step, abstract=abstract)), steps=checkpointer.steps()
     )
-    mine = np.asarray(state.params["w"].addressable_data(0))
+    mine = np.concatenate([np.asarray(state.params["w"].addressable_data(number)) for number in range(2)])
     expected = np.random.default_rng(3).normal(size=(SIZE, 2)).astype(np.float32)
     is_same = bool((mine == expected[index * SIZE // 2 :][: SIZE // 2]).all())
 

@@ -15,7 +15,7 @@ def test_two_processes_fall_back_measure_and_hear_of_a_save_that_failed_in_one_t
     with socket.socket() as free:
         free.bind(("localhost", 0))
         port = str(free.getsockname()[1])
-    environment = os.environ | {"JAX_NUM_CPU_DEVICES": "1", "PYTHONPATH": os.pathsep.join(map(str, _folders()))}
+    environment = os.environ | {"JAX_NUM_CPU_DEVICES": "2", "PYTHONPATH": os.pathsep.join(map(str, _folders()))}
     environment["JAX_COMPILATION_CACHE_DIR"] = ""
     command = [sys.executable, "-m", "support.checkpoint_pair", port]
     pair = [

@@ -18,6 +18,7 @@ from support.tiny import tiny_config
 from btlm_jax import notices
 from btlm_jax.cli import errors
 from btlm_jax.parallel.make_mesh import make_mesh
+from btlm_jax.train import checkpoint
 from btlm_jax.train.checkpoint import (
     Checkpointer,
     CheckpointReader,
@@ -76,6 +77,15 @@ def test_the_hash_of_an_array_is_its_definition_on_the_host_and_on_every_mesh(dt
         array = jax.device_put(x, NamedSharding(mesh, spec))
         assert tuple(map(int, facts_on_device(array))) == expected
         assert facts_of({"a": array})["a"].digest == f"{expected[0]:08x}{expected[1]:08x}"
+
+
+def test_fewer_hashes_are_computed_at_a_time_than_xla_takes(monkeypatch):
+    """Two processes of two CPU devices stood still at more (benchmarks/elastic.py, jaxlib 0.10.2)."""
+    get, calls = jax.device_get, []
+    monkeypatch.setattr(checkpoint, "_facts", lambda x: calls.append("h") or (x, x, True))
+    monkeypatch.setattr(checkpoint.jax, "device_get", lambda tree: calls.append(" ") or get(tree))
+    assert [facts.digest for facts in facts_of(list(range(70))).values()] == [f"{x:08x}" * 2 for x in range(70)]
+    assert 1 < max(map(len, "".join(calls).split())) < 32
 
 
 def test_every_flipped_bit_and_every_exchange_changes_the_hash_and_nan_is_seen():
