@@ -35,7 +35,7 @@ GPU_ASSUMPTIONS = (
     "bytes: of norms, sums, activation functions, logits, casts of parameters, gradients and the update by a formula "
     "(btlm_jax/plan/gpu_roofline.py), at the bandwidth of HBM",
     "exchanges: a ring's bytes over NVLink, of a group on several machines over a network card a GPU, as in NVIDIA's "
-    "DGX; asynchronous ones add only what is longer than all computation",
+    "DGX; gathers and scatters, of weights and gradients, add only what is longer than all computation, others wait",
     "central value: the sum x what published runs of other models and other code took over theirs; error: what leaving "
     "one of those runs out makes (btlm_jax/plan/gpu_runs.json)",
     "HFU: FLOPs executed; left out: input, checkpoints, evaluation, failures",
@@ -49,8 +49,9 @@ FORMULA_ASSUMPTION = (
 )
 
 _CHUNKS = 8  # of queries in chunked attention
-# Exchanges over these axes move weights and gradients, which run beside products in compiled steps; others wait.
-_BESIDE = frozenset({"fsdp"})
+# These move weights and gradients, beside the products of other layers. XLA starts all others asynchronously too, but
+# what needs their activations comes next.
+_BESIDE = ("all-gather", "reduce-scatter")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -89,7 +90,12 @@ def plan_gpu_phase(program: Program, phase: Phase, *, topology: str, gpu: Gpu, c
     if memory.needed > memory.available:
         raise DoesNotFitError(program=identity, needed=memory.needed, available=memory.available)
     collectives = step.executable.collectives if step else traced_collectives(program, work)
-    exchanges = tuple(time_gpu_exchange(each, gpu=gpu) for each in collectives)
+    exchanges = tuple(
+        time_gpu_exchange(
+            dataclasses.replace(each, is_asynchronous=each.is_asynchronous and each.kind in _BESIDE), gpu=gpu
+        )
+        for each in collectives
+    )
     own = kept_points(gpu.name, directory=cache.measured) if cache.measured else ()
     correction = correction_by(published_gpu_points(), chip=gpu.timed_as, own=own)
     parts = gpu_parts(gpu_work(program, phase, work), exchanges, gpu=gpu)
@@ -177,11 +183,10 @@ def traced_collectives(program: Program, work: StepWork) -> tuple[Collective, ..
         if n > 1:
             others = [axis for axis in mesh.axis_names if axis not in axes]
             group = tuple(at for at, place in enumerate(places) if all(place[axis] == 0 for axis in others))
-            is_beside = all(mesh.shape[axis] == 1 or axis in _BESIDE for axis in axes)
             found.append(
                 Collective(
                     kind=kind, num_bytes=num_bytes, num_devices=n, count=round(times / mesh.size),
-                    is_asynchronous=is_beside, groups=(group,),
+                    is_asynchronous=kind in _BESIDE, groups=(group,),
                 )
             )  # fmt: skip
     return tuple(found)

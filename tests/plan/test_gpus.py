@@ -11,10 +11,12 @@ from support.measured_run import write_run
 from support.tiny import REPOSITORY, tiny_config
 
 from btlm_jax.cli import main
-from btlm_jax.plan import calibration, gpu_roofline, measured_step
+from btlm_jax.plan import calibration, gpu_estimate, gpu_roofline, measured_step
 from btlm_jax.plan.calibration import left_out
 from btlm_jax.plan.chips import chip_of, num_chips, slice_devices, topology_named
-from btlm_jax.plan.executable import Collective, read_executable
+from btlm_jax.plan.compiling import CompiledStep
+from btlm_jax.plan.estimate import bytes_of, state_bytes
+from btlm_jax.plan.executable import UNESTIMATED, Collective, Executable, Operation, read_executable
 from btlm_jax.plan.flop_count import count_step_work
 from btlm_jax.plan.gpu_estimate import gpu_work, step_bytes_by_formula, traced_collectives, workspace_bytes
 from btlm_jax.plan.gpu_roofline import GpuWork, gpu_parts, published_gpu_points, time_gpu_exchange
@@ -138,6 +140,28 @@ def test_exchanges_beside_products_are_those_of_weights():
     found = {(each.kind, each.groups[0]): each for each in traced_collectives(program, work)}
     assert found["all-gather", (0, 4)].is_asynchronous and found["reduce-scatter", (0, 4)].is_asynchronous
     assert not found["all-reduce", (0, 1)].is_asynchronous  # of activations, over `tensor`
+
+
+def test_what_the_executable_says_takes_the_formulas_place(planned, monkeypatch):
+    program, phase = planned.program, planned.phase
+    state = state_bytes(program)
+    reduce = Collective(kind="all-reduce", num_bytes=9 * 10**9, num_devices=8, count=1, is_asynchronous=True)
+    copy = Operation(name="copy", kind=UNESTIMATED, cycles=0, flops=0.0, num_bytes=335_232, count=10)
+    step = CompiledStep(
+        program="hash", argument_bytes=state + 50, output_bytes=700, alias_bytes=600, temporary_bytes=5000,
+        code_bytes=7, executable=Executable(collectives=(reduce,), operations=(copy,)), seconds=1.0,
+    )  # fmt: skip
+    monkeypatch.setattr(gpu_estimate, "is_stand_in", lambda device: False)
+    cache = types.SimpleNamespace(measured=None, compile_step=lambda *arguments, **named: step)
+    with answering_for(H100):
+        found = gpu_estimate.plan_gpu_phase(program, phase, topology="h100:8", gpu=H100, cache=cache)
+    memory = found.memory
+    assert (memory.outputs, memory.temporaries, memory.code) == (100, 5000, 7)
+    history = bytes_of(program.state) - memory.parameters - memory.optimizer
+    assert memory.other_arguments == 50 + history and memory.workspace == workspace_bytes(program, phase)
+    # XLA starts it asynchronously; nothing but what it waits for comes next.
+    assert found.step_time.parts.exposed == pytest.approx(2 * 9e9 * 7 / 8 / 450e9)
+    assert found.moved_seconds == pytest.approx(1e-6) and found.is_compiled
 
 
 GPU_PROGRAM = """
