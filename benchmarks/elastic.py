@@ -26,7 +26,7 @@ import kill_resume  # noqa: E402  beside this file
 import numpy as np  # noqa: E402
 
 PER_STEP = 16 * 24
-STEPS = (36, 24)
+STEPS = (60, 40)
 PARTS = ((1, 1), (2, 1), (4, 1), (1, 4), (2, 2), (1, 2), (2, 1), (1, 1))  # processes, devices of each
 PER_PART = 7  # steps after which one is preempted
 BATCHES = "batches.jsonl"
