@@ -23,7 +23,7 @@ def plot_positions(curves: Sequence[dict], path: Path, *, trained_length: int, t
 
     figure, axes = new_figure(size=SIZE, dpi=DPI)
     lengths = sorted({curve["length"] for curve in curves})
-    lows, highs = [], []
+    lows, highs, drawn = [], [], []
     for curve in curves:
         bins = curve["bins"]
         shown = [number for number, first in enumerate(bins["first"]) if first >= min(_SHOWN_FROM, lengths[0] // 2)]
@@ -31,16 +31,20 @@ def plot_positions(curves: Sequence[dict], path: Path, *, trained_length: int, t
         centres = [(bins["first"][number] * bins["last"][number]) ** 0.5 for number in shown]
         losses = [bins["loss"][number] for number in shown]
         errors = [2 * bins["standard_error"][number] for number in shown]
-        axes.errorbar(
+        line = axes.errorbar(
             centres, losses, yerr=errors, color=_COLOURS[lengths.index(curve["length"]) % len(_COLOURS)],
             linestyle=_STYLES[curve["alibi"]], linewidth=1.4, elinewidth=0.6, marker="o", markersize=2.5,
             label=f"{curve['length']:,}" + _NAMES[curve["alibi"]].format(factor=curve["factor"]),
         )  # fmt: skip
+        drawn.append((line, min(losses)))
         if curve["alibi"] == "none":
             lows.append(min(losses))
             highs.append(max(losses))
     margin = 0.1 * max(max(highs) - min(lows), 0.1)
     axes.set_ylim(min(lows) - 2 * margin, max(highs) + 2 * margin)
+    for line, lowest in drawn:
+        if lowest > axes.get_ylim()[1]:
+            line.set_label(f"{line.get_label()} (higher)")
     axes.axvline(trained_length, color="#888888", linestyle="--", linewidth=1)
     axes.annotate(
         f"trained at {trained_length:,}", (trained_length, 0.98), xycoords=axes.get_xaxis_transform(),

@@ -8,6 +8,8 @@ import pytest
 from support.published_files import ORACLES, oracle_array
 
 from btlm_jax import notices
+from btlm_jax.display.plotting import write_figure
+from btlm_jax.evaluate import plots
 from btlm_jax.evaluate.documents import Corpus, Document
 from btlm_jax.evaluate.plots import plot_positions
 from btlm_jax.evaluate.positions import (
@@ -138,7 +140,7 @@ def test_interpolated_slopes_are_the_published_ones():
         assert max(errors) < 2e-4, (setting, errors)
 
 
-def test_the_table_and_the_plot(tmp_path):
+def test_the_table_and_the_plot(tmp_path, monkeypatch):
     corpus = corpus_of((640,), closed=True)
     curves = [curve(lambda p: 4 - 0.1 * np.log(p), corpus, 32), curve(lambda p: 4 - 0.1 * np.log(p), corpus, 64)]
     curves[0] |= {"alibi": "none"}
@@ -147,5 +149,9 @@ def test_the_table_and_the_plot(tmp_path):
     (made,) = tables_of({"parts": {"positions": part}})
     table = made.as_text()
     assert "no rise" in table and f"{curves[1]['loss']:.4f}" in table
-    plot_positions(curves, tmp_path / "p.png", trained_length=32, title="made up")
+    ruined = curve(lambda p: 9.0 + 0 * p, corpus, 64) | {"alibi": "fixed", "factor": 2.0}
+    drawn = []
+    monkeypatch.setattr(plots, "write_figure", lambda figure, path: drawn.append(figure) or write_figure(figure, path))
+    plot_positions([*curves, ruined], tmp_path / "p.png", trained_length=32, title="made up")
+    assert [text.get_text() for text in drawn[0].legends[0].texts] == ["32", "64", "64, ALiBi / 2 (higher)"]
     assert (tmp_path / "p.png").read_bytes().startswith(b"\x89PNG")
