@@ -234,7 +234,7 @@ class PrefixScorer(Scorer):
                 _width_of(longest_inputs) * _power_from(len(batch) + 1),
                 _width_of(longest_context) * _power_from(len(contexts)),
             )
-            # Of padding, the kernels have attention alone.
+            # Products leave padding out; attention and the cache do not.
             num_tokens = max(num_inputs, num_of_contexts, num_padded // 2) if self._engine.is_packed else num_padded
             if batch and (num_tokens > self.batch_tokens or len(batch) + len(contexts) >= most):
                 break

@@ -83,8 +83,11 @@ class Ownership:
         with self._lock, contextlib.suppress(OSError):
             if self._released.is_set():
                 return ""
-            if _inode(self._workdir) != self._folder:  # what is open there is written to what nobody finds
+            folder, found = _inode(self._workdir), read_owner(self._workdir)
+            # What is open there is written to what nobody finds. A mounted bucket may number its folders anew.
+            if folder != self._folder and not (folder and found):
                 return "was deleted or moved"
+            self._folder = folder
             with _locked(self._workdir):
                 found = read_owner(self._workdir)
                 if found is not None and found.token != self._owner.token:

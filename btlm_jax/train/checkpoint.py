@@ -70,9 +70,7 @@ class DamagedError(ValueError):
 
 
 _ITEMS = ("state", "position", "config", "environment", "digests")
-_IN_FLIGHT = (
-    16  # programs at a time: XLA:CPU lets the 33rd wait in a thread that the others' exchanges need (jaxlib 0.10.2)
-)
+_IN_FLIGHT = 16  # hashes at a time: the 33rd program waits in a thread that the others' exchanges need (XLA:CPU 0.10.2)
 _PARTIAL_SECONDS = 10.0  # for which what failed saves have left is deleted again and again
 _ARRAYS, _TABLES, _OWN = "arrays", "items", "digests"  # of the item `digests`: hashes of arrays, of JSON, of itself
 _Read = TypeVar("_Read")

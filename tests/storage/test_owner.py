@@ -4,6 +4,7 @@ import dataclasses
 import json
 import os
 import queue
+import shutil
 import subprocess
 import sys
 import threading
@@ -43,6 +44,10 @@ def test_a_workdir_that_was_deleted_or_moved_ends_its_run_and_is_not_made_anew(t
     workdir, lost = tmp_path / "run", queue.Queue()
     workdir.mkdir()
     ownership = take(workdir, steal=False)
+    assert ownership.beat() == ""
+    shutil.copytree(workdir, tmp_path / "other")
+    workdir.rename(tmp_path / "first")
+    (tmp_path / "other").rename(workdir)  # with another number, as a mounted bucket may have it later
     assert ownership.beat() == ""
     workdir.rename(tmp_path / "moved")
     assert ownership.beat() == "was deleted or moved" and not workdir.exists()
