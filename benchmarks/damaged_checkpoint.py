@@ -1,10 +1,11 @@
 """Flip single bits in the files of a run's newest checkpoint, and see that a start names the damage or is not harmed.
 
 Command: python benchmarks/damaged_checkpoint.py --flips=300
-Makes two checkpoints of a tiny model in a temporary directory. Half of the flips fall on any byte of the newer one, the
-others on its files by turns. After each, the checkpoints are opened as a start of btlm train opens them. Either the
-newer one is set aside with a reason and the older one taken, or what comes back is what was saved to the bit:
-parameters, moments, position, config, environment. Prints a row a file and exits with 1 when anything else happened.
+Makes two checkpoints of a tiny model in a temporary directory. A third of the flips falls on any byte of the newer one,
+a third on its files by turns, a third on the largest of the arrays' files. After each, the checkpoints are opened as a
+start of btlm train opens them. Either the newer one is set aside with a reason and the older one taken, or what comes
+back is what was saved to the bit: parameters, moments, position, config, environment. Prints a row a file and exits
+with 1 when anything else happened.
 """
 
 from __future__ import annotations
@@ -106,8 +107,9 @@ def try_flips(folder: Path, *, flips: int, seed: int) -> dict[str, collections.C
     files = sorted(path.relative_to(newest) for path in newest.rglob("*") if path.is_file() and path.stat().st_size)
     rows: dict[str, collections.Counter[str]] = collections.defaultdict(collections.Counter)
     sizes = [(newest / file).stat().st_size for file in files]
+    of_arrays = max((file for file in files if "d" in file.parts), key=lambda file: (newest / file).stat().st_size)
     for number in range(flips):
-        file = files[number // 2 % len(files)] if number % 2 else rng.choices(files, sizes)[0]
+        file = (rng.choices(files, sizes)[0], files[number // 3 % len(files)], of_arrays)[number % 3]
         workdir = folder / f"flip-{number}"
         shutil.copytree(folder / "saved", workdir)
         path = workdir / CHECKPOINTS / str(STEPS[1]) / file
