@@ -326,9 +326,13 @@ def _placed(params: dict, table: dict) -> dict:
 
 
 def _on_mesh(array: jax.Array | np.ndarray, sharding: NamedSharding) -> jax.Array:
-    """Return an array laid out as asked for; one that is so already is not copied."""
-    if isinstance(array, jax.Array):
-        is_so = array.sharding.is_equivalent_to(sharding, array.ndim)
-        return array if is_so else jax.device_put(array, sharding)
-    host = array
+    """Return an array laid out as asked for; one that is so already is not copied.
+
+    One of this process's own devices goes to devices of several processes by the host: each puts its part on its own.
+    """
+    if isinstance(array, jax.Array) and array.sharding.is_equivalent_to(sharding, array.ndim):
+        return array
+    if isinstance(array, jax.Array) and array.is_fully_addressable == sharding.is_fully_addressable:
+        return jax.device_put(array, sharding)
+    host = np.asarray(array)
     return jax.make_array_from_callback(host.shape, sharding, lambda index: host[index])

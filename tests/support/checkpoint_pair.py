@@ -23,6 +23,7 @@ from support.tiny import tiny_config
 from btlm_jax import notices
 from btlm_jax.evaluate.processes import wait_for_halving
 from btlm_jax.evaluate.results import Results, Work
+from btlm_jax.hub import given_model
 from btlm_jax.parallel.make_mesh import make_mesh
 from btlm_jax.parallel.mesh import FSDP
 from btlm_jax.stopping import AgreedError
@@ -87,6 +88,9 @@ def main(port: str, index: int, workdir: Path) -> dict:
         tokens = config.curriculum.table.tokens_seen(step)
         return Position(step=step, tokens_seen=tokens, store_fingerprint="abc")
 
+    own = jax.device_put(np.arange(8), jax.local_devices()[0])  # as the weights of a model directory
+    placed = given_model._on_mesh(own, NamedSharding(mesh, PartitionSpec(FSDP)))
+    parts = [np.asarray(shard.data).tolist() for shard in placed.addressable_shards]
     checkpointer = Checkpointer(workdir, config=config.checkpoint)
     for step in (3, 6, 9):
         checkpointer.save_or_go_on(make_state(mesh, step), position=position(step), config=config)
@@ -125,7 +129,8 @@ def main(port: str, index: int, workdir: Path) -> dict:
     return {
         "measured": measure_twice(workdir / f"results-{index}"),
         "found": found, "said": said, "same": is_same, "failed": failed, "seconds": seconds, "steps": steps,
-        "left": left, "notices": dict(notices.counts()), "position": dataclasses.asdict(position(3))["step"],
+        "left": left, "parts": parts, "notices": dict(notices.counts()),
+        "position": dataclasses.asdict(position(3))["step"],
     }  # fmt: skip
 
 

@@ -35,6 +35,7 @@ def test_two_processes_fall_back_measure_and_hear_of_a_save_that_failed_in_one_t
         assert [text.partition(" is damaged")[0] for text in row["said"]] == ["checkpoint 9", "checkpoint 6"]
         assert row["failed"] == "process 1: File too large" and row["seconds"] < 100
         assert row["steps"] == [3, 9] and row["left"] == [3]
+    assert [row["parts"] for row in rows] == [[[0, 1], [2, 3]], [[4, 5], [6, 7]]]
     units = [[0, "one"], [1, "one"], [2, "one"]]
     for row, is_first in zip(rows, (True, False), strict=True):  # the other one has no folder, and is told
         assert row["measured"] == {
