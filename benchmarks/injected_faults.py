@@ -190,12 +190,10 @@ def copy_store(case: Case) -> Path:
     return store
 
 
-def rewrite_manifest(store: Path, original: Path, *, vocab_size: int) -> None:
-    """Write a store whose manifest says that its tokenizer has so many ids."""
+def rewrite_manifest(store: Path, *, vocab_size: int) -> None:
+    """Have a store's manifest say that its tokenizer has so many ids."""
     from btlm_jax.data.store import read_manifest, write_manifest
 
-    if store != original:
-        shutil.copytree(original, store)
     manifest = read_manifest(store)
     tokenizer = dataclasses.replace(manifest.tokenizer, vocab_size=vocab_size)
     write_manifest(store, dataclasses.replace(manifest, tokenizer=tokenizer))
@@ -203,7 +201,7 @@ def rewrite_manifest(store: Path, original: Path, *, vocab_size: int) -> None:
 
 def ids_are_bad(case: Case) -> None:
     store = copy_store(case)
-    rewrite_manifest(store, store, vocab_size=300)  # the tokens go to 399
+    rewrite_manifest(store, vocab_size=300)  # the tokens go to 399
     case.start()
 
 
@@ -227,13 +225,13 @@ def shard_is_cut(case: Case) -> None:
     shard.write_bytes(whole)
 
 
-def on_disk(then: Callable[[Case, Path], None]) -> Callable[[Case], None]:
-    """Have the workdir on a disk of 24 MB, and something happen to it after the first save."""
+def on_disk(then: Callable[[Case, Path], None], *, is_ext4: bool = False) -> Callable[[Case], None]:
+    """Have the workdir on a disk of 24 MB, tmpfs or ext4, and something happen to it after the first save."""
 
     def meet(case: Case) -> None:
         disk, image = case.folder / "disk", case.folder / "image"
         disk.mkdir()
-        if then is made_read_only:
+        if is_ext4:
             image.write_bytes(bytes(24 << 20))
             subprocess.run(["mkfs.ext4", "-q", str(image)], check=True)
             subprocess.run(["mount", "-o", "loop", str(image), str(disk)], check=True)
@@ -317,7 +315,8 @@ def configs_differ(case: Case) -> None:
 def stores_differ(case: Case) -> None:
     """Process 1 sees another store at the path of the config: a folder mounted over it, for this process alone."""
     store = copy_store(case)
-    rewrite_manifest(other := case.folder / "other", store, vocab_size=399)
+    shutil.copytree(store, other := case.folder / "other")
+    rewrite_manifest(other, vocab_size=399)
     case.start(bad={"process 1 mounts": [str(other), str(store)]})
 
 
@@ -372,7 +371,7 @@ FAULTS = [
         "disk full at a save, two processes", on_disk(filled(but=100_000)), 1, f"{NOT_WRITTEN}.*No space left", **PAIR
     ),
     fault("disk full at a line of metrics", on_disk(filled(but=0)), 1, "No space left on device"),
-    fault("disk read-only", on_disk(made_read_only), 1, "Read-only file system"),
+    fault("disk read-only", on_disk(made_read_only, is_ext4=True), 1, "Read-only file system"),
     fault("workdir deleted", workdir_is_deleted, 1, "was deleted or moved: this run is ended"),
     fault("TMPDIR is full", tmpdir_is_full, 0, ""),
     fault("the store has ids that its tokenizer has not", ids_are_bad, 1, "the tokenizer's ids end at 299", **OTHER),

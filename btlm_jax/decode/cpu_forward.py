@@ -48,14 +48,19 @@ def extend_hidden(
     for what rounds their number up to a power of two or three quarters of one.
     """
     return _extend_hidden(
-        model, weights, cache, layout=layout, num_packed=min(_round_up(int(counts_B.sum())), inputs_BT.size),
-        inputs_BT=inputs_BT, starts_B=starts_B, counts_B=counts_B, lengths_B=lengths_B,
+        model, weights, cache, layout=layout,
+        num_packed=min(padded_size(int(counts_B.sum()), least=4), inputs_BT.size), inputs_BT=inputs_BT,
+        starts_B=starts_B, counts_B=counts_B, lengths_B=lengths_B,
     )  # fmt: skip
 
 
-def _round_up(number: int) -> int:
-    power = 1 << max(2, (number - 1).bit_length())
-    return power * 3 // 4 if number <= power * 3 // 4 else power
+def padded_size(number: int, *, least: int) -> int:
+    """Return a size that is not below a number: a power of two from `least`, one itself, on, or three quarters of one.
+
+    So few sizes are compiled, and a third or less is padding.
+    """
+    power = max(least, 1 << (number - 1).bit_length())
+    return power * 3 // 4 if least < power and number <= power * 3 // 4 else power
 
 
 @functools.partial(jax.jit, static_argnames=("model", "layout", "num_packed"), donate_argnames="cache")

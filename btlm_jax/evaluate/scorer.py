@@ -18,7 +18,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from btlm_jax import notices
 from btlm_jax.decode.cpu_cache import MAX_PIECE, make_cache, make_layout
-from btlm_jax.decode.cpu_forward import extend_hidden, score_hidden
+from btlm_jax.decode.cpu_forward import extend_hidden, padded_size, score_hidden
 from btlm_jax.evaluate.processes import wait_for_halving
 from btlm_jax.kernels.weights import Weights
 from btlm_jax.model import Btlm
@@ -105,8 +105,7 @@ class Scorer:
         Under dynamic scaling ALiBi's slopes follow the length, so there is no padding beyond the trained one.
         """
         train_len = self.model.alibi_train_len
-        power = max(SHORTEST, 1 << (length - 1).bit_length())
-        padded = power * 3 // 4 if length <= power * 3 // 4 and power > SHORTEST else power
+        padded = padded_size(length, least=SHORTEST)
         if not train_len or padded <= train_len:
             return padded
         return max(length, train_len)

@@ -23,7 +23,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from btlm_jax.decode import cpu_cache, kv_cache
 from btlm_jax.decode.cpu_cache import MAX_PIECE
-from btlm_jax.decode.cpu_forward import extend_hidden, score_hidden
+from btlm_jax.decode.cpu_forward import extend_hidden, padded_size, score_hidden
 from btlm_jax.decode.decoder import bucket
 from btlm_jax.evaluate.scorer import HEAD_ROWS, Row, Scorer, Scores, scores_of_hidden
 from btlm_jax.kernels.weights import Weights
@@ -408,8 +408,7 @@ def _width_of(longest: int) -> int:
     """Return the width of inputs whose longest has a length: few are compiled, and a quarter or less is padding."""
     if longest > MAX_PIECE:
         return -(-longest // (MAX_PIECE // 2)) * (MAX_PIECE // 2)
-    power = max(NARROWEST, _power_from(longest))
-    return power * 3 // 4 if NARROWEST < longest <= power * 3 // 4 else power
+    return padded_size(longest, least=NARROWEST)
 
 
 def _power_from(number: int) -> int:

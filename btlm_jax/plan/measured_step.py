@@ -58,16 +58,13 @@ def measure_as_laid_out(config: TrainConfig, *, report_progress: Callable[[str],
     placement = dataclasses.replace(
         cpu_placement(config.curriculum.table), dtype=config.model.dtype, layout=layout_of(config)
     )
-    programs = [_micro_program(config, placement, phase, devices=devices) for phase in phases]
-    report_progress(f"compiling a step of {_shapes(programs)} tokens here")
-    compiled = [program.compile(program.trace_train_step(_only_phase(program))) for program in programs]
+    programs, compiled = _compile_here(config, placement, devices=devices, report_progress=report_progress)
     micro_batches = config.mesh.accumulation
     sums = 4 * count_parameters(config.model) if micro_batches > 1 else 0  # of gradients over micro-batches
     needed, available = max(map(_needed_bytes, compiled)) + sums, memory_bytes(devices[0])
     seconds: tuple[float, ...] = ()
     if needed <= available:
-        report_progress(f"timing {_TIMED_STEPS} steps of {_shapes(programs)} tokens")
-        timed = [_time_step(program, step) for program, step in zip(programs, compiled, strict=True)]
+        timed = _time_here(programs, compiled, report_progress=report_progress)
         seconds = tuple(micro_batches * each for each in timed)
     return StepsHere(phases=phases, layout=layout_of(config), needed=needed, available=available, seconds=seconds)
 
@@ -113,11 +110,7 @@ def measure_here(config: TrainConfig, *, report_progress: Callable[[str], None])
         )
     for accumulation in _accumulations(config, platform=platform, num_devices=len(devices)):
         placement = _placement(config, platform=platform, accumulation=accumulation)
-        programs = [
-            _micro_program(config, placement, phase, devices=devices) for phase in config.curriculum.table.phases
-        ]
-        report_progress(f"compiling a step of {_shapes(programs)} tokens here")
-        compiled = [program.compile(program.trace_train_step(_only_phase(program))) for program in programs]
+        programs, compiled = _compile_here(config, placement, devices=devices, report_progress=report_progress)
         needed = max(map(_needed_bytes, compiled))
         if needed <= (1 - _SPARE) * available:
             break
@@ -127,8 +120,7 @@ def measure_here(config: TrainConfig, *, report_progress: Callable[[str], None])
             f"a step of {_shapes(programs)} tokens needs {needed / GIB:.2f} GiB of {available / GIB:.2f} here: give a "
             "shorter --seq_len, fewer --params, or a slice with --topology"
         )
-    report_progress(f"timing {_TIMED_STEPS} steps of {_shapes(programs)} tokens")
-    seconds = [_time_step(program, step) for program, step in zip(programs, compiled, strict=True)]
+    seconds = _time_here(programs, compiled, report_progress=report_progress)
     total = sum(
         phase.num_steps * accumulation * each
         for phase, each in zip(config.curriculum.table.phases, seconds, strict=True)
@@ -182,6 +174,23 @@ def _placement(config: TrainConfig, *, platform: str, accumulation: int) -> Plac
         "mesh.accumulation": f"micro-batches a step, of at most {_GPU_MICRO_BATCH:,} tokens of a GPU or one sequence",
     }
     return dataclasses.replace(base, where=", on GPUs", dtype="bfloat16", layout=layout, why=why)
+
+
+def _compile_here(
+    config: TrainConfig, placement: Placement, *, devices: Sequence[jax.Device], report_progress: Callable[[str], None]
+) -> tuple[list[Program], list[jax.stages.Compiled]]:
+    """Return the programs of one micro-batch of each phase, and their compiled steps."""
+    programs = [_micro_program(config, placement, phase, devices=devices) for phase in config.curriculum.table.phases]
+    report_progress(f"compiling a step of {_shapes(programs)} tokens here")
+    return programs, [program.compile(program.trace_train_step(_only_phase(program))) for program in programs]
+
+
+def _time_here(
+    programs: Sequence[Program], compiled: Sequence[jax.stages.Compiled], *, report_progress: Callable[[str], None]
+) -> list[float]:
+    """Return the seconds of a step of each program."""
+    report_progress(f"timing {_TIMED_STEPS} steps of {_shapes(programs)} tokens")
+    return [_time_step(program, step) for program, step in zip(programs, compiled, strict=True)]
 
 
 def _micro_program(

@@ -201,16 +201,7 @@ def _phase_json(each: PhasePlan) -> dict:
         "executed_flops": each.executed_flops,
         "peak_flops": each.peak_flops,
         **time_to_json(each),
-        **(
-            {
-                "compiled": each.is_compiled,
-                "attention": each.attention,
-                "memory_by_formula": each.formula_bytes,
-                "moved_seconds": each.moved_seconds,
-            }
-            if isinstance(each, GpuPhasePlan)
-            else {}
-        ),
+        **(_of_gpus(each) if isinstance(each, GpuPhasePlan) else {}),
     }
 
 

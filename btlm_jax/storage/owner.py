@@ -83,13 +83,14 @@ class Ownership:
         with self._lock, contextlib.suppress(OSError):
             if self._released.is_set():
                 return ""
-            folder, found = _inode(self._workdir), read_owner(self._workdir)
-            # What is open there is written to what nobody finds. A mounted bucket may number its folders anew.
-            if folder != self._folder and not (folder and found):
+            folder = _inode(self._workdir)
+            if self._folder and not folder:  # what is open there is written to what nobody finds
                 return "was deleted or moved"
-            self._folder = folder
             with _locked(self._workdir):
                 found = read_owner(self._workdir)
+                if folder != self._folder and found is None:  # with the file a mounted bucket has numbered it anew
+                    return "was deleted or moved"
+                self._folder = folder
                 if found is not None and found.token != self._owner.token:
                     return f"was taken over by {found}"
                 self._owner = dataclasses.replace(self._owner, beat=self._owner.beat + 1)

@@ -187,11 +187,9 @@ class Killed(BaseException):
     """The process ends before a write."""
 
 
-@pytest.mark.slow
-def test_a_kill_before_any_write_leaves_a_run_to_go_on_from(objects, tmp_path, monkeypatch):
-    """Each of the writes of: a checkpoint, its successor, one deleted by the rules, going back to the first one."""
-    write, kinds = bucket.RemoteFolder._call, set()
-    left = [10**6]
+def count_writes(monkeypatch):
+    """Return [writes before the one at which the process ends], and the kinds that there have been."""
+    write, left, kinds = bucket.RemoteFolder._call, [10**6], set()
 
     def call(self, method, *arguments, **options):
         if method in ("pipe_file", "put_file", "rm_file", "cp_file"):
@@ -203,6 +201,13 @@ def test_a_kill_before_any_write_leaves_a_run_to_go_on_from(objects, tmp_path, m
 
     monkeypatch.setattr(bucket.RemoteFolder, "_call", call)
     monkeypatch.setattr(bucket, "_THREADS", 1)
+    return left, kinds
+
+
+@pytest.mark.slow
+def test_a_kill_before_any_write_leaves_a_run_to_go_on_from(objects, tmp_path, monkeypatch):
+    """Each of the writes of: a checkpoint, its successor, one deleted by the rules, going back to the first one."""
+    left, kinds = count_writes(monkeypatch)
 
     def train(mirror):
         folder = mirror.folder
@@ -535,18 +540,7 @@ def test_a_checkpoint_of_a_step_that_was_set_aside_does_not_replace_it_there(obj
 @pytest.mark.slow
 def test_a_kill_of_processes_before_any_write_leaves_a_run_to_go_on_from(objects, tmp_path, monkeypatch):
     """As the test of one process: a checkpoint, its successor, and the first one is deleted by the rules."""
-    write = bucket.RemoteFolder._call
-    left = [10**6]
-
-    def call(self, method, *arguments, **options):
-        if method in ("pipe_file", "put_file", "rm_file", "cp_file"):
-            left[0] -= 1
-            if left[0] < 0:
-                raise Killed
-        return write(self, method, *arguments, **options)
-
-    monkeypatch.setattr(bucket.RemoteFolder, "_call", call)
-    monkeypatch.setattr(bucket, "_THREADS", 1)
+    left, _ = count_writes(monkeypatch)
     num_writes, reached, outcomes = 0, 0, set()
     while reached < 9:
         objects.clear()
