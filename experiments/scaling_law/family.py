@@ -1,4 +1,8 @@
-"""The family of the scaling law: shapes, batches and tokens by the dial of `btlm new`, constants of one config."""
+"""The family of the scaling law: one depth, widths of heads in proportion; batches and tokens as `btlm new` makes them.
+
+All members have the target's depth and number of heads, so that only the width differs, which muP carries over. The
+dial's own shapes of these sizes have 1, 2, 3, 1 and 5 layers, and no law of N and D can know that.
+"""
 
 from __future__ import annotations
 
@@ -7,44 +11,58 @@ import dataclasses
 from btlm_jax.recipe import sizes
 from btlm_jax.recipe.config import MeshConfig, TrainConfig
 
-PARTS = (12.7, 8.0, 5.75, 4.0)  # the target has so many times the parameters of each fitted size
+SHARES = (0.2, 0.3, 0.4, 0.5)  # of the target's width
 TOKENS = (1, 2)  # fitted runs have the target's tokens a parameter, and twice as many
+HEAD_DIM_MULTIPLE = 8
 
 
-def make_size(num_parameters: int, *, tokens_per_parameter: float, vocab_size: int, longest: int) -> TrainConfig:
-    """Return the dial's config of a size, for a CPU.
+def make_member(shape: sizes.Shape, *, tokens_per_parameter: float, longest: int) -> TrainConfig:
+    """Return the config of a shape for a CPU: batch, curriculum and warm-up by the tokens, as of `btlm new`.
 
     Raises:
-      ValueError: the dial has no such size.
+      ValueError: there are too few tokens for two phases.
     """
-    shape = sizes.shape_for(num_parameters, vocab_size=vocab_size)
-    made = sizes.make_config(
+    return sizes.make_config(
         sizes.Choices(
             shape=shape, num_tokens=round(tokens_per_parameter * shape.num_parameters), longest=longest,
             weight_decay=sizes.PUBLISHED, dtype="float32", mesh=MeshConfig(tensor=1, context=1, accumulation=1),
             remat="none", store="store", max_epochs=4,
         )
     )  # fmt: skip
-    return made
+
+
+def make_shape(*, d_model: int, num_layers: int, num_heads: int, vocab_size: int) -> sizes.Shape:
+    """Return the shape with the dial's d_ff."""
+    return sizes.Shape(
+        vocab_size=vocab_size, num_layers=num_layers, d_model=d_model, num_heads=num_heads, d_ff=8 * d_model // 6 * 2
+    )
 
 
 def fitted_sizes(target: TrainConfig) -> dict[str, TrainConfig]:
-    """Return the smaller runs by name, the cheapest first: the dial's sizes with everything else as the target has it.
+    """Return the smaller runs by name, the cheapest first; everything that no size decides is the target's.
 
     Raises:
-      ValueError: the dial has no such size, or the same for two.
+      ValueError: two of the widths are the same.
     """
-    ratio = target.curriculum.table.num_tokens / sizes.count_parameters(target.model)
+    model = target.model
+    ratio = target.curriculum.table.num_tokens / sizes.count_parameters(model)
+    step = HEAD_DIM_MULTIPLE * model.num_heads
     found = {}
-    for part in PARTS:
+    for share in SHARES:
+        shape = make_shape(
+            d_model=round(share * model.d_model / step) * step, num_layers=model.num_layers, num_heads=model.num_heads,
+            vocab_size=model.vocab_size,
+        )  # fmt: skip
         for times in TOKENS:
-            made = make_size(
-                round(sizes.count_parameters(target.model) / part), tokens_per_parameter=times * ratio,
-                vocab_size=target.model.vocab_size, longest=target.curriculum.seq_len[-1],
+            name = f"d{shape.d_model}-{times}x"
+            if name in found or shape.d_model == 0:
+                raise ValueError(
+                    f"{share:g} of the target's d_model={model.d_model} in heads of a multiple of {HEAD_DIM_MULTIPLE} "
+                    f"is {shape.d_model}, which is 0 or another one's too: give a wider target, or fewer heads"
+                )
+            made = make_member(
+                shape, tokens_per_parameter=times * ratio, longest=target.curriculum.table.block_len
             )  # fmt: skip
-            name = f"{sizes.count_parameters(made.model) // 1000}K-{times}x"
-            if name in found:
-                raise ValueError(f"two of the fitted sizes are {name}: the target is too small; give a larger one")
             found[name] = with_constants(made, target)
     return dict(sorted(found.items(), key=lambda each: _cost(each[1])))
 
