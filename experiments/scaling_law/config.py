@@ -1,7 +1,7 @@
 """The target of the scaling law: the run that is predicted. The fitted ones have a fifth to half its width: family.py.
 
-Batches and tokens are those of `btlm new`; the constants are those of experiments/lr_transfer at width 64, where 2^-6 is
-within an octave of the best rate. "" is for 2 CPU cores, "quick" ends within minutes, "large" is for a GPU.
+Batches and tokens are those of `btlm new`; the constants are those of experiments/lr_transfer at width 64, where a rate
+of 2^-6 is within an octave of the best. "" is for 2 CPU cores, "quick" ends within minutes, "large" is for a GPU.
 """
 
 import dataclasses
