@@ -91,8 +91,8 @@ _GENERATION = _Library(
 )
 _TRAINING = _Library(
     name="training",
-    sources=("causal_forward.cc", "causal_backward.cc"),
-    targets=("btlm_causal_forward", "btlm_causal_backward"),
+    sources=("causal_forward.cc", "causal_backward.cc", "transpose.cc"),
+    targets=("btlm_causal_forward", "btlm_causal_backward", "btlm_transpose"),
     slow_without="attention of training on this CPU takes up to twice as long",
 )
 

@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 
+from btlm_jax.model.products import multiply, sum_outer
 from btlm_jax.parallel.collectives import gather_table, scatter_table_gradient
 from btlm_jax.parallel.mesh import TENSOR, AxisRules, axis_names
 
@@ -140,8 +141,8 @@ def _loss_sum_forward(statics: _LossStatics, hidden_BTD, table_VD, targets_BT, w
                 probability_RV *= (1 + 2 * statics.z_loss * norm_R)[..., None]
             delta_RV = probability_RV - _one_hot(targets_R, table_VD.shape[0])
             delta_RV = (delta_RV * (weights_R * statics.output_scale)[..., None]).astype(hidden_RD.dtype)
-            grad_RD = jnp.einsum("RV,VD->RD", delta_RV, table_VD)
-            grad_VD = grad_VD + jnp.einsum("RV,RD->VD", delta_RV, hidden_RD, preferred_element_type=jnp.float32)
+            grad_RD = multiply("RV,VD->RD", delta_RV, table_VD)
+            grad_VD = grad_VD + sum_outer("RV,RD->VD", delta_RV, hidden_RD)
             return (total + (weights_R * losses_R).sum(), grad_VD), grad_RD
 
         zeros = _varying(jnp.zeros(())), _varying(jnp.zeros(table_VD.shape, jnp.float32))

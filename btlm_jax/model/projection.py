@@ -21,6 +21,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import PartitionSpec
 
+from btlm_jax.model.products import multiply, sum_outer
 from btlm_jax.parallel.collectives import (
     REPLICA_AXES,
     gather_kernel,
@@ -120,7 +121,7 @@ def project_scheduled(projection: Projection, x: jax.Array, kernel: jax.Array, b
         kernel_KM = projection.to_device_order(kernel, dim=1 - projection.embed_dim)
         kernel_KM = gather_kernel(kernel_KM, dtype=x.dtype, embed_dim=projection.embed_dim)
         x_laid_out, in_use = projection.to_layout(x, x_dims), kernel_KM.reshape(projection.kernel_shape)
-        y = jnp.einsum(f"{x_dims},{projection.kernel_dims}->{y_dims}", x_laid_out, in_use)
+        y = multiply(f"{x_dims},{projection.kernel_dims}->{y_dims}", x_laid_out, in_use)
         y = with_row_major_layout(y) if projection.is_on_tpu else y
         if into_hidden:  # each device adds its own part of the bias
             bias = projection.to_device_order(bias, dim=0)
@@ -147,10 +148,9 @@ def _backward(projection: Projection, residuals: tuple[jax.Array, jax.Array], dy
         kernel_KM = gather_kernel(kernel_KM, dtype=x.dtype, embed_dim=projection.embed_dim)
         x_laid_out, dy_laid_out = projection.to_layout(x, x_dims), projection.to_layout(dy, y_dims)
         in_use, kernel_dims = kernel_KM.reshape(projection.kernel_shape), projection.kernel_dims
-        dx = jnp.einsum(f"{y_dims},{kernel_dims}->{x_dims}", dy_laid_out, in_use)
+        dx = multiply(f"{y_dims},{kernel_dims}->{x_dims}", dy_laid_out, in_use)
         dx = with_row_major_layout(dx) if projection.is_on_tpu else dx
-        product = f"{x_dims},{y_dims}->{kernel_dims}"
-        dkernel = jnp.einsum(product, x_laid_out, dy_laid_out, preferred_element_type=jnp.float32)
+        dkernel = sum_outer(f"{x_dims},{y_dims}->{kernel_dims}", x_laid_out, dy_laid_out)
         dkernel_KM = scatter_kernel_gradient(dkernel.reshape(kernel_KM.shape), embed_dim=projection.embed_dim)
         if projection.is_bias_gradient_a_product:
             dbias = _sum_rows_by_product(dy_laid_out, y_dims)
