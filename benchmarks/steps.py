@@ -87,13 +87,18 @@ def make_jax_step(config: TrainConfig) -> Step:
     return Step(run=run, wait=lambda: jax.block_until_ready(state), peak_bytes=peak_bytes, compile_s=compile_s)
 
 
-def make_torch_step(config: TrainConfig, *, attention: str, mode: str, device: str) -> Step:
-    """Make PyTorch's step: fused AdamW, clipping, parameters in float32, bfloat16 through autocast."""
+def make_torch_step(config: TrainConfig, *, attention: str, mode: str, device: str, is_medium: bool = False) -> Step:
+    """Make PyTorch's step: fused AdamW, clipping, parameters in float32, bfloat16 through autocast.
+
+    With `is_medium` products of float32 may be made in bfloat16.
+    """
     import torch
     from torch_btlm import TorchBtlm, parameter_groups
 
     torch.set_num_threads(os.cpu_count())
-    torch.set_float32_matmul_precision("high")  # of use where something is float32 under autocast
+    torch.set_float32_matmul_precision(
+        "medium" if is_medium else "high"
+    )  # of use where something is float32 under autocast
     torch.manual_seed(0)
     (phase,) = config.curriculum.table.phases
     model = TorchBtlm(config, attention=attention, length=phase.seq_len, device=device)

@@ -1,11 +1,12 @@
 """Our training step against the same BTLM in PyTorch, eager and compiled, with each attention that PyTorch has.
 
 Command: python benchmarks/train_step.py [--device=cuda] [--quick] [--output=benchmarks/results/NAME.md]
-Needs pip install -e '.[bench]'. On a CPU the local run's model in float32; on a GPU models of 125M to 1.3B parameters
-in bfloat16. Each framework runs in processes of its own, in turns; a row is the median over rounds of each round's
-median step. The peer is written as well as we can: SDPA with an ALiBi mask, SDPA with ALiBi folded into the head dim
-(so that its causal flash kernel serves), on a GPU the same by cuDNN, and FlexAttention with ALiBi; fused AdamW; the
-same clipping, multipliers and weight decay; the best of them is the one to beat.
+Needs pip install -e '.[bench]'. On a CPU the local run's model in float32 and bfloat16, where PyTorch's float32 is also
+tried with products rounded to bfloat16 ("medium"); on a GPU models of 125M to 1.3B parameters in bfloat16. Each
+framework runs in processes of its own, in turns; a row is the median over rounds of each round's median step. The peer
+is written as well as we can: SDPA with an ALiBi mask, SDPA with ALiBi folded into the head dim (so that its causal flash
+kernel serves), on a GPU the same by cuDNN, and FlexAttention with ALiBi; fused AdamW; the same clipping, multipliers and
+weight decay; the best of them, of any precision, is the one to beat.
 """
 
 from __future__ import annotations
@@ -25,11 +26,17 @@ from steps import config_of_size, make_jax_step, make_torch_step
 
 from btlm_jax.train.flops import FLOPS_CONVENTION, flops_per_token, peak_flops
 
-OURS = "btlm_jax"
-CPU_PEERS = tuple(f"torch {mode}, {attention}" for mode in ("eager", "compile") for attention in ("mask", "folded"))
-GPU_PEERS = tuple(
-    f"torch compile, {attention}" for attention in ("folded", "cudnn", "flex")
-)  # others are never the best
+OURS, MEDIUM = "btlm_jax", "medium"
+# Framework, and precision. PyTorch's others are never the best.
+CPU_OURS = tuple(f"{OURS}, {precision}" for precision in ("float32", "bfloat16"))
+CPU_PEERS = tuple(
+    f"torch {mode}, {attention}, {precision}"
+    for precision in ("float32", MEDIUM, "bfloat16")
+    for mode in (("eager", "compile") if precision == "float32" else ("compile",))
+    for attention in ("mask", "folded")
+)
+GPU_OURS = (f"{OURS}, bfloat16",)
+GPU_PEERS = tuple(f"torch compile, {attention}, bfloat16" for attention in ("folded", "cudnn", "flex"))
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -42,8 +49,8 @@ class Case:
     device: str
 
     @property
-    def dtype(self) -> str:
-        return "float32" if self.device == "cpu" else "bfloat16"
+    def ours(self) -> tuple[str, ...]:
+        return CPU_OURS if self.device == "cpu" else GPU_OURS
 
     @property
     def peers(self) -> tuple[str, ...]:
@@ -67,13 +74,17 @@ QUICK = {"cpu": CASES["cpu"][:1], "cuda": CASES["cuda"][:2]}
 
 def run_one(framework: str, case: Case, *, steps: int) -> dict:
     """Time one framework in this process."""
-    config = config_of_size(case.size, batch=case.batch, length=case.length, dtype=case.dtype)
+    name, *attention, precision = framework.split(", ")
+    dtype = "float32" if precision == MEDIUM else precision
+    config = config_of_size(case.size, batch=case.batch, length=case.length, dtype=dtype)
     began = time.perf_counter()
-    if framework == OURS:
+    if name == OURS:
         step = make_jax_step(config)
     else:
-        mode, attention = framework.removeprefix("torch ").split(", ")
-        step = make_torch_step(config, attention=attention, mode=mode, device=case.device)
+        mode = name.removeprefix("torch ")
+        step = make_torch_step(
+            config, attention=attention[0], mode=mode, device=case.device, is_medium=precision == MEDIUM
+        )
     losses = [float(step.run())]
     first = time.perf_counter() - began
     losses.append(float(step.run()))  # allocators and caches have settled after this one
@@ -109,7 +120,7 @@ def measure_peak(device: str) -> float:
 
 def rows(case: Case, *, rounds: int, steps: int, peak: float) -> list[str]:
     """Measure a case; return the table's rows."""
-    frameworks = (OURS, *case.peers)
+    frameworks = (*case.ours, *case.peers)
     results = {framework: [] for framework in frameworks}
     for _ in range(rounds):
         for framework in frameworks:
@@ -118,20 +129,21 @@ def rows(case: Case, *, rounds: int, steps: int, peak: float) -> list[str]:
         name: statistics.median(run["median"] for run in runs) for name, runs in results.items() if None not in runs
     }
     best = min((name for name in case.peers if name in medians), key=medians.get, default=None)
-    config = config_of_size(case.size, batch=case.batch, length=case.length, dtype=case.dtype)
+    config = config_of_size(case.size, batch=case.batch, length=case.length, dtype="float32")
     tokens = case.batch * case.length
     flops = tokens * flops_per_token(config.model, seq_len=case.length)
     lines = []
     for name in frameworks:
         label = f"| {case.size}, {case.batch} x {case.length:,} | {name}{' (best peer)' if name == best else ''} |"
         if name not in medians:
-            lines.append(f"{label} failed | | | | | |")
+            lines.append(f"{label} failed{' |' * (5 + len(case.ours))}")
             continue
         seconds = medians[name]
         memory = max(run["peak"] for run in results[name])
         lines.append(
             f"{label} {seconds * 1e3:,.4g} | {tokens / seconds:,.0f} | {flops / seconds / peak:.1%} | "
-            f"{seconds / medians[OURS]:.2f} | {f'{memory / 1e9:.2f}' if memory else ''} | "
+            f"{' | '.join(f'{seconds / medians[ours]:.2f}' if ours in medians else '' for ours in case.ours)} | "
+            f"{f'{memory / 1e9:.2f}' if memory else ''} | "
             f"{statistics.median(run['first'] for run in results[name]):.1f} |"
         )
     return lines
@@ -158,11 +170,11 @@ def main() -> None:
         print(peak_flops(jax.devices()[0]).flops)
         return
     peak = measure_peak(arguments.device)
-    lines = [
-        "| model, batch x T | framework | ms a step | tokens/s | MFU | time / ours | memory, GB | first step, s |",
-        "|---|---|---|---|---|---|---|---|",
-    ]
-    for case in (QUICK if arguments.quick else CASES)[arguments.device]:
+    cases = (QUICK if arguments.quick else CASES)[arguments.device]
+    ratios = [f"time / ours, {name.partition(', ')[2]}" for name in cases[0].ours]
+    titles = ["model, batch x T", "framework", "ms a step", "tokens/s", "MFU", *ratios, "memory, GB", "first step, s"]
+    lines = [f"| {' | '.join(titles)} |", "|---" * len(titles) + "|"]
+    for case in cases:
         lines += rows(case, rounds=arguments.rounds, steps=arguments.steps, peak=peak)
     setting = f"{machine('jax', 'torch')}{accelerator(arguments.device)}; MFU of {peak / 1e12:.4g} TFLOP/s"
     table = f"{setting}: {FLOPS_CONVENTION}\n\n" + "\n".join(lines) + "\n"

@@ -30,7 +30,7 @@ def sum_outer(dims: str, a: jax.Array, b: jax.Array) -> jax.Array:
 
 
 def transpose(x_RK: jax.Array) -> jax.Array:
-    """Return x_KR, by a C++ kernel: a transposition of XLA's is merged into the product, which then takes twice as long."""
+    """Return x_KR, by a C++ kernel: XLA merges a transposition of its own into the product, which takes twice as long."""
     R, K = x_RK.shape
     return jax.ffi.ffi_call("btlm_transpose", jax.ShapeDtypeStruct((K, R), x_RK.dtype))(x_RK)
 
