@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
+from btlm_jax.attention.remat_names import name_value
 from btlm_jax.model.projection import Project, make_projection
 from btlm_jax.parallel.collectives import gather_table, scatter_table_gradient
 from btlm_jax.parallel.mesh import TENSOR, AxisRules
@@ -44,7 +45,7 @@ class Linear(nn.Module):
             out_axes=self.out_axes,
             rules=self.rules,
         )
-        return checkpoint_name(self.project(projection, x, kernel, bias), self.name)
+        return name_value(self.project(projection, x, kernel, bias), self.name)
 
 
 class Embedding(nn.Module):
