@@ -55,7 +55,7 @@ def _attend_forward(q_BTNH, k_BTNH, v_BTNH, slopes_N, starts_BT, scale):
     call = jax.ffi.ffi_call("btlm_causal_forward", [_like(q_BTNH), _float32((B, N, T)), _float32(scratch)])
     inputs = (q_BTNH, k_BTNH, v_BTNH, slopes_N, window_BN)
     o_BTNH, lse_BNT, _ = call(*inputs, *_given(starts_BT), scale=np.float32(scale))
-    o_BTNH = remat_names.name_value(o_BTNH, remat_names.OUTPUT)
+    o_BTNH = remat_names.name_residual(o_BTNH, remat_names.OUTPUT)
     lse_BNT = checkpoint_name(lse_BNT, remat_names.LOG_SUM_EXP)
     return o_BTNH, (starts_BT, *inputs, o_BTNH, lse_BNT)
 
