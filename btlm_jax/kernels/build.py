@@ -91,8 +91,11 @@ _GENERATION = _Library(
 )
 _TRAINING = _Library(
     name="training",
-    sources=("causal_forward.cc", "causal_backward.cc", "transpose.cc"),
-    targets=("btlm_causal_forward", "btlm_causal_backward", "btlm_transpose"),
+    sources=("causal_forward.cc", "causal_backward.cc", "elementwise.cc", "transpose.cc"),
+    targets=(
+        *("btlm_causal_forward", "btlm_causal_backward", "btlm_transpose"),
+        *("btlm_swiglu_forward", "btlm_swiglu_backward", "btlm_cross_entropy"),
+    ),
     slow_without="attention of training on this CPU takes up to twice as long",
 )
 

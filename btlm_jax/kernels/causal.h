@@ -50,9 +50,6 @@ struct Floats {  // aligned to a cache line
   }
 };
 
-inline float from_float(float v, float) { return v; }
-inline bf16 from_float(float v, bf16) { return to_bf16(v); }
-
 // Rows of one head in float32, padded with zeros.
 template <typename C>
 void widen(const Shape& shape, const C* from, int64_t g, int64_t first, int64_t count, float* to) {

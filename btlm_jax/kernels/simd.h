@@ -82,6 +82,9 @@ inline bf16 to_bf16(float v) {  // to nearest, ties to even
   return {static_cast<uint16_t>((bits + 0x7fffu + ((bits >> 16) & 1)) >> 16)};
 }
 
+inline float from_float(float v, float) { return v; }
+inline bf16 from_float(float v, bf16) { return to_bf16(v); }
+
 // Calls run(0) ... run(count - 1), also on the pool's other threads; `work` is multiply-adds per call. Waits for calls
 // that have started, never for a thread to become free.
 template <typename F>

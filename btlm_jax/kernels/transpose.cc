@@ -1,13 +1,32 @@
-// Matrices of bfloat16, transposed: what products that sum over rows need before a processor's bfloat16 products take
-// them (model/products.py).
+// Matrices of float32 or bfloat16, transposed: for products that sum over rows (model/products.py).
 
 #include "simd.h"
+#ifdef __SSE2__
+#include <immintrin.h>
+#endif
 
 namespace {
 
-constexpr int64_t kBlock = 64, kPiece = 8;  // rows of a task; elements of a row that are one vector
+constexpr int64_t kBlock = 64, kPiece = 8;  // rows of a task; sides of what is transposed in registers
 
 // to[column][row] of 8 x 8 elements.
+inline void transpose_piece(const float* from, int64_t from_row, float* to, int64_t to_row) {
+#ifdef __SSE2__
+  for (int r = 0; r < 8; r += 4) {
+    for (int c = 0; c < 8; c += 4) {
+      __m128 rows[4];
+      for (int i = 0; i < 4; ++i) rows[i] = _mm_loadu_ps(from + (r + i) * from_row + c);
+      _MM_TRANSPOSE4_PS(rows[0], rows[1], rows[2], rows[3]);
+      for (int i = 0; i < 4; ++i) _mm_storeu_ps(to + (c + i) * to_row + r, rows[i]);
+    }
+  }
+#else
+  for (int c = 0; c < 8; ++c) {
+    for (int r = 0; r < 8; ++r) to[c * to_row + r] = from[r * from_row + c];
+  }
+#endif
+}
+
 inline void transpose_piece(const uint16_t* from, int64_t from_row, uint16_t* to, int64_t to_row) {
 #ifdef __SSE2__
   __m128i in[8], pairs[8], fours[8];
@@ -35,7 +54,8 @@ inline void transpose_piece(const uint16_t* from, int64_t from_row, uint16_t* to
 #endif
 }
 
-void transpose_rows(const uint16_t* from, uint16_t* to, int64_t rows, int64_t columns, int64_t first, int64_t end) {
+template <typename T>
+void transpose_rows(const T* from, T* to, int64_t rows, int64_t columns, int64_t first, int64_t end) {
   int64_t whole_end = first + (end - first) / kPiece * kPiece, c = 0;
   for (; c + kPiece <= columns; c += kPiece) {
     for (int64_t r = first; r < whole_end; r += kPiece) {
@@ -50,18 +70,25 @@ void transpose_rows(const uint16_t* from, uint16_t* to, int64_t rows, int64_t co
   }
 }
 
-ffi::Error transpose(ffi::ThreadPool pool, ffi::Buffer<ffi::BF16> x_RK, ffi::ResultBuffer<ffi::BF16> y_KR) {
-  int64_t rows = x_RK.dimensions()[0], columns = x_RK.dimensions()[1];
-  auto* from = static_cast<const uint16_t*>(x_RK.untyped_data());
-  auto* to = static_cast<uint16_t*>(y_KR->untyped_data());
+template <typename T>
+void transpose_all(ffi::ThreadPool pool, const T* from, T* to, int64_t rows, int64_t columns) {
   parallel(pool, (rows + kBlock - 1) / kBlock, kBlock * columns, [&](int64_t task) {
     transpose_rows(from, to, rows, columns, task * kBlock, std::min(rows, (task + 1) * kBlock));
   });
+}
+
+ffi::Error transpose(ffi::ThreadPool pool, ffi::AnyBuffer x_RK, ffi::Result<ffi::AnyBuffer> y_KR) {
+  int64_t rows = x_RK.dimensions()[0], columns = x_RK.dimensions()[1];
+  void *from = x_RK.untyped_data(), *to = y_KR->untyped_data();
+  if (x_RK.element_type() == ffi::BF16) {
+    transpose_all(pool, static_cast<uint16_t*>(from), static_cast<uint16_t*>(to), rows, columns);
+  } else {
+    transpose_all(pool, static_cast<float*>(from), static_cast<float*>(to), rows, columns);
+  }
   return ffi::Error::Success();
 }
 
 }  // namespace
 
 XLA_FFI_DEFINE_HANDLER_SYMBOL(btlm_transpose, transpose,
-                              ffi::Ffi::Bind().Ctx<ffi::ThreadPool>().Arg<ffi::Buffer<ffi::BF16>>()
-                                  .Ret<ffi::Buffer<ffi::BF16>>());
+                              ffi::Ffi::Bind().Ctx<ffi::ThreadPool>().Arg<ffi::AnyBuffer>().Ret<ffi::AnyBuffer>());

@@ -12,11 +12,13 @@ import functools
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.sharding import PartitionSpec
 
+from btlm_jax.kernels.build import has_training_kernels
 from btlm_jax.model.products import multiply, sum_outer
 from btlm_jax.parallel.collectives import gather_table, scatter_table_gradient
-from btlm_jax.parallel.mesh import TENSOR, AxisRules, axis_names
+from btlm_jax.parallel.mesh import TENSOR, AxisRules, axis_names, platform
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -133,14 +135,7 @@ def _loss_sum_forward(statics: _LossStatics, hidden_BTD, table_VD, targets_BT, w
         def add(carry, chunk_arrays):
             total, grad_VD = carry
             hidden_RD, targets_R, weights_R = chunk_arrays
-            logits_RV = _logits(hidden_RD, table_VD, statics.output_scale)
-            norm_R = jax.nn.logsumexp(logits_RV, -1)
-            losses_R = norm_R - _pick(logits_RV, targets_R)
-            probability_RV = jnp.exp(logits_RV - norm_R[..., None])
-            if statics.z_loss:
-                probability_RV *= (1 + 2 * statics.z_loss * norm_R)[..., None]
-            delta_RV = probability_RV - _one_hot(targets_R, table_VD.shape[0])
-            delta_RV = (delta_RV * (weights_R * statics.output_scale)[..., None]).astype(hidden_RD.dtype)
+            losses_R, delta_RV = _losses_and_deltas(statics, hidden_RD, table_VD, targets_R, weights_R)
             grad_RD = multiply("RV,VD->RD", delta_RV, table_VD)
             grad_VD = grad_VD + sum_outer("RV,RD->VD", delta_RV, hidden_RD)
             return (total + (weights_R * losses_R).sum(), grad_VD), grad_RD
@@ -160,6 +155,26 @@ def _loss_sum_forward(statics: _LossStatics, hidden_BTD, table_VD, targets_BT, w
     total, grad_BTD, grad_VD = mapped(hidden_BTD, table_VD, targets_BT, weights_BT)
     grad_BTD = jax.sharding.reshard(grad_BTD, statics.rules.spec("batch", "length", "act_embed"))
     return total, (grad_BTD, grad_VD)
+
+
+def _losses_and_deltas(statics: _LossStatics, hidden_RD, table_VD, targets_R, weights_R):
+    """Return each position's loss, and the gradients of the sum's products hidden @ table^T, in hidden's dtype."""
+    if platform() == "cpu" and has_training_kernels():
+        products_RV = _products(hidden_RD, table_VD)
+        shapes = (
+            jax.ShapeDtypeStruct(targets_R.shape, jnp.float32),
+            jax.ShapeDtypeStruct(products_RV.shape, hidden_RD.dtype),
+        )
+        scalars = {"scale": np.float32(statics.output_scale), "z_loss": np.float32(statics.z_loss)}
+        return jax.ffi.ffi_call("btlm_cross_entropy", shapes)(products_RV, targets_R, weights_R, **scalars)
+    logits_RV = _logits(hidden_RD, table_VD, statics.output_scale)
+    norm_R = jax.nn.logsumexp(logits_RV, -1)
+    losses_R = norm_R - _pick(logits_RV, targets_R)
+    probability_RV = jnp.exp(logits_RV - norm_R[..., None])
+    if statics.z_loss:
+        probability_RV *= (1 + 2 * statics.z_loss * norm_R)[..., None]
+    delta_RV = probability_RV - _one_hot(targets_R, table_VD.shape[0])
+    return losses_R, (delta_RV * (weights_R * statics.output_scale)[..., None]).astype(hidden_RD.dtype)
 
 
 def _loss_sum_backward(statics: _LossStatics, gradients, cotangent):
@@ -192,9 +207,12 @@ def _by_position(rules: AxisRules) -> tuple:
 
 
 def _logits(hidden_RD, table_VD, output_scale):
+    return _products(hidden_RD, table_VD) * output_scale
+
+
+def _products(hidden_RD, table_VD):
     table_VD = table_VD.astype(hidden_RD.dtype)
-    logits_RV = jnp.einsum("RD,VD->RV", hidden_RD, table_VD, preferred_element_type=jnp.float32)
-    return logits_RV * output_scale
+    return jnp.einsum("RD,VD->RV", hidden_RD, table_VD, preferred_element_type=jnp.float32)
 
 
 def _one_hot(targets_R, vocab_size: int):

@@ -23,6 +23,7 @@ from btlm_jax.attention.alibi import alibi_slopes, dynamic_factor
 from btlm_jax.attention.remat_names import save_attention_and
 from btlm_jax.model.layers import Embedding, LayerNorm, Linear, scale
 from btlm_jax.model.projection import Project, project_scheduled
+from btlm_jax.model.swiglu import swiglu
 from btlm_jax.parallel.mesh import RULES, AxisRules, device_head_order
 from btlm_jax.recipe.config import ModelConfig
 from btlm_jax.recipe.mup import Parametrization
@@ -82,7 +83,8 @@ class Mlp(nn.Module):
         D, F = self.config.d_model, self.config.d_ff
         linear = functools.partial(Linear, parametrization=self.parametrization, rules=self.rules, project=self.project)
         widen = functools.partial(linear, in_shape=(D,), in_axes=("embed",), out_shape=(F,), out_axes=("mlp",))
-        hidden_BTF = widen(name="up")(x_BTD) * jax.nn.silu(widen(name="gate")(x_BTD))
+        spec = self.rules.spec("batch", "length", "act_mlp")
+        hidden_BTF = swiglu(widen(name="up")(x_BTD), widen(name="gate")(x_BTD), spec=spec)
         return linear(in_shape=(F,), in_axes=("mlp",), out_shape=(D,), out_axes=("embed",), name="down")(hidden_BTF)
 
 
