@@ -17,7 +17,7 @@ from jax.sharding import PartitionSpec
 
 from btlm_jax.kernels.build import has_training_kernels
 from btlm_jax.model.products import multiply, sum_outer
-from btlm_jax.parallel.collectives import gather_table, scatter_table_gradient
+from btlm_jax.parallel.collectives import gather_table, map_devices, scatter_table_gradient, sum_over
 from btlm_jax.parallel.mesh import TENSOR, AxisRules, axis_names, platform
 
 
@@ -123,7 +123,7 @@ def _loss_sum(statics: _LossStatics, hidden_BTD, table_VD, targets_BT, weights_B
 
         chunks = tuple(_split_chunks(x, statics.chunk) for x in (hidden_BTD, targets_BT, weights_BT))
         total, _ = jax.lax.scan(add, _varying(jnp.zeros(())), chunks)
-        return jax.lax.psum(total, _all_axes())
+        return sum_over(total, _all_axes())
 
     return _per_device(local, statics.rules, out_specs=PartitionSpec())(hidden_BTD, table_VD, targets_BT, weights_BT)
 
@@ -144,7 +144,7 @@ def _loss_sum_forward(statics: _LossStatics, hidden_BTD, table_VD, targets_BT, w
         chunks = tuple(_split_chunks(x, statics.chunk) for x in (hidden_BTD, targets_BT, weights_BT))
         (total, grad_VD), grads = jax.lax.scan(add, zeros, chunks)
         grad_BTD = _merge_chunks(grads, batch=hidden_BTD.shape[0], length=hidden_BTD.shape[1])
-        return jax.lax.psum(total, _all_axes()), grad_BTD, scatter_table_gradient(grad_VD)
+        return sum_over(total, _all_axes()), grad_BTD, scatter_table_gradient(grad_VD)
 
     out_specs = (
         PartitionSpec(),
@@ -191,12 +191,9 @@ def _per_device(local, rules: AxisRules, *, out_specs):
 
     def run(hidden_BTD, table_VD, *positions_BT):
         by_position = PartitionSpec(*_by_position(rules))
-        arguments = (
-            jax.sharding.reshard(hidden_BTD, PartitionSpec(*by_position, None)),
-            jax.sharding.reshard(table_VD, rules.spec("vocab", "embed")),
-            *(jax.sharding.reshard(x_BT, by_position) for x_BT in positions_BT),
-        )
-        return jax.shard_map(local, out_specs=out_specs)(*arguments)
+        arguments = hidden_BTD, table_VD, *positions_BT
+        specs = PartitionSpec(*by_position, None), rules.spec("vocab", "embed"), *(by_position for _ in positions_BT)
+        return map_devices(local, in_specs=specs, out_specs=out_specs)(*map(jax.sharding.reshard, arguments, specs))
 
     return run
 

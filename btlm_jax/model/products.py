@@ -23,10 +23,10 @@ def multiply(dims: str, a: jax.Array, b: jax.Array) -> jax.Array:
 
 
 def sum_outer(dims: str, a: jax.Array, b: jax.Array) -> jax.Array:
-    """Return einsum(dims, a, b) in float32; on a CPU of matrices, over the rows of both: "RK,RM->KM"."""
-    if platform() == "cpu" and has_training_kernels():
-        (rows, columns), rest = dims.split(",")[0], dims.partition(",")[2]
-        dims, a = f"{columns}{rows},{rest}", transpose(a)
+    """Return einsum(dims, a, b) in float32; of matrices over their rows, as "RK,RM->KM"."""
+    if platform() == "cpu" and a.ndim == 2 and has_training_kernels():
+        rows, columns = dims[:2]
+        dims, a = f"{columns}{rows}{dims[2:]}", transpose(a)
     return jnp.einsum(dims, a, b, preferred_element_type=jnp.float32)
 
 

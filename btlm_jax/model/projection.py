@@ -25,8 +25,10 @@ from btlm_jax.model.products import multiply, sum_outer
 from btlm_jax.parallel.collectives import (
     REPLICA_AXES,
     gather_kernel,
+    map_devices,
     scatter_kernel_gradient,
     sum_gradient,
+    sum_over,
     with_row_major_layout,
 )
 from btlm_jax.parallel.mesh import FSDP, TENSOR, TPU_LANES, AxisRules, device_head_order, num_ways, platform
@@ -128,12 +130,12 @@ def project_scheduled(projection: Projection, x: jax.Array, kernel: jax.Array, b
             size = bias.shape[0] // jax.lax.axis_size(TENSOR)
             bias = jax.lax.dynamic_slice_in_dim(bias, jax.lax.axis_index(TENSOR) * size, size)
         else:
-            y = jax.lax.psum(y, TENSOR)
+            y = sum_over(y, TENSOR)
         y = y + projection.to_layout(bias.astype(x.dtype)[None, None], y_dims)
         return (jnp.moveaxis(y, 0, 2) if "S" in y_dims else y).reshape(*x.shape[:2], *projection.y_shape)
 
     in_specs = projection.x_spec, projection.kernel_spec, projection.bias_spec
-    return jax.shard_map(local, in_specs=in_specs, out_specs=projection.y_spec)(x, kernel, bias)
+    return map_devices(local, in_specs=in_specs, out_specs=projection.y_spec)(x, kernel, bias)
 
 
 def _forward(projection: Projection, x: jax.Array, kernel: jax.Array, bias: jax.Array):
@@ -159,7 +161,7 @@ def _backward(projection: Projection, residuals: tuple[jax.Array, jax.Array], dy
             dbias = dy_laid_out.sum(rows, dtype=jnp.float32).reshape(-1)
         axes = (FSDP, *REPLICA_AXES)
         if into_hidden:  # each device has the gradient of its own part of the bias
-            dx, size = jax.lax.psum(dx, TENSOR), dbias.shape[0]
+            dx, size = sum_over(dx, TENSOR), dbias.shape[0]
             zeros = jnp.zeros(size * jax.lax.axis_size(TENSOR), dbias.dtype)
             dbias = jax.lax.dynamic_update_slice_in_dim(zeros, dbias, jax.lax.axis_index(TENSOR) * size, axis=0)
             dbias, axes = projection.to_stored_order(dbias, dim=0), (*axes, TENSOR)
@@ -169,7 +171,7 @@ def _backward(projection: Projection, residuals: tuple[jax.Array, jax.Array], dy
 
     in_specs = projection.x_spec, projection.kernel_spec, projection.y_spec
     out_specs = projection.x_spec, projection.kernel_spec, projection.bias_spec
-    return jax.shard_map(local, in_specs=in_specs, out_specs=out_specs)(*residuals, dy)
+    return map_devices(local, in_specs=in_specs, out_specs=out_specs)(*residuals, dy)
 
 
 project_scheduled.defvjp(_forward, _backward)
