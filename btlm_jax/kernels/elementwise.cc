@@ -8,7 +8,7 @@
 namespace {
 
 constexpr int64_t kPiece = 1 << 13;  // elements of a task
-constexpr float kLargestExponent = 80;
+constexpr float kLargestExponent = 88.5f;  // e to this is 2.7e38 or infinite, and the inverse 0 in XLA's threads
 
 typedef uint16_t narrow __attribute__((vector_size(2 * kWide), aligned(2)));
 
