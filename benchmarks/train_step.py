@@ -3,10 +3,11 @@
 Command: python benchmarks/train_step.py [--device=cuda] [--quick] [--output=benchmarks/results/NAME.md]
 Needs pip install -e '.[bench]'. On a CPU the local run's model in float32 and bfloat16, where PyTorch's float32 is also
 tried with products rounded to bfloat16 ("medium"); on a GPU models of 125M to 1.3B parameters in bfloat16. Each
-framework runs in processes of its own, in turns; a row is the median over rounds of each round's median step. The peer
-is written as well as we can: SDPA with an ALiBi mask, SDPA with ALiBi folded into the head dim (so that its causal flash
-kernel serves), on a GPU the same by cuDNN, and FlexAttention with ALiBi; fused AdamW; the same clipping, multipliers and
-weight decay; the best of them, of any precision, is the one to beat.
+framework runs in processes of its own, in turns; a row is the median over rounds of each round's median step. All run
+with GLIBC_TUNABLES=glibc.malloc.hugetlb=1, as `btlm train` does. The peer is written as well as we can: SDPA with an
+ALiBi mask, SDPA with ALiBi folded into the head dim (so that its causal flash kernel serves), on a GPU the same by
+cuDNN, and FlexAttention with ALiBi; fused AdamW; the same clipping, multipliers and weight decay; the best of them, of
+any precision, is the one to beat.
 """
 
 from __future__ import annotations
@@ -103,7 +104,8 @@ def measure(framework: str, case: Case, *, steps: int) -> dict | None:
     """Time one framework in a process of its own; None if it failed."""
     sizes = [str(part) for part in dataclasses.astuple(case)]
     command = [sys.executable, __file__, "--one", framework, *sizes, "--steps", str(steps)]
-    environment = os.environ | ({"JAX_PLATFORMS": "cpu"} if case.device == "cpu" else {})
+    environment = os.environ | {"GLIBC_TUNABLES": "glibc.malloc.hugetlb=1"}
+    environment |= {"JAX_PLATFORMS": "cpu"} if case.device == "cpu" else {}
     done = subprocess.run(command, env=environment, stdout=subprocess.PIPE, text=True, check=False)
     result = json.loads(done.stdout.splitlines()[-1]) if done.returncode == 0 else None
     print(f"{case} {framework}: {result}", file=sys.stderr, flush=True)
