@@ -255,7 +255,8 @@ def test_a_run_of_the_curriculum_is_made_and_its_curves_are_measured(tmp_path, m
     config = experiment_of("curriculum").make_variants(config, {}, {"": tmp_path / "store"})["short"]
     notices.begin(strict=())
     with one_device():
-        assert make_run_trial(stopping.current())(config, tmp_path / "run") == "done"
+        make_trial = make_run_trial(stopping.current(), most_heldout_tokens=3 * BLOCK_LEN)
+        assert make_trial(config, tmp_path / "run") == "done"
         measured = positions.measure_positions_of(config, tmp_path / "run")
     assert [curve["length"] for curve in measured["curves"]] == 2 * [8 * BLOCK_LEN]
     assert measured["trained_length"] == 24
@@ -264,6 +265,8 @@ def test_a_run_of_the_curriculum_is_made_and_its_curves_are_measured(tmp_path, m
     plain, divided = (curve["bins"]["loss"][:6] for curve in measured["curves"])
     assert plain[0] == pytest.approx(divided[0]) and plain[3:] != pytest.approx(divided[3:])  # one token has no slope
     assert study.step_seconds(tmp_path / "run").keys() == {"24"}
+    sources = json.loads((tmp_path / "run" / "summary.json").read_text())["heldout"]["sources"]
+    assert [source["tokens"] for source in sources.values()] == [3 // len(sources) * BLOCK_LEN] * len(sources)
     _check_written_store(tmp_path)
 
 

@@ -381,7 +381,10 @@ class _Study:
 
     def results_of(self, make: Callable[[TrainConfig], _Plan], *, kind: str) -> tuple[_Plan, dict[str, Result] | None]:
         """Make the trials of a plan; return it, on the study's token store, and their results, None if stopped."""
-        plan = make(self._begin({"kind": kind, **dataclasses.asdict(make(self.config))}))
+        from btlm_jax.tune.trials import heldout_tokens
+
+        text = {"most_heldout_tokens": heldout_tokens(self.config)}  # losses of other text are not mixed with these
+        plan = make(self._begin({"kind": kind, **text, **dataclasses.asdict(make(self.config))}))
         return plan, self._work(plan.choose)
 
     def _begin(self, study: dict) -> TrainConfig:
@@ -413,7 +416,7 @@ class _Study:
             results = trials.work(
                 self.directory,
                 choose,
-                make_run_trial(stop),
+                make_run_trial(stop, most_heldout_tokens=trials.heldout_tokens(self.config)),
                 is_stopping=lambda: bool(stop.reason),
                 on_loss=functools.partial(stop.end_now, ERROR),
                 log=print_line,
@@ -432,8 +435,8 @@ class _Study:
         write_atomically(self.directory / name, json.dumps(values, indent=1))
 
 
-def make_run_trial(stop: Stop) -> RunTrial:
-    """Return what makes a trial's run in its workdir, as `btlm train` makes it."""
+def make_run_trial(stop: Stop, *, most_heldout_tokens: int | None = None) -> RunTrial:
+    """Return what makes a trial's run in its workdir, as `btlm train` makes it; its final loss is of so many tokens."""
     from btlm_jax.cli.train import build_store, code_of_outcome, recorded_errors
     from btlm_jax.train import loop, setup
     from btlm_jax.train.metric_writer import GoodputLedger, StartRecord
@@ -453,6 +456,7 @@ def make_run_trial(stop: Stop) -> RunTrial:
                 beginning=setup.FROM_SEED,
                 continue_prompt=lambda run, params: "",
                 stop=stop,
+                most_heldout_tokens=most_heldout_tokens,
             )
         record.end(code_of_outcome(outcome), stop.reason)
         return outcome

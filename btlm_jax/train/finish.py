@@ -80,10 +80,19 @@ def heldout_blocks(split: Split, *, blocks_per_source: int) -> list[tuple[str, i
     ]
 
 
+def final_blocks_per_source(run: Run) -> int:
+    """Return how many blocks of each source, at most, the final loss is of."""
+    manifest = run.token_store.manifest
+    split = manifest.splits[HELDOUT]
+    if run.most_heldout_tokens is None:
+        return split.num_blocks
+    return max(1, run.most_heldout_tokens // manifest.block_len // len(split.sources))
+
+
 def finish_run(
     run: Run, params: dict, writer: MetricWriter, *, continue_prompt: ContinuePrompt, opt_state: optax.OptState = ()
 ) -> None:
-    """Evaluate on all held-out text, draw the plots, continue the prompt, write and print the summary.
+    """Evaluate on the held-out text, draw the plots, continue the prompt, write and print the summary.
 
     What only this end needs, plots and decoding, is imported here. The last checkpoint is complete by now, so an error
     loses nothing: the same command repeats the end alone.
@@ -91,8 +100,10 @@ def finish_run(
     from btlm_jax.train.plots import plot_loss, plot_position
 
     step = run.config.curriculum.table.num_steps
-    log("All steps are trained; what is left: the loss on all held-out text, a sample, the plots")
-    num_blocks = run.token_store.manifest.splits[HELDOUT].num_blocks
+    split, num_blocks = run.token_store.manifest.splits[HELDOUT], final_blocks_per_source(run)
+    count = len(heldout_blocks(split, blocks_per_source=num_blocks))
+    text = "all held-out text" if count == split.num_blocks else f"{count:,} of {split.num_blocks:,} held-out blocks"
+    log(f"All steps are trained; what is left: the loss on {text}, a sample, the plots")
     result = _evaluate(run, params, blocks_per_source=num_blocks)
     writer.evaluation(step, result)
     of_average = {}

@@ -37,7 +37,14 @@ from btlm_jax.train.checkpoint import (
     restore_last,
     run_environment,
 )
-from btlm_jax.train.finish import ContinuePrompt, evaluate_some, finish_run, finished_report, heldout_blocks
+from btlm_jax.train.finish import (
+    ContinuePrompt,
+    evaluate_some,
+    final_blocks_per_source,
+    finish_run,
+    finished_report,
+    heldout_blocks,
+)
 from btlm_jax.train.flops import FLOPS_CONVENTION, flops_per_token, peak_flops
 from btlm_jax.train.metric_writer import (
     Compare,
@@ -97,6 +104,7 @@ def train(
     continue_prompt: ContinuePrompt,
     stop: Stop,
     ledger: GoodputLedger,
+    most_heldout_tokens: int | None = None,
 ) -> str:
     """Train `config` in `workdir` to its end, from wherever the workdir stands; return DONE, PREEMPTED or BAD_NUMBERS.
 
@@ -104,7 +112,7 @@ def train(
 
     What belongs to folders above this one is handed in: `check_devices` refuses a layout that is known not to fit the
     chips, `build_store` makes the token store that the config describes, `beginning` the first state, `continue_prompt`
-    the sample at the end. `ledger` counts the time of this start.
+    the sample at the end. `ledger` counts the time of this start. `most_heldout_tokens`: see Run.
 
     Raises:
       ValueError: the config, the store, the mesh or the checkpoint do not fit together, or the step does not fit the
@@ -161,7 +169,13 @@ def train(
         if examples := describe_examples(token_store.manifest):
             log(examples)
         compare = _make_comparison(config, workdir=workdir, first_step=position.step + 1)
-        run = make_run(program, workdir=workdir, token_store=token_store, ledger=ledger)
+        run = make_run(
+            program,
+            workdir=workdir,
+            token_store=token_store,
+            ledger=ledger,
+            most_heldout_tokens=most_heldout_tokens,
+        )
         events += _machine_changes(checkpointer, position.step)
         ledger.facts |= {"token store": token_store.manifest.fingerprint, **run_environment()}
         stop.agree("first step", ledger.facts)
@@ -658,7 +672,7 @@ def _evaluation_work(run: Run) -> EvaluationWork:
     return EvaluationWork(
         every_steps=evaluation.every_steps,
         flops=flops(evaluation.blocks_per_source),
-        final_flops=flops(manifest.splits[HELDOUT].num_blocks),
+        final_flops=flops(final_blocks_per_source(run)),
     )
 
 

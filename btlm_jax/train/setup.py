@@ -89,6 +89,7 @@ class Run:
     eval_step: Callable
     learning_rates: np.ndarray  # float64, of the update that completes step 1, 2, ...; nan before schedule_begin
     ledger: GoodputLedger
+    most_heldout_tokens: int | None = None  # the final loss is of so many, of each source's first blocks; None: of all
 
     @property
     def most_documents(self) -> int:
@@ -423,7 +424,14 @@ def keep_compiled(workdir: Path) -> None:
     jax.config.update("jax_persistent_cache_enable_xla_caches", "none")
 
 
-def make_run(program: Program, *, workdir: Path, token_store: TokenStore, ledger: GoodputLedger) -> Run:
+def make_run(
+    program: Program,
+    *,
+    workdir: Path,
+    token_store: TokenStore,
+    ledger: GoodputLedger,
+    most_heldout_tokens: int | None = None,
+) -> Run:
     """Compile the train step of every phase and the evaluation step.
 
     All before the first step, so that a change of phase costs nothing and cannot fail.
@@ -453,6 +461,7 @@ def make_run(program: Program, *, workdir: Path, token_store: TokenStore, ledger
         eval_step=compiled_eval_step,
         learning_rates=rates_of_steps(config.optimizer, config.curriculum.table),
         ledger=ledger,
+        most_heldout_tokens=most_heldout_tokens,
     )
 
 

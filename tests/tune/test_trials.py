@@ -65,6 +65,11 @@ def test_each_trial_is_made_once_by_workers_side_by_side(tmp_path, monkeypatch):
     assert not list(tmp_path.glob("trials/*/checkpoints")) and not list(tmp_path.glob("trials/*/owner.json"))
 
 
+def test_losses_are_of_a_quarter_of_the_tokens_and_not_of_few():
+    phases = {"curriculum__num_tokens": (384 * 3000, 384 * 1000), "data__max_epochs": 10**6}
+    assert trials.heldout_tokens(tiny_config()) == 65_536 and trials.heldout_tokens(tiny_config(**phases)) == 384_000
+
+
 def test_what_is_tried_next_follows_from_the_results(tmp_path, capsys):
     def choose(results):
         return [trial(number) for number in range(len(results) + 1) if number < 3]
