@@ -96,7 +96,7 @@ _TRAINING = _Library(
         *("btlm_causal_forward", "btlm_causal_backward", "btlm_transpose"),
         *("btlm_swiglu_forward", "btlm_swiglu_backward", "btlm_cross_entropy"),
     ),
-    slow_without="attention of training on this CPU takes up to twice as long",
+    slow_without="training on this CPU takes up to twice as long",
 )
 
 
@@ -114,8 +114,13 @@ def has_kernels() -> bool:
 
 @functools.cache
 def has_training_kernels() -> bool:
-    """Whether the compiled kernels of attention/cpu.py are there, under the same conditions as `has_kernels`."""
+    """Whether the compiled kernels of training are there, under the same conditions as `has_kernels`."""
     return _is_registered(_TRAINING)
+
+
+def has_training_kernels_for(dtype: jax.typing.DTypeLike) -> bool:
+    """Whether there are kernels of training, and they take this dtype."""
+    return dtype in (jax.numpy.float32, jax.numpy.bfloat16) and has_training_kernels()
 
 
 def cpu_facts() -> dict[str, str]:

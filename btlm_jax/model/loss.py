@@ -15,10 +15,9 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import PartitionSpec
 
-from btlm_jax.kernels.build import has_training_kernels
-from btlm_jax.model.products import multiply, sum_outer
+from btlm_jax.model.products import has_kernels, multiply, sum_outer
 from btlm_jax.parallel.collectives import gather_table, map_devices, scatter_table_gradient, sum_over
-from btlm_jax.parallel.mesh import TENSOR, AxisRules, axis_names, platform
+from btlm_jax.parallel.mesh import TENSOR, AxisRules, axis_names
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -159,7 +158,7 @@ def _loss_sum_forward(statics: _LossStatics, hidden_BTD, table_VD, targets_BT, w
 
 def _losses_and_deltas(statics: _LossStatics, hidden_RD, table_VD, targets_R, weights_R):
     """Return each position's loss, and the gradients of the sum's products hidden @ table^T, in hidden's dtype."""
-    if platform() == "cpu" and has_training_kernels():
+    if has_kernels(hidden_RD):
         products_RV = _products(hidden_RD, table_VD)
         shapes = (
             jax.ShapeDtypeStruct(targets_R.shape, jnp.float32),

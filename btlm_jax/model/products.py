@@ -11,7 +11,7 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 
-from btlm_jax.kernels.build import has_training_kernels
+from btlm_jax.kernels.build import has_training_kernels_for
 from btlm_jax.parallel.mesh import platform
 
 
@@ -24,7 +24,7 @@ def multiply(dims: str, a: jax.Array, b: jax.Array) -> jax.Array:
 
 def sum_outer(dims: str, a: jax.Array, b: jax.Array) -> jax.Array:
     """Return einsum(dims, a, b) in float32; of matrices over their rows, as "RK,RM->KM"."""
-    if platform() == "cpu" and a.ndim == 2 and has_training_kernels():
+    if a.ndim == 2 and has_kernels(a):
         rows, columns = dims[:2]
         dims, a = f"{columns}{rows}{dims[2:]}", transpose(a)
     return jnp.einsum(dims, a, b, preferred_element_type=jnp.float32)
@@ -34,6 +34,11 @@ def transpose(x_RK: jax.Array) -> jax.Array:
     """Return x_KR by a C++ kernel: XLA would merge a transposition of its own into the product."""
     R, K = x_RK.shape
     return jax.ffi.ffi_call("btlm_transpose", jax.ShapeDtypeStruct((K, R), x_RK.dtype))(x_RK)
+
+
+def has_kernels(x: jax.Array) -> bool:
+    """Whether the C++ kernels compute with such an array, on the mesh that is set."""
+    return platform() == "cpu" and has_training_kernels_for(x.dtype)
 
 
 def _is_bfloat16_on_cpu(x: jax.Array) -> bool:

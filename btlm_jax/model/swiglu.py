@@ -7,8 +7,7 @@ import functools
 import jax
 from jax.sharding import PartitionSpec
 
-from btlm_jax.kernels.build import has_training_kernels
-from btlm_jax.parallel.mesh import platform
+from btlm_jax.model.products import has_kernels
 
 
 def swiglu(up_BTF: jax.Array, gate_BTF: jax.Array, *, spec: PartitionSpec) -> jax.Array:
@@ -17,7 +16,7 @@ def swiglu(up_BTF: jax.Array, gate_BTF: jax.Array, *, spec: PartitionSpec) -> ja
     The kernels compute in float32 and round once. XLA takes three times as long for the value and its gradients, 6 % of
     the local model's step (2 vCPU AMD EPYC (Zen 4), jax 0.10.2, 2026-11-30).
     """
-    if platform() == "cpu" and has_training_kernels():
+    if has_kernels(up_BTF):
         return _by_kernels(spec, up_BTF, gate_BTF)
     return up_BTF * jax.nn.silu(gate_BTF)
 

@@ -30,7 +30,7 @@ def test_without_a_compiler_a_warning_says_what_is_slow(tmp_path, monkeypatch, c
     monkeypatch.delenv("CXX", raising=False)
     assert build.has_kernels.__wrapped__() is False and build.has_training_kernels.__wrapped__() is False
     said = capsys.readouterr().err
-    assert "generation on this CPU is slow, " in said and "attention of training on this CPU" in said
+    assert "generation on this CPU is slow, " in said and "training on this CPU takes" in said
     assert said.count(message) == said.count("kernels-not-compiled") == 2 and not list(
         (tmp_path / "cache").rglob("*.so")
     )
