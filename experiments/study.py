@@ -230,6 +230,7 @@ def difference_and_interval(first: Sequence[float], second: Sequence[float]) -> 
 
 def write_results(values: dict, output: Path, *, plot: Callable[[dict, Path], None], text: str) -> None:
     """Write an experiment's numbers and figure, and print what they say."""
+    output.mkdir(parents=True, exist_ok=True)
     write_atomically(output / RESULTS_FILE, json.dumps(values, indent=1) + "\n")
     plot(values, output / FIGURE_FILE)
     print(f"{text}\nwrote {output / RESULTS_FILE} and {output / FIGURE_FILE}")

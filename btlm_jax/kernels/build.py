@@ -123,6 +123,11 @@ def has_training_kernels_for(dtype: jax.typing.DTypeLike) -> bool:
     return dtype in (jax.numpy.float32, jax.numpy.bfloat16) and has_training_kernels()
 
 
+def multiplies_bfloat16() -> bool:
+    """Whether products of bfloat16 are made by this CPU's own instructions, in the form of model/products.py."""
+    return bool({"avx512_bf16", "amx_bf16"} & _cpu_instruction_sets()) and has_training_kernels()
+
+
 def cpu_facts() -> dict[str, str]:
     """Return what of this CPU decides the last bits of sums: its threads, its instructions, and our kernels."""
     count = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()

@@ -19,6 +19,7 @@ import numpy as np
 from btlm_jax import notices
 from btlm_jax.data.loader import Batch, TrainLoader
 from btlm_jax.data.store import HELDOUT, keep_template, keep_tokenizer
+from btlm_jax.kernels.build import multiplies_bfloat16
 from btlm_jax.parallel.make_mesh import make_run_mesh, num_slices
 from btlm_jax.parallel.mesh import batch_sharding, rules_for
 from btlm_jax.recipe.config import PREPARED, TrainConfig, check_divisible
@@ -148,6 +149,8 @@ def train(
             from btlm_jax.train.gpu_step import describe_gpu_step  # only there: a run loads few modules
 
             log(describe_gpu_step(program))
+        if mesh.devices.flat[0].platform == "cpu" and config.model.dtype == "float32" and multiplies_bfloat16():
+            log("This CPU multiplies bfloat16 itself: model.dtype=bfloat16 would take two thirds of the time a step")
         check_memory(program)
         if position.step:
             keep_compiled(workdir)
