@@ -45,7 +45,7 @@ class Linear(nn.Module):
             out_axes=self.out_axes,
             rules=self.rules,
         )
-        return name_value(self.project(projection, x, kernel, bias), self.name)
+        return name_value(self.project(projection, x, kernel, bias), self.name or "")
 
 
 class Embedding(nn.Module):

@@ -38,7 +38,8 @@ def _backward(spec: PartitionSpec, residuals, dy_BTF):
         call = jax.ffi.ffi_call("btlm_swiglu_backward", (_like(up_BTF), _like(gate_BTF)))
         return tuple(call(up_BTF, gate_BTF, dy_BTF))
 
-    return jax.shard_map(local, in_specs=(spec,) * 3, out_specs=(spec, spec))(*residuals, dy_BTF)
+    up_BTF, gate_BTF = residuals
+    return jax.shard_map(local, in_specs=(spec,) * 3, out_specs=(spec, spec))(up_BTF, gate_BTF, dy_BTF)
 
 
 _by_kernels.defvjp(_forward, _backward)
