@@ -42,7 +42,7 @@ from btlm_jax.train.step import init_state
 
 PACKAGE = Path(btlm_jax.__file__).parent
 CONFIG = Path(__file__).parent.parent / "configs" / "local_cpu.py"
-MAX_FILES, MAX_LINES = 20, 2_800  # of a batch
+MAX_FILES, MAX_LINES = 20, 2_950  # of a batch; what a CPU's kernels need are some 120 lines
 MAX_PRODUCT_FILES, MAX_PRODUCT_FUNCTIONS = 3, 12
 B, T, D, F, N, V = 4, 32, 64, 170, 4, 300
 _PARTS = ("<module>", "<listcomp>", "<dictcomp>", "<setcomp>", "<genexpr>")  # of what is around them

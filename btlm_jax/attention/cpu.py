@@ -9,7 +9,7 @@ from jax.ad_checkpoint import checkpoint_name
 
 from btlm_jax.attention import remat_names
 from btlm_jax.attention.alibi import windows_of_heads
-from btlm_jax.kernels.build import HEAD_DIM_MULTIPLE, QUERY_TILE, has_training_kernels_for
+from btlm_jax.kernels.build import HEAD_DIM_MULTIPLE, QUERY_TILE, has_training_kernels
 
 
 def attend_cpu(
@@ -38,7 +38,7 @@ def attend_cpu(
 
 def has_kernels_for(q_BTNH: jax.Array) -> bool:
     """Whether there are kernels here that take such queries."""
-    return has_training_kernels_for(q_BTNH.dtype)
+    return q_BTNH.dtype in (jnp.float32, jnp.bfloat16) and has_training_kernels()
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(5,))

@@ -118,13 +118,8 @@ def has_training_kernels() -> bool:
     return _is_registered(_TRAINING)
 
 
-def has_training_kernels_for(dtype: jax.typing.DTypeLike) -> bool:
-    """Whether there are kernels of training, and they take this dtype."""
-    return dtype in (jax.numpy.float32, jax.numpy.bfloat16) and has_training_kernels()
-
-
 def multiplies_bfloat16() -> bool:
-    """Whether products of bfloat16 are made by this CPU's own instructions, in the form of model/products.py."""
+    """Whether training's products of bfloat16 are made by this CPU's instructions (docs/internals/cpu-kernels.md)."""
     return bool({"avx512_bf16", "amx_bf16"} & _cpu_instruction_sets()) and has_training_kernels()
 
 

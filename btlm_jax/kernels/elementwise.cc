@@ -56,8 +56,10 @@ template <typename F>
 ffi::Error of_type(const ffi::AnyBuffer& x, const F& run) {
   if (x.element_type() == ffi::BF16) {
     run(static_cast<bf16*>(nullptr));
-  } else {
+  } else if (x.element_type() == ffi::F32) {
     run(static_cast<float*>(nullptr));
+  } else {
+    return ffi::Error::InvalidArgument("the kernels of training take float32 and bfloat16");
   }
   return ffi::Error::Success();
 }

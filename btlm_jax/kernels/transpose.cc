@@ -1,4 +1,4 @@
-// Matrices of float32 or bfloat16, transposed: for products that sum over rows (model/products.py).
+// Matrices of float32 or bfloat16, transposed: for products that sum over rows.
 
 #include "simd.h"
 #ifdef __SSE2__
@@ -82,8 +82,10 @@ ffi::Error transpose(ffi::ThreadPool pool, ffi::AnyBuffer x_RK, ffi::Result<ffi:
   void *from = x_RK.untyped_data(), *to = y_KR->untyped_data();
   if (x_RK.element_type() == ffi::BF16) {
     transpose_all(pool, static_cast<uint16_t*>(from), static_cast<uint16_t*>(to), rows, columns);
-  } else {
+  } else if (x_RK.element_type() == ffi::F32) {
     transpose_all(pool, static_cast<float*>(from), static_cast<float*>(to), rows, columns);
+  } else {
+    return ffi::Error::InvalidArgument("the kernels of training take float32 and bfloat16");
   }
   return ffi::Error::Success();
 }

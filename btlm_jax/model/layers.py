@@ -15,7 +15,7 @@ from jax.ad_checkpoint import checkpoint_name
 
 from btlm_jax.attention.remat_names import name_value
 from btlm_jax.model.projection import Project, make_projection
-from btlm_jax.parallel.collectives import gather_table, map_devices, scatter_table_gradient
+from btlm_jax.parallel.collectives import gather_table, scatter_table_gradient
 from btlm_jax.parallel.mesh import TENSOR, AxisRules
 from btlm_jax.recipe.mup import Parametrization
 
@@ -164,7 +164,9 @@ def _look_up_backward(rules: AxisRules, dtype: jnp.dtype, residuals: tuple, dx_B
         return scatter_table_gradient(jax.lax.pcast(grad_VD, TENSOR, to="varying"))
 
     specs = (rules.spec("batch", "length"), rules.spec("batch", "length", "act_embed"))
-    grad_VD = map_devices(local, in_specs=specs, out_specs=rules.spec("vocab", "embed"))(inputs_BT, dx_BTD)
+    check = jax.sharding.get_abstract_mesh().size > 1
+    mapped = jax.shard_map(local, in_specs=specs, out_specs=rules.spec("vocab", "embed"), check_vma=check)
+    grad_VD = mapped(inputs_BT, dx_BTD)
     return grad_VD, None
 
 

@@ -12,12 +12,12 @@ import functools
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax.sharding import PartitionSpec
 
-from btlm_jax.model.products import has_kernels, multiply, sum_outer
-from btlm_jax.parallel.collectives import gather_table, map_devices, scatter_table_gradient, sum_over
-from btlm_jax.parallel.mesh import TENSOR, AxisRules, axis_names
+from btlm_jax.kernels import cross_entropy, transpose
+from btlm_jax.kernels.build import has_training_kernels
+from btlm_jax.parallel.collectives import gather_table, scatter_table_gradient
+from btlm_jax.parallel.mesh import TENSOR, AxisRules, axis_names, platform
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -122,7 +122,7 @@ def _loss_sum(statics: _LossStatics, hidden_BTD, table_VD, targets_BT, weights_B
 
         chunks = tuple(_split_chunks(x, statics.chunk) for x in (hidden_BTD, targets_BT, weights_BT))
         total, _ = jax.lax.scan(add, _varying(jnp.zeros(())), chunks)
-        return sum_over(total, _all_axes())
+        return _sum_over_devices(total)
 
     return _per_device(local, statics.rules, out_specs=PartitionSpec())(hidden_BTD, table_VD, targets_BT, weights_BT)
 
@@ -135,15 +135,20 @@ def _loss_sum_forward(statics: _LossStatics, hidden_BTD, table_VD, targets_BT, w
             total, grad_VD = carry
             hidden_RD, targets_R, weights_R = chunk_arrays
             losses_R, delta_RV = _losses_and_deltas(statics, hidden_RD, table_VD, targets_R, weights_R)
-            grad_RD = multiply("RV,VD->RD", delta_RV, table_VD)
-            grad_VD = grad_VD + sum_outer("RV,RD->VD", delta_RV, hidden_RD)
-            return (total + (weights_R * losses_R).sum(), grad_VD), grad_RD
+            # In the form that XLA:CPU makes by instructions of bfloat16: a float32 result, and nothing read transposed.
+            dtype = jnp.float32 if platform() == "cpu" else None
+            grad_RD = jnp.einsum("RV,VD->RD", delta_RV, table_VD, preferred_element_type=dtype)
+            of_rows, product = delta_RV, "RV,RD->VD"
+            if platform() == "cpu" and has_training_kernels():
+                of_rows, product = transpose(delta_RV), "VR,RD->VD"
+            grad_VD = grad_VD + jnp.einsum(product, of_rows, hidden_RD, preferred_element_type=jnp.float32)
+            return (total + (weights_R * losses_R).sum(), grad_VD), grad_RD.astype(hidden_RD.dtype)
 
         zeros = _varying(jnp.zeros(())), _varying(jnp.zeros(table_VD.shape, jnp.float32))
         chunks = tuple(_split_chunks(x, statics.chunk) for x in (hidden_BTD, targets_BT, weights_BT))
         (total, grad_VD), grads = jax.lax.scan(add, zeros, chunks)
         grad_BTD = _merge_chunks(grads, batch=hidden_BTD.shape[0], length=hidden_BTD.shape[1])
-        return sum_over(total, _all_axes()), grad_BTD, scatter_table_gradient(grad_VD)
+        return _sum_over_devices(total), grad_BTD, scatter_table_gradient(grad_VD)
 
     out_specs = (
         PartitionSpec(),
@@ -158,14 +163,9 @@ def _loss_sum_forward(statics: _LossStatics, hidden_BTD, table_VD, targets_BT, w
 
 def _losses_and_deltas(statics: _LossStatics, hidden_RD, table_VD, targets_R, weights_R):
     """Return each position's loss, and the gradients of the sum's products hidden @ table^T, in hidden's dtype."""
-    if has_kernels(hidden_RD):
-        products_RV = _products(hidden_RD, table_VD)
-        shapes = (
-            jax.ShapeDtypeStruct(targets_R.shape, jnp.float32),
-            jax.ShapeDtypeStruct(products_RV.shape, hidden_RD.dtype),
-        )
-        scalars = {"scale": np.float32(statics.output_scale), "z_loss": np.float32(statics.z_loss)}
-        return jax.ffi.ffi_call("btlm_cross_entropy", shapes)(products_RV, targets_R, weights_R, **scalars)
+    if platform() == "cpu" and has_training_kernels():
+        scalars = {"scale": statics.output_scale, "z_loss": statics.z_loss, "dtype": hidden_RD.dtype}
+        return cross_entropy(_products(hidden_RD, table_VD), targets_R, weights_R, **scalars)
     logits_RV = _logits(hidden_RD, table_VD, statics.output_scale)
     norm_R = jax.nn.logsumexp(logits_RV, -1)
     losses_R = norm_R - _pick(logits_RV, targets_R)
@@ -192,7 +192,9 @@ def _per_device(local, rules: AxisRules, *, out_specs):
         by_position = PartitionSpec(*_by_position(rules))
         arguments = hidden_BTD, table_VD, *positions_BT
         specs = PartitionSpec(*by_position, None), rules.spec("vocab", "embed"), *(by_position for _ in positions_BT)
-        return map_devices(local, in_specs=specs, out_specs=out_specs)(*map(jax.sharding.reshard, arguments, specs))
+        return jax.shard_map(local, in_specs=specs, out_specs=out_specs, check_vma=not _is_alone())(
+            *map(jax.sharding.reshard, arguments, specs)
+        )
 
     return run
 
@@ -222,6 +224,15 @@ def _losses(logits_RV, targets_R):
 def _pick(logits_RV, targets_R):
     # A masked sum rather than a gather: it fuses with the logsumexp and has no scatter for a gradient.
     return jnp.where(_one_hot(targets_R, logits_RV.shape[-1]), logits_RV, 0.0).sum(-1)
+
+
+def _sum_over_devices(total):
+    return total if _is_alone() else jax.lax.psum(total, _all_axes())
+
+
+def _is_alone() -> bool:
+    """Whether there is one device, over which XLA:CPU would sum by a copy."""
+    return jax.sharding.get_abstract_mesh().size == 1
 
 
 def _varying(x):

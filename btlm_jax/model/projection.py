@@ -21,14 +21,13 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import PartitionSpec
 
-from btlm_jax.model.products import multiply, sum_outer
+from btlm_jax.kernels import transpose
+from btlm_jax.kernels.build import has_training_kernels
 from btlm_jax.parallel.collectives import (
     REPLICA_AXES,
     gather_kernel,
-    map_devices,
     scatter_kernel_gradient,
     sum_gradient,
-    sum_over,
     with_row_major_layout,
 )
 from btlm_jax.parallel.mesh import FSDP, TENSOR, TPU_LANES, AxisRules, device_head_order, num_ways, platform
@@ -58,6 +57,9 @@ class Projection:
     y_shape: tuple[int, ...]  # on one device, without batch and length
     is_on_tpu: bool
     is_bias_gradient_a_product: bool
+    is_alone: bool  # on a mesh of one device, where XLA:CPU would copy what is summed over devices
+    result_dtype: jnp.dtype | None  # of products, before they are rounded; None: the operands'
+    is_transposed_first: bool  # what is summed over rows
 
     def to_device_order(self, stored: jax.Array, *, dim: int) -> jax.Array:
         """Return a stored kernel or bias with its hidden dims, from `dim` on, merged: padded, heads in device order."""
@@ -123,19 +125,21 @@ def project_scheduled(projection: Projection, x: jax.Array, kernel: jax.Array, b
         kernel_KM = projection.to_device_order(kernel, dim=1 - projection.embed_dim)
         kernel_KM = gather_kernel(kernel_KM, dtype=x.dtype, embed_dim=projection.embed_dim)
         x_laid_out, in_use = projection.to_layout(x, x_dims), kernel_KM.reshape(projection.kernel_shape)
-        y = multiply(f"{x_dims},{projection.kernel_dims}->{y_dims}", x_laid_out, in_use)
+        product = f"{x_dims},{projection.kernel_dims}->{y_dims}"
+        y = jnp.einsum(product, x_laid_out, in_use, preferred_element_type=projection.result_dtype).astype(x.dtype)
         y = with_row_major_layout(y) if projection.is_on_tpu else y
         if into_hidden:  # each device adds its own part of the bias
             bias = projection.to_device_order(bias, dim=0)
             size = bias.shape[0] // jax.lax.axis_size(TENSOR)
             bias = jax.lax.dynamic_slice_in_dim(bias, jax.lax.axis_index(TENSOR) * size, size)
         else:
-            y = sum_over(y, TENSOR)
+            y = y if projection.is_alone else jax.lax.psum(y, TENSOR)
         y = y + projection.to_layout(bias.astype(x.dtype)[None, None], y_dims)
         return (jnp.moveaxis(y, 0, 2) if "S" in y_dims else y).reshape(*x.shape[:2], *projection.y_shape)
 
     in_specs = projection.x_spec, projection.kernel_spec, projection.bias_spec
-    return map_devices(local, in_specs=in_specs, out_specs=projection.y_spec)(x, kernel, bias)
+    check = not projection.is_alone
+    return jax.shard_map(local, in_specs=in_specs, out_specs=projection.y_spec, check_vma=check)(x, kernel, bias)
 
 
 def _forward(projection: Projection, x: jax.Array, kernel: jax.Array, bias: jax.Array):
@@ -150,9 +154,14 @@ def _backward(projection: Projection, residuals: tuple[jax.Array, jax.Array], dy
         kernel_KM = gather_kernel(kernel_KM, dtype=x.dtype, embed_dim=projection.embed_dim)
         x_laid_out, dy_laid_out = projection.to_layout(x, x_dims), projection.to_layout(dy, y_dims)
         in_use, kernel_dims = kernel_KM.reshape(projection.kernel_shape), projection.kernel_dims
-        dx = multiply(f"{y_dims},{kernel_dims}->{x_dims}", dy_laid_out, in_use)
+        product, result_dtype = f"{y_dims},{kernel_dims}->{x_dims}", projection.result_dtype
+        dx = jnp.einsum(product, dy_laid_out, in_use, preferred_element_type=result_dtype).astype(x.dtype)
         dx = with_row_major_layout(dx) if projection.is_on_tpu else dx
-        dkernel = sum_outer(f"{x_dims},{y_dims}->{kernel_dims}", x_laid_out, dy_laid_out)
+        first_dims = x_dims
+        if projection.is_transposed_first:
+            first_dims, x_laid_out = x_dims[::-1], transpose(x_laid_out)
+        product = f"{first_dims},{y_dims}->{kernel_dims}"
+        dkernel = jnp.einsum(product, x_laid_out, dy_laid_out, preferred_element_type=jnp.float32)
         dkernel_KM = scatter_kernel_gradient(dkernel.reshape(kernel_KM.shape), embed_dim=projection.embed_dim)
         if projection.is_bias_gradient_a_product:
             dbias = _sum_rows_by_product(dy_laid_out, y_dims)
@@ -161,7 +170,7 @@ def _backward(projection: Projection, residuals: tuple[jax.Array, jax.Array], dy
             dbias = dy_laid_out.sum(rows, dtype=jnp.float32).reshape(-1)
         axes = (FSDP, *REPLICA_AXES)
         if into_hidden:  # each device has the gradient of its own part of the bias
-            dx, size = sum_over(dx, TENSOR), dbias.shape[0]
+            dx, size = dx if projection.is_alone else jax.lax.psum(dx, TENSOR), dbias.shape[0]
             zeros = jnp.zeros(size * jax.lax.axis_size(TENSOR), dbias.dtype)
             dbias = jax.lax.dynamic_update_slice_in_dim(zeros, dbias, jax.lax.axis_index(TENSOR) * size, axis=0)
             dbias, axes = projection.to_stored_order(dbias, dim=0), (*axes, TENSOR)
@@ -171,7 +180,8 @@ def _backward(projection: Projection, residuals: tuple[jax.Array, jax.Array], dy
 
     in_specs = projection.x_spec, projection.kernel_spec, projection.y_spec
     out_specs = projection.x_spec, projection.kernel_spec, projection.bias_spec
-    return map_devices(local, in_specs=in_specs, out_specs=out_specs)(*residuals, dy)
+    check = not projection.is_alone
+    return jax.shard_map(local, in_specs=in_specs, out_specs=out_specs, check_vma=check)(*residuals, dy)
 
 
 project_scheduled.defvjp(_forward, _backward)
@@ -193,7 +203,7 @@ def make_projection(
     layouts first (1.2 times the whole step; LOG.md, 2026-11-23), so batch and length are one dim there. XLA:TPU writes
     [B, T, ...] into what remat saves of all layers at once, but copies matrices there. Heads and their dims are one dim
     on both; on a TPU in S groups of heads where attention exchanges positions for heads (attention/ulysses.py), which
-    saves the copies there.
+    saves the copies there. In which form XLA:CPU is given its products: docs/internals/cpu-kernels.md.
     """
     mesh = jax.sharding.get_abstract_mesh()
     into_hidden = in_axes == ("embed",)
@@ -231,6 +241,9 @@ def make_projection(
         is_on_tpu=platform() == "tpu",
         # The products that make the gradients of `up` and `gate` take the sums on their way.
         is_bias_gradient_a_product=platform() == "tpu" and out_axes != ("mlp",),
+        is_alone=mesh.size == 1,
+        result_dtype=jnp.dtype(jnp.float32) if platform() == "cpu" else None,
+        is_transposed_first=dims[0] == "RK" and platform() == "cpu" and has_training_kernels(),
     )
 
 

@@ -21,10 +21,11 @@ from jax.sharding import AbstractMesh, Mesh
 from btlm_jax.attention import attend
 from btlm_jax.attention.alibi import alibi_slopes, dynamic_factor
 from btlm_jax.attention.remat_names import save_attention_and
+from btlm_jax.kernels import swiglu
+from btlm_jax.kernels.build import has_training_kernels
 from btlm_jax.model.layers import Embedding, LayerNorm, Linear, scale
 from btlm_jax.model.projection import Project, project_scheduled
-from btlm_jax.model.swiglu import swiglu
-from btlm_jax.parallel.mesh import RULES, AxisRules, device_head_order
+from btlm_jax.parallel.mesh import RULES, AxisRules, device_head_order, platform
 from btlm_jax.recipe.config import ModelConfig
 from btlm_jax.recipe.mup import Parametrization
 
@@ -84,7 +85,11 @@ class Mlp(nn.Module):
         linear = functools.partial(Linear, parametrization=self.parametrization, rules=self.rules, project=self.project)
         widen = functools.partial(linear, in_shape=(D,), in_axes=("embed",), out_shape=(F,), out_axes=("mlp",))
         spec = self.rules.spec("batch", "length", "act_mlp")
-        hidden_BTF = swiglu(widen(name="up")(x_BTD), widen(name="gate")(x_BTD), spec=spec)
+        up_BTF, gate_BTF = widen(name="up")(x_BTD), widen(name="gate")(x_BTD)
+        if platform() == "cpu" and has_training_kernels():
+            hidden_BTF = swiglu(spec, up_BTF, gate_BTF)
+        else:
+            hidden_BTF = up_BTF * jax.nn.silu(gate_BTF)
         return linear(in_shape=(F,), in_axes=("mlp",), out_shape=(D,), out_axes=("embed",), name="down")(hidden_BTF)
 
 

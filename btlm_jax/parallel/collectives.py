@@ -11,8 +11,6 @@ A collective over a single device is left out: XLA:CPU would copy its operand (1
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import jax
 import jax.numpy as jnp
 from jax.experimental.layout import Layout, with_layout_constraint
@@ -63,19 +61,11 @@ def scatter_table_gradient(grad_VD: jax.Array) -> jax.Array:
 
 def sum_gradient(grad, axes: tuple[str, ...]):
     """Return the sum of a gradient over these axes of the mesh, and then over slices, of which `axes` has none."""
-    grad = sum_over(grad, axes)
-    return sum_over(grad, SLICE) if SLICE in jax.sharding.get_abstract_mesh().axis_names else grad
-
-
-def map_devices(local: Callable, *, in_specs, out_specs) -> Callable:
-    """Return jax.shard_map of `local`; on a mesh of one device unchecked, so that `sum_over` may do nothing there."""
-    is_alone = jax.sharding.get_abstract_mesh().size == 1
-    return jax.shard_map(local, in_specs=in_specs, out_specs=out_specs, check_vma=not is_alone)
-
-
-def sum_over(x, axes: str | tuple[str, ...]):
-    """Return the sum of x over mesh axes, inside `map_devices`."""
-    return x if jax.sharding.get_abstract_mesh().size == 1 else jax.lax.psum(x, axes)
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.size == 1:
+        return grad
+    grad = jax.lax.psum(grad, axes)
+    return jax.lax.psum(grad, SLICE) if SLICE in mesh.axis_names else grad
 
 
 def with_row_major_layout(x: jax.Array) -> jax.Array:

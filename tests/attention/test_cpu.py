@@ -91,7 +91,7 @@ def test_without_kernels_another_implementation_is_taken(monkeypatch):
         monkeypatch.setattr(module, f"attend_{name}", spy)
     attend(*inputs[:3], slopes_N, scale=0.1, implementation="auto")
     attend(*(x.astype(jnp.float16) for x in inputs[:3]), slopes_N, scale=0.1, implementation="auto")
-    monkeypatch.setattr(cpu, "has_training_kernels_for", lambda dtype: False)
+    monkeypatch.setattr(cpu, "has_training_kernels", lambda: False)
     attend(*inputs[:3], slopes_N, scale=0.1, implementation="auto")
     assert calls == ["cpu", "blockwise", "blockwise"]
     with pytest.raises(

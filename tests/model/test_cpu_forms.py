@@ -9,7 +9,9 @@ import numpy as np
 import pytest
 from support.tiny import tiny_config
 
-from btlm_jax.model import init_params, loss, products, swiglu
+from btlm_jax import kernels
+from btlm_jax.kernels.build import has_training_kernels
+from btlm_jax.model import init_params, loss, projection, transformer
 from btlm_jax.parallel.make_mesh import make_mesh
 from btlm_jax.parallel.mesh import RULES
 from btlm_jax.train.program import make_program
@@ -21,6 +23,7 @@ SPEC = RULES.spec("batch", "length", "act_mlp")
 
 @pytest.fixture(autouse=True)
 def mesh():
+    assert has_training_kernels()
     mesh = make_mesh(devices=jax.devices()[:1], tensor=1)
     with jax.set_mesh(mesh):
         yield mesh
@@ -29,10 +32,15 @@ def mesh():
 @pytest.mark.parametrize("dtype", ROUNDING)
 @pytest.mark.parametrize("shape", [(1, 1), (3, 5), (8, 16), (65, 130), (200, 77)])
 def test_a_transposition_moves_bits(dtype, shape):
-    assert products.has_kernels(jnp.zeros(1, dtype)) and not products.has_kernels(jnp.zeros(1, jnp.float16))
+    assert has_training_kernels()
     x = jnp.asarray(np.random.default_rng(0).normal(size=shape), dtype).at[0, 0].set(jnp.nan)
     bits = np.uint16 if dtype == jnp.bfloat16 else np.uint32
-    np.testing.assert_array_equal(np.asarray(products.transpose(x)).view(bits), np.asarray(x).T.copy().view(bits))
+    np.testing.assert_array_equal(np.asarray(kernels.transpose(x)).view(bits), np.asarray(x).T.copy().view(bits))
+
+
+def test_other_dtypes_are_refused():
+    with pytest.raises(jax.errors.JaxRuntimeError, match="the kernels of training take float32 and bfloat16"):
+        jax.block_until_ready(kernels.transpose(jnp.zeros((2, 3), jnp.float16)))
 
 
 def swiglu_by_formula(up, gate, dy):
@@ -45,7 +53,7 @@ def swiglu_by_formula(up, gate, dy):
 
 def swiglu_and_gradients(*arrays):
     up, gate, dy = (jax.sharding.reshard(x, SPEC) for x in arrays)
-    y, pull = jax.vjp(functools.partial(swiglu.swiglu, spec=SPEC), up, gate)
+    y, pull = jax.vjp(functools.partial(kernels.swiglu, SPEC), up, gate)
     return y, *pull(dy)
 
 
@@ -102,8 +110,8 @@ def test_without_kernels_gradients_are_the_same(mesh, monkeypatch, dtype):
         return jax.jit(make_gradients(program.model, program.table, loss_chunk=8))(params, batch)
 
     found = gradients()
-    for module in (loss, products, swiglu):
-        monkeypatch.setattr(module, "has_kernels", lambda x: False)
+    for module in (loss, projection, transformer):
+        monkeypatch.setattr(module, "has_training_kernels", lambda: False)
     expected = gradients()
     limit = 1e-5 if dtype == "float32" else 0.02
     np.testing.assert_allclose(found[0], expected[0], rtol=limit)
