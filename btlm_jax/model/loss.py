@@ -164,14 +164,9 @@ def _loss_sum_forward(statics: _LossStatics, hidden_BTD, table_VD, targets_BT, w
 def _losses_and_deltas(statics: _LossStatics, hidden_RD, table_VD, targets_R, weights_R):
     """Return each position's loss, and the gradients of the sum's products hidden @ table^T, in hidden's dtype."""
     if platform() == "cpu" and has_training_kernels():
-        return cross_entropy(
-            _products(hidden_RD, table_VD),
-            targets_R,
-            weights_R,
-            scale=statics.output_scale,
-            z_loss=statics.z_loss,
-            dtype=hidden_RD.dtype,
-        )
+        products_RV, dtype = _products(hidden_RD, table_VD), hidden_RD.dtype
+        scale, z_loss = statics.output_scale, statics.z_loss
+        return cross_entropy(products_RV, targets_R, weights_R, scale=scale, z_loss=z_loss, dtype=dtype)
     logits_RV = _logits(hidden_RD, table_VD, statics.output_scale)
     norm_R = jax.nn.logsumexp(logits_RV, -1)
     losses_R = norm_R - _pick(logits_RV, targets_R)
