@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
+from typing import cast
 
 import flax.linen as nn
 import jax
@@ -87,7 +88,7 @@ class Mlp(nn.Module):
         spec = self.rules.spec("batch", "length", "act_mlp")
         up_BTF, gate_BTF = widen(name="up")(x_BTD), widen(name="gate")(x_BTD)
         if platform() == "cpu" and has_training_kernels():
-            hidden_BTF = swiglu(spec, up_BTF, gate_BTF)
+            hidden_BTF = cast(jax.Array, swiglu(spec, up_BTF, gate_BTF))  # custom_vjp hides its type
         else:
             hidden_BTF = up_BTF * jax.nn.silu(gate_BTF)
         return linear(in_shape=(F,), in_axes=("mlp",), out_shape=(D,), out_axes=("embed",), name="down")(hidden_BTF)
