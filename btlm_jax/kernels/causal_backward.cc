@@ -137,8 +137,7 @@ ffi::Error causal_backward(ffi::ThreadPool pool, ffi::AnyBuffer q_BTNH, ffi::Any
              data(o_BTNH), lse_BNT.typed_data(), data(do_BTNH), data(*dq_BTNH), data(*dk_BTNH), data(*dv_BTNH),
              scratch->typed_data());
   };
-  q_BTNH.element_type() == ffi::BF16 ? run(static_cast<bf16*>(nullptr)) : run(static_cast<float*>(nullptr));
-  return ffi::Error::Success();
+  return of_type(q_BTNH, run);
 }
 
 }  // namespace

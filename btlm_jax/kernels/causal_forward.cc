@@ -91,8 +91,7 @@ ffi::Error causal_forward(ffi::ThreadPool pool, ffi::AnyBuffer q_BTNH, ffi::AnyB
     forward(pool, shape_of(q_BTNH, slopes_N, windows_BN, documents, scale), data(q_BTNH), data(k_BTNH), data(v_BTNH),
             data(*o_BTNH), lse_BNT->typed_data(), scratch->typed_data());
   };
-  q_BTNH.element_type() == ffi::BF16 ? run(static_cast<bf16*>(nullptr)) : run(static_cast<float*>(nullptr));
-  return ffi::Error::Success();
+  return of_type(q_BTNH, run);
 }
 
 }  // namespace

@@ -52,18 +52,6 @@ inline wide sigmoid(wide v) {
   return 1.0f / (1.0f + exp_wide(negative));
 }
 
-template <typename F>
-ffi::Error of_type(const ffi::AnyBuffer& x, const F& run) {
-  if (x.element_type() == ffi::BF16) {
-    run(static_cast<bf16*>(nullptr));
-  } else if (x.element_type() == ffi::F32) {
-    run(static_cast<float*>(nullptr));
-  } else {
-    return ffi::Error::InvalidArgument("the kernels of training take float32 and bfloat16");
-  }
-  return ffi::Error::Success();
-}
-
 template <typename T>
 T* data(ffi::AnyBuffer buffer) { return static_cast<T*>(buffer.untyped_data()); }
 

@@ -85,6 +85,19 @@ inline bf16 to_bf16(float v) {  // to nearest, ties to even
 inline float from_float(float v, float) { return v; }
 inline bf16 from_float(float v, bf16) { return to_bf16(v); }
 
+// Calls run with a null pointer of the buffer's type.
+template <typename F>
+inline ffi::Error of_type(const ffi::AnyBuffer& x, const F& run) {
+  if (x.element_type() == ffi::BF16) {
+    run(static_cast<bf16*>(nullptr));
+  } else if (x.element_type() == ffi::F32) {
+    run(static_cast<float*>(nullptr));
+  } else {
+    return ffi::Error::InvalidArgument("the kernels of training take float32 and bfloat16");
+  }
+  return ffi::Error::Success();
+}
+
 // Calls run(0) ... run(count - 1), also on the pool's other threads; `work` is multiply-adds per call. Waits for calls
 // that have started, never for a thread to become free.
 template <typename F>

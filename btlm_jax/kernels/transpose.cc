@@ -70,24 +70,16 @@ void transpose_rows(const T* from, T* to, int64_t rows, int64_t columns, int64_t
   }
 }
 
-template <typename T>
-void transpose_all(ffi::ThreadPool pool, const T* from, T* to, int64_t rows, int64_t columns) {
-  parallel(pool, (rows + kBlock - 1) / kBlock, kBlock * columns, [&](int64_t task) {
-    transpose_rows(from, to, rows, columns, task * kBlock, std::min(rows, (task + 1) * kBlock));
-  });
-}
-
 ffi::Error transpose(ffi::ThreadPool pool, ffi::AnyBuffer x_RK, ffi::Result<ffi::AnyBuffer> y_KR) {
   int64_t rows = x_RK.dimensions()[0], columns = x_RK.dimensions()[1];
-  void *from = x_RK.untyped_data(), *to = y_KR->untyped_data();
-  if (x_RK.element_type() == ffi::BF16) {
-    transpose_all(pool, static_cast<uint16_t*>(from), static_cast<uint16_t*>(to), rows, columns);
-  } else if (x_RK.element_type() == ffi::F32) {
-    transpose_all(pool, static_cast<float*>(from), static_cast<float*>(to), rows, columns);
-  } else {
-    return ffi::Error::InvalidArgument("the kernels of training take float32 and bfloat16");
-  }
-  return ffi::Error::Success();
+  return of_type(x_RK, [&](auto* typed) {
+    using Bits = std::conditional_t<sizeof(*typed) == 2, uint16_t, float>;
+    auto *from = static_cast<const Bits*>(x_RK.untyped_data());
+    auto *to = static_cast<Bits*>(y_KR->untyped_data());
+    parallel(pool, (rows + kBlock - 1) / kBlock, kBlock * columns, [&](int64_t task) {
+      transpose_rows(from, to, rows, columns, task * kBlock, std::min(rows, (task + 1) * kBlock));
+    });
+  });
 }
 
 }  // namespace
