@@ -1,7 +1,4 @@
-"""C++ for CPUs: its sources, its build, and what of training runs in it besides attention (attention/cpu.py).
-
-The functions here need `build.has_training_kernels()`, which hands the kernels to XLA.
-"""
+"""C++ for CPUs: its sources, its build, and what of training runs in it besides attention (attention/cpu.py)."""
 
 from __future__ import annotations
 
@@ -11,6 +8,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import PartitionSpec
+
+from btlm_jax.kernels.build import has_training_kernels
+from btlm_jax.parallel.mesh import platform
+
+
+def are_for_training() -> bool:
+    """Whether training on the mesh that is set runs in the kernels, which XLA has then: on CPUs with a compiler."""
+    return platform() == "cpu" and has_training_kernels()
 
 
 def transpose(x_RK: jax.Array) -> jax.Array:

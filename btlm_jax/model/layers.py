@@ -166,8 +166,7 @@ def _look_up_backward(rules: AxisRules, dtype: jnp.dtype, residuals: tuple, dx_B
     specs = (rules.spec("batch", "length"), rules.spec("batch", "length", "act_embed"))
     check = jax.sharding.get_abstract_mesh().size > 1
     mapped = jax.shard_map(local, in_specs=specs, out_specs=rules.spec("vocab", "embed"), check_vma=check)
-    grad_VD = mapped(inputs_BT, dx_BTD)
-    return grad_VD, None
+    return mapped(inputs_BT, dx_BTD), None
 
 
 look_up.defvjp(_look_up_forward, _look_up_backward)

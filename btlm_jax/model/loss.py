@@ -14,8 +14,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 
-from btlm_jax.kernels import cross_entropy, transpose
-from btlm_jax.kernels.build import has_training_kernels
+from btlm_jax.kernels import are_for_training, cross_entropy, transpose
 from btlm_jax.parallel.collectives import gather_table, scatter_table_gradient
 from btlm_jax.parallel.mesh import TENSOR, AxisRules, axis_names, platform
 
@@ -139,7 +138,7 @@ def _loss_sum_forward(statics: _LossStatics, hidden_BTD, table_VD, targets_BT, w
             dtype = jnp.float32 if platform() == "cpu" else None
             grad_RD = jnp.einsum("RV,VD->RD", delta_RV, table_VD, preferred_element_type=dtype)
             of_rows, product = delta_RV, "RV,RD->VD"
-            if platform() == "cpu" and has_training_kernels():
+            if are_for_training():
                 of_rows, product = transpose(delta_RV), "VR,RD->VD"
             grad_VD = grad_VD + jnp.einsum(product, of_rows, hidden_RD, preferred_element_type=jnp.float32)
             return (total + (weights_R * losses_R).sum(), grad_VD), grad_RD.astype(hidden_RD.dtype)
@@ -163,7 +162,7 @@ def _loss_sum_forward(statics: _LossStatics, hidden_BTD, table_VD, targets_BT, w
 
 def _losses_and_deltas(statics: _LossStatics, hidden_RD, table_VD, targets_R, weights_R):
     """Return each position's loss, and the gradients of the sum's products hidden @ table^T, in hidden's dtype."""
-    if platform() == "cpu" and has_training_kernels():
+    if are_for_training():
         products_RV, dtype = _products(hidden_RD, table_VD), hidden_RD.dtype
         scale, z_loss = statics.output_scale, statics.z_loss
         return cross_entropy(products_RV, targets_R, weights_R, scale=scale, z_loss=z_loss, dtype=dtype)

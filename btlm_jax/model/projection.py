@@ -21,8 +21,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import PartitionSpec
 
-from btlm_jax.kernels import transpose
-from btlm_jax.kernels.build import has_training_kernels
+from btlm_jax.kernels import are_for_training, transpose
 from btlm_jax.parallel.collectives import (
     REPLICA_AXES,
     gather_kernel,
@@ -243,7 +242,7 @@ def make_projection(
         is_bias_gradient_a_product=platform() == "tpu" and out_axes != ("mlp",),
         is_alone=mesh.size == 1,
         result_dtype=jnp.dtype(jnp.float32) if platform() == "cpu" else None,
-        is_transposed_first=dims[0] == "RK" and platform() == "cpu" and has_training_kernels(),
+        is_transposed_first=dims[0] == "RK" and are_for_training(),
     )
 
 

@@ -22,11 +22,10 @@ from jax.sharding import AbstractMesh, Mesh
 from btlm_jax.attention import attend
 from btlm_jax.attention.alibi import alibi_slopes, dynamic_factor
 from btlm_jax.attention.remat_names import save_attention_and
-from btlm_jax.kernels import swiglu
-from btlm_jax.kernels.build import has_training_kernels
+from btlm_jax.kernels import are_for_training, swiglu
 from btlm_jax.model.layers import Embedding, LayerNorm, Linear, scale
 from btlm_jax.model.projection import Project, project_scheduled
-from btlm_jax.parallel.mesh import RULES, AxisRules, device_head_order, platform
+from btlm_jax.parallel.mesh import RULES, AxisRules, device_head_order
 from btlm_jax.recipe.config import ModelConfig
 from btlm_jax.recipe.mup import Parametrization
 
@@ -87,7 +86,7 @@ class Mlp(nn.Module):
         widen = functools.partial(linear, in_shape=(D,), in_axes=("embed",), out_shape=(F,), out_axes=("mlp",))
         spec = self.rules.spec("batch", "length", "act_mlp")
         up_BTF, gate_BTF = widen(name="up")(x_BTD), widen(name="gate")(x_BTD)
-        if platform() == "cpu" and has_training_kernels():
+        if are_for_training():
             hidden_BTF = cast(jax.Array, swiglu(spec, up_BTF, gate_BTF))  # custom_vjp hides its type
         else:
             hidden_BTF = up_BTF * jax.nn.silu(gate_BTF)

@@ -111,7 +111,7 @@ def test_without_kernels_gradients_are_the_same(mesh, monkeypatch, dtype):
 
     found = gradients()
     for module in (loss, projection, transformer):
-        monkeypatch.setattr(module, "has_training_kernels", lambda: False)
+        monkeypatch.setattr(module, "are_for_training", lambda: False)
     expected = gradients()
     limit = 1e-5 if dtype == "float32" else 0.02
     np.testing.assert_allclose(found[0], expected[0], rtol=limit)

@@ -33,8 +33,7 @@ def hopper(monkeypatch):
     monkeypatch.setattr(f"{CUDNN}.check_compute_capability", lambda capability: float(capability) <= 9.0)
     monkeypatch.setattr(f"{CUDNN}.is_cuda_compute_capability_equal", lambda capability: False)
     for module in (
-        "attention", "attention.remat_names", "model.loss", "model.projection", "model.transformer",
-        "parallel.collectives",
+        "attention", "attention.remat_names", "model.loss", "model.projection", "kernels", "parallel.collectives",
     ):  # fmt: skip
         monkeypatch.setattr(f"btlm_jax.{module}.platform", lambda: "gpu")
 
