@@ -308,13 +308,15 @@ def _train_arguments(setting: Setting, workdir: Path, *, dtype: str) -> tuple[st
 def _different_rows(first: Path, second: Path, *, after: int) -> int:
     """Return how many logged numbers of the steps after one differ, or are missing, times aside."""
 
+    from btlm_jax.train.metric_writer import OF_CLOCK
+
     def rows(workdir: Path) -> dict:
         found = {}
         for line in (workdir / "metrics.jsonl").read_text().splitlines():
             row = json.loads(line)
             if row.get("kind") in ("train", "eval") and row["step"] > after:
                 for name, value in row.items():
-                    if name not in ("tokens_per_second", "mfu", "seconds", "time"):
+                    if name not in OF_CLOCK:
                         found[row["kind"], row["step"], name] = value  # a later line of a step is the one that counts
         return found
 

@@ -208,6 +208,7 @@ def _mode(flags: Flags) -> str:
 
 
 def _cache(flags: Flags, mode: str) -> CompileCache:
+    from btlm_jax.plan.calibration import MEASURED_FOLDER
     from btlm_jax.plan.compiling import CompileCache
 
     max_compiles = flags.integer("max_compiles")
@@ -217,7 +218,7 @@ def _cache(flags: Flags, mode: str) -> CompileCache:
     return CompileCache(
         directory=directory,
         max_compiles=max_compiles if mode == "search" else math.inf,
-        measured=None if mode == "table" else directory / "measured",  # a table is by the frozen calibration
+        measured=None if mode == "table" else directory / MEASURED_FOLDER,  # a table is by the frozen calibration
     )
 
 

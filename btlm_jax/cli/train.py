@@ -23,7 +23,8 @@ if TYPE_CHECKING:
     from btlm_jax.recipe.config import CorpusConfig, TrainConfig
     from btlm_jax.storage.location import Mirror
     from btlm_jax.train.metric_writer import GoodputLedger, StartRecord
-    from btlm_jax.train.setup import Beginning, Run
+    from btlm_jax.train.program import Program
+    from btlm_jax.train.setup import Beginning, Run, StepPrediction
 
 TRAIN_HELP = """btlm train: train, or resume from the last checkpoint in the workdir.
 
@@ -383,6 +384,7 @@ def _run(
         ledger=ledger,
         resume_step=flags.integer("resume_step"),
         check_devices=functools.partial(_check_devices, config_file=config_file),
+        predict_steps=functools.partial(_predict_steps, config_file=config_file),
         build_store=build_store,
         beginning=beginning,
         continue_prompt=continue_prompt,
@@ -465,3 +467,19 @@ def _check_devices(config: TrainConfig, devices: Sequence[jax.Device], *, config
     from btlm_jax.plan import pod_table
 
     return pod_table.check_devices(config, devices, config_file=config_file)
+
+
+def _predict_steps(program: Program, traced: Sequence[jax.stages.Traced], *, config_file: Path) -> StepPrediction:
+    """Predict the steps on TPUs and GPUs; of a CPU nothing is known without compiling and running them."""
+    from btlm_jax.train.setup import NO_PREDICTION, StepPrediction
+
+    if program.mesh.devices.flat[0].platform == "cpu":
+        return NO_PREDICTION
+    from btlm_jax.plan import calibration, run_prediction
+    from btlm_jax.storage.files import cache_directory
+
+    measured = cache_directory() / "plan" / calibration.MEASURED_FOLDER
+    try:
+        return run_prediction.predict_steps(program, traced, config_file=config_file, measured=measured)
+    except Exception as error:  # of whatever kind: no run ends because its prediction fails
+        return StepPrediction(said=f"The steps' times are not predicted: {type(error).__name__}: {error}")

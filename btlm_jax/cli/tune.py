@@ -451,6 +451,7 @@ def make_run_trial(stop: Stop, *, most_heldout_tokens: int | None = None) -> Run
                 workdir=workdir,
                 ledger=ledger,
                 check_devices=lambda config, devices: "",
+                predict_steps=lambda program, traced: setup.NO_PREDICTION,
                 resume_step=0,
                 build_store=build_store,
                 beginning=setup.FROM_SEED,

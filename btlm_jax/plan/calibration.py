@@ -16,6 +16,7 @@ from pathlib import Path
 from btlm_jax.storage.files import hash_json, read_json_object, write_atomically
 
 CALIBRATION_FILE = Path(__file__).with_name("calibration.json")
+MEASURED_FOLDER = "measured"  # of a cache of compilations: steps of one's own runs
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -10,6 +10,7 @@ from __future__ import annotations
 import dataclasses
 import time
 from collections.abc import Iterable
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -24,6 +25,7 @@ from btlm_jax.plan.flop_count import StepWork, count_step_work
 from btlm_jax.plan.gpu_roofline import GpuWork, gpu_parts, published_gpu_points, time_gpu_exchange
 from btlm_jax.plan.gpus import Gpu, is_stand_in
 from btlm_jax.plan.layout import KEPT
+from btlm_jax.plan.torus import Exchange
 from btlm_jax.recipe.curriculum import Phase
 from btlm_jax.train.flops import flops_per_token, peak_of_kind
 from btlm_jax.train.program import Program
@@ -89,16 +91,7 @@ def plan_gpu_phase(program: Program, phase: Phase, *, topology: str, gpu: Gpu, c
     identity = step.program if step else "by formula"
     if memory.needed > memory.available:
         raise DoesNotFitError(program=identity, needed=memory.needed, available=memory.available)
-    collectives = step.executable.collectives if step else traced_collectives(program, work)
-    exchanges = tuple(
-        time_gpu_exchange(
-            dataclasses.replace(each, is_asynchronous=each.is_asynchronous and each.kind in _BESIDE), gpu=gpu
-        )
-        for each in collectives
-    )
-    own = kept_points(gpu.name, directory=cache.measured) if cache.measured else ()
-    correction = correction_by(published_gpu_points(), chip=gpu.timed_as, own=own)
-    parts = gpu_parts(gpu_work(program, phase, work), exchanges, gpu=gpu)
+    exchanges = _timed(step.executable.collectives if step else traced_collectives(program, work), gpu=gpu)
     return GpuPhasePlan(
         phase=phase,
         program=identity,
@@ -109,12 +102,45 @@ def plan_gpu_phase(program: Program, phase: Phase, *, topology: str, gpu: Gpu, c
         executed_flops=work.flops,
         skipped_flops=0.0,
         peak_flops=peak_of_kind(gpu.kind) * mesh.size,
-        step_time=StepTime(parts=parts, correction=correction),
+        step_time=_step_time(program, phase, work, exchanges, gpu=gpu, measured=cache.measured),
         is_compiled=step is not None,
         attention=attention,
         formula_bytes=by_formula.needed,
         moved_seconds=_moved_bytes(step) / gpu.hbm_bandwidth if step else 0.0,
     )
+
+
+def time_gpu_step(
+    program: Program, phase: Phase, traced: jax.stages.Traced, *, gpu: Gpu, measured: Path | None
+) -> StepTime:
+    """Predict the time of a traced step of a phase; nothing is compiled.
+
+    Steps of runs of one's own that are kept in `measured` correct it, where there are any.
+
+    Raises:
+      ValueError: a file of them is damaged.
+    """
+    work = count_step_work(traced.jaxpr.jaxpr)
+    exchanges = _timed(traced_collectives(program, work), gpu=gpu)
+    return _step_time(program, phase, work, exchanges, gpu=gpu, measured=measured)
+
+
+def _timed(collectives: Iterable[Collective], *, gpu: Gpu) -> tuple[Exchange, ...]:
+    """Return exchanges with their times; of those that XLA starts asynchronously only _BESIDE run beside products."""
+    return tuple(
+        time_gpu_exchange(
+            dataclasses.replace(each, is_asynchronous=each.is_asynchronous and each.kind in _BESIDE), gpu=gpu
+        )
+        for each in collectives
+    )
+
+
+def _step_time(
+    program: Program, phase: Phase, work: StepWork, exchanges: tuple[Exchange, ...], *, gpu: Gpu, measured: Path | None
+) -> StepTime:
+    own = kept_points(gpu.name, directory=measured) if measured else ()
+    correction = correction_by(published_gpu_points(), chip=gpu.timed_as, own=own)
+    return StepTime(parts=gpu_parts(gpu_work(program, phase, work), exchanges, gpu=gpu), correction=correction)
 
 
 def gpu_work(program: Program, phase: Phase, work: StepWork) -> GpuWork:

@@ -6,7 +6,6 @@ A workdir has what this needs from the first logged step on: its config, seconds
 from __future__ import annotations
 
 import dataclasses
-import statistics
 from pathlib import Path
 
 from btlm_jax.plan.calibration import Point
@@ -16,10 +15,7 @@ from btlm_jax.plan.slice_plan import SlicePlan
 from btlm_jax.recipe.config import TrainConfig, train_config_from, with_later_keys
 from btlm_jax.storage.files import read_json_object
 from btlm_jax.train import CONFIG_FILE, METRICS_FILE, STARTS
-from btlm_jax.train.metric_writer import read_metrics
-
-MIN_STEPS = 10  # of a phase; fewer are not used
-_WARM_UP = 3  # steps of a phase that are left out: compiling, filling the loader
+from btlm_jax.train.metric_writer import LEAST_STEPS, medians_of_phases, read_metrics
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -30,7 +26,7 @@ class OwnRun:
     config: TrainConfig
     chip: Chip | Gpu
     num_chips: int
-    seconds: dict[int, float]  # of a step, the median, by the phase's index; phases with MIN_STEPS only
+    seconds: dict[int, float]  # of a step, the median, by the phase's index; phases with enough only
 
 
 def read_own_run(workdir: Path) -> OwnRun:
@@ -52,16 +48,11 @@ def read_own_run(workdir: Path) -> OwnRun:
     if chip is None or not count.isdigit():
         kinds = ", ".join(kind for each in ACCELERATORS.values() for kind in each.kinds)
         raise ValueError(f"{workdir} ran on {count} x {kind}; plans are made for {kinds}")
-    table = config.curriculum.table
-    seconds: dict[int, list[float]] = {}
-    for row in read_metrics(workdir / METRICS_FILE):
-        if row["kind"] == "train":
-            seconds.setdefault(table.phase_at(row["step"] - 1).index, []).append(row["seconds"])
-    least = MIN_STEPS + _WARM_UP
-    medians = {phase: statistics.median(each[_WARM_UP:]) for phase, each in seconds.items() if len(each) >= least}
+    rows = read_metrics(workdir / METRICS_FILE)
+    medians = medians_of_phases(rows, config.curriculum.table, "seconds")
     if not medians:
-        most = max(map(len, seconds.values()), default=0)
-        raise ValueError(f"{workdir} has {most} steps of a phase; {least} are needed to be measured")
+        count = sum(row["kind"] == "train" for row in rows)
+        raise ValueError(f"{workdir} has {count} steps in all; {LEAST_STEPS} of a phase are needed to be measured")
     return OwnRun(workdir=workdir, config=config, chip=chip, num_chips=int(count), seconds=medians)
 
 

@@ -37,7 +37,7 @@ class Row:
     needed: int  # bytes of a chip, in the phase that needs the most
     available: int
     days: tuple[float, float]  # of the config's whole run, (low end, high end); zeros of one that does not fit
-    steps: tuple[str, ...]  # predicted seconds of each phase's step, where the row has a central value
+    step_seconds: tuple[float, ...]  # predicted, of each phase; none in rows without a central value
 
     def __str__(self) -> str:
         return f"{self.layout.flags} ({self.needed / GIB:.2f} of {self.available / GIB:.2f} GiB)"
@@ -102,11 +102,7 @@ def check_layout_fits(config: TrainConfig, *, config_file: Path, chip: str, num_
       ValueError: it does not fit, or needs at least as much as a layout that does not; names layouts that fit.
     """
     table, layout = table_beside(config_file), layout_of(config)
-    rows = [
-        row
-        for row in read_table(table)
-        if (row.chip, row.num_chips, row.trains) == (chip, num_chips, training_fields(config))
-    ]
+    rows = _rows_of(config, table=table, chip=chip, num_chips=num_chips)
     topology = usual_topology(CHIPS[chip], count=num_chips) or f"{chip}:AxBxC"
     command = f"btlm plan --config={config_file} --topology={topology}"
     for row in rows:
@@ -117,12 +113,26 @@ def check_layout_fits(config: TrainConfig, *, config_file: Path, chip: str, num_
             )
     for row in rows:
         if row.layout == layout:
-            predicted = f"; predicted, not measured: {', '.join(row.steps)}" if row.steps else ""
+            steps = ", ".join(
+                f"{seconds:.3f} s a step of {phase.batch_size:,} x {phase.seq_len:,}"
+                for seconds, phase in zip(row.step_seconds, config.curriculum.table.phases, strict=False)
+            )
+            predicted = f"; predicted, not measured: {steps}" if steps else ""
             return f"{layout} fits on {num_chips} chips of {chip}, by {table}{predicted}"
     return (
         f"{table} does not have {layout} on {num_chips} chips of {chip}, so whether it fits is not known; to see: "
         f"{command} {layout.flags}"
     )
+
+
+def predicted_seconds(config: TrainConfig, *, config_file: Path, chip: str, num_chips: int) -> tuple[float, ...]:
+    """Return the seconds of a step of each phase by the table; none where it does not have the layout, or no times.
+
+    Raises:
+      ValueError: the table is damaged.
+    """
+    rows = _rows_of(config, table=table_beside(config_file), chip=chip, num_chips=num_chips)
+    return next((row.step_seconds for row in rows if row.fits and row.layout == layout_of(config)), ())
 
 
 def check_devices(config: TrainConfig, devices: Sequence[jax.Device], *, config_file: Path) -> str:
@@ -135,6 +145,12 @@ def check_devices(config: TrainConfig, devices: Sequence[jax.Device], *, config_
     if chip and (slices := num_slices(devices)) > 1:
         return f"the table has layouts of one slice; for {slices} see btlm plan --slices={slices}"
     return check_layout_fits(config, config_file=config_file, chip=chip.name, num_chips=len(devices)) if chip else ""
+
+
+def _rows_of(config: TrainConfig, *, table: Path, chip: str, num_chips: int) -> list[Row]:
+    """Return the rows of a config, with its and other layouts, on so many chips."""
+    wanted = (chip, num_chips, training_fields(config))
+    return [row for row in read_table(table) if (row.chip, row.num_chips, row.trains) == wanted]
 
 
 def _row(values: dict) -> Row:
@@ -151,11 +167,7 @@ def _row(values: dict) -> Row:
         needed=values["needed_bytes"],
         available=values["available_bytes"],
         days=(low, high),
-        steps=tuple(
-            f"{phase['step_central']:.3f} s a step of {phase['batch_size']:,} x {phase['seq_len']:,}"
-            for phase in values["phases"]
-            if "step_central" in phase
-        ),
+        step_seconds=tuple(phase["step_central"] for phase in values["phases"] if "step_central" in phase),
     )
 
 

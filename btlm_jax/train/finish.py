@@ -8,7 +8,7 @@ import math
 import shlex
 import shutil
 import sys
-from collections.abc import Callable, Generator, Iterator
+from collections.abc import Callable, Generator, Iterator, Sequence
 from pathlib import Path
 
 import jax
@@ -27,7 +27,7 @@ from btlm_jax.storage.location import mirror_of
 from btlm_jax.train import CHECKPOINTS, CONFIG_FILE, LOSS_PLOT, METRICS_FILE, POSITION_PLOT, SUMMARY_FILE, TENSORBOARD
 from btlm_jax.train.checkpoint import decay_again, flags_of
 from btlm_jax.train.heldout import HeldoutResult, evaluate_heldout
-from btlm_jax.train.metric_writer import MetricWriter, read_metrics, text_of
+from btlm_jax.train.metric_writer import MetricWriter, medians_of_phases, read_metrics, text_of
 from btlm_jax.train.setup import Run, check_curriculum, log
 
 ContinuePrompt = Callable[[Run, dict], str]  # (run, parameters) -> the continuation of log.sample_prompt
@@ -116,7 +116,8 @@ def finish_run(
     writer.finish()
     if jax.process_index() != 0:
         return
-    plot_loss(read_metrics(run.workdir / METRICS_FILE), run.config.curriculum.table, run.workdir / LOSS_PLOT)
+    rows = read_metrics(run.workdir / METRICS_FILE)
+    plot_loss(rows, run.config.curriculum.table, run.workdir / LOSS_PLOT)
     mask, seq_lens = run.config.data.document_mask, run.config.curriculum.seq_len
     plot_position(result, run.workdir / POSITION_PLOT, seq_lens=seq_lens, document_mask=mask)
     summary = {
@@ -127,9 +128,22 @@ def finish_run(
         **of_average,
         "sample": {"prompt": run.config.log.sample_prompt, "continuation": sample},
         "seconds": run.ledger.seconds(),
+        **_steps_beside_prediction(run, rows),
     }
     write_atomically(run.workdir / SUMMARY_FILE, json.dumps(summary, indent=2))
     log(_summary_text(summary, run.config, run.workdir))
+
+
+def _steps_beside_prediction(run: Run, rows: Sequence[dict]) -> dict:
+    """Return for the summary what steps took beside what was predicted; nothing where nothing was, or of few steps."""
+    seconds, ratios = (
+        medians_of_phases(rows, run.config.curriculum.table, name) for name in ("seconds", "seconds_over_predicted")
+    )
+    steps = [
+        {"phase": phase + 1, "seconds": seconds[phase], "seconds_over_predicted": ratio}
+        for phase, ratio in ratios.items()
+    ]
+    return {"steps": {"topology": run.prediction.topology, "phases": steps}} if steps else {}
 
 
 def finished_report(config: TrainConfig, *, workdir: Path, step: int) -> str:
@@ -233,6 +247,26 @@ def _average_rows(summary: dict, config: TrainConfig) -> Iterator[str]:
             yield from _heldout_rows(sources)
 
 
+def _step_rows(summary: dict) -> Iterator[str]:
+    """Yield what steps took beside what was predicted, where a summary has it."""
+    match summary.get("steps"):
+        case {"phases": [*phases]}:
+            parts = [
+                f"{each['seconds']:.3g} s in phase {each['phase']}, {each['seconds_over_predicted']:.2f} times what "
+                "was predicted"
+                for each in phases
+            ]
+            yield f"A step took {'; '.join(parts)} (medians)"
+
+
+def _plan_rows(summary: dict, workdir: Path) -> Iterator[str]:
+    """Yield the command by which later predictions take a run's steps into account, where there is one."""
+    match summary.get("steps"):
+        case {"topology": str(topology)} if topology:
+            command = shlex.join(["btlm", "plan", f"--measured={workdir}", f"--topology={topology}"])
+            yield f"  {command}   later predictions by these steps"
+
+
 def _heldout_rows(sources: dict) -> list[str]:
     return [
         f"  {name:<12} {source['loss']:.4f} nats/token   {source['bits_per_byte']:.4f} bits/byte"
@@ -250,6 +284,7 @@ def _summary_text(summary: dict, config: TrainConfig, workdir: Path) -> str:
         "Held-out loss:",
         *_heldout_rows(heldout["sources"]),
         *_average_rows(summary, config),
+        *_step_rows(summary),
         f"Sample: {text_of(summary['sample'])}",
         "Where everything is:",
         f"  {workdir / LOSS_PLOT}, {workdir / POSITION_PLOT}   the curves",
@@ -260,6 +295,7 @@ def _summary_text(summary: dict, config: TrainConfig, workdir: Path) -> str:
         f"  {longer}",
         f"  {'' if shutil.which('tensorboard') else f'{sys.executable} -m pip install tensorboard && '}"
         + shlex.join(["tensorboard", f"--logdir={workdir / TENSORBOARD}"]),
+        *_plan_rows(summary, workdir),
         f"  {shlex.join(['btlm', 'report', str(workdir)])}{report}",
         f"  {shlex.join(['btlm', 'generate', f'--checkpoint={workdir}'])} --prompt={shlex.quote(prompt)}",
     ]

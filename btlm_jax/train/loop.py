@@ -60,6 +60,7 @@ from btlm_jax.train.program import make_program
 from btlm_jax.train.setup import (
     Beginning,
     BuildStore,
+    PredictSteps,
     Run,
     check_curriculum,
     check_memory,
@@ -99,6 +100,7 @@ def train(
     *,
     workdir: Path,
     check_devices: CheckDevices,
+    predict_steps: PredictSteps,
     resume_step: int,
     build_store: BuildStore,
     beginning: Beginning,
@@ -112,8 +114,9 @@ def train(
     With a `resume_step` other than 0 it goes back to that checkpoint first, and later ones are set aside.
 
     What belongs to folders above this one is handed in: `check_devices` refuses a layout that is known not to fit the
-    chips, `build_store` makes the token store that the config describes, `beginning` the first state, `continue_prompt`
-    the sample at the end. `ledger` counts the time of this start. `most_heldout_tokens`: see Run.
+    chips, `predict_steps` says how long steps will take, `build_store` makes the token store that the config describes,
+    `beginning` the first state, `continue_prompt` the sample at the end. `ledger` counts the time of this start.
+    `most_heldout_tokens`: see Run.
 
     Raises:
       ValueError: the config, the store, the mesh or the checkpoint do not fit together, or the step does not fit the
@@ -177,6 +180,7 @@ def train(
             workdir=workdir,
             token_store=token_store,
             ledger=ledger,
+            predict_steps=predict_steps,
             most_heldout_tokens=most_heldout_tokens,
         )
         events += _machine_changes(checkpointer, position.step)
@@ -659,6 +663,7 @@ def _make_writer(run: Run, *, first_step: int, is_other: bool, compare: Compare)
         is_writer=jax.process_index() == 0,
         ledger=run.ledger,
         followers=_make_followers(run, other_from=first_step if is_other else 0),
+        predicted_seconds=run.prediction.seconds,
         compare=compare,
     )
 

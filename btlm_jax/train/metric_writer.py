@@ -16,6 +16,7 @@ import os
 import re
 import secrets
 import socket
+import statistics
 import subprocess
 import sys
 import textwrap
@@ -36,6 +37,7 @@ from btlm_jax.train import METRICS_FILE, STARTS, TENSORBOARD
 
 SMOOTHING_STEPS = 20  # tokens/s, MFU and the ETA on the console are means over this many steps
 LINE_SECONDS = 2.0  # between lines of the console, at least
+OF_CLOCK = ("tokens_per_second", "mfu", "seconds", "seconds_over_predicted")  # of a step's line: what time decides
 TRAINING = ("step", "data wait")  # the ledger's categories whose seconds count for tokens/s and MFU
 _REPLAYED = ("train", "eval")  # kinds of lines that a resumed run writes again; it never removes events and goodput
 _OF_END = ("eval", "sample")  # kinds of lines that the end of a run writes, at its last step
@@ -44,6 +46,8 @@ _NUMBERS_OF = {"train": ("tokens", "loss", "learning_rate"), "eval": ("tokens", 
 _BAR_FIELDS = ("ETA", "loss", "len", "lr", "tok/s", "MFU")  # a narrow terminal cuts off the last ones
 WRITE_SECONDS = 5.0  # between writes of a start's file: a killed run loses the knowledge of so much time at most
 _MAX_MARKS = 128  # of a start
+_WARM_UP = 3  # steps of a phase that are left out of a median: they fill the loader
+LEAST_STEPS = _WARM_UP + 10  # of a phase, for such a median
 _NOT_FINITE = {"nan": math.nan, "inf": math.inf, "-inf": -math.inf}
 
 
@@ -127,6 +131,18 @@ def read_metrics(path: Path) -> list[dict]:
         except ValueError as error:
             raise ValueError(f"{error}; delete that line to read the rest") from error
     return rows
+
+
+def medians_of_phases(rows: Sequence[dict], curriculum: Curriculum, name: str) -> dict[int, float]:
+    """Return the median of a number of train lines, "seconds" for one, by the phase's index.
+
+    A phase's first steps are left out; so are phases with fewer than LEAST_STEPS lines that have the number.
+    """
+    found: dict[int, list[float]] = {}
+    for row in rows:
+        if row["kind"] == "train" and name in row:
+            found.setdefault(curriculum.phase_at(row["step"] - 1).index, []).append(row[name])
+    return {phase: statistics.median(each[_WARM_UP:]) for phase, each in found.items() if len(each) >= LEAST_STEPS}
 
 
 def parse_row(line: bytes, *, name: str) -> dict:
@@ -456,8 +472,12 @@ class MetricWriter:
         ledger: GoodputLedger,
         followers: Sequence[Follower],
         compare: Compare = compare_with_nothing,
+        predicted_seconds: tuple[float, ...] = (),
     ):
-        """Take FLOPs per token of each phase, the peak FLOP/s of all devices, and more numbers of (tokens, loss)."""
+        """Take FLOPs per token of each phase, the peak FLOP/s of all devices, and more numbers of (tokens, loss).
+
+        `predicted_seconds` are of a step of each phase; none where there is no prediction.
+        """
         self._workdir = workdir
         self._first_step = self._last_step = first_step
         self._curriculum = curriculum
@@ -470,6 +490,7 @@ class MetricWriter:
         self._ledger = ledger
         self._followers = followers
         self._compare = compare
+        self._predicted_seconds = predicted_seconds
         self._notable = {first_step, *(phase.end_step for phase in curriculum.phases)}
         self._pace = collections.deque(maxlen=SMOOTHING_STEPS)  # (seconds, tokens, FLOP) of the last steps
         self._is_open = False
@@ -530,6 +551,8 @@ class MetricWriter:
             "mfu": flops / seconds / self._peak_flops,
             "seconds": seconds,
         }
+        if self._predicted_seconds:
+            row["seconds_over_predicted"] = seconds / self._predicted_seconds[phase.index]
         self._write(row)
         is_notable = step in self._notable
         if is_notable:

@@ -9,7 +9,7 @@ import os
 import shutil
 import socket
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
@@ -75,6 +75,19 @@ class BuildStore(Protocol):
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class StepPrediction:
+    """How long a run's steps will take, as it is said before the first one."""
+
+    said: str  # lines to print, or ""
+    seconds: tuple[float, ...] = ()  # of a step of each phase; empty where none are predicted
+    topology: str = ""  # what `btlm plan --measured` calls these devices, "" if it has no name for them
+
+
+NO_PREDICTION = StepPrediction(said="")
+PredictSteps = Callable[[Program, Sequence[jax.stages.Traced]], StepPrediction]  # of the traced step of each phase
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class Run:
     """The parts of a run, all fixed before the first step."""
 
@@ -89,6 +102,7 @@ class Run:
     eval_step: Callable
     learning_rates: np.ndarray  # float64, of the update that completes step 1, 2, ...; nan before schedule_begin
     ledger: GoodputLedger
+    prediction: StepPrediction
     most_heldout_tokens: int | None = None  # the final loss is of so many, of each source's first blocks; None: of all
 
     @property
@@ -430,9 +444,10 @@ def make_run(
     workdir: Path,
     token_store: TokenStore,
     ledger: GoodputLedger,
+    predict_steps: PredictSteps,
     most_heldout_tokens: int | None = None,
 ) -> Run:
-    """Compile the train step of every phase and the evaluation step.
+    """Compile the train step of every phase and the evaluation step, and log how long steps are predicted to take.
 
     All before the first step, so that a change of phase costs nothing and cannot fail.
     """
@@ -441,9 +456,11 @@ def make_run(
     keep_compiled(workdir)
     began = time.monotonic()
     with ledger.measure("compile"), jax.set_mesh(mesh):
-        train_steps = tuple(
-            program.compile(program.trace_train_step(phase)) for phase in config.curriculum.table.phases
-        )
+        traced = [program.trace_train_step(phase) for phase in config.curriculum.table.phases]
+        prediction = predict_steps(program, traced)
+        if prediction.said:
+            log(prediction.said)
+        train_steps = tuple(map(program.compile, traced))
         rows = (config.evaluation.batch_size, token_store.manifest.block_len)
         sharding = evaluation_sharding(mesh)
         heldout = abstract_batch(rows, sharding, document_mask=config.data.document_mask)
@@ -461,6 +478,7 @@ def make_run(
         eval_step=compiled_eval_step,
         learning_rates=rates_of_steps(config.optimizer, config.curriculum.table),
         ledger=ledger,
+        prediction=prediction,
         most_heldout_tokens=most_heldout_tokens,
     )
 

@@ -118,7 +118,7 @@ def test_a_run_is_measured_by_its_workdir(tmp_path):
 @pytest.mark.parametrize(
     "steps, devices, said",
     [
-        (8, "4 x TPU v5 lite", "has 8 steps of a phase; 13 are needed"),
+        (8, "4 x TPU v5 lite", "has 8 steps in all; 13 of a phase are needed"),
         (8, "1 x cpu", "ran on 1 x cpu; plans are made for TPU v4, "),
     ],
 )

@@ -19,7 +19,13 @@ from btlm_jax.plan import make_table as making
 from btlm_jax.plan.chips import CHIPS, chip_of_device
 from btlm_jax.plan.compiling import CompileCache
 from btlm_jax.plan.layout import layout_of
-from btlm_jax.plan.pod_table import check_devices, check_layout_fits, read_table, table_beside
+from btlm_jax.plan.pod_table import (
+    check_devices,
+    check_layout_fits,
+    predicted_seconds,
+    read_table,
+    table_beside,
+)
 from btlm_jax.recipe.config import TrainConfig
 from btlm_jax.train.flops import peak_flops
 
@@ -89,6 +95,16 @@ def test_the_table_has_a_row_for_each_layout_with_what_it_needs_and_takes(pods):
     assert f"| `v5e_32.py` | {mesh}, accumulation 15, remat full | 1,920 x 2,048 | 2.63 of 15.75 " in text
     assert f"| &nbsp;&nbsp;v5e_32 | {mesh}, accumulation 3, remat matmuls_saved | 1,920 x 2,048 |" in text
     assert text.count("| **no** |") == 1 and "all-gather 0.0 / 15.0" in text
+
+
+def test_a_run_is_told_the_seconds_of_its_layout(pods):
+    where = dict(config_file=pods / "v5e_32.py", chip="v5e", num_chips=32)
+    first, *_ = json.loads((pods / "table.json").read_text())["rows"]
+    found = predicted_seconds(config_of(pods), **where)
+    assert found == tuple(phase["step_central"] for phase in first["phases"]) and found[1] == pytest.approx(33)
+    assert f"{found[1]:.3f} s a step of 480 x 8,192" in check(pods, config_of(pods))
+    unfitting = config_of(pods, accumulation=3, remat="matmuls_saved")
+    assert predicted_seconds(unfitting, **where) == predicted_seconds(config_of(pods, accumulation=5), **where) == ()
 
 
 def test_what_is_wrong_with_a_folder_is_named(pods):
