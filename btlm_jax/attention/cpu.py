@@ -63,7 +63,7 @@ def _attend_forward(q_BTNH, k_BTNH, v_BTNH, slopes_N, starts_BT, scale):
 def _attend_backward(scale, residuals, do_BTNH):
     B, T, N, H = do_BTNH.shape
     # Scratch memory: q, do and the sums of dq, transposed in tiles.
-    scratch = (3, B, N, -(-T // QUERY_TILE), H, QUERY_TILE)
+    scratch = (3, B, N, -(-T // QUERY_TILE), -(-H // HEAD_DIM_MULTIPLE) * HEAD_DIM_MULTIPLE, QUERY_TILE)
     call = jax.ffi.ffi_call("btlm_causal_backward", [*[_like(do_BTNH)] * 3, _float32(scratch)])
     starts_BT, *saved = residuals
     dq_BTNH, dk_BTNH, dv_BTNH, _ = call(*saved, do_BTNH, *_given(starts_BT), scale=np.float32(scale))

@@ -5,10 +5,14 @@
 // softmax of a query then stays in one vector lane, and keys and values are read as they are stored. The order of every
 // sum depends on the shape alone, so results do not depend on the number of threads.
 //
+// In bfloat16, where the processor multiplies pairs of them, weights and gradients of scores are rounded to bfloat16 for
+// their products, as FlashAttention does; everything else is float32.
+//
 // A head sees no key at a distance above its window (attention/alibi.py has the rule, and computes it). Where documents
 // are given, a query sees no key before the start of its own.
 //
-// Sizes: B sequences, T positions, N heads, H head dim, W the head dim padded with zeros; G = B * N.
+// Sizes: B sequences, T positions, N heads, H head dim, W the head dim padded with zeros; G = B * N; P factors are in one
+// element of an operand, which is a float or a pair: kFactors.
 
 #pragma once
 
@@ -31,28 +35,34 @@ struct Shape {
   int64_t tiles() const { return (T + kTile - 1) / kTile; }
   int64_t width() const { return (H + BTLM_HEAD_DIM_MULTIPLE - 1) / BTLM_HEAD_DIM_MULTIPLE * BTLM_HEAD_DIM_MULTIPLE; }
   int64_t row() const { return N * H; }
+  int64_t depth(int64_t factors) const { return (H + factors - 1) / factors; }  // of a sum over a head
   int64_t start(int64_t g, int64_t t) const { return ((g / N * T + t) * N + g % N) * H; }  // in [B, T, N, H]
   int64_t count(int64_t tile) const { return std::min(kTile, T - tile * kTile); }
   float slope(int64_t g) const { return slopes[g % N]; }
   const int32_t* starts_of(int64_t g, int64_t t) const { return starts ? starts + g / N * T + t : nullptr; }
-  // The first key that any of a tile's queries sees; it does not fall from one tile to the next.
+  // An even key, from which on a tile's queries see all that they see; it does not fall from one tile to the next.
   int64_t first_key(int64_t g, int64_t tile) const {
     int64_t key = std::max<int64_t>(0, tile * kTile - windows[g]);
-    return starts ? std::max<int64_t>(key, *starts_of(g, tile * kTile)) : key;
+    return (starts ? std::max<int64_t>(key, *starts_of(g, tile * kTile)) : key) / 2 * 2;
   }
 };
 
-struct Floats {  // aligned to a cache line
-  std::vector<float> own;
-  float* data;
-  explicit Floats(int64_t size) : own(size + 16) {
-    data = own.data() + (64 - reinterpret_cast<uintptr_t>(own.data()) % 64) % 64 / sizeof(float);
+template <typename E>
+constexpr int64_t kFactors = std::is_same_v<E, float> ? 1 : 2;
+
+template <typename E>
+struct Aligned {  // to a cache line; zeros
+  std::vector<E> own;
+  E* data;
+  explicit Aligned(int64_t size) : own(size + 16) {
+    data = own.data() + (64 - reinterpret_cast<uintptr_t>(own.data()) % 64) % 64 / sizeof(E);
   }
 };
+typedef Aligned<float> Floats;
 
-// Rows of one head in float32, padded with zeros.
+// Rows of one head as an operand that is summed over a row: [count, W / P], padded with zeros.
 template <typename C>
-void widen(const Shape& shape, const C* from, int64_t g, int64_t first, int64_t count, float* to) {
+void to_rows(const Shape& shape, const C* from, int64_t g, int64_t first, int64_t count, float* to) {
   const C* row = from + shape.start(g, first);
   for (int64_t j = 0; j < count; ++j, row += shape.row(), to += shape.width()) {
     int64_t h = 0;
@@ -62,13 +72,56 @@ void widen(const Shape& shape, const C* from, int64_t g, int64_t first, int64_t 
   }
 }
 
-// [count, W] -> [H, 64], padded with zeros.
-void to_columns(const Shape& shape, const float* rows, int64_t count, float* columns) {
-  for (int64_t h = 0; h < shape.H; ++h, columns += kTile) {
-    for (int64_t j = 0; j < count; ++j) columns[j] = rows[j * shape.width() + h];
-    std::fill(columns + count, columns + kTile, 0.0f);
+inline void to_rows(const Shape& shape, const bf16* from, int64_t g, int64_t first, int64_t count, bf16x2* to) {
+  int64_t W = shape.width();
+  for (int64_t j = 0; j < count; ++j, to += W / 2) {
+    std::memset(to, 0, W * sizeof(bf16));
+    std::memcpy(to, from + shape.start(g, first + j), shape.H * sizeof(bf16));
   }
 }
+
+// Rows of one head as an operand that is summed over rows: [count / P rounded up, W], padded with zeros.
+template <typename C>
+void to_row_pairs(const Shape& shape, const C* from, int64_t g, int64_t first, int64_t count, float* to) {
+  to_rows(shape, from, g, first, count, to);
+}
+
+inline void to_row_pairs(const Shape& shape, const bf16* from, int64_t g, int64_t first, int64_t count, bf16x2* to) {
+  for (int64_t j = 0; j < count; j += 2, to += shape.width()) {
+    const bf16* row = from + shape.start(g, first + j);
+    for (int64_t h = 0; h < shape.H; ++h) {
+      to[h].bits = row[h].bits | (j + 1 < count ? uint32_t{row[shape.row() + h].bits} << 16 : 0);
+    }
+    std::fill(to + shape.H, to + shape.width(), bf16x2{});
+  }
+}
+
+// [count, W / P] -> [W / P, 64], padded with zeros.
+template <typename E>
+void to_columns(const Shape& shape, const E* rows, int64_t count, E* columns) {
+  int64_t size = shape.width() / kFactors<E>;
+  for (int64_t i = 0; i < size; ++i, columns += kTile) {
+    for (int64_t j = 0; j < count; ++j) columns[j] = rows[j * size + i];
+    std::fill(columns + count, columns + kTile, E{});
+  }
+}
+
+// Stores numbers of 64 queries, of P keys: as a row a key, or the keys of each query together.
+inline void store_rows(float* to, int64_t c, const wide (&numbers)[1]) { store_wide(to + c, numbers[0]); }
+inline void store_row_pairs(float* to, const wide (&numbers)[1]) { store_wide(to, numbers[0]); }
+#ifdef __AVX512BF16__
+inline void store_rows(bf16x2* to, int64_t c, const wide (&numbers)[2]) {
+  for (int64_t p = 0; p < 2; ++p) {
+    _mm256_storeu_si256((__m256i*)(to + (p * kTile + c) / 2), (__m256i)_mm512_cvtneps_pbh((__m512)numbers[p]));
+  }
+}
+inline void store_row_pairs(bf16x2* to, const wide (&numbers)[2]) {
+  const __m512i alternate = _mm512_set_epi16(31, 15, 30, 14, 29, 13, 28, 12, 27, 11, 26, 10, 25, 9, 24, 8, 23, 7, 22, 6,
+                                             21, 5, 20, 4, 19, 3, 18, 2, 17, 1, 16, 0);
+  __m512i both = (__m512i)_mm512_cvtne2ps_pbh((__m512)numbers[1], (__m512)numbers[0]);
+  _mm512_storeu_si512(to, _mm512_permutexvar_epi16(alternate, both));
+}
+#endif
 
 // [H, 64] times a factor for each column -> rows of one head.
 template <typename C>

@@ -5,34 +5,69 @@
 namespace {
 
 // Sums over rows, in the order of `product`: where o is one row of v, the gradient of its score is then exactly 0.
-void sum_products(const float* a, const float* b, int64_t rows, float* sums) {
+template <typename E>
+void sum_products(const E* a, const E* b, int64_t rows, float* sums) {
   for (int64_t c = 0; c < kTile; c += kWide) {
     wide own = {};
-    for (int64_t i = 0; i < rows; ++i) own += load_wide(a + i * kTile + c) * load_wide(b + i * kTile + c);
+    for (int64_t i = 0; i < rows; ++i) {
+      own = add_product(own, load_wide(a + i * kTile + c), load_wide(b + i * kTile + c));
+    }
     store_wide(sums + c, own);
   }
 }
 
-// What the tasks of the backward pass share: q and do transposed, dq as summed so far, all [G, tiles, H, 64].
+// What the tasks of the backward pass share: q and do transposed, [G, tiles, W / P, 64], and dq as summed so far,
+// [G, tiles, H, 64].
+template <typename E>
 struct Shared {
-  float *q, *d_o, *dq;
+  E *q, *d_o;
+  float* dq;
   std::vector<float> delta, lse;             // [G, tiles, 64]
   std::vector<std::atomic<int64_t>> turns;   // of every tile: the block of keys that may add to its dq now
 };
 
-// Turns products of q and k, and of do and v, into the weights and the gradients of the scores, all [keys, 64].
-void differentiate(const Shape& shape, float slope, float* scores, float* dweights, int64_t first, int64_t keys,
-                   int64_t first_query, const Starts& starts, const float* lse, const float* delta) {
+// Products of a tile of keys and one of queries, [keys, 64], and what they are turned into: the weights and the
+// gradients of the scores by rows, and the latter by pairs of rows too. Floats are where the products were.
+template <typename E>
+struct Scores {
+  static constexpr int64_t P = kFactors<E>, kSize = kTile * kTile / P;
+  Floats products, d_products;
+  Aligned<E> own;
+  E *weights, *d_rows, *d_pairs;
+  Scores() : products(kTile * kTile), d_products(kTile * kTile), own(P == 1 ? 0 : 3 * kSize) {
+    if constexpr (P == 1) {
+      weights = products.data;
+      d_rows = d_pairs = d_products.data;
+    } else {
+      weights = own.data;
+      d_rows = weights + kSize;
+      d_pairs = d_rows + kSize;
+    }
+  }
+};
+
+// Turns products of q and k, and of do and v, into the weights and the gradients of the scores.
+template <typename E>
+void differentiate(const Shape& shape, float slope, Scores<E>& scores, int64_t first, int64_t keys, int64_t first_query,
+                   const Starts& starts, const float* lse, const float* delta) {
+  constexpr int64_t P = kFactors<E>;
   for (int64_t c = 0; c < kTile; c += kWide) {
     wide query = load_wide(kRamp.values + c) + float(first_query);
     wide own_lse = load_wide(lse + c), own_delta = load_wide(delta + c);
-    for (int64_t j = 0; j < keys; ++j) {
-      float key = first + j, *at = scores + j * kTile + c, *d_at = dweights + j * kTile + c;
-      wide weight = exp_wide(load_wide(at) * shape.scale + slope * (key - query) - own_lse);
-      if (first + j > first_query) weight = query < key ? wide{} : weight;
-      if (first + j < starts.last) weight = wide{} + key < load_wide(starts.of_query + c) ? wide{} : weight;
-      store_wide(at, weight);
-      store_wide(d_at, weight * (load_wide(d_at) - own_delta));
+    for (int64_t j = 0; j < keys; j += P) {
+      wide weights[P] = {}, gradients[P] = {};
+      for (int64_t p = 0; p < P && j + p < keys; ++p) {
+        float key = first + j + p;
+        int64_t at = (j + p) * kTile + c;
+        wide weight = exp_wide(load_wide(scores.products.data + at) * shape.scale + slope * (key - query) - own_lse);
+        if (first + j + p > first_query) weight = query < key ? wide{} : weight;
+        if (first + j + p < starts.last) weight = wide{} + key < load_wide(starts.of_query + c) ? wide{} : weight;
+        weights[p] = weight;
+        gradients[p] = weight * (load_wide(scores.d_products.data + at) - own_delta);
+      }
+      store_rows(scores.weights + j * kTile / P, c, weights);
+      store_rows(scores.d_rows + j * kTile / P, c, gradients);
+      if constexpr (P > 1) store_row_pairs(scores.d_pairs + j / P * kTile + c, gradients);
     }
   }
 }
@@ -45,37 +80,41 @@ void wait_for_turn(const std::atomic<int64_t>& turn, int64_t block) {
   }
 }
 
-template <typename C>
+template <typename C, typename E>
 void differentiate_keys(const Shape& shape, int64_t g, int64_t block, const C* q, const C* k, const C* v,
-                        const C* d_o, Shared& shared, C* dq, C* dk, C* dv) {
+                        const C* d_o, Shared<E>& shared, C* dq, C* dk, C* dv) {
+  constexpr int64_t P = kFactors<E>;
   int64_t W = shape.width(), H = shape.H, start = block * kBlock, stop = std::min(start + kBlock, shape.T);
-  Floats k_rows(kBlock * W), v_rows(kBlock * W), dk_rows(kBlock * W), dv_rows(kBlock * W), q_rows(kTile * W),
-      do_rows(kTile * W), scores(kTile * kTile), dscores(kTile * kTile);
-  widen(shape, k, g, start, stop - start, k_rows.data);
-  widen(shape, v, g, start, stop - start, v_rows.data);
+  Aligned<E> k_rows(kBlock * W / P), v_rows(kBlock * W / P), k_pairs(kBlock * W / P), q_pairs(kTile * W / P),
+      do_pairs(kTile * W / P);
+  Floats dk_rows(kBlock * W), dv_rows(kBlock * W);
+  Scores<E> scores;
+  to_rows(shape, k, g, start, stop - start, k_rows.data);
+  to_rows(shape, v, g, start, stop - start, v_rows.data);
+  to_row_pairs(shape, k, g, start, stop - start, k_pairs.data);
   for (int64_t tile = start / kTile; tile < shape.tiles() && shape.first_key(g, tile) < stop; ++tile) {
     int64_t first_query = tile * kTile, count = shape.count(tile), at = g * shape.tiles() + tile;
-    int64_t low = shape.first_key(g, tile), end = std::min(stop, first_query + count);
-    const float *q_columns = shared.q + at * H * kTile, *do_columns = shared.d_o + at * H * kTile;
+    int64_t low = shape.first_key(g, tile), end = std::min(stop, first_query + count), pairs = (count + P - 1) / P;
+    const E *q_columns = shared.q + at * W / P * kTile, *do_columns = shared.d_o + at * W / P * kTile;
     float* dq_columns = shared.dq + at * H * kTile;
     Starts starts(shape, g, tile);
-    widen(shape, q, g, first_query, count, q_rows.data);
-    widen(shape, d_o, g, first_query, count, do_rows.data);
+    to_row_pairs(shape, q, g, first_query, count, q_pairs.data);
+    to_row_pairs(shape, d_o, g, first_query, count, do_pairs.data);
     wait_for_turn(shared.turns[at], block);
     for (int64_t first = std::max(start, low), next; first < end; first = next) {
       next = std::min((first / kTile + 1) * kTile, end);
       int64_t keys = next - first, place = (first - start) * W;
-      Left<Stored::kByRows> k_left{k_rows.data + place, W}, v_left{v_rows.data + place, W};
-      product<Into::kNew>(k_left, q_columns, kTile, scores.data, kTile, H, keys, kTile);
-      product<Into::kNew>(v_left, do_columns, kTile, dscores.data, kTile, H, keys, kTile);
-      differentiate(shape, shape.slope(g), scores.data, dscores.data, first, keys, first_query, starts,
-                    shared.lse.data() + at * kTile, shared.delta.data() + at * kTile);
-      Left<Stored::kByRows> weights{scores.data, kTile}, d_left{dscores.data, kTile};
-      product<Into::kSum>(weights, do_rows.data, W, dv_rows.data + place, W, count, keys, W);
-      product<Into::kSum>(d_left, q_rows.data, W, dk_rows.data + place, W, count, keys, W);
-      Left<Stored::kByColumns> k_across{k_rows.data + place, W};
+      Left<Stored::kByRows, E> k_left{k_rows.data + place / P, W / P}, v_left{v_rows.data + place / P, W / P};
+      product<Into::kNew>(k_left, q_columns, kTile, scores.products.data, kTile, shape.depth(P), keys, kTile);
+      product<Into::kNew>(v_left, do_columns, kTile, scores.d_products.data, kTile, shape.depth(P), keys, kTile);
+      differentiate(shape, shape.slope(g), scores, first, keys, first_query, starts, shared.lse.data() + at * kTile,
+                    shared.delta.data() + at * kTile);
+      Left<Stored::kByRows, E> weights{scores.weights, kTile / P}, d_left{scores.d_rows, kTile / P};
+      product<Into::kSum>(weights, do_pairs.data, W, dv_rows.data + place, W, pairs, keys, W);
+      product<Into::kSum>(d_left, q_pairs.data, W, dk_rows.data + place, W, pairs, keys, W);
+      Left<Stored::kByColumns, E> k_across{k_pairs.data + place / P, W};
       if (first == low) std::fill_n(dq_columns, H * kTile, 0.0f);
-      product<Into::kSum>(k_across, dscores.data, kTile, dq_columns, kTile, keys, H, kTile);
+      product<Into::kSum>(k_across, scores.d_pairs, kTile, dq_columns, kTile, (keys + P - 1) / P, H, kTile);
     }
     if (end == first_query + count) {
       float factors[kTile];
@@ -97,20 +136,23 @@ void differentiate_keys(const Shape& shape, int64_t g, int64_t block, const C* q
 template <typename C>
 void backward(ffi::ThreadPool pool, const Shape& shape, const C* q, const C* k, const C* v, const C* o,
               const float* lse, const C* d_o, C* dq, C* dk, C* dv, float* scratch) {
-  int64_t W = shape.width(), G = shape.heads(), tiles = shape.tiles(), columns = shape.H * kTile;
-  Shared shared{scratch, scratch + G * tiles * columns, scratch + 2 * G * tiles * columns,
-                std::vector<float>(G * tiles * kTile), std::vector<float>(G * tiles * kTile, -kLowest),
-                std::vector<std::atomic<int64_t>>(G * tiles)};
+  typedef typename FactorOf<C>::type E;
+  constexpr int64_t P = kFactors<E>;
+  int64_t W = shape.width(), G = shape.heads(), tiles = shape.tiles(), columns = W / P * kTile;
+  E *q_columns = reinterpret_cast<E*>(scratch), *do_columns = q_columns + G * tiles * columns;
+  Shared<E> shared{q_columns, do_columns, scratch + 2 * G * tiles * W * kTile, std::vector<float>(G * tiles * kTile),
+                   std::vector<float>(G * tiles * kTile, -kLowest), std::vector<std::atomic<int64_t>>(G * tiles)};
   parallel(pool, G * tiles, kTile * W * 6, [&](int64_t task) {
     int64_t g = task / tiles, tile = task % tiles, first = tile * kTile, count = shape.count(tile);
-    Floats rows(kTile * W), o_rows(kTile * W), o_columns(columns);
-    widen(shape, q, g, first, count, rows.data);
-    to_columns(shape, rows.data, count, shared.q + task * columns);
-    widen(shape, d_o, g, first, count, rows.data);
-    widen(shape, o, g, first, count, o_rows.data);
-    to_columns(shape, rows.data, count, shared.d_o + task * columns);
-    to_columns(shape, o_rows.data, count, o_columns.data);
-    sum_products(shared.d_o + task * columns, o_columns.data, shape.H, shared.delta.data() + task * kTile);
+    Aligned<E> rows(kTile * W / P), o_columns(columns);
+    auto transpose = [&](const C* from, E* to) {
+      to_rows(shape, from, g, first, count, rows.data);
+      to_columns(shape, rows.data, count, to);
+    };
+    transpose(q, shared.q + task * columns);
+    transpose(d_o, shared.d_o + task * columns);
+    transpose(o, o_columns.data);
+    sum_products(shared.d_o + task * columns, o_columns.data, shape.depth(P), shared.delta.data() + task * kTile);
     std::copy_n(lse + g * shape.T + first, count, shared.lse.data() + task * kTile);
   });
   for (int64_t g = 0; g < G; ++g) {

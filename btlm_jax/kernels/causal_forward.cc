@@ -4,9 +4,12 @@
 
 namespace {
 
-// Turns products into weights without the softmax's denominator, [keys, 64]; updates the largest score and the sum.
-void weigh(const Shape& shape, float slope, float* scores, int64_t first, int64_t keys, int64_t first_query,
+// Turns products, [keys, 64], into weights without the softmax's denominator, which lie where the products did or
+// elsewhere; updates the largest score and the sum.
+template <typename E>
+void weigh(const Shape& shape, float slope, float* scores, E* weights, int64_t first, int64_t keys, int64_t first_query,
            const Starts& starts, float* largest, float* total, float* kept) {
+  constexpr int64_t P = kFactors<E>;
   for (int64_t c = 0; c < kTile; c += kWide) {
     wide query = load_wide(kRamp.values + c) + float(first_query), old = load_wide(largest + c), high = old, sum = {};
     for (int64_t j = 0; j < keys; ++j) {
@@ -18,12 +21,15 @@ void weigh(const Shape& shape, float slope, float* scores, int64_t first, int64_
       high = score > high ? score : high;
       store_wide(at, score);
     }
-    for (int64_t j = 0; j < keys; ++j) {
-      float key = first + j, *at = scores + j * kTile + c;
-      wide weight = exp_wide(load_wide(at) - high);
-      if (first + j > first_query) weight = query < key ? wide{} : weight;
-      sum += weight;
-      store_wide(at, weight);
+    for (int64_t j = 0; j < keys; j += P) {
+      wide own[P] = {};
+      for (int64_t p = 0; p < P && j + p < keys; ++p) {
+        float key = first + j + p;
+        own[p] = exp_wide(load_wide(scores + (j + p) * kTile + c) - high);
+        if (first + j + p > first_query) own[p] = query < key ? wide{} : own[p];
+        sum += own[p];
+      }
+      store_row_pairs(weights + j / P * kTile + c, own);
     }
     wide keep = exp_wide(old - high);
     store_wide(largest + c, high);
@@ -38,24 +44,29 @@ void scale_columns(const Shape& shape, const float* factors, float* columns) {
   }
 }
 
-template <typename C>
-void attend_queries(const Shape& shape, int64_t g, int64_t tile, const C* q, const float* k,
-                    const float* v, C* o, float* lse) {
+template <typename C, typename E>
+void attend_queries(const Shape& shape, int64_t g, int64_t tile, const C* q, const E* k_rows, const E* v_pairs, C* o,
+                    float* lse) {
+  constexpr int64_t P = kFactors<E>;
   int64_t W = shape.width(), H = shape.H, first_query = tile * kTile, end = first_query + shape.count(tile);
-  Floats rows(kTile * W), q_columns(H * kTile), scores(kTile * kTile), sums(H * kTile);
+  Aligned<E> rows(kTile * W / P), q_columns(W / P * kTile), pairs(P == 1 ? 0 : kTile / P * kTile);
+  Floats scores(kTile * kTile), sums(H * kTile);
+  E* weights;
+  if constexpr (P == 1) weights = scores.data;
+  else weights = pairs.data;
   alignas(64) float largest[kTile], total[kTile] = {}, kept[kTile];
   Starts starts(shape, g, tile);
   std::fill_n(largest, kTile, kLowest);
-  widen(shape, q, g, first_query, shape.count(tile), rows.data);
+  to_rows(shape, q, g, first_query, shape.count(tile), rows.data);
   to_columns(shape, rows.data, shape.count(tile), q_columns.data);
   for (int64_t first = shape.first_key(g, tile), next; first < end; first = next) {
     next = std::min((first / kTile + 1) * kTile, end);
-    product<Into::kNew>(Left<Stored::kByRows>{k + first * W, W}, q_columns.data, kTile, scores.data, kTile, H,
-                        next - first, kTile);
-    weigh(shape, shape.slope(g), scores.data, first, next - first, first_query, starts, largest, total, kept);
+    Left<Stored::kByRows, E> k_left{k_rows + first * W / P, W / P};
+    product<Into::kNew>(k_left, q_columns.data, kTile, scores.data, kTile, shape.depth(P), next - first, kTile);
+    weigh(shape, shape.slope(g), scores.data, weights, first, next - first, first_query, starts, largest, total, kept);
     scale_columns(shape, kept, sums.data);
-    product<Into::kSum>(Left<Stored::kByColumns>{v + first * W, W}, scores.data, kTile, sums.data, kTile,
-                        next - first, H, kTile);
+    Left<Stored::kByColumns, E> v_left{v_pairs + first / P * W, W};
+    product<Into::kSum>(v_left, weights, kTile, sums.data, kTile, (next - first + P - 1) / P, H, kTile);
   }
   for (int64_t j = 0; j < shape.count(tile); ++j) {
     lse[g * shape.T + first_query + j] = largest[j] + std::log(total[j]);
@@ -67,16 +78,18 @@ void attend_queries(const Shape& shape, int64_t g, int64_t tile, const C* q, con
 template <typename C>
 void forward(ffi::ThreadPool pool, const Shape& shape, const C* q, const C* k, const C* v, C* o, float* lse,
              float* scratch) {
+  typedef typename FactorOf<C>::type E;
+  constexpr int64_t P = kFactors<E>;
   int64_t W = shape.width(), G = shape.heads(), tiles = shape.tiles(), size = shape.T * W;
+  E *k_rows = reinterpret_cast<E*>(scratch), *v_pairs = k_rows + G * size;
   parallel(pool, G * tiles, kTile * W * 2, [&](int64_t task) {
     int64_t g = task / tiles, tile = task % tiles, first = tile * kTile, count = shape.count(tile);
-    float* k_rows = scratch + g * size + first * W;
-    widen(shape, k, g, first, count, k_rows);
-    widen(shape, v, g, first, count, k_rows + G * size);
+    to_rows(shape, k, g, first, count, k_rows + g * size + first * W / P);
+    to_row_pairs(shape, v, g, first, count, v_pairs + g * size + first / P * W);
   });
   parallel(pool, G * tiles, shape.T * kTile * W, [&](int64_t task) {  // the longest first
     int64_t g = task % G, tile = tiles - 1 - task / G;
-    attend_queries(shape, g, tile, q, scratch + g * size, scratch + (G + g) * size, o, lse);
+    attend_queries(shape, g, tile, q, k_rows + g * size, v_pairs + g * size, o, lse);
   });
 }
 

@@ -37,20 +37,44 @@ inline wide exp_wide(wide v) {
 #endif
 }
 
+// Two bfloat16 that are multiplied by two others and summed at once, the first in the low bits.
+struct bf16x2 {
+  uint32_t bits;
+};
+
+// What operands of products of a type consist of: pairs of bfloat16 where the processor multiplies them, else floats.
+template <typename C>
+struct FactorOf {
+  typedef float type;
+};
+inline wide add_product(wide sum, wide b, float a) { return sum + b * a; }
+inline wide add_product(wide sum, wide b, wide a) { return sum + b * a; }
+#ifdef __AVX512BF16__
+template <>
+struct FactorOf<bf16> {
+  typedef bf16x2 type;
+};
+inline __m512bh load_wide(const bf16x2* p) { return (__m512bh)_mm512_loadu_si512(p); }
+inline wide add_product(wide sum, __m512bh b, __m512bh a) { return (wide)_mm512_dpbf16_ps((__m512)sum, b, a); }
+inline wide add_product(wide sum, __m512bh b, bf16x2 a) {
+  return add_product(sum, b, (__m512bh)_mm512_set1_epi32(a.bits));
+}
+#endif
+
 // A matrix to be multiplied by: element (i, k) at data[i * row + k * step], one of the two strides being 1.
 enum class Stored { kByRows, kByColumns };
-template <Stored STORED>
+template <Stored STORED, typename E = float>
 struct Left {
-  const float* data;
+  const E* data;
   int64_t ld;
-  const float* at(int64_t i, int64_t k) const { return STORED == Stored::kByRows ? data + i * ld + k : data + k * ld + i; }
+  const E* at(int64_t i, int64_t k) const { return STORED == Stored::kByRows ? data + i * ld + k : data + k * ld + i; }
 };
 
 enum class Into { kNew, kSum };
 
 // c[RB][NV vectors] = or += a[RB][depth] . b[depth][NV vectors]
-template <Into INTO, int RB, int NV, Stored STORED>
-inline void product_block(Left<STORED> a, const float* b, int64_t ld_b, float* c, int64_t ld_c, int64_t depth) {
+template <Into INTO, int RB, int NV, Stored STORED, typename E>
+inline void product_block(Left<STORED, E> a, const E* b, int64_t ld_b, float* c, int64_t ld_c, int64_t depth) {
   wide sums[RB][NV];
 #pragma GCC unroll 8
   for (int r = 0; r < RB; ++r) {
@@ -58,14 +82,14 @@ inline void product_block(Left<STORED> a, const float* b, int64_t ld_b, float* c
     for (int v = 0; v < NV; ++v) sums[r][v] = INTO == Into::kSum ? load_wide(c + r * ld_c + v * kWide) : wide{};
   }
   for (int64_t k = 0; k < depth; ++k) {
-    wide own[NV];
+    decltype(load_wide(b)) own[NV];
 #pragma GCC unroll 8
     for (int v = 0; v < NV; ++v) own[v] = load_wide(b + k * ld_b + v * kWide);
 #pragma GCC unroll 8
     for (int r = 0; r < RB; ++r) {
-      float factor = *a.at(r, k);
+      E factor = *a.at(r, k);
 #pragma GCC unroll 8
-      for (int v = 0; v < NV; ++v) sums[r][v] += own[v] * factor;
+      for (int v = 0; v < NV; ++v) sums[r][v] = add_product(sums[r][v], own[v], factor);
     }
   }
 #pragma GCC unroll 8
@@ -75,13 +99,13 @@ inline void product_block(Left<STORED> a, const float* b, int64_t ld_b, float* c
   }
 }
 
-template <Into INTO, int RB, int NV, Stored STORED>
-inline void product_rows(Left<STORED> a, const float* b, int64_t ld_b, float* c, int64_t ld_c, int64_t depth,
+template <Into INTO, int RB, int NV, Stored STORED, typename E>
+inline void product_rows(Left<STORED, E> a, const E* b, int64_t ld_b, float* c, int64_t ld_c, int64_t depth,
                          int64_t rows) {
   int64_t i = 0;
   auto blocks = [&](auto size) {
     for (; i + size <= rows; i += size) {
-      product_block<INTO, size, NV>(Left<STORED>{a.at(i, 0), a.ld}, b, ld_b, c + i * ld_c, ld_c, depth);
+      product_block<INTO, size, NV>(Left<STORED, E>{a.at(i, 0), a.ld}, b, ld_b, c + i * ld_c, ld_c, depth);
     }
   };
   blocks(std::integral_constant<int, RB>());
@@ -91,8 +115,8 @@ inline void product_rows(Left<STORED> a, const float* b, int64_t ld_b, float* c,
 }
 
 // c[rows][columns] = or += a[rows][depth] . b[depth][columns]; columns is a multiple of kWide.
-template <Into INTO, Stored STORED>
-void product(Left<STORED> a, const float* b, int64_t ld_b, float* c, int64_t ld_c, int64_t depth, int64_t rows,
+template <Into INTO, Stored STORED, typename E>
+void product(Left<STORED, E> a, const E* b, int64_t ld_b, float* c, int64_t ld_c, int64_t depth, int64_t rows,
              int64_t columns) {
   for (int64_t j = 0; j < columns;) {
     int64_t vectors = (columns - j) / kWide;
