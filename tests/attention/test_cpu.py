@@ -103,6 +103,20 @@ def test_without_kernels_another_implementation_is_taken(monkeypatch):
 MICRO = r"""
 #include "wide.h"
 #include <cstdio>
+#ifdef __AVX512BF16__
+template <Into INTO, Stored STORED>
+void run_pairs(int rows, int columns, int depth, std::vector<float> a, std::vector<float> b, std::vector<float> expected) {
+  std::vector<bf16x2> pairs_a(rows * depth), pairs_b(depth * columns);  // each number with one more: twice the depth
+  for (size_t i = 0; i < a.size(); ++i) pairs_a[i].bits = to_bf16(a[i]).bits | uint32_t{to_bf16(3).bits} << 16;
+  for (size_t i = 0; i < b.size(); ++i) pairs_b[i].bits = to_bf16(b[i]).bits | uint32_t{to_bf16(2).bits} << 16;
+  std::vector<float> c(rows * columns, 1.0f);
+  product<INTO>(Left<STORED, bf16x2>{pairs_a.data(), STORED == Stored::kByRows ? depth : rows}, pairs_b.data(), columns,
+                c.data(), columns, depth, rows, columns);
+  for (size_t i = 0; i < c.size(); ++i) {
+    if (c[i] != expected[i] + 6 * depth) printf("pairs, %d x %d x %d: %g\n", rows, columns, depth, c[i]);
+  }
+}
+#endif
 template <Into INTO, Stored STORED>
 void run(int rows, int columns, int depth) {  // whole numbers, so that every order of sums gives the same
   std::vector<float> a(rows * depth), b(depth * columns), c(rows * columns, 1.0f);
@@ -119,6 +133,9 @@ void run(int rows, int columns, int depth) {  // whole numbers, so that every or
     }
   }
   if (wrong) printf("%ld wrong of %d x %d x %d\n", long(wrong), rows, columns, depth);
+#ifdef __AVX512BF16__
+  run_pairs<INTO, STORED>(rows, columns, depth, a, b, c);
+#endif
 }
 int main() {
   for (int rows : {1, 7, 9, 15, 64}) {
