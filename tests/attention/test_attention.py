@@ -92,14 +92,15 @@ def test_survives_scores_far_beyond_the_range_of_exp(implementation):
 
 
 @pytest.mark.parametrize("implementation", OURS)
-def test_in_bfloat16_errs_no_more_than_the_reference(implementation):
+def test_in_bfloat16_errs_by_two_roundings_more_than_the_reference(implementation):
     *inputs, slopes_N = make_inputs(B=2, T=141, N=4, H=64, dtype=jnp.bfloat16)  # odd: kernels may multiply pairs
     expected = oracle(*inputs, slopes_N, scale=1 / 8)
     both = (implementation, "reference")
     results = {name: attend_and_gradients(*inputs, slopes_N, scale=1 / 8, implementation=name) for name in both}
     assert all(x.dtype == jnp.bfloat16 for x in results[implementation])
     for name, ours, theirs in zip(NAMES, *(errors(results[name], expected) for name in both), strict=True):
-        assert ours < 1.3 * theirs and ours < 8e-3, name
+        # Kernels that multiply pairs of bfloat16 round weights and gradients of scores, the reference does not.
+        assert ours < 2 * theirs and ours < 8e-3, name
 
 
 @pytest.mark.parametrize("implementation", RUN_HERE)
