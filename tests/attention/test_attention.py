@@ -93,7 +93,7 @@ def test_survives_scores_far_beyond_the_range_of_exp(implementation):
 
 @pytest.mark.parametrize("implementation", OURS)
 def test_in_bfloat16_errs_by_two_roundings_more_than_the_reference(implementation):
-    *inputs, slopes_N = make_inputs(B=2, T=141, N=4, H=64, dtype=jnp.bfloat16)  # odd: kernels may multiply pairs
+    *inputs, slopes_N = make_inputs(B=2, T=141, N=4, H=63, dtype=jnp.bfloat16)  # odd: kernels may multiply pairs
     expected = oracle(*inputs, slopes_N, scale=1 / 8)
     both = (implementation, "reference")
     results = {name: attend_and_gradients(*inputs, slopes_N, scale=1 / 8, implementation=name) for name in both}
