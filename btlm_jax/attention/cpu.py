@@ -21,7 +21,7 @@ def attend_cpu(
     *,
     scale: float,
 ) -> jax.Array:
-    """Attend in float32 (same mathematics as `attend_reference`); bfloat16 is converted as it is read.
+    """Attend in float32 (same mathematics as `attend_reference`), or in bfloat16 with sums and softmax in float32.
 
     Keys beyond a head's window are left out (alibi.py).
 
