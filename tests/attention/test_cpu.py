@@ -105,7 +105,7 @@ MICRO = r"""
 #include <cstdio>
 #ifdef __AVX512BF16__
 template <Into INTO, Stored STORED>
-void run_pairs(int rows, int columns, int depth, std::vector<float> a, std::vector<float> b, std::vector<float> expected) {
+void run_pairs(int rows, int columns, int depth, std::vector<float> a, std::vector<float> b, std::vector<float> whole) {
   std::vector<bf16x2> pairs_a(rows * depth), pairs_b(depth * columns);  // each number with one more: twice the depth
   for (size_t i = 0; i < a.size(); ++i) pairs_a[i].bits = to_bf16(a[i]).bits | uint32_t{to_bf16(3).bits} << 16;
   for (size_t i = 0; i < b.size(); ++i) pairs_b[i].bits = to_bf16(b[i]).bits | uint32_t{to_bf16(2).bits} << 16;
@@ -113,7 +113,7 @@ void run_pairs(int rows, int columns, int depth, std::vector<float> a, std::vect
   product<INTO>(Left<STORED, bf16x2>{pairs_a.data(), STORED == Stored::kByRows ? depth : rows}, pairs_b.data(), columns,
                 c.data(), columns, depth, rows, columns);
   for (size_t i = 0; i < c.size(); ++i) {
-    if (c[i] != expected[i] + 6 * depth) printf("pairs, %d x %d x %d: %g\n", rows, columns, depth, c[i]);
+    if (c[i] != whole[i] + 6 * depth) printf("pairs, %d x %d x %d: %g\n", rows, columns, depth, c[i]);
   }
 }
 #endif
