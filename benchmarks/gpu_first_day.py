@@ -1,24 +1,30 @@
 """What to run first on a machine with a GPU: is everything right, and how fast is it beside PyTorch? One table.
 
-Command: python benchmarks/gpu_first_day.py [--minutes=12] [--output=benchmarks/results/NAME.md] [--folder=DIR]
+Command: python benchmarks/gpu_first_day.py [--minutes=12] [--folder=runs/gpu_first_day] [--output=FILE.md]
          python benchmarks/gpu_first_day.py --miniature      # the same in small on a CPU: it shows that the script runs
-Needs pip install -e '.[cuda]', for the comparison '.[bench]' too. One GPU is used. Sections, each a process of its own,
-so that one that fails, or aborts, leaves the others; what is not done when the minutes are over is said to be so:
+Needs pip install -e '.[cuda]', for the comparison '.[bench]' too. The first GPU of CUDA_VISIBLE_DEVICES is used, or the
+first of all. Sections, each a process of its own, so that one that fails, or aborts, leaves the others:
 
   machine     what is here: GPU, driver, CUDA, cuDNN, JAX
   attention   each form, forward and backward, at the head dims it takes, with and without documents, against float64
   losses      of some steps of the local model, against the same steps on the CPU: in float32, and in the GPU's bfloat16
   resume      btlm train back to a checkpoint in the middle, in another process: every number must have the same bits
   generation  btlm generate, greedy, against the CPU's text
-  times       attention, then steps of 125M to 1.3B parameters: ours, ours without XLA's deterministic kernels, PyTorch
-              compiled with SDPA, with cuDNN's SDPA and with FlexAttention
+  times       steps of 125M to 1.3B parameters beside what btlm_jax predicts of them, attention, then the same without
+              XLA's deterministic kernels, and PyTorch compiled with SDPA, with cuDNN's SDPA and with FlexAttention
 
-Exit code 1 if a check failed or a section broke off.
+What is done is said as it comes, and kept in --folder. After Ctrl-C, a lost connection, or where the minutes were not
+enough the same command goes on: it measures nothing twice, and tries again what failed. One table at the end has all,
+with what was not run and why.
+
+Exit code 0, 1 if a check failed or a section broke off, 2 if nothing can be run here, 130 after Ctrl-C or SIGTERM.
 """
 
 from __future__ import annotations
 
 import argparse
+import collections
+import contextlib
 import dataclasses
 import functools
 import importlib.metadata
@@ -40,13 +46,19 @@ import numpy as np
 
 HERE = Path(__file__).resolve()
 ROOT = HERE.parent.parent
-OK, FAILED, MEASURED, NOT_RUN = "ok", "FAILED", "", "not run"
-SECTIONS = ("machine", "attention", "losses", "resume", "generation", "times")
+OK, FAILED, MEASURED, NOT_RUN = "ok", "FAILED", "measured", "not run"
+# Seconds that a section may take on a GPU, so that one that hangs leaves time for the others; `times` has all the rest.
+SECTIONS = {"machine": 90.0, "attention": 200.0, "losses": 180.0, "resume": 180.0, "generation": 120.0, "times": None}
 BFLOAT16_ERROR, FLOAT32_ERROR, TF32_ERROR = 8e-3, 2e-5, 4e-3  # of norms: of two roundings; of sums; of ten-bit products
 GRACE_SECONDS = 60.0  # after the minutes, for what has begun
-LEAST_SECONDS, OVER = 20.0, "the minutes are over"  # what begins needs about so many
+LEAST_SECONDS, OVER = 20.0, "the minutes were over"  # what begins needs about so many
+WORK = "gpu_first_day_work"  # in the folder: what the section that runs writes
+LEAST_DISK = 2**30  # bytes: stores, checkpoints, compiled steps
+OLDEST_DRIVERS = {"jax_cuda13_plugin": 580, "jax_cuda12_plugin": 525}  # as launch/gpu.sh has it
+BUSY_BYTES = 2**30  # of a GPU's memory, in use by others
 HALF = 5  # steps of the runs that are made here
 PROMPT = "the"
+HEADING = "| section | case | figure | at most | |\n|---|---|---|---|---|"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -59,9 +71,27 @@ class Row:
     verdict: str  # OK, FAILED, MEASURED or NOT_RUN
     limit: str = ""
 
+    @property
+    def key(self) -> tuple[str, str]:
+        return self.section, self.case
+
+    @property
+    def is_kept(self) -> bool:
+        """Whether the same command does not do it again."""
+        return self.verdict in (OK, MEASURED)
+
     def __str__(self) -> str:
-        cells = (self.section, self.case, self.figure, self.limit, self.verdict)
+        verdict = "" if self.verdict == MEASURED else self.verdict
+        cells = (self.section, self.case, self.figure, self.limit, verdict)
         return f"| {' | '.join(cell.replace('|', '/') for cell in cells)} |"
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Doing:
+    """What a section does next; `case` is that of the row which comes of it, if it can be left out when it aborts."""
+
+    text: str
+    case: str = ""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -69,12 +99,16 @@ class Setting:
     """How a section runs."""
 
     is_miniature: bool
-    folder: Path
+    folder: Path  # for what it writes
     until: float  # time.time() at which the minutes are over
+    skipped: frozenset[str]  # cases that are done, or that ended the process
 
     @property
     def seconds_left(self) -> float:
         return self.until - time.time()
+
+
+Progress = Iterator[Row | Doing]
 
 
 def checked(section: str, case: str, value: float, limit: float) -> Row:
@@ -88,7 +122,7 @@ def checked(section: str, case: str, value: float, limit: float) -> Row:
 # ------------------------------------------------------------------------------------------------------- sections
 
 
-def machine(setting: Setting) -> Iterator[Row]:
+def machine(setting: Setting) -> Progress:
     """Say what is here."""
     import jax
 
@@ -104,52 +138,60 @@ def machine(setting: Setting) -> Iterator[Row]:
         memory = (device.memory_stats() or {}).get("bytes_limit", 0) / 2**30
         yield report(case="memory that JAX takes", figure=f"{memory:.1f} GiB")
         yield report(case="compute capability", figure=device.compute_capability)
-        query = ["nvidia-smi", "--query-gpu=name,driver_version,memory.total,clocks.max.sm", "--format=csv,noheader"]
-        done = subprocess.run(query, capture_output=True, text=True, check=False)
-        yield report(case="nvidia-smi", figure=(done.stdout or done.stderr).strip().replace("\n", "; "))
+        fields = ("name", "driver_version", "memory.total", "memory.used", "clocks.max.sm")
+        (values,) = query_gpus(*fields, gpu=os.environ["CUDA_VISIBLE_DEVICES"])
+        yield report(case="nvidia-smi", figure=", ".join(values))
         from jax._src.lib import cuda_versions
 
         if cuda_versions is not None:
-            yield report(case="cuDNN", figure=str(cuda_versions.cudnn_get_version()))
+            yield report(case="cuDNN's version", figure=str(cuda_versions.cudnn_get_version()))
     names = ("jax", "jaxlib", "jax-cuda13-plugin", "nvidia-cudnn-cu13", "nvidia-nccl-cu13", "torch")
     installed = {each.metadata["Name"] for each in importlib.metadata.distributions()}
     versions = ", ".join(f"{name} {importlib.metadata.version(name)}" for name in names if name in installed)
+    git = functools.partial(subprocess.run, cwd=ROOT, capture_output=True, text=True, check=False)
+    commit = git(["git", "describe", "--always", "--exclude=*"]).stdout.strip() or "not a checkout"
+    changed = git(["git", "status", "--porcelain", "--", "btlm_jax", "benchmarks/*.py"]).stdout.strip()
+    yield report(case="commit", figure=commit + ", with changes" * bool(changed))
     yield report(case="versions", figure=f"Python {sys.version.split()[0]}, {versions}")
 
 
-def attention(setting: Setting) -> Iterator[Row]:
+def attention(setting: Setting) -> Progress:
     """Compare every form with float64."""
     import jax.numpy as jnp
 
     from btlm_jax.attention.gpu import why_no_kernel
 
     length = 200 if setting.is_miniature else 1100
-    for head_dim in (64, 80, 116, 128, 244):
-        for has_documents in (False, True):
-            case = f"gpu (cuDNN), bfloat16, heads of {head_dim}{', documents' * has_documents}"
-            if setting.is_miniature:
-                continue
-            if reason := why_no_kernel(jnp.dtype(jnp.bfloat16), head_dim=head_dim, has_documents=has_documents):
-                yield Row(section="attention", case=case, figure=reason, verdict=NOT_RUN)
-                continue
-            yield from _attention_rows(case, "gpu", "bfloat16", head_dim, length, has_documents, BFLOAT16_ERROR)
     if setting.is_miniature:
         yield Row(section="attention", case="gpu (cuDNN)", figure="a CPU has none of it", verdict=NOT_RUN)
+    else:
+        for head_dim in (64, 80, 116, 128, 244):
+            for has_documents in (False, True):
+                case = f"gpu (cuDNN), bfloat16, heads of {head_dim}{', documents' * has_documents}"
+                if reason := why_no_kernel(jnp.dtype(jnp.bfloat16), head_dim=head_dim, has_documents=has_documents):
+                    yield Row(section="attention", case=case, figure=reason, verdict=NOT_RUN)
+                    continue
+                sizes = dict(head_dim=head_dim, length=length, has_documents=has_documents, limit=BFLOAT16_ERROR)
+                yield from _attention_rows(setting, case, "gpu", "bfloat16", **sizes)
     for implementation in ("chunked", "blockwise"):
-        for dtype, precision, error in (
+        for dtype, precision, limit in (
             ("bfloat16", "default", BFLOAT16_ERROR),
             ("float32", "highest", FLOAT32_ERROR),
             ("float32", "default", TF32_ERROR),
         ):
             case = f"{implementation}, {dtype}, products of {precision} precision, heads of 80, documents"
-            yield from _attention_rows(case, implementation, dtype, 80, length, True, error, precision=precision)
+            sizes = dict(head_dim=80, length=length, has_documents=True, limit=limit)
+            yield from _attention_rows(setting, case, implementation, dtype, precision=precision, **sizes)
 
 
 def _attention_rows(
-    case: str, implementation: str, dtype: str, head_dim: int, length: int, has_documents: bool, limit: float,
-    *, precision: str = "default",
-) -> Iterator[Row]:  # fmt: skip
+    setting: Setting, case: str, implementation: str, dtype: str, *, head_dim: int, length: int, has_documents: bool,
+    limit: float, precision: str = "default",
+) -> Progress:  # fmt: skip
     """Yield the largest error of output and gradients, or how it failed."""
+    if case in setting.skipped:
+        return
+    yield Doing(text=case, case=case)
     try:
         error = _attention_error(implementation, dtype, head_dim, length, has_documents, precision)
     except Exception as problem:  # of whatever kind: the next form is tried all the same
@@ -216,7 +258,7 @@ def _attend_float64(q, k, v, do, slopes_N, starts_T, scale):
     return results
 
 
-def losses(setting: Setting) -> Iterator[Row]:
+def losses(setting: Setting) -> Progress:
     """Compare the losses of some steps with those on the CPU in float32."""
     import jax
     from steps import read_config
@@ -225,6 +267,7 @@ def losses(setting: Setting) -> Iterator[Row]:
     other = "chunked" if setting.is_miniature else "auto"  # in miniature both are the CPU: then in another form
     config = functools.partial(read_config, batch=batch, length=length)
     cpu = jax.devices("cpu")[0]
+    yield Doing(text=f"{steps} steps on the CPU, compiled first: a minute or so")
     expected = _losses(config(), cpu, steps)
     here = jax.devices()[0]
     for dtype, precision, limit in (
@@ -232,6 +275,7 @@ def losses(setting: Setting) -> Iterator[Row]:
         ("float32", "default", 1e-2),
         ("bfloat16", "default", 3e-2),
     ):
+        yield Doing(text=f"{steps} steps, {dtype}, products of {precision} precision")
         with jax.default_matmul_precision(precision):
             found = _losses(config(dtype=dtype, attention=other), here, steps)
         case = f"{steps} steps, {dtype}, products of {precision} precision: largest difference, relative"
@@ -267,15 +311,17 @@ def _losses(config, device, steps: int) -> list[float]:
     return found
 
 
-def resume(setting: Setting) -> Iterator[Row]:
+def resume(setting: Setting) -> Progress:
     """Go back to a checkpoint in the middle of a run, and compare the end with the first one's."""
     dtype = "float32" if setting.is_miniature else "bfloat16"
     first = setting.folder / "resume"
+    yield Doing(text=f"btlm train, {2 * HALF} steps on a store that is made")
     arguments = _train_arguments(setting, first, dtype=dtype)
     _btlm(*arguments, f"--workdir={first}")
     for name, is_cache_kept in (("its compiled steps kept", True), ("compiled again", False)):
         if not is_cache_kept and setting.is_miniature:
             continue
+        yield Doing(text=f"btlm train --resume_step={HALF}, {name}")
         second = setting.folder / f"resume-{is_cache_kept}"
         shutil.copytree(first, second)
         if not is_cache_kept:
@@ -325,9 +371,10 @@ def _different_rows(first: Path, second: Path, *, after: int) -> int:
     return sum(one.get(key) != other.get(key) for key in one.keys() | other.keys())
 
 
-def generation(setting: Setting) -> Iterator[Row]:
+def generation(setting: Setting) -> Progress:
     """Continue a prompt here and on the CPU."""
     workdir = setting.folder / "generation"
+    yield Doing(text="btlm train, then btlm generate here and on the CPU")
     _btlm(*_train_arguments(setting, workdir, dtype="float32"), f"--workdir={workdir}")
     arguments = ("generate", f"--checkpoint={workdir}", f"--prompt={PROMPT}", "--temperature=0", "--num_tokens=48")
     here = _btlm(*arguments, JAX_DEFAULT_MATMUL_PRECISION="highest")
@@ -350,102 +397,162 @@ def _btlm(*arguments: str, **variables: str) -> str:
     return done.stdout
 
 
-def times(setting: Setting) -> Iterator[Row]:
-    """Time attention and steps, ours beside PyTorch's."""
-    from train_step import OURS, Case
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Job:
+    """A process that times something; `of` has the same name for all that are compared with ours."""
 
-    has_torch = importlib.util.find_spec("torch") is not None
-    if not has_torch:
-        yield Row(section="times", case="PyTorch", figure="not installed: pip install torch", verdict=NOT_RUN)
-    if setting.is_miniature:
-        cases, peers, steps = [Case(size="4M", batch=1, length=128, device="cpu")], ("torch eager, folded",), 2
-    else:
-        shapes = (("125M", 16, 2048), ("540M", 8, 2048), ("1.3B", 4, 2048), ("540M", 2, 8192))
-        cases = [Case(size=size, batch=batch, length=length, device="cuda") for size, batch, length in shapes]
-        peers, steps = tuple(f"torch compile, {each}" for each in ("folded", "cudnn", "flex")), 10
-    yield from _attention_times(setting, has_torch=has_torch)
-    for case in cases:
-        runs = [(OURS, OURS, {})]
-        if not setting.is_miniature:  # a jaxlib without CUDA need not know the flag
-            any_kernels = {"XLA_FLAGS": "--xla_gpu_exclude_nondeterministic_ops=false"}
-            runs.append((f"{OURS}, not deterministic", OURS, any_kernels))
-        runs += [(peer, peer, {}) for peer in peers if has_torch]
-        ours = 0.0
-        for label, framework, variables in runs:
-            row, seconds = _time_step(case, label, framework, variables, setting, steps=steps, ours=ours)
-            yield row
-            ours = ours or seconds  # ours is the first
+    of: str
+    name: str
+    command: tuple[str, ...]
+    variables: dict[str, str]
+    num_tokens: int = 0  # of a step
+    flops: float = 0.0  # of a step
+
+    @property
+    def case(self) -> str:
+        return f"{self.of}: {self.name}"
+
+    @property
+    def is_peer(self) -> bool:
+        return self.name.startswith("torch")
 
 
-def _time_step(
-    case, label: str, framework: str, variables: dict[str, str], setting: Setting, *, steps: int, ours: float
-) -> tuple[Row, float]:
-    """Time a framework's step in a process of its own; return the row, and the seconds, 0 if there are none."""
-    row = functools.partial(
-        Row, section="times", case=f"step of {case.size}, {case.batch} x {case.length:,}, {case.dtype}: {label}"
-    )
-    if setting.seconds_left < LEAST_SECONDS:
-        return row(figure=OVER, verdict=NOT_RUN), 0.0
-    sizes = [str(part) for part in dataclasses.astuple(case)]
-    command = [sys.executable, str(HERE.parent / "train_step.py"), "--one", framework, *sizes, f"--steps={steps}"]
-    try:
-        result = _json_of(command, variables, setting.seconds_left)
-    except subprocess.TimeoutExpired:
-        return row(figure=OVER, verdict=NOT_RUN), 0.0
-    except RuntimeError as problem:
-        return row(figure=_first_line(problem), verdict=FAILED), 0.0
-    seconds, tokens = result["median"], case.batch * case.length
-    memory = f"; {result['peak'] / 2**30:.1f} GiB" if result["peak"] else ""
-    beside = f"; {seconds / ours:.2f} of ours" if ours else ""
-    figure = f"{seconds * 1e3:,.1f} ms; {tokens / seconds:,.0f} tokens/s{_mfu(case, seconds)}{memory}{beside}"
-    return row(figure=f"{figure}; first step {result['first']:.0f} s", verdict=MEASURED), seconds
+def jobs_of(*, is_miniature: bool) -> list[Job]:
+    """Return what is timed, what tells the most first: the minutes may be over before the end."""
+    from train_step import GPU_OURS, GPU_PEERS, Case
+
+    if is_miniature:
+        cases = [Case(size="4M", batch=1, length=128, device="cpu")]
+        return [
+            *_step_jobs(cases, "btlm_jax, float32", steps=2),
+            *_attention_jobs(((1, 200, 2),), "cpu"),
+            *_step_jobs(cases, "torch eager, folded, float32", steps=2),
+        ]
+    shapes = (("125M", 16, 2048), ("540M", 8, 2048), ("1.3B", 4, 2048), ("540M", 2, 8192))
+    cases = [Case(size=size, batch=batch, length=length, device="cuda") for size, batch, length in shapes]
+    (ours,), any_kernels = GPU_OURS, {"XLA_FLAGS": "--xla_gpu_exclude_nondeterministic_ops=false"}
+    best, *others = GPU_PEERS
+    jobs = _step_jobs(cases, ours) + _attention_jobs(((16, 2048, 32), (4, 8192, 32)), "cuda") + _step_jobs(cases, best)
+    jobs += _step_jobs(cases, ours, name=f"{ours}, not deterministic", variables=any_kernels)
+    return jobs + [job for other in others for job in _step_jobs(cases, other)]
 
 
-def _mfu(case, seconds: float) -> str:
-    """Return the share of the data sheet's FLOP/s, where it is known what the GPU is."""
-    if case.device == "cpu":
-        return ""
+def _step_jobs(
+    cases, framework: str, *, name: str = "", variables: dict[str, str] | None = None, steps: int = 10
+) -> list[Job]:  # fmt: skip
+    """Return the jobs of a framework, named otherwise where a `name` is given, with these environment variables."""
     from steps import config_of_size
 
-    from btlm_jax.train.flops import _PEAKS, flops_per_token
+    from btlm_jax.train.flops import flops_per_token
 
-    query = ["nvidia-smi", "--query-gpu=name", "--format=csv,noheader"]
-    kind = subprocess.run(query, capture_output=True, text=True, check=False).stdout
-    peak = next((flops for part, flops in _PEAKS if part in kind), None)
-    config = config_of_size(case.size, batch=case.batch, length=case.length, dtype=case.dtype)
-    flops = case.batch * case.length * flops_per_token(config.model, seq_len=case.length)
-    return f"; MFU {flops / seconds / peak:.1%}" if peak else ""
+    jobs = []
+    for case in cases:
+        sizes = [str(part) for part in dataclasses.astuple(case)]
+        config = config_of_size(case.size, batch=case.batch, length=case.length, dtype="float32")
+        num_tokens = case.batch * case.length
+        jobs.append(
+            Job(
+                of=f"step of {case.size}, {case.batch} x {case.length:,}",
+                name=name or framework,
+                command=(str(HERE.parent / "train_step.py"), "--one", framework, *sizes, f"--steps={steps}"),
+                variables=variables or {},
+                num_tokens=num_tokens,
+                flops=num_tokens * flops_per_token(config.model, seq_len=case.length),
+            )
+        )
+    return jobs
 
 
-def _attention_times(setting: Setting, *, has_torch: bool) -> Iterator[Row]:
-    """Time forward and backward of attention, every contender in a process of its own."""
+def _attention_jobs(shapes, device: str) -> list[Job]:
     from attention_contenders import BLOCKWISE, CHUNKED, CUDNN_FOLDED, FLASH_FOLDED, FLEX, NO_ALIBI, OURS
 
-    names = [OURS, CHUNKED, BLOCKWISE if setting.is_miniature else NO_ALIBI]
-    if has_torch:
-        names += [FLASH_FOLDED] if setting.is_miniature else [FLASH_FOLDED, CUDNN_FOLDED, FLEX]
-    shapes = ((1, 200, 2),) if setting.is_miniature else ((16, 2048, 32), (4, 8192, 32))
-    device = "cpu" if setting.is_miniature else "cuda"
-    for batch, length, heads in shapes:
-        ours = None
-        for name in names:
-            case = f"attention, forward and backward, {batch} x {length:,} x {heads} heads of 80: {name}"
-            if setting.seconds_left < LEAST_SECONDS:
-                yield Row(section="times", case=case, figure=OVER, verdict=NOT_RUN)
-                continue
-            command = [sys.executable, str(HERE), "--contender", name, str(batch), str(length), str(heads), device]
-            command += ["--miniature"] * setting.is_miniature
-            try:
-                result = _json_of(command, {"XLA_PYTHON_CLIENT_PREALLOCATE": "false"}, setting.seconds_left)
-            except subprocess.TimeoutExpired:
-                yield Row(section="times", case=case, figure=OVER, verdict=NOT_RUN)
-                continue
-            except RuntimeError as problem:
-                yield Row(section="times", case=case, figure=_first_line(problem), verdict=FAILED)
-                continue
-            ours = ours or result["median"]
-            figure = f"{result['median'] * 1e3:,.2f} ms; {result['median'] / ours:.2f} of ours"
-            yield Row(section="times", case=case, figure=figure, verdict=MEASURED)
+    of_cpu = (OURS, CHUNKED, BLOCKWISE, FLASH_FOLDED)
+    names = of_cpu if device == "cpu" else (OURS, CHUNKED, NO_ALIBI, FLASH_FOLDED, CUDNN_FOLDED, FLEX)
+    return [
+        Job(
+            of=f"attention, forward and backward, {batch} x {length:,} x {heads} heads of 80",
+            name=name,
+            command=(str(HERE), "--contender", name, str(batch), str(length), str(heads), device),
+            variables={"XLA_PYTHON_CLIENT_PREALLOCATE": "false"},
+        )
+        for name in names
+        for batch, length, heads in shapes
+    ]
+
+
+def times(setting: Setting) -> Progress:
+    """Time steps and attention, ours beside PyTorch's. A contender that fails is no fault of ours, and said."""
+    why_no_torch, peak = _why_no_torch(setting), _peak(setting)
+    ours = _read_ours(setting)
+    for job in jobs_of(is_miniature=setting.is_miniature):
+        if job.case in setting.skipped:
+            continue
+        row = functools.partial(Row, section="times", case=job.case)
+        if job.is_peer and why_no_torch:
+            yield row(figure=why_no_torch, verdict=NOT_RUN)
+            continue
+        if setting.seconds_left < LEAST_SECONDS:
+            yield row(figure=OVER, verdict=NOT_RUN)
+            continue
+        yield Doing(text=job.case, case=job.case)
+        try:
+            result = _json_of([sys.executable, *job.command], job.variables, setting.seconds_left)
+        except subprocess.TimeoutExpired:
+            yield row(figure=OVER, verdict=NOT_RUN)
+        except RuntimeError as problem:
+            yield row(figure=str(problem)[:300], verdict=NOT_RUN if job.is_peer else FAILED)
+        else:
+            first = ours.setdefault(job.of, result["median"])  # ours is the first
+            _write_ours(setting, ours)
+            yield row(figure=_time_figure(job, result, ours=first, peak=peak), verdict=MEASURED)
+
+
+def _time_figure(job: Job, result: dict, *, ours: float, peak: float) -> str:
+    """Return what a process measured: its time, beside ours, and of a step also what is known of it."""
+    seconds = result["median"]
+    parts = [f"{seconds * 1e3:,.2f} ms", f"{seconds / ours:.2f} of ours"]
+    if job.num_tokens:
+        parts += [f"{job.num_tokens / seconds:,.0f} tokens/s"]
+        parts += [f"MFU {job.flops / seconds / peak:.1%}"] if peak else []
+        parts += [f"{result['peak'] / 2**30:.1f} GiB"] if result["peak"] else []
+        if predicted := result.get("predicted"):
+            parts.append(f"{seconds / predicted:.2f} of the {predicted * 1e3:,.0f} ms predicted")
+        parts.append(f"first step {result['first']:.0f} s")
+    return "; ".join(parts)
+
+
+def _read_ours(setting: Setting) -> dict[str, float]:
+    """Return our seconds by what was timed, of this start and those before it."""
+    path = setting.folder.parent / "ours.json"
+    return json.loads(path.read_text()) if path.is_file() else {}
+
+
+def _write_ours(setting: Setting, ours: dict[str, float]) -> None:
+    (setting.folder.parent / "ours.json").write_text(json.dumps(ours))
+
+
+def _why_no_torch(setting: Setting) -> str:
+    """Return why PyTorch is not timed here, "" if it is."""
+    if importlib.util.find_spec("torch") is None:
+        return "PyTorch is not installed: pip install -e '.[bench]'"
+    import torch
+
+    if not setting.is_miniature and not torch.cuda.is_available():
+        return f"PyTorch {torch.__version__} finds no GPU: a build for CUDA is needed"
+    return ""
+
+
+def _peak(setting: Setting) -> float:
+    """Return the FLOP/s of the data sheet; 0 on a CPU, and where it is not known what the GPU is."""
+    if setting.is_miniature:
+        return 0.0
+    from btlm_jax.train.flops import peak_of_kind
+
+    ((name,),) = query_gpus("name", gpu=os.environ["CUDA_VISIBLE_DEVICES"])
+    try:
+        return peak_of_kind(name)
+    except StopIteration:
+        return 0.0
 
 
 def time_contender(name: str, batch: int, length: int, heads: int, device: str) -> dict:
@@ -462,7 +569,12 @@ def time_contender(name: str, batch: int, length: int, heads: int, device: str) 
 
 
 def _json_of(command: list[str], variables: dict[str, str], seconds: float) -> dict:
-    """Return what a process prints last."""
+    """Return what a process prints last.
+
+    Raises:
+      RuntimeError: it ends with another code than 0; says with which, and its last line.
+      subprocess.TimeoutExpired: it takes longer.
+    """
     environment = os.environ | {"PYTHONPATH": str(ROOT)} | variables
     done = subprocess.run(
         command, env=environment, capture_output=True, text=True, check=False, timeout=max(1.0, seconds)
@@ -476,9 +588,7 @@ def _first_line(problem: BaseException) -> str:
     return f"{type(problem).__name__}: {(str(problem).splitlines() or [''])[0][:200]}"
 
 
-# ------------------------------------------------------------------------------------------------------- all of them
-
-RUN: dict[str, Callable[[Setting], Iterator[Row]]] = {
+RUN: dict[str, Callable[[Setting], Progress]] = {
     "machine": machine,
     "attention": attention,
     "losses": losses,
@@ -488,89 +598,348 @@ RUN: dict[str, Callable[[Setting], Iterator[Row]]] = {
 }
 
 
-def run_section(name: str, setting: Setting) -> Iterator[Row]:
-    """Run a section in a process of its own; yield its rows as they come, and one more if it breaks off."""
-    if setting.seconds_left < LEAST_SECONDS:
-        yield Row(section=name, case="all of it", figure=OVER, verdict=NOT_RUN)
-        return
+# ------------------------------------------------------------------------------------------------------- all of them
+
+
+class CannotRunError(Exception):
+    """Nothing can be run here; says why, and what to do."""
+
+
+def query_gpus(*fields: str, gpu: str = "") -> list[tuple[str, ...]]:
+    """Return the fields of each GPU, or of one, as nvidia-smi has them.
+
+    Raises:
+      CannotRunError: it cannot be asked, or names no GPU.
+    """
+    command = ["nvidia-smi", f"--query-gpu={','.join(fields)}", "--format=csv,noheader,nounits"]
+    try:
+        done = subprocess.run(command + [f"--id={gpu}"] * bool(gpu), capture_output=True, text=True, check=False)
+    except OSError as error:
+        raise CannotRunError(
+            f"there is no GPU here, or no driver: nvidia-smi cannot be run ({error.strerror}); --miniature runs the "
+            "same in small on a CPU"
+        ) from error
+    rows = [tuple(part.strip() for part in line.split(",")) for line in done.stdout.strip().splitlines()]
+    if done.returncode or not rows or any(len(row) != len(fields) for row in rows):
+        raise CannotRunError(f"nvidia-smi finds no GPU: {(done.stdout + done.stderr).strip() or 'it says nothing'}")
+    return rows
+
+
+def choose_gpu() -> str:
+    """Return the number of the GPU to use, after checking its driver and JAX's plugin, and say which it is.
+
+    Raises:
+      CannotRunError: it cannot be used.
+    """
+    gpus = query_gpus("index", "uuid", "name", "driver_version", "memory.used")
+    given = os.environ.get("CUDA_VISIBLE_DEVICES", gpus[0][0]).partition(",")[0].strip()
+    found = next((row for row in gpus if given == row[0] or (given and row[1].startswith(given))), None)
+    if found is None:
+        there = ", ".join(row[0] for row in gpus)
+        raise CannotRunError(f"CUDA_VISIBLE_DEVICES={given} names no GPU; there are {there}")
+    plugin = next((name for name in OLDEST_DRIVERS if importlib.util.find_spec(name)), "")
+    if not plugin:
+        raise CannotRunError(
+            "JAX has no plugin for CUDA here: pip install -e '.[cuda]', or '.[cuda12]' for a driver older than 580"
+        )
+    index, _, name, driver, used = found
+    major, least = driver.partition(".")[0], OLDEST_DRIVERS[plugin]
+    if not major.isdigit() or int(major) < least:
+        other = "; pip install -e '.[cuda12]' takes 525" if least > 525 else ""
+        raise CannotRunError(f"the driver is {driver}, and {plugin} needs {least} or newer{other}")
+    say(f"GPU {index} of {len(gpus)}, {name}, driver {driver}" + ("; the others are not used" * (len(gpus) > 1)))
+    if used.isdigit() and int(used) * 2**20 > BUSY_BYTES:
+        say(f"WARNING: others use {used} MiB of it: times will not be those of a quiet GPU, and memory may not do")
+    return index
+
+
+def say(text: str) -> None:
+    """Print a line of progress; the table alone goes to the standard output."""
+    with contextlib.suppress(OSError):  # of a connection that is lost
+        print(text, file=sys.stderr, flush=True)
+
+
+class Kept:
+    """The rows of this start and of those before it, in files of a folder."""
+
+    def __init__(self, folder: Path) -> None:
+        """Read what is there.
+
+        Raises:
+          CannotRunError: the folder cannot be written, or has too little room.
+        """
+        self._path, self.rows = folder / "rows.jsonl", {}
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            self._file = open(self._path, "a", encoding="utf-8")
+            free = shutil.disk_usage(folder).free
+        except OSError as error:
+            raise CannotRunError(f"--folder={folder} cannot be written: {error.strerror}; give another") from error
+        if free < LEAST_DISK:
+            raise CannotRunError(
+                f"--folder={folder} has {free / 2**20:,.0f} MiB of room, and a GiB is needed: give one on another disk"
+            )
+        for line in self._path.read_text(encoding="utf-8").splitlines():
+            with contextlib.suppress(ValueError):  # a line that a full disk, or the end of a machine, cut off
+                row = Row(**json.loads(line))
+                self.rows[row.key] = row
+
+    def add(self, row: Row) -> None:
+        """Keep a row in place of an earlier one of the same case; a full disk is said, and ends nothing."""
+        self.rows[row.key] = row
+        try:
+            self._file.write(json.dumps(dataclasses.asdict(row)) + "\n")
+            self._file.flush()
+        except OSError as error:
+            say(f"WARNING: {self._path} cannot be written, so the same command would do this again: {error.strerror}")
+
+    def of(self, section: str) -> list[Row]:
+        return [row for row in self.rows.values() if row.section == section]
+
+    def is_finished(self, section: str) -> bool:
+        """Whether nothing of a section is left to do: its last row says so."""
+        rows = self.of(section)
+        return any(row.case == ALL for row in rows) and all(row.is_kept for row in rows)
+
+    def drop(self, section: str) -> None:
+        """Forget a section's rows that are to be done again: of `times` and attention's only those that failed."""
+        for row in self.of(section):
+            if not row.is_kept or section not in IN_PARTS or row.case == ALL:
+                del self.rows[row.key]
+
+
+ALL = "all of it"  # the case of the row that a section ends with
+IN_PARTS = ("attention", "times")  # whose cases can be done apart
+
+
+def run_section(name: str, kept: Kept, setting: Setting, *, clock: Callable[[], str]) -> None:
+    """Run a section in a process of its own and keep its rows; one that aborts in a case goes on after it."""
+    began = time.time()
+    kept.drop(name)
+    while True:
+        longest = None if setting.is_miniature else SECTIONS[name]
+        own_left = longest - (time.time() - began) if longest else float("inf")
+        if setting.seconds_left < LEAST_SECONDS or own_left < LEAST_SECONDS:
+            reason = OVER if setting.seconds_left < LEAST_SECONDS else f"the section's {longest:.0f} s were over"
+            kept.add(Row(section=name, case=ALL, figure=reason, verdict=NOT_RUN))
+            return
+        skipped = [row.case for row in kept.of(name)] if name in IN_PARTS else []
+        shutil.rmtree(setting.folder, ignore_errors=True)
+        setting.folder.mkdir()
+        (setting.folder / "skipped.json").write_text(json.dumps(skipped))
+        most = min(setting.seconds_left + GRACE_SECONDS, own_left)
+        case, problem = _run_process(name, kept, setting, seconds=most, clock=clock)
+        if not problem:
+            if all(row.is_kept for row in kept.of(name)):
+                kept.add(Row(section=name, case=ALL, figure=f"{time.time() - began:.0f} s", verdict=MEASURED))
+            shutil.rmtree(setting.folder, ignore_errors=True)
+            return
+        verdict = FAILED
+        if setting.seconds_left < 0:  # it was ended because of that, and not for what it did
+            problem, verdict = f"{OVER} before it ended", NOT_RUN
+        row = Row(section=name, case=case or "broke off", figure=problem, verdict=verdict)
+        kept.add(row)
+        say(f"{clock()} {row.verdict}: {name}: {row.case}: {problem}")
+        if not case:
+            return
+
+
+def _run_process(
+    name: str, kept: Kept, setting: Setting, *, seconds: float, clock: Callable[[], str]
+) -> tuple[str, str]:
+    """Run what is left of a section; return the case that it was in, and how it broke off, or two empty strings."""
     command = [sys.executable, str(HERE), f"--section={name}", f"--folder={setting.folder}", f"--until={setting.until}"]
     command += ["--miniature"] * setting.is_miniature
+    case, is_late = "", threading.Event()
     with tempfile.TemporaryFile("w+") as errors:
-        # In a group of its own, with what it starts: one that hangs is ended.
+        # In a group of its own, with what it starts, all of which is ended with it.
         process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=errors, text=True, start_new_session=True)
-        assert process.stdout is not None
-        timer = threading.Timer(setting.seconds_left + GRACE_SECONDS, os.killpg, (process.pid, signal.SIGKILL))
+
+        def kill() -> None:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
+
+        def kill_late() -> None:
+            is_late.set()
+            kill()
+
+        timer = threading.Timer(seconds, kill_late)
         timer.start()
-        for line in process.stdout:
-            if line.startswith("{"):
-                yield Row(**json.loads(line))
-        code = process.wait()
-        timer.cancel()
-        if code:
-            errors.seek(0)
-            last = (errors.read().strip().splitlines() or [""])[-1]
-            yield Row(section=name, case="broke off", figure=f"exit code {code}: {last[:300]}", verdict=FAILED)
+        try:
+            assert process.stdout is not None
+            for line in process.stdout:
+                if line.startswith('{"text"'):
+                    doing = Doing(**json.loads(line))
+                    case = doing.case
+                    say(f"{clock()} {name}: {doing.text}")
+                elif line.startswith('{"section"'):
+                    row = Row(**json.loads(line))
+                    kept.add(row)
+                    limit = f" (at most {row.limit})" if row.limit else ""
+                    say(f"{clock()} {row.verdict}: {name}: {row.case}: {row.figure}{limit}")
+            code = process.wait()
+        finally:
+            timer.cancel()
+            kill()
+        if not code:
+            return "", ""
+        errors.seek(0)
+        last = (errors.read().strip().splitlines() or [""])[-1][:300]
+    how = f"ended after {seconds:.0f} s" if is_late.is_set() else f"exit code {code}"
+    return case, f"{how}: {last}"
 
 
-def main() -> None:
+def identity(kept: Kept) -> dict[str, str]:
+    """Return what of the machine must be the same for rows to stand in one table."""
+    return {row.case: row.figure for row in kept.of("machine") if row.case in ("platform", "versions", "commit")}
+
+
+def run_all(kept: Kept, setting: Setting, only: list[str], *, clock: Callable[[], str]) -> None:
+    """Run the sections that are asked for and are not finished.
+
+    Raises:
+      CannotRunError: what is kept is of another machine, or this one is not what was asked for.
+    """
+    before = identity(kept)
+    run_section("machine", kept, setting, clock=clock)
+    now = identity(kept)
+    changed = [f"{name} was {old}, is {now[name]}" for name, old in before.items() if now.get(name, old) != old]
+    if changed:
+        for name, old in before.items():
+            kept.add(Row(section="machine", case=name, figure=old, verdict=MEASURED))
+        raise CannotRunError(
+            f"what is kept in {setting.folder.parent} is of another machine or code: {'; '.join(changed)}; give "
+            "another --folder"
+        )
+    if bad := [row for row in kept.of("machine") if row.verdict == FAILED]:
+        raise CannotRunError(f"JAX does not run on the GPU: {bad[0].case}: {bad[0].figure}")
+    for name in only:
+        if name == "machine":
+            continue
+        if kept.is_finished(name):
+            say(f"{clock()} {name}: done before, {len(kept.of(name)) - 1} rows")
+        else:
+            run_section(name, kept, setting, clock=clock)
+
+
+def table_of(kept: Kept, only: list[str], *, ending: str) -> str:
+    """Return one table of all rows, how many checks hold, and what was not run, with the reasons."""
+    sections = [name for name in SECTIONS if name in ("machine", *only) or kept.of(name)]
+    rows = [row for name in sections for row in kept.of(name) if row.case != ALL or not row.is_kept]
+    missing = [name for name in sections if not kept.of(name)]
+    counts = collections.Counter(row.verdict for row in rows)
+    failed = sorted({row.section for row in rows if row.verdict == FAILED})
+    lines = [HEADING, *map(str, rows), ""]
+    lines.append(
+        f"{counts[OK]} checks hold, {counts[FAILED]} failed{' in ' + ', '.join(failed) if failed else ''}; "
+        f"{counts[MEASURED]} figures; {counts[NOT_RUN]} not run; {ending}"
+    )
+    reasons: dict[str, list[str]] = {}
+    for row in rows:
+        if row.verdict == NOT_RUN:
+            reasons.setdefault(row.figure, []).append(f"{row.section}: {row.case}")
+    lines += [f"Not run, {reason}: {'; '.join(cases)}" for reason, cases in reasons.items()]
+    lines += [f"Not begun: {', '.join(missing)}"] * bool(missing)
+    return "\n".join(lines)
+
+
+def main() -> int:
+    """Run from the command line; return the exit code."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--miniature", action="store_true", help="small, and on a CPU")
     parser.add_argument("--minutes", type=float, default=12.0, help="nothing begins after so many")
-    parser.add_argument("--only", nargs="*", choices=SECTIONS, default=SECTIONS, help="these sections")
-    parser.add_argument("--folder", type=Path, help="for what is written; of nothing, one that is deleted at the end")
+    parser.add_argument("--only", nargs="+", choices=SECTIONS, default=list(SECTIONS), help="these sections")
+    parser.add_argument("--folder", type=Path, help="where rows are kept; runs/gpu_first_day of the checkout")
     parser.add_argument("--output", type=Path, help="write the table there too")
     parser.add_argument("--section", choices=SECTIONS, help="run this one here, and print its rows as JSON")
     parser.add_argument("--until", type=float, help="of a section: when the minutes are over")
     parser.add_argument("--contender", nargs=5, metavar=("NAME", "BATCH", "LENGTH", "HEADS", "DEVICE"), help="as JSON")
     arguments = parser.parse_args()
-    # Without a GPU every section breaks off, and says that there is none.
-    os.environ["JAX_PLATFORMS"] = "cpu" if arguments.miniature else "cuda,cpu"
     if arguments.contender:
         name, batch, length, heads, device = arguments.contender
         print(json.dumps(time_contender(name, int(batch), int(length), int(heads), device)))
-        return
-    until = arguments.until or time.time() + 60 * arguments.minutes
+        return 0
     if arguments.section:
-        setting = Setting(is_miniature=arguments.miniature, folder=arguments.folder, until=until)
-        for row in RUN[arguments.section](setting):
-            print(json.dumps(dataclasses.asdict(row)), flush=True)
-        return
-    with tempfile.TemporaryDirectory(prefix="gpu_first_day-") as temporary:
-        folder = (arguments.folder or Path(temporary)).resolve()
-        folder.mkdir(parents=True, exist_ok=True)
-        sys.exit(_all(arguments, Setting(is_miniature=arguments.miniature, folder=folder, until=until)))
+        skipped = frozenset(json.loads((arguments.folder / "skipped.json").read_text()))
+        setting = Setting(
+            is_miniature=arguments.miniature, folder=arguments.folder, until=arguments.until, skipped=skipped
+        )
+        for each in RUN[arguments.section](setting):
+            print(json.dumps(dataclasses.asdict(each)), flush=True)
+        return 0
+    try:
+        return _all(arguments)
+    except CannotRunError as error:
+        say(f"gpu_first_day: {error}")
+        return 2
 
 
-def _all(arguments: argparse.Namespace, setting: Setting) -> int:
-    """Run the sections, print the table, and return the exit code."""
+def _all(arguments: argparse.Namespace) -> int:
+    """Run the sections, print the table, and return the exit code.
+
+    Raises:
+      CannotRunError: nothing can be run here.
+    """
+    began, name = time.time(), "gpu_first_day" + "_miniature" * arguments.miniature
+    if not arguments.minutes > 0:
+        raise CannotRunError(f"--minutes={arguments.minutes:g} must be positive")
+    if arguments.output and not arguments.output.resolve().parent.is_dir():
+        raise CannotRunError(f"--output={arguments.output}: there is no such folder")
+    if arguments.miniature:
+        os.environ["JAX_PLATFORMS"] = "cpu"
+    else:
+        # Without the order CUDA numbers the fastest GPU 0, and not as nvidia-smi does.
+        os.environ |= {"CUDA_VISIBLE_DEVICES": choose_gpu(), "CUDA_DEVICE_ORDER": "PCI_BUS_ID"}
+        os.environ["JAX_PLATFORMS"] = "cuda,cpu"
+        os.environ.setdefault("XLA_PYTHON_CLIENT_MEM_FRACTION", "0.9")  # as launch/gpu.sh
+    folder = (arguments.folder or ROOT / "runs" / name).resolve()
+    kept = Kept(folder)
+    until = began + 60 * arguments.minutes
+    setting = Setting(is_miniature=arguments.miniature, folder=folder / WORK, until=until, skipped=frozenset())
+
+    def clock() -> str:
+        now = time.time() - began
+        return f"[{int(now // 60):2}:{int(now % 60):02} of {arguments.minutes:g} min]"
+
+    def stop(number: int, frame: object) -> None:
+        raise KeyboardInterrupt
+
+    for number in (signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, stop)
+    is_stopped = False
+    try:
+        run_all(kept, setting, arguments.only, clock=clock)
+    except KeyboardInterrupt:
+        is_stopped = True
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, signal.SIG_IGN)  # what follows takes no time
+    ending = f"{(time.time() - began) / 60:.1f} minutes{', stopped before the end' * is_stopped}"
+    table = table_of(kept, arguments.only, ending=ending)
+    _write(table, arguments, folder)
+    rows = kept.rows.values()
+    if is_stopped or not all(row.is_kept for row in rows):
+        say(f"The same command goes on with what failed or was not run; what is done is kept in {folder}")
+    return 130 if is_stopped else 1 if any(row.verdict == FAILED for row in rows) else 0
+
+
+def _write(table: str, arguments: argparse.Namespace, folder: Path) -> None:
+    """Print the table, and write it to --output and to the folder; one that cannot be written is said."""
     from machine import machine as machine_text
 
-    began = time.time()
-    heading = "| section | case | figure | at most | |\n|---|---|---|---|---|"
-    print(heading, flush=True)
-    rows = []
-    for name in arguments.only:
-        for row in run_section(name, setting):
-            rows.append(row)
-            print(row, flush=True)
-    failed = sorted({row.section for row in rows if row.verdict == FAILED})
-    end = (
-        f"{sum(row.verdict == OK for row in rows)} checks hold, {sum(row.verdict == FAILED for row in rows)} failed"
-        f"{' in ' + ', '.join(failed) if failed else ''}, {sum(row.verdict == NOT_RUN for row in rows)} not run; "
-        f"{(time.time() - began) / 60:.1f} minutes"
+    with contextlib.suppress(OSError):
+        print(table, flush=True)
+    flags = " --miniature" * arguments.miniature
+    flags += f" --only {' '.join(arguments.only)}" * (arguments.only != list(SECTIONS))
+    text = (
+        f"# The first day on a GPU{', in miniature on a CPU' * arguments.miniature}\n\n"
+        f"`python benchmarks/gpu_first_day.py{flags}`\n\n{machine_text('jax')}\n\n{table}\n"
     )
-    print(f"\n{end}")
-    if arguments.output:
-        flags = " --miniature" * arguments.miniature + (
-            f" --only {' '.join(arguments.only)}" if arguments.only != SECTIONS else ""
-        )
-        table = "\n".join([heading, *map(str, rows)])
-        arguments.output.write_text(
-            f"# The first day on a GPU{', in miniature on a CPU' * arguments.miniature}\n\n"
-            f"`python benchmarks/gpu_first_day.py{flags}`\n\n{machine_text('jax')}\n\n{end}\n\n{table}\n"
-        )
-    return 1 if failed else 0
+    for path in (folder / "table.md", *([arguments.output] if arguments.output else [])):
+        try:
+            path.write_text(text, encoding="utf-8")
+        except OSError as error:
+            say(f"{path} cannot be written: {error.strerror}")
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

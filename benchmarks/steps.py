@@ -50,6 +50,7 @@ class Step:
     wait: Callable[[], None]  # until all steps called are done
     peak_bytes: Callable[[], int]  # memory that the device needed so far
     compile_s: float
+    predicted_s: float = 0.0  # of ours on a GPU, by published runs of other models; 0 where nothing is predicted
 
 
 def make_jax_step(config: TrainConfig) -> Step:
@@ -63,8 +64,9 @@ def make_jax_step(config: TrainConfig) -> Step:
 
     program = make_program(config, make_mesh(devices=jax.devices()[:1], tensor=1))
     (phase,) = config.curriculum.table.phases
+    traced = program.trace_train_step(phase)
     began = time.perf_counter()
-    compiled = program.compile(program.trace_train_step(phase))
+    compiled = program.compile(traced)
     compile_s = time.perf_counter() - began
     state = init_state(program.model, program.optimizer, program.mesh, seed=1)
     inputs, targets = _tokens(config)
@@ -84,7 +86,21 @@ def make_jax_step(config: TrainConfig) -> Step:
         memory = compiled.memory_analysis()  # a CPU counts nothing, but its executable knows; the state is in place
         return memory.argument_size_in_bytes + memory.temp_size_in_bytes
 
-    return Step(run=run, wait=lambda: jax.block_until_ready(state), peak_bytes=peak_bytes, compile_s=compile_s)
+    return Step(
+        run=run,
+        wait=lambda: jax.block_until_ready(state),
+        peak_bytes=peak_bytes,
+        compile_s=compile_s,
+        predicted_s=_predicted_seconds(program, traced),
+    )
+
+
+def _predicted_seconds(program, traced) -> float:
+    if program.mesh.devices.flat[0].platform != "gpu":
+        return 0.0
+    from btlm_jax.plan.run_prediction import predict_steps
+
+    return sum(predict_steps(program, [traced], config_file=CONFIG, measured=None).seconds)
 
 
 def make_torch_step(config: TrainConfig, *, attention: str, mode: str, device: str, is_medium: bool = False) -> Step:

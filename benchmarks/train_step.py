@@ -97,7 +97,8 @@ def run_one(framework: str, case: Case, *, steps: int) -> dict:
         step.wait()
         seconds.append(time.perf_counter() - began)
     losses.append(float(loss))
-    return {"first": first, "median": statistics.median(seconds), "peak": step.peak_bytes(), "losses": losses}
+    result = {"first": first, "median": statistics.median(seconds), "peak": step.peak_bytes(), "losses": losses}
+    return result | {"predicted": step.predicted_s}
 
 
 def measure(framework: str, case: Case, *, steps: int) -> dict | None:

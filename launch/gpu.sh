@@ -6,10 +6,11 @@
 #                 with several hangs (docs/GPU_performance.md of JAX-Toolbox)
 #
 # The driver is checked first: CUDA 13 needs 580 and GPUs from compute capability 7.5 on, CUDA 12 needs 525 and is taken
-# where that is all there is. Then, in a checkout, all GPUs must multiply and exchange (btlm_jax/parallel/health.py).
+# where that is all there is. In a checkout JAX's plugin for it is installed where .venv lacks it, 4 GB, and all GPUs
+# must multiply and exchange (btlm_jax/parallel/health.py).
 #
 # Starts the run again after exit codes 75 (preempted and saved) and 77 (a peer is gone), MAX_RESTARTS times (20). SIGTERM
-# to this script is handed on: the run saves and ends, and the script with it.
+# to this script is handed on: the run saves and ends, and the script with it. So it is after Ctrl-C.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 [ $# -ge 2 ] || { echo "usage: [GPUS=0,1] [PROCESSES=N] launch/gpu.sh CONFIG WORKDIR [flags]" >&2; exit 2; }
@@ -42,25 +43,35 @@ cuda=13
 echo "launch/gpu.sh: ${#gpus[@]} GPUs, driver $driver, CUDA $cuda" >&2
 
 # ------------------------------------------------------------------------------------------------ environment
-export JAX_PLATFORMS=${JAX_PLATFORMS:-cuda,cpu} # an error where CUDA does not start, not a run on the CPU
+# Where CUDA does not start JAX goes on with the CPU, which btlm train and the check of the GPUs refuse.
+export JAX_PLATFORMS=${JAX_PLATFORMS:-cuda,cpu}
+export CUDA_DEVICE_ORDER=PCI_BUS_ID # numbers GPUs as nvidia-smi does, and not the fastest first
 export XLA_PYTHON_CLIENT_MEM_FRACTION=${XLA_PYTHON_CLIENT_MEM_FRACTION:-0.9} # of each GPU's memory; JAX's own is 0.75
 # In a checkout its own environment; beside an installed package (btlm configs says where this file is) the btlm on PATH.
 if [ -f setup.cfg ]; then
-  [ -x .venv/bin/btlm ] || { python3 -m venv .venv && .venv/bin/pip install -e ".[$extra]"; }
+  if [ ! -x .venv/bin/btlm ] || ! compgen -G ".venv/lib/python3*/site-packages/jax_cuda${cuda}_plugin" > /dev/null; then
+    room=$(df -Pk . | awk 'NR == 2 {print int($4 / 1048576)}')
+    ((room >= 5)) || refuse "$PWD has $room GiB of room, and the environment needs 5"
+    echo "launch/gpu.sh: installing .[$extra] into .venv, 4 GB: some minutes" >&2
+    python3 -m venv .venv
+    .venv/bin/pip install -e ".[$extra]"
+  fi
   PATH=$PWD/.venv/bin:$PATH
-  CUDA_VISIBLE_DEVICES=$(IFS=,; echo "${gpus[*]}") .venv/bin/python -m btlm_jax.parallel.health --devices="${#gpus[@]}" ||
+  CUDA_VISIBLE_DEVICES=$(IFS=,; echo "${gpus[*]}") .venv/bin/python -m btlm_jax.parallel.health \
+    --devices="${#gpus[@]}" --platform=gpu ||
     refuse "the GPUs do not compute as they should, see above"
 fi
 
 # ------------------------------------------------------------------------------------------------ the run
 children=() stopping="" signalled=""
 trap 'stopping=1 signalled=1; kill_children' TERM
+trap 'stopping=1 signalled=1' INT # which the terminal sends to the run too: wait until it has saved
 kill_children() { # hand SIGTERM on; one that has ended is none
   local child
   for child in "${children[@]}"; do kill -TERM "$child" 2> /dev/null || true; done
 }
 
-# In the background, as bash acts on a signal only between commands; Ctrl-C reaches the run as it does this script.
+# In the background, as bash acts on a signal only between commands.
 start() {
   local share=$((${#gpus[@]} / processes)) port=$((20000 + RANDOM % 10000)) together=() n
   children=()

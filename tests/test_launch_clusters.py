@@ -2,6 +2,7 @@
 
 import os
 import re
+import shutil
 import signal
 import subprocess
 import time
@@ -31,6 +32,11 @@ if [ "${end#*:}" = wait ]; then
   while :; do sleep 0.02; done
 fi
 exit "${end#*:}"
+"""
+BTLM_THAT_SAVES = r"""#!/usr/bin/env bash
+trap 'sleep 0.5; touch "$STATE/saved"; exit 75' INT
+touch "$STATE/waits-0"
+while :; do sleep 0.02; done
 """
 SRUN = r"""
 while [[ $1 == --* ]]; do shift; done
@@ -62,7 +68,7 @@ def place(tmp_path):
     return tmp_path
 
 
-def start(place: Path, script: Path, ends: list[str], **settings: str) -> subprocess.Popen:
+def start(place: Path, script: Path, ends: list[str], *, is_group: bool = False, **settings: str) -> subprocess.Popen:
     (place / "ends").write_text("".join(f"{line}\n" for line in ends))
     environment = {"PATH": f"{place / 'bin'}:{os.environ['PATH']}", "STATE": str(place), **settings}
     return subprocess.Popen(
@@ -71,6 +77,7 @@ def start(place: Path, script: Path, ends: list[str], **settings: str) -> subpro
         stderr=subprocess.PIPE,
         text=True,
         cwd=place,
+        start_new_session=is_group,
     )
 
 
@@ -165,7 +172,7 @@ def test_gpu_installs_what_the_driver_takes_and_checks_the_gpus(place, smi, extr
         (place / "bin" / name).chmod(0o755)
     finish(start(place, place / "launch" / "gpu.sh", ["1:0"], SMI=f"{smi}\\n"), code=0)
     assert (place / "installed").read_text() == f"install -e .[{extra}]\n"
-    assert (place / "checked").read_text() == "cuda,cpu 0 -m btlm_jax.parallel.health --devices=1\n"
+    assert (place / "checked").read_text() == "cuda,cpu 0 -m btlm_jax.parallel.health --devices=1 --platform=gpu\n"
     (place / "sick").touch()
     assert "do not compute" in finish(start(place, place / "launch" / "gpu.sh", ["1:0"], SMI=f"{smi}\\n"), code=2)
 
@@ -176,6 +183,30 @@ def test_gpu_hands_sigterm_on_and_ends_with_the_run(place):
     process.send_signal(signal.SIGTERM)
     finish(process, code=75)
     assert num_starts(place) == 1 and (place / "signals-0").exists()
+
+
+def test_gpu_waits_after_ctrl_c_until_the_run_has_saved(place):
+    """The terminal sends it to both, here as a process group."""
+    (place / "bin" / "btlm").write_text(BTLM_THAT_SAVES)
+    process = start(place, place / "launch" / "gpu.sh", ["1:0"], is_group=True)
+    wait_for(place / "waits-0")
+    os.killpg(process.pid, signal.SIGINT)
+    finish(process, code=75)
+    assert (place / "saved").exists()
+
+
+def test_gpu_installs_into_an_environment_without_cuda(place):
+    (place / "setup.cfg").touch()
+    for name, script in {"python3": "true", "pip": 'echo "$@" > "$STATE/installed"', "python": "true"}.items():
+        (place / "bin" / name).write_text(f"#!/usr/bin/env bash\n{script}\n")
+        (place / "bin" / name).chmod(0o755)
+    shutil.copytree(place / "bin", place / ".venv" / "bin")
+    finish(start(place, place / "launch" / "gpu.sh", ["1:0"]), code=0)
+    assert (place / "installed").read_text() == "install -e .[cuda]\n"
+    (place / "installed").unlink()
+    (place / ".venv" / "lib" / "python3.11" / "site-packages" / "jax_cuda13_plugin").mkdir(parents=True)
+    finish(start(place, place / "launch" / "gpu.sh", ["1:0", "1:0"]), code=0)
+    assert not (place / "installed").exists()
 
 
 def test_slurm_runs_every_task_with_the_same_words(place):

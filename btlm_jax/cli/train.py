@@ -461,7 +461,17 @@ def continue_prompt(run: Run, params: dict) -> str:
 
 
 def _check_devices(config: TrainConfig, devices: Sequence[jax.Device], *, config_file: Path) -> str:
-    """Ask the table of layouts beside the config file, which knows TPUs only."""
+    """Ask the table of layouts beside the config file, which knows TPUs only.
+
+    Raises:
+      ValueError: the layout does not fit, or JAX took the CPU in place of the accelerator that it was told to use.
+    """
+    asked = os.environ.get("JAX_PLATFORMS", "")
+    if devices[0].platform == "cpu" and (first := asked.partition(",")[0]) not in ("", "cpu"):
+        raise ValueError(
+            f"JAX_PLATFORMS={asked} asks for {first}; JAX could not start it (it said why, above) and took the CPU: "
+            "see that the driver and JAX's plugin are there (docs/guide/gpus.md), or give JAX_PLATFORMS=cpu"
+        )
     if not devices[0].device_kind.startswith("TPU"):
         return ""
     from btlm_jax.plan import pod_table

@@ -22,12 +22,16 @@ def fault_of_devices(
     devices: list[jax.Device],  # pyright: ignore[reportInvalidTypeForm] # jax declares it as a variable
     *,
     expected: int,
+    platform: str = "",
 ) -> str:
     """Multiply two matrices on each device and sum all devices' results; return what is wrong, "" if nothing is.
 
     Device d's result counts d + 1 times, so that one that is missing, doubled or another device's changes the sum. That
-    is of integers, modulo 2^32: the order of the sum changes nothing.
+    is of integers, modulo 2^32: the order of the sum changes nothing. If a `platform` is given, devices of another are
+    wrong: where an accelerator does not start JAX goes on with the CPU.
     """
+    if platform not in ("", devices[0].platform):
+        return f"JAX found no {platform} and took {devices[0].device_kind}; what it said of that is above"
     if len(devices) != expected:
         return f"{len(devices)} devices, and {expected} are expected"
     mesh = Mesh(np.asarray(devices), ("device",))
@@ -61,11 +65,12 @@ def main(arguments: list[str]) -> int:
     """Check this host's part of it; return the exit code."""
     parser = argparse.ArgumentParser(prog="python -m btlm_jax.parallel.health", description=__doc__)
     parser.add_argument("--devices", type=int, required=True, help="how many there must be, of all hosts")
+    parser.add_argument("--platform", default="", help="what they must be: gpu, tpu")
     parser.add_argument("--distributed", action="store_true", help="join the other hosts of a TPU pod slice")
     flags = parser.parse_args(arguments)
     if flags.distributed:
         jax.distributed.initialize()
-    fault = fault_of_devices(jax.devices(), expected=flags.devices)
+    fault = fault_of_devices(jax.devices(), expected=flags.devices, platform=flags.platform)
     if fault:
         print(f"health: process {jax.process_index()}: {fault}", file=sys.stderr)
         return 1

@@ -19,12 +19,12 @@ from btlm_jax.train.setup import NO_PREDICTION, StepPrediction
 
 
 def predict_steps(
-    program: Program, traced: Sequence[jax.stages.Traced], *, config_file: Path, measured: Path
+    program: Program, traced: Sequence[jax.stages.Traced], *, config_file: Path, measured: Path | None
 ) -> StepPrediction:
     """Predict a step of each phase, whose traced steps are given; nothing is compiled.
 
     On TPUs it is what the table beside `config_file` has, which the start has said by then. On GPUs steps of one's own
-    runs that `btlm plan` kept in `measured` correct it, where there are any, and published runs of others where not.
+    runs that `btlm plan` kept in `measured` correct it, where there are any, else published runs of others.
 
     Raises:
       ValueError: a file is damaged.
@@ -41,7 +41,7 @@ def predict_steps(
     return StepPrediction(said="", seconds=seconds, topology=usual_topology(chip, count=len(devices)))
 
 
-def _predict_on_gpus(program: Program, traced: Sequence[jax.stages.Traced], *, measured: Path) -> StepPrediction:
+def _predict_on_gpus(program: Program, traced: Sequence[jax.stages.Traced], *, measured: Path | None) -> StepPrediction:
     kind, count = program.mesh.devices.flat[0].device_kind, program.mesh.size
     gpu = next((each for each in GPUS.values() if kind in each.kinds), None)
     if gpu is None:

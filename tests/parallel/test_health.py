@@ -19,6 +19,11 @@ def test_a_missing_device_is_counted(capsys):
     assert f"{len(jax.devices()) + 1} are expected" in capsys.readouterr().err
 
 
+def test_the_cpu_in_place_of_an_accelerator_is_no_health(capsys):
+    assert health.main([f"--devices={len(jax.devices())}", "--platform=gpu"]) == 1
+    assert "JAX found no gpu and took cpu" in capsys.readouterr().err
+
+
 def test_a_wrong_product_and_a_wrong_sum_are_found():
     devices = jax.devices()
     dot, psum = jnp.dot, jax.lax.psum

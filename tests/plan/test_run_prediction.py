@@ -5,6 +5,7 @@ import json
 import re
 import statistics
 
+import jax
 import pytest
 from support.real_store import write_config
 from support.run_command import ONE_PHASE, TOKENS_PER_STEP, train_arguments
@@ -88,6 +89,14 @@ def test_a_prediction_that_fails_ends_no_run(tmp_path, monkeypatch):
         program = program_on(CONFIG, slice_devices("h100:1"))
     found = train_command._predict_steps(program, [], config_file=tmp_path / "config.py")
     assert found == StepPrediction(said="The steps' times are not predicted: KeyError: 'a primitive'")
+
+
+def test_the_cpu_in_place_of_an_accelerator_is_refused(tmp_path, monkeypatch):
+    monkeypatch.setenv("JAX_PLATFORMS", "cuda,cpu")
+    with pytest.raises(ValueError, match="JAX_PLATFORMS=cuda,cpu asks for cuda; JAX could not start it"):
+        train_command._check_devices(CONFIG, jax.devices(), config_file=tmp_path / "config.py")
+    monkeypatch.setenv("JAX_PLATFORMS", "cpu")
+    assert train_command._check_devices(CONFIG, jax.devices(), config_file=tmp_path / "config.py") == ""
 
 
 @pytest.mark.slow
