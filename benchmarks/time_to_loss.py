@@ -15,9 +15,9 @@ What is the same for all: the cores, a process of its own for each run, glibc's 
 are chosen, by the final bits per byte of --trials runs: first the published ones, then one change after another of the
 best so far (MOVES: learning rate x 2 and / 2, the batch; ours also other constants, Muon, short sequences alone). Peers
 have 2 trials more (--peer_trials): our second constants were found before by `python -m experiments.search`, in 40 runs
-of 67 steps, 13 of them gone on with to 200, on another text. The default has one run, as its settings were found before (LOG.md, 2026-11-23). Peers run
-in the form (torch.compile or not, precision) that makes most steps within the budget, as measured here. All schedules
-end with the budget, the default's with its 600 steps.
+of 67 steps, 13 of them gone on with to 200, on another text. The default has one run, as its settings were found before
+(LOG.md, 2026-11-23). Peers run in the form (torch.compile or not, precision) that makes most steps within the budget,
+as measured here. All schedules end with the budget, the default's with its 600 steps.
 
 Counted time begins with the process and has imports, compilation with empty caches, reading, steps and, ours, saves of
 checkpoints; it stands still in evaluations, for all. What is made before, once, and counted for nobody: the token
