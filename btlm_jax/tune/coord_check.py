@@ -7,11 +7,13 @@ The model, the optimizer, the step and the mesh are those that `btlm train` woul
     change    RMS of the activations' change after t steps: the initialization would hide a wrong learning rate in the
               activations themselves
     update    RMS of a class's first update, over its rate's share: 1/m of hidden matrices, m^(-1/2) of those that Muon
-              updates, whose updates have one spectral norm; 1 of others
+              updates, 1 of others; of the embedding in the rows of the batch's tokens: elsewhere the gradient is the
+              softmax's tail, which falls below Adam's epsilon with the width
 
 A statistic's slope is that of a least-squares line through log2(statistic) over log2(width): 0 where the
 parametrization is right. The logits have a random part that shrinks with the width: their slope is shown and not
-judged, and the readout is judged by the loss after the last step. The check tests itself: a broken parametrization that
+judged, and the readout is judged by the loss after the last step. Nor are updates by Muon: they have one spectral norm,
+and an RMS that falls where the gradient has no full rank, which is that of the batch's tokens at most. The check tests itself: a broken parametrization that
 passes fails it. What moves neither activations nor loss is in optimizer_check.py.
 
 Over depths means over the layers say little, since a deeper model has more early ones: of slopes only that of the last
@@ -266,7 +268,11 @@ class CaseResult:
 
     def is_judged(self, name: str) -> bool:
         """Return whether the slope of a statistic is judged."""
-        return name == JUDGED_OVER_DEPTHS if self.design.ladder == DEPTH else not name.startswith(SHOWN)
+        if self.design.ladder == DEPTH:
+            return name == JUDGED_OVER_DEPTHS
+        has_muon = self.design.config.optimizer.hidden_optimizer == "muon"
+        by_muon = tuple(f"update of {parameter_class}" for parameter_class in HIDDEN_CLASSES) if has_muon else ()
+        return not name.startswith((*SHOWN, *by_muon))
 
     @property
     def worst(self) -> str:
@@ -461,14 +467,17 @@ class _Checked:
         for info in jax.tree.leaves(rules):
             if info.rule.parameter_class in counts and not info.rule.is_frozen:
                 counts[info.rule.parameter_class] += math.prod(info.shape)
+        made = make_batch(config, seed=seed)
+        tokens = np.union1d(made["inputs_BT"], made["targets_BT"])
         with jax.set_mesh(mesh):
             sharding = batch_sharding(mesh, self.program.rules_for(phase))
-            batch = jax.device_put(make_batch(config, seed=seed), sharding)
+            batch = jax.device_put(made, sharding)
             ways = num_ways(mesh, self.program.rules_for(phase).batch)
             rows, start = -(-3 // ways) * ways, max(0, len(TEXT) - 3 * phase.seq_len)
             probe_BT = jnp.asarray(_tokens(config, rows=rows, seq_len=phase.seq_len, start=start)[:, :-1])
             state = self.begin(params)
             before = jax.device_get(self.probe(state.params, probe_BT))
+            rows_TD = jax.device_get(state.params["embedding"]["embedding"])[tokens]
             found: dict[str, Any] = {
                 "size": {name: float(np.abs(before[name]).mean()) for name in SIZES},
                 "change": [{name: 0.0 for name in (*before, LAST_RESIDUAL)}],
@@ -484,6 +493,9 @@ class _Checked:
                         for name, count in counts.items()
                         if count
                     }
+                    if counts["embedding"]:
+                        moved_TD = jax.device_get(state.params["embedding"]["embedding"])[tokens] - rows_TD
+                        found["update"]["embedding"] = _rms(moved_TD)
                 if number in (0, self.num_steps - 1):
                     after = jax.device_get(self.probe(state.params, probe_BT))
                     moved = {name: _rms(after[name] - before[name]) for name in before}

@@ -81,6 +81,15 @@ def test_over_depths_the_last_layers_residual_is_judged_and_no_mean_over_layers(
     assert not found.is_judged("tilted one") and "tilted one" in found.slopes
 
 
+def test_updates_by_muon_are_shown_and_not_judged():
+    found = result(BTLM, slope=0.05, spread=0.0)
+    statistics = {**found.statistics, "update of mlp_in at step 1": found.statistics["change of logits at step 3"]}
+    found = dataclasses.replace(found, statistics=statistics)
+    optimizer = dataclasses.replace(FULL.config.optimizer, hidden_optimizer="muon")
+    muon = dataclasses.replace(FULL, config=dataclasses.replace(FULL.config, optimizer=optimizer))
+    assert not found.is_as_expected and dataclasses.replace(found, design=muon).is_as_expected
+
+
 def test_the_error_of_a_slope_is_that_of_its_seeds():
     steep = tuple((value, 3 * value) for value in np.log2(FULL.sizes).tolist())
     found = CaseResult(case=BTLM, design=FULL, statistics={"one": steep}, losses=(1.0,) * 3, exact_error=0.0)
@@ -191,8 +200,13 @@ def test_a_design_of_a_config_begins_at_the_base_width_in_whole_heads():
 
 @pytest.mark.slow
 def test_the_checked_step_is_the_trainers():
-    """Losses of the check's step, sharded, are those of the step that `btlm train` compiles."""
-    config = tiny_config(model__num_layers=1, model__remat="none", model__attention="reference")
+    """Losses of the check's step, sharded, are those of the step that `btlm train` compiles.
+
+    Logits are so large that tokens which do not occur have next to no gradient: their rows are not judged.
+    """
+    config = tiny_config(
+        model__num_layers=1, model__remat="none", model__attention="reference", mup__output_multiplier=300.0
+    )
     design = design_for(config, num_devices=2)
     found = _Checked.make(OWN, program_at(OWN, 40, design, num_devices=2), num_steps=1)
     program, (phase,) = found.program, found.program.config.curriculum.table.phases
@@ -213,6 +227,8 @@ def test_the_checked_step_is_the_trainers():
                 losses.setdefault(name, []).append(float(metrics["loss"]))
     assert losses["check"] == pytest.approx(losses["trainer"], rel=1e-6)
     assert losses["check"][2] < losses["check"][0] - 0.1
+    update = found.run(found.rules, found.draw(0), seed=0, learning_rate=2.0**-7)["update"]
+    assert update["embedding"] == pytest.approx(2.0**-7, rel=0.05)
 
 
 def test_the_recipe_is_flat_and_a_wrong_rate_is_caught():
