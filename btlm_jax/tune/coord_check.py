@@ -13,8 +13,8 @@ The model, the optimizer, the step and the mesh are those that `btlm train` woul
 A statistic's slope is that of a least-squares line through log2(statistic) over log2(width): 0 where the
 parametrization is right. The logits have a random part that shrinks with the width: their slope is shown and not
 judged, and the readout is judged by the loss after the last step. Nor are updates by Muon: they have one spectral norm,
-and an RMS that falls where the gradient has no full rank, which is that of the batch's tokens at most. The check tests itself: a broken parametrization that
-passes fails it. What moves neither activations nor loss is in optimizer_check.py.
+and an RMS that falls where the gradient has no full rank, which is that of the batch's tokens at most. The check tests
+itself: a broken parametrization that passes fails it. What moves neither activations nor loss is in optimizer_check.py.
 
 Over depths means over the layers say little, since a deeper model has more early ones: of slopes only that of the last
 layer's residual stream after one step is judged.
