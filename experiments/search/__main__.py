@@ -89,8 +89,9 @@ def plot(values: dict, path: Path) -> None:
         panel.plot([point["values"][key] for point in finite], [point["loss"] for point in finite], "o", markersize=4)
         panel.axvline(values["search"]["own"][key], color="black", linestyle=":")
         panel.set_xscale("log")
+        panel.tick_params(which="minor", labelbottom=False)
         panel.set_xlabel(key.rpartition(".")[2])
-    panels[0].set_ylabel("held-out loss, first rung (dotted: BTLM's)")
+    panels[0].set_ylabel("held-out loss, first rung")
     write_figure(figure, path)
 
 
