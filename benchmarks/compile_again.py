@@ -1,10 +1,10 @@
 """Compile the first phase of a pod's config again and compare it with its row of configs/pods/table.json.
 
-    python benchmarks/compile_again.py v5e_8_124m
+    python benchmarks/compile_again.py family:111M@v5e-8
 
 With the versions of the table and the same program it is equal; exit code 1 where memory differs by more than 3 %, or
-step time or a kind of exchange by more than 5 %. Step times of a row of before the calibration are not compared. The
-smallest takes a minute and a half of 2 cores (Intel Xeon, 2026-11-29), a 3B half an hour.
+step time or a kind of exchange by more than 5 %. Step times of a row of before the calibration are not compared. A
+3B takes some 200 CPU seconds (AMD EPYC (Zen 4), 2026-11-30).
 """
 
 import argparse
@@ -18,7 +18,7 @@ from btlm_jax.cli.parse import packaged_folder
 from btlm_jax.plan.chips import chip_of, slice_devices
 from btlm_jax.plan.compiling import CompileCache
 from btlm_jax.plan.estimate import plan_phase
-from btlm_jax.plan.make_table import read_pod_config
+from btlm_jax.plan.make_table import read_pod_configs
 from btlm_jax.plan.plan_report import collectives_by_kind
 from btlm_jax.plan.slice_plan import program_on
 
@@ -27,11 +27,11 @@ LIMITS = {"memory": 0.03, "time": 0.05, "exchange": 0.05}
 
 def main() -> int:
     folder = packaged_folder("configs") / "pods"
-    names = sorted(file.stem for file in folder.glob("*.py"))
+    pods = {pod.name: pod for file in sorted(folder.glob("*.py")) for pod in read_pod_configs(file)}
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("name", choices=names)
+    parser.add_argument("name", choices=pods)
     name = parser.parse_args().name
-    pod = read_pod_config(folder / f"{name}.py")
+    pod = pods[name]
     rows = json.loads((folder / "table.json").read_text())["rows"]
     (row,) = (row for row in rows if row["name"] == name and row["is_config"])
     program, chip = program_on(pod.config, slice_devices(pod.topology)), chip_of(pod.topology)

@@ -276,8 +276,7 @@ class Flags:
         file = self.config_file()
         print(f"config: {file}", file=sys.stderr)
         try:
-            argument = "" if "://" in given else given.partition(":")[2]
-            values = load_config(file, argument=argument, changes=self._changes)
+            values = load_config(file, argument=self._config_argument(), changes=self._changes)
             self._config = train_config_from(values)
             return self._config
         except ValueError as error:
@@ -291,6 +290,16 @@ class Flags:
         """
         given = self.string("config")
         return find_config(given if "://" in given else given.partition(":")[0])
+
+    def config_file_and_argument(self) -> Path:
+        """Return the same with the argument that --config handed to it, as --config would take both again."""
+        file, argument = self.config_file(), self._config_argument()
+        return file.with_name(f"{file.name}:{argument}") if argument else file
+
+    def _config_argument(self) -> str:
+        """Return the text after the colon of --config."""
+        given = self.string("config")
+        return "" if "://" in given else given.partition(":")[2]
 
     def _define(self, name: str, kind: str, default: Any, meaning: str, choices: Sequence[str] = ()) -> None:
         value = list(default) if kind in _LISTS else default

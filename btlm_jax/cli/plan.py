@@ -47,7 +47,7 @@ what was planned, and keeps that: later plans for the same chips are corrected b
 --check compiles nothing: it asks the table of layouts in the folder pods beside the config file. Exit code 1 when the
 layout does not divide or, by the table, does not fit; 0 with a note when the table does not have it.
 --table compiles the configs in the folder of FILE and their OTHERS again, and writes FILE and the same in Markdown;
---only=v5e_256,v5p_128 those alone, and the other rows stay.
+--only=v5e_256,family:111M@v5e-8 those alone, and the other rows stay.
 
 Times are a central value and its range, calibrated on published runs of other models, with the parts under them.
 """
@@ -86,7 +86,7 @@ def plan(arguments: Sequence[str]) -> int:
 
     topology = topology_named(flags.string("topology"))
     if mode == "check":
-        return _check(config, flags.config_file(), topology=topology)
+        return _check(config, flags.config_file_and_argument(), topology=topology)
     _use_no_accelerator()
     slices = flags.integer("slices")
     if slices < 1:

@@ -130,7 +130,7 @@ def _train(config: TrainConfig, flags: Flags, *, workdir: Path, stop: Stop, ledg
         config,
         flags,
         workdir=workdir,
-        config_file=flags.config_file(),
+        config_file=flags.config_file_and_argument(),
         beginning=beginning,
         stop=stop,
         ledger=ledger,
@@ -349,7 +349,8 @@ def _work_on_data(flags: Flags, *, workdir: Path, stop: Stop, ledger: GoodputLed
     from btlm_jax.cli import train_data
     from btlm_jax.train import setup
 
-    config_file = flags.config_file() if flags.is_given("config") else find_config(train_data.BASE_CONFIG)
+    given = flags.is_given("config")
+    config_file = flags.config_file_and_argument() if given else find_config(train_data.BASE_CONFIG)
     if not flags.is_given("init"):
         with ledger.measure("corpus"):
             config = train_data.config_of_data(flags, workdir=workdir, open_model=None)

@@ -2,7 +2,8 @@
 
 Beside get_config(), a config file there has TOPOLOGY, its slice, and OTHERS, further layouts for the table: each a dict
 of the differences to the config's mesh and model.remat, and to its slice as `topology`. A file others.json in the
-folder has more of them by the name of the config, for config files that a command writes.
+folder has more of them by the name of the config, for config files that a command writes. A file whose get_config takes
+an argument has TOPOLOGIES instead of both: the slice of each argument that the table has.
 """
 
 from __future__ import annotations
@@ -31,26 +32,41 @@ OTHERS_FILE = "others.json"
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class PodConfig:
-    """A config file of the folder."""
+    """A config of the folder: of a file, or of a file and an argument."""
 
-    name: str
+    name: str  # of the file, and ":" and the argument
     topology: str
     config: TrainConfig
     others: tuple[tuple[str, MeshLayout], ...]  # slice, layout
 
     @property
+    def file(self) -> str:
+        """The name of its file."""
+        return self.name.partition(":")[0]
+
+    @property
     def layouts(self) -> tuple[tuple[str, MeshLayout], ...]:
-        """The file's own slice and layout, and the others."""
+        """The config's own slice and layout, and the others."""
         return ((self.topology, layout_of(self.config)), *self.others)
 
 
-def read_pod_config(path: Path) -> PodConfig:
-    """Load a config file of the folder.
+def read_pod_configs(path: Path) -> list[PodConfig]:
+    """Load a config file of the folder: one config, or one for each of its TOPOLOGIES.
 
     Raises:
       ValueError: it lacks TOPOLOGY or OTHERS, it or others.json names no known slice, or a config refuses its values.
     """
     module = runpy.run_path(str(path))
+    if topologies := module.get("TOPOLOGIES"):
+        return [
+            PodConfig(
+                name=f"{path.stem}:{argument}",
+                topology=topology_named(topology),
+                config=train_config_from(module["get_config"](argument).to_dict()),
+                others=(),
+            )
+            for argument, topology in topologies.items()
+        ]
     if missing := {"TOPOLOGY", "OTHERS", "get_config"} - module.keys():
         raise ValueError(f"{path} lacks {', '.join(sorted(missing))}; see another file of its folder")
     config = train_config_from(module["get_config"]().to_dict())
@@ -65,7 +81,7 @@ def read_pod_config(path: Path) -> PodConfig:
             )
         layout = MeshLayout(mesh=dataclasses.replace(own.mesh, **mesh), remat=change.get("remat", own.remat))
         others.append((topology_named(change.get("topology", module["TOPOLOGY"])), layout))
-    return PodConfig(name=path.stem, topology=topology_named(module["TOPOLOGY"]), config=config, others=tuple(others))
+    return [PodConfig(name=path.stem, topology=topology_named(module["TOPOLOGY"]), config=config, others=tuple(others))]
 
 
 def _more_others(path: Path) -> list[dict]:
@@ -86,7 +102,7 @@ def make_table(
 ) -> list[str]:
     """Compile every layout of the folder of `path`, write the table there, and return its problems.
 
-    With `only`, names of configs, rows of others stay as they are.
+    With `only`, names of configs or of files, rows of others stay as they are.
 
     Raises:
       ValueError: the folder has no config, none of a name in `only`, or one that does not load; the table has no rows
@@ -96,13 +112,12 @@ def make_table(
     files = sorted(path.parent.glob("*.py"))
     if not files:
         raise ValueError(f"{path.parent} has no config files to make a table of; see configs/pods/")
-    if unknown := set(only) - {file.stem for file in files}:
+    pods = [pod for file in files if _has_slice(file, report_progress) for pod in read_pod_configs(file)]
+    chosen = [pod for pod in pods if not only or {pod.name, pod.file} & set(only)]
+    if unknown := set(only) - {name for pod in chosen for name in (pod.name, pod.file)}:
         raise ValueError(f"{path.parent} has no config of the name {', '.join(sorted(unknown))}")
-    pods = [read_pod_config(file) for file in files if _has_slice(file, report_progress)]
     kept = _rows_by_config(path) if only else {}
-    layouts = [
-        (pod, topology, layout) for pod in pods if pod.name in only or not only for topology, layout in pod.layouts
-    ]
+    layouts = [(pod, topology, layout) for pod in chosen for topology, layout in pod.layouts]
     made, problems = {}, []
     for number, (pod, topology, layout) in enumerate(layouts, start=1):
         outlook = cache.outlook(layouts=len(layouts) - number + 1, phases=len(pod.config.curriculum.table.phases))
@@ -143,8 +158,8 @@ def _rows_by_config(path: Path) -> dict[str, list[dict]]:
 
 
 def _has_slice(file: Path, report_progress: Callable[[str], None]) -> bool:
-    """Return whether a config file is for a slice; one that has neither TOPOLOGY nor OTHERS is not."""
-    has = not {"TOPOLOGY", "OTHERS"}.isdisjoint(runpy.run_path(str(file)))
+    """Return whether a config file is for slices; one that has none of TOPOLOGY, OTHERS and TOPOLOGIES is not."""
+    has = not {"TOPOLOGY", "OTHERS", "TOPOLOGIES"}.isdisjoint(runpy.run_path(str(file)))
     if not has:
         report_progress(f"{file} has no TOPOLOGY: it is not for a slice, and not in the table")
     return has

@@ -98,6 +98,8 @@ def training_fields(config: TrainConfig) -> dict:
 def check_layout_fits(config: TrainConfig, *, config_file: Path, chip: str, num_chips: int) -> str:
     """Check a config on so many chips against the table; return a sentence: it fits, or how to find out.
 
+    `config_file` is as --config takes it, with ":" and an argument where it has one.
+
     Raises:
       ValueError: it does not fit, or needs at least as much as a layout that does not; names layouts that fit.
     """

@@ -15,7 +15,7 @@ def format_table_markdown(table: dict) -> str:
         "# Layouts compiled for TPU slices",
         "",
         f"Made by `{table['made_by']}` with {versions}. Predicted, not measured on a TPU.",
-        "A row is a config file of this folder or, indented, another layout of its model. `btlm train` and",
+        "A row is a config of this folder or, indented, another layout of its model. `btlm train` and",
         "`launch/tpu.sh` refuse what does not fit. Names count chips: v5p_128 and v4_128 are what Google Cloud calls",
         "v5p-256 and v4-256, after their cores.",
         "",
@@ -44,7 +44,7 @@ def format_table_markdown(table: dict) -> str:
 
 
 def _row_lines(row: dict) -> Iterator[str]:
-    name = f"`{row['name']}.py`" if row["is_config"] else f"&nbsp;&nbsp;{row['name']}"
+    name = f"`{row['name']}`" if row["is_config"] else f"&nbsp;&nbsp;{row['name']}"
     parts = {**row["layout"]["mesh"], "remat": row["layout"]["remat"]}
     layout = ", ".join(f"{key} {value}" for key, value in parts.items())
     for index, phase in enumerate(row["phases"]):

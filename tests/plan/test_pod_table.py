@@ -62,7 +62,7 @@ def make(folder: Path, *, only: Sequence[str] = ()) -> list[str]:
 
 def config_of(folder: Path, **changes) -> TrainConfig:
     """Return the folder's config with changes to mesh.accumulation or model.remat."""
-    config = making.read_pod_config(folder / "v5e_32.py").config
+    config = making.read_pod_configs(folder / "v5e_32.py")[0].config
     layout = layout_of(config)
     mesh = dataclasses.replace(layout.mesh, accumulation=changes.get("accumulation", layout.mesh.accumulation))
     return dataclasses.replace(layout, mesh=mesh, remat=changes.get("remat", layout.remat)).applied_to(config)
@@ -92,7 +92,7 @@ def test_the_table_has_a_row_for_each_layout_with_what_it_needs_and_takes(pods):
     assert table["versions"]["jax"] == jax.__version__
     text = (pods / "table.md").read_text()
     mesh = "v5e:4x8 | tensor 1, context 1"
-    assert f"| `v5e_32.py` | {mesh}, accumulation 15, remat full | 1,920 x 2,048 | 2.63 of 15.75 " in text
+    assert f"| `v5e_32` | {mesh}, accumulation 15, remat full | 1,920 x 2,048 | 2.63 of 15.75 " in text
     assert f"| &nbsp;&nbsp;v5e_32 | {mesh}, accumulation 3, remat matmuls_saved | 1,920 x 2,048 |" in text
     assert text.count("| **no** |") == 1 and "all-gather 0.0 / 15.0" in text
 
@@ -152,6 +152,32 @@ def test_further_slices_and_a_table_of_one_config_alone(pods):
     (pods / "others.json").write_text('{"another": [5]}')
     with pytest.raises(ValueError, match=r"others.json: another has \[5\], and not a list of objects"):
         make(pods)
+
+
+def test_a_file_with_an_argument_has_a_row_for_each(pods):
+    dial = """TOPOLOGIES = {"15": "v5e-32", "5": "v6e-32"}\n\n\ndef get_config(accumulation="15"):
+    config = v5e_32()
+    config.mesh.accumulation = int(accumulation)
+    return config
+"""
+    head = f"import runpy\n\nv5e_32 = runpy.run_path({str(pods / 'v5e_32.py')!r})['get_config']\n"
+    (pods / "dial.py").write_text(head + dial)
+    assert make(pods, only=["dial"]) == [] and make(pods, only=["dial:5"]) == []
+    rows = json.loads((pods / "table.json").read_text())["rows"]
+    assert [
+        (row["name"], row["topology"], row["is_config"], row["layout"]["mesh"]["accumulation"]) for row in rows[:2]
+    ] == [("dial:15", "v5e:4x8", True, 15), ("dial:5", "v6e:4x8", True, 5)]
+    assert len(rows) == 2 + 3
+    assert "| `dial:5` | v6e:4x8 |" in (pods / "table.md").read_text()
+    with pytest.raises(ValueError, match="has no config of the name dial:6"):
+        make(pods, only=["dial:6"])
+
+
+def test_a_check_names_the_argument_of_a_config_again(capsys):
+    words = ["plan", "--check", "--config=pods/family:111M@v5e-8", "--topology=v6e-16"]
+    with mock.patch.object(sys, "argv", ["btlm", *words]):
+        assert main(words) == 0
+    assert "family.py:111M@v5e-8 --topology=v6e:4x4 --config.mesh" in capsys.readouterr().out
 
 
 def test_a_layout_that_fits_is_confirmed_whatever_else_is_trained(pods):
