@@ -59,8 +59,11 @@ DEFAULT, FLAGS = "btlm_jax, default", "btlm_jax, best flags"
 GPT, CHAT = "nanoGPT style", "nanochat style"  # torch_trainers' names; it is imported by the processes that train
 TRAINERS = (DEFAULT, FLAGS, GPT, CHAT)
 SEARCHED = (FLAGS, GPT, CHAT)
-# compile or eager, and the precision; as in torch_trainers.py.
-FORMS = ("compile, float32", "compile, medium", "compile, bfloat16", "eager, bfloat16")
+# What is compiled ("compile": Muon's update too, which only one peer has), and the precision; as in torch_trainers.py.
+FORMS = (
+    *("compile, float32", "compile, medium", "compile, bfloat16"),
+    *("compile model, bfloat16", "eager, bfloat16"),
+)
 EVALUATIONS = 20  # of a run
 EXPECTED_OVER = 90.0  # seconds that a run takes beyond its budget: evaluations, sizing; until it is measured
 END_SHARE = 1.0198e-4 / 0.006  # of the peak learning rate, as in the config
@@ -370,6 +373,8 @@ class Study:
             "OMP_NUM_THREADS": str(len(self.cores)),
         }  # fmt: skip
         environment.pop("JAX_COMPILATION_CACHE_DIR", None)
+        if self.size is TINY:  # whose times say nothing: runs share what is compiled
+            environment["JAX_COMPILATION_CACHE_DIR"] = str(self.folder / "compiled")
         if caches:
             environment |= {"TORCHINDUCTOR_CACHE_DIR": str(caches)}
         started = subprocess.Popen(
@@ -472,7 +477,8 @@ class Study:
             started = measured["parts"]["start"] + measured["parts"]["compile"]
             return (self.seconds - started) / measured["step_seconds"]
 
-        return max((form for form in self.size.forms if "bfloat16" not in form or has_bfloat16()), key=steps)
+        forms = [form for form in self.size.forms if "bfloat16" not in form or has_bfloat16()]
+        return max((form for form in forms if trainer == CHAT or "model" not in form), key=steps)
 
     def measured_forms(self) -> dict[str, float]:
         """Return the seconds of a step of each peer in each form that was measured, at the first batch."""

@@ -320,7 +320,8 @@ class Trainer:
         self.num_parameters = sum(parameter.numel() for parameter in self.model.parameters())
 
         def wrap(function):
-            return torch.compile(function, dynamic=False) if mode == "compile" else function
+            is_compiled = mode == "compile" or (mode == "compile model" and function is self.model)
+            return torch.compile(function, dynamic=False) if is_compiled else function
 
         self._recipe = RECIPES[peer](
             self.model, rate_scale=rate_scale, dtype=torch.bfloat16 if self.is_bfloat16 else torch.float32, wrap=wrap,
