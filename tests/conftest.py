@@ -6,6 +6,7 @@ import importlib.metadata
 import importlib.util
 import os
 import shutil
+import signal
 import sys
 import tempfile
 
@@ -15,6 +16,9 @@ from hypothesis import settings
 settings.register_profile("gate", deadline=None, derandomize=True, database=None)  # machines here may be busy
 settings.load_profile("gate")
 
+# A shell's background jobs begin with Ctrl-C ignored, and so would the processes that tests start and interrupt.
+if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 # Where this is set, each process that a test starts compiles the sources of its libraries again: to load a model in
 # transformers takes 21 CPU seconds in a fresh environment, and 8 once another process has written what it compiled.
 os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
