@@ -55,6 +55,8 @@ import loss_curves  # noqa: E402  beside this file
 import numpy as np  # noqa: E402
 from machine import has_bfloat16, machine  # noqa: E402
 
+from btlm_jax.storage.files import write_atomically  # noqa: E402
+
 DEFAULT, FLAGS = "btlm_jax, default", "btlm_jax, best flags"
 GPT, CHAT = "nanoGPT style", "nanochat style"  # torch_trainers' names; it is imported by the processes that train
 TRAINERS = (DEFAULT, FLAGS, GPT, CHAT)
@@ -323,7 +325,7 @@ class Study:
             "kernel_seconds": kernels - made,
             **export_tokens(self.store, self.folder, blocks_per_source=self.size.blocks_per_source),
         }
-        path.write_text(json.dumps(values, indent=1))
+        write_atomically(path, json.dumps(values, indent=1))
         return values
 
     @property
@@ -362,9 +364,7 @@ class Study:
             )
         for part in ("caches", "run"):  # checkpoints and compiled code
             shutil.rmtree(folder / part, ignore_errors=True)
-        temporary = folder / "result.tmp"
-        temporary.write_text(json.dumps(result, indent=1))
-        temporary.replace(folder / RESULT)
+        write_atomically(folder / RESULT, json.dumps(result, indent=1))
         return result
 
     def _call(self, command, *, log, what: str, caches: Path | None = None, may_end_with=(0,)) -> int:
@@ -615,14 +615,14 @@ def write_report(found: dict, study: Study, output: Path, *, command: str) -> st
         for trainer, each in found.items()
     }
     forms = study.measured_forms()
-    output.with_suffix(".json").write_text(
-        json.dumps({"command": command, "setting": setting, "rows": rows, "forms": forms, "runs": runs}) + "\n"
-    )
-    output.write_text(
+    numbers = {"command": command, "setting": setting, "rows": rows, "forms": forms, "runs": runs}
+    write_atomically(output.with_suffix(".json"), json.dumps(numbers) + "\n")
+    write_atomically(
+        output,
         f"# Time to quality\n\n`{command}`\n\n{setting}\n\n{table}\n\n![bits per byte]({picture.name})\n\n"
         f"{loss_curves.trials_table(found)}\n\nMilliseconds a step of {FIRST[GPT]['batch']:,} tokens: "
         + "; ".join(f"{name} {1e3 * seconds:.0f}" for name, seconds in forms.items())
-        + ".\n"
+        + ".\n",
     )
     return table
 
@@ -666,7 +666,7 @@ def main() -> None:
     facts = {"seconds": arguments.seconds, "short": arguments.short, "quick": arguments.quick, "cores": arguments.cores}
     if (folder / "study.json").exists() and (there := json.loads((folder / "study.json").read_text())) != facts:
         parser.error(f"{folder} has runs of {there}, this is {facts}; give another --folder")
-    (folder / "study.json").write_text(json.dumps(facts))
+    write_atomically(folder / "study.json", json.dumps(facts))
     study = Study(
         folder, seconds=arguments.seconds, cores=arguments.cores, size=TINY if arguments.quick else FULL,
         is_gathering=arguments.gather,

@@ -60,6 +60,14 @@ struct Aligned {  // to a cache line; zeros
 };
 typedef Aligned<float> Floats;
 
+template <typename E>
+struct InPlaceOfFloats : Aligned<E> {  // an operand of its own, which if it consists of floats is those that are given
+  template <typename F>
+  InPlaceOfFloats(F* floats, int64_t size) : Aligned<E>(kFactors<E> == 1 ? 0 : size) {
+    if constexpr (kFactors<E> == 1) this->data = floats;
+  }
+};
+
 // Rows of one head as an operand that is summed over a row: [count, W / P], padded with zeros.
 template <typename C>
 void to_rows(const Shape& shape, const C* from, int64_t g, int64_t first, int64_t count, float* to) {

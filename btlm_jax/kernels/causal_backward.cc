@@ -30,20 +30,9 @@ struct Shared {
 // gradients of the scores by rows, and the latter by pairs of rows too. Floats are where the products were.
 template <typename E>
 struct Scores {
-  static constexpr int64_t P = kFactors<E>, kSize = kTile * kTile / P;
-  Floats products, d_products;
-  Aligned<E> own;
-  E *weights, *d_rows, *d_pairs;
-  Scores() : products(kTile * kTile), d_products(kTile * kTile), own(P == 1 ? 0 : 3 * kSize) {
-    if constexpr (P == 1) {
-      weights = products.data;
-      d_rows = d_pairs = d_products.data;
-    } else {
-      weights = own.data;
-      d_rows = weights + kSize;
-      d_pairs = d_rows + kSize;
-    }
-  }
+  static constexpr int64_t kSize = kTile * kTile / kFactors<E>;
+  Floats products{kTile * kTile}, d_products{kTile * kTile};
+  InPlaceOfFloats<E> weights{products.data, kSize}, d_rows{d_products.data, kSize}, d_pairs{d_products.data, kSize};
 };
 
 // Turns products of q and k, and of do and v, into the weights and the gradients of the scores.
@@ -65,9 +54,9 @@ void differentiate(const Shape& shape, float slope, Scores<E>& scores, int64_t f
         weights[p] = weight;
         gradients[p] = weight * (load_wide(scores.d_products.data + at) - own_delta);
       }
-      store_rows(scores.weights + j * kTile / P, c, weights);
-      store_rows(scores.d_rows + j * kTile / P, c, gradients);
-      if constexpr (P > 1) store_row_pairs(scores.d_pairs + j / P * kTile + c, gradients);
+      store_rows(scores.weights.data + j * kTile / P, c, weights);
+      store_rows(scores.d_rows.data + j * kTile / P, c, gradients);
+      if constexpr (P > 1) store_row_pairs(scores.d_pairs.data + j / P * kTile + c, gradients);
     }
   }
 }
@@ -85,13 +74,13 @@ void differentiate_keys(const Shape& shape, int64_t g, int64_t block, const C* q
                         const C* d_o, Shared<E>& shared, C* dq, C* dk, C* dv) {
   constexpr int64_t P = kFactors<E>;
   int64_t W = shape.width(), H = shape.H, start = block * kBlock, stop = std::min(start + kBlock, shape.T);
-  Aligned<E> k_rows(kBlock * W / P), v_rows(kBlock * W / P), k_pairs(kBlock * W / P), q_pairs(kTile * W / P),
-      do_pairs(kTile * W / P);
+  Aligned<E> k_rows(kBlock * W / P), v_rows(kBlock * W / P), q_pairs(kTile * W / P), do_pairs(kTile * W / P);
+  InPlaceOfFloats<E> k_pairs(k_rows.data, kBlock * W / P);
   Floats dk_rows(kBlock * W), dv_rows(kBlock * W);
   Scores<E> scores;
   to_rows(shape, k, g, start, stop - start, k_rows.data);
   to_rows(shape, v, g, start, stop - start, v_rows.data);
-  to_row_pairs(shape, k, g, start, stop - start, k_pairs.data);
+  if constexpr (P > 1) to_row_pairs(shape, k, g, start, stop - start, k_pairs.data);
   for (int64_t tile = start / kTile; tile < shape.tiles() && shape.first_key(g, tile) < stop; ++tile) {
     int64_t first_query = tile * kTile, count = shape.count(tile), at = g * shape.tiles() + tile;
     int64_t low = shape.first_key(g, tile), end = std::min(stop, first_query + count), pairs = (count + P - 1) / P;
@@ -109,12 +98,12 @@ void differentiate_keys(const Shape& shape, int64_t g, int64_t block, const C* q
       product<Into::kNew>(v_left, do_columns, kTile, scores.d_products.data, kTile, shape.depth(P), keys, kTile);
       differentiate(shape, shape.slope(g), scores, first, keys, first_query, starts, shared.lse.data() + at * kTile,
                     shared.delta.data() + at * kTile);
-      Left<Stored::kByRows, E> weights{scores.weights, kTile / P}, d_left{scores.d_rows, kTile / P};
+      Left<Stored::kByRows, E> weights{scores.weights.data, kTile / P}, d_left{scores.d_rows.data, kTile / P};
       product<Into::kSum>(weights, do_pairs.data, W, dv_rows.data + place, W, pairs, keys, W);
       product<Into::kSum>(d_left, q_pairs.data, W, dk_rows.data + place, W, pairs, keys, W);
       Left<Stored::kByColumns, E> k_across{k_pairs.data + place / P, W};
       if (first == low) std::fill_n(dq_columns, H * kTile, 0.0f);
-      product<Into::kSum>(k_across, scores.d_pairs, kTile, dq_columns, kTile, (keys + P - 1) / P, H, kTile);
+      product<Into::kSum>(k_across, scores.d_pairs.data, kTile, dq_columns, kTile, (keys + P - 1) / P, H, kTile);
     }
     if (end == first_query + count) {
       float factors[kTile];

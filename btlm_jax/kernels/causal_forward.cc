@@ -49,11 +49,9 @@ void attend_queries(const Shape& shape, int64_t g, int64_t tile, const C* q, con
                     float* lse) {
   constexpr int64_t P = kFactors<E>;
   int64_t W = shape.width(), H = shape.H, first_query = tile * kTile, end = first_query + shape.count(tile);
-  Aligned<E> rows(kTile * W / P), q_columns(W / P * kTile), pairs(P == 1 ? 0 : kTile / P * kTile);
+  Aligned<E> rows(kTile * W / P), q_columns(W / P * kTile);
   Floats scores(kTile * kTile), sums(H * kTile);
-  E* weights;
-  if constexpr (P == 1) weights = scores.data;
-  else weights = pairs.data;
+  InPlaceOfFloats<E> weights(scores.data, kTile / P * kTile);
   alignas(64) float largest[kTile], total[kTile] = {}, kept[kTile];
   Starts starts(shape, g, tile);
   std::fill_n(largest, kTile, kLowest);
@@ -63,10 +61,10 @@ void attend_queries(const Shape& shape, int64_t g, int64_t tile, const C* q, con
     next = std::min((first / kTile + 1) * kTile, end);
     Left<Stored::kByRows, E> k_left{k_rows + first * W / P, W / P};
     product<Into::kNew>(k_left, q_columns.data, kTile, scores.data, kTile, shape.depth(P), next - first, kTile);
-    weigh(shape, shape.slope(g), scores.data, weights, first, next - first, first_query, starts, largest, total, kept);
+    weigh(shape, shape.slope(g), scores.data, weights.data, first, next - first, first_query, starts, largest, total, kept);
     scale_columns(shape, kept, sums.data);
     Left<Stored::kByColumns, E> v_left{v_pairs + first / P * W, W};
-    product<Into::kSum>(v_left, weights, kTile, sums.data, kTile, (next - first + P - 1) / P, H, kTile);
+    product<Into::kSum>(v_left, weights.data, kTile, sums.data, kTile, (next - first + P - 1) / P, H, kTile);
   }
   for (int64_t j = 0; j < shape.count(tile); ++j) {
     lse[g * shape.T + first_query + j] = largest[j] + std::log(total[j]);

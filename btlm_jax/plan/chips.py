@@ -162,7 +162,13 @@ def chip_of(topology: str) -> Chip | Gpu:
 
 def chip_of_device(device: jax.Device) -> Chip | None:
     """Return the chip of a device of this machine; None if it is no TPU, or of an unknown generation."""
-    return next((chip for chip in CHIPS.values() if device.device_kind in chip.kinds), None)
+    found = accelerator_of_kind(device.device_kind)
+    return found if isinstance(found, Chip) else None
+
+
+def accelerator_of_kind(kind: str) -> Chip | Gpu | None:
+    """Return the chip, or the GPU, that JAX calls so; None if plans are made for no such one."""
+    return next((each for each in ACCELERATORS.values() if kind in each.kinds), None)
 
 
 def usual_topology(chip: Chip, *, count: int) -> str:

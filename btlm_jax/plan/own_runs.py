@@ -9,7 +9,7 @@ import dataclasses
 from pathlib import Path
 
 from btlm_jax.plan.calibration import Point
-from btlm_jax.plan.chips import ACCELERATORS, Chip, chip_of, num_chips
+from btlm_jax.plan.chips import ACCELERATORS, Chip, accelerator_of_kind, chip_of, num_chips
 from btlm_jax.plan.gpus import Gpu
 from btlm_jax.plan.slice_plan import SlicePlan
 from btlm_jax.recipe.config import TrainConfig, train_config_from, with_later_keys
@@ -44,7 +44,7 @@ def read_own_run(workdir: Path) -> OwnRun:
         found = " and ".join(sorted(devices)) or "none"
         raise ValueError(f"{workdir} must have run on one number of devices of one kind to be measured; it has {found}")
     count, _, kind = devices.pop().partition(" x ")
-    chip = next((each for each in ACCELERATORS.values() if kind in each.kinds), None)
+    chip = accelerator_of_kind(kind)
     if chip is None or not count.isdigit():
         kinds = ", ".join(kind for each in ACCELERATORS.values() for kind in each.kinds)
         raise ValueError(f"{workdir} ran on {count} x {kind}; plans are made for {kinds}")

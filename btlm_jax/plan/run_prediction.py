@@ -9,7 +9,7 @@ import jax
 
 from btlm_jax.parallel.make_mesh import num_slices
 from btlm_jax.plan import pod_table
-from btlm_jax.plan.chips import chip_of_device, usual_topology
+from btlm_jax.plan.chips import accelerator_of_kind, chip_of_device, usual_topology
 from btlm_jax.plan.gpu_estimate import time_gpu_step
 from btlm_jax.plan.gpus import GPUS, GPUS_OF_NODE, Gpu, gpu_topology_named
 from btlm_jax.plan.placement import span
@@ -43,8 +43,8 @@ def predict_steps(
 
 def _predict_on_gpus(program: Program, traced: Sequence[jax.stages.Traced], *, measured: Path | None) -> StepPrediction:
     kind, count = program.mesh.devices.flat[0].device_kind, program.mesh.size
-    gpu = next((each for each in GPUS.values() if kind in each.kinds), None)
-    if gpu is None:
+    gpu = accelerator_of_kind(kind)
+    if not isinstance(gpu, Gpu):
         known = ", ".join(each.kind for each in GPUS.values())
         return StepPrediction(said=f"The steps' times are not predicted: {kind} is none of {known}")
     table = program.config.curriculum.table

@@ -116,6 +116,11 @@ class Design:
                 f"widths={_listed(self.sizes)}: heads are {head_dim} wide, so give multiples of {head_dim}"
             )
 
+    @property
+    def muon_classes(self) -> tuple[str, ...]:
+        """The parameter classes that Muon updates."""
+        return tuple(HIDDEN_CLASSES) if self.config.optimizer.hidden_optimizer == "muon" else ()
+
 
 def tiny_config() -> TrainConfig:
     """Return the config of the check without a config: two layers of BTLM, with coordinates near 1 at width 64."""
@@ -270,8 +275,7 @@ class CaseResult:
         """Return whether the slope of a statistic is judged."""
         if self.design.ladder == DEPTH:
             return name == JUDGED_OVER_DEPTHS
-        has_muon = self.design.config.optimizer.hidden_optimizer == "muon"
-        by_muon = tuple(f"update of {parameter_class}" for parameter_class in HIDDEN_CLASSES) if has_muon else ()
+        by_muon = (f"update of {parameter_class}" for parameter_class in self.design.muon_classes)
         return not name.startswith((*SHOWN, *by_muon))
 
     @property
@@ -599,8 +603,7 @@ def _summarize(case: Case, design: Design, runs: list[list[dict]], error: float)
             )
     powers = np.log2(design.sizes) - np.log2(design.sizes[0]) if design.ladder == WIDTH else np.zeros(len(runs))
     for name in () if case.wide_heads else runs[0][0]["update"]:
-        has_muon = design.config.optimizer.hidden_optimizer == "muon" and name in HIDDEN_CLASSES
-        power = 0.5 if has_muon else _RATES[name]
+        power = 0.5 if name in design.muon_classes else _RATES[name]
         values = np.asarray(each(lambda run, name=name: run["update"][name])) + power * powers[:, None]
         statistics[f"update of {name} at step 1"] = tuple(map(tuple, values.tolist()))
     losses = tuple(float(np.mean([run["loss"][-1] for run in of_size])) for of_size in runs)

@@ -131,7 +131,7 @@ def test_ctrl_c_ends_a_training(tmp_path, kind):
     """In the middle of the library's work, which does not look at signals."""
     texts = "".join(random.Random(1).choices([chr(code) for code in range(0x4E00, 0x9FA5)], k=1_500_000))
     code = (
-        "import signal, sys; signal.signal(signal.SIGINT, signal.default_int_handler);"  # shells may have it ignored
+        "import sys;"
         "from btlm_jax.tokenizers import train_in_process as t; text = sys.stdin.read();"
         "print('begins', flush=True); t(sys.argv[1], [text], vocab_size=25_000)"
     )
