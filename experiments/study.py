@@ -91,6 +91,7 @@ class Experiment:
     num_seeds: int = 3
     surround: Callable[[str], contextlib.AbstractContextManager[None]] = lambda variant: contextlib.nullcontext()
     may_diverge: bool = False  # a run that stops on a loss that is not finite is measured as {"loss": None}
+    most_heldout_tokens: int | None = None  # that a run's loss is of; None: all there are
 
     @property
     def name(self) -> str:
@@ -291,7 +292,7 @@ def _make_runs(experiment: Experiment, choose: Callable, *, folder: Path, minute
         timer.daemon = True
         timer.start()
     trials.share_compiled(folder)
-    train = make_run_trial(stop)
+    train = make_run_trial(stop, most_heldout_tokens=experiment.most_heldout_tokens)
 
     def run_trial(config: TrainConfig, workdir: Path) -> str:
         with experiment.surround(workdir.name.rpartition("-s")[0]):

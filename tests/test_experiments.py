@@ -90,7 +90,7 @@ def here(tmp_path, monkeypatch):
     write_config(tmp_path / "own" / "config.py", store="store")
     runs = []
 
-    def make_run_trial(stop):
+    def make_run_trial(stop, *, most_heldout_tokens):
         def train(config, workdir):
             runs.append(workdir.name)
             heldout = {"loss": config.seed / 10, "bits_per_byte": 1.0, "sources": {}}
