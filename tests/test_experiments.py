@@ -330,6 +330,39 @@ def test_gelu_has_as_many_parameters_and_the_best_peaks_are_compared(tmp_path):
     assert "-0.2500" in experiment.describe(values)
 
 
+def test_each_option_is_held_against_the_recipe_at_its_own_best_rate(tmp_path):
+    experiment, config = experiment_of("options"), config_of("options")
+    made = experiment.make_variants(config, {}, STORE)
+    assert len({*made.values()}) == len(made) == 10 * 3 + 4
+    peak = config.optimizer.peak_learning_rate
+    hot, tenth = made["recipe-peak8"].optimizer, made["end_at_10percent-peak0.5"].optimizer
+    assert hot.peak_learning_rate == 8 * peak and hot.end_learning_rate == pytest.approx(0.0085 * 8 * peak)
+    assert tenth.end_learning_rate == pytest.approx(0.1 * peak / 2)
+    muon = made["muon-peak2"].optimizer
+    assert (muon.muon_learning_rate, muon.peak_learning_rate) == (2 * config.optimizer.muon_learning_rate, peak)
+    assert made["completep-peak1"].mup.base_num_layers * 2 == made["completep-peak1"].model.num_layers
+
+    losses = {"recipe-peak2": 2.5, "muon-peak0.5": 2.25, "qk-norm_rms-peak8": 1.0, "decay_to_zero-peak1": None}
+    averages = {"recipe-peak1": 2.75, "constant_last_0.2-peak1": 2.375}
+    seeds = [{name: {"loss": losses.get(name, 3.0), "loss_of_average": averages.get(name, 3.0)} for name in made}] * 2
+    values = experiment.report(config, seeds)
+    minus = {name: each["minus_recipe"]["mean"] for name, each in values["options"].items()}
+    assert (minus["muon"], minus["qk-norm rms"], minus["average: ema"]) == (
+        -0.25,
+        0.5,
+        0.25,
+    )  # a hot run is no best one
+    assert (minus["constant, last 0.2"], minus["decay to zero"]) == (-0.125, 0.5)
+    assert values["options"]["muon"]["best_peak"] == "0.5"
+    experiment.plot(values, tmp_path / "figure.png")
+    text = experiment.describe(json.loads(json.dumps(values)))
+    assert (tmp_path / "figure.png").exists() and "-0.250 (-0.250 to -0.250)" in text
+    assert (
+        "| decay to zero | 3.000 | diverged | 3.000 |  |" in text
+        and "| qk-norm rms | 3.000 | 3.000 | 3.000 | 1.000 |" in text
+    )
+
+
 def test_the_network_with_gelu_is_down_of_gelu_of_up():
     import flax.linen as nn
     import jax
