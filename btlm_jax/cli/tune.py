@@ -208,18 +208,21 @@ def _scaling(arguments: Sequence[str]) -> int:
     if not is_fit and not flags.string("config") and not flags.is_given("check") and not flags.is_given("plot"):
         raise UsageError("btlm tune scaling needs --runs or --points to fit to, --config to predict, or --check")
     config = flags.config() if flags.string("config") else None
+    checked, plot = (flags.path(name) if flags.is_given(name) else None for name in ("check", "plot"))
     from btlm_jax.tune import scaling, scaling_report
 
     if is_fit:
-        vocab_size = 0
         if flags.is_given("points"):
-            points = scaling.read_points(flags.path("points"))
+            points, vocab_size = scaling.read_points(flags.path("points"))
         else:
             points, vocab_size = scaling.read_runs([Path(each).expanduser() for each in flags.strings("runs")])
-        form = flags.string("form")
+        if not vocab_size:
+            print("the points' file has no vocab_size: that a config's losses are of the same tokens is not checked")
+        form, reason = flags.string("form"), ""
         if form == "auto":
-            is_separable = len(points) > scaling.NUM_COEFFICIENTS[scaling.CHINCHILLA] and scaling.can_separate(points)
-            form = scaling.CHINCHILLA if is_separable else scaling.POWER
+            form, reason = scaling.choose_form(points)
+        if reason:
+            print(f"the {form} form: {reason}")
         law = scaling.fit(points, form=form, vocab_size=vocab_size)
         scaling.write_law(law, path)
         print(f"wrote {path}")
@@ -232,13 +235,13 @@ def _scaling(arguments: Sequence[str]) -> int:
         sha256 = scaling.record(kept, {"predicted": dataclasses.asdict(predicted[0])})
         print(scaling_report.describe_prediction(predicted[0]))
         print(f"recorded in {kept} with hash {sha256[:12]}")
-    if flags.is_given("check"):
-        outcomes = scaling.hold_against(scaling.read_run(flags.path("check")), scaling.recorded_predictions(kept))
+    if checked is not None:
+        outcomes = scaling.hold_against(scaling.read_run(checked), scaling.recorded_predictions(kept))
         for outcome in outcomes:
             print(scaling_report.describe_outcome(outcome))
             scaling.record(kept, {"held": {"run": flags.string("check"), "loss": outcome.loss, "of": outcome.sha256}})
-    if flags.is_given("plot"):
-        scaling_report.plot_law(law, flags.path("plot"), predictions=predicted)
+    if plot is not None:
+        scaling_report.plot_law(law, plot, predictions=predicted)
     return DONE
 
 

@@ -26,7 +26,7 @@ import numpy as np
 from btlm_jax.recipe.config import TrainConfig, config_from, train_config_from, with_later_keys
 from btlm_jax.recipe.sizes import count_parameters
 from btlm_jax.storage.files import hash_json, read_json_object, write_atomically
-from btlm_jax.train import CONFIG_FILE, SUMMARY_FILE
+from btlm_jax.train import CONFIG_FILE, STARTS, SUMMARY_FILE
 from btlm_jax.train.flops import flops_per_token
 
 CHINCHILLA, POWER = "chinchilla", "power"
@@ -35,6 +35,7 @@ NUM_COEFFICIENTS = {CHINCHILLA: 5, POWER: 3}
 HUBER = 1e-3
 NUM_SAMPLES = 200  # of the bootstrap
 LEVEL = 0.9  # of intervals
+MOST_ALIKE = 1.5  # times: sizes that differ by less are taken for one where terms are to be told apart
 MOST_BEYOND = 10.0  # times the largest, or a part of the smallest, N, D or C of the points: as far as a law is trusted
 PREDICTIONS = ".predictions.jsonl"  # suffix of the file beside a law's
 
@@ -102,16 +103,8 @@ def fit(points: Sequence[Point], *, form: str, seed: int = 0, vocab_size: int = 
     Raises:
       ValueError: the points are too few for the form, or cannot tell its terms apart.
     """
-    least = NUM_COEFFICIENTS[form] + 1
-    if len(points) < least:
-        raise ValueError(
-            f"the {form} form has {least - 1} coefficients and needs {least} runs or more; {len(points)} given"
-        )
-    if form == CHINCHILLA and not can_separate(points):
-        raise ValueError(
-            "the runs all have about the same tokens a parameter, so the chinchilla form cannot tell A / N^alpha from "
-            "B / D^beta; fit the power form, or add runs of other lengths"
-        )
+    if reason := why_not(form, points):
+        raise ValueError(reason)
     target = np.log([point.loss for point in points])
     best = min((_minimize(form, start, points, target) for start in _starts(form, points)), key=lambda each: each[1])[0]
     fitted = _log_loss(form, best, points)
@@ -130,10 +123,40 @@ def fit(points: Sequence[Point], *, form: str, seed: int = 0, vocab_size: int = 
     )
 
 
-def can_separate(points: Sequence[Point]) -> bool:
-    """Return whether the points have tokens a parameter that differ by a factor of 1.5 or more."""
-    ratios = [point.num_tokens / point.num_parameters for point in points]
-    return max(ratios) >= 1.5 * min(ratios)
+def why_not(form: str, points: Sequence[Point]) -> str:
+    """Return why a form cannot be fitted to points, or "".
+
+    Runs of one size, which differ in their seed, show scatter and no law. With chinchilla, log D must also scatter by
+    MOST_ALIKE around the straight line through (log N, log D): on it A / N^alpha and B / D^beta are one term.
+    """
+    least, sizes = NUM_COEFFICIENTS[form] + 1, np.unique(_features(form, points), axis=0)
+    if len(sizes) < least:
+        of_sizes = "" if len(sizes) == len(points) else f" of {len(sizes)} different sizes"
+        return (
+            f"the {form} form has {least - 1} coefficients and needs {least} runs or more of different sizes; "
+            f"{len(points)}{of_sizes} given"
+        )
+    if form == POWER:
+        return ""
+    log_n, log_d = sizes.T
+    for name, values in (("parameters", log_n), ("tokens", log_d)):
+        if np.ptp(values) < math.log(MOST_ALIKE):
+            return (
+                f"the runs all have about the same {name}, so the chinchilla form cannot tell E from their term; fit "
+                f"the power form, or add runs whose {name} differ by {MOST_ALIKE:g} times or more"
+            )
+    if np.ptp(log_d - np.polyval(np.polyfit(log_n, log_d, 1), log_n)) < math.log(MOST_ALIKE):
+        return (
+            "the runs all have about the same tokens a parameter, or tokens that follow from the parameters, so the "
+            "chinchilla form cannot tell A / N^alpha from B / D^beta; fit the power form, or add runs of other lengths"
+        )
+    return ""
+
+
+def choose_form(points: Sequence[Point]) -> tuple[str, str]:
+    """Return the form to fit, and why it is not chinchilla, or ""."""
+    reason = why_not(CHINCHILLA, points)
+    return (POWER, reason) if reason else (CHINCHILLA, "")
 
 
 def loss_of(law: Law, point: Point) -> float:
@@ -219,7 +242,7 @@ class FinishedRun:
     point: Point
     vocab_size: int
     heldout_tokens: int  # runs that are compared were evaluated on the same
-    ended: float  # seconds since 1970, when the summary was written
+    ended: float | None  # seconds since 1970, when a start had made the last step; None: no record of a start says
 
 
 def read_run(workdir: Path) -> FinishedRun:
@@ -239,13 +262,16 @@ def read_run(workdir: Path) -> FinishedRun:
             pass
         case _:
             raise ValueError(f"{path} lacks a part of a run's summary; run its command again, which makes it again")
+    # Files' times are of copies too. A later start of a finished run has the last step as well, and makes none.
+    starts = [read_json_object(file) for file in (workdir / STARTS).glob("[!.]*.json")]
+    ends = [start["written"] for start in starts if start.get("step") == config.curriculum.table.num_steps]
     if tokens != config.curriculum.table.num_tokens:
         raise ValueError(f"{path} is of {tokens:,} tokens, {CONFIG_FILE} of {config.curriculum.table.num_tokens:,}")
     return FinishedRun(
         point=point_of_config(config, name=str(workdir), loss=loss),
         vocab_size=config.model.vocab_size,
         heldout_tokens=heldout,
-        ended=path.stat().st_mtime,
+        ended=min(ends, default=None),
     )
 
 
@@ -253,9 +279,13 @@ def read_runs(workdirs: Sequence[Path]) -> tuple[list[Point], int]:
     """Read finished runs; return their points, and the size of the vocabulary that they share.
 
     Raises:
-      ValueError: as `read_run`, or their losses are not of the same text and tokenizer.
+      ValueError: as `read_run`, one is given twice, or their losses are not of the same text and tokenizer.
     """
-    runs = {workdir: read_run(workdir) for workdir in workdirs}
+    runs: dict[Path, FinishedRun] = {}
+    for workdir in workdirs:
+        if workdir.resolve() in {other.resolve() for other in runs}:
+            raise ValueError(f"{workdir} is given twice; name each run once")
+        runs[workdir] = read_run(workdir)
     (first, one), *others = runs.items()
     for workdir, run in others:
         if (run.vocab_size, run.heldout_tokens) != (one.vocab_size, one.heldout_tokens):
@@ -266,18 +296,26 @@ def read_runs(workdirs: Sequence[Path]) -> tuple[list[Point], int]:
     return [run.point for run in runs.values()], one.vocab_size
 
 
-def read_points(path: Path) -> list[Point]:
-    """Read {"points": [{"name", "num_parameters", "num_tokens", "flops", "loss"}, ...]}.
+def read_points(path: Path) -> tuple[list[Point], int]:
+    """Read {"points": [{"name", "num_parameters", "num_tokens", "flops", "loss"}, ...], "vocab_size": N}.
+
+    Returns the points, and the size of their vocabulary, 0 where the file does not say.
 
     Raises:
       ValueError: it is not that.
     """
-    return list(config_from(_Points, read_json_object(path), path=str(path)).points)
+    found = config_from(_Points, {"vocab_size": 0, **read_json_object(path)}, path=str(path))
+    return list(found.points), found.vocab_size
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class _Points:
     points: tuple[Point, ...]
+    vocab_size: int
+
+    def __post_init__(self):
+        if self.vocab_size < 0:
+            raise ValueError(f"vocab_size={self.vocab_size} must be positive, or 0 where it is not known")
 
 
 def write_law(law: Law, path: Path) -> None:
@@ -300,19 +338,23 @@ def read_law(path: Path) -> Law:
         raise ValueError(f"{path}: samples must be lists of numbers; fit the law again")
     if values.get("form") not in FORMS:
         raise ValueError(f"{path}: form={values.get('form')!r} is not one of {', '.join(FORMS)}; fit the law again")
-    points = config_from(_Points, {"points": values.get("points")}, path=str(path)).points
+    given = {name: values.get(name) for name in ("points", "vocab_size")}
+    points = config_from(_Points, given, path=str(path)).points
     law = Law(
         form=str(values["form"]),
         points=points,
         coefficients=tuple(values["coefficients"]),
         samples=tuple(map(tuple, samples)),
         residuals=tuple(values["residuals"]),
-        vocab_size=values["vocab_size"] if type(values.get("vocab_size")) is int else 0,
+        vocab_size=values["vocab_size"],
         made=str(values.get("made")),
     )
     k = NUM_COEFFICIENTS[law.form]
     if {len(law.coefficients), *map(len, law.samples)} != {k} or len(law.residuals) != len(points) or len(points) <= k:
         raise ValueError(f"{path}: the {law.form} form has {k} coefficients and a residual a point; fit the law again")
+    low, high = _bounds(k)
+    if not all(np.all((low <= each) & (each <= high)) for each in map(np.asarray, (law.coefficients, *law.samples))):
+        raise ValueError(f"{path}: coefficients are beyond the bounds of a fit, {low} to {high}; fit the law again")
     return law
 
 
@@ -362,7 +404,7 @@ class Outcome:
     prediction: Prediction
     sha256: str
     loss: float
-    was_before: bool  # the prediction was recorded before the run ended
+    was_before: bool | None  # the prediction was recorded before the run ended; None: when that was is not known
 
     @property
     def error(self) -> float:
@@ -385,8 +427,9 @@ def hold_against(run: FinishedRun, lines: Sequence[dict]) -> list[Outcome]:
         prediction = config_from(Prediction, line["predicted"], path="prediction")
         if (prediction.num_parameters, prediction.num_tokens) == (run.point.num_parameters, run.point.num_tokens):
             made = datetime.datetime.fromisoformat(prediction.made).timestamp()
+            was_before = None if run.ended is None else made < run.ended
             found.append(
-                Outcome(prediction=prediction, sha256=line["sha256"], loss=run.point.loss, was_before=made < run.ended)
+                Outcome(prediction=prediction, sha256=line["sha256"], loss=run.point.loss, was_before=was_before)
             )
     if not found:
         raise ValueError(
@@ -432,10 +475,18 @@ def _minimize(form: str, start: np.ndarray, points: Sequence[Point], target: np.
         shares = np.exp(terms - np.logaddexp.reduce(terms, axis=1)[:, None])
         return np.concatenate([shares, -shares[:, :-1] * features], axis=1)
 
-    ends = np.array([(-20.0, 20.0)] * (start.size // 2 + 1) + [(0.0, 3.0)] * (start.size // 2)).T
+    ends = _bounds(start.size)
     solve: Any = least_squares  # its hints know of no function as jac
-    found = solve(errors, start, jac=derivatives, bounds=ends, loss="huber", f_scale=HUBER, max_nfev=200)
+    found = solve(
+        errors, np.clip(start, *ends), jac=derivatives, bounds=ends, loss="huber", f_scale=HUBER, max_nfev=200
+    )
     return found.x, float(found.cost)
+
+
+def _bounds(num_coefficients: int) -> np.ndarray:
+    """Return the least and the largest coefficients of a fit [2, num_coefficients]: logarithms, then exponents."""
+    exponents = num_coefficients // 2
+    return np.array([(-20.0, 20.0)] * (exponents + 1) + [(0.0, 3.0)] * exponents).T
 
 
 def _starts(form: str, points: Sequence[Point]) -> list[np.ndarray]:

@@ -41,7 +41,11 @@ def describe_prediction(prediction: Prediction) -> str:
 
 def describe_outcome(outcome: Outcome) -> str:
     """Return how a prediction has held."""
-    when = "before the run ended" if outcome.was_before else "after the run had ended, so it is no prediction"
+    when = {
+        True: "before the run ended",
+        False: "after the run had ended, so it is no prediction",
+        None: "and no record of a start in its workdir says when the run ended",
+    }[outcome.was_before]
     inside = "inside" if outcome.is_inside else "outside"
     return (
         f"predicted {outcome.prediction.loss:.4f}, measured {outcome.loss:.4f}: {outcome.error:+.2%}, {inside} the "

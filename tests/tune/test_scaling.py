@@ -1,7 +1,11 @@
 """Scaling laws: known laws are found again, published points are met, predictions are recorded and held."""
 
 import dataclasses
+import datetime
 import json
+import math
+import os
+import shutil
 
 import numpy as np
 import pytest
@@ -58,6 +62,17 @@ def test_intervals_hold_the_truth_and_grow_with_the_scatter():
     assert 0.004 < narrow < 0.6 * wide
 
 
+def test_a_single_run_scatters_around_a_law_as_the_fitted_ones_do():
+    """Samples without scatter of their own leave a run's: its residuals' deviation, widened for 3 coefficients."""
+    points = [point(n, 20 * n, (120 * n * n / 1e30) ** -0.05) for n in np.geomspace(1e6, 1e8, 40)]
+    law = fit(points, form=POWER)
+    residuals = np.resize([0.01, -0.01], 40)
+    law = dataclasses.replace(law, residuals=tuple(residuals.tolist()), samples=(law.coefficients,) * 20)
+    found = predict(law, num_parameters=1e8, num_tokens=2e9, flops=1.2e18)
+    half = 0.01 * math.sqrt(40 / 37)
+    assert np.log([found.low / found.loss, found.high / found.loss]) == pytest.approx([-half, half], rel=1e-6)
+
+
 def test_one_run_far_off_does_not_bend_the_law():
     points = grid()
     points[4] = dataclasses.replace(points[4], loss=1.2 * points[4].loss)
@@ -81,10 +96,25 @@ def test_a_fit_to_the_published_points_meets_them_and_foretells_the_largest():
 
 
 def test_what_cannot_be_fitted_or_foretold_is_refused():
-    with pytest.raises(ValueError, match="needs 6 runs or more; 5 given"):
+    with pytest.raises(ValueError, match="needs 6 runs or more of different sizes; 5 given"):
         fit(grid()[:5], form=CHINCHILLA)
     with pytest.raises(ValueError, match="about the same tokens a parameter"):
         fit([point(n, 20 * n, chinchilla(n, 20 * n)) for n in np.geomspace(1e6, 1e8, 7)], form=CHINCHILLA)
+    sizes = np.geomspace(1e6, 1e8, 7)
+    for same, said in (
+        ([(n, 1e9) for n in sizes], "about the same tokens,"),
+        ([(1e7, 1e3 * d) for d in sizes], "about the same parameters,"),
+        ([(n, n**1.5) for n in sizes], "tokens that follow from the parameters"),
+        ([(n, n**1.5 * (1.4 if number % 2 else 1)) for number, n in enumerate(sizes)], "tokens that follow"),
+    ):
+        points = [point(n, d, chinchilla(n, d)) for n, d in same]
+        assert scaling.choose_form(points) == (POWER, scaling.why_not(CHINCHILLA, points))
+        with pytest.raises(ValueError, match=said):
+            fit(points, form=CHINCHILLA)
+    with pytest.raises(ValueError, match="needs 4 runs or more of different sizes; 6 of 3 different sizes given"):
+        fit(2 * grid()[:3], form=POWER)
+    points = [point(n, n**1.5 * (1.6 if number % 2 else 1), 3.0) for number, n in enumerate(sizes)]
+    assert scaling.choose_form(points) == (CHINCHILLA, "")
     law = fit(grid()[:4], form=POWER)
     with pytest.raises(ValueError, match=r"1e\+12 parameters are more than 10 times away .* have 4e\+06 to 1.2e\+07"):
         predict(law, num_parameters=1e12, num_tokens=1e9, flops=1e16)
@@ -92,8 +122,12 @@ def test_what_cannot_be_fitted_or_foretold_is_refused():
         point(1e6, 1e6, -1.0)
 
 
-def write_run(workdir, config, loss: float) -> None:
-    workdir.mkdir()
+def write_run(workdir, config, loss: float, *, ends: tuple[float, ...] = ()) -> None:
+    """Write a finished run, of which a start made the last step at each of some times."""
+    (workdir / "starts").mkdir(parents=True)
+    for number, end in enumerate(ends):
+        start = {"written": end, "step": config.curriculum.table.num_steps}
+        (workdir / "starts" / f"{number}.json").write_text(json.dumps(start))
     (workdir / "config.json").write_text(config.to_json())
     summary = {"num_tokens": config.curriculum.table.num_tokens, "heldout": {"loss": loss, "heldout_tokens": 999}}
     (workdir / "summary.json").write_text(json.dumps(summary))
@@ -118,15 +152,35 @@ def test_runs_give_a_law_that_predicts_a_config_which_is_held_against_its_run(tm
     assert main(["tune", "scaling", f"--law={law}", "--config=local_cpu"]) == 1
     assert "the law is of losses with 300 ids, the config has 4,096" in capsys.readouterr().err
 
-    write_run(tmp_path / "large", large, line["predicted"]["loss"] / 1.02)
-    assert main(["tune", "scaling", f"--law={law}", f"--check={tmp_path / 'large'}"]) == 0
-    assert ": +2.00%, " in (said := capsys.readouterr().out) and "before the run ended" in said
+    check = ["tune", "scaling", f"--law={law}", f"--check={tmp_path / 'large'}"]
+    made = datetime.datetime.fromisoformat(line["predicted"]["made"]).timestamp()
+    for ends, said in (
+        ((made + 5, made + 9), "before the run ended"),
+        ((made - 5, made + 9), "after the run had ended"),  # and its command was given again
+        ((), "no record of a start in its workdir says when"),
+    ):
+        shutil.rmtree(tmp_path / "large", ignore_errors=True)
+        write_run(tmp_path / "large", large, line["predicted"]["loss"] / 1.02, ends=ends)
+        os.utime(tmp_path / "large" / "summary.json")  # as a copy has it
+        assert main(check) == 0
+        assert ": +2.00%, " in (shown := capsys.readouterr().out) and said in shown
     assert main(["tune", "scaling", f"--law={law}", f"--check={workdirs[0]}"]) == 1
     assert "no prediction is recorded of" in capsys.readouterr().err
     record.write_text(record.read_text().replace('"low": ', '"low": 1', 1))
     assert main(["tune", "scaling", f"--law={law}", f"--check={tmp_path / 'large'}"]) == 1
     assert "line 1: the prediction is not as it was recorded" in capsys.readouterr().err
 
+    twice = [*workdirs, tmp_path / "large" / ".." / workdirs[0].name]
+    assert main(["tune", "scaling", f"--law={law}", "--runs", *map(str, twice)]) == 1
+    assert f"/{workdirs[0].name} is given twice" in capsys.readouterr().err
+    values = json.loads(law.read_text())
+    for wrong, said in (
+        ({"vocab_size": "300"}, "vocab_size"),
+        ({"coefficients": [1e9] * 3}, "beyond the bounds of a fit"),
+    ):
+        law.write_text(json.dumps(values | wrong))
+        assert main(["tune", "scaling", f"--law={law}", "--config=local_cpu"]) == 1
+        assert said in capsys.readouterr().err
     other = json.loads((workdirs[1] / "summary.json").read_text())
     other["heldout"]["heldout_tokens"] = 7
     (workdirs[1] / "summary.json").write_text(json.dumps(other))
@@ -139,6 +193,7 @@ def test_a_new_config_says_the_loss_that_a_law_predicts(tmp_path, capsys):
     (tmp_path / "points.json").write_text(json.dumps({"points": [dataclasses.asdict(each) for each in points]}))
     law = f"--law={tmp_path / 'law.json'}"
     assert main(["tune", "scaling", law, f"--points={tmp_path / 'points.json'}", f"--plot={tmp_path / 'law.png'}"]) == 0
+    assert "has no vocab_size: that a config's losses are of the same tokens is not checked" in capsys.readouterr().out
     assert (tmp_path / "law.png").read_bytes().startswith(b"\x89PNG")
     assert main(["new", "--params=124M", law, f"--output={tmp_path / 'my.py'}"]) == 0
     out = capsys.readouterr().out
