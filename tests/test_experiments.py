@@ -355,8 +355,13 @@ def test_each_option_is_held_against_the_recipe_at_its_own_best_rate(tmp_path):
     assert (minus["constant, last 0.2"], minus["decay to zero"]) == (-0.125, 0.5)
     assert values["options"]["muon"]["best_peak"] == "0.5"
     experiment.plot(values, tmp_path / "figure.png")
+    for run in (name for name in made if name.startswith("muon")):
+        seeds[0][run]["loss"] = None
+    values = experiment.report(config, seeds)
     text = experiment.describe(json.loads(json.dumps(values)))
-    assert (tmp_path / "figure.png").exists() and "-0.250 (-0.250 to -0.250)" in text
+    experiment.plot(values, tmp_path / "figure.png")
+    assert "| muon | diverged | diverged | diverged |  | diverged |" in text
+    assert (tmp_path / "figure.png").exists() and "-0.125 (-0.125 to -0.125)" in text
     assert (
         "| decay to zero | 3.000 | diverged | 3.000 |  |" in text
         and "| qk-norm rms | 3.000 | 3.000 | 3.000 | 1.000 |" in text

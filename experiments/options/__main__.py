@@ -12,7 +12,7 @@ from btlm_jax.storage.files import read_json_object
 from btlm_jax.train import SUMMARY_FILE
 from experiments.study import Experiment, Measured, difference_and_interval, mean_and_interval, on_store, run, shown
 
-RECIPE, AVERAGED, MUON = "recipe", "average: ema", "muon"
+RECIPE, AVERAGED, MUON, COMPLETEP = "recipe", "average: ema", "muon", "completep"
 PEAKS = (0.5, 1.0, 2.0)  # times the config's, of muon's rate for muon
 HOT = 8.0  # times the config's: what an option is worth where training is near to diverging
 CHANGES: dict[str, dict[str, dict[str, object]]] = {  # section, key: value
@@ -20,7 +20,7 @@ CHANGES: dict[str, dict[str, dict[str, object]]] = {  # section, key: value
     "end at 10 %": {},
     "decay to zero": {},
     "weight decay auto": {"optimizer": {"weight_decay": "auto"}},
-    "completep": {"mup": {"preset": "completep", "base_num_layers": 2}},
+    COMPLETEP: {"mup": {"preset": "completep"}},
     "z-loss 1e-4": {"optimizer": {"z_loss": 1e-4}},
     "qk-norm rms": {"model": {"qk_norm": "rms"}},
     "qk-norm rms_gain": {"model": {"qk_norm": "rms_gain"}},
@@ -59,6 +59,10 @@ def make_variants(config: TrainConfig, first: Measured, stores: Mapping[str, Pat
 def _variant(config: TrainConfig, option: str, peak: float) -> TrainConfig:
     for section, values in CHANGES[option].items():
         config = dataclasses.replace(config, **{section: dataclasses.replace(getattr(config, section), **values)})
+    if option == COMPLETEP:
+        config = dataclasses.replace(
+            config, mup=dataclasses.replace(config.mup, base_num_layers=config.model.num_layers // 2)
+        )
     optimizer = config.optimizer
     if option == MUON:  # all but the hidden matrices keep AdamW's rate
         rates = {"muon_learning_rate": peak * optimizer.muon_learning_rate}
@@ -76,20 +80,35 @@ def measure(config: TrainConfig, workdir: Path) -> dict:
 
 
 def report(config: TrainConfig, seeds: Sequence[Measured]) -> dict:
-    """Return each option's losses at each peak, and at its best one minus the recipe's at its own."""
-    options, best_of = {}, {}
+    """Return each option's losses at each peak, and at its best one minus the recipe's at its own; None: diverged.
+
+    Raises:
+      ValueError: the recipe diverged at every peak.
+    """
+    options: dict[str, dict] = {}
+    of_recipe: list[float] = []
     for shown_name, option, key in [
         *((name, name, "loss_of_average" if name in OF_AVERAGE else "loss") for name in CHANGES),
         (AVERAGED, RECIPE, "loss_of_average"),
     ]:
-        losses = {peak: [seed[name_of(option, peak)].get(key) for seed in seeds] for peak in peaks_of(option)}
-        whole = {peak: values for peak, values in losses.items() if None not in values}  # of none that diverged
-        best = min((peak for peak in whole if peak != HOT), key=lambda peak, of=whole: sum(of[peak]))
-        best_of[shown_name] = whole[best]
+        whole: dict[float, list[float]] = {}  # by peak, of those at which no seed diverged
+        for peak in peaks_of(option):
+            name = name_of(option, peak)
+            losses = [loss for seed in seeds if (loss := seed[name].get(key)) is not None]
+            if len(losses) == len(seeds):
+                whole[peak] = losses
+        usual = [peak for peak in whole if peak != HOT]
+        best = min(usual, key=lambda peak, of=whole: sum(of[peak])) if usual else None
+        if shown_name == RECIPE:
+            if best is None:
+                raise ValueError("the recipe diverged at every peak of its learning rate: nothing is compared with it")
+            of_recipe = whole[best]
         options[shown_name] = {
-            "losses": {f"{peak:g}": mean_and_interval(whole[peak]) if peak in whole else None for peak in losses},
-            "best_peak": f"{best:g}",
-            "minus_recipe": difference_and_interval(whole[best], best_of[RECIPE]),
+            "losses": {
+                f"{peak:g}": mean_and_interval(whole[peak]) if peak in whole else None for peak in peaks_of(option)
+            },
+            "best_peak": None if best is None else f"{best:g}",
+            "minus_recipe": None if best is None else difference_and_interval(whole[best], of_recipe),
         }
     return {"options": options}
 
@@ -100,7 +119,8 @@ def describe(values: dict) -> str:
     lines = [f"| option | {peaks} | minus the recipe, each at its best |", "|---|" + "---|" * (len(PEAKS) + 2)]
     for option, each in values["options"].items():
         cells = [_cell(each["losses"], peak) for peak in (*PEAKS, HOT)]
-        difference = "0" if option == RECIPE else shown(each["minus_recipe"], sign="+", digits=3)
+        difference = each["minus_recipe"] and shown(each["minus_recipe"], sign="+", digits=3)
+        difference = "0" if option == RECIPE else difference or "diverged"
         lines.append(f"| {option} | {' | '.join(cells)} | {difference} |")
     return "\n".join(lines)
 
@@ -113,7 +133,7 @@ def _cell(losses: Mapping[str, dict | None], peak: float) -> str:
 def plot(values: dict, path: Path) -> None:
     """Draw each option's difference to the recipe with its interval, and each seed as a point."""
     figure, axes = new_figure(size=(7.0, 4.6), dpi=110)
-    names = [name for name in values["options"] if name != RECIPE]
+    names = [name for name, each in values["options"].items() if name != RECIPE and each["minus_recipe"]]
     for place, name in enumerate(reversed(names)):
         difference = values["options"][name]["minus_recipe"]
         axes.plot(difference["values"], [place] * len(difference["values"]), ".", color="C0", alpha=0.6)
