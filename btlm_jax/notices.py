@@ -45,6 +45,7 @@ NAMES = {
     "setting-changed": "a resumed run has a setting that its checkpoint has not",
     "given-twice": "a flag is given more than once, and the last one counts",
     "constants-not-taken": "btlm new --constants leaves out what a search found of values that follow a run's length",
+    "study-replaced": "a directory holds another study that has made no store and no trial yet",
     "not-the-store": "data.store is also the name of something in the current directory, which is not read",
     "metrics-line-dropped": "a line of metrics.jsonl is damaged, and is removed at a resume",
     "tracker-stopped": "a tracker cannot take a run's numbers any more, and the run goes on without it",

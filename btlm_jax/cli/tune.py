@@ -302,8 +302,10 @@ def search_flags() -> Flags:
     """Define the flags of `btlm tune search`."""
     flags = Flags(SEARCH_HELP)
     _define_study(flags)
-    flags.define_integer("points", 40, "points of the space to try")
-    flags.define_integer("rungs", 2, "rungs of successive halving; 1: every point on all tokens")
+    flags.define_integer("points", 40, "points of the space to try, beside the config as it is")
+    flags.define_integer(
+        "rungs", 2, "rungs of successive halving, until one point is left at most; 1: all on all tokens"
+    )
     flags.define_integer("seeds", 1, "runs of each point on the last rung, by whose mean loss the best is chosen")
     flags.define_integer(
         "fresh_seeds", 3, "further runs of the best point and of the config, whose gain is not flattered"
@@ -318,6 +320,8 @@ def _search(arguments: Sequence[str]) -> int:
     flags = search_flags()
     if not flags.parse(arguments):
         return DONE
+    if flags.integer("seed") < 0:
+        raise UsageError(f"--seed={flags.integer('seed')} must be 0 or more")
     study = _Study(flags, ["tune", "search", *arguments])
     from btlm_jax.tune import search
 

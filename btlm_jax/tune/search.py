@@ -23,7 +23,7 @@ import numpy as np
 from btlm_jax import notices
 from btlm_jax.recipe.config import TrainConfig, config_types, train_config_from
 from btlm_jax.storage.files import read_json_object
-from btlm_jax.tune.trials import Result, Trial, resampled_mean, scale_phases, scale_tokens
+from btlm_jax.tune.trials import Result, Trial, scale_phases, scale_tokens
 
 ETA = 3  # of a rung, one in so many goes on, to so many times the tokens
 BINS = 4
@@ -64,6 +64,18 @@ class Dimension:
             return 2.0 ** min(math.floor(first + share * (last - first + 1)), last)
         return 2 ** (low + share * (high - low))
 
+    def share(self, value: float) -> float:
+        """Return the share of the range at which a value is, the end that is nearer of one beyond it."""
+        value = max(value, self.low)  # a warm-up may be rounded to no step
+        if self.scale == LINEAR:
+            found = (value - self.low) / (self.high - self.low)
+        elif self.scale == LOG2_WHOLE:
+            first, last = math.ceil(math.log2(self.low)), math.floor(math.log2(self.high))
+            found = (math.log2(value) - first + 0.5) / (last - first + 1)
+        else:
+            found = math.log2(value / self.low) / math.log2(self.high / self.low)
+        return min(max(found, 0.0), 1.0)
+
 
 # Around BTLM's and configs/local_cpu.py's constants.
 DEFAULT_SPACE = (
@@ -91,12 +103,35 @@ class Search:
 
     def __post_init__(self):
         if self.num_points < 2 or self.num_rungs < 1 or self.num_seeds < 1 or self.num_fresh < 0:
-            raise ValueError("a search needs two points or more, one rung and seed or more, and no fewer than 0 fresh")
+            raise ValueError(
+                f"points={self.num_points}, rungs={self.num_rungs}, seeds={self.num_seeds}, "
+                f"fresh_seeds={self.num_fresh}: a search needs two points or more, one rung and seed or more, and no "
+                "fewer than 0 fresh seeds"
+            )
         keys = [dimension.key for dimension in self.space]
         if len(set(keys)) < len(keys) or not keys:
             raise ValueError(f"the space has the keys {', '.join(keys)}; give one or more, each once")
+        if WARMUP in keys and not self.config.optimizer.warmup_tokens:
+            raise ValueError(
+                "the space has warmup, a factor of optimizer.warmup_tokens=0; leave it out, or set some tokens"
+            )
+        sizes = [self.num_points]
+        while sizes[-1] > 1:
+            sizes.append(num_going_on(sizes[-1]))
+        if self.num_rungs > len(sizes):
+            raise ValueError(
+                f"rungs={self.num_rungs}: of {self.num_points} points {', '.join(map(str, sizes))} are on its rungs, "
+                f"and further ones would be the same; give at most {len(sizes)}, or more points"
+            )
+        share = ETA ** (1 - self.num_rungs)
         for number in range(self.num_points + 1):
-            self.config_of(number, rung=0, seed=0)
+            per_step = self.config_of(number, rung=0, seed=0).curriculum.table.tokens_per_step
+            if min(self.config.curriculum.num_tokens) * share < per_step:
+                raise ValueError(
+                    f"rungs={self.num_rungs}: of curriculum.num_tokens={self.config.curriculum.num_tokens} the first "
+                    f"rung has the share {share:.3g}, in a phase less than a step of {per_step:,} tokens; give fewer "
+                    "rungs, smaller batches or more tokens"
+                )
 
     @functools.cached_property
     def shares(self) -> np.ndarray:
@@ -114,6 +149,11 @@ class Search:
             return {}
         shares = self.shares[number - 1]
         return {dimension.key: dimension.value(x) for dimension, x in zip(self.space, shares.tolist(), strict=True)}
+
+    def realised_values(self, number: int, *, rung: int) -> dict[str, float]:
+        """Return the values that a point's config has on a rung; BATCH and WARMUP are of whole rows and steps."""
+        made = self.config_of(number, rung=rung, seed=0)
+        return {key: _value_of(made, key, base=self.config) for key in self.values_of(number)}
 
     def config_of(self, number: int, *, rung: int, seed: int) -> TrainConfig:
         """Return the config of a point, with a rung's tokens.
@@ -134,14 +174,14 @@ class Search:
         return f"point-{number:03}-rung-{rung}-s{seed}"
 
     def rungs(self, results: Mapping[str, Result]) -> list[list[int]]:
-        """Return the points on each rung, as far as the results say; the config itself is on every rung."""
+        """Return the points on each rung, as far as the results say; the config itself, 0, is the first of each."""
         found = [list(range(self.num_points + 1))]
         for rung in range(self.num_rungs - 1):
             losses = {number: self.loss_of(number, rung=rung, results=results) for number in found[-1]}
             if None in losses.values():
                 break
-            best = sorted(found[-1], key=lambda number: (losses[number], number))[: max(1, len(found[-1]) // ETA)]
-            found.append(sorted({0, *best}))
+            points = sorted(found[-1][1:], key=lambda number: (losses[number], number))
+            found.append([0, *sorted(points[: num_going_on(len(points))])])
         return found
 
     def loss_of(self, number: int, *, rung: int, results: Mapping[str, Result]) -> float | None:
@@ -176,20 +216,25 @@ class Search:
         ]
 
 
+def num_going_on(num_points: int) -> int:
+    """Return how many points of a rung go on to the next, the config beside them."""
+    return max(1, num_points // ETA)
+
+
 def with_values(config: TrainConfig, values: Mapping[str, float], *, tokens: float, seed: int) -> TrainConfig:
     """Return the config with values by key, a share of its tokens, and seeds that are so much larger.
 
-    The warm-up, a factor of the config's share, stays within the run; the end rate keeps its share of the peak.
+    The batch is of whole rows in each phase; the warm-up, a factor of the config's share, is at most half the run; the
+    end rate keeps its share of the peak.
 
     Raises:
       ValueError: the config refuses a value.
     """
     made = dataclasses.asdict(config)
     curriculum, optimizer = made["curriculum"], made["optimizer"]
-    factor = values.get(BATCH, 1.0)
-    sizes = tuple(max(1, round(size * factor)) for size in curriculum["batch_size"])
-    ratio = sizes[-1] / curriculum["batch_size"][-1]
-    sizes = tuple(round(size * ratio) for size in curriculum["batch_size"])
+    rows = math.gcd(*curriculum["batch_size"])  # all phases keep equal tokens a step
+    factor = max(1, round(rows * values.get(BATCH, 1.0)))
+    sizes = tuple(size // rows * factor for size in curriculum["batch_size"])
     per_step = sizes[0] * curriculum["seq_len"][0]
     whole = scale_phases(curriculum["num_tokens"], tokens, per_step=per_step)
     ratio, factor = sum(whole) / sum(curriculum["num_tokens"]), values.get(WARMUP, 1.0)
@@ -220,7 +265,7 @@ def report(search: Search, results: Mapping[str, Result]) -> dict:
             "point": number,
             "losses": losses_of(number, search.seeds_of(last)),
             "loss": _number(search.loss_of(number, rung=last, results=results)),
-            "values": search.values_of(number),
+            "values": search.realised_values(number, rung=last),
         }
         for number in search.ranked(results)
     ]
@@ -232,20 +277,25 @@ def report(search: Search, results: Mapping[str, Result]) -> dict:
     if search.num_fresh and best["loss"] is not None:
         fresh["config"], fresh["best"] = (losses_of(number, search.fresh_seeds) for number in (0, best["point"]))
         fresh["gain"] = gain_of(fresh["config"], fresh["best"])
-    is_worse = bool(fresh["gain"]) and (fresh["gain"]["nats"] or 0.0) < 0
+    is_better = finals[0] is best and not _is_worse(fresh["best"], fresh["config"])
+    tried = [search.realised_values(number, rung=0) for number in range(1, search.num_points + 1)]
+    shares = [[dimension.share(values[dimension.key]) for dimension in search.space] for values in tried]
     return {
         "rungs": rungs,
         "final": finals,
         "gain": gain_of(own["losses"], best["losses"]),
         "fresh": fresh,
-        "importance": importance(search.space, search.shares, np.array(first, float)),
+        "importance": importance(search.space, np.array(shares), np.array(first, float)),
         "first_rung": [
-            {"point": number, "loss": _number(loss), "values": search.values_of(number)}
-            for number, loss in enumerate(first, start=1)
+            {"point": number, "loss": _number(loss), "values": values}
+            for number, (loss, values) in enumerate(zip(first, tried, strict=True), start=1)
         ],
-        "own": {dimension.key: _value_of(search.config, dimension.key) for dimension in search.space},
-        "constants": {key: _value_of(search.config, key) for key in TRANSFERRED}
-        | ({} if is_worse else finals[0]["values"]),
+        "own": {
+            dimension.key: _value_of(search.config, dimension.key, base=search.config) for dimension in search.space
+        },
+        "is_best_better": is_better,
+        "constants": {key: _value_of(search.config, key, base=search.config) for key in TRANSFERRED}
+        | (best["values"] if is_better else {}),
         "base": {
             "d_model": search.config.mup.base_d_model,
             "num_layers": search.config.mup.base_num_layers,
@@ -268,9 +318,13 @@ def _put(made: dict, values: Mapping[str, float]) -> None:
         made[section][name] = value
 
 
-def _value_of(config: TrainConfig, key: str) -> float:
-    if key in (BATCH, WARMUP):
-        return 1.0
+def _value_of(config: TrainConfig, key: str, *, base: TrainConfig) -> float:
+    """Return a config's value of a key; BATCH and WARMUP are factors of the base's rows and of its share of the run."""
+    if key == BATCH:
+        return config.curriculum.batch_size[0] / base.curriculum.batch_size[0]
+    if key == WARMUP:
+        own, others = (each.optimizer.warmup_tokens / sum(each.curriculum.num_tokens) for each in (config, base))
+        return own / others
     section, _, name = key.rpartition(".")
     return getattr(getattr(config, section), name)
 
@@ -325,21 +379,34 @@ def with_constants(config: TrainConfig, *, found: Constants) -> TrainConfig:
     return train_config_from(made)
 
 
-def gain_of(own: Sequence, best: Sequence, *, seed: int = 0) -> dict:
-    """Return by how many nats the best point is below the config itself, with a bootstrap's interval over seeds.
+def gain_of(own: Sequence[float | None], best: Sequence[float | None]) -> dict:
+    """Return by how many nats the best point is below the config itself, with a 90 % interval over seeds.
 
-    Of one seed there is no interval: its ends are None; where one of them diverged, a loss of None, all are. Of losses
-    that the best of many was chosen by, the gain is high by what its seeds' luck gave it.
+    The losses of both are of the same seeds, one by one: the interval is Student's, of the mean of their differences.
+    Of one seed there is none: its ends are None; where one of them diverged, a loss of None, all are. Of losses that
+    the best of many was chosen by, the gain is high by what its seeds' luck gave it.
     """
     if None in (*own, *best):
         return {"nats": None, "low": None, "high": None}
-    gain = float(np.mean(own) - np.mean(best))
-    if min(len(own), len(best)) < 2:
+    differences = np.subtract(np.array(own, float), np.array(best, float))
+    gain, count = float(differences.mean()), len(differences)
+    if count < 2:
         return {"nats": gain, "low": None, "high": None}
-    rng = np.random.default_rng(seed)
-    found = [resampled_mean(own, rng) - resampled_mean(best, rng) for _ in range(NUM_SAMPLES)]
-    low, high = np.quantile(found, TAILS)
-    return {"nats": gain, "low": float(low), "high": float(high)}
+    from scipy import stats
+
+    half = float(stats.t.ppf(TAILS[1], count - 1) * differences.std(ddof=1) / math.sqrt(count))
+    return {"nats": gain, "low": gain - half, "high": gain + half}
+
+
+def _is_worse(losses: Sequence[float | None], others: Sequence[float | None]) -> bool:
+    """Return whether losses, None where a run diverged, are worse than others of the same seeds.
+
+    The one that diverged more often is; otherwise the one of the higher mean, over seeds with which neither did.
+    """
+    if losses.count(None) != others.count(None):
+        return losses.count(None) > others.count(None)
+    pairs = [(a, b) for a, b in zip(losses, others, strict=True) if a is not None and b is not None]
+    return sum(a - b for a, b in pairs) > 0
 
 
 def importance(space: Sequence[Dimension], shares: np.ndarray, losses: np.ndarray, *, seed: int = 0) -> list[dict]:
@@ -384,25 +451,28 @@ def _ranks(losses: np.ndarray) -> np.ndarray:
     return (np.searchsorted(order, losses, "left") + np.searchsorted(order, losses, "right") - 1) / 2
 
 
-def _shown_gain(gain: dict) -> str:
+def _shown_gain(gain: dict, own: Sequence[float | None], best: Sequence[float | None]) -> str:
     if gain["nats"] is None:
-        return "one of them diverged"
+        return f"the best diverged in {best.count(None)} of {len(best)} runs, the config in {own.count(None)}"
     interval = "" if gain["low"] is None else f", 90 % from {gain['low']:+.4f} to {gain['high']:+.4f} over seeds"
     return f"{gain['nats']:+.4f} nats better{interval}"
 
 
 def format_report(values: dict) -> str:
     """Return the best points, the gain, and the importance of each key."""
-    lines = [f"Best of {len(values['rungs'][0]) - 1} points, of which {len(values['final'])} had all tokens:"]
-    for each in values["final"][:10]:
+    finals, fresh = values["final"], values["fresh"]
+    num_points = len(values["rungs"][0]) - 1
+    lines = [f"Best of {num_points} points, of which {len(finals) - 1} and the config had all tokens:"]
+    for each in finals[:10]:
         shown = ", ".join(f"{key.rpartition('.')[2]} {value:.4g}" for key, value in each["values"].items())
         loss = "diverged" if each["loss"] is None else f"{each['loss']:.4f}"
         lines.append(f"  {loss}  {shown or 'the config as it is'}")
-    lines.append(f"Against the config as it is: {_shown_gain(values['gain'])}")
-    fresh = values["fresh"]
+    own, best = (next(each["losses"] for each in finals if (each["point"] == 0) is is_own) for is_own in (True, False))
+    lines.append(f"Against the config as it is: {_shown_gain(values['gain'], own, best)}")
     if fresh["gain"]:
-        lines.append(f"With {fresh['seeds']} seeds that it was not chosen by: {_shown_gain(fresh['gain'])}")
-    if not values["final"][0]["values"] or fresh["gain"] and (fresh["gain"]["nats"] or 0.0) < 0:
+        shown = _shown_gain(fresh["gain"], fresh["config"], fresh["best"])
+        lines.append(f"With {fresh['seeds']} seeds that it was not chosen by: {shown}")
+    if not values["is_best_better"]:
         lines.append("No point is better than the config: its own constants are those of search.json")
     lines.append("Share of the variance of ranks that each key explains alone (omega squared of 4 bins, 90 %):")
     for each in values["importance"]:

@@ -1,6 +1,6 @@
 """A directory of trials: ordinary training runs that any number of commands, on any number of hosts, take one by one.
 
-    study.json            what is studied; another study is refused in the same directory
+    study.json            what is studied; another study is refused once there is a store or a trial
     store/                the token store, where the config makes one
     compile_cache/        of all trials: those of equal shapes and multipliers compile once
     trials/NAME/          the workdir of a run as `btlm train` makes it, resumed by whoever takes it next after a kill
@@ -28,10 +28,11 @@ from pathlib import Path
 
 import numpy as np
 
+from btlm_jax import notices
 from btlm_jax.recipe.config import PREPARED, TrainConfig
 from btlm_jax.storage import owner
 from btlm_jax.storage.files import read_json_object, write_atomically
-from btlm_jax.train import CHECKPOINTS, COMPILE_CACHE, SUMMARY_FILE
+from btlm_jax.train import CHECKPOINTS, COMPILE_CACHE, CONFIG_FILE, SUMMARY_FILE
 from btlm_jax.train.loop import DONE, PREEMPTED
 
 STUDY_FILE, TRIALS, RESULT_FILE, LOG_FILE = "study.json", "trials", "result.json", "log.txt"
@@ -86,24 +87,34 @@ def resampled_mean(values: Sequence[float], rng: np.random.Generator) -> float:
 
 
 def begin_study(directory: Path, study: dict) -> None:
-    """Make the directory of a study, or see that it is this study's.
+    """Make the directory of a study, or see that it is this study's, or one that has nothing but study.json yet.
 
     Raises:
-      ValueError: it is another study's.
+      ValueError: it is another study's, or of a training run or a model.
       OSError: it cannot be written.
     """
-    directory.mkdir(parents=True, exist_ok=True)
     path, wanted = directory / STUDY_FILE, json.loads(json.dumps(study))
+    if not path.is_file():
+        for other in (directory / CONFIG_FILE, directory / CHECKPOINTS):
+            if other.exists():
+                raise ValueError(f"{directory} has {other.name} of a training run or a model; give another directory")
+    directory.mkdir(parents=True, exist_ok=True)
     with _locked(directory):
         if path.is_file():
-            found = read_json_object(path)
-            if found != wanted:
-                different = _first_difference(found, wanted)
-                raise ValueError(
-                    f"{directory} holds another study, of {different}; give its flags again, or another --directory"
-                )
-            return
+            found = _read_own(path, "and give the same command again, which writes it anew")
+            if found == wanted:
+                return
+            different = f"{directory} holds another study, of {_first_difference(found, wanted)}"
+            if _has_begun(directory):
+                raise ValueError(f"{different}; give its flags again, or another --directory")
+            notices.report("study-replaced", f"{different}, which has no store and no trial yet: it is replaced")
         write_atomically(path, json.dumps(wanted, indent=1))
+
+
+def _has_begun(directory: Path) -> bool:
+    """Return whether a study has made a store or a trial, or parts of one, in any folder."""
+    folders = [path for path in directory.iterdir() if path.is_dir() and path.name != COMPILE_CACHE]
+    return any(any(folder.iterdir()) for folder in folders)
 
 
 def _first_difference(found: object, wanted: object, name: str = "") -> str:
@@ -186,11 +197,18 @@ def read_result(directory: Path, name: str) -> Result | None:
     path = directory / TRIALS / name / RESULT_FILE
     if not path.is_file():
         return None
-    values = read_json_object(path)
+    values = _read_own(path, "and the trial is made again")
     loss, seconds = values.get("loss"), values.get("seconds")
     if not isinstance(loss, (float, type(None))) or not isinstance(seconds, float):
-        raise ValueError(f"{path} has no loss and seconds; delete it, and the trial is finished again")
+        raise ValueError(f"{path} has no loss and seconds; delete it, and the trial is made again")
     return Result(loss=loss if loss is not None and math.isfinite(loss) else math.inf, seconds=seconds)
+
+
+def _read_own(path: Path, what_deleting_does: str) -> dict:
+    try:
+        return read_json_object(path)
+    except ValueError as error:
+        raise ValueError(f"{error}; delete {path}, {what_deleting_does}") from error
 
 
 def start_workers(count: int, arguments: Sequence[str], *, directory: Path) -> list[subprocess.Popen]:

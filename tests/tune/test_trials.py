@@ -4,9 +4,11 @@ import json
 import math
 import threading
 
+import numpy as np
 import pytest
 from support.tiny import tiny_config
 
+from btlm_jax import notices
 from btlm_jax.storage import owner
 from btlm_jax.train.loop import BAD_NUMBERS, DONE, PREEMPTED
 from btlm_jax.tune import trials
@@ -68,6 +70,13 @@ def test_each_trial_is_made_once_by_workers_side_by_side(tmp_path, monkeypatch):
 def test_losses_are_of_a_quarter_of_the_tokens_and_not_of_few():
     phases = {"curriculum__num_tokens": (384 * 3000, 384 * 1000), "data__max_epochs": 10**6}
     assert trials.heldout_tokens(tiny_config()) == 65_536 and trials.heldout_tokens(tiny_config(**phases)) == 384_000
+
+
+def test_resampled_means_scatter_as_the_mean_does():
+    """Of 0 and 1, whose standard deviation is 0.5 sqrt(2), the mean has the standard error 0.5: 2 of 4 draws differ."""
+    rng = np.random.default_rng(0)
+    found = {round(trials.resampled_mean([0.0, 1.0], rng), 6) for _ in range(50)}
+    assert found == {round(0.5 + sign * 0.5 * math.sqrt(2), 6) for sign in (-1, 0, 1)}
 
 
 def test_what_is_tried_next_follows_from_the_results(tmp_path, capsys):
@@ -132,13 +141,43 @@ def test_trials_of_another_machine_are_passed_over_without_watching_them(tmp_pat
 
 def test_another_study_and_damaged_results_are_refused(tmp_path):
     begin_study(tmp_path, {"kind": "a", "config": {"x": (1, 2)}})
+    (tmp_path / "trials/trial-0").mkdir(parents=True)
     begin_study(tmp_path, {"kind": "a", "config": {"x": (1, 2)}})
     with pytest.raises(ValueError, match=r"another study, of config.x=\[1, 2\], not \[1, 3\]; give its flags again"):
         begin_study(tmp_path, {"kind": "a", "config": {"x": (1, 3)}})
-    (tmp_path / "trials/trial-0").mkdir(parents=True)
-    (tmp_path / "trials/trial-0/result.json").write_text('{"loss": "low", "seconds": 1.0}')
-    with pytest.raises(ValueError, match="has no loss and seconds; delete it"):
-        read_result(tmp_path, "trial-0")
+    for contents, said in (
+        ('{"loss": "low", "seconds": 1.0}', "has no loss and seconds"),
+        ('{"lo', "is not valid JSON"),
+    ):
+        (tmp_path / "trials/trial-0/result.json").write_text(contents)
+        with pytest.raises(ValueError, match=f"result.json {said}.*; delete .*, and the trial is made again"):
+            read_result(tmp_path, "trial-0")
+    (tmp_path / "study.json").write_text('{"kind"')
+    with pytest.raises(ValueError, match="is not valid JSON: .*; delete .*study.json, and give the same command again"):
+        begin_study(tmp_path, {"kind": "a"})
+
+
+def test_a_study_that_has_made_nothing_is_replaced(tmp_path):
+    begin_study(tmp_path, {"kind": "a", "config": {"path": "gone"}})
+    (tmp_path / "compile_cache").mkdir()
+    (tmp_path / "compile_cache/made").touch()
+    (tmp_path / "trials").mkdir()
+    begin_study(tmp_path, {"kind": "a", "config": {"path": "there"}})
+    assert json.loads((tmp_path / "study.json").read_text())["config"] == {"path": "there"}
+    assert notices.counts()["study-replaced"] == 1
+    (tmp_path / "store").mkdir()
+    (tmp_path / "store/manifest.json").touch()
+    with pytest.raises(ValueError, match="holds another study"):
+        begin_study(tmp_path, {"kind": "b"})
+
+
+@pytest.mark.parametrize("name", ["config.json", "checkpoints/3/state"])
+def test_the_workdir_of_a_run_is_no_study(tmp_path, name):
+    (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+    (tmp_path / name).touch()
+    with pytest.raises(ValueError, match="of a training run or a model; give another directory"):
+        begin_study(tmp_path, {"kind": "a"})
+    assert not (tmp_path / "study.json").exists()
 
 
 @pytest.mark.parametrize(("gpus", "visible", "platforms"), [(0, "", ""), (0, "4,5", "cpu"), (1, "4,5,7", "")])
