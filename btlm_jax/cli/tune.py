@@ -489,7 +489,7 @@ def _rates(flags: Flags) -> tuple[float, ...]:
     """Return what --rates lists.
 
     Raises:
-      UsageError: it is no list and no range.
+      UsageError: it is no list and no range, or the step does not divide the range.
     """
     text = flags.string("rates")
     if ":" not in text:
@@ -501,7 +501,15 @@ def _rates(flags: Flags) -> tuple[float, ...]:
         raise UsageError(f"--rates={text[:80]} must be FIRST:LAST or FIRST:LAST:STEP, as -9:-5 or -9:-5:0.5") from None
     if not (-40 <= first < last <= 10 and 0 < step <= last - first):
         raise UsageError(f"--rates={text[:80]} must rise, between -40 and 10, in steps that fit")
-    return tuple(first + step * number for number in range(int((last - first) / step + 1e-9) + 1))
+    span = last - first
+    count = round(span / step)
+    if abs(span / step - count) > 1e-4:  # a third may be given as 0.333333
+        nearest = min((span / n for n in (int(span / step), int(span / step) + 1)), key=lambda fits: abs(fits - step))
+        raise UsageError(
+            f"--rates={text[:80]}: {last:g} is no whole number of steps of {step:g} from {first:g}; the "
+            f"nearest step that fits is {nearest:.6g}"
+        )
+    return tuple(first + span * number / count for number in range(count + 1))
 
 
 def _numbers(flags: Flags, name: str) -> tuple[float, ...]:

@@ -262,13 +262,13 @@ class CaseResult:
         return {name: float(x @ np.mean(values, axis=1) / (x @ x)) for name, values in self.statistics.items()}
 
     @property
-    def errors(self) -> dict[str, float]:
-        """The standard error of each slope, from the scatter over seeds; 0 of one seed."""
+    def errors(self) -> dict[str, float | None]:
+        """The standard error of each slope, from the scatter over seeds; None of one seed, which has none to see."""
         x = self._x
-        found = {}
+        found: dict[str, float | None] = {}
         for name, values in self.statistics.items():
             slopes = x @ np.asarray(values) / (x @ x)
-            found[name] = float(slopes.std(ddof=1) / math.sqrt(len(slopes))) if len(slopes) > 1 else 0.0
+            found[name] = float(slopes.std(ddof=1) / math.sqrt(len(slopes))) if len(slopes) > 1 else None
         return found
 
     def is_judged(self, name: str) -> bool:
@@ -307,9 +307,9 @@ class CaseResult:
 
     @property
     def is_undecided(self) -> bool:
-        """Whether a right case is steep by no more than chance: more seeds would say."""
-        limits, slope = self.design.limits, abs(self.slopes[self.worst])
-        is_near = limits.flat_slope < slope <= limits.flat_slope + 2 * self.errors[self.worst]
+        """Whether a right case is steep by no more than chance, which one seed cannot say: more seeds would."""
+        limits, slope, error = self.design.limits, abs(self.slopes[self.worst]), self.errors[self.worst]
+        is_near = error is not None and limits.flat_slope < slope <= limits.flat_slope + 2 * error
         rest = self.loss_spread <= limits.flat_spread and self.exact_error <= EXACT_LIMIT
         return self.case.is_flat and is_near and rest
 

@@ -76,10 +76,12 @@ def format_table(results: Sequence[CaseResult]) -> str:
             f"{result.slopes[result.worst]:>+7.2f}  {result.worst:<32} {result.loss_spread:>7.2f}  {losses:<24} "
             f"{_verdict(result)}"
         )
-    lines += ["", f"Slopes of {first.case.name!r}, with their standard error over seeds:"]
+    scatter = "with their standard error over seeds" if len(design.seeds) > 1 else "of one seed: no standard error"
+    lines += ["", f"Slopes of {first.case.name!r}, {scatter}:"]
     for name, slope in first.slopes.items():
         shown = "" if first.is_judged(name) else "  (not judged)"
-        lines.append(f"  {name:<34} {slope:>+6.2f} +- {first.errors[name]:.2f}{shown}")
+        error = first.errors[name]
+        lines.append(f"  {name:<34} {slope:>+6.2f}{'' if error is None else f' +- {error:.2f}'}{shown}")
     hidden = [result.case.name for result in results if not result.case.is_visible]
     if hidden:
         lines += ["", f"Seen by the exact checks alone, not by activations or loss: {'; '.join(hidden)}"]
@@ -129,8 +131,8 @@ def to_json(results: Sequence[CaseResult]) -> dict:
     }
 
 
-def _number(value: float) -> float | None:
-    return value if math.isfinite(value) else None  # JSON has no others
+def _number(value: float | None) -> float | None:
+    return value if value is not None and math.isfinite(value) else None  # JSON has no others
 
 
 def write_plot(results: Sequence[CaseResult], path: Path) -> None:

@@ -2,9 +2,9 @@
 
 A curve is a preset, a width, a depth, a batch and a number of tokens; its trials are ordinary runs of a config with one
 peak learning rate each, 2^r for whole or half numbers r. The optimum of a curve is the vertex of a parabola through the
-losses over r near the least one, its interval of a bootstrap: of seeds where there are several, otherwise of the
-parabola's residuals. Far higher losses at higher rates are those of unstable training, and bend no parabola. A curve
-whose least loss is at an end of its rates gets one rate more there, up to a limit.
+losses over r near the least one, its interval of a bootstrap, widened as Student's t is: of seeds where there are
+several, otherwise of the parabola's residuals. Far higher losses at higher rates are those of unstable training, and
+bend no parabola. A curve whose least loss is at an end of its rates gets one rate more there, up to a limit.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
+import scipy.stats
 
 from btlm_jax.display.plotting import new_panels, write_figure
 from btlm_jax.recipe.config import TrainConfig
@@ -165,6 +166,17 @@ class Optimum:
 def optimum_of(rates: Sequence[float], losses: Sequence[Sequence[float]], *, seed: int = 0) -> Optimum:
     """Return the optimum of losses by rate and seed; rates at which a seed diverged are left out.
 
+    The interval's ends are the bootstrap's quantiles, their distances from the vertex times t(0.95, dof) / 1.645, with
+    the degrees of freedom of the residuals, or `_dof_of_seeds`: few values do not know their own scatter. How often it
+    holds the optimum of an exact parabola with Gaussian noise, at four and five rates (1,500 draws each, 2026-11-30):
+
+        seeds                                    1            2            3
+        equal noise at all rates                90, 90 %     94, 93 %     92, 91 %
+        the same without the factor             66, 76 %     79, 81 %     83, 83 %
+        four times the noise at the last rate   88, 71 %     93, 88 %     90, 89 %
+
+    An optimum off the parabola because the curve is none is not in the interval's width.
+
     Raises:
       ValueError: fewer than three rates have a finite loss.
     """
@@ -193,16 +205,35 @@ def optimum_of(rates: Sequence[float], losses: Sequence[Sequence[float]], *, see
         else:
             again = fitted + rng.choice(spread, len(x))
         found.append(_vertex(x - best, np.polyfit(x - best, again, 2)))
-    low, high = np.quantile(found, TAILS).tolist() if is_seeded or len(x) > 3 else (None, None)
     place = _vertex(x - best, (a, b, c))
+    low = high = None
+    if is_seeded or len(x) > 3:
+        dof = _dof_of_seeds(x - best, [each for _, each in near], a=a, b=b) if is_seeded else len(x) - 3
+        widening = float(scipy.stats.t.ppf(TAILS[1], dof) / scipy.stats.norm.ppf(TAILS[1]))
+        ends = np.quantile(found, TAILS)
+        low = float(best + place - widening * max(0.0, place - ends[0]))
+        high = float(best + place + widening * max(0.0, ends[1] - place))
     is_inside = a > 0 and min(rates) < best < max(rates)
     return Optimum(
         rate=float(best + place),
-        low=None if low is None else float(best + low),
-        high=None if high is None else float(best + high),
+        low=low,
+        high=high,
         loss=float(np.polyval((a, b, c), place)),
         is_bracketed=bool(is_inside),
     )
+
+
+def _dof_of_seeds(x: np.ndarray, losses: Sequence[Sequence[float]], *, a: float, b: float) -> float:
+    """Return the degrees of freedom of a vertex's variance, where each rate's losses have a variance of their own.
+
+    Satterthwaite's formula (Biometrics Bulletin 2, 1946) on the vertex's linear dependence on each rate's mean loss.
+    """
+    counts = np.array([len(each) for each in losses])
+    if a <= 0:  # no vertex; the least that there can be
+        return float(counts.min() - 1)
+    to_a, to_b, _ = np.linalg.pinv(np.vander(x, 3))
+    parts = (b * to_a / (2 * a**2) - to_b / (2 * a)) ** 2 * [np.var(each, ddof=1) / len(each) for each in losses]
+    return float(np.sum(parts) ** 2 / np.sum(parts**2 / (counts - 1))) if parts.any() else float(counts.min() - 1)
 
 
 def _vertex(x: np.ndarray, parabola: Sequence[float] | np.ndarray) -> float:
@@ -235,10 +266,15 @@ def report(sweep: Sweep, results: Mapping[str, Result]) -> dict:
 
 
 def _transfers(curves: Sequence[dict]) -> list[dict]:
-    """Return, of each preset, how far the optimum moves from the first curve to the last, and what that costs there."""
+    """Return, of each preset of two curves or more, how far the optimum moves and what the first costs at the last.
+
+    A loss is None where the last curve diverges, and beyond its rates, where none was tried.
+    """
     found = []
     for preset in dict.fromkeys(curve["preset"] for curve in curves):
         own = [curve for curve in curves if curve["preset"] == preset]
+        if len(own) < 2:
+            continue
         first, last = own[0], own[-1]
         rates = [curve["optimum"]["rate"] for curve in own]
         own_loss, moved = (_loss_at(last, each["optimum"]["rate"]) for each in (last, first))
@@ -246,18 +282,29 @@ def _transfers(curves: Sequence[dict]) -> list[dict]:
             {
                 "preset": preset,
                 "range_of_optima": max(rates) - min(rates),
-                "loss_with_own_optimum": own_loss if math.isfinite(own_loss) else None,
-                "loss_with_first_optimum": moved if math.isfinite(moved) else None,
+                "loss_with_own_optimum": own_loss if own_loss is not None and math.isfinite(own_loss) else None,
+                "loss_with_first_optimum": moved if moved is not None and math.isfinite(moved) else None,
+                "is_first_optimum_tried": moved is not None,
             }
         )
     return found
 
 
-def _loss_at(curve: dict, rate: float) -> float:
+def describe_cost(transfer: Mapping) -> str:
+    """Return what the first curve's optimum costs at the last curve."""
+    if not transfer["is_first_optimum_tried"]:
+        return "was not tried there: it lies beyond the rates"
+    own, moved = transfer["loss_with_own_optimum"], transfer["loss_with_first_optimum"]
+    return "diverges" if own is None or moved is None else f"costs {moved - own:+.4f} nats"
+
+
+def _loss_at(curve: dict, rate: float) -> float | None:
     """Return a curve's loss at a rate, by the parabola through the three nearest rates that did not diverge.
 
-    It is infinite where the rate nearest of all did.
+    It is infinite where the rate nearest of all did, None beyond the rates that were tried.
     """
+    if not min(curve["log2_rates"]) <= rate <= max(curve["log2_rates"]):
+        return None
     pairs = sorted(zip(curve["log2_rates"], map(_mean, curve["losses"]), strict=True), key=lambda p: abs(p[0] - rate))
     if not math.isfinite(pairs[0][1]):
         return math.inf
@@ -284,13 +331,9 @@ def format_report(values: dict) -> str:
         interval = "unknown" if optimum["low"] is None else f"{optimum['low']:.2f} to {optimum['high']:>6.2f}"
         lines.append(f"{curve!s:<28} {optimum['rate']:>15.2f} {interval:>18} {optimum['loss']:>11.4f}{note}")
     for each in values["transfers"]:
-        moved, own = each["loss_with_first_optimum"], each["loss_with_own_optimum"]
-        cost = "all: it diverges there"
-        if moved is not None and own is not None:
-            cost = f"{moved - own:+.4f} nats against its own"
         lines.append(
             f"{each['preset']}: the optimum moves over {each['range_of_optima']:.2f} octaves; the first curve's "
-            f"optimum at the last curve costs {cost}"
+            f"optimum at the last curve {describe_cost(each)}"
         )
     return "\n".join(lines)
 
@@ -314,6 +357,8 @@ def plot(values: dict, path: Path) -> None:
                 [optimum["rate"]], [optimum["loss"]], fmt="*", markersize=10, color=color, capsize=3,
                 xerr=[[max(0.0, optimum["rate"] - ends[0])], [max(0.0, ends[1] - optimum["rate"])]],
             )  # fmt: skip
+        tried = [rate for curve in values["curves"] if curve["preset"] == preset for rate in curve["log2_rates"]]
+        panel.set_xlim(min(tried) - 0.5, max(tried) + 0.5)  # an interval may reach far beyond
         panel.set_ylim(least - 0.05, min(max(finite), least + 1.5) + 0.05)
         panel.set_xlabel("log2(peak learning rate)")
         panel.set_ylabel("held-out loss, nats a token")

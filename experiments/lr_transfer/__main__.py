@@ -109,11 +109,9 @@ def describe(values: dict) -> str:
             name = f"{each['preset']}, width {each['width']}, {each['depth']} layers"
             lines.append(f"| {name} | {optimum['rate']:.2f}{note} | {interval} | {optimum['loss']:.4f} |")
         for each in values[ladder]["transfers"]:
-            own, moved = each["loss_with_own_optimum"], each["loss_with_first_optimum"]
-            cost = "diverges" if own is None or moved is None else f"costs {moved - own:+.4f} nats"
             moves.append(
                 f"- {each['preset']} over {ladder}: {each['range_of_optima']:.2f} octaves; the smallest one's optimum "
-                f"at the largest {cost}"
+                f"at the largest {lr_transfer.describe_cost(each)}"
             )
     return "\n".join([*lines, "", *moves])
 

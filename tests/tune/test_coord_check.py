@@ -29,7 +29,7 @@ from btlm_jax.tune.coord_check import (
     design_for,
     make_batch,
 )
-from btlm_jax.tune.coord_report import format_table, report_coord_check, write_plot
+from btlm_jax.tune.coord_report import format_table, report_coord_check, to_json, write_plot
 from btlm_jax.tune.mutations import BROKEN, BTLM, CASES, NO_OUTPUT_SCALE, OWN, Case
 from btlm_jax.tune.optimizer_check import forward_error, optimizer_error
 
@@ -95,6 +95,16 @@ def test_the_error_of_a_slope_is_that_of_its_seeds():
     found = CaseResult(case=BTLM, design=FULL, statistics={"one": steep}, losses=(1.0,) * 3, exact_error=0.0)
     assert found.slopes == pytest.approx({"one": 2.0})
     assert found.errors == pytest.approx({"one": math.sqrt(2) / math.sqrt(2)})
+
+
+def test_one_seed_has_no_standard_error():
+    design = dataclasses.replace(FULL, seeds=(0,))
+    steep = tuple((0.13 * value,) for value in np.log2(FULL.sizes).tolist())
+    found = CaseResult(case=BTLM, design=design, statistics={"one": steep}, losses=(1.0,) * 3, exact_error=0.0)
+    assert found.errors == {"one": None} and not found.is_undecided and not found.is_flat
+    text = format_table([found])
+    assert "of one seed: no standard error:\n" in text and "+-" not in text
+    assert to_json([found])["cases"][0]["standard_errors"] == {"one": None}
 
 
 def test_a_wrong_case_fails_the_table_by_name():

@@ -10,7 +10,7 @@ from support.real_store import write_config
 from support.tiny import tiny_config
 
 from btlm_jax.cli import main
-from btlm_jax.cli.tune import _without_workers
+from btlm_jax.cli.tune import _rates, _without_workers, lr_transfer_flags
 from btlm_jax.tune import lr_transfer
 from btlm_jax.tune.lr_transfer import Curve, Sweep, optimum_of
 from btlm_jax.tune.trials import Result
@@ -113,6 +113,54 @@ def test_three_rates_of_one_seed_have_no_interval(tmp_path):
     lr_transfer.plot(values, tmp_path / "plot.png")
 
 
+def test_an_interval_is_the_scatter_times_students_factor():
+    """Five rates and one seed: two degrees of freedom; residuals of (-1, 2, 0, -2, 1) / 10, which have no parabola."""
+    rates, residuals = np.arange(-9.0, -4.0), np.array([-1, 2, 0, -2, 1]) / 10
+    found = optimum_of(rates.tolist(), [[x] for x in 500 + 10 * (rates + 7) ** 2 + residuals])
+    assert found.rate == pytest.approx(-7)
+    deviation = math.sqrt(np.sum(residuals**2) / 2 / 10) / 20  # of b, the slope; the vertex is -b / 2a
+    expected = 2.9200 * deviation  # t of 95 % and two degrees of freedom, of a table
+    assert [found.rate - found.low, found.high - found.rate] == pytest.approx([expected] * 2, rel=0.12)
+
+
+def test_the_degrees_of_freedom_of_seeds_lie_between_one_rates_and_all():
+    x = np.array([-2.0, -1.0, 0.0, 1.0, 2.0])
+    equal = [[3 + d, 3 - d] for d in [0.1] * 5]
+    # The vertex of x^2 moves with b alone, whose weights are x / 10: parts of 4, 1, 0, 1 and 4.
+    assert lr_transfer._dof_of_seeds(x, equal, a=1.0, b=0.0) == pytest.approx(10**2 / (16 + 1 + 1 + 16))
+    one = [[3.0, 3.0]] * 4 + [[3.0, 3.2, 3.1]]
+    assert lr_transfer._dof_of_seeds(x, one, a=1.0, b=0.0) == pytest.approx(2)
+    assert lr_transfer._dof_of_seeds(x, equal, a=-1.0, b=0.0) == 1
+    assert lr_transfer._dof_of_seeds(x, [[3.0, 3.0]] * 5, a=1.0, b=0.0) == 1
+
+
+def test_a_rate_beyond_those_of_the_last_curve_is_said_to_be_untried():
+    """And a preset of one curve alone has no transfer."""
+    rates = (-9.0, -8.0, -7.0)
+    curves = []
+    for width, best, tried in ((20, -5.5, (-7.0, -6.0, -5.0)), (40, -8.2, rates)):
+        losses = [[3 + (rate - best) ** 2] for rate in tried]
+        optimum = dataclasses.asdict(optimum_of(tried, losses))
+        curves.append(
+            {
+                **dataclasses.asdict(Curve(preset="sp", width=width, depth=2, batch=1.0, tokens=1.0)),
+                "log2_rates": tried,
+                "losses": losses,
+                "optimum": optimum,
+            }
+        )
+    (transfer,) = lr_transfer._transfers(curves)
+    assert transfer["loss_with_first_optimum"] is None and transfer["loss_with_own_optimum"] == pytest.approx(3)
+    text = lr_transfer.format_report({"curves": curves, "transfers": [transfer]})
+    assert "moves over 2.70 octaves; the first curve's optimum at the last curve was not tried there" in text
+    (back,) = lr_transfer._transfers([{**curves[1], "optimum": curves[0]["optimum"]}, curves[0]])
+    assert back["loss_with_first_optimum"] == pytest.approx(3)
+    diverged = {**curves[1], "losses": [[3.64], [3.04], [4.44], [None]], "log2_rates": (*rates, -6.0)}
+    (transfer,) = lr_transfer._transfers([{**curves[0], "optimum": {**optimum, "rate": -6.3}}, diverged])
+    assert lr_transfer.describe_cost(transfer) == "diverges"
+    assert lr_transfer._transfers(curves[:1]) == []
+
+
 def test_an_interval_of_one_seed_grows_with_the_scatter_about_the_parabola():
     rates = np.arange(-10, -4.9)
     rng = np.random.default_rng(0)
@@ -176,7 +224,7 @@ def test_a_sweep_goes_on_and_trains_what_is_left(token_store, tmp_path, capsys):
     command += ["--config.optimizer.warmup_tokens=384"]
     assert main(command) == 0
     said = capsys.readouterr().out
-    assert "Resuming" not in said and "curve costs +0.0000 nats against its own" in said
+    assert "Resuming" not in said and "octaves" not in said  # one curve has nothing to move against
     (curve,) = json.loads((directory / "lr_transfer.json").read_text())["curves"]
     loss = float(said.partition("btlm-d40-l2-lr-8-s0: loss ")[2].partition(",")[0])
     summary = json.loads((directory / "trials" / "btlm-d40-l2-lr-8-s0" / "summary.json").read_text())
@@ -191,6 +239,8 @@ def test_flags_that_cannot_be_are_refused(tmp_path, capsys):
     for arguments, said in (
         (["--rates=-5:-9"], "must rise"),
         (["--rates=a:b"], "must be FIRST:LAST"),
+        (["--rates=-9:-8:0.3"], "steps of 0.3 from -9; the nearest step that fits is 0.333333"),
+        (["--rates=-9:-7:0.9"], "the nearest step that fits is 1\n"),
         (["--tokens=1,0"], "--tokens=1,0 must be numbers"),
         (["--presets=mup"], "--presets=mup is not known; allowed are btlm"),
         (["--workers=0"], "--workers=0 must be at least 1"),
@@ -198,6 +248,17 @@ def test_flags_that_cannot_be_are_refused(tmp_path, capsys):
         assert main(["tune", "lr-transfer", f"--directory={tmp_path / 'd'}", "--config=local_cpu", *arguments]) == 2
         assert said in capsys.readouterr().err
     assert dataclasses.is_dataclass(Sweep) and not (tmp_path / "d").exists()
+
+
+def test_rates_are_whole_steps_from_the_first_to_the_last():
+    for text, expected in (
+        ("-9:-5:2", [-9, -7, -5]),
+        ("-9:-8:0.333333", [-9, -26 / 3, -25 / 3, -8]),
+        ("-7:-5", [-7, -6, -5]),
+    ):
+        flags = lr_transfer_flags()
+        assert flags.parse(["--directory=d", f"--rates={text}"])
+        assert _rates(flags) == pytest.approx(expected)
 
 
 def test_workers_are_given_the_same_command_without_workers():
