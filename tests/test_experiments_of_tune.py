@@ -12,6 +12,8 @@ from btlm_jax.cli.tune import coord_check_flags, search_flags
 from btlm_jax.recipe.config import train_config_from
 from btlm_jax.recipe.sizes import count_parameters
 from btlm_jax.tune import scaling
+from btlm_jax.tune import search as verb
+from btlm_jax.tune.trials import Result
 from experiments.coordinate_check import __main__ as coordinate_check
 from experiments.lr_transfer import __main__ as lr_transfer
 from experiments.scaling_law import __main__ as scaling_law
@@ -159,10 +161,36 @@ def test_the_search_and_its_large_config_are_commands(tmp_path):
         "large": {"parameters": 12_000_000, "steps": 12, "first_loss": 9.0, "last_loss": 8.0},
     }  # fmt: skip
     text = search.describe(values)
+    assert text.startswith("2 points, 1 and BTLM's constants on all tokens.\n")
     assert "better than BTLM's constants by +0.1000 nats with 5 fresh seeds, 90 % from +0.0500 to +0.2000" in text
     assert "| mup.init_std | 0.073 | 0.1 | 0.50, 0.20 to 0.70 |" in text
     search.plot(values, tmp_path / "figure.png")
     assert (tmp_path / "figure.png").stat().st_size > 5_000
+
+
+def test_the_search_that_is_committed_is_what_its_losses_give():
+    folder = FOLDER / "search"
+    values = json.loads((folder / "results.json").read_text())
+    found, flags = values["search"], search_flags()
+    assert flags.parse(search.search_arguments(folder, size="", store=folder)[2:])
+    counts = {f"num_{name}": flags.integer(name) for name in ("points", "rungs", "seeds")}
+    tried = verb.Search(
+        config=flags.config(), space=verb.DEFAULT_SPACE, num_fresh=flags.integer("fresh_seeds"),
+        method=flags.string("method"), seed=flags.integer("seed"), **counts,
+    )  # fmt: skip
+    best = found["final"][0]["point"]
+    losses = {tried.name_of(each["point"], rung=0, seed=0): each["loss"] for each in found["first_rung"]}
+    losses[tried.name_of(0, rung=0, seed=0)] = 0.0  # which is not kept, and decides nothing
+    losses |= {tried.name_of(each["point"], rung=1, seed=0): each["loss"] for each in found["final"]}
+    for number, name in ((0, "config"), (best, "best")):
+        fresh = zip(tried.fresh_seeds, found["fresh"][name], strict=True)
+        losses |= {tried.name_of(number, rung=1, seed=seed): loss for seed, loss in fresh}
+    results = {name: Result(loss=math.inf if loss is None else loss, seconds=1.0) for name, loss in losses.items()}
+    assert not [trial.name for trial in tried.choose(results) if trial.name not in results]
+    again = verb.report(tried, results)
+    assert again["rungs"] == found["rungs"] and again["is_best_better"] is found["is_best_better"]
+    assert search.describe({**values, "search": again}) in (folder / "README.md").read_text()
+    assert again["constants"] == pytest.approx(found["constants"])
 
 
 def test_the_coordinate_checks_that_are_committed_are_in_the_text():

@@ -59,7 +59,7 @@ def describe(values: dict) -> str:
     """Return what the search found, against the config."""
     found = values["search"]
     fresh = found["fresh"]
-    lines = [f"{len(found['rungs'][0]) - 1} points, {len(found['final'])} on all tokens."]
+    lines = [f"{len(found['rungs'][0]) - 1} points, {len(found['final']) - 1} and BTLM's constants on all tokens."]
     for name, gain in (("as chosen", found["gain"]), (f"with {fresh['seeds']} fresh seeds", fresh["gain"])):
         if gain and gain["nats"] is not None:
             ends = "" if gain["low"] is None else f", 90 % from {gain['low']:+.4f} to {gain['high']:+.4f}"
