@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import json
 import math
 import os
@@ -28,7 +29,7 @@ import scipy.stats
 
 from benchmarks.machine import machine
 from btlm_jax import notices, stopping
-from btlm_jax.cli import DONE, ERROR, PREEMPTED, USAGE, UsageError, quiet_orbax
+from btlm_jax.cli import DONE, ERROR, PREEMPTED, USAGE, UsageError, main, quiet_orbax
 from btlm_jax.cli.parse import Flags
 from btlm_jax.recipe.config import PREPARED, TrainConfig
 from btlm_jax.stopping import Stopped
@@ -99,14 +100,65 @@ class Experiment:
 
 
 def run(experiment: Experiment) -> None:
-    """Run the command line of an experiment and exit with its code; Ctrl-C and SIGTERM stop it as `btlm train`."""
+    """Run the command line of an experiment and exit with its code."""
+    run_command(experiment.name, functools.partial(conduct, experiment))
+
+
+def run_command(name: str, command: Callable[[Sequence[str]], int]) -> None:
+    """Run the command line of this process and exit with its code; Ctrl-C and SIGTERM stop it as `btlm train`."""
     stopping.begin()
     quiet_orbax()
-    code = _main(experiment, sys.argv[1:])
+    code = code_of_command(name, command, sys.argv[1:])
     sys.stdout.flush()
     if stopping.leave(code):
         os._exit(code)  # threads of libraries are at work
     sys.exit(code)
+
+
+def code_of_command(name: str, command: Callable[[Sequence[str]], int], arguments: Sequence[str]) -> int:
+    """Run an experiment's command and return its exit code; an error is said in one line, as `btlm` does."""
+    notices.begin(strict=())
+    try:
+        return command(arguments)
+    except UsageError as error:
+        print(f"{name}: usage: {error}", file=sys.stderr)
+        return USAGE
+    except Stopped:
+        print(f"{name}: {stopping.current().said()}", file=sys.stderr)
+        return PREEMPTED
+    except Exception as error:
+        from btlm_jax.cli import errors
+
+        return errors.report(error, verb=f"experiment {name}", arguments=arguments)
+    finally:
+        notices.finish()
+
+
+def run_verb(arguments: Sequence[str]) -> int:
+    """Run a command of btlm within an experiment and return its exit code; what was noticed before it is said first."""
+    notices.finish()
+    code = main(arguments)
+    notices.begin(strict=())  # its own are said
+    return code
+
+
+def define_sizes(flags: Flags) -> None:
+    """Define the flags of an experiment made of verbs, whose config is one of config.py in three sizes."""
+    flags.define_string("folder", "", "where all is made, outside of the repository; the same command goes on there")
+    flags.define_boolean(QUICK, False, f"config.py:{QUICK}, some minutes")
+    flags.define_boolean(LARGE, False, f"config.py:{LARGE}")
+
+
+def size_of(flags: Flags) -> str:
+    """Return the argument of config.py, "" for neither size.
+
+    Raises:
+      UsageError: both are given.
+    """
+    given = [size for size in (QUICK, LARGE) if flags.boolean(size)]
+    if len(given) > 1:
+        raise UsageError(f"--{QUICK} and --{LARGE} are both given, and each is a size; leave one out")
+    return given[0] if given else ""
 
 
 def experiment_flags(experiment: Experiment) -> Flags:
@@ -148,7 +200,7 @@ def conduct(experiment: Experiment, arguments: Sequence[str]) -> int:
     config, data = flags.config(), flags.strings("data")
     from btlm_jax.tune import trials
 
-    trials.begin_study(folder, {"kind": experiment.kind, "config": dataclasses.asdict(config), "text": _names(data)})
+    trials.begin_study(folder, {"kind": experiment.kind, "config": dataclasses.asdict(config), "text": names_of(data)})
     stores = experiment.make_stores(config, data, folder)
 
     def choose(results: trials.Results) -> list[trials.Trial]:
@@ -165,7 +217,7 @@ def conduct(experiment: Experiment, arguments: Sequence[str]) -> int:
         "experiment": experiment.name,
         "command": _shown_command(experiment, arguments),
         "machines": sorted({measured["machine"] for seed in seeds for measured in seed.values()}),
-        "text": _names(data) or ["documentation of the installed packages"],
+        "text": names_of(data) or ["documentation of the installed packages"],
         "num_seeds": len(seeds),
         "config": dataclasses.asdict(config),
         **experiment.report(config, seeds),
@@ -257,28 +309,8 @@ def step_seconds(workdir: Path) -> dict[str, float]:
     return {length: sorted(each)[len(each) // 10] for length, each in seconds.items()}
 
 
-def _main(experiment: Experiment, arguments: Sequence[str]) -> int:
-    notices.begin(strict=())
-    try:
-        return conduct(experiment, arguments)
-    except UsageError as error:
-        print(f"{experiment.name}: usage: {error}", file=sys.stderr)
-        return USAGE
-    except Stopped:
-        print(f"{experiment.name}: {stopping.current().said()}", file=sys.stderr)
-        return PREEMPTED
-    except Exception as error:  # the last place: said in one line, as the command line of btlm does
-        from btlm_jax.cli import errors
-
-        return errors.report(error, verb=f"experiment {experiment.name}", arguments=arguments)
-    finally:
-        notices.finish()
-
-
 def _make_runs(experiment: Experiment, choose: Callable, *, folder: Path, minutes: float) -> bool:
     """Make the runs that are missing; return whether the run was stopped before they were all made."""
-    import functools
-
     from btlm_jax.cli.tune import make_run_trial
     from btlm_jax.display.progress import print_line
     from btlm_jax.train import SUMMARY_FILE
@@ -337,7 +369,8 @@ def _measured_of(folder: Path, *, seed: int) -> dict[str, dict]:
     return {path.parent.name.removesuffix(suffix): read_json_object(path) for path in paths}
 
 
-def _names(data: Sequence[str]) -> list[str]:
+def names_of(data: Sequence[str]) -> list[str]:
+    """Return the names of raw files and folders without their places."""
     return [Path(each).name for each in data]
 
 

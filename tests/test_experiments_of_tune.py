@@ -14,6 +14,7 @@ from btlm_jax.recipe.sizes import count_parameters
 from btlm_jax.tune import scaling
 from btlm_jax.tune import search as verb
 from btlm_jax.tune.trials import Result
+from experiments import study
 from experiments.coordinate_check import __main__ as coordinate_check
 from experiments.lr_transfer import __main__ as lr_transfer
 from experiments.scaling_law import __main__ as scaling_law
@@ -110,7 +111,8 @@ def test_widths_that_are_the_same_are_refused():
 def test_every_coordinate_check_is_a_command(size):
     for name in coordinate_check.CHECKS:
         flags = coord_check_flags()
-        assert flags.parse(["--directory=d", *coordinate_check.arguments_of(name, size)])
+        config = coordinate_check.config_argument(size)
+        assert flags.parse(["--directory=d", config, *coordinate_check.arguments_of(name, size)])
         assert flags.config().model.num_layers >= 2
 
 
@@ -130,10 +132,10 @@ def test_what_is_said_of_coordinate_checks(tmp_path):
     }
     head = {"ladder": "width", "sizes": [64, 128], "seeds": [0, 1], "steps": 8, "learning_rate": 2.0**-9}
     for name, cases in made.items():
-        directory = tmp_path / name.replace(" ", "_").replace(",", "")
-        directory.mkdir()
+        directory = coordinate_check.folder_of(name, tmp_path)
+        directory.mkdir(parents=True)
         (directory / "coord_check.json").write_text(json.dumps({**head, "cases": cases}))
-    checks = coordinate_check.gather(tmp_path, list(coordinate_check.CHECKS))
+    checks = coordinate_check.gather(tmp_path)
     assert list(checks) == list(made)
     assert [coordinate_check.is_as_expected(name, each) for name, each in checks.items()] == [True, True, False, True]
     rows = coordinate_check.describe(checks).splitlines()[2:]
@@ -141,8 +143,66 @@ def test_what_is_said_of_coordinate_checks(tmp_path):
         "flat: **not as expected** |"
     )
     assert rows[3].endswith("flat, 1 of 1 variants as expected |")
-    coordinate_check.plot(checks, tmp_path / "figure.png")
+    broken = {"btlm": {**checks["btlm"], "slope": None, "standard_error": None, "loss_spread": None, "is_flat": False}}
+    row = coordinate_check.describe(broken).splitlines()[-1]
+    assert row == "| btlm | 64, 128 | not finite | x | not finite | not flat: **not as expected** |"
+    one_seed = {"btlm": {**checks["btlm"], "standard_error": None}}
+    assert "| +0.05 | x | 0.02 | flat |" in coordinate_check.describe(one_seed)
+    coordinate_check.plot({**checks, **broken}, tmp_path / "figure.png")
     assert (tmp_path / "figure.png").stat().st_size > 10_000
+
+
+def test_checks_of_another_size_are_not_taken_for_this_ones(tmp_path, monkeypatch, capsys):
+    """And what a part of the checks says does not go into the repository."""
+    commands = []
+
+    def run_verb(arguments):
+        commands.append(arguments)
+        directory = Path(arguments[2].removeprefix("--directory="))
+        directory.mkdir(parents=True)
+        head = {"ladder": "width", "sizes": [64, 256], "seeds": [0], "steps": 8, "learning_rate": 0.1}
+        (directory / "coord_check.json").write_text(json.dumps({**head, "cases": [case("as configured", 0.05)]}))
+        return 0
+
+    monkeypatch.setattr(coordinate_check, "run_verb", run_verb)
+
+    def code_of(*arguments):
+        return study.code_of_command("coordinate_check", coordinate_check.conduct, arguments)
+
+    folder = f"--folder={tmp_path / 'checks'}"
+    assert code_of(folder, "--quick", "--only=btlm; completep") == 0
+    assert code_of(folder, "--quick", "--only=completep") == 0 and len(commands) == 2
+    values = json.loads((tmp_path / "checks/results.json").read_text())
+    assert list(values["checks"]) == ["btlm", "completep"] and "sp" in values["checks_left_out"]
+    assert code_of(folder) == 1 and len(commands) == 2
+    assert 'holds another study, of argument="quick", not ""' in capsys.readouterr().err
+    committed = (FOLDER / "coordinate_check" / "results.json").read_bytes()
+    assert code_of(f"--folder={tmp_path / 'own'}", "--only=btlm") == 0 and (tmp_path / "own/results.json").is_file()
+    assert (FOLDER / "coordinate_check" / "results.json").read_bytes() == committed
+    for wrong, said in (
+        (["--quick", "--large"], "--quick and --large are both given"),
+        (["--only=up"], "--only=up: there are btlm; completep"),
+    ):
+        assert code_of(f"--folder={tmp_path / 'other'}", *wrong) == 2
+        error = capsys.readouterr().err
+        assert error.startswith("coordinate_check: usage: ") and said in error and error.count("\n") == 1
+
+
+def test_a_search_of_another_size_or_text_is_refused_and_errors_are_one_line(tmp_path, monkeypatch, capsys):
+    def code_of(*arguments):
+        return study.code_of_command("search", search.conduct, [f"--folder={tmp_path / 'D'}", *arguments])
+
+    assert code_of("--data", str(tmp_path / "nofile"), "--quick") == 1
+    error = capsys.readouterr().err
+    assert error.startswith("btlm experiment search: error: ") and "nofile" in error and error.count("\n") == 1
+    (tmp_path / "D" / "trials" / "a").mkdir(parents=True)  # as if there was one
+    for arguments, said in (
+        (["nofile"], 'argument="quick", not ""'),
+        (["other", "--quick"], 'text=["nofile"], not ["other"]'),
+    ):
+        assert code_of("--data", *arguments) == 1
+        assert said in capsys.readouterr().err
+    assert code_of("--quick", "--large") == 2
 
 
 def test_the_search_and_its_large_config_are_commands(tmp_path):

@@ -2,22 +2,25 @@
 
     python -m experiments.coordinate_check --folder=DIR [--quick]
 
-Each check is `btlm tune coord-check --config=...` in a folder of DIR; those that are there are not made again. The last
-one breaks the config in every known way, and each must be caught.
+Each check is `btlm tune coord-check --config=...` in a folder of DIR/trials; those that are there are not made again,
+and another size needs another DIR. The last one breaks the config in every known way, and each must be caught. Numbers
+and figure are of all checks in DIR; they go beside config.py, or to DIR with another size or while a check is missing.
 """
 
 from __future__ import annotations
 
-import argparse
-import sys
-from collections.abc import Mapping
+import dataclasses
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from benchmarks.machine import machine
-from btlm_jax.cli import DONE, ERROR, main
+from btlm_jax.cli import DONE, ERROR, UsageError
+from btlm_jax.cli.parse import Flags, load_config
 from btlm_jax.display.plotting import new_panels, write_figure
+from btlm_jax.recipe.config import train_config_from
 from btlm_jax.storage.files import read_json_object
-from experiments.study import write_results
+from btlm_jax.tune import trials
+from experiments.study import define_sizes, run_command, run_verb, size_of, write_results
 
 FOLDER = Path(__file__).parent
 DEPTHS = {"": "--depths=2,4,8", "quick": "--depths=2,4", "large": "--depths=2,4,8,16"}
@@ -35,19 +38,35 @@ CHECKS = {
 
 
 def arguments_of(name: str, size: str) -> list[str]:
-    """Return the flags of a check of a size of the config."""
-    config = FOLDER / "config.py"
-    found = [f"--config={config}:{size}" if size else f"--config={config}", f"--seeds={SEEDS[size]}", *CHECKS[name][0]]
+    """Return the flags of a check of a size of the config, but for --config itself."""
+    found = [f"--seeds={SEEDS[size]}", *CHECKS[name][0]]
     if "depths" in name:
         return [*found, DEPTHS[size]]
     return [*found, "--widths=64,256"] if size == "quick" else found
 
 
-def gather(folder: Path, names: list[str]) -> dict[str, dict]:
+def config_argument(size: str) -> str:
+    """Return --config of a size."""
+    return f"--config={FOLDER / 'config.py'}{f':{size}' if size else ''}"
+
+
+def study_of(size: str) -> dict:
+    """Return what all checks of a folder are of."""
+    config = train_config_from(load_config(FOLDER / "config.py", argument=size, changes={}))
+    checks = {name: arguments_of(name, size) for name in CHECKS}
+    return {"kind": FOLDER.name, "argument": size, "checks": checks, "config": dataclasses.asdict(config)}
+
+
+def folder_of(name: str, folder: Path) -> Path:
+    """Return the folder of a check."""
+    return folder / trials.TRIALS / name.replace(" ", "_").replace(",", "")
+
+
+def gather(folder: Path) -> dict[str, dict]:
     """Return what the finished checks say: of each the first case, and of the broken ones who caught them."""
     found = {}
-    for name in names:
-        path = folder / name.replace(" ", "_").replace(",", "") / "coord_check.json"
+    for name in CHECKS:
+        path = folder_of(name, folder) / "coord_check.json"
         if not path.is_file():
             continue
         values = read_json_object(path)
@@ -91,10 +110,11 @@ def describe(checks: Mapping[str, dict]) -> str:
             caught = sum(case["is_as_expected"] for case in each["cases"].values())
             said += f", {caught} of {len(each['cases'])} variants as expected"
         said += "" if is_as_expected(name, each) else ": **not as expected**"
-        slope = "not finite" if each["slope"] is None else f"{each['slope']:+.2f} ± {each['standard_error']:.2f}"
+        slope, error = each["slope"], each["standard_error"]
+        shown = "not finite" if slope is None else f"{slope:+.2f}" + (f" ± {error:.2f}" if error is not None else "")
+        spread = "not finite" if each["loss_spread"] is None else f"{each['loss_spread']:.2f}"
         lines.append(
-            f"| {name} | {', '.join(map(str, each['sizes']))} | {slope} | {each['steepest']} | "
-            f"{each['loss_spread']:.2f} | {said} |"
+            f"| {name} | {', '.join(map(str, each['sizes']))} | {shown} | {each['steepest']} | {spread} | {said} |"
         )
     return "\n".join(lines)
 
@@ -116,37 +136,44 @@ def plot(checks: Mapping[str, dict], path: Path) -> None:
     write_figure(figure, path)
 
 
-def run(folder: Path, *, size: str, names: list[str]) -> int:
-    """Make the checks that are missing; write their numbers and figure; return an exit code."""
-    for name in names:
-        directory = folder / name.replace(" ", "_").replace(",", "")
+def conduct(arguments: Sequence[str]) -> int:
+    """Make the checks that are missing; write the numbers and the figure of all; return an exit code.
+
+    Raises:
+      UsageError, ValueError, OSError: as `btlm tune coord-check`; the folder is another size's.
+    """
+    flags = Flags(f"python -m experiments.{FOLDER.name}: {__doc__}")
+    define_sizes(flags)
+    flags.define_string("only", "", "names of checks to make, with a semicolon between them")
+    if not flags.parse(arguments):
+        return DONE
+    folder, size = flags.path("folder"), size_of(flags)
+    chosen = [name.strip() for name in flags.string("only").split(";")] if flags.is_given("only") else list(CHECKS)
+    for name in chosen:
+        if name not in CHECKS:
+            raise UsageError(f"--only={name}: there are {'; '.join(CHECKS)}")
+    trials.begin_study(folder, study_of(size))
+    for name in chosen:
+        directory = folder_of(name, folder)
         if not (directory / "coord_check.json").is_file():
             print(f"{name}:", flush=True)
-            code = main(["tune", "coord-check", f"--directory={directory}", *arguments_of(name, size)])
+            command = ["tune", "coord-check", f"--directory={directory}", config_argument(size)]
+            code = run_verb([*command, *arguments_of(name, size)])
             if code not in (DONE, ERROR) or not (directory / "coord_check.json").is_file():
                 return code or ERROR
-    checks = gather(folder, names)
+    checks = gather(folder)
+    left_out = [name for name in CHECKS if name not in checks]
     values = {
         "experiment": FOLDER.name,
         "command": f"python -m experiments.{FOLDER.name} --folder=DIR" + (f" --{size}" if size else ""),
-        "checks_left_out": [name for name in CHECKS if name not in checks],
+        "checks_left_out": left_out,
         "machine": machine("jax", "numpy"),
         "checks": checks,
     }
-    output = folder if size else FOLDER
+    output = folder if size or left_out else FOLDER
     write_results(values, output, plot=lambda values, path: plot(values["checks"], path), text=describe(checks))
     return DONE if all(is_as_expected(name, each) for name, each in checks.items()) else ERROR
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--folder", type=Path, required=True, help="of the checks, outside of the repository")
-    parser.add_argument("--quick", action="store_true", help="config.py:quick: some minutes")
-    parser.add_argument("--large", action="store_true", help="config.py:large: for a GPU")
-    parser.add_argument("--only", default="", help="names of checks, with a semicolon between them")
-    options = parser.parse_args()
-    chosen = [name.strip() for name in options.only.split(";")] if options.only else list(CHECKS)
-    for each in chosen:
-        if each not in CHECKS:
-            parser.error(f"--only={each}: there are {'; '.join(CHECKS)}")
-    sys.exit(run(options.folder, size="quick" if options.quick else "large" if options.large else "", names=chosen))
+    run_command(FOLDER.name, conduct)

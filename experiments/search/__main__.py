@@ -2,26 +2,26 @@
 
     python -m experiments.search --folder=DIR [--data FILES] [--quick]
 
-DIR is the directory of `btlm tune search`, whose trials this makes: the same command goes on there, and ends a piece
-with Ctrl-C. Then `btlm new --constants` writes a config of more parameters, and a few of its steps are trained.
+DIR/search is the directory of `btlm tune search`: the same command goes on there, and ends a piece with Ctrl-C; another
+size or text needs another DIR. Then `btlm new --constants` writes a config of more parameters, and a few of its steps
+are trained.
 """
 
 from __future__ import annotations
 
-import argparse
-import sys
+import dataclasses
 from collections.abc import Sequence
 from pathlib import Path
 
 from benchmarks.machine import machine
-from btlm_jax import notices
-from btlm_jax.cli import DONE, main
-from btlm_jax.cli.parse import load_config
+from btlm_jax.cli import DONE
+from btlm_jax.cli.parse import Flags, load_config
 from btlm_jax.display.plotting import new_panels, write_figure
 from btlm_jax.recipe.config import train_config_from
 from btlm_jax.storage.files import read_json_object
 from btlm_jax.train import SUMMARY_FILE
-from experiments.study import make_one_store, write_results
+from btlm_jax.tune import trials
+from experiments.study import define_sizes, make_one_store, names_of, run_command, run_verb, size_of, write_results
 
 FOLDER = Path(__file__).parent
 POINTS = {"": 40, "quick": 6, "large": 120}
@@ -30,9 +30,9 @@ LARGE_PARAMETERS, LARGE_STEPS = "12M", 12
 
 def search_arguments(folder: Path, *, size: str, store: Path) -> list[str]:
     """Return the command of the search."""
-    config = FOLDER / "config.py"
+    config = f"{FOLDER / 'config.py'}{f':{size}' if size else ''}"
     return [
-        "tune", "search", f"--directory={folder}", f"--config={config}:{size}" if size else f"--config={config}",
+        "tune", "search", f"--directory={folder / 'search'}", f"--config={config}",
         f"--config.data.store={store.resolve()}", "--config.corpus.source=prepared", f"--points={POINTS[size]}",
         f"--fresh_seeds={2 if size == 'quick' else 5}",
     ]  # fmt: skip
@@ -43,7 +43,7 @@ def large_arguments(folder: Path, *, vocab_size: int, store: Path) -> list[list[
     config, step = folder / "large.py", 512
     new = [
         "new", f"--params={LARGE_PARAMETERS}", f"--vocab_size={vocab_size}", "--seq_len=512",
-        f"--constants={folder / 'search.json'}", f"--output={config}", "--replace",
+        f"--constants={folder / 'search' / 'search.json'}", f"--output={config}", "--replace",
     ]  # fmt: skip
     tokens = f"({LARGE_STEPS // 2 * step}, {LARGE_STEPS // 2 * step})"
     train = [
@@ -95,17 +95,25 @@ def plot(values: dict, path: Path) -> None:
     write_figure(figure, path)
 
 
-def run(folder: Path, data: Sequence[str], *, size: str) -> int:
-    """Make the trials that are missing, write and train the large config, report; return an exit code."""
+def conduct(arguments: Sequence[str]) -> int:
+    """Make the trials that are missing, write and train the large config, report; return an exit code.
+
+    Raises:
+      UsageError, ValueError, OSError: as `btlm train` raises them; the folder is another size's or text's.
+    """
+    flags = Flags(f"python -m experiments.{FOLDER.name}: {__doc__}")
+    define_sizes(flags)
+    flags.define_paths("data", "raw text, as btlm train --data takes it; without it docs of the installed packages")
+    if not flags.parse(arguments):
+        return DONE
+    folder, data, size = flags.path("folder"), flags.strings("data"), size_of(flags)
     config = train_config_from(load_config(FOLDER / "config.py", argument=size, changes={}))
-    notices.begin(strict=())
+    study = {"kind": FOLDER.name, "argument": size, "text": names_of(data), "config": dataclasses.asdict(config)}
+    trials.begin_study(folder, study)
     store = make_one_store(config, data, folder)[""]
-    notices.finish()
-    code = main(search_arguments(folder, size=size, store=store))
-    if code != DONE:
-        return code
-    for arguments in large_arguments(folder, vocab_size=config.model.vocab_size, store=store):
-        if (code := main(arguments)) != DONE:
+    large = large_arguments(folder, vocab_size=config.model.vocab_size, store=store)
+    for command in (search_arguments(folder, size=size, store=store), *large):
+        if (code := run_verb(command)) != DONE:
             return code
     values = gather(folder, data, size=size)
     output = folder if size else FOLDER
@@ -124,8 +132,8 @@ def gather(folder: Path, data: Sequence[str], *, size: str) -> dict:
         "experiment": FOLDER.name,
         "command": f"python -m experiments.{FOLDER.name} --folder=DIR" + (f" --{size}" if size else ""),
         "machine": machine("jax", "numpy"),
-        "text": [Path(each).name for each in data],
-        "search": read_json_object(folder / "search.json"),
+        "text": names_of(data),
+        "search": read_json_object(folder / "search" / "search.json"),
         "large": {
             "parameters": count_parameters(large.model),
             "steps": LARGE_STEPS,
@@ -136,10 +144,4 @@ def gather(folder: Path, data: Sequence[str], *, size: str) -> dict:
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--folder", type=Path, required=True, help="of the trials, outside of the repository")
-    parser.add_argument("--data", nargs="*", default=[], help="raw text; without it docs of the installed packages")
-    parser.add_argument("--quick", action="store_true", help="config.py:quick: some minutes")
-    parser.add_argument("--large", action="store_true", help="config.py:large")
-    options = parser.parse_args()
-    sys.exit(run(options.folder, options.data, size="quick" if options.quick else "large" if options.large else ""))
+    run_command(FOLDER.name, conduct)
