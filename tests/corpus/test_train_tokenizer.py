@@ -146,17 +146,21 @@ def test_ctrl_c_ends_a_training(tmp_path, kind):
         child = wait_for_child(process.pid)
         time.sleep(1.5)  # it has its libraries and its text
         process.send_signal(signal.SIGINT)
-        assert process.wait(timeout=20) != 0
+        try:
+            assert process.wait(timeout=20) != 0
+        finally:  # leaving the block waits for it
+            process.kill()
         assert b"KeyboardInterrupt" in process.stderr.read()
     assert not (Path("/proc") / str(child)).exists()
 
 
 def wait_for_child(parent: int) -> int:
-    while True:
+    for _ in range(600):
         for children in Path(f"/proc/{parent}/task").glob("*/children"):
             if numbers := children.read_text().split():
                 return int(numbers[0])
         time.sleep(0.05)
+    raise AssertionError(f"process {parent} has started none in 30 seconds")
 
 
 def test_the_training_text_is_spread_over_the_files(tmp_path, monkeypatch):

@@ -313,15 +313,15 @@ def test_a_save_that_still_writes_when_it_has_failed_does_not_fail_the_next_one(
     def write_on():
         until = time.monotonic() + 0.7
         while time.monotonic() < until:
-            left.mkdir(parents=True, exist_ok=True)
-            with contextlib.suppress(FileNotFoundError):
+            with contextlib.suppress(FileNotFoundError):  # what is left is deleted meanwhile
+                left.mkdir(parents=True, exist_ok=True)
                 (left / f"{time.monotonic_ns()}").touch()
 
     def save(checkpointer, state, *, position, config):
         if position.step == 8:
             threads.append(threading.Thread(target=write_on))
             threads[-1].start()
-            while not left.is_dir():
+            while not left.is_dir() and threads[-1].is_alive():
                 time.sleep(0.001)
             raise OSError("ChainedFuture completed 6/7 futures but timed out after 36000.21 seconds.")
         real(checkpointer, state, position=position, config=config)
