@@ -1,5 +1,7 @@
-"""The config of the coordinate check: "" is configs/local_cpu.py from width 256 on; "quick" the proxy of the sweeps
-from width 64 on; "large" the paper's, which needs a machine that holds four of its layers at width 1,024.
+"""The config of the coordinate check, with BTLM's constants.
+
+"" is configs/local_cpu.py from width 256 on; "quick" the proxy of the sweeps from width 64 on; "large" the paper's,
+which needs a machine that holds four of its layers at width 1,024.
 """
 
 import runpy
@@ -16,4 +18,6 @@ def get_config(size: str = "") -> ConfigDict:
         config.model.update(num_layers=2)
         return config
     name = "btlm_3b_8k" if size == "large" else "local_cpu"
-    return runpy.run_path(str(ROOT / "configs" / f"{name}.py"))["get_config"]()
+    config = runpy.run_path(str(ROOT / "configs" / f"{name}.py"))["get_config"]()
+    config.mup.output_multiplier = 2.22  # BTLM's
+    return config

@@ -14,6 +14,7 @@ STEP = 8 * 128  # tokens
 def get_config(size: str = "") -> ConfigDict:
     config = runpy.run_path(str(Path(__file__).parents[2] / "configs" / "local_cpu.py"))["get_config"]()
     steps = {"quick": (24, 12), "": (150, 50), "large": (450, 150)}[size]
+    config.mup.output_multiplier = 2.22  # BTLM's, as all others
     if size == "quick":
         config.model.update(vocab_size=512, num_layers=2, d_model=64, num_heads=2, d_ff=170)
         config.mup.update(base_d_model=64.0, base_d_ff=170.0, base_num_layers=2)

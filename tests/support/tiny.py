@@ -25,6 +25,7 @@ TINY = {
     "mup.base_d_model": 20.0,
     "mup.base_d_ff": 24.0,
     "mup.base_num_layers": 2,
+    "mup.output_multiplier": 2.22,
     "curriculum.seq_len": (24, 48),
     "curriculum.batch_size": (16, 8),
     "curriculum.num_tokens": (6 * 384, 4 * 384),
