@@ -134,7 +134,7 @@ EXPERIMENT = Experiment(
     report=report,
     describe=describe,
     plot=plot,
-    num_seeds=2,
+    num_seeds=3,
     may_diverge=True,  # at a rate that is too high
 )
 
