@@ -78,7 +78,6 @@ Move = tuple[str, object]  # a key of a setting, and its new value; a float is a
 # "rate" is a factor of the published learning rates, "batch" are tokens a step; "constants" are keys of CONSTANTS.
 CONSTANTS: dict[str, dict[str, float]] = {
     "btlm": {"optimizer.peak_learning_rate": 0.006, "mup.output_multiplier": 2.22},
-    "local_cpu": {"optimizer.peak_learning_rate": 0.006},
     "searched": {
         "optimizer.peak_learning_rate": 0.0085,
         "optimizer.weight_decay": 0.053,

@@ -16,7 +16,6 @@ import contextlib
 import dataclasses
 import functools
 import json
-import math
 import os
 import shlex
 import statistics
@@ -24,8 +23,6 @@ import sys
 import threading
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-
-import scipy.stats
 
 from benchmarks.machine import machine
 from btlm_jax import notices, stopping
@@ -161,6 +158,11 @@ def size_of(flags: Flags) -> str:
     return given[0] if given else ""
 
 
+def config_of_size(folder: Path, size: str) -> str:
+    """Return what --config takes for an experiment's config in a size."""
+    return f"{folder / 'config.py'}{f':{size}' if size else ''}"
+
+
 def experiment_flags(experiment: Experiment) -> Flags:
     """Define the flags of an experiment."""
     flags = Flags(f"python -m experiments.{experiment.name}: {experiment.help_text}")
@@ -195,8 +197,7 @@ def conduct(experiment: Experiment, arguments: Sequence[str]) -> int:
         raise UsageError("--seeds must be at least 1, and --minutes not negative")
     is_own = not flags.is_given("config") and not flags.boolean("quick") and not flags.changes
     if not flags.is_given("config"):
-        argument = f":{QUICK}" if flags.boolean("quick") else ""
-        flags.set_string("config", f"{experiment.folder / 'config.py'}{argument}")
+        flags.set_string("config", config_of_size(experiment.folder, QUICK if flags.boolean("quick") else ""))
     config, data = flags.config(), flags.strings("data")
     from btlm_jax.tune import trials
 
@@ -267,12 +268,24 @@ def on_store(config: TrainConfig, store: Path) -> TrainConfig:
     )
 
 
+def with_peak(config: TrainConfig, factor: float, *, end: float | None = None) -> TrainConfig:
+    """Return the config with a factor on its peak rate; it ends at a share of the peak, by default the config's."""
+    optimizer = config.optimizer
+    peak = factor * optimizer.peak_learning_rate
+    last = factor * optimizer.end_learning_rate if end is None else end * peak
+    return dataclasses.replace(
+        config, optimizer=dataclasses.replace(optimizer, peak_learning_rate=peak, end_learning_rate=last)
+    )
+
+
 def mean_and_interval(values: Sequence[float]) -> dict:
     """Return the mean of the seeds' values and its interval at LEVEL, None for the ends of one seed."""
     mean, n = statistics.fmean(values), len(values)
     if n < 2:
         return {"mean": mean, "low": None, "high": None, "values": list(values)}
-    half = float(scipy.stats.t.ppf((1 + LEVEL) / 2, n - 1)) * statistics.stdev(values) / math.sqrt(n)
+    from btlm_jax.tune.trials import student_half_width
+
+    half = student_half_width(values, quantile=(1 + LEVEL) / 2)
     return {"mean": mean, "low": mean - half, "high": mean + half, "values": list(values)}
 
 

@@ -111,7 +111,7 @@ def test_widths_that_are_the_same_are_refused():
 def test_every_coordinate_check_is_a_command(size):
     for name in coordinate_check.CHECKS:
         flags = coord_check_flags()
-        config = coordinate_check.config_argument(size)
+        config = f"--config={study.config_of_size(coordinate_check.FOLDER, size)}"
         assert flags.parse(["--directory=d", config, *coordinate_check.arguments_of(name, size)])
         assert flags.config().model.num_layers >= 2
 

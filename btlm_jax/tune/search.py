@@ -23,7 +23,7 @@ import numpy as np
 from btlm_jax import notices
 from btlm_jax.recipe.config import TrainConfig, config_types, train_config_from
 from btlm_jax.storage.files import read_json_object
-from btlm_jax.tune.trials import Result, Trial, scale_phases, scale_tokens
+from btlm_jax.tune.trials import Result, Trial, scale_phases, scale_tokens, student_half_width
 
 ETA = 3  # of a rung, one in so many goes on, to so many times the tokens
 BINS = 4
@@ -388,13 +388,11 @@ def gain_of(own: Sequence[float | None], best: Sequence[float | None]) -> dict:
     """
     if None in (*own, *best):
         return {"nats": None, "low": None, "high": None}
-    differences = np.subtract(np.array(own, float), np.array(best, float))
-    gain, count = float(differences.mean()), len(differences)
-    if count < 2:
+    differences = np.subtract(np.array(own, float), np.array(best, float)).tolist()
+    gain = float(np.mean(differences))
+    if len(differences) < 2:
         return {"nats": gain, "low": None, "high": None}
-    from scipy import stats
-
-    half = float(stats.t.ppf(TAILS[1], count - 1) * differences.std(ddof=1) / math.sqrt(count))
+    half = student_half_width(differences, quantile=TAILS[1])
     return {"nats": gain, "low": gain - half, "high": gain + half}
 
 
@@ -467,7 +465,8 @@ def format_report(values: dict) -> str:
         shown = ", ".join(f"{key.rpartition('.')[2]} {value:.4g}" for key, value in each["values"].items())
         loss = "diverged" if each["loss"] is None else f"{each['loss']:.4f}"
         lines.append(f"  {loss}  {shown or 'the config as it is'}")
-    own, best = (next(each["losses"] for each in finals if (each["point"] == 0) is is_own) for is_own in (True, False))
+    own = next(each["losses"] for each in finals if each["point"] == 0)
+    best = next(each["losses"] for each in finals if each["point"] != 0)
     lines.append(f"Against the config as it is: {_shown_gain(values['gain'], own, best)}")
     if fresh["gain"]:
         shown = _shown_gain(fresh["gain"], fresh["config"], fresh["best"])

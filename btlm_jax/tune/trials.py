@@ -20,6 +20,7 @@ import json
 import math
 import os
 import shutil
+import statistics
 import subprocess
 import sys
 import time
@@ -84,6 +85,14 @@ def resampled_mean(values: Sequence[float], rng: np.random.Generator) -> float:
     """Return the mean of a bootstrap's sample of n >= 2 values, its deviation widened by sqrt(n / (n - 1))."""
     mean, count = float(np.mean(values)), len(values)
     return mean + (float(np.mean(rng.choice(values, count))) - mean) * math.sqrt(count / (count - 1))
+
+
+def student_half_width(values: Sequence[float], *, quantile: float) -> float:
+    """Return half the width of Student's interval of the mean of two values or more; its upper end is the quantile."""
+    from scipy import stats
+
+    count = len(values)
+    return float(stats.t.ppf(quantile, count - 1)) * statistics.stdev(values) / math.sqrt(count)
 
 
 def begin_study(directory: Path, study: dict) -> None:

@@ -9,7 +9,16 @@ from pathlib import Path
 
 from btlm_jax.display.plotting import new_figure, write_figure
 from btlm_jax.recipe.config import ModelConfig, TrainConfig
-from experiments.study import Experiment, Measured, difference_and_interval, mean_and_interval, on_store, run, shown
+from experiments.study import (
+    Experiment,
+    Measured,
+    difference_and_interval,
+    mean_and_interval,
+    on_store,
+    run,
+    shown,
+    with_peak,
+)
 
 SWIGLU, GELU = "swiglu", "gelu"
 PEAKS = (0.5, 1.0, 2.0)  # times the config's
@@ -42,16 +51,10 @@ def make_variants(config: TrainConfig, first: Measured, stores: Mapping[str, Pat
         mup=dataclasses.replace(config.mup, base_d_ff=config.mup.base_d_ff * 3 / 2),
     )
     return {
-        name_of(layer, peak): _with_peak(of_layer, peak)
+        name_of(layer, peak): with_peak(of_layer, peak)
         for peak in PEAKS
         for layer, of_layer in ((SWIGLU, config), (GELU, wide))
     }
-
-
-def _with_peak(config: TrainConfig, factor: float) -> TrainConfig:
-    optimizer = config.optimizer
-    rates = {name: factor * getattr(optimizer, name) for name in ("peak_learning_rate", "end_learning_rate")}
-    return dataclasses.replace(config, optimizer=dataclasses.replace(optimizer, **rates))
 
 
 def parameters_of(model: ModelConfig, layer: str) -> int:

@@ -20,7 +20,7 @@ from btlm_jax.display.plotting import new_panels, write_figure
 from btlm_jax.recipe.config import train_config_from
 from btlm_jax.storage.files import read_json_object
 from btlm_jax.tune import trials
-from experiments.study import define_sizes, run_command, run_verb, size_of, write_results
+from experiments.study import config_of_size, define_sizes, run_command, run_verb, size_of, write_results
 
 FOLDER = Path(__file__).parent
 DEPTHS = {"": "--depths=2,4,8", "quick": "--depths=2,4", "large": "--depths=2,4,8,16"}
@@ -43,11 +43,6 @@ def arguments_of(name: str, size: str) -> list[str]:
     if "depths" in name:
         return [*found, DEPTHS[size]]
     return [*found, "--widths=64,256"] if size == "quick" else found
-
-
-def config_argument(size: str) -> str:
-    """Return --config of a size."""
-    return f"--config={FOLDER / 'config.py'}{f':{size}' if size else ''}"
 
 
 def study_of(size: str) -> dict:
@@ -157,7 +152,7 @@ def conduct(arguments: Sequence[str]) -> int:
         directory = folder_of(name, folder)
         if not (directory / "coord_check.json").is_file():
             print(f"{name}:", flush=True)
-            command = ["tune", "coord-check", f"--directory={directory}", config_argument(size)]
+            command = ["tune", "coord-check", f"--directory={directory}", f"--config={config_of_size(FOLDER, size)}"]
             code = run_verb([*command, *arguments_of(name, size)])
             if code not in (DONE, ERROR) or not (directory / "coord_check.json").is_file():
                 return code or ERROR

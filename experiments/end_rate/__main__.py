@@ -10,7 +10,16 @@ from btlm_jax.display.plotting import new_panels, write_figure
 from btlm_jax.recipe.config import TrainConfig
 from btlm_jax.recipe.sizes import count_parameters
 from btlm_jax.tune.trials import scale_phases, scale_tokens
-from experiments.study import Experiment, Measured, difference_and_interval, mean_and_interval, on_store, run, shown
+from experiments.study import (
+    Experiment,
+    Measured,
+    difference_and_interval,
+    mean_and_interval,
+    on_store,
+    run,
+    shown,
+    with_peak,
+)
 
 ENDS = {"10 %": 0.1, "0.85 %": 0.0085, "0": 0.0}  # of the peak
 BTLM = "0.85 %"
@@ -43,6 +52,7 @@ def make_variants(config: TrainConfig, first: Measured, stores: Mapping[str, Pat
 
 
 def _variant(config: TrainConfig, *, tokens: float, end: float, peak: float) -> TrainConfig:
+    config = with_peak(config, peak, end=end)
     curriculum, optimizer = config.curriculum, config.optimizer
     per_step = curriculum.table.tokens_per_step
     return dataclasses.replace(
@@ -52,8 +62,6 @@ def _variant(config: TrainConfig, *, tokens: float, end: float, peak: float) -> 
         ),
         optimizer=dataclasses.replace(
             optimizer,
-            peak_learning_rate=peak * optimizer.peak_learning_rate,
-            end_learning_rate=end * peak * optimizer.peak_learning_rate,
             warmup_tokens=scale_tokens(optimizer.warmup_tokens, tokens, per_step=per_step),
         ),
     )

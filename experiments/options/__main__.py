@@ -10,7 +10,16 @@ from btlm_jax.display.plotting import new_figure, write_figure
 from btlm_jax.recipe.config import TrainConfig
 from btlm_jax.storage.files import read_json_object
 from btlm_jax.train import SUMMARY_FILE
-from experiments.study import Experiment, Measured, difference_and_interval, mean_and_interval, on_store, run, shown
+from experiments.study import (
+    Experiment,
+    Measured,
+    difference_and_interval,
+    mean_and_interval,
+    on_store,
+    run,
+    shown,
+    with_peak,
+)
 
 RECIPE, AVERAGED, MUON, COMPLETEP = "recipe", "average: ema", "muon", "completep"
 PEAKS = (0.5, 1.0, 2.0)  # times the config's, of muon's rate for muon
@@ -63,14 +72,10 @@ def _variant(config: TrainConfig, option: str, peak: float) -> TrainConfig:
         config = dataclasses.replace(
             config, mup=dataclasses.replace(config.mup, base_num_layers=config.model.num_layers // 2)
         )
-    optimizer = config.optimizer
     if option == MUON:  # all but the hidden matrices keep AdamW's rate
-        rates = {"muon_learning_rate": peak * optimizer.muon_learning_rate}
-    else:
-        end = ENDS.get(option, optimizer.end_learning_rate / optimizer.peak_learning_rate)
-        highest = peak * optimizer.peak_learning_rate
-        rates = {"peak_learning_rate": highest, "end_learning_rate": end * highest}
-    return dataclasses.replace(config, optimizer=dataclasses.replace(optimizer, **rates))
+        rate = peak * config.optimizer.muon_learning_rate
+        return dataclasses.replace(config, optimizer=dataclasses.replace(config.optimizer, muon_learning_rate=rate))
+    return with_peak(config, peak, end=ENDS.get(option))
 
 
 def measure(config: TrainConfig, workdir: Path) -> dict:

@@ -21,7 +21,16 @@ from btlm_jax.recipe.config import train_config_from
 from btlm_jax.storage.files import read_json_object
 from btlm_jax.train import SUMMARY_FILE
 from btlm_jax.tune import trials
-from experiments.study import define_sizes, make_one_store, names_of, run_command, run_verb, size_of, write_results
+from experiments.study import (
+    config_of_size,
+    define_sizes,
+    make_one_store,
+    names_of,
+    run_command,
+    run_verb,
+    size_of,
+    write_results,
+)
 
 FOLDER = Path(__file__).parent
 POINTS = {"": 40, "quick": 6, "large": 120}
@@ -30,9 +39,8 @@ LARGE_PARAMETERS, LARGE_STEPS = "12M", 12
 
 def search_arguments(folder: Path, *, size: str, store: Path) -> list[str]:
     """Return the command of the search."""
-    config = f"{FOLDER / 'config.py'}{f':{size}' if size else ''}"
     return [
-        "tune", "search", f"--directory={folder / 'search'}", f"--config={config}",
+        "tune", "search", f"--directory={folder / 'search'}", f"--config={config_of_size(FOLDER, size)}",
         f"--config.data.store={store.resolve()}", "--config.corpus.source=prepared", f"--points={POINTS[size]}",
         f"--fresh_seeds={2 if size == 'quick' else 5}",
     ]  # fmt: skip
