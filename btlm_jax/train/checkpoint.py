@@ -430,7 +430,7 @@ class Checkpointer:
             except DamagedError as error:  # in all processes
                 reasons[step] = error.reason
                 continue
-            return result, [self._set_aside(*damaged, found=step) for damaged in reasons.items()]
+            return result, self._set_aside(reasons, found=step)
         raise DamagedError(
             f"no checkpoint in {self.directory} can be used: "
             + "; ".join(f"{step}: {reason}" for step, reason in reasons.items())
@@ -438,21 +438,32 @@ class Checkpointer:
             reason="all are damaged",
         )
 
-    def _set_aside(self, step: int, reason: str, *, found: int) -> str:
-        """Rename a damaged checkpoint in favour of the one of step `found`; return a sentence, which is reported."""
-        source, target = self.directory / str(step), self.directory.parent / DAMAGED / f"{CHECKPOINTS}-{step}"
-        while target.exists():  # another one of the same step was set aside before
-            target = target.with_name(f"{target.name}+")
+    def _set_aside(self, reasons: dict[int, str], *, found: int) -> list[str]:
+        """Rename damaged checkpoints in favour of the one of step `found`; return a sentence on each, and report it."""
+        if not reasons:
+            return []
+        folder = self.directory.parent / DAMAGED
+        targets = {step: folder / f"{CHECKPOINTS}-{step}" for step in reasons}
+
+        def avoid_taken_names() -> None:
+            for step in targets:
+                while targets[step].exists():  # another one of the same step was set aside before
+                    targets[step] = targets[step].with_name(f"{targets[step].name}+")
 
         def rename() -> None:
             if jax.process_index() == 0 or self._saves_alone:
-                target.parent.mkdir(exist_ok=True)
-                source.replace(target)
+                folder.mkdir(exist_ok=True)
+                for step, target in targets.items():
+                    (self.directory / str(step)).replace(target)
 
-        self._do_in_all(rename, say=lambda why: f"the damaged checkpoint {source} cannot be moved to {target}: {why}")
-        self._manager.reload()
-        said = f"checkpoint {step:,} is damaged and set aside as {target}: {reason}; going on from step {found:,}"
-        notices.report("checkpoint-damaged", said)
+        for attempt in (avoid_taken_names, rename, self._manager.reload):  # none while another process renames
+            self._do_in_all(attempt, say=lambda why: f"damaged checkpoints cannot be moved into {folder}: {why}")
+        said = [
+            f"checkpoint {step:,} is damaged and set aside as {targets[step]}: {reason}; going on from step {found:,}"
+            for step, reason in reasons.items()
+        ]
+        for text in said:
+            notices.report("checkpoint-damaged", text)
         return said
 
     def _read_table(self, step: int, name: str, digests: dict[str, Any]) -> Any:  # what is there
@@ -485,9 +496,7 @@ class Checkpointer:
         return self._in_all(step, lambda: self._read(step, args), errors=Exception)
 
     def _read(self, step: int, args: ocp.args.Composite) -> Any:
-        if jax.process_count() == 1:
-            return self._manager.restore(step, args=args)
-        # Orbax would wait for all processes at the end, also for those that cannot read their part.
+        # By itself orbax would wait for all processes at the end, also for those that cannot read their part.
         alone = ocp.options.MultiprocessingOptions(
             primary_host=jax.process_index(), active_processes={jax.process_index()}
         )
@@ -684,20 +693,24 @@ class _KeepRules:
 class CheckpointReader(Checkpointer):
     """Read-only access to the checkpoints of a workdir whose run may still be going on: unfinished saves stay.
 
+    It has the checkpoints that were complete when it was made; the run may delete one of them at any moment.
+
     Raises:
       FileNotFoundError: there is no complete checkpoint.
     """
 
     def __init__(self, workdir: Path):
         self.directory = workdir.resolve() / CHECKPOINTS
-        if not _steps_in(self.directory):
+        self._steps = _steps_in(self.directory)
+        if not self._steps:
             raise FileNotFoundError(f"there is no checkpoint in {workdir}; give the --workdir of a training run")
         self._mirror = mirror_of(workdir)
-        self._manager = ocp.CheckpointManager(
-            self.directory,
-            options=ocp.CheckpointManagerOptions(read_only=True),
-            item_names=_ITEMS,
-        )
+
+    def steps(self) -> list[int]:
+        return self._steps
+
+    def close(self) -> None:
+        """Do nothing: it holds nothing open."""
 
     def _remedy(self, others: Sequence[int]) -> str:
         return f"the run also has {self.directory / str(others[-1])}" if others else "the run has no other"

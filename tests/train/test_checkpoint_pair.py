@@ -27,9 +27,10 @@ def test_two_processes_fall_back_measure_and_hear_of_a_save_that_failed_in_one_t
     ]  # fmt: skip
     rows = []
     for process in pair:
-        stdout, stderr = process.communicate(timeout=300)
+        stdout, stderr = process.communicate(timeout=120)
         assert process.returncode == 0, stderr[-3000:]
         rows.append(json.loads(stdout.splitlines()[-1]))
+    assert rows[0]["said"] == rows[1]["said"]
     for row in rows:
         assert row["found"] == 3 and row["same"]
         assert [text.partition(" is damaged")[0] for text in row["said"]] == ["checkpoint 9", "checkpoint 6"]

@@ -212,6 +212,20 @@ def test_several_are_set_aside_and_a_name_that_is_taken_is_left_alone(workdir, p
     ]
 
 
+def test_no_process_lists_the_checkpoints_while_another_sets_some_aside(workdir, program, monkeypatch):
+    for step in (5, 6):
+        cut(workdir / "checkpoints" / str(step))
+    listed, reload = [], ocp.CheckpointManager.reload
+
+    def note(manager):
+        listed.append(sorted(path.name for path in (workdir / "checkpoints").iterdir()))
+        reload(manager)
+
+    monkeypatch.setattr(ocp.CheckpointManager, "reload", note)
+    assert restored(workdir, program)[0] == 3
+    assert listed == [["3"]]
+
+
 def test_where_all_are_damaged_each_is_named_and_none_is_moved(workdir, program):
     for step in (3, 5, 6):
         drop_state(workdir / "checkpoints" / str(step))
