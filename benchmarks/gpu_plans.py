@@ -23,13 +23,13 @@ import jax
 from btlm_jax.cli.parse import find_config, load_config
 from btlm_jax.plan.calibration import correction_by, left_out
 from btlm_jax.plan.chips import GIB, topology_named
-from btlm_jax.plan.compiling import CompileCache, NoCompilationsLeftError, versions_for
+from btlm_jax.plan.compiling import CompileCache, NoCompilationsLeftError, default_cache, versions_for
 from btlm_jax.plan.gpu_estimate import GpuPhasePlan
 from btlm_jax.plan.gpu_roofline import published_gpu_points
 from btlm_jax.plan.gpus import GPUS, has_cuda_plugin
 from btlm_jax.plan.slice_plan import SlicePlan, plan_run
 from btlm_jax.recipe.config import train_config_from
-from btlm_jax.storage.files import cache_directory, write_atomically
+from btlm_jax.storage.files import write_atomically
 
 ROOT = Path(__file__).resolve().parent.parent
 TOPOLOGIES = {
@@ -89,7 +89,7 @@ def main() -> None:
     parser.add_argument("files", nargs="*", help="of configs/gpu/; all without")
     parser.add_argument("--max_compiles", type=int, default=1000)
     parser.add_argument("--runs", action="store_true")
-    parser.add_argument("--cache", type=Path, default=cache_directory() / "plan")
+    parser.add_argument("--cache", type=Path, default=default_cache())
     arguments = parser.parse_args()
     if unknown := set(arguments.files) - set(TOPOLOGIES):
         parser.error(f"configs/gpu/ has no {', '.join(sorted(unknown))}, but {', '.join(TOPOLOGIES)}")

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 from btlm_jax.cli import DONE, UsageError
 from btlm_jax.cli.parse import Flags
 from btlm_jax.recipe import sizes
-from btlm_jax.storage.files import cache_directory, write_atomically
+from btlm_jax.storage.files import write_atomically
 
 if TYPE_CHECKING:
     from btlm_jax.plan.placement import Placement
@@ -306,11 +306,11 @@ def _placement(flags: Flags, config: TrainConfig, *, topology: str) -> Placement
         return placement.from_table(config, topology=topology, table=flags.path("plan_from"))
     import jax
 
-    from btlm_jax.plan.compiling import CompileCache
+    from btlm_jax.plan.compiling import CompileCache, default_cache
     from btlm_jax.plan.search import search_layouts
 
     jax.config.update("jax_platforms", _CPU)  # leave this machine's own accelerators out of it
-    directory = flags.path("cache").expanduser() if flags.string("cache") else cache_directory() / "plan"
+    directory = flags.path("cache").expanduser() if flags.string("cache") else default_cache()
     cache = CompileCache(directory=directory, max_compiles=flags.integer("max_compiles"))
     result = search_layouts(config, topology=topology, cache=cache, report_progress=_print_progress)
     return placement.searched(result)

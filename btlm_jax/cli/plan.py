@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 
 from btlm_jax.cli import DONE, ERROR, UsageError
 from btlm_jax.cli.parse import Flags
-from btlm_jax.storage.files import cache_directory, write_atomically
+from btlm_jax.storage.files import write_atomically
 
 if TYPE_CHECKING:
     from btlm_jax.plan.compiling import CompileCache
@@ -209,12 +209,12 @@ def _mode(flags: Flags) -> str:
 
 def _cache(flags: Flags, mode: str) -> CompileCache:
     from btlm_jax.plan.calibration import MEASURED_FOLDER
-    from btlm_jax.plan.compiling import CompileCache
+    from btlm_jax.plan.compiling import CompileCache, default_cache
 
     max_compiles = flags.integer("max_compiles")
     if max_compiles < 0:
         raise UsageError(f"--max_compiles={max_compiles} must not be negative")
-    directory = flags.optional_path("cache") or cache_directory() / "plan"
+    directory = flags.optional_path("cache") or default_cache()
     return CompileCache(
         directory=directory,
         max_compiles=max_compiles if mode == "search" else math.inf,

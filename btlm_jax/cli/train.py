@@ -225,7 +225,7 @@ def _print_time_of_starts(workdir: Path) -> None:
         return
     from btlm_jax.runs.status import time_text  # only here: a run loads few modules
     from btlm_jax.runs.wall_time import wall_time
-    from btlm_jax.runs.workdir import read_starts
+    from btlm_jax.train.starts import read_starts
 
     times = wall_time(read_starts(workdir, []))
     if (num_starts := len(times.starts)) > 1:
@@ -487,9 +487,9 @@ def _predict_steps(program: Program, traced: Sequence[jax.stages.Traced], *, con
     if program.mesh.devices.flat[0].platform == "cpu":
         return NO_PREDICTION
     from btlm_jax.plan import calibration, run_prediction
-    from btlm_jax.storage.files import cache_directory
+    from btlm_jax.plan.compiling import default_cache
 
-    measured = cache_directory() / "plan" / calibration.MEASURED_FOLDER
+    measured = default_cache() / calibration.MEASURED_FOLDER
     try:
         return run_prediction.predict_steps(program, traced, config_file=config_file, measured=measured)
     except Exception as error:  # of whatever kind: no run ends because its prediction fails

@@ -16,7 +16,7 @@ import jax
 from btlm_jax.plan.chips import GIB, Chip
 from btlm_jax.plan.executable import Collective, Executable, Operation, read_executable
 from btlm_jax.plan.gpus import Gpu, has_cuda_plugin
-from btlm_jax.storage.files import hash_json, read_json_object, write_atomically
+from btlm_jax.storage.files import cache_directory, hash_json, read_json_object, write_atomically
 from btlm_jax.train.flops import compiler_options
 from btlm_jax.train.program import Program
 
@@ -48,6 +48,15 @@ class CompiledStep:
     code_bytes: int
     executable: Executable
     seconds: float  # of compiling
+
+
+def default_cache() -> Path:
+    """Return the directory of compilations, and of steps measured in one's own runs, where --cache names no other.
+
+    Raises:
+      OSError: the user has no home directory.
+    """
+    return cache_directory() / "plan"
 
 
 @dataclasses.dataclass(kw_only=True)

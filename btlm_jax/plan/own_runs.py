@@ -14,8 +14,9 @@ from btlm_jax.plan.gpus import Gpu
 from btlm_jax.plan.slice_plan import SlicePlan
 from btlm_jax.recipe.config import TrainConfig, train_config_from, with_later_keys
 from btlm_jax.storage.files import read_json_object
-from btlm_jax.train import CONFIG_FILE, METRICS_FILE, STARTS
+from btlm_jax.train import CONFIG_FILE, METRICS_FILE
 from btlm_jax.train.metric_writer import LEAST_STEPS, medians_of_phases, read_metrics
+from btlm_jax.train.starts import read_sound_starts
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -38,8 +39,7 @@ def read_own_run(workdir: Path) -> OwnRun:
       OSError: a file is missing.
     """
     config = train_config_from(with_later_keys(read_json_object(workdir / CONFIG_FILE)))
-    starts = [read_json_object(path) for path in sorted((workdir / STARTS).glob("*.json"))]
-    devices = {start.get("facts", {}).get("devices", "") for start in starts} - {""}
+    devices = {start.facts.get("devices", "") for start in read_sound_starts(workdir)} - {""}
     if len(devices) != 1:
         found = " and ".join(sorted(devices)) or "none"
         raise ValueError(f"{workdir} must have run on one number of devices of one kind to be measured; it has {found}")

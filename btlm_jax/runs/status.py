@@ -17,9 +17,10 @@ from btlm_jax.recipe.config import TrainConfig
 from btlm_jax.recipe.curriculum import Curriculum
 from btlm_jax.runs.metrics import last_of_kind, last_rows
 from btlm_jax.runs.wall_time import STEP, WallTime, wall_time
-from btlm_jax.runs.workdir import RUNNING, UNKNOWN, Start, Workdir, read_workdir
+from btlm_jax.runs.workdir import RUNNING, UNKNOWN, Workdir, read_workdir
 from btlm_jax.stopping import PEER_GONE, PREEMPTED
 from btlm_jax.train import EVIDENCE
+from btlm_jax.train.starts import Start
 
 FINISHED, STOPPED, KILLED = "finished", "stopped", "killed"
 RECENT_STEPS = 50  # speed is the median over so many

@@ -10,7 +10,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Sequence
 
-from btlm_jax.runs.workdir import Start
+from btlm_jax.train.starts import Start
 
 STEP, LOST, BETWEEN, SET_UP, OTHER = "step", "lost work", "between starts", "set-up", "other"
 # In the order in which they are shown; a record may have others, which come after them.

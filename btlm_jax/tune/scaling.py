@@ -26,8 +26,9 @@ import numpy as np
 from btlm_jax.recipe.config import TrainConfig, config_from, train_config_from, with_later_keys
 from btlm_jax.recipe.sizes import count_parameters
 from btlm_jax.storage.files import hash_json, read_json_object, write_atomically
-from btlm_jax.train import CONFIG_FILE, STARTS, SUMMARY_FILE
+from btlm_jax.train import CONFIG_FILE, SUMMARY_FILE
 from btlm_jax.train.flops import flops_per_token
+from btlm_jax.train.starts import read_sound_starts
 
 CHINCHILLA, POWER = "chinchilla", "power"
 FORMS = (CHINCHILLA, POWER)
@@ -263,8 +264,8 @@ def read_run(workdir: Path) -> FinishedRun:
         case _:
             raise ValueError(f"{path} lacks a part of a run's summary; run its command again, which makes it again")
     # Files' times are of copies too. A later start of a finished run has the last step as well, and makes none.
-    starts = [read_json_object(file) for file in (workdir / STARTS).glob("[!.]*.json")]
-    ends = [start["written"] for start in starts if start.get("step") == config.curriculum.table.num_steps]
+    starts = read_sound_starts(workdir)
+    ends = [start.written for start in starts if start.step == config.curriculum.table.num_steps]
     if tokens != config.curriculum.table.num_tokens:
         raise ValueError(f"{path} is of {tokens:,} tokens, {CONFIG_FILE} of {config.curriculum.table.num_tokens:,}")
     return FinishedRun(

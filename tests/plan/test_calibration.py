@@ -126,6 +126,9 @@ def test_what_is_no_measured_run_is_refused(tmp_path, steps, devices, said):
     write_run(tmp_path / "run", steps=steps, devices=devices)
     with pytest.raises(ValueError, match=said):
         own_runs.read_own_run(tmp_path / "run")
+    (tmp_path / "run" / "starts" / "1.json").write_text("{}")
+    with pytest.raises(ValueError, match="starts/1.json, is not read: it lacks a part of a start's record"):
+        own_runs.read_own_run(tmp_path / "run")
 
 
 @pytest.mark.parametrize("values", CONTENT["points"], ids=lambda values: values["name"])

@@ -8,9 +8,9 @@ from support.fake_run import Clock, FakeRun
 from btlm_jax import notices
 from btlm_jax.cli import main
 from btlm_jax.runs.wall_time import wall_time
-from btlm_jax.runs.workdir import read_starts
 from btlm_jax.train import STARTS, loop
 from btlm_jax.train.metric_writer import GoodputLedger, StartRecord
+from btlm_jax.train.starts import read_starts
 
 TOTAL = "total"
 

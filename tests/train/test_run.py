@@ -22,8 +22,8 @@ from support.tensorboard import tensorboard_scalars
 from btlm_jax.cli import main
 from btlm_jax.data.store import read_manifest
 from btlm_jax.recipe.config import train_config_from
-from btlm_jax.runs.workdir import read_starts
 from btlm_jax.train import COMPILE_CACHE, CONFIG_FILE, LOSS_PLOT, POSITION_PLOT, PROFILE, SUMMARY_FILE, TRACKERS
+from btlm_jax.train.starts import read_starts
 
 pytestmark = pytest.mark.slow
 

@@ -9,6 +9,7 @@ import shutil
 
 import numpy as np
 import pytest
+from support.measured_run import write_start
 from support.tiny import tiny_config
 
 from btlm_jax.cli import main
@@ -124,10 +125,9 @@ def test_what_cannot_be_fitted_or_foretold_is_refused():
 
 def write_run(workdir, config, loss: float, *, ends: tuple[float, ...] = ()) -> None:
     """Write a finished run, of which a start made the last step at each of some times."""
-    (workdir / "starts").mkdir(parents=True)
+    workdir.mkdir(parents=True)
     for number, end in enumerate(ends):
-        start = {"written": end, "step": config.curriculum.table.num_steps}
-        (workdir / "starts" / f"{number}.json").write_text(json.dumps(start))
+        write_start(workdir, number=number, written=end, step=config.curriculum.table.num_steps)
     (workdir / "config.json").write_text(config.to_json())
     summary = {"num_tokens": config.curriculum.table.num_tokens, "heldout": {"loss": loss, "heldout_tokens": 999}}
     (workdir / "summary.json").write_text(json.dumps(summary))
@@ -164,6 +164,11 @@ def test_runs_give_a_law_that_predicts_a_config_which_is_held_against_its_run(tm
         os.utime(tmp_path / "large" / "summary.json")  # as a copy has it
         assert main(check) == 0
         assert ": +2.00%, " in (shown := capsys.readouterr().out) and said in shown
+    (tmp_path / "large" / "starts").mkdir()
+    (tmp_path / "large" / "starts" / "9.json").write_text('{"step": 1}')
+    assert main(check) == 1
+    assert "starts/9.json, is not read: it lacks a part of a start's record" in capsys.readouterr().err
+    shutil.rmtree(tmp_path / "large" / "starts")
     assert main(["tune", "scaling", f"--law={law}", f"--check={workdirs[0]}"]) == 1
     assert "no prediction is recorded of" in capsys.readouterr().err
     record.write_text(record.read_text().replace('"low": ', '"low": 1', 1))
