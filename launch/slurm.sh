@@ -19,6 +19,7 @@ config=$1 workdir=$2
 shift 2
 [ -n "${SLURM_JOB_ID:-}" ] || { echo "launch/slurm.sh: this is no Slurm job; submit it with sbatch" >&2; exit 2; }
 PATH=${SLURM_SUBMIT_DIR:-$PWD}/.venv/bin:$PATH
+export XLA_PYTHON_CLIENT_MEM_FRACTION=${XLA_PYTHON_CLIENT_MEM_FRACTION:-0.9} # of a GPU, as plans assume
 state=$workdir/slurm-$SLURM_JOB_ID
 rm -rf "$state/codes"
 mkdir -p "$state/codes"

@@ -26,7 +26,7 @@
 #
 # --dry-run (or DRY_RUN=1) prints each gcloud command instead of running it. `up`, `run` and `all` first ask the
 # checked-in table, through `btlm plan --check`, whether CONFIG fits TYPE, and stop if it does not. XLA's flags of each
-# generation are not here: btlm_jax/train/program.py has them, for `btlm train` and `btlm plan` alike.
+# generation are not here: btlm_jax/train/flops.py has them, for `btlm train` and `btlm plan` alike.
 #
 # Exit code: the run's own, that of a fault before others (0, 2, 70, 75, 76, 77: docs/troubleshooting.md); 1 where the
 # cloud refused or gave up; 2 for a wrong setting. Nothing here runs only as long as an ssh session: after a lost
