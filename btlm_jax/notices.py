@@ -28,6 +28,7 @@ NAMES = {
     "files-not-converted": "a model's directory has files that are not carried over",
     "index-contradicts": "an index of shards is wrong about where tensors are",
     "kernels-not-compiled": "C++ kernels cannot be compiled here; slower code computes the same",
+    "compiler-not-found": "there is no program of the name in CXX; other C++ compilers are looked for",
     "kernels-not-kept": "the user's cache cannot be written, so C++ kernels are compiled at every start",
     "kernels-ignored": "kernels that were built ahead do not fit this installation",
     "checkpoint-damaged": "a checkpoint is not as it was written; it is set aside, and the one before it is taken",

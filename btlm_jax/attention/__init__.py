@@ -139,6 +139,8 @@ def _check_shapes(
             f"attention needs q, k and v of one shape [batch, length, heads, head dim]; got {q_BTNH.shape}, "
             f"{k_BSNH.shape} and {v_BSNH.shape}"
         )
+    if not q_BTNH.dtype == k_BSNH.dtype == v_BSNH.dtype:
+        raise ValueError(f"attention needs one dtype; got {q_BTNH.dtype}, {k_BSNH.dtype} and {v_BSNH.dtype}")
     if slopes_N.shape != (q_BTNH.shape[2],):
         raise ValueError(f"attention over {q_BTNH.shape[2]} heads needs as many slopes; got shape {slopes_N.shape}")
     if starts_BT is not None and (starts_BT.shape != q_BTNH.shape[:2] or starts_BT.dtype != jnp.int32):

@@ -22,6 +22,7 @@ from btlm_jax.recipe.config import ModelConfig
 
 MAX_PIECE = 256  # tokens that may be added at a time
 DTYPES = ("float32", "bfloat16", "int8")
+_WIDEST = 1 << 30  # of windows, which the kernels take as int32; longer than any sequence
 
 
 @dataclasses.dataclass(frozen=True)
@@ -65,7 +66,8 @@ def make_layout(config: ModelConfig, *, length: int, alibi_train_len: int = 0) -
     """
     slopes = alibi_slopes(config.num_heads, scaling=config.alibi_scaling)
     flattest = slopes / dynamic_factor(length, alibi_train_len, xp=np)
-    windows = np.ceil(alibi_window(SPREAD, flattest.astype(np.float64), xp=np)).astype(int).tolist()
+    windows = np.ceil(alibi_window(SPREAD, flattest.astype(np.float64), xp=np))
+    windows = np.minimum(windows, _WIDEST).astype(int).tolist()
     slots = [length if alibi_train_len else min(window + MAX_PIECE, length) for window in windows]
     return CacheLayout(length, alibi_train_len, tuple(slopes.tolist()), tuple(windows), tuple(slots))
 

@@ -14,6 +14,7 @@ each other to the bit use kernels built for one architecture.
 from __future__ import annotations
 
 import atexit
+import contextlib
 import ctypes
 import dataclasses
 import functools
@@ -23,6 +24,7 @@ import json
 import os
 import platform
 import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -51,13 +53,17 @@ _SIZES = {
     "HEAD_DIM_MULTIPLE": HEAD_DIM_MULTIPLE,
 }
 _FLAGS = (
-    *("-std=c++17", "-O3", "-fno-math-errno", "-fno-trapping-math", "-w", "-shared", "-fPIC"),
+    *("-std=c++17", "-O3", "-fno-fast-math", "-fno-math-errno", "-fno-trapping-math", "-w", "-shared", "-fPIC"),
     *(f"-DBTLM_{name}={size}" for name, size in _SIZES.items()),
 )
 _COMPILERS = ("c++", "g++", "clang++")
+_NO_COMPILER = f"no C++ compiler was found (looked for $CXX, {', '.join(_COMPILERS)}); install g++ or clang"
+# Tried where a library does not load: a conda environment's libstdc++ may be older than the compiler's.
+_WITH_OWN_LIBRARIES = ("-static-libstdc++", "-static-libgcc")
 # What a compiler defines where it may use an instruction set, and the name of that set in /proc/cpuinfo.
 _INSTRUCTION_SETS = {
     "__SSE3__": "pni", "__SSSE3__": "ssse3", "__SSE4_1__": "sse4_1", "__SSE4_2__": "sse4_2", "__POPCNT__": "popcnt",
+    "__FMA4__": "fma4", "__XOP__": "xop", "__TBM__": "tbm",
     "__AVX__": "avx", "__AVX2__": "avx2", "__FMA__": "fma", "__F16C__": "f16c", "__BMI__": "bmi1", "__BMI2__": "bmi2",
     "__LZCNT__": "abm", "__MOVBE__": "movbe", "__ADX__": "adx", "__GFNI__": "gfni", "__AVXVNNI__": "avx_vnni",
     "__AVX512F__": "avx512f", "__AVX512BW__": "avx512bw", "__AVX512CD__": "avx512cd", "__AVX512DQ__": "avx512dq",
@@ -150,8 +156,10 @@ def build_ahead(directory: Path, *, architecture: str) -> list[Path]:
 
 def _build_ahead(library: _Library, directory: Path, *, architecture: str) -> Path:
     path, failures = directory / f"{library.name}.so", []
-    for compiler in _compilers():
-        command = _command(compiler, architecture=architecture)
+    for words in _compilers():
+        if not shutil.which(words[0]):
+            continue
+        command = _command(words, architecture=architecture)
         try:
             contents = _compile(command, library)
         except OSError as error:
@@ -167,7 +175,7 @@ def _build_ahead(library: _Library, directory: Path, *, architecture: str) -> Pa
         write_atomically(path, contents)
         write_atomically(path.with_suffix(".json"), json.dumps(description, indent=1) + "\n")
         return path
-    raise OSError("; ".join(failures))
+    raise OSError("; ".join(failures) or _NO_COMPILER)
 
 
 def _is_registered(library: _Library) -> bool:
@@ -177,7 +185,9 @@ def _is_registered(library: _Library) -> bool:
     try:
         loaded = _load(library)
     except OSError as error:
-        notices.report("kernels-not-compiled", f"{library.slow_without}, for its kernels cannot be compiled: {error}")
+        notices.report(
+            "kernels-not-compiled", f"{library.slow_without}, for its kernels cannot be compiled or loaded: {error}"
+        )
         return False
     _digests[library.name] = _digest(Path(loaded._name))[:16]
     for name in library.targets:
@@ -198,7 +208,7 @@ def _load(library: _Library) -> ctypes.CDLL:
             return ctypes.CDLL(str(path))
         except OSError as error:
             notices.report("kernels-ignored", f"{path}, built ahead, is ignored: {error}")
-    return ctypes.CDLL(str(_compiled(library)))
+    return _kept_or_compiled(library)
 
 
 def _check_fits(path: Path, library: _Library) -> None:
@@ -217,8 +227,8 @@ def _check_fits(path: Path, library: _Library) -> None:
     for name, needed in _requirements(library).items():
         if description.get(name) != needed:
             raise OSError(f"it was built for {name} {description.get(name)}, and here is {needed}")
-    lacking = sorted(set(instruction_sets) - _cpu_instruction_sets())
-    if lacking:
+    here = _cpu_instruction_sets()
+    if here and (lacking := sorted(set(instruction_sets) - here)):
         raise OSError(f"it was built for {description.get('architecture')}, and this CPU has no {', '.join(lacking)}")
     if description.get("sha256") != _digest(path):
         raise OSError("its contents are not those that were built; run btlm build-kernels again")
@@ -256,29 +266,76 @@ def _cpu_instruction_sets() -> set[str]:
     return {name for line in lines if line.startswith(("flags", "Features")) for name in line.split(":")[1].split()}
 
 
-def _compiled(library: _Library) -> Path:
-    """Return the shared library for this processor, from the cache or compiled now.
+def _kept_or_compiled(library: _Library) -> ctypes.CDLL:
+    """Load the library for this processor: of the compilers in their order the first one's that is kept, or is made.
 
     Raises:
-      OSError: there is no compiler, or none that can compile it.
+      OSError: there is no compiler, or none whose library can be loaded.
     """
-    directory, failures = _cache(), []
-    for compiler in _compilers():
-        command = _command(compiler, architecture=NATIVE)
-        path = directory / f"{library.name}-{_fingerprint(command, library)}.so"
-        seal = path.with_suffix(".sha256")
-        if path.is_file() and seal.is_file() and seal.read_text() == _digest(path):
-            return path
-        print(f"compiling the kernels for this processor with {compiler}, once", file=sys.stderr)
-        try:
-            contents = _compile(command, library)
-        except OSError as error:
-            failures.append(str(error))
+    try:
+        cache, obstacle = cache_directory(), ""
+    except OSError as error:
+        cache, obstacle = None, str(error)
+    failures, is_installed = [], False
+    for words in _compilers():
+        commands = [[*_command(words, architecture=NATIVE), *more] for more in ((), _WITH_OWN_LIBRARIES)]
+        names = [f"{library.name}-{_fingerprint(command, library)}.so" for command in commands]
+        for path in [cache / name for name in names] if cache else ():
+            try:
+                if _seal(path).read_bytes() == _digest(path).encode():
+                    return ctypes.CDLL(str(path))
+            except FileNotFoundError:
+                continue
+            except OSError as error:  # such as one that another system's compiler left in a home that both share
+                failures.append(str(error))
+        if not shutil.which(words[0]):
             continue
-        write_atomically(path, contents)
-        write_atomically(seal, _digest(path))
-        return path
-    raise OSError("; ".join(failures))
+        is_installed = True
+        print(f"compiling the kernels for this processor with {' '.join(words)}, once", file=sys.stderr)
+        for command, name in zip(commands, names, strict=True):
+            try:
+                contents = _compile(command, library)
+            except OSError as error:
+                failures.append(str(error))
+                break
+            try:
+                return _keep_and_load(contents, name=name, cache=cache, obstacle=obstacle)
+            except OSError as error:
+                failures.append(str(error))
+    if not is_installed:
+        failures.insert(0, _NO_COMPILER)
+    raise OSError("; ".join(dict.fromkeys(failures)))
+
+
+def _keep_and_load(contents: bytes, *, name: str, cache: Path | None, obstacle: str) -> ctypes.CDLL:
+    """Load a library that was compiled, from the user's cache or, where it cannot be kept there, a temporary folder.
+
+    Raises:
+      OSError: it cannot be loaded.
+    """
+    if cache is not None:
+        path = cache / name
+        try:
+            cache.mkdir(parents=True, exist_ok=True)
+            write_atomically(path, contents)
+            write_atomically(_seal(path), hashlib.sha256(contents).hexdigest())
+            return ctypes.CDLL(str(path))
+        except OSError as error:  # a full or read-only disk, a quota, a file system without execution
+            obstacle = str(error)
+            with contextlib.suppress(OSError):
+                _seal(path).unlink(missing_ok=True)
+                path.unlink(missing_ok=True)
+    folder = Path(tempfile.mkdtemp(prefix="btlm_jax-"))
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    (folder / name).write_bytes(contents)
+    loaded = ctypes.CDLL(str(folder / name))
+    notices.report("kernels-not-kept", f"compiled kernels are for this start only, set XDG_CACHE_HOME: {obstacle}")
+    return loaded
+
+
+def _seal(path: Path) -> Path:
+    """Return the file beside a kept library that has its hash."""
+    return path.with_suffix(".sha256")
 
 
 def _compile(command: list[str], library: _Library) -> bytes:
@@ -299,29 +356,17 @@ def _compile(command: list[str], library: _Library) -> bytes:
     raise OSError(f"{' '.join(command)} failed: {next((line for line in lines if 'error' in line), lines[-1:])}")
 
 
-def _cache() -> Path:
-    """Return where to keep libraries: the user's cache, or a temporary folder where that cannot be written."""
-    try:
-        directory = cache_directory()
-        directory.mkdir(parents=True, exist_ok=True)
-        tempfile.TemporaryFile(dir=directory).close()
-    except OSError as error:
-        notices.report("kernels-not-kept", f"compiled kernels are for this start only, set XDG_CACHE_HOME: {error}")
-        directory = Path(tempfile.mkdtemp(prefix="btlm_jax-"))
-        atexit.register(shutil.rmtree, directory, ignore_errors=True)
-    return directory
+def _compilers() -> list[list[str]]:
+    """Return the words of the compilers' commands, installed or not: that of $CXX first."""
+    own = shlex.split(os.environ.get("CXX", ""))
+    if own and not shutil.which(own[0]):
+        notices.report("compiler-not-found", f"CXX={os.environ['CXX']}: there is no {own[0]}; others are looked for")
+    return [*([own] if own else []), *([name] for name in _COMPILERS if [name] != own)]
 
 
-def _compilers() -> list[str]:
-    installed = [name for name in (os.environ.get("CXX", ""), *_COMPILERS) if name and shutil.which(name)]
-    if not installed:
-        raise OSError(f"no C++ compiler was found (looked for $CXX, {', '.join(_COMPILERS)}); install g++ or clang")
-    return list(dict.fromkeys(installed))
-
-
-def _command(compiler: str, *, architecture: str) -> list[str]:
+def _command(words: list[str], *, architecture: str) -> list[str]:
     flag = "-march" if platform.machine() in ("x86_64", "AMD64") else "-mcpu"
-    return [compiler, *_FLAGS, f"{flag}={architecture}"]
+    return [*words, *_FLAGS, f"{flag}={architecture}"]
 
 
 def _digest(path: Path) -> str:

@@ -18,6 +18,10 @@
 
 #include "xla/ffi/api/ffi.h"
 
+#if defined(__FAST_MATH__) || (defined(__FINITE_MATH_ONLY__) && __FINITE_MATH_ONLY__)
+#error "the kernels tell NaN from other values and round by additions: compile them without fast-math"
+#endif
+
 namespace ffi = xla::ffi;
 
 constexpr int64_t kLanes = 8;

@@ -200,6 +200,8 @@ def test_wrong_calls_are_refused():
         attend(q, k, v, slopes_N, scale=1.0, implementation="flash")
     with pytest.raises(ValueError, match="one shape"):
         attend(q, k[:, :4], v, slopes_N, scale=1.0, implementation="blockwise")
+    with pytest.raises(ValueError, match="one dtype; got float32, bfloat16 and float32"):  # kernels read by q's alone
+        attend(q, k.astype(jnp.bfloat16), v, slopes_N, scale=1.0, implementation="auto")
     with pytest.raises(ValueError, match="over 2 heads"):
         attend(q, k, v, slopes_N[:1], scale=1.0, implementation="blockwise")
     with jax.set_mesh(jax.make_mesh((2, 2), ("fsdp", "tensor"), devices=jax.devices()[:4])):

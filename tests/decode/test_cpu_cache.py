@@ -144,6 +144,11 @@ def test_windows_follow_their_formula(name):
             assert share(window) <= 2**-24 * 1.001 < share(window - 2)
 
 
+def test_a_scaling_that_turns_alibi_off_has_windows_that_the_kernels_can_hold():
+    layout = make_layout(dataclasses.replace(CONFIG, alibi_scaling=1e9), length=8192)
+    assert np.array(layout.windows, np.int32).min() > 8192 and set(layout.slots) == {8192}
+
+
 def test_slots_of_the_paper_s_model():
     layout = make_layout(dataclasses.replace(CONFIG, num_heads=32, d_model=32 * 80), length=8192)
     assert layout.num_slots / (32 * 8192) < 0.4

@@ -205,11 +205,11 @@ int main() {
 def test_every_float16_is_read_exactly(tmp_path, processor):
     if processor != "this one" and platform.machine() != "x86_64":
         pytest.skip("another kind of processor")
-    flag = build._command("c++", architecture=build.NATIVE)[-1] if processor == "this one" else "-march=x86-64"
+    flag = build._command(["c++"], architecture=build.NATIVE)[-1] if processor == "this one" else "-march=x86-64"
     (tmp_path / "read.cc").write_text(READ_ALL)
     includes = [f"-I{build._FOLDER}", f"-I{jax.ffi.include_dir()}"]
     flags = [flag for flag in build._FLAGS if flag != "-shared"]
-    command = [build._compilers()[0], *flags, flag, *includes, tmp_path / "read.cc", "-o", tmp_path / "read"]
+    command = ["c++", *flags, flag, *includes, tmp_path / "read.cc", "-o", tmp_path / "read"]
     subprocess.run(command, check=True)
     found = np.frombuffer(subprocess.run([tmp_path / "read"], check=True, capture_output=True).stdout, np.float32)
     np.testing.assert_array_equal(found, np.arange(65536).astype(np.uint16).view(np.float16).astype(np.float32))
