@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import shutil
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -43,10 +43,12 @@ def checkpoints(arguments: Sequence[str]) -> int:
 
     reader = CheckpointReader(workdir)
     try:
-        rows = [_Row(reader, step, verify=flags.boolean("verify")) for step in reader.steps()]
+        rows = []
         print(f"{'step':>12} {'tokens':>19} {'written':>17} {'size':>10}  state")
-        for row in rows:
-            print(row.text())
+        for step in reader.steps():
+            with _unless_deleted(reader.directory / str(step), said=f"{step:>12,} the run has deleted it meanwhile"):
+                rows.append(_Row(reader, step, verify=flags.boolean("verify")))
+                print(rows[-1].text(), flush=True)
         if flags.is_given("copy"):
             _copy(reader, workdir, flags.location("copy"), [row for row in rows if not row.reason])
     finally:
@@ -64,6 +66,17 @@ def checkpoints_flags() -> Flags:
     flags.define_boolean("prune", False, "delete what checkpoint.keep_... of the run's config do not keep")
     flags.define_string("copy", "", "new folder or URL for what is not damaged, config and tokenizer")
     return flags
+
+
+@contextlib.contextmanager
+def _unless_deleted(folder: Path, *, said: str) -> Iterator[None]:
+    """Print `said` in place of an error that comes from a checkpoint which is not there any more."""
+    try:
+        yield
+    except OSError:
+        if folder.exists():
+            raise
+        print(said)
 
 
 class _Row:
@@ -95,6 +108,7 @@ class _Row:
             elif not has_hashes:
                 self.state = "has no hashes"
         except DamagedError as error:
+            self.folder.stat()  # no checkpoint that the run has deleted meanwhile is damaged
             self.reason, self.state = error.reason, f"DAMAGED: {error.reason}"
 
     def text(self) -> str:
@@ -133,12 +147,26 @@ def _copy(reader, workdir: Path, target: PathOrUrl, rows: list[_Row]) -> None:
             bucket.check_is_new(target)
             partial = stack.enter_context(bucket.local_folder(target, role="copy"))
         shutil.rmtree(partial, ignore_errors=True)
+        num_copied = 0
         for row in rows:
-            reader.complete(row.step)
-            names = shutil.ignore_patterns(*bucket.NOT_OF_A_CHECKPOINT)
-            shutil.copytree(row.folder, partial / CHECKPOINTS / str(row.step), ignore=names)
+            copy = partial / CHECKPOINTS / str(row.step)
+            with _unless_deleted(row.folder, said=f"{row.step:,}: the run has deleted it meanwhile; it is not copied"):
+                try:
+                    reader.complete(row.step)
+                    shutil.copytree(row.folder, copy, ignore=shutil.ignore_patterns(*bucket.NOT_OF_A_CHECKPOINT))
+                    row.folder.stat()  # nor was it deleted while it was copied
+                except (OSError, ValueError):
+                    shutil.rmtree(copy, ignore_errors=True)
+                    row.folder.stat()
+                    raise
+                num_copied += 1
             if row.is_remote:
                 bucket.release(row.folder)
+        if not num_copied:
+            shutil.rmtree(partial, ignore_errors=True)
+            raise ValueError(
+                f"{workdir} has no checkpoint to copy: none is whole, or the run has deleted them meanwhile"
+            )
         for name in _KEPT_WITH_A_COPY:
             if (workdir / name).is_dir():
                 shutil.copytree(workdir / name, partial / name)
@@ -149,7 +177,7 @@ def _copy(reader, workdir: Path, target: PathOrUrl, rows: list[_Row]) -> None:
         else:
             bucket.upload_run(partial, target)
             shutil.rmtree(partial)
-    print(f"copied {len(rows)} checkpoints to {target}")
+    print(f"copied {num_copied} checkpoints to {target}")
 
 
 def _prune(rows: list[_Row]) -> None:

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import jax
 
-from btlm_jax import notices
+from btlm_jax import notices, stopping
 from btlm_jax.cli import UsageError
 from btlm_jax.cli.parse import Flags
 from btlm_jax.data.store import TEMPLATE_FILE, read_manifest, write_tokenizer
@@ -111,6 +111,7 @@ def start(config: TrainConfig, flags: Flags, *, workdir: Path, open_model: Calla
     make_workdir(workdir)
     opened = open_model()
     model = opened.model
+    stopping.current().agree("model of --init", {"model of --init": model.fingerprint, "its step": str(model.step)})
     kept = flags.string("init_optimizer") == KEPT
     rows = new_rows(model, flags, *_tokenizer_of_store(config, workdir=workdir))
     _report(model, rows, name=flags.string("init"))

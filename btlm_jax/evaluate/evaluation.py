@@ -194,13 +194,13 @@ class _Evaluation:
             from btlm_jax.evaluate.code_problems import measure_code, problems_of
         settings, metadata = self._config.code, self._checkpoint.metadata
         assert settings is not None
-        settings = dataclasses.replace(settings, run_code=settings.run_code and is_first())
         length = self._config.length or metadata.max_length
         facts = dataclasses.asdict(settings) | {"seed": self._config.seed, "length": length}
 
         def measure(work: Work) -> dict:
+            own = dataclasses.replace(settings, run_code=settings.run_code and is_first())
             return measure_code(
-                self._writer, self._checkpoint.tokenizer, problems_of(settings), settings, length=length,
+                self._writer, self._checkpoint.tokenizer, problems_of(settings), own, length=length,
                 bos_id=metadata.prompt_bos_id, work=work,
             )  # fmt: skip
 

@@ -7,6 +7,7 @@ the documents', and its settings. While it is measured, PART-SETTINGS.partial ha
 from __future__ import annotations
 
 import io
+import itertools
 import json
 import sys
 import time
@@ -14,12 +15,13 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from btlm_jax import notices
+from btlm_jax import notices, stopping
 from btlm_jax.display.progress import RateLimit, StatusLine, minutes_and_seconds
 from btlm_jax.evaluate.processes import is_first, of_first, say
 from btlm_jax.storage.files import hash_json, only_writer, parse_json, read_json_object, write_atomically
 
 FORMAT = "btlm evaluation 1"
+_numbers = itertools.count()  # of what is measured: all processes measure the same, in one order
 PROGRESS_SECONDS = 5.0
 
 
@@ -127,8 +129,11 @@ class Results:
         Raises:
           OSError: the folder cannot be read or written, or another process measures the same.
           ValueError: a file of it is damaged.
+          ProcessesDifferError: another process of this evaluation has other documents or settings.
         """
         everything = json.loads(json.dumps(self.identity | {"part": part} | settings))
+        facts = {f"{part}{what}, {key}": json.dumps(value) for key, value in everything.items()}
+        stopping.current().agree(f"evaluation {next(_numbers)}", facts)
         name = f"{part}-{hash_json(everything)[:12]}"
         path = self.folder / f"{name}.json"
         if (kept := of_first(_kept(path, everything) if is_first() else None)) is not None:

@@ -37,8 +37,9 @@ from btlm_jax.model import freeze, parameter_table
 from btlm_jax.recipe.config import TrainConfig
 from btlm_jax.recipe.optimizer import make_optimizer
 from btlm_jax.storage.location import PathOrUrl, list_files, open_binary
+from btlm_jax.storage.owner import OWNER_FILE
 from btlm_jax.tokenizers.tokenizer import Tokenizer
-from btlm_jax.train import CHECKPOINTS, KEPT_TOKENIZER
+from btlm_jax.train import CHECKPOINTS, KEPT_TOKENIZER, METRICS_FILE
 from btlm_jax.train.checkpoint import CheckpointReader
 from btlm_jax.train.setup import Run
 from btlm_jax.train.step import TrainState, abstract_state, make_state
@@ -94,7 +95,7 @@ def fetch_model(url: str, *, step: int, directory: Path, log: Callable[[str], No
       FileNotFoundError: there is none.
       OSError: it cannot be reached, or a file ends too early.
     """
-    from btlm_jax.storage.bucket import COMMIT, SESSION  # only where something is behind a URL
+    from btlm_jax.storage.bucket import COMMIT, SESSION, join_databases  # only where something is behind a URL
 
     files = list_files(url, left_out=lambda name, names: "")
     names = {name for name, _, _ in files}
@@ -104,8 +105,11 @@ def fetch_model(url: str, *, step: int, directory: Path, log: Callable[[str], No
         if step and step not in steps:
             raise FileNotFoundError(f"{url} has no checkpoint of step {step:,}")
     wanted = f"{CHECKPOINTS}/{step or max(steps, default=0)}/"
+    growing = (METRICS_FILE, OWNER_FILE)  # which a run that goes on writes again and again, and no model needs
     chosen: list[tuple[str, PathOrUrl, int]] = [
-        file for file in files if file[0].startswith((wanted, f"{KEPT_TOKENIZER}/")) or "/" not in file[0]
+        file
+        for file in files
+        if file[0].startswith((wanted, f"{KEPT_TOKENIZER}/")) or ("/" not in file[0] and file[0] not in growing)
     ]
     log(f"Fetching {len(chosen):,} files, {sum(size for _, _, size in chosen):,} bytes, of {url}")
     for name, location, size in chosen:
@@ -115,6 +119,8 @@ def fetch_model(url: str, *, step: int, directory: Path, log: Callable[[str], No
             shutil.copyfileobj(source, target, 1 << 20)
         if path.stat().st_size != size:
             raise OSError(f"{location} ended after {path.stat().st_size:,} of {size:,} bytes; give the command again")
+    of_checkpoint = {name.removeprefix(wanted) for name, _, _ in chosen if name.startswith(wanted)}
+    join_databases(directory / wanted, of_checkpoint)
 
 
 def open_given_model(directory: Path, *, step: int) -> GivenModel:

@@ -46,7 +46,7 @@ from btlm_jax.storage.files import (
     renamed_at_end,
     write_atomically,
 )
-from btlm_jax.storage.location import ORIGIN
+from btlm_jax.storage.location import DELETED, ORIGIN
 from btlm_jax.storage.owner import BEAT_SECONDS, OWNER_FILE
 
 COMMIT = "commit.json"
@@ -258,6 +258,7 @@ class Mirror:
           StrictError: an earlier copy failed, which is an error by --strict.
         """
         until = time.monotonic() + _OTHERS_SECONDS
+        self._purge()
         while True:
             with self._lock:
                 missing = self._copy()
@@ -279,6 +280,7 @@ class Mirror:
         Raises:
           OSError: they cannot be.
         """
+        self._purge()
         with self._lock:
             for step in self._waiting():
                 self._upload_part(step)
@@ -345,6 +347,7 @@ class Mirror:
         wait, at = _POLL_SECONDS, time.monotonic() + FILES_SECONDS
         while not self._closed.wait(wait):
             wait = _POLL_SECONDS
+            self._purge()
             if not self._waiting() and time.monotonic() < at:
                 continue
             try:
@@ -359,6 +362,11 @@ class Mirror:
             except Exception as error:  # raised where the run asks for it
                 wait = self._failed(error)
             at = time.monotonic() + FILES_SECONDS
+
+    def _purge(self) -> None:
+        """Delete the checkpoints that the run has moved away: one deleted in place would look like a new one."""
+        for path in (self.folder / _CHECKPOINTS / DELETED).glob("*"):
+            shutil.rmtree(path, ignore_errors=True)
 
     def _failed(self, error: Exception) -> float:
         self._error = error
@@ -760,11 +768,20 @@ def fetch(folder: Path) -> int:
             raise ValueError(f"{name} is not as it was written")
 
     _in_threads(fetch_one, missing)
+    join_databases(folder, files)
+    _as_written(folder)
+    return len(missing)
+
+
+def join_databases(folder: Path, files: Iterable[str]) -> None:
+    """Make the database of all arrays of a checkpoint, where it has only one of each process among its `files`.
+
+    Raises:
+      ValueError: one cannot be read.
+    """
     databases = {name.removeprefix(_STATE).partition("/")[0] for name in files if name.startswith(_PROCESS)}
     if _JOINED[0] not in files and databases:
         _join_databases(folder / _STATE, sorted(databases))
-    _as_written(folder)
-    return len(missing)
 
 
 def _join_databases(state: Path, names: list[str]) -> None:

@@ -33,6 +33,7 @@ _VERSION_KEYS = ("etag", "ETag", "generation", "md5Hash", "LastModified", "mtime
 _TIME_KEYS = ("mtime", "LastModified", "updated", "last_modified")
 _CHUNK_BYTES = 1 << 20
 ORIGIN = ".origin"  # in the local folder of a checkpoint in a bucket: its URL there
+DELETED = ".deleted"  # in the local folder of checkpoints of a run in a bucket: those that are being deleted
 _RETRY_SECONDS = (1.0, 2.0, 4.0, 8.0, 16.0)  # before each further attempt
 
 

@@ -42,7 +42,7 @@ from btlm_jax.recipe.config import (
 from btlm_jax.recipe.optimizer import learning_rate_at, rates_of_steps, stretches_of
 from btlm_jax.stopping import AgreedError, OthersFailedError
 from btlm_jax.storage.files import hash_json, write_atomically
-from btlm_jax.storage.location import ORIGIN, mirror_of
+from btlm_jax.storage.location import DELETED, ORIGIN, mirror_of
 from btlm_jax.train import CHECKPOINTS, DAMAGED, METRICS_FILE, REPLACED, SUMMARY_FILE
 from btlm_jax.train.step import TrainState
 
@@ -100,11 +100,15 @@ class Checkpointer:
 
             self._rendezvous = make_rendezvous()
             own["async_options"] = ocp.AsyncOptions(barrier_sync_fn=self._rendezvous)
+            if jax.process_index() == 0:  # here, as orbax would fail with it later, in one process alone
+                _delete_partial(self.directory)
+        if self._mirror.is_remote:
+            own["todelete_subdir"] = DELETED
         return ocp.CheckpointManager(
             self.directory,
             options=ocp.CheckpointManagerOptions(
                 preservation_policy=_KeepRules(self._config),
-                cleanup_tmp_directories=True,
+                cleanup_tmp_directories=jax.process_count() == 1,
                 enable_async_checkpointing=True,
                 **own,
             ),
@@ -162,7 +166,7 @@ class Checkpointer:
             try:
                 attempt()
             except OSError as error:
-                if self._failure is not None:
+                if self._failure is not None or not _is_known_to_all(error):
                     raise
                 self._go_on_after(error)
 
@@ -170,13 +174,15 @@ class Checkpointer:
         """Save once more if the last save has failed; that this fails too is seen by the next `save_or_go_on`."""
         try:
             self._check_last()
-        except OSError as error:
+        except OSError as error:  # known to all
             self._go_on_after(error)
         if self._failure is None or self._is_saving:
             return
         try:
             self._start(state, position=position, config=config)
         except OSError as error:
+            if not _is_known_to_all(error):
+                raise
             self._failure = error
 
     def finish(self, state: TrainState, *, position: Position, config: TrainConfig) -> None:
@@ -579,10 +585,19 @@ class Checkpointer:
         """
         from btlm_jax.parallel.rendezvous import value_of_first
 
-        times = [(step, (self.directory / str(step)).stat().st_mtime) for step in self.steps()]
-        kept = value_of_first(sorted(kept_steps(times, self._config)))
-        for step in [step for step in self.steps() if step not in kept]:
-            self._manager.delete(step)
+        kept: set[int] = set()
+
+        def judge() -> None:
+            times = [(step, (self.directory / str(step)).stat().st_mtime) for step in self.steps()]
+            kept.update(kept_steps(times, self._config))
+
+        def delete() -> None:
+            for step in [step for step in self.steps() if step not in of_first]:
+                self._manager.delete(step)
+
+        self._finish_in_all(judge)
+        of_first = value_of_first(sorted(kept))
+        self._finish_in_all(delete)
 
     def close(self) -> None:
         """Wait for saves and release orbax's threads; may be called in one process alone.
@@ -650,6 +665,7 @@ def _make_manager_alone(directory: Path) -> ocp.CheckpointManager:
         options=ocp.CheckpointManagerOptions(
             create=False,
             cleanup_tmp_directories=True,
+            todelete_subdir=DELETED,
             enable_async_checkpointing=True,
             multiprocessing_options=alone,
             async_options=ocp.AsyncOptions(create_directories_asynchronously=False),  # of which all would be told
@@ -687,6 +703,10 @@ class _KeepRules:
     def should_preserve(self, checkpoints: Sequence[Any], *, context: Any) -> list[bool]:
         del context
         kept = kept_steps([(each.step, each.time.timestamp()) for each in checkpoints], self.config)
+        if self.config.keep_hours and jax.process_count() > 1:  # clocks differ; all ask, in their main threads
+            from btlm_jax.parallel.rendezvous import value_of_first
+
+            kept = set(value_of_first(sorted(kept)))
         return [each.step in kept for each in checkpoints]
 
 
@@ -797,6 +817,11 @@ def _mix(x: Any, shifts: tuple[int, int, int], factors: tuple[int, int]) -> Any:
     x = (x ^ (x >> np.uint32(shifts[0]))) * np.uint32(factors[0])
     x = (x ^ (x >> np.uint32(shifts[1]))) * np.uint32(factors[1])
     return x ^ (x >> np.uint32(shifts[2]))
+
+
+def _is_known_to_all(error: OSError) -> bool:
+    """Return whether every process has an error, so that all act on it alike."""
+    return jax.process_count() == 1 or isinstance(error, AgreedError)
 
 
 def _why(error: OSError) -> str:

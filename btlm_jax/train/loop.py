@@ -48,6 +48,7 @@ from btlm_jax.train.finish import (
 )
 from btlm_jax.train.flops import FLOPS_CONVENTION, flops_per_token, peak_flops
 from btlm_jax.train.metric_writer import (
+    MACHINE_CHANGED,
     Compare,
     EvaluationWork,
     Follower,
@@ -134,6 +135,7 @@ def train(
     events = _go_back(workdir, resume_step, stop) if resume_step else []
     checkpointer = Checkpointer(workdir, config=config.checkpoint)
     try:
+        stop.agree("checkpoints", {"checkpoints that are seen": ", ".join(map(str, checkpointer.steps()))})
         position, state, damages = last_position(checkpointer, config)
         stop.agree("start", _start_facts(position))
         if report := finished_report(config, workdir=workdir, step=position.step):
@@ -262,7 +264,7 @@ def _machine_changes(checkpointer: Checkpointer, step: int) -> list[str]:
     changes = environment_changes(checkpointer, step) if step else []
     for change in changes:
         notices.report("machine-changed", f"{change}: numbers may differ in their last bits from step {step:,} on")
-    return [f"this machine: {change}" for change in changes]
+    return [f"{MACHINE_CHANGED}{change}" for change in changes]
 
 
 def dry_run(config: TrainConfig, *, workdir: Path | None) -> str:

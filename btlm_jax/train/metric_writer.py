@@ -37,6 +37,7 @@ from btlm_jax.train import METRICS_FILE, STARTS, TENSORBOARD
 
 SMOOTHING_STEPS = 20  # tokens/s, MFU and the ETA on the console are means over this many steps
 LINE_SECONDS = 2.0  # between lines of the console, at least
+MACHINE_CHANGED = "this machine: "  # so begin events of a resume on another one
 OF_CLOCK = ("tokens_per_second", "mfu", "seconds", "seconds_over_predicted")  # of a step's line: what time decides
 TRAINING = ("step", "data wait")  # the ledger's categories whose seconds count for tokens/s and MFU
 _REPLAYED = ("train", "eval")  # kinds of lines that a resumed run writes again; it never removes events and goodput
@@ -136,13 +137,24 @@ def read_metrics(path: Path) -> list[dict]:
 def medians_of_phases(rows: Sequence[dict], curriculum: Curriculum, name: str) -> dict[int, float]:
     """Return the median of a number of train lines, "seconds" for one, by the phase's index.
 
-    A phase's first steps are left out; so are phases with fewer than LEAST_STEPS lines that have the number.
+    Steps before the last resume with another layout, model setting or machine are left out, and so are a phase's first
+    steps, and phases with fewer than LEAST_STEPS lines that have the number.
     """
+    trained = [row for row in rows if row["kind"] == "train"]
+    last = max((row["step"] for row in trained), default=0)
+    changes = (row["step"] for row in rows if row["kind"] == "event" and _is_of_a_change(row))
+    changed = max((step for step in changes if step < last), default=0)
     found: dict[int, list[float]] = {}
-    for row in rows:
-        if row["kind"] == "train" and name in row:
+    for row in trained:
+        if row["step"] > changed and name in row:
             found.setdefault(curriculum.phase_at(row["step"] - 1).index, []).append(row[name])
     return {phase: statistics.median(each[_WARM_UP:]) for phase, each in found.items() if len(each) >= LEAST_STEPS}
+
+
+def _is_of_a_change(event: dict) -> bool:
+    """Return whether an event says that a resume changed what decides a step's time."""
+    setting, message = str(event.get("setting", "")), str(event.get("message", ""))
+    return setting.startswith(("mesh.", "model.")) or message.startswith(MACHINE_CHANGED)
 
 
 def parse_row(line: bytes, *, name: str) -> dict:

@@ -6,8 +6,8 @@ import contextlib
 import dataclasses
 import math
 import os
+import secrets
 import shutil
-import socket
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -55,6 +55,7 @@ _MIB, _GIB, _GIGA = 2**20, 2**30, 1e9
 _PROBE_BLOCKS = 32  # of a MiB, written to see how fast the storage is
 _SAVE_SECONDS = 0.5  # of a checkpoint however small: its files, their names, its hashes (2 vCPU Intel Xeon, 2026-11-29)
 _SPOT_SECONDS = 25.0
+_SEEN_SECONDS = 60.0  # for a store that process 0 has made to be seen by another host: NFS keeps listings so long
 _BYTES_OF_IDS = 12  # of a token in a batch: its id, its target's, a weight
 _SUFFIXES_OF_WEIGHTS, _MODEL_FILE = (".safetensors", ".gguf", ".bin"), "model.json"
 
@@ -160,7 +161,7 @@ def make_workdir(workdir: Path) -> None:
         )
     try:
         workdir.mkdir(parents=True, exist_ok=True)
-        probe = workdir / f".writable-{socket.gethostname()}-{os.getpid()}"  # no device is touched yet
+        probe = workdir / f".writable-{secrets.token_hex(8)}"  # which process this is may not be known yet
         write_atomically(probe, "")
         probe.unlink()
     except OSError as error:
@@ -185,7 +186,7 @@ def predict_stop(workdir: Path, *, num_bytes: int, num_processes: int) -> str:
     """
     block = os.urandom(_MIB)
     num_blocks = min(_PROBE_BLOCKS, -(-num_bytes // _MIB))
-    probe = workdir / f".speed-{os.getpid()}"
+    probe = workdir / f".speed-{secrets.token_hex(8)}"
     began = time.monotonic()
     try:
         with open(probe, "wb") as file:
@@ -364,7 +365,8 @@ def prepare_store(
       OSError: the URL cannot be reached.
       ValueError: as `locate_store` and `open_run_store`.
     """
-    location = locate_store(config.data, workdir=workdir)
+    makes_it = jax.process_index() == 0 or mirror_of(workdir).is_remote  # the others look for it when it is made
+    location = locate_store(config.data, workdir=workdir) if makes_it else None
     if isinstance(location, Path) and not has_store(location):
         if mirror_of(workdir).is_remote and config.corpus.source != PREPARED and location.is_relative_to(workdir):
             shutil.rmtree(location, ignore_errors=True)  # of which a kill left a part in the bucket
@@ -373,17 +375,22 @@ def prepare_store(
                 f"there is no token store in {location}: it has no {MANIFEST_FILE}; point --config.data.store to one, "
                 "or let the run make one (--config.corpus.source=installed_python) where nothing is yet"
             )
-        if jax.process_index() == 0 or mirror_of(workdir).is_remote:
-            location.parent.mkdir(parents=True, exist_ok=True)
-            build_store(
-                config.corpus,
-                vocab_size=config.model.vocab_size,
-                block_len=config.curriculum.table.block_len,
-                seed=config.data.seed,
-                directory=location,
-                log=log,
-            )
+        location.parent.mkdir(parents=True, exist_ok=True)
+        build_store(
+            config.corpus,
+            vocab_size=config.model.vocab_size,
+            block_len=config.curriculum.table.block_len,
+            seed=config.data.seed,
+            directory=location,
+            log=log,
+        )
     wait_for_all()  # also where this process came so late that the store is there
+    if location is None:
+        until = time.monotonic() + _SEEN_SECONDS
+        while isinstance(location := locate_store(config.data, workdir=workdir), Path) and not has_store(location):
+            if time.monotonic() > until:
+                raise FileNotFoundError(f"process 0 has the token store {location}, and this host does not see it")
+            time.sleep(0.2)
     return open_run_store(config, location, expected_fingerprint=expected_fingerprint)
 
 

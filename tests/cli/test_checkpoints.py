@@ -1,5 +1,7 @@
 """btlm checkpoints: the list, and what --verify, --copy and --prune do."""
 
+import shutil
+
 import jax
 import numpy as np
 import pytest
@@ -53,6 +55,30 @@ def test_the_list_and_what_is_verified_copied_and_pruned(workdir, program, capsy
     assert main(["checkpoints", str(workdir), "--prune"]) == 0
     assert steps_of(workdir) == [3, 5]  # the last, and the last at a multiple of every_steps=3
     assert (copy / "config.json").is_file() and steps_of(copy) == [2, 3, 5]
+
+
+def test_what_the_run_deletes_meanwhile_is_said_and_left_out(workdir, capsys, monkeypatch):
+    read, copytree = CheckpointReader.read_metadata, shutil.copytree
+
+    def read_late(reader, step):
+        if step == 2:
+            shutil.rmtree(reader.directory / "2")
+        return read(reader, step)
+
+    def copy_late(source, *arguments, **named):
+        if source.name == "3":
+            shutil.rmtree(source)
+        return copytree(source, *arguments, **named)
+
+    monkeypatch.setattr(CheckpointReader, "read_metadata", read_late)
+    monkeypatch.setattr(shutil, "copytree", copy_late)
+    copy = workdir.with_name("copy")
+    assert main(["checkpoints", str(workdir), f"--copy={copy}"]) == 0
+    rows = capsys.readouterr().out.splitlines()
+    assert rows[1].split() == ["2", "the", "run", "has", "deleted", "it", "meanwhile"]
+    assert [row.split()[0] for row in rows[2:4]] == ["3", "5"]
+    assert rows[4:] == ["3: the run has deleted it meanwhile; it is not copied", f"copied 1 checkpoints to {copy}"]
+    assert steps_of(copy) == [5]
 
 
 def test_a_damaged_checkpoint_is_named_left_and_not_copied(workdir, capsys):

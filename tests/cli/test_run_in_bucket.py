@@ -29,6 +29,22 @@ def steps_of(objects, folder="run/checkpoints"):
     return {name.split("/")[-2] for name in objects if name.startswith(f"{folder}/") and name.endswith("/commit.json")}
 
 
+def test_a_checkpoint_that_is_deleted_is_moved_away_first(objects, token_store, monkeypatch):
+    """Deleted in place, it would be one that is not in the bucket, once its file .origin is gone."""
+    config = run_config(token_store, checkpoint__keep_last=1)
+    with bucket.opened_for_run(URL) as mirror:
+        purge = mirror._purge
+        monkeypatch.setattr(mirror, "_purge", lambda: None)
+        mirror.begin()
+        write_run(mirror.folder, config, steps=(3, 6))
+        moved = mirror.folder / "checkpoints" / ".deleted"
+        assert [path.name for path in moved.iterdir()] == ["3"] and mirror._waiting() in ([], [6])
+        purge()
+        mirror.close()
+        assert not [*moved.iterdir()]
+    assert steps_of(objects) == {"6"} and not [name for name in objects if "/checkpoints/3/" in name]
+
+
 @pytest.mark.slow
 def test_checkpoints_in_a_bucket(objects, token_store, tmp_path, capsys):
     config = run_config(token_store)

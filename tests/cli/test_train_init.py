@@ -18,13 +18,14 @@ from support.run_command import ONE_PHASE
 from support.tiny_tokenizers import tiny_byte_level
 from tokenizers import AddedToken
 
-from btlm_jax import notices
+from btlm_jax import notices, stopping
 from btlm_jax.cli import main, train_data
 from btlm_jax.data.reader import open_store
 from btlm_jax.data.store import HELDOUT, read_manifest, read_tokenizer_info, write_manifest
 from btlm_jax.hub.source import native_logits, read_native
 from btlm_jax.parallel.make_mesh import make_mesh
 from btlm_jax.recipe.config import train_config_from
+from btlm_jax.stopping import ProcessesDifferError
 from btlm_jax.train import loop, size_run
 from btlm_jax.train.checkpoint import Checkpointer
 from btlm_jax.train.flops import Peak
@@ -55,6 +56,16 @@ def run(*arguments):
 def refused(capsys, *arguments, code=2):
     assert run(*arguments) == code
     return capsys.readouterr().err
+
+
+def test_processes_agree_on_the_model_before_it_is_used(source, begun, config_file, tmp_path, monkeypatch, capsys):
+    def agree(stop, name, facts):
+        if name == "model of --init":
+            raise ProcessesDifferError(f"the processes of this run differ: {sorted(facts)}, {facts['its step']}")
+
+    monkeypatch.setattr(stopping.Stop, "agree", agree)
+    said = refused(capsys, f"--config={config_file}", f"--init={source}", f"--workdir={tmp_path / 'new'}", code=2)
+    assert "differ: ['its step', 'model of --init'], 7" in said and not begun
 
 
 def test_the_models_keys_are_taken_and_said(source, begun, config_file, tmp_path, capsys):

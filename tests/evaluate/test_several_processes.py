@@ -9,6 +9,7 @@ import pytest
 
 from btlm_jax.evaluate import processes, results, scorer
 from btlm_jax.evaluate.results import Results
+from btlm_jax.stopping import ProcessesDifferError
 
 
 def test_the_others_are_told_what_is_done_and_write_nothing(tmp_path, monkeypatch, capsys):
@@ -53,6 +54,25 @@ def test_the_others_are_told_what_is_done_and_write_nothing(tmp_path, monkeypatc
     assert another.measure("part", {}, make) == found and asked == [2]
     assert another.measure("part", {}, make) == found and asked == [2] and not told
     assert not another.folder.exists() and capsys.readouterr().err == ""
+
+
+def test_processes_agree_on_what_is_measured_before_it_is(tmp_path, monkeypatch):
+    agreed = []
+
+    class Others:
+        def agree(self, name, facts):
+            agreed.append((name, facts))
+            if "other documents" in facts["part of a, documents"]:
+                raise ProcessesDifferError("the processes of this run differ")
+
+    monkeypatch.setattr(results.stopping, "current", Others)
+    kept = Results(tmp_path, identity={"model": "m"})
+    for _ in range(2):
+        assert kept.measure("part", {"documents": "d"}, lambda work: {}, what=" of a") == {}
+    assert agreed[0][1] == {"part of a, model": '"m"', "part of a, part": '"part"', "part of a, documents": '"d"'}
+    assert agreed[0][0] != agreed[1][0] and agreed[0][1] == agreed[1][1]  # under a new name each time
+    with pytest.raises(ProcessesDifferError):
+        kept.measure("part", {"documents": "other documents"}, lambda work: pytest.fail("measured"), what=" of a")
 
 
 def test_a_process_that_is_out_of_memory_alone_does_not_go_on(monkeypatch):

@@ -12,9 +12,10 @@ import types
 
 import pytest
 from support import fake_gcs
-from support.bucket_pair import end_copying, opened_pair, whole, write_part
+from support.bucket_pair import database_of, end_copying, opened_pair, whole, write_part
 
 from btlm_jax import notices
+from btlm_jax.hub.given_model import fetch_model
 from btlm_jax.storage import bucket, owner
 from btlm_jax.train.checkpoint import go_back
 
@@ -423,6 +424,8 @@ def test_each_process_uploads_its_part_and_the_first_commits_all(objects, tmp_pa
         assert set(objects) == before
     folder = bucket.open_for_reading(URL)
     assert whole(folder, 6) == whole(folder, 6) == expected[6]
+    fetch_model(URL, step=0, directory=tmp_path / "model", log=lambda line: None)  # as btlm evaluate reads it
+    assert database_of(tmp_path / "model", 6) == expected[6] and not (tmp_path / "model/metrics.jsonl").exists()
     for mirror in (first, second):  # as a kill leaves it, complete in one process or in both
         write_part(mirror, 9, index=int(mirror is second))
     second.flush()

@@ -49,5 +49,10 @@ def write_part(mirror, step, *, index, text=""):
 def whole(folder, step):
     """Return what is in a checkpoint's database of all."""
     bucket.fetch(folder / "checkpoints" / str(step))
+    return database_of(folder, step)
+
+
+def database_of(folder, step):
+    """Return the same of one whose files are there."""
     found = database(folder / "checkpoints" / str(step) / "state")
     return {key.decode(): found[key].decode()[: len(f"{step}: 0")] for key in found.list().result()}
