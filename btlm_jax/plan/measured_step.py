@@ -12,6 +12,7 @@ from collections.abc import Callable, Sequence
 import jax
 import numpy as np
 
+from btlm_jax.kernels.build import multiplies_bfloat16
 from btlm_jax.parallel.make_mesh import make_mesh
 from btlm_jax.parallel.mesh import batch_sharding
 from btlm_jax.plan.chips import GIB
@@ -166,6 +167,9 @@ def _placement(config: TrainConfig, *, platform: str, accumulation: int) -> Plac
     base = cpu_placement(config.curriculum.table)
     mesh = MeshConfig(tensor=1, context=1, accumulation=accumulation)
     layout = MeshLayout(mesh=mesh, remat=base.layout.remat)
+    if platform == CPU and multiplies_bfloat16():
+        why = dict(base.why) | {"model.dtype": "of activations: what this CPU multiplies itself; others take float32"}
+        return dataclasses.replace(base, layout=layout, dtype="bfloat16", why=why)
     if platform == CPU:
         return dataclasses.replace(base, layout=layout)
     why = {

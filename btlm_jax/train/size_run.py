@@ -13,6 +13,7 @@ import jax
 from btlm_jax.data.order import make_order
 from btlm_jax.data.store import HELDOUT, TRAIN, Manifest, Split
 from btlm_jax.display.progress import print_line
+from btlm_jax.kernels.build import multiplies_bfloat16
 from btlm_jax.recipe.config import TrainConfig
 from btlm_jax.recipe.mixture import weights_of
 from btlm_jax.recipe.sizes import Shape
@@ -63,14 +64,16 @@ def size_run(
     devices = jax.devices()
     is_accelerator = devices[0].platform != "cpu"
     values = copy.deepcopy(base)
+    # Losses are the same within their scatter, steps take 0.7 of the time (benchmarks/results/dtype_losses.md).
+    in_bfloat16 = not is_accelerator and multiplies_bfloat16()
     values["model"] |= {
-        "dtype": "bfloat16" if is_accelerator else "float32",
+        "dtype": "bfloat16" if is_accelerator or in_bfloat16 else "float32",
         "loss_chunk": lengths.short,
     }
     rows = len(devices) * max(1, _EVALUATION_ROWS // len(devices))
     values["evaluation"] |= {"batch_size": rows, "blocks_per_source": _BLOCKS_OF_EVALUATION}
     peak = peak_flops(devices[0]).flops * len(devices)
-    efficiency = _ACCELERATOR_EFFICIENCY if is_accelerator else _CPU_EFFICIENCY
+    efficiency = _ACCELERATOR_EFFICIENCY if is_accelerator else _CPU_EFFICIENCY / (0.7 if in_bfloat16 else 1)
     flops = _TRAINING_SHARE * max(budget - elapsed(), budget / 4) * peak * efficiency
     tokens_per_epoch = manifest.block_len * _num_blocks(manifest.splits[TRAIN], weights)
     seq_len = round(sizing.PHASE_1_SHARE * lengths.short + (1 - sizing.PHASE_1_SHARE) * lengths.block)
@@ -134,7 +137,8 @@ def size_run(
         f"{1000 * each:.0f} ms at {phase.seq_len}" for each, phase in zip(times.steps, table.phases, strict=True)
     )
     lines = (
-        _model_line(shape, config=config, is_given=given is not None, peak_rate=peak_rate),
+        _model_line(shape, config=config, is_given=given is not None, peak_rate=peak_rate)
+        + ", in bfloat16, which this CPU multiplies itself" * (in_bfloat16 and config.model.dtype == "bfloat16"),
         f"Run: {table.num_steps:,} steps of {table.tokens_per_step:,} tokens, "
         f"{_shown_epochs(config, manifest)} ({why}), "
         + ("" if lengths.short == lengths.block else f"75 % at length {lengths.short}, the rest ")

@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 from support.docs_scripts import load_script
 from support.imagined_plan import imagined
-from support.tiny import REPOSITORY, config_dict
+from support.tiny import REPOSITORY, config_dict, tiny_config
 
 from btlm_jax.cli import main
 from btlm_jax.cli.config_keys import sections
@@ -168,8 +168,16 @@ def pretend_steps(monkeypatch):
     monkeypatch.setattr(measured_step.Program, "trace_train_step", lambda program, phase: phase)
     monkeypatch.setattr(measured_step.Program, "compile", lambda program, traced: PretendStep(program))
     monkeypatch.setattr(measured_step, "init_state", lambda *arguments, **named: {})
+    monkeypatch.setattr(measured_step, "multiplies_bfloat16", lambda: False)
     monkeypatch.setattr(measured_step, "memory_bytes", lambda device: memory.pop(0))
     return memory
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_on_a_cpu_the_dtype_is_what_it_multiplies_itself(monkeypatch, dtype):
+    monkeypatch.setattr(measured_step, "multiplies_bfloat16", lambda: dtype == "bfloat16")
+    placement = measured_step._placement(tiny_config(), platform="cpu", accumulation=2)
+    assert (placement.dtype, placement.layout.mesh.accumulation) == (dtype, 2)
 
 
 def test_a_step_is_measured_here(here, pretend_steps, capsys):
