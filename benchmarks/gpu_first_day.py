@@ -389,6 +389,7 @@ def generation(setting: Setting) -> Progress:
 def _btlm(*arguments: str, **variables: str) -> str:
     """Run the command of this checkout; return its output."""
     environment = os.environ | {"PYTHONPATH": str(ROOT)} | variables
+    environment.pop("JAX_COMPILATION_CACHE_DIR", None)  # what is compiled is kept in each workdir
     command = [sys.executable, "-m", "btlm_jax", *arguments]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     if done.returncode:
@@ -455,7 +456,8 @@ def _step_jobs(
                 of=f"step of {case.size}, {case.batch} x {case.length:,}",
                 name=name or framework,
                 command=(str(HERE.parent / "train_step.py"), "--one", framework, *sizes, f"--steps={steps}"),
-                variables=variables or {},
+                # A peer makes ALiBi's lanes by JAX, which would take most of the GPU's memory.
+                variables={"JAX_PLATFORMS": "cpu"} if framework.startswith("torch") else variables or {},
                 num_tokens=num_tokens,
                 flops=num_tokens * flops_per_token(config.model, seq_len=case.length),
             )
@@ -484,7 +486,9 @@ def times(setting: Setting) -> Progress:
     """Time steps and attention, ours beside PyTorch's. A contender that fails is no fault of ours, and said."""
     why_no_torch, peak = _why_no_torch(setting), _peak(setting)
     ours = _read_ours(setting)
-    for job in jobs_of(is_miniature=setting.is_miniature):
+    jobs = jobs_of(is_miniature=setting.is_miniature)
+    first_of = {job.of: job.case for job in reversed(jobs)}  # which is ours
+    for job in jobs:
         if job.case in setting.skipped:
             continue
         row = functools.partial(Row, section="times", case=job.case)
@@ -502,15 +506,16 @@ def times(setting: Setting) -> Progress:
         except RuntimeError as problem:
             yield row(figure=str(problem)[:300], verdict=NOT_RUN if job.is_peer else FAILED)
         else:
-            first = ours.setdefault(job.of, result["median"])  # ours is the first
-            _write_ours(setting, ours)
-            yield row(figure=_time_figure(job, result, ours=first, peak=peak), verdict=MEASURED)
+            if job.case == first_of[job.of]:
+                ours[job.of] = result["median"]
+                _write_ours(setting, ours)
+            yield row(figure=_time_figure(job, result, ours=ours.get(job.of), peak=peak), verdict=MEASURED)
 
 
-def _time_figure(job: Job, result: dict, *, ours: float, peak: float) -> str:
-    """Return what a process measured: its time, beside ours, and of a step also what is known of it."""
+def _time_figure(job: Job, result: dict, *, ours: float | None, peak: float) -> str:
+    """Return what a process measured: its time, beside ours where that is known, and of a step what else is known."""
     seconds = result["median"]
-    parts = [f"{seconds * 1e3:,.2f} ms", f"{seconds / ours:.2f} of ours"]
+    parts = [f"{seconds * 1e3:,.2f} ms", *([f"{seconds / ours:.2f} of ours"] if ours else [])]
     if job.num_tokens:
         parts += [f"{job.num_tokens / seconds:,.0f} tokens/s"]
         parts += [f"MFU {job.flops / seconds / peak:.1%}"] if peak else []

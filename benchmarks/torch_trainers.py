@@ -231,7 +231,7 @@ class Muon:
 
 
 class GptRecipe:
-    """nanoGPT's: AdamW (0.9, 0.99) at 1e-3, as in its small config (config/train_shakespeare_char.py), decay 0.1, clip 1.
+    """nanoGPT's: AdamW (0.9, 0.99) at 1e-3, as in its small config, train_shakespeare_char.py; decay 0.1, clip 1.
 
     Warm-up of 100 steps, then a cosine to a tenth.
     """

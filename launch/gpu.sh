@@ -19,6 +19,16 @@ shift 2
 
 refuse() { echo "launch/gpu.sh: $*" >&2; exit 2; }
 
+serves() { "$1" -c 'import ensurepip, sys, venv; sys.exit(not (3, 11) <= sys.version_info < (3, 14))' 2> /dev/null; }
+
+find_python() {
+  local python
+  for python in python3.11 python3.12 python3.13 python3; do
+    ! serves "$python" || { echo "$python"; return; }
+  done
+  refuse "no Python from 3.11 to 3.13 with venv: apt install python3.11-venv, or .venv made by uv venv --python=3.12 --seed"
+}
+
 # ------------------------------------------------------------------------------------------------ GPUs and driver
 command -v nvidia-smi > /dev/null || refuse "no nvidia-smi: install NVIDIA's driver, 580 or newer, or use launch/local.sh"
 found=$(nvidia-smi --query-gpu=driver_version,compute_cap --format=csv,noheader) || refuse "nvidia-smi failed: $found"
@@ -53,8 +63,11 @@ if [ -f setup.cfg ]; then
     room=$(df -Pk . | awk 'NR == 2 {print int($4 / 1048576)}')
     ((room >= 5)) || refuse "$PWD has $room GiB of room, and the environment needs 5"
     echo "launch/gpu.sh: installing .[$extra] into .venv, 4 GB: some minutes" >&2
-    python3 -m venv .venv
-    .venv/bin/pip install -e ".[$extra]"
+    if ! serves .venv/bin/python; then
+      python=$(find_python)
+      "$python" -m venv --clear .venv
+    fi
+    .venv/bin/pip install -c constraints.txt -e ".[$extra]"
   fi
   PATH=$PWD/.venv/bin:$PATH
   CUDA_VISIBLE_DEVICES=$(IFS=,; echo "${gpus[*]}") .venv/bin/python -m btlm_jax.parallel.health \

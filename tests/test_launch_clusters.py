@@ -164,14 +164,14 @@ def test_gpu_installs_what_the_driver_takes_and_checks_the_gpus(place, smi, extr
     """In a checkout, whose environment is a stand-in too."""
     (place / "setup.cfg").touch()
     for name, script in {
-        "python3": 'mkdir -p .venv/bin && cp "$STATE"/bin/{btlm,pip,python} .venv/bin',
+        "python3.11": '[ "$1" = -c ] || { mkdir -p .venv/bin && cp "$STATE"/bin/{btlm,pip,python} .venv/bin; }',
         "pip": 'echo "$@" > "$STATE/installed"',
         "python": 'echo "$JAX_PLATFORMS $CUDA_VISIBLE_DEVICES $*" > "$STATE/checked"; [ ! -e "$STATE/sick" ]',
     }.items():
         (place / "bin" / name).write_text(f"#!/usr/bin/env bash\n{script}")
         (place / "bin" / name).chmod(0o755)
     finish(start(place, place / "launch" / "gpu.sh", ["1:0"], SMI=f"{smi}\\n"), code=0)
-    assert (place / "installed").read_text() == f"install -e .[{extra}]\n"
+    assert (place / "installed").read_text() == f"install -c constraints.txt -e .[{extra}]\n"
     assert (place / "checked").read_text() == "cuda,cpu 0 -m btlm_jax.parallel.health --devices=1 --platform=gpu\n"
     (place / "sick").touch()
     assert "do not compute" in finish(start(place, place / "launch" / "gpu.sh", ["1:0"], SMI=f"{smi}\\n"), code=2)
@@ -197,16 +197,33 @@ def test_gpu_waits_after_ctrl_c_until_the_run_has_saved(place):
 
 def test_gpu_installs_into_an_environment_without_cuda(place):
     (place / "setup.cfg").touch()
-    for name, script in {"python3": "true", "pip": 'echo "$@" > "$STATE/installed"', "python": "true"}.items():
+    pip = 'echo "$@" > "$STATE/installed"'
+    for name, script in {"python3.11": "touch $STATE/made", "pip": pip, "python": "true"}.items():
         (place / "bin" / name).write_text(f"#!/usr/bin/env bash\n{script}\n")
         (place / "bin" / name).chmod(0o755)
     shutil.copytree(place / "bin", place / ".venv" / "bin")
     finish(start(place, place / "launch" / "gpu.sh", ["1:0"]), code=0)
-    assert (place / "installed").read_text() == "install -e .[cuda]\n"
+    assert (place / "installed").read_text() == "install -c constraints.txt -e .[cuda]\n"
+    assert not (place / "made").exists()  # what else is in .venv stays there
     (place / "installed").unlink()
     (place / ".venv" / "lib" / "python3.11" / "site-packages" / "jax_cuda13_plugin").mkdir(parents=True)
     finish(start(place, place / "launch" / "gpu.sh", ["1:0", "1:0"]), code=0)
     assert not (place / "installed").exists()
+
+
+def test_gpu_replaces_an_environment_of_another_python_and_says_which_it_needs(place):
+    (place / "setup.cfg").touch()
+    (place / ".venv" / "bin").mkdir(parents=True)
+    (place / ".venv" / "bin" / "python").symlink_to("/bin/false")  # of Python 3.10
+    for name in ("python3", "python3.11", "python3.12", "python3.13"):
+        (place / "bin" / name).symlink_to("/bin/false")
+    said = finish(start(place, place / "launch" / "gpu.sh", ["1:0"]), code=2)
+    assert "no Python from 3.11 to 3.13 with venv" in said
+    (place / "bin" / "python3.12").unlink()
+    (place / "bin" / "python3.12").write_text('#!/usr/bin/env bash\n[ "$1" = -c ] || echo "$*" > "$STATE/made"\n')
+    (place / "bin" / "python3.12").chmod(0o755)
+    finish(start(place, place / "launch" / "gpu.sh", ["1:0"]), code=127)  # the stand-in makes no pip
+    assert (place / "made").read_text() == "-m venv --clear .venv\n"
 
 
 def test_slurm_runs_every_task_with_the_same_words(place):

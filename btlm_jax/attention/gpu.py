@@ -65,7 +65,12 @@ def attend_gpu(
 
 
 def why_no_kernel(dtype: jnp.dtype, *, head_dim: int, has_documents: bool) -> str:
-    """Return why the kernel does not take such queries on this GPU, or "" if it does."""
+    """Return why the kernel does not take such queries on this GPU, or "" if it does.
+
+    Compute capabilities are those of the page on attention of NVIDIA/cudnn-frontend, cuDNN 9.18.
+    """
+    if not cudnn.check_compute_capability("8.0"):
+        return "is for compute capability 8.0 (Ampere) or newer"
     is_from_hopper = cudnn.check_compute_capability("9.0")
     is_hopper = is_from_hopper and not cudnn.check_compute_capability("10.0")
     most = MAX_HEAD_DIM_HOPPER if is_hopper else MAX_HEAD_DIM

@@ -66,7 +66,7 @@ def calls(text: str) -> list[str]:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("B, T, N, H", [(2, 37, 4, 64), (1, 300, 6, 80), (1, 70, 2, MAX_HEAD_DIM)])
-def test_the_arithmetic_is_that_of_float64(B, T, N, H):
+def test_the_arithmetic_is_that_of_float64(hopper, B, T, N, H):
     """With the ordinary kernel of the same function in cuDNN's place; an error of two bfloat16 roundings is allowed."""
     *inputs, _ = make_inputs(B=B, T=T, N=N, H=H, dtype=jnp.bfloat16)
     slopes_N = alibi_slopes(N, scaling=1.5)
@@ -105,6 +105,7 @@ def test_it_lowers_to_cudnn_alone_and_under_a_mesh(hopper):
         (9.0, MAX_HEAD_DIM_HOPPER + 1, jnp.bfloat16, False),
         (8.0, MAX_HEAD_DIM, jnp.bfloat16, True),
         (8.0, MAX_HEAD_DIM + 1, jnp.bfloat16, False),
+        (7.5, 80, jnp.bfloat16, False),
         (10.0, MAX_HEAD_DIM + 1, jnp.bfloat16, False),  # cuDNN's backward pass takes 128 there, and just 256
     ],
 )
@@ -136,6 +137,9 @@ def test_what_the_kernel_does_not_take_is_refused_and_said(become, own, H, dtype
         attend(q, k, v, slopes_N, scale=1.0, implementation="gpu")
     config = tiny_config(model__d_model=2 * H, model__num_heads=2, model__dtype=q.dtype.name).model
     assert describe_attention(config, has_documents=False) == f"chunked, in XLA: cuDNN's kernel {reason}"
+    become(7.5)
+    older = "chunked, in XLA: cuDNN's kernel is for compute capability 8.0 (Ampere) or newer"
+    assert describe_attention(config, has_documents=False) == older
 
 
 def test_what_is_chosen_is_said(hopper):
