@@ -306,12 +306,15 @@ def _placement(flags: Flags, config: TrainConfig, *, topology: str) -> Placement
         return placement.from_table(config, topology=topology, table=flags.path("plan_from"))
     import jax
 
+    from btlm_jax.plan.calibration import MEASURED_FOLDER
     from btlm_jax.plan.compiling import CompileCache, default_cache
     from btlm_jax.plan.search import search_layouts
 
     jax.config.update("jax_platforms", _CPU)  # leave this machine's own accelerators out of it
     directory = flags.path("cache").expanduser() if flags.string("cache") else default_cache()
-    cache = CompileCache(directory=directory, max_compiles=flags.integer("max_compiles"))
+    cache = CompileCache(
+        directory=directory, max_compiles=flags.integer("max_compiles"), measured=directory / MEASURED_FOLDER
+    )
     result = search_layouts(config, topology=topology, cache=cache, report_progress=_print_progress)
     return placement.searched(result)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import json
 import math
@@ -142,7 +143,8 @@ def _plan(
     from btlm_jax.plan.plan_report import format_plan, plan_to_json
     from btlm_jax.plan.slice_plan import plan_run
 
-    planned = plan_run(config, topology=topology, cache=cache, report_progress=_print_progress, slices=slices)
+    published = dataclasses.replace(cache, measured=None) if measured else cache  # a run is not held against itself
+    planned = plan_run(config, topology=topology, cache=published, report_progress=_print_progress, slices=slices)
     content = plan_to_json(planned, usd_per_chip_hour=price)
     text = format_plan(planned, usd_per_chip_hour=price)
     if measured:
@@ -154,7 +156,7 @@ def _plan(
         keep_points(points, directory=cache.measured)
         content["measured"] = {point.name: point.measured for point in points}
         text += f"\n\n{format_measured(points, planned)}\nKept in {cache.measured}: later plans of "
-        text += f"{measured.chip.name} are corrected by such steps, in place of the published runs."
+        text += f"{measured.chip.name} are corrected by steps of about such a length, in place of the published runs."
     return content, text, planned.works
 
 

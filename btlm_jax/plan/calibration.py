@@ -104,24 +104,30 @@ def best_published_hfu(chip: str) -> float | None:
     return stored[chip]["hfu"] if chip in stored else None
 
 
-def correction_of(chip: str, *, own: Sequence[Point] = ()) -> Correction:
+def correction_of(chip: str, *, own: Sequence[Point] = (), roofline: float = math.nan) -> Correction:
     """Return the correction of a TPU: see `correction_by`."""
-    return correction_by(published_points(), chip=chip, own=own)
+    return correction_by(published_points(), chip=chip, own=own, roofline=roofline)
 
 
-def correction_by(points: Sequence[Point], *, chip: str, own: Sequence[Point] = ()) -> Correction:
-    """Return the correction of a chip: by one's own runs on it if there are any, else by published ones.
+def correction_by(
+    points: Sequence[Point], *, chip: str, own: Sequence[Point] = (), roofline: float = math.nan
+) -> Correction:
+    """Return the correction of a step on a chip: by one's own runs, or by published ones.
+
+    Of one's own those count whose roofline is at most 4 times shorter or longer than `roofline`, that of the step in
+    seconds: what a small step takes over its roofline is launching, and says nothing of a large one. Where there are
+    any, published runs do not count.
 
     The factor is the geometric mean of the ratios of the chip's runs and of one more, the mean of all runs: with so
     few, that leaves less error than either mean. The error is the root of the mean square of the errors, in nats, that
     leaving one run out makes; for a chip without runs that of leaving out a chip, if it is greater.
     """
-    if own:
-        factor = _mean_ratio(own)
-        spread = max(abs(math.log(each.ratio / factor)) for each in own)
-        return Correction(
-            factor=factor, error=max(_OWN_ERROR, math.expm1(spread)), source=f"{len(own)} steps measured here"
-        )
+    alike = [each for each in own if abs(math.log(each.parts.roofline / roofline)) <= math.log(_ALIKE)]
+    if alike:
+        factor = _mean_ratio(alike)
+        spread = max(abs(math.log(each.ratio / factor)) for each in alike)
+        source = f"steps measured here ({len(alike)} of about this length)"
+        return Correction(factor=factor, error=max(_OWN_ERROR, math.expm1(spread)), source=source)
     error = _root_mean_square([math.log(each.measured / predicted) for each, predicted in left_out(points)])
     num_same = sum(each.chip == chip for each in points)
     source = f"{num_same} published runs on {chip}, of {len(points)} in all, none of this model"
@@ -130,6 +136,8 @@ def correction_by(points: Sequence[Point], *, chip: str, own: Sequence[Point] = 
         chips = {each.chip for each in points}
         by_others = {left: _mean_ratio([each for each in points if each.chip != left]) for left in chips}
         error = max(error, _root_mean_square([math.log(each.ratio / by_others[each.chip]) for each in points]))
+    if own:
+        source += f"; of {len(own)} measured here none is of about this length"
     return Correction(factor=_factor(chip, points), error=math.expm1(error), source=source)
 
 
@@ -169,6 +177,7 @@ def kept_points(chip: str, *, directory: Path) -> tuple[Point, ...]:
 
 
 _OWN_ERROR = 0.05  # at least, of a prediction by one's own runs: other layouts differ
+_ALIKE = 4.0  # how many times longer the roofline of one step may be than that of another which it corrects
 
 
 def _factor(chip: str, points: Sequence[Point]) -> float:

@@ -147,7 +147,15 @@ def versions_for(chip: Chip | Gpu) -> dict[str, str]:
     if not isinstance(chip, Gpu):
         return compiler_versions()
     plugin = ("jax-cuda13-plugin", "nvidia-cudnn-cu13") if has_cuda_plugin() else ()
-    return {name: importlib.metadata.version(name) for name in ("jax", "jaxlib", *plugin)}
+    return {name: _version(name) for name in ("jax", "jaxlib", *plugin)}
+
+
+def _version(package: str) -> str:
+    """Return the version of an installed package; of one that the system brings, as cuDNN of a container, only that."""
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return "the system's"
 
 
 def _key(traced: jax.stages.Traced, *, topology: str, chip: Chip | Gpu, device: jax.Device) -> str:

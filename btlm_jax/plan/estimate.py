@@ -156,7 +156,7 @@ def plan_phase(program: Program, phase: Phase, *, topology: str, chip: Chip, cac
         executed_flops=work.flops,
         skipped_flops=attention * skipped_share(work, slopes_XN=slopes_XN),
         peak_flops=peak * num_chips,
-        step_time=StepTime(parts=parts, correction=correction_of(chip.name, own=own)),
+        step_time=StepTime(parts=parts, correction=correction_of(chip.name, own=own, roofline=parts.roofline)),
     )
     best = best_published_hfu(chip.name)
     if best is not None and plan.hfu > best:

@@ -139,8 +139,9 @@ def _step_time(
     program: Program, phase: Phase, work: StepWork, exchanges: tuple[Exchange, ...], *, gpu: Gpu, measured: Path | None
 ) -> StepTime:
     own = kept_points(gpu.name, directory=measured) if measured else ()
-    correction = correction_by(published_gpu_points(), chip=gpu.timed_as, own=own)
-    return StepTime(parts=gpu_parts(gpu_work(program, phase, work), exchanges, gpu=gpu), correction=correction)
+    parts = gpu_parts(gpu_work(program, phase, work), exchanges, gpu=gpu)
+    correction = correction_by(published_gpu_points(), chip=gpu.timed_as, own=own, roofline=parts.roofline)
+    return StepTime(parts=parts, correction=correction)
 
 
 def gpu_work(program: Program, phase: Phase, work: StepWork) -> GpuWork:

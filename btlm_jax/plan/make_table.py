@@ -20,7 +20,7 @@ from btlm_jax.plan.compiling import CompileCache, compiler_versions
 from btlm_jax.plan.estimate import ASSUMPTIONS, PhasePlan
 from btlm_jax.plan.layout import MeshLayout, layout_of
 from btlm_jax.plan.plan_report import collectives_by_kind, time_to_json
-from btlm_jax.plan.pod_table import training_fields
+from btlm_jax.plan.pod_table import read_versions, training_fields
 from btlm_jax.plan.slice_plan import DoesNotFit, SlicePlan, plan_fitting_phases
 from btlm_jax.plan.table_text import format_table_markdown
 from btlm_jax.recipe.config import TrainConfig, train_config_from
@@ -106,7 +106,7 @@ def make_table(
 
     Raises:
       ValueError: the folder has no config, none of a name in `only`, or one that does not load; the table has no rows
-        to keep.
+        to keep, or rows of another compiler.
       NoCompilationsLeftError: `cache` may compile no more; finished results stay in it.
     """
     files = sorted(path.parent.glob("*.py"))
@@ -117,6 +117,12 @@ def make_table(
     if unknown := set(only) - {name for pod in chosen for name in (pod.name, pod.file)}:
         raise ValueError(f"{path.parent} has no config of the name {', '.join(sorted(unknown))}")
     kept = _rows_by_config(path) if only else {}
+    if only and (before := read_versions(path)) != (now := compiler_versions()):
+        said = [", ".join(f"{name} {version}" for name, version in each.items()) for each in (before, now)]
+        raise ValueError(
+            f"{path} was made with {said[0]}, and here are {said[1]}: rows of one table are by one compiler; make it "
+            "whole, without --only"
+        )
     layouts = [(pod, topology, layout) for pod in chosen for topology, layout in pod.layouts]
     made, problems = {}, []
     for number, (pod, topology, layout) in enumerate(layouts, start=1):

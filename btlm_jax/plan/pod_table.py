@@ -6,6 +6,7 @@ Read before anything touches a device, on a pod and on the machine that rents it
 from __future__ import annotations
 
 import dataclasses
+import importlib.metadata
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -19,7 +20,9 @@ from btlm_jax.storage.files import parse_json_object, read_json_object
 
 TABLE_FILE = "table.json"
 POD_FOLDER, FAMILY_FOLDER = "pods", "family"  # of configs/, with a table each
-_DECIDES_STATE = ("average", "hidden_optimizer")  # of the optimizer; without either a row says nothing of it
+# Of the optimizer and the data; a row says nothing of those that are as usual.
+_DECIDES_PROGRAM = (("optimizer", "average"), ("optimizer", "hidden_optimizer"), ("optimizer", "freeze"))
+_DECIDES_PROGRAM += (("data", "document_mask"),)
 _NO_EFFECT_ON_MEMORY = ("layer_norm_eps", "alibi_scaling", "remat")
 
 
@@ -82,8 +85,10 @@ def training_fields(config: TrainConfig) -> dict:
     """Return the fields of a config, besides its layout, on which the compiled program and its memory depend."""
     model = dataclasses.asdict(config.model)
     phases = [[phase.batch_size, phase.seq_len] for phase in config.curriculum.table.phases]
-    usual, optimizer = LATER_KEYS["optimizer"], dataclasses.asdict(config.optimizer)
-    state = {name: optimizer[name] for name in _DECIDES_STATE if optimizer[name] != usual[name]}
+    unusual: dict[str, dict] = {}
+    for section, name in _DECIDES_PROGRAM:
+        if (value := getattr(getattr(config, section), name)) != LATER_KEYS[section][name]:
+            unusual.setdefault(section, {})[name] = value
     return {
         "model": {
             name: value
@@ -91,7 +96,7 @@ def training_fields(config: TrainConfig) -> dict:
             if name not in _NO_EFFECT_ON_MEMORY and (name, value) != ("qk_norm", "none")  # older tables lack this key
         },
         "batch_x_seq_len": phases,
-        **({"optimizer": state} if state else {}),
+        **unusual,
     }
 
 
@@ -110,7 +115,8 @@ def check_layout_fits(config: TrainConfig, *, config_file: Path, chip: str, num_
     for row in rows:
         if not row.fits and layout.relative_memory(row.layout) == 1:
             raise ValueError(
-                f"{layout} does not fit on {num_chips} chips of {chip}: {_compared(layout, row)}, by {table}. "
+                f"{layout} does not fit on {num_chips} chips of {chip}: {_compared(layout, row)}, by {table}"
+                f"{_other_versions(table)}. "
                 f"{_fitting_layouts(rows)}; or look for others: {command} --search"
             )
     for row in rows:
@@ -120,7 +126,7 @@ def check_layout_fits(config: TrainConfig, *, config_file: Path, chip: str, num_
                 for seconds, phase in zip(row.step_seconds, config.curriculum.table.phases, strict=False)
             )
             predicted = f"; predicted, not measured: {steps}" if steps else ""
-            return f"{layout} fits on {num_chips} chips of {chip}, by {table}{predicted}"
+            return f"{layout} fits on {num_chips} chips of {chip}, by {table}{_other_versions(table)}{predicted}"
     return (
         f"{table} does not have {layout} on {num_chips} chips of {chip}, so whether it fits is not known; to see: "
         f"{command} {layout.flags}"
@@ -153,6 +159,19 @@ def _rows_of(config: TrainConfig, *, table: Path, chip: str, num_chips: int) -> 
     """Return the rows of a config, with its and other layouts, on so many chips."""
     wanted = (chip, num_chips, training_fields(config))
     return [row for row in read_table(table) if (row.chip, row.num_chips, row.trains) == wanted]
+
+
+def _other_versions(table: Path) -> str:
+    """Return which packages a table was compiled with that are installed here in another version, in brackets."""
+    said = []
+    for name, version in read_versions(table).items():
+        try:
+            here = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:  # as libtpu beside a pod
+            continue
+        if here != version:
+            said.append(f"{name} {version}, not {here} as here")
+    return f" (compiled with {'; '.join(said)})" if said else ""
 
 
 def _row(values: dict) -> Row:

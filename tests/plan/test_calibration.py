@@ -88,10 +88,17 @@ def test_ones_own_steps_replace_the_published_ones(three_runs, tmp_path):
     keep_points(own, directory=tmp_path)
     kept = kept_points("v5e", directory=tmp_path)
     assert sorted(kept, key=lambda each: each.measured) == own
-    found = correction_of("v5e", own=kept)
-    assert found.factor == pytest.approx(math.sqrt(1.1 * 1.3)) and found.source == "2 steps measured here"
+    found = correction_of("v5e", own=kept, roofline=3.9)
+    assert (
+        found.factor == pytest.approx(math.sqrt(1.1 * 1.3))
+        and found.source == "steps measured here (2 of about this length)"
+    )
     assert found.error == pytest.approx(math.sqrt(1.3 / 1.1) - 1)
-    assert correction_of("v5e", own=own[:1]).error == 0.05
+    assert correction_of("v5e", own=own[:1], roofline=0.26).error == 0.05
+    for roofline in (0.24, 4.1):
+        unlike = correction_of("v5e", own=own, roofline=roofline)
+        assert (unlike.factor, unlike.error) == (correction_of("v5e").factor, correction_of("v5e").error)
+        assert unlike.source.endswith("; of 2 measured here none is of about this length")
     path = next(tmp_path.glob("v5e-*"))
     path.write_text(path.read_text().replace('"measured"', '"took"'))
     with pytest.raises(ValueError, match=re.escape(f"{path} is no measured step that this version wrote")):
@@ -113,6 +120,24 @@ def test_a_run_is_measured_by_its_workdir(tmp_path):
     assert f"2.000 s a step, {2.0 / plan.phases[0].step_time.central:.2f} times the" in own_runs.format_measured(
         [found], plan
     )
+
+
+@pytest.mark.parametrize(
+    "event", [{"setting": "mesh.accumulation", "message": "it was 1"}, {"message": "this machine: jax was '0.9'"}]
+)
+def test_steps_before_the_last_change_of_layout_or_machine_are_not_measured(tmp_path, event):
+    write_run(tmp_path / "run", steps=20 + 13)
+    metrics = tmp_path / "run" / "metrics.jsonl"
+
+    def change(step: int) -> None:
+        metrics.write_text(metrics.read_text() + json.dumps({"kind": "event", "step": step, **event}) + "\n")
+
+    assert own_runs.read_own_run(tmp_path / "run").seconds == {0: 2.0, 1: 3.0}
+    change(33)  # of a start of the run when it was done
+    change(3)
+    assert own_runs.read_own_run(tmp_path / "run").seconds == {0: 2.0, 1: 3.0}
+    change(10)
+    assert own_runs.read_own_run(tmp_path / "run").seconds == {1: 3.0}
 
 
 @pytest.mark.parametrize(

@@ -107,6 +107,25 @@ def test_a_run_is_told_the_seconds_of_its_layout(pods):
     assert predicted_seconds(unfitting, **where) == predicted_seconds(config_of(pods, accumulation=5), **where) == ()
 
 
+def test_a_table_of_another_compiler_is_said_and_not_added_to(pods):
+    assert "compiled with" not in check(pods, config_of(pods))
+    table = pods / "table.json"
+    table.write_text(json.dumps(json.loads(table.read_text()) | {"versions": {"jax": "0.1", "no-such-package": "3"}}))
+    assert f"(compiled with jax 0.1, not {jax.__version__} as here)" in check(pods, config_of(pods))
+    with pytest.raises(ValueError, match=r"does not fit .*, by .*table.json \(compiled with jax 0.1, not "):
+        check(pods, config_of(pods, accumulation=3, remat="matmuls_saved"))
+    with pytest.raises(ValueError, match="was made with jax 0.1, no-such-package 3, and here are jax .*whole, without"):
+        make(pods, only=["v5e_32"])
+
+
+def test_a_layout_of_another_program_is_another_layout(pods):
+    config = config_of(pods)
+    masked = dataclasses.replace(config, data=dataclasses.replace(config.data, document_mask=True))
+    frozen = dataclasses.replace(config, optimizer=dataclasses.replace(config.optimizer, freeze="embedding"))
+    for other in (masked, frozen):
+        assert "table.json does not have" in check(pods, other)
+
+
 def test_what_is_wrong_with_a_folder_is_named(pods):
     text = (pods / "v5e_32.py").read_text()
     (pods / "v5e_32.py").write_text(text.replace("accumulation = 15", "accumulation = 1"))
@@ -131,9 +150,10 @@ def test_what_is_wrong_with_a_folder_is_named(pods):
 def test_further_slices_and_a_table_of_one_config_alone(pods):
     (pods / "another.py").write_text((pods / "v5e_32.py").read_text())
     (pods / "others.json").write_text(json.dumps({"another": [{"topology": "v6e-64", "accumulation": 5}]}))
-    before = json.loads((pods / "table.json").read_text())["rows"]
+    table = json.loads((pods / "table.json").read_text())
+    before = table["rows"]
     before[0]["days"] = [1.0, 2.0]
-    (pods / "table.json").write_text(json.dumps({"rows": before}))
+    (pods / "table.json").write_text(json.dumps(table))
     assert make(pods, only=["another"]) == []
     rows = json.loads((pods / "table.json").read_text())["rows"]
     assert rows[-3:] == before  # of the config that was not asked for
