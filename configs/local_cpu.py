@@ -2,9 +2,9 @@
 
 Command:  btlm train --config=configs/local_cpu.py --workdir=runs/local
 Hardware: 2 CPU cores, 3 GB of memory. Every key is btlm_3b_8k.py's; only the values differ.
-The constants are BTLM's, except for the peak learning rate (0.012 there; docs/guide/new.md) and mup.output_multiplier, 2.22
-there: with it a run as short as this one spends a good part of its steps on unlearning the first logits, and ends, in
-bfloat16, at 2.195 bits per byte instead of 2.142 (LOG.md, 2026-11-30).
+The constants are BTLM's, except for the peak learning rate, 0.012 there (docs/guide/new.md), and mup.output_multiplier,
+2.22 there: with it a run as short as this one spends a good part of its steps on unlearning the first logits, and ends,
+in bfloat16, at 2.195 bits per byte instead of 2.142 (LOG.md, 2026-11-30).
 Its corpus is the documentation that the installed Python packages carry, so it needs no download.
 """
 
