@@ -2,6 +2,7 @@
 
 import dataclasses
 import shutil
+import threading
 import types
 
 import pytest
@@ -46,8 +47,15 @@ def test_a_process_other_than_the_first_makes_a_store_only_where_they_share_no_f
     monkeypatch.setattr(setup.jax, "process_index", lambda: 1)
     made = {"build_store": lambda *_, directory, **__: shutil.copytree(token_store, directory)}
     made |= {"wait_for_all": lambda: None}
-    with pytest.raises(FileNotFoundError):  # as process 0 has made none
+    monkeypatch.setattr(setup, "_SEEN_SECONDS", 0.1)
+    with pytest.raises(FileNotFoundError, match="process 0 has the token store .*/store, and this host does not see"):
         prepare_store(config_of("store"), workdir=tmp_path, expected_fingerprint="", **made)
+    monkeypatch.setattr(setup, "_SEEN_SECONDS", 60)
+    late = threading.Timer(0.3, lambda: (tmp_path / "late").rename(tmp_path / "store"))  # as NFS shows it
+    shutil.copytree(token_store, tmp_path / "late")
+    late.start()
+    assert prepare_store(config_of("store"), workdir=tmp_path, expected_fingerprint="", **made).directory
+    shutil.rmtree(tmp_path / "store")
     monkeypatch.setitem(location._mirrors, tmp_path, types.SimpleNamespace(is_remote=True))
     assert prepare_store(config_of("store"), workdir=tmp_path, expected_fingerprint="", **made).directory
 
