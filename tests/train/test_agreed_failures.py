@@ -71,6 +71,36 @@ def test_training_goes_on_after_one_failed_save_in_any_process(checkpointer, say
     assert saved == [1]
 
 
+def test_what_only_one_process_knows_ends_it_in_place_of_going_on_alone(checkpointer, say, monkeypatch):
+    """The others are at another exchange than the new manager's; this one ends with an error, and then they do."""
+
+    def fail_here(state, *, position, config):
+        raise OSError("the folder of an earlier save cannot be deleted")
+
+    monkeypatch.setattr(checkpointer, "save", fail_here)
+    monkeypatch.setattr(checkpointer, "_go_on_after", lambda error: pytest.fail("went on alone"))
+    with pytest.raises(OSError, match="cannot be deleted"):
+        checkpointer.save_or_go_on("state", position=1, config="config")
+    checkpointer._failure = OSError("before")
+    with pytest.raises(OSError, match="cannot be deleted"):
+        checkpointer.retry("state", position=1, config="config")
+
+
+def test_rules_that_one_process_cannot_follow_are_an_error_in_all(checkpointer, say, monkeypatch):
+    monkeypatch.setattr(rendezvous, "value_of_first", lambda value: [])
+    monkeypatch.setattr(checkpointer, "steps", lambda: [3])
+    with pytest.raises(AgreedError, match=r"process 0: \[Errno 2\] No such file"):  # its folder is gone
+        checkpointer._delete_by_rules()
+    (checkpointer.directory / "3").mkdir()
+
+    def refuse(step):
+        raise OSError("quota")
+
+    monkeypatch.setattr(checkpointer._manager, "delete", refuse)
+    with pytest.raises(AgreedError, match="process 0: quota"):
+        checkpointer._delete_by_rules()
+
+
 def test_what_another_process_cannot_read_is_damaged_here_too(checkpointer, say):
     say.append("its part is missing")
     with pytest.raises(DamagedError) as caught:
