@@ -1,4 +1,4 @@
-"""The family on slices of 8 and 16 chips: pods/family:SIZE@SLICE, as 590M@v5e-16; 111M@v5e-8 without one.
+"""The family on slices of 4 to 16 chips: pods/family:SIZE@SLICE, as 590M@v5e-16; 111M@v5e-8 without one.
 
 Train:      btlm train --config=pods/family:256M@v5e-8 --workdir=DIR --config.data.store=STORE
 Times:      what a step needs and should take: table.md, made by btlm plan --table=configs/pods/table.json --only=family
@@ -13,6 +13,9 @@ LAYOUTS = {  # by size and slice
     "111M@v5e-8": dict(accumulation=1, remat="matmuls_saved"),
     "256M@v5e-8": dict(accumulation=5, remat="matmuls_saved"),
     "590M@v5e-16": dict(accumulation=3, remat="matmuls_saved"),
+    "111M@v4-8": dict(accumulation=2, remat="matmuls_saved"),
+    "256M@v4-8": dict(accumulation=4, remat="matmuls_saved"),
+    "590M@v4-8": dict(accumulation=8, remat="matmuls_saved"),
 }
 TOPOLOGIES = {dial: dial.partition("@")[2] for dial in LAYOUTS}  # rows of the table
 
