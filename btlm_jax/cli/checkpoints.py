@@ -42,17 +42,14 @@ def checkpoints(arguments: Sequence[str]) -> int:
     from btlm_jax.train.checkpoint import CheckpointReader
 
     reader = CheckpointReader(workdir)
-    try:
-        rows = []
-        print(f"{'step':>12} {'tokens':>19} {'written':>17} {'size':>10}  state")
-        for step in reader.steps():
-            with _unless_deleted(reader.directory / str(step), said=f"{step:>12,} the run has deleted it meanwhile"):
-                rows.append(_Row(reader, step, verify=flags.boolean("verify")))
-                print(rows[-1].text(), flush=True)
-        if flags.is_given("copy"):
-            _copy(reader, workdir, flags.location("copy"), [row for row in rows if not row.reason])
-    finally:
-        reader.close()
+    rows = []
+    print(f"{'step':>12} {'tokens':>19} {'written':>17} {'size':>10}  state")
+    for step in reader.steps():
+        with _unless_deleted(reader.directory / str(step), said=f"{step:>12,} the run has deleted it meanwhile"):
+            rows.append(_Row(reader, step, verify=flags.boolean("verify")))
+            print(rows[-1].text(), flush=True)
+    if flags.is_given("copy"):
+        _copy(reader, workdir, flags.location("copy"), [row for row in rows if not row.reason])
     if flags.boolean("prune"):
         _prune(rows)
     return ERROR if any(row.reason for row in rows) else DONE

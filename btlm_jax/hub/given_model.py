@@ -160,15 +160,10 @@ def open_given_model(directory: Path, *, step: int) -> GivenModel:
 
 def _open_run(workdir: Path, *, step: int) -> GivenModel:
     reader = CheckpointReader(split_average(workdir)[0])
-    try:
-        steps = reader.steps()
-        if step and step not in steps:
-            raise FileNotFoundError(
-                f"{workdir} has no checkpoint of step {step:,}; there are {', '.join(map(str, steps))}"
-            )
-        checkpoint = read_run_checkpoint(reader, step or steps[-1], workdir=workdir)
-    finally:
-        reader.close()
+    steps = reader.steps()
+    if step and step not in steps:
+        raise FileNotFoundError(f"{workdir} has no checkpoint of step {step:,}; there are {', '.join(map(str, steps))}")
+    checkpoint = read_run_checkpoint(reader, step or steps[-1], workdir=workdir)
     step = checkpoint.position.step
     return GivenModel(
         directory=workdir, form=RUN, step=step, fingerprint=fingerprint_of_checkpoint(workdir, step),
@@ -247,10 +242,7 @@ def begin_state(model: GivenModel, run: Run, *, keep_optimizer: bool, rows: NewR
     table = _with_rows(parameter_table(run.model, run.mesh), model.metadata.model.vocab_size)
     if keep_optimizer:
         reader = CheckpointReader(model.directory)
-        try:
-            return _kept_state(model, run, table, reader, rows=rows)
-        finally:
-            reader.close()
+        return _kept_state(model, run, table, reader, rows=rows)
     params = _read_params(model, table)
     params[_EMBEDDING] = _grown(params[_EMBEDDING], rows, mean=True)
     return make_state(_placed(params, run.table), run.optimizer, run.mesh)
@@ -272,10 +264,7 @@ def _read_params(model: GivenModel, table: dict) -> dict:
     abstract = jax.tree.map(lambda info: info.abstract, table)
     if model.form == RUN:
         reader = CheckpointReader(split_average(model.directory)[0])
-        try:
-            return read_weights(reader, model.step, workdir=model.directory, abstract=abstract)
-        finally:
-            reader.close()
+        return read_weights(reader, model.step, workdir=model.directory, abstract=abstract)
     if model.form == NATIVE:
         return read_model_directory(model.directory).params
     source = HuggingFaceSource(model.directory)

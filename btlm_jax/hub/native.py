@@ -109,14 +109,11 @@ def read_run(workdir: Path, *, check: Callable[[ModelMetadata], object] = accept
       ValueError: the checkpoint, the tokenizer or the store's manifest is damaged; no average is kept; or of `check`.
     """
     reader = CheckpointReader(split_average(workdir)[0])
-    try:
-        checkpoint = read_run_checkpoint(reader, reader.steps()[-1], workdir=workdir)
-        check(checkpoint.metadata)
-        mesh = one_device_mesh()
-        abstract = abstract_params(checkpoint.metadata, mesh)
-        params = read_weights(reader, checkpoint.position.step, workdir=workdir, abstract=abstract)
-    finally:
-        reader.close()
+    checkpoint = read_run_checkpoint(reader, reader.steps()[-1], workdir=workdir)
+    check(checkpoint.metadata)
+    mesh = one_device_mesh()
+    abstract = abstract_params(checkpoint.metadata, mesh)
+    params = read_weights(reader, checkpoint.position.step, workdir=workdir, abstract=abstract)
     return NativeModel(metadata=checkpoint.metadata, params=params, mesh=mesh, tokenizer=checkpoint.tokenizer)
 
 
@@ -163,10 +160,7 @@ def store_of_run(workdir: Path) -> PathOrUrl:
     """
     run, _ = split_average(workdir)
     reader = CheckpointReader(run)
-    try:
-        _, config = reader.read_metadata(reader.steps()[-1])
-    finally:
-        reader.close()
+    _, config = reader.read_metadata(reader.steps()[-1])
     return resolve_location(run, config.data.store)
 
 

@@ -713,7 +713,8 @@ class _KeepRules:
 class CheckpointReader(Checkpointer):
     """Read-only access to the checkpoints of a workdir whose run may still be going on: unfinished saves stay.
 
-    It has the checkpoints that were complete when it was made; the run may delete one of them at any moment.
+    It has the checkpoints that were complete when it was made; the run may delete one of them at any moment. It holds
+    nothing open, so that it is not closed.
 
     Raises:
       FileNotFoundError: there is no complete checkpoint.
@@ -728,9 +729,6 @@ class CheckpointReader(Checkpointer):
 
     def steps(self) -> list[int]:
         return self._steps
-
-    def close(self) -> None:
-        """Do nothing: it holds nothing open."""
 
     def _remedy(self, others: Sequence[int]) -> str:
         return f"the run also has {self.directory / str(others[-1])}" if others else "the run has no other"

@@ -50,7 +50,6 @@ def test_the_list_and_what_is_verified_copied_and_pruned(workdir, program, capsy
     assert [line.split()[-1] for line in capsys.readouterr().out.splitlines()[1:4]] == ["verified"] * 3
     reader = CheckpointReader(copy)
     assert reader.steps() == [2, 3, 5] and reader.restore_params(3, abstract=program.state.params)
-    reader.close()
     assert main(["checkpoints", str(workdir), f"--copy={copy}"]) == 1 and "exists" in capsys.readouterr().err
     assert main(["checkpoints", str(workdir), "--prune"]) == 0
     assert steps_of(workdir) == [3, 5]  # the last, and the last at a multiple of every_steps=3

@@ -98,7 +98,6 @@ def test_checkpoints_in_a_bucket(objects, token_store, tmp_path, capsys):
         patch.setattr(bucket.RemoteFolder, "_call", lambda *_, **__: (_ for _ in ()).throw(TimeoutError()))
         with pytest.raises(OSError, match=r"cannot be reached \(1 attempt\): no answer in time"):
             reader.complete(6)
-    reader.close()
 
 
 def test_a_dry_run_of_a_new_workdir_reads_nothing_and_writes_nothing(objects):

@@ -153,7 +153,6 @@ def test_a_damaged_checkpoint_is_named_with_the_remedy(single, tmp_path):
     reader = CheckpointReader(tmp_path)  # of a model that another command only reads: nothing of it is to be deleted
     with pytest.raises(ValueError, match=r"cannot be used: .*; the run also has .*/checkpoints/13$"):
         reader.restore_state(14, abstract=abstract)
-    reader.close()
 
 
 def test_what_decides_the_last_bits_is_in_a_checkpoint_and_a_difference_is_said(saved, tmp_path):

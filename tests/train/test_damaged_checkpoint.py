@@ -255,7 +255,6 @@ def test_values_that_are_not_finite_and_arrays_that_were_replaced_are_refused(wo
         reader.restore_params(7, abstract=program.state.params)
     with pytest.raises(DamagedError, match=r"and \d+ more arrays: not as it was written; the run also has .*/7$"):
         reader.restore_params(6, abstract=program.state.params)
-    reader.close()
 
 
 def test_a_checkpoint_from_before_hashes_is_read_and_that_is_said(workdir, program):
