@@ -48,7 +48,7 @@ def table() -> str:
             f"Memory of a chip and times are predicted by `btlm plan --table=configs/family/table.json` ({PLANNED},",
             f"{versions}), not measured on a TPU;",
             "their times are from before the calibration, and too short by up to a half: calibrated steps on slices of",
-            "8 and 16 chips are in the [pod table](pod-table.md);",
+            "4 to 16 chips are in the [pod table](pod-table.md);",
             "the time at 237 is for the batch at 20. Exchanges, step times and MFU: `configs/family/table.md`.",
             "`btlm train` on TPUs asks it, as the table of the [pods](pod-table.md), whether a layout fits.",
         ]
