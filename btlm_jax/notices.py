@@ -51,7 +51,7 @@ NAMES = {
     "metrics-line-dropped": "a line of metrics.jsonl is damaged, and is removed at a resume",
     "tracker-stopped": "a tracker cannot take a run's numbers any more, and the run goes on without it",
     "tracker-begun-again": "another run begins in a tracker: steps are trained anew, or its file is damaged",
-    "plan-too-fast": "a predicted step executes more of a chip's peak than any published one",
+    "plan-too-fast": "a step would execute more of a chip's peak than any run known, and is predicted slower",
     "not-traced": "steps of log.profile_steps are not traced, as the run is past them",
     "summary-made-again": "the summary of a finished run is damaged, and its end is repeated",
     "documents-joined": "a window has more documents than its attention keeps apart; those beyond see each other",

@@ -75,9 +75,9 @@ class Correction:
     error: float  # relative: a step is between its value / (1 + error) and its value x (1 + error)
     source: str
 
-    def seconds(self, parts: Parts, *, skipped: float = 0.0) -> float:
-        """Return the central value of a step's seconds, without `skipped` of its attention."""
-        return self.factor * (parts.roofline - skipped) + parts.exchanged
+    def seconds(self, parts: Parts) -> float:
+        """Return the central value of a step's seconds."""
+        return self.factor * parts.roofline + parts.exchanged
 
 
 @functools.cache
@@ -104,6 +104,12 @@ def best_published_hfu(chip: str) -> float | None:
     return stored[chip]["hfu"] if chip in stored else None
 
 
+def best_known_hfu(chip: str, *, own: Sequence[Point]) -> float | None:
+    """Return the greatest hardware FLOPs utilization of a chip, published or of one's own runs; None without either."""
+    published = best_published_hfu(chip)
+    return max([each.hfu for each in own] + ([] if published is None else [published]), default=None)
+
+
 def correction_of(chip: str, *, own: Sequence[Point] = (), roofline: float = math.nan) -> Correction:
     """Return the correction of a TPU: see `correction_by`."""
     return correction_by(published_points(), chip=chip, own=own, roofline=roofline)
@@ -120,7 +126,7 @@ def correction_by(
 
     The factor is the geometric mean of the ratios of the chip's runs and of one more, the mean of all runs: with so
     few, that leaves less error than either mean. The error is the root of the mean square of the errors, in nats, that
-    leaving one run out makes; for a chip without runs that of leaving out a chip, if it is greater.
+    leaving one run out makes; for a chip without runs that of leaving out a chip, if it is greater; and 10 % at least.
     """
     alike = [each for each in own if abs(math.log(each.parts.roofline / roofline)) <= math.log(_ALIKE)]
     if alike:
@@ -138,7 +144,7 @@ def correction_by(
         error = max(error, _root_mean_square([math.log(each.ratio / by_others[each.chip]) for each in points]))
     if own:
         source += f"; of {len(own)} measured here none is of about this length"
-    return Correction(factor=_factor(chip, points), error=math.expm1(error), source=source)
+    return Correction(factor=_factor(chip, points), error=max(_OTHERS_ERROR, math.expm1(error)), source=source)
 
 
 def left_out(points: Sequence[Point]) -> list[tuple[Point, float]]:
@@ -177,6 +183,7 @@ def kept_points(chip: str, *, directory: Path) -> tuple[Point, ...]:
 
 
 _OWN_ERROR = 0.05  # at least, of a prediction by one's own runs: other layouts differ
+_OTHERS_ERROR = 0.1  # at least, by published runs: that of v5e-256-maxtext-32b, compiled when the others had been read
 _ALIKE = 4.0  # how many times longer the roofline of one step may be than that of another which it corrects
 
 

@@ -18,7 +18,7 @@ from btlm_jax.attention.alibi import SPREAD, alibi_window
 from btlm_jax.attention.tpu import BACKWARD
 from btlm_jax.model.transformer import device_slopes
 from btlm_jax.parallel.mesh import num_ways
-from btlm_jax.plan.calibration import Correction, Parts, best_published_hfu, correction_of, kept_points
+from btlm_jax.plan.calibration import Correction, Parts, best_known_hfu, correction_of, kept_points
 from btlm_jax.plan.chips import Chip
 from btlm_jax.plan.compiling import CompileCache, CompiledStep
 from btlm_jax.plan.executable import ELEMENTWISE, PREFETCH, PRODUCT, UNESTIMATED, Executable, Operation
@@ -33,8 +33,8 @@ ASSUMPTIONS = (
     "trips of the loops around it; gathers, scatters, sorts, copies without an estimate: bytes at 0.8 of the bandwidth",
     "attention kernels: instruction bundles of their loops, as compiled, + 300 a program, / clock / cores, on the "
     "device whose heads see the most, over all keys",
-    "central value: roofline x what published runs took over theirs on this chip, + exchanges that nothing hides; "
-    "error: what leaving one of those runs out makes",
+    "central value: roofline x what published runs took over theirs on this chip, + exchanges that nothing hides, but "
+    "not faster than at the best HFU published of the chip; error: what leaving one of those runs out makes, or 10 %",
     "exchanges by where the devices are: along a side of the slice a closed ring has two links into a device, a line "
     "one, a group that takes every nth device 1/n of them; synchronous ones are alone, the others beside computation",
     "compiler: XLA's own cycle estimates / clock, which include memory time and are the faster end of what is known",
@@ -74,10 +74,11 @@ class StepTime:
 
     parts: Parts
     correction: Correction
+    at_best_hfu: float = 0.0  # seconds of its FLOPs at the best HFU known of the chip: it is not believed to be faster
 
     @property
     def central(self) -> float:
-        return self.correction.seconds(self.parts)
+        return max(self.correction.seconds(self.parts), self.at_best_hfu)
 
     @property
     def low(self) -> float:
@@ -90,7 +91,7 @@ class StepTime:
     @property
     def windowed(self) -> float:
         """The central value if keys outside of ALiBi's windows are skipped."""
-        return self.correction.seconds(self.parts, skipped=self.parts.negligible)
+        return self.central - self.correction.factor * self.parts.negligible
 
     @property
     def compiler(self) -> float:
@@ -146,7 +147,20 @@ def plan_phase(program: Program, phase: Phase, *, topology: str, chip: Chip, cac
     parts = step_parts(step.executable, work, exchanges, slopes_XN=slopes_XN, chip=chip, num_chips=num_chips, peak=peak)
     own = kept_points(chip.name, directory=cache.measured) if cache.measured else ()
     attention = attention_flops_per_token(model, seq_len=phase.seq_len) * phase.tokens_per_step
-    plan = PhasePlan(
+    best = best_known_hfu(chip.name, own=own)
+    step_time = StepTime(
+        parts=parts,
+        correction=correction_of(chip.name, own=own, roofline=parts.roofline),
+        at_best_hfu=work.flops / num_chips / peak / best if best else 0.0,
+    )
+    if (by_roofline := step_time.correction.seconds(parts)) < step_time.central:
+        notices.report(
+            "plan-too-fast",
+            f"the step of {phase.batch_size:,} x {phase.seq_len:,} on {chip.name} would take "
+            f"{by_roofline:.3f} s by its roofline and execute more of the peak than any run known: "
+            f"{step_time.central:.3f} s is predicted",
+        )
+    return PhasePlan(
         phase=phase,
         program=step.program,
         compile_seconds=step.seconds,
@@ -156,16 +170,8 @@ def plan_phase(program: Program, phase: Phase, *, topology: str, chip: Chip, cac
         executed_flops=work.flops,
         skipped_flops=attention * skipped_share(work, slopes_XN=slopes_XN),
         peak_flops=peak * num_chips,
-        step_time=StepTime(parts=parts, correction=correction_of(chip.name, own=own, roofline=parts.roofline)),
+        step_time=step_time,
     )
-    best = best_published_hfu(chip.name)
-    if best is not None and plan.hfu > best:
-        notices.report(
-            "plan-too-fast",
-            f"the predicted step of {phase.batch_size:,} x {phase.seq_len:,} on {chip.name} executes {plan.hfu:.0%} of "
-            f"the peak, above the {best:.0%} that is the best published: the prediction is at fault",
-        )
-    return plan
 
 
 def step_parts(

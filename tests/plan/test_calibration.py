@@ -1,5 +1,6 @@
 """The calibration of plans: its arithmetic by hand, the published runs as checked in, and runs of one's own."""
 
+import dataclasses
 import json
 import math
 import re
@@ -31,7 +32,7 @@ from btlm_jax.plan.executable import ELEMENTWISE, PRODUCT, read_executable
 from btlm_jax.storage.files import read_json_object
 
 CONTENT = read_json_object(calibration.CALIBRATION_FILE)
-FROZEN, MOST_ERROR = "57b5dc01fd11", 0.4  # its hash; nats
+FROZEN, MOST_ERROR = "6a811c56ab91", 0.1  # its hash; nats
 KINDS = {PRODUCT: 34_140, ELEMENTWISE: 52_369}  # cycles, libtpu 0.0.42.1
 POD_TABLE = json.loads((REPOSITORY / "configs" / "pods" / "table.json").read_text())
 
@@ -76,6 +77,16 @@ def test_a_step_is_the_corrected_roofline_and_what_nothing_hides():
     assert step.windowed == pytest.approx(2.0 * 2.75 + 0.125 + waited)
     assert (step.low, step.high) == pytest.approx((step.central / 1.25, step.central * 1.25))
     assert step.compiler == pytest.approx(3.25 + 0.125 + waited)
+    held = dataclasses.replace(step, at_best_hfu=10.0)
+    assert (held.central, held.windowed) == (10.0, pytest.approx(10.0 - 2.0 * 0.5))
+    assert dataclasses.replace(step, at_best_hfu=step.central / 2).central == step.central
+
+
+def test_the_best_hfu_known_is_the_published_one_or_a_greater_one_of_ones_own(monkeypatch):
+    monkeypatch.setattr(calibration, "best_published_hfu", {"v5e": 0.6}.get)
+    own = [dataclasses.replace(point("v5e", 1.0), hfu=hfu) for hfu in (0.5, 0.7)]
+    assert [calibration.best_known_hfu("v5e", own=own[:count]) for count in range(3)] == [0.6, 0.6, 0.7]
+    assert calibration.best_known_hfu("v4", own=[]) is None and calibration.best_known_hfu("v4", own=own[:1]) == 0.5
 
 
 def test_a_run_that_was_faster_than_its_planned_exchanges_has_a_ratio_too():
@@ -182,7 +193,7 @@ def test_the_published_runs_are_predicted_by_one_another():
     assert {each.chip for each in points} == {"v5e", "v5p", "v6e"}
     assert all(abs(math.log(each.measured / predicted)) < MOST_ERROR for each, predicted in left_out(points))
     assert all(each.ratio > 1 for each in points), "faster than its roofline"
-    assert correction_of("v5e").error <= correction_of("v4").error
+    assert 0.1 == correction_of("v5e").error <= correction_of("v4").error < 0.2
     for name in ("v5e", "v5p", "v6e"):
         hfus = [each.hfu for each in points if each.chip == name]
         assert best_published_hfu(name) == max(hfus) < 1
