@@ -15,7 +15,7 @@ from btlm_jax.evaluate.processes import wait_for_halving
 from btlm_jax.generate.loading import GenerationModel, float_weights, load_for_generation
 from btlm_jax.hub.given_model import NATIVE, RUN, placed_params
 from btlm_jax.hub.native import NativeModel, one_device_mesh, split_average
-from btlm_jax.hub.source import HuggingFaceSource, NativeSource
+from btlm_jax.hub.source import HuggingFaceSource, NativeSource, published_metadata
 from btlm_jax.kernels.build import has_kernels
 from btlm_jax.kernels.weights import Weights
 from btlm_jax.train.checkpoint import CheckpointReader
@@ -56,7 +56,9 @@ def load_to_generate(checkpoint: Checkpoint, *, dtype: str, as_int4: bool) -> Ge
     else:
         source = HuggingFaceSource(checkpoint.directory)
     weights = float_weights(source.config, source.tensors, dtype=metadata.model.dtype)
-    return GenerationModel(metadata=metadata, params=weights, mesh=mesh, tokenizer=checkpoint.tokenizer)
+    published = published_metadata(source)  # whose tensors contain the residual multiplier
+    published = dataclasses.replace(published, model=dataclasses.replace(published.model, dtype=metadata.model.dtype))
+    return GenerationModel(metadata=published, params=weights, mesh=mesh, tokenizer=checkpoint.tokenizer)
 
 
 def _last_step(checkpoint: Checkpoint) -> int:

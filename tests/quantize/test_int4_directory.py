@@ -17,7 +17,10 @@ from btlm_jax.data.loader import read_rows
 from btlm_jax.data.reader import open_store
 from btlm_jax.decode import cpu_cache as cache
 from btlm_jax.decode.cpu_decoder import CpuDecoder
+from btlm_jax.evaluate.checkpoint import Checkpoint
+from btlm_jax.evaluate.texts import load_to_generate
 from btlm_jax.generate.loading import load_for_generation
+from btlm_jax.hub.given_model import open_given_model
 from btlm_jax.hub.native import ModelMetadata, one_device_mesh, write_model_directory
 from btlm_jax.hub.numpy_network import streamed_logits
 from btlm_jax.hub.source import open_source
@@ -65,6 +68,16 @@ def test_decoding_on_a_cpu_gives_the_original_logits(name, way, monkeypatch):
     np.testing.assert_allclose(actual, expected, atol=2e-5)
 
 
+def to_answer_tasks(directory):
+    """What `btlm evaluate --tasks` has of a model directory; tasks need its tokenizer, its logits do not."""
+    given = open_given_model(directory, step=0)
+    checkpoint = Checkpoint(
+        name="m", directory=directory, is_fetched=False, form=given.form, step=0, identity="", metadata=given.metadata,
+        tokenizer=given.tokenizer, given=given,
+    )  # fmt: skip
+    return load_to_generate(checkpoint, dtype="model", as_int4=False)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("form", ["float32", "int4"])
 def test_a_residual_multiplier_counts_once(tmp_path, form):
@@ -78,9 +91,10 @@ def test_a_residual_multiplier_counts_once(tmp_path, form):
     if form == "int4":
         make(tmp_path / "m", tmp_path / "int4")  # the proof compares
         return
-    native = load_for_generation(tmp_path / "m", as_int4=False)
-    found_BTV = decoded(native.metadata.network(), native.params, ids_T[None], prefilled=3)
-    np.testing.assert_allclose(found_BTV[0], open_source(tmp_path / "m").logits(ids_T)[2:], atol=2e-5)
+    expected_TV = open_source(tmp_path / "m").logits(ids_T)[2:]
+    for native in (load_for_generation(tmp_path / "m", as_int4=False), to_answer_tasks(tmp_path / "m")):
+        found_BTV = decoded(native.metadata.network(), native.params, ids_T[None], prefilled=3)
+        np.testing.assert_allclose(found_BTV[0], expected_TV, atol=2e-5)
 
 
 @pytest.mark.slow
