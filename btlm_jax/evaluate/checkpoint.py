@@ -42,7 +42,7 @@ class Checkpoint:
     is_fetched: bool
     form: str
     step: int  # of a run's checkpoint; otherwise 0
-    identity: str  # hash of the files' names, sizes and beginnings
+    identity: str  # hash of the files' names and contents
     metadata: ModelMetadata
     tokenizer: Tokenizer
     given: GivenModel | None  # None: 4 bits

@@ -21,6 +21,7 @@ from btlm_jax.hub import tensor_names
 from btlm_jax.hub.native import (
     AVERAGE,
     MODEL_FILE,
+    OLD_PARAMS,
     ModelMetadata,
     is_model_directory,
     is_run,
@@ -32,21 +33,23 @@ from btlm_jax.hub.native import (
     read_weights,
     split_average,
 )
+from btlm_jax.hub.safetensors_files import hash_contents
 from btlm_jax.hub.source import HuggingFaceSource, is_hugging_face
 from btlm_jax.model import freeze, parameter_table
 from btlm_jax.recipe.config import TrainConfig
 from btlm_jax.recipe.optimizer import make_optimizer
+from btlm_jax.storage.files import hash_file
 from btlm_jax.storage.location import PathOrUrl, list_files, open_binary
 from btlm_jax.storage.owner import OWNER_FILE
 from btlm_jax.tokenizers.tokenizer import Tokenizer
 from btlm_jax.train import CHECKPOINTS, KEPT_TOKENIZER, METRICS_FILE
-from btlm_jax.train.checkpoint import CheckpointReader
+from btlm_jax.train.checkpoint import DIGESTS, CheckpointReader
 from btlm_jax.train.setup import Run
 from btlm_jax.train.step import TrainState, abstract_state, make_state
 
 RUN, NATIVE, HUGGING_FACE = "run", "model directory", "Hugging Face directory"
 _READ_SUFFIXES = (".json", ".safetensors", ".bin", ".model", ".txt")  # of the files of a model's directory
-_HASHED_BYTES = 1 << 16  # of each file: the header of safetensors, with the hashes of our tensors, is in them
+_HASHED_BYTES = 1 << 16  # of each file of a checkpoint that has the hashes of its arrays in one of them
 _EMBEDDING = "embedding"
 
 
@@ -57,7 +60,7 @@ class GivenModel:
     directory: Path
     form: str  # RUN, NATIVE or HUGGING_FACE
     step: int  # of a run's checkpoint; otherwise 0
-    fingerprint: str  # hash of the files' names, sizes and beginnings
+    fingerprint: str  # hash of the files' names and contents
     metadata: ModelMetadata
     tokenizer: Tokenizer | None
     config: TrainConfig | None  # of a run
@@ -172,26 +175,38 @@ def _open_run(workdir: Path, *, step: int) -> GivenModel:
 
 
 def fingerprint_of_checkpoint(workdir: Path, step: int) -> str:
-    """Return a hash of the names, sizes and beginnings of the files of a run's checkpoint; another of its average."""
+    """Return a hash of the names and contents of the files of a run's checkpoint; another of its average.
+
+    Files are read whole only in a checkpoint of before arrays had hashes.
+    """
     run, is_average = split_average(workdir)
     folder = run / CHECKPOINTS / str(step)
     files = sorted(path for path in folder.rglob("*") if path.is_file())
-    return _fingerprint(folder, files) + f"-{AVERAGE}" * is_average
+    hash_of = _hash_beginning if (folder / DIGESTS).is_dir() else hash_file
+    return _fingerprint(folder, files, hash_of=hash_of) + f"-{AVERAGE}" * is_average
 
 
 def fingerprint_of_model(directory: Path) -> str:
-    """Return a hash of the names, sizes and beginnings of the files of a model's directory."""
-    files = sorted(path for path in directory.iterdir() if path.is_file() and path.suffix in _READ_SUFFIXES)
-    return _fingerprint(directory, files)
+    """Return a hash of the names and contents of the files of a model's directory; `hash_contents` of safetensors."""
+    files = [path for path in directory.iterdir() if path.is_file() and path.suffix in _READ_SUFFIXES]
+    files += [path for path in (directory / OLD_PARAMS).rglob("*") if path.is_file()]
+    return _fingerprint(directory, sorted(files), hash_of=_hash_of_model_file)
 
 
-def _fingerprint(folder: Path, files: list[Path]) -> str:
+def _fingerprint(folder: Path, files: list[Path], *, hash_of: Callable[[Path], str]) -> str:
     digest = hashlib.sha256()
     for path in files:
-        with open(path, "rb") as file:
-            beginning = hashlib.sha256(file.read(_HASHED_BYTES)).hexdigest()
-        digest.update(f"{path.relative_to(folder).as_posix()} {path.stat().st_size} {beginning}\n".encode())
+        digest.update(f"{path.relative_to(folder).as_posix()} {path.stat().st_size} {hash_of(path)}\n".encode())
     return digest.hexdigest()
+
+
+def _hash_beginning(path: Path) -> str:
+    with open(path, "rb") as file:
+        return hashlib.sha256(file.read(_HASHED_BYTES)).hexdigest()
+
+
+def _hash_of_model_file(path: Path) -> str:
+    return hash_contents(path) if path.suffix == ".safetensors" else hash_file(path)
 
 
 def check_has_moments(model: GivenModel, config: TrainConfig, *, name: str) -> None:

@@ -32,7 +32,7 @@ from btlm_jax.train import CHECKPOINTS, KEPT_TOKENIZER, SUMMARY_FILE
 from btlm_jax.train.checkpoint import CheckpointReader, Position, read_params
 
 AVERAGE = "average"  # WORKDIR/average names a run's averaged weights
-MODEL_FILE, _OLD_PARAMS = "model.json", "params"
+MODEL_FILE, OLD_PARAMS = "model.json", "params"  # the latter of model directories of before safetensors
 FORMAT = "btlm_jax model 2"
 FORMATS = (FORMAT, "btlm_jax model 1")  # that are read
 _SHA256 = "sha256"  # of model.json without this key
@@ -177,8 +177,8 @@ def read_model_directory(directory: Path) -> NativeModel:
     abstract = abstract_params(metadata, mesh)
     if (directory / SINGLE_FILE).is_file():
         params = _read_weights(directory / SINGLE_FILE, abstract)
-    elif (directory / _OLD_PARAMS).is_dir():
-        params = read_params(directory / _OLD_PARAMS, abstract=abstract)
+    elif (directory / OLD_PARAMS).is_dir():
+        params = read_params(directory / OLD_PARAMS, abstract=abstract)
     else:
         raise FileNotFoundError(f"{directory / SINGLE_FILE} is missing: the weights of the model")
     return NativeModel(metadata=metadata, params=params, mesh=mesh, tokenizer=tokenizer)

@@ -21,7 +21,7 @@ from pathlib import Path
 import numpy as np
 from safetensors import SafetensorError, safe_open
 
-from btlm_jax.storage.files import check_no_lfs_pointer
+from btlm_jax.storage.files import check_no_lfs_pointer, hash_file
 
 SINGLE_FILE, INDEX_FILE = "model.safetensors", "model.safetensors.index.json"
 _DTYPE_NAMES = {"float32": "F32", "float16": "F16", "bfloat16": "BF16", "uint32": "U32"}
@@ -127,6 +127,16 @@ def write_safetensors(
     return [*files, directory / INDEX_FILE]
 
 
+def hash_contents(path: Path) -> str:
+    """Return a hash of a file's contents; one that was written here has it in its header, and is not read whole.
+
+    Raises:
+      OSError: it cannot be read.
+      ValueError: it was written here, and its header is not as it was.
+    """
+    return _stored_hashes(path).get(_OF_HEADER) or hash_file(path)
+
+
 def _split(tensors: Iterable[TensorToWrite], *, max_shard_bytes: int) -> list[list[TensorToWrite]]:
     shards: list[list[TensorToWrite]] = [[]]
     size = 0
@@ -190,7 +200,7 @@ def _stored_hashes(path: Path) -> dict[str, str]:
     """
     with open(path, "rb") as file:
         length = file.read(8)
-        encoded = length + file.read(int.from_bytes(length, "little"))
+        encoded = length + file.read(min(int.from_bytes(length, "little"), path.stat().st_size))
     try:
         header = json.loads(encoded[8:])
         hashes = json.loads(header[_METADATA].pop(_HASHES))

@@ -69,7 +69,8 @@ class DamagedError(ValueError):
         self.reason = reason
 
 
-_ITEMS = ("state", "position", "config", "environment", "digests")
+DIGESTS = "digests"
+_ITEMS = ("state", "position", "config", "environment", DIGESTS)
 _IN_FLIGHT = 16  # hashes at a time: the 33rd program waits in a thread that the others' exchanges need (XLA:CPU 0.10.2)
 _PARTIAL_SECONDS = 10.0  # for which what failed saves have left is deleted again and again
 _ARRAYS, _TABLES, _OWN = "arrays", "items", "digests"  # of the item `digests`: hashes of arrays, of JSON, of itself
@@ -141,7 +142,7 @@ class Checkpointer:
                 _ARRAYS: {name: facts.digest for name, facts in facts_of(state).items()},
                 _TABLES: {name: hash_json(table) for name, table in tables.items()},
             }
-            tables["digests"] = digests | {_OWN: hash_json(digests)}
+            tables[DIGESTS] = digests | {_OWN: hash_json(digests)}
             self._manager.save(
                 position.step,
                 args=ocp.args.Composite(
@@ -331,9 +332,9 @@ class Checkpointer:
         Raises:
           DamagedError: they cannot be read, or are not as they were written.
         """
-        if not (self.directory / str(step) / "digests").is_dir():
+        if not (self.directory / str(step) / DIGESTS).is_dir():
             return {}
-        stored = self._restore(step, ocp.args.Composite(digests=ocp.args.JsonRestore()))["digests"]
+        stored = self._restore(step, ocp.args.Composite(**{DIGESTS: ocp.args.JsonRestore()}))[DIGESTS]
 
         def check() -> dict[str, Any]:
             own = stored.pop(_OWN, None) if isinstance(stored, dict) else None

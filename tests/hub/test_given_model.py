@@ -6,12 +6,21 @@ import types
 import jax
 import numpy as np
 import pytest
+from safetensors.numpy import save_file
 from support.made_up_run import run_config, write_run
 from support.published_files import NAMES, ORACLES, oracle_array
 
-from btlm_jax.hub.given_model import NewRows, begin_state, check_has_moments, open_given_model, split_step
+from btlm_jax.hub.given_model import (
+    NewRows,
+    begin_state,
+    check_has_moments,
+    fingerprint_of_model,
+    open_given_model,
+    split_step,
+)
 from btlm_jax.hub.native import write_model_directory
 from btlm_jax.hub.numpy_network import streamed_logits
+from btlm_jax.hub.safetensors_files import TensorToWrite, write_safetensors
 from btlm_jax.hub.source import published_config, read_native
 from btlm_jax.hub.tensor_names import NativeTensors
 from btlm_jax.parallel.make_mesh import make_mesh
@@ -78,6 +87,25 @@ def test_an_earlier_checkpoint_of_a_run_is_another_model(given):
     assert bits(state.params).keys() == bits(last.params).keys() and bits(state.params) != bits(last.params)
     with pytest.raises(FileNotFoundError, match="no checkpoint of step 5; there are 3, 7"):
         open_given_model(workdir, step=5)
+
+
+@pytest.mark.parametrize("form", ["of another program", "ours", "ours of before"])
+def test_the_last_weight_makes_another_model(tmp_path, form):
+    """A weight far behind the first 64 KiB, beside a header that is the same."""
+
+    def fingerprint(last):
+        array = np.append(np.zeros(40_000, np.float32), np.float32(last))
+        if form == "of another program":
+            save_file({"w": array}, tmp_path / "model.safetensors")
+        elif form == "ours":
+            tensor = TensorToWrite(name="w", shape=array.shape, dtype=array.dtype, make=lambda: array)
+            write_safetensors(tmp_path, [tensor], max_shard_bytes=10**9, metadata={})
+        else:
+            (tmp_path / "params").mkdir(exist_ok=True)
+            (tmp_path / "params" / "w").write_bytes(array.tobytes())
+        return fingerprint_of_model(tmp_path)
+
+    assert fingerprint(1.0) == fingerprint(1.0) != fingerprint(2.0)
 
 
 def test_names_of_checkpoints():
