@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
 import re
 import shlex
 import sys
@@ -323,6 +322,7 @@ def _constants(flags: Flags) -> tuple[Callable[[TrainConfig], TrainConfig], dict
     """Return what puts the constants of a search into a config, and comments of their keys.
 
     Raises:
+      UsageError: --weight_decay is not for them.
       ValueError: the file is none of a search.
     """
     if not flags.is_given("constants"):
@@ -334,8 +334,18 @@ def _constants(flags: Flags) -> tuple[Callable[[TrainConfig], TrainConfig], dict
     why = dict.fromkeys(found.values, f"of {path.name}, btlm tune search at base width {found.base_width:g}")
     if "optimizer.peak_learning_rate" in why:
         why["optimizer.end_learning_rate"] = "0.85 % of the peak, as BTLM's"
-    why["mup.base_d_model"] = "of the proxy that was searched on"
-    return functools.partial(search.with_constants, found=found), why
+    proxys = "of the proxy that was searched on"
+    why |= dict.fromkeys(("mup.preset", "mup.base_d_model", "optimizer.hidden_optimizer"), proxys)
+    why["mup.base_num_layers"] = f"{proxys}; read by completep only"
+    is_by_tau = flags.string("weight_decay") == sizes.TAU
+    if is_by_tau and found.hidden_optimizer == search.MUON:
+        raise UsageError(f"--weight_decay=tau is a law of AdamW, and --constants={path} is of Muon; leave it out")
+
+    def change(config: TrainConfig) -> TrainConfig:
+        config = search.with_constants(config, found=found)
+        return sizes.with_decay_by_tau(config) if is_by_tau else config
+
+    return change, why
 
 
 def _loss(flags: Flags, config: TrainConfig) -> str:

@@ -9,6 +9,7 @@ from collections.abc import Iterator, Mapping, Sequence
 
 from btlm_jax.recipe import sizes
 from btlm_jax.recipe.config import TrainConfig
+from btlm_jax.recipe.mup import make_parametrization
 
 _WIDTH = 120
 _STEP = "TOKENS_PER_STEP"
@@ -179,9 +180,7 @@ def _of_curriculum(config: TrainConfig) -> dict[str, str]:
 
 def _of_optimizer(config: TrainConfig) -> dict[str, str]:
     optimizer, table = config.optimizer, config.curriculum.table
-    width = config.model.d_model / config.mup.base_d_model
-    memory = width / (optimizer.peak_learning_rate * optimizer.decay * table.num_steps)
-    wanted = sizes.tau_for(table.num_tokens / sizes.count_parameters(config.model))
+    width = make_parametrization(config.mup, config.model).width
     is_small = table.tokens_per_step < sizes.SMALL_BATCH
     return {
         "schedule": "as BTLM's",
@@ -198,11 +197,12 @@ def _of_optimizer(config: TrainConfig) -> dict[str, str]:
         "beta1": "as BTLM's",
         "beta2": "as BTLM's",
         "eps": "as BTLM's" if optimizer.eps == 1e-8 else "as Jais-13B's, of the same authors",
-        "weight_decay": (
-            f"AdamW remembers tau = m / (peak decay steps) = {memory:.3f} of the run in hidden matrices; arXiv "
-            f"2505.13738 has {wanted:.3f} for so many tokens a parameter"
+        "weight_decay": _of_weight_decay(config),
+        "weight_decay_convention": (
+            "independent of the width, as completep's"
+            if config.is_decay_independent
+            else "coupled to the learning rate, as BTLM's"
         ),
-        "weight_decay_convention": "coupled to the learning rate, as BTLM's",
         "z_loss": "none, as BTLM's",
         "clip_norm": "as BTLM's",
         "hidden_optimizer": "AdamW, as BTLM's",
@@ -211,3 +211,17 @@ def _of_optimizer(config: TrainConfig) -> dict[str, str]:
         "average_share": "of ema and last only",
         "freeze": "every parameter is trained",
     }
+
+
+def _of_weight_decay(config: TrainConfig) -> str:
+    optimizer, table = config.optimizer, config.curriculum.table
+    memory = 1 / (sizes.decay_rate_of(config) * optimizer.decay * table.num_steps)
+    formula = "1 / (peak decay steps)" if config.is_decay_independent else "m / (peak decay steps)"
+    if optimizer.hidden_optimizer == "muon":
+        formula = formula if config.is_decay_independent else "1 / (muon_learning_rate decay steps)"
+        return f"Muon remembers tau = {formula} = {memory:.3f} of the run in hidden matrices"
+    wanted = sizes.tau_for(table.num_tokens / sizes.count_parameters(config.model))
+    return (
+        f"AdamW remembers tau = {formula} = {memory:.3f} of the run in hidden matrices; arXiv 2505.13738 has "
+        f"{wanted:.3f} for so many tokens a parameter"
+    )

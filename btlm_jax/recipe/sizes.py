@@ -224,30 +224,29 @@ def tau_for(tokens_per_parameter: float) -> float:
     return TAU_AT_20 * (tokens_per_parameter / 20) ** TAU_EXPONENT
 
 
-def weight_decay_for(rule: str, *, shape: Shape, curriculum: CurriculumConfig) -> float:
-    """Return the weight decay by one of WEIGHT_DECAYS, to three digits."""
-    if rule == PUBLISHED:
-        return 0.1
-    peak = peak_learning_rate_for(curriculum.table.tokens_per_step) / shape.width
-    return _digits(_decay_by_tau(curriculum, num_parameters=shape.num_parameters, learning_rate=peak), 3)
+def decay_rate_of(config: TrainConfig) -> float:
+    """Return eta': what a step at the peak multiplies the weight decay of query, key and value matrices by.
+
+    It is their learning rate with the coupled convention, and the peak rate with the independent one.
+    """
+    optimizer = config.optimizer
+    if config.is_decay_independent:
+        return optimizer.peak_learning_rate
+    if optimizer.hidden_optimizer == "muon":
+        return optimizer.muon_learning_rate
+    return optimizer.peak_learning_rate / make_parametrization(config.mup, config.model).width
 
 
 def weight_decay_of(config: TrainConfig) -> float:
-    """Return the weight decay for which AdamW's memory of the query, key and value matrices is `tau_for`'s.
-
-    That is 1 / (eta' tau S), where eta' is their peak learning rate with the coupled convention and the peak rate with
-    the independent one.
-    """
-    rate = config.optimizer.peak_learning_rate
-    if not config.is_decay_independent:
-        rate /= make_parametrization(config.mup, config.model).width
-    num_parameters = count_parameters(config.model)
-    return _decay_by_tau(config.curriculum, num_parameters=num_parameters, learning_rate=rate)
+    """Return the weight decay for which AdamW's memory of those matrices, 1 / (eta' decay S), is `tau_for`'s."""
+    table = config.curriculum.table
+    return 1 / (decay_rate_of(config) * tau_for(table.num_tokens / count_parameters(config.model)) * table.num_steps)
 
 
-def _decay_by_tau(curriculum: CurriculumConfig, *, num_parameters: int, learning_rate: float) -> float:
-    table = curriculum.table
-    return 1 / (learning_rate * tau_for(table.num_tokens / num_parameters) * table.num_steps)
+def with_decay_by_tau(config: TrainConfig) -> TrainConfig:
+    """Return a config with `weight_decay_of`'s decay, to three digits."""
+    decay = _digits(weight_decay_of(config), 3)
+    return dataclasses.replace(config, optimizer=dataclasses.replace(config.optimizer, weight_decay=decay))
 
 
 def eps_for(num_parameters: int) -> float:
@@ -264,7 +263,7 @@ def make_config(choices: Choices) -> TrainConfig:
     shape, curriculum = choices.shape, curriculum_for(choices.num_tokens, longest=choices.longest)
     table = curriculum.table
     peak = peak_learning_rate_for(table.tokens_per_step)
-    return TrainConfig(
+    config = TrainConfig(
         seed=1,
         model=ModelConfig(
             vocab_size=shape.vocab_size,
@@ -302,7 +301,7 @@ def make_config(choices: Choices) -> TrainConfig:
             beta1=0.9,
             beta2=0.95,
             eps=eps_for(shape.num_parameters),
-            weight_decay=weight_decay_for(choices.weight_decay, shape=shape, curriculum=curriculum),
+            weight_decay=0.1,
             weight_decay_convention="preset",
             z_loss=0.0,
             clip_norm=1.0,
@@ -347,6 +346,7 @@ def make_config(choices: Choices) -> TrainConfig:
             profile_steps="",
         ),
     )
+    return with_decay_by_tau(config) if choices.weight_decay == TAU else config
 
 
 def _num_heads(d_model: int) -> int:

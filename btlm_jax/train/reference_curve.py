@@ -20,8 +20,7 @@ import numpy as np
 
 from btlm_jax import notices
 from btlm_jax.recipe.config import TrainConfig, train_config_from, with_later_keys
-from btlm_jax.recipe.mup import make_parametrization
-from btlm_jax.recipe.sizes import count_parameters
+from btlm_jax.recipe.sizes import count_parameters, decay_rate_of
 from btlm_jax.storage.files import read_json_object
 from btlm_jax.train import CONFIG_FILE, METRICS_FILE
 from btlm_jax.train.metric_writer import read_metrics
@@ -147,11 +146,7 @@ def _differences(reference: TrainConfig, config: TrainConfig) -> list[str]:
 def _tau(config: TrainConfig) -> float:
     """Return the optimizer's memory of the hidden matrices, as a share of the run's steps; inf without decay."""
     optimizer = config.with_numbers().optimizer
-    rate = optimizer.peak_learning_rate
-    if not config.is_decay_independent:
-        has_muon, width = optimizer.hidden_optimizer == "muon", make_parametrization(config.mup, config.model).width
-        rate = optimizer.muon_learning_rate if has_muon else rate / width
-    shrinks = rate * optimizer.decay * config.curriculum.table.num_steps
+    shrinks = decay_rate_of(config) * optimizer.decay * config.curriculum.table.num_steps
     return 1 / shrinks if shrinks else math.inf
 
 

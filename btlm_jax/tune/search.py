@@ -111,6 +111,11 @@ class Search:
         keys = [dimension.key for dimension in self.space]
         if len(set(keys)) < len(keys) or not keys:
             raise ValueError(f"the space has the keys {', '.join(keys)}; give one or more, each once")
+        if MUON_RATE in keys and self.config.optimizer.hidden_optimizer != MUON:
+            raise ValueError(
+                f"the space has {MUON_RATE}, which optimizer.hidden_optimizer="
+                f"{self.config.optimizer.hidden_optimizer} does not read; leave it out, or give the config {MUON}"
+            )
         if WARMUP in keys and not self.config.optimizer.warmup_tokens:
             raise ValueError(
                 "the space has warmup, a factor of optimizer.warmup_tokens=0; leave it out, or set some tokens"
@@ -294,12 +299,16 @@ def report(search: Search, results: Mapping[str, Result]) -> dict:
             dimension.key: _value_of(search.config, dimension.key, base=search.config) for dimension in search.space
         },
         "is_best_better": is_better,
-        "constants": {key: _value_of(search.config, key, base=search.config) for key in TRANSFERRED}
+        "constants": {
+            key: _value_of(search.config, key, base=search.config)
+            for key in transferred_keys(search.config.optimizer.hidden_optimizer)
+        }
         | (best["values"] if is_better else {}),
         "base": {
             "d_model": search.config.mup.base_d_model,
             "num_layers": search.config.mup.base_num_layers,
             "preset": search.config.mup.preset,
+            "hidden_optimizer": search.config.optimizer.hidden_optimizer,
         },
     }
 
@@ -309,6 +318,12 @@ def report(search: Search, results: Mapping[str, Result]) -> dict:
 TRANSFERRED = (
     "optimizer.peak_learning_rate", "mup.init_std", "mup.embedding_multiplier", "mup.output_multiplier",
 )  # fmt: skip
+MUON, MUON_RATE = "muon", "optimizer.muon_learning_rate"
+
+
+def transferred_keys(hidden_optimizer: str) -> tuple[str, ...]:
+    """Return TRANSFERRED, and of Muon its rate too, which is the same at every width (recipe/muon.py)."""
+    return (*TRANSFERRED, MUON_RATE) if hidden_optimizer == MUON else TRANSFERRED
 
 
 def _put(made: dict, values: Mapping[str, float]) -> None:
@@ -331,12 +346,13 @@ def _value_of(config: TrainConfig, key: str, *, base: TrainConfig) -> float:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Constants:
-    """What a search found that larger models take: values by key, and the width and depth that they are relative to."""
+    """What a search found that larger models take: values by key, and what of the proxy they hold for."""
 
     values: dict[str, float]
     base_width: float
     base_depth: int
     preset: str
+    hidden_optimizer: str
 
 
 def read_constants(path: Path) -> Constants:
@@ -348,12 +364,19 @@ def read_constants(path: Path) -> Constants:
     match read_json_object(path):
         case {
             "constants": dict(values),
-            "base": {"d_model": float(width), "num_layers": int(depth), "preset": str(preset)},
+            "base": {"d_model": float(width), "num_layers": int(depth), "preset": str(preset), **others},
         }:
+            if MUON_RATE in values and "hidden_optimizer" not in others:
+                raise ValueError(
+                    f"{path} has {MUON_RATE}, and is of a version that did not keep which optimizer it is of; run the "
+                    "search's command again, which trains nothing again"
+                )
+            hidden_optimizer = str(others.get("hidden_optimizer", "adamw"))
+            keys = transferred_keys(hidden_optimizer)
             for key, value in values.items():
                 if type(value) not in (int, float):
                     raise ValueError(f"{path}: constants.{key} must be a number; run the search's command again")
-            kept = {key: float(value) for key, value in values.items() if key in TRANSFERRED}
+            kept = {key: float(value) for key, value in values.items() if key in keys}
         case _:
             raise ValueError(f"{path} is no search.json of btlm tune search")
     if left_out := sorted(set(values) - set(kept)):
@@ -361,7 +384,7 @@ def read_constants(path: Path) -> Constants:
         notices.report("constants-not-taken", text, count=len(left_out))
     if not kept:
         raise ValueError(f"{path} has none of {', '.join(TRANSFERRED)}, which are what a larger model takes")
-    return Constants(values=kept, base_width=width, base_depth=depth, preset=preset)
+    return Constants(values=kept, base_width=width, base_depth=depth, preset=preset, hidden_optimizer=hidden_optimizer)
 
 
 def with_constants(config: TrainConfig, *, found: Constants) -> TrainConfig:
@@ -370,6 +393,7 @@ def with_constants(config: TrainConfig, *, found: Constants) -> TrainConfig:
     share = config.optimizer.end_learning_rate / config.optimizer.peak_learning_rate
     _put(made, found.values)
     made["optimizer"]["end_learning_rate"] = share * made["optimizer"]["peak_learning_rate"]
+    made["optimizer"]["hidden_optimizer"] = found.hidden_optimizer
     made["mup"] |= {
         "preset": found.preset,
         "base_d_model": found.base_width,

@@ -279,6 +279,58 @@ def test_a_large_config_is_written_with_what_was_found(tmp_path, capsys):
     assert dataclasses.is_dataclass(Search)
 
 
+def new_config(values, directory, *flags):
+    """The config that `btlm new` writes with a search's report, and its text."""
+    from btlm_jax.cli.parse import load_config
+    from btlm_jax.recipe.config import train_config_from
+
+    (directory / "search.json").write_text(json.dumps(values))
+    output = directory / "large.py"
+    command = ["new", "--params=40M", f"--constants={directory / 'search.json'}", f"--output={output}", "--replace"]
+    assert main([*command, *flags]) == 0
+    return train_config_from(load_config(output, argument="", changes={})), output.read_text()
+
+
+@pytest.mark.parametrize("preset", ["btlm", "completep"])
+def test_the_weight_decay_by_tau_is_of_the_constants_that_were_found(tmp_path, preset):
+    values = {
+        "constants": {"optimizer.peak_learning_rate": 0.004, "mup.init_std": 0.1},
+        "base": {"d_model": 64.0, "num_layers": 2, "preset": preset},  # as a file of before hidden_optimizer has it
+    }
+    config, text = new_config(values, tmp_path, "--weight_decay=tau")
+    optimizer, num_steps = config.optimizer, config.curriculum.table.num_steps
+    assert (config.mup.preset, optimizer.peak_learning_rate) == (preset, 0.004)
+    rate = 0.004 / (config.model.d_model / 64 if preset == "btlm" else 1)
+    assert 1 / (rate * optimizer.weight_decay * num_steps) == pytest.approx(0.21, rel=0.01)  # 20 tokens a parameter
+    formula = "m / (peak decay steps)" if preset == "btlm" else "1 / (peak decay steps)"
+    assert f"tau = {formula} = 0.2" in " ".join(text.replace("#", "").split())
+    assert f'preset="{preset}",  # of the proxy that was searched on' in text
+    coupled = '"preset",  # coupled to the learning rate' if preset == "btlm" else '"preset",  # independent of the'
+    assert f"weight_decay_convention={coupled}" in text
+
+
+def test_constants_of_muon_make_a_model_of_muon(tmp_path, capsys):
+    config = tiny_config(**LONG, optimizer__hidden_optimizer="muon", optimizer__muon_learning_rate=0.03)
+    rate = Dimension(key="optimizer.muon_learning_rate", low=0.005, high=0.08, scale=LOG)
+    searched = made(config=config, space=(*SPACE[:2], rate), num_points=9, num_rungs=1)
+    values = search.report(searched, finish(searched))
+    large, text = new_config(values, tmp_path)
+    assert large.optimizer.hidden_optimizer == "muon"
+    assert large.optimizer.muon_learning_rate == values["final"][0]["values"]["optimizer.muon_learning_rate"]
+    assert 'hidden_optimizer="muon",  # of the proxy' in text and "Muon remembers tau = 1 / (muon_learning_rate" in text
+    as_given = search.report(made(config=config, num_points=9, num_rungs=1), finish(made(num_points=9, num_rungs=1)))
+    assert new_config(as_given, tmp_path)[0].optimizer.muon_learning_rate == 0.03  # not searched: the proxy's
+    command = ["new", "--params=40M", f"--constants={tmp_path / 'search.json'}", f"--output={tmp_path / 'b.py'}"]
+    assert main([*command, "--weight_decay=tau"]) == 2
+    assert "--weight_decay=tau is a law of AdamW" in capsys.readouterr().err
+    del values["base"]["hidden_optimizer"]
+    (tmp_path / "search.json").write_text(json.dumps(values))
+    assert main(command) == 1
+    assert "did not keep which optimizer it is of; run the search's command again" in capsys.readouterr().err
+    with pytest.raises(ValueError, match="muon_learning_rate, which optimizer.hidden_optimizer=adamw does not read"):
+        made(space=(*SPACE, rate))
+
+
 def test_a_finished_search_is_reported_by_its_command(token_store, tmp_path, capsys):
     config = write_config(tmp_path / "config.py", store=token_store)
     for number, value in enumerate((5.5, 5.25, None)):
@@ -294,6 +346,6 @@ def test_a_finished_search_is_reported_by_its_command(token_store, tmp_path, cap
     values = json.loads((tmp_path / "study/search.json").read_text())
     assert [each["loss"] for each in values["final"]] == [5.25, 5.5, None]
     assert values["constants"]["mup.init_std"] == values["final"][0]["values"]["mup.init_std"]
-    assert values["base"] == {"d_model": 20.0, "num_layers": 2, "preset": "btlm"}
+    assert values["base"] == {"d_model": 20.0, "num_layers": 2, "preset": "btlm", "hidden_optimizer": "adamw"}
     assert main([*command, "--space", "mup.init_std=0.02:0.3"]) == 1
     assert "holds another study, of space=" in capsys.readouterr().err
