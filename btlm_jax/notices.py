@@ -19,6 +19,7 @@ NAMES = {
     "changed-since-export": "a file is not as it was when btlm convert wrote it beside these weights",
     "evaluation-again": "a file of an evaluation's results is not as it was written, and is not used",
     "not-compared": "something was measured of two models on texts that differ, and is not compared",
+    "lengths-differ": "losses of two models are compared that were measured in windows of different lengths",
     "length-left-out": "an evaluation's texts are too short for windows of a length",
     "evaluation-of-other": "an evaluation's report is of other weights: it stays out of a model card, or is replaced",
     "text-empty": "texts to evaluate are empty",
@@ -88,7 +89,7 @@ NAMES = {
     "departed-from-reference": "the loss is above the course that it had beside the run of log.reference",
     "reference-differs": "the run of log.reference was trained on another course than this one",
     "without-kernels": "a model is of a form that the CPU kernels lack, and decodes in XLA",
-    "tokenizer-lossy": "a tokenizer does not give every text back, as --allow_lossy permits",
+    "tokenizer-lossy": "a tokenizer does not give every text back: a store's by --allow_lossy, or that of a model",
     "tokenizer-preferred": "a directory has files of several tokenizers; one is read, as transformers does",
     "weights-preferred": "a directory has several files of weights; one is read, as transformers does",
 }

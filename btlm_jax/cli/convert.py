@@ -50,8 +50,8 @@ def convert(arguments: Sequence[str]) -> int:
     for name, formats in FORMATS_OF_FLAG.items():
         if flags.is_given(name) and target_format in conversion.FORMATS and target_format not in formats:
             raise UsageError(f"--{name} has no effect on --format={target_format}; it is for {' and '.join(formats)}")
-    if flags.number("max_shard_gb") > 1e9:
-        raise UsageError(f"--max_shard_gb={flags.number('max_shard_gb'):g} is larger than files can be; leave it out")
+    if not 1e-9 <= flags.number("max_shard_gb") <= 1e9:
+        raise UsageError(f"--max_shard_gb={flags.number('max_shard_gb'):g} must be above 0 and at most 1e9")
     default_padding = conversion.PAD_FFN.get(target_format, 1)
     try:
         settings = conversion.Conversion(
@@ -61,7 +61,7 @@ def convert(arguments: Sequence[str]) -> int:
             dtype=flags.string("dtype"),
             file_type=flags.string("file_type"),
             pad_ffn=flags.integer("pad_ffn") if flags.is_given("pad_ffn") else default_padding,
-            max_shard_bytes=_shard_bytes(flags.number("max_shard_gb")),
+            max_shard_bytes=int(flags.number("max_shard_gb") * 1e9),
             context_length=flags.integer("context_length"),
             name=flags.string("name"),
             method=flags.string("method"),
@@ -92,9 +92,3 @@ def convert_flags() -> Flags:
     flags.define_string("name", "", "of gguf: the model's name; by default the file's")
     flags.define_float("max_shard_gb", 5.0, "size of a weights file, in 1e9 bytes")
     return flags
-
-
-def _shard_bytes(gigabytes: float) -> int:
-    if not gigabytes * 1e9 < 2**62:
-        raise ValueError(f"max_shard_gb={gigabytes} must be a number of 1e9 bytes; 1e9 of them is enough for one file")
-    return int(gigabytes * 1e9)

@@ -228,9 +228,12 @@ class Flags:
         """
         if "://" not in self.string(name):
             return self.path(name)
+        from btlm_jax.hub import native
         from btlm_jax.storage import bucket
 
-        return bucket.open_for_reading(self.string(name))
+        url, is_average = native.split_average_of_url(self.string(name))
+        folder = bucket.open_for_reading(url)
+        return folder / native.AVERAGE if is_average else folder
 
     def set_string(self, name: str, value: str) -> None:
         """Replace the value of a string flag, by the local folder of a URL that was given."""

@@ -86,9 +86,9 @@ def open_init(flags: Flags, *, workdir: Path) -> Opened:
     name, step = split_step(absolute_location(flags.string("init")))
     directory, fetched = Path(name), None
     if "://" in name:
-        directory = fetched = workdir / f".init-{jax.process_index()}"
+        fetched = workdir / f".init-{jax.process_index()}"
         shutil.rmtree(fetched, ignore_errors=True)
-        fetch_model(name, step=step, directory=fetched, log=log)
+        directory = fetch_model(name, step=step, directory=fetched, log=log)
     return Opened(model=open_given_model(directory, step=step), fetched=fetched)
 
 

@@ -30,7 +30,7 @@ from btlm_jax.hub.huggingface import HuggingFaceTensors
 from btlm_jax.hub.native import abstract_params, one_device_mesh, read_model_directory, write_model_directory
 from btlm_jax.hub.numpy_network import streamed_logits
 from btlm_jax.hub.published import CONFIG_FILE, JAIS, read_published_config
-from btlm_jax.hub.source import HuggingFaceSource, Source, native_logits, open_source
+from btlm_jax.hub.source import HuggingFaceSource, NativeSource, Source, native_logits, open_source
 from btlm_jax.hub.tensor_names import read_params
 from btlm_jax.quantize.quantize_model import Method
 from btlm_jax.storage.files import only_writer, scratch_directory
@@ -109,7 +109,7 @@ class Conversion:
         is_gguf = self.target.suffix == GGUF_SUFFIX
         if is_gguf != (self.format == "gguf"):
             fault = f"a directory, not a {GGUF_SUFFIX} file" if is_gguf else f"a file that ends in {GGUF_SUFFIX}"
-            raise ValueError(f"target={self.target} must be {fault}, as format={self.format}")
+            raise ValueError(f"--to={self.target} must be {fault}, as format={self.format}")
 
 
 def convert(conversion: Conversion, *, log: Callable[[str], None]) -> list[Proof]:
@@ -203,9 +203,12 @@ def _report_files_left(directory: Path) -> None:
 
 def _write_native(source: Source, directory: Path) -> None:
     metadata = source.metadata()
-    shapes = abstract_params(metadata, one_device_mesh())
-    with item_bar(len(source.tensors.shapes), unit="tensor") as report:
-        params = read_params(source.tensors, source.config, shapes=shapes, report=report)
+    if isinstance(source, NativeSource):  # its own parameters: a residual multiplier is folded into its tensors
+        params = source.native.params
+    else:
+        shapes = abstract_params(metadata, one_device_mesh())
+        with item_bar(len(source.tensors.shapes), unit="tensor") as report:
+            params = read_params(source.tensors, source.config, shapes=shapes, report=report)
     write_model_directory(directory, metadata=metadata, params=params, tokenizer=source.tokenizer)
 
 

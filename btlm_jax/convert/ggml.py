@@ -102,7 +102,8 @@ def encode(matrix: np.ndarray, type_name: str, *, scale: float) -> np.ndarray:
             piece_RC = piece_RC * np.float32(scale)
         highest = float(np.abs(piece_RC).max(initial=0))
         if not highest <= largest:
-            raise ValueError(f"values up to {highest:.3g} are too large for {type_name}; use BF16 or F32")
+            wider = {"F32": "", "BF16": "; use F32"}.get(type_name, "; use BF16 or F32")
+            raise ValueError(f"values up to {highest:.3g} are too large for {type_name}{wider}")
         encoded[start : start + _ROWS] = encode_rows(piece_RC)
 
     with ThreadPoolExecutor(os.cpu_count()) as pool:  # both encoders release the GIL

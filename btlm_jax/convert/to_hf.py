@@ -43,7 +43,7 @@ def write_hf(
     `generation_config` is one that follows from the config.
 
     Raises:
-      ValueError: a value is too large for `dtype`, or what reading a tensor raises.
+      ValueError: a value is not finite or too large for `dtype`, or what reading a tensor raises.
       OSError: a file cannot be written.
     """
     to_write = [cast_tensor(tensors, name, shape, dtype, report) for name, shape in tensor_shapes(config).items()]
@@ -70,7 +70,7 @@ def cast_tensor(
     """Return a tensor that is read, cast and zero-padded at the end of each axis to `shape` when it is written.
 
     `report` gets its name then. Raises, when it is written:
-      ValueError: a value is too large for `dtype`.
+      ValueError: a value is not finite, or too large for `dtype`.
     """
 
     def make() -> np.ndarray:
@@ -79,9 +79,13 @@ def cast_tensor(
         with np.errstate(over="ignore"):  # infinities are found below
             array = stored.astype(jnp.dtype(dtype))
         if not np.isfinite(array).all():
+            num_bad = int((~np.isfinite(stored)).sum())
+            if num_bad:
+                raise ValueError(f"tensor {name} holds {num_bad:,} values that are not finite; it cannot be converted")
             largest = float(np.abs(stored.astype(np.float32)).max())
+            wider = "float32" if dtype == "bfloat16" else "bfloat16"
             raise ValueError(
-                f"tensor {name} has values up to {largest:.3g}, too large for {dtype}; use --dtype=bfloat16"
+                f"tensor {name} has values up to {largest:.3g}, too large for {dtype}; use --dtype={wider}"
             )
         if array.shape == shape:
             return array

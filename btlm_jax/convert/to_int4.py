@@ -37,6 +37,7 @@ def calibration_ids(directory: Path, tokenizer: Tokenizer | None, *, text: Path 
 
     Raises:
       FileNotFoundError, ValueError: there is neither, or the text is too short.
+      OSError: the run's store cannot be reached.
     """
     if text is not None:
         if tokenizer is None:
@@ -51,7 +52,13 @@ def calibration_ids(directory: Path, tokenizer: Tokenizer | None, *, text: Path 
         return ids[: num_rows * _CALIBRATION_LENGTH].reshape(num_rows, _CALIBRATION_LENGTH)
     if not is_run(directory):
         raise ValueError(f"{directory} is no training run: give --calibration=TEXTFILE, or --method=hqq, without one")
-    reader = open_store(store_of_run(directory), expected_fingerprint="").split("train")
+    try:
+        reader = open_store(store_of_run(directory), expected_fingerprint="").split("train")
+    except FileNotFoundError as error:
+        raise FileNotFoundError(
+            f"the token store of the run {directory} is not here ({error}): give --calibration=TEXTFILE, or "
+            "--method=hqq, which needs no text"
+        ) from error
     starts = [(int(block), 0) for block in np.linspace(0, len(reader) - 1, _CALIBRATION_ROWS)]
     return read_rows(reader, starts, seq_len=min(reader.block_len, _CALIBRATION_LENGTH))["inputs_BT"]
 

@@ -107,7 +107,7 @@ def opened_checkpoint(name: str, *, log: Callable[[str], None]) -> Iterator[Chec
         is_fetched = "://" in location
         directory = Path(scratch if is_fetched else location)
         if is_fetched:
-            fetch_model(location, step=step, directory=directory, log=log)
+            directory = fetch_model(location, step=step, directory=directory, log=log)
         yield _open(directory, name=name, step=step, is_fetched=is_fetched)
 
 

@@ -44,6 +44,12 @@ def table_of(differences: list[dict[str, Any]], *, names: tuple[str, str]) -> Ta
 
 def _heldout(first: dict, second: dict) -> list[dict]:
     _check_same_documents(first, second)
+    if first["length"] != second["length"]:
+        notices.report(
+            "lengths-differ",
+            f"the first is measured in windows of {first['length']:,} tokens and the second of {second['length']:,}, "
+            "as they were trained; --length gives both the same",
+        )
     ours, theirs = documents_of(first), documents_of(second)
     same_tokens = all(np.array_equal(ours[source][:, TOKENS], theirs[source][:, TOKENS]) for source in ours)
     found = []

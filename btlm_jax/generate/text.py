@@ -268,7 +268,6 @@ def _complete_all(
         pieces: list[list[str]] = [[] for _ in rows]
         for row, piece, is_last in _stream_pieces(batch, decoders):
             pieces[row].append(piece)
-            progress.show(decoders, active_rows=batch.active_rows)
             if is_last and indices[row] not in done:
                 progress.clear_line()
                 yield (
@@ -282,6 +281,7 @@ def _complete_all(
                         stop_string=decoders[row].stop,
                     ),
                 )
+            progress.show(decoders, active_rows=batch.active_rows)
         progress.finish_batch(decoders)
         dropped_attention = max(dropped_attention, batch.dropped_attention_bound)
     _report(timings, num_tokens=progress.num_tokens, dropped_attention=dropped_attention)
@@ -358,10 +358,10 @@ class _Progress:
         rate = num_tokens / max(time.monotonic() - self._start - self._timings.compile_seconds, 1e-9)
         max_remaining = (self._num_texts - num_done) * self._max_tokens
         max_remaining -= sum(decoders[row].num_tokens for row in active_rows)
-        self._line.show(
-            f"{num_done:,} of {self._num_texts:,} texts, {num_tokens:,} tokens, {rate:,.1f} tokens/s, "
-            f"ETA at most {minutes_and_seconds(max_remaining / rate)}"
-        )
+        text = f"{num_done:,} of {self._num_texts:,} texts, {num_tokens:,} tokens, {rate:,.1f} tokens/s"
+        if num_tokens:  # a text that ends at once has none
+            text += f", ETA at most {minutes_and_seconds(max_remaining / rate)}"
+        self._line.show(text)
 
     def clear_line(self) -> None:
         """Clear the terminal's line for what is printed next."""

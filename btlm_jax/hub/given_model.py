@@ -32,6 +32,7 @@ from btlm_jax.hub.native import (
     read_tokenizer,
     read_weights,
     split_average,
+    split_average_of_url,
 )
 from btlm_jax.hub.safetensors_files import hash_contents
 from btlm_jax.hub.source import HuggingFaceSource, is_hugging_face
@@ -91,8 +92,10 @@ def split_step(name: str) -> tuple[str, int]:
     return name, 0
 
 
-def fetch_model(url: str, *, step: int, directory: Path, log: Callable[[str], None]) -> None:
+def fetch_model(url: str, *, step: int, directory: Path, log: Callable[[str], None]) -> Path:
     """Copy a model behind a URL into a folder; of a run the checkpoint `step`, or the last one if that is 0.
+
+    Returns the path that names the model here: the folder, or its `average` of URL/average.
 
     Raises:
       FileNotFoundError: there is none.
@@ -100,6 +103,7 @@ def fetch_model(url: str, *, step: int, directory: Path, log: Callable[[str], No
     """
     from btlm_jax.storage.bucket import COMMIT, SESSION, join_databases  # only where something is behind a URL
 
+    url, is_average = split_average_of_url(url)
     files = list_files(url, left_out=lambda name, names: "")
     names = {name for name, _, _ in files}
     steps = [int(parts[1]) for name in names if (parts := name.split("/"))[0] == CHECKPOINTS and len(parts) > 2]
@@ -124,6 +128,7 @@ def fetch_model(url: str, *, step: int, directory: Path, log: Callable[[str], No
             raise OSError(f"{location} ended after {path.stat().st_size:,} of {size:,} bytes; give the command again")
     of_checkpoint = {name.removeprefix(wanted) for name, _, _ in chosen if name.startswith(wanted)}
     join_databases(directory / wanted, of_checkpoint)
+    return directory / AVERAGE if is_average else directory
 
 
 def open_given_model(directory: Path, *, step: int) -> GivenModel:

@@ -35,6 +35,7 @@ AVERAGE = "average"  # WORKDIR/average names a run's averaged weights
 MODEL_FILE, OLD_PARAMS = "model.json", "params"  # the latter of model directories of before safetensors
 FORMAT = "btlm_jax model 2"
 FORMATS = (FORMAT, "btlm_jax model 1")  # that are read
+_OF_A_MODEL = (CHECKPOINTS, MODEL_FILE, "config.json")  # one of which is in a folder of a run or a model
 _SHA256 = "sha256"  # of model.json without this key
 
 
@@ -86,8 +87,23 @@ def is_run(directory: Path) -> bool:
 def split_average(directory: Path) -> tuple[Path, bool]:
     """Return the workdir of a run, and whether the average of its weights is meant: WORKDIR/average, if no model."""
     is_in_run = directory.name == AVERAGE and (directory.parent / CHECKPOINTS).is_dir()
-    is_average = is_in_run and not any((directory / name).exists() for name in (CHECKPOINTS, MODEL_FILE, "config.json"))
+    is_average = is_in_run and not any((directory / name).exists() for name in _OF_A_MODEL)
     return (directory.parent, True) if is_average else (directory, False)
+
+
+def split_average_of_url(url: str) -> tuple[str, bool]:
+    """Return the same of URL/average, and of any other URL that URL.
+
+    Raises:
+      OSError: it cannot be reached.
+    """
+    from btlm_jax.storage.bucket import RemoteFolder  # only where something is behind a URL
+
+    url = url.rstrip("/")
+    run = url.removesuffix(f"/{AVERAGE}")
+    if run == url or any(name.split("/")[0] in _OF_A_MODEL for name in RemoteFolder(url).list()):
+        return url, False
+    return run, True
 
 
 def is_model_directory(directory: Path) -> bool:
@@ -140,7 +156,7 @@ def read_run_checkpoint(reader: CheckpointReader, step: int, *, workdir: Path) -
     metadata = ModelMetadata(
         model=config.model,
         mup=config.mup,
-        max_length=max(config.curriculum.seq_len),
+        max_length=config.curriculum.table.longest_trained(position.step),
         eos_id=tokenizer_info.eos_id,
         tokenizer=tokenizer_info,
         prompt_bos_id=None,
@@ -229,7 +245,7 @@ def read_metadata(directory: Path, *, formats: tuple[str, ...] = FORMATS) -> Mod
     try:
         if values["format"] not in formats:
             is_int4 = "int4" in str(values["format"])
-            hint = "; a 4-bit model is only for btlm generate: give the one it was made of" if is_int4 else ""
+            hint = "; a 4-bit model is only for btlm generate and evaluate: give the one it was made of" * is_int4
             raise ValueError(f"its format is {values['format']!r}, not {formats[0]!r}{hint}")
         return ModelMetadata(
             model=config_from(ModelConfig, {**LATER_KEYS["model"], **values["model"]}, path="model"),

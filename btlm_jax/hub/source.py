@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from btlm_jax import notices
 from btlm_jax.hub.client_files import ClientSettings, end_of_text_id, read_client_settings
 from btlm_jax.hub.huggingface import HuggingFaceTensors
 from btlm_jax.hub.native import (
@@ -40,6 +41,7 @@ from btlm_jax.model import Btlm
 from btlm_jax.model.loss import logits
 from btlm_jax.recipe.config import ModelConfig, MupConfig
 from btlm_jax.recipe.mup import make_parametrization
+from btlm_jax.tokenizers.byte_level import ByteLevelTokenizer
 from btlm_jax.tokenizers.prompt_bos import read_prompt_bos
 from btlm_jax.tokenizers.tokenizer import Tokenizer, find_tokenizer, tokenizer_info
 
@@ -266,10 +268,14 @@ def published_metadata(source: Source) -> ModelMetadata:
 
 
 def _tokenizer_of(directory: Path, config: PublishedConfig) -> Tokenizer | None:
+    """Return a directory's tokenizer, if it has one; whether it may change texts was decided when it was trained on."""
     try:
-        tokenizer = find_tokenizer(directory)
+        tokenizer = find_tokenizer(directory, allow_lossy=True)
     except FileNotFoundError:
         return None
+    if isinstance(tokenizer, ByteLevelTokenizer) and tokenizer.text_changes:
+        changes = ", ".join(tokenizer.text_changes)
+        notices.report("tokenizer-lossy", f"the tokenizer of {directory} does not give every text back: {changes}")
     if tokenizer.vocab_size > config.vocab_size:
         raise ValueError(
             f"the tokenizer of {directory} has {tokenizer.vocab_size:,} ids, but config.json has only "

@@ -11,7 +11,7 @@ import dataclasses
 import numpy as np
 
 MAX_CODE = 15  # 4 bits: codes are 0..15
-_MAX_CODE_8 = 127  # 8 bits: codes are -127..127
+MAX_CODE_8 = 127  # 8 bits: codes are -127..127
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
@@ -73,9 +73,9 @@ def round_to_nearest_int8(w_KM: np.ndarray, group_size: int) -> Int8Matrix:
     """
     check_weights(w_KM, group_size)
     largest_GM = np.maximum.reduceat(np.abs(w_KM), _group_starts(w_KM, group_size), axis=0)
-    scale_GM = to_float16(largest_GM / _MAX_CODE_8)
+    scale_GM = to_float16(largest_GM / MAX_CODE_8)
     steps_KM = _divide_where_positive(w_KM, expand_groups(scale_GM, len(w_KM), group_size))
-    codes_KM = np.clip(np.rint(steps_KM), -_MAX_CODE_8, _MAX_CODE_8).astype(np.int8)
+    codes_KM = np.clip(np.rint(steps_KM), -MAX_CODE_8, MAX_CODE_8).astype(np.int8)
     return Int8Matrix(codes_KM=codes_KM, scale_GM=scale_GM, group_size=group_size)
 
 

@@ -14,7 +14,15 @@ from btlm_jax.hub import numpy_network
 from btlm_jax.hub.published import EMBEDDING, FINAL_NORM, PublishedConfig, Tensors, block_prefix, block_shapes
 from btlm_jax.quantize.awq import BlockTensors, scaled_block
 from btlm_jax.quantize.gptq import gptq
-from btlm_jax.quantize.grouped import Int4Matrix, Int8Matrix, dequantize, round_to_nearest, round_to_nearest_int8
+from btlm_jax.quantize.grouped import (
+    MAX_CODE,
+    MAX_CODE_8,
+    Int4Matrix,
+    Int8Matrix,
+    dequantize,
+    round_to_nearest,
+    round_to_nearest_int8,
+)
 from btlm_jax.quantize.hqq import half_quadratic
 
 _EMBEDDING_COLUMNS = 4096  # quantized at a time
@@ -206,9 +214,11 @@ def check_groups(w_KM: np.ndarray, matrix: Int4Matrix | Int8Matrix, *, largest_e
     errors_KM -= w_KM
     error_GM = np.sqrt(np.add.reduceat(np.square(errors_KM), starts_G, axis=0) / sizes_G1)
     high_GM, low_GM = (function.reduceat(w_KM, starts_G, axis=0) for function in (np.maximum, np.minimum))
-    # A group may have one weight, or equal ones: then only float16's rounding is left.
+    # A group may have one weight, or equal ones: then only float16's rounding is left. Of very small weights scale and
+    # offset are subnormal: both are rounded by up to 2^-25, and the scale's error is multiplied by the code.
     spread_GM = np.maximum(high_GM - low_GM, (high_GM - low_GM).mean(0))
-    allowed_GM = largest_error * spread_GM + 2.0**-10 * np.maximum(np.abs(high_GM), np.abs(low_GM)) + 2.0**-24
+    rounding = 2.0**-25 * (1 + (MAX_CODE_8 if isinstance(matrix, Int8Matrix) else MAX_CODE))
+    allowed_GM = largest_error * spread_GM + 2.0**-10 * np.maximum(np.abs(high_GM), np.abs(low_GM)) + rounding
     wrong_GM = ~(error_GM <= allowed_GM)  # including NaN
     if wrong_GM.any():
         group, column = (int(index[0]) for index in np.nonzero(wrong_GM))

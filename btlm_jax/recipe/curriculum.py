@@ -67,6 +67,10 @@ class Curriculum:
                 return phase
         return self.phases[-1]
 
+    def longest_trained(self, step: int) -> int:
+        """Return the longest sequence length of the first `step` steps, in tokens; of none, that of the first phase."""
+        return max(phase.seq_len for phase in self.phases if phase.index == 0 or phase.first_step < step)
+
     def tokens_seen(self, step: int) -> int:
         """Return the exact number of tokens the first `step` steps train on."""
         return step * self.tokens_per_step

@@ -133,6 +133,7 @@ class ByteLevelTokenizer(JsonTokenizer):
     """Byte-level BPE; tokens stand in the vocabulary in the visible characters for bytes."""
 
     kind = KIND
+    text_changes: list[str]  # its parts that change texts, such as a normaliser
 
     def __init__(self, contents: bytes, *, eos_id: int, allow_lossy: bool = False):
         """Read the contents of a tokenizer.json; one that would change texts only if `allow_lossy`.
@@ -142,7 +143,7 @@ class ByteLevelTokenizer(JsonTokenizer):
         """
 
         def check(body: dict, tokenizer: Tokenizer) -> None:
-            _check_kind(body, allow_lossy=allow_lossy)
+            self.text_changes = _check_kind(body, allow_lossy=allow_lossy)
             _check_vocabulary(tokenizer)
 
         super().__init__(contents, eos_id=eos_id, check=check)
@@ -355,10 +356,10 @@ def _read(contents: bytes, *, eos_id: int, check: Callable[[dict, Tokenizer], No
     return tokenizer
 
 
-def _check_kind(body: dict, *, allow_lossy: bool) -> None:
+def _check_kind(body: dict, *, allow_lossy: bool) -> list[str]:
     """Check that this is byte-level BPE that gives every text back, or without that if `allow_lossy`.
 
-    A normaliser to NFC changes no document of a corpus, for `clean` makes them NFC.
+    Return the parts that change texts. A normaliser to NFC changes no document of a corpus, for `clean` makes them NFC.
     """
     model, normalizer = body["model"], body.get("normalizer")
     kind = model.get("type", "BPE" if "merges" in model else "unknown")
@@ -384,6 +385,7 @@ def _check_kind(body: dict, *, allow_lossy: bool) -> None:
             f"{STORED_FILE} would not give every text back, as it has: {', '.join(changes)}; btlm corpus tokenize "
             "--allow_lossy takes it"
         )
+    return changes
 
 
 def _normalizers(normalizer: dict | None) -> list[dict]:

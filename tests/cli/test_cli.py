@@ -42,7 +42,7 @@ def refused(capsys, *arguments, code: int, said: str) -> None:
         (["generate", "--checkpoint=x", "--top_p=2"], "top_p=2.0 is not allowed; it must be above 0 and up to 1"),
         (
             ["convert", "--from=x", "--to=y", "--max_shard_gb=1e300"],
-            "1e+300 is larger than files can be",
+            "--max_shard_gb=1e+300 must be above 0 and at most 1e9",
         ),
         (["train", LOCAL, "--num_processes=2"], "--num_processes has no effect without --coordinator=HOST:PORT"),
         (["train", LOCAL, "--process_id=1"], "--process_id has no effect without --coordinator=HOST:PORT"),

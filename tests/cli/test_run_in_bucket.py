@@ -3,13 +3,16 @@
 import shutil
 import types
 
+import jax
+import numpy as np
 import pytest
 from support import fake_gcs
 from support.made_up_run import run_config, write_run
 
 from btlm_jax import notices
-from btlm_jax.cli import main, train
+from btlm_jax.cli import generate, main, train
 from btlm_jax.hub.given_model import fetch_model
+from btlm_jax.hub.native import read_run, split_average_of_url
 from btlm_jax.storage import bucket
 from btlm_jax.train.checkpoint import Checkpointer, CheckpointReader, last_position
 
@@ -98,6 +101,23 @@ def test_checkpoints_in_a_bucket(objects, token_store, tmp_path, capsys):
         patch.setattr(bucket.RemoteFolder, "_call", lambda *_, **__: (_ for _ in ()).throw(TimeoutError()))
         with pytest.raises(OSError, match=r"cannot be reached \(1 attempt\): no answer in time"):
             reader.complete(6)
+
+
+@pytest.mark.slow
+def test_the_average_of_a_run_in_a_bucket(objects, token_store, tmp_path):
+    """By generate and convert, whose arrays are fetched when they are read, and by evaluate and --init."""
+    with bucket.opened_for_run(URL) as mirror:
+        mirror.begin()
+        state = write_run(mirror.folder, run_config(token_store, optimizer__average="ema"), steps=(3,))
+        mirror.close()
+    average = jax.device_get(state.opt_state.average)
+    flags = generate.generate_flags()
+    flags.parse([f"--checkpoint={URL}/average/"])
+    fetched = fetch_model(f"{URL}/average", step=0, directory=tmp_path / "fetched", log=lambda line: None)
+    for directory in (flags.run_path("checkpoint"), fetched):
+        jax.tree.map(np.testing.assert_array_equal, jax.device_get(read_run(directory).params), average)
+    objects["run/average/model.json"] = b"{}"  # a model of that name
+    assert split_average_of_url(f"{URL}/average") == (f"{URL}/average", False)
 
 
 def test_a_dry_run_of_a_new_workdir_reads_nothing_and_writes_nothing(objects):

@@ -25,9 +25,9 @@ LONG = {"curriculum__seq_len": (64, 256), "curriculum__batch_size": (8, 2), "cur
 
 @pytest.fixture(scope="module")
 def model(token_store, tmp_path_factory):
-    """The workdir of a run whose longest phase has 256 positions."""
+    """The workdir of a run that was trained to 256 positions."""
     workdir = tmp_path_factory.mktemp("model") / "run"
-    write_run(workdir, run_config(token_store, **LONG, optimizer__warmup_tokens=512), steps=(2,))
+    write_run(workdir, run_config(token_store, **LONG, optimizer__warmup_tokens=512), steps=(3,))
     return workdir
 
 
@@ -75,7 +75,7 @@ def test_chats_tune_a_model_with_its_tokenizer_and_the_template_given(model, beg
     ((config, beginning),) = begun
     assert config.data.document_mask and config.curriculum.seq_len == (256, 256)
     assert config.log.sample_prompt.startswith("<|user|>\neta ") and config.log.sample_prompt.endswith("|assistant|>\n")
-    assert f"{model} (run, step 2)" in beginning.events[0]
+    assert f"{model} (run, step 3)" in beginning.events[0]
     manifest = store.read_manifest(workdir / "store")
     assert store.EXAMPLES in manifest.features and manifest.window == manifest.block_len == 256
     assert manifest.tokenizer == store.read_tokenizer_info(model / "tokenizer")

@@ -19,6 +19,7 @@ from btlm_jax.cli import main
 from btlm_jax.convert import conversion, to_gguf
 from btlm_jax.convert.conversion import Conversion, convert
 from btlm_jax.convert.ggml import FILE_TYPES
+from btlm_jax.convert.to_hf import cast_tensor
 from btlm_jax.hub.gguf import GGUFFile
 from btlm_jax.hub.native import read_model_directory, read_run
 from btlm_jax.hub.numpy_network import streamed_logits
@@ -134,6 +135,22 @@ def test_values_too_large_for_float16(tmp_path):
     weights["transformer.h.1.ln_2.bias"][3] = 1e5
     with pytest.raises(ValueError, match=r"transformer.h.1.ln_2.bias has values up to 1e\+05, too large for float16"):
         make(write_published(tmp_path / "in", weights), tmp_path / "hf", dtype="float16")
+
+
+@pytest.mark.parametrize(
+    ("value", "dtype", "message"),
+    [
+        (np.nan, "bfloat16", "tensor w holds 1 values that are not finite; it cannot be converted"),
+        (-np.inf, "float32", "tensor w holds 1 values that are not finite; it cannot be converted"),
+        (3.4e38, "bfloat16", r"tensor w has values up to 3.4e\+38, too large for bfloat16; use --dtype=float32"),
+        (1e5, "float16", r"tensor w has values up to 1e\+05, too large for float16; use --dtype=bfloat16"),
+    ],
+)
+def test_a_value_that_cannot_be_cast_is_named(value, dtype, message):
+    array = np.array([1, value, 2], np.float32)
+    tensors = type("Tensors", (), {"read": lambda self, name: array})()
+    with pytest.raises(ValueError, match=message):
+        cast_tensor(tensors, "w", array.shape, dtype, lambda name: None).make()
 
 
 def swap_gate_and_up(monkeypatch):
@@ -396,8 +413,8 @@ def test_a_killed_conversion_leaves_nothing_under_the_name_and_the_next_one_work
         (["--to=x"], 2, "--from=DIR is needed"),
         (["--from=x"], 2, "--to=DIR is needed"),
         (["--from=x", "--to=y", "--format=onnx"], 2, "--format=onnx is not known; it may be hf, native, jais, gguf"),
-        (["--from=x", "--to=y", "--format=gguf"], 2, "target=y must be a file that ends in .gguf, as format=gguf"),
-        (["--from=x", "--to=y.gguf"], 2, "target=y.gguf must be a directory, not a .gguf file, as format=hf"),
+        (["--from=x", "--to=y", "--format=gguf"], 2, "--to=y must be a file that ends in .gguf, as format=gguf"),
+        (["--from=x", "--to=y.gguf"], 2, "--to=y.gguf must be a directory, not a .gguf file, as format=hf"),
         (
             ["--from=x", "--to=y.gguf", "--format=gguf", "--file_type=q4"],
             2,
@@ -407,7 +424,7 @@ def test_a_killed_conversion_leaves_nothing_under_the_name_and_the_next_one_work
         (["--from=x", "--to=y", "--format=native", "--pad_ffn=64"], 2, "it is for hf and jais and gguf"),
         (["--from=nowhere", "--to=y.gguf", "--format=gguf"], 1, "nowhere holds no model: looked for checkpoints/"),
         (["--from=x", "--to=y", "--dtype=int3"], 2, "--dtype=int3 is not known"),
-        (["--from=x", "--to=y", "--max_shard_gb=0"], 2, "max_shard_bytes=0 must be at least 1"),
+        (["--from=x", "--to=y", "--max_shard_gb=0"], 2, "--max_shard_gb=0 must be above 0 and at most 1e9"),
         (["--from=x", "--to=y", "--max_shard_gb=inf"], 2, "--max_shard_gb=inf must be a finite number"),
         (["--from=x", "--to=y.gguf", "--format=gguf", "--context_length=-1"], 2, "context_length=-1 must be from 1"),
         (["--from=nowhere", "--to=y"], 1, "nowhere holds no model: looked for checkpoints/"),

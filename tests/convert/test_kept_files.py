@@ -10,7 +10,7 @@ from support import llama_cpp
 from support.published_files import oracle_weights, write_published
 from support.tiny import REPOSITORY
 from support.tiny_tokenizers import EOS, TEXTS, tiny_byte_level, trained
-from tokenizers import AddedToken
+from tokenizers import AddedToken, normalizers
 
 from btlm_jax import notices
 from btlm_jax.convert import conversion
@@ -86,6 +86,17 @@ def test_a_tokenizer_that_transformers_saved_is_read_back(name, tmp_path):
     (tmp_path / "store").mkdir()
     (tmp_path / "store" / again.stored_file).write_bytes(again.contents)
     assert load_tokenizer(tmp_path / "store", tokenizer_info(again)).encode(TEXTS[0]) == tokenizer.encode(TEXTS[0])
+
+
+def test_a_tokenizer_that_changes_texts_is_read_and_said(tmp_path):
+    """As of a run on a store that was made with --allow_lossy; only a store asks for that flag."""
+    contents = tiny_byte_level(normalizer=normalizers.Lowercase()).to_str().encode()
+    directory = model_with(tmp_path / "in", ByteLevelTokenizer(contents, eos_id=299, allow_lossy=True))
+    read = native.read_model_directory(make(make(directory, tmp_path / "hf"), tmp_path / "native", format="native"))
+    assert read.tokenizer.decode(read.tokenizer.encode("Ab")) == "ab"
+    assert notices.counts()["tokenizer-lossy"] == 2
+    with pytest.raises(ValueError, match="would not give every text back, as it has: Lowercase; btlm corpus tokenize"):
+        find_tokenizer(directory)
 
 
 @pytest.mark.slow

@@ -24,7 +24,7 @@ def part_of(seed, *, better_by, tokens=None, corpus="c"):
     hardness = rng.normal(3.0, 0.8, 42)
     nats = counts * (hardness - better_by + np.random.default_rng(seed).normal(0, 0.01, 42))
     rows = np.stack([nats, counts, 4.0 * np.arange(1, 43)], axis=1)
-    return {"corpus": corpus} | TextLoss(documents={"a": rows[:40], "b": rows[40:]}).to_json()
+    return {"corpus": corpus, "length": 8} | TextLoss(documents={"a": rows[:40], "b": rows[40:]}).to_json()
 
 
 def test_paired_intervals_are_much_narrower_than_those_of_each():
@@ -49,6 +49,9 @@ def test_other_tokenizers_are_compared_by_bytes_alone_and_other_documents_not_at
     assert {each["unit"] for each in compare({"heldout": first}, {"heldout": other})} == {"bits/byte"}
     with pytest.raises(ValueError, match="other documents"):
         compare({"heldout": first}, {"heldout": first | {"corpus": "d"}})
+    notices.begin(strict=())
+    assert compare({"heldout": first}, {"heldout": other | {"length": 16}})
+    assert notices.counts() == {"lengths-differ": 1}
 
 
 def test_windows_and_cases_are_compared_in_pairs():

@@ -185,7 +185,7 @@ def test_the_verb_measures_once_and_says_what_it_found(made_up_run, tmp_path, ca
         (["--text", "{folder}/nothing*"], "nothing matches"),
         (["--text", "{folder}/empty.txt"], "there is no text in"),
         (["--text", "{folder}/a.txt", "--overlap=0"], "overlap=0 is not allowed"),
-        (["--text", "{folder}/a.txt", "--overlap=49"], "overlap=49 is more than the window's 48 tokens"),
+        (["--text", "{folder}/a.txt", "--overlap=49"], "overlap=49 is more than the window's 24 tokens"),
         (["--text", "{folder}/a.txt", "--store={folder}"], "give one of them"),
         (["--store={folder}"], "is not a token store"),
         (["--text={folder}", "--output={folder}/out"], "so it would be read as input"),

@@ -173,6 +173,15 @@ def test_the_end_of_a_document_ends_a_text(untrained, tmp_path, monkeypatch):
     assert (row["ended_by"], row["num_tokens"]) == ("end of document", 5)
 
 
+def test_texts_that_end_at_once_are_written(capsys, untrained, tmp_path, monkeypatch):
+    monkeypatch.setattr(text_module, "PROGRESS_SECONDS", 0.0)
+    monkeypatch.setattr(generation, "draw", lambda logits_V, **_: 1)
+    rows = written(untrained, tmp_path, PROMPTS, "--batch_size=2")
+    assert [(row["ended_by"], row["text"]) for row in rows] == [("end of document", "")] * 3
+    output = capsys.readouterr().err
+    assert "2 of 3 texts, 0 tokens, 0.0 tokens/s\n" in output and "ETA" not in output
+
+
 @pytest.mark.slow
 def test_the_speed_leaves_out_compilation_and_long_texts_are_noted(capsys, untrained, monkeypatch):
     monkeypatch.setattr(generation, "draw", lambda logits_V, **_: 70)

@@ -82,6 +82,7 @@ def test_an_earlier_checkpoint_of_a_run_is_another_model(given):
     workdir, config, last = given
     earlier, latest = (open_given_model(workdir, step=step) for step in (3, 0))
     assert (earlier.step, latest.step) == (3, 7) and earlier.fingerprint != latest.fingerprint
+    assert (earlier.metadata.max_length, latest.metadata.max_length) == (24, 48)  # 6 steps at 24, then 4 at 48
     assert latest.fingerprint == open_given_model(workdir, step=7).fingerprint
     state = begin_state(earlier, run_of(config), keep_optimizer=False, rows=NO_ROWS)
     assert bits(state.params).keys() == bits(last.params).keys() and bits(state.params) != bits(last.params)

@@ -21,7 +21,7 @@ from btlm_jax.evaluate.checkpoint import Checkpoint
 from btlm_jax.evaluate.texts import load_to_generate
 from btlm_jax.generate.loading import load_for_generation
 from btlm_jax.hub.given_model import open_given_model
-from btlm_jax.hub.native import ModelMetadata, one_device_mesh, write_model_directory
+from btlm_jax.hub.native import ModelMetadata, one_device_mesh, read_model_directory, write_model_directory
 from btlm_jax.hub.numpy_network import streamed_logits
 from btlm_jax.hub.source import open_source
 from btlm_jax.kernels import tiles
@@ -34,8 +34,8 @@ from btlm_jax.quantize.quantize_model import Method, dequantize_tensor, quantize
 
 def make(source, target, **changes):
     options = {"dtype": "float32", "file_type": "F32", "pad_ffn": 1, "max_shard_bytes": 10**9, "method": "rtn"}
-    lines, options = [], options | {"calibration": None} | changes
-    proofs = convert(Conversion(source=source, target=target, format="int4", **options), log=lines.append)
+    lines, options = [], options | {"calibration": None, "format": "int4"} | changes
+    proofs = convert(Conversion(source=source, target=target, **options), log=lines.append)
     assert all(proof.holds for proof in proofs)
     return target, "\n".join(lines)
 
@@ -79,7 +79,7 @@ def to_answer_tasks(directory):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("form", ["float32", "int4"])
+@pytest.mark.parametrize("form", ["float32", "int4", "native"])
 def test_a_residual_multiplier_counts_once(tmp_path, form):
     config = tiny_config(mup__preset="completep", mup__base_num_layers=1, model__vocab_size=300)
     facts = {"max_length": 48, "eos_id": 0, "tokenizer": None, "prompt_bos_id": None, "notes": {}}
@@ -88,8 +88,13 @@ def test_a_residual_multiplier_counts_once(tmp_path, form):
     assert metadata.network().parametrization.residual_scale != 1
     write_model_directory(tmp_path / "m", metadata=metadata, params=params, tokenizer=None)
     ids_T = np.arange(40, 70)
-    if form == "int4":
-        make(tmp_path / "m", tmp_path / "int4")  # the proof compares
+    if form != "float32":
+        make(tmp_path / "m", tmp_path / form, format=form)  # the proof compares
+    if form == "native":
+        again = read_model_directory(tmp_path / form)
+        assert again.metadata == metadata
+        jax.tree.map(np.testing.assert_array_equal, again.params, params)
+    if form != "float32":
         return
     expected_TV = open_source(tmp_path / "m").logits(ids_T)[2:]
     for native in (load_for_generation(tmp_path / "m", as_int4=False), to_answer_tasks(tmp_path / "m")):
@@ -170,6 +175,12 @@ def test_calibration_is_spread_over_the_training_data(tiny_run):
     ends = read_rows(reader, [(0, 0), (len(reader) - 1, 0)], seq_len=ids_BT.shape[1])["inputs_BT"]
     np.testing.assert_array_equal(ids_BT[[0, -1]], ends)
     assert len(ids_BT) == 32 and len(np.unique(ids_BT, axis=0)) > 1
+
+
+def test_calibration_without_the_run_s_store_says_what_to_give(tiny_run, tmp_path, monkeypatch):
+    monkeypatch.setattr(to_int4, "store_of_run", lambda directory: tmp_path / "store")
+    with pytest.raises(FileNotFoundError, match="store of the run .* is not here .*: give --calibration=TEXTFILE, or"):
+        to_int4.calibration_ids(tiny_run[1], None, text=None)
 
 
 @pytest.mark.slow
@@ -354,6 +365,6 @@ def test_damaged_directories(rounded, tmp_path, damage, kind, message):
 
 def test_other_conversions_refuse_a_rounded_model(rounded, capsys, tmp_path):
     assert main(["convert", f"--from={rounded[1]}", f"--to={tmp_path / 'hf'}"]) == 1
-    assert "a 4-bit model is only for btlm generate" in capsys.readouterr().err
+    assert "a 4-bit model is only for btlm generate and evaluate" in capsys.readouterr().err
     with pytest.raises(ValueError, match="has 4 bits already; leave out --int4"):
         load_for_generation(rounded[1], as_int4=True)

@@ -194,6 +194,19 @@ def test_weights_that_are_too_large_are_named(method):
         list(quantized(SMALL, tensors, method=method))
 
 
+@pytest.mark.parametrize("method", Method)
+@pytest.mark.parametrize("bits", [4, 8])
+def test_very_small_weights_are_quantized(method, bits):
+    """Scales below float16's normal numbers are rounded to multiples of 2^-24: a code of 127 makes that 4e-6."""
+    tensors, random = random_tensors(), np.random.default_rng(8)
+    for row, std in enumerate(10.0 ** np.arange(-9, -3)):
+        tensors.arrays[EMBEDDING][row] = std * random.standard_normal(SMALL.n_embd)
+        tensors.arrays["transformer.h.1.mlp.c_fc.weight"][:, row] = std * random.standard_normal(SMALL.n_embd)
+    rounded = dict(quantized(SMALL, tensors, method=method, embedding_bits=bits))
+    error_VD = np.abs(dequantize_tensor(EMBEDDING, rounded[EMBEDDING]) - tensors.arrays[EMBEDDING])
+    assert error_VD[:6].max() < 128 * 2.0**-25 + 1e-3 * 0.05
+
+
 @pytest.mark.parametrize("calibration_BT", [None, IDS_BT[:0]])
 def test_calibrated_methods_ask_for_their_ids(calibration_BT):
     with pytest.raises(ValueError, match="method=gptq needs calibration token ids"):

@@ -32,6 +32,10 @@ def test_phase_at_equals_enumeration(spec):
     )
     enumerated = [index for index, (_, steps) in enumerate(spec) for _ in range(steps)]
     assert [table.phase_at(step).index for step in range(table.num_steps)] == enumerated
+    lengths = [length for length, steps in spec for _ in range(steps)]
+    for step in range(1, table.num_steps + 1):
+        assert table.longest_trained(step) == max(lengths[:step])
+    assert table.longest_trained(0) == lengths[0]
     assert table.phase_at(table.num_steps).index == len(spec) - 1
     assert table.tokens_seen(table.num_steps) == table.num_tokens == sum(phase.num_tokens for phase in table.phases)
     assert [phase.end_step for phase in table.phases[:-1]] == [phase.first_step for phase in table.phases[1:]]
