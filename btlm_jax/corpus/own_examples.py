@@ -71,7 +71,7 @@ def _lengths(inputs: Sequence[Input], encoder: ExampleEncoder, *, folder: Path) 
     count = min(len(inputs), _SAMPLED_FILES)
     for number in range(count):
         with local_copies([inputs[number * len(inputs) // count]], folder) as (item,):
-            found = read_objects(item.path, name=item.name, repairs=Counter())
+            found = read_objects(item.path, name=item.name, is_piece=item.is_piece, repairs=Counter())
             with contextlib.suppress(BadFileError):  # which the stage names, as it does lines that are no examples
                 for line in itertools.islice(found, _SAMPLED_EXAMPLES // count):
                     with contextlib.suppress(ValueError):

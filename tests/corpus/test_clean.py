@@ -3,6 +3,7 @@
 import json
 import re
 import string
+import tracemalloc
 import unicodedata
 from unittest import mock
 
@@ -15,11 +16,12 @@ from support.corpus_files import made_up_text, write_raw
 
 from btlm_jax.cli import main
 from btlm_jax.corpus.engine.inputs import read_stage
+from btlm_jax.corpus.engine.tasks import LocalInput, LocalTask
 from btlm_jax.corpus.near_duplicates import normalize
 from btlm_jax.corpus.near_duplicates.normalize import is_shorter, normalized
 from btlm_jax.corpus.readers.records import read_records
 from btlm_jax.corpus.stages import clean as cleaning
-from btlm_jax.corpus.stages.clean import fix_unicode
+from btlm_jax.corpus.stages.clean import CleanConfig, fix_unicode
 
 PIECES = [
     "plain words ", "\n", "\r\n", "\r", "<b>", "&amp;", "&lt;i&gt;", "&eacute;", "\u201cquoted\u201d ", "schÃ¶n ",
@@ -177,6 +179,19 @@ def test_bad_lines_go_to_quarantine_and_too_many_fail(raw, capsys):
     assert found == {"file": "bad.jsonl", "line": 1, "offset": 0, "reason": "text is null"}
     assert run_clean(raw, "clean", "--max_bad_rate=0.02") == 0
     assert read_stage(raw / "clean")["totals"]["bad"] == {"quarantined": 1}
+
+
+def test_memory_does_not_grow_with_bad_lines(tmp_path):
+    path = tmp_path / "bad.jsonl"
+    path.write_bytes(b'{"content": "of another key"}\n' * 10_000)
+    config = CleanConfig(inputs=(path,), default_source="x", on_bad_file="fail", max_bad_rate=0.1)
+    task = LocalTask(index=0, inputs=(LocalInput(name=path.name, path=path, sha256=""),))
+    tracemalloc.start()
+    result = cleaning._clean_task(task, tmp_path, lambda *counted: None, config=config)
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert result["totals"]["bad"] == {"quarantined": 10_000} and peak < 2_000_000  # 5 MB if they were kept
+    assert len((tmp_path / "quarantine" / "00000.jsonl").read_bytes().splitlines()) == 10_000
 
 
 def test_a_file_cut_short_fails_or_gives_its_beginning(raw, capsys):

@@ -10,7 +10,8 @@ import pyarrow.parquet
 import pytest
 import zstandard
 
-from btlm_jax.corpus.readers.raw import BadFileError, Defect, Keys, read_raw
+from btlm_jax.corpus.readers import raw
+from btlm_jax.corpus.readers.raw import BadFileError, Defect, Keys, read_objects, read_raw
 from btlm_jax.corpus.readers.records import Record, RecordWriter, read_records, record_to_line
 
 BODIES = [
@@ -138,6 +139,43 @@ def test_a_bad_line_costs_one_line_and_is_named(tmp_path):
         assert data[defect.offset :].startswith(bad) and defect.head == bad[:200].decode("utf-8", "replace")
 
 
+BEGINNINGS = [b'cut", "meta": {}}', b"<html>502</html>", b"PAR1", b"version https://git-lfs", b"\x1f\x8b", ZSTD(b"x")]
+
+
+@pytest.mark.parametrize("bad", BEGINNINGS)
+def test_a_bad_line_at_the_beginning_of_a_piece_costs_one_line(tmp_path, bad):
+    path = write(tmp_path, "copy", bad + b"\n" + LINES)
+    name = "a.jsonl@128000000"
+    defect, *records = read_raw(path, name=name, default_source="mine", is_piece=True)
+    assert (defect.line, defect.offset) == (1, 0) and defect.reason.startswith(("not JSON", "not UTF-8"))
+    assert [(record.text, record.id) for record in records] == [
+        (body["text"], f"{name}:{number}") for number, body in enumerate(BODIES, start=2)
+    ]
+    first, *objects = read_objects(path, name=name, is_piece=True, repairs=Counter())
+    assert first == defect and [line.value for line in objects] == BODIES
+
+
+@pytest.mark.parametrize("chunk", [16, 1 << 18])  # the line ends in a later chunk, or in the one that it begins in
+@pytest.mark.parametrize("name", ["a.jsonl", "a.jsonl.zst"])
+def test_a_line_that_is_too_long_costs_one_line(tmp_path, monkeypatch, name, chunk):
+    monkeypatch.setattr(raw, "MAX_LINE_BYTES", 1_000)
+    monkeypatch.setattr(raw, "CHUNK", chunk)
+    good = LINES.split(b"\n")[:3]
+    fits, long = (json.dumps({"text": "y" * size}).encode() for size in (1_000 - 13, 1_000 - 12 + 700))
+    assert len(fits) == 999 and len(long) == 1_700
+    data = b"\n".join([good[0], long, fits, good[1], good[2], long])
+    found = read(write(tmp_path, name, ZSTD(data) if name.endswith("zst") else data))
+    assert [record.text for record in found if isinstance(record, Record)] == [
+        BODIES[0]["text"], "y" * 987, BODIES[1]["text"], BODIES[2]["text"]
+    ]  # fmt: skip
+    reason, head = "it is too long: 1,700 bytes, and 1,000 are the most", long[:200].decode()
+    assert [defect for defect in found if isinstance(defect, Defect)] == [
+        Defect(file=name, line=line, offset=offset, reason=reason, head=head)
+        for line, offset in ((2, len(good[0]) + 1), (6, len(data) - 1_700))
+    ]
+    assert len([line for line in read_objects(tmp_path / name, name=name, is_piece=False, repairs=Counter())]) == 6
+
+
 def test_strange_but_readable_lines_are_kept(tmp_path):
     lines = [
         rb'{"text": "half \ud809 pair \ud83d\ude00", "meta": {"\udc00": ["\ud800"]}}',
@@ -238,5 +276,8 @@ def test_keys_can_be_named(tmp_path):
     (record,) = read_with(text="a.b", source="nothing")
     assert (record.text, record.id, record.source) == ("dotted", "a.jsonl:1", "mine")
     assert read_with()[0].reason == "text is int"
+    path.write_text('{"data": {"content": "words", "n": 1}, "meta": {"site": "S", "raw": "more"}}')
+    assert read_with(text="data.content")[0].meta == {"data": {"n": 1}, "site": "S", "raw": "more"}
+    assert read_with(text="meta.raw")[0].meta == {"data": {"content": "words", "n": 1}, "site": "S"}
     path.write_text('{"content": "words"}')
     assert read_with()[0].reason == "there is no text; --text_key names another key, such as content"

@@ -94,8 +94,8 @@ def raw(tmp_path, monkeypatch):
     return tmp_path
 
 
-def clean(folder: Path, name: str = "clean") -> int:
-    return main(["corpus", "clean", f"--input={folder / 'raw'}", f"--output={folder / name}", "--workers=1"])
+def clean(folder: Path, name: str = "clean", *flags: str) -> int:
+    return main(["corpus", "clean", f"--input={folder / 'raw'}", f"--output={folder / name}", "--workers=1", *flags])
 
 
 def contents(directory: Path) -> dict:
@@ -137,6 +137,21 @@ def test_a_large_file_is_read_in_pieces_none_lost_none_doubled(raw, monkeypatch,
     path = raw / "raw" / "part2.jsonl"
     path.write_bytes(path.read_bytes().replace(b"a", b"b", 1))
     assert clean(raw, "pieces") == 1
+
+
+@pytest.mark.parametrize("bad", [b'truncated", "meta": {}}\n', b"<html><body>502</body></html>\n"])
+def test_a_bad_line_where_a_piece_begins_costs_one_line(raw, monkeypatch, bad):
+    path = raw / "raw" / "part0.jsonl"
+    lines = path.read_bytes().splitlines(keepends=True)
+    first = b"".join(lines[:4])
+    path.write_bytes(first + bad + b"".join(lines[4:]))
+    monkeypatch.setattr(inputs, "PIECE_BYTES", len(first))
+    assert raw_inputs(raw / "raw")[1].name == f"part0.jsonl@{len(first)}"
+    assert clean(raw, "pieces", "--max_bad_rate=0.1") == 0
+    assert read_stage(raw / "pieces")["totals"]["bad"] == {"quarantined": 1}
+    assert [record.text for record in records_of(raw / "pieces")] == [
+        record.text for record in records_of(raw / "clean")
+    ]
 
 
 def test_only_plain_lines_are_read_in_pieces(raw, monkeypatch, capsys):

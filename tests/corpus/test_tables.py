@@ -14,6 +14,7 @@ from support.corpus_files import made_up_text
 
 from btlm_jax.cli import main
 from btlm_jax.corpus.engine.inputs import read_stage
+from btlm_jax.corpus.readers import raw
 from btlm_jax.corpus.readers.raw import BadFileError, Keys, read_raw
 from btlm_jax.corpus.readers.records import read_records
 
@@ -115,6 +116,24 @@ def test_a_tfds_dataset_gives_what_tfds_reads(tfds_folder, tmp_path, capsys):
                 default_source="x",
             )
         )
+
+
+def test_text_of_a_tfds_dataset_that_is_not_utf8_costs_its_row(tfds_folder, monkeypatch):
+    name = "ds-train.array_record-00000-of-00002"
+    writer = ArrayRecordWriter(str(tfds_folder / name), "group_size:1")
+    for text, source in (("a", "S"), (b"caf\xe9", "S"), ("b", b"\xff"), ("long " * 9, "S"), ("c", "S")):
+        writer.write(FEATURES.serialize_example({"text": text, "source": source, "stars": 1}))
+    writer.close()
+    monkeypatch.setattr(raw, "MAX_LINE_BYTES", 44)
+    found = list(read_raw(tfds_folder / name, name=name, default_source="x"))
+    assert [getattr(one, "reason", "") or one.text for one in found] == [
+        "a", "text is not UTF-8: byte 0xe9 at 3", "source is not UTF-8: byte 0xff at 0",
+        "its text is too long: 45 bytes, and 44 are the most", "c",
+    ]  # fmt: skip
+    repairs = Counter()
+    keys = Keys(source="none")
+    found = list(read_raw(tfds_folder / name, name=name, default_source="x", keys=keys, repairs=repairs))
+    assert found[2].meta["source"] == "\ufffd" and repairs == {"bytes that are not UTF-8 became U+FFFD": 1}
 
 
 T = [made_up_text(seed=seed) for seed in range(6)]

@@ -661,7 +661,7 @@ def _of_examples(folder: Path) -> list[Target]:
     def examples(data: bytes) -> None:
         path = folder / "examples.jsonl"
         path.write_bytes(data)
-        for found in read_objects(path, name=path.name, repairs=Counter()):
+        for found in read_objects(path, name=path.name, is_piece=False, repairs=Counter()):
             if isinstance(found, Line):
                 encoder.encode(parse_example(found.value))
 

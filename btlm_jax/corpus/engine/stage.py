@@ -32,7 +32,9 @@ FORMAT = "btlm-corpus-stage"
 FORMAT_VERSION = 1
 PLAN_FILE, MANIFEST_FILE, LOCK_FILE = "plan.json", "manifest.json", ".lock"
 WORK_FOLDER = "work"
-STAGE_FILES = (PLAN_FILE, MANIFEST_FILE, DONE_FOLDER, WORK_FOLDER, "quarantine", "slurm")  # in it beside its outputs
+QUARANTINE_FOLDER = "quarantine"
+# In a stage's directory beside its outputs.
+STAGE_FILES = (PLAN_FILE, MANIFEST_FILE, DONE_FOLDER, WORK_FOLDER, QUARANTINE_FOLDER, "slurm")
 COMMAND_LOCK_FILE = ".command.lock"  # of a command with several steps, each of which has its own lock
 
 
@@ -71,7 +73,7 @@ def run_stage(
     with exclusive_lock(directory / LOCK_FILE, message=message):
         _check_plan(stage, directory)
         wait_for_earlier_job(directory, name=stage.name, log=log)
-        for folder in (directory, directory / DONE_FOLDER, outputs):
+        for folder in (directory, directory / DONE_FOLDER, directory / QUARANTINE_FOLDER, outputs):
             delete_temporary_files(folder)
         records: dict[int, dict | None] = {
             task.index: finished_record(task, directory, outputs=outputs) for task in stage.tasks

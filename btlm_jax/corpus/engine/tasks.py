@@ -37,6 +37,7 @@ class LocalInput:
     name: str
     path: Path
     sha256: str
+    is_piece: bool = False
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -171,7 +172,7 @@ def _local_copy(item: Input, folder: Path, stack: contextlib.ExitStack) -> Local
         path = Path(file.name)
     if item.sha256 and sha256 != item.sha256:
         raise ValueError(f"{item.location} is not what the stage that wrote it recorded; make it again")
-    return LocalInput(name=item.name, path=path, sha256=sha256)
+    return LocalInput(name=item.name, path=path, sha256=sha256, is_piece=item.is_piece)
 
 
 def _hash_input(item: Input) -> str:

@@ -8,12 +8,20 @@ from typing import BinaryIO, Protocol
 
 import zstandard
 
-MAX_LINE_BYTES = 1 << 27  # far above any document; a file without newlines is not JSON lines, and memory is limited
 CHUNK = 1 << 18
+_HEAD_BYTES = 200  # kept of a line that is too long
 
 
 class BadFileError(ValueError):
     """A file cannot be read to its end; the message says why."""
+
+
+class LineTooLongError(ValueError):
+    """What stands in the place of a line that is too long to be kept; `head` is its beginning."""
+
+    def __init__(self, head: bytes, *, num_bytes: int, max_bytes: float):
+        super().__init__(f"it is too long: {num_bytes:,} bytes, and {max_bytes:,} are the most")
+        self.head = head
 
 
 class Decompressor(Protocol):
@@ -63,13 +71,10 @@ def decompress_frames(file: BinaryIO, make_decompressor: Callable[[], Decompress
         raise BadFileError("it ends in the middle of its compressed data: it was cut short; fetch it again")
 
 
-def split_lines(chunks: Iterator[bytes]) -> Iterator[tuple[int, int, bytes]]:
-    """Yield (number from 1, offset, line without its newline) of each line.
+def split_lines(chunks: Iterator[bytes], *, max_bytes: float) -> Iterator[tuple[int, int, bytes | LineTooLongError]]:
+    """Yield (number from 1, offset, line without its newline) of each line; an error for one over `max_bytes`.
 
     A long line is joined once, when it is complete, and not kept here.
-
-    Raises:
-      BadFileError: a line is over MAX_LINE_BYTES.
     """
     parts: list[bytes] = []
     size, number, offset = 0, 1, 0
@@ -78,19 +83,24 @@ def split_lines(chunks: Iterator[bytes]) -> Iterator[tuple[int, int, bytes]]:
         for end in ends:
             parts.append(end)
             size += len(end)
-            yield number, offset, _join_and_clear(parts)
+            yield number, offset, _join_and_clear(parts, size=size, max_bytes=max_bytes)
             number, offset, size = number + 1, offset + size + 1, 0
         if remainder:
             parts.append(remainder)
             size += len(remainder)
-            if size > MAX_LINE_BYTES:
-                raise BadFileError(f"line {number} is over {MAX_LINE_BYTES:,} bytes long: these are not lines of JSON")
+            if size > max_bytes:
+                parts[:] = [_head(parts)]  # the rest is only counted
     if parts:
-        yield number, offset, _join_and_clear(parts)
+        yield number, offset, _join_and_clear(parts, size=size, max_bytes=max_bytes)
 
 
-def _join_and_clear(parts: list[bytes]) -> bytes:
-    """Return the parts as one and empty the list."""
-    line = b"".join(parts)
+def _join_and_clear(parts: list[bytes], *, size: int, max_bytes: float) -> bytes | LineTooLongError:
+    """Return the parts of a line of `size` bytes as one, or what stands in its place, and empty the list."""
+    too_long = size > max_bytes
+    line = LineTooLongError(_head(parts), num_bytes=size, max_bytes=max_bytes) if too_long else b"".join(parts)
     parts.clear()
     return line
+
+
+def _head(parts: list[bytes]) -> bytes:
+    return b"".join(part[:_HEAD_BYTES] for part in parts[:2])[:_HEAD_BYTES]

@@ -26,18 +26,20 @@ import orjson
 from btlm_jax.corpus.readers.frames import (
     CHUNK,
     BadFileError,
+    LineTooLongError,
     decompress_frames,
     gzip_decompressor,
     split_lines,
     zstd_decompressor,
 )
-from btlm_jax.corpus.readers.records import SOURCE_KEY, Record
+from btlm_jax.corpus.readers.records import SOURCE_KEY, Record, utf8_pieces
 from btlm_jax.corpus.readers.tables import TFDS_SHARD, arrow_rows, parquet_rows, tfds_rows
 
 TEXT_SUFFIXES = (".txt", ".md", ".rst")
 SUFFIXES = (".jsonl", ".jsonl.zst", ".jsonl.gz", ".json.gz", ".zst", ".parquet", ".arrow", *TEXT_SUFFIXES)
 TEXT_KEY_FLAG = "--text_key"
 _JSON_SUFFIXES = (".json", ".ndjson")  # of lines of JSON too, where the file is named itself
+MAX_LINE_BYTES = 1 << 27  # of a line of JSON, and of a text in a table: far above any document, and memory is limited
 TEXT_BYTES = 16_000_000  # a text file is read in documents of at most so much, so that memory does not grow with it
 _METADATA = ("state.json", "dataset_info.json", "dataset_dict.json", "features.json")
 _HEAD_BYTES = 200  # of a Defect
@@ -49,6 +51,7 @@ _BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 _LFS = b"version https://git-lfs"
 _HTML = (b"<!doctype html", b"<html")
 _BINARY_BYTES = 8000  # a NUL among the first so many makes a file binary, as for git
+_NumberedLine = tuple[int, int, bytes | LineTooLongError]  # number, offset, line
 _LONG_NUMBER = re.compile(rb"[0-9]{19}")  # orjson reads integers of more than 64 bits as floats
 # What a document's other values cannot keep, as counted in `repairs`.
 LONE_SURROGATES, NOT_FINITE, LONG_INTEGERS = (
@@ -101,6 +104,7 @@ def read_raw(
     *,
     name: str,
     default_source: str,
+    is_piece: bool = False,
     keys: Keys = DEFAULT_KEYS,
     key_flag: str = TEXT_KEY_FLAG,
     repairs: Counter | None = None,
@@ -108,6 +112,7 @@ def read_raw(
     """Yield the documents and the defects of one file, in order.
 
     `name` is the file's in ids and defects; `default_source` is the source of documents that do not name theirs.
+    A piece of a file is plain lines of JSON, whatever its first bytes are.
     `key_flag` is the flag that names the text's key, for errors. `repairs` counts documents with values that had to be
     changed, by what was changed.
 
@@ -117,20 +122,20 @@ def read_raw(
     repairs = Counter() if repairs is None else repairs
     make = _RecordMaker(keys, name=name, default_source=default_source, key_flag=key_flag, repairs=repairs)
     with open(path, "rb") as file:
-        head = _head(file)
-        if head.startswith(_PARQUET):
+        head = b"" if is_piece else _head(file)
+        if is_piece:
+            yield from make.of_lines(_lines(file, head=head, name=name))
+        elif head.startswith(_PARQUET):
             yield from make.of_table(parquet_rows, file)
         elif name.endswith(".arrow"):
             yield from make.of_table(arrow_rows, file)
         elif TFDS_SHARD.fullmatch(name):
-            yield from make.of_rows(tfds_rows(path))
+            yield from make.of_rows(tfds_rows(path, columns=keys.all, repairs=repairs))
         elif name.endswith(TEXT_SUFFIXES) or _is_plain_text(name, head):
             make.repairs.update([PLAIN_TEXT] if not name.endswith(TEXT_SUFFIXES) else [])
             yield from _from_text(file, name=name, default_source=default_source, repairs=make.repairs)
         else:
-            lines = split_lines(_chunks(file, head=head, name=name))
-            # Unlike a loop, this keeps no line, which may be long.
-            yield from filter(None, map(functools.partial(_parse_line, make=make), lines))
+            yield from make.of_lines(_lines(file, head=head, name=name))
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -148,23 +153,26 @@ class Line:
         return Defect(file=self.file, line=self.line, offset=self.offset, reason=reason, head=self.head)
 
 
-def read_objects(path: Path, *, name: str, repairs: Counter) -> Iterator[Line | Defect]:
+def read_objects(path: Path, *, name: str, is_piece: bool, repairs: Counter) -> Iterator[Line | Defect]:
     """Yield each line of JSON of a file, compressed or not; in place of another line a Defect.
 
-    `name` and `repairs` are as for `read_raw`.
+    `name`, `is_piece` and `repairs` are as for `read_raw`.
 
     Raises:
       BadFileError: it is cut short, damaged, or no file of lines.
     """
     with open(path, "rb") as file:
-        head = _head(file)
+        head = b"" if is_piece else _head(file)
         if head.startswith(_PARQUET) or name.endswith((".arrow", *TEXT_SUFFIXES)):
             raise BadFileError("it has no lines of JSON")
-        for number, offset, line in split_lines(_chunks(file, head=head, name=name)):
+        for number, offset, line in _lines(file, head=head, name=name):
+            if isinstance(line, LineTooLongError):
+                yield Defect(file=name, line=number, offset=offset, reason=str(line), head=_shown(line.head))
+                continue
             line = line.removeprefix(_BYTE_ORDER_MARK) if number == 1 else line
             if not line.strip():
                 continue
-            shown = line[:_HEAD_BYTES].decode("utf-8", "replace")
+            shown = _shown(line)
             try:
                 value = _parse_json(line, repairs)
             except ValueError as error:
@@ -184,7 +192,9 @@ def first_object(file: BinaryIO, *, name: str) -> object:
             return None
         if _is_plain_text(name, head):
             return None
-        for number, _, line in itertools.islice(split_lines(_chunks(file, head=head, name=name)), _TRIED_LINES):
+        for number, _, line in itertools.islice(_lines(file, head=head, name=name), _TRIED_LINES):
+            if isinstance(line, LineTooLongError):
+                continue
             line = line.removeprefix(_BYTE_ORDER_MARK) if number == 1 else line
             with contextlib.suppress(ValueError):
                 if line.strip():
@@ -234,6 +244,10 @@ def _is_skippable(head: bytes) -> bool:
     return head[1:4] == _ZSTD_SKIPPABLE and head[0] >> 4 == 5
 
 
+def _lines(file: BinaryIO, *, head: bytes, name: str) -> Iterator[_NumberedLine]:
+    return split_lines(_chunks(file, head=head, name=name), max_bytes=MAX_LINE_BYTES)
+
+
 def _chunks(file: BinaryIO, *, head: bytes, name: str) -> Iterator[bytes]:
     if head.startswith(_ZSTD) or _is_skippable(head):
         yield from decompress_frames(file, zstd_decompressor)
@@ -268,9 +282,12 @@ class _RecordMaker:
         text = _value(body, self.keys.text)
         if not isinstance(text, str):
             raise ValueError(_no_text(body, text, key=self.keys.text, flag=self.key_flag))
+        if 4 * len(text) > MAX_LINE_BYTES and (size := sum(map(len, utf8_pieces(text)))) > MAX_LINE_BYTES:
+            raise ValueError(f"its text is too long: {size:,} bytes, and {MAX_LINE_BYTES:,} are the most")
+        body = _without(body, self.keys.text)
         meta = body.get("meta")
         meta = meta if isinstance(meta, dict) else {} if meta is None else {"meta": meta}
-        parts = {self.keys.text, "meta", self.keys.id, *self.keys.sources}
+        parts = {"meta", self.keys.id, *self.keys.sources}
         others = {key: value for key, value in body.items() if key not in parts}
         if _is_deep(others) or _is_deep(meta):
             raise ValueError(f"its values are nested more than {_MAX_DEPTH} deep")
@@ -283,6 +300,11 @@ class _RecordMaker:
             text=text,
             meta=others | meta,
         )
+
+    def of_lines(self, lines: Iterator[_NumberedLine]) -> Iterator[Record | Defect]:
+        """Yield the documents and the defects of lines of JSON."""
+        # Unlike a loop, this keeps no line, which may be long.
+        yield from filter(None, map(functools.partial(_parse_line, make=self), lines))
 
     def of_table(self, read: Callable[..., Iterator[dict | ValueError]], file: BinaryIO) -> Iterator[Record | Defect]:
         """Yield the documents and the defects of a table, of which `read` reads the columns that are needed."""
@@ -316,6 +338,14 @@ def _value(body: dict, key: str) -> object:
     return _value(value, inner) if isinstance(value, dict) else None
 
 
+def _without(body: dict, key: str) -> dict:
+    """Return a copy of an object without the value that `_value` finds."""
+    if key in body or "." not in key:
+        return {other: value for other, value in body.items() if other != key}
+    outer, inner = key.split(".", 1)
+    return body | {outer: _without(body[outer], inner)}
+
+
 def _no_text(body: dict, text: object, *, key: str, flag: str) -> str:
     if text is not None:
         return f"{key} is {type(text).__name__}"
@@ -325,9 +355,11 @@ def _no_text(body: dict, text: object, *, key: str, flag: str) -> str:
     return f"there is no {key}" + (f"; {flag} names another key, such as {texts[0]}" if texts else "")
 
 
-def _parse_line(numbered_line: tuple[int, int, bytes], *, make: _RecordMaker) -> Record | Defect | None:
+def _parse_line(numbered_line: _NumberedLine, *, make: _RecordMaker) -> Record | Defect | None:
     """Return the document or the defect of a line; None if it is empty."""
     number, offset, line = numbered_line
+    if isinstance(line, LineTooLongError):
+        return make.defect(line, number=number, offset=offset, head=_shown(line.head))
     if number == 1:
         line = line.removeprefix(_BYTE_ORDER_MARK)
     if not line.strip():
@@ -335,8 +367,12 @@ def _parse_line(numbered_line: tuple[int, int, bytes], *, make: _RecordMaker) ->
     try:
         return make.record(_parse_json(line, make.repairs), number=number)
     except ValueError as error:
-        head = line[:_HEAD_BYTES].decode("utf-8", "replace")
-        return make.defect(error, number=number, offset=offset, head=head)
+        return make.defect(error, number=number, offset=offset, head=_shown(line))
+
+
+def _shown(line: bytes) -> str:
+    """Return the beginning of a line for its Defect."""
+    return line[:_HEAD_BYTES].decode("utf-8", "replace")
 
 
 def _parse_json(line: bytes, repairs: Counter) -> object:
@@ -416,9 +452,8 @@ def _from_text(file: BinaryIO, *, name: str, default_source: str, repairs: Count
             yield Record(id=name if is_whole else f"{name}@{offset}", source=default_source, text=text, meta={})
             del text  # here and below: to hold as few copies of a piece as possible
         except UnicodeDecodeError as error:
-            head = piece[:_HEAD_BYTES].decode("utf-8", "replace")
             reason = f"not UTF-8: byte 0x{piece[error.start]:02x} at {offset + error.start}"
-            yield Defect(file=name, line=1 if is_whole else 0, offset=offset, reason=reason, head=head)
+            yield Defect(file=name, line=1 if is_whole else 0, offset=offset, reason=reason, head=_shown(piece))
         del piece
         if is_whole:
             return

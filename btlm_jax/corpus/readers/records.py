@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from types import TracebackType
@@ -16,7 +17,13 @@ import numpy as np
 import orjson
 import zstandard
 
-from btlm_jax.corpus.readers.frames import BadFileError, decompress_frames, split_lines, zstd_decompressor
+from btlm_jax.corpus.readers.frames import (
+    BadFileError,
+    LineTooLongError,
+    decompress_frames,
+    split_lines,
+    zstd_decompressor,
+)
 from btlm_jax.storage.files import AtomicFile
 
 SUFFIX = ".jsonl.zst"
@@ -82,13 +89,16 @@ def read_records(path: Path) -> Iterator[Record]:
     """
     try:
         with open(path, "rb") as file:
-            yield from map(_parse_record, split_lines(decompress_frames(file, zstd_decompressor)))  # keeps no record
+            lines = split_lines(decompress_frames(file, zstd_decompressor), max_bytes=math.inf)
+            yield from map(_parse_record, lines)  # unlike a loop, keeps no record
     except (BadFileError, orjson.JSONDecodeError, KeyError) as error:
         raise ValueError(f"{path} is damaged: {error}; delete it and its record under done/, and run again") from error
 
 
-def _parse_record(numbered_line: tuple[int, int, bytes]) -> Record:
-    body = orjson.loads(numbered_line[2])
+def _parse_record(numbered_line: tuple[int, int, bytes | LineTooLongError]) -> Record:
+    line = numbered_line[2]
+    assert isinstance(line, bytes), "there is no limit"
+    body = orjson.loads(line)
     return Record(id=body["id"], source=body["source"], text=body["text"], meta=body["meta"])
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import re
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO, cast
@@ -16,6 +17,7 @@ from btlm_jax.corpus.readers.frames import BadFileError
 TFDS_SHARD = re.compile(r"(.*\.array_record)-\d{5}-of-(\d{5})")
 _BATCH_ROWS = 256
 _ARROW_FILE = b"ARROW1"
+NOT_UTF8 = "bytes that are not UTF-8 became U+FFFD"
 _NEEDED = f"needs pyarrow: {install_command('corpus')}"
 
 
@@ -157,9 +159,13 @@ def _value(cell: Any, *, name: str) -> object:
     try:
         return cell.as_py()
     except UnicodeDecodeError as error:
-        return ValueError(f"{name} is not UTF-8: byte 0x{error.object[error.start]:02x} at {error.start}")
+        return _not_utf8(name, error)
     except (ValueError, OverflowError) as error:
         return ValueError(f"{name} has a value that cannot be read: {error}")
+
+
+def _not_utf8(name: str, error: UnicodeDecodeError) -> ValueError:
+    return ValueError(f"{name} is not UTF-8: byte 0x{error.object[error.start]:02x} at {error.start}")
 
 
 @contextlib.contextmanager
@@ -174,8 +180,11 @@ def _named_errors(kind: str, number: list[int]) -> Iterator[None]:
         raise BadFileError(f"{kind} is damaged{place}: {reason}") from error
 
 
-def tfds_rows(path: Path) -> Iterator[dict | ValueError]:
+def tfds_rows(path: Path, *, columns: Sequence[str], repairs: Counter) -> Iterator[dict | ValueError]:
     """Yield the examples of one ArrayRecord shard of a TFDS dataset, whose features.json is in the same folder.
+
+    A ValueError for one of which a value of `columns` (a.b: b inside a) is not UTF-8; `repairs` counts examples of
+    which others are not, where what is not becomes U+FFFD.
 
     Raises:
       BadFileError: it is damaged, or has no features.json beside it.
@@ -192,18 +201,29 @@ def tfds_rows(path: Path) -> Iterator[dict | ValueError]:
         for start in range(0, reader.num_records(), _BATCH_ROWS):
             for data in reader.read(start, min(start + _BATCH_ROWS, reader.num_records())):
                 number += 1
-                yield cast(dict, _to_json(features.deserialize_example_np(data)))
+                errors: dict[str, UnicodeDecodeError] = {}
+                row = cast(dict, _to_json(features.deserialize_example_np(data), name="", errors=errors))
+                bad = [_not_utf8(name, errors[name]) for name in columns if name in errors]
+                repairs.update([NOT_UTF8] if errors and not bad else [])
+                yield bad[0] if bad else row
         reader.close()
     except (RuntimeError, ValueError, KeyError) as error:
         raise BadFileError(f"it is damaged after example {number:,}: {error}") from error
 
 
-def _to_json(value: object) -> object:
-    """Convert NumPy values to the types of JSON."""
+def _to_json(value: object, *, name: str, errors: dict[str, UnicodeDecodeError]) -> object:
+    """Convert NumPy values to the types of JSON; add to `errors`, by name, those of values that are not UTF-8."""
     if isinstance(value, dict):
-        return {key: _to_json(item) for key, item in value.items()}
+        inside = f"{name}." if name else ""
+        return {key: _to_json(item, name=inside + key, errors=errors) for key, item in value.items()}
     if isinstance(value, np.ndarray | np.generic):
-        return _to_json(value.tolist())
+        return _to_json(value.tolist(), name=name, errors=errors)
     if isinstance(value, list):
-        return [_to_json(item) for item in value]
-    return value.decode("utf-8", "replace") if isinstance(value, bytes) else value
+        return [_to_json(item, name=name, errors=errors) for item in value]
+    if not isinstance(value, bytes):
+        return value
+    try:
+        return value.decode()
+    except UnicodeDecodeError as error:
+        errors.setdefault(name, error)
+        return value.decode("utf-8", "replace")

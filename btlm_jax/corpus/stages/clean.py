@@ -6,6 +6,7 @@ https://github.com/Cerebras/modelzoo, data_preparation/nlp/slimpajama/preprocess
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 import json
@@ -13,6 +14,7 @@ import re
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from types import TracebackType
 from typing import TypeGuard
 
 import ftfy
@@ -20,7 +22,7 @@ import ftfy
 from btlm_jax import notices
 from btlm_jax.corpus.engine.counts import DocumentCounts
 from btlm_jax.corpus.engine.inputs import make_tasks, raw_inputs_of
-from btlm_jax.corpus.engine.stage import Stage, run_stage
+from btlm_jax.corpus.engine.stage import QUARANTINE_FOLDER, Stage, run_stage
 from btlm_jax.corpus.engine.tasks import Heartbeat, LocalInput, LocalTask
 from btlm_jax.corpus.engine.workers import Workers
 from btlm_jax.corpus.near_duplicates import MIN_CHARACTERS
@@ -32,7 +34,6 @@ from btlm_jax.storage.files import AtomicFile
 from btlm_jax.storage.location import PathOrUrl
 
 RECIPE = 3  # raise when the steps change
-QUARANTINE_FOLDER = "quarantine"
 FAIL, KEEP_PREFIX = "fail", "keep-prefix"
 ON_BAD_FILE = (FAIL, KEEP_PREFIX)
 
@@ -149,14 +150,30 @@ def check_not_inside(output: Path, inputs: Sequence[PathOrUrl]) -> None:
             raise ValueError(f"output {output} lies in input {source}, so it would be read as input; choose another")
 
 
-def write_quarantine(defects: Sequence[Defect], *, directory: Path, task: LocalTask) -> None:
-    """Write a task's defects, if there are any, to a file of the stage's quarantine."""
-    if defects:
-        folder = directory / QUARANTINE_FOLDER
-        folder.mkdir(exist_ok=True)
-        with AtomicFile(folder / f"{task.index:05d}.jsonl") as file:
-            for defect in defects:
-                file.write(json.dumps(dataclasses.asdict(defect)).encode() + b"\n")
+class Quarantine:
+    """Writes a task's defects to a file of the stage's quarantine as they are found; none make no file."""
+
+    def __init__(self, directory: Path, *, task: LocalTask):
+        self._path = directory / QUARANTINE_FOLDER / f"{task.index:05d}.jsonl"
+        self._stack = contextlib.ExitStack()
+        self._file: AtomicFile | None = None
+        self.first: Defect | None = None
+        self.num_defects = 0
+
+    def __enter__(self) -> Quarantine:
+        return self
+
+    def add(self, defect: Defect) -> None:
+        """Write a defect."""
+        if self._file is None:
+            self._path.parent.mkdir(exist_ok=True)
+            self._file = self._stack.enter_context(AtomicFile(self._path))
+            self.first = defect
+        self._file.write(json.dumps(dataclasses.asdict(defect)).encode() + b"\n")
+        self.num_defects += 1
+
+    def __exit__(self, kind: type | None, error: BaseException | None, traceback: TracebackType | None) -> None:
+        self._stack.__exit__(kind, error, traceback)
 
 
 def first_defect(quarantine: Path) -> str:
@@ -168,10 +185,13 @@ def first_defect(quarantine: Path) -> str:
 
 
 def _clean_task(task: LocalTask, directory: Path, heartbeat: Heartbeat, *, config: CleanConfig) -> dict:
-    counts, dropped, defects, repairs = DocumentCounts(), Counter(), [], Counter()
-    with ShardWriter(directory, stem=f"documents-{task.index:05d}") as writer:
+    counts, dropped, repairs = DocumentCounts(), Counter(), Counter()
+    with (
+        Quarantine(directory, task=task) as quarantine,
+        ShardWriter(directory, stem=f"documents-{task.index:05d}") as writer,
+    ):
         for item in task.inputs:
-            for raw in _read(item, defects, repairs, config=config):
+            for raw in _read(item, quarantine, repairs, config=config):
                 counts.count_read(raw)
                 heartbeat(1, raw.num_bytes)
                 data = b"".join(piece.encode() for piece in fix_unicode_pieces(raw.text))
@@ -186,32 +206,39 @@ def _clean_task(task: LocalTask, directory: Path, heartbeat: Heartbeat, *, confi
                     counts.count_written(record)
                     writer.add(record)
                 del record
-    write_quarantine(defects, directory=directory, task=task)
-    bad = Counter({"quarantined": len(defects)})
+    bad = Counter({"quarantined": quarantine.num_defects})
     totals = counts.totals(dropped=dropped, bad=bad) | {"changed values": dict(repairs)}
-    example = f"{defects[0].file}: {defects[0].reason}" if defects else ""
+    first = quarantine.first
+    example = f"{first.file}: {first.reason}" if first else ""
     return {"totals": totals, "outputs": writer.outputs, "example": example}
 
 
-def _read(item: LocalInput, defects: list[Defect], repairs: Counter, *, config: CleanConfig) -> Iterator[Record]:
-    """Yield the documents of a file; append its defects to `defects`, count values that were changed in `repairs`."""
+def _read(item: LocalInput, quarantine: Quarantine, repairs: Counter, *, config: CleanConfig) -> Iterator[Record]:
+    """Yield the documents of a file; put its defects into quarantine, count values that were changed in `repairs`."""
 
     def is_record(value: Record | Defect) -> TypeGuard[Record]:
         if isinstance(value, Defect):
-            defects.append(value)
+            quarantine.add(value)
         return isinstance(value, Record)
 
     folder, slash, _ = item.name.partition("/")
     default_source = folder if slash and config.folders_are_sources else config.default_source
     try:
-        found = read_raw(item.path, name=item.name, default_source=default_source, keys=config.keys, repairs=repairs)
+        found = read_raw(
+            item.path,
+            name=item.name,
+            default_source=default_source,
+            is_piece=item.is_piece,
+            keys=config.keys,
+            repairs=repairs,
+        )
         yield from filter(is_record, found)
     except BadFileError as error:
         if config.on_bad_file == FAIL:
             raise ValueError(
                 f"{item.name} cannot be used: {error}. --on_bad_file={KEEP_PREFIX} goes on with what comes before"
             ) from error
-        defects.append(Defect(file=item.name, line=0, offset=0, reason=str(error), head=""))
+        quarantine.add(Defect(file=item.name, line=0, offset=0, reason=str(error), head=""))
 
 
 def _check(results: list[dict], *, max_bad_rate: float, quarantine: Path) -> None:

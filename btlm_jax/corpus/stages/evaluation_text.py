@@ -130,7 +130,7 @@ def index_task(task: LocalTask, directory: Path, heartbeat: Heartbeat, *, rule: 
     for item in task.inputs:
         num_usable = 0
         try:
-            for record in read(item.path, name=item.name):
+            for record in read(item.path, name=item.name, is_piece=item.is_piece):
                 if not isinstance(record, Record):
                     raise BadFileError(f"line {record.line}: {record.reason}")
                 heartbeat(1, record.num_bytes)

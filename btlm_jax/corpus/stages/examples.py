@@ -24,7 +24,7 @@ import numpy as np
 
 from btlm_jax import notices
 from btlm_jax.corpus.engine.inputs import make_tasks, raw_inputs_of
-from btlm_jax.corpus.engine.stage import Stage, accept_all, only_command, run_stage
+from btlm_jax.corpus.engine.stage import QUARANTINE_FOLDER, Stage, accept_all, only_command, run_stage
 from btlm_jax.corpus.engine.tasks import Heartbeat, Input, LocalTask, Task
 from btlm_jax.corpus.engine.workers import Workers
 from btlm_jax.corpus.example_encoding import EncodedExample, ExampleEncoder, make_encoder
@@ -33,7 +33,7 @@ from btlm_jax.corpus.pack import cut_into_blocks, write_shard, write_tfds_metada
 from btlm_jax.corpus.readers.examples import parse_example, source_of
 from btlm_jax.corpus.readers.raw import TEXT_SUFFIXES, BadFileError, Defect, read_objects
 from btlm_jax.corpus.readers.records import load_array, save_array
-from btlm_jax.corpus.stages.clean import QUARANTINE_FOLDER, check_not_inside, first_defect, write_quarantine
+from btlm_jax.corpus.stages.clean import Quarantine, check_not_inside, first_defect
 from btlm_jax.corpus.stages.tokenize import PROBES, describe_loss
 from btlm_jax.data import store
 from btlm_jax.data.store import TokenBlock
@@ -202,51 +202,53 @@ def _encode_task(
     encoder = _encoder(config)
     if tokenizer_info(encoder.tokenizer).sha256 != sha256:
         raise ValueError(f"the tokenizer in {config.tokenizer} changed while its texts were encoded")
-    counts, repairs, defects, sources = Counter(), Counter(), [], {}
-    kept: list[EncodedExample] = []
-    rows: list[tuple] = []
+    counts, repairs, sources = Counter(), Counter(), {}
+    ids, marks, table = bytearray(), bytearray(), bytearray()  # of NumPy arrays, which so take no more memory
     start = 0
-    for item in task.inputs:
-        folder, slash, _ = item.name.partition("/")
-        default = folder if slash else DEFAULT_SOURCE
-        try:
-            for found in read_objects(item.path, name=item.name, repairs=repairs):
-                if isinstance(found, Defect):
-                    defects.append(found)
-                    continue
-                try:
-                    example = parse_example(found.value)
-                    encoded = encoder.encode(example)
-                except ValueError as error:
-                    defects.append(found.defect(str(error)))
-                    continue
-                counts["read"] += 1
-                counts[_NAMED] += encoder.names_special_token(example)
-                counts[_UNENDED] += not encoder.is_ended(encoded)
-                if len(encoded.ids) > config.window:
-                    encoded = encoded.cut(config.window)
-                    if config.too_long == DROP or not encoded.is_trained.any():
-                        counts[_TOO_LONG] += 1
+    with Quarantine(directory, task=task) as quarantine:
+        for item in task.inputs:
+            folder, slash, _ = item.name.partition("/")
+            default = folder if slash else DEFAULT_SOURCE
+            try:
+                for found in read_objects(item.path, name=item.name, is_piece=item.is_piece, repairs=repairs):
+                    if isinstance(found, Defect):
+                        quarantine.add(found)
                         continue
-                    counts[_CUT] += 1
-                kept.append(encoded)
-                source = sources.setdefault(source_of(found.value, default=default), len(sources))
-                num_bytes = encoder.num_trained_bytes(encoded)
-                heartbeat(1, num_bytes)
-                rows.append(_row(encoded, start=start, num_bytes=num_bytes, source=source, seed=config.seed))
-                start += len(encoded.ids)
-        except BadFileError as error:
-            raise ValueError(f"{item.name} cannot be used: {error}") from error
-    write_quarantine(defects, directory=directory, task=task)
-    ids = np.concatenate([np.empty(0, dtype), *(encoded.ids.astype(dtype) for encoded in kept)])
-    marks = np.concatenate([np.empty(0, np.uint8), *(_marks(encoded) for encoded in kept)])
-    stem = f"{task.index:05d}"
-    table = save_array(directory, f"table-{stem}", np.array(rows, _TABLE))
-    outputs = [save_array(directory, f"ids-{stem}", ids), save_array(directory, f"marks-{stem}", marks)]
-    example = f"{defects[0].file}, line {defects[0].line}: {defects[0].reason}" if defects else ""
+                    try:
+                        example = parse_example(found.value)
+                        encoded = encoder.encode(example)
+                    except ValueError as error:
+                        quarantine.add(found.defect(str(error)))
+                        continue
+                    counts["read"] += 1
+                    counts[_NAMED] += encoder.names_special_token(example)
+                    counts[_UNENDED] += not encoder.is_ended(encoded)
+                    if len(encoded.ids) > config.window:
+                        encoded = encoded.cut(config.window)
+                        if config.too_long == DROP or not encoded.is_trained.any():
+                            counts[_TOO_LONG] += 1
+                            continue
+                        counts[_CUT] += 1
+                    source = sources.setdefault(source_of(found.value, default=default), len(sources))
+                    num_bytes = encoder.num_trained_bytes(encoded)
+                    heartbeat(1, num_bytes)
+                    row = _row(encoded, start=start, num_bytes=num_bytes, source=source, seed=config.seed)
+                    table += np.array(row, _TABLE).tobytes()
+                    ids += encoded.ids.astype(dtype).tobytes()
+                    marks += _marks(encoded).tobytes()
+                    start += len(encoded.ids)
+            except BadFileError as error:
+                raise ValueError(f"{item.name} cannot be used: {error}") from error
+    outputs = [
+        save_array(directory, f"{name}-{task.index:05d}", np.frombuffer(data, kind))
+        for name, data, kind in (("ids", ids, dtype), ("marks", marks, np.uint8), ("table", table, _TABLE))
+    ]
+    outputs[-1]["sources"] = list(sources)
+    first = quarantine.first
+    example = f"{first.file}, line {first.line}: {first.reason}" if first else ""
     return {
-        "totals": {"examples": dict(counts) | {"bad": len(defects)}, "changed values": dict(repairs)},
-        "outputs": [*outputs, {**table, "sources": list(sources)}],
+        "totals": {"examples": dict(counts) | {"bad": quarantine.num_defects}, "changed values": dict(repairs)},
+        "outputs": outputs,
         "example": example,
     }
 
