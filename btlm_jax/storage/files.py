@@ -16,7 +16,7 @@ import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from types import TracebackType
-from typing import Any, BinaryIO, Self, cast
+from typing import IO, Any, BinaryIO, Self, cast
 
 _TEMPORARY_SUFFIX = ".tmp"
 _LFS_POINTER = b"version https://git-lfs.github.com/spec/"  # https://github.com/git-lfs/git-lfs/blob/main/docs/spec.md
@@ -233,20 +233,45 @@ def only_writer(path: Path) -> Iterator[None]:
         yield
 
 
+def lock_open_file(file: IO, operation: int) -> None:
+    """Lock an open file, as fcntl.flock does.
+
+    Raises:
+      BlockingIOError: `operation` has LOCK_NB, and another process holds it.
+      OSError: its file system has no locks; says what to do.
+    """
+    try:
+        fcntl.flock(file, operation)
+    except BlockingIOError:
+        raise
+    except OSError as error:
+        raise OSError(
+            f"{file.name} cannot be locked ({error.strerror or error}): its file system has to be mounted with locks, "
+            "Lustre with -o flock; or give a folder on another one"
+        ) from error
+
+
 @contextlib.contextmanager
 def exclusive_lock(lock: Path, *, message: str) -> Iterator[None]:
     """Hold a lock file, which is deleted at the end of the block; if the process is killed, the lock is released.
 
     Raises:
       FileExistsError: another process holds it; says `message`.
+      OSError: its file system has no locks.
     """
     while True:
+        is_new = not lock.exists()
         file = open(lock, "w")  # noqa: SIM115
         try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            lock_open_file(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             file.close()
             raise FileExistsError(message) from None
+        except OSError:
+            file.close()
+            if is_new:
+                lock.unlink(missing_ok=True)
+            raise
         with contextlib.suppress(FileNotFoundError):
             if os.path.samestat(os.fstat(file.fileno()), lock.stat()):
                 break

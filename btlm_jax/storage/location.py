@@ -206,8 +206,9 @@ def list_files(root: PathOrUrl, *, left_out: Callable[[str, Collection[str]], st
                 cause = error.__cause__  # HTTP: no answer is no file, too
                 why = f": {type(cause).__name__}: {cause}" if cause is not None else ""
         files = [
-            (at.removeprefix(base).lstrip("/") or at.rsplit("/", 1)[-1], system.unstrip_protocol(at), info["size"])
+            (at.removeprefix(base).lstrip("/") or at.rsplit("/", 1)[-1], url, _size_of(info, url=url))
             for at, info in infos.items()
+            for url in [system.unstrip_protocol(at)]
         ]
     if not files:
         raise FileNotFoundError(f"{root} holds no file, or is none{why}")
@@ -298,8 +299,26 @@ def version_stamp(location: PathOrUrl) -> list:
 
 
 def stamp_of(info: dict[str, Any]) -> list:
-    """Return `version_stamp` of what fsspec says of a file."""
-    return [info["size"], *(str(info[key]) for key in _VERSION_KEYS if info.get(key) is not None)]
+    """Return `version_stamp` of what fsspec says of a file.
+
+    Raises:
+      OSError: it does not say its size.
+    """
+    return [
+        _size_of(info, url=info.get("name", "")),
+        *(str(info[key]) for key in _VERSION_KEYS if info.get(key) is not None),
+    ]
+
+
+def _size_of(info: dict[str, Any], *, url: str) -> int:
+    """Return the bytes of a file by what fsspec says of it, which is what a server says.
+
+    Raises:
+      OSError: it does not say them.
+    """
+    if info.get("size") is None:
+        raise OSError(f"{url}: its server does not say how long it is; download it, and give the file")
+    return info["size"]
 
 
 def time_of(info: dict[str, Any]) -> float:

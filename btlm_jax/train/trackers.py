@@ -34,7 +34,7 @@ from typing import IO, Any
 from btlm_jax import install_command, module_command, notices
 from btlm_jax.display.progress import print_line
 from btlm_jax.recipe.config import TrainConfig, config_from, train_config_from
-from btlm_jax.storage.files import read_json_object, write_atomically
+from btlm_jax.storage.files import lock_open_file, read_json_object, write_atomically
 from btlm_jax.train import CONFIG_FILE, METRICS_FILE, TRACKERS
 from btlm_jax.train.metric_writer import Tracker, flat_config, numbers_of, parse_row, text_of
 
@@ -221,7 +221,7 @@ def follow(name: str, workdir: Path, *, is_followed: bool, other_from: int) -> N
     folder = workdir / TRACKERS
     folder.mkdir(exist_ok=True)
     with open(folder / f"{name}.lock", "w") as lock, open(workdir / METRICS_FILE, "rb") as metrics:
-        fcntl.flock(lock, fcntl.LOCK_EX)  # the process of a run that was killed may still be sending
+        lock_open_file(lock, fcntl.LOCK_EX)  # the process of a run that was killed may still be sending
         path = folder / f"{name}.json"
         record = _read_record(path)
         if other_from and other_from <= record.last_step:

@@ -32,7 +32,7 @@ import numpy as np
 from btlm_jax import notices
 from btlm_jax.recipe.config import PREPARED, TrainConfig
 from btlm_jax.storage import owner
-from btlm_jax.storage.files import read_json_object, write_atomically
+from btlm_jax.storage.files import lock_open_file, read_json_object, write_atomically
 from btlm_jax.train import CHECKPOINTS, COMPILE_CACHE, CONFIG_FILE, SUMMARY_FILE
 from btlm_jax.train.loop import DONE, PREEMPTED
 
@@ -321,7 +321,7 @@ def _claimed(directory: Path, trial: Trial, on_loss: Callable[[str], None]) -> I
 def _locked(directory: Path) -> Iterator[None]:
     """Let one worker of this machine in at a time."""
     with open(directory / ".lock", "w") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
+        lock_open_file(file, fcntl.LOCK_EX)
         yield
 
 

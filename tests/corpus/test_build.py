@@ -1,5 +1,7 @@
 """A whole build, small and real: reproducible, complete, readable by others, and atomic."""
 
+import contextlib
+import shutil
 from collections import Counter
 from unittest import mock
 
@@ -12,6 +14,7 @@ from btlm_jax.corpus.installed import build
 from btlm_jax.data import store
 from btlm_jax.data.reader import open_store
 from btlm_jax.data.verify import verify
+from btlm_jax.storage.files import only_writer
 from btlm_jax.tokenizers.tokenizer import load_tokenizer
 
 
@@ -109,6 +112,24 @@ def test_a_failed_build_leaves_nothing_and_a_killed_one_is_cleaned(tmp_path):
     assert not stale.exists() and not (directory / "half").exists()
     with pytest.raises(FileExistsError, match="exists already; delete it"):
         build_real_store(directory)
+
+
+def test_of_two_builders_one_is_refused_or_takes_what_the_other_made(built, tmp_path, monkeypatch):
+    directory = tmp_path / "store"
+    with only_writer(directory), pytest.raises(FileExistsError, match="store is being made by another process; wait"):
+        build_real_store(directory)
+
+    @contextlib.contextmanager
+    def lock_late(path):
+        with only_writer(path):
+            shutil.copytree(built[0], path)  # meanwhile
+            yield
+
+    monkeypatch.setattr(build, "only_writer", lock_late)
+    said = []
+    assert build_real_store(directory, log=said.append) == built[1]
+    assert said == [f"Corpus: another process has made {directory} meanwhile, and it is used"]
+    assert [path.name for path in tmp_path.iterdir()] == ["store"] and verify(directory, log=print) == built[1]
 
 
 def test_the_cap_takes_whole_documents_up_to_it():

@@ -98,6 +98,14 @@ def test_bad_files_lists_and_tests_are_skipped_and_counted(tmp_path, monkeypatch
     }
 
 
+def test_a_broken_installation_is_passed_over(tmp_path, monkeypatch):
+    for name, contents in {"whole": "Metadata-Version: 2.1\nName: Whole-One\nVersion: 1\n", "half": ""}.items():
+        write(tmp_path / f"{name}-1.dist-info" / "METADATA", contents.encode())
+    (tmp_path / "empty-1.dist-info").mkdir()
+    monkeypatch.setattr(installed.sys, "path", [str(tmp_path)])
+    assert [distribution.name for distribution in installed.installed_distributions()] == ["Whole-One"]
+
+
 @pytest.mark.slow
 def test_this_installation_has_documents_of_every_source_and_no_absolute_path():
     seen = set()

@@ -1,5 +1,6 @@
 """Files appear whole or not at all, whoever writes beside; a machine's cache is where the user says."""
 
+import errno
 import json
 import threading
 from pathlib import Path
@@ -7,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from btlm_jax.cli import FAULT, main
+from btlm_jax.storage import files
 from btlm_jax.storage.files import (
     AtomicFile,
     cache_directory,
@@ -66,6 +68,21 @@ def test_one_writer_at_a_time_and_nothing_stays_of_the_lock(tmp_path):
     with only_writer(path):
         pass
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_file_system_without_locks_is_named_and_nothing_stays(tmp_path, monkeypatch):
+    def no_locks(*_):
+        raise OSError(errno.ENOSYS, "Function not implemented")
+
+    (tmp_path / ".there.lock").touch()
+    monkeypatch.setattr(files.fcntl, "flock", no_locks)
+    for name in ("new", "there"):
+        said = (
+            f"{tmp_path}/.{name}.lock cannot be locked .Function not implemented.: .* or give a folder on another one"
+        )
+        with pytest.raises(OSError, match=said), only_writer(tmp_path / name):
+            pass
+    assert [path.name for path in tmp_path.iterdir()] == [".there.lock"]  # which may be locked on another machine
 
 
 def test_a_scratch_directory_is_empty_and_goes_unless_it_is_renamed(tmp_path):

@@ -1,8 +1,10 @@
 """Raw text behind URLs gives the documents of local files; what goes wrong on the way is said in one line."""
 
 import hashlib
+import http.server
 import logging
 import sys
+import threading
 from pathlib import Path
 
 import fsspec
@@ -106,6 +108,34 @@ def test_a_missing_library_is_named(raw, monkeypatch, capsys):
     command = f"{sys.executable} -m pip install 'btlm_jax[s3]'"
     assert f"s3://bucket/raw needs a library that is not installed: {command}" in capsys.readouterr().err
     assert clean("nonsense://bucket/raw", raw / "out") == 1 and "nonsense" in capsys.readouterr().err
+
+
+class _Chunked(http.server.BaseHTTPRequestHandler):
+    """A server that sends files without saying how long they are."""
+
+    protocol_version = "HTTP/1.1"
+
+    def do_GET(self):
+        self.send_response(200)
+        self.send_header("Transfer-Encoding", "chunked")
+        self.end_headers()
+        self.wfile.write(b"" if self.command == "HEAD" else b"3\r\nabc\r\n0\r\n\r\n")
+
+    do_HEAD = do_GET
+
+    def log_message(self, *_):
+        pass
+
+
+def test_a_url_of_unknown_length_is_named_with_what_to_do():
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), _Chunked) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        url = f"http://127.0.0.1:{server.server_port}/a.jsonl"
+        said = f"^{url}: its server does not say how long it is; download it, and give the file$"
+        for ask in (lambda: list_files(url, left_out=nothing), lambda: version_stamp(url)):
+            with pytest.raises(OSError, match=said):
+                ask()
+        server.shutdown()
 
 
 def nothing(name, beside) -> str:

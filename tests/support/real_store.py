@@ -10,6 +10,7 @@ from support.tiny import TINY, config_dict
 from btlm_jax.corpus.installed import build
 from btlm_jax.corpus.installed.documents import SOURCES, Document
 from btlm_jax.data.store import Manifest
+from btlm_jax.display.progress import Log
 
 VOCAB_SIZE = 400
 BLOCK_LEN = 48
@@ -31,7 +32,7 @@ def made_up_documents(skipped: object) -> Iterator[Document]:
         yield Document(id=f"document {number}", source=SOURCES[number % len(SOURCES)], blocks=(text,))
 
 
-def build_real_store(directory: Path) -> Manifest:
+def build_real_store(directory: Path, *, log: Log = lambda line: None) -> Manifest:
     """Build the store; two of them are equal byte for byte."""
     config = build.CorpusConfig(
         source="installed_python", max_bytes=10**6, heldout_fraction=0.1, heldout_bytes_per_source=2_000
@@ -41,7 +42,7 @@ def build_real_store(directory: Path) -> Manifest:
         mock.patch.object(build, "describe_installation", lambda: {"python": "made up", "packages": {}}),
     ):
         return build.build_store(
-            config, vocab_size=VOCAB_SIZE, block_len=BLOCK_LEN, seed=1, directory=directory, log=lambda line: None
+            config, vocab_size=VOCAB_SIZE, block_len=BLOCK_LEN, seed=1, directory=directory, log=log
         )
 
 

@@ -25,7 +25,7 @@ from btlm_jax.data import store
 from btlm_jax.data.store import TokenBlock
 from btlm_jax.display.progress import Log
 from btlm_jax.recipe.config import CorpusConfig
-from btlm_jax.storage.files import scratch_directory, sync_and_hash
+from btlm_jax.storage.files import only_writer, scratch_directory, sync_and_hash
 from btlm_jax.tokenizers import train_in_process
 from btlm_jax.tokenizers.sentencepiece_bpe import (
     SENTENCEPIECE,
@@ -45,14 +45,19 @@ def build_store(
 ) -> store.Manifest:
     """Build a token store of this Python installation's documentation in `directory` and return its manifest.
 
+    One that another process makes meanwhile is returned, which is said.
+
     Raises:
-      FileExistsError: something is there already.
+      FileExistsError: something is there already, or another process is making it.
       ValueError: too little text for the vocabulary or for the split.
       OSError: a file cannot be written; nothing is left under the final name.
     """
     if directory.exists():
         raise FileExistsError(f"{directory} exists already; delete it to build the token store again")
-    with scratch_directory(directory) as scratch:
+    with only_writer(directory), scratch_directory(directory) as scratch:
+        if directory.exists():
+            log(f"Corpus: another process has made {directory} meanwhile, and it is used")
+            return store.read_manifest(directory)
         manifest = _build(config, vocab_size=vocab_size, block_len=block_len, seed=seed, directory=scratch, log=log)
         os.replace(scratch, directory)
     return manifest

@@ -88,6 +88,8 @@ def installed_distributions() -> list[importlib.metadata.Distribution]:
     """Return the installed packages except this one, each once, sorted by name."""
     by_name = {}
     for distribution in importlib.metadata.distributions():
+        if distribution.metadata["Name"] is None:
+            continue  # what a failed installation leaves, which pip passes over too
         name = distribution.name.lower().replace("-", "_")
         if name != OWN_DISTRIBUTION:
             by_name.setdefault(name, distribution)
