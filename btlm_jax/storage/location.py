@@ -194,7 +194,7 @@ def list_files(root: PathOrUrl, *, left_out: Callable[[str, Collection[str]], st
         if not root.is_dir():
             raise FileNotFoundError(f"{root} is neither a file nor a folder")
         return sorted(_walk(root, left_out), key=lambda file: file[0])
-    why = ""
+    why, files = "", []
     with _plain_errors(root):
         system, path = _file_system(root)
         infos = system.find(path, detail=True)  # of a file: itself
@@ -205,11 +205,11 @@ def list_files(root: PathOrUrl, *, left_out: Callable[[str, Collection[str]], st
             except FileNotFoundError as error:
                 cause = error.__cause__  # HTTP: no answer is no file, too
                 why = f": {type(cause).__name__}: {cause}" if cause is not None else ""
-        files = [
-            (at.removeprefix(base).lstrip("/") or at.rsplit("/", 1)[-1], url, _size_of(info, url=url))
-            for at, info in infos.items()
-            for url in [system.unstrip_protocol(at)]
-        ]
+        for at, info in infos.items():
+            name, url = at.removeprefix(base).lstrip("/") or at.rsplit("/", 1)[-1], system.unstrip_protocol(at)
+            # HTTP says how long a file is only where it is asked for that file.
+            size = _size_of(info if info.get("size") is not None else system.info(at), url=url)
+            files.append((name, url, size))
     if not files:
         raise FileNotFoundError(f"{root} holds no file, or is none{why}")
     if len(files) > 1 or base not in infos:

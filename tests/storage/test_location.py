@@ -18,7 +18,7 @@ from btlm_jax import notices
 from btlm_jax.cli import main
 from btlm_jax.corpus.engine import inputs, tasks
 from btlm_jax.corpus.engine.inputs import read_stage
-from btlm_jax.storage.location import hash_range, list_files, parse_location, version_stamp
+from btlm_jax.storage.location import hash_range, list_files, parse_location, read_bytes, version_stamp
 
 
 @pytest.fixture
@@ -110,16 +110,19 @@ def test_a_missing_library_is_named(raw, monkeypatch, capsys):
     assert clean("nonsense://bucket/raw", raw / "out") == 1 and "nonsense" in capsys.readouterr().err
 
 
-class _Chunked(http.server.BaseHTTPRequestHandler):
-    """A server that sends files without saying how long they are."""
+class _Web(http.server.BaseHTTPRequestHandler):
+    """A folder raw/ with two files; of chunked/a.txt the server does not say how long it is."""
 
     protocol_version = "HTTP/1.1"
 
     def do_GET(self):
+        is_chunked, is_folder = self.path == "/chunked/a.txt", self.path == "/raw/"
+        body = b'<a href="a.txt">a</a> <a href="b.txt">b</a>' if is_folder else b"text of " + self.path.encode()
         self.send_response(200)
-        self.send_header("Transfer-Encoding", "chunked")
+        self.send_header(*(("Transfer-Encoding", "chunked") if is_chunked else ("Content-Length", str(len(body)))))
         self.end_headers()
-        self.wfile.write(b"" if self.command == "HEAD" else b"3\r\nabc\r\n0\r\n\r\n")
+        if self.command == "GET":
+            self.wfile.write(b"%x\r\n%b\r\n0\r\n\r\n" % (len(body), body) if is_chunked else body)
 
     do_HEAD = do_GET
 
@@ -127,10 +130,15 @@ class _Chunked(http.server.BaseHTTPRequestHandler):
         pass
 
 
-def test_a_url_of_unknown_length_is_named_with_what_to_do():
-    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), _Chunked) as server:
+def test_files_of_a_web_server_are_read_if_it_says_how_long_they_are():
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), _Web) as server:
         threading.Thread(target=server.serve_forever, daemon=True).start()
-        url = f"http://127.0.0.1:{server.server_port}/a.jsonl"
+        root = f"http://127.0.0.1:{server.server_port}"
+        files = [(name, f"{root}/raw/{name}", 18) for name in ("a.txt", "b.txt")]
+        assert list_files(f"{root}/raw/", left_out=nothing) == files
+        assert list_files(f"{root}/raw/a.txt", left_out=nothing) == files[:1]
+        assert read_bytes(f"{root}/raw/a.txt") == b"text of /raw/a.txt" and version_stamp(f"{root}/raw/a.txt") == [18]
+        url = f"{root}/chunked/a.txt"
         said = f"^{url}: its server does not say how long it is; download it, and give the file$"
         for ask in (lambda: list_files(url, left_out=nothing), lambda: version_stamp(url)):
             with pytest.raises(OSError, match=said):
