@@ -8,11 +8,12 @@ import functools
 import json
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 from btlm_jax import install_command, notices, stopping
 from btlm_jax.corpus.stages.clean import check_not_inside
 from btlm_jax.display.progress import print_error_line
-from btlm_jax.evaluate.checkpoint import DTYPES, Checkpoint, opened_checkpoint
+from btlm_jax.evaluate.checkpoint import DTYPES, MODEL_DTYPE, Checkpoint, opened_checkpoint
 from btlm_jax.evaluate.comparison import compare, table_of
 from btlm_jax.evaluate.documents import Corpus, limited, read_store, read_texts
 from btlm_jax.evaluate.plots import plot_positions, plot_retrieval
@@ -152,7 +153,20 @@ class _Evaluation:
             HELDOUT: self._heldout, POSITIONS: self._positions, RETRIEVAL: self._retrieval, TASKS: self._tasks,
             SUMMARIES: self._summaries, CODE: self._code,
         }  # fmt: skip
-        return {part: make[part]() for part in PARTS if part in self._config.parts}
+        chosen = [part for part in PARTS if part in self._config.parts]
+        return {part: make[part]() | {"settings": self._settings_of(part)} for part in chosen}
+
+    def _settings_of(self, part: str) -> dict[str, Any]:
+        """Return what a part's numbers are of besides the model, where it is not the model as it is, all of it."""
+        config = self._config
+        limits = {TASKS: config.tasks.limit if config.tasks else 0, CODE: config.code.limit if config.code else 0}
+        found = {
+            "int4": config.int4 and part in MEASURED_IF_GIVEN,
+            "limit": limits.get(part, 0),
+            "length": config.length if part in (TASKS, CODE) else 0,  # the tables of the others have it
+            "dtype": config.dtype if config.dtype != MODEL_DTYPE else "",
+        }
+        return {name: value for name, value in found.items() if value}
 
     def _tasks(self) -> dict:
         config = self._config

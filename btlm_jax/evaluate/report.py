@@ -17,6 +17,10 @@ from btlm_jax.storage.files import hash_json, write_atomically
 _DETAILS = ("of_documents", "of_windows", "of_positions", "of_cases")  # are in a part's own file, not in the report
 _PASS = (1, 10, 100)  # k of pass@k
 _ALIBI = {"none": "as trained", "dynamic": "dynamic"}
+# What a part may have been measured with, as its title says it.
+_SETTINGS = {
+    "int4": "4-bit weights", "limit": "at most {:,} documents", "length": "length {:,}", "dtype": "{}",
+}  # fmt: skip
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -50,7 +54,8 @@ class Table:
 def write_report(folder: Path, checkpoint: Checkpoint, parts: dict[str, dict]) -> dict[str, Any]:
     """Write what was measured to a folder, as JSON and as a card, and return it without its details.
 
-    Parts of an earlier report of the same weights that were not measured now stay in the files.
+    Parts of an earlier report of the same weights that were not measured now stay in the files. A part that is of other
+    weights or of some documents only (`_is_apart`) replaces none of the model's own, and is in no card.
     """
     report = {
         "format": FORMAT,
@@ -63,7 +68,12 @@ def write_report(folder: Path, checkpoint: Checkpoint, parts: dict[str, dict]) -
         "parts": _without_details(parts),
     }
     folder.mkdir(parents=True, exist_ok=True)
-    together = {**_earlier_parts(folder / REPORT_FILE, identity=checkpoint.identity), **report["parts"]}
+    together = _earlier_parts(folder / REPORT_FILE, identity=checkpoint.identity)
+    for part, result in report["parts"].items():
+        if _is_apart(result):
+            notices.report("not-in-card", f"{part} is with {_settings_text(result)}, and stays out of the model card")
+        if not _is_apart(result) or _is_apart(together.get(part, result)):
+            together[part] = result
     parts = {part: together[part] for part in _TABLES if part in together}
     kept = report | {"parts": parts, SHA256: hash_json(parts)}
     write_atomically(folder / REPORT_FILE, json.dumps(kept, indent=1))
@@ -87,17 +97,34 @@ def _earlier_parts(path: Path, *, identity: str) -> dict[str, dict]:
 
 
 def tables_of(report: dict[str, Any]) -> list[Table]:
-    """Return the tables of every part."""
-    return [table for part, result in report["parts"].items() for table in _TABLES[part](result)]
+    """Return the tables of every part; titles have the settings that are not the model's own."""
+    return [
+        dataclasses.replace(table, title=f"{table.title}{f' ({text})' * bool(text)}")
+        for part, result in report["parts"].items()
+        for text in [_settings_text(result)]
+        for table in _TABLES[part](result)
+    ]
+
+
+def _settings_text(result: dict) -> str:
+    return ", ".join(_SETTINGS[name].format(value) for name, value in result["settings"].items())
+
+
+def _is_apart(result: dict) -> bool:
+    """Return whether a part is not of the model's own weights and all documents."""
+    return not result["settings"].keys().isdisjoint(("int4", "limit"))
 
 
 def _card(report: dict[str, Any]) -> str:
-    """Return the section of a model card."""
+    """Return the section of a model card, "" if nothing belongs into it."""
+    own = {part: result for part, result in report["parts"].items() if not _is_apart(result)}
+    if not own:
+        return ""
     head = (
         f"## Evaluation\n\nMeasured with btlm_jax {report['version']} on "
         f"{datetime.datetime.now(datetime.UTC).date()}; intervals in brackets hold 95 %."
     )
-    return "\n\n".join([head, *(table.as_markdown() for table in tables_of(report))]) + "\n"
+    return "\n\n".join([head, *(table.as_markdown() for table in tables_of({"parts": own}))]) + "\n"
 
 
 def _without_details(value: Any) -> Any:

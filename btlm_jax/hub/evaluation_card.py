@@ -13,7 +13,7 @@ from btlm_jax.storage.files import hash_json, read_json_object
 from btlm_jax.train.checkpoint import checkpoint_steps
 
 FOLDER, REPORT_FILE, CARD_FILE = "evaluation", "evaluation.json", "evaluation.md"
-FORMAT = "btlm evaluation report 1"
+FORMAT = "btlm evaluation report 2"
 SHA256 = "sha256"  # of the report's parts
 
 

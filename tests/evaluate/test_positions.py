@@ -145,9 +145,10 @@ def test_the_table_and_the_plot(tmp_path, monkeypatch):
     curves = [curve(lambda p: 4 - 0.1 * np.log(p), corpus, 32), curve(lambda p: 4 - 0.1 * np.log(p), corpus, 64)]
     curves[0] |= {"alibi": "none"}
     curves[1] |= {"alibi": "none"}
-    part = {"of": "made up", "plot": "positions.png", "curves": curves}
+    part = {"of": "made up", "plot": "positions.png", "curves": curves, "settings": {"dtype": "float32"}}
     (made,) = tables_of({"parts": {"positions": part}})
     table = made.as_text()
+    assert table.startswith("loss by position: made up, in one stream (float32)\n")
     assert "no rise" in table and f"{curves[1]['loss']:.4f}" in table
     ruined = curve(lambda p: 9.0 + 0 * p, corpus, 64) | {"alibi": "fixed", "factor": 2.0}
     drawn = []

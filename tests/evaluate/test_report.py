@@ -1,6 +1,8 @@
 """The report: card and model card; two models side by side; and that a card of other weights stays out."""
 
+import dataclasses
 import json
+import types
 
 import numpy as np
 import pytest
@@ -11,7 +13,7 @@ from btlm_jax import notices
 from btlm_jax.cli import main
 from btlm_jax.convert.to_hf import write_hf
 from btlm_jax.evaluate.comparison import compare, table_of
-from btlm_jax.evaluate.report import Table
+from btlm_jax.evaluate.report import Table, write_report
 from btlm_jax.evaluate.text_loss import TextLoss
 from btlm_jax.hub.evaluation_card import NO_CARD, EvaluationCard, read_evaluation_card
 from btlm_jax.hub.source import open_source
@@ -115,6 +117,31 @@ def test_the_card_of_an_evaluation_is_of_these_weights(token_store, tmp_path, ca
     (folder / "evaluation.json").write_text(json.dumps(report | {"identity": "other"}))
     assert read_evaluation_card(workdir) == NO_CARD
     assert notices.counts() == {"evaluation-of-other": 1}
+
+
+@dataclasses.dataclass
+class MadeUp:
+    """As much of a Checkpoint as a report reads."""
+
+    name = form = identity = "made up"
+    step = 0
+    metadata = types.SimpleNamespace(max_length=64)
+
+
+def test_what_is_not_of_the_model_and_all_documents_stays_out_of_its_card(tmp_path):
+    def written(part, **settings):
+        notices.begin(strict=())
+        write_report(
+            tmp_path, MadeUp(), {"heldout": part | {"of": "c", "length": 8, "overlap": 1, "settings": settings}}
+        )
+        kept = json.loads((tmp_path / "evaluation.json").read_text())["parts"]["heldout"]
+        return kept["loss"], (tmp_path / "evaluation.md").read_text()
+
+    own, small = part_of(1, better_by=0.0), part_of(1, better_by=0.5)
+    assert written(small, limit=5) == (small["loss"], "") and notices.counts() == {"not-in-card": 1}
+    loss, card = written(own, dtype="float32")
+    assert loss == own["loss"] and f"{loss:.4f}" in card and "overlap 1 (float32)" in card
+    assert written(small, int4=True) == (own["loss"], card) and notices.counts() == {"not-in-card": 1}
 
 
 def test_an_export_has_the_card(tmp_path):

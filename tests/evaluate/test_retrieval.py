@@ -106,7 +106,7 @@ def test_a_model_that_sees_half_of_a_text_finds_what_is_in_it(tmp_path):
     assert far["answer_nats"] == pytest.approx(sum(lost) / 10)
     low, high = far["accuracy_interval"]
     assert low < 0.4 < high
-    part = {"chance_nats": CHANCE_NATS, "plot": "retrieval.png", "groups": groups}
+    part = {"chance_nats": CHANCE_NATS, "plot": "retrieval.png", "groups": groups, "settings": {}}
     (made,) = tables_of({"parts": {"retrieval": part}})
     table = made.as_text()
     assert "40%" in table and "10.82 nats" in table
