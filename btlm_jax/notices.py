@@ -18,7 +18,7 @@ NAMES = {
     "code-not-run": "PyTorch or transformers is missing, and a part of a conversion's proof is left out",
     "changed-since-export": "a file is not as it was when btlm convert wrote it beside these weights",
     "evaluation-again": "a file of an evaluation's results is not as it was written, and is not used",
-    "not-compared": "something was measured of two models on texts that differ, and is not compared",
+    "not-compared": "something was measured of two models on texts or tokens that differ, and is not compared",
     "lengths-differ": "losses of two models are compared that were measured in windows of different lengths",
     "length-left-out": "an evaluation's texts are too short for windows of a length",
     "evaluation-of-other": "an evaluation's report is of other weights: it stays out of a model card, or is replaced",

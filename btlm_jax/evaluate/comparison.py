@@ -20,7 +20,8 @@ def compare(first: dict[str, dict], second: dict[str, dict]) -> list[dict[str, A
     """Return the differences, second - first, of all that was measured of both, details included.
 
     Each is {"part", "what", "unit", "first", "second", "difference", "interval", "pairs"}; the interval is None where
-    there is only one pair. Losses a token are compared where both divide the documents into as many tokens.
+    there is only one pair. Losses a token are compared where both divide the documents into as many tokens, and those
+    by position where into the same ones. What cannot be compared is left out, and said.
 
     Raises:
       ValueError: the two were not measured on the same documents.
@@ -51,6 +52,14 @@ def _heldout(first: dict, second: dict) -> list[dict]:
             "as they were trained; --length gives both the same",
         )
     ours, theirs = documents_of(first), documents_of(second)
+    for source in ours:  # of whose first documents as many tokens as asked for are more or fewer documents
+        counts = len(ours[source]), len(theirs[source])
+        if counts[0] != counts[1]:
+            _report_left_out(
+                f"the last {abs(counts[0] - counts[1]):,} of {max(counts):,} documents of source {source!r}",
+                why="tokens_per_source has fewer of them in the tokens of one model",
+            )
+        ours[source], theirs[source] = ours[source][: min(counts)], theirs[source][: min(counts)]
     same_tokens = all(np.array_equal(ours[source][:, TOKENS], theirs[source][:, TOKENS]) for source in ours)
     found = []
     for unit, column, scale in (("nats/token", TOKENS, 1.0), ("bits/byte", BYTES, math.log(2))):
@@ -73,13 +82,16 @@ def _check_same_documents(first: dict, second: dict) -> None:
 
 def _positions(first: dict, second: dict) -> list[dict]:
     _check_same_documents(first, second)
+    if first["stream"] != second["stream"]:
+        _report_left_out("the loss by position", why="the two divide the texts into other tokens")
+        return []
     theirs = {(curve["length"], curve["alibi"], curve["factor"]): curve["of_windows"] for curve in second["curves"]}
     found = []
     for curve in first["curves"]:
         own, other = curve["of_windows"], theirs.get((curve["length"], curve["alibi"], curve["factor"]))
         what = f"{curve['length']:,}, {alibi_name(curve)}"
-        if other is None or other["tokens"] != own["tokens"]:  # another trained length, or another tokenizer
-            _report_left_out(f"loss by position at {what}")
+        if other is None:
+            _report_left_out(f"the loss by position at {what}", why="the two were trained at other lengths")
             continue
         array = np.array([own["nats"], other["nats"], own["tokens"]], np.float64).T
         found.append(_difference(what, "nats/token", [array]))
@@ -145,8 +157,8 @@ def _code(first: dict, second: dict) -> list[dict]:
     return [_difference("pass@1", "share", [columns])]
 
 
-def _report_left_out(what: str) -> None:
-    notices.report("not-compared", f"{what} is not compared: the two have other texts there")
+def _report_left_out(what: str, *, why: str = "the two have other texts there") -> None:
+    notices.report("not-compared", f"not compared: {what}, as {why}")
 
 
 def _difference(what: str, unit: str, strata: list[np.ndarray]) -> dict:

@@ -182,7 +182,7 @@ class _Evaluation:
 
     def _summaries(self) -> dict:
         with _extra_needed("summaries"):
-            from btlm_jax.evaluate.summaries import Case, digest_of, measure_summaries, read_cases
+            from btlm_jax.evaluate.summaries import Case, digest_of, measure_summaries, read_files
 
         def summaries_of(work: Work, *, cases: list[Case], length: int) -> dict:
             return measure_summaries(
@@ -191,8 +191,7 @@ class _Evaluation:
             )  # fmt: skip
 
         groups = []
-        files = {path.name: read_cases(path) for path in self._config.summaries}
-        for name, cases in files.items():
+        for name, cases in read_files(self._config.summaries).items():
             for length in sorted(set(self._config.summary_lengths)):
                 settings = {"of": name, "documents": digest_of(cases), "length": length}
                 measure = functools.partial(summaries_of, cases=cases, length=length)
@@ -291,7 +290,8 @@ class _Evaluation:
         plot = self.folder / POSITIONS_PLOT
         if is_first():
             plot_positions(curves, plot, trained_length=trained_length, title=title)
-        return {"corpus": corpus.identity, "of": corpus.description, "plot": POSITIONS_PLOT, "curves": curves}
+        facts = {"corpus": corpus.identity, "stream": stream.identity, "of": corpus.description}
+        return facts | {"plot": POSITIONS_PLOT, "curves": curves}
 
     def _measure_positions(self, stream: Stream, setting: Setting, work: Work) -> dict:
         trained_length = self._checkpoint.metadata.max_length

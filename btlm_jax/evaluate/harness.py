@@ -167,7 +167,7 @@ class BtlmLM(TemplateLM):
                 totals[number] += float(scores.log_p_T.sum())
                 missing[number] -= 1
                 if not missing[number]:
-                    yield number, totals[number]
+                    yield number, _finite(totals[number], requests[number])
 
         sizes = [sum(len(row.tokens) - row.first for row in rows) for rows in windows]
         return self._answers("loglikelihood_rolling", requests, sizes, answer)
@@ -263,10 +263,7 @@ class BtlmLM(TemplateLM):
 
         def answer(waiting: Sequence[int]) -> Iterator[tuple[int, tuple[float, bool]]]:
             for index, scores in self._scorer.score([rows[number] for number in waiting]):
-                log_p = float(scores.log_p_T.sum())
-                if not math.isfinite(log_p):
-                    place = _place_of(self._requests[waiting[index]])
-                    raise FloatingPointError(f"{place}: log p is {log_p}: the model's weights are damaged")
+                log_p = _finite(float(scores.log_p_T.sum()), self._requests[waiting[index]])
                 yield waiting[index], (log_p, bool(scores.is_greedy_T.all()))
 
         sizes = [len(row.tokens) for row in rows]
@@ -334,6 +331,12 @@ def _check_device(device: object) -> None:
             f"device={device} is not what JAX computes on here, {jax.default_backend()}: leave it out, and choose with "
             "the environment variable JAX_PLATFORMS"
         )
+
+
+def _finite(log_p: float, request: Instance) -> float:
+    if not math.isfinite(log_p):
+        raise FloatingPointError(f"{_place_of(request)}: log p is {log_p}: the model's weights are damaged")
+    return log_p
 
 
 def _place_of(request: Instance) -> str:

@@ -11,6 +11,7 @@ length; DYNAMIC by a window's own length over the trained one, where that is mor
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 from collections.abc import Sequence
 
 import numpy as np
@@ -36,6 +37,11 @@ class Stream:
 
     tokens: np.ndarray  # int32 [n + 1]
     is_counted: np.ndarray  # bool [n]: of tokens[1:]
+
+    @property
+    def identity(self) -> str:
+        """Return a hash that is equal for equal texts in equal tokens."""
+        return hashlib.sha256(self.tokens.tobytes() + self.is_counted.tobytes()).hexdigest()
 
     def cut(self, num_tokens: int) -> Stream:
         """Return the first so many targets; 0: all."""

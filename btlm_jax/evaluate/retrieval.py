@@ -73,7 +73,11 @@ def encode_case(case: Case, *, tokenizer: Tokenizer, bos_id: int | None) -> Row:
 
 
 def measure_retrieval(scorer: Scorer, group: Group, *, work: Work) -> dict:
-    """Return the accuracy and the loss of a group's cases as JSON's numbers, lists and dicts."""
+    """Return the accuracy and the loss of a group's cases as JSON's numbers, lists and dicts.
+
+    Raises:
+      FloatingPointError: a loss is not finite.
+    """
     units = _units([len(row.tokens) for row in group.rows])
     work.begin([sum(len(group.rows[index].tokens) for index in unit) for unit in units], unit_name="tokens")
     found: list[list[float]] = []
@@ -84,6 +88,8 @@ def measure_retrieval(scorer: Scorer, group: Group, *, work: Work) -> dict:
             done = [[-float(s.log_p_T.sum()), len(s.log_p_T), int(s.is_greedy_T.all())] for s in scores]
             work.add(number, done)
         found += done
+    if not np.isfinite(found).all():
+        raise FloatingPointError(f"a loss of retrieval of {group.task} at {group.length:,} tokens is not finite")
     return _group_json(group, np.array(found))
 
 
@@ -98,7 +104,7 @@ def _group_json(group: Group, values: np.ndarray) -> dict:
         "accuracy": float(values[:, _RIGHT].mean()),
         "accuracy_interval": interval_of_proportion(int(values[:, _RIGHT].sum()), len(values)).to_json(),
         "answer_nats": float(values[:, _NATS].mean()),
-        "answer_nats_interval": interval_of(resamples[:, _NATS]).to_json(),
+        "answer_nats_interval": interval_of(resamples[:, _NATS]).to_json() if len(values) > 1 else None,
         "answer_tokens": float(values[:, _TOKENS].mean()),
         "depths": [
             {

@@ -50,6 +50,12 @@ class Case:
         return TOKENS_OF_ANSWER if self.question else TOKENS_OF_SUMMARY
 
 
+def read_files(paths: Sequence[Path]) -> dict[str, list[Case]]:
+    """Return what `read_cases` reads of each file by its name; files of one name are named by their paths."""
+    names = [path.name for path in dict.fromkeys(paths)]
+    return {path.name if names.count(path.name) == 1 else str(path): read_cases(path) for path in paths}
+
+
 def read_cases(path: Path) -> list[Case]:
     """Read documents and their summaries from JSON lines.
 

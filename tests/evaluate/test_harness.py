@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 
 import jax
+import numpy as np
 import pytest
 import tokenizers
 
@@ -25,6 +26,7 @@ from btlm_jax.evaluate import tasks as task_module  # noqa: E402
 from btlm_jax.evaluate.checkpoint import opened_checkpoint  # noqa: E402
 from btlm_jax.evaluate.harness import BtlmLM, HarnessSettings  # noqa: E402
 from btlm_jax.evaluate.results import Results  # noqa: E402
+from btlm_jax.evaluate.scorer import Scores  # noqa: E402
 from btlm_jax.evaluate.tasks import TaskSettings, load_tasks, measure_tasks  # noqa: E402
 from btlm_jax.evaluate.texts import load_to_generate  # noqa: E402
 
@@ -265,6 +267,15 @@ def test_out_of_memory_halves_the_batch_of_texts(ours, monkeypatch, capsys):
 )
 def test_requests_that_cannot_be_answered(ours, request_, message):
     with pytest.raises(ValueError, match=message):
+        getattr(ours, request_.request_type)([request_])
+
+
+@pytest.mark.parametrize("arguments", [("a", " b"), ("a text",)])
+def test_a_log_p_that_is_no_number_is_no_score(ours, monkeypatch, arguments):
+    scores = Scores(log_p_T=np.array([-1.0, np.nan]), is_greedy_T=np.ones(2, bool))
+    monkeypatch.setattr(ours._scorer, "score", lambda rows: ((number, scores) for number in range(len(rows))))
+    request_ = request_of("loglikelihood" if len(arguments) == 2 else "loglikelihood_rolling", *arguments)
+    with pytest.raises(FloatingPointError, match="task some_task, document 7: log p is nan"):
         getattr(ours, request_.request_type)([request_])
 
 

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import math
 import types
 
 import numpy as np
@@ -56,13 +57,28 @@ def test_other_tokenizers_are_compared_by_bytes_alone_and_other_documents_not_at
     assert notices.counts() == {"lengths-differ": 1}
 
 
+def test_of_other_numbers_of_documents_the_first_of_each_source_are_compared():
+    """As of two tokenizers, of whose tokens --tokens_per_source has 40 and 30 documents of source a."""
+    rows = np.stack([np.arange(1.0, 43), np.full(42, 10), np.full(42, 40.0)], axis=1)
+    longer, shorter = (
+        {"corpus": "c"} | TextLoss(documents={"a": scale * rows[:count], "b": scale * rows[40:]}).to_json()
+        for scale, count in ((1, 40), (2, 30))
+    )
+    notices.begin(strict=())
+    found = {each["what"]: each for each in compare({"heldout": longer}, {"heldout": shorter})}
+    assert (found["a"]["pairs"], found["b"]["pairs"], found["all"]["pairs"]) == (30, 2, 32)
+    assert found["a"]["first"] == pytest.approx(sum(range(1, 31)) / (30 * 40 * math.log(2)))
+    assert notices.counts() == {"not-compared": 1}
+
+
 def test_windows_and_cases_are_compared_in_pairs():
-    def parts(shift, *, corpus="c", items=3.0, length=8):
+    def parts(shift, *, corpus="c", items=3.0, length=8, stream="s"):
         windows = {"nats": [30.0 + shift, 20.0 + 2 * shift], "tokens": [10, 5]}
         curve = {"length": length, "alibi": "none", "factor": 1.0, "of_windows": windows}
         cases = {"right": [0, 1, int(shift > 0)], "nats": [3.0, 0.0, 1.0 - shift], "tokens": [2, 2, 2]}
         group = {"task": "lines", "length": 64, "items": items, "cases": 3, "of_cases": cases}
-        return {"positions": {"corpus": corpus, "curves": [curve]}, "retrieval": {"groups": [group]}}
+        positions = {"corpus": corpus, "stream": stream, "curves": [curve]}
+        return {"positions": positions, "retrieval": {"groups": [group]}}
 
     found = {each["what"]: each for each in compare(parts(0.0), parts(0.5))}
     assert found["8, as trained"]["difference"] == pytest.approx(1.5 / 15)
@@ -72,6 +88,8 @@ def test_windows_and_cases_are_compared_in_pairs():
     notices.begin(strict=())
     assert compare(parts(0.0), parts(0.5, items=2.9, length=16)) == []
     assert notices.counts() == {"not-compared": 2}
+    assert {each["part"] for each in compare(parts(0.0), parts(0.5, stream="of another tokenizer"))} == {"retrieval"}
+    assert notices.counts() == {"not-compared": 3}
     with pytest.raises(ValueError, match="other documents"):
         compare(parts(0.0), parts(0.5, corpus="d"))
 

@@ -87,6 +87,18 @@ def test_cases_fill_their_length(task):
     assert make_group(task, length=90, num_cases=2, seed=1, tokenizer=Bytes(), bos_id=None) is None
 
 
+def test_one_case_has_no_interval_and_a_loss_that_is_no_number_is_named():
+    group = make_group(Task.LINES, length=1000, num_cases=1, seed=2, tokenizer=Bytes(), bos_id=None)
+    assert measure_retrieval(SeesBack(5), group, work=Work("r", None))["answer_nats_interval"] is None
+
+    class Damaged:
+        def log_likelihoods(self, rows, *, on_scored):
+            return [Scores(log_p_T=np.full(3, np.nan), is_greedy_T=np.zeros(3, bool)) for _ in rows]
+
+    with pytest.raises(FloatingPointError, match="a loss of retrieval of lines at 1,000 tokens is not finite"):
+        measure_retrieval(Damaged(), group, work=Work("r", None))
+
+
 def test_the_scored_tokens_are_those_that_the_answer_changes():
     row = encode_case(Case(prompt="ab 1", answer="2.", depth=0), tokenizer=Bytes(), bos_id=None)
     assert (row.tokens, row.first) == ([ord("a"), ord("b"), ord(" "), 1012, ord(".")], 3)

@@ -15,6 +15,7 @@ from btlm_jax.evaluate.summaries import (  # noqa: E402
     measure_summaries,
     prompt_of,
     read_cases,
+    read_files,
     rouge,
 )
 
@@ -67,6 +68,18 @@ def test_a_long_document_loses_its_middle_and_leaves_room_for_the_summary():
 )
 def test_the_middle_is_cut_out(room, kept):
     assert text_of(cut_middle([ord(letter) for letter in "abcdefghij"], room)) == kept
+
+
+def test_files_of_one_name_are_all_read(tmp_path):
+    for folder in ("a", "b"):
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / "test.jsonl").write_text(json.dumps({"document": folder, "summary": "s"}))
+    first, second = (tmp_path / folder / "test.jsonl" for folder in ("a", "b"))
+    found = read_files([first, second, first])
+    assert {name: [case.document for case in cases] for name, cases in found.items()} == {
+        str(first): ["a"], str(second): ["b"],
+    }  # fmt: skip
+    assert read_files([first, first]).keys() == {"test.jsonl"}
 
 
 def test_no_room_for_a_document():
