@@ -29,8 +29,9 @@ sys.path[:0] = [str(HERE.parent), str(HERE.parent.parent / "tests"), str(HERE.pa
 from machine import machine  # noqa: E402  beside this file
 
 TOLERANCE = 1e-5  # of a number, relative; sums over other batches round otherwise
-PARTS = ["--heldout", "--positions", "--retrieval", "--position_lengths=24,96", "--position_tokens=2000"]
-PARTS += ["--retrieval_lengths=1024", "--retrieval_cases=6", "--batch_tokens=1024", "--batch_size=4", "--length=512"]
+HELDOUT = ["--heldout", "--batch_tokens=1024", "--length=512"]
+OTHERS = ["--positions", "--retrieval", "--position_lengths=24,96", "--position_tokens=2000"]
+OTHERS += ["--retrieval_lengths=1024", "--retrieval_cases=6", "--batch_size=4"]
 WAIT_SECONDS = 900
 
 
@@ -58,13 +59,12 @@ def make_models(folder: Path) -> None:
 
 
 def arguments_of(folder: Path, form: str) -> list[str]:
-    arguments = ["evaluate", f"--checkpoint={folder / form}", f"--store={folder / 'store'}", *PARTS]
+    arguments = ["evaluate", f"--checkpoint={folder / form}", f"--store={folder / 'store'}", *HELDOUT]
     if form == "run":
         names = "local_choice,local_few_shot,local_letter,local_last_word,local_text,local_answer"
-        arguments += [f"--tasks={names}", f"--include_path={folder / 'tasks'}"]
+        arguments += [*OTHERS, f"--tasks={names}", f"--include_path={folder / 'tasks'}"]
         arguments += ["--summaries", str(folder / "reports.jsonl"), "--summary_lengths=560"]
-        return arguments
-    return [argument for argument in arguments if argument not in ("--positions", "--retrieval")]
+    return arguments
 
 
 class Pair:

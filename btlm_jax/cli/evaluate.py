@@ -67,9 +67,11 @@ def evaluate(arguments: Sequence[str]) -> int:
     from btlm_jax.storage.location import expand_pattern
 
     check_processes(flags)
+    parts = _parts(flags)
+    _check_have_effect(flags, parts)
     try:
         config = evaluation.EvaluationConfig(
-            parts=_parts(flags),
+            parts=parts,
             texts=tuple(location for text in flags.strings("text") for location in expand_pattern(text)),
             store=flags.location("store") if flags.is_given("store") else None,
             output=flags.optional_path("output"),
@@ -140,8 +142,40 @@ def _parts(flags: Flags) -> tuple[str, ...]:
     from btlm_jax.evaluate import evaluation
 
     given = {part: flags.boolean(part) or flags.boolean("all") for part in evaluation.MEASURED_ALWAYS}
-    given |= {part: flags.is_given(part) for part in evaluation.MEASURED_IF_GIVEN}
+    given |= {part: flags.is_given(part) for part in (evaluation.TASKS, evaluation.SUMMARIES)}
+    given[evaluation.CODE] = flags.boolean(evaluation.CODE)
     return tuple(part for part in evaluation.PARTS if given[part]) or (evaluation.HELDOUT,)
+
+
+_ONLY_FOR = {  # flags, and the parts of an evaluation that read them
+    ("text", "store", "tokens_per_source"): ("heldout", "positions"),
+    ("overlap",): ("heldout",),
+    ("length",): ("heldout", "tasks", "human_eval"),
+    ("position_lengths", "position_tokens"): ("positions",),
+    ("retrieval_lengths", "retrieval_cases"): ("retrieval",),
+    ("seed",): ("retrieval", "tasks", "human_eval"),
+    ("include_path", "num_fewshot", "task_metadata"): ("tasks",),
+    ("limit", "run_code"): ("tasks", "human_eval"),
+    ("summary_lengths",): ("summaries",),
+    ("code_samples", "code_temperature", "code_num_tokens"): ("human_eval",),
+    ("int4", "batch_size"): ("tasks", "summaries", "human_eval"),
+    ("batch_tokens",): ("heldout", "positions", "retrieval", "tasks"),
+}
+
+
+def _check_have_effect(flags: Flags, parts: Sequence[str]) -> None:
+    """Check that some part reads each flag that is given.
+
+    Raises:
+      UsageError: none does.
+    """
+    for names, readers in _ONLY_FOR.items():
+        for name in names:
+            if flags.is_given(name) and not flags.is_off(name) and not set(readers) & set(parts):
+                those = " or ".join(f"--{part}" for part in readers)
+                raise UsageError(f"--{name} is for {those}, which {'are' if len(readers) > 1 else 'is'} not given")
+    if flags.is_given("code_temperature") and flags.integer("code_samples") == 1:
+        raise UsageError("--code_temperature is for --code_samples of 2 and more: a single one is the likeliest")
 
 
 def _code(flags: Flags) -> CodeSettings | None:
@@ -164,10 +198,7 @@ def _tasks(flags: Flags) -> TaskSettings | None:
     from btlm_jax.evaluate.task_settings import TaskSettings
     from btlm_jax.storage.files import parse_json_object
 
-    of_tasks = ("include_path", "num_fewshot", "task_metadata")
     if not flags.is_given("tasks"):
-        if given := [name for name in of_tasks if flags.is_given(name)]:
-            raise UsageError(f"--{given[0]} is for --tasks, which is not given")
         return None
     metadata = flags.string("task_metadata")
     return TaskSettings(

@@ -161,6 +161,10 @@ class Flags:
         """Return whether the command line has the flag."""
         return self._flags[name].is_given
 
+    def is_off(self, name: str) -> bool:
+        """Return whether this is a switch that is off."""
+        return self._flags[name].value is False
+
     def string(self, name: str) -> str:
         """Return the value of a flag that `define_string` made."""
         value = self._flags[name].value

@@ -29,6 +29,7 @@ from lm_eval.tasks import TaskManager
 from lm_eval.tasks._yaml_loader import load_yaml
 from lm_eval.utils import handle_non_serializable
 
+from btlm_jax import notices
 from btlm_jax.convert.tokenizer_files import write_tokenizer_files
 from btlm_jax.evaluate.harness import BtlmLM
 from btlm_jax.evaluate.processes import is_first, say
@@ -150,6 +151,8 @@ def load_tasks(settings: TaskSettings, *, metadata: dict[str, Any]) -> list[Task
     found: list[Task | Group] = []
     for name in settings.names:
         if name == PAPER and PAPER not in manager.all_tasks:
+            if settings.num_fewshot >= 0:
+                notices.report("num-fewshot-kept", f"tasks={PAPER} have the published model's own numbers of examples")
             for paper_task in PAPER_TASKS:
                 found += _loaded(manager, paper_task, num_fewshot=paper_task.num_fewshot)
             continue
@@ -205,6 +208,9 @@ def _loaded(manager: TaskManager, named: PaperTask, *, num_fewshot: int) -> list
         given = task.get_config("num_fewshot")
         if given is None or (num_fewshot >= 0 and given != 0):  # a task that has 0 cannot have others
             task.set_config(key="num_fewshot", value=max(0, num_fewshot))
+        elif num_fewshot > 0:
+            text = f"task {task.task_name} is without examples, as it says itself, and not with {num_fewshot}"
+            notices.report("num-fewshot-kept", text)
         task.set_fewshot_seed(seed=FEWSHOT_SEED)
     groups = loaded.get("groups", {})
     inner = {child.name for group in groups.values() for child in group.get_all_groups()}

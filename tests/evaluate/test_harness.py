@@ -214,6 +214,15 @@ def test_examples_and_documents_are_facts_of_a_task(ours, tmp_path):
     assert [key for key in found[1] if found[1][key] != found[2][key]] == ["documents"]
 
 
+def test_a_task_without_examples_stays_so_and_says_it(tmp_path):
+    file = write_tasks(tmp_path / "tasks") / "local_few_shot.yaml"
+    for own, count, notes in ((3, 2, 0), (0, 0, 1)):
+        file.write_text(file.read_text().replace("num_fewshot: 3", f"num_fewshot: {own}"))
+        notices.begin(strict=())
+        (task,) = load_tasks(settings_of(tmp_path, "local_few_shot", num_fewshot=2), metadata={})
+        assert (task.get_config("num_fewshot"), notices.counts().get("num-fewshot-kept", 0)) == (count, notes)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(("form", "tolerance"), [("mesh", 1e-4), ("int4", 2.0)])
 def test_other_forms_answer_alike(folder, ours, form, tolerance):
@@ -393,4 +402,7 @@ def test_btlm_evaluate_measures_summaries_and_code(folder, tmp_path, capsys, mon
     parts = json.loads((tmp_path / "evaluation.json").read_text())["parts"]
     assert [(group["length"], group["cut_documents"]) for group in parts["summaries"]["groups"]] == [(64, 1), (96, 1)]
     assert (parts["human_eval"]["problems"], parts["human_eval"]["was_run"]) == (2, False)
+    assert "HumanEval (at most 2 documents, length 1,024)" in said and notices.counts()["not-in-card"] == 1
+    card = (tmp_path / "evaluation.md").read_text()
+    assert "ROUGE-1" in card and "HumanEval" not in card
     assert len(list(tmp_path.glob("summaries-*.json"))) == 2

@@ -106,8 +106,9 @@ def test_the_card_of_an_evaluation_is_of_these_weights(token_store, tmp_path, ca
     write_run(workdir, config, steps=(3,))
     assert read_evaluation_card(workdir) == NO_CARD
     (tmp_path / "texts.jsonl").write_text("".join(f'{{"text": "{n} " }}\n' for n in range(40)))
-    command = ["evaluate", f"--checkpoint={workdir}", "--position_lengths=16", f"--text={tmp_path / 'texts.jsonl'}"]
-    assert main([*command, "--positions"]) == 0
+    command = ["evaluate", f"--checkpoint={workdir}", f"--text={tmp_path / 'texts.jsonl'}"]
+    of_positions = ["--positions", "--position_lengths=16"]
+    assert main([*command, *of_positions]) == 0
     assert main([*command, "--heldout"]) == 0  # the report keeps what was measured before
     capsys.readouterr()
     folder = workdir / "evaluation" / "step-3"
@@ -119,7 +120,7 @@ def test_the_card_of_an_evaluation_is_of_these_weights(token_store, tmp_path, ca
     assert main([*command, "--heldout"]) == 0
     assert notices.counts()["evaluation-again"] == 1
     assert json.loads((folder / "evaluation.json").read_text())["parts"].keys() == {"heldout"}
-    assert main([*command, "--positions"]) == 0
+    assert main([*command, *of_positions]) == 0
     assert json.loads((folder / "evaluation.json").read_text())["parts"] == report["parts"]
     (folder / "evaluation.json").write_text("{")
     notices.begin(strict=())
@@ -127,7 +128,7 @@ def test_the_card_of_an_evaluation_is_of_these_weights(token_store, tmp_path, ca
     (folder / "evaluation.json").write_text(json.dumps(report | {"identity": "other"}))
     assert main([*command, "--heldout"]) == 0 and notices.counts() == {"evaluation-of-other": 1}
     assert json.loads((folder / "evaluation.json").read_text())["parts"].keys() == {"heldout"}
-    assert main([*command, "--positions"]) == 0
+    assert main([*command, *of_positions]) == 0
     card = read_evaluation_card(workdir)
     assert card.plots == {"positions.png": (folder / "positions.png").read_bytes()}
     assert f"{report['parts']['heldout']['loss']:.4f}" in card.text

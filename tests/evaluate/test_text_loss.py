@@ -189,6 +189,12 @@ def test_the_verb_measures_once_and_says_what_it_found(made_up_run, tmp_path, ca
         (["--text", "{folder}/a.txt", "--store={folder}"], "give one of them"),
         (["--store={folder}"], "is not a token store"),
         (["--text={folder}", "--output={folder}/out"], "so it would be read as input"),
+        (["--int4"], "--int4 is for --tasks or --summaries or --human_eval, which are not given"),
+        (["--no_human_eval", "--code_samples=10"], "--code_samples is for --human_eval, which is not given"),
+        (["--retrieval", "--text", "{folder}/a.txt"], "--text is for --heldout or --positions, which are not given"),
+        (["--heldout", "--summary_lengths=512"], "--summary_lengths is for --summaries, which is not given"),
+        (["--human_eval", "--code_temperature=1"], "--code_temperature is for --code_samples of 2 and more"),
+        (["--text", "{folder}/empty.txt", "--human_eval=false", "--no_int4"], "there is no text in"),
     ],
 )
 def test_what_cannot_be_evaluated_is_said(made_up_run, tmp_path, capsys, flags, said):
