@@ -5,11 +5,10 @@ from __future__ import annotations
 import itertools
 import os
 from collections.abc import Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from btlm_jax.cli import DONE, UsageError
-from btlm_jax.cli.parse import Flags, config_names, find_config, load_config
+from btlm_jax.cli.parse import Flags, find_config, load_config, packaged_folder
 
 if TYPE_CHECKING:
     from btlm_jax.runs.report import RunRecords
@@ -66,18 +65,30 @@ def report_flags() -> Flags:
 
 
 def _base(flags: Flags, run: RunRecords) -> tuple[str, dict[str, Any]]:
-    """Return the config to compare with, and its name. Of the run's command only names are taken, not files."""
+    """Return the config to compare with, and its name. Of the run's command only installed ones are run."""
     name = flags.string("base") or _name_in_command(run) or _DEFAULT_BASE
-    return name, load_config(find_config(name), argument="", changes={})
+    given, _, argument = (name, "", "") if "://" in name else name.partition(":")
+    return name, load_config(find_config(given), argument=argument, changes={})
 
 
 def _name_in_command(run: RunRecords) -> str:
-    """Return the name of the config that the last start was given, "" if it was none of those that are installed."""
+    """Return the config that the last start was given, "" if it was none of those that are installed."""
     starts = run.workdir.starts
     words = starts[-1].command if starts else ()
     for word, following in itertools.pairwise((*words, "")):
         key, _, value = word.partition("=")
         if key.lstrip("-") == "config" and key.startswith("-"):
-            name = Path(value or following).stem
-            return name if name in config_names() else ""
+            given = value or following
+            return given if _is_packaged(given) else ""
     return ""
+
+
+def _is_packaged(given: str) -> bool:
+    """Return whether a value of --config names a config that is installed; a URL is not fetched."""
+    if "://" in given:
+        return False
+    try:
+        file = find_config(given.partition(":")[0])
+    except UsageError:
+        return False
+    return file.resolve().is_relative_to(packaged_folder("configs").resolve())

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from btlm_jax import __version__
-from btlm_jax.data.store import MANIFEST_FILE, Manifest, read_manifest
+from btlm_jax.data.store import MANIFEST_FILE, Manifest, read_manifest, read_tokenizer_info
 from btlm_jax.display.html_chart import Axis, Mark, Series, line_chart, stacked_bar
 from btlm_jax.recipe.config import with_later_keys
 from btlm_jax.runs.metrics import Metrics, read_metrics_of
@@ -22,7 +22,7 @@ from btlm_jax.runs.wall_time import CATEGORIES, STEP, WallTime, wall_time
 from btlm_jax.runs.workdir import Workdir, read_workdir
 from btlm_jax.stopping import STACKS
 from btlm_jax.storage.location import resolve_location
-from btlm_jax.train import METRICS_FILE
+from btlm_jax.train import KEPT_TOKENIZER, METRICS_FILE
 from btlm_jax.train.plots import smooth
 
 _MOST_ROWS = 200  # of a table of events or starts: the first and the last
@@ -31,7 +31,7 @@ _ROBUST_PERCENTILE, _BEGINNING = 99.5, 0.08
 _MOST_MARKS = 200  # restarts that are drawn
 _MOST_STACKS, _STACK_BYTES = 8, 6000
 _UNITS = ((2 * 60, 1, "s"), (2 * 3600, 60, "minutes"), (3 * 86400, 3600, "hours"), (math.inf, 86400, "days"))
-_DAMAGED_TOKENS = "the losses are per token of different tokenizers, and are not comparable: compare bits per byte"
+_OTHER_TOKENS = "the losses are per token of different tokenizers, and are not comparable: compare bits per byte"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -107,14 +107,19 @@ def _head(runs: Sequence[RunRecords]) -> str:
             + "</p>"
         )
         parts += [f'<p class="warn">{text(problem)}</p>' for problem in (*status.problems, *_about_metrics(run))]
-    if len(runs) == 2 and _tokenizer(runs[0]) != _tokenizer(runs[1]):
-        parts.append(f'<p class="warn">{text(_DAMAGED_TOKENS)}</p>')
-    columns = [_tiles_of(run) for run in runs]
-    rows = [
-        (value, name, columns[1][index][0] if len(columns) > 1 else "")
-        for index, (value, name) in enumerate(columns[0])
-    ]
+    if len({known for run in runs if (known := _tokenizer(run))}) == 2:
+        parts.append(f'<p class="warn">{text(_OTHER_TOKENS)}</p>')
+    if len(runs) == 1:
+        rows = [(value, ", ".join(filter(None, (name, detail))), "") for value, name, detail in _tiles_of(runs[0])]
+    else:
+        both = zip(*(_tiles_of(run) for run in runs), strict=True)
+        rows = [(_with_detail(first), first[1], _with_detail(second)) for first, second in both]
     return "".join(parts) + tiles(rows)
+
+
+def _with_detail(tile: tuple[str, str, str]) -> str:
+    value, _, detail = tile
+    return f"{value} ({detail})" if value and detail else value
 
 
 def _about_metrics(run: RunRecords) -> Iterator[str]:
@@ -138,31 +143,33 @@ def _lead(run: RunRecords) -> str:
     )
 
 
-def _tokenizer(run: RunRecords) -> object:
-    """Return what tells whether two runs have the same tokenizer."""
-    if run.manifest is not None:
-        return run.manifest.tokenizer.sha256
-    return run.workdir.config.model.vocab_size if run.workdir.config else None
+def _tokenizer(run: RunRecords) -> str:
+    """Return the hash of the tokenizer that a run keeps, or else of that of its store; "" where neither is there."""
+    try:
+        return read_tokenizer_info(run.workdir.path / KEPT_TOKENIZER).sha256
+    except (ValueError, OSError):
+        return run.manifest.tokenizer.sha256 if run.manifest else ""
 
 
-def _tiles_of(run: RunRecords) -> list[tuple[str, str]]:
+def _tiles_of(run: RunRecords) -> list[tuple[str, str, str]]:
+    """Return (value, its name, which steps, tokens or starts it is of)."""
     status = run.status
     held = status.heldout
     bits = held.get("bits_per_byte")
     steps = f"{status.step:,}" + (
         f" / {status.num_steps:,}" if status.num_steps and status.step < status.num_steps else ""
     )
-    total = run.times.total
+    total, at_step = run.times.total, f"step {held.get('step', 0):,}"
     return [
-        (steps, f"steps, {count(status.tokens or 0)} tokens"),
-        ("" if status.loss is None else f"{status.loss:.4f}", "training loss, nats/token, last 20 steps"),
-        (f"{held['loss']:.4f}" if held else "", f"held-out loss, nats/token, step {held.get('step', 0):,}"),
-        (f"{bits:.4f}" if isinstance(bits, (int, float)) else "", "held-out bits/byte"),
-        ("" if status.tokens_per_second is None else f"{status.tokens_per_second:,.0f}", "tokens/s, last 50 steps"),
-        ("" if status.mfu is None else f"{status.mfu:.1%}", "MFU"),
-        (duration(total) if total else "", f"wall time, {status.num_starts:,} start{'s' * (status.num_starts != 1)}"),
-        ("" if status.goodput is None else f"{status.goodput:.1%}", "goodput: steps that count"),
-        ("" if status.eta is None else duration(status.eta), "left, before the end report"),
+        (steps, "steps", f"{count(status.tokens or 0)} tokens"),
+        ("" if status.loss is None else f"{status.loss:.4f}", "training loss, nats/token, last 20 steps", ""),
+        (f"{held['loss']:.4f}" if held else "", "held-out loss, nats/token", at_step),
+        (f"{bits:.4f}" if isinstance(bits, (int, float)) else "", "held-out bits/byte", at_step),
+        ("" if status.tokens_per_second is None else f"{status.tokens_per_second:,.0f}", "tokens/s, last 50 steps", ""),
+        ("" if status.mfu is None else f"{status.mfu:.1%}", "MFU", ""),
+        (duration(total) if total else "", "wall time", f"{status.num_starts:,} start{'s' * (status.num_starts != 1)}"),
+        ("" if status.goodput is None else f"{status.goodput:.1%}", "goodput: steps that count", ""),
+        ("" if status.eta is None else duration(status.eta), "left, before the end report", ""),
     ]
 
 

@@ -1,8 +1,10 @@
 """btlm report: one page without anything from outside, whose curves are the numbers that the run recorded."""
 
+import hashlib
 import json
 import math
 import re
+import types
 from html.parser import HTMLParser
 
 import numpy as np
@@ -10,6 +12,9 @@ import pytest
 from support.fake_run import FakeRun, fake_config, record_steps, result
 
 from btlm_jax.cli import main
+from btlm_jax.cli import report as report_module
+from btlm_jax.cli.parse import packaged_folder
+from btlm_jax.cli.report import report_flags
 from btlm_jax.display.html_chart import MAX_POINTS, Axis, Series, binned, line_chart
 from btlm_jax.runs.metrics import read_metrics_of
 from btlm_jax.runs.report import read_run
@@ -56,6 +61,21 @@ def write_run(workdir, *, config=None, last_step=9, loss=lambda step: 10 / step)
         run.writer.record_event(3, "half \ud800 of a pair")
     record.end(1, "<img src=y>")
     return workdir
+
+
+NO_TOKENS = "losses are per token of different tokenizers"
+
+
+def keep_tokenizer_of(workdir, contents):
+    (workdir / "tokenizer").mkdir(exist_ok=True)
+    facts = {
+        "kind": "byte_level_bpe",
+        "file": "t",
+        "sha256": hashlib.sha256(contents).hexdigest(),
+        "vocab_size": 9,
+        "eos_id": 0,
+    }
+    (workdir / "tokenizer" / "tokenizer_info.json").write_text(json.dumps(facts))
 
 
 def report(capsys, *arguments):
@@ -121,13 +141,42 @@ def test_wall_time_is_that_of_the_starts(tmp_path, capsys, monkeypatch):
 def test_two_runs_are_drawn_together_and_their_configs_compared(tmp_path, capsys):
     first = write_run(tmp_path / "first")
     other = fake_config(model__vocab_size=400, optimizer__peak_learning_rate=0.5)
-    second = write_run(tmp_path / "second", config=other, loss=lambda step: 3.0)
-    source = report(capsys, first, f"--compare={second}", f"--output={tmp_path / 'both.html'}")
+    second = write_run(tmp_path / "second", config=other, loss=lambda step: 3.0, last_step=7)
+    compared = (first, f"--compare={second}", f"--output={tmp_path / 'both.html'}")
+    source = report(capsys, *compared)
     page = Page(source)
-    assert "2 keys differ; the first is model.vocab_size" in page.text and "not comparable" in page.text
-    np.testing.assert_allclose(points_of(source, "second: training, each step")[1], [3.0] * 9, atol=0.02)
+    assert "2 keys differ; the first is model.vocab_size" in page.text
+    tiles = re.findall(r'class="tile"><b>(.*?)</b><span class="other">(.*?)</span><span>(.*?)<', source)
+    shown = {name: (first, second) for first, second, name in tiles}
+    assert shown["steps"] == ("9 (1,728 tokens)", "7 / 9 (1,344 tokens)")
+    assert [value.partition(" ")[2] for value in shown["held-out loss, nats/token"]] == ["(step 9)", "(step 6)"]
+    said = [NO_TOKENS in page.text]
+    for workdir, text in ((first, b"a"), (second, b"b"), (second, b"a")):  # the second's is unknown, another, the same
+        keep_tokenizer_of(workdir, text)
+        said.append(NO_TOKENS in Page(report(capsys, *compared)).text)
+    assert said == [False, False, True, False]
+    np.testing.assert_allclose(points_of(source, "second: training, each step")[1], [3.0] * 7, atol=0.02)
     assert not (first / "report.html").exists()
     assert "the configs are equal" in Page(report(capsys, first, f"--compare={first}")).text
+
+
+def test_the_config_to_compare_with_is_the_installed_one_of_the_command(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "local_cpu.py").write_text("raise RuntimeError('a file of the user')")
+    for given, found in (
+        ("--config=local_cpu", "local_cpu"),
+        ("--config=111M", "111M"),
+        ("--config=family/111M", "family/111M"),
+        ("--config=pods/family:111M@v5e-8", "pods/family:111M@v5e-8"),
+        (f"--config={packaged_folder('configs') / 'local_cpu.py'}", str(packaged_folder("configs") / "local_cpu.py")),
+        ("--config=local_cpu.py", ""),
+        ("--config=elsewhere/btlm_3b_8k.py", ""),
+        ("--config=gs://bucket/config.json", ""),
+    ):
+        starts = [types.SimpleNamespace(command=["btlm", "train", given])]
+        run = types.SimpleNamespace(workdir=types.SimpleNamespace(starts=starts))
+        name, values = report_module._base(report_flags(), run)
+        assert name == (found or "btlm_3b_8k") and "optimizer" in values
 
 
 def test_runs_in_every_state_have_a_page(tmp_path, capsys):
