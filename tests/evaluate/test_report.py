@@ -61,7 +61,7 @@ def test_of_other_numbers_of_documents_the_first_of_each_source_are_compared():
     """As of two tokenizers, of whose tokens --tokens_per_source has 40 and 30 documents of source a."""
     rows = np.stack([np.arange(1.0, 43), np.full(42, 10), np.full(42, 40.0)], axis=1)
     longer, shorter = (
-        {"corpus": "c"} | TextLoss(documents={"a": scale * rows[:count], "b": scale * rows[40:]}).to_json()
+        {"corpus": "c", "length": 8} | TextLoss(documents={"a": scale * rows[:count], "b": scale * rows[40:]}).to_json()
         for scale, count in ((1, 40), (2, 30))
     )
     notices.begin(strict=())
