@@ -70,9 +70,10 @@ def write_report(folder: Path, checkpoint: Checkpoint, parts: dict[str, dict]) -
     folder.mkdir(parents=True, exist_ok=True)
     together = _earlier_parts(folder / REPORT_FILE, identity=checkpoint.identity)
     for part, result in report["parts"].items():
-        if _is_apart(result):
+        is_apart = _is_apart(result)
+        if is_apart:
             notices.report("not-in-card", f"{part} is with {_settings_text(result)}, and stays out of the model card")
-        if not _is_apart(result) or _is_apart(together.get(part, result)):
+        if not (is_apart and part in together and not _is_apart(together[part])):
             together[part] = result
     parts = {part: together[part] for part in _TABLES if part in together}
     kept = report | {"parts": parts, SHA256: hash_json(parts)}
