@@ -24,7 +24,7 @@ from btlm_jax.corpus.engine.inputs import Input, raw_inputs_of
 from btlm_jax.corpus.engine.stage import only_command
 from btlm_jax.corpus.engine.workers import LocalWorkers, Workers
 from btlm_jax.corpus.example_encoding import make_encoder
-from btlm_jax.corpus.stages.examples import WORK_FOLDER, describe
+from btlm_jax.corpus.stages.examples import WORK_FOLDER, begun_at, describe
 from btlm_jax.data.store import MANIFEST_FILE, TOKENIZER_INFO_FILE, TRAIN, Manifest
 from btlm_jax.recipe.config import (
     PREPARED,
@@ -682,7 +682,7 @@ def _prepare_examples(
             longest = longest.at_most(open_model().model.longest)
         window = own_examples.choose_window(
             inputs,
-            encoder=make_encoder(tokenizer, template=template),
+            encoder=make_encoder(tokenizer, template=template, now=begun_at(workdir / STORE_FOLDER)),
             least=min(usual.block, longest.block),
             most=longest.block,
             folder=folder,

@@ -8,6 +8,7 @@ overlap what the assistant wrote, as in transformers. The first token is never t
 from __future__ import annotations
 
 import dataclasses
+from datetime import datetime
 from pathlib import Path
 
 import numpy as np
@@ -40,21 +41,27 @@ class EncodedExample:
         return EncodedExample(ids=self.ids[:length], is_trained=self.is_trained[:length])
 
 
-def make_encoder(directory: Path, *, template: tuple[str, str], allow_lossy: bool = False) -> ExampleEncoder:
+def make_encoder(
+    directory: Path, *, template: tuple[str, str], now: datetime, allow_lossy: bool = False
+) -> ExampleEncoder:
     """Return an encoder with the tokenizer of a directory; `template` is the source and the name of a chat template.
+
+    `now` is what a template is told that asks for the date.
 
     Raises:
       FileNotFoundError, ValueError: the tokenizer or the template cannot be used.
     """
     tokenizer = fastest_tokenizer(find_tokenizer(directory, allow_lossy=allow_lossy))
-    return ExampleEncoder(tokenizer, directory=directory, template=template[0], template_name=template[1])
+    return ExampleEncoder(tokenizer, directory=directory, template=template[0], template_name=template[1], now=now)
 
 
 class ExampleEncoder:
     """Encodes examples with a tokenizer and a chat template."""
 
-    def __init__(self, tokenizer: Tokenizer, *, directory: Path, template: str, template_name: str):
+    def __init__(self, tokenizer: Tokenizer, *, directory: Path, template: str, template_name: str, now: datetime):
         """Make an encoder; `directory` is the tokenizer's, `template` the source of a chat template, "" for none.
+
+        `now` is what a template is told that asks for the date.
 
         Raises:
           ValueError: the template is not Jinja, or a file of the directory is damaged.
@@ -68,7 +75,7 @@ class ExampleEncoder:
         if template:
             self.variables = read_variables(directory, tokenizer)
             self._template = ChatTemplate(
-                template, name=template_name, variables=self.variables, special_tokens=self._special
+                template, name=template_name, variables=self.variables, special_tokens=self._special, now=now
             )
         newline, after = tokenizer.encode("\n"), tokenizer.encode("\na")
         # What is put before a completion that would begin with a space if it stood alone, and taken away again.

@@ -34,6 +34,7 @@ from btlm_jax.tokenizers.tokenizer import Tokenizer
 
 ASSISTANT = "assistant"
 ROLES = ("system", "developer", "user", ASSISTANT, "tool")
+ASKS_TIME = "strftime_now"  # the function by which a template does
 _VARIABLES = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
 _GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")
 # What Jinja lets through of what a template's expressions raise.
@@ -53,11 +54,13 @@ class RenderedChat:
 class ChatTemplate:
     """A compiled template."""
 
-    def __init__(self, source: str, *, name: str, variables: dict[str, str], special_tokens: Collection[str]):
+    def __init__(
+        self, source: str, *, name: str, variables: dict[str, str], special_tokens: Collection[str], now: datetime
+    ):
         """Compile a template.
 
         `name` is what errors call it; `variables` are the texts of bos_token, eos_token, ..., as `read_variables` has
-        them; `special_tokens` those of all special tokens.
+        them; `special_tokens` those of all special tokens; `now` is what a template is told that asks for the date.
 
         Raises:
           ValueError: it is not Jinja.
@@ -70,7 +73,7 @@ class ChatTemplate:
             trim_blocks=True, lstrip_blocks=True, extensions=[_GenerationBlocks, LoopControls]
         )
         environment.filters["tojson"] = _to_json
-        environment.globals |= {"raise_exception": _raise_exception, "strftime_now": _strftime_now}
+        environment.globals |= {"raise_exception": _raise_exception, ASKS_TIME: now.strftime}
         environment.globals |= {"dict": _make_dict, "namespace": _Namespace}
         self._blocks = cast(_GenerationBlocks, environment.extensions[_GenerationBlocks.identifier])
         try:
@@ -205,10 +208,6 @@ def _make_dict(*args, **values) -> dict:
 
 def _raise_exception(message: str) -> None:
     raise jinja2.TemplateError(message)
-
-
-def _strftime_now(form: str) -> str:
-    return datetime.now().strftime(form)
 
 
 def _to_json(value: object, ensure_ascii=False, indent=None, separators=None, sort_keys=False) -> str:

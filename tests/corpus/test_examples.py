@@ -6,6 +6,7 @@ import json
 import random
 import re
 import shutil
+from datetime import datetime
 from pathlib import Path
 
 import jax
@@ -26,6 +27,7 @@ from btlm_jax.cli import main
 from btlm_jax.corpus.example_encoding import ExampleEncoder
 from btlm_jax.corpus.example_packing import pack_windows
 from btlm_jax.corpus.inspect import stats
+from btlm_jax.corpus.own_examples import first_prompt
 from btlm_jax.corpus.readers.examples import Conversation, Pair
 from btlm_jax.corpus.stages import examples as stage
 from btlm_jax.data import store
@@ -39,6 +41,7 @@ from btlm_jax.train.finish import heldout_batches
 from btlm_jax.train.setup import check_curriculum
 
 WINDOW, BLOCK = 96, 384
+DAY = datetime(2026, 11, 30)
 END, EOS = "<|im_end|>", tiny_tokenizers.EOS
 
 
@@ -266,6 +269,38 @@ def test_what_was_killed_goes_on_to_the_same_bytes(made, tokenizer, tmp_path, mo
     assert contents(tmp_path / "store") == contents(made / "store")
 
 
+def test_a_template_that_asks_for_the_date_gets_that_of_the_beginning(tokenizer, tmp_path, monkeypatch):
+    template = tmp_path / "dated.jinja"
+    template.write_text("{{ strftime_now('%d %b %Y') }}" + NAMED_TEMPLATES["chatml"])
+    for part in range(2):
+        write(tmp_path / "raw" / f"{part}.jsonl", chats(20, seed=part))
+    monkeypatch.setattr("btlm_jax.corpus.engine.inputs.TASK_BYTES", 1)
+
+    class Clock(datetime):
+        day = 30
+
+        @classmethod
+        def now(cls, tz=None):
+            return cls(2026, 11, cls.day, 23, 59)
+
+    monkeypatch.setattr(stage, "datetime", Clock)
+    flags = ["--template", str(template)]
+    assert run(tmp_path / "raw", tmp_path / "store", tokenizer, *flags) == 0
+    before = contents(tmp_path / "store")
+    assert first_prompt(tmp_path / "store").startswith("30 Nov 2026<|im_start|>")
+    for name in ("manifest.json", "work/encoded/ids-00001.npy", "work/windows/manifest.json"):
+        (tmp_path / "store" / name).unlink()
+    Clock.day = 29
+    assert run(tmp_path / "raw", tmp_path / "store", tokenizer, *flags) == 0
+    assert contents(tmp_path / "store") == before
+    assert run(tmp_path / "raw", tmp_path / "other", tokenizer, *flags) == 0
+    assert first_prompt(tmp_path / "other").startswith("29 Nov 2026<")
+    with monkeypatch.context() as earlier:
+        earlier.setattr(stage, "ASKS_TIME", "no template")
+        assert run(tmp_path / "raw", tmp_path / "old", tokenizer, *flags) == 0
+    assert run(tmp_path / "raw", tmp_path / "old", tokenizer, *flags) == 0  # a plan that does not have the date
+
+
 def test_marks_that_contradict_the_manifest_are_found(made, tmp_path):
     manifest = store.read_manifest(made / "store")
     with pytest.raises(ValueError, match="window=36 is not possible with block_len=384"):
@@ -387,7 +422,7 @@ def test_names_of_special_tokens_stand_for_them_which_is_said(tokenizer, tmp_pat
     write(tmp_path / "named.jsonl", rows)
     assert run(tmp_path / "named.jsonl", tmp_path / "store", tokenizer, "--heldout=0.2") == 0
     assert notices.counts() == {"special-token-named": 1}
-    encoder = ExampleEncoder(find_tokenizer(tokenizer), directory=tokenizer, template="", template_name="")
+    encoder = ExampleEncoder(find_tokenizer(tokenizer), directory=tokenizer, template="", template_name="", now=DAY)
     encoded = encoder.encode(Pair(**rows[0]))
     eos = encoder.tokenizer.eos_id
     assert encoded.ids.tolist().count(eos) == 1 and encoded.ids[-1] == eos  # it is not written twice
@@ -398,13 +433,13 @@ def test_completions_are_encoded_as_after_their_prompts(tmp_path):
     made = tiny_tokenizers.trained(add_dummy_prefix=True, remove_extra_whitespaces=False, byte_fallback=True)
     (tmp_path / "tokenizer.model").write_bytes(made.contents)
     tokenizer = find_tokenizer(tmp_path)
-    encoder = ExampleEncoder(tokenizer, directory=tmp_path, template="", template_name="")
+    encoder = ExampleEncoder(tokenizer, directory=tmp_path, template="", template_name="", now=DAY)
     for prompt, completion in (("eta", "oin"), ("eta ", "oin"), ("eta", " oin"), ("eta", "\noin")):
         encoded = encoder.encode(Pair(prompt=prompt, completion=completion))
         assert tokenizer.decode(encoded.ids.tolist()) == prompt + completion
         assert encoded.prompt.tolist() == tokenizer.encode(prompt)
     source = "{% generation %}{{ messages[0].content }}{% endgeneration %}"  # before which nothing stands
-    bare = ExampleEncoder(tokenizer, directory=tmp_path, template=source, template_name="it")
+    bare = ExampleEncoder(tokenizer, directory=tmp_path, template=source, template_name="it", now=DAY)
     chat = bare.encode(Conversation(messages=({"role": "assistant", "content": "eta oin"},), tools=None))
     assert not chat.is_trained[0] and chat.is_trained[1:].all()
     empty = encoder.encode(Pair(prompt="", completion="oin"))

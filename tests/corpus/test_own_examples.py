@@ -2,6 +2,7 @@
 
 import gzip
 import json
+from datetime import datetime
 
 import pytest
 import zstandard
@@ -26,7 +27,7 @@ def write(path, rows):
 def encoder(tmp_path):
     (tmp_path / "tokenizer").mkdir()
     tiny_byte_level().save(str(tmp_path / "tokenizer" / "tokenizer.json"))
-    return make_encoder(tmp_path / "tokenizer", template=("", ""))
+    return make_encoder(tmp_path / "tokenizer", template=("", ""), now=datetime(2026, 11, 30))
 
 
 def test_files_of_examples_are_told_from_files_of_documents(tmp_path):

@@ -120,15 +120,28 @@ def test_subfolders_are_sources(tmp_path):
 
 
 def test_several_paths_are_sources_and_a_file_is_read_once(tmp_path, capsys):
-    for folder in ("a/texts", "b/texts"):
-        (tmp_path / folder).mkdir(parents=True)
-        (tmp_path / folder / "one.txt").write_text(folder)
-    (tmp_path / "single.txt").write_text("s")
-    roots = [tmp_path / "a/texts", tmp_path / "b/texts", tmp_path / "single.txt", tmp_path / "a/texts/one.txt"]
+    for name in (
+        "a/texts/one.txt",
+        "b/texts/two.txt",
+        "x/en/c/one.txt",
+        "y/en/c/one.txt",
+        "single.txt",
+        "a/single.txt",
+    ):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text(name)
+
+    def names(*roots) -> list[str]:
+        return [item.name for item in raw_inputs_of([tmp_path / root for root in roots])]
+
     notices.begin(strict=())
-    inputs = raw_inputs_of(roots)
-    assert [item.name for item in inputs] == ["texts/one.txt", "2/texts/one.txt", "single.txt"]
-    assert notices.counts() == {"file-read-once": 1} and "one.txt is given more than once" in capsys.readouterr().err
+    assert names("a/texts", "single.txt", "a/texts/one.txt", "a/texts") == ["texts/one.txt", "single.txt"]
+    assert notices.counts() == {"file-read-once": 2} and "one.txt is given more than once" in capsys.readouterr().err
+    assert names("a/texts", "b/texts", "single.txt") == ["a/texts/one.txt", "b/texts/two.txt", "single.txt"]
+    assert names("x/en/c", "y/en/c", "b/texts") == ["x/en/c/one.txt", "y/en/c/one.txt", "texts/two.txt"]
+    assert names("single.txt", "a/single.txt") == [f"{tmp_path.name}/single.txt", "a/single.txt"]
+    assert names("x/en", "y/en/c/one.txt", "b/texts/two.txt") == ["en/c/one.txt", "one.txt", "two.txt"]
+    assert names("x", "y", "y/en/c", "a/texts/one.txt") == ["x/en/c/one.txt", "y/en/c/one.txt", "one.txt"]
 
 
 @pytest.mark.parametrize(

@@ -193,13 +193,23 @@ def test_an_error_of_writing_names_the_file(tmp_path, monkeypatch):
 @pytest.mark.parametrize("enter", [lambda folder: run(stage(count), folder), lambda folder: enter_command(folder)])
 def test_a_directory_of_other_things_is_not_written_to(tmp_path, enter):
     folder = tmp_path / "documents"
-    folder.mkdir()
+    for name in ("work/mine", "done"):  # folders of a stage have such names too
+        (folder / name).mkdir(parents=True)
     (folder / ".mine.tmp").write_text("not a stage's")
     with pytest.raises(ValueError, match="documents holds other things, .mine.tmp for one, and no stage's work; give"):
         enter(folder)
-    assert [path.name for path in folder.iterdir()] == [".mine.tmp"]
+    assert sorted(path.name for path in folder.iterdir()) == [".mine.tmp", "done", "work"]
     (folder / ".mine.tmp").unlink()
-    enter(folder)  # an empty one will do
+    enter(folder)  # may be of a stage that was killed at its beginning
+
+
+def test_a_directory_of_steps_is_known_by_their_plans(tmp_path):
+    run(stage(count), tmp_path / "work" / "step")
+    (tmp_path / "documents.jsonl").write_text("an output")
+    enter_command(tmp_path)
+    (tmp_path / "work" / "step" / "plan.json").unlink()
+    with pytest.raises(ValueError, match="holds other things, documents.jsonl for one"):
+        enter_command(tmp_path)
 
 
 def enter_command(folder):

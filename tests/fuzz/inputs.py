@@ -20,6 +20,7 @@ import time
 import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator
+from datetime import datetime
 from pathlib import Path
 
 import numpy as np
@@ -656,7 +657,8 @@ def _of_examples(folder: Path) -> list[Target]:
     tiny_byte_level().save(str(directory / "tokenizer.json"))
     turns = [{"role": "user", "content": "é?"}, {"role": "assistant", "content": "eta", "tool_calls": [{"a": 1}]}]
     rows = [{"prompt": "é", "completion": "漢"}, {"messages": turns, "tools": [{"x": None}], "source": "A"}]
-    encoder = make_encoder(directory, template=find_template("zephyr", directory=directory))
+    now = datetime(2026, 11, 30)
+    encoder = make_encoder(directory, template=find_template("zephyr", directory=directory), now=now)
 
     def examples(data: bytes) -> None:
         path = folder / "examples.jsonl"
@@ -668,7 +670,7 @@ def _of_examples(folder: Path) -> list[Target]:
     def template(data: bytes) -> None:
         path = folder / "own.jinja"
         path.write_bytes(data)
-        own = make_encoder(directory, template=find_template(str(path), directory=directory))
+        own = make_encoder(directory, template=find_template(str(path), directory=directory), now=now)
         own.encode(Conversation(messages=tuple(turns), tools=None))
 
     lines = "".join(json.dumps(row) + "\n" for row in rows).encode()

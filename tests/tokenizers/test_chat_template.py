@@ -1,6 +1,7 @@
 """Chat templates: texts, ids and masks are those of transformers' apply_chat_template."""
 
 import json
+from datetime import datetime
 from pathlib import Path
 
 import pytest
@@ -55,7 +56,8 @@ def directories(tmp_path_factory) -> dict[str, Path]:
 def template_of(source: str, directory: Path) -> ChatTemplate:
     tokenizer = find_tokenizer(directory)
     variables = read_variables(directory, tokenizer)
-    return ChatTemplate(source, name="it", variables=variables, special_tokens=tokenizer.special_tokens)
+    now = datetime(2026, 11, 30)
+    return ChatTemplate(source, name="it", variables=variables, special_tokens=tokenizer.special_tokens, now=now)
 
 
 def ids_and_mask(template: ChatTemplate, messages: list[dict], directory: Path) -> tuple[list[int], list[int]]:
@@ -154,10 +156,10 @@ def test_functions_and_filters_of_transformers_are_there(directories):
     source = (
         "{%- set n = namespace(count=0) %}{%- for m in messages %}{%- set n.count = n.count + 1 %}"
         "{%- if loop.index == 2 %}{% break %}{%- endif %}{%- endfor %}"
-        "{{- n.count }} {{ dict(a='é<') | tojson }} {{ strftime_now('%Y') | length }} {{ tools is none }}"
+        "{{- n.count }} {{ dict(a='é<') | tojson }} {{ strftime_now('%d %b %Y') }} {{ tools is none }}"
         "{% generation %}{% endgeneration %}"
     )
-    assert template_of(source, directories["pieces"]).render(TURNS).text == '2 {"a": "é<"} 4 True'
+    assert template_of(source, directories["pieces"]).render(TURNS).text == '2 {"a": "é<"} 30 Nov 2026 True'
 
 
 def test_keys_of_messages_that_are_null_are_left_out(directories):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+import os
 from collections import Counter
 from collections.abc import Collection, Sequence
 from pathlib import Path, PurePosixPath
@@ -51,6 +52,8 @@ def raw_inputs(root: PathOrUrl) -> list[Input]:
 def raw_inputs_of(roots: Sequence[PathOrUrl]) -> list[Input]:
     """Return the raw text files of several folders and files, those of a folder under its name; each is read once.
 
+    Of folders or files of one name the names begin with as many of the folders above as tell them apart.
+
     Raises:
       FileNotFoundError: a root has no raw file.
     """
@@ -58,10 +61,10 @@ def raw_inputs_of(roots: Sequence[PathOrUrl]) -> list[Input]:
         return raw_inputs(roots[0])
     found: dict[object, Input] = {}
     names: Counter = Counter()
-    for root in roots:
+    for root, root_name in zip(roots, _short_names(roots), strict=True):
         inputs = raw_inputs(root)
         is_folder = any(item.location != root for item in inputs)
-        prefix = f"{PurePosixPath(str(root)).name}/" if is_folder else ""
+        prefix = f"{root_name}/" if is_folder else root_name[: root_name.rfind("/") + 1]
         for item in inputs:
             key = (item.location.resolve() if isinstance(item.location, Path) else item.location, item.begin)
             if key in found:
@@ -69,10 +72,22 @@ def raw_inputs_of(roots: Sequence[PathOrUrl]) -> list[Input]:
                 continue
             name = prefix + item.name
             names[name] += 1
-            if names[name] > 1:
+            if names[name] > 1:  # of a folder and of what lies in another one
                 name = f"{names[name]}/{name}"
             found[key] = dataclasses.replace(item, name=name)
     return list(found.values())
+
+
+def _short_names(roots: Sequence[PathOrUrl]) -> list[str]:
+    """Return the end of each path or URL: as few of its parts as differ from those of the others."""
+    paths = [PurePosixPath(os.path.abspath(root) if isinstance(root, Path) else root).parts for root in roots]
+    sizes = dict.fromkeys(paths, 1)
+    while True:
+        counts = Counter(path[-size:] for path, size in sizes.items())
+        longer = {path: min(size + (counts[path[-size:]] > 1), len(path)) for path, size in sizes.items()}
+        if longer == sizes:
+            return ["/".join(path[-sizes[path] :]).replace("//", "/") for path in paths]
+        sizes = longer
 
 
 def _left_out(name: str, beside: Collection[str]) -> str:

@@ -109,12 +109,14 @@ def check_output(directory: Path) -> None:
     """Check that nothing of others is in a directory to write to, where temporary files are deleted.
 
     Raises:
-      ValueError: it holds something, and no work of a stage.
+      ValueError: it holds something, and neither a plan of a stage, in it or in its work, nor a lock.
     """
     names = {path.name for path in directory.iterdir()} if directory.is_dir() else set()
-    if names and not names & {PLAN_FILE, DONE_FOLDER, WORK_FOLDER, LOCK_FILE, COMMAND_LOCK_FILE}:
+    is_stage = names & {PLAN_FILE, LOCK_FILE, COMMAND_LOCK_FILE} or any(directory.glob(f"{WORK_FOLDER}/*/{PLAN_FILE}"))
+    others = names - {*STAGE_FILES}  # a stage that was killed before its plan leaves folders only
+    if others and not is_stage:
         raise ValueError(
-            f"{directory} holds other things, {min(names)} for one, and no stage's work; give another output"
+            f"{directory} holds other things, {min(others)} for one, and no stage's work; give another output"
         )
 
 

@@ -18,13 +18,14 @@ import functools
 import hashlib
 from collections import Counter
 from collections.abc import Iterator, Sequence
+from datetime import datetime
 from pathlib import Path
 
 import numpy as np
 
 from btlm_jax import notices
 from btlm_jax.corpus.engine.inputs import make_tasks, raw_inputs_of
-from btlm_jax.corpus.engine.stage import QUARANTINE_FOLDER, Stage, accept_all, only_command, run_stage
+from btlm_jax.corpus.engine.stage import PLAN_FILE, QUARANTINE_FOLDER, Stage, accept_all, only_command, run_stage
 from btlm_jax.corpus.engine.tasks import Heartbeat, Input, LocalTask, Task
 from btlm_jax.corpus.engine.workers import Workers
 from btlm_jax.corpus.example_encoding import EncodedExample, ExampleEncoder, make_encoder
@@ -38,14 +39,17 @@ from btlm_jax.corpus.stages.tokenize import PROBES, describe_loss
 from btlm_jax.data import store
 from btlm_jax.data.store import TokenBlock
 from btlm_jax.display.progress import Log
-from btlm_jax.storage.files import renamed_at_end, write_atomically
+from btlm_jax.storage.files import read_json_object, renamed_at_end, write_atomically
 from btlm_jax.storage.location import PathOrUrl
+from btlm_jax.tokenizers.chat_template import ASKS_TIME
 from btlm_jax.tokenizers.tokenizer import tokenizer_info
 
 RECIPE = 1  # raise when the steps change
 DEFAULT_SOURCE = "examples"
 WORK_FOLDER = "work"  # in the store, of the steps before it
 _OTHER_SUFFIXES = (*TEXT_SUFFIXES, ".parquet", ".arrow")
+_ENCODED = "encoded"  # the first of them
+_DATE = "date"  # the setting that keeps it for a template that asks for it
 TRUNCATE, DROP = "truncate", "drop"
 TOO_LONG = (TRUNCATE, DROP)  # what to do with an example that is longer than a window
 _TABLE = np.dtype(
@@ -109,29 +113,33 @@ def make_example_store(config: ExamplesConfig, *, output: Path, workers: Workers
 
 
 def _make(config: ExamplesConfig, *, output: Path, workers: Workers, log: Log) -> store.Manifest:
-    encoder = _encoder(config)  # refuses the tokenizer or the template before the work begins
+    now = begun_at(output)
+    encoder = _encoder(config, now)  # refuses the tokenizer or the template before the work begins
     tokenizer = encoder.tokenizer
     info = tokenizer_info(tokenizer)
     dtype = store.token_dtype(info.vocab_size)
     settings = {"recipe": RECIPE, "tokenizer": info.sha256, "eos_id": info.eos_id, "template": config.template}
     settings |= {"variables": encoder.variables}
+    begun = _settings_begun_with(output)
+    if ASKS_TIME in config.template and (_DATE in begun or not begun):  # earlier versions did not keep it
+        settings[_DATE] = now.date().isoformat()
     settings |= {"bos_id": encoder.bos_id, "window": config.window, "too_long": config.too_long, "seed": config.seed}
     if loss := describe_loss(tokenizer, PROBES):
         if not config.allow_lossy:
             raise ValueError(f"the tokenizer in {config.tokenizer} {loss}; --allow_lossy takes it nevertheless")
         notices.report("tokenizer-lossy", f"the tokenizer in {config.tokenizer} {loss}")
         settings["lossy"] = loss
-    work = {step: output / WORK_FOLDER / step for step in ("encoded", "windows", "shards")}
+    work = {step: output / WORK_FOLDER / step for step in (_ENCODED, "windows", "shards")}
     run = functools.partial(run_stage, workers=workers, log=log)
     encoding = Stage(
         name="examples encode",
         settings=settings,
         tasks=make_tasks(_inputs(config.inputs)),
-        run=functools.partial(_encode_task, config=config, sha256=info.sha256, dtype=dtype),
+        run=functools.partial(_encode_task, config=config, now=now, sha256=info.sha256, dtype=dtype),
     )
-    check = functools.partial(_check_encoded, config=config, quarantine=work["encoded"] / QUARANTINE_FOLDER)
-    encoded = run(encoding, work["encoded"], check=check)
-    _report(encoded["totals"], config=config, quarantine=work["encoded"] / QUARANTINE_FOLDER)
+    check = functools.partial(_check_encoded, config=config, quarantine=work[_ENCODED] / QUARANTINE_FOLDER)
+    encoded = run(encoding, work[_ENCODED], check=check)
+    _report(encoded["totals"], config=config, quarantine=work[_ENCODED] / QUARANTINE_FOLDER)
     settings = settings | {"input": encoded["fingerprint"], "most_examples": config.most_examples}
     settings |= {"heldout": config.heldout, "block_len": config.block_len}
     packing = Stage(
@@ -139,7 +147,7 @@ def _make(config: ExamplesConfig, *, output: Path, workers: Workers, log: Log) -
         settings=settings,
         tasks=[Task(index=0, inputs=(), weight=1)],
         run=functools.partial(
-            _windows_task, config=config, encoded=work["encoded"], sources=[task["sources"] for task in _tasks(encoded)]
+            _windows_task, config=config, encoded=work[_ENCODED], sources=[task["sources"] for task in _tasks(encoded)]
         ),
     )
     windows = run(packing, work["windows"], check=accept_all)
@@ -186,9 +194,33 @@ def _inputs(locations: Sequence[PathOrUrl]) -> list[Input]:
     return [item for item in inputs if item.name not in others]
 
 
-def _encoder(config: ExamplesConfig) -> ExampleEncoder:
+def begun_at(output: Path) -> datetime:
+    """Return the day on which a store was begun, at midnight, which templates are told that ask for it; or today.
+
+    Raises:
+      ValueError: its plan is damaged.
+    """
+    day = _settings_begun_with(output).get(_DATE, datetime.now().date().isoformat())
+    try:
+        return datetime.fromisoformat(day)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{_plan_path(output)} is damaged: {_DATE} is {day!r}; delete {output}") from error
+
+
+def _settings_begun_with(output: Path) -> dict:
+    """Return the settings with which a store was begun; none if it was not, or has no readable ones."""
+    path = _plan_path(output)
+    settings = read_json_object(path).get("settings") if path.is_file() else None
+    return settings if isinstance(settings, dict) else {}
+
+
+def _plan_path(output: Path) -> Path:
+    return output / WORK_FOLDER / _ENCODED / PLAN_FILE
+
+
+def _encoder(config: ExamplesConfig, now: datetime) -> ExampleEncoder:
     template = config.template, config.template_name
-    return make_encoder(config.tokenizer, template=template, allow_lossy=config.allow_lossy)
+    return make_encoder(config.tokenizer, template=template, now=now, allow_lossy=config.allow_lossy)
 
 
 def _tasks(encoded: dict) -> list[dict]:
@@ -197,9 +229,16 @@ def _tasks(encoded: dict) -> list[dict]:
 
 
 def _encode_task(
-    task: LocalTask, directory: Path, heartbeat: Heartbeat, *, config: ExamplesConfig, sha256: str, dtype: str
+    task: LocalTask,
+    directory: Path,
+    heartbeat: Heartbeat,
+    *,
+    config: ExamplesConfig,
+    now: datetime,
+    sha256: str,
+    dtype: str,
 ) -> dict:
-    encoder = _encoder(config)
+    encoder = _encoder(config, now)
     if tokenizer_info(encoder.tokenizer).sha256 != sha256:
         raise ValueError(f"the tokenizer in {config.tokenizer} changed while its texts were encoded")
     counts, repairs, sources = Counter(), Counter(), {}
@@ -525,8 +564,8 @@ def _blocks_of(
     for number, task, start, length in rows.tolist():
         if task not in files:
             files[task] = (
-                load_array(work["encoded"], f"ids-{task:05d}"),
-                load_array(work["encoded"], f"marks-{task:05d}"),
+                load_array(work[_ENCODED], f"ids-{task:05d}"),
+                load_array(work[_ENCODED], f"marks-{task:05d}"),
             )
         place = (number - begin) * window + ends[number]
         own = slice(start, start + min(length, len(ids) - place))
