@@ -62,10 +62,7 @@ class Curriculum:
         """Return the phase that trains `step`; the last phase also answers for the end of the run."""
         if step < 0:
             raise ValueError(f"step={step} is negative")
-        for phase in self.phases:
-            if step < phase.end_step:
-                return phase
-        return self.phases[-1]
+        return next((phase for phase in self.phases if step < phase.end_step), self.phases[-1])
 
     def longest_trained(self, step: int) -> int:
         """Return the longest sequence length of the first `step` steps, in tokens; of none, that of the first phase."""
@@ -109,13 +106,12 @@ def make_curriculum(
                 f"{seq_len[0]} x {batch_size[0]} = {seq_len[0] * batch_size[0]:,}: tokens per step must be equal "
                 f"in all phases (curriculum.seq_len x curriculum.batch_size)"
             )
+        num_steps = tokens // per_step
         if tokens % per_step:
-            down = tokens // per_step * per_step
             raise ValueError(
                 f"curriculum.num_tokens of phase {index + 1} is {tokens:,}, not a whole number of steps of "
-                f"{per_step:,} tokens; the nearest are {down:,} and {down + per_step:,}"
+                f"{per_step:,} tokens; the nearest are {num_steps * per_step:,} and {(num_steps + 1) * per_step:,}"
             )
-        num_steps = tokens // per_step
         phases.append(Phase(index=index, seq_len=length, batch_size=batch, first_step=first_step, num_steps=num_steps))
         first_step += num_steps
     if first_step >= _MOST_STEPS or sum(num_tokens) >= _MOST_TOKENS:
