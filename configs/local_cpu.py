@@ -67,7 +67,7 @@ def get_config() -> ConfigDict:
                 average_share=0.1,
                 freeze="",
             ),
-            mesh=dict(tensor=1, context=1, accumulation=1),
+            mesh=dict(tensor=1, context=1, accumulation=1, gradient_dtype="float32"),
             data=dict(store="store", seed=1, weights="", max_epochs=1, prefetch=4, document_mask=False),
             corpus=dict(
                 source="installed_python",

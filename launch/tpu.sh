@@ -107,7 +107,7 @@ clean_up() {
 find_python() {
   local python
   for python in python3.11 python3.12 python3.13 python3; do
-    if "$python" -c 'import ensurepip, sys, venv; sys.exit(sys.version_info < (3, 11))' 2> /dev/null; then
+    if "$python" -c 'import ensurepip, sys, venv; sys.exit(not (3, 11) <= sys.version_info < (3, 14))' 2> /dev/null; then
       echo "$python"
       return
     fi

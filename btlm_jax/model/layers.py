@@ -138,7 +138,7 @@ def declare(module: nn.Module, name: str, shape: tuple[int, ...], axes: tuple[st
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
 def look_up(rules: AxisRules, dtype: jnp.dtype, table_VD: jax.Array, inputs_BT: jax.Array) -> jax.Array:
-    """Return the rows x_BTD of the stored float32 table in `dtype`; the table's gradient is summed in float32."""
+    """Return the rows x_BTD of the stored float32 table in `dtype`; a device sums the table's gradient in float32."""
 
     def local(table_VD, inputs_BT):
         return gather_table(table_VD, dtype=dtype)[inputs_BT]
@@ -161,7 +161,7 @@ def _look_up_backward(rules: AxisRules, dtype: jnp.dtype, residuals: tuple, dx_B
         zeros_VD = jnp.zeros((table_VD.shape[0], dx_BTD.shape[-1]), jnp.float32)
         # The devices of the tensor axis hold the same dx, so the sum over them counts it that many times.
         grad_VD = zeros_VD.at[inputs_BT].add(dx_BTD.astype(jnp.float32) / jax.lax.axis_size(TENSOR))
-        return scatter_table_gradient(jax.lax.pcast(grad_VD, TENSOR, to="varying"))
+        return scatter_table_gradient(jax.lax.pcast(grad_VD, TENSOR, to="varying"), dtype=rules.gradient_dtype)
 
     specs = (rules.spec("batch", "length"), rules.spec("batch", "length", "act_embed"))
     check = jax.sharding.get_abstract_mesh().size > 1

@@ -147,7 +147,7 @@ def _loss_sum_forward(statics: _LossStatics, hidden_BTD, table_VD, targets_BT, w
         chunks = tuple(_split_chunks(x, statics.chunk) for x in (hidden_BTD, targets_BT, weights_BT))
         (total, grad_VD), grads = jax.lax.scan(add, zeros, chunks)
         grad_BTD = _merge_chunks(grads, batch=hidden_BTD.shape[0], length=hidden_BTD.shape[1])
-        return _sum_over_devices(total), grad_BTD, scatter_table_gradient(grad_VD)
+        return _sum_over_devices(total), grad_BTD, scatter_table_gradient(grad_VD, dtype=statics.rules.gradient_dtype)
 
     out_specs = (
         PartitionSpec(),

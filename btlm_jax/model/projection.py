@@ -2,8 +2,8 @@
 
 `project_plain` is one einsum, whose shardings tell XLA what devices must exchange: the page to read, and the oracle of
 `project_scheduled`, which runs. That one says itself what is exchanged, when and in which dtype: the kernel is gathered
-in the activations' dtype for each use, forward and backward; its gradient is computed, summed over devices
-(reduce-scatter) and returned in float32.
+in the activations' dtype for each use, forward and backward; its gradient is computed and returned in float32, and
+summed over devices (reduce-scatter) in the dtype of the rules.
 
 In both the hidden dim is split over the tensor axis: a projection into it exchanges no activations forward, one out of
 it sums partial products. Activations hold heads in the order of `device_head_order`, stored weights in their own.
@@ -59,6 +59,7 @@ class Projection:
     is_alone: bool  # on a mesh of one device, where XLA:CPU would copy what is summed over devices
     result_dtype: jnp.dtype | None  # of products, before they are rounded; None: the operands'
     is_transposed_first: bool  # what is summed over rows
+    gradient_dtype: str  # of the rules
 
     def to_device_order(self, stored: jax.Array, *, dim: int) -> jax.Array:
         """Return a stored kernel or bias with its hidden dims, from `dim` on, merged: padded, heads in device order."""
@@ -161,7 +162,8 @@ def _backward(projection: Projection, residuals: tuple[jax.Array, jax.Array], dy
             first_dims, x_laid_out = x_dims[::-1], transpose(x_laid_out)
         product = f"{first_dims},{y_dims}->{kernel_dims}"
         dkernel = jnp.einsum(product, x_laid_out, dy_laid_out, preferred_element_type=jnp.float32)
-        dkernel_KM = scatter_kernel_gradient(dkernel.reshape(kernel_KM.shape), embed_dim=projection.embed_dim)
+        dkernel_KM, dtype = dkernel.reshape(kernel_KM.shape), projection.gradient_dtype
+        dkernel_KM = scatter_kernel_gradient(dkernel_KM, embed_dim=projection.embed_dim, dtype=dtype)
         if projection.is_bias_gradient_a_product:
             dbias = _sum_rows_by_product(dy_laid_out, y_dims)
         else:
@@ -243,6 +245,7 @@ def make_projection(
         is_alone=mesh.size == 1,
         result_dtype=jnp.dtype(jnp.float32) if platform() == "cpu" else None,
         is_transposed_first=dims[0] == "RK" and are_for_training(),
+        gradient_dtype=rules.gradient_dtype,
     )
 
 

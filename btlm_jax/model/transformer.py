@@ -29,8 +29,7 @@ from btlm_jax.parallel.mesh import RULES, AxisRules, device_head_order
 from btlm_jax.recipe.config import ModelConfig
 from btlm_jax.recipe.mup import Parametrization
 
-# What is saved of each block for the backward pass, by checkpoint name; the rest is computed again. The names are given
-# in attention/, by the norms, and by the linear layers, which give their own.
+# What is saved of each block for the backward pass, by checkpoint name: of attention/, of norms, and of linear layers.
 _NORM = ("norm_shift", "norm_mean", "norm_inverse")
 _SAVED = {
     "full": jax.checkpoint_policies.nothing_saveable,

@@ -1,10 +1,9 @@
 """Exchanges between devices that turn stored weights into weights in use and back; called inside `jax.shard_map`.
 
 A weight is stored in float32, split along its model dim over (fsdp, tensor). In use it has the activations' dtype, is
-whole along the model dim and split along its hidden dim over tensor.
-Its gradient is summed over the devices in float32 and never whole on all of them: a reduce-scatter over fsdp leaves
-each device the sum of its own part, which is then summed over the axes that hold replicas of that part, and last over
-slices, if there are several: all else stays within one.
+whole along the model dim and split along its hidden dim over tensor. Its gradient is never whole on all devices: a
+reduce-scatter over fsdp, in float32 or bfloat16 (mesh.gradient_dtype), leaves each the sum of its own part. That is
+summed in float32 over the axes that hold replicas of the part, and last over slices: all else stays within one.
 
 A collective over a single device is left out: XLA:CPU would copy its operand (10 % of the local step, see LOG.md).
 """
@@ -31,13 +30,13 @@ def gather_kernel(stored_XX: jax.Array, *, dtype: jnp.dtype, embed_dim: int) -> 
     return kernel_XX
 
 
-def scatter_kernel_gradient(grad_XX: jax.Array, *, embed_dim: int) -> jax.Array:
-    """Return the sum over all devices of the gradients of a matrix in use, split as it is stored."""
+def scatter_kernel_gradient(grad_XX: jax.Array, *, embed_dim: int, dtype: str) -> jax.Array:
+    """Return the float32 sum over all devices of a matrix' gradients, split as it is stored; scattered in `dtype`."""
     if jax.lax.axis_size(FSDP) > 1:
-        grad_XX = _reduce_scatter(grad_XX, FSDP, dim=embed_dim)
+        grad_XX = _reduce_scatter(grad_XX.astype(dtype), FSDP, dim=embed_dim)
     if jax.lax.axis_size(TENSOR) > 1:
         grad_XX = jax.lax.all_to_all(grad_XX, TENSOR, split_axis=embed_dim, concat_axis=1 - embed_dim, tiled=True)
-    return sum_gradient(grad_XX, REPLICA_AXES)
+    return sum_gradient(grad_XX.astype(jnp.float32), REPLICA_AXES)
 
 
 def gather_table(stored_VD: jax.Array, *, dtype: jnp.dtype) -> jax.Array:
@@ -48,15 +47,12 @@ def gather_table(stored_VD: jax.Array, *, dtype: jnp.dtype) -> jax.Array:
     return table_VD
 
 
-def scatter_table_gradient(grad_VD: jax.Array) -> jax.Array:
-    """Return the sum over all devices of gradients of the whole table, split as it is stored.
-
-    In pieces, because XLA:TPU lowers the reduce-scatter of a very large matrix to an all-reduce.
-    """
+def scatter_table_gradient(grad_VD: jax.Array, *, dtype: str) -> jax.Array:
+    """Do so for the whole table; in pieces, as XLA:TPU lowers a very large reduce-scatter to an all-reduce."""
     pieces = jnp.split(grad_VD, list(range(TABLE_PIECE, grad_VD.shape[0], TABLE_PIECE)))
     if jax.lax.axis_size((FSDP, TENSOR)) > 1:
-        pieces = [_reduce_scatter(piece, (FSDP, TENSOR), dim=1) for piece in pieces]
-    return sum_gradient(jnp.concatenate(pieces), REPLICA_AXES)
+        pieces = [_reduce_scatter(piece.astype(dtype), (FSDP, TENSOR), dim=1) for piece in pieces]
+    return sum_gradient(jnp.concatenate(pieces).astype(jnp.float32), REPLICA_AXES)
 
 
 def sum_gradient(grad, axes: tuple[str, ...]):

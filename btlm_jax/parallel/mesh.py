@@ -24,6 +24,8 @@ import jax
 import numpy as np
 from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 
+from btlm_jax.recipe.config import MeshConfig
+
 SLICE = "slice"
 FSDP, BATCH_OR_CONTEXT, CONTEXT, TENSOR = MESH_AXES = ("fsdp", "batch_or_context", "context", "tensor")
 TPU_LANES = 128  # numbers side by side in a vector register of a TPU, and the width of its tiles
@@ -33,11 +35,10 @@ Axes = str | tuple[str, ...] | None
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class AxisRules:
-    """Which mesh axes each logical axis is split over; None is not split.
+    """Which mesh axes each logical axis is split over, None for not split, and how matrices' gradients are summed.
 
-    `embed`, `heads` and `mlp` are the dims of a weight as it is stored: `embed` alone is split, so that the others need
-    not divide by anything. `act_...` are those of an activation. Vectors, which are added to activations, carry `norm`
-    for the model dim.
+    `embed`, `heads` and `mlp` are the dims of a stored weight: `embed` alone is split, and the others need not divide.
+    `act_...` are those of an activation. Vectors, which are added to activations, carry `norm` for the model dim.
     """
 
     accumulation: Axes = None
@@ -53,6 +54,7 @@ class AxisRules:
     head_dim: Axes = None
     mlp: Axes = None
     norm: Axes = None
+    gradient_dtype: str = "float32"  # of the sum over fsdp
 
     @property
     def heads_in_attention(self) -> tuple[str, ...]:
@@ -73,10 +75,11 @@ MANY_SEQUENCES = AxisRules(batch=(FSDP, BATCH_OR_CONTEXT), length=CONTEXT)
 WHOLE_SEQUENCES = AxisRules(length=None)  # for decoding, where a sequence's positions come one by one
 
 
-def rules_for(batch_size: int, *, mesh: Mesh, accumulation: int) -> AxisRules:
+def rules_for(batch_size: int, *, mesh: Mesh, config: MeshConfig) -> AxisRules:
     """Return the rules of a phase: positions are split the fewest ways that its batch allows."""
     many, few = MANY_SEQUENCES.over_slices(mesh), RULES.over_slices(mesh)
-    return many if batch_size % (num_ways(mesh, many.batch) * accumulation) == 0 else few
+    rules = many if batch_size % (num_ways(mesh, many.batch) * config.accumulation) == 0 else few
+    return dataclasses.replace(rules, gradient_dtype=config.gradient_dtype)
 
 
 def batch_sharding(mesh: Mesh, rules: AxisRules) -> NamedSharding:
@@ -101,10 +104,9 @@ def balanced_head_order(num_heads: int, *, ways: int) -> np.ndarray:
     are assigned in boustrophedon order: of 8 heads, the first of 2 devices has 0, 3, 4 and 7. Where `ways` does not
     divide the heads, which `attend` refuses, they keep their order.
     """
-    heads = np.arange(num_heads)
     if num_heads % ways:
-        return heads
-    rounds = heads.reshape(num_heads // ways, ways)
+        return np.arange(num_heads)
+    rounds = np.arange(num_heads).reshape(num_heads // ways, ways)
     rounds[1::2] = rounds[1::2, ::-1]
     return rounds.T.reshape(num_heads)
 

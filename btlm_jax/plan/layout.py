@@ -45,6 +45,8 @@ class MeshLayout:
         keeps_as_much = REMATS.index(self.remat) >= REMATS.index(other.remat)
         if self.mesh.tensor != other.mesh.tensor or self.mesh.context < other.mesh.context or not keeps_as_much:
             return 0.0
+        if self.mesh.gradient_dtype != other.mesh.gradient_dtype:
+            return 0.0
         return min(1.0, other.mesh.accumulation / self.mesh.accumulation)
 
     def trades_speed_for_memory(self, other: MeshLayout) -> bool:
@@ -63,5 +65,10 @@ def layout_of(config: TrainConfig) -> MeshLayout:
 
 
 def format_mesh(mesh: MeshConfig) -> str:
-    """Return a mesh as "mesh.tensor=2 mesh.accumulation=4"."""
-    return " ".join(f"mesh.{name}={value}" for name, value in dataclasses.asdict(mesh).items())
+    """Return a mesh as "mesh.tensor=2 mesh.context=1 mesh.accumulation=4"."""
+    return " ".join(f"mesh.{name}={value}" for name, value in shown_mesh(dataclasses.asdict(mesh)).items())
+
+
+def shown_mesh(values: dict) -> dict:
+    """Return the values of a mesh that are shown: mesh.gradient_dtype only where it is not float32."""
+    return {name: value for name, value in values.items() if (name, value) != ("gradient_dtype", "float32")}

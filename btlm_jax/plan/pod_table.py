@@ -183,7 +183,9 @@ def _row(values: dict) -> Row:
         chip=values["chip"],
         num_chips=values["num_chips"],
         trains=values["trains"],
-        layout=MeshLayout(mesh=config_from(MeshConfig, layout["mesh"], path="mesh"), remat=layout["remat"]),
+        layout=MeshLayout(
+            mesh=config_from(MeshConfig, LATER_KEYS["mesh"] | layout["mesh"], path="mesh"), remat=layout["remat"]
+        ),
         fits=values["fits"],
         needed=values["needed_bytes"],
         available=values["available_bytes"],

@@ -202,8 +202,8 @@ def dividing_meshes(config: TrainConfig, *, num_devices: int, slices: int = 1) -
     """Return the meshes that divide every size on so many devices, the nearest to the config's first."""
 
     def distance(mesh: MeshConfig) -> float:
-        now = dataclasses.astuple(config.mesh)
-        return sum(abs(math.log(there / here)) for there, here in zip(dataclasses.astuple(mesh), now, strict=True))
+        sizes = ((each.tensor, each.context, each.accumulation) for each in (mesh, config.mesh))
+        return sum(abs(math.log(there / here)) for there, here in zip(*sizes, strict=True))
 
     batch = math.gcd(*(phase.batch_size for phase in config.curriculum.table.phases))
     found = [
@@ -211,7 +211,7 @@ def dividing_meshes(config: TrainConfig, *, num_devices: int, slices: int = 1) -
         for tensor in divisors(num_devices)
         for context in divisors(num_devices // tensor)
         for accumulation in divisors(batch)
-        for mesh in (MeshConfig(tensor=tensor, context=context, accumulation=accumulation),)
+        for mesh in (dataclasses.replace(config.mesh, tensor=tensor, context=context, accumulation=accumulation),)
         if not divisibility_problems(dataclasses.replace(config, mesh=mesh), num_devices=num_devices, slices=slices)
     ]
     return sorted(found, key=distance)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from btlm_jax.plan.chips import GIB
+from btlm_jax.plan.layout import shown_mesh
 
 
 def format_table_markdown(table: dict) -> str:
@@ -45,7 +46,7 @@ def format_table_markdown(table: dict) -> str:
 
 def _row_lines(row: dict) -> Iterator[str]:
     name = f"`{row['name']}`" if row["is_config"] else f"&nbsp;&nbsp;{row['name']}"
-    parts = {**row["layout"]["mesh"], "remat": row["layout"]["remat"]}
+    parts = {**shown_mesh(row["layout"]["mesh"]), "remat": row["layout"]["remat"]}
     layout = ", ".join(f"{key} {value}" for key, value in parts.items())
     for index, phase in enumerate(row["phases"]):
         head = f"| {name} | {row['topology']} | {layout} " if not index else "| | | "

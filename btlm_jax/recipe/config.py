@@ -236,9 +236,11 @@ class MeshConfig:
     tensor: int  # ways that heads and d_ff are split
     context: int  # ways that a sequence's positions are split, at most: a phase with sequences enough splits those
     accumulation: int  # micro-batches a step
+    gradient_dtype: str = "float32"  # in which devices sum gradients of matrices; bfloat16 halves what is exchanged
 
     def __post_init__(self):
         _require_positive("mesh", tensor=self.tensor, context=self.context, accumulation=self.accumulation)
+        _require_choice("mesh.gradient_dtype", self.gradient_dtype, DTYPES)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -465,7 +467,7 @@ class TrainConfig:
 # or, of what does not decide what is trained on good numbers, the values of configs/.
 LATER_KEYS = {
     "model": {"qk_norm": "none"},
-    "mesh": {"context": 1},
+    "mesh": {"context": 1, "gradient_dtype": "float32"},
     "data": {"document_mask": False, "weights": ""},
     "optimizer": {
         "schedule": "linear",

@@ -88,6 +88,7 @@ def _reasons(config: TrainConfig) -> dict[str, str]:
         "mesh.tensor": "ways that heads and d_ff are split",
         "mesh.context": "ways that positions are split",
         "mesh.accumulation": "micro-batches a step",
+        "mesh.gradient_dtype": "in which devices sum gradients; bfloat16 halves what is exchanged",
         "data.store": "the token store, from the workdir if relative; --config.data.store=STORE",
         "data.seed": "of the order of blocks",
         "data.weights": "the sources as they are",

@@ -74,7 +74,7 @@ def _norms(run: Run, state: TrainState, *, step: int, loader: TrainLoader) -> di
     phase = config.curriculum.table.phase_at(step - 1)
     with contextlib.closing(loader.batches(first_step=step - 1)) as batches:
         _, batch = next(batches)
-    model = run.model.clone(rules=rules_for(phase.batch_size, mesh=run.mesh, accumulation=config.mesh.accumulation))
+    model = run.model.clone(rules=rules_for(phase.batch_size, mesh=run.mesh, config=config.mesh))
     gradients = make_gradients(model, run.table, loss_chunk=config.model.loss_chunk, z_loss=config.optimizer.z_loss)
     with jax.set_mesh(run.mesh):
         loss, weight, grads = jax.jit(gradients)(state.params, batch)

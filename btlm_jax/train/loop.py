@@ -506,13 +506,13 @@ def _write_evidence(run: Run, error: TooManySkipsError, loader: TrainLoader) -> 
 
 
 def _make_loader(run: Run) -> TrainLoader:
-    data, accumulation, phases = run.config.data, run.config.mesh.accumulation, run.config.curriculum.table.phases
-    rules = [rules_for(phase.batch_size, mesh=run.mesh, accumulation=accumulation) for phase in phases]
+    data, layout, phases = run.config.data, run.config.mesh, run.config.curriculum.table.phases
+    rules = [rules_for(phase.batch_size, mesh=run.mesh, config=layout) for phase in phases]
     return TrainLoader(
         run.token_store,
         curriculum=run.config.curriculum.table,
         data=data,
-        accumulation=accumulation,
+        accumulation=layout.accumulation,
         shardings=[batch_sharding(run.mesh, each) for each in rules],
         most_documents=run.most_documents,
     )

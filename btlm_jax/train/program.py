@@ -35,7 +35,7 @@ class Program:
 
     def rules_for(self, phase: Phase) -> AxisRules:
         """Return the sharding rules of a phase, which depend on its batch size."""
-        return rules_for(phase.batch_size, mesh=self.mesh, accumulation=self.config.mesh.accumulation)
+        return rules_for(phase.batch_size, mesh=self.mesh, config=self.config.mesh)
 
     def with_table(self, table: dict) -> Program:
         """Return the program with other rules of the parameters, which its optimizer follows."""

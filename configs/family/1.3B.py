@@ -82,6 +82,7 @@ def get_config() -> ConfigDict:
                 tensor=1,  # ways that heads and d_ff are split: compiled for v5e:8x8 (btlm plan --table)
                 context=1,  # ways that positions are split: compiled for v5e:8x8 (btlm plan --table)
                 accumulation=2,  # micro-batches a step: compiled for v5e:8x8 (btlm plan --table)
+                gradient_dtype="float32",  # in which devices sum gradients; bfloat16 halves what is exchanged
             ),
             data=dict(
                 store="store",  # the token store, from the workdir if relative; --config.data.store=STORE

@@ -79,6 +79,7 @@ def get_config() -> ConfigDict:
                 tensor=1,  # ways that heads and d_ff are split
                 context=1,  # ways that positions are split
                 accumulation=16,  # micro-batches a step, of at most 8,192 tokens or one sequence
+                gradient_dtype="float32",  # in which devices sum gradients; bfloat16 halves what is exchanged
             ),
             data=dict(
                 store="store",  # the token store, from the workdir if relative; --config.data.store=STORE

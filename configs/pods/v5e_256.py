@@ -15,6 +15,6 @@ OTHERS = (dict(accumulation=1),)  # in the table too
 
 def get_config() -> ConfigDict:
     config = runpy.run_path(str(Path(__file__).parent.parent / "btlm_3b_8k.py"))["get_config"]()
-    config.mesh.update(tensor=1, context=8, accumulation=3)
+    config.mesh.update(tensor=1, context=8, accumulation=3, gradient_dtype="bfloat16")
     config.model.remat = "matmuls_saved"
     return config

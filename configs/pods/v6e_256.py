@@ -15,6 +15,6 @@ OTHERS = ()
 
 def get_config() -> ConfigDict:
     config = runpy.run_path(str(Path(__file__).parent.parent / "btlm_3b_8k.py"))["get_config"]()
-    config.mesh.update(tensor=1, context=8, accumulation=1)
+    config.mesh.update(tensor=1, context=8, accumulation=1, gradient_dtype="bfloat16")
     config.model.update(remat="attention_saved", loss_chunk=1024)
     return config

@@ -15,6 +15,6 @@ OTHERS = ()  # layouts that stand in the table too
 
 def get_config() -> ConfigDict:
     config = runpy.run_path(str(Path(__file__).parent.parent / "btlm_3b_8k.py"))["get_config"]()
-    config.mesh.update(tensor=1, context=2, accumulation=3)
+    config.mesh.update(tensor=1, context=2, accumulation=3, gradient_dtype="bfloat16")
     config.model.remat = "attention_saved"
     return config

@@ -52,8 +52,8 @@ def test_each_phase_splits_positions_the_fewest_ways_that_its_batch_allows(
     check_divisible(config, num_devices=8)
     mesh = make_run_mesh(config.mesh, curriculum=config.curriculum.table, devices=jax.devices())
     assert tuple(mesh.shape[axis] for axis in ("fsdp", "batch_or_context", "context")) == shape
-    rules = [rules_for(batch, mesh=mesh, accumulation=accumulation) for batch in batches]
-    assert [each is MANY_SEQUENCES for each in rules] == list(phases_of_many)
+    rules = [rules_for(batch, mesh=mesh, config=config.mesh) for batch in batches]
+    assert [each == MANY_SEQUENCES for each in rules] == list(phases_of_many)
 
 
 @pytest.mark.parametrize(

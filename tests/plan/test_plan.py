@@ -367,9 +367,9 @@ def test_the_paper_on_slices_that_its_batches_do_not_divide():
 def test_layouts_divide_and_come_nearest_first():
     config = train_config_from(config_dict("btlm_3b_8k"))
     # tensor, context, accumulation
-    found = [dataclasses.astuple(mesh) for mesh in dividing_meshes(config, num_devices=16)]
+    found = [dataclasses.astuple(mesh)[:3] for mesh in dividing_meshes(config, num_devices=16)]
     assert found[:5] == [(1, 1, 1), (1, 1, 2), (1, 2, 1), (2, 1, 1), (1, 1, 3)]
-    found = [dataclasses.astuple(mesh) for mesh in dividing_meshes(config, num_devices=256)]
+    found = [dataclasses.astuple(mesh)[:3] for mesh in dividing_meshes(config, num_devices=256)]
     assert found[0] == (1, 8, 1) and (2, 4, 1) in found
     assert dividing_meshes(config, num_devices=7) == []
 

@@ -85,7 +85,7 @@ def compiled(quickly_compiled):  # noqa: F811
 def test_the_step_of_two_slices_sends_gradients_alone_over_the_network(compiled):
     program, text = compiled
     assert dict(program.mesh.shape) == {"slice": 2, "fsdp": 2, "batch_or_context": 2, "context": 1, "tensor": 1}
-    rules = rules_for(16, mesh=program.mesh, accumulation=1)
+    rules = rules_for(16, mesh=program.mesh, config=program.config.mesh)
     assert rules.batch == ("slice", "fsdp", "batch_or_context") and rules.embed == ("fsdp", "tensor")
     exchanged = read_executable(text, num_devices=8).collectives
     crossing = [each for each in exchanged if each.kind.startswith("slice-")]

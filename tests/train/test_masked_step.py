@@ -1,5 +1,6 @@
 """The train step with data.document_mask: packed documents, and examples, train as each alone."""
 
+import dataclasses
 import json
 
 import jax
@@ -55,7 +56,7 @@ def each_alone(rows: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
 def make_differentiate(config):
     """Make a function of rows on the host to (metrics of a step, its gradients, sums of the evaluation), there too."""
     mesh = make_run_mesh(config.mesh, curriculum=config.curriculum.table, devices=jax.devices())
-    rules = rules_for(NUM_ROWS, mesh=mesh, accumulation=ACCUMULATION)
+    rules = rules_for(NUM_ROWS, mesh=mesh, config=dataclasses.replace(config.mesh, accumulation=ACCUMULATION))
     assert [num_ways(mesh, axes) for axes in (rules.batch, rules.length, rules.act_heads)] == [2, 2, 2]
     model = make_program(config, mesh).model.clone(rules=rules)
     optimizer = optax.with_extra_args_support(optax.trace(decay=0.0))  # its state are the last gradients

@@ -116,6 +116,21 @@ def test_two_slices_give_the_same_step_and_exchange_gradients_alone(single):
     assert crossing == {"all-reduce"} and {"all-gather", "reduce-scatter", "all-to-all"} <= within
 
 
+@pytest.mark.slow
+def test_gradients_that_are_summed_in_bfloat16_are_the_same_but_for_its_rounding(single):
+    config = tiny_config(mesh__gradient_dtype="bfloat16", mesh__context=2, mesh__tensor=2)
+    result = run(config, devices=8, num_phases=1, initial=single.states[0])
+    np.testing.assert_allclose(result.metrics[0]["loss"], single.metrics[0]["loss"], rtol=1e-6)
+    found_mu, expected_mu = (jax.tree.leaves(adam_mu(part.states[1].opt_state)) for part in (result, single))
+    table = jax.tree.leaves(make_program(config, make_mesh(devices=jax.devices()[:1], tensor=1)).table)
+    for info, found, expected in zip(table, found_mu, expected_mu, strict=True):
+        error = np.abs(found - expected).max() / np.abs(expected).max()
+        if "embed" in info.axes:  # the sum of two or more numbers with 8 bits, of which the greatest has half a unit
+            assert 1e-4 < error < 2**-7, (info, error)
+        elif np.abs(expected).max() > 1e-9:
+            assert error < 1e-3, (info, error)
+
+
 def assert_same_steps(result: Run, single: Run, *, num_phases: int) -> None:
     for found, expected in zip(result.metrics, single.metrics[:num_phases], strict=True):
         assert found.keys() == expected.keys()
