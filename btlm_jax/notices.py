@@ -26,6 +26,7 @@ NAMES = {
     "not-in-card": "an evaluation of 4-bit weights or of some documents alone stays out of a model card",
     "text-empty": "texts to evaluate are empty",
     "context-cut": "a context is longer than the length of the model, and its beginning is left out",
+    "config-is-older": "a config file lacks keys that came later; they are as before there were such keys",
     "config-keys-dropped": "a config.json has keys that no form here keeps",
     "eos-contradicts": "files of a model name different end-of-text ids",
     "files-not-converted": "a model's directory has files that are not carried over",

@@ -22,7 +22,7 @@ ROOT = Path(__file__).resolve().parent.parent
 FAMILY = ROOT / "configs" / "family"
 TABLE = FAMILY / "table.json"
 PAGE = ROOT / "docs" / "reference" / "family.md"
-PLANNED = "2026-11-29"  # when the table of layouts was compiled
+PLANNED = "2026-11-30"  # when the table of layouts was compiled
 BTLM_TOKENS_PER_PARAMETER = 237.2
 _MARKED = re.compile(r"(<!-- family -->\n).*?(<!-- end of family -->)", flags=re.DOTALL)
 
@@ -46,10 +46,8 @@ def table() -> str:
         lines += [
             "",
             f"Memory of a chip and times are predicted by `btlm plan --table=configs/family/table.json` ({PLANNED},",
-            f"{versions}), not measured on a TPU;",
-            "their times are from before the calibration, and too short by up to a half: calibrated steps on slices of",
-            "4 to 16 chips are in the [pod table](pod-table.md);",
-            "the time at 237 is for the batch at 20. Exchanges, step times and MFU: `configs/family/table.md`.",
+            f"{versions}), not measured on a TPU; the time at 237 is for the batch at 20.",
+            "Exchanges, step times and MFU: `configs/family/table.md`; on other slices: the [pod table](pod-table.md).",
             "`btlm train` on TPUs asks it, as the table of the [pods](pod-table.md), whether a layout fits.",
         ]
     lines += ["", "4M is for CPUs: `btlm new --machine=this` measures it on yours."]

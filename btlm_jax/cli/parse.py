@@ -24,6 +24,8 @@ from btlm_jax import notices
 from btlm_jax.cli import UsageError
 
 if TYPE_CHECKING:
+    from ml_collections import ConfigDict
+
     from btlm_jax.parallel.peers import Place
     from btlm_jax.recipe.config import TrainConfig
     from btlm_jax.storage.location import PathOrUrl
@@ -443,6 +445,7 @@ def load_config(file: Path, *, argument: str, changes: Mapping[str, str]) -> dic
     with _naming(file):
         config = ConfigDict(stored if is_json else _run(file, argument))
     with config.ignore_type(), config.unlocked():
+        _add_later_keys(config, file=file)
         for key, value in values.items():
             section, _, name = key.rpartition(".")
             target = config.get(section) if section else config
@@ -451,6 +454,22 @@ def load_config(file: Path, *, argument: str, changes: Mapping[str, str]) -> dic
             target[name] = value
     with _naming(file):
         return config.to_dict()
+
+
+def _add_later_keys(config: ConfigDict, *, file: Path) -> None:
+    """Add the keys that a config file is too old to have, with what they would have been then, and say so."""
+    from ml_collections import ConfigDict
+
+    from btlm_jax.recipe.config import with_later_keys
+
+    added = []
+    for section, keys in with_later_keys(config.to_dict()).items():
+        own = config.get(section)
+        for name in sorted(keys.keys() - own.keys()) if isinstance(own, ConfigDict) else ():
+            own[name] = keys[name]
+            added.append(f"{section}.{name}={keys[name]!r}")
+    if added:
+        notices.report("config-is-older", f"{file} lacks keys that came later; as before them: {', '.join(added)}")
 
 
 def _run(file: Path, argument: str) -> dict:

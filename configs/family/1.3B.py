@@ -3,8 +3,8 @@
 Written by: btlm new --params=1.3B --topology=v5e:8x8 --plan_from=table.json --output=1.3B.py
 See first:  btlm train --config=1.3B.py --dry-run
 Train:      btlm train --config=1.3B.py --workdir=DIR --config.data.store=STORE
-Memory:     predicted: 10.78 of a chip's 15.75 GiB on v5e:8x8, 64 chips, 32% to spare
-Time:       predicted: 9.6 to 10.5 hours, of steps alone (docs/guide/plan.md; jax 0.10.2, jaxlib 0.10.2, libtpu
+Memory:     predicted: 10.79 of a chip's 15.75 GiB on v5e:8x8, 64 chips, 32% to spare
+Time:       predicted: 9.2 to 11.1 hours, of steps alone (docs/guide/plan.md; jax 0.10.2, jaxlib 0.10.2, libtpu
             0.0.42.1)
 Loss:       none is predicted: no scaling law has been fitted to models of this recipe
 Rules:      docs/guide/new.md; what follows from none is as in configs/btlm_3b_8k.py

@@ -3,8 +3,8 @@
 Written by: btlm new --params=111M --topology=v5e:2x4 --plan_from=table.json --output=111M.py
 See first:  btlm train --config=111M.py --dry-run
 Train:      btlm train --config=111M.py --workdir=DIR --config.data.store=STORE
-Memory:     predicted: 13.43 of a chip's 15.75 GiB on v5e:2x4, 8 chips, 15% to spare
-Time:       predicted: 35.7 to 37.7 minutes, of steps alone (docs/guide/plan.md; jax 0.10.2, jaxlib 0.10.2, libtpu
+Memory:     predicted: 13.44 of a chip's 15.75 GiB on v5e:2x4, 8 chips, 15% to spare
+Time:       predicted: 29.2 to 35.4 minutes, of steps alone (docs/guide/plan.md; jax 0.10.2, jaxlib 0.10.2, libtpu
             0.0.42.1)
 Loss:       none is predicted: no scaling law has been fitted to models of this recipe
 Rules:      docs/guide/new.md; what follows from none is as in configs/btlm_3b_8k.py

@@ -4,7 +4,7 @@ Written by: btlm new --params=12M --topology=v5e:2x2 --plan_from=table.json --ou
 See first:  btlm train --config=12M.py --dry-run
 Train:      btlm train --config=12M.py --workdir=DIR --config.data.store=STORE
 Memory:     predicted: 6.42 of a chip's 15.75 GiB on v5e:2x2, 4 chips, 59% to spare
-Time:       predicted: 2.3 to 2.4 minutes, of steps alone (docs/guide/plan.md; jax 0.10.2, jaxlib 0.10.2, libtpu
+Time:       predicted: 94.7 to 114.6 seconds, of steps alone (docs/guide/plan.md; jax 0.10.2, jaxlib 0.10.2, libtpu
             0.0.42.1)
 Loss:       none is predicted: no scaling law has been fitted to models of this recipe
 Rules:      docs/guide/new.md; what follows from none is as in configs/btlm_3b_8k.py

@@ -3,8 +3,8 @@
 Written by: btlm new --params=2.7B --topology=v5e:16x16 --plan_from=table.json --output=2.7B.py
 See first:  btlm train --config=2.7B.py --dry-run
 Train:      btlm train --config=2.7B.py --workdir=DIR --config.data.store=STORE
-Memory:     predicted: 5.68 of a chip's 15.75 GiB on v5e:16x16, 256 chips, 64% to spare
-Time:       predicted: 12.9 to 16.0 hours, of steps alone (docs/guide/plan.md; jax 0.10.2, jaxlib 0.10.2, libtpu
+Memory:     predicted: 5.69 of a chip's 15.75 GiB on v5e:16x16, 256 chips, 64% to spare
+Time:       predicted: 16.6 to 20.1 hours, of steps alone (docs/guide/plan.md; jax 0.10.2, jaxlib 0.10.2, libtpu
             0.0.42.1)
 Loss:       none is predicted: no scaling law has been fitted to models of this recipe
 Rules:      docs/guide/new.md; what follows from none is as in configs/btlm_3b_8k.py

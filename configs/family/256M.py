@@ -3,8 +3,8 @@
 Written by: btlm new --params=256M --topology=v5e:2x4 --plan_from=table.json --output=256M.py
 See first:  btlm train --config=256M.py --dry-run
 Train:      btlm train --config=256M.py --workdir=DIR --config.data.store=STORE
-Memory:     predicted: 8.10 of a chip's 15.75 GiB on v5e:2x4, 8 chips, 49% to spare
-Time:       predicted: 3.1 to 3.3 hours, of steps alone (docs/guide/plan.md; jax 0.10.2, jaxlib 0.10.2, libtpu 0.0.42.1)
+Memory:     predicted: 8.11 of a chip's 15.75 GiB on v5e:2x4, 8 chips, 49% to spare
+Time:       predicted: 2.8 to 3.4 hours, of steps alone (docs/guide/plan.md; jax 0.10.2, jaxlib 0.10.2, libtpu 0.0.42.1)
 Loss:       none is predicted: no scaling law has been fitted to models of this recipe
 Rules:      docs/guide/new.md; what follows from none is as in configs/btlm_3b_8k.py
 """

@@ -3,8 +3,8 @@
 Written by: btlm new --params=32M --d_model=256 --topology=v5e:2x2 --plan_from=table.json --output=40M.py
 See first:  btlm train --config=40M.py --dry-run
 Train:      btlm train --config=40M.py --workdir=DIR --config.data.store=STORE
-Memory:     predicted: 13.64 of a chip's 15.75 GiB on v5e:2x2, 4 chips, 13% to spare
-Time:       predicted: 18.1 to 19.2 minutes, of steps alone (docs/guide/plan.md; jax 0.10.2, jaxlib 0.10.2, libtpu
+Memory:     predicted: 13.65 of a chip's 15.75 GiB on v5e:2x2, 4 chips, 13% to spare
+Time:       predicted: 12.9 to 15.6 minutes, of steps alone (docs/guide/plan.md; jax 0.10.2, jaxlib 0.10.2, libtpu
             0.0.42.1)
 Loss:       none is predicted: no scaling law has been fitted to models of this recipe
 Rules:      docs/guide/new.md; what follows from none is as in configs/btlm_3b_8k.py

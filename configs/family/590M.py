@@ -4,7 +4,7 @@ Written by: btlm new --params=590M --topology=v5e:4x4 --plan_from=table.json --o
 See first:  btlm train --config=590M.py --dry-run
 Train:      btlm train --config=590M.py --workdir=DIR --config.data.store=STORE
 Memory:     predicted: 12.66 of a chip's 15.75 GiB on v5e:4x4, 16 chips, 20% to spare
-Time:       predicted: 6.6 to 7.2 hours, of steps alone (docs/guide/plan.md; jax 0.10.2, jaxlib 0.10.2, libtpu 0.0.42.1)
+Time:       predicted: 6.2 to 7.5 hours, of steps alone (docs/guide/plan.md; jax 0.10.2, jaxlib 0.10.2, libtpu 0.0.42.1)
 Loss:       none is predicted: no scaling law has been fitted to models of this recipe
 Rules:      docs/guide/new.md; what follows from none is as in configs/btlm_3b_8k.py
 """

@@ -82,8 +82,23 @@ def test_the_list_says_name_parameters_tokens_and_what_it_is(capsys):
     assert (packaged_folder("launch") / "tpu.sh").is_file()
 
 
+def test_a_config_file_from_before_a_key_means_what_it_meant_and_says_so(tmp_path, capsys):
+    path = tmp_path / "mine.py"
+    lines = (packaged_folder("configs") / "local_cpu.py").read_text()
+    path.write_text(lines.replace(', gradient_dtype="float32"', ""))
+    assert load_config(path, argument="", changes={}) == load_config(find_config("local_cpu"), argument="", changes={})
+    assert (
+        f"{path} lacks keys that came later; as before them: mesh.gradient_dtype='float32'" in capsys.readouterr().err
+    )
+    changed = load_config(path, argument="", changes={"mesh.gradient_dtype": "bfloat16"})
+    assert changed["mesh"]["gradient_dtype"] == "bfloat16"
+    path.write_text(lines.replace("accumulation=1, ", ""))
+    with pytest.raises(ValueError, match="config.mesh.accumulation is missing"):
+        train_config_from(load_config(path, argument="", changes={}))
+
+
 def test_a_config_json_from_before_a_key_means_what_it_meant(tmp_path):
-    """As the config.json of a workdir; in a file of Python a missing key is an error."""
+    """As the config.json of a workdir."""
     values = json.loads(tiny_config().to_json())
     del values["data"]["weights"], values["optimizer"]["schedule"]
     path = tmp_path / "config.json"

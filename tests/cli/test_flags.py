@@ -122,7 +122,7 @@ def test_the_version_is_said_everywhere(arguments, capsys):
 CONFIG = """from ml_collections import ConfigDict, {import_}
 
 def get_config(width="8"):
-    config = ConfigDict(dict(seed=1, model=dict(d_model=int(width)), mup=dict(), curriculum=dict(seq_len=(4,))))
+    config = ConfigDict(dict(seed=1, model=dict(d_model=int(width), qk_norm="none"), mup=dict(), curriculum=dict(seq_len=(4,))))
     config.mup.base_d_model = config.model.get_ref("d_model")
     {more}
     return config
@@ -136,10 +136,10 @@ def changed(tmp_path, *changes: str, argument: str = "", import_: str = "FieldRe
 
 
 def test_keys_are_changed_as_their_types_read_them(tmp_path):
-    assert changed(tmp_path)["model"] == {"d_model": 8}
+    assert changed(tmp_path)["model"] == {"d_model": 8, "qk_norm": "none"}
     assert changed(tmp_path, argument="16")["mup"]["base_d_model"] == 16
     assert changed(tmp_path, "model.d_model=1_024")["mup"]["base_d_model"] == 1024  # what refers to it follows
-    assert changed(tmp_path, "optimizer.eps=1e-5", more="config.optimizer = ConfigDict()")["optimizer"] == {"eps": 1e-5}
+    assert changed(tmp_path, "optimizer.eps=1e-5", more="config.optimizer = ConfigDict()")["optimizer"]["eps"] == 1e-5
     for text in ("(64,128)", "[64, 128]", "64,128", "(64, 128,)"):
         assert changed(tmp_path, f"curriculum.seq_len={text}")["curriculum"]["seq_len"] == (64, 128)
     assert changed(tmp_path, "curriculum.seq_len=(64,)")["curriculum"]["seq_len"] == (64,)
