@@ -465,7 +465,9 @@ def _add_later_keys(config: ConfigDict, *, file: Path) -> None:
     added = []
     for section, keys in with_later_keys(config.to_dict()).items():
         own = config.get(section)
-        for name in sorted(keys.keys() - own.keys()) if isinstance(own, ConfigDict) else ():
+        if not isinstance(own, ConfigDict):
+            continue
+        for name in sorted(keys.keys() - own.keys()):
             own[name] = keys[name]
             added.append(f"{section}.{name}={keys[name]!r}")
     if added:
