@@ -21,6 +21,7 @@ LAYOUTS = {  # by size and slice
     "590M@v4-8": dict(accumulation=8, remat="matmuls_saved"),
     "111M@v5p-8": dict(accumulation=1, remat="matmuls_saved"),
     "256M@v5p-8": dict(accumulation=1, remat="matmuls_saved"),
+    "590M@v5p-8": dict(accumulation=2, remat="matmuls_saved"),
 }
 TOPOLOGIES = {dial: dial.partition("@")[2] for dial in LAYOUTS}  # rows of the table
 
