@@ -62,8 +62,7 @@ def load_to_generate(checkpoint: Checkpoint, *, dtype: str, as_int4: bool) -> Ge
 
 
 def _last_step(checkpoint: Checkpoint) -> int:
-    reader = CheckpointReader(split_average(checkpoint.directory)[0])
-    return reader.steps()[-1]
+    return CheckpointReader(split_average(checkpoint.directory)[0]).steps()[-1]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -42,10 +42,9 @@ class MeshLayout:
         1 where micro-batches are as large, remat saves as much, and the state is replicated as often; 1 / n with n
         times as many micro-batches, since at most everything shrinks with them; 0 where no bound is known.
         """
+        is_alike = (self.mesh.tensor, self.mesh.gradient_dtype) == (other.mesh.tensor, other.mesh.gradient_dtype)
         keeps_as_much = REMATS.index(self.remat) >= REMATS.index(other.remat)
-        if self.mesh.tensor != other.mesh.tensor or self.mesh.context < other.mesh.context or not keeps_as_much:
-            return 0.0
-        if self.mesh.gradient_dtype != other.mesh.gradient_dtype:
+        if not is_alike or self.mesh.context < other.mesh.context or not keeps_as_much:
             return 0.0
         return min(1.0, other.mesh.accumulation / self.mesh.accumulation)
 

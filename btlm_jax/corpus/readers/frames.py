@@ -9,7 +9,7 @@ from typing import BinaryIO, Protocol
 import zstandard
 
 CHUNK = 1 << 18
-_HEAD_BYTES = 200  # kept of a line that is too long
+HEAD_BYTES = 200  # shown of a line that cannot be used
 
 
 class BadFileError(ValueError):
@@ -103,4 +103,4 @@ def _join_and_clear(parts: list[bytes], *, size: int, max_bytes: float) -> bytes
 
 
 def _head(parts: list[bytes]) -> bytes:
-    return b"".join(part[:_HEAD_BYTES] for part in parts[:2])[:_HEAD_BYTES]
+    return b"".join(part[:HEAD_BYTES] for part in parts[:2])[:HEAD_BYTES]

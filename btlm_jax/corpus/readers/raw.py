@@ -25,6 +25,7 @@ import orjson
 
 from btlm_jax.corpus.readers.frames import (
     CHUNK,
+    HEAD_BYTES,
     BadFileError,
     LineTooLongError,
     decompress_frames,
@@ -42,7 +43,6 @@ _JSON_SUFFIXES = (".json", ".ndjson")  # of lines of JSON too, where the file is
 MAX_LINE_BYTES = 1 << 27  # of a line of JSON, and of a text in a table: far above any document, and memory is limited
 TEXT_BYTES = 16_000_000  # a text file is read in documents of at most so much, so that memory does not grow with it
 _METADATA = ("state.json", "dataset_info.json", "dataset_dict.json", "features.json")
-_HEAD_BYTES = 200  # of a Defect
 _TRIED_LINES = 100  # of a file, until one is JSON
 _MAX_DEPTH = 200  # of nested JSON; orjson writes up to 254
 _ZSTD, _GZIP, _PARQUET = b"\x28\xb5\x2f\xfd", b"\x1f\x8b", b"PAR1"
@@ -323,7 +323,7 @@ class _RecordMaker:
                     raise body
                 yield self.record(body, number=number)
             except ValueError as error:
-                yield self.defect(error, number=number, offset=0, head=str(body)[:_HEAD_BYTES])
+                yield self.defect(error, number=number, offset=0, head=str(body)[:HEAD_BYTES])
 
     def defect(self, error: ValueError, *, number: int, offset: int, head: str) -> Defect:
         return Defect(file=self.name, line=number, offset=offset, reason=str(error), head=head)
@@ -372,7 +372,7 @@ def _parse_line(numbered_line: _NumberedLine, *, make: _RecordMaker) -> Record |
 
 def _shown(line: bytes) -> str:
     """Return the beginning of a line for its Defect."""
-    return line[:_HEAD_BYTES].decode("utf-8", "replace")
+    return line[:HEAD_BYTES].decode("utf-8", "replace")
 
 
 def _parse_json(line: bytes, repairs: Counter) -> object:
