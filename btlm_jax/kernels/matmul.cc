@@ -91,12 +91,18 @@ std::vector<uint32_t> pairs_of(const float* x, int64_t count) {
 }
 #endif
 
-// One row in the tile's own buffer, then copied to y[M].
+// The product of one row: fill(tile, own) makes the sums of a tile, which are copied to y[M]. A task has some tiles in a
+// row where that leaves every thread some tasks: their weights are one stream of memory.
 template <typename Fill>
-void into_columns(int64_t tile, int64_t M, float* y, const Fill& fill) {
-  float own[kTile];
-  fill(own);
-  std::memcpy(y + tile * kTile, own, std::min(kTile, M - tile * kTile) * sizeof(float));
+void one_row_product(ffi::ThreadPool pool, int64_t K, int64_t M, float* y, const Fill& fill) {
+  int64_t tiles = (M + kTile - 1) / kTile, group = std::clamp<int64_t>(tiles / (8 * pool.num_threads()), 1, 4);
+  parallel(pool, (tiles + group - 1) / group, K * kTile * group, [&](int64_t task) {
+    float own[kTile];
+    for (int64_t tile = task * group; tile < std::min(tiles, (task + 1) * group); ++tile) {
+      fill(tile, own);
+      std::memcpy(y + tile * kTile, own, std::min(kTile, M - tile * kTile) * sizeof(float));
+    }
+  });
 }
 
 // Products of several rows in blocks of rows and of tiles, whose inputs and sums stay in the processor's cache. A
@@ -246,9 +252,14 @@ void product_ungrouped(ffi::ThreadPool pool, const float* x, Weights weights, fl
   if (R > 1) {
     return with_product(pool, x, R, K, weights, [&](const auto& product) { write_product(pool, product, R, K, M, y); });
   }
-  parallel(pool, (M + kTile - 1) / kTile, K * kTile, [=](int64_t tile) {
-    into_columns(tile, M, y, [=](float* own) { one_row(weights.of_tile(tile), x, own, K); });
-  });
+  one_row_product(pool, K, M, y, [=](int64_t tile, float* own) { one_row(weights.of_tile(tile), x, own, K); });
+}
+
+// Fetches two lines of codes ahead of one row's products: a processor does not fetch beyond a page of memory by itself.
+inline void fetch_ahead(const uint32_t* codes) {
+  constexpr int64_t kAhead = 1024;
+  __builtin_prefetch(codes + kAhead, 0, 2);
+  __builtin_prefetch(codes + kAhead + 16, 0, 2);
 }
 
 // w = codes * scale + offset; a sum of x * (1 + code / 16) becomes one of x * code.
@@ -259,6 +270,7 @@ struct Int4 {
                       f8* sums) {
     f8 own[4] = {};
     for (int64_t word = 0; word < kGroup / 8; ++word, codes += kTile, x += 8) {
+      fetch_ahead(codes);
       for (int c = 0; c < 4; ++c) {
         u32x8 eight = words(codes + c * kLanes);
 #pragma GCC unroll 8
@@ -290,6 +302,7 @@ struct Int8 {
   static void one_row(const uint32_t* codes, const f16* scale, const f16*, const float* x, float, f8* sums) {
     f8 own[4] = {};
     for (int64_t word = 0; word < kGroup / 4; ++word, codes += kTile, x += 4) {
+      fetch_ahead(codes);
       for (int c = 0; c < 4; ++c) {
         u32x8 four = words(codes + c * kLanes);
 #pragma GCC unroll 4
@@ -345,12 +358,10 @@ void product_grouped(ffi::ThreadPool pool, const float* x, GroupedWeights<Codes>
   }
   std::vector<float> x_sums(groups);
   for (int64_t i = 0; i < K; ++i) x_sums[i / kGroup] += x[i];
-  parallel(pool, (M + kTile - 1) / kTile, K * kTile, [=, &x_sums](int64_t tile) {
-    into_columns(tile, M, y, [=, &x_sums](float* own) {
-      f8 sums[4] = {};
-      for (int64_t g = 0; g < groups; ++g) weights.one_row(tile, g, x, x_sums[g], sums);
-      for (int c = 0; c < 4; ++c) store(own + c * kLanes, sums[c]);
-    });
+  one_row_product(pool, K, M, y, [=, &x_sums](int64_t tile, float* own) {
+    f8 sums[4] = {};
+    for (int64_t g = 0; g < groups; ++g) weights.one_row(tile, g, x, x_sums[g], sums);
+    for (int c = 0; c < 4; ++c) store(own + c * kLanes, sums[c]);
   });
 }
 
