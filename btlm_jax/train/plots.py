@@ -26,11 +26,12 @@ def plot_loss(metrics: list[dict], curriculum: Curriculum, path: Path) -> None:
     """Draw training and held-out loss and the learning rate against tokens, with the curriculum's switches.
 
     metrics: {"kind": "train", "tokens", "loss", "learning_rate"} and
-    {"kind": "eval", "tokens", "loss", "sources": {name: {"loss"}}}; other kinds are ignored.
+    {"kind": "eval", "tokens", "loss", "sources": {name: {"loss"}}}; other kinds are ignored, and losses that are not
+    finite, which trained nothing.
     """
     from matplotlib.ticker import EngFormatter
 
-    train = [row for row in metrics if row["kind"] == "train" and not math.isnan(row["loss"])]  # nan: of no targets
+    train = [row for row in metrics if row["kind"] == "train" and math.isfinite(row["loss"])]
     evaluations = [row for row in metrics if row["kind"] == "eval"]
     figure, axes = new_figure(size=SIZE, dpi=DPI)
     rate_axes = axes.twinx()
@@ -88,11 +89,12 @@ def smooth(values: np.ndarray) -> np.ndarray:
     last value, so that the last point is not the loss of a single batch.
     """
     half = len(values) // SMOOTHING // 2
-    sums = np.concatenate([[0.0], np.cumsum(values)])
     index = np.arange(len(values))
     first = np.minimum(np.maximum(index - half, 0), len(values) - 1 - 2 * half)
     last = np.minimum(np.minimum(index + half, 2 * index), len(values) - 1)
-    return (sums[last + 1] - sums[first]) / (last + 1 - first)
+    # Each window by itself: a running sum would lose the digits of all that follows a loss of 1e30.
+    windows = np.stack([first, last + 1], axis=1).ravel()
+    return np.add.reduceat(np.append(values, 0.0), windows)[::2] / (last + 1 - first)
 
 
 def _draw_evaluations(axes, evaluations: list[dict]) -> None:

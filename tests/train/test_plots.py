@@ -90,6 +90,23 @@ def test_the_transient_does_not_squash_the_curve(drawn):
             assert bottom < min(line.get_ydata()) and max(line.get_ydata()) < top
 
 
+@pytest.mark.parametrize("bad", [np.inf, np.nan, 1e30])
+def test_a_bad_loss_changes_the_smoothed_curve_only_around_it(monkeypatch, tmp_path, bad):
+    figures, losses = [], 3.0 + np.random.default_rng(0).normal(size=600)
+    monkeypatch.setattr(plots, "_write", lambda figure, path: figures.append(figure))
+    losses[300] = bad
+    rows = [
+        {"kind": "train", "tokens": 2 * step, "loss": float(loss), "learning_rate": 0.1}
+        for step, loss in enumerate(losses)
+    ]
+    plots.plot_loss(rows, CURRICULUM, tmp_path / "loss.png")
+    lines = {line.get_label(): line for line in figures[0].axes[0].lines}
+    smoothed = lines["train, smoothed"].get_ydata()
+    assert np.isfinite(smoothed).all() and len(smoothed) == 599 + (bad == 1e30)
+    half = len(smoothed) // 100
+    np.testing.assert_allclose(smoothed[-200], np.mean(losses[-200 - half : -199 + half]))
+
+
 def test_the_position_plot_marks_the_training_lengths(drawn):
     axes = drawn("position").axes[0]
     assert axes.get_xscale() == "log"
