@@ -21,7 +21,7 @@ from btlm_jax.data.loader import Batch, Rows, make_placement, read_ahead, read_r
 from btlm_jax.data.reader import TokenStore
 from btlm_jax.data.store import HELDOUT, Split, streams_of
 from btlm_jax.parallel.mesh import evaluation_sharding
-from btlm_jax.recipe.config import TrainConfig
+from btlm_jax.recipe.config import OptimizerConfig, TrainConfig
 from btlm_jax.storage.files import read_json_object, write_atomically
 from btlm_jax.storage.location import mirror_of
 from btlm_jax.train import CHECKPOINTS, CONFIG_FILE, LOSS_PLOT, METRICS_FILE, POSITION_PLOT, SUMMARY_FILE, TENSORBOARD
@@ -89,6 +89,11 @@ def final_blocks_per_source(run: Run) -> int:
     return max(1, run.most_heldout_tokens // manifest.block_len // len(split.sources))
 
 
+def num_final_evaluations(optimizer: OptimizerConfig) -> int:
+    """Return how often the end evaluates: the last weights, and their average where there is one."""
+    return 1 if optimizer.average == "none" else 2
+
+
 def finish_run(
     run: Run, params: dict, writer: MetricWriter, *, continue_prompt: ContinuePrompt, opt_state: optax.OptState = ()
 ) -> None:
@@ -107,7 +112,7 @@ def finish_run(
     result = _evaluate(run, params, blocks_per_source=num_blocks)
     writer.evaluation(step, result)
     of_average = {}
-    if run.config.optimizer.average != "none":
+    if num_final_evaluations(run.config.optimizer) == 2:
         averaged = _evaluate(run, optax.tree.get(opt_state, "average"), blocks_per_source=num_blocks)
         of_average = {"heldout_of_average": averaged.to_json()}
     with run.ledger.measure("sample"):

@@ -45,6 +45,7 @@ from btlm_jax.train.finish import (
     finish_run,
     finished_report,
     heldout_blocks,
+    num_final_evaluations,
 )
 from btlm_jax.train.flops import FLOPS_CONVENTION, flops_per_token, peak_flops
 from btlm_jax.train.metric_writer import (
@@ -682,7 +683,7 @@ def _evaluation_work(run: Run) -> EvaluationWork:
     return EvaluationWork(
         every_steps=evaluation.every_steps,
         flops=flops(evaluation.blocks_per_source),
-        final_flops=flops(final_blocks_per_source(run)),
+        final_flops=num_final_evaluations(run.config.optimizer) * flops(final_blocks_per_source(run)),
     )
 
 

@@ -427,7 +427,7 @@ class EvaluationWork:
 
     every_steps: int
     flops: float  # of one during training
-    final_flops: float  # of the last one
+    final_flops: float  # of what is evaluated at the end
 
 
 def remaining_seconds(

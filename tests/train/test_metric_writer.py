@@ -24,6 +24,7 @@ from support.tensorboard import tensorboard_hyperparameters, tensorboard_scalars
 from btlm_jax import notices
 from btlm_jax.recipe.config import config_types
 from btlm_jax.train import METRICS_FILE, loop
+from btlm_jax.train.flops import flops_per_token
 from btlm_jax.train.metric_writer import read_metrics, remaining_seconds
 
 
@@ -217,6 +218,19 @@ def test_time_left_counts_each_phase_at_its_own_cost_and_the_evaluations(step, f
         evaluation_rate=2e6,
     )
     assert left == pytest.approx(flop / 4e6 + (len(evaluated) * 4e6 + 90e6) / 2e6)
+
+
+@pytest.mark.parametrize(("average", "times"), [("none", 1), ("last", 2)])
+def test_the_average_is_evaluated_at_the_end_too_and_counted(average, times):
+    source = types.SimpleNamespace(first_block=0, num_blocks=10)
+    split = types.SimpleNamespace(sources={"code": source}, num_blocks=10)
+    manifest = types.SimpleNamespace(block_len=48, splits={"heldout": split})
+    config = fake_config(optimizer__average=average, optimizer__average_share=0.5, evaluation__batch_size=4)
+    run = types.SimpleNamespace(
+        config=config, token_store=types.SimpleNamespace(manifest=manifest), most_heldout_tokens=None
+    )
+    flops = loop._evaluation_work(run).final_flops
+    assert flops == pytest.approx(times * 12 * 48 * flops_per_token(config.model, seq_len=48) / 3)
 
 
 def test_the_pace_of_evaluations_is_theirs_once_one_was_made(tmp_path, capsys):
