@@ -18,6 +18,7 @@ from btlm_jax.recipe.config import TrainConfig
 from btlm_jax.recipe.mixture import weights_of
 from btlm_jax.recipe.sizes import Shape
 from btlm_jax.train import sizing
+from btlm_jax.train.finish import heldout_blocks, num_final_evaluations
 from btlm_jax.train.flops import flops_per_token, memory_bytes, peak_flops
 from btlm_jax.train.sizing import Lengths
 from btlm_jax.train.step_time import RunTimes, measure_run
@@ -119,16 +120,18 @@ def size_run(
         return config
 
     print_line(f"Measuring the steps of {_described(shape)} ...")
+    by_text = most_tokens // tokens_per_step
+    # The longest run that may be chosen: flags of steps and of tokens that fit the chosen one fit it.
+    longest = config_of(by_text, step_seconds=1.0)
     times = measure_run(
-        config_of(sizing.MIN_STEPS, step_seconds=1.0),
+        longest,
         devices=devices,
         workdir=workdir,
         seconds=min(_MEASURED_SECONDS, budget / 60),
     )
     step_seconds = _step_seconds(times)
-    fixed = _fixed_seconds(times, manifest, rows=rows)
+    fixed = _fixed_seconds(times, manifest, config=longest)
     by_time = int((budget - elapsed() - fixed) / step_seconds)
-    by_text = most_tokens // tokens_per_step
     config = config_of(min(by_time, by_text), step_seconds=step_seconds)
     table = config.curriculum.table
     seconds = elapsed() + fixed + table.num_steps * step_seconds
@@ -221,9 +224,10 @@ def _step_seconds(times: RunTimes) -> float:
     return sizing.STEP_OVERHEAD * (sizing.PHASE_1_SHARE * first + (1 - sizing.PHASE_1_SHARE) * second)
 
 
-def _fixed_seconds(times: RunTimes, manifest: Manifest, *, rows: int) -> float:
-    """Return the seconds of a run beside its steps: preparing, evaluations of so many rows at a time, the end."""
-    sources = manifest.splits[HELDOUT].sources.values()
-    some = sum(min(source.num_blocks, _BLOCKS_OF_EVALUATION) for source in sources)
-    batches = _EVALUATIONS * -(-some // rows) + -(-manifest.splits[HELDOUT].num_blocks // rows)
+def _fixed_seconds(times: RunTimes, manifest: Manifest, *, config: TrainConfig) -> float:
+    """Return the seconds of a run beside its steps: preparing, evaluations, the end."""
+    held_out, rows = manifest.splits[HELDOUT], config.evaluation.batch_size
+    some = len(heldout_blocks(held_out, blocks_per_source=config.evaluation.blocks_per_source))
+    batches = _EVALUATIONS * -(-some // rows)
+    batches += num_final_evaluations(config.optimizer) * -(-held_out.num_blocks // rows)
     return times.prepare + batches * times.evaluation + sizing.END_SECONDS

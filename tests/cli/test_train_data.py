@@ -97,16 +97,30 @@ def test_the_steps_fill_the_time_and_the_config_says_so(texts, trained, tmp_path
     table = config.curriculum.table
     # 10 s are over; 1 s to prepare, 12 s for the end; 5 evaluations of a few blocks in batches of 8.
     rows = json.loads((workdir / "store" / "manifest.json").read_text())["splits"]["heldout"]["num_blocks"]
-    evaluations = 4 * -(-min(rows, 8) // 8) + -(-rows // 8)
-    step = 0.75 * 0.4 + 0.25 * 0.6
-    expected = (60 - 10 - 1 - 12 - 0.1 * evaluations) / (1.02 * step)
-    assert table.num_steps == int(expected) > sizing.MIN_STEPS
+    assert table.num_steps == steps_that_fill(60, some=-(-min(rows, 8) // 8), whole=-(-rows // 8)) > sizing.MIN_STEPS
     assert table.phases[0].num_steps == round(0.75 * table.num_steps)
     assert (config.optimizer.schedule, config.data.store, config.corpus.source) == ("wsd", "store", "prepared")
     assert config.curriculum.seq_len == (64, 256) and config.model.vocab_size == 512
     said = capsys.readouterr().out
     assert f"{table.num_steps:,} steps of {table.tokens_per_step:,} tokens" in said and "what 1 minutes hold" in said
     assert "Time: about 1.0 minutes for the whole command" in said and "xz -9 takes" in said
+
+
+def steps_that_fill(seconds, *, some, whole):
+    """The steps that are left beside evaluations of `some` batches and of all, of `whole` batches, by TIMES."""
+    step = 0.75 * 0.4 + 0.25 * 0.6
+    return int((seconds - 10 - 1 - 12 - 0.1 * (4 * some + whole)) / (1.02 * step))
+
+
+def test_flags_that_a_longer_run_takes_are_taken_and_the_averages_evaluation_has_its_time(texts, trained, tmp_path):
+    command = [f"--data={texts}", f"--workdir={tmp_path / 'run'}", "--minutes=1"]
+    flags = ["optimizer.warmup_tokens=90000", "log.profile_steps=50:55"]  # of the 60 steps, not of the fewest
+    flags += ["optimizer.average=last", "evaluation.batch_size=1", "evaluation.blocks_per_source=2"]
+    assert run(*command, *(f"--config.{flag}" for flag in flags)) == 0
+    (config,) = trained
+    rows = json.loads((tmp_path / "run" / "store" / "manifest.json").read_text())["splits"]["heldout"]["num_blocks"]
+    assert rows > 2 and config.optimizer.warmup_tokens == 90000 > sizing.MIN_STEPS * 2048
+    assert config.curriculum.table.num_steps == steps_that_fill(60, some=2, whole=2 * rows) > 55 > sizing.MIN_STEPS
 
 
 def test_a_later_start_measures_nothing_and_trains_the_same(made, trained, monkeypatch, capsys):
