@@ -47,6 +47,7 @@ NAMES = {
     "upload-caught-up": "after that, a bucket has all of a run's files",
     "workdir-taken-over": "a workdir is taken from the command that owned it",
     "workdir-watched": "a workdir has an owner on another machine, which may be dead",
+    "notice-before-start": "a notice that Google Cloud will halt the machine was there at a start, and stops nothing",
     "setting-changed": "a resumed run has a setting that its checkpoint has not",
     "given-twice": "a flag is given more than once, and the last one counts",
     "constants-not-taken": "btlm new --constants leaves out what a search found of values that follow a run's length",

@@ -9,8 +9,9 @@
 # where that is all there is. In a checkout JAX's plugin for it is installed where .venv lacks it, 4 GB, and all GPUs
 # must multiply and exchange (btlm_jax/parallel/health.py).
 #
-# Starts the run again after exit codes 75 (preempted and saved) and 77 (a peer is gone), MAX_RESTARTS times (20). SIGTERM
-# to this script is handed on: the run saves and ends, and the script with it. So it is after Ctrl-C.
+# Starts the run again after exit codes 75 (preempted and saved) and 77 (a peer is gone), MAX_RESTARTS times (20), and
+# MAX_FRUITLESS times (3) in a row without a new checkpoint, after BACKOFF seconds (10, doubled each time). SIGTERM to
+# this script is handed on: the run saves and ends, and the script with it. So it is after Ctrl-C.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 [ $# -ge 2 ] || { echo "usage: [GPUS=0,1] [PROCESSES=N] launch/gpu.sh CONFIG WORKDIR [flags]" >&2; exit 2; }
@@ -117,10 +118,43 @@ finish() {
   code=${fault:-$again}
 }
 
+newest_step() { # of a checkpoint, 0 without one
+  local name step=0
+  case $workdir in
+    *://*) btlm checkpoints "$workdir" 2> /dev/null | awk '{gsub(",", "", $1)} $1 ~ /^[0-9]+$/ {n = $1} END {print n + 0}' ;;
+    *)
+      for name in "$workdir"/checkpoints/*; do
+        name=${name##*/}
+        [[ ! $name =~ ^[0-9]{1,15}$ ]] || ((10#$name <= step)) || step=$((10#$name))
+      done
+      echo "$step"
+      ;;
+  esac
+}
+
+pause() { # so many seconds, or until a signal
+  local waited
+  for ((waited = 0; waited < $1; waited++)); do
+    [ -z "$stopping" ] || return 0
+    sleep 1
+  done
+}
+
+fruitless=0
+step=$(newest_step) || step=0
 for ((restarts = 0; ; restarts++)); do
   start "$@"
   finish
   case $code in 75 | 77) ;; *) exit "$code" ;; esac
+  from=$step
+  step=$(newest_step) || step=0
+  fruitless=$((step > from ? 0 : fruitless + 1))
   if [ -n "$stopping" ] || ((restarts >= ${MAX_RESTARTS:-20})); then exit "$code"; fi
-  echo "launch/gpu.sh: exit code $code; starting again" >&2
+  if ((fruitless > ${MAX_FRUITLESS:-3})); then
+    echo "launch/gpu.sh: exit code $code, and no checkpoint after $step in $fruitless starts; giving up" >&2
+    exit "$code"
+  fi
+  echo "launch/gpu.sh: exit code $code at checkpoint $step; starting again" >&2
+  ((fruitless == 0)) || pause $((${BACKOFF:-10} << (fruitless > 6 ? 5 : fruitless - 1)))
+  [ -z "$stopping" ] || exit "$code"
 done

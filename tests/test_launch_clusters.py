@@ -70,7 +70,7 @@ def place(tmp_path):
 
 def start(place: Path, script: Path, ends: list[str], *, is_group: bool = False, **settings: str) -> subprocess.Popen:
     (place / "ends").write_text("".join(f"{line}\n" for line in ends))
-    environment = {"PATH": f"{place / 'bin'}:{os.environ['PATH']}", "STATE": str(place), **settings}
+    environment = {"PATH": f"{place / 'bin'}:{os.environ['PATH']}", "STATE": str(place), "BACKOFF": "0", **settings}
     return subprocess.Popen(
         ["bash", script, "local_cpu", place / "work dir", *WORDS],
         env=environment,
@@ -112,6 +112,21 @@ def test_gpu_restarts_after_75_and_77_and_not_for_ever(place):
     (place / "starts-0").unlink()
     finish(start(place, gpu, ["1:77"] * 9, MAX_RESTARTS="2"), code=77)
     assert num_starts(place) == 3
+
+
+def test_gpu_gives_up_without_new_checkpoints(place):
+    said = finish(start(place, place / "launch" / "gpu.sh", ["1:75", *["2:75"] * 9], MAX_FRUITLESS="1"), code=75)
+    assert num_starts(place) == 4 and "no checkpoint after 2 in 2 starts" in said
+
+
+def test_gpu_pauses_before_it_starts_again_and_sigterm_ends_the_pause(place):
+    process = start(place, place / "launch" / "gpu.sh", ["0:75"] * 9, BACKOFF="600")
+    assert process.stderr is not None
+    said = [process.stderr.readline() for _ in range(2)]
+    assert "exit code 75 at checkpoint 0; starting again" in said[-1]
+    process.send_signal(signal.SIGTERM)
+    finish(process, code=75)
+    assert num_starts(place) == 1
 
 
 @pytest.mark.parametrize(

@@ -181,9 +181,9 @@ def _run_as_owner(workdir: Path, flags: Flags, work: Callable[..., int]) -> int:
 
     stop = stopping.current()
     ledger = GoodputLedger(began=stop.began)
-    _watch_notices(stop)
     is_new = not workdir.exists()
     with _telling_others(flags):
+        _watch_notices(stop)
         setup.make_workdir(workdir)
         stop.workdir = workdir
         mirror = location.mirror_of(workdir)
@@ -279,7 +279,9 @@ def _watch_notices(stop: Stop) -> None:
     if os.environ.get("GCE_METADATA_HOST") or _machine().startswith("Google"):
         from btlm_jax.parallel import maintenance  # only there: a run loads few modules
 
-        maintenance.watch(stop.request)
+        if standing := maintenance.watch(stop.request):
+            text = f"the {standing} was there before this start: it goes on, with checkpoints as configured"
+            notices.report("notice-before-start", text)
 
 
 def _machine() -> str:

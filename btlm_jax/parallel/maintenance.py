@@ -16,23 +16,32 @@ POLL_SECONDS = 2.0
 HOST_VARIABLE = "GCE_METADATA_HOST"  # Google's libraries read it, too
 
 
-def notice() -> str:
-    """Return the notice that there is, "" without one or where the server does not answer."""
-    if _value("preempted") == "TRUE":
+def notice() -> str | None:
+    """Return the notice that there is, "" without one, None where the server does not say."""
+    preempted, event = _value("preempted"), _value("maintenance-event")
+    if preempted == "TRUE":
         return "notice of preemption"
     # The other value, MIGRATE_ON_HOST_MAINTENANCE, moves a machine that goes on meanwhile.
-    return "notice of maintenance" if _value("maintenance-event") == "TERMINATE_ON_HOST_MAINTENANCE" else ""
+    if event == "TERMINATE_ON_HOST_MAINTENANCE":
+        return "notice of maintenance"
+    return "" if preempted and event else None
 
 
-def watch(request: Callable[[str], None]) -> None:
-    """Look for a notice in a thread from here on; call `request` with the first."""
+def watch(request: Callable[[str], None]) -> str:
+    """Look for a notice in a thread from here on; call `request` with the first that was not there from the beginning.
 
-    def look() -> None:
-        while not (found := notice()):
+    Returns the notice that was, "" without one: it may stand for an hour before the halt, at every start of a launcher.
+    """
+    standing = notice() or ""
+
+    def look(ignored: str) -> None:
+        while not (found := notice()) or found == ignored:
+            ignored = "" if found == "" else ignored
             time.sleep(POLL_SECONDS)
         request(found)
 
-    threading.Thread(target=look, name="maintenance", daemon=True).start()
+    threading.Thread(target=look, args=(standing,), name="maintenance", daemon=True).start()
+    return standing
 
 
 def _value(name: str) -> str:

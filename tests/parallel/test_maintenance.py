@@ -1,10 +1,13 @@
 """Notices of a metadata server, on loopback in place of Google's."""
 
 import http.server
+import queue
 import threading
 
 import pytest
 
+from btlm_jax import stopping
+from btlm_jax.cli import train
 from btlm_jax.parallel import maintenance
 
 
@@ -45,14 +48,37 @@ def test_a_notice_of_preemption_or_of_a_halt_is_one(values):
 
 
 def test_a_notice_requests_a_stop_once_it_comes(values, monkeypatch):
+    """One that stood before, as for an hour before a halt, does not, until it is withdrawn and comes again."""
     monkeypatch.setattr(maintenance, "POLL_SECONDS", 0.02)
+    values["maintenance-event"] = "TERMINATE_ON_HOST_MAINTENANCE"
     requested = threading.Event()
-    maintenance.watch(lambda reason: requested.set())
+    assert maintenance.watch(lambda reason: requested.set()) == "notice of maintenance"
+    del values["maintenance-event"]  # the server says nothing for a while: nothing is withdrawn
+    assert not requested.wait(0.1)
+    values["maintenance-event"] = "TERMINATE_ON_HOST_MAINTENANCE"
+    assert not requested.wait(0.1)
+    values["maintenance-event"] = "NONE"
     assert not requested.wait(0.2)
-    values["preempted"] = "TRUE"
+    values["maintenance-event"] = "TERMINATE_ON_HOST_MAINTENANCE"
     assert requested.wait(20)
+
+
+def test_a_start_says_that_a_notice_from_before_does_not_stop_it(values, capsys):
+    values["maintenance-event"] = "TERMINATE_ON_HOST_MAINTENANCE"
+    stop = stopping.Stop()
+    train._watch_notices(stop)
+    assert "notice of maintenance was there before this start" in capsys.readouterr().err and not stop.reason
+
+
+def test_another_notice_than_the_standing_one_requests_a_stop(values, monkeypatch):
+    monkeypatch.setattr(maintenance, "POLL_SECONDS", 0.02)
+    values["maintenance-event"] = "TERMINATE_ON_HOST_MAINTENANCE"
+    reasons = queue.SimpleQueue()
+    maintenance.watch(reasons.put)
+    values["preempted"] = "TRUE"
+    assert reasons.get(timeout=20) == "notice of preemption"
 
 
 def test_a_server_that_does_not_answer_gives_no_notice(monkeypatch):
     monkeypatch.setenv(maintenance.HOST_VARIABLE, "localhost:9")
-    assert maintenance.notice() == ""
+    assert maintenance.notice() is None
