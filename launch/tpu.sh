@@ -117,7 +117,7 @@ find_python() {
 
 # Make an environment in a folder: by the image's Python, else by uv, which brings one along, else by deadsnakes'.
 make_environment() {
-  local folder=$1 extras=$2 python
+  local folder=$1 python
   rm -rf "$folder"
   if python=$(find_python); then
     "$python" -m venv "$folder"
@@ -130,17 +130,15 @@ make_environment() {
     python3.11 -m venv "$folder"
   fi
   if [ -n "$WHEEL" ]; then
-    "$folder/bin/python" -m pip install -q "./${WHEEL}[$extras]"
+    "$folder/bin/python" -m pip install -q "./${WHEEL}[$EXTRAS]"
   else
-    "$folder/bin/python" -m pip install -q -c tree/constraints.txt -e "./tree[$extras]"
+    "$folder/bin/python" -m pip install -q -c tree/constraints.txt -e "./tree[$EXTRAS]"
   fi
 }
 
 # Unpack the tree and make the environment, once for the same requirements. Repeating it is harmless.
 worker_setup() {
-  local key folder extras=tpu
-  if grep -qz gs:// arguments; then extras+=,gcs; fi
-  if grep -qz s3:// arguments; then extras+=,s3; fi
+  local key folder
   ! is_alive || { echo "$HOSTNAME: btlm train is running here" >&2; return 1; }
   clean_up
   rm -rf tree.new && mkdir tree.new
@@ -151,12 +149,12 @@ worker_setup() {
   else
     key=$(cat tree/setup.cfg tree/setup.py tree/constraints.txt | sha256sum)
   fi
-  key=$(echo "$PWD $extras $key" | sha256sum) # the tree is installed in place
+  key=$(echo "$PWD $EXTRAS $key" | sha256sum) # the tree is installed in place
   folder=../env-${key:0:16}
   exec 9> "$folder.lock"
   flock 9
   if [ ! -e "$folder/complete" ]; then
-    make_environment "$folder" "$extras"
+    make_environment "$folder"
     touch "$folder/complete"
   fi
   ln -sfn "$folder" env
@@ -396,6 +394,13 @@ num_devices() {
   echo $((number * SLICES))
 }
 
+# Run the btlm of this machine.
+btlm_here() {
+  PATH=$PATH:.venv/bin command -v btlm > /dev/null ||
+    die 2 "no btlm here to check the run with: python3 -m venv .venv && .venv/bin/pip install -e ."
+  PATH=$PATH:.venv/bin btlm "$@"
+}
+
 check_fits() {
   local changes=() word
   if ((SLICES > 1)); then
@@ -403,9 +408,7 @@ check_fits() {
     return 0
   fi
   for word in "${train_flags[@]}"; do [[ $word != --config.* ]] || changes+=("$word"); done
-  PATH=$PATH:.venv/bin command -v btlm > /dev/null ||
-    die 2 "no btlm here to check the layout with: python3 -m venv .venv && .venv/bin/pip install -e ."
-  PATH=$PATH:.venv/bin btlm plan --check --topology="$TYPE" --config="$CONFIG" "${changes[@]}" || exit 1
+  btlm_here plan --check --topology="$TYPE" --config="$CONFIG" "${changes[@]}" || exit
 }
 
 create() {
@@ -542,7 +545,9 @@ down() {
 
 # Pack what the workers get: sources with their uncommitted changes, or a wheel; the command as words; this file.
 pack() {
-  local tree config=$CONFIG name
+  local tree config=$CONFIG name needed
+  needed=$(JAX_COMPILATION_CACHE_DIR=${CACHE_DIR:-${JAX_COMPILATION_CACHE_DIR:-}} \
+    btlm_here train --print_extras --distributed --config="$CONFIG" --workdir="$WORKDIR" "${train_flags[@]}") || exit
   mkdir -p "$payload"
   cp launch/tpu.sh "$payload/"
   if [ -n "$WHEEL" ]; then
@@ -570,7 +575,7 @@ pack() {
   [ -z "$CACHE_DIR" ] || printf '%s\0' "JAX_COMPILATION_CACHE_DIR=$CACHE_DIR" >> "$payload/environment"
   for name in WORKDIR STOP_TIMEOUT CHECK_TIMEOUT BEAT TPU_LOCK_FILE; do printf '%s\0' "$name=${!name}"; done \
     > "$payload/settings"
-  printf '%s\0' "WHEEL=${WHEEL##*/}" "DEVICES=$(num_devices)" >> "$payload/settings"
+  printf '%s\0' "WHEEL=${WHEEL##*/}" "DEVICES=$(num_devices)" "EXTRAS=tpu${needed:+,$needed}" >> "$payload/settings"
 }
 
 # Copy it to all workers and unpack it there. Slices of one run differ in their number alone.

@@ -365,7 +365,7 @@ def in_bucket(cloud):
 @pytest.mark.slow
 def test_a_workdir_in_a_bucket(cloud):
     """Commit and changes are kept there, and a preempted run goes on from what is committed there."""
-    cloud.will(runs=["10:75", "20:wait"])
+    cloud.will(runs=["10:75", "20:wait"], extras="gcs")
     started = cloud.start("all", **in_bucket(cloud))
     wait_until = time.monotonic() + 60
     while not (cloud.state / "waits-pod-w-0").exists() and time.monotonic() < wait_until:
@@ -395,12 +395,14 @@ def test_a_python_is_found_or_brought(cloud, python):
     if python == "deadsnakes":
         cloud.will(no_uv="")
         (cloud.there / "uv").unlink()
-    cloud.will(runs="10:0")
-    cloud.run("all", CACHE_DIR="gs://bucket/cache", FLAGS="--config.data.store=gs://bucket/store")
+    cloud.will(runs="10:0", extras="gcs,wandb")
+    cloud.run("all", "--", "--config.log.trackers=wandb", CACHE_DIR="gs://bucket/cache")
     setup = cloud.read("setup")
     assert ("uv venv" in setup) == (python == "uv") and ("deadsnakes" in setup) == (python == "deadsnakes")
     assert ("python3.11 -m venv" in setup) == (python != "uv")
-    assert "./tree[tpu,gcs]" in setup
+    assert setup.count("./tree[tpu,gcs,wandb]") == 1
+    run = f"--config=configs/one.py --workdir={cloud.workdir} --config.log.trackers=wandb"
+    assert cloud.read("asked").endswith(f"gs://bucket/cache train --print_extras --distributed {run}\n")
     assert cloud.read("variables-pod-w-0") == "JAX_COMPILATION_CACHE_DIR=gs://bucket/cache\n"
 
 
@@ -475,7 +477,7 @@ def test_what_does_not_fit_is_neither_created_nor_copied(cloud, verb):
 
 def test_without_btlm_here_nothing_is_created(cloud):
     (Path(cloud.settings["PATH"]) / "btlm").unlink()
-    assert "no btlm here to check the layout with" in cloud.run("up", code=2) and not cloud.read("log")
+    assert "no btlm here to check the run with" in cloud.run("up", code=2) and not cloud.read("log")
 
 
 def test_beside_an_installed_package_the_btlm_on_path_trains(tmp_path):

@@ -71,6 +71,9 @@ def train(arguments: Sequence[str]) -> int:
         return DONE
     check_processes(flags)
     _check_init(flags)
+    if flags.boolean("print_extras"):
+        print(",".join(_extras_of_run(flags.config(), arguments)))
+        return DONE
     if flags.is_given("data"):
         return _train_on_data(flags)
     for name in _DATA_FLAGS:
@@ -89,6 +92,14 @@ def train(arguments: Sequence[str]) -> int:
 
         errors.wait_if_peer_is_gone(error)
         raise
+
+
+def _extras_of_run(config: TrainConfig, arguments: Sequence[str]) -> list[str]:
+    """Return the extras of setup.cfg for the URLs of a run, wherever they are given, and for its trackers."""
+    from btlm_jax.storage import location
+
+    places = [*arguments, str(dataclasses.asdict(config)), os.environ.get("JAX_COMPILATION_CACHE_DIR", "")]
+    return [*location.extras_for(" ".join(places)), *config.log.tracker_names]
 
 
 def _print_plan(config: TrainConfig, flags: Flags) -> int:
@@ -420,6 +431,9 @@ def train_flags() -> Flags:
     flags.define_boolean("steal", False, "take the workdir from a command that owns it and that you know is dead")
     flags.define_integer("resume_step", 0, "go back to this checkpoint and set later ones aside; 0: the last one")
     flags.define_boolean("dry_run", False, "print the whole plan of the run, check the token store, and end")
+    flags.define_boolean(
+        "print_extras", False, "print the extras of btlm_jax that the run's URLs and trackers need, and end"
+    )
     define_processes(flags)
     return flags
 

@@ -14,6 +14,7 @@ import hashlib
 import logging
 import math
 import os
+import re
 import stat
 import time
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
@@ -451,6 +452,11 @@ def _file_system(url: str) -> tuple[Any, str]:
 def _without_traceback(record: logging.LogRecord) -> bool:
     record.exc_info = record.exc_text = None
     return True
+
+
+def extras_for(text: str) -> list[str]:
+    """Return the extras of setup.cfg that the URLs in a text need, sorted, each once."""
+    return sorted({_EXTRAS[scheme] for scheme in re.findall(r"(\w+)://", text) if scheme in _EXTRAS})
 
 
 def missing_library(url: str, error: ImportError) -> ValueError:

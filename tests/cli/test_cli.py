@@ -157,3 +157,21 @@ def test_a_finished_run_says_so_and_a_longer_one_may_not_change_its_past(capsys,
     said = "curriculum.num_tokens before the last phase"
     longer = "--config.curriculum.num_tokens=(2688, 1536)"
     refused(capsys, *train_arguments(config, workdir), longer, code=1, said=said)
+
+
+def test_the_extras_of_a_run_are_those_of_its_config_workdir_trackers_and_cache(tmp_path, monkeypatch, capsys):
+    arguments = ["train", "--print_extras", "--distributed", "--workdir=/run"]
+    in_file = tmp_path / "in_bucket.py"
+    text = (REPOSITORY / "configs" / "local_cpu.py").read_text()
+    in_file.write_text(text.replace('store="store"', 'store="gs://bucket/store"'))
+    for words, extras in (
+        ([LOCAL], ""),
+        ([LOCAL, "--config.log.trackers=wandb"], "wandb"),
+        ([f"--config={in_file}", "--config.log.trackers", "wandb,mlflow"], "gcs,wandb,mlflow"),
+        ([LOCAL, "--workdir=s3://bucket/run", "--init=gs://bucket/model"], "gcs,s3"),
+    ):
+        assert main([*arguments, *words]) == 0
+        assert capsys.readouterr().out == f"{extras}\n"
+    monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", "gs://bucket/cache")
+    assert main([*arguments, LOCAL]) == 0
+    assert capsys.readouterr().out == "gcs\n"

@@ -38,8 +38,9 @@ cp "$CLOUD/env-python" "$3/bin/python"
 cp "$CLOUD/env-btlm" "$3/bin/btlm"
 """
 _BTLM = """
-echo "$@" >> "$CLOUD/asked"
+echo ${JAX_COMPILATION_CACHE_DIR:-} "$@" >> "$CLOUD/asked"
 if [ -e "$CLOUD/refuses" ]; then echo "it does not fit" >&2; exit 1; fi
+[ "$1" != train ] || cat "$CLOUD/extras" 2> /dev/null || true
 """
 # pip, and the check of the devices.
 _ENV_PYTHON = """
