@@ -383,7 +383,7 @@ runtime() {
     v5litepod-*) echo v2-alpha-tpuv5-lite ;;
     v5p-*) echo v2-alpha-tpuv5 ;;
     v6e-*) echo v2-alpha-tpuv6e ;;
-    *) die 2 "TYPE=$TYPE is not known; use v4-N, v5litepod-N, v5p-N or v6e-N" ;;
+    *) die 2 "TYPE=$TYPE is not known; use v4-N, v5litepod-N (a v5e), v5p-N or v6e-N" ;;
   esac
 }
 
@@ -403,6 +403,8 @@ btlm_here() {
 
 check_fits() {
   local changes=() word
+  runtime > /dev/null
+  num_devices > /dev/null
   if ((SLICES > 1)); then
     say "the table has layouts of one slice: btlm plan --topology=$TYPE --slices=$SLICES tells whether $CONFIG fits"
     return 0
@@ -569,8 +571,10 @@ pack() {
   fi
   printf '%s\0' --distributed "--config=$config" "--workdir=$WORKDIR" "${train_flags[@]}" > "$payload/arguments"
   : > "$payload/environment"
-  for name in LIBTPU_INIT_ARGS "${exported[@]}"; do
-    [ -z "${!name:-}" ] || printf '%s\0' "$name=${!name}" >> "$payload/environment"
+  [ -z "${LIBTPU_INIT_ARGS:-}" ] || exported=(LIBTPU_INIT_ARGS "${exported[@]}")
+  for name in "${exported[@]}"; do
+    [[ $name =~ ^[A-Za-z_][A-Za-z0-9_]*$ && -n ${!name+set} ]] || die 2 "EXPORT names $name, which is not set"
+    printf '%s\0' "$name=${!name}" >> "$payload/environment"
   done
   [ -z "$CACHE_DIR" ] || printf '%s\0' "JAX_COMPILATION_CACHE_DIR=$CACHE_DIR" >> "$payload/environment"
   for name in WORKDIR STOP_TIMEOUT CHECK_TIMEOUT BEAT TPU_LOCK_FILE; do printf '%s\0' "$name=${!name}"; done \
@@ -931,7 +935,6 @@ main() {
       ;;
     up)
       need TYPE CONFIG
-      runtime > /dev/null
       check_fits
       ;;
     ssh) words+=("$@") ;;
