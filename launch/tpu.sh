@@ -509,15 +509,23 @@ is_gone() {
   return 1
 }
 
-# List what there is of NAME, one a line.
+# List what there is of NAME, one a line. A VM says which queued resource asked for it: of another SLICES it is found
+# too, and that of another queued resource, such as one named NAME-1, is not taken for a slice of this one.
 list_all() {
-  local kind names name each
-  for kind in queued-resources tpu-vm; do
-    names=$(cloud 300 compute tpus "$kind" list "${place[@]}" --format='value(name)') || return 1
-    while read -r name; do
-      for each in "${owned[@]}"; do [ "${name##*/}" != "$each" ] || echo "$kind $each"; done
-    done <<< "$names"
-  done
+  local names name queue
+  names=$(cloud 300 compute tpus queued-resources list "${place[@]}" --format='value(name)') || return 1
+  while read -r name; do [ "${name##*/}" != "$NAME" ] || echo "queued-resources $NAME"; done <<< "$names"
+  names=$(cloud 300 compute tpus tpu-vm list "${place[@]}" --format='value(name,queuedResource)') || return 1
+  while read -r name queue; do
+    name=${name##*/}
+    if [ -n "$queue" ]; then
+      [ "${queue##*/}" != "$NAME" ] || echo "tpu-vm $name"
+    elif [[ " $NAME ${nodes[*]} " == *" $name "* ]]; then
+      echo "tpu-vm $name"
+    elif [[ $name =~ ^$NAME-[0-9]+$ ]]; then
+      say "$name is of no queued resource, and is left: if it is a slice of $NAME, SLICES=$((10#${name##*-} + 1)) launch/tpu.sh down deletes it"
+    fi
+  done <<< "$names"
 }
 
 # Delete the slice, whatever is left of it.
@@ -900,8 +908,6 @@ set_up() {
   ssh_flags=(--quiet "--ssh-flag=-oConnectTimeout=30" "--ssh-flag=-oServerAliveInterval=15")
   nodes=("$NAME")
   if ((SLICES > 1)); then mapfile -t nodes < <(for ((name = 0; name < SLICES; name++)); do echo "$NAME-$name"; done); fi
-  owned=("$NAME")
-  if ((SLICES > 1)); then owned+=("${nodes[@]}"); fi
   waited=0 num_workers=0 num_starts=0 step=0 from_step=0 last_line="" is_lost="" created="" running=0 codes=()
   split "${CREATE_FLAGS:-}" CREATE_FLAGS
   create_flags=("${words[@]}")

@@ -316,6 +316,15 @@ def test_down_proves_that_nothing_is_left(cloud):
     assert "still there: queued-resources pod, tpu-vm pod" in said and "may cost money" in said
 
 
+def test_down_takes_along_the_slices_of_an_up_with_other_settings_and_no_others(cloud):
+    cloud.run("up", SLICES="2")
+    cloud.will(leaves_nodes="", other_nodes=["pod-3\tprojects/p/locations/z/queuedResources/pod-3", "pod-4\t"])
+    said = cloud.run("down")
+    assert "nothing of it is listed" in said and cloud.is_empty
+    assert [line.split()[4] for line in cloud.commands("tpu-vm delete")] == ["pod-0", "pod-1"]
+    assert "pod-4 is of no queued resource, and is left" in said and "SLICES=5 launch/tpu.sh down" in said
+
+
 # ---------------------------------------------------------------------------------------- what is sent
 
 

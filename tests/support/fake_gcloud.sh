@@ -53,11 +53,10 @@ make_nodes() {
   done < "$CLOUD/names"
 }
 
-delete_nodes() { # and end what runs on them
+delete_node() { # and end what runs on it
   local group
-  for group in "$CLOUD"/homes/*/*/btlm_launch/*/run/group; do kill -KILL -- "-$(cat "$group")" 2> /dev/null || true; done
-  rm -rf "$CLOUD/homes" "$CLOUD/nodes"
-  mkdir -p "$CLOUD/nodes"
+  for group in "$CLOUD/homes/$1"/*/btlm_launch/*/run/group; do kill -KILL -- "-$(cat "$group")" 2> /dev/null || true; done
+  rm -rf "$CLOUD/homes/$1" "$CLOUD/nodes/$1"
 }
 
 case $command in
@@ -89,17 +88,19 @@ case $command in
   "queued-resources delete")
     [ -e "$CLOUD/queue" ] || fail 1 "ERROR: (gcloud.compute.tpus.queued-resources.delete) NOT_FOUND: $name"
     rm "$CLOUD/queue"
-    [ -e "$CLOUD/leaves-nodes" ] || delete_nodes
+    [ ! -e "$CLOUD/leaves-nodes" ] || exit 0
+    for node in "$CLOUD"/nodes/*; do delete_node "${node##*/}"; done
     ;;
   "queued-resources list")
     [ ! -e "$CLOUD/queue" ] || echo "projects/p/locations/z/queuedResources/$(cat "$CLOUD/queue-name" 2> /dev/null || echo pod)"
     echo "projects/p/locations/z/queuedResources/pod-7" # someone else's
     ;;
   "tpu-vm list")
-    for node in "$CLOUD"/nodes/*; do echo "${node##*/}"; done
+    for node in "$CLOUD"/nodes/*; do printf '%s\tprojects/p/locations/z/queuedResources/pod\n' "${node##*/}"; done
+    cat "$CLOUD/other-nodes" 2> /dev/null || true
     ;;
   "tpu-vm delete")
-    delete_nodes
+    delete_node "$name"
     ;;
   "tpu-vm describe")
     [ -e "$CLOUD/nodes/$name" ] || fail 1 "ERROR: (gcloud.compute.tpus.tpu-vm.describe) NOT_FOUND: $name"
