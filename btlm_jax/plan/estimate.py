@@ -7,10 +7,8 @@ same arithmetic (calibration.py). It is a central value with its error, and the 
 from __future__ import annotations
 
 import dataclasses
-import math
 from collections.abc import Callable, Sequence
 
-import jax
 import numpy as np
 
 from btlm_jax import notices
@@ -26,6 +24,7 @@ from btlm_jax.plan.flop_count import DIAGONAL, OUT_OF_WINDOW, StepWork, count_st
 from btlm_jax.plan.torus import Exchange, time_collective, torus_of
 from btlm_jax.recipe.curriculum import Phase
 from btlm_jax.train.flops import attention_flops_per_token, flops_per_token, peak_flops
+from btlm_jax.train.memory import bytes_of
 from btlm_jax.train.program import Program
 
 ASSUMPTIONS = (
@@ -272,8 +271,3 @@ def _memory(program: Program, step: CompiledStep, *, chip: Chip) -> Memory:
         temporaries=step.temporary_bytes,
         code=step.code_bytes,
     )
-
-
-def bytes_of(tree) -> int:
-    """Return the bytes of a tree of abstract arrays on one device."""
-    return sum(leaf.dtype.itemsize * math.prod(leaf.sharding.shard_shape(leaf.shape)) for leaf in jax.tree.leaves(tree))

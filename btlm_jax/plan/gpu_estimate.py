@@ -19,7 +19,7 @@ from btlm_jax.attention.gpu import describe_attention, padded_width
 from btlm_jax.parallel.mesh import num_ways
 from btlm_jax.plan.calibration import correction_by, kept_points
 from btlm_jax.plan.compiling import CompileCache, CompiledStep, DoesNotFitError
-from btlm_jax.plan.estimate import Memory, PhasePlan, StepTime, bytes_of, state_bytes
+from btlm_jax.plan.estimate import Memory, PhasePlan, StepTime, state_bytes
 from btlm_jax.plan.executable import Collective
 from btlm_jax.plan.flop_count import StepWork, count_step_work
 from btlm_jax.plan.gpu_roofline import GpuWork, gpu_parts, published_gpu_points, time_gpu_exchange
@@ -28,6 +28,7 @@ from btlm_jax.plan.layout import KEPT
 from btlm_jax.plan.torus import Exchange
 from btlm_jax.recipe.curriculum import Phase
 from btlm_jax.train.flops import flops_per_token, peak_of_kind
+from btlm_jax.train.memory import bytes_of
 from btlm_jax.train.program import Program
 
 GPU_ASSUMPTIONS = (

@@ -22,6 +22,7 @@ from btlm_jax.recipe.config import MeshConfig, TrainConfig, divisibility_problem
 from btlm_jax.recipe.curriculum import Phase
 from btlm_jax.recipe.sizes import count_parameters
 from btlm_jax.train.flops import memory_bytes
+from btlm_jax.train.memory import memory_problem
 from btlm_jax.train.program import Program, make_program
 from btlm_jax.train.step import init_state
 from btlm_jax.train.step_time import made_up_batch
@@ -51,7 +52,7 @@ def measure_as_laid_out(config: TrainConfig, *, report_progress: Callable[[str],
     """Compile a micro-batch of each phase of a config for the CPU here, and time it if it fits the memory.
 
     Raises:
-      ValueError: the config splits a step over several devices; a CPU is one.
+      ValueError: the config splits a step over several devices, and a CPU is one; an evaluation does not fit.
     """
     if problems := divisibility_problems(config, num_devices=1, slices=1):
         raise ValueError(f"the config does not divide cpu, which is one device: {'; '.join(problems)}")
@@ -65,6 +66,8 @@ def measure_as_laid_out(config: TrainConfig, *, report_progress: Callable[[str],
     needed, available = max(map(_needed_bytes, compiled)) + sums, memory_bytes(devices[0])
     seconds: tuple[float, ...] = ()
     if needed <= available:
+        if problem := memory_problem(make_program(config, make_mesh(devices=devices, tensor=1)), available=available):
+            raise ValueError(problem)  # of an evaluation, which is not compiled
         timed = _time_here(programs, compiled, report_progress=report_progress)
         seconds = tuple(micro_batches * each for each in timed)
     return StepsHere(phases=phases, layout=layout_of(config), needed=needed, available=available, seconds=seconds)

@@ -77,6 +77,11 @@ def search_layouts(
     chip, devices = chip_of(topology), slice_devices(topology)
     remaining = promising_layouts(config, chip=chip, devices=devices)
     problems = () if remaining else layout_problems(config, num_devices=len(devices), chip=chip)
+    if (others := _meshes_without_evaluation(config, num_devices=len(devices))) > 0:
+        report_progress(
+            f"{others} meshes are left out, over which evaluation.batch_size={config.evaluation.batch_size} does not "
+            f"divide: to try them, --config.evaluation.batch_size={config.curriculum.batch_size[-1]}"
+        )
     tried: list[SlicePlan] = []
     skipped, remaining = _sift(
         remaining, lambda guess: _skip_by_bound(guess, config=config, chip=chip, chips=len(devices))
@@ -127,6 +132,13 @@ def least_bytes(config: TrainConfig, layout: MeshLayout, *, num_chips: int) -> i
     activations = tokens * model.num_layers * width * (2 if model.dtype == "bfloat16" else 4)
     # Parameters and their two moments are float32, and copied over the chips that share a sequence.
     return (12 * _matrix_parameters(config) * layout.mesh.context + activations) // num_chips
+
+
+def _meshes_without_evaluation(config: TrainConfig, *, num_devices: int) -> int:
+    """Return how many more meshes would divide if an evaluation had as many sequences as the last phase's step."""
+    evaluation = dataclasses.replace(config.evaluation, batch_size=config.curriculum.batch_size[-1])
+    larger = dataclasses.replace(config, evaluation=evaluation)
+    return len(dividing_meshes(larger, num_devices=num_devices)) - len(dividing_meshes(config, num_devices=num_devices))
 
 
 def _sift(

@@ -19,6 +19,7 @@ from btlm_jax.plan.gpus import Gpu, answering_for, has_cuda_plugin, is_stand_in
 from btlm_jax.plan.layout import MeshLayout, format_mesh, layout_of
 from btlm_jax.recipe.config import MeshConfig, TrainConfig, divisibility_problems, divisors
 from btlm_jax.recipe.curriculum import Phase
+from btlm_jax.train.memory import memory_problem
 from btlm_jax.train.program import Program, make_program
 
 _MORE_MEMORY = "try more mesh.accumulation, model.remat=full, or more chips"
@@ -111,6 +112,7 @@ def plan_run(
         with _answering(topology):
             program = program_on(config, devices)
             results = tuple(_plan_phases(program, topology=topology, cache=cache, report_progress=report_progress))
+            problems = _evaluation_problems(program, results, topology=topology)
     planned = _slice_plan(config, topology=topology, num_chips=len(devices), results=results, obstacles=problems)
     return dataclasses.replace(planned, slices=slices)
 
@@ -134,6 +136,7 @@ def plan_fitting_phases(
                 results.append(result)
                 if isinstance(result, DoesNotFit):
                     break
+            obstacles = _evaluation_problems(program, results, topology=topology)
     except ValueError as error:
         obstacles = (str(error),)
     return _slice_plan(config, topology=topology, num_chips=len(devices), results=tuple(results), obstacles=obstacles)
@@ -176,6 +179,16 @@ def _plan_phases(
             except DoesNotFitError as error:
                 plan = DoesNotFit(phase=phase, program=error.program, needed=error.needed, available=error.available)
         yield plan
+
+
+def _evaluation_problems(
+    program: Program, results: Sequence[PhasePlan | DoesNotFit], *, topology: str
+) -> tuple[str, ...]:
+    """Return why an evaluation, which is not compiled, cannot fit where every phase does."""
+    if any(isinstance(each, DoesNotFit) for each in results):
+        return ()
+    problem = memory_problem(program, available=chip_of(topology).hbm_bytes)
+    return (problem,) if problem else ()
 
 
 def phase_name(phase: Phase) -> str:

@@ -101,7 +101,7 @@ def _reasons(config: TrainConfig) -> dict[str, str]:
         "corpus.heldout_bytes_per_source": "as BTLM's",
         "evaluation.every_steps": "a twentieth of the run, at most BTLM's 2,000",
         "evaluation.blocks_per_source": "as BTLM's",
-        "evaluation.batch_size": "that of the last phase, whose sequences are a block of the store long",
+        "evaluation.batch_size": "a micro-batch of the last phase, whose sequences are a block of the store long",
         "checkpoint.every_steps": "a tenth of the run, at most BTLM's 200",
         "checkpoint.keep_last": "as BTLM's",
         "checkpoint.keep_every": "as BTLM's",

@@ -329,7 +329,7 @@ def make_config(choices: Choices) -> TrainConfig:
         evaluation=EvaluationConfig(
             every_steps=min(2000, max(1, table.num_steps // 20)),
             blocks_per_source=64,
-            batch_size=curriculum.batch_size[-1],
+            batch_size=max(1, curriculum.batch_size[-1] // choices.mesh.accumulation),
         ),
         checkpoint=CheckpointConfig(
             every_steps=min(200, max(1, table.num_steps // 10)), keep_last=3, keep_every=10_000, keep_hours=0.0

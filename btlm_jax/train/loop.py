@@ -48,6 +48,7 @@ from btlm_jax.train.finish import (
     num_final_evaluations,
 )
 from btlm_jax.train.flops import FLOPS_CONVENTION, flops_per_token, peak_flops
+from btlm_jax.train.memory import check_memory
 from btlm_jax.train.metric_writer import (
     MACHINE_CHANGED,
     Compare,
@@ -65,7 +66,6 @@ from btlm_jax.train.setup import (
     PredictSteps,
     Run,
     check_curriculum,
-    check_memory,
     describe_examples,
     describe_run,
     has_store,

@@ -42,7 +42,7 @@ from btlm_jax.recipe.optimizer import learning_rate_at, rates_of_steps, stretche
 from btlm_jax.storage.files import write_atomically
 from btlm_jax.storage.location import PathOrUrl, mirror_of, resolve_location
 from btlm_jax.train import COMPILE_CACHE, STARTS
-from btlm_jax.train.flops import FLOPS_CONVENTION, flops_per_token, memory_bytes
+from btlm_jax.train.flops import FLOPS_CONVENTION, flops_per_token
 from btlm_jax.train.heldout import make_eval_step
 from btlm_jax.train.metric_writer import GoodputLedger
 from btlm_jax.train.program import Program
@@ -56,7 +56,6 @@ _PROBE_BLOCKS = 32  # of a MiB, written to see how fast the storage is
 _SAVE_SECONDS = 0.5  # of a checkpoint however small: its files, their names, its hashes (2 vCPU Intel Xeon, 2026-11-29)
 _SPOT_SECONDS = 25.0
 _SEEN_SECONDS = 60.0  # for a store that process 0 has made to be seen by another host: NFS keeps listings so long
-_BYTES_OF_IDS = 12  # of a token in a batch: its id, its target's, a weight
 _SUFFIXES_OF_WEIGHTS, _MODEL_FILE = (".safetensors", ".gguf", ".bin"), "model.json"
 
 
@@ -392,48 +391,6 @@ def prepare_store(
                 raise FileNotFoundError(f"process 0 has the token store {location}, and this host does not see it")
             time.sleep(0.2)
     return open_run_store(config, location, expected_fingerprint=expected_fingerprint)
-
-
-def check_memory(program: Program) -> None:
-    """Check that the least that the run keeps in memory fits into it, before anything is made or compiled.
-
-    That is the state; of a batch its ids, the logits of model.loss_chunk positions, and in training what comes into
-    each layer, which the backward pass reads whatever model.remat is. What passes may still be too large.
-
-    Raises:
-      ValueError: it does not fit.
-    """
-    config, num_devices = program.config, program.mesh.size
-    model, table, accumulation = config.model, config.curriculum.table, config.mesh.accumulation
-    own = program.mesh.local_devices  # only they say what memory they have
-    # A CPU's devices share the machine's memory.
-    available = memory_bytes(own[0]) // (len(own) if own[0].platform == "cpu" else 1)
-    state = sum(
-        math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize
-        for leaf in jax.tree.leaves(program.state)
-    )
-    if state > available:
-        raise ValueError(
-            f"the parameters and their two moments are {state / _GIB:,.1f} GiB of each device, which has "
-            f"{available / _GIB:,.1f}: make the model smaller, or give more devices"
-        )
-
-    def check(name: str, *, rows: int, length: int, layers: int) -> None:
-        itemsize = jax.numpy.dtype(model.dtype).itemsize
-        logits = min(model.loss_chunk, length) * model.vocab_size * itemsize
-        batch = rows * (length * (_BYTES_OF_IDS + layers * model.d_model * itemsize) + logits) // num_devices
-        if state + batch > available:
-            raise ValueError(
-                f"{name}={rows:,} of {length:,} tokens each needs at least {batch / _GIB:,.1f} GiB of each device, "
-                f"which has {available / _GIB:,.1f}, of which the parameters and their moments take "
-                f"{state / _GIB:,.1f}: make it smaller"
-            )
-
-    for phase in table.phases:
-        name = f"curriculum.batch_size of phase {phase.index + 1}"
-        rows = phase.batch_size // accumulation
-        check(f"{name} / mesh.accumulation", rows=rows, length=phase.seq_len, layers=model.num_layers)
-    check("evaluation.batch_size", rows=config.evaluation.batch_size, length=table.block_len, layers=1)
 
 
 def keep_compiled(workdir: Path) -> None:

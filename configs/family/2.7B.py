@@ -101,7 +101,7 @@ def get_config() -> ConfigDict:
             evaluation=dict(
                 every_steps=1682,  # a twentieth of the run, at most BTLM's 2,000
                 blocks_per_source=64,  # as BTLM's
-                batch_size=192,  # that of the last phase, whose sequences are a block of the store long
+                batch_size=64,  # a micro-batch of the last phase, whose sequences are a block of the store long
             ),
             checkpoint=dict(
                 every_steps=200,  # a tenth of the run, at most BTLM's 200

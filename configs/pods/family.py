@@ -33,4 +33,5 @@ def get_config(dial: str = "111M@v5e-8") -> ConfigDict:
     config = runpy.run_path(str(Path(__file__).parent.parent / "family" / f"{size}.py"))["get_config"]()
     config.mesh.update(tensor=1, context=1, accumulation=layout["accumulation"])
     config.model.remat = layout["remat"]
+    config.evaluation.batch_size = config.curriculum.batch_size[-1] // layout["accumulation"]
     return config

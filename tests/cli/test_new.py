@@ -102,6 +102,12 @@ def test_flags_change_what_they_name(here):
     assert "d_model=256,  # as --d_model" in text and "# as --seq_len, and a quarter" in text
 
 
+def test_an_evaluation_has_the_sequences_of_a_micro_batch(here):
+    assert new("--params=124M", "--topology=cpu", "--output=a.py") == 0
+    config = written(here / "a.py")
+    assert (config.curriculum.batch_size[-1], config.mesh.accumulation, config.evaluation.batch_size) == (64, 64, 1)
+
+
 def test_a_store_gives_vocabulary_lengths_and_tokens(here, token_store, capsys):
     assert new("--params=500K", f"--store={token_store}", "--output=a.py") == 0
     config, manifest = written(here / "a.py"), stores.read_manifest(token_store)

@@ -15,7 +15,7 @@ from btlm_jax.plan import calibration, gpu_estimate, gpu_roofline, measured_step
 from btlm_jax.plan.calibration import left_out
 from btlm_jax.plan.chips import chip_of, num_chips, slice_devices, topology_named
 from btlm_jax.plan.compiling import CompiledStep
-from btlm_jax.plan.estimate import bytes_of, state_bytes
+from btlm_jax.plan.estimate import state_bytes
 from btlm_jax.plan.executable import UNESTIMATED, Collective, Executable, Operation, read_executable
 from btlm_jax.plan.flop_count import count_step_work
 from btlm_jax.plan.gpu_estimate import gpu_work, step_bytes_by_formula, traced_collectives, workspace_bytes
@@ -24,6 +24,7 @@ from btlm_jax.plan.gpus import GPUS, answering_for
 from btlm_jax.plan.slice_plan import program_on
 from btlm_jax.storage.files import read_json_object
 from btlm_jax.train.flops import peak_of_kind
+from btlm_jax.train.memory import bytes_of
 
 H100 = GPUS["h100"]
 FROZEN = "a4d7f72fa43e"  # hash of the published runs and their parts
@@ -309,6 +310,12 @@ def test_a_step_that_does_not_fit(run, tmp_path):
     )
 
 
+def test_an_evaluation_that_does_not_fit(run, tmp_path):
+    evaluation = "--config.evaluation.batch_size=1048576"
+    code, said, _ = run("--config=local_cpu", *SMALL, evaluation, "--topology=h100-1", f"--cache={tmp_path}")
+    assert code == 1 and "PROBLEM: evaluation.batch_size=1,048,576 of 256 tokens each needs at least " in said
+
+
 def test_cpu_is_measured_as_it_is_laid_out(run, monkeypatch):
     memory = types.SimpleNamespace(argument_size_in_bytes=2**30, temp_size_in_bytes=2**29)
     step = types.SimpleNamespace(memory_analysis=lambda: memory)
@@ -321,6 +328,8 @@ def test_cpu_is_measured_as_it_is_laid_out(run, monkeypatch):
     assert code == 0 and "A step needs 1.50 of 2.0 GiB, as compiled here" in said
     assert "Phase 1: 100 steps of 8 x 256 tokens, 1 s each, 2,048 tokens/s" in said  # four micro-batches
     assert run(*config, "--config.mesh.tensor=2")[0] == 1
+    code, _, said = run(*config, "--config.evaluation.batch_size=1048576")
+    assert code == 1 and "evaluation.batch_size=1,048,576 of 256 tokens each needs at least " in said
     code, _, said = run(*config, "--search")
     assert code == 2 and "--topology=cpu measures the config as it is: leave out --search" in said
     memory.temp_size_in_bytes = 2**31

@@ -57,7 +57,9 @@ def test_every_pod_trains_the_paper_or_a_size_of_the_family(name):
     config, (file, _, dial) = PODS[name].config, name.partition(":")
     base = train_config_from(config_dict(f"family/{dial.partition('@')[0]}" if file == "family" else "btlm_3b_8k"))
     model = dataclasses.replace(config.model, remat=base.model.remat, loss_chunk=base.model.loss_chunk)
-    assert dataclasses.replace(config, model=model, mesh=base.mesh) == base
+    assert dataclasses.replace(config, model=model, mesh=base.mesh, evaluation=base.evaluation) == base
+    rows = config.curriculum.batch_size[-1]
+    assert config.evaluation.batch_size == (rows // config.mesh.accumulation if file == "family" else rows)
 
 
 def test_the_table_to_read_is_the_table():

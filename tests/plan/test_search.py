@@ -114,6 +114,13 @@ def test_a_slice_that_nothing_divides_has_its_problems_said():
     assert "PROBLEM: evaluation.batch_size=7 is not divisible by 32" in format_search(found)
 
 
+def test_meshes_that_only_an_evaluation_does_not_divide_are_said():
+    for rows, said in ((480, False), (16, True)):
+        evaluation = dataclasses.replace(CONFIG.evaluation, batch_size=rows)
+        _, _, lines = search_imagined(dataclasses.replace(CONFIG, evaluation=evaluation))
+        assert lines[0].endswith("to try them, --config.evaluation.batch_size=480") == said
+
+
 def layout(accumulation: int, remat: str, *, tensor: int = 1, context: int = 2) -> MeshLayout:
     return MeshLayout(mesh=MeshConfig(tensor=tensor, context=context, accumulation=accumulation), remat=remat)
 

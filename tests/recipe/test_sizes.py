@@ -16,7 +16,12 @@ from btlm_jax.train.setup import num_parameters
 
 
 def config_of(
-    num: int, *, num_tokens: int = 0, vocab_size: int = 50257, weight_decay: str = "published"
+    num: int,
+    *,
+    num_tokens: int = 0,
+    vocab_size: int = 50257,
+    weight_decay: str = "published",
+    accumulation: int = 1,
 ) -> TrainConfig:
     shape = sizes.shape_for(num, vocab_size=vocab_size)
     num_tokens = num_tokens or 20 * shape.num_parameters
@@ -27,7 +32,7 @@ def config_of(
             longest=sizes.longest_for(num_tokens),
             weight_decay=weight_decay,
             dtype="bfloat16",
-            mesh=MeshConfig(tensor=1, context=1, accumulation=1),
+            mesh=MeshConfig(tensor=1, context=1, accumulation=accumulation),
             remat="full",
             store="store",
             max_epochs=1,
@@ -173,6 +178,14 @@ def test_a_short_run_is_looked_at_more_often():
     every = (config.evaluation.every_steps, config.checkpoint.every_steps, config.log.every_steps)
     assert every == (30, 60, 1) and config.evaluation.batch_size == 2
     assert config_of(111_000_000).log.every_steps == 10
+
+
+def test_an_evaluation_has_the_sequences_of_a_micro_batch():
+    for accumulation, expected in ((1, 128), (64, 2)):
+        config = config_of(1_300_000_000, accumulation=accumulation)
+        assert config.curriculum.batch_size[-1] == 128 and config.evaluation.batch_size == expected
+    with pytest.raises(ValueError, match="not divisible by mesh.accumulation=1024"):
+        config_of(1_300_000_000, accumulation=1024)
 
 
 def test_larger_models_have_a_smaller_eps():

@@ -6,20 +6,20 @@ from support.tiny import tiny_config
 
 from btlm_jax.parallel.make_mesh import make_run_mesh
 from btlm_jax.recipe.sizes import count_parameters
-from btlm_jax.train import setup
+from btlm_jax.train import memory as memory_of_runs
 from btlm_jax.train.program import make_program
 
-# Per layer and token 40 numbers come in; 20 positions of each sequence have logits of 300 ids.
-ROWS, LAYERS, WIDTH, LOGITS = 8, 2, 40, 20 * 300
-TRAIN_BYTES = 16 * (24 * (12 + LAYERS * WIDTH * 4) + LOGITS * 4)  # phase 1 needs more than phase 2
-EVALUATION_BYTES = ROWS * (48 * (12 + WIDTH * 4) + LOGITS * 4)
+# Per layer and token 40 numbers come in, one layer has 54 more; 20 positions of each sequence have logits of 300 ids.
+ROWS, LAYERS, WIDTH, HALF, LOGITS = 8, 2, 40, 54, 20 * 300
+TRAIN_BYTES = 16 * (24 * (12 + (LAYERS * WIDTH + HALF) * 4) + LOGITS * 4)  # phase 1 needs more than phase 2
+EVALUATION_BYTES = ROWS * (48 * (12 + (WIDTH + HALF) * 4) + LOGITS * 4)
 
 
 def check(monkeypatch, *, memory: int, num_devices: int = 1, **changes) -> None:
     config = tiny_config(**changes)
     mesh = make_run_mesh(config.mesh, curriculum=config.curriculum.table, devices=jax.devices()[:num_devices])
-    monkeypatch.setattr(setup, "memory_bytes", lambda device: memory)
-    setup.check_memory(make_program(config, mesh))
+    monkeypatch.setattr(memory_of_runs, "memory_bytes", lambda device: memory)
+    memory_of_runs.check_memory(make_program(config, mesh))
 
 
 def state_bytes(**changes) -> int:
@@ -41,7 +41,7 @@ def state_bytes(**changes) -> int:
             8 * EVALUATION_BYTES,
             "evaluation.batch_size=64 of 48 tokens each needs at least 0.0 GiB of each device, which has 0.0",
         ),
-        ({"model__dtype": "bfloat16"}, 16 * (24 * (12 + LAYERS * WIDTH * 2) + LOGITS * 2), "of phase 1"),
+        ({"model__dtype": "bfloat16"}, 16 * (24 * (12 + (LAYERS * WIDTH + HALF) * 2) + LOGITS * 2), "of phase 1"),
     ],
 )
 def test_the_least_that_a_batch_needs_is_refused_where_it_does_not_fit(changes, needed, said, monkeypatch):
