@@ -72,7 +72,7 @@ def _line(name: str, config: TrainConfig, rows: list[Row]) -> str:
     for row in rows:
         if row.name == name and row.trains == training_fields(config):
             place, memory = row.topology, f"{row.needed / GIB:.2f} of {row.available / GIB:.2f}"
-            seconds = [86_400 * days for days in row.days]
+            seconds = list(row.run_seconds(curriculum.table))
     longer = BTLM_TOKENS_PER_PARAMETER * count / tokens
     times = [span(*seconds), span(*(longer * each for each in seconds))] if seconds else ["", ""]
     batches = zip(curriculum.batch_size, curriculum.seq_len, strict=True)

@@ -123,14 +123,15 @@ def from_table(config: TrainConfig, *, topology: str, table: Path) -> Placement:
             f"{table} has no layout of this config that fits on {topology}; leave --plan_from out to search for one, "
             f"or make the table again: btlm plan --table={table}"
         )
-    row = min(own, key=lambda row: row.days[1])
+    curriculum = config.curriculum.table
+    row = min(own, key=lambda row: row.run_seconds(curriculum)[1])
     return _planned(
         topology=topology,
         num_chips=row.num_chips,
         layout=row.layout,
         needed=row.needed,
         available=row.available,
-        seconds=(row.days[0] * 86_400, row.days[1] * 86_400),
+        seconds=row.run_seconds(curriculum),
         versions=versions,
         how=f"compiled for {topology} (btlm plan --table)",
     )

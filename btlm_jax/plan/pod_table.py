@@ -16,6 +16,7 @@ from btlm_jax.parallel.make_mesh import num_slices
 from btlm_jax.plan.chips import CHIPS, GIB, chip_of_device, usual_topology
 from btlm_jax.plan.layout import MeshLayout, layout_of
 from btlm_jax.recipe.config import LATER_KEYS, MeshConfig, TrainConfig, config_from
+from btlm_jax.recipe.curriculum import Curriculum
 from btlm_jax.storage.files import parse_json_object, read_json_object
 
 TABLE_FILE = "table.json"
@@ -39,8 +40,16 @@ class Row:
     fits: bool
     needed: int  # bytes of a chip, in the phase that needs the most
     available: int
-    days: tuple[float, float]  # of the config's whole run, (low end, high end); zeros of one that does not fit
     step_seconds: tuple[float, ...]  # predicted, of each phase; none in rows without a central value
+    step_ranges: tuple[tuple[float, float], ...]  # the same, (low end, high end); none of a phase that does not fit
+
+    def run_seconds(self, curriculum: Curriculum) -> tuple[float, float]:
+        """Return the predicted seconds of a run of these phases, which may have other steps: (low end, high end)."""
+        low, high = (
+            sum(phase.num_steps * each[end] for phase, each in zip(curriculum.phases, self.step_ranges, strict=True))
+            for end in (0, 1)
+        )
+        return low, high
 
     def __str__(self) -> str:
         return f"{self.layout.flags} ({self.needed / GIB:.2f} of {self.available / GIB:.2f} GiB)"
@@ -175,8 +184,7 @@ def _other_versions(table: Path) -> str:
 
 
 def _row(values: dict) -> Row:
-    layout = values["layout"]
-    low, high = values["days"] or (0.0, 0.0)
+    layout, ranges = values["layout"], (phase["step_seconds"] for phase in values["phases"] if phase["fits"])
     return Row(
         name=values["name"],
         topology=values["topology"],
@@ -189,8 +197,8 @@ def _row(values: dict) -> Row:
         fits=values["fits"],
         needed=values["needed_bytes"],
         available=values["available_bytes"],
-        days=(low, high),
         step_seconds=tuple(phase["step_central"] for phase in values["phases"] if "step_central" in phase),
+        step_ranges=tuple((low, high) for low, high in ranges),
     )
 
 

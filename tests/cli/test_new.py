@@ -260,6 +260,18 @@ def test_a_layout_is_taken_from_a_table(here, imagined_plans, monkeypatch, capsy
     assert "table.json does not say which compiler made it; make it again" in capsys.readouterr().err
 
 
+def test_the_time_by_a_table_is_that_of_the_configs_own_steps(here):
+    asked = ["--params=111M", "--topology=v5e-8", f"--plan_from={FAMILY / 'table.json'}", "--replace"]
+    found = {}
+    for tokens in ("1.3B", "2.2B"):
+        assert new(*asked, f"--tokens={tokens}", "--output=a.py") == 0
+        times = re.search(r"Time: +predicted: ([\d.]+) to ([\d.]+) minutes", (here / "a.py").read_text())
+        assert times
+        found[written(here / "a.py").curriculum.table.num_steps] = float(times[1]), float(times[2])
+    assert found.keys() == {3306, 5594}
+    assert found[3306] == pytest.approx([3306 / 5594 * each for each in found[5594]], rel=5e-3)
+
+
 def test_a_slice_on_which_nothing_fits_is_refused(here, imagined_plans, capsys):
     assert new("--params=30B", "--topology=v5e-4", "--cache=cache", "--output=a.py") == 1
     assert "no layout of this config runs on v5e:2x2, 4 chips: " in capsys.readouterr().err
