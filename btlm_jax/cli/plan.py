@@ -9,7 +9,6 @@ import math
 import os
 import sys
 from collections.abc import Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from btlm_jax.cli import DONE, ERROR, UsageError
@@ -87,7 +86,7 @@ def plan(arguments: Sequence[str]) -> int:
 
     topology = topology_named(flags.string("topology"))
     if mode == "check":
-        return _check(config, flags.config_file_and_argument(), topology=topology)
+        return _check(config, flags, topology=topology)
     _use_no_accelerator()
     slices = flags.integer("slices")
     if slices < 1:
@@ -169,7 +168,7 @@ def _search(config: TrainConfig, *, topology: str, cache: CompileCache, price: f
     return search_to_json(result, usd_per_chip_hour=price), format_search(result), result.best is not None
 
 
-def _check(config: TrainConfig, file: Path, *, topology: str) -> int:
+def _check(config: TrainConfig, flags: Flags, *, topology: str) -> int:
     """Ask the table of layouts; return the exit code."""
     from btlm_jax.plan import chips, pod_table, slice_plan
 
@@ -178,7 +177,8 @@ def _check(config: TrainConfig, file: Path, *, topology: str) -> int:
         raise UsageError("--check asks a table of layouts, which has TPU slices only: leave it out to plan for GPUs")
     if problems := slice_plan.layout_problems(config, num_devices=count, chip=chip):
         raise ValueError(f"the config does not divide {topology}:\n  " + "\n  ".join(problems))
-    print(pod_table.check_layout_fits(config, config_file=file, chip=chip.name, num_chips=count))
+    file, changes = flags.config_file_and_argument(), flags.changes
+    print(pod_table.check_layout_fits(config, config_file=file, changes=changes, chip=chip.name, num_chips=count))
     return DONE
 
 

@@ -7,7 +7,7 @@ import dataclasses
 import functools
 import os
 import secrets
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -397,7 +397,7 @@ def _run(
         stop=stop,
         ledger=ledger,
         resume_step=flags.integer("resume_step"),
-        check_devices=functools.partial(_check_devices, config_file=config_file),
+        check_devices=functools.partial(_check_devices, config_file=config_file, changes=flags.changes),
         predict_steps=functools.partial(_predict_steps, config_file=config_file),
         build_store=build_store,
         beginning=beginning,
@@ -477,7 +477,9 @@ def continue_prompt(run: Run, params: dict) -> str:
     return sample.continue_prompt(run, params)
 
 
-def _check_devices(config: TrainConfig, devices: Sequence[jax.Device], *, config_file: Path) -> str:
+def _check_devices(
+    config: TrainConfig, devices: Sequence[jax.Device], *, config_file: Path, changes: Mapping[str, str]
+) -> str:
     """Ask the table of layouts beside the config file, which knows TPUs only.
 
     Raises:
@@ -493,7 +495,7 @@ def _check_devices(config: TrainConfig, devices: Sequence[jax.Device], *, config
         return ""
     from btlm_jax.plan import pod_table
 
-    return pod_table.check_devices(config, devices, config_file=config_file)
+    return pod_table.check_devices(config, devices, config_file=config_file, changes=changes)
 
 
 def _predict_steps(program: Program, traced: Sequence[jax.stages.Traced], *, config_file: Path) -> StepPrediction:

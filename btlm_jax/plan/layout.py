@@ -19,10 +19,17 @@ class MeshLayout:
     remat: str
 
     @property
+    def keys(self) -> dict[str, int | str]:
+        """The keys of a config that are this layout, with their values."""
+        return {
+            **{f"mesh.{name}": value for name, value in dataclasses.asdict(self.mesh).items()},
+            "model.remat": self.remat,
+        }
+
+    @property
     def flags(self) -> str:
         """Flags that set this layout."""
-        values = [f"--config.mesh.{name}={value}" for name, value in dataclasses.asdict(self.mesh).items()]
-        return " ".join([*values, f"--config.model.remat={self.remat}"])
+        return " ".join(f"--config.{key}={value}" for key, value in self.keys.items())
 
     def __str__(self) -> str:
         return format_mesh(self.mesh) + f" model.remat={self.remat}"

@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import dataclasses
 import importlib.metadata
-from collections.abc import Sequence
+import shlex
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import jax
@@ -109,10 +110,13 @@ def training_fields(config: TrainConfig) -> dict:
     }
 
 
-def check_layout_fits(config: TrainConfig, *, config_file: Path, chip: str, num_chips: int) -> str:
+def check_layout_fits(
+    config: TrainConfig, *, config_file: Path, changes: Mapping[str, str], chip: str, num_chips: int
+) -> str:
     """Check a config on so many chips against the table; return a sentence: it fits, or how to find out.
 
-    `config_file` is as --config takes it, with ":" and an argument where it has one.
+    `config_file` is as --config takes it, with ":" and an argument where it has one; `changes` are the texts of the
+    keys that the command line changes in it, as `Flags.changes` has them.
 
     Raises:
       ValueError: it does not fit, or needs at least as much as a layout that does not; names layouts that fit.
@@ -120,7 +124,8 @@ def check_layout_fits(config: TrainConfig, *, config_file: Path, chip: str, num_
     table, layout = table_beside(config_file), layout_of(config)
     rows = _rows_of(config, table=table, chip=chip, num_chips=num_chips)
     topology = usual_topology(CHIPS[chip], count=num_chips) or f"{chip}:AxBxC"
-    command = f"btlm plan --config={config_file} --topology={topology}"
+    others = [f"--config.{key}={text}" for key, text in changes.items() if key not in layout.keys]
+    command = shlex.join(["btlm", "plan", f"--config={config_file}", f"--topology={topology}", *others])
     for row in rows:
         if not row.fits and layout.relative_memory(row.layout) == 1:
             raise ValueError(
@@ -152,7 +157,9 @@ def predicted_seconds(config: TrainConfig, *, config_file: Path, chip: str, num_
     return next((row.step_seconds for row in rows if row.fits and row.layout == layout_of(config)), ())
 
 
-def check_devices(config: TrainConfig, devices: Sequence[jax.Device], *, config_file: Path) -> str:
+def check_devices(
+    config: TrainConfig, devices: Sequence[jax.Device], *, config_file: Path, changes: Mapping[str, str]
+) -> str:
     """Check as `check_layout_fits` does for the devices of this run; return "" where they are no TPUs.
 
     Raises:
@@ -161,7 +168,9 @@ def check_devices(config: TrainConfig, devices: Sequence[jax.Device], *, config_
     chip = chip_of_device(devices[0])
     if chip and (slices := num_slices(devices)) > 1:
         return f"the table has layouts of one slice; for {slices} see btlm plan --slices={slices}"
-    return check_layout_fits(config, config_file=config_file, chip=chip.name, num_chips=len(devices)) if chip else ""
+    if not chip:
+        return ""
+    return check_layout_fits(config, config_file=config_file, changes=changes, chip=chip.name, num_chips=len(devices))
 
 
 def _rows_of(config: TrainConfig, *, table: Path, chip: str, num_chips: int) -> list[Row]:

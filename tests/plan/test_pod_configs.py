@@ -27,7 +27,7 @@ def test_every_pod_divides_and_fits_with_memory_to_spare(name):
     chip, count = chip_of(pod.topology), num_chips(pod.topology.partition(":")[2])
     assert layout_problems(pod.config, num_devices=count, chip=chip) == ()
     file = FOLDER / f"{pod.file}.py"
-    assert "fits on" in check_layout_fits(pod.config, config_file=file, chip=chip.name, num_chips=count)
+    assert "fits on" in check_layout_fits(pod.config, config_file=file, changes={}, chip=chip.name, num_chips=count)
     (row,) = (row for row in TABLE["rows"] if row["name"] == name and row["is_config"])
     assert row["topology"] == pod.topology and row["num_chips"] == count
     assert row["needed_bytes"] < (1 - SPARE) * row["available_bytes"] == (1 - SPARE) * chip.hbm_bytes

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import shlex
 import subprocess
 import sys
 import types
@@ -69,7 +70,7 @@ def config_of(folder: Path, **changes) -> TrainConfig:
 
 
 def check(folder: Path, config, *, chip: str = "v5e", num_chips: int = 32) -> str:
-    return check_layout_fits(config, config_file=folder / "v5e_32.py", chip=chip, num_chips=num_chips)
+    return check_layout_fits(config, config_file=folder / "v5e_32.py", changes={}, chip=chip, num_chips=num_chips)
 
 
 def test_the_table_has_a_row_for_each_layout_with_what_it_needs_and_takes(pods):
@@ -200,6 +201,14 @@ def test_a_check_names_the_argument_of_a_config_again(capsys):
     assert "family.py:111M@v5e-8 --topology=v6e:4x4 --config.mesh" in capsys.readouterr().out
 
 
+def test_a_check_names_what_the_command_line_changes(capsys):
+    changes = ["--config.model.dtype=float32", "--config.mesh.accumulation=5", "--config.data.store=my store"]
+    assert main(["plan", "--check", "--config=pods/v5e_256", "--topology=v5e-256", *changes]) == 0
+    words = shlex.split(capsys.readouterr().out.partition("to see: ")[2])
+    assert words[:2] == ["btlm", "plan"] and words.count("--config.mesh.accumulation=5") == 1
+    assert {"--config.model.dtype=float32", "--config.data.store=my store"} < set(words)
+
+
 def test_a_layout_that_fits_is_confirmed_whatever_else_is_trained(pods):
     said = check(pods, config_of(pods))
     assert "fits on 32 chips of v5e" in said
@@ -277,9 +286,9 @@ def test_train_refuses_before_it_makes_anything(pods, capsys):
         code, said = train(capsys, *arguments)
     assert code == 1 and "does not fit on 32 chips of v5e" in said and "What fits there: " in said
     assert not workdir.exists()
-    assert "fits on 32" in check_devices(config_of(pods), devices, config_file=pods / "v5e_32.py")
+    assert "fits on 32" in check_devices(config_of(pods), devices, config_file=pods / "v5e_32.py", changes={})
     too_large = config_of(pods, accumulation=3, remat="matmuls_saved")
-    assert check_devices(too_large, jax.devices(), config_file=pods / "v5e_32.py") == ""
+    assert check_devices(too_large, jax.devices(), config_file=pods / "v5e_32.py", changes={}) == ""
 
 
 @pytest.mark.slow

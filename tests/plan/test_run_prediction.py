@@ -96,9 +96,9 @@ def test_a_prediction_that_fails_ends_no_run(tmp_path, monkeypatch):
 def test_the_cpu_in_place_of_an_accelerator_is_refused(tmp_path, monkeypatch):
     monkeypatch.setenv("JAX_PLATFORMS", "cuda,cpu")
     with pytest.raises(ValueError, match="JAX_PLATFORMS=cuda,cpu asks for cuda; JAX could not start it"):
-        train_command._check_devices(CONFIG, jax.devices(), config_file=tmp_path / "config.py")
+        train_command._check_devices(CONFIG, jax.devices(), config_file=tmp_path / "config.py", changes={})
     monkeypatch.setenv("JAX_PLATFORMS", "cpu")
-    assert train_command._check_devices(CONFIG, jax.devices(), config_file=tmp_path / "config.py") == ""
+    assert train_command._check_devices(CONFIG, jax.devices(), config_file=tmp_path / "config.py", changes={}) == ""
 
 
 @pytest.mark.slow
