@@ -182,11 +182,12 @@ def _prune(rows: list[_Row]) -> None:
     from btlm_jax.storage import bucket
     from btlm_jax.train.checkpoint import kept_steps
 
-    good = [row for row in rows if not row.reason and row.config is not None]
+    good = [(row, row.config.checkpoint) for row in rows if not row.reason and row.config is not None]
     if not good:
         return
-    kept = kept_steps([(row.step, row.seconds) for row in good], good[-1].config.checkpoint)
-    for row in good:
+    every_steps = {row.step: config.every_steps for row, config in good}
+    kept = kept_steps([(row.step, row.seconds) for row, _ in good], good[-1][1], every_steps=every_steps)
+    for row, _ in good:
         if row.step not in kept:
             bucket.delete_checkpoint(row.folder) if row.is_remote else shutil.rmtree(row.folder)
             print(f"deleted {notices.named(str(row.folder))}")

@@ -19,7 +19,7 @@ import os
 import re
 import shutil
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
@@ -88,6 +88,7 @@ class Checkpointer:
         self._mirror = mirror_of(workdir)
         self._failure: OSError | None = None  # of the last save, until one is complete
         self._is_saving = False
+        self._every_by_step: dict[int, int] = {}  # as far as `_every_steps` has looked
         self._saves_alone = self._mirror.is_remote and jax.process_count() > 1  # processes share no folder
         self._manager = self._make_manager()
 
@@ -108,7 +109,7 @@ class Checkpointer:
         return ocp.CheckpointManager(
             self.directory,
             options=ocp.CheckpointManagerOptions(
-                preservation_policy=_KeepRules(self._config),
+                preservation_policy=_KeepRules(self._config, every_steps=self._every_steps),
                 cleanup_tmp_directories=jax.process_count() == 1,
                 enable_async_checkpointing=True,
                 **own,
@@ -133,6 +134,7 @@ class Checkpointer:
         with self._naming_the_last_checkpoint():
             if position.step in self._manager.all_steps():
                 return
+            self._every_by_step[position.step] = config.checkpoint.every_steps
             tables = {
                 "position": dataclasses.asdict(position),
                 "config": json.loads(config.to_json()),
@@ -411,9 +413,46 @@ class Checkpointer:
         """Return the steps, ascending, of the checkpoints that a run may go back to from bad numbers at step `before`.
 
         They are those that every start of the run saves, whatever else made one save: so all go back to the same.
+        Every process calls it at the same place.
         """
-        every = self._config.every_steps
-        return [s for s in self.steps() if s < before and s % every == 0 and not position.has_passed_over(s)]
+        steps = self.steps()
+        every = self._every_steps(steps)
+        return [s for s in steps if s < before and s % every[s] == 0 and not position.has_passed_over(s)]
+
+    def may_begin_again(self, *, before: int, position: Position) -> bool:
+        """Return whether no checkpoint to go back to was due before step `before`, so that none can be missing.
+
+        What was due at a step is told by the first checkpoint from there on. Every process calls it at the same place.
+        """
+        steps = self.steps()
+        every = self._every_steps(steps)
+
+        def is_due(step: int) -> bool:
+            return step % next((every[s] for s in steps if s >= step), self._config.every_steps) == 0
+
+        return not any(is_due(s) and not position.has_passed_over(s) for s in range(1, before))
+
+    def _every_steps(self, steps: Sequence[int]) -> dict[int, int]:
+        """Return checkpoint.every_steps of the config in each checkpoint; of one that cannot be read, this run's.
+
+        Every process calls it at the same place, and gets what process 0 reads.
+        """
+        if unread := [step for step in steps if step not in self._every_by_step]:
+            found = [(step, self._read_every_steps(step)) for step in unread]
+            if jax.process_count() > 1:
+                from btlm_jax.parallel.rendezvous import value_of_first
+
+                found = value_of_first(found)
+            self._every_by_step |= dict(found)
+        return {step: self._every_by_step.get(step, self._config.every_steps) for step in steps}
+
+    def _read_every_steps(self, step: int) -> int:
+        try:
+            table = self._read(step, ocp.args.Composite(config=ocp.args.JsonRestore()))["config"]
+            return max(1, int(table["checkpoint"]["every_steps"]))
+        except Exception:  # damaged, which is said where it is restored
+            stopping.raise_if_interrupted()
+            return self._config.every_steps
 
     def delete_after(self, step: int) -> None:
         """Delete the checkpoints after a step, of a run that has gone back to it."""
@@ -587,10 +626,11 @@ class Checkpointer:
         from btlm_jax.parallel.rendezvous import value_of_first
 
         kept: set[int] = set()
+        every = self._every_steps(self.steps())
 
         def judge() -> None:
-            times = [(step, (self.directory / str(step)).stat().st_mtime) for step in self.steps()]
-            kept.update(kept_steps(times, self._config))
+            times = [(step, (self.directory / str(step)).stat().st_mtime) for step in every]
+            kept.update(kept_steps(times, self._config, every_steps=every))
 
         def delete() -> None:
             for step in [step for step in self.steps() if step not in of_first]:
@@ -678,15 +718,18 @@ def _make_manager_alone(directory: Path) -> ocp.CheckpointManager:
     )
 
 
-def kept_steps(checkpoints: Sequence[tuple[int, float]], config: CheckpointConfig) -> set[int]:
+def kept_steps(
+    checkpoints: Sequence[tuple[int, float]], config: CheckpointConfig, *, every_steps: Mapping[int, int]
+) -> set[int]:
     """Return which of the checkpoints, (step, time in seconds) ascending, the config keeps.
 
     The last keep_last; those at multiples of keep_every; with keep_hours the first, and each that is at least so much
-    younger than the one kept before it; and the last one at a multiple of every_steps, to which a run can go back.
+    younger than the one kept before it; and the last one at a multiple of the every_steps that it was written with,
+    which `every_steps` has by step: to it a run can go back.
     """
     steps = [step for step, _ in checkpoints]
     kept = {*steps[-config.keep_last :], *(step for step in steps if step % config.keep_every == 0)}
-    kept.update([step for step in steps if step % config.every_steps == 0][-1:])
+    kept.update([step for step in steps if step % every_steps[step] == 0][-1:])
     last = -math.inf
     for step, seconds in checkpoints if config.keep_hours else ():
         if seconds - last >= 3600 * config.keep_hours:
@@ -700,10 +743,12 @@ class _KeepRules:
     """`kept_steps` as orbax asks for it."""
 
     config: CheckpointConfig
+    every_steps: Callable[[Sequence[int]], Mapping[int, int]]  # of checkpoints, by step
 
     def should_preserve(self, checkpoints: Sequence[Any], *, context: Any) -> list[bool]:
         del context
-        kept = kept_steps([(each.step, each.time.timestamp()) for each in checkpoints], self.config)
+        every = self.every_steps([each.step for each in checkpoints])
+        kept = kept_steps([(each.step, each.time.timestamp()) for each in checkpoints], self.config, every_steps=every)
         if self.config.keep_hours and jax.process_count() > 1:  # clocks differ; all ask, in their main threads
             from btlm_jax.parallel.rendezvous import value_of_first
 

@@ -451,7 +451,7 @@ def _run_steps(
 
 def _reason_to_stop(run: Run, error: TooManySkipsError, position: Position, *, checkpointer: Checkpointer) -> str:
     """Return why a run does not go back from bad numbers once more, or ""."""
-    bad_numbers, every = run.config.bad_numbers, run.config.checkpoint.every_steps
+    bad_numbers = run.config.bad_numbers
     skipped = f"the updates of {bad_numbers.max_skips} steps in a row were not made"
     if len(position.passed_over) >= bad_numbers.max_rollbacks:
         return f"{skipped}, and the run has gone back {len(position.passed_over)} times (bad_numbers.max_rollbacks)"
@@ -459,8 +459,9 @@ def _reason_to_stop(run: Run, error: TooManySkipsError, position: Position, *, c
         return f"{skipped}, and no step is left"
     checkpointer.wait()
     first = error.step - bad_numbers.max_skips + 1
-    is_near = all(s % every or position.has_passed_over(s) for s in range(1, first))  # to the beginning of the run
-    if not is_near and not checkpointer.rollback_steps(before=first, position=position):
+    if checkpointer.rollback_steps(before=first, position=position):
+        return ""
+    if not checkpointer.may_begin_again(before=first, position=position):
         return f"{skipped}, and there is no checkpoint to go back to"
     return ""
 

@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import math
+import shutil
 import statistics
 import threading
 import time
@@ -160,7 +161,7 @@ def parameters_after(steps) -> float:
     return float(w)
 
 
-def train(workdir, monkeypatch, *, bad, preempted_at=(), **changes):
+def train(workdir, monkeypatch, *, bad, preempted_at=(), last_stop=0, **changes):
     """Run the loop to its end through preemptions; return (outcome, recorder, final parameters, passed over)."""
     config = tiny_config(**{**PHASES, **BAD, **changes})
     sharding = NamedSharding(make_mesh(devices=jax.devices()[:1], tensor=1), PartitionSpec())
@@ -182,7 +183,7 @@ def train(workdir, monkeypatch, *, bad, preempted_at=(), **changes):
     monkeypatch.setattr(loop, "finish_run", lambda run, params, writer, **_: finished.append(float(params["w"])))
     notices.begin(strict=())
     writer, outcome, position = Recorder(), loop.PREEMPTED, None
-    for stop in (*preempted_at, 0):
+    for stop in (*preempted_at, last_stop):
         checkpointer = Checkpointer(workdir, config=config.checkpoint)
         position, state, _ = last_position(checkpointer, config)
         if position.step:
@@ -234,6 +235,34 @@ def test_after_bad_steps_in_a_row_a_run_goes_back_and_passes_over_them(
     assert sorted(writer.losses) == list(range(1, NUM_STEPS + 1)) and writer.passed_over == passed_over
 
 
+@pytest.mark.parametrize(
+    ("every_steps", "bad", "passed_over"),
+    [
+        ((4, 1000), {13, 14, 15}, ((9, 15),)),  # 10 is no multiple of 4: a start that was not preempted has none there
+        ((10, 4), {11, 12, 13}, ((11, 13),)),
+        ((1000, 4), {11, 12, 13}, ((1, 13),)),  # with 1000 none was due
+    ],
+)
+def test_a_checkpoint_is_gone_back_to_by_the_config_that_it_was_written_with(
+    tmp_path, monkeypatch, every_steps, bad, passed_over
+):
+    first, second = ({"checkpoint__every_steps": every} for every in every_steps)
+    train(tmp_path, monkeypatch, bad=bad, last_stop=10, **first)
+    outcome, _, finished, last = train(tmp_path, monkeypatch, bad=bad, **second)
+    trained = [step for step in range(1, 25) if not passed_over[0][0] <= step <= passed_over[0][1]]
+    assert outcome == loop.DONE and finished == [parameters_after(trained)]
+    assert last is not None and last.passed_over == passed_over
+    assert (tmp_path / "checkpoints" / "8").is_dir() == (every_steps == (4, 1000))  # until there is one at 1000
+
+
+def test_a_run_does_not_begin_again_where_a_checkpoint_to_go_back_to_is_missing(tmp_path, monkeypatch, capsys):
+    train(tmp_path, monkeypatch, bad={}, last_stop=10)
+    shutil.rmtree(tmp_path / "checkpoints" / "8")
+    outcome, *_ = train(tmp_path, monkeypatch, bad={13, 14, 15}, checkpoint__every_steps=1000)
+    assert outcome == loop.BAD_NUMBERS and "there is no checkpoint to go back to" in capsys.readouterr().out
+    assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["10"]
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(
     "bad, preemptions",
@@ -276,10 +305,13 @@ def test_old_configs_get_the_rules_of_the_files():
 
 def test_the_rules_of_what_is_kept():
     config = dataclasses.replace(tiny_config().checkpoint, every_steps=10, keep_last=2, keep_every=50)
+    tens = dict.fromkeys(range(200), 10)
     hourly = [(step, 360.0 * step) for step in (*range(10, 120, 10), 123, 124)]  # an hour each
-    assert kept_steps(hourly, config) == {50, 100, 110, 123, 124}  # 110: the run can go back to it
-    assert kept_steps(hourly, dataclasses.replace(config, keep_hours=3.0)) == {10, 40, 50, 70, 100, 110, 123, 124}
-    assert kept_steps([], config) == set()
+    assert kept_steps(hourly, config, every_steps=tens) == {50, 100, 110, 123, 124}  # 110: the run can go back to it
+    assert kept_steps(hourly, config, every_steps=tens | {110: 100}) == {50, 100, 123, 124}
+    of_hours = dataclasses.replace(config, keep_hours=3.0)
+    assert kept_steps(hourly, of_hours, every_steps=tens) == {10, 40, 50, 70, 100, 110, 123, 124}
+    assert kept_steps([], config, every_steps={}) == set()
 
 
 class FullDisk:

@@ -1,5 +1,6 @@
 """Checkpoints: exact, atomic, restorable onto any mesh, and refused when they are of another run or damaged."""
 
+import dataclasses
 import json
 import os
 import shutil
@@ -121,6 +122,7 @@ def test_donating_the_state_right_after_save_does_not_reach_the_checkpoint(singl
 
 def test_the_last_ones_and_every_so_many_are_kept(single, tmp_path):
     config, state, _ = single
+    config = dataclasses.replace(config, checkpoint=KEEP)
     checkpointer = Checkpointer(tmp_path, config=KEEP)
     for step in (5, 10, 15, 20, 25, 26):
         checkpointer.save(state, position=position(step), config=config)
