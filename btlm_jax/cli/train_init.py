@@ -1,7 +1,8 @@
 """`btlm train --init=MODEL`: the config of a run that begins with given weights, and its first state.
 
 What decides the function of the model (shape, parametrization, ALiBi) is the model's, not the config file's. What a run
-began with is kept in the workdir's init.json: a later start reads it there, and the model no more.
+began with is kept in the workdir's init.json: a later start reads it there, and the model only where bad numbers lead
+back to the beginning.
 """
 
 from __future__ import annotations
@@ -37,7 +38,7 @@ from btlm_jax.tokenizers.template_files import DEFAULT
 from btlm_jax.tokenizers.tokenizer import Tokenizer, find_tokenizer, load_tokenizer, tokenizer_info
 from btlm_jax.train import INIT_FILE
 from btlm_jax.train.checkpoint import checkpoint_steps
-from btlm_jax.train.setup import FROM_SEED, Beginning, Run, has_store, locate_store, log, make_workdir
+from btlm_jax.train.setup import Beginning, Run, has_store, locate_store, log, make_workdir
 from btlm_jax.train.step import TrainState
 
 FORMAT = "btlm-init"
@@ -83,7 +84,13 @@ def open_init(flags: Flags, *, workdir: Path) -> Opened:
     Raises:
       FileNotFoundError, ValueError, OSError: it is missing, damaged or unreadable.
     """
-    name, step = split_step(absolute_location(flags.string("init")))
+    return _open(absolute_location(flags.string("init")), step=0, workdir=workdir)
+
+
+def _open(name: str, *, step: int, workdir: Path) -> Opened:
+    """Open a model as `open_init`; of a run the checkpoint `step` where its name says none, and `step` is not 0."""
+    name, named_step = split_step(name)
+    step = named_step or step
     directory, fetched = Path(name), None
     if "://" in name:
         fetched = workdir / f".init-{jax.process_index()}"
@@ -102,7 +109,8 @@ def start(config: TrainConfig, flags: Flags, *, workdir: Path, open_model: Calla
       FileNotFoundError, ValueError, OSError: the model, the store or the record is missing, damaged or unreadable.
     """
     if checkpoint_steps(workdir):
-        return Start(config=_resumed(config, flags, workdir=workdir), beginning=FROM_SEED)
+        weights = _Weights(workdir=workdir, record=None, opened=None, rows=None)
+        return Start(config=_resumed(config, flags, workdir=workdir), beginning=weights.beginning(events=()))
     if not flags.is_given("init"):
         raise UsageError(
             f"workdir {workdir} has {INIT_FILE}, as it was begun with --init, and no checkpoint yet: give that flag "
@@ -133,14 +141,70 @@ def start(config: TrainConfig, flags: Flags, *, workdir: Path, open_model: Calla
         write_atomically(workdir / INIT_FILE, json.dumps(dataclasses.asdict(record), indent=1))
     log(f"init: {said}")
 
-    def make_state(run: Run) -> TrainState:
-        state = begin_state(model, run, keep_optimizer=kept, rows=rows)
+    event = f"begins with {said}; fingerprint {model.fingerprint[:16]}"
+    weights = _Weights(workdir=workdir, record=record, opened=opened, rows=rows)
+    return Start(config=config, beginning=weights.beginning(events=(event,)))
+
+
+@dataclasses.dataclass
+class _Weights:
+    """What makes the first state from the model of --init, which is opened again where a run needs it once more."""
+
+    workdir: Path
+    record: Record | None  # None: of a start before this one, which init.json has
+    opened: Opened | None  # until a state is made of it
+    rows: NewRows | None  # None: as `rows_of_run` finds them
+    num_questions: int = 0
+
+    def beginning(self, *, events: tuple[str, ...]) -> Beginning:
+        return Beginning(make_state=self.make_state, why_not_again=self.why_not_again, events=events)
+
+    def make_state(self, run: Run) -> TrainState:
+        """Return the first state.
+
+        Raises:
+          FileNotFoundError, ValueError, OSError: the model is missing, damaged, unreadable or another one than it was.
+        """
+        opened, self.opened = self.opened or self._open_again(), None
+        record, model = self._read_record(), opened.model
+        rows = self.rows or rows_of_run(model, run, is_grown=record.grow_vocabulary)
+        state = begin_state(model, run, keep_optimizer=record.init_optimizer == KEPT, rows=rows)
         if opened.fetched is not None:
             shutil.rmtree(opened.fetched)
         return state
 
-    event = f"begins with {said}; fingerprint {model.fingerprint[:16]}"
-    return Start(config=config, beginning=Beginning(make_state=make_state, events=(event,)))
+    def why_not_again(self) -> str:
+        """Open the model for `make_state`; return why that cannot be done, or ""."""
+        reason = ""
+        try:
+            self.opened = self._open_again()
+        except (OSError, ValueError) as error:
+            reason = f"the model of --init cannot be read again: {error}"
+        self.num_questions += 1
+        is_read = {"model of --init": "cannot be read again" if reason else "can be read again"}
+        stopping.current().agree(f"model of --init, again {self.num_questions}", is_read)
+        return reason
+
+    def _open_again(self) -> Opened:
+        record = self._read_record()
+        opened = _open(record.init, step=record.step, workdir=self.workdir)
+        if opened.model.fingerprint != record.fingerprint:
+            raise ValueError(f"{record.init} is no longer the model that the run began with: its files have changed")
+        return opened
+
+    def _read_record(self) -> Record:
+        return self.record or _read_record(self.workdir / INIT_FILE)[0]
+
+
+def rows_of_run(model: GivenModel, run: Run, *, is_grown: bool) -> NewRows:
+    """Return what `new_rows` did at the start of a run, which has gone on since; `is_grown` is --grow_vocabulary."""
+    size, vocab_size = model.metadata.model.vocab_size, run.config.model.vocab_size
+    first = end = size
+    if is_grown and model.tokenizer is not None:
+        tokenizer = load_tokenizer(run.token_store.directory, run.token_store.manifest.tokenizer)
+        if difference(model.tokenizer, tokenizer).num_new_ids:
+            first, end = model.tokenizer.vocab_size, tokenizer.vocab_size
+    return NewRows(first=first, end=max(end, vocab_size) if vocab_size > size else end)
 
 
 def dry_run(config: TrainConfig, flags: Flags, *, workdir: Path | None) -> tuple[TrainConfig, str]:

@@ -340,7 +340,7 @@ def _train_from(
                 break
             except TooManySkipsError as error:
                 stop.allow_long()
-                if reason := _reason_to_stop(run, error, position, checkpointer=checkpointer):
+                if reason := _reason_to_stop(run, error, position, checkpointer=checkpointer, beginning=beginning):
                     raise BadNumbersError(error.step, f"{reason}; {_write_evidence(run, error, loader)}") from error
                 state, position = _roll_back(
                     run, error, position, checkpointer=checkpointer, writer=writer, beginning=beginning
@@ -449,7 +449,9 @@ def _run_steps(
         batches.close()
 
 
-def _reason_to_stop(run: Run, error: TooManySkipsError, position: Position, *, checkpointer: Checkpointer) -> str:
+def _reason_to_stop(
+    run: Run, error: TooManySkipsError, position: Position, *, checkpointer: Checkpointer, beginning: Beginning
+) -> str:
     """Return why a run does not go back from bad numbers once more, or ""."""
     bad_numbers = run.config.bad_numbers
     skipped = f"the updates of {bad_numbers.max_skips} steps in a row were not made"
@@ -463,6 +465,8 @@ def _reason_to_stop(run: Run, error: TooManySkipsError, position: Position, *, c
         return ""
     if not checkpointer.may_begin_again(before=first, position=position):
         return f"{skipped}, and there is no checkpoint to go back to"
+    if reason := beginning.why_not_again():
+        return f"{skipped}, and there is no checkpoint to go back to, nor the run's beginning: {reason}"
     return ""
 
 

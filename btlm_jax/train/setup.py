@@ -116,11 +116,14 @@ class Beginning:
     """How the state of step 0 is made, where there is no checkpoint to go on from."""
 
     make_state: Callable[[Run], TrainState]
+    why_not_again: Callable[[], str]  # asked before a run goes back to it: why it cannot be made once more, or ""
     events: tuple[str, ...]  # what is recorded of it, and then the held-out loss before the first step is too
 
 
 FROM_SEED = Beginning(
-    make_state=lambda run: init_state(run.model, run.optimizer, run.mesh, seed=run.config.seed), events=()
+    make_state=lambda run: init_state(run.model, run.optimizer, run.mesh, seed=run.config.seed),
+    why_not_again=lambda: "",
+    events=(),
 )
 
 

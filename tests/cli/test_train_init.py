@@ -5,6 +5,7 @@ import hashlib
 import json
 import re
 import shutil
+import types
 
 import fsspec
 import jax
@@ -19,9 +20,10 @@ from support.tiny_tokenizers import tiny_byte_level
 from tokenizers import AddedToken
 
 from btlm_jax import notices, stopping
-from btlm_jax.cli import main, train_data
+from btlm_jax.cli import main, train_data, train_init
 from btlm_jax.data.reader import open_store
 from btlm_jax.data.store import HELDOUT, read_manifest, read_tokenizer_info, write_manifest
+from btlm_jax.hub.given_model import NewRows, open_given_model
 from btlm_jax.hub.source import native_logits, read_native
 from btlm_jax.parallel.make_mesh import make_mesh
 from btlm_jax.recipe.config import train_config_from
@@ -115,10 +117,21 @@ def test_a_resume_does_not_read_the_model_again(source, begun, config_file, toke
     command = (f"--config={config_file}", f"--init={model}", f"--workdir={workdir}")
     assert run(*command) == 0
     write_run(workdir, begun[0][0], steps=(4,))
+    assert run(*command) == 0  # where it goes back to its beginning, which is the model's last checkpoint of then
+    write_run(model, run_config(token_store, **MODEL), steps=(9,))
+    resumed = begun[1][1]
+    assert resumed.why_not_again() == ""
+    program = make_program(begun[0][0], make_mesh(devices=jax.devices()[:1], tensor=1))
+    state = resumed.make_state(program)
+    jax.tree.map(np.testing.assert_array_equal, state.params, read_checkpoint(source, 7, program))
+    (model / "checkpoints" / "7" / "more").write_text("")
+    assert "is no longer the model that the run began with" in resumed.why_not_again()
     shutil.rmtree(model)
     assert run(*command) == 0
-    assert begun[1][0] == begun[0][0] and not begun[1][1].events
-    assert run(f"--config={config_file}", f"--workdir={workdir}") == 0 and begun[2][0].model.num_layers == 2
+    assert f"cannot be read again: there is no {model}" in begun[2][1].why_not_again()
+    assert begun[2][0] == begun[0][0] and not begun[2][1].events
+    assert run(f"--config={config_file}", f"--workdir={workdir}") == 0 and begun[3][0].model.num_layers == 2
+    assert begun[3][1].why_not_again()  # nor has it the seed's beginning
     said = refused(capsys, *command[:1], f"--init={source}", command[2])
     assert f"--init was {model}, is now {source}" in said
     for more in ("--grow_vocabulary", "--init_optimizer=kept"):
@@ -249,6 +262,12 @@ def test_the_table_grows_on_request(byte_level, begun, token_store, tmp_path, ca
     assert config.model.vocab_size == size and notices.counts()["vocabulary-grown"] == end - 300
     assert f"ids 300 to {end - 1}, each with the mean of the 300 rows" in capsys.readouterr().err
     assert f"{end - 300} rows of embeddings new" in beginning.events[0]
+    store_of_run = types.SimpleNamespace(directory=store, manifest=read_manifest(store))
+    later, model = (
+        types.SimpleNamespace(config=config, token_store=store_of_run),
+        open_given_model(byte_level[1], step=5),
+    )
+    assert train_init.rows_of_run(model, later, is_grown=True) == NewRows(first=300, end=end)
 
 
 # Models of Hugging Face, and URLs
@@ -304,6 +323,13 @@ def test_a_run_behind_a_url_is_fetched_and_removed_when_it_is_read(source, begun
     state = beginning.make_state(program)  # which has what is read of a Run
     jax.tree.map(np.testing.assert_array_equal, state.params, read_checkpoint(source, 3, program))
     assert not (tmp_path / "new" / ".init-0").exists()
+    system.put(f"{source}/", "/bucket/run/", recursive=True)
+    try:
+        assert beginning.why_not_again() == ""  # as where the same process goes back to its beginning
+        jax.tree.map(np.testing.assert_array_equal, beginning.make_state(program).params, state.params)
+        assert not (tmp_path / "new" / ".init-0").exists()
+    finally:
+        system.rm("/bucket", recursive=True)
 
 
 @pytest.fixture

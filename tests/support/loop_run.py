@@ -106,7 +106,8 @@ def train(workdir, store, monkeypatch, parts, *, step_function=train_step, **cha
             train_from: Any = loop._train_from
             outcome = train_from(
                 run, state, position, checkpointer=checkpointer, writer=writer, stop=StopAt(last),
-                beginning=Beginning(make_state=cast(Any, None), events=()), continue_prompt=lambda run, params: "",
+                beginning=Beginning(make_state=cast(Any, None), why_not_again=lambda: "", events=()),
+                continue_prompt=lambda run, params: "",
             )  # fmt: skip
         checkpointer.close()
         outcomes.append(outcome)

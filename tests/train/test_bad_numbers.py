@@ -161,7 +161,7 @@ def parameters_after(steps) -> float:
     return float(w)
 
 
-def train(workdir, monkeypatch, *, bad, preempted_at=(), last_stop=0, **changes):
+def train(workdir, monkeypatch, *, bad, preempted_at=(), last_stop=0, why_not_again="", **changes):
     """Run the loop to its end through preemptions; return (outcome, recorder, final parameters, passed over)."""
     config = tiny_config(**{**PHASES, **BAD, **changes})
     sharding = NamedSharding(make_mesh(devices=jax.devices()[:1], tensor=1), PartitionSpec())
@@ -191,7 +191,8 @@ def train(workdir, monkeypatch, *, bad, preempted_at=(), last_stop=0, **changes)
         train_from: Any = loop._train_from
         outcome = train_from(
             run, state or state0, position, checkpointer=checkpointer, writer=writer, stop=StopAt(stop),
-            beginning=Beginning(make_state=lambda run: state0, events=()), continue_prompt=lambda run, params: "",
+            beginning=Beginning(make_state=lambda run: state0, why_not_again=lambda: why_not_again, events=()),
+            continue_prompt=lambda run, params: "",
         )  # fmt: skip
         checkpointer.close()
         if outcome != loop.PREEMPTED:  # it passes over the others
@@ -261,6 +262,12 @@ def test_a_run_does_not_begin_again_where_a_checkpoint_to_go_back_to_is_missing(
     outcome, *_ = train(tmp_path, monkeypatch, bad={13, 14, 15}, checkpoint__every_steps=1000)
     assert outcome == loop.BAD_NUMBERS and "there is no checkpoint to go back to" in capsys.readouterr().out
     assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["10"]
+
+
+def test_a_run_whose_beginning_is_gone_stops_there(tmp_path, monkeypatch, capsys):
+    outcome, *_ = train(tmp_path, monkeypatch, bad={3, 4, 5}, preempted_at=(2,), why_not_again="the model is gone")
+    assert outcome == loop.BAD_NUMBERS and "nor the run's beginning: the model is gone" in capsys.readouterr().out
+    assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["2"]
 
 
 @pytest.mark.slow
