@@ -333,7 +333,7 @@ class Peers:
                 return False
             while self._stop_step is None:
                 self._condition.wait(1.0)
-            return step == self._stop_step
+            return step >= self._stop_step  # after it, where the run went back from bad numbers at that step
 
     def hold_if_stopping(self) -> None:
         """Wait for the end of this process, which the watching thread brings, if the run is stopping."""
