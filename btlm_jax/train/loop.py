@@ -550,7 +550,7 @@ def _record(writer: MetricWriter, step: int, learning_rate: float, metrics: dict
     if not values["weight"]:
         writer.train(step, learning_rate=learning_rate, metrics=values | {"loss": math.nan})
         message = "no update: the batch has no targets, it is all padding"
-        writer.record_event(step, message)
+        writer.record_event(step, message, is_repeated=True)
         notices.report("no-targets", f"step {step:,}: {message}")
         return 0
     writer.train(step, learning_rate=learning_rate, metrics=values | ({"skips": skips} if skips else {}))

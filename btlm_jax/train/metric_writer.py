@@ -40,7 +40,7 @@ LINE_SECONDS = 2.0  # between lines of the console, at least
 MACHINE_CHANGED = "this machine: "  # so begin events of a resume on another one
 OF_CLOCK = ("tokens_per_second", "mfu", "seconds", "seconds_over_predicted")  # of a step's line: what time decides
 TRAINING = ("step", "data wait")  # the ledger's categories whose seconds count for tokens/s and MFU
-_REPLAYED = ("train", "eval")  # kinds of lines that a resumed run writes again; it never removes events and goodput
+_REPLAYED = ("train", "eval", "sample")  # kinds of lines that a resumed run writes again; it removes no goodput
 _OF_END = ("eval", "sample")  # kinds of lines that the end of a run writes, at its last step
 _REPEATED = "repeated"  # a key of events that follow from the steps before them
 _NUMBERS_OF = {"train": ("tokens", "loss", "learning_rate"), "eval": ("tokens", "loss")}  # what is drawn of a line
@@ -180,8 +180,11 @@ def parse_row(line: bytes, *, name: str) -> dict:
 
 def append_setting_changed(path: Path, step: int, *, key: str, old: object, new: object) -> None:
     """Record what `MetricWriter.setting_changed` does, in the metrics file of a run that is done."""
-    with open(path, "a", encoding="utf-8") as file:
-        file.write(json.dumps(_setting_event(step, key=key, old=old, new=new)) + "\n")
+    line = json.dumps(_setting_event(step, key=key, old=old, new=new)).encode()
+    with open(path, "ab+") as file:
+        file.seek(0)
+        if line not in file.read().split(b"\n"):  # of an earlier command
+            file.write(line + b"\n")
 
 
 @contextlib.contextmanager
@@ -466,8 +469,8 @@ def compare_with_nothing(tokens: int, loss: float) -> dict[str, float]:
 class MetricWriter:
     """Write what a run measures; `step` is the number of complete steps. Without `is_writer` nothing is written.
 
-    Entering removes the train and eval lines from `first_step` on: a killed run may have written them after its last
-    checkpoint, and this run writes them again. Leaving writes the ledger's seconds.
+    Entering removes the lines from `first_step` on that this run writes again: a killed run may have written them after
+    its last checkpoint. What it said of its own beginning is not said twice. Leaving writes the ledger's seconds.
     """
 
     def __init__(
@@ -510,11 +513,18 @@ class MetricWriter:
     def __enter__(self) -> MetricWriter:
         if self._is_writer:
             path = self._workdir / METRICS_FILE
-            self._ledger.repeated_steps = _remove_replayed(
-                path, first_step=self._first_step, num_steps=self._curriculum.num_steps
-            )
+            num_steps = self._curriculum.num_steps
+            kept = _remove_replayed(path, first_step=self._first_step, num_steps=num_steps)
+            self._ledger.repeated_steps = kept.num_repeated
+            self._said_before = kept.events
             self._file: TextIO = open(path, "a", encoding="utf-8")
-            self._tensorboard = _TensorBoard(self._workdir / TENSORBOARD, first_step=self._first_step)
+            # The step before the first, too, is repeated where that is 0, or where only the end is left.
+            is_repeated = self._first_step == 1 or self._first_step > num_steps
+            self._tensorboard = _TensorBoard(
+                self._workdir / TENSORBOARD, first_step=self._first_step - 1 if is_repeated else self._first_step
+            )
+            if self._first_step > num_steps and kept.last_step is not None:
+                self._tensorboard.numbers(num_steps, numbers_of(kept.last_step))
             self._bar = StepBar(
                 total=self._curriculum.num_steps, first_step=self._first_step, line_seconds=LINE_SECONDS
             )
@@ -535,7 +545,7 @@ class MetricWriter:
         """Show the run's config, as text and as hyperparameters."""
         if not self._is_open:
             return
-        self._tensorboard.text(self._first_step - 1, "config", config.to_json())
+        self._tensorboard.text(self._first_step, "config", config.to_json())
         self._tensorboard.hyperparameters(flat_config(dataclasses.asdict(config)))
 
     def train(self, step: int, *, learning_rate: float, metrics: dict[str, float]) -> None:
@@ -604,7 +614,7 @@ class MetricWriter:
             self._tensorboard.text(step, "sample", text_of(row))
 
     def event(self, step: int, message: str) -> None:
-        """Record an event at `step`, which no later start of the run removes, and print it."""
+        """Print an event, and record it at `step`; no later start of the run removes it."""
         if not self._is_open:
             return
         self.record_event(step, message)
@@ -618,12 +628,12 @@ class MetricWriter:
     def record_event(self, step: int, message: str, *, is_repeated: bool = False) -> None:
         """Record an event that is said elsewhere; a resumed run removes one that it repeats, as it does steps."""
         if self._is_open:
-            self._write(_event(step, message) | ({_REPEATED: True} if is_repeated else {}))
+            self._write_event(_event(step, message) | ({_REPEATED: True} if is_repeated else {}))
 
     def setting_changed(self, step: int, *, key: str, old: object, new: object) -> None:
         """Record as an event that a key of the config has another value from `step` on than in the checkpoint."""
         if self._is_open:
-            self._write(_setting_event(step, key=key, old=old, new=new))
+            self._write_event(_setting_event(step, key=key, old=old, new=new))
 
     def finish(self) -> None:
         """Record the seconds by category, and close the files; after it nothing can be recorded."""
@@ -641,10 +651,13 @@ class MetricWriter:
         for follower in self._followers:
             follower.finish(is_whole=is_whole)
 
+    def _write_event(self, row: dict) -> None:
+        if _line_of(row).encode() not in self._said_before:
+            self._write(row)
+
     def _write(self, row: dict) -> None:
-        line = json.dumps(_with_strings(row), allow_nan=False) + "\n"
         try:
-            self._file.write(line)
+            self._file.write(_line_of(row) + "\n")
             self._file.flush()
         except OSError as error:
             raise OSError(f"{self._workdir / METRICS_FILE} cannot be written: {error.strerror}") from error
@@ -676,6 +689,10 @@ class MetricWriter:
         }
 
 
+def _line_of(row: dict) -> str:
+    return json.dumps(_with_strings(row), allow_nan=False)
+
+
 def _event(step: int, message: str) -> dict:
     return {"kind": "event", "step": step, "message": notices.named(message)}  # of a run in a bucket: its URL
 
@@ -688,19 +705,26 @@ def _line(fields: dict[str, str]) -> str:
     return " | ".join(f"{text} {name}" if name == "tok/s" else f"{name} {text}" for name, text in fields.items())
 
 
-def _remove_replayed(path: Path, *, first_step: int, num_steps: int) -> int:
-    """Rewrite the file without the train and eval lines from `first_step` on, and without lines that are damaged.
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class _Kept:
+    """What a resumed run knows of the lines before it."""
 
-    Return how many train lines are removed.
+    num_repeated: int  # train lines that were removed
+    events: frozenset[bytes]  # lines of events at the step before the first one
+    last_step: dict | None  # the run's last train line, where only the end is left
+
+
+def _remove_replayed(path: Path, *, first_step: int, num_steps: int) -> _Kept:
+    """Rewrite the file without what is written again from `first_step` on, and without lines that are damaged.
 
     Where the first step is 1, step 0 is evaluated once more, too. After the last step only the end is repeated: what it
     has written before, an evaluation and a sample, goes too. An incomplete last line is what a kill leaves, and is
     written again; each other one that is damaged is a notice.
     """
     if not path.exists():
-        return 0
+        return _Kept(num_repeated=0, events=frozenset(), last_step=None)
     *lines, incomplete = path.read_bytes().split(b"\n")
-    remaining, num_repeated = [], 0
+    remaining, num_repeated, events, last_step = [], 0, set(), None
     for number, line in enumerate(lines, start=1):
         try:
             row = parse_row(line, name=f"{path}, line {number}")
@@ -711,11 +735,16 @@ def _remove_replayed(path: Path, *, first_step: int, num_steps: int) -> int:
         is_replayed = row["kind"] in _REPLAYED and (row["step"] >= first_step or first_step == 1)
         num_repeated += is_replayed and row["kind"] == "train"
         is_repeated = row.get(_REPEATED) and row["step"] >= first_step
-        if not is_replayed and not is_of_end and not is_repeated:
-            remaining.append(line)
+        if is_replayed or is_of_end or is_repeated:
+            continue
+        remaining.append(line)
+        if row["kind"] == "event" and row["step"] == first_step - 1:
+            events.add(line)
+        if row["kind"] == "train" and row["step"] == num_steps:
+            last_step = row
     if incomplete or len(remaining) < len(lines):
         write_atomically(path, b"".join(line + b"\n" for line in remaining))
-    return num_repeated
+    return _Kept(num_repeated=num_repeated, events=frozenset(events), last_step=last_step)
 
 
 def _with_strings(value):

@@ -19,13 +19,13 @@ from support.fake_run import (
     record_steps,
     result,
 )
-from support.tensorboard import tensorboard_hyperparameters, tensorboard_scalars, tensorboard_texts
+from support.tensorboard import tensorboard_hyperparameters, tensorboard_points, tensorboard_scalars, tensorboard_texts
 
 from btlm_jax import notices
 from btlm_jax.recipe.config import config_types
 from btlm_jax.train import METRICS_FILE, loop
 from btlm_jax.train.flops import flops_per_token
-from btlm_jax.train.metric_writer import read_metrics, remaining_seconds
+from btlm_jax.train.metric_writer import append_setting_changed, read_metrics, remaining_seconds
 
 
 def rows_of(workdir, kind):
@@ -122,6 +122,48 @@ def test_resumed_lines_are_the_uninterrupted_ones(tmp_path):
                 for step in range(first, end):
                     run.step(step, loss=10 / step)
     assert rows_of(whole, "train") == rows_of(parts, "train")
+
+
+def record_start(workdir, first, last, *, number):
+    """What a start with given weights records, which has another setting from step 4 on and no targets in step 5."""
+    run = FakeRun(workdir, first_step=first)
+    with run.writer:
+        if first == 1:
+            run.writer.event(0, "begins with the weights of a run")
+            run.writer.evaluation(0, result())
+        if first == 4:
+            run.writer.setting_changed(3, key="seed", old=1, new=2)
+        for step in range(first, last + 1):
+            run.spend("step", 2.0)
+            values = {"loss": np.float32(10 / step), "weight": np.float32(step != 5), "grad_norm": np.float32(1)}
+            loop._record(run.writer, step, 0.01, values | {"skips": np.int32(0)})
+        if last == CURRICULUM.num_steps:
+            run.writer.evaluation(last, result())
+            run.writer.sample(last, prompt="a", continuation="b")
+    (events,) = (workdir / "tensorboard").glob("events*")  # a later start of the same second would write over it
+    events.rename(events.with_name(f"{number}.events"))
+
+
+@pytest.mark.parametrize("starts", [[(1, 2), (1, 5), (4, 7), (4, 9), (4, 9)], [(1, 3), (4, 9), (10, 9)]])
+def test_starts_that_were_killed_or_go_back_leave_what_an_uninterrupted_run_does(tmp_path, starts):
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    for workdir, its_starts in ((whole, [(1, 3), (4, 9)]), (parts, starts)):
+        workdir.mkdir()
+        for number, (first, last) in enumerate(its_starts):
+            record_start(workdir, first, last, number=number)
+    kept = [
+        [row for row in read_metrics(workdir / METRICS_FILE) if row["kind"] != "goodput"] for workdir in (whole, parts)
+    ]
+    assert repr(kept[0]) == repr(kept[1]) and len(kept[0]) == 1 + 1 + 1 + 9 + 1 + 1 + 1
+    assert tensorboard_points(whole) == tensorboard_points(parts) and ("heldout/all", 0) in tensorboard_points(whole)
+    notices.begin(strict=())
+
+
+def test_a_finished_run_says_once_that_a_setting_is_another(tmp_path):
+    path = tmp_path / METRICS_FILE
+    for new in (2, 2, 3):
+        append_setting_changed(path, 9, key="seed", old=1, new=new)
+    assert [row["new"] for row in rows_of(tmp_path, "event")] == [2, 3]
 
 
 def test_an_end_that_is_repeated_is_written_once(tmp_path):
@@ -387,7 +429,7 @@ def test_tensorboard_shows_the_config_the_hyperparameters_and_the_sample(tmp_pat
         record_steps(run, 4, 9)
         run.writer.sample(9, prompt="Return", continuation=" the number")
     texts = tensorboard_texts(tmp_path)
-    assert json.loads(texts["config/text_summary", 3]) == json.loads(config.to_json())
+    assert json.loads(texts["config/text_summary", 4]) == json.loads(config.to_json())
     assert texts["sample/text_summary", 9].strip() == "Return\u2502 the number"
     settings = tensorboard_hyperparameters(tmp_path)
     assert settings["model.d_model"] == config.model.d_model and settings["model.dtype"] == "float32"
