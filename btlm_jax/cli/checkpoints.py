@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import json
+import shlex
 import shutil
 import time
 from collections.abc import Iterator, Sequence
@@ -49,7 +51,8 @@ def checkpoints(arguments: Sequence[str]) -> int:
             rows.append(_Row(reader, step, verify=flags.boolean("verify")))
             print(rows[-1].text(), flush=True)
     if flags.is_given("copy"):
-        _copy(reader, workdir, flags.location("copy"), [row for row in rows if not row.reason])
+        good = [row for row in rows if not row.reason]
+        _copy(reader, workdir, flags.location("copy"), good, given=flags.location("workdir"))
     if flags.boolean("prune"):
         _prune(rows)
     return ERROR if any(row.reason for row in rows) else DONE
@@ -125,8 +128,10 @@ def _restore(reader, step: int, config) -> None:
     reader.restore_state(step, abstract=program.state)
 
 
-def _copy(reader, workdir: Path, target: PathOrUrl, rows: list[_Row]) -> None:
+def _copy(reader, workdir: Path, target: PathOrUrl, rows: list[_Row], *, given: PathOrUrl) -> None:
     """Copy checkpoints and what a run keeps beside them to a new workdir, which appears when it is complete.
+
+    `given` is the run as the command names it, `workdir` its folder on this machine.
 
     Raises:
       ValueError: it exists.
@@ -169,12 +174,43 @@ def _copy(reader, workdir: Path, target: PathOrUrl, rows: list[_Row]) -> None:
                 shutil.copytree(workdir / name, partial / name)
             elif (workdir / name).is_file():
                 shutil.copy2(workdir / name, partial / name)
+        command = _adopt_store(partial, target, source=given)
         if is_here:
             partial.rename(target)
         else:
             bucket.upload_run(partial, target)
             shutil.rmtree(partial)
     print(f"copied {num_copied} checkpoints to {target}")
+    if command:
+        print(f"to go on from there: {command}")
+
+
+def _adopt_store(partial: Path, target: PathOrUrl, *, source: PathOrUrl) -> str:
+    """Have a copied config name the store that it had in the `source`; return the command that goes on, "" if none can.
+
+    Raises:
+      ValueError: the config is damaged.
+    """
+    from btlm_jax.data.store import MANIFEST_FILE
+    from btlm_jax.recipe.config import PREPARED
+    from btlm_jax.storage.files import read_json_object
+    from btlm_jax.storage.location import absolute_location, is_absolute, join_location, parse_location, read_bytes
+    from btlm_jax.train import CONFIG_FILE
+
+    if not (partial / CONFIG_FILE).is_file():
+        return ""
+    words = ["btlm", "train", f"--config={join_location(target, CONFIG_FILE)}", f"--workdir={target}"]
+    match values := read_json_object(partial / CONFIG_FILE):
+        case {"data": {"store": str(name)}, "corpus": {"source": str(maker)}} if not is_absolute(name):
+            store = absolute_location(str(join_location(source, name)))
+            try:
+                read_bytes(join_location(parse_location(store), MANIFEST_FILE))
+            except OSError:
+                words += ["--config.data.store=/PATH/OF/STORE"] if maker == PREPARED else []  # others are made again
+            else:
+                values["data"]["store"] = store
+                (partial / CONFIG_FILE).write_text(json.dumps(values, indent=2, sort_keys=True), encoding="utf-8")
+    return shlex.join(words)
 
 
 def _prune(rows: list[_Row]) -> None:

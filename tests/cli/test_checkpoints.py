@@ -1,5 +1,7 @@
 """btlm checkpoints: the list, and what --verify, --copy and --prune do."""
 
+import dataclasses
+import shlex
 import shutil
 
 import jax
@@ -8,9 +10,11 @@ import pytest
 from support.tiny import tiny_config
 
 from btlm_jax.cli import main
+from btlm_jax.data.store import MANIFEST_FILE
 from btlm_jax.parallel.make_mesh import make_mesh
 from btlm_jax.train.checkpoint import Checkpointer, CheckpointReader, Position
 from btlm_jax.train.program import make_program
+from btlm_jax.train.setup import locate_store
 
 CONFIG = tiny_config(model__num_layers=1, checkpoint__keep_last=1)
 
@@ -76,8 +80,27 @@ def test_what_the_run_deletes_meanwhile_is_said_and_left_out(workdir, capsys, mo
     rows = capsys.readouterr().out.splitlines()
     assert rows[1].split() == ["2", "the", "run", "has", "deleted", "it", "meanwhile"]
     assert [row.split()[0] for row in rows[2:4]] == ["3", "5"]
-    assert rows[4:] == ["3: the run has deleted it meanwhile; it is not copied", f"copied 1 checkpoints to {copy}"]
+    gone, copied, on = rows[4:]
+    assert gone == "3: the run has deleted it meanwhile; it is not copied"
+    assert copied == f"copied 1 checkpoints to {copy}"
+    assert on == f"to go on from there: btlm train --config={copy}/config.json --workdir={copy}"
     assert steps_of(copy) == [5]
+
+
+def test_a_copy_names_the_store_that_it_is_not_with_and_the_command_that_goes_on(workdir, begun, capsys):
+    (workdir / "store").mkdir()
+    (workdir / "store" / MANIFEST_FILE).write_text("{}")
+    copy = workdir.with_name("copy")
+    assert main(["checkpoints", str(workdir), f"--copy={copy}"]) == 0
+    on = capsys.readouterr().out.splitlines()[-1].partition("to go on from there: btlm ")[2]
+    assert main(shlex.split(on)) == 0
+    ((config, _),) = begun
+    assert config == dataclasses.replace(CONFIG, data=dataclasses.replace(CONFIG.data, store=str(workdir / "store")))
+    assert f"--workdir={copy}" in on and locate_store(config.data, workdir=copy) == workdir / "store"
+    shutil.rmtree(workdir / "store")
+    (workdir / "config.json").write_text(tiny_config(corpus__source="prepared").to_json())
+    assert main(["checkpoints", str(workdir), f"--copy={copy}-2"]) == 0
+    assert capsys.readouterr().out.endswith(f" --workdir={copy}-2 --config.data.store=/PATH/OF/STORE\n")
 
 
 def test_a_damaged_checkpoint_is_named_left_and_not_copied(workdir, capsys):
