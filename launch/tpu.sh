@@ -402,14 +402,22 @@ btlm_here() {
 }
 
 check_fits() {
-  local changes=() word
+  local changes=() word n
   runtime > /dev/null
   num_devices > /dev/null
   if ((SLICES > 1)); then
     say "the table has layouts of one slice: btlm plan --topology=$TYPE --slices=$SLICES tells whether $CONFIG fits"
     return 0
   fi
-  for word in "${train_flags[@]}"; do [[ $word != --config.* ]] || changes+=("$word"); done
+  for ((n = 0; n < ${#train_flags[@]}; n++)); do
+    word=${train_flags[n]}
+    [[ $word =~ ^-+config\. ]] || continue
+    changes+=("$word")
+    if [[ $word != *=* ]]; then # its value is the next word
+      n=$((n + 1))
+      changes+=("${train_flags[@]:n:1}")
+    fi
+  done
   btlm_here plan --check --topology="$TYPE" --config="$CONFIG" "${changes[@]}" || exit
 }
 

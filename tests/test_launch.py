@@ -488,6 +488,13 @@ def test_what_does_not_fit_is_neither_created_nor_copied(cloud, verb):
     assert "it does not fit" in cloud.run(verb, code=1) and not cloud.read("log")
 
 
+def test_the_layout_is_asked_for_with_values_that_are_words_of_their_own(cloud):
+    words = ["--config.model.remat", "full", "--init", "m", "-config.mesh.tensor=2", "--resume_step=3", "--config.seed"]
+    cloud.run("up", FLAGS=" ".join(words))
+    layout = "plan --check --topology=v5litepod-16 --config=configs/one.py"
+    assert cloud.read("asked") == f"{layout} --config.model.remat full -config.mesh.tensor=2 --config.seed\n"
+
+
 def test_without_btlm_here_nothing_is_created(cloud):
     (Path(cloud.settings["PATH"]) / "btlm").unlink()
     assert "no btlm here to check the run with" in cloud.run("up", code=2) and not cloud.read("log")
