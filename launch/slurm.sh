@@ -18,6 +18,11 @@ set -euo pipefail
 config=$1 workdir=$2
 shift 2
 [ -n "${SLURM_JOB_ID:-}" ] || { echo "launch/slurm.sh: this is no Slurm job; submit it with sbatch" >&2; exit 2; }
+gpus=${SLURM_GPUS_ON_NODE:-} tasks=${SLURM_TASKS_PER_NODE:-} # such as 8(x2)
+if [ -n "$gpus" ] && [ -n "$tasks" ] && [[ ! $tasks =~ ^$gpus(\(x[0-9]+\))?$ ]]; then
+  echo "launch/slurm.sh: nodes with $gpus GPUs have $tasks tasks, and one task takes one GPU: submit it with --ntasks-per-node=$gpus" >&2
+  exit 2
+fi
 PATH=${SLURM_SUBMIT_DIR:-$PWD}/.venv/bin:$PATH
 export XLA_PYTHON_CLIENT_MEM_FRACTION=${XLA_PYTHON_CLIENT_MEM_FRACTION:-0.9} # of a GPU, as plans assume
 state=$workdir/slurm-$SLURM_JOB_ID

@@ -250,6 +250,13 @@ def test_slurm_runs_every_task_with_the_same_words(place):
     assert not (place / "requeued").exists()
 
 
+@pytest.mark.parametrize("tasks, code", [("2", 0), ("2(x3)", 0), ("1(x3)", 2), ("2(x2),1", 2), ("22", 2)])
+def test_slurm_wants_one_task_a_gpu(place, tasks, code):
+    said = finish(slurm(place, ["5:0"], SLURM_GPUS_ON_NODE="2", SLURM_TASKS_PER_NODE=tasks), code=code)
+    assert ("submit it with --ntasks-per-node=2" in said) == bool(code)
+    assert (place / "starts-0").exists() == (code == 0)
+
+
 def test_slurm_hands_sigterm_to_all_tasks_and_requeues(place):
     process = slurm(place, ["5:wait"])
     wait_for(place / "waits-0", place / "waits-1")

@@ -64,6 +64,7 @@ class Place:
     address: str  # host:port of process 0
     count: int
     index: int
+    is_from_cluster: bool = False  # JAX found it, and gives each process of a host its own device where it can (Slurm)
 
 
 def place_in_cluster() -> Place:
@@ -79,7 +80,7 @@ def place_in_cluster() -> Place:
             "--distributed: this machine is in no pod or cluster that JAX knows (TPU pods, Slurm, Open MPI): give "
             "--coordinator=HOST:PORT, --num_processes and --process_id, or leave the flag out for one process"
         )
-    return Place(address=address, count=count, index=index)
+    return Place(address=address, count=count, index=index, is_from_cluster=True)
 
 
 def facts_of(config: Mapping[str, Any], *, flags: Mapping[str, Any]) -> dict[str, str]:
@@ -125,6 +126,8 @@ def join(place: Place, *, facts: Mapping[str, str], stop: Stop, log: Callable[[s
             place.address,
             place.count,
             place.index,
+            # Otherwise a shell of Slurm leaves each process one device of those that it was given.
+            cluster_detection_method=None if place.is_from_cluster else "deactivate",
             initialization_timeout=int(MEETING_SECONDS),
             heartbeat_timeout_seconds=HEARTBEAT_SECONDS,
             shutdown_timeout_seconds=1,

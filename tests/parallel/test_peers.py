@@ -10,6 +10,7 @@ import time
 import pytest
 from support.tiny import tiny_config
 
+from btlm_jax import stopping
 from btlm_jax.cli import errors
 from btlm_jax.parallel import peers
 from btlm_jax.parallel.coordinator import Meeting, differences, listen, meet
@@ -285,3 +286,28 @@ def test_a_workdir_that_is_not_shared_is_found(tmp_path, monkeypatch):
     store.rows["btlm-facts/seen/1"] = "True"
     group[0].check_workdir(tmp_path / "own")
     assert not list((tmp_path / "own").iterdir())
+
+
+def test_a_shell_of_slurm_takes_no_devices_from_processes_with_a_coordinator(monkeypatch):
+    """JAX would give each the device of SLURM_LOCALID alone, as it shall with --distributed."""
+    slurm = {"JOB_ID": "7", "STEP_NODELIST": "node[3-4]", "NTASKS": "2", "PROCID": "1", "LOCALID": "1"}
+    for name, value in slurm.items():
+        monkeypatch.setenv(f"SLURM_{name}", value)
+    found = peers.place_in_cluster()
+    assert (found.address.partition(":")[0], found.count, found.index) == ("node3", 2, 1)
+    methods = []
+
+    class Begun(Exception):
+        pass
+
+    def begin(*_, cluster_detection_method, **__):
+        methods.append(cluster_detection_method)
+        raise Begun
+
+    monkeypatch.setattr(peers, "_meet", lambda *_, **__: NAMES)
+    monkeypatch.setattr(peers.jax.distributed, "initialize", begin)
+    monkeypatch.setattr(peers.jax.config, "update", lambda *_: None)
+    for place in (Place(address="localhost:1", count=2, index=1), found):
+        with pytest.raises(Begun):
+            peers.join(place, facts={}, stop=stopping.Stop(), log=print)
+    assert methods == ["deactivate", None]
