@@ -13,6 +13,7 @@
 # MAX_FRUITLESS times (3) in a row without a new checkpoint, after BACKOFF seconds (10, doubled each time). SIGTERM to
 # this script is handed on: the run saves and ends, and the script with it. So it is after Ctrl-C.
 set -euo pipefail
+here=$PWD # what is relative is the caller's
 cd "$(dirname "$0")/.."
 [ $# -ge 2 ] || { echo "usage: [GPUS=0,1] [PROCESSES=N] launch/gpu.sh CONFIG WORKDIR [flags]" >&2; exit 2; }
 config=$1 workdir=$2
@@ -77,6 +78,7 @@ if [ -f setup.cfg ]; then
 fi
 
 # ------------------------------------------------------------------------------------------------ the run
+cd "$here"
 children=() stopping="" signalled=""
 trap 'stopping=1 signalled=1; kill_children' TERM
 trap 'stopping=1 signalled=1' INT # which the terminal sends to the run too: wait until it has saved

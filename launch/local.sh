@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
 # Set up a virtual environment and run a config on this machine's CPU: launch/local.sh [local_cpu] [runs/local] [flags]
 set -euo pipefail
+here=$PWD # what is relative is the caller's
 cd "$(dirname "$0")/.."
 config=${1:-local_cpu}
 workdir=${2:-runs/local}
@@ -10,4 +11,5 @@ if [ -f setup.cfg ]; then
   [ -x .venv/bin/btlm ] || { python3 -m venv .venv && .venv/bin/pip install -e .; }
   PATH=$PWD/.venv/bin:$PATH
 fi
+cd "$here"
 exec btlm train --config="$config" --workdir="$workdir" "$@"

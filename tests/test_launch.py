@@ -502,15 +502,16 @@ def test_without_btlm_here_nothing_is_created(cloud):
 
 def test_beside_an_installed_package_the_btlm_on_path_trains(tmp_path):
     shutil.copytree(LAUNCH, tmp_path / "work" / "launch")
-    (tmp_path / "btlm").write_text('#!/usr/bin/env bash\necho "$@"')
+    (tmp_path / "btlm").write_text('#!/usr/bin/env bash\necho "$PWD" "$@"')
     (tmp_path / "nvidia-smi").write_text("#!/usr/bin/env bash\necho '580.65.06, 9.0'")
     for name in ("btlm", "nvidia-smi"):
         (tmp_path / name).chmod(0o755)
     environment = {"PATH": f"{tmp_path}:{os.environ['PATH']}"}
     for words in (["local.sh"], ["gpu.sh", "local_cpu", "runs/local"]):
         command = [tmp_path / "work" / "launch" / words[0], *words[1:]]
-        shown = subprocess.run(command, env=environment, capture_output=True, text=True, check=True).stdout
-        assert shown == "train --config=local_cpu --workdir=runs/local\n"
+        done = subprocess.run(command, env=environment, cwd=tmp_path, capture_output=True, text=True, check=True)
+        # There, so that relative paths are those of whoever calls.
+        assert done.stdout == f"{tmp_path} train --config=local_cpu --workdir=runs/local\n"
 
 
 def function(name: str) -> str:
