@@ -7,8 +7,9 @@
 # folder that every node sees. `btlm` is that of .venv in the folder where sbatch was called, or on PATH.
 #
 # Five minutes before the time limit, and at a preemption or scancel, all tasks get SIGTERM: the run saves and ends with
-# 75. After 75 and 77 (a peer is gone) the job is requeued, at most MAX_RESTARTS times (20), and at most 3 times in a row
-# without a new checkpoint. Any other code is the job's own; a fault of one task counts before what it did to others.
+# 75. After 75 and 77 (a peer is gone) the job is requeued, unless it was cancelled, at most MAX_RESTARTS times (20), and
+# at most 3 times in a row without a new checkpoint. Any other code is the job's own; a fault of one task counts before
+# what it did to others.
 #SBATCH --job-name=btlm
 #SBATCH --signal=B:TERM@300
 #SBATCH --requeue
@@ -73,6 +74,15 @@ while :; do
 done
 code=$(verdict)
 case $code in 75 | 77) ;; *) exit "$code" ;; esac
+
+# From scancel on a job is COMPLETING to squeue while a process of it runs, and CANCELLED then; scontrol would requeue it.
+job_state=$(squeue --noheader --jobs="$SLURM_JOB_ID" --format=%T 2> /dev/null || true)
+case $job_state in
+  CANCELLED | COMPLETING)
+    echo "launch/slurm.sh: exit code $code, and the job is $job_state, as after scancel: it is not requeued" >&2
+    exit "$code"
+    ;;
+esac
 
 fruitless=0
 if (($(newest_step) <= from)); then fruitless=$(($(cat "$state/fruitless" 2> /dev/null || echo 0) + 1)); fi

@@ -1,4 +1,4 @@
-"""launch/gpu.sh, launch/slurm.sh and launch/jobset.yaml, with stand-ins on PATH for btlm, srun and scontrol."""
+"""launch/gpu.sh, launch/slurm.sh and launch/jobset.yaml, with stand-ins on PATH for btlm, srun, squeue and scontrol."""
 
 import os
 import re
@@ -59,6 +59,7 @@ exit "$worst"
 def place(tmp_path):
     (tmp_path / "bin").mkdir()
     scripts = {"btlm": BTLM, "srun": SRUN, "scontrol": 'echo "$@" >> "$STATE/requeued"'}
+    scripts["squeue"] = '[ "$*" = "--noheader --jobs=7 --format=%T" ] && echo "${JOB_STATE:-RUNNING}"'
     scripts["nvidia-smi"] = """printf '%b' "${SMI:-580.65.06, 9.0\\n580.65.06, 9.0\\n}"; exit "${SMI_CODE:-0}" """
     for name, script in scripts.items():
         (tmp_path / "bin" / name).write_text(f"#!/usr/bin/env bash\n{script}")
@@ -264,6 +265,12 @@ def test_slurm_hands_sigterm_to_all_tasks_and_requeues(place):
     assert "the job is requeued" in finish(process, code=0)
     assert (place / "signals-0").exists() and (place / "signals-1").exists()
     assert (place / "requeued").read_text() == "requeue 7\n"
+
+
+@pytest.mark.parametrize("state", ["COMPLETING", "CANCELLED"])
+def test_slurm_does_not_requeue_what_was_cancelled(place, state):
+    said = finish(slurm(place, ["5:75"], JOB_STATE=state), code=75)
+    assert f"the job is {state}, as after scancel" in said and not (place / "requeued").exists()
 
 
 @pytest.mark.parametrize(
