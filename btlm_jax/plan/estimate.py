@@ -18,13 +18,13 @@ from btlm_jax.model.transformer import device_slopes
 from btlm_jax.parallel.mesh import num_ways
 from btlm_jax.plan.calibration import Correction, Parts, best_known_hfu, correction_of, kept_points
 from btlm_jax.plan.chips import Chip
-from btlm_jax.plan.compiling import CompileCache, CompiledStep
+from btlm_jax.plan.compiling import CompileCache, CompiledStep, DoesNotFitError
 from btlm_jax.plan.executable import ELEMENTWISE, PREFETCH, PRODUCT, UNESTIMATED, Executable, Operation
 from btlm_jax.plan.flop_count import DIAGONAL, OUT_OF_WINDOW, StepWork, count_step_work
 from btlm_jax.plan.torus import Exchange, time_collective, torus_of
 from btlm_jax.recipe.curriculum import Phase
 from btlm_jax.train.flops import attention_flops_per_token, flops_per_token, peak_flops
-from btlm_jax.train.memory import bytes_of
+from btlm_jax.train.memory import bytes_of, second_state_bytes
 from btlm_jax.train.program import Program
 
 ASSUMPTIONS = (
@@ -60,11 +60,12 @@ class Memory:
     temporaries: int  # activations, gradients, gathered weights
     code: int
     workspace: int = 0  # of cuDNN's kernels, which is not in the executable
+    second_state: int = 0  # beside it while a step is computed twice: bad_numbers.recompute_every
 
     @property
     def needed(self) -> int:
         arguments = self.parameters + self.optimizer + self.other_arguments
-        return arguments + self.outputs + self.temporaries + self.code + self.workspace
+        return arguments + self.outputs + self.temporaries + self.code + self.workspace + self.second_state
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -137,6 +138,9 @@ def plan_phase(program: Program, phase: Phase, *, topology: str, chip: Chip, cac
     """
     traced = program.trace_train_step(phase)
     step = cache.compile_step(program, traced, topology=topology, chip=chip, state_bytes=state_bytes(program))
+    memory = _memory(program, step, chip=chip)
+    if memory.needed > memory.available:  # with what the executable does not have
+        raise DoesNotFitError(program=step.program, needed=memory.needed, available=memory.available)
     num_chips, model = program.mesh.size, program.config.model
     work = count_step_work(traced.jaxpr.jaxpr)
     devices = list(program.mesh.devices.flat)
@@ -163,7 +167,7 @@ def plan_phase(program: Program, phase: Phase, *, topology: str, chip: Chip, cac
         phase=phase,
         program=step.program,
         compile_seconds=step.seconds,
-        memory=_memory(program, step, chip=chip),
+        memory=memory,
         collectives=exchanges,
         counted_flops=flops_per_token(model, seq_len=phase.seq_len) * phase.tokens_per_step,
         executed_flops=work.flops,
@@ -270,4 +274,5 @@ def _memory(program: Program, step: CompiledStep, *, chip: Chip) -> Memory:
         outputs=step.output_bytes - step.alias_bytes,
         temporaries=step.temporary_bytes,
         code=step.code_bytes,
+        second_state=second_state_bytes(program),
     )

@@ -28,7 +28,7 @@ from btlm_jax.plan.layout import KEPT
 from btlm_jax.plan.torus import Exchange
 from btlm_jax.recipe.curriculum import Phase
 from btlm_jax.train.flops import flops_per_token, peak_of_kind
-from btlm_jax.train.memory import bytes_of
+from btlm_jax.train.memory import bytes_of, second_state_bytes
 from btlm_jax.train.program import Program
 
 GPU_ASSUMPTIONS = (
@@ -244,11 +244,12 @@ def _memory_by_formula(program: Program, phase: Phase, *, gpu: Gpu, workspace: i
         temporaries=step_bytes_by_formula(program, phase, has_kernel=workspace > 0),
         code=0,
         workspace=workspace,
+        second_state=second_state_bytes(program),
     )
 
 
 def _compiled_memory(by_formula: Memory, step: CompiledStep) -> Memory:
-    """Return what the executable says; of the formula's the state and cuDNN's workspace stay."""
+    """Return what the executable says; of the formula's the state, a second one and cuDNN's workspace stay."""
     return dataclasses.replace(
         by_formula,
         other_arguments=step.argument_bytes - by_formula.parameters - by_formula.optimizer,

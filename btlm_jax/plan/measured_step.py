@@ -22,7 +22,7 @@ from btlm_jax.recipe.config import MeshConfig, TrainConfig, divisibility_problem
 from btlm_jax.recipe.curriculum import Phase
 from btlm_jax.recipe.sizes import count_parameters
 from btlm_jax.train.flops import memory_bytes
-from btlm_jax.train.memory import memory_problem
+from btlm_jax.train.memory import memory_problem, second_state_bytes
 from btlm_jax.train.program import Program, make_program
 from btlm_jax.train.step import init_state
 from btlm_jax.train.step_time import made_up_batch
@@ -63,7 +63,8 @@ def measure_as_laid_out(config: TrainConfig, *, report_progress: Callable[[str],
     programs, compiled = _compile_here(config, placement, devices=devices, report_progress=report_progress)
     micro_batches = config.mesh.accumulation
     sums = 4 * count_parameters(config.model) if micro_batches > 1 else 0  # of gradients over micro-batches
-    needed, available = max(map(_needed_bytes, compiled)) + sums, memory_bytes(devices[0])
+    beside = sums + second_state_bytes(programs[0])
+    needed, available = max(map(_needed_bytes, compiled)) + beside, memory_bytes(devices[0])
     seconds: tuple[float, ...] = ()
     if needed <= available:
         if problem := memory_problem(make_program(config, make_mesh(devices=devices, tensor=1)), available=available):

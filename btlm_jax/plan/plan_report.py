@@ -115,6 +115,7 @@ def _phase_lines(plan: SlicePlan, each: PhasePlan) -> Iterator[str]:
         f"{_gib(memory.other_arguments)}, outputs beyond the donated {_gib(memory.outputs)}, temporaries "
         f"{_gib(memory.temporaries)}, code {_gib(memory.code)}"
         + (f", cuDNN's workspace {_gib(memory.workspace)}" if memory.workspace else "")
+        + (f", a second state for a step computed twice {_gib(memory.second_state)}" if memory.second_state else "")
     )
     yield (
         f"  FLOPs a step   {each.counted_flops:.4g} counted, {each.executed_flops:.4g} executed "

@@ -22,9 +22,9 @@ from btlm_jax.storage.files import parse_json_object, read_json_object
 
 TABLE_FILE = "table.json"
 POD_FOLDER, FAMILY_FOLDER = "pods", "family"  # of configs/, with a table each
-# Of the optimizer and the data; a row says nothing of those that are as usual.
+# Besides model and batches; a row says nothing of those that are as usual.
 _DECIDES_PROGRAM = (("optimizer", "average"), ("optimizer", "hidden_optimizer"), ("optimizer", "freeze"))
-_DECIDES_PROGRAM += (("data", "document_mask"),)
+_DECIDES_PROGRAM += (("data", "document_mask"), ("bad_numbers", "recompute_every"))
 _NO_EFFECT_ON_MEMORY = ("layer_norm_eps", "alibi_scaling", "remat")
 
 

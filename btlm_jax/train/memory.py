@@ -29,9 +29,9 @@ def check_memory(program: Program) -> None:
 def memory_problem(program: Program, *, available: int) -> str:
     """Return why the least that a run keeps on a device exceeds its `available` bytes, "" if it does not.
 
-    That is the state; of a batch, of an evaluation too, its ids, the logits of model.loss_chunk positions, one half of
-    a SwiGLU layer, and what comes into a layer: in training into each, which the backward pass reads whatever
-    model.remat is. What passes may still be too large.
+    That is the state, twice where steps are computed twice; of a batch, of an evaluation too, its ids, the logits of
+    model.loss_chunk positions, one half of a SwiGLU layer, and what comes into a layer: in training into each, which
+    the backward pass reads whatever model.remat is. What passes may still be too large.
     """
     config, num_devices = program.config, program.mesh.size
     model, table, accumulation = config.model, config.curriculum.table, config.mesh.accumulation
@@ -42,17 +42,18 @@ def memory_problem(program: Program, *, available: int) -> str:
             f"{available / _GIB:,.1f}: make the model smaller, or give more devices"
         )
 
-    def problem_of(name: str, *, rows: int, length: int, layers: int) -> str:
+    def problem_of(name: str, *, rows: int, length: int, layers: int, second: int) -> str:
+        as_much = " and as much again while bad_numbers.recompute_every computes a step twice" if second else ""
         itemsize = jax.numpy.dtype(model.dtype).itemsize
         logits = min(model.loss_chunk, length) * model.vocab_size * itemsize
         token = _BYTES_OF_IDS + (layers * model.d_model + model.d_ff) * itemsize
         batch = rows * (length * token + logits) // num_devices
-        if state + batch <= available:
+        if state + second + batch <= available:
             return ""
         return (
             f"{name}={rows:,} of {length:,} tokens each needs at least {batch / _GIB:,.1f} GiB of each device, "
             f"which has {available / _GIB:,.1f}, of which the parameters and their moments take "
-            f"{state / _GIB:,.1f}: make it smaller"
+            f"{state / _GIB:,.1f}{as_much}: make it smaller"
         )
 
     problems = [
@@ -61,13 +62,21 @@ def memory_problem(program: Program, *, available: int) -> str:
             rows=phase.batch_size // accumulation,
             length=phase.seq_len,
             layers=model.num_layers,
+            second=second_state_bytes(program),
         )
         for phase in table.phases
     ]
     problems.append(
-        problem_of("evaluation.batch_size", rows=config.evaluation.batch_size, length=table.block_len, layers=1)
+        problem_of(
+            "evaluation.batch_size", rows=config.evaluation.batch_size, length=table.block_len, layers=1, second=0
+        )
     )
     return next(filter(None, problems), "")
+
+
+def second_state_bytes(program: Program) -> int:
+    """Return the bytes of the copy from which a step is computed twice, on one device; 0 where none is."""
+    return bytes_of(program.state) if program.config.bad_numbers.recompute_every else 0
 
 
 def bytes_of(tree) -> int:

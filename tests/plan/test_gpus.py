@@ -1,5 +1,6 @@
 """Plans for GPUs without one and without the CUDA plugin: topologies, memory by formula and roofline, by hand."""
 
+import dataclasses
 import json
 import math
 import re
@@ -11,9 +12,9 @@ from support.measured_run import write_run
 from support.tiny import REPOSITORY, tiny_config
 
 from btlm_jax.cli import main
-from btlm_jax.plan import calibration, gpu_estimate, gpu_roofline, measured_step
+from btlm_jax.plan import calibration, estimate, gpu_estimate, gpu_roofline, measured_step
 from btlm_jax.plan.calibration import left_out
-from btlm_jax.plan.chips import chip_of, num_chips, slice_devices, topology_named
+from btlm_jax.plan.chips import CHIPS, chip_of, num_chips, slice_devices, topology_named
 from btlm_jax.plan.compiling import CompiledStep
 from btlm_jax.plan.estimate import state_bytes
 from btlm_jax.plan.executable import UNESTIMATED, Collective, Executable, Operation, read_executable
@@ -113,6 +114,20 @@ def test_memory_by_formula_is_counted_by_hand(planned):
     scores = 2 * 4 * 1 * 4 * 24 * 24 // 8
     narrower = 4 * 2 * (24 - 10) * 24 * (L + 1)
     assert step_bytes_by_formula(planned.program, phase, has_kernel=False) == found + scores - narrower
+
+
+def test_a_step_computed_twice_needs_a_second_state(planned):
+    program, phase = planned.program, planned.phase
+    bad_numbers = dataclasses.replace(program.config.bad_numbers, recompute_every=1)
+    twice = dataclasses.replace(program, config=dataclasses.replace(program.config, bad_numbers=bad_numbers))
+    once, then = (gpu_estimate._memory_by_formula(each, phase, gpu=H100, workspace=0) for each in (program, twice))
+    assert then.needed - once.needed == state_bytes(program) > 0
+    step = CompiledStep(
+        program="", argument_bytes=state_bytes(program), output_bytes=0, alias_bytes=0, temporary_bytes=1,
+        code_bytes=1, executable=Executable(collectives=(), operations=()), seconds=0,
+    )  # fmt: skip
+    once, then = (estimate._memory(each, step, chip=CHIPS["v5e"]) for each in (program, twice))
+    assert then.needed - once.needed == state_bytes(program)
 
 
 def test_work_of_the_traced_step_is_the_closed_form(planned):

@@ -123,7 +123,8 @@ def test_a_layout_of_another_program_is_another_layout(pods):
     config = config_of(pods)
     masked = dataclasses.replace(config, data=dataclasses.replace(config.data, document_mask=True))
     frozen = dataclasses.replace(config, optimizer=dataclasses.replace(config.optimizer, freeze="embedding"))
-    for other in (masked, frozen):
+    twice = dataclasses.replace(config, bad_numbers=dataclasses.replace(config.bad_numbers, recompute_every=1000))
+    for other in (masked, frozen, twice):
         assert "table.json does not have" in check(pods, other)
 
 

@@ -41,6 +41,11 @@ def state_bytes(**changes) -> int:
             8 * EVALUATION_BYTES,
             "evaluation.batch_size=64 of 48 tokens each needs at least 0.0 GiB of each device, which has 0.0",
         ),
+        (
+            {"bad_numbers__recompute_every": 1000},
+            state_bytes() + TRAIN_BYTES,
+            "of phase 1 .* and as much again while bad_numbers.recompute_every computes a step twice",
+        ),
         ({"model__dtype": "bfloat16"}, 16 * (24 * (12 + (LAYERS * WIDTH + HALF) * 2) + LOGITS * 2), "of phase 1"),
     ],
 )
