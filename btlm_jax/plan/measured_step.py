@@ -22,12 +22,11 @@ from btlm_jax.recipe.config import MeshConfig, TrainConfig, divisibility_problem
 from btlm_jax.recipe.curriculum import Phase
 from btlm_jax.recipe.sizes import count_parameters
 from btlm_jax.train.flops import memory_bytes
-from btlm_jax.train.memory import memory_problem, second_state_bytes
+from btlm_jax.train.memory import memory_problem, second_state_bytes, whole_state_bytes
 from btlm_jax.train.program import Program, make_program
 from btlm_jax.train.step import init_state
 from btlm_jax.train.step_time import made_up_batch
 
-_STATE_BYTES = 12  # of a parameter: float32, and two moments
 _GPU_MICRO_BATCH = 32_768  # tokens of one GPU
 _SPARE = 0.1  # share of the memory that a step leaves
 _TIMED_STEPS = 2
@@ -107,10 +106,10 @@ def measure_here(config: TrainConfig, *, report_progress: Callable[[str], None])
     if platform == "tpu":
         raise ValueError("--machine=this measures on CPUs and GPUs; on a TPU host name its slice: --topology=v5e-8")
     available = memory_bytes(devices[0])
-    state = _STATE_BYTES * count_parameters(config.model) // (1 if platform == CPU else len(devices))
+    state = whole_state_bytes(config, devices[0]) // (1 if platform == CPU else len(devices))
     if state > available:
         raise ValueError(
-            f"the parameters and their two moments alone are {state / GIB:.2f} GiB of a device, and one here has "
+            f"the parameters and their moments alone are {state / GIB:.2f} GiB of a device, and one here has "
             f"{available / GIB:.2f}: ask for fewer --params, or for a slice with --topology"
         )
     for accumulation in _accumulations(config, platform=platform, num_devices=len(devices)):

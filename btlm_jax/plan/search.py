@@ -20,6 +20,7 @@ from btlm_jax.plan.layout import KEPT, MeshLayout
 from btlm_jax.plan.slice_plan import SlicePlan, dividing_meshes, layout_problems, plan_fitting_phases
 from btlm_jax.recipe.config import REMATS, TrainConfig
 from btlm_jax.train.flops import flops_per_token, peak_flops
+from btlm_jax.train.memory import whole_state_bytes
 
 SPARE = 0.1  # share of a chip's memory that the best layout must leave
 TOO_LARGE, SLOWER, NOT_REACHED = "too large", "slower", "not reached"  # reasons not to compile a layout
@@ -72,7 +73,7 @@ def search_layouts(
     """Try the layouts of a config on a slice, the most promising first; `report_progress` gets lines of progress.
 
     Raises:
-      ValueError: there is no such slice, or libtpu is not installed.
+      ValueError: there is no such slice, libtpu is not installed, or optimizer.freeze is refused.
     """
     chip, devices = chip_of(topology), slice_devices(topology)
     remaining = promising_layouts(config, chip=chip, devices=devices)
@@ -83,9 +84,14 @@ def search_layouts(
             f"divide: to try them, --config.evaluation.batch_size={config.curriculum.batch_size[-1]}"
         )
     tried: list[SlicePlan] = []
-    skipped, remaining = _sift(
-        remaining, lambda guess: _skip_by_bound(guess, config=config, chip=chip, chips=len(devices))
+    skip_by_bound = functools.partial(
+        _skip_by_bound,
+        config=config,
+        chip=chip,
+        chips=len(devices),
+        state=whole_state_bytes(config, jax.devices("cpu")[0]),
     )
+    skipped, remaining = _sift(remaining, skip_by_bound)
     while remaining:
         guess, *rest = remaining
         outlook = "by formula"
@@ -123,15 +129,17 @@ def promising_layouts(config: TrainConfig, *, chip: Chip | Gpu, devices: Sequenc
     return sorted(guesses, key=lambda guess: guess.seconds)
 
 
-def least_bytes(config: TrainConfig, layout: MeshLayout, *, num_chips: int) -> int:
-    """Return a lower bound of a chip's bytes: its share of parameters, moments and saved activations."""
+def least_bytes(config: TrainConfig, layout: MeshLayout, *, state: int, num_chips: int) -> int:
+    """Return a lower bound of a chip's bytes: its share of the state, of so many bytes, and of saved activations."""
     model = config.model
     num_d, num_f = KEPT[layout.remat]
     width = num_d * model.d_model + num_f * model.d_ff
     tokens = config.curriculum.table.tokens_per_step // layout.mesh.accumulation
     activations = tokens * model.num_layers * width * (2 if model.dtype == "bfloat16" else 4)
-    # Parameters and their two moments are float32, and copied over the chips that share a sequence.
-    return (12 * _matrix_parameters(config) * layout.mesh.context + activations) // num_chips
+    if config.optimizer.freeze:  # what only the gradients of frozen parameters need is not saved
+        activations = 0
+    # The state is copied over the chips that share a sequence.
+    return (state * layout.mesh.context + activations) // num_chips
 
 
 def _meshes_without_evaluation(config: TrainConfig, *, num_devices: int) -> int:
@@ -149,9 +157,11 @@ def _sift(
     return [skipped for _, skipped in decisions if skipped], [guess for guess, skipped in decisions if not skipped]
 
 
-def _skip_by_bound(guess: Guess, *, config: TrainConfig, chip: Chip | Gpu, chips: int) -> SkippedLayout | None:
+def _skip_by_bound(
+    guess: Guess, *, config: TrainConfig, chip: Chip | Gpu, chips: int, state: int
+) -> SkippedLayout | None:
     """Return why a layout need not be compiled, by its own lower bound of memory; None if it must."""
-    least = least_bytes(config, guess.layout, num_chips=chips)
+    least = least_bytes(config, guess.layout, state=state, num_chips=chips)
     if least <= chip.hbm_bytes:
         return None
     detail = f"state and saved activations alone are {least / GIB:.1f} of {chip.hbm_bytes / GIB:.2f} GiB"

@@ -6,8 +6,10 @@ import math
 
 import jax
 
+from btlm_jax.parallel.make_mesh import make_mesh
+from btlm_jax.recipe.config import TrainConfig
 from btlm_jax.train.flops import memory_bytes
-from btlm_jax.train.program import Program
+from btlm_jax.train.program import Program, make_program
 
 _GIB = 2**30
 _BYTES_OF_IDS = 12  # of a token in a batch: its id, its target's, a weight
@@ -31,14 +33,14 @@ def memory_problem(program: Program, *, available: int) -> str:
 
     That is the state, twice where steps are computed twice; of a batch, of an evaluation too, its ids, the logits of
     model.loss_chunk positions, one half of a SwiGLU layer, and what comes into a layer: in training into each, which
-    the backward pass reads whatever model.remat is. What passes may still be too large.
+    the backward pass reads whatever model.remat is, unless all of the layers are frozen. What passes may be too large.
     """
     config, num_devices = program.config, program.mesh.size
     model, table, accumulation = config.model, config.curriculum.table, config.mesh.accumulation
     state = bytes_of(program.state)
     if state > available:
         return (
-            f"the parameters and their two moments are {state / _GIB:,.1f} GiB of each device, which has "
+            f"the parameters and their moments are {state / _GIB:,.1f} GiB of each device, which has "
             f"{available / _GIB:,.1f}: make the model smaller, or give more devices"
         )
 
@@ -61,7 +63,7 @@ def memory_problem(program: Program, *, available: int) -> str:
             f"curriculum.batch_size of phase {phase.index + 1} / mesh.accumulation",
             rows=phase.batch_size // accumulation,
             length=phase.seq_len,
-            layers=model.num_layers,
+            layers=1 if config.optimizer.freeze else model.num_layers,
             second=second_state_bytes(program),
         )
         for phase in table.phases
@@ -72,6 +74,17 @@ def memory_problem(program: Program, *, available: int) -> str:
         )
     )
     return next(filter(None, problems), "")
+
+
+def whole_state_bytes(config: TrainConfig, device: jax.Device) -> int:  # pyright: ignore[reportInvalidTypeForm]
+    """Return the bytes of a config's parameters and of its optimizer's state, of all devices together.
+
+    `device` is any one; nothing is made on it.
+
+    Raises:
+      ValueError: optimizer.freeze names no parameter, or all of them.
+    """
+    return bytes_of(make_program(config, make_mesh(devices=[device], tensor=1)).state)
 
 
 def second_state_bytes(program: Program) -> int:

@@ -212,7 +212,7 @@ def test_a_step_is_measured_here(here, pretend_steps, capsys):
 def test_a_machine_too_small_is_refused(here, pretend_steps, capsys):
     flags = ["--params=69K", "--vocab_size=300", "--machine=this", "--tokens=200K", "--seq_len=64"]
     for memory, said in (
-        (500_000, "moments alone are 0.00 GiB of a device, and one here has 0.00: ask for fewer --params"),
+        (500_000, "their moments alone are 0.00 GiB of a device, and one here has 0.00: ask for fewer --params"),
         (1_000_000, "a step of 4 x 16 and 1 x 64 tokens needs 0.00 GiB of 0.00 here: give a shorter --seq_len"),
     ):
         pretend_steps.append(memory)

@@ -9,6 +9,7 @@ import types
 from pathlib import Path
 from unittest import mock
 
+import jax
 import pytest
 from support.imagined_plan import KEPT, imagined
 from support.tiny import REPOSITORY, config_dict
@@ -22,6 +23,7 @@ from btlm_jax.plan.layout import MeshLayout
 from btlm_jax.plan.search_report import format_search
 from btlm_jax.plan.slice_plan import DoesNotFit
 from btlm_jax.recipe.config import REMATS, MeshConfig, train_config_from
+from btlm_jax.train.memory import whole_state_bytes
 from btlm_jax.train.program import Program
 
 pytestmark = pytest.mark.usefixtures("quickly_compiled")
@@ -153,6 +155,19 @@ def test_more_micro_batches_divide_what_is_needed_at_best(needed, is_skipped):
     assert (search._skip_after(now, tried, then) is not None) == is_skipped
 
 
+@pytest.mark.parametrize(
+    ("changes", "gib"),  # of 2.65e9 parameters in float32: two moments, one for 2.5e9 of them, none
+    [({}, 29.57), ({"hidden_optimizer": "muon"}, 20.20), ({"freeze": "attention_*,mlp_*"}, 10.83)],
+)
+def test_the_least_of_a_chip_is_below_its_state_and_activations(changes, gib):
+    config = dataclasses.replace(CONFIG, optimizer=dataclasses.replace(CONFIG.optimizer, **changes))
+    state = whole_state_bytes(config, jax.devices()[0])
+    assert state / GIB == pytest.approx(gib, abs=0.01)
+    kept = 480 * 8192 // 15 * CONFIG.model.num_layers * CONFIG.model.d_model * 2  # what comes into each layer
+    least = search.least_bytes(config, layout(15, "full", context=1), state=state, num_chips=32)
+    assert 32 * least == pytest.approx(state + kept * ("freeze" not in changes), abs=32)
+
+
 def test_remats_are_ordered_by_what_they_keep():
     assert KEPT.keys() == search.KEPT.keys() == search._COMPUTED_AGAIN.keys() == set(REMATS)
     assert sorted(REMATS, key=KEPT.get) == list(REMATS)
@@ -197,7 +212,9 @@ def test_interrupted_it_goes_on_with_what_did_not_fit(capsys, tmp_path):
         values[section][key] = ast.literal_eval(value) if str(value).startswith("(") else value
     for plan in misfits:  # the bound is one, and not an empty one
         layout = MeshLayout(mesh=MeshConfig(**plan["mesh"]), remat=plan["remat"])
-        least = search.least_bytes(train_config_from(values), layout, num_chips=4)
+        config = train_config_from(values)
+        state = whole_state_bytes(config, jax.devices()[0])
+        least = search.least_bytes(config, layout, state=state, num_chips=4)
         assert least < plan["misfits"][0]["needed"] < 10 * least
     with mock.patch.object(Program, "compile", side_effect=AssertionError("the cache has it")):
         again_code, again = search_command(tmp_path, "--max-compiles=0")

@@ -57,7 +57,7 @@ def test_the_least_that_a_batch_needs_is_refused_where_it_does_not_fit(changes, 
 
 
 def test_a_state_that_does_not_fit_is_refused(monkeypatch):
-    with pytest.raises(ValueError, match="the parameters and their two moments are 0.0 GiB of each device"):
+    with pytest.raises(ValueError, match="the parameters and their moments are 0.0 GiB of each device"):
         check(monkeypatch, memory=state_bytes() - 1)
     with pytest.raises(ValueError, match=r"moments are 149,175.5 GiB of each device, which has 1,024.0"):
         check(monkeypatch, memory=2**40, model__num_layers=10**9)
