@@ -213,13 +213,16 @@ def _micro_program(
     curriculum = dataclasses.replace(
         config.curriculum, seq_len=(phase.seq_len,), batch_size=(rows,), num_tokens=(rows * phase.seq_len,)
     )
-    optimizer = dataclasses.replace(config.optimizer, warmup_tokens=0)
+    # What speaks of the steps or the phases of the whole run says nothing of this one.
+    optimizer = dataclasses.replace(config.optimizer, warmup_tokens=0, schedule_begin=0, schedule_tokens=0)
     one = dataclasses.replace(
         config,
         model=dataclasses.replace(config.model, dtype=placement.dtype, remat=layout.remat),
         curriculum=curriculum,
         optimizer=optimizer,
         mesh=dataclasses.replace(layout.mesh, accumulation=1),
+        data=dataclasses.replace(config.data, weights=""),
+        log=dataclasses.replace(config.log, profile_steps=""),
     )
     return make_program(one, make_mesh(devices=list(devices), tensor=1))
 

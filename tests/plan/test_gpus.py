@@ -7,6 +7,7 @@ import re
 import runpy
 import types
 
+import jax
 import pytest
 from support.measured_run import write_run
 from support.tiny import REPOSITORY, tiny_config
@@ -22,6 +23,7 @@ from btlm_jax.plan.flop_count import count_step_work
 from btlm_jax.plan.gpu_estimate import gpu_work, step_bytes_by_formula, traced_collectives, workspace_bytes
 from btlm_jax.plan.gpu_roofline import GpuWork, gpu_parts, published_gpu_points, time_gpu_exchange
 from btlm_jax.plan.gpus import GPUS, answering_for
+from btlm_jax.plan.placement import cpu_placement
 from btlm_jax.plan.slice_plan import program_on
 from btlm_jax.storage.files import read_json_object
 from btlm_jax.train.flops import peak_of_kind
@@ -329,6 +331,24 @@ def test_an_evaluation_that_does_not_fit(run, tmp_path):
     evaluation = "--config.evaluation.batch_size=1048576"
     code, said, _ = run("--config=local_cpu", *SMALL, evaluation, "--topology=h100-1", f"--cache={tmp_path}")
     assert code == 1 and "PROBLEM: evaluation.batch_size=1,048,576 of 256 tokens each needs at least " in said
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"data__weights": "web=3,books=1; web=1,books=1", "corpus__source": "prepared"},
+        {"log__profile_steps": "5:7"},
+        {"optimizer__schedule_begin": 5 * 384, "optimizer__schedule_tokens": 3 * 384},
+        {"optimizer__schedule": "wsd", "optimizer__weight_decay": "auto", "optimizer__average": "last"},
+    ],
+)
+def test_a_micro_batch_is_of_any_config(changes):
+    """Keys that speak of the whole run's steps or phases are none of its one step."""
+    config = tiny_config(**changes)
+    placement = cpu_placement(config.curriculum.table)
+    for phase in config.curriculum.table.phases:
+        program = measured_step._micro_program(config, placement, phase, devices=jax.devices()[:1])
+        assert program.config.curriculum.table.num_steps == 1
 
 
 def test_cpu_is_measured_as_it_is_laid_out(run, monkeypatch):
