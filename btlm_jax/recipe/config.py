@@ -50,7 +50,10 @@ def _require_positive(prefix: str, **values: float) -> None:
 
 def _require_size(prefix: str, **values: int) -> None:
     for name, value in values.items():
-        _require(0 < value < 2**31, f"{prefix}.{name}={value:,} must be positive and below 2**31, as ids and sizes are")
+        _require(
+            0 < value < 2**31,
+            f"{prefix}.{name}={value:,} must be positive and below 2**31, as ids, sizes and steps are",
+        )
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -329,7 +332,7 @@ class BadNumbersConfig:
     recompute_every: int  # steps of which one is computed twice, and all bits compared; 0: none
 
     def __post_init__(self):
-        _require_positive("bad_numbers", max_skips=self.max_skips)
+        _require_size("bad_numbers", max_skips=self.max_skips)
         for name in ("spike_score", "max_rollbacks", "compare_every", "recompute_every"):
             _require(getattr(self, name) >= 0, f"bad_numbers.{name}={getattr(self, name)} must not be negative")
 
@@ -433,13 +436,13 @@ class TrainConfig:
         )
 
     def update_rule(self, phase: Phase) -> UpdateRule:
-        """Return which updates of a phase are not made."""
+        """Return which updates of a phase are not made; a warm-up longer than the run ends with it."""
         warmup_end = self.optimizer.schedule_begin + self.optimizer.warmup_tokens
         return UpdateRule(
             spike_score=self.bad_numbers.spike_score,
             max_skips=self.bad_numbers.max_skips,
             first_step=phase.first_step,
-            watched_from=-(-warmup_end // phase.tokens_per_step),
+            watched_from=min(-(-warmup_end // phase.tokens_per_step), self.curriculum.table.num_steps),
         )
 
     @property

@@ -140,7 +140,7 @@ def test_trackers_and_steps_to_trace_are_read():
         *("data.max_epochs", "data.prefetch", "corpus.max_bytes", "corpus.heldout_bytes_per_source"),
         *("evaluation.every_steps", "evaluation.blocks_per_source", "evaluation.batch_size"),
         *("checkpoint.every_steps", "checkpoint.keep_last", "checkpoint.keep_every"),
-        *("log.every_steps", "log.sample_tokens"),
+        *("log.every_steps", "log.sample_tokens", "bad_numbers.max_skips"),
     ],
 )
 def test_zero_is_refused_where_a_number_must_be_positive(key):
@@ -148,6 +148,15 @@ def test_zero_is_refused_where_a_number_must_be_positive(key):
     zero = type(config_dict("local_cpu")[section][name])(0)
     with pytest.raises(ValueError, match=f"{key}={zero} must be positive"):
         tiny_config(**{f"{section}__{name}": zero})
+
+
+def test_what_a_step_counts_has_32_bits():
+    with pytest.raises(ValueError, match=r"bad_numbers.max_skips=2,147,483,648 must be positive and below 2\*\*31"):
+        tiny_config(bad_numbers__max_skips=2**31)
+    config = tiny_config(
+        bad_numbers__max_skips=2**31 - 1, optimizer__warmup_tokens=2**62, optimizer__schedule_tokens=2**62
+    )
+    assert [config.update_rule(phase).watched_from for phase in config.curriculum.table.phases] == [10, 10]
 
 
 def test_the_least_values_are_allowed():
