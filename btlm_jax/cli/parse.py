@@ -291,6 +291,14 @@ class Flags:
         except ValueError as error:
             raise UsageError(str(error)) from error
 
+    def optional_config(self) -> TrainConfig | None:
+        """Return what `config` does, or None where there is neither --config nor a change of one of its keys.
+
+        Raises:
+          UsageError: as `config`.
+        """
+        return self.config() if self.string("config") or self._changes else None
+
     def config_file(self) -> Path:
         """Return the file that --config named.
 

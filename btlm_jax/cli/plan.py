@@ -184,8 +184,13 @@ def _check(config: TrainConfig, flags: Flags, *, topology: str) -> int:
 
 def _make_table(flags: Flags) -> int:
     """Compile the table of layouts again; return the exit code."""
-    if flags.is_given("config") or flags.is_given("topology"):
-        raise UsageError("--table takes configs and their slices from the file's folder: leave out the other two flags")
+    given = [name for name in ("config", "topology") if flags.is_given(name)]
+    given += [f"config.{key}" for key in flags.changes]
+    if given:
+        raise UsageError(
+            "--table takes configs and their slices from the file's folder: leave out "
+            + ", ".join(f"--{name}" for name in given)
+        )
     _use_no_accelerator()
     from btlm_jax.plan.make_table import make_table
 

@@ -142,7 +142,7 @@ def _coord_check(arguments: Sequence[str]) -> int:
     if flags.integer("seeds") < 1:
         raise UsageError(f"--seeds={flags.integer('seeds')} must be at least 1")
     sizes = {name: _whole_numbers(flags, name) for name in ("widths", "depths")}
-    config = flags.config() if flags.string("config") else None
+    config = flags.optional_config()
     import jax
 
     from btlm_jax.display.progress import print_line
@@ -207,7 +207,7 @@ def _scaling(arguments: Sequence[str]) -> int:
         raise UsageError("--form goes with --runs or --points: it is fitted")
     if not is_fit and not flags.string("config") and not flags.is_given("check") and not flags.is_given("plot"):
         raise UsageError("btlm tune scaling needs --runs or --points to fit to, --config to predict, or --check")
-    config = flags.config() if flags.string("config") else None
+    config = flags.optional_config()
     checked, plot = (flags.path(name) if flags.is_given(name) else None for name in ("check", "plot"))
     from btlm_jax.tune import scaling, scaling_report
 

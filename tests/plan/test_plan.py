@@ -423,11 +423,21 @@ def test_accelerator_types_count_cores_where_a_chip_has_two(kind, topology, coun
         (["--topology=v5e:2x2", "--max-compiles=3"], "--max_compiles has no effect without --search"),
         (["--topology=v5e:2x2", "--check", "--json=x"], "--json has no effect on --check"),
         (["--topology=v5e:2x2", "--search", "--max-compiles=-1"], "--max_compiles=-1 must not be negative"),
-        (["--table=x"], "leave out the other two flags"),
+        (["--table=x"], "from the file's folder: leave out --config"),
     ],
 )
 def test_flags_of_another_mode_are_refused(capsys, arguments, said):
     assert run_plan(*arguments) == 2 and said in capsys.readouterr().err
+
+
+def test_changes_of_keys_are_refused_where_no_config_is_read(capsys, tmp_path):
+    change = "--config.model.remat=none"
+    assert main(["plan", "--table=x", change, "--topology=v5e-8"]) == 2
+    assert "leave out --topology, --config.model.remat" in capsys.readouterr().err
+    for verb in ("coord-check", "scaling"):
+        flags = [f"--directory={tmp_path}"] if verb == "coord-check" else [f"--law={tmp_path / 'x'}", "--plot=y"]
+        assert main(["tune", verb, *flags, change]) == 2
+        assert "--config=NAME or FILE is needed" in capsys.readouterr().err
 
 
 @needs_libtpu
