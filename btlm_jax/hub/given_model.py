@@ -40,7 +40,7 @@ from btlm_jax.model import freeze, parameter_table
 from btlm_jax.recipe.config import TrainConfig
 from btlm_jax.recipe.optimizer import make_optimizer
 from btlm_jax.storage.files import hash_file
-from btlm_jax.storage.location import PathOrUrl, list_files, open_binary
+from btlm_jax.storage.location import PathOrUrl, check_names, list_files, open_binary
 from btlm_jax.storage.owner import OWNER_FILE
 from btlm_jax.tokenizers.tokenizer import Tokenizer
 from btlm_jax.train import CHECKPOINTS, KEPT_TOKENIZER, METRICS_FILE
@@ -99,6 +99,7 @@ def fetch_model(url: str, *, step: int, directory: Path, log: Callable[[str], No
 
     Raises:
       FileNotFoundError: there is none.
+      ValueError: a file's name is no path below the folder; nothing is written then.
       OSError: it cannot be reached, or a file ends too early.
     """
     from btlm_jax.storage.bucket import COMMIT, SESSION, join_databases  # only where something is behind a URL
@@ -106,6 +107,7 @@ def fetch_model(url: str, *, step: int, directory: Path, log: Callable[[str], No
     url, is_average = split_average_of_url(url)
     files = list_files(url, left_out=lambda name, names: "")
     names = {name for name, _, _ in files}
+    check_names(names, root=url)
     steps = [int(parts[1]) for name in names if (parts := name.split("/"))[0] == CHECKPOINTS and len(parts) > 2]
     if SESSION in names:  # of a run in a bucket, whose checkpoints count once they are committed
         steps = [each for each in steps if f"{CHECKPOINTS}/{each}/{COMMIT}" in names]

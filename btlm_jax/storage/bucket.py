@@ -90,7 +90,11 @@ class RemoteFolder:
         return self.url
 
     def list(self) -> dict[str, list]:
-        """Return the version stamp of each object, its size first, by name relative to the folder."""
+        """Return the version stamp of each object, its size first, by name relative to the folder.
+
+        Raises:
+          ValueError: an object's name is no path below the folder; nothing is read or written then.
+        """
         self._system.invalidate_cache()  # of listings
         infos = self._try("find", "", self._path, detail=True)
         base = self._path.rstrip("/") + "/"
@@ -99,6 +103,7 @@ class RemoteFolder:
             for at, info in infos.items()
             if at.startswith(base) and info["type"] == "file" and not at.endswith("/")
         }
+        location.check_names(found, root=self.url)
         self.times = {name: seconds for name, info in found.items() if (seconds := location.time_of(info))}
         return {name: location.stamp_of(info) for name, info in found.items()}
 
@@ -744,7 +749,7 @@ def fetch(folder: Path) -> int:
     """Fetch what a local folder of a checkpoint in a bucket lacks of it; return how many files that were.
 
     Raises:
-      ValueError: a file is gone, or is not as it was committed.
+      ValueError: a file is gone, or is not as it was committed; or a name that was committed is no path of a file.
       OSError: the bucket cannot be reached.
     """
     remote = RemoteFolder((folder / ORIGIN).read_text(encoding="utf-8"))
@@ -754,6 +759,7 @@ def fetch(folder: Path) -> int:
         except FileNotFoundError as error:
             raise ValueError(f"{COMMIT} is gone") from error
     files = parse_json_object((folder / COMMIT).read_bytes(), name=f"{remote.url}/{COMMIT}")["files"]
+    location.check_names(files, root=remote.url)
     missing = [name for name, (size, _) in files.items() if _size(folder / name) != size]
 
     def fetch_one(name: str) -> None:

@@ -169,6 +169,20 @@ def list_sizes(folder: PathOrUrl) -> dict[str, int]:
     return {info["name"].rsplit("/", 1)[-1]: info["size"] for info in infos if info["type"] == "file"}
 
 
+def check_names(names: Iterable[str], *, root: str) -> None:
+    """Check that names of what lies behind a URL are paths below a folder, so that they can be written below another.
+
+    Raises:
+      ValueError: one is absolute or empty, or has an empty part, "." or "..".
+    """
+    for name in names:
+        if not {"", ".", ".."}.isdisjoint(name.split("/")):
+            raise ValueError(
+                f"{root}/{name} is not read: {name!r} is no path of a file below a folder, since a part of it is empty, "
+                '"." or ".."; move it away, or rename it, and give the command again'
+            )
+
+
 def read_bytes(location: PathOrUrl) -> bytes:
     """Return the contents of a file.
 
@@ -207,7 +221,8 @@ def list_files(root: PathOrUrl, *, left_out: Callable[[str, Collection[str]], st
                 cause = error.__cause__  # HTTP: no answer is no file, too
                 why = f": {type(cause).__name__}: {cause}" if cause is not None else ""
         for at, info in infos.items():
-            name, url = at.removeprefix(base).lstrip("/") or at.rsplit("/", 1)[-1], system.unstrip_protocol(at)
+            name = at.removeprefix(f"{base}/") if at != base else at.rsplit("/", 1)[-1]
+            url = system.unstrip_protocol(at)
             # HTTP says how long a file is only where it is asked for that file.
             size = _size_of(info if info.get("size") is not None else system.info(at), url=url)
             files.append((name, url, size))

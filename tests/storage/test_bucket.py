@@ -6,6 +6,7 @@ The bucket is tests/support/fake_gcs.py on loopback, through gcsfs.
 import asyncio
 import contextlib
 import os
+import re
 import shutil
 import time
 import types
@@ -283,6 +284,30 @@ def test_damage_in_the_bucket_is_named(objects):
     objects[f"{RUN}/checkpoints/3/state/d/x"] = whole[:-1] + b"#"
     with pytest.raises(ValueError, match=r"^state/d/x is not as it was written$"):
         bucket.fetch(folder / "checkpoints/3")
+
+
+def test_no_name_in_a_bucket_leads_out_of_the_folder_that_is_written(objects, tmp_path):
+    with opened() as mirror:
+        write_checkpoint(mirror.folder, 3)
+        mirror.flush()
+    folder = bucket.open_for_reading(URL)
+    commit = folder / "checkpoints/3/commit.json"
+    commit.write_bytes(commit.read_bytes().replace(b"state/d/x", b"../../../../x"))
+    with pytest.raises(ValueError, match=r"/checkpoints/3/\.\./\.\./\.\./\.\./x is not read"):
+        bucket.fetch(folder / "checkpoints/3")
+    outside = tmp_path / "outside"
+    for name in ("x/../../../../../outside", "tokenizer/../../outside", f"/{outside}", "tokenizer//x", "./x"):
+        objects[f"{RUN}/{name}"] = b"#!/bin/sh"
+        before = dict(objects)
+        for read in (
+            lambda: bucket.open_for_reading(URL),
+            lambda: opened().__enter__(),
+            lambda: fetch_model(URL, step=0, directory=tmp_path / "model", log=lambda line: None),
+        ):
+            with pytest.raises(ValueError, match=f"^{re.escape(f'{URL}/{name}')} is not read"):
+                read()
+        assert objects == before and not list(tmp_path.rglob("outside")) and not (tmp_path / "model").exists()
+        del objects[f"{RUN}/{name}"]
 
 
 def test_what_is_deleted_while_it_is_read_is_not_there(objects, monkeypatch):

@@ -45,7 +45,12 @@ def raw_inputs(root: PathOrUrl) -> list[Input]:
             )
     if not files:
         raise FileNotFoundError(f"{root} holds no file that ends in {', '.join(SUFFIXES)}")
-    inputs = [Input(name=name, location=at, num_bytes=num_bytes, sha256="") for name, at, num_bytes in files]
+    # An object of gs://bucket/folder//file has no folder of its own.
+    names = [name.lstrip("/") for name, _, _ in files]
+    inputs = [
+        Input(name=name, location=at, num_bytes=num_bytes, sha256="")
+        for name, (_, at, num_bytes) in zip(names, files, strict=True)
+    ]
     return [piece for item in inputs for piece in (_pieces(item) if _is_divisible(item) else [item])]
 
 
