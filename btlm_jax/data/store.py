@@ -308,18 +308,18 @@ def check_shards(directory: PathOrUrl, manifest: Manifest) -> None:
       OSError: the place cannot be reached.
       ValueError: a shard has another size than the manifest says, so it was truncated or replaced.
     """
-    sizes = list_sizes(directory)
+    shards = [shard for split in manifest.splits.values() for shard in split.shards]
+    sizes = list_sizes(directory, [manifest.tokenizer.file, *(shard.file for shard in shards)])
     if manifest.tokenizer.file not in sizes:
         raise FileNotFoundError(f"token store {directory} lacks its tokenizer file {manifest.tokenizer.file}")
-    for split in manifest.splits.values():
-        for shard in split.shards:
-            if shard.file not in sizes:
-                raise FileNotFoundError(f"token store {directory} lacks shard {shard.file}; restore or rebuild it")
-            if sizes[shard.file] != shard.num_bytes:
-                raise ValueError(
-                    f"shard {join_location(directory, shard.file)} is {sizes[shard.file]:,} bytes, its manifest says "
-                    f"{shard.num_bytes:,}: truncated or replaced; restore or rebuild it"
-                )
+    for shard in shards:
+        if shard.file not in sizes:
+            raise FileNotFoundError(f"token store {directory} lacks shard {shard.file}; restore or rebuild it")
+        if sizes[shard.file] != shard.num_bytes:
+            raise ValueError(
+                f"shard {join_location(directory, shard.file)} is {sizes[shard.file]:,} bytes, its manifest says "
+                f"{shard.num_bytes:,}: truncated or replaced; restore or rebuild it"
+            )
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

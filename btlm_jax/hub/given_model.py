@@ -40,7 +40,7 @@ from btlm_jax.model import freeze, parameter_table
 from btlm_jax.recipe.config import TrainConfig
 from btlm_jax.recipe.optimizer import make_optimizer
 from btlm_jax.storage.files import hash_file
-from btlm_jax.storage.location import PathOrUrl, check_names, list_files, open_binary
+from btlm_jax.storage.location import check_names, list_files, open_binary, with_sizes
 from btlm_jax.storage.owner import OWNER_FILE
 from btlm_jax.tokenizers.tokenizer import Tokenizer
 from btlm_jax.train import CHECKPOINTS, KEPT_TOKENIZER, METRICS_FILE
@@ -115,11 +115,11 @@ def fetch_model(url: str, *, step: int, directory: Path, log: Callable[[str], No
             raise FileNotFoundError(f"{url} has no checkpoint of step {step:,}")
     wanted = f"{CHECKPOINTS}/{step or max(steps, default=0)}/"
     growing = (METRICS_FILE, OWNER_FILE)  # which a run that goes on writes again and again, and no model needs
-    chosen: list[tuple[str, PathOrUrl, int]] = [
+    chosen = with_sizes(
         file
         for file in files
         if file[0].startswith((wanted, f"{KEPT_TOKENIZER}/")) or ("/" not in file[0] and file[0] not in growing)
-    ]
+    )
     log(f"Fetching {len(chosen):,} files, {sum(size for _, _, size in chosen):,} bytes, of {url}")
     for name, location, size in chosen:
         path = directory / PurePosixPath(name)

@@ -97,13 +97,15 @@ class RemoteFolder:
         """
         self._system.invalidate_cache()  # of listings
         infos = self._try("find", "", self._path, detail=True)
-        base = self._path.rstrip("/") + "/"
-        found = {
-            at.removeprefix(base): info
-            for at, info in infos.items()
-            if at.startswith(base) and info["type"] == "file" and not at.endswith("/")
-        }
-        location.check_names(found, root=self.url)
+        files = location.files_below(infos, self._path)
+        location.check_names(files, root=self.url)
+
+        def known(file: tuple[str, tuple[str, dict]]) -> tuple[str, dict]:
+            name, (at, info) = file
+            # HTTP says how long a file is only where it is asked for that file.
+            return name, info if info.get("size") is not None else self._try("info", name, at)
+
+        found = dict(_in_threads(known, files.items()))
         self.times = {name: seconds for name, info in found.items() if (seconds := location.time_of(info))}
         return {name: location.stamp_of(info) for name, info in found.items()}
 

@@ -30,7 +30,10 @@ PathOrUrl = Path | str  # str: a URL
 
 _EXTRAS = {"gs": "gcs", "gcs": "gcs", "s3": "s3", "s3a": "s3"}  # of setup.cfg
 _LOGGERS = ("fsspec", "gcsfs", "s3fs")  # of libraries that print a traceback with what they also raise
-_VERSION_KEYS = ("etag", "ETag", "generation", "md5Hash", "LastModified", "mtime", "updated", "created")
+_VERSION_KEYS = (
+    *("etag", "ETag", "generation", "md5Hash", "LastModified", "mtime", "updated", "created"),
+    *("Content-MD5", "Digest", "Last-Modified"),  # of HTTP
+)
 _TIME_KEYS = ("mtime", "LastModified", "updated", "last_modified")
 _CHUNK_BYTES = 1 << 20
 ORIGIN = ".origin"  # in the local folder of a checkpoint in a bucket: its URL there
@@ -124,10 +127,15 @@ def expand_pattern(text: str) -> list[PathOrUrl]:
     else:
         with _plain_errors(location):
             system, path = _file_system(location)
-            matches = sorted(system.unstrip_protocol(match) for match in system.glob(path))
+            found = [match for match in system.glob(path) if not (_is_http(location) and _leads_away(match))]
+            matches = sorted(map(system.unstrip_protocol, found))
     if not matches:
         raise FileNotFoundError(f"nothing matches {text}")
     return list(matches)
+
+
+def _is_http(url: str) -> bool:
+    return url.startswith(("http://", "https://"))
 
 
 def resolve_location(folder: Path, text: str) -> PathOrUrl:
@@ -150,15 +158,16 @@ def join_location(folder: PathOrUrl, name: str) -> PathOrUrl:
     return folder / name if isinstance(folder, Path) else f"{folder.rstrip('/')}/{name}"
 
 
-def list_sizes(folder: PathOrUrl) -> dict[str, int]:
-    """Return the bytes of each file directly in a folder, by name; nothing if there is no such folder.
+def list_sizes(folder: PathOrUrl, names: Iterable[str]) -> dict[str, int]:
+    """Return the bytes of those of the named files that are directly in a folder; nothing if there is no such folder.
 
     Raises:
       OSError: the location cannot be reached.
     """
     if isinstance(folder, Path):
         paths = folder.iterdir() if folder.is_dir() else ()
-        return {path.name: path.stat().st_size for path in paths if path.is_file()}
+        wanted = set(names)
+        return {path.name: path.stat().st_size for path in paths if path.name in wanted and path.is_file()}
     try:
         with _plain_errors(folder):
             system, path = _file_system(folder)
@@ -166,7 +175,9 @@ def list_sizes(folder: PathOrUrl) -> dict[str, int]:
             infos = system.ls(path, detail=True)
     except FileNotFoundError:
         return {}
-    return {info["name"].rsplit("/", 1)[-1]: info["size"] for info in infos if info["type"] == "file"}
+    found = {info["name"].rsplit("/", 1)[-1]: info.get("size") for info in infos if info["type"] == "file"}
+    listed = [(name, join_location(folder, name), found[name]) for name in names if name in found]
+    return {name: size for name, _, size in with_sizes(listed)}
 
 
 def check_names(names: Iterable[str], *, root: str) -> None:
@@ -178,7 +189,7 @@ def check_names(names: Iterable[str], *, root: str) -> None:
     for name in names:
         if not {"", ".", ".."}.isdisjoint(name.split("/")):
             raise ValueError(
-                f"{root}/{name} is not read: {name!r} is no path of a file below a folder, since a part of it is empty, "
+                f"{root}/{name} is not read: {name!r} is no path of a file below a folder, as a part of it is empty, "
                 '"." or ".."; move it away, or rename it, and give the command again'
             )
 
@@ -193,9 +204,12 @@ def read_bytes(location: PathOrUrl) -> bytes:
         return file.read()
 
 
-def list_files(root: PathOrUrl, *, left_out: Callable[[str, Collection[str]], str]) -> list[tuple[str, PathOrUrl, int]]:
+def list_files(
+    root: PathOrUrl, *, left_out: Callable[[str, Collection[str]], str]
+) -> list[tuple[str, PathOrUrl, int | None]]:
     """Return (name relative to root, location, bytes) of every file below a folder, or of a single file, by name.
 
+    Of HTTP the bytes are None, which `with_sizes` asks for: a server's page of a folder does not say them.
     `left_out` takes the name of a file or folder and all names beside it, and returns why it is left out, "" if it is
     not; a notice says so. Links are followed, each real folder read once; what cannot be read is named by a notice.
 
@@ -220,17 +234,47 @@ def list_files(root: PathOrUrl, *, left_out: Callable[[str, Collection[str]], st
             except FileNotFoundError as error:
                 cause = error.__cause__  # HTTP: no answer is no file, too
                 why = f": {type(cause).__name__}: {cause}" if cause is not None else ""
-        for at, info in infos.items():
-            name = at.removeprefix(f"{base}/") if at != base else at.rsplit("/", 1)[-1]
-            url = system.unstrip_protocol(at)
-            # HTTP says how long a file is only where it is asked for that file.
-            size = _size_of(info if info.get("size") is not None else system.info(at), url=url)
-            files.append((name, url, size))
+        found = files_below(infos, path) | ({base.rsplit("/", 1)[-1]: (base, infos[base])} if base in infos else {})
+        files = [(name, system.unstrip_protocol(at), info.get("size")) for name, (at, info) in found.items()]
     if not files:
         raise FileNotFoundError(f"{root} holds no file, or is none{why}")
     if len(files) > 1 or base not in infos:
         files = _without_left_out(root, files, left_out)
     return sorted(files)
+
+
+def files_below(infos: dict[str, dict[str, Any]], path: str) -> dict[str, tuple[str, dict[str, Any]]]:
+    """Return (path, what is known) of each file below a path, by name relative to it, of what fsspec's `find` returns.
+
+    Of a page of links by HTTP that is what lies below the page, without the links that sort it.
+    """
+    base = path.rstrip("/") + "/"
+    found = {
+        at.removeprefix(base): (at, info)
+        for at, info in infos.items()
+        if at.startswith(base) and info.get("type") == "file" and not at.endswith("/")
+    }
+    return {name: file for name, file in found.items() if not (_is_http(path) and _leads_away(name))}
+
+
+def _leads_away(link: str) -> bool:
+    """Return whether a link of a page is none to a file below it: `?C=N;O=D` of Apache's lists, `#top`, `../x`."""
+    return link.rsplit("/", 1)[-1].startswith(("?", "#")) or ".." in link.split("/")
+
+
+def with_sizes(files: Iterable[tuple[str, PathOrUrl, int | None]]) -> list[tuple[str, PathOrUrl, int]]:
+    """Return files of `list_files` with the bytes of all, for which the server is asked where they are None.
+
+    Raises:
+      OSError: the server does not say them, or cannot be reached.
+    """
+    return [(name, at, _ask_size(str(at)) if size is None else size) for name, at, size in files]
+
+
+def _ask_size(url: str) -> int:
+    with _plain_errors(url):
+        system, path = _file_system(url)
+        return _size_of(system.info(path), url=url)
 
 
 def _walk(root: Path, left_out: Callable[[str, Collection[str]], str]) -> Iterator[tuple[str, Path, int]]:
@@ -271,8 +315,8 @@ def _kind(path: Path) -> int:
 
 
 def _without_left_out(
-    root: str, files: list[tuple[str, str, int]], left_out: Callable[[str, Collection[str]], str]
-) -> list[tuple[str, str, int]]:
+    root: str, files: list[tuple[str, str, int | None]], left_out: Callable[[str, Collection[str]], str]
+) -> list[tuple[str, str, int | None]]:
     """Return the files of which no part of the name is left out; say once what is left out."""
     names_in: dict[str, set[str]] = {}
     for name, _, _ in files:

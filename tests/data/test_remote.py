@@ -14,6 +14,7 @@ from support.run_command import ONE_PHASE, train_arguments
 from support.run_here import run_here
 from support.tiny import tiny_config
 from support.tiny_store import write_store
+from support.web import serve_folder
 
 from btlm_jax.cli import main
 from btlm_jax.data import remote, store
@@ -112,6 +113,16 @@ def test_heldout_batches_are_those_of_the_disk(directory, memory):
 
 def jax_arrays(batch):
     return {name: np.asarray(leaf).tolist() for name, leaf in batch.items()}
+
+
+def test_a_store_behind_a_web_server_is_checked(directory):
+    with serve_folder(directory.parent) as url:
+        assert open_store(f"{url}/store", expected_fingerprint="").manifest == store.read_manifest(directory)
+        whole = (directory / SHARD).read_bytes()
+        (directory / SHARD).write_bytes(whole[:-1])
+        said = rf"^shard {url}/store/{SHARD} is {len(whole) - 1:,} bytes, its manifest says {len(whole):,}: truncated"
+        with pytest.raises(ValueError, match=said):
+            open_store(f"{url}/store", expected_fingerprint="")
 
 
 def test_little_more_is_read_than_the_blocks_that_are_wanted(tmp_path, memory, monkeypatch):

@@ -14,6 +14,7 @@ import types
 import pytest
 from support import fake_gcs
 from support.bucket_pair import database_of, end_copying, opened_pair, whole, write_part
+from support.web import serve_folder
 
 from btlm_jax import notices
 from btlm_jax.hub.given_model import fetch_model
@@ -271,6 +272,15 @@ def test_what_was_copied_by_other_means_is_taken(objects):
     assert fetched(folder) == ([5], "copied", "1\n") and steps_of(objects) == []
     with opened() as mirror:
         assert fetched(mirror.folder) == ([5], "copied", "1\n") and steps_of(objects) == [5]
+
+
+def test_a_model_behind_a_web_server_is_read(objects, tmp_path):
+    (tmp_path / "web/model").mkdir(parents=True)
+    (tmp_path / "web/model/config.json").write_text("{}")
+    with serve_folder(tmp_path / "web") as url:
+        folder = bucket.open_for_reading(f"{url}/model")
+        fetch_model(f"{url}/model", step=0, directory=tmp_path / "fetched", log=lambda line: None)
+    assert contents(folder) == contents(tmp_path / "fetched") == {"config.json": "{}"}
 
 
 def test_damage_in_the_bucket_is_named(objects):

@@ -18,7 +18,15 @@ from btlm_jax import notices
 from btlm_jax.cli import main
 from btlm_jax.corpus.engine import inputs, tasks
 from btlm_jax.corpus.engine.inputs import read_stage
-from btlm_jax.storage.location import hash_range, list_files, parse_location, read_bytes, version_stamp
+from btlm_jax.storage.location import (
+    expand_pattern,
+    hash_range,
+    list_files,
+    parse_location,
+    read_bytes,
+    version_stamp,
+    with_sizes,
+)
 
 
 @pytest.fixture
@@ -111,15 +119,25 @@ def test_a_missing_library_is_named(raw, monkeypatch, capsys):
 
 
 class _Web(http.server.BaseHTTPRequestHandler):
-    """A folder raw/ with two files; of chunked/a.txt the server does not say how long it is."""
+    """A folder raw/ with two files, and sorted/ as Apache lists it; of chunked/a.txt and page.cgi no length is said."""
+
+    LISTS = {
+        "/raw/": b'<a href="a.txt">a</a> <a href="b.txt">b</a>',
+        "/sorted/": b"""<a href="?C=N;O=D">Name</a> <a href="?C=S;O=A">Size</a> <a href="/">Parent Directory</a>
+            <a href="/sorted/">.</a> <a href="#top">top</a> <a href="../raw/b.txt">b</a> <a href="page.cgi">page</a>
+            <a href="a.txt">a</a>""",
+    }
+    modified = "Mon, 30 Nov 2026 10:00:00 GMT"  # of a.txt
 
     protocol_version = "HTTP/1.1"
 
     def do_GET(self):
-        is_chunked, is_folder = self.path == "/chunked/a.txt", self.path == "/raw/"
-        body = b'<a href="a.txt">a</a> <a href="b.txt">b</a>' if is_folder else b"text of " + self.path.encode()
+        is_chunked = self.path in ("/chunked/a.txt", "/sorted/page.cgi")
+        body = self.LISTS.get(self.path.rstrip("/") + "/") or b"text of " + self.path.encode()
         self.send_response(200)
         self.send_header(*(("Transfer-Encoding", "chunked") if is_chunked else ("Content-Length", str(len(body)))))
+        if self.path == "/raw/a.txt":
+            self.send_header("Last-Modified", self.modified)
         self.end_headers()
         if self.command == "GET":
             self.wfile.write(b"%x\r\n%b\r\n0\r\n\r\n" % (len(body), body) if is_chunked else body)
@@ -130,20 +148,40 @@ class _Web(http.server.BaseHTTPRequestHandler):
         pass
 
 
-def test_files_of_a_web_server_are_read_if_it_says_how_long_they_are():
+@pytest.fixture
+def web():
+    """The URL of a `_Web`."""
     with http.server.ThreadingHTTPServer(("127.0.0.1", 0), _Web) as server:
         threading.Thread(target=server.serve_forever, daemon=True).start()
-        root = f"http://127.0.0.1:{server.server_port}"
-        files = [(name, f"{root}/raw/{name}", 18) for name in ("a.txt", "b.txt")]
-        assert list_files(f"{root}/raw/", left_out=nothing) == files
-        assert list_files(f"{root}/raw/a.txt", left_out=nothing) == files[:1]
-        assert read_bytes(f"{root}/raw/a.txt") == b"text of /raw/a.txt" and version_stamp(f"{root}/raw/a.txt") == [18]
-        url = f"{root}/chunked/a.txt"
-        said = f"^{url}: its server does not say how long it is; download it, and give the file$"
-        for ask in (lambda: list_files(url, left_out=nothing), lambda: version_stamp(url)):
-            with pytest.raises(OSError, match=said):
-                ask()
+        yield f"http://127.0.0.1:{server.server_port}"
         server.shutdown()
+
+
+def test_files_of_a_web_server_are_read_if_it_says_how_long_they_are(web):
+    files = [(name, f"{web}/raw/{name}", 18) for name in ("a.txt", "b.txt")]
+    assert with_sizes(list_files(f"{web}/raw/", left_out=nothing)) == files
+    assert with_sizes(list_files(f"{web}/raw/a.txt", left_out=nothing)) == files[:1]
+    assert read_bytes(f"{web}/raw/a.txt") == b"text of /raw/a.txt" and version_stamp(f"{web}/raw/b.txt") == [18]
+    url = f"{web}/chunked/a.txt"
+    said = f"^{url}: its server does not say how long it is; download it, and give the file$"
+    for ask in (lambda: with_sizes(list_files(url, left_out=nothing)), lambda: version_stamp(url)):
+        with pytest.raises(OSError, match=said):
+            ask()
+
+
+def test_links_of_a_web_server_s_list_that_are_no_files_of_it_are_not_read(web):
+    url = f"{web}/sorted/a.txt"
+    for place in (f"{web}/sorted", f"{web}/sorted/"):
+        notices.begin(strict=())
+        assert [(item.name, item.location, item.num_bytes) for item in inputs.raw_inputs(place)] == [("a.txt", url, 21)]
+        assert notices.counts() == {"file-not-read": 1}  # page.cgi, of which no length is said
+    assert expand_pattern(f"{web}/sorted/*") == [url, f"{web}/sorted/page.cgi"]
+
+
+def test_a_file_of_a_web_server_that_was_replaced_by_one_as_long_has_another_stamp(web, monkeypatch):
+    before = version_stamp(f"{web}/raw/a.txt")
+    monkeypatch.setattr(_Web, "modified", "Mon, 30 Nov 2026 11:00:00 GMT")
+    assert before[0] == version_stamp(f"{web}/raw/a.txt")[0] and before != version_stamp(f"{web}/raw/a.txt")
 
 
 def nothing(name, beside) -> str:

@@ -16,7 +16,7 @@ from btlm_jax.corpus.engine.tasks import Input, Task, is_output
 from btlm_jax.corpus.readers.raw import SUFFIXES, are_plain_lines, is_metadata, is_raw
 from btlm_jax.corpus.readers.tables import TFDS_SHARD
 from btlm_jax.storage.files import hash_file, parse_json_object, read_json_object
-from btlm_jax.storage.location import PathOrUrl, list_files, open_binary
+from btlm_jax.storage.location import PathOrUrl, list_files, open_binary, with_sizes
 
 TASK_BYTES = 64_000_000  # small input files share a task up to this size
 PIECE_BYTES = 128_000_000  # larger files of plain lines are read in pieces
@@ -45,11 +45,9 @@ def raw_inputs(root: PathOrUrl) -> list[Input]:
             )
     if not files:
         raise FileNotFoundError(f"{root} holds no file that ends in {', '.join(SUFFIXES)}")
-    # An object of gs://bucket/folder//file has no folder of its own.
-    names = [name.lstrip("/") for name, _, _ in files]
     inputs = [
-        Input(name=name, location=at, num_bytes=num_bytes, sha256="")
-        for name, (_, at, num_bytes) in zip(names, files, strict=True)
+        Input(name=name.lstrip("/"), location=at, num_bytes=num_bytes, sha256="")  # of gs://bucket/folder//file: file
+        for name, at, num_bytes in with_sizes(files)
     ]
     return [piece for item in inputs for piece in (_pieces(item) if _is_divisible(item) else [item])]
 
@@ -103,7 +101,7 @@ def _left_out(name: str, beside: Collection[str]) -> str:
     return "it is of a stage's work" if is_of_stage else ""
 
 
-def _stale_tables(files: list[tuple[str, PathOrUrl, int]]) -> set[str]:
+def _stale_tables(files: list[tuple[str, PathOrUrl, int | None]]) -> set[str]:
     """Return the .arrow files in the folder of a Hugging Face dataset that are not part of it: old ones, and caches.
 
     Raises:
