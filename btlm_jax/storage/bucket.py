@@ -554,7 +554,7 @@ class Mirror:
                 # Of one that was set aside and is not copied yet: where it is in the bucket.
                 bases.add((at / ORIGIN).read_text(encoding="utf-8").removeprefix(f"{self.url}/"))
         kept = tuple(f"{base}/" for base in bases)
-        gone = [name for name in self._known if name not in here and not name.startswith(kept) and not _is_hidden(name)]
+        gone = [name for name in self._known if name not in here and not name.startswith(kept) and not _is_others(name)]
         for name in sorted(gone, key=lambda name: not name.endswith(f"/{COMMIT}")):
             self._delete(name)
 
@@ -936,9 +936,12 @@ def local_folder(url: str, *, role: str) -> Iterator[Path]:
         lock.__exit__(None, None, None)
 
 
-def _is_hidden(name: str) -> bool:
-    """Return whether an object is one that is not copied from a local folder, and not deleted where that lacks it."""
-    return "/." in f"/{name}" and not name.startswith((f"{_CHECKPOINTS}/", _SPEED, _PROBE))
+def _is_others(name: str) -> bool:
+    """Return whether an object is one that no run writes or deletes: hidden, or beside the checkpoints."""
+    folder, _, rest = name.partition("/")
+    if folder == _CHECKPOINTS:
+        return not rest.partition("/")[0].isdecimal()
+    return "/." in f"/{name}" and not name.startswith((_SPEED, _PROBE))
 
 
 def _in_threads(function: Callable[[Any], Any], items: Iterable[Any]) -> list[Any]:

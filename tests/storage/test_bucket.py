@@ -274,6 +274,21 @@ def test_what_was_copied_by_other_means_is_taken(objects):
         assert fetched(mirror.folder) == ([5], "copied", "1\n") and steps_of(objects) == [5]
 
 
+def test_what_others_put_into_a_run_s_folder_stays(objects):
+    with opened() as mirror:
+        write_checkpoint(mirror.folder, 3)
+        mirror.flush()
+    names = ("config.json", "checkpoints/best/state/d/0", "checkpoints/README.txt", "notes/README.txt")
+    objects |= {f"{RUN}/{name}": b"x" for name in names}
+    objects[f"{RUN}/checkpoints/7/x"] = b"of a save that was killed"
+    before = set(objects)
+    for staging in ("the same", "another"):
+        with opened() as mirror:
+            mirror.close()
+        assert set(objects) == before - {f"{RUN}/checkpoints/7/x"}, staging
+        shutil.rmtree(mirror.folder)
+
+
 def test_a_model_behind_a_web_server_is_read(objects, tmp_path):
     (tmp_path / "web/model").mkdir(parents=True)
     (tmp_path / "web/model/config.json").write_text("{}")
