@@ -5,8 +5,8 @@ or slow it. What a tracker has not got, as it failed or was off, it gets when th
 
     python -m btlm_jax.train.trackers wandb WORKDIR
 
-A workdir is one run of the tracker, and each start goes on with it. A step is given once: after a kill the steps that
-are trained again are passed over where the tracker has them. Where they are trained with other settings, or after
+A workdir is one run of the tracker, and each start goes on with it. After a kill the steps that are trained again are
+passed over where the tracker has them; only the one that was being sent when its process was killed is sent again. Where they are trained with other settings, or after
 --resume_step, another run begins in the tracker, with all steps.
 """
 
@@ -41,7 +41,7 @@ from btlm_jax.train.metric_writer import Tracker, flat_config, numbers_of, parse
 PROJECT = "btlm_jax"  # where the tracker's own variable names none
 FINISH_SECONDS = 120.0  # that a run waits for a tracker at its end
 _POLL_SECONDS = 1.0
-_BATCH = 100  # lines between two writes of how far a tracker is
+_BATCH = 100  # lines that are read before they are sent
 _NOTE = "note: "  # before what the run is to report
 _WHOLE = b"whole"  # what the run says at its end where the last step has all its lines
 
@@ -138,7 +138,7 @@ class TrackerProcess:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Record:
-    """How far a tracker is: a file of the workdir. Written before steps are sent, so that none is sent twice."""
+    """How far a tracker is: a file of the workdir. Written after each step is sent, so that none is left out."""
 
     run_id: str  # in the tracker; "" before it is known
     last_step: int  # that the tracker has
@@ -301,10 +301,6 @@ def _batches_of_lines(metrics: IO[bytes], *, is_followed: bool) -> Iterator[_Lin
 
 def _send(tracker: Tracker, steps: dict[int, list[dict]], record: Record, *, path: Path) -> Record:
     """Give a tracker some steps, and return how far it is."""
-    if not steps:
-        return record
-    record = dataclasses.replace(record, last_step=max(steps))
-    _write_record(path, record)
     for step, rows in steps.items():
         values: dict[str, float] = {}
         for row in rows:
@@ -314,6 +310,8 @@ def _send(tracker: Tracker, steps: dict[int, list[dict]], record: Record, *, pat
         for row in rows:
             if row["kind"] == "sample":
                 tracker.text(step, "sample", text_of(row))
+        record = dataclasses.replace(record, last_step=step)
+        _write_record(path, record)
     return record
 
 
