@@ -26,7 +26,7 @@ from btlm_jax.recipe.config import PREPARED, TrainConfig, check_divisible
 from btlm_jax.stopping import Stop
 from btlm_jax.storage.files import write_atomically
 from btlm_jax.storage.location import is_absolute, mirror_of
-from btlm_jax.train import CONFIG_FILE, KEPT_TOKENIZER, METRICS_FILE
+from btlm_jax.train import CONFIG_FILE, KEPT_TOKENIZER, METRICS_FILE, REPLACED
 from btlm_jax.train.checkpoint import (
     Checkpointer,
     Position,
@@ -86,7 +86,6 @@ if TYPE_CHECKING:
 
 DONE, PREEMPTED, BAD_NUMBERS = "done", "preempted", "bad numbers"
 CheckDevices = Callable[[TrainConfig, Sequence[jax.Device]], str]  # -> what is known of the layout, or ""
-_OF_NO_NUMBER = ("log.", "checkpoint.", "bad_numbers.", "mesh.")  # keys that do not change what is trained
 
 
 class BadNumbersError(Exception):
@@ -164,8 +163,6 @@ def train(
                 position, state, more = restore_last(checkpointer, config, abstract=program.state)
             damages += more
         changes = _report_changes(checkpointer, config, position)
-        is_other = bool(resume_step) or any(not change.key.startswith(_OF_NO_NUMBER) for change in changes)
-        is_other |= position.step == 0 and _has_other_config(workdir, config)
         with ledger.measure("corpus"):
             token_store = prepare_store(
                 config,
@@ -202,7 +199,7 @@ def train(
         num_bytes = sum(leaf.nbytes for leaf in jax.tree.leaves(state))
         log(predict_stop(workdir, num_bytes=num_bytes, num_processes=jax.process_count()))
         first_step = position.step + 1
-        writer = _make_writer(run, first_step=first_step, is_other=is_other, compare=compare)
+        writer = _make_writer(run, first_step=first_step, compare=compare)
         # The first exchange on CPUs fails where another process comes to it 30 s later, which compiling may take.
         stop.wait_for_all("ready for the first exchange")
         with jax.set_mesh(mesh), writer:
@@ -241,9 +238,12 @@ def _start_facts(position: Position) -> dict[str, str]:
 
 def _go_back(workdir: Path, step: int, stop: Stop) -> list[str]:
     """Go back to an earlier checkpoint, in one process for all that share a folder; return what to say of it."""
+    is_done = (workdir / REPLACED / f"from-{step}").is_dir()
     said = go_back(workdir, step) if jax.process_index() == 0 or mirror_of(workdir).is_remote else ""
     stop.wait_for_all("went back to an earlier checkpoint")
-    return [said] if said else []
+    if said and is_done:
+        log(said)
+    return [said] if said and not is_done else []
 
 
 def _report_changes(checkpointer: Checkpointer, config: TrainConfig, position: Position) -> list[SettingChange]:
@@ -252,12 +252,6 @@ def _report_changes(checkpointer: Checkpointer, config: TrainConfig, position: P
     for change in changes:
         notices.report("setting-changed", f"{change} (from step {position.step:,} on)")
     return changes
-
-
-def _has_other_config(workdir: Path, config: TrainConfig) -> bool:
-    """Return whether a start of this workdir had another config; without a checkpoint nothing else tells."""
-    path = workdir / CONFIG_FILE
-    return path.is_file() and path.read_bytes() != config.to_json().encode()
 
 
 def _machine_changes(checkpointer: Checkpointer, step: int) -> list[str]:
@@ -628,13 +622,13 @@ def _check_trackers(config: TrainConfig) -> None:
         trackers.check_installed(config.log.tracker_names)
 
 
-def _make_followers(run: Run, *, other_from: int) -> list[Follower]:
-    """Return the processes of log.trackers; `other_from` is as trackers.TrackerProcess has it."""
+def _make_followers(run: Run, *, first_step: int) -> list[Follower]:
+    """Return the processes of log.trackers."""
     if not run.config.log.trackers:
         return []
     from btlm_jax.train.trackers import TrackerProcess
 
-    return [TrackerProcess(name, run.workdir, other_from=other_from) for name in run.config.log.tracker_names]
+    return [TrackerProcess(name, run.workdir, first_step=first_step) for name in run.config.log.tracker_names]
 
 
 def _make_comparison(config: TrainConfig, *, workdir: Path, first_step: int) -> Compare:
@@ -648,11 +642,8 @@ def _make_comparison(config: TrainConfig, *, workdir: Path, first_step: int) -> 
     return curve.add
 
 
-def _make_writer(run: Run, *, first_step: int, is_other: bool, compare: Compare) -> MetricWriter:
-    """Make the writer of the run's numbers, and log which peak MFU is a share of.
-
-    Steps from the first on are trained with other settings than an earlier start had if it `is_other`.
-    """
+def _make_writer(run: Run, *, first_step: int, compare: Compare) -> MetricWriter:
+    """Make the writer of the run's numbers, and log which peak MFU is a share of."""
     config, curriculum = run.config, run.config.curriculum.table
     num_devices, peak = jax.device_count(), peak_flops(jax.local_devices()[0])
     log(
@@ -670,7 +661,7 @@ def _make_writer(run: Run, *, first_step: int, is_other: bool, compare: Compare)
         log_every=config.log.every_steps,
         is_writer=jax.process_index() == 0,
         ledger=run.ledger,
-        followers=_make_followers(run, other_from=first_step if is_other else 0),
+        followers=_make_followers(run, first_step=first_step),
         predicted_seconds=run.prediction.seconds,
         compare=compare,
     )

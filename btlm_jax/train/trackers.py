@@ -6,8 +6,9 @@ or slow it. What a tracker has not got, as it failed or was off, it gets when th
     python -m btlm_jax.train.trackers wandb WORKDIR
 
 A workdir is one run of the tracker, and each start goes on with it. After a kill the steps that are trained again are
-passed over where the tracker has them; only the one that was being sent when its process was killed is sent again. Where they are trained with other settings, or after
---resume_step, another run begins in the tracker, with all steps.
+passed over where the tracker has them; only the one that was being sent when its process was killed is sent again.
+Where they are trained with other settings, or after --resume_step, another run begins in the tracker, with all steps:
+once, by what a file of the workdir has of the settings and of the steps that were set aside.
 """
 
 from __future__ import annotations
@@ -34,8 +35,8 @@ from typing import IO, Any
 from btlm_jax import install_command, module_command, notices
 from btlm_jax.display.progress import print_line
 from btlm_jax.recipe.config import TrainConfig, config_from, train_config_from
-from btlm_jax.storage.files import lock_open_file, read_json_object, write_atomically
-from btlm_jax.train import CONFIG_FILE, METRICS_FILE, TRACKERS
+from btlm_jax.storage.files import hash_json, lock_open_file, read_json_object, write_atomically
+from btlm_jax.train import CONFIG_FILE, METRICS_FILE, REPLACED, TRACKERS
 from btlm_jax.train.metric_writer import Tracker, flat_config, numbers_of, parse_row, text_of
 
 PROJECT = "btlm_jax"  # where the tracker's own variable names none
@@ -43,6 +44,7 @@ FINISH_SECONDS = 120.0  # that a run waits for a tracker at its end
 _POLL_SECONDS = 1.0
 _BATCH = 100  # lines that are read before they are sent
 _NOTE = "note: "  # before what the run is to report
+_OF_NO_NUMBER = ("log.", "checkpoint.", "bad_numbers.", "mesh.")  # keys that do not change what is trained
 _WHOLE = b"whole"  # what the run says at its end where the last step has all its lines
 
 
@@ -60,13 +62,13 @@ def check_installed(names: Sequence[str]) -> None:
 class TrackerProcess:
     """A tracker's process, as the run sees it: see metric_writer.Follower."""
 
-    def __init__(self, name: str, workdir: Path, *, other_from: int):
-        """Take the first step that is trained with other settings, or after going back; 0 if there is none."""
+    def __init__(self, name: str, workdir: Path, *, first_step: int):
+        """Take the first step that this start trains."""
         self._name, self._workdir = name, workdir
         self._log = workdir / TRACKERS / f"{name}.log"
         command = [*module_command(__name__), name, str(workdir.resolve())]
         self._by_hand = f"{sys.executable} -m {__name__} {name} {shlex.quote(str(workdir))}"
-        self._command = [*command, "--follow", f"--other_from={other_from}"]
+        self._command = [*command, "--follow", f"--first_step={first_step}"]
         self._process: subprocess.Popen | None = None
 
     def start(self) -> None:
@@ -142,10 +144,9 @@ class Record:
 
     run_id: str  # in the tracker; "" before it is known
     last_step: int  # that the tracker has
-    earlier_run_ids: tuple[str, ...]  # of runs that end where steps were trained again with other settings
-
-
-_NEW = Record(run_id="", last_step=0, earlier_run_ids=())
+    earlier_run_ids: tuple[str, ...]  # of runs that end where steps were trained anew
+    settings: str  # a hash of those that its last start trained with
+    replaced: tuple[str, ...]  # what --resume_step had set aside by then, as `_replaced` names it
 
 
 class Wandb:
@@ -210,8 +211,10 @@ class Mlflow:
 _CLASSES = {"wandb": Wandb, "mlflow": Mlflow}
 
 
-def follow(name: str, workdir: Path, *, is_followed: bool, other_from: int) -> None:
+def follow(name: str, workdir: Path, *, is_followed: bool, first_step: int) -> None:
     """Give a tracker the lines of a run that it has not got: those that are there, or until the run ends.
+
+    The `first_step` that a start trains is 0 where there is none.
 
     Raises:
       ValueError: the workdir's config is damaged.
@@ -223,12 +226,7 @@ def follow(name: str, workdir: Path, *, is_followed: bool, other_from: int) -> N
     with open(folder / f"{name}.lock", "w") as lock, open(workdir / METRICS_FILE, "rb") as metrics:
         lock_open_file(lock, fcntl.LOCK_EX)  # the process of a run that was killed may still be sending
         path = folder / f"{name}.json"
-        record = _read_record(path)
-        if other_from and other_from <= record.last_step:
-            _say(f"{_NOTE}another run begins: {record.run_id} has steps from {other_from:,} on, which are trained anew")
-            record = dataclasses.replace(
-                _NEW, earlier_run_ids=(*record.earlier_run_ids, record.run_id), run_id="", last_step=0
-            )
+        record = _course_of(config, workdir, _read_record(path, config, workdir), first_step=first_step)
         tracker = _CLASSES[name](config, name=workdir.name, folder=folder, run_id=record.run_id)
         begins = "goes on with" if record.run_id else "begins"
         record = dataclasses.replace(record, run_id=tracker.run_id)
@@ -315,14 +313,47 @@ def _send(tracker: Tracker, steps: dict[int, list[dict]], record: Record, *, pat
     return record
 
 
-def _read_record(path: Path) -> Record:
+def _course_of(config: TrainConfig, workdir: Path, record: Record, *, first_step: int) -> Record:
+    """Return the record with the settings and the replaced steps of now, of a run that begins where it has others."""
+    replaced, settings = _replaced(workdir), _settings_hash(config) if first_step else record.settings
+    anew = [step for name, step in replaced.items() if name not in record.replaced]
+    anew += [first_step] if settings != record.settings else []
+    now = {"settings": settings, "replaced": tuple(sorted({*record.replaced, *replaced}))}
+    if not anew or min(anew) > record.last_step:
+        return dataclasses.replace(record, **now)
+    _say(f"{_NOTE}another run begins: {record.run_id} has steps from {min(anew):,} on, which are trained anew")
+    return Record(run_id="", last_step=0, earlier_run_ids=(*record.earlier_run_ids, record.run_id), **now)
+
+
+def _replaced(workdir: Path) -> dict[str, int]:
+    """Return the first step that was trained anew for each time that --resume_step set steps aside.
+
+    Names have the size of what the metrics were then: a folder may be renamed, and another one get its name.
+    """
+    found = {}
+    for folder in (workdir / REPLACED).glob("from-*"):
+        metrics, step = folder / METRICS_FILE, folder.name.removeprefix("from-")
+        if step.isdecimal():
+            found[f"{folder.name}, {metrics.stat().st_size if metrics.is_file() else 0} bytes"] = int(step) + 1
+    return found
+
+
+def _settings_hash(config: TrainConfig) -> str:
+    """Return a hash of what of a config decides the numbers."""
+    values = flat_config(json.loads(config.to_json()))
+    return hash_json({key: value for key, value in values.items() if not key.startswith(_OF_NO_NUMBER)})[:16]
+
+
+def _read_record(path: Path, config: TrainConfig, workdir: Path) -> Record:
+    now = {"settings": _settings_hash(config), "replaced": tuple(sorted(_replaced(workdir)))}
+    new = Record(run_id="", last_step=0, earlier_run_ids=(), **now)
     if not path.exists():
-        return _NEW
+        return new
     try:
-        return config_from(Record, read_json_object(path), path="record")
+        return config_from(Record, {**now, **read_json_object(path)}, path="record")  # earlier ones have less
     except ValueError as error:
         _say(f"{_NOTE}another run begins, as what is kept of it is damaged: {error}")
-        return _NEW
+        return new
 
 
 def _write_record(path: Path, record: Record) -> None:
@@ -346,11 +377,11 @@ def main() -> None:
     parser.add_argument("name", choices=sorted(_CLASSES))
     parser.add_argument("workdir", type=Path, help="of the run")
     parser.add_argument("--follow", action="store_true", help="go on until standard input is closed")
-    parser.add_argument("--other_from", type=int, default=0, help=argparse.SUPPRESS)
+    parser.add_argument("--first_step", type=int, default=0, help=argparse.SUPPRESS)
     flags = parser.parse_args()
     _output = os.dup(1)
     os.dup2(2, 1)  # what a tracker prints
-    follow(flags.name, flags.workdir.resolve(), is_followed=flags.follow, other_from=flags.other_from)
+    follow(flags.name, flags.workdir.resolve(), is_followed=flags.follow, first_step=flags.first_step)
 
 
 if __name__ == "__main__":

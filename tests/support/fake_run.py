@@ -85,7 +85,7 @@ def record_steps(run: FakeRun, first_step: int, last_step: int) -> None:
 def main() -> None:
     """Run until killed."""
     workdir, first_step, last_step, tracker = Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3]), sys.argv[4]
-    run = FakeRun(workdir, first_step=first_step, followers=[TrackerProcess(tracker, workdir, other_from=0)])
+    run = FakeRun(workdir, first_step=first_step, followers=[TrackerProcess(tracker, workdir, first_step=first_step)])
     with run.writer:
         record_steps(run, first_step, last_step)
         print("recorded", flush=True)

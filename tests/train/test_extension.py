@@ -18,6 +18,7 @@ from btlm_jax import notices
 from btlm_jax.cli import main
 from btlm_jax.recipe.config import with_later_keys
 from btlm_jax.recipe.optimizer import rates_of_steps
+from btlm_jax.train import loop
 from btlm_jax.train.checkpoint import Position, check_schedule, go_back
 from btlm_jax.train.finish import _epochs_text, _summary_text, longer_command, longer_flags
 from btlm_jax.train.metric_writer import read_metrics
@@ -173,6 +174,7 @@ def test_going_back_sets_later_checkpoints_aside_once(tmp_path):
     assert (aside / "metrics.jsonl").read_text() == (tmp_path / "metrics.jsonl").read_text() == "rows\n"
     (tmp_path / "checkpoints" / "8").mkdir()  # the run has gone on, and its command is repeated
     assert "was done before, and is not done again" in go_back(tmp_path, 6) and checkpoint_steps(tmp_path) == [3, 6, 8]
+    assert loop._go_back(tmp_path, 6, mock.Mock()) == []  # nothing to record of it
 
 
 def train(capsys, *arguments) -> tuple[int, str]:

@@ -21,7 +21,7 @@ from support import fake_run
 from support.fake_run import FakeRun, fake_config, record_steps
 
 from btlm_jax import notices
-from btlm_jax.train import CONFIG_FILE, METRICS_FILE, TRACKERS, trackers
+from btlm_jax.train import CONFIG_FILE, METRICS_FILE, REPLACED, TRACKERS, trackers
 from btlm_jax.train.metric_writer import read_metrics
 from btlm_jax.train.trackers import TrackerProcess, check_installed
 
@@ -56,8 +56,8 @@ def begin(workdir: Path, **changes) -> None:
     (workdir / CONFIG_FILE).write_text(fake_config(**changes).to_json())
 
 
-def train(workdir: Path, first_step: int, last_step: int, *, other_from: int = 0, tracker: str = "wandb") -> None:
-    run = FakeRun(workdir, first_step=first_step, followers=[TrackerProcess(tracker, workdir, other_from=other_from)])
+def train(workdir: Path, first_step: int, last_step: int, *, tracker: str = "wandb") -> None:
+    run = FakeRun(workdir, first_step=first_step, followers=[TrackerProcess(tracker, workdir, first_step=first_step)])
     with run.writer:
         record_steps(run, first_step, last_step)
         if last_step == 9:
@@ -248,16 +248,41 @@ def test_what_is_missing_can_be_sent_by_hand_and_only_once(tmp_path, stand_in):
 def test_steps_that_are_trained_with_other_settings_are_another_run_with_all_steps(tmp_path, stand_in, capsys):
     begin(tmp_path)
     train(tmp_path, 1, 6)
-    train(tmp_path, 7, 8, other_from=7)  # no step of the first run is trained again
-    train(tmp_path, 4, 9, other_from=4)
-    first, second, third = starts(tmp_path)
+    begin(tmp_path, optimizer__z_loss=0.001)
+    train(tmp_path, 7, 8)  # no step of the first run is trained again
+    begin(tmp_path, optimizer__z_loss=0.002)
+    train(tmp_path, 4, 9)
+    begin(tmp_path, optimizer__z_loss=0.002, log__every_steps=2)
+    train(tmp_path, 4, 9)  # as after a kill
+    first, second, third, fourth = starts(tmp_path)
+    assert fourth["id"] == third["id"] and step_numbers(fourth) == []
     assert first["id"] == second["id"] != third["id"]
     assert (step_numbers(first), step_numbers(second)) == ([1, 2, 3, 4, 5, 6], [7, 8])
     assert step_numbers(third) == [1, 2, 3, 4, 5, 6, 7, 8, 9]
     record = json.loads((tmp_path / TRACKERS / "wandb.json").read_text())
-    assert record == {"run_id": third["id"], "last_step": 9, "earlier_run_ids": [first["id"]]}
+    del record["settings"]
+    assert record == {"run_id": third["id"], "last_step": 9, "earlier_run_ids": [first["id"]], "replaced": []}
     assert notices.counts() == {"tracker-begun-again": 1}
     assert f"{first['id']} has steps from 4 on, which are trained anew" in capsys.readouterr().err
+
+
+def test_steps_that_are_trained_anew_after_resume_step_are_another_run_once(tmp_path, stand_in, capsys):
+    begin(tmp_path)
+    train(tmp_path, 1, 6)
+    aside = tmp_path / REPLACED / "from-3"
+    aside.mkdir(parents=True)
+    (aside / METRICS_FILE).write_text("one course\n")
+    train(tmp_path, 4, 6)  # a start without --resume_step, as the one with it died before its steps
+    train(tmp_path, 5, 9)  # one with --resume_step again, which does nothing
+    aside.rename(tmp_path / REPLACED / "kept")
+    aside.mkdir()
+    (aside / METRICS_FILE).write_text("another\n")
+    train(tmp_path, 4, 9)
+    first, second, third, fourth = starts(tmp_path)
+    assert second["id"] == third["id"] and len({first["id"], second["id"], fourth["id"]}) == 3
+    assert [step_numbers(start) for start in (second, third)] == [[1, 2, 3, 4, 5, 6], [7, 8, 9]]
+    assert step_numbers(fourth) == [1, 2, 3, 4, 5, 6, 7, 8, 9]
+    assert capsys.readouterr().err.count("has steps from 4 on, which are trained anew") == 2
 
 
 @pytest.mark.parametrize(
@@ -285,7 +310,7 @@ def test_a_tracker_that_hangs_is_ended(tmp_path, stand_in, monkeypatch, capsys):
 
 def test_the_last_step_of_a_run_that_failed_waits_for_its_evaluation(tmp_path, stand_in):
     begin(tmp_path)
-    run = FakeRun(tmp_path, followers=[TrackerProcess("wandb", tmp_path, other_from=0)])
+    run = FakeRun(tmp_path, followers=[TrackerProcess("wandb", tmp_path, first_step=1)])
     with pytest.raises(OSError), run.writer:
         record_steps(run, 1, 2)
         run.step(3)
