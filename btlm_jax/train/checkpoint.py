@@ -202,6 +202,19 @@ class Checkpointer:
             self._save_in_all(state, position=position, config=config)
         self.wait()
 
+    def wait_or_report(self, *, then: str) -> None:
+        """Wait as `wait` does, where what comes `then`, which is said, does not need a save that failed.
+
+        Raises:
+          OSError: one failed, and only this process knows it.
+        """
+        try:
+            self.wait()
+        except OSError as error:
+            if not _is_known_to_all(error):
+                raise
+            self._go_on_after(error, then=then)
+
     def _start(self, state: TrainState, *, position: Position, config: TrainConfig) -> None:
         if jax.process_count() > 1:  # an error in the midst of orbax's own exchanges would leave the others there
             self.wait()
@@ -271,10 +284,10 @@ class Checkpointer:
         elif failure is not None:
             raise failure
 
-    def _go_on_after(self, error: OSError) -> None:
-        """Report a save that failed, and remove what it left."""
+    def _go_on_after(self, error: OSError, *, then: str = "training goes on, and it is tried again") -> None:
+        """Report a save that failed, and what comes then; remove what it left."""
         said = f"a checkpoint could not be written to {self.directory}: {_why(error)}"
-        notices.report("save-failed", f"{said}; training goes on, and it is tried again")
+        notices.report("save-failed", f"{said}; {then}")
         self._failure, self._is_saving = error, False
         with contextlib.suppress(Exception):  # that it failed is known
             self._manager.close()

@@ -425,7 +425,7 @@ def _run_steps(
                     checkpointer.save_or_go_on(state, position=now, config=config)
                     checkpointer.finish(state, position=now, config=config)
                 elif is_stopping:
-                    checkpointer.wait()
+                    checkpointer.wait_or_report(then="the run stops, and goes on from the one before")
                 elif is_saving and not skips:
                     checkpointer.save_or_go_on(state, position=now, config=config)
                 elif step % every == every // 2:
@@ -453,7 +453,7 @@ def _reason_to_stop(
         return f"{skipped}, and the run has gone back {len(position.passed_over)} times (bad_numbers.max_rollbacks)"
     if error.step == run.config.curriculum.table.num_steps:
         return f"{skipped}, and no step is left"
-    checkpointer.wait()
+    checkpointer.wait_or_report(then="the run goes back from bad numbers without it")
     first = error.step - bad_numbers.max_skips + 1
     if checkpointer.rollback_steps(before=first, position=position):
         return ""
@@ -562,7 +562,7 @@ def _record(writer: MetricWriter, step: int, learning_rate: float, metrics: dict
 
 def _stop_on_bad_numbers(run: Run, error: BadNumbersError, *, checkpointer: Checkpointer, writer: MetricWriter) -> str:
     """Wait for the last good checkpoint and log what happened, where the evidence is, and what to try."""
-    checkpointer.wait()
+    checkpointer.wait_or_report(then="the run ends with the one before")
     steps = checkpointer.steps()
     writer.event(error.step, f"stopped on bad numbers at {error}")
     log(
@@ -577,7 +577,7 @@ def _stop_on_bad_numbers(run: Run, error: BadNumbersError, *, checkpointer: Chec
 
 def _stop_on_corruption(error: CorruptionError, *, checkpointer: Checkpointer, writer: MetricWriter) -> str:
     """Wait for the last checkpoint, and log what was found, and what to do about it."""
-    checkpointer.wait()
+    checkpointer.wait_or_report(then="the run ends with the one before")
     steps = checkpointer.steps()
     writer.event(error.step, f"stopped because a device computes wrongly: {error}")
     log(

@@ -371,6 +371,47 @@ def test_a_save_that_still_writes_when_it_has_failed_does_not_fail_the_next_one(
     assert sorted(path.name for path in (tmp_path / "checkpoints").iterdir()) == ["10", "12", "16", "20", "24", "4"]
 
 
+class FailingManager:
+    """Orbax's manager whose save seems to go on in the background until someone waits for it."""
+
+    def __init__(self, manager):
+        self._manager = manager
+
+    def __getattr__(self, name):
+        return getattr(self._manager, name)
+
+    def is_saving_in_progress(self):
+        return True
+
+    def wait_until_finished(self):
+        raise OSError("No space left on device")
+
+
+@pytest.mark.parametrize(
+    ("failing", "bad", "last_stop", "expected", "noticed"),
+    [
+        (12, {13, 14, 15}, 0, loop.DONE, "went-back"),
+        (8, {12}, 12, loop.PREEMPTED, "step-skipped"),
+        (20, {22, 23, 24}, 0, loop.BAD_NUMBERS, "step-skipped"),
+    ],
+)
+def test_a_save_that_failed_in_the_background_does_not_decide_how_bad_numbers_end(
+    tmp_path, monkeypatch, failing, bad, last_stop, expected, noticed
+):
+    real = Checkpointer.save
+
+    def save(checkpointer, state, *, position, config):
+        if position.step == failing:
+            checkpointer._manager = FailingManager(checkpointer._manager)
+        else:
+            real(checkpointer, state, position=position, config=config)
+
+    monkeypatch.setattr(Checkpointer, "save", save)
+    outcome, writer, *_ = train(tmp_path, monkeypatch, bad=bad, last_stop=last_stop)
+    assert outcome == expected and notices.counts()["save-failed"] == 1 and notices.counts()[noticed]
+    assert writer.passed_over == (((9, 15),) if expected == loop.DONE else ())  # 8 is the last that is complete
+
+
 def test_two_failed_saves_in_a_row_end_the_run_with_the_reason(tmp_path, monkeypatch):
     FullDisk(monkeypatch, {1, 2, 3})
     with pytest.raises(OSError, match="No space left on device"):
