@@ -478,8 +478,9 @@ def _roll_back(
     The steps from there on are passed over: tokens and learning rate advance, and nothing is trained on their windows.
     """
     first = error.step - run.config.bad_numbers.max_skips + 1
+    abstract = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), error.state)
+    jax.tree.map(lambda x: x.delete(), error.state)  # two states may not fit into the devices' memory
     if steps := checkpointer.rollback_steps(before=first, position=position):
-        abstract = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), error.state)
         (good, state), damages = checkpointer.newest(
             lambda step: (step, checkpointer.restore_state(step, abstract=abstract)), steps=steps
         )
