@@ -13,15 +13,23 @@ LAYOUTS = {  # by size and slice
     "111M@v5e-8": dict(accumulation=1, remat="matmuls_saved"),
     "256M@v5e-8": dict(accumulation=5, remat="matmuls_saved"),
     "590M@v5e-8": dict(accumulation=6, remat="matmuls_saved"),
+    "1.3B@v5e-8": dict(accumulation=16, remat="out_recomputed"),
     "111M@v5e-16": dict(accumulation=1, remat="matmuls_saved"),
     "256M@v5e-16": dict(accumulation=5, remat="matmuls_saved"),
     "590M@v5e-16": dict(accumulation=3, remat="matmuls_saved"),
+    "1.3B@v5e-16": dict(accumulation=8, remat="matmuls_saved"),
+    "111M@v6e-8": dict(accumulation=1, remat="matmuls_saved"),
+    "256M@v6e-8": dict(accumulation=2, remat="matmuls_saved"),
+    "590M@v6e-8": dict(accumulation=3, remat="matmuls_saved"),
+    "1.3B@v6e-8": dict(accumulation=8, remat="matmuls_saved"),
     "111M@v4-8": dict(accumulation=2, remat="matmuls_saved"),
     "256M@v4-8": dict(accumulation=4, remat="matmuls_saved"),
     "590M@v4-8": dict(accumulation=8, remat="matmuls_saved"),
+    "1.3B@v4-8": dict(accumulation=32, remat="matmuls_saved"),
     "111M@v5p-8": dict(accumulation=1, remat="matmuls_saved"),
     "256M@v5p-8": dict(accumulation=1, remat="matmuls_saved"),
     "590M@v5p-8": dict(accumulation=2, remat="matmuls_saved"),
+    "1.3B@v5p-8": dict(accumulation=8, remat="matmuls_saved"),
 }
 TOPOLOGIES = {dial: dial.partition("@")[2] for dial in LAYOUTS}  # rows of the table
 

@@ -11,7 +11,7 @@ from support import loaded_modules
 from support.real_store import write_config
 from support.run_command import ONE_PHASE
 
-MAX_MODULES = 60  # of ours, in sys.modules after the first logged step
+MAX_MODULES = 61  # of ours, in sys.modules after the first logged step
 TESTS = Path(__file__).parents[1]
 
 
