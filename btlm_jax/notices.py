@@ -37,6 +37,7 @@ NAMES = {
     "kernels-ignored": "kernels that were built ahead do not fit this installation",
     "checkpoint-damaged": "a checkpoint is not as it was written; it is set aside, and the one before it is taken",
     "checkpoint-without-hashes": "a checkpoint is too old to have hashes, so that its arrays cannot be compared",
+    "stop-without-text": "a stop string has a special token in it, which has no text, and so is never found",
     "save-failed": "a checkpoint could not be written; the run goes on, and tries again",
     "step-skipped": "a step's numbers are not finite, or far above those before, and its update is not made",
     "went-back": "a run went back to a checkpoint from steps with bad numbers, and passes over them",

@@ -18,6 +18,7 @@ from btlm_jax.hub.native import NativeModel, one_device_mesh, split_average
 from btlm_jax.hub.source import HuggingFaceSource, NativeSource, published_metadata
 from btlm_jax.kernels.build import has_kernels
 from btlm_jax.kernels.weights import Weights
+from btlm_jax.tokenizers.detokenize import stop_names
 from btlm_jax.train.checkpoint import CheckpointReader
 
 
@@ -127,8 +128,12 @@ class TextWriter:
         )  # fmt: skip
         ids: list[list[int]] = [[] for _ in jobs]
         texts = [""] * len(jobs)
+        names = [stop_names(self._tokenizer, job.stops) for job in jobs]
         while batch.active_rows:
             for row, token in batch.step().items():
+                if token in names[row]:  # it has no text in which it could be found
+                    batch.finish(row, FinishReason.STOP_STRING)
+                    continue
                 ids[row].append(token)
                 texts[row] = self._tokenizer.decode(ids[row])
                 if row in batch.active_rows and any(stop and stop in texts[row] for stop in jobs[row].stops):

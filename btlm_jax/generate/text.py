@@ -237,6 +237,12 @@ class _Request:
 
 
 def _requests(model: TextModel, prompts: Sequence[Prompt], config: GenerationConfig) -> list[_Request]:
+    special = model.tokenizer.special_tokens
+    for stop in config.stops:
+        if stop not in special and (name := next((name for name in special if name in stop), "")):
+            notices.report(
+                "stop-without-text", f"--stop={stop!a}: {name} in it has no text; give --stop={name!a} for it"
+            )
     bos_id = config.bos_id(model)
     ids = [prompt_ids(prompt.text, tokenizer=model.tokenizer, bos_id=bos_id) for prompt in prompts]
     return [

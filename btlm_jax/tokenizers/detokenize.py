@@ -103,11 +103,15 @@ class StopFinder:
 
 
 class StreamDecoder:
-    """The text of generated tokens; `push` and `finish` return what can be shown now."""
+    """The text of generated tokens; `push` and `finish` return what can be shown now.
+
+    A stop string that is the name of a special token is found at its id, which has no text.
+    """
 
     def __init__(self, tokenizer: Tokenizer, *, begins_text: bool, stops: Sequence[str]):
         self._detokenizer = Detokenizer(tokenizer, begins_text=begins_text)
         self._finder = StopFinder(stops)
+        self._stop_names = stop_names(tokenizer, stops)
         self.num_tokens = 0
 
     @property
@@ -118,11 +122,21 @@ class StreamDecoder:
     def push(self, token: int) -> str:
         """Take the next id."""
         self.num_tokens += 1
+        if not self.stop and token in self._stop_names:
+            rest = self.finish()
+            self._finder.found = self._finder.found or self._stop_names[token]
+            return rest
         return self._finder.push(self._detokenizer.push(token))
 
     def finish(self) -> str:
         """End the text; return what was held back."""
         return self._finder.push(self._detokenizer.finish()) + self._finder.finish()
+
+
+def stop_names(tokenizer: Tokenizer, stops: Sequence[str]) -> dict[int, str]:
+    """Return the stop strings that are names of special tokens, which decode to nothing, by their ids."""
+    special = tokenizer.special_tokens if stops else {}
+    return {special[stop]: stop for stop in stops if stop in special}
 
 
 def _overlap(text: str, stop: str) -> int:

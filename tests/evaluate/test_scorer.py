@@ -1,17 +1,24 @@
 """Log-likelihoods of tokens, against the logits that the published code gave (tests/golden/oracles)."""
 
+import dataclasses
+
 import jax
 import numpy as np
 import pytest
 from support.published_files import ORACLES, oracle_array
+from support.tiny_tokenizers import EOS, tiny_byte_level
 
 from btlm_jax import notices
+from btlm_jax.decode.sampling import GREEDY
+from btlm_jax.evaluate import texts
 from btlm_jax.evaluate.checkpoint import Checkpoint
 from btlm_jax.evaluate.scorer import Row, Scorer
+from btlm_jax.evaluate.texts import Job, TextWriter
 from btlm_jax.generate.loading import load_for_generation
 from btlm_jax.hub.given_model import open_given_model
 from btlm_jax.hub.native import one_device_mesh
 from btlm_jax.parallel.make_mesh import make_mesh
+from btlm_jax.tokenizers.byte_level import ByteLevelTokenizer
 
 IDS_BT = oracle_array("tiny", "input_ids")
 LOG_P_BTV = np.asarray(jax.nn.log_softmax(oracle_array("tiny", "logits").astype(np.float64), axis=-1))
@@ -85,6 +92,41 @@ def test_out_of_memory_halves_the_batch_and_goes_on(monkeypatch, capsys):
     assert scorer.log_likelihoods(rows) == list(range(40))
     assert sizes == [40, 32, 16, 16, 8]
     assert notices.counts() == {"batch-halved": 2}
+
+
+class BatchOfIds:
+    """Stands for a decode Batch whose only row draws `ids`."""
+
+    ids, dropped_attention_bound = (), 0.0
+
+    def __init__(self, *_, num_tokens, **__):
+        self.left, self.active_rows = list(self.ids)[:num_tokens], {0}
+
+    def step(self):
+        token = self.left.pop(0)
+        if not self.left:
+            self.active_rows = set()
+        return {0: token}
+
+    def finish(self, row, reason):
+        self.active_rows.discard(row)
+
+
+def texts_of(*ids, bound, stops, monkeypatch):
+    """Return the text that a TextWriter writes where these ids are drawn."""
+    model = load_for_generation(ORACLES / "tiny", as_int4=False)
+    tokenizer = ByteLevelTokenizer(tiny_byte_level().to_str().encode(), eos_id=299)
+    monkeypatch.setattr(texts, "Batch", BatchOfIds)
+    monkeypatch.setattr(BatchOfIds, "ids", ids)
+    monkeypatch.setattr(BatchOfIds, "dropped_attention_bound", bound)
+    writer = TextWriter(dataclasses.replace(model, tokenizer=tokenizer), batch_size=4, seed=0)
+    return list(writer.write([Job(number=7, ids=[1], stops=stops, num_tokens=9, sample=0, sampling=GREEDY)]))
+
+
+def test_a_special_token_that_is_a_stop_string_ends_a_written_text(monkeypatch):
+    cat, dog = (tiny_byte_level().encode(word).ids for word in ("cat", "dog"))
+    assert texts_of(*cat, 299, *dog, bound=0.0, stops=(EOS,), monkeypatch=monkeypatch) == [(7, "cat")]
+    assert texts_of(*cat, 299, *dog, bound=0.0, stops=("og",), monkeypatch=monkeypatch) == [(7, "catd")]
 
 
 def test_a_row_that_never_fits_and_another_error_are_raised(monkeypatch):

@@ -173,6 +173,15 @@ def test_the_end_of_a_document_ends_a_text(untrained, tmp_path, monkeypatch):
     assert (row["ended_by"], row["num_tokens"]) == ("end of document", 5)
 
 
+def test_a_special_token_ends_a_text_as_a_stop_string(capsys, untrained, tmp_path, monkeypatch):
+    monkeypatch.setattr(generation, "draw", lambda logits_V, *, history, **_: 0 if len(history) == 6 else 70)
+    (free,) = written(untrained, tmp_path, [{"prompt": ""}], "--num_tokens=5")
+    (row,) = written(untrained, tmp_path, [{"prompt": ""}], "--stop=<unk>", "--stop=<unk>\n")
+    assert (row["ended_by"], row["stop_string"], row["num_tokens"]) == ("stop string", "<unk>", 6)
+    assert row["text"] == free["text"]
+    assert "--stop='<unk>\\n': <unk> in it has no text; give --stop='<unk>'" in capsys.readouterr().err
+
+
 def test_texts_that_end_at_once_are_written(capsys, untrained, tmp_path, monkeypatch):
     monkeypatch.setattr(text_module, "PROGRESS_SECONDS", 0.0)
     monkeypatch.setattr(generation, "draw", lambda logits_V, **_: 1)

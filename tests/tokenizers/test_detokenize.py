@@ -6,11 +6,13 @@ import pytest
 import sentencepiece
 from hypothesis import given, settings, strategies
 from support.tiny_tokenizers import TEXTS, tiny_byte_level
+from tokenizers import AddedToken
 
 from btlm_jax.tokenizers.byte_level import ByteLevelTokenizer
 from btlm_jax.tokenizers.detokenize import PARTIAL, Detokenizer, StopFinder, StreamDecoder
 from btlm_jax.tokenizers.sentencepiece_bpe import SentencePieceTokenizer, train_sentencepiece
 
+END = "<|im_end|>"
 NASTY = "naïve 漢字かな 😀👩‍💻 a\ufffdb\n  é"
 
 
@@ -119,6 +121,29 @@ def test_a_stop_string_is_found_across_tokens(name):
     text = StreamDecoder(tokenizer, begins_text=True, stops=["字か", "never"])
     shown = ["".join(text.push(token)) for token in tokenizer.encode(NASTY)]
     assert "".join(shown) + text.finish() == "naïve 漢" and text.stop == "字か"
+
+
+def test_a_special_token_is_found_as_a_stop_string():
+    library = tiny_byte_level()
+    library.add_special_tokens([AddedToken(name, special=True, normalized=False) for name in ("<|im_start|>", END)])
+    tokenizer = ByteLevelTokenizer(library.to_str().encode(), eos_id=299)
+    ids = tokenizer.encode_prompt(f" hello{END}\n<|im_start|>user\n the cat")
+    assert tokenizer.decode(ids) == " hello\nuser\n the cat"
+    for stops, shown, found in (
+        ([END], " hello", END),
+        (["cat", "<|im_start|>", END], " hello", END),
+        (["lo"], " hel", "lo"),
+        (["user\n the cat"], " hello\n", "user\n the cat"),
+        (["hello\n"], " ", "hello\n"),
+        (["hello world", END], " hello", END),  # what was held back for the first is text
+    ):
+        text = StreamDecoder(tokenizer, begins_text=False, stops=stops)
+        pieces = []
+        for token in ids:
+            pieces.append(text.push(token))
+            if text.stop:
+                break
+        assert ("".join(pieces) + text.finish(), text.stop) == (shown, found)
 
 
 @each_tokenizer
