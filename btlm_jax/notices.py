@@ -13,7 +13,7 @@ import sys
 from collections.abc import Callable, Collection
 
 NAMES = {
-    "attention-dropped": "the cache of 4-bit weights drops keys that have more than a trace of a head's attention",
+    "attention-dropped": "the cache drops keys that have more than a trace of a head's attention",
     "batch-halved": "a batch to score does not fit into memory; half of it is scored at a time from then on",
     "code-not-run": "PyTorch or transformers is missing, and a part of a conversion's proof is left out",
     "changed-since-export": "a file is not as it was when btlm convert wrote it beside these weights",

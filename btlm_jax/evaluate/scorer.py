@@ -51,6 +51,22 @@ class Scores:
     is_greedy_T: np.ndarray  # bool: it is the likeliest token, of equals the first
 
 
+class DroppedAttention:
+    """Says what share of a head's attention belongs to keys that a cache drops, and again when it is ten times that."""
+
+    def __init__(self):
+        self._said = 0.0
+
+    def note(self, bound: float) -> None:
+        """Take a bound on the share; one above 1 says no more than 1."""
+        bound = min(bound, 1.0)
+        if bound > DROPPED_ATTENTION and bound >= 10 * self._said:
+            notices.report(
+                "attention-dropped", f"up to {bound:.1e} of a head's attention belongs to keys that its cache drops"
+            )
+            self._said = bound
+
+
 class Scorer:
     """Scores rows of tokens with a model: a parameter tree on a mesh, or weights in tiles on a CPU.
 
@@ -62,7 +78,7 @@ class Scorer:
         assert batch_tokens > 0, batch_tokens
         self.model, self._params, self._mesh = model, params, mesh
         self.batch_tokens = batch_tokens
-        self.dropped_attention_bound = 0.0
+        self._note_dropped = DroppedAttention().note
 
     def with_model(self, model: Btlm) -> Scorer:
         """Return a scorer of the same weights with another network, such as one with other slopes of ALiBi."""
@@ -180,13 +196,6 @@ class Scorer:
         hidden_BTD = jnp.concatenate(pieces, axis=1)
         losses_BS, is_greedy_BS = _scores_of_tiles(self.model, weights, hidden_BTD, positions_BS, targets_BS)
         return np.asarray(losses_BS), np.asarray(is_greedy_BS)
-
-    def _note_dropped(self, bound: float) -> None:
-        if bound > DROPPED_ATTENTION >= self.dropped_attention_bound:
-            notices.report(
-                "attention-dropped", f"up to {bound:.1e} of a head's attention belongs to keys that its cache drops"
-            )
-        self.dropped_attention_bound = max(self.dropped_attention_bound, bound)
 
     def _halve(self, error: Exception, *, num_rows: int) -> None:
         """Halve the batch after an error of memory; raise any other."""

@@ -12,6 +12,7 @@ from btlm_jax.decode.batch import Batch, FinishReason, Timings
 from btlm_jax.decode.sampling import Sampling, make_generator
 from btlm_jax.evaluate.checkpoint import MODEL_DTYPE, Checkpoint
 from btlm_jax.evaluate.processes import wait_for_halving
+from btlm_jax.evaluate.scorer import DroppedAttention
 from btlm_jax.generate.loading import GenerationModel, float_weights, load_for_generation
 from btlm_jax.hub.given_model import NATIVE, RUN, placed_params
 from btlm_jax.hub.native import NativeModel, one_device_mesh, split_average
@@ -85,6 +86,7 @@ class TextWriter:
         assert model.tokenizer is not None
         self._model, self._tokenizer, self._network = model, model.tokenizer, model.metadata.network()
         self.batch_size, self._seed = batch_size, seed
+        self._note_dropped = DroppedAttention().note
 
     def write(self, jobs: Sequence[Job]) -> Iterator[tuple[int, str]]:
         """Yield (job's number, its text), a batch at a time, long prompts first.
@@ -138,6 +140,7 @@ class TextWriter:
                 texts[row] = self._tokenizer.decode(ids[row])
                 if row in batch.active_rows and any(stop and stop in texts[row] for stop in jobs[row].stops):
                     batch.finish(row, FinishReason.STOP_STRING)
+        self._note_dropped(batch.dropped_attention_bound)
         return [_before_stop(text, job.stops) for text, job in zip(texts, jobs, strict=True)]
 
 

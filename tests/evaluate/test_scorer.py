@@ -1,6 +1,7 @@
 """Log-likelihoods of tokens, against the logits that the published code gave (tests/golden/oracles)."""
 
 import dataclasses
+import re
 
 import jax
 import numpy as np
@@ -127,6 +128,16 @@ def test_a_special_token_that_is_a_stop_string_ends_a_written_text(monkeypatch):
     cat, dog = (tiny_byte_level().encode(word).ids for word in ("cat", "dog"))
     assert texts_of(*cat, 299, *dog, bound=0.0, stops=(EOS,), monkeypatch=monkeypatch) == [(7, "cat")]
     assert texts_of(*cat, 299, *dog, bound=0.0, stops=("og",), monkeypatch=monkeypatch) == [(7, "catd")]
+
+
+def test_what_the_cache_drops_is_said_of_scores_and_of_texts(monkeypatch, capsys):
+    scorer = Scorer(checkpoint("tiny").metadata.network(), {}, one_device_mesh(), batch_tokens=32)
+    notices.begin(strict=())
+    for bound in (1e-7, 2e-6, 3e-6, 0.5, 5e34):
+        scorer._note_dropped(bound)
+    assert re.findall(r"up to (\S+) of a head", capsys.readouterr().err) == ["2.0e-06", "5.0e-01"]
+    texts_of(5, bound=0.1, stops=(), monkeypatch=monkeypatch)
+    assert notices.counts() == {"attention-dropped": 3} and "up to 1.0e-01 of" in capsys.readouterr().err
 
 
 def test_a_row_that_never_fits_and_another_error_are_raised(monkeypatch):
