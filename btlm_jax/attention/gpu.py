@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from jax._src.cudnn import fused_attention_stablehlo as cudnn  # jax.nn's function takes no offsets
 
 from btlm_jax.attention import remat_names
-from btlm_jax.attention.alibi_lanes import NUM_LANES, alibi_lanes, widen
+from btlm_jax.attention.alibi_lanes import MAX_LENGTH, NUM_LANES, alibi_lanes, widen
 from btlm_jax.recipe.config import ModelConfig
 
 # The widest heads of cuDNN's backward pass, NVIDIA/cudnn-frontend, docs/operations/Attention.md: 128, on Hopper 256.
@@ -32,10 +32,10 @@ def attend_gpu(
     """Attend in the kernel (same mathematics as `attend_reference`), which scales scores in float32.
 
     Raises:
-      ValueError: a dtype or a head dim that the kernel does not take, or documents on a GPU before Hopper.
+      ValueError: a dtype, a head dim or a length that the kernel does not take, or documents on a GPU before Hopper.
     """
     T, H = q_BTNH.shape[1], q_BTNH.shape[3]
-    if reason := why_no_kernel(q_BTNH.dtype, head_dim=H, has_documents=starts_BT is not None):
+    if reason := why_no_kernel(q_BTNH.dtype, length=T, head_dim=H, has_documents=starts_BT is not None):
         raise ValueError(f"attention implementation 'gpu' {reason}: use model.attention=chunked")
     q_BTNH, k_BSNH, v_BSNH = remat_names.with_checkpoint_names(q_BTNH, k_BSNH, v_BSNH)
     width = padded_width(H)
@@ -64,7 +64,7 @@ def attend_gpu(
     return o_BTNW[..., :H]  # without a name: remat saves o_BTNW (remat_names.CUDNN_FORWARD), and not both
 
 
-def why_no_kernel(dtype: jnp.dtype, *, head_dim: int, has_documents: bool) -> str:
+def why_no_kernel(dtype: jnp.dtype, *, length: int, head_dim: int, has_documents: bool) -> str:
     """Return why the kernel does not take such queries on this GPU, or "" if it does.
 
     Compute capabilities are those of the page on attention of NVIDIA/cudnn-frontend, cuDNN 9.18.
@@ -77,16 +77,20 @@ def why_no_kernel(dtype: jnp.dtype, *, head_dim: int, has_documents: bool) -> st
     if dtype != jnp.bfloat16 or head_dim > most:
         here = f"{most} on Hopper" if is_hopper else f"{most}, on Hopper {MAX_HEAD_DIM_HOPPER}"
         return f"takes bfloat16 and head dims up to {here}; got {dtype} and {head_dim}"
+    if length > MAX_LENGTH:
+        return f"takes ALiBi of up to {MAX_LENGTH:,} positions; got {length:,}"
     if has_documents and not is_from_hopper:
         return "keeps documents apart (data.document_mask) from Hopper on, compute capability 9.0"
     return ""
 
 
-def describe_attention(config: ModelConfig, *, has_documents: bool) -> str:
-    """Return how a config's attention is computed on this GPU, and why where that is not by cuDNN."""
+def describe_attention(config: ModelConfig, *, length: int, has_documents: bool) -> str:
+    """Return how attention to `length` positions is computed on this GPU, and why where that is not by cuDNN."""
     if config.attention not in ("auto", "gpu"):
         return f"{config.attention}, as model.attention says"
-    reason = why_no_kernel(jnp.dtype(config.dtype), head_dim=config.head_dim, has_documents=has_documents)
+    reason = why_no_kernel(
+        jnp.dtype(config.dtype), length=length, head_dim=config.head_dim, has_documents=has_documents
+    )
     if reason:
         return f"chunked, in XLA: cuDNN's kernel {reason}"
     return (

@@ -81,7 +81,7 @@ def plan_gpu_phase(program: Program, phase: Phase, *, topology: str, gpu: Gpu, c
     traced = program.trace_train_step(phase)
     work = count_step_work(traced.jaxpr.jaxpr)
     with jax.set_mesh(mesh):
-        attention = describe_attention(config.model, has_documents=config.data.document_mask)
+        attention = describe_attention(config.model, length=phase.seq_len, has_documents=config.data.document_mask)
     step = None
     if not is_stand_in(mesh.devices.flat[0]):
         untried = dataclasses.replace(program, options=program.options | {"xla_gpu_autotune_level": "0"})

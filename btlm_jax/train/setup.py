@@ -108,7 +108,7 @@ class Run:
     @property
     def most_documents(self) -> int:
         """Return how many documents of a window attention keeps apart at most, 0 without data.document_mask."""
-        return most_documents(self.config.model) if self.config.data.document_mask else 0
+        return most_documents(self.config) if self.config.data.document_mask else 0
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -127,13 +127,15 @@ FROM_SEED = Beginning(
 )
 
 
-def most_documents(config: ModelConfig) -> int:
+def most_documents(config: TrainConfig) -> int:
     """Return how many documents of a sequence attention keeps apart at most, on these devices."""
-    if platform() != "gpu" or config.attention not in (attention.AUTO, "gpu"):
+    model = config.model
+    if platform() != "gpu" or model.attention not in (attention.AUTO, "gpu"):
         return 1 << 31
     from btlm_jax.attention.gpu import MOST_DOCUMENTS, why_no_kernel
 
-    has_kernel = not why_no_kernel(jax.numpy.dtype(config.dtype), head_dim=config.head_dim, has_documents=True)
+    dtype, shortest = jax.numpy.dtype(model.dtype), min(config.curriculum.seq_len)
+    has_kernel = not why_no_kernel(dtype, length=shortest, head_dim=model.head_dim, has_documents=True)
     return MOST_DOCUMENTS if has_kernel else 1 << 31
 
 
@@ -314,7 +316,7 @@ def _check_examples(config: TrainConfig, manifest: Manifest) -> None:
         )
     counts = manifest.made_by.get("counts")
     found = counts.get(MOST_DOCUMENTS) if isinstance(counts, dict) else None
-    most = most_documents(config.model)
+    most = most_documents(config)
     if isinstance(found, int) and found > most:
         fitting = max(1, most * manifest.window // manifest.block_len - 1)
         raise ValueError(

@@ -122,6 +122,9 @@ def test_heads_that_do_not_fit_are_left_to_splash_or_refused():
     ):
         assert attention._implementation_for(q_BTNH, has_documents=False) == "splash"
         assert attention._implementation_for(q_BTNH[:, :, :32], has_documents=False) == "tpu"
+        for length, chosen in ((65_536, "splash"), (65_537, "blockwise")):
+            long_BTNH = jax.ShapeDtypeStruct((1, length, 36, 80), jnp.bfloat16)
+            assert attention._implementation_for(long_BTNH, has_documents=False) == chosen
         with pytest.raises(
             ValueError, match="36 heads of 80 a device in bfloat16 do not fit the vector memory of a TPU"
         ):

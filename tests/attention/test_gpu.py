@@ -14,7 +14,7 @@ from jax.sharding import PartitionSpec as P
 from support.attention import CUDNN, NAMES, attend_and_gradients, make_inputs, oracle
 from support.tiny import tiny_config
 
-from btlm_jax.attention import attend
+from btlm_jax.attention import _implementation_for, attend
 from btlm_jax.attention.alibi import alibi_slopes
 from btlm_jax.attention.gpu import (
     MAX_HEAD_DIM,
@@ -120,6 +120,16 @@ def test_auto_takes_it_on_a_gpu_where_it_is_possible_and_chunks_elsewhere(become
     assert (calls(text), chunked.called) == (([FORWARD], False) if is_kernel else ([], True))
 
 
+def test_auto_leaves_lengths_that_the_lanes_cannot_count_to_xla(become):
+    become(9.0)
+    config = tiny_config(model__d_model=160, model__num_heads=2, model__dtype="bfloat16").model
+    with mock.patch("btlm_jax.attention.platform", return_value="gpu"):
+        for length, chosen in ((65_536, "gpu"), (65_537, "chunked")):
+            q_BTNH = jax.ShapeDtypeStruct((1, length, 2, 64), jnp.bfloat16)
+            assert _implementation_for(q_BTNH, has_documents=False) == chosen
+            assert describe_attention(config, length=length, has_documents=False).startswith(chosen)
+
+
 @pytest.mark.parametrize(
     "own, H, dtype, most",
     [
@@ -136,18 +146,18 @@ def test_what_the_kernel_does_not_take_is_refused_and_said(become, own, H, dtype
     with pytest.raises(ValueError, match=f"{reason}: use model.attention=chunked"):
         attend(q, k, v, slopes_N, scale=1.0, implementation="gpu")
     config = tiny_config(model__d_model=2 * H, model__num_heads=2, model__dtype=q.dtype.name).model
-    assert describe_attention(config, has_documents=False) == f"chunked, in XLA: cuDNN's kernel {reason}"
+    assert describe_attention(config, length=8, has_documents=False) == f"chunked, in XLA: cuDNN's kernel {reason}"
     become(7.5)
     older = "chunked, in XLA: cuDNN's kernel is for compute capability 8.0 (Ampere) or newer"
-    assert describe_attention(config, has_documents=False) == older
+    assert describe_attention(config, length=8, has_documents=False) == older
 
 
 def test_what_is_chosen_is_said(hopper):
     config = tiny_config(model__d_model=160, model__num_heads=2, model__dtype="bfloat16").model
-    said = describe_attention(config, has_documents=True)
+    said = describe_attention(config, length=8, has_documents=True)
     assert said == "gpu, cuDNN's kernel: heads of 80 widened to 96 by ALiBi's lanes"
     config = dataclasses.replace(config, attention="blockwise")
-    assert describe_attention(config, has_documents=False) == "blockwise, as model.attention says"
+    assert describe_attention(config, length=8, has_documents=False) == "blockwise, as model.attention says"
 
 
 @pytest.mark.parametrize("has_documents", [False, True])
@@ -212,7 +222,7 @@ def test_documents_need_a_hopper(become):
 
 
 def test_the_most_documents_are_those_of_the_kernel_that_is_taken(become):
-    half, single = (tiny_config(model__dtype=dtype).model for dtype in ("bfloat16", "float32"))
+    half, single = (tiny_config(model__dtype=dtype) for dtype in ("bfloat16", "float32"))
     with mock.patch("btlm_jax.train.setup.platform", return_value="gpu"):
         for own, config, has_limit in ((8.0, half, False), (9.0, half, True), (9.0, single, False)):
             become(own)
