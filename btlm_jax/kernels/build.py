@@ -282,7 +282,7 @@ def _kept_or_compiled(library: _Library) -> ctypes.CDLL:
         names = [f"{library.name}-{_fingerprint(command, library)}.so" for command in commands]
         for path in [cache / name for name in names] if cache else ():
             try:
-                if _seal(path).read_bytes() == _digest(path).encode():
+                if _is_sealed(path):
                     return ctypes.CDLL(str(path))
             except FileNotFoundError:
                 continue
@@ -317,6 +317,9 @@ def _keep_and_load(contents: bytes, *, name: str, cache: Path | None, obstacle: 
         path = cache / name
         try:
             cache.mkdir(parents=True, exist_ok=True)
+            with contextlib.suppress(OSError):  # of one that does not load
+                if _is_sealed(path):  # by another process meanwhile: a file that others have loaded stays as it is
+                    return ctypes.CDLL(str(path))
             write_atomically(path, contents)
             write_atomically(_seal(path), hashlib.sha256(contents).hexdigest())
             return ctypes.CDLL(str(path))
@@ -331,6 +334,15 @@ def _keep_and_load(contents: bytes, *, name: str, cache: Path | None, obstacle: 
     loaded = ctypes.CDLL(str(folder / name))
     notices.report("kernels-not-kept", f"compiled kernels are for this start only, set XDG_CACHE_HOME: {obstacle}")
     return loaded
+
+
+def _is_sealed(path: Path) -> bool:
+    """Return whether a kept library has the hash beside it.
+
+    Raises:
+      OSError: one of the two is not there, or cannot be read.
+    """
+    return _seal(path).read_bytes() == _digest(path).encode()
 
 
 def _seal(path: Path) -> Path:

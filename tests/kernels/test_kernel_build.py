@@ -87,6 +87,24 @@ def test_a_library_of_another_system_is_compiled_anew(tmp_path, monkeypatch, com
     assert kept() == path and path.read_bytes() == (tmp_path / "first" / "btlm_jax" / name).read_bytes()
 
 
+def test_a_library_that_another_process_has_made_meanwhile_is_loaded_and_not_replaced(tmp_path, monkeypatch, compiled):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "first"))
+    theirs, copy = kept(), build._compile
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "second"))
+    path = tmp_path / "second" / "btlm_jax" / theirs.name
+
+    def compile_beside_another(command, library):
+        path.parent.mkdir(parents=True)
+        path.write_bytes(theirs.read_bytes())
+        build._seal(path).write_text(build._digest(path))
+        inodes.append(path.stat().st_ino)
+        return copy(command, library)
+
+    inodes = []
+    monkeypatch.setattr(build, "_compile", compile_beside_another)
+    assert kept() == path and [path.stat().st_ino] == inodes
+
+
 def kept() -> Path:
     """Load the kernels of generation; return the file that they are loaded from."""
     return Path(build._kept_or_compiled(build._GENERATION)._name)
