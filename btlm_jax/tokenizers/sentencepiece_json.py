@@ -6,7 +6,11 @@ and, unlike a model file, tokens that were added later.
 
 from __future__ import annotations
 
+import functools
+import itertools
 import json
+import re
+from collections.abc import Sequence
 
 from tokenizers import Tokenizer
 
@@ -14,6 +18,8 @@ from btlm_jax.tokenizers.byte_level import STORED_FILE, JsonTokenizer, check_ids
 from btlm_jax.tokenizers.sentencepiece_proto import SPACE_MARK
 from btlm_jax.tokenizers.tokenizer import SENTENCEPIECE_JSON
 
+_REPLACEMENT = "\N{REPLACEMENT CHARACTER}"
+_BYTE_PIECE = re.compile("<0x[0-9A-F]{2}>")
 _NORMALIZERS, _DECODERS = ("Prepend", "Replace"), ("Replace", "ByteFallback", "Fuse", "Strip")
 
 
@@ -30,6 +36,26 @@ class SentencePieceJsonTokenizer(JsonTokenizer):
         """
         super().__init__(contents, eos_id=eos_id, check=_check)
         self._model = json.loads(self.json)["model"]
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """Return the text of ids; special ids give nothing, and a byte of no whole character U+FFFD, as SentencePiece.
+
+        The library alone makes U+FFFD of each byte of a run of byte pieces in which one is of no whole character.
+        """
+        text = super().decode(ids)
+        if _REPLACEMENT not in text:
+            return text
+        special, to_token = self._special_ids, self._tokenizer.id_to_token
+        tokens = [token for number in ids if number not in special and (token := to_token(number)) is not None]
+        parts: list[str] = []
+        for are_bytes, run in itertools.groupby(tokens, key=lambda token: _BYTE_PIECE.fullmatch(token) is not None):
+            pieces = list(run)
+            parts += _without_broken_bytes(pieces) if are_bytes else pieces
+        return self._tokenizer.decoder.decode(parts)
+
+    @functools.cached_property
+    def _special_ids(self) -> frozenset[int]:
+        return frozenset(self.special_ids)
 
     @property
     def is_bpe(self) -> bool:
@@ -55,6 +81,18 @@ class SentencePieceJsonTokenizer(JsonTokenizer):
     def adds_space(self) -> bool:
         """Whether a space is put before a text."""
         return any(step["type"] == "Prepend" for step in _steps(json.loads(self.json)["normalizer"], "normalizers"))
+
+
+def _without_broken_bytes(pieces: list[str]) -> list[str]:
+    """Return byte pieces with U+FFFD for each of no whole character."""
+    contents = bytes(int(piece[3:5], 16) for piece in pieces)
+    parts: list[str] = []
+    for character in contents.decode("utf-8", "surrogateescape"):
+        if "\udc80" <= character <= "\udcff":  # how Python writes such a byte
+            parts.append(_REPLACEMENT)
+        else:
+            parts += (f"<0x{byte:02X}>" for byte in character.encode())
+    return parts
 
 
 def is_of_sentencepiece(body: dict) -> bool:

@@ -8,9 +8,12 @@ from hypothesis import given, settings, strategies
 from support.tiny_tokenizers import TEXTS, tiny_byte_level
 from tokenizers import AddedToken
 
+from btlm_jax.convert.sentencepiece_to_hf import to_hf_tokenizer
 from btlm_jax.tokenizers.byte_level import ByteLevelTokenizer
 from btlm_jax.tokenizers.detokenize import PARTIAL, Detokenizer, StopFinder, StreamDecoder
 from btlm_jax.tokenizers.sentencepiece_bpe import SentencePieceTokenizer, train_sentencepiece
+from btlm_jax.tokenizers.sentencepiece_json import SentencePieceJsonTokenizer
+from btlm_jax.tokenizers.sentencepiece_proto import parse_model
 
 END = "<|im_end|>"
 NASTY = "naïve 漢字かな 😀👩‍💻 a\ufffdb\n  é"
@@ -26,11 +29,17 @@ def like_llama() -> bytes:
     return model.getvalue()
 
 
+def as_json(model: SentencePieceTokenizer) -> SentencePieceJsonTokenizer:
+    library = to_hf_tokenizer(parse_model(model.contents), unk_id=model.unk_id)
+    return SentencePieceJsonTokenizer(library.to_str().encode(), eos_id=model.eos_id)
+
+
 TOKENIZERS = {
     "byte-level": ByteLevelTokenizer(tiny_byte_level().to_str().encode(), eos_id=299),
     "sentencepiece": SentencePieceTokenizer(train_sentencepiece(TEXTS, vocab_size=400)),
     "sentencepiece like Llama's": SentencePieceTokenizer(like_llama()),
 }
+TOKENIZERS["sentencepiece in tokenizer.json"] = as_json(TOKENIZERS["sentencepiece"])
 each_tokenizer = pytest.mark.parametrize("name", TOKENIZERS)
 
 
@@ -63,6 +72,14 @@ def test_pieces_are_the_whole_text_for_any_ids(name):
             assert "".join(pieces(tokenizer, ids, begins_text=False)) == after(tokenizer, prompt_ids, ids)
 
     check()
+
+
+def test_bytes_of_a_cut_character_spoil_no_whole_one():
+    model, tokenizer = (TOKENIZERS[name] for name in ("sentencepiece", "sentencepiece in tokenizer.json"))
+    ids = tokenizer.encode("a 你好 ab")
+    assert tokenizer.decode(ids[:6]) == "".join(pieces(tokenizer, ids[:6], begins_text=True)) == "a 你\ufffd"
+    for end in range(len(ids) + 1):
+        assert tokenizer.decode(ids[:end]) == model.decode(ids[:end])
 
 
 @each_tokenizer
