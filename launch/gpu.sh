@@ -123,7 +123,7 @@ finish() {
 newest_step() { # of a checkpoint, 0 without one
   local name step=0
   case $workdir in
-    *://*) btlm checkpoints "$workdir" 2> /dev/null | awk '{gsub(",", "", $1)} $1 ~ /^[0-9]+$/ {n = $1} END {print n + 0}' ;;
+    *://*) { btlm checkpoints "$workdir" 2> /dev/null || true; } | awk '{gsub(",", "", $1)} $1 ~ /^[0-9]+$/ {n = $1} END {print n + 0}' ;;
     *)
       for name in "$workdir"/checkpoints/*; do
         name=${name##*/}
@@ -143,14 +143,15 @@ pause() { # so many seconds, or until a signal
 }
 
 fruitless=0
-step=$(newest_step) || step=0
+step=$(newest_step)
 for ((restarts = 0; ; restarts++)); do
+  [ -z "$stopping" ] || exit 75
   start "$@"
   finish
   case $code in 75 | 77) ;; *) exit "$code" ;; esac
-  from=$step
-  step=$(newest_step) || step=0
-  fruitless=$((step > from ? 0 : fruitless + 1))
+  newest=$(newest_step)
+  fruitless=$((newest > step ? 0 : fruitless + 1))
+  ((newest == 0)) || step=$newest # 0 where a bucket could not be listed
   if [ -n "$stopping" ] || ((restarts >= ${MAX_RESTARTS:-20})); then exit "$code"; fi
   if ((fruitless > ${MAX_FRUITLESS:-3})); then
     echo "launch/gpu.sh: exit code $code, and no checkpoint after $step in $fruitless starts; giving up" >&2
@@ -158,5 +159,4 @@ for ((restarts = 0; ; restarts++)); do
   fi
   echo "launch/gpu.sh: exit code $code at checkpoint $step; starting again" >&2
   ((fruitless == 0)) || pause $((${BACKOFF:-10} << (fruitless > 6 ? 5 : fruitless - 1)))
-  [ -z "$stopping" ] || exit "$code"
 done

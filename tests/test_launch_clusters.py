@@ -69,11 +69,13 @@ def place(tmp_path):
     return tmp_path
 
 
-def start(place: Path, script: Path, ends: list[str], *, is_group: bool = False, **settings: str) -> subprocess.Popen:
+def start(
+    place: Path, script: Path, ends: list[str], *, workdir: str = "", is_group: bool = False, **settings: str
+) -> subprocess.Popen:
     (place / "ends").write_text("".join(f"{line}\n" for line in ends))
     environment = {"PATH": f"{place / 'bin'}:{os.environ['PATH']}", "STATE": str(place), "BACKOFF": "0", **settings}
     return subprocess.Popen(
-        ["bash", script, "local_cpu", place / "work dir", *WORDS],
+        ["bash", script, "local_cpu", workdir or place / "work dir", *WORDS],
         env=environment,
         stderr=subprocess.PIPE,
         text=True,
@@ -118,6 +120,28 @@ def test_gpu_restarts_after_75_and_77_and_not_for_ever(place):
 def test_gpu_gives_up_without_new_checkpoints(place):
     said = finish(start(place, place / "launch" / "gpu.sh", ["1:75", *["2:75"] * 9], MAX_FRUITLESS="1"), code=75)
     assert num_starts(place) == 4 and "no checkpoint after 2 in 2 starts" in said
+
+
+@pytest.mark.parametrize(
+    "count, num_trained", [('$((200 + $(cat "$STATE"/starts-0 2> /dev/null | wc -l)))', 3), ("", 2)]
+)
+def test_gpu_sees_progress_in_a_bucket_with_a_damaged_checkpoint(place, count, num_trained):
+    """`btlm checkpoints` ends with 1 there: the newest that it lists counts."""
+    lists = f"""if [ "$1" = checkpoints ]; then printf '%s of a table\\n' 100 {count or "none"}; exit 1; fi"""
+    (place / "bin" / "btlm").write_text(f"#!/usr/bin/env bash\n{lists}{BTLM}")
+    settings = {"MAX_FRUITLESS": "1", "MAX_RESTARTS": "2"}
+    finish(start(place, place / "launch" / "gpu.sh", ["0:75"] * 9, workdir="gs://a/run", **settings), code=75)
+    assert num_starts(place) == num_trained
+
+
+def test_gpu_does_not_start_after_a_signal_that_came_before(place):
+    lists = """if [ "$1" = checkpoints ]; then touch "$STATE/lists"; sleep 1; exit 0; fi"""
+    (place / "bin" / "btlm").write_text(f"#!/usr/bin/env bash\n{lists}{BTLM}")
+    process = start(place, place / "launch" / "gpu.sh", ["0:0"], workdir="gs://a/run")
+    wait_for(place / "lists")
+    process.send_signal(signal.SIGTERM)
+    finish(process, code=75)
+    assert not (place / "starts-0").exists()
 
 
 def test_gpu_pauses_before_it_starts_again_and_sigterm_ends_the_pause(place):

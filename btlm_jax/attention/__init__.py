@@ -14,9 +14,7 @@ from jax.sharding import PartitionSpec as P
 from btlm_jax.parallel.mesh import axis_names, num_ways, platform
 
 IMPLEMENTATIONS = ("reference", "blockwise", "chunked", "cpu", "tpu", "splash", "gpu")
-# The one made for the devices: tpu on TPUs, or splash for more heads than fit, or blockwise for more positions than
-# that counts; gpu, or chunked; cpu, or blockwise.
-AUTO = "auto"
+AUTO = "auto"  # the one made for the devices, `_implementation_for`
 
 
 def attend(
@@ -76,20 +74,18 @@ def attend(
 
 
 def _implementation_for(q_BTNH: jax.Array, *, has_documents: bool) -> str:
-    """Return the implementation made for the devices, of those that take such queries."""
-    length, head_dim = q_BTNH.shape[1], q_BTNH.shape[3]
+    """Return the implementation made for the devices; where it takes no such queries, one that does."""
+    T, H, dtype = q_BTNH.shape[1], q_BTNH.shape[3], q_BTNH.dtype
     if platform() == "tpu":
         from btlm_jax.attention.alibi_lanes import MAX_LENGTH
         from btlm_jax.attention.tpu import has_kernels_for as fits_vmem
 
-        if fits_vmem(_num_heads_of_device(q_BTNH), head_dim, q_BTNH.dtype):
-            return "tpu"
-        return "splash" if length <= MAX_LENGTH else "blockwise"
+        other = "splash" if T <= MAX_LENGTH else "blockwise"
+        return "tpu" if fits_vmem(_num_heads_of_device(q_BTNH), H, dtype) else other
     if platform() == "gpu":
         from btlm_jax.attention.gpu import why_no_kernel
 
-        reason = why_no_kernel(q_BTNH.dtype, length=length, head_dim=head_dim, has_documents=has_documents)
-        return "chunked" if reason else "gpu"
+        return "chunked" if why_no_kernel(dtype, length=T, head_dim=H, has_documents=has_documents) else "gpu"
     from btlm_jax.attention.cpu import has_kernels_for
 
     return "cpu" if platform() == "cpu" and has_kernels_for(q_BTNH) else "blockwise"

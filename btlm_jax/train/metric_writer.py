@@ -22,7 +22,7 @@ import sys
 import textwrap
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from importlib import metadata
 from pathlib import Path
 from types import TracebackType
@@ -183,7 +183,7 @@ def append_setting_changed(path: Path, step: int, *, key: str, old: object, new:
     line = json.dumps(_setting_event(step, key=key, old=old, new=new)).encode()
     with open(path, "ab+") as file:
         file.seek(0)
-        if line not in file.read().split(b"\n"):  # of an earlier command
+        if line not in _events_at(step, file.read().split(b"\n")):  # of an earlier command
             file.write(line + b"\n")
 
 
@@ -710,7 +710,7 @@ class _Kept:
     """What a resumed run knows of the lines before it."""
 
     num_repeated: int  # train lines that were removed
-    events: frozenset[bytes]  # lines of events at the step before the first one
+    events: frozenset[bytes]  # `_events_at` the step before the first one
     last_step: dict | None  # the run's last train line, where only the end is left
 
 
@@ -724,7 +724,7 @@ def _remove_replayed(path: Path, *, first_step: int, num_steps: int) -> _Kept:
     if not path.exists():
         return _Kept(num_repeated=0, events=frozenset(), last_step=None)
     *lines, incomplete = path.read_bytes().split(b"\n")
-    remaining, num_repeated, events, last_step = [], 0, set(), None
+    remaining, num_repeated, last_step = [], 0, None
     for number, line in enumerate(lines, start=1):
         try:
             row = parse_row(line, name=f"{path}, line {number}")
@@ -738,13 +738,24 @@ def _remove_replayed(path: Path, *, first_step: int, num_steps: int) -> _Kept:
         if is_replayed or is_of_end or is_repeated:
             continue
         remaining.append(line)
-        if row["kind"] == "event" and row["step"] == first_step - 1:
-            events.add(line)
         if row["kind"] == "train" and row["step"] == num_steps:
             last_step = row
     if incomplete or len(remaining) < len(lines):
         write_atomically(path, b"".join(line + b"\n" for line in remaining))
-    return _Kept(num_repeated=num_repeated, events=frozenset(events), last_step=last_step)
+    return _Kept(num_repeated=num_repeated, events=_events_at(first_step - 1, remaining), last_step=last_step)
+
+
+def _events_at(step: int, lines: Iterable[bytes]) -> frozenset[bytes]:
+    """Return the lines of events at a step that stand: of each changed setting the last."""
+    events: dict[str | bytes, bytes] = {}
+    for line in lines:
+        if b'"kind": "event"' not in line:
+            continue
+        with contextlib.suppress(ValueError):
+            row = parse_row(line, name="")
+            if row["kind"] == "event" and row["step"] == step:
+                events[row.get("setting", line)] = line
+    return frozenset(events.values())
 
 
 def _with_strings(value):

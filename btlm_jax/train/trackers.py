@@ -6,7 +6,7 @@ or slow it. What a tracker has not got, as it failed or was off, it gets when th
     python -m btlm_jax.train.trackers wandb WORKDIR
 
 A workdir is one run of the tracker, and each start goes on with it. After a kill the steps that are trained again are
-passed over where the tracker has them; only the one that was being sent when its process was killed is sent again.
+passed over where the tracker has them; only those of the second before its process was killed are sent again.
 Where they are trained with other settings, or after --resume_step, another run begins in the tracker, with all steps:
 once, by what a file of the workdir has of the settings and of the steps that were set aside.
 """
@@ -42,6 +42,7 @@ from btlm_jax.train.metric_writer import Tracker, flat_config, numbers_of, parse
 PROJECT = "btlm_jax"  # where the tracker's own variable names none
 FINISH_SECONDS = 120.0  # that a run waits for a tracker at its end
 _POLL_SECONDS = 1.0
+_RECORD_SECONDS = 1.0  # between writes of how far a tracker is
 _BATCH = 100  # lines that are read before they are sent
 _NOTE = "note: "  # before what the run is to report
 _OF_NO_NUMBER = ("log.", "checkpoint.", "bad_numbers.", "mesh.")  # keys that do not change what is trained
@@ -298,17 +299,25 @@ def _batches_of_lines(metrics: IO[bytes], *, is_followed: bool) -> Iterator[_Lin
 
 
 def _send(tracker: Tracker, steps: dict[int, list[dict]], record: Record, *, path: Path) -> Record:
-    """Give a tracker some steps, and return how far it is."""
-    for step, rows in steps.items():
-        values: dict[str, float] = {}
-        for row in rows:
-            values |= numbers_of(row)
-        if values:
-            tracker.numbers(step, values)
-        for row in rows:
-            if row["kind"] == "sample":
-                tracker.text(step, "sample", text_of(row))
-        record = dataclasses.replace(record, last_step=step)
+    """Give a tracker some steps, and return how far it is, which is written once a second and at the end."""
+    if not steps:
+        return record
+    written = time.monotonic()
+    try:
+        for step, rows in steps.items():
+            values: dict[str, float] = {}
+            for row in rows:
+                values |= numbers_of(row)
+            if values:
+                tracker.numbers(step, values)
+            for row in rows:
+                if row["kind"] == "sample":
+                    tracker.text(step, "sample", text_of(row))
+            record = dataclasses.replace(record, last_step=step)
+            if time.monotonic() - written >= _RECORD_SECONDS:
+                _write_record(path, record)
+                written = time.monotonic()
+    finally:
         _write_record(path, record)
     return record
 

@@ -98,7 +98,7 @@ def test_a_fault_is_known_by_who_raised_it():
     assert kind(notices.report, "no such name", "") is False
     from btlm_jax.storage.location import list_sizes
 
-    assert kind(list_sizes, "nonsense://x/y")
+    assert kind(list_sizes, "nonsense://x/y", ["a"])
 
 
 def test_an_error_of_a_worker_process_is_told_as_what_it_is(monkeypatch, capsys):

@@ -160,7 +160,8 @@ def test_more_micro_batches_divide_what_is_needed_at_best(needed, is_skipped):
     [({}, 29.57), ({"hidden_optimizer": "muon"}, 20.20), ({"freeze": "attention_*,mlp_*"}, 10.83)],
 )
 def test_the_least_of_a_chip_is_below_its_state_and_activations(changes, gib):
-    config = dataclasses.replace(CONFIG, optimizer=dataclasses.replace(CONFIG.optimizer, **changes))
+    model = dataclasses.replace(CONFIG.model, attention="gpu")  # of no device here
+    config = dataclasses.replace(CONFIG, model=model, optimizer=dataclasses.replace(CONFIG.optimizer, **changes))
     state = whole_state_bytes(config, jax.devices()[0])
     assert state / GIB == pytest.approx(gib, abs=0.01)
     kept = 480 * 8192 // 15 * CONFIG.model.num_layers * CONFIG.model.d_model * 2  # what comes into each layer
