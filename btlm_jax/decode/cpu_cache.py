@@ -21,6 +21,7 @@ from btlm_jax.kernels.build import has_kernels
 from btlm_jax.recipe.config import ModelConfig
 
 MAX_PIECE = 256  # tokens that may be added at a time
+DROPPED_ATTENTION = 1e-6  # share of a head's attention outside its window that is said; float32 rounds at 6e-8
 DTYPES = ("float32", "bfloat16", "int8")
 _WIDEST = 1 << 30  # of windows, which the kernels take as int32; longer than any sequence
 

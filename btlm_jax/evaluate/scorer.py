@@ -17,7 +17,7 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from btlm_jax import notices
-from btlm_jax.decode.cpu_cache import MAX_PIECE, make_cache, make_layout
+from btlm_jax.decode.cpu_cache import DROPPED_ATTENTION, MAX_PIECE, make_cache, make_layout
 from btlm_jax.decode.cpu_forward import extend_hidden, padded_size, score_hidden
 from btlm_jax.evaluate.processes import wait_for_halving
 from btlm_jax.kernels.weights import Weights
@@ -27,7 +27,6 @@ from btlm_jax.parallel.mesh import FSDP
 
 SHORTEST = 16  # the shortest padded length
 HEAD_ROWS = 1024  # positions of a device whose logits exist at a time
-DROPPED_ATTENTION = 1e-6  # share of attention outside the cache's windows from which on it is said
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, eq=False)

@@ -15,6 +15,7 @@ import numpy as np
 
 from btlm_jax import notices
 from btlm_jax.decode.batch import Batch, FinishReason, Timings
+from btlm_jax.decode.cpu_cache import DROPPED_ATTENTION
 from btlm_jax.decode.decoder import CACHE_DTYPES
 from btlm_jax.decode.sampling import Sampling, make_generator
 from btlm_jax.display.progress import RateLimit, StatusLine, minutes_and_seconds, printable
@@ -33,7 +34,6 @@ from btlm_jax.tokenizers.tokenizer import Tokenizer, has_tokenizer
 
 MODEL_DTYPE = "model"  # a cache in the dtype that the model computes in; int8 for 4-bit weights
 BOS_OF_MODEL, NO_BOS, EOS_AS_BOS = "model", "none", "eos"  # what stands in front of a prompt; or an id
-DROPPED_ATTENTION_WARNING = 1e-6  # share of attention above which the user is warned; float32 rounds at 6e-8
 _MOST_SAMPLES = 1_000_000
 _VALUES_OF_AN_ARRAY = 1000  # at least half as many are hashed to tell models apart
 PROGRESS_SECONDS = 2.0  # progress is shown at most this often
@@ -389,7 +389,7 @@ def _note_length(model: TextModel, requests: Sequence[_Request], config: Generat
 
 def _report(timings: Timings, *, num_tokens: int, dropped_attention: float) -> None:
     """Print the timings, see Timings for what they include, and warn of attention dropped from the cache."""
-    if dropped_attention > DROPPED_ATTENTION_WARNING:
+    if dropped_attention > DROPPED_ATTENTION:
         print(
             f"warning: up to {min(dropped_attention, 1.0):.1e} of a head's attention may have fallen on keys outside "
             "its window of the cache, which is made for a smaller spread of scores; the text may differ from a whole "

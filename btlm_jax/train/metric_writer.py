@@ -180,7 +180,7 @@ def parse_row(line: bytes, *, name: str) -> dict:
 
 def append_setting_changed(path: Path, step: int, *, key: str, old: object, new: object) -> None:
     """Record what `MetricWriter.setting_changed` does, in the metrics file of a run that is done."""
-    line = json.dumps(_setting_event(step, key=key, old=old, new=new)).encode()
+    line = _line_of(_setting_event(step, key=key, old=old, new=new)).encode()
     with open(path, "ab+") as file:
         file.seek(0)
         if line not in _events_at(step, file.read().split(b"\n")):  # of an earlier command

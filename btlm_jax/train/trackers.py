@@ -28,7 +28,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import IO, Any
 
@@ -141,7 +141,7 @@ class TrackerProcess:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Record:
-    """How far a tracker is: a file of the workdir. Written after each step is sent, so that none is left out."""
+    """How far a tracker is: a file of the workdir. Written after steps are sent, so that none is left out."""
 
     run_id: str  # in the tracker; "" before it is known
     last_step: int  # that the tracker has
@@ -227,7 +227,9 @@ def follow(name: str, workdir: Path, *, is_followed: bool, first_step: int) -> N
     with open(folder / f"{name}.lock", "w") as lock, open(workdir / METRICS_FILE, "rb") as metrics:
         lock_open_file(lock, fcntl.LOCK_EX)  # the process of a run that was killed may still be sending
         path = folder / f"{name}.json"
-        record = _course_of(config, workdir, _read_record(path, config, workdir), first_step=first_step)
+        settings, replaced = _settings_hash(config), _replaced(workdir)
+        record = _read_record(path, settings=settings, replaced=replaced)
+        record = _on_course(record, settings=settings, replaced=replaced, first_step=first_step)
         tracker = _CLASSES[name](config, name=workdir.name, folder=folder, run_id=record.run_id)
         begins = "goes on with" if record.run_id else "begins"
         record = dataclasses.replace(record, run_id=tracker.run_id)
@@ -322,9 +324,9 @@ def _send(tracker: Tracker, steps: dict[int, list[dict]], record: Record, *, pat
     return record
 
 
-def _course_of(config: TrainConfig, workdir: Path, record: Record, *, first_step: int) -> Record:
+def _on_course(record: Record, *, settings: str, replaced: dict[str, int], first_step: int) -> Record:
     """Return the record with the settings and the replaced steps of now, of a run that begins where it has others."""
-    replaced, settings = _replaced(workdir), _settings_hash(config) if first_step else record.settings
+    settings = settings if first_step else record.settings
     anew = [step for name, step in replaced.items() if name not in record.replaced]
     anew += [first_step] if settings != record.settings else []
     now = {"settings": settings, "replaced": tuple(sorted({*record.replaced, *replaced}))}
@@ -353,8 +355,8 @@ def _settings_hash(config: TrainConfig) -> str:
     return hash_json({key: value for key, value in values.items() if not key.startswith(_OF_NO_NUMBER)})[:16]
 
 
-def _read_record(path: Path, config: TrainConfig, workdir: Path) -> Record:
-    now = {"settings": _settings_hash(config), "replaced": tuple(sorted(_replaced(workdir)))}
+def _read_record(path: Path, *, settings: str, replaced: Iterable[str]) -> Record:
+    now = {"settings": settings, "replaced": tuple(sorted(replaced))}
     new = Record(run_id="", last_step=0, earlier_run_ids=(), **now)
     if not path.exists():
         return new
