@@ -80,7 +80,10 @@ def main() -> None:
     if arguments.output:
         command = f"python benchmarks/dtype_losses.py --key={arguments.key} --steps={arguments.steps}"
         command += f" --seeds={arguments.seeds}"
-        arguments.output.write_text(f"# bfloat16 against float32\n\n`{command} --folder=DIR`\n\n{table}")
+        title = (
+            "bfloat16 against float32" if arguments.key == "model.dtype" else "Gradients in bfloat16 against float32"
+        )
+        arguments.output.write_text(f"# {title}\n\n`{command} --folder=DIR`\n\n{table}")
 
 
 if __name__ == "__main__":

@@ -48,7 +48,7 @@ def table() -> str:
             f"Memory of a chip and times are predicted by `btlm plan --table=configs/family/table.json` ({PLANNED},",
             f"{versions}), not measured on a TPU; the time at 237 is for the batch at 20.",
             "Exchanges, step times and MFU: `configs/family/table.md`; on other slices: the [pod table](pod-table.md).",
-            "`btlm train` on TPUs asks it, as the table of the [pods](pod-table.md), whether a layout fits.",
+            "`btlm train` on TPUs asks the table of the config's folder, `family` or `pods`, whether a layout fits.",
         ]
     lines += ["", "4M is for CPUs: `btlm new --machine=this` measures it on yours."]
     return "\n".join(lines)

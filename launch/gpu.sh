@@ -6,8 +6,8 @@
 #                 with several hangs (docs/GPU_performance.md of JAX-Toolbox)
 #
 # The driver is checked first: CUDA 13 needs 580 and GPUs from compute capability 7.5 on, CUDA 12 needs 525 and is taken
-# where that is all there is. In a checkout JAX's plugin for it is installed where .venv lacks it, 4 GB, and all GPUs
-# must multiply and exchange (btlm_jax/parallel/health.py).
+# where that is all there is. In a checkout JAX's plugin for it is installed where .venv lacks it, 4 GB, with what the
+# run's buckets and trackers need, and all GPUs must multiply and exchange (btlm_jax/parallel/health.py).
 #
 # Starts the run again after exit codes 75 (preempted and saved) and 77 (a peer is gone), MAX_RESTARTS times (20), and
 # MAX_FRUITLESS times (3) in a row without a new checkpoint, after BACKOFF seconds (10, doubled each time). SIGTERM to
@@ -72,6 +72,15 @@ if [ -f setup.cfg ]; then
     .venv/bin/pip install -c constraints.txt -e ".[$extra]"
   fi
   PATH=$PWD/.venv/bin:$PATH
+  needed=$(cd "$here" && btlm train --print_extras --config="$config" --workdir="$workdir" "$@") || exit
+  if [ -n "$needed" ] && [ "$needed" != "$(cat .venv/extras 2> /dev/null)" ]; then
+    echo "launch/gpu.sh: installing .[$needed], for the buckets and trackers of the run" >&2
+    if .venv/bin/pip install -q -c constraints.txt -e ".[$needed]"; then
+      echo "$needed" > .venv/extras
+    else
+      echo "launch/gpu.sh: .[$needed] could not be installed; the run says what it lacks" >&2
+    fi
+  fi
   CUDA_VISIBLE_DEVICES=$(IFS=,; echo "${gpus[*]}") .venv/bin/python -m btlm_jax.parallel.health \
     --devices="${#gpus[@]}" --platform=gpu ||
     refuse "the GPUs do not compute as they should, see above"

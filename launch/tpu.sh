@@ -16,7 +16,7 @@
 # gs://bucket/run, or an absolute path that every worker sees, such as a Filestore mount). FLAGS after -- go to `btlm train` as they are; the variable FLAGS is
 # split at spaces, with quotes as a shell's but nothing expanded. Optional settings:
 #
-#   PROJECT  PROVISION=on-demand|spot|reserved (SPOT=1 is spot)  WHEEL (of btlm_jax, where there is no checkout)
+#   PROJECT  PROVISION=on-demand|spot|reserved (SPOT=1 is spot)  WHEEL (of btlm_jax, without a checkout: CONFIG is a name)
 #   SLICES=2 (that many slices of TYPE, joined over the data-center network)  CREATE_FLAGS (more flags of gcloud's
 #   queued-resources create)  CACHE_DIR (compiled steps; WORKDIR/compile_cache without)  EXPORT="WANDB_API_KEY ..."
 #   (variables from here that the run gets, LIBTPU_INIT_ARGS always)  KEEP=1 (all does not delete the slice at the end)
@@ -103,7 +103,7 @@ clean_up() {
   [ -z "${holders// /}" ] || { echo "$HOSTNAME: the TPU's devices are held by processes$holders" >&2; return 1; }
 }
 
-# Print a Python from 3.11 on that can make an environment. The images of TPU VMs have 3.10.
+# Print a Python from 3.11 to 3.13 that can make an environment. The images of TPU VMs have 3.10.
 find_python() {
   local python
   for python in python3.11 python3.12 python3.13 python3; do
@@ -563,9 +563,7 @@ down() {
 
 # Pack what the workers get: sources with their uncommitted changes, or a wheel; the command as words; this file.
 pack() {
-  local tree config=$CONFIG name needed
-  needed=$(JAX_COMPILATION_CACHE_DIR=${CACHE_DIR:-${JAX_COMPILATION_CACHE_DIR:-}} \
-    btlm_here train --print_extras --distributed --config="$CONFIG" --workdir="$WORKDIR" "${train_flags[@]}") || exit
+  local tree config=$CONFIG sent=$CONFIG name needed code=0
   mkdir -p "$payload"
   cp launch/tpu.sh "$payload/"
   if [ -n "$WHEEL" ]; then
@@ -583,7 +581,14 @@ pack() {
   fi
   if [ -f "$CONFIG" ] && { [ -n "$WHEEL" ] || ! git cat-file -e "$tree:$CONFIG" 2> /dev/null; }; then
     cp "$CONFIG" "$payload/config.py" # git ignores it, or it lies elsewhere
-    config=../config.py
+    config=../config.py sent=$payload/config.py
+  fi
+  needed=$(JAX_COMPILATION_CACHE_DIR=${CACHE_DIR:-${JAX_COMPILATION_CACHE_DIR:-}} \
+    btlm_here train --print_extras --distributed --config="$sent" --workdir="$WORKDIR" "${train_flags[@]}") || code=$?
+  if ((code)); then
+    [ "$sent" = "$CONFIG" ] ||
+      say "CONFIG=$CONFIG is sent alone, and must work alone: give one that reads other files by its name, as pods/v5p_128"
+    exit "$code"
   fi
   printf '%s\0' --distributed "--config=$config" "--workdir=$WORKDIR" "${train_flags[@]}" > "$payload/arguments"
   : > "$payload/environment"

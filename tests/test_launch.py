@@ -428,6 +428,13 @@ def test_a_wheel_and_a_config_that_git_ignores_are_sent(cloud, checkout, tmp_pat
     assert sent.read_text() == (checkout / "ignored.py").read_text()
 
 
+def test_a_config_that_is_sent_alone_and_reads_others_is_refused(cloud, tmp_path):
+    cloud.will(reads_others="")
+    (tmp_path / "btlm_jax-1-py3-none-any.whl").write_text("wheel")
+    said = cloud.run("all", code=2, WHEEL=str(tmp_path / "btlm_jax-1-py3-none-any.whl"), CONFIG="configs/one.py")
+    assert "CONFIG=configs/one.py is sent alone" in said and not cloud.read("log")
+
+
 def test_leftovers_are_cleaned(cloud):
     cloud.will(runs="10:0", lock="")
     cloud.run("all")

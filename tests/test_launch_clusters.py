@@ -18,6 +18,7 @@ ROOT = Path(__file__).parent.parent
 WORDS = ["--config.a=b  c; 'x' \"y\" $HOME `z`", "--flag"]
 # Task n ends with word n of line N of `ends` at its start N: STEP:CODE, or STEP:wait for SIGTERM.
 BTLM = r"""
+if [[ $2 == --print_extras ]]; then cat "$STATE/extras" 2> /dev/null; exit 0; fi
 n=${SLURM_PROCID:-0}
 for word; do case $word in --process_id=*) n=${word#*=} ;; esac; done
 echo "${CUDA_VISIBLE_DEVICES:-}" > "$STATE/gpus-$n"
@@ -248,6 +249,12 @@ def test_gpu_installs_into_an_environment_without_cuda(place):
     (place / "installed").unlink()
     (place / ".venv" / "lib" / "python3.11" / "site-packages" / "jax_cuda13_plugin").mkdir(parents=True)
     finish(start(place, place / "launch" / "gpu.sh", ["1:0", "1:0"]), code=0)
+    assert not (place / "installed").exists()
+    (place / "extras").write_text("gcs,wandb\n")
+    finish(start(place, place / "launch" / "gpu.sh", ["1:0"] * 3), code=0)
+    assert (place / "installed").read_text() == "install -q -c constraints.txt -e .[gcs,wandb]\n"
+    (place / "installed").unlink()
+    finish(start(place, place / "launch" / "gpu.sh", ["1:0"] * 4), code=0)
     assert not (place / "installed").exists()
 
 

@@ -14,7 +14,7 @@ BUILD_KERNELS_HELP = """btlm build-kernels: compile the C++ kernels for CPUs ahe
 examples:  btlm build-kernels                                      for this CPU, inside the installed package
            btlm build-kernels --architecture=x86-64-v3             for any CPU with AVX2 and FMA
            btlm build-kernels --architecture=x86-64-v4 --directory=btlm_jax/kernels/prebuilt
-               in a checkout, before python -m build --wheel: the wheel carries them
+               in a checkout, before pip wheel --no-deps --wheel-dir=dist . makes a wheel that carries them
 
 Without this command the kernels are compiled when they are first used, for this CPU, into the user's cache. Those that
 are inside the package are taken if they are of its sources and need no instructions that the CPU lacks; otherwise a

@@ -22,7 +22,7 @@ EVALUATE_HELP = """btlm evaluate: measure a model on texts.
 examples:
   btlm evaluate --checkpoint=runs/local
       the loss of all held-out documents of the run's token store, by source, with intervals
-  btlm evaluate --checkpoint=runs/local/checkpoints/400 --text articles/ more.jsonl.zst
+  btlm evaluate --checkpoint=runs/local/checkpoints/500 --text articles/ more.jsonl.zst
       one of its checkpoints, on other texts
   btlm evaluate --checkpoint=btlm-3b-8k-base --store=gs://bucket/store --overlap=4096 --tokens_per_source=1000000
       a Hugging Face model on a store's held-out documents, every token with at least 4,096 tokens before it

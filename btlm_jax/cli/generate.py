@@ -91,7 +91,7 @@ def generate(arguments: Sequence[str]) -> int:
 def generate_flags() -> Flags:
     """Define the flags of `btlm generate`."""
     flags = Flags(GENERATE_HELP)
-    flags.define_string("checkpoint", "", "a run, RUN/average, a converted model or a Hugging Face directory")
+    flags.define_string("checkpoint", "", "a run, RUN/average, a converted model or a Hugging Face directory, or a URL")
     flags.define_string("prompt", "", "text to continue; empty: begin a document")
     flags.define_string("prompts_file", "", "file of prompts, one a line or JSON lines (.jsonl)")
     flags.define_string("output", "", "file for the texts as JSON lines, instead of printing them")
@@ -99,7 +99,7 @@ def generate_flags() -> Flags:
         "bos", "model", "put in front of each prompt: what the model's tokenizer files say (model), none, eos, or an id"
     )
     flags.define_integer("num_tokens", 200, "at most so many new tokens of each text")
-    flags.define_strings("stop", "end before this string")
+    flags.define_strings("stop", "end before this string, or at the special token of this name")
     flags.define_integer("num_samples", 1, "texts of each prompt")
     flags.define_integer("batch_size", 8, "texts made at a time, where there are several")
     flags.define_integer("seed", 0, "of the drawing")

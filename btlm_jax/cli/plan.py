@@ -44,8 +44,9 @@ layout that fits, of those that leave a tenth of the memory if there are any. Wh
 command goes on after an interruption, or after --max_compiles.
 --measured=WORKDIR plans the config of a run that has trained a few steps on the slice, prints what they took beside
 what was planned, and keeps that: later plans for the same chips are corrected by it.
---check compiles nothing: it asks the table of layouts in the folder pods beside the config file. Exit code 1 when the
-layout does not divide or, by the table, does not fit; 0 with a note when the table does not have it.
+--check compiles nothing: it asks the table of layouts, table.json of the config's folder if that is pods or family,
+else of a folder pods beside the config. Exit code 1 when the layout does not divide or, by the table, does not fit; 0
+with a note when the table does not have it.
 --table compiles the configs in the folder of FILE and their OTHERS again, and writes FILE and the same in Markdown;
 --only=v5e_256,family:111M@v5e-8 those alone, and the other rows stay.
 
@@ -126,7 +127,7 @@ def _own_run(flags: Flags) -> OwnRun | None:
         raise UsageError("--measured takes the config from the run: leave out --config")
     from btlm_jax.plan.own_runs import read_own_run
 
-    return read_own_run(flags.path("measured"))
+    return read_own_run(flags.run_path("measured"))
 
 
 def _plan(

@@ -17,8 +17,9 @@ def format_table_markdown(table: dict) -> str:
         "",
         f"Made by `{table['made_by']}` with {versions}. Predicted, not measured on a TPU.",
         "A row is a config of this folder or, indented, another layout of its model. `btlm train` and",
-        "`launch/tpu.sh` refuse what does not fit. Names count chips: v5p_128 and v4_128 are what Google Cloud calls",
-        "v5p-256 and v4-256, after their cores.",
+        "`launch/tpu.sh` refuse what does not fit. Names with _ count chips: v5p_128 and v4_128 are what Google Cloud",
+        "calls v5p-256 and v4-256, after their cores. Names after an @ are Google Cloud's: v4-8 and v5p-8 are four",
+        "chips.",
         "",
         "| config | slice | layout | phase | GiB a chip | fits | step, s | MFU | HFU "
         "| GiB exchanged alone / beside work |",

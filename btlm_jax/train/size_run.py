@@ -65,7 +65,8 @@ def size_run(
     devices = jax.devices()
     is_accelerator = devices[0].platform != "cpu"
     values = copy.deepcopy(base)
-    # Losses are the same within their scatter, steps take 0.7 of the time (benchmarks/results/dtype_losses.md).
+    # Losses are the same within their scatter (benchmarks/results/dtype_losses.md); steps take 0.55 to 0.6 of the time
+    # (train_step_cpu.md). A shape is chosen by 0.7 of it, which errs to a smaller one; its steps are measured then.
     in_bfloat16 = not is_accelerator and multiplies_bfloat16()
     values["model"] |= {
         "dtype": "bfloat16" if is_accelerator or in_bfloat16 else "float32",

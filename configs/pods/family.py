@@ -1,6 +1,7 @@
 """The family on slices of 4 to 16 chips: pods/family:SIZE@SLICE, as 590M@v5e-16; 111M@v5e-8 without one.
 
 Train:      btlm train --config=pods/family:256M@v5e-8 --workdir=DIR --config.data.store=STORE
+            (16 chips are several hosts: with --distributed on each)
 Times:      what a step needs and should take: table.md, made by btlm plan --table=configs/pods/table.json --only=family
 """
 

@@ -1,5 +1,7 @@
 """Looking at documents: the right one by number and by id, and what dedup took for duplicates."""
 
+import shutil
+
 import pytest
 from support.corpus_files import made_up_text, write_raw
 
@@ -51,7 +53,10 @@ def test_what_cannot_be_shown_is_refused(folder, capsys):
     assert show(folder, "--clusters=1", f"--documents={folder / 'clean'}") == 1
     assert "holds the stage clean; clusters are what dedup finds" in capsys.readouterr().err
     assert show(folder, "--clusters=1", f"--documents={folder / 'dedup'}", stage="dedup") == 1
-    assert "was not made of" in capsys.readouterr().err
+    assert "was not made of" in (said := capsys.readouterr().err) and "the stage that dedup read" in said
+    shutil.copytree(folder / "clean", folder / "pieces")  # as of a --data that divided the documents
+    assert show(folder, "--clusters=1", f"--documents={folder / 'dedup'}", stage="dedup") == 1
+    assert f"give --documents={folder / 'pieces'}" in capsys.readouterr().err
     assert show(folder, "--number=0", "--count=0") == 2 and "--count=0 must be 1 or more" in capsys.readouterr().err
     assert show(folder) == 2 and "--number=N, --id=ID or --clusters=N" in capsys.readouterr().err
     assert show(folder, "--clusters=1", stage="dedup") == 2 and "--documents=DIR" in capsys.readouterr().err

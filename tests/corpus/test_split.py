@@ -176,6 +176,8 @@ def test_shares_that_leave_nothing_are_refused(cleaned, capsys):
     assert "test=0.7 must be 0 or more and less than 0.5" in capsys.readouterr().err
     assert run_split(cleaned, "none", "--weight=A=0", "--weight=B=0", "--weight=C=0") == 1
     assert "no training document is left" in capsys.readouterr().err
+    assert run_split(cleaned, "few", "--validation=1e-6") == 1
+    assert "validation=1e-06 holds out none of 240 documents: give a larger --validation" in capsys.readouterr().err
 
 
 def test_documents_of_one_id_are_all_kept(tmp_path):

@@ -9,6 +9,7 @@ import types
 
 import jax
 import pytest
+from support import fake_gcs
 from support.measured_run import write_run
 from support.tiny import REPOSITORY, tiny_config
 
@@ -25,6 +26,7 @@ from btlm_jax.plan.gpu_roofline import GpuWork, gpu_parts, published_gpu_points,
 from btlm_jax.plan.gpus import GPUS, answering_for
 from btlm_jax.plan.placement import cpu_placement
 from btlm_jax.plan.slice_plan import program_on
+from btlm_jax.storage import bucket
 from btlm_jax.storage.files import read_json_object
 from btlm_jax.train.flops import peak_of_kind
 from btlm_jax.train.memory import bytes_of
@@ -293,12 +295,19 @@ def test_the_command_by_formula(run, tmp_path):
     assert phase["peak_flops"] == 4 * peak_of_kind(H100.kind) == 4 * 989e12
 
 
-def test_steps_of_ones_own_on_gpus_correct_later_plans(run, tmp_path):
+def test_steps_of_ones_own_on_gpus_correct_later_plans(run, tmp_path, monkeypatch):
     write_run(tmp_path / "run", steps=30, devices="4 x NVIDIA H100 80GB HBM3")
     asked = [f"--measured={tmp_path / 'run'}", "--topology=h100-4", f"--cache={tmp_path}"]
     code, said, _ = run(*asked)
     assert code == 0 and said.count("Measured, run, phase 1") == 1 and "by 4 published runs on h100" in said
     assert run(*asked)[1] == said  # a run is not held against itself
+    monkeypatch.setenv(bucket.STAGING_VARIABLE, str(tmp_path / "staging"))
+    with fake_gcs.connected({}, monkeypatch) as url:
+        bucket.upload_run(tmp_path / "run", f"{url}/run")
+        assert run(f"--measured={url}/run", *asked[1:])[1] == said
+        code, _, error = run(f"--measured={url}/run", "--topology=h100-8")
+        assert code == 1 and f"{url}/run ran on 4 chips" in error
+        bucket._kept_open.close()
     _, said, _ = run(f"--config={tmp_path / 'run' / 'config.json'}", *asked[1:])
     assert "by steps measured here (1 of about this length)" in said
     code, _, said = run(asked[0], "--topology=h100-8")

@@ -40,6 +40,7 @@ cp "$CLOUD/env-btlm" "$3/bin/btlm"
 _BTLM = """
 echo ${JAX_COMPILATION_CACHE_DIR:-} "$@" >> "$CLOUD/asked"
 if [ -e "$CLOUD/refuses" ]; then echo "it does not fit" >&2; exit 1; fi
+if [[ $* == *--config=/*/config.py* && -e "$CLOUD/reads-others" ]]; then exit 2; fi
 [ "$1" != train ] || cat "$CLOUD/extras" 2> /dev/null || true
 """
 # pip, and the check of the devices.

@@ -58,7 +58,10 @@ def clusters(directory: Path, *, documents: Path, count: int, characters: int) -
     if manifest["stage"] != "dedup":
         raise ValueError(f"{directory} holds the stage {manifest['stage']}; clusters are what dedup finds")
     if manifest["settings"]["input"] != source["fingerprint"]:
-        raise ValueError(f"{directory} was not made of {documents}")
+        pieces = directory.parent / "pieces"  # of btlm train --data, where documents were divided before dedup
+        is_of_pieces = pieces.is_dir() and read_stage(pieces)["fingerprint"] == manifest["settings"]["input"]
+        right = str(pieces) if is_of_pieces else "the folder of the stage that dedup read"
+        raise ValueError(f"{directory} was not made of {documents}: give --documents={right}")
     counts = [output["num_documents"] for output in source["outputs"]]
     components = Clusters(sum(counts))
     for output in read_stage(directory / "work" / "pairs")["outputs"]:

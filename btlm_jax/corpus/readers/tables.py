@@ -11,14 +11,12 @@ from typing import Any, BinaryIO, cast
 
 import numpy as np
 
-from btlm_jax import install_command
 from btlm_jax.corpus.readers.frames import BadFileError
 
 TFDS_SHARD = re.compile(r"(.*\.array_record)-\d{5}-of-(\d{5})")
 _BATCH_ROWS = 256
 _ARROW_FILE = b"ARROW1"
 NOT_UTF8 = "bytes that are not UTF-8 became U+FFFD"
-_NEEDED = f"needs pyarrow: {install_command('corpus')}"
 
 
 def parquet_rows(
@@ -30,12 +28,9 @@ def parquet_rows(
     No other column is read; their names are added to `left_out`.
 
     Raises:
-      BadFileError: it is damaged, lacks the column `needed`, or pyarrow is not installed.
+      BadFileError: it is damaged, or lacks the column `needed`.
     """
-    try:
-        import pyarrow.parquet
-    except ImportError as error:
-        raise BadFileError(f"parquet {_NEEDED}") from error
+    import pyarrow.parquet
 
     def batches(names: list[str]) -> Iterator:
         return reader.iter_batches(batch_size=_BATCH_ROWS, columns=names)
@@ -54,12 +49,10 @@ def arrow_rows(
     """Yield the rows of an Arrow file or stream, which is what Hugging Face datasets keep on disk; as `parquet_rows`.
 
     Raises:
-      BadFileError: it is damaged, lacks the column `needed`, or pyarrow is not installed.
+      BadFileError: it is damaged, or lacks the column `needed`.
     """
-    try:
-        import pyarrow.ipc
-    except ImportError as error:
-        raise BadFileError(f"Arrow {_NEEDED}") from error
+    import pyarrow.ipc
+
     is_file = file.read(len(_ARROW_FILE)) == _ARROW_FILE
     file.seek(0)
 

@@ -127,7 +127,8 @@ def _split(config: SplitConfig, *, output: Path, workers: Workers, log: Log) -> 
     step = functools.partial(
         _assign_task, config=config, sources=sources, num_partitions=num_partitions, evaluation=work["evaluation"]
     )
-    assigned = run(stage(name="split assign", tasks=tasks, run=step), work["assign"], check=accept_all)
+    check = functools.partial(_check_heldout, config=config)
+    assigned = run(stage(name="split assign", tasks=tasks, run=step), work["assign"], check=check)
     log(f"split assign: dropped {assigned['totals']['dropped']}")
     step = functools.partial(_heldout_task, assigned=work["assign"], num_files=len(tasks))
     one_task = [Task(index=0, inputs=(), weight=1)]
@@ -184,6 +185,17 @@ def _index_evaluation(config: SplitConfig, *, run: Callable[..., dict], director
             count=totals["unusable"],
         )
     return manifest["fingerprint"]
+
+
+def _check_heldout(results: list[dict], *, config: SplitConfig) -> None:
+    """Check that a document is held out where some are to be: a token store needs one."""
+    files = [output["file"] for result in results for output in result["outputs"]]
+    if config.validation and not any(name.startswith(VALIDATION) for name in files):
+        read = sum(count["documents"] for result in results for count in result["totals"]["read"].values())
+        raise ValueError(
+            f"validation={config.validation:g} holds out none of {read:,} documents: give a larger --validation, for "
+            "example 0.05, and another --output"
+        )
 
 
 def _check_train(results: list[dict]) -> None:

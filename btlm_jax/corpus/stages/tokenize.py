@@ -135,7 +135,9 @@ def _tokenize(config: TokenizeConfig, *, output: Path, workers: Workers, log: Lo
     streams = _streams(encoded, splits=splits, block_len=block_len, by_source=config.by_source)
     for name, store_name in ((TRAIN, store.TRAIN), (VALIDATION, store.HELDOUT)):
         if store_name not in streams:
-            raise ValueError(f"{source} has no {name} document that this tokenizer can encode; split otherwise")
+            raise ValueError(
+                f"{source} has no {name} document that this tokenizer can encode; split with another --validation"
+            )
     step = functools.partial(
         _shard_task, splits=streams, tokens=tokens, target=output, eos_id=info.eos_id, dtype=dtype, block_len=block_len
     )
