@@ -124,7 +124,7 @@ def measure(folder: Path, *, count: int, rule: str = "by-script") -> dict[str, i
         (place / "raw" / "all.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
         (place / "evaluation.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in evaluation))
         _run("clean", place / "raw", place / "clean")
-        flags = [f"--evaluation={place / 'evaluation.jsonl'}", f"--evaluation_rule={rule}", "--validation=0.1"]
+        flags = [f"--evaluation={place / 'evaluation.jsonl'}", f"--evaluation_rule={rule}", "--validation=0"]
         _run("split", place / "clean", place / "split", *flags)
         outputs = read_stage(place / "split")["outputs"]
         ids = {record.id for output in outputs for record in read_records(place / "split" / output["file"])}
