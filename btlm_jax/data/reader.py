@@ -20,6 +20,7 @@ from tensorflow_datasets.proto import tf_example_pb2
 
 from btlm_jax.data import store
 from btlm_jax.data.store import Manifest, Shard, Split, TokenBlock
+from btlm_jax.storage.files import allow_open_files
 from btlm_jax.storage.location import PathOrUrl, join_location
 
 
@@ -150,6 +151,7 @@ def open_store(directory: PathOrUrl, *, expected_fingerprint: str) -> TokenStore
     Raises:
       FileNotFoundError: the manifest, a shard or the tokenizer is missing.
       ValueError: the manifest is corrupt, a shard has another size, or the store is not the expected one.
+      OSError: it has more shards than a process may open files.
     """
     manifest = store.read_manifest(directory)
     if expected_fingerprint and manifest.fingerprint != expected_fingerprint:
@@ -158,6 +160,8 @@ def open_store(directory: PathOrUrl, *, expected_fingerprint: str) -> TokenStore
             f"fingerprint {expected_fingerprint}; point data.store to that one, or start in a new workdir"
         )
     store.check_shards(directory, manifest)
+    if isinstance(directory, Path):
+        allow_open_files(sum(len(split.shards) for split in manifest.splits.values()), name=f"token store {directory}")
     return TokenStore(directory=directory, manifest=manifest)
 
 

@@ -1,13 +1,14 @@
 """An average of the weights, kept in the optimizer's state: runs with optimizer.average alone load this file.
 
-After update t (those that are not made do not count), with the weights p_s after update s <= t:
+After step t, with the weights p_s after step s <= t, steps counting whose update is made:
 
     ema     a_t = sum_s b^(t-s) p_s / sum_s b^(t-s),  b = 2^(-1 / (average_share x steps of the run))
     last    a_t = the mean of p_s over s > (1 - average_share) x steps of the run; before that p_t
 
 `ema` halves a weight's share after so many steps and has no bias to the initial weights. `last` is the mean of the last
-share of the run (arXiv 2405.18392 on cooldowns and their stead). Training does not read the average. Of a run that is
-made longer, a mean whose new share has begun goes on with what it has, and another begins anew.
+share of the run (arXiv 2405.18392 on cooldowns and their stead), without the steps that it passed over by going back.
+Training does not read the average. Of a run that is made longer, a mean whose new share has begun goes on with what it
+has, and another begins anew.
 """
 
 from __future__ import annotations
@@ -23,10 +24,10 @@ from btlm_jax.recipe.config import OptimizerConfig
 
 
 class AverageState(NamedTuple):
-    """The state of the optimizer inside, updates made, weights in the average, and it: float32, split as parameters."""
+    """The state of the optimizer inside, weights in the average, and it: float32, split as parameters."""
 
     optimizer: optax.OptState
-    num_updates: jax.Array
+    num_updates: jax.Array  # the last step whose update was made: more than the updates, in spite of its stored name
     num_averaged: jax.Array
     average: optax.Params
 
@@ -42,21 +43,19 @@ def with_average(
         zero, average = jnp.zeros((), jnp.int32), jax.tree.map(jnp.copy, params)
         return AverageState(optimizer=optimizer.init(params), num_updates=zero, num_averaged=zero, average=average)
 
-    def update(updates, state: AverageState, params=None, **arguments):
+    def update(updates, state: AverageState, params=None, *, step, **arguments):
         updates, inner = optimizer.update(updates, state.optimizer, params, **arguments)
-        num_updates, num_averaged = state.num_updates + 1, state.num_averaged + 1
+        num_averaged = state.num_averaged + 1
         if config.average == "ema":
             share = np.expm1(log_decay) / jnp.expm1(np.float32(log_decay) * num_averaged)
         else:
-            num_averaged = jnp.where(num_updates <= first + 1, 1, num_averaged)
+            num_averaged = jnp.where(state.num_updates <= first, 1, num_averaged)
             share = 1 / num_averaged.astype(jnp.float32)
 
         def averaged(average, p, u):
             return jnp.where(num_averaged == 1, p + u, average + share * (p + u - average))
 
         average = jax.tree.map(averaged, state.average, params, updates)
-        return updates, AverageState(
-            optimizer=inner, num_updates=num_updates, num_averaged=num_averaged, average=average
-        )
+        return updates, AverageState(optimizer=inner, num_updates=step, num_averaged=num_averaged, average=average)
 
     return optax.GradientTransformationExtraArgs(init, update)  # pyright: ignore[reportArgumentType] # as optimizer.py's

@@ -120,7 +120,7 @@ def learning_rate_at(config: OptimizerConfig, *, tokens: int, total_tokens: int)
 
 
 def make_optimizer(config: OptimizerConfig, table: dict, *, num_steps=1) -> optax.GradientTransformationExtraArgs:
-    """Make the chain for `table`, a tree of ParameterInfo, and a run of num_steps; `update` takes learning_rate=."""
+    """Make the chain for `table`, a tree of ParameterInfo; `update` takes learning_rate= and step=, of num_steps."""
     rules = jax.tree.map(lambda info: info.rule, table)
     adam = optax.scale_by_adam(b1=config.beta1, b2=config.beta2, eps=config.eps)
     is_trained = jax.tree.map(lambda rule: not rule.is_frozen, rules)
@@ -148,28 +148,19 @@ def make_optimizer(config: OptimizerConfig, table: dict, *, num_steps=1) -> opta
 
 def scale_each(multipliers) -> optax.GradientTransformation:
     """Multiply each leaf of the updates by its own constant; stateless."""
-
-    def update(updates, state, params=None):
-        del params
-        return jax.tree.map(lambda u, c: u * c, updates, multipliers), state
-
-    return optax.GradientTransformation(lambda params: optax.EmptyState(), update)
+    return optax.stateless(lambda updates, _: jax.tree.map(lambda u, c: u * c, updates, multipliers))
 
 
 def decay_each(decays) -> optax.GradientTransformation:
     """Add to each leaf of the updates its own constant times the parameter; stateless."""
-
-    def update(updates, state, params=None):
-        return jax.tree.map(lambda u, p, c: u + c * p, updates, params, decays), state
-
-    return optax.GradientTransformation(lambda params: optax.EmptyState(), update)
+    return optax.stateless(lambda updates, params: jax.tree.map(lambda u, p, c: u + c * p, updates, params, decays))
 
 
 def scale_by_given_learning_rate() -> optax.GradientTransformationExtraArgs:
     """Multiply the updates by minus the `learning_rate` handed to `update`; stateless."""
 
-    def update(updates, state, params=None, *, learning_rate):
-        del params
+    def update(updates, state, params=None, *, learning_rate, **others):
+        del params, others
         rate = jnp.asarray(learning_rate, jnp.float32)
         return jax.tree.map(lambda u: -rate * u, updates), state
 

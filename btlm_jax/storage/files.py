@@ -10,6 +10,7 @@ import fcntl
 import hashlib
 import json
 import os
+import resource
 import secrets
 import shutil
 import tempfile
@@ -20,6 +21,7 @@ from typing import IO, Any, BinaryIO, Self, cast
 
 _TEMPORARY_SUFFIX = ".tmp"
 _LFS_POINTER = b"version https://git-lfs.github.com/spec/"  # https://github.com/git-lfs/git-lfs/blob/main/docs/spec.md
+_OTHER_FILES = 256  # of a process: sockets, the XLA cache, checkpoints while they are written
 
 
 _unfinished: set[Path] = set()  # files and directories that are deleted at the end of the blocks that made them
@@ -219,6 +221,24 @@ def cache_directory() -> Path:
         return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "btlm_jax"
     except RuntimeError as error:
         raise OSError(f"there is no home directory to keep a cache in: {error}; set XDG_CACHE_HOME") from error
+
+
+def allow_open_files(count: int, *, name: object) -> None:
+    """Raise this process's limit of open files, if it is too low for so many and for what it opens besides.
+
+    Raises:
+      OSError: the system allows no such limit; begins with `name`.
+    """
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    needed = count + _OTHER_FILES
+    if soft == resource.RLIM_INFINITY or soft >= needed:
+        return
+    if hard != resource.RLIM_INFINITY and hard < needed:
+        raise OSError(
+            f"{name} has {count:,} files to keep open, and a process may open {hard:,} here (ulimit -Hn): have the "
+            f"limit raised to {needed:,} (LimitNOFILE of systemd, limits.conf), or make larger shards"
+        )
+    resource.setrlimit(resource.RLIMIT_NOFILE, (needed, hard))
 
 
 @contextlib.contextmanager

@@ -55,6 +55,7 @@ class Position:
     tokens_seen: int
     store_fingerprint: str
     passed_over: tuple[tuple[int, ...], ...] = ()  # (first, last) step, for each time that the run went back
+    is_evaluated: bool = True  # False: the evaluation that is due at this step is still to be made
 
     def has_passed_over(self, step: int) -> bool:
         """Return whether nothing was trained in a step."""
@@ -312,7 +313,8 @@ class Checkpointer:
 
         def parse() -> tuple[Position, TrainConfig]:
             stored = metadata["position"]
-            stored = {"passed_over": (), **stored} if isinstance(stored, dict) else stored  # which older ones lack
+            if isinstance(stored, dict):
+                stored = {"passed_over": (), "is_evaluated": True, **stored}  # which older ones lack
             position = config_from(Position, stored, path="position")
             config = train_config_from(with_later_keys(metadata["config"]))
             expected = config.curriculum.table.tokens_seen(step)

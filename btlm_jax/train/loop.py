@@ -78,7 +78,7 @@ from btlm_jax.train.setup import (
     predict_stop,
     prepare_store,
 )
-from btlm_jax.train.step import CorruptionError, TrainState
+from btlm_jax.train.step import WINDOW, CorruptionError, TrainState
 
 if TYPE_CHECKING:
     from btlm_jax.train.corruption import Checks
@@ -196,10 +196,10 @@ def train(
             state = beginning.make_state(run)
         else:
             log(f"Resuming from step {position.step:,} ({position.tokens_seen:,} tokens)")
+            state = _begin_history(state, changes)
         num_bytes = sum(leaf.nbytes for leaf in jax.tree.leaves(state))
         log(predict_stop(workdir, num_bytes=num_bytes, num_processes=jax.process_count()))
-        first_step = position.step + 1
-        writer = _make_writer(run, first_step=first_step, compare=compare)
+        writer = _make_writer(run, position, compare=compare)
         # The first exchange on CPUs fails where another process comes to it 30 s later, which compiling may take.
         stop.wait_for_all("ready for the first exchange")
         with jax.set_mesh(mesh), writer:
@@ -252,6 +252,15 @@ def _report_changes(checkpointer: Checkpointer, config: TrainConfig, position: P
     for change in changes:
         notices.report("setting-changed", f"{change} (from step {position.step:,} on)")
     return changes
+
+
+def _begin_history(state: TrainState, changes: Sequence[SettingChange]) -> TrainState:
+    """Return the state without the updates that spikes are told by, if other settings of the optimizer made them."""
+    if not any(change.key.startswith("optimizer.") for change in changes):
+        return state
+    log(f"Spikes are looked for again after {WINDOW} updates, as settings of the optimizer have changed")
+    none = jax.device_put(np.int32(0), state.history.count.sharding)
+    return dataclasses.replace(state, history=dataclasses.replace(state.history, count=none))
 
 
 def _machine_changes(checkpointer: Checkpointer, step: int) -> list[str]:
@@ -318,6 +327,8 @@ def _train_from(
     log(f"Data: {loader.use}")
     trace = _make_trace(run, first_step=position.step + 1)
     try:
+        if not position.is_evaluated:
+            _evaluate(run, state, position.step, writer)
         stop.begin_steps()
         while True:
             try:
@@ -413,34 +424,49 @@ def _run_steps(
                     pending = None
             if skips >= config.bad_numbers.max_skips:
                 raise TooManySkipsError(step - 1 if pending else step, state)
-            if is_evaluating and not is_last:
-                try:
-                    writer.evaluation(step, evaluate_some(run, state.params))
-                except FloatingPointError as error:
-                    raise BadNumbersError(step, str(error)) from error
-            now = dataclasses.replace(_position(run, step), passed_over=position.passed_over)
+            is_due = is_evaluating and not is_last  # what follows the last step is the end's
+            if is_due and not is_stopping:
+                _evaluate(run, state, step, writer)
+            # A machine that is taken away leaves time to save alone: the next start evaluates.
+            position = dataclasses.replace(
+                _position(run, step), passed_over=position.passed_over, is_evaluated=not (is_due and is_stopping)
+            )
             with run.ledger.measure("checkpoint"):
                 # A run goes back to what is saved at multiples of `every`: there no bad numbers may have followed.
                 if is_last or (is_stopping and (not skips or step % every)):
-                    checkpointer.save_or_go_on(state, position=now, config=config)
-                    checkpointer.finish(state, position=now, config=config)
+                    checkpointer.save_or_go_on(state, position=position, config=config)
+                    checkpointer.finish(state, position=position, config=config)
                 elif is_stopping:
                     checkpointer.wait_or_report(then="the run stops, and goes on from the one before")
                 elif is_saving and not skips:
-                    checkpointer.save_or_go_on(state, position=now, config=config)
+                    checkpointer.save_or_go_on(state, position=position, config=config)
                 elif step % every == every // 2:
-                    checkpointer.retry(state, position=now, config=config)
+                    checkpointer.retry(state, position=position, config=config)
             if is_stopping:
                 saved = (checkpointer.steps() or [0])[-1]
                 log(
                     f"Preempted ({stop.reason}): saved at step {saved:,}, {stop.seconds_since:.1f} s after it; run the "
                     "same command to go on"
                 )
+                if is_evaluating:
+                    writer.evaluation_follows()
                 stop.finish()
                 return _Ended(state, is_preempted=True)
         return _Ended(state, is_preempted=False)
     finally:
         batches.close()
+
+
+def _evaluate(run: Run, state: TrainState, step: int, writer: MetricWriter) -> None:
+    """Evaluate a few blocks after a step.
+
+    Raises:
+      BadNumbersError: the result is not finite.
+    """
+    try:
+        writer.evaluation(step, evaluate_some(run, state.params))
+    except FloatingPointError as error:
+        raise BadNumbersError(step, str(error)) from error
 
 
 def _reason_to_stop(
@@ -489,6 +515,7 @@ def _roll_back(
     else:
         good, state = 0, beginning.make_state(run)
     checkpointer.delete_after(good)
+    state = _begin_history(state, changed_settings(checkpointer, run.config))
     state = dataclasses.replace(state, step=jax.device_put(np.int32(error.step), state.step.sharding))
     said = f"went back to step {good:,}; steps {good + 1:,} to {error.step:,} are passed over"
     notices.report("went-back", said)
@@ -643,9 +670,9 @@ def _make_comparison(config: TrainConfig, *, workdir: Path, first_step: int) -> 
     return curve.add
 
 
-def _make_writer(run: Run, *, first_step: int, compare: Compare) -> MetricWriter:
-    """Make the writer of the run's numbers, and log which peak MFU is a share of."""
-    config, curriculum = run.config, run.config.curriculum.table
+def _make_writer(run: Run, position: Position, *, compare: Compare) -> MetricWriter:
+    """Make the writer of the numbers from a position on, and log which peak MFU is a share of."""
+    config, curriculum, first_step = run.config, run.config.curriculum.table, position.step + 1
     num_devices, peak = jax.device_count(), peak_flops(jax.local_devices()[0])
     log(
         f"MFU is of {num_devices} x {peak.flops:.4g} = {num_devices * peak.flops:.4g} FLOP/s ({peak.source}), "
@@ -655,6 +682,7 @@ def _make_writer(run: Run, *, first_step: int, compare: Compare) -> MetricWriter
     return MetricWriter(
         run.workdir,
         first_step=first_step,
+        evaluates_before=position.step in (0, curriculum.num_steps) or not position.is_evaluated,
         curriculum=curriculum,
         flops_of_phase=tuple(flops_per_token(config.model, seq_len=phase.seq_len) for phase in curriculum.phases),
         evaluation=_evaluation_work(run),

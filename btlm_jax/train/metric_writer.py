@@ -41,7 +41,7 @@ MACHINE_CHANGED = "this machine: "  # so begin events of a resume on another one
 OF_CLOCK = ("tokens_per_second", "mfu", "seconds", "seconds_over_predicted")  # of a step's line: what time decides
 TRAINING = ("step", "data wait")  # the ledger's categories whose seconds count for tokens/s and MFU
 _REPLAYED = ("train", "eval", "sample")  # kinds of lines that a resumed run writes again; it removes no goodput
-_OF_END = ("eval", "sample")  # kinds of lines that the end of a run writes, at its last step
+_AFTER_STEP = ("eval", "sample")  # kinds of lines that are written after the checkpoint of their step, where it ends
 _REPEATED = "repeated"  # a key of events that follow from the steps before them
 _NUMBERS_OF = {"train": ("tokens", "loss", "learning_rate"), "eval": ("tokens", "loss")}  # what is drawn of a line
 _BAR_FIELDS = ("ETA", "loss", "len", "lr", "tok/s", "MFU")  # a narrow terminal cuts off the last ones
@@ -478,6 +478,7 @@ class MetricWriter:
         workdir: Path,
         *,
         first_step: int,
+        evaluates_before: bool,
         curriculum: Curriculum,
         flops_of_phase: tuple[float, ...],
         evaluation: EvaluationWork,
@@ -491,10 +492,12 @@ class MetricWriter:
     ):
         """Take FLOPs per token of each phase, the peak FLOP/s of all devices, and more numbers of (tokens, loss).
 
+        `evaluates_before`: the evaluation after the step before the first one is still to be written, or written again.
         `predicted_seconds` are of a step of each phase; none where there is no prediction.
         """
         self._workdir = workdir
         self._first_step = self._last_step = first_step
+        self._evaluates_before = evaluates_before
         self._curriculum = curriculum
         self._flops_of_phase = flops_of_phase
         self._evaluation = evaluation
@@ -508,28 +511,25 @@ class MetricWriter:
         self._predicted_seconds = predicted_seconds
         self._notable = {first_step, *(phase.end_step for phase in curriculum.phases)}
         self._pace = collections.deque(maxlen=SMOOTHING_STEPS)  # (seconds, tokens, FLOP) of the last steps
-        self._is_open = False
+        self._is_open, self._is_whole = False, True
 
     def __enter__(self) -> MetricWriter:
         if self._is_writer:
-            path = self._workdir / METRICS_FILE
-            num_steps = self._curriculum.num_steps
-            kept = _remove_replayed(path, first_step=self._first_step, num_steps=num_steps)
+            path, before = self._workdir / METRICS_FILE, self._first_step - 1
+            kept = _remove_replayed(path, first_step=self._first_step, evaluates_before=self._evaluates_before)
             self._ledger.repeated_steps = kept.num_repeated
             self._said_before = kept.events
             self._file: TextIO = open(path, "a", encoding="utf-8")
-            # The step before the first, too, is repeated where that is 0, or where only the end is left.
-            is_repeated = self._first_step == 1 or self._first_step > num_steps
             self._tensorboard = _TensorBoard(
-                self._workdir / TENSORBOARD, first_step=self._first_step - 1 if is_repeated else self._first_step
+                self._workdir / TENSORBOARD, first_step=before if self._evaluates_before else self._first_step
             )
-            if self._first_step > num_steps and kept.last_step is not None:
-                self._tensorboard.numbers(num_steps, numbers_of(kept.last_step))
+            if self._evaluates_before and kept.step_before is not None:
+                self._tensorboard.numbers(before, numbers_of(kept.step_before))
             self._bar = StepBar(
                 total=self._curriculum.num_steps, first_step=self._first_step, line_seconds=LINE_SECONDS
             )
             self._clock = self._training_seconds()
-            self._last_step = self._first_step - 1
+            self._last_step = before
             self._ledger.begin_steps(self._first_step)
             self._is_open = True
             for follower in self._followers:
@@ -606,6 +606,10 @@ class MetricWriter:
             parts.append(f"{name} {source['loss']:.4f} ({source['bits_per_byte']:.4f} bits/byte)")
         print_line(" | ".join(parts))
 
+    def evaluation_follows(self) -> None:
+        """Take the last step as one that the next start of the run evaluates."""
+        self._is_whole = False
+
     def sample(self, step: int, *, prompt: str, continuation: str) -> None:
         """Record how the model continues a prompt."""
         if self._is_open:
@@ -649,7 +653,7 @@ class MetricWriter:
         self._file.close()
         self._tensorboard.finish(is_done=self._last_step == self._curriculum.num_steps)
         for follower in self._followers:
-            follower.finish(is_whole=is_whole)
+            follower.finish(is_whole=is_whole and self._is_whole)
 
     def _write_event(self, row: dict) -> None:
         if _line_of(row).encode() not in self._said_before:
@@ -711,38 +715,36 @@ class _Kept:
 
     num_repeated: int  # train lines that were removed
     events: frozenset[bytes]  # `_events_at` the step before the first one
-    last_step: dict | None  # the run's last train line, where only the end is left
+    step_before: dict | None  # the train line of that step
 
 
-def _remove_replayed(path: Path, *, first_step: int, num_steps: int) -> _Kept:
+def _remove_replayed(path: Path, *, first_step: int, evaluates_before: bool) -> _Kept:
     """Rewrite the file without what is written again from `first_step` on, and without lines that are damaged.
 
-    Where the first step is 1, step 0 is evaluated once more, too. After the last step only the end is repeated: what it
-    has written before, an evaluation and a sample, goes too. An incomplete last line is what a kill leaves, and is
-    written again; each other one that is damaged is a notice.
+    With `evaluates_before` the step before loses its evaluation, and the sample that follows the run's last one.
+    An incomplete last line is what a kill leaves, and is written again; each other one that is damaged is a notice.
     """
     if not path.exists():
-        return _Kept(num_repeated=0, events=frozenset(), last_step=None)
+        return _Kept(num_repeated=0, events=frozenset(), step_before=None)
     *lines, incomplete = path.read_bytes().split(b"\n")
-    remaining, num_repeated, last_step = [], 0, None
+    remaining, num_repeated, step_before = [], 0, None
     for number, line in enumerate(lines, start=1):
         try:
             row = parse_row(line, name=f"{path}, line {number}")
         except ValueError as error:
             notices.report("metrics-line-dropped", f"{error}; the line is removed")
             continue
-        is_of_end = first_step > num_steps == row["step"] and row["kind"] in _OF_END
-        is_replayed = row["kind"] in _REPLAYED and (row["step"] >= first_step or first_step == 1)
+        is_of_evaluation = evaluates_before and row["kind"] in _AFTER_STEP
+        is_replayed = (row["kind"] in _REPLAYED or _REPEATED in row) and row["step"] >= first_step - is_of_evaluation
         num_repeated += is_replayed and row["kind"] == "train"
-        is_repeated = row.get(_REPEATED) and row["step"] >= first_step
-        if is_replayed or is_of_end or is_repeated:
+        if is_replayed:
             continue
         remaining.append(line)
-        if row["kind"] == "train" and row["step"] == num_steps:
-            last_step = row
+        if row["kind"] == "train" and row["step"] == first_step - 1:
+            step_before = row
     if incomplete or len(remaining) < len(lines):
         write_atomically(path, b"".join(line + b"\n" for line in remaining))
-    return _Kept(num_repeated=num_repeated, events=_events_at(first_step - 1, remaining), last_step=last_step)
+    return _Kept(num_repeated=num_repeated, events=_events_at(first_step - 1, remaining), step_before=step_before)
 
 
 def _events_at(step: int, lines: Iterable[bytes]) -> frozenset[bytes]:

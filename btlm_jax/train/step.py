@@ -166,7 +166,9 @@ def make_train_step(
         loss, weight, grads = gradients(state.params, batch)
         has_targets = weight > 0
         with jax.named_scope("optimizer"):
-            updates, opt_state = optimizer.update(grads, state.opt_state, state.params, learning_rate=learning_rate)
+            updates, opt_state = optimizer.update(
+                grads, state.opt_state, state.params, learning_rate=learning_rate, step=state.step + 1
+            )
             updates = jax.tree.map(lambda u: jnp.where(has_targets, u, 0), updates)
         metrics = {
             "loss": loss,

@@ -2,6 +2,8 @@ import dataclasses
 import hashlib
 import json
 import re
+import subprocess
+import sys
 import threading
 
 import numpy as np
@@ -72,6 +74,27 @@ def test_read_is_thread_safe(directory):
     for thread in threads:
         thread.join()
     assert not wrong
+
+
+MANY_SHARDS = """
+import pathlib, resource, sys
+from btlm_jax.data import store
+from btlm_jax.data.reader import open_store
+_, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+resource.setrlimit(resource.RLIMIT_NOFILE, (64, most))
+reader = open_store(pathlib.Path(sys.argv[1]), expected_fingerprint="").split(store.TRAIN)
+print(sum(int(block.tokens[0]) for block in reader.read_many(range(len(reader)))))
+resource.setrlimit(resource.RLIMIT_NOFILE, (300, 300))
+open_store(pathlib.Path(sys.argv[1]), expected_fingerprint="")
+"""
+
+
+def test_a_store_may_have_more_shards_than_a_process_may_open_files(tmp_path):
+    write_store(tmp_path, block_len=4, train_tokens=400, heldout_tokens={"a": 3}, blocks_per_shard=1)
+    result = subprocess.run([sys.executable, "-c", MANY_SHARDS, str(tmp_path)], capture_output=True, text=True)
+    assert result.stdout == f"{sum(range(0, 400, 4))}\n"
+    said = f"OSError: token store {tmp_path} has 101 files to keep open, and a process may open 300 here (ulimit -Hn)"
+    assert said in result.stderr and "raised to 357" in result.stderr
 
 
 def test_open_refuses_another_fingerprint(directory):

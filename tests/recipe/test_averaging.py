@@ -2,6 +2,7 @@
 
 import dataclasses
 import types
+from collections.abc import Collection
 from typing import cast
 
 import jax
@@ -40,15 +41,17 @@ def table() -> dict:
     return {name: types.SimpleNamespace(rule=rule) for name in SHAPES}
 
 
-def trained(config, *, num_steps: int, skipped: int = -1) -> tuple[list[dict], list[dict]]:
+def trained(config, *, num_steps: int, skipped: Collection[int] = ()) -> tuple[list[dict], list[dict]]:
     """Return the weights after each update made, float64, and the average after it."""
     optimizer = make_optimizer(config, table(), num_steps=num_steps)
     params = jax.tree.map(jax.numpy.asarray, normal(0))
     state, weights, averages = optimizer.init(params), [], []
-    update = jax.jit(lambda grads, state, params: optimizer.update(grads, state, params, learning_rate=0.1))
+    update = jax.jit(
+        lambda grads, state, params, step: optimizer.update(grads, state, params, learning_rate=0.1, step=step)
+    )
     for step in range(STEPS):
-        updates, after = update(normal(1 + step), state, params)
-        if step == skipped:
+        updates, after = update(normal(1 + step), state, params, step + 1)
+        if step in skipped:
             continue  # as a step whose update is not made: the state stays as it is
         params, state = jax.tree.map(lambda p, u: p + u, params, updates), after
         weights.append(jax.tree.map(lambda p: np.asarray(p, np.float64), params))
@@ -63,7 +66,7 @@ def assert_average(found: dict, weights: list[dict], shares: list[float]) -> Non
 
 
 def test_ema_is_the_weighted_sum_over_the_past():
-    weights, averages = trained(make_config(average="ema", average_share=0.3), num_steps=STEPS, skipped=4)
+    weights, averages = trained(make_config(average="ema", average_share=0.3), num_steps=STEPS, skipped={4})
     for t, found in enumerate(averages, start=1):  # a half-life of 3 steps
         assert_average(found, weights[:t], [0.5 ** ((t - s) / 3) for s in range(1, t + 1)])
 
@@ -78,6 +81,13 @@ def test_last_is_the_mean_of_the_last_share_and_training_does_not_read_it(share,
     if num > 1:
         plain, _ = trained(make_config(), num_steps=STEPS)
         jax.tree.map(np.testing.assert_array_equal, plain, weights)
+
+
+def test_last_is_of_the_last_steps_where_a_run_went_back_and_passed_over_some():
+    """Steps 3, 4 and 7 have no update; the mean is of those after step 6."""
+    weights, averages = trained(make_config(average="last", average_share=0.4), num_steps=STEPS, skipped={2, 3, 6})
+    assert_average(averages[-1], weights[-3:], [1.0] * 3)
+    assert_average(averages[3], weights[3:4], [1.0])
 
 
 @pytest.mark.slow

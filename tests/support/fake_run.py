@@ -37,12 +37,13 @@ class Clock:
 class FakeRun:
     """A loop without a model: `step` takes its seconds in the ledger and is recorded."""
 
-    def __init__(self, workdir, *, first_step=1, log_every=1, is_writer=True, followers=()):
+    def __init__(self, workdir, *, first_step=1, log_every=1, is_writer=True, followers=(), evaluates_before=False):
         self.clock = Clock()
         self.ledger = GoodputLedger(self.clock)
         self.writer = MetricWriter(
             workdir,
             first_step=first_step,
+            evaluates_before=evaluates_before or first_step in (1, CURRICULUM.num_steps + 1),
             curriculum=CURRICULUM,
             flops_of_phase=FLOPS_OF_PHASE,
             evaluation=EVALUATION,

@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
+from support.run_command import checkpoint_steps
 from support.tiny import tiny_config
 
 from btlm_jax.parallel.make_mesh import make_run_mesh
@@ -42,12 +43,15 @@ def train_step(state, batch, learning_rate):
 
 class Recorder:
     def __init__(self):
-        self.steps, self.events, self.last_step = {}, [], 0
+        self.steps, self.events, self.evaluations, self.last_step = {}, [], [], 0
 
     def train(self, step, *, learning_rate, metrics):
         self.steps[step] = (metrics["loss"], metrics["weight"])
 
     def evaluation(self, step, result):
+        self.evaluations.append((step, result))
+
+    def evaluation_follows(self):
         pass
 
     def event(self, step, message):
@@ -74,10 +78,11 @@ class StopAt:
 def train(workdir, store, monkeypatch, parts, *, step_function=train_step, **changes):
     """Train in parts of (devices, last step or 0 for the end), with changes of the config.
 
-    Returns what was recorded by step, the final parameters, the events, and the outcome of each part.
+    Returns what was recorded by step, the final parameters, the events, the evaluations as (step, newest checkpoint
+    then), and the outcome of each part.
     """
     config = tiny_config(**CHANGES, **changes)
-    monkeypatch.setattr(loop, "evaluate_some", lambda run, params: None)
+    monkeypatch.setattr(loop, "evaluate_some", lambda run, params: (checkpoint_steps(workdir) or [0])[-1])
     finished, outcomes = [], []
     monkeypatch.setattr(loop, "finish_run", lambda run, params, writer, **_: finished.append(np.asarray(params["w"])))
     writer = Recorder()
@@ -112,4 +117,6 @@ def train(workdir, store, monkeypatch, parts, *, step_function=train_step, **cha
         checkpointer.close()
         outcomes.append(outcome)
     final = finished[0] if finished else None
-    return types.SimpleNamespace(steps=writer.steps, final=final, events=writer.events, outcomes=outcomes)
+    return types.SimpleNamespace(
+        steps=writer.steps, final=final, events=writer.events, evaluations=writer.evaluations, outcomes=outcomes
+    )

@@ -22,7 +22,14 @@ from btlm_jax import notices
 from btlm_jax.parallel.make_mesh import make_mesh
 from btlm_jax.recipe.config import UpdateRule, with_later_keys
 from btlm_jax.train import loop
-from btlm_jax.train.checkpoint import Checkpointer, Position, kept_steps, last_position, restore_last
+from btlm_jax.train.checkpoint import (
+    Checkpointer,
+    Position,
+    SettingChange,
+    kept_steps,
+    last_position,
+    restore_last,
+)
 from btlm_jax.train.metric_writer import GoodputLedger
 from btlm_jax.train.setup import Beginning
 from btlm_jax.train.step import WINDOW, History, TrainState, judge
@@ -103,6 +110,21 @@ def test_a_step_without_targets_is_neither_made_nor_counted():
     assert not is_made and jax.tree.all(jax.tree.map(lambda a, b: bool((a == b).all()), after, history))
 
 
+def test_updates_of_another_learning_rate_are_no_spikes():
+    """With the rate three times as large, as a resume may set it, norms of updates are too."""
+    rule = UpdateRule(spike_score=8.0, max_skips=4, first_step=0, watched_from=0)
+    step = jax.jit(lambda h, v: judge(h, v, jnp.bool_(True), step=jnp.int32(500), rule=rule))
+    history = empty_history()
+    for number in range(80):
+        _, history = step(history, jnp.array([5.0, 1.0, 0.1 + 0.001 * (number % 3)]))
+    state = TrainState(step=jnp.int32(500), params={}, opt_state=(), history=history)
+    raised = jnp.array([5.0, 1.0, 0.3])
+    for key, expected in (("log.every_steps", False), ("optimizer.peak_learning_rate", True)):
+        begun = loop._begin_history(state, [SettingChange(key, 1, 3)])
+        assert bool(step(begun.history, raised)[0]) == expected
+        assert bool(step(begun.history, raised)[1].count == 1) == expected
+
+
 @dataclasses.dataclass
 class Recorder:
     """A MetricWriter that keeps what a resumed run would not write again."""
@@ -125,6 +147,9 @@ class Recorder:
 
     def evaluation(self, step, result):
         assert result == "evaluated"
+
+    def evaluation_follows(self):
+        pass
 
 
 class Loader:

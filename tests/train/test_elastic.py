@@ -23,6 +23,9 @@ def test_a_run_goes_on_with_1_2_4_and_8_devices_and_back_to_the_token(token_stor
     assert found.outcomes == [loop.PREEMPTED] * 6 + [loop.DONE]
     assert found.steps == whole.steps and (found.final == whole.final).all() and len(whole.steps) == 16
 
+    assert [step for step, _ in found.evaluations] == [step for step, _ in whole.evaluations] == [4, 8, 9, 12]
+    assert dict(found.evaluations)[9] == 9 and dict(whole.evaluations)[9] < 9  # the part that stops at 9 saves alone
+
     config = tiny_config(**CHANGES)
     order, reader = loop._make_loader(
         types.SimpleNamespace(

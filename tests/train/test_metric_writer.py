@@ -182,6 +182,27 @@ def test_an_end_that_is_repeated_is_written_once(tmp_path):
     assert [row["step"] for row in rows if row["kind"] == "train"] == list(range(1, last + 1))
 
 
+def test_an_evaluation_that_the_next_start_makes_is_written_once(tmp_path):
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    for workdir, starts in ((whole, [(1, 9)]), (parts, [(1, 6), (7, 6), (7, 9)])):  # the second is killed after it
+        workdir.mkdir()
+        for number, (first, last) in enumerate(starts):
+            run = FakeRun(workdir, first_step=first, evaluates_before=True)
+            with run.writer:
+                if first == 7:
+                    run.writer.evaluation(6, result(1 / 6))
+                for step in range(first, last + 1):
+                    run.step(step, loss=10 / step)
+                    if step % 3 == 0 and (workdir, step) != (parts, 6):
+                        run.writer.evaluation(step, result(1 / step))
+            (events,) = (workdir / "tensorboard").glob("events*")
+            events.rename(events.with_name(f"{number}.events"))
+    for kind, steps in (("train", list(range(1, 10))), ("eval", [3, 6, 9])):
+        assert rows_of(parts, kind) == rows_of(whole, kind)
+        assert [row["step"] for row in rows_of(parts, kind)] == steps
+    assert tensorboard_points(parts) == tensorboard_points(whole)
+
+
 def test_a_resume_with_nothing_to_drop_leaves_the_file_alone(tmp_path):
     run = FakeRun(tmp_path)
     with run.writer:

@@ -18,7 +18,7 @@ from pathlib import Path
 
 import pytest
 from support import fake_run
-from support.fake_run import FakeRun, fake_config, record_steps
+from support.fake_run import FakeRun, fake_config, record_steps, result
 
 from btlm_jax import notices
 from btlm_jax.train import CONFIG_FILE, METRICS_FILE, REPLACED, TRACKERS, trackers
@@ -161,6 +161,23 @@ def test_a_run_that_is_killed_goes_on_in_the_tracker_with_no_step_twice(tmp_path
     said = capsys.readouterr().out
     assert f"wandb: goes on with run {first['id']} in " in said
     assert notices.counts() == {}
+
+
+def test_the_next_start_gives_a_step_with_the_evaluation_that_a_stop_left_to_it(tmp_path, stand_in):
+    begin(tmp_path)
+    for first, last in ((1, 6), (7, 9)):
+        followers = [TrackerProcess("wandb", tmp_path, first_step=first)]
+        run = FakeRun(tmp_path, first_step=first, followers=followers, evaluates_before=True)
+        with run.writer:
+            if first == 7:
+                run.writer.evaluation(6, result(1 / 6))
+            for step in range(first, last + 1):
+                run.step(step)
+            if last == 6:
+                run.writer.evaluation_follows()
+    first, second = starts(tmp_path)
+    assert (step_numbers(first), step_numbers(second)) == ([1, 2, 3, 4, 5], [6, 7, 8, 9])
+    assert second["steps"][6]["heldout/all"] == 1 / 6 and second["steps"][6]["train/loss"] == 4.5
 
 
 def test_the_sample_is_shown_as_it_is(tmp_path, stand_in):
