@@ -110,6 +110,7 @@ class Stop:
         self._intervals = collections.deque(maxlen=50)  # seconds between the last steps
         self._peers: Peers | None = None
         self._at_exit: list[Callable[[int, str], None]] = []
+        self._is_signalled = False
 
     def watch_signals(self) -> None:
         """Take SIGTERM and SIGINT from here on; call it in the main thread, once."""
@@ -301,7 +302,8 @@ class Stop:
 
     def _on_signal(self, signum: int, frame) -> None:
         self.request(signal.Signals(signum).name)
-        if self._peers or self.stage == STEPPING:
+        is_first, self._is_signalled = not self._is_signalled, True
+        if not is_first or self._peers or self.stage == STEPPING:  # another one would break off what this one's does
             return
         while frame is not None:  # an import turns an exception into another one
             if frame.f_code.co_filename.startswith("<frozen importlib"):

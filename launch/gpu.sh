@@ -89,8 +89,7 @@ fi
 # ------------------------------------------------------------------------------------------------ the run
 cd "$here"
 children=() stopping="" signalled=""
-trap 'stopping=1 signalled=1; kill_children' TERM
-trap 'stopping=1 signalled=1' INT # which the terminal sends to the run too: wait until it has saved
+trap 'stopping=1 signalled=1; kill_children' TERM INT # a SIGTERM beside the terminal's SIGINT changes nothing
 kill_children() { # hand SIGTERM on; one that has ended is none
   local child
   for child in "${children[@]}"; do kill -TERM "$child" 2> /dev/null || true; done
@@ -102,7 +101,7 @@ start() {
   children=()
   for ((n = 0; n < processes; n++)); do
     ((processes == 1)) || together=(--coordinator="localhost:$port" --num_processes="$processes" --process_id="$n")
-    CUDA_VISIBLE_DEVICES=$(IFS=,; echo "${gpus[*]:n * share:share}") env --default-signal=INT \
+    CUDA_VISIBLE_DEVICES=$(IFS=,; echo "${gpus[*]:n * share:share}") \
       btlm train --config="$config" --workdir="$workdir" "${together[@]}" "$@" &
     children+=($!)
   done
@@ -120,7 +119,7 @@ finish() {
     case $one in
       0) ;;
       75) [ "$again" -ne 0 ] || again=75 ;;
-      77) again=77 ;;
+      77 | -1) again=77 ;; # -1: bash 5.2 lost the code, of a process that ended at the moment of a signal
       # By a signal, beside others: they say that it is gone.
       13[1-9] | 14[02-9]) if ((processes > 1)); then again=77; else fault=${fault:-$one}; fi ;;
       *) fault=${fault:-$one} ;;
@@ -156,6 +155,7 @@ step=$(newest_step)
 for ((restarts = 0; ; restarts++)); do
   [ -z "$stopping" ] || exit 75
   start "$@"
+  [ -z "$stopping" ] || kill_children # a signal came while they were started
   finish
   case $code in 75 | 77) ;; *) exit "$code" ;; esac
   newest=$(newest_step)

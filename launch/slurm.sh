@@ -6,18 +6,22 @@
 # One task a GPU: JAX finds the others by Slurm's variables, and gives each task the GPU of its number. WORKDIR is a
 # folder that every node sees. `btlm` is that of .venv in the folder where sbatch was called, or on PATH.
 #
-# Five minutes before the time limit, and at a preemption or scancel, all tasks get SIGTERM: the run saves and ends with
-# 75. After 75 and 77 (a peer is gone) the job is requeued, unless it was cancelled, at most MAX_RESTARTS times (20), and
-# at most 3 times in a row without a new checkpoint. Any other code is the job's own; a fault of one task counts before
-# what it did to others.
+# The run saves and ends with 75 where the tasks alone get SIGTERM: 5 to 6 minutes before the time limit, at the beginning
+# of a preemption's GraceTime, and by `scancel --signal=TERM JOB`. Where srun gets it too, it kills the tasks, and the
+# steps since the last checkpoint are lost: by a plain scancel, scontrol requeue, and a preemption without GraceTime.
+#
+# After 75 and 77 (a peer is gone) the job is requeued, at most MAX_RESTARTS times (20), and at most 3 times in a row
+# without a new checkpoint; never after `scontrol update JobId=JOB Requeue=0`. Any other code is the job's own; a fault of
+# one task counts before what it did to others.
 #SBATCH --job-name=btlm
-#SBATCH --signal=B:TERM@300
+#SBATCH --signal=TERM@300
 #SBATCH --requeue
 #SBATCH --open-mode=append
 set -euo pipefail
 [ $# -ge 2 ] || { echo "usage: sbatch --nodes=N --gpus-per-node=G --ntasks-per-node=G launch/slurm.sh CONFIG WORKDIR [flags]" >&2; exit 2; }
 config=$1 workdir=$2
 shift 2
+[[ $workdir != *://* ]] || { echo "launch/slurm.sh: WORKDIR=$workdir must be a folder that every node sees, not a URL" >&2; exit 2; }
 [ -n "${SLURM_JOB_ID:-}" ] || { echo "launch/slurm.sh: this is no Slurm job; submit it with sbatch" >&2; exit 2; }
 gpus=${SLURM_GPUS_ON_NODE:-} tasks=${SLURM_TASKS_PER_NODE:-} # such as 8(x2)
 if [ -n "$gpus" ] && [ -n "$tasks" ] && [[ ! $tasks =~ ^$gpus(\(x[0-9]+\))?$ ]]; then
@@ -25,6 +29,7 @@ if [ -n "$gpus" ] && [ -n "$tasks" ] && [[ ! $tasks =~ ^$gpus(\(x[0-9]+\))?$ ]];
   exit 2
 fi
 PATH=${SLURM_SUBMIT_DIR:-$PWD}/.venv/bin:$PATH
+export JAX_PLATFORMS=${JAX_PLATFORMS:-cuda,cpu} # by which btlm train refuses a CPU where CUDA does not start
 export XLA_PYTHON_CLIENT_MEM_FRACTION=${XLA_PYTHON_CLIENT_MEM_FRACTION:-0.9} # of a GPU, as plans assume
 state=$workdir/slurm-$SLURM_JOB_ID
 rm -rf "$state/codes"
@@ -50,32 +55,33 @@ verdict() {
       0) ;;
       75) [ "$again" -ne 0 ] || again=75 ;;
       lost | 77 | 13[1-9] | 14[02-9]) again=77 ;; # gone with its node, or by a signal
+      -1) again=77 ;; # bash 5.2 lost the code, of a process that ended at the moment of a signal
       *) echo "$code"; return ;;
     esac
   done
   echo "$again"
 }
 
-# The task's own code goes to a file. Words are passed on as they are; $1 is where the codes go.
+# The task's own code goes to a file. Words are passed on as they are; $1 is where the codes go. Slurm signals this shell,
+# and the training too where cgroup.conf has SignalChildrenProcesses=yes: a second SIGTERM changes nothing there.
 # shellcheck disable=SC2016
-task='codes=$1; shift; code=0; trap "" TERM
-env --default-signal=TERM btlm train --distributed "$@" || code=$?
+task='codes=$1; shift
+btlm train --distributed "$@" & child=$!
+trap "signalled=1; kill -TERM $child 2> /dev/null" TERM
+while :; do
+  signalled="" code=0
+  wait "$child" || code=$?
+  [ -n "$signalled" ] || break # a signal ends the wait, not the training
+done
 echo "$code" > "$codes/$SLURM_PROCID"; exit "$code"'
 
 from=$(newest_step)
-signalled=""
-srun --kill-on-bad-exit=0 bash -c "$task" btlm "$state/codes" --config="$config" --workdir="$workdir" "$@" &
-job=$!
-trap 'signalled=1; kill -TERM "$job" 2> /dev/null || true' TERM # srun hands it on to every task
-while :; do
-  signalled=""
-  wait "$job" || true
-  [ -n "$signalled" ] || break # a signal ends the wait, not the tasks
-done
+srun --kill-on-bad-exit=0 bash -c "$task" btlm "$state/codes" --config="$config" --workdir="$workdir" "$@" || true
 code=$(verdict)
 case $code in 75 | 77) ;; *) exit "$code" ;; esac
 
-# From scancel on a job is COMPLETING to squeue while a process of it runs, and CANCELLED then; scontrol would requeue it.
+# scancel reaches the nodes one after another: tasks may end before this script does. From then on a job is COMPLETING to
+# squeue while a process of it runs, and CANCELLED then; scontrol would requeue it.
 job_state=$(squeue --noheader --jobs="$SLURM_JOB_ID" --format=%T 2> /dev/null || true)
 case $job_state in
   CANCELLED | COMPLETING)
@@ -92,4 +98,4 @@ if ((${SLURM_RESTART_COUNT:-0} >= ${MAX_RESTARTS:-20} || fruitless > 3)); then
   exit "$code"
 fi
 echo "launch/slurm.sh: exit code $code at checkpoint $(newest_step); the job is requeued" >&2
-scontrol requeue "$SLURM_JOB_ID"
+scontrol requeue "$SLURM_JOB_ID" || { echo "launch/slurm.sh: Slurm refuses to requeue the job, see above" >&2; exit "$code"; }

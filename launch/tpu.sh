@@ -65,6 +65,7 @@ worker() {
   local verb=$1 setting
   shift
   cd "$(dirname "$0")"
+  export_environment
   while IFS= read -r -d '' setting; do printf -v "${setting%%=*}" %s "${setting#*=}"; done < settings
   mkdir -p run
   "worker_$verb" "$@"
@@ -162,7 +163,6 @@ worker_setup() {
 
 # Check that all devices of all hosts are there and compute; every worker must run it at the same time.
 worker_check() {
-  export_environment
   timeout "$CHECK_TIMEOUT" env/bin/python -m btlm_jax.parallel.health --devices="$DEVICES" --distributed
 }
 
@@ -202,7 +202,6 @@ export_environment() {
 # Run the training, with a heartbeat, and keep its exit code. Signals are for the training alone, which saves.
 worker_supervise() {
   local arguments child code=0
-  export_environment
   mapfile -d '' arguments < arguments
   trap '' TERM HUP INT
   echo $$ > run/group
@@ -663,7 +662,7 @@ ask() {
     [[ $line == "@btlm "* ]] || continue
     read -r _ host state code age at rest <<< "$line"
     ((reported += 1))
-    step=$at
+    ((at == 0)) || step=$at # 0 too where a bucket could not be listed
     case $state in
       running) if ((age > STALE)); then codes+=("$host:silent"); else ((running += 1)); fi ;;
       ended) codes+=("$host:$code") ;;

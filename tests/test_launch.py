@@ -397,6 +397,20 @@ def test_checkpoints_that_are_not_committed_are_no_progress(cloud):
     assert "step 30" not in said and cloud.is_empty
 
 
+def test_a_workdir_elsewhere_is_listed_with_the_exported_credentials(cloud):
+    """Of 4 starts 3 advance."""
+    cloud.will(runs=["10:75", "20:75", "30:75", "40:0"])
+    settings = in_bucket(cloud) | {"WORKDIR": "s3://bucket/a run", "EXPORT": "SECRET", "SECRET": "key"}
+    assert "checkpoint 30, 20 before" in cloud.run("all", MAX_FRUITLESS="0", **settings)
+    assert any((cloud.state / "gs/bucket/a run/launches").iterdir())
+
+
+def test_a_bucket_that_could_not_be_listed_is_no_lost_checkpoint():
+    report = "report() { echo '@btlm host running - 0 0'; }; codes=() STALE=1 step=20"
+    source = f"{report}; {function('ask')} ask; echo $step"
+    assert subprocess.run(["bash", "-c", source], capture_output=True, text=True, check=True).stdout == "20\n"
+
+
 @pytest.mark.parametrize("python", ["python3.11", "uv", "deadsnakes"])
 def test_a_python_is_found_or_brought(cloud, python):
     if python == "python3.11":

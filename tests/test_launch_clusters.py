@@ -5,6 +5,7 @@ import re
 import shutil
 import signal
 import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -22,28 +23,43 @@ if [[ $2 == --print_extras ]]; then cat "$STATE/extras" 2> /dev/null; exit 0; fi
 n=${SLURM_PROCID:-0}
 for word; do case $word in --process_id=*) n=${word#*=} ;; esac; done
 echo "${CUDA_VISIBLE_DEVICES:-}" > "$STATE/gpus-$n"
+echo "${JAX_PLATFORMS:-}" > "$STATE/platforms-$n"
 echo started >> "$STATE/starts-$n"
 printf '%s\0' "$@" > "$STATE/arguments-$n"
 read -ra ends <<< "$(sed -n "$(grep -c . "$STATE/starts-$n")p" "$STATE/ends")"
 end=${ends[n]:-${ends[0]}}
 [ "${end%:*}" = 0 ] || mkdir -p "$STATE/work dir/checkpoints/${end%:*}"
 if [ "${end#*:}" = wait ]; then
-  trap 'echo >> "$STATE/signals-$n"; exit 75' TERM
+  trap 'trap "" TERM; echo >> "$STATE/signals-$n"; exit 75' TERM
   touch "$STATE/waits-$n"
   while :; do sleep 0.02; done
 fi
 exit "${end#*:}"
 """
-BTLM_THAT_SAVES = r"""#!/usr/bin/env bash
-trap 'sleep 0.5; touch "$STATE/saved"; exit 75' INT
-touch "$STATE/waits-0"
-while :; do sleep 0.02; done
+# As btlm does, it takes SIGINT although bash has processes in the background ignore it, and saves once.
+BTLM_THAT_SAVES = f"""#!{sys.executable}
+import os, pathlib, signal, sys, time
+got, place = [], pathlib.Path(os.environ["STATE"])
+for number in (signal.SIGINT, signal.SIGTERM):
+    signal.signal(number, lambda number, frame: got.append(number))
+(place / "waits-0").touch()
+while not got:
+    time.sleep(0.02)
+time.sleep(0.5)
+(place / "saved").write_text(" ".join(signal.Signals(number).name for number in sorted(got)))
+sys.exit(75)
 """
+# At SIGTERM it kills its tasks, as Slurm's does; each is a session, in place of a cgroup.
 SRUN = r"""
 while [[ $1 == --* ]]; do shift; done
 jobs=() worst=0
-trap 'for job in "${jobs[@]}"; do kill -TERM -- "-$job" 2> /dev/null; done' TERM
-for ((n = 0; n < SLURM_NTASKS; n++)); do SLURM_PROCID=$n setsid "$@" & jobs+=($!); done
+trap 'for job in "${jobs[@]}"; do kill -KILL -- "-$job" 2> /dev/null; done' TERM
+for ((n = 0; n < SLURM_NTASKS; n++)); do
+  SLURM_PROCID=$n setsid "$@" &
+  jobs+=($!)
+  echo $! > "$STATE/task-$n"
+done
+echo $$ > "$STATE/srun"
 for job in "${jobs[@]}"; do
   while :; do
     code=0
@@ -59,7 +75,9 @@ exit "$worst"
 @pytest.fixture
 def place(tmp_path):
     (tmp_path / "bin").mkdir()
-    scripts = {"btlm": BTLM, "srun": SRUN, "scontrol": 'echo "$@" >> "$STATE/requeued"'}
+    scripts = {"btlm": BTLM, "srun": SRUN, "scontrol": 'echo "$@" >> "$STATE/requeued"; exit "${SCONTROL_CODE:-0}"'}
+    # Of coreutils before 8.31.
+    scripts["env"] = """[[ $* != *--default-signal* ]] || exit 125; exec /usr/bin/env "$@" """
     scripts["squeue"] = '[ "$*" = "--noheader --jobs=7 --format=%T" ] && echo "${JOB_STATE:-RUNNING}"'
     scripts["nvidia-smi"] = """printf '%b' "${SMI:-580.65.06, 9.0\\n580.65.06, 9.0\\n}"; exit "${SMI_CODE:-0}" """
     for name, script in scripts.items():
@@ -233,7 +251,7 @@ def test_gpu_waits_after_ctrl_c_until_the_run_has_saved(place):
     wait_for(place / "waits-0")
     os.killpg(process.pid, signal.SIGINT)
     finish(process, code=75)
-    assert (place / "saved").exists()
+    assert (place / "saved").read_text() == "SIGINT SIGTERM"
 
 
 def test_gpu_installs_into_an_environment_without_cuda(place):
@@ -280,6 +298,9 @@ def test_slurm_runs_every_task_with_the_same_words(place):
         run = ["train", "--distributed", "--config=local_cpu", f"--workdir={place / 'work dir'}"]
         assert arguments == [*run, *WORDS]
     assert not (place / "requeued").exists()
+    assert (place / "platforms-0").read_text() == "cuda,cpu\n"
+    finish(slurm(place, ["5:0", "5:0"], JAX_PLATFORMS="rocm"), code=0)
+    assert (place / "platforms-0").read_text() == "rocm\n"
 
 
 @pytest.mark.parametrize("tasks, code", [("2", 0), ("2(x3)", 0), ("1(x3)", 2), ("2(x2),1", 2), ("22", 2)])
@@ -289,13 +310,33 @@ def test_slurm_wants_one_task_a_gpu(place, tasks, code):
     assert (place / "starts-0").exists() == (code == 0)
 
 
-def test_slurm_hands_sigterm_to_all_tasks_and_requeues(place):
+def test_slurm_refuses_a_bucket(place):
+    assert "must be a folder that every node sees" in finish(slurm(place, ["5:0"], workdir="gs://a/run"), code=2)
+    assert not (place / "gs:").exists()
+
+
+@pytest.mark.parametrize("send", [os.kill, os.killpg])  # by SignalChildrenProcesses=no and =yes
+def test_slurm_saves_at_the_sigterm_of_tasks_and_requeues(place, send):
     process = slurm(place, ["5:wait"])
     wait_for(place / "waits-0", place / "waits-1")
-    process.send_signal(signal.SIGTERM)
+    for task in (0, 1):
+        send(int((place / f"task-{task}").read_text()), signal.SIGTERM)
     assert "the job is requeued" in finish(process, code=0)
     assert (place / "signals-0").exists() and (place / "signals-1").exists()
     assert (place / "requeued").read_text() == "requeue 7\n"
+
+
+def test_slurm_neither_saves_nor_requeues_at_a_plain_scancel(place):
+    process = slurm(place, ["5:wait"])
+    wait_for(place / "srun", place / "waits-0", place / "waits-1")
+    for each in (int((place / "srun").read_text()), process.pid):
+        os.kill(each, signal.SIGTERM)
+    finish(process, code=-signal.SIGTERM)
+    assert not (place / "signals-0").exists() and not (place / "requeued").exists()
+
+
+def test_slurm_ends_with_the_run_where_requeueing_is_refused(place):
+    assert "refuses to requeue" in finish(slurm(place, ["5:75"], SCONTROL_CODE="1"), code=75)
 
 
 @pytest.mark.parametrize("state", ["COMPLETING", "CANCELLED"])
@@ -323,7 +364,7 @@ def test_slurm_gives_up(place):
 def test_slurm_asks_for_the_signal_and_to_be_requeued():
     text = (ROOT / "launch" / "slurm.sh").read_text()
     options = re.findall(r"^#SBATCH (\S+)$", text, flags=re.MULTILINE)
-    assert {"--requeue", "--signal=B:TERM@300"} <= set(options)
+    assert {"--requeue", "--signal=TERM@300"} <= set(options)
     assert text.index("#SBATCH") < text.index("set -euo")  # Slurm reads no further than the first command
 
 

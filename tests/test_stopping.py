@@ -1,5 +1,7 @@
 """When a run stops, and what happens then; the ends of the process are recorded instead of made."""
 
+import signal
+
 import pytest
 
 from btlm_jax import stopping
@@ -48,6 +50,15 @@ def test_before_the_first_step_and_after_the_last_save_a_stop_is_at_once(stop, c
     with pytest.raises(Ended):  # the main thread has not ended by itself
         wait(stop, clock, 1)
     assert stop.ended == [PREEMPTED] and "preempted (SIGTERM)" in capfd.readouterr().err
+
+
+def test_a_second_signal_does_not_break_off_what_the_first_one_does(stop):
+    with pytest.raises(Stopped):
+        stop._on_signal(signal.SIGTERM, None)
+    try:
+        stop._on_signal(signal.SIGTERM, None)
+    except Stopped:
+        pytest.fail("it is raised again")
 
 
 def test_between_steps_the_loop_is_asked_and_the_first_reason_counts(stop, clock):

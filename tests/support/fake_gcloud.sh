@@ -4,7 +4,7 @@
 #   $CLOUD/lives    one line a creation: the states that the queued resource shows, each once, the last for good
 #   $CLOUD/faults   lines PATTERN|CODE|MESSAGE: the first whose pattern is in a command makes it fail so, once
 #   $CLOUD/log      every command, one a line
-#   $CLOUD/gs/      the buckets, for `storage ls` and `storage cp -r`
+#   $CLOUD/gs/      the buckets, for `storage ls` and `storage cp -r`; of s3:// with the variable SECRET
 #   $CLOUD/queue    the states to come; $CLOUD/nodes/NAME a VM slice's state; $CLOUD/homes/NAME/N a worker's home
 set -euo pipefail
 shopt -s nullglob
@@ -26,6 +26,8 @@ while IFS='|' read -r pattern code message; do
 done < <(if [ -s "$CLOUD/faults" ]; then cat "$CLOUD/faults"; fi)
 
 if [ "$1" = storage ]; then
+  [[ "$*" != *s3://* ]] || [ -n "${SECRET:-}" ] || fail 1 "ERROR: (gcloud.storage) Unable to locate credentials"
+  set -- "${@/#s3:/gs:}"
   case $2 in
     ls)
       mapfile -t found < <(compgen -G "$CLOUD/gs/${3#gs://}")
@@ -127,7 +129,7 @@ case $command in
         worst=255
         continue
       fi
-      (cd "$home" && HOME=$home HOSTNAME=$name-w-$number NUMBER=$number NODE=$name PATH=$WORKER_PATH \
+      (cd "$home" && unset SECRET && HOME=$home HOSTNAME=$name-w-$number NUMBER=$number NODE=$name PATH=$WORKER_PATH \
         bash -c "$(flag command)") &
     done
     for job in $(jobs -p); do wait "$job" || worst=$?; done
