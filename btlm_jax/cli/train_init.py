@@ -18,7 +18,8 @@ import jax
 from btlm_jax import notices, stopping
 from btlm_jax.cli import UsageError
 from btlm_jax.cli.parse import Flags
-from btlm_jax.data.store import TEMPLATE_FILE, read_manifest, write_tokenizer
+from btlm_jax.data.store import Manifest, read_manifest, write_tokenizer
+from btlm_jax.hub.client_files import keep_client_settings
 from btlm_jax.hub.given_model import (
     GivenModel,
     NewRows,
@@ -31,12 +32,10 @@ from btlm_jax.hub.given_model import (
 from btlm_jax.recipe.config import TrainConfig, config_from, train_config_from, value_from_text
 from btlm_jax.recipe.sizes import count_parameters
 from btlm_jax.storage.files import read_json_object, write_atomically
-from btlm_jax.storage.location import absolute_location, is_absolute
+from btlm_jax.storage.location import PathOrUrl, absolute_location, is_absolute
 from btlm_jax.tokenizers.compare import difference
-from btlm_jax.tokenizers.prompt_bos import CONFIG_FILE
-from btlm_jax.tokenizers.template_files import DEFAULT
 from btlm_jax.tokenizers.tokenizer import Tokenizer, find_tokenizer, load_tokenizer, tokenizer_info
-from btlm_jax.train import INIT_FILE
+from btlm_jax.train import INIT_FILE, KEPT_TOKENIZER
 from btlm_jax.train.checkpoint import checkpoint_steps
 from btlm_jax.train.setup import Beginning, Run, has_store, locate_store, log, make_workdir
 from btlm_jax.train.step import TrainState
@@ -121,8 +120,10 @@ def start(config: TrainConfig, flags: Flags, *, workdir: Path, open_model: Calla
     model = opened.model
     stopping.current().agree("model of --init", {"model of --init": model.fingerprint, "its step": str(model.step)})
     kept = flags.string("init_optimizer") == KEPT
-    rows = new_rows(model, flags, *_tokenizer_of_store(config, workdir=workdir))
-    _report(model, rows, name=flags.string("init"))
+    location, manifest = _open_store(config, workdir=workdir)
+    tokenizer = load_tokenizer(location, manifest.tokenizer)
+    rows = new_rows(model, flags, tokenizer, f"token store {location}")
+    _report(model, rows, manifest, name=flags.string("init"))
     config, taken = _config_of(model, config, flags, rows=rows)
     if kept:
         check_has_moments(model, config, name=flags.string("init"))
@@ -139,6 +140,8 @@ def start(config: TrainConfig, flags: Flags, *, workdir: Path, open_model: Calla
     )
     if jax.process_index() == 0:
         write_atomically(workdir / INIT_FILE, json.dumps(dataclasses.asdict(record), indent=1))
+        directory = workdir / KEPT_TOKENIZER
+        keep_client_settings(directory, model.metadata.clients, tokenizer=tokenizer, prompt_bos_id=None)
     log(f"init: {said}")
 
     event = f"begins with {said}; fingerprint {model.fingerprint[:16]}"
@@ -221,8 +224,10 @@ def dry_run(config: TrainConfig, flags: Flags, *, workdir: Path | None) -> tuple
     model = open_given_model(Path(name), step=step)
     rows = NewRows(first=model.metadata.model.vocab_size, end=model.metadata.model.vocab_size)
     if workdir is not None or is_absolute(config.data.store):
-        rows = new_rows(model, flags, *_tokenizer_of_store(config, workdir=workdir or Path()))
-        _report(model, rows, name=flags.string("init"))
+        location, manifest = _open_store(config, workdir=workdir or Path())
+        tokenizer = load_tokenizer(location, manifest.tokenizer)
+        rows = new_rows(model, flags, tokenizer, f"token store {location}")
+        _report(model, rows, manifest, name=flags.string("init"))
     config, _ = _config_of(model, config, flags, rows=rows)
     return config, f"init: {_described(model, config, flags, rows=rows)}"
 
@@ -276,8 +281,8 @@ def _read_record(path: Path) -> tuple[Record, dict]:
     return record, taken
 
 
-def _tokenizer_of_store(config: TrainConfig, *, workdir: Path) -> tuple[Tokenizer, str]:
-    """Return the tokenizer of the run's token store, and what errors call the store.
+def _open_store(config: TrainConfig, *, workdir: Path) -> tuple[PathOrUrl, Manifest]:
+    """Return where the run's token store is, and its manifest.
 
     Raises:
       UsageError: there is none, and one that the run would make would have a tokenizer of its own.
@@ -291,7 +296,7 @@ def _tokenizer_of_store(config: TrainConfig, *, workdir: Path) -> tuple[Tokenize
             "model's directory) and give --config.data.store=STORE --config.corpus.source=prepared; or give --data="
             "TEXTS without --config"
         )
-    return load_tokenizer(location, read_manifest(location).tokenizer), f"token store {location}"
+    return location, read_manifest(location)
 
 
 def new_rows(model: GivenModel, flags: Flags, tokenizer: Tokenizer, where: str) -> NewRows:
@@ -335,8 +340,16 @@ def new_rows(model: GivenModel, flags: Flags, tokenizer: Tokenizer, where: str) 
     return NewRows(first=known, end=end) if end > known else NewRows(first=size, end=size)
 
 
-def _report(model: GivenModel, rows: NewRows, *, name: str) -> None:
+def _report(model: GivenModel, rows: NewRows, manifest: Manifest, *, name: str) -> None:
     """Say what is not as the model has it."""
+    before = [model.metadata.prompt_bos_id, manifest.prompt_bos_id]
+    if before[0] != before[1]:
+        said = ["nothing" if number is None else f"id {number}" for number in before]
+        notices.report(
+            "init-not-kept",
+            f"in front of every prompt of {name} is {said[0]}, and in the token store {said[1]}, which is so in the "
+            "run's model too",
+        )
     if model.tokenizer is None:
         notices.report(
             "tokenizer-unknown", f"{name} has no tokenizer; the ids of the token store are taken for its own"
@@ -362,18 +375,14 @@ def model_tokenizer(model: GivenModel, *, name: str) -> Tokenizer:
 
 
 def write_model_tokenizer(model: GivenModel, *, directory: Path, name: str) -> None:
-    """Write the tokenizer that a model comes with, its special tokens' names and its chat template into a directory.
+    """Write the tokenizer that a model comes with, and its settings, into a directory.
 
     Raises:
       UsageError: it has none.
     """
-    tokenizer, clients = model_tokenizer(model, name=name), model.metadata.clients
+    tokenizer, metadata = model_tokenizer(model, name=name), model.metadata
     directory.mkdir(parents=True, exist_ok=True)
-    eos = next(token for token, number in tokenizer.special_tokens.items() if number == tokenizer.eos_id)
-    settings = {**clients.tokenizer_config, "eos_token": eos}
-    write_atomically(directory / CONFIG_FILE, json.dumps(settings, indent=1))
-    if DEFAULT in clients.chat_templates:
-        write_atomically(directory / TEMPLATE_FILE, clients.chat_templates[DEFAULT])
+    keep_client_settings(directory, metadata.clients, tokenizer=tokenizer, prompt_bos_id=metadata.prompt_bos_id)
     write_tokenizer(tokenizer_info(tokenizer), tokenizer.contents, directory=directory)
 
 
@@ -416,8 +425,6 @@ def _config_of(model: GivenModel, config: TrainConfig, flags: Flags, *, rows: Ne
         notices.report(
             "init-not-kept", f"alibi_scaling of {name} by train_seq_len={trained:,} is not of the run's model"
         )
-    if metadata.prompt_bos_id is not None:
-        notices.report("init-not-kept", f"id {metadata.prompt_bos_id}, in front of every prompt of {name}, is not kept")
     return _with_taken(config, taken, flags), taken
 
 

@@ -22,11 +22,12 @@ from btlm_jax.convert.to_int4 import calibration_ids, prove_int4, write_int4
 from btlm_jax.convert.to_jais import write_jais
 from btlm_jax.convert.tokenizer_files import write_tokenizer_files
 from btlm_jax.convert.transformers_logits import has_transformers, transformers_logits
+from btlm_jax.data.store import TEMPLATE_FILE
 from btlm_jax.display.progress import item_bar
-from btlm_jax.hub.client_files import pad_token_id
+from btlm_jax.hub.client_files import GENERATION_CONFIG, TOKENIZER_CONFIG, pad_token_id
 from btlm_jax.hub.evaluation_card import read_evaluation_card
 from btlm_jax.hub.gguf import GGUFFile, gguf_logits, import_gguf
-from btlm_jax.hub.huggingface import HuggingFaceTensors
+from btlm_jax.hub.huggingface import WEIGHT_FILES, HuggingFaceTensors
 from btlm_jax.hub.native import abstract_params, one_device_mesh, read_model_directory, write_model_directory
 from btlm_jax.hub.numpy_network import streamed_logits
 from btlm_jax.hub.published import CONFIG_FILE, JAIS, read_published_config
@@ -34,9 +35,16 @@ from btlm_jax.hub.source import HuggingFaceSource, NativeSource, Source, native_
 from btlm_jax.hub.tensor_names import read_params
 from btlm_jax.quantize.quantize_model import Method
 from btlm_jax.storage.files import only_writer, scratch_directory
+from btlm_jax.tokenizers.byte_level import ADDED_TOKENS_FILE, MERGES_FILE, SPECIAL_TOKENS_FILE, STORED_FILE, VOCAB_FILE
+from btlm_jax.tokenizers.sentencepiece_bpe import TOKENIZER_FILE
+from btlm_jax.tokenizers.special_tokens import client_tokens, id_of
 
-_CARD = "README.md"
-_READ_SUFFIXES = (".safetensors", ".bin", ".json", ".model", ".txt", ".jinja", ".py")
+_CARD, _ADAPTER = "README.md", "adapter_config.json"
+# Files of a Hugging Face directory beside its weights that are read; model code, *.py, is written anew.
+_READ = frozenset((
+    CONFIG_FILE, GENERATION_CONFIG, TOKENIZER_CONFIG, SPECIAL_TOKENS_FILE, STORED_FILE, TOKENIZER_FILE, VOCAB_FILE,
+    MERGES_FILE, ADDED_TOKENS_FILE, TEMPLATE_FILE, *WEIGHT_FILES,
+))  # fmt: skip
 
 FORMATS = ("hf", "native", "jais", "gguf", "int4")
 GGUF_SUFFIX = ".gguf"
@@ -150,7 +158,7 @@ def _write_and_prove(conversion: Conversion, partial: Path, *, log: Callable[[st
         import_gguf()  # a missing package is an error before the source is read
     source = open_source(conversion.source)
     if isinstance(source, HuggingFaceSource):
-        _report_files_left(source.directory)
+        _report_files_left(source.directory, weights=source.tensors.files)
     config, tokenizer = source.config, source.tokenizer
     num_parameters = sum(int(np.prod(shape)) for shape in source.tensors.shapes.values())
     log(f"{conversion.source}: {num_parameters:,} parameters, {config.n_layer} layers, d {config.n_embd}")
@@ -190,15 +198,16 @@ def _write_and_prove(conversion: Conversion, partial: Path, *, log: Callable[[st
     return done
 
 
-def _report_files_left(directory: Path) -> None:
+def _report_files_left(directory: Path, *, weights: set[str]) -> None:
     """Say which files of a Hugging Face directory are neither read nor written anew, others' model cards included."""
-    files = [path for path in directory.iterdir() if path.is_file() and not path.name.startswith(".")]
-    left = [path.name for path in files if path.suffix not in _READ_SUFFIXES and path.name != _CARD]
-    if (directory / _CARD).is_file() and b"btlm_jax" not in (directory / _CARD).read_bytes():
-        left.append(_CARD)
+    names = {path.name for path in directory.iterdir() if path.is_file() and not path.name.startswith(".")}
+    left = {name for name in names - _READ - weights if not name.endswith(".py")}
+    if _CARD in left and b"btlm_jax" in (directory / _CARD).read_bytes():
+        left.remove(_CARD)
     if left:
-        names = ", ".join(sorted(left))
-        notices.report("files-not-converted", f"{names} of {directory} are not carried over", count=len(left))
+        said = f"{', '.join(sorted(left))} of {directory} are not carried over"
+        said += f"; what {_ADAPTER} adds to the weights, where peft is installed, is not in them" * (_ADAPTER in left)
+        notices.report("files-not-converted", said, count=len(left))
 
 
 def _write_native(source: Source, directory: Path) -> None:
@@ -239,6 +248,7 @@ def _write_jais(source: Source, directory: Path, conversion: Conversion) -> None
             dtype=conversion.dtype,
             pad_ffn=conversion.pad_ffn,
             max_shard_bytes=conversion.max_shard_bytes,
+            generation_config=source.clients.generation_config,
             pad_token_id=pad_token_id(source.tokenizer, source.clients),
             report=report,
         )
@@ -286,7 +296,9 @@ def _vocabulary(source: Source) -> Vocabulary | None:
     if source.tokenizer is None:
         return None
     vocabulary = vocabulary_of(source.tokenizer, prompt_bos_id=source.prompt_bos_id)
-    bos_id = vocabulary.bos_id if vocabulary.add_bos else source.config.bos_token_id
+    tokens = client_tokens(source.tokenizer, source.clients.tokenizer_config, prompt_bos_id=source.prompt_bos_id)
+    bos_id = id_of(tokens["bos_token"], source.tokenizer)  # as in chat templates of transformers
+    bos_id = source.config.bos_token_id if bos_id is None else bos_id
     return dataclasses.replace(vocabulary, bos_id=bos_id, eos_id=source.config.eos_token_id)
 
 

@@ -17,6 +17,7 @@ from btlm_jax.convert.gguf_vocabulary import Vocabulary, add_vocabulary
 from btlm_jax.hub.client_files import GENERATION_CONFIG, ClientSettings
 from btlm_jax.hub.gguf import import_gguf
 from btlm_jax.hub.published import EMBEDDING, FINAL_NORM, PublishedConfig, Tensors, block_prefix, block_shapes
+from btlm_jax.tokenizers.template_files import template_value
 
 if TYPE_CHECKING:
     from gguf import GGUFWriter
@@ -179,13 +180,20 @@ def _add_settings(writer: GGUFWriter, settings: GGUFSettings, *, eos_id: int, ha
     if settings.pad_token_id is not None:
         writer.add_pad_token_id(settings.pad_token_id)
     eos_ids = generation.get("eos_token_id")
-    for other in eos_ids if isinstance(eos_ids, list) else ():
-        if other != eos_id:
-            writer.add_eot_token_id(other)  # there is a place for one more
-            break
+    more = [other for other in dict.fromkeys(eos_ids) if other != eos_id] if isinstance(eos_ids, list) else []
+    if more:
+        writer.add_eot_token_id(more[0])  # there is a place for one more
+    if more[1:]:
+        named = ", ".join(map(str, more[1:]))
+        notices.report(
+            "config-keys-dropped",
+            f"eos_token_id={eos_ids} of {GENERATION_CONFIG}: GGUF has a place for two, and {named} is left out",
+            count=len(more[1:]),
+        )
     if templates := settings.clients.chat_templates:
-        named = [{"name": name, "template": template} for name, template in templates.items()]
-        writer.add_chat_template(templates["default"] if list(templates) == ["default"] else named)
+        if settings.clients.tokenizer_config.get("bos_token", "") is None:  # llama.cpp has some token always
+            templates = {name: f"{{%- set bos_token = '' %}}{template}" for name, template in templates.items()}
+        writer.add_chat_template(template_value(templates))
 
 
 def _sync(path: Path) -> None:

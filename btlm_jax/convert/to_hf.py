@@ -39,8 +39,7 @@ def write_hf(
 ) -> None:
     """Write weights, configs, model code and a model card into `directory`; the tokenizer's files are there already.
 
-    The weights' metadata has the hashes of the config and of the tokenizer's files, see `hub/huggingface.py`. An empty
-    `generation_config` is one that follows from the config.
+    The weights' metadata has the hashes of the config and of the tokenizer's files, see `hub/huggingface.py`.
 
     Raises:
       ValueError: a value is not finite or too large for `dtype`, or what reading a tensor raises.
@@ -50,10 +49,7 @@ def write_hf(
     slopes_N1 = alibi_slopes(config.n_head, scaling=1.0)[:, None]  # float32 always: bfloat16 would round them
     to_write.append(TensorToWrite(name=SLOPES, shape=slopes_N1.shape, dtype=slopes_N1.dtype, make=lambda: slopes_N1))
     _write_json(directory / CONFIG_FILE, hf_config(config, dtype=dtype) | {"pad_token_id": pad_token_id})
-    from_config = {"bos_token_id": config.bos_token_id, "eos_token_id": config.eos_token_id}
-    from_config |= {} if pad_token_id is None else {"pad_token_id": pad_token_id}
-    own = {"_from_model_config": True} | from_config
-    _write_json(directory / GENERATION_CONFIG, {**from_config, **generation_config} if generation_config else own)
+    write_generation_config(directory, generation_config, config=config, pad_token_id=pad_token_id)
     metadata = {"format": "pt", FILE_HASHES: json.dumps(file_hashes(directory))}
     write_safetensors(directory, to_write, max_shard_bytes=max_shard_bytes, metadata=metadata)
     for path in MODEL_FILES:
@@ -62,6 +58,16 @@ def write_hf(
     (directory / "README.md").write_text(f"{card}\n{evaluation.text}" if evaluation.text else card)
     for name, contents in evaluation.plots.items():
         (directory / name).write_bytes(contents)
+
+
+def write_generation_config(
+    directory: Path, values: Mapping[str, Any], *, config: PublishedConfig, pad_token_id: int | None
+) -> None:
+    """Write generation_config.json: the model's own values, or if it has none, those that follow from the config."""
+    from_config = {"bos_token_id": config.bos_token_id, "eos_token_id": config.eos_token_id}
+    from_config |= {} if pad_token_id is None else {"pad_token_id": pad_token_id}
+    own = {"_from_model_config": True} | from_config
+    _write_json(directory / GENERATION_CONFIG, {**from_config, **values} if values else own)
 
 
 def cast_tensor(

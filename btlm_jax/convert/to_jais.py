@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any
 
 from btlm_jax.convert.fold import FoldedTensors
-from btlm_jax.convert.to_hf import cast_tensor, hf_config
+from btlm_jax.convert.to_hf import cast_tensor, hf_config, write_generation_config
 from btlm_jax.hub.published import CONFIG_FILE, EMBEDDING, HEAD, JAIS, PublishedConfig, Tensors
 from btlm_jax.hub.safetensors_files import write_safetensors
 from btlm_jax.storage.files import write_atomically
@@ -22,10 +23,11 @@ def write_jais(
     dtype: str,
     pad_ffn: int,
     max_shard_bytes: int,
+    generation_config: Mapping[str, Any],
     pad_token_id: int | None,
     report: Callable[[str], None],
 ) -> None:
-    """Write weights and config.json into `directory`; the tokenizer's files are not written here.
+    """Write weights and configs into `directory`; the tokenizer's files are not written here.
 
     n_inner is zero-padded to a multiple of `pad_ffn`. There is an lm_head.weight equal to the embedding, which
     llama.cpp needs, and no relative_pe.slopes, with which its converter fails; all clients compute them from n_head.
@@ -43,6 +45,7 @@ def write_jais(
         jais_config(folded.config, dtype=dtype) | {"pad_token_id": pad_token_id}, indent=2, sort_keys=True
     )
     write_atomically(directory / CONFIG_FILE, values + "\n")
+    write_generation_config(directory, generation_config, config=folded.config, pad_token_id=pad_token_id)
 
 
 def jais_config(config: PublishedConfig, *, dtype: str) -> dict:

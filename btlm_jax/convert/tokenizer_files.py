@@ -18,7 +18,7 @@ import tokenizers
 
 from btlm_jax import install_command, notices
 from btlm_jax.convert.sentencepiece_to_hf import to_hf_tokenizer
-from btlm_jax.hub.client_files import NO_SETTINGS, ClientSettings, pad_token
+from btlm_jax.hub.client_files import NO_SETTINGS, ClientSettings
 from btlm_jax.storage.files import write_atomically
 from btlm_jax.tokenizers.byte_level import (
     MERGES_FILE,
@@ -30,6 +30,8 @@ from btlm_jax.tokenizers.byte_level import (
 from btlm_jax.tokenizers.sentencepiece_bpe import SentencePieceTokenizer
 from btlm_jax.tokenizers.sentencepiece_json import SentencePieceJsonTokenizer
 from btlm_jax.tokenizers.sentencepiece_proto import CONTROL, UNKNOWN, USER_DEFINED, parse_model
+from btlm_jax.tokenizers.special_tokens import client_tokens
+from btlm_jax.tokenizers.template_files import TEMPLATE_KEY, template_value
 from btlm_jax.tokenizers.tokenizer import Tokenizer
 
 # There is no special_tokens_map.json: it would only repeat the tokens of tokenizer_config.json, which it overrides.
@@ -98,7 +100,7 @@ def prove_tokenizer_files(
       ValueError: they differ; it names the text and the first ids that do.
     """
     probes = [*probe_texts(tokenizer), *more_probes]
-    special, unk_id = _special_tokens(tokenizer), _unk_id(tokenizer)
+    eos_token, unk_id = tokenizer.token(tokenizer.eos_id), _unk_id(tokenizer)
     for client, (encode, decode) in _clients(directory, tokenizer):
         for text in probes:
             expected, actual = tokenizer.encode(text), encode(text)
@@ -113,21 +115,18 @@ def prove_tokenizer_files(
                     f"not {_shorten(tokenizer.decode(expected))}"
                 )
     plain = _tokenizer_json(directory)
-    eos_ids, eos_text = (
-        plain.encode(special["eos_token"], add_special_tokens=False).ids,
-        plain.decode([tokenizer.eos_id]),
-    )
+    eos_ids, eos_text = plain.encode(eos_token, add_special_tokens=False).ids, plain.decode([tokenizer.eos_id])
     if eos_ids != [tokenizer.eos_id] or eos_text:
         raise ValueError(
-            f"{TOKENIZER_JSON} reads {special['eos_token']!r} as the ids {eos_ids}, and writes its id as {eos_text!r}; "
+            f"{TOKENIZER_JSON} reads {eos_token!r} as the ids {eos_ids}, and writes its id as {eos_text!r}; "
             f"it must be [{tokenizer.eos_id}] and nothing"
         )
     if _has_transformers():
         auto = _auto_tokenizer(directory)
-        eos_ids = auto(special["eos_token"], add_special_tokens=False)["input_ids"]
+        eos_ids = auto(eos_token, add_special_tokens=False)["input_ids"]
         if eos_ids != [tokenizer.eos_id] or auto.eos_token_id != tokenizer.eos_id or len(auto) != tokenizer.vocab_size:
             raise ValueError(
-                f"AutoTokenizer has eos_token_id={auto.eos_token_id}, {special['eos_token']!r} -> {eos_ids}, "
+                f"AutoTokenizer has eos_token_id={auto.eos_token_id}, {eos_token!r} -> {eos_ids}, "
                 f"{len(auto)} tokens; the tokenizer has eos_id={tokenizer.eos_id}, {tokenizer.vocab_size} tokens"
             )
     else:
@@ -150,7 +149,7 @@ def probe_texts(tokenizer: Tokenizer) -> Iterator[str]:
     generator = random.Random(0)
     for _ in range(_NUM_RANDOM):
         yield tokenizer.decode([generator.randrange(tokenizer.vocab_size) for _ in range(30)])
-    names = list(_special_tokens(tokenizer).values())
+    names = _special_names(tokenizer)
     if isinstance(tokenizer, JsonTokenizer):
         names += [token.content for token in tokenizer.added_tokens.values()][:_MAX_NAMES]
     if isinstance(tokenizer, SentencePieceTokenizer):
@@ -173,13 +172,10 @@ def first_difference(text: str, expected: list[int], actual: list[int]) -> str:
 def _files(
     tokenizer: Tokenizer, *, model_max_length: int, prompt_bos_id: int | None, clients: ClientSettings
 ) -> dict[str, str | bytes]:
-    special = _special_tokens(tokenizer)
-    if prompt_bos_id is not None:
-        special["bos_token"] = _name_of(tokenizer, prompt_bos_id)
-    config: dict[str, Any] = {**special, "pad_token": pad_token(tokenizer, clients), **clients.tokenizer_config}
-    config |= {"bos_token": special["bos_token"]} if prompt_bos_id is not None else {}
-    config |= {
-        "eos_token": special["eos_token"],
+    tokens = client_tokens(tokenizer, clients.tokenizer_config, prompt_bos_id=prompt_bos_id)
+    config: dict[str, Any] = {
+        **tokens,
+        **{key: value for key, value in clients.tokenizer_config.items() if key not in tokens},
         "add_bos_token": prompt_bos_id is not None,
         "model_max_length": model_max_length,
         "add_prefix_space": False,
@@ -187,42 +183,30 @@ def _files(
         "tokenizer_class": PLAIN_CLASS,
     }
     if templates := clients.chat_templates:
-        is_one = list(templates) == ["default"]
-        named = [{"name": name, "template": template} for name, template in templates.items()]
-        config["chat_template"] = templates["default"] if is_one else named
+        config[TEMPLATE_KEY] = template_value(templates)
     files: dict[str, str | bytes] = {}
+    bos = {} if prompt_bos_id is None else {tokens["bos_token"]: prompt_bos_id}
     if isinstance(tokenizer, SentencePieceTokenizer):
         converted = to_hf_tokenizer(parse_model(tokenizer.contents), unk_id=_unk_id(tokenizer))
         files |= {
-            TOKENIZER_JSON: _tokenizer_json_for_clients(converted.to_str(), special, prompt_bos_id),
+            TOKENIZER_JSON: _tokenizer_json_for_clients(converted.to_str(), bos),
             tokenizer.stored_file: tokenizer.contents,
         }
     elif isinstance(tokenizer, JsonTokenizer):
-        files[TOKENIZER_JSON] = _tokenizer_json_for_clients(tokenizer.json, special, prompt_bos_id)
+        files[TOKENIZER_JSON] = _tokenizer_json_for_clients(tokenizer.json, bos)
         # vocab.json and merges.txt cannot hold another pattern, nor added tokens
         if isinstance(tokenizer, ByteLevelTokenizer) and tokenizer.has_gpt2_rules:
             config["tokenizer_class"] = GPT2_CLASS
             files[VOCAB_FILE] = json.dumps({token: number for number, token in enumerate(tokenizer.tokens)})
             files[MERGES_FILE] = "#version: 0.2\n" + "".join(f"{a} {b}\n" for a, b in tokenizer.merges)
+    else:
+        raise ValueError(f"a tokenizer of kind {tokenizer.kind!r} cannot be written for Hugging Face")
     return files | {CONFIG_JSON: _json(config)}
 
 
-def _special_tokens(tokenizer: Tokenizer) -> dict[str, str]:
-    """Return the special tokens by their names in Hugging Face; GPT-2 has one token for all three."""
-    if isinstance(tokenizer, ByteLevelTokenizer):
-        return dict.fromkeys(("bos_token", "eos_token", "unk_token"), tokenizer.eos_token)
-    if isinstance(tokenizer, SentencePieceJsonTokenizer):
-        eos_token = tokenizer.eos_token
-        return {"bos_token": eos_token, "eos_token": eos_token, "unk_token": tokenizer.unk_token}
-    if not isinstance(tokenizer, SentencePieceTokenizer):
-        raise ValueError(f"a tokenizer of kind {tokenizer.kind!r} cannot be written for Hugging Face")
-    pieces = parse_model(tokenizer.contents).pieces
-    bos_id = tokenizer.bos_id if tokenizer.bos_id >= 0 else tokenizer.eos_id  # eos alone separates documents
-    return {
-        "bos_token": pieces[bos_id],
-        "eos_token": pieces[tokenizer.eos_id],
-        "unk_token": pieces[tokenizer.unk_id],
-    }
+def _special_names(tokenizer: Tokenizer) -> list[str]:
+    """Return the tokenizer's own special tokens, each once."""
+    return list(dict.fromkeys(client_tokens(tokenizer, {}, prompt_bos_id=None).values()))
 
 
 def _unk_id(tokenizer: Tokenizer) -> int:
@@ -231,33 +215,28 @@ def _unk_id(tokenizer: Tokenizer) -> int:
     return tokenizer.unk_id if isinstance(tokenizer, SentencePieceTokenizer) else -1  # byte-level BPE knows all bytes
 
 
-def _name_of(tokenizer: Tokenizer, number: int) -> str:
-    if isinstance(tokenizer, SentencePieceTokenizer):
-        return parse_model(tokenizer.contents).pieces[number]
-    assert isinstance(tokenizer, JsonTokenizer)
-    return tokenizer.token(number)
-
-
-def _tokenizer_json_for_clients(contents: str, special: dict[str, str], prompt_bos_id: int | None) -> str:
+def _tokenizer_json_for_clients(contents: str, bos: dict[str, int]) -> str:
     """Say what stands in front of a text, and write merges as "a b", as all versions of tokenizers read them."""
     body = json.loads(contents)
-    body["post_processor"] = _post_processor(special["bos_token"], prompt_bos_id)
+    body["post_processor"] = _post_processor(bos)
     merges = body["model"].get("merges", [])
     if merges and not any(" " in part for pair in merges for part in pair):
         body["model"]["merges"] = [" ".join(pair) for pair in merges]
     return json.dumps(body, ensure_ascii=False)
 
 
-def _post_processor(bos_token: str, prompt_bos_id: int | None) -> dict:
-    """Return the tokenizers library's template that puts the id, or nothing, in front of a text and of each of two."""
+def _post_processor(bos: dict[str, int]) -> dict:
+    """Return the tokenizers library's template that puts a token in front of a text and of each of two.
+
+    `bos` is its id by its name, or empty.
+    """
     texts = [{"Sequence": {"id": name, "type_id": number}} for number, name in enumerate("AB")]
-    bos = [[] if prompt_bos_id is None else [{"SpecialToken": {"id": bos_token, "type_id": n}}] for n in (0, 1)]
-    tokens = {bos_token: {"id": bos_token, "ids": [prompt_bos_id], "tokens": [bos_token]}}
+    before = [[{"SpecialToken": {"id": name, "type_id": number}} for name in bos] for number in (0, 1)]
     return {
         "type": "TemplateProcessing",
-        "single": [*bos[0], texts[0]],
-        "pair": [*bos[0], texts[0], *bos[1], texts[1]],
-        "special_tokens": {} if prompt_bos_id is None else tokens,
+        "single": [*before[0], texts[0]],
+        "pair": [*before[0], texts[0], *before[1], texts[1]],
+        "special_tokens": {name: {"id": name, "ids": [number], "tokens": [name]} for name, number in bos.items()},
     }
 
 
@@ -300,7 +279,7 @@ def _prompt_clients(directory: Path) -> Iterator[tuple[str, Callable[[str], list
 def _prompts(tokenizer: Tokenizer) -> Iterator[str]:
     """Yield prompts, some with the names of special tokens, which clients read as their ids there."""
     yield from PROBES
-    for name in _special_tokens(tokenizer).values():
+    for name in _special_names(tokenizer):
         yield f"a{name} b{name}{name}\n{name}"
 
 

@@ -14,10 +14,11 @@ from pathlib import Path
 import numpy as np
 
 from btlm_jax.corpus.readers.examples import Conversation, Example, Pair
-from btlm_jax.tokenizers.chat_template import ChatTemplate, read_variables
+from btlm_jax.tokenizers.chat_template import ChatTemplate
 from btlm_jax.tokenizers.gpt2 import fastest_tokenizer
 from btlm_jax.tokenizers.named_templates import NAMED_TEMPLATES
 from btlm_jax.tokenizers.prompt_bos import prompt_ids, read_prompt_bos
+from btlm_jax.tokenizers.special_tokens import read_variables
 from btlm_jax.tokenizers.tokenizer import Tokenizer, find_tokenizer
 
 
@@ -73,7 +74,7 @@ class ExampleEncoder:
         self.variables: dict[str, str] = {}  # that the template has
         self._template = None
         if template:
-            self.variables = read_variables(directory, tokenizer)
+            self.variables = read_variables(directory, tokenizer, prompt_bos_id=self.bos_id)
             self._template = ChatTemplate(
                 template, name=template_name, variables=self.variables, special_tokens=self._special, now=now
             )

@@ -38,6 +38,7 @@ MANIFEST_FILE = "manifest.json"
 TOKENIZER_INFO_FILE = "tokenizer_info.json"  # beside a tokenizer that a run keeps
 # Beside it too, where examples were rendered by a chat template, and in Hugging Face directories.
 TEMPLATE_FILE, TOKENIZER_CONFIG_FILE = "chat_template.jinja", "tokenizer_config.json"
+PROMPT_BOS = "prompt_bos_id"  # key of the latter, beside a tokenizer that is kept: what stands before every prompt
 DATASET_NAME = "tokens"
 FORMAT = "btlm-token-store"
 SOURCES = "sources"  # `train` is one stream a source, its blocks contiguous
@@ -111,6 +112,11 @@ class Manifest:
     features: tuple[str, ...]  # some of FEATURES, sorted; none in format 1
     window: int = 0  # tokens in which examples are whole, a divisor of block_len; 0 without EXAMPLES
     made_by: dict  # settings, versions and inputs of the build; no times, so that the same input gives the same bytes
+
+    @property
+    def prompt_bos_id(self) -> int | None:
+        """The id that stands in front of the prompts of examples; None: nothing does, nor in front of documents."""
+        return self.made_by.get("bos_id") if EXAMPLES in self.features else None
 
     @property
     def fingerprint(self) -> str:
@@ -251,12 +257,24 @@ def keep_tokenizer(tokenizer: TokenizerInfo, *, store: PathOrUrl, directory: Pat
     write_tokenizer(tokenizer, contents, directory=directory)
 
 
-def keep_template(manifest: Manifest, *, directory: Path) -> None:
-    """Write the chat template that a store's examples were rendered by, and its special tokens, beside a tokenizer."""
-    template, variables = manifest.made_by.get("template"), manifest.made_by.get("variables")
-    if EXAMPLES in manifest.features and isinstance(template, str) and template:
-        write_atomically(directory / TEMPLATE_FILE, template)
-        write_atomically(directory / TOKENIZER_CONFIG_FILE, json.dumps(variables, indent=1))
+def keep_settings(manifest: Manifest, *, directory: Path) -> None:
+    """Write beside a tokenizer what a store's examples were made with, over what of a model is there already.
+
+    That is the id in front of prompts, the chat template, and the special tokens that it has.
+
+    Raises:
+      OSError: it cannot be read or written.
+      ValueError: what is there is damaged.
+    """
+    if EXAMPLES not in manifest.features:
+        return
+    path, made_by = directory / TOKENIZER_CONFIG_FILE, manifest.made_by
+    kept = parse_json_object(path.read_bytes(), name=path) if path.is_file() else {}
+    kept[PROMPT_BOS] = manifest.prompt_bos_id
+    if made_by.get("template"):
+        write_atomically(directory / TEMPLATE_FILE, made_by["template"])
+        kept |= {"bos_token": None, "unk_token": None} | made_by.get("variables", {})  # null: the template had none
+    write_atomically(path, json.dumps(kept, indent=1))
 
 
 def write_tokenizer(tokenizer: TokenizerInfo, contents: bytes, *, directory: Path) -> None:

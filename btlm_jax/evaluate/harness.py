@@ -34,6 +34,7 @@ from btlm_jax.evaluate.texts import Job, TextWriter, load_to_generate
 from btlm_jax.generate.loading import GenerationModel
 from btlm_jax.kernels.tiles import Int4Tiles
 from btlm_jax.kernels.weights import Weights
+from btlm_jax.tokenizers.special_tokens import client_tokens, id_of
 from btlm_jax.tokenizers.tokenizer import Tokenizer
 
 MODEL_NAME = "btlm"  # of --model
@@ -346,15 +347,9 @@ def _place_of(request: Instance) -> str:
 def _bos_id(model: GenerationModel, tokenizer: Tokenizer) -> int:
     """Return the id of what tokenizer_config.json of the model's export calls bos_token."""
     metadata = model.metadata
-    if metadata.prompt_bos_id is not None:
-        return metadata.prompt_bos_id
-    token = metadata.clients.tokenizer_config.get("bos_token")
-    name = token.get("content") if isinstance(token, dict) else token
-    ids = tokenizer.encode_prompt(name) if isinstance(name, str) else []
-    if len(ids) == 1:
-        return ids[0]
-    bos_id = getattr(tokenizer, "bos_id", -1)  # of SentencePiece
-    return bos_id if bos_id >= 0 else metadata.eos_id
+    config, prompt_bos_id = metadata.clients.tokenizer_config, metadata.prompt_bos_id
+    bos_id = id_of(client_tokens(tokenizer, config, prompt_bos_id=prompt_bos_id)["bos_token"], tokenizer)
+    return metadata.eos_id if bos_id is None else bos_id
 
 
 def _name_of(tokenizer: Tokenizer, number: int) -> str | None:

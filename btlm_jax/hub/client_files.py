@@ -7,25 +7,29 @@ which id ends a text: files name it in up to four places, and one of them counts
 from __future__ import annotations
 
 import dataclasses
+import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from btlm_jax import notices
+from btlm_jax.data.store import PROMPT_BOS
 from btlm_jax.hub.published import CONFIG_FILE, PublishedConfig, token_ids
-from btlm_jax.storage.files import read_json_object
-from btlm_jax.tokenizers.template_files import TEMPLATE_KEY, read_chat_templates
+from btlm_jax.storage.files import read_json_object, write_atomically
+from btlm_jax.tokenizers.byte_level import read_tokenizer_config
+from btlm_jax.tokenizers.special_tokens import NAMES, client_tokens, id_of, known_tokens
+from btlm_jax.tokenizers.template_files import TEMPLATE_KEY, read_chat_templates, template_value
 from btlm_jax.tokenizers.tokenizer import Tokenizer
 
 TOKENIZER_CONFIG, GENERATION_CONFIG = "tokenizer_config.json", "generation_config.json"
 # Keys of tokenizer_config.json that follow from the tokenizer and from who writes the file; all others are kept.
 _NOT_KEPT = frozenset((
-    "add_prefix_space", "added_tokens_decoder", "auto_map", "backend", "clean_up_tokenization_spaces", "eos_token",
-    "errors", "is_local", "legacy", "local_files_only", "merges_file", "model_max_length", "name_or_path",
-    "processor_class", "sp_model_kwargs", "special_tokens_map_file", "tokenizer_class", "tokenizer_file",
-    "transformers_version", "trust_remote_code", "use_fast", "vocab_file", TEMPLATE_KEY,
+    "add_bos_token", "add_prefix_space", "added_tokens_decoder", "auto_map", "backend", "bos_token_id",
+    "clean_up_tokenization_spaces", "eos_token", "errors", "is_local", "legacy", "local_files_only", "merges_file",
+    "model_max_length", "name_or_path", "processor_class", "sp_model_kwargs", "special_tokens_map_file",
+    "tokenizer_class", "tokenizer_file", "transformers_version", "trust_remote_code", "use_fast", "vocab_file",
+    PROMPT_BOS, TEMPLATE_KEY,
 ))  # fmt: skip
-_TOKENS = ("bos_token", "unk_token", "pad_token", "sep_token", "cls_token", "mask_token")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -61,29 +65,43 @@ NO_SETTINGS = ClientSettings()
 def read_client_settings(directory: Path, *, config: Mapping[str, Any], tokenizer: Tokenizer | None) -> ClientSettings:
     """Read the settings of a Hugging Face directory; `config` is the contents of its config.json.
 
+    Of a folder in which a run keeps its tokenizer `config` is its tokenizer_config.json, which has that of both.
+
     Raises:
       ValueError: a file is damaged.
     """
-    settings = _read(directory / TOKENIZER_CONFIG)
-    kept = {key: value for key, value in settings.items() if key not in _NOT_KEPT}
+    kept, bos = read_tokenizer_config(directory), config.get("bos_token_id")
     if tokenizer is not None:
-        unknown = [key for key in (*_TOKENS, "eos_token") if _id_of(settings.get(key), tokenizer) is None]
-        unknown = [key for key in unknown if settings.get(key) is not None]
-        if unknown:
-            notices.report(
-                "config-keys-dropped",
-                f"{directory / TOKENIZER_CONFIG} names tokens that its tokenizer has not, which are dropped: "
-                + ", ".join(f"{key} {settings[key]!r}" for key in unknown),
-                count=len(unknown),
-            )
-        kept = {key: value for key, value in kept.items() if key not in unknown and value is not None}
-    bos = config.get("bos_token_id")
+        known = known_tokens(kept, tokenizer, directory=directory)
+        kept = {key: value for key, value in kept.items() if key not in NAMES and value is not None} | known
+        bos = id_of(known.get("bos_token"), tokenizer) if bos is None else bos
     return ClientSettings(
-        tokenizer_config=kept,
+        tokenizer_config={key: value for key, value in kept.items() if key not in _NOT_KEPT},
         generation_config=_generation_config(_read(directory / GENERATION_CONFIG)),
         chat_templates=read_chat_templates(directory),
         bos_id=bos[0] if isinstance(bos, list) and bos else bos if isinstance(bos, int) else -1,
     )
+
+
+def keep_client_settings(
+    directory: Path, settings: ClientSettings, *, tokenizer: Tokenizer, prompt_bos_id: int | None
+) -> None:
+    """Write a model's settings beside its tokenizer, where a run keeps it, as `read_client_settings` reads them there.
+
+    `prompt_bos_id` stands in front of every prompt; None: nothing does.
+
+    Raises:
+      OSError: they cannot be written.
+    """
+    values = {**settings.tokenizer_config, PROMPT_BOS: prompt_bos_id}
+    values |= client_tokens(tokenizer, settings.tokenizer_config, prompt_bos_id=prompt_bos_id)
+    if settings.bos_id >= 0:
+        values["bos_token_id"] = settings.bos_id
+    if settings.chat_templates:
+        values[TEMPLATE_KEY] = template_value(settings.chat_templates)
+    directory.mkdir(exist_ok=True)
+    for name, contents in ((TOKENIZER_CONFIG, values), (GENERATION_CONFIG, settings.generation_config)):
+        write_atomically(directory / name, json.dumps(contents, indent=1))
 
 
 def end_of_text_id(
@@ -136,22 +154,19 @@ def end_of_text_id(
 
 def _eos_of_tokenizer_config(directory: Path, tokenizer: Tokenizer | None) -> tuple[int, ...]:
     """Return the id of the eos_token of tokenizer_config.json, if it is a token; a SentencePiece model has its own."""
-    token = _read(directory / TOKENIZER_CONFIG).get("eos_token")
-    number = None if tokenizer is None else _id_of(token, tokenizer)
+    token = read_tokenizer_config(directory).get("eos_token")
+    number = None if tokenizer is None else id_of(token, tokenizer)
     return () if number is None else (number,)
 
 
-def pad_token(tokenizer: Tokenizer, settings: ClientSettings) -> str:
-    """Return the token that fills up batches: the model's own, or else one that no text has."""
-    own = settings.tokenizer_config.get("pad_token")
-    if own is not None:
-        return own if isinstance(own, str) else own["content"]
-    return tokenizer.spare_token
-
-
 def pad_token_id(tokenizer: Tokenizer | None, settings: ClientSettings) -> int | None:
-    """Return the id of `pad_token`, or None without a tokenizer."""
-    return None if tokenizer is None else tokenizer.token_id(pad_token(tokenizer, settings))
+    """Return the id that fills up batches: of the model's own token, or else of one that no text has.
+
+    None without a tokenizer.
+    """
+    if tokenizer is None:
+        return None
+    return id_of(client_tokens(tokenizer, settings.tokenizer_config, prompt_bos_id=None)["pad_token"], tokenizer)
 
 
 def _read(path: Path) -> dict[str, Any]:
@@ -164,8 +179,3 @@ def _generation_config(values: dict[str, Any]) -> dict[str, Any]:
     if values.get("_from_model_config"):
         follows |= {"bos_token_id", "eos_token_id", "pad_token_id"}
     return {key: value for key, value in values.items() if key not in follows}
-
-
-def _id_of(token: Any, tokenizer: Tokenizer) -> int | None:
-    content = token.get("content") if isinstance(token, dict) else token
-    return tokenizer.token_id(content) if isinstance(content, str) else None

@@ -73,6 +73,11 @@ class HuggingFaceTensors:
         """Whether there is an lm_head.weight, which is then equal to the embedding."""
         return HEAD in self._file_of
 
+    @property
+    def files(self) -> set[str]:
+        """The names of the files that hold the tensors."""
+        return {file.path.name for file in self._file_of.values()}
+
     def _report_changed_files(self) -> None:
         """Say which files are not as they were when these weights were written here; that may be on purpose."""
         file = self._file_of[EMBEDDING]

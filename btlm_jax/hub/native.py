@@ -27,6 +27,8 @@ from btlm_jax.recipe.config import LATER_KEYS, ModelConfig, MupConfig, TrainConf
 from btlm_jax.recipe.mup import make_parametrization
 from btlm_jax.storage.files import hash_json, read_json_object, write_atomically
 from btlm_jax.storage.location import PathOrUrl, resolve_location
+from btlm_jax.tokenizers.byte_level import read_tokenizer_config
+from btlm_jax.tokenizers.prompt_bos import read_prompt_bos
 from btlm_jax.tokenizers.tokenizer import Tokenizer, load_tokenizer
 from btlm_jax.train import CHECKPOINTS, KEPT_TOKENIZER, SUMMARY_FILE
 from btlm_jax.train.checkpoint import CheckpointReader, Position, read_params
@@ -48,7 +50,7 @@ class ModelMetadata:
     max_length: int  # longest trained length, in tokens
     eos_id: int  # the token between documents
     tokenizer: store.TokenizerInfo | None  # None: the model has none
-    prompt_bos_id: int | None  # stands in front of every prompt; None: nothing does, as in every model trained here
+    prompt_bos_id: int | None  # stands in front of every prompt; None: nothing does, as in a model trained on text here
     notes: dict[str, str]  # how it was trained and converted, for a reader
     alibi_train_len: int = 0  # of dynamic scaling, see model/transformer.py; 0: model.alibi_scaling alone
     clients: ClientSettings = NO_SETTINGS  # what Hugging Face's clients read besides
@@ -152,16 +154,18 @@ def read_run_checkpoint(reader: CheckpointReader, step: int, *, workdir: Path) -
         notices.report("average-not-taken", f"{run}: its last weights are taken; those averaged are {run / AVERAGE}")
     workdir = run
     directory, tokenizer_info = _tokenizer_of_run(workdir, config)
-    tokenizer = load_tokenizer(directory, tokenizer_info)
+    tokenizer, kept = load_tokenizer(directory, tokenizer_info), workdir / KEPT_TOKENIZER
+    is_kept = (kept / store.TOKENIZER_INFO_FILE).is_file()
+    prompt_bos_id = read_prompt_bos(kept, tokenizer) if is_kept else None
     metadata = ModelMetadata(
         model=config.model,
         mup=config.mup,
         max_length=config.curriculum.table.longest_trained(position.step),
         eos_id=tokenizer_info.eos_id,
         tokenizer=tokenizer_info,
-        prompt_bos_id=None,
+        prompt_bos_id=prompt_bos_id,
         notes=notes,
-        clients=read_client_settings(workdir / KEPT_TOKENIZER, config={}, tokenizer=tokenizer),
+        clients=read_client_settings(kept, config=read_tokenizer_config(kept), tokenizer=tokenizer),
     )
     _check_vocabulary(metadata, tokenizer, where=workdir)
     return RunCheckpoint(metadata=metadata, tokenizer=tokenizer, position=position, config=config)

@@ -53,7 +53,7 @@ class HuggingFaceSource:
         self.directory, path = directory, directory / CONFIG_FILE
         values = read_config_values(path)
         config = published_config_of(values, path=path)
-        self.tensors: Tensors = HuggingFaceTensors(directory, config)
+        self.tensors = HuggingFaceTensors(directory, config)
         self.tokenizer = _tokenizer_of(directory, config)
         self.clients = read_client_settings(directory, config=values, tokenizer=self.tokenizer)
         eos_id = end_of_text_id(directory, config, values, settings=self.clients, tokenizer=self.tokenizer)

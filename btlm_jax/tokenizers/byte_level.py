@@ -13,9 +13,11 @@ import re
 import unicodedata
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
 
+from btlm_jax.data.store import TEMPLATE_FILE, TOKENIZER_CONFIG_FILE, TOKENIZER_INFO_FILE
 from btlm_jax.storage.files import check_no_lfs_pointer, parse_json_object, read_json_object
 from btlm_jax.tokenizers import MAX_VOCAB_SIZE
 
@@ -25,6 +27,7 @@ GPT2_BOUNDARY = re.compile(r"(?<=\S)[ \n](?=\S)")
 KIND = "byte_level_bpe"
 STORED_FILE = "tokenizer.json"
 VOCAB_FILE, MERGES_FILE = "vocab.json", "merges.txt"
+SPECIAL_TOKENS_FILE, ADDED_TOKENS_FILE = "special_tokens_map.json", "added_tokens.json"
 END_OF_TEXT = "<|endoftext|>"
 MAX_TRAINED_WORD = 256  # characters
 MIN_VOCAB_SIZE = 257  # 256 bytes and the end of text
@@ -298,8 +301,10 @@ def _from_vocabulary(directory: Path) -> bytes:
     for path in (vocab, merges):
         if not path.is_file():
             raise FileNotFoundError(f"{directory} lacks {path.name}, and has no {STORED_FILE}")
-    if (directory / "added_tokens.json").is_file():
-        raise ValueError(f"{directory} has an added_tokens.json besides {VOCAB_FILE}; save it as a {STORED_FILE} first")
+    if (directory / ADDED_TOKENS_FILE).is_file():
+        raise ValueError(
+            f"{directory} has an {ADDED_TOKENS_FILE} besides {VOCAB_FILE}; save it as a {STORED_FILE} first"
+        )
     vocabulary = read_json_object(vocab)
     if not all(type(number) is int and 0 <= number < len(vocabulary) for number in vocabulary.values()):
         raise ValueError(f"{vocab} has an id that is not one of 0 to {len(vocabulary) - 1}")
@@ -318,17 +323,33 @@ def _like_gpt2(model: models.BPE) -> Tokenizer:
     return tokenizer
 
 
+def read_tokenizer_config(directory: Path) -> dict[str, Any]:
+    """Return a directory's tokenizer_config.json, with the tokens of an older special_tokens_map.json; {} for neither.
+
+    The latter counts, and more than the former, where the former has no added_tokens_decoder, as in transformers 5
+    (tokenization_utils_base.py, _from_pretrained): before 4.34 tokens that fine-tuning added were only there.
+
+    Raises:
+      ValueError: one is damaged.
+    """
+    paths = (directory / TOKENIZER_CONFIG_FILE, directory / SPECIAL_TOKENS_FILE)
+    config, older = (read_json_object(path) if path.is_file() else {} for path in paths)
+    if "added_tokens_decoder" not in config:
+        for name, token in older.items():  # the type is that by which transformers knows a token in a config
+            is_token = isinstance(token, dict) and "content" in token
+            config[name] = {"__type": "AddedToken", **token, "special": True} if is_token else token
+    is_kept = (directory / TOKENIZER_INFO_FILE).is_file()
+    if is_kept and (directory / TEMPLATE_FILE).is_file():
+        config.setdefault("bos_token", None)  # runs of before it was kept always were trained without it
+    return config
+
+
 def _eos_token(directory: Path) -> str:
-    for name in ("tokenizer_config.json", "special_tokens_map.json"):
-        path = directory / name
-        if path.is_file():
-            token = read_json_object(path).get("eos_token")
-            token = token.get("content") if isinstance(token, dict) else token
-            if isinstance(token, str) and token:
-                return token
-            if token is not None:
-                raise ValueError(f"{path}: eos_token={token!r} must be a token of the vocabulary")
-    return END_OF_TEXT
+    token = read_tokenizer_config(directory).get("eos_token")
+    token = token.get("content") if isinstance(token, dict) else token
+    if token is not None and not (isinstance(token, str) and token):
+        raise ValueError(f"{directory}: eos_token={token!r} of its files must be a token of the vocabulary")
+    return token or END_OF_TEXT
 
 
 def _parse(contents: bytes) -> dict:

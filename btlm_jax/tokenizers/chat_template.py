@@ -19,7 +19,6 @@ import json
 import re
 from collections.abc import Collection, Iterator, Sequence
 from datetime import datetime
-from pathlib import Path
 from typing import cast
 
 import jinja2
@@ -28,14 +27,9 @@ from jinja2.ext import Extension
 from jinja2.ext import loopcontrols as LoopControls
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
-from btlm_jax.storage.files import read_json_object
-from btlm_jax.tokenizers.prompt_bos import CONFIG_FILE
-from btlm_jax.tokenizers.tokenizer import Tokenizer
-
 ASSISTANT = "assistant"
 ROLES = ("system", "developer", "user", ASSISTANT, "tool")
 ASKS_TIME = "strftime_now"  # the function by which a template does
-_VARIABLES = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
 _GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")
 # What Jinja lets through of what a template's expressions raise.
 _ERRORS = (jinja2.TemplateError, TypeError, ValueError, LookupError, ArithmeticError, AttributeError, RecursionError)
@@ -59,8 +53,9 @@ class ChatTemplate:
     ):
         """Compile a template.
 
-        `name` is what errors call it; `variables` are the texts of bos_token, eos_token, ..., as `read_variables` has
-        them; `special_tokens` those of all special tokens; `now` is what a template is told that asks for the date.
+        `name` is what errors call it; `variables` are the texts of bos_token, eos_token, ..., as
+        `special_tokens.read_variables` has them; `special_tokens` those of all special tokens; `now` is what a template
+        is told that asks for the date.
 
         Raises:
           ValueError: it is not Jinja.
@@ -155,28 +150,6 @@ class _GenerationBlocks(Extension):
         begin = sum(map(len, self._pieces))
         self._spans.append((begin, begin + len(written)))
         return written
-
-
-def read_variables(directory: Path, tokenizer: Tokenizer) -> dict[str, str]:
-    """Return the names of special tokens by which templates call them, and the tokens' texts.
-
-    Those that a directory's tokenizer_config.json or special_tokens_map.json has; eos_token is always there.
-
-    Raises:
-      ValueError: a file is damaged.
-    """
-    variables = {
-        "eos_token": next(name for name, number in tokenizer.special_tokens.items() if number == tokenizer.eos_id)
-    }
-    for file in ("special_tokens_map.json", CONFIG_FILE):
-        values = read_json_object(directory / file) if (directory / file).is_file() else {}
-        for name in _VARIABLES:
-            token = values.get(name)
-            token = token.get("content") if isinstance(token, dict) else token
-            if token is not None and not isinstance(token, str):
-                raise ValueError(f"{directory / file}: {name}={token!r} must be a token's text")
-            variables |= {name: token} if token else {}
-    return variables
 
 
 def _numbers_of_assistant(messages: Sequence[dict]) -> list[int]:

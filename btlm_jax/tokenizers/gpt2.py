@@ -54,6 +54,10 @@ class FastGpt2Tokenizer:
         """Return the id of a token in the visible characters that stand for bytes, or None."""
         return self._tokenizer.token_id(token)
 
+    def token(self, number: int) -> str:
+        """Return the token of an id in the visible characters that stand for bytes."""
+        return self._tokenizer.token(number)
+
     def encode(self, text: str) -> list[int]:
         """Return the ids of a text.
 

@@ -8,9 +8,9 @@ from pathlib import Path
 import tokenizers
 
 from btlm_jax import notices
+from btlm_jax.data.store import PROMPT_BOS, TOKENIZER_INFO_FILE
 from btlm_jax.data.store import TOKENIZER_CONFIG_FILE as CONFIG_FILE
-from btlm_jax.storage.files import read_json_object
-from btlm_jax.tokenizers.byte_level import END_OF_TEXT, STORED_FILE, naming_library_errors
+from btlm_jax.tokenizers.byte_level import END_OF_TEXT, STORED_FILE, naming_library_errors, read_tokenizer_config
 from btlm_jax.tokenizers.tokenizer import Tokenizer
 
 
@@ -18,12 +18,15 @@ def read_prompt_bos(directory: Path, tokenizer: Tokenizer) -> int | None:
     """Return the id that a directory's files put in front of every text, or None for nothing.
 
     As transformers 5 reads them: the post-processor of tokenizer.json decides where there is that file, whatever
-    tokenizer_config.json says; otherwise add_bos_token of the latter does, false if it is missing.
+    tokenizer_config.json says; otherwise add_bos_token of the latter does, false if it is missing. Where a run or a
+    model keeps a tokenizer, PROMPT_BOS beside it decides: the tokenizer's file may be as somebody else wrote it.
 
     Raises:
       ValueError: a file is damaged, or several ids would be put there.
     """
-    config = read_json_object(directory / CONFIG_FILE) if (directory / CONFIG_FILE).is_file() else {}
+    config = read_tokenizer_config(directory)
+    if (directory / TOKENIZER_INFO_FILE).is_file():
+        return _kept_id(config.get(PROMPT_BOS), tokenizer, path=directory / CONFIG_FILE)
     says_bos = config.get("add_bos_token", False)
     if not isinstance(says_bos, bool):
         raise ValueError(f"{directory / CONFIG_FILE}: add_bos_token={says_bos!r} is not true or false")
@@ -51,8 +54,8 @@ def prompt_ids(text: str, *, tokenizer: Tokenizer, bos_id: int | None) -> list[i
     """Return the ids that a model continues; clients of its exports make the same ones.
 
     Nothing is put in front of a text but `bos_id`, where the model's tokenizer files ask for one; those of models
-    trained here do not. Without any id the end-of-text id stands alone: it precedes every document in training. The
-    name of a special token in a text stands for its id.
+    trained here on text do not. Without any id the end-of-text id stands alone: it precedes every document in
+    training. The name of a special token in a text stands for its id.
     """
     ids = tokenizer.encode_prompt(text)
     return ([] if bos_id is None else [bos_id]) + ids or [tokenizer.eos_id]
@@ -70,6 +73,12 @@ def _ids_around(path: Path) -> tuple[list[int], list[int]]:
         if inner and whole[start : start + len(inner)] == inner:
             return whole[:start], whole[start + len(inner) :]
     raise ValueError(f"{path} makes the ids {inner} of the text 'a', and {whole} with its post_processor")
+
+
+def _kept_id(value: object, tokenizer: Tokenizer, *, path: Path) -> int | None:
+    if value is not None and not (type(value) is int and 0 <= value < tokenizer.vocab_size):
+        raise ValueError(f"{path} is damaged: {PROMPT_BOS}={value!r} is none of the {tokenizer.vocab_size:,} ids")
+    return value
 
 
 def _bos_id(path: Path, config: dict, tokenizer: Tokenizer) -> int:

@@ -66,6 +66,10 @@ class SentencePieceTokenizer:
         number = self._processor.piece_to_id(token)
         return number if self._processor.id_to_piece(number) == token else None
 
+    def token(self, number: int) -> str:
+        """Return the piece of an id."""
+        return self._processor.id_to_piece(number)
+
     def encode(self, text: str) -> list[int]:
         """Return the ids of a text."""
         return self._processor.encode(text, out_type=int)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 
 from btlm_jax.data.store import TEMPLATE_FILE
@@ -35,6 +36,13 @@ def read_chat_templates(directory: Path) -> dict[str, str]:
     if (directory / TEMPLATE_FILE).is_file():
         files[DEFAULT] = directory / TEMPLATE_FILE
     return templates | {name: _read_text(path) for name, path in files.items()}
+
+
+def template_value(templates: Mapping[str, str]) -> str | list[dict[str, str]]:
+    """Return templates by name as `chat_template` of a tokenizer_config.json has them, and GGUF's writer takes them."""
+    if list(templates) == [DEFAULT]:
+        return templates[DEFAULT]
+    return [{"name": name, "template": template} for name, template in templates.items()]
 
 
 def find_template(given: str, *, directory: Path) -> tuple[str, str]:

@@ -12,8 +12,8 @@ from btlm_jax import notices
 from btlm_jax.data import store
 from btlm_jax.storage.files import check_no_lfs_pointer, read_json_object
 from btlm_jax.storage.location import PathOrUrl, join_location, read_bytes
-from btlm_jax.tokenizers.byte_level import KIND as BYTE_LEVEL
 from btlm_jax.tokenizers.byte_level import (
+    ADDED_TOKENS_FILE,
     MERGES_FILE,
     VOCAB_FILE,
     ByteLevelTokenizer,
@@ -21,6 +21,7 @@ from btlm_jax.tokenizers.byte_level import (
     naming_library_errors,
     read_byte_level,
 )
+from btlm_jax.tokenizers.byte_level import KIND as BYTE_LEVEL
 from btlm_jax.tokenizers.byte_level import STORED_FILE as BYTE_LEVEL_FILE
 from btlm_jax.tokenizers.sentencepiece_bpe import SENTENCEPIECE, TOKENIZER_FILE, SentencePieceTokenizer
 
@@ -78,6 +79,10 @@ class Tokenizer(Protocol):
 
     def token_id(self, token: str) -> int | None:
         """Return the id of a token as it stands in the vocabulary, or None."""
+        ...
+
+    def token(self, number: int) -> str:
+        """Return the token of an id, as it stands in the vocabulary."""
         ...
 
     def encode(self, text: str) -> list[int]:
@@ -248,8 +253,8 @@ def _difference(stored: Path, tokenizer: SentencePieceTokenizer) -> str:
 def _check_no_added_tokens(directory: Path, tokenizer: SentencePieceTokenizer) -> None:
     """Check that a directory without a tokenizer.json adds no tokens to its model file."""
     added: dict[str, object] = {}
-    if (directory / "added_tokens.json").is_file():
-        added |= read_json_object(directory / "added_tokens.json")
+    if (directory / ADDED_TOKENS_FILE).is_file():
+        added |= read_json_object(directory / ADDED_TOKENS_FILE)
     if (directory / "tokenizer_config.json").is_file():
         decoder = read_json_object(directory / "tokenizer_config.json").get("added_tokens_decoder")
         for number, token in decoder.items() if isinstance(decoder, dict) else ():

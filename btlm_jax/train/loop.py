@@ -18,7 +18,7 @@ import numpy as np
 
 from btlm_jax import notices
 from btlm_jax.data.loader import Batch, TrainLoader
-from btlm_jax.data.store import HELDOUT, keep_template, keep_tokenizer
+from btlm_jax.data.store import HELDOUT, keep_settings, keep_tokenizer
 from btlm_jax.kernels.build import multiplies_bfloat16
 from btlm_jax.parallel.make_mesh import make_run_mesh, num_slices
 from btlm_jax.parallel.mesh import batch_sharding, rules_for
@@ -191,7 +191,7 @@ def train(
             keep_tokenizer(
                 token_store.manifest.tokenizer, store=token_store.directory, directory=workdir / KEPT_TOKENIZER
             )
-            keep_template(token_store.manifest, directory=workdir / KEPT_TOKENIZER)
+            keep_settings(token_store.manifest, directory=workdir / KEPT_TOKENIZER)
         if state is None:
             state = beginning.make_state(run)
         else:

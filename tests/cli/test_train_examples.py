@@ -1,20 +1,29 @@
 """`btlm train --data` of prompts and completions, and of chats; and a whole run on a store of them."""
 
+import dataclasses
 import json
 import shutil
 
 import pytest
 from support.corpus_files import made_up_text
 from support.made_up_run import run_config, write_run
+from support.published_files import oracle_weights, write_published
 from support.real_store import write_config
 from support.run_command import ONE_PHASE
 from support.tiny_tokenizers import tiny_byte_level
 
 from btlm_jax import notices
 from btlm_jax.cli import main, train_data
+from btlm_jax.convert.tokenizer_files import write_tokenizer_files
+from btlm_jax.corpus.own_examples import first_prompt
 from btlm_jax.data import store
+from btlm_jax.data.reader import open_store
+from btlm_jax.hub.client_files import ClientSettings
 from btlm_jax.hub.given_model import open_given_model
+from btlm_jax.tokenizers.byte_level import ByteLevelTokenizer
 from btlm_jax.tokenizers.named_templates import NAMED_TEMPLATES
+from btlm_jax.tokenizers.prompt_bos import prompt_ids
+from btlm_jax.tokenizers.tokenizer import find_tokenizer
 from btlm_jax.train import size_run
 from btlm_jax.train.flops import Peak
 from btlm_jax.train.metric_writer import read_metrics
@@ -94,18 +103,71 @@ def test_a_template_that_a_model_was_tuned_with_is_kept_and_serves_again(model, 
     write(tmp_path / "chats.jsonl", chats(20))
     assert main(
         ["corpus", "examples", f"--input={tmp_path / 'chats.jsonl'}", f"--output={tmp_path / 'store'}",
-         f"--tokenizer={model / 'tokenizer'}", "--template=zephyr", "--block_len=256", "--workers=1"]
+         f"--tokenizer={model / 'tokenizer'}", "--template=mistral", "--block_len=256", "--workers=1"]
     ) == 0  # fmt: skip
-    store.keep_template(store.read_manifest(tmp_path / "store"), directory=tuned / "tokenizer")
-    assert open_given_model(tuned, step=0).metadata.clients.chat_templates == {"default": NAMED_TEMPLATES["zephyr"]}
+    manifest = store.read_manifest(tmp_path / "store")
+    store.keep_settings(manifest, directory=tuned / "tokenizer")
+    assert open_given_model(tuned, step=0).metadata.clients.chat_templates == {"default": NAMED_TEMPLATES["mistral"]}
+    assert exported_text(tuned, tmp_path / "export") == "</s>[INST] eta 0 [/INST]oin 0</s>"
+    assert first_prompt(tmp_path / "store").startswith("</s>[INST] eta ")
+    older = dataclasses.replace(manifest, made_by=manifest.made_by | {"variables": {"eos_token": "</s>"}})
+    store.keep_settings(older, directory=shutil.copytree(model, tmp_path / "older") / "tokenizer")
+    assert exported_text(tmp_path / "older", tmp_path / "export of it") == "[INST] eta 0 [/INST]oin 0</s>"
+    (tmp_path / "older/tokenizer/tokenizer_config.json").write_text('{"eos_token": "</s>"}')  # as it wrote it
+    assert exported_text(tmp_path / "older", tmp_path / "again of it") == "[INST] eta 0 [/INST]oin 0</s>"
     assert run(f"--data={tmp_path / 'chats.jsonl'}", f"--init={tuned}", f"--workdir={tmp_path / 'again'}") == 0
     again, once = (store.read_manifest(tmp_path / name).splits for name in ("again/store", "store"))
     assert again == once
     bare = (f"--data={tmp_path / 'chats.jsonl'}", f"--init={model}", f"--workdir={tmp_path / 'bare'}")
     assert run(*bare) == 1 and run(*bare, "--template=zephir") == 1
-    assert run(*bare, "--template=zephyr") == 0  # nothing was made yet, so that a mistake can be mended there
+    assert run(*bare, "--template=mistral") == 0  # nothing was made yet, so that a mistake can be mended there
     assert store.read_manifest(tmp_path / "bare/store").splits == once
     assert run(*bare, "--template=chatml") == 2
+
+
+def exported_text(run, target):
+    """The text that the clients of a run's export make of the first chat."""
+    metadata, tokenizer = open_given_model(run, step=0).metadata, find_tokenizer(run / "tokenizer")
+    target.mkdir()
+    write_tokenizer_files(target, tokenizer, model_max_length=64, clients=metadata.clients)
+    auto = pytest.importorskip("transformers").AutoTokenizer.from_pretrained(target, local_files_only=True)
+    return auto.apply_chat_template(chats(1)[0]["messages"], tokenize=False)
+
+
+def test_what_belongs_to_a_model_beside_its_weights_is_kept_in_a_run(begun, tmp_path, capsys):
+    """Of a model of other programs: what stands before its prompts, on pairs; the rest on text too."""
+    made = tiny_byte_level()
+    made.add_special_tokens(["<s>", "<|im_end|>"])
+    model, tokenizer = tmp_path / "model", ByteLevelTokenizer(made.to_str().encode(), eos_id=299)
+    write_published(model, oracle_weights(), eos_token_id=299, bos_token_id=300, n_positions=256)
+    settings = ClientSettings(
+        tokenizer_config={"padding_side": "left", "pad_token": "<|im_end|>"},
+        chat_templates={"default": "own", "rag": "2"},
+    )
+    write_tokenizer_files(model, tokenizer, model_max_length=256, prompt_bos_id=300, clients=settings)
+    (model / "generation_config.json").write_text('{"eos_token_id": [299, 301], "temperature": 0.5}')
+    write(tmp_path / "pairs.jsonl", pairs(60))
+    (tmp_path / "book.txt").write_text("\n".join(made_up_text(seed=seed, num_words=200) for seed in range(52)))
+    for name, bos_id, said in (("pairs.jsonl", 300, {}), ("book.txt", None, {"init-not-kept": 1})):
+        workdir = tmp_path / f"run on {name}"
+        assert run(f"--data={tmp_path / name}", f"--init={model}", f"--workdir={workdir}", "--minutes=1") == 0
+        assert {key: count for key, count in notices.counts().items() if key == "init-not-kept"} == said
+        config = begun.pop()[0]
+        write_run(
+            workdir,
+            dataclasses.replace(config, data=dataclasses.replace(config.data, store=str(workdir / "store"))),
+            steps=(1,),
+        )
+        store.keep_settings(store.read_manifest(workdir / "store"), directory=workdir / "tokenizer")
+        metadata = open_given_model(workdir, step=0).metadata
+        assert metadata.prompt_bos_id == bos_id and metadata.clients.bos_id == 300
+        assert metadata.clients.generation_config == {"eos_token_id": [299, 301], "temperature": 0.5}
+        assert metadata.clients.chat_templates == {"default": "own", "rag": "2"}
+        kept = metadata.clients.tokenizer_config
+        assert (kept["padding_side"], kept["pad_token"], kept["bos_token"]) == ("left", "<|im_end|>", "<s>")
+    block = open_store(tmp_path / "run on pairs.jsonl/store", expected_fingerprint="").split(store.TRAIN).read(0)
+    prompt = block.tokens[: int((block.marks & store.TRAINED > 0).argmax())].tolist()
+    assert prompt == prompt_ids(tokenizer.decode(prompt), tokenizer=tokenizer, bos_id=300)
 
 
 def test_pairs_train_a_new_model_with_a_given_tokenizer(begun, tmp_path):
@@ -165,6 +227,7 @@ def test_a_run_on_examples_evaluates_completions_only(tmp_path, capfd, monkeypat
     assert main([*command, "--config.curriculum.seq_len=16", "--config.curriculum.batch_size=24"]) == 1
     assert "whole in windows of 24 tokens, and curriculum.seq_len=16 of phase 1" in capfd.readouterr().err
     assert main(command) == 0
+    assert (tmp_path / "run/tokenizer/tokenizer_config.json").read_text() == '{\n "prompt_bos_id": null\n}'
     train, heldout = (store.read_manifest(tmp_path / "store").splits[name] for name in (store.TRAIN, store.HELDOUT))
     said = capfd.readouterr().out
     assert "Examples: train: 190 examples; of " in said and f"the loss is on {train.num_tokens:,} (" in said

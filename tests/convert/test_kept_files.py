@@ -4,6 +4,7 @@ import json
 import runpy
 import shutil
 
+import jinja2
 import numpy as np
 import pytest
 from support import llama_cpp
@@ -101,14 +102,14 @@ def test_a_tokenizer_that_changes_texts_is_read_and_said(tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["ours", "byte-level"])
-def test_all_that_is_beside_the_weights_survives_every_form(name, tmp_path):
+def test_all_that_is_beside_the_weights_survives_every_form(name, tmp_path, capsys):
     """hf -> transformers -> hf -> native -> hf -> gguf, with added tokens, a pad token, a template and a config."""
     first = make(model_with(tmp_path / "in", MADE[name]()), tmp_path / "hf")
     tuned, auto = resaved(first, tmp_path / "tuned", pad_token="<|pad|>", additional_special_tokens=[SYMBOL])
     settings = json.loads((tuned / "tokenizer_config.json").read_text())
     settings |= {"padding_side": "left", "chat_template": CHAT}
     (tuned / "tokenizer_config.json").write_text(json.dumps(settings))
-    generation = {"eos_token_id": [auto.eos_token_id, 7], "temperature": 0.25, "top_k": 11, "do_sample": True}
+    generation = {"eos_token_id": [auto.eos_token_id, 7, 9], "temperature": 0.25, "top_k": 11, "do_sample": True}
     (tuned / "generation_config.json").write_text(json.dumps(generation))
     if (first / "tokenizer.model").exists():  # left beside it by hand; it lacks the added tokens
         shutil.copy(first / "tokenizer.model", tuned)
@@ -126,7 +127,11 @@ def test_all_that_is_beside_the_weights_survives_every_form(name, tmp_path):
         assert json.loads((directory / "config.json").read_text())["pad_token_id"] == auto.pad_token_id
         assert generation.items() <= json.loads((directory / "generation_config.json").read_text()).items()
     assert open_source(own).tokenizer.encode(text) == find_tokenizer(again).encode(text)
+    jais = make(again, tmp_path / "jais", format="jais", pad_ffn=256)
+    assert generation.items() <= json.loads((jais / "generation_config.json").read_text()).items()
+    capsys.readouterr()
     path = make(again, tmp_path / "m.gguf", format="gguf", pad_ffn=256)
+    assert "GGUF has a place for two, and 9 is left out (config-keys-dropped" in capsys.readouterr().err
     keys = GGUFFile(path).keys
     assert keys["tokenizer.chat_template"] == CHAT
     assert keys["tokenizer.ggml.padding_token_id"] == auto.pad_token_id
@@ -145,6 +150,50 @@ def test_symbols_added_to_gpt2_split_texts_in_a_gguf_as_they_do_in_transformers(
     expected = [tokenizer.encode(text) for text in texts]
     assert 300 in expected[0] and 301 in expected[1]
     assert llama_cpp.tokenize(path, texts) == expected
+
+
+def test_tokens_that_older_directories_name_elsewhere_are_kept(tmp_path, capsys):
+    """Of before transformers 4.34: tokens that fine-tuning added are in special_tokens_map.json alone."""
+    made = tiny_byte_level()
+    made.add_special_tokens(["<|pad|>", "<|mask|>"])
+    source = model_with(tmp_path / "in", ByteLevelTokenizer(made.to_str().encode(), eos_id=299))
+    config = json.loads((source / "tokenizer_config.json").read_text())
+    del config["pad_token"]
+    (source / "tokenizer_config.json").write_text(json.dumps(config))
+    mask = {"content": "<|mask|>", "lstrip": True, "normalized": False, "rstrip": False, "single_word": False}
+    (source / "special_tokens_map.json").write_text(json.dumps({"pad_token": "<|pad|>", "mask_token": mask}))
+    for name in ("LICENSE.txt", "adapter_config.json"):
+        (source / name).write_text("")
+    exported = make(source, tmp_path / "hf")
+    assert notices.counts()["files-not-converted"] == 2
+    assert "adapter_config.json, LICENSE.txt of" in capsys.readouterr().err.replace(
+        "LICENSE.txt, adapter_config.json of", "adapter_config.json, LICENSE.txt of"
+    )
+    theirs, ours = (
+        transformers.AutoTokenizer.from_pretrained(path, local_files_only=True) for path in (source, exported)
+    )
+    assert theirs.special_tokens_map == ours.special_tokens_map and ours.pad_token == "<|pad|>"
+    assert json.loads((exported / "config.json").read_text())["pad_token_id"] == theirs.pad_token_id == 300
+
+
+def test_a_begin_of_text_that_a_model_has_not_is_not_in_the_text_of_its_template(tmp_path):
+    """Of clients of every form: a template that asks for bos_token gets nothing, where the model was trained so."""
+    source, chat = model_with(tmp_path / "in", MADE["byte-level"]()), "{{ bos_token }}" + CHAT
+    config = json.loads((source / "tokenizer_config.json").read_text()) | {"chat_template": chat}
+    texts = {}
+    for bos in (None, EOS):
+        (source / "tokenizer_config.json").write_text(json.dumps(config | {"bos_token": bos}))
+        own = make(source, tmp_path / f"native-{bos is None}", format="native")
+        exported = make(own, tmp_path / f"hf-{bos is None}")
+        auto = transformers.AutoTokenizer.from_pretrained(exported, local_files_only=True)
+        keys = GGUFFile(make(own, tmp_path / f"{bos is None}.gguf", format="gguf", pad_ffn=256)).keys
+        bos_text = keys["tokenizer.ggml.tokens"][keys["tokenizer.ggml.bos_token_id"]]
+        messages = [{"content": "a"}]
+        texts[bos] = auto.apply_chat_template(messages, tokenize=False)
+        assert (
+            jinja2.Template(keys["tokenizer.chat_template"]).render(messages=messages, bos_token=bos_text) == texts[bos]
+        )
+    assert texts == {None: "<|im_start|>a", EOS: f"{EOS}<|im_start|>a"}
 
 
 @pytest.mark.parametrize(

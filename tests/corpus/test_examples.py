@@ -24,6 +24,7 @@ from tokenizers import AddedToken
 
 from btlm_jax import notices
 from btlm_jax.cli import main
+from btlm_jax.corpus import example_encoding
 from btlm_jax.corpus.example_encoding import ExampleEncoder
 from btlm_jax.corpus.example_packing import pack_windows
 from btlm_jax.corpus.inspect import stats
@@ -297,6 +298,7 @@ def test_a_template_that_asks_for_the_date_gets_that_of_the_beginning(tokenizer,
     assert first_prompt(tmp_path / "other").startswith("29 Nov 2026<")
     with monkeypatch.context() as earlier:
         earlier.setattr(stage, "ASKS_TIME", "no template")
+        earlier.setattr(example_encoding, "read_variables", lambda *given, **named: {"eos_token": EOS})
         assert run(tmp_path / "raw", tmp_path / "old", tokenizer, *flags) == 0
     assert run(tmp_path / "raw", tmp_path / "old", tokenizer, *flags) == 0  # a plan that does not have the date
 

@@ -9,11 +9,13 @@ from support.published_templates import PUBLISHED
 from support.tiny_tokenizers import TEXTS, tiny_byte_level
 from tokenizers import AddedToken
 
+from btlm_jax import notices
 from btlm_jax.convert.sentencepiece_to_hf import to_hf_tokenizer
-from btlm_jax.tokenizers.chat_template import ChatTemplate, read_variables
+from btlm_jax.tokenizers.chat_template import ChatTemplate
 from btlm_jax.tokenizers.named_templates import NAMED_TEMPLATES
 from btlm_jax.tokenizers.sentencepiece_bpe import train_sentencepiece
 from btlm_jax.tokenizers.sentencepiece_proto import parse_model
+from btlm_jax.tokenizers.special_tokens import read_variables
 from btlm_jax.tokenizers.template_files import find_template, read_chat_templates
 from btlm_jax.tokenizers.tokenizer import find_tokenizer
 
@@ -55,7 +57,7 @@ def directories(tmp_path_factory) -> dict[str, Path]:
 
 def template_of(source: str, directory: Path) -> ChatTemplate:
     tokenizer = find_tokenizer(directory)
-    variables = read_variables(directory, tokenizer)
+    variables = read_variables(directory, tokenizer, prompt_bos_id=None)
     now = datetime(2026, 11, 30)
     return ChatTemplate(source, name="it", variables=variables, special_tokens=tokenizer.special_tokens, now=now)
 
@@ -189,12 +191,23 @@ def test_the_template_is_the_directorys_or_given(directories, tmp_path):
 
 def test_the_names_of_special_tokens_are_read(directories, tmp_path):
     tokenizer = find_tokenizer(directories["pieces"])
-    assert read_variables(directories["pieces"], tokenizer) == {"bos_token": "<s>", "eos_token": "</s>"}
-    assert read_variables(tmp_path, tokenizer) == {"eos_token": "</s>"}
-    (tmp_path / "special_tokens_map.json").write_text(json.dumps({"bos_token": {"content": "<x>"}, "pad_token": "p"}))
-    (tmp_path / "tokenizer_config.json").write_text(json.dumps({"bos_token": None, "pad_token": "q"}))
-    found = read_variables(tmp_path, tokenizer)
-    assert found == {"bos_token": "<x>", "eos_token": "</s>", "pad_token": "q"}
-    (tmp_path / "tokenizer_config.json").write_text(json.dumps({"bos_token": 3}))
+
+    def read(prompt_bos_id=None, **files: dict) -> dict:
+        for name, values in files.items():
+            (tmp_path / f"{name}.json").write_text(json.dumps(values))
+        return read_variables(tmp_path, tokenizer, prompt_bos_id=prompt_bos_id)
+
+    rest = {"eos_token": "</s>", "unk_token": "<unk>", "pad_token": "<unk>"}
+    assert read_variables(directories["pieces"], tokenizer, prompt_bos_id=None) == {"bos_token": "<s>", **rest}
+    assert read() == {"bos_token": "</s>", **rest}  # as an export names it
+    assert read(prompt_bos_id=tokenizer.token_id("<|eot_id|>")) == {"bos_token": "<|eot_id|>", **rest}
+    older = {"bos_token": {"content": "<s>"}, "pad_token": "<|im_end|>", "cls_token": "<none>"}
+    config = {"bos_token": None, "pad_token": "<|im_start|>"}
+    notices.begin(strict=())
+    assert read(special_tokens_map=older, tokenizer_config=config) == {
+        "bos_token": "<s>", **rest, "pad_token": "<|im_end|>"
+    }  # fmt: skip
+    assert notices.counts() == {"config-keys-dropped": 1}
+    assert read(tokenizer_config=config | {"added_tokens_decoder": {}}) == {**rest, "pad_token": "<|im_start|>"}
     with pytest.raises(ValueError, match=r"tokenizer_config.json: bos_token=3 must be a token's text"):
-        read_variables(tmp_path, tokenizer)
+        read(tokenizer_config={"bos_token": 3, "added_tokens_decoder": {}})

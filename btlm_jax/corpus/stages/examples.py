@@ -119,8 +119,10 @@ def _make(config: ExamplesConfig, *, output: Path, workers: Workers, log: Log) -
     info = tokenizer_info(tokenizer)
     dtype = store.token_dtype(info.vocab_size)
     settings = {"recipe": RECIPE, "tokenizer": info.sha256, "eos_id": info.eos_id, "template": config.template}
-    settings |= {"variables": encoder.variables}
-    begun = _settings_begun_with(output)
+    begun, variables = _settings_begun_with(output), encoder.variables
+    if (output / store.MANIFEST_FILE).is_file() and begun.get("variables", variables).items() <= variables.items():
+        variables = begun.get("variables", variables)  # a store of an earlier version, which left names out
+    settings |= {"variables": variables}
     if ASKS_TIME in config.template and (_DATE in begun or not begun):  # earlier versions did not keep it
         settings[_DATE] = now.date().isoformat()
     settings |= {"bos_id": encoder.bos_id, "window": config.window, "too_long": config.too_long, "seed": config.seed}
