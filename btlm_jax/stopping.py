@@ -13,11 +13,11 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Protocol
 
-PREEMPTED, PEER_GONE, INTERRUPTED = 75, 77, 130  # exit codes
+ERROR, PREEMPTED, PEER_GONE, INTERRUPTED = 1, 75, 77, 130  # exit codes
 BEGINNING, STEPPING, ENDING = "before the first step", "between steps", "after the last save"
 STACKS = "stacks"  # directory in a workdir: every thread's stack, of a run whose steps stood still
 GRACE_SECONDS = 5.0  # for the main thread to end by itself where there is nothing to save
@@ -132,6 +132,26 @@ class Stop:
     def at_exit(self, function: Callable[[int, str], None]) -> None:
         """Have a function called, with the exit code and the reason, before this process ends at once."""
         self._at_exit.append(function)
+
+    @contextlib.contextmanager
+    def calling_at_exit(self, function: Callable[[int, str], None]) -> Iterator[None]:
+        """Do as `at_exit`, within the `with` block alone."""
+        self._at_exit.append(function)
+        try:
+            yield
+        finally:
+            self._at_exit.remove(function)
+
+    def begin_run(self, workdir: Path) -> None:
+        """A run begins in a process that may have made others: as of the first, nothing of it is to be saved yet.
+
+        Raises:
+          Stopped: a stop was requested.
+        """
+        self.stage, self.workdir = BEGINNING, workdir
+        self._deadline = self._stepped_at = 0.0
+        self._intervals.clear()
+        self._leave_if_requested()
 
     def request(self, reason: str) -> None:
         """Have the run stop; only the first request counts."""

@@ -26,13 +26,14 @@ from pathlib import Path
 
 from benchmarks.machine import machine
 from btlm_jax import notices, stopping
-from btlm_jax.cli import DONE, ERROR, PREEMPTED, USAGE, UsageError, main, quiet_orbax
+from btlm_jax.cli import DONE, PREEMPTED, USAGE, UsageError, main, quiet_orbax
 from btlm_jax.cli.parse import Flags
 from btlm_jax.recipe.config import PREPARED, TrainConfig
 from btlm_jax.stopping import Stopped
 from btlm_jax.storage.files import read_json_object, write_atomically
 
 MEASURED_FILE, RESULTS_FILE, FIGURE_FILE = "measured.json", "results.json", "figure.png"
+TEXT_FILE = "text.json"  # which raw text a folder's store is of
 CORPUS_FOLDER, STORE_FOLDER = "corpus", "store"
 QUICK, LARGE = "quick", "large"  # arguments of an experiment's config.py
 LEVEL = 0.95
@@ -202,6 +203,7 @@ def conduct(experiment: Experiment, arguments: Sequence[str]) -> int:
     from btlm_jax.tune import trials
 
     trials.begin_study(folder, {"kind": experiment.kind, "config": dataclasses.asdict(config), "text": names_of(data)})
+    check_text(data, folder)
     stores = experiment.make_stores(config, data, folder)
 
     def choose(results: trials.Results) -> list[trials.Trial]:
@@ -362,15 +364,7 @@ def _make_runs(experiment: Experiment, choose: Callable, *, folder: Path, minute
                 write_atomically(workdir / MEASURED_FILE, json.dumps(measured))
         return outcome
 
-    results = trials.work(
-        folder,
-        choose,
-        run_trial,
-        is_stopping=lambda: bool(stop.reason),
-        on_loss=functools.partial(stop.end_now, ERROR),
-        log=print_line,
-    )
-    return results is None
+    return trials.work(folder, choose, run_trial, stop=stop, log=print_line) is None
 
 
 def _measured_of(folder: Path, *, seed: int) -> dict[str, dict]:
@@ -385,6 +379,33 @@ def _measured_of(folder: Path, *, seed: int) -> dict[str, dict]:
 def names_of(data: Sequence[str]) -> list[str]:
     """Return the names of raw files and folders without their places."""
     return [Path(each).name for each in data]
+
+
+def check_text(data: Sequence[str], folder: Path) -> None:
+    """Check that raw files are those that a folder's store was made of, by their names and sizes, or note them.
+
+    Raises:
+      ValueError: they are others.
+    """
+    from btlm_jax.corpus.engine.inputs import raw_inputs_of
+    from btlm_jax.corpus.own_text import fingerprint_of_inputs
+    from btlm_jax.data.store import MANIFEST_FILE
+
+    path = folder / TEXT_FILE
+    try:
+        found = fingerprint_of_inputs(raw_inputs_of([Path(each) for each in data])) if data else ""
+    except FileNotFoundError as error:
+        if not path.is_file():
+            return  # what makes the store says so
+        notices.report("data-gone", f"{error}: that it is the text of {folder} is not checked")
+        return
+    if not path.is_file() or not any(folder.glob(f"{STORE_FOLDER}*/{MANIFEST_FILE}")):
+        write_atomically(path, json.dumps({"fingerprint": found}))
+    elif read_json_object(path).get("fingerprint") != found:
+        raise ValueError(
+            f"--data={' '.join(data)[:200]} is other text than that of {folder}, by its files' names and sizes; give "
+            "that text, or another --folder"
+        )
 
 
 def _shown_command(experiment: Experiment, arguments: Sequence[str]) -> str:

@@ -109,6 +109,22 @@ def here(tmp_path, monkeypatch):
     return tmp_path, runs
 
 
+def test_other_text_of_the_same_name_is_refused_once_there_is_a_store(tmp_path):
+    for name, text in (("a", "one\n"), ("b", "one two\n")):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "text.txt").write_text(text)
+    study.check_text([str(tmp_path / "b/text.txt")], tmp_path)
+    study.check_text([str(tmp_path / "a/text.txt")], tmp_path)
+    (tmp_path / "store").mkdir()
+    (tmp_path / "store/manifest.json").touch()
+    study.check_text([str(tmp_path / "a/text.txt")], tmp_path)
+    with pytest.raises(ValueError, match="b/text.txt is other text than that of .*; give that text"):
+        study.check_text([str(tmp_path / "b/text.txt")], tmp_path)
+    (tmp_path / "a/text.txt").unlink()
+    study.check_text([str(tmp_path / "a/text.txt")], tmp_path)
+    assert notices.counts() == {"data-gone": 1}
+
+
 def test_runs_are_made_once_with_seeds_last_and_then_reported(here, capsys):
     folder, runs = here
     experiment = made_up(folder / "own")
@@ -141,7 +157,7 @@ def test_another_text_and_contradicting_flags_are_refused(here):
     folder, _ = here
     experiment = made_up(folder / "own")
     study.conduct(experiment, [f"--folder={folder / 'runs'}", "--data", "one.txt"])
-    with pytest.raises(ValueError, match=r"text=.*one.txt"):
+    with pytest.raises(ValueError, match=r"text\[0\]=\"one.txt\", not \"two.txt\""):
         study.conduct(experiment, [f"--folder={folder / 'runs'}", "--data", "two.txt"])
     for wrong in (["--quick", "--config=local_cpu"], ["--seeds=0"], ["--minutes=-1"]):
         with pytest.raises(UsageError):

@@ -198,7 +198,7 @@ def test_a_search_of_another_size_or_text_is_refused_and_errors_are_one_line(tmp
     (tmp_path / "D" / "trials" / "a").mkdir(parents=True)  # as if there was one
     for arguments, said in (
         (["nofile"], 'argument="quick", not ""'),
-        (["other", "--quick"], 'text=["nofile"], not ["other"]'),
+        (["other", "--quick"], 'text[0]="nofile", not "other"'),
     ):
         assert code_of("--data", *arguments) == 1
         assert said in capsys.readouterr().err

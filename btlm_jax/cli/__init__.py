@@ -15,9 +15,9 @@ import sys
 from collections.abc import Callable, Sequence
 
 from btlm_jax import __version__, interrupted_line, notices, stopping
-from btlm_jax.stopping import INTERRUPTED, PEER_GONE, PREEMPTED, Stopped
+from btlm_jax.stopping import ERROR, INTERRUPTED, PEER_GONE, PREEMPTED, Stopped
 
-DONE, ERROR, USAGE, FAULT, BAD_NUMBERS, PIPE_CLOSED = 0, 1, 2, 70, 76, 141
+DONE, USAGE, FAULT, BAD_NUMBERS, PIPE_CLOSED = 0, 2, 70, 76, 141
 
 
 class UsageError(Exception):

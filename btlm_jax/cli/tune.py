@@ -3,25 +3,24 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
 import json
 import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
-from btlm_jax import stopping
+from btlm_jax import notices, stopping
 from btlm_jax.cli import DONE, ERROR, PREEMPTED, USAGE, UsageError
 from btlm_jax.cli.parse import Flags, did_you_mean
 from btlm_jax.storage.files import write_atomically
 
 if TYPE_CHECKING:
+    from btlm_jax.data.reader import TokenStore
     from btlm_jax.recipe.config import TrainConfig
     from btlm_jax.stopping import Stop
-    from btlm_jax.storage.location import PathOrUrl
     from btlm_jax.tune.lr_transfer import Sweep
     from btlm_jax.tune.search import Dimension, Search
-    from btlm_jax.tune.trials import Choose, Result, RunTrial
+    from btlm_jax.tune.trials import Result, RunTrial
 
 _Plan = TypeVar("_Plan", "Sweep", "Search")  # of trials
 
@@ -388,58 +387,68 @@ class _Study:
 
     def results_of(self, make: Callable[[TrainConfig], _Plan], *, kind: str) -> tuple[_Plan, dict[str, Result] | None]:
         """Make the trials of a plan; return it, on the study's token store, and their results, None if stopped."""
-        from btlm_jax.tune.trials import heldout_tokens
-
-        text = {"most_heldout_tokens": heldout_tokens(self.config)}  # losses of other text are not mixed with these
-        plan = make(self._begin({"kind": kind, **text, **dataclasses.asdict(make(self.config))}))
-        return plan, self._work(plan.choose)
-
-    def _begin(self, study: dict) -> TrainConfig:
-        """Take the directory and start the other workers; return the config on the study's token store."""
-        from btlm_jax.cli.train import build_store
-        from btlm_jax.train import setup
-        from btlm_jax.tune import trials
-
-        trials.begin_study(self.directory, study)
-        self._started = trials.start_workers(self._workers, self._arguments, directory=self.directory)
-        trials.share_compiled(self.directory)
-
-        def prepare(config: TrainConfig, directory: Path) -> PathOrUrl:
-            setup.prepare_store(
-                config, workdir=directory, expected_fingerprint="", build_store=build_store, wait_for_all=lambda: None
-            )
-            return setup.locate_store(config.data, workdir=directory)
-
-        return trials.with_store(self.config, self.directory, prepare)
-
-    def _work(self, choose: Choose) -> dict[str, Result] | None:
-        """Make trials until there are no more; return their results, or None if this process was told to stop."""
         from btlm_jax.display.progress import print_line
         from btlm_jax.tune import trials
 
-        stop = stopping.current()
-        results = None
-        try:
-            results = trials.work(
-                self.directory,
-                choose,
-                make_run_trial(stop, most_heldout_tokens=trials.heldout_tokens(self.config)),
-                is_stopping=lambda: bool(stop.reason),
-                on_loss=functools.partial(stop.end_now, ERROR),
-                log=print_line,
-            )
-        finally:
-            for number, process in enumerate(self._started, start=1):
-                if results is None:  # stopped, or an error: the others are to leave checkpoints and end too
-                    process.terminate()
-                code = process.wait()
-                if results is not None and code:
-                    print_line(f"worker {number} ended with exit code {code}: see {self.directory}/worker-{number}.txt")
-        return results
+        tokens, stop = trials.heldout_tokens(self.config), stopping.current()
+        study = {"kind": kind, "most_heldout_tokens": tokens, **dataclasses.asdict(make(self.config))}
+        trials.begin_study(self.directory, study)
+        with trials.workers_beside(self._workers, self._arguments, directory=self.directory, stop=stop, log=print_line):
+            trials.share_compiled(self.directory)
+            store = trials.study_store(self.config, self.directory, _prepare_store)
+            plan = make(trials.on_store(self.config, store))
+            _check_shapes(plan, store, directory=self.directory)
+            run_trial = make_run_trial(stop, most_heldout_tokens=tokens)
+            return plan, trials.work(self.directory, plan.choose, run_trial, stop=stop, log=print_line)
 
     def write(self, name: str, values: dict) -> None:
         """Write a file of JSON into the directory."""
         write_atomically(self.directory / name, json.dumps(values, indent=1))
+
+
+def _prepare_store(config: TrainConfig, directory: Path) -> TokenStore:
+    """Return the token store of a study, which is made in its directory if there is none."""
+    from btlm_jax.cli.train import build_store
+    from btlm_jax.train import setup
+
+    return setup.prepare_store(
+        config, workdir=directory, expected_fingerprint="", build_store=build_store, wait_for_all=lambda: None
+    )
+
+
+def _check_shapes(plan: Sweep | Search, store: TokenStore, *, directory: Path) -> None:
+    """Check, where trials are left, that all of them can be run on the devices here and on the study's store.
+
+    Memory is checked of the largest batch of each model.
+
+    Raises:
+      ValueError: one cannot; names the flags that it follows from.
+    """
+    import jax
+
+    from btlm_jax.parallel.make_mesh import make_run_mesh, num_slices
+    from btlm_jax.recipe.config import check_divisible
+    from btlm_jax.train import setup
+    from btlm_jax.train.memory import check_memory
+    from btlm_jax.train.program import make_program
+    from btlm_jax.tune import trials
+
+    results = trials.read_results(directory)
+    if all(trial.name in results for trial in plan.choose(results)):
+        return
+    devices, shapes = jax.devices(), plan.shapes()
+    shapes.sort(key=lambda shape: shape[1].curriculum.batch_size, reverse=True)  # stable: else in their order
+    models = set()
+    for flags, config in shapes:
+        try:
+            check_divisible(config, num_devices=len(devices), slices=num_slices(devices))
+            setup.check_curriculum(config, store.manifest)
+            if config.model not in models:
+                mesh = make_run_mesh(config.mesh, curriculum=config.curriculum.table, devices=devices)
+                check_memory(make_program(config, mesh))
+            models.add(config.model)
+        except ValueError as error:
+            raise ValueError(f"trials of {flags} cannot be run: {error}") from error
 
 
 def make_run_trial(stop: Stop, *, most_heldout_tokens: int | None = None) -> RunTrial:
@@ -449,10 +458,11 @@ def make_run_trial(stop: Stop, *, most_heldout_tokens: int | None = None) -> Run
     from btlm_jax.train.metric_writer import GoodputLedger, StartRecord
 
     def run_trial(config: TrainConfig, workdir: Path) -> str:
+        stop.begin_run(workdir)
         ledger = GoodputLedger()
-        record = StartRecord(workdir, ledger)
+        record = StartRecord(workdir, ledger, of_others=notices.counts())
         record.keep()
-        with recorded_errors(record, stop):
+        with stop.calling_at_exit(record.end), recorded_errors(record, stop):
             outcome = loop.train(
                 config,
                 workdir=workdir,
@@ -466,6 +476,7 @@ def make_run_trial(stop: Stop, *, most_heldout_tokens: int | None = None) -> Run
                 stop=stop,
                 most_heldout_tokens=most_heldout_tokens,
             )
+        stop.finish()  # bad numbers leave the time by which a next step is due
         record.end(code_of_outcome(outcome), stop.reason)
         return outcome
 

@@ -126,7 +126,7 @@ def make_status(workdir: Workdir) -> Status:
         checkpoint={"step": saved.step, "age": now - saved.time, "bytes": saved.num_bytes()} if saved else {},
         next_save_step=None if is_done else next_save,
         next_save=(next_save - step) * pace if next_save and pace and not is_done else None,
-        steps_at_risk=step - (saved.step if saved else 0),
+        steps_at_risk=0 if state == FINISHED else step - (saved.step if saved else 0),
         num_starts=len(times.starts),
         wall_time=times.seconds if workdir.starts else {},
         goodput=times.goodput if workdir.starts else None,
@@ -343,14 +343,14 @@ def _eta_text(status: Status, *, now: float) -> str:
 
 def _saved_text(status: Status) -> str:
     if not status.checkpoint:
-        text = "no checkpoint yet"
+        text = "no checkpoint any more" if status.state == FINISHED else "no checkpoint yet"
     else:
         saved = status.checkpoint
         text = f"step {saved['step']:,}, {duration(saved['age'])} ago, {size(saved['bytes'])}"
     if status.next_save_step and status.state == RUNNING:
         wait = f", in {duration(status.next_save)}" if status.next_save is not None else ""
         text += f"; next at step {status.next_save_step:,}{wait}"
-    if status.steps_at_risk and status.state not in (RUNNING, FINISHED):
+    if status.steps_at_risk and status.state != RUNNING:
         where = " after it" if status.checkpoint else ""
         text += f"; {status.steps_at_risk:,} steps{where} will be trained again"
     return text

@@ -71,13 +71,16 @@ class Workdir:
 
     @property
     def is_finished(self) -> bool:
-        """Return whether the run has trained all its steps and written its end."""
-        if self.config is None or not self.summary:
+        """Return whether the run has trained all its steps and written its end.
+
+        Where there is no checkpoint any more, the exit code of its last start tells.
+        """
+        num_steps = self.config.curriculum.table.num_steps if self.config else 0
+        if not num_steps or self.summary.get("num_steps") != num_steps:
             return False
-        num_steps = self.config.curriculum.table.num_steps
-        return self.summary.get("num_steps") == num_steps and bool(self.checkpoints) and (
-            self.checkpoints[-1].step == num_steps
-        )  # fmt: skip
+        if self.checkpoints:
+            return self.checkpoints[-1].step == num_steps
+        return bool(self.starts) and self.starts[-1].code == 0
 
 
 _copies: dict[str, Path] = {}  # of URLs, which are brought up to date when they are read again

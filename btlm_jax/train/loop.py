@@ -84,7 +84,7 @@ if TYPE_CHECKING:
     from btlm_jax.train.corruption import Checks
     from btlm_jax.train.step_trace import StepTrace
 
-DONE, PREEMPTED, BAD_NUMBERS = "done", "preempted", "bad numbers"
+DONE, PREEMPTED, BAD_NUMBERS, WRONG_DEVICE = "done", "preempted", "bad numbers", "a device computes wrongly"
 CheckDevices = Callable[[TrainConfig, Sequence[jax.Device]], str]  # -> what is known of the layout, or ""
 
 
@@ -110,7 +110,7 @@ def train(
     ledger: GoodputLedger,
     most_heldout_tokens: int | None = None,
 ) -> str:
-    """Train `config` in `workdir` to its end, from wherever the workdir stands; return DONE, PREEMPTED or BAD_NUMBERS.
+    """Train `config` in `workdir` to its end, from wherever the workdir stands; return DONE or how else it ended.
 
     With a `resume_step` other than 0 it goes back to that checkpoint first, and later ones are set aside.
 
@@ -617,7 +617,7 @@ def _stop_on_corruption(error: CorruptionError, *, checkpointer: Checkpointer, w
             else "the beginning"
         )
     )
-    return BAD_NUMBERS
+    return WRONG_DEVICE
 
 
 def _make_checks(run: Run) -> Checks | None:

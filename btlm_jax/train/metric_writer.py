@@ -22,10 +22,10 @@ import sys
 import textwrap
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from importlib import metadata
 from pathlib import Path
-from types import TracebackType
+from types import MappingProxyType, TracebackType
 from typing import Any, Protocol, TextIO
 
 from btlm_jax import __version__, notices
@@ -49,6 +49,7 @@ WRITE_SECONDS = 5.0  # between writes of a start's file: a killed run loses the 
 _MAX_MARKS = 128  # of a start
 _WARM_UP = 3  # steps of a phase that are left out of a median: they fill the loader
 LEAST_STEPS = _WARM_UP + 10  # of a phase, for such a median
+_NONE: Mapping[str, int] = MappingProxyType({})
 _NOT_FINITE = {"nan": math.nan, "inf": math.inf, "-inf": -math.inf}
 
 
@@ -343,13 +344,15 @@ class StartRecord:
 
     A thread rewrites it every WRITE_SECONDS, so that it is known of a killed run too. A file that cannot be written is
     left as it is: what stands in the way of it ends the run where the metrics are written. The end is written over it.
+    Of the notices, name -> number, those before it in this process that are of other runs are `of_others`.
     """
 
-    def __init__(self, workdir: Path, ledger: GoodputLedger):
+    def __init__(self, workdir: Path, ledger: GoodputLedger, *, of_others: Mapping[str, int] = _NONE):
         self._began = time.time() - ledger.seconds()["total"]
         stamp = time.strftime("%Y%m%dT%H%M%SZ", time.gmtime(self._began))
         self._path = workdir / STARTS / f"{stamp}-{secrets.token_hex(4)}.json"
         self._ledger = ledger
+        self._of_others = collections.Counter(of_others)
         self._facts: dict[str, Any] = {
             "number": len(list(self._path.parent.glob("[!.]*.json"))),  # of earlier starts
             "host": socket.gethostname(),
@@ -381,7 +384,7 @@ class StartRecord:
             if self._path.parent.parent.is_dir():
                 self._path.parent.mkdir(exist_ok=True)
                 row = {**self._facts, "began": self._began, "written": time.time(), **self._ledger.to_json()}
-                row |= {"notices": notices.counts(), "end": self._end}
+                row |= {"notices": dict(collections.Counter(notices.counts()) - self._of_others), "end": self._end}
                 try:
                     write_atomically(self._path, json.dumps(row))
                 except OSError:

@@ -113,6 +113,16 @@ class Sweep:
             data=dataclasses.replace(config.data, seed=config.data.seed + seed),
         )
 
+    def shapes(self) -> list[tuple[str, TrainConfig]]:
+        """Return a config of each curve, and the flags that it follows from."""
+        return [
+            (
+                f"--widths={curve.width} --depths={curve.depth} --batches={curve.batch:g} --tokens={curve.tokens:g}",
+                self.config_of(curve, rate=self.log2_rates[0], seed=0),
+            )
+            for curve in self.curves
+        ]
+
     def name_of(self, curve: Curve, *, rate: float, seed: int) -> str:
         return f"{curve}-lr{rate:g}-s{seed}"
 

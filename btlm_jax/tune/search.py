@@ -17,6 +17,7 @@ import functools
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -111,15 +112,20 @@ class Search:
         keys = [dimension.key for dimension in self.space]
         if len(set(keys)) < len(keys) or not keys:
             raise ValueError(f"the space has the keys {', '.join(keys)}; give one or more, each once")
-        if MUON_RATE in keys and self.config.optimizer.hidden_optimizer != MUON:
-            raise ValueError(
-                f"the space has {MUON_RATE}, which optimizer.hidden_optimizer="
-                f"{self.config.optimizer.hidden_optimizer} does not read; leave it out, or give the config {MUON}"
-            )
-        if WARMUP in keys and not self.config.optimizer.warmup_tokens:
-            raise ValueError(
-                "the space has warmup, a factor of optimizer.warmup_tokens=0; leave it out, or set some tokens"
-            )
+        for key in keys:
+            if key.startswith(_NOT_OF_THE_LOSS):
+                raise ValueError(f"the space has {key}, which does not change a point's loss; leave it out")
+            setting, readers = _READ_WITH.get(key, ("", ()))
+            if setting and (own := _setting(self.config, setting)) not in readers:
+                raise ValueError(
+                    f"the space has {key}, which {setting}={own} does not read; leave it out, or give the config "
+                    f"{' or '.join(readers)}"
+                )
+            if key in _OF_WARM_UP and not self.config.optimizer.warmup_tokens:
+                raise ValueError(
+                    f"the space has {key}, {_OF_WARM_UP[key]} optimizer.warmup_tokens=0; leave it out, or set some "
+                    "tokens"
+                )
         sizes = [self.num_points]
         while sizes[-1] > 1:
             sizes.append(num_going_on(sizes[-1]))
@@ -167,6 +173,16 @@ class Search:
           ValueError: the config refuses the values.
         """
         return with_values(self.config, self.values_of(number), tokens=ETA ** (rung + 1 - self.num_rungs), seed=seed)
+
+    def shapes(self) -> list[tuple[str, TrainConfig]]:
+        """Return a config of each curriculum that points have with all tokens, and the flag that it follows from."""
+        found: dict[object, tuple[str, TrainConfig]] = {}
+        for number in range(self.num_points + 1):
+            config = self.config_of(number, rung=self.num_rungs - 1, seed=0)
+            factor = self.values_of(number).get(BATCH)
+            flag = "--config" if factor is None else f"--space {BATCH}, which is {factor:.3g} at point {number}"
+            found.setdefault(config.curriculum, (flag, config))
+        return list(found.values())
 
     def seeds_of(self, rung: int) -> range:
         return range(self.num_seeds if rung == self.num_rungs - 1 else 1)
@@ -229,8 +245,8 @@ def num_going_on(num_points: int) -> int:
 def with_values(config: TrainConfig, values: Mapping[str, float], *, tokens: float, seed: int) -> TrainConfig:
     """Return the config with values by key, a share of its tokens, and seeds that are so much larger.
 
-    The batch is of whole rows in each phase; the warm-up, a factor of the config's share, is at most half the run; the
-    end rate keeps its share of the peak.
+    The batch is of whole rows of each micro-batch in each phase; the warm-up, a factor of the config's share, is at
+    most half the run; the end rate keeps its share of the peak.
 
     Raises:
       ValueError: the config refuses a value.
@@ -238,7 +254,8 @@ def with_values(config: TrainConfig, values: Mapping[str, float], *, tokens: flo
     made = dataclasses.asdict(config)
     curriculum, optimizer = made["curriculum"], made["optimizer"]
     rows = math.gcd(*curriculum["batch_size"])  # all phases keep equal tokens a step
-    factor = max(1, round(rows * values.get(BATCH, 1.0)))
+    unit = made["mesh"]["accumulation"]  # which divides them
+    factor = max(1, round(rows * values.get(BATCH, 1.0) / unit)) * unit
     sizes = tuple(size // rows * factor for size in curriculum["batch_size"])
     per_step = sizes[0] * curriculum["seq_len"][0]
     whole = scale_phases(curriculum["num_tokens"], tokens, per_step=per_step)
@@ -320,6 +337,18 @@ TRANSFERRED = (
 )  # fmt: skip
 MUON, MUON_RATE = "muon", "optimizer.muon_learning_rate"
 
+# Keys that are read with some values of another key alone, and those that no point's loss depends on: the store is made
+# once for all, and a loss is of the last weights.
+_READ_WITH = {
+    MUON_RATE: ("optimizer.hidden_optimizer", (MUON,)),
+    "optimizer.decay_share": ("optimizer.schedule", ("wsd",)),
+    "optimizer.end_learning_rate": ("optimizer.schedule", ("linear", "cosine", "wsd")),
+    "mup.base_d_model": ("mup.preset", ("btlm", "completep")),
+    "mup.base_d_ff": ("mup.preset", ("btlm", "completep")),
+}
+_NOT_OF_THE_LOSS = ("corpus.", "checkpoint.", "log.", "optimizer.average_share")
+_OF_WARM_UP = {WARMUP: "a factor of", "optimizer.initial_learning_rate": "the beginning of a warm-up of"}
+
 
 def transferred_keys(hidden_optimizer: str) -> tuple[str, ...]:
     """Return TRANSFERRED, and of Muon its rate too, which is the same at every width (recipe/muon.py)."""
@@ -340,6 +369,10 @@ def _value_of(config: TrainConfig, key: str, *, base: TrainConfig) -> float:
     if key == WARMUP:
         own, others = (each.optimizer.warmup_tokens / sum(each.curriculum.num_tokens) for each in (config, base))
         return own / others
+    return _setting(config, key)
+
+
+def _setting(config: TrainConfig, key: str) -> Any:
     section, _, name = key.rpartition(".")
     return getattr(getattr(config, section), name)
 

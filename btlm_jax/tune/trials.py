@@ -2,6 +2,7 @@
 
     study.json            what is studied; another study is refused once there is a store or a trial
     store/                the token store, where the config makes one
+    store.json            the fingerprint of the token store that the losses are of; another one is refused
     compile_cache/        of all trials: those of equal shapes and multipliers compile once
     trials/NAME/          the workdir of a run as `btlm train` makes it, resumed by whoever takes it next after a kill
     trials/NAME/log.txt   what that run printed
@@ -16,6 +17,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import fcntl
+import functools
 import json
 import math
 import os
@@ -30,13 +32,17 @@ from pathlib import Path
 import numpy as np
 
 from btlm_jax import notices
-from btlm_jax.recipe.config import PREPARED, TrainConfig
+from btlm_jax.data.reader import TokenStore
+from btlm_jax.recipe.config import PREPARED, TrainConfig, with_later_keys
+from btlm_jax.stopping import ERROR, Stop
 from btlm_jax.storage import owner
 from btlm_jax.storage.files import lock_open_file, read_json_object, write_atomically
 from btlm_jax.train import CHECKPOINTS, COMPILE_CACHE, CONFIG_FILE, SUMMARY_FILE
-from btlm_jax.train.loop import DONE, PREEMPTED
+from btlm_jax.train.loop import DONE, PREEMPTED, WRONG_DEVICE
 
-STUDY_FILE, TRIALS, RESULT_FILE, LOG_FILE = "study.json", "trials", "result.json", "log.txt"
+STUDY_FILE, STORE_FILE, TRIALS, RESULT_FILE, LOG_FILE = (
+    "study.json", "store.json", "trials", "result.json", "log.txt"
+)  # fmt: skip
 MIN_HELDOUT_TOKENS = 1 << 16
 _WAIT_SECONDS = 1.0
 
@@ -59,7 +65,7 @@ class Result:
 
 Results = Mapping[str, Result]
 Choose = Callable[[Results], Sequence[Trial]]  # what is to be tried, finished trials included; no new ones: the end
-RunTrial = Callable[[TrainConfig, Path], str]  # (config, workdir) -> DONE, PREEMPTED or BAD_NUMBERS of train/loop.py
+RunTrial = Callable[[TrainConfig, Path], str]  # (config, workdir) -> how it ended: see train/loop.py
 
 
 def heldout_tokens(config: TrainConfig) -> int:
@@ -111,13 +117,20 @@ def begin_study(directory: Path, study: dict) -> None:
     with _locked(directory):
         if path.is_file():
             found = _read_own(path, "and give the same command again, which writes it anew")
-            if found == wanted:
+            found, asked = _with_later_keys(found), _with_later_keys(wanted)
+            if found == asked:
                 return
-            different = f"{directory} holds another study, of {_first_difference(found, wanted)}"
+            different = f"{directory} holds another study, of {_first_difference(found, asked)}"
             if _has_begun(directory):
                 raise ValueError(f"{different}; give its flags again, or another --directory")
             notices.report("study-replaced", f"{different}, which has no store and no trial yet: it is replaced")
+            (directory / STORE_FILE).unlink(missing_ok=True)
         write_atomically(path, json.dumps(wanted, indent=1))
+
+
+def _with_later_keys(study: dict) -> dict:
+    """Return a study with the keys of its config that it is too old to have."""
+    return {**study, "config": with_later_keys(study.get("config"))}
 
 
 def _has_begun(directory: Path) -> bool:
@@ -131,15 +144,39 @@ def _first_difference(found: object, wanted: object, name: str = "") -> str:
         for key in sorted({*found, *wanted}):
             if found.get(key) != wanted.get(key):
                 return _first_difference(found.get(key), wanted.get(key), f"{name}.{key}" if name else key)
+    if isinstance(found, list) and isinstance(wanted, list) and len(found) == len(wanted):
+        for number, (old, new) in enumerate(zip(found, wanted, strict=True)):
+            if old != new:
+                return _first_difference(old, new, f"{name}[{number}]")
     return f"{name}={json.dumps(found)[:80]}, not {json.dumps(wanted)[:80]}"
 
 
-def with_store(
-    config: TrainConfig, directory: Path, prepare_store: Callable[[TrainConfig, Path], Path | str]
-) -> TrainConfig:
-    """Return the config with the study's token store, which `prepare_store` makes or finds; one worker at a time."""
+def study_store(
+    config: TrainConfig, directory: Path, prepare_store: Callable[[TrainConfig, Path], TokenStore]
+) -> TokenStore:
+    """Return a study's token store, which `prepare_store` makes or finds; one worker at a time.
+
+    Raises:
+      ValueError: it is another one than that of the losses that are there.
+    """
     with _locked(directory):
-        location = prepare_store(config, directory)
+        store = prepare_store(config, directory)
+        path, found = directory / STORE_FILE, store.manifest.fingerprint
+        if path.is_file():
+            kept = _read_own(path, "and losses of two texts may be compared").get("fingerprint")
+            if kept != found:
+                raise ValueError(
+                    f"the token store of data.store={config.data.store} has the fingerprint {found}, but the losses in "
+                    f"{directory} are of one with {kept}: put that one back, or give another --directory"
+                )
+        else:
+            write_atomically(path, json.dumps({"fingerprint": found}))
+    return store
+
+
+def on_store(config: TrainConfig, store: TokenStore) -> TrainConfig:
+    """Return the config on a token store that is there."""
+    location = store.directory
     shown = str(location.resolve()) if isinstance(location, Path) else location
     return dataclasses.replace(
         config,
@@ -153,14 +190,16 @@ def work(
     choose: Choose,
     run_trial: RunTrial,
     *,
-    is_stopping: Callable[[], bool],
-    on_loss: Callable[[str], None],
+    stop: Stop,
     log: Callable[[str], None],
 ) -> dict[str, Result] | None:
     """Make trials until `choose` names no new one; return all results, or None if the run is to stop.
 
-    Trials that other workers are making are waited for. `on_loss` is called with a line, in a thread, if another worker
-    takes the trial that this one is making; it must end this process, or two would write to one workdir.
+    Trials that other workers are making are waited for. If another worker takes the trial that this one is making, this
+    process is ended at once, or two would write to one workdir.
+
+    Raises:
+      ValueError: a trial's device computes wrongly, so that it has no result.
     """
     seen: dict[Path, tuple[owner.Owner, float]] = {}
     while True:
@@ -170,11 +209,11 @@ def work(
             return results
         is_any_done = False
         for trial in left:
-            if is_stopping():
+            if stop.reason:
                 return None
             if _is_elsewhere(directory / TRIALS / trial.name, seen):
                 continue
-            with _claimed(directory, trial, on_loss) as is_ours:
+            with _claimed(directory, trial, stop) as is_ours:
                 if not is_ours:
                     continue
                 if read_result(directory, trial.name) is None:
@@ -220,16 +259,54 @@ def _read_own(path: Path, what_deleting_does: str) -> dict:
         raise ValueError(f"{error}; delete {path}, {what_deleting_does}") from error
 
 
-def start_workers(count: int, arguments: Sequence[str], *, directory: Path) -> list[subprocess.Popen]:
+@contextlib.contextmanager
+def workers_beside(
+    count: int, arguments: Sequence[str], *, directory: Path, stop: Stop, log: Callable[[str], None]
+) -> Iterator[None]:
+    """Have `count` - 1 processes of the command `arguments` beside this one, and wait for their ends.
+
+    Where this process is to stop, or fails, they are to leave checkpoints and end too.
+
+    Raises:
+      ValueError: there are more workers than GPUs or cores.
+    """
+    started: list[subprocess.Popen] = []
+
+    def end_all(code: int = 0, reason: str = "") -> None:
+        del code, reason
+        for process in started:
+            process.terminate()
+
+    with stop.calling_at_exit(end_all):
+        try:
+            start_workers(count, arguments, directory=directory, started=started)
+            yield
+        except BaseException:
+            end_all()
+            raise
+        finally:
+            if stop.reason:
+                end_all()
+            for number, process in enumerate(started, start=1):
+                if process.wait() and not stop.reason:
+                    log(f"worker {number} ended with exit code {process.returncode}: see {_log_of(directory, number)}")
+
+
+def _log_of(directory: Path, number: int) -> Path:
+    return directory / f"worker-{number}.txt"
+
+
+def start_workers(count: int, arguments: Sequence[str], *, directory: Path, started: list[subprocess.Popen]) -> None:
     """Start `count` - 1 processes of the command `arguments` and leave this process its own share of the machine.
 
-    GPUs are dealt out by CUDA_VISIBLE_DEVICES, otherwise CPU cores by affinity. Call it before a device is touched.
+    Each is added to `started`. GPUs are dealt out by CUDA_VISIBLE_DEVICES, otherwise CPU cores by affinity. Call it
+    before a device is touched.
 
     Raises:
       ValueError: there are more workers than GPUs or cores.
     """
     if count == 1:
-        return []
+        return
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
     if visible in ("", "-1") or os.environ.get("JAX_PLATFORMS") == "cpu":
         gpus = []
@@ -243,19 +320,17 @@ def start_workers(count: int, arguments: Sequence[str], *, directory: Path) -> l
         raise ValueError(f"--workers={count}, but there are {len(parts)} {'GPUs' if gpus else 'CPU cores'} here")
     shares = [parts[number * len(parts) // count : (number + 1) * len(parts) // count] for number in range(count)]
     directory.mkdir(parents=True, exist_ok=True)
-    started = []
     for number, share in enumerate(shares[1:], start=1):
         environment = {**os.environ, **({"CUDA_VISIBLE_DEVICES": ",".join(map(str, share))} if gpus else {})}
         if not gpus:
             os.sched_setaffinity(0, set(map(int, share)))  # which the process inherits
-        with open(directory / f"worker-{number}.txt", "ab") as log:
+        with open(_log_of(directory, number), "ab") as log:
             command = [sys.executable, "-m", "btlm_jax", *arguments]
             started.append(subprocess.Popen(command, env=environment, stdout=log, stderr=log))
     if gpus:
         os.environ["CUDA_VISIBLE_DEVICES"] = ",".join(map(str, shares[0]))
     else:
         os.sched_setaffinity(0, set(map(int, shares[0])))
-    return started
 
 
 def share_compiled(directory: Path) -> None:
@@ -276,6 +351,11 @@ def _make(directory: Path, trial: Trial, run_trial: RunTrial) -> Result | None:
         outcome = run_trial(trial.config, workdir)
     if outcome == PREEMPTED:
         return None
+    if outcome == WRONG_DEVICE:
+        raise ValueError(
+            f"a device computes wrongly, as {workdir / LOG_FILE} says: take its machine out, and give the same command "
+            "again"
+        )
     loss = None
     if outcome == DONE:
         found = float(read_json_object(workdir / SUMMARY_FILE)["heldout"]["loss"])
@@ -301,7 +381,7 @@ def _is_elsewhere(workdir: Path, seen: dict[Path, tuple[owner.Owner, float]]) ->
 
 
 @contextlib.contextmanager
-def _claimed(directory: Path, trial: Trial, on_loss: Callable[[str], None]) -> Iterator[bool]:
+def _claimed(directory: Path, trial: Trial, stop: Stop) -> Iterator[bool]:
     """Own the trial's workdir meanwhile; yield whether it is ours."""
     workdir = directory / TRIALS / trial.name
     workdir.mkdir(parents=True, exist_ok=True)
@@ -310,9 +390,10 @@ def _claimed(directory: Path, trial: Trial, on_loss: Callable[[str], None]) -> I
     except FileExistsError:
         yield False
         return
-    ownership.keep(on_loss=on_loss)
+    ownership.keep(on_loss=functools.partial(stop.end_now, ERROR))
     try:
-        yield True
+        with stop.calling_at_exit(lambda code, reason: ownership.release()):
+            yield True
     finally:
         ownership.release()
 

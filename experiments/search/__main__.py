@@ -22,6 +22,7 @@ from btlm_jax.storage.files import read_json_object
 from btlm_jax.train import SUMMARY_FILE
 from btlm_jax.tune import trials
 from experiments.study import (
+    check_text,
     config_of_size,
     define_sizes,
     make_one_store,
@@ -118,6 +119,7 @@ def conduct(arguments: Sequence[str]) -> int:
     config = train_config_from(load_config(FOLDER / "config.py", argument=size, changes={}))
     study = {"kind": FOLDER.name, "argument": size, "text": names_of(data), "config": dataclasses.asdict(config)}
     trials.begin_study(folder, study)
+    check_text(data, folder)
     store = make_one_store(config, data, folder)[""]
     large = large_arguments(folder, vocab_size=config.model.vocab_size, store=store)
     for command in (search_arguments(folder, size=size, store=store), *large):

@@ -118,6 +118,12 @@ def test_a_finished_run(workdir):
     ownership.release()
     status = status_of(str(workdir))
     assert (status.state, status.eta, status.next_save_step) == ("finished", None, None)
+    (workdir / CHECKPOINTS / str(LAST)).rename(workdir / "elsewhere")
+    status = status_of(str(workdir))
+    assert (status.state, status.exit_code, status.eta, status.steps_at_risk) == ("finished", 0, None, 0)
+    assert "no checkpoint any more" in (text := status_text(status)) and "trained again" not in text
+    StartRecord(workdir, run.ledger).write()  # another start, which was killed
+    assert status_of(str(workdir)).state == "killed"
 
 
 def test_a_process_that_is_gone_and_one_on_another_machine(workdir):

@@ -97,7 +97,7 @@ def test_a_step_that_is_computed_wrongly_stops_the_run_and_is_not_saved(
         assert found.outcomes == [loop.DONE]
         return
     assert (
-        found.outcomes == [loop.BAD_NUMBERS]
+        found.outcomes == [loop.WRONG_DEVICE]
         and sorted(p.name for p in (tmp_path / "run/checkpoints").iterdir())[-1] == "8"
     )
     said = "step 12: computed twice it has other bits on device 2 of process 0"

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import math
+import re
 
 import numpy as np
 import pytest
@@ -207,6 +208,20 @@ def test_a_trial_is_the_config_with_its_sizes_and_rate():
 def test_a_sweep_that_cannot_be_is_refused_at_once(change, said):
     with pytest.raises(ValueError, match=said):
         sweep(**change)
+
+
+@pytest.mark.parametrize(
+    ("flag", "said"),
+    [
+        ("--tokens=1,1000", "trials of --widths=40 --depths=2 --batches=1 --tokens=1000 cannot be run: .*max_epochs"),
+        ("--batches=1,0.5", "trials of .* --batches=0.5 --tokens=1 cannot be run: .*does not divide on 8 devices"),
+    ],
+)
+def test_a_trial_that_cannot_run_is_refused_before_the_others_are_made(token_store, tmp_path, capsys, flag, said):
+    config = write_config(tmp_path / "config.py", store=token_store)
+    command = ["tune", "lr-transfer", f"--directory={tmp_path / 'study'}", f"--config={config}", "--rates=-9:-7"]
+    assert main([*command, flag]) == 1
+    assert re.search(said, capsys.readouterr().err) and not (tmp_path / "study/trials").exists()
 
 
 @pytest.mark.slow

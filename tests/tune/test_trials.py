@@ -1,16 +1,22 @@
 """A directory of trials: each is made once, whoever takes part, and goes on after a stop."""
 
+import dataclasses
 import json
 import math
+import signal
+import subprocess
 import threading
+import types
 
 import numpy as np
 import pytest
 from support.tiny import tiny_config
 
 from btlm_jax import notices
+from btlm_jax.stopping import PEER_GONE, Stop, Stopped
 from btlm_jax.storage import owner
-from btlm_jax.train.loop import BAD_NUMBERS, DONE, PREEMPTED
+from btlm_jax.train.loop import BAD_NUMBERS, DONE, PREEMPTED, WRONG_DEVICE
+from btlm_jax.train.starts import read_sound_starts
 from btlm_jax.tune import trials
 from btlm_jax.tune.trials import Result, Trial, begin_study, read_result, work
 
@@ -28,13 +34,10 @@ def finish(config, workdir, outcome: str = DONE) -> str:
     return outcome
 
 
-def run_all(directory, choose, run_trial, **more):
-    return work(
-        directory,
-        choose,
-        run_trial,
-        **{"is_stopping": lambda: False, "on_loss": print, "log": lambda line: None, **more},
-    )
+def run_all(directory, choose, run_trial, *, reason=""):
+    stop = Stop()
+    stop.reason = reason
+    return work(directory, choose, run_trial, stop=stop, log=lambda line: None)
 
 
 def test_each_trial_is_made_once_by_workers_side_by_side(tmp_path, monkeypatch):
@@ -95,7 +98,7 @@ def test_a_stop_leaves_the_trial_to_be_gone_on_with(tmp_path):
     assert run_all(tmp_path, lambda _: [trial(0), trial(1)], stopped) is None
     assert read_result(tmp_path, "trial-0") is not None and read_result(tmp_path, "trial-1") is None
     assert (tmp_path / "trials/trial-1/checkpoints").is_dir()
-    assert run_all(tmp_path, lambda _: [trial(1)], finish, is_stopping=lambda: True) is None
+    assert run_all(tmp_path, lambda _: [trial(1)], finish, reason="SIGTERM") is None
     assert set(run_all(tmp_path, lambda _: [trial(0), trial(1)], finish)) == {"trial-0", "trial-1"}
 
 
@@ -103,6 +106,9 @@ def test_a_run_that_diverged_has_an_infinite_loss(tmp_path):
     found = run_all(tmp_path, lambda _: [trial(1)], lambda config, workdir: finish(config, workdir, BAD_NUMBERS))
     assert found["trial-1"].loss == math.inf
     assert json.loads((tmp_path / "trials/trial-1/result.json").read_text())["outcome"] == BAD_NUMBERS
+    with pytest.raises(ValueError, match="a device computes wrongly, as .*trial-2/log.txt says"):
+        run_all(tmp_path, lambda _: [trial(2)], lambda config, workdir: finish(config, workdir, WRONG_DEVICE))
+    assert not (tmp_path / "trials/trial-2/result.json").exists()
 
 
 def test_a_trial_of_another_owner_is_waited_for(tmp_path, monkeypatch):
@@ -143,8 +149,9 @@ def test_another_study_and_damaged_results_are_refused(tmp_path):
     begin_study(tmp_path, {"kind": "a", "config": {"x": (1, 2)}})
     (tmp_path / "trials/trial-0").mkdir(parents=True)
     begin_study(tmp_path, {"kind": "a", "config": {"x": (1, 2)}})
-    with pytest.raises(ValueError, match=r"another study, of config.x=\[1, 2\], not \[1, 3\]; give its flags again"):
-        begin_study(tmp_path, {"kind": "a", "config": {"x": (1, 3)}})
+    for other, said in (((1, 3), r"\[1\]=2, not 3"), ((1,), r"=\[1, 2\], not \[1\]")):
+        with pytest.raises(ValueError, match=rf"another study, of config.x{said}; give its flags again"):
+            begin_study(tmp_path, {"kind": "a", "config": {"x": other}})
     for contents, said in (
         ('{"loss": "low", "seconds": 1.0}', "has no loss and seconds"),
         ('{"lo', "is not valid JSON"),
@@ -157,13 +164,42 @@ def test_another_study_and_damaged_results_are_refused(tmp_path):
         begin_study(tmp_path, {"kind": "a"})
 
 
+def test_a_study_from_before_a_key_of_the_config_goes_on(tmp_path):
+    study = {"kind": "a", "config": dataclasses.asdict(tiny_config())}
+    begin_study(tmp_path, study)
+    (tmp_path / "trials/trial-0").mkdir(parents=True)
+    kept = json.loads((tmp_path / "study.json").read_text())
+    del kept["config"]["optimizer"]["average"], kept["config"]["log"]["reference"]
+    (tmp_path / "study.json").write_text(json.dumps(kept))
+    begin_study(tmp_path, study)
+    averaged = {"kind": "a", "config": dataclasses.asdict(tiny_config(optimizer__average="ema"))}
+    with pytest.raises(ValueError, match='of config.optimizer.average="none", not "ema"'):
+        begin_study(tmp_path, averaged)
+
+
+def test_a_study_is_of_one_token_store(tmp_path):
+    def prepare(fingerprint):
+        manifest = types.SimpleNamespace(fingerprint=fingerprint)
+        return lambda config, directory: types.SimpleNamespace(directory=tmp_path / "store", manifest=manifest)
+
+    config = tiny_config(corpus__source="installed_python")
+    for _ in range(2):
+        store = trials.study_store(config, tmp_path, prepare("one"))
+    on_it = trials.on_store(config, store)
+    assert (on_it.data.store, on_it.corpus.source) == (str(tmp_path / "store"), "prepared")
+    with pytest.raises(ValueError, match="store of data.store=.* has the fingerprint two, but the losses in .* one"):
+        trials.study_store(config, tmp_path, prepare("two"))
+
+
 def test_a_study_that_has_made_nothing_is_replaced(tmp_path):
     begin_study(tmp_path, {"kind": "a", "config": {"path": "gone"}})
     (tmp_path / "compile_cache").mkdir()
     (tmp_path / "compile_cache/made").touch()
+    (tmp_path / "store.json").write_text('{"fingerprint": "of another"}')
     (tmp_path / "trials").mkdir()
     begin_study(tmp_path, {"kind": "a", "config": {"path": "there"}})
     assert json.loads((tmp_path / "study.json").read_text())["config"] == {"path": "there"}
+    assert not (tmp_path / "store.json").exists()
     assert notices.counts()["study-replaced"] == 1
     (tmp_path / "store").mkdir()
     (tmp_path / "store/manifest.json").touch()
@@ -198,7 +234,7 @@ def test_workers_share_the_machine(tmp_path, monkeypatch, gpus, visible, platfor
     monkeypatch.setattr(trials.Path, "glob", lambda *_: [trials.Path("/dev/nvidia0")])
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
     monkeypatch.setenv("JAX_PLATFORMS", platforms)
-    trials.start_workers(2, ["tune", "search"], directory=tmp_path)
+    trials.start_workers(2, ["tune", "search"], directory=tmp_path, started=[])
     ((command, theirs, their_gpus),) = started
     assert command[1:] == ["-m", "btlm_jax", "tune", "search"]
     if gpus:
@@ -206,4 +242,59 @@ def test_workers_share_the_machine(tmp_path, monkeypatch, gpus, visible, platfor
     else:
         assert (sorted(cores), theirs) == ([0, 1], [2, 3, 4])
     with pytest.raises(ValueError, match="--workers=9, but there are"):
-        trials.start_workers(9, [], directory=tmp_path)
+        trials.start_workers(9, [], directory=tmp_path, started=[])
+
+
+def test_workers_end_with_a_command_that_is_stopped_before_its_first_trial(tmp_path, monkeypatch):
+    """By an error in the main thread, and by an end at once, at which it has no say."""
+    made = []
+
+    def start(count, arguments, *, directory, started):
+        made.append(subprocess.Popen(["sleep", "60"]))
+        started.append(made[-1])
+
+    monkeypatch.setattr(trials, "start_workers", start)
+    stop = Stop()
+    with pytest.raises(Stopped), trials.workers_beside(2, [], directory=tmp_path, stop=stop, log=print):
+        raise Stopped
+    with trials.workers_beside(2, [], directory=tmp_path, stop=stop, log=print):
+        monkeypatch.setattr("btlm_jax.stopping.os._exit", lambda code: None)
+        stop.end_now(75, "preempted")
+    assert [process.poll() for process in made] == [-signal.SIGTERM] * 2
+
+
+def test_trials_of_one_process_do_not_take_over_what_was_of_others(tmp_path, monkeypatch):
+    """Neither notices nor that there were steps: a stop while the second is set up is at once, and is recorded."""
+    from btlm_jax.cli.tune import make_run_trial
+    from btlm_jax.train import loop
+
+    now, codes = [100.0], []
+    stop = Stop(clock=lambda: now[0])
+    monkeypatch.setattr("btlm_jax.stopping.os._exit", codes.append)
+
+    def train(config, *, workdir, stop, **more):
+        if config.seed == 1:
+            notices.report("step-skipped", "no update", count=3)
+            stop.begin_steps()
+            stop.is_agreed(1)
+            return BAD_NUMBERS
+        assert stop.workdir == workdir
+        stop.end_now(PEER_GONE, "it stands still")
+        assert read_sound_starts(workdir)[0].code == PEER_GONE
+        stop._on_signal(signal.SIGTERM, None)
+        return DONE
+
+    monkeypatch.setattr(loop, "train", train)
+    run_trial = make_run_trial(stop)
+    for number in (1, 2):
+        (tmp_path / f"{number}").mkdir()
+    assert run_trial(tiny_config(seed=1), tmp_path / "1") == BAD_NUMBERS
+    for _ in range(8000):  # more than the hour in which a step was due
+        now[0] += 0.5
+        stop.tick()
+    assert codes == []
+    with pytest.raises(Stopped):
+        run_trial(tiny_config(seed=2), tmp_path / "2")
+    first, second = (read_sound_starts(tmp_path / f"{number}")[0] for number in (1, 2))
+    assert (first.notices, first.code) == ({"step-skipped": 3}, 76)
+    assert (second.notices, second.code, codes) == ({}, 75, [PEER_GONE])

@@ -232,11 +232,28 @@ def test_a_points_config_has_its_values_tokens_and_shares():
             {"config": tiny_config(optimizer__warmup_tokens=0), "num_rungs": 1, "space": search.DEFAULT_SPACE},
             "warmup, a factor of optimizer.warmup_tokens=0; leave it out",
         ),
+        *(
+            ({"space": (Dimension(key=key, low=0.1, high=0.4, scale=LOG),)}, said)
+            for key, said in (
+                ("optimizer.decay_share", "which optimizer.schedule=linear does not read; .* or give the config wsd"),
+                ("optimizer.average_share", "which does not change a point's loss"),
+                ("corpus.heldout_fraction", "which does not change a point's loss"),
+            )
+        ),
     ],
 )
 def test_a_search_that_cannot_be_is_refused(change, said):
     with pytest.raises(ValueError, match=said):
         made(**change)
+
+
+def test_a_batch_is_of_whole_rows_of_each_micro_batch():
+    space = (Dimension(key=BATCH, low=0.4, high=1.6, scale=LOG), SPACE[0])
+    tried = made(config=tiny_config(**LONG, mesh__accumulation=4), space=space, num_points=8, num_rungs=1)
+    sizes = {config.curriculum.batch_size for _, config in tried.shapes()}
+    assert sizes == {(8, 4), (16, 8), (24, 12)}
+    wsd = tiny_config(**LONG, optimizer__schedule="wsd")
+    made(config=wsd, space=(Dimension(key="optimizer.decay_share", low=0.1, high=0.4, scale=LOG),))
 
 
 def test_flags_that_cannot_be_are_refused(tmp_path, capsys):
@@ -348,4 +365,4 @@ def test_a_finished_search_is_reported_by_its_command(token_store, tmp_path, cap
     assert values["constants"]["mup.init_std"] == values["final"][0]["values"]["mup.init_std"]
     assert values["base"] == {"d_model": 20.0, "num_layers": 2, "preset": "btlm", "hidden_optimizer": "adamw"}
     assert main([*command, "--space", "mup.init_std=0.02:0.3"]) == 1
-    assert "holds another study, of space=" in capsys.readouterr().err
+    assert "holds another study, of space[0].high=0.2, not 0.3; give" in capsys.readouterr().err
