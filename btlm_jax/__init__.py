@@ -1,6 +1,7 @@
 """Train BTLM-3B-8K style language models in JAX. See docs/internals/map.md for the map of the files."""
 
 import os
+import signal
 import sys
 
 __version__ = "0.1.0"
@@ -22,6 +23,14 @@ def module_command(module: str) -> list[str]:
         *filter(None, [os.environ.get("PYTHONPATH")]),
     ]
     return ["/usr/bin/env", f"PYTHONPATH={os.pathsep.join(folders)}", sys.executable, "-P", "-m", module]
+
+
+def ending_of(returncode: int) -> str:
+    """Return how a child process ended, of what `subprocess` calls its returncode."""
+    if returncode >= 0:
+        return f"exit code {returncode}"
+    name = next((each.name for each in signal.Signals if each == -returncode), f"signal {-returncode}")
+    return f"killed by {name}" + ", perhaps for its memory" * (name == "SIGKILL")
 
 
 def interrupted_line(verb: str) -> str:

@@ -34,7 +34,7 @@ def reference() -> str:
 
 def find_readers() -> dict[tuple[str, str], set[str]]:
     """Return which files read each field of each config class: {(class, field): files}."""
-    trees = {path: ast.parse(path.read_text()) for path in sorted(PACKAGE.rglob("*.py"))}
+    trees = {path: ast.parse(path.read_text(encoding="utf-8")) for path in sorted(PACKAGE.rglob("*.py"))}
     types = _known_types(trees.values())
     readers: dict[tuple[str, str], set[str]] = {}
     for path, tree in trees.items():

@@ -17,6 +17,6 @@ def on_page_markdown(markdown: str, **_) -> str:
 
 
 def _contents(path: str) -> str:
-    text = (ROOT / path).read_text()
+    text = (ROOT / path).read_text(encoding="utf-8")
     text = re.sub(r"^(#+ )", r"#\1", text, flags=re.MULTILINE)
     return re.sub(r"^!\[.*\n?", "", text, flags=re.MULTILINE)

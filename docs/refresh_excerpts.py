@@ -43,7 +43,7 @@ def num_excerpts(page: str) -> int:
 def excerpt(match: re.Match) -> str:
     """Return the code that a marker names, dedented."""
     path, name = match["path"], match["name"]
-    source = (ROOT / path).read_text()
+    source = (ROOT / path).read_text(encoding="utf-8")
     node: ast.AST = ast.parse(source)
     for part in name.split("."):
         node = _child(node, part, where=f"{path}: {name}")
@@ -78,7 +78,7 @@ def _line_with(lines: list[str], text: str, *, after: int, where: str) -> int:
 
 if __name__ == "__main__":
     for path in sorted((ROOT / "docs").rglob("*.md")):
-        page = path.read_text()
+        page = path.read_text(encoding="utf-8")
         if (new := refreshed(page)) != page:
-            path.write_text(new)
+            path.write_text(new, encoding="utf-8")
             print(f"renewed {path.relative_to(ROOT)}", file=sys.stderr)

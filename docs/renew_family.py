@@ -56,7 +56,7 @@ def table() -> str:
 
 def command_of(path: Path) -> list[str]:
     """Return the arguments of btlm that wrote a file of the family, in its folder."""
-    (command,) = re.findall(r"^Written by: btlm (.*)$", path.read_text(), flags=re.MULTILINE)
+    (command,) = re.findall(r"^Written by: btlm (.*)$", path.read_text(encoding="utf-8"), flags=re.MULTILINE)
     return shlex.split(command)
 
 
@@ -94,4 +94,4 @@ if __name__ == "__main__":
     with contextlib.chdir(FAMILY):
         for file in sorted(FAMILY.glob("*.py")):
             assert main([*command_of(file), "--replace"]) == DONE, file
-    PAGE.write_text(renewed(PAGE.read_text()))
+    PAGE.write_text(renewed(PAGE.read_text(encoding="utf-8")), encoding="utf-8")

@@ -39,7 +39,7 @@ from btlm_jax.tokenizers.byte_level import ADDED_TOKENS_FILE, MERGES_FILE, SPECI
 from btlm_jax.tokenizers.sentencepiece_bpe import TOKENIZER_FILE
 from btlm_jax.tokenizers.special_tokens import client_tokens, id_of
 
-_CARD, _ADAPTER = "README.md", "adapter_config.json"
+_ADAPTER = "adapter_config.json"
 # Files of a Hugging Face directory beside its weights that are read; model code, *.py, is written anew.
 _READ = frozenset((
     CONFIG_FILE, GENERATION_CONFIG, TOKENIZER_CONFIG, SPECIAL_TOKENS_FILE, STORED_FILE, TOKENIZER_FILE, VOCAB_FILE,
@@ -184,7 +184,7 @@ def _write_and_prove(conversion: Conversion, partial: Path, *, log: Callable[[st
             del source
             proofs = _prove_jais(partial, ids_T, expected_TV, dtype=conversion.dtype)
         case "int4":
-            proofs = prove_int4(source, partial, ids_T, hashes=_write_int4(source, partial, conversion))
+            proofs = prove_int4(source, partial, ids_T, hashes=_write_int4(source, partial, conversion, log=log))
         case "gguf":
             path = partial / conversion.target.name
             _write_gguf(source, path, conversion)
@@ -199,11 +199,9 @@ def _write_and_prove(conversion: Conversion, partial: Path, *, log: Callable[[st
 
 
 def _report_files_left(directory: Path, *, weights: set[str]) -> None:
-    """Say which files of a Hugging Face directory are neither read nor written anew, others' model cards included."""
+    """Say which files of a Hugging Face directory are neither read nor kept, such as its model card."""
     names = {path.name for path in directory.iterdir() if path.is_file() and not path.name.startswith(".")}
     left = {name for name in names - _READ - weights if not name.endswith(".py")}
-    if _CARD in left and b"btlm_jax" in (directory / _CARD).read_bytes():
-        left.remove(_CARD)
     if left:
         said = f"{', '.join(sorted(left))} of {directory} are not carried over"
         said += f"; what {_ADAPTER} adds to the weights, where peft is installed, is not in them" * (_ADAPTER in left)
@@ -233,7 +231,7 @@ def _write_hf(source: Source, directory: Path, conversion: Conversion) -> None:
             notes=source.notes,
             generation_config=source.clients.generation_config,
             pad_token_id=pad_token_id(source.tokenizer, source.clients),
-            evaluation=read_evaluation_card(conversion.source),
+            evaluation=read_evaluation_card(conversion.source, step=source.step),
             report=report,
         )
 
@@ -265,10 +263,14 @@ def _write_tokenizer(source: Source, directory: Path) -> None:
         )
 
 
-def _write_int4(source: Source, directory: Path, conversion: Conversion) -> dict[str, str]:
+def _write_int4(
+    source: Source, directory: Path, conversion: Conversion, *, log: Callable[[str], None]
+) -> dict[str, str]:
     method, ids_BT = Method(conversion.method), None
     if method.is_calibrated:
         ids_BT = calibration_ids(conversion.source, source.tokenizer, text=conversion.calibration)
+        text = conversion.calibration or "the run's training data"
+        log(f"calibrating on {ids_BT.size:,} tokens of {text}, in rows of {ids_BT.shape[1]:,}")
     with item_bar(len(source.tensors.shapes), unit="tensor") as report:
         return write_int4(source, directory, method=method, calibration_BT=ids_BT, report=report)
 

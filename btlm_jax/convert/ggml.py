@@ -138,14 +138,20 @@ def row_encoder(type_name: str) -> Callable[[np.ndarray], np.ndarray]:
 @functools.cache
 def _llama_cpp_quantizer() -> Callable[..., int]:
     """Return ggml_quantize_chunk(type, rows, blocks, first value, number of rows, row length, importance)."""
+    failed = []
     for package, pattern in (("llama_cpp", "lib/libggml-base.*"), ("xllamacpp", "xllamacpp*.so")):
         spec = importlib.util.find_spec(package)
         for path in sorted(Path(spec.origin).parent.glob(pattern)) if spec and spec.origin else ():
-            function = ctypes.CDLL(str(path)).ggml_quantize_chunk
+            try:
+                function = ctypes.CDLL(str(path)).ggml_quantize_chunk
+            except (OSError, AttributeError) as error:  # of another system, or of a version that hides it
+                failed.append(f"; {path} cannot be used: {error}")
+                continue
             function.restype = ctypes.c_size_t
             function.argtypes = [ctypes.c_int, *[ctypes.c_void_p] * 2, *[ctypes.c_int64] * 3, ctypes.c_void_p]
             return function
     raise ValueError(
         "K-quants are made by llama.cpp's own code, and neither package that carries it is installed: pip install "
         "xllamacpp (or llama-cpp-python); or write BF16 here and run llama-quantize on it; Q8_0 and Q4_0 need neither"
+        + "".join(failed)
     )

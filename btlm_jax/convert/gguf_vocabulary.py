@@ -90,6 +90,11 @@ def vocabulary_of(tokenizer: Tokenizer, *, prompt_bos_id: int | None = None) -> 
                 "this tokenizer cuts words by another pattern than GPT-2's; llama.cpp would make other ids, so it "
                 "cannot be written as GGUF"
             )
+        if not tokenizer.merges:
+            raise ValueError(
+                "this tokenizer has no merges, without which llama.cpp reads no byte-level tokenizer; it cannot be "
+                "written as GGUF"
+            )
         return ByteLevelVocabulary(
             tokens=tuple(tokenizer.tokens),
             merges=tuple(tokenizer.merges),
@@ -119,7 +124,7 @@ def _symbol_ids(tokenizer: JsonTokenizer) -> list[int]:
 
 
 def add_vocabulary(writer: GGUFWriter, vocabulary: Vocabulary | None, *, vocab_size: int) -> None:
-    """Add the tokenizer's keys; ids without a token are named [PADi]. None is a model without a tokenizer.
+    """Add the tokenizer's keys; ids without a token are named [PADi], or [[PADi]]. None is a model without a tokenizer.
 
     Raises:
       ValueError: there are more tokens than rows of the embedding.
@@ -131,7 +136,10 @@ def add_vocabulary(writer: GGUFWriter, vocabulary: Vocabulary | None, *, vocab_s
     missing = vocab_size - len(tokens)
     if missing < 0:
         raise ValueError(f"the tokenizer has {len(tokens)} tokens, but the model only {vocab_size} embeddings")
+    names = set(tokens)
     padding = [f"[PAD{number}]" for number in range(len(tokens), vocab_size)]
+    while any(name in names for name in padding):  # llama.cpp reads no file with two equal names
+        padding = [f"[{name}]" for name in padding]
     types: Sequence[int]
     if isinstance(vocabulary, ByteLevelVocabulary):
         writer.add_tokenizer_model("gpt2")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import os
 from collections.abc import Callable, Iterator
@@ -17,6 +18,7 @@ from btlm_jax.convert.gguf_vocabulary import Vocabulary, add_vocabulary
 from btlm_jax.hub.client_files import GENERATION_CONFIG, ClientSettings
 from btlm_jax.hub.gguf import import_gguf
 from btlm_jax.hub.published import EMBEDDING, FINAL_NORM, PublishedConfig, Tensors, block_prefix, block_shapes
+from btlm_jax.storage.files import naming
 from btlm_jax.tokenizers.template_files import template_value
 
 if TYPE_CHECKING:
@@ -98,7 +100,7 @@ def write_gguf(
         row_encoder(type_name)  # raises for a missing library now, not after an hour
     gguf = import_gguf()
     writer = gguf.GGUFWriter(path, "jais")
-    try:
+    with naming(path), contextlib.closing(writer):  # on a full disk closing fails too
         _add_keys(writer, folded.config, file_type=file_type)
         add_vocabulary(writer, tokenizer, vocab_size=config.vocab_size)
         _add_settings(writer, settings, eos_id=config.eos_token_id, has_tokenizer=tokenizer is not None)
@@ -113,8 +115,6 @@ def write_gguf(
         for entry in entries:
             report(entry.name)
             writer.write_tensor_data(_encoded(folded, entry))
-    finally:
-        writer.close()
     _sync(path)
 
 

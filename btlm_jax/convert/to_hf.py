@@ -19,6 +19,7 @@ from btlm_jax.hub.evaluation_card import EvaluationCard
 from btlm_jax.hub.huggingface import FILE_HASHES, file_hashes
 from btlm_jax.hub.published import BTLM, CONFIG_FILE, SLOPES, PublishedConfig, Tensors, tensor_shapes
 from btlm_jax.hub.safetensors_files import TensorToWrite, write_safetensors
+from btlm_jax.storage.files import write_atomically
 
 REMOTE_CODE = Path(__file__).parent / "remote_code"
 MODEL_FILES = tuple(sorted(REMOTE_CODE.glob("*_btlm.py")))
@@ -55,7 +56,7 @@ def write_hf(
     for path in MODEL_FILES:
         shutil.copyfile(path, directory / path.name)
     card = model_card(config, dtype=dtype, notes=notes)
-    (directory / "README.md").write_text(f"{card}\n{evaluation.text}" if evaluation.text else card)
+    write_atomically(directory / "README.md", f"{card}\n{evaluation.text}" if evaluation.text else card)
     for name, contents in evaluation.plots.items():
         (directory / name).write_bytes(contents)
 
@@ -141,10 +142,10 @@ def model_card(config: PublishedConfig, *, dtype: str, notes: Mapping[str, str])
         "feed-forward width": f"{config.n_inner:,} (SwiGLU)",
         "vocabulary": f"{config.vocab_size:,}",
         "positions": f"ALiBi, trained to {config.n_positions:,} tokens",
-        "weights": dtype,
+        "dtype of the weights": dtype,
         **notes,
     }
-    table = "\n".join(f"| {name} | {value} |" for name, value in rows.items())
+    table = "\n".join(f"| {_cell(name)} | {_cell(value)} |" for name, value in rows.items())
     return f"""---
 library_name: transformers
 pipeline_tag: text-generation
@@ -174,5 +175,9 @@ of the data's biases and of what the model should not be used for: whoever publi
 """
 
 
+def _cell(text: str) -> str:
+    return " ".join(text.split()).replace("|", "/")
+
+
 def _write_json(path: Path, values: dict) -> None:
-    path.write_text(json.dumps(values, indent=2, sort_keys=True) + "\n")
+    write_atomically(path, json.dumps(values, indent=2, sort_keys=True) + "\n")

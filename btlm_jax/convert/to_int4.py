@@ -12,6 +12,7 @@ import numpy as np
 from btlm_jax.convert.prove import Proof, compare
 from btlm_jax.data.loader import read_rows
 from btlm_jax.data.reader import open_store
+from btlm_jax.data.store import TRAIN
 from btlm_jax.decode.cpu_decoder import CpuDecoder
 from btlm_jax.hub.native import is_run, store_of_run
 from btlm_jax.hub.numpy_network import streamed_logits
@@ -22,6 +23,7 @@ from btlm_jax.quantize.quantize_model import Method, QuantizedTensor, dequantize
 from btlm_jax.tokenizers.tokenizer import Tokenizer
 
 _CALIBRATION_ROWS, _CALIBRATION_LENGTH = 32, 512
+_READ_OF_TEXT = 1 << 20  # characters, of which many more than those rows are made
 # Both are relative to the largest logit. The first allows for float32 sums in another order. Rounding to 4 bits gives
 # 0.01 on trained models and 0.5 on tiny random ones; logits of 0 would give 1, unrelated logits 1.4.
 _SAME_VALUES_TOLERANCE = 1e-4
@@ -33,17 +35,18 @@ def _hash_of(array: np.ndarray) -> str:
 
 
 def calibration_ids(directory: Path, tokenizer: Tokenizer | None, *, text: Path | None) -> np.ndarray:
-    """Return ids_BT to calibrate on, from a text file, or else from evenly spaced blocks of a run's training data.
+    """Return ids_BT to calibrate on: the beginning of a text, or else evenly spaced parts of a run's training data.
 
     Raises:
-      FileNotFoundError, ValueError: there is neither, or the text is too short.
+      FileNotFoundError, ValueError: there is neither, it is too short, or the store is not the one of the run.
       OSError: the run's store cannot be reached.
     """
     if text is not None:
         if tokenizer is None:
             raise ValueError(f"{directory} holds no tokenizer to read {text} with; use --method=hqq, without a text")
         try:
-            ids = np.array(tokenizer.encode(text.read_text(encoding="utf-8")))
+            with open(text, encoding="utf-8") as file:
+                ids = np.array(tokenizer.encode(file.read(_READ_OF_TEXT)))
         except UnicodeDecodeError as error:
             raise ValueError(f"calibration={text} is no text: {error}") from error
         num_rows = min(_CALIBRATION_ROWS, len(ids) // _CALIBRATION_LENGTH)
@@ -52,15 +55,30 @@ def calibration_ids(directory: Path, tokenizer: Tokenizer | None, *, text: Path 
         return ids[: num_rows * _CALIBRATION_LENGTH].reshape(num_rows, _CALIBRATION_LENGTH)
     if not is_run(directory):
         raise ValueError(f"{directory} is no training run: give --calibration=TEXTFILE, or --method=hqq, without one")
+    instead = "give --calibration=TEXTFILE, or --method=hqq, which needs no text"
+    given = store_of_run(directory)
     try:
-        reader = open_store(store_of_run(directory), expected_fingerprint="").split("train")
+        token_store = open_store(given.location, expected_fingerprint="")
     except FileNotFoundError as error:
-        raise FileNotFoundError(
-            f"the token store of the run {directory} is not here ({error}): give --calibration=TEXTFILE, or "
-            "--method=hqq, which needs no text"
-        ) from error
-    starts = [(int(block), 0) for block in np.linspace(0, len(reader) - 1, _CALIBRATION_ROWS)]
-    return read_rows(reader, starts, seq_len=min(reader.block_len, _CALIBRATION_LENGTH))["inputs_BT"]
+        raise FileNotFoundError(f"the token store of the run {directory} is not here ({error}): {instead}") from error
+    if token_store.manifest.fingerprint != given.fingerprint:
+        raise ValueError(
+            f"token store {given.location} is not the one that the run {directory} was trained on: its fingerprint is "
+            f"{token_store.manifest.fingerprint}, not {given.fingerprint}; {instead}"
+        )
+    reader = token_store.split(TRAIN)
+    seq_len = min(reader.block_len, _CALIBRATION_LENGTH)
+    per_block = reader.block_len // seq_len
+    windows = np.unique(np.linspace(0, len(reader) * per_block - 1, _CALIBRATION_ROWS).astype(int)).tolist()
+    starts = [(window // per_block, window % per_block * seq_len) for window in windows]
+    rows = read_rows(reader, starts, seq_len=seq_len)
+    ids_BT = rows["inputs_BT"][rows["weights_BT"].any(1)]  # a stream's last block may be padding for the most part
+    if ids_BT.size < _CALIBRATION_LENGTH:
+        raise ValueError(
+            f"token store {given.location} has {ids_BT.size:,} tokens to calibrate on; at least "
+            f"{_CALIBRATION_LENGTH:,} are needed: {instead}"
+        )
+    return ids_BT
 
 
 def write_int4(

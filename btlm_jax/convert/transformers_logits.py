@@ -15,7 +15,7 @@ from pathlib import Path
 
 import numpy as np
 
-from btlm_jax import module_command
+from btlm_jax import ending_of, module_command
 
 
 def has_transformers() -> bool:
@@ -27,16 +27,23 @@ def transformers_logits(directory: Path, ids_T: np.ndarray) -> np.ndarray:
     """Return the float32 logits_TV that AutoModelForCausalLM gives, in the dtype of the exported weights.
 
     Raises:
-      ValueError: transformers cannot load or run the directory; the message ends with its last line.
+      ValueError: transformers cannot load or run the directory; the message ends with the error's last line.
+      OSError: its process was killed.
     """
     with tempfile.TemporaryDirectory() as scratch:
         ids_file, logits_file = Path(scratch) / "ids.npy", Path(scratch) / "logits.npy"
         np.save(ids_file, ids_T)
         command = [*module_command(__name__), str(directory.resolve()), str(ids_file), str(logits_file)]
         environment = os.environ | {"HF_HUB_OFFLINE": "1", "HF_HOME": scratch, "HF_MODULES_CACHE": scratch}
-        done = subprocess.run(command, env=environment, capture_output=True, text=True)
+        done = subprocess.run(command, env=environment, capture_output=True)
+        if done.returncode < 0:  # what it said before has nothing to do with that
+            raise OSError(
+                f"the process that ran the exported model with transformers was {ending_of(done.returncode)}; nothing "
+                "was kept: give the command again where the model fits into memory a second time"
+            )
         if done.returncode:
-            reason = (done.stderr.strip().splitlines() or [f"exit code {done.returncode}"])[-1]
+            said = done.stderr.decode(errors="replace").strip().splitlines()
+            reason = (said or [ending_of(done.returncode)])[-1]
             raise ValueError(f"transformers cannot run the exported model in {directory}: {reason}")
         return np.load(logits_file)
 

@@ -339,4 +339,4 @@ def _own_store(checkpoint: Checkpoint) -> PathOrUrl:
     """Return the token store that a run was trained on."""
     if checkpoint.form != RUN or checkpoint.is_fetched:
         raise ValueError(f"{checkpoint.name} is no run on this machine with a token store: give --text or --store")
-    return store_of_run(checkpoint.directory)
+    return store_of_run(checkpoint.directory).location

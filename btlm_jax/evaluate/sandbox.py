@@ -15,7 +15,7 @@ import subprocess
 import sys
 import tempfile
 
-from btlm_jax import notices
+from btlm_jax import ending_of, notices
 
 MEMORY_BYTES, FILE_BYTES, NUM_FILES = 2 << 30, 1 << 20, 64
 PASSED, TIMED_OUT = "passed", "timed out"
@@ -67,7 +67,7 @@ def run_program(program: str, *, seconds: float) -> str:
         said = (report.read() or b"").decode("utf-8", "replace")
     if said == word:
         return PASSED
-    return said or f"ended early with exit code {process.returncode}"
+    return said or f"ended early: {ending_of(process.returncode)}"
 
 
 @functools.cache

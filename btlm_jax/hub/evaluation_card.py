@@ -8,9 +8,7 @@ from typing import Any
 
 from btlm_jax import notices
 from btlm_jax.hub.given_model import fingerprint_of_checkpoint, fingerprint_of_model
-from btlm_jax.hub.native import is_run, split_average
 from btlm_jax.storage.files import hash_json, read_json_object
-from btlm_jax.train.checkpoint import checkpoint_steps
 
 FOLDER, REPORT_FILE, CARD_FILE = "evaluation", "evaluation.json", "evaluation.md"
 FORMAT = "btlm evaluation report 2"
@@ -48,13 +46,12 @@ def read_report(path: Path) -> dict[str, Any]:
     return report
 
 
-def read_evaluation_card(directory: Path) -> EvaluationCard:
-    """Return the card of the evaluation of a model, of a run that of its last checkpoint; NO_CARD if there is none.
+def read_evaluation_card(directory: Path, *, step: int) -> EvaluationCard:
+    """Return the card of the evaluation of a model; NO_CARD if there is none. `step` is as in `evaluation_folder`.
 
     Raises:
       OSError: a file cannot be read.
     """
-    step = checkpoint_steps(split_average(directory)[0])[-1] if is_run(directory) else 0
     folder = evaluation_folder(directory, step=step)
     report, card = folder / REPORT_FILE, folder / CARD_FILE
     if not report.is_file() or not card.is_file():

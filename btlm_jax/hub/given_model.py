@@ -108,7 +108,8 @@ def fetch_model(url: str, *, step: int, directory: Path, log: Callable[[str], No
     files = list_files(url, left_out=lambda name, names: "")
     names = {name for name, _, _ in files}
     check_names(names, root=url)
-    steps = [int(parts[1]) for name in names if (parts := name.split("/"))[0] == CHECKPOINTS and len(parts) > 2]
+    folders = {parts[1] for name in names if (parts := name.split("/"))[0] == CHECKPOINTS and len(parts) > 2}
+    steps = [int(name) for name in folders if name.isdecimal()]  # others are of others, or of saves that were killed
     if SESSION in names:  # of a run in a bucket, whose checkpoints count once they are committed
         steps = [each for each in steps if f"{CHECKPOINTS}/{each}/{COMMIT}" in names]
         if step and step not in steps:

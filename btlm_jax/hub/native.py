@@ -69,6 +69,7 @@ class NativeModel:
     params: dict
     mesh: Mesh
     tokenizer: Tokenizer | None
+    step: int = 0  # of a run's checkpoint; otherwise 0
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -131,8 +132,11 @@ def read_run(workdir: Path, *, check: Callable[[ModelMetadata], object] = accept
     check(checkpoint.metadata)
     mesh = one_device_mesh()
     abstract = abstract_params(checkpoint.metadata, mesh)
-    params = read_weights(reader, checkpoint.position.step, workdir=workdir, abstract=abstract)
-    return NativeModel(metadata=checkpoint.metadata, params=params, mesh=mesh, tokenizer=checkpoint.tokenizer)
+    step = checkpoint.position.step
+    params = read_weights(reader, step, workdir=workdir, abstract=abstract)
+    return NativeModel(
+        metadata=checkpoint.metadata, params=params, mesh=mesh, tokenizer=checkpoint.tokenizer, step=step
+    )
 
 
 def read_weights(reader: CheckpointReader, step: int, *, workdir: Path, abstract: dict) -> dict:
@@ -144,7 +148,8 @@ def read_weights(reader: CheckpointReader, step: int, *, workdir: Path, abstract
 def read_run_checkpoint(reader: CheckpointReader, step: int, *, workdir: Path) -> RunCheckpoint:
     """Read what belongs to a checkpoint of a run beside its arrays; raises as `read_run`."""
     (position, config), (run, is_average) = reader.read_metadata(step), split_average(workdir)
-    notes = {"steps": f"{step:,}", "tokens": f"{position.tokens_seen:,}"} | _heldout_notes(workdir, step)
+    notes = {"steps": f"{step:,}", "tokens": f"{position.tokens_seen:,}"}
+    notes |= _heldout_notes(run, step, key="heldout_of_average" if is_average else "heldout")
     if is_average:
         if config.optimizer.average == "none":
             raise ValueError(f"{run} keeps no average of its weights: it was trained with optimizer.average=none")
@@ -171,8 +176,16 @@ def read_run_checkpoint(reader: CheckpointReader, step: int, *, workdir: Path) -
     return RunCheckpoint(metadata=metadata, tokenizer=tokenizer, position=position, config=config)
 
 
-def store_of_run(workdir: Path) -> PathOrUrl:
-    """Return the location of a run's token store; of WORKDIR/average it is the run's.
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class StoreOfRun:
+    """The token store that a run is trained on: where it was, and which."""
+
+    location: PathOrUrl
+    fingerprint: str
+
+
+def store_of_run(workdir: Path) -> StoreOfRun:
+    """Return a run's token store as its last checkpoint has it; of WORKDIR/average it is the run's.
 
     Raises:
       FileNotFoundError: there is no checkpoint.
@@ -180,8 +193,8 @@ def store_of_run(workdir: Path) -> PathOrUrl:
     """
     run, _ = split_average(workdir)
     reader = CheckpointReader(run)
-    _, config = reader.read_metadata(reader.steps()[-1])
-    return resolve_location(run, config.data.store)
+    position, config = reader.read_metadata(reader.steps()[-1])
+    return StoreOfRun(location=resolve_location(run, config.data.store), fingerprint=position.store_fingerprint)
 
 
 def read_model_directory(directory: Path) -> NativeModel:
@@ -341,18 +354,21 @@ def _id_or_none(value: object) -> int | None:
     return None if value is None else _whole(value, name="prompt_bos_id")
 
 
-def _heldout_notes(workdir: Path, step: int) -> dict[str, str]:
-    """Return the held-out bits per byte of each source, if the run has finished at this step."""
+def _heldout_notes(workdir: Path, step: int, *, key: str) -> dict[str, str]:
+    """Return the held-out bits per byte of each source, if the run has finished at this step and measured them.
+
+    `key` is what the run's summary calls them, of its last weights or of their average.
+    """
     path = workdir / SUMMARY_FILE
     if not path.is_file():
         return {}
     summary = read_json_object(path)
-    if summary.get("num_steps") != step:
+    if summary.get("num_steps") != step or (key != "heldout" and key not in summary):
         return {}
     try:
-        sources = summary["heldout"]["sources"].items()
+        sources = summary[key]["sources"].items()
         return {f"held-out bits/byte, {name}": f"{source['bits_per_byte']:.4f}" for name, source in sources}
     except (KeyError, TypeError, AttributeError, ValueError) as error:
         raise ValueError(
-            f"{path} is damaged: it has no heldout.sources with bits_per_byte of each ({error!r}); restore or delete it"
+            f"{path} is damaged: it has no {key}.sources with bits_per_byte of each ({error!r}); restore or delete it"
         ) from error

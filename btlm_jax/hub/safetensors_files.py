@@ -21,7 +21,7 @@ from pathlib import Path
 import numpy as np
 from safetensors import SafetensorError, safe_open
 
-from btlm_jax.storage.files import check_no_lfs_pointer, hash_file
+from btlm_jax.storage.files import check_no_lfs_pointer, hash_file, naming, write_atomically
 
 SINGLE_FILE, INDEX_FILE = "model.safetensors", "model.safetensors.index.json"
 _DTYPE_NAMES = {"float32": "F32", "float16": "F16", "bfloat16": "BF16", "uint32": "U32"}
@@ -123,7 +123,7 @@ def write_safetensors(
         weight_map |= {tensor.name: name for tensor in shard}
     total = sum(tensor.num_bytes for tensor in tensors)
     index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
-    (directory / INDEX_FILE).write_text(json.dumps(index, indent=2) + "\n")
+    write_atomically(directory / INDEX_FILE, json.dumps(index, indent=2) + "\n")
     return [*files, directory / INDEX_FILE]
 
 
@@ -162,7 +162,7 @@ def _write_file(path: Path, tensors: Sequence[TensorToWrite], *, metadata: Mappi
         offset += tensor.num_bytes
     header[_METADATA] = dict(metadata)
     encoded = _encode_header(header, hashes)
-    with open(path, "wb") as file:
+    with naming(path), open(path, "wb") as file:  # on a full disk closing fails too
         file.write(encoded)
         for tensor in tensors:
             array = tensor.make()

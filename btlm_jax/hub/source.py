@@ -61,6 +61,7 @@ class HuggingFaceSource:
         self.config: PublishedConfig = dataclasses.replace(config, eos_token_id=eos_id, bos_token_id=bos_id)
         self.prompt_bos_id = None if self.tokenizer is None else read_prompt_bos(directory, self.tokenizer)
         self.notes: dict[str, str] = {}
+        self.step = 0
 
     def metadata(self) -> ModelMetadata:
         """Return the model's metadata; it computes in bfloat16 if its weights are stored so, else in float32."""
@@ -88,7 +89,7 @@ class NativeSource:
         scale = make_parametrization(native.metadata.mup, native.metadata.model).residual_scale
         self.tensors: Tensors = NativeTensors(native.params, self.config, residual_scale=scale)
         self.tokenizer, self.prompt_bos_id = native.tokenizer, native.metadata.prompt_bos_id
-        self.notes = native.metadata.notes
+        self.notes, self.step = native.metadata.notes, native.step
         self.clients = native.metadata.clients
 
     def metadata(self) -> ModelMetadata:

@@ -33,7 +33,7 @@ from pathlib import Path
 
 import jax
 
-from btlm_jax import notices
+from btlm_jax import ending_of, notices
 from btlm_jax.storage.files import cache_directory, read_json_object, write_atomically
 
 # Sizes that the sources and Python share; the sources are compiled with each as BTLM_<its name>.
@@ -364,8 +364,8 @@ def _compile(command: list[str], library: _Library) -> bytes:
         )
         if process.returncode == 0:
             return output.read_bytes()
-    lines = process.stderr.strip().splitlines()
-    raise OSError(f"{' '.join(command)} failed: {next((line for line in lines if 'error' in line), lines[-1:])}")
+    lines = process.stderr.strip().splitlines() or [ending_of(process.returncode)]
+    raise OSError(f"{' '.join(command)} failed: {next((line for line in lines if 'error' in line), lines[-1])}")
 
 
 def _compilers() -> list[list[str]]:

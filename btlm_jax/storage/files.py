@@ -78,7 +78,7 @@ class AtomicFile:
     def write(self, data: bytes | memoryview) -> None:
         """Append bytes."""
         self._hash.update(data)
-        with _named(self.path):
+        with naming(self.path):
             self._file.write(data)
 
     @property
@@ -90,7 +90,7 @@ class AtomicFile:
         if kind is not None:
             self._stack.__exit__(kind, error, traceback)
             return
-        with _named(self.path), self._stack:  # on a full disk even closing fails, and then the file is not renamed
+        with naming(self.path), self._stack:  # on a full disk even closing fails, and then the file is not renamed
             self._file.flush()
             os.fsync(self._file.fileno())
 
@@ -156,7 +156,7 @@ def hash_file(path: Path) -> str:
 
 
 @contextlib.contextmanager
-def _named(path: Path) -> Iterator[None]:
+def naming(path: Path) -> Iterator[None]:
     """Have an error of writing, such as of a full disk, name the file."""
     try:
         yield

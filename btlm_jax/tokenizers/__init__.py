@@ -6,7 +6,7 @@ import pickle
 import subprocess
 from collections.abc import Iterable
 
-from btlm_jax import module_command
+from btlm_jax import ending_of, module_command
 
 MAX_VOCAB_SIZE = 1 << 22  # of a tokenizer that is trained; libraries take memory for all of it at once
 _PROGRAM = "btlm_jax.tokenizers.train_process"
@@ -42,8 +42,7 @@ def train_in_process(kind: str, texts: Iterable[str], *, vocab_size: int) -> byt
             raise
     if process.returncode:
         raise OSError(
-            f"the process that trained the tokenizer ended with {process.returncode}, perhaps for its memory; what it "
-            "said is above"
+            f"the process that trained the tokenizer ended: {ending_of(process.returncode)}; what it said is above"
         )
     result = pickle.loads(answer)
     if isinstance(result, str):

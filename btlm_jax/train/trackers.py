@@ -32,7 +32,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import IO, Any
 
-from btlm_jax import install_command, module_command, notices
+from btlm_jax import ending_of, install_command, module_command, notices
 from btlm_jax.display.progress import print_line
 from btlm_jax.recipe.config import TrainConfig, config_from, train_config_from
 from btlm_jax.storage.files import hash_json, lock_open_file, read_json_object, write_atomically
@@ -118,7 +118,7 @@ class TrackerProcess:
 
     def _ended(self, process: subprocess.Popen, said: bytes) -> None:
         self._print(said)
-        self._stopped(f"it ended with {process.returncode}: {self._last_line()}")
+        self._stopped(f"it ended ({ending_of(process.returncode)}): {self._last_line()}")
 
     def _stopped(self, reason: str) -> None:
         self._process = None

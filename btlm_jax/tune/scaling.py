@@ -371,7 +371,7 @@ def predictions_file(law: Path) -> Path:
 def record(path: Path, values: dict) -> str:
     """Add a line to a record; return its hash, which is in it and of all else that is."""
     line = {**values, "sha256": hash_json(values)}
-    earlier = path.read_text() if path.is_file() else ""
+    earlier = path.read_text(encoding="utf-8") if path.is_file() else ""
     write_atomically(path, earlier + json.dumps(line) + "\n")
     return line["sha256"]
 
@@ -385,7 +385,7 @@ def recorded_predictions(path: Path) -> list[dict]:
     if not path.is_file():
         return []
     found = []
-    for number, text in enumerate(path.read_text().splitlines(), start=1):
+    for number, text in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
         try:
             line = json.loads(text)
             own = line.pop("sha256")

@@ -31,7 +31,7 @@ from pathlib import Path
 
 import numpy as np
 
-from btlm_jax import notices
+from btlm_jax import ending_of, notices
 from btlm_jax.data.reader import TokenStore
 from btlm_jax.recipe.config import PREPARED, TrainConfig, with_later_keys
 from btlm_jax.stopping import ERROR, Stop
@@ -289,7 +289,7 @@ def workers_beside(
                 end_all()
             for number, process in enumerate(started, start=1):
                 if process.wait() and not stop.reason:
-                    log(f"worker {number} ended with exit code {process.returncode}: see {_log_of(directory, number)}")
+                    log(f"worker {number} ended ({ending_of(process.returncode)}): see {_log_of(directory, number)}")
 
 
 def _log_of(directory: Path, number: int) -> Path:

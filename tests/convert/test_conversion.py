@@ -17,9 +17,10 @@ from support.published_files import NAMES, ORACLES, oracle_array, oracle_weights
 from btlm_jax import notices
 from btlm_jax.cli import main
 from btlm_jax.convert import conversion, to_gguf
+from btlm_jax.convert import transformers_logits as logits_module
 from btlm_jax.convert.conversion import Conversion, convert
 from btlm_jax.convert.ggml import FILE_TYPES
-from btlm_jax.convert.to_hf import cast_tensor
+from btlm_jax.convert.to_hf import cast_tensor, model_card
 from btlm_jax.hub.gguf import GGUFFile
 from btlm_jax.hub.native import read_model_directory, read_run
 from btlm_jax.hub.numpy_network import streamed_logits
@@ -113,6 +114,23 @@ def test_what_transformers_computes_decides(monkeypatch, tmp_path):
     with pytest.raises(ValueError, match="does not compute the same, so it was not kept: transformers: largest"):
         make(ORACLES / "tiny", tmp_path / "wrong")
     assert {path.name for path in tmp_path.iterdir()} == {"hf", "half"}
+
+
+def test_a_killed_process_of_transformers_is_said_and_not_what_it_said_before(monkeypatch, tmp_path):
+    script = "echo a warning >&2; kill -9 $$"
+    monkeypatch.setattr(logits_module, "module_command", lambda module: ["/bin/sh", "-c", script])
+    with pytest.raises(OSError, match="with transformers was killed by SIGKILL, perhaps for its memory; nothing was"):
+        logits_module.transformers_logits(tmp_path, np.arange(3))
+    script = "echo a warning >&2; echo ValueError: no such layer >&2; exit 1"
+    with pytest.raises(ValueError, match="cannot run the exported model in .*: ValueError: no such layer"):
+        logits_module.transformers_logits(tmp_path, np.arange(3))
+
+
+def test_a_model_card_has_the_dtype_beside_what_is_known_of_the_weights():
+    config = read_published_config(ORACLES / "tiny" / "config.json")
+    card = model_card(config, dtype="float16", notes={"weights": "average (ema)", "a|b": "1\n2"})
+    assert all(f"\n{row}\n" in card for row in ("| dtype of the weights | float16 |", "| a/b | 1 2 |"))
+    assert "| weights | average (ema) |" in card
 
 
 def test_a_run_there_and_back_is_bit_identical(tiny_run, tmp_path):

@@ -4,6 +4,7 @@ import dataclasses
 import functools
 import importlib.util
 import tracemalloc
+import types
 
 import gguf
 import numpy as np
@@ -25,7 +26,7 @@ from btlm_jax.hub.gguf import GGUFFile, GGUFTokenizer, gguf_logits
 from btlm_jax.hub.huggingface import HuggingFaceTensors
 from btlm_jax.hub.numpy_network import streamed_logits
 from btlm_jax.hub.published import PublishedConfig, read_published_config, tensor_shapes
-from btlm_jax.tokenizers.byte_level import ByteLevelTokenizer
+from btlm_jax.tokenizers.byte_level import ByteLevelTokenizer, train_byte_level
 from btlm_jax.tokenizers.sentencepiece_bpe import SentencePieceTokenizer, train_sentencepiece
 from btlm_jax.tokenizers.sentencepiece_proto import BYTE, NORMAL, USER_DEFINED
 
@@ -216,6 +217,12 @@ def test_llama_cpp_makes_the_same_ids(tmp_path, make):
     assert llama_cpp.prompt_ids(with_bos, texts) == [
         [tokenizer.eos_id, *tokenizer.encode_prompt(text)] for text in texts
     ]
+    if isinstance(tokenizer, ByteLevelTokenizer):  # llama.cpp stops at two equal names
+        tokens = list(vocabulary.tokens)
+        tokens[270] = f"[PAD{vocab_size - 1}]"
+        clashing = dataclasses.replace(vocabulary, tokens=tuple(tokens))
+        other = write(tmp_path / "other.gguf", config, RandomTensors(config), tokenizer=clashing)
+        assert len(llama_cpp.tokenize(other, texts)) == len(texts)
     read_back = GGUFTokenizer(GGUFFile(path).keys)
     assert [read_back.encode(text) for text in texts] == expected
     keys = gguf.GGUFReader(path).fields
@@ -374,12 +381,24 @@ def test_tensors_of_another_config_are_refused(tmp_path):
         write(tmp_path / "m.gguf", dataclasses.replace(OTHER, n_inner=40), RandomTensors(OTHER))
 
 
+def test_a_full_disk_is_named(tmp_path):
+    (tmp_path / "m.gguf").symlink_to("/dev/full")
+    with pytest.raises(OSError, match="No space left on device: .*m.gguf"):
+        write(tmp_path / "m.gguf", OTHER, RandomTensors(OTHER))
+
+
 def test_k_quants_need_a_library(tmp_path, monkeypatch):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     ggml._llama_cpp_quantizer.cache_clear()
     with pytest.raises(ValueError, match="pip install xllamacpp"):
         write(tmp_path / "m.gguf", WIDE, RandomTensors(WIDE), file_type="Q6_K")
     assert not list(tmp_path.iterdir())  # said before anything is written
+    (tmp_path / "lib").mkdir()
+    (tmp_path / "lib/libggml-base.so").write_text("of another system")
+    spec = types.SimpleNamespace(origin=str(tmp_path / "__init__.py"))
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: spec if name == "llama_cpp" else None)
+    with pytest.raises(ValueError, match=r"pip install xllamacpp .*; .*libggml-base.so cannot be used: "):
+        ggml._llama_cpp_quantizer()
 
 
 def test_tokenizers_that_llama_cpp_would_read_otherwise_are_refused(tmp_path):
@@ -387,6 +406,8 @@ def test_tokenizers_that_llama_cpp_would_read_otherwise_are_refused(tmp_path):
 
     with pytest.raises(ValueError, match="another pattern than GPT-2's"):
         vocabulary_of(ByteLevelTokenizer(own_pattern().to_str().encode(), eos_id=299))
+    with pytest.raises(ValueError, match="has no merges, without which llama.cpp reads no byte-level tokenizer"):
+        vocabulary_of(ByteLevelTokenizer(train_byte_level(TEXTS, vocab_size=257), eos_id=256))
     with pytest.raises(ValueError, match="it is not a byte-pair model"):
         vocabulary_of(trained(model_type="unigram", byte_fallback=True))
     with pytest.raises(ValueError, match="removes extra spaces"):

@@ -115,7 +115,7 @@ def test_all_that_is_beside_the_weights_survives_every_form(name, tmp_path, caps
         shutil.copy(first / "tokenizer.model", tuned)
     (tuned / "LICENSE").write_text("what may be done with the model")
     back = make(tuned, tmp_path / "back")
-    assert notices.counts()["files-not-converted"] == 1
+    assert notices.counts()["files-not-converted"] == 2  # and the model card
     assert notices.counts().get("tokenizer-preferred", 0) == (name == "ours")
     own = make(back, tmp_path / "native", format="native")
     again = make(own, tmp_path / "again")
@@ -288,9 +288,9 @@ def test_an_interrupted_native_conversion_leaves_nothing(error, tmp_path, monkey
 
 def test_a_summary_without_its_evaluation_is_named(tmp_path):
     (tmp_path / "summary.json").write_text('{"num_steps": 3}')
-    assert native._heldout_notes(tmp_path, 4) == {}
+    assert native._heldout_notes(tmp_path, 4, key="heldout") == {}
     with pytest.raises(ValueError, match="summary.json is damaged: it has no heldout.sources"):
-        native._heldout_notes(tmp_path, 3)
+        native._heldout_notes(tmp_path, 3, key="heldout")
 
 
 @pytest.mark.slow

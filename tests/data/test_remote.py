@@ -85,7 +85,7 @@ def test_a_run_reads_its_store_from_google_cloud_storage(tmp_path, monkeypatch, 
         losses = [row["loss"] for row in read_metrics(tmp_path / "run" / METRICS_FILE) if row["kind"] == "train"]
         assert len(losses) == 3 and losses[-1] < losses[0]
         assert read_run(tmp_path / "run").tokenizer.vocab_size == manifest.tokenizer.vocab_size
-        assert store_of_run(tmp_path / "run") == f"{bucket}/store"
+        assert store_of_run(tmp_path / "run").location == f"{bucket}/store"
         assert main(["corpus", "stats", f"--input={bucket}/store", f"--plots={tmp_path / 'plots'}"]) == 0
         assert f"{manifest.splits['train'].num_tokens:,}" in capsys.readouterr().out
         assert main(["corpus", "verify", f"--store={bucket}/store"]) == 0

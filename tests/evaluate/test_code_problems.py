@@ -54,7 +54,7 @@ def test_the_packages_problems_with_their_own_solutions():
     ("program", "said"),
     [
         ("import sys\nsys.exit(0)", "SystemExit: 0"),
-        ("import os\nos._exit(0)", "ended early with exit code 0"),
+        ("import os\nos._exit(0)", "ended early: exit code 0"),
         ("x = bytearray(3 << 30)", "MemoryError: "),
         ("open('large', 'wb').write(b'x' * (2 << 20))", "OSError: [Errno 27] File too large"),
         ("print(input())", "EOFError"),

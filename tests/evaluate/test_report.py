@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import math
+import shutil
 import types
 
 import numpy as np
@@ -104,7 +105,7 @@ def test_the_card_of_an_evaluation_is_of_these_weights(token_store, tmp_path, ca
     workdir = tmp_path / "run"
     config = run_config(token_store, evaluation__batch_size=8)
     write_run(workdir, config, steps=(3,))
-    assert read_evaluation_card(workdir) == NO_CARD
+    assert read_evaluation_card(workdir, step=3) == NO_CARD
     (tmp_path / "texts.jsonl").write_text("".join(f'{{"text": "{n} " }}\n' for n in range(40)))
     command = ["evaluate", f"--checkpoint={workdir}", f"--text={tmp_path / 'texts.jsonl'}"]
     of_positions = ["--positions", "--position_lengths=16"]
@@ -124,17 +125,18 @@ def test_the_card_of_an_evaluation_is_of_these_weights(token_store, tmp_path, ca
     assert json.loads((folder / "evaluation.json").read_text())["parts"] == report["parts"]
     (folder / "evaluation.json").write_text("{")
     notices.begin(strict=())
-    assert read_evaluation_card(workdir) == NO_CARD and notices.counts() == {"evaluation-again": 1}
+    assert read_evaluation_card(workdir, step=3) == NO_CARD and notices.counts() == {"evaluation-again": 1}
     (folder / "evaluation.json").write_text(json.dumps(report | {"identity": "other"}))
     assert main([*command, "--heldout"]) == 0 and notices.counts() == {"evaluation-of-other": 1}
     assert json.loads((folder / "evaluation.json").read_text())["parts"].keys() == {"heldout"}
     assert main([*command, *of_positions]) == 0
-    card = read_evaluation_card(workdir)
+    shutil.copytree(workdir / "checkpoints/3", workdir / "checkpoints/4")  # the run has gone on since
+    card = read_evaluation_card(workdir, step=3)
     assert card.plots == {"positions.png": (folder / "positions.png").read_bytes()}
     assert f"{report['parts']['heldout']['loss']:.4f}" in card.text
     notices.begin(strict=())
     (folder / "evaluation.json").write_text(json.dumps(report | {"identity": "other"}))
-    assert read_evaluation_card(workdir) == NO_CARD
+    assert read_evaluation_card(workdir, step=3) == NO_CARD
     assert notices.counts() == {"evaluation-of-other": 1}
 
 

@@ -336,7 +336,7 @@ def _of_runs(folder: Path, store: Path) -> list[Target]:
         from btlm_jax.hub import native
 
         summary.write_bytes(data)
-        native._heldout_notes(folder, 10)
+        native._heldout_notes(folder, 10, key="heldout")
 
     def weights(data: bytes) -> None:
         text = data.decode(errors="surrogateescape")

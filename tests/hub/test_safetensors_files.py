@@ -8,7 +8,7 @@ from ml_dtypes import bfloat16
 from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
 
-from btlm_jax.hub.safetensors_files import SafetensorsFile, TensorToWrite, write_safetensors
+from btlm_jax.hub.safetensors_files import SINGLE_FILE, SafetensorsFile, TensorToWrite, write_safetensors
 
 ARRAYS = {
     "b": np.arange(15, dtype=np.float32).reshape(3, 5),
@@ -54,6 +54,12 @@ def test_one_tensor_at_a_time_exists(tmp_path):
     assert alive == []
     write_safetensors(tmp_path, tensors, max_shard_bytes=1000, metadata={})
     assert alive == ["x", "y", "z"]
+
+
+def test_a_full_disk_is_named(tmp_path):
+    (tmp_path / SINGLE_FILE).symlink_to("/dev/full")
+    with pytest.raises(OSError, match="No space left on device: .*model.safetensors"):
+        write_safetensors(tmp_path, announced(), max_shard_bytes=10**9, metadata={})
 
 
 def test_another_shape_than_announced(tmp_path):

@@ -171,16 +171,39 @@ def test_weights_stay_in_the_dtype_of_the_model(monkeypatch, tmp_path):
 def test_calibration_is_spread_over_the_training_data(tiny_run):
     _, workdir = tiny_run
     ids_BT = to_int4.calibration_ids(workdir, None, text=None)
-    reader = open_store(to_int4.store_of_run(workdir), expected_fingerprint="").split("train")
+    reader = open_store(to_int4.store_of_run(workdir).location, expected_fingerprint="").split("train")
     ends = read_rows(reader, [(0, 0), (len(reader) - 1, 0)], seq_len=ids_BT.shape[1])["inputs_BT"]
     np.testing.assert_array_equal(ids_BT[[0, -1]], ends)
     assert len(ids_BT) == 32 and len(np.unique(ids_BT, axis=0)) > 1
 
 
+def test_calibration_takes_each_part_of_the_training_data_once(tiny_run, monkeypatch):
+    _, workdir = tiny_run
+    reader = open_store(to_int4.store_of_run(workdir).location, expected_fingerprint="").split("train")
+    monkeypatch.setattr(to_int4, "_CALIBRATION_LENGTH", 16)
+    monkeypatch.setattr(to_int4, "_CALIBRATION_ROWS", 10**5)
+    starts = [(block, start) for block in range(len(reader)) for start in range(0, reader.block_len, 16)]
+    rows = read_rows(reader, starts, seq_len=16)
+    is_text_B = rows["weights_BT"].any(1)
+    assert 3 * len(reader) == len(starts) and not is_text_B.all()  # of a stream's last block the end is padding
+    ids_BT = to_int4.calibration_ids(workdir, None, text=None)
+    np.testing.assert_array_equal(ids_BT, rows["inputs_BT"][is_text_B])
+
+
 def test_calibration_without_the_run_s_store_says_what_to_give(tiny_run, tmp_path, monkeypatch):
-    monkeypatch.setattr(to_int4, "store_of_run", lambda directory: tmp_path / "store")
-    with pytest.raises(FileNotFoundError, match="store of the run .* is not here .*: give --calibration=TEXTFILE, or"):
-        to_int4.calibration_ids(tiny_run[1], None, text=None)
+    _, workdir = tiny_run
+    given = to_int4.store_of_run(workdir)
+    monkeypatch.setattr(to_int4, "_CALIBRATION_ROWS", 2)
+    with pytest.raises(ValueError, match="has 96 tokens to calibrate on; at least 512 are needed: give --calibration="):
+        to_int4.calibration_ids(workdir, None, text=None)
+    for changes, kind, message in (
+        ({"location": tmp_path / "store"}, FileNotFoundError, r"store of the run .* is not here .*: "),
+        ({"fingerprint": "f00"}, ValueError, r"is not the one that the run .* was trained on: its .*, not f00; "),
+    ):
+        changed = dataclasses.replace(given, **changes)
+        monkeypatch.setattr(to_int4, "store_of_run", lambda _, changed=changed: changed)
+        with pytest.raises(kind, match=message + "give --calibration=TEXTFILE, or --method=hqq"):
+            to_int4.calibration_ids(workdir, None, text=None)
 
 
 @pytest.mark.slow
@@ -204,7 +227,8 @@ def test_a_text_to_calibrate_on(tiny_run, tmp_path):
     text = tmp_path / "text.txt"
     text.write_text("def area(radius):\n    return 3.14159 * radius ** 2\n" * 200)
     _, workdir = tiny_run
-    first, _ = make(workdir, tmp_path / "a", method="gptq", calibration=text)
+    first, output = make(workdir, tmp_path / "a", method="gptq", calibration=text)
+    assert f"tokens of {text}, in rows of 512" in output
     other, _ = make(workdir, tmp_path / "b", method="gptq")
     assert (first / "model.safetensors").read_bytes() != (other / "model.safetensors").read_bytes()
 
@@ -223,6 +247,13 @@ def test_refusals_leave_nothing(tmp_path, changes, message):
     with pytest.raises(ValueError, match=message):
         make(ORACLES / "tiny", tmp_path / "m", **changes)
     assert not list(tmp_path.iterdir())
+
+
+def test_of_a_large_text_the_beginning_is_read(tiny_run, tmp_path):
+    lines, tokenizer = "area = 3.14159 * radius ** 2\n" * 500, open_source(tiny_run[1]).tokenizer
+    (tmp_path / "text.txt").write_bytes(lines.encode() + b" " * (1 << 21) + b"\xff")
+    ids_BT = to_int4.calibration_ids(tmp_path, tokenizer, text=tmp_path / "text.txt")
+    assert ids_BT.ravel()[:3000].tolist() == tokenizer.encode(lines)[:3000]
 
 
 def test_a_short_text_is_refused(tiny_run, tmp_path):

@@ -292,10 +292,15 @@ def test_what_others_put_into_a_run_s_folder_stays(objects):
 def test_a_model_behind_a_web_server_is_read(objects, tmp_path):
     (tmp_path / "web/model").mkdir(parents=True)
     (tmp_path / "web/model/config.json").write_text("{}")
+    for name in ("best", "3.orbax-checkpoint-tmp", "3"):  # of others, and of a save that was killed
+        (tmp_path / f"web/run/checkpoints/{name}/state").mkdir(parents=True)
+        (tmp_path / f"web/run/checkpoints/{name}/state/d").write_text(name)
     with serve_folder(tmp_path / "web") as url:
         folder = bucket.open_for_reading(f"{url}/model")
         fetch_model(f"{url}/model", step=0, directory=tmp_path / "fetched", log=lambda line: None)
+        fetch_model(f"{url}/run", step=0, directory=tmp_path / "run", log=lambda line: None)
     assert contents(folder) == contents(tmp_path / "fetched") == {"config.json": "{}"}
+    assert contents(tmp_path / "run") == {"checkpoints/3/state/d": "3"}
 
 
 def test_damage_in_the_bucket_is_named(objects):

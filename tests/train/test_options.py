@@ -52,4 +52,7 @@ def test_a_run_with_all_of_them_resumes_to_the_bit(token_store, tmp_path, capfd)
     assert losses[0] != losses[1]
     printed = capfd.readouterr()
     assert "Of the averaged weights (optimizer.average=last):" in printed.out + printed.err
-    assert read_run(tmp_path / "again" / "average").metadata.notes["weights"].startswith("average (last")
+    notes = read_run(tmp_path / "again" / "average").metadata.notes
+    assert notes["weights"].startswith("average (last")
+    for name, source in summary["heldout_of_average"]["sources"].items():
+        assert notes[f"held-out bits/byte, {name}"] == f"{source['bits_per_byte']:.4f}"

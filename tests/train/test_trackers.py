@@ -194,7 +194,7 @@ def test_a_tracker_that_fails_does_not_end_the_run_and_gets_the_rest_later(tmp_p
     train(tmp_path, 1, 6)
     assert notices.counts() == {"tracker-stopped": 1}
     said = capsys.readouterr().err
-    assert "the run goes on without it: it ended with 1: RuntimeError: the network is down" in said
+    assert "the run goes on without it: it ended (exit code 1): RuntimeError: the network is down" in said
     assert f"python -m btlm_jax.train.trackers wandb {tmp_path}" in said.replace(sys.executable, "python")
     assert [row["step"] for row in read_metrics(tmp_path / METRICS_FILE) if row["kind"] == "train"] == [
         1,

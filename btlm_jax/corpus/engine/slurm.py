@@ -29,7 +29,7 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from btlm_jax import module_command
+from btlm_jax import ending_of, module_command
 from btlm_jax.corpus.engine.progress import Progress
 from btlm_jax.corpus.engine.slurm_worker import CLAIMS_FOLDER, FAILED_FOLDER, WORK_FILE, TaskList, claim_path
 from btlm_jax.corpus.engine.tasks import DONE_FOLDER, Task, TaskFunction, record_path
@@ -105,7 +105,7 @@ def wait_for_earlier_job(directory: Path, *, name: str, log: Log) -> None:
     folder = directory / FOLDER
     if not (folder / NAME_FILE).is_file():
         return
-    job = _Job(folder=folder, stage=name, name=(folder / NAME_FILE).read_text(), log=log)
+    job = _Job(folder=folder, stage=name, name=(folder / NAME_FILE).read_text(encoding="utf-8"), log=log)
     if shutil.which("squeue") is None:
         raise OSError(
             f"the Slurm job {job.name} may still be at work in {directory}, and squeue is not installed here: run the "
@@ -125,7 +125,7 @@ def _prepare(task_list: TaskList, *, name: str, log: Log) -> _Job:
     job = _Job(folder=folder, stage=name, name=f"btlm-{name.replace(' ', '-')}-{secrets.token_hex(6)}", log=log)
     (folder / WORK_FILE).write_bytes(pickle.dumps(task_list))
     command = [*module_command(TaskList.__module__), str(folder)]
-    (folder / _SCRIPT).write_text(f"#!/bin/sh\nexec srun {shlex.join(command)}\n")
+    (folder / _SCRIPT).write_text(f"#!/bin/sh\nexec srun {shlex.join(command)}\n", encoding="utf-8")
     write_atomically(folder / NAME_FILE, job.name)
     return job
 
@@ -209,7 +209,7 @@ class _Job:
         index = os.readlink(claim).split(".")[0] if was_claimed else "0"
         state = self._end_states().get(f"{self.number}_{index}", "in a state that sacct does not know")
         log = self.folder / f"{index}.log"
-        lines = log.read_text(errors="replace").split("\n") if log.is_file() else []
+        lines = log.read_text(encoding="utf-8", errors="replace").split("\n") if log.is_file() else []
         last_line = next((line.strip() for line in reversed(lines) if line.strip()), "nothing")
         start = f"{task} was taken by" if was_claimed else f"{task} was not begun;"
         return f"{start} job {self.number}_{index}, which ended {state}; the last line of its log {log}: {last_line}"
@@ -231,7 +231,7 @@ def _slurm(command: Sequence[str]) -> str:
     except FileNotFoundError as error:
         raise _not_installed(command[0]) from error
     if result.returncode:
-        raise OSError(f"{command[0]} failed: {' '.join(result.stderr.split()) or f'exit code {result.returncode}'}")
+        raise OSError(f"{command[0]} failed: {' '.join(result.stderr.split()) or ending_of(result.returncode)}")
     return result.stdout
 
 

@@ -178,7 +178,7 @@ class Quarantine:
 
 def first_defect(quarantine: Path) -> str:
     """Return where the first defect of a quarantine is, and its reason."""
-    with open(min(quarantine.glob("*.jsonl"))) as file:
+    with open(min(quarantine.glob("*.jsonl")), encoding="utf-8") as file:
         found = json.loads(file.readline())
     line = f", line {found['line']}" if found["line"] else ""
     return f"{found['file']}{line}: {found['reason']}"
