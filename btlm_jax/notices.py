@@ -22,6 +22,7 @@ NAMES = {
     "lengths-differ": "losses of two models are compared that were measured in windows of different lengths",
     "length-left-out": "an evaluation's texts are too short for windows of a length",
     "evaluation-of-other": "an evaluation's report is of other weights: it stays out of a model card, or is replaced",
+    "part-replaced": "a report had a part that was measured on other texts or tasks, or otherwise, and is replaced",
     "num-fewshot-kept": "a task of an evaluation has a number of examples that --num_fewshot does not change",
     "not-in-card": "an evaluation of 4-bit weights or of some documents alone stays out of a model card",
     "text-empty": "texts to evaluate are empty",

@@ -83,12 +83,22 @@ class Checkpoint:
           ValueError: 4-bit weights, which compute in float32, and another dtype.
         """
         metadata = self.metadata
-        if self.given is None and dtype not in (MODEL_DTYPE, "float32"):
-            raise ValueError(f"dtype={dtype} is not possible: 4-bit weights compute in float32; leave it out")
+        if self.given is None:
+            check_int4_dtype(dtype)
         if dtype != MODEL_DTYPE:
             metadata = dataclasses.replace(metadata, model=dataclasses.replace(metadata.model, dtype=dtype))
         params, mesh = self.load()
         return Scorer(metadata.network(), params, mesh, batch_tokens=batch_tokens)
+
+
+def check_int4_dtype(dtype: str) -> None:
+    """Check that weights of 4 bits compute in a dtype.
+
+    Raises:
+      ValueError: they do not.
+    """
+    if dtype not in (MODEL_DTYPE, "float32"):
+        raise ValueError(f"dtype={dtype} is not possible: 4-bit weights compute in float32; leave it out")
 
 
 @contextlib.contextmanager

@@ -61,6 +61,8 @@ def _heldout(first: dict, second: dict) -> list[dict]:
             )
         ours[source], theirs[source] = ours[source][: min(counts)], theirs[source][: min(counts)]
     same_tokens = all(np.array_equal(ours[source][:, TOKENS], theirs[source][:, TOKENS]) for source in ours)
+    if not same_tokens:
+        _report_left_out("the loss a token", why="the two divide the texts into other numbers of tokens")
     found = []
     for unit, column, scale in (("nats/token", TOKENS, 1.0), ("bits/byte", BYTES, math.log(2))):
         if column == TOKENS and not same_tokens:
@@ -115,6 +117,10 @@ def _retrieval(first: dict, second: dict) -> list[dict]:
 
 
 def _tasks(first: dict, second: dict) -> list[dict]:
+    measured = {what.partition(" [")[0] for what in first["of_cases"]}
+    for name, _, of_filter, _, metric, *_ in first["tables"]["results"][1:]:
+        if (what := f"{name} {metric}, {of_filter}") not in measured:
+            _report_left_out(f"the task {what}", why="its score is no mean of numbers of documents")
     found = []
     for what, values in first["of_cases"].items():
         other = second["of_cases"].get(what)
@@ -143,6 +149,7 @@ def _summaries(first: dict, second: dict) -> list[dict]:
 
 def _code(first: dict, second: dict) -> list[dict]:
     if not first["was_run"] or not second["was_run"]:
+        _report_left_out("HumanEval", why="the completions were not run: --run_code does")
         return []
     shares = []
     for result in (first, second):

@@ -81,11 +81,11 @@ def read_texts(locations: Sequence[PathOrUrl], tokenizer: Tokenizer) -> Corpus:
                         num_bad += 1
                         first_bad = first_bad or f"{item.file}, line {item.line}: {item.reason}"
                         continue
-                    if not item.text:
+                    ids = [token for piece in encode_document(tokenizer, item.text) for token in piece]
+                    if not ids:  # a tokenizer that changes texts can leave nothing of one
                         num_empty += 1
                         continue
                     digest.update(hashlib.sha256(f"{item.source}\0{item.text}".encode()).digest())
-                    ids = [token for piece in encode_document(tokenizer, item.text) for token in piece]
                     documents.append(_document(item.source, [tokenizer.eos_id, *ids], num_bytes=item.num_bytes))
             except BadFileError as error:
                 raise ValueError(f"{location} cannot be read to its end: {error}") from error

@@ -255,7 +255,7 @@ class _Evaluation:
     def _heldout(self) -> dict:
         trained = self._checkpoint.metadata.max_length
         if self._length > trained:
-            print_error_line(f"windows of {self._length:,} tokens, past the {trained:,} this model was trained at")
+            say(f"windows of {self._length:,} tokens, past the {trained:,} this model was trained at")
         corpus, length, overlap = self._corpus, self._length, self._config.overlap
         settings = {
             "corpus": corpus.identity,

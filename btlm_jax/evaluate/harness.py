@@ -101,6 +101,10 @@ class BtlmLM(TemplateLM):
         name = str(given["checkpoint"] or given["pretrained"])
         if not name:
             raise ValueError("model_args lacks checkpoint=MODEL: a run, a model's directory or a URL of one")
+        for key, default in MODEL_ARGS.items():
+            if type(given[key]) is not type(default) and not isinstance(default, str):
+                kind = "True or False" if isinstance(default, bool) else "a whole number"
+                raise ValueError(f"model_args has {key}={given[key]}; it must be {kind}")
         more = additional_config or {}
         _check_device(more.get("device"))
         batch_size = str(more.get("batch_size") or "auto").partition(":")[0]
@@ -226,6 +230,17 @@ class BtlmLM(TemplateLM):
     def tokenizer_name(self) -> str:
         """What the harness's cache of prompts with a chat template is named by."""
         return self.name.replace("/", "__")
+
+    def apply_chat_template(self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
+        """Refuse what the harness asks for with --apply_chat_template.
+
+        Raises:
+          ValueError: always.
+        """
+        raise ValueError(
+            "--apply_chat_template is not for this model: leave it out, or convert the model (btlm convert "
+            "--format=hf) and give --model hf --model_args pretrained=DIRECTORY"
+        )
 
     def get_model_info(self) -> dict[str, Any]:
         """Return what the harness writes into its results of the model."""

@@ -145,6 +145,8 @@ def measure_positions(scorer: Scorer, stream: Stream, setting: Setting, *, train
     for number, unit in enumerate(units):
         if (done := work.done(number)) is None:
             done = _score_windows(scorer, stream, unit, length=length, edges=edges, work=work)
+            if not np.isfinite(done["nats"]).all():
+                raise FloatingPointError(f"the loss in windows of {length:,} tokens is not finite")
             work.add(number, done)
         nats_of_windows += done["nats"]
         loss_T += np.array(done["loss_T"])
@@ -153,8 +155,6 @@ def measure_positions(scorer: Scorer, stream: Stream, setting: Setting, *, train
         counted = stream.is_counted[start : start + length]
         weight_T[: len(counted)] += counted
         counts_of_windows.append(_sums_of_bins(counted.astype(np.float64), edges))
-    if not np.isfinite(loss_T).all():
-        raise FloatingPointError(f"the loss in windows of {length:,} tokens is not finite")
     windows_WK2 = np.stack([np.array(nats_of_windows), np.array(counts_of_windows)], axis=-1)
     bins = _bins(windows_WK2, loss_T, weight_T, edges)
     totals = windows_WK2.sum(1)

@@ -54,7 +54,8 @@ class Table:
 def write_report(folder: Path, checkpoint: Checkpoint, parts: dict[str, dict]) -> dict[str, Any]:
     """Write what was measured to a folder, as JSON and as a card, and return it without its details.
 
-    Parts of an earlier report of the same weights that were not measured now stay in the files. A part that is of other
+    Parts of an earlier report of the same weights that were not measured now stay in the files; a part that was
+    measured otherwise is replaced, and that is said. A part that is of other
     weights or of some documents only (`_is_apart`) replaces none of the model's own, and is in no card.
     """
     report = {
@@ -73,7 +74,14 @@ def write_report(folder: Path, checkpoint: Checkpoint, parts: dict[str, dict]) -
         is_apart = _is_apart(result)
         if is_apart:
             notices.report("not-in-card", f"{part} is with {_settings_text(result)}, and stays out of the model card")
-        if not (is_apart and part in together and not _is_apart(together[part])):
+        has_own = part in together and not _is_apart(together[part])
+        if has_own and not is_apart and together[part] != json.loads(json.dumps(result)):
+            notices.report(
+                "part-replaced",
+                f"{folder / REPORT_FILE} and the card had {part} of other documents, tasks or settings, whose place "
+                "this takes; its numbers stay in their own files",
+            )
+        if not (has_own and is_apart):
             together[part] = result
     parts = {part: together[part] for part in _TABLES if part in together}
     kept = report | {"parts": parts, SHA256: hash_json(parts)}

@@ -18,7 +18,15 @@ from typing import Any
 from btlm_jax import notices, stopping
 from btlm_jax.display.progress import RateLimit, StatusLine, minutes_and_seconds
 from btlm_jax.evaluate.processes import is_first, of_first, say
-from btlm_jax.storage.files import hash_json, only_writer, parse_json, read_json_object, write_atomically
+from btlm_jax.storage.files import (
+    hash_json,
+    only_writer,
+    open_to_append,
+    parse_json,
+    read_json_object,
+    write_all,
+    write_atomically,
+)
 
 FORMAT = "btlm evaluation 1"
 _numbers = itertools.count()  # of what is measured: all processes measure the same, in one order
@@ -45,11 +53,13 @@ class Work:
             self._read(path)
 
     def begin(self, sizes: Sequence[int], *, unit_name: str) -> None:
-        """Say how large each unit is, which decides how long it will take, in what; before `done` and `add`."""
+        """Say how large each unit is, which decides how long it will take, in what; before `done` and `add`.
+
+        It may be said again with more units after these.
+        """
         self._sizes, self._unit_name = sizes, unit_name
-        self._done = {number: value for number, value in self._done.items() if number < len(sizes)}
-        if self._done:
-            say(f"{self.name}: going on, {len(self._done):,} of {len(sizes):,} parts are done")
+        if num_done := sum(number in self._done for number in range(len(sizes))):
+            say(f"{self.name}: going on, {num_done:,} of {len(sizes):,} parts are done")
 
     @property
     def units(self) -> list[tuple[int, Any]]:
@@ -73,11 +83,15 @@ class Work:
         """
         self._done[number], self._ahead = value, 0
         if self._path is not None:
-            if self._file is None:
-                self._file = open(self._path, "r+b" if self._path.exists() else "xb", buffering=0)
-                self._file.truncate(self._num_bytes)
-                self._file.seek(self._num_bytes)
-            self._file.write(json.dumps([number, value]).encode() + b"\n")
+            try:
+                if self._file is None:
+                    self._file = open_to_append(self._path, num_bytes=self._num_bytes)
+                write_all(self._file, json.dumps([number, value]).encode() + b"\n")
+            except OSError as error:
+                raise OSError(
+                    f"{self._path} cannot be written: {error.strerror or error}; what is in it is kept: mend it, and "
+                    "the same command goes on"
+                ) from error
         self._show()
 
     def close(self) -> None:
@@ -88,14 +102,15 @@ class Work:
             self._file = None
 
     def _read(self, path: Path) -> None:
-        contents = path.read_bytes()
-        for line in contents.splitlines(keepends=True):
+        for count, line in enumerate(path.read_bytes().splitlines(keepends=True), start=1):
             if not line.endswith(b"\n"):
                 break  # it was cut off
-            entry = parse_json(line, name=path)
-            if not (isinstance(entry, list) and len(entry) == 2 and isinstance(entry[0], int)):
-                raise ValueError(f"{path} is damaged: a line is no unit of work; delete it")
-            self._done[entry[0]] = entry[1]
+            try:
+                number, value = parse_json(line, name=path)
+            except (ValueError, TypeError):  # such as zeros after a loss of power
+                notices.report("evaluation-again", f"{path} is damaged from line {count} on; that is measured again")
+                break
+            self._done[number] = value
             self._num_bytes += len(line)
 
     def _show(self) -> None:
@@ -103,7 +118,8 @@ class Work:
         if not is_first() or (self._since and not self._limit.is_due()):
             return
         total = sum(self._sizes)
-        size = min(total, sum(self._sizes[done] for done in self._done) + self._ahead)
+        done = sum(size for number, size in enumerate(self._sizes) if number in self._done)
+        size = min(total, done + self._ahead)
         if not self._since:
             self._first, self._since = size, time.monotonic()
         if not self._limit.is_due():

@@ -86,10 +86,12 @@ def measure_retrieval(scorer: Scorer, group: Group, *, work: Work) -> dict:
             rows = [group.rows[index] for index in unit]
             scores = scorer.log_likelihoods(rows, on_scored=lambda row: work.advance(len(row.tokens)))
             done = [[-float(s.log_p_T.sum()), len(s.log_p_T), int(s.is_greedy_T.all())] for s in scores]
+            if not np.isfinite(done).all():
+                raise FloatingPointError(
+                    f"a loss of retrieval of {group.task} at {group.length:,} tokens is not finite"
+                )
             work.add(number, done)
         found += done
-    if not np.isfinite(found).all():
-        raise FloatingPointError(f"a loss of retrieval of {group.task} at {group.length:,} tokens is not finite")
     return _group_json(group, np.array(found))
 
 

@@ -8,14 +8,13 @@ from __future__ import annotations
 
 import contextlib
 import difflib
-import hashlib
 import importlib.metadata
 import json
 import os
 import random
 import tempfile
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, cast
 
@@ -27,6 +26,7 @@ from lm_eval.api.task import Task
 from lm_eval.evaluator import evaluate
 from lm_eval.tasks import TaskManager
 from lm_eval.tasks._yaml_loader import load_yaml
+from lm_eval.tasks.manager import TaskDict
 from lm_eval.utils import handle_non_serializable
 
 from btlm_jax import notices
@@ -36,6 +36,7 @@ from btlm_jax.evaluate.processes import is_first, say
 from btlm_jax.evaluate.report import Table
 from btlm_jax.evaluate.results import Results, Work
 from btlm_jax.evaluate.ruler import check_lengths, makes_texts
+from btlm_jax.evaluate.task_identity import config_of, digest_of
 from btlm_jax.evaluate.task_settings import PAPER, PAPER_TASKS, PaperTask, TaskSettings
 from btlm_jax.hub.native import ModelMetadata
 from btlm_jax.notices import is_named
@@ -45,7 +46,10 @@ from btlm_jax.tokenizers.tokenizer import Tokenizer
 RESULTS_FILE = "lm_eval.json"
 SEED, NUMPY_SEED, FEWSHOT_SEED = 0, 1234, 1234  # the harness's own
 NUM_RESAMPLES = 1000  # of documents, for standard errors that have no formula
-_LOADING_ERRORS = (DatasetsError, OSError, ImportError, ValueError, LookupError, AssertionError, RuntimeError)
+_LOADING_ERRORS = (
+    DatasetsError, OSError, ImportError, ValueError, LookupError, AssertionError, RuntimeError, TypeError,
+    AttributeError,
+)  # fmt: skip
 
 
 def measure_tasks(lm: BtlmLM, settings: TaskSettings, results: Results) -> dict[str, Any]:
@@ -61,11 +65,15 @@ def measure_tasks(lm: BtlmLM, settings: TaskSettings, results: Results) -> dict[
         found = load_tasks(settings, metadata=metadata)
     groups = [item for item in found if isinstance(item, Group)]
     groups += [inner for group in groups for inner in group.get_all_groups()]
-    tasks = [task for item in found for task in (item.get_all_tasks() if isinstance(item, Group) else [item])]
+    tasks = _each_once(
+        [task for item in found for task in (item.get_all_tasks() if isinstance(item, Group) else [item])]
+    )
+    _check_can_run(tasks, settings)
     of_cases: dict[str, list[float]] = {}
     accumulated = evaluator_utils.EvalAcc(groups={group.name: group for group in groups})
     for number, task in enumerate(tasks):
         say(f"task {number + 1} of {len(tasks)}: {task.task_name}")
+        _seed()
         facts = _facts(task, settings, lm)
         kept = results.measure(f"task-{task.task_name}".replace("/", "-"), facts, _measuring(lm, task, settings))
         name = task.task_name
@@ -139,38 +147,110 @@ def _number(value: object) -> str:
     return f"{value:.4f}" if isinstance(value, float) else str(value)
 
 
+def _each_once(tasks: list[Task]) -> list[Task]:
+    """Return tasks without those that several names have.
+
+    Raises:
+      ValueError: two of one name differ.
+    """
+    found: dict[str, Task] = {}
+    for task in tasks:
+        first = found.setdefault(task.task_name, task)
+        if first is not task and config_of(first) != config_of(task):
+            counts = " and ".join(str(each.get_config("num_fewshot")) for each in (first, task))
+            raise ValueError(
+                f"tasks has {task.task_name} twice, with {counts} examples, and results have room for one of a name: "
+                "give each its own command and --output"
+            )
+    return list(found.values())
+
+
+def _check_can_run(tasks: list[Task], settings: TaskSettings) -> None:
+    """Check, before any is measured, that all tasks can be.
+
+    Raises:
+      ValueError: one runs what the model writes, and that is not allowed, or shows pictures or sound.
+    """
+    for task in tasks:
+        if getattr(task, "UNSAFE_CODE", False) and not settings.run_code:
+            raise ValueError(
+                f"task {task.task_name} runs what the model writes, any code, with the rights of this user: "
+                "--run_code allows it"
+            )
+        if getattr(task, "MULTIMODAL", False):
+            raise ValueError(f"task {task.task_name} has pictures or sound, which no model here takes: leave it out")
+
+
+def _seed() -> None:
+    """Seed what tasks draw from, so that none depends on what was loaded and measured before it."""
+    random.seed(SEED)
+    np.random.seed(NUMPY_SEED)
+
+
 def load_tasks(settings: TaskSettings, *, metadata: dict[str, Any]) -> list[Task | Group]:
     """Return the tasks and groups of all names, with their data.
 
     Raises:
       ValueError: a name is not known, or a task or its data cannot be loaded.
     """
-    random.seed(SEED)  # some tasks make their documents when they are loaded
-    np.random.seed(NUMPY_SEED)
-    manager = _manager(settings, metadata)
+    manager = _Manager(settings, metadata)
     found: list[Task | Group] = []
     for name in settings.names:
-        if name == PAPER and PAPER not in manager.all_tasks:
+        if name == PAPER and PAPER not in manager.tasks.all_tasks:
             if settings.num_fewshot >= 0:
                 notices.report("num-fewshot-kept", f"tasks={PAPER} have the published model's own numbers of examples")
             for paper_task in PAPER_TASKS:
                 found += _loaded(manager, paper_task, num_fewshot=paper_task.num_fewshot)
             continue
-        for match in _matches(name, manager):
+        for match in _matches(name, manager.tasks):
             found += _loaded(manager, PaperTask(name=match, kind=""), num_fewshot=settings.num_fewshot)
     return found
 
 
-def _manager(settings: TaskSettings, metadata: dict[str, Any]) -> TaskManager:
-    """Return what finds tasks; the harness's own 14,000 are read only if a name is not in --include_path."""
-    include = [str(path) for path in settings.include_paths]
-    if include:
-        manager = TaskManager(include_path=list(include), include_defaults=False, metadata=metadata)
+class _Manager:
+    """Finds and loads tasks; the harness's own 14,000 are read only if --include_path has not all that is needed."""
+
+    def __init__(self, settings: TaskSettings, metadata: dict[str, Any]):
+        self._include: list[str | Path] = [str(path) for path in settings.include_paths]
+        self._metadata = metadata
         names = [name for name in settings.names if name != PAPER and not name.endswith(".yaml")]
         names += [task.of or task.name for task in PAPER_TASKS if PAPER in settings.names]
-        if all(manager.match_tasks([name]) for name in names):
-            return manager
-    return TaskManager(include_path=list(include) or None, metadata=metadata)
+        self._has_defaults = True
+        if self._include and not any(set(name) & set("*?[") for name in names):
+            self._make(has_defaults=False)
+            if all(self.tasks.match_tasks([name]) for name in names):
+                return
+        self._make(has_defaults=True)
+
+    def load(self, named: PaperTask) -> TaskDict:
+        """Load a task, group or tag.
+
+        Raises:
+          Exception: what the harness or the task raises.
+        """
+        _seed()  # some tasks make their documents when they are loaded
+        try:
+            return self.tasks.load([self._spec_of(named)])
+        except _LOADING_ERRORS:
+            if self._has_defaults:
+                raise
+        self._make(has_defaults=True)  # a group of --include_path may have tasks of the harness
+        return self.load(named)
+
+    def _make(self, *, has_defaults: bool) -> None:
+        self._has_defaults, include = has_defaults, list(self._include) or None
+        if has_defaults:
+            self.tasks = TaskManager(include_path=include, metadata=self._metadata)
+        else:
+            self.tasks = TaskManager(include_path=include, include_defaults=False, metadata=self._metadata)
+
+    def _spec_of(self, named: PaperTask) -> Any:
+        name = named.of or named.name
+        if not named.changes:
+            return name
+        path = self.tasks.task_index[name].yaml_path
+        assert path is not None, name
+        return load_yaml(path, resolve_func=True) | {"task": named.name} | named.changes
 
 
 def _matches(name: str, manager: TaskManager) -> list[str]:
@@ -189,15 +269,9 @@ def _matches(name: str, manager: TaskManager) -> list[str]:
     return matches
 
 
-def _loaded(manager: TaskManager, named: PaperTask, *, num_fewshot: int) -> list[Task | Group]:
-    name = named.of or named.name
+def _loaded(manager: _Manager, named: PaperTask, *, num_fewshot: int) -> list[Task | Group]:
     try:
-        spec: Any = name
-        if named.changes:
-            path = manager.task_index[name].yaml_path
-            assert path is not None, name
-            spec = load_yaml(path, resolve_func=True) | {"task": named.name} | named.changes
-        loaded = manager.load([spec])
+        loaded = manager.load(named)
     except _LOADING_ERRORS as error:
         raise ValueError(
             f"task {named.name} cannot be loaded: {type(error).__name__}: {str(error)[:500]}. Data of the harness's "
@@ -244,29 +318,20 @@ def tokenizer_folder(metadata: ModelMetadata, tokenizer: Tokenizer) -> Iterator[
 
 def _facts(task: Task, settings: TaskSettings, lm: BtlmLM) -> dict[str, Any]:
     """Return all that a task's scores depend on besides the model."""
-    config = {key: value for key, value in task.dump_config().items() if key != "metadata"}
-    metadata = {key: value for key, value in settings.metadata.items() if key != "tokenizer"}
     facts = {
-        "config": config, "version": task.VERSION, "metadata": metadata, "limit": settings.limit,
-        "max_length": lm.max_length, "seed": lm.settings.seed, "lm_eval": importlib.metadata.version("lm_eval"),
-        "documents": _digest(task.eval_docs, limit=settings.limit),
+        "config": config_of(task), "version": task.VERSION, "limit": settings.limit, "max_length": lm.max_length,
+        "metadata": {key: value for key, value in settings.metadata.items() if key != "tokenizer"},
+        "seed": lm.settings.seed, "lm_eval": importlib.metadata.version("lm_eval"),
+        "documents": digest_of(task.eval_docs, limit=settings.limit),
     }  # fmt: skip
     if task.get_config("num_fewshot"):
-        facts["examples"] = _digest(task.fewshot_docs(), limit=0)
-    return json.loads(_json(facts))
-
-
-def _digest(documents: Iterable[Any], *, limit: int) -> str:
-    digest = hashlib.sha256()
-    for number, document in enumerate(documents):
-        if limit and number >= limit:
-            break
-        digest.update(_json(document).encode())
-    return digest.hexdigest()[:16]
+        facts["examples"] = digest_of(task.fewshot_docs(), limit=0)
+    return facts
 
 
 def _measuring(lm: BtlmLM, task: Task, settings: TaskSettings) -> Callable[[Work], dict]:
     def measure(work: Work) -> dict:
+        _seed()
         with lm.answers_kept(work):
             try:
                 found = evaluate(

@@ -77,11 +77,11 @@ def measure_text_loss(
         if (done := work.done(number)) is None:
             chosen = [documents[index] for index in unit]
             done = _score_documents(scorer, chosen, length=length, overlap=overlap, work=work)
+            for document, loss in zip(chosen, done, strict=True):
+                if not math.isfinite(loss):
+                    raise FloatingPointError(f"the loss of a document of source {document.source!r} is {loss}")
             work.add(number, done)
         nats[unit] = done
-    for document, loss in zip(documents, nats.tolist(), strict=True):
-        if not math.isfinite(loss):
-            raise FloatingPointError(f"the loss of a document of source {document.source!r} is {loss}")
     by_source: dict[str, list[tuple[float, int, int]]] = {}
     for document, loss in zip(documents, nats.tolist(), strict=True):
         by_source.setdefault(document.source, []).append((loss, document.num_targets, document.num_bytes))

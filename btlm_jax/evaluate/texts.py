@@ -10,7 +10,7 @@ import jax
 from btlm_jax import notices
 from btlm_jax.decode.batch import Batch, FinishReason, Timings
 from btlm_jax.decode.sampling import Sampling, make_generator
-from btlm_jax.evaluate.checkpoint import MODEL_DTYPE, Checkpoint
+from btlm_jax.evaluate.checkpoint import MODEL_DTYPE, Checkpoint, check_int4_dtype
 from btlm_jax.evaluate.processes import wait_for_halving
 from btlm_jax.evaluate.scorer import DroppedAttention
 from btlm_jax.generate.loading import GenerationModel, float_weights, load_for_generation
@@ -27,15 +27,13 @@ def load_to_generate(checkpoint: Checkpoint, *, dtype: str, as_int4: bool) -> Ge
     """Load a model with its weights in the layout that is fastest for prompts here: kernels' tiles, or a mesh.
 
     Raises:
-      ValueError: it has 4 bits already, or they are asked for of a checkpoint that is not a run's last, or in several
-        processes.
+      ValueError: it has 4 bits already, or they are asked for of a checkpoint that is not a run's last, in several
+        processes, or with another dtype than theirs.
     """
     given, has_others = checkpoint.given, jax.process_count() > 1
     if given is None or as_int4:
         checkpoint.check_one_process()
-    if as_int4 and dtype != MODEL_DTYPE:
-        raise ValueError(f"dtype={dtype} says nothing about 4-bit weights; leave it out")
-    if given is None or as_int4:
+        check_int4_dtype(dtype)
         if given is not None and given.form == RUN and given.step != _last_step(checkpoint):
             raise ValueError(f"{checkpoint.name} is not the run's last checkpoint: convert it to 4 bits first")
         return load_for_generation(checkpoint.directory, as_int4=as_int4)

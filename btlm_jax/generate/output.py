@@ -14,7 +14,7 @@ from pathlib import Path
 
 from btlm_jax import notices
 from btlm_jax.generate.prompts import OUTPUT_KEYS
-from btlm_jax.storage.files import parse_json, write_atomically
+from btlm_jax.storage.files import open_to_append, parse_json, write_all, write_atomically
 
 _SETTINGS_KEY = "btlm generate"  # of the partial file's first line
 
@@ -75,12 +75,10 @@ class TextsFile:
         """
         try:
             if self._file is None:
-                self._file = open(self.partial, "r+b" if self.partial.exists() else "xb", buffering=0)
-                self._file.truncate(self._num_bytes)  # without a line that was cut off
-                self._file.seek(self._num_bytes)
+                self._file = open_to_append(self.partial, num_bytes=self._num_bytes)  # without a line that was cut off
                 if self._num_bytes == 0:
-                    _write_all(self._file, self._header)
-            _write_all(self._file, f"{number}\t{line}\n".encode())
+                    write_all(self._file, self._header)
+            write_all(self._file, f"{number}\t{line}\n".encode())
         except OSError as error:
             raise self._unwritable(self.partial, error) from error
         self._lines[number] = line
@@ -140,11 +138,6 @@ class TextsFile:
             f"{path} cannot be written: {error.strerror or error}; {len(self._lines):,} of {self._num_texts:,} texts "
             f"are in {self.partial}: mend it, and the same command goes on"
         )
-
-
-def _write_all(file: io.FileIO, data: bytes) -> None:
-    while data:
-        data = data[file.write(data) :]
 
 
 def _partial(path: Path) -> Path:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import hashlib
+import io
 import json
 import os
 import resource
@@ -93,6 +94,20 @@ class AtomicFile:
         with naming(self.path), self._stack:  # on a full disk even closing fails, and then the file is not renamed
             self._file.flush()
             os.fsync(self._file.fileno())
+
+
+def open_to_append(path: Path, *, num_bytes: int) -> io.FileIO:
+    """Open a file, a new one where there is none, to go on after its first bytes; what follows them is cut off."""
+    file = open(path, "r+b" if path.exists() else "xb", buffering=0)
+    file.truncate(num_bytes)
+    file.seek(num_bytes)
+    return file
+
+
+def write_all(file: io.FileIO, data: bytes) -> None:
+    """Write bytes, all of them: on a full disk a single call may write a part, and say so by its number alone."""
+    while data:
+        data = data[file.write(data) :]
 
 
 def parse_json(contents: str | bytes, *, name: object) -> Any:

@@ -11,6 +11,12 @@ def summaries(*scores, digest="a"):
     return {"groups": [{"of": "r.jsonl", "digest": digest, "length": 2048, "of_cases": cases}]}
 
 
+def tasks(of_cases):
+    names = [("piqa", "acc"), ("other", "acc"), ("wikitext", "word_perplexity")]
+    rows = [[name, "1.0", "none", "0", metric, "0.5", ""] for name, metric in names]
+    return {"of_cases": of_cases, "tables": {"results": [["header"] * 7, *rows]}}
+
+
 def code(**outcomes):
     cases = [{"task_id": name, "outcome": each} for name, its in outcomes.items() for each in its]
     return {"was_run": True, "of_cases": cases}
@@ -18,11 +24,11 @@ def code(**outcomes):
 
 def test_differences_are_of_pairs():
     first = {
-        "tasks": {"of_cases": {"piqa acc, none [1a]": [1, 0, 0, 1], "other acc, none [2b]": [1, 0]}},
+        "tasks": tasks({"piqa acc, none [1a]": [1, 0, 0, 1], "other acc, none [2b]": [1, 0]}),
         "summaries": summaries(0.5, 0.1), "human_eval": code(a=["passed", "failed"], b=["passed"]),
     }  # fmt: skip
     second = {
-        "tasks": {"of_cases": {"piqa acc, none [1a]": [1, 1, 0, 1], "other acc, none [3c]": [1, 0]}},
+        "tasks": tasks({"piqa acc, none [1a]": [1, 1, 0, 1], "other acc, none [3c]": [1, 0]}),
         "summaries": summaries(0.7, 0.1), "human_eval": code(a=["passed", "passed"], b=["failed"]),
     }  # fmt: skip
     notices.begin(strict=())
@@ -33,11 +39,12 @@ def test_differences_are_of_pairs():
     assert found["summaries", "r.jsonl 2,048 ROUGE-1"]["difference"] == pytest.approx(0.1)
     assert found["summaries", "r.jsonl 2,048 ROUGE-L"]["difference"] == pytest.approx(0.025)
     assert found["human_eval", "pass@1"]["difference"] == pytest.approx((0.5 - 1) / 2)
-    assert ("tasks", "other acc, none") not in found and notices.counts()["not-compared"] == 1
+    assert ("tasks", "other acc, none") not in found and notices.counts()["not-compared"] == 2
 
 
 def test_other_documents_are_left_out():
     notices.begin(strict=())
     assert compare({"summaries": summaries(0.5)}, {"summaries": summaries(0.5, digest="b")}) == []
     assert compare({"human_eval": code(a=["passed"])}, {"human_eval": code(b=["passed"])}) == []
-    assert notices.counts()["not-compared"] == 2
+    assert compare({"human_eval": {"was_run": False}}, {"human_eval": code(a=["passed"])}) == []
+    assert notices.counts()["not-compared"] == 3

@@ -3,6 +3,8 @@
 import dataclasses
 import functools
 import json
+import os
+import random
 from pathlib import Path
 
 import jax
@@ -27,6 +29,7 @@ from btlm_jax.evaluate.checkpoint import opened_checkpoint  # noqa: E402
 from btlm_jax.evaluate.harness import BtlmLM, HarnessSettings  # noqa: E402
 from btlm_jax.evaluate.results import Results  # noqa: E402
 from btlm_jax.evaluate.scorer import Scores  # noqa: E402
+from btlm_jax.evaluate.task_identity import digest_of  # noqa: E402
 from btlm_jax.evaluate.tasks import TaskSettings, load_tasks, measure_tasks  # noqa: E402
 from btlm_jax.evaluate.texts import load_to_generate  # noqa: E402
 
@@ -214,6 +217,82 @@ def test_examples_and_documents_are_facts_of_a_task(ours, tmp_path):
     assert [key for key in found[1] if found[1][key] != found[2][key]] == ["documents"]
 
 
+UTILS = """
+import functools, random
+def asked(doc): return doc["question"]
+def text(doc): return f"{asked(doc)} {random.random()}"
+def same(documents, number): return documents
+process = functools.partial(same, number=1)
+"""
+
+
+def write_task_of_functions(paths):
+    (paths / "utils.py").write_text(UTILS)
+    lines = [f"include: {paths}/local_letter.yaml", "task: local_functions", "doc_to_text: !function utils.text"]
+    (paths / "local_functions.yaml").write_text("\n".join([*lines, "process_docs: !function utils.process"]))
+    return settings_of(paths.parent, "local_functions", limit=2)
+
+
+def test_functions_are_facts_of_a_task_by_their_file_and_not_their_address(ours, tmp_path):
+    paths, found = write_tasks(tmp_path / "tasks"), []
+    settings = write_task_of_functions(paths)
+    for text in (UTILS, UTILS + "#", UTILS):  # each time other functions
+        (paths / "utils.py").write_text(text)
+        os.utime(paths / "utils.py", ns=(0, len(found)))
+        (task,) = load_tasks(settings, metadata={})
+        found.append(task_module._facts(task, settings, ours))
+    assert found[0] == found[2] and " at 0x" not in json.dumps(found)
+    assert [key for key in found[0] if found[0][key] != found[1][key]] == ["config"]
+    assert digest_of([{0, 8}], limit=0) == digest_of([{8, 0}], limit=0) != digest_of([{8}], limit=0)
+
+
+def test_what_a_task_draws_does_not_depend_on_the_tasks_before_it(ours, tmp_path):
+    settings, prompts = write_task_of_functions(write_tasks(tmp_path / "tasks")), []
+    for names in (("local_functions",), ("local_letter", "local_functions")):
+        random.seed(len(names))
+        results = Results(tmp_path / str(len(names)), identity={})
+        measure_tasks(ours, dataclasses.replace(settings, names=names), results)
+        prompts.append([sample["arguments"] for sample in samples_of(results, "local_functions")])
+    assert prompts[0] == prompts[1]
+
+
+def test_a_name_has_one_task_and_what_cannot_run_is_said_before_any_is_measured(ours, tmp_path):
+    paths, results = write_tasks(tmp_path / "tasks"), Results(tmp_path / "results", identity={})
+    of_one = (paths / "local_few_shot.yaml").read_text().replace("num_fewshot: 3", "num_fewshot: 1")
+    (tmp_path / "one.yaml").write_text(of_one)
+    with pytest.raises(ValueError, match="tasks has local_few_shot twice, with 3 and 1 examples"):
+        measure_tasks(ours, settings_of(tmp_path, "local_few_shot", str(tmp_path / "one.yaml")), results)
+    tasks = load_tasks(settings_of(tmp_path, "local_few_shot", str(paths / "local_few_shot.yaml")), metadata={})
+    assert len(tasks) == 2 and task_module._each_once(tasks) == tasks[:1]
+    (paths / "unsafe.yaml").write_text(f"include: {paths}/local_answer.yaml\ntask: local_unsafe\nunsafe_code: true\n")
+    with pytest.raises(ValueError, match="task local_unsafe runs what the model writes.*--run_code allows it"):
+        measure_tasks(ours, settings_of(tmp_path, "local_letter", "local_unsafe"), results)
+    assert not results.folder.exists()
+
+
+def test_groups_and_patterns_have_the_harness_s_own_tasks_too(tmp_path, monkeypatch):
+    theirs, paths = write_tasks(tmp_path / "harness"), tmp_path / "tasks"
+    paths.mkdir()
+    (theirs / "local_letter.yaml").rename(paths / "local_letter.yaml")
+    (paths / "group.yaml").write_text("group: my_group\ntask: [local_letter, local_choice]\n")
+
+    def manager(*, include_path, metadata, include_defaults=True):
+        made.append(include_defaults)
+        include = [*include_path, str(theirs)] if include_defaults else include_path
+        return lm_eval_tasks.TaskManager(include_path=include, include_defaults=False, metadata=metadata)
+
+    monkeypatch.setattr(task_module, "TaskManager", manager)
+    for name, expected, has_defaults in (
+        ("local_letter", {"local_letter"}, [False]),
+        ("my_group", {"local_letter", "local_choice"}, [False, True]),
+        ("local_l*", {"local_letter", "local_last_word"}, [True]),
+    ):
+        made = []
+        found = load_tasks(settings_of(tmp_path, name), metadata={})
+        tasks = [task for item in found for task in (item.get_all_tasks() if isinstance(item, Group) else [item])]
+        assert ({task.task_name for task in tasks}, made) == (expected, has_defaults)
+
+
 def test_a_task_without_examples_stays_so_and_says_it(tmp_path):
     file = write_tasks(tmp_path / "tasks") / "local_few_shot.yaml"
     for own, count, notes in ((3, 2, 0), (0, 0, 1)):
@@ -277,6 +356,14 @@ def test_out_of_memory_halves_the_batch_of_texts(ours, monkeypatch, capsys):
 def test_requests_that_cannot_be_answered(ours, request_, message):
     with pytest.raises(ValueError, match=message):
         getattr(ours, request_.request_type)([request_])
+
+
+def test_what_the_harness_s_command_line_asks_of_the_model_is_checked(ours):
+    with pytest.raises(ValueError, match="--apply_chat_template is not for this model"):
+        ours.apply_chat_template([])
+    for given, message in (("int4=no", "int4=no; it must be True or False"), ("max_length=1.5", "a whole number")):
+        with pytest.raises(ValueError, match=message):
+            BtlmLM.create_from_arg_string(f"checkpoint=model,{given}")
 
 
 @pytest.mark.parametrize("arguments", [("a", " b"), ("a text",)])

@@ -55,7 +55,7 @@ def test_other_tokenizers_are_compared_by_bytes_alone_and_other_documents_not_at
         compare({"heldout": first}, {"heldout": first | {"corpus": "d"}})
     notices.begin(strict=())
     assert compare({"heldout": first}, {"heldout": other | {"length": 16}})
-    assert notices.counts() == {"lengths-differ": 1}
+    assert notices.counts() == {"lengths-differ": 1, "not-compared": 1}
 
 
 def test_of_other_numbers_of_documents_the_first_of_each_source_are_compared():
@@ -69,7 +69,7 @@ def test_of_other_numbers_of_documents_the_first_of_each_source_are_compared():
     found = {each["what"]: each for each in compare({"heldout": longer}, {"heldout": shorter})}
     assert (found["a"]["pairs"], found["b"]["pairs"], found["all"]["pairs"]) == (30, 2, 32)
     assert found["a"]["first"] == pytest.approx(sum(range(1, 31)) / (30 * 40 * math.log(2)))
-    assert notices.counts() == {"not-compared": 1}
+    assert notices.counts() == {"not-compared": 2}
 
 
 def test_windows_and_cases_are_compared_in_pairs():
@@ -162,6 +162,10 @@ def test_what_is_not_of_the_model_and_all_documents_stays_out_of_its_card(tmp_pa
     assert written(small, limit=5) == (small["loss"], "") and notices.counts() == {"not-in-card": 1}
     loss, card = written(own, dtype="float32")
     assert loss == own["loss"] and f"{loss:.4f}" in card and "overlap 1 (float32)" in card
+    assert written(own, dtype="float32") == (loss, card) and not notices.counts()  # the same again
+    other, _ = written(part_of(2, better_by=0.0), dtype="float32")
+    assert other != loss and notices.counts() == {"part-replaced": 1}
+    loss, card = written(own, dtype="float32")
     assert written(small, int4=True) == (own["loss"], card) and notices.counts() == {"not-in-card": 1}
 
 

@@ -56,6 +56,14 @@ def rows_of_oracle():
     ]
 
 
+def test_weights_of_4_bits_compute_in_float32():
+    four_bits = dataclasses.replace(checkpoint("tiny"), given=None)
+    for load in (four_bits.make_scorer, texts.load_to_generate):
+        more = {"batch_tokens": 64} if load == four_bits.make_scorer else {"checkpoint": four_bits, "as_int4": False}
+        with pytest.raises(ValueError, match="dtype=bfloat16 is not possible: 4-bit weights compute in float32"):
+            load(dtype="bfloat16", **more)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("scorer", ["mesh_scorer", "tiles_scorer"])
 def test_scores_are_those_of_the_original_logits(scorer, request):

@@ -2,6 +2,7 @@
 
 import json
 import math
+import resource
 
 import numpy as np
 import pytest
@@ -11,7 +12,7 @@ from btlm_jax import notices
 from btlm_jax.cli import main
 from btlm_jax.data.store import read_manifest
 from btlm_jax.evaluate.bootstrap import interval_of, interval_of_proportion, resampled_sums
-from btlm_jax.evaluate.documents import Corpus, Document, limited, read_store
+from btlm_jax.evaluate.documents import Corpus, Document, limited, read_store, read_texts
 from btlm_jax.evaluate.results import Results, Work
 from btlm_jax.evaluate.scorer import Scores
 from btlm_jax.evaluate.text_loss import TextLoss, documents_of, measure_text_loss
@@ -220,6 +221,61 @@ def test_progress_and_what_is_left_are_of_what_is_done(capsys, monkeypatch):
     assert lines[0] == "heldout: 50 of 400 tokens (12%)"  # nothing to tell a rate from
     assert lines[1] == "heldout: 100 of 400 tokens (25%), 5/s, 1:00 left"
     assert lines[2] == "heldout: 250 of 400 tokens (62%), 10/s, 0:15 left"
+
+
+def test_a_second_kind_of_units_goes_on_and_a_full_or_damaged_file_loses_nothing(tmp_path, monkeypatch):
+    path, limits = tmp_path / "part.partial", resource.getrlimit(resource.RLIMIT_FSIZE)
+    work = Work("part", path)
+    work.begin([1, 1], unit_name="tokens")
+    work.begin([1, 1, 1, 1], unit_name="tokens")
+    try:
+        work.add(0, "text")
+        work.add(2, "text")
+        resource.setrlimit(resource.RLIMIT_FSIZE, (path.stat().st_size + 4, limits[1]))
+        with pytest.raises(OSError, match=f"{path} cannot be written: File too large; what is in it is kept"):
+            work.add(1, "long text")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+        work.close()
+    notices.begin(strict=())
+    for damage in (b"", b"\0\0\0\n[3, 1]\n"):
+        path.write_bytes(path.read_bytes() + damage)
+        work = Work("part", path)
+        work.begin([1, 1], unit_name="tokens")
+        work.begin([1, 1, 1, 1], unit_name="tokens")
+        assert [work.done(number) for number in range(4)] == ["text", None, "text", None]
+        work.add(1, "text")
+        work.close()
+        assert len(path.read_bytes().splitlines()) == 3
+        path.write_bytes(b"".join(path.read_bytes().splitlines(keepends=True)[:2]))
+    assert notices.counts() == {"evaluation-again": 1}
+
+
+class LossyTokenizer:
+    """Makes an id of each letter, and nothing of anything else."""
+
+    eos_id, boundary = 0, None
+
+    def encode_exactly(self, text):
+        return [ord(letter) for letter in text if letter.isalpha()]
+
+
+def test_a_text_without_tokens_is_empty(tmp_path):
+    (tmp_path / "a.jsonl").write_text('{"text": "ab"}\n{"text": "1 2"}\n{"text": ""}\n')
+    notices.begin(strict=())
+    (document,) = read_texts([tmp_path / "a.jsonl"], LossyTokenizer()).documents
+    assert document.tokens.tolist() == [0, 97, 98] and notices.counts() == {"text-empty": 2}
+
+
+def test_a_loss_that_is_no_number_is_not_kept():
+    class Damaged(CountingScorer):
+        def log_likelihoods(self, rows, *, on_scored):
+            return [Scores(log_p_T=np.full(row.num_scored, np.nan), is_greedy_T=np.zeros(1)) for row in rows]
+
+    work, document = Work("heldout", None), made_up_documents()[0]
+    with pytest.raises(FloatingPointError, match="a document of source 'a' is nan"):
+        measure_text_loss(Damaged(), [document], length=9, overlap=4, work=work)
+    assert work.units == []
 
 
 def test_only_one_process_measures_the_same(tmp_path):
