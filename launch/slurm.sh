@@ -3,8 +3,9 @@
 #
 #   sbatch --nodes=2 --gpus-per-node=8 --ntasks-per-node=8 launch/slurm.sh CONFIG WORKDIR [flags]
 #
-# One task a GPU: JAX finds the others by Slurm's variables, and gives each task the GPU of its number. WORKDIR is a
-# folder that every node sees. `btlm` is that of .venv in the folder where sbatch was called, or on PATH.
+# One task a GPU: JAX finds the others by Slurm's variables, and gives each task the GPU of its number, or the only one
+# that Slurm lets it see (--gpus-per-task=1). WORKDIR is a folder that every node sees. `btlm` is that of .venv in the
+# folder where sbatch was called, or on PATH.
 #
 # The run saves and ends with 75 where the tasks alone get SIGTERM: 5 to 6 minutes before the time limit, at the beginning
 # of a preemption's GraceTime, and by `scancel --signal=TERM JOB`. Where srun gets it too, it kills the tasks, and the
@@ -30,6 +31,8 @@ if [ -n "$gpus" ] && [ -n "$tasks" ] && [[ ! $tasks =~ ^$gpus(\(x[0-9]+\))?$ ]];
 fi
 PATH=${SLURM_SUBMIT_DIR:-$PWD}/.venv/bin:$PATH
 export JAX_PLATFORMS=${JAX_PLATFORMS:-cuda,cpu} # by which btlm train refuses a CPU where CUDA does not start
+[ -z "${SLURM_CPUS_PER_TASK:-}" ] || export SRUN_CPUS_PER_TASK=$SLURM_CPUS_PER_TASK # srun 22.05 to 23.02 reads this alone
+export CUDA_DEVICE_ORDER=PCI_BUS_ID # as Slurm numbers GPUs, also of several models in a node
 export XLA_PYTHON_CLIENT_MEM_FRACTION=${XLA_PYTHON_CLIENT_MEM_FRACTION:-0.9} # of a GPU, as plans assume
 state=$workdir/slurm-$SLURM_JOB_ID
 rm -rf "$state/codes"
@@ -47,7 +50,7 @@ newest_step() { # of a checkpoint, 0 without one
 # Print what the tasks' codes mean together: the first fault, else 77, else 75, else 0. srun's own is the largest.
 verdict() {
   local file code again=0
-  for ((task = 0; task < ${SLURM_NTASKS:-1}; task++)); do
+  for ((task = 0; task < ${SLURM_NTASKS:-${SLURM_JOB_NUM_NODES:-1}}; task++)); do # srun starts one a node by default
     file=$state/codes/$task
     code=lost
     [ ! -s "$file" ] || code=$(< "$file")
@@ -66,6 +69,7 @@ verdict() {
 # and the training too where cgroup.conf has SignalChildrenProcesses=yes: a second SIGTERM changes nothing there.
 # shellcheck disable=SC2016
 task='codes=$1; shift
+case ${CUDA_VISIBLE_DEVICES:-,} in *,*) ;; *) export JAX_LOCAL_DEVICE_IDS=${JAX_LOCAL_DEVICE_IDS:-0} ;; esac
 btlm train --distributed "$@" & child=$!
 trap "signalled=1; kill -TERM $child 2> /dev/null" TERM
 while :; do
@@ -75,8 +79,10 @@ while :; do
 done
 echo "$code" > "$codes/$SLURM_PROCID"; exit "$code"'
 
+# --wait=0: no WaitTime of the cluster ends the tasks that still save. --export=ALL: what sbatch was given is not for the
+# tasks too, which would lose PATH and JAX_PLATFORMS by it.
 from=$(newest_step)
-srun --kill-on-bad-exit=0 bash -c "$task" btlm "$state/codes" --config="$config" --workdir="$workdir" "$@" || true
+srun --kill-on-bad-exit=0 --wait=0 --export=ALL bash -c "$task" btlm "$state/codes" --config="$config" --workdir="$workdir" "$@" || true
 code=$(verdict)
 case $code in 75 | 77) ;; *) exit "$code" ;; esac
 

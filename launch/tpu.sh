@@ -437,7 +437,7 @@ create() {
 
 # Create the slice, or take the one that is there, and wait until every VM is ready.
 up() {
-  local state is_new attempt wait_until
+  local state is_new attempt wait_until error
   for ((attempt = 1; attempt <= ATTEMPTS; attempt++)); do
     waited=0 is_new="" wait_until=$UP_TIMEOUT
     while :; do
@@ -451,7 +451,8 @@ up() {
           continue
           ;;
         FAILED | SUSPENDED | SUSPENDING | DELETING)
-          say "$NAME is $state$(queue describe --format='value[prefix=": "](state.stateData.failedData.error.message)' || true)"
+          error=$(queue describe --format='value(state.failedData.error.message)' || true)
+          say "$NAME is $state${error:+: $error}"
           break
           ;;
         ACTIVE)
@@ -695,7 +696,7 @@ verdict() {
       "$PREEMPTED") [ "$again" -ne 0 ] || again=$PREEMPTED ;;
       "$PEER_GONE" | lost | silent) again=$PEER_GONE ;;
       130 | 141) return "$code" ;;
-      1[2-9][0-9]) again=$PEER_GONE ;; # a signal
+      129 | 1[3-9][0-9]) again=$PEER_GONE ;; # a signal
       *) return "$code" ;;
     esac
   done

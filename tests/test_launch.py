@@ -128,6 +128,7 @@ def test_a_run_ends_as_all_workers_do(cloud, ends, code):
         ("77 76 75", 76),
         ("75 2 2", 2),
         ("1 77", 1),
+        ("77 127", 127),
         ("0 130", 130),
         ("141 77", 141),
     ],
@@ -216,7 +217,7 @@ def test_up_tries_again(cloud, plans):
 @pytest.mark.parametrize(
     "plans, said, code",
     [
-        ({"lives": ["FAILED"] * 9}, "could not be created in 3 attempts", 1),
+        ({"lives": ["FAILED"] * 9}, "pod is FAILED: no more capacity", 1),
         ({"lives": "WAITING_FOR_RESOURCES"}, "the request is withdrawn", 1),  # for good
         ({"state_of_nodes": "CREATING"}, "could not be created in 3 attempts", 1),
         ({"faults": f"create|1|{GCLOUD}.queued-resources.create) INVALID_ARGUMENT: no such zone"}, "no such zone", 1),

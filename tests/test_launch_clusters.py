@@ -23,14 +23,15 @@ if [[ $2 == --print_extras ]]; then cat "$STATE/extras" 2> /dev/null; exit 0; fi
 n=${SLURM_PROCID:-0}
 for word; do case $word in --process_id=*) n=${word#*=} ;; esac; done
 echo "${CUDA_VISIBLE_DEVICES:-}" > "$STATE/gpus-$n"
-echo "${JAX_PLATFORMS:-}" > "$STATE/platforms-$n"
+echo "${JAX_PLATFORMS:-} ${CUDA_DEVICE_ORDER:-}" > "$STATE/platforms-$n"
+echo "${JAX_LOCAL_DEVICE_IDS:-}" > "$STATE/devices-$n"
 echo started >> "$STATE/starts-$n"
 printf '%s\0' "$@" > "$STATE/arguments-$n"
 read -ra ends <<< "$(sed -n "$(grep -c . "$STATE/starts-$n")p" "$STATE/ends")"
 end=${ends[n]:-${ends[0]}}
 [ "${end%:*}" = 0 ] || mkdir -p "$STATE/work dir/checkpoints/${end%:*}"
 if [ "${end#*:}" = wait ]; then
-  trap 'trap "" TERM; echo >> "$STATE/signals-$n"; exit 75' TERM
+  trap 'trap "" TERM; sleep 0.1; echo >> "$STATE/signals-$n"; exit 75' TERM
   touch "$STATE/waits-$n"
   while :; do sleep 0.02; done
 fi
@@ -49,17 +50,28 @@ time.sleep(0.5)
 (place / "saved").write_text(" ".join(signal.Signals(number).name for number in sorted(got)))
 sys.exit(75)
 """
-# At SIGTERM it kills its tasks, as Slurm's does; each is a session, in place of a cgroup.
+# At SIGTERM it kills its tasks, as Slurm's does; each is a session, in place of a cgroup. WAIT_TIME is slurm.conf's.
 SRUN = r"""
-while [[ $1 == --* ]]; do shift; done
+exported=${SLURM_EXPORT_ENV:-ALL} seconds=${WAIT_TIME:-0}
+while [[ $1 == --* ]]; do
+  case $1 in --export=*) exported=${1#*=} ;; --wait=*) seconds=${1#*=} ;; esac
+  shift
+done
+echo "${SRUN_CPUS_PER_TASK:-}" > "$STATE/cpus"
+[ "$exported" = ALL ] || unset JAX_PLATFORMS
 jobs=() worst=0
 trap 'for job in "${jobs[@]}"; do kill -KILL -- "-$job" 2> /dev/null; done' TERM
-for ((n = 0; n < SLURM_NTASKS; n++)); do
+for ((n = 0; n < ${SLURM_NTASKS:-$SLURM_JOB_NUM_NODES}; n++)); do
   SLURM_PROCID=$n setsid "$@" &
   jobs+=($!)
   echo $! > "$STATE/task-$n"
 done
 echo $$ > "$STATE/srun"
+if [ "$seconds" != 0 ]; then
+  wait -n
+  sleep "$seconds"
+  for job in "${jobs[@]}"; do kill -KILL -- "-$job" 2> /dev/null; done
+fi
 for job in "${jobs[@]}"; do
   while :; do
     code=0
@@ -292,15 +304,22 @@ def test_gpu_replaces_an_environment_of_another_python_and_says_which_it_needs(p
 
 
 def test_slurm_runs_every_task_with_the_same_words(place):
-    finish(slurm(place, ["5:0"]), code=0)
+    finish(slurm(place, ["5:0"], SLURM_EXPORT_ENV="NONE", SLURM_CPUS_PER_TASK="12"), code=0)
+    assert (place / "cpus").read_text() == "12\n"
     for task in (0, 1):
         arguments = (place / f"arguments-{task}").read_text().split("\0")[:-1]
         run = ["train", "--distributed", "--config=local_cpu", f"--workdir={place / 'work dir'}"]
         assert arguments == [*run, *WORDS]
     assert not (place / "requeued").exists()
-    assert (place / "platforms-0").read_text() == "cuda,cpu\n"
-    finish(slurm(place, ["5:0", "5:0"], JAX_PLATFORMS="rocm"), code=0)
-    assert (place / "platforms-0").read_text() == "rocm\n"
+    assert (place / "platforms-0").read_text() == "cuda,cpu PCI_BUS_ID\n"
+    finish(slurm(place, ["5:0", "5:0"], JAX_PLATFORMS="rocm", CUDA_VISIBLE_DEVICES="0,1"), code=0)
+    assert (place / "platforms-0").read_text() == "rocm PCI_BUS_ID\n" and (place / "devices-1").read_text() == "\n"
+
+
+def test_slurm_gives_a_task_the_only_gpu_that_it_sees(place):
+    """Where JAX would take that of the task's number on its node."""
+    finish(slurm(place, ["5:0"], CUDA_VISIBLE_DEVICES="0"), code=0)
+    assert (place / "devices-1").read_text() == "0\n"
 
 
 @pytest.mark.parametrize("tasks, code", [("2", 0), ("2(x3)", 0), ("1(x3)", 2), ("2(x2),1", 2), ("22", 2)])
@@ -317,11 +336,12 @@ def test_slurm_refuses_a_bucket(place):
 
 @pytest.mark.parametrize("send", [os.kill, os.killpg])  # by SignalChildrenProcesses=no and =yes
 def test_slurm_saves_at_the_sigterm_of_tasks_and_requeues(place, send):
-    process = slurm(place, ["5:wait"])
+    process = slurm(place, ["5:wait"], WAIT_TIME="0.1")
     wait_for(place / "waits-0", place / "waits-1")
     for task in (0, 1):
         send(int((place / f"task-{task}").read_text()), signal.SIGTERM)
-    assert "the job is requeued" in finish(process, code=0)
+        time.sleep(0.3)  # the other one takes longer
+    assert "exit code 75 at checkpoint 5; the job is requeued" in finish(process, code=0)
     assert (place / "signals-0").exists() and (place / "signals-1").exists()
     assert (place / "requeued").read_text() == "requeue 7\n"
 
@@ -352,6 +372,10 @@ def test_slurm_does_not_requeue_what_was_cancelled(place, state):
 def test_slurm_ends_as_all_tasks_do(place, ends, code, is_requeued):
     finish(slurm(place, [ends]), code=code)
     assert (place / "requeued").exists() == is_requeued
+
+
+def test_slurm_starts_one_task_a_node_without_a_number(place):
+    finish(slurm(place, ["5:77 5:70"], SLURM_NTASKS="", SLURM_JOB_NUM_NODES="2"), code=70)
 
 
 def test_slurm_gives_up(place):

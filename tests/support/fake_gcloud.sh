@@ -78,11 +78,11 @@ case $command in
     ;;
   "queued-resources describe")
     [ -e "$CLOUD/queue" ] || fail 1 "ERROR: (gcloud.compute.tpus.queued-resources.describe) NOT_FOUND: $name"
+    read -r state rest < "$CLOUD/queue"
     if [[ $(flag format) != "value(state.state)" ]]; then
-      echo ": there is no more capacity"
+      [[ $state != FAILED || $(flag format) != "value(state.failedData.error.message)" ]] || echo "no more capacity"
       exit
     fi
-    read -r state rest < "$CLOUD/queue"
     [ -z "$rest" ] || echo "$rest" > "$CLOUD/queue"
     [ "$state" != ACTIVE ] || make_nodes
     echo "$state"
