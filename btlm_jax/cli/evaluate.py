@@ -244,7 +244,7 @@ def evaluate_flags() -> Flags:
     flags.define_integer("position_tokens", 1 << 20, "of a curve, at most, and one window at least; 0: all")
     flags.define_string("retrieval_lengths", "512,1024,2048,4096,8192", "of retrieval's texts, in tokens")
     flags.define_integer("retrieval_cases", 50, "of each task and length")
-    flags.define_integer("seed", 0, "of retrieval's texts, and of what tasks sample")
+    flags.define_integer("seed", 0, "of retrieval's texts, and of what tasks and HumanEval sample")
     flags.define_string(
         "tasks",
         "",

@@ -120,8 +120,17 @@ def read_store(location: PathOrUrl, tokenizer: Tokenizer, *, name: str) -> Corpu
         raise ValueError(f"token store {location} has another tokenizer than {name}: {changes}; give --text")
     if HELDOUT not in manifest.splits or not manifest.splits[HELDOUT].num_blocks:
         raise ValueError(f"token store {location} has no held-out documents; give --text")
-    read = _examples_of if EXAMPLES in manifest.features else _documents_of
+    has_examples = EXAMPLES in manifest.features
+    read = _examples_of if has_examples else _documents_of
     documents = tuple(document for document in read(store, tokenizer) if document.num_targets)
+    num_bytes = sum(document.num_bytes for document in documents)
+    of_text = sum(source.num_bytes for source in manifest.splits[HELDOUT].sources.values())
+    if not has_examples and num_bytes != of_text:
+        notices.report(
+            "tokenizer-lossy",
+            f"the held-out tokens of {location} give {num_bytes:,} bytes back of the {of_text:,} of their text: bits a "
+            "byte are of the former, and those of training of the latter",
+        )
     return Corpus(
         documents=documents,
         identity=manifest.fingerprint,

@@ -131,10 +131,9 @@ def table(report: dict[str, Any], column: str = "results") -> str:
 
 
 def _rows(report: dict[str, Any], column: str) -> tuple[tuple[str, ...], ...]:
-    rows = [("", "version", "filter", "n-shot", "metric", "value", "standard error")]
     cut = report[CUT] if CUT in report and any(report[CUT].values()) else {}
-    if cut:
-        rows = [(*rows[0], "contexts cut")]
+    header = ("", "version", "filter", "n-shot", "metric", "value", "standard error")
+    rows: list[tuple[str, ...]] = [(*header, "contexts cut") if cut else header]
     for name, scores in report[column].items():
         facts = str(report["versions"].get(name, "")), str(report["n-shot"].get(name, ""))
         for key, value in scores.items():

@@ -145,7 +145,7 @@ def made_up_run(token_store, tmp_path_factory):
     return workdir
 
 
-def test_every_held_out_token_of_a_store_is_counted_once(token_store):
+def test_every_held_out_token_of_a_store_is_counted_once(token_store, monkeypatch, capsys):
     manifest = read_manifest(token_store)
     tokenizer = load_tokenizer(token_store, manifest.tokenizer)
     corpus = read_store(token_store, tokenizer, name="model")
@@ -154,6 +154,13 @@ def test_every_held_out_token_of_a_store_is_counted_once(token_store):
         documents = corpus.of_source(name)
         assert len(documents) == source.num_documents
         assert sum(document.num_bytes for document in documents) == source.num_bytes
+    notices.begin(strict=())
+    monkeypatch.setattr(type(tokenizer), "decode", lambda self, ids: "x")
+    monkeypatch.setattr("btlm_jax.evaluate.documents.difference", lambda first, second: "")
+    read_store(token_store, tokenizer, name="model")
+    num_bytes = sum(source.num_bytes for source in manifest.splits["heldout"].sources.values())
+    said = f" {len(corpus.documents)} bytes back of the {num_bytes:,} of their text"
+    assert said in capsys.readouterr().err and notices.counts() == {"tokenizer-lossy": 1}
 
 
 def test_the_verb_measures_once_and_says_what_it_found(made_up_run, tmp_path, capsys):
