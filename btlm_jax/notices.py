@@ -77,7 +77,7 @@ NAMES = {
     "left-out": "a hidden file or folder, or one of a corpus stage's work, lies in a folder that is read",
     "file-not-read": "files of other kinds lie in a folder that is read",
     "not-readable": "a folder cannot be read, or a link leads nowhere",
-    "file-read-once": "a file is given more than once",
+    "file-read-once": "a file is given more than once, or by links",
     "folder-read-once": "links lead to a folder that is read already",
     "line-quarantined": "a line of a raw file is no document",
     "value-changed": "a value or a column beside documents' texts, or a character of one, is not kept as it is",

@@ -382,6 +382,9 @@ def print_stage(manifest: dict) -> None:
         )
     for reason, count in sorted((totals.get("dropped", {}) | totals.get("bad", {})).items()):
         print(f"  {reason}: {count:,}")
+    for name, written in sorted(totals.get("splits", {}).items()):
+        documents, size = (sum(part[key] for part in written.values()) for key in ("documents", "bytes"))
+        print(f"  {name}: {documents:,} documents, {size:,} bytes")
     print(f"fingerprint {manifest['fingerprint']}")
 
 

@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 import string
 import tracemalloc
 import unicodedata
@@ -179,6 +180,12 @@ def test_bad_lines_go_to_quarantine_and_too_many_fail(raw, capsys):
     assert found == {"file": "bad.jsonl", "line": 1, "offset": 0, "reason": "text is null"}
     assert run_clean(raw, "clean", "--max_bad_rate=0.02") == 0
     assert read_stage(raw / "clean")["totals"]["bad"] == {"quarantined": 1}
+    where = raw / "clean" / "quarantine"
+    said = "1 lines or files are bad and left out, bad.jsonl, line 1: text is null"
+    assert f"{said}; {where} has all" in capsys.readouterr().err
+    shutil.rmtree(where)
+    assert run_clean(raw, "clean", "--max_bad_rate=0.02") == 0
+    assert f"left out, which {where} does not list any more" in capsys.readouterr().err
 
 
 def test_memory_does_not_grow_with_bad_lines(tmp_path):

@@ -52,6 +52,7 @@ ZSTD = zstandard.ZstdCompressor(write_checksum=True).compress
         ("a.jsonl", LINES),
         ("no_newline.jsonl", LINES[:-1]),
         ("marked.jsonl", b"\xef\xbb\xbf" + LINES),
+        ("marked.data", b"\xef\xbb\xbf" + LINES),
         ("windows.jsonl", LINES.replace(b"\n", b"\r\n")),
         ("a.jsonl.zst", ZSTD(LINES)),
         ("many.jsonl.zst", frames(LINES, 7, ZSTD)),
@@ -100,6 +101,7 @@ def test_a_flipped_bit_is_found_by_the_checksum(tmp_path):
         ("a.jsonl.zst", b"version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 9\n", "Git LFS pointer"),
         ("a.jsonl", b"\n<!DOCTYPE HTML><html><body>404</body></html>", "web page"),
         ("a.jsonl.gz", b"<HTML>", "web page"),
+        ("a.txt", b"\xef\xbb\xbf<!doctype html>", "web page"),
         ("a.jsonl.zst", LINES, r"ends in .zst, but its contents are not that"),
         ("a.jsonl.zst", b"", r"ends in .zst, but it is empty"),
         ("a.parquet", b"PAR1 and no more", "parquet is damaged"),
@@ -229,6 +231,8 @@ def test_values_that_cannot_be_kept_are_changed_the_same_way_everywhere_and_coun
         b'{"text": "20 digits: 12345678901234567890", "n": -9223372036854775808, "x": 1.5e300}',
         b'{"text": "d", "x": Infinity}',
         b'{"text": "e", "n": 18446744073709551616}',
+        b'{"text": "f", "id": [1], "source": 3, "n": 4, "same": 5, "meta": {"n": 6, "same": 5}}',
+        b'{"text": "g", "id": null, "source": null, "meta": {"redpajama_set_name": "S"}}',
     ]
     path = write(tmp_path, "a.jsonl", b"\n".join(lines))
     repairs = Counter()
@@ -240,13 +244,19 @@ def test_values_that_cannot_be_kept_are_changed_the_same_way_everywhere_and_coun
         {"n": -9223372036854775808, "x": 1.5e300},
         {"x": None},
         {"n": "18446744073709551616"},
+        {"n": 6, "same": 5},
+        {"redpajama_set_name": "S"},
     ]
+    assert [(record.id, record.source) for record in records[6:]] == [("a.jsonl:7", "mine"), ("a.jsonl:8", "S")]
     assert records[2].text == "c \ufffd" and records[2].id == "99999999999999999999"
     assert records[3].text == "20 digits: 12345678901234567890"
     assert repairs == {
         "NaN and infinities became null": 3,
         "integers over 64 bits became text": 4,
         "lone surrogates became U+FFFD": 1,
+        raw.UNUSABLE_IDS: 1,
+        raw.UNUSABLE_SOURCES: 1,
+        raw.SAME_KEYS: 1,
     }
     for _ in range(2):  # stage after stage
         with RecordWriter(tmp_path / "out.jsonl.zst", frame_bytes=1000) as writer:

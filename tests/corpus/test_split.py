@@ -1,13 +1,11 @@
 """Splitting: every document on one side, nothing of the held-out or evaluation text in train, by hashes alone."""
 
 import json
-import os
-import resource
 from collections import Counter
 
 import numpy as np
 import pytest
-from support.corpus_files import made_up_text, write_raw
+from support.corpus_files import limited_open_files, made_up_text, write_raw
 
 from btlm_jax.cli import main
 from btlm_jax.corpus.engine.inputs import read_stage
@@ -135,7 +133,11 @@ def test_evaluation_text_is_found_by_13_words(cleaned, capsys):
     assert run_split(cleaned, "split", *flags) == 0
     everything = [record.text for records in documents(cleaned / "split").values() for record in records]
     assert sorted(everything) == sorted(set(TEXTS) - {TEXTS[7]})
-    assert "'has evaluation text': 1" in capsys.readouterr().out
+    assert "has evaluation text: 1\n" in capsys.readouterr().out
+    totals = read_stage(cleaned / "split")["totals"]
+    assert totals["dropped"] == {"has evaluation text": 1}
+    assert sum(count["documents"] for count in totals["read"].values()) == len(TEXTS)
+    assert sum(count["documents"] for count in totals["written"].values()) == len(TEXTS) - 1
     (cleaned / "evaluation.jsonl").write_text('{"question": "q"}')
     assert run_split(cleaned, "other", f"--evaluation={cleaned / 'evaluation.jsonl'}") == 1
     said = "line 1: there is no text; --evaluation_key names another key, such as question"
@@ -210,6 +212,28 @@ def test_a_shared_id_does_not_decide_for_all(tmp_path):
     half, more = (Counter(texts_of(tmp_path / name, "train")) for name in ("half", "more"))
     assert 95 < len(half) < 160 and set(half.values()) == {1}
     assert set(more.values()) == {1, 2} and {text for text, count in more.items() if count == 2} == set(half)
+    totals = read_stage(tmp_path / "half")["totals"]
+    num_heldout = sum(len(texts_of(tmp_path / "half", name)) for name in ("validation", "test"))
+    read = sum(count["documents"] for count in totals["read"].values())
+    assert totals["dropped"] == {"weight of the source": read - len(half) - num_heldout}
+
+
+def test_documents_that_get_lost_between_the_steps_are_an_error(cleaned, capsys, monkeypatch):
+    """The step that gathers a part's documents counts them: a file that is gone is not one that never was."""
+    gather = splitting._documents
+
+    def lose(folder, *, part, **rest):
+        if part.startswith("train"):
+            next(folder.glob("train-00000-of-00001*")).unlink()
+        return gather(folder, part=part, **rest)
+
+    monkeypatch.setattr(splitting, "_documents", lose)
+    assert run_split(cleaned) == 1
+    said = capsys.readouterr().err
+    assert "documents of train-00000: a file is missing or cut short; give the command again" in said
+    monkeypatch.setattr(splitting, "_documents", gather)
+    assert run_split(cleaned) == run_split(cleaned, "whole") == 0
+    assert contents(cleaned / "split") == contents(cleaned / "whole")
 
 
 def test_as_many_sources_as_documents_need_few_open_files(tmp_path, capsys, monkeypatch):
@@ -220,13 +244,8 @@ def test_as_many_sources_as_documents_need_few_open_files(tmp_path, capsys, monk
         main(["corpus", "clean", f"--input={tmp_path / 'raw'}", f"--output={tmp_path / 'clean'}", "--workers=1"]) == 0
     )
     monkeypatch.setattr(splitting, "MANY_SOURCES", 100)
-    num_open = len(os.listdir("/proc/self/fd"))
-    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    resource.setrlimit(resource.RLIMIT_NOFILE, (num_open + 20, hard))
-    try:
+    with limited_open_files(20):
         assert run_split(tmp_path, "split", "--validation=0.3", "--test=0.3") == 0
-    finally:
-        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
     found = documents(tmp_path / "split")
     assert sorted(record.text for records in found.values() for record in records) == sorted(TEXTS[:120])
     assert len(found["test"]) > 20

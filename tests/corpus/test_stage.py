@@ -126,6 +126,19 @@ def test_raw_files_are_found_by_suffix_in_the_order_of_their_names(tmp_path):
     assert [item.name for item in raw_inputs(tmp_path / "b" / "2.jsonl")] == ["2.jsonl"]
 
 
+def test_what_links_lead_to_is_read_once(tmp_path, capsys):
+    """As in the cache of the Hugging Face hub, where files of two revisions are links to one."""
+    for name in ("raw/x.jsonl", "blob"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text("text")
+    for name, target in (("a.jsonl", "x.jsonl"), ("b.jsonl", "../blob"), ("c.jsonl", "../blob")):
+        (tmp_path / "raw" / name).symlink_to(target)
+    assert [item.name for item in raw_inputs(tmp_path / "raw")] == ["b.jsonl", "x.jsonl"]
+    said = capsys.readouterr().err
+    assert f"a.jsonl links to {tmp_path / 'raw' / 'x.jsonl'}, which is read already" in said
+    assert f"c.jsonl links to {tmp_path / 'blob'}, which is read already" in said
+
+
 @pytest.mark.parametrize("name", ["a.jsonl", "__init__.txt", "a.parquet"])
 def test_an_empty_file_may_come_first(tmp_path, name, capsys):
     (tmp_path / "raw").mkdir()

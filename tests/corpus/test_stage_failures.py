@@ -8,7 +8,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from support.corpus_files import made_up_text, write_raw
+from support import tiny_tokenizers
+from support.corpus_files import limited_open_files, made_up_text, write_raw
 from support.slow_run import is_alive, start_slow_stage
 
 from btlm_jax.cli import main
@@ -50,6 +51,29 @@ def test_workers_end_with_a_parent_that_is_killed_and_the_next_start_tidies_up(t
     assert len(list(tmp_path.glob(".output-*.tmp"))) == 1
     os.killpg(process.pid, signal.SIGKILL)
     process.communicate()
+
+
+def test_more_shards_than_open_files(tmp_path, monkeypatch):
+    """A memory map keeps its file open, and a corpus has more shards than a process may have open files (1,024)."""
+    monkeypatch.setattr("btlm_jax.corpus.readers.records.SHARD_BYTES", 1)  # a document each
+    texts = [made_up_text(seed=seed % 45) for seed in range(60)]
+    for source in ("A", "B"):
+        write_raw(tmp_path / "raw" / f"{source}.jsonl", texts[source == "B" :: 2], source=source)
+    tiny_tokenizers.write_gpt2_files(tmp_path / "bpe")
+    with limited_open_files(20):
+        for verb, source, flags in (
+            ("clean", "raw", []),
+            ("dedup", "clean", []),
+            ("split", "dedup", ["--validation=0.2", "--test=0.2"]),
+            ("tokenize", "split", [f"--tokenizer={tmp_path / 'bpe'}"]),
+        ):
+            command = ["corpus", verb, f"--input={tmp_path / source}", f"--output={tmp_path / verb}", "--workers=1"]
+            assert main([*command, *flags]) == 0
+        shown = ["corpus", "show", f"--input={tmp_path / 'dedup'}", f"--documents={tmp_path / 'clean'}", "--clusters=9"]
+        assert main(shown) == 0
+    assert len(read_stage(tmp_path / "clean")["outputs"]) == 60
+    written = read_stage(tmp_path / "split")["totals"]["written"]
+    assert sum(count["documents"] for count in written.values()) == 45
 
 
 def test_two_writers_of_one_file_do_not_mix(tmp_path):

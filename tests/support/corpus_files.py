@@ -1,8 +1,11 @@
 """Small raw corpora for the tests of the corpus stages."""
 
+import contextlib
 import json
+import os
 import random
-from collections.abc import Sequence
+import resource
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import zstandard
@@ -21,6 +24,17 @@ def write_raw(path: Path, texts: Sequence[str], *, source: str) -> None:
     rows = [{"text": text, "meta": {"redpajama_set_name": source}} for text in texts]
     data = "".join(json.dumps(row) + "\n" for row in rows).encode()
     path.write_bytes(zstandard.compress(data) if path.suffix == ".zst" else data)
+
+
+@contextlib.contextmanager
+def limited_open_files(num_more: int) -> Iterator[None]:
+    """Let this process open so many files more than it has open."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (len(os.listdir("/proc/self/fd")) + num_more, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
 
 
 def contents(directory: Path) -> dict[str, bytes]:

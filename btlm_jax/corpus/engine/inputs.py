@@ -26,7 +26,8 @@ _CHUNK = 1 << 16
 def raw_inputs(root: PathOrUrl) -> list[Input]:
     """Return the raw text files below a folder, or a single file, in the order of their names; large ones in pieces.
 
-    Hidden files and folders, and those in which a stage keeps its work, are left out; a notice says so.
+    Hidden files and folders, those in which a stage keeps its work, and links to what is read already are left out; a
+    notice says so.
 
     Raises:
       FileNotFoundError: there is no raw file, or shards of a dataset are missing.
@@ -37,6 +38,7 @@ def raw_inputs(root: PathOrUrl) -> list[Input]:
         others = [name for name, _, _ in files if name in stale or not is_raw(name) and not is_metadata(name)]
         files = [file for file in files if is_raw(file[0]) and file[0] not in stale]
         _check_shards([name for name, _, _ in files])
+        files = _without_links(files)
         if others and files:
             notices.report(
                 "file-not-read",
@@ -126,6 +128,24 @@ def _stale_tables(files: list[tuple[str, PathOrUrl, int | None]]) -> set[str]:
                 raise FileNotFoundError(f"{location} names {missing[0]}, which is not there; fetch the dataset again")
             stale |= {table for table in tables if PurePosixPath(table).parent == folder} - parts
     return stale
+
+
+def _without_links(files: list[tuple[str, PathOrUrl, int | None]]) -> list[tuple[str, PathOrUrl, int | None]]:
+    """Return the files without those that are links to another one of them."""
+    links = {at for _, at, _ in files if isinstance(at, Path) and at.is_symlink()}
+    if not links:
+        return files
+    targets = {at.resolve() for _, at, _ in files if isinstance(at, Path) and at not in links}
+    kept = []
+    for name, at, num_bytes in files:
+        if at in links and isinstance(at, Path):
+            target = at.resolve()
+            if target in targets:
+                notices.report("file-read-once", f"{at} links to {target}, which is read already")
+                continue
+            targets.add(target)
+        kept.append((name, at, num_bytes))
+    return kept
 
 
 def _check_shards(names: list[str]) -> None:

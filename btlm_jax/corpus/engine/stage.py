@@ -47,6 +47,7 @@ class Stage:
     tasks: Sequence[Task]
     run: TaskFunction
     output_folder: str = "."  # where the tasks write, relative to the stage's directory
+    totals_before: dict = dataclasses.field(default_factory=dict)  # of its earlier steps, for the manifest's totals
 
     @property
     def plan(self) -> dict:
@@ -183,8 +184,8 @@ def _check_plan(stage: Stage, directory: Path) -> None:
 
 def _write_manifest(stage: Stage, directory: Path, records: list[dict]) -> dict:
     totals: dict = {}
-    for record in records:
-        _add(totals, record["result"]["totals"])
+    for part in (stage.totals_before, *(record["result"]["totals"] for record in records)):
+        _add(totals, part)
     body = {
         "format": FORMAT,
         "format_version": FORMAT_VERSION,

@@ -9,7 +9,7 @@ import numpy as np
 
 from btlm_jax.corpus.engine.inputs import read_stage
 from btlm_jax.corpus.near_duplicates.lsh import Clusters
-from btlm_jax.corpus.readers.records import Record, load_array, read_records
+from btlm_jax.corpus.readers.records import Record, join_arrays, load_array, read_records
 
 _RULE = "-" * 80
 _MAX_MEMBERS = 5  # of a cluster that are shown
@@ -68,7 +68,7 @@ def clusters(directory: Path, *, documents: Path, count: int, characters: int) -
         components.join(np.array(load_array(directory / "work" / "pairs", output["file"].removesuffix(".npy"))))
     roots = components.roots(np.arange(sum(counts)))
     work = directory / "work" / "clusters"
-    is_kept = np.concatenate([load_array(work, f"kept-{shard:05d}") for shard in range(len(counts))])
+    is_kept = join_arrays(work, [f"kept-{shard:05d}" for shard in range(len(counts))])
     sizes = np.bincount(roots, minlength=len(roots))
     largest = np.argsort(-sizes, kind="stable")[:count]
     for root in largest[sizes[largest] > 1]:

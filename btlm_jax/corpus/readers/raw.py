@@ -59,6 +59,9 @@ LONE_SURROGATES, NOT_FINITE, LONG_INTEGERS = (
     "NaN and infinities became null",
     "integers over 64 bits became text",
 )
+UNUSABLE_IDS = "ids that are neither text nor an integer were replaced by the file and line"
+UNUSABLE_SOURCES = "sources that are not text were not used"
+SAME_KEYS = "keys beside meta that are in meta too, with another value, were dropped"
 LONG_TEXT = f"text files read as several documents, being longer than {TEXT_BYTES:,} bytes"
 PLAIN_TEXT = "files of another kind read as plain text"
 
@@ -207,12 +210,12 @@ def first_object(file: BinaryIO, *, name: str) -> object:
 
 
 def _head(file: BinaryIO) -> bytes:
-    """Return the first bytes of a file, to the beginning of which it goes back.
+    """Return the first bytes of a file without a byte order mark; go back to its beginning.
 
     Raises:
       BadFileError: they are of something that is never data.
     """
-    head = file.read(64)
+    head = file.read(64).removeprefix(_BYTE_ORDER_MARK)
     file.seek(0)
     if head.startswith(_LFS):
         raise BadFileError("it is a Git LFS pointer, not the data; fetch it with git lfs pull")
@@ -291,11 +294,18 @@ class _RecordMaker:
         others = {key: value for key, value in body.items() if key not in parts}
         if _is_deep(others) or _is_deep(meta):
             raise ValueError(f"its values are nested more than {_MAX_DEPTH} deep")
-        sources = (_value(body, key) for key in self.keys.sources)
-        source = next((source for source in sources if isinstance(source, str)), "")
+        if any(meta[key] != others[key] for key in others.keys() & meta.keys()):
+            self.repairs[SAME_KEYS] += 1
+        sources = [source for key in self.keys.sources if (source := _value(body, key)) is not None]
+        source = next((source for source in sources if isinstance(source, str)), None)
+        if sources and source is None:
+            self.repairs[UNUSABLE_SOURCES] += 1
         document = _value(body, self.keys.id)
+        has_id = isinstance(document, str | int)
+        if not has_id and document is not None:
+            self.repairs[UNUSABLE_IDS] += 1
         return Record(
-            id=str(document) if isinstance(document, str | int) else f"{self.name}:{number}",
+            id=str(document) if has_id else f"{self.name}:{number}",
             source=source or self.default_source,
             text=text,
             meta=others | meta,

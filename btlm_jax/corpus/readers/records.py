@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from types import TracebackType
 
@@ -184,5 +184,19 @@ def save_array(directory: Path, stem: str, array: np.ndarray) -> dict:
 
 
 def load_array(directory: Path, stem: str) -> np.ndarray:
-    """Return an array of a stage, memory-mapped: only what is used is read."""
+    """Return an array of a stage, memory-mapped: only what is used is read, and its file is open as long as it lives.
+
+    Of a corpus's arrays, which may be more than a process may have open, only one is kept at a time: copy what is used.
+    """
     return np.load(directory / f"{stem}.npy", mmap_mode="r")
+
+
+def join_arrays(directory: Path, stems: Sequence[str]) -> np.ndarray:
+    """Return arrays of a stage, one after another along their first axis, in memory."""
+    first = load_array(directory, stems[0])
+    sizes = [len(load_array(directory, stem)) for stem in stems]
+    joined, end = np.empty((sum(sizes), *first.shape[1:]), first.dtype), 0
+    for stem, size in zip(stems, sizes, strict=True):
+        joined[end : end + size] = load_array(directory, stem)
+        end += size
+    return joined

@@ -133,7 +133,7 @@ def _straighten_quotes(text: str) -> str:
 def _report(totals: dict, *, quarantine: Path) -> None:
     """Say what is not as it was in the raw files."""
     if num_bad := totals["bad"]["quarantined"]:
-        message = f"{num_bad:,} lines or files are bad and left out, {first_defect(quarantine)}; {quarantine} has all"
+        message = f"{num_bad:,} lines or files are bad and left out, {first_defect(quarantine)}"
         notices.report("line-quarantined", message, count=num_bad)
     for change, count in sorted(totals["changed values"].items()):
         notices.report("value-changed", f"{change}: {count:,}", count=count)
@@ -177,11 +177,14 @@ class Quarantine:
 
 
 def first_defect(quarantine: Path) -> str:
-    """Return where the first defect of a quarantine is, and its reason."""
-    with open(min(quarantine.glob("*.jsonl")), encoding="utf-8") as file:
+    """Return where the first defect of a quarantine is, its reason, and where all are."""
+    files = sorted(quarantine.glob("*.jsonl"))
+    if not files:
+        return f"which {quarantine} does not list any more: its files are gone"
+    with open(files[0], encoding="utf-8") as file:
         found = json.loads(file.readline())
     line = f", line {found['line']}" if found["line"] else ""
-    return f"{found['file']}{line}: {found['reason']}"
+    return f"{found['file']}{line}: {found['reason']}; {quarantine} has all"
 
 
 def _clean_task(task: LocalTask, directory: Path, heartbeat: Heartbeat, *, config: CleanConfig) -> dict:

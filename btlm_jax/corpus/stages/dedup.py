@@ -38,7 +38,15 @@ from btlm_jax.corpus.near_duplicates.lsh import (
     verified_survivors,
 )
 from btlm_jax.corpus.near_duplicates.normalize import normalized_pieces
-from btlm_jax.corpus.readers.records import Record, ShardWriter, load_array, read_records, save_array, utf8_pieces
+from btlm_jax.corpus.readers.records import (
+    Record,
+    ShardWriter,
+    join_arrays,
+    load_array,
+    read_records,
+    save_array,
+    utf8_pieces,
+)
 from btlm_jax.display.progress import Log
 
 RECIPES = {"slimpajama": 1, "strict": 2}  # preset -> raise when its steps change
@@ -153,7 +161,7 @@ def _pair_task(
         ordered = load_array(signatures, f"keys-{shard:05d}")[band]
         begin = np.searchsorted(ordered, np.uint64(bounds[0]))
         end = len(ordered) if bounds[1] == 1 << 64 else np.searchsorted(ordered, np.uint64(bounds[1]))
-        keys.append(ordered[begin:end])
+        keys.append(np.array(ordered[begin:end]))
         documents.append(load_array(signatures, f"order-{shard:05d}")[band, begin:end] + offsets[shard])
     agree = _SignatureCheck(signatures, offsets=offsets, rules=rules) if rules.threshold else all_agree
     pairs = bucket_pairs(np.concatenate(keys), np.concatenate(documents), agree=agree)
@@ -217,8 +225,8 @@ def _cluster_task(
         choose = functools.partial(verified_survivors, agree=check, pairs_among=check.pairs_among)
     is_kept = choose(
         roots,
-        lengths=np.concatenate([load_array(signatures, f"lengths-{shard:05d}") for shard in shards]),
-        ranks=np.concatenate([load_array(signatures, f"ranks-{shard:05d}") for shard in shards]),
+        lengths=join_arrays(signatures, [f"lengths-{shard:05d}" for shard in shards]),
+        ranks=join_arrays(signatures, [f"ranks-{shard:05d}" for shard in shards]),
     )
     heartbeat(num_documents, 0)
     sizes = Counter(str(1 << int(size - 1).bit_length()) for size in np.bincount(roots) if size)

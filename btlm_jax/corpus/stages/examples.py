@@ -349,7 +349,7 @@ def _report(totals: dict, *, config: ExamplesConfig, quarantine: Path) -> None:
     counts = Counter(totals["examples"])
     of, window = f"of {counts['read'] + counts['bad']:,}", f"the window of {config.window:,} tokens"
     if count := counts["bad"]:
-        message = f"{count:,} {of} lines are bad and left out, {first_defect(quarantine)}; {quarantine} has all"
+        message = f"{count:,} {of} lines are bad and left out, {first_defect(quarantine)}"
         notices.report("line-quarantined", message, count=count)
     if count := counts[_CUT]:
         message = f"{count:,} {of} examples are longer than {window}, and are cut at its end"

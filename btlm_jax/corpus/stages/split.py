@@ -39,6 +39,7 @@ from btlm_jax.corpus.readers.records import (
     RecordWriter,
     ShardWriter,
     batch_records,
+    join_arrays,
     load_array,
     output_entry,
     read_records,
@@ -55,7 +56,9 @@ GATHER_BYTES = 128_000_000  # of text shuffled at a time
 MAX_PARTITIONS = 128
 MANY_SOURCES = 256  # more are likely not meant
 _PIECE_FRAME_BYTES = 1_000_000  # of text that a task buffers for each partition
+_OF_TASK = "-of-"  # in the names of these pieces
 _HELDOUT_ARRAYS = ("signatures", "order", "keys")
+_HAS_EVALUATION_TEXT = "has evaluation text"  # why a document is dropped
 _COMPARED = 512  # documents compared with the held-out ones at a time
 
 
@@ -129,7 +132,6 @@ def _split(config: SplitConfig, *, output: Path, workers: Workers, log: Log) -> 
     )
     check = functools.partial(_check_heldout, config=config)
     assigned = run(stage(name="split assign", tasks=tasks, run=step), work["assign"], check=check)
-    log(f"split assign: dropped {assigned['totals']['dropped']}")
     step = functools.partial(_heldout_task, assigned=work["assign"], num_files=len(tasks))
     one_task = [Task(index=0, inputs=(), weight=1)]
     run(stage(name="split heldout", tasks=one_task, run=step), work["heldout"], check=accept_all)
@@ -137,9 +139,14 @@ def _split(config: SplitConfig, *, output: Path, workers: Workers, log: Log) -> 
     sizes = {f"{TRAIN}-{partition:05d}": num_bytes * train_share for partition in range(num_partitions)}
     for name, share in ((VALIDATION, config.validation), (TEST, config.test)):
         sizes |= {f"{name}-{number:05d}": written[source]["bytes"] * share for number, source in enumerate(sources)}
-    step = functools.partial(_gather_task, parts=list(sizes), num_files=len(tasks), work=work, seed=config.seed)
+    counts = Counter(dict.fromkeys(sizes, 0))
+    for file in assigned["outputs"]:
+        counts[part_of(file["file"])] += file["num_documents"]
+    parts = {part: counts[part] for part in sizes}
+    step = functools.partial(_gather_task, parts=parts, num_files=len(tasks), work=work, seed=config.seed)
     gathering = [Task(index=index, inputs=(), weight=1 + int(size)) for index, size in enumerate(sizes.values())]
-    return run(stage(name="split", tasks=gathering, run=step), output, check=_check_train)
+    before = {name: assigned["totals"][name] for name in ("read", "dropped")}
+    return run(stage(name="split", tasks=gathering, run=step, totals_before=before), output, check=_check_train)
 
 
 def _index_evaluation(config: SplitConfig, *, run: Callable[..., dict], directory: Path) -> str:
@@ -214,13 +221,14 @@ def _assign_task(
     evaluation: Path,
 ) -> dict:
     index = EvaluationIndex.load(evaluation, rule=config.evaluation_rule) if config.evaluation else None
-    counts, dropped, signatures = DocumentCounts(), Counter(), []
+    counts, signatures = DocumentCounts(), []
+    dropped = Counter({_HAS_EVALUATION_TEXT: 0} if index is not None else {})
     with _Pieces(directory, task=task.index) as pieces:
         for record in read_records(task.inputs[0].path):
             counts.count_read(record)
             heartbeat(1, record.num_bytes)
             if index is not None and index.is_in(record.text):
-                dropped["has evaluation text"] += 1
+                dropped[_HAS_EVALUATION_TEXT] += 1
                 continue
             text_hash = hash_text(record.text, seed=config.seed)
             position = text_hash / 2**64
@@ -231,7 +239,8 @@ def _assign_task(
                 continue
             name = f"{record.id} {text_hash}"  # an id alone may be that of many documents
             copies = _copies(name, weight=config.weights.get(record.source, 1.0), seed=config.seed)
-            dropped["weight of the source"] += not copies
+            if not copies:
+                dropped["weight of the source"] += 1
             for copy in range(copies):
                 partition = _keyed_hash("partition", config.seed, f"{name} {copy}".encode()) * num_partitions >> 64
                 pieces.add(f"{TRAIN}-{partition:05d}", record)
@@ -285,13 +294,18 @@ class _Pieces:
 
 def piece_path(directory: Path, part: str, task: int) -> Path:
     """Return the path of the file with the documents of a part that come from one task."""
-    return directory / f"{part}-of-{task:05d}{SUFFIX}"
+    return directory / f"{part}{_OF_TASK}{task:05d}{SUFFIX}"
+
+
+def part_of(file: str) -> str:
+    """Return the part of which a file of `piece_path` has documents."""
+    return file.partition(_OF_TASK)[0]
 
 
 def _heldout_task(task: LocalTask, directory: Path, heartbeat: Heartbeat, *, assigned: Path, num_files: int) -> dict:
-    signatures = [load_array(assigned, f"signatures-{index:05d}") for index in range(num_files)]
-    heartbeat(sum(map(len, signatures)), 0)
-    heldout = HeldOut.index(np.concatenate(signatures))
+    signatures = join_arrays(assigned, [f"signatures-{index:05d}" for index in range(num_files)])
+    heartbeat(len(signatures), 0)
+    heldout = HeldOut.index(signatures)
     return {"totals": {}, "outputs": [save_array(directory, name, getattr(heldout, name)) for name in _HELDOUT_ARRAYS]}
 
 
@@ -300,14 +314,14 @@ def _gather_task(
     directory: Path,
     heartbeat: Heartbeat,
     *,
-    parts: list[str],
+    parts: dict[str, int],
     num_files: int,
     work: dict[str, Path],
     seed: int,
 ) -> dict:
-    part = parts[task.index]
+    part, num_documents = list(parts.items())[task.index]
     name = part.split("-")[0]
-    counts, dropped = DocumentCounts(), Counter()
+    counts, dropped, num_read = DocumentCounts(), Counter(), 0
     if name == TRAIN:
         heldout = HeldOut(**{array: load_array(work["heldout"], array) for array in _HELDOUT_ARRAYS})
     else:
@@ -316,12 +330,12 @@ def _gather_task(
         documents = _documents(work["assign"], part=part, num_files=num_files, seed=seed)
         for chunk in batch_records(documents, num_characters=GATHER_BYTES):
             kept_records = []
+            num_read += len(chunk)
             for start in range(0, len(chunk), _COMPARED):
                 compared = chunk[start : start + _COMPARED]
                 for record, is_near in zip(
                     compared, heldout.has_near_duplicate([record.text for record in compared]), strict=True
                 ):
-                    counts.count_read(record)
                     heartbeat(1, record.num_bytes)
                     if is_near:
                         dropped["near a held-out document"] += 1
@@ -330,7 +344,13 @@ def _gather_task(
             for record in _shuffled(kept_records, seed=seed):
                 counts.count_written(record)
                 writer.add(record)
+        if num_read != num_documents:
+            raise OSError(
+                f"{work['assign']} has {num_read:,} of the {num_documents:,} documents of {part}: a file is missing or "
+                "cut short; give the command again, which makes it again"
+            )
     totals = counts.totals(dropped=dropped, bad=Counter())
+    del totals["read"]  # counted by the step `assign`, before documents are dropped or repeated
     outputs = [{**output, "split": name} for output in writer.outputs]
     return {"totals": totals | {"splits": {name: totals["written"]}}, "outputs": outputs}
 
@@ -339,7 +359,7 @@ def _documents(folder: Path, *, part: str, num_files: int, seed: int) -> Iterato
     """Yield a part's documents, the files in the order of a hash, so that sources mix."""
     for task in sorted(range(num_files), key=lambda number: _keyed_hash("files", seed, f"{part} {number}".encode())):
         path = piece_path(folder, part, task)
-        if path.is_file():
+        if path.is_file():  # a task with no document of the part writes none
             yield from read_records(path)
 
 

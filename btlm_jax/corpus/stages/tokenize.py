@@ -73,7 +73,7 @@ class _Stream:
         for piece, first, size in zip(self.pieces, self.starts, self.sizes, strict=True):
             if start < end and start + size > begin:
                 tokens = load_array(folder, f"tokens-{piece:05d}")[first : first + size]
-                parts.append(tokens[max(begin - start, 0) : end - start])
+                parts.append(np.array(tokens[max(begin - start, 0) : end - start]))
             start += size
         return np.concatenate(parts)
 
