@@ -133,7 +133,10 @@ def convert(conversion: Conversion, *, log: Callable[[str], None]) -> list[Proof
     """
     started, target = time.perf_counter(), conversion.target
     _check_is_free(target)
-    target.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+    except (FileExistsError, NotADirectoryError) as error:
+        raise FileExistsError(f"there is a file where --to={target} needs a folder: {error.filename}") from error
     with only_writer(target):
         _check_is_free(target)
         with scratch_directory(target) as partial:

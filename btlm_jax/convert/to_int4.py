@@ -61,11 +61,7 @@ def calibration_ids(directory: Path, tokenizer: Tokenizer | None, *, text: Path 
         token_store = open_store(given.location, expected_fingerprint="")
     except FileNotFoundError as error:
         raise FileNotFoundError(f"the token store of the run {directory} is not here ({error}): {instead}") from error
-    if token_store.manifest.fingerprint != given.fingerprint:
-        raise ValueError(
-            f"token store {given.location} is not the one that the run {directory} was trained on: its fingerprint is "
-            f"{token_store.manifest.fingerprint}, not {given.fingerprint}; {instead}"
-        )
+    given.check(token_store.manifest.fingerprint, instead=instead)
     reader = token_store.split(TRAIN)
     seq_len = min(reader.block_len, _CALIBRATION_LENGTH)
     per_block = reader.block_len // seq_len
@@ -129,6 +125,8 @@ def prove_int4(source: Source, directory: Path, ids_T: np.ndarray, *, hashes: Ma
             raise ValueError(
                 f"what was written is not the quantized source, so it was not kept: tensor {name} has other values"
             )
+    if source.config.alibi_train_len:  # beyond it a whole pass and decoding differ by definition
+        ids_T = ids_T[: source.config.alibi_train_len]
     model = read_int4_directory(directory)
     decoder = CpuDecoder(
         model.metadata.network(), model.weights, num_rows=1, num_slots=len(ids_T), cache_dtype="float32"

@@ -12,6 +12,7 @@ from typing import Any
 
 from btlm_jax import install_command, notices, stopping
 from btlm_jax.corpus.stages.clean import check_not_inside
+from btlm_jax.data.store import read_manifest
 from btlm_jax.display.progress import print_error_line
 from btlm_jax.evaluate.checkpoint import DTYPES, MODEL_DTYPE, Checkpoint, opened_checkpoint
 from btlm_jax.evaluate.comparison import compare, table_of
@@ -345,4 +346,7 @@ def _own_store(checkpoint: Checkpoint) -> PathOrUrl:
     """Return the token store that a run was trained on."""
     if checkpoint.form != RUN or checkpoint.is_fetched:
         raise ValueError(f"{checkpoint.name} is no run on this machine with a token store: give --text or --store")
-    return store_of_run(checkpoint.directory).location
+    own = store_of_run(checkpoint.directory)
+    found = read_manifest(own.location).fingerprint
+    own.check(found, instead="what it holds out may have been trained on; give --text, or --store to take it as it is")
+    return own.location

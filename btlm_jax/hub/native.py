@@ -180,8 +180,21 @@ def read_run_checkpoint(reader: CheckpointReader, step: int, *, workdir: Path) -
 class StoreOfRun:
     """The token store that a run is trained on: where it was, and which."""
 
+    workdir: Path
     location: PathOrUrl
     fingerprint: str
+
+    def check(self, found: str, *, instead: str) -> None:
+        """Check that the store with the fingerprint `found` is the one; `instead` is what to give otherwise.
+
+        Raises:
+          ValueError: another one has been put in its place.
+        """
+        if found != self.fingerprint:
+            raise ValueError(
+                f"token store {self.location} is not the one that the run {self.workdir} was trained on: its "
+                f"fingerprint is {found}, not {self.fingerprint}; {instead}"
+            )
 
 
 def store_of_run(workdir: Path) -> StoreOfRun:
@@ -194,7 +207,8 @@ def store_of_run(workdir: Path) -> StoreOfRun:
     run, _ = split_average(workdir)
     reader = CheckpointReader(run)
     position, config = reader.read_metadata(reader.steps()[-1])
-    return StoreOfRun(location=resolve_location(run, config.data.store), fingerprint=position.store_fingerprint)
+    location = resolve_location(run, config.data.store)
+    return StoreOfRun(workdir=run, location=location, fingerprint=position.store_fingerprint)
 
 
 def read_model_directory(directory: Path) -> NativeModel:

@@ -6,6 +6,7 @@ Every format goes through this form: readers return it, writers take it.
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Protocol
@@ -217,11 +218,18 @@ def _with_new_keys(values: Mapping[str, Any]) -> dict[str, Any]:
     if "width_scale" in values:
         renamed["mup_width_scale"] = values["width_scale"]
     if "output_logits_scale" in values:  # the whole factor of the logits; the newer keys split it in two
-        renamed["mup_output_alpha"] = values["output_logits_scale"] / renamed.get("mup_width_scale", 1.0)
+        width = renamed.get("mup_width_scale", values.get("mup_width_scale", 1.0))
+        _check_value("mup_width_scale", width, float)
+        renamed["mup_output_alpha"] = values["output_logits_scale"] / width
     for key, value in renamed.items():
-        if key in values and values[key] != value:
+        if key in values and not _is_same(values[key], value):
             raise ValueError(f"{key}={values[key]!r} contradicts the older key's {value!r}")
     return {**values, **renamed}
+
+
+def _is_same(one: Any, other: Any) -> bool:
+    """Whether two values of a config are equal, or are numbers that differ by the rounding of a quotient."""
+    return one == other or (_is_positive(one) and _is_positive(other) and math.isclose(one, other, rel_tol=1e-12))
 
 
 def _alibi_scaling(scaling: object) -> tuple[float, int]:

@@ -44,6 +44,7 @@ from btlm_jax.recipe.mup import make_parametrization
 from btlm_jax.tokenizers.byte_level import ByteLevelTokenizer
 from btlm_jax.tokenizers.prompt_bos import read_prompt_bos
 from btlm_jax.tokenizers.tokenizer import Tokenizer, find_tokenizer, tokenizer_info
+from btlm_jax.train import CHECKPOINTS
 
 
 class HuggingFaceSource:
@@ -154,6 +155,11 @@ def read_native(directory: Path, *, check: Callable[[ModelMetadata], object] = a
     if is_model_directory(directory):
         check(read_metadata(directory))
         return read_model_directory(directory)
+    if directory.parent.name == CHECKPOINTS and directory.is_dir():
+        raise FileNotFoundError(
+            f"{directory} is a checkpoint of a run, of which the last is taken here: give {directory.parent.parent} "
+            "(btlm evaluate and btlm train --init take any)"
+        )
     raise FileNotFoundError(
         f"{directory} holds no model: looked for checkpoints/ (a training run), model.json (a converted model) and "
         "config.json (a Hugging Face checkpoint)"

@@ -1,5 +1,6 @@
 """Held-out loss: windows, exact counts, intervals; a run's texts against PyTorch; what is kept and said."""
 
+import dataclasses
 import json
 import math
 import resource
@@ -11,12 +12,14 @@ from support.made_up_run import run_config, write_run
 from btlm_jax import notices
 from btlm_jax.cli import main
 from btlm_jax.data.store import read_manifest
+from btlm_jax.evaluate import evaluation
 from btlm_jax.evaluate.bootstrap import interval_of, interval_of_proportion, resampled_sums
 from btlm_jax.evaluate.documents import Corpus, Document, limited, read_store, read_texts
 from btlm_jax.evaluate.results import Results, Work
 from btlm_jax.evaluate.scorer import Scores
 from btlm_jax.evaluate.text_loss import TextLoss, documents_of, measure_text_loss
 from btlm_jax.evaluate.windows import rolling_windows
+from btlm_jax.hub import native
 from btlm_jax.tokenizers.tokenizer import load_tokenizer
 
 WILSON = (
@@ -185,6 +188,16 @@ def test_the_verb_measures_once_and_says_what_it_found(made_up_run, tmp_path, ca
     assert again.out == said.out and "done already" in again.err and "loading" not in again.err
     assert main([*command, "--overlap=5"]) == 0
     assert "loading" in capsys.readouterr().err
+
+
+def test_another_store_in_the_place_of_the_run_s_is_not_measured(made_up_run, tmp_path, capsys, monkeypatch):
+    def store_of_run(directory):
+        return dataclasses.replace(native.store_of_run(directory), fingerprint="f00")
+
+    monkeypatch.setattr(evaluation, "store_of_run", store_of_run)
+    assert main(["evaluate", f"--checkpoint={made_up_run}", "--heldout", f"--output={tmp_path}"]) == 1
+    said = capsys.readouterr().err
+    assert "was trained on: its fingerprint is" in said and "not f00; what it holds out may have been trained" in said
 
 
 @pytest.mark.parametrize(

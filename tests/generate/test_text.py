@@ -87,6 +87,10 @@ def test_a_directory_without_a_model(capsys, tmp_path, folder, message):
             (tmp_path / folder / name).write_text("")
         assert main(["generate", f"--checkpoint={tmp_path}"]) == 1
         assert message in capsys.readouterr().err
+        (tmp_path / folder / "7").mkdir()
+        assert main(["generate", f"--checkpoint={tmp_path / folder / '7'}"]) == 1
+        said = f"7 is a checkpoint of a run, of which the last is taken here: give {tmp_path} ("
+        assert said in capsys.readouterr().err
 
 
 def test_a_model_without_a_tokenizer(capsys):

@@ -102,6 +102,7 @@ def test_every_form_computes_it_and_says_it(source, whole_and_cached, tmp_path, 
     for directory in (source, native, hf):
         assert_near(open_source(directory).logits(IDS), whole)
     assert json.loads((hf / "config.json").read_text())["alibi_scaling"] == SCALING
+    make(source, tmp_path / "int4", format="int4")  # the proof decodes, no further than both ways agree
     for format, target in (("gguf", "m.gguf"), ("jais", "jais")):
         with pytest.raises(ValueError, match="alibi_scaling=keys/16 cannot be expressed in a Jais model"):
             make(hf, tmp_path / target, format=format)

@@ -24,6 +24,9 @@ def test_the_older_keys_say_the_same(tmp_path):
     assert config.output_scale == pytest.approx(0.222, rel=1e-15)
     alpha = {"mup_output_alpha": pytest.approx(2.22, rel=1e-15)}
     assert dataclasses.asdict(config) == dataclasses.asdict(read(tmp_path)) | alpha
+    for left_out in (("mup_output_alpha",), ()):  # of both generations; 0.222 / 0.1 is not 2.22 to the last bit
+        config = read(tmp_path, **dict.fromkeys(left_out, ...), output_logits_scale=0.222)
+        assert config.output_scale == pytest.approx(0.222, rel=1e-15)
 
 
 def test_keys_left_out_have_the_values_of_the_published_code(tmp_path):
