@@ -24,11 +24,13 @@ The keys of --model_args of this model:
   dtype=float32       or bfloat16, in which it computes; by default the model's own
   max_length=N        of context and continuation; by default the length that the model was trained at
   batch_tokens=N      tokens that are scored at a time (default 2048); --batch_size says how many texts are generated
+                      (by default, and of the harness's own default 1, 16)
   seed=N              of texts that are sampled
 
-Everything else is the harness's: other models, groups, samples, loggers. Tasks that make texts of given lengths (RULER)
-get the model's tokenizer. btlm evaluate --tasks does the same with kept results that an interrupted command goes on
-from. The package lm_eval is in the extra evaluate.
+Everything else is the harness's: other models, groups, samples, loggers; but --apply_chat_template is not for this
+model: its export has it, with --model hf. Tasks that make texts of given lengths (RULER) get the model's tokenizer.
+btlm evaluate --tasks does the same with kept results that an interrupted command goes on from. The package lm_eval is
+in the extra evaluate.
 """
 
 

@@ -175,7 +175,11 @@ def _kept(path: Path, settings: dict[str, Any]) -> dict | None:
     """Return the result that a file keeps of these settings, if it does."""
     if not path.exists():
         return None
-    kept = read_json_object(path)
+    try:
+        kept = read_json_object(path)
+    except ValueError as error:
+        notices.report("evaluation-again", f"{error}; it is measured again")
+        return None
     if (kept.get("format"), kept.get("settings")) == (FORMAT, settings) and isinstance(kept.get("result"), dict):
         return kept["result"]
     notices.report("evaluation-again", f"{path} is not what its name says; it is measured again")

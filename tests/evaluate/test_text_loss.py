@@ -15,7 +15,7 @@ from btlm_jax.data.store import read_manifest
 from btlm_jax.evaluate import evaluation
 from btlm_jax.evaluate.bootstrap import interval_of, interval_of_proportion, resampled_sums
 from btlm_jax.evaluate.documents import Corpus, Document, limited, read_store, read_texts
-from btlm_jax.evaluate.results import Results, Work
+from btlm_jax.evaluate.results import FORMAT, Results, Work
 from btlm_jax.evaluate.scorer import Scores
 from btlm_jax.evaluate.text_loss import TextLoss, documents_of, measure_text_loss
 from btlm_jax.evaluate.windows import rolling_windows
@@ -326,6 +326,12 @@ def test_interrupted_work_goes_on(tmp_path, capsys):
     assert results.measure("part", {"length": 5}, make) == {"values": [0, 10, 20]}
     assert calls == [0, 1, 2] and not partial.exists()
     assert results.measure("part", {"length": 5}, lambda work: 1 / 0) == {"values": [0, 10, 20]}
+    (kept,) = tmp_path.glob("part-*.json")
+    notices.begin(strict=())
+    for damage in ("{", kept.read_text().replace(FORMAT, "another")):
+        kept.write_text(damage)
+        assert results.measure("part", {"length": 5}, make) == {"values": [0, 10, 20]}
+    assert notices.counts() == {"evaluation-again": 2}
     calls.clear()
     results.measure("part", {"length": 6}, make)
     assert calls == [0, 1, 2]
