@@ -15,6 +15,7 @@ from btlm_jax.hub.evaluation_card import CARD_FILE, FORMAT, REPORT_FILE, SHA256,
 from btlm_jax.storage.files import hash_json, write_atomically
 
 _DETAILS = ("of_documents", "of_windows", "of_positions", "of_cases")  # are in a part's own file, not in the report
+_ITEMS = {"tasks": "scores", "summaries": "groups", "retrieval": "groups", "positions": "curves"}  # of parts, by key
 _PASS = (1, 10, 100)  # k of pass@k
 _ALIBI = {"none": "as trained", "dynamic": "dynamic"}
 # What a part may have been measured with, as its title says it.
@@ -75,7 +76,7 @@ def write_report(folder: Path, checkpoint: Checkpoint, parts: dict[str, dict]) -
         if is_apart:
             notices.report("not-in-card", f"{part} is with {_settings_text(result)}, and stays out of the model card")
         has_own = part in together and not _is_apart(together[part])
-        if has_own and not is_apart and together[part] != json.loads(json.dumps(result)):
+        if has_own and not is_apart and not _has_all_of(together[part], json.loads(json.dumps(result)), part):
             notices.report(
                 "part-replaced",
                 f"{folder / REPORT_FILE} and the card had {part} of other documents, tasks or settings, whose place "
@@ -88,6 +89,18 @@ def write_report(folder: Path, checkpoint: Checkpoint, parts: dict[str, dict]) -
     write_atomically(folder / REPORT_FILE, json.dumps(kept, indent=1))
     write_atomically(folder / CARD_FILE, _card(kept))
     return report
+
+
+def _has_all_of(earlier: dict, result: dict, part: str) -> bool:
+    """Return whether a part's result has all that an earlier one had, such as its tasks, with the same settings."""
+    if part not in _ITEMS:
+        return result == earlier
+    key = _ITEMS[part]
+    if isinstance(earlier[key], dict):
+        has_items = all(name in result[key] and result[key][name] == item for name, item in earlier[key].items())
+    else:
+        has_items = all(item in result[key] for item in earlier[key])
+    return has_items and result["settings"] == earlier["settings"]
 
 
 def _earlier_parts(path: Path, *, identity: str) -> dict[str, dict]:

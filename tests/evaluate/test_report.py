@@ -169,6 +169,17 @@ def test_what_is_not_of_the_model_and_all_documents_stays_out_of_its_card(tmp_pa
     assert written(small, int4=True) == (own["loss"], card) and notices.counts() == {"not-in-card": 1}
 
 
+def test_a_part_that_loses_something_in_the_report_is_said(tmp_path):
+    def written(**scores):
+        notices.begin(strict=())
+        result = {"scores": scores, "tables": {}, "settings": {}, "lm_eval": "0", "of_cases": {}}
+        write_report(tmp_path, MadeUp(), {"tasks": result})
+        return notices.counts()
+
+    assert written(a={"acc": 0.5}) == written(a={"acc": 0.5}, b={"acc": 1.0}) == {}
+    assert written(b={"acc": 1.0}) == written(b={"acc": 0.0}) == {"part-replaced": 1}
+
+
 def test_an_export_has_the_card(tmp_path):
     source = open_source(ORACLES / "tiny")
     for folder, evaluation in (
