@@ -51,6 +51,7 @@ class Work:
         self._first, self._since = 0, 0.0
         if path is not None and path.exists():
             self._read(path)
+        self._left = frozenset(self._done)  # by an earlier start
 
     def begin(self, sizes: Sequence[int], *, unit_name: str) -> None:
         """Say how large each unit is, which decides how long it will take, in what; before `done` and `add`.
@@ -58,8 +59,8 @@ class Work:
         It may be said again with more units after these.
         """
         self._sizes, self._unit_name = sizes, unit_name
-        if num_done := sum(number in self._done for number in range(len(sizes))):
-            say(f"{self.name}: going on, {num_done:,} of {len(sizes):,} parts are done")
+        if num_left := sum(number in self._left for number in range(len(sizes))):
+            say(f"{self.name}: going on, {num_left:,} of {len(sizes):,} parts are done")
 
     @property
     def units(self) -> list[tuple[int, Any]]:

@@ -243,7 +243,7 @@ def test_progress_and_what_is_left_are_of_what_is_done(capsys, monkeypatch):
     assert lines[2] == "heldout: 250 of 400 tokens (62%), 10/s, 0:15 left"
 
 
-def test_a_second_kind_of_units_goes_on_and_a_full_or_damaged_file_loses_nothing(tmp_path, monkeypatch):
+def test_a_second_kind_of_units_goes_on_and_a_full_or_damaged_file_loses_nothing(tmp_path, capsys):
     path, limits = tmp_path / "part.partial", resource.getrlimit(resource.RLIMIT_FSIZE)
     work = Work("part", path)
     work.begin([1, 1], unit_name="tokens")
@@ -251,18 +251,21 @@ def test_a_second_kind_of_units_goes_on_and_a_full_or_damaged_file_loses_nothing
     try:
         work.add(0, "text")
         work.add(2, "text")
+        work.begin([1, 1, 1, 1], unit_name="tokens")
         resource.setrlimit(resource.RLIMIT_FSIZE, (path.stat().st_size + 4, limits[1]))
         with pytest.raises(OSError, match=f"{path} cannot be written: File too large; what is in it is kept"):
             work.add(1, "long text")
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
         work.close()
+    assert "going on" not in capsys.readouterr().err
     notices.begin(strict=())
     for damage in (b"", b"\0\0\0\n[3, 1]\n"):
         path.write_bytes(path.read_bytes() + damage)
         work = Work("part", path)
         work.begin([1, 1], unit_name="tokens")
         work.begin([1, 1, 1, 1], unit_name="tokens")
+        assert "part: going on, 2 of 4 parts are done" in capsys.readouterr().err
         assert [work.done(number) for number in range(4)] == ["text", None, "text", None]
         work.add(1, "text")
         work.close()
