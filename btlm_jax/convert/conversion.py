@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import os
 import time
@@ -133,11 +134,7 @@ def convert(conversion: Conversion, *, log: Callable[[str], None]) -> list[Proof
     """
     started, target = time.perf_counter(), conversion.target
     _check_is_free(target)
-    try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-    except (FileExistsError, NotADirectoryError) as error:
-        raise FileExistsError(f"there is a file where --to={target} needs a folder: {error.filename}") from error
-    with only_writer(target):
+    with _folder_of(target), only_writer(target):
         _check_is_free(target)
         with scratch_directory(target) as partial:
             proofs = _write_and_prove(conversion, partial, log=log)
@@ -149,6 +146,23 @@ def convert(conversion: Conversion, *, log: Callable[[str], None]) -> list[Proof
     size = sum(path.stat().st_size for path in files)
     log(f"Done: {target}, {size / 1e6:,.1f} MB, in {time.perf_counter() - started:.1f} s.")
     return proofs
+
+
+@contextlib.contextmanager
+def _folder_of(target: Path) -> Iterator[None]:
+    """Make the folders that a target is to be in; those made here are deleted if it is not there at the end."""
+    made = [folder for folder in target.parents if not folder.exists()]
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+    except (FileExistsError, NotADirectoryError) as error:
+        raise FileExistsError(f"there is a file where --to={target} needs a folder: {error.filename}") from error
+    try:
+        yield
+    finally:
+        if not target.exists():
+            for folder in made:
+                with contextlib.suppress(OSError):  # something else is in it by now
+                    folder.rmdir()
 
 
 def _check_is_free(target: Path) -> None:

@@ -33,6 +33,7 @@ _READABLE = {
 }  # fmt: skip
 _METADATA, _HASHES, _OF_HEADER = "__metadata__", "btlm_jax.sha256", ""  # _OF_HEADER: the name of the header's own hash
 _NO_HASH = "0" * 64
+_LARGEST_HEADER = 100_000_000  # bytes, of the library
 
 
 class SafetensorsFile:
@@ -200,7 +201,7 @@ def _stored_hashes(path: Path) -> dict[str, str]:
     """
     with open(path, "rb") as file:
         length = file.read(8)
-        encoded = length + file.read(min(int.from_bytes(length, "little"), path.stat().st_size))
+        encoded = length + file.read(min(int.from_bytes(length, "little"), _LARGEST_HEADER))
     try:
         header = json.loads(encoded[8:])
         hashes = json.loads(header[_METADATA].pop(_HASHES))

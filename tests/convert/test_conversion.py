@@ -445,7 +445,7 @@ def test_a_killed_conversion_leaves_nothing_under_the_name_and_the_next_one_work
         (["--from=x", "--to=y", "--max_shard_gb=0"], 2, "--max_shard_gb=0 must be above 0 and at most 1e9"),
         (["--from=x", "--to=y", "--max_shard_gb=inf"], 2, "--max_shard_gb=inf must be a finite number"),
         (["--from=x", "--to=y.gguf", "--format=gguf", "--context_length=-1"], 2, "context_length=-1 must be from 1"),
-        (["--from=nowhere", "--to=y"], 1, "nowhere holds no model: looked for checkpoints/"),
+        (["--from=nowhere", "--to=y/z"], 1, "nowhere holds no model: looked for checkpoints/"),
         (["--from=nowhere", "--to=/dev/null/y"], 1, "there is a file where --to=/dev/null/y needs a folder: /dev/null"),
         (["--from=x", "--to=."], 1, ". exists; delete it or give another --to"),
         (

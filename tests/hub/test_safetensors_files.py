@@ -8,7 +8,14 @@ from ml_dtypes import bfloat16
 from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
 
-from btlm_jax.hub.safetensors_files import SINGLE_FILE, SafetensorsFile, TensorToWrite, write_safetensors
+from btlm_jax.hub import safetensors_files
+from btlm_jax.hub.safetensors_files import (
+    SINGLE_FILE,
+    SafetensorsFile,
+    TensorToWrite,
+    hash_contents,
+    write_safetensors,
+)
 
 ARRAYS = {
     "b": np.arange(15, dtype=np.float32).reshape(3, 5),
@@ -110,3 +117,11 @@ def test_a_stale_hash_refuses_nothing(tmp_path, tensors):
     assert not SafetensorsFile(path).is_ours
     for name, array in read_all(path).items():
         np.testing.assert_array_equal(array, changed[name])
+
+
+def test_of_a_damaged_file_no_more_than_a_header_is_read(tmp_path, monkeypatch):
+    with open(tmp_path / SINGLE_FILE, "wb") as file:
+        file.write(b"\xff" * 8)
+        file.truncate(1 << 42)
+    monkeypatch.setattr(safetensors_files, "hash_file", lambda path: f"of {path.name}")
+    assert hash_contents(tmp_path / SINGLE_FILE) == f"of {SINGLE_FILE}"
