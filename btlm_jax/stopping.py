@@ -10,6 +10,7 @@ import contextlib
 import faulthandler
 import os
 import signal
+import stat
 import sys
 import threading
 import time
@@ -26,6 +27,7 @@ GRACE_SECONDS = 5.0  # for the main thread to end by itself where there is nothi
 STILL_SECONDS, STILL_STEPS, LONG_SECONDS = 300.0, 30, 3600.0
 _FIRST_STEPS = 3
 _TICK_SECONDS = 0.5
+_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)  # that of a closed terminal saves too
 _SUSPENDED_SECONDS = 10.0  # the watching thread was late by so much: the whole process was suspended
 
 
@@ -113,11 +115,12 @@ class Stop:
         self._is_signalled = False
 
     def watch_signals(self) -> None:
-        """Take SIGTERM and SIGINT from here on; call it in the main thread, once."""
+        """Take SIGTERM, SIGINT and SIGHUP from here on; call it in the main thread, once."""
         reading, writing = os.pipe()
         os.set_blocking(writing, False)
-        for number in (signal.SIGTERM, signal.SIGINT):
-            signal.signal(number, self._on_signal)
+        for number in _SIGNALS:
+            if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN:  # as below nohup
+                signal.signal(number, self._on_signal)
         signal.set_wakeup_fd(writing, warn_on_full_buffer=False)
         # A forked child has the same pipe: what it is sent would stop the run.
         os.register_at_fork(after_in_child=_forget_signals)
@@ -321,6 +324,8 @@ class Stop:
             raise Stopped
 
     def _on_signal(self, signum: int, frame) -> None:
+        if signum == signal.SIGHUP:
+            _leave_terminal()
         self.request(signal.Signals(signum).name)
         is_first, self._is_signalled = not self._is_signalled, True
         if not is_first or self._peers or self.stage == STEPPING:  # another one would break off what this one's does
@@ -341,15 +346,27 @@ class Stop:
                 num_interrupts += number == signal.SIGINT
                 if num_interrupts == 2:
                     self.end_now(INTERRUPTED, "interrupted twice: ended at once; the same command resumes where it can")
-                if number in (signal.SIGTERM, signal.SIGINT):
+                if number in _SIGNALS:
                     self.request(signal.Signals(number).name)
             self.tick()
 
 
 def _forget_signals() -> None:
     signal.set_wakeup_fd(-1)
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, signal.SIG_DFL)
+    for number in _SIGNALS:
+        if signal.getsignal(number) != signal.SIG_IGN:
+            signal.signal(number, signal.SIG_DFL)
+
+
+def _leave_terminal() -> None:
+    """Print nothing more to a terminal or a pipe: it is gone, and a write to it would end the run before it has saved."""
+    with contextlib.suppress(OSError):
+        os.write(2, b"SIGHUP, as of a closed terminal: the run saves and ends, and prints nothing more here\n")
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    for stream in (1, 2):
+        if not stat.S_ISREG(os.fstat(stream).st_mode):
+            os.dup2(nowhere, stream)
+    os.close(nowhere)
 
 
 _current: Stop | None = None  # signals are of the whole process

@@ -11,7 +11,8 @@
 #
 # Starts the run again after exit codes 75 (preempted and saved) and 77 (a peer is gone), MAX_RESTARTS times (20), and
 # MAX_FRUITLESS times (3) in a row without a new checkpoint, after BACKOFF seconds (10, doubled each time). SIGTERM to
-# this script is handed on: the run saves and ends, and the script with it. So it is after Ctrl-C.
+# this script is handed on: the run saves and ends, and the script with it. So it is after Ctrl-C, and where the terminal
+# is closed or its connection lost; with nohup or in tmux the run goes on.
 set -euo pipefail
 here=$PWD # what is relative is the caller's
 cd "$(dirname "$0")/.."
@@ -89,7 +90,7 @@ fi
 # ------------------------------------------------------------------------------------------------ the run
 cd "$here"
 children=() stopping="" signalled=""
-trap 'stopping=1 signalled=1; kill_children' TERM INT # a SIGTERM beside the terminal's SIGINT changes nothing
+trap 'stopping=1 signalled=1; kill_children' TERM INT HUP # a SIGTERM beside the terminal's SIGINT changes nothing
 kill_children() { # hand SIGTERM on; one that has ended is none
   local child
   for child in "${children[@]}"; do kill -TERM "$child" 2> /dev/null || true; done

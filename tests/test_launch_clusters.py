@@ -248,10 +248,11 @@ def test_gpu_installs_what_the_driver_takes_and_checks_the_gpus(place, smi, extr
     assert "do not compute" in finish(start(place, place / "launch" / "gpu.sh", ["1:0"], SMI=f"{smi}\\n"), code=2)
 
 
-def test_gpu_hands_sigterm_on_and_ends_with_the_run(place):
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
+def test_gpu_hands_a_signal_on_and_ends_with_the_run(place, number):
     process = start(place, place / "launch" / "gpu.sh", ["1:wait", "2:0"])
     wait_for(place / "waits-0")
-    process.send_signal(signal.SIGTERM)
+    process.send_signal(number)
     finish(process, code=75)
     assert num_starts(place) == 1 and (place / "signals-0").exists()
 

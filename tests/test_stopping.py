@@ -1,6 +1,10 @@
 """When a run stops, and what happens then; the ends of the process are recorded instead of made."""
 
+import os
+import pty
 import signal
+import subprocess
+import sys
 
 import pytest
 
@@ -59,6 +63,39 @@ def test_a_second_signal_does_not_break_off_what_the_first_one_does(stop):
         stop._on_signal(signal.SIGTERM, None)
     except Stopped:
         pytest.fail("it is raised again")
+
+
+# Prints to its terminal after that is gone, as a save does.
+STEPS = """
+import fcntl, pathlib, signal, sys, termios, time
+from btlm_jax import stopping
+fcntl.ioctl(0, termios.TIOCSCTTY, 0)
+if sys.argv[2] == "nohup":
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)
+stopping.begin()
+stop = stopping.current()
+stop.begin_steps()
+print("ready", flush=True)
+last = time.monotonic() + (0.3 if sys.argv[2] == "nohup" else 20)
+while not stop.is_agreed(1) and time.monotonic() < last:
+    time.sleep(0.02)
+if sys.argv[2] != "nohup":
+    print("preempted", flush=True)
+pathlib.Path(sys.argv[1]).write_text(stop.reason or "goes on")
+"""
+
+
+@pytest.mark.parametrize("how, reason", [("", "SIGHUP"), ("nohup", "goes on")])
+def test_a_run_whose_terminal_is_closed_saves_but_not_below_nohup(tmp_path, how, reason):
+    terminal, inside = pty.openpty()
+    command = [sys.executable, "-c", STEPS, str(tmp_path / "saved"), how]
+    process = subprocess.Popen(command, stdin=inside, stdout=inside, stderr=inside, start_new_session=True)
+    os.close(inside)
+    said = b""
+    while not said.endswith(b"\n"):  # the whole line: its end is written by itself
+        said += os.read(terminal, 100)
+    os.close(terminal)
+    assert process.wait(30) == 0 and (tmp_path / "saved").read_text() == reason
 
 
 def test_between_steps_the_loop_is_asked_and_the_first_reason_counts(stop, clock):
