@@ -14,6 +14,7 @@ from support import tiny_tokenizers
 from support.corpus_files import contents, made_up_text, write_raw
 from tokenizers import normalizers
 
+from btlm_jax import notices
 from btlm_jax.cli import INTERRUPTED, main
 from btlm_jax.corpus.engine.inputs import read_stage
 from btlm_jax.corpus.pack import write_shards
@@ -239,6 +240,16 @@ def test_a_tokenizer_that_loses_text_is_measured_and_refused(prepared, tmp_path,
         manifest = verify(store_folder, log=print)
         assert "texts come back changed" in manifest.made_by["lossy"]
         assert load_tokenizer(store_folder, manifest.tokenizer).vocab_size == manifest.tokenizer.vocab_size
+
+
+def test_what_is_said_of_a_tokenizer_is_said_once(prepared, tmp_path):
+    """Tasks read a copy of it, which is surely the one that the command read."""
+    shutil.copytree(prepared / "pieces", tmp_path / "both")
+    (tmp_path / "both" / "tokenizer.json").write_text(tiny_tokenizers.tiny_byte_level().to_str())
+    assert run(prepared, tmp_path / "store", tokenizer=tmp_path / "both") == 0
+    assert notices.counts() == {"tokenizer-preferred": 1}
+    (copied,) = (tmp_path / "store" / "work").glob("tokenizer-*/tokenizer.json")
+    assert copied.read_bytes() == (tmp_path / "store" / "tokenizer.json").read_bytes()
 
 
 def test_a_tokenizer_with_a_normaliser_to_nfc_is_taken(prepared, tmp_path):

@@ -16,8 +16,10 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import json
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from btlm_jax import notices
@@ -31,6 +33,7 @@ from btlm_jax.storage.files import delete_temporary_files, exclusive_lock, hash_
 FORMAT = "btlm-corpus-stage"
 FORMAT_VERSION = 1
 PLAN_FILE, MANIFEST_FILE, LOCK_FILE = "plan.json", "manifest.json", ".lock"
+_LOOKUPS = 16  # of finished tasks at a time
 WORK_FOLDER = "work"
 QUARANTINE_FOLDER = "quarantine"
 # In a stage's directory beside its outputs.
@@ -76,9 +79,10 @@ def run_stage(
         wait_for_earlier_job(directory, name=stage.name, log=log)
         for folder in (directory, directory / DONE_FOLDER, directory / QUARANTINE_FOLDER, outputs):
             delete_temporary_files(folder)
-        records: dict[int, dict | None] = {
-            task.index: finished_record(task, directory, outputs=outputs) for task in stage.tasks
-        }
+        find = functools.partial(finished_record, directory=directory, outputs=outputs)
+        with ThreadPoolExecutor(_LOOKUPS) as pool:  # each asks a file system, or a bucket, for every file of a task
+            found = pool.map(find, stage.tasks)
+            records = {task.index: record for task, record in zip(stage.tasks, found, strict=True)}
         waiting = [task for task in stage.tasks if records[task.index] is None]
         if (directory / MANIFEST_FILE).is_file() and not waiting:
             manifest = _finished_manifest(directory)

@@ -1,7 +1,8 @@
 """The stage `tokenize`: split documents -> a token store (data/store.py).
 
-    work/tokens    a task per file: its documents' ids, each document followed by EOS, and their counts
-    work/shards    a task per shard of the store: its range of the stream, divided into blocks
+    work/tokenizer-HASH  a copy of the tokenizer, which the tasks read
+    work/tokens          a task per file: its documents' ids, each document followed by EOS, and their counts
+    work/shards          a task per shard of the store: its range of the stream, divided into blocks
 
 A shard's range follows from the counts, so shards are written in any order. `train` is one stream over the files in
 order, or with `by_source` one stream per source, its documents in the same order; the validation documents become the
@@ -119,16 +120,14 @@ def _tokenize(config: TokenizeConfig, *, output: Path, workers: Workers, log: Lo
         settings["lossy"] = loss
     tasks = [Task(index=index, inputs=(item,), weight=item.num_bytes) for index, item in enumerate(inputs)]
     run = functools.partial(run_stage, workers=workers, log=log, check=accept_all)
-    tokens = output / "work" / "tokens"
+    tokens, copied = output / "work" / "tokens", output / "work" / f"tokenizer-{info.sha256[:12]}"
+    if not (copied / store.TOKENIZER_INFO_FILE).is_file():
+        copied.mkdir(parents=True, exist_ok=True)
+        store.write_tokenizer(info, loaded.contents, directory=copied)
     if config.by_source:
         settings["by_source"] = True
     step = functools.partial(
-        _tokens_task,
-        tokenizer=tokenizer,
-        by_source=config.by_source,
-        allow_lossy=config.allow_lossy,
-        sha256=info.sha256,
-        dtype=dtype,
+        _tokens_task, tokenizer=copied, by_source=config.by_source, allow_lossy=config.allow_lossy, dtype=dtype
     )
     encoded = run(Stage(name="tokenize", settings=settings, tasks=tasks, run=step), tokens)
     splits = [file["split"] for file in documents["outputs"]]
@@ -281,12 +280,9 @@ def _tokens_task(
     tokenizer: Path,
     by_source: bool,
     allow_lossy: bool,
-    sha256: str,
     dtype: str,
 ) -> dict:
     encoder = fastest_tokenizer(find_tokenizer(tokenizer, allow_lossy=allow_lossy))
-    if tokenizer_info(encoder).sha256 != sha256:
-        raise ValueError(f"the tokenizer in {tokenizer} changed while its texts were encoded")
     counts: dict[str, Counter] = {}
     parts: dict[str, list[np.ndarray]] = {}  # of each source, or all of them as ""
     for record in read_records(task.inputs[0].path):
