@@ -88,6 +88,10 @@ def test_the_target_is_predicted_before_it_is_made(tmp_path, monkeypatch):
     recorded = (tmp_path / scaling_law.RECORD).read_text()
     scaling_law.make_variants(config, measured, stores)
     assert (tmp_path / scaling_law.RECORD).read_text() == recorded  # once
+    (tmp_path / scaling_law.RECORD).write_text(recorded.splitlines(keepends=True)[0])  # stopped after the first
+    scaling_law.make_variants(config, measured, stores)
+    recorded = (tmp_path / scaling_law.RECORD).read_text()
+    assert len(recorded.splitlines()) == 2
     workdir = tmp_path / "trials" / "target-s0"
     measured[scaling_law.TARGET] = {"loss": loss("target", config), **scaling_law.measure(config, workdir)}
     values = scaling_law.report(config, [measured])

@@ -232,14 +232,13 @@ class Flags:
           UsageError: it is empty.
           OSError: the URL cannot be reached.
         """
-        if "://" not in self.string(name):
-            return self.path(name)
-        from btlm_jax.hub import native
-        from btlm_jax.storage import bucket
+        return self.path(name) if "://" not in self.string(name) else _copy_of_run(self.string(name))
 
-        url, is_average = native.split_average_of_url(self.string(name))
-        folder = bucket.open_for_reading(url)
-        return folder / native.AVERAGE if is_average else folder
+    def run_paths(self, name: str) -> list[Path]:
+        """Return the same of each value of a flag that `define_paths` made; raises as `run_path`."""
+        if not all(self.strings(name)):
+            raise UsageError(f"--{name} has an empty value; give {self._flags[name].meaning}")
+        return [_copy_of_run(text) if "://" in text else Path(text).expanduser() for text in self.strings(name)]
 
     def set_string(self, name: str, value: str) -> None:
         """Replace the value of a string flag, by the local folder of a URL that was given."""
@@ -538,6 +537,16 @@ def _converted(flag: Flag, text: str) -> Any:
         hint = did_you_mean(text, flag.choices)
         raise UsageError(f"--{flag.name}={text} is not known; it may be {', '.join(flag.choices)}{hint}")
     return text
+
+
+def _copy_of_run(url: str) -> Path:
+    """Return a local copy of a run or a model behind a URL; raises as `Flags.run_path`."""
+    from btlm_jax.hub import native
+    from btlm_jax.storage import bucket
+
+    url, is_average = native.split_average_of_url(url)
+    folder = bucket.open_for_reading(url)
+    return folder / native.AVERAGE if is_average else folder
 
 
 def _switch(given: str, text: str) -> bool:

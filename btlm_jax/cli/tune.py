@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from btlm_jax.tune.trials import Result, RunTrial
 
 _Plan = TypeVar("_Plan", "Sweep", "Search")  # of trials
+_LEAST_RATE, _MOST_RATE = -40, 10  # log2 of learning rates
 
 TUNE_HELP = """btlm tune VERB: check what a narrow model says of a wide one, and use it.
 
@@ -186,11 +187,11 @@ def scaling_flags() -> Flags:
     """Define the flags of `btlm tune scaling`."""
     flags = Flags(SCALING_HELP)
     flags.define_string("law", "", "JSON file of the law: written with --runs or --points, otherwise read")
-    flags.define_paths("runs", "workdirs of finished runs to fit to")
+    flags.define_paths("runs", "workdirs of finished runs to fit to, or URLs")
     flags.define_string("points", "", "JSON file of the same: points of name, num_parameters, num_tokens, flops, loss")
     flags.define_string("form", "auto", "form of the law", choices=("auto", "chinchilla", "power"))
     flags.define_config()
-    flags.define_string("check", "", "workdir of the finished run that was predicted")
+    flags.define_string("check", "", "workdir of the finished run that was predicted, or a URL")
     flags.define_string("plot", "", "PNG file to draw runs, law and predictions into")
     return flags
 
@@ -207,14 +208,14 @@ def _scaling(arguments: Sequence[str]) -> int:
     if not is_fit and not flags.string("config") and not flags.is_given("check") and not flags.is_given("plot"):
         raise UsageError("btlm tune scaling needs --runs or --points to fit to, --config to predict, or --check")
     config = flags.optional_config()
-    checked, plot = (flags.path(name) if flags.is_given(name) else None for name in ("check", "plot"))
+    checked, plot = flags.run_path("check") if flags.is_given("check") else None, flags.optional_path("plot")
     from btlm_jax.tune import scaling, scaling_report
 
     if is_fit:
         if flags.is_given("points"):
             points, vocab_size = scaling.read_points(flags.path("points"))
         else:
-            points, vocab_size = scaling.read_runs([Path(each).expanduser() for each in flags.strings("runs")])
+            points, vocab_size = scaling.read_runs(flags.run_paths("runs"))
         if not vocab_size:
             print("the points' file has no vocab_size: that a config's losses are of the same tokens is not checked")
         form, reason = flags.string("form"), ""
@@ -504,14 +505,22 @@ def _rates(flags: Flags) -> tuple[float, ...]:
     """
     text = flags.string("rates")
     if ":" not in text:
-        return _numbers(flags, "rates")
+        rates = _numbers(flags, "rates")
+        if not _LEAST_RATE <= min(rates) <= max(rates) <= _MOST_RATE:
+            raise UsageError(f"--rates={text[:80]} must be between {_LEAST_RATE} and {_MOST_RATE}")
+        return rates
     parts = text.split(":")
     try:
         first, last, step = map(float, [*parts, "1"][:3] if len(parts) == 2 else parts)
     except ValueError:
         raise UsageError(f"--rates={text[:80]} must be FIRST:LAST or FIRST:LAST:STEP, as -9:-5 or -9:-5:0.5") from None
-    if not (-40 <= first < last <= 10 and 0 < step <= last - first):
-        raise UsageError(f"--rates={text[:80]} must rise, between -40 and 10, in steps that fit")
+    from btlm_jax.tune.lr_transfer import LEAST_STEP
+
+    if not (_LEAST_RATE <= first < last <= _MOST_RATE and LEAST_STEP <= step <= last - first):
+        raise UsageError(
+            f"--rates={text[:80]} must rise, between {_LEAST_RATE} and {_MOST_RATE}, in steps of {LEAST_STEP} or more "
+            "that fit"
+        )
     span = last - first
     count = round(span / step)
     if abs(span / step - count) > 1e-4:  # a third may be given as 0.333333

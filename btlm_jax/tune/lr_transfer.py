@@ -21,10 +21,11 @@ import scipy.stats
 from btlm_jax.display.plotting import new_panels, write_figure
 from btlm_jax.recipe.config import TrainConfig
 from btlm_jax.tune.coord_check import at_width
-from btlm_jax.tune.trials import Result, Trial, resampled_mean, scale_phases, scale_tokens
+from btlm_jax.tune.trials import MOST_FACTOR, Result, Trial, resampled_mean, scale_phases, scale_tokens
 
 NEAR = 2.0  # octaves to either side of the best rate that the parabola is laid through
 HIGHEST = 1.15  # times the least loss: at higher rates, losses above it are left out where three others are left
+LEAST_STEP = 0.001  # between rates, that names of trials tell apart
 MOST_MORE = 4  # rates that a curve gets beyond each end of those asked for
 NUM_SAMPLES = 1000
 TAILS = (0.05, 0.95)
@@ -60,8 +61,12 @@ class Sweep:
 
     def __post_init__(self):
         distances = np.diff(self.log2_rates)
-        if len(self.log2_rates) < 3 or not np.allclose(distances, distances[0]) or not distances[0] > 0:
-            raise ValueError(f"rates={self.log2_rates}: give three or more, ascending, at equal distances")
+        if len(self.log2_rates) < 3 or not np.allclose(distances, distances[0]) or not distances[0] >= LEAST_STEP:
+            raise ValueError(
+                f"rates={self.log2_rates}: give three or more, ascending, at equal distances of {LEAST_STEP} or more"
+            )
+        if max(*self.batches, *self.tokens) > MOST_FACTOR:
+            raise ValueError(f"batches={self.batches}, tokens={self.tokens}: factors are at most {MOST_FACTOR:g}")
         if self.num_seeds < 1:
             raise ValueError(f"seeds={self.num_seeds} must be at least 1")
         if len(set(self.curves)) < len(self.curves):

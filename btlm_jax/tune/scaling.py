@@ -23,9 +23,10 @@ from typing import Any
 
 import numpy as np
 
+from btlm_jax import notices
 from btlm_jax.recipe.config import TrainConfig, config_from, train_config_from, with_later_keys
 from btlm_jax.recipe.sizes import count_parameters
-from btlm_jax.storage.files import hash_json, read_json_object, write_atomically
+from btlm_jax.storage.files import hash_json, only_writer, read_json_object, write_atomically
 from btlm_jax.train import CONFIG_FILE, SUMMARY_FILE
 from btlm_jax.train.flops import flops_per_token
 from btlm_jax.train.starts import read_sound_starts
@@ -269,7 +270,7 @@ def read_run(workdir: Path) -> FinishedRun:
     if tokens != config.curriculum.table.num_tokens:
         raise ValueError(f"{path} is of {tokens:,} tokens, {CONFIG_FILE} of {config.curriculum.table.num_tokens:,}")
     return FinishedRun(
-        point=point_of_config(config, name=str(workdir), loss=loss),
+        point=point_of_config(config, name=notices.named(str(workdir)), loss=loss),
         vocab_size=config.model.vocab_size,
         heldout_tokens=heldout,
         ended=min(ends, default=None),
@@ -282,16 +283,17 @@ def read_runs(workdirs: Sequence[Path]) -> tuple[list[Point], int]:
     Raises:
       ValueError: as `read_run`, one is given twice, or their losses are not of the same text and tokenizer.
     """
-    runs: dict[Path, FinishedRun] = {}
+    runs: dict[str, FinishedRun] = {}
     for workdir in workdirs:
-        if workdir.resolve() in {other.resolve() for other in runs}:
-            raise ValueError(f"{workdir} is given twice; name each run once")
-        runs[workdir] = read_run(workdir)
+        name = notices.named(str(workdir.resolve()))  # each copy of a URL is another folder
+        if name in runs:
+            raise ValueError(f"{name} is given twice; name each run once")
+        runs[name] = read_run(workdir)
     (first, one), *others = runs.items()
-    for workdir, run in others:
+    for name, run in others:
         if (run.vocab_size, run.heldout_tokens) != (one.vocab_size, one.heldout_tokens):
             raise ValueError(
-                f"{workdir} was evaluated on {run.heldout_tokens:,} tokens of {run.vocab_size:,} ids, {first} on "
+                f"{name} was evaluated on {run.heldout_tokens:,} tokens of {run.vocab_size:,} ids, {first} on "
                 f"{one.heldout_tokens:,} of {one.vocab_size:,}: losses of different text or tokenizers are not compared"
             )
     return [run.point for run in runs.values()], one.vocab_size
@@ -369,10 +371,16 @@ def predictions_file(law: Path) -> Path:
 
 
 def record(path: Path, values: dict) -> str:
-    """Add a line to a record; return its hash, which is in it and of all else that is."""
+    """Add a line to a record; return its hash, which is in it and of all else that is.
+
+    Raises:
+      FileExistsError: another command is adding one.
+      OSError: it cannot be written.
+    """
     line = {**values, "sha256": hash_json(values)}
-    earlier = path.read_text(encoding="utf-8") if path.is_file() else ""
-    write_atomically(path, earlier + json.dumps(line) + "\n")
+    with only_writer(path):
+        earlier = path.read_text(encoding="utf-8") if path.is_file() else ""
+        write_atomically(path, earlier + json.dumps(line) + "\n")
     return line["sha256"]
 
 

@@ -24,7 +24,7 @@ import numpy as np
 from btlm_jax import notices
 from btlm_jax.recipe.config import TrainConfig, config_types, train_config_from
 from btlm_jax.storage.files import read_json_object
-from btlm_jax.tune.trials import Result, Trial, scale_phases, scale_tokens, student_half_width
+from btlm_jax.tune.trials import MOST_FACTOR, Result, Trial, scale_phases, scale_tokens, student_half_width
 
 ETA = 3  # of a rung, one in so many goes on, to so many times the tokens
 BINS = 4
@@ -49,6 +49,8 @@ class Dimension:
             raise ValueError(f"{self.key}={self.low:g}:{self.high:g} is no range that rises")
         if self.scale != LINEAR and self.low <= 0:
             raise ValueError(f"{self.key}={self.low:g}:{self.high:g} must be positive for the scale {self.scale}")
+        if self.key in (BATCH, WARMUP) and self.high > MOST_FACTOR:
+            raise ValueError(f"{self.key}={self.low:g}:{self.high:g}: factors are at most {MOST_FACTOR:g}")
         if self.scale == LOG2_WHOLE and math.ceil(math.log2(self.low)) > math.floor(math.log2(self.high)):
             raise ValueError(f"{self.key}={self.low:g}:{self.high:g} has no power of two")
         types = config_types()

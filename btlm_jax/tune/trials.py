@@ -44,6 +44,7 @@ STUDY_FILE, STORE_FILE, TRIALS, RESULT_FILE, LOG_FILE = (
     "study.json", "store.json", "trials", "result.json", "log.txt"
 )  # fmt: skip
 MIN_HELDOUT_TOKENS = 1 << 16
+MOST_FACTOR = 1e6  # of a config's batch, tokens or warm-up
 _WAIT_SECONDS = 1.0
 
 

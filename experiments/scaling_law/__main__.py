@@ -9,7 +9,7 @@ from pathlib import Path
 
 from btlm_jax.recipe.config import TrainConfig, config_from
 from btlm_jax.tune import scaling, scaling_report
-from btlm_jax.tune.scaling import CHINCHILLA, POWER, Law, Point, Prediction
+from btlm_jax.tune.scaling import POWER, Law, Point, Prediction
 from experiments.scaling_law.family import fitted_sizes
 from experiments.study import Experiment, Measured, on_store, run
 
@@ -45,16 +45,21 @@ def points_of(config: TrainConfig, measured: Measured) -> list[Point]:
 
 def laws_of(config: TrainConfig, measured: Measured) -> dict[str, Law]:
     """Return the laws of both forms."""
-    points = points_of(config, measured)
-    return {form: scaling.fit(points, form=form, vocab_size=config.model.vocab_size) for form in (CHINCHILLA, POWER)}
+    return {form: law_of(form, config, measured) for form in scaling.FORMS}
+
+
+def law_of(form: str, config: TrainConfig, measured: Measured) -> Law:
+    """Return the law of a form."""
+    return scaling.fit(points_of(config, measured), form=form, vocab_size=config.model.vocab_size)
 
 
 def record_predictions(config: TrainConfig, first: Measured, path: Path) -> None:
-    """Record what the laws say of the target, once."""
-    if path.exists():
-        return
-    for form, law in laws_of(config, first).items():
-        scaling.record(path, {"form": form, "predicted": dataclasses.asdict(scaling.predict_config(law, config))})
+    """Record what the law of each form says of the target, once."""
+    recorded = {line["form"] for line in scaling.recorded_predictions(path)}
+    for form in scaling.FORMS:
+        if form not in recorded:
+            predicted = scaling.predict_config(law_of(form, config, first), config)
+            scaling.record(path, {"form": form, "predicted": dataclasses.asdict(predicted)})
 
 
 def measure(config: TrainConfig, workdir: Path) -> dict:

@@ -203,6 +203,8 @@ def test_a_trial_is_the_config_with_its_sizes_and_rate():
         ({"batches": (0.05,)}, "gives 0.8 sequences a step"),
         ({"num_seeds": 0}, "seeds=0 must be at least 1"),
         ({"widths": (20, 20)}, "is given twice"),
+        ({"log2_rates": (-9.0, -8.9999, -8.9998)}, "equal distances"),
+        ({"tokens": (1.0, 1e308)}, "factors are at most 1e"),
     ],
 )
 def test_a_sweep_that_cannot_be_is_refused_at_once(change, said):
@@ -254,6 +256,8 @@ def test_flags_that_cannot_be_are_refused(tmp_path, capsys):
     for arguments, said in (
         (["--rates=-5:-9"], "must rise"),
         (["--rates=a:b"], "must be FIRST:LAST"),
+        (["--rates=-9:-5:1e-9"], "in steps of 0.001 or more"),
+        (["--rates=2000,3000,4000"], "must be between -40 and 10"),
         (["--rates=-9:-8:0.3"], "steps of 0.3 from -9; the nearest step that fits is 0.333333"),
         (["--rates=-9:-7:0.9"], "the nearest step that fits is 1\n"),
         (["--tokens=1,0"], "--tokens=1,0 must be numbers"),

@@ -9,10 +9,13 @@ import shutil
 
 import numpy as np
 import pytest
+from support import fake_gcs
 from support.measured_run import write_start
 from support.tiny import tiny_config
 
 from btlm_jax.cli import main
+from btlm_jax.storage import bucket
+from btlm_jax.storage.files import only_writer
 from btlm_jax.tune import scaling
 from btlm_jax.tune.scaling import CHINCHILLA, POWER, Point, fit, loss_of, predict
 
@@ -133,7 +136,7 @@ def write_run(workdir, config, loss: float, *, ends: tuple[float, ...] = ()) -> 
     (workdir / "summary.json").write_text(json.dumps(summary))
 
 
-def test_runs_give_a_law_that_predicts_a_config_which_is_held_against_its_run(tmp_path, capsys):
+def test_runs_give_a_law_that_predicts_a_config_which_is_held_against_its_run(tmp_path, monkeypatch, capsys):
     workdirs = []
     for number, width in enumerate((40, 80, 160, 320)):
         config = tiny_config(model__d_model=width, model__d_ff=2 * width, evaluation__every_steps=number + 1)
@@ -164,6 +167,21 @@ def test_runs_give_a_law_that_predicts_a_config_which_is_held_against_its_run(tm
         os.utime(tmp_path / "large" / "summary.json")  # as a copy has it
         assert main(check) == 0
         assert ": +2.00%, " in (shown := capsys.readouterr().out) and said in shown
+    monkeypatch.setenv(bucket.STAGING_VARIABLE, str(tmp_path / "staging"))
+    url = f"gs://{fake_gcs.BUCKET}/large"
+    with fake_gcs.connected({}, monkeypatch):
+        bucket.upload_run(tmp_path / "large", url)
+        assert main([*check[:-1], f"--check={url}"]) == 0
+        assert ": +2.00%, " in capsys.readouterr().out
+        assert main(["tune", "scaling", f"--law={tmp_path / 'l'}", "--runs", url, url]) == 1
+        assert f"{url} is given twice" in capsys.readouterr().err
+        assert scaling.read_run(bucket.open_for_reading(url)).point.name == url
+    assert main(["tune", "scaling", f"--law={tmp_path / 'l'}", "--runs", ""]) == 2
+    assert "--runs has an empty value" in capsys.readouterr().err
+    before = record.read_text()
+    with only_writer(record):
+        assert main(check) == 1
+    assert f"{record} is being made by another process" in capsys.readouterr().err and record.read_text() == before
     (tmp_path / "large" / "starts").mkdir()
     (tmp_path / "large" / "starts" / "9.json").write_text('{"step": 1}')
     assert main(check) == 1

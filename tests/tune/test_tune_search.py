@@ -263,6 +263,7 @@ def test_flags_that_cannot_be_are_refused(tmp_path, capsys):
         ("mup.init_std=2:1", 1, "is no range that rises"),
         ("mup.init_std=0:1", 1, "must be positive for the scale log"),
         ("batch=5:7:log2_whole", 1, "has no power of two"),
+        ("warmup=1:1e308", 1, "factors are at most 1e"),
         ("model.d_model=64:128", 1, "no key of the config whose value is a number with a fraction"),
     ):
         arguments = [f"--directory={tmp_path / 'd'}", "--config=local_cpu", "--space", space]
