@@ -359,7 +359,7 @@ def _forget_signals() -> None:
 
 
 def _leave_terminal() -> None:
-    """Print nothing more to a terminal or a pipe: it is gone, and a write to it would end the run before it has saved."""
+    """Print nothing more to a terminal or a pipe: it is gone, and a write to it would end the run before it saves."""
     with contextlib.suppress(OSError):
         os.write(2, b"SIGHUP, as of a closed terminal: the run saves and ends, and prints nothing more here\n")
     nowhere = os.open(os.devnull, os.O_WRONLY)

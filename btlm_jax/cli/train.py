@@ -54,7 +54,7 @@ The token store must have the model's tokenizer: btlm corpus tokenize --tokenize
 The same command resumes: after a kill, a preemption (exit code 75) or with more tokens configured. On several hosts
 run it on each, with --distributed (TPU pods find each other) or with the three flags below it. They compare what they
 were started with, stop together, and end with 77 when one of them is gone: then run the command again on all.
-SIGTERM, one Ctrl-C or a closed terminal saves and ends with 75. A workdir has one owner: a second command there is refused.
+SIGTERM, one Ctrl-C or a closed terminal saves and ends with 75. A workdir has one owner: a second command is refused.
 --workdir may be a folder in a bucket, gs://bucket/run or s3://bucket/run: the run stages in a folder of this machine
 (BTLM_STAGING, else ~/.cache) and uploads checkpoints, metrics every minute and all else; any machine goes on from it.
 Several hosts then need no folder that all see.
