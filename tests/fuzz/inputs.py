@@ -325,7 +325,7 @@ def _of_runs(folder: Path, store: Path) -> list[Target]:
 
     def resume_metrics(data: bytes) -> None:
         metrics.write_bytes(data)
-        metric_writer._remove_replayed(metrics, first_step=2, num_steps=10)
+        metric_writer._remove_replayed(metrics, first_step=2, evaluates_before=True)
         metric_writer.read_metrics(metrics)
 
     def read_summary(data: bytes) -> None:
