@@ -142,7 +142,9 @@ def _has_begun(directory: Path) -> bool:
 
 def _first_difference(found: object, wanted: object, name: str = "") -> str:
     if isinstance(found, dict) and isinstance(wanted, dict):
-        for key in sorted({*found, *wanted}):
+        for key in sorted(
+            {*found, *wanted}, key=lambda key: (key != "kind", key)
+        ):  # studies of two verbs differ in all
             if found.get(key) != wanted.get(key):
                 return _first_difference(found.get(key), wanted.get(key), f"{name}.{key}" if name else key)
     if isinstance(found, list) and isinstance(wanted, list) and len(found) == len(wanted):

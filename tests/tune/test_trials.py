@@ -203,7 +203,7 @@ def test_a_study_that_has_made_nothing_is_replaced(tmp_path):
     assert notices.counts()["study-replaced"] == 1
     (tmp_path / "store").mkdir()
     (tmp_path / "store/manifest.json").touch()
-    with pytest.raises(ValueError, match="holds another study"):
+    with pytest.raises(ValueError, match='holds another study, of kind="a", not "b"'):
         begin_study(tmp_path, {"kind": "b"})
 
 
