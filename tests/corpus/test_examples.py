@@ -18,7 +18,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from jax.sharding import NamedSharding, PartitionSpec
 from support import tiny_tokenizers
-from support.corpus_files import contents
+from support.corpus_files import contents, limited_open_files
 from support.tiny import tiny_config
 from tokenizers import AddedToken
 
@@ -268,6 +268,23 @@ def test_what_was_killed_goes_on_to_the_same_bytes(made, tokenizer, tmp_path, mo
         (tmp_path / "store" / name).unlink()
     assert run(made / "raw", tmp_path / "store", tokenizer) == 0
     assert contents(tmp_path / "store") == contents(made / "store")
+
+
+def test_more_tasks_than_open_files(tokenizer, tmp_path, monkeypatch):
+    """A memory map keeps its file open."""
+    lines = [json.dumps(row) for row in pairs(60, seed=1)]
+    for number, line in enumerate(lines):
+        (tmp_path / "raw").mkdir(exist_ok=True)
+        (tmp_path / "raw" / f"{number:02d}.jsonl").write_text(line)
+    monkeypatch.setattr("btlm_jax.corpus.engine.inputs.TASK_BYTES", 1)
+    with limited_open_files(20):
+        assert run(tmp_path / "raw", tmp_path / "many", tokenizer) == 0
+    (tmp_path / "one.jsonl").write_text("\n".join(lines))
+    assert run(tmp_path / "one.jsonl", tmp_path / "one", tokenizer) == 0
+    many, one = (open_store(tmp_path / name, expected_fingerprint="") for name in ("many", "one"))
+    for split in (store.TRAIN, store.HELDOUT):
+        shards = [opened.manifest.splits[split].shards for opened in (many, one)]
+        assert shards[0] == shards[1]
 
 
 def test_a_template_that_asks_for_the_date_gets_that_of_the_beginning(tokenizer, tmp_path, monkeypatch):

@@ -562,19 +562,18 @@ def _blocks_of(
     ids = np.full((end - begin) * window + 1, eos_id, dtype)
     marks = np.full(len(ids), store.PADDING, np.uint8)
     ends = {number: 0 for number in range(begin, end + 1)}
-    files: dict[int, tuple[np.ndarray, np.ndarray]] = {}
+    places: dict[int, list[tuple[int, int, int]]] = {}  # of each task's examples: place here, begin and length there
     for number, task, start, length in rows.tolist():
-        if task not in files:
-            files[task] = (
-                load_array(work[_ENCODED], f"ids-{task:05d}"),
-                load_array(work[_ENCODED], f"marks-{task:05d}"),
-            )
         place = (number - begin) * window + ends[number]
-        own = slice(start, start + min(length, len(ids) - place))
-        ids[place : place + length], marks[place : place + length] = (array[own] for array in files[task])
+        places.setdefault(task, []).append((place, start, min(length, len(ids) - place)))
         ends[number] += length
         if number == end:  # of which the first token is the stream's next
             break
+    for task, own in places.items():  # one task's files open at a time
+        own_ids, own_marks = (load_array(work[_ENCODED], f"{name}-{task:05d}") for name in ("ids", "marks"))
+        for place, start, length in own:
+            ids[place : place + length] = own_ids[start : start + length]
+            marks[place : place + length] = own_marks[start : start + length]
     for number, length in ends.items():
         place = (number - begin) * window + length
         if length < window and place < len(ids):
