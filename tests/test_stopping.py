@@ -141,7 +141,15 @@ def test_evaluations_saves_and_first_steps_may_take_long(stop, clock):
     wait(stop, clock, 1700)
     stop.begin_end()
     wait(stop, clock, 4000)
+    stop.begin_run(stop.workdir)  # the next one of the process compiles again
+    stop.begin_steps()
+    for step in range(1, 3):
+        wait(stop, clock, 1700)
+        stop.is_agreed(step)
     assert stop.ended == []
+    stop.request("SIGTERM")
+    with pytest.raises(Stopped):
+        stop.begin_run(stop.workdir)
 
 
 def test_a_process_that_was_suspended_is_not_late(stop, clock):
