@@ -100,6 +100,8 @@ NAMES = {
     "weights-preferred": "a directory has several files of weights; one is read, as transformers does",
 }
 LINES_OF_ONE_NAME = 5  # further notices of the name are counted only
+# Of files in folders, which a command may list more than once: the same line is neither said nor counted again.
+_ONCE = frozenset(("left-out", "file-not-read", "not-readable", "file-read-once", "folder-read-once"))
 _EACH_SAID = frozenset(("setting-changed",))  # but of these, of which there are at most as many as keys
 
 
@@ -153,6 +155,7 @@ def named(text: str) -> str:
 
 _counts: collections.Counter[str] = collections.Counter()  # name -> things it was said of
 _lines: collections.Counter[str] = collections.Counter()  # name -> lines printed
+_said: set[str] = set()  # texts of the names in _ONCE
 _strict: frozenset[str] = frozenset()
 _print: Callable[[str], None] = _print_line
 _is_muted = False
@@ -163,6 +166,7 @@ def begin(*, strict: Collection[str]) -> None:
     global _strict, _is_muted
     _counts.clear()
     _lines.clear()
+    _said.clear()
     _strict, _is_muted = frozenset(strict), False
 
 
@@ -188,6 +192,10 @@ def report(name: str, text: str, *, count: int = 1) -> None:
     NAMES[name]
     if name in _strict:
         raise StrictError(f"{named(text)} ({name}, an error because of --strict)")
+    if name in _ONCE:
+        if text in _said:
+            return
+        _said.add(text)
     _counts[name] += count
     _lines[name] += 1
     if not _is_muted and (_lines[name] <= LINES_OF_ONE_NAME or name in _EACH_SAID):

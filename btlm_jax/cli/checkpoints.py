@@ -223,6 +223,8 @@ def _prune(rows: list[_Row]) -> None:
         return
     every_steps = {row.step: config.every_steps for row, config in good}
     kept = kept_steps([(row.step, row.seconds) for row, _ in good], good[-1][1], every_steps=every_steps)
+    if all(row.step in kept for row, _ in good):
+        print("nothing is deleted: checkpoint.keep_last, keep_every and keep_hours keep all of them")
     for row, _ in good:
         if row.step not in kept:
             bucket.delete_checkpoint(row.folder) if row.is_remote else shutil.rmtree(row.folder)

@@ -84,10 +84,11 @@ def wait_if_peer_is_gone(error: Exception) -> None:
 
 def _message_for_user(error: BaseException) -> str | None:
     """Return what to say of an error that is not our fault, or None."""
+    is_full = isinstance(error, OSError) and error.errno in _DISK_FULL and "free some space" not in str(error)
+    advice = "; free some space and give the same command again" if is_full else ""
     if is_named(error) or isinstance(error, StrictError):
-        return str(error)
+        return f"{error}{advice}"
     if isinstance(error, OSError):
-        advice = "; free some space and give the same command again" if error.errno in _DISK_FULL else ""
         return f"{type(error).__name__}: {error}" if error.errno is None else f"{error}{advice}"
     if isinstance(error, ModuleNotFoundError) and not str(error.name).startswith("btlm_jax"):
         return f"the package {error.name} is missing here: install btlm_jax again (docs/reference/files.md, extras too)"

@@ -328,7 +328,7 @@ class Flags:
         argument = rest.pop(0)
         if not argument.startswith("-") or not argument.strip("-"):
             word = rest[0] if argument == "--" and rest else argument
-            raise UsageError(f"unexpected argument {word!r}; flags are --name=value")
+            raise UsageError(f"unexpected argument {word!r}; flags are --name=value, and come after what needs none")
         given, equals, text = argument.partition("=")
         name = given.lstrip("-").replace("-", "_")
         if name.startswith("config.") and self._has_config:

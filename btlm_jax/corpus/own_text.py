@@ -68,7 +68,7 @@ def check_inputs(inputs: Sequence[Input]) -> None:
     Raises:
       ValueError: they are too small.
     """
-    if all(item.name.endswith(_UNCOMPRESSED) for item in inputs):
+    if all(item.name.lower().endswith(_UNCOMPRESSED) for item in inputs):
         _check_size(sum(item.num_bytes for item in inputs), what=f"{len(inputs):,} files with")
 
 

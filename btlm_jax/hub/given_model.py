@@ -20,7 +20,6 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from btlm_jax.hub import tensor_names
 from btlm_jax.hub.native import (
     AVERAGE,
-    MODEL_FILE,
     OLD_PARAMS,
     ModelMetadata,
     is_model_directory,
@@ -35,7 +34,7 @@ from btlm_jax.hub.native import (
     split_average_of_url,
 )
 from btlm_jax.hub.safetensors_files import hash_contents
-from btlm_jax.hub.source import HuggingFaceSource, is_hugging_face
+from btlm_jax.hub.source import HuggingFaceSource, is_hugging_face, no_model
 from btlm_jax.model import freeze, parameter_table
 from btlm_jax.recipe.config import TrainConfig
 from btlm_jax.recipe.optimizer import make_optimizer
@@ -159,10 +158,7 @@ def open_given_model(directory: Path, *, step: int) -> GivenModel:
         source = HuggingFaceSource(directory)
         form, metadata, tokenizer = HUGGING_FACE, source.metadata(), source.tokenizer
     else:
-        raise FileNotFoundError(
-            f"{directory} holds no model: looked for {CHECKPOINTS}/ (a training run), {MODEL_FILE} (a converted model) "
-            "and config.json (a Hugging Face checkpoint)"
-        )
+        raise FileNotFoundError(no_model(directory))
     return GivenModel(
         directory=directory, form=form, step=0, fingerprint=fingerprint_of_model(directory), metadata=metadata,
         tokenizer=tokenizer, config=config,

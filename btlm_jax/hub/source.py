@@ -44,7 +44,7 @@ from btlm_jax.recipe.mup import make_parametrization
 from btlm_jax.tokenizers.byte_level import ByteLevelTokenizer
 from btlm_jax.tokenizers.prompt_bos import read_prompt_bos
 from btlm_jax.tokenizers.tokenizer import Tokenizer, find_tokenizer, tokenizer_info
-from btlm_jax.train import CHECKPOINTS
+from btlm_jax.train import CHECKPOINTS, STARTS
 
 
 class HuggingFaceSource:
@@ -160,8 +160,15 @@ def read_native(directory: Path, *, check: Callable[[ModelMetadata], object] = a
             f"{directory} is a checkpoint of a run, of which the last is taken here: give {directory.parent.parent} "
             "(btlm evaluate and btlm train --init take any)"
         )
-    raise FileNotFoundError(
-        f"{directory} holds no model: looked for checkpoints/ (a training run), model.json (a converted model) and "
+    raise FileNotFoundError(no_model(directory))
+
+
+def no_model(directory: Path) -> str:
+    """Return what to say of a directory that is no model of any form."""
+    if (directory / STARTS).is_dir():
+        return f"{directory} is a run without a checkpoint yet: btlm status {directory} says how far it is"
+    return (
+        f"{directory} holds no model: looked for {CHECKPOINTS}/ (a training run), model.json (a converted model) and "
         "config.json (a Hugging Face checkpoint)"
     )
 

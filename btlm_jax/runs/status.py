@@ -154,8 +154,8 @@ def _state(workdir: Workdir, start: Start | None, *, now: float) -> tuple[str, s
         return STOPPED, f"exit code {code} ({_MEANING.get(code, 'of another version')}){why}", code
     if start is not None:
         ago = duration(now - start.written)
-        during = f" in {start.running!r}" if start.running else " before its first step" if start.step is None else ""
-        return KILLED, f"without a word{during}, {ago} ago: process {start.pid} on {start.host}", None
+        during = f", in {start.running!r}" if start.running else ", before its first step" if start.step is None else ""
+        return KILLED, f"without a word; last heard of {ago} ago{during}: process {start.pid} on {start.host}", None
     if owner is not None:
         return KILLED, f"without a word: {owner}", None
     return STOPPED, "it has no record of its starts, so that how it ended is not known", None

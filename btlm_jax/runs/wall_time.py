@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from btlm_jax.train.starts import Start
 
 STEP, LOST, BETWEEN, SET_UP, OTHER = "step", "lost work", "between starts", "set-up", "other"
+_REFUSED = (1, 2)  # exit codes: an error, a wrong flag
 # In the order in which they are shown; a record may have others, which come after them.
 CATEGORIES = (
     STEP, "data wait", "evaluation", "checkpoint", LOST, BETWEEN, SET_UP, "corpus", "compile", "restore", "sample",
@@ -38,7 +39,7 @@ class StartTime:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class WallTime:
-    """All starts of a run, but those that found it finished."""
+    """All starts of a run, but those that found it finished, or were refused after its end."""
 
     starts: tuple[StartTime, ...]
     seconds: dict[str, float]  # by category, in the order of CATEGORIES; they sum to `total`
@@ -61,6 +62,9 @@ class WallTime:
 def wall_time(starts: Sequence[Start]) -> WallTime:
     """Return where the time of a run went; the starts are in order."""
     starts = [each for each in starts if not (each.code == 0 and each.first_step is None)]
+    trained = max((index for index, each in enumerate(starts) if each.first_step is not None), default=None)
+    if trained is not None and starts[trained].code == 0:
+        starts[trained + 1 :] = [each for each in starts[trained + 1 :] if each.code not in _REFUSED]
     kept = [each.step or 0 for each in starts]  # the last step of each start that still counts
     lost_from: list[dict[str, float]] = [each.seconds for each in starts]  # seconds up to there
     lost_steps = [0] * len(starts)

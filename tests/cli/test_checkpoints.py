@@ -57,6 +57,7 @@ def test_the_list_and_what_is_verified_copied_and_pruned(workdir, program, capsy
     assert main(["checkpoints", str(workdir), f"--copy={copy}"]) == 1 and "exists" in capsys.readouterr().err
     assert main(["checkpoints", str(workdir), "--prune"]) == 0
     assert steps_of(workdir) == [3, 5]  # the last, and the last at a multiple of every_steps=3
+    assert main(["checkpoints", str(workdir), "--prune"]) == 0 and "nothing is deleted" in capsys.readouterr().out
     assert (copy / "config.json").is_file() and steps_of(copy) == [2, 3, 5]
 
 

@@ -42,6 +42,10 @@ def run(monkeypatch, verb, *arguments: str) -> int:
     return main(["plan", *arguments])
 
 
+FULL_NAMED = OSError(28, "/full/named")
+FULL_NAMED._btlm_is_named = True  # as if raised by our own code
+
+
 def test_what_our_code_names_is_an_error(capsys):
     assert main(["corpus", "verify", "--store=/nowhere"]) == ERROR
     assert re.fullmatch(r"btlm corpus: error: [^\n]*/nowhere[^\n]*\n", capsys.readouterr().err)
@@ -78,6 +82,7 @@ def test_debug_prints_the_traceback(monkeypatch, capsys):
         (MemoryError(), "out of memory"),
         (RuntimeError("RESOURCE_EXHAUSTED: Out of memory allocating 9 bytes\nmore"), "allocating 9 bytes; make what"),
         (OSError(28, "No space left on device", "/full/file"), "device: '/full/file'; free some space and"),
+        (FULL_NAMED, "/full/named; free some space and"),
     ],
 )
 def test_an_exhausted_machine_is_an_error(monkeypatch, capsys, error, said):

@@ -136,11 +136,19 @@ def test_several_paths_are_sources_and_a_file_is_read_once(tmp_path, capsys):
 
     notices.begin(strict=())
     assert names("a/texts", "single.txt", "a/texts/one.txt", "a/texts") == ["texts/one.txt", "single.txt"]
-    assert notices.counts() == {"file-read-once": 2} and "one.txt is given more than once" in capsys.readouterr().err
+    assert notices.counts() == {"file-read-once": 1} and "one.txt is given more than once" in capsys.readouterr().err
     assert names("a/texts", "b/texts", "single.txt") == ["a/texts/one.txt", "b/texts/two.txt", "single.txt"]
     assert names("x/en/c", "y/en/c", "b/texts") == ["x/en/c/one.txt", "y/en/c/one.txt", "texts/two.txt"]
     assert names("single.txt", "a/single.txt") == [f"{tmp_path.name}/single.txt", "a/single.txt"]
     assert names("x/en", "y/en/c/one.txt", "b/texts/two.txt") == ["en/c/one.txt", "one.txt", "two.txt"]
+    for name in ("UPPER.TXT", "README", "a.csv", "b.csv"):
+        (tmp_path / "x" / name).write_text(name)
+    capsys.readouterr()
+    for _ in range(2):  # a listing that is made again is neither said nor counted again
+        assert names("x") == ["UPPER.TXT", "en/c/one.txt"]
+    said = "note: {}: 3 files of other kinds are not read, README for one (2 .csv, 1 no suffix) (file-not-read)\n"
+    assert capsys.readouterr().err == said.format(tmp_path / "x") and notices.counts()["file-not-read"] == 3
+    (tmp_path / "x" / "UPPER.TXT").unlink()
     assert names("x", "y", "y/en/c", "a/texts/one.txt") == ["x/en/c/one.txt", "y/en/c/one.txt", "one.txt"]
 
 
@@ -158,6 +166,11 @@ def test_several_paths_are_sources_and_a_file_is_read_once(tmp_path, capsys):
             r"of 216,000 bytes, what is left without near-duplicates has ",
         ),
         ("program.bin", bytes(range(256)) * 900, r"no document can be read \(program.bin: it is binary, not text"),
+        (
+            "utf16.txt",
+            ("A text. " * 9000).encode("utf-16"),
+            r"no document can be read \(utf16.txt: it is UTF-16, and UTF-8",
+        ),
         (
             "program.txt",
             bytes([200, 201]) * 90_000,

@@ -76,13 +76,18 @@ def test_every_form_of_a_model_writes_the_same(capsys, monkeypatch, tiny_run, tm
 
 
 @pytest.mark.parametrize(
-    ("folder", "message"), [("", "holds no model: looked for"), ("checkpoints", "is no checkpoint in")]
+    ("folder", "message"),
+    [
+        ("", "holds no model: looked for"),
+        ("starts", "a run without a checkpoint yet"),
+        ("checkpoints", "is no checkpoint in"),
+    ],
 )
 def test_a_directory_without_a_model(capsys, tmp_path, folder, message):
     (tmp_path / folder).mkdir(exist_ok=True)
     assert main(["generate", f"--checkpoint={tmp_path}"]) == 1
     assert message in capsys.readouterr().err
-    if folder:
+    if folder == "checkpoints":
         for name in ("5", "\u00b2"):  # neither is a directory of a step
             (tmp_path / folder / name).write_text("")
         assert main(["generate", f"--checkpoint={tmp_path}"]) == 1

@@ -212,6 +212,9 @@ def test_a_published_model_computes_in_a_run_what_the_published_code_did(name, t
 def test_what_is_no_model_is_refused(tmp_path):
     with pytest.raises(FileNotFoundError, match="holds no model: looked for checkpoints/"):
         open_given_model(tmp_path, step=0)
+    (tmp_path / "starts").mkdir()
+    with pytest.raises(FileNotFoundError, match="is a run without a checkpoint yet: btlm status"):
+        open_given_model(tmp_path, step=0)
     (tmp_path / "x.gguf").write_bytes(b"GGUF")
     with pytest.raises(ValueError, match="x.gguf is a GGUF file, of which btlm reads no weights; give a run"):
         open_given_model(tmp_path / "x.gguf", step=0)

@@ -86,7 +86,7 @@ def test_the_steps_left_of_a_longer_phase_are_slower(workdir):
         (76, "stopped", "exit code 76 (bad numbers"),
         (77, "stopped", "exit code 77 (another process is gone"),
         (1, "stopped", "exit code 1 (an error): as told"),
-        (None, "killed", "without a word"),
+        (None, "killed", "without a word; last heard of"),
     ],
 )
 def test_a_run_that_ended(workdir, capsys, code, state, said):

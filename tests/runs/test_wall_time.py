@@ -166,8 +166,10 @@ def test_a_start_that_finds_the_run_finished_is_no_part_of_it(runs):
     runs.now += 1e6
     ledger = GoodputLedger(Clock())
     StartRecord(runs.workdir, ledger).end(0, "")
-    assert len(runs.read()) == 2 and wall_time(runs.read()) == before
-    StartRecord(runs.workdir, ledger).end(1, "damaged")  # this one had something to do
+    for code in (1, 2):
+        StartRecord(runs.workdir, ledger).end(code, "refused")
+    assert len(runs.read()) == 4 and wall_time(runs.read()) == before
+    StartRecord(runs.workdir, ledger).end(75, "preempted")  # this one had something to do
     assert wall_time(runs.read()).seconds["between starts"] == 1e6
 
 

@@ -21,6 +21,7 @@ from btlm_jax.storage.location import PathOrUrl, list_files, open_binary, with_s
 TASK_BYTES = 64_000_000  # small input files share a task up to this size
 PIECE_BYTES = 128_000_000  # larger files of plain lines are read in pieces
 _CHUNK = 1 << 16
+_KINDS_SAID = 8
 
 
 def raw_inputs(root: PathOrUrl) -> list[Input]:
@@ -42,7 +43,7 @@ def raw_inputs(root: PathOrUrl) -> list[Input]:
         if others and files:
             notices.report(
                 "file-not-read",
-                f"{root}: {len(others):,} files of other kinds are not read, {others[0]} for one",
+                f"{root}: {len(others):,} files of other kinds are not read, {others[0]} for one{_kinds(others)}",
                 count=len(others),
             )
     if not files:
@@ -52,6 +53,13 @@ def raw_inputs(root: PathOrUrl) -> list[Input]:
         for name, at, num_bytes in with_sizes(files)
     ]
     return [piece for item in inputs for piece in (_pieces(item) if _is_divisible(item) else [item])]
+
+
+def _kinds(names: Sequence[str]) -> str:
+    """Return how many files end in what, the commonest first; "" if all end alike."""
+    counts = Counter(PurePosixPath(name).suffix.lower() or "no suffix" for name in sorted(names))
+    said = ", ".join(f"{count:,} {suffix}" for suffix, count in counts.most_common(_KINDS_SAID))
+    return f" ({said}{', ...' if len(counts) > _KINDS_SAID else ''})" if len(counts) > 1 else ""
 
 
 def raw_inputs_of(roots: Sequence[PathOrUrl]) -> list[Input]:
@@ -109,7 +117,7 @@ def _stale_tables(files: list[tuple[str, PathOrUrl, int | None]]) -> set[str]:
     Raises:
       FileNotFoundError: a part of the dataset is missing.
     """
-    tables = {name for name, _, _ in files if name.endswith(".arrow")}
+    tables = {name for name, _, _ in files if name.lower().endswith(".arrow")}
     stale = {name for name in tables if PurePosixPath(name).name.startswith("cache-")}
     for name, location, _ in files:
         folder = PurePosixPath(name).parent
@@ -163,7 +171,7 @@ def _check_shards(names: list[str]) -> None:
 
 
 def _is_divisible(item: Input) -> bool:
-    if item.num_bytes <= PIECE_BYTES or not item.name.endswith(".jsonl"):
+    if item.num_bytes <= PIECE_BYTES or not item.name.lower().endswith(".jsonl"):
         return False
     with open_binary(item.location) as file:
         return are_plain_lines(file.read(64))

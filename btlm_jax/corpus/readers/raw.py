@@ -9,6 +9,7 @@ zstandard, fsspec and datatrove read as if it were complete, raises BadFileError
 
 from __future__ import annotations
 
+import codecs
 import contextlib
 import dataclasses
 import functools
@@ -130,12 +131,12 @@ def read_raw(
             yield from make.of_lines(_lines(file, head=head, name=name))
         elif head.startswith(_PARQUET):
             yield from make.of_table(parquet_rows, file)
-        elif name.endswith(".arrow"):
+        elif name.lower().endswith(".arrow"):
             yield from make.of_table(arrow_rows, file)
         elif TFDS_SHARD.fullmatch(name):
             yield from make.of_rows(tfds_rows(path, columns=keys.all, repairs=repairs))
-        elif name.endswith(TEXT_SUFFIXES) or _is_plain_text(name, head):
-            make.repairs.update([PLAIN_TEXT] if not name.endswith(TEXT_SUFFIXES) else [])
+        elif name.lower().endswith(TEXT_SUFFIXES) or _is_plain_text(name, head):
+            make.repairs.update([PLAIN_TEXT] if not name.lower().endswith(TEXT_SUFFIXES) else [])
             yield from _from_text(file, name=name, default_source=default_source, repairs=make.repairs)
         else:
             yield from make.of_lines(_lines(file, head=head, name=name))
@@ -166,7 +167,7 @@ def read_objects(path: Path, *, name: str, is_piece: bool, repairs: Counter) -> 
     """
     with open(path, "rb") as file:
         head = b"" if is_piece else _head(file)
-        if head.startswith(_PARQUET) or name.endswith((".arrow", *TEXT_SUFFIXES)):
+        if head.startswith(_PARQUET) or name.lower().endswith((".arrow", *TEXT_SUFFIXES)):
             raise BadFileError("it has no lines of JSON")
         for number, offset, line in _lines(file, head=head, name=name):
             if isinstance(line, LineTooLongError):
@@ -191,7 +192,7 @@ def first_object(file: BinaryIO, *, name: str) -> object:
     """
     try:
         head = _head(file)
-        if head.startswith(_PARQUET) or name.endswith((".arrow", *TEXT_SUFFIXES)) or TFDS_SHARD.fullmatch(name):
+        if head.startswith(_PARQUET) or name.lower().endswith((".arrow", *TEXT_SUFFIXES)) or TFDS_SHARD.fullmatch(name):
             return None
         if _is_plain_text(name, head):
             return None
@@ -226,7 +227,7 @@ def _head(file: BinaryIO) -> bytes:
 
 def is_raw(name: str) -> bool:
     """Return whether a file of that name in a folder is read as raw text."""
-    return name.endswith(SUFFIXES) or TFDS_SHARD.fullmatch(name) is not None
+    return name.lower().endswith(SUFFIXES) or TFDS_SHARD.fullmatch(name) is not None
 
 
 def is_metadata(name: str) -> bool:
@@ -256,7 +257,7 @@ def _chunks(file: BinaryIO, *, head: bytes, name: str) -> Iterator[bytes]:
         yield from decompress_frames(file, zstd_decompressor)
     elif head.startswith(_GZIP):
         yield from decompress_frames(file, gzip_decompressor)
-    elif name.endswith((".zst", ".gz", ".parquet")):
+    elif name.lower().endswith((".zst", ".gz", ".parquet")):
         problem = "its contents are not that" if head else "it is empty"
         raise BadFileError(f"its name ends in {Path(name).suffix}, but {problem}")
     else:
@@ -442,7 +443,7 @@ def _is_deep(value: object) -> bool:
 
 def _is_plain_text(name: str, head: bytes) -> bool:
     """Return whether a file whose suffix says nothing is text, and no lines of JSON nor compressed."""
-    is_known = is_raw(name) or name.endswith(_JSON_SUFFIXES)
+    is_known = is_raw(name) or name.lower().endswith(_JSON_SUFFIXES)
     return not is_known and are_plain_lines(head) and not head.lstrip().startswith(b"{")
 
 
@@ -451,6 +452,10 @@ def _from_text(file: BinaryIO, *, name: str, default_source: str, repairs: Count
     data, offset = file.read(TEXT_BYTES + 1), 0
     is_whole = len(data) <= TEXT_BYTES
     repairs.update([LONG_TEXT] if not is_whole else [])
+    if data.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
+        reason = "it is UTF-16, and UTF-8 is read; iconv -f UTF-16 -t UTF-8 makes it so"
+        yield Defect(file=name, line=0, offset=0, reason=reason, head="")
+        return
     if b"\0" in data[:_BINARY_BYTES]:
         yield Defect(file=name, line=0, offset=0, reason="it is binary, not text: it has NUL bytes", head="")
         return

@@ -187,7 +187,7 @@ def _make(config: ExamplesConfig, *, output: Path, workers: Workers, log: Log) -
 def _inputs(locations: Sequence[PathOrUrl]) -> list[Input]:
     """Return the files with lines of JSON; if there are some, others beside them are left out, which is said."""
     inputs = raw_inputs_of(locations)
-    others = [item.name for item in inputs if item.name.endswith(_OTHER_SUFFIXES)]
+    others = [item.name for item in inputs if item.name.lower().endswith(_OTHER_SUFFIXES)]
     if not others or len(others) == len(inputs):
         return inputs
     notices.report(
