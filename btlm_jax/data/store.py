@@ -258,20 +258,18 @@ def keep_tokenizer(tokenizer: TokenizerInfo, *, store: PathOrUrl, directory: Pat
 
 
 def keep_settings(manifest: Manifest, *, directory: Path) -> None:
-    """Write beside a tokenizer what a store's examples were made with, over what of a model is there already.
+    """Write beside a tokenizer what a store was made with, over what of a model is there already.
 
-    That is the id in front of prompts, the chat template, and the special tokens that it has.
+    That is the id in front of prompts, and of examples the chat template, and the special tokens that it has.
 
     Raises:
       OSError: it cannot be read or written.
       ValueError: what is there is damaged.
     """
-    if EXAMPLES not in manifest.features:
-        return
     path, made_by = directory / TOKENIZER_CONFIG_FILE, manifest.made_by
     kept = parse_json_object(path.read_bytes(), name=path) if path.is_file() else {}
     kept[PROMPT_BOS] = manifest.prompt_bos_id
-    if made_by.get("template"):
+    if EXAMPLES in manifest.features and made_by.get("template"):
         write_atomically(directory / TEMPLATE_FILE, made_by["template"])
         kept |= {"bos_token": None, "unk_token": None} | made_by.get("variables", {})  # null: the template had none
     write_atomically(path, json.dumps(kept, indent=1))

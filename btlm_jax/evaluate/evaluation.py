@@ -220,11 +220,13 @@ class _Evaluation:
             )  # fmt: skip
             return {"completions": texts}
 
-        # By themselves, so that they are not made again to be run
-        completions = results.measure(f"{CODE}_completions", facts, complete)["completions"]
-        own = dataclasses.replace(settings, run_code=run_code and is_first())
-        facts |= {"run_code": run_code}
-        return results.measure(CODE, facts, lambda work: score_completions(problems, completions, own))
+        def score(work: Work) -> dict:
+            # By themselves, so that they are not made again to be run
+            completions = results.measure(f"{CODE}_completions", facts, complete)["completions"]
+            own = dataclasses.replace(settings, run_code=run_code and is_first())
+            return score_completions(problems, completions, own)
+
+        return results.measure(CODE, facts | {"run_code": run_code}, score)
 
     @functools.cached_property
     def _generation_model(self) -> GenerationModel:

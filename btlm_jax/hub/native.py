@@ -160,17 +160,16 @@ def read_run_checkpoint(reader: CheckpointReader, step: int, *, workdir: Path) -
     workdir = run
     directory, tokenizer_info = _tokenizer_of_run(workdir, config)
     tokenizer, kept = load_tokenizer(directory, tokenizer_info), workdir / KEPT_TOKENIZER
-    is_kept = (kept / store.TOKENIZER_INFO_FILE).is_file()
-    prompt_bos_id = read_prompt_bos(kept, tokenizer) if is_kept else None
+    settings = read_tokenizer_config(kept)
     metadata = ModelMetadata(
         model=config.model,
         mup=config.mup,
         max_length=config.curriculum.table.longest_trained(position.step),
         eos_id=tokenizer_info.eos_id,
         tokenizer=tokenizer_info,
-        prompt_bos_id=prompt_bos_id,
+        prompt_bos_id=read_prompt_bos(kept, tokenizer) if store.PROMPT_BOS in settings else None,
         notes=notes,
-        clients=read_client_settings(kept, config=read_tokenizer_config(kept), tokenizer=tokenizer),
+        clients=read_client_settings(kept, config=settings, tokenizer=tokenizer),
     )
     _check_vocabulary(metadata, tokenizer, where=workdir)
     return RunCheckpoint(metadata=metadata, tokenizer=tokenizer, position=position, config=config)

@@ -335,13 +335,19 @@ def read_tokenizer_config(directory: Path) -> dict[str, Any]:
     paths = (directory / TOKENIZER_CONFIG_FILE, directory / SPECIAL_TOKENS_FILE)
     config, older = (read_json_object(path) if path.is_file() else {} for path in paths)
     if "added_tokens_decoder" not in config:
-        for name, token in older.items():  # the type is that by which transformers knows a token in a config
-            is_token = isinstance(token, dict) and "content" in token
-            config[name] = {"__type": "AddedToken", **token, "special": True} if is_token else token
+        config |= {name: _typed(token) for name, token in older.items()}
     is_kept = (directory / TOKENIZER_INFO_FILE).is_file()
     if is_kept and (directory / TEMPLATE_FILE).is_file():
         config.setdefault("bos_token", None)  # runs of before it was kept always were trained without it
     return config
+
+
+def _typed(value: Any) -> Any:
+    """Return a token, or a list of some, with the type by which transformers knows it in a tokenizer_config.json."""
+    if isinstance(value, list):
+        return [_typed(token) for token in value]
+    is_token = isinstance(value, dict) and "content" in value
+    return {"__type": "AddedToken", **value, "special": True} if is_token else value
 
 
 def _eos_token(directory: Path) -> str:

@@ -8,7 +8,7 @@ from pathlib import Path
 import tokenizers
 
 from btlm_jax import notices
-from btlm_jax.data.store import PROMPT_BOS, TOKENIZER_INFO_FILE
+from btlm_jax.data.store import PROMPT_BOS
 from btlm_jax.data.store import TOKENIZER_CONFIG_FILE as CONFIG_FILE
 from btlm_jax.tokenizers.byte_level import END_OF_TEXT, STORED_FILE, naming_library_errors, read_tokenizer_config
 from btlm_jax.tokenizers.tokenizer import Tokenizer
@@ -18,15 +18,16 @@ def read_prompt_bos(directory: Path, tokenizer: Tokenizer) -> int | None:
     """Return the id that a directory's files put in front of every text, or None for nothing.
 
     As transformers 5 reads them: the post-processor of tokenizer.json decides where there is that file, whatever
-    tokenizer_config.json says; otherwise add_bos_token of the latter does, false if it is missing. Where a run or a
-    model keeps a tokenizer, PROMPT_BOS beside it decides: the tokenizer's file may be as somebody else wrote it.
+    tokenizer_config.json says; otherwise add_bos_token of the latter does, false if it is missing. Where a run keeps
+    a tokenizer, PROMPT_BOS beside it decides, which runs of earlier versions lack: the tokenizer's file may be as
+    somebody else wrote it.
 
     Raises:
       ValueError: a file is damaged, or several ids would be put there.
     """
     config = read_tokenizer_config(directory)
-    if (directory / TOKENIZER_INFO_FILE).is_file():
-        return _kept_id(config.get(PROMPT_BOS), tokenizer, path=directory / CONFIG_FILE)
+    if PROMPT_BOS in config:
+        return _kept_id(config[PROMPT_BOS], tokenizer, path=directory / CONFIG_FILE)
     says_bos = config.get("add_bos_token", False)
     if not isinstance(says_bos, bool):
         raise ValueError(f"{directory / CONFIG_FILE}: add_bos_token={says_bos!r} is not true or false")

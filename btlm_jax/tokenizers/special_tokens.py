@@ -8,10 +8,10 @@ from typing import Any
 
 from btlm_jax import notices
 from btlm_jax.tokenizers.byte_level import read_tokenizer_config
-from btlm_jax.tokenizers.prompt_bos import CONFIG_FILE
 from btlm_jax.tokenizers.tokenizer import Tokenizer
 
 NAMES = ("bos_token", "eos_token", "unk_token", "pad_token", "sep_token", "cls_token", "mask_token")
+_LISTS = ("additional_special_tokens", "extra_special_tokens")  # of tokens without a name; the latter may be an object
 
 
 def client_tokens(tokenizer: Tokenizer, config: Mapping[str, Any], *, prompt_bos_id: int | None) -> dict[str, Any]:
@@ -35,7 +35,7 @@ def client_tokens(tokenizer: Tokenizer, config: Mapping[str, Any], *, prompt_bos
 
 
 def known_tokens(config: Mapping[str, Any], tokenizer: Tokenizer, *, directory: Path) -> dict[str, Any]:
-    """Return the special tokens that a directory's tokenizer_config.json names; say which its tokenizer has not.
+    """Return the special tokens of a tokenizer_config.json, named or in lists; say which its tokenizer has not.
 
     Raises:
       ValueError: one is neither a text nor an object with a text.
@@ -43,16 +43,19 @@ def known_tokens(config: Mapping[str, Any], tokenizer: Tokenizer, *, directory: 
     named = {name: config[name] for name in NAMES if name in config}
     for name, token in named.items():
         if token is not None and text_of(token) is None:
-            raise ValueError(f"{directory / CONFIG_FILE}: {name}={token!r} must be a token's text")
-    unknown = [name for name, token in named.items() if token is not None and id_of(token, tokenizer) is None]
+            raise ValueError(f"{directory}: {name}={token!r} of its files must be a token's text")
+    lists = {name: config[name] for name in _LISTS if isinstance(config.get(name), list)}
+    every = [*named.items(), *((name, token) for name, tokens in lists.items() for token in tokens)]
+    unknown = [(name, token) for name, token in every if token is not None and id_of(token, tokenizer) is None]
     if unknown:
         notices.report(
             "config-keys-dropped",
-            f"{directory / CONFIG_FILE} names tokens that its tokenizer has not, which are dropped: "
-            + ", ".join(f"{name} {named[name]!r}" for name in unknown),
+            f"{directory} names tokens that its tokenizer has not, which are dropped: "
+            + ", ".join(f"{name} {text_of(token)!r}" for name, token in unknown),
             count=len(unknown),
         )
-    return {name: token for name, token in named.items() if name not in unknown}
+    kept = {name: [token for token in tokens if (name, token) not in unknown] for name, tokens in lists.items()}
+    return {name: token for name, token in named.items() if (name, token) not in unknown} | kept
 
 
 def read_variables(directory: Path, tokenizer: Tokenizer, *, prompt_bos_id: int | None) -> dict[str, str]:

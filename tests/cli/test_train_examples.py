@@ -165,6 +165,10 @@ def test_what_belongs_to_a_model_beside_its_weights_is_kept_in_a_run(begun, tmp_
         assert metadata.clients.chat_templates == {"default": "own", "rag": "2"}
         kept = metadata.clients.tokenizer_config
         assert (kept["padding_side"], kept["pad_token"], kept["bos_token"]) == ("left", "<|im_end|>", "<s>")
+    workdir = tmp_path / "run on pairs.jsonl"
+    path = workdir / "corpus/tokenizer-of-the-model/tokenizer_config.json"  # of an earlier version
+    path.write_text(path.read_text().replace('"prompt_bos_id": 300', '"add_bos_token": true'))
+    assert run(f"--data={tmp_path / 'pairs.jsonl'}", f"--init={model}", f"--workdir={workdir}", "--minutes=1") == 0
     block = open_store(tmp_path / "run on pairs.jsonl/store", expected_fingerprint="").split(store.TRAIN).read(0)
     prompt = block.tokens[: int((block.marks & store.TRAINED > 0).argmax())].tolist()
     assert prompt == prompt_ids(tokenizer.decode(prompt), tokenizer=tokenizer, bos_id=300)

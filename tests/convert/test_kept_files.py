@@ -155,13 +155,14 @@ def test_symbols_added_to_gpt2_split_texts_in_a_gguf_as_they_do_in_transformers(
 def test_tokens_that_older_directories_name_elsewhere_are_kept(tmp_path, capsys):
     """Of before transformers 4.34: tokens that fine-tuning added are in special_tokens_map.json alone."""
     made = tiny_byte_level()
-    made.add_special_tokens(["<|pad|>", "<|mask|>"])
+    made.add_special_tokens(["<|pad|>", "<|mask|>", SYMBOL])
     source = model_with(tmp_path / "in", ByteLevelTokenizer(made.to_str().encode(), eos_id=299))
     config = json.loads((source / "tokenizer_config.json").read_text())
     del config["pad_token"]
     (source / "tokenizer_config.json").write_text(json.dumps(config))
     mask = {"content": "<|mask|>", "lstrip": True, "normalized": False, "rstrip": False, "single_word": False}
-    (source / "special_tokens_map.json").write_text(json.dumps({"pad_token": "<|pad|>", "mask_token": mask}))
+    named = {"pad_token": "<|pad|>", "mask_token": mask, "additional_special_tokens": [SYMBOL]}
+    (source / "special_tokens_map.json").write_text(json.dumps(named))
     for name in ("LICENSE.txt", "adapter_config.json"):
         (source / name).write_text("")
     exported = make(source, tmp_path / "hf")
@@ -174,6 +175,14 @@ def test_tokens_that_older_directories_name_elsewhere_are_kept(tmp_path, capsys)
     )
     assert theirs.special_tokens_map == ours.special_tokens_map and ours.pad_token == "<|pad|>"
     assert json.loads((exported / "config.json").read_text())["pad_token_id"] == theirs.pad_token_id == 300
+    assert theirs.all_special_tokens == ours.all_special_tokens and SYMBOL in ours.all_special_tokens
+    # transformers 5 reads no objects in a list without a type, and adds what is not there
+    named["additional_special_tokens"] = [mask | {"content": SYMBOL}, "<none>"]
+    (source / "special_tokens_map.json").write_text(json.dumps(named))
+    again = transformers.AutoTokenizer.from_pretrained(make(source, tmp_path / "again"), local_files_only=True)
+    assert again.all_special_tokens == ours.all_special_tokens and len(again) == len(ours)
+    said = capsys.readouterr().err
+    assert "names tokens that its tokenizer has not, which are dropped: additional_special_tokens '<none>'" in said
 
 
 def test_a_begin_of_text_that_a_model_has_not_is_not_in_the_text_of_its_template(tmp_path):

@@ -315,9 +315,14 @@ def test_a_template_that_asks_for_the_date_gets_that_of_the_beginning(tokenizer,
     assert first_prompt(tmp_path / "other").startswith("29 Nov 2026<")
     with monkeypatch.context() as earlier:
         earlier.setattr(stage, "ASKS_TIME", "no template")
-        earlier.setattr(example_encoding, "read_variables", lambda *given, **named: {"eos_token": EOS})
+        named = {"eos_token": EOS, "cls_token": "<none>"}  # the latter is no token
+        earlier.setattr(example_encoding, "read_variables", lambda *given, **rest: named)
         assert run(tmp_path / "raw", tmp_path / "old", tokenizer, *flags) == 0
     assert run(tmp_path / "raw", tmp_path / "old", tokenizer, *flags) == 0  # a plan that does not have the date
+    naming = shutil.copytree(tokenizer, tmp_path / "naming")
+    (naming / "tokenizer_config.json").write_text('{"cls_token": "<none>"}')
+    assert run(tmp_path / "raw", tmp_path / "named", naming, *flags) == 0
+    assert notices.counts()["config-keys-dropped"] == 1  # not by every task
 
 
 def test_marks_that_contradict_the_manifest_are_found(made, tmp_path):

@@ -504,3 +504,6 @@ def test_btlm_evaluate_measures_summaries_and_code(folder, tmp_path, capsys, mon
     assert main([*arguments, "--length=1024", "--run_code"]) == 0
     said = capsys.readouterr()
     assert "pass@1" in said.out and "human_eval_completions: done already" in said.err and "loading" not in said.err
+    for path in tmp_path.glob("human_eval_completions-*"):  # an earlier version kept none
+        path.unlink()
+    assert main([*arguments, "--length=1024", "--run_code"]) == 0 and "loading" not in capsys.readouterr().err

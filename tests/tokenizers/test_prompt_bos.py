@@ -90,6 +90,8 @@ def test_the_post_processor_counts_and_what_contradicts_it_is_said(tmp_path):
         assert notices.counts() == said
         before = [] if expected is None else [expected]
         assert prompt_of(tmp_path, "eta")[: len(before) + 2] == [*before, *tokenizer.encode("eta")][: len(before) + 2]
+    with_template(tmp_path, "<s> $A", "<s>", prompt_bos_id=None)  # as a run says it of a tokenizer that it keeps
+    assert read_prompt_bos(tmp_path, tokenizer) is None
     with_template(tmp_path, f"{EOS} <s> $A", EOS, "<s>")
     with pytest.raises(ValueError, match=r"puts the ids \[299, 300\] in front of every text; only one id"):
         read_prompt_bos(tmp_path, tokenizer)

@@ -50,7 +50,8 @@ class Stage:
     tasks: Sequence[Task]
     run: TaskFunction
     output_folder: str = "."  # where the tasks write, relative to the stage's directory
-    totals_before: dict = dataclasses.field(default_factory=dict)  # of its earlier steps, for the manifest's totals
+    # Of its earlier steps, for the manifest's totals: among them what was read.
+    totals_before: dict = dataclasses.field(default_factory=dict)
 
     @property
     def plan(self) -> dict:
@@ -188,8 +189,10 @@ def _check_plan(stage: Stage, directory: Path) -> None:
 
 def _write_manifest(stage: Stage, directory: Path, records: list[dict]) -> dict:
     totals: dict = {}
-    for part in (stage.totals_before, *(record["result"]["totals"] for record in records)):
-        _add(totals, part)
+    _add(totals, stage.totals_before)
+    for record in records:
+        part = record["result"]["totals"]
+        _add(totals, {key: part[key] for key in part if key != "read" or not stage.totals_before})
     body = {
         "format": FORMAT,
         "format_version": FORMAT_VERSION,

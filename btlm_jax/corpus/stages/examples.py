@@ -1,9 +1,10 @@
 """The stage `examples`: prompts and completions, or conversations -> a token store with a loss on completions only.
 
-    work/encoded   a task per group of files: ids of each example and which are trained, and a table of the examples;
-                   a line that is no example goes to quarantine/
-    work/windows   one task: exact duplicates dropped, examples held out by their prompts, both packed into windows
-    work/shards    a task per shard of the store
+    work/tokenizer-HASH  a copy of the tokenizer and its settings, which the tasks read
+    work/encoded         a task per group of files: ids of each example and which are trained, and a table of the
+                         examples; a line that is no example goes to quarantine/
+    work/windows         one task: exact duplicates dropped, examples held out by prompt, both packed into windows
+    work/shards          a task per shard of the store
 
 Examples are of one source each, `source` of the line, or else the folder inside the input, or else DEFAULT_SOURCE, and
 are packed and held out by source, so that training can weight sources. Which are held out: those of the smallest
@@ -16,6 +17,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import hashlib
+import json
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from datetime import datetime
@@ -39,9 +41,10 @@ from btlm_jax.corpus.stages.tokenize import PROBES, describe_loss
 from btlm_jax.data import store
 from btlm_jax.data.store import TokenBlock
 from btlm_jax.display.progress import Log
-from btlm_jax.storage.files import read_json_object, renamed_at_end, write_atomically
+from btlm_jax.storage.files import hash_json, read_json_object, renamed_at_end, write_atomically
 from btlm_jax.storage.location import PathOrUrl
 from btlm_jax.tokenizers.chat_template import ASKS_TIME
+from btlm_jax.tokenizers.special_tokens import NAMES
 from btlm_jax.tokenizers.tokenizer import tokenizer_info
 
 RECIPE = 1  # raise when the steps change
@@ -120,8 +123,10 @@ def _make(config: ExamplesConfig, *, output: Path, workers: Workers, log: Log) -
     dtype = store.token_dtype(info.vocab_size)
     settings = {"recipe": RECIPE, "tokenizer": info.sha256, "eos_id": info.eos_id, "template": config.template}
     begun, variables = _settings_begun_with(output), encoder.variables
-    if (output / store.MANIFEST_FILE).is_file() and begun.get("variables", variables).items() <= variables.items():
-        variables = begun.get("variables", variables)  # a store of an earlier version, which left names out
+    earlier = begun.get("variables", variables)
+    known = {name: text for name, text in earlier.items() if tokenizer.token_id(text) is not None}
+    if (output / store.MANIFEST_FILE).is_file() and known.items() <= variables.items():
+        variables = earlier  # of an earlier version, which left names out, and took texts that are no tokens
     settings |= {"variables": variables}
     if ASKS_TIME in config.template and (_DATE in begun or not begun):  # earlier versions did not keep it
         settings[_DATE] = now.date().isoformat()
@@ -132,12 +137,18 @@ def _make(config: ExamplesConfig, *, output: Path, workers: Workers, log: Log) -
         notices.report("tokenizer-lossy", f"the tokenizer in {config.tokenizer} {loss}")
         settings["lossy"] = loss
     work = {step: output / WORK_FOLDER / step for step in (_ENCODED, "windows", "shards")}
+    copied = output / WORK_FOLDER / f"tokenizer-{hash_json(settings)[:12]}"
+    if not (copied / store.TOKENIZER_INFO_FILE).is_file():
+        copied.mkdir(parents=True, exist_ok=True)
+        kept = dict.fromkeys(NAMES) | variables | {store.PROMPT_BOS: encoder.bos_id}
+        write_atomically(copied / store.TOKENIZER_CONFIG_FILE, json.dumps(kept, indent=1))
+        store.write_tokenizer(info, tokenizer.contents, directory=copied)
     run = functools.partial(run_stage, workers=workers, log=log)
     encoding = Stage(
         name="examples encode",
         settings=settings,
         tasks=make_tasks(_inputs(config.inputs)),
-        run=functools.partial(_encode_task, config=config, now=now, sha256=info.sha256, dtype=dtype),
+        run=functools.partial(_encode_task, config=dataclasses.replace(config, tokenizer=copied), now=now, dtype=dtype),
     )
     check = functools.partial(_check_encoded, config=config, quarantine=work[_ENCODED] / QUARANTINE_FOLDER)
     encoded = run(encoding, work[_ENCODED], check=check)
@@ -237,12 +248,9 @@ def _encode_task(
     *,
     config: ExamplesConfig,
     now: datetime,
-    sha256: str,
     dtype: str,
 ) -> dict:
     encoder = _encoder(config, now)
-    if tokenizer_info(encoder.tokenizer).sha256 != sha256:
-        raise ValueError(f"the tokenizer in {config.tokenizer} changed while its texts were encoded")
     counts, repairs, sources = Counter(), Counter(), {}
     ids, marks, table = bytearray(), bytearray(), bytearray()  # of NumPy arrays, which so take no more memory
     start = 0

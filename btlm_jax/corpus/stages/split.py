@@ -350,7 +350,6 @@ def _gather_task(
                 "cut short; give the command again, which makes it again"
             )
     totals = counts.totals(dropped=dropped, bad=Counter())
-    del totals["read"]  # counted by the step `assign`, before documents are dropped or repeated
     outputs = [{**output, "split": name} for output in writer.outputs]
     return {"totals": totals | {"splits": {name: totals["written"]}}, "outputs": outputs}
 
