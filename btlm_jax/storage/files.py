@@ -248,12 +248,14 @@ def allow_open_files(count: int, *, name: object) -> None:
     needed = count + _OTHER_FILES
     if soft == resource.RLIM_INFINITY or soft >= needed:
         return
-    if hard != resource.RLIM_INFINITY and hard < needed:
+    try:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (needed, hard))
+    except (ValueError, OSError) as error:  # macOS has a lower limit than `hard`, which is infinite there
+        most = f"{soft if hard == resource.RLIM_INFINITY else hard:,} here (ulimit -Hn)"
         raise OSError(
-            f"{name} has {count:,} files to keep open, and a process may open {hard:,} here (ulimit -Hn): have the "
-            f"limit raised to {needed:,} (LimitNOFILE of systemd, limits.conf), or make larger shards"
-        )
-    resource.setrlimit(resource.RLIMIT_NOFILE, (needed, hard))
+            f"{name} has {count:,} files to keep open, and a process may open {most}: have the limit raised to "
+            f"{needed:,} (LimitNOFILE of systemd, limits.conf), or make larger shards"
+        ) from error
 
 
 @contextlib.contextmanager

@@ -327,7 +327,7 @@ def _train_from(
     log(f"Data: {loader.use}")
     trace = _make_trace(run, first_step=position.step + 1)
     try:
-        if not position.is_evaluated:
+        if not position.is_evaluated and position.step < run.config.curriculum.table.num_steps:  # else the end does it
             _evaluate(run, state, position.step, writer)
         stop.begin_steps()
         while True:

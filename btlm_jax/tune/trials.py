@@ -31,7 +31,7 @@ from pathlib import Path
 
 import numpy as np
 
-from btlm_jax import ending_of, notices
+from btlm_jax import ending_of, notices, stopping
 from btlm_jax.data.reader import TokenStore
 from btlm_jax.recipe.config import PREPARED, TrainConfig, with_later_keys
 from btlm_jax.stopping import ERROR, Stop
@@ -46,6 +46,7 @@ STUDY_FILE, STORE_FILE, TRIALS, RESULT_FILE, LOG_FILE = (
 MIN_HELDOUT_TOKENS = 1 << 16
 MOST_FACTOR = 1e6  # of a config's batch, tokens or warm-up
 _WAIT_SECONDS = 1.0
+_SAVE_SECONDS = 30.0  # for those that a command has started, where it ends at once
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -275,12 +276,19 @@ def workers_beside(
     """
     started: list[subprocess.Popen] = []
 
-    def end_all(code: int = 0, reason: str = "") -> None:
-        del code, reason
+    def end_all() -> None:
         for process in started:
             process.terminate()
 
-    with stop.calling_at_exit(end_all):
+    def end_with_this(code: int, reason: str) -> None:
+        end_all()
+        # The end of this process, which has nothing to save, may be that of its container or job.
+        until = time.monotonic() + (_SAVE_SECONDS if code == stopping.PREEMPTED else 0.0)
+        for process in started:
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                process.wait(max(0.0, until - time.monotonic()))
+
+    with stop.calling_at_exit(end_with_this):
         try:
             start_workers(count, arguments, directory=directory, started=started)
             yield
@@ -288,6 +296,7 @@ def workers_beside(
             end_all()
             raise
         finally:
+            stop.finish()  # it waits as long as the others save
             if stop.reason:
                 end_all()
             for number, process in enumerate(started, start=1):

@@ -81,7 +81,7 @@ def train(workdir, store, monkeypatch, parts, *, step_function=train_step, **cha
     Returns what was recorded by step, the final parameters, the events, the evaluations as (step, newest checkpoint
     then), and the outcome of each part.
     """
-    config = tiny_config(**CHANGES, **changes)
+    config = tiny_config(**{**CHANGES, **changes})
     monkeypatch.setattr(loop, "evaluate_some", lambda run, params: (checkpoint_steps(workdir) or [0])[-1])
     finished, outcomes = [], []
     monkeypatch.setattr(loop, "finish_run", lambda run, params, writer, **_: finished.append(np.asarray(params["w"])))

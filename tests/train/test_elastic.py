@@ -26,6 +26,12 @@ def test_a_run_goes_on_with_1_2_4_and_8_devices_and_back_to_the_token(token_stor
     assert [step for step, _ in found.evaluations] == [step for step, _ in whole.evaluations] == [4, 8, 9, 12]
     assert dict(found.evaluations)[9] == 9 and dict(whole.evaluations)[9] < 9  # the part that stops at 9 saves alone
 
+    stopped = {"optimizer__schedule": "constant", "optimizer__end_learning_rate": 0.0}
+    made = [train(tmp_path / "shorter", store, monkeypatch, [part], **stopped, **changes) for part, changes in (
+        ((1, 12), {}), ((1, 0), {"curriculum__num_tokens": (9 * 384, 3 * 384)}),
+    )]  # fmt: skip
+    assert [step for each in made for step, _ in each.evaluations] == [4, 8, 9]  # what follows step 12 is the end's
+
     config = tiny_config(**CHANGES)
     order, reader = loop._make_loader(
         types.SimpleNamespace(

@@ -246,21 +246,35 @@ def test_workers_share_the_machine(tmp_path, monkeypatch, gpus, visible, platfor
 
 
 def test_workers_end_with_a_command_that_is_stopped_before_its_first_trial(tmp_path, monkeypatch):
-    """By an error in the main thread, and by an end at once, at which it has no say."""
-    made = []
+    """By an error in the main thread, and by an end at once, at which it has no say; it waits until they have saved."""
+    made, codes, now = [], [], [100.0]
+    stop = Stop(clock=lambda: now[0])
+
+    class Saving(subprocess.Popen):
+        def wait(self, timeout=None):
+            now[0] += 60.0
+            stop.tick()
+            return super().wait(timeout)
 
     def start(count, arguments, *, directory, started):
-        made.append(subprocess.Popen(["sleep", "60"]))
+        made.append(Saving(["bash", "-c", "trap 'sleep 0.3; exit 75' TERM; echo; while :; do sleep 0.02; done"],
+                           stdout=subprocess.PIPE))  # fmt: skip
+        with made[-1].stdout as said:
+            said.readline()  # from here on it takes the signal
         started.append(made[-1])
 
+    def leave(code):
+        codes.append((code, [process.poll() for process in made]))
+
     monkeypatch.setattr(trials, "start_workers", start)
-    stop = Stop()
+    monkeypatch.setattr("btlm_jax.stopping.os._exit", leave)
+    stop.request("SIGTERM")
     with pytest.raises(Stopped), trials.workers_beside(2, [], directory=tmp_path, stop=stop, log=print):
         raise Stopped
+    assert (codes, [process.poll() for process in made]) == ([], [75])
     with trials.workers_beside(2, [], directory=tmp_path, stop=stop, log=print):
-        monkeypatch.setattr("btlm_jax.stopping.os._exit", lambda code: None)
         stop.end_now(75, "preempted")
-    assert [process.poll() for process in made] == [-signal.SIGTERM] * 2
+    assert codes == [(75, [75, 75])]
 
 
 def test_trials_of_one_process_do_not_take_over_what_was_of_others(tmp_path, monkeypatch):
