@@ -139,9 +139,9 @@ def start(config: TrainConfig, flags: Flags, *, workdir: Path, open_model: Calla
         taken=json.dumps(taken),
     )
     if jax.process_index() == 0:
-        write_atomically(workdir / INIT_FILE, json.dumps(dataclasses.asdict(record), indent=1))
         directory = workdir / KEPT_TOKENIZER
         keep_client_settings(directory, model.metadata.clients, tokenizer=tokenizer, prompt_bos_id=None)
+        write_atomically(workdir / INIT_FILE, json.dumps(dataclasses.asdict(record), indent=1))
     log(f"init: {said}")
 
     event = f"begins with {said}; fingerprint {model.fingerprint[:16]}"

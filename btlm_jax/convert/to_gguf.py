@@ -192,7 +192,10 @@ def _add_settings(writer: GGUFWriter, settings: GGUFSettings, *, eos_id: int, ha
         )
     if templates := settings.clients.chat_templates:
         if settings.clients.tokenizer_config.get("bos_token", "") is None:  # llama.cpp has some token always
-            templates = {name: f"{{%- set bos_token = '' %}}{template}" for name, template in templates.items()}
+            templates = {
+                name: f"{{%- set bos_token = '' %}}{text}" if "bos_token" in text else text
+                for name, text in templates.items()
+            }
         writer.add_chat_template(template_value(templates))
 
 

@@ -188,7 +188,8 @@ def test_tokens_that_older_directories_name_elsewhere_are_kept(tmp_path, capsys)
 def test_a_begin_of_text_that_a_model_has_not_is_not_in_the_text_of_its_template(tmp_path):
     """Of clients of every form: a template that asks for bos_token gets nothing, where the model was trained so."""
     source, chat = model_with(tmp_path / "in", MADE["byte-level"]()), "{{ bos_token }}" + CHAT
-    config = json.loads((source / "tokenizer_config.json").read_text()) | {"chat_template": chat}
+    named = [{"name": "default", "template": chat}, {"name": "rag", "template": CHAT}]
+    config = json.loads((source / "tokenizer_config.json").read_text()) | {"chat_template": named}
     texts = {}
     for bos in (None, EOS):
         (source / "tokenizer_config.json").write_text(json.dumps(config | {"bos_token": bos}))
@@ -196,6 +197,7 @@ def test_a_begin_of_text_that_a_model_has_not_is_not_in_the_text_of_its_template
         exported = make(own, tmp_path / f"hf-{bos is None}")
         auto = transformers.AutoTokenizer.from_pretrained(exported, local_files_only=True)
         keys = GGUFFile(make(own, tmp_path / f"{bos is None}.gguf", format="gguf", pad_ffn=256)).keys
+        assert keys["tokenizer.chat_template.rag"] == CHAT  # it does not ask for the token
         bos_text = keys["tokenizer.ggml.tokens"][keys["tokenizer.ggml.bos_token_id"]]
         messages = [{"content": "a"}]
         texts[bos] = auto.apply_chat_template(messages, tokenize=False)
