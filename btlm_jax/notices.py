@@ -74,7 +74,7 @@ NAMES = {
     "prompt-end-ignored": "a tokenizer.json puts ids after every text, which a prompt does not have here",
     "output-replaced": "the file for the texts exists already",
     "ids-without-token": "the model has more ids than its tokenizer; those without a token are never drawn",
-    "left-out": "a hidden file or folder, or one of a corpus stage's work, lies in a folder that is read",
+    "left-out": "a hidden file or folder, or one of a corpus stage's work or a run, lies in a folder that is read",
     "file-not-read": "files of other kinds lie in a folder that is read",
     "not-readable": "a folder cannot be read, or a link leads nowhere",
     "file-read-once": "a file is given more than once, or by links",

@@ -43,7 +43,7 @@ from btlm_jax.recipe.optimizer import learning_rate_at, rates_of_steps, stretche
 from btlm_jax.stopping import AgreedError, OthersFailedError
 from btlm_jax.storage.files import hash_json, write_atomically
 from btlm_jax.storage.location import DELETED, ORIGIN, mirror_of
-from btlm_jax.train import CHECKPOINTS, DAMAGED, METRICS_FILE, REPLACED, SUMMARY_FILE
+from btlm_jax.train import CHECKPOINTS, CONFIG_FILE, DAMAGED, METRICS_FILE, REPLACED, SUMMARY_FILE
 from btlm_jax.train.step import TrainState
 
 
@@ -1000,7 +1000,8 @@ def _check_continues(
         raise ValueError(
             f"the checkpoint is at step {position.step:,} ({position.tokens_seen:,} tokens), past the configured "
             f"{curriculum.num_steps:,} steps ({curriculum.num_tokens:,} tokens): raise curriculum.num_tokens of the "
-            "last phase, or choose another --workdir"
+            f"last phase, give --config={checkpointer.directory.parent / CONFIG_FILE} of the last start, "
+            "or choose another --workdir"
         )
     check_schedule(saved, config, position=position, steps=checkpointer.steps())
 

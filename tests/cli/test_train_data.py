@@ -14,6 +14,7 @@ from support.tiny import tiny_config
 from support.tiny_tokenizers import tiny_byte_level
 
 from btlm_jax.cli import main, train_data
+from btlm_jax.corpus.engine.inputs import raw_inputs
 from btlm_jax.data.store import read_manifest
 from btlm_jax.recipe.config import train_config_from
 from btlm_jax.train import loop, size_run, sizing
@@ -252,6 +253,8 @@ def test_a_token_store_or_a_stage_is_no_text(made, trained, tmp_path, capsys):
         said = refused(capsys, f"--data={made / 'run' / folder}", f"--workdir={tmp_path / 'new'}")
         assert f"is {what}, not text" in said and len(proposed(said)) == 2
     assert not (tmp_path / "new").exists()
+    assert {item.name.split("/")[0] for item in raw_inputs(made)} == {"texts"}  # of the run beside it nothing is read
+    assert f"{made / 'run' / 'corpus'} is not read: it is of a training run (left-out" in capsys.readouterr().err
 
 
 def test_text_that_is_gone_is_said_and_the_run_goes_on(begun, trained, capsys):

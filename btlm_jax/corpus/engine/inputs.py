@@ -22,13 +22,16 @@ TASK_BYTES = 64_000_000  # small input files share a task up to this size
 PIECE_BYTES = 128_000_000  # larger files of plain lines are read in pieces
 _CHUNK = 1 << 16
 _KINDS_SAID = 8
+# In the workdir of a training run, whose code is above this folder's: what could be taken for text, and what tells it.
+_RUN_FILES = ("checkpoints", "corpus", "store", "tokenizer", "evaluation", "metrics.jsonl", "bad_numbers", "replaced")
+_MARKS_OF_A_RUN = frozenset(("own_text.json", "checkpoints"))
 
 
 def raw_inputs(root: PathOrUrl) -> list[Input]:
     """Return the raw text files below a folder, or a single file, in the order of their names; large ones in pieces.
 
-    Hidden files and folders, those in which a stage keeps its work, and links to what is read already are left out; a
-    notice says so.
+    Hidden files and folders, those of a stage's work and of a training run, and links to what is read already are left
+    out; a notice says so.
 
     Raises:
       FileNotFoundError: there is no raw file, or shards of a dataset are missing.
@@ -107,8 +110,10 @@ def _left_out(name: str, beside: Collection[str]) -> str:
     """Return why a file or folder is not read, "" if it is."""
     if name.startswith("."):
         return "it is hidden"
-    is_of_stage = name in STAGE_FILES and PLAN_FILE in beside
-    return "it is of a stage's work" if is_of_stage else ""
+    if name in STAGE_FILES and PLAN_FILE in beside:
+        return "it is of a stage's work"
+    is_of_run = name in _RUN_FILES and "starts" in beside and not _MARKS_OF_A_RUN.isdisjoint(beside)
+    return "it is of a training run" if is_of_run else ""
 
 
 def _stale_tables(files: list[tuple[str, PathOrUrl, int | None]]) -> set[str]:
