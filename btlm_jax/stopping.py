@@ -138,8 +138,8 @@ class Stop:
 
     @contextlib.contextmanager
     def calling_at_exit(self, function: Callable[[int, str], None]) -> Iterator[None]:
-        """Do as `at_exit`, within the `with` block alone, and before those of the blocks around it."""
-        self._at_exit.insert(0, function)
+        """Do as `at_exit`, within the `with` block alone; those of blocks in it come later."""
+        self._at_exit.append(function)
         try:
             yield
         finally:

@@ -508,7 +508,11 @@ def _roll_back(
     jax.tree.map(lambda x: x.delete(), error.state)  # two states may not fit into the devices' memory
     if steps := checkpointer.rollback_steps(before=first, position=position):
         (good, state), damages = checkpointer.newest(
-            lambda step: (step, checkpointer.restore_state(step, abstract=abstract)), steps=steps
+            lambda step: (
+                checkpointer.read_metadata(step)[0].step,  # which `changed_settings` reads
+                checkpointer.restore_state(step, abstract=abstract),
+            ),
+            steps=steps,
         )
         for damage in damages:
             writer.record_event(error.step, damage)

@@ -139,7 +139,7 @@ class Recorder:
         self.losses[step] = repr(metrics["loss"])
 
     def record_event(self, step, message, *, is_repeated=False):
-        assert is_repeated
+        assert is_repeated != ("is damaged" in message)
         self.events[step, message] = None
 
     def event(self, step, message):
@@ -272,6 +272,20 @@ def test_after_bad_steps_in_a_row_a_run_goes_back_and_passes_over_them(
         f"went back to step {first - 1}; steps {first} to {end} are passed over" for first, end in passed_over
     ]
     assert sorted(writer.losses) == list(range(1, NUM_STEPS + 1)) and writer.passed_over == passed_over
+
+
+def test_a_run_goes_back_past_a_checkpoint_whose_config_has_been_damaged_meanwhile(tmp_path, monkeypatch):
+    roll_back = loop._roll_back
+
+    def damage_and_roll_back(*given, **named):
+        (tmp_path / "checkpoints/12/config/metadata").write_text("{}")
+        return roll_back(*given, **named)
+
+    monkeypatch.setattr(loop, "_roll_back", damage_and_roll_back)
+    outcome, _, finished, last = train(tmp_path, monkeypatch, bad={13, 14, 15}, checkpoint__keep_last=3)
+    assert outcome == loop.DONE and finished == [parameters_after([*range(1, 9), *range(16, 25)])]
+    assert last is not None and last.passed_over == ((9, 15),)
+    assert notices.counts()["checkpoint-damaged"] == 1 and (tmp_path / "damaged/checkpoints-12").is_dir()
 
 
 @pytest.mark.parametrize(
