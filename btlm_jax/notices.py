@@ -100,8 +100,12 @@ NAMES = {
     "weights-preferred": "a directory has several files of weights; one is read, as transformers does",
 }
 LINES_OF_ONE_NAME = 5  # further notices of the name are counted only
-# Of files in folders, which a command may list more than once: the same line is neither said nor counted again.
-_ONCE = frozenset(("left-out", "file-not-read", "not-readable", "file-read-once", "folder-read-once"))
+# Of files in folders, which a command may list more than once, and of a tokenizer's files: the same line is neither
+# said nor counted again.
+_ONCE = frozenset((
+    "left-out", "file-not-read", "not-readable", "file-read-once", "folder-read-once", "tokenizer-preferred",
+    "prompt-end-ignored", "add-bos-token-ignored", "config-keys-dropped",
+))  # fmt: skip
 _EACH_SAID = frozenset(("setting-changed",))  # but of these, of which there are at most as many as keys
 
 

@@ -176,10 +176,12 @@ def test_what_belongs_to_a_model_beside_its_weights_is_kept_in_a_run(begun, tmp_
 
 def test_pairs_train_a_new_model_with_a_given_tokenizer(begun, tmp_path):
     tiny_byte_level().save(str(tmp_path / "tokenizer.json"))
+    (tmp_path / "tokenizer_config.json").write_text('{"add_bos_token": true}')
     data = write(tmp_path / "pairs.jsonl", pairs(200))
     assert run(f"--data={data}", f"--tokenizer={tmp_path}", f"--workdir={tmp_path / 'run'}", "--minutes=1") == 0
     ((config, _),) = begun
     assert config.data.document_mask and config.curriculum.seq_len == (256, 256) and config.model.vocab_size == 300
+    assert notices.counts()["add-bos-token-ignored"] == 1  # its files are read several times
 
 
 def test_a_config_beside_examples_has_windows_of_its_shortest_phase(begun, tmp_path, capsys):
