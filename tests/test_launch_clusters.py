@@ -37,6 +37,11 @@ if [ "${end#*:}" = wait ]; then
 fi
 exit "${end#*:}"
 """
+# A shell cannot take a signal that is ignored at its start, as SIGHUP is where these tests run below nohup.
+NOT_BELOW_NOHUP = (
+    *(sys.executable, "-S", "-c"),
+    "import os, signal, sys; signal.signal(signal.SIGHUP, signal.SIG_DFL); os.execvp(sys.argv[1], sys.argv[1:])",
+)
 # As btlm does, it takes SIGINT although bash has processes in the background ignore it, and saves once.
 BTLM_THAT_SAVES = f"""#!{sys.executable}
 import os, pathlib, signal, sys, time
@@ -106,7 +111,7 @@ def start(
     (place / "ends").write_text("".join(f"{line}\n" for line in ends))
     environment = {"PATH": f"{place / 'bin'}:{os.environ['PATH']}", "STATE": str(place), "BACKOFF": "0", **settings}
     return subprocess.Popen(
-        ["bash", script, "local_cpu", workdir or place / "work dir", *WORDS],
+        [*NOT_BELOW_NOHUP, "bash", script, "local_cpu", workdir or place / "work dir", *WORDS],
         env=environment,
         stderr=subprocess.PIPE,
         text=True,

@@ -70,8 +70,7 @@ STEPS = """
 import fcntl, pathlib, signal, sys, termios, time
 from btlm_jax import stopping
 fcntl.ioctl(0, termios.TIOCSCTTY, 0)
-if sys.argv[2] == "nohup":
-    signal.signal(signal.SIGHUP, signal.SIG_IGN)
+signal.signal(signal.SIGHUP, signal.SIG_IGN if sys.argv[2] == "nohup" else signal.SIG_DFL)
 stopping.begin()
 stop = stopping.current()
 stop.begin_steps()

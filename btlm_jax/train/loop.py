@@ -196,7 +196,7 @@ def train(
             state = beginning.make_state(run)
         else:
             log(f"Resuming from step {position.step:,} ({position.tokens_seen:,} tokens)")
-            state = _begin_history(state, changes)
+            state = _begin_history(state, changes, spike_score=config.bad_numbers.spike_score)
         num_bytes = sum(leaf.nbytes for leaf in jax.tree.leaves(state))
         log(predict_stop(workdir, num_bytes=num_bytes, num_processes=jax.process_count()))
         writer = _make_writer(run, position, compare=compare)
@@ -254,11 +254,13 @@ def _report_changes(checkpointer: Checkpointer, config: TrainConfig, position: P
     return changes
 
 
-def _begin_history(state: TrainState, changes: Sequence[SettingChange]) -> TrainState:
+def _begin_history(state: TrainState, changes: Sequence[SettingChange], *, spike_score: float) -> TrainState:
     """Return the state without the updates that spikes are told by, if other settings of the optimizer made them."""
-    if not any(change.key.startswith("optimizer.") for change in changes):
+    keys = [change.key for change in changes if not change.key.startswith("optimizer.average")]
+    if not any(key.startswith("optimizer.") for key in keys):
         return state
-    log(f"Spikes are looked for again after {WINDOW} updates, as settings of the optimizer have changed")
+    if spike_score:
+        log(f"Spikes are looked for again after {WINDOW} updates, as settings of the optimizer have changed")
     none = jax.device_put(np.int32(0), state.history.count.sharding)
     return dataclasses.replace(state, history=dataclasses.replace(state.history, count=none))
 
@@ -519,7 +521,8 @@ def _roll_back(
     else:
         good, state = 0, beginning.make_state(run)
     checkpointer.delete_after(good)
-    state = _begin_history(state, changed_settings(checkpointer, run.config))
+    changes = changed_settings(checkpointer, run.config)
+    state = _begin_history(state, changes, spike_score=run.config.bad_numbers.spike_score)
     state = dataclasses.replace(state, step=jax.device_put(np.int32(error.step), state.step.sharding))
     said = f"went back to step {good:,}; steps {good + 1:,} to {error.step:,} are passed over"
     notices.report("went-back", said)

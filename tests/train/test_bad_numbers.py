@@ -119,8 +119,8 @@ def test_updates_of_another_learning_rate_are_no_spikes():
         _, history = step(history, jnp.array([5.0, 1.0, 0.1 + 0.001 * (number % 3)]))
     state = TrainState(step=jnp.int32(500), params={}, opt_state=(), history=history)
     raised = jnp.array([5.0, 1.0, 0.3])
-    for key, expected in (("log.every_steps", False), ("optimizer.peak_learning_rate", True)):
-        begun = loop._begin_history(state, [SettingChange(key, 1, 3)])
+    for key, expected in (("optimizer.average_share", False), ("optimizer.peak_learning_rate", True)):
+        begun = loop._begin_history(state, [SettingChange(key, 1, 3)], spike_score=8.0)
         assert bool(step(begun.history, raised)[0]) == expected
         assert bool(step(begun.history, raised)[1].count == 1) == expected
 

@@ -238,6 +238,7 @@ def test_a_checkpoint_s_position_and_config_are_plain_json(saved):
         "tokens_seen": 384 * 7,
         "store_fingerprint": "abc",
         "passed_over": [],
+        "is_evaluated": True,
     }
     config = json.loads((folder / "config" / "metadata").read_text())
     assert config == json.loads(tiny_config(mesh__tensor=2).to_json())
