@@ -410,8 +410,8 @@ def code_of_outcome(outcome: str) -> int:
     """Return the exit code of what train/loop.py returns."""
     from btlm_jax.train import loop
 
-    of_bad_numbers = {loop.BAD_NUMBERS: BAD_NUMBERS, loop.WRONG_DEVICE: BAD_NUMBERS}
-    return {loop.DONE: DONE, loop.PREEMPTED: PREEMPTED, **of_bad_numbers}[outcome]
+    codes = {loop.DONE: DONE, loop.PREEMPTED: PREEMPTED, loop.BAD_NUMBERS: BAD_NUMBERS, loop.WRONG_DEVICE: BAD_NUMBERS}
+    return codes[outcome]
 
 
 def train_flags() -> Flags:

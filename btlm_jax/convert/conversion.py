@@ -23,9 +23,9 @@ from btlm_jax.convert.to_int4 import calibration_ids, prove_int4, write_int4
 from btlm_jax.convert.to_jais import write_jais
 from btlm_jax.convert.tokenizer_files import write_tokenizer_files
 from btlm_jax.convert.transformers_logits import has_transformers, transformers_logits
-from btlm_jax.data.store import TEMPLATE_FILE
+from btlm_jax.data.store import TEMPLATE_FILE, TOKENIZER_CONFIG_FILE
 from btlm_jax.display.progress import item_bar
-from btlm_jax.hub.client_files import GENERATION_CONFIG, TOKENIZER_CONFIG, pad_token_id
+from btlm_jax.hub.client_files import GENERATION_CONFIG, pad_token_id
 from btlm_jax.hub.evaluation_card import read_evaluation_card
 from btlm_jax.hub.gguf import GGUFFile, gguf_logits, import_gguf
 from btlm_jax.hub.huggingface import WEIGHT_FILES, HuggingFaceTensors
@@ -43,7 +43,7 @@ from btlm_jax.tokenizers.special_tokens import client_tokens, id_of
 _ADAPTER = "adapter_config.json"
 # Files of a Hugging Face directory beside its weights that are read; model code, *.py, is written anew.
 _READ = frozenset((
-    CONFIG_FILE, GENERATION_CONFIG, TOKENIZER_CONFIG, SPECIAL_TOKENS_FILE, STORED_FILE, TOKENIZER_FILE, VOCAB_FILE,
+    CONFIG_FILE, GENERATION_CONFIG, TOKENIZER_CONFIG_FILE, SPECIAL_TOKENS_FILE, STORED_FILE, TOKENIZER_FILE, VOCAB_FILE,
     MERGES_FILE, ADDED_TOKENS_FILE, TEMPLATE_FILE, *WEIGHT_FILES,
 ))  # fmt: skip
 

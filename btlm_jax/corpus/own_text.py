@@ -24,6 +24,7 @@ from btlm_jax import notices
 from btlm_jax.corpus.engine.inputs import read_stage
 from btlm_jax.corpus.engine.tasks import Input
 from btlm_jax.corpus.engine.workers import Workers
+from btlm_jax.corpus.readers.raw import has_suffix
 from btlm_jax.corpus.readers.records import Record, read_records
 from btlm_jax.corpus.stages.clean import KEEP_PREFIX, CleanConfig, clean
 from btlm_jax.corpus.stages.dedup import deduplicate
@@ -68,7 +69,7 @@ def check_inputs(inputs: Sequence[Input]) -> None:
     Raises:
       ValueError: they are too small.
     """
-    if all(item.name.lower().endswith(_UNCOMPRESSED) for item in inputs):
+    if all(has_suffix(item.name, _UNCOMPRESSED) for item in inputs):
         _check_size(sum(item.num_bytes for item in inputs), what=f"{len(inputs):,} files with")
 
 

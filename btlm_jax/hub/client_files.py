@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from btlm_jax import notices
-from btlm_jax.data.store import PROMPT_BOS
+from btlm_jax.data.store import PROMPT_BOS, TOKENIZER_CONFIG_FILE
 from btlm_jax.hub.published import CONFIG_FILE, PublishedConfig, token_ids
 from btlm_jax.storage.files import read_json_object, write_atomically
 from btlm_jax.tokenizers.byte_level import read_tokenizer_config
@@ -21,7 +21,7 @@ from btlm_jax.tokenizers.special_tokens import NAMES, client_tokens, id_of, know
 from btlm_jax.tokenizers.template_files import TEMPLATE_KEY, read_chat_templates, template_value
 from btlm_jax.tokenizers.tokenizer import Tokenizer
 
-TOKENIZER_CONFIG, GENERATION_CONFIG = "tokenizer_config.json", "generation_config.json"
+GENERATION_CONFIG = "generation_config.json"
 # Keys of tokenizer_config.json that follow from the tokenizer and from who writes the file; all others are kept.
 _NOT_KEPT = frozenset((
     "add_bos_token", "add_prefix_space", "added_tokens_decoder", "auto_map", "backend", "bos_token_id",
@@ -100,7 +100,7 @@ def keep_client_settings(
     if settings.chat_templates:
         values[TEMPLATE_KEY] = template_value(settings.chat_templates)
     directory.mkdir(exist_ok=True)
-    for name, contents in ((TOKENIZER_CONFIG, values), (GENERATION_CONFIG, settings.generation_config)):
+    for name, contents in ((TOKENIZER_CONFIG_FILE, values), (GENERATION_CONFIG, settings.generation_config)):
         write_atomically(directory / name, json.dumps(contents, indent=1))
 
 
@@ -128,7 +128,7 @@ def end_of_text_id(
             vocab_size=size,
         ),
         CONFIG_FILE: token_ids(values.get("eos_token_id"), name="eos_token_id", vocab_size=size),
-        TOKENIZER_CONFIG: _eos_of_tokenizer_config(directory, tokenizer),
+        TOKENIZER_CONFIG_FILE: _eos_of_tokenizer_config(directory, tokenizer),
         "its tokenizer": () if tokenizer is None else (tokenizer.eos_id,),
     }
     named = {place: ids for place, ids in named.items() if ids}

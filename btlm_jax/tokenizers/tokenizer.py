@@ -255,8 +255,8 @@ def _check_no_added_tokens(directory: Path, tokenizer: SentencePieceTokenizer) -
     added: dict[str, object] = {}
     if (directory / ADDED_TOKENS_FILE).is_file():
         added |= read_json_object(directory / ADDED_TOKENS_FILE)
-    if (directory / "tokenizer_config.json").is_file():
-        decoder = read_json_object(directory / "tokenizer_config.json").get("added_tokens_decoder")
+    if (directory / store.TOKENIZER_CONFIG_FILE).is_file():
+        decoder = read_json_object(directory / store.TOKENIZER_CONFIG_FILE).get("added_tokens_decoder")
         for number, token in decoder.items() if isinstance(decoder, dict) else ():
             added |= {str(token.get("content") if isinstance(token, dict) else token): number}
     missing = added.keys() - set(tokenizer.pieces)

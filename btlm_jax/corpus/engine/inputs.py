@@ -13,7 +13,7 @@ from typing import BinaryIO
 from btlm_jax import notices
 from btlm_jax.corpus.engine.stage import FORMAT, MANIFEST_FILE, PLAN_FILE, STAGE_FILES, fingerprint_of
 from btlm_jax.corpus.engine.tasks import Input, Task, is_output
-from btlm_jax.corpus.readers.raw import SUFFIXES, are_plain_lines, is_metadata, is_raw
+from btlm_jax.corpus.readers.raw import SUFFIXES, are_plain_lines, has_suffix, is_metadata, is_raw
 from btlm_jax.corpus.readers.tables import TFDS_SHARD
 from btlm_jax.storage.files import hash_file, parse_json_object, read_json_object
 from btlm_jax.storage.location import PathOrUrl, list_files, open_binary, with_sizes
@@ -122,7 +122,7 @@ def _stale_tables(files: list[tuple[str, PathOrUrl, int | None]]) -> set[str]:
     Raises:
       FileNotFoundError: a part of the dataset is missing.
     """
-    tables = {name for name, _, _ in files if name.lower().endswith(".arrow")}
+    tables = {name for name, _, _ in files if has_suffix(name, ".arrow")}
     stale = {name for name in tables if PurePosixPath(name).name.startswith("cache-")}
     for name, location, _ in files:
         folder = PurePosixPath(name).parent
@@ -176,7 +176,7 @@ def _check_shards(names: list[str]) -> None:
 
 
 def _is_divisible(item: Input) -> bool:
-    if item.num_bytes <= PIECE_BYTES or not item.name.lower().endswith(".jsonl"):
+    if item.num_bytes <= PIECE_BYTES or not has_suffix(item.name, ".jsonl"):
         return False
     with open_binary(item.location) as file:
         return are_plain_lines(file.read(64))

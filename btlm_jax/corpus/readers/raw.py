@@ -131,12 +131,12 @@ def read_raw(
             yield from make.of_lines(_lines(file, head=head, name=name))
         elif head.startswith(_PARQUET):
             yield from make.of_table(parquet_rows, file)
-        elif name.lower().endswith(".arrow"):
+        elif has_suffix(name, ".arrow"):
             yield from make.of_table(arrow_rows, file)
         elif TFDS_SHARD.fullmatch(name):
             yield from make.of_rows(tfds_rows(path, columns=keys.all, repairs=repairs))
-        elif name.lower().endswith(TEXT_SUFFIXES) or _is_plain_text(name, head):
-            make.repairs.update([PLAIN_TEXT] if not name.lower().endswith(TEXT_SUFFIXES) else [])
+        elif has_suffix(name, TEXT_SUFFIXES) or _is_plain_text(name, head):
+            make.repairs.update([PLAIN_TEXT] if not has_suffix(name, TEXT_SUFFIXES) else [])
             yield from _from_text(file, name=name, default_source=default_source, repairs=make.repairs)
         else:
             yield from make.of_lines(_lines(file, head=head, name=name))
@@ -167,7 +167,7 @@ def read_objects(path: Path, *, name: str, is_piece: bool, repairs: Counter) -> 
     """
     with open(path, "rb") as file:
         head = b"" if is_piece else _head(file)
-        if head.startswith(_PARQUET) or name.lower().endswith((".arrow", *TEXT_SUFFIXES)):
+        if head.startswith(_PARQUET) or has_suffix(name, (".arrow", *TEXT_SUFFIXES)):
             raise BadFileError("it has no lines of JSON")
         for number, offset, line in _lines(file, head=head, name=name):
             if isinstance(line, LineTooLongError):
@@ -192,7 +192,7 @@ def first_object(file: BinaryIO, *, name: str) -> object:
     """
     try:
         head = _head(file)
-        if head.startswith(_PARQUET) or name.lower().endswith((".arrow", *TEXT_SUFFIXES)) or TFDS_SHARD.fullmatch(name):
+        if head.startswith(_PARQUET) or has_suffix(name, (".arrow", *TEXT_SUFFIXES)) or TFDS_SHARD.fullmatch(name):
             return None
         if _is_plain_text(name, head):
             return None
@@ -225,9 +225,14 @@ def _head(file: BinaryIO) -> bytes:
     return head
 
 
+def has_suffix(name: str, suffixes: str | tuple[str, ...]) -> bool:
+    """Return whether a file's name ends so, in capitals or in small letters."""
+    return name.lower().endswith(suffixes)
+
+
 def is_raw(name: str) -> bool:
     """Return whether a file of that name in a folder is read as raw text."""
-    return name.lower().endswith(SUFFIXES) or TFDS_SHARD.fullmatch(name) is not None
+    return has_suffix(name, SUFFIXES) or TFDS_SHARD.fullmatch(name) is not None
 
 
 def is_metadata(name: str) -> bool:
@@ -257,7 +262,7 @@ def _chunks(file: BinaryIO, *, head: bytes, name: str) -> Iterator[bytes]:
         yield from decompress_frames(file, zstd_decompressor)
     elif head.startswith(_GZIP):
         yield from decompress_frames(file, gzip_decompressor)
-    elif name.lower().endswith((".zst", ".gz", ".parquet")):
+    elif has_suffix(name, (".zst", ".gz", ".parquet")):
         problem = "its contents are not that" if head else "it is empty"
         raise BadFileError(f"its name ends in {Path(name).suffix}, but {problem}")
     else:
@@ -443,7 +448,7 @@ def _is_deep(value: object) -> bool:
 
 def _is_plain_text(name: str, head: bytes) -> bool:
     """Return whether a file whose suffix says nothing is text, and no lines of JSON nor compressed."""
-    is_known = is_raw(name) or name.lower().endswith(_JSON_SUFFIXES)
+    is_known = is_raw(name) or has_suffix(name, _JSON_SUFFIXES)
     return not is_known and are_plain_lines(head) and not head.lstrip().startswith(b"{")
 
 

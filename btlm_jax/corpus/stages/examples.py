@@ -34,10 +34,10 @@ from btlm_jax.corpus.example_encoding import EncodedExample, ExampleEncoder, mak
 from btlm_jax.corpus.example_packing import pack_windows
 from btlm_jax.corpus.pack import cut_into_blocks, write_shard, write_tfds_metadata
 from btlm_jax.corpus.readers.examples import parse_example, source_of
-from btlm_jax.corpus.readers.raw import TEXT_SUFFIXES, BadFileError, Defect, read_objects
+from btlm_jax.corpus.readers.raw import TEXT_SUFFIXES, BadFileError, Defect, has_suffix, read_objects
 from btlm_jax.corpus.readers.records import load_array, save_array
 from btlm_jax.corpus.stages.clean import Quarantine, check_not_inside, first_defect
-from btlm_jax.corpus.stages.tokenize import PROBES, describe_loss
+from btlm_jax.corpus.stages.tokenize import PROBES, copy_tokenizer, describe_loss
 from btlm_jax.data import store
 from btlm_jax.data.store import TokenBlock
 from btlm_jax.display.progress import Log
@@ -138,11 +138,8 @@ def _make(config: ExamplesConfig, *, output: Path, workers: Workers, log: Log) -
         settings["lossy"] = loss
     work = {step: output / WORK_FOLDER / step for step in (_ENCODED, "windows", "shards")}
     copied = output / WORK_FOLDER / f"tokenizer-{hash_json(settings)[:12]}"
-    if not (copied / store.TOKENIZER_INFO_FILE).is_file():
-        copied.mkdir(parents=True, exist_ok=True)
-        kept = dict.fromkeys(NAMES) | variables | {store.PROMPT_BOS: encoder.bos_id}
-        write_atomically(copied / store.TOKENIZER_CONFIG_FILE, json.dumps(kept, indent=1))
-        store.write_tokenizer(info, tokenizer.contents, directory=copied)
+    kept = dict.fromkeys(NAMES) | variables | {store.PROMPT_BOS: encoder.bos_id}
+    copy_tokenizer(tokenizer, copied, config=json.dumps(kept, indent=1))
     run = functools.partial(run_stage, workers=workers, log=log)
     encoding = Stage(
         name="examples encode",
@@ -198,7 +195,7 @@ def _make(config: ExamplesConfig, *, output: Path, workers: Workers, log: Log) -
 def _inputs(locations: Sequence[PathOrUrl]) -> list[Input]:
     """Return the files with lines of JSON; if there are some, others beside them are left out, which is said."""
     inputs = raw_inputs_of(locations)
-    others = [item.name for item in inputs if item.name.lower().endswith(_OTHER_SUFFIXES)]
+    others = [item.name for item in inputs if has_suffix(item.name, _OTHER_SUFFIXES)]
     if not others or len(others) == len(inputs):
         return inputs
     notices.report(

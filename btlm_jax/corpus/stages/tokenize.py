@@ -121,9 +121,7 @@ def _tokenize(config: TokenizeConfig, *, output: Path, workers: Workers, log: Lo
     tasks = [Task(index=index, inputs=(item,), weight=item.num_bytes) for index, item in enumerate(inputs)]
     run = functools.partial(run_stage, workers=workers, log=log, check=accept_all)
     tokens, copied = output / "work" / "tokens", output / "work" / f"tokenizer-{info.sha256[:12]}"
-    if not (copied / store.TOKENIZER_INFO_FILE).is_file():
-        copied.mkdir(parents=True, exist_ok=True)
-        store.write_tokenizer(info, loaded.contents, directory=copied)
+    copy_tokenizer(loaded, copied)
     if config.by_source:
         settings["by_source"] = True
     step = functools.partial(
@@ -167,6 +165,16 @@ def _tokenize(config: TokenizeConfig, *, output: Path, workers: Workers, log: Lo
     )
     store.write_manifest(output, manifest)
     return manifest
+
+
+def copy_tokenizer(tokenizer: Tokenizer, directory: Path, *, config: str = "") -> None:
+    """Write a tokenizer into a directory, if it is not there, and before it the text of a tokenizer_config.json."""
+    if (directory / store.TOKENIZER_INFO_FILE).is_file():
+        return
+    directory.mkdir(parents=True, exist_ok=True)
+    if config:
+        write_atomically(directory / store.TOKENIZER_CONFIG_FILE, config)
+    store.write_tokenizer(tokenizer_info(tokenizer), tokenizer.contents, directory=directory)
 
 
 def describe_loss(tokenizer: Tokenizer, texts: Sequence[str]) -> str:
